@@ -1,0 +1,19 @@
+# Sourced by the scripts beside it: makes or refreshes a virtual environment of their own.
+# usage: ensure_venv DIR EXTRA   ->  exports VENV_PYTHON
+ensure_venv() {
+    local dir=$1 extra=$2 root stamp
+    root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+    stamp=$(cat "$root/setup.py" "$root/launch/constraints.txt" | sha256sum | cut -d' ' -f1)
+    if [[ ! -x $dir/bin/python || $(cat "$dir/.stamp" 2>/dev/null) != "$stamp" ]]; then
+        echo "installing into $dir"
+        "${PYTHON:-python3}" -m venv --clear "$dir"
+        # The build frontend needs setuptools; torch goes first so that nothing pulls another build.
+        "$dir/bin/pip" install --quiet --disable-pip-version-check "setuptools>=68" wheel
+        "$dir/bin/pip" install --quiet --disable-pip-version-check \
+            --constraint "$root/launch/constraints.txt" torch
+        "$dir/bin/pip" install --quiet --disable-pip-version-check --no-build-isolation \
+            --constraint "$root/launch/constraints.txt" --editable "$root[$extra]"
+        echo "$stamp" >"$dir/.stamp"
+    fi
+    export VENV_PYTHON=$dir/bin/python
+}

@@ -1,0 +1,290 @@
+"""From rules to work: which payloads get new bytes, which entries go, and the tasks that fill them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pma_megatron.errors import PlanError, UsageError
+from pma_megatron.formats.base import Payload, Tensor
+from pma_megatron.formats.output import OutputLayout, Place
+from pma_megatron.formats.source import Source
+from pma_megatron.geometry import Box, Piece, PieceIndex
+from pma_megatron.policy import MAIN, Action, Entry, Rule, unmatched
+from pma_megatron.request import MergeRequest
+from pma_megatron.tasks import Average, Copy, Write, Zero
+
+_AVERAGED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+Rules = Mapping[tuple[str, str], Rule]
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyRow:
+    """One line of the printed policy: entries that share state, action and reason."""
+
+    state: str
+    action: str
+    why: str
+    entries: int
+    example: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fates:
+    """What happens to every entry of the newest source.
+
+    Attributes:
+        rules: (state, key) -> rule.
+        payloads: payloads of the newest source that get new bytes, with their dtype in the output.
+        dropped: stored keys that the output does not have.
+        optimizer: `keep`, `reset` or `drop`, for the small objects around the optimizer.
+        table: the rules, grouped for printing.
+    """
+
+    rules: Rules
+    payloads: Mapping[Payload, torch.dtype]
+    dropped: frozenset[str]
+    optimizer: str
+    table: tuple[PolicyRow, ...]
+
+
+def decide(request: MergeRequest, sources: Sequence[Source]) -> Fates:
+    """Apply the policy to the newest source.
+
+    Raises:
+        UsageError: an override that matches nothing or cannot be done.
+        PlanError: main parameters that the policy needs are not stored.
+    """
+    base, policy = sources[-1], request.policy
+    entries = list(_entries(base))
+    unmatched(policy, entries)
+    rules = {(entry.state, entry.key): policy.decide(entry) for entry in entries}
+    if policy.optimizer_state in ("average", "reset") and not base.optimizer_keys:
+        raise UsageError(
+            f"--optimizer-state {policy.optimizer_state}: {base.path} holds no optimizer state. "
+            "Leave the flag out, or use drop"
+        )
+    payloads: dict[Payload, torch.dtype] = {}
+    for (state, key), rule in rules.items():
+        tensor = _tensor(base, state, key)
+        if tensor is None or not _gets_new_bytes(base, state, key, rule):
+            continue
+        rounded = state == "weight" and rule.action in (Action.AVERAGE, Action.ROUND)
+        dtype = (request.torch_dtype if rounded else None) or tensor.dtype
+        payloads.update((p.payload, dtype) for p in (*tensor.pieces, *tensor.replicas))
+    optimizer = "reset" if policy.optimizer_state == "reset" else "keep"
+    return Fates(
+        rules=rules,
+        payloads=payloads,
+        dropped=_dropped(base, rules, policy.drops_optimizer),
+        optimizer="drop" if policy.drops_optimizer else optimizer,
+        table=_table(entries, rules),
+    )
+
+
+def _entries(base: Source) -> Iterable[Entry]:
+    main = base.space.states.get(MAIN, {})
+    for key, tensor in base.space.weights.items():
+        floating = tensor.dtype in _AVERAGED
+        yield Entry(key=key, state="weight", floating=floating, has_main=key in main)
+    for state, tensors in base.space.states.items():
+        for key, tensor in tensors.items():
+            yield Entry(key=key, state=state, floating=tensor.dtype in _AVERAGED)
+    for key in base.objects:
+        yield Entry(key=key, state="object", optimizer=key in base.optimizer_keys)
+
+
+def _tensor(source: Source, state: str, key: str) -> Tensor | None:
+    if state == "weight":
+        return source.space.weights.get(key)
+    return source.space.states.get(state, {}).get(key)
+
+
+def _is_flat(source: Source, key: str) -> bool:
+    return any(found.key == key for space in source.ranges.values() for found in space)
+
+
+def _gets_new_bytes(base: Source, state: str, key: str, rule: Rule) -> bool:
+    if rule.action in (Action.AVERAGE, Action.ROUND, Action.ZERO):
+        return True
+    # A record may hold many parameters: one that stays as it is goes through the same path.
+    return rule.action is Action.NEWEST and state == MAIN and _is_flat(base, key)
+
+
+def _dropped(base: Source, rules: Rules, drops_optimizer: bool) -> frozenset[str]:
+    dropped = set(base.optimizer_keys) if drops_optimizer else set()
+    for (state, key), rule in rules.items():
+        if rule.action is not Action.DROP or (
+            drops_optimizer and state not in ("weight", "object")
+        ):
+            continue
+        if state != "object" and _is_flat(base, key):
+            raise UsageError(
+                f"--policy ...=drop matches {key}, whose optimizer state lies in a buffer shared "
+                "with other parameters: it cannot be dropped alone. Use --optimizer-state drop too"
+            )
+        tensor = _tensor(base, state, key)
+        dropped.add(key if tensor is None else tensor.key)
+    return frozenset(dropped)
+
+
+def _table(entries: Sequence[Entry], rules: Rules) -> tuple[PolicyRow, ...]:
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for entry in entries:
+        rule = rules[entry.state, entry.key]
+        state = "main params" if entry.state == MAIN else entry.state
+        groups.setdefault((state, rule.action.value, rule.why), []).append(entry.key)
+    return tuple(PolicyRow(*group, len(keys), keys[0]) for group, keys in groups.items())
+
+
+def make_tasks(sources: Sequence[Source], active: Sequence[int], fates: Fates,
+               layout: OutputLayout) -> list[Average | Copy | Zero | Write]:  # fmt: skip
+    """The work that fills `layout`, after a check that every source has what it takes.
+
+    Raises:
+        PlanError: a source lacks a tensor, or has it in another shape or dtype.
+    """
+    base = sources[-1]
+    _check_same_model(sources)
+    tasks: list[Average | Copy | Zero | Write] = []
+    covered: dict[Place, list[tuple[int, int]]] = {}
+    for (state, key), rule in fates.rules.items():
+        tensor = _tensor(base, state, key)
+        if tensor is None or rule.action is Action.ROUND:
+            continue  # rounded weights are a target of their main params' task
+        rounded = state == MAIN and fates.rules["weight", key].action is Action.ROUND
+        written = _gets_new_bytes(base, state, key, rule)
+        if rule.action is Action.ZERO:
+            payloads = {p.payload for p in (*tensor.pieces, *tensor.replicas)}
+            tasks += [Zero(layout.places[p], 0, p.numel) for p in payloads]
+        elif written or rounded:
+            tasks.append(
+                _average(sources, active, fates, layout, state, tensor, key, covered, written,
+                         rounded)
+            )  # fmt: skip
+    for place, ranges in covered.items():
+        tasks += [Zero(place, start, count) for start, count in _gaps(ranges, place.numel)]
+    return [*tasks, *_untouched(layout)]
+
+
+def _average(sources: Sequence[Source], active: Sequence[int], fates: Fates, layout: OutputLayout,
+             state: str, tensor: Tensor, key: str, covered: dict[Place, list[tuple[int, int]]],
+             written: bool, rounded: bool) -> Average:  # fmt: skip
+    base = sources[-1]
+    newest_only = fates.rules[state, key].action is Action.NEWEST
+    numbers = (len(sources) - 1,) if newest_only else tuple(active)
+    tensors = [_matching(sources[number], tensor, state, key) for number in numbers]
+    targets: list[Piece[Place]] = []
+    if written:
+        targets += _placed(layout, (*tensor.pieces, *tensor.replicas), covered)
+    weight = base.space.weights[key]
+    if rounded:
+        _check_covers(base, key, PieceIndex(tensor.pieces), weight.pieces)
+        targets += _placed(layout, weight.pieces, covered)
+    proof = PieceIndex(weight.pieces) if state == MAIN and _is_flat(base, key) else None
+    return Average(
+        key=key if state in ("weight", MAIN) else f"optimizer.{state}.{key}",
+        kept=newest_only,
+        lead=tensor.pieces,
+        numbers=numbers,
+        sources=tuple(PieceIndex(found.pieces) for found in tensors),
+        dtypes=tuple(found.dtype for found in tensors),
+        targets=PieceIndex(targets, disjoint=False),
+        target_bytes=(tensor.dtype.itemsize if written else 0)
+        + (weight.dtype.itemsize if rounded else 0),
+        proof=proof,
+        proof_itemsize=weight.dtype.itemsize if proof else 0,
+    )
+
+
+def _placed(layout: OutputLayout, pieces: Iterable[Piece[Payload]],
+            covered: dict[Place, list[tuple[int, int]]]) -> list[Piece[Place]]:  # fmt: skip
+    placed = []
+    for piece in pieces:
+        place = layout.places[piece.payload]
+        # A payload of a tensor that is a view of a larger storage is written without the rest.
+        placed.append(Piece(piece.box, place, piece.start))
+        covered.setdefault(place, []).append((piece.start, piece.box.numel))
+    return placed
+
+
+def _gaps(ranges: Sequence[tuple[int, int]], numel: int) -> list[tuple[int, int]]:
+    gaps, at = [], 0
+    for start, count in sorted(ranges):
+        if start > at:
+            gaps.append((at, start - at))
+        at = max(at, start + count)
+    return [*gaps, (at, numel - at)] if at < numel else gaps
+
+
+def _untouched(layout: OutputLayout) -> list[Copy | Write]:
+    tasks: list[Copy | Write] = []
+    for item in layout.items:
+        if item.literal is not None:
+            tasks.append(Write(item.placed.file, item.placed.offset, item.literal))
+        elif item.skeleton is None and item.source is not None:
+            tasks.append(Copy(item.source.file, item.source.offset, item.placed.file,
+                              item.placed.offset, item.source.length))  # fmt: skip
+        elif item.skeleton is not None and item.source is not None:
+            for record, (offset, _) in item.kept.items():
+                start, nbytes = item.skeleton.payloads[record]
+                tasks.append(Copy(item.source.file, offset, item.placed.file,
+                                  item.placed.offset + start, nbytes))  # fmt: skip
+    return tasks
+
+
+def _check_same_model(sources: Sequence[Source]) -> None:
+    base = sources[-1]
+    for source in sources[:-1]:
+        for what, theirs, ours in (
+            ("has tensors that the newest does not have", source, base),
+            ("lacks tensors of the newest", base, source),
+        ):
+            extra = sorted(set(theirs.space.weights) - set(ours.space.weights))
+            if extra:
+                raise PlanError(
+                    f"{source.path} {what} ({base.path}): {', '.join(extra[:3])} "
+                    f"({len(extra)} in all). They are not checkpoints of one model: exclude the "
+                    "ones that differ"
+                )
+
+
+def _matching(source: Source, wanted: Tensor, state: str, key: str) -> Tensor:
+    """The same tensor in another source.
+
+    Raises:
+        PlanError: it is not there, differs in shape or dtype, or is not whole.
+    """
+    found = _tensor(source, state, key)
+    name = Path(source.path).name
+    label = {"weight": "model weight", MAIN: "main params of"}.get(state, f"optimizer {state} of")
+    if found is None:
+        raise PlanError(
+            f"{source.path} ({source.topology}, optimizer layout {source.space.kind}) has no "
+            f"{label} {key}. Exclude it with --exclude, or average what all sources hold: "
+            "--average weights"
+        )
+    for what, theirs, ours in (
+        ("shape", found.shape, wanted.shape),
+        ("dtype", found.dtype, wanted.dtype),
+    ):
+        if theirs != ours:
+            raise PlanError(
+                f"{label} {key}: {what} {theirs} in {name}, {ours} in the newest source. They are "
+                "not checkpoints of one model, or the run changed: exclude the ones that differ"
+            )
+    _check_covers(source, key, PieceIndex(found.pieces), wanted.pieces)
+    return found
+
+
+def _check_covers(source: Source, key: str, index: PieceIndex[Payload],
+                  wanted: Iterable[Piece[Payload]]) -> None:  # fmt: skip
+    missing: Box | None = next((p.box for p in wanted if not index.covers(p.box)), None)
+    if missing is not None:
+        raise PlanError(
+            f"{source.path}: {key} is not whole, nothing stored for {missing}. Exclude this "
+            "checkpoint with --exclude, or use --average weights if only optimizer state is missing"
+        )

@@ -1,0 +1,114 @@
+"""One function per verb: make the request, call the package, show what came back."""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import Namespace
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pma_megatron.cli import tables
+from pma_megatron.cli.flags import overrides
+from pma_megatron.cli.progress import show
+from pma_megatron.comm import Comm, process_group_from_environment
+from pma_megatron.discover import TRACKER_FILE, list_checkpoints
+from pma_megatron.errors import UsageError
+from pma_megatron.inspection import inspect as inspect_checkpoint
+from pma_megatron.job import merge as merge_checkpoints
+from pma_megatron.job import plan as plan_merge
+from pma_megatron.job import verify as verify_merge
+from pma_megatron.policy import Policy
+from pma_megatron.report import describe_plan
+from pma_megatron.request import MergeRequest, Method
+from pma_megatron.selection import SelectionRequest
+
+
+def merge(arguments: Namespace) -> None:
+    """`pma merge`."""
+    request = _request(arguments)
+    with process_group_from_environment():
+        comm = Comm(request.merge_parallel_size)
+        report = merge_checkpoints(request, comm, show(comm))
+        if comm.is_main:
+            _print(arguments, report.to_json(), lambda: tables.merged(report))
+
+
+def plan(arguments: Namespace) -> None:
+    """`pma plan`."""
+    request = _request(arguments)
+    made = plan_merge(request)
+    _print(arguments, describe_plan(made), lambda: tables.planned(made))
+
+
+def list_(arguments: Namespace) -> None:
+    """`pma list`."""
+    refs = list_checkpoints(arguments.root)
+    _print(arguments, [asdict(ref) for ref in refs], lambda: tables.listed(arguments.root, refs))
+
+
+def inspect(arguments: Namespace) -> None:
+    """`pma inspect`."""
+    found = inspect_checkpoint(arguments.path)
+    _print(arguments, asdict(found), lambda: tables.inspected(found))
+
+
+def verify(arguments: Namespace) -> None:
+    """`pma verify`."""
+    path = Path(arguments.path)
+    tracker = path / TRACKER_FILE
+    if tracker.is_file():
+        name = tracker.read_text().strip()
+        path = path / (name if name == "release" else f"iter_{int(name):07d}")
+    with process_group_from_environment():
+        checked = verify_merge(path, samples=arguments.samples)
+        if Comm().is_main:
+            _print(arguments, asdict(checked), lambda: tables.verified(path, checked))
+
+
+def _request(arguments: Namespace) -> MergeRequest:
+    if arguments.load is None and not arguments.paths:
+        raise UsageError("say where the checkpoints are: --load DIR, or --paths DIR DIR ...")
+    selection = SelectionRequest(
+        last=arguments.last,
+        interval_tokens=arguments.interval_tokens,
+        interval_iterations=arguments.interval_iterations,
+        tolerance=arguments.tolerance,
+        end_iteration=arguments.end_iteration,
+        window_tokens=arguments.window_tokens,
+        exclude=tuple(arguments.exclude),
+        iterations=None if arguments.iterations is None else tuple(arguments.iterations),
+        paths=None if arguments.paths is None else tuple(arguments.paths),
+    )
+    values = arguments.coefficients
+    method = "custom" if values and arguments.method == "sma" else arguments.method
+    return MergeRequest(
+        load=arguments.load or str(Path(arguments.paths[0]).parent),
+        save=arguments.save,
+        selection=selection,
+        method=Method(
+            name=method,
+            alpha=arguments.alpha,
+            floor=arguments.floor,
+            values=None if values is None else tuple(values),
+            allow_any=arguments.allow_any_coefficients,
+        ),
+        policy=Policy(
+            optimizer_state=arguments.optimizer_state,
+            average=arguments.average,
+            overrides=overrides(arguments.policy),
+        ),
+        dtype=arguments.dtype,
+        sweep=tuple(arguments.sweep),
+        threads=arguments.threads,
+        merge_parallel_size=arguments.merge_parallel_size,
+        overwrite=arguments.overwrite,
+    )
+
+
+def _print(arguments: Namespace, value: Any, table: Any) -> None:
+    if arguments.json:
+        sys.stdout.write(json.dumps(value, indent=1) + "\n")
+    else:
+        table()

@@ -1,0 +1,154 @@
+"""The command line as data: every flag of every verb, and the request that they make."""
+
+from __future__ import annotations
+
+import argparse
+
+from pma_megatron.coefficients import METHODS
+from pma_megatron.errors import UsageError
+from pma_megatron.policy import AVERAGES, OPTIMIZER_STATES
+from pma_megatron.tokens import parse_tokens
+from pma_megatron.version import __version__
+
+_MERGE_EXAMPLE = """examples:
+  torchrun --nproc-per-node 8 -m pma_megatron merge --load /ckpts/run --save /ckpts/run-pma \\
+      --method sma --last 10 --interval-tokens 8B
+  pma plan --load /ckpts/run --save /ckpts/run-pma --iterations 8000 9000 10000 --method wma
+  torchrun --nproc-per-node 8 -m pma_megatron merge --load /ckpts/run --save /ckpts/sweep \\
+      --sweep sma,wma,1-sqrt:3,6,10
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of `pma`."""
+    from pma_megatron.cli import commands
+
+    top = argparse.ArgumentParser(
+        prog="pma",
+        description="Average checkpoints of one pre-training run, shard by shard, into one that "
+        "Megatron resumes from.",
+    )
+    top.add_argument("--version", action="version", version=f"pma_megatron {__version__}")
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, run, text in (
+        ("merge", commands.merge, "merge checkpoints into a new one; start it with torchrun"),
+        ("plan", commands.plan, "say what merge would do with the same flags; writes nothing"),
+    ):
+        verb = _verb(verbs, name, run, text, epilog=_MERGE_EXAMPLE)
+        _selection(verb)
+        _averaging(verb)
+        _running(verb)
+    verb = _verb(verbs, "list", commands.list_, "list a run's checkpoints: tokens, complete or not")
+    verb.add_argument("root", help="the folder given to Megatron's --save")
+    verb = _verb(verbs, "inspect", commands.inspect, "say what is in one checkpoint")
+    verb.add_argument("path", help="one iter_* folder")
+    verb = _verb(verbs, "verify", commands.verify, "check a merged checkpoint against its sources")
+    verb.add_argument("path", help="one merged iter_* folder, or the --save folder above it")
+    verb.add_argument("--samples", type=int, default=256, help="slices to recompute (default 256)")
+    return top
+
+
+def _verb(verbs: argparse._SubParsersAction[argparse.ArgumentParser], name: str, run: object,
+          text: str, epilog: str | None = None) -> argparse.ArgumentParser:  # fmt: skip
+    verb = verbs.add_parser(
+        name,
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verb.add_argument("--json", action="store_true", help="print the result as JSON")
+    verb.add_argument("--verbose", action="store_true", help="more messages, on stderr")
+    verb.set_defaults(run=run)
+    return verb
+
+
+def _selection(verb: argparse.ArgumentParser) -> None:
+    group = verb.add_argument_group("which checkpoints")
+    group.add_argument("--load", metavar="DIR", help="the folder given to Megatron's --save")
+    group.add_argument("--last", type=int, metavar="N", help="how many (default 10)")
+    group.add_argument(
+        "--interval-tokens", type=_tokens, metavar="V", help="spacing, e.g. 8B, 500M"
+    )
+    group.add_argument(
+        "--interval-iterations", type=int, metavar="V",
+        help="spacing in iterations, for checkpoints without Megatron args",
+    )  # fmt: skip
+    group.add_argument(
+        "--tolerance", type=float, default=0.25, metavar="F",
+        help="how far off its place a checkpoint may lie, as a fraction of V (default 0.25)",
+    )  # fmt: skip
+    group.add_argument(
+        "--end-iteration", type=int, metavar="I", help="newest source (default: newest complete)"
+    )
+    group.add_argument("--window-tokens", type=_tokens, metavar="W", help="all within the last W")
+    group.add_argument("--iterations", type=int, nargs="+", metavar="I", help="exactly these")
+    group.add_argument("--paths", nargs="+", metavar="DIR", help="exactly these iter_* folders")
+    group.add_argument("--exclude", type=int, nargs="+", default=[], metavar="I", help="not these")
+
+
+def _averaging(verb: argparse.ArgumentParser) -> None:
+    group = verb.add_argument_group("how to average")
+    group.add_argument("--method", default="sma", metavar="M", help=", ".join(METHODS))
+    group.add_argument("--alpha", type=float, help="ema: weight of the newer one, in (0, 1]")
+    group.add_argument(
+        "--floor", type=float, default=0.0, help="decay methods: where the decay ends, in [0, 1)"
+    )
+    group.add_argument(
+        "--coefficients", type=float, nargs="+", metavar="C", help="custom: oldest first, sum 1"
+    )
+    group.add_argument(
+        "--allow-any-coefficients", action="store_true", help="custom: negative or any sum"
+    )
+    group.add_argument(
+        "--optimizer-state", default="latest", metavar="S",
+        help=f"moments and step: {', '.join(OPTIMIZER_STATES)} (default latest)",
+    )  # fmt: skip
+    group.add_argument(
+        "--average", default="main-params", metavar="WHAT",
+        help=f"{' or '.join(AVERAGES)}: weights reads the 16-bit weights and writes a "
+        "weights-only checkpoint",
+    )  # fmt: skip
+    group.add_argument(
+        "--policy", nargs="+", default=[], metavar="PATTERN=ACTION",
+        help="average, newest or drop entries by key pattern; the first match wins",
+    )  # fmt: skip
+    group.add_argument("--dtype", help="of averaged weights: bf16, fp16, fp32 (default: as stored)")
+    group.add_argument(
+        "--sweep", nargs="+", default=[], metavar="M,..:N,..",
+        help="several outputs from one pass, e.g. sma,wma,1-sqrt:3,6,10; each in --save/M-lastN",
+    )  # fmt: skip
+
+
+def _running(verb: argparse.ArgumentParser) -> None:
+    group = verb.add_argument_group("how to run")
+    group.add_argument("--save", metavar="DIR", help="folder for the merged iter_*")
+    group.add_argument("--overwrite", action="store_true", help="replace an existing merge")
+    group.add_argument("--threads", type=int, default=2, help="per rank (default 2)")
+    group.add_argument(
+        "--merge-parallel-size", type=int, default=1, metavar="R",
+        help="ranks that share the sources of a slice and all-reduce it; for sources on "
+        "node-local disks (default 1: ranks share the bytes)",
+    )  # fmt: skip
+
+
+def _tokens(text: str) -> int:
+    try:
+        return parse_tokens(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def overrides(texts: list[str]) -> tuple[tuple[str, str], ...]:
+    """`PATTERN=ACTION` flags as pairs.
+
+    Raises:
+        UsageError: one has no `=`.
+    """
+    pairs = []
+    for text in texts:
+        pattern, equals, action = text.rpartition("=")
+        if not equals or not pattern:
+            raise UsageError(f"--policy {text!r} is not PATTERN=ACTION, as in '*.router.*=newest'")
+        pairs.append((pattern, action))
+    return tuple(pairs)

@@ -1,0 +1,63 @@
+"""One progress display, on rank 0: bytes, rate and time left; plain lines where no terminal is."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import time
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from pma_megatron import engine
+from pma_megatron.comm import Comm
+from pma_megatron.job import Show, silent
+
+_LINE_EVERY_S = 10.0
+_log = logging.getLogger(__name__)
+
+
+def show(comm: Comm) -> Show:
+    """A display for this rank: silent on all but rank 0."""
+    if not comm.is_main:
+        return silent
+    return _bar if sys.stderr.isatty() else _lines
+
+
+@contextlib.contextmanager
+def _bar(stage: str, total_bytes: int) -> Iterator[engine.Progress]:
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True),
+        TransferSpeedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True)) as display:
+        task = display.add_task(stage, total=total_bytes)
+        yield lambda nbytes: display.advance(task, nbytes)
+
+
+@contextlib.contextmanager
+def _lines(stage: str, total_bytes: int) -> Iterator[engine.Progress]:
+    start_s = last_s = time.monotonic()
+    done = 0
+
+    def advance(nbytes: int) -> None:
+        nonlocal done, last_s
+        done += nbytes
+        now_s = time.monotonic()
+        if now_s - last_s >= _LINE_EVERY_S:
+            last_s = now_s
+            rate = done / (now_s - start_s)
+            left_s = (total_bytes - done) / rate
+            _log.info("%s: %.1f of %.1f GiB, %.2f GiB/s, %.0f s left", stage, done / 2**30,
+                      total_bytes / 2**30, rate / 2**30, left_s)  # fmt: skip
+
+    yield advance

@@ -1,0 +1,109 @@
+"""What checkpoints lie in a run's folder, how far each had come, and which are whole."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+from pma_megatron.errors import CheckpointError, SelectionError
+from pma_megatron.formats import registry
+from pma_megatron.selection import CheckpointRef, Selection, SelectionRequest, select
+from pma_megatron.tokens import consumed_tokens_of
+
+TRACKER_FILE = "latest_checkpointed_iteration.txt"
+_ITERATION = re.compile(r"^iter_(\d{7,})$")
+_log = logging.getLogger(__name__)
+
+
+def list_checkpoints(root: str | Path) -> list[CheckpointRef]:
+    """Every checkpoint of the run at `root`, oldest first, whole or not.
+
+    Args:
+        root: the folder given to Megatron's --save, or one `iter_*` folder.
+
+    Raises:
+        SelectionError: there is no such folder.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise SelectionError(f"{root} is not a folder. Give the folder passed to Megatron's --save")
+    if _ITERATION.match(root.name) or root.name == "release":
+        return [describe(root)]
+    folders = [p for p in root.iterdir() if p.is_dir() and _is_checkpoint_name(p.name)]
+    refs = [describe(folder) for folder in folders]
+    return sorted(refs, key=lambda ref: (ref.iteration is None, ref.iteration or 0, ref.path))
+
+
+def describe(folder: Path) -> CheckpointRef:
+    """One checkpoint folder as a reference; damage ends up in `incomplete_because`."""
+    name = registry.detect(folder)
+    match = _ITERATION.match(folder.name)
+    iteration = int(match[1]) if match else None
+    samples, tokens, unknown, reason = None, None, None, None
+    try:
+        known = registry.get(name, str(folder))
+        reason = known.completeness(folder)
+        if reason is None:
+            common = known.common(folder)
+            reason = _wrong_iteration(iteration, common["iteration"])
+            tokens, unknown = consumed_tokens_of(common["args"])
+            samples = _count(common["args"].get("consumed_train_samples"))
+    except CheckpointError as error:
+        reason = str(error)
+    return CheckpointRef(
+        path=str(folder),
+        format=name,
+        iteration=iteration,
+        consumed_samples=samples,
+        consumed_tokens=tokens,
+        tokens_unknown_because=unknown if reason is None else "the checkpoint is not complete",
+        complete=reason is None,
+        incomplete_because=reason,
+    )
+
+
+def choose(refs: list[CheckpointRef], request: SelectionRequest, root: str | Path) -> Selection:
+    """Select among `refs`, refusing a run that mixes formats without saying which to take.
+
+    Raises:
+        SelectionError: nothing there, mixed formats, or the request cannot be met.
+    """
+    root = Path(root)
+    if not refs:
+        raise SelectionError(
+            f"{root} holds no iter_* checkpoint. Give the folder passed to Megatron's --save "
+            f"(found: {', '.join(sorted(p.name for p in root.iterdir())[:5]) or 'nothing'})"
+        )
+    excluded = set(request.exclude)
+    formats: dict[str, list[int | None]] = {}
+    for ref in refs:
+        if ref.format != "unknown" and ref.iteration not in excluded:
+            formats.setdefault(ref.format, []).append(ref.iteration)
+    if len(formats) > 1 and request.iterations is None and request.paths is None:
+        found = "; ".join(f"{name}: {numbers}" for name, numbers in formats.items())
+        raise SelectionError(
+            f"{root} mixes checkpoint formats ({found}). Take one of them with --iterations, or "
+            "leave the others out with --exclude"
+        )
+    if not (root / TRACKER_FILE).is_file() and not _ITERATION.match(root.name):
+        _log.warning(
+            "%s has no %s. Checkpoints are found by their folders, so the merge does not need it; "
+            "Megatron does, to resume from there.", root, TRACKER_FILE,
+        )  # fmt: skip
+    return select(refs, request)
+
+
+def _is_checkpoint_name(name: str) -> bool:
+    return _ITERATION.match(name) is not None or name == "release"
+
+
+def _wrong_iteration(named: int | None, saved: Any) -> str | None:
+    if named is None or saved is None or int(saved) == named:
+        return None
+    return f"its folder says iteration {named}, its content {saved}: renamed or overwritten"
+
+
+def _count(value: Any) -> int | None:
+    return int(value) if isinstance(value, int) else None

@@ -1,0 +1,38 @@
+"""One base error and one class per kind of failure.
+
+Every message names the thing, what was expected, what was found, and what to do about it.
+"""
+
+from __future__ import annotations
+
+
+class PmaError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class UsageError(PmaError, ValueError):
+    """A flag or argument cannot be what it is: unknown method, alpha out of range, bad pattern."""
+
+
+class SelectionError(PmaError, ValueError):
+    """The checkpoints asked for are not there: too few, a hole, incomplete, missing data."""
+
+
+class CheckpointError(PmaError):
+    """A checkpoint on disk is damaged, hostile, or of a form that is not supported."""
+
+
+class PlanError(PmaError):
+    """The sources cannot be merged with each other: layouts, shapes, or dtypes differ."""
+
+
+class PublishError(PmaError):
+    """The output cannot be written or published where the user asked for it."""
+
+
+class VerifyError(PmaError):
+    """A merged checkpoint is not what its sources and coefficients say it should be."""
+
+
+class RankError(PmaError):
+    """Another rank failed; the message carries its rank, stage and cause."""

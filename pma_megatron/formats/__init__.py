@@ -1,0 +1,1 @@
+"""Checkpoint formats: where the bytes are, and nothing else."""

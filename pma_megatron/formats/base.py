@@ -1,0 +1,73 @@
+"""What every format answers: where the bytes are. No format multiplies or adds.
+
+Call order: `registry.detect` names the format of a folder; `open` reads metadata alone; `read_source`
+expresses it in model space; `output_layout` says how an output after it is laid out; only the engine
+asks `ItemFiles.locate` and reads payload bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from pma_megatron.geometry import Piece
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One contiguous part of a file that the format treats as a unit (a zip in a `.distcp`)."""
+
+    file: str
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """`numel` elements of `dtype`, stored without gaps in `record` of `item` (None: its only one)."""
+
+    item: Item
+    dtype: torch.dtype
+    numel: int
+    record: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the payload."""
+        return self.numel * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A global tensor: shape, dtype, and the pieces that hold it.
+
+    `replicas` are further copies of some pieces: optimizer buckets of tensor-parallel ranks each
+    hold the main parameters of a replicated norm. They are written, and never needed for reading.
+    """
+
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    pieces: tuple[Piece[Payload], ...]
+    replicas: tuple[Piece[Payload], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpace:
+    """A checkpoint as the merge sees it, whatever its optimizer layout.
+
+    Attributes:
+        weights: model tensors by key.
+        states: optimizer state name (`param` for the float32 main parameters, `exp_avg`, ...) ->
+            model key -> the same global tensor as the weight's, in that state.
+        kind: the optimizer layout's name (`distrib_optim_sharding_type`), or `none`.
+    """
+
+    weights: Mapping[str, Tensor]
+    states: Mapping[str, Mapping[str, Tensor]]
+    kind: str

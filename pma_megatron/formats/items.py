@@ -1,0 +1,108 @@
+"""Torch-saved items inside the files of one folder: where a payload's bytes are."""
+
+from __future__ import annotations
+
+import math
+import threading
+from pathlib import Path
+from typing import Any
+
+from pma_megatron.errors import CheckpointError
+from pma_megatron.formats.base import Item, Payload
+from pma_megatron.formats.pickles import TensorRef, load_inert
+from pma_megatron.formats.zips import Record, read_records
+
+_HEAD_BYTES = 4096
+
+
+class ItemFiles:
+    """The items of one checkpoint folder, indexed when first asked for. Threads may share it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._indexes: dict[Item, dict[str, Record]] = {}
+        self._starts: dict[Payload, int] = {}
+        self._lock = threading.Lock()
+
+    def records(self, item: Item) -> dict[str, Record]:
+        """Index of the zip at `item`, read once."""
+        found = self._indexes.get(item)
+        if found is None:
+            what = f"{self.path / item.file} at {item.offset}"
+            found = read_records(self._reader(item), item.length, what=what)
+            with self._lock:
+                self._indexes[item] = found
+        return found
+
+    def read_record(self, item: Item, name: str) -> bytes:
+        """The bytes of one small record of `item`.
+
+        Raises:
+            CheckpointError: the item has no such record.
+        """
+        record = self.records(item).get(name)
+        if record is None:
+            raise CheckpointError(f"{self.path / item.file} at {item.offset} has no {name}")
+        return self.read(item.file, item.offset + record.start, record.nbytes)
+
+    def locate(self, payload: Payload) -> tuple[Path, int]:
+        """File and byte offset of the first element of `payload`.
+
+        Raises:
+            CheckpointError: the item does not hold the tensor that the metadata promises.
+        """
+        start = self._starts.get(payload)
+        if start is None:
+            start = self._find(payload)
+            with self._lock:
+                self._starts[payload] = start
+        return self.path / payload.item.file, start
+
+    def _find(self, payload: Payload) -> int:
+        item, name, skip = payload.item, payload.record, 0
+        if name is None:
+            what = f"{self.path / item.file} at {item.offset}"
+            ref = load_inert(self.read_record(item, "data.pkl"), what=what)
+            if not isinstance(ref, TensorRef) or not ref.is_contiguous():
+                raise CheckpointError(f"{what} holds {ref!r}, expected one contiguous tensor")
+            numel = math.prod(ref.size)
+            if numel != payload.numel or ref.storage.dtype != payload.dtype:
+                raise CheckpointError(
+                    f"{what} holds {numel} elements of {ref.storage.dtype}, .metadata says "
+                    f"{payload.numel} of {payload.dtype}: damaged, exclude this checkpoint"
+                )
+            name, skip = f"data/{ref.storage.key}", ref.offset * payload.dtype.itemsize
+        record = self.records(item).get(name)
+        if record is None or record.nbytes < skip + payload.nbytes:
+            raise CheckpointError(
+                f"{self.path / item.file} at {item.offset}: record {name} is missing or shorter "
+                f"than {skip + payload.nbytes} bytes: damaged, exclude this checkpoint"
+            )
+        return item.offset + record.start + skip
+
+    def read(self, file: str, offset: int, nbytes: int) -> bytes:
+        """`nbytes` of `file` at `offset`.
+
+        Raises:
+            CheckpointError: the file is missing or too short.
+        """
+        path = self.path / file
+        try:
+            with path.open("rb", buffering=0) as stream:
+                stream.seek(offset)
+                data = stream.read(nbytes)
+        except OSError as error:
+            raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+        if len(data) != nbytes:
+            raise CheckpointError(f"{path} ends at {offset + len(data)}: truncated")
+        return data
+
+    def _reader(self, item: Item) -> Any:
+        head = self.read(item.file, item.offset, min(_HEAD_BYTES, item.length))
+
+        def read_at(offset: int, nbytes: int) -> bytes:
+            if offset + nbytes <= len(head):
+                return head[offset : offset + nbytes]
+            return self.read(item.file, item.offset + offset, nbytes)
+
+        return read_at

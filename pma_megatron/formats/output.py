@@ -1,0 +1,68 @@
+"""What a format says of a checkpoint that is to be written; the engine knows no more than this."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from pma_megatron.formats.base import Item, Payload
+from pma_megatron.formats.zips import Skeleton
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the new bytes of a payload go: byte `start` of `file`, `numel` elements of `dtype`.
+
+    `item` counts in `OutputLayout.items`; `record` is the payload's name in that item's zip.
+    """
+
+    file: str
+    start: int
+    dtype: torch.dtype
+    numel: int
+    record: str
+    item: int
+
+
+@dataclass(frozen=True, slots=True)
+class OutputItem:
+    """One part of an output file.
+
+    Exactly one of three: a zip to be built (`skeleton`), the bytes of `source` as they are
+    (`skeleton` and `literal` None), or `literal` bytes. `kept` names records of a built zip that
+    come from the base unchanged: record -> (offset in the base's file, CRC-32).
+    """
+
+    placed: Item
+    skeleton: Skeleton | None
+    source: Item | None
+    kept: Mapping[str, tuple[int, int]]
+    literal: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OutputLayout:
+    """Files of an output.
+
+    Attributes:
+        files: shard file -> bytes.
+        items: every item, by file and offset.
+        places: base payload -> where its new bytes go.
+        small_files: files written whole, in this order, `last_file` being the marker that makes the
+            folder a checkpoint.
+        last_file: name of that marker.
+    """
+
+    files: Mapping[str, int]
+    items: tuple[OutputItem, ...]
+    places: Mapping[Payload, Place]
+    small_files: OrderedDict[str, bytes]
+    last_file: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole output."""
+        return sum(self.files.values()) + sum(map(len, self.small_files.values()))

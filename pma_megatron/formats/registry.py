@@ -1,0 +1,109 @@
+"""Which format a checkpoint folder is in, by its files, never by a configuration."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from pma_megatron.errors import CheckpointError
+from pma_megatron.formats.base import Payload
+from pma_megatron.formats.items import ItemFiles
+from pma_megatron.formats.output import OutputLayout
+from pma_megatron.formats.source import ReadSource
+from pma_megatron.formats.torch_dist.checkpoint import TorchDistCheckpoint, completeness
+from pma_megatron.formats.torch_dist.optimizer import is_optimizer_key
+from pma_megatron.formats.torch_dist.output import Changes, output_layout
+from pma_megatron.formats.torch_dist.source import read_source
+
+TORCH_DIST = "torch_dist"
+
+
+class LayOut(Protocol):
+    """Lay out an output after the checkpoint at `path`."""
+
+    def __call__(
+        self,
+        path: str,
+        *,
+        payloads: Mapping[Payload, torch.dtype],
+        drop: frozenset[str],
+        optimizer: str,
+    ) -> OutputLayout: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """The verbs of one format.
+
+    Attributes:
+        name: as in messages and in `CheckpointRef.format`.
+        completeness: why a folder is not a whole checkpoint, or None.
+        common: iteration, args and other plain values saved with it.
+        read_source: open it as a source of a merge.
+        lay_out: how an output after it is laid out.
+        files: its payload bytes.
+        is_optimizer: whether a key belongs to the optimizer.
+    """
+
+    name: str
+    completeness: Any
+    common: Any
+    read_source: ReadSource
+    lay_out: LayOut
+    files: type[ItemFiles]
+    is_optimizer: Any
+
+
+def _common(path: Path) -> dict[str, Any]:
+    checkpoint = TorchDistCheckpoint(path)
+    return {"iteration": checkpoint.common.get("iteration"), "args": dict(checkpoint.args())}
+
+
+def _lay_out(
+    path: str, *, payloads: Mapping[Payload, torch.dtype], drop: frozenset[str], optimizer: str
+) -> OutputLayout:
+    changes = Changes(payloads=payloads, drop=drop, optimizer=optimizer)
+    return output_layout(TorchDistCheckpoint(Path(path)), changes)
+
+
+FORMATS = (
+    Format(TORCH_DIST, completeness, _common, read_source, _lay_out, ItemFiles, is_optimizer_key),
+)
+
+
+def detect(path: Path) -> str:
+    """Name of the format in `path`, supported or not; `unknown` where nothing is recognised."""
+    config = path / "metadata.json"
+    if config.is_file():
+        try:
+            return str(json.loads(config.read_text())["sharded_backend"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return TORCH_DIST  # damaged; its completeness says so
+    if any(path.glob("mp_rank_*/model_optim_rng.pt")):
+        return "torch (legacy)"
+    if any(path.glob("*mp_rank_*_model_states.pt")):
+        return "deepspeed"
+    if any(path.glob("*.distcp")) or (path / "common.pt").is_file():
+        return TORCH_DIST if (path / "common.pt").is_file() else "torch_dcp or fsdp_dtensor"
+    return "unknown"
+
+
+def get(name: str, path: str) -> Format:
+    """The format called `name`.
+
+    Raises:
+        CheckpointError: it is not supported; says which are.
+    """
+    for known in FORMATS:
+        if known.name == name:
+            return known
+    supported = ", ".join(known.name for known in FORMATS)
+    raise CheckpointError(
+        f"{path} is in format {name!r}; supported: {supported}. Megatron converts with "
+        "--ckpt-format torch_dist --ckpt-convert-format torch_dist."
+    )

@@ -1,0 +1,285 @@
+"""Which parameter lies where in a flat optimizer buffer: found by value, proved by value.
+
+A flat buffer stores main parameters without names. After every optimizer step the model's weights
+are the main parameters rounded once, so the first elements of a parameter, rounded, are the first
+elements of exactly one stored weight. Walking a buffer from its start therefore names every
+parameter. Weights that are bit-identical to each other (norms that still round to 1.0) are told
+apart by the order of the model, which buffers hold in reverse
+(megatron/core/distributed/param_and_grad_buffer.py). The merge proves the whole map: it compares
+every rounded main parameter of the newest source with the stored weight.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from pma_megatron.errors import CheckpointError, PlanError
+from pma_megatron.formats.base import Payload, Tensor
+from pma_megatron.formats.torch_dist.checkpoint import TorchDistCheckpoint
+from pma_megatron.formats.torch_dist.optimizer import MAIN_PARAM, FlatMap, FlatRange, FlatSpace
+from pma_megatron.geometry import Box, Piece, overlaps
+
+FINGERPRINT_ELEMENTS = 64
+_COMPARE_ELEMENTS = 1 << 16
+_ALIGNMENT_ELEMENTS = 64  # parameters start at multiples of it, param_and_grad_buffer.py
+# Model keys say `decoder.layers.mlp...` where layers are stacked, `decoder.layers.7.mlp...` if not.
+_LAYER = re.compile(r"^(?P<block>.*?\.layers)\.(?:(?P<layer>\d+)\.)?")
+# Attention comes before the MLP in every layer (megatron/core/transformer/transformer_layer.py).
+_PARTS = tuple(
+    re.compile(pattern)
+    for pattern in (
+        r"input_layernorm|self_attention(?!.*\.[qk]_)",
+        r"self_attention.*\.q_",
+        r"self_attention.*\.k_",
+        r"cross_attn",
+        r"pre_mlp|mlp",
+    )
+)
+_OFFER = (
+    "What works: average the 16-bit weights instead (--average weights), or re-save the sources "
+    "with --dist-ckpt-optim-fully-reshardable."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    """One stored chunk of a weight, and its place in the order of the model."""
+
+    key: str
+    piece: Piece[Payload]
+    block: str
+    order: tuple[int, ...]
+
+
+def derive(
+    checkpoint: TorchDistCheckpoint, spaces: Sequence[FlatSpace], weights: Mapping[str, Tensor]
+) -> FlatMap:
+    """Find the parameters of every flat space of `checkpoint`.
+
+    Raises:
+        PlanError: the map cannot be found or is ambiguous; says for which buffer and what to do.
+    """
+    if not spaces:
+        return {}
+    finder = _Finder(checkpoint, weights)
+    result: dict[tuple[str, str], list[FlatRange]] = {}
+    for group, members in itertools.groupby(spaces, key=lambda space: space.group):
+        taken: set[int] = set()
+        for space in members:
+            if MAIN_PARAM not in space.states:
+                raise PlanError(
+                    f"{checkpoint.path}: {group}.{space.name} holds no main parameters. {_OFFER}"
+                )
+            result[group, space.name] = finder.walk(space, taken)
+    return result
+
+
+def holds(
+    checkpoint: TorchDistCheckpoint,
+    spaces: Sequence[FlatSpace],
+    weights: Mapping[str, Tensor],
+    ranges: FlatMap,
+    *,
+    samples: int = 64,
+) -> bool:
+    """True if `ranges`, found on another checkpoint, fits this one (checked on samples).
+
+    The buffers must have the same names and lengths and the weights the same chunks; then the
+    first elements of up to `samples` parameters are compared.
+    """
+    if {(s.group, s.name) for s in spaces} != set(ranges):
+        return False
+    by_box = {(key, p.box): p for key, tensor in weights.items() for p in tensor.pieces}
+    places = [(space, found) for space in spaces for found in ranges[space.group, space.name]]
+    if any(
+        (found.key, found.box) not in by_box or found.start + found.box.numel > space.numel
+        for space, found in places
+    ):
+        return False
+    step = max(1, len(places) // samples)
+    for space, found in places[::step]:
+        piece = by_box[found.key, found.box]
+        count = min(FINGERPRINT_ELEMENTS, found.box.numel)
+        stored = read_elements(checkpoint, piece, 0, count)
+        main = _read_flat(checkpoint, space.states[MAIN_PARAM], found.start, count)
+        if not _same(main, stored):
+            return False
+    return True
+
+
+def read_elements(
+    checkpoint: TorchDistCheckpoint, piece: Piece[Payload], first: int, count: int
+) -> torch.Tensor:
+    """`count` elements of a piece from its `first`, as a 1-D tensor of the stored dtype."""
+    dtype = piece.payload.dtype
+    _, start = checkpoint.locate(piece.payload)
+    offset = start + (piece.start + first) * dtype.itemsize
+    data = checkpoint.read(piece.payload.item.file, offset, count * dtype.itemsize)
+    return torch.frombuffer(bytearray(data), dtype=dtype)
+
+
+def _read_flat(
+    checkpoint: TorchDistCheckpoint, stored: Sequence[Piece[Payload]], start: int, count: int
+) -> torch.Tensor:
+    result = torch.zeros(count, dtype=stored[0].payload.dtype)
+    for part in overlaps(Box((start,), (count,)), stored):
+        piece = Piece(Box((0,), (part.payload.numel,)), part.payload)
+        data = read_elements(checkpoint, piece, part.start, part.numel)
+        result[part.unit_start : part.unit_start + part.numel] = data
+    return result
+
+
+def _same(main: torch.Tensor, stored: torch.Tensor) -> bool:
+    return torch.equal(main.to(stored.dtype).view(torch.uint8), stored.view(torch.uint8))
+
+
+class _Finder:
+    """Candidates of one checkpoint by the bytes they start with."""
+
+    def __init__(self, checkpoint: TorchDistCheckpoint, weights: Mapping[str, Tensor]) -> None:
+        self._checkpoint = checkpoint
+        self._candidates = list(_chunks(weights))
+        # Shorter candidates have shorter fingerprints: one table per (dtype, length).
+        self._tables: dict[tuple[torch.dtype, int], dict[bytes, list[int]]] = {}
+        for number, candidate in enumerate(self._candidates):
+            count = min(FINGERPRINT_ELEMENTS, candidate.piece.box.numel)
+            data = read_elements(checkpoint, candidate.piece, 0, count)
+            table = self._tables.setdefault((data.dtype, count), {})
+            table.setdefault(data.view(torch.uint8).numpy().tobytes(), []).append(number)
+
+    def walk(self, space: FlatSpace, taken: set[int]) -> list[FlatRange]:
+        """Name the parameters of one space; `taken` are those already found in its group."""
+        stored = space.states[MAIN_PARAM]
+        starts = [piece.box.offsets[0] for piece in stored] if space.exact else []
+        found: list[FlatRange] = []
+        walked: list[_Candidate] = []
+        ambiguous: list[str] = []
+        at = 0
+        while at < space.numel:
+            window = _read_flat(
+                self._checkpoint,
+                stored,
+                at,
+                min(FINGERPRINT_ELEMENTS + _ALIGNMENT_ELEMENTS, space.numel - at),
+            )
+            skips = [0] if space.exact else range(min(_ALIGNMENT_ELEMENTS, len(window)))
+            hit = next(
+                ((skip, numbers) for skip in skips
+                 if (numbers := self._matches(space, stored, at + skip, window[skip:], taken))),
+                None,
+            )  # fmt: skip
+            if hit is None:
+                later = [start for start in starts if start > at]
+                if not later:
+                    self._check_end(space, at, found)
+                    break
+                at = later[0]
+                continue
+            skip, numbers = hit
+            number = self._choose(numbers, walked)
+            candidate = self._candidates[number]
+            if len(numbers) > 1:
+                ambiguous.append(candidate.key)
+            taken.add(number)
+            walked.append(candidate)
+            found.append(FlatRange(at + skip, candidate.key, candidate.piece.box))
+            at += skip + candidate.piece.box.numel
+        self._check_order(space, walked, ambiguous)
+        return found
+
+    def _matches(self, space: FlatSpace, stored: Sequence[Piece[Payload]], at: int,
+                 window: torch.Tensor, taken: set[int]) -> list[int]:  # fmt: skip
+        numbers: list[int] = []
+        for (dtype, count), table in self._tables.items():
+            if count <= len(window):
+                key = window[:count].to(dtype).view(torch.uint8).numpy().tobytes()
+                numbers += [n for n in table.get(key, ()) if n not in taken]
+        numbers = [n for n in numbers if at + self._numel(n) <= space.numel]
+        if len(numbers) > 1:
+            numbers = [n for n in numbers if self._equal(n, stored, at)]
+            longest = max((self._numel(n) for n in numbers), default=0)
+            numbers = [n for n in numbers if self._numel(n) == longest]
+        return numbers
+
+    def _numel(self, number: int) -> int:
+        return self._candidates[number].piece.box.numel
+
+    def _equal(self, number: int, stored: Sequence[Piece[Payload]], at: int) -> bool:
+        piece = self._candidates[number].piece
+        numel = piece.box.numel
+        for first in {0, max(0, numel - _COMPARE_ELEMENTS)}:
+            count = min(_COMPARE_ELEMENTS, numel)
+            weight = read_elements(self._checkpoint, piece, first, count)
+            if not _same(_read_flat(self._checkpoint, stored, at + first, count), weight):
+                return False
+        return True
+
+    def _choose(self, numbers: list[int], walked: list[_Candidate]) -> int:
+        """Among bit-identical weights, the one that the model's reverse order puts next."""
+        last = {candidate.block: candidate.order for candidate in walked}
+        ahead = [
+            n
+            for n in numbers
+            if (c := self._candidates[n]).block not in last or c.order < last[c.block]
+        ]
+        return max(ahead or numbers, key=lambda n: self._candidates[n].order)
+
+    def _check_end(self, space: FlatSpace, at: int, found: list[FlatRange]) -> None:
+        if not found or (not space.exact and space.numel - at >= _ALIGNMENT_ELEMENTS):
+            raise PlanError(
+                f"{self._checkpoint.path}: cannot tell which parameter lies at element {at} of "
+                f"{space.group}.{space.name}: no stored weight equals the rounded main parameters "
+                f"there (FP8 weights, or weights edited after the save?). {_OFFER}"
+            )
+
+    def _check_order(self, space: FlatSpace, walked: list[_Candidate],
+                     ambiguous: list[str]) -> None:  # fmt: skip
+        in_order = all(
+            a.order[:2] >= b.order[:2] for a, b in itertools.pairwise(walked) if a.block == b.block
+        )
+        if ambiguous and not in_order:
+            raise PlanError(
+                f"{self._checkpoint.path}: {ambiguous[0]} and {len(ambiguous) - 1} other tensors "
+                f"are bit-identical to another weight, and {space.group}.{space.name} does not "
+                f"follow the order of the model, so they cannot be told apart. {_OFFER}"
+            )
+
+
+def _chunks(weights: Mapping[str, Tensor]) -> Iterator[_Candidate]:
+    for key, tensor in weights.items():
+        if not tensor.dtype.is_floating_point:
+            continue
+        match = _LAYER.match(key)
+        block = match["block"] if match else key
+        part = next((i for i, names in enumerate(_PARTS) if match and names.search(key)), 0)
+        for piece in tensor.pieces:
+            offsets = piece.box.offsets
+            if piece.box.numel == 0:
+                continue
+            stacked = match is not None and match["layer"] is None
+            layer = offsets[0] if stacked else int(match["layer"]) if match else 0
+            yield _Candidate(key, piece, block, (layer, part, *offsets))
+
+
+def check_complete(
+    checkpoint: TorchDistCheckpoint, ranges: FlatMap, weights: Mapping[str, Tensor]
+) -> None:
+    """Refuse a map that leaves a chunk of a parameter out while another chunk of it is in.
+
+    Raises:
+        CheckpointError: a tensor is only partly covered by main parameters.
+    """
+    covered = {(found.key, found.box) for found in itertools.chain(*ranges.values())}
+    keys = {key for key, _ in covered}
+    for key in keys:
+        missing = [p.box for p in weights[key].pieces if (key, p.box) not in covered]
+        if missing:
+            raise CheckpointError(
+                f"{checkpoint.path}: main parameters of {key} were found for all chunks but "
+                f"{missing[0]} (+{len(missing) - 1} more). {_OFFER}"
+            )

@@ -1,0 +1,133 @@
+"""One `torch_dist` checkpoint folder: what is in it, where its bytes are, whether it is whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pma_megatron.errors import CheckpointError
+from pma_megatron.formats.base import Item
+from pma_megatron.formats.items import ItemFiles
+from pma_megatron.formats.pickles import load_inert
+from pma_megatron.formats.torch_dist.metadata import METADATA_FILE, parse, read_metadata
+
+CONFIG_FILE = "metadata.json"
+COMMON_FILE = "common.pt"
+COMMON_KEY = "common_state/shard_0_1"
+
+
+class TorchDistCheckpoint(ItemFiles):
+    """A checkpoint opened from its metadata alone.
+
+    Attributes:
+        path: the `iter_*` folder.
+        tensors: every stored tensor by key, in the order in which the trainer listed them.
+        objects: every opaque entry (`_extra_state`, `rng_state`, optimizer objects) by key.
+    """
+
+    def __init__(self, path: Path) -> None:
+        reason = _not_torch_dist(path)
+        if reason:
+            raise CheckpointError(f"{path} is not a torch_dist checkpoint: {reason}")
+        super().__init__(path)
+        self.metadata = read_metadata(path)
+        self.tensors, self.objects = parse(self.metadata, str(path / METADATA_FILE))
+
+    @cached_property
+    def common(self) -> dict[str, Any]:
+        """The common state (args, iteration, scheduler, ...) with unknown classes kept inert."""
+        value = load_inert(self.common_pickle(), what=str(self.path / COMMON_FILE))
+        # >= 0.19 stores it as an object entry, and those are lists of one.
+        return value[0] if self.common_is_entry else value
+
+    @property
+    def common_is_entry(self) -> bool:
+        """True where the common state is an entry of the `.distcp` files (core >= 0.19)."""
+        return COMMON_KEY in self.objects
+
+    @property
+    def common_item(self) -> Item:
+        """Where the common state's zip lies."""
+        if self.common_is_entry:
+            return self.objects[COMMON_KEY]
+        file = self.path / COMMON_FILE
+        if not file.is_file():
+            raise CheckpointError(
+                f"{self.path} has neither {COMMON_FILE} nor a {COMMON_KEY} entry: the common "
+                "state is missing. Restore the file or exclude this checkpoint."
+            )
+        return Item(COMMON_FILE, 0, file.stat().st_size)
+
+    def common_pickle(self) -> bytes:
+        """The common state's `data.pkl`."""
+        return self.read_record(self.common_item, "data.pkl")
+
+    def args(self) -> Mapping[str, Any]:
+        """Megatron's training arguments, {} for a checkpoint without them."""
+        saved = self.common.get("args")
+        return vars(saved) if hasattr(saved, "__dict__") else dict(saved or {})
+
+    def metadata_digest(self) -> str:
+        """SHA-256 over `.metadata`, `metadata.json` and the common state's pickle."""
+        digest = hashlib.sha256()
+        for name in (METADATA_FILE, CONFIG_FILE):
+            digest.update((self.path / name).read_bytes())
+        digest.update(self.common_pickle())
+        return digest.hexdigest()
+
+
+def completeness(path: Path) -> str | None:
+    """Why the checkpoint at `path` is not whole, or None if it is.
+
+    The order of a save is files, `.metadata`, `metadata.json`, tracker: whole means that both
+    metadata files are there, that every file is as long as `.metadata` says, and that none was
+    written after `metadata.json` (a save into an old folder leaves a stale one behind).
+    """
+    reason = _not_torch_dist(path)
+    if reason:
+        return reason
+    try:
+        tensors, objects = parse(read_metadata(path), str(path / METADATA_FILE))
+    except CheckpointError as error:
+        return str(error)
+    items = [piece.payload.item for tensor in tensors.values() for piece in tensor.pieces]
+    needed: dict[str, int] = {}
+    for item in [*items, *objects.values()]:
+        needed[item.file] = max(needed.get(item.file, 0), item.offset + item.length)
+    finished_s = (path / CONFIG_FILE).stat().st_mtime
+    for file, nbytes in sorted(needed.items()):
+        try:
+            stat = (path / file).stat()
+        except OSError:
+            return f"shard file {file} is missing"
+        if stat.st_size < nbytes:
+            return f"{file} has {stat.st_size} bytes, .metadata needs {nbytes}: truncated"
+        if stat.st_mtime > finished_s:
+            return (
+                f"{file} is newer than {CONFIG_FILE}: still being written over an older save, or "
+                f"copied without its times (then `touch {path / CONFIG_FILE}`)"
+            )
+    if COMMON_KEY not in objects and not (path / COMMON_FILE).is_file():
+        return f"{COMMON_FILE} is missing"
+    return None
+
+
+def _not_torch_dist(path: Path) -> str | None:
+    if not path.is_dir():
+        return f"{path} is not a folder"
+    config = path / CONFIG_FILE
+    if not (path / METADATA_FILE).is_file():
+        return f"no {METADATA_FILE}: still being written, or another format"
+    if not config.is_file():
+        return f"no {CONFIG_FILE}: still being written, or not saved by Megatron"
+    try:
+        backend = json.loads(config.read_text())["sharded_backend"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{CONFIG_FILE} cannot be read ({error}): damaged"
+    if backend != "torch_dist":
+        return f"{CONFIG_FILE} says {backend!r}; only 'torch_dist' is supported"
+    return None

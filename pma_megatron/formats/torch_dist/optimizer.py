@@ -1,0 +1,217 @@
+"""Every optimizer layout of megatron-core 0.12 to 0.19, re-expressed in model space.
+
+After this module no layout is special: state `param` of model key K is a global tensor of K's shape,
+made of pieces, wherever its bytes lie. Sources: megatron/core/optimizer/distrib_optimizer.py
+(`sharded_param_state_*`) and optimizer.py (Float16, FP32).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from pma_megatron.errors import CheckpointError
+from pma_megatron.formats.base import ModelSpace, Payload, Tensor
+from pma_megatron.formats.pickles import TensorRef, load_inert
+from pma_megatron.formats.torch_dist.checkpoint import TorchDistCheckpoint
+from pma_megatron.formats.torch_dist.metadata import original_shape
+from pma_megatron.geometry import Box, Piece, flat_range, overlaps
+
+MAIN_PARAM = "param"
+_NAMED = re.compile(r"^(?:chained_\d+\.)?optimizer\.state\.(?P<state>[^.]+)\.(?P<key>.+)$")
+_BUCKET = re.compile(
+    r"^(?P<group>(?:chained_\d+\.)?optimizer\.distributed\.dp_group_idx_\d+)"
+    r"\.(?P<space>gbuf_idx_\d+\.dtype_.+\.bucket_idx_\d+)\.(?P<state>[^.]+)$"
+)
+_GATHERED = re.compile(
+    r"^(?P<group>(?:chained_\d+\.)?optimizer\.distributed\.dp_group_idx_\d+)\.param_state/shard_"
+)
+_OPTIMIZER = re.compile(r"^(?:chained_\d+\.)?optimizer\.")
+
+
+def is_optimizer_key(key: str) -> bool:
+    """True for entries that belong to the optimizer, whatever its layout."""
+    return _OPTIMIZER.match(key) is not None
+
+
+@dataclass(slots=True)
+class FlatSpace:
+    """One flat buffer of a model-parallel rank: parameters in reverse order, with gaps.
+
+    `states` gives, per state name, the same flat coordinates stored in another payload. `exact` is
+    True where stored chunk boundaries are parameter boundaries (`dp_reshardable`).
+    """
+
+    group: str
+    name: str
+    numel: int
+    exact: bool
+    states: dict[str, tuple[Piece[Payload], ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class FlatRange:
+    """Elements `[start, start + box.numel)` of a flat space hold `box` of model tensor `key`."""
+
+    start: int
+    key: str
+    box: Box
+
+
+FlatMap = Mapping[tuple[str, str], Sequence[FlatRange]]
+"""(group, space name) -> the parameters that lie in it."""
+
+
+def weights_of(checkpoint: TorchDistCheckpoint) -> dict[str, Tensor]:
+    """The model tensors of a checkpoint."""
+    return {k: t for k, t in checkpoint.tensors.items() if not is_optimizer_key(k)}
+
+
+def named_states(checkpoint: TorchDistCheckpoint) -> dict[str, dict[str, Tensor]]:
+    """States stored under their model key: state -> model key -> tensor in the model's shape."""
+    states: dict[str, dict[str, Tensor]] = {}
+    for stored, tensor in checkpoint.tensors.items():
+        match = _NAMED.match(stored)
+        if match is None:
+            continue
+        state = MAIN_PARAM if match["state"] == "fp32_param" else match["state"]
+        shape = original_shape(checkpoint.metadata, stored)
+        if shape is not None and shape != tensor.shape:
+            tensor = _from_fragments(tensor, shape, stored)
+        states.setdefault(state, {})[match["key"]] = tensor
+    return states
+
+
+def _from_fragments(tensor: Tensor, shape: tuple[int, ...], stored: str) -> Tensor:
+    """Undo `fully_sharded_model_space`: stored shape is (shards per axis..., numel of a shard)."""
+    shards, local_numel = tensor.shape[:-1], tensor.shape[-1]
+    if len(shards) != len(shape) or any(d % n for d, n in zip(shape, shards, strict=True)):
+        raise CheckpointError(
+            f"{stored} has stored shape {tensor.shape} for model shape {shape}: expected one "
+            "leading axis per model axis. This layout is not known; please report it."
+        )
+    local = tuple(d // n for d, n in zip(shape, shards, strict=True))
+    pieces = []
+    for piece in tensor.pieces:
+        index, start = piece.box.offsets[:-1], piece.box.offsets[-1]
+        whole = Box(tuple(i * n for i, n in zip(index, local, strict=True)), local)
+        if whole.numel != local_numel or any(n != 1 for n in piece.box.sizes[:-1]):
+            raise CheckpointError(f"{stored} has an unexpected chunk {piece.box}")
+        for box, first in flat_range(whole, start, start + piece.box.sizes[-1]):
+            pieces.append(Piece(box, piece.payload, piece.start + first - start))
+    return Tensor(tensor.key, tensor.dtype, shape, tuple(pieces))
+
+
+def flat_spaces(checkpoint: TorchDistCheckpoint) -> list[FlatSpace]:
+    """The flat optimizer buffers of `dp_reshardable` and `dp_zero_gather_scatter` checkpoints."""
+    spaces: dict[tuple[str, str], FlatSpace] = {}
+    for stored, tensor in checkpoint.tensors.items():
+        match = _BUCKET.match(stored)
+        if match is not None:
+            at = (match["group"], match["space"])
+            space = spaces.setdefault(at, FlatSpace(*at, numel=tensor.shape[0], exact=True))
+            pieces = sorted(tensor.pieces, key=lambda piece: piece.box.offsets)
+            space.states[match["state"]] = tuple(pieces)
+    for key in checkpoint.objects:
+        match = _GATHERED.match(key)
+        if match is not None:
+            for space in _gathered_spaces(checkpoint, key, match["group"]):
+                spaces[space.group, space.name] = space
+    return list(spaces.values())
+
+
+def _gathered_spaces(checkpoint: TorchDistCheckpoint, key: str, group: str) -> list[FlatSpace]:
+    item = checkpoint.objects[key]
+    value = load_inert(checkpoint.read_record(item, "data.pkl"), what=f"{checkpoint.path}: {key}")
+    value = value[0] if isinstance(value, list) else value
+    spaces = []
+    for buffer, by_dtype in value.items():
+        if not isinstance(by_dtype, dict):
+            continue  # flags such as buckets_coalesced
+        for dtype, tensors in by_dtype.items():
+            refs = {name: t for name, t in tensors.items() if isinstance(t, TensorRef)}
+            numel = refs[MAIN_PARAM].size[0]
+            space = FlatSpace(group, f"gbuf_idx_{buffer}.dtype_{dtype}", numel, exact=False)
+            for name, ref in refs.items():
+                if ref.size != (numel,) or not ref.is_contiguous():
+                    continue  # a scalar step, or something that is not a flat state
+                payload = Payload(
+                    item, ref.storage.dtype, ref.storage.numel, f"data/{ref.storage.key}"
+                )
+                space.states[name] = (Piece(Box((0,), (numel,)), payload, ref.offset),)
+            spaces.append(space)
+    return spaces
+
+
+def states_from_flat(
+    spaces: Sequence[FlatSpace], ranges: FlatMap, weights: Mapping[str, Tensor]
+) -> dict[str, dict[str, Tensor]]:
+    """Express flat buffers in model space, given which parameter lies where."""
+    pieces: dict[tuple[str, str], list[Piece[Payload]]] = {}
+    replicas: dict[tuple[str, str], list[Piece[Payload]]] = {}
+    seen: set[tuple[str, str, Box]] = set()
+    for space in spaces:
+        for state, stored in space.states.items():
+            for found in ranges[space.group, space.name]:
+                mark = (state, found.key, found.box)
+                into = replicas if mark in seen else pieces
+                seen.add(mark)
+                into.setdefault((state, found.key), []).extend(_cut(found, stored))
+    states: dict[str, dict[str, Tensor]] = {}
+    for (state, key), own in pieces.items():
+        extra = tuple(replicas.get((state, key), ()))
+        states.setdefault(state, {})[key] = Tensor(
+            key, own[0].payload.dtype, weights[key].shape, tuple(own), extra
+        )
+    return states
+
+
+def _cut(found: FlatRange, stored: Sequence[Piece[Payload]]) -> list[Piece[Payload]]:
+    """The stored chunks under one parameter, as boxes of its model tensor."""
+    wanted = Box((found.start,), (found.box.numel,))
+    result = []
+    for part in overlaps(wanted, stored):
+        for box, first in flat_range(found.box, part.unit_start, part.unit_start + part.numel):
+            result.append(Piece(box, part.payload, part.start + first - part.unit_start))
+    return result
+
+
+def layout_kind(checkpoint: TorchDistCheckpoint) -> str:
+    """The optimizer layout by what is stored, never by what a configuration claims."""
+    kinds = set()
+    for key in checkpoint.tensors:
+        if _BUCKET.match(key):
+            kinds.add("dp_reshardable")
+        elif (match := _NAMED.match(key)) is not None:
+            if original_shape(checkpoint.metadata, key) is not None:
+                kinds.add("fully_sharded_model_space")
+            else:
+                kinds.add("float16" if match["state"] == "fp32_param" else "named")
+    if any(_GATHERED.match(key) for key in checkpoint.objects):
+        kinds.add("dp_zero_gather_scatter")
+    if "fully_sharded_model_space" in kinds:
+        return "fully_sharded_model_space"
+    if kinds == {"named"}:
+        named = {m["state"] for m in map(_NAMED.match, checkpoint.tensors) if m}
+        return "fully_reshardable" if MAIN_PARAM in named else "fp32"
+    if kinds == {"named", "float16"}:
+        return "float16"
+    return "+".join(sorted(kinds)) or "none"
+
+
+def model_space(
+    checkpoint: TorchDistCheckpoint, ranges: FlatMap, spaces: Sequence[FlatSpace]
+) -> ModelSpace:
+    """The checkpoint in model space.
+
+    Args:
+        checkpoint: the opened checkpoint.
+        ranges: where parameters lie in `spaces` (`buckets.derive`); empty without flat buffers.
+        spaces: `flat_spaces(checkpoint)`.
+    """
+    weights = weights_of(checkpoint)
+    states = named_states(checkpoint)
+    for state, tensors in states_from_flat(spaces, ranges, weights).items():
+        states.setdefault(state, {}).update(tensors)
+    return ModelSpace(weights, states, layout_kind(checkpoint))

@@ -1,0 +1,236 @@
+"""The layout of a merged checkpoint: the newest source's files, with new payloads in them.
+
+Items that keep all their bytes are copied as they are; items with new payloads are laid out afresh
+(the same records, and the sizes that the new dtypes need). Nothing is written here: the result says
+what goes where.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import MetadataIndex
+
+from pma_megatron.formats.base import Item, Payload
+from pma_megatron.formats.output import OutputItem, OutputLayout, Place
+from pma_megatron.formats.pickles import TensorRef, dump_inert, load_inert, new_tensor
+from pma_megatron.formats.torch_dist.checkpoint import (
+    COMMON_FILE,
+    COMMON_KEY,
+    CONFIG_FILE,
+    TorchDistCheckpoint,
+)
+from pma_megatron.formats.torch_dist.metadata import METADATA_FILE, dump_metadata
+from pma_megatron.formats.torch_dist.optimizer import is_optimizer_key
+from pma_megatron.formats.zips import Skeleton, lay_out
+
+_PER_RUN = ("integrity", "pma.json")  # names of files that describe the source's own bytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Changes:
+    """What an output has that its base has not.
+
+    Attributes:
+        payloads: base payloads that get new bytes, with their new dtype.
+        drop: entries left out.
+        optimizer: `keep`, `reset` (step counters to zero) or `drop` (no optimizer, no scheduler, as
+            Megatron's --no-save-optim writes).
+    """
+
+    payloads: Mapping[Payload, torch.dtype]
+    drop: frozenset[str]
+    optimizer: str
+
+
+@dataclass(slots=True)
+class _Build:
+    base: TorchDistCheckpoint
+    changes: Changes
+    sizes: dict[str, int] = field(default_factory=dict)
+    items: list[OutputItem] = field(default_factory=list)
+    places: dict[Payload, Place] = field(default_factory=dict)
+    moved: dict[Item, Item] = field(default_factory=dict)
+
+
+def output_layout(base: TorchDistCheckpoint, changes: Changes) -> OutputLayout:
+    """Lay out a merged checkpoint after `base`."""
+    build = _Build(base, changes)
+    by_item: dict[Item, list[Payload]] = {}
+    for payload in changes.payloads:
+        by_item.setdefault(payload.item, []).append(payload)
+    dropped = {i.index for i in _entries(base) if i.key in changes.drop}
+    entries = [e for e in _entries(base) if e.index not in dropped]
+    for entry in sorted(entries, key=lambda e: (e.item.file, e.item.offset)):
+        if entry.item in by_item:
+            _relay(build, entry, by_item[entry.item])
+        elif (edited := _edited(base, entry.key, changes)) is not None:
+            _place_edited(build, entry.item, edited)
+        else:
+            _place_copy(build, entry.item)
+    small = _small_files(build, {e.index: build.moved[e.item] for e in entries})
+    return OutputLayout(
+        files=dict(build.sizes), items=tuple(build.items), places=build.places, small_files=small,
+        last_file=CONFIG_FILE,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    key: str
+    index: MetadataIndex
+    item: Item
+
+
+def _entries(base: TorchDistCheckpoint) -> list[_Entry]:
+    result = []
+    for key, tensor in base.tensors.items():
+        for piece in tensor.pieces:
+            index = MetadataIndex(key, torch.Size(piece.box.offsets))
+            result.append(_Entry(key, index, piece.payload.item))
+    for key, item in base.objects.items():
+        result.append(_Entry(key, MetadataIndex(key), item))
+    return result
+
+
+def _reserve(build: _Build, base_item: Item, length: int) -> Item:
+    offset = build.sizes.get(base_item.file, 0)
+    build.sizes[base_item.file] = offset + length
+    placed = Item(base_item.file, offset, length)
+    build.moved[base_item] = placed
+    return placed
+
+
+def _place_copy(build: _Build, item: Item) -> None:
+    placed = _reserve(build, item, item.length)
+    build.items.append(OutputItem(placed, None, item, {}))
+
+
+def _relay(build: _Build, entry: _Entry, payloads: list[Payload]) -> None:
+    """An item with new payloads: a tensor of its own, or one object holding many."""
+    if payloads[0].record is None:
+        dtype = build.changes.payloads[payloads[0]]
+        sizes = next(
+            p.box.sizes for p in build.base.tensors[entry.key].pieces if p.payload == payloads[0]
+        )
+        skeleton = lay_out(
+            dump_inert(new_tensor(sizes, dtype)), [("0", payloads[0].numel * dtype.itemsize)]
+        )
+        placed = _reserve(build, entry.item, skeleton.length)
+        start = placed.offset + skeleton.payloads["data/0"][0]
+        build.places[payloads[0]] = Place(placed.file, start, dtype, payloads[0].numel, "data/0",
+                                          len(build.items))  # fmt: skip
+        build.items.append(OutputItem(placed, skeleton, None, {}))
+        return
+    records = build.base.records(entry.item)
+    names = [name for name in records if name.startswith("data/")]
+    pickle_bytes = build.base.read_record(entry.item, "data.pkl")
+    skeleton = lay_out(pickle_bytes, [(n.partition("/")[2], records[n].nbytes) for n in names])
+    placed = _reserve(build, entry.item, skeleton.length)
+    new = {payload.record: payload for payload in payloads}
+    kept = {n: (entry.item.offset + records[n].start, records[n].crc32)
+            for n in names if n not in new}  # fmt: skip
+    for name, payload in new.items():
+        assert name is not None
+        start = placed.offset + skeleton.payloads[name][0]
+        build.places[payload] = Place(placed.file, start, payload.dtype, payload.numel, name,
+                                      len(build.items))  # fmt: skip
+    build.items.append(OutputItem(placed, skeleton, entry.item, kept))
+
+
+def _place_edited(build: _Build, item: Item, edited: bytes) -> None:
+    placed = _reserve(build, item, len(edited))
+    build.items.append(OutputItem(placed, None, None, {}, literal=edited))
+
+
+def _edited(base: TorchDistCheckpoint, key: str, changes: Changes) -> bytes | None:
+    """New bytes of a small object that the optimizer policy changes, or None."""
+    if key == COMMON_KEY:
+        return _edited_common(base, changes)
+    if changes.optimizer == "reset" and is_optimizer_key(key) and ".optimizer/shard" in key:
+        item = base.objects[key]
+        value = load_inert(base.read_record(item, "data.pkl"), what=f"{base.path}: {key}")
+        return _saved(base, item, value, _reset_steps(value))
+    return None
+
+
+def _edited_common(base: TorchDistCheckpoint, changes: Changes) -> bytes | None:
+    if changes.optimizer == "keep":
+        return None
+    value = load_inert(base.common_pickle(), what=str(base.path / COMMON_FILE))
+    common = value[0] if base.common_is_entry else value
+    zero: set[str] = set()
+    if changes.optimizer == "drop":
+        for name in ("optimizer", "opt_param_scheduler"):
+            common.pop(name, None)
+    else:
+        zero = _reset_steps(common.get("optimizer"))
+    return _saved(base, base.common_item, value, zero)
+
+
+def _reset_steps(value: Any) -> set[str]:
+    """Set every step counter in `value` to zero; returns the storages of those that are tensors."""
+    zero: set[str] = set()
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            if name in ("step", "common_step"):
+                if isinstance(inner, TensorRef):
+                    zero.add(inner.storage.key)
+                elif isinstance(inner, (int, float)):
+                    value[name] = type(inner)(0)
+            else:
+                zero |= _reset_steps(inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            zero |= _reset_steps(inner)
+    return zero
+
+
+def _saved(base: TorchDistCheckpoint, item: Item, value: Any, zero: set[str]) -> bytes:
+    """The whole zip of a small edited object."""
+    records = base.records(item)
+    data = {n: base.read_record(item, n) for n in records if n.startswith("data/")}
+    data = {n: bytes(len(b)) if n.partition("/")[2] in zero else b for n, b in data.items()}
+    skeleton = lay_out(dump_inert(value), [(n.partition("/")[2], len(b)) for n, b in data.items()])
+    return fill(skeleton, data)
+
+
+def fill(skeleton: Skeleton, data: Mapping[str, bytes]) -> bytes:
+    """A zip in memory: `skeleton` with its payloads."""
+    from isal import isal_zlib
+
+    result = bytearray(skeleton.length)
+    for name, content in data.items():
+        start, nbytes = skeleton.payloads[name]
+        result[start : start + nbytes] = content
+    crcs = {name: isal_zlib.crc32(content) for name, content in data.items()}
+    for offset, content in skeleton.structure(crcs):
+        result[offset : offset + len(content)] = content
+    return bytes(result)
+
+
+def _small_files(build: _Build, places: Mapping[MetadataIndex, Item]) -> OrderedDict[str, bytes]:
+    """Files beside the shards, in the order in which a save writes them: markers last."""
+    base, changes = build.base, build.changes
+    small: OrderedDict[str, bytes] = OrderedDict()
+    if not base.common_is_entry:
+        edited = _edited_common(base, changes)
+        small[COMMON_FILE] = edited or (base.path / COMMON_FILE).read_bytes()
+    known = {COMMON_FILE, METADATA_FILE, CONFIG_FILE, *(e.item.file for e in _entries(base))}
+    for path in sorted(base.path.rglob("*")):
+        name = path.relative_to(base.path).as_posix()
+        if path.is_file() and name not in known and not any(mark in name for mark in _PER_RUN):
+            small[name] = path.read_bytes()
+    dtypes = {}
+    for key, tensor in base.tensors.items():
+        new = {changes.payloads.get(p.payload) for p in tensor.pieces} - {None}
+        if new and new != {tensor.dtype}:
+            dtypes[key] = new.pop()
+    small[METADATA_FILE] = dump_metadata(base.metadata, places, set(changes.drop), dtypes)
+    small[CONFIG_FILE] = (base.path / CONFIG_FILE).read_bytes()
+    return small

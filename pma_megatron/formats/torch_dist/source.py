@@ -1,0 +1,90 @@
+"""Open one `torch_dist` checkpoint as a source of a merge."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pma_megatron.errors import CheckpointError, PlanError
+from pma_megatron.formats.source import Source
+from pma_megatron.formats.torch_dist import buckets
+from pma_megatron.formats.torch_dist.checkpoint import (
+    COMMON_KEY,
+    TorchDistCheckpoint,
+    completeness,
+)
+from pma_megatron.formats.torch_dist.optimizer import (
+    FlatMap,
+    flat_spaces,
+    is_optimizer_key,
+    model_space,
+    weights_of,
+)
+
+_TOPOLOGY = (
+    ("TP", "tensor_model_parallel_size"),
+    ("PP", "pipeline_model_parallel_size"),
+    ("VPP", "virtual_pipeline_model_parallel_size"),
+    ("EP", "expert_model_parallel_size"),
+    ("DP", "data_parallel_size"),
+)
+
+
+def read_source(path: str, ranges: FlatMap, main_params: bool) -> Source:
+    """Open the checkpoint at `path` and express it in model space.
+
+    Args:
+        path: the `iter_*` folder.
+        ranges: the flat map of the newest source ({} for that one itself): reused where it fits.
+        main_params: False reads no optimizer layout (weights alone are averaged).
+
+    Raises:
+        CheckpointError: incomplete or damaged.
+        PlanError: main parameters cannot be told apart in its flat buffers.
+    """
+    folder = Path(path)
+    reason = completeness(folder)
+    if reason:
+        raise CheckpointError(f"{path} is not complete: {reason}. Exclude it, or restore it.")
+    checkpoint = TorchDistCheckpoint(folder)
+    args = checkpoint.args()
+    topology = _topology(args)
+    experts = (args.get("moe_router_topk"), args.get("num_experts"))
+    weights = weights_of(checkpoint)
+    spaces = flat_spaces(checkpoint) if main_params else []
+    found: FlatMap = {}
+    if spaces:
+        try:
+            fits = bool(ranges) and buckets.holds(checkpoint, spaces, weights, ranges)
+            found = ranges if fits else buckets.derive(checkpoint, spaces, weights)
+            buckets.check_complete(checkpoint, found, weights)
+        except PlanError as error:
+            raise PlanError(f"{error} (saved with {topology})") from error
+    return Source(
+        path=path,
+        space=model_space(checkpoint, found, spaces),
+        objects=tuple(k for k in checkpoint.objects if k != COMMON_KEY),
+        optimizer_keys=frozenset(
+            k for k in (*checkpoint.tensors, *checkpoint.objects) if is_optimizer_key(k)
+        ),
+        metadata_digest=checkpoint.metadata_digest(),
+        ranges=found,
+        topology=topology,
+        experts=experts if all(isinstance(n, int) and n > 0 for n in experts) else None,
+        stamps=_stamps(checkpoint),
+    )
+
+
+def _stamps(checkpoint: TorchDistCheckpoint) -> dict[str, tuple[int, int]]:
+    stamps = {}
+    for path in sorted(checkpoint.path.iterdir()):
+        if path.is_file():
+            stat = path.stat()
+            stamps[path.name] = (stat.st_size, stat.st_mtime_ns)
+    return stamps
+
+
+def _topology(args: Mapping[str, Any]) -> str:
+    known = [f"{short}{args[name]}" for short, name in _TOPOLOGY if args.get(name)]
+    return " ".join(known) or "unknown parallel sizes"

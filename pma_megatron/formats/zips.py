@@ -1,0 +1,198 @@
+"""The zip that `torch.save` writes: find the tensor payloads inside it, and lay out a new one.
+
+Payloads are stored uncompressed, so a slice of a tensor is a byte range of the file. torch writes
+sizes only into the central directory at the END of the zip (APPNOTE.TXT 4.3.12), so an index costs
+two small reads, whatever the payload's size. Source of the layout: caffe2/serialize/inline_container.cc.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from isal import isal_zlib
+
+from pma_megatron.errors import CheckpointError
+
+ALIGNMENT_BYTES = 64
+_LOCAL = struct.Struct("<4s5H3I2H")
+_CENTRAL = struct.Struct("<4s6H3I5H2I")
+_END = struct.Struct("<4s4H2IH")
+_END64 = struct.Struct("<4sQ2H2I4Q")
+_LOCATOR64 = struct.Struct("<4sIQI")
+_LIMIT = 0xFFFFFFFF
+_TAIL_BYTES = 4096
+
+ReadAt = Callable[[int, int], bytes]
+"""(offset from the start of the zip, number of bytes) -> bytes, shorter only at the end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One file of the zip: `start` is where its bytes begin, relative to the zip's first byte."""
+
+    name: str
+    start: int
+    nbytes: int
+    crc32: int
+
+
+def read_records(read_at: ReadAt, length: int, *, what: str) -> dict[str, Record]:
+    """Index a zip of `length` bytes by record name without its first folder (`data/0`).
+
+    Raises:
+        CheckpointError: it is not a zip of stored records, or it is cut short.
+    """
+    try:
+        return _read_records(read_at, length)
+    except (struct.error, ValueError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"{what} is not a readable torch.save item ({error}): the file is truncated or "
+            "damaged. Exclude this checkpoint or restore the file."
+        ) from error
+
+
+def _read_records(read_at: ReadAt, length: int) -> dict[str, Record]:
+    tail_start = max(0, length - _TAIL_BYTES)
+    tail = read_at(tail_start, length - tail_start)
+    end = tail.rfind(b"PK\x05\x06")
+    if len(tail) != length - tail_start or end < 0:
+        raise ValueError("no end-of-directory record")
+    _, _, _, _, count, size, offset, _ = _END.unpack_from(tail, end)
+    if count == 0xFFFF or size == _LIMIT or offset == _LIMIT:
+        signature, _, at, _ = _LOCATOR64.unpack_from(tail, end - _LOCATOR64.size)
+        if signature != b"PK\x06\x07":
+            raise ValueError("no zip64 locator")
+        _, _, _, _, _, _, _, count, size, offset = _END64.unpack(read_at(at, _END64.size))
+    inside = offset >= tail_start
+    directory = tail[offset - tail_start :][:size] if inside else read_at(offset, size)
+    records, at = {}, 0
+    for _ in range(count):
+        entry = _CENTRAL.unpack_from(directory, at)
+        name_len, extra_len, comment_len = entry[10], entry[11], entry[12]
+        at += _CENTRAL.size
+        name = directory[at : at + name_len].decode()
+        extra = directory[at + name_len : at + name_len + extra_len]
+        at += name_len + extra_len + comment_len
+        if entry[0] != b"PK\x01\x02" or entry[4] != 0:
+            raise ValueError(f"record {name!r} is compressed or damaged")
+        packed, nbytes, header = _zip64_sizes(extra, entry[8], entry[9], entry[16])
+        local = _LOCAL.unpack(read_at(header, _LOCAL.size))
+        start = header + _LOCAL.size + local[9] + local[10]
+        if local[0] != b"PK\x03\x04" or packed != nbytes or start + nbytes > offset:
+            raise ValueError(f"record {name!r} does not lie where the directory says")
+        short = name.partition("/")[2]
+        records[short] = Record(short, start, nbytes, entry[7])
+    return records
+
+
+def _zip64_sizes(extra: bytes, packed: int, nbytes: int, header: int) -> tuple[int, int, int]:
+    values = [nbytes, packed, header]  # the order in which the extra field holds them
+    at = 0
+    while at + 4 <= len(extra):
+        kind, size = struct.unpack_from("<2H", extra, at)
+        if kind == 1:
+            wide = [i for i, value in enumerate(values) if value == _LIMIT]
+            numbers = struct.unpack_from(f"<{len(wide)}Q", extra, at + 4)
+            for i, number in zip(wide, numbers, strict=True):
+                values[i] = number
+        at += 4 + size
+    return values[1], values[0], values[2]
+
+
+@dataclass(frozen=True, slots=True)
+class Skeleton:
+    """A zip to be written: where each payload goes, and everything around the payloads.
+
+    Attributes:
+        length: bytes of the whole zip.
+        payloads: record name -> (start relative to the zip, bytes).
+    """
+
+    length: int
+    payloads: Mapping[str, tuple[int, int]]
+    _records: tuple[tuple[str, int, int, bytes | None, int], ...]  # name, header, start, data, n
+    _directory_start: int
+
+    def structure(self, crcs: Mapping[str, int]) -> list[tuple[int, bytes]]:
+        """All bytes but the payloads, as (offset, bytes), once the payloads' CRC-32 are known."""
+        pieces: list[tuple[int, bytes]] = []
+        directory = b""
+        for name, header, start, data, nbytes in self._records:
+            crc = crcs[name] if data is None else isal_zlib.crc32(data)
+            full = f"archive/{name}".encode()
+            local_extra = _extra(header, start, len(full), nbytes)
+            wide = nbytes >= _LIMIT
+            size = _LIMIT if wide else nbytes
+            local = _LOCAL.pack(
+                b"PK\x03\x04", 45 if wide else 20, 0, 0, 0, 0, crc, size, size, len(full),
+                len(local_extra),
+            )  # fmt: skip
+            pieces.append((header, local + full + local_extra + (data or b"")))
+            directory += _central_entry(full, crc, nbytes, header)
+        end = _end_records(len(self._records), len(directory), self._directory_start)
+        pieces.append((self._directory_start, directory + end))
+        return pieces
+
+
+def lay_out(pickle_bytes: bytes, payloads: Sequence[tuple[str, int]]) -> Skeleton:
+    """Lay out the zip of one `torch.save`.
+
+    Args:
+        pickle_bytes: the content of `data.pkl`.
+        payloads: (storage key, bytes) of each tensor storage, in the order of the file.
+    """
+    small: list[tuple[str, bytes | None, int]] = [
+        ("data.pkl", pickle_bytes, len(pickle_bytes)),
+        (".format_version", b"1", 1),
+        (".storage_alignment", str(ALIGNMENT_BYTES).encode(), 2),
+        ("byteorder", b"little", 6),
+    ]
+    big: list[tuple[str, bytes | None, int]] = [(f"data/{k}", None, n) for k, n in payloads]
+    records, starts, at = [], {}, 0
+    for name, data, nbytes in [*small, *big, ("version", b"3\n", 2)]:
+        fixed = _LOCAL.size + len(f"archive/{name}") + (20 if nbytes >= _LIMIT else 0)
+        start = at + fixed
+        if data is None:  # an aligned payload can be mapped into memory by torch.load(mmap=True)
+            start += 4
+            start += -start % ALIGNMENT_BYTES
+            starts[name] = (start, nbytes)
+        records.append((name, at, start, data, nbytes))
+        at = start + nbytes
+    directory_bytes = sum(
+        len(_central_entry(f"archive/{name}".encode(), 0, nbytes, header))
+        for name, header, _, _, nbytes in records
+    )
+    end = _end_records(len(records), directory_bytes, at)
+    return Skeleton(at + directory_bytes + len(end), starts, tuple(records), at)
+
+
+def _extra(header: int, start: int, name_bytes: int, nbytes: int) -> bytes:
+    extra = struct.pack("<2H2Q", 1, 16, nbytes, nbytes) if nbytes >= _LIMIT else b""
+    padding = start - header - _LOCAL.size - name_bytes - len(extra)
+    return extra + (
+        struct.pack("<2s H", b"FB", padding - 4) + b"Z" * (padding - 4) if padding else b""
+    )
+
+
+def _central_entry(name: bytes, crc: int, nbytes: int, header: int) -> bytes:
+    wide = [value for value in (nbytes, nbytes, header) if value >= _LIMIT]
+    extra = struct.pack(f"<2H{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
+    size, at = min(nbytes, _LIMIT), min(header, _LIMIT)
+    version = 45 if wide else 20
+    entry = _CENTRAL.pack(
+        b"PK\x01\x02", version, version, 0, 0, 0, 0, crc, size, size, len(name), len(extra),
+        0, 0, 0, 0, at,
+    )  # fmt: skip
+    return entry + name + extra
+
+
+def _end_records(count: int, directory_bytes: int, directory_start: int) -> bytes:
+    if directory_start < _LIMIT and count < 0xFFFF:
+        return _END.pack(b"PK\x05\x06", 0, 0, count, count, directory_bytes, directory_start, 0)
+    end64 = _END64.pack(
+        b"PK\x06\x06", 44, 45, 45, 0, 0, count, count, directory_bytes, directory_start
+    )
+    locator = _LOCATOR64.pack(b"PK\x06\x07", 0, directory_start + directory_bytes, 1)
+    return end64 + locator + _END.pack(b"PK\x05\x06", 0, 0, 0xFFFF, 0xFFFF, _LIMIT, _LIMIT, 0)

@@ -1,0 +1,209 @@
+"""Boxes of a global tensor and the bytes that hold them: pure arithmetic, no torch, no files.
+
+Every stored tensor, whatever the layout, is a list of `Piece`s: a box of the tensor's global index
+space whose elements lie in row-major order, without gaps, somewhere in a payload. Sharding over
+TP, PP, EP or DP, flat optimizer buckets and another chunking all come down to other pieces.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+P = TypeVar("P")
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A box `[offsets, offsets + sizes)` of a global tensor; `()` is a scalar."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.sizes)
+
+    def intersect(self, other: Box) -> Box | None:
+        """The common box, or None."""
+        offsets, sizes = [], []
+        for a, n, b, m in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True):
+            low, high = max(a, b), min(a + n, b + m)
+            if low >= high:
+                return None
+            offsets.append(low)
+            sizes.append(high - low)
+        return Box(tuple(offsets), tuple(sizes))
+
+
+@dataclass(frozen=True, slots=True)
+class Piece(Generic[P]):
+    """A box whose elements lie row-major at elements `[start, start + box.numel)` of `payload`."""
+
+    box: Box
+    payload: P
+    start: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Part(Generic[P]):
+    """The overlap of a wanted box with a piece, as strided views of both.
+
+    `sizes` is the overlap's shape; `unit_start`/`unit_strides` place it in a row-major buffer of the
+    wanted box, `start`/`strides` in the piece's payload. All count elements.
+    """
+
+    payload: P
+    sizes: tuple[int, ...]
+    unit_start: int
+    unit_strides: tuple[int, ...]
+    start: int
+    strides: tuple[int, ...]
+
+    @property
+    def span(self) -> int:
+        """Elements from the first to the last one of the overlap, in the payload."""
+        return _span(self.sizes, self.strides)
+
+    @property
+    def unit_span(self) -> int:
+        """The same in the wanted box's buffer."""
+        return _span(self.sizes, self.unit_strides)
+
+    @property
+    def numel(self) -> int:
+        """Number of elements of the overlap."""
+        return math.prod(self.sizes)
+
+    def halves(self) -> tuple[Part[P], Part[P]]:
+        """Two parts cut along the first axis longer than one."""
+        axis = next(i for i, size in enumerate(self.sizes) if size > 1)
+        half = self.sizes[axis] // 2
+        sizes = list(self.sizes)
+        sizes[axis] = half
+        rest = list(self.sizes)
+        rest[axis] -= half
+        unit_start = self.unit_start + half * self.unit_strides[axis]
+        start = self.start + half * self.strides[axis]
+        return (
+            Part(self.payload, tuple(sizes), self.unit_start, self.unit_strides, self.start,
+                 self.strides),
+            Part(self.payload, tuple(rest), unit_start, self.unit_strides, start, self.strides),
+        )  # fmt: skip
+
+
+def row_major_strides(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Strides in elements of a contiguous tensor of shape `sizes`."""
+    strides, count = [], 1
+    for size in reversed(sizes):
+        strides.append(count)
+        count *= size
+    return tuple(reversed(strides))
+
+
+def overlaps(box: Box, pieces: Iterable[Piece[P]]) -> list[Part[P]]:
+    """Every overlap of `box` with `pieces`."""
+    unit_strides = row_major_strides(box.sizes)
+    parts = []
+    for piece in pieces:
+        common = box.intersect(piece.box)
+        if common is None:
+            continue
+        strides = row_major_strides(piece.box.sizes)
+        inside = _dot(common.offsets, box.offsets, unit_strides)
+        start = piece.start + _dot(common.offsets, piece.box.offsets, strides)
+        parts.append(Part(piece.payload, common.sizes, inside, unit_strides, start, strides))
+    return parts
+
+
+def slices(box: Box, limit: int) -> Iterator[Box]:
+    """Cut `box` into boxes of at most `limit` elements, each contiguous in the box's row order."""
+    axis, rows = 0, 1
+    for axis in range(len(box.sizes)):
+        row = math.prod(box.sizes[axis + 1 :])
+        if row <= limit:
+            rows = max(1, limit // max(row, 1))
+            break
+    else:
+        yield box
+        return
+    outer = [range(size) for size in box.sizes[:axis]]
+    for index in itertools.product(*outer):
+        head = tuple(o + i for o, i in zip(box.offsets[:axis], index, strict=True))
+        for first in range(0, box.sizes[axis], rows):
+            count = min(rows, box.sizes[axis] - first)
+            offsets = (*head, box.offsets[axis] + first, *box.offsets[axis + 1 :])
+            yield Box(offsets, (*(1,) * axis, count, *box.sizes[axis + 1 :]))
+
+
+def flat_range(box: Box, start: int, stop: int) -> list[tuple[Box, int]]:
+    """Elements `[start, stop)` of `box` in row-major order as boxes, each with its first index."""
+    if start >= stop:
+        return []
+    if start == 0 and stop == box.numel:
+        return [(box, 0)]
+    row = math.prod(box.sizes[1:])
+    first, last = -(-start // row), stop // row
+    result = []
+
+    def rows(low: int, high: int) -> Box:
+        return Box((box.offsets[0] + low, *box.offsets[1:]), (high - low, *box.sizes[1:]))
+
+    def within(index: int, low: int, high: int) -> None:
+        if low < high:
+            inner = Box(box.offsets[1:], box.sizes[1:])
+            for part, at in flat_range(inner, low, high):
+                whole = Box((box.offsets[0] + index, *part.offsets), (1, *part.sizes))
+                result.append((whole, index * row + at))
+
+    if first > last:  # the range lies within one row
+        within(last, start - last * row, stop - last * row)
+        return result
+    if start < first * row:
+        within(first - 1, start - (first - 1) * row, row)
+    if first < last:
+        result.append((rows(first, last), first * row))
+    within(last, 0, stop - last * row)
+    return result
+
+
+class PieceIndex(Generic[P]):
+    """Finds the pieces that touch a box without looking at all of them.
+
+    A stacked MoE tensor has layers x experts pieces, and every one of them is asked for once per
+    source: an exact match is a dictionary look-up, anything else a search along the first axis.
+    """
+
+    def __init__(self, pieces: Iterable[Piece[P]], *, disjoint: bool = True) -> None:
+        """Index `pieces`; `disjoint` False where they may overlap (replicas, several targets)."""
+        self._pieces = sorted(pieces, key=lambda piece: piece.box.offsets)
+        self._exact = {piece.box: piece for piece in self._pieces} if disjoint else {}
+        self._starts = [piece.box.offsets[0] if piece.box.offsets else 0 for piece in self._pieces]
+        self._longest = max((p.box.sizes[0] for p in self._pieces if p.box.sizes), default=1)
+
+    def touching(self, box: Box) -> list[Piece[P]]:
+        """Pieces that overlap `box`."""
+        if box in self._exact:
+            return [self._exact[box]]
+        if not box.offsets:
+            return list(self._pieces)
+        low = bisect_left(self._starts, box.offsets[0] - self._longest + 1)
+        high = bisect_left(self._starts, box.offsets[0] + box.sizes[0])
+        return [p for p in self._pieces[low:high] if p.box.intersect(box) is not None]
+
+    def covers(self, box: Box) -> bool:
+        """True if every element of `box` lies in a piece (pieces must not overlap each other)."""
+        return sum(part.numel for part in overlaps(box, self.touching(box))) == box.numel
+
+
+def _dot(offsets: Sequence[int], base: Sequence[int], strides: Sequence[int]) -> int:
+    return sum((o - b) * s for o, b, s in zip(offsets, base, strides, strict=True))
+
+
+def _span(sizes: Sequence[int], strides: Sequence[int]) -> int:
+    return 1 + sum((n - 1) * s for n, s in zip(sizes, strides, strict=True))

@@ -1,0 +1,181 @@
+"""discover -> select -> plan -> merge -> verify -> publish, for the offline job."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from pma_megatron import engine, memory, publish, report, verification
+from pma_megatron.comm import Comm
+from pma_megatron.errors import CheckpointError, UsageError
+from pma_megatron.faultpoints import point
+from pma_megatron.planning import MergePlan, make_plan
+from pma_megatron.publish import Target
+from pma_megatron.report import MergeReport, describe_plan
+from pma_megatron.request import MergeRequest
+
+_log = logging.getLogger(__name__)
+
+Show = Callable[[str, int], AbstractContextManager[engine.Progress]]
+"""(stage, total bytes of this rank) -> context that yields a progress callback."""
+
+
+@contextlib.contextmanager
+def silent(stage: str, total_bytes: int) -> Iterator[engine.Progress]:
+    """Show nothing."""
+    yield lambda _: None
+
+
+def merge(request: MergeRequest, comm: Comm | None = None, show: Show = silent) -> MergeReport:
+    """Merge checkpoints into new ones that Megatron resumes from. Every rank makes this call.
+
+    Args:
+        request: what to merge, how, and where to.
+        comm: the ranks; by default those of the current process group.
+        show: shows progress.
+
+    Raises:
+        UsageError, SelectionError, CheckpointError, PlanError, PublishError: the request cannot be
+            met; nothing was published and no source was touched.
+        VerifyError: the result is not what it must be; nothing was published.
+        RankError: another rank failed.
+    """
+    if request.save is None:
+        raise UsageError("merge needs --save, the folder for the merged checkpoint")
+    comm = comm or Comm(request.merge_parallel_size)
+    baseline = memory.resident_bytes()
+    memory.reset_peak()
+    clock = _Clock()
+    made = make_plan(request, comm)
+    token = comm.broadcast(publish.new_token())
+    wanted = publish.targets(made, request.save, token)
+    comm.on_main("refuse", lambda: publish.refuse(made, wanted))
+    clock.lap("plan")
+    with contextlib.ExitStack() as stack:
+        comm.on_main("lock", lambda: stack.enter_context(publish.locked(wanted)) and None)
+        stack.callback(_discard, comm, wanted)
+        read, written = _fill(made, wanted, comm, show, clock)
+        checks = tuple(
+            verification.verify_output(made, output, target.staging, comm)
+            for output, target in zip(made.outputs, wanted, strict=True)
+        )
+        clock.lap("verify")
+        comm.on_main("publish", lambda: _publish(made, wanted, comm))
+        clock.lap("publish")
+    peaks = comm.gather(max(0, memory.peak_resident_bytes() - baseline))
+    return MergeReport(
+        outputs=tuple(str(target.final) for target in wanted),
+        seconds=clock.seconds,
+        bytes={"read": read, "written": written},
+        peak_memory_above_baseline_bytes=tuple(peaks),
+        plan=describe_plan(made),
+        verification=checks,
+        ranks=comm.size,
+    )
+
+
+def plan(request: MergeRequest, comm: Comm | None = None) -> MergePlan:
+    """What `merge` would do; reads metadata, writes nothing. See `merge` for errors."""
+    comm = comm or Comm(request.merge_parallel_size)
+    made = make_plan(request, comm)
+    if request.save is not None:
+        publish.refuse(made, publish.targets(made, request.save, "plan"))
+    return made
+
+
+def verify(folder: Path, *, samples: int = 256, full: bool = True) -> verification.Verification:
+    """Check a published merge against its sources, found through its provenance.
+
+    Raises:
+        CheckpointError: no provenance, or sources are gone or changed.
+        VerifyError: a value is not what it must be.
+    """
+    recorded = report.read_provenance(folder)
+    request = report.request_again(recorded)
+    comm = Comm()
+    again = make_plan(request, comm)
+    for source, saved in zip(again.sources, recorded["plan"]["sources"], strict=True):
+        if source.metadata_digest != saved["metadata_digest"]:
+            raise CheckpointError(
+                f"{source.path} is not what was merged: its metadata changed since. The merged "
+                f"checkpoint {folder} can no longer be verified against it"
+            )
+    return verification.verify_output(
+        again, again.outputs[0], folder, comm, samples=samples, full=full
+    )
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._from_s = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        """Add the time since the last call to `stage`."""
+        now_s = time.perf_counter()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now_s - self._from_s
+        self._from_s = now_s
+
+
+def _fill(plan: MergePlan, wanted: tuple[Target, ...], comm: Comm, show: Show,
+          clock: _Clock) -> tuple[int, int]:  # fmt: skip
+    """Stage and fill every output; returns bytes read and written over all ranks."""
+    comm.on_main("stage", lambda: publish.stage(plan, wanted))
+    point("stage", comm.rank)
+    staging = [target.staging for target in wanted]
+    cost = engine.cost_bytes(plan, comm)
+
+    def run() -> engine.Tally:
+        with show("merge", cost) as progress:
+            return engine.run(plan, staging, comm, progress)
+
+    tally = comm.agree("merge", run)
+    clock.lap("merge")
+    point("sync", comm.rank)
+    comm.agree("sync", lambda: publish.sync_writers(tally))
+    comm.agree("sources", lambda: _refuse_changed(plan, comm))
+    for number, (output, target) in enumerate(zip(plan.outputs, wanted, strict=True)):
+        parts = comm.collect(tally.writers[number].checksums.parts)
+        made = report.provenance(plan, output, comm.size, clock.seconds)
+        comm.on_main("finish", lambda p=parts, t=target, m=made: publish.finish(plan, t, p, m))  # type: ignore[misc]
+    clock.lap("publish")
+    point("verify", comm.rank)
+    counts = comm.gather((tally.read_bytes, tally.written_bytes))
+    return sum(read for read, _ in counts), sum(written for _, written in counts)
+
+
+def _refuse_changed(plan: MergePlan, comm: Comm) -> None:
+    """A source that was rewritten while it was read would give a mixture of two checkpoints."""
+    for number, source in enumerate(plan.sources):
+        if comm.rank != plan.visible[number][0]:
+            continue
+        for name, (nbytes, mtime_ns) in source.stamps.items():
+            path = Path(source.path) / name
+            try:
+                stat = path.stat()
+            except OSError as error:
+                raise CheckpointError(
+                    f"{path} vanished while it was merged ({error.strerror}). Stop the clean-up or "
+                    "exclude it"
+                ) from error
+            if (stat.st_size, stat.st_mtime_ns) != (nbytes, mtime_ns):
+                raise CheckpointError(
+                    f"{path} changed while it was merged: the run is writing it. Wait for the save "
+                    "to end, then merge again"
+                )
+
+
+def _publish(plan: MergePlan, wanted: tuple[Target, ...], comm: Comm) -> None:
+    point("publish", comm.rank)
+    for target in wanted:
+        publish.publish(plan, target)
+        _log.info("published %s", target.final)
+
+
+def _discard(comm: Comm, wanted: tuple[Target, ...]) -> None:
+    if comm.is_main:
+        publish.discard(wanted)

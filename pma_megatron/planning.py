@@ -1,0 +1,218 @@
+"""What will happen, decided and agreed by all ranks before the first payload byte is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pma_megatron.build import Fates, PolicyRow, Rules, decide, make_tasks
+from pma_megatron.comm import Comm
+from pma_megatron.discover import choose, list_checkpoints
+from pma_megatron.errors import SelectionError
+from pma_megatron.formats import registry
+from pma_megatron.formats.output import OutputLayout
+from pma_megatron.formats.source import Source
+from pma_megatron.request import MergeRequest, Output
+from pma_megatron.selection import CheckpointRef, Selection
+from pma_megatron.tasks import Average, Copy, Unit, Zero, units
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MergePlan:
+    """Everything that a merge will do.
+
+    Attributes:
+        request: what was asked.
+        selection: the sources, oldest first, and how they were found.
+        sources: the opened sources.
+        outputs: coefficients per output.
+        rules: what happens to each entry, (state, key) -> rule.
+        table: the rules, grouped for printing.
+        layout: files of each output.
+        units: the work, in the order of the newest source's files.
+        active: numbers of the sources with a coefficient other than zero.
+        visible: per source, the ranks that can read it.
+        read_bytes: payload bytes that will be read, over all ranks.
+        digest: SHA-256 of all that decides the result.
+    """
+
+    request: MergeRequest
+    selection: Selection
+    sources: tuple[Source, ...]
+    outputs: tuple[Output, ...]
+    rules: Rules
+    table: tuple[PolicyRow, ...]
+    layout: OutputLayout
+    units: tuple[Unit, ...]
+    active: tuple[int, ...]
+    visible: tuple[tuple[int, ...], ...]
+    read_bytes: int
+    digest: str
+
+    @property
+    def written_bytes(self) -> int:
+        """Bytes that will be written, over all outputs and ranks."""
+        return self.layout.nbytes * len(self.outputs)
+
+    @property
+    def iteration(self) -> int | None:
+        """Iteration of the result: the newest source's."""
+        return self.selection.refs[-1].iteration
+
+
+def make_plan(request: MergeRequest, comm: Comm) -> MergePlan:
+    """Find, select, open and compare the sources; decide what happens to every entry.
+
+    Every rank makes this call; sources are opened by different ranks and exchanged.
+
+    Raises:
+        SelectionError, CheckpointError, PlanError, UsageError: on every rank, before any write.
+    """
+    refs, seen = _all_refs(request, comm)
+    selection = comm.agree(
+        "select", lambda: choose(list(refs.values()), request.widest(), request.load)
+    )
+    outputs = comm.agree("coefficients", lambda: request.outputs(selection))
+    visible = tuple(seen[ref.path] for ref in selection.refs)
+    sources = _open_all(request, selection.refs, visible, comm)
+    fates = comm.agree("policy", lambda: decide(request, sources))
+    layout = _layout(selection.refs[-1], visible[-1], fates, comm)
+    return comm.agree(
+        "plan",
+        lambda: _assemble(request, selection, outputs, visible, sources, fates, layout),
+    )
+
+
+def _all_refs(request: MergeRequest, comm: Comm) -> tuple[dict[str, CheckpointRef], dict[str, Any]]:
+    """Checkpoints seen by any rank. Only a merge-parallel job looks at other nodes' disks."""
+    everywhere = comm.merge_size > 1
+    paths = request.selection.paths
+    roots = [request.load] if paths is None else list(paths)
+
+    def look() -> list[CheckpointRef]:
+        try:
+            return [ref for root in roots for ref in list_checkpoints(root)]
+        except SelectionError:
+            if everywhere and not comm.is_main:
+                return []
+            raise
+
+    found = comm.agree("discover", look if everywhere or comm.is_main else lambda: [])
+    refs: dict[str, CheckpointRef] = {}
+    seen: dict[str, tuple[int, ...]] = {}
+    for rank, theirs in enumerate(comm.gather(found)):
+        for ref in theirs:
+            if ref.path not in refs or (ref.complete and not refs[ref.path].complete):
+                refs[ref.path] = ref
+            if ref.complete:
+                seen[ref.path] = (*seen.get(ref.path, ()), rank)
+    if not everywhere:
+        seen = {path: tuple(range(comm.size)) for path in refs}
+    ordered = sorted(refs.values(), key=lambda ref: (ref.iteration or 0, ref.path))
+    return {ref.path: ref for ref in ordered}, seen
+
+
+def _open_all(request: MergeRequest, refs: Sequence[CheckpointRef],
+              visible: Sequence[tuple[int, ...]], comm: Comm) -> tuple[Source, ...]:  # fmt: skip
+    """Open each source on one rank that sees it, the newest first: it names its neighbours' parts."""
+    main_params = request.policy.average == "main-params"
+    last = len(refs) - 1
+    owners = [ranks[number % len(ranks)] for number, ranks in enumerate(visible)]
+
+    def read(number: int, ranges: Mapping[tuple[str, str], Any]) -> Source:
+        ref = refs[number]
+        return registry.get(ref.format, ref.path).read_source(ref.path, ranges, main_params)
+
+    mine = comm.rank == owners[last]
+    newest = comm.agree("open", lambda: read(last, {}) if mine else None)
+    newest = comm.broadcast(newest, owners[last])
+    assert newest is not None
+    others = comm.agree(
+        "open",
+        lambda: {n: read(n, newest.ranges) for n in range(last) if owners[n] == comm.rank},
+    )
+    opened: dict[int, Source] = {last: newest}
+    for part in comm.gather(others):
+        opened.update(part)
+    return tuple(opened[number] for number in range(len(refs)))
+
+
+def _layout(ref: CheckpointRef, ranks: tuple[int, ...], fates: Fates, comm: Comm) -> OutputLayout:
+    """The output's files, laid out by a rank that sees the newest source."""
+    known, owner = registry.get(ref.format, ref.path), ranks[0]
+
+    def lay_out() -> OutputLayout:
+        return known.lay_out(
+            ref.path, payloads=fates.payloads, drop=fates.dropped, optimizer=fates.optimizer
+        )
+
+    made = comm.agree("layout", lambda: lay_out() if comm.rank == owner else None)
+    made = comm.broadcast(made, owner)
+    assert made is not None
+    return made
+
+
+def _assemble(request: MergeRequest, selection: Selection, outputs: tuple[Output, ...],
+              visible: tuple[tuple[int, ...], ...], sources: tuple[Source, ...], fates: Fates,
+              layout: OutputLayout) -> MergePlan:  # fmt: skip
+    active = tuple(i for i in range(len(sources)) if any(o.values[i] != 0 for o in outputs))
+    tasks = make_tasks(sources, active, fates, layout)
+    work = sorted((u for task in tasks for u in units(task)), key=_file_order)
+    return MergePlan(
+        request=request, selection=selection, sources=sources, outputs=outputs, rules=fates.rules,
+        table=fates.table,
+        layout=layout, units=tuple(work), active=active, visible=visible,
+        read_bytes=sum(_read_bytes(unit) for unit in work),
+        digest=_digest(request, sources, outputs, fates.table),
+    )  # fmt: skip
+
+
+def _file_order(unit: Unit) -> tuple[str, int, int]:
+    if unit.lead is not None and unit.box is not None:
+        item = unit.lead.payload.item
+        return item.file, item.offset, unit.lead.start
+    task = unit.task
+    if isinstance(task, Zero):
+        return task.place.file, task.place.start, task.start + unit.first
+    assert not isinstance(task, Average)
+    return task.file, task.offset, unit.first
+
+
+def _read_bytes(unit: Unit) -> int:
+    task = unit.task
+    if isinstance(task, Copy):
+        return unit.count
+    if not isinstance(task, Average) or unit.box is None:
+        return 0
+    per_element = task.dtypes[-1].itemsize * len(task.numbers) + task.proof_itemsize
+    return unit.box.numel * per_element
+
+
+def _digest(request: MergeRequest, sources: Sequence[Source], outputs: Sequence[Output],
+            table: Sequence[PolicyRow]) -> str:  # fmt: skip
+    """What decides the bytes of the result, and nothing else (not ranks, threads or paths)."""
+    decisive = {
+        "sources": [source.metadata_digest for source in sources],
+        "coefficients": {output.name: [v.hex() for v in output.values] for output in outputs},
+        "table": [asdict(row) for row in table],
+        "dtype": request.dtype,
+    }
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+def read_rate(plan: MergePlan, *, limit_bytes: int = 64 << 20, limit_s: float = 1.0) -> float:
+    """Bytes per second at which the newest source's files are read here, from a short try."""
+    folder, buffer = Path(plan.sources[-1].path), bytearray(1 << 20)
+    done, start_s = 0, time.perf_counter()
+    for name in sorted(plan.layout.files, key=lambda file: -plan.layout.files[file]):
+        with (folder / name).open("rb", buffering=0) as stream:
+            while count := stream.readinto(buffer):
+                done += count
+                if done >= limit_bytes or time.perf_counter() - start_s > limit_s:
+                    break
+    return done / max(time.perf_counter() - start_s, 1e-6)

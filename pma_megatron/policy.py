@@ -1,0 +1,148 @@
+"""What happens to every entry of a checkpoint: one table, printed by `plan`, overridable by pattern.
+
+The rule behind the table: float32 main parameters are averaged, and model weights are the averaged
+main parameters rounded once, because the first optimizer step copies main parameters over weights
+(megatron/core/optimizer/distrib_optimizer.py, `_copy_main_params_to_model_params`). Whatever says
+where training stands (iteration, samples, scheduler, RNG) comes from the newest source.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from pma_megatron.errors import UsageError
+
+OPTIMIZER_STATES = ("latest", "average", "reset", "drop")
+AVERAGES = ("main-params", "weights")
+MAIN = "param"
+
+
+class Action(str, Enum):
+    """What happens to an entry."""
+
+    AVERAGE = "average"
+    ROUND = "averaged main params, rounded once"
+    NEWEST = "newest"
+    ZERO = "zero"
+    DROP = "drop"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """A tensor or object as the policy sees it.
+
+    Attributes:
+        key: the model key (also for optimizer states of that tensor), or the object's key.
+        state: `weight`, `param` (main parameters), another optimizer state, or `object`.
+        floating: True for a floating dtype that is at least 16 bits wide.
+        has_main: True for a weight whose main parameters are stored.
+        optimizer: True for an object that belongs to the optimizer.
+    """
+
+    key: str
+    state: str
+    floating: bool = True
+    has_main: bool = False
+    optimizer: bool = False
+
+    @property
+    def label(self) -> str:
+        """What a pattern is matched against."""
+        return self.key if self.state in ("weight", MAIN, "object") else (
+            f"optimizer.{self.state}.{self.key}"
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """The action for one entry and the reason, in words for the table."""
+
+    action: Action
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Policy:
+    """The user's choices.
+
+    Attributes:
+        optimizer_state: `latest`, `average`, `reset` (moments and step zero) or `drop`.
+        average: `main-params`, or `weights` for a quick evaluation checkpoint (implies `drop`).
+        overrides: (pattern, `average` | `newest` | `drop`), the first match wins.
+
+    Raises:
+        UsageError: an unknown word.
+    """
+
+    optimizer_state: str = "latest"
+    average: str = "main-params"
+    overrides: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        for flag, value, known in (
+            ("--optimizer-state", self.optimizer_state, OPTIMIZER_STATES),
+            ("--average", self.average, AVERAGES),
+            *(("--policy", action, ("average", "newest", "drop")) for _, action in self.overrides),
+        ):
+            if value not in known:
+                raise UsageError(f"{flag} {value!r} is unknown; choose one of {', '.join(known)}")
+
+    @property
+    def drops_optimizer(self) -> bool:
+        """True if the output is a weights-only checkpoint."""
+        return self.optimizer_state == "drop" or self.average == "weights"
+
+    def decide(self, entry: Entry) -> Rule:
+        """The rule for one entry."""
+        if self.drops_optimizer and (entry.optimizer or entry.state not in ("weight", "object")):
+            if entry.state == MAIN and self.average == "main-params":
+                return Rule(Action.DROP, "averaged for the weights, not written")
+            return Rule(Action.DROP, f"--optimizer-state drop{self._implied()}")
+        for pattern, action in self.overrides:
+            if fnmatch.fnmatchcase(entry.label, pattern):
+                return self._override(entry, pattern, Action(action))
+        return self._default(entry)
+
+    def _implied(self) -> str:
+        return " (implied by --average weights)" if self.optimizer_state != "drop" else ""
+
+    def _override(self, entry: Entry, pattern: str, action: Action) -> Rule:
+        if action is Action.AVERAGE:
+            if not entry.floating or entry.state == "object":
+                raise UsageError(
+                    f"--policy {pattern}=average matches {entry.label}, which is not a floating "
+                    "tensor and cannot be averaged: narrow the pattern"
+                )
+            if entry.state == "weight" and entry.has_main and self.average == "main-params":
+                action = Action.ROUND
+        return Rule(action, f"--policy {pattern}={action.name.lower()}")
+
+    def _default(self, entry: Entry) -> Rule:
+        if entry.state == "object":
+            return Rule(Action.NEWEST, "opaque")
+        if not entry.floating:
+            return Rule(Action.NEWEST, "not a floating tensor")
+        if entry.state == "weight":
+            if entry.has_main and self.average == "main-params":
+                return Rule(Action.ROUND, "follows its main params")
+            return Rule(Action.AVERAGE, "no main params are stored for it" if self.average ==
+                        "main-params" else "--average weights")  # fmt: skip
+        if entry.state == MAIN:
+            return Rule(Action.AVERAGE, "float32 main params")
+        by_choice = {"latest": Action.NEWEST, "average": Action.AVERAGE, "reset": Action.ZERO}
+        return Rule(by_choice[self.optimizer_state], f"--optimizer-state {self.optimizer_state}")
+
+
+def unmatched(policy: Policy, entries: Sequence[Entry]) -> None:
+    """Refuse a pattern that matches nothing: it is a typing error, and it would be silent.
+
+    Raises:
+        UsageError: naming the pattern and a few keys that exist.
+    """
+    for pattern, _ in policy.overrides:
+        if not any(fnmatch.fnmatchcase(entry.label, pattern) for entry in entries):
+            some = ", ".join(sorted({e.label for e in entries})[:5])
+            raise UsageError(f"--policy {pattern!r} matches no entry. Entries are: {some}, ...")

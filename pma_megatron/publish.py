@@ -1,0 +1,298 @@
+"""From a staging folder to a published checkpoint: nothing half-done ever bears the final name.
+
+Order: refuse what cannot work, lock, stage beside the target, fill, flush, verify, rename, tracker.
+A kill at any moment leaves a staging folder (removed by the next run) or a whole checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import logging
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pma_megatron.blocks import joined_crc
+from pma_megatron.discover import TRACKER_FILE
+from pma_megatron.engine import Tally
+from pma_megatron.errors import PublishError
+from pma_megatron.faultpoints import point
+from pma_megatron.planning import MergePlan
+
+PROVENANCE_FILE = "pma.json"
+_STAGING = ".pma-staging-"
+_REPLACED = ".pma-replaced-"
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One output: the folder that Megatron will load and the one in which it is made."""
+
+    root: Path
+    final: Path
+    staging: Path
+
+
+def targets(plan: MergePlan, save: str, token: str) -> tuple[Target, ...]:
+    """Where the outputs of `plan` go; `token` keeps the staging folders of two jobs apart."""
+    name = "release" if plan.iteration is None else f"iter_{plan.iteration:07d}"
+    found = []
+    for output in plan.outputs:
+        root = Path(save) / output.name if output.name else Path(save)
+        found.append(Target(root, root / name, root / f"{_STAGING}{name}-{token}"))
+    return tuple(found)
+
+
+def new_token() -> str:
+    """A name for one job's staging folders."""
+    return secrets.token_hex(4)
+
+
+def refuse(plan: MergePlan, wanted: Sequence[Target]) -> None:
+    """Check everything that can be known before the first byte is written.
+
+    Raises:
+        PublishError: the output would touch a source, a live run or a foreign checkpoint, exists
+            already, or does not fit on the disk.
+    """
+    sources = [Path(source.path).resolve() for source in plan.sources]
+    for target in wanted:
+        root, final = target.root.resolve(), target.final.resolve()
+        for source in sources:
+            if final == source or source in final.parents or final in source.parents:
+                raise PublishError(
+                    f"the output {final} is or contains the source {source}: refused, sources are "
+                    "never written to. Choose another --save"
+                )
+            if root == source.parent:
+                raise PublishError(
+                    f"--save {root} is the run's own folder: its tracker and retention would take "
+                    f"the merge for a checkpoint of the run. Use --save {root}-pma or {root}/pma"
+                )
+        _refuse_foreign(target)
+        if target.final.exists() and not plan.request.overwrite:
+            raise PublishError(
+                f"{target.final} exists. Use --overwrite to replace it (it is kept until the new "
+                "one is complete), or another --save"
+            )
+    _refuse_full(plan, wanted[0].root)
+
+
+def _refuse_foreign(target: Target) -> None:
+    if not target.root.is_dir():
+        return
+    for folder in target.root.iterdir():
+        named = folder.name.startswith("iter_") or folder.name == "release"
+        if folder.is_dir() and named and not (folder / PROVENANCE_FILE).is_file():
+            raise PublishError(
+                f"--save {target.root} holds {folder.name}, which this tool did not write: it is a "
+                "training run's folder. Give merges a folder of their own"
+            )
+
+
+def _refuse_full(plan: MergePlan, root: Path) -> None:
+    existing = next(p for p in (root, *root.parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if free < plan.written_bytes:
+        raise PublishError(
+            f"{existing} has {free / 2**30:.2f} GiB free, the output needs "
+            f"{plan.written_bytes / 2**30:.2f} GiB. Free space or choose another --save"
+        )
+    if not os.access(existing, os.W_OK):
+        raise PublishError(f"{existing} is not writable: choose another --save")
+
+
+@contextlib.contextmanager
+def locked(wanted: Sequence[Target]) -> Iterator[None]:
+    """Hold the targets for one job (rank 0 only); a killed job lets go by itself.
+
+    Raises:
+        PublishError: another job is writing there, or the folder cannot be made.
+    """
+    handles = []
+    try:
+        for target in wanted:
+            path = target.root / f".pma-lock-{target.final.name}"
+            try:
+                target.root.mkdir(parents=True, exist_ok=True)
+                descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+            except OSError as error:
+                raise PublishError(
+                    f"cannot write to {target.root}: {error.strerror}. Choose another --save"
+                ) from error
+            handles.append((descriptor, path))
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise PublishError(
+                    f"another merge is writing {target.final}: wait for it, or use another --save"
+                ) from None
+            except OSError as error:
+                _log.warning("%s cannot be locked (%s): run one merge at a time", path, error)
+            _remove_stale(target)
+        yield
+    finally:
+        for descriptor, path in handles:
+            with contextlib.suppress(OSError):
+                path.unlink()
+            os.close(descriptor)
+
+
+def _remove_stale(target: Target) -> None:
+    for folder in target.root.glob(f"{_STAGING}{target.final.name}-*"):
+        _log.warning("removing %s, left by a merge that was cut off", folder)
+        shutil.rmtree(folder, ignore_errors=True)
+    kept = target.root / f"{_REPLACED}{target.final.name}"
+    if kept.exists():
+        if target.final.exists():
+            shutil.rmtree(kept, ignore_errors=True)
+        else:
+            _log.warning("restoring %s, which a cut-off merge was replacing", target.final)
+            kept.rename(target.final)
+
+
+def stage(plan: MergePlan, wanted: Sequence[Target]) -> None:
+    """Make the staging folders with every shard file at its full length (rank 0 only).
+
+    Raises:
+        PublishError: the folder cannot be written.
+    """
+    try:
+        for target in wanted:
+            for name, nbytes in plan.layout.files.items():
+                path = target.staging / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("wb") as stream:
+                    stream.truncate(nbytes)
+    except OSError as error:
+        raise PublishError(f"cannot write to {wanted[0].staging}: {error.strerror}") from error
+
+
+def finish(plan: MergePlan, target: Target, writer_parts: Sequence[dict[tuple[int, str], list[
+           tuple[int, int, int]]]], provenance: bytes) -> None:  # fmt: skip
+    """Write what surrounds the payloads, then the small files, the marker last (rank 0 only).
+
+    Args:
+        plan: the plan.
+        target: the output.
+        writer_parts: per rank, the checksums of what it wrote into this output.
+        provenance: content of `pma.json`.
+
+    Raises:
+        PublishError: bytes of a payload are unaccounted for, or the folder cannot be written.
+    """
+    parts: dict[tuple[int, str], list[tuple[int, int, int]]] = {}
+    for rank_parts in writer_parts:
+        for where, ranges in rank_parts.items():
+            parts.setdefault(where, []).extend(ranges)
+    try:
+        _write_structure(plan, target, parts)
+        small = dict(plan.layout.small_files)
+        marker = small.pop(plan.layout.last_file)
+        for name, data in (*small.items(), (PROVENANCE_FILE, provenance)):
+            _write_small(target.staging / name, data)
+        point("marker", 0)
+        _write_small(target.staging / plan.layout.last_file, marker)
+        for name in plan.layout.files:
+            _sync(target.staging / name)
+        _sync(target.staging)
+    except OSError as error:
+        raise PublishError(f"cannot write to {target.staging}: {error.strerror}") from error
+
+
+def _write_structure(plan: MergePlan, target: Target,
+                     parts: dict[tuple[int, str], list[tuple[int, int, int]]]) -> None:  # fmt: skip
+    files = {name: os.open(target.staging / name, os.O_RDWR) for name in plan.layout.files}
+    try:
+        for number, item in enumerate(plan.layout.items):
+            if item.skeleton is None:
+                continue
+            crcs = {record: crc for record, (_, crc) in item.kept.items()}
+            for record, (_, nbytes) in item.skeleton.payloads.items():
+                if record not in crcs:
+                    crcs[record] = joined_crc(parts.get((number, record), []), nbytes)
+            for offset, data in item.skeleton.structure(crcs):
+                os.pwrite(files[item.placed.file], data, item.placed.offset + offset)
+    finally:
+        for descriptor in files.values():
+            os.close(descriptor)
+
+
+def _write_small(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def publish(plan: MergePlan, target: Target) -> None:
+    """Give the staged checkpoint its name, then point the tracker at it (rank 0 only).
+
+    Raises:
+        PublishError: the rename failed; the staged checkpoint stays where it is.
+    """
+    kept = target.root / f"{_REPLACED}{target.final.name}"
+    try:
+        if target.final.exists():
+            if not _exchange(target.staging, target.final):
+                target.final.rename(kept)
+                point("replace", 0)
+                target.staging.rename(target.final)
+        else:
+            target.staging.rename(target.final)
+        _sync(target.root)
+        point("tracker", 0)
+        tracker = target.root / TRACKER_FILE
+        value = "release" if plan.iteration is None else str(plan.iteration)
+        temporary = tracker.with_name(f".{tracker.name}.tmp")
+        _write_small(temporary, value.encode())
+        temporary.replace(tracker)
+        _sync(target.root)
+    except OSError as error:
+        raise PublishError(
+            f"cannot publish {target.final}: {error.strerror}. The merged checkpoint is whole in "
+            f"{target.staging}; rename it by hand or run again"
+        ) from error
+    shutil.rmtree(target.staging, ignore_errors=True)  # after an exchange it is the old one
+    shutil.rmtree(kept, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two folders in one step (Linux renameat2), so that no moment is without a checkpoint."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None, use_errno=True)
+        at, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+        return libc.renameat2(at, os.fsencode(one), at, os.fsencode(other), exchange) == 0
+    return False
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def discard(wanted: Sequence[Target]) -> None:
+    """Remove the staging folders after a failure (rank 0 only)."""
+    for target in wanted:
+        shutil.rmtree(target.staging, ignore_errors=True)
+
+
+def sync_writers(tally: Tally) -> None:
+    """Flush and close this rank's files.
+
+    Raises:
+        PublishError: the storage reports an error late.
+    """
+    for writer in tally.writers:
+        writer.sync()
+        writer.close()

@@ -1,0 +1,151 @@
+"""What a merge did: the report for people and scripts, and the provenance kept in the checkpoint."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pma_megatron.coefficients import implied_decay_weights
+from pma_megatron.errors import CheckpointError
+from pma_megatron.planning import MergePlan
+from pma_megatron.publish import PROVENANCE_FILE
+from pma_megatron.request import MergeRequest, Method, Output
+from pma_megatron.policy import Policy
+from pma_megatron.selection import SelectionRequest
+from pma_megatron.verification import Verification
+from pma_megatron.version import __version__
+
+PROVENANCE_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MergeReport:
+    """The result of one merge.
+
+    Attributes:
+        outputs: published folders, in the order of the plan's outputs.
+        seconds: wall time per stage: plan, merge, verify, publish.
+        bytes: `read` and `written`, over all ranks.
+        peak_memory_above_baseline_bytes: per rank.
+        plan: the plan as plain values (sources, coefficients, policy, digest).
+        verification: what was checked, per output.
+        ranks: number of ranks.
+    """
+
+    outputs: tuple[str, ...]
+    seconds: Mapping[str, float]
+    bytes: Mapping[str, int]
+    peak_memory_above_baseline_bytes: tuple[int, ...]
+    plan: Mapping[str, Any]
+    verification: tuple[Verification, ...]
+    ranks: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as `--json` prints them."""
+        return asdict(self)
+
+
+def describe_plan(plan: MergePlan) -> dict[str, Any]:
+    """The plan as plain values: what `plan --json` prints and provenance keeps."""
+    return {
+        "iteration": plan.iteration,
+        "sources": [
+            {
+                "path": source.path,
+                "iteration": ref.iteration,
+                "consumed_tokens": ref.consumed_tokens,
+                "consumed_samples": ref.consumed_samples,
+                "metadata_digest": source.metadata_digest,
+                "topology": source.topology,
+                "optimizer_layout": source.space.kind,
+            }
+            for source, ref in zip(plan.sources, plan.selection.refs, strict=True)
+        ],
+        "outputs": [describe_output(output) for output in plan.outputs],
+        "policy": [asdict(row) for row in plan.table],
+        "notes": list(plan.selection.notes),
+        "bytes": {"read": plan.read_bytes, "written": plan.written_bytes},
+        "digest": plan.digest,
+    }
+
+
+def describe_output(output: Output) -> dict[str, Any]:
+    """Coefficients of one output, and the decay that they imply."""
+    return {
+        "name": output.name,
+        "method": output.coefficients.describe(),
+        "source": output.coefficients.source,
+        "coefficients": list(output.values),
+        "implied_decay_weights": list(implied_decay_weights(output.values)),
+    }
+
+
+def provenance(plan: MergePlan, output: Output, ranks: int, seconds: Mapping[str, float]) -> bytes:
+    """Content of `pma.json`: enough to say where a checkpoint comes from, and to verify it."""
+    request = asdict(plan.request)
+    request["selection"] = asdict(
+        SelectionRequest(paths=tuple(source.path for source in plan.sources))
+    )
+    described = describe_plan(plan)
+    value = {
+        "provenance_version": PROVENANCE_VERSION,
+        "pma_megatron": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "ranks": ranks,
+        "seconds": dict(seconds),
+        "output": describe_output(output),
+        "plan": described,
+        "request": request,
+    }
+    return (json.dumps(value, indent=1) + "\n").encode()
+
+
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """Provenance of a merged checkpoint.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    path = folder / PROVENANCE_FILE
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{folder} has no {PROVENANCE_FILE}: it was not written by this tool"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error})") from error
+    if value.get("provenance_version") != PROVENANCE_VERSION:
+        raise CheckpointError(
+            f"{path} has provenance version {value.get('provenance_version')}, this release reads "
+            f"{PROVENANCE_VERSION}: use the pma_megatron that wrote it, {value.get('pma_megatron')}"
+        )
+    return dict(value)
+
+
+def request_again(recorded: Mapping[str, Any]) -> MergeRequest:
+    """The request that made a checkpoint, from its provenance, with the sources by path."""
+    saved = dict(recorded["request"])
+    paths = tuple(saved["selection"]["paths"])
+    coefficients = tuple(recorded["output"]["coefficients"])
+    policy = saved["policy"]
+    return MergeRequest(
+        load=saved["load"],
+        selection=SelectionRequest(paths=paths),
+        method=Method(name="custom", values=coefficients, allow_any=True),
+        policy=Policy(
+            optimizer_state=policy["optimizer_state"],
+            average=policy["average"],
+            overrides=tuple((pattern, action) for pattern, action in policy["overrides"]),
+        ),
+        dtype=saved["dtype"],
+    )

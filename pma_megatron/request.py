@@ -1,0 +1,161 @@
+"""What the user asked for, checked as far as it can be without looking at a checkpoint."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from pma_megatron.coefficients import METHODS, Coefficients, coefficients
+from pma_megatron.errors import UsageError
+from pma_megatron.policy import Policy
+from pma_megatron.selection import Selection, SelectionRequest
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_SWEEP = re.compile(r"^(?P<methods>[^:]+):(?P<lasts>\d+(?:,\d+)*)$")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Method:
+    """How coefficients are made.
+
+    Attributes:
+        name: one of `coefficients.METHODS`.
+        alpha: EMA's.
+        floor: where a decay-derived method's curve ends, in [0, 1).
+        values: `custom`'s, oldest first.
+        allow_any: accept custom values that are negative or do not sum to 1.
+
+    Raises:
+        UsageError: an unknown name.
+    """
+
+    name: str = "sma"
+    alpha: float | None = None
+    floor: float = 0.0
+    values: tuple[float, ...] | None = None
+    allow_any: bool = False
+
+    def __post_init__(self) -> None:
+        if self.name not in METHODS:
+            raise UsageError(f"--method {self.name!r} is unknown; choose from {', '.join(METHODS)}")
+        if self.alpha is not None and not 0 < self.alpha <= 1:
+            raise UsageError(f"--alpha {self.alpha} must lie in (0, 1]")
+
+    def of(self, positions: Sequence[int], count: int) -> Coefficients:
+        """Coefficients of `count` checkpoints at `positions` (() where unknown)."""
+        return coefficients(
+            self.name,
+            tokens=tuple(positions) or None,
+            count=count,
+            alpha=self.alpha,
+            floor=self.floor,
+            values=self.values,
+            allow_any=self.allow_any,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Output:
+    """One merged checkpoint of a job: its name in a sweep and one coefficient per source."""
+
+    name: str
+    coefficients: Coefficients
+    values: tuple[float, ...]
+    """float64 per source of the job, oldest first; zero where the source is not used."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MergeRequest:
+    """One merge job.
+
+    Attributes:
+        load: the run's folder.
+        save: the folder that gets `iter_*` (a folder of its own per output in a sweep).
+        selection: which checkpoints.
+        method: how to weight them.
+        policy: what happens to every entry.
+        dtype: `bf16`, `fp16` or `fp32` for averaged model weights; None keeps the stored dtype.
+        sweep: outputs `METHOD[,METHOD]:LAST[,LAST]`, all from one pass over the sources.
+        threads: reader threads per rank.
+        merge_parallel_size: ranks that share the sources of one slice.
+        overwrite: replace an existing output (kept until the new one is published).
+
+    Raises:
+        UsageError: values out of range, or settings that contradict each other.
+    """
+
+    load: str
+    save: str | None = None
+    selection: SelectionRequest = field(default_factory=SelectionRequest)
+    method: Method = field(default_factory=Method)
+    policy: Policy = field(default_factory=Policy)
+    dtype: str | None = None
+    sweep: tuple[str, ...] = ()
+    threads: int = 2
+    merge_parallel_size: int = 1
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None and self.dtype not in _DTYPES:
+            raise UsageError(f"--dtype {self.dtype!r} is unknown; choose from {', '.join(_DTYPES)}")
+        if self.threads < 1:
+            raise UsageError(f"--threads must be at least 1, got {self.threads}")
+        for text in self.sweep:
+            if _SWEEP.match(text) is None:
+                raise UsageError(
+                    f"--sweep {text!r} is not METHOD[,METHOD]:LAST[,LAST], as in sma,wma:3,6,10"
+                )
+        negative = self.method.values is not None and min(self.method.values) < 0
+        if negative and self.policy.optimizer_state == "average":
+            raise UsageError(
+                "--optimizer-state average with negative coefficients could make second moments "
+                "negative: use latest or reset"
+            )
+        if self.dtype not in (None, "fp32") and self.method.name == "custom" and self.sweep:
+            raise UsageError("--sweep makes its own coefficients: leave out --method custom")
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """`dtype` as torch names it."""
+        return None if self.dtype is None else _DTYPES[self.dtype]
+
+    def widest(self) -> SelectionRequest:
+        """The selection that feeds every output of the job."""
+        lasts = [last for _, last in self._sweep()]
+        if not lasts:
+            return self.selection
+        fields = {
+            name: getattr(self.selection, name) for name in SelectionRequest.__dataclass_fields__
+        }
+        return SelectionRequest(**{**fields, "last": max(lasts)})
+
+    def outputs(self, selection: Selection) -> tuple[Output, ...]:
+        """Coefficients of every output over the selected sources."""
+        count = len(selection.refs)
+        if not self.sweep:
+            made = self.method.of(selection.positions, count)
+            return (Output(name="", coefficients=made, values=made.values),)
+        result = []
+        for method, last in self._sweep():
+            positions = selection.positions[-last:]
+            made = Method(
+                name=method,
+                alpha=self.method.alpha if method == "ema" else None,
+                floor=self.method.floor if method not in ("sma", "ema", "wma") else 0.0,
+            ).of(positions, last)
+            values = (0.0,) * (count - last) + made.values
+            result.append(Output(name=f"{method}-last{last}", coefficients=made, values=values))
+        return tuple(result)
+
+    def _sweep(self) -> list[tuple[str, int]]:
+        pairs: dict[tuple[str, int], None] = {}
+        for text in self.sweep:
+            match = _SWEEP.match(text)
+            assert match is not None
+            for method in match["methods"].split(","):
+                for last in match["lasts"].split(","):
+                    pairs[method, int(last)] = None
+        return list(pairs)

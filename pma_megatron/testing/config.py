@@ -1,0 +1,73 @@
+"""What the tiny run is: model, parallel layout, checkpoint layout, schedule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+OptimFormat = Literal[
+    "dp_reshardable", "fully_reshardable", "fully_sharded_model_space", "dp_zero_gather_scatter"
+]
+Decay = Literal["constant", "linear", "minus_sqrt"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyConfig:
+    """A GPT of a few thousand weights and how to train and save it.
+
+    Weights start from `seed`; data order depends on `seed` and the number of consumed samples.
+    `vocab_size` below 256 folds the bytes together. `ffn_hidden_size` is per expert in a MoE.
+    """
+
+    num_layers: int = 2
+    hidden_size: int = 16
+    ffn_hidden_size: int = 32
+    num_attention_heads: int = 2
+    seq_length: int = 16
+    vocab_size: int = 256
+    swiglu: bool = True
+    num_experts: int | None = None
+    moe_router_topk: int = 2
+    expert_bias: bool = True
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int | None = None
+    """Model chunks per pipeline stage (Megatron's interleaved schedule), or None."""
+    expert_model_parallel_size: int = 1
+
+    bf16: bool = True
+    use_distributed_optimizer: bool = True
+    bucket_size: int | None = None
+    """Elements per gradient bucket; None is one bucket. A number also overlaps the reduction."""
+    optim_format: OptimFormat = "dp_reshardable"
+    """What `content_metadata['distrib_optim_sharding_type']` is; unused without that optimizer."""
+    fully_parallel_save: bool = True
+    """Spread the writing over data-parallel ranks (Megatron's default)."""
+
+    micro_batch_size: int = 2
+    global_batch_size: int = 8
+    lr: float = 1e-2
+    weight_decay: float = 0.01
+    warmup_iters: int = 0
+    decay: Decay = "constant"
+    decay_start_iter: int = 0
+    """Iterations at full rate before a decay begins; unused when `decay` is constant."""
+    decay_iters: int = 0
+    seed: int = 1234
+
+    def __post_init__(self) -> None:
+        if self.decay != "constant" and self.decay_iters <= 0:
+            raise ValueError(f"decay={self.decay!r} needs decay_iters > 0, not {self.decay_iters}")
+        if self.num_experts is None and self.expert_model_parallel_size != 1:
+            raise ValueError("expert_model_parallel_size > 1 needs num_experts")
+
+    @property
+    def parallel_save(self) -> bool:
+        """Whether saving is spread over ranks; `dp_zero_gather_scatter` exists only without."""
+        return self.fully_parallel_save and self.optim_format != "dp_zero_gather_scatter"
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one copy of the dense weights."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size

@@ -1,0 +1,258 @@
+"""The one place that knows how megatron-core's calls differ between releases (0.12 .. main).
+
+Arguments that a release does not know are left out by looking at its signatures.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from pma_megatron.testing.config import TinyConfig
+
+
+def call(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call `fn` with those of `kwargs` that its signature has."""
+    return fn(*args, **known(fn, kwargs))
+
+
+def known(fn: Callable[..., Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those of `kwargs` that `fn` (a function, class, or dataclass) accepts."""
+    if dataclasses.is_dataclass(fn):
+        names = {field.name for field in dataclasses.fields(fn)}
+    else:
+        parameters = inspect.signature(fn).parameters.values()
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            return kwargs
+        names = {parameter.name for parameter in parameters}
+    return {name: value for name, value in kwargs.items() if name in names}
+
+
+def release() -> tuple[int, int]:
+    """Major and minor version of the installed megatron-core; its main branch counts as next."""
+    from megatron.core import package_info
+
+    return package_info.MAJOR, package_info.MINOR
+
+
+def transformer_config(config: TinyConfig) -> Any:
+    """Megatron's `TransformerConfig` for the local (no Transformer Engine) layer spec."""
+    import torch.nn.functional as functional
+    from megatron.core.transformer.enums import AttnBackend
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    moe = {}
+    if config.num_experts is not None:
+        moe = {
+            "num_moe_experts": config.num_experts,
+            "moe_ffn_hidden_size": config.ffn_hidden_size,
+            "moe_router_topk": config.moe_router_topk,
+            "moe_router_score_function": "sigmoid",
+            "moe_router_enable_expert_bias": config.expert_bias,
+            "moe_router_load_balancing_type": "none",
+            "moe_token_dispatcher_type": "allgather",
+            "expert_model_parallel_size": config.expert_model_parallel_size,
+            "sequence_parallel": config.tensor_model_parallel_size > 1,
+        }
+    virtual = None
+    if config.virtual_pipeline_model_parallel_size is not None:
+        virtual = config.virtual_pipeline_model_parallel_size
+    return call(
+        TransformerConfig,
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.ffn_hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        tensor_model_parallel_size=config.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual,
+        bf16=config.bf16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        autocast_dtype=dtype,
+        use_cpu_initialization=True,
+        gated_linear_unit=config.swiglu,
+        activation_func=functional.silu if config.swiglu else functional.gelu,
+        normalization="RMSNorm",
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        attention_backend=AttnBackend.unfused,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        persist_layer_norm=False,
+        apply_rope_fusion=False,
+        **moe,
+    )
+
+
+def build_model(config: TinyConfig, core_config: Any) -> list[Any]:
+    """The GPT chunks of this rank, each in Float16Module (with bf16) and Megatron's DDP."""
+    from megatron.core import parallel_state
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+    from megatron.core.transformer.module import Float16Module
+
+    chunks = config.virtual_pipeline_model_parallel_size or 1
+    models = [_gpt(config, core_config, None if chunks == 1 else stage) for stage in range(chunks)]
+    if chunks > 1:
+        parallel_state.set_virtual_pipeline_model_parallel_rank(0)
+    if config.bf16:
+        models = [Float16Module(core_config, model) for model in models]
+    ddp_config = call(
+        DistributedDataParallelConfig,
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=config.bucket_size is not None,
+        use_distributed_optimizer=config.use_distributed_optimizer,
+        bucket_size=config.bucket_size,
+    )
+    wrapped = [
+        DistributedDataParallel(core_config, ddp_config, model, disable_bucketing=False)
+        for model in models
+    ]
+    core_config.finalize_model_grads_func = finalize_model_grads
+    if config.bucket_size is not None:
+        no_sync = [model.no_sync for model in wrapped]
+        core_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+    for model in wrapped:
+        model.broadcast_params()
+    return wrapped
+
+
+def _gpt(config: TinyConfig, core_config: Any, stage: int | None) -> Any:
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    if stage is not None:
+        parallel_state.set_virtual_pipeline_model_parallel_rank(stage)
+    where = {} if stage is None else {"ignore_virtual": False, "vp_stage": stage}
+    return call(
+        GPTModel,
+        core_config,
+        get_gpt_layer_local_spec(num_experts=config.num_experts, normalization="RMSNorm"),
+        vocab_size=config.vocab_size,
+        max_sequence_length=config.seq_length,
+        pre_process=call(parallel_state.is_pipeline_first_stage, **where),
+        post_process=call(parallel_state.is_pipeline_last_stage, **where),
+        share_embeddings_and_output_weights=False,
+        position_embedding_type="rope",
+        vp_stage=stage,
+    )
+
+
+def build_optimizer(config: TinyConfig, models: list[Any]) -> Any:
+    """Megatron's Adam for the chunks: distributed, Float16 or FP32, chained where it chains."""
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    optimizer_config = OptimizerConfig(
+        optimizer="adam",
+        lr=config.lr,
+        min_lr=0.0,
+        weight_decay=config.weight_decay,
+        adam_beta2=0.95,
+        clip_grad=1.0,
+        bf16=config.bf16,
+        params_dtype=torch.bfloat16 if config.bf16 else torch.float32,
+        use_distributed_optimizer=config.use_distributed_optimizer,
+    )
+    return get_megatron_optimizer(optimizer_config, models)
+
+
+def content_metadata(config: TinyConfig) -> dict[str, Any] | None:
+    """What Megatron-LM's training of this release stores as `content_metadata`; None before it."""
+    if release() < (0, 13):
+        return None
+    metadata: dict[str, Any] = {}
+    if config.use_distributed_optimizer:
+        metadata["distrib_optim_sharding_type"] = config.optim_format
+        if config.optim_format == "fully_reshardable":
+            metadata["distrib_optim_fully_reshardable_mem_efficient"] = False
+    if release() >= (0, 14):
+        metadata.update(singleton_local_shards=False, chained_optim_avoid_prefix=True)
+    return metadata
+
+
+def sharded_model(model: Any, metadata: dict[str, Any] | None) -> dict[str, Any]:
+    """The sharded state dict of one chunk without its wrappers."""
+    return unwrap(model).sharded_state_dict(**_with_metadata(metadata))
+
+
+def sharded_optimizer(
+    config: TinyConfig,
+    optimizer: Any,
+    model_state: dict[str, Any],
+    metadata: dict[str, Any] | None,
+    *,
+    is_loading: bool,
+) -> Any:
+    """The sharded state dict of the optimizer in the layout that `metadata` (or 0.12) asks for."""
+    kwargs = _with_metadata(metadata)
+    if metadata is None and config.use_distributed_optimizer:
+        kwargs = {"sharding_type": config.optim_format}
+    return optimizer.sharded_state_dict(model_state, is_loading=is_loading, **kwargs)
+
+
+def _with_metadata(metadata: dict[str, Any] | None) -> dict[str, Any]:
+    if metadata is None:
+        return {}
+    if release() < (0, 16):
+        return {"metadata": metadata}
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return {"metadata": {**metadata, "dp_cp_group": group}}
+
+
+def rng_shards() -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    """Global shape, offset and replica of this rank's `rng_state`, as this release's training."""
+    from megatron.core import parallel_state as state
+
+    dp_rank = state.get_data_parallel_rank(with_context_parallel=True)
+    sizes = (
+        state.get_pipeline_model_parallel_world_size(),
+        state.get_tensor_model_parallel_world_size(),
+    )
+    ranks = (state.get_pipeline_model_parallel_rank(), state.get_tensor_model_parallel_rank())
+    if release() == (0, 16) and state.get_expert_model_parallel_world_size() > 1:
+        dp_size = state.get_data_parallel_world_size(with_context_parallel=True)
+        return (*sizes, dp_size), (*ranks, dp_rank), 0
+    return sizes, ranks, dp_rank
+
+
+def unwrap(model: Any) -> Any:
+    """The GPTModel inside DDP and Float16Module."""
+    while hasattr(model, "module"):
+        model = model.module
+    return model
+
+
+def is_last_stage() -> bool:
+    """Whether this rank computes the loss."""
+    from megatron.core import parallel_state
+
+    return bool(call(parallel_state.is_pipeline_last_stage, ignore_virtual=True))
+
+
+@contextlib.contextmanager
+def evaluating(models: list[Any]) -> Any:
+    """No gradients and no training mode inside the block."""
+    for model in models:
+        model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for model in models:
+            model.train()

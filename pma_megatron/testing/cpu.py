@@ -1,0 +1,291 @@
+"""Makes megatron-core run without CUDA: tensors on the CPU, collectives over gloo.
+
+Written for megatron-core 0.12 to 0.19 and its main branch, of which only `megatron.core` is needed.
+`install()` changes torch and megatron-core for the whole process and cannot be undone: call it in a
+process that is there for nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import importlib
+import logging
+import multiprocessing
+import os
+import sys
+import typing
+from collections.abc import Callable, Iterable
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
+
+import torch
+import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
+
+_TRITON = ("triton", "triton.language")
+_CPU = torch.device("cpu")
+
+
+@functools.lru_cache(maxsize=1)
+def install() -> None:
+    """Replace what megatron-core needs of CUDA, NCCL, Apex and Transformer Engine.
+
+    Idempotent. Raises ImportError when megatron-core is not installed.
+    """
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    _fill_gaps_in_libraries()
+    _replace_cuda()
+    _CudaOnCpu().__enter__()
+    _use_gloo()
+    _import_core()
+    _replace_in_core()
+
+
+class FusedAdam(torch.optim.Optimizer):
+    """AdamW with the state layout of Apex's and Transformer Engine's optimizer of this name.
+
+    The step count is `step` of each param group, not a tensor per parameter: megatron-core's
+    distributed optimizer saves and loads the count only in this form.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        bias_correction: bool = True,
+        **_unused: Any,
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, {**defaults, "bias_correction": bias_correction})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient; decay is decoupled."""
+        for group in self.param_groups:
+            if not group["params"]:
+                continue
+            group["step"] = group.get("step", 0) + 1
+            beta1, beta2 = group["betas"]
+            correction1 = 1 - beta1 ** group["step"] if group["bias_correction"] else 1.0
+            correction2 = 1 - beta2 ** group["step"] if group["bias_correction"] else 1.0
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                state = self.state[param]
+                if not state:
+                    state["exp_avg"] = torch.zeros_like(param)
+                    state["exp_avg_sq"] = torch.zeros_like(param)
+                mean, square = state["exp_avg"], state["exp_avg_sq"]
+                mean.lerp_(param.grad, 1 - beta1)
+                square.mul_(beta2).addcmul_(param.grad, param.grad, value=1 - beta2)
+                denominator = (square / correction2).sqrt_().add_(group["eps"])
+                param.mul_(1 - group["lr"] * group["weight_decay"])
+                param.addcdiv_(mean, denominator, value=-group["lr"] / correction1)
+
+
+class _CudaOnCpu(TorchFunctionMode):
+    """Sends every `device="cuda"` to the CPU, and calls CPU tensors `torch.cuda.*` by type name."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda or func is torch.Tensor.pin_memory:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        if _is_cuda(kwargs.get("device")):
+            kwargs = {**kwargs, "device": _CPU}
+        if any(_is_cuda(arg) for arg in args):
+            args = tuple(_CPU if _is_cuda(arg) else arg for arg in args)
+        return func(*args, **kwargs)
+
+
+def _is_cuda(value: Any) -> bool:
+    if isinstance(value, str):
+        return value.startswith("cuda")
+    return isinstance(value, torch.device) and value.type == "cuda"
+
+
+class _Stream:
+    """A CUDA stream or event that has nothing to wait for."""
+
+    cuda_stream = 0
+
+    def __init__(self, *_args: Any, **_kwargs: Any) -> None:
+        pass
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *_args: Any) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("wait_stream", "wait_event", "record", "record_event", "synchronize", "wait"):
+            return _nothing
+        raise AttributeError(name)
+
+
+def _nothing(*_args: Any, **_kwargs: Any) -> None:
+    return None
+
+
+def _constant(value: Any) -> Callable[..., Any]:
+    return lambda *_args, **_kwargs: value
+
+
+def _replace_cuda() -> None:
+    # torch looks its own functions up once, by identity: let it do so before they are replaced.
+    importlib.import_module("torch._dynamo.trace_rules").get_torch_obj_rule_map()
+    cuda: Any = torch.cuda
+    generator = torch.default_generator
+    properties = SimpleNamespace(
+        name="cpu", major=8, minor=0, total_memory=1 << 34, multi_processor_count=1
+    )
+    constants = {
+        "is_available": True,
+        "device_count": 1,
+        "current_device": _CPU,
+        "get_device_capability": (8, 0),
+        "get_device_properties": properties,
+        "memory_allocated": 0,
+        "max_memory_allocated": 0,
+        "memory_reserved": 0,
+        "mem_get_info": (1 << 33, 1 << 34),
+        "stream": contextlib.nullcontext(),
+        "current_stream": _Stream(),
+        "default_stream": _Stream(),
+    }
+    for name, value in constants.items():
+        setattr(cuda, name, _constant(value))
+    for name in ("set_device", "synchronize", "empty_cache", "set_stream", "_lazy_init"):
+        setattr(cuda, name, _nothing)
+    cuda.Stream = cuda.Event = _Stream
+    cuda.nvtx.range = _constant(contextlib.nullcontext())
+    cuda.nvtx.range_push = cuda.nvtx.range_pop = _nothing
+    # The "CUDA" generator is the CPU's own, so that one seed decides everything.
+    cuda.default_generators = (generator,)
+    for module in (cuda, cuda.random):
+        module.manual_seed = module.manual_seed_all = lambda seed: _nothing(
+            generator.manual_seed(seed)
+        )
+        module.get_rng_state = lambda *_args, **_kwargs: generator.get_state()
+        module.set_rng_state = lambda state, *_args, **_kwargs: _nothing(generator.set_state(state))
+
+
+def _use_gloo() -> None:
+    def new_group(*args: Any, _original: Any = dist.new_group, **kwargs: Any) -> Any:
+        if kwargs.get("backend") == "nccl":
+            kwargs["backend"] = "gloo"
+        kwargs.pop("pg_options", None)
+        return _original(*args, **kwargs)
+
+    for module in (dist, dist.distributed_c10d):
+        module.new_group = new_group  # type: ignore[attr-defined]
+
+
+def _fill_gaps_in_libraries() -> None:
+    """Names that some megatron-core expects of another Python, numpy or torch than is here."""
+    import numpy as np
+    import torch.distributed.checkpoint.filesystem as filesystem
+
+    if not hasattr(typing, "override"):  # core >= 0.18 before Python 3.12
+        typing.override = lambda method: method  # type: ignore[attr-defined]
+    if not hasattr(np, "product"):  # core <= 0.15 with numpy 2
+        np.product = np.prod  # type: ignore[attr-defined]
+    if hasattr(filesystem, "SerializationFormat"):  # core 0.12 with torch >= 2.7
+        filesystem._write_item = functools.partial(  # type: ignore[assignment]
+            _write_item, filesystem._write_item, filesystem.SerializationFormat.TORCH_SAVE
+        )
+
+
+def _write_item(original: Any, serialization: Any, *args: Any, **kwargs: Any) -> Any:
+    if len(args) + len(kwargs) < 6:
+        kwargs["serialization_format"] = serialization
+    return original(*args, **kwargs)
+
+
+def _import_core() -> None:
+    try:
+        importlib.import_module("megatron.core.models.gpt")
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        # core >= 0.18 imports triton unconditionally, for kernels that a CPU never runs. Once that
+        # is done the stand-in goes away, so that nobody else takes it for the real one.
+        stand_in = MagicMock(__version__="0")
+        sys.modules.update(dict.fromkeys(_TRITON, stand_in))
+        importlib.import_module("megatron.core.models.gpt")
+        importlib.import_module("megatron.core.optimizer")
+        for name in _TRITON:
+            del sys.modules[name]
+
+
+def _replace_in_core() -> None:
+    core = "megatron.core"
+    generator = torch.default_generator
+    random = importlib.import_module(f"{core}.tensor_parallel.random")
+    random._get_cuda_rng_state = lambda *_args, **_kwargs: generator.get_state()
+    random._set_cuda_rng_state = lambda state, *_args, **_kwargs: generator.set_state(state)
+    logging.getLogger(random.__name__).addFilter(
+        lambda record: "CPU RNG state changed" not in record.getMessage()
+    )
+
+    utils = importlib.import_module(f"{core}.utils")
+    try:
+        utils.get_te_version()
+    except ImportError:  # core 0.12 cannot do without an answer
+        utils._te_version = importlib.import_module("packaging.version").Version("0.0.0")
+    fp8 = importlib.import_module(f"{core}.fp8_utils")
+    if hasattr(fp8, "_quantize_param_shard_impl"):  # core 0.12
+        fp8._quantize_param_shard_impl = _nothing
+    moe = importlib.import_module(f"{core}.transformer.moe.moe_utils")
+    if not hasattr(moe, "te_general_gemm"):
+        moe.te_general_gemm = None
+
+    norm = importlib.import_module(f"{core}.transformer.torch_norm").WrappedTorchNorm
+    norm.__new__ = functools.partial(_norm_in_sequence_parallel, norm.__new__)
+
+    optimizer = importlib.import_module(f"{core}.optimizer")
+    optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER = FusedAdam, False
+    distributed = importlib.import_module(f"{core}.optimizer.distrib_optimizer")
+    distributed.Adam = FusedAdam
+    distributed.HAVE_APEX_OR_TE = distributed.USING_APEX_OPTIMIZER = True
+
+    writer = importlib.import_module(f"{core}.dist_checkpointing.strategies.filesystem_async")
+    for name in ("_get_write_results_queue", "get_write_results_queue"):
+        if hasattr(writer, name):
+            setattr(writer, name, _results_queue)
+    if hasattr(writer, "_process_memory"):  # a log line that would need psutil
+        writer._process_memory = _constant(0)
+
+
+def _norm_in_sequence_parallel(original: Any, cls: Any, config: Any, *args: Any, **kw: Any) -> Any:
+    """Torch's norm also under sequence parallelism (needed by MoE with tensor parallelism).
+
+    megatron-core sums the gradients of parameters that are marked.
+    """
+    plain = copy.copy(config)
+    plain.sequence_parallel = False
+    norm = original(cls, plain, *args, **kw)
+    for parameter in norm.parameters():
+        parameter.sequence_parallel = config.sequence_parallel
+    return norm
+
+
+@functools.lru_cache(maxsize=1)
+def _results_queue(*_args: Any) -> Any:
+    """The queue on which checkpoint writers answer.
+
+    megatron-core spawns a manager for it, which imports the main module once more; a forked one
+    starts at once and needs no guarded main.
+    """
+    return multiprocessing.get_context("fork").Manager().Queue()

@@ -1,0 +1,271 @@
+"""Runs a function as the ranks of a small gloo job on this machine, one process per rank.
+
+Each rank leads its own session, so that whatever it forks (checkpoint writers, managers) goes away
+with it. A rank's exception, signal, or hang comes back to the caller as text that says where.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+_ENV = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
+_GRACE_S = 0.3
+
+
+class RankFailure(RuntimeError):
+    """A rank raised, was killed by a signal, or left without a result.
+
+    `rank` is the first that failed, `exitcode` that of its process (negative: minus the signal),
+    `signal` the signal's name or None, `traceback` the text of the child's traceback or "".
+    """
+
+    def __init__(self, outcome: Outcome, world_size: int) -> None:
+        self.rank = outcome.rank
+        self.exitcode = outcome.exitcode
+        self.signal = outcome.signal
+        self.traceback = outcome.traceback
+        super().__init__(f"rank {self.rank} of {world_size} {outcome.describe()}")
+
+
+class RankTimeout(RankFailure):
+    """At least one rank was still running when the time was over; `traceback` shows its stacks."""
+
+
+@dataclass
+class Outcome:
+    """How one rank ended; `result` means something only where `ok` is true.
+
+    `seconds` is the time from the start of the job until the rank reported, or was seen dead.
+    """
+
+    rank: int
+    ok: bool = False
+    result: Any = None
+    exitcode: int | None = None
+    traceback: str = ""
+    timed_out: bool = False
+    seconds: float = field(default=0.0, compare=False)
+
+    @property
+    def signal(self) -> str | None:
+        """Name of the signal that ended the process, or None."""
+        if self.exitcode is None or self.exitcode >= 0:
+            return None
+        return signal.Signals(-self.exitcode).name
+
+    def describe(self) -> str:
+        """One phrase, then the traceback where there is one."""
+        if self.timed_out:
+            phrase = f"was still running after {self.seconds:.1f} s and was killed"
+        elif self.traceback:
+            phrase = "raised"
+        elif self.signal:
+            phrase = f"was killed by {self.signal}"
+        else:
+            phrase = f"left with exit code {self.exitcode} and no result"
+        return f"{phrase}:\n{self.traceback}" if self.traceback else phrase
+
+
+def run_ranks(
+    fn: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout_s: float = 120.0,
+    init: bool = True,
+    **kwargs: Any,
+) -> list[Any]:
+    """Call `fn(rank, world_size, *args, **kwargs)` on every rank and return the results by rank.
+
+    `fn` must be a top-level function; results travel by pickle. With `init` each rank joins a gloo
+    process group that meets in a file. The first rank to fail ends the others.
+
+    Raises RankFailure for the rank that failed first, RankTimeout when `timeout_s` is over.
+    """
+    outcomes = _run(fn, world_size, args, kwargs, timeout_s, init, stop_at_failure=True)
+    failed = [outcome for outcome in outcomes if not outcome.ok]
+    if failed:
+        first = min(failed, key=lambda o: (o.timed_out, not o.signal, o.seconds))
+        raise (RankTimeout if first.timed_out else RankFailure)(first, world_size)
+    return [outcome.result for outcome in outcomes]
+
+
+def rank_outcomes(
+    fn: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout_s: float = 120.0,
+    init: bool = True,
+    **kwargs: Any,
+) -> list[Outcome]:
+    """Like `run_ranks`, but lets every rank end by itself and reports how each one did.
+
+    For tests of what the other ranks do when one dies. Ranks that are still there after
+    `timeout_s` are killed and marked `timed_out`. Never raises for what a rank did.
+    """
+    return _run(fn, world_size, args, kwargs, timeout_s, init, stop_at_failure=False)
+
+
+def _run(
+    fn: Callable[..., Any],
+    world_size: int,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    timeout_s: float,
+    init: bool,
+    stop_at_failure: bool,
+) -> list[Outcome]:
+    context = multiprocessing.get_context("spawn")
+    processes: list[BaseProcess] = []
+    pipes: list[Connection] = []
+    with tempfile.TemporaryDirectory(prefix="pma_ranks_") as directory:
+        job = _Job(fn, world_size, args, kwargs, directory, timeout_s, init)
+        try:
+            with _environment():
+                for rank in range(world_size):
+                    receiver, sender = context.Pipe(duplex=False)
+                    process = context.Process(target=_child, args=(job, rank, sender))
+                    process.start()
+                    sender.close()
+                    processes.append(process)
+                    pipes.append(receiver)
+            return _collect(processes, pipes, Path(directory), timeout_s, stop_at_failure)
+        finally:
+            for process in processes:
+                _kill_session(process)
+            for pipe in pipes:
+                pipe.close()
+
+
+def _collect(
+    processes: list[BaseProcess],
+    pipes: list[Connection],
+    directory: Path,
+    timeout_s: float,
+    stop_at_failure: bool,
+) -> list[Outcome]:
+    start = time.monotonic()
+    deadline = start + timeout_s
+    outcomes = [Outcome(rank) for rank in range(len(processes))]
+    running = set(range(len(processes)))
+    while running and (left := deadline - time.monotonic()) > 0:
+        ready = wait([pipes[rank] for rank in running], timeout=left)
+        for rank in [rank for rank in running if pipes[rank] in ready]:
+            running.discard(rank)
+            outcome = outcomes[rank]
+            outcome.seconds = time.monotonic() - start
+            try:
+                outcome.ok, payload, at = pickle.loads(pipes[rank].recv_bytes())
+                outcome.result, outcome.traceback = (payload, "") if outcome.ok else (None, payload)
+                outcome.seconds = at - start
+            except EOFError:
+                processes[rank].join(timeout=5)
+                outcome.exitcode = processes[rank].exitcode
+            if stop_at_failure and not outcome.ok:
+                # Others may have failed first and not been read yet: look a moment longer.
+                deadline = min(deadline, time.monotonic() + _GRACE_S)
+    failed_elsewhere = stop_at_failure and any(
+        not o.ok for rank, o in enumerate(outcomes) if rank not in running
+    )
+    for rank in running:
+        outcomes[rank].seconds = time.monotonic() - start
+        outcomes[rank].timed_out = True
+        if not failed_elsewhere:
+            outcomes[rank].traceback = _stacks(processes[rank], directory / f"stacks{rank}")
+    for rank, outcome in enumerate(outcomes):
+        if outcome.ok:
+            processes[rank].join(timeout=max(1.0, deadline - time.monotonic()))
+        outcome.exitcode = processes[rank].exitcode if outcome.ok else outcome.exitcode
+    return outcomes
+
+
+def _stacks(process: BaseProcess, path: Path) -> str:
+    """Python stacks of a rank that hangs, as `faulthandler` writes them."""
+    if process.pid is None or not path.exists():
+        return ""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGUSR1)
+    time.sleep(_GRACE_S)
+    return path.read_text()
+
+
+def _kill_session(process: BaseProcess) -> None:
+    if process.pid is not None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+        process.join()
+
+
+@contextlib.contextmanager
+def _environment() -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in _ENV}
+    os.environ.update(_ENV)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@dataclass(frozen=True)
+class _Job:
+    fn: Callable[..., Any]
+    world_size: int
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    directory: str
+    timeout_s: float
+    init: bool
+
+
+def _child(job: _Job, rank: int, sender: Connection) -> None:
+    os.setsid()
+    stacks = Path(job.directory, f"stacks{rank}").open("w")  # noqa: SIM115 (open until exit)
+    faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job.world_size))
+    try:
+        message = (True, _call(job, rank))
+        payload = pickle.dumps((*message, time.monotonic()))
+    except BaseException:
+        payload = pickle.dumps((False, traceback.format_exc(), time.monotonic()))
+    sender.send_bytes(payload)
+    sender.close()
+    sys.stdout.flush()
+
+
+def _call(job: _Job, rank: int) -> Any:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    if not job.init:
+        return job.fn(rank, job.world_size, *job.args, **job.kwargs)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{job.directory}/rendezvous",
+        rank=rank,
+        world_size=job.world_size,
+        timeout=timedelta(seconds=job.timeout_s),
+    )
+    result = job.fn(rank, job.world_size, *job.args, **job.kwargs)
+    dist.destroy_process_group()
+    return result

@@ -1,0 +1,51 @@
+"""Metadata and dependencies; the settings of the tools are in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION: dict[str, str] = {}
+exec((HERE / "pma_megatron" / "version.py").read_text(), VERSION)
+
+MEGATRON = ["megatron-core>=0.12"]
+DEEPSPEED = ["deepspeed>=0.14"]
+PLOTS = ["matplotlib>=3.7"]
+TEST = [
+    *MEGATRON,
+    *PLOTS,
+    "hypothesis>=6.100",
+    "mypy>=1.10",
+    "pytest>=8",
+    "pytest-timeout>=2.3",
+    "ruff>=0.6",
+    # megatron-core imports these without asking for them in every release
+    "packaging",
+    "pyyaml",
+    "typing_extensions",
+]
+
+setup(
+    name="pma-megatron",
+    version=VERSION["__version__"],
+    description="Average sharded Megatron pre-training checkpoints into one that resumes (PMA)",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["pma_megatron", "pma_megatron.*"]),
+    package_data={"pma_megatron": ["py.typed"]},
+    install_requires=[
+        "isal>=1.8",  # crc32 at memory speed, crc32_combine
+        "numpy>=1.24",
+        "rich>=13",
+        "torch>=2.4",
+    ],
+    extras_require={"megatron": MEGATRON, "deepspeed": DEEPSPEED, "plots": PLOTS, "test": TEST},
+    entry_points={"console_scripts": ["pma = pma_megatron.cli:main"]},
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
