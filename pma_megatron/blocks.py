@@ -59,7 +59,7 @@ class Files:
 
 def as_bytes(block: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, shared."""
-    return memoryview(block.view(torch.uint8).numpy()).cast("B")
+    return memoryview(block.view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]
 
 
 class BlockReader:

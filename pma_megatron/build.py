@@ -151,6 +151,7 @@ def make_tasks(sources: Sequence[Source], active: Sequence[int], fates: Fates,
     _check_same_model(sources)
     tasks: list[Average | Copy | Zero | Write] = []
     covered: dict[Place, list[tuple[int, int]]] = {}
+    zeroed: dict[Payload, Zero] = {}  # a payload may hold the moments of many parameters
     for (state, key), rule in fates.rules.items():
         tensor = _tensor(base, state, key)
         if tensor is None or rule.action is Action.ROUND:
@@ -158,8 +159,8 @@ def make_tasks(sources: Sequence[Source], active: Sequence[int], fates: Fates,
         rounded = state == MAIN and fates.rules["weight", key].action is Action.ROUND
         written = _gets_new_bytes(base, state, key, rule)
         if rule.action is Action.ZERO:
-            payloads = {p.payload for p in (*tensor.pieces, *tensor.replicas)}
-            tasks += [Zero(layout.places[p], 0, p.numel) for p in payloads]
+            for payload in (p.payload for p in (*tensor.pieces, *tensor.replicas)):
+                zeroed[payload] = Zero(layout.places[payload], 0, payload.numel)
         elif written or rounded:
             tasks.append(
                 _average(sources, active, fates, layout, state, tensor, key, covered, written,
@@ -167,7 +168,7 @@ def make_tasks(sources: Sequence[Source], active: Sequence[int], fates: Fates,
             )  # fmt: skip
     for place, ranges in covered.items():
         tasks += [Zero(place, start, count) for start, count in _gaps(ranges, place.numel)]
-    return [*tasks, *_untouched(layout)]
+    return [*tasks, *zeroed.values(), *_untouched(layout)]
 
 
 def _average(sources: Sequence[Source], active: Sequence[int], fates: Fates, layout: OutputLayout,

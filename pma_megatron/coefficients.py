@@ -64,8 +64,10 @@ def _mean_linear(start: float, end: float) -> float:
 
 def _mean_cosine(start: float, end: float) -> float:
     half = math.pi * (end - start) / 2
-    # sin b - sin a as a product: the difference itself cancels on short intervals.
-    return (1.0 + math.cos(math.pi * (start + end) / 2) * math.sin(half) / half) / 2
+    # sin b - sin a as a product: the difference itself cancels on short intervals, and the shortest
+    # have no length left in float64.
+    shrink = math.sin(half) / half if half else 1.0
+    return (1.0 + math.cos(math.pi * (start + end) / 2) * shrink) / 2
 
 
 def _mean_one_minus_sqrt(start: float, end: float) -> float:

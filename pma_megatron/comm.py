@@ -94,8 +94,8 @@ class Comm:
 
     def on_main(self, stage: str, work: Callable[[], T]) -> T:
         """Run `work` on rank 0 only and return its result on every rank, or raise on every rank."""
-        made = self.agree(stage, work if self.is_main else lambda: None)  # type: ignore[arg-type]
-        return self.broadcast(made)
+        made = self.agree(stage, lambda: work() if self.is_main else None)
+        return self.broadcast(made)  # type: ignore[return-value]
 
     def gather(self, value: T) -> list[T]:
         """The value of every rank, on every rank."""
@@ -154,7 +154,7 @@ class Comm:
         """
         if self._group is None:
             return block
-        if dist.get_backend(self._group) == "nccl":
+        if "nccl" in str(dist.get_backend_config(self._group)):
             on_device = block.to(torch.device("cuda", torch.cuda.current_device()))
             dist.all_reduce(on_device, group=self._group)
             return block.copy_(on_device)

@@ -55,6 +55,16 @@ class Tally:
             self.read_bytes += read_bytes
             self.written_bytes += written_bytes
 
+    def sync(self) -> None:
+        """Flush and close what this rank wrote.
+
+        Raises:
+            PublishError: the storage reports an error late.
+        """
+        for writer in self.writers:
+            writer.sync()
+            writer.close()
+
 
 def run(plan: MergePlan, staging: Sequence[Path], comm: Comm, progress: Progress) -> Tally:
     """Fill the staged files of every output with this rank's part of the work.

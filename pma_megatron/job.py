@@ -57,8 +57,10 @@ def merge(request: MergeRequest, comm: Comm | None = None, show: Show = silent) 
     clock.lap("plan")
     with contextlib.ExitStack() as stack:
         comm.on_main("lock", lambda: stack.enter_context(publish.locked(wanted)) and None)
+        # Again, now that no other job can publish there, and what a killed one left is put right.
+        comm.on_main("refuse", lambda: publish.refuse(made, wanted))
         stack.callback(_discard, comm, wanted)
-        read, written = _fill(made, wanted, comm, show, clock)
+        read, written = _fill(made, wanted, comm, show, clock, stack)
         checks = tuple(
             verification.verify_output(made, output, target.staging, comm)
             for output, target in zip(made.outputs, wanted, strict=True)
@@ -122,28 +124,31 @@ class _Clock:
 
 
 def _fill(plan: MergePlan, wanted: tuple[Target, ...], comm: Comm, show: Show,
-          clock: _Clock) -> tuple[int, int]:  # fmt: skip
+          clock: _Clock, stack: contextlib.ExitStack) -> tuple[int, int]:  # fmt: skip
     """Stage and fill every output; returns bytes read and written over all ranks."""
     comm.on_main("stage", lambda: publish.stage(plan, wanted))
-    point("stage", comm.rank)
+    comm.agree("stage", lambda: point("stage", comm.rank))
     staging = [target.staging for target in wanted]
     cost = engine.cost_bytes(plan, comm)
 
     def run() -> engine.Tally:
         with show("merge", cost) as progress:
-            return engine.run(plan, staging, comm, progress)
+            done = engine.run(plan, staging, comm, progress)
+        for writer in done.writers:  # another rank may have failed
+            stack.callback(writer.close)
+        return done
 
     tally = comm.agree("merge", run)
     clock.lap("merge")
-    point("sync", comm.rank)
-    comm.agree("sync", lambda: publish.sync_writers(tally))
+    comm.agree("sync", lambda: point("sync", comm.rank))
+    comm.agree("sync", tally.sync)
     comm.agree("sources", lambda: _refuse_changed(plan, comm))
     for number, (output, target) in enumerate(zip(plan.outputs, wanted, strict=True)):
         parts = comm.collect(tally.writers[number].checksums.parts)
         made = report.provenance(plan, output, comm.size, clock.seconds)
         comm.on_main("finish", lambda p=parts, t=target, m=made: publish.finish(plan, t, p, m))  # type: ignore[misc]
     clock.lap("publish")
-    point("verify", comm.rank)
+    comm.agree("verify", lambda: point("verify", comm.rank))
     counts = comm.gather((tally.read_bytes, tally.written_bytes))
     return sum(read for read, _ in counts), sum(written for _, written in counts)
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ from pma_megatron.comm import Comm
 from pma_megatron.discover import choose, list_checkpoints
 from pma_megatron.errors import SelectionError
 from pma_megatron.formats import registry
+from pma_megatron.formats.base import ModelSpace
 from pma_megatron.formats.output import OutputLayout
 from pma_megatron.formats.source import Source
+from pma_megatron.policy import MAIN
 from pma_megatron.request import MergeRequest, Output
 from pma_megatron.selection import CheckpointRef, Selection
 from pma_megatron.tasks import Average, Copy, Unit, Zero, units
@@ -126,7 +128,8 @@ def _open_all(request: MergeRequest, refs: Sequence[CheckpointRef],
 
     def read(number: int, ranges: Mapping[tuple[str, str], Any]) -> Source:
         ref = refs[number]
-        return registry.get(ref.format, ref.path).read_source(ref.path, ranges, main_params)
+        source = registry.get(ref.format, ref.path).read_source(ref.path, ranges, main_params)
+        return source if number == last else _trimmed(source, request)
 
     mine = comm.rank == owners[last]
     newest = comm.agree("open", lambda: read(last, {}) if mine else None)
@@ -140,6 +143,20 @@ def _open_all(request: MergeRequest, refs: Sequence[CheckpointRef],
     for part in comm.gather(others):
         opened.update(part)
     return tuple(opened[number] for number in range(len(refs)))
+
+
+def _trimmed(source: Source, request: MergeRequest) -> Source:
+    """An older source without what the merge does not read of it: every rank keeps all sources."""
+    policy = request.policy
+    everything = policy.optimizer_state == "average" or bool(policy.overrides)
+    keep = None if everything else {MAIN}
+    states = {s: t for s, t in source.space.states.items() if keep is None or s in keep}
+    main = states.get(MAIN, {})
+    weights = {
+        key: replace(tensor, pieces=()) if key in main else tensor
+        for key, tensor in source.space.weights.items()
+    }
+    return replace(source, space=ModelSpace(weights, states, source.space.kind), ranges={})
 
 
 def _layout(ref: CheckpointRef, ranks: tuple[int, ...], fates: Fates, comm: Comm) -> OutputLayout:

@@ -19,7 +19,6 @@ from pathlib import Path
 
 from pma_megatron.blocks import joined_crc
 from pma_megatron.discover import TRACKER_FILE
-from pma_megatron.engine import Tally
 from pma_megatron.errors import PublishError
 from pma_megatron.faultpoints import point
 from pma_megatron.planning import MergePlan
@@ -27,6 +26,8 @@ from pma_megatron.planning import MergePlan
 PROVENANCE_FILE = "pma.json"
 _STAGING = ".pma-staging-"
 _REPLACED = ".pma-replaced-"
+_LOCK = ".pma-lock-"
+_TRACKER = ".pma-tracker-"
 _log = logging.getLogger(__name__)
 
 
@@ -76,7 +77,7 @@ def refuse(plan: MergePlan, wanted: Sequence[Target]) -> None:
                     f"the merge for a checkpoint of the run. Use --save {root}-pma or {root}/pma"
                 )
         _refuse_foreign(target)
-        if target.final.exists() and not plan.request.overwrite:
+        if target.final.exists() and not plan.request.overwrite and not _unfinished(target):
             raise PublishError(
                 f"{target.final} exists. Use --overwrite to replace it (it is kept until the new "
                 "one is complete), or another --save"
@@ -118,23 +119,13 @@ def locked(wanted: Sequence[Target]) -> Iterator[None]:
     handles = []
     try:
         for target in wanted:
-            path = target.root / f".pma-lock-{target.final.name}"
             try:
                 target.root.mkdir(parents=True, exist_ok=True)
-                descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+                handles.append(_lock(target))
             except OSError as error:
                 raise PublishError(
                     f"cannot write to {target.root}: {error.strerror}. Choose another --save"
                 ) from error
-            handles.append((descriptor, path))
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise PublishError(
-                    f"another merge is writing {target.final}: wait for it, or use another --save"
-                ) from None
-            except OSError as error:
-                _log.warning("%s cannot be locked (%s): run one merge at a time", path, error)
             _remove_stale(target)
         yield
     finally:
@@ -144,17 +135,55 @@ def locked(wanted: Sequence[Target]) -> Iterator[None]:
             os.close(descriptor)
 
 
+def _lock(target: Target) -> tuple[int, Path]:
+    path = target.root / f"{_LOCK}{target.final.name}"
+    while True:
+        descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise PublishError(
+                f"another merge is writing {target.final}: wait for it, or use another --save"
+            ) from None
+        except OSError as error:
+            _log.warning("%s cannot be locked (%s): run one merge at a time", path, error)
+        # Its last holder may have removed the file after it was opened here: that lock is no one's.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor, path
+        os.close(descriptor)
+
+
+def _staged(target: Target) -> list[Path]:
+    return list(target.root.glob(f"{_STAGING}{target.final.name}-*"))
+
+
+def _unfinished(target: Target) -> bool:
+    """True if a merge was killed after it named its checkpoint, before the tracker named it too.
+
+    It never reported, so the same command may run again without --overwrite.
+    """
+    return (target.root / f"{_TRACKER}{target.final.name}").is_file() and not _staged(target)
+
+
 def _remove_stale(target: Target) -> None:
-    for folder in target.root.glob(f"{_STAGING}{target.final.name}-*"):
+    for folder in _staged(target):
         _log.warning("removing %s, left by a merge that was cut off", folder)
         shutil.rmtree(folder, ignore_errors=True)
+        (target.root / f"{_TRACKER}{target.final.name}").unlink(missing_ok=True)
+    if _restored(target):
+        _log.warning("restored %s, which a cut-off merge was replacing", target.final)
+    shutil.rmtree(target.root / f"{_REPLACED}{target.final.name}", ignore_errors=True)
+
+
+def _restored(target: Target) -> bool:
+    """Give a checkpoint that was being replaced its name back, if nothing else has it."""
     kept = target.root / f"{_REPLACED}{target.final.name}"
-    if kept.exists():
-        if target.final.exists():
-            shutil.rmtree(kept, ignore_errors=True)
-        else:
-            _log.warning("restoring %s, which a cut-off merge was replacing", target.final)
-            kept.rename(target.final)
+    if not kept.exists() or target.final.exists():
+        return False
+    kept.rename(target.final)
+    return True
 
 
 def stage(plan: MergePlan, wanted: Sequence[Target]) -> None:
@@ -171,7 +200,7 @@ def stage(plan: MergePlan, wanted: Sequence[Target]) -> None:
                 with path.open("wb") as stream:
                     stream.truncate(nbytes)
     except OSError as error:
-        raise PublishError(f"cannot write to {wanted[0].staging}: {error.strerror}") from error
+        raise _cannot_write(wanted[0], error) from error
 
 
 def finish(plan: MergePlan, target: Target, writer_parts: Sequence[dict[tuple[int, str], list[
@@ -203,7 +232,14 @@ def finish(plan: MergePlan, target: Target, writer_parts: Sequence[dict[tuple[in
             _sync(target.staging / name)
         _sync(target.staging)
     except OSError as error:
-        raise PublishError(f"cannot write to {target.staging}: {error.strerror}") from error
+        raise _cannot_write(target, error) from error
+
+
+def _cannot_write(target: Target, error: OSError) -> PublishError:
+    return PublishError(
+        f"cannot write to {target.staging}: {error.strerror}. Nothing was published; free space or "
+        "choose another --save, then run again"
+    )
 
 
 def _write_structure(plan: MergePlan, target: Target,
@@ -236,10 +272,14 @@ def publish(plan: MergePlan, target: Target) -> None:
     """Give the staged checkpoint its name, then point the tracker at it (rank 0 only).
 
     Raises:
-        PublishError: the rename failed; the staged checkpoint stays where it is.
+        PublishError: a rename failed; a checkpoint that was to be replaced is still there.
     """
     kept = target.root / f"{_REPLACED}{target.final.name}"
+    tracker = target.root / f"{_TRACKER}{target.final.name}"
     try:
+        # Written first: a disk that is full by now must not leave a checkpoint without a tracker.
+        value = "release" if plan.iteration is None else str(plan.iteration)
+        _write_small(tracker, value.encode())
         if target.final.exists():
             if not _exchange(target.staging, target.final):
                 target.final.rename(kept)
@@ -249,17 +289,15 @@ def publish(plan: MergePlan, target: Target) -> None:
             target.staging.rename(target.final)
         _sync(target.root)
         point("tracker", 0)
-        tracker = target.root / TRACKER_FILE
-        value = "release" if plan.iteration is None else str(plan.iteration)
-        temporary = tracker.with_name(f".{tracker.name}.tmp")
-        _write_small(temporary, value.encode())
-        temporary.replace(tracker)
+        tracker.replace(target.root / TRACKER_FILE)
         _sync(target.root)
     except OSError as error:
         raise PublishError(
-            f"cannot publish {target.final}: {error.strerror}. The merged checkpoint is whole in "
-            f"{target.staging}; rename it by hand or run again"
+            f"cannot publish {target.final}: {error.strerror}. Free space or choose another "
+            "--save, then run again"
         ) from error
+    finally:
+        _restored(target)
     shutil.rmtree(target.staging, ignore_errors=True)  # after an exchange it is the old one
     shutil.rmtree(kept, ignore_errors=True)
 
@@ -282,17 +320,8 @@ def _sync(path: Path) -> None:
 
 
 def discard(wanted: Sequence[Target]) -> None:
-    """Remove the staging folders after a failure (rank 0 only)."""
+    """Remove what a failure left (rank 0 only); harmless after a success."""
     for target in wanted:
-        shutil.rmtree(target.staging, ignore_errors=True)
-
-
-def sync_writers(tally: Tally) -> None:
-    """Flush and close this rank's files.
-
-    Raises:
-        PublishError: the storage reports an error late.
-    """
-    for writer in tally.writers:
-        writer.sync()
-        writer.close()
+        if target.staging.exists():
+            (target.root / f"{_TRACKER}{target.final.name}").unlink(missing_ok=True)
+            shutil.rmtree(target.staging, ignore_errors=True)

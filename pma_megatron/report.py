@@ -48,8 +48,10 @@ class MergeReport:
     ranks: int
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, as `--json` prints them."""
-        return asdict(self)
+        """Plain values, as `--json` prints them: the plan's, and what came of it."""
+        own = asdict(self)
+        published = own.pop("outputs")
+        return {**own.pop("plan"), **own, "published": published}
 
 
 def describe_plan(plan: MergePlan) -> dict[str, Any]:

@@ -219,7 +219,8 @@ def recommend(
         raise UsageError("numbers of parameters must be positive")
     if parameters_active is not None and parameters_active > parameters_total:
         raise UsageError(
-            f"{parameters_active} active parameters are more than the total, {parameters_total}"
+            f"{format_tokens(parameters_active)} active parameters are more than the total, "
+            f"{format_tokens(parameters_total)}"
         )
     size = float(parameters_total)
     if kind == "moe":

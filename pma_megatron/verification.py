@@ -188,8 +188,8 @@ def _compare(plan: MergePlan, output: Output, folder: Path, merged: Source,
     reader, worst = _reader(plan, len(plan.sources) - 1, folder), 0.0
     try:
         for number, sample in enumerate(wanted):
-            exact = sum(part[number][0] for part in sums)
-            bound = count * _UNIT_ROUNDOFF * sum(part[number][1] for part in sums)
+            exact = np.sum([part[number][0] for part in sums], axis=0)
+            bound = count * _UNIT_ROUNDOFF * np.sum([part[number][1] for part in sums], axis=0)
             tensor = _of(merged, sample.state, sample.key)
             got = _read(reader, tensor, sample.box)
             if MAIN in merged.space.states and _origin(plan, sample) == MAIN != sample.state:
@@ -246,10 +246,13 @@ def _check_zips(plan: MergePlan, folder: Path, full: bool) -> int:
     for item in plan.layout.items:
         with (folder / item.placed.file).open("rb") as stream:
             view = _Window(stream, item.placed.offset, item.placed.length)
-            with zipfile.ZipFile(view) as archive:  # type: ignore[arg-type]
-                bad = archive.testzip()
+            try:
+                with zipfile.ZipFile(view) as archive:
+                    bad = archive.testzip()
+            except (zipfile.BadZipFile, OSError) as error:
+                bad = f"item at {item.placed.offset} ({error})"
         if bad:
-            raise VerifyError(f"{folder / item.placed.file}: checksum of {bad} is wrong: damaged")
+            raise VerifyError(f"{folder / item.placed.file}: {bad} is damaged: merge again")
         checked += 1
     return checked
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import pma_megatron.coefficients as module
@@ -22,6 +22,8 @@ DECAYS = {
     "inverse-sqrt": lambda x: (1 / np.sqrt(1 + 3 * x) - 0.5) / 0.5,
 }
 ULP = math.ulp(1.0)
+# Two neighbouring means of 1-sqrt that rounding puts in the wrong order.
+ULP_APART = [0, 2985264974860241, *(4644704186141202 + i for i in (0, 1, 3)), 8 * 10**15, 10**16]
 
 
 def merged_by(result: Coefficients, checkpoints: np.ndarray) -> np.ndarray:
@@ -141,6 +143,8 @@ def test_the_numbers_in_the_module_docstring() -> None:
     alpha=st.floats(1e-12, 1.0),
     floor=st.floats(0.0, 1.0, exclude_max=True),
 )
+@example(method="1-sqrt", tokens=ULP_APART, alpha=0.5, floor=0.0)
+@example(method="cosine", tokens=[0, 10**17 - 1, 10**17], alpha=0.5, floor=0.0)
 def test_sums_to_one_within_an_ulp_and_is_never_negative(method, tokens, alpha, floor) -> None:
     settings_of = {"ema": {"alpha": alpha}, **{decay: {"floor": floor} for decay in DECAYS}}
     result = coefficients(method, tokens=tokens, **settings_of.get(method, {}))
@@ -177,8 +181,8 @@ def test_custom_keeps_what_was_written() -> None:
     result = coefficients("custom", values=[0.2, 0.3, 0.5], count=3)
     assert result.values == (0.2, 0.3, 0.5)
     assert result.parameters == ()
-    rounding_only = coefficients("custom", values=[0.1] * 10)
-    assert rounding_only.values == (0.1,) * 10
+    assert coefficients("custom", values=[0.1] * 10).values == (0.1,) * 10
+    assert coefficients("custom", values=[0.0, 1.0]).values == (0.0, 1.0)
 
 
 def test_custom_normalises_a_list_typed_with_few_digits_and_says_so() -> None:

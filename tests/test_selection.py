@@ -37,9 +37,9 @@ def ref(iteration, tokens=None, *, incomplete=None, **changes) -> CheckpointRef:
 
 def untold(iteration, **changes) -> CheckpointRef:
     """A checkpoint without Megatron arguments."""
-    unknown = {"consumed_tokens": None, "consumed_samples": None}
-    because = {"tokens_unknown_because": "its saved Megatron args have no seq_length"}
-    return dataclasses.replace(ref(iteration), **unknown, **because, **changes)
+    because = "its saved Megatron args have no seq_length"
+    unknown = {"consumed_tokens": None, "consumed_samples": None, "tokens_unknown_because": because}
+    return dataclasses.replace(ref(iteration), **unknown, **changes)
 
 
 def every(step: int, stop: int, **changes) -> list[CheckpointRef]:
@@ -57,14 +57,16 @@ def refusal(refs, **request) -> str:
 
 
 def test_last_n_end_at_the_newest_complete_one() -> None:
-    refs = [*every(1000, 5000), ref(6000, incomplete=WRITING)]
+    refs = [*every(1000, 5000), ref(6000, incomplete=WRITING), ref(None)]
     selection = select(refs, SelectionRequest(last=3))
     assert [r.iteration for r in selection.refs] == [3000, 4000, 5000]
     assert selection.positions == (3 * B, 4 * B, 5 * B)
     assert selection.position_unit == "tokens"
     assert selection.spacing.gaps == (B, B)
     assert selection.spacing.requested is selection.spacing.tolerance is None
-    assert selection.notes == (f"/run/iter_0006000 was passed over: it is incomplete ({WRITING})",)
+    unnumbered, unfinished = selection.notes
+    assert "/run/release was passed over" in unnumbered and "--paths" in unnumbered
+    assert unfinished == f"/run/iter_0006000 was passed over: it is incomplete ({WRITING})"
 
 
 def test_end_iteration_and_exclude() -> None:
@@ -83,9 +85,9 @@ def test_end_iteration_and_exclude() -> None:
 
 def test_incomplete_ones_in_between_are_stepped_over_and_told() -> None:
     refs = [*every(1000, 3000), ref(4000, incomplete="__0_0.distcp is cut short"), ref(5000)]
-    selection = select(refs, SelectionRequest(last=3))
-    assert [r.iteration for r in selection.refs] == [2000, 3000, 5000]
-    assert any("iter_0004000" in note and "cut short" in note for note in selection.notes)
+    assert chosen(refs, last=3) == [2000, 3000, 5000]
+    note = select(refs, SelectionRequest(last=3)).notes[0]
+    assert "iter_0004000" in note and "cut short" in note
 
 
 def test_too_few_says_how_many_and_why_the_others_do_not_count() -> None:
@@ -97,12 +99,10 @@ def test_too_few_says_how_many_and_why_the_others_do_not_count() -> None:
     assert "a later --end-iteration" in refusal(refs, last=4, end_iteration=3000)
     assert "--last 10 needs 10" in refusal(every(1000, 9000))
     assert len(chosen(every(1000, 30_000))) == 10
-
-
-def test_nothing_to_merge() -> None:
     assert "no complete checkpoint to merge: nothing was found" in refusal([])
-    said = refusal([ref(1000, incomplete=WRITING)])
-    assert f"iteration 1000 (1B tokens) is incomplete ({WRITING})" in said
+    said = refusal(every(1000, 6000, incomplete=WRITING))
+    assert f"iteration 6000 (6B tokens) is incomplete ({WRITING}), and 2 older ones" in said
+    assert "older ones" not in refusal(every(1000, 4000, incomplete=WRITING))
 
 
 @pytest.mark.parametrize("flag", ["end_iteration", "iterations"])
@@ -120,18 +120,12 @@ def test_a_named_iteration_must_exist_and_be_complete(flag: str) -> None:
 
 def test_duplicate_iterations_are_refused_with_both_paths_unless_excluded() -> None:
     refs = [*every(1000, 5000), ref(4000, path="/run/non_persistent/iter_0004000")]
-    for request in ({"last": 2}, {"iterations": (1000, 4000)}, {"interval_tokens": B, "last": 2}):
+    for request in ({"last": 2}, {"iterations": (1000, 4000)}, {"interval_tokens": B}):
         said = refusal(refs, **request)
+        assert said == refusal(refs[::-1], **request)
         assert "iteration 4000 exists twice" in said
         assert "/run/iter_0004000" in said and "/run/non_persistent/iter_0004000" in said
     assert chosen(refs, last=2, exclude=(4000,)) == [3000, 5000]
-
-
-def test_a_directory_without_iteration_is_told_and_only_taken_by_path() -> None:
-    refs = [*every(1000, 3000), ref(None)]
-    selection = select(refs, SelectionRequest(last=3))
-    assert len(selection.refs) == 3
-    assert any("/run/release" in note and "--paths" in note for note in selection.notes)
 
 
 def test_named_ones_are_ordered_by_iteration_then_tokens_then_as_given() -> None:
@@ -140,7 +134,7 @@ def test_named_ones_are_ordered_by_iteration_then_tokens_then_as_given() -> None
     paths = ("/run/iter_0003000/", "/run/iter_0001000")
     assert chosen(refs, paths=paths) == [1000, 3000]
 
-    bare = [ref(None, path=f"/x/{name}", tokens=t * B) for name, t in (("late", 9), ("early", 5))]
+    bare = [ref(None, 9 * B, path="/x/late"), ref(None, 5 * B, path="/x/early")]
     by_tokens = select(bare, SelectionRequest(paths=("/x/late", "/x/early")))
     assert [r.path for r in by_tokens.refs] == ["/x/early", "/x/late"]
     assert by_tokens.positions == (5 * B, 9 * B)
@@ -172,14 +166,11 @@ def test_interval_takes_the_nearest_to_each_place() -> None:
     assert chosen(equally_near, last=2, interval_tokens=4 * B) == [8500, 12_000]
 
 
-@pytest.mark.parametrize(("tolerance", "fits"), [(0.29, True), (0.28, False), (0.0, False)])
-def test_tolerance_is_inclusive_and_exact(tolerance: float, fits: bool) -> None:
-    refs = [ref(129), ref(200)]
-    request = {"last": 2, "interval_iterations": 100, "tolerance": tolerance}
-    if fits:
-        assert chosen(refs, **request) == [129, 200]
-    else:
-        assert "--tolerance 0.29" in refusal(refs, **request)
+def test_tolerance_is_inclusive_and_exact() -> None:
+    refs, request = [ref(129), ref(200)], {"last": 2, "interval_iterations": 100}
+    assert chosen(refs, **request, tolerance=0.29) == [129, 200]
+    for tolerance in (0.28, 0.0):
+        assert "--tolerance 0.29" in refusal(refs, **request, tolerance=tolerance)
 
 
 def test_interval_in_iterations_needs_no_tokens() -> None:
@@ -210,24 +201,31 @@ def test_a_hole_names_the_place_its_neighbours_and_ways_that_work() -> None:
 @pytest.mark.parametrize(
     ("iterations", "request_of", "ways"),
     [
-        (range(8000, 800_000, 8000), {"last": 10, "interval_tokens": 5 * B}, {"interval_tokens"}),
-        ((600, 1600, 2600, 4000), {"last": 4, "interval_tokens": B}, {"tolerance"}),
-        ((1, 2, 3, 5, 6, 7), {"last": 5, "interval_iterations": 1}, {"last"}),
+        (range(8, 800, 8), {"last": 10, "interval_tokens": 5}, ["interval_tokens 8M"]),
+        ((600, 1600, 2600, 4000), {"last": 4, "interval_tokens": 1000}, ["tolerance 0.4"]),
+        ((500, 1500, 2500, 4000), {"last": 4, "interval_tokens": 1000}, []),
+        ((1, 2, 3, 5, 6, 7), {"last": 5, "interval_iterations": 1}, ["last 3"]),
+        (
+            range(3, 90, 3),
+            {"last": 4, "interval_tokens": 7, "tolerance": 0.1},
+            ["tolerance 0.15", "interval_tokens 6M", "interval_tokens 3M"],
+        ),
         (
             range(4194, 90_000, 4194),
-            {"window_tokens": 70 * B, "interval_tokens": 7 * B, "tolerance": 0.1},
-            {"interval_tokens", "tolerance"},
+            {"window_tokens": 70_000, "interval_tokens": 7000, "tolerance": 0.1},
+            ["tolerance 0.22", "interval_tokens 8388000000", "interval_tokens 4194000000"],
         ),
     ],
 )
-def test_every_way_out_of_a_hole_really_works(iterations, request_of: dict, ways: set) -> None:
+def test_every_way_out_of_a_hole_really_works(iterations, request_of: dict, ways: list) -> None:
     refs = [ref(i) for i in iterations]
+    request_of |= {key: n * 10**6 for key, n in request_of.items() if key.endswith("_tokens")}
     said = refusal(refs, **request_of).split("what works: ")[1]
-    offered = re.findall(r"--([a-z-]+) ([0-9.]+[A-Z]?)", said)
-    assert {flag.replace("-", "_") for flag, _ in offered} == ways
-    for flag, text in offered:
+    offered = [text.replace("-", "_") for text in re.findall(r"--([a-z-]+ [0-9.]+[A-Z]?)", said)]
+    assert offered == ways
+    for flag, text in map(str.split, offered):
         value = float(text) if flag == "tolerance" else parse_tokens(text)
-        assert len(chosen(refs, **request_of | {flag.replace("-", "_"): value})) > 1
+        assert len(chosen(refs, **request_of | {flag: value})) > 1
 
 
 def test_a_hole_before_the_first_checkpoint_and_one_that_exclude_made() -> None:
@@ -288,6 +286,8 @@ def test_input_order_does_not_matter(request_of: dict) -> None:
 
 def test_window_is_open_at_its_far_end() -> None:
     refs = every(1000, 10_000)
+    assert chosen(refs, window_tokens=2 * B) == [9000, 10_000]
+    assert chosen(refs, window_tokens=2 * B, interval_tokens=B) == [9000, 10_000]
     assert chosen(refs, window_tokens=4 * B) == [7000, 8000, 9000, 10_000]
     assert chosen(refs, window_tokens=4 * B, end_iteration=6000) == [3000, 4000, 5000, 6000]
 
@@ -296,7 +296,7 @@ def test_window_with_interval_holds_window_over_interval() -> None:
     refs = every(1000, 200_000)  # Nemotron 3 Super's 125B window of checkpoints 25B apart
     expected = [100_000, 125_000, 150_000, 175_000, 200_000]
     assert chosen(refs, window_tokens=125 * B, interval_tokens=25 * B) == expected
-    said = refusal(every(1000, 60_000), window_tokens=125 * B, interval_tokens=25 * B)
+    said = refusal(refs[:60], window_tokens=125 * B, interval_tokens=25 * B)
     assert "--window-tokens 75B" in said and "--last" not in said
 
 
@@ -319,7 +319,8 @@ def test_selection_by_tokens_refuses_counts_that_do_not_measure_progress(request
     assert "iteration 4000 are unknown" in refusal(
         [*every(1000, 3000), untold(4000), ref(5000)], **request_of
     )
-    reset = [ref(1000), ref(2000, 9 * B), *(ref(i) for i in (3000, 4000, 5000))]
+    assert "do not grow" in refusal([ref(4000), ref(5000, 4 * B)], **request_of)
+    reset = [untold(500), ref(2000, 9 * B), *(ref(i) for i in (3000, 4000, 5000))]
     said = refusal(reset, **{"end_iteration": 4000, **request_of})
     assert "do not grow from iteration 2000 (9B tokens) to iteration 3000 (3B tokens)" in said
     longer = [ref(i, 2 * i * 10**6, consumed_samples=i * 10**6 // SEQ) for i in (4000, 5000)]
@@ -331,7 +332,10 @@ def test_selection_by_tokens_refuses_counts_that_do_not_measure_progress(request
 def test_older_counts_than_are_looked_at_do_not_matter() -> None:
     refs = [untold(500), ref(1000, 99 * B), *(ref(i) for i in range(2000, 9000, 1000))]
     assert chosen(refs, last=3, interval_tokens=2 * B) == [4000, 6000, 8000]
-    assert chosen(refs, window_tokens=3 * B) == [6000, 7000, 8000]
+    assert chosen(refs, window_tokens=6 * B) == [3000, 4000, 5000, 6000, 7000, 8000]
+    # The last place reaches down to 3.5B, and 4000 might have been nearer to it than 4400.
+    refs = [ref(3000), untold(4000), *(ref(i) for i in (4400, 6000, 8000))]
+    assert "iteration 4000 are unknown" in refusal(refs, last=3, interval_tokens=2 * B)
 
 
 def test_last_n_falls_back_to_iterations_and_says_so() -> None:
@@ -342,17 +346,16 @@ def test_last_n_falls_back_to_iterations_and_says_so() -> None:
 
 def test_skipped_batches_do_not_look_like_a_new_sequence_length() -> None:
     refs = [ref(1000), ref(2000, int(1.9 * B), consumed_samples=2 * B // SEQ), ref(3000, 3 * B)]
-    assert chosen(refs, last=3, interval_tokens=B) == [1000, 2000, 3000]
+    assert len(chosen(refs, last=3, interval_tokens=B)) == 3
+    assert chosen([ref(1, consumed_samples=None), ref(2)], window_tokens=B) == [1, 2]
 
 
 @pytest.mark.parametrize(
     ("request_of", "message"),
     [
         ({"last": 0}, r"--last must be at least 1, got 0"),
-        ({"interval_tokens": -5}, r"--interval-tokens must be at least 1, got -5"),
         ({"window_tokens": 0}, r"--window-tokens must be at least 1"),
         ({"tolerance": 0.5}, r"--tolerance is a fraction .*\[0, 0.5\), got 0.5"),
-        ({"tolerance": -0.1}, r"got -0.1"),
         ({"tolerance": float("nan")}, r"got nan"),
         ({"interval_tokens": 1, "interval_iterations": 1}, r"cannot be combined: an average has"),
         ({"window_tokens": 9, "interval_iterations": 1}, r"use --interval-tokens, or --last"),
@@ -378,7 +381,7 @@ def test_contradictory_requests_are_refused(request_of: dict, message: str) -> N
     [
         *[("8B", 8 * B), ("500M", 500_000_000), ("1.5T", 1500 * B), ("250K", 250_000)],
         *[("8_000_000_000", 8 * B), (" 4.194304 b ", 4_194_304_000), ("0.1B", 100_000_000)],
-        *[("42", 42), (42, 42), ("1.0", 1), ("0", 0)],
+        *[("42", 42), (42, 42), ("1.0", 1), ("0", 0), (0, 0)],
     ],
 )
 def test_parse_tokens(text, tokens: int) -> None:
@@ -395,19 +398,15 @@ def test_parse_tokens(text, tokens: int) -> None:
 def test_parse_tokens_refuses_garbage(text) -> None:
     with pytest.raises(UsageError, match=r"is not a token count: .* as in 8B, 500M"):
         parse_tokens(text)
-
-
-@pytest.mark.parametrize("text", ["1.5", "0.0001K", "1.2345678901B"])
-def test_parse_tokens_refuses_parts_of_a_token(text: str) -> None:
-    with pytest.raises(UsageError, match=r"not a whole number"):
-        parse_tokens(text)
+    with pytest.raises(UsageError, match=r"'1.5' is 1.5 tokens, not a whole number"):
+        parse_tokens("1.5")
 
 
 @pytest.mark.parametrize(
     ("tokens", "text"),
     zip(
-        [8_388_608_000, 8 * B, 500_000_000, 1_408_300_000_000, 0, 999, 999_999, -2 * B, 10**16],
-        ["8.39B", "8B", "500M", "1.4083T", "0", "999", "1M", "-2B", "10000T"],
+        [8_388_608_000, 8 * B, 1_408_300_000_000, 0, 999, 1000, 999_999, -2 * B, 10**16],
+        ["8.39B", "8B", "1.4083T", "0", "999", "1K", "1M", "-2B", "10000T"],
         strict=True,
     ),
 )
@@ -460,7 +459,6 @@ def test_tokens_are_the_samples_trained_on_times_their_length(changes: dict, tok
 def test_arguments_that_give_no_count_say_why(changes: dict, reason: str) -> None:
     tokens, because = consumed_tokens_of(ARGS | changes)
     assert tokens is None and because is not None and reason in because
-    assert consumed_tokens_of({})[1] == "its saved Megatron args have no consumed_train_samples"
 
 
 @pytest.mark.parametrize(
@@ -482,10 +480,9 @@ def test_the_guide_goes_through_the_papers_table(active, total, kind, interval, 
 
 
 def test_the_guide_stops_at_the_ends_of_the_table_and_says_so() -> None:
-    huge = recommend(None, 1000 * B, "dense")
-    assert (huge.interval_tokens, huge.last) == (40 * B, 10)
-    assert "outside that range, so taken at 70B" in huge.basis
-    assert recommend(10**6, 10**7, "moe").interval_tokens == 4 * B
+    huge, tiny = recommend(None, 1000 * B, "dense"), recommend(10**6, 10**7, "moe")
+    assert (huge.interval_tokens, tiny.interval_tokens) == (40 * B, 4 * B)
+    assert "dense, 411M to 70B" in huge.basis and "so taken at 70B" in huge.basis
 
 
 @given(st.lists(st.integers(10**6, 10**12), min_size=2, max_size=2))
@@ -499,5 +496,5 @@ def test_the_guide_refuses_sizes_that_cannot_be() -> None:
         recommend(None, B, "hybrid")
     with pytest.raises(UsageError, match=r"must be positive"):
         recommend(None, 0, "dense")
-    with pytest.raises(UsageError, match=r"2000000000 active parameters are more than the total"):
+    with pytest.raises(UsageError, match=r"2B active parameters are more than the total, 1B"):
         recommend(2 * B, B, "moe")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from pma_megatron.cli import tables
-from pma_megatron.cli.flags import overrides
 from pma_megatron.cli.progress import show
 from pma_megatron.comm import Comm, process_group_from_environment
 from pma_megatron.discover import TRACKER_FILE, list_checkpoints
@@ -97,7 +96,7 @@ def _request(arguments: Namespace) -> MergeRequest:
         policy=Policy(
             optimizer_state=arguments.optimizer_state,
             average=arguments.average,
-            overrides=overrides(arguments.policy),
+            overrides=_overrides(arguments.policy),
         ),
         dtype=arguments.dtype,
         sweep=tuple(arguments.sweep),
@@ -105,6 +104,21 @@ def _request(arguments: Namespace) -> MergeRequest:
         merge_parallel_size=arguments.merge_parallel_size,
         overwrite=arguments.overwrite,
     )
+
+
+def _overrides(texts: list[str]) -> tuple[tuple[str, str], ...]:
+    """`PATTERN=ACTION` flags as pairs.
+
+    Raises:
+        UsageError: one has no `=`.
+    """
+    pairs = []
+    for text in texts:
+        pattern, equals, action = text.rpartition("=")
+        if not equals or not pattern:
+            raise UsageError(f"--policy {text!r} is not PATTERN=ACTION, as in '*.router.*=newest'")
+        pairs.append((pattern, action))
+    return tuple(pairs)
 
 
 def _print(arguments: Namespace, value: Any, table: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from pma_megatron.cli import commands
 from pma_megatron.coefficients import METHODS
 from pma_megatron.errors import UsageError
 from pma_megatron.policy import AVERAGES, OPTIMIZER_STATES
@@ -21,8 +22,6 @@ _MERGE_EXAMPLE = """examples:
 
 def parser() -> argparse.ArgumentParser:
     """The parser of `pma`."""
-    from pma_megatron.cli import commands
-
     top = argparse.ArgumentParser(
         prog="pma",
         description="Average checkpoints of one pre-training run, shard by shard, into one that "
@@ -137,18 +136,3 @@ def _tokens(text: str) -> int:
         return parse_tokens(text)
     except UsageError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def overrides(texts: list[str]) -> tuple[tuple[str, str], ...]:
-    """`PATTERN=ACTION` flags as pairs.
-
-    Raises:
-        UsageError: one has no `=`.
-    """
-    pairs = []
-    for text in texts:
-        pattern, equals, action = text.rpartition("=")
-        if not equals or not pattern:
-            raise UsageError(f"--policy {text!r} is not PATTERN=ACTION, as in '*.router.*=newest'")
-        pairs.append((pattern, action))
-    return tuple(pairs)

@@ -92,9 +92,15 @@ class ItemFiles:
                 stream.seek(offset)
                 data = stream.read(nbytes)
         except OSError as error:
-            raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+            raise CheckpointError(
+                f"{path} could not be read ({error.strerror}): it vanished or its storage failed, "
+                "perhaps removed by the run's own retention. Exclude it, or stop the clean-up"
+            ) from error
         if len(data) != nbytes:
-            raise CheckpointError(f"{path} ends at {offset + len(data)}: truncated")
+            raise CheckpointError(
+                f"{path} ends at byte {offset + len(data)}, {offset + nbytes} are needed: it was "
+                "truncated or replaced. Run `pma list`, then merge again without it"
+            )
         return data
 
     def _reader(self, item: Item) -> Any:

@@ -89,12 +89,18 @@ class InertType(type):
 class Inert(metaclass=InertType):
     """What an unresolved callable returned: its arguments and state, and no behaviour."""
 
+    pma_args: tuple[Any, ...]
+    pma_kwargs: dict[str, Any]
+    pma_called: bool
+    pma_state: Any
+    pma_items: list[Any]
+    pma_pairs: list[tuple[Any, Any]]
+
     def __new__(cls, *args: Any, **kwargs: Any) -> Inert:
         self = super().__new__(cls)
         self.pma_args, self.pma_kwargs = args, kwargs
         self.pma_called, self.pma_state = False, None
-        self.pma_items: list[Any] = []
-        self.pma_pairs: list[tuple[Any, Any]] = []
+        self.pma_items, self.pma_pairs = [], []
         return self
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -276,7 +282,7 @@ class _Global:
 _REBUILD_V2 = _Global("torch._utils", "_rebuild_tensor_v2")
 
 
-class _InertPickler(pickle._Pickler):  # type: ignore[name-defined]
+class _InertPickler(pickle._Pickler):
     """The pure Python pickler: only it lets a name be written that cannot be imported."""
 
     def persistent_id(self, obj: Any) -> Any:
@@ -297,10 +303,7 @@ class _InertPickler(pickle._Pickler):  # type: ignore[name-defined]
 
     def save_global(self, obj: Any, name: str | None = None) -> None:
         if name is not None and "\n" in name:
-            self.write(b"c" + name.encode() + b"\n")  # pickle opcode GLOBAL
-            self.memoize(obj)
+            self.write(b"c" + name.encode() + b"\n")  # type: ignore[attr-defined]  # opcode GLOBAL
+            self.memoize(obj)  # type: ignore[attr-defined]
         else:
-            super().save_global(obj, name)
-
-    # The base class binds its own save_global in a table, which an override does not change.
-    dispatch = {**pickle._Pickler.dispatch}  # type: ignore[attr-defined]  # noqa: RUF012
+            super().save_global(obj, name)  # type: ignore[misc]

@@ -44,6 +44,8 @@ class TinyConfig:
     """What `content_metadata['distrib_optim_sharding_type']` is; unused without that optimizer."""
     fully_parallel_save: bool = True
     """Spread the writing over data-parallel ranks (Megatron's default)."""
+    rerun_state: bool = False
+    """Save `rerun_state_machine` also where this release's training would not."""
 
     micro_batch_size: int = 2
     global_batch_size: int = 8

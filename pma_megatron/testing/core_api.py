@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -60,9 +61,6 @@ def transformer_config(config: TinyConfig) -> Any:
             "expert_model_parallel_size": config.expert_model_parallel_size,
             "sequence_parallel": config.tensor_model_parallel_size > 1,
         }
-    virtual = None
-    if config.virtual_pipeline_model_parallel_size is not None:
-        virtual = config.virtual_pipeline_model_parallel_size
     return call(
         TransformerConfig,
         num_layers=config.num_layers,
@@ -71,7 +69,7 @@ def transformer_config(config: TinyConfig) -> Any:
         num_attention_heads=config.num_attention_heads,
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=virtual,
+        virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
         bf16=config.bf16,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -229,6 +227,27 @@ def rng_shards() -> tuple[tuple[int, ...], tuple[int, ...], int]:
         dp_size = state.get_data_parallel_world_size(with_context_parallel=True)
         return (*sizes, dp_size), (*ranks, dp_rank), 0
     return sizes, ranks, dp_rank
+
+
+def rerun_state(config: TinyConfig) -> dict[str, Any] | None:
+    """The idle rerun state machine, where this release's training writes it into a checkpoint.
+
+    That is 0.12, 0.13, and 0.18 on; in between only when `config.rerun_state` asks for it.
+    """
+    between = (0, 14) <= release() < (0, 18)
+    if between and not config.rerun_state:
+        return None
+    state_dict = _rerun_machine().state_dict
+    return call(state_dict, data_iterator=None, ckpt_format="torch_dist", force=between)
+
+
+@functools.lru_cache(maxsize=1)
+def _rerun_machine() -> Any:
+    from megatron.core.rerun_state_machine import RerunMode, RerunStateMachine
+
+    # The mode that training has unless it is told otherwise.
+    mode = RerunMode.DISABLED if release() < (0, 14) else RerunMode.VALIDATE_RESULTS
+    return RerunStateMachine(mode=mode)
 
 
 def unwrap(model: Any) -> Any:

@@ -1,7 +1,7 @@
 """English text that every Python ships with, as byte tokens, and which sample is which.
 
-The text is the language reference behind `help()` (`pydoc_data.topics`, about 700 kB). A sample is a
-pure function of its number, so a run that resumes after n samples goes on with sample n.
+The text is the language reference behind `help()` (`pydoc_data.topics`, about 700 kB). A sample is
+a pure function of its number, so a run that resumes after n samples goes on with sample n.
 """
 
 from __future__ import annotations
@@ -46,7 +46,12 @@ def sample(
     return window[:-1], window[1:]
 
 
-def batch(numbers: list[int], **kwargs: int | bool) -> tuple[torch.Tensor, torch.Tensor]:
+def batch(
+    numbers: list[int], *, seq_length: int, seed: int, vocab_size: int = 256, held_out: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and labels of several samples, each `[len(numbers), seq_length]`; see `sample`."""
-    pairs = [sample(number, **kwargs) for number in numbers]  # type: ignore[arg-type]
+    pairs = [
+        sample(number, seq_length=seq_length, seed=seed, vocab_size=vocab_size, held_out=held_out)
+        for number in numbers
+    ]
     return torch.stack([pair[0] for pair in pairs]), torch.stack([pair[1] for pair in pairs])

@@ -15,7 +15,6 @@ import logging
 import multiprocessing
 import os
 import sys
-import typing
 from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any
@@ -117,25 +116,26 @@ def _is_cuda(value: Any) -> bool:
 class _Stream:
     """A CUDA stream or event that has nothing to wait for."""
 
-    cuda_stream = 0
-
     def __init__(self, *_args: Any, **_kwargs: Any) -> None:
         pass
 
-    def __enter__(self) -> _Stream:
-        return self
-
-    def __exit__(self, *_args: Any) -> None:
+    def wait_stream(self, _other: _Stream) -> None:
         pass
 
-    def __getattr__(self, name: str) -> Any:
-        if name in ("wait_stream", "wait_event", "record", "record_event", "synchronize", "wait"):
-            return _nothing
-        raise AttributeError(name)
+    wait_event = record_event = wait_stream
+
+    def record(self, *_args: Any) -> None:
+        pass
+
+    wait = synchronize = record
 
 
 def _nothing(*_args: Any, **_kwargs: Any) -> None:
     return None
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(name)
 
 
 def _constant(value: Any) -> Callable[..., Any]:
@@ -144,7 +144,7 @@ def _constant(value: Any) -> Callable[..., Any]:
 
 def _replace_cuda() -> None:
     # torch looks its own functions up once, by identity: let it do so before they are replaced.
-    importlib.import_module("torch._dynamo.trace_rules").get_torch_obj_rule_map()
+    _module("torch._dynamo.trace_rules").get_torch_obj_rule_map()
     cuda: Any = torch.cuda
     generator = torch.default_generator
     properties = SimpleNamespace(
@@ -156,21 +156,15 @@ def _replace_cuda() -> None:
         "current_device": _CPU,
         "get_device_capability": (8, 0),
         "get_device_properties": properties,
-        "memory_allocated": 0,
-        "max_memory_allocated": 0,
-        "memory_reserved": 0,
-        "mem_get_info": (1 << 33, 1 << 34),
         "stream": contextlib.nullcontext(),
         "current_stream": _Stream(),
         "default_stream": _Stream(),
     }
     for name, value in constants.items():
         setattr(cuda, name, _constant(value))
-    for name in ("set_device", "synchronize", "empty_cache", "set_stream", "_lazy_init"):
+    for name in ("set_device", "synchronize", "empty_cache", "_lazy_init"):
         setattr(cuda, name, _nothing)
     cuda.Stream = cuda.Event = _Stream
-    cuda.nvtx.range = _constant(contextlib.nullcontext())
-    cuda.nvtx.range_push = cuda.nvtx.range_pop = _nothing
     # The "CUDA" generator is the CPU's own, so that one seed decides everything.
     cuda.default_generators = (generator,)
     for module in (cuda, cuda.random):
@@ -188,21 +182,21 @@ def _use_gloo() -> None:
         kwargs.pop("pg_options", None)
         return _original(*args, **kwargs)
 
-    for module in (dist, dist.distributed_c10d):
-        module.new_group = new_group  # type: ignore[attr-defined]
+    modules: list[Any] = [dist, dist.distributed_c10d]
+    for module in modules:
+        module.new_group = new_group
 
 
 def _fill_gaps_in_libraries() -> None:
     """Names that some megatron-core expects of another Python, numpy or torch than is here."""
-    import numpy as np
-    import torch.distributed.checkpoint.filesystem as filesystem
-
+    typing, numpy = _module("typing"), _module("numpy")
+    filesystem = _module("torch.distributed.checkpoint.filesystem")
     if not hasattr(typing, "override"):  # core >= 0.18 before Python 3.12
-        typing.override = lambda method: method  # type: ignore[attr-defined]
-    if not hasattr(np, "product"):  # core <= 0.15 with numpy 2
-        np.product = np.prod  # type: ignore[attr-defined]
+        typing.override = lambda method: method
+    if not hasattr(numpy, "product"):  # core <= 0.15 with numpy 2
+        numpy.product = numpy.prod
     if hasattr(filesystem, "SerializationFormat"):  # core 0.12 with torch >= 2.7
-        filesystem._write_item = functools.partial(  # type: ignore[assignment]
+        filesystem._write_item = functools.partial(
             _write_item, filesystem._write_item, filesystem.SerializationFormat.TORCH_SAVE
         )
 
@@ -215,7 +209,7 @@ def _write_item(original: Any, serialization: Any, *args: Any, **kwargs: Any) ->
 
 def _import_core() -> None:
     try:
-        importlib.import_module("megatron.core.models.gpt")
+        _module("megatron.core.models.gpt")
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
@@ -223,8 +217,8 @@ def _import_core() -> None:
         # is done the stand-in goes away, so that nobody else takes it for the real one.
         stand_in = MagicMock(__version__="0")
         sys.modules.update(dict.fromkeys(_TRITON, stand_in))
-        importlib.import_module("megatron.core.models.gpt")
-        importlib.import_module("megatron.core.optimizer")
+        _module("megatron.core.models.gpt")
+        _module("megatron.core.optimizer")
         for name in _TRITON:
             del sys.modules[name]
 
@@ -232,35 +226,35 @@ def _import_core() -> None:
 def _replace_in_core() -> None:
     core = "megatron.core"
     generator = torch.default_generator
-    random = importlib.import_module(f"{core}.tensor_parallel.random")
+    random = _module(f"{core}.tensor_parallel.random")
     random._get_cuda_rng_state = lambda *_args, **_kwargs: generator.get_state()
     random._set_cuda_rng_state = lambda state, *_args, **_kwargs: generator.set_state(state)
     logging.getLogger(random.__name__).addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()
     )
 
-    utils = importlib.import_module(f"{core}.utils")
+    utils = _module(f"{core}.utils")
     try:
         utils.get_te_version()
     except ImportError:  # core 0.12 cannot do without an answer
-        utils._te_version = importlib.import_module("packaging.version").Version("0.0.0")
-    fp8 = importlib.import_module(f"{core}.fp8_utils")
+        utils._te_version = _module("packaging.version").Version("0.0.0")
+    fp8 = _module(f"{core}.fp8_utils")
     if hasattr(fp8, "_quantize_param_shard_impl"):  # core 0.12
         fp8._quantize_param_shard_impl = _nothing
-    moe = importlib.import_module(f"{core}.transformer.moe.moe_utils")
+    moe = _module(f"{core}.transformer.moe.moe_utils")
     if not hasattr(moe, "te_general_gemm"):
         moe.te_general_gemm = None
 
-    norm = importlib.import_module(f"{core}.transformer.torch_norm").WrappedTorchNorm
+    norm = _module(f"{core}.transformer.torch_norm").WrappedTorchNorm
     norm.__new__ = functools.partial(_norm_in_sequence_parallel, norm.__new__)
 
-    optimizer = importlib.import_module(f"{core}.optimizer")
+    optimizer = _module(f"{core}.optimizer")
     optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER = FusedAdam, False
-    distributed = importlib.import_module(f"{core}.optimizer.distrib_optimizer")
+    distributed = _module(f"{core}.optimizer.distrib_optimizer")
     distributed.Adam = FusedAdam
     distributed.HAVE_APEX_OR_TE = distributed.USING_APEX_OPTIMIZER = True
 
-    writer = importlib.import_module(f"{core}.dist_checkpointing.strategies.filesystem_async")
+    writer = _module(f"{core}.dist_checkpointing.strategies.filesystem_async")
     for name in ("_get_write_results_queue", "get_write_results_queue"):
         if hasattr(writer, name):
             setattr(writer, name, _results_queue)

@@ -16,10 +16,11 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,7 @@ def _run(
     stop_at_failure: bool,
 ) -> list[Outcome]:
     context = multiprocessing.get_context("spawn")
-    processes: list[BaseProcess] = []
+    processes: list[SpawnProcess] = []
     pipes: list[Connection] = []
     with tempfile.TemporaryDirectory(prefix="pma_ranks_") as directory:
         job = _Job(fn, world_size, args, kwargs, directory, timeout_s, init)
@@ -153,7 +154,7 @@ def _run(
 
 
 def _collect(
-    processes: list[BaseProcess],
+    processes: Sequence[BaseProcess],
     pipes: list[Connection],
     directory: Path,
     timeout_s: float,
@@ -200,7 +201,9 @@ def _stacks(process: BaseProcess, path: Path) -> str:
         return ""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGUSR1)
-    time.sleep(_GRACE_S)
+    until = time.monotonic() + 10 * _GRACE_S
+    while not path.read_text() and time.monotonic() < until:
+        time.sleep(_GRACE_S / 3)
     return path.read_text()
 
 
@@ -253,12 +256,12 @@ def _child(job: _Job, rank: int, sender: Connection) -> None:
 
 
 def _call(job: _Job, rank: int) -> Any:
+    if not job.init:
+        return job.fn(rank, job.world_size, *job.args, **job.kwargs)
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    if not job.init:
-        return job.fn(rank, job.world_size, *job.args, **job.kwargs)
     dist.init_process_group(
         "gloo",
         init_method=f"file://{job.directory}/rendezvous",

@@ -1,7 +1,7 @@
 """What a run holds in memory, by parameter name: an oracle for what its checkpoints should say.
 
-Main params and moments live in data-parallel shards inside the distributed optimizer. Here every rank
-gets the whole of what belongs to its model shard.
+Main params and moments live in data-parallel shards inside the distributed optimizer. Here every
+rank gets the whole of what belongs to its model shard.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class Place:
     """Where a piece of a parameter belongs in a checkpoint.
 
     `key` is the checkpoint's tensor, of `global_shape`; the piece is `local_shape` (leading axes of
-    stacked layers or experts are 1 there) at `global_offset`, and in the parameter the elements from
-    `start` on, in order.
+    stacked layers or experts are 1 there) at `global_offset`, and in the parameter the elements
+    from `start` on, in order.
     """
 
     key: str
@@ -62,7 +62,7 @@ def buffers(models: list[Any]) -> dict[str, torch.Tensor]:
 
 
 def optimizer_tensors(models: list[Any], optimizer: Any) -> dict[str, dict[str, torch.Tensor]]:
-    """`param`, `exp_avg`, `exp_avg_sq` of each parameter: fp32, in the parameter's full local shape.
+    """`param`, `exp_avg`, `exp_avg_sq` of each parameter, in fp32 and its full local shape.
 
     Collective over the data-parallel groups. Moments are missing before the first step.
     """
@@ -74,8 +74,8 @@ def optimizer_tensors(models: list[Any], optimizer: Any) -> dict[str, dict[str, 
         elif hasattr(part, "float16_groups"):
             tensors = _from_copies(part)
         else:
-            tensors = [(p, p, p) for group in part.param_groups for p in group["params"]]
-            tensors = [(p, _states(part, main)) for p, main, _ in tensors]
+            own = [p for group in part.param_groups for p in group["params"]]
+            tensors = [(p, _states(part, p)) for p in own]
         found.update((names[id(parameter)], values) for parameter, values in tensors)
     return {name: found[name] for name in names.values() if name in found}
 

@@ -1,4 +1,4 @@
-"""Saves and loads a tiny run the way Megatron-LM's training does (`megatron/training/checkpointing.py`).
+"""Saves and loads a tiny run as Megatron-LM's `megatron/training/checkpointing.py` does.
 
 The state dict, its order of writing and the tracker are those of `save_checkpoint`; only what the
 tiny run does not have (async save, tokenizer, data loader state) is left out.
@@ -35,6 +35,9 @@ def save(run: TinyTrainer, root: Path) -> Path:
     metadata = core_api.content_metadata(run.config)
     state = _state_dict(run, metadata, is_loading=False)
     state["num_floating_point_operations_so_far"] = run.floating_point_operations
+    rerun_state = core_api.rerun_state(run.config)
+    if rerun_state:
+        state["rerun_state_machine"] = rerun_state
     if dist.get_rank() == 0:
         directory.mkdir(parents=True, exist_ok=True)
     dist.barrier()

@@ -24,8 +24,8 @@ class TinyTrainer:
     """One rank of a tiny run; every method is called by all ranks together.
 
     `iteration` and `consumed_samples` count as Megatron's. Needs an initialised process group whose
-    size is a multiple of the model-parallel sizes; sets up Megatron's parallel state, so there is one
-    trainer per process at a time.
+    size is a multiple of the model-parallel sizes; sets up Megatron's parallel state, so there is
+    one trainer per process at a time.
 
     Raises ValueError when the batch sizes do not divide over the data-parallel ranks.
     """
@@ -56,10 +56,10 @@ class TinyTrainer:
     def step_with_lr_zero(self) -> float:
         """One optimizer step with learning rate and weight decay 0; returns its loss.
 
-        Model weights are written anew from the main params, and moments and the optimizer's step
-        count move, but the main params, `iteration`, samples and schedule stay.
+        Model weights are written anew from the main params. Moments, the optimizer's step count and
+        `expert_bias` move; the main params, `iteration`, samples and schedule stay.
         """
-        groups = [group for group in self.optimizer.param_groups]  # noqa: C416 (a property)
+        groups = list(self.optimizer.param_groups)
         before = [(group["lr"], group["weight_decay"]) for group in groups]
         for group in groups:
             group["lr"] = group["weight_decay"] = 0.0
@@ -82,7 +82,10 @@ class TinyTrainer:
         return store.save(self, Path(root))
 
     def load(self, root: str | Path, iteration: int | None = None) -> int:
-        """Resume from a checkpoint below `root`, by default the tracker's; returns its iteration."""
+        """Resume from a checkpoint below `root`, by default the tracker's; returns the iteration.
+
+        Raises FileNotFoundError when there is no tracker and no `iteration`.
+        """
         return store.load(self, Path(root), iteration)
 
     def main_params(self) -> dict[str, torch.Tensor]:

@@ -68,14 +68,15 @@ def derive(
         return {}
     finder = _Finder(checkpoint, weights)
     result: dict[tuple[str, str], list[FlatRange]] = {}
-    for group, members in itertools.groupby(spaces, key=lambda space: space.group):
-        taken: set[int] = set()
-        for space in members:
-            if MAIN_PARAM not in space.states:
-                raise PlanError(
-                    f"{checkpoint.path}: {group}.{space.name} holds no main parameters. {_OFFER}"
-                )
-            result[group, space.name] = finder.walk(space, taken)
+    taken: dict[str, set[int]] = {}
+    for space in spaces:
+        if MAIN_PARAM not in space.states:
+            raise PlanError(
+                f"{checkpoint.path}: {space.group}.{space.name} holds no main parameters. {_OFFER}"
+            )
+        in_group = taken.setdefault(space.group, set())
+        result[space.group, space.name] = finder.walk(space, in_group)
+    finder.refuse_forgotten(result)
     return result
 
 
@@ -144,6 +145,7 @@ class _Finder:
     def __init__(self, checkpoint: TorchDistCheckpoint, weights: Mapping[str, Tensor]) -> None:
         self._checkpoint = checkpoint
         self._candidates = list(_chunks(weights))
+        self._widest_gap = 0
         # Shorter candidates have shorter fingerprints: one table per (dtype, length).
         self._tables: dict[tuple[torch.dtype, int], dict[bytes, list[int]]] = {}
         for number, candidate in enumerate(self._candidates):
@@ -174,11 +176,9 @@ class _Finder:
                 None,
             )  # fmt: skip
             if hit is None:
-                later = [start for start in starts if start > at]
-                if not later:
-                    self._check_end(space, at, found)
-                    break
-                at = later[0]
+                after = next((start for start in starts if start > at), space.numel)
+                self._refuse_unknown(space, at, after - at, window)
+                at = after
                 continue
             skip, numbers = hit
             number = self._choose(numbers, walked)
@@ -187,6 +187,7 @@ class _Finder:
                 ambiguous.append(candidate.key)
             taken.add(number)
             walked.append(candidate)
+            self._widest_gap = max(self._widest_gap, skip)
             found.append(FlatRange(at + skip, candidate.key, candidate.piece.box))
             at += skip + candidate.piece.box.numel
         self._check_order(space, walked, ambiguous)
@@ -229,13 +230,38 @@ class _Finder:
         ]
         return max(ahead or numbers, key=lambda n: self._candidates[n].order)
 
-    def _check_end(self, space: FlatSpace, at: int, found: list[FlatRange]) -> None:
-        if not found or (not space.exact and space.numel - at >= _ALIGNMENT_ELEMENTS):
-            raise PlanError(
-                f"{self._checkpoint.path}: cannot tell which parameter lies at element {at} of "
-                f"{space.group}.{space.name}: no stored weight equals the rounded main parameters "
-                f"there (FP8 weights, or weights edited after the save?). {_OFFER}"
+    def _refuse_unknown(self, space: FlatSpace, at: int, count: int, window: torch.Tensor) -> None:
+        """A short gap is alignment, whose bytes mean nothing; a longer one is a parameter."""
+        if count < _ALIGNMENT_ELEMENTS:
+            self._widest_gap = max(self._widest_gap, count)
+            return
+        if not bool(torch.isfinite(window[:count]).all()):
+            raise CheckpointError(
+                f"{self._checkpoint.path}: {space.group}.{space.name} has NaN or Inf values near "
+                f"element {at}. Averaging would spread them: "
+                "leave this checkpoint out with --exclude"
             )
+        raise PlanError(
+            f"{self._checkpoint.path}: cannot tell which parameter lies at elements {at} to "
+            f"{at + count} of {space.group}.{space.name}: no stored weight equals the rounded main "
+            f"parameters there (FP8 weights, or weights edited after the save?). {_OFFER}"
+        )
+
+    def refuse_forgotten(self, ranges: FlatMap) -> None:
+        """A parameter of fewer elements than the alignment could hide in a gap.
+
+        Raises:
+            PlanError: a 16-bit weight that fits into a gap has no main parameters.
+        """
+        named = {(found.key, found.box) for found in itertools.chain(*ranges.values())}
+        for candidate in self._candidates:
+            box, dtype = candidate.piece.box, candidate.piece.payload.dtype
+            fits = dtype.itemsize == 2 and box.numel <= self._widest_gap
+            if fits and (candidate.key, box) not in named:
+                raise PlanError(
+                    f"{self._checkpoint.path}: no main parameters equal {candidate.key} at "
+                    f"{box.offsets} when rounded (NaN, or weights edited after the save?). {_OFFER}"
+                )
 
     def _check_order(self, space: FlatSpace, walked: list[_Candidate],
                      ambiguous: list[str]) -> None:  # fmt: skip

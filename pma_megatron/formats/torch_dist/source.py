@@ -50,7 +50,7 @@ def read_source(path: str, ranges: FlatMap, main_params: bool) -> Source:
     checkpoint = TorchDistCheckpoint(folder)
     args = checkpoint.args()
     topology = _topology(args)
-    experts = (args.get("moe_router_topk"), args.get("num_experts"))
+    used, count = args.get("moe_router_topk"), args.get("num_experts")
     weights = weights_of(checkpoint)
     spaces = flat_spaces(checkpoint) if main_params else []
     found: FlatMap = {}
@@ -71,7 +71,7 @@ def read_source(path: str, ranges: FlatMap, main_params: bool) -> Source:
         metadata_digest=checkpoint.metadata_digest(),
         ranges=found,
         topology=topology,
-        experts=experts if all(isinstance(n, int) and n > 0 for n in experts) else None,
+        experts=(used, count) if isinstance(used, int) and isinstance(count, int) else None,
         stamps=_stamps(checkpoint),
     )
 

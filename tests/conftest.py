@@ -1,0 +1,133 @@
+"""Real megatron-core runs, trained once per session, and what tests ask of folders.
+
+The roots are read-only by convention, and checked: copy one (`shutil.copytree`) to damage it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pma_megatron import MergeRequest, SelectionRequest
+from pma_megatron.errors import PmaError
+from pma_megatron.testing import TinyConfig, TinyTrainer, run_ranks
+
+ITERATIONS = (2, 4, 6, 8)
+DENSE = TinyConfig(warmup_iters=2)
+MOE = replace(DENSE, num_experts=4, expert_model_parallel_size=2)
+VARIANTS = {
+    "wider": replace(DENSE, hidden_size=32),
+    "deeper": replace(DENSE, num_layers=3),
+    "float32": replace(DENSE, bf16=False),
+}
+"""Runs that differ from the dense one in one thing; each has iteration 2 alone."""
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below `folder`, hidden ones included; {} if there is no folder."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def folder_of(root: Path, iteration: int) -> Path:
+    """The folder of one checkpoint."""
+    return root / f"iter_{iteration:07d}"
+
+
+def request_for(run: Path, save: Path, **settings: Any) -> MergeRequest:
+    """A merge of the last two checkpoints, unless `settings` say otherwise."""
+    settings.setdefault("selection", SelectionRequest(last=2))
+    return MergeRequest(load=str(run), save=str(save), **settings)
+
+
+@contextlib.contextmanager
+def refused(
+    kind: type[PmaError], *words: str, run: Path, save: Path, touched: bool = False
+) -> Iterator[None]:
+    """The block must raise `kind` with `words`, and leave `run` and `save` as they were."""
+    before, there = digests(run), digests(save)
+    with pytest.raises(kind) as caught:
+        yield
+    assert type(caught.value) is kind
+    for word in words:
+        assert word in str(caught.value), f"{word!r} is not in: {caught.value}"
+    assert touched or digests(run) == before
+    assert digests(save) == there
+    if save.is_dir():
+        assert not list(save.glob(".pma-*"))
+
+
+def after_first_unit(work: Callable[[], Any]) -> Any:
+    """A progress display that runs `work` once the first unit of the merge is done."""
+
+    @contextlib.contextmanager
+    def show(stage: str, total_bytes: int) -> Iterator[Callable[[int], Any]]:
+        todo = [work]
+        yield lambda _: todo.pop()() if todo else None
+
+    return show
+
+
+def train(rank: int, world_size: int, runs: Mapping[str, tuple[TinyConfig, int]]) -> None:
+    """Train each run below its root and save every second iteration."""
+    for root, (config, saves) in runs.items():
+        trainer = TinyTrainer(config)
+        for _ in range(saves):
+            trainer.train(2)
+            trainer.save(root)
+        trainer.close()
+
+
+@pytest.fixture(scope="session")
+def _dense_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("dense")
+    runs = {str(folder / "run"): (DENSE, len(ITERATIONS))}
+    runs |= {str(folder / name): (config, 1) for name, config in VARIANTS.items()}
+    run_ranks(train, 2, runs)
+    before = digests(folder)
+    yield folder
+    assert digests(folder) == before, "a test wrote into a shared run"
+
+
+@pytest.fixture(scope="session")
+def dense_run(_dense_runs: Path) -> Path:
+    """Root of a dense run on DP 2, layout `dp_reshardable`."""
+    return _dense_runs / "run"
+
+
+@pytest.fixture(scope="session")
+def variant_runs(_dense_runs: Path) -> Path:
+    """Folder of the roots of `VARIANTS`."""
+    return _dense_runs
+
+
+@pytest.fixture(scope="session")
+def moe_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Root of an MoE run on EP 2, layout `dp_reshardable`."""
+    root = tmp_path_factory.mktemp("moe") / "run"
+    run_ranks(train, 2, {str(root): (MOE, len(ITERATIONS))})
+    before = digests(root)
+    yield root
+    assert digests(root) == before, "a test wrote into a shared run"
+
+
+@pytest.fixture
+def run(dense_run: Path, tmp_path: Path) -> Path:
+    """A copy of the dense run that a test may damage."""
+    return Path(shutil.copytree(dense_run, tmp_path / "run"))
+
+
+@pytest.fixture
+def save(tmp_path: Path) -> Path:
+    """Where the merge would go."""
+    return tmp_path / "merged"

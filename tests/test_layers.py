@@ -1,0 +1,84 @@
+"""Imports point one way: the order below is the architecture, and CONTRIBUTING.md draws it."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "pma_megatron"
+
+ORDER = [
+    ["version", "errors", "log", "faultpoints", "memory", "geometry"],
+    ["tokens", "coefficients", "policy"],
+    ["selection", "comm"],
+    ["request"],
+    ["formats.pickles", "formats.zips", "formats.base"],
+    ["formats.items", "formats.output", "formats.source"],
+    ["formats.torch_dist.metadata"],
+    ["formats.torch_dist.checkpoint"],
+    ["formats.torch_dist", "formats.torch_dist.optimizer"],
+    ["formats.torch_dist.buckets", "formats.torch_dist.output"],
+    ["formats.torch_dist.source"],
+    ["formats.registry"],
+    ["discover", "tasks", "blocks"],
+    ["build"],
+    ["planning"],
+    ["engine", "publish", "verification"],
+    ["report"],
+    ["job", "inspection"],
+    ["cli.progress", "cli.tables"],
+    ["cli.commands"],
+    ["cli.flags"],
+    ["cli"],
+    ["__main__"],
+]
+LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        if name and name != "formats" and parts[0] != "testing":
+            found[name] = path
+    return found
+
+
+def imported(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pma_megatron"):
+            module = (node.module or "").removeprefix("pma_megatron").lstrip(".")
+            inner = {f"{module}.{alias.name}".lstrip(".") for alias in node.names}
+            known = {name for name in inner if name in LEVEL}
+            names |= known or {module}
+    return names
+
+
+def test_every_module_has_its_place() -> None:
+    assert set(modules()) == set(LEVEL)
+
+
+def test_imports_point_down() -> None:
+    wrong = [
+        f"{name} imports {other}"
+        for name, path in modules().items()
+        for other in imported(path)
+        if LEVEL[other] >= LEVEL[name]
+    ]
+    assert not wrong
+
+
+def test_nothing_imports_the_testing_package_or_the_launch_scripts() -> None:
+    for name, path in modules().items():
+        text = path.read_text()
+        assert "pma_megatron.testing import" not in text, name
+        assert "import launch" not in text, name
+
+
+def test_formats_do_not_know_the_engine() -> None:
+    above = {"engine", "planning", "build", "tasks", "blocks", "policy", "comm"}
+    for name, path in modules().items():
+        if name.startswith("formats."):
+            assert not imported(path) & above, name
