@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from isal import isal_zlib
 
@@ -24,6 +25,7 @@ from pma_megatron.geometry import Box, Part, PieceIndex, overlaps
 BLOCK_ELEMENTS = 1 << 18
 """Elements added at once: a float32 block of 1 MiB stays in a core's cache."""
 
+_COPY_BYTES = 1 << 20
 _MIN_DENSITY = 4  # read a whole span if at least 1/4 of it is wanted
 
 
@@ -78,36 +80,33 @@ class BlockReader:
         for part in overlaps(box, index.touching(box)):
             self._read_part(part, out)
 
-    def advise(self, box: Box, index: PieceIndex[Payload]) -> None:
-        """Tell the kernel that `box` is about to be read, so that reading runs ahead of adding."""
-        for part in overlaps(box, index.touching(box)):
-            _, start = self._items.locate(part.payload)
-            itemsize = part.payload.dtype.itemsize
-            with contextlib.suppress(OSError):  # advice only: `read` reports what is wrong
-                os.posix_fadvise(
-                    self._files.descriptor(part.payload.item.file),
-                    start + part.start * itemsize,
-                    part.span * itemsize,
-                    os.POSIX_FADV_WILLNEED,
-                )
+    def place(self, part: Part[Payload]) -> tuple[str, int]:
+        """File and byte offset of the first element of `part`."""
+        _, start = self._items.locate(part.payload)
+        return part.payload.item.file, start + part.start * part.payload.dtype.itemsize
+
+    def advise(self, part: Part[Payload]) -> None:
+        """Tell the kernel that `part` is about to be read, so that reading runs ahead of adding."""
+        file, first = self.place(part)
+        count = part.span * part.payload.dtype.itemsize
+        with contextlib.suppress(OSError):  # advice only: `read` reports what is wrong
+            descriptor = self._files.descriptor(file)
+            if not _is_cached(descriptor, first + count - 1):
+                os.posix_fadvise(descriptor, first, count, os.POSIX_FADV_WILLNEED)
 
     def _read_part(self, part: Part[Payload], out: torch.Tensor) -> None:
         numel = part.numel
-        if part.unit_span == numel and part.span == numel:
+        if part.is_run:
             view = out[part.unit_start : part.unit_start + numel]
-            self._pread(part.payload, part.start, as_bytes(view))
+            self.pread(*self.place(part), as_bytes(view))
         elif part.span <= max(_MIN_DENSITY * numel, 1) and part.span <= 2 * BLOCK_ELEMENTS:
             data = torch.empty(part.span, dtype=out.dtype)
-            self._pread(part.payload, part.start, as_bytes(data))
+            self.pread(*self.place(part), as_bytes(data))
             target = out.as_strided(part.sizes, part.unit_strides, part.unit_start)
             target.copy_(data.as_strided(part.sizes, part.strides))
         else:
             for half in part.halves():
                 self._read_part(half, out)
-
-    def _pread(self, payload: Payload, first: int, into: memoryview) -> None:
-        path, start = self._items.locate(payload)
-        self.pread(payload.item.file, start + first * payload.dtype.itemsize, into)
 
     def pread(self, file: str, offset: int, into: memoryview) -> None:
         """Fill `into` from `file` at `offset`; see `read` for errors."""
@@ -129,9 +128,76 @@ class BlockReader:
                 "perhaps removed by the run's own retention. Exclude it, or stop the clean-up"
             ) from error
 
+    def descriptor(self, file: str) -> int:
+        """The open file, for copies that never enter this process."""
+        return self._files.descriptor(file)
+
     def close(self) -> None:
         """Close the files."""
         self._files.close()
+
+
+class UnitReader:
+    """One source's part of a unit: its bytes are found once, then read block by block."""
+
+    def __init__(self, reader: BlockReader, box: Box, index: PieceIndex[Payload]) -> None:
+        self._reader, self._index = reader, index
+        self._parts = overlaps(box, index.touching(box))
+        self._runs: list[tuple[int, int, str, int]] | None = None
+        if all(part.is_run for part in self._parts):
+            self._runs = [(p.unit_start, p.numel, *reader.place(p)) for p in self._parts]
+
+    def advise(self) -> None:
+        """Have the kernel read ahead of `read`."""
+        for part in self._parts:
+            self._reader.advise(part)
+
+    def read(self, block: Box, first: int, room: Room) -> None:
+        """Fill `room` with `block`, which begins at element `first` of the unit.
+
+        Raises:
+            CheckpointError: a file vanished, ended early or could not be read.
+        """
+        if self._runs is None:
+            self._reader.read(block, self._index, room.tensor)
+            return
+        itemsize, last = room.itemsize, first + room.numel
+        for start, numel, file, offset in self._runs:
+            low, high = max(first, start), min(last, start + numel)
+            if low < high:
+                into = room.data[(low - first) * itemsize : (high - first) * itemsize]
+                self._reader.pread(file, offset + (low - start) * itemsize, into)
+
+
+class Room:
+    """The first `numel` elements of a reused buffer, as a tensor and as bytes."""
+
+    __slots__ = ("data", "itemsize", "numel", "tensor")
+
+    def __init__(self, whole: torch.Tensor, numel: int) -> None:
+        self.tensor, self.numel = whole[:numel], numel
+        self.data, self.itemsize = as_bytes(self.tensor), whole.dtype.itemsize
+
+
+class Rooms:
+    """One buffer of a block's size per dtype, made when first asked for. For one thread."""
+
+    def __init__(self) -> None:
+        self._whole: dict[torch.dtype, torch.Tensor] = {}
+        self._last: dict[torch.dtype, Room] = {}
+
+    def room(self, dtype: torch.dtype, numel: int) -> Room:
+        """The buffer for `numel` elements of `dtype`; what it held before is lost."""
+        room = self._last.get(dtype)
+        if room is None or room.numel != numel:
+            room = self._last[dtype] = Room(self.whole(dtype), numel)
+        return room
+
+    def whole(self, dtype: torch.dtype) -> torch.Tensor:
+        """A block and one element more: a merge group's error flag travels with the data."""
+        if dtype not in self._whole:
+            self._whole[dtype] = torch.empty(BLOCK_ELEMENTS + 1, dtype=dtype)
+        return self._whole[dtype]
 
 
 class Checksums:
@@ -179,17 +245,11 @@ class BlockWriter:
         self.folder, self.checksums = folder, Checksums()
         self._files = Files(folder, os.O_RDWR)
 
-    def write(self, box: Box, targets: PieceIndex[Place], blocks: Rounded) -> int:
-        """Write `box` (row-major in `blocks`) wherever `targets` want it; returns bytes written."""
-        written = 0
-        for part in overlaps(box, targets.touching(box)):
-            place, data = part.payload, blocks.of(part.payload.dtype)
-            for unit_start, start, numel in _runs(part):
-                strip = as_bytes(data[unit_start : unit_start + numel])
-                self.pwrite(place.file, place.start + start * place.dtype.itemsize, strip)
-                self.checksums.add(place, start * place.dtype.itemsize, strip)
-                written += len(strip)
-        return written
+    def put(self, place: Place, start: int, data: memoryview) -> None:
+        """Write `data` at element `start` of the payload at `place`; see `pwrite` for errors."""
+        at = start * place.dtype.itemsize
+        self.pwrite(place.file, place.start + at, data)
+        self.checksums.add(place, at, data)
 
     def pwrite(self, file: str, offset: int, data: memoryview) -> None:
         """Write `data` at `offset` of `file`.
@@ -207,6 +267,10 @@ class BlockWriter:
                 "source was touched; free space or choose another --save, then run again"
             ) from error
 
+    def descriptor(self, file: str) -> int:
+        """The open file, for copies that never enter this process."""
+        return self._files.descriptor(file)
+
     def sync(self) -> None:
         """Flush what this rank wrote to stable storage.
 
@@ -223,28 +287,103 @@ class BlockWriter:
         self._files.close()
 
 
+class UnitWriter:
+    """One output's part of a unit: where its elements go is found once, then written by blocks."""
+
+    def __init__(self, writer: BlockWriter, box: Box, targets: PieceIndex[Place]) -> None:
+        self._writer, self._targets = writer, targets
+        self._runs: list[tuple[int, int, Place, int]] | None = None
+        parts = overlaps(box, targets.touching(box))
+        if all(part.is_run for part in parts):
+            self._runs = [(p.unit_start, p.numel, p.payload, p.start) for p in parts]
+
+    def write(self, block: Box, first: int, rounded: Rounded) -> int:
+        """Write `block`, which begins at element `first` of the unit; returns bytes written.
+
+        Raises:
+            PublishError: no space, no permission, or a failing disk.
+        """
+        written = 0
+        for inside, numel, place, start in self._strips(block, first, rounded.numel):
+            room = rounded.of(place.dtype)
+            strip = room.data[inside * room.itemsize : (inside + numel) * room.itemsize]
+            self._writer.put(place, start, strip)
+            written += len(strip)
+        return written
+
+    def _strips(self, block: Box, first: int, count: int) -> Iterator[tuple[int, int, Place, int]]:
+        """(start in the block, elements, place, start in the payload) of what `block` fills."""
+        if self._runs is None:
+            for part in overlaps(block, self._targets.touching(block)):
+                yield from _strips(part)
+            return
+        for start, numel, place, inside in self._runs:
+            low, high = max(first, start), min(first + count, start + numel)
+            if low < high:
+                yield low - first, high - low, place, inside + low - start
+
+
 class Rounded:
     """A float32 block in each dtype that a target wants, rounded once, on demand."""
 
-    def __init__(self, block: torch.Tensor, scratch: dict[torch.dtype, torch.Tensor]) -> None:
-        self._block, self._scratch = block, scratch
-        self._made: dict[torch.dtype, torch.Tensor] = {block.dtype: block}
+    def __init__(self, block: Room, rooms: Rooms) -> None:
+        self.numel, self._rooms = block.numel, rooms
+        self._made = {block.tensor.dtype: block}
+        self._block = block.tensor
 
-    def of(self, dtype: torch.dtype) -> torch.Tensor:
+    def of(self, dtype: torch.dtype) -> Room:
         """The block in `dtype`."""
         made = self._made.get(dtype)
         if made is None:
-            if dtype not in self._scratch:
-                self._scratch[dtype] = torch.empty(BLOCK_ELEMENTS, dtype=dtype)
-            made = self._scratch[dtype][: self._block.numel()].copy_(self._block)
-            self._made[dtype] = made
+            made = self._made[dtype] = self._rooms.room(dtype, self.numel)
+            made.tensor.copy_(self._block)
         return made
 
 
-def _runs(part: Part[Place]) -> Iterator[tuple[int, int, int]]:
-    """Runs contiguous on both sides: (start in the block, start in the payload, elements)."""
-    if part.unit_span == part.numel and part.span == part.numel:
-        yield part.unit_start, part.start, part.numel
+def copy_bytes(reader: BlockReader, file: str, offset: int, writer: BlockWriter, to_file: str,
+               to_offset: int, nbytes: int) -> None:  # fmt: skip
+    """Copy bytes of a source into an output, inside the kernel where it can.
+
+    Raises:
+        CheckpointError, PublishError: see `BlockReader.pread` and `BlockWriter.pwrite`.
+    """
+    done = 0
+    with contextlib.suppress(OSError):  # not on this file system, or an error that is named below
+        source, target = reader.descriptor(file), writer.descriptor(to_file)
+        while done < nbytes:
+            count = os.copy_file_range(
+                source, target, nbytes - done, offset + done, to_offset + done
+            )
+            if count == 0:
+                break
+            done += count
+    if done < nbytes:
+        buffer = memoryview(bytearray(min(nbytes - done, _COPY_BYTES)))
+        while done < nbytes:
+            data = buffer[: nbytes - done]
+            reader.pread(file, offset + done, data)
+            writer.pwrite(to_file, to_offset + done, data)
+            done += len(data)
+
+
+def same_bits(one: Room, other: Room) -> bool:
+    """True if two buffers of one dtype hold the same bytes."""
+    kind = f"u{one.itemsize}"  # comparing whole elements beats comparing bytes
+    return np.array_equal(np.frombuffer(one.data, kind), np.frombuffer(other.data, kind))
+
+
+def _is_cached(descriptor: int, offset: int) -> bool:
+    """True if the byte at `offset` is in the page cache, so that read-ahead would be idle work."""
+    try:
+        return os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
+    except (AttributeError, OSError):
+        return False
+
+
+def _strips(part: Part[Place]) -> Iterator[tuple[int, int, Place, int]]:
+    """The part as runs that are contiguous on both sides."""
+    if part.is_run:
+        yield part.unit_start, part.numel, part.payload, part.start
     else:
         for half in part.halves():
-            yield from _runs(half)
+            yield from _strips(half)

@@ -1,4 +1,4 @@
-"""From rules to work: which payloads get new bytes, which entries go, and the tasks that fill them."""
+"""From rules to work: which payloads get new bytes, which entries go, which tasks fill them."""
 
 from __future__ import annotations
 

@@ -11,14 +11,26 @@ from __future__ import annotations
 import itertools
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from pma_megatron.blocks import BLOCK_ELEMENTS, BlockReader, BlockWriter, Rounded
+from pma_megatron.blocks import (
+    BLOCK_ELEMENTS,
+    BlockReader,
+    BlockWriter,
+    Room,
+    Rooms,
+    Rounded,
+    UnitReader,
+    UnitWriter,
+    copy_bytes,
+    same_bits,
+)
 from pma_megatron.comm import Comm
 from pma_megatron.errors import CheckpointError, PlanError, RankError
 from pma_megatron.faultpoints import point
@@ -30,8 +42,7 @@ from pma_megatron.tasks import Average, Copy, Unit, Write, Zero, share
 Progress = Callable[[int], None]
 """Called with the cost in bytes of each finished unit."""
 
-_COPY_BYTES = 4 << 20
-_ZEROS = bytes(_COPY_BYTES)
+_ZEROS = bytes(1 << 20)
 
 
 @dataclass(slots=True)
@@ -149,16 +160,37 @@ class _Workspace:
     """One thread's buffers, made once."""
 
     def __init__(self, outputs: int) -> None:
-        # One element more than a block: the merge group's error flag travels with the data.
-        self.sums = [torch.empty(BLOCK_ELEMENTS + 1) for _ in range(outputs)]
-        self.raw: dict[torch.dtype, torch.Tensor] = {}
-        self.rounded: dict[torch.dtype, torch.Tensor] = {}
+        self.sums = [Rooms() for _ in range(outputs)]
+        self.raw, self.proof, self.rounded = Rooms(), Rooms(), Rooms()
 
-    def room(self, dtype: torch.dtype, numel: int) -> torch.Tensor:
-        """A buffer for `numel` elements as they are stored."""
-        if dtype not in self.raw:
-            self.raw[dtype] = torch.empty(BLOCK_ELEMENTS, dtype=dtype)
-        return self.raw[dtype][:numel]
+
+@dataclass(frozen=True, slots=True)
+class _Input:
+    """One source in a unit, and its coefficient per output."""
+
+    number: int
+    reader: UnitReader
+    dtype: torch.dtype
+    weights: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """A unit of averaging, with everything located that its blocks need."""
+
+    unit: Unit
+    task: Average
+    box: Box
+    inputs: tuple[_Input, ...]
+    proof: tuple[UnitReader, torch.dtype] | None
+    outputs: tuple[UnitWriter, ...]
+
+    def blocks(self) -> Iterator[tuple[int, Box]]:
+        """Blocks of the unit, each with the number of its first element in the unit."""
+        first = 0
+        for block in slices(self.box, BLOCK_ELEMENTS):
+            yield first, block
+            first += block.numel
 
 
 @dataclass(slots=True)
@@ -203,121 +235,129 @@ class _Job:
     def _do(self, unit: Unit, space: _Workspace) -> None:
         self.check()
         if isinstance(unit.task, Average):
-            assert unit.box is not None
-            for number, index in zip(unit.task.numbers, unit.task.sources, strict=True):
-                self.readers[number].advise(unit.box, index)
-            for box in slices(unit.box, BLOCK_ELEMENTS):
+            work = self._locate(unit, unit.task, unit.task.numbers)
+            for each in work.inputs:
+                each.reader.advise()
+            for first, block in work.blocks():
                 self.check()
-                sums = self._weighted(unit.task, box, unit.task.numbers, space)
-                self._refuse_nonfinite(unit.task, box, unit.task.numbers, sums)
-                self._write(unit.task, box, sums, space)
+                sums = self._weighted(work, block, first, space)
+                self._refuse_nonfinite(work, block, sums)
+                self._write(work, block, first, sums, space)
         else:
             self._do_bytes(unit)
         self.progress(unit.cost_bytes)
 
-    def _weighted(self, task: Average, box: Box, numbers: Sequence[int],
-                  space: _Workspace) -> list[torch.Tensor]:  # fmt: skip
-        """Sum of coefficient times source over `numbers`, per output, float32, oldest first."""
-        numel = box.numel
-        sums = [total[:numel] for total in space.sums]
+    def _locate(self, unit: Unit, task: Average, numbers: Sequence[int]) -> _Work:
+        """Find the bytes of a unit in those sources, and in every output."""
+        box = unit.box
+        assert box is not None
+        inputs, proof = [], None
+        for number, index, dtype in zip(task.numbers, task.sources, task.dtypes, strict=True):
+            if number in numbers:
+                reader = UnitReader(self.readers[number], box, index)
+                inputs.append(_Input(number, reader, dtype, self._coefficients(task, number)))
+        if task.proof is not None and self.last in numbers:
+            dtype = task.proof.touching(box)[0].payload.dtype
+            proof = (UnitReader(self.readers[self.last], box, task.proof), dtype)
+        outputs = tuple(UnitWriter(writer, box, task.targets) for writer in self.writers)
+        return _Work(unit, task, box, tuple(inputs), proof, outputs)
+
+    def _coefficients(self, task: Average, number: int) -> tuple[float, ...]:
+        return tuple(1.0 if task.kept else o.values[number] for o in self.plan.outputs)
+
+    def _weighted(self, work: _Work, block: Box, first: int, space: _Workspace) -> list[Room]:
+        """Sum of coefficient times source over the inputs, per output, float32, oldest first."""
+        numel, read_bytes = block.numel, 0
+        sums = [rooms.room(torch.float32, numel) for rooms in space.sums]
         begun = [False] * len(sums)
-        for number in numbers:
-            slot = task.numbers.index(number)
-            data = space.room(task.dtypes[slot], numel)
-            self.readers[number].read(box, task.sources[slot], data)
-            self.tally.add(data.nbytes, 0)
-            if number == self.last and task.proof is not None:
-                self._prove(task, box, data, space)
-            for k, total in enumerate(sums):
-                weight = self._coefficient(task, k, number)
+        for each in work.inputs:
+            room = space.raw.room(each.dtype, numel)
+            each.reader.read(block, first, room)
+            read_bytes += len(room.data)
+            if each.number == self.last and work.proof is not None:
+                read_bytes += self._prove(work, block, first, room, space)
+            for k, weight in enumerate(each.weights):
                 if weight == 0.0:
                     continue
+                total = sums[k].tensor
                 if begun[k]:
-                    total.add_(data, alpha=weight)
+                    total.add_(room.tensor, alpha=weight)
                 elif weight == 1.0:
-                    total.copy_(data)
+                    total.copy_(room.tensor)
                 else:
-                    total.copy_(data).mul_(weight)
+                    total.copy_(room.tensor).mul_(weight)
                 begun[k] = True
-        for done, total in zip(begun, sums, strict=True):
+        for done, room in zip(begun, sums, strict=True):
             if not done:
-                total.zero_()
+                room.tensor.zero_()
+        self.tally.add(read_bytes, 0)
         return sums
 
-    def _coefficient(self, task: Average, output: int, number: int) -> float:
-        return 1.0 if task.kept else self.plan.outputs[output].values[number]
-
-    def _prove(self, task: Average, box: Box, main: torch.Tensor, space: _Workspace) -> None:
+    def _prove(self, work: _Work, block: Box, first: int, main: Room, space: _Workspace) -> int:
         """The newest source's rounded main parameters must be its weights, bit for bit."""
-        assert task.proof is not None
-        piece = task.proof.touching(box)[0]
-        stored = torch.empty(box.numel, dtype=piece.payload.dtype)
-        self.readers[self.last].read(box, task.proof, stored)
-        self.tally.add(stored.nbytes, 0)
-        differ = main.to(stored.dtype).view(torch.uint8) != stored.view(torch.uint8)
-        if bool(differ.any()):
+        assert work.proof is not None
+        reader, dtype = work.proof
+        stored = space.proof.room(dtype, main.numel)
+        reader.read(block, first, stored)
+        if not same_bits(Rounded(main, space.rounded).of(dtype), stored):
             raise PlanError(
-                f"{self.plan.sources[-1].path}: main params of {task.key}, rounded, differ from the "
-                f"stored weights at {box.offsets}: the optimizer buffer's layout cannot be proved. "
-                "Use --average weights, or re-save with --dist-ckpt-optim-fully-reshardable"
+                f"{self.plan.sources[-1].path}: main params of {work.task.key}, rounded, differ "
+                f"from the stored weights at {block.offsets}: the optimizer buffer's layout cannot "
+                "be proved. Use --average weights, or re-save with "
+                "--dist-ckpt-optim-fully-reshardable"
             )
+        return len(stored.data)
 
-    def _refuse_nonfinite(self, task: Average, box: Box, numbers: Sequence[int],
-                          sums: Sequence[torch.Tensor]) -> None:  # fmt: skip
+    def _refuse_nonfinite(self, work: _Work, block: Box, sums: Sequence[Room]) -> None:
         # A sum is finite only if all its terms are: one cheap pass, and a close look if it is not.
-        if all(math.isfinite(total.sum().item()) for total in sums):
+        if all(math.isfinite(room.tensor.sum().item()) for room in sums):
             return
-        for number in numbers:
-            slot = task.numbers.index(number)
-            data = torch.empty(box.numel, dtype=task.dtypes[slot])
-            self.readers[number].read(box, task.sources[slot], data)
+        task = work.task
+        for each in work.inputs:
+            data = torch.empty(block.numel, dtype=each.dtype)
+            index = task.sources[task.numbers.index(each.number)]
+            self.readers[each.number].read(block, index, data)
             count = int((~torch.isfinite(data)).sum())
             if count:
                 raise CheckpointError(
-                    f"{self.plan.sources[number].path}: {task.key} has {count} NaN or Inf values "
-                    f"in the block at {box.offsets}. Averaging would spread them: leave this "
-                    "checkpoint out with --exclude"
+                    f"{self.plan.sources[each.number].path}: {task.key} has {count} NaN or Inf "
+                    f"values in the block at {block.offsets}. Averaging would spread them: leave "
+                    "this checkpoint out with --exclude"
                 )
-        if all(bool(torch.isfinite(total).all()) for total in sums):
+        if all(bool(torch.isfinite(room.tensor).all()) for room in sums):
             return
-        if len(numbers) < len(task.numbers):
+        if len(work.inputs) < len(task.numbers):
             raise RankError(f"{task.key} is not finite in a source that another rank reads")
         raise CheckpointError(
-            f"{task.key} at {box.offsets} overflows float32 with these coefficients, though every "
-            "source is finite: use coefficients that sum to 1"
+            f"{task.key} at {block.offsets} overflows float32 with these coefficients, though "
+            "every source is finite: use coefficients that sum to 1"
         )
 
-    def _write(self, task: Average, box: Box, sums: Sequence[torch.Tensor],
+    def _write(self, work: _Work, block: Box, first: int, sums: Sequence[Room],
                space: _Workspace) -> None:  # fmt: skip
-        for writer, total in zip(self.writers, sums, strict=True):
-            written = writer.write(box, task.targets, Rounded(total, space.rounded))
-            self.tally.add(0, written)
+        written = 0
+        for writer, room in zip(work.outputs, sums, strict=True):
+            written += writer.write(block, first, Rounded(room, space.rounded))
+        self.tally.add(0, written)
 
     def _do_bytes(self, unit: Unit) -> None:
         task, at, end = unit.task, unit.first, unit.first + unit.count
-        buffer = bytearray(_COPY_BYTES) if isinstance(task, Copy) else None
+        if isinstance(task, Copy):
+            for writer in self.writers:
+                copy_bytes(self.readers[self.last], task.source_file, task.source_offset + at,
+                           writer, task.file, task.offset + at, unit.count)  # fmt: skip
+            self.tally.add(unit.count, unit.count * len(self.writers))
+            return
         scale = task.place.dtype.itemsize if isinstance(task, Zero) else 1
         while at < end:
-            count = min(_COPY_BYTES // scale, end - at)
+            count = min(len(_ZEROS) // scale, end - at)
             for writer in self.writers:
-                if isinstance(task, Copy):
-                    assert buffer is not None
-                    data = memoryview(buffer)[:count]
-                    if writer is self.writers[0]:
-                        reader = self.readers[self.last]
-                        reader.pread(task.source_file, task.source_offset + at, data)
-                        self.tally.add(count, 0)
-                    writer.pwrite(task.file, task.offset + at, data)
-                elif isinstance(task, Zero):
-                    data = memoryview(_ZEROS)[: count * scale]
-                    start = (task.start + at) * scale
-                    writer.pwrite(task.place.file, task.place.start + start, data)
-                    writer.checksums.add(task.place, start, data)
+                if isinstance(task, Zero):
+                    writer.put(task.place, task.start + at, memoryview(_ZEROS)[: count * scale])
                 elif isinstance(task, Write):
-                    writer.pwrite(
-                        task.file, task.offset + at, memoryview(task.data)[at : at + count]
-                    )
-                self.tally.add(0, count * scale)
+                    data = memoryview(task.data)[at : at + count]
+                    writer.pwrite(task.file, task.offset + at, data)
+            self.tally.add(0, count * scale * len(self.writers))
             at += count
 
     # A merge group: every rank its own sources, one sum.
@@ -326,39 +366,33 @@ class _Job:
         """All ranks of the group go through the same blocks in the same order."""
         own = assign(self.plan, self.comm)
         me = self.comm.merge_rank
-        blocks = [
-            (unit, box)
-            for unit in mine
-            if isinstance(unit.task, Average) and unit.box is not None
-            for box in slices(unit.box, BLOCK_ELEMENTS)
-        ]
-        ahead = self.plan.request.threads + 1
-        spaces = [_Workspace(len(self.writers)) for _ in range(ahead)]
+        numbers = [number for number, place in enumerate(own) if place == me]
+        spaces = [_Workspace(len(self.writers)) for _ in range(self.plan.request.threads + 1)]
+        queue = enumerate(self._blocks(mine, numbers))
+        pending: deque[tuple[int, _Work, int, Box, Future[list[Room]]]] = deque()
         with ThreadPoolExecutor(self.plan.request.threads) as pool:
 
-            def begin(turn: int) -> Future[list[torch.Tensor]]:
-                unit, box = blocks[turn]
-                task = unit.task
-                assert isinstance(task, Average)
-                numbers = [n for n in task.numbers if own[n] == me]
-                return pool.submit(self._weighted, task, box, numbers, spaces[turn % ahead])
+            def begin() -> None:
+                for turn, (work, first, block) in itertools.islice(queue, 1):
+                    space = spaces[turn % len(spaces)]
+                    future = pool.submit(self._weighted, work, block, first, space)
+                    pending.append((turn, work, first, block, future))
 
-            pending = [begin(turn) for turn in range(min(ahead, len(blocks)))]
-            for turn, (unit, box) in enumerate(blocks):
-                assert isinstance(unit.task, Average)
-                space = spaces[turn % ahead]
-                self._reduce(pending[turn], space, box.numel)
-                sums = [total[: box.numel] for total in space.sums]
-                numbers = [n for n in unit.task.numbers if own[n] == me]
-                self._refuse_nonfinite(unit.task, box, numbers, sums)
+            for _ in spaces:
+                begin()
+            while pending:
+                turn, work, first, block, future = pending.popleft()
+                space = spaces[turn % len(spaces)]
+                self._reduce(future, space, block.numel)
+                sums = [rooms.room(torch.float32, block.numel) for rooms in space.sums]
+                self._refuse_nonfinite(work, block, sums)
                 if turn % self.comm.merge_size == me and self.failed is None:
                     try:
-                        self._write(unit.task, box, sums, space)
+                        self._write(work, block, first, sums, space)
                     except Exception as error:  # the group learns of it with the next block
                         self.failed = error
-                if turn + ahead < len(blocks):
-                    pending.append(begin(turn + ahead))
-                self.progress(unit.cost_bytes * box.numel // max(unit.box.numel, 1))  # type: ignore[union-attr]
+                begin()
+                self.progress(work.unit.cost_bytes * block.numel // max(work.box.numel, 1))
         if self.failed is not None:
             raise self.failed
         if own[self.last] == me:
@@ -366,16 +400,24 @@ class _Job:
                 if not isinstance(unit.task, Average):
                     self._do(unit, spaces[0])
 
-    def _reduce(self, part: Future[list[torch.Tensor]], space: _Workspace, numel: int) -> None:
-        """Sum a block over the group; an error on one rank reaches the others with the same block."""
+    def _blocks(self, mine: Sequence[Unit], numbers: Sequence[int]) -> Iterator[
+                tuple[_Work, int, Box]]:  # fmt: skip
+        for unit in mine:
+            if isinstance(unit.task, Average):
+                work = self._locate(unit, unit.task, numbers)
+                for first, block in work.blocks():
+                    yield work, first, block
+
+    def _reduce(self, part: Future[list[Room]], space: _Workspace, numel: int) -> None:
+        """Sum a block over the group; one rank's error reaches the others with the same block."""
         error = self.failed
         try:
             part.result()
             self.check()
         except Exception as caught:  # raised below, once the others know
             error = caught
-        for k, total in enumerate(space.sums):
-            block = total[: numel + 1]
+        for k, rooms in enumerate(space.sums):
+            block = rooms.whole(torch.float32)[: numel + 1]
             block[numel] = 0.0 if error is None else 1.0
             if error is not None:
                 block[:numel] = 0.0

@@ -54,8 +54,8 @@ class Piece(Generic[P]):
 class Part(Generic[P]):
     """The overlap of a wanted box with a piece, as strided views of both.
 
-    `sizes` is the overlap's shape; `unit_start`/`unit_strides` place it in a row-major buffer of the
-    wanted box, `start`/`strides` in the piece's payload. All count elements.
+    `sizes` is the overlap's shape; `unit_start` and `unit_strides` place it in a row-major buffer of
+    the wanted box, `start` and `strides` in the piece's payload. All count elements.
     """
 
     payload: P
@@ -79,6 +79,11 @@ class Part(Generic[P]):
     def numel(self) -> int:
         """Number of elements of the overlap."""
         return math.prod(self.sizes)
+
+    @property
+    def is_run(self) -> bool:
+        """True if the overlap has no gaps on either side: one copy of bytes moves it."""
+        return self.unit_span == self.numel == self.span
 
     def halves(self) -> tuple[Part[P], Part[P]]:
         """Two parts cut along the first axis longer than one."""
@@ -122,7 +127,7 @@ def overlaps(box: Box, pieces: Iterable[Piece[P]]) -> list[Part[P]]:
 
 
 def slices(box: Box, limit: int) -> Iterator[Box]:
-    """Cut `box` into boxes of at most `limit` elements, each contiguous in the box's row order."""
+    """Cut `box` into boxes of at most `limit` elements that follow each other in its row order."""
     axis, rows = 0, 1
     for axis in range(len(box.sizes)):
         row = math.prod(box.sizes[axis + 1 :])

@@ -178,7 +178,7 @@ def _publish(plan: MergePlan, wanted: tuple[Target, ...], comm: Comm) -> None:
     point("publish", comm.rank)
     for target in wanted:
         publish.publish(plan, target)
-        _log.info("published %s", target.final)
+        _log.debug("published %s", target.final)
 
 
 def _discard(comm: Comm, wanted: tuple[Target, ...]) -> None:

@@ -15,7 +15,6 @@ from pma_megatron.comm import Comm
 from pma_megatron.discover import choose, list_checkpoints
 from pma_megatron.errors import SelectionError
 from pma_megatron.formats import registry
-from pma_megatron.formats.base import ModelSpace
 from pma_megatron.formats.output import OutputLayout
 from pma_megatron.formats.source import Source
 from pma_megatron.policy import MAIN
@@ -104,7 +103,7 @@ def _all_refs(request: MergeRequest, comm: Comm) -> tuple[dict[str, CheckpointRe
                 return []
             raise
 
-    found = comm.agree("discover", look if everywhere or comm.is_main else lambda: [])
+    found = comm.agree("discover", look if everywhere or comm.is_main else list)
     refs: dict[str, CheckpointRef] = {}
     seen: dict[str, tuple[int, ...]] = {}
     for rank, theirs in enumerate(comm.gather(found)):
@@ -121,7 +120,7 @@ def _all_refs(request: MergeRequest, comm: Comm) -> tuple[dict[str, CheckpointRe
 
 def _open_all(request: MergeRequest, refs: Sequence[CheckpointRef],
               visible: Sequence[tuple[int, ...]], comm: Comm) -> tuple[Source, ...]:  # fmt: skip
-    """Open each source on one rank that sees it, the newest first: it names its neighbours' parts."""
+    """Open each source on one rank that sees it, the newest first: its map serves the others."""
     main_params = request.policy.average == "main-params"
     last = len(refs) - 1
     owners = [ranks[number % len(ranks)] for number, ranks in enumerate(visible)]
@@ -147,16 +146,17 @@ def _open_all(request: MergeRequest, refs: Sequence[CheckpointRef],
 
 def _trimmed(source: Source, request: MergeRequest) -> Source:
     """An older source without what the merge does not read of it: every rank keeps all sources."""
-    policy = request.policy
+    policy, space = request.policy, source.space
+    if policy.average == "weights":
+        return replace(source, space=replace(space, states={}), ranges={})
     everything = policy.optimizer_state == "average" or bool(policy.overrides)
-    keep = None if everything else {MAIN}
-    states = {s: t for s, t in source.space.states.items() if keep is None or s in keep}
+    states = space.states if everything else {MAIN: space.states.get(MAIN, {})}
     main = states.get(MAIN, {})
     weights = {
         key: replace(tensor, pieces=()) if key in main else tensor
-        for key, tensor in source.space.weights.items()
+        for key, tensor in space.weights.items()
     }
-    return replace(source, space=ModelSpace(weights, states, source.space.kind), ranges={})
+    return replace(source, space=replace(space, weights=weights, states=states), ranges={})
 
 
 def _layout(ref: CheckpointRef, ranks: tuple[int, ...], fates: Fates, comm: Comm) -> OutputLayout:

@@ -1,4 +1,4 @@
-"""What happens to every entry of a checkpoint: one table, printed by `plan`, overridable by pattern.
+"""What happens to every entry of a checkpoint: one table, printed by `plan`, with overrides.
 
 The rule behind the table: float32 main parameters are averaged, and model weights are the averaged
 main parameters rounded once, because the first optimizer step copies main parameters over weights

@@ -1,4 +1,4 @@
-"""What a merge did: the report for people and scripts, and the provenance kept in the checkpoint."""
+"""What a merge did: the report for people and scripts, and the provenance in the checkpoint."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import torch
 from pma_megatron.coefficients import implied_decay_weights
 from pma_megatron.errors import CheckpointError
 from pma_megatron.planning import MergePlan
+from pma_megatron.policy import Policy
 from pma_megatron.publish import PROVENANCE_FILE
 from pma_megatron.request import MergeRequest, Method, Output
-from pma_megatron.policy import Policy
 from pma_megatron.selection import SelectionRequest
 from pma_megatron.verification import Verification
 from pma_megatron.version import __version__

@@ -31,7 +31,9 @@ def global_tensors(states: States, what: str) -> dict[str, list[np.ndarray]]:
             for name, value in _values(save, what).items():
                 for place in save["places"][name]:
                     shape, local = place["global_shape"], place["local_shape"]
-                    filled = result.setdefault(place["key"], [np.full(shape, np.nan) for _ in saves])
+                    filled = result.setdefault(
+                        place["key"], [np.full(shape, np.nan) for _ in saves]
+                    )
                     start, numel = place["start"], int(np.prod(local))
                     part = value.flatten()[start : start + numel].double().numpy()
                     index = tuple(

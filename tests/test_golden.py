@@ -1,7 +1,7 @@
 """Checkpoints that other releases of megatron-core wrote (tests/golden, 0.12 to main).
 
-Each holds two or three saves of a real run and what its trainers held at each save. The merge is read back
-by torch.distributed.checkpoint itself for the weights, and through the format for main parameters.
+Each holds two or three saves of a real run and what its trainers held at each save. The merge is
+read back by torch.distributed.checkpoint for the weights, through the format for main params.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ from typing import Any
 import pytest
 import torch
 
+from oracle import assert_average, global_tensors, read_by_torch, read_tensor
 from pma_megatron import MergeRequest, Policy, SelectionRequest, inspect, merge
 from pma_megatron.formats.torch_dist.checkpoint import TorchDistCheckpoint
 from pma_megatron.formats.torch_dist.source import read_source
-
-from oracle import assert_average, global_tensors, read_by_torch, read_tensor
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.tar.xz"))
 

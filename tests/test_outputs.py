@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from oracle import assert_average, global_tensors, read_by_torch, read_tensor
 
+from oracle import assert_average, global_tensors, read_by_torch, read_tensor
 from pma_megatron import MergeRequest, Method, Policy, SelectionRequest, inspect, merge, plan
 from pma_megatron.errors import PlanError, UsageError
 from pma_megatron.formats.torch_dist.checkpoint import TorchDistCheckpoint

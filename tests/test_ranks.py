@@ -1,45 +1,130 @@
-"""The result does not depend on ranks or threads; a merge group stays within its stated bound."""
+"""The result does not depend on ranks or threads; a merge group stays within its stated bound.
+
+Starting ranks costs more than merging: each number of ranks is started once and does all its jobs.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 
-from conftest import digests, folder_of, request_for
-from oracle import assert_average, read_by_torch
-from pma_megatron import MergeRequest, Method, Policy, SelectionRequest, merge, verify
-from pma_megatron.comm import Comm
+from conftest import ITERATIONS, digests, folder_of, request_for
+from oracle import assert_average
+from pma_megatron import (
+    MergeReport,
+    MergeRequest,
+    Method,
+    PmaError,
+    Policy,
+    SelectionRequest,
+    merge,
+    verify,
+)
 from pma_megatron.formats.torch_dist.metadata import read_metadata
-from pma_megatron.testing import rank_outcomes, run_ranks
+from pma_megatron.testing import run_ranks
 
 THREADS = (1, 2, 5)
 WEIGHTS = (0.1, 0.2, 0.3, 0.4)
+AVERAGES = {f"threads{threads}": WEIGHTS for threads in THREADS}
+AVERAGES |= {"sweep/sma-last2": (0.0, 0.0, 0.5, 0.5), "sweep/sma-last4": (0.25,) * 4}
 ALL = SelectionRequest(last=4)
-SWEEP = "sma:2,4"
+CUSTOM = Method(name="custom", values=WEIGHTS)
+NODES = {
+    "newest on rank 0": [(2, 6, 8), (4,)],
+    "newest on rank 1": [(4,), (2, 6, 8)],
+    "one on both": [(2, 4), (4, 6, 8)],
+}
+"""Iterations on the disk of each node."""
+
+Job = tuple[str, MergeRequest]
+"""(working folder of all ranks, with `{rank}` in it where each has its own; request)."""
+Results = Callable[[int], Mapping[str, list[MergeReport | str]]]
 
 
-def jobs(root: Path, save: Path, **settings: Any) -> list[MergeRequest]:
+def perform(rank: int, world_size: int, jobs: Mapping[str, Job]) -> dict[str, MergeReport | str]:
+    """Every job, one after the other in one process group; the report or the error of each."""
+    results: dict[str, MergeReport | str] = {}
+    for name, (folder, request) in jobs.items():
+        os.chdir(folder.format(rank=rank))
+        try:
+            results[name] = merge(request)
+        except PmaError as error:
+            results[name] = f"{type(error).__name__}: {error}"
+    return results
+
+
+def requests_for(root: Path, save: Path, **settings: Any) -> dict[str, MergeRequest]:
     """Each number of threads, and one sweep, so that several outputs share a pass."""
-    method = Method(name="custom", values=WEIGHTS)
-    policy = Policy(optimizer_state="average")
-    return [
-        *(
-            request_for(root, save / f"threads{threads}", selection=ALL, method=method,
-                        policy=policy, threads=threads, **settings)
-            for threads in THREADS
-        ),
-        request_for(root, save / "sweep", sweep=(SWEEP,), policy=policy, **settings),
-    ]  # fmt: skip
+    settings["policy"] = Policy(optimizer_state="average")
+    wanted = {
+        f"threads{threads}": request_for(
+            root, save / f"threads{threads}", selection=ALL, method=CUSTOM, threads=threads,
+            **settings,
+        )
+        for threads in THREADS
+    }  # fmt: skip
+    return {**wanted, "sweep": request_for(root, save / "sweep", sweep=("sma:2,4",), **settings)}
 
 
-def merge_all(rank: int, world_size: int, requests: Sequence[MergeRequest]) -> list[dict[str, Any]]:
-    """Run the requests one after the other, in one process group."""
-    return [merge(request).to_json() for request in requests]
+def make_nodes(root: Path, folder: Path, held: Sequence[Sequence[int]]) -> str:
+    """A folder per rank, whose `run` holds those iterations alone."""
+    for rank, iterations in enumerate(held):
+        (folder / f"node{rank}").mkdir(parents=True)
+        for iteration in iterations:
+            shutil.copytree(
+                folder_of(root, iteration), folder_of(folder / f"node{rank}/run", iteration)
+            )
+    return str(folder / "node{rank}")
+
+
+@pytest.fixture(scope="module")
+def saves(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`RUN/RANKS-SIZE/NAME` is the `--save` of one job."""
+    return tmp_path_factory.mktemp("saves")
+
+
+@pytest.fixture(scope="module")
+def results(
+    dense_run: Path, moe_run: Path, saves: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Results:
+    """All that was done with so many ranks: job -> result per rank."""
+    runs = {"dense": dense_run, "moe": moe_run}
+
+    @cache
+    def of(ranks: int) -> Mapping[str, list[MergeReport | str]]:
+        jobs: dict[str, Job] = {}
+        for size in {1: (1,), 2: (1, 2), 3: (1, 2), 4: (1, 2, 4)}[ranks]:
+            for run, root in runs.items():
+                save = saves / run / f"{ranks}-{size}"
+                made = requests_for(root, save, merge_parallel_size=size)
+                jobs |= {f"{run}/{ranks}-{size}/{k}": (str(saves), v) for k, v in made.items()}
+        local = {2: NODES, 4: {"out of reach": [(2, 6, 8), (4,), (2, 6, 8), (2,)]}}.get(ranks, {})
+        for name, held in local.items():
+            folder = make_nodes(dense_run, tmp_path_factory.mktemp("nodes"), held)
+            wanted = MergeRequest(load="run", save=str(saves / name), selection=ALL, method=CUSTOM,
+                                  merge_parallel_size=2)  # fmt: skip
+            jobs[name] = (folder, wanted)
+        before = [digests(root) for root in runs.values()]
+        here = Path.cwd()
+        per_rank = [perform(0, 1, jobs)] if ranks == 1 else run_ranks(perform, ranks, jobs)
+        os.chdir(here)
+        assert [digests(root) for root in runs.values()] == before
+        return {name: [result[name] for result in per_rank] for name in jobs}
+
+    return of
+
+
+def outputs(save: Path) -> dict[str, Path]:
+    return {str(path.parent.relative_to(save)): path for path in sorted(save.rglob("iter_*"))}
 
 
 def content(folder: Path) -> tuple[dict[str, str], Any]:
@@ -50,133 +135,97 @@ def content(folder: Path) -> tuple[dict[str, str], Any]:
     return files, (metadata.state_dict_metadata, metadata.storage_data)
 
 
-@pytest.fixture(scope="module", params=["dense", "moe"])
-def source(request: pytest.FixtureRequest) -> Path:
-    return Path(request.getfixturevalue(f"{request.param}_run"))
+def float32_of(folder: Path) -> dict[str, np.ndarray]:
+    """Main params and moments in their flat buckets, read by torch itself.
+
+    Parameters start at multiples of 64 elements; what lies between them holds whatever the
+    trainer's memory held, and counts as zero here.
+    """
+    reader = dcp.FileSystemReader(folder)
+    entries = {
+        key: entry
+        for key, entry in reader.read_metadata().state_dict_metadata.items()
+        if getattr(getattr(entry, "properties", None), "dtype", None) == torch.float32
+    }
+    wanted = {key: torch.zeros(entry.size) for key, entry in entries.items()}
+    dcp.load(wanted, storage_reader=reader, no_dist=True)
+    for key, value in wanted.items():
+        for chunk in entries[key].chunks if ".bucket_idx_" in key else ():
+            start, count = chunk.offsets[0], chunk.sizes[0]
+            if start % 64:
+                value[start : start + count] = 0
+    return {key: value.double().numpy() for key, value in wanted.items()}
 
 
-@pytest.fixture(scope="module")
-def alone(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One rank, in this process."""
-    save = tmp_path_factory.mktemp("alone")
-    merge_all(0, 1, jobs(source, save))
-    return save
+def read_all(report: MergeReport | str) -> None:
+    """Every planned byte was read, once over all ranks."""
+    assert isinstance(report, MergeReport), report
+    assert report.bytes["read"] == report.plan["bytes"]["read"]
 
 
-def outputs(save: Path) -> dict[str, Path]:
-    return {str(path.parent.relative_to(save)): path for path in sorted(save.rglob("iter_*"))}
-
-
-def test_threads(alone: Path) -> None:
-    first, *others = (content(folder_of(alone / f"threads{n}", 8)) for n in THREADS)
-    assert all(other == first for other in others)
-    assert len(first[0]) >= 6  # four shards, common.pt, metadata.json
-
-
-@pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_ranks(source: Path, alone: Path, tmp_path: Path, ranks: int) -> None:
-    before = digests(source)
-    reports = run_ranks(merge_all, ranks, jobs(source, tmp_path), timeout_s=280)
-    expected, found = outputs(alone), outputs(tmp_path)
-    assert list(found) == list(expected)
-    assert len(found) == len(THREADS) + 2
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("run", ["dense", "moe"])
+def test_ranks_and_threads(results: Results, saves: Path, run: str, ranks: int) -> None:
+    """Bit-identical to one rank with one thread, single outputs and those of a sweep."""
+    for name in ("threads1", "threads2", "threads5", "sweep"):
+        reports = results(ranks)[f"{run}/{ranks}-1/{name}"]
+        assert len(reports) == ranks
+        read_all(reports[0])
+    results(1)
+    alone, found = outputs(saves / run / "1-1"), outputs(saves / run / f"{ranks}-1")
+    assert set(found) == set(alone) == set(AVERAGES)
+    first = content(alone["threads1"])
+    assert len(first[0]) == 6  # four shards, common.pt, metadata.json
     for name, folder in found.items():
-        assert content(folder) == content(expected[name]), name
-    for report in reports[0]:  # every byte was read by one rank alone
-        assert report["bytes"]["read"] == report["plan"]["bytes"]["read"]
-        assert report["ranks"] == ranks
-    assert digests(source) == before
+        assert content(folder) == (first if "threads" in name else content(alone[name])), name
 
 
-def float_keys(folder: Path) -> list[str]:
-    """Keys of the tensors that hold float32: main params and moments, in flat buckets."""
-    entries = read_metadata(folder).state_dict_metadata
-    return [
-        key for key, entry in entries.items()
-        if str(getattr(getattr(entry, "properties", None), "dtype", "")) == "torch.float32"
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize(("ranks", "size"), [(2, 2), (4, 2), (4, 4)])
-def test_merge_parallel(source: Path, tmp_path: Path, ranks: int, size: int) -> None:
+@pytest.mark.parametrize(("ranks", "size"), [(1, 1), (2, 2), (4, 2), (4, 4)])
+@pytest.mark.parametrize("run", ["dense", "moe"])
+def test_bound(
+    results: Results, saves: Path, dense_run: Path, moe_run: Path, run: str, ranks: int, size: int
+) -> None:
     """Partial sums in another order: within N x 2^-24 x sum |w_i x_i| of float64 all the same."""
-    wanted = jobs(source, tmp_path, merge_parallel_size=size)[1:]
-    reports = run_ranks(merge_all, ranks, wanted, timeout_s=280)
-    averages = {"threads2": WEIGHTS, "threads5": WEIGHTS}
-    averages |= {"sweep/sma-last2": (0.0, 0.0, 0.5, 0.5), "sweep/sma-last4": (0.25,) * 4}
-    found = outputs(tmp_path)
-    assert set(found) == set(averages)
-    keys = float_keys(found["threads2"])
-    assert len(keys) >= 3
-    tensors = [read_by_torch(folder_of(source, i), keys) for i in (2, 4, 6, 8)]
+    for name in ("threads1", "threads2", "threads5", "sweep"):
+        read_all(results(ranks)[f"{run}/{ranks}-{size}/{name}"][0])
+    root = {"dense": dense_run, "moe": moe_run}[run]
+    sources = [float32_of(folder_of(root, iteration)) for iteration in ITERATIONS]
+    found = outputs(saves / run / f"{ranks}-{size}")
+    assert set(found) == set(AVERAGES)
     for name, folder in found.items():
-        made = read_by_torch(folder, keys)
-        for key in keys:
-            sources = [tensor[key].double().numpy() for tensor in tensors]
-            assert_average(made[key].double().numpy(), sources, averages[name], f"{name} {key}")
-        verify(folder)  # and every weight is its main params rounded once
-    for report in reports[0]:
-        assert report["bytes"]["read"] == report["plan"]["bytes"]["read"]
+        made = float32_of(folder)
+        assert len(made) >= 3
+        for key, value in made.items():
+            assert_average(value, [source[key] for source in sources], AVERAGES[name], key)
+    verify(found["threads2"])  # and every weight is its main params rounded once
 
 
-# Sources on the disks of different nodes.
-
-
-def on_own_node(rank: int, world_size: int, nodes: Sequence[str], request: MergeRequest) -> Any:
-    """Merge `run`, a path that means another folder on every node."""
-    os.chdir(nodes[rank])
-    return merge(request, Comm(request.merge_parallel_size)).to_json()
-
-
-def make_nodes(root: Path, folder: Path, held: Sequence[Sequence[int]]) -> list[str]:
-    """A folder per node, whose `run` holds those iterations alone."""
-    nodes = []
-    for number, iterations in enumerate(held):
-        node = folder / f"node{number}"
-        for iteration in iterations:
-            shutil.copytree(folder_of(root, iteration), folder_of(node / "run", iteration))
-        node.mkdir(exist_ok=True)
-        nodes.append(str(node))
-    return nodes
-
-
-@pytest.mark.parametrize("held", [[(2, 6, 8), (4,)], [(4,), (2, 6, 8)], [(2, 4), (4, 6, 8)]])
-def test_node_local_sources(dense_run: Path, tmp_path: Path, held: Sequence[Sequence[int]]) -> None:
+@pytest.mark.parametrize("name", NODES)
+def test_node_local_sources(results: Results, saves: Path, dense_run: Path, name: str) -> None:
     """Each rank reads what its own disk holds; the newest may lie on any of them."""
-    save = tmp_path / "merged"
-    wanted = MergeRequest(
-        load="run", save=str(save), selection=ALL, method=Method(name="custom", values=WEIGHTS),
-        merge_parallel_size=2,
-    )  # fmt: skip
-    reports = run_ranks(on_own_node, 2, make_nodes(dense_run, tmp_path, held), wanted)
-    assert [source["iteration"] for source in reports[0]["plan"]["sources"]] == [2, 4, 6, 8]
-    keys = [key for key in float_keys(folder_of(save, 8)) if key.endswith(".param")]
-    made = read_by_torch(folder_of(save, 8), keys)
-    tensors = [read_by_torch(folder_of(dense_run, i), keys) for i in (2, 4, 6, 8)]
-    for key in keys:
-        sources = [tensor[key].double().numpy() for tensor in tensors]
-        assert_average(made[key].double().numpy(), sources, WEIGHTS, key)
+    report = results(2)[name][0]
+    read_all(report)
+    assert isinstance(report, MergeReport)
+    assert [source["iteration"] for source in report.plan["sources"]] == list(ITERATIONS)
+    sources = [float32_of(folder_of(dense_run, iteration)) for iteration in ITERATIONS]
+    for key, value in float32_of(folder_of(saves / name, 8)).items():
+        if key.endswith(".param"):
+            assert_average(value, [source[key] for source in sources], WEIGHTS, key)
 
 
-def test_source_out_of_reach(dense_run: Path, tmp_path: Path) -> None:
-    """Two groups of two, one of which sees no copy of iteration 4: every rank is told."""
-    nodes = make_nodes(dense_run, tmp_path, [(2, 6, 8), (4,), (2, 6, 8), (2,)])
-    save = tmp_path / "merged"
-    wanted = MergeRequest(load="run", save=str(save), selection=ALL, merge_parallel_size=2)
-    outcomes = rank_outcomes(on_own_node, 4, nodes, wanted)
-    for outcome in outcomes:
-        assert not outcome.ok
-        assert "run/iter_0000004 can be read by ranks [1]" in outcome.traceback, outcome
-        assert "none of merge group 1 (ranks 2 to 3)" in outcome.traceback
-        assert "Make --merge-parallel-size the number of ranks that together" in outcome.traceback
-    assert digests(save) == {}
+def test_source_out_of_reach(results: Results, saves: Path) -> None:
+    """Two groups of two, one of which has no copy of iteration 4: every rank is told."""
+    for error in results(4)["out of reach"]:
+        assert "PlanError: run/iter_0000004 can be read by ranks [1]" in str(error)
+        assert "none of merge group 1 (ranks 2 to 3)" in str(error)
+        assert "Make --merge-parallel-size the number of ranks that together see" in str(error)
+    assert digests(saves / "out of reach") == {}
 
 
-def test_size_that_does_not_divide(dense_run: Path, tmp_path: Path) -> None:
-    wanted = request_for(dense_run, tmp_path / "merged", merge_parallel_size=2)
-    for outcome in rank_outcomes(merge_all, 3, [wanted]):
-        assert not outcome.ok
-        said = "UsageError: --merge-parallel-size 2 must divide the number of ranks, 3"
-        assert said in outcome.traceback
-        assert "torchrun --nproc-per-node" in outcome.traceback
-    assert not (tmp_path / "merged").exists()
+def test_size_that_does_not_divide(results: Results, saves: Path) -> None:
+    for name in ("threads1", "sweep"):
+        for error in results(3)[f"dense/3-2/{name}"]:
+            said = "UsageError: --merge-parallel-size 2 must divide the number of ranks, 3"
+            assert str(error).startswith(said)
+            assert "torchrun --nproc-per-node" in str(error)
+    assert not (saves / "dense/3-2").exists()

@@ -35,9 +35,15 @@ RUNS = {
     "moe_ep2-dp_reshardable": TinyConfig(**MOE, rerun_state=True),
     "moe_ep2-fully_reshardable": TinyConfig(**MOE, optim_format="fully_reshardable"),
     "moe_ep2_tp2-dp_reshardable": TinyConfig(**MOE, tensor_model_parallel_size=2),
-    "dense_pp2-dp_reshardable": TinyConfig(pipeline_model_parallel_size=2),
 }
 """Each on two ranks."""
+ALIKE = {
+    "dp2": {},
+    "tp2": {"tensor_model_parallel_size": 2},
+    "pp2": {"pipeline_model_parallel_size": 2},
+    "vpp2": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+}
+"""Layouts on two ranks that continue one dense run of four layers."""
 
 
 def _report(rank: int, world_size: int, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
@@ -111,7 +117,7 @@ def test_first_failure_ends_the_others(how, said, exitcode, signal_name):
 def test_timeout_kills_all_and_shows_where_they_were():
     start = time.monotonic()
     with pytest.raises(RankTimeout, match="_where_it_hangs"):
-        run_ranks(_one_fails, 2, "hang", init=False, timeout_s=10)
+        run_ranks(_one_fails, 2, "hang", init=False, timeout_s=6)
     assert time.monotonic() - start < 30
 
 
@@ -181,11 +187,31 @@ def test_schedule_without_length_is_refused():
         TinyConfig(decay="linear")
 
 
-def _resume_all(rank: int, world_size: int, root: Path) -> dict[str, dict[str, Any]]:
-    return {name: _resume(rank, config, root / name) for name, config in RUNS.items()}
+def _all_runs(rank: int, world_size: int, root: Path) -> dict[str, dict[str, Any]]:
+    """Everything that needs a trainer, in one job, because starting one takes seconds."""
+    facts = {name: _resume(config, root / name) for name, config in RUNS.items()}
+    return {**facts, "alike": _continue_in_layouts(root / "alike")}
 
 
-def _resume(rank: int, config: TinyConfig, root: Path) -> dict[str, Any]:
+def _continue_in_layouts(root: Path) -> dict[str, list[float]]:
+    """Held-out and training losses of each of `ALIKE`, all from the same checkpoint."""
+    from pma_megatron.testing import TinyTrainer
+
+    losses = {}
+    for name, layout in ALIKE.items():
+        config = TinyConfig(num_layers=4, optim_format="fully_reshardable", **layout)
+        run = TinyTrainer(config)
+        if not losses:
+            run.train(2)
+            run.save(root)
+        else:
+            run.load(root)
+        losses[name] = [run.evaluate(batches=1), *run.train(2), run.evaluate(batches=1)]
+        run.close()
+    return losses
+
+
+def _resume(config: TinyConfig, root: Path) -> dict[str, Any]:
     """Train 4, save, train 2; then the same from the checkpoint. Facts about both."""
     import torch
 
@@ -256,15 +282,15 @@ def _differences_on_disk(run: Any, directory: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def resumed(tmp_path_factory) -> list[dict[str, dict[str, Any]]]:
+def trained(tmp_path_factory) -> list[dict[str, dict[str, Any]]]:
     pytest.importorskip("megatron.core")
-    return run_ranks(_resume_all, 2, tmp_path_factory.mktemp("runs"), timeout_s=290)
+    return run_ranks(_all_runs, 2, tmp_path_factory.mktemp("runs"), timeout_s=290)
 
 
 @pytest.mark.megatron
 @pytest.mark.parametrize("name", RUNS)
-def test_resume_is_exact(resumed, name):
-    for facts in (by_name[name] for by_name in resumed):
+def test_resume_is_exact(trained, name):
+    for facts in (by_name[name] for by_name in trained):
         assert facts["loaded"] == 4
         assert facts["again"] == facts["losses"][4:]
         assert all(facts["parts"].values()), facts["parts"]
@@ -273,12 +299,20 @@ def test_resume_is_exact(resumed, name):
 
 @pytest.mark.megatron
 @pytest.mark.parametrize("name", RUNS)
-def test_live_dump_says_what_is_on_disk(resumed, name):
-    for facts in (by_name[name] for by_name in resumed):
+def test_live_dump_says_what_is_on_disk(trained, name):
+    for facts in (by_name[name] for by_name in trained):
         assert facts["stored"] == []
         assert facts["rounded"]
         assert facts["lr_zero"]
         assert facts["buffers"] == (RUNS[name].num_layers if RUNS[name].num_experts else 0)
+
+
+@pytest.mark.megatron
+def test_every_layout_continues_a_run_alike(trained):
+    for losses in (by_name["alike"] for by_name in trained):
+        assert losses["pp2"] == pytest.approx(losses["dp2"], rel=1e-6)
+        assert losses["vpp2"] == pytest.approx(losses["dp2"], rel=1e-6)
+        assert losses["tp2"] == pytest.approx(losses["dp2"], rel=1e-4)
 
 
 def _rates(rank: int, world_size: int, root: Path) -> list[list[float]]:

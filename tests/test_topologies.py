@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from oracle import assert_average, global_tensors, read_by_torch, read_tensor
 
+from oracle import assert_average, global_tensors, read_by_torch, read_tensor
 from pma_megatron import MergeRequest, Policy, SelectionRequest, merge
 from pma_megatron.formats.torch_dist.source import read_source
 from pma_megatron.testing import TinyConfig, TinyTrainer, run_ranks

@@ -13,7 +13,7 @@ from pma_megatron.cli import tables
 from pma_megatron.cli.progress import show
 from pma_megatron.comm import Comm, process_group_from_environment
 from pma_megatron.discover import TRACKER_FILE, list_checkpoints
-from pma_megatron.errors import UsageError
+from pma_megatron.errors import CheckpointError, UsageError
 from pma_megatron.inspection import inspect as inspect_checkpoint
 from pma_megatron.job import merge as merge_checkpoints
 from pma_megatron.job import plan as plan_merge
@@ -59,7 +59,11 @@ def verify(arguments: Namespace) -> None:
     tracker = path / TRACKER_FILE
     if tracker.is_file():
         name = tracker.read_text().strip()
+        if name != "release" and not name.isdecimal():
+            raise CheckpointError(f"{tracker} says {name!r}: damaged. Name one iter_* folder")
         path = path / (name if name == "release" else f"iter_{int(name):07d}")
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a folder: give a merged iter_* folder")
     with process_group_from_environment():
         checked = verify_merge(path, samples=arguments.samples)
         if Comm().is_main:

@@ -1,8 +1,8 @@
 """What every format answers: where the bytes are. No format multiplies or adds.
 
-Call order: `registry.detect` names the format of a folder; `open` reads metadata alone; `read_source`
-expresses it in model space; `output_layout` says how an output after it is laid out; only the engine
-asks `ItemFiles.locate` and reads payload bytes.
+Call order: `registry.detect` names the format of a folder; `read_source` opens it from metadata and
+expresses it in model space; `lay_out` says how an output after it looks; only then does the engine
+ask `ItemFiles.locate` and read payload bytes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Payload:
-    """`numel` elements of `dtype`, stored without gaps in `record` of `item` (None: its only one)."""
+    """`numel` elements of `dtype`, without gaps in `record` of `item` (None: its only one)."""
 
     item: Item
     dtype: torch.dtype

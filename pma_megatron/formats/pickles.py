@@ -1,7 +1,7 @@
 """Read and write the pickles inside checkpoints without ever running what they name.
 
-A checkpoint's pickle may name any callable, so nothing outside a short allowlist of plain containers
-is resolved. Two ways to treat the rest:
+A checkpoint's pickle may name any callable, so nothing outside a short allowlist of plain
+containers is resolved. Two ways to treat the rest:
 
 * `load_strict` refuses it (a `.metadata` file has a closed set of classes);
 * `load_inert` turns it into an `Inert` placeholder that remembers how it was built and is written

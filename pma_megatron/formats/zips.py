@@ -2,7 +2,7 @@
 
 Payloads are stored uncompressed, so a slice of a tensor is a byte range of the file. torch writes
 sizes only into the central directory at the END of the zip (APPNOTE.TXT 4.3.12), so an index costs
-two small reads, whatever the payload's size. Source of the layout: caffe2/serialize/inline_container.cc.
+two small reads, whatever the payload's size. Source: caffe2/serialize/inline_container.cc.
 """
 
 from __future__ import annotations

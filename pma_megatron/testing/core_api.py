@@ -61,6 +61,7 @@ def transformer_config(config: TinyConfig) -> Any:
             "expert_model_parallel_size": config.expert_model_parallel_size,
             "sequence_parallel": config.tensor_model_parallel_size > 1,
         }
+    interleaved = config.virtual_pipeline_model_parallel_size is not None
     return call(
         TransformerConfig,
         num_layers=config.num_layers,
@@ -70,6 +71,9 @@ def transformer_config(config: TinyConfig) -> Any:
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
+        # With two stages a batch of sends and receives would mix up both directions.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
         bf16=config.bf16,
         params_dtype=dtype,
         pipeline_dtype=dtype,

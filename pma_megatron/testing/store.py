@@ -21,6 +21,12 @@ if TYPE_CHECKING:
     from pma_megatron.testing.tiny import TinyTrainer
 
 TRACKER = "latest_checkpointed_iteration.txt"
+_LAYOUT = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "expert_model_parallel_size",
+    "data_parallel_size",
+)
 
 
 def save(run: TinyTrainer, root: Path) -> Path:
@@ -58,6 +64,7 @@ def save(run: TinyTrainer, root: Path) -> Path:
 def load(run: TinyTrainer, root: Path, iteration: int | None) -> int:
     """Full resume of `run` from a checkpoint of any layout this release can read.
 
+    As in Megatron, random states are left as they are when the parallel layout is another.
     Raises FileNotFoundError without a tracker when `iteration` is None.
     """
     from megatron.core import dist_checkpointing
@@ -70,7 +77,12 @@ def load(run: TinyTrainer, root: Path, iteration: int | None) -> int:
         metadata = dist_checkpointing.load_content_metadata(directory)
     if metadata is None:
         metadata = core_api.content_metadata(run.config)
-    state = dist_checkpointing.load(_state_dict(run, metadata, is_loading=True), directory)
+    wanted = _state_dict(run, metadata, is_loading=True)
+    saved = dist_checkpointing.load_common_state_dict(directory)["args"]
+    same_layout = all(getattr(saved, name) == getattr(wanted["args"], name) for name in _LAYOUT)
+    if not same_layout:
+        del wanted["rng_state"]
+    state = dist_checkpointing.load(wanted, directory)
     if len(run.models) == 1:
         run.models[0].load_state_dict(state["model"])
     else:
@@ -81,7 +93,8 @@ def load(run: TinyTrainer, root: Path, iteration: int | None) -> int:
     run.iteration = state["iteration"]
     run.consumed_samples = state["args"].consumed_train_samples
     run.floating_point_operations = state["num_floating_point_operations_so_far"]
-    _set_rng(state["rng_state"][0])
+    if same_layout:
+        _set_rng(state["rng_state"][0])
     dist.barrier()
     return run.iteration
 

@@ -1,8 +1,8 @@
 """Every optimizer layout of megatron-core 0.12 to 0.19, re-expressed in model space.
 
-After this module no layout is special: state `param` of model key K is a global tensor of K's shape,
-made of pieces, wherever its bytes lie. Sources: megatron/core/optimizer/distrib_optimizer.py
-(`sharded_param_state_*`) and optimizer.py (Float16, FP32).
+After this module no layout is special: state `param` of model key K is a global tensor of K's
+shape, made of pieces, wherever its bytes lie. Sources: `sharded_param_state_*` in
+megatron/core/optimizer/distrib_optimizer.py, and optimizer.py (Float16, FP32).
 """
 
 from __future__ import annotations
