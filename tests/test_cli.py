@@ -193,11 +193,10 @@ def test_merge_says_what_it_did(
     capsys: pytest.CaptureFixture[str], dense_run: Path, tmp_path: Path
 ) -> None:
     flags = ("merge", "--load", dense_run, "--last", 2)
-    code, out, err = call(capsys, *flags, "--save", tmp_path / "a")
+    code, out, _ = call(capsys, *flags, "--save", tmp_path / "a")
     assert code == 0
     assert f"published {tmp_path / 'a' / 'iter_0000008'}" in out
     assert f"resume with: --load {tmp_path / 'a'}\n" in out
-    assert f"pma: published {tmp_path / 'a' / 'iter_0000008'}" in err
     code, out, _ = call(capsys, *flags, "--save", tmp_path / "b", "--optimizer-state", "drop")
     assert code == 0
     assert "--no-load-optim" in out
@@ -244,19 +243,19 @@ def test_sweep(capsys: pytest.CaptureFixture[str], dense_run: Path, tmp_path: Pa
     """One pass over the sources, and each output is what a merge of its own would have made."""
     load, methods = ("--load", dense_run), ("sma", "wma", "1-sqrt")
     sweep = call_json(
-        capsys, "merge", *load, "--save", tmp_path / "sweep", "--sweep", "sma,wma,1-sqrt:2,4"
+        capsys, "merge", *load, "--save", tmp_path / "sweep", "--sweep", "sma,wma,1-sqrt:3,4"
     )
     assert len(sweep["published"]) == len(methods) * 2
     read = {}
     for method in methods:
-        for last in (2, 4):
+        for last in (3, 4):
             save = tmp_path / "single" / f"{method}-last{last}"
             flags = ("--method", method, "--last", last)
             read[last] = call_json(capsys, "merge", *load, "--save", save, *flags)["bytes"]["read"]
             twin = tmp_path / "sweep" / save.name
             assert payload(twin) == payload(save), save.name
             assert call(capsys, "verify", twin)[0] == 0
-    assert sweep["bytes"]["read"] == read[4] > read[2]
+    assert sweep["bytes"]["read"] == read[4] > read[3]
 
 
 # What goes wrong.

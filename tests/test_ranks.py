@@ -200,6 +200,18 @@ def test_bound(
     verify(found["threads2"])  # and every weight is its main params rounded once
 
 
+@pytest.mark.xfail(
+    strict=False, reason="rounding a coefficient to float32 is one rounding more than N allows"
+)
+def test_bound_of_two(dense_run: Path, tmp_path: Path) -> None:
+    """The smallest N leaves no slack: two products and one sum, with 2/3 and 1/3."""
+    merge(request_for(dense_run, tmp_path, method=Method(name="1-sqrt")))
+    sources = [float32_of(folder_of(dense_run, iteration)) for iteration in (6, 8)]
+    for key, value in float32_of(folder_of(tmp_path, 8)).items():
+        if key.endswith(".param"):
+            assert_average(value, [source[key] for source in sources], (2 / 3, 1 / 3), key)
+
+
 @pytest.mark.parametrize("name", NODES)
 def test_node_local_sources(results: Results, saves: Path, dense_run: Path, name: str) -> None:
     """Each rank reads what its own disk holds; the newest may lie on any of them."""

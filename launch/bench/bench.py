@@ -1,0 +1,429 @@
+"""Time the merge against the physical floor: the same reads and one output, nothing else.
+
+    python launch/bench/bench.py /tmp/bench/weights --rounds 7 --json result.json
+    python launch/bench/bench.py /tmp/bench/training --optimizer-state average
+    python launch/bench/bench.py /tmp/bench/weights --peer 'other-merge /tmp/bench/weights {out}'
+
+One interleaved run: in every round each setting (ranks x threads) runs the floor, then the merge,
+each in processes of its own, so that what disturbs the machine disturbs both. The floor reads
+(pread into a reused buffer) every byte range that the plan reads, and writes (pwrite) every byte
+range that the plan writes, in the plan's order and with its division over ranks and threads. CPU
+seconds stand beside wall seconds: on a busy machine they say more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+
+from pma_megatron.comm import Comm
+from pma_megatron.formats import registry
+from pma_megatron.geometry import overlaps
+from pma_megatron.job import merge
+from pma_megatron.planning import MergePlan, make_plan
+from pma_megatron.policy import Policy
+from pma_megatron.request import MergeRequest
+from pma_megatron.selection import SelectionRequest
+from pma_megatron.tasks import Average, Copy, Unit, Write, Zero, share
+from pma_megatron.testing import run_ranks
+
+MIB, GIB = 1 << 20, 1 << 30
+TIMEOUT_S = 1800
+Range = tuple[str, int, int]
+"""(file, offset, bytes)."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How many ranks, and threads in each."""
+
+    ranks: int
+    threads: int
+
+    def __str__(self) -> str:
+        return f"{self.ranks} rank{'s' if self.ranks > 1 else ''} x {self.threads}"
+
+
+@dataclass
+class Times:
+    """Seconds of one setting, one entry per round."""
+
+    floor_s: list[float] = field(default_factory=list)
+    merge_s: list[float] = field(default_factory=list)
+    floor_cpu_s: list[float] = field(default_factory=list)
+    merge_cpu_s: list[float] = field(default_factory=list)
+    stages_s: list[dict[str, float]] = field(default_factory=list)
+    peak_bytes: list[int] = field(default_factory=list)
+
+    @property
+    def ratios(self) -> list[float]:
+        """Merge over floor, per round."""
+        return [m / f for m, f in zip(self.merge_s, self.floor_s, strict=True)]
+
+    @property
+    def cpu_ratios(self) -> list[float]:
+        """The same in CPU seconds, over all ranks."""
+        return [m / f for m, f in zip(self.merge_cpu_s, self.floor_cpu_s, strict=True)]
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """What a merge reads and writes, in bytes."""
+
+    read: int
+    written: int
+
+
+class Floor:
+    """The reads and writes of one rank's part of a plan, as byte ranges per unit."""
+
+    def __init__(self, plan: MergePlan, folder: Path, comm: Comm) -> None:
+        self._plan, self._folder = plan, folder
+        self._files = [
+            registry.get(ref.format, source.path).files(Path(source.path))
+            for source, ref in zip(plan.sources, plan.selection.refs, strict=True)
+        ]
+        self._open: dict[str, int] = {}
+        self.wall_s = self.cpu_s = 0.0
+        mine = share(plan.units, comm.shard_rank, comm.shard_size)
+        self._work = [(list(self._reads(u)), list(self._writes(u))) for u in mine]
+
+    def _reads(self, unit: Unit) -> Iterator[Range]:
+        task, base = unit.task, self._plan.sources[-1].path
+        if isinstance(task, Copy):
+            yield f"{base}/{task.source_file}", task.source_offset + unit.first, unit.count
+        if not isinstance(task, Average) or unit.box is None:
+            return
+        wanted = list(zip(task.numbers, task.sources, strict=True))
+        if task.proof is not None:
+            wanted.append((len(self._plan.sources) - 1, task.proof))
+        for number, index in wanted:
+            for part in overlaps(unit.box, index.touching(unit.box)):
+                path, start = self._files[number].locate(part.payload)
+                size = part.payload.dtype.itemsize
+                yield str(path), start + part.start * size, part.numel * size
+
+    def _writes(self, unit: Unit) -> Iterator[Range]:
+        task = unit.task
+        if isinstance(task, (Copy, Write)):
+            yield str(self._folder / task.file), task.offset + unit.first, unit.count
+        elif isinstance(task, Zero):
+            size, place = task.place.dtype.itemsize, task.place
+            start = place.start + (task.start + unit.first) * size
+            yield str(self._folder / place.file), start, unit.count * size
+        elif unit.box is not None:
+            for part in overlaps(unit.box, task.targets.touching(unit.box)):
+                place, size = part.payload, part.payload.dtype.itemsize
+                start = place.start + part.start * size
+                yield str(self._folder / place.file), start, part.numel * size
+
+    def open(self) -> None:
+        """Open every file, outputs for writing."""
+        for reads, writes in self._work:
+            for ranges, flags in ((reads, os.O_RDONLY), (writes, os.O_RDWR)):
+                for file, _, _ in ranges:
+                    if file not in self._open:
+                        self._open[file] = os.open(file, flags)
+
+    def run(self, threads: int, block_bytes: int) -> Bytes:
+        """Do it with `threads` threads that take units from one list."""
+        queue, lock, done = iter(self._work), threading.Lock(), [0, 0]
+
+        def work(buffer: memoryview) -> None:
+            total = [0, 0]
+            while (unit := _next(queue, lock)) is not None:
+                for kind, move in ((0, _pread), (1, _pwrite)):
+                    for file, offset, nbytes in unit[kind]:
+                        total[kind] += self._move(file, offset, nbytes, buffer, move)
+            with lock:
+                done[0] += total[0]
+                done[1] += total[1]
+
+        buffers = [memoryview(bytearray(b"1") * block_bytes) for _ in range(threads)]
+        workers = [threading.Thread(target=work, args=(buffer,)) for buffer in buffers]
+        start_s, start_cpu_s = time.perf_counter(), time.process_time()
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        self.wall_s, self.cpu_s = time.perf_counter() - start_s, time.process_time() - start_cpu_s
+        return Bytes(*done)
+
+    def _move(self, file: str, offset: int, nbytes: int, buffer: memoryview,
+              move: Callable[[int, memoryview, int], int]) -> int:  # fmt: skip
+        descriptor, at = self._open[file], 0
+        while at < nbytes:
+            at += move(descriptor, buffer[: min(len(buffer), nbytes - at)], offset + at)
+        return nbytes
+
+
+def _next(queue: Iterator[Any], lock: threading.Lock) -> Any:
+    with lock:
+        return next(queue, None)
+
+
+def _pread(descriptor: int, buffer: memoryview, offset: int) -> int:
+    got = os.preadv(descriptor, [buffer], offset)
+    if got == 0:
+        raise EOFError("a source ended early")
+    return got
+
+
+def _pwrite(descriptor: int, buffer: memoryview, offset: int) -> int:
+    return os.pwrite(descriptor, buffer, offset)
+
+
+def floor_on_rank(rank: int, ranks: int, request: MergeRequest, block_bytes: int) -> Any:
+    """(wall seconds, CPU seconds, bytes) of one rank's part of the floor."""
+    comm, folder = Comm(), Path(request.save or "")
+    plan = make_plan(request, comm)
+    if comm.is_main:
+        for name, nbytes in plan.layout.files.items():
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as stream:
+                stream.truncate(nbytes)
+    dist.barrier()
+    floor = Floor(plan, folder, comm)
+    floor.open()
+    dist.barrier()
+    moved = floor.run(request.threads, block_bytes)
+    return floor.wall_s, floor.cpu_s, moved
+
+
+def merge_on_rank(rank: int, ranks: int, request: MergeRequest) -> Any:
+    """The report of a real merge, as plain values, and the CPU seconds of its merge stage."""
+    cpu_s = [0.0]
+
+    @contextlib.contextmanager
+    def clock(stage: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
+        before_s = time.process_time()
+        yield lambda _: None
+        cpu_s[0] += (time.process_time() - before_s) if stage == "merge" else 0.0
+
+    return merge(request, Comm(), clock).to_json(), cpu_s[0]
+
+
+def warm(plan: MergePlan) -> None:
+    """Read every source file once, so that all are in the page cache."""
+    for source in plan.sources:
+        for path in Path(source.path).rglob("*"):
+            if path.is_file():
+                with path.open("rb", buffering=0) as stream:
+                    buffer = bytearray(4 * MIB)
+                    while stream.readinto(buffer):
+                        pass
+
+
+class Bench:
+    """The rounds, and what they gave."""
+
+    def __init__(self, chosen: argparse.Namespace) -> None:
+        self.chosen = chosen
+        self.out = Path(chosen.work or f"{str(chosen.load).rstrip('/')}-out")
+        self.times = {setting: Times() for setting in chosen.settings}
+        self.peer_s: list[float] = []
+        self.moved: dict[str, Bytes] = {}
+        self.block_bytes = chosen.floor_block
+
+    def request(self, setting: Setting, name: str) -> MergeRequest:
+        """The same request for the floor and for the merge."""
+        chosen = self.chosen
+        return MergeRequest(
+            load=str(chosen.load),
+            save=str(self.out / name),
+            selection=SelectionRequest(last=chosen.last),
+            policy=Policy(optimizer_state=chosen.optimizer_state, average=chosen.average),
+            threads=setting.threads,
+        )
+
+    def floor(self, setting: Setting, block_bytes: int) -> tuple[float, float]:
+        """Wall and CPU seconds of one run of the floor."""
+        request = self.request(setting, "floor")
+        results = self._clean(
+            lambda: run_ranks(
+                floor_on_rank, setting.ranks, request, block_bytes, timeout_s=TIMEOUT_S
+            )
+        )
+        moved = [moved for _, _, moved in results]
+        self.moved["floor"] = Bytes(sum(m.read for m in moved), sum(m.written for m in moved))
+        return max(wall_s for wall_s, _, _ in results), sum(cpu_s for _, cpu_s, _ in results)
+
+    def merge(self, setting: Setting) -> tuple[dict[str, Any], float]:
+        """Report and CPU seconds of one run of the merge."""
+        request = self.request(setting, "merge")
+        results = self._clean(
+            lambda: run_ranks(merge_on_rank, setting.ranks, request, timeout_s=TIMEOUT_S)
+        )
+        report = results[0][0]
+        self.moved["merge"] = Bytes(report["bytes"]["read"], report["bytes"]["written"])
+        return report, sum(cpu_s for _, cpu_s in results)
+
+    def peer(self, command: str) -> float:
+        """One run of the other program, with its start-up."""
+        words = shlex.split(command.replace("{out}", str(self.out / "peer")))
+
+        def run() -> float:
+            start_s = time.perf_counter()
+            subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
+            return time.perf_counter() - start_s
+
+        return self._clean(run)
+
+    def _clean(self, run: Callable[[], Any]) -> Any:
+        """`run` with an empty output folder and no writeback of an earlier run in its way."""
+        shutil.rmtree(self.out, ignore_errors=True)
+        self.out.mkdir(parents=True)
+        os.sync()
+        try:
+            return run()
+        finally:
+            shutil.rmtree(self.out, ignore_errors=True)
+
+    def calibrate(self) -> None:
+        """The floor's block is the one that is fastest here: a slow floor would flatter us."""
+        if self.block_bytes:
+            return
+        tried = {}
+        for block_bytes in (256 << 10, 512 << 10, MIB, 4 * MIB):
+            setting = self.chosen.settings[0]
+            tried[block_bytes] = min(self.floor(setting, block_bytes)[1] for _ in range(3))
+        self.block_bytes = min(tried, key=lambda size: tried[size])
+
+    def round(self) -> None:
+        """Floor and merge of every setting once, and the peer."""
+        for setting, times in self.times.items():
+            wall_s, cpu_s = self.floor(setting, self.block_bytes)
+            times.floor_s.append(wall_s)
+            times.floor_cpu_s.append(cpu_s)
+            report, cpu_s = self.merge(setting)
+            times.merge_cpu_s.append(cpu_s)
+            times.merge_s.append(report["seconds"]["merge"])
+            times.stages_s.append(report["seconds"])
+            times.peak_bytes.append(max(report["peak_memory_above_baseline_bytes"]))
+        if self.chosen.peer:
+            self.peer_s.append(self.peer(self.chosen.peer))
+
+    def result(self) -> dict[str, Any]:
+        """Everything, for `--json`."""
+        return {
+            "command": shlex.join(["python", *sys.argv]),
+            "cpus": os.cpu_count(),
+            "rounds": self.chosen.rounds,
+            "floor_block_bytes": self.block_bytes,
+            "bytes": {name: asdict(moved) for name, moved in self.moved.items()},
+            "settings": {str(s): _summary(times) for s, times in self.times.items()},
+            "peer_s": self.peer_s,
+            "peer_median_s": statistics.median(self.peer_s) if self.peer_s else None,
+        }
+
+
+def _summary(times: Times) -> dict[str, Any]:
+    stages = {
+        stage: statistics.median(seconds[stage] for seconds in times.stages_s)
+        for stage in times.stages_s[0]
+    }
+    return {
+        "floor_median_s": statistics.median(times.floor_s),
+        "merge_median_s": statistics.median(times.merge_s),
+        "ratio_of_medians": statistics.median(times.merge_s) / statistics.median(times.floor_s),
+        "ratio_median": statistics.median(times.ratios),
+        "ratio_min": min(times.ratios),
+        "ratio_max": max(times.ratios),
+        "floor_cpu_median_s": statistics.median(times.floor_cpu_s),
+        "merge_cpu_median_s": statistics.median(times.merge_cpu_s),
+        "cpu_ratio_median": statistics.median(times.cpu_ratios),
+        "stages_median_s": stages,
+        "peak_memory_above_baseline_bytes": max(times.peak_bytes),
+        "rounds": asdict(times),
+    }
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    """The table."""
+    for name, moved in result["bytes"].items():
+        console.print(
+            f"{name}: read {moved['read'] / GIB:.2f} GiB, wrote {moved['written'] / GIB:.2f} GiB"
+        )
+    table = Table(title=f"{result['rounds']} rounds, {result['cpus']} CPUs")
+    for column in ("ranks x threads", "floor s", "merge s", "ratio", "min-max", "CPU ratio",
+                   "plan s", "verify s", "publish s", "peak MiB"):  # fmt: skip
+        table.add_column(column, justify="right")
+    for name, row in result["settings"].items():
+        stages = row["stages_median_s"]
+        table.add_row(
+            name,
+            f"{row['floor_median_s']:.2f}",
+            f"{row['merge_median_s']:.2f}",
+            f"{row['ratio_median']:.2f}",
+            f"{row['ratio_min']:.2f}-{row['ratio_max']:.2f}",
+            f"{row['cpu_ratio_median']:.2f}",
+            *(f"{stages[stage]:.2f}" for stage in ("plan", "verify", "publish")),
+            f"{row['peak_memory_above_baseline_bytes'] / MIB:.0f}",
+        )
+    console.print(table)
+    if result["peer_median_s"] is not None:
+        console.print(f"peer: {result['peer_median_s']:.2f} s (median, start-up included)")
+
+
+def _setting(text: str) -> Setting:
+    ranks, _, threads = text.partition("x")
+    return Setting(int(ranks), int(threads))
+
+
+def main() -> None:
+    """Parse the command line, run the rounds, print and write the result."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("load", type=Path, help="folder with iter_*, from make_checkpoints.py")
+    parser.add_argument("--work", type=Path, help="scratch folder (default: LOAD-out)")
+    parser.add_argument("--last", type=int, default=6, help="number of sources")
+    parser.add_argument("--average", default="main-params")
+    parser.add_argument("--optimizer-state", default="latest")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--settings", type=_setting, nargs="+", default=[Setting(1, 2), Setting(2, 1)],
+        metavar="RANKSxTHREADS", help="default: 1x2 2x1",
+    )  # fmt: skip
+    parser.add_argument(
+        "--floor-block", type=int, default=0, metavar="BYTES",
+        help="the floor's buffer (default: the fastest of four sizes)",
+    )  # fmt: skip
+    parser.add_argument("--peer", metavar="CMD", help="another program; {out} is an empty folder")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the result here")
+    chosen = parser.parse_args()
+    bench, console = Bench(chosen), Console()
+    warm(make_plan(bench.request(chosen.settings[0], "plan"), Comm()))
+    bench.calibrate()
+    for number in range(chosen.rounds):
+        bench.round()
+        said = ", ".join(
+            f"{s}: floor {t.floor_s[-1]:.2f} s, merge {t.merge_s[-1]:.2f} s, "
+            f"ratio {t.ratios[-1]:.2f}, CPU ratio {t.cpu_ratios[-1]:.2f}"
+            for s, t in bench.times.items()
+        )
+        console.print(f"round {number + 1}: {said}")
+    result = bench.result()
+    show(result, console)
+    if chosen.json:
+        chosen.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
