@@ -118,8 +118,8 @@ class BlockReader:
                 got = os.preadv(descriptor, [into[done:]], offset + done)
                 if got == 0:
                     raise CheckpointError(
-                        f"{where} ended at byte {offset + done} while it was read: it was truncated "
-                        "or replaced. Run `pma list`, then merge again without it"
+                        f"{where} ended at byte {offset + done} while it was read: it was "
+                        "truncated or replaced. Run `pma list`, then merge again without it"
                     )
                 done += got
         except OSError as error:
@@ -263,8 +263,8 @@ class BlockWriter:
                 done += os.pwrite(descriptor, data[done:], offset + done)
         except OSError as error:
             raise PublishError(
-                f"cannot write {self.folder / file}: {error.strerror}. Nothing was published and no "
-                "source was touched; free space or choose another --save, then run again"
+                f"cannot write {self.folder / file}: {error.strerror}. Nothing was published and "
+                "no source was touched; free space or choose another --save, then run again"
             ) from error
 
     def descriptor(self, file: str) -> int:

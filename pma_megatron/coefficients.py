@@ -29,12 +29,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import pairwise
 
 from pma_megatron.errors import UsageError
 
 DEFAULT_ALPHA = 0.2  # the better of the two values that arXiv 2505.12082 tried
 
+_EXACT = 1 << 24  # every integer up to here is a float32
 _EXACT_SUM = 1e-9  # a sum this close to 1 is rounding of what the user wrote
 _NEAR_SUM = 1e-6  # a sum this close to 1 is a list typed with six digits
 
@@ -287,3 +289,22 @@ def _progress(tokens: Sequence[int]) -> list[float]:
 def _normalised(raw: Sequence[float]) -> tuple[float, ...]:
     total = math.fsum(raw)
     return tuple(value / total for value in raw)
+
+
+def exact_weights(values: Sequence[float]) -> tuple[tuple[int, ...], int] | None:
+    """Integers v and d with values = v / d, all exact in float32; None if there are none.
+
+    With them a float32 sum of N terms is off by at most N x 2^-24 x sum |w_i x_i|: no coefficient
+    is rounded, the first product is exact (its v is a power of two), N - 1 sums and the division by
+    d round once each. SMA (v = 1), WMA (v = i), and EMA with a simple alpha have them.
+    """
+    fractions = [Fraction(value).limit_denominator(_EXACT) for value in values]
+    close = all(
+        abs(float(fraction) - value) <= 4 * math.ulp(value)
+        for fraction, value in zip(fractions, values, strict=True)
+    )
+    divisor = math.lcm(*(fraction.denominator for fraction in fractions))
+    weights = tuple(int(fraction * divisor) for fraction in fractions)
+    first = abs(next((weight for weight in weights if weight), 1))
+    exact = divisor <= _EXACT and all(abs(weight) <= _EXACT for weight in weights)
+    return (weights, divisor) if close and exact and first & (first - 1) == 0 else None

@@ -1,13 +1,16 @@
 """The one loop that multiplies a weight by a coefficient.
 
-Per block: read the same box of every source into a reused buffer, add it times its coefficient to a
-float32 accumulator per output, round once per stored dtype, write. Threads of a rank take units from
-one list; ranks have a part of the list each, or share the sources of a part (merge parallel).
+Per block: read the same box of every source into a reused buffer, add it times its coefficient to
+an accumulator per output, round once per stored dtype, write. The accumulator is float32 where the
+coefficients are exact in it (`coefficients.exact_weights`), float64 where they are not, so that the
+result is always within N x 2^-24 x sum |w_i x_i| of the float64 average. Threads of a rank take
+units from one list; ranks have a part of the list each, or share the sources of a part.
 What a block becomes depends on the plan alone, so results do not depend on ranks or threads.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import threading
@@ -31,9 +34,9 @@ from pma_megatron.blocks import (
     copy_bytes,
     same_bits,
 )
+from pma_megatron.coefficients import exact_weights
 from pma_megatron.comm import Comm
 from pma_megatron.errors import CheckpointError, PlanError, RankError
-from pma_megatron.faultpoints import point
 from pma_megatron.formats import registry
 from pma_megatron.geometry import Box, slices
 from pma_megatron.planning import MergePlan
@@ -97,13 +100,11 @@ def run(plan: MergePlan, staging: Sequence[Path], comm: Comm, progress: Progress
     writers = [BlockWriter(folder) for folder in staging]
     tally = Tally(writers)
     threads = torch.get_num_threads()
-    torch.set_num_threads(
-        1
-    )  # the threads here are the parallelism; torch's own would get in the way
+    torch.set_num_threads(1)  # the threads here are the parallelism; torch's would get in the way
     try:
         with comm.watched("merge") as check:
-            point("merge", comm.rank)
-            job = _Job(plan, comm, readers, writers, tally, progress, check)
+            sums = tuple(_Sum.of(output.values) for output in plan.outputs)
+            job = _Job(plan, comm, readers, writers, tally, progress, check, sums)
             if comm.merge_size > 1:
                 job.run_shared(mine)
             else:
@@ -161,12 +162,30 @@ class _Workspace:
 
     def __init__(self, outputs: int) -> None:
         self.sums = [Rooms() for _ in range(outputs)]
+        self.averages = [Rooms() for _ in range(outputs)]
         self.raw, self.proof, self.rounded = Rooms(), Rooms(), Rooms()
 
 
 @dataclass(frozen=True, slots=True)
+class _Sum:
+    """How one output is summed: sum of weight times source, in `dtype`, divided once."""
+
+    weights: tuple[float, ...]
+    divisor: float
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(values: Sequence[float]) -> _Sum:
+        """The sum that gives these coefficients."""
+        exact = exact_weights(values)
+        if exact is None:
+            return _Sum(tuple(values), 1.0, torch.float64)
+        return _Sum(tuple(map(float, exact[0])), float(exact[1]), torch.float32)
+
+
+@dataclass(frozen=True, slots=True)
 class _Input:
-    """One source in a unit, and its coefficient per output."""
+    """One source in a unit, and its weight per output."""
 
     number: int
     reader: UnitReader
@@ -181,16 +200,18 @@ class _Work:
     unit: Unit
     task: Average
     box: Box
+    sums: tuple[_Sum, ...]
     inputs: tuple[_Input, ...]
     proof: tuple[UnitReader, torch.dtype] | None
     outputs: tuple[UnitWriter, ...]
 
-    def blocks(self) -> Iterator[tuple[int, Box]]:
-        """Blocks of the unit, each with the number of its first element in the unit."""
-        first = 0
-        for block in slices(self.box, BLOCK_ELEMENTS):
-            yield first, block
-            first += block.numel
+
+def _blocks(box: Box) -> Iterator[tuple[int, Box]]:
+    """Blocks of a unit's box, each with the number of its first element in the unit."""
+    first = 0
+    for block in slices(box, BLOCK_ELEMENTS):
+        yield first, block
+        first += block.numel
 
 
 @dataclass(slots=True)
@@ -202,7 +223,10 @@ class _Job:
     tally: Tally
     progress: Progress
     check: Callable[[], None]
+    sums: tuple[_Sum, ...]
     failed: Exception | None = None
+    located: _Work | None = None
+    located_lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def last(self) -> int:
@@ -238,11 +262,11 @@ class _Job:
             work = self._locate(unit, unit.task, unit.task.numbers)
             for each in work.inputs:
                 each.reader.advise()
-            for first, block in work.blocks():
+            for first, block in _blocks(work.box):
                 self.check()
-                sums = self._weighted(work, block, first, space)
-                self._refuse_nonfinite(work, block, sums)
-                self._write(work, block, first, sums, space)
+                self._weighted(work, block, first, space)
+                averages = self._averages(work, block, space)
+                self._write(work, block, first, averages, space)
         else:
             self._do_bytes(unit)
         self.progress(unit.cost_bytes)
@@ -252,23 +276,27 @@ class _Job:
         box = unit.box
         assert box is not None
         inputs, proof = [], None
+        sums = self._sums(task)
         for number, index, dtype in zip(task.numbers, task.sources, task.dtypes, strict=True):
             if number in numbers:
                 reader = UnitReader(self.readers[number], box, index)
-                inputs.append(_Input(number, reader, dtype, self._coefficients(task, number)))
+                weights = tuple(each.weights[number] for each in sums)
+                inputs.append(_Input(number, reader, dtype, weights))
         if task.proof is not None and self.last in numbers:
             dtype = task.proof.touching(box)[0].payload.dtype
             proof = (UnitReader(self.readers[self.last], box, task.proof), dtype)
         outputs = tuple(UnitWriter(writer, box, task.targets) for writer in self.writers)
-        return _Work(unit, task, box, tuple(inputs), proof, outputs)
+        return _Work(unit, task, box, sums, tuple(inputs), proof, outputs)
 
-    def _coefficients(self, task: Average, number: int) -> tuple[float, ...]:
-        return tuple(1.0 if task.kept else o.values[number] for o in self.plan.outputs)
+    def _sums(self, task: Average) -> tuple[_Sum, ...]:
+        if task.kept:
+            return (_Sum((1.0,) * len(self.plan.sources), 1.0, torch.float32),) * len(self.writers)
+        return self.sums
 
-    def _weighted(self, work: _Work, block: Box, first: int, space: _Workspace) -> list[Room]:
-        """Sum of coefficient times source over the inputs, per output, float32, oldest first."""
+    def _weighted(self, work: _Work, block: Box, first: int, space: _Workspace) -> None:
+        """Sum weight times source over the inputs into `space.sums`, oldest first."""
         numel, read_bytes = block.numel, 0
-        sums = [rooms.room(torch.float32, numel) for rooms in space.sums]
+        sums = [r.room(s.dtype, numel) for r, s in zip(space.sums, work.sums, strict=True)]
         begun = [False] * len(sums)
         for each in work.inputs:
             room = space.raw.room(each.dtype, numel)
@@ -291,7 +319,21 @@ class _Job:
             if not done:
                 room.tensor.zero_()
         self.tally.add(read_bytes, 0)
-        return sums
+
+    def _averages(self, work: _Work, block: Box, space: _Workspace) -> list[Room]:
+        """The finished sums as float32 averages, rounded once, all finite."""
+        averages = []
+        for how, sums, rooms in zip(work.sums, space.sums, space.averages, strict=True):
+            room = sums.room(how.dtype, block.numel)
+            if how.divisor != 1.0:
+                room.tensor.div_(how.divisor)
+            if how.dtype != torch.float32:
+                rounded = rooms.room(torch.float32, block.numel)
+                rounded.tensor.copy_(room.tensor)
+                room = rounded
+            averages.append(room)
+        self._refuse_nonfinite(work, block, averages)
+        return averages
 
     def _prove(self, work: _Work, block: Box, first: int, main: Room, space: _Workspace) -> int:
         """The newest source's rounded main parameters must be its weights, bit for bit."""
@@ -300,6 +342,7 @@ class _Job:
         stored = space.proof.room(dtype, main.numel)
         reader.read(block, first, stored)
         if not same_bits(Rounded(main, space.rounded).of(dtype), stored):
+            self._refuse_nan(work.task, block, self.last, main.tensor)
             raise PlanError(
                 f"{self.plan.sources[-1].path}: main params of {work.task.key}, rounded, differ "
                 f"from the stored weights at {block.offsets}: the optimizer buffer's layout cannot "
@@ -317,13 +360,7 @@ class _Job:
             data = torch.empty(block.numel, dtype=each.dtype)
             index = task.sources[task.numbers.index(each.number)]
             self.readers[each.number].read(block, index, data)
-            count = int((~torch.isfinite(data)).sum())
-            if count:
-                raise CheckpointError(
-                    f"{self.plan.sources[each.number].path}: {task.key} has {count} NaN or Inf "
-                    f"values in the block at {block.offsets}. Averaging would spread them: leave "
-                    "this checkpoint out with --exclude"
-                )
+            self._refuse_nan(task, block, each.number, data)
         if all(bool(torch.isfinite(room.tensor).all()) for room in sums):
             return
         if len(work.inputs) < len(task.numbers):
@@ -332,6 +369,15 @@ class _Job:
             f"{task.key} at {block.offsets} overflows float32 with these coefficients, though "
             "every source is finite: use coefficients that sum to 1"
         )
+
+    def _refuse_nan(self, task: Average, block: Box, number: int, data: torch.Tensor) -> None:
+        count = int((~torch.isfinite(data)).sum())
+        if count:
+            raise CheckpointError(
+                f"{self.plan.sources[number].path}: {task.key} has {count} NaN or Inf values in "
+                f"the block at {block.offsets}. Averaging would spread them: leave this "
+                "checkpoint out with --exclude"
+            )
 
     def _write(self, work: _Work, block: Box, first: int, sums: Sequence[Room],
                space: _Workspace) -> None:  # fmt: skip
@@ -368,31 +414,29 @@ class _Job:
         me = self.comm.merge_rank
         numbers = [number for number, place in enumerate(own) if place == me]
         spaces = [_Workspace(len(self.writers)) for _ in range(self.plan.request.threads + 1)]
-        queue = enumerate(self._blocks(mine, numbers))
-        pending: deque[tuple[int, _Work, int, Box, Future[list[Room]]]] = deque()
+        averages = [unit for unit in mine if isinstance(unit.task, Average)]
+        turns = enumerate((u, *at) for u in averages if u.box for at in _blocks(u.box))
+        pending: deque[tuple[int, Unit, int, Box, Future[_Work]]] = deque()
         with ThreadPoolExecutor(self.plan.request.threads) as pool:
 
             def begin() -> None:
-                for turn, (work, first, block) in itertools.islice(queue, 1):
+                for turn, (unit, first, block) in itertools.islice(turns, 1):
                     space = spaces[turn % len(spaces)]
-                    future = pool.submit(self._weighted, work, block, first, space)
-                    pending.append((turn, work, first, block, future))
+                    future = pool.submit(self._partial, unit, numbers, first, block, space)
+                    pending.append((turn, unit, first, block, future))
 
             for _ in spaces:
                 begin()
             while pending:
-                turn, work, first, block, future = pending.popleft()
+                turn, unit, first, block, future = pending.popleft()
                 space = spaces[turn % len(spaces)]
-                self._reduce(future, space, block.numel)
-                sums = [rooms.room(torch.float32, block.numel) for rooms in space.sums]
-                self._refuse_nonfinite(work, block, sums)
-                if turn % self.comm.merge_size == me and self.failed is None:
-                    try:
-                        self._write(work, block, first, sums, space)
-                    except Exception as error:  # the group learns of it with the next block
-                        self.failed = error
+                work = self._reduce(unit, future, space, block.numel)
+                finished = self._averages(work, block, space)
+                with self._reported_later():
+                    if turn % self.comm.merge_size == me:
+                        self._write(work, block, first, finished, space)
+                    self.progress(unit.cost_bytes * block.numel // max(work.box.numel, 1))
                 begin()
-                self.progress(work.unit.cost_bytes * block.numel // max(work.box.numel, 1))
         if self.failed is not None:
             raise self.failed
         if own[self.last] == me:
@@ -400,30 +444,43 @@ class _Job:
                 if not isinstance(unit.task, Average):
                     self._do(unit, spaces[0])
 
-    def _blocks(self, mine: Sequence[Unit], numbers: Sequence[int]) -> Iterator[
-                tuple[_Work, int, Box]]:  # fmt: skip
-        for unit in mine:
-            if isinstance(unit.task, Average):
-                work = self._locate(unit, unit.task, numbers)
-                for first, block in work.blocks():
-                    yield work, first, block
-
-    def _reduce(self, part: Future[list[Room]], space: _Workspace, numel: int) -> None:
-        """Sum a block over the group; one rank's error reaches the others with the same block."""
-        error = self.failed
+    @contextlib.contextmanager
+    def _reported_later(self) -> Iterator[None]:
+        """Keep an error until the next block: raising alone would leave the group waiting."""
         try:
-            part.result()
+            yield
+        except Exception as error:
+            self.failed = self.failed or error
+
+    def _partial(self, unit: Unit, numbers: Sequence[int], first: int, block: Box,
+                 space: _Workspace) -> _Work:  # fmt: skip
+        assert isinstance(unit.task, Average)
+        with self.located_lock:
+            if self.located is None or self.located.unit is not unit:
+                self.located = self._locate(unit, unit.task, numbers)
+            work = self.located
+        self._weighted(work, block, first, space)
+        return work
+
+    def _reduce(self, unit: Unit, part: Future[_Work], space: _Workspace, numel: int) -> _Work:
+        """Sum a block over the group; one rank's error reaches the others with the same block."""
+        error, work = self.failed, None
+        try:
+            work = part.result()
             self.check()
         except Exception as caught:  # raised below, once the others know
-            error = caught
-        for k, rooms in enumerate(space.sums):
-            block = rooms.whole(torch.float32)[: numel + 1]
+            error = error or caught
+        assert isinstance(unit.task, Average)
+        for k, (how, rooms) in enumerate(zip(self._sums(unit.task), space.sums, strict=True)):
+            block = rooms.whole(how.dtype)[: numel + 1]
             block[numel] = 0.0 if error is None else 1.0
             if error is not None:
                 block[:numel] = 0.0
             self.comm.reduce_merge_group(block)
             if k == 0 and float(block[numel]) > 0:
                 raise error or RankError("another rank of the merge group failed")
+        assert work is not None
+        return work
 
 
 def _raise_first(futures: Sequence[Future[None]]) -> None:

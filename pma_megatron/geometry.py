@@ -54,8 +54,8 @@ class Piece(Generic[P]):
 class Part(Generic[P]):
     """The overlap of a wanted box with a piece, as strided views of both.
 
-    `sizes` is the overlap's shape; `unit_start` and `unit_strides` place it in a row-major buffer of
-    the wanted box, `start` and `strides` in the piece's payload. All count elements.
+    `sizes` is the overlap's shape; `unit_start` and `unit_strides` place it in a row-major buffer
+    of the wanted box, `start` and `strides` in the piece's payload. All count elements.
     """
 
     payload: P

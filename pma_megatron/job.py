@@ -138,6 +138,7 @@ def _fill(plan: MergePlan, wanted: tuple[Target, ...], comm: Comm, show: Show,
             stack.callback(writer.close)
         return done
 
+    comm.agree("merge", lambda: point("merge", comm.rank))
     tally = comm.agree("merge", run)
     clock.lap("merge")
     comm.agree("sync", lambda: point("sync", comm.rank))

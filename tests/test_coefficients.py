@@ -11,7 +11,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import pma_megatron.coefficients as module
-from pma_megatron.coefficients import METHODS, Coefficients, coefficients, implied_decay_weights
+from pma_megatron.coefficients import (
+    METHODS,
+    Coefficients,
+    coefficients,
+    exact_weights,
+    implied_decay_weights,
+)
 from pma_megatron.errors import UsageError
 
 DECAYS = {
@@ -255,3 +261,28 @@ def test_numpy_positions_are_fine() -> None:
     assert coefficients("linear", tokens=positions).values == pytest.approx(
         coefficients("linear", tokens=[0, 10, 20, 30]).values
     )
+
+
+@pytest.mark.parametrize(
+    ("method", "count", "exact"),
+    [
+        ("sma", 10, ((1,) * 10, 10)),
+        ("wma", 10, (tuple(range(1, 11)), 55)),
+        ("ema", 3, ((16, 4, 5), 25)),
+    ],
+)
+def test_weights_that_float32_holds_exactly(
+    method: str, count: int, exact: tuple[tuple[int, ...], int]
+) -> None:
+    values = coefficients(method, count=count).values
+    assert exact_weights(values) == exact
+    assert exact_weights((0.0, *values)) == ((0, *exact[0]), exact[1])  # a sweep's shorter output
+
+
+def test_weights_that_float32_does_not_hold_exactly() -> None:
+    decay = coefficients("1-sqrt", tokens=(0, 1, 2, 3, 4)).values
+    assert exact_weights(decay) is None
+    assert exact_weights(coefficients("ema", count=30).values) is None  # 5^29 does not fit
+    assert exact_weights((0.3, 0.7)) is None  # 3 x_1 / 10 + ...: the first product would round
+    assert exact_weights((0.2, 0.3, 0.5)) == ((2, 3, 5), 10)
+    assert exact_weights((1.5, -0.5)) is None and exact_weights((2.0, -1.0)) == ((2, -1), 1)

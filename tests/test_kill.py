@@ -255,14 +255,7 @@ def raised(
     return scenes, run_ranks(play, 2, scenes, meet, init=False, timeout_s=900)
 
 
-GROUP_HANGS = pytest.mark.xfail(
-    strict=False, reason="engine.run_shared: an error outside _reduce leaves the group waiting"
-)
-ERRORS = [
-    pytest.param(size, stage, rank,
-                 marks=[GROUP_HANGS] if size == 2 and stage in ("merge", *IN_THE_LOOP) else [])
-    for size in (1, 2) for stage, rank in FAULTS
-]  # fmt: skip
+ERRORS = [(size, stage, rank) for size in (1, 2) for stage, rank in FAULTS]
 
 
 @pytest.mark.parametrize(("merge_parallel_size", "stage", "rank"), ERRORS)

@@ -200,9 +200,6 @@ def test_bound(
     verify(found["threads2"])  # and every weight is its main params rounded once
 
 
-@pytest.mark.xfail(
-    strict=False, reason="rounding a coefficient to float32 is one rounding more than N allows"
-)
 def test_bound_of_two(dense_run: Path, tmp_path: Path) -> None:
     """The smallest N leaves no slack: two products and one sum, with 2/3 and 1/3."""
     merge(request_for(dense_run, tmp_path, method=Method(name="1-sqrt")))

@@ -4,8 +4,9 @@
     python launch/bench/bench.py /tmp/bench/training --optimizer-state average
     python launch/bench/bench.py /tmp/bench/weights --peer 'other-merge /tmp/bench/weights {out}'
 
-One interleaved run: in every round each setting (ranks x threads) runs the floor, then the merge,
-each in processes of its own, so that what disturbs the machine disturbs both. The floor reads
+One interleaved run: in every round each setting (ranks x threads) runs the floor and the merge, in
+turns first, each in processes of its own and after a read of all sources, so that what disturbs the
+machine disturbs both and neither warms the page cache for the other. The floor reads
 (pread into a reused buffer) every byte range that the plan reads, and writes (pwrite) every byte
 range that the plan writes, in the plan's order and with its division over ranks and threads. CPU
 seconds stand beside wall seconds: on a busy machine they say more.
@@ -222,7 +223,7 @@ def merge_on_rank(rank: int, ranks: int, request: MergeRequest) -> Any:
 
 
 def warm(plan: MergePlan) -> None:
-    """Read every source file once, so that all are in the page cache."""
+    """Read every source file, so that all are in the page cache: the kernel drops what idles."""
     for source in plan.sources:
         for path in Path(source.path).rglob("*"):
             if path.is_file():
@@ -242,6 +243,7 @@ class Bench:
         self.peer_s: list[float] = []
         self.moved: dict[str, Bytes] = {}
         self.block_bytes = chosen.floor_block
+        self.plan = make_plan(self.request(chosen.settings[0], "plan"), Comm())
 
     def request(self, setting: Setting, name: str) -> MergeRequest:
         """The same request for the floor and for the merge."""
@@ -288,10 +290,11 @@ class Bench:
         return self._clean(run)
 
     def _clean(self, run: Callable[[], Any]) -> Any:
-        """`run` with an empty output folder and no writeback of an earlier run in its way."""
+        """`run` with an empty output folder, warm sources and no writeback of an earlier run."""
         shutil.rmtree(self.out, ignore_errors=True)
         self.out.mkdir(parents=True)
         os.sync()
+        warm(self.plan)
         try:
             return run()
         finally:
@@ -307,17 +310,20 @@ class Bench:
             tried[block_bytes] = min(self.floor(setting, block_bytes)[1] for _ in range(3))
         self.block_bytes = min(tried, key=lambda size: tried[size])
 
-    def round(self) -> None:
-        """Floor and merge of every setting once, and the peer."""
+    def round(self, number: int) -> None:
+        """Floor and merge of every setting once, and the peer; who goes first alternates."""
         for setting, times in self.times.items():
-            wall_s, cpu_s = self.floor(setting, self.block_bytes)
-            times.floor_s.append(wall_s)
-            times.floor_cpu_s.append(cpu_s)
-            report, cpu_s = self.merge(setting)
-            times.merge_cpu_s.append(cpu_s)
-            times.merge_s.append(report["seconds"]["merge"])
-            times.stages_s.append(report["seconds"])
-            times.peak_bytes.append(max(report["peak_memory_above_baseline_bytes"]))
+            for kind in ("floor", "merge") if number % 2 == 0 else ("merge", "floor"):
+                if kind == "floor":
+                    wall_s, cpu_s = self.floor(setting, self.block_bytes)
+                    times.floor_s.append(wall_s)
+                    times.floor_cpu_s.append(cpu_s)
+                    continue
+                report, cpu_s = self.merge(setting)
+                times.merge_s.append(report["seconds"]["merge"])
+                times.merge_cpu_s.append(cpu_s)
+                times.stages_s.append(report["seconds"])
+                times.peak_bytes.append(max(report["peak_memory_above_baseline_bytes"]))
         if self.chosen.peer:
             self.peer_s.append(self.peer(self.chosen.peer))
 
@@ -409,10 +415,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the result here")
     chosen = parser.parse_args()
     bench, console = Bench(chosen), Console()
-    warm(make_plan(bench.request(chosen.settings[0], "plan"), Comm()))
     bench.calibrate()
     for number in range(chosen.rounds):
-        bench.round()
+        bench.round(number)
         said = ", ".join(
             f"{s}: floor {t.floor_s[-1]:.2f} s, merge {t.merge_s[-1]:.2f} s, "
             f"ratio {t.ratios[-1]:.2f}, CPU ratio {t.cpu_ratios[-1]:.2f}"
