@@ -110,22 +110,21 @@ class BlockReader:
 
     def pread(self, file: str, offset: int, into: memoryview) -> None:
         """Fill `into` from `file` at `offset`; see `read` for errors."""
-        where = f"{self.path}/{file}"
         try:
-            descriptor = self._files.descriptor(file)
-            done = 0
+            descriptor, done = self._files.descriptor(file), 0
             while done < len(into):
                 got = os.preadv(descriptor, [into[done:]], offset + done)
                 if got == 0:
                     raise CheckpointError(
-                        f"{where} ended at byte {offset + done} while it was read: it was "
-                        "truncated or replaced. Run `pma list`, then merge again without it"
+                        f"{self.path}/{file} ended at byte {offset + done} while it was read: "
+                        "it was truncated or replaced. Run `pma list`, then merge again without it"
                     )
                 done += got
         except OSError as error:
             raise CheckpointError(
-                f"{where} could not be read ({error.strerror}): it vanished or its storage failed, "
-                "perhaps removed by the run's own retention. Exclude it, or stop the clean-up"
+                f"{self.path}/{file} could not be read ({error.strerror}): it vanished or its "
+                "storage failed, perhaps removed by the run's own retention. Exclude it, or stop the "
+                "clean-up"
             ) from error
 
     def descriptor(self, file: str) -> int:
