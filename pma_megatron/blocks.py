@@ -123,8 +123,8 @@ class BlockReader:
         except OSError as error:
             raise CheckpointError(
                 f"{self.path}/{file} could not be read ({error.strerror}): it vanished or its "
-                "storage failed, perhaps removed by the run's own retention. Exclude it, or stop the "
-                "clean-up"
+                "storage failed, perhaps removed by the run's own retention. Exclude it, or stop "
+                "the clean-up"
             ) from error
 
     def descriptor(self, file: str) -> int:
