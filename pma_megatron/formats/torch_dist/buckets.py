@@ -41,8 +41,8 @@ _PARTS = tuple(
     )
 )
 _OFFER = (
-    "What works: average the 16-bit weights instead (--average weights), or re-save the sources "
-    "with --dist-ckpt-optim-fully-reshardable."
+    "What works: leave this checkpoint out (--exclude), average the 16-bit weights instead "
+    "(--average weights), or re-save the sources with --dist-ckpt-optim-fully-reshardable."
 )
 
 
