@@ -195,9 +195,10 @@ class _Finder:
 
     def _matches(self, space: FlatSpace, stored: Sequence[Piece[Payload]], at: int,
                  window: torch.Tensor, taken: set[int]) -> list[int]:  # fmt: skip
+        # A buffer is named after its parameters' dtype: a buffer of zeros is no candidate for gaps.
         numbers: list[int] = []
         for (dtype, count), table in self._tables.items():
-            if count <= len(window):
+            if f"({dtype}, " in space.name and count <= len(window):
                 key = window[:count].to(dtype).view(torch.uint8).numpy().tobytes()
                 numbers += [n for n in table.get(key, ()) if n not in taken]
         numbers = [n for n in numbers if at + self._numel(n) <= space.numel]

@@ -8,6 +8,7 @@ megatron/core/optimizer/distrib_optimizer.py, and optimizer.py (Float16, FP32).
 from __future__ import annotations
 
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -170,11 +171,17 @@ def states_from_flat(
 def _cut(found: FlatRange, stored: Sequence[Piece[Payload]]) -> list[Piece[Payload]]:
     """The stored chunks under one parameter, as boxes of its model tensor."""
     wanted = Box((found.start,), (found.box.numel,))
+    first_chunk = bisect_right(stored, found.start, key=_start) - 1  # chunks lie in order
+    end_chunk = bisect_left(stored, found.start + found.box.numel, key=_start)
     result = []
-    for part in overlaps(wanted, stored):
+    for part in overlaps(wanted, stored[max(first_chunk, 0) : end_chunk]):
         for box, first in flat_range(found.box, part.unit_start, part.unit_start + part.numel):
             result.append(Piece(box, part.payload, part.start + first - part.unit_start))
     return result
+
+
+def _start(piece: Piece[Payload]) -> int:
+    return piece.box.offsets[0]
 
 
 def layout_kind(checkpoint: TorchDistCheckpoint) -> str:
