@@ -114,7 +114,7 @@ class MergeRequest:
                 "--optimizer-state average with negative coefficients could make second moments "
                 "negative: use latest or reset"
             )
-        if self.dtype not in (None, "fp32") and self.method.name == "custom" and self.sweep:
+        if self.sweep and self.method.name == "custom":
             raise UsageError("--sweep makes its own coefficients: leave out --method custom")
 
     @property
