@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -102,7 +103,8 @@ class BlockReader:
         elif part.span <= max(_MIN_DENSITY * numel, 1) and part.span <= 2 * BLOCK_ELEMENTS:
             data = torch.empty(part.span, dtype=out.dtype)
             self.pread(*self.place(part), as_bytes(data))
-            target = out.as_strided(part.sizes, part.unit_strides, part.unit_start)
+            start = out.storage_offset() + part.unit_start
+            target = out.as_strided(part.sizes, part.unit_strides, start)
             target.copy_(data.as_strided(part.sizes, part.strides))
         else:
             for half in part.halves():
@@ -237,6 +239,13 @@ def joined_crc(parts: Sequence[tuple[int, int, int]], nbytes: int) -> int:
     return crc
 
 
+class Writer(Protocol):
+    """Takes finished elements: files of an output, or tensors of a live model."""
+
+    def put(self, place: Any, start: int, data: memoryview) -> None:
+        """Store `data` from element `start` of `place` on."""
+
+
 class BlockWriter:
     """Writes blocks into the staged files of one output."""
 
@@ -289,9 +298,9 @@ class BlockWriter:
 class UnitWriter:
     """One output's part of a unit: where its elements go is found once, then written by blocks."""
 
-    def __init__(self, writer: BlockWriter, box: Box, targets: PieceIndex[Place]) -> None:
+    def __init__(self, writer: Writer, box: Box, targets: PieceIndex[Any]) -> None:
         self._writer, self._targets = writer, targets
-        self._runs: list[tuple[int, int, Place, int]] | None = None
+        self._runs: list[tuple[int, int, Any, int]] | None = None
         parts = overlaps(box, targets.touching(box))
         if all(part.is_run for part in parts):
             self._runs = [(p.unit_start, p.numel, p.payload, p.start) for p in parts]
@@ -310,7 +319,7 @@ class UnitWriter:
             written += len(strip)
         return written
 
-    def _strips(self, block: Box, first: int, count: int) -> Iterator[tuple[int, int, Place, int]]:
+    def _strips(self, block: Box, first: int, count: int) -> Iterator[tuple[int, int, Any, int]]:
         """(start in the block, elements, place, start in the payload) of what `block` fills."""
         if self._runs is None:
             for part in overlaps(block, self._targets.touching(block)):
@@ -379,7 +388,7 @@ def _is_cached(descriptor: int, offset: int) -> bool:
         return False
 
 
-def _strips(part: Part[Place]) -> Iterator[tuple[int, int, Place, int]]:
+def _strips(part: Part[Place]) -> Iterator[tuple[int, int, Any, int]]:
     """The part as runs that are contiguous on both sides."""
     if part.is_run:
         yield part.unit_start, part.numel, part.payload, part.start

@@ -8,15 +8,17 @@ from pathlib import Path
 
 import torch
 
+from pma_megatron.discover import newest_full
 from pma_megatron.errors import PlanError, UsageError
 from pma_megatron.formats.base import Payload, Tensor
 from pma_megatron.formats.output import OutputLayout, Place
 from pma_megatron.formats.source import Source
 from pma_megatron.geometry import Box, Piece, PieceIndex
-from pma_megatron.policy import MAIN, Action, Entry, Rule, unmatched
+from pma_megatron.policy import MAIN, Action, Entry, Policy, Rule, unmatched
 from pma_megatron.request import MergeRequest
 from pma_megatron.tasks import Average, Copy, Write, Zero
 
+_ROUNDED = (torch.bfloat16, torch.float16)
 _AVERAGED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 Rules = Mapping[tuple[str, str], Rule]
 
@@ -54,12 +56,19 @@ class Fates:
 def decide(request: MergeRequest, sources: Sequence[Source]) -> Fates:
     """Apply the policy to the newest source.
 
+    Where that is a thin snapshot, averaged weights get the dtype that the newest full source stores
+    (the snapshot's own, if there is no full one), unless the request names another.
+
     Raises:
         UsageError: an override that matches nothing or cannot be done.
-        PlanError: main parameters that the policy needs are not stored.
+        PlanError: main parameters that the policy needs are not stored, or the newest source is a
+            snapshot and the result is to be resumed from.
     """
     base, policy = sources[-1], request.policy
-    entries = list(_entries(base))
+    _refuse_unresumable(base, policy)
+    _refuse_rounded(sources, policy)
+    model = next((s for s in reversed(sources) if not s.snapshot), base)
+    entries = list(_entries(sources))
     unmatched(policy, entries)
     rules = {(entry.state, entry.key): policy.decide(entry) for entry in entries}
     if policy.optimizer_state in ("average", "reset") and not base.optimizer_keys:
@@ -69,11 +78,12 @@ def decide(request: MergeRequest, sources: Sequence[Source]) -> Fates:
         )
     payloads: dict[Payload, torch.dtype] = {}
     for (state, key), rule in rules.items():
-        tensor = _tensor(base, state, key)
+        tensor = base.tensor(state, key)
         if tensor is None or not _gets_new_bytes(base, state, key, rule):
             continue
         rounded = state == "weight" and rule.action in (Action.AVERAGE, Action.ROUND)
-        dtype = (request.torch_dtype if rounded else None) or tensor.dtype
+        stored = model.space.weights.get(key, tensor) if rounded else tensor
+        dtype = (request.torch_dtype if rounded else None) or stored.dtype
         payloads.update((p.payload, dtype) for p in (*tensor.pieces, *tensor.replicas))
     optimizer = "reset" if policy.optimizer_state == "reset" else "keep"
     return Fates(
@@ -85,8 +95,43 @@ def decide(request: MergeRequest, sources: Sequence[Source]) -> Fates:
     )
 
 
-def _entries(base: Source) -> Iterable[Entry]:
-    main = base.space.states.get(MAIN, {})
+def _refuse_unresumable(base: Source, policy: Policy) -> None:
+    if not base.snapshot or policy.drops_optimizer:
+        return
+    full = newest_full(Path(base.path))
+    end = "the newest full checkpoint" if full is None else (
+        f"--end-iteration {full}, the newest full checkpoint"
+    )  # fmt: skip
+    raise PlanError(
+        f"the newest source, {base.path}, is a snapshot: it has no optimizer state, so training "
+        f"could not resume from the result. End at {end}, or make a checkpoint of weights alone "
+        "with --optimizer-state drop (or --average weights)"
+    )
+
+
+def _refuse_rounded(sources: Sequence[Source], policy: Policy) -> None:
+    """Rounded weights do not stand in for main params unless the user asks for weights."""
+    if policy.average == "weights":
+        return
+    exact = [s for s in sources if s.snapshot or s.space.states.get(MAIN)]
+    for source in sources:
+        rounded = any(t.dtype in _ROUNDED for t in source.space.weights.values())
+        if exact and rounded and not (source.snapshot or source.space.states.get(MAIN)):
+            raise PlanError(
+                f"{source.path} has no main params, only weights rounded to 16 bits, and "
+                f"{exact[-1].path} has main params: they do not mix. Average the weights of all "
+                f"with --average weights, or leave {Path(source.path).name} out with --exclude"
+            )
+
+
+def _entries(sources: Sequence[Source]) -> Iterable[Entry]:
+    base = sources[-1]
+    main: Iterable[str] = base.space.states.get(MAIN, {})
+    if base.snapshot:  # its weights are the main params of what has any in a full checkpoint
+        main = {key for source in sources for key in source.space.states.get(MAIN, {})}
+        for key in base.space.weights:
+            if key in main:
+                yield Entry(key=key, state=MAIN)
     for key, tensor in base.space.weights.items():
         floating = tensor.dtype in _AVERAGED
         yield Entry(key=key, state="weight", floating=floating, has_main=key in main)
@@ -95,12 +140,6 @@ def _entries(base: Source) -> Iterable[Entry]:
             yield Entry(key=key, state=state, floating=tensor.dtype in _AVERAGED)
     for key in base.objects:
         yield Entry(key=key, state="object", optimizer=key in base.optimizer_keys)
-
-
-def _tensor(source: Source, state: str, key: str) -> Tensor | None:
-    if state == "weight":
-        return source.space.weights.get(key)
-    return source.space.states.get(state, {}).get(key)
 
 
 def _is_flat(source: Source, key: str) -> bool:
@@ -126,7 +165,7 @@ def _dropped(base: Source, rules: Rules, drops_optimizer: bool) -> frozenset[str
                 f"--policy ...=drop matches {key}, whose optimizer state lies in a buffer shared "
                 "with other parameters: it cannot be dropped alone. Use --optimizer-state drop too"
             )
-        tensor = _tensor(base, state, key)
+        tensor = base.tensor(state, key)
         dropped.add(key if tensor is None else tensor.key)
     return frozenset(dropped)
 
@@ -153,7 +192,7 @@ def make_tasks(sources: Sequence[Source], active: Sequence[int], fates: Fates,
     covered: dict[Place, list[tuple[int, int]]] = {}
     zeroed: dict[Payload, Zero] = {}  # a payload may hold the moments of many parameters
     for (state, key), rule in fates.rules.items():
-        tensor = _tensor(base, state, key)
+        tensor = base.tensor(state, key)
         if tensor is None or rule.action is Action.ROUND:
             continue  # rounded weights are a target of their main params' task
         rounded = state == MAIN and fates.rules["weight", key].action is Action.ROUND
@@ -177,7 +216,7 @@ def _average(sources: Sequence[Source], active: Sequence[int], fates: Fates, lay
     base = sources[-1]
     newest_only = fates.rules[state, key].action is Action.NEWEST
     numbers = (len(sources) - 1,) if newest_only else tuple(active)
-    tensors = [_matching(sources[number], tensor, state, key) for number in numbers]
+    tensors = [_matching(sources[number], base, tensor, state, key) for number in numbers]
     targets: list[Piece[Place]] = []
     if written:
         targets += _placed(layout, (*tensor.pieces, *tensor.replicas), covered)
@@ -253,32 +292,40 @@ def _check_same_model(sources: Sequence[Source]) -> None:
                 )
 
 
-def _matching(source: Source, wanted: Tensor, state: str, key: str) -> Tensor:
-    """The same tensor in another source.
+def _matching(source: Source, base: Source, wanted: Tensor, state: str, key: str) -> Tensor:
+    """The same tensor in another source. Only a snapshot may hold it in another dtype.
 
     Raises:
         PlanError: it is not there, differs in shape or dtype, or is not whole.
     """
-    found = _tensor(source, state, key)
+    found = source.tensor(state, key)
     name = Path(source.path).name
     label = {"weight": "model weight", MAIN: "main params of"}.get(state, f"optimizer {state} of")
     if found is None:
         raise PlanError(
             f"{source.path} ({source.topology}, optimizer layout {source.space.kind}) has no "
-            f"{label} {key}. Exclude it with --exclude, or average what all sources hold: "
-            "--average weights"
+            f"{label} {key}. " + _instead(source, state)
         )
+    either_dtype = (source.snapshot or base.snapshot) and {found.dtype, wanted.dtype} <= {
+        *_AVERAGED
+    }
     for what, theirs, ours in (
         ("shape", found.shape, wanted.shape),
         ("dtype", found.dtype, wanted.dtype),
     ):
-        if theirs != ours:
+        if theirs != ours and not (what == "dtype" and either_dtype):
             raise PlanError(
                 f"{label} {key}: {what} {theirs} in {name}, {ours} in the newest source. They are "
                 "not checkpoints of one model, or the run changed: exclude the ones that differ"
             )
     _check_covers(source, key, PieceIndex(found.pieces), wanted.pieces)
     return found
+
+
+def _instead(source: Source, state: str) -> str:
+    if source.snapshot and state != "weight":
+        return "A snapshot has no optimizer state: use --optimizer-state latest, or --exclude it"
+    return "Exclude it with --exclude, or average what all sources hold: --average weights"
 
 
 def _check_covers(source: Source, key: str, index: PieceIndex[Payload],

@@ -11,6 +11,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -25,12 +26,58 @@ _LOOK_EVERY_S = 0.5
 _TIMEOUT = timedelta(minutes=30)
 
 
+@dataclass(frozen=True, slots=True)
+class Team:
+    """Ranks that make the same averages together, block by block.
+
+    Attributes:
+        members: their global ranks.
+        place: this rank's index in `members`.
+        group: their process group; None for a team of one.
+        by_source: True if members read different sources and sum; False if they take turns at
+            blocks, each reading all sources, and send what they made to the others.
+        all_write: True if every member keeps the result, False if one of them writes each block.
+    """
+
+    members: tuple[int, ...]
+    place: int
+    group: Any = None
+    by_source: bool = True
+    all_write: bool = False
+
+    @property
+    def size(self) -> int:
+        """Number of members."""
+        return len(self.members)
+
+    def reduce(self, block: torch.Tensor) -> torch.Tensor:
+        """Sum a block over the team, in place. With NCCL it goes through this rank's GPU."""
+        return self._exchange(block, lambda data: dist.all_reduce(data, group=self.group))
+
+    def broadcast(self, block: torch.Tensor, place: int) -> torch.Tensor:
+        """Overwrite a block with that of the member at `place`, in place."""
+        source = self.members[place]
+        return self._exchange(block, lambda d: dist.broadcast(d, source, group=self.group))
+
+    def _exchange(self, block: torch.Tensor, move: Callable[[torch.Tensor], Any]) -> torch.Tensor:
+        if self.group is None:
+            return block
+        if "nccl" in str(dist.get_backend_config(self.group)):
+            on_device = block.to(torch.device("cuda", torch.cuda.current_device()))
+            move(on_device)
+            return block.copy_(on_device)
+        move(block)
+        return block
+
+
 class Comm:
     """The ranks of this job.
 
     Attributes:
         rank: this process.
         size: number of processes.
+        merge_size: ranks that share the sources of one slice.
+        team: those of them that this rank works with.
     """
 
     def __init__(self, merge_parallel_size: int = 1) -> None:
@@ -51,17 +98,17 @@ class Comm:
                 f"{self.size}: start a multiple of it with torchrun --nproc-per-node"
             )
         self.merge_size = merge_parallel_size
-        self.merge_rank = self.rank % merge_parallel_size
         self.shard_rank = self.rank // merge_parallel_size
         self.shard_size = self.size // merge_parallel_size
         self._next_look_s = 0.0
-        self._group: Any = None
+        self.team = Team((self.rank,), 0)
         if merge_parallel_size > 1:
             for shard in range(self.shard_size):
                 first = shard * merge_parallel_size
-                members = list(range(first, first + merge_parallel_size))
-                group = dist.new_group(members, timeout=_TIMEOUT)
-                self._group = group if shard == self.shard_rank else self._group
+                members = tuple(range(first, first + merge_parallel_size))
+                group = dist.new_group(list(members), timeout=_TIMEOUT)
+                if shard == self.shard_rank:
+                    self.team = Team(members, self.rank - first, group)
         self._epoch = 0
         self._store = _default_store() if self.size > 1 else None
 
@@ -146,20 +193,6 @@ class Comm:
         if self._store.check([key]):
             rank, _, cause = self._store.get(key).decode().partition("\n")
             raise RankError(f"rank {rank} failed in stage {stage!r}: {cause}")
-
-    def reduce_merge_group(self, block: torch.Tensor) -> torch.Tensor:
-        """Sum a float32 block over the ranks that share its sources, in place.
-
-        Where the group's backend is NCCL the block goes through this rank's GPU.
-        """
-        if self._group is None:
-            return block
-        if "nccl" in str(dist.get_backend_config(self._group)):
-            on_device = block.to(torch.device("cuda", torch.cuda.current_device()))
-            dist.all_reduce(on_device, group=self._group)
-            return block.copy_(on_device)
-        dist.all_reduce(block, group=self._group)
-        return block
 
 
 @contextlib.contextmanager

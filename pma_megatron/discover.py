@@ -9,6 +9,7 @@ from typing import Any
 
 from pma_megatron.errors import CheckpointError, SelectionError
 from pma_megatron.formats import registry
+from pma_megatron.formats.marker import SNAPSHOTS, read_snapshot_marker
 from pma_megatron.selection import CheckpointRef, Selection, SelectionRequest, select
 from pma_megatron.tokens import consumed_tokens_of
 
@@ -19,6 +20,9 @@ _log = logging.getLogger(__name__)
 
 def list_checkpoints(root: str | Path) -> list[CheckpointRef]:
     """Every checkpoint of the run at `root`, oldest first, whole or not.
+
+    Thin snapshots below it (`pma_snapshots`) count too. Where a snapshot and a full checkpoint have
+    one iteration, the full one is listed, unless it alone is incomplete.
 
     Args:
         root: the folder given to Megatron's --save, or one `iter_*` folder.
@@ -31,18 +35,47 @@ def list_checkpoints(root: str | Path) -> list[CheckpointRef]:
         raise SelectionError(f"{root} is not a folder. Give the folder passed to Megatron's --save")
     if _ITERATION.match(root.name) or root.name == "release":
         return [describe(root)]
-    folders = [p for p in root.iterdir() if p.is_dir() and _is_checkpoint_name(p.name)]
-    refs = [describe(folder) for folder in folders]
-    return sorted(refs, key=lambda ref: (ref.iteration is None, ref.iteration or 0, ref.path))
+    refs = {folder.name: describe(folder) for folder in _checkpoint_folders(root)}
+    for folder in _checkpoint_folders(root / SNAPSHOTS):
+        full = refs.get(folder.name)
+        if full is None or not full.complete:
+            thin = describe(folder)
+            if full is None or thin.complete:
+                refs[folder.name] = thin
+    return sorted(
+        refs.values(), key=lambda ref: (ref.iteration is None, ref.iteration or 0, ref.path)
+    )
+
+
+def newest_full(snapshot: Path) -> int | None:
+    """Iteration of the newest whole full checkpoint not after the one at `snapshot`, or None.
+
+    It is looked for in the run's folder, above `pma_snapshots`.
+    """
+    root = snapshot.parent.parent if snapshot.parent.name == SNAPSHOTS else snapshot.parent
+    end = iteration_of(snapshot)
+    numbers = ((iteration_of(folder), folder) for folder in _checkpoint_folders(root))
+    numbered = [(n, folder) for n, folder in numbers if n is not None and (end is None or n <= end)]
+    for iteration, folder in sorted(numbered, reverse=True):
+        ref = describe(folder)
+        if ref.complete and not ref.snapshot:
+            return iteration
+    return None
+
+
+def iteration_of(folder: Path) -> int | None:
+    """The iteration in the name of an `iter_*` folder, None for any other name."""
+    match = _ITERATION.match(folder.name)
+    return int(match[1]) if match else None
 
 
 def describe(folder: Path) -> CheckpointRef:
     """One checkpoint folder as a reference; damage ends up in `incomplete_because`."""
     name = registry.detect(folder)
-    match = _ITERATION.match(folder.name)
-    iteration = int(match[1]) if match else None
-    samples, tokens, unknown, reason = None, None, None, None
+    iteration = iteration_of(folder)
+    samples, tokens, unknown, reason, snapshot = None, None, None, None, False
     try:
+        snapshot = read_snapshot_marker(folder) is not None
         known = registry.get(name, str(folder))
         reason = known.completeness(folder)
         if reason is None:
@@ -61,6 +94,7 @@ def describe(folder: Path) -> CheckpointRef:
         tokens_unknown_because=unknown if reason is None else "the checkpoint is not complete",
         complete=reason is None,
         incomplete_because=reason,
+        snapshot=snapshot,
     )
 
 
@@ -93,6 +127,12 @@ def choose(refs: list[CheckpointRef], request: SelectionRequest, root: str | Pat
             "Megatron does, to resume from there.", root, TRACKER_FILE,
         )  # fmt: skip
     return select(refs, request)
+
+
+def _checkpoint_folders(root: Path) -> list[Path]:
+    if not root.is_dir():
+        return []
+    return [p for p in root.iterdir() if p.is_dir() and _is_checkpoint_name(p.name)]
 
 
 def _is_checkpoint_name(name: str) -> bool:

@@ -11,7 +11,7 @@ from pma_megatron.discover import describe
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats import registry
 from pma_megatron.formats.base import Tensor
-from pma_megatron.publish import PROVENANCE_FILE
+from pma_megatron.formats.marker import MARKER_FILE
 from pma_megatron.report import read_provenance
 from pma_megatron.selection import CheckpointRef
 
@@ -37,7 +37,7 @@ class Inspection:
         optimizer_layout: how optimizer state is stored.
         groups: tensors by kind.
         objects: number of opaque entries.
-        provenance: how it was merged, None for a trainer's checkpoint.
+        provenance: how it was merged, None for a trainer's checkpoint or a snapshot.
     """
 
     ref: CheckpointRef
@@ -64,7 +64,7 @@ def inspect(path: str | Path) -> Inspection:
     groups = [_group("weight", source.space.weights)]
     for state, tensors in source.space.states.items():
         groups.append(_group("main params" if state == "param" else state, tensors))
-    merged = (path / PROVENANCE_FILE).is_file()
+    merged = (path / MARKER_FILE).is_file() and not ref.snapshot
     return Inspection(
         ref=ref,
         topology=source.topology,

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from pma_megatron import engine, memory, publish, report, verification
+from pma_megatron.blocks import BlockWriter
 from pma_megatron.comm import Comm
 from pma_megatron.errors import CheckpointError, UsageError
 from pma_megatron.faultpoints import point
@@ -17,6 +18,7 @@ from pma_megatron.planning import MergePlan, make_plan
 from pma_megatron.publish import Target
 from pma_megatron.report import MergeReport, describe_plan
 from pma_megatron.request import MergeRequest
+from pma_megatron.tasks import Workload, share
 
 _log = logging.getLogger(__name__)
 
@@ -128,24 +130,23 @@ def _fill(plan: MergePlan, wanted: tuple[Target, ...], comm: Comm, show: Show,
     """Stage and fill every output; returns bytes read and written over all ranks."""
     comm.on_main("stage", lambda: publish.stage(plan, wanted))
     comm.agree("stage", lambda: point("stage", comm.rank))
-    staging = [target.staging for target in wanted]
-    cost = engine.cost_bytes(plan, comm)
+    units = share(plan.units, comm.shard_rank, comm.shard_size)
+    writers = [BlockWriter(target.staging) for target in wanted]
+    for writer in writers:
+        stack.callback(writer.close)
 
     def run() -> engine.Tally:
-        with show("merge", cost) as progress:
-            done = engine.run(plan, staging, comm, progress)
-        for writer in done.writers:  # another rank may have failed
-            stack.callback(writer.close)
-        return done
+        with show("merge", sum(unit.cost_bytes for unit in units)) as progress:
+            return engine.run(plan, units, writers, comm, comm.team, progress)
 
     comm.agree("merge", lambda: point("merge", comm.rank))
     tally = comm.agree("merge", run)
     clock.lap("merge")
     comm.agree("sync", lambda: point("sync", comm.rank))
-    comm.agree("sync", tally.sync)
-    comm.agree("sources", lambda: _refuse_changed(plan, comm))
+    comm.agree("sync", lambda: _sync(writers))
+    comm.agree("sources", lambda: refuse_changed(plan, comm))
     for number, (output, target) in enumerate(zip(plan.outputs, wanted, strict=True)):
-        parts = comm.collect(tally.writers[number].checksums.parts)
+        parts = comm.collect(writers[number].checksums.parts)
         made = report.provenance(plan, output, comm.size, clock.seconds)
         comm.on_main("finish", lambda p=parts, t=target, m=made: publish.finish(plan, t, p, m))  # type: ignore[misc]
     clock.lap("publish")
@@ -154,7 +155,13 @@ def _fill(plan: MergePlan, wanted: tuple[Target, ...], comm: Comm, show: Show,
     return sum(read for read, _ in counts), sum(written for _, written in counts)
 
 
-def _refuse_changed(plan: MergePlan, comm: Comm) -> None:
+def _sync(writers: list[BlockWriter]) -> None:
+    for writer in writers:
+        writer.sync()
+        writer.close()
+
+
+def refuse_changed(plan: Workload, comm: Comm) -> None:
     """A source that was rewritten while it was read would give a mixture of two checkpoints."""
     for number, source in enumerate(plan.sources):
         if comm.rank != plan.visible[number][0]:

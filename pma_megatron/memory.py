@@ -1,4 +1,4 @@
-"""Resident memory of this process, from /proc."""
+"""Resident memory of this process, and memory that is left on this machine."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 from pathlib import Path
 
 _STATUS = Path("/proc/self/status")
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 def resident_bytes() -> int:
@@ -30,3 +31,21 @@ def _field(name: str) -> int:
             if line.startswith(name):
                 return int(line.split()[1]) * 1024
     return 0
+
+
+def available_bytes() -> int:
+    """Bytes that processes here can still take: of the machine, and of the container; 0 if unknown.
+
+    From /proc/meminfo, and memory.max of cgroup v2, whose cached files count as available.
+    """
+    found = []
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
+    with contextlib.suppress(OSError, ValueError):  # "max" is no number: there is no limit
+        limit = int((_CGROUP / "memory.max").read_text())
+        used = int((_CGROUP / "memory.current").read_text())
+        lines = (_CGROUP / "memory.stat").read_text().splitlines()
+        cached = sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
+        found.append(max(limit - used + cached, 1))
+    return min(found, default=0)

@@ -61,37 +61,80 @@ class MergePlan:
         return self.layout.nbytes * len(self.outputs)
 
     @property
+    def coefficients(self) -> tuple[tuple[float, ...], ...]:
+        """Per output, one coefficient per source, oldest first."""
+        return tuple(output.values for output in self.outputs)
+
+    @property
+    def threads(self) -> int:
+        """Threads per rank."""
+        return self.request.threads
+
+    @property
     def iteration(self) -> int | None:
         """Iteration of the result: the newest source's."""
         return self.selection.refs[-1].iteration
 
 
-def make_plan(request: MergeRequest, comm: Comm) -> MergePlan:
-    """Find, select, open and compare the sources; decide what happens to every entry.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gathered:
+    """The sources of a merge, whatever becomes of their average.
 
-    Every rank makes this call; sources are opened by different ranks and exchanged.
+    Attributes: see `MergePlan`.
+    """
+
+    selection: Selection
+    sources: tuple[Source, ...]
+    outputs: tuple[Output, ...]
+    visible: tuple[tuple[int, ...], ...]
+
+    @property
+    def active(self) -> tuple[int, ...]:
+        """Numbers of the sources with a coefficient other than zero."""
+        numbers = range(len(self.sources))
+        return tuple(i for i in numbers if any(o.values[i] != 0 for o in self.outputs))
+
+
+def gather_sources(request: MergeRequest, comm: Comm, *, everywhere: bool = False) -> Gathered:
+    """Find, select and open the sources. Every rank makes this call.
+
+    Sources are opened by different ranks and exchanged.
+
+    Args:
+        request: what is asked.
+        comm: the ranks.
+        everywhere: look for sources on every rank (node-local disks), not on rank 0 alone.
 
     Raises:
-        SelectionError, CheckpointError, PlanError, UsageError: on every rank, before any write.
+        SelectionError, CheckpointError, PlanError, UsageError: on every rank.
     """
-    refs, seen = _all_refs(request, comm)
+    refs, seen = _all_refs(request, comm, everywhere)
     selection = comm.agree(
         "select", lambda: choose(list(refs.values()), request.widest(), request.load)
     )
     outputs = comm.agree("coefficients", lambda: request.outputs(selection))
     visible = tuple(seen[ref.path] for ref in selection.refs)
     sources = _open_all(request, selection.refs, visible, comm)
-    fates = comm.agree("policy", lambda: decide(request, sources))
-    layout = _layout(selection.refs[-1], visible[-1], fates, comm)
-    return comm.agree(
-        "plan",
-        lambda: _assemble(request, selection, outputs, visible, sources, fates, layout),
-    )
+    return Gathered(selection=selection, sources=sources, outputs=outputs, visible=visible)
 
 
-def _all_refs(request: MergeRequest, comm: Comm) -> tuple[dict[str, CheckpointRef], dict[str, Any]]:
-    """Checkpoints seen by any rank. Only a merge-parallel job looks at other nodes' disks."""
-    everywhere = comm.merge_size > 1
+def make_plan(request: MergeRequest, comm: Comm) -> MergePlan:
+    """Find, select, open and compare the sources; decide what happens to every entry.
+
+    Every rank makes this call.
+
+    Raises:
+        SelectionError, CheckpointError, PlanError, UsageError: on every rank, before any write.
+    """
+    found = gather_sources(request, comm, everywhere=comm.merge_size > 1)
+    fates = comm.agree("policy", lambda: decide(request, found.sources))
+    layout = _layout(found.selection.refs[-1], found.visible[-1], fates, comm)
+    return comm.agree("plan", lambda: _assemble(request, found, fates, layout))
+
+
+def _all_refs(request: MergeRequest, comm: Comm, everywhere: bool
+              ) -> tuple[dict[str, CheckpointRef], dict[str, Any]]:  # fmt: skip
+    """Checkpoints seen by any rank."""
     paths = request.selection.paths
     roots = [request.load] if paths is None else list(paths)
 
@@ -174,18 +217,16 @@ def _layout(ref: CheckpointRef, ranks: tuple[int, ...], fates: Fates, comm: Comm
     return made
 
 
-def _assemble(request: MergeRequest, selection: Selection, outputs: tuple[Output, ...],
-              visible: tuple[tuple[int, ...], ...], sources: tuple[Source, ...], fates: Fates,
+def _assemble(request: MergeRequest, found: Gathered, fates: Fates,
               layout: OutputLayout) -> MergePlan:  # fmt: skip
-    active = tuple(i for i in range(len(sources)) if any(o.values[i] != 0 for o in outputs))
-    tasks = make_tasks(sources, active, fates, layout)
+    tasks = make_tasks(found.sources, found.active, fates, layout)
     work = sorted((u for task in tasks for u in units(task)), key=_file_order)
     return MergePlan(
-        request=request, selection=selection, sources=sources, outputs=outputs, rules=fates.rules,
-        table=fates.table,
-        layout=layout, units=tuple(work), active=active, visible=visible,
-        read_bytes=sum(_read_bytes(unit) for unit in work),
-        digest=_digest(request, sources, outputs, fates.table),
+        request=request, selection=found.selection, sources=found.sources, outputs=found.outputs,
+        rules=fates.rules, table=fates.table, layout=layout, units=tuple(work),
+        active=found.active, visible=found.visible,
+        read_bytes=sum(read_bytes(unit) for unit in work),
+        digest=_digest(request, found.sources, found.outputs, fates.table),
     )  # fmt: skip
 
 
@@ -200,13 +241,14 @@ def _file_order(unit: Unit) -> tuple[str, int, int]:
     return task.file, task.offset, unit.first
 
 
-def _read_bytes(unit: Unit) -> int:
+def read_bytes(unit: Unit) -> int:
+    """Payload bytes that a unit reads from all its sources."""
     task = unit.task
     if isinstance(task, Copy):
         return unit.count
     if not isinstance(task, Average) or unit.box is None:
         return 0
-    per_element = task.dtypes[-1].itemsize * len(task.numbers) + task.proof_itemsize
+    per_element = sum(d.itemsize for d in task.dtypes) + task.proof_itemsize
     return unit.box.numel * per_element
 
 

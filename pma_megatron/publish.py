@@ -19,11 +19,13 @@ from pathlib import Path
 
 from pma_megatron.blocks import joined_crc
 from pma_megatron.discover import TRACKER_FILE
+from pma_megatron.durable import sync, write_small
 from pma_megatron.errors import PublishError
 from pma_megatron.faultpoints import point
+from pma_megatron.formats.marker import MARKER_FILE, SNAPSHOTS, read_snapshot_marker
 from pma_megatron.planning import MergePlan
 
-PROVENANCE_FILE = "pma.json"
+PROVENANCE_FILE = MARKER_FILE
 _STAGING = ".pma-staging-"
 _REPLACED = ".pma-replaced-"
 _LOCK = ".pma-lock-"
@@ -71,7 +73,8 @@ def refuse(plan: MergePlan, wanted: Sequence[Target]) -> None:
                     f"the output {final} is or contains the source {source}: refused, sources are "
                     "never written to. Choose another --save"
                 )
-            if root == source.parent:
+            thin = source.parent.name == SNAPSHOTS and root == source.parent.parent
+            if root == source.parent or thin:
                 raise PublishError(
                     f"--save {root} is the run's own folder: its tracker and retention would take "
                     f"the merge for a checkpoint of the run. Use --save {root}-pma or {root}/pma"
@@ -90,7 +93,10 @@ def _refuse_foreign(target: Target) -> None:
         return
     for folder in target.root.iterdir():
         named = folder.name.startswith("iter_") or folder.name == "release"
-        if folder.is_dir() and named and not (folder / PROVENANCE_FILE).is_file():
+        if not folder.is_dir() or not named:
+            continue
+        merged = (folder / PROVENANCE_FILE).is_file() and read_snapshot_marker(folder) is None
+        if not merged:
             raise PublishError(
                 f"--save {target.root} holds {folder.name}, which this tool did not write: it is a "
                 "training run's folder. Give merges a folder of their own"
@@ -225,12 +231,12 @@ def finish(plan: MergePlan, target: Target, writer_parts: Sequence[dict[tuple[in
         small = dict(plan.layout.small_files)
         marker = small.pop(plan.layout.last_file)
         for name, data in (*small.items(), (PROVENANCE_FILE, provenance)):
-            _write_small(target.staging / name, data)
+            write_small(target.staging / name, data)
         point("marker", 0)
-        _write_small(target.staging / plan.layout.last_file, marker)
+        write_small(target.staging / plan.layout.last_file, marker)
         for name in plan.layout.files:
-            _sync(target.staging / name)
-        _sync(target.staging)
+            sync(target.staging / name)
+        sync(target.staging)
     except OSError as error:
         raise _cannot_write(target, error) from error
 
@@ -260,14 +266,6 @@ def _write_structure(plan: MergePlan, target: Target,
             os.close(descriptor)
 
 
-def _write_small(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
 def publish(plan: MergePlan, target: Target) -> None:
     """Give the staged checkpoint its name, then point the tracker at it (rank 0 only).
 
@@ -279,7 +277,7 @@ def publish(plan: MergePlan, target: Target) -> None:
     try:
         # Written first: a disk that is full by now must not leave a checkpoint without a tracker.
         value = "release" if plan.iteration is None else str(plan.iteration)
-        _write_small(tracker, value.encode())
+        write_small(tracker, value.encode())
         if target.final.exists():
             if not _exchange(target.staging, target.final):
                 target.final.rename(kept)
@@ -287,10 +285,10 @@ def publish(plan: MergePlan, target: Target) -> None:
                 target.staging.rename(target.final)
         else:
             target.staging.rename(target.final)
-        _sync(target.root)
+        sync(target.root)
         point("tracker", 0)
         tracker.replace(target.root / TRACKER_FILE)
-        _sync(target.root)
+        sync(target.root)
     except OSError as error:
         raise PublishError(
             f"cannot publish {target.final}: {error.strerror}. Free space or choose another "
@@ -309,14 +307,6 @@ def _exchange(one: Path, other: Path) -> bool:
         at, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
         return libc.renameat2(at, os.fsencode(one), at, os.fsencode(other), exchange) == 0
     return False
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def discard(wanted: Sequence[Target]) -> None:

@@ -43,6 +43,8 @@ class CheckpointRef:
     complete: bool
     """False while it is being written, or if a write was cut off."""
     incomplete_because: str | None
+    snapshot: bool = False
+    """True for a thin snapshot (main params only): a source, but not one to resume from."""
 
     def describe(self) -> str:
         """The name to use in a message: `iteration 4000 (16.78B tokens)`."""

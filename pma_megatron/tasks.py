@@ -4,15 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 
 from pma_megatron.formats.base import Payload
 from pma_megatron.formats.output import Place
+from pma_megatron.formats.source import Source
 from pma_megatron.geometry import Box, Piece, PieceIndex, slices
 
 UNIT_ELEMENTS = 8 << 20
 """Elements of one work unit, the grain in which work is split over ranks and threads."""
+
+
+class Workload(Protocol):
+    """What the engine needs to know of a plan beside its units."""
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The opened sources, oldest first."""
+
+    @property
+    def visible(self) -> tuple[tuple[int, ...], ...]:
+        """Per source, the ranks that can read it."""
+
+    @property
+    def coefficients(self) -> tuple[tuple[float, ...], ...]:
+        """Per output, one coefficient per source."""
+
+    @property
+    def threads(self) -> int:
+        """Threads per rank."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +48,8 @@ class Average:
         numbers: which sources are read, oldest first; only the newest where its values stay.
         sources: where each of those holds it.
         dtypes: stored dtype per source.
-        targets: where it goes; replicas and the rounded weights included.
+        targets: where it goes; replicas and the rounded weights included. Each payload has a
+            `dtype`; only its writer knows what else it is (`formats.output.Place`, or a live slot).
         target_bytes: bytes written per element, to share the work evenly.
         proof: the newest source's stored weights, where the flat map that led here must be proved.
         proof_itemsize: bytes per element of those, 0 without a proof.
@@ -38,7 +61,7 @@ class Average:
     numbers: tuple[int, ...]
     sources: tuple[PieceIndex[Payload], ...]
     dtypes: tuple[torch.dtype, ...]
-    targets: PieceIndex[Place]
+    targets: PieceIndex[Any]
     target_bytes: int
     proof: PieceIndex[Payload] | None
     proof_itemsize: int
@@ -88,7 +111,7 @@ class Unit:
 def units(task: Average | Copy | Zero | Write) -> Iterator[Unit]:
     """Cut a task into units; the cut depends on the task alone, so results do not on the ranks."""
     if isinstance(task, Average):
-        per_element = task.dtypes[-1].itemsize * len(task.numbers) + task.target_bytes
+        per_element = sum(d.itemsize for d in task.dtypes) + task.target_bytes
         for piece in task.lead:
             for box in slices(piece.box, UNIT_ELEMENTS):
                 yield Unit(task, piece, box, 0, 0, box.numel * per_element)

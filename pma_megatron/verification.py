@@ -133,7 +133,9 @@ def _samples(plan: MergePlan, count: int) -> Iterator[_Sample]:
 
 
 def _of(source: Source, state: str, key: str) -> Tensor:
-    return source.space.weights[key] if state == "weight" else source.space.states[state][key]
+    tensor = source.tensor(state, key)
+    assert tensor is not None, (source.path, state, key)  # the plan has looked for it
+    return tensor
 
 
 def _origin(plan: MergePlan, sample: _Sample) -> str:

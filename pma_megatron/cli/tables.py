@@ -47,13 +47,15 @@ def _tokens(ref: CheckpointRef) -> str:
 
 def listed(root: str, refs: Sequence[CheckpointRef]) -> None:
     """`pma list`."""
-    table = _table(f"{root}: {len(refs)} checkpoints", "iteration", "tokens", "format", "state")
+    title = f"{root}: {len(refs)} checkpoints"
+    table = _table(title, "iteration", "tokens", "kind", "format", "state")
     for ref in refs:
         state = "complete" if ref.complete else f"NOT complete: {ref.incomplete_because}"
         if ref.complete and ref.tokens_unknown_because:
             state += f" (tokens unknown: {ref.tokens_unknown_because})"
         name = Path(ref.path).name if ref.iteration is None else str(ref.iteration)
-        table.add_row(name, _tokens(ref), ref.format, state)
+        kind = "snapshot" if ref.snapshot else "full"
+        table.add_row(name, _tokens(ref), kind, ref.format, state)
     _console().print(table)
 
 

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
+MAIN_PARAM = "param"
+"""State name of the float32 main parameters."""
+
+
 @dataclass(frozen=True, slots=True)
 class Item:
     """One contiguous part of a file that the format treats as a unit (a zip in a `.distcp`)."""

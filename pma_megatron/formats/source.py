@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pma_megatron.formats.base import ModelSpace
+import torch
+
+from pma_megatron.formats.base import MAIN_PARAM, ModelSpace, Tensor
 
 _EXPERTS = ".experts."
 
@@ -18,6 +20,7 @@ class Source:
 
     Attributes:
         path: folder.
+        format: name of its format in `formats.registry`.
         space: its tensors in model space.
         objects: keys of its opaque entries.
         optimizer_keys: stored keys, tensors and objects, that belong to the optimizer.
@@ -26,9 +29,11 @@ class Source:
         topology: parallel sizes it was saved with, as far as it says; for messages.
         experts: (experts used per token, experts) of an MoE model, if its arguments say so.
         stamps: file -> (bytes, mtime in ns): a source that changes while it is read is noticed.
+        snapshot: True for a thin snapshot, whose weights are main params (`formats.marker`).
     """
 
     path: str
+    format: str
     space: ModelSpace
     objects: tuple[str, ...]
     optimizer_keys: frozenset[str]
@@ -37,6 +42,21 @@ class Source:
     topology: str
     experts: tuple[int, int] | None = None
     stamps: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    snapshot: bool = False
+
+    def tensor(self, state: str, key: str) -> Tensor | None:
+        """The tensor that holds `state` (`weight`, `param` or a moment) of model tensor `key`.
+
+        Where main parameters are not stored as such, weights stand in for them if they are main
+        parameters by the mark of a snapshot, or unrounded (float32).
+        """
+        weight = self.space.weights.get(key)
+        if state == "weight":
+            return weight
+        found = self.space.states.get(state, {}).get(key)
+        if found is not None or state != MAIN_PARAM or weight is None:
+            return found
+        return weight if self.snapshot or weight.dtype == torch.float32 else None
 
     @property
     def is_moe(self) -> bool:

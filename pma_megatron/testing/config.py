@@ -40,6 +40,8 @@ class TinyConfig:
     use_distributed_optimizer: bool = True
     bucket_size: int | None = None
     """Elements per gradient bucket; None is one bucket. A number also overlaps the reduction."""
+    overlap_param_gather: bool = False
+    """Gather parameters in forward pre-hooks (Megatron's flag of that name); needs buckets."""
     optim_format: OptimFormat = "dp_reshardable"
     """What `content_metadata['distrib_optim_sharding_type']` is; unused without that optimizer."""
     fully_parallel_save: bool = True
@@ -61,6 +63,8 @@ class TinyConfig:
     def __post_init__(self) -> None:
         if self.decay != "constant" and self.decay_iters <= 0:
             raise ValueError(f"decay={self.decay!r} needs decay_iters > 0, not {self.decay_iters}")
+        if self.overlap_param_gather and self.bucket_size is None:
+            raise ValueError("overlap_param_gather needs a bucket_size")
         if self.num_experts is None and self.expert_model_parallel_size != 1:
             raise ValueError("expert_model_parallel_size > 1 needs num_experts")
 

@@ -116,6 +116,7 @@ def build_model(config: TinyConfig, core_config: Any) -> list[Any]:
         DistributedDataParallelConfig,
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=config.bucket_size is not None,
+        overlap_param_gather=config.overlap_param_gather,
         use_distributed_optimizer=config.use_distributed_optimizer,
         bucket_size=config.bucket_size,
     )
@@ -158,7 +159,8 @@ def build_optimizer(config: TinyConfig, models: list[Any]) -> Any:
     """Megatron's Adam for the chunks: distributed, Float16 or FP32, chained where it chains."""
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-    optimizer_config = OptimizerConfig(
+    optimizer_config = call(
+        OptimizerConfig,
         optimizer="adam",
         lr=config.lr,
         min_lr=0.0,
@@ -168,6 +170,7 @@ def build_optimizer(config: TinyConfig, models: list[Any]) -> Any:
         bf16=config.bf16,
         params_dtype=torch.bfloat16 if config.bf16 else torch.float32,
         use_distributed_optimizer=config.use_distributed_optimizer,
+        overlap_param_gather=config.overlap_param_gather,
     )
     return get_megatron_optimizer(optimizer_config, models)
 
@@ -266,6 +269,22 @@ def is_last_stage() -> bool:
     from megatron.core import parallel_state
 
     return bool(call(parallel_state.is_pipeline_last_stage, ignore_virtual=True))
+
+
+@contextlib.contextmanager
+def parameters_gathered(models: list[Any]) -> Any:
+    """All parameters are whole inside the block, as Megatron's training has them when it saves.
+
+    With `overlap_param_gather` they are gathered only by the next forward pass.
+    """
+    hooked = [model for model in models if getattr(model, "remove_forward_pre_hook_handles", None)]
+    for model in hooked:
+        model.disable_forward_pre_hook()
+    try:
+        yield
+    finally:
+        for model in hooked:
+            model.enable_forward_pre_hook()
 
 
 @contextlib.contextmanager

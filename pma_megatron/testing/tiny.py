@@ -71,7 +71,7 @@ class TinyTrainer:
     def evaluate(self, batches: int = 4) -> float:
         """Mean loss over the first `batches` global batches of the held-out text."""
         losses = []
-        with core_api.evaluating(self.models):
+        with core_api.parameters_gathered(self.models), core_api.evaluating(self.models):
             for index in range(batches):
                 first = index * self.config.global_batch_size
                 losses.append(self._forward_backward(first, held_out=True))
@@ -79,14 +79,16 @@ class TinyTrainer:
 
     def save(self, root: str | Path) -> Path:
         """Write a checkpoint of this iteration below `root`, as Megatron-LM training does."""
-        return store.save(self, Path(root))
+        with core_api.parameters_gathered(self.models):
+            return store.save(self, Path(root))
 
     def load(self, root: str | Path, iteration: int | None = None) -> int:
         """Resume from a checkpoint below `root`, by default the tracker's; returns the iteration.
 
         Raises FileNotFoundError when there is no tracker and no `iteration`.
         """
-        return store.load(self, Path(root), iteration)
+        with core_api.parameters_gathered(self.models):
+            return store.load(self, Path(root), iteration)
 
     def main_params(self) -> dict[str, torch.Tensor]:
         """fp32 main params of this rank's model shard by parameter name, whole on every rank."""

@@ -13,13 +13,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pma_megatron.errors import CheckpointError
-from pma_megatron.formats.base import ModelSpace, Payload, Tensor
+from pma_megatron.formats.base import MAIN_PARAM, ModelSpace, Payload, Tensor
 from pma_megatron.formats.pickles import TensorRef, load_inert
 from pma_megatron.formats.torch_dist.checkpoint import TorchDistCheckpoint
 from pma_megatron.formats.torch_dist.metadata import original_shape
 from pma_megatron.geometry import Box, Piece, flat_range, overlaps
 
-MAIN_PARAM = "param"
 _NAMED = re.compile(r"^(?:chained_\d+\.)?optimizer\.state\.(?P<state>[^.]+)\.(?P<key>.+)$")
 _BUCKET = re.compile(
     r"^(?P<group>(?:chained_\d+\.)?optimizer\.distributed\.dp_group_idx_\d+)"

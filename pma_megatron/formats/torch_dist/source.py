@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pma_megatron.errors import CheckpointError, PlanError
+from pma_megatron.formats.marker import read_snapshot_marker
 from pma_megatron.formats.source import Source
 from pma_megatron.formats.torch_dist import buckets
 from pma_megatron.formats.torch_dist.checkpoint import (
@@ -63,6 +64,7 @@ def read_source(path: str, ranges: FlatMap, main_params: bool) -> Source:
             raise PlanError(f"{error} (saved with {topology})") from error
     return Source(
         path=path,
+        format="torch_dist",
         space=model_space(checkpoint, found, spaces),
         objects=tuple(k for k in checkpoint.objects if k != COMMON_KEY),
         optimizer_keys=frozenset(
@@ -73,6 +75,7 @@ def read_source(path: str, ranges: FlatMap, main_params: bool) -> Source:
         topology=topology,
         experts=(used, count) if isinstance(used, int) and isinstance(count, int) else None,
         stamps=_stamps(checkpoint),
+        snapshot=read_snapshot_marker(folder) is not None,
     )
 
 

@@ -1,0 +1,70 @@
+"""The mark that this tool leaves in folders that it writes, and what a thin snapshot's says.
+
+A snapshot looks like any weights-only checkpoint of Megatron, but its "weights" are main parameters
+stored in one dtype. Only the mark tells the two apart.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+from pma_megatron.errors import CheckpointError
+from pma_megatron.version import __version__
+
+MARKER_FILE = "pma.json"
+SNAPSHOTS = "pma_snapshots"
+"""Folder below a run's --save that holds its thin snapshots, `iter_*` each."""
+SNAPSHOT = "snapshot"
+SNAPSHOT_VERSION = 1
+MAIN_PARAMS = "main_params"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SnapshotMarker:
+    """What a snapshot says of itself.
+
+    Attributes:
+        iteration: of the run.
+        dtype: dtype of the stored main parameters, as torch spells it without `torch.`.
+        holds: what the tensors are; this release knows `main_params`.
+    """
+
+    iteration: int
+    dtype: str
+    holds: str = MAIN_PARAMS
+
+    def to_bytes(self) -> bytes:
+        """Content of `pma.json`."""
+        value = {
+            "kind": SNAPSHOT,
+            "snapshot_version": SNAPSHOT_VERSION,
+            "pma_megatron": __version__,
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            **asdict(self),
+        }
+        return (json.dumps(value, indent=1) + "\n").encode()
+
+
+def read_snapshot_marker(folder: Path) -> SnapshotMarker | None:
+    """The mark of the snapshot in `folder`; None for a trainer's checkpoint or a merge.
+
+    Raises:
+        CheckpointError: it is a snapshot of a form that this release does not know.
+    """
+    try:
+        value = json.loads((folder / MARKER_FILE).read_text())
+    except (OSError, ValueError):
+        return None  # not marked, so it stands for nothing but what its format says
+    if not isinstance(value, dict) or value.get("kind") != SNAPSHOT:
+        return None
+    version, holds = value.get("snapshot_version"), value.get("holds")
+    if version != SNAPSHOT_VERSION or holds != MAIN_PARAMS:
+        raise CheckpointError(
+            f"{folder / MARKER_FILE} says snapshot version {version} holding {holds!r}, this "
+            f"release reads version {SNAPSHOT_VERSION} holding {MAIN_PARAMS!r}: use the "
+            f"pma_megatron that wrote it, {value.get('pma_megatron')}, or leave it out (--exclude)"
+        )
+    return SnapshotMarker(iteration=int(value["iteration"]), dtype=str(value["dtype"]))

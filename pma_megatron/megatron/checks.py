@@ -1,0 +1,187 @@
+"""What a training job must and must not be for each use; asked once, before the model is built."""
+
+from __future__ import annotations
+
+import os
+from itertools import combinations
+from typing import Any
+
+from pma_megatron.errors import UsageError
+from pma_megatron.megatron.options import Settings, spelled
+
+_OWN_LAYOUT = "it keeps weights and main params in a layout of its own, which is not averaged"
+
+_UNSUPPORTED: tuple[tuple[str, str, str], ...] = (
+    ("use_megatron_fsdp", "--use-megatron-fsdp", _OWN_LAYOUT),
+    ("use_custom_fsdp", "--use-custom-fsdp", _OWN_LAYOUT),
+    ("use_torch_fsdp2", "--use-torch-fsdp2", _OWN_LAYOUT),
+    ("use_layer_wise_distributed_optimizer", "the layer-wise (dist_muon) optimizer", _OWN_LAYOUT),
+    ("optimizer_cpu_offload", "--optimizer-cpu-offload", "its main params are split between host "
+     "and device"),
+    ("fp8_param_gather", "--fp8-param-gather", "weights are stored in 8 bits and would have to be "
+     "quantized again from the average"),
+    ("fp4_param", "--fp4-param-gather", "weights are stored in 4 bits and would have to be "
+     "quantized again from the average"),
+    ("perform_rl_step", "--perform-rl-step", "a second copy of the weights does the rollouts"),
+    ("ckpt_convert_format", "--ckpt-convert-format", "Megatron exits once it has converted"),
+    ("moe_use_upcycling", "--moe-use-upcycling", "Megatron saves a new model while it sets up, "
+     "which no earlier checkpoint can be averaged with"),
+)  # fmt: skip
+"""Attribute of Megatron's arguments, how to call it in a message, why it does not work."""
+
+_SIZES = (
+    ("TP", "tensor_model_parallel_size"),
+    ("PP", "pipeline_model_parallel_size"),
+    ("CP", "context_parallel_size"),
+    ("EP", "expert_model_parallel_size"),
+    ("DP", "data_parallel_size"),
+)
+
+
+def refuse(args: Any, settings: Settings) -> None:
+    """Raise UsageError where `settings` cannot work in this job."""
+    _refuse_unsupported(args)
+    _refuse_numbers(args, settings)
+    if settings.init:
+        _refuse_init(args, settings)
+    if settings.eval_ and not settings.save:
+        raise UsageError(
+            "--pma-eval evaluates the running average, which --pma-save keeps: add --pma-save"
+        )
+    if settings.save:
+        _refuse_save(args, settings)
+    if settings.snapshots:
+        _refuse_snapshots(args, settings)
+    _refuse_shared_folders(args, settings)
+    _refuse_method(settings)
+
+
+def sizes(args: Any) -> str:
+    """The parallel sizes of the job, for messages: `TP 2, PP 1, CP 1, EP 8, DP 16`."""
+    return ", ".join(f"{short} {getattr(args, name, 1)}" for short, name in _SIZES)
+
+
+def _refuse_unsupported(args: Any) -> None:
+    found = [(flag, why) for name, flag, why in _UNSUPPORTED if getattr(args, name, None)]
+    if str(getattr(args, "optimizer", "")).startswith("dist_"):
+        found.append((f"--optimizer {args.optimizer}", _OWN_LAYOUT))
+    shards = getattr(args, "gtp_weight_remat_size", None) or 1
+    expert_shards = getattr(args, "expert_gtp_weight_remat_size", None) or 1
+    if shards > 1 or expert_shards > 1:
+        flag = "--tensor-parallel-num-weight-shards" if shards > 1 else (
+            "--expert-tensor-parallel-num-weight-shards")  # fmt: skip
+        found.append((flag, f"its weight shards are not averaged (found {sizes(args)})"))
+    for flag, why in found:
+        raise UsageError(
+            f"--pma-* flags cannot be used with {flag}: {why}; leave out one of the two, or "
+            "average saved checkpoints with `pma merge`"
+        )
+    layout = getattr(args, "ckpt_format", "torch_dist")
+    if layout != "torch_dist":
+        raise UsageError(
+            f"--pma-* flags need --ckpt-format torch_dist (Megatron's default), found {layout}: "
+            "other formats are neither read nor written here"
+        )
+
+
+def _refuse_numbers(args: Any, settings: Settings) -> None:
+    for flag, value in (
+        ("--pma-last", settings.window),
+        ("--pma-threads", settings.threads),
+        ("--pma-keep", settings.keep),
+        ("--pma-snapshot-interval-tokens", settings.snapshot_interval_tokens),
+    ):
+        if value is not None and value < 1:
+            raise UsageError(f"{flag} must be at least 1, got {value}")
+
+
+def _refuse_init(args: Any, settings: Settings) -> None:
+    if getattr(args, "load", None) is None:
+        also = "--pma-load names the sources of the average and does not replace it. " if getattr(
+            args, "pma_load", None) else ""  # fmt: skip
+        raise UsageError(
+            "--pma-init needs --load: Megatron first resumes iteration, samples, LR schedule and "
+            f"RNG from there, then its weights become the average. {also}Add --load with the "
+            "run's own --save"
+        )
+    for name, why in (
+        ("skip_train", "Megatron builds or loads no optimizer under --skip-train, so there are no "
+         "main params to average into; merge with `pma merge` and evaluate that checkpoint"),
+        ("finetune", "--finetune starts at iteration 0 with fresh data, LR schedule and "
+         "optimizer, while --pma-init continues one run; leave out one of the two"),
+        ("no_load_optim", "the optimizer state and LR schedule of the newest source would be "
+         "lost; leave out --no-load-optim, and use --pma-optimizer-state reset for fresh moments"),
+    ):  # fmt: skip
+        if getattr(args, name, False):
+            raise UsageError(f"--pma-init cannot be used with --{name.replace('_', '-')}: {why}")
+
+
+def _refuse_save(args: Any, settings: Settings) -> None:
+    if getattr(args, "save", None) is None:
+        raise UsageError(
+            "--pma-save needs --save: the running average is saved when Megatron saves, beside it"
+        )
+    if settings.interval_tokens is None:
+        raise UsageError(
+            "--pma-save needs --pma-interval-tokens: how far apart the members of the running "
+            "average are, for instance 8B"
+        )
+
+
+def _refuse_snapshots(args: Any, settings: Settings) -> None:
+    if settings.snapshot_dir is None or getattr(args, "save", None) is None:
+        raise UsageError(
+            "--pma-snapshot-interval-tokens needs --save: a snapshot has weights alone and is of "
+            "no use without the checkpoints that training resumes from"
+        )
+    if settings.keep is None or not (settings.init or settings.save):
+        return
+    # A window at a wider spacing than the snapshots' spans more of them than it has members.
+    spacing = settings.interval_tokens or settings.snapshot_interval_tokens or 1
+    span = (settings.window - 1) * spacing // (settings.snapshot_interval_tokens or spacing) + 1
+    needed = max(settings.window, span)
+    if settings.keep < needed:
+        raise UsageError(
+            f"--pma-keep {settings.keep} is smaller than the window: {settings.window} members "
+            f"(--pma-last) span {needed} snapshots; raise --pma-keep to at least {needed}"
+        )
+
+
+def _refuse_shared_folders(args: Any, settings: Settings) -> None:
+    """Two writers, or a writer and a reader, in one folder."""
+    folders = {
+        "--save": getattr(args, "save", None),
+        "--load": getattr(args, "load", None),
+        "--pma-load": settings.load if settings.init else None,
+        "--pma-save-dir": settings.save_dir if settings.save else None,
+        "--pma-window-dir": settings.window_dir if settings.save else None,
+        "--pma-snapshot-dir": settings.snapshot_dir if settings.snapshots else None,
+    }
+    written = {"--pma-save-dir", "--pma-window-dir", "--pma-snapshot-dir"}
+    named = {flag: os.path.realpath(path) for flag, path in folders.items() if path}
+    for one, other in combinations(named, 2):
+        # --pma-init may read earlier snapshots of the run that goes on writing them.
+        snapshots = {one, other} == {"--pma-load", "--pma-snapshot-dir"}
+        if named[one] == named[other] and written & {one, other} and not snapshots:
+            raise UsageError(
+                f"{other} is the folder of {one} ({named[one]}): what is written there would "
+                f"mix with, or overwrite, what is there; give {other} a folder of its own"
+            )
+
+
+def _refuse_method(settings: Settings) -> None:
+    if settings.method.name == "ema" and settings.method.alpha is None:
+        raise UsageError(
+            "--pma-method ema needs --pma-alpha: the weight of the newer one, for instance 0.2"
+        )
+    counts = set()
+    if settings.init:
+        listed = settings.selection.iterations
+        counts.add(settings.window if listed is None else len(listed))
+    if settings.save:
+        counts.add(settings.window)
+    for count in sorted(counts):
+        try:  # evenly spaced, because only the parameters are looked at
+            settings.method.of(range(1, count + 1), count)
+        except UsageError as error:
+            raise UsageError(spelled(str(error))) from error

@@ -1,0 +1,176 @@
+"""Scores the average on the batches that Megatron has just scored the live weights on."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from pma_megatron.megatron.say import say
+
+
+@dataclass(slots=True)
+class Evaluation:
+    """One call of `evaluate_and_print_results`; results of the average, in order of data sets.
+
+    Attributes:
+        prefix, iteration, write_to_tensorboard: its arguments.
+        swapped: makes the block in which the average is in place.
+    """
+
+    prefix: str
+    iteration: int
+    write_to_tensorboard: bool
+    swapped: Callable[[], AbstractContextManager[None]]
+    results: list[Mapping[str, float]] = field(default_factory=list)
+
+    def run(self, fn: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+        """Megatron's `evaluate`, and then once more on the same batches with the average.
+
+        Returns what the first pass returned. Of the second pass nothing is left: counters and
+        random states are put back.
+        """
+        from megatron.training.global_vars import get_args
+
+        args = get_args()
+        recorded = _Recorded(arguments["data_iterator"])
+        result = fn(**{**arguments, "data_iterator": recorded.recording})
+        _, _, timelimit = result
+        if timelimit:
+            return result
+        seen = args.consumed_valid_samples
+        with _same_randomness():
+            try:
+                with self.swapped():
+                    # What else is collected from a pass (attention maps, ...) is the trainer's.
+                    again = {**arguments, "data_iterator": recorded.replaying()}
+                    for name in ("process_non_loss_data_func", "non_loss_data_func"):
+                        if name in again:
+                            again[name] = None
+                    losses, _, timelimit = fn(**again)
+            finally:
+                args.consumed_valid_samples = seen
+        if not timelimit:
+            self.results.append({key: float(value) for key, value in losses.items()})
+        return result
+
+    def report(self) -> None:
+        """Print and write the results as Megatron does its own, called `pma` (last rank)."""
+        for number, losses in enumerate(self.results):
+            suffix = _suffix(number)
+            text = f" pma validation{suffix} loss at {self.prefix} | "
+            for key, value in losses.items():
+                ppl = math.exp(min(20, value))
+                text += f"{key} value: {value:.6E} | {key} PPL: {ppl:.6E} | "
+                if self.write_to_tensorboard:
+                    self._write(f"{key} validation{suffix}", value, ppl)
+            line = "-" * (len(text) + 1)
+            say(f"{line}\n{text}\n{line}", rank=-1)
+
+    def _write(self, name: str, value: float, ppl: float) -> None:
+        from megatron.training import global_vars
+
+        args, writer = global_vars.get_args(), global_vars.get_tensorboard_writer()
+        if writer:
+            writer.add_scalar(f"{name} pma", value, self.iteration)
+            writer.add_scalar(f"{name} pma vs samples", value, args.consumed_train_samples)
+            if getattr(args, "log_validation_ppl_to_tensorboard", False):
+                writer.add_scalar(f"{name} pma ppl", ppl, self.iteration)
+                writer.add_scalar(f"{name} pma ppl vs samples", ppl, args.consumed_train_samples)
+        wandb = global_vars.get_wandb_writer()
+        if wandb and torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+            wandb.log({f"{name} pma": value}, self.iteration)
+
+
+class _Recorded:
+    """The batches of one pass, of each iterator in what Megatron passes as `data_iterator`."""
+
+    def __init__(self, given: Any) -> None:
+        self._batches: list[list[Any]] = []
+        self._given = given
+        self.recording = self._each(_Recorder)
+
+    def replaying(self) -> Any:
+        """The same shape of iterators over the same batches."""
+        batches = iter(self._batches)
+        return self._each(lambda iterator, _: _Replayer(iterator, next(batches)), keep=False)
+
+    def _each(self, wrap: Callable[[Any, list[Any]], Any], keep: bool = True) -> Any:
+        def one(iterator: Any) -> Any:
+            if iterator is None:  # a rank that gets its batches from others
+                return None
+            batches: list[Any] = []
+            if keep:
+                self._batches.append(batches)
+            return wrap(iterator, batches)
+
+        if isinstance(self._given, (list, tuple)):  # one per virtual pipeline stage
+            return type(self._given)(one(iterator) for iterator in self._given)
+        return one(self._given)
+
+
+class _Recorder:
+    """An iterator that remembers; anything else is the original's (`RerunDataIterator`)."""
+
+    def __init__(self, iterator: Any, batches: list[Any]) -> None:
+        self._iterator, self._batches = iterator, batches
+
+    def __iter__(self) -> Any:
+        return self
+
+    def __next__(self) -> Any:
+        batch = next(self._iterator)
+        self._batches.append(copy.copy(batch))  # the forward step may change the dictionary
+        return batch
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._iterator, name)
+
+
+class _Replayer(_Recorder):
+    """The remembered batches, and then nothing: a second pass takes as many as the first."""
+
+    def __init__(self, iterator: Any, batches: list[Any]) -> None:
+        super().__init__(iterator, batches)
+        self._left = iter(batches)
+
+    def __next__(self) -> Any:
+        return copy.copy(next(self._left))
+
+
+@contextlib.contextmanager
+def _same_randomness() -> Iterator[None]:
+    """Every random state is afterwards as it was before, whatever is raised."""
+    from megatron.core import tensor_parallel
+
+    tracker = tensor_parallel.get_cuda_rng_tracker()
+    states = tracker.get_states()
+    on_cpu, others = torch.get_rng_state(), (random.getstate(), np.random.get_state())
+    on_gpu = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    try:
+        yield
+    finally:
+        tracker.set_states(states)
+        if on_gpu is not None:
+            torch.cuda.set_rng_state(on_gpu)
+        torch.set_rng_state(on_cpu)
+        random.setstate(others[0])
+        np.random.set_state(others[1])
+
+
+def _suffix(number: int) -> str:
+    from megatron.training.global_vars import get_args
+
+    args = get_args()
+    if not getattr(args, "multiple_validation_sets", False):
+        return ""
+    names: Sequence[str] = getattr(args, "validation_set_names", None) or ()
+    return f"-{names[number]}" if names else f"-{number}"

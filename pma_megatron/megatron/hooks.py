@@ -1,0 +1,219 @@
+"""What happens in a Megatron training job at each place that `decorators` marks.
+
+One job, one `Session`: it is made when model and optimizer are ready.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pma_megatron.comm import Comm
+from pma_megatron.errors import UsageError
+from pma_megatron.megatron import flags
+from pma_megatron.megatron.evaluate import Evaluation
+from pma_megatron.megatron.hostcopy import HostCopy
+from pma_megatron.megatron.init import init
+from pma_megatron.megatron.online import OnlineAverage
+from pma_megatron.megatron.params import live_tensors
+from pma_megatron.megatron.save import note_origin, save_average
+from pma_megatron.megatron.say import say
+from pma_megatron.megatron.shard import Shard
+from pma_megatron.megatron.store import FOLDER
+from pma_megatron.megatron.thin import ThinSnapshots
+from pma_megatron.megatron.window import Average
+from pma_megatron.tokens import consumed_tokens_of
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_session: Session | None = None
+
+
+def validate(args: Any) -> None:
+    """Refuse what cannot work, before the model is built.
+
+    Raises:
+        UsageError: see `flags.validate`.
+    """
+    flags.validate(args)
+
+
+def ready(model: Sequence[Any], optimizer: Any, opt_param_scheduler: Any) -> None:
+    """Model and optimizer are built and loaded: start from an average, continue one."""
+    global _session
+    args = _args()
+    settings = flags.settings(args)
+    if settings.init:
+        init(args, settings, model, optimizer, _metadata(args))
+    _session = Session(args, settings, model, optimizer)
+
+
+def stepped(iteration: int) -> None:
+    """An iteration has ended."""
+    if _session is not None:
+        _session.stepped(iteration)
+
+
+def saving() -> None:
+    """Megatron is about to save, and may fork its writers."""
+    if _session is not None:
+        _session.saving()
+
+
+def saved(fn: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
+    """Megatron has saved: save the running average too."""
+    if _session is not None:
+        _session.saved(fn, arguments)
+
+
+@contextlib.contextmanager
+def evaluation(prefix: str, iteration: int, write_to_tensorboard: bool) -> Iterator[None]:
+    """Around Megatron's evaluation and its report, which those of the average follow."""
+    if _session is None:
+        yield
+        return
+    with _session.evaluation(prefix, iteration, write_to_tensorboard):
+        yield
+
+
+def evaluate(fn: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+    """In place of Megatron's `evaluate`; returns what that returns."""
+    running = None if _session is None else _session.running
+    return fn(**arguments) if running is None else running.run(fn, arguments)
+
+
+class Session:
+    """The averages and snapshots of one job."""
+
+    def __init__(self, args: Any, settings: flags.Settings, models: Sequence[Any], optimizer: Any
+                 ) -> None:  # fmt: skip
+        """Make room, and continue what an earlier job has left. Collective."""
+        self.settings = settings
+        self.running: Evaluation | None = None
+        self._noted: list[tuple[Path, Average]] = []
+        self._comm, metadata = Comm(), _metadata(args)
+        tokens, iteration = _tokens(args), int(getattr(args, "iteration", 0) or 0)
+        self.online: OnlineAverage | None = None
+        self.thin: ThinSnapshots | None = None
+        if settings.save and optimizer is not None:
+            assert settings.interval_tokens is not None and settings.save_dir is not None
+            self.online = OnlineAverage(
+                models, optimizer, settings.method, settings.window, settings.interval_tokens,
+                consumed_tokens=tokens, window_dir=settings.window_dir, metadata=metadata,
+                comm=self._comm,
+            )  # fmt: skip
+            say(self.online.report)
+            self._resume(self.online, iteration, tokens)
+        if settings.snapshot_interval_tokens is not None and optimizer is not None:
+            assert settings.snapshot_dir is not None
+            shard = Shard(live_tensors(models, optimizer, metadata))
+            self.thin = ThinSnapshots(
+                settings.snapshot_dir, models, HostCopy(shard, optimizer),
+                settings.snapshot_interval_tokens, dtype=_DTYPES[settings.snapshot_dtype],
+                keep=settings.keep, consumed_tokens=tokens, comm=self._comm, metadata=metadata,
+            )  # fmt: skip
+
+    def stepped(self, iteration: int) -> None:
+        """Take an entry or begin a snapshot if it is time."""
+        args = _args()
+        tokens = _tokens(args)
+        if self.online is not None:
+            self.online.step(iteration, tokens, args)
+        if self.thin is not None:
+            self.thin.step(iteration, tokens, args)
+        self._note_origins()
+
+    def saving(self) -> None:
+        """Have no thread of ours at work while Megatron forks: a child would inherit its locks."""
+        if self.online is not None:
+            self.online.wait()
+        if self.thin is not None:
+            self.thin.finish()
+
+    def saved(self, fn: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
+        """Save the window's state, and the average as a checkpoint."""
+        passing = arguments.get("non_persistent_ckpt") or arguments.get("release")
+        if self.online is None or arguments["optimizer"] is None or passing:
+            return
+        average = self.online.average()
+        if average is None:
+            say(f"PMA: no average is saved yet: {self.online.why_none()}")
+        else:
+            self._save(self.online, average, fn, arguments)
+        self.online.save_state(self._state_dir, wait=not getattr(_args(), "async_save", False))
+
+    def _save(self, online: OnlineAverage, average: Average, fn: Callable[..., Any],
+              arguments: Mapping[str, Any]) -> None:  # fmt: skip
+        assert self.settings.save_dir is not None
+        say(f"PMA: saving {average.describe()}")
+        self._noted.append((save_average(online, average, fn, arguments, self.settings.save_dir),
+                            average))  # fmt: skip
+        self._note_origins()
+
+    @contextlib.contextmanager
+    def evaluation(self, prefix: str, iteration: int, write_to_tensorboard: bool) -> Iterator[None]:
+        """Inside the block, `evaluate` scores the average too; at its end the results appear."""
+        online = self.online
+        if online is None or not self.settings.eval_:
+            yield
+            return
+        if online.average() is None:
+            say(f"PMA: no average is evaluated yet: {online.why_none()}")
+            yield
+            return
+        self.running = Evaluation(prefix, iteration, write_to_tensorboard, online.averaged_weights)
+        try:
+            yield
+            self.running.report()
+        finally:
+            self.running = None
+
+    @property
+    def _state_dir(self) -> Path:
+        assert self.settings.save_dir is not None
+        return Path(self.settings.save_dir) / FOLDER
+
+    def _resume(self, online: OnlineAverage, iteration: int, tokens: int) -> None:
+        notes = online.load_state(self._state_dir, iteration, tokens)
+        held = ", ".join(str(entry.iteration) for entry in online.entries)
+        if iteration or held or notes:
+            say(f"PMA: the running average continues with iterations {held or 'none'}")
+        for note in notes:
+            say(f"PMA: WARNING: {note}")
+
+    def _note_origins(self) -> None:
+        if self._noted and self._comm.is_main:
+            self._noted = [(f, a) for f, a in self._noted if not note_origin(f, a)]
+
+
+def _args() -> Any:
+    from megatron.training.global_vars import get_args
+
+    return get_args()
+
+
+def _tokens(args: Any) -> int:
+    """Consumed until now, as the offline job counts them."""
+    if not args.consumed_train_samples:
+        return 0
+    tokens, reason = consumed_tokens_of(vars(args))
+    if tokens is None:
+        raise UsageError(
+            f"--pma-save and snapshots go by consumed tokens, which are unknown because {reason}"
+        )
+    return tokens
+
+
+def _metadata(args: Any) -> dict[str, Any] | None:
+    """What Megatron's saves pass to `sharded_state_dict`; None in releases before 0.13."""
+    from megatron.training import checkpointing
+
+    build = getattr(checkpointing, "_build_sharded_state_dict_metadata", None)
+    if build is None:
+        return None
+    inspect.signature(build).bind(args)  # a release that wants more must be looked at
+    return dict(build(args))

@@ -1,0 +1,71 @@
+"""Copies this rank's vector to the host while training goes on.
+
+On a GPU the copy runs on a stream of its own, into pinned memory, and only the next optimizer step
+waits for it, which is the first to change what is copied. On the CPU it is done at once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from pma_megatron.megatron.params import parts
+from pma_megatron.megatron.shard import Shard
+
+
+class HostCopy:
+    """One copy at a time; `start`, then `wait` before the target is read."""
+
+    def __init__(self, shard: Shard, optimizer: Any) -> None:
+        self.shard = shard
+        self.on_gpu = shard.device.type == "cuda"
+        self._done: Any = None
+        self._stream: Any = torch.cuda.Stream(shard.device) if self.on_gpu else None
+        self._step_waits = self.on_gpu and all(_hook(part, self._hold) for part in parts(optimizer))
+
+    def buffer(self) -> torch.Tensor:
+        """Memory for one vector, pinned where that makes the copy asynchronous."""
+        return torch.empty(self.shard.numel, dtype=torch.float32, pin_memory=self.on_gpu)
+
+    def start(self, into: torch.Tensor) -> None:
+        """Begin to copy the live values, as float32."""
+        if not self.on_gpu:
+            for slot in self.shard.slots:
+                slot.of(into).copy_(slot.main())
+            return
+        current = torch.cuda.current_stream(self.shard.device)
+        self._stream.wait_stream(current)
+        for slot in self.shard.slots:
+            if slot.live.part is None:  # small, and changed before the optimizer's step
+                slot.of(into).copy_(slot.main(), non_blocking=True)
+        with torch.cuda.stream(self._stream):
+            for slot in self.shard.slots:
+                if slot.live.part is not None:
+                    slot.of(into).copy_(slot.main(), non_blocking=True)
+            self._stream.wait_stream(current)  # `wait` speaks for both
+            self._done = self._stream.record_event()
+        if not self._step_waits:
+            self._hold()
+
+    def wait(self) -> None:
+        """Until the target holds the values. For any thread."""
+        if self._done is not None:
+            self._done.synchronize()
+
+    def _hold(self, *_: Any) -> None:
+        """Have the GPU not go past this point before the copy is done."""
+        if self._done is not None:
+            torch.cuda.current_stream(self.shard.device).wait_event(self._done)
+
+
+def _hook(part: Any, before: Any) -> bool:
+    """Call `before` before each step of the optimizer inside `part`; False if that is not sure."""
+    inner = getattr(part, "optimizer", None)
+    register = getattr(inner, "register_step_pre_hook", None)
+    config = getattr(part, "config", None)
+    # A step inside a captured graph runs without Python.
+    if register is None or getattr(config, "optimizer_cuda_graph", False):
+        return False
+    register(before)
+    return True

@@ -1,0 +1,102 @@
+"""`--pma-init`: PMA-init with Megatron's arguments, once per command.
+
+A job that a scheduler restarts with the same flags must not average again: what Megatron resumes
+then descends from the average already. So every checkpoint saved after a PMA-init says so in its
+arguments, and a restart of the same command finds that and goes on training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pma_megatron.comm import Comm
+from pma_megatron.errors import CheckpointError, SelectionError, UsageError
+from pma_megatron.formats import registry
+from pma_megatron.megatron.load import merge_into
+from pma_megatron.megatron.options import USED_BY, Settings, spelled
+from pma_megatron.megatron.say import say
+from pma_megatron.selection import SelectionRequest
+
+RECORD = "pma_init_record"
+"""Attribute of Megatron's arguments, and so of every later checkpoint's."""
+
+
+def init(args: Any, settings: Settings, models: Sequence[Any], optimizer: Any,
+         metadata: Mapping[str, Any] | None) -> None:  # fmt: skip
+    """Average into what Megatron resumed, unless this command already did. Every rank calls it.
+
+    Args:
+        args: Megatron's arguments after its load; gets the record of what was done.
+        settings: of this job.
+        models: the model chunks.
+        optimizer: their optimizer.
+        metadata: what the model's `sharded_state_dict` gets.
+
+    Raises:
+        UsageError: Megatron resumed nothing.
+        PmaError: see `merge_into`.
+    """
+    comm = Comm()
+    iteration = int(getattr(args, "iteration", 0) or 0)
+    if iteration == 0 or getattr(args, "finetune", False):
+        raise UsageError(
+            f"--pma-init: Megatron resumed no training run from --load {args.load} (iteration "
+            f"{iteration}). PMA-init continues a run: check --load, and leave out --finetune"
+        )
+    loaded = Path(args.load) / f"iter_{iteration:07d}"
+    done = comm.on_main("record", lambda: _record_of(loaded))
+    flags = _flags(args)
+    if done is not None and done["flags"] == flags:
+        setattr(args, RECORD, done)
+        say(
+            f"PMA-init was done at iteration {done['iteration']} and {loaded} descends from it: "
+            "not averaging again. To average anew, change a --pma flag, for instance "
+            f"--pma-end-iteration {iteration}"
+        )
+        return
+    assert settings.load is not None
+    try:
+        report = merge_into(
+            models,
+            optimizer,
+            load=settings.load,
+            selection=_selection(args, settings, iteration),
+            method=settings.method,
+            optimizer_state=settings.optimizer_state,
+            share=settings.share,
+            threads=settings.threads,
+            metadata=metadata,
+        )
+    except SelectionError as error:
+        raise SelectionError(spelled(str(error))) from error
+    sources = list(report.sources)
+    setattr(args, RECORD, {"iteration": iteration, "flags": flags, "sources": sources})
+    say(f"PMA-init: {report}")
+
+
+def _selection(args: Any, settings: Settings, iteration: int) -> SelectionRequest:
+    """Sources of the run itself end at what Megatron resumed, also under --ckpt-step."""
+    chosen = settings.selection
+    named = chosen.iterations is not None or chosen.end_iteration is not None
+    if named or settings.load != args.load:
+        return chosen
+    return replace(chosen, end_iteration=iteration)
+
+
+def _flags(args: Any) -> dict[str, Any]:
+    used = (name for name, users in USED_BY.items() if "pma_init" in users)
+    return {name: getattr(args, name, None) for name in used}
+
+
+def _record_of(folder: Path) -> dict[str, Any] | None:
+    if not folder.is_dir():
+        return None
+    try:
+        common = registry.get(registry.detect(folder), str(folder)).common(folder)
+    except CheckpointError:
+        return None  # merge_into says what is wrong with it
+    found = common["args"].get(RECORD)
+    return found if isinstance(found, dict) and "flags" in found else None

@@ -1,0 +1,221 @@
+"""Live tensors as targets of the one loop: what each rank reads, and where its averages go.
+
+A rank's main params are boxes of global tensors (`params.Place`), so a live model is just another
+layout. Nothing here multiplies: tasks go to the engine, which writes into the tensors' storage.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from pma_megatron.errors import PlanError, UsageError
+from pma_megatron.formats.base import Tensor
+from pma_megatron.formats.source import Source
+from pma_megatron.geometry import Box, Piece, PieceIndex, flat_range
+from pma_megatron.megatron.params import MAIN, LiveTensor
+from pma_megatron.tasks import Average, Unit, units
+
+WEIGHT = "weight"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LivePlan:
+    """What the engine needs to know of a merge into live tensors (`tasks.Workload`)."""
+
+    sources: tuple[Source, ...]
+    visible: tuple[tuple[int, ...], ...]
+    coefficients: tuple[tuple[float, ...], ...]
+    threads: int
+
+
+@dataclass(eq=False, slots=True)
+class Slot:
+    """A flat live tensor that receives elements.
+
+    Attributes:
+        dtype: what it stores.
+        numel: its elements.
+        tensor: flat view of the live storage, or None where the optimizer only hands out copies.
+        fetch: makes the copy, when the first element arrives.
+        commit: sets it, when the last one has.
+    """
+
+    dtype: torch.dtype
+    numel: int
+    tensor: torch.Tensor | None = None
+    fetch: Callable[[], torch.Tensor] | None = None
+    commit: Callable[[torch.Tensor], None] | None = None
+    _left: int = field(init=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self._left = self.numel
+
+    def put(self, start: int, values: torch.Tensor) -> None:
+        """Store `values` from element `start` on."""
+        with self._lock:
+            if self.tensor is None:
+                assert self.fetch is not None
+                self.tensor = self.fetch()
+            tensor = self.tensor
+        tensor[start : start + values.numel()].copy_(values)
+        if self.commit is not None:
+            with self._lock:
+                self._left -= values.numel()
+                if self._left == 0:
+                    self.commit(tensor)
+                    self.tensor = None
+
+
+class LiveWriter:
+    """Puts finished elements into live tensors (`blocks.Writer`)."""
+
+    def put(self, place: Slot, start: int, data: memoryview) -> None:
+        """Store `data` from element `start` of `place` on."""
+        place.put(start, torch.frombuffer(data, dtype=place.dtype))
+
+
+def average_units(plan: LivePlan, active: Sequence[int], tensors: Iterable[LiveTensor],
+                  states: Sequence[str], *, whole: bool) -> list[Unit]:  # fmt: skip
+    """The units that average `states` of `tensors` into their live storage.
+
+    Args:
+        plan: the sources.
+        active: numbers of the sources that are read.
+        tensors: of this rank.
+        states: `param` and the moments that are averaged.
+        whole: True if every replica goes through whole tensors with the others, False if it reads
+            its own part alone.
+
+    Raises:
+        PlanError: a source lacks a tensor, or has it in another shape.
+        UsageError: a moment that the live optimizer does not have.
+    """
+    wanted: dict[tuple[str, str], tuple[list[Piece[Any]], list[Piece[Slot]]]] = {}
+    for live in tensors:
+        for state in states if live.part is not None else [WEIGHT]:
+            slot = _slot(live, state)
+            for place in live.places:
+                lead, targets = wanted.setdefault((state, place.key), ([], []))
+                own = [] if slot is None else _owned(live, place.box, place.start, slot)
+                targets += own
+                lead += [Piece(place.box, None)] if whole else own
+    result: list[Unit] = []
+    for (state, key), (lead, targets) in wanted.items():
+        if lead:
+            task = _task(plan, active, state, key, lead, targets)
+            _check_shape(plan.sources[-1], state, key, _shape_of(tensors, key))
+            result += units(task)
+    return result
+
+
+def _slot(live: LiveTensor, state: str) -> Slot | None:
+    if live.numel == 0:
+        return None
+    if live.by_copy and state != WEIGHT:
+        return _copied_slot(live, state)
+    found = live.states().get(MAIN if state == WEIGHT else state)
+    if found is None:
+        raise UsageError(
+            f"--pma-optimizer-state average: the live optimizer has no {state} of {live.name}. "
+            "Resume with the optimizer state, or use --pma-optimizer-state latest"
+        )
+    flat = found.detach().view(-1)
+    return Slot(flat.dtype, flat.numel(), flat)
+
+
+def _copied_slot(live: LiveTensor, state: str) -> Slot:
+    """For the precision-aware optimizer: its accessors read and set whole parameters."""
+    if state != MAIN:
+        raise UsageError(
+            "--pma-optimizer-state average: moments of the precision-aware optimizer are kept in "
+            "reduced precision and cannot be averaged in place. Use latest or reset"
+        )
+    held: dict[str, Any] = {}
+
+    def fetch() -> torch.Tensor:
+        held.update(live.states())
+        held[MAIN] = held[MAIN].detach().float().clone().view(-1)
+        return held[MAIN]
+
+    def commit(values: torch.Tensor) -> None:
+        tensors = {k: v for k, v in held.items() if k != MAIN}
+        live.part._set_main_param_and_optimizer_states(live.tensor, {MAIN: values, **tensors})
+        held.clear()
+
+    return Slot(torch.float32, live.numel, None, fetch, commit)
+
+
+def _owned(live: LiveTensor, box: Box, start: int, slot: Slot) -> list[Piece[Slot]]:
+    """The part of a place that this rank's main params hold, as boxes."""
+    low = max(live.first, start)
+    high = min(live.first + live.numel, start + box.numel)
+    return [
+        Piece(part, slot, start + at - live.first)
+        for part, at in flat_range(box, low - start, high - start)
+    ]
+
+
+def _task(plan: LivePlan, active: Sequence[int], state: str, key: str, lead: Sequence[Piece[Any]],
+          targets: Sequence[Piece[Slot]]) -> Average:  # fmt: skip
+    found = [_stored(plan.sources[number], state, key) for number in active]
+    newest = plan.sources[-1]
+    flat = state == MAIN and any(r.key == key for space in newest.ranges.values() for r in space)
+    weight = newest.space.weights[key]
+    return Average(
+        key=key if state in (MAIN, WEIGHT) else f"optimizer.{state}.{key}",
+        kept=False,
+        lead=tuple(lead),
+        numbers=tuple(active),
+        sources=tuple(PieceIndex(tensor.pieces) for tensor in found),
+        dtypes=tuple(tensor.dtype for tensor in found),
+        targets=PieceIndex(targets, disjoint=False),
+        target_bytes=4,
+        proof=PieceIndex(weight.pieces) if flat else None,
+        proof_itemsize=weight.dtype.itemsize if flat else 0,
+    )
+
+
+def _stored(source: Source, state: str, key: str) -> Tensor:
+    found = source.tensor(state, key)
+    if found is None:
+        what = {MAIN: "main params of", WEIGHT: "weight"}.get(state, f"{state} of")
+        raise PlanError(
+            f"{source.path} has no {what} {key}, which the live model has: it is a checkpoint of "
+            "another model, or of weights alone. Leave it out with --pma-exclude"
+        )
+    return found
+
+
+def _shape_of(tensors: Iterable[LiveTensor], key: str) -> tuple[int, ...]:
+    return next(p.global_shape for t in tensors for p in t.places if p.key == key)
+
+
+def _check_shape(source: Source, state: str, key: str, shape: tuple[int, ...]) -> None:
+    found = _stored(source, state, key).shape
+    if found == shape:
+        return
+    vocabulary = any(word in key for word in ("word_embeddings", "output_layer"))
+    padded = vocabulary and found[1:] == shape[1:]
+    hint = (
+        "the vocabulary is padded otherwise: set --make-vocab-size-divisible-by (and the tensor "
+        "parallel size it depends on) as in the run that wrote it"
+        if padded
+        else "it is a checkpoint of another model"
+    )
+    raise PlanError(f"{source.path}: {key} has shape {found}, the live model {shape}: {hint}")
+
+
+def by_group(tensors: Iterable[LiveTensor]) -> Mapping[tuple[bool, bool], list[LiveTensor]]:
+    """Tensors by (main params sharded over replicas, replicas are the expert group)."""
+    groups: dict[tuple[bool, bool], list[LiveTensor]] = {
+        (sharded, expert): [] for sharded in (True, False) for expert in (False, True)
+    }
+    for live in tensors:
+        groups[live.sharded, live.expert].append(live)
+    return groups

@@ -1,0 +1,172 @@
+"""What the `--pma-*` flags of a training job ask for, read from Megatron's argument namespace.
+
+An option that was not given is None there (a switch: False); `settings` fills in the defaults.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from pma_megatron.errors import UsageError
+from pma_megatron.request import Method
+from pma_megatron.selection import DEFAULT_LAST, SelectionRequest
+
+OPTIMIZER_STATES = ("latest", "average", "reset")
+SHARES = ("auto", "source", "slice")
+SNAPSHOT_DTYPES = ("fp32", "bf16")
+
+_SWITCHES = ("pma_init", "pma_save", "pma_eval")
+
+USED_BY: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "pma_load": ("pma_init",),
+        "pma_last": ("pma_init", "pma_save"),
+        "pma_interval_tokens": ("pma_init", "pma_save"),
+        "pma_interval_iterations": ("pma_init",),
+        "pma_tolerance": ("pma_init",),
+        "pma_end_iteration": ("pma_init",),
+        "pma_iterations": ("pma_init",),
+        "pma_exclude": ("pma_init",),
+        "pma_method": ("pma_init", "pma_save"),
+        "pma_alpha": ("pma_init", "pma_save"),
+        "pma_floor": ("pma_init", "pma_save"),
+        "pma_coefficients": ("pma_init", "pma_save"),
+        "pma_optimizer_state": ("pma_init",),
+        "pma_share": ("pma_init",),
+        "pma_threads": ("pma_init", "pma_save"),
+        "pma_save_dir": ("pma_save",),
+        "pma_window_dir": ("pma_save",),
+        "pma_snapshot_dtype": ("pma_snapshot_interval_tokens",),
+        "pma_snapshot_dir": ("pma_snapshot_interval_tokens",),
+        "pma_keep": ("pma_snapshot_interval_tokens",),
+    }
+)
+"""For every option, the flags that make use of it; it is refused without any of them."""
+
+NAMES: tuple[str, ...] = (*_SWITCHES, "pma_snapshot_interval_tokens", *USED_BY)
+"""Every name that `add_arguments` adds to Megatron's argument namespace."""
+
+_COMMAND_LINE = re.compile(
+    r"--(last|interval-tokens|interval-iterations|tolerance|end-iteration|iterations|exclude"
+    r"|method|alpha|floor|coefficients|optimizer-state)(?![\w-])"
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What a job was asked to do: `init`, `save`, `eval_`, `snapshots`; the rest says how."""
+
+    init: bool
+    """Replace what Megatron resumed with the average, before the first iteration."""
+    save: bool
+    """Keep a running average and save it whenever Megatron saves."""
+    eval_: bool
+    """Evaluate the running average too, wherever Megatron evaluates."""
+    load: str | None
+    """Root of the sources of `init`."""
+    selection: SelectionRequest
+    """The sources of `init`."""
+    method: Method
+    """How sources, or the window of the running average, are weighted."""
+    optimizer_state: str
+    """One of `OPTIMIZER_STATES`, for `init`."""
+    share: str
+    """One of `SHARES`: how replicas divide the reading of `init`."""
+    threads: int
+    """Reader threads per rank."""
+    window: int
+    """Members of the running average."""
+    interval_tokens: int | None
+    """Tokens from one member of the running average to the next."""
+    save_dir: str | None
+    """Root that the running average is saved under."""
+    window_dir: str | None
+    """Node-local folder for the window; None keeps it in host memory."""
+    snapshot_interval_tokens: int | None
+    """Tokens from one snapshot to the next; None for no snapshots."""
+    snapshot_dtype: str
+    """One of `SNAPSHOT_DTYPES`."""
+    snapshot_dir: str | None
+    """Root of the snapshots."""
+    keep: int | None
+    """How many of the newest snapshots to keep; None keeps all."""
+
+    @property
+    def snapshots(self) -> bool:
+        """Whether snapshots are written."""
+        return self.snapshot_interval_tokens is not None
+
+
+def given(args: Any, name: str) -> bool:
+    """Whether one option, named as in the namespace, was given."""
+    value = getattr(args, name, None)
+    return value is not None and value is not False
+
+
+def settings(args: Any) -> Settings:
+    """The settings in Megatron's arguments.
+
+    Raises:
+        UsageError: values out of range or that contradict each other, named as Megatron's flags.
+    """
+    try:
+        return _settings(args)
+    except UsageError as error:
+        raise UsageError(spelled(str(error))) from error
+
+
+def spelled(message: str) -> str:
+    """A message of the command line with its flags named as in a Megatron script."""
+    return _COMMAND_LINE.sub(r"--pma-\1", message)
+
+
+def _settings(args: Any) -> Settings:
+    def value(name: str, default: Any = None) -> Any:
+        return getattr(args, f"pma_{name}") if given(args, f"pma_{name}") else default
+
+    save = getattr(args, "save", None)
+    coefficients = value("coefficients")
+    return Settings(
+        init=value("init", False),
+        save=value("save", False),
+        eval_=value("eval", False),
+        load=value("load", getattr(args, "load", None)),
+        selection=_selection(value),
+        method=Method(
+            name=value("method", "sma"),
+            alpha=value("alpha"),
+            floor=value("floor", 0.0),
+            values=None if coefficients is None else tuple(coefficients),
+        ),
+        optimizer_state=value("optimizer_state", "latest"),
+        share=value("share", "auto"),
+        threads=value("threads", 2),
+        window=value("last", DEFAULT_LAST),
+        interval_tokens=value("interval_tokens"),
+        save_dir=value("save_dir", save and f"{save.rstrip('/')}-pma"),
+        window_dir=value("window_dir"),
+        snapshot_interval_tokens=value("snapshot_interval_tokens"),
+        snapshot_dtype=value("snapshot_dtype", "fp32"),
+        snapshot_dir=value("snapshot_dir", save and f"{save.rstrip('/')}/pma_snapshots"),
+        keep=value("keep"),
+    )
+
+
+def _selection(value: Callable[..., Any]) -> SelectionRequest:
+    # With --pma-save, --pma-last and --pma-interval-tokens describe the running average, so they
+    # do not contradict a list of sources for --pma-init.
+    listed = value("iterations")
+    for_window = listed is not None and value("save", False)
+    return SelectionRequest(
+        last=None if for_window else value("last"),
+        interval_tokens=None if for_window else value("interval_tokens"),
+        interval_iterations=value("interval_iterations"),
+        tolerance=value("tolerance", 0.25),
+        end_iteration=value("end_iteration"),
+        exclude=tuple(value("exclude", ())),
+        iterations=None if listed is None else tuple(listed),
+    )

@@ -1,0 +1,238 @@
+"""Thin snapshots: main params alone, between full saves, as a checkpoint that Megatron can read.
+
+A window of ten checkpoints then costs ten times the weights, not ten times the optimizer state. A
+snapshot is a `torch_dist` checkpoint of weights (`--no-save-optim`) whose tensors are the float32
+main params, whole or rounded once to bfloat16, and a mark that says so (`formats.marker`).
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import secrets
+import shutil
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from pma_megatron.comm import Comm
+from pma_megatron.discover import TRACKER_FILE, iteration_of
+from pma_megatron.errors import CheckpointError, PublishError, UsageError
+from pma_megatron.formats.base import Item
+from pma_megatron.formats.marker import (
+    MARKER_FILE,
+    SNAPSHOTS,
+    SnapshotMarker,
+    read_snapshot_marker,
+)
+from pma_megatron.formats.torch_dist.checkpoint import COMMON_FILE, completeness
+from pma_megatron.formats.torch_dist.chunks import (
+    Chunk,
+    StoredChunk,
+    check_cover,
+    metadata_bytes,
+    place,
+    stored,
+)
+from pma_megatron.megatron.snapshot_job import REMOVED, STAGING, Data, SnapshotJob, remove
+
+__all__ = ["SNAPSHOTS", "Chunk", "SnapshotWriter", "prune"]
+
+DTYPES = (torch.float32, torch.bfloat16)
+_log = logging.getLogger(__name__)
+
+
+class SnapshotWriter:
+    """Writes the snapshots of one run; one writer per folder.
+
+    The constructor is collective. `write` and `wait` are called by every rank in the same order and
+    communicate through the file system alone.
+    """
+
+    def __init__(
+        self, root: str | Path, chunks: Sequence[Chunk], dtype: torch.dtype, comm: Comm,
+        common: Callable[[int], Mapping[str, Any]] | None = None,
+    ) -> None:  # fmt: skip
+        """Agree on who writes what. Every rank makes this call.
+
+        Args:
+            root: folder that gets `iter_*`, shared by all ranks: `<--save>/pma_snapshots`.
+            chunks: what this rank writes of each tensor; over all ranks every tensor once. Model
+                tensors must all be among them, buffers that checkpoints hold too.
+            dtype: float32 or bfloat16, of every chunk that names no other.
+            comm: the ranks.
+            common: iteration -> further entries of the common state, as Megatron's own saves have
+                (`content_metadata`, `num_floating_point_operations_so_far`); called on rank 0.
+
+        Raises:
+            UsageError: another dtype.
+            PublishError: the folder cannot be made, is not shared, or is Megatron's own --save.
+            PlanError: the chunks do not cover each tensor exactly once; names the key.
+        """
+        if dtype not in DTYPES:
+            raise UsageError(f"snapshots are stored in fp32 or bf16, not in {dtype}")
+        self.root = Path(root)
+        self._dtype, self._comm, self._common = dtype, comm, common
+        self._count = 0
+        self._job: SnapshotJob | None = None
+        self._metadata: tuple[Mapping[str, Item], bytes] | None = None
+        self._token = comm.broadcast(secrets.token_hex(4))
+        comm.on_main("snapshot folder", self._prepare)
+        comm.agree("snapshot folder", self._refuse_unseen)
+        numbers = [number for number, chunk in enumerate(chunks) if chunk.box.numel]
+        file = f"__{comm.rank}_0.distcp"
+        placed = comm.agree(
+            "snapshot layout", lambda: place([chunks[n] for n in numbers], dtype, file)
+        )
+        self._chunks = list(zip(numbers, placed, strict=True))
+        told = comm.collect(stored(placed))
+        self._layout: list[StoredChunk] = [chunk for part in told for chunk in part]
+        comm.on_main("snapshot layout", lambda: check_cover(self._layout))
+
+    def write(self, iteration: int, data: Data, args: Any,
+              objects: Mapping[str, Any] = MappingProxyType({})) -> None:  # fmt: skip
+        """Begin the snapshot of `iteration` in a thread; returns at once.
+
+        A whole snapshot that is there already is kept: a resumed run comes by the same iterations.
+
+        Args:
+            iteration: of the run.
+            data: chunk number -> its elements, 1-D contiguous float32 on the CPU, that must not
+                change until `wait`; a function is called from the thread.
+            args: Megatron's arguments as of now (rank 0's are stored).
+            objects: opaque entries that this rank contributes (`..._extra_state/shard_0_2`), each
+                from one rank. Megatron asks for those that its model has.
+
+        Raises:
+            PublishError: the last one is still being written.
+        """
+        if self._job is not None:
+            raise PublishError(
+                f"{self._job.target} is still being written: call wait() before the next write"
+            )
+        self._count += 1
+        target = self.root / f"iter_{iteration:07d}"
+        if target.is_dir() and completeness(target) is None:
+            _log.info("%s is there already and whole: kept", target)
+            return
+        if self._comm.is_main:
+            self._remove_given_up()
+        self._job = SnapshotJob(
+            rank=self._comm.rank,
+            size=self._comm.size,
+            target=target,
+            # The number keeps marks of a failed attempt apart from those of the next.
+            staging=self.root / f"{STAGING}{target.name}-{self._token}-{self._count}",
+            chunks=self._chunks,
+            data=data,
+            objects={key: _saved([value]) for key, value in objects.items()},
+            small=self._small_files(iteration, args) if self._comm.is_main else {},
+            metadata=self._metadata_of,
+        )
+        self._job.start()
+
+    def wait(self, timeout_s: float = 600.0) -> None:
+        """Until the last snapshot is published, at once if there is none under way.
+
+        Raises:
+            PublishError: a rank failed (named) or was not done in time; nothing was published, and
+                the next `write` starts afresh.
+        """
+        job, self._job = self._job, None
+        if job is not None:
+            job.wait(timeout_s)
+
+    def _prepare(self) -> None:
+        if (self.root / TRACKER_FILE).exists():
+            raise PublishError(
+                f"{self.root} holds {TRACKER_FILE}: it is Megatron's own folder. Snapshots need "
+                f"one of their own, {self.root / SNAPSHOTS}"
+            )
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise PublishError(f"cannot make {self.root}: {error.strerror}") from error
+        for folder in self.root.glob(f"{STAGING}*"):
+            _log.warning("removing %s, left by a run that was cut off", folder)
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _refuse_unseen(self) -> None:
+        if not self.root.is_dir():
+            raise PublishError(
+                f"{self.root}, made by rank 0, is not there on rank {self._comm.rank}: snapshots "
+                "need a folder that all ranks share"
+            )
+
+    def _remove_given_up(self) -> None:
+        for folder in self.root.glob(f"{STAGING}*-{self._token}-*"):
+            if int(folder.name.rpartition("-")[2]) < self._count:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _small_files(self, iteration: int, args: Any) -> dict[str, bytes]:
+        further = {} if self._common is None else self._common(iteration)
+        common = {"args": args, "checkpoint_version": 3.0, "iteration": iteration, **further}
+        dtype = str(self._dtype).removeprefix("torch.")
+        marker = SnapshotMarker(iteration=iteration, dtype=dtype)
+        return {COMMON_FILE: _saved(common), MARKER_FILE: marker.to_bytes()}
+
+    def _metadata_of(self, objects: Mapping[str, Item]) -> bytes:
+        # Only the objects' places can change; for a large model pickling the rest takes seconds.
+        if self._metadata is None or self._metadata[0] != objects:
+            self._metadata = (dict(objects), metadata_bytes(self._layout, objects))
+        return self._metadata[1]
+
+
+def prune(root: str | Path, keep: int, needed: Collection[int]) -> list[Path]:
+    """Delete old snapshots below `root`, oldest first (rank 0 only).
+
+    Only folders `iter_*` that are marked as snapshots are ever deleted; Megatron's checkpoints,
+    merges and links are not looked at. What cannot be deleted is logged and left.
+
+    Args:
+        root: the folder of snapshots.
+        keep: how many of the newest stay in any case.
+        needed: iterations that a window still needs.
+
+    Returns:
+        The folders that are gone.
+
+    Raises:
+        UsageError: `keep` is negative.
+    """
+    if keep < 0:
+        raise UsageError(f"--pma-keep must be 0 or more, got {keep}")
+    root = Path(root)
+    if not root.is_dir():
+        return []
+    for rest in root.glob(f"{REMOVED}*"):  # a deletion that was cut off
+        shutil.rmtree(rest, ignore_errors=True)
+    found = sorted((iteration_of(f), f) for f in root.iterdir() if _is_snapshot(f))
+    gone = []
+    for iteration, folder in found[: max(len(found) - keep, 0)]:
+        if iteration in needed:
+            continue
+        try:
+            remove(folder)
+        except OSError as error:
+            _log.warning("snapshot %s could not be deleted: %s", folder, error)
+        else:
+            gone.append(folder)
+    return gone
+
+
+def _is_snapshot(folder: Path) -> bool:
+    if folder.is_symlink() or not folder.is_dir() or iteration_of(folder) is None:
+        return False
+    try:
+        return read_snapshot_marker(folder) is not None
+    except CheckpointError:
+        return False  # of a later release: not ours to judge
+
+
+def _saved(value: Any) -> bytes:
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    return stream.getvalue()

@@ -1,0 +1,171 @@
+"""The state of a running average on disk: one thin snapshot per entry, readable at any topology.
+
+A rank writes what it owns and reads what it owns then, so tensor, pipeline, expert and data
+parallelism may change in between, and Megatron's own checkpoints stay as they are.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import copy
+import logging
+import threading
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from pma_megatron.comm import Comm
+from pma_megatron.discover import list_checkpoints
+from pma_megatron.errors import CheckpointError, PublishError
+from pma_megatron.formats import registry
+from pma_megatron.megatron.shard import Shard
+from pma_megatron.megatron.snapshots import SnapshotWriter, prune
+from pma_megatron.megatron.window import Entry, ExponentialAverage, Window
+from pma_megatron.selection import CheckpointRef
+
+FOLDER = "window"
+"""Below the root of the averages."""
+_MEMBERS = "pma_members"
+_log = logging.getLogger(__name__)
+_AT_EXIT_S = 60.0  # another rank may be gone, and a job that ends must end
+
+
+class WindowStore:
+    """Saves the entries of one window below one folder. The constructor is collective."""
+
+    def __init__(self, root: str | Path, shard: Shard, window: Window, comm: Comm) -> None:
+        """Agree on who writes what.
+
+        Raises:
+            PublishError: the folder cannot be made or is not shared.
+            PlanError: the ranks' parts do not cover each tensor exactly once.
+        """
+        self.root, self.window, self._shard, self._comm = Path(root), window, shard, comm
+        self._parts = shard.chunks()
+        chunks = [chunk for chunk, _ in self._parts]
+        self._writer = SnapshotWriter(self.root, chunks, torch.float32, comm)
+        self._stored: set[int] = set()
+        self._before: frozenset[int] = frozenset()
+        self._stale: list[int] | None = None  # not looked for yet
+        self._thread: threading.Thread | None = None
+        # The job may end right after a save, and daemon threads would be cut off then.
+        atexit.register(self.wait, _AT_EXIT_S)
+
+    def save(self, *, wait: bool) -> None:
+        """Write the entries that are not on disk yet; every rank calls this together.
+
+        Entries of this and of the save before stay, so that a job can go back by one checkpoint.
+        What cannot be written is logged and tried again at the next save.
+
+        Args:
+            wait: return when they are published; otherwise they are written by a thread.
+        """
+        self.wait()
+        if self._stale is None:  # a run that did not load anything continues nothing
+            self._stale = self._comm.on_main("find the window", lambda: self._find(-1))[1]
+        if self._stale:
+            self._comm.on_main("remove stale entries", self._remove_stale)
+            self._stale = []
+        entries = self.window.entries
+        held = frozenset(entry.iteration for entry in entries)
+        new = [(e, self.window.vector(e)) for e in entries if e.iteration not in self._stored]
+        needed, self._before = held | self._before, held
+        self._thread = threading.Thread(target=self._write, args=(new, needed), daemon=True)
+        self._thread.start()
+        if wait:
+            self.wait()
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Until no vector of the window is being written."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.join(timeout_s)
+
+    def load(self, iteration: int) -> list[str]:
+        """Fill the window with the newest entries up to `iteration`. Collective.
+
+        Returns:
+            what the user should know, a line each.
+
+        Raises:
+            CheckpointError, RankError: an entry is of another model, or damaged.
+        """
+        self.wait()
+        self.window.clear()
+        found, self._stale, notes = self._comm.on_main(
+            "find the window", lambda: self._find(iteration)
+        )
+        for ref, members in found:
+            self._restore(ref, members)
+        held = frozenset(entry.iteration for entry in self.window.entries)
+        self._stored, self._before = set(held), held
+        return notes
+
+    def _find(self, iteration: int) -> tuple[list[tuple[CheckpointRef, int]], list[int], list[str]]:
+        """Entries up to `iteration` (reference, members), later ones, and notes."""
+        refs = [r for r in list_checkpoints(self.root) if r.iteration is not None]
+        notes = [
+            f"{r.path} is left out: {r.incomplete_because}" for r in refs if not r.complete
+        ]  # fmt: skip
+        whole = [r for r in refs if r.complete and r.snapshot]
+        stale = [r.iteration for r in whole if r.iteration is not None and r.iteration > iteration]
+        if stale:
+            notes.append(
+                f"{len(stale)} entries after iteration {iteration} are of a later part of the run "
+                "that was given up: they will be replaced"
+            )
+        found = [(r, _members(r)) for r in whole if r.iteration not in stale]
+        if isinstance(self.window, ExponentialAverage):
+            return found[-1:], stale, notes
+        # An exponential average is no member of a window.
+        return [(r, n) for r, n in found if n == 1][-self.window.last :], stale, notes
+
+    def _restore(self, ref: CheckpointRef, members: int) -> None:
+        known = registry.get(ref.format, ref.path)
+        source = self._comm.on_main("open", lambda: known.read_source(ref.path, {}, True))
+        if ref.iteration is None or ref.consumed_tokens is None:
+            because = ref.tokens_unknown_because
+            raise CheckpointError(f"{ref.path}: its tokens are unknown because {because}")
+        entry = Entry(iteration=ref.iteration, tokens=ref.consumed_tokens, members=members)
+
+        def fill(vector: torch.Tensor) -> None:
+            self._comm.agree("read the window", lambda: self._shard.read(source, vector))
+
+        self.window.restore(entry, fill)
+
+    def _write(self, new: Sequence[tuple[Entry, torch.Tensor]], needed: frozenset[int]) -> None:
+        try:
+            for entry, vector in new:
+                data = [vector[at : at + chunk.box.numel] for chunk, at in self._parts]
+                self._writer.write(entry.iteration, data, _args(entry))
+                self._writer.wait()
+                self._stored.add(entry.iteration)
+        except PublishError as error:
+            _log.warning("the running average is not saved, which is tried again: %s", error)
+            return
+        if self._comm.is_main:
+            prune(self.root, 0, needed)
+
+    def _remove_stale(self) -> None:
+        keep = {r.iteration for r in list_checkpoints(self.root) if r.iteration is not None}
+        prune(self.root, 0, keep - set(self._stale or ()))
+
+
+def _args(entry: Entry) -> Namespace:
+    """What is stored as Megatron's arguments; one token a sample where there are none."""
+    given = entry.args
+    if given is None:
+        given = Namespace(consumed_train_samples=entry.tokens, seq_length=1)
+    given = copy.copy(given)
+    setattr(given, _MEMBERS, entry.members)
+    return given
+
+
+def _members(ref: CheckpointRef) -> int:
+    with contextlib.suppress(CheckpointError):
+        args = registry.get(ref.format, ref.path).common(Path(ref.path))["args"]
+        return int(args.get(_MEMBERS, 1))
+    return 1

@@ -1,0 +1,88 @@
+"""The average in place of the live weights, for a while, and then every bit as it was.
+
+Only contents change, never storage: parameters are views of Megatron's buffers, and captured
+graphs know their addresses. What was there is kept on the host meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from pma_megatron.megatron.load import forward_hooks_off
+from pma_megatron.megatron.params import MAIN, LiveTensor
+from pma_megatron.megatron.shard import Shard, Slot
+from pma_megatron.megatron.window import Average
+
+
+@contextlib.contextmanager
+def averaged_weights(models: Sequence[Any], tensors: Sequence[LiveTensor], shard: Shard,
+                     average: Average) -> Iterator[None]:  # fmt: skip
+    """Forward passes inside the block use the average; main params are not touched. Collective.
+
+    Args:
+        models: the chunks, as Megatron's training passes them around.
+        tensors: all of `live_tensors`, whether this rank owns a part or not.
+        shard: their owned parts.
+        average: of vectors of `shard`.
+    """
+    with forward_hooks_off(models):
+        kept = [(live.tensor.detach(), _kept(live.tensor)) for live in tensors]
+        try:
+            _set_weights(models, shard, average)
+            yield
+        finally:
+            for tensor, before in kept:
+                tensor.copy_(before)
+
+
+@contextlib.contextmanager
+def averaged_state(models: Sequence[Any], tensors: Sequence[LiveTensor], shard: Shard,
+                   average: Average) -> Iterator[None]:  # fmt: skip
+    """As `averaged_weights`, and main params are the average too: what is saved inside the block
+    resumes from it. Moments, step counts and everything else stay the trainer's."""
+    trained = [slot for slot in shard.slots if slot.live.part is not None]
+    with averaged_weights(models, tensors, shard, average):
+        kept: list[tuple[Slot, torch.Tensor]] = []
+        try:
+            for slot in trained:
+                kept.append((slot, _kept(slot.main())))
+                _set_main(slot, average.made(slot))
+            yield
+        finally:
+            for slot, before in kept:
+                _set_main(slot, before)
+
+
+def backup_bytes(tensors: Sequence[LiveTensor], shard: Shard) -> int:
+    """Host memory that `averaged_state` takes, which is more than `averaged_weights` does."""
+    weights = sum(live.tensor.numel() * live.tensor.element_size() for live in tensors)
+    return weights + shard.nbytes
+
+
+def _set_weights(models: Sequence[Any], shard: Shard, average: Average) -> None:
+    for slot in shard.slots:
+        slot.weights().copy_(average.made(slot))  # rounded once, as by an optimizer step
+    with torch.no_grad():
+        for model in models:
+            if getattr(getattr(model, "ddp_config", None), "use_distributed_optimizer", False):
+                model.start_param_sync(force_sync=True)
+
+
+def _set_main(slot: Slot, values: torch.Tensor) -> None:
+    live = slot.live
+    main = live.states()[MAIN].detach()
+    main.copy_(values.view_as(main))
+    if live.by_copy and main.data_ptr() != live.states()[MAIN].data_ptr():
+        # Without the moments: setting those again would quantize them again.
+        live.part._set_main_param_and_optimizer_states(live.tensor, {MAIN: main})
+
+
+def _kept(tensor: torch.Tensor) -> torch.Tensor:
+    on_gpu = tensor.device.type == "cuda"
+    room = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_gpu)
+    # The stream orders it before whatever changes the tensor next.
+    return room.copy_(tensor.detach(), non_blocking=on_gpu)

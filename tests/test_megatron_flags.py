@@ -1,0 +1,183 @@
+"""The `--pma-*` flags: what they store, the settings they make, and what they refuse."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+from typing import Any
+
+import pytest
+
+from pma_megatron.errors import UsageError
+from pma_megatron.megatron import flags
+from pma_megatron.megatron.options import NAMES, USED_BY
+
+JOB = {
+    "save": "/ckpts/run",
+    "load": "/ckpts/run",
+    "ckpt_format": "torch_dist",
+    "data_parallel_size": 4,
+    "tensor_model_parallel_size": 2,
+    "use_distributed_optimizer": True,
+}
+"""What Megatron's own arguments say in a job that every use works in."""
+
+
+def parse(text: str, **job: Any) -> argparse.Namespace:
+    """Megatron's namespace after `text`, with `job` on top of `JOB`."""
+    parser = flags.add_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    return parser.parse_args(text.split(), argparse.Namespace(**{**JOB, **job}))
+
+
+def test_flags_add_one_group_of_plain_values() -> None:
+    parser = argparse.ArgumentParser()
+    before = len(parser._action_groups)
+    assert flags.add_arguments(parser) is parser
+    assert [group.title for group in parser._action_groups[before:]] == ["PMA (pma_megatron)"]
+    given = ["--pma-init", "--pma-interval-tokens", "8B", "--pma-exclude", "1", "2"]
+    args = vars(parser.parse_args(given))
+    assert set(args) == set(NAMES)
+    assert args["pma_interval_tokens"] == 8_000_000_000
+    assert args["pma_exclude"] == [1, 2]
+    plain = (bool, int, float, str, list, type(None))
+    assert all(type(value) in plain for value in args.values())
+    assert b"pma_megatron" not in pickle.dumps(args)
+
+
+def test_nothing_given_is_not_enabled_and_neither_is_a_namespace_without_the_flags() -> None:
+    assert not flags.enabled(parse(""))
+    assert not flags.enabled(argparse.Namespace())
+    assert all(flags.enabled(argparse.Namespace(**{name: 0.0})) for name in NAMES)
+
+
+def test_settings_fill_in_the_defaults() -> None:
+    made = flags.settings(parse("--pma-init --pma-save --pma-interval-tokens 8B", save="/a/run/"))
+    assert (made.init, made.save, made.eval_, made.snapshots) == (True, True, False, False)
+    assert (made.load, made.save_dir) == ("/ckpts/run", "/a/run-pma")
+    assert made.snapshot_dir == "/a/run/pma_snapshots"
+    assert (made.method.name, made.optimizer_state, made.share) == ("sma", "latest", "auto")
+    assert (made.window, made.threads, made.snapshot_dtype) == (10, 2, "fp32")
+    assert made.selection.interval_tokens == made.interval_tokens == 8_000_000_000
+    assert made.selection.last is None
+
+
+def test_settings_take_every_option() -> None:
+    made = flags.settings(
+        parse(
+            "--pma-init --pma-load /src --pma-last 4 --pma-interval-tokens 1B --pma-tolerance 0 "
+            "--pma-end-iteration 90 --pma-exclude 70 80 --pma-method ema --pma-alpha 0.2 "
+            "--pma-optimizer-state reset --pma-share source --pma-threads 3 --pma-save "
+            "--pma-save-dir /out --pma-window-dir /nvme --pma-eval "
+            "--pma-snapshot-interval-tokens 500M --pma-snapshot-dtype bf16 "
+            "--pma-snapshot-dir /snap --pma-keep 8"
+        )
+    )
+    assert made.init and made.save and made.eval_ and made.snapshots
+    assert (made.load, made.save_dir, made.window_dir) == ("/src", "/out", "/nvme")
+    assert (made.snapshot_dir, made.snapshot_dtype, made.keep) == ("/snap", "bf16", 8)
+    assert (made.selection.last, made.selection.tolerance) == (4, 0.0)
+    assert (made.selection.end_iteration, made.selection.exclude) == (90, (70, 80))
+    assert (made.method.name, made.method.alpha) == ("ema", 0.2)
+    assert (made.optimizer_state, made.share, made.threads) == ("reset", "source", 3)
+
+
+def test_listed_sources_do_not_contradict_the_window_of_the_running_average() -> None:
+    window = "--pma-save --pma-last 4 --pma-interval-tokens 1B"
+    made = flags.settings(parse(f"--pma-init --pma-iterations 10 20 {window}"))
+    assert made.selection.iterations == (10, 20)
+    assert (made.window, made.interval_tokens) == (4, 1_000_000_000)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "--pma-init",
+        "--pma-init --pma-load /elsewhere --pma-last 3 --pma-interval-iterations 100",
+        "--pma-init --pma-iterations 10 20 30 --pma-method custom --pma-coefficients .2 .3 .5",
+        "--pma-init --pma-method 1-sqrt --pma-floor 0.1",
+        "--pma-save --pma-interval-tokens 8B --pma-eval",
+        "--pma-snapshot-interval-tokens 8B --pma-keep 1",
+        "--pma-init --pma-snapshot-interval-tokens 8B --pma-keep 10",
+    ],
+)
+def test_what_works_is_not_refused(text: str) -> None:
+    flags.validate(parse(text))
+
+
+INIT = "--pma-init"
+SAVE = "--pma-save --pma-interval-tokens 8B"
+SNAPSHOTS = "--pma-snapshot-interval-tokens 8B"
+
+
+@pytest.mark.parametrize(
+    ("text", "job", "words"),
+    [
+        (INIT, {"load": None}, "--pma-init needs --load"),
+        (f"{INIT} --pma-load /a", {"load": None}, "--pma-load names the sources"),
+        (INIT, {"finetune": True}, "--finetune starts at iteration 0"),
+        (INIT, {"no_load_optim": True}, "--pma-optimizer-state reset"),
+        (INIT, {"skip_train": True, "no_load_optim": True}, "--skip-train"),
+        (f"{INIT} --pma-last 0", {}, "--pma-last must be at least 1, got 0"),
+        (f"{INIT} --pma-threads 0", {}, "--pma-threads must be at least 1, got 0"),
+        (f"{INIT} --pma-iterations 1 2 --pma-last 2", {}, "so --pma-last would have no effect"),
+        (f"{INIT} --pma-interval-tokens 1B --pma-interval-iterations 5", {},
+         "--pma-interval-tokens and --pma-interval-iterations cannot be combined"),
+        (f"{INIT} --pma-method ema", {}, "--pma-method ema needs --pma-alpha"),
+        (f"{INIT} --pma-method ema --pma-alpha 2", {}, "--pma-alpha 2.0 must lie in (0, 1]"),
+        (f"{INIT} --pma-alpha 0.2", {}, "alpha"),
+        (f"{INIT} --pma-method custom --pma-coefficients .5 .5", {}, "10"),
+        ("--pma-eval", {}, "add --pma-save"),
+        ("--pma-save", {}, "--pma-save needs --pma-interval-tokens"),
+        (SAVE, {"save": None}, "--pma-save needs --save"),
+        (f"{SAVE} --pma-save-dir /ckpts/run", {"load": None}, "is the folder of --save"),
+        (f"{SAVE} --pma-save-dir /ckpts/x/../old", {"load": "/ckpts/old"}, "folder of --load"),
+        (f"{SAVE} --pma-window-dir /a --pma-save-dir /a", {}, "is the folder of --pma-save-dir"),
+        (SNAPSHOTS, {"save": None}, "--pma-snapshot-interval-tokens needs --save"),
+        (f"{SNAPSHOTS} --pma-snapshot-dir /ckpts/run", {}, "is the folder of --save"),
+        (f"{SNAPSHOTS} --pma-keep 0", {}, "--pma-keep must be at least 1, got 0"),
+        ("--pma-snapshot-interval-tokens 0", {}, "must be at least 1, got 0"),
+        (f"{INIT} {SNAPSHOTS} --pma-keep 9", {}, "raise --pma-keep to at least 10"),
+        (f"{INIT} --pma-last 5 --pma-interval-tokens 16B {SNAPSHOTS} --pma-keep 8", {},
+         "raise --pma-keep to at least 9"),
+        (INIT, {"ckpt_format": "torch"}, "--ckpt-format torch_dist (Megatron's default), found"),
+        (SAVE, {"use_megatron_fsdp": True}, "--use-megatron-fsdp"),
+        (SAVE, {"use_custom_fsdp": True}, "--use-custom-fsdp"),
+        (SAVE, {"use_torch_fsdp2": True}, "--use-torch-fsdp2"),
+        (SAVE, {"optimizer_cpu_offload": True}, "--optimizer-cpu-offload"),
+        (SAVE, {"fp8_param_gather": True}, "--fp8-param-gather"),
+        (SAVE, {"fp4_param": True}, "--fp4-param-gather"),
+        (SAVE, {"optimizer": "dist_muon"}, "--optimizer dist_muon"),
+        (SAVE, {"gtp_weight_remat_size": 2}, "--tensor-parallel-num-weight-shards"),
+        (SAVE, {"expert_gtp_weight_remat_size": 2}, "--expert-tensor-parallel-num-weight-shards"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_refused(text: str, job: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        flags.validate(parse(text, **job))
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("name", sorted(USED_BY))
+def test_an_option_without_its_flag_is_refused(name: str) -> None:
+    args = parse("")
+    setattr(args, name, 1)
+    assert flags.enabled(args), "or nobody would look"
+    with pytest.raises(UsageError, match="has no effect without"):
+        flags.validate(args)
+
+
+@pytest.mark.parametrize(
+    "text", ["--pma-interval-tokens 8X", "--pma-method mean", "--pma-optimizer-state drop",
+             "--pma-share all", "--pma-snapshot-dtype fp16"]
+)  # fmt: skip
+def test_the_parser_refuses_unknown_words(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(text)
+    assert text.split()[0] in capsys.readouterr().err
+
+
+def test_messages_of_the_command_line_are_respelled() -> None:
+    text = "--interval-tokens 8B and --last need --load; --iterations-to-skip, --pma-last"
+    assert flags.spelled(text) == (
+        "--pma-interval-tokens 8B and --pma-last need --load; --iterations-to-skip, --pma-last"
+    )

@@ -1,0 +1,156 @@
+"""The patches: nine lines each, and a patched tree trains as an unpatched one, bit for bit.
+
+With MEGATRON_LM_PATH (a Megatron-LM source tree of a release that has a patch) copies of it are
+patched and trained.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from conftest import digests
+from oracle import read_by_torch
+from pma_megatron.megatron.install import TARGETS
+from pma_megatron.testing.megatron_lm import Through, run_pretrain
+
+PATCHES = Path(__file__).parents[1] / "patches"
+ALL = sorted(PATCHES.glob("*/pma.patch"))
+TREE = os.environ.get("MEGATRON_LM_PATH")
+real = pytest.mark.skipif(TREE is None, reason="MEGATRON_LM_PATH names no Megatron-LM tree")
+
+_IMPORT = "from pma_megatron.megatron import decorators as pma"
+_HUNK = re.compile(r"^@@ -\d+,(\d+) \+\d+,(\d+) @@$")
+
+
+def apply(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """`patches/apply.sh` with these arguments."""
+    return subprocess.run(
+        ["bash", str(PATCHES / "apply.sh"), *map(str, arguments)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def test_there_is_a_patch_for_each_release_that_is_named() -> None:
+    names = {path.parent.name for path in ALL}
+    releases = {"core_v0.15.3", "core_v0.16.1", "core_v0.17.1", "core_v0.18.2", "core_v0.19.0"}
+    assert names == {*releases, "main-d98e8a64ddf34856e74b24714e3bedb2f5a39553"}
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.parent.name)
+def test_a_patch_adds_imports_and_decorators_and_nothing_else(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    added = [line[1:] for line in lines if re.match(r"\+(?!\+\+ )", line)]
+    removed = [line for line in lines if re.match(r"-(?!-- )", line)]
+    wanted = [f"@pma.{target.decorator.__name__}" for target in TARGETS]
+    assert removed == []
+    assert sorted(added) == sorted([*wanted, *[_IMPORT] * 3])
+    hunks = [_HUNK.match(line) for line in lines if line.startswith("@@")]
+    assert [match and match.groups() for match in hunks] == [("2", "3")] * 9
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.parent.name)
+def test_every_decorator_stands_above_the_function_of_its_file(path: Path) -> None:
+    text = path.read_text()
+    parts = {Path(part.split(" ", 1)[0]).stem: part for part in text.split("diff --git a/")[1:]}
+    for target in TARGETS:
+        # Where Megatron has a decorator of its own there, that is the line of context.
+        below = rf"(@_otel_trace_fn\('{target.name}'|def {target.name}\()"
+        decorated = rf"^\+@pma\.{target.decorator.__name__}\n {below}"
+        assert re.search(decorated, parts[target.module], re.MULTILINE), target.name
+
+
+def test_what_is_no_tree_or_has_no_patch_is_refused_by_name(tmp_path: Path) -> None:
+    done = apply(tmp_path)
+    assert done.returncode == 2 and "is not a Megatron-LM source tree" in done.stderr
+    info = tmp_path / "megatron" / "core" / "package_info.py"
+    info.parent.mkdir(parents=True)
+    info.write_text("MAJOR = 0\nMINOR = 16\nPATCH = 9\n")
+    before = digests(tmp_path)
+    for version, folder in ((16, "core_v0.16.1"), (14, "main-")):
+        info.write_text(f"MAJOR = 0\nMINOR = {version}\nPATCH = 9\n")
+        before = digests(tmp_path)
+        done = apply(tmp_path)
+        assert done.returncode == 1
+        assert f"no patch fits megatron-core 0.{version}.9 in {tmp_path}" in done.stderr
+        assert f"what git says to {folder}" in done.stderr
+        assert "pma_megatron.launch" in done.stderr
+        assert digests(tmp_path) == before
+    assert apply().returncode == 2
+    assert apply(tmp_path, "--force").returncode == 2
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A copy of the real tree, without what training does not need."""
+    skip = shutil.ignore_patterns(".git", "tests", "docs", "images", "__pycache__")
+    return Path(shutil.copytree(str(TREE), tmp_path / "tree", ignore=skip))
+
+
+@real
+def test_a_patch_goes_in_once_and_comes_out_again(tree: Path) -> None:
+    before = digests(tree)
+    assert apply(tree, "--check").stdout.startswith("fits: patch ")
+    assert digests(tree) == before
+    assert apply(tree).stdout.startswith("applied: patch ")
+    patched = digests(tree)
+    changed = {name for name in before if before[name] != patched[name]}
+    assert changed == {f"megatron/training/{target.module}.py" for target in TARGETS}
+    assert apply(tree).stdout.startswith("applied already: patch ")
+    assert apply(tree, "--check").stdout.startswith("applied already: patch ")
+    assert digests(tree) == patched
+    assert apply(tree, "--reverse").stdout.startswith("taken out: patch ")
+    assert digests(tree) == before
+    assert apply(tree, "--reverse").stdout.startswith("nothing to take out: patch ")
+
+
+@real
+def test_a_tree_inside_another_repository_is_patched_too(tree: Path) -> None:
+    subprocess.run(["git", "init", "--quiet", str(tree.parent)], check=True)
+    before = digests(tree)
+    assert apply(tree).returncode == 0
+    assert digests(tree) != before
+
+
+@real
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_patched_and_launched_trees_train_as_a_plain_one_bit_for_bit(
+    tree: Path, tmp_path: Path
+) -> None:
+    ways: list[tuple[str, Through, bool]] = [
+        ("plain", "plain", False),
+        ("launched", "launcher", False),
+        ("patched", "plain", True),
+        ("patched and launched", "launcher", True),
+    ]
+    seen = {}
+    for name, through, patched in ways:
+        if patched and "applied" not in apply(tree).stdout:
+            pytest.fail("the patch did not go in")
+        save = tmp_path / name
+        options = "--train-iters 3 --save-interval 3 --dist-ckpt-optim-fully-reshardable"
+        arguments = [*options.split(), "--save", str(save)]
+        run = run_pretrain(tree, arguments, ranks=2, through=through)
+        assert set(run.losses) == {1, 2, 3}
+        seen[name] = run.losses, tensors(save / "iter_0000003")
+    losses, saved = seen.pop("plain")
+    assert any(key.startswith("optimizer.") for key in saved)
+    for name, (other_losses, other_saved) in seen.items():
+        assert other_losses == losses, name
+        assert other_saved.keys() == saved.keys(), name
+        for key, value in saved.items():
+            assert torch.equal(other_saved[key], value), f"{name}: {key}"
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint."""
+    metadata = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    return read_by_torch(folder, [key for key, entry in metadata.items() if hasattr(entry, "size")])
