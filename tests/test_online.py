@@ -306,31 +306,28 @@ def test_a_missing_entry_is_said(tmp_path: Path) -> None:
 # Training is not touched.
 
 
-def watched(rank: int, world_size: int, config: TinyConfig, root: str) -> Any:
-    """Losses and final state, without an average and with one that is evaluated and saved."""
-    ends = []
-    for watch in (False, True):
-        trainer = TinyTrainer(config)
-        average, losses = online(trainer, METHODS["wma"]), []
-        for _ in range(8):
-            losses += train(trainer, 1, *([average] if watch else []))
-            if watch and average.average() is not None:
-                with average.averaged_weights():
-                    trainer.evaluate(1)
-                with average.averaged_state():
-                    trainer.save(root)
-                average.save_state(f"{root}-state")
-        ends.append((losses, held(trainer), torch.get_rng_state()))
-        trainer.close()
-    return ends
+def watched(rank: int, world_size: int, config: TinyConfig, root: str, watch: bool) -> Any:
+    """Losses and final state, with an average that is evaluated and saved, or without."""
+    trainer = TinyTrainer(config)
+    average, losses = online(trainer, METHODS["wma"]), []
+    for _ in range(8):
+        losses += train(trainer, 1, *([average] if watch else []))
+        if watch and average.average() is not None:
+            with average.averaged_weights():
+                trainer.evaluate(1)
+            with average.averaged_state():
+                trainer.save(root)
+            average.save_state(f"{root}-state")
+    return losses, held(trainer), torch.get_rng_state()
 
 
 @pytest.mark.parametrize("case", FAST)
 def test_training_is_the_same_with_and_without(case: str, tmp_path: Path) -> None:
     config, ranks = CASES[case]
-    for (losses, end, rng), (others, other, other_rng) in run_ranks(
-        watched, ranks, config, str(tmp_path / "run")
-    ):
+    without, watching = (
+        run_ranks(watched, ranks, config, str(tmp_path / "run"), watch) for watch in (False, True)
+    )
+    for (losses, end, rng), (others, other, other_rng) in zip(without, watching, strict=True):
         assert losses == others
         assert_same(end, other)
         assert torch.equal(rng, other_rng)

@@ -272,22 +272,6 @@ def is_last_stage() -> bool:
 
 
 @contextlib.contextmanager
-def parameters_gathered(models: list[Any]) -> Any:
-    """All parameters are whole inside the block, as Megatron's training has them when it saves.
-
-    With `overlap_param_gather` they are gathered only by the next forward pass.
-    """
-    hooked = [model for model in models if getattr(model, "remove_forward_pre_hook_handles", None)]
-    for model in hooked:
-        model.disable_forward_pre_hook()
-    try:
-        yield
-    finally:
-        for model in hooked:
-            model.enable_forward_pre_hook()
-
-
-@contextlib.contextmanager
 def evaluating(models: list[Any]) -> Any:
     """No gradients and no training mode inside the block."""
     for model in models:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from pma_megatron.megatron.load import forward_hooks_off
 from pma_megatron.testing import core_api, corpus, cpu, state, store
 from pma_megatron.testing.config import TinyConfig
 
@@ -71,7 +72,7 @@ class TinyTrainer:
     def evaluate(self, batches: int = 4) -> float:
         """Mean loss over the first `batches` global batches of the held-out text."""
         losses = []
-        with core_api.parameters_gathered(self.models), core_api.evaluating(self.models):
+        with forward_hooks_off(self.models), core_api.evaluating(self.models):
             for index in range(batches):
                 first = index * self.config.global_batch_size
                 losses.append(self._forward_backward(first, held_out=True))
@@ -79,7 +80,7 @@ class TinyTrainer:
 
     def save(self, root: str | Path) -> Path:
         """Write a checkpoint of this iteration below `root`, as Megatron-LM training does."""
-        with core_api.parameters_gathered(self.models):
+        with forward_hooks_off(self.models):
             return store.save(self, Path(root))
 
     def load(self, root: str | Path, iteration: int | None = None) -> int:
@@ -87,7 +88,7 @@ class TinyTrainer:
 
         Raises FileNotFoundError when there is no tracker and no `iteration`.
         """
-        with core_api.parameters_gathered(self.models):
+        with forward_hooks_off(self.models):
             return store.load(self, Path(root), iteration)
 
     def main_params(self) -> dict[str, torch.Tensor]:
