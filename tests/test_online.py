@@ -110,7 +110,8 @@ def train_and_average(rank: int, world_size: int, config: TinyConfig, root: str)
         with each.averaged_weights():
             weights = held(trainer)
         assert_same(weights["weights"], made[name]["weights"])
-        assert_same(weights["main"], before["main"])
+        if config.bf16:  # in float32 the weights are the main params
+            assert_same(weights["main"], before["main"])
         assert_same(held(trainer), before)
     return made
 
