@@ -42,8 +42,10 @@ EMA = Method(name="ema", alpha=0.3)
 
 
 def fast_first(names: Any) -> list[Any]:
-    """The cases, those that are not in FAST marked as slow."""
-    return [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in names]
+    """The cases; of those that are not in FAST, the CI runs one."""
+    rest = (pytest.mark.slow, pytest.mark.thorough)
+    marks = dict.fromkeys(FAST, ()) | {"dense-tp2-dp2": (pytest.mark.slow,)}
+    return [pytest.param(name, marks=marks.get(name, rest)) for name in names]
 
 
 def online(trainer: TinyTrainer, method: Method, **kwargs: Any) -> OnlineAverage:
@@ -269,7 +271,7 @@ RESHARDED = {
 
 @pytest.mark.parametrize("method", [METHODS["1-sqrt"], EMA], ids=["1-sqrt", "ema"])
 @pytest.mark.parametrize(
-    "case", [pytest.param(c, marks=pytest.mark.slow) if "four" in c else c for c in RESHARDED]
+    "case", [c if c == "dense" else pytest.param(c, marks=pytest.mark.thorough) for c in RESHARDED]
 )
 def test_the_state_survives_another_layout(case: str, method: Method, tmp_path: Path) -> None:
     one, ranks, other, others = RESHARDED[case]
