@@ -95,6 +95,14 @@ def add(total: torch.Tensor, block: torch.Tensor, weight: float, begun: bool) ->
     return True
 
 
+def fold(average: torch.Tensor, member: torch.Tensor, alpha: float) -> None:
+    """One step of an exponential average that runs on, in place (arXiv 2505.12082, eq. 4).
+
+    A member that equals the average leaves it as it is to the bit, whatever alpha is.
+    """
+    average.lerp_(member, alpha)  # average + alpha (member - average)
+
+
 @dataclass(frozen=True, slots=True)
 class Input:
     """One source in a unit, and its weight per output."""

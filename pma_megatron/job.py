@@ -14,11 +14,11 @@ from pma_megatron.blocks import BlockWriter
 from pma_megatron.comm import Comm
 from pma_megatron.errors import CheckpointError, UsageError
 from pma_megatron.faultpoints import point
-from pma_megatron.planning import MergePlan, make_plan
+from pma_megatron.planning import MergePlan, make_plan, refuse_changed
 from pma_megatron.publish import Target
 from pma_megatron.report import MergeReport, describe_plan
 from pma_megatron.request import MergeRequest
-from pma_megatron.tasks import Workload, share
+from pma_megatron.tasks import share
 
 _log = logging.getLogger(__name__)
 
@@ -159,27 +159,6 @@ def _sync(writers: list[BlockWriter]) -> None:
     for writer in writers:
         writer.sync()
         writer.close()
-
-
-def refuse_changed(plan: Workload, comm: Comm) -> None:
-    """A source that was rewritten while it was read would give a mixture of two checkpoints."""
-    for number, source in enumerate(plan.sources):
-        if comm.rank != plan.visible[number][0]:
-            continue
-        for name, (nbytes, mtime_ns) in source.stamps.items():
-            path = Path(source.path) / name
-            try:
-                stat = path.stat()
-            except OSError as error:
-                raise CheckpointError(
-                    f"{path} vanished while it was merged ({error.strerror}). Stop the clean-up or "
-                    "exclude it"
-                ) from error
-            if (stat.st_size, stat.st_mtime_ns) != (nbytes, mtime_ns):
-                raise CheckpointError(
-                    f"{path} changed while it was merged: the run is writing it. Wait for the save "
-                    "to end, then merge again"
-                )
 
 
 def _publish(plan: MergePlan, wanted: tuple[Target, ...], comm: Comm) -> None:

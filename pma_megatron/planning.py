@@ -13,14 +13,14 @@ from typing import Any
 from pma_megatron.build import Fates, PolicyRow, Rules, decide, make_tasks
 from pma_megatron.comm import Comm
 from pma_megatron.discover import choose, list_checkpoints
-from pma_megatron.errors import SelectionError
+from pma_megatron.errors import CheckpointError, SelectionError
 from pma_megatron.formats import registry
 from pma_megatron.formats.output import OutputLayout
 from pma_megatron.formats.source import Source
 from pma_megatron.policy import MAIN
 from pma_megatron.request import MergeRequest, Output
 from pma_megatron.selection import CheckpointRef, Selection
-from pma_megatron.tasks import Average, Copy, Unit, Zero, units
+from pma_megatron.tasks import Average, Copy, Unit, Workload, Zero, units
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,6 +116,27 @@ def gather_sources(request: MergeRequest, comm: Comm, *, everywhere: bool = Fals
     visible = tuple(seen[ref.path] for ref in selection.refs)
     sources = _open_all(request, selection.refs, visible, comm)
     return Gathered(selection=selection, sources=sources, outputs=outputs, visible=visible)
+
+
+def refuse_changed(plan: Workload, comm: Comm) -> None:
+    """A source that was rewritten while it was read would give a mixture of two checkpoints."""
+    for number, source in enumerate(plan.sources):
+        if comm.rank != plan.visible[number][0]:
+            continue
+        for name, (nbytes, mtime_ns) in source.stamps.items():
+            path = Path(source.path) / name
+            try:
+                stat = path.stat()
+            except OSError as error:
+                raise CheckpointError(
+                    f"{path} vanished while it was merged ({error.strerror}). Stop the clean-up or "
+                    "exclude it"
+                ) from error
+            if (stat.st_size, stat.st_mtime_ns) != (nbytes, mtime_ns):
+                raise CheckpointError(
+                    f"{path} changed while it was merged: the run is writing it. Wait for the save "
+                    "to end, then merge again"
+                )
 
 
 def make_plan(request: MergeRequest, comm: Comm) -> MergePlan:

@@ -14,7 +14,8 @@ from pma_megatron import MergeRequest, Policy, SelectionRequest, merge
 from pma_megatron.errors import PlanError, PmaError, SelectionError, UsageError
 from pma_megatron.formats import registry
 from pma_megatron.megatron import load
-from pma_megatron.megatron.load import forward_hooks_off, merge_into
+from pma_megatron.megatron.load import merge_into
+from pma_megatron.megatron.replicas import forward_hooks_off
 from pma_megatron.testing import TinyConfig, TinyTrainer, inject, rank_outcomes, run_ranks
 
 UNIT_ROUNDOFF = 2.0**-24

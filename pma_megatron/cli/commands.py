@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from pma_megatron.cli import tables
 from pma_megatron.cli.progress import show
+from pma_megatron.cli.verbs import show_result
 from pma_megatron.comm import Comm, process_group_from_environment
 from pma_megatron.discover import TRACKER_FILE, list_checkpoints
 from pma_megatron.errors import CheckpointError, UsageError
@@ -31,26 +29,28 @@ def merge(arguments: Namespace) -> None:
         comm = Comm(request.merge_parallel_size)
         report = merge_checkpoints(request, comm, show(comm))
         if comm.is_main:
-            _print(arguments, report.to_json(), lambda: tables.merged(report))
+            show_result(arguments, report.to_json(), lambda: tables.merged(report))
 
 
 def plan(arguments: Namespace) -> None:
     """`pma plan`."""
     request = _request(arguments)
     made = plan_merge(request)
-    _print(arguments, describe_plan(made), lambda: tables.planned(made))
+    show_result(arguments, describe_plan(made), lambda: tables.planned(made))
 
 
 def list_(arguments: Namespace) -> None:
     """`pma list`."""
     refs = list_checkpoints(arguments.root)
-    _print(arguments, [asdict(ref) for ref in refs], lambda: tables.listed(arguments.root, refs))
+    show_result(
+        arguments, [asdict(ref) for ref in refs], lambda: tables.listed(arguments.root, refs)
+    )
 
 
 def inspect(arguments: Namespace) -> None:
     """`pma inspect`."""
     found = inspect_checkpoint(arguments.path)
-    _print(arguments, asdict(found), lambda: tables.inspected(found))
+    show_result(arguments, asdict(found), lambda: tables.inspected(found))
 
 
 def verify(arguments: Namespace) -> None:
@@ -67,7 +67,7 @@ def verify(arguments: Namespace) -> None:
     with process_group_from_environment():
         checked = verify_merge(path, samples=arguments.samples)
         if Comm().is_main:
-            _print(arguments, asdict(checked), lambda: tables.verified(path, checked))
+            show_result(arguments, asdict(checked), lambda: tables.verified(path, checked))
 
 
 def _request(arguments: Namespace) -> MergeRequest:
@@ -123,10 +123,3 @@ def _overrides(texts: list[str]) -> tuple[tuple[str, str], ...]:
             raise UsageError(f"--policy {text!r} is not PATTERN=ACTION, as in '*.router.*=newest'")
         pairs.append((pattern, action))
     return tuple(pairs)
-
-
-def _print(arguments: Namespace, value: Any, table: Any) -> None:
-    if arguments.json:
-        sys.stdout.write(json.dumps(value, indent=1) + "\n")
-    else:
-        table()

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 
 from pma_megatron.cli import commands
+from pma_megatron.cli.verbs import add_selection, new_verb
 from pma_megatron.coefficients import METHODS
-from pma_megatron.errors import UsageError
 from pma_megatron.policy import AVERAGES, OPTIMIZER_STATES
-from pma_megatron.tokens import parse_tokens
 from pma_megatron.version import __version__
 
 _MERGE_EXAMPLE = """examples:
@@ -33,57 +32,22 @@ def parser() -> argparse.ArgumentParser:
         ("merge", commands.merge, "merge checkpoints into a new one; start it with torchrun"),
         ("plan", commands.plan, "say what merge would do with the same flags; writes nothing"),
     ):
-        verb = _verb(verbs, name, run, text, epilog=_MERGE_EXAMPLE)
-        _selection(verb)
+        verb = new_verb(verbs, name, run, text, epilog=_MERGE_EXAMPLE)
+        add_selection(verb)
         _averaging(verb)
         _running(verb)
-    verb = _verb(verbs, "list", commands.list_, "list a run's checkpoints: tokens, complete or not")
+    verb = new_verb(
+        verbs, "list", commands.list_, "list a run's checkpoints: tokens, complete or not"
+    )
     verb.add_argument("root", help="the folder given to Megatron's --save")
-    verb = _verb(verbs, "inspect", commands.inspect, "say what is in one checkpoint")
+    verb = new_verb(verbs, "inspect", commands.inspect, "say what is in one checkpoint")
     verb.add_argument("path", help="one iter_* folder")
-    verb = _verb(verbs, "verify", commands.verify, "check a merged checkpoint against its sources")
+    verb = new_verb(
+        verbs, "verify", commands.verify, "check a merged checkpoint against its sources"
+    )
     verb.add_argument("path", help="one merged iter_* folder, or the --save folder above it")
     verb.add_argument("--samples", type=int, default=256, help="slices to recompute (default 256)")
     return top
-
-
-def _verb(verbs: argparse._SubParsersAction[argparse.ArgumentParser], name: str, run: object,
-          text: str, epilog: str | None = None) -> argparse.ArgumentParser:  # fmt: skip
-    verb = verbs.add_parser(
-        name,
-        help=text,
-        description=text[0].upper() + text[1:] + ".",
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    verb.add_argument("--json", action="store_true", help="print the result as JSON")
-    verb.add_argument("--verbose", action="store_true", help="more messages, on stderr")
-    verb.set_defaults(run=run)
-    return verb
-
-
-def _selection(verb: argparse.ArgumentParser) -> None:
-    group = verb.add_argument_group("which checkpoints")
-    group.add_argument("--load", metavar="DIR", help="the folder given to Megatron's --save")
-    group.add_argument("--last", type=int, metavar="N", help="how many (default 10)")
-    group.add_argument(
-        "--interval-tokens", type=_tokens, metavar="V", help="spacing, e.g. 8B, 500M"
-    )
-    group.add_argument(
-        "--interval-iterations", type=int, metavar="V",
-        help="spacing in iterations, for checkpoints without Megatron args",
-    )  # fmt: skip
-    group.add_argument(
-        "--tolerance", type=float, default=0.25, metavar="F",
-        help="how far off its place a checkpoint may lie, as a fraction of V (default 0.25)",
-    )  # fmt: skip
-    group.add_argument(
-        "--end-iteration", type=int, metavar="I", help="newest source (default: newest complete)"
-    )
-    group.add_argument("--window-tokens", type=_tokens, metavar="W", help="all within the last W")
-    group.add_argument("--iterations", type=int, nargs="+", metavar="I", help="exactly these")
-    group.add_argument("--paths", nargs="+", metavar="DIR", help="exactly these iter_* folders")
-    group.add_argument("--exclude", type=int, nargs="+", default=[], metavar="I", help="not these")
 
 
 def _averaging(verb: argparse.ArgumentParser) -> None:
@@ -129,10 +93,3 @@ def _running(verb: argparse.ArgumentParser) -> None:
         help="ranks that share the sources of a slice and all-reduce it; for sources on "
         "node-local disks (default 1: ranks share the bytes)",
     )  # fmt: skip
-
-
-def _tokens(text: str) -> int:
-    try:
-        return parse_tokens(text)
-    except UsageError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error

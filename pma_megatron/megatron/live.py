@@ -17,7 +17,8 @@ from pma_megatron.errors import PlanError, UsageError
 from pma_megatron.formats.base import Tensor
 from pma_megatron.formats.source import Source
 from pma_megatron.geometry import Box, Piece, PieceIndex, flat_range
-from pma_megatron.megatron.params import MAIN, LiveTensor
+from pma_megatron.megatron.params import LiveTensor
+from pma_megatron.policy import MAIN
 from pma_megatron.tasks import Average, Unit, units
 
 WEIGHT = "weight"

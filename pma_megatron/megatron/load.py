@@ -11,9 +11,8 @@ sharded, replicas take turns at blocks. By source: replicas read different sourc
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,11 +23,11 @@ from pma_megatron import engine, memory
 from pma_megatron.comm import Comm, Team
 from pma_megatron.errors import UsageError
 from pma_megatron.faultpoints import point
-from pma_megatron.job import refuse_changed
 from pma_megatron.megatron.live import LivePlan, LiveWriter, average_units, by_group
-from pma_megatron.megatron.params import MAIN, LiveTensor, live_tensors, parts
-from pma_megatron.planning import Gathered, gather_sources
-from pma_megatron.policy import Policy
+from pma_megatron.megatron.params import LiveTensor, live_tensors, parts
+from pma_megatron.megatron.replicas import forward_hooks_off, refresh_weights, replica_group
+from pma_megatron.planning import Gathered, gather_sources, refuse_changed
+from pma_megatron.policy import MAIN, Policy
 from pma_megatron.request import MergeRequest, Method
 from pma_megatron.selection import SelectionRequest
 from pma_megatron.tasks import Unit
@@ -168,43 +167,10 @@ def _run(plan: LivePlan, units: Sequence[Unit], comm: Comm, team: Team) -> engin
 
 def replicas(expert: bool, *, by_source: bool) -> Team:
     """The ranks that hold the same part of the model as this one, this one included."""
-    from megatron.core import parallel_state
-
-    group = (
-        parallel_state.get_expert_data_parallel_group()
-        if expert
-        else parallel_state.get_data_parallel_group(with_context_parallel=True)
-    )
+    group = replica_group(expert)
     members = tuple(dist.get_process_group_ranks(group))
     place = members.index(dist.get_rank())
     return Team(members, place, group if len(members) > 1 else None, by_source, all_write=True)
-
-
-@contextlib.contextmanager
-def forward_hooks_off(models: Sequence[Any]) -> Iterator[None]:
-    """No parameter all-gather in flight, and none started by a forward pass, inside the block.
-
-    For `overlap_param_gather`: Megatron does the same around evaluation (training.py, `train`).
-    """
-    hooked = [m for m in models if getattr(m, "remove_forward_pre_hook_handles", None)]
-    for model in hooked:
-        model.disable_forward_pre_hook()
-    try:
-        yield
-    finally:
-        for model in hooked:
-            model.enable_forward_pre_hook()
-
-
-def refresh_weights(models: Sequence[Any], optimizer: Any) -> None:
-    """Weights of the forward pass from the main params, as after an optimizer step. Collective."""
-    with torch.no_grad():
-        for part in parts(optimizer):
-            if hasattr(part, "_copy_main_params_to_model_params"):
-                part._copy_main_params_to_model_params()
-        for model in models:
-            if getattr(getattr(model, "ddp_config", None), "use_distributed_optimizer", False):
-                model.start_param_sync(force_sync=True)
 
 
 def reset_moments(optimizer: Any, tensors: Sequence[LiveTensor]) -> None:

@@ -19,8 +19,7 @@ import torch
 
 from pma_megatron.errors import UsageError
 from pma_megatron.geometry import Box
-
-MAIN = "param"
+from pma_megatron.policy import MAIN
 
 
 @dataclass(frozen=True, slots=True)

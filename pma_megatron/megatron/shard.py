@@ -19,7 +19,9 @@ from pma_megatron.formats import registry
 from pma_megatron.formats.source import Source
 from pma_megatron.formats.torch_dist.chunks import Chunk
 from pma_megatron.geometry import Box, PieceIndex, flat_range
-from pma_megatron.megatron.params import MAIN, LiveTensor, Place
+from pma_megatron.megatron.params import LiveTensor, Place
+from pma_megatron.megatron.replicas import replica_group
+from pma_megatron.policy import MAIN
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -72,14 +74,14 @@ class Shard:
         Over all ranks every stored element once: replicas that hold the same take turns.
         """
         found, turns = [], {False: 0, True: 0}
-        ranks = {expert: _replica(expert) for expert in turns}
+        groups = {expert: replica_group(expert) for expert in turns}
         for slot in self.slots:
             live = slot.live
             if live.sharded:
                 mine = getattr(live.part, "distributed_optimizer_instance_id", 0) == 0
             else:
-                rank, size = ranks[live.expert]
-                mine = turns[live.expert] % size == rank
+                group = groups[live.expert]
+                mine = turns[live.expert] % group.size() == group.rank()
                 turns[live.expert] += 1
             if mine:
                 found += [
@@ -128,15 +130,3 @@ def _index(source: Source, place: Place) -> PieceIndex[Any]:
             f"{Path(source.path).parent} elsewhere to start a new one"
         )
     return PieceIndex(stored.pieces)
-
-
-def _replica(expert: bool) -> tuple[int, int]:
-    """This rank's number among those that hold the same weights, and how many they are."""
-    from megatron.core import parallel_state
-
-    group = (
-        parallel_state.get_expert_data_parallel_group()
-        if expert
-        else parallel_state.get_data_parallel_group(with_context_parallel=True)
-    )
-    return torch.distributed.get_rank(group), torch.distributed.get_world_size(group)

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from pma_megatron.megatron.load import forward_hooks_off
-from pma_megatron.megatron.params import MAIN, LiveTensor
+from pma_megatron.megatron.params import LiveTensor
+from pma_megatron.megatron.replicas import forward_hooks_off, gather_weights
 from pma_megatron.megatron.shard import Shard, Slot
 from pma_megatron.megatron.window import Average
+from pma_megatron.policy import MAIN
 
 
 @contextlib.contextmanager
@@ -66,10 +67,7 @@ def backup_bytes(tensors: Sequence[LiveTensor], shard: Shard) -> int:
 def _set_weights(models: Sequence[Any], shard: Shard, average: Average) -> None:
     for slot in shard.slots:
         slot.weights().copy_(average.made(slot))  # rounded once, as by an optimizer step
-    with torch.no_grad():
-        for model in models:
-            if getattr(getattr(model, "ddp_config", None), "use_distributed_optimizer", False):
-                model.start_param_sync(force_sync=True)
+    gather_weights(models)
 
 
 def _set_main(slot: Slot, values: torch.Tensor) -> None:

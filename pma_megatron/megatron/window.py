@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from pma_megatron.accumulate import Sum
+from pma_megatron.accumulate import Sum, fold
 from pma_megatron.coefficients import Coefficients
 from pma_megatron.errors import UsageError
 from pma_megatron.megatron.hostcopy import HostCopy
@@ -207,8 +207,7 @@ class ExponentialAverage(Window):
     def _fold(self, target: torch.Tensor, staging: torch.Tensor) -> None:
         assert self.method.alpha is not None
         self.copy.wait()
-        # x - M, times a, plus M: a member that equals M leaves it as it is, whatever a is.
-        target.lerp_(staging, self.method.alpha)
+        fold(target, staging, self.method.alpha)
 
 
 def make_window(copy: HostCopy, method: Method, last: int, folder: Path | None = None) -> Window:

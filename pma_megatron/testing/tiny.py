@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from pma_megatron.megatron.load import forward_hooks_off
+from pma_megatron.megatron.replicas import forward_hooks_off
 from pma_megatron.testing import core_api, corpus, cpu, state, store
 from pma_megatron.testing.config import TinyConfig
 

@@ -1,0 +1,71 @@
+"""What the verbs of the command line share."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from pma_megatron.errors import UsageError
+from pma_megatron.tokens import parse_tokens
+
+
+def new_verb(verbs: argparse._SubParsersAction[argparse.ArgumentParser], name: str, run: object,
+             text: str, epilog: str | None = None) -> argparse.ArgumentParser:  # fmt: skip
+    """Add a verb that calls `run(arguments)`; it gets --json and --verbose."""
+    verb = verbs.add_parser(
+        name,
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verb.add_argument("--json", action="store_true", help="print the result as JSON")
+    verb.add_argument("--verbose", action="store_true", help="more messages, on stderr")
+    verb.set_defaults(run=run)
+    return verb
+
+
+def add_selection(verb: argparse.ArgumentParser) -> None:
+    """Add the flags of `selection.SelectionRequest`, and --load."""
+    group = verb.add_argument_group("which checkpoints")
+    group.add_argument("--load", metavar="DIR", help="the folder given to Megatron's --save")
+    group.add_argument("--last", type=int, metavar="N", help="how many (default 10)")
+    group.add_argument(
+        "--interval-tokens", type=token_count, metavar="V", help="spacing, e.g. 8B, 500M"
+    )
+    group.add_argument(
+        "--interval-iterations", type=int, metavar="V",
+        help="spacing in iterations, for checkpoints without Megatron args",
+    )  # fmt: skip
+    group.add_argument(
+        "--tolerance", type=float, default=0.25, metavar="F",
+        help="how far off its place a checkpoint may lie, as a fraction of V (default 0.25)",
+    )  # fmt: skip
+    group.add_argument(
+        "--end-iteration", type=int, metavar="I", help="newest source (default: newest complete)"
+    )
+    group.add_argument(
+        "--window-tokens", type=token_count, metavar="W", help="all within the last W"
+    )
+    group.add_argument("--iterations", type=int, nargs="+", metavar="I", help="exactly these")
+    group.add_argument("--paths", nargs="+", metavar="DIR", help="exactly these iter_* folders")
+    group.add_argument("--exclude", type=int, nargs="+", default=[], metavar="I", help="not these")
+
+
+def token_count(text: str) -> int:
+    """The argparse type of a token count such as 8B."""
+    try:
+        return parse_tokens(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def show_result(arguments: argparse.Namespace, value: Any, table: Callable[[], None]) -> None:
+    """Print `value` as JSON under --json, else call `table`."""
+    if arguments.json:
+        sys.stdout.write(json.dumps(value, indent=1) + "\n")
+    else:
+        table()
