@@ -32,7 +32,7 @@ __all__ = ["Kind", "SpikeDetector", "SpikeSettings", "Verdict", "detect"]
 _SIGMA_PER_MAD = 1.4826
 _MEDIAN_SPREAD = math.sqrt(math.pi / 2)
 
-# What may be left of a rise after another `patience` points, if the run is to be on its way back.
+# What may be left of a rise after another `patience`, if the run is to be on its way back.
 _RECOVERING = 2 / 3
 
 
@@ -233,14 +233,15 @@ class SpikeDetector:
             self._close(watched)
             what = f"rose to {watched.peak:.4f} and was back {after}"
             return _verdict(Kind.RECOVERED, watched, iteration, what)
-        before, due = watched.rise, watched.points % settings.patience == 0
-        if before is None or due:
-            watched.rise = rise
-        # The first look has nothing to compare with; a rise that shrinks gets more time.
-        if before is None or not due or rise <= before * _RECOVERING:
+        if watched.early is None:
+            watched.early = watched.rise = rise
+        if watched.points % settings.patience:
+            return None
+        before, watched.rise = watched.rise, rise
+        if rise <= before * _RECOVERING:
             return None
         if rise > settings.fatal_rise:
-            jumped = before > rise / 2
+            jumped = watched.early > rise / 2
             kind = Kind.UNRECOVERED if jumped else Kind.DIVERGENCE
             what = f"{'jumped' if jumped else 'crept up'} to {watched.peak:.4f} and is {rise:.4f}"
             return _verdict(kind, watched, iteration, f"{what} too high {after}")

@@ -41,7 +41,7 @@ class SpikeSettings:
     settle: int = 10
     """Points whose median says where the loss is now; each waits as long to enter the baseline."""
     patience: int = 100
-    """Points that a spike has to recover; as many again each time it shrank by a third."""
+    """Points that a spike has to recover; as many again each time its rise shrank by a third."""
     cooldown: int = 20
     """Points after `restart` that are neither judged nor learned from, unless NaN or Inf."""
     grad_norm_ratio: float = 4.0
@@ -104,8 +104,10 @@ class Suspicion:
     """Rise of a median of `settle` points that counts as back."""
     peak: float
     points: int = 0
-    rise: float | None = None
-    """Rise when it was last weighed: after `settle` points, then after every `patience`."""
+    early: float | None = None
+    """Rise after the first `settle` points: a jump has most of it by then."""
+    rise: float = 0.0
+    """Rise when it was last weighed: the early one, then one after every `patience`."""
 
 
 @dataclass(kw_only=True, slots=True)

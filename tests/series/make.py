@@ -110,12 +110,17 @@ def trained(rank: int, world_size: int, name: str, seed: int) -> list[tuple[int,
     return EventfulTrainer(RECIPES[name], seed).series()
 
 
+def file_of(name: str, seed: int) -> Path:
+    """Where the series of one run is committed."""
+    return HERE / (f"{name}.csv" if seed == 1 else f"{name}_{seed}.csv")
+
+
 def main() -> None:
     """Write every committed series, or those that the command line names."""
     for name in sys.argv[1:] or RECIPES:
         for seed in SEEDS.get(name, (1,)):
             rows = run_ranks(trained, 1, name, seed, timeout_s=500)[0]
-            path = HERE / f"{name}{'' if seed == 1 else f'_{seed}'}.csv"
+            path = file_of(name, seed)
             with path.open("w", newline="") as file:
                 writer = csv.writer(file, lineterminator="\n")
                 writer.writerow(("iteration", "loss", "grad_norm"))
