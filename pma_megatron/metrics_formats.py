@@ -89,7 +89,7 @@ def read_log(path: Path, loss: str | None, grad_norm: str | None) -> Written:
                 consumed_samples=None if samples is None else int(samples),
             )
         )
-    notes = []
+    notes = [] if loss or key == "lm loss" else [f"The loss is {key!r}; there is no 'lm loss'."]
     if skipped:
         notes.append(f"{skipped} line(s) left out: Megatron skipped all their iterations.")
     if torn:
@@ -122,7 +122,10 @@ def read_csv(path: Path, loss: str | None, grad_norm: str | None) -> Written:
 
     def rows() -> Iterator[Mapping[str, Any]]:
         with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-            yield from csv.DictReader(line.replace("\0", "") for line in file)
+            try:
+                yield from csv.DictReader(line.replace("\0", "") for line in file)
+            except csv.Error as error:
+                raise MetricsError(f"{path}: is not CSV ({error})") from error
 
     return _read_table(path, rows, loss, grad_norm)
 
@@ -280,7 +283,7 @@ def _lines(path: Path) -> Iterator[str]:
 
 def _list(names: Iterable[str]) -> str:
     names = [*names]
-    return ", ".join(repr(name) for name in names[:20]) + (", ..." if len(names) > 20 else "")
+    return ", ".join(repr(name[:60]) for name in names[:20]) + (", ..." if len(names) > 20 else "")
 
 
 def _ambiguous(path: Path, what: str, found: list[str]) -> MetricsError:

@@ -46,10 +46,10 @@ class SpikeSettings:
     """Points after `restart` that are neither judged nor learned from, unless NaN or Inf."""
     grad_norm_ratio: float = 4.0
     """Times its median at which a gradient norm is off; that alone is never a verdict."""
-    nonfinite_losses: int = 1
-    """Losses in a row that are NaN or Inf, and are fatal."""
+    nonfinite_losses: int = 3
+    """Losses in a row that are NaN or Inf, and are fatal; fp16 loss scaling skips a single one."""
     nonfinite_grad_norms: int = 25
-    """Gradient norms in a row; fp16 loss scaling skips up to 18 to come from 2^32 to 2^15."""
+    """Gradient norms in a row, with finite losses; loss scaling skips 18 from 2^32 to 2^15."""
 
     def __post_init__(self) -> None:
         least = {

@@ -108,6 +108,7 @@ def test_log_of_another_loss(tmp_path: Path) -> None:
     one = written(tmp_path, "one.log", line(1, " mse loss: 2.0E+00 |"))
     two = written(tmp_path, "two.log", line(1, " mse loss: 2.0E+00 | aux loss: 1.0E+00 |"))
     assert curve(read_metrics(one)) == {1: 2.0}
+    assert "The loss is 'mse loss'; there is no 'lm loss'." in read_metrics(one).notes
     assert curve(read_metrics(two, loss="aux loss")) == {1: 1.0}
     with pytest.raises(MetricsError, match="'mse loss', 'aux loss' could each be the loss"):
         read_metrics(two)
@@ -222,6 +223,7 @@ def test_gaps(tmp_path: Path) -> None:
         ("a.txt", "hello\nworld\n", "no line of Megatron's training log"),
         ("a.log", line(1, "", norm="", skipped=1), "skipped all their iterations"),
         ("a.csv", "iteration,loss\nx,y\n", "1 row(s) left out"),
+        ("a.csv", "iteration,loss\n" + 200_000 * "a" + ",1\n", "is not CSV"),
     ],
 )
 def test_refused(tmp_path: Path, name: str, text: str, words: str) -> None:

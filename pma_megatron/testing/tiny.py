@@ -221,7 +221,8 @@ class TinyTrainer:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
         loss = self._forward_backward(self.consumed_samples, held_out=False)
-        _, self.grad_norm, _ = self.optimizer.step()
+        _, grad_norm, _ = self.optimizer.step()
+        self.grad_norm = float(grad_norm)
         return loss
 
     def _forward_backward(self, first_sample: int, *, held_out: bool) -> float:

@@ -85,7 +85,7 @@ class EventfulTrainer(TinyTrainer):
             if self.iteration == self.recipe.poisoned:
                 self._poison()
             loss = self.train(1)[0]
-            rows.append((self.iteration, loss, float(self.grad_norm)))
+            rows.append((self.iteration, loss, self.grad_norm))
         return rows
 
     def _set_lr(self, lr: float) -> None:
