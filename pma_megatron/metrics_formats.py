@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,9 +45,9 @@ _LOSS = ("lm loss", "loss", "train loss", "training loss", "train lm loss", "tra
 _GRAD_NORM = ("grad norm", "gradient norm", "train grad norm", "optim total grad norm")
 _SAMPLES = ("consumed samples", "consumed train samples", "samples")
 
-_NUMBER = r"[-+]?(?:\d+(?:\.\d*)?(?:e[-+]?\d+)?|nan|inf)"
+# Of a line's fields only what may be of use is kept: a long run has millions of lines.
+_LOG_KEYS = re.compile(r"loss|norm|consumed samples|number of (skipped|nan) iterations")
 _LOG_START = re.compile(r"iteration\s+(\d+)/\s*\d+\s*\|")
-_LOG_FIELD = re.compile(rf"\s*([a-z][^|:]*?)\s*:\s*({_NUMBER})\s*\|", re.IGNORECASE)
 
 
 def read_log(path: Path, loss: str | None, grad_norm: str | None) -> Written:
@@ -102,7 +103,12 @@ def _log_lines(text: str) -> Iterator[dict[str, float]]:
     for start, end in itertools.zip_longest(starts, starts[1:]):
         rest = text[start.end() : end.start() if end else len(text)]
         fields = {"iteration": float(start[1])}
-        fields.update((field[1], float(field[2])) for field in _LOG_FIELD.finditer(rest))
+        # What no bar ends was cut off.
+        for part in rest.split("|")[:-1]:
+            key, _, value = part.rpartition(":")
+            number = _number(value) if _LOG_KEYS.search(key) else None
+            if number is not None:
+                fields[sys.intern(key.strip())] = number
         yield fields
 
 
@@ -272,7 +278,7 @@ def _number(value: Any) -> float | None:
         return None
     try:
         return float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
 
 
