@@ -4,8 +4,9 @@ Writes `<name>.csv` beside itself: iteration, loss (nats), grad_norm (before cli
 megatron-core's GPT in bf16 with the distributed optimizer, on one rank; a run takes about 30 s.
 
 `COLLAPSE` is the recipe for a run that trains normally and is then lost: the LR is raised 50 times
-at iteration 200. The loss jumps, comes down to the entropy of single bytes (3.1 to 3.4 nats), which
-is what a dead network predicts, and stays there.
+at iteration 200. The loss jumps from 2.4 to 10 nats, comes down to about 3.3, which is little better
+than letter frequencies, and stays there. A run that resumes from a checkpoint takes the LR from it:
+raise it as `EventfulTrainer.set_lr` does, in the scheduler and in the parameter groups.
 """
 
 from __future__ import annotations
@@ -81,14 +82,15 @@ class EventfulTrainer(TinyTrainer):
         rows = []
         for _ in range(self.recipe.iterations):
             if self.iteration in self.recipe.lr:
-                self._set_lr(self.recipe.lr[self.iteration])
+                self.set_lr(self.recipe.lr[self.iteration])
             if self.iteration == self.recipe.poisoned:
                 self._poison()
             loss = self.train(1)[0]
             rows.append((self.iteration, loss, self.grad_norm))
         return rows
 
-    def _set_lr(self, lr: float) -> None:
+    def set_lr(self, lr: float) -> None:
+        """Train with this peak LR from here on."""
         self.scheduler.max_lr = lr
         for group in self.optimizer.param_groups:
             group["max_lr"] = group["lr"] = lr
