@@ -4,7 +4,7 @@ Writes `<name>.csv` beside itself: iteration, loss (nats), grad_norm (before cli
 megatron-core's GPT in bf16 with the distributed optimizer, on one rank; a run takes about 30 s.
 
 `COLLAPSE` is the recipe for a run that trains normally and is then lost: the LR is raised 50 times
-at iteration 200. The loss jumps from 2.4 to 10 nats, comes down to about 3.3, which is little better
+at iteration 200. The loss jumps from 2.4 to 10 nats, comes down to about 3.3, little better
 than letter frequencies, and stays there. A run that resumes from a checkpoint takes the LR from it:
 raise it as `EventfulTrainer.set_lr` does, in the scheduler and in the parameter groups.
 """
