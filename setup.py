@@ -11,9 +11,11 @@ exec((HERE / "pma_megatron" / "version.py").read_text(), VERSION)
 MEGATRON = ["megatron-core>=0.12"]
 DEEPSPEED = ["deepspeed>=0.14"]
 PLOTS = ["matplotlib>=3.7"]
+TENSORBOARD = ["tensorboard>=2.12"]
 TEST = [
     *MEGATRON,
     *PLOTS,
+    *TENSORBOARD,
     "hypothesis>=6.100",
     "mypy>=1.10",
     "pytest>=8",
@@ -41,7 +43,13 @@ setup(
         "rich>=13",
         "torch>=2.4",
     ],
-    extras_require={"megatron": MEGATRON, "deepspeed": DEEPSPEED, "plots": PLOTS, "test": TEST},
+    extras_require={
+        "megatron": MEGATRON,
+        "deepspeed": DEEPSPEED,
+        "plots": PLOTS,
+        "tensorboard": TENSORBOARD,
+        "test": TEST,
+    },
     entry_points={"console_scripts": ["pma = pma_megatron.cli:main"]},
     classifiers=[
         "License :: OSI Approved :: Apache Software License",

@@ -22,6 +22,10 @@ class CheckpointError(PmaError):
     """A checkpoint on disk is damaged, hostile, or of a form that is not supported."""
 
 
+class MetricsError(PmaError):
+    """A file of training metrics cannot be read, has no loss, or could mean several things."""
+
+
 class PlanError(PmaError):
     """The sources cannot be merged with each other: layouts, shapes, or dtypes differ."""
 

@@ -9,7 +9,8 @@ PACKAGE = Path(__file__).parents[1] / "pma_megatron"
 
 ORDER = [
     ["version", "errors", "log", "faultpoints", "memory", "geometry", "durable"],
-    ["tokens", "coefficients", "policy"],
+    ["tokens", "coefficients", "policy", "spike_state", "metrics_formats"],
+    ["spike", "metrics"],
     ["selection", "comm"],
     ["request"],
     ["formats.pickles", "formats.zips", "formats.base", "formats.marker"],

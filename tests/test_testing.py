@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -347,3 +348,30 @@ def test_a_constant_run_can_be_annealed(tmp_path):
     assert constant == pytest.approx([0, 0.005, 0.01, 0.01])
     assert linear == pytest.approx([0.01, 0.0075, 0.005, 0.0025, 0])
     assert minus_sqrt == pytest.approx([0.01 * (1 - (i / 4) ** 0.5) for i in range(5)])
+
+
+def _norms(rank: int, world_size: int) -> list[tuple[float, float]]:
+    """The trainer's gradient norm, and that of the reduced gradients in float64, per iteration."""
+    from pma_megatron.testing import TinyTrainer
+
+    trainer = TinyTrainer(TinyConfig(use_distributed_optimizer=False, clip_grad=1e6))
+    assert math.isnan(trainer.grad_norm)
+    found = []
+    for _ in range(3):
+        trainer.train(1)
+        grads = [p.main_grad.double() for model in trainer.models for p in model.parameters()]
+        found.append((trainer.grad_norm, math.sqrt(sum(float((g**2).sum()) for g in grads))))
+    return found
+
+
+@pytest.mark.megatron
+def test_grad_norm_is_that_of_the_whole_gradient() -> None:
+    first, second = run_ranks(_norms, 2)
+    assert first == second
+    for norm, expected in first:
+        assert norm == pytest.approx(expected, rel=1e-5) and norm > 0
+
+
+def test_a_clip_grad_without_a_norm_is_refused() -> None:
+    with pytest.raises(ValueError, match="clip_grad must be above 0"):
+        TinyConfig(clip_grad=0.0)

@@ -53,6 +53,8 @@ class TinyConfig:
     global_batch_size: int = 8
     lr: float = 1e-2
     weight_decay: float = 0.01
+    clip_grad: float = 1.0
+    """Largest global gradient norm; above 0, because Megatron computes the norm to clip it."""
     warmup_iters: int = 0
     decay: Decay = "constant"
     decay_start_iter: int = 0
@@ -63,6 +65,8 @@ class TinyConfig:
     def __post_init__(self) -> None:
         if self.decay != "constant" and self.decay_iters <= 0:
             raise ValueError(f"decay={self.decay!r} needs decay_iters > 0, not {self.decay_iters}")
+        if self.clip_grad <= 0:
+            raise ValueError(f"clip_grad must be above 0, not {self.clip_grad}")
         if self.overlap_param_gather and self.bucket_size is None:
             raise ValueError("overlap_param_gather needs a bucket_size")
         if self.num_experts is None and self.expert_model_parallel_size != 1:

@@ -166,7 +166,7 @@ def build_optimizer(config: TinyConfig, models: list[Any]) -> Any:
         min_lr=0.0,
         weight_decay=config.weight_decay,
         adam_beta2=0.95,
-        clip_grad=1.0,
+        clip_grad=config.clip_grad,
         bf16=config.bf16,
         params_dtype=torch.bfloat16 if config.bf16 else torch.float32,
         use_distributed_optimizer=config.use_distributed_optimizer,

@@ -6,6 +6,7 @@ rank of a gloo job (see `run_ranks`).
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -24,9 +25,10 @@ from pma_megatron.testing.config import TinyConfig
 class TinyTrainer:
     """One rank of a tiny run; every method is called by all ranks together.
 
-    `iteration` and `consumed_samples` count as Megatron's. Needs an initialised process group whose
-    size is a multiple of the model-parallel sizes; sets up Megatron's parallel state, so there is
-    one trainer per process at a time.
+    `iteration` and `consumed_samples` count as Megatron's; `grad_norm` is the global L2 norm of the
+    last iteration's gradient before clipping, NaN before the first. Needs an initialised process
+    group whose size is a multiple of the model-parallel sizes; sets up Megatron's parallel state,
+    so there is one trainer per process at a time.
 
     Raises ValueError when the batch sizes do not divide over the data-parallel ranks.
     """
@@ -36,6 +38,7 @@ class TinyTrainer:
         self.config = config
         self.iteration = 0
         self.consumed_samples = 0
+        self.grad_norm = math.nan
         self.floating_point_operations = 0
         self._initialise_parallel()
         self.models = core_api.build_model(config, self._core_config)
@@ -218,7 +221,8 @@ class TinyTrainer:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
         loss = self._forward_backward(self.consumed_samples, held_out=False)
-        self.optimizer.step()
+        _, grad_norm, _ = self.optimizer.step()
+        self.grad_norm = float(grad_norm)
         return loss
 
     def _forward_backward(self, first_sample: int, *, held_out: bool) -> float:
