@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pma_megatron.job import merge, plan, verify
     from pma_megatron.planning import MergePlan
     from pma_megatron.policy import Policy
+    from pma_megatron.recovery import RecoveryRequest, recover
     from pma_megatron.report import MergeReport
     from pma_megatron.request import MergeRequest, Method
     from pma_megatron.selection import CheckpointRef, SelectionRequest
@@ -32,11 +33,13 @@ _HOMES = {
     "Method": ("request", "Method"),
     "PmaError": ("errors", "PmaError"),
     "Policy": ("policy", "Policy"),
+    "RecoveryRequest": ("recovery", "RecoveryRequest"),
     "SelectionRequest": ("selection", "SelectionRequest"),
     "inspect": ("inspection", "inspect"),
     "list_checkpoints": ("discover", "list_checkpoints"),
     "merge": ("job", "merge"),
     "plan": ("job", "plan"),
+    "recover": ("recovery", "recover"),
     "verify": ("job", "verify"),
 }
 
@@ -50,12 +53,14 @@ __all__ = [
     "Method",
     "PmaError",
     "Policy",
+    "RecoveryRequest",
     "SelectionRequest",
     "__version__",
     "inspect",
     "list_checkpoints",
     "merge",
     "plan",
+    "recover",
     "verify",
 ]
 

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from pma_megatron import audit
 from pma_megatron.errors import CheckpointError, SelectionError
 from pma_megatron.formats import registry
 from pma_megatron.formats.marker import SNAPSHOTS, read_snapshot_marker
@@ -34,12 +35,13 @@ def list_checkpoints(root: str | Path) -> list[CheckpointRef]:
     if not root.is_dir():
         raise SelectionError(f"{root} is not a folder. Give the folder passed to Megatron's --save")
     if _ITERATION.match(root.name) or root.name == "release":
-        return [describe(root)]
-    refs = {folder.name: describe(folder) for folder in _checkpoint_folders(root)}
+        return [describe(root, audit.read(root.parent))]
+    history = audit.read(root)
+    refs = {folder.name: describe(folder, history) for folder in _checkpoint_folders(root)}
     for folder in _checkpoint_folders(root / SNAPSHOTS):
         full = refs.get(folder.name)
         if full is None or not full.complete:
-            thin = describe(folder)
+            thin = describe(folder, history)
             if full is None or thin.complete:
                 refs[folder.name] = thin
     return sorted(
@@ -69,11 +71,17 @@ def iteration_of(folder: Path) -> int | None:
     return int(match[1]) if match else None
 
 
-def describe(folder: Path) -> CheckpointRef:
-    """One checkpoint folder as a reference; damage ends up in `incomplete_because`."""
+def describe(folder: Path, history: audit.History | None = None) -> CheckpointRef:
+    """One checkpoint folder as a reference; damage ends up in `incomplete_because`.
+
+    Args:
+        folder: `iter_*` or `release`.
+        history: the run's spike recoveries.
+    """
     name = registry.detect(folder)
     iteration = iteration_of(folder)
     samples, tokens, unknown, reason, snapshot = None, None, None, None, False
+    recoveries = 0
     try:
         snapshot = read_snapshot_marker(folder) is not None
         known = registry.get(name, str(folder))
@@ -83,6 +91,7 @@ def describe(folder: Path) -> CheckpointRef:
             reason = _wrong_iteration(iteration, common["iteration"])
             tokens, unknown = consumed_tokens_of(common["args"])
             samples = _count(common["args"].get("consumed_train_samples"))
+            recoveries = _count(common["args"].get(audit.RECORD)) or 0
     except CheckpointError as error:
         reason = str(error)
     return CheckpointRef(
@@ -95,7 +104,17 @@ def describe(folder: Path) -> CheckpointRef:
         complete=reason is None,
         incomplete_because=reason,
         snapshot=snapshot,
+        unhealthy_because=history.distrust(iteration, recoveries) if history else None,
     )
+
+
+def common_args(folder: Path) -> dict[str, Any]:
+    """Megatron's arguments in a checkpoint; {} where there is none or it cannot be read."""
+    try:
+        found = registry.get(registry.detect(folder), str(folder)).common(folder)["args"]
+    except (CheckpointError, OSError):
+        return {}
+    return dict(found)
 
 
 def choose(refs: list[CheckpointRef], request: SelectionRequest, root: str | Path) -> Selection:

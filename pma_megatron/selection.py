@@ -45,6 +45,8 @@ class CheckpointRef:
     incomplete_because: str | None
     snapshot: bool = False
     """True for a thin snapshot (main params only): a source, but not one to resume from."""
+    unhealthy_because: str | None = None
+    """Why only a selection that names it takes it: it was saved in a loss spike."""
 
     def describe(self) -> str:
         """The name to use in a message: `iteration 4000 (16.78B tokens)`."""
@@ -298,11 +300,11 @@ def _existing(pool: Sequence[CheckpointRef], wanted: int, flag: str) -> Checkpoi
 
 
 def _up_to_end(pool: Sequence[CheckpointRef], end_iteration: int | None) -> list[CheckpointRef]:
-    """The complete checkpoints, the newest of which is the end of the average."""
-    complete = [ref for ref in pool if ref.complete]
+    """The complete and healthy checkpoints, the newest of which is the end of the average."""
+    complete = [ref for ref in pool if ref.complete and ref.unhealthy_because is None]
     if end_iteration is not None:
         end = _existing(pool, end_iteration, "--end-iteration")
-        return complete[: complete.index(end) + 1]
+        return [ref for ref in complete if _iteration(ref) < end_iteration] + [end]
     if not complete:
         found = _incomplete_list(pool) or "nothing was found"
         raise SelectionError(f"there is no complete checkpoint to merge: {found}")
@@ -405,6 +407,11 @@ def _passed_over(
         f"{ref.path} was passed over: it is incomplete ({_why(ref)})"
         for ref in pool
         if not ref.complete and _iteration(ref) > oldest
+    ]
+    notes += [
+        f"{ref.path} was passed over: {ref.unhealthy_because}"
+        for ref in pool
+        if ref.complete and ref.unhealthy_because and ref not in chosen and _iteration(ref) > oldest
     ]
     between = sum(_iteration(ref) > oldest for ref in usable) - len(chosen) + 1
     if between:

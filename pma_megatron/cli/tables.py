@@ -53,6 +53,8 @@ def listed(root: str, refs: Sequence[CheckpointRef]) -> None:
         state = "complete" if ref.complete else f"NOT complete: {ref.incomplete_because}"
         if ref.complete and ref.tokens_unknown_because:
             state += f" (tokens unknown: {ref.tokens_unknown_because})"
+        if ref.complete and ref.unhealthy_because:
+            state += f", NOT healthy: {ref.unhealthy_because}"
         name = Path(ref.path).name if ref.iteration is None else str(ref.iteration)
         kind = "snapshot" if ref.snapshot else "full"
         table.add_row(name, _tokens(ref), kind, ref.format, state)

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from pma_megatron.comm import Comm
-from pma_megatron.errors import CheckpointError, SelectionError, UsageError
-from pma_megatron.formats import registry
+from pma_megatron.discover import common_args
+from pma_megatron.errors import SelectionError, UsageError
 from pma_megatron.megatron.load import merge_into
 from pma_megatron.megatron.options import USED_BY, Settings, spelled
 from pma_megatron.megatron.say import say
@@ -92,11 +92,5 @@ def _flags(args: Any) -> dict[str, Any]:
 
 
 def _record_of(folder: Path) -> dict[str, Any] | None:
-    if not folder.is_dir():
-        return None
-    try:
-        common = registry.get(registry.detect(folder), str(folder)).common(folder)
-    except CheckpointError:
-        return None  # merge_into says what is wrong with it
-    found = common["args"].get(RECORD)
+    found = common_args(folder).get(RECORD)
     return found if isinstance(found, dict) and "flags" in found else None

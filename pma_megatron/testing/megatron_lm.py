@@ -19,6 +19,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,24 +111,21 @@ def run_pretrain(
         *TINY,
         *arguments,
     ]
-    process = subprocess.Popen(
-        command,
-        env=environ,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        _kill(process)
-        output, _ = process.communicate()
-        raise PretrainFailure(f"still running after {timeout_s} s:\n{output[-4000:]}") from None
-    finally:
-        _kill(process)
+    # Not a pipe: what a killed rank leaves behind (checkpoint writers) would hold it open.
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            command, env=environ, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            ended = f"exit code {process.wait(timeout_s)}"
+        except subprocess.TimeoutExpired:
+            ended = f"still running after {timeout_s} s"
+        finally:
+            _kill(process)
+        log.seek(0)
+        output = log.read()
     if process.returncode:
-        raise PretrainFailure(f"exit code {process.returncode}:\n{output[-12000:]}")
+        raise PretrainFailure(f"{ended}:\n{output[-12000:]}")
     return Pretrained(output)
 
 
@@ -201,9 +199,10 @@ def _use_the_wheels_data_index() -> None:
     sys.modules[f"{package}.helpers_cpp"] = module
 
 
-def _kill(process: subprocess.Popen[str]) -> None:
+def _kill(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def _main(argv: list[str]) -> int:

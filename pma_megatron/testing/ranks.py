@@ -27,6 +27,7 @@ from typing import Any
 
 _ENV = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
 _GRACE_S = 0.3
+_LOOK_EVERY_S = 1.0
 
 
 class RankFailure(RuntimeError):
@@ -165,12 +166,15 @@ def _collect(
     outcomes = [Outcome(rank) for rank in range(len(processes))]
     running = set(range(len(processes)))
     while running and (left := deadline - time.monotonic()) > 0:
-        ready = wait([pipes[rank] for rank in running], timeout=left)
-        for rank in [rank for rank in running if pipes[rank] in ready]:
+        ready = wait([pipes[rank] for rank in running], timeout=min(left, _LOOK_EVERY_S))
+        # A killed rank's own children (checkpoint writers) may hold its end of the pipe open.
+        for rank in [r for r in running if pipes[r] in ready or not processes[r].is_alive()]:
             running.discard(rank)
             outcome = outcomes[rank]
             outcome.seconds = time.monotonic() - start
             try:
+                if not pipes[rank].poll():
+                    raise EOFError
                 outcome.ok, payload, at = pickle.loads(pipes[rank].recv_bytes())
                 outcome.result, outcome.traceback = (payload, "") if outcome.ok else (None, payload)
                 outcome.seconds = at - start

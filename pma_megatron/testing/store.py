@@ -159,6 +159,8 @@ def _args(run: TinyTrainer) -> Namespace:
         data_parallel_random_init=False,
         no_save_optim=None,
         no_save_rng=None,
+        iterations_to_skip=[],
+        **run.args,
     )
 
 

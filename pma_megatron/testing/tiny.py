@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from pma_megatron.megatron.replicas import forward_hooks_off
+from pma_megatron.megatron.replicas import forward_hooks_off, rates_kept
 from pma_megatron.testing import core_api, corpus, cpu, state, store
 from pma_megatron.testing.config import TinyConfig
 
@@ -26,9 +26,10 @@ class TinyTrainer:
     """One rank of a tiny run; every method is called by all ranks together.
 
     `iteration` and `consumed_samples` count as Megatron's; `grad_norm` is the global L2 norm of the
-    last iteration's gradient before clipping, NaN before the first. Needs an initialised process
-    group whose size is a multiple of the model-parallel sizes; sets up Megatron's parallel state,
-    so there is one trainer per process at a time.
+    last iteration's gradient before clipping, NaN before the first; `args` is stored with each
+    checkpoint, on top of the Megatron arguments. Needs an initialised process group whose size is a
+    multiple of the model-parallel sizes; sets up Megatron's parallel state, so there is one trainer
+    per process at a time.
 
     Raises ValueError when the batch sizes do not divide over the data-parallel ranks.
     """
@@ -40,6 +41,7 @@ class TinyTrainer:
         self.consumed_samples = 0
         self.grad_norm = math.nan
         self.floating_point_operations = 0
+        self.args: dict[str, Any] = {}
         self._initialise_parallel()
         self.models = core_api.build_model(config, self._core_config)
         self.optimizer = core_api.build_optimizer(config, self.models)
@@ -93,6 +95,16 @@ class TinyTrainer:
         """
         with forward_hooks_off(self.models):
             return store.load(self, Path(root), iteration)
+
+    def roll_back(self, root: str | Path, iteration: int) -> None:
+        """Model, optimizer and random states of a checkpoint; data and LR schedule move on."""
+        stands = self.iteration, self.consumed_samples, self.floating_point_operations
+        steps = self.scheduler.num_steps
+        with rates_kept(self.optimizer):
+            self.load(root, iteration)
+        self.iteration, self.consumed_samples, self.floating_point_operations = stands
+        self.scheduler.num_steps = steps
+        self.scheduler.step(increment=0)
 
     def main_params(self) -> dict[str, torch.Tensor]:
         """fp32 main params of this rank's model shard by parameter name, whole on every rank."""

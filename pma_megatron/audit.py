@@ -1,0 +1,106 @@
+"""The log of a run's spike recoveries: what was seen, chosen and done, one JSON object a line.
+
+It lies in the folder that the run saves to, is only ever appended to, and decides which
+checkpoints are trusted: one that was saved at or after the onset of a spike is not, unless the
+recovery from that spike had been done by then. Checkpoints carry the number of recoveries done in
+their Megatron arguments (`RECORD`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+FILE = "pma_recovery.jsonl"
+RECORD = "pma_recoveries"
+"""Attribute of Megatron's arguments: spikes of this log that were dealt with before the save."""
+
+DETECTED, BEGUN, DONE, SPENT = "detected", "begun", "done", "spent"
+
+
+@dataclass(frozen=True, slots=True)
+class Spike:
+    """One spike of the log: its number, from 1, and the first iteration that was off."""
+
+    number: int
+    onset: int
+
+
+class History:
+    """The events of one log, oldest first."""
+
+    def __init__(self, events: Sequence[Mapping[str, Any]]) -> None:
+        self.events = tuple(events)
+
+    @property
+    def spikes(self) -> tuple[Spike, ...]:
+        """Every spike that was detected."""
+        found = [event for event in self.events if event["event"] == DETECTED]
+        return tuple(Spike(int(event["number"]), int(event["onset"])) for event in found)
+
+    @property
+    def spent(self) -> bool:
+        """Whether the run gave up: its last event says so."""
+        return bool(self.events) and self.events[-1]["event"] == SPENT
+
+    def attempts_from(self, newest_healthy: int) -> int:
+        """Recoveries begun while this was the newest healthy checkpoint."""
+        begun = (event for event in self.events if event["event"] == BEGUN)
+        return sum(int(event["newest_healthy"]) == newest_healthy for event in begun)
+
+    def distrust(self, iteration: int | None, recoveries: int) -> str | None:
+        """Why a checkpoint saved at `iteration`, after so many recoveries, is not to be used."""
+        for spike in self.spikes:
+            if iteration is not None and iteration >= spike.onset and spike.number > recoveries:
+                return (
+                    f"it was saved after the onset, at iteration {spike.onset}, of a spike that "
+                    f"the run recovered from later ({FILE})"
+                )
+        return None
+
+
+def read(root: str | Path) -> History:
+    """The log below `root`; empty if there is none.
+
+    A line that was cut off by a crash is passed over.
+    """
+    path = Path(root) / FILE
+    if not path.is_file():
+        return History(())
+    events = []
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict) and _NEEDED.get(str(event.get("event")), set()) <= event.keys():
+            events.append(event)
+    return History(events)
+
+
+_NEEDED = {DETECTED: {"number", "onset"}, BEGUN: {"newest_healthy"}}
+
+
+def append(root: str | Path, event: str, **fields: Any) -> None:
+    """Add an event and flush it to the disk; creates the folder and the file."""
+    path = Path(root) / FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    line = json.dumps({"time": now, "event": event, **fields}) + "\n"
+    with path.open("ab") as stream:
+        # What a crash left of a line must not swallow this one.
+        cut_off = stream.tell() > 0 and not _ends_with_newline(path)
+        stream.write((b"\n" if cut_off else b"") + line.encode())
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _ends_with_newline(path: Path) -> bool:
+    with path.open("rb") as stream:
+        stream.seek(-1, os.SEEK_END)
+        return stream.read(1) == b"\n"

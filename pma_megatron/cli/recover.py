@@ -1,0 +1,207 @@
+"""`pma recover`: from a run that broke to the command that makes it go on."""
+
+from __future__ import annotations
+
+import argparse
+
+from rich.console import Console
+from rich.table import Table
+
+from pma_megatron import audit
+from pma_megatron.cli.progress import show
+from pma_megatron.cli.verbs import new_verb, show_result, token_count
+from pma_megatron.coefficients import METHODS
+from pma_megatron.comm import Comm, process_group_from_environment
+from pma_megatron.errors import UsageError
+from pma_megatron.healthy import LAST, MARGIN_ITERATIONS, Span
+from pma_megatron.recovery import Diagnosis, RecoveryRequest, recover, rehearse
+from pma_megatron.report import MergeReport
+from pma_megatron.request import Method
+from pma_megatron.spike import SpikeSettings
+
+_EXAMPLE = """examples:
+  pma recover --load /ckpts/run --metrics /ckpts/run/tensorboard --save /ckpts/run-2 --dry-run
+  torchrun --nproc-per-node 8 -m pma_megatron recover --load /ckpts/run --onset 81234 \\
+      --save /ckpts/run-2 --skip 81234:81300 -- torchrun ... pretrain_gpt.py <all flags of the run>
+  pma recover --load /ckpts/run --history          # what --pma-recover did in training
+"""
+
+
+def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the verb's parser."""
+    verb = new_verb(
+        verbs,
+        "recover",
+        run,
+        "merge healthy checkpoints from before a loss spike, and say how to resume",
+        epilog=_EXAMPLE,
+    )
+    verb.add_argument("--load", metavar="DIR", required=True, help="the run's folder; only read")
+    verb.add_argument("--save", metavar="DIR", help="a new folder, where the run goes on")
+    verb.add_argument("--dry-run", action="store_true", help="find and choose; write nothing")
+    verb.add_argument(
+        "--history", action="store_true", help="print the log of recoveries in training"
+    )
+    verb.add_argument("--overwrite", action="store_true", help="replace an earlier recovery")
+    verb.add_argument("--threads", type=int, default=2, help="per rank (default 2)")
+    _where(verb)
+    _what(verb)
+    _how(verb)
+    verb.add_argument(
+        "command", nargs="*", metavar="-- COMMAND",
+        help="the run's launch command, printed again with the changes",
+    )  # fmt: skip
+
+
+def _where(verb: argparse.ArgumentParser) -> None:
+    group = verb.add_argument_group("where the run went wrong")
+    group.add_argument(
+        "--metrics", metavar="PATH", help="Megatron's log, TensorBoard folder, CSV or JSONL"
+    )
+    group.add_argument(
+        "--onset", type=int, metavar="I", help="or: the first iteration that was off"
+    )
+    group.add_argument("--loss", metavar="NAME", help="of the loss in --metrics, if unusual")
+    group.add_argument("--grad-norm", metavar="NAME", help="of the gradient norm there, if unusual")
+    defaults = SpikeSettings()
+    group.add_argument(
+        "--patience", type=int, default=defaults.patience, metavar="N",
+        help=f"logged points that a spike has to recover (default {defaults.patience})",
+    )  # fmt: skip
+    group.add_argument(
+        "--fatal-rise", type=float, default=defaults.fatal_rise, metavar="NATS",
+        help=f"rise from which a loss that stays is lost (default {defaults.fatal_rise:g})",
+    )  # fmt: skip
+
+
+def _what(verb: argparse.ArgumentParser) -> None:
+    group = verb.add_argument_group("what to merge")
+    group.add_argument("--last", type=int, metavar="N", help=f"how many (default {LAST})")
+    group.add_argument("--interval-tokens", type=token_count, metavar="V", help="spacing, e.g. 8B")
+    group.add_argument("--interval-iterations", type=int, metavar="V", help="spacing in iterations")
+    group.add_argument(
+        "--margin-iterations", type=int, default=MARGIN_ITERATIONS, metavar="M",
+        help="healthy iterations between a checkpoint and the onset "
+        f"(default {MARGIN_ITERATIONS})",
+    )  # fmt: skip
+    group.add_argument(
+        "--further-back", type=int, default=0, metavar="K",
+        help="leave out the K newest healthy checkpoints too, after a recovery that failed",
+    )  # fmt: skip
+    group.add_argument("--exclude", type=int, nargs="+", default=[], metavar="I", help="not these")
+    group.add_argument("--method", default="sma", metavar="M", help=", ".join(METHODS))
+    group.add_argument("--alpha", type=float, help="ema: weight of the newer one, in (0, 1]")
+    group.add_argument(
+        "--optimizer-state", default="latest", metavar="S",
+        help="latest (of the newest healthy checkpoint, default), average, reset",
+    )  # fmt: skip
+
+
+def _how(verb: argparse.ArgumentParser) -> None:
+    group = verb.add_argument_group("how to go on")
+    group.add_argument(
+        "--skip", metavar="A:B",
+        help="iterations whose data is not trained on again, or `none` (default: from the onset to "
+        "where the spike was known)",
+    )  # fmt: skip
+    group.add_argument(
+        "--lr-factor", type=float, metavar="F", help="of all learning rates, for a while"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """`pma recover`."""
+    if arguments.history:
+        history = audit.read(arguments.load)
+        show_result(arguments, list(history.events), lambda: _told(arguments.load, history))
+        return
+    request = _request(arguments)
+    with process_group_from_environment():
+        comm = Comm()
+        report = None
+        if arguments.dry_run:
+            found = comm.on_main("diagnose", lambda: rehearse(request))
+        else:
+            found, report = recover(request, comm, show(comm))
+        if comm.is_main:
+            merged = None if report is None else report.to_json()
+            show_result(
+                arguments, {**found.to_json(), "merge": merged}, lambda: _shown(found, report)
+            )
+
+
+def _request(arguments: argparse.Namespace) -> RecoveryRequest:
+    if arguments.save is None:
+        raise UsageError("recover needs --save, a new folder where the run goes on")
+    return RecoveryRequest(
+        load=arguments.load,
+        save=arguments.save,
+        metrics=arguments.metrics,
+        onset=arguments.onset,
+        loss=arguments.loss,
+        grad_norm=arguments.grad_norm,
+        spike=SpikeSettings(patience=arguments.patience, fatal_rise=arguments.fatal_rise),
+        last=arguments.last,
+        interval_tokens=arguments.interval_tokens,
+        interval_iterations=arguments.interval_iterations,
+        margin_iterations=arguments.margin_iterations,
+        further_back=arguments.further_back,
+        exclude=tuple(arguments.exclude),
+        method=Method(name=arguments.method, alpha=arguments.alpha),
+        optimizer_state=arguments.optimizer_state,
+        skip=_span(arguments.skip),
+        skip_data=arguments.skip != "none",
+        lr_factor=arguments.lr_factor,
+        command=tuple(arguments.command),
+        threads=arguments.threads,
+        overwrite=arguments.overwrite,
+    )
+
+
+def _span(text: str | None) -> Span | None:
+    if text in (None, "none"):
+        return None
+    first, colon, last = str(text).partition(":")
+    if not (colon and first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
+        raise UsageError(f"--skip {text!r} is not FIRST:LAST, two iterations, nor `none`")
+    return Span(int(first), int(last))
+
+
+def _shown(found: Diagnosis, report: MergeReport | None) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    for verdict in found.verdicts:
+        mark = "LOST " if verdict.fatal else "      "
+        console.print(f"{mark}{verdict.kind.value} from iteration {verdict.onset}, known at "
+                      f"{verdict.confirmed}: {verdict.reason}")  # fmt: skip
+    table = Table(title=f"onset at iteration {found.onset}", title_justify="left", box=None,
+                  pad_edge=False, header_style="bold")  # fmt: skip
+    for column in ("iteration", "used", "why"):
+        table.add_column(column, justify="right" if column == "iteration" else "left")
+    for each in found.healthy.rejected:
+        table.add_row(str(each.ref.iteration), "no", each.reason)
+    for ref in reversed(found.healthy.selection.refs):
+        kind = "main params alone" if ref.snapshot else "healthy"
+        table.add_row(str(ref.iteration), "yes", kind)
+    console.print(table)
+    for note in (*found.notes, *found.healthy.notes):
+        console.print(f"note: {note}")
+    for folder in () if report is None else report.outputs:
+        console.print(f"published {folder}")
+    if report is None:
+        console.print("nothing was written (--dry-run)")
+    what = "command" if found.resume.command else "your launch command, with these flags"
+    console.print(f"resume with {what}:\n  {found.resume.spelled()}")
+    for note in found.resume.notes:
+        console.print(f"note: {note}")
+
+
+def _told(root: str, history: audit.History) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    if not history.events:
+        console.print(f"{root} has no {audit.FILE}: --pma-recover has done nothing there")
+    for event in history.events:
+        rest = [f"{name} {value}" for name, value in event.items() if name not in _HEAD]
+        console.print(f"{event.get('time')} {event['event']}: {', '.join(rest)}")
+
+
+_HEAD = ("time", "event")

@@ -1,0 +1,260 @@
+"""From a run that broke to one that goes on: onset, healthy checkpoints, their merge, a command."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from pma_megatron.comm import Comm
+from pma_megatron.discover import list_checkpoints
+from pma_megatron.errors import MetricsError, SelectionError, UsageError
+from pma_megatron.formats import registry
+from pma_megatron.healthy import (
+    MARGIN_ITERATIONS,
+    Healthy,
+    HealthyRequest,
+    Span,
+    choose_healthy,
+)
+from pma_megatron.job import Show, merge, plan, silent
+from pma_megatron.metrics import Metrics, read_metrics
+from pma_megatron.policy import Policy
+from pma_megatron.report import MergeReport
+from pma_megatron.request import MergeRequest, Method
+from pma_megatron.resume import Resume, resume
+from pma_megatron.selection import CheckpointRef, SelectionRequest
+from pma_megatron.spike import SpikeSettings, Verdict, detect
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecoveryRequest:
+    """A recovery from a loss spike.
+
+    Attributes:
+        load: the run's folder; only read.
+        save: a new folder, for the merge and for the run as it goes on.
+        metrics: the run's log, event file or folder, CSV or JSONL; or
+        onset: the first iteration that was off, where it is known.
+        loss, grad_norm: columns, keys or tags of `metrics`, where the usual names are not used.
+        spike: when a series counts as spiking.
+        last, interval_tokens, interval_iterations, margin_iterations, further_back, exclude: see
+            `HealthyRequest`.
+        method: how the healthy checkpoints are weighted.
+        optimizer_state: `latest` (of the newest healthy checkpoint), `average` or `reset`.
+        skip: iterations whose data is not trained on again; None for those from the onset to where
+            the spike was known (at most `MOST_SKIPPED`).
+        skip_data: False to train on all data again.
+        lr_factor: of the learning rates, for a while.
+        command: the run's launch command, to be printed with the changes made.
+        threads: per rank.
+        overwrite: replace an earlier recovery in `save`.
+
+    Raises:
+        UsageError: neither metrics nor onset, or both.
+    """
+
+    load: str
+    save: str
+    metrics: str | None = None
+    onset: int | None = None
+    loss: str | None = None
+    grad_norm: str | None = None
+    spike: SpikeSettings = field(default_factory=SpikeSettings)
+    last: int | None = None
+    interval_tokens: int | None = None
+    interval_iterations: int | None = None
+    margin_iterations: int = MARGIN_ITERATIONS
+    further_back: int = 0
+    exclude: tuple[int, ...] = ()
+    method: Method = field(default_factory=Method)
+    optimizer_state: str = "latest"
+    skip: Span | None = None
+    skip_data: bool = True
+    lr_factor: float | None = None
+    command: tuple[str, ...] = ()
+    threads: int = 2
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.metrics is None) == (self.onset is None):
+            raise UsageError(
+                "say where the run went wrong: --metrics FILE (its log, TensorBoard folder, CSV or "
+                "JSONL), or --onset ITERATION, one of the two"
+            )
+        if self.optimizer_state not in ("latest", "average", "reset"):
+            raise UsageError(
+                f"--optimizer-state {self.optimizer_state!r} cannot resume: choose latest, average "
+                "or reset"
+            )
+
+
+MOST_SKIPPED = 500  # PaLM (arXiv 2204.02311, section 5.1) skipped 200 to 500 batches
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Diagnosis:
+    """What was found before anything is written.
+
+    Attributes:
+        onset: first iteration that was off.
+        verdicts: all spikes in the metrics, oldest first.
+        healthy: what to merge, what not, and why.
+        resume: how to go on.
+        notes: sentences for the user.
+    """
+
+    onset: int
+    verdicts: tuple[Verdict, ...]
+    healthy: Healthy
+    resume: Resume
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "onset": self.onset,
+            "verdicts": [{**asdict(v), "kind": v.kind.value} for v in self.verdicts],
+            "chosen": [ref.path for ref in self.healthy.selection.refs],
+            "rejected": [
+                {"path": each.ref.path, "reason": each.reason} for each in self.healthy.rejected
+            ],
+            "flags": {flag: list(values) for flag, values in self.resume.flags.items()},
+            "resume": self.resume.spelled(),
+            "notes": [*self.notes, *self.healthy.notes, *self.resume.notes],
+        }
+
+
+def diagnose(request: RecoveryRequest) -> Diagnosis:
+    """Find the onset and choose what to recover from; reads metadata, writes nothing.
+
+    Raises:
+        MetricsError: the metrics cannot be read, or are of another run than the checkpoints.
+        SelectionError: no spike was found, or no healthy checkpoint is left.
+        UsageError, CheckpointError: see `merge`.
+    """
+    refs = list_checkpoints(request.load)
+    metrics: Metrics | None = None
+    verdicts: tuple[Verdict, ...] = ()
+    notes: list[str] = []
+    if request.metrics is not None:
+        metrics = read_metrics(request.metrics, loss=request.loss, grad_norm=request.grad_norm)
+        notes += (*metrics.notes, *_same_run(metrics, refs))
+        verdicts = tuple(
+            detect(((p.iteration, p.loss, p.grad_norm) for p in metrics.points), request.spike)
+        )
+    onset, skip = _onset(request, metrics, verdicts)
+    healthy = choose_healthy(
+        refs,
+        HealthyRequest(
+            onset=onset,
+            last=request.last,
+            interval_tokens=request.interval_tokens,
+            interval_iterations=request.interval_iterations,
+            margin_iterations=request.margin_iterations,
+            further_back=request.further_back,
+            spans=tuple(Span(v.onset, v.confirmed) for v in verdicts if v.onset < onset),
+            exclude=request.exclude,
+        ),
+    )
+    newest = healthy.selection.refs[-1]
+    args = registry.get(newest.format, newest.path).common(Path(newest.path))["args"]
+    how = resume(
+        args, request.save, skip=skip, lr_factor=request.lr_factor, command=request.command
+    )
+    return Diagnosis(
+        onset=onset, verdicts=verdicts, healthy=healthy, resume=how, notes=tuple(notes)
+    )
+
+
+def recover(request: RecoveryRequest, comm: Comm | None = None, show: Show = silent
+            ) -> tuple[Diagnosis, MergeReport]:  # fmt: skip
+    """Merge the healthy checkpoints from before a spike into a new run. Every rank makes this call.
+
+    Raises:
+        PmaError: see `diagnose` and `job.merge`; nothing was published, no source was touched.
+    """
+    comm = comm or Comm()
+    found = comm.on_main("diagnose", lambda: diagnose(request))
+    return found, merge(merge_request(request, found), comm, show)
+
+
+def merge_request(request: RecoveryRequest, found: Diagnosis) -> MergeRequest:
+    """The merge of a recovery."""
+    return MergeRequest(
+        load=request.load,
+        save=request.save,
+        selection=SelectionRequest(paths=tuple(ref.path for ref in found.healthy.selection.refs)),
+        method=request.method,
+        policy=Policy(optimizer_state=request.optimizer_state),
+        threads=request.threads,
+        overwrite=request.overwrite,
+    )
+
+
+def rehearse(request: RecoveryRequest) -> Diagnosis:
+    """As `recover`, but nothing is written; finds all that would be refused before the merge."""
+    found = diagnose(request)
+    plan(merge_request(request, found))
+    return found
+
+
+def _onset(request: RecoveryRequest, metrics: Metrics | None, verdicts: Sequence[Verdict]
+           ) -> tuple[int, Span | None]:  # fmt: skip
+    """The onset, and the iterations whose data is skipped."""
+    if request.onset is not None:
+        return request.onset, request.skip
+    assert metrics is not None
+    fatal = [verdict for verdict in verdicts if verdict.fatal]
+    if not fatal:
+        seen = "; ".join(f"{v.kind.value} from iteration {v.onset}: {v.reason}" for v in verdicts)
+        raise SelectionError(
+            f"{metrics.source} shows no spike that the run did not recover from, in "
+            f"{len(metrics.points)} points, iterations {metrics.points[0].iteration} to "
+            f"{metrics.points[-1].iteration}{f' (seen: {seen})' if seen else ''}. If you know "
+            "better, name its first iteration with --onset; --patience and --fatal-rise change "
+            "what counts"
+        )
+    last = fatal[-1]
+    if not request.skip_data or request.skip is not None:
+        return last.onset, request.skip
+    return last.onset, Span(last.onset, min(last.confirmed, last.onset + MOST_SKIPPED - 1))
+
+
+def _same_run(metrics: Metrics, refs: Sequence[CheckpointRef]) -> tuple[str, ...]:
+    """Refuse metrics of another run, as far as numbers tell.
+
+    Raises:
+        MetricsError: they are.
+    """
+    points = {point.iteration: point for point in metrics.points}
+    saved = [ref for ref in refs if ref.iteration is not None and ref.complete]
+    for ref in saved:
+        point = points.get(ref.iteration or 0)
+        if point is None or None in (point.consumed_samples, ref.consumed_samples):
+            continue
+        if point.consumed_samples != ref.consumed_samples:
+            raise MetricsError(
+                f"{metrics.source} and {ref.path} are of different runs: at iteration "
+                f"{ref.iteration} the metrics say {point.consumed_samples} consumed samples, the "
+                f"checkpoint {ref.consumed_samples}. Give the metrics of this run, or --onset"
+            )
+    first, last = metrics.points[0].iteration, metrics.points[-1].iteration
+    steps = [later.iteration - point.iteration for point, later in pairwise(metrics.points)]
+    slack = 2 * statistics.median(steps) if steps else 0
+    newest = max((ref.iteration or 0 for ref in saved), default=0)
+    if saved and newest < first - slack:
+        raise MetricsError(
+            f"{metrics.source} covers iterations {first} to {last}, the newest checkpoint is of "
+            f"{newest}: nothing says that they are of one run. Give the metrics of this run, or "
+            "--onset"
+        )
+    if newest > last + slack:
+        return (
+            f"the metrics end at iteration {last}, the newest checkpoint is of {newest}: what "
+            "happened in between was not seen",
+        )
+    return ()

@@ -1,0 +1,159 @@
+"""What a recovery goes back to: pure choices on references, the log, and the resume command."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pma_megatron import SelectionRequest, audit
+from pma_megatron.errors import SelectionError, UsageError
+from pma_megatron.healthy import HealthyRequest, Span, choose_healthy
+from pma_megatron.resume import resume
+from pma_megatron.selection import CheckpointRef, select
+
+
+def ref(iteration: int | None, **changes: Any) -> CheckpointRef:
+    fields = {
+        "path": f"/run/iter_{iteration or 0:07d}", "format": "torch_dist", "iteration": iteration,
+        "consumed_samples": (iteration or 0) * 8, "consumed_tokens": (iteration or 0) * 128,
+        "tokens_unknown_because": None, "complete": True, "incomplete_because": None,
+    }  # fmt: skip
+    return CheckpointRef(**{**fields, **changes})
+
+
+RUN = [ref(i) for i in range(100, 1001, 100)]
+
+
+def chosen(onset: int, refs: list[CheckpointRef] = RUN, **request: Any) -> list[int | None]:
+    found = choose_healthy(refs, HealthyRequest(onset=onset, **request))
+    return [r.iteration for r in found.selection.refs]
+
+
+@pytest.mark.parametrize(
+    ("onset", "margin", "expected"),
+    [
+        (721, 20, [500, 600, 700]),  # 21 healthy iterations after 700, 20 are wanted
+        (720, 20, [400, 500, 600]),
+        (701, 0, [500, 600, 700]),
+        (700, 0, [400, 500, 600]),  # 700 was saved after the first bad iteration
+        (5000, 20, [800, 900, 1000]),
+    ],
+)
+def test_the_newest_three_before_the_margin(onset: int, margin: int, expected: list[int]) -> None:
+    assert chosen(onset, margin_iterations=margin) == expected
+
+
+def test_every_rejected_one_has_its_reason() -> None:
+    damaged = [*RUN[:4], ref(500, complete=False, incomplete_because="cut off"),
+               ref(600, unhealthy_because="saved in a spike"), *RUN[6:]]  # fmt: skip
+    found = choose_healthy(
+        damaged, HealthyRequest(onset=905, exclude=(300,), spans=(Span(350, 450),))
+    )
+    assert [r.iteration for r in found.selection.refs] == [200, 700, 800]
+    reasons = {each.ref.iteration: each.reason for each in found.rejected}
+    assert set(reasons) == {1000, 900, 600, 500, 400, 300}
+    for iteration, words in {
+        1000: "at or after the onset", 900: "5 iterations before", 600: "saved in a spike",
+        500: "not complete: cut off", 400: "earlier spike", 300: "--exclude",
+    }.items():  # fmt: skip
+        assert words in reasons[iteration]
+
+
+def test_fewer_than_three_do_with_a_note_and_a_count_asked_for_is_kept() -> None:
+    found = choose_healthy(RUN, HealthyRequest(onset=250))
+    assert [r.iteration for r in found.selection.refs] == [100, 200] and "only 2" in found.notes[0]
+    assert chosen(190) == [100]
+    assert chosen(950, last=5) == [500, 600, 700, 800, 900]
+    with pytest.raises(SelectionError, match="--last 5"):
+        chosen(250, last=5)
+    assert chosen(950, last=3, interval_iterations=200) == [500, 700, 900]
+
+
+def test_further_back_after_failed_attempts() -> None:
+    assert chosen(950, further_back=2) == [500, 600, 700]
+    with pytest.raises(SelectionError, match="nothing further back"):
+        chosen(250, further_back=2)
+
+
+def test_the_newest_is_a_full_one_and_snapshots_fill_in() -> None:
+    thin = [*RUN, ref(550, snapshot=True), ref(750, snapshot=True)]
+    assert chosen(780, thin) == [550, 600, 700]
+    with pytest.raises(SelectionError, match="only snapshots"):
+        chosen(780, [ref(550, snapshot=True)])
+
+
+@pytest.mark.parametrize(
+    ("refs", "onset", "words"),
+    [
+        ([], 50, "no checkpoint to recover from"),
+        (RUN, 50, "at or after the onset"),  # an onset before the first checkpoint
+        (RUN, 110, "Lower --margin-iterations"),
+        ([ref(None)], 50, "no iteration number"),
+    ],
+)
+def test_nothing_healthy_left_names_each(refs: list[Any], onset: int, words: str) -> None:
+    with pytest.raises(SelectionError, match=words):
+        chosen(onset, refs)
+
+
+def test_requests_out_of_range() -> None:
+    for wrong in ({"onset": 0}, {"onset": 5, "margin_iterations": -1}):
+        with pytest.raises(UsageError):
+            HealthyRequest(**wrong)
+
+
+def test_the_log_tells_spoiled_checkpoints(tmp_path: Path) -> None:
+    assert audit.read(tmp_path).distrust(500, 0) is None
+    audit.append(tmp_path, audit.DETECTED, number=1, onset=450, reason="up")
+    audit.append(tmp_path, audit.BEGUN, number=1, newest_healthy=400)
+    path = tmp_path / audit.FILE
+    path.write_bytes(path.read_bytes() + b'{"event": "detec')  # a crash while it was written
+    audit.append(tmp_path, audit.DETECTED, number=2, onset=800)
+    history = audit.read(tmp_path)
+    assert [spike.onset for spike in history.spikes] == [450, 800]
+    trusted = {(i, n): history.distrust(i, n) is None
+               for i in (400, 449, 450, 800, 900) for n in (0, 1, 2)}  # fmt: skip
+    assert [key for key, good in trusted.items() if not good] == [
+        (450, 0), (800, 0), (800, 1), (900, 0), (900, 1)]  # fmt: skip
+    assert history.attempts_from(400) == 1 and history.attempts_from(300) == 0
+    assert not history.spent
+
+
+def test_a_selection_passes_over_spoiled_ones_unless_they_are_named() -> None:
+    run = [*RUN[:8], ref(900, unhealthy_because="saved in a spike"), RUN[9]]
+    found = select(run, SelectionRequest(last=3))
+    assert [r.iteration for r in found.refs] == [700, 800, 1000]
+    assert any("iter_0000900 was passed over: saved in a spike" in note for note in found.notes)
+    named = select(run, SelectionRequest(iterations=(800, 900)))
+    assert [r.iteration for r in named.refs] == [800, 900]
+    ended = select(run, SelectionRequest(last=2, end_iteration=900))
+    assert [r.iteration for r in ended.refs] == [800, 900]
+
+
+ARGS = {"iterations_to_skip": [7], "lr": 3e-4, "min_lr": 3e-5, "decoupled_lr": None}
+COMMAND = shlex.split(
+    "torchrun --nproc-per-node 8 pretrain_gpt.py --lr 3e-4 --min-lr=3e-5 --load /a --ckpt-step 9 "
+    "--iterations-to-skip 7 8 --bf16 --finetune --save=/a --override-opt_param-scheduler --seed -1"
+)
+
+
+def test_the_command_is_the_runs_own_with_what_must_change() -> None:
+    how = resume(ARGS, "/new", skip=Span(12, 14), lr_factor=0.5, command=COMMAND)
+    assert how.spelled() == (
+        "torchrun --nproc-per-node 8 pretrain_gpt.py --bf16 --seed -1 --load /new --save /new "
+        "--iterations-to-skip 7 12 13 14 --lr 0.00015 --min-lr 1.5e-05 "
+        "--override-opt_param-scheduler"
+    )
+    assert resume(ARGS, "/new", skip=None, lr_factor=None).spelled() == "--load /new --save /new"
+
+
+def test_what_a_release_cannot_do_is_said() -> None:
+    how = resume({}, "/new", skip=Span(12, 14), lr_factor=None)
+    assert "--iterations-to-skip" not in how.flags and "no --iterations-to-skip" in how.notes[1]
+    with pytest.raises(UsageError, match="have no lr"):
+        resume({}, "/new", skip=None, lr_factor=0.5)
+    with pytest.raises(UsageError, match=r"\(0, 1\]"):
+        resume(ARGS, "/new", skip=None, lr_factor=1.5)
