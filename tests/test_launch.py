@@ -46,7 +46,7 @@ from megatron.training.checkpointing import save_checkpoint
 import argparse
 def setup_model_and_optimizer(model_type, model_provider_func=None):
     return ["model"], "optimizer", "scheduler"
-def training_log(loss_dict, iteration, is_first_iteration=False):
+def training_log(loss_dict, iteration, grad_norm=None, is_first_iteration=False):
     return "logged"
 def evaluate(forward_step_func, data_iterator, model, process_non_loss_data_func, config):
     return "evaluated"
@@ -69,7 +69,7 @@ import contextlib, json, sys, types
 EVENTS = []
 def validate(args): EVENTS.append(["validate", args.pma_last])
 def ready(*given): EVENTS.append(["ready", *given])
-def stepped(iteration): EVENTS.append(["stepped", iteration])
+def stepped(arguments): EVENTS.append(["stepped", arguments["iteration"]])
 def saving():
     pass
 
@@ -257,7 +257,7 @@ def validate(args):
     _say("validate")
 def ready(model, optimizer, opt_param_scheduler):
     _say("ready", len(model), hasattr(optimizer, "step"), hasattr(opt_param_scheduler, "step"))
-def stepped(iteration): _say("stepped", iteration)
+def stepped(arguments): _say("stepped", arguments["iteration"])
 def saving(): pass
 def saved(save_checkpoint, arguments): _say("saved", arguments["iteration"])
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from pma_megatron.cli.flags import parser
 from pma_megatron.megatron import flags
 
 LAUNCH = Path(__file__).parents[1] / "launch"
-TRAINING = ("megatron_pma_init.sh", "megatron_pma_save_eval.sh")
+TRAINING = ("megatron_pma_init.sh", "megatron_pma_save_eval.sh", "megatron_recover.sh")
 MERGING = ("slurm_merge.sbatch", "slurm_merge_node_local.sbatch")
 _FLAG = re.compile(r"--pma-[a-z-]+")
 
@@ -54,7 +54,7 @@ def test_training_scripts_start_the_launcher_with_flags_that_work(name: str) -> 
     assert command[start - 1] == "-m" and command[start + 1].endswith("/pretrain_gpt.py")
     assert command[-2:] == ["--log-interval", "10"]
     megatron = argparse.ArgumentParser(allow_abbrev=False)
-    for flag in ("--save", "--load"):
+    for flag in ("--save", "--load", "--save-interval"):
         megatron.add_argument(flag)
     megatron.add_argument("--use-distributed-optimizer", action="store_true")
     args, _ = flags.add_arguments(megatron).parse_known_args(command[start + 2 :])

@@ -181,3 +181,34 @@ def test_messages_of_the_command_line_are_respelled() -> None:
     assert flags.spelled(text) == (
         "--pma-interval-tokens 8B and --pma-last need --load; --iterations-to-skip, --pma-last"
     )
+
+
+def test_recover_has_settings_only_where_it_is_asked_for() -> None:
+    assert flags.settings(parse("--pma-init")).recover is None
+    made = flags.settings(parse("--pma-recover --pma-recover-last 5 --pma-recover-patience 40"))
+    assert made.recover is not None
+    assert (made.recover.last, made.recover.spike.patience) == (5, 40)
+    assert made.recover.optimizer_state == "latest"
+
+
+@pytest.mark.parametrize(
+    ("text", "job", "words"),
+    [
+        ("--pma-recover", {"save": None}, "--save-interval"),
+        ("--pma-recover", {"save_interval": None}, "--save-interval"),
+        ("--pma-recover", {"no_save_optim": True}, "--no-save-optim"),
+        ("--pma-recover", {"skip_train": True}, "--skip-train"),
+        ("--pma-recover --pma-recover-last 0", {}, "--pma-recover-last"),
+        ("--pma-recover --pma-recover-attempts 0", {}, "--pma-recover-attempts"),
+        ("--pma-recover --pma-recover-patience 1", {}, "patience"),
+        ("--pma-recover-last 3", {}, "no effect without --pma-recover"),
+    ],
+)
+def test_recover_refuses(text: str, job: dict[str, Any], words: str) -> None:
+    args = parse(text, **{"save_interval": 10, **job})
+    with pytest.raises(UsageError, match=words):
+        flags.validate(args)
+
+
+def test_recover_is_accepted() -> None:
+    flags.validate(parse("--pma-recover --pma-recover-margin-iterations 0", save_interval=10))

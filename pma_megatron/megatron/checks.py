@@ -7,7 +7,7 @@ from itertools import combinations
 from typing import Any
 
 from pma_megatron.errors import UsageError
-from pma_megatron.megatron.options import Settings, spelled
+from pma_megatron.megatron.options import RecoverySettings, Settings, spelled
 
 _OWN_LAYOUT = "it keeps weights and main params in a layout of its own, which is not averaged"
 
@@ -52,6 +52,8 @@ def refuse(args: Any, settings: Settings) -> None:
         _refuse_save(args, settings)
     if settings.snapshots:
         _refuse_snapshots(args, settings)
+    if settings.recover is not None:
+        _refuse_recover(args, settings.recover)
     _refuse_shared_folders(args, settings)
     _refuse_method(settings)
 
@@ -145,6 +147,29 @@ def _refuse_snapshots(args: Any, settings: Settings) -> None:
             f"--pma-keep {settings.keep} is smaller than the window: {settings.window} members "
             f"(--pma-last) span {needed} snapshots; raise --pma-keep to at least {needed}"
         )
+
+
+def _refuse_recover(args: Any, recover: RecoverySettings) -> None:
+    if getattr(args, "save", None) is None or not getattr(args, "save_interval", None):
+        raise UsageError(
+            "--pma-recover needs --save and --save-interval: it goes back to checkpoints of this "
+            "run"
+        )
+    for name, why in (
+        ("no_save_optim", "checkpoints without optimizer state cannot be gone back to"),
+        ("skip_train", "nothing is trained"),
+    ):
+        if getattr(args, name, None):
+            flag = name.replace("_", "-")
+            raise UsageError(f"--pma-recover cannot be used with --{flag}: {why}")
+    for name in ("last", "attempts"):
+        if getattr(recover, name) < 1:
+            raise UsageError(
+                f"--pma-recover-{name} must be at least 1, got {getattr(recover, name)}"
+            )
+    if recover.margin_iterations < 0:
+        raise UsageError("--pma-recover-margin-iterations must be at least 0, got "
+                         f"{recover.margin_iterations}")  # fmt: skip
 
 
 def _refuse_shared_folders(args: Any, settings: Settings) -> None:

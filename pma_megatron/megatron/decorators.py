@@ -62,7 +62,7 @@ def training_log(fn: Function) -> Function:
         if _enabled_args() is not None:
             from pma_megatron.megatron import hooks
 
-            hooks.stepped(_named(fn, args, kwargs)["iteration"])
+            hooks.stepped(_named(fn, args, kwargs))
         return result
 
     return _finished(wrapper, fn)

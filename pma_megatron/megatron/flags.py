@@ -14,17 +14,20 @@ from pma_megatron.coefficients import METHODS
 from pma_megatron.errors import UsageError
 from pma_megatron.megatron import checks
 from pma_megatron.megatron.options import (
+    EXIT_CODE,
     NAMES,
     OPTIMIZER_STATES,
     SHARES,
     SNAPSHOT_DTYPES,
     USED_BY,
+    RecoverySettings,
     Settings,
     given,
     settings,
     spelled,
 )
 from pma_megatron.selection import DEFAULT_LAST
+from pma_megatron.spike import SpikeSettings
 from pma_megatron.tokens import parse_tokens
 
 __all__ = ["Settings", "add_arguments", "enabled", "given", "settings", "spelled", "validate"]
@@ -37,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     _add_init(group.add_argument)
     _add_save(group.add_argument)
+    _add_recover(group.add_argument)
     return parser
 
 
@@ -82,6 +86,29 @@ def _add_save(add: Callable[..., Any]) -> None:
     add("--pma-snapshot-dtype", choices=SNAPSHOT_DTYPES, help="of snapshots (default fp32)")
     add("--pma-snapshot-dir", metavar="DIR", help="root for them (default: <save>/pma_snapshots)")
     add("--pma-keep", type=int, metavar="K", help="newest snapshots to keep (default: all)")
+
+
+def _add_recover(add: Callable[..., Any]) -> None:
+    spike, own = SpikeSettings(), RecoverySettings()
+    add("--pma-recover", action="store_true",
+        help="on a loss spike that does not recover, go back to the average of healthy checkpoints "
+        "in process, while iteration, data and LR move on")
+    add("--pma-recover-last", type=int, metavar="N",
+        help=f"how many healthy checkpoints (default {own.last})")
+    add("--pma-recover-optimizer-state", choices=OPTIMIZER_STATES,
+        help="moments: of the newest healthy checkpoint (latest, default), average, or reset")
+    add("--pma-recover-attempts", type=int, metavar="K",
+        help="from one healthy checkpoint, each one further back; then the job ends with exit "
+        f"code {EXIT_CODE} (default {own.attempts})")
+    add("--pma-recover-margin-iterations", type=int, metavar="M",
+        help="healthy iterations between a checkpoint and the onset "
+        f"(default {own.margin_iterations})")
+    add("--pma-recover-warmup", type=int, metavar="N",
+        help=f"iterations that are learned from and not judged (default {spike.warmup})")
+    add("--pma-recover-patience", type=int, metavar="N",
+        help=f"iterations that a spike has to recover by itself (default {spike.patience})")
+    add("--pma-recover-fatal-rise", type=float, metavar="NATS",
+        help=f"rise in loss from which one that stays is lost (default {spike.fatal_rise:g})")
 # fmt: on
 
 

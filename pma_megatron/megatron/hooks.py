@@ -21,11 +21,13 @@ from pma_megatron.megatron.hostcopy import HostCopy
 from pma_megatron.megatron.init import init
 from pma_megatron.megatron.online import OnlineAverage
 from pma_megatron.megatron.params import live_tensors
+from pma_megatron.megatron.recover import Recovered
 from pma_megatron.megatron.save import note_origin, save_average
 from pma_megatron.megatron.say import say
 from pma_megatron.megatron.shard import Shard
 from pma_megatron.megatron.store import FOLDER
 from pma_megatron.megatron.thin import ThinSnapshots
+from pma_megatron.megatron.watch import Watch
 from pma_megatron.megatron.window import Average
 from pma_megatron.tokens import consumed_tokens_of
 
@@ -49,13 +51,13 @@ def ready(model: Sequence[Any], optimizer: Any, opt_param_scheduler: Any) -> Non
     settings = flags.settings(args)
     if settings.init:
         init(args, settings, model, optimizer, _metadata(args))
-    _session = Session(args, settings, model, optimizer)
+    _session = Session(args, settings, model, optimizer, opt_param_scheduler)
 
 
-def stepped(iteration: int) -> None:
-    """An iteration has ended."""
+def stepped(arguments: Mapping[str, Any]) -> None:
+    """An iteration has ended; `arguments` are those of Megatron's `training_log`."""
     if _session is not None:
-        _session.stepped(iteration)
+        _session.stepped(arguments)
 
 
 def saving() -> None:
@@ -87,16 +89,18 @@ def evaluate(fn: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
 
 
 class Session:
-    """The averages and snapshots of one job."""
+    """The averages, snapshots and recoveries of one job."""
 
-    def __init__(self, args: Any, settings: flags.Settings, models: Sequence[Any], optimizer: Any
-                 ) -> None:  # fmt: skip
+    def __init__(self, args: Any, settings: flags.Settings, models: Sequence[Any], optimizer: Any,
+                 scheduler: Any) -> None:  # fmt: skip
         """Make room, and continue what an earlier job has left. Collective."""
         self.settings = settings
         self.running: Evaluation | None = None
         self._noted: list[tuple[Path, Average]] = []
         self._comm, metadata = Comm(), _metadata(args)
-        tokens, iteration = _tokens(args), int(getattr(args, "iteration", 0) or 0)
+        counts = settings.save or settings.snapshots
+        tokens = _tokens(args) if counts else 0
+        iteration = int(getattr(args, "iteration", 0) or 0)
         self.online: OnlineAverage | None = None
         self.thin: ThinSnapshots | None = None
         if settings.save and optimizer is not None:
@@ -116,19 +120,33 @@ class Session:
                 settings.snapshot_interval_tokens, dtype=_DTYPES[settings.snapshot_dtype],
                 keep=settings.keep, consumed_tokens=tokens, comm=self._comm, metadata=metadata,
             )  # fmt: skip
+        self.watch: Watch | None = None
+        if settings.recover is not None and optimizer is not None:
+            self.watch = Watch(
+                args, settings.recover, models, optimizer, scheduler, metadata, self._comm
+            )
+            self._forget(self.watch.resumed(args, iteration))
 
-    def stepped(self, iteration: int) -> None:
-        """Take an entry or begin a snapshot if it is time."""
-        args = _args()
-        tokens = _tokens(args)
+    def stepped(self, arguments: Mapping[str, Any]) -> None:
+        """Recover if the loss is lost; take an entry or begin a snapshot if it is time."""
+        args, iteration = _args(), arguments["iteration"]
+        if self.watch is not None:
+            self._forget(self.watch.stepped(args, arguments))
+        tokens = _tokens(args) if self.online or self.thin else 0
         if self.online is not None:
             self.online.step(iteration, tokens, args)
         if self.thin is not None:
             self.thin.step(iteration, tokens, args)
         self._note_origins()
 
+    def _forget(self, recovered: Recovered | None) -> None:
+        if recovered is not None and self.online is not None:
+            self.online.forget(recovered.onset)
+
     def saving(self) -> None:
         """Have no thread of ours at work while Megatron forks: a child would inherit its locks."""
+        if self.watch is not None:
+            self.watch.saving(_args())
         if self.online is not None:
             self.online.wait()
         if self.thin is not None:

@@ -37,7 +37,10 @@ class Target:
 TARGETS = (
     Target("arguments", "add_megatron_arguments", decorators.arguments, ("parser",)),
     Target("training", "setup_model_and_optimizer", decorators.setup),
-    Target("training", "training_log", decorators.training_log, ("iteration",)),
+    Target(
+        "training", "training_log", decorators.training_log,
+        ("iteration", "loss_dict", "grad_norm"),
+    ),
     Target(
         "checkpointing",
         "save_checkpoint",

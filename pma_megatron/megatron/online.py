@@ -172,6 +172,12 @@ class OnlineAverage:
         self._await_after(consumed_tokens)
         return [*notes, *self._gaps(consumed_tokens)]
 
+    def forget(self, since: int) -> None:
+        """Drop the entries of iteration `since` and later, which a loss spike has spoiled."""
+        self._window.forget(since)
+        for store in self._stores.values():
+            store.forget(since)
+
     def _store(self, folder: str | Path) -> WindowStore:
         root = Path(folder)
         if root not in self._stores:

@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
 from pma_megatron.errors import UsageError
+from pma_megatron.healthy import LAST, MARGIN_ITERATIONS
 from pma_megatron.request import Method
 from pma_megatron.selection import DEFAULT_LAST, SelectionRequest
+from pma_megatron.spike import SpikeSettings
 
 OPTIMIZER_STATES = ("latest", "average", "reset")
 SHARES = ("auto", "source", "slice")
 SNAPSHOT_DTYPES = ("fp32", "bf16")
+EXIT_CODE = 85
+"""Of a job whose attempts to recover are spent; nothing in Megatron uses it."""
 
-_SWITCHES = ("pma_init", "pma_save", "pma_eval")
+_SWITCHES = ("pma_init", "pma_save", "pma_eval", "pma_recover")
 
 USED_BY: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -37,12 +41,19 @@ USED_BY: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "pma_coefficients": ("pma_init", "pma_save"),
         "pma_optimizer_state": ("pma_init",),
         "pma_share": ("pma_init",),
-        "pma_threads": ("pma_init", "pma_save"),
+        "pma_threads": ("pma_init", "pma_save", "pma_recover"),
         "pma_save_dir": ("pma_save",),
         "pma_window_dir": ("pma_save",),
         "pma_snapshot_dtype": ("pma_snapshot_interval_tokens",),
         "pma_snapshot_dir": ("pma_snapshot_interval_tokens",),
         "pma_keep": ("pma_snapshot_interval_tokens",),
+        "pma_recover_last": ("pma_recover",),
+        "pma_recover_optimizer_state": ("pma_recover",),
+        "pma_recover_attempts": ("pma_recover",),
+        "pma_recover_margin_iterations": ("pma_recover",),
+        "pma_recover_warmup": ("pma_recover",),
+        "pma_recover_patience": ("pma_recover",),
+        "pma_recover_fatal_rise": ("pma_recover",),
     }
 )
 """For every option, the flags that make use of it; it is refused without any of them."""
@@ -54,6 +65,30 @@ _COMMAND_LINE = re.compile(
     r"--(last|interval-tokens|interval-iterations|tolerance|end-iteration|iterations|exclude"
     r"|method|alpha|floor|coefficients|optimizer-state)(?![\w-])"
 )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecoverySettings:
+    """How to recover.
+
+    Attributes:
+        spike: when the series is lost.
+        last: how many healthy checkpoints are averaged.
+        method: how they are weighted.
+        optimizer_state: moments become those of the newest healthy checkpoint (`latest`), their
+            `average`, or zero (`reset`).
+        attempts: from one newest healthy checkpoint, each one full checkpoint further back.
+        margin_iterations: healthy iterations between a checkpoint and the onset.
+        threads: reader threads per rank.
+    """
+
+    spike: SpikeSettings = field(default_factory=SpikeSettings)
+    last: int = LAST
+    method: Method = field(default_factory=Method)
+    optimizer_state: str = "latest"
+    attempts: int = 3
+    margin_iterations: int = MARGIN_ITERATIONS
+    threads: int = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,6 +129,8 @@ class Settings:
     """Root of the snapshots."""
     keep: int | None
     """How many of the newest snapshots to keep; None keeps all."""
+    recover: RecoverySettings | None
+    """How to recover from loss spikes; None to leave them."""
 
     @property
     def snapshots(self) -> bool:
@@ -153,6 +190,23 @@ def _settings(args: Any) -> Settings:
         snapshot_dtype=value("snapshot_dtype", "fp32"),
         snapshot_dir=value("snapshot_dir", save and f"{save.rstrip('/')}/pma_snapshots"),
         keep=value("keep"),
+        recover=_recovery(value) if value("recover", False) else None,
+    )
+
+
+def _recovery(value: Callable[..., Any]) -> RecoverySettings:
+    spike, own = SpikeSettings(), RecoverySettings()
+    return RecoverySettings(
+        spike=SpikeSettings(
+            warmup=value("recover_warmup", spike.warmup),
+            patience=value("recover_patience", spike.patience),
+            fatal_rise=value("recover_fatal_rise", spike.fatal_rise),
+        ),
+        last=value("recover_last", own.last),
+        optimizer_state=value("recover_optimizer_state", own.optimizer_state),
+        attempts=value("recover_attempts", own.attempts),
+        margin_iterations=value("recover_margin_iterations", own.margin_iterations),
+        threads=value("threads", own.threads),
     )
 
 

@@ -36,6 +36,19 @@ def forward_hooks_off(models: Sequence[Any]) -> Iterator[None]:
             model.enable_forward_pre_hook()
 
 
+@contextlib.contextmanager
+def rates_kept(optimizer: Any) -> Iterator[None]:
+    """Learning rates, weight decay and the like of the param groups outlast a load in the block."""
+    own = ("params", "step")
+    before = [
+        {name: value for name, value in group.items() if name not in own}
+        for group in optimizer.param_groups
+    ]
+    yield
+    for group, kept in zip(optimizer.param_groups, before, strict=True):
+        group.update(kept)
+
+
 def refresh_weights(models: Sequence[Any], optimizer: Any) -> None:
     """Weights of the forward pass from the main params, as after an optimizer step. Collective."""
     with torch.no_grad():

@@ -104,6 +104,14 @@ class WindowStore:
         self._stored, self._before = set(held), held
         return notes
 
+    def forget(self, since: int) -> None:
+        """Entries of iteration `since` and later are spoiled; deleted at the next save."""
+        self.wait()
+        self.window.forget(since)
+        spoiled = {iteration for iteration in self._stored if iteration >= since}
+        self._stored -= spoiled
+        self._stale = [*(self._stale or ()), *spoiled] if spoiled else self._stale
+
     def _find(self, iteration: int) -> tuple[list[tuple[CheckpointRef, int]], list[int], list[str]]:
         """Entries up to `iteration` (reference, members), later ones, and notes."""
         refs = [r for r in list_checkpoints(self.root) if r.iteration is not None]

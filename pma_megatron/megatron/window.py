@@ -131,8 +131,12 @@ class Window:
 
     def clear(self) -> None:
         """Forget all entries."""
+        self.forget(-1)
+
+    def forget(self, since: int) -> None:
+        """Forget entries of iteration `since` and later; an exponential average cannot in part."""
         self.settle()
-        self._held = []
+        self._held = [(entry, index) for entry, index in self._held if entry.iteration < since]
 
     def average(self) -> Average | None:
         """What the entries average to; None while there are too few."""

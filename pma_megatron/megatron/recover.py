@@ -1,0 +1,275 @@
+"""Recovery from a loss spike while training goes on, for any Megatron training loop.
+
+    recovery = Recovery(models, optimizer, roots=[save], rollback=load_my_checkpoint)
+    recovery.resumed(iteration, recoveries, state)        # after a resume, with what was saved
+    for iteration in ...:
+        ...                                               # forward, backward, optimizer.step()
+        recovery.step(iteration, loss, grad_norm)         # None on ranks that have no loss
+        if save_now:
+            ...  # store recovery.recoveries and recovery.state_dict() with the checkpoint
+
+Every rank makes every call, and all act in the same iteration. On a confirmed spike the trainer's
+own load brings back the newest healthy checkpoint (weights, main params, moments), and the average
+of the healthy ones replaces weights and main params. Iteration, data and LR schedule move on, so
+the data that the run broke on does not come again. Nothing on disk changes but the log
+(`audit.FILE`); a crash at any point leaves checkpoints of which the log says which are spoiled.
+
+The `--pma-recover` flags drive the same class.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pma_megatron import audit
+from pma_megatron.comm import Comm
+from pma_megatron.discover import list_checkpoints
+from pma_megatron.errors import PmaError, SelectionError
+from pma_megatron.faultpoints import point
+from pma_megatron.healthy import Healthy, HealthyRequest, choose_healthy
+from pma_megatron.megatron.load import merge_into
+from pma_megatron.megatron.options import RecoverySettings
+from pma_megatron.megatron.replicas import forward_hooks_off
+from pma_megatron.megatron.say import say
+from pma_megatron.selection import CheckpointRef, SelectionRequest
+from pma_megatron.spike import SpikeDetector, Verdict
+
+Rollback = Callable[[CheckpointRef], Any]
+"""Loads one full checkpoint into model and optimizer, and leaves everything else as it is."""
+
+
+class RecoverySpentError(PmaError):
+    """The run spiked again and again, or has no healthy checkpoint: a person must look."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recovered:
+    """What a recovery did.
+
+    Attributes:
+        number: of the spike, in the log.
+        onset: first iteration that was off.
+        iteration: after which it was done.
+        attempt: from 1.
+        sources: folders that were averaged, oldest first.
+    """
+
+    number: int
+    onset: int
+    iteration: int
+    attempt: int
+    sources: tuple[str, ...]
+
+
+class Recovery:
+    """Watches one run and brings it back.
+
+    Attributes:
+        recoveries: spikes dealt with so far; to be stored in each checkpoint's Megatron arguments
+            as `audit.RECORD`, which tells healthy checkpoints from spoiled ones.
+    """
+
+    def __init__(self, models: Sequence[Any], optimizer: Any, *, roots: Sequence[str | Path],
+                 rollback: Rollback, settings: RecoverySettings | None = None,
+                 metadata: Mapping[str, Any] | None = None, every: int = 1,
+                 comm: Comm | None = None) -> None:  # fmt: skip
+        """Read the log. Collective.
+
+        Args:
+            models: the chunks, as Megatron's training passes them around.
+            optimizer: Megatron's.
+            roots: folders with the run's checkpoints; the log is kept in the first.
+            rollback: every rank calls it with the newest healthy checkpoint.
+            settings: how.
+            metadata: what `sharded_state_dict` gets; None for its default.
+            every: iterations whose losses are exchanged at once, so that the job waits for the GPU
+                no more often than its own log does.
+            comm: the ranks, by default all.
+        """
+        self.settings = settings or RecoverySettings()
+        self._models, self._optimizer, self._metadata = models, optimizer, metadata
+        self._roots = tuple(dict.fromkeys(Path(root) for root in roots))
+        self._rollback, self._every = rollback, every
+        self._comm = Comm() if comm is None else comm
+        self._detector = SpikeDetector(self.settings.spike)
+        self._pending: list[tuple[int, Any, Any]] = []
+        self.recoveries = len(self._history().spikes)
+
+    def step(self, iteration: int, loss: Any = None, grad_norm: Any = None) -> Recovered | None:
+        """Look at the loss of an iteration that has just ended; recover if it is lost.
+
+        Args:
+            iteration: that has just ended.
+            loss: its mean loss (number or 0-D tensor, nats), None on ranks that do not know it.
+            grad_norm: before clipping, or None.
+
+        Returns:
+            what was done, if anything was.
+
+        Raises:
+            RecoverySpentError: attempts are spent, or nothing healthy is left; on every rank.
+            PmaError: the recovery failed; model and optimizer are a mixture: do not train on.
+        """
+        self._pending.append((iteration, loss, grad_norm))
+        if len(self._pending) < self._every:
+            return None
+        points, self._pending = agreed(self._pending), []
+        for place, value, norm in points:
+            verdict = self._detector.update(place, value, norm)
+            if verdict is not None:
+                say(f"PMA: {verdict.kind.value}: {verdict.reason}")
+            if verdict is not None and verdict.fatal:
+                return self._recover(self._note(verdict), iteration)
+        return None
+
+    def resumed(self, iteration: int, recoveries: int, state: Mapping[str, Any] | None = None
+                ) -> Recovered | None:  # fmt: skip
+        """Go on after a resume; recovers at once if the checkpoint was saved in a spike.
+
+        Args:
+            iteration: that was resumed.
+            recoveries: what the checkpoint says of them.
+            state: `state_dict` as stored with it, or None.
+
+        Returns, raises:
+            as `step`.
+        """
+        if state is not None:
+            self._detector.load_state_dict(state)
+        history = self._history()
+        spoiled = [s for s in history.spikes if iteration >= s.onset and s.number > recoveries]
+        if not spoiled:
+            return None
+        first = min(spoiled, key=lambda spike: spike.onset)
+        say(f"PMA: the checkpoint of iteration {iteration} was saved in a spike: recovering")
+        return self._recover(first, iteration)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The detector's memory, small and plain."""
+        return self._detector.state_dict()
+
+    def _history(self) -> audit.History:
+        return self._comm.on_main("recovery log", lambda: audit.read(self._roots[0]))
+
+    def _note(self, verdict: Verdict) -> audit.Spike:
+        """Write the spike into the log: from here on its checkpoints are not trusted."""
+        spike = audit.Spike(self.recoveries + 1, verdict.onset)
+        self._log(
+            audit.DETECTED, number=spike.number, onset=spike.onset, iteration=verdict.confirmed,
+            kind=verdict.kind.value, reason=verdict.reason,
+        )  # fmt: skip
+        return spike
+
+    def _recover(self, spike: audit.Spike, iteration: int) -> Recovered:
+        self._point("recover-choose")
+        try:
+            chosen, attempt = self._comm.on_main("choose", lambda: self._choose(spike))
+        except PmaError as error:
+            self._log(audit.SPENT, number=spike.number, iteration=iteration, reason=str(error))
+            raise RecoverySpentError(f"no recovery from the spike at iteration {spike.onset}: "
+                                     f"{error}") from error  # fmt: skip
+        refs = chosen.selection.refs
+        sources = tuple(ref.path for ref in refs)
+        self._log(
+            audit.BEGUN, number=spike.number, iteration=iteration, attempt=attempt,
+            newest_healthy=chosen.newest, sources=list(sources),
+        )  # fmt: skip
+        names = ", ".join(ref.describe() for ref in refs)
+        say(f"PMA: recovery, attempt {attempt} of {self.settings.attempts}, from {names}")
+        self._point("recover-rollback")
+        with forward_hooks_off(self._models):
+            self._rollback(refs[-1])
+        self._point("recover-merge")
+        merge_into(
+            self._models, self._optimizer, load=str(self._roots[0]),
+            selection=SelectionRequest(paths=sources), method=self.settings.method,
+            optimizer_state=self.settings.optimizer_state, threads=self.settings.threads,
+            metadata=self._metadata,
+        )  # fmt: skip
+        self._point("recover-done")
+        self._log(audit.DONE, number=spike.number, iteration=iteration)
+        self.recoveries = max(self.recoveries, spike.number)
+        self._detector.restart(iteration)
+        say(f"PMA: recovered after iteration {iteration}; the data moves on")
+        return Recovered(number=spike.number, onset=spike.onset, iteration=iteration,
+                         attempt=attempt, sources=sources)  # fmt: skip
+
+    def _choose(self, spike: audit.Spike) -> tuple[Healthy, int]:
+        """On the main rank: the checkpoints to go back to, and which attempt from there it is."""
+        found: dict[int | None, CheckpointRef] = {}
+        for root in self._roots:
+            with contextlib.suppress(SelectionError):  # --save of a job that has not saved yet
+                for ref in list_checkpoints(root):
+                    found.setdefault(ref.iteration, ref)
+        refs = [ref for ref in found.values() if not (ref.snapshot and self._needs_moments)]
+
+        def choose(further_back: int) -> Healthy:
+            request = HealthyRequest(
+                onset=spike.onset, margin_iterations=self.settings.margin_iterations,
+                further_back=further_back,
+            )  # fmt: skip
+            return choose_healthy(refs, request, most=self.settings.last)
+
+        attempts = audit.read(self._roots[0]).attempts_from(choose(0).newest)
+        if attempts >= self.settings.attempts:
+            raise SelectionError(
+                f"{attempts} attempts from the same healthy checkpoints did not hold. Lower the "
+                "learning rate, look at the data, and resume with `pma recover`"
+            )
+        return choose(attempts), attempts + 1
+
+    @property
+    def _needs_moments(self) -> bool:
+        return self.settings.optimizer_state == "average"
+
+    def _log(self, event: str, **fields: Any) -> None:
+        self._comm.on_main("recovery log", lambda: audit.append(self._roots[0], event, **fields))
+
+    def _point(self, stage: str) -> None:
+        self._comm.agree(stage, lambda: point(stage, self._comm.rank))
+
+
+_NONE, _FINITE, _INF, _NAN = 0.0, 1.0, 2.0, 3.0
+
+
+def agreed(points: Sequence[tuple[int, Any, Any]]) -> list[tuple[int, float, float | None]]:
+    """Points (iteration, loss, gradient norm) as the ranks that know them see them. Collective.
+
+    Points whose loss no rank knows are left out. NaN on one rank is NaN on all.
+    """
+    rows = [[part for value in row[1:] for part in _coded(value)] for row in points]
+    table = torch.tensor(rows, dtype=torch.float64)
+    if dist.is_initialized():
+        if "nccl" in str(dist.get_backend_config()):
+            table = table.to(torch.device("cuda", torch.cuda.current_device()))
+        dist.all_reduce(table, op=dist.ReduceOp.MAX)
+    result = []
+    for (iteration, _, _), (kind, loss, norm_kind, norm) in zip(
+        points, table.tolist(), strict=True
+    ):
+        if kind != _NONE:
+            known = _decoded(norm_kind, norm) if norm_kind != _NONE else None
+            result.append((iteration, _decoded(kind, loss), known))
+    return result
+
+
+def _coded(value: Any) -> tuple[float, float]:
+    """(kind, value), so that the largest over ranks is what any knows; the MAX of NaN is not."""
+    if value is None:
+        return _NONE, -math.inf
+    number = float(value)
+    if math.isfinite(number):
+        return _FINITE, number
+    return (_NAN if math.isnan(number) else _INF), -math.inf
+
+
+def _decoded(kind: float, value: float) -> float:
+    return {_FINITE: value, _INF: math.inf, _NAN: math.nan}[kind]

@@ -1,0 +1,92 @@
+"""`--pma-recover`: `recover.Recovery` with Megatron-LM's arguments, load and exit."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pma_megatron import audit
+from pma_megatron.comm import Comm
+from pma_megatron.discover import common_args
+from pma_megatron.megatron.options import EXIT_CODE, RecoverySettings
+from pma_megatron.megatron.recover import Recovered, Recovery, RecoverySpentError
+from pma_megatron.megatron.rollback import load_again
+from pma_megatron.megatron.say import say
+
+_STATE = "pma_spike_state"
+"""Attribute of Megatron's arguments, and so of every checkpoint's: the detector's memory."""
+
+
+class Watch:
+    """The recovery of one Megatron job."""
+
+    def __init__(self, args: Any, settings: RecoverySettings, models: Sequence[Any],
+                 optimizer: Any, scheduler: Any, metadata: Mapping[str, Any] | None,
+                 comm: Comm) -> None:  # fmt: skip
+        """Read the run's log. Collective."""
+        load = getattr(args, "load", None)
+        self._recovery = Recovery(
+            models,
+            optimizer,
+            roots=[args.save, *([load] if load else [])],
+            rollback=lambda ref: load_again(ref, _args(), models, optimizer, scheduler),
+            settings=settings,
+            metadata=metadata,
+            every=max(1, int(getattr(args, "log_interval", 1) or 1)),
+            comm=comm,
+        )
+        self._comm = comm
+
+    def resumed(self, args: Any, iteration: int) -> Recovered | None:
+        """Megatron has loaded; go back from there if it was saved in a spike."""
+        if iteration == 0:
+            return None
+        folder = Path(args.load) / f"iter_{iteration:07d}"
+
+        def look() -> tuple[int, Any]:
+            saved = common_args(folder)
+            return int(saved.get(audit.RECORD) or 0), json.loads(saved.get(_STATE) or "null")
+
+        recoveries, state = self._comm.on_main("resumed", look)
+        with _exit_when_spent():
+            return self._recovery.resumed(iteration, recoveries, state)
+
+    def stepped(self, args: Any, arguments: Mapping[str, Any]) -> Recovered | None:
+        """An iteration has ended; `arguments` are those of Megatron's `training_log`."""
+        losses = [v for k, v in arguments["loss_dict"].items() if "loss" in k]
+        with _exit_when_spent():
+            return self._recovery.step(
+                arguments["iteration"], losses[0] if losses else None, arguments["grad_norm"]
+            )
+
+    def saving(self, args: Any) -> None:
+        """Megatron is about to save: what a resume must know goes into its arguments."""
+        setattr(args, audit.RECORD, self._recovery.recoveries)
+        setattr(args, _STATE, json.dumps(self._recovery.state_dict()))
+
+
+@contextlib.contextmanager
+def _exit_when_spent() -> Iterator[None]:
+    try:
+        yield
+    except RecoverySpentError as error:
+        say(f"PMA: giving up: {error}")
+        _finish_saves()
+        sys.exit(EXIT_CODE)
+
+
+def _finish_saves() -> None:
+    """As Megatron does before it exits: what --async-save still writes is of value."""
+    from megatron.training.async_utils import maybe_finalize_async_save
+
+    maybe_finalize_async_save(blocking=True)
+
+
+def _args() -> Any:
+    from megatron.training.global_vars import get_args
+
+    return get_args()

@@ -1,0 +1,95 @@
+"""Megatron-LM's own training script with `--pma-recover`, broken on purpose, on the CPU.
+
+Skipped unless MEGATRON_LM_PATH names a Megatron-LM source tree (of any release that is supported).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from conftest import digests
+from pma_megatron import audit, list_checkpoints
+from pma_megatron.faultpoints import VARIABLE
+from pma_megatron.testing.megatron_lm import Pretrained, PretrainFailure, run_pretrain
+
+TREE = os.environ.get("MEGATRON_LM_PATH", "")
+pytestmark = [
+    pytest.mark.skipif(not TREE, reason="MEGATRON_LM_PATH names no Megatron-LM source tree"),
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+]
+BREAK_AT = 44
+FLAGS = ("--save-interval", "10", "--pma-recover", "--pma-recover-warmup", "24",
+         "--pma-recover-patience", "10", "--pma-recover-fatal-rise", "0.5",
+         "--pma-recover-margin-iterations", "2")  # fmt: skip
+SPOIL = '''
+"""Makes the weights far too large before one iteration."""
+import torch
+from megatron.training import training
+from megatron.training.global_vars import get_args
+from pma_megatron.megatron.params import live_tensors
+from pma_megatron.megatron.replicas import refresh_weights
+
+original = training.train_step
+
+
+def train_step(*args, **kwargs):
+    values, given = [*args, *kwargs.values()], get_args()
+    if given.consumed_train_samples == {at} * given.global_batch_size:
+        model = next(v for v in values if isinstance(v, list) and hasattr(v[0], "ddp_config"))
+        optimizer = next(v for v in values if hasattr(v, "scale_loss"))
+        for live in live_tensors(model, optimizer):
+            if live.numel and live.part is not None:
+                live.states()["param"].detach().mul_(6.0)
+        refresh_weights(model, optimizer)
+    return original(*args, **kwargs)
+
+
+training.train_step = train_step
+'''
+
+
+def train(folder: Path, *flags: str, environment: dict[str, str] | None = None) -> Pretrained:
+    probe = folder / "probe"
+    probe.mkdir(exist_ok=True)
+    (probe / "spoil_the_weights.py").write_text(SPOIL.format(at=BREAK_AT))
+    return run_pretrain(
+        TREE, ["--save", str(folder / "run"), *FLAGS, *flags], ranks=2, timeout_s=280,
+        imports="spoil_the_weights", python_path=[probe], environment=environment,
+    )  # fmt: skip
+
+
+def test_recovers_in_process(tmp_path: Path) -> None:
+    made = train(tmp_path, "--train-iters", "90", "--exit-interval", "80")
+    events = audit.read(tmp_path / "run").events
+    assert [event["event"] for event in events] == [audit.DETECTED, audit.BEGUN, audit.DONE]
+    onset, done = events[0]["onset"], events[2]["iteration"]
+    assert onset == BREAK_AT + 1 and [Path(s).name[-2:] for s in events[1]["sources"]] == [
+        "20", "30", "40"]  # fmt: skip
+    losses = {iteration: float(loss) for iteration, loss in made.losses.items()}
+    healthy = max(losses[i] for i in range(30, BREAK_AT))
+    assert list(losses) == list(range(1, 81)) and losses[done] > healthy + 0.5
+    assert max(losses[i] for i in range(done + 1, 81)) < healthy + 0.3
+    spoiled = {r.iteration for r in list_checkpoints(tmp_path / "run") if r.unhealthy_because}
+    assert spoiled == set(range(50, done, 10)) != set()
+    # A plain resume goes on from there, with a history that says that all is well.
+    on = train(tmp_path, "--load", str(tmp_path / "run"), "--train-iters", "90")
+    assert "recovering" not in on.output and list(on.losses) == list(range(81, 91))
+
+
+@pytest.mark.parametrize("stage", ["recover-rollback", "recover-merge"])
+def test_a_kill_leaves_a_run_that_resumes(stage: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(PretrainFailure):
+        train(tmp_path, "--train-iters", "80", environment={VARIABLE: f"{stage}:1:kill"})
+    newest = int((run / "latest_checkpointed_iteration.txt").read_text())
+    assert newest > BREAK_AT and audit.read(run).events[-1]["event"] == audit.BEGUN
+    before = {i: digests(run / f"iter_{i:07d}") for i in (20, 30, 40)}
+    on = train(tmp_path, "--load", str(run), "--train-iters", "80")
+    assert f"iteration {newest} was saved in a spike: recovering" in on.output
+    losses = {iteration: float(loss) for iteration, loss in on.losses.items()}
+    assert list(losses) == list(range(newest + 1, 81)) and max(losses.values()) < 10.0
+    assert {i: digests(run / f"iter_{i:07d}") for i in (20, 30, 40)} == before
