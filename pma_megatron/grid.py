@@ -103,7 +103,7 @@ class Grid:
             )
         if self.intervals_tokens and self.intervals_iterations:
             raise UsageError(
-                "--intervals-tokens and --interval-iterations cannot be combined: an average has "
+                "--intervals-tokens and --intervals-iterations cannot be combined: an average has "
                 "one spacing"
             )
         if isinstance(self.ends, str):

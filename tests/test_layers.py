@@ -37,7 +37,7 @@ ORDER = [
     ["megatron.init", "megatron.window", "megatron.thin"],
     ["megatron.swap", "megatron.store", "megatron.evaluate"],
     ["megatron.online", "megatron.score"],
-    ["megatron.save"],
+    ["megatron.save", "megatron.scoring"],
     ["megatron.hooks"],
     ["megatron.decorators"],
     ["megatron.install"],
