@@ -189,11 +189,12 @@ def parse_method(text: str) -> Method:
         UsageError: an unknown name, or a number that the method does not take.
     """
     name, colon, number = text.partition(":")
+    if name not in METHODS:
+        raise UsageError(f"--methods {text!r} is unknown: choose from {', '.join(METHODS)}")
     if not colon:
         return Method(name=name)
-    if name in _PLAIN or name not in METHODS:
-        known = ", ".join(METHODS) if name not in METHODS else f"{name} alone"
-        raise UsageError(f"--methods {text!r} is not a method: choose {known}")
+    if name in _PLAIN:
+        raise UsageError(f"--methods {text!r}: {name} takes no number, write {name}")
     try:
         value = float(number)
     except ValueError:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from pma_megatron import MergeRequest, Method, SelectionRequest, merge
+from pma_megatron import MergeRequest, Method, Policy, SelectionRequest, merge
 from pma_megatron.errors import RankError, SelectionError, UsageError
 from pma_megatron.grid import Grid
 from pma_megatron.megatron.score import score_merges
@@ -24,9 +24,15 @@ CASES: dict[str, tuple[TinyConfig, int]] = {
     "dense-overlap": (replace(BASE, bucket_size=4000, overlap_param_gather=True), 2),
     "moe-ep2": (replace(BASE, num_experts=4, expert_model_parallel_size=2), 2),
     "dense-tp2": (replace(BASE, tensor_model_parallel_size=2), 2),
+    "dense-tp2-of-dp2": (
+        replace(BASE, tensor_model_parallel_size=2, optim_format="fully_reshardable"),
+        2,
+    ),
     "dense-pp2": (replace(BASE, pipeline_model_parallel_size=2), 2),
     "moe-ep2-dp2": (replace(BASE, num_experts=4, expert_model_parallel_size=2), 4),
 }
+TRAINED_AS = {"dense-tp2-of-dp2": replace(BASE, optim_format="fully_reshardable")}
+"""Runs whose checkpoints have another layout than the model that scores them."""
 FAST = ("dense-dp2", "moe-ep2")
 SAVES = (2, 4, 6, 8)
 GRID = Grid(
@@ -68,7 +74,11 @@ def score_and_load(
     )
     bare = [unwrap(model) for model in trainer.models] if config.bf16 else trainer.models
     scores = score_merges(
-        bare, root, GRID, lambda: trainer.evaluate(2), others=[merges + "/sma-3-6"]
+        bare,
+        root,
+        GRID,
+        lambda: trainer.evaluate(2),
+        others=[f"{merges}/sma-3-6", f"{merges}/weights"],
     )
     back = same(weights(trainer), before)
     back &= [p.data_ptr() for m in trainer.models for p in m.parameters()] == places
@@ -87,8 +97,14 @@ def score_and_load(
 )
 def test_a_point_is_the_offline_merge_to_the_bit(case: str, tmp_path: Path) -> None:
     config, ranks = CASES[case]
+    trained = TRAINED_AS.get(case, config)
     root = str(tmp_path / "run")
-    run_ranks(train, ranks, config, root)
+    run_ranks(train, ranks, trained, root)
+    rounded = MergeRequest(
+        load=root, save=str(tmp_path / "weights"), policy=Policy(average="weights"),
+        selection=SelectionRequest(last=1, end_iteration=6),
+    )  # fmt: skip
+    merge(rounded)
     for method, last, end in MERGED:
         name, _, alpha = method.partition(":")
         merge(MergeRequest(
@@ -103,8 +119,9 @@ def test_a_point_is_the_offline_merge_to_the_bit(case: str, tmp_path: Path) -> N
                for p in scores["points"]}  # fmt: skip
         assert got == expected
         assert len(set(got.values())) == len(got)
-        [other] = scores["others"]
-        assert other["losses"]["loss"] == expected["sma", 3, 6]
+        assert [other["losses"]["loss"] for other in scores["others"]] == [
+            expected["sma", 3, 6], expected["unmerged", 1, 6]
+        ]  # fmt: skip
         assert [(s["method"], s["last"], s["end_iteration"]) for s in scores["skipped"]] == [
             ("sma", 4, 6), ("ema:0.2", 4, 6)
         ]  # fmt: skip
