@@ -53,7 +53,7 @@ def test_evaluate_and_forecast(dense_run: Path, tmp_path: Path) -> None:
     scores, plot = str(tmp_path / "scores.json"), str(tmp_path / "scores.png")
     commands = [
         ["evaluate", *grid, "6", "8", "--json", "--out", scores, "--plot", plot, *BATCHES],
-        ["forecast", *grid, "6", "8", "--annealed", annealed, "--json", *BATCHES],
+        ["forecast", *grid, "6", "--annealed", annealed, "--json", *BATCHES],
         ["forecast", "--scores", scores, *PROVIDER, "--annealed", f"{annealed}@6", *BATCHES],
     ]
     (results, own), (others, _) = run_ranks(calls, 2, root, annealed, commands)
@@ -116,7 +116,11 @@ def test_refused_before_a_model_is_built(
         ("evaluate", [*run, "--methods", "mean"], "'mean' is unknown"),
         ("evaluate", [*run, "--out", tmp_path / "no" / "out.json"], "make it"),
         ("forecast", [*run, "--annealed-loss", "4"], "is not START:LOSS"),
-        ("forecast", [*run, "--annealed-loss", "5:1.0"], "no average ends there"),
+        (
+            "forecast",
+            [*run, "--annealed-loss", "5:1.0"],
+            "has no complete checkpoint",
+        ),
         ("forecast", [*run, "--annealed", dense_run], "does not say at which sample"),
     ):
         code, out, err = call(capsys, verb, *arguments)

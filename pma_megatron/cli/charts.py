@@ -12,6 +12,7 @@ from pma_megatron.scores import Score, Scores
 from pma_megatron.tokens import format_tokens
 
 _UNMERGED = "#5b6573"
+_TOKENS = "training tokens"
 
 
 def scored(scores: Scores, metric: str, path: Path) -> None:
@@ -35,10 +36,15 @@ def forecasted(scores: Scores, made: Forecast, path: Path) -> None:
         if each.method == UNMERGED:
             style = {"label": "trained, constant LR", "color": _UNMERGED, "lw": 2}
         axes.plot(xs, each.merged, marker="o", ms=3, **style)
+    trained = scores.unmerged(made.metric)
+    for run in made.annealed:
+        start = position(scores, run.start_iteration)
+        known = run.tokens is not None and _unit(scores) == _TOKENS
+        end = start + (run.tokens or 0) if known else start
+        axes.plot([start, end], [trained[run.start_iteration], run.loss], "k:", lw=0.8)
+        axes.plot(end, run.loss, "k*", ms=9)
     if made.annealed:
-        xs = [position(scores, run.start_iteration) for run in made.annealed]
-        losses = [run.loss for run in made.annealed]
-        axes.plot(xs, losses, "k*", ms=9, label="annealed, at the start of its decay")
+        axes.plot([], [], "k*:", label="annealed, from the start of its decay")
     save(figure, axes, path)
 
 
@@ -62,10 +68,13 @@ def series_name(method: str, last: int, tokens: int | None, iterations: int | No
 def new_figure(scores: Scores, metric: str) -> tuple[Any, Any]:
     """A figure with its axes named."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
     figure = Figure(figsize=(8, 4.8), layout="constrained")
     axes = figure.subplots()
     axes.set_xlabel(_unit(scores))
+    if _unit(scores) == _TOKENS:
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_ylabel(metric)
     axes.grid(alpha=0.25, lw=0.6)
     axes.spines[["top", "right"]].set_visible(False)
@@ -75,7 +84,7 @@ def new_figure(scores: Scores, metric: str) -> tuple[Any, Any]:
 def position(scores: Scores, iteration: int) -> float:
     """Where an iteration lies on the x axis."""
     tokens = scores.tokens[iteration]
-    return iteration if tokens is None or _unit(scores) == "iteration" else tokens
+    return iteration if tokens is None or _unit(scores) != _TOKENS else tokens
 
 
 def save(figure: Any, axes: Any, path: Path) -> None:
@@ -86,4 +95,4 @@ def save(figure: Any, axes: Any, path: Path) -> None:
 
 def _unit(scores: Scores) -> str:
     known: Sequence[int | None] = tuple(scores.tokens.values())
-    return "iteration" if None in known else "training tokens"
+    return "iteration" if None in known else _TOKENS

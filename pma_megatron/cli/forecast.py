@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from pma_megatron.errors import UsageError
 from pma_megatron.forecast import Agreement, Annealed, Forecast, Series, forecast
 from pma_megatron.formats import registry
 from pma_megatron.scores import Scores, read_scores
-from pma_megatron.selection import SelectionRequest
+from pma_megatron.selection import CheckpointRef, SelectionRequest
 from pma_megatron.tokens import format_tokens
 
 _EXAMPLE = """examples:
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.load = scores.load
     starts = {_folder(text)[0]: _start(text, arguments.load) for text in arguments.annealed}
     if scores is None:
-        _refuse_unscored(arguments, [*starts.values(), *(run.start_iteration for run in given)])
+        _add_ends(arguments, {*starts.values(), *(run.start_iteration for run in given)}, starts)
         scores = score(arguments, list(starts))
     elif starts:
         scores = _with_others(arguments, scores, list(starts))
@@ -166,9 +166,8 @@ def _start(text: str, load: str | None) -> int:
     folder, start = _folder(text)
     if start is not None:
         return start
-    newest = choose(list_checkpoints(folder), SelectionRequest(last=1), folder).refs[-1]
-    samples = registry.get(newest.format, newest.path).schedule(Path(newest.path))
-    begin = samples.decay_start_samples
+    newest = _newest(folder)
+    begin = registry.get(newest.format, newest.path).schedule(Path(newest.path)).decay_start_samples
     for ref in list_checkpoints(load) if load is not None and begin is not None else ():
         if ref.consumed_samples == begin and ref.iteration is not None:
             return ref.iteration
@@ -180,17 +179,27 @@ def _start(text: str, load: str | None) -> int:
     )
 
 
-def _refuse_unscored(arguments: argparse.Namespace, starts: Sequence[int]) -> None:
-    """Before anything is scored: every start must be an end of the grid."""
+def _add_ends(arguments: argparse.Namespace, starts: Collection[int], folders: Collection[str]
+              ) -> None:  # fmt: skip
+    """Score also where annealing runs begin, and where they end if the run was trained so far."""
     if arguments.load is None:
         raise UsageError("say where the checkpoints are: --load DIR, or --scores FILE")
-    ends = grid_of(arguments).end_iterations(list_checkpoints(arguments.load))
+    refs = list_checkpoints(arguments.load)
+    complete = {ref.iteration: ref.consumed_tokens for ref in refs if ref.complete}
     for start in starts:
-        if start not in ends:
+        if start not in complete:
             raise UsageError(
-                f"an annealing run starts at iteration {start}, and no average ends there: add it "
-                "to --ends, or use --ends all"
+                f"an annealing run starts at iteration {start}, where {arguments.load} has no "
+                "complete checkpoint: nothing can be merged up to there"
             )
+    reached = {_newest(folder).consumed_tokens for folder in folders} - {None}
+    ends = {i for i, tokens in complete.items() if i is not None and tokens in reached}
+    asked = grid_of(arguments).end_iterations(refs)
+    arguments.ends = [str(i) for i in sorted({*asked, *starts, *ends})]
+
+
+def _newest(folder: str) -> CheckpointRef:
+    return choose(list_checkpoints(folder), SelectionRequest(last=1), folder).refs[-1]
 
 
 def _with_others(arguments: argparse.Namespace, scores: Scores, roots: list[str]) -> Scores | None:
