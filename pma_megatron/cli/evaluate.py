@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections import Counter
 
 from pma_megatron.cli import charts, tables
 from pma_megatron.cli.scoring import add_scoring, refuse_unwritable, score, write_json
@@ -59,13 +58,15 @@ def show(scores: Scores) -> None:
             str(point.last), interval(point), *cells,
         )  # fmt: skip
     console.print(table)
-    left_out = Counter((s.method, s.last, interval(s)) for s in scores.skipped)
-    for (method, last, spacing), count in left_out.items():
-        why = next(s for s in scores.skipped if (s.method, s.last, interval(s)) == (
-            method, last, spacing))  # fmt: skip
+    left_out: dict[tuple[int, str], dict[int, str]] = {}
+    for skipped in scores.skipped:
+        reasons = left_out.setdefault((skipped.last, interval(skipped)), {})
+        reasons[skipped.end_iteration] = skipped.reason
+    for (last, spacing), reasons in left_out.items():
+        iteration, reason = list(reasons.items())[-1]
+        name = f"N = {last}{f', V = {spacing}' if spacing else ''}"
         console.print(
-            f"left out at {count} ends: {method} N={last} V={spacing or 'as they lie'}; at "
-            f"iteration {why.end_iteration}: {why.reason}",
+            f"left out: {name} at {len(reasons)} ends; at iteration {iteration}: {reason}",
             soft_wrap=True,
         )
 
