@@ -66,7 +66,8 @@ def decide(request: MergeRequest, sources: Sequence[Source]) -> Fates:
     """
     base, policy = sources[-1], request.policy
     _refuse_unresumable(base, policy)
-    _refuse_rounded(sources, policy)
+    if policy.average != "weights":
+        refuse_rounded(sources)
     model = next((s for s in reversed(sources) if not s.snapshot), base)
     entries = list(_entries(sources))
     unmatched(policy, entries)
@@ -109,10 +110,12 @@ def _refuse_unresumable(base: Source, policy: Policy) -> None:
     )
 
 
-def _refuse_rounded(sources: Sequence[Source], policy: Policy) -> None:
-    """Rounded weights do not stand in for main params unless the user asks for weights."""
-    if policy.average == "weights":
-        return
+def refuse_rounded(sources: Sequence[Source]) -> None:
+    """Rounded weights do not stand in for main params unless the user asks for weights.
+
+    Raises:
+        PlanError: some sources have main params, and some have rounded weights alone.
+    """
     exact = [s for s in sources if s.snapshot or s.space.states.get(MAIN)]
     for source in sources:
         rounded = any(t.dtype in _ROUNDED for t in source.space.weights.values())

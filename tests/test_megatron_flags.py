@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from pma_megatron.errors import UsageError
+from pma_megatron.grid import Grid
 from pma_megatron.megatron import flags
 from pma_megatron.megatron.options import NAMES, USED_BY
+from pma_megatron.request import Method
 
 JOB = {
     "save": "/ckpts/run",
@@ -104,9 +106,27 @@ def test_what_works_is_not_refused(text: str) -> None:
     flags.validate(parse(text))
 
 
+def test_the_grid_to_score() -> None:
+    text = (
+        "--pma-score --pma-score-methods sma ema:0.2 --pma-score-lasts 3 6 --pma-exclude 7 "
+        "--pma-score-intervals-tokens 4B 8B --pma-score-ends every:2 --pma-tolerance 0.1 "
+        "--pma-threads 3 --pma-score-others /decay --pma-score-out /out.json"
+    )
+    args = parse(text, skip_train=True)
+    flags.validate(args)
+    made = flags.settings(args)
+    assert made.score == Grid(
+        methods=(Method(), Method(name="ema", alpha=0.2)), lasts=(3, 6), ends="every:2",
+        intervals_tokens=(4_000_000_000, 8_000_000_000), exclude=(7,), tolerance=0.1,
+    )  # fmt: skip
+    assert (made.score_others, made.score_out, made.threads) == (("/decay",), "/out.json", 3)
+    assert flags.settings(parse("--pma-init")).score is None
+
+
 INIT = "--pma-init"
 SAVE = "--pma-save --pma-interval-tokens 8B"
 SNAPSHOTS = "--pma-snapshot-interval-tokens 8B"
+SCORE = {"skip_train": True}
 
 
 @pytest.mark.parametrize(
@@ -139,6 +159,11 @@ SNAPSHOTS = "--pma-snapshot-interval-tokens 8B"
         (f"{INIT} {SNAPSHOTS} --pma-keep 9", {}, "raise --pma-keep to at least 10"),
         (f"{INIT} --pma-last 5 --pma-interval-tokens 16B {SNAPSHOTS} --pma-keep 8", {},
          "raise --pma-keep to at least 9"),
+        ("--pma-score", {}, "--pma-score needs --skip-train"),
+        ("--pma-score", {"load": None, **SCORE}, "--pma-score needs --load"),
+        (f"--pma-score {SAVE}", SCORE, "--pma-score and --pma-save cannot be combined"),
+        ("--pma-score --pma-score-ends some", SCORE, "--pma-score-ends 'some' is not all"),
+        ("--pma-score --pma-score-methods mean", SCORE, "--pma-score-methods 'mean' is unknown"),
         (INIT, {"ckpt_format": "torch"}, "--ckpt-format torch_dist (Megatron's default), found"),
         (SAVE, {"use_megatron_fsdp": True}, "--use-megatron-fsdp"),
         (SAVE, {"use_custom_fsdp": True}, "--use-custom-fsdp"),

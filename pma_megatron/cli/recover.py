@@ -33,7 +33,8 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         verbs,
         "recover",
         run,
-        "merge healthy checkpoints from before a loss spike, and say how to resume",
+        "merge healthy checkpoints from before a loss spike, and print the resume command; what "
+        "follows -- is the run's own launch command, printed again with the changes",
         epilog=_EXAMPLE,
     )
     verb.add_argument("--load", metavar="DIR", required=True, help="the run's folder; only read")
@@ -47,10 +48,7 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     _where(verb)
     _what(verb)
     _how(verb)
-    verb.add_argument(
-        "command", nargs="*", metavar="-- COMMAND",
-        help="the run's launch command, printed again with the changes",
-    )  # fmt: skip
+    verb.set_defaults(passes_on=True)
 
 
 def _where(verb: argparse.ArgumentParser) -> None:
@@ -152,7 +150,7 @@ def _request(arguments: argparse.Namespace) -> RecoveryRequest:
         skip=_span(arguments.skip),
         skip_data=arguments.skip != "none",
         lr_factor=arguments.lr_factor,
-        command=tuple(arguments.command),
+        command=tuple(arguments.rest),
         threads=arguments.threads,
         overwrite=arguments.overwrite,
     )

@@ -54,6 +54,8 @@ def refuse(args: Any, settings: Settings) -> None:
         _refuse_snapshots(args, settings)
     if settings.recover is not None:
         _refuse_recover(args, settings.recover)
+    if settings.score is not None:
+        _refuse_score(args, settings)
     _refuse_shared_folders(args, settings)
     _refuse_method(settings)
 
@@ -170,6 +172,21 @@ def _refuse_recover(args: Any, recover: RecoverySettings) -> None:
     if recover.margin_iterations < 0:
         raise UsageError("--pma-recover-margin-iterations must be at least 0, got "
                          f"{recover.margin_iterations}")  # fmt: skip
+
+
+def _refuse_score(args: Any, settings: Settings) -> None:
+    for name in ("load", "skip_train"):
+        if not getattr(args, name, None):
+            raise UsageError(
+                f"--pma-score needs --{name.replace('_', '-')}: it scores averages of saved "
+                "checkpoints in Megatron's evaluation, and does not train"
+            )
+    for flag, used in (("--pma-init", settings.init), ("--pma-save", settings.save),
+                       ("--pma-snapshot-interval-tokens", settings.snapshots),
+                       ("--pma-recover", settings.recover is not None)):  # fmt: skip
+        if used:
+            raise UsageError(f"--pma-score and {flag} cannot be combined: one evaluates, the other "
+                             "trains; leave out one of the two")  # fmt: skip
 
 
 def _refuse_shared_folders(args: Any, settings: Settings) -> None:

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from pma_megatron.errors import UsageError
+from pma_megatron.grid import Grid, parse_ends, parse_method
 from pma_megatron.healthy import LAST, MARGIN_ITERATIONS
 from pma_megatron.request import Method
 from pma_megatron.selection import DEFAULT_LAST, SelectionRequest
@@ -23,25 +24,25 @@ SNAPSHOT_DTYPES = ("fp32", "bf16")
 EXIT_CODE = 85
 """Of a job whose attempts to recover are spent; nothing in Megatron uses it."""
 
-_SWITCHES = ("pma_init", "pma_save", "pma_eval", "pma_recover")
+_SWITCHES = ("pma_init", "pma_save", "pma_eval", "pma_recover", "pma_score")
 
 USED_BY: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "pma_load": ("pma_init",),
+        "pma_load": ("pma_init", "pma_score"),
         "pma_last": ("pma_init", "pma_save"),
         "pma_interval_tokens": ("pma_init", "pma_save"),
         "pma_interval_iterations": ("pma_init",),
-        "pma_tolerance": ("pma_init",),
+        "pma_tolerance": ("pma_init", "pma_score"),
         "pma_end_iteration": ("pma_init",),
         "pma_iterations": ("pma_init",),
-        "pma_exclude": ("pma_init",),
+        "pma_exclude": ("pma_init", "pma_score"),
         "pma_method": ("pma_init", "pma_save"),
         "pma_alpha": ("pma_init", "pma_save"),
         "pma_floor": ("pma_init", "pma_save"),
         "pma_coefficients": ("pma_init", "pma_save"),
         "pma_optimizer_state": ("pma_init",),
         "pma_share": ("pma_init",),
-        "pma_threads": ("pma_init", "pma_save", "pma_recover"),
+        "pma_threads": ("pma_init", "pma_save", "pma_recover", "pma_score"),
         "pma_save_dir": ("pma_save",),
         "pma_window_dir": ("pma_save",),
         "pma_snapshot_dtype": ("pma_snapshot_interval_tokens",),
@@ -54,6 +55,13 @@ USED_BY: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "pma_recover_warmup": ("pma_recover",),
         "pma_recover_patience": ("pma_recover",),
         "pma_recover_fatal_rise": ("pma_recover",),
+        "pma_score_methods": ("pma_score",),
+        "pma_score_lasts": ("pma_score",),
+        "pma_score_intervals_tokens": ("pma_score",),
+        "pma_score_intervals_iterations": ("pma_score",),
+        "pma_score_ends": ("pma_score",),
+        "pma_score_others": ("pma_score",),
+        "pma_score_out": ("pma_score",),
     }
 )
 """For every option, the flags that make use of it; it is refused without any of them."""
@@ -65,6 +73,7 @@ _COMMAND_LINE = re.compile(
     r"--(last|interval-tokens|interval-iterations|tolerance|end-iteration|iterations|exclude"
     r"|method|alpha|floor|coefficients|optimizer-state)(?![\w-])"
 )
+_GRID = re.compile(r"--(methods|lasts|ends|intervals-tokens|intervals-iterations)(?![\w-])")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,6 +140,12 @@ class Settings:
     """How many of the newest snapshots to keep; None keeps all."""
     recover: RecoverySettings | None
     """How to recover from loss spikes; None to leave them."""
+    score: Grid | None
+    """Averages that are scored in the first evaluation, under --skip-train."""
+    score_others: tuple[str, ...]
+    """Folders whose newest checkpoint is scored too, as it is."""
+    score_out: str | None
+    """File that gets the scores as JSON."""
 
     @property
     def snapshots(self) -> bool:
@@ -158,7 +173,7 @@ def settings(args: Any) -> Settings:
 
 def spelled(message: str) -> str:
     """A message of the command line with its flags named as in a Megatron script."""
-    return _COMMAND_LINE.sub(r"--pma-\1", message)
+    return _GRID.sub(r"--pma-score-\1", _COMMAND_LINE.sub(r"--pma-\1", message))
 
 
 def _settings(args: Any) -> Settings:
@@ -191,6 +206,9 @@ def _settings(args: Any) -> Settings:
         snapshot_dir=value("snapshot_dir", save and f"{save.rstrip('/')}/pma_snapshots"),
         keep=value("keep"),
         recover=_recovery(value) if value("recover", False) else None,
+        score=_grid(value) if value("score") else None,
+        score_others=tuple(value("score_others", ())),
+        score_out=value("score_out"),
     )
 
 
@@ -207,6 +225,18 @@ def _recovery(value: Callable[..., Any]) -> RecoverySettings:
         attempts=value("recover_attempts", own.attempts),
         margin_iterations=value("recover_margin_iterations", own.margin_iterations),
         threads=value("threads", own.threads),
+    )
+
+
+def _grid(value: Callable[..., Any]) -> Grid:
+    return Grid(
+        methods=tuple(parse_method(text) for text in value("score_methods", ["sma"])),
+        lasts=tuple(value("score_lasts", [DEFAULT_LAST])),
+        intervals_tokens=tuple(value("score_intervals_tokens", ())),
+        intervals_iterations=tuple(value("score_intervals_iterations", ())),
+        ends=parse_ends(value("score_ends", ["newest"])),
+        tolerance=value("tolerance", 0.25),
+        exclude=tuple(value("exclude", ())),
     )
 
 

@@ -1,0 +1,98 @@
+"""Losses as pictures; needs the `plots` extra (matplotlib)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pma_megatron.forecast import Forecast
+from pma_megatron.grid import UNMERGED
+from pma_megatron.scores import Score, Scores
+from pma_megatron.tokens import format_tokens
+
+_UNMERGED = "#5b6573"
+_TOKENS = "training tokens"
+
+
+def scored(scores: Scores, metric: str, path: Path) -> None:
+    """Loss against tokens: the single checkpoints, and a line per method, N and V."""
+    figure, axes = new_figure(scores, metric)
+    for name, points in series(scores).items():
+        unmerged = points[0].method == UNMERGED
+        style = {"color": _UNMERGED, "lw": 2} if unmerged else {"lw": 1.2}
+        xs = [position(scores, point.end_iteration) for point in points]
+        axes.plot(xs, [p.losses[metric] for p in points], marker="o", ms=3, label=name, **style)
+    save(figure, axes, path)
+
+
+def forecasted(scores: Scores, made: Forecast, path: Path) -> None:
+    """Trained and merged loss along the run, and where real annealing runs ended."""
+    figure, axes = new_figure(scores, made.metric)
+    for number, each in enumerate(made.series):
+        xs = [position(scores, iteration) for iteration in each.iterations]
+        name = series_name(each.method, each.last, each.interval_tokens, each.interval_iterations)
+        style = {"label": f"forecast: {name}", "color": f"C{number}", "lw": 1.2}
+        if each.method == UNMERGED:
+            style = {"label": "trained, constant LR", "color": _UNMERGED, "lw": 2}
+        axes.plot(xs, each.merged, marker="o", ms=3, **style)
+    trained = scores.unmerged(made.metric)
+    for run in made.annealed:
+        start = position(scores, run.start_iteration)
+        known = run.tokens is not None and _unit(scores) == _TOKENS
+        end = start + (run.tokens or 0) if known else start
+        axes.plot([start, end], [trained[run.start_iteration], run.loss], "k:", lw=0.8)
+        axes.plot(end, run.loss, "k*", ms=9)
+    if made.annealed:
+        axes.plot([], [], "k*:", label="annealed, from the start of its decay")
+    save(figure, axes, path)
+
+
+def series(scores: Scores) -> dict[str, list[Score]]:
+    """Points by what stays the same along the run, in the order of the ends."""
+    found: dict[str, list[Score]] = {}
+    for point in scores.points:
+        found.setdefault(series_name(*point.series), []).append(point)
+    return found
+
+
+def series_name(method: str, last: int, tokens: int | None, iterations: int | None) -> str:
+    """A series in a few words."""
+    if method == UNMERGED:
+        return method
+    spacing = f" V={format_tokens(tokens)}" if tokens else (
+        f" V={iterations} it" if iterations else "")  # fmt: skip
+    return f"{method} N={last}{spacing}"
+
+
+def new_figure(scores: Scores, metric: str) -> tuple[Any, Any]:
+    """A figure with its axes named."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    axes = figure.subplots()
+    axes.set_xlabel(_unit(scores))
+    if _unit(scores) == _TOKENS:
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.set_ylabel(metric)
+    axes.grid(alpha=0.25, lw=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def position(scores: Scores, iteration: int) -> float:
+    """Where an iteration lies on the x axis."""
+    tokens = scores.tokens[iteration]
+    return iteration if tokens is None or _unit(scores) != _TOKENS else tokens
+
+
+def save(figure: Any, axes: Any, path: Path) -> None:
+    """Write the figure, its format by the name's ending."""
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def _unit(scores: Scores) -> str:
+    known: Sequence[int | None] = tuple(scores.tokens.values())
+    return "iteration" if None in known else _TOKENS
