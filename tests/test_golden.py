@@ -17,7 +17,9 @@ import torch
 from oracle import assert_average, global_tensors, read_by_torch, read_tensor
 from pma_megatron import MergeRequest, Policy, SelectionRequest, inspect, merge
 from pma_megatron.formats.torch_dist.checkpoint import TorchDistCheckpoint
+from pma_megatron.formats.torch_dist.schedule import read_schedule
 from pma_megatron.formats.torch_dist.source import read_source
+from pma_megatron.testing import TinyConfig
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.tar.xz"))
 
@@ -99,3 +101,12 @@ def test_torch_loads_every_item_of_a_merge(golden: Path, tmp_path: Path) -> None
             item = piece.payload.item
             stream = io.BytesIO(merged.read(item.file, item.offset, item.length))
             assert tuple(torch.load(stream, weights_only=True).shape) == piece.box.sizes
+
+
+def test_where_each_stood_in_its_learning_rate_schedule(golden: Path) -> None:
+    saves = live_states(golden)[0]
+    for folder, live in zip(sorted(golden.glob("iter_*")), saves, strict=True):
+        found = read_schedule(folder)
+        assert found.samples == live["consumed_samples"]
+        assert found.learning_rate == TinyConfig().lr
+        assert (found.decay_style, found.decay_start_samples) == ("constant", None)

@@ -91,6 +91,7 @@ def score_merges(models: Sequence[Any], load: str, grid: Grid, score: Callable[[
             for root in others]  # fmt: skip
     tensors = comm.agree("model", lambda: live_tensors(models, None, metadata))
     run = _open(request, points, comm)
+    places = comm.on_main("schedule", lambda: _checkpoints([*points, *ends]))
 
     def scored(point: Point, opened: Mapping[str, Source]) -> dict[str, float]:
         _average(opened, point, tensors, comm, threads)
@@ -104,19 +105,25 @@ def score_merges(models: Sequence[Any], load: str, grid: Grid, score: Callable[[
         made = [Score.of(point, scored(point, run)) for point in points]
         apart = [scored(end, _open(request, [end], comm)) for end in ends]
     newest = run[points[-1].end.path]
-    used = {ref.path: ref for point in points for ref in point.selection.refs}
-    ordered = sorted(used.values(), key=lambda ref: ref.iteration or 0)
-    return comm.on_main("schedule", lambda: Scores(
+    return Scores(
         load=load,
         parameters=newest.parameters,
         active_parameters=newest.active_parameters,
         moe=newest.is_moe,
-        checkpoints=tuple(_checkpoint(ref) for ref in ordered),
+        checkpoints=tuple(places[ref.path] for ref in _members(points)),
         points=tuple(made),
         skipped=tuple(skipped),
-        others=tuple(Other(root=root, checkpoint=_checkpoint(end.end), losses=losses)
-                     for root, end, losses in zip(others, ends, apart, strict=True)),
-    ))  # fmt: skip
+        others=tuple(
+            Other(root=root, checkpoint=places[end.end.path], losses=losses)
+            for root, end, losses in zip(others, ends, apart, strict=True)
+        ),
+    )
+
+
+def _members(points: Sequence[Point]) -> list[CheckpointRef]:
+    """Every checkpoint of the points once, oldest first."""
+    found = {ref.path: ref for point in points for ref in point.selection.refs}
+    return sorted(found.values(), key=lambda ref: ref.iteration or 0)
 
 
 def _refs(root: str, exclude: tuple[int, ...]) -> list[CheckpointRef]:
@@ -127,8 +134,7 @@ def _refs(root: str, exclude: tuple[int, ...]) -> list[CheckpointRef]:
 
 def _open(request: MergeRequest, points: Sequence[Point], comm: Comm) -> dict[str, Source]:
     """Every checkpoint of the points by path, each opened once."""
-    found = {ref.path: ref for point in points for ref in point.selection.refs}
-    refs = sorted(found.values(), key=lambda ref: ref.iteration or 0)
+    refs = _members(points)
     ends = {point.end.path for point in points}
     numbers = [number for number, ref in enumerate(refs) if ref.path in ends]
     everywhere = (tuple(range(comm.size)),) * len(refs)
@@ -184,10 +190,13 @@ def _plain(found: Losses) -> dict[str, float]:
     return {str(name): float(value) for name, value in losses.items()}
 
 
-def _checkpoint(ref: CheckpointRef) -> Checkpoint:
-    return Checkpoint(
-        path=ref.path,
-        iteration=ref.iteration or 0,
-        consumed_tokens=ref.consumed_tokens,
-        schedule=registry.get(ref.format, ref.path).schedule(Path(ref.path)),
-    )
+def _checkpoints(points: Sequence[Point]) -> dict[str, Checkpoint]:
+    return {
+        ref.path: Checkpoint(
+            path=ref.path,
+            iteration=ref.iteration or 0,
+            consumed_tokens=ref.consumed_tokens,
+            schedule=registry.get(ref.format, ref.path).schedule(Path(ref.path)),
+        )
+        for ref in _members(points)
+    }
