@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "pma_megatron"
 
 ORDER = [
     ["version", "errors", "log", "faultpoints", "memory", "geometry", "durable"],
-    ["tokens", "coefficients", "policy"],
+    ["tokens", "coefficients", "policy", "spread"],
     ["selection", "comm"],
     ["request"],
     ["formats.pickles", "formats.zips", "formats.base", "formats.marker"],
@@ -26,6 +26,7 @@ ORDER = [
     ["engine", "publish", "verification"],
     ["report"],
     ["job", "inspection"],
+    ["gram"],
     ["megatron", "megatron.say", "megatron.budget", "megatron.options", "megatron.params"],
     ["megatron.replicas"],
     ["megatron.checks", "megatron.live", "megatron.shard", "megatron.snapshot_job"],
