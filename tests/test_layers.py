@@ -28,6 +28,7 @@ ORDER = [
     ["job", "inspection"],
     ["gram"],
     ["megatron", "megatron.say", "megatron.budget", "megatron.options", "megatron.params"],
+    ["megatron.curvature"],
     ["megatron.replicas"],
     ["megatron.checks", "megatron.live", "megatron.shard", "megatron.snapshot_job"],
     ["megatron.flags", "megatron.load", "megatron.hostcopy", "megatron.snapshots"],
