@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -114,7 +114,7 @@ def gather_sources(request: MergeRequest, comm: Comm, *, everywhere: bool = Fals
     )
     outputs = comm.agree("coefficients", lambda: request.outputs(selection))
     visible = tuple(seen[ref.path] for ref in selection.refs)
-    sources = _open_all(request, selection.refs, visible, comm)
+    sources = open_sources(request, selection.refs, visible, comm)
     return Gathered(selection=selection, sources=sources, outputs=outputs, visible=visible)
 
 
@@ -182,9 +182,21 @@ def _all_refs(request: MergeRequest, comm: Comm, everywhere: bool
     return {ref.path: ref for ref in ordered}, seen
 
 
-def _open_all(request: MergeRequest, refs: Sequence[CheckpointRef],
-              visible: Sequence[tuple[int, ...]], comm: Comm) -> tuple[Source, ...]:  # fmt: skip
-    """Open each source on one rank that sees it, the newest first: its map serves the others."""
+def open_sources(request: MergeRequest, refs: Sequence[CheckpointRef],
+                 visible: Sequence[tuple[int, ...]], comm: Comm, ends: Collection[int] = ()
+                 ) -> tuple[Source, ...]:  # fmt: skip
+    """Open each source on one rank that sees it, the newest first: its map serves the others.
+
+    Args:
+        request: says what is read of them.
+        refs: which, oldest first.
+        visible: per source, the ranks that can read it.
+        comm: the ranks; every one makes this call.
+        ends: numbers of older sources that are the newest of an average too.
+
+    Raises:
+        CheckpointError, PlanError: on every rank.
+    """
     main_params = request.policy.average == "main-params"
     last = len(refs) - 1
     owners = [ranks[number % len(ranks)] for number, ranks in enumerate(visible)]
@@ -192,7 +204,7 @@ def _open_all(request: MergeRequest, refs: Sequence[CheckpointRef],
     def read(number: int, ranges: Mapping[tuple[str, str], Any]) -> Source:
         ref = refs[number]
         source = registry.get(ref.format, ref.path).read_source(ref.path, ranges, main_params)
-        return source if number == last else _trimmed(source, request)
+        return source if number == last else _trimmed(source, request, end=number in ends)
 
     mine = comm.rank == owners[last]
     newest = comm.agree("open", lambda: read(last, {}) if mine else None)
@@ -208,13 +220,18 @@ def _open_all(request: MergeRequest, refs: Sequence[CheckpointRef],
     return tuple(opened[number] for number in range(len(refs)))
 
 
-def _trimmed(source: Source, request: MergeRequest) -> Source:
-    """An older source without what the merge does not read of it: every rank keeps all sources."""
+def _trimmed(source: Source, request: MergeRequest, *, end: bool) -> Source:
+    """An older source without what the merge does not read of it: every rank keeps all sources.
+
+    Of the newest in an average, weights and the flat map are needed to prove that map.
+    """
     policy, space = request.policy, source.space
     if policy.average == "weights":
         return replace(source, space=replace(space, states={}), ranges={})
     everything = policy.optimizer_state == "average" or bool(policy.overrides)
     states = space.states if everything else {MAIN: space.states.get(MAIN, {})}
+    if end:
+        return replace(source, space=replace(space, states=states))
     main = states.get(MAIN, {})
     weights = {
         key: replace(tensor, pieces=()) if key in main else tensor

@@ -75,3 +75,22 @@ class ModelSpace:
     weights: Mapping[str, Tensor]
     states: Mapping[str, Mapping[str, Tensor]]
     kind: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Schedule:
+    """Where a checkpoint stood in its run's learning-rate schedule, as far as it says.
+
+    Attributes:
+        learning_rate: that training goes on with, the largest of all param groups.
+        samples: of the schedule until here.
+        warmup_samples: at which warmup ends.
+        decay_start_samples: at which the rate begins to fall; None if it never does, or unknown.
+        decay_style: Megatron's name of the schedule.
+    """
+
+    learning_rate: float | None = None
+    samples: int | None = None
+    warmup_samples: int | None = None
+    decay_start_samples: int | None = None
+    decay_style: str | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,13 +11,14 @@ from typing import Any, Protocol
 import torch
 
 from pma_megatron.errors import CheckpointError
-from pma_megatron.formats.base import Payload
+from pma_megatron.formats.base import Payload, Schedule
 from pma_megatron.formats.items import ItemFiles
 from pma_megatron.formats.output import OutputLayout
 from pma_megatron.formats.source import ReadSource
 from pma_megatron.formats.torch_dist.checkpoint import TorchDistCheckpoint, completeness
 from pma_megatron.formats.torch_dist.optimizer import is_optimizer_key
 from pma_megatron.formats.torch_dist.output import Changes, output_layout
+from pma_megatron.formats.torch_dist.schedule import read_schedule
 from pma_megatron.formats.torch_dist.source import read_source
 
 TORCH_DIST = "torch_dist"
@@ -48,6 +49,7 @@ class Format:
         lay_out: how an output after it is laid out.
         files: its payload bytes.
         is_optimizer: whether a key belongs to the optimizer.
+        schedule: where it stood in its learning-rate schedule.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Format:
     lay_out: LayOut
     files: type[ItemFiles]
     is_optimizer: Any
+    schedule: Callable[[Path], Schedule]
 
 
 def _common(path: Path) -> dict[str, Any]:
@@ -72,8 +75,11 @@ def _lay_out(
 
 
 FORMATS = (
-    Format(TORCH_DIST, completeness, _common, read_source, _lay_out, ItemFiles, is_optimizer_key),
-)
+    Format(
+        TORCH_DIST, completeness, _common, read_source, _lay_out, ItemFiles, is_optimizer_key,
+        read_schedule,
+    ),
+)  # fmt: skip
 
 
 def detect(path: Path) -> str:

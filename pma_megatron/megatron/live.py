@@ -83,7 +83,8 @@ class LiveWriter:
 
 
 def average_units(plan: LivePlan, active: Sequence[int], tensors: Iterable[LiveTensor],
-                  states: Sequence[str], *, whole: bool) -> list[Unit]:  # fmt: skip
+                  states: Sequence[str], *, whole: bool, rounded: bool = False
+                  ) -> list[Unit]:  # fmt: skip
     """The units that average `states` of `tensors` into their live storage.
 
     Args:
@@ -93,6 +94,8 @@ def average_units(plan: LivePlan, active: Sequence[int], tensors: Iterable[LiveT
         states: `param` and the moments that are averaged.
         whole: True if every replica goes through whole tensors with the others, False if it reads
             its own part alone.
+        rounded: True if tensors that no optimizer trains here become averaged main params, rounded
+            once, wherever sources hold main params; False if they become averaged weights.
 
     Raises:
         PlanError: a source lacks a tensor, or has it in another shape.
@@ -103,7 +106,9 @@ def average_units(plan: LivePlan, active: Sequence[int], tensors: Iterable[LiveT
         for state in states if live.part is not None else [WEIGHT]:
             slot = _slot(live, state)
             for place in live.places:
-                lead, targets = wanted.setdefault((state, place.key), ([], []))
+                exact = rounded and state == WEIGHT and _has_main(plan, active, place.key)
+                read = MAIN if exact else state
+                lead, targets = wanted.setdefault((read, place.key), ([], []))
                 own = [] if slot is None else _owned(live, place.box, place.start, slot)
                 targets += own
                 lead += [Piece(place.box, None)] if whole else own
@@ -114,6 +119,10 @@ def average_units(plan: LivePlan, active: Sequence[int], tensors: Iterable[LiveT
             _check_shape(plan.sources[-1], state, key, _shape_of(tensors, key))
             result += units(task)
     return result
+
+
+def _has_main(plan: LivePlan, active: Sequence[int], key: str) -> bool:
+    return any(key in plan.sources[number].space.states.get(MAIN, {}) for number in active)
 
 
 def _slot(live: LiveTensor, state: str) -> Slot | None:
@@ -178,7 +187,8 @@ def _stored(source: Source, state: str, key: str) -> Tensor:
         what = {MAIN: "main params of", WEIGHT: "weight"}.get(state, f"{state} of")
         raise PlanError(
             f"{source.path} has no {what} {key}, which the live model has: it is a checkpoint of "
-            "another model, or of weights alone. Leave it out with --pma-exclude"
+            "another model, or of weights alone. Leave it out with --exclude, in a training job "
+            "with --pma-exclude"
         )
     return found
 

@@ -87,7 +87,7 @@ def live_tensors(models: Sequence[Any], optimizer: Any,
 
     Args:
         models: the chunks, as Megatron's training passes them around (DDP, Float16Module, model).
-        optimizer: Megatron's, chained or not.
+        optimizer: Megatron's, chained or not; None where weights alone matter.
         metadata: what `sharded_state_dict` gets; None for its default.
 
     Raises:
@@ -116,7 +116,9 @@ def live_tensors(models: Sequence[Any], optimizer: Any,
 
 
 def parts(optimizer: Any) -> list[Any]:
-    """The optimizers in a chain that train anything (MoE models have two)."""
+    """The optimizers in a chain that train anything (MoE models have two); none for None."""
+    if optimizer is None:
+        return []
     chained = getattr(optimizer, "chained_optimizers", [optimizer])
     return [part for part in chained if not getattr(part, "is_stub_optimizer", False)]
 

@@ -30,10 +30,17 @@ def averaged_weights(models: Sequence[Any], tensors: Sequence[LiveTensor], shard
         shard: their owned parts.
         average: of vectors of `shard`.
     """
+    with weights_restored(models, tensors):
+        _set_weights(models, shard, average)
+        yield
+
+
+@contextlib.contextmanager
+def weights_restored(models: Sequence[Any], tensors: Sequence[LiveTensor]) -> Iterator[None]:
+    """Whatever the block writes into `tensors`, at its end every bit is as it was."""
     with forward_hooks_off(models):
         kept = [(live.tensor.detach(), _kept(live.tensor)) for live in tensors]
         try:
-            _set_weights(models, shard, average)
             yield
         finally:
             for tensor, before in kept:

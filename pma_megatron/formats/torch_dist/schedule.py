@@ -1,0 +1,80 @@
+"""Where a checkpoint stood in its LR schedule: from the scheduler, the args and the param groups.
+
+Megatron counts its schedule in samples (`megatron/core/optimizer_param_scheduler.py`): `num_steps`
+of them are done, the rate rises until `lr_warmup_steps`, and falls until `lr_decay_steps`, under
+WSD only in the last `wsd_decay_steps` of those (`--lr-wsd-decay-iters`, which only the args hold).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pma_megatron.formats.base import Schedule
+from pma_megatron.formats.pickles import load_inert
+from pma_megatron.formats.torch_dist.checkpoint import TorchDistCheckpoint
+
+_PARAM_GROUPS = ".optimizer/shard"
+_LARGEST_BYTES = 1 << 22
+
+
+def read_schedule(path: Path) -> Schedule:
+    """The schedule as far as the checkpoint at `path` says.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged.
+    """
+    checkpoint = TorchDistCheckpoint(path)
+    found = checkpoint.common.get("opt_param_scheduler")
+    state: Mapping[str, Any] = found if isinstance(found, dict) else {}
+    rates = list(_learning_rates(checkpoint))
+    return Schedule(
+        learning_rate=max(rates, default=None),
+        samples=_count(state.get("num_steps")),
+        warmup_samples=_count(state.get("lr_warmup_steps")),
+        decay_start_samples=_decay_start(state, checkpoint.args()),
+        decay_style=str(state["lr_decay_style"]) if "lr_decay_style" in state else None,
+    )
+
+
+def _decay_start(state: Mapping[str, Any], args: Mapping[str, Any]) -> int | None:
+    style, end = state.get("lr_decay_style"), _count(state.get("lr_decay_steps"))
+    if style in (None, "constant") or end is None:
+        return None
+    if style != "WSD":
+        return _count(state.get("lr_warmup_steps"))
+    samples = _count(args.get("lr_wsd_decay_samples"))
+    iterations, batch = (
+        _count(args.get("lr_wsd_decay_iters")),
+        _count(args.get("global_batch_size")),
+    )
+    if samples is None and iterations is not None and batch is not None:
+        samples = iterations * batch
+    return None if samples is None else end - samples
+
+
+def _learning_rates(checkpoint: TorchDistCheckpoint) -> Iterator[float]:
+    yield from _rates_in(checkpoint.common.get("optimizer"))
+    for key, item in checkpoint.objects.items():
+        if _PARAM_GROUPS in key and item.length <= _LARGEST_BYTES:
+            what = f"{checkpoint.path}: {key}"
+            yield from _rates_in(load_inert(checkpoint.read_record(item, "data.pkl"), what=what))
+
+
+def _rates_in(value: Any) -> Iterator[float]:
+    if isinstance(value, dict):
+        groups = value.get("param_groups")
+        for group in groups if isinstance(groups, list) else ():
+            if isinstance(group, dict) and isinstance(group.get("lr"), (int, float)):
+                yield float(group["lr"])
+        for key, inner in value.items():
+            if key != "param_groups":
+                yield from _rates_in(inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _rates_in(inner)
+
+
+def _count(value: Any) -> int | None:
+    return int(value) if isinstance(value, (int, float)) and value >= 0 else None

@@ -1,0 +1,238 @@
+"""Which averages are scored: methods x counts x intervals x end checkpoints, as one list.
+
+Pure functions on `CheckpointRef`s, as in `selection`. A point that cannot be met, because the run
+has too few checkpoints there, is left out with the reason; the single checkpoint at each end is
+always a point, the baseline `unmerged`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from pma_megatron.coefficients import METHODS
+from pma_megatron.errors import SelectionError, UsageError
+from pma_megatron.request import Method
+from pma_megatron.selection import (
+    DEFAULT_LAST,
+    CheckpointRef,
+    Selection,
+    SelectionRequest,
+    select,
+)
+
+UNMERGED = "unmerged"
+_PLAIN = ("sma", "wma")
+_EVERY = "every:"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Point:
+    """One average to score.
+
+    Attributes:
+        request: which checkpoints were asked for.
+        method: how they are weighted; None for the single checkpoint at the end.
+        selection: the checkpoints, oldest first.
+        coefficients: one per checkpoint.
+    """
+
+    request: SelectionRequest
+    method: Method | None
+    selection: Selection
+    coefficients: tuple[float, ...]
+
+    @property
+    def end(self) -> CheckpointRef:
+        """The newest checkpoint of the average."""
+        return self.selection.refs[-1]
+
+    @property
+    def label(self) -> str:
+        """The method as it is typed, or `unmerged`."""
+        return UNMERGED if self.method is None else method_label(self.method)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Skipped:
+    """A point that cannot be met."""
+
+    end_iteration: int
+    method: str
+    last: int
+    interval_tokens: int | None
+    interval_iterations: int | None
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Grid:
+    """Averages to score.
+
+    Attributes:
+        methods: how checkpoints are weighted.
+        lasts: how many; 1 is the single checkpoint, which is scored in any case.
+        intervals_tokens: how far apart, in tokens.
+        intervals_iterations: the same in iterations. Without any interval, checkpoints are taken
+            as they lie.
+        ends: where averages end: `all` complete checkpoints, the `newest`, `every:K` (each K-th
+            complete one, counted back from the newest), or iterations.
+        tolerance: how far from its place a checkpoint may lie, as a fraction of the interval.
+        exclude: iterations to leave out, as if they were not there.
+
+    Raises:
+        UsageError: a value out of range, an empty axis, or both kinds of interval.
+    """
+
+    methods: tuple[Method, ...] = (Method(),)
+    lasts: tuple[int, ...] = (DEFAULT_LAST,)
+    intervals_tokens: tuple[int, ...] = ()
+    intervals_iterations: tuple[int, ...] = ()
+    ends: str | tuple[int, ...] = "newest"
+    tolerance: float = 0.25
+    exclude: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("methods", "lasts", "ends"):
+            if not getattr(self, name):
+                raise UsageError(f"--{name} is empty: name at least one")
+        if any(method.name == "custom" for method in self.methods):
+            raise UsageError(
+                "--methods custom: a list of coefficients fits one count only, use pma merge"
+            )
+        if self.intervals_tokens and self.intervals_iterations:
+            raise UsageError(
+                "--intervals-tokens and --interval-iterations cannot be combined: an average has "
+                "one spacing"
+            )
+        if isinstance(self.ends, str):
+            _step(self.ends)
+        for _ in self._requests(None):  # SelectionRequest refuses what is out of range
+            pass
+
+    def points(self, refs: Sequence[CheckpointRef]) -> tuple[list[Point], list[Skipped]]:
+        """Every average that `refs` allow, and those that they do not.
+
+        Ends go from old to new, and at one end from short windows to long ones, so that points
+        which follow each other read mostly the same files.
+
+        Raises:
+            SelectionError: an end that was named is not there, or no average at all can be met.
+            UsageError: coefficients that cannot be made of these checkpoints.
+        """
+        points: list[Point] = []
+        skipped: list[Skipped] = []
+        for end in self._end_iterations(refs):
+            points.append(self._unmerged(refs, end))
+            for request in self._requests(end):
+                try:
+                    selection = select(refs, request)
+                except SelectionError as error:
+                    skipped += [self._skip(request, method, str(error)) for method in self.methods]
+                    continue
+                points += [_merged(request, method, selection) for method in self.methods]
+        if skipped and all(point.method is None for point in points):
+            raise SelectionError(f"no average of the grid can be made: {skipped[-1].reason}")
+        return points, skipped
+
+    def _unmerged(self, refs: Sequence[CheckpointRef], end: int) -> Point:
+        request = SelectionRequest(last=1, end_iteration=end, exclude=self.exclude)
+        return Point(
+            request=request, method=None, selection=select(refs, request), coefficients=(1.0,)
+        )
+
+    def _requests(self, end: int | None) -> Iterator[SelectionRequest]:
+        intervals: list[tuple[int | None, int | None]] = [(v, None) for v in self.intervals_tokens]
+        intervals += [(None, v) for v in self.intervals_iterations]
+        for last, (tokens, iterations) in itertools.product(
+            sorted(set(self.lasts)), intervals or [(None, None)]
+        ):
+            if last != 1:
+                yield SelectionRequest(
+                    last=last,
+                    interval_tokens=tokens,
+                    interval_iterations=iterations,
+                    end_iteration=end,
+                    tolerance=self.tolerance,
+                    exclude=self.exclude,
+                )
+
+    def _end_iterations(self, refs: Sequence[CheckpointRef]) -> list[int]:
+        """Iterations of the ends, oldest first."""
+        if not isinstance(self.ends, str):
+            return sorted(set(self.ends))
+        complete = sorted(
+            ref.iteration
+            for ref in refs
+            if ref.complete and ref.iteration is not None and ref.iteration not in self.exclude
+        )
+        step = _step(self.ends)
+        return complete[-1:] if step is None else complete[::-1][::step][::-1]
+
+    def _skip(self, request: SelectionRequest, method: Method, reason: str) -> Skipped:
+        assert request.end_iteration is not None and request.last is not None
+        return Skipped(
+            end_iteration=request.end_iteration,
+            method=method_label(method),
+            last=request.last,
+            interval_tokens=request.interval_tokens,
+            interval_iterations=request.interval_iterations,
+            reason=reason,
+        )
+
+
+def parse_method(text: str) -> Method:
+    """A method as it is typed in a list: `sma`, `wma`, `ema:0.2` (alpha), `1-sqrt:0.1` (floor).
+
+    Raises:
+        UsageError: an unknown name, or a number that the method does not take.
+    """
+    name, colon, number = text.partition(":")
+    if not colon:
+        return Method(name=name)
+    if name in _PLAIN or name not in METHODS:
+        known = ", ".join(METHODS) if name not in METHODS else f"{name} alone"
+        raise UsageError(f"--methods {text!r} is not a method: choose {known}")
+    try:
+        value = float(number)
+    except ValueError:
+        raise UsageError(f"--methods {text!r}: {number!r} is not a number, as in ema:0.2") from None
+    return Method(name=name, alpha=value) if name == "ema" else Method(name=name, floor=value)
+
+
+def method_label(method: Method) -> str:
+    """The method as `parse_method` reads it."""
+    number = method.alpha if method.name == "ema" else (method.floor or None)
+    return method.name if number is None else f"{method.name}:{number:g}"
+
+
+def parse_ends(words: Sequence[str]) -> str | tuple[int, ...]:
+    """`Grid.ends` as typed: one word, or iterations.
+
+    Raises:
+        UsageError: anything else.
+    """
+    if len(words) == 1 and not words[0].isdecimal():
+        _step(words[0])
+        return words[0]
+    if not all(word.isdecimal() for word in words):
+        raise UsageError(
+            f"--ends {' '.join(words)} is not all, newest, every:K, or a list of iterations"
+        )
+    return tuple(int(word) for word in words)
+
+
+def _step(ends: str) -> int | None:
+    """Every how many checkpoints an average ends; None for the newest alone."""
+    if ends in ("all", "newest"):
+        return 1 if ends == "all" else None
+    number = ends.removeprefix(_EVERY)
+    if not ends.startswith(_EVERY) or not number.isdecimal() or int(number) < 1:
+        raise UsageError(f"--ends {ends!r} is not all, newest, every:K, or a list of iterations")
+    return int(number)
+
+
+def _merged(request: SelectionRequest, method: Method, selection: Selection) -> Point:
+    made = method.of(selection.positions, len(selection.refs))
+    return Point(request=request, method=method, selection=selection, coefficients=made.values)

@@ -1,0 +1,193 @@
+"""Losses of many averages of one run with one live model, and no merge written anywhere.
+
+Each point of a grid is averaged straight into the weights of the forward pass and scored by the
+caller; afterwards the weights are what they were. Checkpoints are opened once, not once per point;
+replicas share the reading as in PMA-init.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pma_megatron import engine
+from pma_megatron.build import refuse_rounded
+from pma_megatron.comm import Comm, Team
+from pma_megatron.discover import choose, list_checkpoints
+from pma_megatron.errors import UsageError
+from pma_megatron.formats import registry
+from pma_megatron.formats.source import Source
+from pma_megatron.grid import Grid, Point
+from pma_megatron.megatron.live import LivePlan, LiveWriter, average_units
+from pma_megatron.megatron.load import replicas
+from pma_megatron.megatron.params import LiveTensor, live_tensors
+from pma_megatron.megatron.swap import weights_restored
+from pma_megatron.planning import open_sources, refuse_changed
+from pma_megatron.policy import MAIN
+from pma_megatron.request import MergeRequest
+from pma_megatron.scores import Checkpoint, Other, Score, Scores
+from pma_megatron.selection import CheckpointRef, SelectionRequest
+from pma_megatron.tasks import Unit
+
+Losses = float | Mapping[str, float]
+LOSS = "loss"
+"""Name of the loss where `score` returns a bare number."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scored:
+    """A model and what scores it: what a provider of `pma evaluate` returns on every rank.
+
+    Attributes:
+        models: the model chunks, wrapped or not.
+        score: forward passes over fixed held-out batches; the same result on every rank.
+        metadata: what the model's `sharded_state_dict` gets; None for its default.
+        close: called at the end.
+    """
+
+    models: Sequence[Any]
+    score: Callable[[], Losses]
+    metadata: Mapping[str, Any] | None = None
+    close: Callable[[], None] = field(default=lambda: None)
+
+
+def score_merges(models: Sequence[Any], load: str, grid: Grid, score: Callable[[], Losses], *,
+                 metadata: Mapping[str, Any] | None = None, threads: int = 2,
+                 others: Sequence[str] = (), comm: Comm | None = None) -> Scores:  # fmt: skip
+    """Score every average of a grid with a live model. Every rank makes this call.
+
+    An average is the float32 average of the main params where the checkpoints hold them, rounded
+    once into the weights' dtype: the bits that a resume from the offline merge gives. Weights keep
+    their storage, and whatever is raised they are at the end bit for bit what they were. Main
+    params and optimizer state of a live optimizer are not touched.
+
+    Args:
+        models: the model chunks, in any wrapping of Megatron's, with or without an optimizer.
+        load: the run's folder.
+        grid: which averages.
+        score: forward passes over fixed held-out batches, in evaluation mode; returns a loss, or
+            losses by name, the same on every rank.
+        metadata: what the model's `sharded_state_dict` gets; None for its default.
+        threads: reader threads per rank.
+        others: further folders (a run's, or one `iter_*`) whose newest checkpoint is scored as it
+            is: the ends of annealing runs.
+        comm: the ranks; by default those of the current process group.
+
+    Raises:
+        UsageError, SelectionError, CheckpointError, PlanError: refused, on every rank.
+        RankError: another rank failed.
+    """
+    comm = comm or Comm()
+    request = comm.agree("request", lambda: MergeRequest(load=load, threads=threads))
+    refs = comm.on_main("discover", lambda: _refs(load, grid.exclude))
+    points, skipped = comm.agree("grid", lambda: grid.points(refs))
+    single = Grid(lasts=(1,))
+    ends = [comm.on_main("discover", lambda r=root: single.points(_refs(r, ()))[0][0])  # type: ignore[misc]
+            for root in others]  # fmt: skip
+    tensors = comm.agree("model", lambda: live_tensors(models, None, metadata))
+    run = _open(request, points, comm)
+
+    def scored(point: Point, opened: Mapping[str, Source]) -> dict[str, float]:
+        _average(opened, point, tensors, comm, threads)
+        losses = _losses(score, comm)
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
+        what = f"{point.label}, N = {len(point.coefficients)}, up to {point.end.path}"
+        _log.info("%s: %s", what, shown)
+        return losses
+
+    with weights_restored(models, tensors):
+        made = [Score.of(point, scored(point, run)) for point in points]
+        apart = [scored(end, _open(request, [end], comm)) for end in ends]
+    newest = run[points[-1].end.path]
+    used = {ref.path: ref for point in points for ref in point.selection.refs}
+    ordered = sorted(used.values(), key=lambda ref: ref.iteration or 0)
+    return comm.on_main("schedule", lambda: Scores(
+        load=load,
+        parameters=newest.parameters,
+        active_parameters=newest.active_parameters,
+        moe=newest.is_moe,
+        checkpoints=tuple(_checkpoint(ref) for ref in ordered),
+        points=tuple(made),
+        skipped=tuple(skipped),
+        others=tuple(Other(root=root, checkpoint=_checkpoint(end.end), losses=losses)
+                     for root, end, losses in zip(others, ends, apart, strict=True)),
+    ))  # fmt: skip
+
+
+def _refs(root: str, exclude: tuple[int, ...]) -> list[CheckpointRef]:
+    refs = list_checkpoints(root)
+    choose(refs, SelectionRequest(last=1, exclude=exclude), root)  # refuses an unusable folder
+    return refs
+
+
+def _open(request: MergeRequest, points: Sequence[Point], comm: Comm) -> dict[str, Source]:
+    """Every checkpoint of the points by path, each opened once."""
+    found = {ref.path: ref for point in points for ref in point.selection.refs}
+    refs = sorted(found.values(), key=lambda ref: ref.iteration or 0)
+    ends = {point.end.path for point in points}
+    numbers = [number for number, ref in enumerate(refs) if ref.path in ends]
+    everywhere = (tuple(range(comm.size)),) * len(refs)
+    return {s.path: s for s in open_sources(request, refs, everywhere, comm, numbers)}
+
+
+def _average(opened: Mapping[str, Source], point: Point, tensors: Sequence[LiveTensor], comm: Comm,
+             threads: int) -> None:  # fmt: skip
+    """The weights become the average. Collective."""
+    plan = LivePlan(
+        sources=tuple(opened[ref.path] for ref in point.selection.refs),
+        visible=(tuple(range(comm.size)),) * len(point.coefficients),
+        coefficients=(point.coefficients,),
+        threads=threads,
+    )
+    for units, team in comm.agree("plan", lambda: _jobs(plan, tensors)):
+        comm.agree("average", lambda u=units, t=team: engine.run(  # type: ignore[misc]
+            plan, u, [LiveWriter()], comm, t, lambda _: None))  # fmt: skip
+    comm.agree("sources", lambda: refuse_changed(plan, comm))
+
+
+def _jobs(plan: LivePlan, tensors: Sequence[LiveTensor]) -> list[tuple[list[Unit], Team]]:
+    """Units per team of replicas, in one order on all ranks."""
+    refuse_rounded(plan.sources)
+    active = [number for number, value in enumerate(plan.coefficients[0]) if value != 0]
+    jobs = []
+    for expert in (False, True):
+        group = [live for live in tensors if live.expert is expert]
+        team = replicas(expert, by_source=False)
+        units = average_units(plan, active, group, (MAIN,), whole=team.size > 1, rounded=True)
+        jobs.append((units, team))
+    return jobs
+
+
+def _losses(score: Callable[[], Losses], comm: Comm) -> dict[str, float]:
+    found = comm.agree("score", score)
+    losses = comm.agree("losses", lambda: _plain(found))
+    by_rank = comm.gather(losses)
+    wrong = [rank for rank, theirs in enumerate(by_rank) if repr(theirs) != repr(by_rank[0])]
+    if wrong:
+        raise UsageError(
+            f"score() returned {by_rank[0]} on rank 0 and {by_rank[wrong[0]]} on rank {wrong[0]}: "
+            "return the same on every rank, for instance by an all-reduce over the data-parallel "
+            "ranks and a broadcast from the last pipeline stage"
+        )
+    return losses
+
+
+def _plain(found: Losses) -> dict[str, float]:
+    losses = dict(found) if isinstance(found, Mapping) else {LOSS: found}
+    if not losses:
+        raise UsageError("score() returned no loss: return a number, or names and numbers")
+    return {str(name): float(value) for name, value in losses.items()}
+
+
+def _checkpoint(ref: CheckpointRef) -> Checkpoint:
+    return Checkpoint(
+        path=ref.path,
+        iteration=ref.iteration or 0,
+        consumed_tokens=ref.consumed_tokens,
+        schedule=registry.get(ref.format, ref.path).schedule(Path(ref.path)),
+    )

@@ -1,0 +1,194 @@
+"""What a grid of averages scored, and where its checkpoints stood: values, to and from JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from pma_megatron.errors import UsageError
+from pma_megatron.formats.base import Schedule
+from pma_megatron.grid import UNMERGED, Point, Skipped
+
+SCORES_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """One checkpoint that takes part in a grid."""
+
+    path: str
+    iteration: int
+    consumed_tokens: int | None
+    schedule: Schedule
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Score:
+    """One point of a grid and its losses.
+
+    Attributes:
+        end_iteration: of the newest checkpoint in the average.
+        method: as typed, or `unmerged`.
+        last: checkpoints in the average.
+        interval_tokens: spacing asked for, if in tokens.
+        interval_iterations: spacing asked for, if in iterations.
+        iterations: of the checkpoints, oldest first.
+        coefficients: one per checkpoint.
+        losses: by the name that the caller's score gave them.
+    """
+
+    end_iteration: int
+    method: str
+    last: int
+    interval_tokens: int | None
+    interval_iterations: int | None
+    iterations: tuple[int, ...]
+    coefficients: tuple[float, ...]
+    losses: Mapping[str, float]
+
+    @property
+    def series(self) -> tuple[str, int, int | None, int | None]:
+        """What stays the same from one end to the next."""
+        return self.method, self.last, self.interval_tokens, self.interval_iterations
+
+    @staticmethod
+    def of(point: Point, losses: Mapping[str, float]) -> Score:
+        """The score of a point."""
+        assert point.end.iteration is not None
+        return Score(
+            end_iteration=point.end.iteration,
+            method=point.label,
+            last=len(point.coefficients),
+            interval_tokens=point.request.interval_tokens,
+            interval_iterations=point.request.interval_iterations,
+            iterations=tuple(ref.iteration or 0 for ref in point.selection.refs),
+            coefficients=point.coefficients,
+            losses=losses,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Other:
+    """A checkpoint outside the run, scored as it is (the end of an annealing run).
+
+    Attributes:
+        root: as it was named.
+        checkpoint: the one that was scored.
+        losses: as in `Score`.
+    """
+
+    root: str
+    checkpoint: Checkpoint
+    losses: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scores:
+    """Losses of a grid of averages of one run.
+
+    Attributes:
+        load: the run's folder.
+        parameters: elements of the model.
+        active_parameters: those that one token uses; None if an MoE run does not say.
+        moe: whether the model has experts.
+        checkpoints: all that take part, oldest first.
+        points: in the order in which they were scored.
+        skipped: points that the run has too few checkpoints for.
+        others: see `Other`.
+    """
+
+    load: str
+    parameters: int
+    active_parameters: int | None
+    moe: bool
+    checkpoints: tuple[Checkpoint, ...]
+    points: tuple[Score, ...]
+    skipped: tuple[Skipped, ...] = ()
+    others: tuple[Other, ...] = ()
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the losses."""
+        return tuple(self.points[0].losses) if self.points else ()
+
+    @property
+    def tokens(self) -> dict[int, int | None]:
+        """Consumed tokens by iteration."""
+        return {each.iteration: each.consumed_tokens for each in self.checkpoints}
+
+    def unmerged(self, metric: str) -> dict[int, float]:
+        """Loss of the single checkpoint by iteration."""
+        return {p.end_iteration: p.losses[metric] for p in self.points if p.method == UNMERGED}
+
+    def gain(self, score: Score, metric: str) -> float:
+        """Loss minus that of the single checkpoint at the same end; negative is better."""
+        return score.losses[metric] - self.unmerged(metric)[score.end_iteration]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; `from_json` reads them again."""
+        value = {"scores_version": SCORES_VERSION, **asdict(self)}
+        for row, score in zip(value["points"], self.points, strict=True):
+            row["consumed_tokens"] = self.tokens[score.end_iteration]
+            row["minus_unmerged"] = {name: self.gain(score, name) for name in score.losses}
+        return value
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> Scores:
+        """The scores that `to_json` wrote.
+
+        Raises:
+            UsageError: of another version, or not scores.
+        """
+        if value.get("scores_version") != SCORES_VERSION:
+            raise UsageError(
+                f"scores have version {value.get('scores_version')!r}, this release reads "
+                f"{SCORES_VERSION}: make them again with pma evaluate --json"
+            )
+        try:
+            return Scores(
+                load=value["load"],
+                parameters=value["parameters"],
+                active_parameters=value["active_parameters"],
+                moe=value["moe"],
+                checkpoints=tuple(_checkpoint(each) for each in value["checkpoints"]),
+                points=tuple(_made(Score, each) for each in value["points"]),
+                skipped=tuple(_made(Skipped, each) for each in value["skipped"]),
+                others=tuple(
+                    Other(
+                        root=each["root"],
+                        checkpoint=_checkpoint(each["checkpoint"]),
+                        losses=each["losses"],
+                    )
+                    for each in value["others"]
+                ),
+            )
+        except (KeyError, TypeError) as error:
+            raise UsageError(f"these are not the scores of pma evaluate: {error!r}") from error
+
+
+def read_scores(path: Path) -> Scores:
+    """Scores from a file that `pma evaluate --out` wrote.
+
+    Raises:
+        UsageError: there is none, or it is something else.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--scores {path} cannot be read ({error})") from error
+    if not isinstance(value, dict):
+        raise UsageError(f"--scores {path} holds no scores of pma evaluate")
+    return Scores.from_json(value.get("scores", value))
+
+
+def _made(kind: type[Any], value: Mapping[str, Any]) -> Any:
+    lists = {"iterations", "coefficients"}
+    names = (field.name for field in fields(kind))
+    return kind(**{n: tuple(value[n]) if n in lists else value[n] for n in names})
+
+
+def _checkpoint(value: Mapping[str, Any]) -> Checkpoint:
+    return Checkpoint(**{**value, "schedule": Schedule(**value["schedule"])})
