@@ -43,6 +43,8 @@ ORDER = [
     ["megatron.install"],
     ["launch"],
     ["cli.progress", "cli.tables", "cli.verbs"],
+    ["cli.charts", "cli.scoring"],
+    ["cli.evaluate"],
     ["cli.commands"],
     ["cli.flags"],
     ["cli"],

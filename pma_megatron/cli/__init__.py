@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 
 
@@ -17,7 +18,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pma_megatron.cli.flags import parser
     from pma_megatron.errors import PmaError, RankError, UsageError
 
-    arguments = parser().parse_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    end = given.index("--") if "--" in given else len(given)
+    flags = parser()
+    arguments = flags.parse_args(given[:end], Namespace(rest=given[end + 1 :]))
+    if arguments.rest and not hasattr(arguments, "passes_on"):
+        flags.error(f"unrecognized arguments: {' '.join(given[end:])}")
     rank = int(os.environ.get("RANK", "0"))
     log.configure(rank, verbose=arguments.verbose)
     try:

@@ -18,7 +18,7 @@ from pma_megatron.tokens import format_tokens, recommend
 from pma_megatron.verification import Verification
 
 
-def _console() -> Console:
+def new_console() -> Console:
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 160  # a pipe has no width; wrapped cells would be hard to read or grep
@@ -33,7 +33,7 @@ def _size(nbytes: float) -> str:
     return f"{nbytes:.2f} TiB"
 
 
-def _table(title: str, *columns: str) -> Table:
+def new_table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for column in columns:
         right = column in ("entries", "bytes", "elements", "tensors", "coefficient", "iteration")
@@ -48,7 +48,7 @@ def _tokens(ref: CheckpointRef) -> str:
 def listed(root: str, refs: Sequence[CheckpointRef]) -> None:
     """`pma list`."""
     title = f"{root}: {len(refs)} checkpoints"
-    table = _table(title, "iteration", "tokens", "kind", "format", "state")
+    table = new_table(title, "iteration", "tokens", "kind", "format", "state")
     for ref in refs:
         state = "complete" if ref.complete else f"NOT complete: {ref.incomplete_because}"
         if ref.complete and ref.tokens_unknown_because:
@@ -56,13 +56,13 @@ def listed(root: str, refs: Sequence[CheckpointRef]) -> None:
         name = Path(ref.path).name if ref.iteration is None else str(ref.iteration)
         kind = "snapshot" if ref.snapshot else "full"
         table.add_row(name, _tokens(ref), kind, ref.format, state)
-    _console().print(table)
+    new_console().print(table)
 
 
 def _coefficients(plan: MergePlan, output: Output) -> Table:
     described = describe_output(output)
     title = f"{output.name or 'coefficients'}: {described['method']} ({described['source']})"
-    table = _table(title, "iteration", "tokens", "coefficient", "implied decay to the next")
+    table = new_table(title, "iteration", "tokens", "coefficient", "implied decay to the next")
     weights = [*(f"{w:.6g}" for w in described["implied_decay_weights"]), ""]
     rows = zip(plan.selection.refs, output.values, weights, strict=True)
     for ref, value, weight in rows:
@@ -72,7 +72,7 @@ def _coefficients(plan: MergePlan, output: Output) -> Table:
 
 def planned(plan: MergePlan) -> None:
     """`pma plan`."""
-    console = _console()
+    console = new_console()
     newest = plan.sources[-1]
     console.print(
         f"{len(plan.sources)} sources, newest {newest.path} ({newest.topology}, optimizer layout "
@@ -82,7 +82,7 @@ def planned(plan: MergePlan) -> None:
         console.print(f"note: {note}")
     for output in plan.outputs:
         console.print(_coefficients(plan, output))
-    table = _table("policy", "what", "entries", "action", "why", "for instance")
+    table = new_table("policy", "what", "entries", "action", "why", "for instance")
     for row in plan.table:
         table.add_row(row.state, str(row.entries), row.action, row.why, row.example)
     console.print(table)
@@ -111,7 +111,7 @@ def _guide(plan: MergePlan) -> str:
 
 def merged(report: MergeReport) -> None:
     """`pma merge`."""
-    console = _console()
+    console = new_console()
     for folder in report.outputs:
         console.print(f"published {folder}", soft_wrap=True)
     seconds = ", ".join(f"{stage} {value:.2f} s" for stage, value in report.seconds.items())
@@ -143,7 +143,7 @@ def _resume(report: MergeReport) -> str:
 
 def verified(path: Path, check: Verification) -> None:
     """`pma verify`."""
-    _console().print(
+    new_console().print(
         f"{path}: right. {check.entries} entries, {check.zips} checksums read back, "
         f"{check.samples} slices ({check.elements} elements) recomputed in float64, largest error "
         f"{check.worst:.2f} of the bound",
@@ -153,14 +153,14 @@ def verified(path: Path, check: Verification) -> None:
 
 def inspected(found: Inspection) -> None:
     """`pma inspect`."""
-    console = _console()
+    console = new_console()
     ref = found.ref
     console.print(
         f"{ref.path}: {ref.format}, iteration {ref.iteration}, {_tokens(ref)} tokens, "
         f"{found.topology}, optimizer layout {found.optimizer_layout}, {found.objects} objects",
         soft_wrap=True,
     )
-    table = _table("tensors", "what", "tensors", "elements", "bytes", "dtypes")
+    table = new_table("tensors", "what", "tensors", "elements", "bytes", "dtypes")
     for group in found.groups:
         table.add_row(group.name, str(group.tensors), f"{group.elements:,}", _size(group.nbytes),
                       ", ".join(group.dtypes))  # fmt: skip
@@ -172,7 +172,7 @@ def inspected(found: Inspection) -> None:
             f"{made['output']['method']} over"
         )
         rows = zip(made["plan"]["sources"], made["output"]["coefficients"], strict=True)
-        table = _table("sources", "iteration", "coefficient", "path")
+        table = new_table("sources", "iteration", "coefficient", "path")
         for source, value in rows:
             table.add_row(str(source["iteration"]), f"{value:.8g}", source["path"])
         console.print(table)

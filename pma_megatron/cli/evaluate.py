@@ -1,0 +1,84 @@
+"""`pma evaluate`: losses of many averages of one run, in one model, without writing any of them."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+
+from pma_megatron.cli import charts, tables
+from pma_megatron.cli.scoring import add_scoring, refuse_unwritable, score, write_json
+from pma_megatron.cli.verbs import new_verb, show_result
+from pma_megatron.grid import UNMERGED, Skipped
+from pma_megatron.scores import Score, Scores
+from pma_megatron.tokens import format_tokens
+
+_EXAMPLE = """examples:
+  torchrun --nproc-per-node 8 -m pma_megatron evaluate --load /ckpts/run --ends every:4 \\
+      --methods sma wma ema:0.2 1-sqrt --lasts 3 6 10 --intervals-tokens 4B 8B \\
+      --provider my_eval.py:build -- --batches 64
+"""
+
+
+def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the verb."""
+    verb = new_verb(
+        verbs, "evaluate", run,
+        "score many averages with your model, without writing any; start it with torchrun",
+        epilog=_EXAMPLE,
+    )  # fmt: skip
+    add_scoring(verb)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """`pma evaluate`."""
+    refuse_unwritable(arguments)
+    scores = score(arguments)
+    if scores is None:
+        return
+    write_json(arguments.out, scores.to_json())
+    if arguments.plot is not None:
+        charts.scored(scores, scores.metrics[0], arguments.plot)
+    show_result(arguments, scores.to_json(), lambda: show(scores))
+
+
+def show(scores: Scores) -> None:
+    """The scores as a table, and what was left out."""
+    console = tables.new_console()
+    losses = [column for name in scores.metrics for column in (name, "minus unmerged")]
+    title = f"{scores.load}: {len(scores.points)} averages scored"
+    table = tables.new_table(title, "iteration", "tokens", "method", "N", "V", *losses)
+    end = None
+    for point in scores.points:
+        if end not in (None, point.end_iteration):
+            table.add_section()
+        end = point.end_iteration
+        tokens = scores.tokens[end]
+        cells = [text for name in scores.metrics for text in _cells(scores, point, name)]
+        table.add_row(
+            str(end), "unknown" if tokens is None else format_tokens(tokens), point.method,
+            str(point.last), interval(point), *cells,
+        )  # fmt: skip
+    console.print(table)
+    left_out = Counter((s.method, s.last, interval(s)) for s in scores.skipped)
+    for (method, last, spacing), count in left_out.items():
+        why = next(s for s in scores.skipped if (s.method, s.last, interval(s)) == (
+            method, last, spacing))  # fmt: skip
+        console.print(
+            f"left out at {count} ends: {method} N={last} V={spacing or 'as they lie'}; at "
+            f"iteration {why.end_iteration}: {why.reason}",
+            soft_wrap=True,
+        )
+
+
+def interval(point: Score | Skipped) -> str:
+    """The spacing asked for, as a cell."""
+    if point.interval_tokens is not None:
+        return format_tokens(point.interval_tokens)
+    if point.interval_iterations is not None:
+        return f"{point.interval_iterations} it"
+    return ""
+
+
+def _cells(scores: Scores, point: Score, metric: str) -> tuple[str, str]:
+    gain = "" if point.method == UNMERGED else f"{scores.gain(point, metric):+.4f}"
+    return f"{point.losses[metric]:.4f}", gain

@@ -1,0 +1,167 @@
+"""What `pma evaluate` and `pma forecast` share: the grid's flags, the model, the scores."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pma_megatron.cli.verbs import token_count
+from pma_megatron.comm import Comm, process_group_from_environment
+from pma_megatron.errors import UsageError
+from pma_megatron.grid import Grid, parse_ends, parse_method
+from pma_megatron.megatron.score import Scored, score_merges
+from pma_megatron.scores import Scores
+from pma_megatron.selection import DEFAULT_LAST
+
+Provider = Callable[[str, list[str]], Scored]
+
+
+def add_scoring(verb: argparse.ArgumentParser) -> None:
+    """Add the flags that say which averages are scored, and with what model."""
+    group = verb.add_argument_group("which averages")
+    group.add_argument("--load", metavar="DIR", help="the folder given to Megatron's --save")
+    group.add_argument(
+        "--methods", nargs="+", default=["sma"], metavar="M",
+        help="sma, wma, ema:ALPHA, linear, cosine, 1-sqrt, inverse-sqrt[:FLOOR] (default sma)",
+    )  # fmt: skip
+    group.add_argument(
+        "--lasts", nargs="+", type=int, default=[DEFAULT_LAST], metavar="N",
+        help=f"how many checkpoints (default {DEFAULT_LAST}); the newest alone is always scored",
+    )  # fmt: skip
+    group.add_argument(
+        "--intervals-tokens", nargs="+", type=token_count, default=[], metavar="V",
+        help="spacings, e.g. 4B 8B (default: checkpoints as they lie)",
+    )  # fmt: skip
+    group.add_argument(
+        "--interval-iterations", nargs="+", type=int, default=[], metavar="V",
+        help="spacings in iterations, for checkpoints without Megatron args",
+    )  # fmt: skip
+    group.add_argument(
+        "--ends", nargs="+", default=["newest"], metavar="E",
+        help="newest checkpoint of each average: all, newest, every:K, or iterations",
+    )  # fmt: skip
+    group.add_argument(
+        "--tolerance", type=float, default=0.25, metavar="F",
+        help="how far off its place a checkpoint may lie, as a fraction of V (default 0.25)",
+    )  # fmt: skip
+    group.add_argument("--exclude", type=int, nargs="+", default=[], metavar="I", help="not these")
+    group = verb.add_argument_group("which model; what follows -- is passed on to it")
+    group.add_argument(
+        "--provider", metavar="MODULE:FUNCTION",
+        help="or FILE.py:FUNCTION; called with --load and the list of arguments after --, returns "
+        "a pma_megatron.megatron.score.Scored",
+    )  # fmt: skip
+    group.add_argument("--threads", type=int, default=2, help="reader threads per rank (default 2)")
+    group = verb.add_argument_group("output")
+    group.add_argument("--out", type=Path, metavar="FILE", help="write the JSON there too")
+    group.add_argument("--plot", type=Path, metavar="FILE.png", help="loss against tokens")
+    verb.set_defaults(passes_on=True)
+
+
+def refuse_unwritable(arguments: argparse.Namespace) -> None:
+    """Refuse outputs that could not be written at the end.
+
+    Raises:
+        UsageError: no such folder, or no matplotlib.
+    """
+    for flag, path in (("--out", arguments.out), ("--plot", arguments.plot)):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise UsageError(f"{flag} {path}: the folder {path.parent} does not exist: make it")
+    if arguments.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise UsageError(
+            "--plot needs matplotlib, which is not installed: pip install 'pma-megatron[plots]'"
+        )
+
+
+def score(arguments: argparse.Namespace, others: Sequence[str] = ()) -> Scores | None:
+    """Score the grid; None on all ranks but 0.
+
+    Raises:
+        UsageError: flags that cannot be met.
+        PmaError: see `score_merges`.
+    """
+    if arguments.load is None:
+        raise UsageError("say where the checkpoints are: --load DIR")
+    grid = grid_of(arguments)
+    if arguments.provider is None:
+        raise UsageError(
+            "say what scores them: --provider MODULE:FUNCTION builds your model and its batches"
+        )
+    with process_group_from_environment():
+        comm = Comm()
+        provider = comm.agree("provider", lambda: provider_of(arguments.provider))
+        scored = comm.agree("provider", lambda: provider(arguments.load, list(arguments.rest)))
+        try:
+            scores = score_merges(
+                scored.models, arguments.load, grid, scored.score, metadata=scored.metadata,
+                threads=arguments.threads, others=others, comm=comm,
+            )  # fmt: skip
+        finally:
+            scored.close()
+        return scores if comm.is_main else None
+
+
+def grid_of(arguments: argparse.Namespace) -> Grid:
+    """The grid that the flags ask for.
+
+    Raises:
+        UsageError: a flag out of range.
+    """
+    return Grid(
+        methods=tuple(parse_method(text) for text in arguments.methods),
+        lasts=tuple(arguments.lasts),
+        intervals_tokens=tuple(arguments.intervals_tokens),
+        intervals_iterations=tuple(arguments.interval_iterations),
+        ends=parse_ends(arguments.ends),
+        tolerance=arguments.tolerance,
+        exclude=tuple(arguments.exclude),
+    )
+
+
+def provider_of(text: str) -> Provider:
+    """The function that `MODULE:FUNCTION` or `FILE.py:FUNCTION` names.
+
+    Raises:
+        UsageError: there is none.
+    """
+    where, colon, name = text.rpartition(":")
+    if not colon or not where or not name:
+        raise UsageError(
+            f"--provider {text!r} is not MODULE:FUNCTION or FILE.py:FUNCTION, as in "
+            "pma_megatron.testing.provider:tiny"
+        )
+    try:
+        module = (
+            _from_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
+        )
+    except (ImportError, OSError) as error:
+        raise UsageError(
+            f"--provider {text}: {where} cannot be imported ({error}): give the path of its file, "
+            "or put its folder on PYTHONPATH"
+        ) from error
+    found = getattr(module, name, None)
+    if not callable(found):
+        raise UsageError(f"--provider {text}: {where} has no function {name}")
+    return found
+
+
+def _from_file(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # dataclasses and pickles look their module up by name
+    spec.loader.exec_module(module)
+    return module
+
+
+def write_json(path: Path | None, value: Any) -> None:
+    """Write a result where `--out` says, if it does."""
+    if path is not None:
+        path.write_text(json.dumps(value, indent=1) + "\n")

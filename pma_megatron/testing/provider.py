@@ -1,0 +1,81 @@
+"""A provider for `pma evaluate`: the tiny run that a checkpoint is of, scored on held-out text.
+
+    torchrun --nproc-per-node 2 -m pma_megatron evaluate --load RUN \\
+        --provider pma_megatron.testing.provider:tiny --lasts 3 6 --ends all -- --batches 8
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from pma_megatron.discover import choose, list_checkpoints
+from pma_megatron.formats import registry
+from pma_megatron.megatron.score import Scored
+from pma_megatron.selection import SelectionRequest
+from pma_megatron.testing.config import TinyConfig
+
+_SAVED = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "seq_length",
+          "swiglu", "num_experts", "moe_router_topk", "bf16", "seed", "micro_batch_size",
+          "global_batch_size")  # fmt: skip
+_SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size",
+          "expert_model_parallel_size")  # fmt: skip
+
+
+def tiny(load: str, provider_args: Sequence[str]) -> Scored:
+    """The `TinyTrainer` of the newest checkpoint below `load`, as its saved arguments describe it.
+
+    Parallel sizes are those of `provider_args` (`--tensor-model-parallel-size` and so on), else the
+    checkpoint's, or 1 each where the ranks of this job do not divide into those.
+    """
+    from pma_megatron.testing.tiny import TinyTrainer
+
+    given = _parse(provider_args)
+    alone = not dist.is_initialized()
+    if alone:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    trainer = TinyTrainer(_config(_saved_args(load), given))
+
+    def close() -> None:
+        trainer.close()
+        if alone:
+            dist.destroy_process_group()
+
+    return Scored(models=trainer.models, score=lambda: trainer.evaluate(given.batches), close=close)
+
+
+def _parse(provider_args: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="pma_megatron.testing.provider:tiny")
+    parser.add_argument("--batches", type=int, default=4, help="held-out global batches per score")
+    for name in _SIZES:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help="default: as saved")
+    return parser.parse_args(provider_args)
+
+
+def _saved_args(load: str) -> Mapping[str, Any]:
+    newest = choose(list_checkpoints(load), SelectionRequest(last=1), load).refs[-1]
+    common = registry.get(newest.format, newest.path).common(Path(newest.path))
+    return dict(common["args"])
+
+
+def _config(saved: Mapping[str, Any], given: argparse.Namespace) -> TinyConfig:
+    sizes = {name: getattr(given, name) or saved[name] for name in _SIZES}
+    world = dist.get_world_size()
+    dense = sizes["tensor_model_parallel_size"] * sizes["pipeline_model_parallel_size"]
+    experts = sizes["pipeline_model_parallel_size"] * sizes["expert_model_parallel_size"]
+    if world % dense or world % experts:
+        sizes, dense = dict.fromkeys(_SIZES, 1), 1
+    values = {name: saved[name] for name in _SAVED}
+    per_rank = values["global_batch_size"] // (world // dense)
+    values["micro_batch_size"] = min(values["micro_batch_size"], per_rank)
+    return TinyConfig(
+        **values,
+        **sizes,
+        vocab_size=saved["padded_vocab_size"],
+        expert_bias=bool(saved["moe_router_enable_expert_bias"]),
+        use_distributed_optimizer=False,
+    )
