@@ -172,25 +172,6 @@ def principal_plane(gram: Gram) -> Plane:
     return _plane(gram, np.full(count, 1.0 / count), axes)
 
 
-def plane_through(gram: Gram, first: int, second: int, third: int) -> Plane:
-    """The plane through three checkpoints; the first is its origin, the second on its first axis.
-
-    Raises:
-        ValueError: they lie on a line.
-    """
-    each = np.eye(gram.count)
-    along, aside = each[second] - each[first], each[third] - each[first]
-    length = gram.products(along[None])[0, 0]
-    if length > 0:
-        along = along / np.sqrt(length)
-        before = gram.products(aside[None])[0, 0]
-        aside = aside - gram.products(along[None], aside[None])[0, 0] * along
-        height = gram.products(aside[None])[0, 0]
-        if height > _ROUNDED_ZERO * before:
-            return _plane(gram, each[first], np.stack([along, aside / np.sqrt(height)]))
-    raise ValueError("the three checkpoints lie on a line")
-
-
 def plain(value: Any) -> Any:
     """numpy values as JSON has them: lists, and None for NaN."""
     if isinstance(value, (np.ndarray, list, tuple)):

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from pma_megatron.errors import CheckpointError
-from pma_megatron.megatron.curvature import expand
+from pma_megatron import MergeRequest, SelectionRequest
+from pma_megatron.errors import CheckpointError, UsageError
+from pma_megatron.gram import measure
+from pma_megatron.megatron.curvature import Curvature, Differentiable, curvature, expand
+from pma_megatron.testing import TinyConfig, TinyTrainer, run_ranks
+from pma_megatron.testing.core_api import unwrap
 
 SIZE = 12
 
@@ -82,3 +89,92 @@ def test_not_finite() -> None:
     members = [torch.ones(2), torch.tensor([1.0, float("inf")])]
     with pytest.raises(CheckpointError, match="not finite"):
         expand([parameter], members, (0.5, 0.5), lambda: [(parameter**2).sum()])
+
+
+TRAINED = TinyConfig(warmup_iters=2)
+STEPS = (2, 4, 6)
+Weights = dict[str, torch.Tensor]
+
+
+def train(rank: int, world_size: int, root: str) -> list[Weights]:
+    """The main params at each save."""
+    trainer, held = TinyTrainer(TRAINED), []
+    for _ in STEPS:
+        trainer.train(2)
+        trainer.save(root)
+        held.append({name: value.clone() for name, value in trainer.main_params().items()})
+    return held
+
+
+def look(rank: int, world_size: int, root: str, held: list[Weights]) -> dict[str, Any]:
+    """The expansion, and losses along the deviations with weights put in by name."""
+    smooth = replace(TRAINED, bf16=False, use_distributed_optimizer=False)
+    trainer = TinyTrainer(smooth)
+    scored = Differentiable(
+        models=trainer.models,
+        score=lambda: trainer.evaluate(2),
+        batches=lambda: trainer.held_out_losses(2),
+    )
+    before = trainer.model_params()
+    measured = measure(MergeRequest(load=root, selection=SelectionRequest(last=3)))
+    found = curvature(scored, measured)
+    after = trainer.model_params()
+    [model] = [unwrap(model) for model in trainer.models]
+
+    def loss_at(weights: Weights) -> float:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(weights[name])
+        return trainer.evaluate(2)
+
+    mean = {name: sum(each[name] for each in held) / len(held) for name in held[0]}
+    moved = [
+        {step: loss_at({k: mean[k] + step * (each[k] - mean[k]) for k in mean})
+         for step in (-0.4, 0.4)}
+        for each in held
+    ]  # fmt: skip
+    losses = [loss_at(each) for each in held]
+    mean_loss = loss_at(mean)
+    model.bfloat16()
+    with pytest.raises(UsageError, match="float32") as refused:
+        curvature(scored, measured)
+    return {
+        "refused": str(refused.value),
+        "found": found,
+        "back": all(torch.equal(before[name], after[name]) for name in before),
+        "losses": losses,
+        "mean": mean_loss,
+        "moved": moved,
+    }
+
+
+def test_a_real_model_against_differences_of_losses(tmp_path: Path) -> None:
+    """Slope and curvature along each deviation from three losses on that line.
+
+    Three points 0.4 deviations apart leave a fourth derivative in the result, hence the tolerance.
+    """
+    root = str(tmp_path / "run")
+    [held] = run_ranks(train, 1, root)
+    [result] = run_ranks(look, 1, root, held)
+    found: Curvature = result["found"]
+    assert result["back"]
+    assert "is torch.bfloat16" in result["refused"]
+    np.testing.assert_allclose(found.losses, result["losses"], rtol=1e-6)
+    assert found.mean_loss == pytest.approx(result["mean"], rel=1e-6)
+    for number, losses in enumerate(result["moved"]):
+        second = (losses[0.4] + losses[-0.4] - 2 * result["mean"]) / 0.4**2
+        slope = (losses[0.4] - losses[-0.4]) / 0.8
+        assert found.products[number, number] == pytest.approx(second, rel=0.1, abs=1e-4)
+        assert found.slopes[number] == pytest.approx(slope, rel=0.1, abs=1e-4)
+    assert found.measured_gain == pytest.approx(
+        np.mean(result["losses"]) - result["mean"], abs=2e-6
+    )
+    assert found.asymmetry < 1e-2
+
+
+def test_only_one_process_with_a_float32_model(dense_run: Path) -> None:
+    measured = measure(MergeRequest(load=str(dense_run), selection=SelectionRequest(last=2)))
+    one = torch.nn.Linear(2, 2)
+    scored = Differentiable(models=[one, one], score=lambda: 0.0, batches=list)
+    with pytest.raises(UsageError, match="2 model chunks"):
+        curvature(scored, measured)

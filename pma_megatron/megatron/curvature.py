@@ -28,14 +28,36 @@ from typing import Any
 import numpy as np
 import torch
 
-from pma_megatron.errors import CheckpointError
+from pma_megatron.comm import Comm
+from pma_megatron.errors import CheckpointError, UsageError
+from pma_megatron.gram import Measured
+from pma_megatron.megatron.params import LiveTensor, live_tensors
+from pma_megatron.megatron.score import Scored, average_into
+from pma_megatron.megatron.swap import weights_restored
 from pma_megatron.spread import plain
 
 STEP = 0.05
 """Of a deviation: how far gradients are taken from the mean, to both sides."""
 
+MOST_BYTES = 16 << 30
+"""Of the vectors that are held at once: N members and a few more, float32."""
+_MORE_VECTORS = (
+    7  # what was there, the mean (twice, in float64), a gradient on each side, a product
+)
+
 Batches = Callable[[], Iterable[torch.Tensor]]
 """() -> one differentiable scalar per batch, the same batches each time; their mean is the loss."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Differentiable(Scored):
+    """A model and a loss that gradients can be taken of: what a provider returns for `--curvature`.
+
+    Attributes:
+        batches: the loss, batch by batch, in evaluation mode. The model has float32 weights.
+    """
+
+    batches: Batches
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,6 +123,67 @@ class Curvature:
             **{name: plain(getattr(self, name)) for name in derived},
             "eq15_holds": self.left < self.right,
         }
+
+
+def curvature(scored: Differentiable, measured: Measured, *, threads: int = 2) -> Curvature:
+    """Expand the loss of a live model around the average of the measured checkpoints.
+
+    One process that holds the whole model. Floating buffers (a router's expert bias) are those of
+    the average throughout; weights are afterwards bit for bit what they were.
+
+    Args:
+        scored: the model and its loss.
+        measured: the checkpoints and the coefficients of their mean.
+        threads: reader threads.
+
+    Raises:
+        UsageError: several processes, weights that are not float32, or a model too large.
+        CheckpointError, PlanError: the model is not that of the checkpoints, one is damaged, or
+            the loss is not finite.
+    """
+    comm = Comm()
+    _refuse_parts(comm, scored)
+    tensors = live_tensors(scored.models, None, scored.metadata)
+    trained = [live for live in tensors if isinstance(live.tensor, torch.nn.Parameter)]
+    _refuse_rounded_or_large(trained, len(measured.found.sources))
+    parameters = [live.tensor for live in trained]
+    members = []
+    with weights_restored(scored.models, tensors):
+        for one_hot in np.eye(len(measured.found.sources)).tolist():
+            average_into(tensors, measured.found.sources, one_hot, comm, threads)
+            members.append(torch.cat([p.detach().reshape(-1) for p in parameters]))
+        average_into(tensors, measured.found.sources, measured.coefficients, comm, threads)
+        return expand(parameters, members, measured.coefficients, scored.batches)
+
+
+def _refuse_parts(comm: Comm, scored: Differentiable) -> None:
+    if comm.size > 1 or len(scored.models) > 1:
+        raise UsageError(
+            f"--curvature takes gradients in one process that holds the whole model, not in "
+            f"{comm.size} with {len(scored.models)} model chunks: start it without torchrun, all "
+            "parallel sizes 1"
+        )
+    if getattr(getattr(scored.models[0], "config", None), "gradient_accumulation_fusion", False):
+        raise UsageError(
+            "--curvature: gradient_accumulation_fusion adds gradients to buffers of the trainer's "
+            "and returns none: let the provider build the model without it"
+        )
+
+
+def _refuse_rounded_or_large(trained: Sequence[LiveTensor], count: int) -> None:
+    rounded = next((live for live in trained if live.tensor.dtype != torch.float32), None)
+    if rounded is not None:
+        raise UsageError(
+            f"--curvature: {rounded.name} is {rounded.tensor.dtype}, and differences of gradients "
+            "would drown in its rounding: let the provider build the model in float32"
+        )
+    nbytes = 4 * sum(live.tensor.numel() for live in trained) * (count + _MORE_VECTORS)
+    if nbytes > MOST_BYTES:
+        raise UsageError(
+            f"--curvature would hold {count} checkpoints and {_MORE_VECTORS} vectors more, "
+            f"{nbytes / 2**30:.1f} GiB, of at most {MOST_BYTES / 2**30:.0f} GiB: select fewer "
+            "checkpoints, or a smaller model"
+        )
 
 
 def expand(parameters: Sequence[torch.Tensor], members: Sequence[torch.Tensor],
