@@ -103,7 +103,7 @@ class Grid:
             )
         if self.intervals_tokens and self.intervals_iterations:
             raise UsageError(
-                "--intervals-tokens and --interval-iterations cannot be combined: an average has "
+                "--intervals-tokens and --intervals-iterations cannot be combined: an average has "
                 "one spacing"
             )
         if isinstance(self.ends, str):
@@ -123,7 +123,7 @@ class Grid:
         """
         points: list[Point] = []
         skipped: list[Skipped] = []
-        for end in self._end_iterations(refs):
+        for end in self.end_iterations(refs):
             points.append(self._unmerged(refs, end))
             for request in self._requests(end):
                 try:
@@ -158,7 +158,7 @@ class Grid:
                     exclude=self.exclude,
                 )
 
-    def _end_iterations(self, refs: Sequence[CheckpointRef]) -> list[int]:
+    def end_iterations(self, refs: Sequence[CheckpointRef]) -> list[int]:
         """Iterations of the ends, oldest first."""
         if not isinstance(self.ends, str):
             return sorted(set(self.ends))

@@ -127,6 +127,11 @@ class Scores:
         """Loss minus that of the single checkpoint at the same end; negative is better."""
         return score.losses[metric] - self.unmerged(metric)[score.end_iteration]
 
+    def window_tokens(self, score: Score) -> int | None:
+        """Tokens from the oldest checkpoint of an average to its newest; None if unknown."""
+        oldest, newest = self.tokens[score.iterations[0]], self.tokens[score.end_iteration]
+        return None if oldest is None or newest is None else newest - oldest
+
     def to_json(self) -> dict[str, Any]:
         """Plain values; `from_json` reads them again."""
         value = {"scores_version": SCORES_VERSION, **asdict(self)}

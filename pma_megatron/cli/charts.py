@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pma_megatron.forecast import Forecast
 from pma_megatron.grid import UNMERGED
 from pma_megatron.scores import Score, Scores
 from pma_megatron.tokens import format_tokens
@@ -24,16 +25,38 @@ def scored(scores: Scores, metric: str, path: Path) -> None:
     save(figure, axes, path)
 
 
+def forecasted(scores: Scores, made: Forecast, path: Path) -> None:
+    """Trained and merged loss along the run, and where real annealing runs ended."""
+    figure, axes = new_figure(scores, made.metric)
+    for number, each in enumerate(made.series):
+        xs = [position(scores, iteration) for iteration in each.iterations]
+        name = series_name(each.method, each.last, each.interval_tokens, each.interval_iterations)
+        style = {"label": f"forecast: {name}", "color": f"C{number}", "lw": 1.2}
+        if each.method == UNMERGED:
+            style = {"label": "trained, constant LR", "color": _UNMERGED, "lw": 2}
+        axes.plot(xs, each.merged, marker="o", ms=3, **style)
+    if made.annealed:
+        xs = [position(scores, run.start_iteration) for run in made.annealed]
+        losses = [run.loss for run in made.annealed]
+        axes.plot(xs, losses, "k*", ms=9, label="annealed, at the start of its decay")
+    save(figure, axes, path)
+
+
 def series(scores: Scores) -> dict[str, list[Score]]:
     """Points by what stays the same along the run, in the order of the ends."""
     found: dict[str, list[Score]] = {}
     for point in scores.points:
-        method, last, tokens, iterations = point.series
-        spacing = f" V={format_tokens(tokens)}" if tokens else (
-            f" V={iterations} it" if iterations else "")  # fmt: skip
-        name = UNMERGED if method == UNMERGED else f"{method} N={last}{spacing}"
-        found.setdefault(name, []).append(point)
+        found.setdefault(series_name(*point.series), []).append(point)
     return found
+
+
+def series_name(method: str, last: int, tokens: int | None, iterations: int | None) -> str:
+    """A series in a few words."""
+    if method == UNMERGED:
+        return method
+    spacing = f" V={format_tokens(tokens)}" if tokens else (
+        f" V={iterations} it" if iterations else "")  # fmt: skip
+    return f"{method} N={last}{spacing}"
 
 
 def new_figure(scores: Scores, metric: str) -> tuple[Any, Any]:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import itertools
 import json
+import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from pma_megatron import launch
 from pma_megatron.cli.verbs import token_count
 from pma_megatron.comm import Comm, process_group_from_environment
 from pma_megatron.errors import UsageError
@@ -39,7 +43,7 @@ def add_scoring(verb: argparse.ArgumentParser) -> None:
         help="spacings, e.g. 4B 8B (default: checkpoints as they lie)",
     )  # fmt: skip
     group.add_argument(
-        "--interval-iterations", nargs="+", type=int, default=[], metavar="V",
+        "--intervals-iterations", nargs="+", type=int, default=[], metavar="V",
         help="spacings in iterations, for checkpoints without Megatron args",
     )  # fmt: skip
     group.add_argument(
@@ -56,6 +60,12 @@ def add_scoring(verb: argparse.ArgumentParser) -> None:
         "--provider", metavar="MODULE:FUNCTION",
         help="or FILE.py:FUNCTION; called with --load and the list of arguments after --, returns "
         "a pma_megatron.megatron.score.Scored",
+    )  # fmt: skip
+    group.add_argument(
+        "--megatron", metavar="SCRIPT",
+        help="pretrain_gpt.py of a Megatron-LM tree, or your own: Megatron builds model and data "
+        "from the checkpoint's arguments and the flags after --, and evaluates as it does in "
+        "training (--eval-iters batches)",
     )  # fmt: skip
     group.add_argument("--threads", type=int, default=2, help="reader threads per rank (default 2)")
     group = verb.add_argument_group("output")
@@ -89,10 +99,13 @@ def score(arguments: argparse.Namespace, others: Sequence[str] = ()) -> Scores |
     if arguments.load is None:
         raise UsageError("say where the checkpoints are: --load DIR")
     grid = grid_of(arguments)
-    if arguments.provider is None:
+    if (arguments.provider is None) == (arguments.megatron is None):
         raise UsageError(
-            "say what scores them: --provider MODULE:FUNCTION builds your model and its batches"
+            "say what scores them: either --megatron SCRIPT, or --provider MODULE:FUNCTION, which "
+            "builds your model and its batches"
         )
+    if arguments.megatron is not None:
+        return _through_megatron(arguments, others)
     with process_group_from_environment():
         comm = Comm()
         provider = comm.agree("provider", lambda: provider_of(arguments.provider))
@@ -107,6 +120,41 @@ def score(arguments: argparse.Namespace, others: Sequence[str] = ()) -> Scores |
         return scores if comm.is_main else None
 
 
+def _through_megatron(arguments: argparse.Namespace, others: Sequence[str]) -> Scores | None:
+    """Run Megatron's script with `--pma-score`, on every rank; rank 0 gets the scores."""
+    with tempfile.TemporaryDirectory(prefix="pma_evaluate_") as folder:
+        out = Path(folder) / "scores.json"
+        code = launch.main([arguments.megatron, *_megatron_flags(arguments, others, out)])
+        if code:
+            raise SystemExit(code)
+        if os.environ.get("RANK", "0") != "0":
+            return None
+        if not out.is_file():
+            raise UsageError(
+                f"{arguments.megatron} did not evaluate: give it validation data and "
+                "--eval-iters after --, as in training"
+            )
+        return Scores.from_json(json.loads(out.read_text()))
+
+
+def _megatron_flags(arguments: argparse.Namespace, others: Sequence[str], out: Path) -> list[str]:
+    listed = {
+        "--pma-score-methods": arguments.methods,
+        "--pma-score-lasts": arguments.lasts,
+        "--pma-score-intervals-tokens": arguments.intervals_tokens,
+        "--pma-score-intervals-iterations": arguments.intervals_iterations,
+        "--pma-score-ends": arguments.ends,
+        "--pma-score-others": others,
+        "--pma-exclude": arguments.exclude,
+        "--pma-tolerance": [arguments.tolerance],
+        "--pma-threads": [arguments.threads],
+        "--pma-score-out": [out],
+    }
+    flags = [[flag, *map(str, values)] for flag, values in listed.items() if values]
+    ours = ["--load", arguments.load, "--use-checkpoint-args", "--skip-train", "--pma-score"]
+    return [*ours, *itertools.chain.from_iterable(flags), *arguments.rest]
+
+
 def grid_of(arguments: argparse.Namespace) -> Grid:
     """The grid that the flags ask for.
 
@@ -117,7 +165,7 @@ def grid_of(arguments: argparse.Namespace) -> Grid:
         methods=tuple(parse_method(text) for text in arguments.methods),
         lasts=tuple(arguments.lasts),
         intervals_tokens=tuple(arguments.intervals_tokens),
-        intervals_iterations=tuple(arguments.interval_iterations),
+        intervals_iterations=tuple(arguments.intervals_iterations),
         ends=parse_ends(arguments.ends),
         tolerance=arguments.tolerance,
         exclude=tuple(arguments.exclude),

@@ -52,6 +52,8 @@ def refuse(args: Any, settings: Settings) -> None:
         _refuse_save(args, settings)
     if settings.snapshots:
         _refuse_snapshots(args, settings)
+    if settings.score is not None:
+        _refuse_score(args, settings)
     _refuse_shared_folders(args, settings)
     _refuse_method(settings)
 
@@ -145,6 +147,20 @@ def _refuse_snapshots(args: Any, settings: Settings) -> None:
             f"--pma-keep {settings.keep} is smaller than the window: {settings.window} members "
             f"(--pma-last) span {needed} snapshots; raise --pma-keep to at least {needed}"
         )
+
+
+def _refuse_score(args: Any, settings: Settings) -> None:
+    for name in ("load", "skip_train"):
+        if not getattr(args, name, None):
+            raise UsageError(
+                f"--pma-score needs --{name.replace('_', '-')}: it scores averages of saved "
+                "checkpoints in Megatron's evaluation, and does not train"
+            )
+    for flag, used in (("--pma-init", settings.init), ("--pma-save", settings.save),
+                       ("--pma-snapshot-interval-tokens", settings.snapshots)):  # fmt: skip
+        if used:
+            raise UsageError(f"--pma-score and {flag} cannot be combined: one evaluates, the other "
+                             "trains; leave out one of the two")  # fmt: skip
 
 
 def _refuse_shared_folders(args: Any, settings: Settings) -> None:

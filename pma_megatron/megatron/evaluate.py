@@ -38,40 +38,26 @@ class Evaluation:
         Returns what the first pass returned. Of the second pass nothing is left: counters and
         random states are put back.
         """
-        from megatron.training.global_vars import get_args
-
-        args = get_args()
-        recorded = _Recorded(arguments["data_iterator"])
+        recorded = Recorded(arguments["data_iterator"])
         result = fn(**{**arguments, "data_iterator": recorded.recording})
         _, _, timelimit = result
-        if timelimit:
-            return result
-        seen = args.consumed_valid_samples
-        with _same_randomness():
-            try:
-                with self.swapped():
-                    # What else is collected from a pass (attention maps, ...) is the trainer's.
-                    again = {**arguments, "data_iterator": recorded.replaying()}
-                    for name in ("process_non_loss_data_func", "non_loss_data_func"):
-                        if name in again:
-                            again[name] = None
-                    losses, _, timelimit = fn(**again)
-            finally:
-                args.consumed_valid_samples = seen
         if not timelimit:
-            self.results.append({key: float(value) for key, value in losses.items()})
+            with self.swapped():
+                losses = again(fn, arguments, recorded)
+            if losses is not None:
+                self.results.append(losses)
         return result
 
     def report(self) -> None:
         """Print and write the results as Megatron does its own, called `pma` (last rank)."""
         for number, losses in enumerate(self.results):
-            suffix = _suffix(number)
-            text = f" pma validation{suffix} loss at {self.prefix} | "
+            ending = suffix(number)
+            text = f" pma validation{ending} loss at {self.prefix} | "
             for key, value in losses.items():
                 ppl = math.exp(min(20, value))
                 text += f"{key} value: {value:.6E} | {key} PPL: {ppl:.6E} | "
                 if self.write_to_tensorboard:
-                    self._write(f"{key} validation{suffix}", value, ppl)
+                    self._write(f"{key} validation{ending}", value, ppl)
             line = "-" * (len(text) + 1)
             say(f"{line}\n{text}\n{line}", rank=-1)
 
@@ -90,7 +76,29 @@ class Evaluation:
             wandb.log({f"{name} pma": value}, self.iteration)
 
 
-class _Recorded:
+def again(fn: Callable[..., Any], arguments: Mapping[str, Any], recorded: Recorded
+          ) -> dict[str, float] | None:  # fmt: skip
+    """Another pass of Megatron's `evaluate` over recorded batches, of which nothing is left.
+
+    Returns:
+        Its losses, empty on ranks that compute none; None if it was cut off by the time limit.
+    """
+    from megatron.training.global_vars import get_args
+
+    args = get_args()
+    seen = args.consumed_valid_samples
+    # What else is collected from a pass (attention maps, ...) is the trainer's.
+    others = ("process_non_loss_data_func", "non_loss_data_func")
+    mine = {name: None for name in others if name in arguments}
+    with _same_randomness():
+        try:
+            found, _, timelimit = fn(**{**arguments, **mine, "data_iterator": recorded.replaying()})
+        finally:
+            args.consumed_valid_samples = seen
+    return None if timelimit else {key: float(value) for key, value in found.items()}
+
+
+class Recorded:
     """The batches of one pass, of each iterator in what Megatron passes as `data_iterator`."""
 
     def __init__(self, given: Any) -> None:
@@ -166,7 +174,8 @@ def _same_randomness() -> Iterator[None]:
         np.random.set_state(others[1])
 
 
-def _suffix(number: int) -> str:
+def suffix(number: int) -> str:
+    """What Megatron's log adds to the names of losses of one of several data sets."""
     from megatron.training.global_vars import get_args
 
     args = get_args()

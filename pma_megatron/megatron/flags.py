@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     _add_init(group.add_argument)
     _add_save(group.add_argument)
+    _add_score(group.add_argument)
     return parser
 
 
@@ -82,6 +83,22 @@ def _add_save(add: Callable[..., Any]) -> None:
     add("--pma-snapshot-dtype", choices=SNAPSHOT_DTYPES, help="of snapshots (default fp32)")
     add("--pma-snapshot-dir", metavar="DIR", help="root for them (default: <save>/pma_snapshots)")
     add("--pma-keep", type=int, metavar="K", help="newest snapshots to keep (default: all)")
+
+
+def _add_score(add: Callable[..., Any]) -> None:
+    add("--pma-score", action="store_true",
+        help="with --skip-train: score many averages of --load on the batches that Megatron "
+        "evaluates on, and write none of them (what pma evaluate --megatron does)")
+    add("--pma-score-methods", nargs="+", metavar="M", help="e.g. sma ema:0.2 (default sma)")
+    add("--pma-score-lasts", type=int, nargs="+", metavar="N",
+        help=f"how many (default {DEFAULT_LAST}); the newest alone is always scored")
+    add("--pma-score-intervals-tokens", type=_tokens, nargs="+", metavar="V", help="e.g. 4B 8B")
+    add("--pma-score-intervals-iterations", type=int, nargs="+", metavar="V")
+    add("--pma-score-ends", nargs="+", metavar="E",
+        help="newest source of each: all, newest, every:K, or iterations (default newest)")
+    add("--pma-score-others", nargs="+", metavar="DIR",
+        help="further runs whose newest checkpoint is scored as it is")
+    add("--pma-score-out", metavar="FILE", help="gets the scores as JSON")
 # fmt: on
 
 

@@ -23,6 +23,7 @@ from pma_megatron.megatron.online import OnlineAverage
 from pma_megatron.megatron.params import live_tensors
 from pma_megatron.megatron.save import note_origin, save_average
 from pma_megatron.megatron.say import say
+from pma_megatron.megatron.scoring import Scoring
 from pma_megatron.megatron.shard import Shard
 from pma_megatron.megatron.store import FOLDER
 from pma_megatron.megatron.thin import ThinSnapshots
@@ -93,7 +94,8 @@ class Session:
                  ) -> None:  # fmt: skip
         """Make room, and continue what an earlier job has left. Collective."""
         self.settings = settings
-        self.running: Evaluation | None = None
+        self.running: Evaluation | Scoring | None = None
+        self._models, self._scored = models, False
         self._noted: list[tuple[Path, Average]] = []
         self._comm, metadata = Comm(), _metadata(args)
         tokens, iteration = _tokens(args), int(getattr(args, "iteration", 0) or 0)
@@ -158,6 +160,16 @@ class Session:
     def evaluation(self, prefix: str, iteration: int, write_to_tensorboard: bool) -> Iterator[None]:
         """Inside the block, `evaluate` scores the average too; at its end the results appear."""
         online = self.online
+        if self.settings.score is not None and not self._scored:
+            self._scored = True
+            args = _args()
+            self.running = Scoring(self._models, args.load, self.settings, _metadata(args))
+            try:
+                yield
+                self.running.report()
+            finally:
+                self.running = None
+            return
         if online is None or not self.settings.eval_:
             yield
             return

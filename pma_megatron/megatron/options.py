@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from pma_megatron.errors import UsageError
+from pma_megatron.grid import Grid, parse_ends, parse_method
 from pma_megatron.request import Method
 from pma_megatron.selection import DEFAULT_LAST, SelectionRequest
 
@@ -19,30 +20,37 @@ OPTIMIZER_STATES = ("latest", "average", "reset")
 SHARES = ("auto", "source", "slice")
 SNAPSHOT_DTYPES = ("fp32", "bf16")
 
-_SWITCHES = ("pma_init", "pma_save", "pma_eval")
+_SWITCHES = ("pma_init", "pma_save", "pma_eval", "pma_score")
 
 USED_BY: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "pma_load": ("pma_init",),
+        "pma_load": ("pma_init", "pma_score"),
         "pma_last": ("pma_init", "pma_save"),
         "pma_interval_tokens": ("pma_init", "pma_save"),
         "pma_interval_iterations": ("pma_init",),
-        "pma_tolerance": ("pma_init",),
+        "pma_tolerance": ("pma_init", "pma_score"),
         "pma_end_iteration": ("pma_init",),
         "pma_iterations": ("pma_init",),
-        "pma_exclude": ("pma_init",),
+        "pma_exclude": ("pma_init", "pma_score"),
         "pma_method": ("pma_init", "pma_save"),
         "pma_alpha": ("pma_init", "pma_save"),
         "pma_floor": ("pma_init", "pma_save"),
         "pma_coefficients": ("pma_init", "pma_save"),
         "pma_optimizer_state": ("pma_init",),
         "pma_share": ("pma_init",),
-        "pma_threads": ("pma_init", "pma_save"),
+        "pma_threads": ("pma_init", "pma_save", "pma_score"),
         "pma_save_dir": ("pma_save",),
         "pma_window_dir": ("pma_save",),
         "pma_snapshot_dtype": ("pma_snapshot_interval_tokens",),
         "pma_snapshot_dir": ("pma_snapshot_interval_tokens",),
         "pma_keep": ("pma_snapshot_interval_tokens",),
+        "pma_score_methods": ("pma_score",),
+        "pma_score_lasts": ("pma_score",),
+        "pma_score_intervals_tokens": ("pma_score",),
+        "pma_score_intervals_iterations": ("pma_score",),
+        "pma_score_ends": ("pma_score",),
+        "pma_score_others": ("pma_score",),
+        "pma_score_out": ("pma_score",),
     }
 )
 """For every option, the flags that make use of it; it is refused without any of them."""
@@ -54,6 +62,7 @@ _COMMAND_LINE = re.compile(
     r"--(last|interval-tokens|interval-iterations|tolerance|end-iteration|iterations|exclude"
     r"|method|alpha|floor|coefficients|optimizer-state)(?![\w-])"
 )
+_GRID = re.compile(r"--(methods|lasts|ends|intervals-tokens|intervals-iterations)(?![\w-])")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,6 +103,12 @@ class Settings:
     """Root of the snapshots."""
     keep: int | None
     """How many of the newest snapshots to keep; None keeps all."""
+    score: Grid | None
+    """Averages that are scored in the first evaluation, under --skip-train."""
+    score_others: tuple[str, ...]
+    """Folders whose newest checkpoint is scored too, as it is."""
+    score_out: str | None
+    """File that gets the scores as JSON."""
 
     @property
     def snapshots(self) -> bool:
@@ -121,7 +136,7 @@ def settings(args: Any) -> Settings:
 
 def spelled(message: str) -> str:
     """A message of the command line with its flags named as in a Megatron script."""
-    return _COMMAND_LINE.sub(r"--pma-\1", message)
+    return _GRID.sub(r"--pma-score-\1", _COMMAND_LINE.sub(r"--pma-\1", message))
 
 
 def _settings(args: Any) -> Settings:
@@ -153,6 +168,21 @@ def _settings(args: Any) -> Settings:
         snapshot_dtype=value("snapshot_dtype", "fp32"),
         snapshot_dir=value("snapshot_dir", save and f"{save.rstrip('/')}/pma_snapshots"),
         keep=value("keep"),
+        score=_grid(value) if value("score") else None,
+        score_others=tuple(value("score_others", ())),
+        score_out=value("score_out"),
+    )
+
+
+def _grid(value: Callable[..., Any]) -> Grid:
+    return Grid(
+        methods=tuple(parse_method(text) for text in value("score_methods", ["sma"])),
+        lasts=tuple(value("score_lasts", [DEFAULT_LAST])),
+        intervals_tokens=tuple(value("score_intervals_tokens", ())),
+        intervals_iterations=tuple(value("score_intervals_iterations", ())),
+        ends=parse_ends(value("score_ends", ["newest"])),
+        tolerance=value("tolerance", 0.25),
+        exclude=tuple(value("exclude", ())),
     )
 
 

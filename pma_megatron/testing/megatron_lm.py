@@ -26,7 +26,7 @@ from types import SimpleNamespace
 from typing import Any, Literal
 from unittest.mock import MagicMock
 
-Through = Literal["plain", "launcher"]
+Through = Literal["plain", "launcher", "evaluate"]
 
 TINY: tuple[str, ...] = tuple(
     shlex.split("""
@@ -83,7 +83,8 @@ def run_pretrain(
         tree: a Megatron-LM source tree, patched or not.
         arguments: of the script, after `TINY`; the last of two equal flags counts.
         ranks: processes on this machine.
-        through: `launcher` starts it with `pma_megatron.launch`, `plain` as it is.
+        through: `launcher` starts it with `pma_megatron.launch`, `plain` as it is; `evaluate` with
+            `pma evaluate --megatron`, whose flags come first in `arguments`, up to a `--`.
         script: relative to `tree`.
         imports: a module that every rank imports before the script runs.
         python_path: folders in front of the import path, for `imports`.
@@ -215,6 +216,12 @@ def _main(argv: list[str]) -> int:
         from pma_megatron.launch import main
 
         return main([script, *arguments])
+    if through == "evaluate":
+        from pma_megatron.cli import main as pma
+
+        end = arguments.index("--")
+        own, tiny, rest = arguments[len(TINY) : end], arguments[: len(TINY)], arguments[end + 1 :]
+        return pma(["evaluate", "--megatron", script, *own, "--", *tiny, *rest])
     sys.argv[:] = [script, *arguments]
     sys.path[0] = str(Path(script).resolve().parent)
     runpy.run_path(script, run_name="__main__")

@@ -1,0 +1,220 @@
+"""`pma forecast`: the loss that annealing would reach, and how right that was."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from pma_megatron.cli import charts, tables
+from pma_megatron.cli.scoring import (
+    add_scoring,
+    grid_of,
+    refuse_unwritable,
+    score,
+    write_json,
+)
+from pma_megatron.cli.verbs import new_verb, show_result
+from pma_megatron.discover import choose, list_checkpoints
+from pma_megatron.errors import UsageError
+from pma_megatron.forecast import Agreement, Annealed, Forecast, Series, forecast
+from pma_megatron.formats import registry
+from pma_megatron.scores import Scores, read_scores
+from pma_megatron.selection import SelectionRequest
+from pma_megatron.tokens import format_tokens
+
+_EXAMPLE = """examples:
+  torchrun --nproc-per-node 8 -m pma_megatron forecast --load /ckpts/run --ends every:4 \\
+      --methods sma --lasts 6 10 --intervals-tokens 8B --annealed /ckpts/decay-from-90000@90000 \\
+      --plot forecast.png --provider my_eval.py:build
+  pma forecast --scores scores.json --annealed-loss 90000:2.131
+"""
+
+
+def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the verb."""
+    verb = new_verb(
+        verbs, "forecast", run,
+        "forecast the loss that annealing would reach, from merged checkpoints",
+        epilog=_EXAMPLE,
+    )  # fmt: skip
+    add_scoring(verb)
+    verb.set_defaults(ends=["all"])
+    group = verb.add_argument_group("what to compare")
+    group.add_argument(
+        "--scores", type=Path, metavar="FILE", help="of pma evaluate --out, instead of scoring"
+    )
+    group.add_argument("--metric", metavar="NAME", help="which loss (default: the first scored)")
+    group.add_argument(
+        "--annealed", action="append", default=[], metavar="DIR[@START]",
+        help="a real annealing run that left the run at iteration START (default: where its own "
+        "schedule begins to decay); its newest checkpoint is scored, or DIR is an iter_* folder",
+    )  # fmt: skip
+    group.add_argument(
+        "--annealed-loss", action="append", default=[], metavar="START:LOSS",
+        help="the same where only the loss is known",
+    )  # fmt: skip
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """`pma forecast`."""
+    refuse_unwritable(arguments)
+    given = [_given(text) for text in arguments.annealed_loss]
+    scores = None if arguments.scores is None else read_scores(arguments.scores)
+    if scores is not None and arguments.load is None:
+        arguments.load = scores.load
+    starts = {_folder(text)[0]: _start(text, arguments.load) for text in arguments.annealed}
+    if scores is None:
+        _refuse_unscored(arguments, [*starts.values(), *(run.start_iteration for run in given)])
+        scores = score(arguments, list(starts))
+    elif starts:
+        scores = _with_others(arguments, scores, list(starts))
+    if scores is None:
+        return  # not the rank that speaks
+    metric = arguments.metric or scores.metrics[0]
+    runs = [
+        Annealed(
+            start_iteration=starts[other.root],
+            loss=other.losses[metric],
+            tokens=_tokens_taken(scores, other.checkpoint.consumed_tokens, starts[other.root]),
+            source=other.root,
+        )
+        for other in scores.others
+        if other.root in starts and metric in other.losses
+    ]
+    made = forecast(scores, [*runs, *given], metric)
+    value = {"forecast": made.to_json(), "scores": scores.to_json()}
+    write_json(arguments.out, value)
+    if arguments.plot is not None:
+        charts.forecasted(scores, made, arguments.plot)
+    show_result(arguments, value, lambda: show(made))
+
+
+def show(made: Forecast) -> None:
+    """The forecast of every series, its errors, and what speaks against it."""
+    console = tables.new_console()
+    for series in made.series[1:]:
+        title = f"{_name(series)}: forecast of the annealed {made.metric}"
+        table = tables.new_table(title, "iteration", "tokens", "trained", "forecast", "difference")
+        rows = zip(series.iterations, series.tokens, series.trained, series.merged, strict=True)
+        for iteration, tokens, trained, merged in rows:
+            shown = "unknown" if tokens is None else format_tokens(tokens)
+            table.add_row(
+                str(iteration), shown, f"{trained:.4f}", f"{merged:.4f}", f"{merged - trained:+.4f}"
+            )
+        console.print(table)
+        if series.window_tokens is not None:
+            console.print(f"a decay over about {format_tokens(series.window_tokens)} tokens")
+        for text in series.cautions:
+            console.print(f"caution: {text}", soft_wrap=True)
+    if made.annealed:
+        _show_errors(made)
+
+
+def _show_errors(made: Forecast) -> None:
+    console = tables.new_console()
+    columns = ("from iteration", "by", "trained", "forecast", "annealed", "error", "of the gain")
+    table = tables.new_table("forecast against real annealing runs", *columns)
+    for series in made.series:
+        for p in series.predictions:
+            share = "" if p.relative_error is None else f"{p.relative_error:+.0%}"
+            table.add_row(
+                str(p.start_iteration), _name(series), f"{p.trained:.4f}", f"{p.merged:.4f}",
+                f"{p.annealed:.4f}", f"{p.error:+.4f}", share,
+            )  # fmt: skip
+    console.print(table)
+    columns = ("by", "n", "mean error", "RMSE", "Pearson", "Spearman", "Pearson of gains")
+    table = tables.new_table("over all annealing runs", *columns)
+    for series in made.series:
+        if series.agreement is not None:
+            table.add_row(_name(series), *agreement_cells(series.agreement))
+    console.print(table)
+
+
+def agreement_cells(found: Agreement) -> list[str]:
+    """n, errors and correlations as cells."""
+    correlations = (found.pearson, found.spearman, found.gain_pearson)
+    shown = ["" if value is None else f"{value:.3f}" for value in correlations]
+    return [str(found.n), f"{found.mean_error:+.4f}", f"{found.rmse:.4f}", *shown]
+
+
+def _name(series: Series) -> str:
+    return charts.series_name(
+        series.method, series.last, series.interval_tokens, series.interval_iterations
+    )
+
+
+def _given(text: str) -> Annealed:
+    start, _, loss = text.partition(":")
+    try:
+        return Annealed(start_iteration=int(start), loss=float(loss))
+    except ValueError:
+        raise UsageError(f"--annealed-loss {text!r} is not START:LOSS, as in 90000:2.131") from None
+
+
+def _folder(text: str) -> tuple[str, int | None]:
+    folder, at, start = text.rpartition("@")
+    return (folder, int(start)) if at and start.isdecimal() else (text, None)
+
+
+def _start(text: str, load: str | None) -> int:
+    """Where an annealing run left the run at `load`: as given, or where its decay begins."""
+    folder, start = _folder(text)
+    if start is not None:
+        return start
+    newest = choose(list_checkpoints(folder), SelectionRequest(last=1), folder).refs[-1]
+    samples = registry.get(newest.format, newest.path).schedule(Path(newest.path))
+    begin = samples.decay_start_samples
+    for ref in list_checkpoints(load) if load is not None and begin is not None else ():
+        if ref.consumed_samples == begin and ref.iteration is not None:
+            return ref.iteration
+    found = "does not say at which sample its decay begins" if begin is None else (
+        f"begins to decay at sample {begin}, where {load} has no checkpoint")  # fmt: skip
+    raise UsageError(
+        f"--annealed {text}: {newest.path} {found}: say at which iteration it left the run, "
+        f"--annealed {folder}@START"
+    )
+
+
+def _refuse_unscored(arguments: argparse.Namespace, starts: Sequence[int]) -> None:
+    """Before anything is scored: every start must be an end of the grid."""
+    if arguments.load is None:
+        raise UsageError("say where the checkpoints are: --load DIR, or --scores FILE")
+    ends = grid_of(arguments).end_iterations(list_checkpoints(arguments.load))
+    for start in starts:
+        if start not in ends:
+            raise UsageError(
+                f"an annealing run starts at iteration {start}, and no average ends there: add it "
+                "to --ends, or use --ends all"
+            )
+
+
+def _with_others(arguments: argparse.Namespace, scores: Scores, roots: list[str]) -> Scores | None:
+    """Saved scores and those of annealing runs that they do not have yet."""
+    missing = [root for root in roots if root not in {other.root for other in scores.others}]
+    if not missing:
+        return scores
+    newest = scores.checkpoints[-1].iteration
+    arguments.lasts, arguments.ends, arguments.exclude = [1], [str(newest)], []
+    more = score(arguments, missing)
+    if more is None:
+        return None
+    was, now = (each.points[-1].losses for each in (_at(scores, newest), more))
+    if was != now:
+        raise UsageError(
+            f"--scores {arguments.scores} says {dict(was)} for iteration {newest}, the model says "
+            f"{dict(now)}: it scores other batches, so annealing runs cannot be compared. Score "
+            "all again without --scores"
+        )
+    return replace(scores, others=(*scores.others, *more.others))
+
+
+def _at(scores: Scores, iteration: int) -> Scores:
+    single = [p for p in scores.points if p.end_iteration == iteration and p.last == 1]
+    return replace(scores, points=tuple(single))
+
+
+def _tokens_taken(scores: Scores, end: int | None, start: int) -> int | None:
+    begun = scores.tokens.get(start)
+    return None if end is None or begun is None else end - begun

@@ -1,0 +1,100 @@
+"""`--pma-score`: the grid on the batches that Megatron's own evaluation has just used."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pma_megatron.comm import Comm
+from pma_megatron.errors import PmaError
+from pma_megatron.megatron.evaluate import Recorded, again, suffix
+from pma_megatron.megatron.options import Settings
+from pma_megatron.megatron.say import say
+from pma_megatron.megatron.score import score_merges
+from pma_megatron.scores import Scores
+
+
+class Scoring:
+    """One call of `evaluate_and_print_results`, in which every average is scored.
+
+    Attributes:
+        results: one per data set, in their order.
+    """
+
+    def __init__(self, models: Sequence[Any], load: str, settings: Settings,
+                 metadata: Mapping[str, Any] | None) -> None:  # fmt: skip
+        """Remember what is needed; nothing is read yet."""
+        self.results: list[Scores] = []
+        self._models, self._settings, self._metadata = models, settings, metadata
+        self._load = settings.load or load
+        self._comm = Comm()
+
+    def run(self, fn: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+        """Megatron's `evaluate`, and then the grid on the same batches.
+
+        Returns what `evaluate` returned for the model as it was loaded.
+        """
+        recorded = Recorded(arguments["data_iterator"])
+        result = fn(**{**arguments, "data_iterator": recorded.recording})
+
+        def score() -> dict[str, float]:
+            losses = self._comm.broadcast(again(fn, arguments, recorded), self._comm.size - 1)
+            if losses is None:
+                raise PmaError("--pma-score: Megatron's evaluation ran into its time limit: raise "
+                               "--exit-duration-in-mins, or score fewer averages")  # fmt: skip
+            return losses
+
+        settings, number = self._settings, len(self.results)
+        assert settings.score is not None
+        found = score_merges(
+            self._models, self._load, settings.score, score, metadata=self._metadata,
+            threads=settings.threads, others=settings.score_others, comm=self._comm,
+        )  # fmt: skip
+        self.results.append(_renamed(found, suffix(number)))
+        return result
+
+    def report(self) -> None:
+        """Print the scores, and write them where they were asked for (rank 0)."""
+        if not self.results:
+            return
+        scores = _joined(self.results)
+        for point in scores.points:
+            losses = ", ".join(f"{name} {value:.6E}" for name, value in point.losses.items())
+            say(f"PMA: {point.method} of {len(point.iterations)} up to iteration "
+                f"{point.end_iteration}: {losses}")  # fmt: skip
+        for skipped in scores.skipped:
+            say(f"PMA: left out {skipped.method} of {skipped.last} up to iteration "
+                f"{skipped.end_iteration}: {skipped.reason}")  # fmt: skip
+        out = self._settings.score_out
+        if out is not None and self._comm.is_main:
+            Path(out).write_text(json.dumps(scores.to_json(), indent=1) + "\n")
+
+
+def _renamed(scores: Scores, ending: str) -> Scores:
+    """Losses called as Megatron's log calls those of one of several data sets."""
+
+    def named(losses: Mapping[str, float]) -> dict[str, float]:
+        return {f"{name}{ending}": value for name, value in losses.items()}
+
+    return replace(
+        scores,
+        points=tuple(replace(p, losses=named(p.losses)) for p in scores.points),
+        others=tuple(replace(o, losses=named(o.losses)) for o in scores.others),
+    )
+
+
+def _joined(results: Sequence[Scores]) -> Scores:
+    """The losses of several data sets in one."""
+    first, *rest = results
+    for more in rest:
+        first = replace(
+            first,
+            points=tuple(replace(p, losses={**p.losses, **q.losses})
+                         for p, q in zip(first.points, more.points, strict=True)),
+            others=tuple(replace(o, losses={**o.losses, **q.losses})
+                         for o, q in zip(first.others, more.others, strict=True)),
+        )  # fmt: skip
+    return first
