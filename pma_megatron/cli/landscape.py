@@ -28,19 +28,18 @@ def draw(measured: Measured, whole: Spread, over: Contour | None, path: Path) ->
     axes = figure.subplots()
     members = whole.projections
     if over is not None:
-        name, losses = next(iter(over.losses.items()))
-        members = over.members
-        lines = axes.contourf(over.xs, over.ys, losses, levels=18, cmap="YlGnBu_r")
+        members, (name, losses) = over.members, next(iter(over.losses.items()))
+        lines = axes.contourf(over.xs, over.ys, losses, levels=18, cmap="YlGnBu")
         axes.contour(over.xs, over.ys, losses, levels=18, colors="white", linewidths=0.5)
         figure.colorbar(lines, label=name)
     mean = np.asarray(measured.coefficients) @ members
-    axes.plot(*members.T, "-o", color=_MEMBER, lw=0.8, ms=6, mec="white", label="checkpoints")
-    axes.plot(*mean, "*", color=_MEAN, ms=16, mec="white", label="average")
+    axes.plot(*members.T, "-o", color=_MEMBER, lw=1.0, ms=6, mec="white", label="checkpoints")
+    axes.plot(*mean, "*", color=_MEAN, ms=16, mec="white", ls="", label="average")
     for ref, at in zip(measured.found.selection.refs, members, strict=True):
         name = str(ref.iteration or Path(ref.path).name)
         axes.annotate(name, at, xytext=(5, 5), textcoords="offset points", fontsize=8)
     shares = (f"{100 * share:.0f}% of the variance" for share in whole.variance_shares)
     axes.set_xlabel(f"first principal direction, {next(shares)}")
     axes.set_ylabel(f"second, {next(shares)}")
-    axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=110)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=80)
