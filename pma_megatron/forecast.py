@@ -27,21 +27,35 @@ class Annealed:
     Attributes:
         start_iteration: where it left the constant-LR run.
         loss: at its end.
+        end_iteration: of the constant-LR run, where that had consumed as many tokens as the
+            annealing run at its end; None if it is not scored there.
         tokens: that it took; None if only the loss is known.
         source: its folder, or `given`.
     """
 
     start_iteration: int
     loss: float
+    end_iteration: int | None = None
     tokens: int | None = None
     source: str = "given"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prediction:
-    """One forecast beside what a real annealing run from the same iteration reached."""
+    """One merged loss beside what a real annealing run reached.
+
+    Attributes:
+        start_iteration: where the annealing run left the constant-LR run.
+        iteration: at which `trained` and `merged` were scored: the same for a forecast.
+        trained: loss of the single checkpoint.
+        merged: loss of the average.
+        annealed: loss at the end of the annealing run.
+        annealed_tokens: that it took; None if unknown.
+        source: its folder, or `given`.
+    """
 
     start_iteration: int
+    iteration: int
     trained: float
     merged: float
     annealed: float
@@ -50,7 +64,7 @@ class Prediction:
 
     @property
     def error(self) -> float:
-        """Forecast minus annealed loss; positive is too pessimistic."""
+        """Merged minus annealed loss; positive is too pessimistic."""
         return self.merged - self.annealed
 
     @property
@@ -66,13 +80,13 @@ class Prediction:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Agreement:
-    """Forecasts against annealed losses.
+    """Merged losses against annealed losses.
 
     Attributes:
         n: number of pairs.
-        mean_error: mean of forecast minus annealed.
+        mean_error: mean of merged minus annealed.
         rmse: root of the mean squared error.
-        pearson: correlation of forecasts and annealed losses; None for fewer than three pairs or
+        pearson: correlation of merged and annealed losses; None for fewer than three pairs or
             values that are all the same.
         spearman: the same of their ranks, ties sharing the mean rank.
         gain_pearson: correlation of merged - trained and annealed - trained, from which the fall of
@@ -98,8 +112,10 @@ class Series:
         trained: loss of the single checkpoint at each.
         merged: loss of the average at each: the forecast.
         window_tokens: of the newest average, from its oldest checkpoint to its newest.
-        predictions: beside real annealing runs.
+        predictions: merged where real annealing runs begin, beside what those reached.
         agreement: over those; None without any.
+        at_end: merged where real annealing runs end, after as many tokens: merging in their place.
+        agreement_at_end: over those; None without any.
         cautions: what speaks against the forecast here, in sentences.
     """
 
@@ -114,6 +130,8 @@ class Series:
     window_tokens: int | None
     predictions: tuple[Prediction, ...]
     agreement: Agreement | None
+    at_end: tuple[Prediction, ...]
+    agreement_at_end: Agreement | None
     cautions: tuple[str, ...]
 
 
@@ -129,8 +147,9 @@ class Forecast:
         """Plain values."""
         value = asdict(self)
         for row, series in zip(value["series"], self.series, strict=True):
-            for one, made in zip(row["predictions"], series.predictions, strict=True):
-                one.update(error=made.error, gain=made.gain, relative_error=made.relative_error)
+            for name, all_made in (("predictions", series.predictions), ("at_end", series.at_end)):
+                for one, made in zip(row[name], all_made, strict=True):
+                    one.update(error=made.error, gain=made.gain, relative_error=made.relative_error)
         return value
 
 
@@ -197,18 +216,24 @@ def _series(scores: Scores, points: Sequence[Score], annealed: Sequence[Annealed
             ) -> Series:  # fmt: skip
     trained = scores.unmerged(metric)
     by_end = {point.end_iteration: point for point in points}
-    predictions = tuple(
-        Prediction(
-            start_iteration=run.start_iteration,
-            trained=trained[run.start_iteration],
-            merged=by_end[run.start_iteration].losses[metric],
-            annealed=run.loss,
-            annealed_tokens=run.tokens,
-            source=run.source,
+
+    def compared(iterations: Sequence[int | None]) -> tuple[Prediction, ...]:
+        return tuple(
+            Prediction(
+                start_iteration=run.start_iteration,
+                iteration=at,
+                trained=trained[at],
+                merged=by_end[at].losses[metric],
+                annealed=run.loss,
+                annealed_tokens=run.tokens,
+                source=run.source,
+            )
+            for run, at in zip(annealed, iterations, strict=True)
+            if at is not None and at in by_end
         )
-        for run in annealed
-        if run.start_iteration in by_end
-    )
+
+    predictions = compared([run.start_iteration for run in annealed])
+    at_end = compared([run.end_iteration for run in annealed])
     method, last, interval_tokens, interval_iterations = points[0].series
     return Series(
         method=method,
@@ -222,5 +247,7 @@ def _series(scores: Scores, points: Sequence[Score], annealed: Sequence[Annealed
         window_tokens=scores.window_tokens(points[-1]),
         predictions=predictions,
         agreement=agreement(predictions),
+        at_end=at_end,
+        agreement_at_end=agreement(at_end),
         cautions=tuple(cautions(scores, points, predictions, metric)),
     )

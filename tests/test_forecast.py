@@ -48,8 +48,8 @@ def scores(merged: dict[int, float] = MERGED, trained: dict[int, float] = TRAINE
 
 
 def pair(merged: float, annealed: float, trained: float = 3.0) -> Prediction:
-    return Prediction(start_iteration=1, trained=trained, merged=merged, annealed=annealed,
-                      annealed_tokens=None, source="")  # fmt: skip
+    return Prediction(start_iteration=1, iteration=1, trained=trained, merged=merged,
+                      annealed=annealed, annealed_tokens=None, source="")  # fmt: skip
 
 
 def test_agreement_is_what_its_definition_says() -> None:
@@ -107,6 +107,11 @@ def test_a_forecast_beside_real_annealing() -> None:
     assert single.agreement is not None and single.agreement.mean_error == pytest.approx(0.095)
     plain = made.to_json()
     assert plain["series"][1]["predictions"][0]["error"] == pytest.approx(0.02)
+    [later] = forecast(
+        scores(), [Annealed(start_iteration=30, end_iteration=40, loss=2.28)], "lm"
+    ).series[1].at_end  # fmt: skip
+    assert (later.iteration, later.trained, later.merged) == (40, 2.37, 2.26)
+    assert later.error == pytest.approx(-0.02)
     assert forecast(scores(), [], "other").series[1].merged == (4.60, 4.52)
 
 

@@ -117,8 +117,8 @@ def predictions(runs: dict[int, dict[str, Any]], length: int, by: str, *, at_end
             if its_length == length:
                 at = start + length if at_end else start
                 found.append(Prediction(
-                    start_iteration=start, trained=run["unmerged"][at], merged=run[by][at],
-                    annealed=loss, annealed_tokens=None, source="",
+                    start_iteration=start, iteration=at, trained=run["unmerged"][at],
+                    merged=run[by][at], annealed=loss, annealed_tokens=None, source="",
                 ))  # fmt: skip
     return found
 

@@ -77,6 +77,7 @@ def run(arguments: argparse.Namespace) -> None:
         Annealed(
             start_iteration=starts[other.root],
             loss=other.losses[metric],
+            end_iteration=_at_tokens(scores, other.checkpoint.consumed_tokens),
             tokens=_tokens_taken(scores, other.checkpoint.consumed_tokens, starts[other.root]),
             source=other.root,
         )
@@ -114,25 +115,27 @@ def show(made: Forecast) -> None:
 
 def _show_errors(made: Forecast) -> None:
     console = tables.new_console()
-    columns = ("from iteration", "by", "trained", "forecast", "annealed", "error", "of the gain")
-    table = tables.new_table("forecast against real annealing runs", *columns)
+    columns = ("from", "merged at", "by", "trained", "merged", "annealed", "error", "of the gain")
+    table = tables.new_table("merged against real annealing runs", *columns)
     for series in made.series:
-        for p in series.predictions:
+        for p in (*series.predictions, *series.at_end):
             share = "" if p.relative_error is None else f"{p.relative_error:+.0%}"
             table.add_row(
-                str(p.start_iteration), _name(series), f"{p.trained:.4f}", f"{p.merged:.4f}",
-                f"{p.annealed:.4f}", f"{p.error:+.4f}", share,
+                str(p.start_iteration), str(p.iteration), _name(series), f"{p.trained:.4f}",
+                f"{p.merged:.4f}", f"{p.annealed:.4f}", f"{p.error:+.4f}", share,
             )  # fmt: skip
     console.print(table)
-    columns = ("by", "n", "mean error", "RMSE", "Pearson", "Spearman", "Pearson of gains")
+    columns = ("merged", "by", "n", "mean error", "RMSE", "Pearson", "Spearman", "Pearson of gains")
     table = tables.new_table("over all annealing runs", *columns)
     for series in made.series:
-        if series.agreement is not None:
-            table.add_row(_name(series), *agreement_cells(series.agreement))
+        for where, found in (("where they begin", series.agreement),
+                             ("where they end", series.agreement_at_end)):  # fmt: skip
+            if found is not None:
+                table.add_row(where, _name(series), *_agreement(found))
     console.print(table)
 
 
-def agreement_cells(found: Agreement) -> list[str]:
+def _agreement(found: Agreement) -> list[str]:
     """n, errors and correlations as cells."""
     correlations = (found.pearson, found.spearman, found.gain_pearson)
     shown = ["" if value is None else f"{value:.3f}" for value in correlations]
@@ -213,6 +216,13 @@ def _with_others(arguments: argparse.Namespace, scores: Scores, roots: list[str]
 def _at(scores: Scores, iteration: int) -> Scores:
     single = [p for p in scores.points if p.end_iteration == iteration and p.last == 1]
     return replace(scores, points=tuple(single))
+
+
+def _at_tokens(scores: Scores, tokens: int | None) -> int | None:
+    """The iteration of the run at which it had consumed so many tokens."""
+    if tokens is None:
+        return None
+    return next((i for i, consumed in scores.tokens.items() if consumed == tokens), None)
 
 
 def _tokens_taken(scores: Scores, end: int | None, start: int) -> int | None:

@@ -14,11 +14,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pma_megatron import launch
 from pma_megatron.cli.verbs import token_count
 from pma_megatron.comm import Comm, process_group_from_environment
 from pma_megatron.errors import UsageError
 from pma_megatron.grid import Grid, parse_ends, parse_method
+from pma_megatron.launch import main as run_script
 from pma_megatron.megatron.score import Scored, score_merges
 from pma_megatron.scores import Scores
 from pma_megatron.selection import DEFAULT_LAST
@@ -124,7 +124,7 @@ def _through_megatron(arguments: argparse.Namespace, others: Sequence[str]) -> S
     """Run Megatron's script with `--pma-score`, on every rank; rank 0 gets the scores."""
     with tempfile.TemporaryDirectory(prefix="pma_evaluate_") as folder:
         out = Path(folder) / "scores.json"
-        code = launch.main([arguments.megatron, *_megatron_flags(arguments, others, out)])
+        code = run_script([arguments.megatron, *_megatron_flags(arguments, others, out)])
         if code:
             raise SystemExit(code)
         if os.environ.get("RANK", "0") != "0":
