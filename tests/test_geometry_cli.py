@@ -67,6 +67,7 @@ def test_tables(dense_run: Path) -> None:
     assert "average to about -0.500 whatever the run did" in out
 
 
+@pytest.mark.slow
 def test_everything_at_once(tmp_path: Path) -> None:
     """An MoE run of two ranks, looked at by one process in float32; --out holds the same JSON."""
     root, out, picture = tmp_path / "run", tmp_path / "found.json", tmp_path / "found.png"
