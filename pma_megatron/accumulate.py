@@ -188,7 +188,7 @@ class Accumulator:
             each.reader.read(block, first, room)
             read_bytes += len(room.data)
             if each.number == self.last and work.proof is not None:
-                read_bytes += self._prove(work, block, first, room, space)
+                read_bytes += self.prove(work, block, first, room, space)
             for k, weight in enumerate(each.weights):
                 begun[k] = add(sums[k].tensor, room.tensor, weight, begun[k])
         for done, room in zip(begun, sums, strict=True):
@@ -214,14 +214,22 @@ class Accumulator:
         self._refuse_nonfinite(work, block, averages)
         return averages
 
-    def _prove(self, work: Work, block: Box, first: int, main: Room, space: Workspace) -> int:
-        """The newest source's rounded main parameters must be its weights, bit for bit."""
+    def prove(self, work: Work, block: Box, first: int, main: Room, space: Workspace) -> int:
+        """The newest source's rounded main parameters must be its weights, bit for bit.
+
+        Returns:
+            bytes read.
+
+        Raises:
+            CheckpointError: NaN or Inf in them, or the source is damaged.
+            PlanError: they are not, so the map that led to them is wrong.
+        """
         assert work.proof is not None
         reader, dtype = work.proof
         stored = space.proof.room(dtype, main.numel)
         reader.read(block, first, stored)
         if not same_bits(Rounded(main, space.rounded).of(dtype), stored):
-            self._refuse_nan(work.task, block, self.last, main.tensor)
+            self.refuse_nan(work.task, block, self.last, main.tensor)
             raise PlanError(
                 f"{self.plan.sources[-1].path}: main params of {work.task.key}, rounded, differ "
                 f"from the stored weights at {block.offsets}: the optimizer buffer's layout cannot "
@@ -239,7 +247,7 @@ class Accumulator:
             data = torch.empty(block.numel, dtype=each.dtype)
             index = task.sources[task.numbers.index(each.number)]
             self.readers[each.number].read(block, index, data)
-            self._refuse_nan(task, block, each.number, data)
+            self.refuse_nan(task, block, each.number, data)
         if all(bool(torch.isfinite(room.tensor).all()) for room in sums):
             return
         if len(work.inputs) < len(task.numbers):
@@ -249,7 +257,7 @@ class Accumulator:
             "every source is finite: use coefficients that sum to 1"
         )
 
-    def _refuse_nan(self, task: Average, block: Box, number: int, data: torch.Tensor) -> None:
+    def refuse_nan(self, task: Average, block: Box, number: int, data: torch.Tensor) -> None:
         count = int((~torch.isfinite(data)).sum())
         if count:
             raise CheckpointError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -190,7 +191,7 @@ def make_tasks(sources: Sequence[Source], active: Sequence[int], fates: Fates,
         PlanError: a source lacks a tensor, or has it in another shape or dtype.
     """
     base = sources[-1]
-    _check_same_model(sources)
+    check_same_model(sources)
     tasks: list[Average | Copy | Zero | Write] = []
     covered: dict[Place, list[tuple[int, int]]] = {}
     zeroed: dict[Payload, Zero] = {}  # a payload may hold the moments of many parameters
@@ -219,7 +220,7 @@ def _average(sources: Sequence[Source], active: Sequence[int], fates: Fates, lay
     base = sources[-1]
     newest_only = fates.rules[state, key].action is Action.NEWEST
     numbers = (len(sources) - 1,) if newest_only else tuple(active)
-    tensors = [_matching(sources[number], base, tensor, state, key) for number in numbers]
+    tensors = [matching(sources[number], base, tensor, state, key) for number in numbers]
     targets: list[Piece[Place]] = []
     if written:
         targets += _placed(layout, (*tensor.pieces, *tensor.replicas), covered)
@@ -227,17 +228,37 @@ def _average(sources: Sequence[Source], active: Sequence[int], fates: Fates, lay
     if rounded:
         _check_covers(base, key, PieceIndex(tensor.pieces), weight.pieces)
         targets += _placed(layout, weight.pieces, covered)
+    return average_task(
+        base, state, key, lead=tensor.pieces, numbers=numbers, tensors=tensors, targets=targets,
+        target_bytes=(tensor.dtype.itemsize if written else 0)
+        + (weight.dtype.itemsize if rounded else 0),
+        kept=newest_only,
+    )  # fmt: skip
+
+
+def average_task(base: Source, state: str, key: str, *, lead: Iterable[Piece[Any]],
+                 numbers: Sequence[int], tensors: Sequence[Tensor],
+                 targets: Iterable[Piece[Any]] = (), target_bytes: int = 0,
+                 kept: bool = False) -> Average:  # fmt: skip
+    """The task of one state of one tensor; see `tasks.Average` for the arguments.
+
+    Args:
+        base: the newest source, whose weights prove the map of a flat buffer.
+        state: `weight`, `param` or a moment.
+        key: of the model tensor.
+        tensors: per number, the tensor in that source.
+    """
+    weight = base.space.weights[key]
     proof = PieceIndex(weight.pieces) if state == MAIN and _is_flat(base, key) else None
     return Average(
         key=key if state in ("weight", MAIN) else f"optimizer.{state}.{key}",
-        kept=newest_only,
-        lead=tensor.pieces,
-        numbers=numbers,
+        kept=kept,
+        lead=tuple(lead),
+        numbers=tuple(numbers),
         sources=tuple(PieceIndex(found.pieces) for found in tensors),
         dtypes=tuple(found.dtype for found in tensors),
         targets=PieceIndex(targets, disjoint=False),
-        target_bytes=(tensor.dtype.itemsize if written else 0)
-        + (weight.dtype.itemsize if rounded else 0),
+        target_bytes=target_bytes,
         proof=proof,
         proof_itemsize=weight.dtype.itemsize if proof else 0,
     )
@@ -279,7 +300,12 @@ def _untouched(layout: OutputLayout) -> list[Copy | Write]:
     return tasks
 
 
-def _check_same_model(sources: Sequence[Source]) -> None:
+def check_same_model(sources: Sequence[Source]) -> None:
+    """All sources must have the weights of the newest.
+
+    Raises:
+        PlanError: naming the first tensors that only one of them has.
+    """
     base = sources[-1]
     for source in sources[:-1]:
         for what, theirs, ours in (
@@ -295,7 +321,7 @@ def _check_same_model(sources: Sequence[Source]) -> None:
                 )
 
 
-def _matching(source: Source, base: Source, wanted: Tensor, state: str, key: str) -> Tensor:
+def matching(source: Source, base: Source, wanted: Tensor, state: str, key: str) -> Tensor:
     """The same tensor in another source. Only a snapshot may hold it in another dtype.
 
     Raises:

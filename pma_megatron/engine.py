@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -28,6 +28,7 @@ from pma_megatron.formats import registry
 from pma_megatron.geometry import Box, slices
 from pma_megatron.tasks import Average, Copy, Unit, Workload, Write, Zero
 
+S = TypeVar("S")
 Progress = Callable[[int], None]
 """Called with the cost in bytes of each finished unit."""
 
@@ -72,23 +73,15 @@ def run(plan: Workload, units: Sequence[Unit], writers: Sequence[Any], comm: Com
         PublishError: the output cannot be written.
         RankError: another rank failed.
     """
-    readers = _readers(plan, comm.rank)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the threads here are the parallelism; torch's would get in the way
-    try:
-        with comm.watched("merge") as check:
-            sums = tuple(Sum.of(values) for values in plan.coefficients)
-            add = Accumulator(plan, readers, writers, sums)
-            job = _Job(add, team, progress, check)
-            if team.size > 1:
-                job.run_shared(units)
-            else:
-                job.run_alone(units)
-        return job.tally
-    finally:
-        torch.set_num_threads(threads)
-        for reader in readers.values():
-            reader.close()
+    with reading(plan, comm.rank) as readers, comm.watched("merge") as check:
+        sums = tuple(Sum.of(values) for values in plan.coefficients)
+        add = Accumulator(plan, readers, writers, sums)
+        job = _Job(add, team, progress, check)
+        if team.size > 1:
+            job.run_shared(units)
+        else:
+            job.run_alone(units)
+    return job.tally
 
 
 def assign(plan: Workload, team: Team) -> tuple[int, ...]:
@@ -114,21 +107,60 @@ def assign(plan: Workload, team: Team) -> tuple[int, ...]:
     return tuple(chosen)
 
 
-def _readers(plan: Workload, rank: int) -> dict[int, BlockReader]:
+@contextlib.contextmanager
+def reading(plan: Workload, rank: int) -> Iterator[dict[int, BlockReader]]:
+    """Readers of the sources that this rank sees, by number, for the time of the block."""
     readers = {}
     for number, source in enumerate(plan.sources):
         if rank in plan.visible[number]:
             known = registry.get(source.format, source.path)
             readers[number] = BlockReader(source.path, known.files(Path(source.path)))
-    return readers
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the threads here are the parallelism; torch's would get in the way
+    try:
+        yield readers
+    finally:
+        torch.set_num_threads(threads)
+        for reader in readers.values():
+            reader.close()
 
 
-def _blocks(box: Box) -> Iterator[tuple[int, Box]]:
-    """Blocks of a unit's box, each with the number of its first element in the unit."""
+def blocks(box: Box, limit: int = BLOCK_ELEMENTS) -> Iterator[tuple[int, Box]]:
+    """Blocks of at most `limit` elements of a unit's box, each with its first element's number."""
     first = 0
-    for block in slices(box, BLOCK_ELEMENTS):
+    for block in slices(box, limit):
         yield first, block
         first += block.numel
+
+
+def over_threads(units: Sequence[Unit], threads: int, do: Callable[[Unit, S], None],
+                 space: Callable[[], S]) -> None:  # fmt: skip
+    """Threads take units from one list until it is empty or something fails.
+
+    Args:
+        units: the work.
+        threads: how many.
+        do: one unit, with the buffers of its thread.
+        space: makes them.
+    """
+    queue, lock, stop = iter(units), threading.Lock(), threading.Event()
+
+    def work() -> None:
+        own = space()
+        while not stop.is_set():
+            with lock:
+                unit = next(queue, None)
+            if unit is None:
+                return
+            try:
+                do(unit, own)
+            except BaseException:
+                stop.set()
+                raise
+
+    with ThreadPoolExecutor(threads) as pool:
+        futures = [pool.submit(work) for _ in range(threads)]
+    _raise_first(futures)
 
 
 @dataclass(slots=True)
@@ -150,25 +182,8 @@ class _Job:
     # One rank, all sources.
 
     def run_alone(self, units: Sequence[Unit]) -> None:
-        """Threads take units from one list until it is empty or something fails."""
-        queue, lock, stop = iter(units), threading.Lock(), threading.Event()
-
-        def work() -> None:
-            space = Workspace(len(self.add.writers))
-            while not stop.is_set():
-                with lock:
-                    unit = next(queue, None)
-                if unit is None:
-                    return
-                try:
-                    self._do(unit, space)
-                except BaseException:
-                    stop.set()
-                    raise
-
-        with ThreadPoolExecutor(self.threads) as pool:
-            futures = [pool.submit(work) for _ in range(self.threads)]
-        _raise_first(futures)
+        """Every unit, by any thread."""
+        over_threads(units, self.threads, self._do, lambda: Workspace(len(self.add.writers)))
 
     def _do(self, unit: Unit, space: Workspace) -> None:
         self.check()
@@ -176,7 +191,7 @@ class _Job:
             work = self.add.locate(unit, unit.task, unit.task.numbers)
             for each in work.inputs:
                 each.reader.advise()
-            for first, block in _blocks(work.box):
+            for first, block in blocks(work.box):
                 self.check()
                 read_bytes = self.add.weighted(work, block, first, space)
                 averages = self.add.averages(work, block, space)
@@ -213,7 +228,7 @@ class _Job:
         mine = self._mine()
         spaces = [Workspace(len(self.add.writers)) for _ in range(self.threads + 1)]
         averages = [unit for unit in units if isinstance(unit.task, Average)]
-        turns = enumerate((u, *at) for u in averages if u.box for at in _blocks(u.box))
+        turns = enumerate((u, *at) for u in averages if u.box for at in blocks(u.box))
         pending: deque[tuple[int, Unit, int, Box, Future[Work]]] = deque()
         with ThreadPoolExecutor(self.threads) as pool:
 

@@ -258,7 +258,7 @@ def _layout(ref: CheckpointRef, ranks: tuple[int, ...], fates: Fates, comm: Comm
 def _assemble(request: MergeRequest, found: Gathered, fates: Fates,
               layout: OutputLayout) -> MergePlan:  # fmt: skip
     tasks = make_tasks(found.sources, found.active, fates, layout)
-    work = sorted((u for task in tasks for u in units(task)), key=_file_order)
+    work = sorted((u for task in tasks for u in units(task)), key=file_order)
     return MergePlan(
         request=request, selection=found.selection, sources=found.sources, outputs=found.outputs,
         rules=fates.rules, table=fates.table, layout=layout, units=tuple(work),
@@ -268,7 +268,7 @@ def _assemble(request: MergeRequest, found: Gathered, fates: Fates,
     )  # fmt: skip
 
 
-def _file_order(unit: Unit) -> tuple[str, int, int]:
+def file_order(unit: Unit) -> tuple[str, int, int]:
     if unit.lead is not None and unit.box is not None:
         item = unit.lead.payload.item
         return item.file, item.offset, unit.lead.start

@@ -29,13 +29,31 @@ MERGE = COMMON | {
     "--average", "--policy", "--dtype", "--sweep", "--save", "--overwrite", "--threads",
     "--merge-parallel-size",
 }  # fmt: skip
+SCORE = COMMON | {
+    "--load", "--ends", "--exclude", "--intervals-iterations", "--intervals-tokens", "--lasts",
+    "--megatron", "--methods", "--out", "--plot", "--provider", "--threads", "--tolerance",
+}  # fmt: skip
 FLAGS = {
     "merge": MERGE,
     "plan": MERGE,
+    "recover": COMMON | {
+        "--alpha", "--dry-run", "--exclude", "--fatal-rise", "--further-back", "--grad-norm",
+        "--history", "--interval-iterations", "--interval-tokens", "--last", "--load", "--loss",
+        "--lr-factor", "--margin-iterations", "--method", "--metrics", "--onset",
+        "--optimizer-state", "--overwrite", "--patience", "--save", "--skip", "--threads",
+    },
+    "evaluate": SCORE,
+    "forecast": SCORE | {"--annealed", "--annealed-loss", "--metric", "--scores"},
+    "geometry": COMMON | {
+        "--alpha", "--average", "--contour", "--curvature", "--end-iteration", "--exclude",
+        "--grid", "--interval-iterations", "--interval-tokens", "--iterations", "--last", "--load",
+        "--margin", "--method", "--out", "--paths", "--plot", "--provider", "--threads",
+        "--tolerance", "--window-tokens",
+    },
     "list": COMMON | {"root"},
     "inspect": COMMON | {"path"},
     "verify": COMMON | {"path", "--samples"},
-}
+}  # fmt: skip
 """What people have in their scripts: adding is a decision, removing breaks them."""
 
 
@@ -102,7 +120,8 @@ def test_help(capsys: pytest.CaptureFixture[str], verb: str) -> None:
     code, out, _ = call(capsys, verb, "--help")
     assert code == 0
     assert all(flag in out for flag in FLAGS[verb])
-    assert ("torchrun --nproc-per-node" in out) == (verb in ("merge", "plan"))
+    alone = ("list", "inspect", "verify")
+    assert ("torchrun --nproc-per-node" in out) == (verb not in alone)
 
 
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:

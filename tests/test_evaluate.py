@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-import scoring_verbs  # noqa: F401 (adds the verbs)
 from conftest import DENSE, digests
 from pma_megatron.cli import main
 from pma_megatron.testing import TinyTrainer, run_ranks

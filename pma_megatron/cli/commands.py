@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pma_megatron.cli import tables
 from pma_megatron.cli.progress import show
-from pma_megatron.cli.verbs import show_result
+from pma_megatron.cli.verbs import root_of, selection_of, show_result
 from pma_megatron.comm import Comm, process_group_from_environment
 from pma_megatron.discover import TRACKER_FILE, list_checkpoints
 from pma_megatron.errors import CheckpointError, UsageError
@@ -19,7 +19,6 @@ from pma_megatron.job import verify as verify_merge
 from pma_megatron.policy import Policy
 from pma_megatron.report import describe_plan
 from pma_megatron.request import MergeRequest, Method
-from pma_megatron.selection import SelectionRequest
 
 
 def merge(arguments: Namespace) -> None:
@@ -71,25 +70,12 @@ def verify(arguments: Namespace) -> None:
 
 
 def _request(arguments: Namespace) -> MergeRequest:
-    if arguments.load is None and not arguments.paths:
-        raise UsageError("say where the checkpoints are: --load DIR, or --paths DIR DIR ...")
-    selection = SelectionRequest(
-        last=arguments.last,
-        interval_tokens=arguments.interval_tokens,
-        interval_iterations=arguments.interval_iterations,
-        tolerance=arguments.tolerance,
-        end_iteration=arguments.end_iteration,
-        window_tokens=arguments.window_tokens,
-        exclude=tuple(arguments.exclude),
-        iterations=None if arguments.iterations is None else tuple(arguments.iterations),
-        paths=None if arguments.paths is None else tuple(arguments.paths),
-    )
     values = arguments.coefficients
     method = "custom" if values and arguments.method == "sma" else arguments.method
     return MergeRequest(
-        load=arguments.load or str(Path(arguments.paths[0]).parent),
+        load=root_of(arguments),
         save=arguments.save,
-        selection=selection,
+        selection=selection_of(arguments),
         method=Method(
             name=method,
             alpha=arguments.alpha,

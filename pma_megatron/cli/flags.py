@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from pma_megatron.cli import commands, evaluate, forecast, recover
+from pma_megatron.cli import commands, evaluate, forecast, geometry, recover
 from pma_megatron.cli.verbs import add_selection, new_verb
 from pma_megatron.coefficients import METHODS
 from pma_megatron.policy import AVERAGES, OPTIMIZER_STATES
@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
         add_selection(verb)
         _averaging(verb)
         _running(verb)
-    for each in (recover, evaluate, forecast):
+    for each in (recover, evaluate, forecast, geometry):
         each.add(verbs)
     verb = new_verb(
         verbs, "list", commands.list_, "list a run's checkpoints: tokens, complete or not"

@@ -6,9 +6,11 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from pma_megatron.errors import UsageError
+from pma_megatron.selection import SelectionRequest
 from pma_megatron.tokens import parse_tokens
 
 
@@ -53,6 +55,36 @@ def add_selection(verb: argparse.ArgumentParser) -> None:
     group.add_argument("--iterations", type=int, nargs="+", metavar="I", help="exactly these")
     group.add_argument("--paths", nargs="+", metavar="DIR", help="exactly these iter_* folders")
     group.add_argument("--exclude", type=int, nargs="+", default=[], metavar="I", help="not these")
+
+
+def selection_of(arguments: argparse.Namespace) -> SelectionRequest:
+    """What the flags of `add_selection` select.
+
+    Raises:
+        UsageError: flags that contradict each other.
+    """
+    return SelectionRequest(
+        last=arguments.last,
+        interval_tokens=arguments.interval_tokens,
+        interval_iterations=arguments.interval_iterations,
+        tolerance=arguments.tolerance,
+        end_iteration=arguments.end_iteration,
+        window_tokens=arguments.window_tokens,
+        exclude=tuple(arguments.exclude),
+        iterations=None if arguments.iterations is None else tuple(arguments.iterations),
+        paths=None if arguments.paths is None else tuple(arguments.paths),
+    )
+
+
+def root_of(arguments: argparse.Namespace) -> str:
+    """The folder that `--load` names, or that the first of `--paths` lies in.
+
+    Raises:
+        UsageError: neither is given.
+    """
+    if arguments.load is None and not arguments.paths:
+        raise UsageError("say where the checkpoints are: --load DIR, or --paths DIR DIR ...")
+    return str(arguments.load or Path(arguments.paths[0]).parent)
 
 
 def token_count(text: str) -> int:

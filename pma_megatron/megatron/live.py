@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
+from pma_megatron.build import average_task
 from pma_megatron.errors import PlanError, UsageError
 from pma_megatron.formats.base import Tensor
 from pma_megatron.formats.source import Source
-from pma_megatron.geometry import Box, Piece, PieceIndex, flat_range
+from pma_megatron.geometry import Box, Piece, flat_range
 from pma_megatron.megatron.params import LiveTensor
 from pma_megatron.policy import MAIN
 from pma_megatron.tasks import Average, Unit, units
@@ -174,21 +175,10 @@ def _owned(live: LiveTensor, box: Box, start: int, slot: Slot) -> list[Piece[Slo
 def _task(plan: LivePlan, active: Sequence[int], state: str, key: str, lead: Sequence[Piece[Any]],
           targets: Sequence[Piece[Slot]]) -> Average:  # fmt: skip
     found = [_stored(plan.sources[number], state, key) for number in active]
-    newest = plan.sources[-1]
-    flat = state == MAIN and any(r.key == key for space in newest.ranges.values() for r in space)
-    weight = newest.space.weights[key]
-    return Average(
-        key=key if state in (MAIN, WEIGHT) else f"optimizer.{state}.{key}",
-        kept=False,
-        lead=tuple(lead),
-        numbers=tuple(active),
-        sources=tuple(PieceIndex(tensor.pieces) for tensor in found),
-        dtypes=tuple(tensor.dtype for tensor in found),
-        targets=PieceIndex(targets, disjoint=False),
+    return average_task(
+        plan.sources[-1], state, key, lead=lead, numbers=active, tensors=found, targets=targets,
         target_bytes=4,
-        proof=PieceIndex(weight.pieces) if flat else None,
-        proof_itemsize=weight.dtype.itemsize if flat else 0,
-    )
+    )  # fmt: skip
 
 
 def _stored(source: Source, state: str, key: str) -> Tensor:

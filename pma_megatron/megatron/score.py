@@ -94,8 +94,9 @@ def score_merges(models: Sequence[Any], load: str, grid: Grid, score: Callable[[
     places = comm.on_main("schedule", lambda: _checkpoints([*points, *ends]))
 
     def scored(point: Point, opened: Mapping[str, Source]) -> dict[str, float]:
-        _average(opened, point, tensors, comm, threads)
-        losses = _losses(score, comm)
+        sources = [opened[ref.path] for ref in point.selection.refs]
+        average_into(tensors, sources, point.coefficients, comm, threads)
+        losses = losses_of(score, comm)
         shown = ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
         what = f"{point.label}, N = {len(point.coefficients)}, up to {point.end.path}"
         _log.info("%s: %s", what, shown)
@@ -141,13 +142,25 @@ def _open(request: MergeRequest, points: Sequence[Point], comm: Comm) -> dict[st
     return {s.path: s for s in open_sources(request, refs, everywhere, comm, numbers)}
 
 
-def _average(opened: Mapping[str, Source], point: Point, tensors: Sequence[LiveTensor], comm: Comm,
-             threads: int) -> None:  # fmt: skip
-    """The weights become the average. Collective."""
+def average_into(tensors: Sequence[LiveTensor], sources: Sequence[Source],
+                 coefficients: Sequence[float], comm: Comm, threads: int) -> None:  # fmt: skip
+    """The weights become the average. Every rank makes this call.
+
+    Args:
+        tensors: of this rank; see `swap.weights_restored` for what puts them back.
+        sources: oldest first, opened with the newest's map.
+        coefficients: one per source.
+        comm: the ranks.
+        threads: reader threads per rank.
+
+    Raises:
+        CheckpointError, PlanError: a source is damaged, or of another model; on every rank.
+        RankError: another rank failed.
+    """
     plan = LivePlan(
-        sources=tuple(opened[ref.path] for ref in point.selection.refs),
-        visible=(tuple(range(comm.size)),) * len(point.coefficients),
-        coefficients=(point.coefficients,),
+        sources=tuple(sources),
+        visible=(tuple(range(comm.size)),) * len(sources),
+        coefficients=(tuple(coefficients),),
         threads=threads,
     )
     for units, team in comm.agree("plan", lambda: _jobs(plan, tensors)):
@@ -169,7 +182,12 @@ def _jobs(plan: LivePlan, tensors: Sequence[LiveTensor]) -> list[tuple[list[Unit
     return jobs
 
 
-def _losses(score: Callable[[], Losses], comm: Comm) -> dict[str, float]:
+def losses_of(score: Callable[[], Losses], comm: Comm) -> dict[str, float]:
+    """What `score` finds, by name. Every rank makes this call.
+
+    Raises:
+        UsageError: no loss, or another one on another rank.
+    """
     found = comm.agree("score", score)
     losses = comm.agree("losses", lambda: _plain(found))
     by_rank = comm.gather(losses)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from pma_megatron.discover import choose, list_checkpoints
 from pma_megatron.formats import registry
+from pma_megatron.megatron.curvature import Differentiable
 from pma_megatron.megatron.score import Scored
 from pma_megatron.selection import SelectionRequest
 from pma_megatron.testing.config import TinyConfig
@@ -30,7 +31,8 @@ def tiny(load: str, provider_args: Sequence[str]) -> Scored:
     """The `TinyTrainer` of the newest checkpoint below `load`, as its saved arguments describe it.
 
     Parallel sizes are those of `provider_args` (`--tensor-model-parallel-size` and so on), else the
-    checkpoint's, or 1 each where the ranks of this job do not divide into those.
+    checkpoint's, or 1 each where the ranks of this job do not divide into those. With `--float32`
+    its weights are not rounded, and gradients of the loss can be taken (`pma geometry`).
     """
     from pma_megatron.testing.tiny import TinyTrainer
 
@@ -45,12 +47,21 @@ def tiny(load: str, provider_args: Sequence[str]) -> Scored:
         if alone:
             dist.destroy_process_group()
 
-    return Scored(models=trainer.models, score=lambda: trainer.evaluate(given.batches), close=close)
+    def score() -> float:
+        return trainer.evaluate(given.batches)
+
+    if not given.float32:
+        return Scored(models=trainer.models, score=score, close=close)
+    return Differentiable(
+        models=trainer.models, score=score, close=close,
+        batches=lambda: trainer.held_out_losses(given.batches),
+    )  # fmt: skip
 
 
 def _parse(provider_args: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="pma_megatron.testing.provider:tiny")
     parser.add_argument("--batches", type=int, default=4, help="held-out global batches per score")
+    parser.add_argument("--float32", action="store_true", help="float32 weights")
     for name in _SIZES:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, help="default: as saved")
     return parser.parse_args(provider_args)
@@ -70,6 +81,7 @@ def _config(saved: Mapping[str, Any], given: argparse.Namespace) -> TinyConfig:
     if world % dense or world % experts:
         sizes, dense = dict.fromkeys(_SIZES, 1), 1
     values = {name: saved[name] for name in _SAVED}
+    values["bf16"] = values["bf16"] and not given.float32
     per_rank = values["global_batch_size"] // (world // dense)
     values["micro_batch_size"] = min(values["micro_batch_size"], per_rank)
     return TinyConfig(

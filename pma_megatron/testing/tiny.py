@@ -83,6 +83,22 @@ class TinyTrainer:
                 losses.append(self._forward_backward(first, held_out=True))
         return sum(losses) / len(losses)
 
+    def held_out_losses(self, batches: int = 4) -> Iterator[torch.Tensor]:
+        """The losses that `evaluate` averages, one per microbatch, to take gradients of.
+
+        For a trainer on one rank.
+        """
+        for model in self.models:
+            model.eval()
+        try:
+            for index in range(batches):
+                first = index * self.config.global_batch_size
+                for inputs, labels in self._microbatch_stream(first, held_out=True):
+                    yield _mean_loss(_losses(inputs, labels, self.models[0]))[0]
+        finally:
+            for model in self.models:
+                model.train()
+
     def save(self, root: str | Path) -> Path:
         """Write a checkpoint of this iteration below `root`, as Megatron-LM training does."""
         with forward_hooks_off(self.models):
@@ -284,9 +300,12 @@ class TinyTrainer:
 
 def _forward_step(data: Iterator[tuple[torch.Tensor, ...]], model: Any) -> tuple[Any, Any]:
     inputs, labels = next(data)
+    return _losses(inputs, labels, model), _mean_loss
+
+
+def _losses(inputs: torch.Tensor, labels: torch.Tensor, model: Any) -> Any:
     positions = torch.arange(inputs.shape[1]).expand_as(inputs)
-    losses = model(inputs, positions, None, labels=labels)
-    return losses, _mean_loss
+    return model(inputs, positions, None, labels=labels)
 
 
 def _mean_loss(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

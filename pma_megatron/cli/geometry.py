@@ -1,0 +1,252 @@
+"""`pma geometry`: how the checkpoints of a run lie to each other, and how the loss lies there."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pma_megatron.cli import landscape, tables
+from pma_megatron.cli.progress import show
+from pma_megatron.cli.scoring import provider_of, refuse_unwritable, write_json
+from pma_megatron.cli.verbs import add_selection, new_verb, root_of, selection_of, show_result
+from pma_megatron.coefficients import METHODS
+from pma_megatron.comm import Comm, process_group_from_environment
+from pma_megatron.errors import UsageError
+from pma_megatron.gram import Measured, measure
+from pma_megatron.megatron.contour import Contour, contour
+from pma_megatron.megatron.curvature import Curvature, Differentiable, curvature
+from pma_megatron.megatron.score import Scored
+from pma_megatron.policy import AVERAGES, Policy
+from pma_megatron.request import MergeRequest, Method
+from pma_megatron.spread import TOTAL, Spread
+
+_EXAMPLE = """examples:
+  torchrun --nproc-per-node 8 -m pma_megatron geometry --load /ckpts/run --last 10
+  pma geometry --load /ckpts/run --iterations 8000 9000 10000 --contour --plot contour.png \\
+      --provider my_eval.py:build -- --batches 64
+"""
+_MOST_SHOWN = 12
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Geometry:
+    """What one call found.
+
+    Attributes:
+        measured: inner products of the checkpoints.
+        spreads: `total` and each group of tensors -> how they lie to each other.
+        contour: losses over a plane, if asked for.
+        curvature: the second-order expansion, if asked for.
+    """
+
+    measured: Measured
+    spreads: dict[str, Spread]
+    contour: Contour | None
+    curvature: Curvature | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        refs = self.measured.found.selection.refs
+        return {
+            "sources": [
+                {"path": r.path, "iteration": r.iteration, "consumed_tokens": r.consumed_tokens}
+                for r in refs
+            ],
+            "coefficients": list(self.measured.coefficients),
+            "state": self.measured.state,
+            "read_bytes": self.measured.read_bytes,
+            "groups": {name: spread.to_json() for name, spread in self.spreads.items()},
+            "contour": None if self.contour is None else self.contour.to_json(),
+            "curvature": None if self.curvature is None else self.curvature.to_json(),
+        }
+
+
+def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the verb."""
+    verb = new_verb(
+        verbs, "geometry", run,
+        "measure distances and angles between checkpoints, and the loss around them",
+        epilog=_EXAMPLE,
+    )  # fmt: skip
+    add_selection(verb)
+    group = verb.add_argument_group("what is measured")
+    methods = ", ".join(name for name in METHODS if name != "custom")
+    group.add_argument("--method", default="sma", metavar="M", help=f"of the mean: {methods}")
+    group.add_argument("--alpha", type=float, help="ema: weight of the newer one, in (0, 1]")
+    group.add_argument(
+        "--average", default="main-params", metavar="WHAT",
+        help=f"{' or '.join(AVERAGES)}: weights reads the 16-bit weights",
+    )  # fmt: skip
+    group.add_argument("--threads", type=int, default=2, help="per rank (default 2)")
+    group = verb.add_argument_group("the loss; what follows -- is passed on to the provider")
+    group.add_argument(
+        "--contour", action="store_true",
+        help="score a grid in the plane of the first two principal directions; with three "
+        "checkpoints, the plane through them",
+    )  # fmt: skip
+    group.add_argument(
+        "--grid", type=int, default=11, metavar="R", help="R x R points (default 11)"
+    )
+    group.add_argument(
+        "--margin", type=float, default=0.5, metavar="F",
+        help="how far the grid goes beyond the members, of their extent (default 0.5)",
+    )  # fmt: skip
+    group.add_argument(
+        "--curvature", action="store_true",
+        help="Hessian along the deviations: eq. 15 and the predicted gain; one process, float32",
+    )  # fmt: skip
+    group.add_argument(
+        "--provider", metavar="MODULE:FUNCTION",
+        help="or FILE.py:FUNCTION; called with --load and the list of arguments after --, returns "
+        "a pma_megatron.megatron.score.Scored (for --curvature, ...curvature.Differentiable)",
+    )  # fmt: skip
+    group = verb.add_argument_group("output")
+    group.add_argument("--out", type=Path, metavar="FILE", help="write the JSON there too")
+    group.add_argument(
+        "--plot", type=Path, metavar="FILE.png", help="the members in the plane, on the contour"
+    )
+    verb.set_defaults(passes_on=True)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """`pma geometry`."""
+    refuse_unwritable(arguments)
+    wants_loss = arguments.contour or arguments.curvature
+    if wants_loss and arguments.provider is None:
+        raise UsageError(
+            "--contour and --curvature need what gives the loss: --provider MODULE:FUNCTION builds "
+            "your model and its batches"
+        )
+    request = MergeRequest(
+        load=root_of(arguments),
+        selection=selection_of(arguments),
+        method=Method(name=arguments.method, alpha=arguments.alpha),
+        policy=Policy(average=arguments.average),
+        threads=arguments.threads,
+    )
+    with process_group_from_environment():
+        comm = Comm()
+        measured = measure(request, comm, show(comm))
+        spreads, over, curved = measured.spreads(), None, None
+        if wants_loss:
+            with _provided(arguments, request.load, comm) as scored:
+                if arguments.contour:
+                    over = contour(
+                        scored, measured, size=arguments.grid, margin=arguments.margin,
+                        threads=arguments.threads, comm=comm, show=show(comm),
+                    )  # fmt: skip
+                if arguments.curvature:
+                    assert isinstance(scored, Differentiable)
+                    curved = curvature(scored, measured, threads=arguments.threads)
+        if not comm.is_main:
+            return
+    found = Geometry(measured=measured, spreads=spreads, contour=over, curvature=curved)
+    write_json(arguments.out, found.to_json())
+    if arguments.plot is not None:
+        landscape.draw(measured, spreads[TOTAL], over, arguments.plot)
+    show_result(arguments, found.to_json(), lambda: _print(found))
+
+
+@contextmanager
+def _provided(arguments: argparse.Namespace, load: str, comm: Comm) -> Iterator[Scored]:
+    provider = comm.agree("provider", lambda: provider_of(arguments.provider))
+    scored = comm.agree("provider", lambda: provider(load, list(arguments.rest)))
+    try:
+        if arguments.curvature and not isinstance(scored, Differentiable):
+            raise UsageError(
+                f"--curvature: {arguments.provider} returns a {type(scored).__name__}, which gives "
+                "losses but no gradients: return a pma_megatron.megatron.curvature.Differentiable"
+            )
+        yield scored
+    finally:
+        scored.close()
+
+
+def _print(found: Geometry) -> None:
+    console = tables.new_console()
+    measured = found.measured
+    names = [str(ref.iteration or Path(ref.path).name) for ref in measured.found.selection.refs]
+    what = "main params" if measured.state == "param" else "weights"
+    method = measured.found.outputs[0].coefficients.describe()
+    title = f"{len(names)} checkpoints, {what}, {names[0]} to {names[-1]}; mean by {method}"
+    console.print(_groups(found.spreads, title))
+    whole = found.spreads[TOTAL]
+    if len(names) <= _MOST_SHOWN:
+        console.print(_matrix("distances", names, whole.distances, ".4g"))
+        console.print(_matrix("cosines of deviations", names, whole.deviation_cosines, "+.3f"))
+        console.print(_matrix("cosines of steps", names[1:], whole.step_cosines, "+.3f"))
+    lags = ", ".join(f"{value:.4g}" for value in whole.lag_distances)
+    console.print(f"distance (root mean square) by lag, 1 to {len(names) - 1}: {lags}")
+    console.print(
+        f"cosines of deviations from an equal-weight mean average to about "
+        f"{-1 / (len(names) - 1):+.3f} whatever the run did: they sum to zero"
+    )
+    if found.contour is not None:
+        for line in _contour_lines(found.contour):
+            console.print(line)
+    if found.curvature is not None:
+        console.print(_curvature_table(found.curvature, names))
+        for line in _curvature_lines(found.curvature):
+            console.print(line)
+
+
+def _groups(spreads: dict[str, Spread], title: str) -> Any:
+    columns = ("tensors", "elements", "|newest|", "deviation", "step", "cos of next steps",
+               "cos of deviations", "along 1st", "along 2nd")  # fmt: skip
+    table = tables.new_table(title, *columns)
+    for name, spread in spreads.items():
+        following = np.diagonal(spread.step_cosines, 1)
+        shares = (f"{100 * share:.0f}%" for share in spread.variance_shares)
+        table.add_row(
+            name, f"{spread.elements:,}", f"{spread.norms[-1]:.4g}",
+            f"{spread.deviation_norms.mean():.4g}", f"{spread.step_norms.mean():.4g}",
+            f"{following.mean():+.3f}" if following.size else "",
+            f"{spread.mean_deviation_cosine:+.3f}", *shares,
+        )  # fmt: skip
+    return table
+
+
+def _matrix(title: str, names: Sequence[str], values: np.ndarray, form: str) -> Any:
+    table = tables.new_table(title, "", *names)
+    for number, (name, row) in enumerate(zip(names, values, strict=True)):
+        cells = (format(v, form) if k != number else "" for k, v in enumerate(row))
+        table.add_row(name, *cells)
+    return table
+
+
+def _contour_lines(over: Contour) -> Iterator[str]:
+    for name, losses in over.losses.items():
+        row, column = np.unravel_index(np.nanargmin(losses), losses.shape)
+        yield (
+            f"{name}: members {over.member_losses[name].mean():.4f} on average, the best "
+            f"{over.member_losses[name].min():.4f}, their average {over.mean_losses[name]:.4f}, "
+            f"lowest of the grid {losses[row, column]:.4f} at ({over.xs[column]:.3g}, "
+            f"{over.ys[row]:.3g}), the average at ({over.mean[0]:.3g}, {over.mean[1]:.3g})"
+        )
+
+
+def _curvature_table(curved: Curvature, names: Sequence[str]) -> Any:
+    table = tables.new_table(
+        "expansion around the mean", "", "loss", "predicted", "d' H d", "g . d"
+    )
+    second = np.diagonal(curved.products)
+    rows = zip(names, curved.losses, curved.predicted_losses, second, curved.slopes, strict=True)
+    for name, *values in rows:
+        table.add_row(name, *(f"{value:.6g}" for value in values))
+    return table
+
+
+def _curvature_lines(curved: Curvature) -> Iterator[str]:
+    sign, word = ("<", "holds") if curved.left < curved.right else (">=", "does not hold")
+    yield f"eq. 15: {curved.left:.6g} {sign} {curved.right:.6g}, it {word}"
+    yield (
+        f"gain of the average over the mean loss of its members: predicted "
+        f"{curved.predicted_gain:.6g}, measured {curved.measured_gain:.6g}"
+    )
+    yield f"|gradient| at the average {curved.gradient_norm:.4g}; asymmetry {curved.asymmetry:.1e}"
