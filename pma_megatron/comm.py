@@ -8,6 +8,7 @@ meet in, a failing rank leaves a note in the rendezvous store and the others loo
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,8 @@ T = TypeVar("T")
 _NOTE = "pma_megatron/failed"
 _LOOK_EVERY_S = 0.5
 _TIMEOUT = timedelta(minutes=30)
+# Of the process, not of a Comm: a note must not outlive the call that failed.
+_epochs = itertools.count()
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +112,6 @@ class Comm:
                 group = dist.new_group(list(members), timeout=_TIMEOUT)
                 if shard == self.shard_rank:
                     self.team = Team(members, self.rank - first, group)
-        self._epoch = 0
         self._store = _default_store() if self.size > 1 else None
 
     @property
@@ -175,8 +177,7 @@ class Comm:
         Raises:
             RankError: from the yielded check, naming the failed rank and its cause.
         """
-        self._epoch += 1
-        key = f"{_NOTE}/{self._epoch}"
+        key = f"{_NOTE}/{next(_epochs)}"
         try:
             yield lambda: self._look(key, stage)
         except Exception as error:

@@ -27,7 +27,7 @@ from pma_megatron.report import MergeReport
 from pma_megatron.request import MergeRequest, Method
 from pma_megatron.resume import Resume, resume
 from pma_megatron.selection import CheckpointRef, SelectionRequest
-from pma_megatron.spike import SpikeSettings, Verdict, detect
+from pma_megatron.spike import Kind, SpikeSettings, Verdict, detect
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,7 +156,7 @@ def diagnose(request: RecoveryRequest) -> Diagnosis:
             interval_iterations=request.interval_iterations,
             margin_iterations=request.margin_iterations,
             further_back=request.further_back,
-            spans=tuple(Span(v.onset, v.confirmed) for v in verdicts if v.onset < onset),
+            spans=() if metrics is None else _spans(metrics, verdicts, onset),
             exclude=request.exclude,
         ),
     )
@@ -208,8 +208,8 @@ def _onset(request: RecoveryRequest, metrics: Metrics | None, verdicts: Sequence
     if request.onset is not None:
         return request.onset, request.skip
     assert metrics is not None
-    fatal = [verdict for verdict in verdicts if verdict.fatal]
-    if not fatal:
+    lost = _lost(metrics, verdicts)
+    if lost is None:
         seen = "; ".join(f"{v.kind.value} from iteration {v.onset}: {v.reason}" for v in verdicts)
         raise SelectionError(
             f"{metrics.source} shows no spike that the run did not recover from, in "
@@ -218,10 +218,47 @@ def _onset(request: RecoveryRequest, metrics: Metrics | None, verdicts: Sequence
             "better, name its first iteration with --onset; --patience and --fatal-rise change "
             "what counts"
         )
-    last = fatal[-1]
     if not request.skip_data or request.skip is not None:
-        return last.onset, request.skip
-    return last.onset, Span(last.onset, min(last.confirmed, last.onset + MOST_SKIPPED - 1))
+        return lost.onset, request.skip
+    return lost.onset, Span(lost.onset, min(lost.confirmed, lost.onset + MOST_SKIPPED - 1))
+
+
+def _lost(metrics: Metrics, verdicts: Sequence[Verdict]) -> Verdict | None:
+    """The fatal verdict that the run has not come back from, None without any.
+
+    The last one, or an earlier one if the loss did not come back in between: what follows a
+    collapse may collapse once more.
+    """
+    fatal = [verdict for verdict in verdicts if verdict.fatal]
+    lost = fatal[-1] if fatal else None
+    for earlier in reversed(fatal[:-1]):
+        assert lost is not None
+        if _back(metrics, earlier, lost.onset) is not None:
+            break
+        lost = earlier
+    return lost
+
+
+def _spans(metrics: Metrics, verdicts: Sequence[Verdict], onset: int) -> tuple[Span, ...]:
+    """Spikes before `onset` that the run came back from; a higher level that stays is none."""
+    found = []
+    for verdict in verdicts:
+        if verdict.onset >= onset or verdict.kind is Kind.SHIFT:
+            continue
+        end = _back(metrics, verdict, onset) if verdict.fatal else verdict.confirmed
+        found.append(Span(verdict.onset, onset if end is None else end))
+    return tuple(found)
+
+
+def _back(metrics: Metrics, verdict: Verdict, before: int) -> int | None:
+    """Iteration at which the loss was back, over a few points, after a fatal verdict."""
+    points = [p for p in metrics.points if verdict.confirmed < p.iteration < before]
+    few = SpikeSettings().settle
+    for end in range(few, len(points) + 1):
+        recent = statistics.median(point.loss for point in points[end - few : end])
+        if recent <= verdict.baseline + SpikeSettings().min_rise:
+            return points[end - 1].iteration
+    return None
 
 
 def _same_run(metrics: Metrics, refs: Sequence[CheckpointRef]) -> tuple[str, ...]:
