@@ -320,7 +320,8 @@ def check_same_model(sources: Sequence[Source]) -> None:
             extra = sorted(set(theirs.space.weights) - set(ours.space.weights))
             if extra:
                 raise PlanError(
-                    f"{source.path} {what} ({base.path}): {', '.join(extra[:3])} "
+                    f"{source.path} ({source.topology}, {source.space.kind}) {what} ({base.path}: "
+                    f"{base.topology}, {base.space.kind}): {', '.join(extra[:3])} "
                     f"({len(extra)} in all). They are not checkpoints of one model: exclude the "
                     "ones that differ"
                 )
