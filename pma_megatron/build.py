@@ -231,7 +231,7 @@ def _average(sources: Sequence[Source], active: Sequence[int], fates: Fates, lay
     weight = base.space.weights[key]
     if rounded:
         _check_covers(base, key, PieceIndex(tensor.pieces), weight.pieces)
-        targets += _placed(layout, weight.pieces, covered)
+        targets += _placed(layout, (*weight.pieces, *weight.replicas), covered)
     return average_task(
         base, state, key, lead=tensor.pieces, numbers=numbers, tensors=tensors, targets=targets,
         target_bytes=(tensor.dtype.itemsize if written else 0)

@@ -256,6 +256,26 @@ def test_zero3_buffers_of_every_rank_do_not_mix_with_other_stages(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2])
+def test_experts_over_four_ranks(tmp_path: Path, stage: int) -> None:
+    config = DeepSpeedConfig(stage=stage, experts=4, expert_parallel_size=2)
+    run, save = tmp_path / "run", tmp_path / "save"
+    held = run_ranks(train, 4, {str(run): config}, timeout_s=280)
+    assert verify(merge_run(run, save)).worst <= 1
+    resumed = run_ranks(resume, 4, {str(save): config}, timeout_s=280)
+    for rank in range(4):
+        _, before, after = resumed[rank][str(save)]
+        # Each rank names its own two experts alike, so each is compared with itself.
+        check_masters(before["masters"], held[rank][str(run)], f"rank {rank}")
+        check_weights(before, torch.bfloat16)
+        check_weights(after, torch.bfloat16)
+        assert sum(".deepspeed_experts." in name for name in before["masters"]) == 4
+    first, second = (resumed[rank][str(save)][1]["masters"] for rank in (0, 1))
+    name = next(name for name in first if ".deepspeed_experts.0.weight" in name)
+    assert not torch.equal(first[name], second[name])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["zero1", "zero3"])
 def test_moments_average_or_start_again(
     runs: tuple[Path, dict[str, Any]], tmp_path: Path, kind: str
@@ -328,7 +348,8 @@ def test_a_hostile_file_is_refused_and_nothing_in_it_runs(run: Path, save: Path)
 @pytest.mark.parametrize(
     "name, word",
     [
-        ("layer_0_expert_1_mp_rank_00_model_states.pt", "MoE"),
+        ("layer_0_expert_1_mp_rank_00_model_states.pt", "experts (layer, number) [(0, 1)]"),
+        ("expp_rank_0_mp_rank_00_optim_states.pt", "ZeRO stage 0"),
         ("layer_01-model_states.pt", "PipelineModule"),
         ("mp_rank_01_model_states.pt", "model-parallel"),
         ("backup.pt", "not a file that DeepSpeed writes"),

@@ -30,12 +30,16 @@ class DeepSpeedConfig:
         bf16: 16-bit weights.
         float32_gradients: accumulate them in float32; with ZeRO-1 this selects `BF16_Optimizer`.
         zero: further settings of `zero_optimization`.
+        experts: of an MoE layer; 0 for a dense model.
+        expert_parallel_size: ranks that share one set of them.
     """
 
     stage: int = 1
     bf16: bool = True
     float32_gradients: bool = False
     zero: Mapping[str, Any] = field(default_factory=dict)
+    experts: int = 0
+    expert_parallel_size: int = 1
 
     def to_json(self, ranks: int) -> dict[str, Any]:
         """DeepSpeed's own configuration."""
@@ -53,10 +57,17 @@ class DeepSpeedConfig:
 
 
 class TinyModel(nn.Module):
-    """Odd sizes (so that partitions need padding), tied weights, buffers, a frozen parameter."""
+    """Odd sizes (so that partitions need padding), tied weights, buffers, a frozen parameter.
 
-    def __init__(self) -> None:
+    `experts` is a layer of DeepSpeed's MoE, or None for a dense model.
+    """
+
+    mean: torch.Tensor
+    calls: torch.Tensor
+
+    def __init__(self, experts: nn.Module | None = None) -> None:
         super().__init__()
+        self.experts = experts
         self.first = nn.Linear(_WIDTH, 7)
         self.norm = nn.LayerNorm(7)
         self.last = nn.Linear(7, 7, bias=False)
@@ -68,6 +79,8 @@ class TinyModel(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden = self.norm(self.first(x))
+        if self.experts is not None:
+            hidden = hidden + self.experts(hidden)[0]
         self.mean.mul_(0.9).add_(hidden.detach().mean(0), alpha=0.1)
         self.calls.add_(1)
         return self.tied(torch.relu(self.last(hidden))).float().pow(2).mean()
@@ -86,17 +99,20 @@ class TinyDeepSpeed:
         importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
         self.deepspeed: Any = importlib.import_module("deepspeed")
         torch.manual_seed(seed)
-        model = TinyModel()
-        trained = [p for p in model.parameters() if p.requires_grad]
+        model = TinyModel(self._experts(config) if config.experts else None)
         self.engine, _, _, self.scheduler = self.deepspeed.initialize(
             model=model,
             config=config.to_json(dist.get_world_size()),
-            model_parameters=[
-                {"params": [p for p in trained if p.ndim > 1]},
-                {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0},
-            ],
+            model_parameters=_param_groups(model, config),
         )
         self._dtype = torch.bfloat16 if config.bf16 else torch.float32
+
+    def _experts(self, config: DeepSpeedConfig) -> nn.Module:
+        layer = importlib.import_module("deepspeed.moe.layer").MoE
+        moe: nn.Module = layer(
+            7, nn.Linear(7, 7), config.experts, config.expert_parallel_size, k=1, min_capacity=4
+        )
+        return moe
 
     def train(self, iterations: int) -> None:
         """Train on; data depends on the iteration and the rank alone."""
@@ -146,3 +162,15 @@ class TinyDeepSpeed:
     def close(self) -> None:
         """Free what the engine holds."""
         self.engine.destroy()
+
+
+def _param_groups(model: nn.Module, config: DeepSpeedConfig) -> list[dict[str, Any]]:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trained if p.ndim > 1], "name": "matrices"},
+        {"params": [p for p in trained if p.ndim == 1], "name": "vectors", "weight_decay": 0.0},
+    ]
+    if config.experts:
+        split = importlib.import_module("deepspeed.moe.utils")
+        groups = split.split_params_into_different_moe_groups_for_optimizer(groups)
+    return groups

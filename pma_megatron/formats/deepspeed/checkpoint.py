@@ -20,8 +20,9 @@ from pma_megatron.formats.pickles import load_inert
 
 _MODEL = re.compile(r"^(?:zero_pp_rank_(?P<dp>\d+)_)?mp_rank_(?P<mp>\d+)_model_states\.pt$")
 _OPTIM = re.compile(r"^(?:bf16_)?zero_pp_rank_(?P<dp>\d+)_mp_rank_(?P<mp>\d+)_optim_states\.pt$")
+_EXPERT = re.compile(r"^layer_(?P<layer>\d+)_expert_(?P<expert>\d+)_mp_rank_00_model_states\.pt$")
 _UNSUPPORTED = (
-    (re.compile(r"^layer_\d+_expert_\d+_|^expp_rank_\d+_"), "experts of a DeepSpeed MoE model"),
+    (re.compile(r"^expp_rank_\d+_"), "the whole optimizer of experts (ZeRO stage 0)"),
     (re.compile(r"^layer_\d+.*-model_states\.pt$"), "layers of a DeepSpeed PipelineModule"),
     (re.compile(r"mp_rank_(?!00_)\d+_"), "a second model-parallel rank"),
 )
@@ -50,12 +51,15 @@ class DeepSpeedCheckpoint(ItemFiles):
         path: the tag's folder.
         model: data-parallel rank -> model states file; ZeRO-0 to 2 have one, of rank 0.
         optim: data-parallel rank -> optimizer states file.
+        experts: (MoE layer, expert) -> its model states file, for a DeepSpeed MoE model.
     """
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self.model = _by_rank(path, _MODEL)
         self.optim = _by_rank(path, _OPTIM)
+        matches = ((_EXPERT.match(name), name) for name in _names(path))
+        self.experts = {(int(m["layer"]), int(m["expert"])): name for m, name in matches if m}
         self._states: dict[str, dict[str, Any]] = {}
 
     def item(self, file: str) -> Item:
@@ -110,7 +114,7 @@ class DeepSpeedCheckpoint(ItemFiles):
     @property
     def files(self) -> tuple[str, ...]:
         """Every file of a rank."""
-        return tuple(sorted([*self.model.values(), *self.optim.values()]))
+        return tuple(sorted([*self.model.values(), *self.optim.values(), *self.experts.values()]))
 
     def args(self) -> Mapping[str, Any]:
         """Training arguments that Megatron-DeepSpeed keeps in the client state; {} without."""
@@ -172,7 +176,7 @@ def _unsupported(path: Path) -> str | None:
                     f"{name} holds {what}, which are not supported: only data-parallel ZeRO-1, "
                     "ZeRO-2, ZeRO-3 and BF16_Optimizer are"
                 )
-        if not (_MODEL.match(name) or _OPTIM.match(name)):
+        if not any(pattern.match(name) for pattern in (_MODEL, _OPTIM, _EXPERT)):
             return f"{name} is not a file that DeepSpeed writes: move it out of this folder"
     return None
 
@@ -202,6 +206,13 @@ def _incomplete(checkpoint: DeepSpeedCheckpoint) -> str | None:
                 f"{sorted(there - wanted)} are stray, for a data-parallel size of {len(world)}: "
                 "still being written, incomplete, or two saves in one folder"
             )
+    if checkpoint.head.get("ds_autoep_layers"):
+        return f"{file} holds AutoEP layers, which are not supported: use deepspeed.moe.layer.MoE"
+    counts = checkpoint.head.get("num_experts") or ()
+    experts = {(layer, e) for layer, count in enumerate(counts) for e in range(int(count))}
+    if set(checkpoint.experts) != experts:
+        differ = sorted(experts ^ set(checkpoint.experts))[:4]
+        return f"experts (layer, number) {differ} are missing or stray: incomplete, or two saves"
     stray = set(_names(checkpoint.path)) - set(checkpoint.files)
     if stray:
         return f"{min(stray)} is a second file of its rank: two saves in one folder"

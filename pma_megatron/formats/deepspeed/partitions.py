@@ -4,6 +4,8 @@
 they lie there; deepspeed/utils/zero_to_fp32.py reads partitions by it too.
 
 * ZeRO-1, ZeRO-2, BF16_Optimizer: a group is one flat tensor, cut into one partition per rank.
+* The experts of a DeepSpeed MoE model have groups of their own, one per rank of expert parallelism,
+  cut over the ranks that hold the same experts; names in them count the experts of that rank.
 * ZeRO-3: every parameter is cut by itself, ceil(numel / ranks) elements each, the last ones padded
   with whatever was in memory; a rank's pieces follow each other through its sub-groups.
 """
@@ -11,7 +13,9 @@ they lie there; deepspeed/utils/zero_to_fp32.py reads partitions by it too.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from pma_megatron.errors import CheckpointError
@@ -23,13 +27,74 @@ from pma_megatron.geometry import Box, Piece, flat_range
 
 _MASTERS = "single_partition_of_fp32_groups"
 _MASTERS_3 = "fp32_flat_groups"
-Shapes = Sequence[Mapping[str, tuple[int, ...]]]
+_LOCAL_EXPERT = re.compile(
+    r"^(?P<layer>.*\.deepspeed_moe\.experts\.deepspeed_experts\.)(?P<expert>\d+)(?=\.)"
+)
 
 
-def param_shapes(checkpoint: DeepSpeedCheckpoint) -> Shapes:
-    """Per flat group, the shape of every trained parameter, in the order of the group."""
-    groups = checkpoint.head["param_shapes"]
-    return [{name: tuple(shape) for name, shape in group.items()} for group in groups]
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Parameters that lie in one flat group, whose partitions `ranks` hold in this order.
+
+    Attributes:
+        number: of the group in every rank's file.
+        ranks: data-parallel ranks.
+        shapes: key of each trained parameter -> shape, in the order of the group.
+    """
+
+    number: int
+    ranks: tuple[int, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+
+
+def groups_of(checkpoint: DeepSpeedCheckpoint) -> list[Group]:
+    """The flat groups of a tag, those of experts once per rank of expert parallelism.
+
+    Ranks r, r + E, r + 2 E, ... hold the same experts under expert parallelism E
+    (deepspeed/utils/groups.py, `_create_expert_and_data_parallel`).
+
+    Raises:
+        CheckpointError: a group was partitioned over other ranks than are there.
+    """
+    world = len(checkpoint.optim)
+    named = [
+        {name: tuple(shape) for name, shape in group.items()}
+        for group in checkpoint.head["param_shapes"]
+    ]
+    saved = checkpoint.optimizer(0).get("partition_count", world)
+    counts = saved if isinstance(saved, list) else [saved] * len(named)
+    local = _local_experts(named)
+    groups = []
+    for number, (shapes, count) in enumerate(zip(named, counts, strict=True)):
+        of_experts = bool(shapes) and all(map(_LOCAL_EXPERT.match, shapes))
+        if count != world and not (of_experts and count and world % count == 0):
+            raise CheckpointError(
+                f"{checkpoint.path}: group {number} was partitioned over {count} ranks, and there "
+                f"are {world}: MiCS and other partial groups are not supported"
+            )
+        size = world // count
+        for rank in range(size):
+            keys = {_global(name, rank, local): shape for name, shape in shapes.items()}
+            groups.append(Group(number, tuple(range(rank, world, size)), keys))
+    return groups
+
+
+def _local_experts(named: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """MoE layer -> experts that one rank holds."""
+    counts: dict[str, int] = {}
+    for match in (_LOCAL_EXPERT.match(name) for shapes in named for name in shapes):
+        if match:
+            counts[match["layer"]] = max(counts.get(match["layer"], 0), int(match["expert"]) + 1)
+    return counts
+
+
+def _global(name: str, rank: int, local: Mapping[str, int]) -> str:
+    """The name of a parameter in which experts of all ranks are counted, as expert files do."""
+    match = _LOCAL_EXPERT.match(name)
+    if match is None:
+        return name
+    number = rank * local[match["layer"]] + int(match["expert"])
+    return f"{match['layer']}{number}{name[match.end() :]}"
 
 
 def kind(checkpoint: DeepSpeedCheckpoint) -> str:
@@ -47,33 +112,35 @@ def flat_spaces(checkpoint: DeepSpeedCheckpoint) -> tuple[list[FlatSpace], FlatM
         CheckpointError: files of different ranks, or shapes and partitions, contradict each other.
     """
     optimizers = [checkpoint.optimizer(rank) for rank in sorted(checkpoint.optim)]
-    _check_partition_count(checkpoint, optimizers)
-    shapes = param_shapes(checkpoint)
+    groups = groups_of(checkpoint)
     by_rank = [_partitions(checkpoint, rank, state) for rank, state in enumerate(optimizers)]
     if _MASTERS_3 in optimizers[0]:
-        return _by_parameter(checkpoint, shapes, by_rank)
-    if any(len(groups) != len(shapes) for groups in by_rank):
+        return _by_parameter(checkpoint, groups, by_rank)
+    count = groups[-1].number + 1
+    if any(len(partitions) != count for partitions in by_rank):
         raise CheckpointError(
-            f"{checkpoint.path} has {len(shapes)} groups in param_shapes and "
-            f"{[len(groups) for groups in by_rank]} partitions per rank: expected one per group. "
-            "Exclude this checkpoint"
+            f"{checkpoint.path} has {count} groups in param_shapes and "
+            f"{[len(partitions) for partitions in by_rank]} partitions per rank: expected one per "
+            "group. Exclude this checkpoint"
         )
     paddings = optimizers[0].get("param_alignment_paddings")
-    return _by_group(checkpoint, shapes, by_rank, paddings)
+    return _by_group(checkpoint, groups, by_rank, paddings)
 
 
 _Partition = dict[str, tuple[Payload, TensorRef]]
 """State name -> where one flat partition lies."""
 
 
-def _by_group(checkpoint: DeepSpeedCheckpoint, shapes: Shapes,
+def _by_group(checkpoint: DeepSpeedCheckpoint, groups: Sequence[Group],
               by_rank: Sequence[Sequence[_Partition]], paddings: Any
               ) -> tuple[list[FlatSpace], FlatMap]:  # fmt: skip
     spaces, ranges = [], {}
-    for number, group in enumerate(shapes):
-        space = _join("group", str(number), [groups[number] for groups in by_rank])
+    for group in groups:
+        number = group.number
+        space = _join(f"group {number}", f"of rank {group.ranks[0]}",
+                      [by_rank[rank][number] for rank in group.ranks])  # fmt: skip
         found, at = [], 0
-        for index, (name, shape) in enumerate(group.items()):
+        for index, (name, shape) in enumerate(group.shapes.items()):
             found.append(FlatRange(at, name, _whole(shape)))
             at += math.prod(shape) + (int(paddings[number][index]) if paddings else 0)
         _check_length(checkpoint, space, at, exact=False)
@@ -82,14 +149,14 @@ def _by_group(checkpoint: DeepSpeedCheckpoint, shapes: Shapes,
     return spaces, ranges
 
 
-def _by_parameter(checkpoint: DeepSpeedCheckpoint, shapes: Shapes,
+def _by_parameter(checkpoint: DeepSpeedCheckpoint, groups: Sequence[Group],
                   by_rank: Sequence[Sequence[_Partition]]
                   ) -> tuple[list[FlatSpace], FlatMap]:  # fmt: skip
     spaces, ranges = [], {}
-    for rank, groups in enumerate(by_rank):
-        space = _join("rank", str(rank), groups)
+    for rank, partitions in enumerate(by_rank):
+        space = _join("rank", str(rank), partitions)
         found, at = [], 0
-        for name, shape in (pair for group in shapes for pair in group.items()):
+        for name, shape in (pair for group in groups for pair in group.shapes.items()):
             numel = math.prod(shape)
             share = -(-numel // len(by_rank))
             low, high = min(rank * share, numel), min((rank + 1) * share, numel)
@@ -165,23 +232,11 @@ def _is_flat(value: Any) -> bool:
     return isinstance(value, TensorRef) and len(value.size) == 1 and value.is_contiguous()
 
 
-def _check_partition_count(checkpoint: DeepSpeedCheckpoint,
-                           optimizers: Sequence[Mapping[str, Any]]) -> None:  # fmt: skip
-    for rank, state in enumerate(optimizers):
-        saved = state.get("partition_count", len(optimizers))
-        counts = saved if isinstance(saved, list) else [saved]
-        if any(count != len(optimizers) for count in counts):
-            raise CheckpointError(
-                f"{checkpoint.path / checkpoint.optim[rank]} was partitioned over {saved} ranks, "
-                f"and there are {len(optimizers)}: experts and MiCS groups are not supported"
-            )
-
-
 def _check_length(checkpoint: DeepSpeedCheckpoint, space: FlatSpace, numel: int,
                   exact: bool) -> None:  # fmt: skip
     if space.numel < numel or (exact and space.numel != numel):
         raise CheckpointError(
             f"{checkpoint.path}: {space.group} {space.name} holds {space.numel} elements of main "
             f"params, its param_shapes need {numel}: damaged, or states were offloaded elsewhere. "
-            "Exclude this checkpoint"
+            "group. Exclude this checkpoint"
         )

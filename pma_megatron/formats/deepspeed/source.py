@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.base import ModelSpace, Payload, Schedule, Tensor
 from pma_megatron.formats.deepspeed.checkpoint import DeepSpeedCheckpoint, completeness
-from pma_megatron.formats.deepspeed.partitions import base_state, flat_spaces, kind, param_shapes
+from pma_megatron.formats.deepspeed.partitions import base_state, flat_spaces, groups_of, kind
 from pma_megatron.formats.flat import FlatMap, states_from_flat
 from pma_megatron.formats.pickles import TensorRef
 from pma_megatron.formats.source import Source, stamps_of
@@ -53,26 +54,48 @@ def weights_of(checkpoint: DeepSpeedCheckpoint) -> dict[str, Tensor]:
     """Trained parameters and buffers as the model states hold them.
 
     ZeRO-3 stores no weights beside its main params: they have no pieces here. What is neither
-    trained nor a buffer (frozen parameters) and second names of one tensor are left out: they stay
-    as the newest source has them. A buffer of rank R > 0 under ZeRO-3 is called `name@R`.
+    trained nor a buffer (frozen parameters) is left out: it stays as the newest source has it. A
+    second name of a tied parameter is no weight of its own, and where it has a storage of its own
+    (MoE) it is a replica. A buffer of rank R > 0 under ZeRO-3 is called `name@R`.
 
     Raises:
         CheckpointError: the model states lack a trained parameter, or hold it in another shape.
     """
-    shapes = {name: shape for group in param_shapes(checkpoint) for name, shape in group.items()}
+    shapes = {k: shape for group in groups_of(checkpoint) for k, shape in group.shapes.items()}
     partitioned = "zero_pp_rank_" in checkpoint.model[0]
     weights: dict[str, Tensor] = {}
     if partitioned:
         for name, shape in shapes.items():
             weights[name] = Tensor(name, torch.float32, shape, ())
+    in_files: set[str] = set()
+    for file in checkpoint.experts.values():
+        module = checkpoint.state(file)
+        names = [name for name in module if name in shapes]
+        in_files.update(names)
+        weights.update(_stored(checkpoint, file, module, names, shapes))
     for rank, file in checkpoint.model.items():
         state = checkpoint.state(file)
         buffers = set(state.get("buffer_names") or ()) - set(shapes)
-        wanted = buffers if partitioned else {*shapes, *buffers}
+        wanted = buffers if partitioned else {*shapes, *buffers} - in_files
         names = sorted(wanted, key=lambda name: name not in shapes)
         for name, tensor in _stored(checkpoint, file, state["module"], names, shapes):
             weights[name if rank == 0 else f"{name}@{rank}"] = tensor
+    for alias, owner in (checkpoint.head.get("shared_params") or {}).items():
+        for replica in _replicas(checkpoint, alias, weights.get(owner)):
+            weights[owner] = replace(weights[owner], replicas=(*weights[owner].replicas, replica))
     return weights
+
+
+def _replicas(checkpoint: DeepSpeedCheckpoint, alias: str, owner: Tensor | None
+              ) -> Iterator[Piece[Payload]]:  # fmt: skip
+    """Where the second name of a tied parameter is stored again: its optimizer knows one copy."""
+    file, module = checkpoint.model[0], checkpoint.head["module"]
+    if owner is None or not owner.pieces or owner.pieces[0].payload.item.file != file:
+        return
+    for _, tensor in _stored(checkpoint, file, module, [alias], {}):
+        (piece,) = tensor.pieces
+        if tensor.shape == owner.shape and piece not in (*owner.pieces, *owner.replicas):
+            yield piece
 
 
 def _stored(checkpoint: DeepSpeedCheckpoint, file: str, module: Any, names: list[str],
