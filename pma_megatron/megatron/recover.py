@@ -152,6 +152,11 @@ class Recovery:
         say(f"PMA: the checkpoint of iteration {iteration} was saved in a spike: recovering")
         return self._recover(first, iteration)
 
+    @property
+    def suspect_since(self) -> int | None:
+        """First iteration of a rise that is neither over nor confirmed; None if all is well."""
+        return self._detector.suspect_since
+
     def state_dict(self) -> dict[str, Any]:
         """The detector's memory, small and plain."""
         return self._detector.state_dict()
