@@ -14,6 +14,7 @@ NODE_RANK=${NODE_RANK:-0}
 MASTER_ADDR=${MASTER_ADDR:-localhost}
 MASTER_PORT=${MASTER_PORT:-29500}
 RESTARTS=${RESTARTS:-5}                     # after crashes; with several nodes let Slurm restart
+MARGIN=${MARGIN:-20}                        # healthy iterations between a checkpoint and a spike
 LR_FACTOR=${LR_FACTOR:-}                    # 0.5: when recoveries are spent, go on at half the LR; empty: stop
 
 THROUGH=(-m pma_megatron.launch)            # on a tree that patches/apply.sh has patched: THROUGH=()
@@ -22,6 +23,7 @@ PMA=(
     --pma-recover
     --pma-recover-last 3                    # healthy checkpoints in the average
     --pma-recover-attempts 3                # from one place, each further back
+    --pma-recover-margin-iterations "$MARGIN"
     --pma-recover-patience 100              # iterations that a spike has to recover by itself
     --pma-recover-optimizer-state latest    # of the newest healthy checkpoint; or average, or reset
 )
@@ -76,7 +78,7 @@ for ((start = 0; start <= RESTARTS; start++)); do
         onset=$(asked '[e["onset"] for e in given if "onset" in e][-1]' <<<"$history")
         root=$RUN-recovered
         made=$(python -m pma_megatron recover --load "$RUN" --onset "$onset" --further-back 1 \
-            --save "$root" --lr-factor "$LR_FACTOR" --json)
+            --margin-iterations "$MARGIN" --save "$root" --lr-factor "$LR_FACTOR" --json)
         mapfile -t extra < <(asked \
             '"\n".join(w for f, v in given["flags"].items() for w in (f, *v))' <<<"$made")
     fi

@@ -165,7 +165,10 @@ class Grid:
         complete = sorted(
             ref.iteration
             for ref in refs
-            if ref.complete and ref.iteration is not None and ref.iteration not in self.exclude
+            if ref.complete
+            and ref.unhealthy_because is None
+            and ref.iteration is not None
+            and ref.iteration not in self.exclude
         )
         step = _step(self.ends)
         return complete[-1:] if step is None else complete[::-1][::step][::-1]

@@ -57,7 +57,7 @@ class HealthyRequest:
     further_back: int = 0
     """How many of the newest healthy full checkpoints to leave out too, after failed attempts."""
     spans: tuple[Span, ...] = ()
-    """Earlier spikes, which the run came back from."""
+    """Earlier spikes, and what lies too close before them."""
     exclude: tuple[int, ...] = ()
     """Iterations to leave out."""
 
@@ -163,7 +163,7 @@ def _why_not(ref: CheckpointRef, request: HealthyRequest) -> str | None:
         (ref.unhealthy_because is not None, lambda: str(ref.unhealthy_because)),
         (
             any((iteration or 0) in span for span in request.spans),
-            lambda: "it lies in an earlier spike, which the run came back from",
+            lambda: "it lies in an earlier spike, or just before one",
         ),
     )
     return next((reason() for failed, reason in tests if failed), None)

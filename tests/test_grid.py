@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from pma_megatron import CheckpointRef, Method
@@ -117,3 +119,10 @@ def test_as_typed() -> None:
     for words in (["some"], ["10", "all"], ["every:x"]):
         with pytest.raises(UsageError, match="--ends"):
             parse_ends(words)
+
+
+def test_checkpoints_spoiled_by_a_spike_end_no_average() -> None:
+    run = refs(10, 20, 30)
+    run[1] = replace(run[1], unhealthy_because="saved in a spike")
+    assert Grid(ends="all", lasts=(2,)).end_iterations(run) == [10, 30]
+    assert Grid(ends=(20,), lasts=(2,)).end_iterations(run) == [20]  # unless it is named

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from pma_megatron import list_checkpoints
 from pma_megatron.cli.flags import parser
 from pma_megatron.megatron import flags
 
@@ -73,3 +76,53 @@ def test_merge_scripts_print_a_command_that_parses(name: str) -> None:
     ranks = nodes * int(command[command.index("--nproc-per-node") + 1])
     local = "node_local" in name
     assert arguments.merge_parallel_size == (ranks if local else 1)
+
+
+TORCHRUN = """#!/usr/bin/env bash
+# Stands in for a job: the first gives up, the second crashes, the third ends well.
+echo "$*" >>"$CALLS"
+case $(wc -l <"$CALLS") in
+1) {python} -c "
+from pma_megatron import audit
+audit.append('$RUN', audit.DETECTED, number=1, onset=8)
+audit.append('$RUN', audit.SPENT, number=1)"
+    exit 1 ;;
+2) exit 1 ;;
+esac
+"""
+
+
+def supervised(run: Path, tmp_path: Path, factor: str) -> tuple[int, list[str]]:
+    """Exit code of the supervised loop, and how it started each job."""
+    bin_, calls = tmp_path / "bin", tmp_path / "calls"
+    bin_.mkdir()
+    for name, text in {
+        "torchrun": TORCHRUN.replace("{python}", sys.executable),
+        "python": f'#!/bin/sh\nexec {sys.executable} "$@"\n',
+    }.items():
+        (bin_ / name).write_text(text)
+        (bin_ / name).chmod(0o755)
+    done = subprocess.run(
+        ["bash", str(LAUNCH / "megatron_recover.sh")], check=False, capture_output=True, text=True,
+        env={**os.environ, "PATH": f"{bin_}:{os.environ['PATH']}", "PYTHONPATH": str(LAUNCH.parent),
+             "RUN": str(run), "CALLS": str(calls), "LR_FACTOR": factor, "MARGIN": "0",
+             "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    return done.returncode, calls.read_text().splitlines()
+
+
+def test_the_supervised_loop_recovers_once_at_a_lower_rate(run: Path, tmp_path: Path) -> None:
+    code, calls = supervised(run, tmp_path, "0.5")
+    assert code == 0 and len(calls) == 3
+    again = Path(f"{run}-recovered")
+    assert [ref.iteration for ref in list_checkpoints(again)] == [4]  # the newest healthy was 6
+    for call in calls[1:]:  # a crash of the recovered run is restarted as it was
+        assert f"--load {again} --save {again} --pma-recover" in call
+        assert "--lr 0.005 --override-opt_param-scheduler" in call
+    assert f"--load {run} --save {run} --pma-recover" in calls[0] and "0.005" not in calls[0]
+
+
+def test_the_supervised_loop_stops_where_recoveries_are_spent(run: Path, tmp_path: Path) -> None:
+    code, calls = supervised(run, tmp_path, "")
+    assert code == 85 and len(calls) == 1
+    assert f"--load {run} --save {run} --pma-recover" in calls[0]

@@ -58,7 +58,6 @@ def test_scores_are_those_of_the_offline_merges(model: list[str], tmp_path: Path
     asked = ["--load", run, "--lasts", "3", "--ends", "4", "6", "--out", str(tmp_path / "cli.json")]
     run_pretrain(
         TREE, [*asked, "--", *EVALUATE, *model], ranks=2, through="evaluate",
-        imports="scoring_verbs", python_path=[Path(__file__).parent],
     )  # fmt: skip
     again = json.loads((tmp_path / "cli.json").read_text())
     assert again["points"] == scores["points"]

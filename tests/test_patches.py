@@ -150,6 +150,41 @@ def test_patched_and_launched_trees_train_as_a_plain_one_bit_for_bit(
             assert torch.equal(other_saved[key], value), f"{name}: {key}"
 
 
+@real
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_with_flags_a_patched_tree_does_what_the_launcher_does(tree: Path, tmp_path: Path) -> None:
+    run, steps = tmp_path / "run", ["--train-iters", "8", "--save-interval", "2"]
+    steps.append("--dist-ckpt-optim-fully-reshardable")
+    run_pretrain(
+        tree, [*steps, "--save", str(run), "--exit-interval", "4"], ranks=2, through="plain"
+    )
+    average = (
+        "--pma-init --pma-last 2 --pma-save --pma-eval --pma-interval-tokens 256 --pma-recover"
+    )
+    flags = [*steps, "--load", str(run), *average.split(), "--eval-interval", "2"]
+    flags += ["--pma-snapshot-interval-tokens", "256"]
+    launched = run_pretrain(tree, [*flags, "--save", str(tmp_path / "launched")], ranks=2)
+    assert apply(tree).returncode == 0
+    patched = run_pretrain(
+        tree, [*flags, "--save", str(tmp_path / "patched")], ranks=2, through="plain"
+    )
+    assert set(launched.losses) == {5, 6, 7, 8} and patched.losses == launched.losses
+    scored = [
+        [line.strip() for line in made.output.splitlines() if "pma validation loss" in line]
+        for made in (launched, patched)
+    ]
+    assert scored[0] == scored[1] != []
+    for folder in ("iter_0000008", "../launched-pma/iter_0000008"):
+        one = tensors(tmp_path / "launched" / folder)
+        other = tensors(tmp_path / "patched" / folder.replace("launched", "patched"))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one)
+    taken = [sorted(p.name for p in (tmp_path / name / "pma_snapshots").glob("iter_*"))
+             for name in ("launched", "patched")]  # fmt: skip
+    assert taken[0] == taken[1] != []
+
+
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint."""
     metadata = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata

@@ -160,8 +160,11 @@ class Session:
         if self.online is None or arguments["optimizer"] is None or passing:
             return
         average = self.online.average()
+        off = None if self.watch is None else self.watch.suspect_since
         if average is None:
             say(f"PMA: no average is saved yet: {self.online.why_none()}")
+        elif off is not None:
+            say(f"PMA: no average is saved while the loss is off (since iteration {off})")
         else:
             self._save(self.online, average, fn, arguments)
         self.online.save_state(self._state_dir, wait=not getattr(_args(), "async_save", False))

@@ -34,7 +34,7 @@ from pma_megatron.comm import Comm
 from pma_megatron.discover import list_checkpoints
 from pma_megatron.errors import PmaError, SelectionError
 from pma_megatron.faultpoints import point
-from pma_megatron.healthy import Healthy, HealthyRequest, choose_healthy
+from pma_megatron.healthy import Healthy, HealthyRequest, Span, choose_healthy
 from pma_megatron.megatron.load import merge_into
 from pma_megatron.megatron.options import RecoverySettings
 from pma_megatron.megatron.replicas import forward_hooks_off
@@ -152,6 +152,11 @@ class Recovery:
         say(f"PMA: the checkpoint of iteration {iteration} was saved in a spike: recovering")
         return self._recover(first, iteration)
 
+    @property
+    def suspect_since(self) -> int | None:
+        """First iteration of a rise that is neither over nor confirmed; None if all is well."""
+        return self._detector.suspect_since
+
     def state_dict(self) -> dict[str, Any]:
         """The detector's memory, small and plain."""
         return self._detector.state_dict()
@@ -211,14 +216,18 @@ class Recovery:
                     found.setdefault(ref.iteration, ref)
         refs = [ref for ref in found.values() if not (ref.snapshot and self._needs_moments)]
 
+        history, margin = audit.read(self._roots[0]), self.settings.margin_iterations
+        # What was too close to an earlier onset must not count as healthy for a later one.
+        before = tuple(Span(s.onset - margin, s.onset - 1) for s in history.spikes)
+
         def choose(further_back: int) -> Healthy:
             request = HealthyRequest(
-                onset=spike.onset, margin_iterations=self.settings.margin_iterations,
-                further_back=further_back,
+                onset=spike.onset, margin_iterations=margin, further_back=further_back,
+                spans=before,
             )  # fmt: skip
             return choose_healthy(refs, request, most=self.settings.last)
 
-        attempts = audit.read(self._roots[0]).attempts_from(choose(0).newest)
+        attempts = history.attempts_from(choose(0).newest)
         if attempts >= self.settings.attempts:
             raise SelectionError(
                 f"{attempts} attempts from the same healthy checkpoints did not hold. Lower the "

@@ -63,6 +63,11 @@ class Watch:
                 arguments["iteration"], losses[0] if losses else None, arguments["grad_norm"]
             )
 
+    @property
+    def suspect_since(self) -> int | None:
+        """See `Recovery.suspect_since`."""
+        return self._recovery.suspect_since
+
     def saving(self, args: Any) -> None:
         """Megatron is about to save: what a resume must know goes into its arguments."""
         setattr(args, audit.RECORD, self._recovery.recoveries)

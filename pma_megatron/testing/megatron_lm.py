@@ -15,6 +15,7 @@ import importlib.util
 import os
 import re
 import runpy
+import secrets
 import shlex
 import signal
 import subprocess
@@ -48,6 +49,7 @@ TINY: tuple[str, ...] = tuple(
 
 _LOSS = re.compile(r"iteration +(\d+)/.*?lm loss: (\S+) ")
 _FORWARDED = "PMA_TESTING_IMPORT"
+_JOB = "PMA_TESTING_JOB"
 
 
 class PretrainFailure(RuntimeError):
@@ -98,10 +100,12 @@ def run_pretrain(
     root = Path(__file__).parents[2]
     old = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
     paths = [*map(str, python_path), str(tree), str(root), *old]
+    job = secrets.token_hex(8)
     environ = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(paths),
+        _JOB: job,
         **({_FORWARDED: imports} if imports else {}),
         **(environment or {}),
     }
@@ -122,7 +126,7 @@ def run_pretrain(
         except subprocess.TimeoutExpired:
             ended = f"still running after {timeout_s} s"
         finally:
-            _kill(process)
+            _kill(process, job)
         log.seek(0)
         output = log.read()
     if process.returncode:
@@ -200,10 +204,15 @@ def _use_the_wheels_data_index() -> None:
     sys.modules[f"{package}.helpers_cpp"] = module
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
+def _kill(process: subprocess.Popen[bytes], job: str) -> None:
+    """All of a job: the checkpoint writers of a rank that was killed would outlive it."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if f"{_JOB}={job}".encode() in environ.read_bytes().split(b"\0"):
+                os.kill(int(environ.parent.name), signal.SIGKILL)
 
 
 def _main(argv: list[str]) -> int:
