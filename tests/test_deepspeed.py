@@ -154,6 +154,7 @@ def check_weights(held: Mapping[str, Any], dtype: torch.dtype) -> None:
         assert torch.equal(held["weights"][name], master.to(dtype)), name
 
 
+@pytest.mark.slow
 def test_unmodified_deepspeed_resumes_from_the_average(
     runs: tuple[Path, dict[str, Any]], merged: dict[str, Path]
 ) -> None:
@@ -256,7 +257,7 @@ def test_zero3_buffers_of_every_rank_do_not_mix_with_other_stages(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.thorough)])
 def test_experts_over_four_ranks(tmp_path: Path, stage: int) -> None:
     config = DeepSpeedConfig(stage=stage, experts=4, expert_parallel_size=2)
     run, save = tmp_path / "run", tmp_path / "save"
@@ -327,13 +328,13 @@ def test_a_tag_without_a_rank_is_incomplete(run: Path, save: Path) -> None:
 
 
 class Harm:
-    """Unpickled, it makes a file."""
+    """Unpickled, it makes a folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def __reduce__(self) -> Any:
-        return Path.touch, (self.path,)
+        return os.mkdir, (str(self.path),)
 
 
 def test_a_hostile_file_is_refused_and_nothing_in_it_runs(run: Path, save: Path) -> None:
@@ -343,6 +344,35 @@ def test_a_hostile_file_is_refused_and_nothing_in_it_runs(run: Path, save: Path)
     with refused(CheckpointError, "refused, nothing was run", run=run, save=save):
         merge_run(run, save)
     assert not trap.exists()
+
+
+def test_names_in_a_client_state_are_copied_and_never_resolved(run: Path, save: Path) -> None:
+    trap = save.parent / "ran"
+    for number in (4, 6):
+        file = tag(run, number) / "mp_rank_00_model_states.pt"
+        torch.save({**load(file), "mine": Harm(trap)}, file)
+    output = merge_run(run, save)
+    assert not trap.exists()
+    ours, theirs = (records(folder / file.name) for folder in (output, tag(run)))
+    assert ours["data.pkl"] == theirs["data.pkl"]
+
+
+def merge_on(rank: int, world_size: int, run: str, save: str, size: int) -> None:
+    merge_run(Path(run), Path(save), merge_parallel_size=size)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_ranks_share_the_work(
+    runs: tuple[Path, dict[str, Any]], merged: dict[str, Path], save: Path, size: int
+) -> None:
+    for kind in ("zero1", "zero3"):
+        run_ranks(merge_on, 2, str(runs[0] / kind), str(save / kind), size)
+        for file in tag(merged[kind]).glob("*.pt"):
+            ours, alone = records(tag(save / kind) / file.name), records(file)
+            if size == 1:
+                assert ours == alone
+            assert {n for n in ours if len(ours[n]) != len(alone[n])} == set()
+        assert verify(tag(save / kind)).worst <= 1
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,7 @@ def detect(path: Path) -> str:
             return TORCH_DIST  # damaged; its completeness says so
     if any(path.glob("mp_rank_*/model_optim_rng.pt")):
         return "torch (legacy)"
-    if any(path.glob("*_states.pt")):
+    if any(path.glob("*model_states.pt")) or any(path.glob("*optim_states.pt")):
         return DEEPSPEED
     if any(path.glob("*.distcp")) or (path / "common.pt").is_file():
         return TORCH_DIST if (path / "common.pt").is_file() else "torch_dcp or fsdp_dtensor"
