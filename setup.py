@@ -14,6 +14,7 @@ PLOTS = ["matplotlib>=3.7"]
 TENSORBOARD = ["tensorboard>=2.12"]
 TEST = [
     *MEGATRON,
+    *DEEPSPEED,
     *PLOTS,
     *TENSORBOARD,
     "hypothesis>=6.100",

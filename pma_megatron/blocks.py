@@ -86,6 +86,11 @@ class BlockReader:
         _, start = self._items.locate(part.payload)
         return part.payload.item.file, start + part.start * part.payload.dtype.itemsize
 
+    def read_bytes(self, payload: Payload, start: int, into: memoryview) -> None:
+        """Fill `into` from element `start` of `payload` on; see `pread` for errors."""
+        _, first = self._items.locate(payload)
+        self.pread(payload.item.file, first + start * payload.dtype.itemsize, into)
+
     def advise(self, part: Part[Payload]) -> None:
         """Tell the kernel that `part` is about to be read, so that reading runs ahead of adding."""
         file, first = self.place(part)

@@ -17,7 +17,7 @@ from pma_megatron.formats.source import Source
 from pma_megatron.geometry import Box, Piece, PieceIndex
 from pma_megatron.policy import MAIN, Action, Entry, Policy, Rule, unmatched
 from pma_megatron.request import MergeRequest
-from pma_megatron.tasks import Average, Copy, Write, Zero
+from pma_megatron.tasks import Average, Copy, Keep, Write, Zero
 
 _ROUNDED = (torch.bfloat16, torch.float16)
 _AVERAGED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -184,7 +184,7 @@ def _table(entries: Sequence[Entry], rules: Rules) -> tuple[PolicyRow, ...]:
 
 
 def make_tasks(sources: Sequence[Source], active: Sequence[int], fates: Fates,
-               layout: OutputLayout) -> list[Average | Copy | Zero | Write]:  # fmt: skip
+               layout: OutputLayout) -> list[Average | Copy | Keep | Zero | Write]:  # fmt: skip
     """The work that fills `layout`, after a check that every source has what it takes.
 
     Raises:
@@ -192,7 +192,7 @@ def make_tasks(sources: Sequence[Source], active: Sequence[int], fates: Fates,
     """
     base = sources[-1]
     check_same_model(sources)
-    tasks: list[Average | Copy | Zero | Write] = []
+    tasks: list[Average | Copy | Keep | Zero | Write] = []
     covered: dict[Place, list[tuple[int, int]]] = {}
     zeroed: dict[Payload, Zero] = {}  # a payload may hold the moments of many parameters
     for (state, key), rule in fates.rules.items():
@@ -209,8 +209,12 @@ def make_tasks(sources: Sequence[Source], active: Sequence[int], fates: Fates,
                 _average(sources, active, fates, layout, state, tensor, key, covered, written,
                          rounded)
             )  # fmt: skip
+    payloads = {place: payload for payload, place in layout.places.items()}
     for place, ranges in covered.items():
-        tasks += [Zero(place, start, count) for start, count in _gaps(ranges, place.numel)]
+        for start, count in _gaps(ranges, place.numel):
+            keep = layout.keeps_gaps
+            tasks.append(Keep(payloads[place], place, start, count) if keep
+                         else Zero(place, start, count))  # fmt: skip
     return [*tasks, *zeroed.values(), *_untouched(layout)]
 
 
@@ -227,7 +231,7 @@ def _average(sources: Sequence[Source], active: Sequence[int], fates: Fates, lay
     weight = base.space.weights[key]
     if rounded:
         _check_covers(base, key, PieceIndex(tensor.pieces), weight.pieces)
-        targets += _placed(layout, weight.pieces, covered)
+        targets += _placed(layout, (*weight.pieces, *weight.replicas), covered)
     return average_task(
         base, state, key, lead=tensor.pieces, numbers=numbers, tensors=tensors, targets=targets,
         target_bytes=(tensor.dtype.itemsize if written else 0)
@@ -249,7 +253,8 @@ def average_task(base: Source, state: str, key: str, *, lead: Iterable[Piece[Any
         tensors: per number, the tensor in that source.
     """
     weight = base.space.weights[key]
-    proof = PieceIndex(weight.pieces) if state == MAIN and _is_flat(base, key) else None
+    proved = state == MAIN and bool(weight.pieces) and _is_flat(base, key)
+    proof = PieceIndex(weight.pieces) if proved else None
     return Average(
         key=key if state in ("weight", MAIN) else f"optimizer.{state}.{key}",
         kept=kept,
@@ -315,7 +320,8 @@ def check_same_model(sources: Sequence[Source]) -> None:
             extra = sorted(set(theirs.space.weights) - set(ours.space.weights))
             if extra:
                 raise PlanError(
-                    f"{source.path} {what} ({base.path}): {', '.join(extra[:3])} "
+                    f"{source.path} ({source.topology}, {source.space.kind}) {what} ({base.path}: "
+                    f"{base.topology}, {base.space.kind}): {', '.join(extra[:3])} "
                     f"({len(extra)} in all). They are not checkpoints of one model: exclude the "
                     "ones that differ"
                 )

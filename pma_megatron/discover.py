@@ -14,7 +14,7 @@ from pma_megatron.formats.marker import SNAPSHOTS, read_snapshot_marker
 from pma_megatron.selection import CheckpointRef, Selection, SelectionRequest, select
 from pma_megatron.tokens import consumed_tokens_of
 
-TRACKER_FILE = "latest_checkpointed_iteration.txt"
+TRACKER_FILE = registry.get(registry.TORCH_DIST, "").tracker.file
 _ITERATION = re.compile(r"^iter_(\d{7,})$")
 _log = logging.getLogger(__name__)
 
@@ -26,7 +26,8 @@ def list_checkpoints(root: str | Path) -> list[CheckpointRef]:
     one iteration, the full one is listed, unless it alone is incomplete.
 
     Args:
-        root: the folder given to Megatron's --save, or one `iter_*` folder.
+        root: the folder given to Megatron's --save or DeepSpeed's save_checkpoint, or one
+            checkpoint's folder in it.
 
     Raises:
         SelectionError: there is no such folder.
@@ -34,7 +35,7 @@ def list_checkpoints(root: str | Path) -> list[CheckpointRef]:
     root = Path(root)
     if not root.is_dir():
         raise SelectionError(f"{root} is not a folder. Give the folder passed to Megatron's --save")
-    if _ITERATION.match(root.name) or root.name == "release":
+    if is_checkpoint(root):
         return [describe(root, audit.read(root.parent))]
     history = audit.read(root)
     refs = {folder.name: describe(folder, history) for folder in _checkpoint_folders(root)}
@@ -75,7 +76,7 @@ def describe(folder: Path, history: audit.History | None = None) -> CheckpointRe
     """One checkpoint folder as a reference; damage ends up in `incomplete_because`.
 
     Args:
-        folder: `iter_*` or `release`.
+        folder: `iter_*`, `release`, or a tag of DeepSpeed.
         history: the run's spike recoveries.
     """
     name = registry.detect(folder)
@@ -85,6 +86,7 @@ def describe(folder: Path, history: audit.History | None = None) -> CheckpointRe
     try:
         snapshot = read_snapshot_marker(folder) is not None
         known = registry.get(name, str(folder))
+        iteration = known.iteration(folder) if known.iteration else iteration
         reason = known.completeness(folder)
         if reason is None:
             common = known.common(folder)
@@ -126,7 +128,8 @@ def choose(refs: list[CheckpointRef], request: SelectionRequest, root: str | Pat
     root = Path(root)
     if not refs:
         raise SelectionError(
-            f"{root} holds no iter_* checkpoint. Give the folder passed to Megatron's --save "
+            f"{root} holds no iter_* checkpoint and no DeepSpeed tag. Give the folder passed to "
+            "Megatron's --save or DeepSpeed's save_checkpoint "
             f"(found: {', '.join(sorted(p.name for p in root.iterdir())[:5]) or 'nothing'})"
         )
     excluded = set(request.exclude)
@@ -140,22 +143,52 @@ def choose(refs: list[CheckpointRef], request: SelectionRequest, root: str | Pat
             f"{root} mixes checkpoint formats ({found}). Take one of them with --iterations, or "
             "leave the others out with --exclude"
         )
-    if not (root / TRACKER_FILE).is_file() and not _ITERATION.match(root.name):
+    selection = select(refs, request)
+    if root.is_dir() and not is_checkpoint(root):
+        _warn_of_tracker(root, selection.refs[-1].format)
+    return selection
+
+
+def _warn_of_tracker(root: Path, name: str) -> None:
+    tracker = registry.get(name, str(root)).tracker
+    path = root / tracker.file
+    folder = tracker.folder_of(path.read_text().strip()) if path.is_file() else None
+    if folder is None or (name == registry.DEEPSPEED and not (root / folder).is_dir()):
+        what = "has no" if not path.is_file() else f"names {folder!r}, which is not there, in"
         _log.warning(
-            "%s has no %s. Checkpoints are found by their folders, so the merge does not need it; "
-            "Megatron does, to resume from there.", root, TRACKER_FILE,
+            "%s %s %s. Checkpoints are found by their folders, so the merge does not need it; "
+            "training does, to resume from there.", root, what, tracker.file,
         )  # fmt: skip
-    return select(refs, request)
+
+
+def pointed(root: Path) -> Path:
+    """The checkpoint that the tracker in `root` names, or `root` itself without a tracker.
+
+    Raises:
+        CheckpointError: the tracker makes no sense.
+    """
+    for known in registry.FORMATS:
+        path = root / known.tracker.file
+        if path.is_file():
+            content = path.read_text().strip()
+            folder = known.tracker.folder_of(content)
+            if folder is None:
+                raise CheckpointError(f"{path} says {content!r}: damaged. Name one folder")
+            return root / folder
+    return root
 
 
 def _checkpoint_folders(root: Path) -> list[Path]:
     if not root.is_dir():
         return []
-    return [p for p in root.iterdir() if p.is_dir() and _is_checkpoint_name(p.name)]
+    return [p for p in root.iterdir() if p.is_dir() and is_checkpoint(p)]
 
 
-def _is_checkpoint_name(name: str) -> bool:
-    return _ITERATION.match(name) is not None or name == "release"
+def is_checkpoint(folder: Path) -> bool:
+    """True for a folder with a checkpoint's name, or with a DeepSpeed tag's files (any name)."""
+    if _ITERATION.match(folder.name) is not None or folder.name == "release":
+        return True
+    return not folder.name.startswith(".") and registry.detect(folder) == registry.DEEPSPEED
 
 
 def _wrong_iteration(named: int | None, saved: Any) -> str | None:

@@ -26,7 +26,7 @@ from pma_megatron.comm import Comm, Team
 from pma_megatron.errors import PlanError, RankError
 from pma_megatron.formats import registry
 from pma_megatron.geometry import Box, slices
-from pma_megatron.tasks import Average, Copy, Unit, Workload, Write, Zero
+from pma_megatron.tasks import Average, Copy, Keep, Unit, Workload, Write, Zero
 
 S = TypeVar("S")
 Progress = Callable[[int], None]
@@ -209,17 +209,27 @@ class _Job:
                            unit.count)  # fmt: skip
             self.tally.add(unit.count, unit.count * len(self.add.writers))
             return
-        scale = task.place.dtype.itemsize if isinstance(task, Zero) else 1
+        scale = task.place.dtype.itemsize if isinstance(task, (Keep, Zero)) else 1
         while at < end:
             count = min(len(_ZEROS) // scale, end - at)
+            kept = self._kept(task, at, count) if isinstance(task, Keep) else None
             for writer in self.add.writers:
-                if isinstance(task, Zero):
+                if isinstance(task, Keep) and kept is not None:
+                    writer.put(task.place, task.start + at, kept)
+                elif isinstance(task, Zero):
                     writer.put(task.place, task.start + at, memoryview(_ZEROS)[: count * scale])
                 elif isinstance(task, Write):
                     data = memoryview(task.data)[at : at + count]
                     writer.pwrite(task.file, task.offset + at, data)
-            self.tally.add(0, count * scale * len(self.add.writers))
+            self.tally.add(len(kept or b""), count * scale * len(self.add.writers))
             at += count
+
+    def _kept(self, task: Keep, at: int, count: int) -> memoryview:
+        """`count` elements of the newest source from element `at` of the task."""
+        reader = self.add.readers[self.add.last]
+        data = memoryview(bytearray(count * task.payload.dtype.itemsize))
+        reader.read_bytes(task.payload, task.start + at, data)
+        return data
 
     # A team: the same blocks in the same order on every member.
 

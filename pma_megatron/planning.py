@@ -20,7 +20,7 @@ from pma_megatron.formats.source import Source
 from pma_megatron.policy import MAIN
 from pma_megatron.request import MergeRequest, Output
 from pma_megatron.selection import CheckpointRef, Selection
-from pma_megatron.tasks import Average, Copy, Unit, Workload, Zero, units
+from pma_megatron.tasks import Average, Copy, Keep, Unit, Workload, Zero, units
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -273,7 +273,7 @@ def file_order(unit: Unit) -> tuple[str, int, int]:
         item = unit.lead.payload.item
         return item.file, item.offset, unit.lead.start
     task = unit.task
-    if isinstance(task, Zero):
+    if isinstance(task, (Keep, Zero)):
         return task.place.file, task.place.start, task.start + unit.first
     assert not isinstance(task, Average)
     return task.file, task.offset, unit.first
@@ -284,6 +284,8 @@ def read_bytes(unit: Unit) -> int:
     task = unit.task
     if isinstance(task, Copy):
         return unit.count
+    if isinstance(task, Keep):
+        return unit.count * task.payload.dtype.itemsize
     if not isinstance(task, Average) or unit.box is None:
         return 0
     per_element = sum(d.itemsize for d in task.dtypes) + task.proof_itemsize

@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pma_megatron.blocks import joined_crc
-from pma_megatron.discover import TRACKER_FILE
+from pma_megatron.discover import is_checkpoint
 from pma_megatron.durable import sync, write_small
 from pma_megatron.errors import PublishError
 from pma_megatron.faultpoints import point
+from pma_megatron.formats import registry
 from pma_megatron.formats.marker import MARKER_FILE, SNAPSHOTS, read_snapshot_marker
 from pma_megatron.planning import MergePlan
 
@@ -44,7 +45,8 @@ class Target:
 
 def targets(plan: MergePlan, save: str, token: str) -> tuple[Target, ...]:
     """Where the outputs of `plan` go; `token` keeps the staging folders of two jobs apart."""
-    name = "release" if plan.iteration is None else f"iter_{plan.iteration:07d}"
+    newest = plan.sources[-1]
+    name = registry.get(newest.format, newest.path).folder_name(newest.path, plan.iteration)
     found = []
     for output in plan.outputs:
         root = Path(save) / output.name if output.name else Path(save)
@@ -92,8 +94,7 @@ def _refuse_foreign(target: Target) -> None:
     if not target.root.is_dir():
         return
     for folder in target.root.iterdir():
-        named = folder.name.startswith("iter_") or folder.name == "release"
-        if not folder.is_dir() or not named:
+        if not folder.is_dir() or not (folder.name.startswith("iter_") or is_checkpoint(folder)):
             continue
         merged = (folder / PROVENANCE_FILE).is_file() and read_snapshot_marker(folder) is None
         if not merged:
@@ -229,11 +230,13 @@ def finish(plan: MergePlan, target: Target, writer_parts: Sequence[dict[tuple[in
     try:
         _write_structure(plan, target, parts)
         small = dict(plan.layout.small_files)
-        marker = small.pop(plan.layout.last_file)
+        last = plan.layout.last_file
+        marker = small.pop(last) if last is not None else b""
         for name, data in (*small.items(), (PROVENANCE_FILE, provenance)):
             write_small(target.staging / name, data)
         point("marker", 0)
-        write_small(target.staging / plan.layout.last_file, marker)
+        if last is not None:
+            write_small(target.staging / last, marker)
         for name in plan.layout.files:
             sync(target.staging / name)
         sync(target.staging)
@@ -274,10 +277,10 @@ def publish(plan: MergePlan, target: Target) -> None:
     """
     kept = target.root / f"{_REPLACED}{target.final.name}"
     tracker = target.root / f"{_TRACKER}{target.final.name}"
+    known = registry.get(plan.sources[-1].format, plan.sources[-1].path).tracker
     try:
         # Written first: a disk that is full by now must not leave a checkpoint without a tracker.
-        value = "release" if plan.iteration is None else str(plan.iteration)
-        write_small(tracker, value.encode())
+        write_small(tracker, known.content_of(target.final.name).encode())
         if target.final.exists():
             if not _exchange(target.staging, target.final):
                 target.final.rename(kept)
@@ -287,7 +290,7 @@ def publish(plan: MergePlan, target: Target) -> None:
             target.staging.rename(target.final)
         sync(target.root)
         point("tracker", 0)
-        tracker.replace(target.root / TRACKER_FILE)
+        tracker.replace(target.root / known.file)
         sync(target.root)
     except OSError as error:
         raise PublishError(

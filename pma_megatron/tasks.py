@@ -79,6 +79,16 @@ class Copy:
 
 
 @dataclass(frozen=True, slots=True)
+class Keep:
+    """Elements of a written payload that stay the newest source's: padding, what has no name."""
+
+    payload: Payload
+    place: Place
+    start: int
+    numel: int
+
+
+@dataclass(frozen=True, slots=True)
 class Zero:
     """A range of a payload that becomes zero: reset moments, gaps between parameters."""
 
@@ -100,7 +110,7 @@ class Write:
 class Unit:
     """A bounded part of one task; `box` for averages, a byte range `(start, count)` otherwise."""
 
-    task: Average | Copy | Zero | Write
+    task: Average | Copy | Keep | Zero | Write
     lead: Piece[Payload] | None
     box: Box | None
     first: int
@@ -108,7 +118,7 @@ class Unit:
     cost_bytes: int
 
 
-def units(task: Average | Copy | Zero | Write) -> Iterator[Unit]:
+def units(task: Average | Copy | Keep | Zero | Write) -> Iterator[Unit]:
     """Cut a task into units; the cut depends on the task alone, so results do not on the ranks."""
     if isinstance(task, Average):
         per_element = sum(d.itemsize for d in task.dtypes) + task.target_bytes
@@ -119,10 +129,10 @@ def units(task: Average | Copy | Zero | Write) -> Iterator[Unit]:
     total = task.nbytes if isinstance(task, Copy) else (
         len(task.data) if isinstance(task, Write) else task.numel
     )  # fmt: skip
-    scale = task.place.dtype.itemsize if isinstance(task, Zero) else 1
+    scale = task.place.dtype.itemsize if isinstance(task, (Keep, Zero)) else 1
     for first in range(0, total, UNIT_ELEMENTS):
         count = min(UNIT_ELEMENTS, total - first)
-        reads = isinstance(task, Copy)
+        reads = isinstance(task, (Copy, Keep))
         yield Unit(task, None, None, first, count, count * scale * (2 if reads else 1))
 
 

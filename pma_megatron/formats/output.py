@@ -53,14 +53,16 @@ class OutputLayout:
         places: base payload -> where its new bytes go.
         small_files: files written whole, in this order, `last_file` being the marker that makes the
             folder a checkpoint.
-        last_file: name of that marker.
+        last_file: name of that marker; None where all files together make it one.
+        keeps_gaps: elements of a written payload that no tensor covers stay the base's; else zero.
     """
 
     files: Mapping[str, int]
     items: tuple[OutputItem, ...]
     places: Mapping[Payload, Place]
     small_files: OrderedDict[str, bytes]
-    last_file: str
+    last_file: str | None
+    keeps_gaps: bool = False
 
     @property
     def nbytes(self) -> int:

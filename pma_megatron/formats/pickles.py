@@ -17,7 +17,7 @@ import io
 import pickle
 from collections import OrderedDict
 from collections.abc import Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -61,13 +61,17 @@ class StorageRef:
 
 @dataclass(frozen=True, slots=True)
 class TensorRef:
-    """A tensor inside a `.pt` zip; `offset` and `stride` count elements of its storage."""
+    """A tensor inside a `.pt` zip; `offset` and `stride` count elements of its storage.
+
+    `outer` holds the type and the attributes of a tensor that has some (ZeRO-3 masters do).
+    """
 
     storage: StorageRef
     offset: int
     size: tuple[int, ...]
     stride: tuple[int, ...]
     rest: tuple[Any, ...] = ()
+    outer: tuple[Any, Any] | None = None
 
     def is_contiguous(self) -> bool:
         """True if the elements lie in row-major order without gaps."""
@@ -164,23 +168,40 @@ def load_strict(
     return _unpickle(Strict(io.BytesIO(data)), what)
 
 
-def load_inert(data: bytes, *, what: str, allowed: Set[tuple[str, str]] = frozenset()) -> Any:
+def load_inert(
+    data: bytes,
+    *,
+    what: str,
+    allowed: Set[tuple[str, str]] = frozenset(),
+    known: Set[tuple[str, str]] | None = None,
+) -> Any:
     """Unpickle `data`; names that are not plain become `Inert`, tensors become `TensorRef`.
 
+    Args:
+        data: the pickle.
+        what: the file, for messages.
+        allowed: further `(module, name)` pairs that are resolved.
+        known: the only names that may become `Inert`; None for any.
+
     Raises:
-        CheckpointError: the pickle is damaged.
+        CheckpointError: the pickle is damaged, or names something that is not `known`.
     """
     placeholders: dict[tuple[str, str], InertType] = {}
 
     class Lenient(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> Any:
-            if module == "torch._utils" and name in _REBUILDERS:
-                return _REBUILDERS[name]
+            if (module, name) in _REBUILDERS:
+                return _REBUILDERS[module, name]
             if module == "torch" and name.endswith("Storage"):
                 return _StorageType(name)
             found = _resolve(module, name, allowed)
             if found is None:
                 key = (module, name)
+                if known is not None and key not in known:
+                    raise CheckpointError(
+                        f"{what} names {module}.{name}, which no such file needs: refused, nothing "
+                        "was run. Exclude this checkpoint; if you trust the file, report the name"
+                    )
                 if key not in placeholders:
                     body = {"__module__": module, "__qualname__": name}
                     placeholders[key] = InertType(name.rpartition(".")[2], (Inert,), body)
@@ -266,7 +287,17 @@ def _rebuild_tensor(storage: StorageRef, offset: int, size: Any, stride: Any, *r
     return TensorRef(storage, offset, tuple(size), tuple(stride), rest)
 
 
-_REBUILDERS = {"_rebuild_tensor_v2": _rebuild_tensor, "_rebuild_tensor": _rebuild_tensor}
+def _rebuild_with_attributes(rebuild: Any, kind: Any, args: Any, state: Any) -> Any:
+    if rebuild is not _rebuild_tensor:
+        raise CheckpointError(f"a tensor is rebuilt by {rebuild!r}, which is not known here")
+    return replace(rebuild(*args), outer=(kind, state))
+
+
+_REBUILDERS = {
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
+    ("torch._tensor", "_rebuild_from_type_v2"): _rebuild_with_attributes,
+}
 
 
 class _Global:
@@ -280,6 +311,7 @@ class _Global:
 
 
 _REBUILD_V2 = _Global("torch._utils", "_rebuild_tensor_v2")
+_REBUILD_TYPE = _Global("torch._tensor", "_rebuild_from_type_v2")
 
 
 class _InertPickler(pickle._Pickler):
@@ -298,7 +330,10 @@ class _InertPickler(pickle._Pickler):
             return f"{obj.module}\n{obj.name}"
         if isinstance(obj, TensorRef):
             rest = obj.rest or (False, OrderedDict())
-            return _REBUILD_V2, (obj.storage, obj.offset, obj.size, obj.stride, *rest)
+            args = (obj.storage, obj.offset, obj.size, obj.stride, *rest)
+            if obj.outer is None:
+                return _REBUILD_V2, args
+            return _REBUILD_TYPE, (_REBUILD_V2, obj.outer[0], args, obj.outer[1])
         return NotImplemented
 
     def save_global(self, obj: Any, name: str | None = None) -> None:

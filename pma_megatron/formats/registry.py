@@ -12,6 +12,9 @@ import torch
 
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.base import Payload, Schedule
+from pma_megatron.formats.deepspeed import checkpoint as deepspeed
+from pma_megatron.formats.deepspeed import output as deepspeed_output
+from pma_megatron.formats.deepspeed import source as deepspeed_source
 from pma_megatron.formats.items import ItemFiles
 from pma_megatron.formats.output import OutputLayout
 from pma_megatron.formats.source import ReadSource
@@ -22,6 +25,7 @@ from pma_megatron.formats.torch_dist.schedule import read_schedule
 from pma_megatron.formats.torch_dist.source import read_source
 
 TORCH_DIST = "torch_dist"
+DEEPSPEED = "deepspeed"
 
 
 class LayOut(Protocol):
@@ -38,6 +42,21 @@ class LayOut(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Tracker:
+    """The file of a root that names the checkpoint to resume from.
+
+    Attributes:
+        file: its name.
+        folder_of: content -> name of the checkpoint's folder; None if it makes no sense.
+        content_of: name of the folder -> content.
+    """
+
+    file: str
+    folder_of: Callable[[str], str | None]
+    content_of: Callable[[str], str]
+
+
+@dataclass(frozen=True, slots=True)
 class Format:
     """The verbs of one format.
 
@@ -50,6 +69,9 @@ class Format:
         files: its payload bytes.
         is_optimizer: whether a key belongs to the optimizer.
         schedule: where it stood in its learning-rate schedule.
+        tracker: how a root of its checkpoints says which one to resume from.
+        folder_name: (path of the newest source, iteration) -> what a merge up to it is called.
+        iteration: iteration of a folder, whole or not, where names do not say it; else None.
     """
 
     name: str
@@ -60,6 +82,9 @@ class Format:
     files: type[ItemFiles]
     is_optimizer: Any
     schedule: Callable[[Path], Schedule]
+    tracker: Tracker
+    folder_name: Callable[[str, int | None], str]
+    iteration: Callable[[Path], int | None] | None = None
 
 
 def _common(path: Path) -> dict[str, Any]:
@@ -74,10 +99,28 @@ def _lay_out(
     return output_layout(TorchDistCheckpoint(Path(path)), changes)
 
 
+def _iter_folder(content: str) -> str | None:
+    if content == "release":
+        return content
+    return f"iter_{int(content):07d}" if content.isdecimal() else None
+
+
+def _iter_content(folder: str) -> str:
+    return folder if folder == "release" else str(int(folder.removeprefix("iter_")))
+
+
 FORMATS = (
     Format(
         TORCH_DIST, completeness, _common, read_source, _lay_out, ItemFiles, is_optimizer_key,
-        read_schedule,
+        read_schedule, Tracker("latest_checkpointed_iteration.txt", _iter_folder, _iter_content),
+        lambda path, iteration: "release" if iteration is None else f"iter_{iteration:07d}",
+    ),
+    Format(
+        DEEPSPEED, deepspeed.completeness, deepspeed_source.read_common,
+        deepspeed_source.read_source, deepspeed_output.output_layout, ItemFiles,
+        lambda key: key.endswith("_optim_states.pt"), deepspeed_source.read_schedule,
+        Tracker("latest", lambda content: content or None, str),
+        lambda path, iteration: Path(path).name, deepspeed.iteration_of,
     ),
 )  # fmt: skip
 
@@ -92,8 +135,8 @@ def detect(path: Path) -> str:
             return TORCH_DIST  # damaged; its completeness says so
     if any(path.glob("mp_rank_*/model_optim_rng.pt")):
         return "torch (legacy)"
-    if any(path.glob("*mp_rank_*_model_states.pt")):
-        return "deepspeed"
+    if any(path.glob("*_states.pt")):
+        return DEEPSPEED
     if any(path.glob("*.distcp")) or (path / "common.pt").is_file():
         return TORCH_DIST if (path / "common.pt").is_file() else "torch_dcp or fsdp_dtensor"
     return "unknown"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -81,6 +82,16 @@ class Source:
     def _elements(self) -> dict[str, int]:
         weights = self.space.weights.items()
         return {key: math.prod(t.shape) for key, t in weights if t.dtype.is_floating_point}
+
+
+def stamps_of(folder: Path) -> dict[str, tuple[int, int]]:
+    """Bytes and mtime in ns of every file directly in `folder`."""
+    stamps = {}
+    for path in sorted(folder.iterdir()):
+        if path.is_file():
+            stat = path.stat()
+            stamps[path.name] = (stat.st_size, stat.st_mtime_ns)
+    return stamps
 
 
 ReadSource = Callable[[str, Mapping[tuple[str, str], Any], bool], Source]

@@ -136,28 +136,35 @@ class Skeleton:
         return pieces
 
 
-def lay_out(pickle_bytes: bytes, payloads: Sequence[tuple[str, int]]) -> Skeleton:
+def lay_out(
+    pickle_bytes: bytes,
+    payloads: Sequence[tuple[str, int]],
+    literals: Mapping[str, bytes] | None = None,
+) -> Skeleton:
     """Lay out the zip of one `torch.save`.
 
     Args:
         pickle_bytes: the content of `data.pkl`.
         payloads: (storage key, bytes) of each tensor storage, in the order of the file.
+        literals: storage key -> its bytes, for small ones that are known already.
     """
+    known = literals or {}
     small: list[tuple[str, bytes | None, int]] = [
         ("data.pkl", pickle_bytes, len(pickle_bytes)),
         (".format_version", b"1", 1),
         (".storage_alignment", str(ALIGNMENT_BYTES).encode(), 2),
         ("byteorder", b"little", 6),
     ]
-    big: list[tuple[str, bytes | None, int]] = [(f"data/{k}", None, n) for k, n in payloads]
+    big: list[tuple[str, bytes | None, int]] = [(f"data/{k}", known.get(k), n) for k, n in payloads]
     records, starts, at = [], {}, 0
     for name, data, nbytes in [*small, *big, ("version", b"3\n", 2)]:
         fixed = _LOCAL.size + len(f"archive/{name}") + (20 if nbytes >= _LIMIT else 0)
         start = at + fixed
-        if data is None:  # an aligned payload can be mapped into memory by torch.load(mmap=True)
+        if name.startswith("data/"):  # aligned, torch.load(mmap=True) can map it into memory
             start += 4
             start += -start % ALIGNMENT_BYTES
-            starts[name] = (start, nbytes)
+            if data is None:
+                starts[name] = (start, nbytes)
         records.append((name, at, start, data, nbytes))
         at = start + nbytes
     directory_bytes = sum(

@@ -20,8 +20,8 @@ import torch
 
 from pma_megatron.errors import CheckpointError, PlanError
 from pma_megatron.formats.base import MAIN_PARAM, Payload, Tensor
+from pma_megatron.formats.flat import FlatMap, FlatRange, FlatSpace
 from pma_megatron.formats.torch_dist.checkpoint import TorchDistCheckpoint
-from pma_megatron.formats.torch_dist.optimizer import FlatMap, FlatRange, FlatSpace
 from pma_megatron.geometry import Box, Piece, overlaps
 
 FINGERPRINT_ELEMENTS = 64

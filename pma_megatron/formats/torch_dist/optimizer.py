@@ -8,16 +8,15 @@ megatron/core/optimizer/distrib_optimizer.py, and optimizer.py (Float16, FP32).
 from __future__ import annotations
 
 import re
-from bisect import bisect_left, bisect_right
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.base import MAIN_PARAM, ModelSpace, Payload, Tensor
+from pma_megatron.formats.flat import FlatMap, FlatSpace, states_from_flat
 from pma_megatron.formats.pickles import TensorRef, load_inert
 from pma_megatron.formats.torch_dist.checkpoint import TorchDistCheckpoint
 from pma_megatron.formats.torch_dist.metadata import original_shape
-from pma_megatron.geometry import Box, Piece, flat_range, overlaps
+from pma_megatron.geometry import Box, Piece, flat_range
 
 _NAMED = re.compile(r"^(?:chained_\d+\.)?optimizer\.state\.(?P<state>[^.]+)\.(?P<key>.+)$")
 _BUCKET = re.compile(
@@ -33,34 +32,6 @@ _OPTIMIZER = re.compile(r"^(?:chained_\d+\.)?optimizer\.")
 def is_optimizer_key(key: str) -> bool:
     """True for entries that belong to the optimizer, whatever its layout."""
     return _OPTIMIZER.match(key) is not None
-
-
-@dataclass(slots=True)
-class FlatSpace:
-    """One flat buffer of a model-parallel rank: parameters in reverse order, with gaps.
-
-    `states` gives, per state name, the same flat coordinates stored in another payload. `exact` is
-    True where stored chunk boundaries are parameter boundaries (`dp_reshardable`).
-    """
-
-    group: str
-    name: str
-    numel: int
-    exact: bool
-    states: dict[str, tuple[Piece[Payload], ...]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class FlatRange:
-    """Elements `[start, start + box.numel)` of a flat space hold `box` of model tensor `key`."""
-
-    start: int
-    key: str
-    box: Box
-
-
-FlatMap = Mapping[tuple[str, str], Sequence[FlatRange]]
-"""(group, space name) -> the parameters that lie in it."""
 
 
 def weights_of(checkpoint: TorchDistCheckpoint) -> dict[str, Tensor]:
@@ -142,45 +113,6 @@ def _gathered_spaces(checkpoint: TorchDistCheckpoint, key: str, group: str) -> l
                 space.states[name] = (Piece(Box((0,), (numel,)), payload, ref.offset),)
             spaces.append(space)
     return spaces
-
-
-def states_from_flat(
-    spaces: Sequence[FlatSpace], ranges: FlatMap, weights: Mapping[str, Tensor]
-) -> dict[str, dict[str, Tensor]]:
-    """Express flat buffers in model space, given which parameter lies where."""
-    pieces: dict[tuple[str, str], list[Piece[Payload]]] = {}
-    replicas: dict[tuple[str, str], list[Piece[Payload]]] = {}
-    seen: set[tuple[str, str, Box]] = set()
-    for space in spaces:
-        for state, stored in space.states.items():
-            for found in ranges[space.group, space.name]:
-                mark = (state, found.key, found.box)
-                into = replicas if mark in seen else pieces
-                seen.add(mark)
-                into.setdefault((state, found.key), []).extend(_cut(found, stored))
-    states: dict[str, dict[str, Tensor]] = {}
-    for (state, key), own in pieces.items():
-        extra = tuple(replicas.get((state, key), ()))
-        states.setdefault(state, {})[key] = Tensor(
-            key, own[0].payload.dtype, weights[key].shape, tuple(own), extra
-        )
-    return states
-
-
-def _cut(found: FlatRange, stored: Sequence[Piece[Payload]]) -> list[Piece[Payload]]:
-    """The stored chunks under one parameter, as boxes of its model tensor."""
-    wanted = Box((found.start,), (found.box.numel,))
-    first_chunk = bisect_right(stored, found.start, key=_start) - 1  # chunks lie in order
-    end_chunk = bisect_left(stored, found.start + found.box.numel, key=_start)
-    result = []
-    for part in overlaps(wanted, stored[max(first_chunk, 0) : end_chunk]):
-        for box, first in flat_range(found.box, part.unit_start, part.unit_start + part.numel):
-            result.append(Piece(box, part.payload, part.start + first - part.unit_start))
-    return result
-
-
-def _start(piece: Piece[Payload]) -> int:
-    return piece.box.offsets[0]
 
 
 def layout_kind(checkpoint: TorchDistCheckpoint) -> str:

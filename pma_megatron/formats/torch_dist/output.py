@@ -17,7 +17,8 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from pma_megatron.formats.base import Item, Payload
 from pma_megatron.formats.output import OutputItem, OutputLayout, Place
-from pma_megatron.formats.pickles import TensorRef, dump_inert, load_inert, new_tensor
+from pma_megatron.formats.pickles import dump_inert, load_inert, new_tensor
+from pma_megatron.formats.relay import relay, reset_steps
 from pma_megatron.formats.torch_dist.checkpoint import (
     COMMON_FILE,
     COMMON_KEY,
@@ -126,20 +127,10 @@ def _relay(build: _Build, entry: _Entry, payloads: list[Payload]) -> None:
                                           len(build.items))  # fmt: skip
         build.items.append(OutputItem(placed, skeleton, None, {}))
         return
-    records = build.base.records(entry.item)
-    names = [name for name in records if name.startswith("data/")]
-    pickle_bytes = build.base.read_record(entry.item, "data.pkl")
-    skeleton = lay_out(pickle_bytes, [(n.partition("/")[2], records[n].nbytes) for n in names])
-    placed = _reserve(build, entry.item, skeleton.length)
-    new = {payload.record: payload for payload in payloads}
-    kept = {n: (entry.item.offset + records[n].start, records[n].crc32)
-            for n in names if n not in new}  # fmt: skip
-    for name, payload in new.items():
-        assert name is not None
-        start = placed.offset + skeleton.payloads[name][0]
-        build.places[payload] = Place(placed.file, start, payload.dtype, payload.numel, name,
-                                      len(build.items))  # fmt: skip
-    build.items.append(OutputItem(placed, skeleton, entry.item, kept))
+    relaid = relay(build.base, entry.item, payloads, len(build.items),
+                   lambda length: _reserve(build, entry.item, length))  # fmt: skip
+    build.items.append(relaid.item)
+    build.places.update(relaid.places)
 
 
 def _place_edited(build: _Build, item: Item, edited: bytes) -> None:
@@ -154,7 +145,7 @@ def _edited(base: TorchDistCheckpoint, key: str, changes: Changes) -> bytes | No
     if changes.optimizer == "reset" and is_optimizer_key(key) and ".optimizer/shard" in key:
         item = base.objects[key]
         value = load_inert(base.read_record(item, "data.pkl"), what=f"{base.path}: {key}")
-        return _saved(base, item, value, _reset_steps(value))
+        return _saved(base, item, value, reset_steps(value))
     return None
 
 
@@ -168,26 +159,8 @@ def _edited_common(base: TorchDistCheckpoint, changes: Changes) -> bytes | None:
         for name in ("optimizer", "opt_param_scheduler"):
             common.pop(name, None)
     else:
-        zero = _reset_steps(common.get("optimizer"))
+        zero = reset_steps(common.get("optimizer"))
     return _saved(base, base.common_item, value, zero)
-
-
-def _reset_steps(value: Any) -> set[str]:
-    """Set every step counter in `value` to zero; returns the storages of those that are tensors."""
-    zero: set[str] = set()
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            if name in ("step", "common_step"):
-                if isinstance(inner, TensorRef):
-                    zero.add(inner.storage.key)
-                elif isinstance(inner, (int, float)):
-                    value[name] = type(inner)(0)
-            else:
-                zero |= _reset_steps(inner)
-    elif isinstance(value, (list, tuple)):
-        for inner in value:
-            zero |= _reset_steps(inner)
-    return zero
 
 
 def _saved(base: TorchDistCheckpoint, item: Item, value: Any, zero: set[str]) -> bytes:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from pma_megatron.errors import CheckpointError, PlanError
+from pma_megatron.formats.flat import FlatMap
 from pma_megatron.formats.marker import read_snapshot_marker
-from pma_megatron.formats.source import Source
+from pma_megatron.formats.source import Source, stamps_of
 from pma_megatron.formats.torch_dist import buckets
 from pma_megatron.formats.torch_dist.checkpoint import (
     COMMON_KEY,
@@ -16,7 +17,6 @@ from pma_megatron.formats.torch_dist.checkpoint import (
     completeness,
 )
 from pma_megatron.formats.torch_dist.optimizer import (
-    FlatMap,
     flat_spaces,
     is_optimizer_key,
     model_space,
@@ -74,18 +74,9 @@ def read_source(path: str, ranges: FlatMap, main_params: bool) -> Source:
         ranges=found,
         topology=topology,
         experts=(used, count) if isinstance(used, int) and isinstance(count, int) else None,
-        stamps=_stamps(checkpoint),
+        stamps=stamps_of(checkpoint.path),
         snapshot=read_snapshot_marker(folder) is not None,
     )
-
-
-def _stamps(checkpoint: TorchDistCheckpoint) -> dict[str, tuple[int, int]]:
-    stamps = {}
-    for path in sorted(checkpoint.path.iterdir()):
-        if path.is_file():
-            stat = path.stat()
-            stamps[path.name] = (stat.st_size, stat.st_mtime_ns)
-    return stamps
 
 
 def _topology(args: Mapping[str, Any]) -> str:

@@ -1,0 +1,242 @@
+"""ZeRO's flat partitions in model space: which elements of which parameter each rank file holds.
+
+`param_shapes` in the model states lists the parameters of every flat group in the order in which
+they lie there; deepspeed/utils/zero_to_fp32.py reads partitions by it too.
+
+* ZeRO-1, ZeRO-2, BF16_Optimizer: a group is one flat tensor, cut into one partition per rank.
+* The experts of a DeepSpeed MoE model have groups of their own, one per rank of expert parallelism,
+  cut over the ranks that hold the same experts; names in them count the experts of that rank.
+* ZeRO-3: every parameter is cut by itself, ceil(numel / ranks) elements each, the last ones padded
+  with whatever was in memory; a rank's pieces follow each other through its sub-groups.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pma_megatron.errors import CheckpointError
+from pma_megatron.formats.base import MAIN_PARAM, Payload
+from pma_megatron.formats.deepspeed.checkpoint import DeepSpeedCheckpoint
+from pma_megatron.formats.flat import FlatMap, FlatRange, FlatSpace
+from pma_megatron.formats.pickles import TensorRef
+from pma_megatron.geometry import Box, Piece, flat_range
+
+_MASTERS = "single_partition_of_fp32_groups"
+_MASTERS_3 = "fp32_flat_groups"
+_LOCAL_EXPERT = re.compile(
+    r"^(?P<layer>.*\.deepspeed_moe\.experts\.deepspeed_experts\.)(?P<expert>\d+)(?=\.)"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Parameters that lie in one flat group, whose partitions `ranks` hold in this order.
+
+    Attributes:
+        number: of the group in every rank's file.
+        ranks: data-parallel ranks.
+        shapes: key of each trained parameter -> shape, in the order of the group.
+    """
+
+    number: int
+    ranks: tuple[int, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+
+
+def groups_of(checkpoint: DeepSpeedCheckpoint) -> list[Group]:
+    """The flat groups of a tag, those of experts once per rank of expert parallelism.
+
+    Ranks r, r + E, r + 2 E, ... hold the same experts under expert parallelism E
+    (deepspeed/utils/groups.py, `_create_expert_and_data_parallel`).
+
+    Raises:
+        CheckpointError: a group was partitioned over other ranks than are there.
+    """
+    world = len(checkpoint.optim)
+    named = [
+        {name: tuple(shape) for name, shape in group.items()}
+        for group in checkpoint.head["param_shapes"]
+    ]
+    saved = checkpoint.optimizer(0).get("partition_count", world)
+    counts = saved if isinstance(saved, list) else [saved] * len(named)
+    local = _local_experts(named)
+    groups = []
+    for number, (shapes, count) in enumerate(zip(named, counts, strict=True)):
+        of_experts = bool(shapes) and all(map(_LOCAL_EXPERT.match, shapes))
+        if count != world and not (of_experts and count and world % count == 0):
+            raise CheckpointError(
+                f"{checkpoint.path}: group {number} was partitioned over {count} ranks, and there "
+                f"are {world}: MiCS and other partial groups are not supported"
+            )
+        size = world // count
+        for rank in range(size):
+            keys = {_global(name, rank, local): shape for name, shape in shapes.items()}
+            groups.append(Group(number, tuple(range(rank, world, size)), keys))
+    return groups
+
+
+def _local_experts(named: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """MoE layer -> experts that one rank holds."""
+    counts: dict[str, int] = {}
+    for match in (_LOCAL_EXPERT.match(name) for shapes in named for name in shapes):
+        if match:
+            counts[match["layer"]] = max(counts.get(match["layer"], 0), int(match["expert"]) + 1)
+    return counts
+
+
+def _global(name: str, rank: int, local: Mapping[str, int]) -> str:
+    """The name of a parameter in which experts of all ranks are counted, as expert files do."""
+    match = _LOCAL_EXPERT.match(name)
+    if match is None:
+        return name
+    number = rank * local[match["layer"]] + int(match["expert"])
+    return f"{match['layer']}{number}{name[match.end() :]}"
+
+
+def kind(checkpoint: DeepSpeedCheckpoint) -> str:
+    """Which optimizer wrote it."""
+    stage = checkpoint.optimizer(0).get("zero_stage")
+    if stage is None:
+        return "BF16_Optimizer"
+    return f"ZeRO-{getattr(stage, 'pma_args', (stage,))[0]}"
+
+
+def flat_spaces(checkpoint: DeepSpeedCheckpoint) -> tuple[list[FlatSpace], FlatMap]:
+    """Every flat space of a tag, and which parameter lies where in it.
+
+    Raises:
+        CheckpointError: files of different ranks, or shapes and partitions, contradict each other.
+    """
+    optimizers = [checkpoint.optimizer(rank) for rank in sorted(checkpoint.optim)]
+    groups = groups_of(checkpoint)
+    by_rank = [_partitions(checkpoint, rank, state) for rank, state in enumerate(optimizers)]
+    if _MASTERS_3 in optimizers[0]:
+        return _by_parameter(checkpoint, groups, by_rank)
+    count = groups[-1].number + 1
+    if any(len(partitions) != count for partitions in by_rank):
+        raise CheckpointError(
+            f"{checkpoint.path} has {count} groups in param_shapes and "
+            f"{[len(partitions) for partitions in by_rank]} partitions per rank: expected one per "
+            "group. Exclude this checkpoint"
+        )
+    paddings = optimizers[0].get("param_alignment_paddings")
+    return _by_group(checkpoint, groups, by_rank, paddings)
+
+
+_Partition = dict[str, tuple[Payload, TensorRef]]
+"""State name -> where one flat partition lies."""
+
+
+def _by_group(checkpoint: DeepSpeedCheckpoint, groups: Sequence[Group],
+              by_rank: Sequence[Sequence[_Partition]], paddings: Any
+              ) -> tuple[list[FlatSpace], FlatMap]:  # fmt: skip
+    spaces, ranges = [], {}
+    for group in groups:
+        number = group.number
+        space = _join(f"group {number}", f"of rank {group.ranks[0]}",
+                      [by_rank[rank][number] for rank in group.ranks])  # fmt: skip
+        found, at = [], 0
+        for index, (name, shape) in enumerate(group.shapes.items()):
+            found.append(FlatRange(at, name, _whole(shape)))
+            at += math.prod(shape) + (int(paddings[number][index]) if paddings else 0)
+        _check_length(checkpoint, space, at, exact=False)
+        spaces.append(space)
+        ranges[space.group, space.name] = found
+    return spaces, ranges
+
+
+def _by_parameter(checkpoint: DeepSpeedCheckpoint, groups: Sequence[Group],
+                  by_rank: Sequence[Sequence[_Partition]]
+                  ) -> tuple[list[FlatSpace], FlatMap]:  # fmt: skip
+    spaces, ranges = [], {}
+    for rank, partitions in enumerate(by_rank):
+        space = _join("rank", str(rank), partitions)
+        found, at = [], 0
+        for name, shape in (pair for group in groups for pair in group.shapes.items()):
+            numel = math.prod(shape)
+            share = -(-numel // len(by_rank))
+            low, high = min(rank * share, numel), min((rank + 1) * share, numel)
+            for box, first in flat_range(_whole(shape), low, high):
+                found.append(FlatRange(at + first - low, name, box))
+            at += share
+        _check_length(checkpoint, space, at, exact=True)
+        spaces.append(space)
+        ranges[space.group, space.name] = found
+    return spaces, ranges
+
+
+def _whole(shape: tuple[int, ...]) -> Box:
+    return Box((0,) * len(shape), shape)
+
+
+def _join(group: str, name: str, partitions: Sequence[_Partition]) -> FlatSpace:
+    """Partitions that follow each other as one flat space; moments are as long as main params."""
+    pieces: dict[str, list[Piece[Payload]]] = {}
+    at = 0
+    for partition in partitions:
+        numel = partition[MAIN_PARAM][1].size[0]
+        for state, (payload, ref) in partition.items():
+            if numel and ref.size[0] >= numel:
+                pieces.setdefault(state, []).append(
+                    Piece(Box((at,), (numel,)), payload, ref.offset)
+                )
+        at += numel
+    states = {state: tuple(found) for state, found in pieces.items()}
+    return FlatSpace(group, name, numel=at, exact=True, states=states)
+
+
+def _partitions(checkpoint: DeepSpeedCheckpoint, rank: int, state: Mapping[str, Any]
+                ) -> list[_Partition]:  # fmt: skip
+    """The flat partitions in one rank's file, in the order of groups or sub-groups."""
+    what = str(checkpoint.path / checkpoint.optim[rank])
+    masters = state.get(_MASTERS, state.get(_MASTERS_3))
+    if not isinstance(masters, list):
+        raise CheckpointError(f"{what} has neither {_MASTERS} nor {_MASTERS_3}: not supported")
+    item = checkpoint.item(checkpoint.optim[rank])
+    result = []
+    for number, master in enumerate(masters):
+        if not _is_flat(master):
+            raise CheckpointError(
+                f"{what}: main params {number} are {master!r}, expected one flat tensor. States "
+                "that were offloaded elsewhere are not supported"
+            )
+        refs = {MAIN_PARAM: master, **dict(_moments(state, number))}
+        result.append(
+            {
+                name: (Payload(item, ref.storage.dtype, ref.storage.numel,
+                               f"data/{ref.storage.key}"), ref)
+                for name, ref in refs.items()
+            }
+        )  # fmt: skip
+    return result
+
+
+def _moments(state: Mapping[str, Any], number: int) -> Iterator[tuple[str, TensorRef]]:
+    base = base_state(state)
+    by_number = base.get("state") if isinstance(base, dict) else dict(enumerate(base or ()))
+    for name, value in ((by_number or {}).get(number) or {}).items():
+        if _is_flat(value):
+            yield name, value
+
+
+def base_state(state: Mapping[str, Any]) -> Any:
+    """The state of the torch optimizer below ZeRO: a dictionary, or a list where it is elastic."""
+    return state.get("base_optimizer_state", state.get("optimizer_state_dict"))
+
+
+def _is_flat(value: Any) -> bool:
+    return isinstance(value, TensorRef) and len(value.size) == 1 and value.is_contiguous()
+
+
+def _check_length(checkpoint: DeepSpeedCheckpoint, space: FlatSpace, numel: int,
+                  exact: bool) -> None:  # fmt: skip
+    if space.numel < numel or (exact and space.numel != numel):
+        raise CheckpointError(
+            f"{checkpoint.path}: {space.group} {space.name} holds {space.numel} elements of main "
+            f"params, its param_shapes need {numel}: damaged, or states were offloaded elsewhere. "
+            "group. Exclude this checkpoint"
+        )

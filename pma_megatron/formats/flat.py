@@ -1,0 +1,77 @@
+"""Flat buffers in model space: where the parameters of a buffer without names lie."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from pma_megatron.formats.base import Payload, Tensor
+from pma_megatron.geometry import Box, Piece, flat_range, overlaps
+
+
+@dataclass(slots=True)
+class FlatSpace:
+    """One flat buffer of a model-parallel rank: parameters in reverse order, with gaps.
+
+    `states` gives, per state name, the same flat coordinates stored in another payload. `exact` is
+    True where stored chunk boundaries are parameter boundaries (`dp_reshardable`).
+    """
+
+    group: str
+    name: str
+    numel: int
+    exact: bool
+    states: dict[str, tuple[Piece[Payload], ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class FlatRange:
+    """Elements `[start, start + box.numel)` of a flat space hold `box` of model tensor `key`."""
+
+    start: int
+    key: str
+    box: Box
+
+
+FlatMap = Mapping[tuple[str, str], Sequence[FlatRange]]
+"""(group, space name) -> the parameters that lie in it."""
+
+
+def states_from_flat(
+    spaces: Sequence[FlatSpace], ranges: FlatMap, weights: Mapping[str, Tensor]
+) -> dict[str, dict[str, Tensor]]:
+    """Express flat buffers in model space, given which parameter lies where."""
+    pieces: dict[tuple[str, str], list[Piece[Payload]]] = {}
+    replicas: dict[tuple[str, str], list[Piece[Payload]]] = {}
+    seen: set[tuple[str, str, Box]] = set()
+    for space in spaces:
+        for state, stored in space.states.items():
+            for found in ranges[space.group, space.name]:
+                mark = (state, found.key, found.box)
+                into = replicas if mark in seen else pieces
+                seen.add(mark)
+                into.setdefault((state, found.key), []).extend(_cut(found, stored))
+    states: dict[str, dict[str, Tensor]] = {}
+    for (state, key), own in pieces.items():
+        extra = tuple(replicas.get((state, key), ()))
+        states.setdefault(state, {})[key] = Tensor(
+            key, own[0].payload.dtype, weights[key].shape, tuple(own), extra
+        )
+    return states
+
+
+def _cut(found: FlatRange, stored: Sequence[Piece[Payload]]) -> list[Piece[Payload]]:
+    """The stored chunks under one parameter, as boxes of its model tensor."""
+    wanted = Box((found.start,), (found.box.numel,))
+    first_chunk = bisect_right(stored, found.start, key=_start) - 1  # chunks lie in order
+    end_chunk = bisect_left(stored, found.start + found.box.numel, key=_start)
+    result = []
+    for part in overlaps(wanted, stored[max(first_chunk, 0) : end_chunk]):
+        for box, first in flat_range(found.box, part.unit_start, part.unit_start + part.numel):
+            result.append(Piece(box, part.payload, part.start + first - part.unit_start))
+    return result
+
+
+def _start(piece: Piece[Payload]) -> int:
+    return piece.box.offsets[0]

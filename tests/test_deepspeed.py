@@ -1,0 +1,431 @@
+"""DeepSpeed checkpoints: merged from their files, resumed by unmodified DeepSpeed."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+
+from conftest import digests, refused, request_for
+from oracle import assert_average
+from pma_megatron import SelectionRequest, inspect, list_checkpoints, merge, verify
+from pma_megatron.errors import (
+    CheckpointError,
+    PlanError,
+    PublishError,
+    SelectionError,
+    UsageError,
+)
+from pma_megatron.policy import Policy
+from pma_megatron.testing import run_ranks
+from pma_megatron.testing.tiny_deepspeed import DeepSpeedConfig, TinyDeepSpeed
+
+KINDS = {
+    "zero1": DeepSpeedConfig(stage=1),
+    "zero2": DeepSpeedConfig(stage=2),
+    "zero3": DeepSpeedConfig(stage=3, zero={"sub_group_size": 40}),
+    "bf16_optimizer": DeepSpeedConfig(stage=1, float32_gradients=True),
+    "zero1_fp32": DeepSpeedConfig(stage=1, bf16=False),
+    "zero3_fp32": DeepSpeedConfig(stage=3, bf16=False),
+}
+ROUND_ROBIN = "round_robin"
+TRAINED = {**KINDS, ROUND_ROBIN: DeepSpeedConfig(stage=2, zero={"round_robin_gradients": True})}
+WEIGHTS = (1 / 3, 1 / 3, 1 / 3)
+
+
+def train(rank: int, world_size: int, runs: Mapping[str, DeepSpeedConfig]) -> dict[str, Any]:
+    """Three tags of two iterations each, per root."""
+    held: dict[str, Any] = {}
+    for root, config in runs.items():
+        trainer = TinyDeepSpeed(config)
+        for _ in range(3):
+            trainer.train(2)
+            trainer.save(root)
+            held.setdefault(root, []).append(trainer.snapshot())
+        trainer.close()
+    return held
+
+
+def resume(rank: int, world_size: int, runs: Mapping[str, DeepSpeedConfig]) -> dict[str, Any]:
+    """What a fresh engine, with other initial weights, holds after a load and one still step."""
+    held: dict[str, Any] = {}
+    for root, config in runs.items():
+        trainer = TinyDeepSpeed(config, seed=1)
+        client_state = trainer.load(root)
+        before = trainer.snapshot()
+        trainer.stop_learning()
+        trainer.train(1)
+        held[root] = (client_state, before, trainer.snapshot())
+        trainer.close()
+    return held
+
+
+def convert(rank: int, world_size: int, roots: Sequence[tuple[str, str]]) -> list[Any]:
+    """Float32 weights by name, from DeepSpeed's own converter, per (root, tag)."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    converter = importlib.import_module("deepspeed.utils.zero_to_fp32")
+    return [
+        {
+            name: value.detach().clone()
+            for name, value in converter.get_fp32_state_dict_from_zero_checkpoint(*each).items()
+        }
+        for each in roots
+    ]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Roots of all kinds below one folder, and what rank 0 held at each save, by kind."""
+    folder = tmp_path_factory.mktemp("deepspeed")
+    wanted = {str(folder / kind): config for kind, config in TRAINED.items()}
+    held = run_ranks(train, 2, wanted, timeout_s=280)[0]
+    before = digests(folder)
+    yield folder, {kind: held[str(folder / kind)] for kind in TRAINED}
+    assert digests(folder) == before, "a test wrote into a shared run"
+
+
+@pytest.fixture(scope="module")
+def merged(
+    runs: tuple[Path, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """Root of the merge of each kind."""
+    folder = tmp_path_factory.mktemp("merged")
+    for kind in TRAINED:
+        merge_run(runs[0] / kind, folder / kind)
+    return {kind: folder / kind for kind in TRAINED}
+
+
+@pytest.fixture
+def run(runs: tuple[Path, dict[str, Any]], tmp_path: Path) -> Path:
+    """A copy of the ZeRO-1 run that a test may damage."""
+    return Path(shutil.copytree(runs[0] / "zero1", tmp_path / "run"))
+
+
+def merge_run(run: Path, save: Path, **settings: Any) -> Path:
+    """Merge the last three tags of `run`; returns the merged tag."""
+    settings.setdefault("selection", SelectionRequest(last=3))
+    (output,) = merge(request_for(run, save, **settings)).outputs
+    return Path(output)
+
+
+def tag(root: Path, iteration: int = 6) -> Path:
+    return root / f"global_step{iteration}"
+
+
+def records(file: Path) -> dict[str, bytes]:
+    """Content of a zip by name, without its first folder."""
+    with zipfile.ZipFile(file) as archive:
+        return {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}
+
+
+def load(file: Path) -> dict[str, Any]:
+    return dict(torch.load(file, weights_only=False))
+
+
+def optim_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*_optim_states.pt"))
+
+
+def moments(file: Path) -> list[dict[str, torch.Tensor]]:
+    saved = load(file)["optimizer_state_dict"]
+    base = saved.get("base_optimizer_state", saved.get("optimizer_state_dict"))
+    return [base["state"][number] for number in sorted(base["state"])]
+
+
+def check_masters(got: Mapping[str, torch.Tensor], sources: Sequence[Any], what: str) -> None:
+    assert set(got) == set(sources[0]["masters"])
+    for name, value in got.items():
+        exact = [held["masters"][name].double().numpy() for held in sources]
+        assert_average(value.double().numpy(), exact, WEIGHTS, f"{what} {name}")
+
+
+def check_weights(held: Mapping[str, Any], dtype: torch.dtype) -> None:
+    """Weights are the main params rounded once: no element differs."""
+    for name, master in held["masters"].items():
+        assert torch.equal(held["weights"][name], master.to(dtype)), name
+
+
+def test_unmodified_deepspeed_resumes_from_the_average(
+    runs: tuple[Path, dict[str, Any]], merged: dict[str, Path]
+) -> None:
+    roots = {str(merged[kind]): config for kind, config in KINDS.items()}
+    resumed = run_ranks(resume, 2, roots, timeout_s=280)[0]
+    for kind, config in KINDS.items():
+        sources = runs[1][kind]
+        client_state, before, after = resumed[str(merged[kind])]
+        dtype = torch.bfloat16 if config.bf16 else torch.float32
+        check_masters(before["masters"], sources, kind)
+        check_weights(before, dtype)
+        assert torch.equal(before["weights"]["frozen"], sources[-1]["weights"]["frozen"])
+        means = [held["buffers"]["mean"].double().numpy() for held in sources]
+        assert_average(before["buffers"]["mean"].double().numpy(), means, WEIGHTS, kind)
+        for name in ("iteration", "samples", "scheduler"):
+            assert before[name] == sources[-1][name], (kind, name)
+        assert before["iteration"] == 6
+        assert torch.equal(before["buffers"]["calls"], sources[-1]["buffers"]["calls"])
+        assert client_state["note"] == "saved after 6"
+        for name, master in before["masters"].items():
+            assert torch.equal(after["masters"][name], master), (kind, name)
+        check_weights(after, dtype)
+
+
+@pytest.mark.parametrize("kind", TRAINED)
+def test_all_that_is_not_averaged_is_the_newest_bit_for_bit(
+    runs: tuple[Path, dict[str, Any]], merged: dict[str, Path], kind: str
+) -> None:
+    newest, output = tag(runs[0] / kind), tag(merged[kind])
+    assert (merged[kind] / "latest").read_text() == "global_step6"
+    assert {p.name for p in output.iterdir()} == {p.name for p in newest.iterdir()} | {"pma.json"}
+    for file in newest.iterdir():
+        theirs, ours = records(file), records(output / file.name)
+        changed = {n for n in ours if n.startswith("data") and theirs[n] != ours[n]}
+        assert ours["data.pkl"] == theirs["data.pkl"]
+        if "optim" in file.name:
+            saved = load(file)["optimizer_state_dict"]
+            groups = saved.get("single_partition_of_fp32_groups", saved.get("fp32_flat_groups"))
+            assert len(changed) == len(groups)
+            for mine, other in zip(moments(file), moments(output / file.name), strict=True):
+                assert all(torch.equal(mine[name], other[name]) for name in mine)
+        else:
+            assert 1 <= len(changed) <= (1 if "zero_pp" in file.name else 3)
+
+
+def test_deepspeeds_own_converter_reads_the_average_of_a_shuffled_partition(
+    runs: tuple[Path, dict[str, Any]], merged: dict[str, Path]
+) -> None:
+    run = str(runs[0] / ROUND_ROBIN)
+    tags = [(run, f"global_step{number}") for number in (2, 4, 6)]
+    *sources, got = run_ranks(
+        convert, 1, [*tags, (str(merged[ROUND_ROBIN]), "global_step6")], init=False
+    )[0]
+    module = load(tag(merged[ROUND_ROBIN]) / "mp_rank_00_model_states.pt")["module"]
+    trained = set(got) - {"mean", "calls", "frozen"}
+    assert len(trained) == 6 + 1  # tied.weight is a second name of last.weight
+    for name in trained:
+        exact = [source[name].double().numpy() for source in sources]
+        assert_average(got[name].double().numpy(), exact, WEIGHTS, name)
+        assert torch.equal(module[name], got[name].bfloat16()), name
+
+
+def test_a_merge_is_listed_inspected_and_verified(
+    runs: tuple[Path, dict[str, Any]], merged: dict[str, Path]
+) -> None:
+    for kind in ("zero1", "zero3"):
+        refs = list_checkpoints(runs[0] / kind)
+        assert [(r.iteration, r.complete, r.format) for r in refs] == [
+            (number, True, "deepspeed") for number in (2, 4, 6)
+        ]
+        found = inspect(tag(merged[kind]))
+        assert found.optimizer_layout == f"ZeRO-{kind[-1]}"
+        assert found.provenance is not None
+        assert verify(tag(merged[kind])).worst <= 1
+
+
+@pytest.mark.slow
+def test_sources_of_other_stages_and_sizes_merge(
+    runs: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    alone = run_ranks(train, 1, {str(tmp_path / "one"): KINDS["zero1"]}, timeout_s=200)[0]
+    folder, held = runs
+    paths = (tag(tmp_path / "one", 2), tag(folder / "zero2", 4), tag(folder / "zero1", 6))
+    selection = SelectionRequest(paths=tuple(map(str, paths)))
+    output = merge_run(folder / "zero1", tmp_path / "save", selection=selection)
+    sources = [alone[str(tmp_path / "one")][0], held["zero2"][1], held["zero1"][2]]
+    root = str(output.parent)
+    before = run_ranks(resume, 2, {root: KINDS["zero1"]}, timeout_s=200)[0][root][1]
+    check_masters(before["masters"], sources, "mixed")
+    check_weights(before, torch.bfloat16)
+
+
+def test_zero3_buffers_of_every_rank_do_not_mix_with_other_stages(
+    runs: tuple[Path, dict[str, Any]], save: Path
+) -> None:
+    paths = (str(tag(runs[0] / "zero3", 4)), str(tag(runs[0] / "zero1", 6)))
+    run = runs[0] / "zero1"
+    with refused(PlanError, "mean@1", "DP2, ZeRO-3", run=run, save=save):
+        merge_run(run, save, selection=SelectionRequest(paths=paths))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2])
+def test_experts_over_four_ranks(tmp_path: Path, stage: int) -> None:
+    config = DeepSpeedConfig(stage=stage, experts=4, expert_parallel_size=2)
+    run, save = tmp_path / "run", tmp_path / "save"
+    held = run_ranks(train, 4, {str(run): config}, timeout_s=280)
+    assert verify(merge_run(run, save)).worst <= 1
+    resumed = run_ranks(resume, 4, {str(save): config}, timeout_s=280)
+    for rank in range(4):
+        _, before, after = resumed[rank][str(save)]
+        # Each rank names its own two experts alike, so each is compared with itself.
+        check_masters(before["masters"], held[rank][str(run)], f"rank {rank}")
+        check_weights(before, torch.bfloat16)
+        check_weights(after, torch.bfloat16)
+        assert sum(".deepspeed_experts." in name for name in before["masters"]) == 4
+    first, second = (resumed[rank][str(save)][1]["masters"] for rank in (0, 1))
+    name = next(name for name in first if ".deepspeed_experts.0.weight" in name)
+    assert not torch.equal(first[name], second[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["zero1", "zero3"])
+def test_moments_average_or_start_again(
+    runs: tuple[Path, dict[str, Any]], tmp_path: Path, kind: str
+) -> None:
+    run = runs[0] / kind
+    average = merge_run(run, tmp_path / "average", policy=Policy(optimizer_state="average"))
+    reset = merge_run(run, tmp_path / "reset", policy=Policy(optimizer_state="reset"))
+    for file in optim_files(tag(run)):
+        sources = [moments(tag(run, number) / file.name) for number in (2, 4, 6)]
+        for group, got in enumerate(moments(average / file.name)):
+            for name in ("exp_avg", "exp_avg_sq"):
+                parts = [source[group][name] for source in sources]
+                used = got[name] != parts[-1]  # padding stays the newest's
+                exact = [part[used].double().numpy() for part in parts]
+                assert used.sum() > 5
+                assert_average(got[name][used].double().numpy(), exact, WEIGHTS, name)
+            assert got["step"] == 6
+        for got in moments(reset / file.name):
+            assert not got["exp_avg"].any() and not got["exp_avg_sq"].any() and got["step"] == 0
+    root = str(reset.parent)
+    before = run_ranks(resume, 2, {root: KINDS[kind]}, timeout_s=200)[0][root][1]
+    check_masters(before["masters"], runs[1][kind], "reset")
+
+
+def test_padding_is_neither_averaged_nor_checked(
+    runs: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(runs[0] / "zero3_fp32", tmp_path / "run"))
+    # Of the 35 elements of first.weight rank 1 holds the last 17, and one of padding.
+    for number in (2, 6):
+        file = optim_files(tag(run, number))[1]
+        saved = load(file)
+        masters = saved["optimizer_state_dict"]["fp32_flat_groups"][0].detach()
+        masters[17] = float("nan") if number == 6 else 1e30
+        torch.save(saved, file)
+    output = merge_run(run, tmp_path / "save")
+    got = load(optim_files(output)[1])["optimizer_state_dict"]["fp32_flat_groups"]
+    assert got[0][17].isnan()
+    assert sum(int(part.isnan().sum()) for part in got) == 1
+    assert max(float(part.nan_to_num().abs().max()) for part in got) < 1e3
+
+
+def test_a_tag_without_a_rank_is_incomplete(run: Path, save: Path) -> None:
+    optim_files(tag(run, 4))[1].unlink()
+    refs = list_checkpoints(run)
+    assert [(ref.iteration, ref.complete) for ref in refs] == [(2, True), (4, False), (6, True)]
+    with refused(SelectionError, "ranks [1] are missing", run=run, save=save):
+        merge_run(run, save, selection=SelectionRequest(iterations=(2, 4, 6)))
+
+
+class Harm:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def test_a_hostile_file_is_refused_and_nothing_in_it_runs(run: Path, save: Path) -> None:
+    file, trap = optim_files(tag(run, 4))[0], save.parent / "ran"
+    saved = load(file)
+    torch.save({**saved, "harm": Harm(trap)}, file)
+    with refused(CheckpointError, "refused, nothing was run", run=run, save=save):
+        merge_run(run, save)
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize(
+    "name, word",
+    [
+        ("layer_0_expert_1_mp_rank_00_model_states.pt", "experts (layer, number) [(0, 1)]"),
+        ("expp_rank_0_mp_rank_00_optim_states.pt", "ZeRO stage 0"),
+        ("layer_01-model_states.pt", "PipelineModule"),
+        ("mp_rank_01_model_states.pt", "model-parallel"),
+        ("backup.pt", "not a file that DeepSpeed writes"),
+        ("zero_pp_rank_0_mp_rank_00_optim_states.pt", "two saves in one folder"),
+        ("zero/fp32.pt", "Universal"),
+        ("offloaded_tensors/rank0/x.pt", "NVMe"),
+    ],
+)
+def test_other_kinds_of_tag_are_refused_by_name(
+    run: Path, save: Path, name: str, word: str
+) -> None:
+    file = tag(run, 4) / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(optim_files(tag(run))[0], file)
+    with refused(SelectionError, word, run=run, save=save):
+        merge_run(run, save, selection=SelectionRequest(iterations=(2, 4, 6)))
+
+
+def test_a_file_that_is_no_zip_or_is_cut_short_is_incomplete(run: Path) -> None:
+    first, second = optim_files(tag(run, 2))[0], optim_files(tag(run, 4))[0]
+    torch.save(load(first), first, _use_new_zipfile_serialization=False)
+    second.write_bytes(second.read_bytes()[:-100])
+    one, two, three = list_checkpoints(run)
+    assert "not a zip" in str(one.incomplete_because)
+    assert "truncated" in str(two.incomplete_because)
+    assert three.complete
+
+
+def test_another_model_is_refused(run: Path, save: Path) -> None:
+    file = tag(run, 4) / "mp_rank_00_model_states.pt"
+    saved = load(file)
+    group = saved["param_shapes"][0]
+    group["first.weight"] = torch.Size((7, 4))
+    saved["module"]["first.weight"] = saved["module"]["first.weight"].flatten()[:28].view(7, 4)
+    torch.save(saved, file)
+    with refused(PlanError, "first.weight", "shape", run=run, save=save):
+        merge_run(run, save)
+
+
+def test_weights_that_are_not_their_main_params_are_refused(run: Path, save: Path) -> None:
+    file = tag(run) / "mp_rank_00_model_states.pt"
+    saved = load(file)
+    saved["module"]["first.weight"][0, 0] += 1
+    torch.save(saved, file)
+    with refused(PlanError, "first.weight", "differ from the stored weights", run=run, save=save):
+        merge_run(run, save)
+
+
+def test_what_would_not_resume_is_refused(run: Path, save: Path) -> None:
+    for settings, word in (
+        ({"policy": Policy(optimizer_state="drop")}, "does not resume"),
+        ({"policy": Policy(average="weights")}, "does not resume"),
+        ({"dtype": "fp32"}, "--dtype"),
+    ):
+        with refused(UsageError, word, run=run, save=save):
+            merge_run(run, save, **settings)
+    with refused(PublishError, "the run's own folder", run=run, save=run):
+        merge_run(run, run)
+    with refused(PublishError, "which this tool did not write", run=run, save=save):
+        shutil.copytree(tag(run, 2), save / "mine")
+        before = digests(save)
+        try:
+            merge_run(run, save)
+        finally:
+            assert digests(save) == before
+            shutil.rmtree(save)
+
+
+@pytest.mark.parametrize("latest", [None, "global_step99"])
+def test_a_missing_or_dangling_latest_is_a_warning(
+    run: Path, save: Path, latest: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    if latest is None:
+        (run / "latest").unlink()
+    else:
+        (run / "latest").write_text(latest)
+    merge_run(run, save)
+    assert "latest" in caplog.text
+    assert (save / "latest").read_text() == "global_step6"
