@@ -97,7 +97,7 @@ def break_and_recover(rank: int, world_size: int, config: TinyConfig, root: str)
 CASES = [
     pytest.param(DENSE, 2, id="dp2"),
     pytest.param(PP2, 2, id="pp2"),
-    pytest.param(MOE, 2, id="moe-ep2", marks=pytest.mark.slow),
+    pytest.param(MOE, 2, id="moe-ep2", marks=(pytest.mark.slow, pytest.mark.thorough)),
     pytest.param(replace(DENSE, tensor_model_parallel_size=2), 4, id="tp2-dp2",
                  marks=pytest.mark.slow),
 ]  # fmt: skip
@@ -158,7 +158,13 @@ def go_on(rank: int, world_size: int, root: str) -> dict[str, Any]:
     return {"start": start, "losses": run.losses, "done": run.done}
 
 
-@pytest.mark.parametrize(("stage", "rank"), [*zip(STAGES, (0, 1, 0, 1), strict=True)])
+@pytest.mark.parametrize(
+    ("stage", "rank"),
+    [
+        pytest.param(stage, place % 2, marks=() if "merge" in stage else pytest.mark.thorough)
+        for place, stage in enumerate(STAGES)
+    ],
+)
 @pytest.mark.slow
 def test_a_kill_in_the_middle_leaves_a_run_that_resumes(
     stage: str, rank: int, tmp_path: Path

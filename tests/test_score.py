@@ -92,8 +92,13 @@ def score_and_load(
     return scores.to_json(), expected, back
 
 
+IN_CI = ("dense-tp2", "dense-pp2")
+REST = (pytest.mark.slow, pytest.mark.thorough)
+
+
 @pytest.mark.parametrize(
-    "case", [c if c in FAST else pytest.param(c, marks=pytest.mark.slow) for c in CASES]
+    "case",
+    [pytest.param(c, marks=() if c in FAST else REST[: 2 - (c in IN_CI)]) for c in CASES],
 )
 def test_a_point_is_the_offline_merge_to_the_bit(case: str, tmp_path: Path) -> None:
     config, ranks = CASES[case]
