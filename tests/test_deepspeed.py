@@ -195,7 +195,8 @@ def test_all_that_is_not_averaged_is_the_newest_bit_for_bit(
             groups = saved.get("single_partition_of_fp32_groups", saved.get("fp32_flat_groups"))
             assert len(changed) == len(groups)
             for mine, other in zip(moments(file), moments(output / file.name), strict=True):
-                assert all(torch.equal(mine[name], other[name]) for name in mine)
+                for name in mine:  # bytes: padding may be NaN
+                    assert mine[name].numpy().tobytes() == other[name].numpy().tobytes()
         else:
             assert 1 <= len(changed) <= (1 if "zero_pp" in file.name else 3)
 
@@ -289,7 +290,7 @@ def test_moments_average_or_start_again(
         for group, got in enumerate(moments(average / file.name)):
             for name in ("exp_avg", "exp_avg_sq"):
                 parts = [source[group][name] for source in sources]
-                used = got[name] != parts[-1]  # padding stays the newest's
+                used = (got[name] != parts[-1]) & ~parts[-1].isnan()  # padding stays the newest's
                 exact = [part[used].double().numpy() for part in parts]
                 assert used.sum() > 5
                 assert_average(got[name][used].double().numpy(), exact, WEIGHTS, name)
@@ -315,8 +316,10 @@ def test_padding_is_neither_averaged_nor_checked(
     output = merge_run(run, tmp_path / "save")
     got = load(optim_files(output)[1])["optimizer_state_dict"]["fp32_flat_groups"]
     assert got[0][17].isnan()
-    assert sum(int(part.isnan().sum()) for part in got) == 1
-    assert max(float(part.nan_to_num().abs().max()) for part in got) < 1e3
+    # last.weight follows, 24 elements and one of padding.
+    real = torch.cat([got[0][:17], got[0][18:42]])
+    assert len(got[0]) == 43
+    assert real.abs().max() < 1e3  # False for NaN
 
 
 def test_a_tag_without_a_rank_is_incomplete(run: Path, save: Path) -> None:
