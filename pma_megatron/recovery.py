@@ -161,6 +161,12 @@ def diagnose(request: RecoveryRequest) -> Diagnosis:
         ),
     )
     newest = healthy.selection.refs[-1]
+    if newest.format != registry.TORCH_DIST:
+        raise SelectionError(
+            f"{newest.path} is in format {newest.format}: pma recover says how to resume Megatron "
+            "runs. Merge the healthy checkpoints with pma merge --iterations "
+            + " ".join(str(ref.iteration) for ref in healthy.selection.refs)
+        )
     args = registry.get(newest.format, newest.path).common(Path(newest.path))["args"]
     how = resume(
         args, request.save, skip=skip, lr_factor=request.lr_factor, command=request.command

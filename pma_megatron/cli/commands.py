@@ -10,7 +10,7 @@ from pma_megatron.cli import tables
 from pma_megatron.cli.progress import show
 from pma_megatron.cli.verbs import root_of, selection_of, show_result
 from pma_megatron.comm import Comm, process_group_from_environment
-from pma_megatron.discover import TRACKER_FILE, list_checkpoints
+from pma_megatron.discover import list_checkpoints, pointed
 from pma_megatron.errors import CheckpointError, UsageError
 from pma_megatron.inspection import inspect as inspect_checkpoint
 from pma_megatron.job import merge as merge_checkpoints
@@ -54,13 +54,7 @@ def inspect(arguments: Namespace) -> None:
 
 def verify(arguments: Namespace) -> None:
     """`pma verify`."""
-    path = Path(arguments.path)
-    tracker = path / TRACKER_FILE
-    if tracker.is_file():
-        name = tracker.read_text().strip()
-        if name != "release" and not name.isdecimal():
-            raise CheckpointError(f"{tracker} says {name!r}: damaged. Name one iter_* folder")
-        path = path / (name if name == "release" else f"iter_{int(name):07d}")
+    path = pointed(Path(arguments.path))
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a folder: give a merged iter_* folder")
     with process_group_from_environment():

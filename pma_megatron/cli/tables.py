@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pma_megatron.blocks import BLOCK_ELEMENTS
+from pma_megatron.formats import registry
 from pma_megatron.inspection import Inspection
 from pma_megatron.planning import MergePlan, read_rate
 from pma_megatron.report import MergeReport, describe_output
@@ -128,7 +129,9 @@ def merged(report: MergeReport) -> None:
             f"largest error {check.worst:.2f} of the bound"
         )
     for folder in report.outputs:
-        console.print(f"resume with: --load {Path(folder).parent}{_resume(report)}", soft_wrap=True)
+        known = registry.get(registry.detect(Path(folder)), folder)
+        how = known.tracker.resume.format(root=Path(folder).parent)
+        console.print(f"resume with: {how}{_resume(report)}", soft_wrap=True)
 
 
 def _resume(report: MergeReport) -> str:

@@ -49,11 +49,13 @@ class Tracker:
         file: its name.
         folder_of: content -> name of the checkpoint's folder; None if it makes no sense.
         content_of: name of the folder -> content.
+        resume: how training is told to resume from `{root}`.
     """
 
     file: str
     folder_of: Callable[[str], str | None]
     content_of: Callable[[str], str]
+    resume: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,14 +114,19 @@ def _iter_content(folder: str) -> str:
 FORMATS = (
     Format(
         TORCH_DIST, completeness, _common, read_source, _lay_out, ItemFiles, is_optimizer_key,
-        read_schedule, Tracker("latest_checkpointed_iteration.txt", _iter_folder, _iter_content),
+        read_schedule,
+        Tracker(
+            "latest_checkpointed_iteration.txt", _iter_folder, _iter_content, "--load {root}"
+        ),
         lambda path, iteration: "release" if iteration is None else f"iter_{iteration:07d}",
     ),
     Format(
         DEEPSPEED, deepspeed.completeness, deepspeed_source.read_common,
         deepspeed_source.read_source, deepspeed_output.output_layout, ItemFiles,
         lambda key: key.endswith("_optim_states.pt"), deepspeed_source.read_schedule,
-        Tracker("latest", lambda content: content or None, str),
+        Tracker(
+            "latest", lambda content: content or None, str, 'engine.load_checkpoint("{root}")'
+        ),
         lambda path, iteration: Path(path).name, deepspeed.iteration_of,
     ),
 )  # fmt: skip
