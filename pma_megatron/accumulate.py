@@ -62,11 +62,11 @@ class Sum:
             total.div_(self.divisor)
 
     def into(self, out: torch.Tensor, sources: Sequence[torch.Tensor]) -> None:
-        """Average whole float32 tensors that are in memory, oldest first; all are 1-D.
+        """Average whole float32 tensors of one device, oldest first; all are 1-D.
 
         Gives the bits that a merge of the same tensors gives.
         """
-        room = torch.empty(min(out.numel(), BLOCK_ELEMENTS), dtype=self.dtype)
+        room = torch.empty(min(out.numel(), BLOCK_ELEMENTS), dtype=self.dtype, device=out.device)
         for first in range(0, out.numel(), BLOCK_ELEMENTS):
             target = out[first : first + BLOCK_ELEMENTS]
             total, begun = room[: target.numel()], False

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pma_megatron.accumulate import Sum
 from pma_megatron.comm import Comm
 from pma_megatron.errors import CheckpointError, UsageError
 from pma_megatron.gram import Measured
@@ -213,7 +214,8 @@ def expand(parameters: Sequence[torch.Tensor], members: Sequence[torch.Tensor],
         for member in members:
             point.move_to(member)
             losses.append(point.loss())
-        mean = _average(members, coefficients)
+        mean = torch.empty_like(members[0])
+        Sum.of(coefficients).into(mean, members)
         point.move_to(mean)
         mean_loss, gradient = point.loss(), point.gradient()
         for member in members:
@@ -302,13 +304,6 @@ class _Point:
     @property
     def _device(self) -> torch.device:
         return self._parameters[0].device
-
-
-def _average(members: Sequence[torch.Tensor], coefficients: Sequence[float]) -> torch.Tensor:
-    mean = torch.zeros(members[0].shape, dtype=torch.float64, device=members[0].device)
-    for member, weight in zip(members, coefficients, strict=True):
-        mean.add_(member, alpha=weight)
-    return mean.float()
 
 
 def _dot(one: torch.Tensor, other: torch.Tensor) -> float:
