@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "pma_megatron"
 
 ORDER = [
     ["version", "errors", "log", "faultpoints", "memory", "geometry", "durable", "audit"],
-    ["tokens", "coefficients", "policy", "spread", "spike_state", "metrics_formats"],
+    ["tokens", "coefficients", "policy", "spread", "spike_state", "metrics_formats", "live_tensor"],
     ["spike", "metrics"],
     ["selection", "comm"],
     ["request", "healthy"],
@@ -36,6 +36,7 @@ ORDER = [
     ["recovery", "gram"],
     ["megatron", "megatron.say", "megatron.budget", "megatron.options", "megatron.params"],
     ["megatron.replicas"],
+    ["deepspeed", "deepspeed.params"],
     ["megatron.checks", "megatron.live", "megatron.shard", "megatron.snapshot_job"],
     ["megatron.flags", "megatron.load", "megatron.hostcopy", "megatron.snapshots"],
     ["megatron.init", "megatron.window", "megatron.thin", "megatron.recover"],
