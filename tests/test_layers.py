@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "pma_megatron"
 
 ORDER = [
     ["version", "errors", "log", "faultpoints", "memory", "geometry", "durable", "audit"],
-    ["tokens", "coefficients", "policy", "spread", "spike_state", "metrics_formats"],
+    ["tokens", "coefficients", "policy", "spread", "spike_state", "metrics_formats", "live_tensor"],
     ["spike", "metrics"],
     ["selection", "comm"],
     ["request", "healthy"],
@@ -41,6 +41,9 @@ ORDER = [
     ["online.average"],
     ["megatron", "megatron.say", "megatron.options", "megatron.params"],
     ["megatron.replicas"],
+    ["deepspeed", "deepspeed.params"],
+    ["deepspeed.shard", "deepspeed.swap"],
+    ["deepspeed.online"],
     ["megatron.checks", "megatron.live", "megatron.shard"],
     ["megatron.flags", "megatron.load"],
     ["megatron.init", "megatron.thin", "megatron.recover"],

@@ -24,7 +24,7 @@ from pma_megatron.megatron.recover import Recovered
 from pma_megatron.megatron.save import note_origin, save_average
 from pma_megatron.megatron.say import say
 from pma_megatron.megatron.scoring import Scoring
-from pma_megatron.megatron.shard import LiveShard
+from pma_megatron.megatron.shard import MegatronShard
 from pma_megatron.megatron.thin import ThinSnapshots
 from pma_megatron.megatron.watch import Watch
 from pma_megatron.online.hostcopy import HostCopy
@@ -116,7 +116,7 @@ class Session:
             self._resume(self.online, iteration, tokens)
         if settings.snapshot_interval_tokens is not None and optimizer is not None:
             assert settings.snapshot_dir is not None
-            shard = LiveShard(live_tensors(models, optimizer, metadata))
+            shard = MegatronShard(live_tensors(models, optimizer, metadata))
             self.thin = ThinSnapshots(
                 settings.snapshot_dir, models, HostCopy(shard, stepping(optimizer)),
                 settings.snapshot_interval_tokens, dtype=_DTYPES[settings.snapshot_dtype],

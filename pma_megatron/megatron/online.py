@@ -24,7 +24,7 @@ from typing import Any
 from pma_megatron.comm import Comm
 from pma_megatron.errors import UsageError
 from pma_megatron.megatron.params import live_tensors, stepping
-from pma_megatron.megatron.shard import LiveShard
+from pma_megatron.megatron.shard import MegatronShard
 from pma_megatron.megatron.swap import averaged_state, averaged_weights, backup_bytes
 from pma_megatron.online.average import RunningAverage
 from pma_megatron.request import Method
@@ -37,8 +37,6 @@ class OnlineAverage(RunningAverage):
     `interval_tokens`. Main params in float32 and the model's floating buffers (`expert_bias`) are
     averaged, each rank's own part of them, without communication.
     """
-
-    shard: LiveShard
 
     def __init__(
         self, models: Sequence[Any], optimizer: Any, method: Method, last: int,
@@ -69,7 +67,7 @@ class OnlineAverage(RunningAverage):
         self._tensors = comm.agree(
             "tensors of the model", lambda: live_tensors(models, optimizer, metadata)
         )
-        shard = LiveShard(self._tensors)
+        shard = MegatronShard(self._tensors)
         super().__init__(
             shard, method, last, interval_tokens, position=consumed_tokens,
             backup_bytes=backup_bytes(self._tensors, shard), stepping=stepping(optimizer),

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pma_megatron.formats.marker import MARKER_FILE
 from pma_megatron.formats.torch_dist.checkpoint import CONFIG_FILE
 from pma_megatron.megatron.online import OnlineAverage
-from pma_megatron.online.origin import write_origin
+from pma_megatron.online.origin import origin_of
 from pma_megatron.online.window import Average
+
+_log = logging.getLogger(__name__)
 
 
 def save_average(online: OnlineAverage, average: Average, fn: Callable[..., Any],
@@ -51,7 +56,10 @@ def note_origin(folder: Path, average: Average) -> bool:
     """Say in a finished checkpoint what it is an average of; False if it is not finished yet."""
     if not (folder / CONFIG_FILE).is_file():
         return False
-    write_origin(folder, average)
+    try:
+        (folder / MARKER_FILE).write_text(json.dumps(origin_of(average), indent=1) + "\n")
+    except OSError as error:
+        _log.warning("%s has no %s: %s", folder, MARKER_FILE, error)
     return True
 
 

@@ -10,14 +10,14 @@ import torch
 
 from pma_megatron.megatron.params import LiveTensor
 from pma_megatron.megatron.replicas import forward_hooks_off, gather_weights
-from pma_megatron.megatron.shard import LiveShard, LiveSlot
+from pma_megatron.online.shard import Shard, Slot
 from pma_megatron.online.swap import contents_restored, host_copy
 from pma_megatron.online.window import Average
 from pma_megatron.policy import MAIN
 
 
 @contextlib.contextmanager
-def averaged_weights(models: Sequence[Any], tensors: Sequence[LiveTensor], shard: LiveShard,
+def averaged_weights(models: Sequence[Any], tensors: Sequence[LiveTensor], shard: Shard[LiveTensor],
                      average: Average) -> Iterator[None]:  # fmt: skip
     """Forward passes inside the block use the average; main params are not touched. Collective.
 
@@ -40,13 +40,13 @@ def weights_restored(models: Sequence[Any], tensors: Sequence[LiveTensor]) -> It
 
 
 @contextlib.contextmanager
-def averaged_state(models: Sequence[Any], tensors: Sequence[LiveTensor], shard: LiveShard,
+def averaged_state(models: Sequence[Any], tensors: Sequence[LiveTensor], shard: Shard[LiveTensor],
                    average: Average) -> Iterator[None]:  # fmt: skip
     """As `averaged_weights`, and main params are the average too: what is saved inside the block
     resumes from it. Moments, step counts and everything else stay the trainer's."""
-    trained = [slot for slot in shard.slots if slot.trained]
+    trained = [slot for slot in shard.slots if slot.live.trained]
     with averaged_weights(models, tensors, shard, average):
-        kept: list[tuple[LiveSlot, torch.Tensor]] = []
+        kept: list[tuple[Slot[LiveTensor], torch.Tensor]] = []
         try:
             for slot in trained:
                 kept.append((slot, host_copy(slot.main())))
@@ -57,19 +57,24 @@ def averaged_state(models: Sequence[Any], tensors: Sequence[LiveTensor], shard: 
                 _set_main(slot, before)
 
 
-def backup_bytes(tensors: Sequence[LiveTensor], shard: LiveShard) -> int:
+def backup_bytes(tensors: Sequence[LiveTensor], shard: Shard[LiveTensor]) -> int:
     """Host memory that `averaged_state` takes, which is more than `averaged_weights` does."""
     weights = sum(live.tensor.numel() * live.tensor.element_size() for live in tensors)
     return weights + shard.nbytes
 
 
-def _set_weights(models: Sequence[Any], shard: LiveShard, average: Average) -> None:
+def _set_weights(models: Sequence[Any], shard: Shard[LiveTensor], average: Average) -> None:
     for slot in shard.slots:
-        slot.weights().copy_(average.made(slot))  # rounded once, as by an optimizer step
+        _weights(slot).copy_(average.made(slot))  # rounded once, as by an optimizer step
     gather_weights(models)
 
 
-def _set_main(slot: LiveSlot, values: torch.Tensor) -> None:
+def _weights(slot: Slot[LiveTensor]) -> torch.Tensor:
+    """The elements of the tensor that the forward pass uses, 1-D, shared."""
+    return slot.live.tensor.detach().view(-1)[slot.live.first :][: slot.live.numel]
+
+
+def _set_main(slot: Slot[LiveTensor], values: torch.Tensor) -> None:
     live = slot.live
     main = live.states()[MAIN].detach()
     main.copy_(values.view_as(main))

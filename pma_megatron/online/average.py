@@ -34,7 +34,7 @@ class RunningAverage(ABC):
     """
 
     def __init__(
-        self, shard: Shard, method: Method, last: int, interval: int, *, position: int,
+        self, shard: Shard[Any], method: Method, last: int, interval: int, *, position: int,
         backup_bytes: int, stepping: Sequence[Any] | None, window_dir: str | Path | None,
         comm: Comm,
     ) -> None:  # fmt: skip

@@ -17,7 +17,7 @@ from pma_megatron.online.shard import Shard
 class HostCopy:
     """One copy at a time; `start`, then `wait` before the target is read."""
 
-    def __init__(self, shard: Shard, stepping: Sequence[Any] | None) -> None:
+    def __init__(self, shard: Shard[Any], stepping: Sequence[Any] | None) -> None:
         """Make a stream of its own on a GPU.
 
         Args:
@@ -48,11 +48,11 @@ class HostCopy:
         current = torch.cuda.current_stream(self.shard.device)
         self._stream.wait_stream(current)
         for slot in self.shard.slots:
-            if not slot.trained:  # small, and changed before the optimizer's step
+            if not slot.live.trained:  # small, and changed before the optimizer's step
                 slot.of(into).copy_(slot.main(), non_blocking=True)
         with torch.cuda.stream(self._stream):
             for slot in self.shard.slots:
-                if slot.trained:
+                if slot.live.trained:
                     slot.of(into).copy_(slot.main(), non_blocking=True)
             self._stream.wait_stream(current)  # `wait` speaks for both
             self._done = self._stream.record_event()

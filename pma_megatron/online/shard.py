@@ -1,7 +1,7 @@
 """What one rank holds of a model's main params, as one flat vector, and where that is stored.
 
 A running average works on such vectors: one entry of a window is one of them. Which elements are
-in it is the trainer's to say: a rank's part of each main param, and floating buffers whole.
+in it is `LiveTensor`'s answer: a rank's part of each main param, and floating buffers whole.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -19,44 +19,30 @@ from pma_megatron.errors import CheckpointError
 from pma_megatron.formats import registry
 from pma_megatron.formats.source import Source
 from pma_megatron.formats.torch_dist.chunks import Chunk
-from pma_megatron.geometry import Box, PieceIndex
+from pma_megatron.geometry import Box, PieceIndex, flat_range
+from pma_megatron.live_tensor import LiveTensor, Place
 from pma_megatron.policy import MAIN
+
+Tensor = TypeVar("Tensor", bound=LiveTensor)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Slot(ABC):
-    """One tensor's elements in the vector.
+class Slot(Generic[Tensor]):
+    """One tensor's elements, from `start` of the vector on."""
 
-    Attributes:
-        start: the first one.
-        numel: how many.
-        trained: False where something else than an optimizer step changes them (buffers).
-    """
-
+    live: Tensor
     start: int
-    numel: int
-    trained: bool
 
     def of(self, vector: torch.Tensor) -> torch.Tensor:
         """Its part of a vector, 1-D, shared."""
-        return vector[self.start : self.start + self.numel]
+        return vector[self.start : self.start + self.live.numel]
 
-    @abstractmethod
     def main(self) -> torch.Tensor:
         """The live main params (the tensor itself where it is not trained), 1-D."""
+        return self.live.states()[MAIN].detach().view(-1)
 
 
-@dataclass(frozen=True, slots=True)
-class StoredBox:
-    """Elements of the vector, from `at` on, are `box` of a checkpoint's tensor, in row order."""
-
-    key: str
-    global_shape: tuple[int, ...]
-    box: Box
-    at: int
-
-
-class Shard(ABC):
+class Shard(ABC, Generic[Tensor]):
     """The vector's layout.
 
     Attributes:
@@ -65,9 +51,15 @@ class Shard(ABC):
         device: where the live main params are.
     """
 
-    def __init__(self, slots: Sequence[Slot], device: torch.device) -> None:
-        self.slots, self.device = tuple(slots), device
-        self.numel = sum(slot.numel for slot in slots)
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        """Lay out the owned parts of `tensors`, one after the other."""
+        slots, at = [], 0
+        for live in tensors:
+            if live.numel:
+                slots.append(Slot(live, at))
+                at += live.numel
+        self.slots, self.numel = tuple(slots), at
+        self.device = slots[0].main().device if slots else torch.device("cpu")
 
     @property
     def nbytes(self) -> int:
@@ -75,16 +67,21 @@ class Shard(ABC):
         return 4 * self.numel
 
     @abstractmethod
-    def stored(self) -> Iterator[StoredBox]:
-        """Where all of the vector lies in a checkpoint of vectors."""
-
-    @abstractmethod
-    def written(self) -> Iterator[StoredBox]:
-        """What of that this rank writes; over all ranks every stored element once."""
+    def written(self) -> Iterator[Slot[Tensor]]:
+        """The slots that this rank writes of a checkpoint of vectors; replicas that hold the same
+        take turns."""
 
     def chunks(self) -> list[tuple[Chunk, int]]:
-        """What this rank writes of a checkpoint of vectors: (chunk, its first element)."""
-        return [(Chunk(each.key, each.global_shape, each.box), each.at) for each in self.written()]
+        """What this rank writes of a checkpoint of vectors: (chunk, its first element).
+
+        Over all ranks every stored element once.
+        """
+        return [
+            (Chunk(place.key, place.global_shape, box), at)
+            for slot in self.written()
+            for place, box, at in _boxes(slot)
+            if place.first_replica
+        ]
 
     def read(self, source: Source, vector: torch.Tensor) -> None:
         """Fill a vector from a checkpoint of vectors, whatever layout wrote it.
@@ -96,22 +93,32 @@ class Shard(ABC):
         reader = BlockReader(source.path, registry.get(source.format, source.path).files(path))
         indexes: dict[str, PieceIndex[Any]] = {}
         try:
-            for each in self.stored():
-                if each.key not in indexes:
-                    indexes[each.key] = _index(source, each)
-                target = vector[each.at : each.at + each.box.numel]
-                reader.read(each.box, indexes[each.key], target)
+            for slot in self.slots:
+                for place, box, at in _boxes(slot):
+                    if place.key not in indexes:
+                        indexes[place.key] = _index(source, place)
+                    reader.read(box, indexes[place.key], vector[at : at + box.numel])
         finally:
             reader.close()
 
 
-def _index(source: Source, wanted: StoredBox) -> PieceIndex[Any]:
-    stored = source.tensor(MAIN, wanted.key)
-    if stored is None or stored.shape != wanted.global_shape or stored.dtype != torch.float32:
+def _boxes(slot: Slot[Any]) -> Iterator[tuple[Place, Box, int]]:
+    """(place, box of its tensor, first element in the vector) of all that a slot holds."""
+    first, last = slot.live.first, slot.live.first + slot.live.numel
+    for place in slot.live.places:
+        low = max(first, place.start) - place.start
+        high = min(last, place.start + place.box.numel) - place.start
+        for box, inside in flat_range(place.box, low, high):
+            yield place, box, slot.start + place.start + inside - first
+
+
+def _index(source: Source, place: Place) -> PieceIndex[Any]:
+    stored = source.tensor(MAIN, place.key)
+    if stored is None or stored.shape != place.global_shape or stored.dtype != torch.float32:
         found = "nothing" if stored is None else f"shape {stored.shape}, {stored.dtype}"
         raise CheckpointError(
-            f"{source.path}: {wanted.key} should have shape {wanted.global_shape} in float32, "
-            f"found {found}: it is of another model, or not the state of a running average. Move "
+            f"{source.path}: {place.key} should have shape {place.global_shape} in float32, found "
+            f"{found}: it is of another model, or not the state of a running average. Move "
             f"{Path(source.path).parent} elsewhere to start a new one"
         )
     return PieceIndex(stored.pieces)

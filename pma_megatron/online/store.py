@@ -14,6 +14,7 @@ import threading
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,7 +37,7 @@ _AT_EXIT_S = 60.0  # another rank may be gone, and a job that ends must end
 class WindowStore:
     """Saves the entries of one window below one folder. The constructor is collective."""
 
-    def __init__(self, root: str | Path, shard: Shard, window: Window, comm: Comm) -> None:
+    def __init__(self, root: str | Path, shard: Shard[Any], window: Window, comm: Comm) -> None:
         """Agree on who writes what.
 
         Raises:

@@ -55,7 +55,7 @@ class Average:
 
     entries: tuple[Entry, ...]
     coefficients: Coefficients | None
-    made: Callable[[Slot], torch.Tensor]
+    made: Callable[[Slot[Any]], torch.Tensor]
 
     def describe(self) -> str:
         """`sma of 3 (iterations 10, 20, 30)`."""
@@ -147,8 +147,8 @@ class Window:
         made = self.method.of([entry.tokens for entry in entries], len(entries))
         how, sources = Sum.of(made.values), [self._vectors[index] for _, index in self._held]
 
-        def average(slot: Slot) -> torch.Tensor:
-            out = torch.empty(slot.numel, dtype=torch.float32)
+        def average(slot: Slot[Any]) -> torch.Tensor:
+            out = torch.empty(slot.live.numel, dtype=torch.float32)
             how.into(out, [slot.of(source) for source in sources])
             return out
 

@@ -27,7 +27,7 @@ from pma_megatron.geometry import Box, Piece, flat_range
 
 _MASTERS = "single_partition_of_fp32_groups"
 _MASTERS_3 = "fp32_flat_groups"
-_LOCAL_EXPERT = re.compile(
+LOCAL_EXPERT = re.compile(
     r"^(?P<layer>.*\.deepspeed_moe\.experts\.deepspeed_experts\.)(?P<expert>\d+)(?=\.)"
 )
 
@@ -63,10 +63,10 @@ def groups_of(checkpoint: DeepSpeedCheckpoint) -> list[Group]:
     ]
     saved = checkpoint.optimizer(0).get("partition_count", world)
     counts = saved if isinstance(saved, list) else [saved] * len(named)
-    local = _local_experts(named)
+    local = local_experts(named)
     groups = []
     for number, (shapes, count) in enumerate(zip(named, counts, strict=True)):
-        of_experts = bool(shapes) and all(map(_LOCAL_EXPERT.match, shapes))
+        of_experts = bool(shapes) and all(map(LOCAL_EXPERT.match, shapes))
         if count != world and not (of_experts and count and world % count == 0):
             raise CheckpointError(
                 f"{checkpoint.path}: group {number} was partitioned over {count} ranks, and there "
@@ -74,23 +74,23 @@ def groups_of(checkpoint: DeepSpeedCheckpoint) -> list[Group]:
             )
         size = world // count
         for rank in range(size):
-            keys = {_global(name, rank, local): shape for name, shape in shapes.items()}
+            keys = {global_name(name, rank, local): shape for name, shape in shapes.items()}
             groups.append(Group(number, tuple(range(rank, world, size)), keys))
     return groups
 
 
-def _local_experts(named: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+def local_experts(named: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     """MoE layer -> experts that one rank holds."""
     counts: dict[str, int] = {}
-    for match in (_LOCAL_EXPERT.match(name) for shapes in named for name in shapes):
+    for match in (LOCAL_EXPERT.match(name) for shapes in named for name in shapes):
         if match:
             counts[match["layer"]] = max(counts.get(match["layer"], 0), int(match["expert"]) + 1)
     return counts
 
 
-def _global(name: str, rank: int, local: Mapping[str, int]) -> str:
+def global_name(name: str, rank: int, local: Mapping[str, int]) -> str:
     """The name of a parameter in which experts of all ranks are counted, as expert files do."""
-    match = _LOCAL_EXPERT.match(name)
+    match = LOCAL_EXPERT.match(name)
     if match is None:
         return name
     number = rank * local[match["layer"]] + int(match["expert"])
