@@ -118,6 +118,14 @@ def parts(optimizer: Any) -> list[Any]:
     return [part for part in chained if not getattr(part, "is_stub_optimizer", False)]
 
 
+def stepping(optimizer: Any) -> list[Any] | None:
+    """The torch optimizers inside; None where one may step inside a captured graph."""
+    found = parts(optimizer)
+    if any(getattr(getattr(p, "config", None), "optimizer_cuda_graph", False) for p in found):
+        return None
+    return [getattr(part, "optimizer", None) for part in found]
+
+
 def unwrap(model: Any) -> Any:
     """The model inside Megatron's wrappers."""
     while hasattr(model, "module"):
