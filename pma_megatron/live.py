@@ -131,6 +131,21 @@ def average_units(plan: LivePlan, active: Sequence[int], tensors: Iterable[LiveT
     return result
 
 
+def refuse_other_model(plan: LivePlan, active: Sequence[int], tensors: Iterable[LiveTensor],
+                       states: Sequence[str]) -> None:  # fmt: skip
+    """Sources that lack a live tensor or one of its states are refused before anything is touched.
+
+    Raises:
+        PlanError: a source lacks a tensor, or has it in another shape.
+    """
+    for live in tensors:
+        for state in states if live.trained else [WEIGHT]:
+            for place in live.places:
+                for number in active:
+                    _stored(plan.sources[number], state, place.key)
+                _check_shape(plan.sources[-1], state, place.key, place.global_shape)
+
+
 def _has_main(plan: LivePlan, active: Sequence[int], key: str) -> bool:
     return any(key in plan.sources[number].space.states.get(MAIN, {}) for number in active)
 

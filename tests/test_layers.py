@@ -8,7 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "pma_megatron"
 
 ORDER = [
-    ["version", "errors", "log", "faultpoints", "memory", "geometry", "durable", "audit"],
+    ["version", "errors", "log", "say", "faultpoints", "memory", "geometry", "durable", "audit"],
     ["tokens", "coefficients", "policy", "spread", "spike_state", "metrics_formats", "live_tensor"],
     ["spike", "metrics"],
     ["selection", "comm"],
@@ -40,9 +40,11 @@ ORDER = [
     ["online.window"],
     ["online.store", "online.origin"],
     ["online.average"],
-    ["megatron", "megatron.say", "megatron.options", "megatron.params"],
+    ["megatron", "megatron.options", "megatron.params"],
     ["megatron.replicas"],
-    ["deepspeed", "deepspeed.params"],
+    ["deepspeed.options", "deepspeed.params"],
+    ["deepspeed.load"],
+    ["deepspeed"],
     ["megatron.checks", "megatron.shard"],
     ["megatron.flags", "megatron.load"],
     ["megatron.init", "megatron.thin", "megatron.recover"],

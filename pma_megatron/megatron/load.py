@@ -95,10 +95,7 @@ def by_group(tensors: Iterable[LiveTensor]) -> Mapping[tuple[bool, bool], list[L
 
 def replicas(expert: bool, *, by_source: bool) -> Team:
     """The ranks that hold the same part of the model as this one, this one included."""
-    group = replica_group(expert)
-    members = tuple(dist.get_process_group_ranks(group))
-    place = members.index(dist.get_rank())
-    return Team(members, place, group if len(members) > 1 else None, by_source, all_write=True)
+    return Team.of(replica_group(expert), by_source=by_source)
 
 
 def reset_moments(optimizer: Any, tensors: Sequence[LiveTensor]) -> None:
