@@ -28,7 +28,6 @@ from typing import Any
 import torch.distributed as dist
 
 from pma_megatron.comm import Comm
-from pma_megatron.deepspeed.params import live_tensors
 from pma_megatron.deepspeed.shard import EngineShard
 from pma_megatron.deepspeed.swap import averaged_state, weights
 from pma_megatron.errors import PublishError, UsageError
@@ -76,7 +75,7 @@ class OnlineAverage(RunningAverage):
         comm = Comm() if comm is None else comm
         comm.agree("engine", lambda: _refuse_model_parallel(engine))
         shard, kept = comm.agree(
-            "tensors of the engine", lambda: (EngineShard(live_tensors(engine)), weights(engine))
+            "tensors of the engine", lambda: (EngineShard(engine), weights(engine))
         )
         super().__init__(
             shard, method, last, interval, position=self._position(consumed_tokens),

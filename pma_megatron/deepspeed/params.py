@@ -36,8 +36,8 @@ class LiveTensor:
         first: first element of the flattened tensor whose main params this rank holds.
         numel: how many of them; all, unless main params are sharded over replicas.
         sharded: True if replicas hold different parts of the main params (ZeRO).
-        group: the process group of the replicas; None where no other rank has this tensor.
-        expert: True for an expert's, whose replicas are fewer.
+        replicas: who else has this tensor (`replica_group`): "" for all data-parallel ranks, a name
+            of DeepSpeed's for those with the same experts, None for nobody.
         flat: what holds the main params, and is the optimizer's key of its state, as stored.
         start: element of the flattened `flat` at which they begin.
         inner: torch's optimizer; None for buffers.
@@ -48,8 +48,7 @@ class LiveTensor:
     first: int
     numel: int
     sharded: bool
-    group: Any
-    expert: bool
+    replicas: str | None
     flat: torch.Tensor
     start: int
     inner: Any
@@ -58,6 +57,11 @@ class LiveTensor:
     def places(self) -> tuple[Place, ...]:
         """The whole tensor: DeepSpeed stores no parameter in parts of its own shape."""
         return (Place(self.name, self.shape, _whole(self.shape), 0, first_replica=True),)
+
+    @property
+    def expert(self) -> bool:
+        """True for an expert's parameter."""
+        return bool(self.replicas)
 
     @property
     def trained(self) -> bool:
@@ -101,25 +105,24 @@ def live_tensors(engine: Any) -> list[LiveTensor]:
     held = _LAYOUTS.get(type(optimizer).__name__, _own_main_params)(optimizer)
     found = []
     for each in held:
+        name, shape = keys[each.parameter], _shape_of(each.parameter)
         expert = not getattr(each.parameter, "allreduce", True)
-        name, shape = keys[each.parameter], tuple(getattr(each.parameter, "ds_shape", None) or
-                                                  each.parameter.shape)  # fmt: skip
+        replicas = each.parameter.group_name if expert else ""
         _refuse_other_dtype(name, each.flat)
         found.append(
-            LiveTensor(name, shape, each.first, each.numel, sharded,
-                       replica_group(engine, each.parameter), expert, each.flat, each.start,
-                       getattr(optimizer, "optimizer", optimizer))
+            LiveTensor(name, shape, each.first, each.numel, sharded, replicas, each.flat,
+                       each.start, getattr(optimizer, "optimizer", optimizer))
         )  # fmt: skip
     return [*found, *_buffers(engine, optimizer)]
 
 
-def replica_group(engine: Any, parameter: Any = None) -> Any:
-    """The process group of the ranks that train the same parameter; the dense one for None."""
-    if parameter is None or getattr(parameter, "allreduce", True):
+def replica_group(engine: Any, replicas: str) -> Any:
+    """The process group of the ranks that train the same parameters as this one."""
+    if not replicas:
         return engine.seq_data_parallel_group
     from deepspeed.utils import groups
 
-    return groups._get_expert_data_parallel_group(parameter.group_name)
+    return groups._get_expert_data_parallel_group(replicas)
 
 
 def refresh_weights(engine: Any) -> None:
@@ -143,7 +146,7 @@ def refresh_weights(engine: Any) -> None:
 class _Held:
     """Elements `[first, first + numel)` of a parameter lie in `flat` from `start` on."""
 
-    parameter: torch.Tensor
+    parameter: Any
     flat: torch.Tensor
     start: int
     first: int
@@ -194,11 +197,7 @@ def _zero_3(optimizer: Any) -> Iterator[_Held]:
             first = min(rank * share, total)
             yield _Held(parameter, flat, at, first, min(first + share, total) - first)
             at += share
-        if at != flat.numel():
-            raise UsageError(
-                f"a ZeRO-3 sub-group has {flat.numel()} main params in memory, expected {at}: they "
-                f"were swapped to NVMe, and cannot be averaged in place. {WAY_OUT}"
-            )
+        assert at == flat.numel(), f"{flat.numel()} main params in a sub-group, expected {at}"
 
 
 def _whole_groups(optimizer: Any) -> Iterator[_Held]:
@@ -251,10 +250,11 @@ def _buffers(engine: Any, optimizer: Any) -> Iterator[LiveTensor]:
     rank = dist.get_rank(engine.seq_data_parallel_group) if own else 0
     saved = set(engine._get_buffer_names())
     for name, buffer in engine.module.named_buffers():
-        if name in saved and buffer.is_floating_point() and not LOCAL_EXPERT.match(name):
+        floating = buffer.is_floating_point() and buffer.is_contiguous()
+        if name in saved and floating and not LOCAL_EXPERT.match(name):
             yield LiveTensor(
-                f"{name}@{rank}" if rank else name, tuple(buffer.shape), 0, buffer.numel(),
-                own, None if own else engine.seq_data_parallel_group, False, buffer, 0, None,
+                f"{name}@{rank}" if rank else name, tuple(buffer.shape), 0, buffer.numel(), own,
+                None if own else "", buffer, 0, None,
             )  # fmt: skip
 
 
@@ -272,6 +272,12 @@ def _supported(engine: Any) -> Any:
             "the engine has no optimizer, so it has no main params to average. Give "
             "deepspeed.initialize one"
         )
+    if getattr(optimizer, "swap_optimizer", False) or getattr(
+        optimizer, "params_in_nvme_and_cpu", False
+    ):
+        raise UsageError(f"states on NVMe cannot be averaged in place. {WAY_OUT}")
+    if any(base.__name__ == "PipelineModule" for base in type(engine.module).__mro__):
+        raise UsageError(f"a PipelineModule cannot be averaged in place. {WAY_OUT}")
     if getattr(optimizer, "offloaded_states", None):
         raise UsageError(
             "states of the engine are offloaded (engine.offload_states) and cannot be averaged in "
@@ -287,6 +293,10 @@ def _refuse_other_dtype(name: str, main: torch.Tensor) -> None:
             "rounded. Turn bf16_master_weights_and_grads and fp16_master_weights_and_grads off, "
             "and enable bf16 or fp16 in DeepSpeed's configuration where the model has 16 bits"
         )
+
+
+def _shape_of(parameter: Any) -> tuple[int, ...]:
+    return tuple(parameter.ds_shape if hasattr(parameter, "ds_shape") else parameter.shape)
 
 
 def _whole(shape: tuple[int, ...]) -> Box:

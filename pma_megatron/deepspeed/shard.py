@@ -4,29 +4,31 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import torch.distributed as dist
 
-from pma_megatron.deepspeed.params import LiveTensor
+from pma_megatron.deepspeed.params import LiveTensor, live_tensors, replica_group
 from pma_megatron.online.shard import Shard, Slot
 
 
 class EngineShard(Shard[LiveTensor]):
-    """The owned parts of `live_tensors`, one after the other."""
+    """The owned parts of `live_tensors(engine)`, one after the other."""
+
+    def __init__(self, engine: Any) -> None:
+        super().__init__(live_tensors(engine))
+        self._engine = engine
 
     def written(self) -> Iterator[Slot[LiveTensor]]:
         """The slots that this rank writes; where every replica has all, they take turns."""
-        turns: Counter[bool] = Counter()
+        turns: Counter[str] = Counter()
         for slot in self.slots:
-            live = slot.live
-            if live.sharded or live.group is None:
-                mine = True
-            elif not live.trained:
+            live, mine = slot.live, True
+            if not live.sharded and live.replicas is not None:
+                group = replica_group(self._engine, live.replicas)
                 # Ranks may differ in a buffer, and DeepSpeed saves that of the first.
-                mine = dist.get_rank(live.group) == 0
-            else:
-                size = dist.get_world_size(live.group)
-                mine = turns[live.expert] % size == dist.get_rank(live.group)
-                turns[live.expert] += 1
+                turn = turns[live.replicas] if live.trained else 0
+                mine = turn % dist.get_world_size(group) == dist.get_rank(group)
+                turns[live.replicas] += live.trained
             if mine:
                 yield slot

@@ -22,7 +22,6 @@ from pma_megatron.megatron.online import OnlineAverage
 from pma_megatron.megatron.params import live_tensors, stepping
 from pma_megatron.megatron.recover import Recovered
 from pma_megatron.megatron.save import note_origin, save_average
-from pma_megatron.megatron.say import say
 from pma_megatron.megatron.scoring import Scoring
 from pma_megatron.megatron.shard import MegatronShard
 from pma_megatron.megatron.thin import ThinSnapshots
@@ -30,6 +29,7 @@ from pma_megatron.megatron.watch import Watch
 from pma_megatron.online.hostcopy import HostCopy
 from pma_megatron.online.store import FOLDER
 from pma_megatron.online.window import Average
+from pma_megatron.say import say
 from pma_megatron.tokens import consumed_tokens_of
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
