@@ -18,8 +18,9 @@ Every rank makes every call, in the same order.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import MappingProxyType
@@ -154,18 +155,33 @@ class OnlineAverage(RunningAverage):
             UsageError: there is no average yet; a checkpoint engine that saves in the background.
             PublishError: tags below `save_dir` are not averages.
         """
-        average = self._some()
-        name = f"global_step{self._engine.global_steps}" if tag is None else tag
+        with self.saving(save_dir, tag) as (folder, origin):
+            state = {**client_state, CLIENT_STATE: origin}
+            self._engine.save_checkpoint(
+                str(save_dir), tag=folder.name, client_state=state, **settings
+            )
+        return folder
+
+    @contextlib.contextmanager
+    def saving(self, save_dir: str | Path, tag: str | None = None
+               ) -> Iterator[tuple[Path, dict[str, Any]]]:  # fmt: skip
+        """What the engine saves inside the block, as that tag, is the average. Collective.
+
+        Returns:
+            the tag's folder, and what `pma.json` in it says.
+
+        Raises:
+            UsageError, PublishError: see `save_average`.
+        """
+        origin = origin_of(self._some(), by_tokens=self._by_tokens)
         root = Path(save_dir)
-        origin = origin_of(average, by_tokens=self._by_tokens)
+        folder = root / (f"global_step{self._engine.global_steps}" if tag is None else tag)
         self._comm.agree("checkpoint engine", lambda: _refuse_background(self._engine))
         self._comm.on_main("root of averages", lambda: _refuse_other_tags(root))
         # First, because without it the next save would take this tag for the run's own.
-        self._comm.on_main("origin", lambda: _mark(root / name, origin))
-        state = {**client_state, CLIENT_STATE: origin}
+        self._comm.on_main("origin", lambda: _mark(folder, origin))
         with self.averaged_state():
-            self._engine.save_checkpoint(str(root), tag=name, client_state=state, **settings)
-        return root / name
+            yield folder, origin
 
     def _position(self, consumed_tokens: int | None) -> int:
         if not self._by_tokens:

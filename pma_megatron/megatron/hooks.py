@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from pma_megatron.comm import Comm
-from pma_megatron.errors import UsageError
 from pma_megatron.megatron import flags
 from pma_megatron.megatron.evaluate import Evaluation
 from pma_megatron.megatron.init import init
 from pma_megatron.megatron.online import OnlineAverage
+from pma_megatron.megatron.options import tokens_now
 from pma_megatron.megatron.params import live_tensors, stepping
 from pma_megatron.megatron.recover import Recovered
 from pma_megatron.megatron.save import note_origin, save_average
@@ -30,7 +30,6 @@ from pma_megatron.online.hostcopy import HostCopy
 from pma_megatron.online.store import FOLDER
 from pma_megatron.online.window import Average
 from pma_megatron.say import say
-from pma_megatron.tokens import consumed_tokens_of
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _session: Session | None = None
@@ -101,7 +100,7 @@ class Session:
         self._noted: list[tuple[Path, Average]] = []
         self._comm, metadata = Comm(), _metadata(args)
         counts = settings.save or settings.snapshots
-        tokens = _tokens(args) if counts else 0
+        tokens = tokens_now(args) if counts else 0
         iteration = int(getattr(args, "iteration", 0) or 0)
         self.online: OnlineAverage | None = None
         self.thin: ThinSnapshots | None = None
@@ -134,7 +133,7 @@ class Session:
         args, iteration = _args(), arguments["iteration"]
         if self.watch is not None:
             self._forget(self.watch.stepped(args, arguments))
-        tokens = _tokens(args) if self.online or self.thin else 0
+        tokens = tokens_now(args) if self.online or self.thin else 0
         if self.online is not None:
             self.online.step(iteration, tokens, args)
         if self.thin is not None:
@@ -227,18 +226,6 @@ def _args() -> Any:
     from megatron.training.global_vars import get_args
 
     return get_args()
-
-
-def _tokens(args: Any) -> int:
-    """Consumed until now, as the offline job counts them."""
-    if not args.consumed_train_samples:
-        return 0
-    tokens, reason = consumed_tokens_of(vars(args))
-    if tokens is None:
-        raise UsageError(
-            f"--pma-save and snapshots go by consumed tokens, which are unknown because {reason}"
-        )
-    return tokens
 
 
 def _metadata(args: Any) -> dict[str, Any] | None:
