@@ -20,9 +20,16 @@ import torch
 
 from pma_megatron.errors import CheckpointError, PlanError
 from pma_megatron.formats.base import MAIN_PARAM, Payload, Tensor
-from pma_megatron.formats.flat import FlatMap, FlatRange, FlatSpace
+from pma_megatron.formats.flat import (
+    FlatMap,
+    FlatRange,
+    FlatSpace,
+    read_elements,
+    read_flat,
+    rounds_to,
+)
 from pma_megatron.formats.torch_dist.checkpoint import TorchDistCheckpoint
-from pma_megatron.geometry import Box, Piece, overlaps
+from pma_megatron.geometry import Piece
 
 FINGERPRINT_ELEMENTS = 64
 _COMPARE_ELEMENTS = 1 << 16
@@ -107,36 +114,10 @@ def holds(
         piece = by_box[found.key, found.box]
         count = min(FINGERPRINT_ELEMENTS, found.box.numel)
         stored = read_elements(checkpoint, piece, 0, count)
-        main = _read_flat(checkpoint, space.states[MAIN_PARAM], found.start, count)
-        if not _same(main, stored):
+        main = read_flat(checkpoint, space.states[MAIN_PARAM], found.start, count)
+        if not rounds_to(main, stored):
             return False
     return True
-
-
-def read_elements(
-    checkpoint: TorchDistCheckpoint, piece: Piece[Payload], first: int, count: int
-) -> torch.Tensor:
-    """`count` elements of a piece from its `first`, as a 1-D tensor of the stored dtype."""
-    dtype = piece.payload.dtype
-    _, start = checkpoint.locate(piece.payload)
-    offset = start + (piece.start + first) * dtype.itemsize
-    data = checkpoint.read(piece.payload.item.file, offset, count * dtype.itemsize)
-    return torch.frombuffer(bytearray(data), dtype=dtype)
-
-
-def _read_flat(
-    checkpoint: TorchDistCheckpoint, stored: Sequence[Piece[Payload]], start: int, count: int
-) -> torch.Tensor:
-    result = torch.zeros(count, dtype=stored[0].payload.dtype)
-    for part in overlaps(Box((start,), (count,)), stored):
-        piece = Piece(Box((0,), (part.payload.numel,)), part.payload)
-        data = read_elements(checkpoint, piece, part.start, part.numel)
-        result[part.unit_start : part.unit_start + part.numel] = data
-    return result
-
-
-def _same(main: torch.Tensor, stored: torch.Tensor) -> bool:
-    return torch.equal(main.to(stored.dtype).view(torch.uint8), stored.view(torch.uint8))
 
 
 class _Finder:
@@ -163,7 +144,7 @@ class _Finder:
         ambiguous: list[str] = []
         at = 0
         while at < space.numel:
-            window = _read_flat(
+            window = read_flat(
                 self._checkpoint,
                 stored,
                 at,
@@ -217,7 +198,7 @@ class _Finder:
         for first in {0, max(0, numel - _COMPARE_ELEMENTS)}:
             count = min(_COMPARE_ELEMENTS, numel)
             weight = read_elements(self._checkpoint, piece, first, count)
-            if not _same(_read_flat(self._checkpoint, stored, at + first, count), weight):
+            if not rounds_to(read_flat(self._checkpoint, stored, at + first, count), weight):
                 return False
         return True
 
