@@ -20,19 +20,11 @@ import torch
 
 from pma_megatron.errors import CheckpointError, PlanError
 from pma_megatron.formats.base import MAIN_PARAM, Payload, Tensor
-from pma_megatron.formats.flat import (
-    FlatMap,
-    FlatRange,
-    FlatSpace,
-    read_elements,
-    read_flat,
-    rounds_to,
-)
+from pma_megatron.formats.fingerprints import FINGERPRINT_ELEMENTS, Fingerprints
+from pma_megatron.formats.flat import FlatMap, FlatRange, FlatSpace, read_flat
 from pma_megatron.formats.torch_dist.checkpoint import TorchDistCheckpoint
 from pma_megatron.geometry import Piece
 
-FINGERPRINT_ELEMENTS = 64
-_COMPARE_ELEMENTS = 1 << 16
 _ALIGNMENT_ELEMENTS = 64  # parameters start at multiples of it, param_and_grad_buffer.py
 # Model keys say `decoder.layers.mlp...` where layers are stacked, `decoder.layers.7.mlp...` if not.
 _LAYER = re.compile(r"^(?P<block>.*?\.layers)\.(?:(?P<layer>\d+)\.)?")
@@ -87,39 +79,6 @@ def derive(
     return result
 
 
-def holds(
-    checkpoint: TorchDistCheckpoint,
-    spaces: Sequence[FlatSpace],
-    weights: Mapping[str, Tensor],
-    ranges: FlatMap,
-    *,
-    samples: int = 64,
-) -> bool:
-    """True if `ranges`, found on another checkpoint, fits this one (checked on samples).
-
-    The buffers must have the same names and lengths and the weights the same chunks; then the
-    first elements of up to `samples` parameters are compared.
-    """
-    if {(s.group, s.name) for s in spaces} != set(ranges):
-        return False
-    by_box = {(key, p.box): p for key, tensor in weights.items() for p in tensor.pieces}
-    places = [(space, found) for space in spaces for found in ranges[space.group, space.name]]
-    if any(
-        (found.key, found.box) not in by_box or found.start + found.box.numel > space.numel
-        for space, found in places
-    ):
-        return False
-    step = max(1, len(places) // samples)
-    for space, found in places[::step]:
-        piece = by_box[found.key, found.box]
-        count = min(FINGERPRINT_ELEMENTS, found.box.numel)
-        stored = read_elements(checkpoint, piece, 0, count)
-        main = read_flat(checkpoint, space.states[MAIN_PARAM], found.start, count)
-        if not rounds_to(main, stored):
-            return False
-    return True
-
-
 class _Finder:
     """Candidates of one checkpoint by the bytes they start with."""
 
@@ -127,13 +86,7 @@ class _Finder:
         self._checkpoint = checkpoint
         self._candidates = list(_chunks(weights))
         self._widest_gap = 0
-        # Shorter candidates have shorter fingerprints: one table per (dtype, length).
-        self._tables: dict[tuple[torch.dtype, int], dict[bytes, list[int]]] = {}
-        for number, candidate in enumerate(self._candidates):
-            count = min(FINGERPRINT_ELEMENTS, candidate.piece.box.numel)
-            data = read_elements(checkpoint, candidate.piece, 0, count)
-            table = self._tables.setdefault((data.dtype, count), {})
-            table.setdefault(data.view(torch.uint8).numpy().tobytes(), []).append(number)
+        self._fingerprints = Fingerprints(checkpoint, [c.piece for c in self._candidates])
 
     def walk(self, space: FlatSpace, taken: set[int]) -> list[FlatRange]:
         """Name the parameters of one space; `taken` are those already found in its group."""
@@ -177,30 +130,10 @@ class _Finder:
     def _matches(self, space: FlatSpace, stored: Sequence[Piece[Payload]], at: int,
                  window: torch.Tensor, taken: set[int]) -> list[int]:  # fmt: skip
         # A buffer is named after its parameters' dtype: a buffer of zeros is no candidate for gaps.
-        numbers: list[int] = []
-        for (dtype, count), table in self._tables.items():
-            if f"({dtype}, " in space.name and count <= len(window):
-                key = window[:count].to(dtype).view(torch.uint8).numpy().tobytes()
-                numbers += [n for n in table.get(key, ()) if n not in taken]
-        numbers = [n for n in numbers if at + self._numel(n) <= space.numel]
-        if len(numbers) > 1:
-            numbers = [n for n in numbers if self._equal(n, stored, at)]
-            longest = max((self._numel(n) for n in numbers), default=0)
-            numbers = [n for n in numbers if self._numel(n) == longest]
-        return numbers
-
-    def _numel(self, number: int) -> int:
-        return self._candidates[number].piece.box.numel
-
-    def _equal(self, number: int, stored: Sequence[Piece[Payload]], at: int) -> bool:
-        piece = self._candidates[number].piece
-        numel = piece.box.numel
-        for first in {0, max(0, numel - _COMPARE_ELEMENTS)}:
-            count = min(_COMPARE_ELEMENTS, numel)
-            weight = read_elements(self._checkpoint, piece, first, count)
-            if not rounds_to(read_flat(self._checkpoint, stored, at + first, count), weight):
-                return False
-        return True
+        return self._fingerprints.longest(
+            stored, at, space.numel, window, taken,
+            lambda n: f"({self._candidates[n].piece.payload.dtype}, " in space.name,
+        )  # fmt: skip
 
     def _choose(self, numbers: list[int], walked: list[_Candidate]) -> int:
         """Among bit-identical weights, the one that the model's reverse order puts next."""
