@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "pma_megatron"
 
 ORDER = [
     ["version", "errors", "log", "faultpoints", "memory", "geometry", "durable", "audit"],
+    ["openfiles"],
     ["tokens", "coefficients", "policy", "spread", "spike_state", "metrics_formats"],
     ["spike", "metrics"],
     ["selection", "comm"],
