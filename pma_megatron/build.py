@@ -11,6 +11,7 @@ import torch
 
 from pma_megatron.discover import newest_full
 from pma_megatron.errors import PlanError, UsageError
+from pma_megatron.formats import registry
 from pma_megatron.formats.base import Payload, Tensor
 from pma_megatron.formats.output import OutputLayout, Place
 from pma_megatron.formats.source import Source
@@ -323,8 +324,16 @@ def check_same_model(sources: Sequence[Source]) -> None:
                     f"{source.path} ({source.topology}, {source.space.kind}) {what} ({base.path}: "
                     f"{base.topology}, {base.space.kind}): {', '.join(extra[:3])} "
                     f"({len(extra)} in all). They are not checkpoints of one model: exclude the "
-                    "ones that differ"
+                    f"ones that differ{_converted(source, base)}"
                 )
+
+
+def _converted(source: Source, base: Source) -> str:
+    """The way out for sources of one model that were saved under layouts that do not merge."""
+    if (source.topology, source.space.kind) == (base.topology, base.space.kind):
+        return ""
+    hint = registry.get(source.format, source.path).other_layouts
+    return f". If they are of one model, {hint.format(tag=source.path)}" if hint else ""
 
 
 def matching(source: Source, base: Source, wanted: Tensor, state: str, key: str) -> Tensor:

@@ -32,6 +32,7 @@ class DeepSpeedConfig:
         zero: further settings of `zero_optimization`.
         experts: of an MoE layer; 0 for a dense model.
         expert_parallel_size: ranks that share one set of them.
+        load_universal: load Universal checkpoints instead of native tags.
     """
 
     stage: int = 1
@@ -40,6 +41,7 @@ class DeepSpeedConfig:
     zero: Mapping[str, Any] = field(default_factory=dict)
     experts: int = 0
     expert_parallel_size: int = 1
+    load_universal: bool = False
 
     def to_json(self, ranks: int) -> dict[str, Any]:
         """DeepSpeed's own configuration."""
@@ -53,6 +55,8 @@ class DeepSpeedConfig:
             config["bf16"] = {"enabled": True}
         if self.float32_gradients:
             config["data_types"] = {"grad_accum_dtype": "fp32"}
+        if self.load_universal:
+            config["checkpoint"] = {"load_universal": True}
         return config
 
 

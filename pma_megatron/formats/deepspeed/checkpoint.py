@@ -27,12 +27,12 @@ _UNSUPPORTED = (
     (re.compile(r"mp_rank_(?!00_)\d+_"), "a second model-parallel rank"),
 )
 _FOLDERS = {
-    "zero": "parameters of a Universal checkpoint",
+    "zero": "parameters of a Universal checkpoint beside rank files",
     "offloaded_tensors": "states offloaded to NVMe",
 }
 _NUMBER = re.compile(r"(\d+)$")
 _NEEDED = ("module", "param_shapes", "buffer_names", "global_steps", "dp_world_size")
-_OPTIM_NAMES = frozenset(
+OPTIM_NAMES = frozenset(
     {
         ("deepspeed.runtime.zero.config", "ZeroStageEnum"),
         ("deepspeed.runtime.fp16.loss_scaler", "LossScaler"),
@@ -60,7 +60,7 @@ class DeepSpeedCheckpoint(ItemFiles):
         self.optim = _by_rank(path, _OPTIM)
         matches = ((_EXPERT.match(name), name) for name in _names(path))
         self.experts = {(int(m["layer"]), int(m["expert"])): name for m, name in matches if m}
-        self._states: dict[str, dict[str, Any]] = {}
+        self._contents: dict[str, Any] = {}
 
     def item(self, file: str) -> Item:
         """A whole file as an item.
@@ -77,21 +77,32 @@ class DeepSpeedCheckpoint(ItemFiles):
             )
         return Item(file, 0, length)
 
-    def state(self, file: str) -> dict[str, Any]:
+    def content(self, file: str) -> Any:
         """What a file's pickle says, tensors as `TensorRef`.
+
+        Raises:
+            CheckpointError: it is damaged or hostile.
+        """
+        if file not in self._contents:
+            data = self.read_record(self.item(file), "data.pkl")
+            what, known = str(self.path / file), self.known_names(file)
+            self._contents[file] = load_inert(data, what=what, known=known)
+        return self._contents[file]
+
+    def known_names(self, file: str) -> frozenset[tuple[str, str]] | None:
+        """All that `file` may name; None for any, where a script keeps its own state."""
+        return OPTIM_NAMES if _OPTIM.match(file) else None
+
+    def state(self, file: str) -> dict[str, Any]:
+        """The dictionary in a file.
 
         Raises:
             CheckpointError: it is damaged, hostile, or no dictionary.
         """
-        found = self._states.get(file)
-        if found is None:
-            what = str(self.path / file)
-            data = self.read_record(self.item(file), "data.pkl")
-            known = _OPTIM_NAMES if _OPTIM.match(file) else None
-            found = load_inert(data, what=what, known=known)
-            if not isinstance(found, dict):
-                raise CheckpointError(f"{what} holds {type(found).__name__}, expected a dictionary")
-            self._states[file] = found
+        found = self.content(file)
+        if not isinstance(found, dict):
+            what = f"{self.path / file} holds {type(found).__name__}"
+            raise CheckpointError(f"{what}, expected a dictionary")
         return found
 
     @property
@@ -110,6 +121,11 @@ class DeepSpeedCheckpoint(ItemFiles):
         if not isinstance(found, dict):
             raise CheckpointError(f"{self.path / file} has no optimizer_state_dict: damaged")
         return found
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        """Second name of a tied parameter -> its first."""
+        return dict(self.head.get("shared_params") or {})
 
     @property
     def files(self) -> tuple[str, ...]:

@@ -36,7 +36,7 @@ def read_source(path: str, ranges: FlatMap, main_params: bool) -> Source:
         raise CheckpointError(f"{path} cannot be a source: {reason}. Exclude it, or restore it.")
     checkpoint = DeepSpeedCheckpoint(folder)
     spaces, found = flat_spaces(checkpoint)
-    weights = weights_of(checkpoint)
+    weights = weights_of(checkpoint, shapes_of(checkpoint))
     return Source(
         path=path,
         format="deepspeed",
@@ -50,10 +50,18 @@ def read_source(path: str, ranges: FlatMap, main_params: bool) -> Source:
     )
 
 
-def weights_of(checkpoint: DeepSpeedCheckpoint) -> dict[str, Tensor]:
-    """Trained parameters and buffers as the model states hold them.
+def shapes_of(checkpoint: DeepSpeedCheckpoint) -> dict[str, tuple[int, ...]]:
+    """Trained parameter -> shape, experts by their global number."""
+    return {k: shape for group in groups_of(checkpoint) for k, shape in group.shapes.items()}
 
-    ZeRO-3 stores no weights beside its main params: they have no pieces here. What is neither
+
+def weights_of(
+    checkpoint: DeepSpeedCheckpoint, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Tensor]:
+    """Trained parameters (`shapes`) and buffers as the model states hold them.
+
+    ZeRO-3 stores no weights beside its main params, and a pipeline none in its model states: they
+    have no pieces here. What is neither
     trained nor a buffer (frozen parameters) is left out: it stays as the newest source has it. A
     second name of a tied parameter is no weight of its own, and where it has a storage of its own
     (MoE) it is a replica. A buffer of rank R > 0 under ZeRO-3 is called `name@R`.
@@ -61,8 +69,7 @@ def weights_of(checkpoint: DeepSpeedCheckpoint) -> dict[str, Tensor]:
     Raises:
         CheckpointError: the model states lack a trained parameter, or hold it in another shape.
     """
-    shapes = {k: shape for group in groups_of(checkpoint) for k, shape in group.shapes.items()}
-    partitioned = "zero_pp_rank_" in checkpoint.model[0]
+    partitioned = "zero_pp_rank_" in checkpoint.model[0] or checkpoint.head["module"] is None
     weights: dict[str, Tensor] = {}
     if partitioned:
         for name, shape in shapes.items():
@@ -80,7 +87,7 @@ def weights_of(checkpoint: DeepSpeedCheckpoint) -> dict[str, Tensor]:
         names = sorted(wanted, key=lambda name: name not in shapes)
         for name, tensor in _stored(checkpoint, file, state["module"], names, shapes):
             weights[name if rank == 0 else f"{name}@{rank}"] = tensor
-    for alias, owner in (checkpoint.head.get("shared_params") or {}).items():
+    for alias, owner in checkpoint.aliases.items():
         for replica in _replicas(checkpoint, alias, weights.get(owner)):
             weights[owner] = replace(weights[owner], replicas=(*weights[owner].replicas, replica))
     return weights
@@ -140,9 +147,13 @@ def read_schedule(path: Path) -> Schedule:
     """
     checkpoint = DeepSpeedCheckpoint(path)
     base = base_state(checkpoint.optimizer(0))
-    groups = base.get("param_groups", ()) if isinstance(base, dict) else ()
-    rates = [float(g["lr"]) for g in groups if isinstance(g.get("lr"), (int, float))]
-    samples = checkpoint.head.get("global_samples")
+    groups = base.get("param_groups") if isinstance(base, dict) else None
+    return schedule_of(groups, checkpoint.head.get("global_samples"))
+
+
+def schedule_of(groups: Any, samples: Any) -> Schedule:
+    """The largest learning rate of param groups, and the samples, where they are known."""
+    rates = [float(g["lr"]) for g in groups or () if isinstance(g.get("lr"), (int, float))]
     return Schedule(
         learning_rate=max(rates, default=None),
         samples=samples if isinstance(samples, int) else None,
