@@ -174,6 +174,8 @@ def test_unmodified_deepspeed_resumes_from_the_average(
         assert before["iteration"] == 6
         assert torch.equal(before["buffers"]["calls"], sources[-1]["buffers"]["calls"])
         assert client_state["note"] == "saved after 6"
+        assert client_state["pma"]["iterations"] == [2, 4, 6]
+        assert client_state["pma"]["coefficients"] == list(WEIGHTS)
         for name, master in before["masters"].items():
             assert torch.equal(after["masters"][name], master), (kind, name)
         check_weights(after, dtype)
@@ -189,8 +191,8 @@ def test_all_that_is_not_averaged_is_the_newest_bit_for_bit(
     for file in newest.iterdir():
         theirs, ours = records(file), records(output / file.name)
         changed = {n for n in ours if n.startswith("data") and theirs[n] != ours[n]}
-        assert ours["data.pkl"] == theirs["data.pkl"]
         if "optim" in file.name:
+            assert ours["data.pkl"] == theirs["data.pkl"]
             saved = load(file)["optimizer_state_dict"]
             groups = saved.get("single_partition_of_fp32_groups", saved.get("fp32_flat_groups"))
             assert len(changed) == len(groups)
@@ -198,6 +200,7 @@ def test_all_that_is_not_averaged_is_the_newest_bit_for_bit(
                 for name in mine:  # bytes: padding may be NaN
                     assert mine[name].numpy().tobytes() == other[name].numpy().tobytes()
         else:
+            assert ours["data.pkl"].startswith(theirs["data.pkl"][:-1])
             assert 1 <= len(changed) <= (1 if "zero_pp" in file.name else 3)
 
 
@@ -357,7 +360,7 @@ def test_names_in_a_client_state_are_copied_and_never_resolved(run: Path, save: 
     output = merge_run(run, save)
     assert not trap.exists()
     ours, theirs = (records(folder / file.name) for folder in (output, tag(run)))
-    assert ours["data.pkl"] == theirs["data.pkl"]
+    assert ours["data.pkl"].startswith(theirs["data.pkl"][:-1])
 
 
 def merge_on(rank: int, world_size: int, run: str, save: str, size: int) -> None:

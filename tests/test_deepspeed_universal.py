@@ -170,6 +170,9 @@ def test_unmodified_deepspeed_resumes_at_another_data_parallel_size(
         assert before["iteration"] == newest["iteration"] == 6
         assert before["scheduler"] == newest["scheduler"]
         assert client_state["note"] == "saved after 6"
+        assert client_state["pma"]["sources"] == [
+            str(tag(made["folder"] / "universal" / kind, number)) for number in (2, 4, 6)
+        ]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -260,6 +263,30 @@ def test_moments_average_or_start_again(made: dict[str, Any], tmp_path: Path, ki
     if kind == "zero3":  # DeepSpeed reads the step from the global state
         state = torch.load(reset / "zero" / "optimizer_state.pt", weights_only=False)
         assert all(each["step"] == 0 for each in state["optimizer_state_dict"]["state"].values())
+
+
+@pytest.mark.parametrize("form", ["native", "universal"])
+def test_client_states_say_where_a_merge_came_from(
+    made: dict[str, Any], tmp_path: Path, form: str
+) -> None:
+    run = made["folder"] / form / "zero1"
+    merge_run(run, tmp_path / "one", selection=SelectionRequest(iterations=(2, 4)))
+    paths = (str(tag(tmp_path / "one", 4)), str(tag(run)))
+    output = merge_run(run, tmp_path / "two", selection=SelectionRequest(paths=paths))
+    again = merge_run(tmp_path / "two", tmp_path / "three", selection=SelectionRequest(last=1))
+    notes = [note_of(output), note_of(again)]
+    assert [note["sources"] for note in notes] == [list(paths), [str(output)]]
+    assert notes[0]["coefficients"] == [0.5, 0.5]
+    sweep = merge(request_for(run, tmp_path / "sweep", sweep=("sma:2,3",))).outputs
+    for number, folder in zip((2, 3), map(Path, sweep), strict=True):
+        used = note_of(folder)["coefficients"][folder.parent.name]
+        assert sum(value > 0 for value in used) == number
+        assert verify(folder).worst <= 1
+
+
+def note_of(folder: Path) -> dict[str, Any]:
+    saved = torch.load(folder / "mp_rank_00_model_states.pt", weights_only=True)
+    return dict(saved["pma"])
 
 
 def test_runs_of_other_stages_merge(made: dict[str, Any], save: Path) -> None:

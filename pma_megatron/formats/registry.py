@@ -33,7 +33,10 @@ TAGS = (DEEPSPEED, UNIVERSAL)
 
 
 class LayOut(Protocol):
-    """Lay out an output after the checkpoint at `path`."""
+    """Lay out an output after the checkpoint at `path`.
+
+    `note` is what the merge says of itself, for training that gets such things back on resuming.
+    """
 
     def __call__(
         self,
@@ -42,6 +45,7 @@ class LayOut(Protocol):
         payloads: Mapping[Payload, torch.dtype],
         drop: frozenset[str],
         optimizer: str,
+        note: Mapping[str, Any],
     ) -> OutputLayout: ...
 
 
@@ -102,8 +106,10 @@ def _common(path: Path) -> dict[str, Any]:
 
 
 def _lay_out(
-    path: str, *, payloads: Mapping[Payload, torch.dtype], drop: frozenset[str], optimizer: str
-) -> OutputLayout:
+    path: str, *, payloads: Mapping[Payload, torch.dtype], drop: frozenset[str], optimizer: str,
+    note: Mapping[str, Any],
+) -> OutputLayout:  # fmt: skip
+    """Megatron hands nothing back: there, `pma.json` alone says where a merge came from."""
     changes = Changes(payloads=payloads, drop=drop, optimizer=optimizer)
     return output_layout(TorchDistCheckpoint(Path(path)), changes)
 

@@ -123,6 +123,11 @@ class DeepSpeedCheckpoint(ItemFiles):
         return found
 
     @property
+    def client_states(self) -> tuple[str, ...]:
+        """Files whose entries DeepSpeed hands to the script that loads them."""
+        return tuple(self.model.values())
+
+    @property
     def aliases(self) -> dict[str, str]:
         """Second name of a tied parameter -> its first."""
         return dict(self.head.get("shared_params") or {})

@@ -53,6 +53,11 @@ class UniversalCheckpoint(DeepSpeedCheckpoint):
         return None if file in self.stages else _NAMES
 
     @property
+    def client_states(self) -> tuple[str, ...]:
+        """See `DeepSpeedCheckpoint`."""
+        return tuple(self.stages)
+
+    @property
     def files(self) -> tuple[str, ...]:
         """Every file."""
         of_params = (file for states in self.states.values() for file in states.values())

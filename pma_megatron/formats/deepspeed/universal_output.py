@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,8 +16,9 @@ from pma_megatron.formats.relay import reset_steps
 
 
 def output_layout(
-    path: str, *, payloads: Mapping[Payload, torch.dtype], drop: frozenset[str], optimizer: str
-) -> OutputLayout:
+    path: str, *, payloads: Mapping[Payload, torch.dtype], drop: frozenset[str], optimizer: str,
+    note: Mapping[str, Any],
+) -> OutputLayout:  # fmt: skip
     """Lay out a merged Universal checkpoint; see `deepspeed.output.output_layout`.
 
     Raises:
@@ -29,4 +31,4 @@ def output_layout(
         for file, content in steps_of(checkpoint).items():
             zero = frozenset(reset_steps(content))
             edits[file] = Edit(content.get(STEP, content), zero)
-    return lay_out_after(checkpoint, payloads, edits)
+    return lay_out_after(checkpoint, payloads, edits, note)
