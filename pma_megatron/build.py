@@ -361,6 +361,11 @@ def matching(source: Source, base: Source, wanted: Tensor, state: str, key: str)
             raise PlanError(
                 f"{label} {key}: {what} {theirs} in {name}, {ours} in the newest source. They are "
                 "not checkpoints of one model, or the run changed: exclude the ones that differ"
+                + (
+                    f", or keep the newest's with --policy {key}=newest"
+                    if state == "weight"
+                    else ""
+                )
             )
     _check_covers(source, key, PieceIndex(found.pieces), wanted.pieces)
     return found

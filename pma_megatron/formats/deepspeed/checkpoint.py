@@ -15,6 +15,7 @@ from typing import Any
 
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.base import Item
+from pma_megatron.formats.deepspeed.steps import mixed_steps
 from pma_megatron.formats.items import ItemFiles
 from pma_megatron.formats.pickles import load_inert
 
@@ -239,4 +240,5 @@ def _incomplete(checkpoint: DeepSpeedCheckpoint) -> str | None:
         return f"{min(stray)} is a second file of its rank: two saves in one folder"
     for name in checkpoint.files:
         checkpoint.records(checkpoint.item(name))
-    return None
+    optimizers = ((checkpoint.item(f), checkpoint.state(f)) for f in checkpoint.optim.values())
+    return mixed_steps(checkpoint, optimizers)

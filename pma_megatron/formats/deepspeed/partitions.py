@@ -237,6 +237,6 @@ def _check_length(checkpoint: DeepSpeedCheckpoint, space: FlatSpace, numel: int,
     if space.numel < numel or (exact and space.numel != numel):
         raise CheckpointError(
             f"{checkpoint.path}: {space.group} {space.name} holds {space.numel} elements of main "
-            f"params, its param_shapes need {numel}: damaged, or states were offloaded elsewhere. "
-            "group. Exclude this checkpoint"
+            f"params, its param_shapes need {numel}: damaged, or states were offloaded elsewhere, "
+            "which is not supported. Exclude this checkpoint"
         )
