@@ -124,6 +124,11 @@ class DeepSpeedCheckpoint(ItemFiles):
         return int(self.head["dp_world_size"])
 
     @property
+    def is_whole(self) -> bool:
+        """True without ZeRO: every optimizer in it holds all of its parameters."""
+        return not self.optim and isinstance(self.head.get("optimizer"), dict)
+
+    @property
     def topology(self) -> str:
         """Parallel sizes, for messages."""
         size = self.model_parallel_size
@@ -162,6 +167,11 @@ class DeepSpeedCheckpoint(ItemFiles):
         files = (*self.whole.values(), *self.model.values())
         found = ((file, self.state(file).get("optimizer")) for file in files)
         return {file: state for file, state in found if isinstance(state, dict)}
+
+    @property
+    def client_states(self) -> tuple[str, ...]:
+        """Files whose entries DeepSpeed hands to the script that loads them."""
+        return tuple(self.model.values())
 
     @property
     def aliases(self) -> dict[str, str]:

@@ -17,6 +17,7 @@ from pma_megatron.formats.deepspeed.checkpoint import (
 )
 from pma_megatron.formats.deepspeed.layers import numbered_layers
 from pma_megatron.formats.deepspeed.partitions import base_state
+from pma_megatron.formats.deepspeed.steps import mixed_steps
 
 _UNSUPPORTED = (
     (
@@ -27,7 +28,7 @@ _UNSUPPORTED = (
     (re.compile(r"^expp_rank_\d+_mp_rank_(?!00_)"), "experts of a second model-parallel rank"),
 )
 _FOLDERS = {
-    "zero": "parameters of a Universal checkpoint",
+    "zero": "parameters of a Universal checkpoint beside rank files",
     "offloaded_tensors": "states offloaded to NVMe",
 }
 _EXPERT_GROUP = re.compile(r"^ep_size_(\d+)$")
@@ -80,7 +81,8 @@ def _incomplete(checkpoint: DeepSpeedCheckpoint) -> str | None:
         return f"{min(stray)} is a second file of its rank: two saves in one folder"
     for name in checkpoint.files:
         checkpoint.records(checkpoint.item(name))
-    return None
+    states = ((checkpoint.item(file), state) for file, state in checkpoint.optimizers().items())
+    return mixed_steps(checkpoint, states)
 
 
 def _ranks(checkpoint: DeepSpeedCheckpoint) -> str | None:

@@ -20,8 +20,9 @@ from pma_megatron.formats.relay import relay, reset_steps
 
 
 def output_layout(
-    path: str, *, payloads: Mapping[Payload, torch.dtype], drop: frozenset[str], optimizer: str
-) -> OutputLayout:
+    path: str, *, payloads: Mapping[Payload, torch.dtype], drop: frozenset[str], optimizer: str,
+    note: Mapping[str, Any],
+) -> OutputLayout:  # fmt: skip
     """Lay out a merged tag after the one at `path`.
 
     Args:
@@ -29,6 +30,7 @@ def output_layout(
         payloads: its payloads that get new bytes, with their dtype in the output.
         drop: entries left out.
         optimizer: `keep`, `reset` (step counters to zero) or `drop`.
+        note: what the client state gets as `pma`.
 
     Raises:
         UsageError: something is to be left out or stored in another dtype: DeepSpeed resumes main
@@ -41,7 +43,7 @@ def output_layout(
         for file, state in checkpoint.optimizers().items():
             zero = reset_steps(base_state(state))
             edits[file] = Edit(checkpoint.state(file), frozenset(zero))
-    return lay_out_after(checkpoint, payloads, edits)
+    return lay_out_after(checkpoint, payloads, edits, note)
 
 
 def refuse_unresumable(
@@ -71,8 +73,8 @@ class Edit:
 
 
 def lay_out_after(checkpoint: DeepSpeedCheckpoint, payloads: Iterable[Payload],
-                  edits: Mapping[str, Edit]) -> OutputLayout:  # fmt: skip
-    """The files of `checkpoint` again, some with new payloads, some edited."""
+                  edits: Mapping[str, Edit], note: Mapping[str, Any]) -> OutputLayout:  # fmt: skip
+    """The files of `checkpoint` again, some with new payloads, some edited, `note` in some."""
     new: dict[Item, list[Payload]] = {}
     for payload in payloads:
         new.setdefault(payload.item, []).append(payload)
@@ -80,10 +82,11 @@ def lay_out_after(checkpoint: DeepSpeedCheckpoint, payloads: Iterable[Payload],
     places: dict[Payload, Place] = {}
     for file in checkpoint.files:
         base, edit = checkpoint.item(file), edits.get(file)
-        if base in new or edit is not None:
+        noted = note if file in checkpoint.client_states else None
+        if base in new or edit is not None or noted is not None:
             edited, zero = (None, frozenset()) if edit is None else (edit.content, edit.zero)
             relaid = relay(checkpoint, base, new.get(base, ()), len(items),
-                           lambda length, file=file: Item(file, 0, length), edited, zero)  # type: ignore[misc]  # fmt: skip
+                           lambda length, file=file: Item(file, 0, length), edited, zero, noted)  # type: ignore[misc]  # fmt: skip
             items.append(relaid.item)
             places.update(relaid.places)
         else:

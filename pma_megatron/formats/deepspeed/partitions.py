@@ -105,7 +105,7 @@ def global_name(name: str, rank: int, local: Mapping[str, int]) -> str:
 
 def kind(checkpoint: DeepSpeedCheckpoint) -> str:
     """Which optimizer wrote it."""
-    if not checkpoint.optim:
+    if checkpoint.is_whole:
         return "ZeRO-0"
     stage = checkpoint.optimizer(0).get("zero_stage")
     if stage is None:
@@ -268,6 +268,6 @@ def _check_length(checkpoint: DeepSpeedCheckpoint, space: FlatSpace, numel: int,
     if space.numel < numel or (exact and space.numel != numel):
         raise CheckpointError(
             f"{checkpoint.path}: {space.group} {space.name} holds {space.numel} elements of main "
-            f"params, its param_shapes need {numel}: damaged, or states were offloaded elsewhere. "
-            "group. Exclude this checkpoint"
+            f"params, its param_shapes need {numel}: damaged, or states were offloaded elsewhere, "
+            "which is not supported. Exclude this checkpoint"
         )
