@@ -40,6 +40,23 @@ KINDS = {
 }
 
 
+FURTHER = (
+    {
+        "zero0_fp32": DeepSpeedConfig(stage=0, bf16=False),
+        "zero0": DeepSpeedConfig(stage=0),
+        "zero0_fused": DeepSpeedConfig(stage=0, fused=True),
+        "moe_zero0": DeepSpeedConfig(stage=0, experts=4, expert_parallel_size=2),
+    },
+    {
+        "zero1_aligned": DeepSpeedConfig(stage=1, zero={"parameter_alignment": True}),
+        "zero3_offload": DeepSpeedConfig(
+            stage=3, zero={"offload_optimizer": {"device": "cpu"}},
+            settings={"zero_force_ds_cpu_optimizer": False},
+        ),
+        "pipe_zero1": DeepSpeedConfig(stage=1, pipeline_stages=2, tied=True),
+        "model_parallel_zero1": DeepSpeedConfig(stage=1, model_parallel_size=2),
+    },
+)  # fmt: skip
 UNIT_ROUNDOFF = 2.0**-24
 WEIGHTS = (1 / 3, 1 / 3, 1 / 3)
 
@@ -284,25 +301,37 @@ def test_another_data_parallel_size_is_refused(runs: tuple[Path, Any]) -> None:
     assert "data-parallel size 2, and the engine has 1" in message and "Universal" in message
 
 
-def experts(rank: int, world_size: int, root: str, merged: str, config: DeepSpeedConfig
-            ) -> dict[str, list[str]]:  # fmt: skip
-    """Train, merge offline, and compare; by how replicas share the reading."""
-    train(rank, world_size, {root: config})
-    merge_offline(Path(root).parent, ["run"], Path(merged))
-    results = {}
-    for share in ("slice", "source"):
-        found = compare(rank, world_size, {root: config}, merged, {"share": share})[root]
-        results[share] = [*found[0], *found[1]]
-    return results
+def alike(rank: int, world_size: int, runs: Mapping[str, DeepSpeedConfig], merged: str, share: str
+          ) -> dict[str, list[str]]:  # fmt: skip
+    """Train, merge offline, start from both, and compare; masters with the float64 average too."""
+    held = train(rank, world_size, runs)
+    roots = [Path(root) for root in runs]
+    merge_offline(roots[0].parent, [root.name for root in roots], Path(merged))
+    found = compare(rank, world_size, runs, merged, {"share": share})
+    for root in runs:
+        for name, value in found[root][2]["masters"].items():
+            exact = [each["masters"][name].double().numpy() for each in held[root]]
+            assert_average(value.double().numpy(), exact, WEIGHTS, f"{root} {name}")
+    return {root: [*found[root][0], *found[root][1]] for root in runs}
 
 
 @pytest.mark.slow
-def test_experts_over_four_ranks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kinds", FURTHER, ids=[next(iter(kinds)) for kinds in FURTHER])
+def test_further_kinds(kinds: Mapping[str, DeepSpeedConfig], tmp_path: Path) -> None:
+    wanted = {str(tmp_path / "run" / kind): config for kind, config in kinds.items()}
+    merged = str(tmp_path / "merged")
+    for results in run_ranks(alike, 2, wanted, merged, "slice", timeout_s=290):
+        assert results == {root: [] for root in wanted}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", ["slice", pytest.param("source", marks=pytest.mark.thorough)])
+def test_experts_over_four_ranks(share: str, tmp_path: Path) -> None:
     """Each expert is on two ranks of four."""
     config = DeepSpeedConfig(stage=1, experts=4, expert_parallel_size=2)
-    root, merged = str(tmp_path / "run"), str(tmp_path / "merged")
-    for results in run_ranks(experts, 4, root, merged, config, timeout_s=400):
-        assert results == {"slice": [], "source": []}
+    root, merged = str(tmp_path / "run" / "experts"), str(tmp_path / "merged")
+    for results in run_ranks(alike, 4, {root: config}, merged, share, timeout_s=290):
+        assert results == {root: []}
 
 
 class Wide(nn.Module):

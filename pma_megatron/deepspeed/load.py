@@ -216,22 +216,34 @@ def _check(engine: Any, found: Gathered, options: Options, named: Path | None) -
             f"load_checkpoint was asked for {named}, and the options say that the newest source is "
             f"{base.path}. Leave tag out, or let the average end there"
         )
-    kinds = _KINDS.get(type(engine.optimizer).__name__)
-    if kinds is not None and base.space.kind not in kinds:
+    _check_resumable(engine, base.path, base.space.kind)
+    states = _states(found, options)
+    if options.optimizer_state == "average" and len(states) == 1:
         raise PlanError(
-            f"{base.path} was saved by {base.space.kind}, and the engine runs "
-            f"{' or '.join(kinds)}: DeepSpeed does not resume it. Keep zero_optimization.stage and "
-            "data_types as they were"
-        )
-    size = int(DeepSpeedCheckpoint(Path(base.path)).head["dp_world_size"])
-    if size != engine.seq_dp_world_size:
-        raise PlanError(
-            f"{base.path} was saved at data-parallel size {size}, and the engine has "
-            f"{engine.seq_dp_world_size}: DeepSpeed resumes no other. Start as many ranks, or "
-            "make a Universal checkpoint (ds_to_universal) of the offline merge"
+            f"{base.path} holds no moments by name: use optimizer_state 'latest' or 'reset'"
         )
     plan = LivePlan.of(found, options.threads)
-    refuse_other_model(plan, found.active, _averaged(engine, found), _states(found, options))
+    refuse_other_model(plan, found.active, _averaged(engine, found), states)
+
+
+def _check_resumable(engine: Any, path: str, kind: str) -> None:
+    kinds = _KINDS.get(type(engine.optimizer).__name__, ("ZeRO-0",))
+    if kind not in kinds:
+        raise PlanError(
+            f"{path} was saved by {kind}, and the engine runs {' or '.join(kinds)}: DeepSpeed does "
+            "not resume it. Keep zero_optimization.stage and data_types as they were"
+        )
+    saved = DeepSpeedCheckpoint(Path(path))
+    for what, size, now in (
+        ("model-parallel", saved.model_parallel_size, engine.mp_world_size),
+        ("data-parallel", saved.data_parallel_size, engine.seq_dp_world_size),
+    ):
+        if size != now and (what == "model-parallel" or kind != "ZeRO-0"):
+            raise PlanError(
+                f"{path} was saved at {what} size {size}, and the engine has {now}: DeepSpeed "
+                "resumes no other. Start as many ranks, or make a Universal checkpoint "
+                "(ds_to_universal) of the offline merge"
+            )
 
 
 def _refuse_modes(call: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from pma_megatron.errors import UsageError
+from pma_megatron.formats.deepspeed.checkpoint import TIED, model_key
 from pma_megatron.formats.deepspeed.partitions import LOCAL_EXPERT, global_name, local_experts
 from pma_megatron.geometry import Box
 from pma_megatron.live_tensor import Place
@@ -235,13 +236,24 @@ def _keys(engine: Any) -> dict[Any, str]:
     """Parameter -> its key in a tag's model space."""
     from deepspeed.utils import groups
 
-    names: dict[Any, str] = engine.param_names
+    names = {parameter: _key(engine, name) for parameter, name in engine.param_names.items()}
     local = local_experts([dict.fromkeys(names.values())])
     return {
         parameter: global_name(name, groups._get_expert_parallel_rank(parameter.group_name), local)
         if LOCAL_EXPERT.match(name) else name
         for parameter, name in names.items()
     }  # fmt: skip
+
+
+def _key(engine: Any, name: str) -> str:
+    # Releases before 0.19.7 have no checkpoint_mp_rank.
+    other = 0 if engine.mpu is None else engine.mpu.get_model_parallel_rank()
+    mp = getattr(engine, "checkpoint_mp_rank", other)
+    return model_key(name, mp, pipeline=_is_pipeline(engine))
+
+
+def _is_pipeline(engine: Any) -> bool:
+    return any(base.__name__ == "PipelineModule" for base in type(engine.module).__mro__)
 
 
 def _buffers(engine: Any, optimizer: Any) -> Iterator[LiveTensor]:
@@ -252,8 +264,9 @@ def _buffers(engine: Any, optimizer: Any) -> Iterator[LiveTensor]:
     for name, buffer in engine.module.named_buffers():
         floating = buffer.is_floating_point() and buffer.is_contiguous()
         if name in saved and floating and not LOCAL_EXPERT.match(name):
+            key = _key(engine, name)
             yield LiveTensor(
-                f"{name}@{rank}" if rank else name, tuple(buffer.shape), 0, buffer.numel(), own,
+                f"{key}@{rank}" if rank else key, tuple(buffer.shape), 0, buffer.numel(), own,
                 None if own else "", buffer, 0, None,
             )  # fmt: skip
 
@@ -272,12 +285,17 @@ def _supported(engine: Any) -> Any:
             "the engine has no optimizer, so it has no main params to average. Give "
             "deepspeed.initialize one"
         )
-    if getattr(optimizer, "swap_optimizer", False) or getattr(
-        optimizer, "params_in_nvme_and_cpu", False
-    ):
+    on_nvme = ("swap_optimizer", "params_in_nvme_and_cpu")
+    if any(getattr(optimizer, name, False) for name in on_nvme):
         raise UsageError(f"states on NVMe cannot be averaged in place. {WAY_OUT}")
-    if any(base.__name__ == "PipelineModule" for base in type(engine.module).__mro__):
-        raise UsageError(f"a PipelineModule cannot be averaged in place. {WAY_OUT}")
+    if _is_pipeline(engine) and not engine.zero_optimization():
+        tied = any(name.startswith(TIED) for name in engine.param_names.values())
+        if tied or kind == "BF16_Optimizer":
+            why = "its tied layers have no names in a tag" if tied else "DeepSpeed resumes no bf16"
+            raise UsageError(
+                f"a PipelineModule without ZeRO cannot be averaged in place: {why}. Use "
+                "zero_optimization.stage 1"
+            )
     if getattr(optimizer, "offloaded_states", None):
         raise UsageError(
             "states of the engine are offloaded (engine.offload_states) and cannot be averaged in "
