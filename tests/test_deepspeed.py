@@ -118,7 +118,7 @@ def test_all_that_is_not_averaged_is_the_newest_bit_for_bit(
     assert {p.name for p in output.iterdir()} == {p.name for p in newest.iterdir()} | {"pma.json"}
     for file in newest.iterdir():
         theirs, ours = records(file), records(output / file.name)
-        changed = {n for n in ours if n.startswith("data") and theirs[n] != ours[n]}
+        changed = {n for n in ours if n.startswith("data/") and theirs[n] != ours[n]}
         if "optim" in file.name:
             assert ours["data.pkl"] == theirs["data.pkl"]
             saved = load(file)["optimizer_state_dict"]
