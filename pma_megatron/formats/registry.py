@@ -13,6 +13,7 @@ import torch
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.base import Payload, Schedule
 from pma_megatron.formats.deepspeed import checkpoint as deepspeed
+from pma_megatron.formats.deepspeed import completeness as deepspeed_completeness
 from pma_megatron.formats.deepspeed import output as deepspeed_output
 from pma_megatron.formats.deepspeed import source as deepspeed_source
 from pma_megatron.formats.deepspeed import universal, universal_output, universal_source
@@ -134,7 +135,7 @@ FORMATS = (
         lambda path, iteration: "release" if iteration is None else f"iter_{iteration:07d}",
     ),
     Format(
-        DEEPSPEED, deepspeed.completeness, deepspeed_source.read_common,
+        DEEPSPEED, deepspeed_completeness.completeness, deepspeed_source.read_common,
         deepspeed_source.read_source, deepspeed_output.output_layout, ItemFiles,
         lambda key: key.endswith("_optim_states.pt"), deepspeed_source.read_schedule,
         Tracker(

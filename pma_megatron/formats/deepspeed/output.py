@@ -40,10 +40,9 @@ def output_layout(
     checkpoint = DeepSpeedCheckpoint(Path(path))
     edits = {}
     if optimizer == "reset":
-        for file in checkpoint.optim.values():
-            content = checkpoint.state(file)
-            zero = reset_steps(base_state(content["optimizer_state_dict"]))
-            edits[file] = Edit(content, frozenset(zero))
+        for file, state in checkpoint.optimizers().items():
+            zero = reset_steps(base_state(state))
+            edits[file] = Edit(checkpoint.state(file), frozenset(zero))
     return lay_out_after(checkpoint, payloads, edits, note)
 
 

@@ -42,7 +42,7 @@ class UniversalCheckpoint(DeepSpeedCheckpoint):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self.stages = sorted(p.name for p in path.glob("*.pt") if _MODEL.match(p.name))
-        self.model = {0: self.stages[0]} if self.stages else {}
+        self.model = {(0, 0): self.stages[0]} if self.stages else {}
         self.states: dict[str, dict[str, str]] = {}
         for file in sorted((path / FOLDER).glob("*/*.pt")):
             states = self.states.setdefault(file.parent.name, {})
@@ -120,20 +120,22 @@ def _incomplete(checkpoint: UniversalCheckpoint) -> str | None:
 
 
 def _stray(checkpoint: UniversalCheckpoint) -> str | None:
-    known = set(checkpoint.shapes)
-    whole = []
+    whole, names = [], set[str]()
     for file in checkpoint.stages:
         state = checkpoint.state(file)
         module = state.get("module")
         if isinstance(module, dict) and not checkpoint.partitioned:
             whole.append(file)
-            known.update(module)
+            names.update(module)
     if len(whole) > 1:
         return (
             f"{whole[1]} holds weights of a second tensor-parallel rank, which are not supported: "
             "only models without tensor parallelism are, and those of pipelines"
         )
-    stray = sorted(set(checkpoint.states) - known)
+    lacking = sorted(set(checkpoint.shapes) - names) if whole else []
+    if lacking:
+        return f"{whole[0]} holds no weight {lacking[0]} ({len(lacking)} in all): damaged"
+    stray = sorted(set(checkpoint.states) - names - set(checkpoint.shapes))
     if stray:
         return (
             f"{FOLDER}/{stray[0]} is not a tensor of this model ({len(stray)} in all): two "
