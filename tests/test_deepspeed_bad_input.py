@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,7 +12,7 @@ import torch
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 
 from conftest import digests, refused
-from deepspeed_runs import load, merge_run, optim_files, records, tag, train
+from deepspeed_runs import Harm, load, merge_run, optim_files, records, tag, train
 from pma_megatron import SelectionRequest, list_checkpoints
 from pma_megatron.errors import (
     CheckpointError,
@@ -52,16 +50,6 @@ def test_a_tag_without_a_rank_is_incomplete(run: Path, save: Path) -> None:
         merge_run(run, save, selection=SelectionRequest(iterations=(2, 4, 6)))
 
 
-class Harm:
-    """Unpickled, it makes a folder."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.path),)
-
-
 def test_a_hostile_file_is_refused_and_nothing_in_it_runs(run: Path, save: Path) -> None:
     file, trap = optim_files(tag(run, 4))[0], save.parent / "ran"
     saved = load(file)
@@ -87,7 +75,7 @@ def test_names_in_a_client_state_are_copied_and_never_resolved(run: Path, save: 
     [
         ("layer_0_expert_1_mp_rank_00_model_states.pt", "experts (layer, number) [(0, 1)]"),
         ("expp_rank_0_mp_rank_01_optim_states.pt", "a second model-parallel rank"),
-        ("layer_01-model_states.pt", "layer_01-model_states.pt is a layer of a pipeline"),
+        ("layer_01-model_states.pt", "layer_01-model_states.pt is a pipeline's"),
         ("layer_01-model_00-model_states.pt", "a tensor-parallel part of a layer"),
         ("mp_rank_01_model_states.pt", "stray, for a data-parallel size of 2"),
         ("backup.pt", "not a file that DeepSpeed writes"),

@@ -17,7 +17,7 @@ import torch
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 
 from conftest import digests, refused, request_for
-from deepspeed_runs import WEIGHTS, check_masters, merge_run, resume, tag, train
+from deepspeed_runs import WEIGHTS, Harm, check_masters, merge_run, resume, tag, train
 from oracle import assert_average
 from pma_megatron import SelectionRequest, inspect, list_checkpoints, merge, verify
 from pma_megatron.errors import CheckpointError, PlanError, SelectionError, UsageError
@@ -283,16 +283,6 @@ def test_rows_that_pad_the_vocabulary_stay_the_newest(run: Path, save: Path) -> 
     assert torch.equal(ours["first.weight"][:6], got.bfloat16())
     assert torch.equal(ours["first.weight"][6:], newest["first.weight"][6:])
     assert torch.equal(ours["last.weight"], stored(output, "last.weight").bfloat16())
-
-
-class Harm:
-    """Unpickled, it makes a folder."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.path),)
 
 
 def test_a_hostile_state_is_refused_and_nothing_in_it_runs(run: Path, save: Path) -> None:

@@ -124,6 +124,11 @@ class DeepSpeedCheckpoint(ItemFiles):
         return int(self.head["dp_world_size"])
 
     @property
+    def is_whole(self) -> bool:
+        """True without ZeRO: every optimizer in it holds all of its parameters."""
+        return not self.optim and isinstance(self.head.get("optimizer"), dict)
+
+    @property
     def topology(self) -> str:
         """Parallel sizes, for messages."""
         size = self.model_parallel_size

@@ -126,14 +126,6 @@ def _optimizers(checkpoint: DeepSpeedCheckpoint) -> str | None:
         )
     if not checkpoint.head["param_shapes"]:
         return f"{file} has no param_shapes: it was saved without a ZeRO optimizer"
-    state = checkpoint.optimizer(0)
-    elastic = isinstance(state.get("base_optimizer_state"), list)
-    if elastic and "base_optimizer_state_step" not in state:
-        return (
-            f"{checkpoint.optim[0, 0]} is elastic and says no step, so DeepSpeed does not resume "
-            "from it (AssertionError in stage_1_and_2.py): save without "
-            "zero_optimization.elastic_checkpoint, or with DeepSpeed's own Adam"
-        )
     return None
 
 

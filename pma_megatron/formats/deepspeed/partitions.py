@@ -105,7 +105,7 @@ def global_name(name: str, rank: int, local: Mapping[str, int]) -> str:
 
 def kind(checkpoint: DeepSpeedCheckpoint) -> str:
     """Which optimizer wrote it."""
-    if not checkpoint.optim:
+    if checkpoint.is_whole:
         return "ZeRO-0"
     stage = checkpoint.optimizer(0).get("zero_stage")
     if stage is None:
@@ -220,6 +220,12 @@ def _partitions(checkpoint: DeepSpeedCheckpoint, file: str, state: Mapping[str, 
     masters = state.get(_MASTERS, state.get(_MASTERS_3))
     if not isinstance(masters, list):
         raise CheckpointError(f"{what} has neither {_MASTERS} nor {_MASTERS_3}: not supported")
+    if isinstance(base_state(state), list) and "base_optimizer_state_step" not in state:
+        raise CheckpointError(
+            f"{what} is elastic and says no step, so DeepSpeed does not resume from it "
+            "(AssertionError in stage_1_and_2.py): save without "
+            "zero_optimization.elastic_checkpoint, or train with DeepSpeed's own Adam"
+        )
     item = checkpoint.item(file)
     result = []
     for number, master in enumerate(masters):

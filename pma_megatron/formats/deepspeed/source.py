@@ -46,7 +46,7 @@ def read_source(path: str, ranges: FlatMap, main_params: bool) -> Source:
         raise CheckpointError(f"{path} cannot be a source: {reason}. Exclude it, or restore it.")
     checkpoint = DeepSpeedCheckpoint(folder)
     refuse_mixed_steps(checkpoint, checkpoint.optimizers())
-    if checkpoint.optim:
+    if not checkpoint.is_whole:
         weights = weights_of(checkpoint, shapes_of(checkpoint))
         spaces, found = flat_spaces(checkpoint)
     else:
@@ -107,10 +107,11 @@ def weights_of(
 ) -> dict[str, Tensor]:
     """Trained parameters (`shapes`) and buffers as the model states hold them.
 
-    ZeRO-3 stores no weights beside its main params: they have no pieces here. What is neither
-    trained nor a buffer (frozen parameters) is left out: it stays as the newest source has it. A
-    second name of a tied parameter is no weight of its own, and where it has a storage of its own
-    (MoE, pipelines) it is a replica. A buffer of rank R > 0 under ZeRO-3 is called `name@R`.
+    ZeRO-3 stores no weights beside its main params, nor does a Universal pipeline: they have no
+    pieces here. What is neither trained nor a buffer (frozen parameters) is left out: it stays as
+    the newest source has it. A second name of a tied parameter is no weight of its own, and where
+    it has a storage of its own (MoE, pipelines) it is a replica. A buffer of rank R > 0 under
+    ZeRO-3 is called `name@R`.
 
     Raises:
         CheckpointError: the model states lack a trained parameter, or hold it in another shape.
@@ -136,7 +137,7 @@ def weights_of(
         if checkpoint.layers and key.startswith(TIED):
             weights.setdefault(key, Tensor(key, torch.float32, shapes[key], ()))
     missing = next((key for key in shapes if key not in weights), None)
-    if missing is not None and checkpoint.optim:
+    if missing is not None and not checkpoint.is_whole:
         raise CheckpointError(
             f"{checkpoint.path} holds no weight {missing} of shape {shapes[missing]}: it is not "
             "what ZeRO saves, or incomplete. Exclude this checkpoint"

@@ -132,9 +132,6 @@ def _stray(checkpoint: UniversalCheckpoint) -> str | None:
             f"{whole[1]} holds weights of a second tensor-parallel rank, which are not supported: "
             "only models without tensor parallelism are, and those of pipelines"
         )
-    lacking = sorted(set(checkpoint.shapes) - names) if whole else []
-    if lacking:
-        return f"{whole[0]} holds no weight {lacking[0]} ({len(lacking)} in all): damaged"
     stray = sorted(set(checkpoint.states) - names - set(checkpoint.shapes))
     if stray:
         return (
