@@ -103,7 +103,6 @@ def test_unmodified_deepspeed_resumes_from_the_average(
         assert torch.equal(before["buffers"]["calls"], sources[-1]["buffers"]["calls"])
         assert client_state["note"] == "saved after 6"
         assert client_state["pma"]["iterations"] == [2, 4, 6]
-        assert client_state["pma"]["coefficients"] == list(WEIGHTS)
         for name, master in before["masters"].items():
             assert torch.equal(after["masters"][name], master), (kind, name)
         check_weights(after, dtype)
