@@ -6,7 +6,7 @@ import importlib
 import os
 import shutil
 from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,47 +17,20 @@ import torch
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 
 from conftest import digests, refused, request_for
+from deepspeed_runs import WEIGHTS, Harm, check_masters, merge_run, resume, tag, train
 from oracle import assert_average
 from pma_megatron import SelectionRequest, inspect, list_checkpoints, merge, verify
 from pma_megatron.errors import CheckpointError, PlanError, SelectionError, UsageError
 from pma_megatron.policy import Policy
 from pma_megatron.testing import run_ranks
-from pma_megatron.testing.tiny_deepspeed import DeepSpeedConfig, TinyDeepSpeed
+from pma_megatron.testing.tiny_deepspeed import DeepSpeedConfig
 
 KINDS = {
     "zero1": DeepSpeedConfig(stage=1),
     "zero3": DeepSpeedConfig(stage=3, zero={"sub_group_size": 40}),
     "bf16_optimizer": DeepSpeedConfig(stage=1, float32_gradients=True),
 }
-WEIGHTS = (1 / 3, 1 / 3, 1 / 3)
 TRAINED = {"first.weight", "first.bias", "norm.weight", "norm.bias", "last.weight", "tied.bias"}
-
-
-def train(rank: int, world_size: int, runs: Mapping[str, DeepSpeedConfig]) -> dict[str, Any]:
-    """Three tags of two iterations each, per root."""
-    held: dict[str, Any] = {}
-    for root, config in runs.items():
-        trainer = TinyDeepSpeed(config)
-        for _ in range(3):
-            trainer.train(2)
-            trainer.save(root)
-            held.setdefault(root, []).append(trainer.snapshot())
-        trainer.close()
-    return held
-
-
-def resume(rank: int, world_size: int, runs: Mapping[str, DeepSpeedConfig]) -> dict[str, Any]:
-    """What a fresh engine holds after a load and one still step."""
-    held: dict[str, Any] = {}
-    for root, config in runs.items():
-        trainer = TinyDeepSpeed(replace(config, load_universal=True), seed=1)
-        client_state = trainer.load(root)
-        before = trainer.snapshot()
-        trainer.stop_learning()
-        trainer.train(1)
-        held[root] = (client_state, before, trainer.snapshot())
-        trainer.close()
-    return held
 
 
 def tools(
@@ -130,35 +103,20 @@ def average(made: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> d
     return {kind: folder / kind for kind in KINDS}
 
 
-def merge_run(run: Path, save: Path, **settings: Any) -> Path:
-    """Merge the last three of `run`; returns the merged folder."""
-    settings.setdefault("selection", SelectionRequest(last=3))
-    (output,) = merge(request_for(run, save, **settings)).outputs
-    return Path(output)
-
-
-def tag(root: Path, iteration: int = 6) -> Path:
-    return root / f"global_step{iteration}"
-
-
 def stored(folder: Path, name: str, state: str = "fp32") -> torch.Tensor:
     """One state of one parameter, whole."""
     found = torch.load(folder / "zero" / name / f"{state}.pt", weights_only=False)
     return (found["param"] if isinstance(found, dict) else found).detach()
 
 
-def check_masters(got: Mapping[str, torch.Tensor], sources: Sequence[Any], what: str) -> None:
-    assert set(got) == set(sources[0]["masters"]) == TRAINED
-    for name, value in got.items():
-        exact = [held["masters"][name].double().numpy() for held in sources]
-        assert_average(value.double().numpy(), exact, WEIGHTS, f"{what} {name}")
-
-
 @pytest.mark.slow
 def test_unmodified_deepspeed_resumes_at_another_data_parallel_size(
     made: dict[str, Any], average: dict[str, Path]
 ) -> None:
-    roots = {str(average[kind]): config for kind, config in KINDS.items()}
+    universal = {"checkpoint": {"load_universal": True}}
+    roots = {
+        str(average[kind]): replace(config, settings=universal) for kind, config in KINDS.items()
+    }
     resumed = run_ranks(resume, 3, roots, timeout_s=280)[0]
     for kind in KINDS:
         client_state, before, after = resumed[str(average[kind])]
@@ -327,22 +285,12 @@ def test_rows_that_pad_the_vocabulary_stay_the_newest(run: Path, save: Path) -> 
     assert torch.equal(ours["last.weight"], stored(output, "last.weight").bfloat16())
 
 
-class Harm:
-    """Unpickled, it makes a folder."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.path),)
-
-
 def test_a_hostile_state_is_refused_and_nothing_in_it_runs(run: Path, save: Path) -> None:
     trap = save.parent / "ran"
     file = tag(run, 4) / "zero" / "norm.bias" / "fp32.pt"
     torch.save({**torch.load(file), "harm": Harm(trap)}, file)
     selection = SelectionRequest(iterations=(2, 4, 6))
-    with refused(SelectionError, "refused, nothing was run", run=run, save=save):
+    with refused(CheckpointError, "refused, nothing was run", run=run, save=save):
         merge_run(run, save, selection=selection)
     assert not trap.exists()
 
@@ -364,11 +312,6 @@ def _put(source: str, target: str) -> Any:
     return damage
 
 
-def _shorten(folder: Path) -> None:
-    file = folder / "zero" / "norm.bias" / "exp_avg.pt"
-    torch.save({"param": torch.zeros(6)}, file)
-
-
 def _old_format(folder: Path) -> None:
     file = folder / "zero" / "norm.bias" / "exp_avg.pt"
     torch.save(torch.load(file), file, _use_new_zipfile_serialization=False)
@@ -385,7 +328,6 @@ def _old_format(folder: Path) -> None:
             _put("mp_rank_00_model_states.pt", "mp_rank_01_model_states.pt"),
             "second tensor-parallel rank",
         ),
-        (_shorten, "differ in shape"),
         (_old_format, "not a zip"),
     ],
 )
@@ -394,6 +336,16 @@ def test_damage_is_told(run: Path, save: Path, damage: Any, words: str) -> None:
     assert [ref.complete for ref in list_checkpoints(run)] == [True, False, True]
     with refused(SelectionError, words, run=run, save=save):
         merge_run(run, save, selection=SelectionRequest(iterations=(2, 4, 6)))
+
+
+def test_states_of_other_shapes_are_refused(run: Path, save: Path) -> None:
+    file = tag(run, 4) / "zero" / "norm.bias" / "exp_avg.pt"
+    torch.save({"param": torch.zeros(6)}, file)
+    with refused(CheckpointError, "differ in shape", run=run, save=save):
+        merge_run(run, save)
+    torch.save({"param": torch.zeros(6)}, file.with_name("fp32.pt"))
+    with refused(CheckpointError, "param_shapes says (7,)", run=run, save=save):
+        merge_run(run, save)
 
 
 def test_what_would_not_resume_is_refused(run: Path, save: Path) -> None:
