@@ -22,33 +22,34 @@ import torch
 import torch.distributed as dist
 
 from pma_megatron.comm import Comm, Team
+from pma_megatron.deepspeed.checks import (
+    WAY_OUT,
+    refuse_modes,
+    refuse_universal,
+    refuse_unresumable,
+)
 from pma_megatron.deepspeed.options import Options
 from pma_megatron.deepspeed.params import (
-    WAY_OUT,
     LiveTensor,
     live_tensors,
     refresh_weights,
     replica_group,
 )
+from pma_megatron.deepspeed.record import record_in_saves, record_of, resumed_tag
 from pma_megatron.errors import CheckpointError, PlanError, UsageError
 from pma_megatron.faultpoints import point
 from pma_megatron.formats import registry
-from pma_megatron.formats.deepspeed.checkpoint import DeepSpeedCheckpoint, iteration_of
+from pma_megatron.formats.deepspeed.checkpoint import iteration_of
 from pma_megatron.live import LivePlan, average_units, refuse_other_model
 from pma_megatron.live_load import Job, LiveReport, Meter, fill
-from pma_megatron.planning import Gathered, gather_sources
+from pma_megatron.planning import Gathered, gather_sources, origin_note
 from pma_megatron.policy import MAIN
 from pma_megatron.say import say
 
-RECORD = "pma_init"
-"""Key in the client state: what was averaged, in what is returned and in every later tag."""
+NOTE = "pma"
+"""Key in the returned client state: what was averaged, as in that of an offline merge."""
 
 Loaded = tuple[str | None, dict[str, Any]]
-_KINDS: Mapping[str, tuple[str, ...]] = {
-    "DeepSpeedZeroOptimizer": ("ZeRO-1", "ZeRO-2"),
-    "DeepSpeedZeroOptimizer_Stage3": ("ZeRO-3",),
-    "BF16_Optimizer": ("BF16_Optimizer",),
-}
 
 
 def load_merged(engine: Any, load_dir: str | Path, **options: Any) -> Loaded:
@@ -115,44 +116,43 @@ def load_average(engine: Any, plain: Callable[..., Loaded], call: Mapping[str, A
     """
     comm = Comm()
     load, tag = str(call["load_dir"]), call.get("tag")
-    comm.agree("request", lambda: _refuse_modes(call))
+    comm.agree("request", lambda: refuse_modes(call))
     comm.agree("request", lambda: options.request(load, None))
-    comm.agree("model", lambda: _refuse_engine(engine))
-    resumed = comm.on_main("latest", lambda: _resumed(Path(load), tag))
-    record = comm.on_main("record", lambda: _record_of(resumed))
+    comm.agree("model", lambda: refuse_universal(engine))
+    comm.agree("model", lambda: live_tensors(engine))
+    resumed = comm.on_main("latest", lambda: resumed_tag(Path(load), tag))
+    record = comm.on_main("record", lambda: record_of(resumed))
     if record is not None and record["options"] == options.record():
         say(
             f"PMA-init was done at iteration {record['iteration']} and {resumed} descends from it: "
             "not averaging again. To average anew, change an option, for instance end_iteration"
         )
-        _record_in_saves(engine, record)
+        record_in_saves(engine, record)
         return plain(**call)
     end = None if resumed is None else comm.on_main("latest", lambda: iteration_of(resumed))
     share = "slice" if options.share == "auto" else options.share
     found = gather_sources(options.request(load, end), comm, everywhere=share == "source")
     comm.agree("plan", lambda: _check(engine, found, options, resumed if tag else None))
     comm.agree("plan", lambda: point("init-plan", comm.rank))
-    client_state = _resume(comm, plain, call, Path(found.sources[-1].path))
+    path, client_state = _resume(comm, plain, call, Path(found.sources[-1].path))
     report = _average(engine, found, options, share, comm)
     say(f"PMA-init: {report}")
-    record = {
-        "options": options.record(), "iteration": engine.global_steps,
-        "sources": list(report.sources), "coefficients": list(report.coefficients),
-    }  # fmt: skip
-    _record_in_saves(engine, record)
-    return report.sources[-1], {**client_state, RECORD: record}
+    note = origin_note(found)
+    iteration = int(engine.global_steps)
+    record_in_saves(engine, {**note, "iteration": iteration, "options": options.record()})
+    return path, {**client_state, NOTE: note}
 
 
 def _resume(comm: Comm, plain: Callable[..., Loaded], call: Mapping[str, Any], base: Path
-            ) -> dict[str, Any]:  # fmt: skip
-    """Load the newest source as the script would; returns the client state."""
+            ) -> tuple[str, dict[str, Any]]:  # fmt: skip
+    """Load the newest source as the script would."""
     there = {**call, "load_dir": str(base.parent), "tag": base.name}
 
-    def load() -> dict[str, Any]:
+    def load() -> tuple[str, dict[str, Any]]:
         path, client_state = plain(**there)
         if path is None:
             raise CheckpointError(f"DeepSpeed loaded nothing from {base}: its log says why")
-        return client_state
+        return path, client_state
 
     return comm.agree("load", load)
 
@@ -216,79 +216,14 @@ def _check(engine: Any, found: Gathered, options: Options, named: Path | None) -
             f"load_checkpoint was asked for {named}, and the options say that the newest source is "
             f"{base.path}. Leave tag out, or let the average end there"
         )
-    kinds = _KINDS.get(type(engine.optimizer).__name__)
-    if kinds is not None and base.space.kind not in kinds:
+    refuse_unresumable(engine, base.path, base.space.kind)
+    states = _states(found, options)
+    if options.optimizer_state == "average" and len(states) == 1:
         raise PlanError(
-            f"{base.path} was saved by {base.space.kind}, and the engine runs "
-            f"{' or '.join(kinds)}: DeepSpeed does not resume it. Keep zero_optimization.stage and "
-            "data_types as they were"
-        )
-    size = int(DeepSpeedCheckpoint(Path(base.path)).head["dp_world_size"])
-    if size != engine.seq_dp_world_size:
-        raise PlanError(
-            f"{base.path} was saved at data-parallel size {size}, and the engine has "
-            f"{engine.seq_dp_world_size}: DeepSpeed resumes no other. Start as many ranks, or "
-            "make a Universal checkpoint (ds_to_universal) of the offline merge"
+            f"{base.path} holds no moments by name: use optimizer_state 'latest' or 'reset'"
         )
     plan = LivePlan.of(found, options.threads)
-    refuse_other_model(plan, found.active, _averaged(engine, found), _states(found, options))
-
-
-def _refuse_modes(call: Mapping[str, Any]) -> None:
-    """Ways to load that leave a run's main params, moments or step behind."""
-    for name, value, instead in (
-        ("load_optimizer_states", False, "For fresh moments use optimizer_state='reset'"),
-        ("load_module_only", True, "For weights alone load the offline job's result so"),
-    ):
-        if bool(call.get(name, not value)) == value:
-            raise UsageError(
-                f"load_checkpoint({name}={value}) does not resume a run, and PMA-init continues "
-                f"one. Leave it out. {instead}"
-            )
-
-
-def _refuse_engine(engine: Any) -> None:
-    if engine.load_universal_checkpoint():
-        raise UsageError(
-            "checkpoint.load_universal is on, and Universal checkpoints are not averaged in a live "
-            f"engine. {WAY_OUT}"
-        )
-    live_tensors(engine)
-
-
-def _resumed(load: Path, tag: str | None) -> Path | None:
-    """The tag that a script's own call would load; None if nothing says which."""
-    latest = load / "latest"
-    if tag is None and latest.is_file():
-        folder = load / latest.read_text().strip()
-        return folder if folder.is_dir() else None
-    if tag is not None and not (load / tag).is_dir():
-        raise CheckpointError(f"{load} has no tag {tag}: name one that is there, or none")
-    return None if tag is None else load / tag
-
-
-def _record_of(folder: Path | None) -> dict[str, Any] | None:
-    """What a tag says of the PMA-init that it descends from."""
-    if folder is None:
-        return None
-    try:
-        found = DeepSpeedCheckpoint(folder).head.get(RECORD)
-    except (CheckpointError, KeyError):
-        return None  # damaged or incomplete; what opens it as a source says so
-    return found if isinstance(found, dict) and "options" in found else None
-
-
-def _record_in_saves(engine: Any, record: Mapping[str, Any]) -> None:
-    """Every later tag says that its run started from an average."""
-    plain = engine.save_checkpoint
-
-    @functools.wraps(plain)
-    def save_checkpoint(*args: Any, **kwargs: Any) -> Any:
-        call = inspect.signature(plain).bind(*args, **kwargs).arguments
-        call["client_state"] = {RECORD: dict(record), **(call.get("client_state") or {})}
-        return plain(**call)
-
-    engine.save_checkpoint = save_checkpoint
+    refuse_other_model(plan, found.active, _averaged(engine, found), states)
 
 
 def _reset_moments(tensors: Sequence[LiveTensor]) -> None:

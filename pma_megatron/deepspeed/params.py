@@ -16,13 +16,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pma_megatron.errors import UsageError
+from pma_megatron.deepspeed.checks import is_pipeline, refuse_other_dtype, supported
+from pma_megatron.formats.deepspeed.checkpoint import model_key
 from pma_megatron.formats.deepspeed.partitions import LOCAL_EXPERT, global_name, local_experts
 from pma_megatron.geometry import Box
 from pma_megatron.live_tensor import Place
 from pma_megatron.policy import MAIN
-
-WAY_OUT = "Use the offline job, `pma merge`, and load its result"
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -100,7 +99,7 @@ def live_tensors(engine: Any) -> list[LiveTensor]:
     Raises:
         UsageError: an optimizer, or a place of its states, that cannot be averaged in place.
     """
-    optimizer = _supported(engine)
+    optimizer = supported(engine)
     keys, sharded = _keys(engine), type(optimizer).__name__ in _SHARDED
     held = _LAYOUTS.get(type(optimizer).__name__, _own_main_params)(optimizer)
     found = []
@@ -108,7 +107,7 @@ def live_tensors(engine: Any) -> list[LiveTensor]:
         name, shape = keys[each.parameter], _shape_of(each.parameter)
         expert = not getattr(each.parameter, "allreduce", True)
         replicas = each.parameter.group_name if expert else ""
-        _refuse_other_dtype(name, each.flat)
+        refuse_other_dtype(name, each.flat)
         found.append(
             LiveTensor(name, shape, each.first, each.numel, sharded, replicas, each.flat,
                        each.start, getattr(optimizer, "optimizer", optimizer))
@@ -127,7 +126,7 @@ def replica_group(engine: Any, replicas: str) -> Any:
 
 def refresh_weights(engine: Any) -> None:
     """Weights of the forward pass from the main params, as after an optimizer step. Collective."""
-    optimizer = _supported(engine)
+    optimizer = supported(engine)
     with torch.no_grad():
         if hasattr(optimizer, "update_lp_params"):  # ZeRO-1, ZeRO-2, BF16_Optimizer
             optimizer.update_lp_params()
@@ -235,13 +234,20 @@ def _keys(engine: Any) -> dict[Any, str]:
     """Parameter -> its key in a tag's model space."""
     from deepspeed.utils import groups
 
-    names: dict[Any, str] = engine.param_names
+    names = {parameter: _key(engine, name) for parameter, name in engine.param_names.items()}
     local = local_experts([dict.fromkeys(names.values())])
     return {
         parameter: global_name(name, groups._get_expert_parallel_rank(parameter.group_name), local)
         if LOCAL_EXPERT.match(name) else name
         for parameter, name in names.items()
     }  # fmt: skip
+
+
+def _key(engine: Any, name: str) -> str:
+    # Releases before 0.19.7 have no checkpoint_mp_rank.
+    other = 0 if engine.mpu is None else engine.mpu.get_model_parallel_rank()
+    mp = getattr(engine, "checkpoint_mp_rank", other)
+    return model_key(name, mp, pipeline=is_pipeline(engine))
 
 
 def _buffers(engine: Any, optimizer: Any) -> Iterator[LiveTensor]:
@@ -252,47 +258,11 @@ def _buffers(engine: Any, optimizer: Any) -> Iterator[LiveTensor]:
     for name, buffer in engine.module.named_buffers():
         floating = buffer.is_floating_point() and buffer.is_contiguous()
         if name in saved and floating and not LOCAL_EXPERT.match(name):
+            key = _key(engine, name)
             yield LiveTensor(
-                f"{name}@{rank}" if rank else name, tuple(buffer.shape), 0, buffer.numel(), own,
+                f"{key}@{rank}" if rank else key, tuple(buffer.shape), 0, buffer.numel(), own,
                 None if own else "", buffer, 0, None,
             )  # fmt: skip
-
-
-def _supported(engine: Any) -> Any:
-    """The engine's optimizer, if it and all it holds are in reach."""
-    optimizer = engine.optimizer
-    kind = type(optimizer).__name__
-    if kind not in _LAYOUTS and not isinstance(optimizer, torch.optim.Optimizer):
-        raise UsageError(
-            f"optimizer {kind} of DeepSpeed cannot be averaged in place: known are "
-            f"{', '.join(_LAYOUTS)} and torch's. {WAY_OUT}"
-        )
-    if kind == "BF16_Optimizer" and not optimizer.using_real_optimizer:
-        raise UsageError(
-            "the engine has no optimizer, so it has no main params to average. Give "
-            "deepspeed.initialize one"
-        )
-    if getattr(optimizer, "swap_optimizer", False) or getattr(
-        optimizer, "params_in_nvme_and_cpu", False
-    ):
-        raise UsageError(f"states on NVMe cannot be averaged in place. {WAY_OUT}")
-    if any(base.__name__ == "PipelineModule" for base in type(engine.module).__mro__):
-        raise UsageError(f"a PipelineModule cannot be averaged in place. {WAY_OUT}")
-    if getattr(optimizer, "offloaded_states", None):
-        raise UsageError(
-            "states of the engine are offloaded (engine.offload_states) and cannot be averaged in "
-            "place. Call engine.reload_states() first"
-        )
-    return optimizer
-
-
-def _refuse_other_dtype(name: str, main: torch.Tensor) -> None:
-    if main.dtype != torch.float32:
-        raise UsageError(
-            f"main params of {name} are {main.dtype}, expected float32: an average would be "
-            "rounded. Turn bf16_master_weights_and_grads and fp16_master_weights_and_grads off, "
-            "and enable bf16 or fp16 in DeepSpeed's configuration where the model has 16 bits"
-        )
 
 
 def _shape_of(parameter: Any) -> tuple[int, ...]:

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from pma_megatron.deepspeed.params import WAY_OUT, LiveTensor, refresh_weights
+from pma_megatron.deepspeed.checks import WAY_OUT
+from pma_megatron.deepspeed.params import LiveTensor, refresh_weights
 from pma_megatron.errors import UsageError
 from pma_megatron.online.shard import Shard
 from pma_megatron.online.swap import contents_restored
