@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from pma_megatron.deepspeed.params import LiveTensor, live_tensors, replica_group
@@ -16,7 +17,8 @@ class EngineShard(Shard[LiveTensor]):
     """The owned parts of `live_tensors(engine)`, one after the other."""
 
     def __init__(self, engine: Any) -> None:
-        super().__init__(live_tensors(engine))
+        tensors = live_tensors(engine)
+        super().__init__(tensors, tensors[0].flat.device if tensors else torch.device("cpu"))
         self._engine = engine
 
     def written(self) -> Iterator[Slot[LiveTensor]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+
+import torch
 
 from pma_megatron.megatron.params import LiveTensor
 from pma_megatron.megatron.replicas import replica_group
@@ -11,6 +13,9 @@ from pma_megatron.online.shard import Shard, Slot
 
 class MegatronShard(Shard[LiveTensor]):
     """The owned parts of `live_tensors`, one after the other."""
+
+    def __init__(self, tensors: Sequence[LiveTensor]) -> None:
+        super().__init__(tensors, tensors[0].tensor.device if tensors else torch.device("cpu"))
 
     def written(self) -> Iterator[Slot[LiveTensor]]:
         """The slots that this rank writes; where every replica has all, they take turns."""

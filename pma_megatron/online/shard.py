@@ -51,15 +51,17 @@ class Shard(ABC, Generic[Tensor]):
         device: where the live main params are.
     """
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        """Lay out the owned parts of `tensors`, one after the other."""
+    def __init__(self, tensors: Sequence[Tensor], device: torch.device) -> None:
+        """Lay out the owned parts of `tensors`, one after the other.
+
+        Nothing is asked for its states yet: Megatron would make empty ones before it loads.
+        """
         slots, at = [], 0
         for live in tensors:
             if live.numel:
                 slots.append(Slot(live, at))
                 at += live.numel
-        self.slots, self.numel = tuple(slots), at
-        self.device = slots[0].main().device if slots else torch.device("cpu")
+        self.slots, self.numel, self.device = tuple(slots), at, device
 
     @property
     def nbytes(self) -> int:
