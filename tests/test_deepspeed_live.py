@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -266,6 +268,16 @@ def refusals(rank: int, world_size: int, root: str, other: str) -> list[str]:
         said.append(str(error))
     trainer.engine.load_checkpoint(root)  # the engine's own again
     trainer.close()
+    for config in (
+        DeepSpeedConfig(stage=1, settings={"checkpoint": {"load_universal": True}}),
+        DeepSpeedConfig(stage=0, pipeline_stages=2),
+        DeepSpeedConfig(stage=0, bf16=False, pipeline_stages=2, tied=True),
+    ):
+        trainer = TinyDeepSpeed(config)
+        with pytest.raises(UsageError) as attempted:
+            load_merged(trainer.engine, root, last=3)
+        said.append(str(attempted.value))
+        trainer.close()
     return said
 
 
@@ -282,6 +294,9 @@ def test_refused_on_every_rank_before_anything_is_touched(runs: tuple[Path, Any]
         ("saved by ZeRO-3", "ZeRO-1 or ZeRO-2"),
         ("injected at init-plan",),
         ("was not called",),
+        ("load_universal is on", "pma merge"),
+        ("PipelineModule without ZeRO", "no bf16"),
+        ("PipelineModule without ZeRO", "tied layers"),
     )
     outcomes = run_ranks(refusals, 2, str(folder / "zero1"), str(folder / "zero3"), timeout_s=200)
     for said in outcomes:
@@ -289,6 +304,14 @@ def test_refused_on_every_rank_before_anything_is_touched(runs: tuple[Path, Any]
         for message, wanted in zip(said, words, strict=True):
             for word in wanted:
                 assert word in message, message
+
+
+def test_nothing_of_deepspeed_is_imported_before_it_is_needed() -> None:
+    code = (
+        "import sys, pma_megatron.deepspeed as d; d.load_merged; "
+        "assert not any(name.split('.')[0] == 'deepspeed' for name in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def other_size(rank: int, world_size: int, root: str) -> str:
