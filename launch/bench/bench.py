@@ -42,7 +42,7 @@ from pma_megatron.planning import MergePlan, make_plan
 from pma_megatron.policy import Policy
 from pma_megatron.request import MergeRequest
 from pma_megatron.selection import SelectionRequest
-from pma_megatron.tasks import Average, Copy, Unit, Write, Zero, share
+from pma_megatron.tasks import Average, Copy, Keep, Unit, Write, Zero, share
 from pma_megatron.testing import run_ranks
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -110,6 +110,10 @@ class Floor:
         task, base = unit.task, self._plan.sources[-1].path
         if isinstance(task, Copy):
             yield f"{base}/{task.source_file}", task.source_offset + unit.first, unit.count
+        if isinstance(task, Keep):
+            path, start = self._files[-1].locate(task.payload)
+            size = task.payload.dtype.itemsize
+            yield str(path), start + (task.start + unit.first) * size, unit.count * size
         if not isinstance(task, Average) or unit.box is None:
             return
         wanted = list(zip(task.numbers, task.sources, strict=True))
@@ -125,7 +129,7 @@ class Floor:
         task = unit.task
         if isinstance(task, (Copy, Write)):
             yield str(self._folder / task.file), task.offset + unit.first, unit.count
-        elif isinstance(task, Zero):
+        elif isinstance(task, (Keep, Zero)):
             size, place = task.place.dtype.itemsize, task.place
             start = place.start + (task.start + unit.first) * size
             yield str(self._folder / place.file), start, unit.count * size
@@ -397,7 +401,7 @@ def _setting(text: str) -> Setting:
 def main() -> None:
     """Parse the command line, run the rounds, print and write the result."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("load", type=Path, help="folder with iter_*, from make_checkpoints.py")
+    parser.add_argument("load", type=Path, help="folder of make_checkpoints.py")
     parser.add_argument("--work", type=Path, help="scratch folder (default: LOAD-out)")
     parser.add_argument("--last", type=int, default=6, help="number of sources")
     parser.add_argument("--average", default="main-params")

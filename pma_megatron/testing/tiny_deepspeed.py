@@ -99,13 +99,17 @@ class TinyDeepSpeed:
         importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
         self.deepspeed: Any = importlib.import_module("deepspeed")
         torch.manual_seed(seed)
-        model = TinyModel(self._experts(config) if config.experts else None)
+        self.config = config
+        model = self._model()
         self.engine, _, _, self.scheduler = self.deepspeed.initialize(
             model=model,
             config=config.to_json(dist.get_world_size()),
             model_parameters=_param_groups(model, config),
         )
         self._dtype = torch.bfloat16 if config.bf16 else torch.float32
+
+    def _model(self) -> nn.Module:
+        return TinyModel(self._experts(self.config) if self.config.experts else None)
 
     def _experts(self, config: DeepSpeedConfig) -> nn.Module:
         layer = importlib.import_module("deepspeed.moe.layer").MoE
@@ -114,13 +118,16 @@ class TinyDeepSpeed:
         )
         return moe
 
-    def train(self, iterations: int) -> None:
-        """Train on; data depends on the iteration and the rank alone."""
+    def train(self, iterations: int) -> list[float]:
+        """Train on; data depends on the iteration and the rank alone. Returns the losses."""
+        losses = []
         for _ in range(iterations):
             draw = torch.Generator().manual_seed(1000 * self.engine.global_steps + dist.get_rank())
             loss = self.engine(torch.randn(_BATCH, _WIDTH, generator=draw).to(self._dtype))
             self.engine.backward(loss)
             self.engine.step()
+            losses.append(float(loss.detach()))
+        return losses
 
     def save(self, root: str | Path) -> None:
         """Save a tag below `root`, with a client state that says which."""
