@@ -186,3 +186,13 @@ def test_refused(lost: tuple[Path, dict[int, Any]], tmp_path: Path) -> None:
         read_metrics(folder / CSV)
     found = diagnose(request_for(folder, save, metrics=None, onset=45, skip=Span(45, 46)))
     assert found.resume.flags == {} and "45 to 46" in found.resume.notes[1]
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "forecast"])
+def test_scoring_refuses_deepspeed_by_name(
+    lost: tuple[Path, dict[int, Any]], capsys: pytest.CaptureFixture[str], verb: str
+) -> None:
+    flags = ["--provider", "pma_megatron.testing.provider:tiny"]
+    assert main([verb, "--load", str(lost[0] / "run"), *flags]) == 2
+    told = capsys.readouterr().err
+    assert "holds DeepSpeed checkpoints" in told and "pma merge" in told and "--sweep" in told
