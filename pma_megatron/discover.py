@@ -140,8 +140,8 @@ def choose(refs: list[CheckpointRef], request: SelectionRequest, root: str | Pat
     if len(formats) > 1 and request.iterations is None and request.paths is None:
         found = "; ".join(f"{name}: {numbers}" for name, numbers in formats.items())
         raise SelectionError(
-            f"{root} mixes checkpoint formats ({found}). Take one of them with --iterations, or "
-            "leave the others out with --exclude"
+            f"{root} mixes checkpoint formats ({found}). Take one of them with --iterations or "
+            "--paths, or leave the others out with --exclude"
         )
     selection = select(refs, request)
     if root.is_dir() and not is_checkpoint(root):
@@ -153,7 +153,7 @@ def _warn_of_tracker(root: Path, name: str) -> None:
     tracker = registry.get(name, str(root)).tracker
     path = root / tracker.file
     folder = tracker.folder_of(path.read_text().strip()) if path.is_file() else None
-    if folder is None or (name == registry.DEEPSPEED and not (root / folder).is_dir()):
+    if folder is None or (name in registry.TAGS and not (root / folder).is_dir()):
         what = "has no" if not path.is_file() else f"names {folder!r}, which is not there, in"
         _log.warning(
             "%s %s %s. Checkpoints are found by their folders, so the merge does not need it; "
@@ -188,7 +188,7 @@ def is_checkpoint(folder: Path) -> bool:
     """True for a folder with a checkpoint's name, or with a DeepSpeed tag's files (any name)."""
     if _ITERATION.match(folder.name) is not None or folder.name == "release":
         return True
-    return not folder.name.startswith(".") and registry.detect(folder) == registry.DEEPSPEED
+    return not folder.name.startswith(".") and registry.detect(folder) in registry.TAGS
 
 
 def _wrong_iteration(named: int | None, saved: Any) -> str | None:

@@ -6,7 +6,6 @@ import csv
 import json
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,32 +32,22 @@ BATCH = 8
 CSV, EVENTS, STEPS = "csv/run/Train_Samples_train_loss.csv", "events/run", "steps.csv"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WatchedConfig(TextConfig):
+def config_of(folder: Path) -> TextConfig:
     """A run with DeepSpeed's own monitors, whose files lie below `folder`."""
-
-    folder: str
-
-    def to_json(self, ranks: int) -> dict[str, Any]:
-        monitors = {
-            f"{kind}_monitor" if kind == "csv" else kind: {
-                "enabled": True, "output_path": f"{self.folder}/{where}", "job_name": "run",
-            }
-            for kind, where in (("csv", "csv"), ("tensorboard", "events"))
-        }  # fmt: skip
-        return {**TextConfig.to_json(self, ranks), **monitors}
-
-
-def config_of(folder: Path) -> WatchedConfig:
-    return WatchedConfig(
-        folder=str(folder), stage=2, width=16, seq_length=16, batch_size=BATCH, lr=1e-2,
-        warmup_iterations=5,
+    monitors = {
+        name: {"enabled": True, "output_path": str(folder / where), "job_name": "run"}
+        for name, where in (("csv_monitor", "csv"), ("tensorboard", "events"))
+    }
+    return TextConfig(
+        stage=2, width=16, seq_length=16, batch_size=BATCH, lr=1e-2, warmup_iterations=5,
+        settings=monitors,
     )  # fmt: skip
 
 
-def collapse(rank: int, world_size: int, config: WatchedConfig) -> dict[int, Any]:
+def collapse(rank: int, world_size: int, folder: Path) -> dict[int, Any]:
     """Train until the LR is 50 times too large, and on; returns main params at every save."""
-    run, folder, held = TextDeepSpeed(config), Path(config.folder), {}
+    config = config_of(folder)
+    run, held = TextDeepSpeed(config), {}
     with (folder / STEPS).open("a") as steps:
         while run.engine.global_steps < END:
             if run.engine.global_steps == BREAK_AT:
@@ -92,7 +81,7 @@ def lost(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[
     """Folder of the lost run, and the main params of every save."""
     folder = tmp_path_factory.mktemp("lost")
     (folder / STEPS).write_text("iteration,loss\n")
-    held = run_ranks(collapse, 2, config_of(folder), timeout_s=280)[0]
+    held = run_ranks(collapse, 2, folder, timeout_s=280)[0]
     before = digests(folder)
     yield folder, held
     assert digests(folder) == before, "a test wrote into a shared run"
