@@ -133,7 +133,7 @@ def diagnose(request: RecoveryRequest) -> Diagnosis:
 
     Raises:
         MetricsError: the metrics cannot be read, or are of another run than the checkpoints.
-        SelectionError: no spike was found, or no healthy checkpoint is left.
+        SelectionError: no spike was found, no healthy checkpoint is left, or none to resume from.
         UsageError, CheckpointError: see `merge`.
     """
     refs = list_checkpoints(request.load)
@@ -163,11 +163,10 @@ def diagnose(request: RecoveryRequest) -> Diagnosis:
             exclude=request.exclude,
         ),
     )
-    newest = healthy.selection.refs[-1]
+    how = _resume(request, healthy.selection.refs, skip)
     return Diagnosis(
-        onset=onset, verdicts=verdicts, healthy=healthy,
-        resume=_resume(request, newest, skip), notes=tuple(notes),
-    )  # fmt: skip
+        onset=onset, verdicts=verdicts, healthy=healthy, resume=how, notes=tuple(notes)
+    )
 
 
 def recover(request: RecoveryRequest, comm: Comm | None = None, show: Show = silent
@@ -202,11 +201,23 @@ def rehearse(request: RecoveryRequest) -> Diagnosis:
     return found
 
 
-def _resume(request: RecoveryRequest, newest: CheckpointRef, skip: Span | None) -> Resume:
-    """How the run goes on from a merge up to `newest`."""
+def _resume(request: RecoveryRequest, chosen: Sequence[CheckpointRef], skip: Span | None
+            ) -> Resume:  # fmt: skip
+    """How the run goes on from a merge of `chosen`.
+
+    Raises:
+        SelectionError: it is no checkpoint that training wrote.
+    """
+    newest = chosen[-1]
     known = registry.get(newest.format, newest.path)
+    if newest.format == registry.UNIVERSAL:
+        raise SelectionError(
+            f"{newest.path} is a Universal checkpoint, converted from a run's own: a run goes on "
+            "from those. Give the folder that training saves to (--load), or merge with pma merge "
+            "--iterations " + " ".join(str(ref.iteration) for ref in chosen)
+        )
     args = known.common(Path(newest.path))["args"]
-    if newest.format != registry.TORCH_DIST and "consumed_train_samples" not in args:
+    if newest.format == registry.DEEPSPEED and "consumed_train_samples" not in args:
         return resume_script(
             known.tracker.resume.format(root=request.save), request.save, newest.iteration,
             skip=skip, lr_factor=request.lr_factor, command=request.command,
@@ -219,7 +230,7 @@ def _resume(request: RecoveryRequest, newest: CheckpointRef, skip: Span | None) 
 def _batch_samples(refs: Sequence[CheckpointRef]) -> int | None:
     """Samples per iteration of a DeepSpeed run, None where its checkpoints do not agree on one."""
     saved = [ref for ref in refs if ref.complete and ref.iteration]
-    if not saved or registry.TORCH_DIST in {ref.format for ref in saved}:
+    if {ref.format for ref in saved} != {registry.DEEPSPEED}:
         return None
     counts = [registry.get(ref.format, ref.path).schedule(Path(ref.path)).samples for ref in saved]
     sizes = {(c or 0) / (ref.iteration or 1) for c, ref in zip(counts, saved, strict=True)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 from argparse import Namespace
 from collections.abc import Iterator
@@ -18,13 +19,15 @@ from conftest import digests, refused
 from oracle import assert_average
 from pma_megatron import RecoveryRequest, recover
 from pma_megatron.cli import main
-from pma_megatron.errors import MetricsError, UsageError
+from pma_megatron.errors import MetricsError, SelectionError, UsageError
 from pma_megatron.healthy import Span
 from pma_megatron.metrics import read_metrics
 from pma_megatron.recovery import diagnose
 from pma_megatron.spike import SpikeSettings
 from pma_megatron.testing import run_ranks
 from pma_megatron.testing.text_deepspeed import TextConfig, TextDeepSpeed
+
+pytestmark = pytest.mark.slow
 
 SPIKE = SpikeSettings(window=24, warmup=24, settle=4, patience=8)
 BREAK_AT, END, SAVE_EVERY = 80, 125, 10
@@ -64,7 +67,19 @@ def collapse(rank: int, world_size: int, folder: Path) -> dict[int, Any]:
                     args = Namespace(consumed_train_samples=samples, lr=config.lr, seq_length=16)
                     run.engine.save_checkpoint(f"{folder}/megatron", client_state={"args": args})
     run.close()
+    if rank == 0:
+        to_universal(folder / "run" / "global_step30", folder / "universal" / "global_step30")
     return held
+
+
+def to_universal(tag: Path, output: Path) -> None:
+    """DeepSpeed's own converter."""
+    importlib.import_module("deepspeed.checkpoint.ds_to_universal").main(
+        Namespace(
+            input_folder=str(tag), output_folder=str(output), num_extract_workers=1,
+            num_merge_workers=1, keep_temp_folder=False, strict=True, inject_missing_state=True,
+        )
+    )  # fmt: skip
 
 
 def resume(rank: int, world_size: int, config: TextConfig, root: str) -> dict[str, Any]:
@@ -171,6 +186,8 @@ def test_refused(lost: tuple[Path, dict[int, Any]], tmp_path: Path) -> None:
     other = tmp_path / "Train_Samples_train_loss.csv"
     other.write_text("step,train_loss\n" + "".join(f"{i * 6},2.0\n" for i in range(1, 100)))
     bad(MetricsError, "no multiple of the 8 samples", "--onset", metrics=str(other))
+    with refused(SelectionError, "Universal", "that training saves to", run=folder, save=save):
+        recover(RecoveryRequest(load=str(folder / "universal"), save=str(save), onset=60))
     with pytest.raises(MetricsError, match="counts samples, as DeepSpeed"):
         read_metrics(folder / CSV)
     found = diagnose(request_for(folder, save, metrics=None, onset=45, skip=Span(45, 46)))
