@@ -35,7 +35,7 @@ from pma_megatron.deepspeed.params import (
     refresh_weights,
     replica_group,
 )
-from pma_megatron.deepspeed.record import record_in_saves, record_of, resumed_tag
+from pma_megatron.deepspeed.record import RECORD, record_in_saves, record_of, resumed_tag
 from pma_megatron.errors import CheckpointError, PlanError, UsageError
 from pma_megatron.faultpoints import point
 from pma_megatron.formats import registry
@@ -138,9 +138,10 @@ def load_average(engine: Any, plain: Callable[..., Loaded], call: Mapping[str, A
     report = _average(engine, found, options, share, comm)
     say(f"PMA-init: {report}")
     note = origin_note(found)
-    iteration = int(engine.global_steps)
-    record_in_saves(engine, {**note, "iteration": iteration, "options": options.record()})
-    return path, {**client_state, NOTE: note}
+    record = {**note, "iteration": int(engine.global_steps), "options": options.record()}
+    record_in_saves(engine, record)
+    # A script may hand the client state on to its saves: an older record must not be in it.
+    return path, {**client_state, NOTE: note, RECORD: record}
 
 
 def _resume(comm: Comm, plain: Callable[..., Loaded], call: Mapping[str, Any], base: Path

@@ -60,6 +60,7 @@ class DeepSpeedCheckpoint(ItemFiles):
         self.whole = {int(m["ep"]): n for m, n in _matches(WHOLE, names)}
         self.layers = {int(m["layer"]): n for m, n in _matches(LAYER, names)}
         self._contents: dict[str, Any] = {}
+        self._items: dict[str, Item] = {}
 
     def item(self, file: str) -> Item:
         """A whole file as an item.
@@ -67,6 +68,8 @@ class DeepSpeedCheckpoint(ItemFiles):
         Raises:
             CheckpointError: it is not a zip.
         """
+        if file in self._items:
+            return self._items[file]
         length = (self.path / file).stat().st_size
         if length < 4 or self.read(file, 0, 4)[:2] != b"PK":
             raise CheckpointError(
@@ -74,7 +77,8 @@ class DeepSpeedCheckpoint(ItemFiles):
                 "torch's old format. Exclude this checkpoint, or save it again with "
                 "checkpoint.checkpoint_serialization left at true"
             )
-        return Item(file, 0, length)
+        self._items[file] = Item(file, 0, length)
+        return self._items[file]
 
     def content(self, file: str) -> Any:
         """What a file's pickle says, tensors as `TensorRef`.
