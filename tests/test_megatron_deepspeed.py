@@ -64,11 +64,26 @@ def initialize_megatron(extra_args_provider=None):
     "checkpointing": """
 from megatron import global_vars
 def save_checkpoint(iteration, model, optimizer, opt_param_scheduler):
-    args = global_vars.get_args()
+    args, module = global_vars.get_args(), model[0].module
+    plain = module.state_dict
+    def nested(destination=None, prefix="", keep_vars=False):
+        state, found = plain(prefix=prefix, keep_vars=keep_vars), {}
+        for name, value in state.items():
+            inner, _, last = name.rpartition(".")
+            (found.setdefault(inner, {}) if inner else found)[last] = value
+        return found
+    module.state_dict = nested
     model[0].save_checkpoint(args.save, client_state={"args": args, "iteration": iteration})
+    module.state_dict = plain
 def load_checkpoint(model, optimizer, opt_param_scheduler, load_arg="load", strict=True,
                     load_only_weights=False):
     args = global_vars.get_args()
+    plain = model[0].module.load_state_dict
+    def load_state_dict(state, strict=True):
+        inner = {f"{name}.{last}": v for name, value in state.items() if isinstance(value, dict)
+                 for last, v in value.items()}
+        plain({k: v for k, v in state.items() if not isinstance(v, dict)} | inner, strict=strict)
+    model[0].module.load_state_dict = load_state_dict
     loaded, state = model[0].load_checkpoint(
         getattr(args, load_arg), load_module_strict=strict, tag=args.load_tag)
     args.consumed_train_samples = state["args"].consumed_train_samples

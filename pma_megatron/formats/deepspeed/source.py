@@ -170,14 +170,22 @@ def _names_in_files(checkpoint: DeepSpeedCheckpoint, shapes: Mapping[str, tuple[
     for file in checkpoint.experts.values():
         yield file, {name: name for name in checkpoint.state(file)}
     for (mp, _), file in checkpoint.model.items():
-        module = checkpoint.state(file)["module"] or {}
-        yield file, {checkpoint.key(name, mp): name for name in module}
+        yield file, {checkpoint.key(name, mp): name for name in _module(checkpoint, file)}
     yield from layer_names(checkpoint, shapes).items()
 
 
 def _module(checkpoint: DeepSpeedCheckpoint, file: str) -> dict[str, Any]:
     state = checkpoint.state(file)
-    return (state["module"] or {}) if file in checkpoint.model.values() else state
+    return dict(_flat(state["module"] or {})) if file in checkpoint.model.values() else state
+
+
+def _flat(module: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Megatron-DeepSpeed without pipelines nests its modules (`state_dict_for_save_checkpoint`)."""
+    for name, value in module.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def _replicas(checkpoint: DeepSpeedCheckpoint, alias: str, owner: Tensor | None
