@@ -23,10 +23,11 @@ from pma_megatron.healthy import (
 from pma_megatron.job import Show, merge, plan, silent
 from pma_megatron.metrics import Metrics, read_metrics
 from pma_megatron.policy import Policy
+from pma_megatron.refs import CheckpointRef
 from pma_megatron.report import MergeReport
 from pma_megatron.request import MergeRequest, Method
 from pma_megatron.resume import Resume, resume, resume_script
-from pma_megatron.selection import CheckpointRef, SelectionRequest
+from pma_megatron.selection import SelectionRequest
 from pma_megatron.spike import Kind, SpikeSettings, Verdict, detect
 
 
