@@ -146,6 +146,7 @@ class TinyDeepSpeed:
 
     def _model(self) -> nn.Module:
         if self.config.pipeline_stages:
+            self.deepspeed.init_distributed("gloo")
             return pipeline(self.config.pipeline_stages, tied=self.config.tied)
         return TinyModel(self._experts(self.config) if self.config.experts else None)
 
