@@ -25,7 +25,7 @@ from pma_megatron.metrics import Metrics, read_metrics
 from pma_megatron.policy import Policy
 from pma_megatron.report import MergeReport
 from pma_megatron.request import MergeRequest, Method
-from pma_megatron.resume import Resume, resume
+from pma_megatron.resume import Resume, resume, resume_script
 from pma_megatron.selection import CheckpointRef, SelectionRequest
 from pma_megatron.spike import Kind, SpikeSettings, Verdict, detect
 
@@ -133,7 +133,7 @@ def diagnose(request: RecoveryRequest) -> Diagnosis:
 
     Raises:
         MetricsError: the metrics cannot be read, or are of another run than the checkpoints.
-        SelectionError: no spike was found, or no healthy checkpoint is left.
+        SelectionError: no spike was found, no healthy checkpoint is left, or none to resume from.
         UsageError, CheckpointError: see `merge`.
     """
     refs = list_checkpoints(request.load)
@@ -141,7 +141,10 @@ def diagnose(request: RecoveryRequest) -> Diagnosis:
     verdicts: tuple[Verdict, ...] = ()
     notes: list[str] = []
     if request.metrics is not None:
-        metrics = read_metrics(request.metrics, loss=request.loss, grad_norm=request.grad_norm)
+        metrics = read_metrics(
+            request.metrics, loss=request.loss, grad_norm=request.grad_norm,
+            batch_samples=_batch_samples(refs),
+        )  # fmt: skip
         notes += (*metrics.notes, *_same_run(metrics, refs))
         verdicts = tuple(
             detect(((p.iteration, p.loss, p.grad_norm) for p in metrics.points), request.spike)
@@ -160,17 +163,7 @@ def diagnose(request: RecoveryRequest) -> Diagnosis:
             exclude=request.exclude,
         ),
     )
-    newest = healthy.selection.refs[-1]
-    if newest.format != registry.TORCH_DIST:
-        raise SelectionError(
-            f"{newest.path} is in format {newest.format}: pma recover says how to resume Megatron "
-            "runs. Merge the healthy checkpoints with pma merge --iterations "
-            + " ".join(str(ref.iteration) for ref in healthy.selection.refs)
-        )
-    args = registry.get(newest.format, newest.path).common(Path(newest.path))["args"]
-    how = resume(
-        args, request.save, skip=skip, lr_factor=request.lr_factor, command=request.command
-    )
+    how = _resume(request, healthy.selection.refs, skip)
     return Diagnosis(
         onset=onset, verdicts=verdicts, healthy=healthy, resume=how, notes=tuple(notes)
     )
@@ -206,6 +199,43 @@ def rehearse(request: RecoveryRequest) -> Diagnosis:
     found = diagnose(request)
     plan(merge_request(request, found))
     return found
+
+
+def _resume(request: RecoveryRequest, chosen: Sequence[CheckpointRef], skip: Span | None
+            ) -> Resume:  # fmt: skip
+    """How the run goes on from a merge of `chosen`.
+
+    Raises:
+        SelectionError: it is no checkpoint that training wrote.
+    """
+    newest = chosen[-1]
+    known = registry.get(newest.format, newest.path)
+    if newest.format == registry.UNIVERSAL:
+        raise SelectionError(
+            f"{newest.path} is a Universal checkpoint, converted from a run's own: a run goes on "
+            "from those. Give the folder that training saves to (--load), or merge with pma merge "
+            "--iterations " + " ".join(str(ref.iteration) for ref in chosen)
+        )
+    args = known.common(Path(newest.path))["args"]
+    if newest.format == registry.DEEPSPEED and "consumed_train_samples" not in args:
+        return resume_script(
+            known.tracker.resume.format(root=request.save), request.save, newest.iteration,
+            skip=skip, lr_factor=request.lr_factor, command=request.command,
+        )  # fmt: skip
+    return resume(
+        args, request.save, skip=skip, lr_factor=request.lr_factor, command=request.command
+    )
+
+
+def _batch_samples(refs: Sequence[CheckpointRef]) -> int | None:
+    """Samples per iteration of a DeepSpeed run, None where its checkpoints do not agree on one."""
+    saved = [ref for ref in refs if ref.complete and ref.iteration]
+    if {ref.format for ref in saved} != {registry.DEEPSPEED}:
+        return None
+    counts = [registry.get(ref.format, ref.path).schedule(Path(ref.path)).samples for ref in saved]
+    sizes = {(c or 0) / (ref.iteration or 1) for c, ref in zip(counts, saved, strict=True)}
+    size = sizes.pop()
+    return int(size) if not sizes and size >= 1 and size.is_integer() else None
 
 
 def _onset(request: RecoveryRequest, metrics: Metrics | None, verdicts: Sequence[Verdict]

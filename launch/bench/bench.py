@@ -281,7 +281,7 @@ def _setting(text: str) -> Setting:
 def main() -> None:
     """Parse the command line, run the rounds, print and write the result."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("load", type=Path, help="folder with iter_*, from make_checkpoints.py")
+    parser.add_argument("load", type=Path, help="folder of make_checkpoints.py")
     parser.add_argument("--work", type=Path, help="scratch folder (default: LOAD-out)")
     parser.add_argument("--last", type=int, default=6, help="number of sources")
     parser.add_argument("--average", default="main-params")

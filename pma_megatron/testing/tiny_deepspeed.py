@@ -157,18 +157,21 @@ class TinyDeepSpeed:
         )
         return moe
 
-    def train(self, iterations: int) -> None:
-        """Train on; data depends on the iteration and the rank alone."""
+    def train(self, iterations: int) -> list[float]:
+        """Train on; data depends on the iteration and the rank alone. Returns the losses."""
+        losses = []
         for _ in range(iterations):
             seed = 1000 * self.engine.global_steps + self._data_rank()
             draw = torch.Generator().manual_seed(seed)
             if self.config.pipeline_stages:
                 x = torch.randn(_BATCH, WIDTH, generator=draw).to(self.config.dtype)
-                self.engine.train_batch(batches(x))
+                losses.append(float(self.engine.train_batch(batches(x))))
                 continue
             loss = self.engine(torch.randn(_BATCH, _WIDTH, generator=draw).to(self.config.dtype))
             self.engine.backward(loss)
             self.engine.step()
+            losses.append(float(loss.detach()))
+        return losses
 
     def save(self, root: str | Path) -> None:
         """Save a tag below `root`, with a client state that says which."""

@@ -61,6 +61,7 @@ class DeepSpeedCheckpoint(ItemFiles):
         self.whole = {int(m["ep"]): n for m, n in _matches(WHOLE, names)}
         self.layers = {int(m["layer"]): n for m, n in _matches(LAYER, names)}
         self._contents: dict[str, Any] = {}
+        self._items: dict[str, Item] = {}
 
     def item(self, file: str) -> Item:
         """A whole file as an item.
@@ -68,6 +69,8 @@ class DeepSpeedCheckpoint(ItemFiles):
         Raises:
             CheckpointError: it is not a zip.
         """
+        if file in self._items:
+            return self._items[file]
         length = (self.path / file).stat().st_size
         if length < 4 or self.read(file, 0, 4)[:2] != b"PK":
             raise CheckpointError(
@@ -75,7 +78,8 @@ class DeepSpeedCheckpoint(ItemFiles):
                 "torch's old format. Exclude this checkpoint, or save it again with "
                 "checkpoint.checkpoint_serialization left at true"
             )
-        return Item(file, 0, length)
+        self._items[file] = Item(file, 0, length)
+        return self._items[file]
 
     def content(self, file: str) -> Any:
         """What a file's pickle says, tensors as `TensorRef`.
@@ -137,12 +141,8 @@ class DeepSpeedCheckpoint(ItemFiles):
         return data if size == 1 else f"{data} {'PP' if self.layers else 'MP'}{size}"
 
     def key(self, name: str, mp: int) -> str:
-        """What parameter `name` of a model-parallel rank is called in model space.
-
-        Names in a pipeline hold the layer, so they are unique as they are, but for tied layers.
-        """
-        unique = bool(self.layers) and not name.startswith(TIED)
-        return name if mp == 0 or unique else f"{name}@mp{mp}"
+        """What parameter `name` of a model-parallel rank is called in model space."""
+        return model_key(name, mp, pipeline=bool(self.layers))
 
     def optimizer(self, rank: int, mp: int = 0) -> dict[str, Any]:
         """State of the ZeRO optimizer of a data-parallel rank, or of the one without ZeRO.
@@ -199,6 +199,15 @@ class DeepSpeedCheckpoint(ItemFiles):
             for record in self.records(item).values():
                 digest.update(f"{record.name} {record.nbytes} {record.crc32}\n".encode())
         return digest.hexdigest()
+
+
+def model_key(name: str, mp: int, *, pipeline: bool) -> str:
+    """What parameter `name` of a model-parallel rank is called in model space.
+
+    Names in a pipeline hold the layer, so they are unique as they are, but for tied layers.
+    """
+    unique = pipeline and not name.startswith(TIED)
+    return name if mp == 0 or unique else f"{name}@mp{mp}"
 
 
 def file_names(path: Path) -> list[str]:
