@@ -70,6 +70,11 @@ def _incomplete(checkpoint: DeepSpeedCheckpoint) -> str | None:
     missing = [name for name in _NEEDED if name not in checkpoint.head]
     if missing:
         file = checkpoint.model[0, 0]
+        if "num_experts" in checkpoint.head:
+            return (
+                f"{file} has no {missing[0]}, as MoE models that DeepSpeed 0.16 saved: resume it "
+                "with a newer DeepSpeed (0.19.8 does), and save it again"
+            )
         return f"{file} has no {missing[0]}: it is not a model states file of DeepSpeed"
     for check in (_ranks, _optimizers, _experts, _layers):
         reason = check(checkpoint)
