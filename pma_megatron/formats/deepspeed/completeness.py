@@ -20,7 +20,7 @@ from pma_megatron.formats.deepspeed.partitions import base_state
 
 _UNSUPPORTED = (
     (
-        re.compile(r"^layer_\d+-.+-model_states\.pt$"),
+        re.compile(r"^layer_\d+-(?!model_00-).+-model_states\.pt$"),
         "a tensor-parallel part of a layer",
     ),
     (re.compile(r"expert.*_mp_rank_(?!00_)"), "experts of a second model-parallel rank"),
