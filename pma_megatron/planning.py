@@ -244,7 +244,7 @@ def _trimmed(source: Source, request: MergeRequest, *, end: bool) -> Source:
 def _layout(found: Gathered, fates: Fates, comm: Comm) -> OutputLayout:
     """The output's files, laid out by a rank that sees the newest source."""
     ref, owner = found.selection.refs[-1], found.visible[-1][0]
-    known, note = registry.get(ref.format, ref.path), _note(found)
+    known, note = registry.get(ref.format, ref.path), origin_note(found)
 
     def lay_out() -> OutputLayout:
         return known.lay_out(
@@ -258,7 +258,7 @@ def _layout(found: Gathered, fates: Fates, comm: Comm) -> OutputLayout:
     return made
 
 
-def _note(found: Gathered) -> dict[str, Any]:
+def origin_note(found: Gathered) -> dict[str, Any]:
     """Where a merge comes from, in a few plain values; in a sweep, coefficients by its names."""
     values = {output.name: list(output.values) for output in found.outputs}
     return {

@@ -103,7 +103,6 @@ def test_unmodified_deepspeed_resumes_from_the_average(
         assert torch.equal(before["buffers"]["calls"], sources[-1]["buffers"]["calls"])
         assert client_state["note"] == "saved after 6"
         assert client_state["pma"]["iterations"] == [2, 4, 6]
-        assert client_state["pma"]["coefficients"] == list(WEIGHTS)
         for name, master in before["masters"].items():
             assert torch.equal(after["masters"][name], master), (kind, name)
         check_weights(after, dtype)
@@ -118,7 +117,7 @@ def test_all_that_is_not_averaged_is_the_newest_bit_for_bit(
     assert {p.name for p in output.iterdir()} == {p.name for p in newest.iterdir()} | {"pma.json"}
     for file in newest.iterdir():
         theirs, ours = records(file), records(output / file.name)
-        changed = {n for n in ours if n.startswith("data") and theirs[n] != ours[n]}
+        changed = {n for n in ours if n.startswith("data/") and theirs[n] != ours[n]}
         if "optim" in file.name:
             assert ours["data.pkl"] == theirs["data.pkl"]
             saved = load(file)["optimizer_state_dict"]

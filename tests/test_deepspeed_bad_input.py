@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,9 +12,10 @@ import torch
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 
 from conftest import digests, refused
-from deepspeed_runs import load, merge_run, optim_files, records, tag, train
+from deepspeed_runs import Harm, load, merge_run, optim_files, records, tag, train
 from pma_megatron import SelectionRequest, list_checkpoints
 from pma_megatron.errors import (
+    CheckpointError,
     PlanError,
     PublishError,
     SelectionError,
@@ -51,21 +50,11 @@ def test_a_tag_without_a_rank_is_incomplete(run: Path, save: Path) -> None:
         merge_run(run, save, selection=SelectionRequest(iterations=(2, 4, 6)))
 
 
-class Harm:
-    """Unpickled, it makes a folder."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.path),)
-
-
 def test_a_hostile_file_is_refused_and_nothing_in_it_runs(run: Path, save: Path) -> None:
     file, trap = optim_files(tag(run, 4))[0], save.parent / "ran"
     saved = load(file)
     torch.save({**saved, "harm": Harm(trap)}, file)
-    with refused(SelectionError, "refused, nothing was run", run=run, save=save):
+    with refused(CheckpointError, "refused, nothing was run", run=run, save=save):
         merge_run(run, save)
     assert not trap.exists()
 

@@ -17,12 +17,13 @@ import pytest
 import torch
 
 from conftest import refused, request_for
+from deepspeed_runs import check_masters, check_weights, resume, tag, train
 from oracle import assert_average, read_tensor
 from pma_megatron import Policy, SelectionRequest, merge, verify
 from pma_megatron.errors import PlanError
 from pma_megatron.formats.deepspeed.source import read_source
 from pma_megatron.testing import run_ranks
-from pma_megatron.testing.tiny_deepspeed import DeepSpeedConfig, TinyDeepSpeed
+from pma_megatron.testing.tiny_deepspeed import DeepSpeedConfig
 
 RELEASE = "0.16.9"
 OLD = Path(sys.prefix) / f"deepspeed-{RELEASE}"
@@ -31,6 +32,7 @@ KINDS = {
     "zero2": DeepSpeedConfig(stage=2),
     "zero3": DeepSpeedConfig(stage=3, zero={"sub_group_size": 40}),
     "bf16_optimizer": DeepSpeedConfig(stage=1, float32_gradients=True),
+    "moe": DeepSpeedConfig(stage=1, experts=4, expert_parallel_size=2),
 }
 NEW = ("zero1", "zero3")
 ONLY_OLD = {"zero0_bf16": DeepSpeedConfig(stage=0)}
@@ -54,37 +56,18 @@ def use(old: bool) -> None:
     assert (version == RELEASE) == old, version
 
 
-def train(
+def train_by(
     rank: int, world_size: int, old: bool, runs: Mapping[str, DeepSpeedConfig]
 ) -> dict[str, Any]:
-    """Three tags of two iterations each, per root."""
     use(old)
-    held: dict[str, Any] = {}
-    for root, config in runs.items():
-        trainer = TinyDeepSpeed(config)
-        for _ in range(3):
-            trainer.train(2)
-            trainer.save(root)
-            held.setdefault(root, []).append(trainer.snapshot())
-        trainer.close()
-    return held
+    return train(rank, world_size, runs)
 
 
-def resume(
+def resume_by(
     rank: int, world_size: int, old: bool, runs: Mapping[str, DeepSpeedConfig]
 ) -> dict[str, Any]:
-    """What a fresh engine, with other initial weights, holds after a load and one still step."""
     use(old)
-    held: dict[str, Any] = {}
-    for root, config in runs.items():
-        trainer = TinyDeepSpeed(config, seed=1)
-        client_state = trainer.load(root)
-        before = trainer.snapshot()
-        trainer.stop_learning()
-        trainer.train(1)
-        held[root] = (client_state, before, trainer.snapshot())
-        trainer.close()
-    return held
+    return resume(rank, world_size, runs)
 
 
 @pytest.fixture(scope="module")
@@ -97,16 +80,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
         ("new", {kind: KINDS[kind] for kind in NEW}),
     ):
         runs = {str(folder / writer / kind): config for kind, config in kinds.items()}
-        found = run_ranks(train, 2, writer == "old", runs, timeout_s=280)[0]
+        found = run_ranks(train_by, 2, writer == "old", runs, timeout_s=280)[0]
         for kind in kinds:
             held[writer, kind] = found[str(folder / writer / kind)]
             tags = [tag(folder / writer / kind, number) for number in (2, 4, 6)]
             merge_tags(tags, folder / "merged" / writer / kind)
     return folder, held
-
-
-def tag(root: Path, iteration: int) -> Path:
-    return root / f"global_step{iteration}"
 
 
 def merge_tags(tags: Sequence[Path], save: Path, **settings: Any) -> Path:
@@ -119,14 +98,11 @@ def merge_tags(tags: Sequence[Path], save: Path, **settings: Any) -> Path:
 def check(found: Any, sources: Sequence[Mapping[str, Any]], what: str) -> None:
     """Main params are the float64 average, weights are them rounded, and a still step keeps it."""
     client_state, before, after = found
-    weights = [1 / len(sources)] * len(sources)
-    assert set(before["masters"]) == set(sources[0]["masters"])
+    check_masters(before["masters"], sources, what)
     for name, got in before["masters"].items():
-        exact = [held["masters"][name].double().numpy() for held in sources]
-        assert_average(got.double().numpy(), exact, weights, f"{what} {name}")
         assert torch.equal(after["masters"][name], got), (what, name)
-        for held in (before, after):
-            assert torch.equal(held["weights"][name], got.bfloat16()), (what, name)
+    check_weights(before, torch.bfloat16)
+    check_weights(after, torch.bfloat16)
     assert before["scheduler"] == sources[-1]["scheduler"]
     assert client_state["note"] == "saved after 6"
     assert client_state["pma"]["iterations"] == [2, 4, 6]
@@ -143,7 +119,7 @@ def test_each_release_resumes_what_the_other_wrote(
         wanted += [("old", kind) for kind in ONLY_OLD] + [("new", kind) for kind in NEW]
     configs = {**KINDS, **ONLY_OLD}
     roots = {str(folder / "merged" / w / kind): configs[kind] for w, kind in wanted}
-    found = run_ranks(resume, 2, reader == "old", roots, timeout_s=280)[0]
+    found = run_ranks(resume_by, 2, reader == "old", roots, timeout_s=280)[0]
     for writer, kind in wanted:
         root = str(folder / "merged" / writer / kind)
         check(found[root], held[writer, kind], f"{writer} {kind} in {reader}")

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pma_megatron.megatron.say import say
+from pma_megatron.say import say
 
 
 @dataclass(slots=True)

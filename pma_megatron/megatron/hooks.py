@@ -17,19 +17,19 @@ from pma_megatron.comm import Comm
 from pma_megatron.errors import UsageError
 from pma_megatron.megatron import flags
 from pma_megatron.megatron.evaluate import Evaluation
-from pma_megatron.megatron.hostcopy import HostCopy
 from pma_megatron.megatron.init import init
 from pma_megatron.megatron.online import OnlineAverage
-from pma_megatron.megatron.params import live_tensors
+from pma_megatron.megatron.params import live_tensors, stepping
 from pma_megatron.megatron.recover import Recovered
 from pma_megatron.megatron.save import note_origin, save_average
-from pma_megatron.megatron.say import say
 from pma_megatron.megatron.scoring import Scoring
-from pma_megatron.megatron.shard import Shard
-from pma_megatron.megatron.store import FOLDER
+from pma_megatron.megatron.shard import LiveShard
 from pma_megatron.megatron.thin import ThinSnapshots
 from pma_megatron.megatron.watch import Watch
-from pma_megatron.megatron.window import Average
+from pma_megatron.online.hostcopy import HostCopy
+from pma_megatron.online.store import FOLDER
+from pma_megatron.online.window import Average
+from pma_megatron.say import say
 from pma_megatron.tokens import consumed_tokens_of
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -116,9 +116,9 @@ class Session:
             self._resume(self.online, iteration, tokens)
         if settings.snapshot_interval_tokens is not None and optimizer is not None:
             assert settings.snapshot_dir is not None
-            shard = Shard(live_tensors(models, optimizer, metadata))
+            shard = LiveShard(live_tensors(models, optimizer, metadata))
             self.thin = ThinSnapshots(
-                settings.snapshot_dir, models, HostCopy(shard, optimizer),
+                settings.snapshot_dir, models, HostCopy(shard, stepping(optimizer)),
                 settings.snapshot_interval_tokens, dtype=_DTYPES[settings.snapshot_dtype],
                 keep=settings.keep, consumed_tokens=tokens, comm=self._comm, metadata=metadata,
             )  # fmt: skip

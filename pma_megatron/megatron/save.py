@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
-import logging
 from collections.abc import Callable, Iterator, Mapping
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from pma_megatron.coefficients import implied_decay_weights
-from pma_megatron.formats.marker import MARKER_FILE
 from pma_megatron.formats.torch_dist.checkpoint import CONFIG_FILE
 from pma_megatron.megatron.online import OnlineAverage
-from pma_megatron.megatron.window import Average
-from pma_megatron.version import __version__
-
-_log = logging.getLogger(__name__)
+from pma_megatron.online.origin import write_origin
+from pma_megatron.online.window import Average
 
 
 def save_average(online: OnlineAverage, average: Average, fn: Callable[..., Any],
@@ -58,24 +51,7 @@ def note_origin(folder: Path, average: Average) -> bool:
     """Say in a finished checkpoint what it is an average of; False if it is not finished yet."""
     if not (folder / CONFIG_FILE).is_file():
         return False
-    made = average.coefficients
-    values = None if made is None else list(made.values)
-    origin = {
-        "kind": "online_average",
-        "pma_megatron": __version__,
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "method": average.describe() if made is None else made.describe(),
-        "coefficients": values,
-        "implied_decay_weights": None if made is None else list(implied_decay_weights(made.values)),
-        "entries": [
-            {"iteration": e.iteration, "consumed_tokens": e.tokens, "members": e.members}
-            for e in average.entries
-        ],
-    }
-    try:
-        (folder / MARKER_FILE).write_text(json.dumps(origin, indent=1) + "\n")
-    except OSError as error:
-        _log.warning("%s has no %s: %s", folder, MARKER_FILE, error)
+    write_origin(folder, average)
     return True
 
 

@@ -21,7 +21,7 @@ from pma_megatron.errors import UsageError
 from pma_megatron.formats import registry
 from pma_megatron.formats.source import Source
 from pma_megatron.grid import Grid, Point
-from pma_megatron.megatron.live import LivePlan, LiveWriter, average_units
+from pma_megatron.live import LivePlan, LiveWriter, average_units
 from pma_megatron.megatron.load import replicas
 from pma_megatron.megatron.params import LiveTensor, live_tensors
 from pma_megatron.megatron.swap import weights_restored

@@ -41,7 +41,6 @@ class DeepSpeedConfig:
         tied: the pipeline's first and last layer share their weights.
         model_parallel_size: ranks that hold different parts of the model, by an `mpu`.
         settings: further settings of DeepSpeed's.
-        load_universal: load Universal checkpoints instead of native tags.
     """
 
     stage: int = 1
@@ -69,8 +68,6 @@ class DeepSpeedConfig:
         """In this job."""
         return dist.get_world_size() // (self.model_parallel_size * max(self.pipeline_stages, 1))
 
-    load_universal: bool = False
-
     def to_json(self, ranks: int) -> dict[str, Any]:
         """DeepSpeed's own configuration."""
         config: dict[str, Any] = {
@@ -85,8 +82,6 @@ class DeepSpeedConfig:
             config["bf16"] = {"enabled": True}
         if self.float32_gradients:
             config["data_types"] = {"grad_accum_dtype": "fp32"}
-        if self.load_universal:
-            config["checkpoint"] = {"load_universal": True}
         return {**config, **self.settings}
 
 
@@ -151,6 +146,7 @@ class TinyDeepSpeed:
 
     def _model(self) -> nn.Module:
         if self.config.pipeline_stages:
+            self.deepspeed.init_distributed("gloo")
             return pipeline(self.config.pipeline_stages, tied=self.config.tied)
         return TinyModel(self._experts(self.config) if self.config.experts else None)
 

@@ -140,12 +140,8 @@ class DeepSpeedCheckpoint(ItemFiles):
         return data if size == 1 else f"{data} {'PP' if self.layers else 'MP'}{size}"
 
     def key(self, name: str, mp: int) -> str:
-        """What parameter `name` of a model-parallel rank is called in model space.
-
-        Names in a pipeline hold the layer, so they are unique as they are, but for tied layers.
-        """
-        unique = bool(self.layers) and not name.startswith(TIED)
-        return name if mp == 0 or unique else f"{name}@mp{mp}"
+        """What parameter `name` of a model-parallel rank is called in model space."""
+        return model_key(name, mp, pipeline=bool(self.layers))
 
     def optimizer(self, rank: int, mp: int = 0) -> dict[str, Any]:
         """State of the ZeRO optimizer of a data-parallel rank, or of the one without ZeRO.
@@ -202,6 +198,15 @@ class DeepSpeedCheckpoint(ItemFiles):
             for record in self.records(item).values():
                 digest.update(f"{record.name} {record.nbytes} {record.crc32}\n".encode())
         return digest.hexdigest()
+
+
+def model_key(name: str, mp: int, *, pipeline: bool) -> str:
+    """What parameter `name` of a model-parallel rank is called in model space.
+
+    Names in a pipeline hold the layer, so they are unique as they are, but for tied layers.
+    """
+    unique = pipeline and not name.startswith(TIED)
+    return name if mp == 0 or unique else f"{name}@mp{mp}"
 
 
 def file_names(path: Path) -> list[str]:

@@ -17,7 +17,6 @@ from pma_megatron.formats.deepspeed.checkpoint import (
 )
 from pma_megatron.formats.deepspeed.layers import numbered_layers
 from pma_megatron.formats.deepspeed.partitions import base_state
-from pma_megatron.formats.deepspeed.steps import mixed_steps
 
 _UNSUPPORTED = (
     (
@@ -81,8 +80,7 @@ def _incomplete(checkpoint: DeepSpeedCheckpoint) -> str | None:
         return f"{min(stray)} is a second file of its rank: two saves in one folder"
     for name in checkpoint.files:
         checkpoint.records(checkpoint.item(name))
-    states = ((checkpoint.item(file), state) for file, state in checkpoint.optimizers().items())
-    return mixed_steps(checkpoint, states)
+    return None
 
 
 def _ranks(checkpoint: DeepSpeedCheckpoint) -> str | None:

@@ -21,6 +21,7 @@ from pma_megatron.formats.deepspeed.partitions import (
     kind,
     payload_of,
 )
+from pma_megatron.formats.deepspeed.steps import refuse_mixed_steps
 from pma_megatron.formats.deepspeed.unsharded import name_main_params, trained_shapes
 from pma_megatron.formats.flat import FlatMap, FlatSpace, states_from_flat
 from pma_megatron.formats.pickles import TensorRef
@@ -44,6 +45,7 @@ def read_source(path: str, ranges: FlatMap, main_params: bool) -> Source:
     if reason:
         raise CheckpointError(f"{path} cannot be a source: {reason}. Exclude it, or restore it.")
     checkpoint = DeepSpeedCheckpoint(folder)
+    refuse_mixed_steps(checkpoint, checkpoint.optimizers())
     if not checkpoint.is_whole:
         weights = weights_of(checkpoint, shapes_of(checkpoint))
         spaces, found = flat_spaces(checkpoint)

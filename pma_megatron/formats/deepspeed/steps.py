@@ -2,41 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
-from pma_megatron.formats.base import Item
-from pma_megatron.formats.items import ItemFiles
+from pma_megatron.errors import CheckpointError
+from pma_megatron.formats.deepspeed.checkpoint import DeepSpeedCheckpoint
 from pma_megatron.formats.pickles import TensorRef
 
 _NAMES = ("step", "common_step", "base_optimizer_state_step")
 
 
-def mixed_steps(files: ItemFiles, states: Iterable[tuple[Item, Any]]) -> str | None:
-    """Why optimizer states are not of one save, or None.
+def refuse_mixed_steps(checkpoint: DeepSpeedCheckpoint, states: Mapping[str, Any]) -> None:
+    """Ranks of one save are at one step, group by group.
 
     Args:
-        files: the checkpoint.
-        states: (file, what its pickle says of an optimizer).
+        checkpoint: the tag.
+        states: file -> what its pickle says of an optimizer.
 
     Raises:
-        CheckpointError: a file is damaged.
+        CheckpointError: files of two saves lie in one folder, or one is damaged.
     """
     first: tuple[str, list[float]] | None = None
-    for item, state in states:
-        steps = [_value(files, item, counter) for counter in _counters(state)]
+    for file, state in states.items():
+        steps = [_value(checkpoint, file, counter) for counter in _counters(state)]
         if first is None:
-            first = item.file, steps
+            first = file, steps
         # Groups of one rank may differ: some were added later. A group does not over the ranks.
         differ = [pair for pair in zip(first[1], steps, strict=False) if pair[0] != pair[1]]
         if differ:
-            return (
-                f"{first[0]} is of optimizer step {differ[0][0]:g}, {item.file} of "
-                f"{differ[0][1]:g}: two saves in one folder. Restore the files of one save"
+            raise CheckpointError(
+                f"{checkpoint.path}: {first[0]} is of optimizer step {differ[0][0]:g}, {file} of "
+                f"{differ[0][1]:g}: two saves in one folder. Exclude it, or restore the files of "
+                "one save"
             )
-    return None
 
 
 def _counters(state: Any) -> Iterator[Any]:
@@ -51,9 +51,9 @@ def _counters(state: Any) -> Iterator[Any]:
             yield from _counters(inner)
 
 
-def _value(files: ItemFiles, item: Item, counter: int | float | TensorRef) -> float:
+def _value(checkpoint: DeepSpeedCheckpoint, file: str, counter: int | float | TensorRef) -> float:
     if not isinstance(counter, TensorRef):
         return float(counter)
-    data = files.read_record(item, f"data/{counter.storage.key}")
+    data = checkpoint.read_record(checkpoint.item(file), f"data/{counter.storage.key}")
     stored = torch.frombuffer(bytearray(data), dtype=counter.storage.dtype)
     return float(stored[counter.offset])

@@ -120,20 +120,19 @@ def _incomplete(checkpoint: UniversalCheckpoint) -> str | None:
 
 
 def _stray(checkpoint: UniversalCheckpoint) -> str | None:
-    known = set(checkpoint.shapes)
-    whole = []
+    whole, names = [], set[str]()
     for file in checkpoint.stages:
         state = checkpoint.state(file)
         module = state.get("module")
         if isinstance(module, dict) and not checkpoint.partitioned:
             whole.append(file)
-            known.update(module)
+            names.update(module)
     if len(whole) > 1:
         return (
             f"{whole[1]} holds weights of a second tensor-parallel rank, which are not supported: "
             "only models without tensor parallelism are, and those of pipelines"
         )
-    stray = sorted(set(checkpoint.states) - known)
+    stray = sorted(set(checkpoint.states) - names - set(checkpoint.shapes))
     if stray:
         return (
             f"{FOLDER}/{stray[0]} is not a tensor of this model ({len(stray)} in all): two "
@@ -146,8 +145,7 @@ def _stray(checkpoint: UniversalCheckpoint) -> str | None:
 
 
 def _damaged(checkpoint: UniversalCheckpoint) -> str | None:
-    shapes = checkpoint.shapes
-    lacking = sorted(name for name in shapes if MASTER not in checkpoint.states.get(name, {}))
+    lacking = sorted(n for n in checkpoint.shapes if MASTER not in checkpoint.states.get(n, {}))
     if lacking:
         return (
             f"{FOLDER}/{lacking[0]}/{MASTER}.pt is missing ({len(lacking)} in all): it was not "
@@ -155,19 +153,30 @@ def _damaged(checkpoint: UniversalCheckpoint) -> str | None:
         )
     for file in checkpoint.files:
         checkpoint.records(checkpoint.item(file))
-    for name, shape in shapes.items():
-        states = [state for state in checkpoint.states[name] if state != STEP]
-        sizes = {state: checkpoint.tensor(checkpoint.states[name][state]).size for state in states}
+    return None
+
+
+def refuse_other_shapes(checkpoint: UniversalCheckpoint) -> None:
+    """Every state of a parameter has its shape, or is as long where ZeRO-3 stored it flat.
+
+    Raises:
+        CheckpointError: one has not.
+    """
+    for name, shape in checkpoint.shapes.items():
+        states = {state: f for state, f in checkpoint.states[name].items() if state != STEP}
+        sizes = {state: checkpoint.tensor(file).size for state, file in states.items()}
         whole = sizes[MASTER]
         cut = checkpoint.vocabulary_cut(name) and whole[1:] == shape[1:] and whole[0] <= shape[0]
         if not cut and math.prod(whole) != math.prod(shape):
-            return (
-                f"{FOLDER}/{name} has shape {whole}, param_shapes says {shape}: damaged, or of a "
-                "model with tensor parallelism or AutoEP, which are not supported"
+            raise CheckpointError(
+                f"{checkpoint.path / FOLDER / name} has shape {whole}, param_shapes says {shape}: "
+                "damaged, or of a model with tensor parallelism or AutoEP, which are not supported"
             )
         if len(set(sizes.values())) > 1:
-            return f"states of {FOLDER}/{name} differ in shape ({sizes}): damaged"
-    return None
+            raise CheckpointError(
+                f"states of {checkpoint.path / FOLDER / name} differ in shape ({sizes}): damaged. "
+                "Exclude this checkpoint, or convert its tag again"
+            )
 
 
 def steps_of(checkpoint: UniversalCheckpoint) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pma_megatron.formats.deepspeed.universal import (
     STEP,
     UniversalCheckpoint,
     completeness,
+    refuse_other_shapes,
 )
 from pma_megatron.formats.flat import FlatMap
 from pma_megatron.formats.source import Source, stamps_of
@@ -39,6 +40,7 @@ def read_source(path: str, ranges: FlatMap, main_params: bool) -> Source:
     if reason:
         raise CheckpointError(f"{path} cannot be a source: {reason}. Exclude it, or restore it.")
     checkpoint = UniversalCheckpoint(folder)
+    refuse_other_shapes(checkpoint)
     states = _states(checkpoint)
     weights = {
         name: _without_padding(weight, states[MAIN_PARAM].get(name))

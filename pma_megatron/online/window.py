@@ -18,8 +18,8 @@ import torch
 from pma_megatron.accumulate import Sum, fold
 from pma_megatron.coefficients import Coefficients
 from pma_megatron.errors import UsageError
-from pma_megatron.megatron.hostcopy import HostCopy
-from pma_megatron.megatron.shard import Slot
+from pma_megatron.online.hostcopy import HostCopy
+from pma_megatron.online.shard import Slot
 from pma_megatron.request import Method
 
 EMA = "ema"
@@ -148,7 +148,7 @@ class Window:
         how, sources = Sum.of(made.values), [self._vectors[index] for _, index in self._held]
 
         def average(slot: Slot) -> torch.Tensor:
-            out = torch.empty(slot.live.numel, dtype=torch.float32)
+            out = torch.empty(slot.numel, dtype=torch.float32)
             how.into(out, [slot.of(source) for source in sources])
             return out
 

@@ -21,9 +21,9 @@ from pma_megatron.comm import Comm
 from pma_megatron.discover import list_checkpoints
 from pma_megatron.errors import CheckpointError, PublishError
 from pma_megatron.formats import registry
-from pma_megatron.megatron.shard import Shard
-from pma_megatron.megatron.snapshots import SnapshotWriter, prune
-from pma_megatron.megatron.window import Entry, ExponentialAverage, Window
+from pma_megatron.online.shard import Shard
+from pma_megatron.online.snapshots import SnapshotWriter, prune
+from pma_megatron.online.window import Entry, ExponentialAverage, Window
 from pma_megatron.selection import CheckpointRef
 
 FOLDER = "window"
