@@ -19,12 +19,13 @@ if TYPE_CHECKING:
     from pma_megatron.planning import MergePlan
     from pma_megatron.policy import Policy
     from pma_megatron.recovery import RecoveryRequest, recover
+    from pma_megatron.refs import CheckpointRef
     from pma_megatron.report import MergeReport
     from pma_megatron.request import MergeRequest, Method
-    from pma_megatron.selection import CheckpointRef, SelectionRequest
+    from pma_megatron.selection import SelectionRequest
 
 _HOMES = {
-    "CheckpointRef": ("selection", "CheckpointRef"),
+    "CheckpointRef": ("refs", "CheckpointRef"),
     "Coefficients": ("coefficients", "Coefficients"),
     "Inspection": ("inspection", "Inspection"),
     "MergePlan": ("planning", "MergePlan"),

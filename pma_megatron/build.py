@@ -76,8 +76,8 @@ def decide(request: MergeRequest, sources: Sequence[Source]) -> Fates:
     rules = {(entry.state, entry.key): policy.decide(entry) for entry in entries}
     if policy.optimizer_state in ("average", "reset") and not base.optimizer_keys:
         raise UsageError(
-            f"--optimizer-state {policy.optimizer_state}: {base.path} holds no optimizer state. "
-            "Leave the flag out, or use drop"
+            f"--optimizer-state {policy.optimizer_state}: {base.path} holds no optimizer state "
+            "that says which parameter it is of. Leave the flag out, or use drop"
         )
     payloads: dict[Payload, torch.dtype] = {}
     for (state, key), rule in rules.items():

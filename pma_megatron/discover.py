@@ -11,7 +11,8 @@ from pma_megatron import audit
 from pma_megatron.errors import CheckpointError, SelectionError
 from pma_megatron.formats import registry
 from pma_megatron.formats.marker import SNAPSHOTS, read_snapshot_marker
-from pma_megatron.selection import CheckpointRef, Selection, SelectionRequest, select
+from pma_megatron.refs import CheckpointRef
+from pma_megatron.selection import Selection, SelectionRequest, select
 from pma_megatron.tokens import consumed_tokens_of
 
 TRACKER_FILE = registry.get(registry.TORCH_DIST, "").tracker.file

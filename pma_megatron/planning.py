@@ -18,8 +18,9 @@ from pma_megatron.formats import registry
 from pma_megatron.formats.output import OutputLayout
 from pma_megatron.formats.source import Source
 from pma_megatron.policy import MAIN
+from pma_megatron.refs import CheckpointRef
 from pma_megatron.request import MergeRequest, Output
-from pma_megatron.selection import CheckpointRef, Selection
+from pma_megatron.selection import Selection
 from pma_megatron.tasks import Average, Copy, Keep, Unit, Workload, Zero, units
 from pma_megatron.version import __version__
 

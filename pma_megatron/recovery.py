@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,7 +12,7 @@ from typing import Any
 
 from pma_megatron.comm import Comm
 from pma_megatron.discover import list_checkpoints
-from pma_megatron.errors import MetricsError, SelectionError, UsageError
+from pma_megatron.errors import CheckpointError, MetricsError, SelectionError, UsageError
 from pma_megatron.formats import registry
 from pma_megatron.healthy import (
     MARGIN_ITERATIONS,
@@ -23,10 +24,11 @@ from pma_megatron.healthy import (
 from pma_megatron.job import Show, merge, plan, silent
 from pma_megatron.metrics import Metrics, read_metrics
 from pma_megatron.policy import Policy
+from pma_megatron.refs import CheckpointRef
 from pma_megatron.report import MergeReport
 from pma_megatron.request import MergeRequest, Method
 from pma_megatron.resume import Resume, resume, resume_script
-from pma_megatron.selection import CheckpointRef, SelectionRequest
+from pma_megatron.selection import SelectionRequest
 from pma_megatron.spike import Kind, SpikeSettings, Verdict, detect
 
 
@@ -232,10 +234,13 @@ def _batch_samples(refs: Sequence[CheckpointRef]) -> int | None:
     saved = [ref for ref in refs if ref.complete and ref.iteration]
     if {ref.format for ref in saved} != {registry.DEEPSPEED}:
         return None
-    counts = [registry.get(ref.format, ref.path).schedule(Path(ref.path)).samples for ref in saved]
-    sizes = {(c or 0) / (ref.iteration or 1) for c, ref in zip(counts, saved, strict=True)}
-    size = sizes.pop()
-    return int(size) if not sizes and size >= 1 and size.is_integer() else None
+    sizes = set()
+    for ref in saved:
+        with contextlib.suppress(CheckpointError):  # a damaged one is refused where it is merged
+            samples = registry.get(ref.format, ref.path).schedule(Path(ref.path)).samples
+            sizes.add((samples or 0) / (ref.iteration or 1))
+    size = sizes.pop() if len(sizes) == 1 else 0.0
+    return int(size) if size and size.is_integer() else None
 
 
 def _onset(request: RecoveryRequest, metrics: Metrics | None, verdicts: Sequence[Verdict]

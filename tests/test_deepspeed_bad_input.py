@@ -76,7 +76,7 @@ def test_names_in_a_client_state_are_copied_and_never_resolved(run: Path, save: 
         ("layer_0_expert_1_mp_rank_00_model_states.pt", "experts (layer, number) [(0, 1)]"),
         ("expp_rank_0_mp_rank_01_optim_states.pt", "a second model-parallel rank"),
         ("layer_01-model_states.pt", "layer_01-model_states.pt is a pipeline's"),
-        ("layer_01-model_00-model_states.pt", "a tensor-parallel part of a layer"),
+        ("layer_01-model_01-model_states.pt", "a tensor-parallel part of a layer"),
         ("mp_rank_01_model_states.pt", "stray, for a data-parallel size of 2"),
         ("backup.pt", "not a file that DeepSpeed writes"),
         ("zero_pp_rank_0_mp_rank_00_optim_states.pt", "two saves in one folder"),

@@ -203,6 +203,22 @@ def test_a_tied_layer_without_a_file_keeps_its_main_params(runs: Runs, tmp_path:
         assert_average(got, sources, WEIGHTS, f"group {number}")
 
 
+def test_layers_named_after_an_axis_of_tensor_parallelism(runs: Runs, tmp_path: Path) -> None:
+    """As Megatron-DeepSpeed's topology names them, whatever the size of that axis."""
+    run = Path(shutil.copytree(runs[0] / "pipe_zero1", tmp_path / "run"))
+    for file in run.glob("*/layer_*-model_states.pt"):
+        file.rename(file.with_name(file.name.replace("-model_", "-model_00-model_")))
+    renamed, plain = (
+        merge_run(run, tmp_path / "a"),
+        merge_run(runs[0] / "pipe_zero1", tmp_path / "b"),
+    )
+    for file in plain.glob("layer_*.pt"):
+        ours = load(renamed / file.name.replace("-model_", "-model_00-model_"))
+        theirs = load(file)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 def moments_of(folder: Path) -> dict[tuple[Any, ...], torch.Tensor]:
     return {
         (file.name, *path): value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib
 import json
+import shutil
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from statistics import median
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 
@@ -150,6 +152,24 @@ def test_deepspeeds_monitors_count_samples(
         for each in (STEPS, file)
     )
     assert of_steps.onset == of_samples.onset and of_steps.healthy == of_samples.healthy
+
+
+def test_a_batch_size_that_changed_is_not_guessed(
+    lost: tuple[Path, dict[int, Any]], tmp_path: Path
+) -> None:
+    folder, run = lost[0], tmp_path / "run"
+    for step in (40, 50, 60):
+        shutil.copytree(folder / "run" / f"global_step{step}", run / f"global_step{step}")
+    request = RecoveryRequest(load=str(run), save=str(tmp_path / "on"), spike=SPIKE,
+                              metrics=str(folder / CSV))  # fmt: skip
+    # A damaged tag is passed over.
+    next(run.glob("global_step60/*rank_1*optim_states.pt")).write_bytes(b"damaged")
+    assert [ref.iteration for ref in diagnose(request).healthy.selection.refs] == [40, 50]
+    file = run / "global_step40" / "mp_rank_00_model_states.pt"
+    torch.save({**torch.load(file, weights_only=False), "global_samples": 999}, file)
+    with refused(MetricsError, "not the same along the run", "--onset", run=run,
+                 save=tmp_path / "on"):  # fmt: skip
+        diagnose(request)
 
 
 def test_command_line(

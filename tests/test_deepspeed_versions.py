@@ -19,11 +19,11 @@ import torch
 from conftest import refused, request_for
 from deepspeed_runs import check_masters, check_weights, resume, tag, train
 from oracle import assert_average, read_tensor
-from pma_megatron import Policy, SelectionRequest, merge, verify
+from pma_megatron import Policy, SelectionRequest, list_checkpoints, merge, verify
 from pma_megatron.errors import PlanError
 from pma_megatron.formats.deepspeed.source import read_source
 from pma_megatron.testing import run_ranks
-from pma_megatron.testing.tiny_deepspeed import DeepSpeedConfig
+from pma_megatron.testing.tiny_deepspeed import DeepSpeedConfig, TinyDeepSpeed
 
 RELEASE = "0.16.9"
 OLD = Path(sys.prefix) / f"deepspeed-{RELEASE}"
@@ -32,8 +32,8 @@ KINDS = {
     "zero2": DeepSpeedConfig(stage=2),
     "zero3": DeepSpeedConfig(stage=3, zero={"sub_group_size": 40}),
     "bf16_optimizer": DeepSpeedConfig(stage=1, float32_gradients=True),
-    "moe": DeepSpeedConfig(stage=1, experts=4, expert_parallel_size=2),
 }
+MOE = DeepSpeedConfig(stage=1, experts=4, expert_parallel_size=2)
 NEW = ("zero1", "zero3")
 ONLY_OLD = {"zero0_bf16": DeepSpeedConfig(stage=0)}
 """Until 0.18.4, ZeRO-0 with 16-bit weights was a BF16_Optimizer; no later release resumes it."""
@@ -70,6 +70,13 @@ def resume_by(
     return resume(rank, world_size, runs)
 
 
+def save_again(rank: int, world_size: int, old: Path, new: Path) -> None:
+    use(old=False)
+    trainer = TinyDeepSpeed(MOE, seed=1)
+    trainer.load(old)
+    trainer.save(new)
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """Folder of `WRITER/KIND` runs and `merged/WRITER/KIND`, and what rank 0 held, by both."""
@@ -80,6 +87,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
         ("new", {kind: KINDS[kind] for kind in NEW}),
     ):
         runs = {str(folder / writer / kind): config for kind, config in kinds.items()}
+        if writer == "old":
+            runs[str(folder / "moe")] = MOE
         found = run_ranks(train_by, 2, writer == "old", runs, timeout_s=280)[0]
         for kind in kinds:
             held[writer, kind] = found[str(folder / writer / kind)]
@@ -142,3 +151,14 @@ def test_a_run_that_changed_its_release_merges(
         pair = (held["old", kind][1], held["new", kind][2])
         exact = [each["masters"][name].double().numpy() for each in pair]
         assert_average(read_tensor(output, tensor), exact, (0.5, 0.5), name)
+
+
+def test_moe_that_does_not_name_its_params_is_saved_again_by_the_newer_release(
+    made: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    refs = list_checkpoints(made[0] / "moe")
+    assert all("resume it with a newer DeepSpeed" in str(ref.incomplete_because) for ref in refs)
+    run_ranks(save_again, 2, made[0] / "moe", tmp_path / "again")
+    (ref,) = list_checkpoints(tmp_path / "again")
+    assert ref.complete
+    assert ref.iteration == 6

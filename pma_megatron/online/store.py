@@ -25,7 +25,7 @@ from pma_megatron.formats import registry
 from pma_megatron.online.shard import Shard
 from pma_megatron.online.snapshots import SnapshotWriter, prune
 from pma_megatron.online.window import Entry, ExponentialAverage, Window
-from pma_megatron.selection import CheckpointRef
+from pma_megatron.refs import CheckpointRef
 
 FOLDER = "window"
 """Below the root of the averages."""

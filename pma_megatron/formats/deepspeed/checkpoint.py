@@ -22,7 +22,8 @@ MODEL = re.compile(r"^(?:zero_pp_rank_(?P<dp>\d+)_)?mp_rank_(?P<mp>\d+)_model_st
 OPTIM = re.compile(r"^(?:bf16_)?zero_pp_rank_(?P<dp>\d+)_mp_rank_(?P<mp>\d+)_optim_states\.pt$")
 EXPERT = re.compile(r"^layer_(?P<layer>\d+)_expert_(?P<expert>\d+)_mp_rank_00_model_states\.pt$")
 WHOLE = re.compile(r"^expp_rank_(?P<ep>\d+)_mp_rank_00_optim_states\.pt$")
-LAYER = re.compile(r"^layer_(?P<layer>\d+)-model_states\.pt$")
+# Megatron-DeepSpeed's topology has an axis of tensor parallelism, of one rank or more.
+LAYER = re.compile(r"^layer_(?P<layer>\d+)-(?:model_00-)?model_states\.pt$")
 TIED = "tied_modules."
 """First part of the names of a pipeline's tied parameters."""
 _NUMBER = re.compile(r"(\d+)$")

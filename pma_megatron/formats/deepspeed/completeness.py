@@ -20,7 +20,7 @@ from pma_megatron.formats.deepspeed.partitions import base_state
 
 _UNSUPPORTED = (
     (
-        re.compile(r"^layer_\d+-.+-model_states\.pt$"),
+        re.compile(r"^layer_\d+-(?!model_00-).+-model_states\.pt$"),
         "a tensor-parallel part of a layer",
     ),
     (re.compile(r"expert.*_mp_rank_(?!00_)"), "experts of a second model-parallel rank"),
@@ -70,6 +70,11 @@ def _incomplete(checkpoint: DeepSpeedCheckpoint) -> str | None:
     missing = [name for name in _NEEDED if name not in checkpoint.head]
     if missing:
         file = checkpoint.model[0, 0]
+        if "num_experts" in checkpoint.head:
+            return (
+                f"{file} has no {missing[0]}, as MoE models that DeepSpeed 0.16 saved: resume it "
+                "with a newer DeepSpeed (0.19.8 does), and save it again"
+            )
         return f"{file} has no {missing[0]}: it is not a model states file of DeepSpeed"
     for check in (_ranks, _optimizers, _experts, _layers):
         reason = check(checkpoint)
@@ -143,22 +148,29 @@ def _experts(checkpoint: DeepSpeedCheckpoint) -> str | None:
             "it holds experts of several model-parallel ranks, which are not supported: train them "
             "without tensor parallelism"
         )
-    if not checkpoint.optim and set(checkpoint.whole) != set(range(_expert_parallel(checkpoint))):
-        return (
-            f"it holds optimizers of expert-parallel ranks {sorted(checkpoint.whole)}, expected "
-            f"{_expert_parallel(checkpoint)} of them: still being written, or incomplete"
-        )
-    return None
+    return None if checkpoint.optim else _whole(checkpoint, bool(experts))
 
 
-def _expert_parallel(checkpoint: DeepSpeedCheckpoint) -> int:
-    """Ranks over which experts are spread, by the names of their param groups; 0 without experts.
+def _whole(checkpoint: DeepSpeedCheckpoint, has_experts: bool) -> str | None:
+    """Without ZeRO there is an optimizer per rank of expert parallelism.
 
-    Source: deepspeed/moe/utils.py, `split_params_into_different_moe_groups_for_optimizer`.
+    Param groups of experts are named after its size (deepspeed/moe/utils.py,
+    `split_params_into_different_moe_groups_for_optimizer`).
     """
     groups = (base_state(checkpoint.optimizer(0)) or {}).get("param_groups", ())
     names = (_EXPERT_GROUP.match(str(group.get("name"))) for group in groups)
-    return max((int(match[1]) for match in names if match), default=0)
+    sizes = {int(match[1]) for match in names if match}
+    if len(sizes) > 1 or bool(sizes) != has_experts:
+        return (
+            f"without ZeRO, experts are spread over {sorted(sizes)} ranks, expected one size for "
+            "all: train with zero_optimization.stage 1"
+        )
+    if set(checkpoint.whole) != set(range(max(sizes, default=0))):
+        return (
+            f"it holds optimizers of expert-parallel ranks {sorted(checkpoint.whole)}, expected "
+            f"{max(sizes, default=0)} of them: still being written, or incomplete"
+        )
+    return None
 
 
 def _layers(checkpoint: DeepSpeedCheckpoint) -> str | None:

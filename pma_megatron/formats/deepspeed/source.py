@@ -87,8 +87,7 @@ def _stored_shapes(checkpoint: DeepSpeedCheckpoint) -> dict[str, tuple[int, ...]
     """Floating parameter -> shape, trained or not, where no optimizer says names."""
     shapes: dict[str, tuple[int, ...]] = {}
     buffers = _buffers(checkpoint)
-    for file, names in _names_in_files(checkpoint, {}):
-        module = _module(checkpoint, file)
+    for _, module, names in _modules(checkpoint, {}):
         for key, name in names.items():
             ref = module[name]
             floating = isinstance(ref, TensorRef) and ref.storage.dtype.is_floating_point
@@ -122,12 +121,13 @@ def weights_of(
         for name, shape in shapes.items():
             weights[name] = Tensor(name, torch.float32, shape, ())
     buffers = _buffers(checkpoint) - set(shapes)
-    for file, names in _names_in_files(checkpoint, shapes):
+    ranks = {file: dp for (_, dp), file in checkpoint.model.items()}
+    for file, module, names in _modules(checkpoint, shapes):
         wanted = [key for key in names if key in shapes and not partitioned]
         wanted += [key for key in names if key in buffers]
-        for key, tensor in _stored(checkpoint, file, {key: names[key] for key in wanted}, shapes):
-            rank = next((dp for (_, dp), name in checkpoint.model.items() if name == file), 0)
-            name = key if rank == 0 else f"{key}@{rank}"
+        stored = _stored(checkpoint, file, module, {key: names[key] for key in wanted}, shapes)
+        for key, tensor in stored:
+            name = f"{key}@{ranks[file]}" if ranks.get(file) else key
             there = weights.get(name)
             if there is None:
                 weights[name] = replace(tensor, key=name)
@@ -159,24 +159,22 @@ def _is_partitioned(checkpoint: DeepSpeedCheckpoint) -> bool:
 def _buffers(checkpoint: DeepSpeedCheckpoint) -> set[str]:
     return {
         checkpoint.key(name, mp)
-        for mp, _ in checkpoint.model
+        for mp in range(checkpoint.model_parallel_size)
         for name in checkpoint.head_of(mp).get("buffer_names") or ()
     }
 
 
-def _names_in_files(checkpoint: DeepSpeedCheckpoint, shapes: Mapping[str, tuple[int, ...]]
-                    ) -> Iterator[tuple[str, dict[str, str]]]:  # fmt: skip
-    """Each file with weights, and model key -> name in it."""
+def _modules(checkpoint: DeepSpeedCheckpoint, shapes: Mapping[str, tuple[int, ...]]
+             ) -> Iterator[tuple[str, dict[str, Any], dict[str, str]]]:  # fmt: skip
+    """Each file with weights, its tensors by name, and model key -> name."""
     for file in checkpoint.experts.values():
-        yield file, {name: name for name in checkpoint.state(file)}
+        module = checkpoint.state(file)
+        yield file, module, {name: name for name in module}
     for (mp, _), file in checkpoint.model.items():
-        yield file, {checkpoint.key(name, mp): name for name in _module(checkpoint, file)}
-    yield from layer_names(checkpoint, shapes).items()
-
-
-def _module(checkpoint: DeepSpeedCheckpoint, file: str) -> dict[str, Any]:
-    state = checkpoint.state(file)
-    return dict(_flat(state["module"] or {})) if file in checkpoint.model.values() else state
+        module = dict(_flat(checkpoint.state(file)["module"] or {}))
+        yield file, module, {checkpoint.key(name, mp): name for name in module}
+    for file, names in layer_names(checkpoint, shapes).items():
+        yield file, checkpoint.state(file), names
 
 
 def _flat(module: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -194,16 +192,18 @@ def _replicas(checkpoint: DeepSpeedCheckpoint, alias: str, owner: Tensor | None
     file = checkpoint.model[0, 0]
     if owner is None or not owner.pieces or owner.pieces[0].payload.item.file != file:
         return
-    for _, tensor in _stored(checkpoint, file, {alias: alias}, {}):
+    module = dict(_flat(checkpoint.head["module"]))
+    for _, tensor in _stored(checkpoint, file, module, {alias: alias}, {}):
         (piece,) = tensor.pieces
         if tensor.shape == owner.shape and piece not in (*owner.pieces, *owner.replicas):
             yield piece
 
 
-def _stored(checkpoint: DeepSpeedCheckpoint, file: str, names: Mapping[str, str],
-            shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
-    """Tensors by model key; `names` says what they are called in `file`."""
-    item, module = checkpoint.item(file), _module(checkpoint, file)
+def _stored(checkpoint: DeepSpeedCheckpoint, file: str, module: Mapping[str, Any],
+            names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
+            ) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
+    """Tensors of `module`, which is in `file`, by model key; `names` says what it calls them."""
+    item = checkpoint.item(file)
     seen: set[tuple[str, int, tuple[int, ...]]] = set()
     for key, name in names.items():
         ref = module.get(name)
