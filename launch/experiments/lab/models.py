@@ -1,0 +1,86 @@
+"""The models of each scale, and the constant-rate runs that most experiments share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from lab.runs import Run
+from lab.trainer import Rate
+from pma_megatron.testing import TinyConfig
+
+PEAK, WARMUP = 4e-3, 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """How large everything is.
+
+    Attributes:
+        name: as typed for `--scale`.
+        dense: configurations, smallest first; the middle one is the default.
+        moe: the same.
+        end: iterations of a constant-rate run.
+        every: iterations between its checkpoints: the smallest interval of a merge.
+        early: an end soon after the warmup, where merges may reach back into unstable weights.
+        fork: where annealing runs leave the constant-rate run.
+        decay: iterations of an annealing run.
+    """
+
+    name: str
+    dense: tuple[TinyConfig, ...]
+    moe: tuple[TinyConfig, ...]
+    end: int
+    every: int
+    early: int
+    fork: int
+    decay: int
+
+    def model(self, *, moe: bool = False, size: int = 1) -> TinyConfig:
+        """A configuration: `size` 0 to 2."""
+        return (self.moe if moe else self.dense)[size]
+
+    def tokens(self, iterations: int) -> int:
+        """Tokens that so many iterations consume."""
+        config = self.dense[0]
+        return iterations * config.global_batch_size * config.seq_length
+
+
+def _dense(hidden_size: int, num_layers: int, seq_length: int) -> TinyConfig:
+    return TinyConfig(
+        num_layers=num_layers, hidden_size=hidden_size, ffn_hidden_size=2 * hidden_size,
+        num_attention_heads=hidden_size // 16, seq_length=seq_length, global_batch_size=16,
+        micro_batch_size=16,
+    )  # fmt: skip
+
+
+def _moe(config: TinyConfig) -> TinyConfig:
+    """As many weights per token as the dense one, twice as many in all."""
+    return replace(
+        config, num_experts=4, moe_router_topk=2, expert_model_parallel_size=2,
+        ffn_hidden_size=config.hidden_size, micro_batch_size=8,
+    )  # fmt: skip
+
+
+_TINY = tuple(_dense(hidden, layers, 64) for hidden, layers in ((32, 2), (64, 2), (96, 3)))
+_SMALL = tuple(_dense(hidden, layers, 128) for hidden, layers in ((128, 4), (192, 6), (256, 8)))
+SCALES = {
+    "tiny": Scale(
+        name="tiny", dense=_TINY, moe=tuple(map(_moe, _TINY)), end=800, every=10, early=150,
+        fork=500, decay=100,
+    ),
+    "small": Scale(
+        name="small", dense=_SMALL, moe=tuple(map(_moe, _SMALL)), end=8000, every=100, early=1500,
+        fork=5000, decay=1000,
+    ),
+}  # fmt: skip
+
+
+def constant(scale: Scale, seed: int, *, moe: bool = False, size: int = 1,
+             factor: float = 1.0) -> Run:  # fmt: skip
+    """Warmup and a constant rate to the end, saved all along."""
+    return Run(
+        config=replace(scale.model(moe=moe, size=size), seed=seed),
+        rate=Rate(peak=PEAK * factor, warmup=WARMUP),
+        end=scale.end,
+        saves=tuple(range(5 * scale.every, scale.end + 1, scale.every)),
+    )
