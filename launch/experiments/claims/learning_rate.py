@@ -1,0 +1,86 @@
+"""How the learning rate changes what merging gains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from lab.experiment import Experiment, Findings, Row, Table, groups
+from lab.models import PEAK, Scale, constant
+from lab.pages import COLORS
+from lab.scoring import Merges
+from lab.stats import estimate
+
+LAST, FACTORS = 6, (0.25, 0.5, 1.0, 2.0, 4.0)
+
+
+def _merges(scale: Scale, seed: int, factor: float) -> Merges:
+    run = constant(scale, seed, factor=factor)
+    return Merges(run=run, lasts=(LAST,), every=(scale.every,), ends=(scale.end,))
+
+
+def jobs(scale: Scale, seeds: Sequence[int]) -> list[Merges]:
+    """One run per rate and seed."""
+    return [_merges(scale, seed, factor) for factor in FACTORS for seed in seeds]
+
+
+def rows(scale: Scale, seeds: Sequence[int]) -> Iterator[Row]:
+    """Losses at the end."""
+    for factor in FACTORS:
+        for seed in seeds:
+            merges = _merges(scale, seed, factor)
+            yield {"seed": seed, "lr": PEAK * factor,
+                   "newest": merges.losses(scale.end, "unmerged")["test"],
+                   "merged": merges.losses(scale.end)["test"]}  # fmt: skip
+
+
+def findings(rows: Sequence[Row]) -> Findings:
+    """The gain at every rate, and the best merged loss."""
+    gains, merged = {}, {}
+    for (lr,), found in groups(rows, "lr"):
+        gains[lr] = estimate([r["newest"] - r["merged"] for r in found])
+        merged[lr] = estimate([r["merged"] for r in found])
+    newest = {lr: estimate([r["newest"] for r in found]) for (lr,), found in groups(rows, "lr")}
+    least, most = gains[min(gains)], gains[max(gains)]
+    grows = most.low > least.high
+    best = {"newest": min(newest, key=lambda lr: newest[lr].mean),
+            "merged": min(merged, key=lambda lr: merged[lr].mean)}  # fmt: skip
+    return Findings(
+        verdict="the gain grows with the rate" if grows else "not decidable at this scale",
+        sentences=[
+            f"From {min(gains):g} to {max(gains):g} the gain goes from {least.signed} to "
+            f"{most.signed}. The best rate without merging is {best['newest']:g}, with merging "
+            f"{best['merged']:g}."
+        ],
+        tables=[Table(
+            columns=["learning rate", "newest, test", "merged, test", "gain"],
+            rows=[[f"{lr:g}", f"{newest[lr]}", f"{merged[lr]}", gains[lr].signed] for lr in gains],
+        )],
+    )  # fmt: skip
+
+
+def plot(rows: Sequence[Row], figure: Any) -> None:
+    """Losses and gain by rate."""
+    left, right = figure.subplots(1, 2)
+    for color, key in zip(COLORS, ("newest", "merged"), strict=False):
+        curve = [(lr, estimate([r[key] for r in found])) for (lr,), found in groups(rows, "lr")]
+        left.errorbar([lr for lr, _ in curve], [e.mean for _, e in curve],
+                      [e.margin or 0 for _, e in curve], color=color, marker="o",
+                      label=key)  # fmt: skip
+    gains = [(lr, estimate([r["newest"] - r["merged"] for r in found]))
+             for (lr,), found in groups(rows, "lr")]  # fmt: skip
+    right.errorbar([lr for lr, _ in gains], [g.mean for _, g in gains],
+                   [g.margin or 0 for _, g in gains], color=COLORS[1], marker="o")  # fmt: skip
+    left.set(xscale="log", xlabel="learning rate", ylabel="test loss (nats per byte)")
+    right.set(xscale="log", xlabel="learning rate", ylabel="gain (test, nats per byte)")
+
+
+EXPERIMENT = Experiment(
+    name="learning_rate",
+    title="Learning rate and gain",
+    paper="Not studied; the authors believe that a higher learning rate makes merging gain more.",
+    setup=f"Dense, middle size, constant rates from a quarter to four times the usual one; SMA of "
+    f"the last {LAST} checkpoints.",
+    seeds=3,
+    jobs=jobs, rows=rows, findings=findings, plot=plot,
+)  # fmt: skip
