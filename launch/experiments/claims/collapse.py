@@ -42,9 +42,8 @@ def findings(rows: Sequence[Row]) -> Findings:
     ends = {(r["event"], r["strategy"], r["seed"]): r for r in rows}
     seeds = sorted({r["seed"] for r in rows})
     back = [ends["burst", "PMA of 3", s] for s in seeds]
-    pairs = [
-        ends["burst", "rollback", s]["end"] - ends["burst", "PMA of 3", s]["end"] for s in seeds
-    ]
+    plain = [ends["burst", "rollback", s] for s in seeds]
+    pairs = [one["end"] - other["end"] for one, other in zip(plain, back, strict=True)]
     alarms = sum(bool(ends["healthy", "PMA of 3", s]["known"]) for s in seeds)
     gain, stays = estimate(pairs), [r for r in rows if r["event"] == "stays"]
     whole = all(r["end"] <= r["before"] for r in back)
@@ -69,9 +68,8 @@ def plot(rows: Sequence[Row], figure: Any) -> None:
     for axis, event in zip(figure.subplots(1, 2), ("burst", "stays"), strict=True):
         mine = [r for r in rows if r["event"] == event]
         for at, ((name,), found) in enumerate(groups(mine, "strategy")):
-            axis.plot(
-                [at] * len(found), [r["end"] for r in found], "o", color=COLORS[at], label=name
-            )
+            losses = [r["end"] for r in found]
+            axis.plot([at] * len(found), losses, "o", color=COLORS[at], label=name)
         axis.axhline(estimate([r["before"] for r in mine]).mean, color=COLORS[0], lw=0.8, ls="--")
         axis.set(title=event, ylabel="test loss at the end", xticks=[])
 
@@ -81,8 +79,8 @@ EXPERIMENT = Experiment(
     title="Collapse and recovery",
     paper="A run that diverged at an excessive learning rate does not come back; resumed from the "
     "merge of three checkpoints before the collapse it passes that point and goes on.",
-    setup="A small dense model; the rate is 50 times too large for 40 iterations, or to the end. The "
-    "detector and the recovery are those of `--pma-recover` (docs/recovery.md).",
+    setup="A small dense model; the rate is 50 times too large for 40 iterations, or to the end. "
+    "The detector and the recovery are those of `--pma-recover` (docs/recovery.md).",
     seeds=5,
     jobs=jobs, rows=rows, findings=findings, plot=plot,
 )  # fmt: skip

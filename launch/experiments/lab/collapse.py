@@ -91,7 +91,9 @@ def _prefix(seed: int, root: Path) -> dict[str, Any]:
             trainer.save(root)
 
     trainer.train_on(BREAK_AT, 0, each)
-    return {"loss": trainer.evaluate(8), "state": recovery.state_dict()}
+    loss = trainer.evaluate(8)
+    trainer.close()
+    return {"loss": loss, "state": recovery.state_dict()}
 
 
 def _strategy(seed: int, event: str, name: str, root: Path, begun: dict[str, Any]) -> Result:
@@ -111,9 +113,11 @@ def _strategy(seed: int, event: str, name: str, root: Path, begun: dict[str, Any
                 spent = True
 
     trainer.train_on(END, EVENTS[event], each)
+    loss = trainer.evaluate(8)
+    trainer.close()
     seen = [e for e in audit.read(root).events if e["event"] == audit.DETECTED]
     return Result(
-        seed=seed, event=event, strategy=name, before=begun["loss"], end=trainer.evaluate(8),
+        seed=seed, event=event, strategy=name, before=begun["loss"], end=loss,
         onset=seen[0]["onset"] if seen else None, known=seen[0]["iteration"] if seen else None,
         recoveries=sum(found is not None for found in done), spent=spent,
     )  # fmt: skip
@@ -129,18 +133,19 @@ class Healthy:
     after = ()
 
     @property
-    def root(self) -> Path:
-        """Its checkpoints."""
+    def folder(self) -> Path:
+        """Its checkpoints and what was seen, and the results of its strategies."""
         return cache() / "runs" / f"collapse-{self.seed}"
 
     @property
     def is_done(self) -> bool:
         """Whether it has been trained."""
-        return (self.root / "begun.json").exists()
+        return (self.folder / "begun.json").exists()
 
     def perform(self, rank: int) -> None:
         """Train it."""
-        write_small(self.root / "begun.json", json.dumps(_prefix(self.seed, self.root)).encode())
+        begun = _prefix(self.seed, self.folder / "checkpoints")
+        write_small(self.folder / "begun.json", json.dumps(begun).encode())
 
     def __str__(self) -> str:
         return f"before a collapse, seed {self.seed}"
@@ -164,7 +169,8 @@ class Collapse:
     @property
     def file(self) -> Path:
         """Where the result is kept."""
-        return Healthy(seed=self.seed).root / f"{self.event}-{self.strategy}.json".replace(" ", "_")
+        name = f"{self.event}-{self.strategy}.json".replace(" ", "_")
+        return Healthy(seed=self.seed).folder / name
 
     @property
     def is_done(self) -> bool:
@@ -172,12 +178,10 @@ class Collapse:
         return self.file.exists()
 
     def perform(self, rank: int) -> None:
-        """From iteration 200 to the end. It reads the healthy checkpoints and logs in its own folder."""
-        healthy, root = Healthy(seed=self.seed).root, self.file.with_suffix("")
+        """From iteration 200 to the end, on a copy of the healthy checkpoints: it logs there."""
+        healthy, root = Healthy(seed=self.seed).folder, self.file.with_suffix(".run")
         shutil.rmtree(root, ignore_errors=True)
-        shutil.copytree(
-            healthy, root, ignore=shutil.ignore_patterns("*.json", "burst*", "stays*", "healthy*")
-        )
+        shutil.copytree(healthy / "checkpoints", root)
         begun = json.loads((healthy / "begun.json").read_text())
         result = _strategy(self.seed, self.event, self.strategy, root, begun)
         shutil.rmtree(root)
