@@ -64,6 +64,10 @@ def _moe(config: TinyConfig) -> TinyConfig:
 _TINY = tuple(_dense(hidden, layers, 64) for hidden, layers in ((32, 2), (64, 2), (96, 3)))
 _SMALL = tuple(_dense(hidden, layers, 128) for hidden, layers in ((128, 4), (192, 6), (256, 8)))
 SCALES = {
+    "ci": Scale(
+        name="ci", dense=(_TINY[0],) * 3, moe=(_moe(_TINY[0]),) * 3, end=300, every=10, early=150,
+        fork=200, decay=50,
+    ),
     "tiny": Scale(
         name="tiny", dense=_TINY, moe=tuple(map(_moe, _TINY)), end=800, every=10, early=150,
         fork=500, decay=100,
