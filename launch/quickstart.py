@@ -11,9 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
-import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,31 +18,28 @@ from typing import Any
 
 os.environ.update(OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore")
 
-from rich.console import Console
 from rich.table import Table
 
 import pma_megatron
 from pma_megatron.testing import TinyConfig, run_ranks
+from quickstart_common import REPOSITORY, call, console, renew, shown
 from quickstart_plot import plot
 from quickstart_runs import Curve, Settings, compare, train
 
-_REPOSITORY = Path(__file__).resolve().parent.parent
-_MARKER = ".quickstart"
 _RANKS = 2
-_console = Console(highlight=False)
 
 
 def main() -> int:
     """Run everything; returns the exit code."""
     start_s = time.monotonic()
     settings = _settings()
-    _renew(settings.out)
+    renew(settings.out)
     seconds: dict[str, float] = {}
 
     def step(name: str, text: str) -> None:
         now_s = time.monotonic() - start_s
         seconds[name] = now_s
-        _console.print(f"\n[bold][{now_s:.0f} s] {text}[/bold]", soft_wrap=True)
+        console.print(f"\n[bold][{now_s:.0f} s] {text}[/bold]", soft_wrap=True)
 
     config = settings.config
     step("train", f"Training a {config.num_experts}-expert GPT on {_RANKS} ranks (expert "
@@ -80,8 +74,8 @@ def main() -> int:
     seconds["end"] = time.monotonic() - start_s
     result["seconds_since_start"] = {name: round(value, 1) for name, value in seconds.items()}
     (settings.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-    _console.print(
-        f"\n{_name(settings.out / 'result.json')} and {_name(settings.out / 'quickstart.png')} "
+    console.print(
+        f"\n{shown(settings.out / 'result.json')} and {shown(settings.out / 'quickstart.png')} "
         f"written after {seconds['end']:.0f} s",
         soft_wrap=True,
     )
@@ -97,7 +91,7 @@ def _settings() -> Settings:
     parser.add_argument("--lr", type=float, default=4e-3, help="constant rate (default 0.004)")
     parser.add_argument("--seed", type=int, default=1234, help="of weights and data")
     parser.add_argument(
-        "--out", type=Path, default=_REPOSITORY / "quickstart",
+        "--out", type=Path, default=REPOSITORY / "quickstart",
         help="folder that is made anew (default ./quickstart of the repository)",
     )  # fmt: skip
     arguments = parser.parse_args()
@@ -133,26 +127,17 @@ def _settings() -> Settings:
     return settings
 
 
-def _renew(out: Path) -> None:
-    """Empty `out`, if an earlier quickstart made it."""
-    if out.exists() and any(out.iterdir()) and not (out / _MARKER).exists():
-        sys.exit(f"quickstart: {out} exists and is not a quickstart's; choose another --out")
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
-    (out / _MARKER).touch()
-
-
 def _merge(settings: Settings) -> tuple[list[str], dict[str, tuple[Path, int]]]:
     """Run the commands a user would type; returns them, and where each merged checkpoint is."""
-    run, out, newest = _name(settings.run), _name(settings.out), settings.iterations
+    run, out, newest = shown(settings.run), shown(settings.out), settings.iterations
     torchrun = ["torchrun", "--standalone", "--nproc-per-node", str(_RANKS), "-m", "pma_megatron"]
     sma = ["--load", run, "--save", f"{out}/sma", "--method", "sma", "--last", str(settings.last)]
     sweep = ["--load", run, "--save", f"{out}/sweep", "--sweep", f"wma,1-sqrt:{settings.last}"]
     commands = [
-        _call(["pma", "list", run]),
-        _call(["pma", "plan", *sma]),
-        _call([*torchrun, "merge", *sma]),
-        _call([*torchrun, "merge", *sweep]),
+        call(["pma", "list", run]),
+        call(["pma", "plan", *sma]),
+        call([*torchrun, "merge", *sma]),
+        call([*torchrun, "merge", *sweep]),
     ]
     merged = {
         "sma": (settings.out / "sma", newest),
@@ -169,21 +154,6 @@ def _merge(settings: Settings) -> tuple[list[str], dict[str, tuple[Path, int]]]:
         pma_megatron.merge(request)
         merged[f"sma at {end}"] = (settings.out / "earlier", end)
     return commands, merged
-
-
-def _call(words: list[str]) -> str:
-    """Print a command line, run it with this interpreter, and return it."""
-    line = shlex.join(words)
-    _console.print(f"[bold cyan]$ {line}[/bold cyan]", soft_wrap=True)
-    modules = {"pma": "pma_megatron", "torchrun": "torch.distributed.run"}
-    subprocess.run([sys.executable, "-m", modules[words[0]], *words[1:]], check=True)
-    return line
-
-
-def _name(path: Path) -> str:
-    """`path` as short as it can be typed from here."""
-    short = Path.cwd() == _REPOSITORY and path.is_relative_to(_REPOSITORY)
-    return str(path.relative_to(_REPOSITORY) if short else path)
 
 
 def _show(result: dict[str, Any], settings: Settings) -> None:
@@ -216,16 +186,16 @@ def _show(result: dict[str, Any], settings: Settings) -> None:
     table.add_section()
     for name, curve in after:
         table.add_row(name, f"{curve[-1][1]:.4f}", f"{curve[-1][1] - newest:+.4f}")
-    _console.print(table)
+    console.print(table)
     spread = max(members) - min(members)
-    _console.print(
+    console.print(
         f"Single checkpoints of the last {count} lie {spread:.4f} apart: smaller differences "
         "between single points of a constant-rate run say little."
     )
     checks = Table(title="A run that resumes from the SMA", title_justify="left", show_header=False)
     for name, right in result["checks"].items():
         checks.add_row(name, "[green]yes[/green]" if right else "[bold red]NO[/bold red]")
-    _console.print(checks)
+    console.print(checks)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,12 @@ cd "$(dirname "$0")/.."
 source launch/venv.sh
 ensure_venv "$PWD/.venv-test" test
 export OMP_NUM_THREADS=1
+old=$PWD/.venv-test/deepspeed-0.16.9  # a second release, for tests/test_deepspeed_versions.py
+if [[ ! -d $old ]]; then
+    DS_BUILD_OPS=0 "$VENV_PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps \
+        --no-build-isolation --target "$old.new" deepspeed==0.16.9
+    mv "$old.new" "$old"
+fi
 "$VENV_PYTHON" -m ruff check .
 "$VENV_PYTHON" -m ruff format --check .
 "$VENV_PYTHON" -m mypy

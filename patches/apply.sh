@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Patch a Megatron-LM source tree so that its own scripts take the --pma-* flags.
+# Patch a Megatron-LM or Megatron-DeepSpeed source tree so that its own scripts take the --pma-* flags.
 # usage: patches/apply.sh TREE [--check | --reverse]
 #   --check    say which patch fits and whether it is applied already; change nothing
 #   --reverse  take the patch out again
@@ -17,7 +17,7 @@ mode=${2:---apply}
 [[ $mode =~ ^--(apply|check|reverse)$ ]] || die 2 "unknown option $mode: use --check or --reverse"
 command -v git >/dev/null || die 1 "git is not installed; \`git apply\` is what applies the patch"
 info=$1/megatron/core/package_info.py
-[[ -f $info ]] || die 2 "$1 is not a Megatron-LM source tree: there is no megatron/core/package_info.py"
+[[ -f $info ]] || die 2 "$1 is not a Megatron source tree: there is no megatron/core/package_info.py"
 tree=$(cd "$1" && pwd -P)
 
 number() { sed -n "s/^$1 = \([0-9]\{1,\}\).*/\1/p" "$info" | head -n 1; }
@@ -32,6 +32,9 @@ run() { git -C "$tree" apply "$@"; }
 shopt -s nullglob
 candidates=("$here/core_v$version".*/pma.patch)
 [[ ${#candidates[@]} -gt 0 ]] || candidates=("$here"/main-*/pma.patch)
+if [[ -f $tree/megatron/training.py ]]; then # a folder in Megatron-LM
+    candidates=("$here"/megatron-deepspeed-*/pma.patch) name="Megatron-DeepSpeed in $tree"
+fi
 for patch in "${candidates[@]}"; do
     release=$(basename "$(dirname "$patch")")
     if run --check --reverse "$patch" 2>/dev/null; then

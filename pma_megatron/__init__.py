@@ -19,12 +19,13 @@ if TYPE_CHECKING:
     from pma_megatron.planning import MergePlan
     from pma_megatron.policy import Policy
     from pma_megatron.recovery import RecoveryRequest, recover
+    from pma_megatron.refs import CheckpointRef
     from pma_megatron.report import MergeReport
     from pma_megatron.request import MergeRequest, Method
-    from pma_megatron.selection import CheckpointRef, SelectionRequest
+    from pma_megatron.selection import SelectionRequest
 
 _HOMES = {
-    "CheckpointRef": ("selection", "CheckpointRef"),
+    "CheckpointRef": ("refs", "CheckpointRef"),
     "Coefficients": ("coefficients", "Coefficients"),
     "Inspection": ("inspection", "Inspection"),
     "MergePlan": ("planning", "MergePlan"),
@@ -66,6 +67,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "deepspeed":
+        return importlib.import_module(f"{__name__}.deepspeed")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, attribute = _HOMES[name]

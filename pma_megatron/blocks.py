@@ -10,6 +10,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,42 +23,13 @@ from pma_megatron.formats.base import Payload
 from pma_megatron.formats.items import ItemFiles
 from pma_megatron.formats.output import Place
 from pma_megatron.geometry import Box, Part, PieceIndex, overlaps
+from pma_megatron.openfiles import Files
 
 BLOCK_ELEMENTS = 1 << 18
 """Elements added at once: a float32 block of 1 MiB stays in a core's cache."""
 
 _COPY_BYTES = 1 << 20
 _MIN_DENSITY = 4  # read a whole span if at least 1/4 of it is wanted
-
-
-class Files:
-    """File descriptors of one folder, opened once and shared by threads."""
-
-    def __init__(self, folder: Path, flags: int) -> None:
-        self._folder, self._flags = folder, flags
-        self._open: dict[str, int] = {}
-        self._lock = threading.Lock()
-
-    def descriptor(self, name: str) -> int:
-        """The descriptor of `name`."""
-        found = self._open.get(name)
-        if found is None:
-            with self._lock:
-                found = self._open.get(name)
-                if found is None:
-                    found = self._open[name] = os.open(self._folder / name, self._flags)
-        return found
-
-    def sync(self) -> None:
-        """Flush what was written to stable storage."""
-        for descriptor in self._open.values():
-            os.fsync(descriptor)
-
-    def close(self) -> None:
-        """Close all; harmless if called twice."""
-        while self._open:
-            _, descriptor = self._open.popitem()
-            os.close(descriptor)
 
 
 def as_bytes(block: torch.Tensor) -> memoryview:
@@ -95,8 +67,8 @@ class BlockReader:
         """Tell the kernel that `part` is about to be read, so that reading runs ahead of adding."""
         file, first = self.place(part)
         count = part.span * part.payload.dtype.itemsize
-        with contextlib.suppress(OSError):  # advice only: `read` reports what is wrong
-            descriptor = self._files.descriptor(file)
+        # Advice only: `read` reports what is wrong.
+        with contextlib.suppress(OSError), self._files.opened(file) as descriptor:
             if not _is_cached(descriptor, first + count - 1):
                 os.posix_fadvise(descriptor, first, count, os.POSIX_FADV_WILLNEED)
 
@@ -118,15 +90,17 @@ class BlockReader:
     def pread(self, file: str, offset: int, into: memoryview) -> None:
         """Fill `into` from `file` at `offset`; see `read` for errors."""
         try:
-            descriptor, done = self._files.descriptor(file), 0
-            while done < len(into):
-                got = os.preadv(descriptor, [into[done:]], offset + done)
-                if got == 0:
-                    raise CheckpointError(
-                        f"{self.path}/{file} ended at byte {offset + done} while it was read: "
-                        "it was truncated or replaced. Run `pma list`, then merge again without it"
-                    )
-                done += got
+            done = 0
+            with self._files.opened(file) as descriptor:
+                while done < len(into):
+                    got = os.preadv(descriptor, [into[done:]], offset + done)
+                    if got == 0:
+                        raise CheckpointError(
+                            f"{self.path}/{file} ended at byte {offset + done} while it was read: "
+                            "it was truncated or replaced. Run `pma list`, then merge again "
+                            "without it"
+                        )
+                    done += got
         except OSError as error:
             raise CheckpointError(
                 f"{self.path}/{file} could not be read ({error.strerror}): it vanished or its "
@@ -134,9 +108,9 @@ class BlockReader:
                 "the clean-up"
             ) from error
 
-    def descriptor(self, file: str) -> int:
+    def opened(self, file: str) -> AbstractContextManager[int]:
         """The open file, for copies that never enter this process."""
-        return self._files.descriptor(file)
+        return self._files.opened(file)
 
     def close(self) -> None:
         """Close the files."""
@@ -271,18 +245,19 @@ class BlockWriter:
             PublishError: no space, no permission, or a failing disk.
         """
         try:
-            descriptor, done = self._files.descriptor(file), 0
-            while done < len(data):
-                done += os.pwrite(descriptor, data[done:], offset + done)
+            done = 0
+            with self._files.opened(file) as descriptor:
+                while done < len(data):
+                    done += os.pwrite(descriptor, data[done:], offset + done)
         except OSError as error:
             raise PublishError(
                 f"cannot write {self.folder / file}: {error.strerror}. Nothing was published and "
                 "no source was touched; free space or choose another --save, then run again"
             ) from error
 
-    def descriptor(self, file: str) -> int:
+    def opened(self, file: str) -> AbstractContextManager[int]:
         """The open file, for copies that never enter this process."""
-        return self._files.descriptor(file)
+        return self._files.opened(file)
 
     def sync(self) -> None:
         """Flush what this rank wrote to stable storage.
@@ -361,8 +336,11 @@ def copy_bytes(reader: BlockReader, file: str, offset: int, writer: BlockWriter,
         CheckpointError, PublishError: see `BlockReader.pread` and `BlockWriter.pwrite`.
     """
     done = 0
-    with contextlib.suppress(OSError):  # not on this file system, or an error that is named below
-        source, target = reader.descriptor(file), writer.descriptor(to_file)
+    with (
+        contextlib.suppress(OSError),  # not on this file system, or an error that is named below
+        reader.opened(file) as source,
+        writer.opened(to_file) as target,
+    ):
         while done < nbytes:
             count = os.copy_file_range(
                 source, target, nbytes - done, offset + done, to_offset + done

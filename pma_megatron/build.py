@@ -11,6 +11,7 @@ import torch
 
 from pma_megatron.discover import newest_full
 from pma_megatron.errors import PlanError, UsageError
+from pma_megatron.formats import registry
 from pma_megatron.formats.base import Payload, Tensor
 from pma_megatron.formats.output import OutputLayout, Place
 from pma_megatron.formats.source import Source
@@ -75,8 +76,8 @@ def decide(request: MergeRequest, sources: Sequence[Source]) -> Fates:
     rules = {(entry.state, entry.key): policy.decide(entry) for entry in entries}
     if policy.optimizer_state in ("average", "reset") and not base.optimizer_keys:
         raise UsageError(
-            f"--optimizer-state {policy.optimizer_state}: {base.path} holds no optimizer state. "
-            "Leave the flag out, or use drop"
+            f"--optimizer-state {policy.optimizer_state}: {base.path} holds no optimizer state "
+            "that says which parameter it is of. Leave the flag out, or use drop"
         )
     payloads: dict[Payload, torch.dtype] = {}
     for (state, key), rule in rules.items():
@@ -323,8 +324,16 @@ def check_same_model(sources: Sequence[Source]) -> None:
                     f"{source.path} ({source.topology}, {source.space.kind}) {what} ({base.path}: "
                     f"{base.topology}, {base.space.kind}): {', '.join(extra[:3])} "
                     f"({len(extra)} in all). They are not checkpoints of one model: exclude the "
-                    "ones that differ"
+                    f"ones that differ{_converted(source, base)}"
                 )
+
+
+def _converted(source: Source, base: Source) -> str:
+    """The way out for sources of one model that were saved under layouts that do not merge."""
+    if (source.topology, source.space.kind) == (base.topology, base.space.kind):
+        return ""
+    hint = registry.get(source.format, source.path).other_layouts
+    return f". If they are of one model, {hint.format(tag=source.path)}" if hint else ""
 
 
 def matching(source: Source, base: Source, wanted: Tensor, state: str, key: str) -> Tensor:
@@ -352,6 +361,11 @@ def matching(source: Source, base: Source, wanted: Tensor, state: str, key: str)
             raise PlanError(
                 f"{label} {key}: {what} {theirs} in {name}, {ours} in the newest source. They are "
                 "not checkpoints of one model, or the run changed: exclude the ones that differ"
+                + (
+                    f", or keep the newest's with --policy {key}=newest"
+                    if state == "weight"
+                    else ""
+                )
             )
     _check_covers(source, key, PieceIndex(found.pieces), wanted.pieces)
     return found

@@ -48,6 +48,13 @@ class Team:
     by_source: bool = True
     all_write: bool = False
 
+    @staticmethod
+    def of(group: Any, *, by_source: bool) -> Team:
+        """The ranks of a process group, this one included; each keeps the result."""
+        members = tuple(dist.get_process_group_ranks(group))
+        place = members.index(dist.get_rank())
+        return Team(members, place, group if len(members) > 1 else None, by_source, all_write=True)
+
     @property
     def size(self) -> int:
         """Number of members."""

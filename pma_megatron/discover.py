@@ -11,11 +11,14 @@ from pma_megatron import audit
 from pma_megatron.errors import CheckpointError, SelectionError
 from pma_megatron.formats import registry
 from pma_megatron.formats.marker import SNAPSHOTS, read_snapshot_marker
-from pma_megatron.selection import CheckpointRef, Selection, SelectionRequest, select
+from pma_megatron.refs import CheckpointRef
+from pma_megatron.selection import Selection, SelectionRequest, select
 from pma_megatron.tokens import consumed_tokens_of
 
 TRACKER_FILE = registry.get(registry.TORCH_DIST, "").tracker.file
 _ITERATION = re.compile(r"^iter_(\d{7,})$")
+_OWN_ROOT = re.compile(r"^checkpoint[-_]\d+$")
+"""transformers/trainer_utils.py, PREFIX_CHECKPOINT_DIR; accelerate/accelerator.py, save_state."""
 _log = logging.getLogger(__name__)
 
 
@@ -25,9 +28,12 @@ def list_checkpoints(root: str | Path) -> list[CheckpointRef]:
     Thin snapshots below it (`pma_snapshots`) count too. Where a snapshot and a full checkpoint have
     one iteration, the full one is listed, unless it alone is incomplete.
 
+    Hugging Face's Trainer and Accelerate give every tag of DeepSpeed a root of its own: where
+    `root` holds no checkpoint but folders `checkpoint-N`, the tags in those are listed.
+
     Args:
-        root: the folder given to Megatron's --save or DeepSpeed's save_checkpoint, or one
-            checkpoint's folder in it.
+        root: the folder given to Megatron's --save or DeepSpeed's save_checkpoint, Trainer's
+            output_dir, or one checkpoint's folder in it.
 
     Raises:
         SelectionError: there is no such folder.
@@ -45,6 +51,8 @@ def list_checkpoints(root: str | Path) -> list[CheckpointRef]:
             thin = describe(folder, history)
             if full is None or thin.complete:
                 refs[folder.name] = thin
+    if not refs:
+        refs = {str(folder): describe(folder, history) for folder in _tags_with_own_roots(root)}
     return sorted(
         refs.values(), key=lambda ref: (ref.iteration is None, ref.iteration or 0, ref.path)
     )
@@ -140,11 +148,12 @@ def choose(refs: list[CheckpointRef], request: SelectionRequest, root: str | Pat
     if len(formats) > 1 and request.iterations is None and request.paths is None:
         found = "; ".join(f"{name}: {numbers}" for name, numbers in formats.items())
         raise SelectionError(
-            f"{root} mixes checkpoint formats ({found}). Take one of them with --iterations, or "
-            "leave the others out with --exclude"
+            f"{root} mixes checkpoint formats ({found}). Take one of them with --iterations or "
+            "--paths, or leave the others out with --exclude"
         )
     selection = select(refs, request)
-    if root.is_dir() and not is_checkpoint(root):
+    own_root = _OWN_ROOT.match(Path(selection.refs[-1].path).parent.name)
+    if root.is_dir() and not is_checkpoint(root) and not own_root:
         _warn_of_tracker(root, selection.refs[-1].format)
     return selection
 
@@ -153,7 +162,7 @@ def _warn_of_tracker(root: Path, name: str) -> None:
     tracker = registry.get(name, str(root)).tracker
     path = root / tracker.file
     folder = tracker.folder_of(path.read_text().strip()) if path.is_file() else None
-    if folder is None or (name == registry.DEEPSPEED and not (root / folder).is_dir()):
+    if folder is None or (name in registry.TAGS and not (root / folder).is_dir()):
         what = "has no" if not path.is_file() else f"names {folder!r}, which is not there, in"
         _log.warning(
             "%s %s %s. Checkpoints are found by their folders, so the merge does not need it; "
@@ -184,11 +193,18 @@ def _checkpoint_folders(root: Path) -> list[Path]:
     return [p for p in root.iterdir() if p.is_dir() and is_checkpoint(p)]
 
 
+def _tags_with_own_roots(root: Path) -> list[Path]:
+    """By these names alone: one level below any other folder lie other runs."""
+    roots = [p for p in root.iterdir() if p.is_dir() and _OWN_ROOT.match(p.name)]
+    found = (folder for own in roots for folder in _checkpoint_folders(own))
+    return [folder for folder in found if registry.detect(folder) in registry.TAGS]
+
+
 def is_checkpoint(folder: Path) -> bool:
     """True for a folder with a checkpoint's name, or with a DeepSpeed tag's files (any name)."""
     if _ITERATION.match(folder.name) is not None or folder.name == "release":
         return True
-    return not folder.name.startswith(".") and registry.detect(folder) == registry.DEEPSPEED
+    return not folder.name.startswith(".") and registry.detect(folder) in registry.TAGS
 
 
 def _wrong_iteration(named: int | None, saved: Any) -> str | None:

@@ -13,14 +13,9 @@ from dataclasses import dataclass
 
 from pma_megatron.coefficients import METHODS
 from pma_megatron.errors import SelectionError, UsageError
+from pma_megatron.refs import CheckpointRef
 from pma_megatron.request import Method
-from pma_megatron.selection import (
-    DEFAULT_LAST,
-    CheckpointRef,
-    Selection,
-    SelectionRequest,
-    select,
-)
+from pma_megatron.selection import DEFAULT_LAST, Selection, SelectionRequest, select
 
 UNMERGED = "unmerged"
 _PLAIN = ("sma", "wma")

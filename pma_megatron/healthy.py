@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pma_megatron.errors import SelectionError, UsageError
-from pma_megatron.selection import CheckpointRef, Selection, SelectionRequest, select
+from pma_megatron.refs import CheckpointRef
+from pma_megatron.selection import Selection, SelectionRequest, select
 
 LAST = 3  # arXiv 2505.12082: three checkpoints from before the collapse
 MARGIN_ITERATIONS = 20

@@ -12,8 +12,8 @@ from pma_megatron.errors import CheckpointError
 from pma_megatron.formats import registry
 from pma_megatron.formats.base import Tensor
 from pma_megatron.formats.marker import MARKER_FILE
+from pma_megatron.refs import CheckpointRef
 from pma_megatron.report import read_provenance
-from pma_megatron.selection import CheckpointRef
 
 
 @dataclass(frozen=True, slots=True)

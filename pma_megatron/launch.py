@@ -1,4 +1,4 @@
-"""Runs a Megatron-LM training script, unpatched, with the `--pma-*` flags.
+"""Runs a Megatron-LM or Megatron-DeepSpeed training script, unpatched, with the `--pma-*` flags.
 
 `torchrun ... -m pma_megatron.launch pretrain_gpt.py ARGS...` is `torchrun ... pretrain_gpt.py
 ARGS...`, except that the functions averages hang on are decorated first.
@@ -17,9 +17,9 @@ from pma_megatron.errors import UsageError
 
 USAGE = """usage: torchrun [TORCHRUN ARGS] -m pma_megatron.launch SCRIPT [ARGS...]
 
-Run a Megatron-LM training script (pretrain_gpt.py, ...) with the --pma-* flags added to its own.
-SCRIPT is run as torchrun would run it; every argument after it is the script's. A SCRIPT that does
-not lie in the Megatron-LM tree needs that tree on PYTHONPATH. `SCRIPT --help` lists the flags.
+Run a training script of Megatron-LM or Megatron-DeepSpeed (pretrain_gpt.py, ...) with the --pma-*
+flags added to its own. SCRIPT is run as torchrun would run it; every argument after it is the
+script's. A SCRIPT outside of its tree needs that on PYTHONPATH. `SCRIPT --help` lists the flags.
 """
 
 
@@ -76,8 +76,11 @@ def _install() -> None:
             f"megatron.training cannot be imported{only if found else ''}: put the Megatron-LM "
             "tree first on PYTHONPATH, or run a script that lies in its top folder"
         )
-    from pma_megatron.megatron.install import install
-
+    found = importlib.util.find_spec("megatron.training")
+    if found is not None and found.submodule_search_locations is None:  # one file, no folder
+        from pma_megatron.megatron_deepspeed.install import install
+    else:
+        from pma_megatron.megatron.install import install
     install()
 
 

@@ -1,14 +1,14 @@
 """Loss and gradient norm of a run, from the files that a team already has.
 
-Megatron-LM's log, TensorBoard event files, CSV (a W&B export too) and JSON lines, told apart by
-content and name.
+Megatron-LM's log, that of DeepSpeed's PipelineEngine, TensorBoard event files, CSV (a W&B export
+too) and JSON lines, told apart by content and name.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -41,12 +41,18 @@ class Metrics:
 
 
 def read_metrics(
-    path: str | Path, *, loss: str | None = None, grad_norm: str | None = None
+    path: str | Path,
+    *,
+    loss: str | None = None,
+    grad_norm: str | None = None,
+    batch_samples: int | None = None,
 ) -> Metrics:
     """Read the metrics at `path`: a log, a CSV or JSONL file, an event file, or a folder of these.
 
-    `loss` and `grad_norm` name the column, key or tag where the usual names are not used. Where an
-    iteration was written twice, the run was restarted: the later writing wins from there on.
+    `loss` and `grad_norm` name the column, key or tag where the usual names are not used. Files of
+    DeepSpeed's monitors (`Train/Samples/...`) count samples: `batch_samples` is how many an
+    iteration takes. Where an iteration was written twice, the run was restarted: the later writing
+    wins from there on.
     Raises MetricsError when the file cannot be read, has no loss, or several; UsageError when it
     needs tensorboard and that is not installed.
     """
@@ -58,8 +64,32 @@ def read_metrics(
     if not written.points:
         left_out = " ".join(written.notes) or "No rows."
         raise MetricsError(f"{path}: no point has an iteration and a loss. {left_out}")
+    if written.in_samples:
+        written = replace(written, points=_in_iterations(path, written.points, batch_samples))
     points, notes = _as_it_went(written)
     return Metrics(points=points, notes=(*written.notes, *notes, *_gaps(points)), source=str(path))
+
+
+def _in_iterations(path: Path, points: list[Point], batch_samples: int | None) -> list[Point]:
+    """Points by iteration instead of by samples.
+
+    Raises:
+        MetricsError: no batch size, or one that does not fit.
+    """
+    if batch_samples is None:
+        raise MetricsError(
+            f"{path}: counts samples, as DeepSpeed's monitors do, and how many an iteration takes "
+            "is not known, or not the same along the run. Give metrics by iteration, or the first "
+            "iteration that was off (--onset)"
+        )
+    odd = next((point.iteration for point in points if point.iteration % batch_samples), None)
+    if odd is not None:
+        raise MetricsError(
+            f"{path}: has a point at {odd} samples, no multiple of the {batch_samples} samples per "
+            "iteration of the checkpoints: it is of another run, or its batch size changed. Give "
+            "the metrics of this run, or --onset"
+        )
+    return [replace(point, iteration=point.iteration // batch_samples) for point in points]
 
 
 def _read(path: Path, loss: str | None, grad_norm: str | None) -> Written:

@@ -37,21 +37,32 @@ class Written:
 
     points: list[Point]
     notes: list[str]
+    in_samples: bool = False
+    """Whether `Point.iteration` counts samples, as in the files of DeepSpeed's monitors."""
 
 
 # Names as they are compared: lower case, words apart by one space.
 _ITERATION = ("iteration", "iter", "global step", "trainer global step", "step")
-_LOSS = ("lm loss", "loss", "train loss", "training loss", "train lm loss", "train ce loss")
+_LOSS = (
+    "lm loss", "loss", "train loss", "training loss", "train lm loss", "train ce loss",
+    "lm loss training lm loss", "train samples train loss",  # Megatron-DeepSpeed, DeepSpeed
+)  # fmt: skip
 _GRAD_NORM = ("grad norm", "gradient norm", "train grad norm", "optim total grad norm")
 _SAMPLES = ("consumed samples", "consumed train samples", "samples")
 
 # Of a line's fields only what may be of use is kept: a long run has millions of lines.
 _LOG_KEYS = re.compile(r"loss|norm|consumed samples|number of (skipped|nan) iterations")
 _LOG_START = re.compile(r"iteration\s+(\d+)/\s*\d+\s*\|")
+# deepspeed/runtime/pipe/engine.py, `train_batch`
+_PIPELINE = re.compile(r"steps: (\d+) loss: (\S+) .*iter time \(s\): ")
+# deepspeed/monitor: the step of everything under this name is `global_samples`
+_MONITOR = "train samples "
 
 
 def read_log(path: Path, loss: str | None, grad_norm: str | None) -> Written:
     """Points of Megatron-LM's training lines (`training_log`), whatever stands between them.
+
+    Without any, points of the lines that DeepSpeed's PipelineEngine prints.
 
     A line has `iteration N/ M | key: value | ...` after any prefix. Megatron leaves out a loss that
     is not above 0 (below 0 from core 0.19 on), so a complete line without one had NaN, unless its
@@ -59,10 +70,7 @@ def read_log(path: Path, loss: str | None, grad_norm: str | None) -> Written:
     """
     lines = [fields for text in _lines(path) for fields in _log_lines(text)]
     if not lines:
-        raise MetricsError(
-            f"{path}: no line of Megatron's training log (`iteration N/ M | ... |`), no CSV header "
-            "with an iteration, no JSON lines; give a log, CSV, JSONL or TensorBoard file"
-        )
+        return Written(points=_pipeline_points(path), notes=[])
     named = dict.fromkeys(key for fields in lines for key in fields)
     losses = [key for key in named if "loss" in key and key != "loss scale"]
     key = loss or ("lm loss" if "lm loss" in named or not losses else None)
@@ -96,6 +104,19 @@ def read_log(path: Path, loss: str | None, grad_norm: str | None) -> Written:
     if torn:
         notes.append(f"{torn} line(s) left out: cut off before their loss.")
     return Written(points=points, notes=notes)
+
+
+def _pipeline_points(path: Path) -> list[Point]:
+    matches = (_PIPELINE.search(text) for text in _lines(path) if "steps: " in text)
+    found = [(int(m[1]), _number(m[2])) for m in matches if m]
+    points = [Point(iteration=step, loss=loss) for step, loss in found if loss is not None]
+    if not points:
+        raise MetricsError(
+            f"{path}: no line of Megatron's training log (`iteration N/ M | ... |`), none of "
+            "DeepSpeed's PipelineEngine (`steps: N loss: X iter time ...`), no CSV header with an "
+            "iteration, no JSON lines; give a log, CSV, JSONL or TensorBoard file"
+        )
+    return points
 
 
 def _log_lines(text: str) -> Iterator[dict[str, float]]:
@@ -185,7 +206,8 @@ def _read_table(
             )
         )
     notes = [f"{left_out} row(s) left out: no iteration or no loss."] if left_out else []
-    return Written(points=points, notes=notes)
+    in_samples = _is_monitor(loss_column) or _is_monitor(path.name)
+    return Written(points=points, notes=notes, in_samples=in_samples)
 
 
 def read_tensorboard(files: list[Path], loss: str | None, grad_norm: str | None) -> Written:
@@ -209,7 +231,11 @@ def read_tensorboard(files: list[Path], loss: str | None, grad_norm: str | None)
     for wall_s, step, value in sorted(series[loss_tag], key=lambda event: event[0]):
         near = min(norms.get(step, []), key=lambda event: abs(event[0] - wall_s), default=None)
         points.append(Point(iteration=step, loss=value, grad_norm=near[1] if near else None))
-    return Written(points=points, notes=[])
+    return Written(points=points, notes=[], in_samples=_is_monitor(loss_tag))
+
+
+def _is_monitor(name: str) -> bool:
+    return _plain(name).startswith(_MONITOR)
 
 
 def _scalars(files: list[Path]) -> dict[str, list[tuple[float, int, float]]]:

@@ -18,9 +18,11 @@ from pma_megatron.formats import registry
 from pma_megatron.formats.output import OutputLayout
 from pma_megatron.formats.source import Source
 from pma_megatron.policy import MAIN
+from pma_megatron.refs import CheckpointRef
 from pma_megatron.request import MergeRequest, Output
-from pma_megatron.selection import CheckpointRef, Selection
+from pma_megatron.selection import Selection
 from pma_megatron.tasks import Average, Copy, Keep, Unit, Workload, Zero, units
+from pma_megatron.version import __version__
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,7 +151,7 @@ def make_plan(request: MergeRequest, comm: Comm) -> MergePlan:
     """
     found = gather_sources(request, comm, everywhere=comm.merge_size > 1)
     fates = comm.agree("policy", lambda: decide(request, found.sources))
-    layout = _layout(found.selection.refs[-1], found.visible[-1], fates, comm)
+    layout = _layout(found, fates, comm)
     return comm.agree("plan", lambda: _assemble(request, found, fates, layout))
 
 
@@ -240,19 +242,32 @@ def _trimmed(source: Source, request: MergeRequest, *, end: bool) -> Source:
     return replace(source, space=replace(space, weights=weights, states=states), ranges={})
 
 
-def _layout(ref: CheckpointRef, ranks: tuple[int, ...], fates: Fates, comm: Comm) -> OutputLayout:
+def _layout(found: Gathered, fates: Fates, comm: Comm) -> OutputLayout:
     """The output's files, laid out by a rank that sees the newest source."""
-    known, owner = registry.get(ref.format, ref.path), ranks[0]
+    ref, owner = found.selection.refs[-1], found.visible[-1][0]
+    known, note = registry.get(ref.format, ref.path), origin_note(found)
 
     def lay_out() -> OutputLayout:
         return known.lay_out(
-            ref.path, payloads=fates.payloads, drop=fates.dropped, optimizer=fates.optimizer
-        )
+            ref.path, payloads=fates.payloads, drop=fates.dropped, optimizer=fates.optimizer,
+            note=note,
+        )  # fmt: skip
 
     made = comm.agree("layout", lambda: lay_out() if comm.rank == owner else None)
     made = comm.broadcast(made, owner)
     assert made is not None
     return made
+
+
+def origin_note(found: Gathered) -> dict[str, Any]:
+    """Where a merge comes from, in a few plain values; in a sweep, coefficients by its names."""
+    values = {output.name: list(output.values) for output in found.outputs}
+    return {
+        "pma_megatron": __version__,
+        "sources": [source.path for source in found.sources],
+        "iterations": [ref.iteration for ref in found.selection.refs],
+        "coefficients": values if len(values) > 1 else next(iter(values.values())),
+    }
 
 
 def _assemble(request: MergeRequest, found: Gathered, fates: Fates,

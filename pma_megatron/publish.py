@@ -24,6 +24,7 @@ from pma_megatron.errors import PublishError
 from pma_megatron.faultpoints import point
 from pma_megatron.formats import registry
 from pma_megatron.formats.marker import MARKER_FILE, SNAPSHOTS, read_snapshot_marker
+from pma_megatron.openfiles import Files
 from pma_megatron.planning import MergePlan
 
 PROVENANCE_FILE = MARKER_FILE
@@ -239,6 +240,8 @@ def finish(plan: MergePlan, target: Target, writer_parts: Sequence[dict[tuple[in
             write_small(target.staging / last, marker)
         for name in plan.layout.files:
             sync(target.staging / name)
+        for folder in sorted({(target.staging / name).parent for name in plan.layout.files}):
+            sync(folder)
         sync(target.staging)
     except OSError as error:
         raise _cannot_write(target, error) from error
@@ -253,7 +256,7 @@ def _cannot_write(target: Target, error: OSError) -> PublishError:
 
 def _write_structure(plan: MergePlan, target: Target,
                      parts: dict[tuple[int, str], list[tuple[int, int, int]]]) -> None:  # fmt: skip
-    files = {name: os.open(target.staging / name, os.O_RDWR) for name in plan.layout.files}
+    files = Files(target.staging, os.O_RDWR)
     try:
         for number, item in enumerate(plan.layout.items):
             if item.skeleton is None:
@@ -262,11 +265,11 @@ def _write_structure(plan: MergePlan, target: Target,
             for record, (_, nbytes) in item.skeleton.payloads.items():
                 if record not in crcs:
                     crcs[record] = joined_crc(parts.get((number, record), []), nbytes)
-            for offset, data in item.skeleton.structure(crcs):
-                os.pwrite(files[item.placed.file], data, item.placed.offset + offset)
+            with files.opened(item.placed.file) as descriptor:
+                for offset, data in item.skeleton.structure(crcs):
+                    os.pwrite(descriptor, data, item.placed.offset + offset)
     finally:
-        for descriptor in files.values():
-            os.close(descriptor)
+        files.close()
 
 
 def publish(plan: MergePlan, target: Target) -> None:

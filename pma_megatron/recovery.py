@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,7 +12,7 @@ from typing import Any
 
 from pma_megatron.comm import Comm
 from pma_megatron.discover import list_checkpoints
-from pma_megatron.errors import MetricsError, SelectionError, UsageError
+from pma_megatron.errors import CheckpointError, MetricsError, SelectionError, UsageError
 from pma_megatron.formats import registry
 from pma_megatron.healthy import (
     MARGIN_ITERATIONS,
@@ -23,10 +24,11 @@ from pma_megatron.healthy import (
 from pma_megatron.job import Show, merge, plan, silent
 from pma_megatron.metrics import Metrics, read_metrics
 from pma_megatron.policy import Policy
+from pma_megatron.refs import CheckpointRef
 from pma_megatron.report import MergeReport
 from pma_megatron.request import MergeRequest, Method
-from pma_megatron.resume import Resume, resume
-from pma_megatron.selection import CheckpointRef, SelectionRequest
+from pma_megatron.resume import Resume, resume, resume_script
+from pma_megatron.selection import SelectionRequest
 from pma_megatron.spike import Kind, SpikeSettings, Verdict, detect
 
 
@@ -133,7 +135,7 @@ def diagnose(request: RecoveryRequest) -> Diagnosis:
 
     Raises:
         MetricsError: the metrics cannot be read, or are of another run than the checkpoints.
-        SelectionError: no spike was found, or no healthy checkpoint is left.
+        SelectionError: no spike was found, no healthy checkpoint is left, or none to resume from.
         UsageError, CheckpointError: see `merge`.
     """
     refs = list_checkpoints(request.load)
@@ -141,7 +143,10 @@ def diagnose(request: RecoveryRequest) -> Diagnosis:
     verdicts: tuple[Verdict, ...] = ()
     notes: list[str] = []
     if request.metrics is not None:
-        metrics = read_metrics(request.metrics, loss=request.loss, grad_norm=request.grad_norm)
+        metrics = read_metrics(
+            request.metrics, loss=request.loss, grad_norm=request.grad_norm,
+            batch_samples=_batch_samples(refs),
+        )  # fmt: skip
         notes += (*metrics.notes, *_same_run(metrics, refs))
         verdicts = tuple(
             detect(((p.iteration, p.loss, p.grad_norm) for p in metrics.points), request.spike)
@@ -160,17 +165,7 @@ def diagnose(request: RecoveryRequest) -> Diagnosis:
             exclude=request.exclude,
         ),
     )
-    newest = healthy.selection.refs[-1]
-    if newest.format != registry.TORCH_DIST:
-        raise SelectionError(
-            f"{newest.path} is in format {newest.format}: pma recover says how to resume Megatron "
-            "runs. Merge the healthy checkpoints with pma merge --iterations "
-            + " ".join(str(ref.iteration) for ref in healthy.selection.refs)
-        )
-    args = registry.get(newest.format, newest.path).common(Path(newest.path))["args"]
-    how = resume(
-        args, request.save, skip=skip, lr_factor=request.lr_factor, command=request.command
-    )
+    how = _resume(request, healthy.selection.refs, skip)
     return Diagnosis(
         onset=onset, verdicts=verdicts, healthy=healthy, resume=how, notes=tuple(notes)
     )
@@ -206,6 +201,46 @@ def rehearse(request: RecoveryRequest) -> Diagnosis:
     found = diagnose(request)
     plan(merge_request(request, found))
     return found
+
+
+def _resume(request: RecoveryRequest, chosen: Sequence[CheckpointRef], skip: Span | None
+            ) -> Resume:  # fmt: skip
+    """How the run goes on from a merge of `chosen`.
+
+    Raises:
+        SelectionError: it is no checkpoint that training wrote.
+    """
+    newest = chosen[-1]
+    known = registry.get(newest.format, newest.path)
+    if newest.format == registry.UNIVERSAL:
+        raise SelectionError(
+            f"{newest.path} is a Universal checkpoint, converted from a run's own: a run goes on "
+            "from those. Give the folder that training saves to (--load), or merge with pma merge "
+            "--iterations " + " ".join(str(ref.iteration) for ref in chosen)
+        )
+    args = known.common(Path(newest.path))["args"]
+    if newest.format == registry.DEEPSPEED and "consumed_train_samples" not in args:
+        return resume_script(
+            known.tracker.resume.format(root=request.save), request.save, newest.iteration,
+            skip=skip, lr_factor=request.lr_factor, command=request.command,
+        )  # fmt: skip
+    return resume(
+        args, request.save, skip=skip, lr_factor=request.lr_factor, command=request.command
+    )
+
+
+def _batch_samples(refs: Sequence[CheckpointRef]) -> int | None:
+    """Samples per iteration of a DeepSpeed run, None where its checkpoints do not agree on one."""
+    saved = [ref for ref in refs if ref.complete and ref.iteration]
+    if {ref.format for ref in saved} != {registry.DEEPSPEED}:
+        return None
+    sizes = set()
+    for ref in saved:
+        with contextlib.suppress(CheckpointError):  # a damaged one is refused where it is merged
+            samples = registry.get(ref.format, ref.path).schedule(Path(ref.path)).samples
+            sizes.add((samples or 0) / (ref.iteration or 1))
+    size = sizes.pop() if len(sizes) == 1 else 0.0
+    return int(size) if size and size.is_integer() else None
 
 
 def _onset(request: RecoveryRequest, metrics: Metrics | None, verdicts: Sequence[Verdict]

@@ -1,4 +1,4 @@
-"""What to change in a Megatron launch command to resume from a recovery, and past the bad data."""
+"""How to resume from a recovery, and past the bad data: a Megatron command, or a DeepSpeed call."""
 
 from __future__ import annotations
 
@@ -21,6 +21,10 @@ _DROPPED = {
     "--no-load-optim": 0,
     "--no-load-rng": 0,
     "--use-checkpoint-opt_param-scheduler": 0,
+    # of Megatron-DeepSpeed
+    "--load-tag": 1,
+    "--no-load-lr-state": 0,
+    "--reset-iteration": 0,
 }
 
 
@@ -32,17 +36,55 @@ class Resume:
         flags: to add to the run's launch command, or to replace there; () for a switch.
         command: the launch command with that done, None where none was given.
         notes: sentences for the user.
+        call: the Python call that resumes, of a script that has no flags for it; else None.
     """
 
     flags: Mapping[str, tuple[str, ...]]
     command: tuple[str, ...] | None
     notes: tuple[str, ...]
+    call: str | None = None
 
     def spelled(self) -> str:
-        """The command, or the flags alone, as typed in a shell."""
+        """The call, or the command or the flags alone as typed in a shell."""
+        if self.call is not None:
+            return self.call
         words = self.command or tuple(w for flag, values in self.flags.items()
                                       for w in (flag, *values))  # fmt: skip
         return shlex.join(words)
+
+
+def resume_script(call: str, root: str, iteration: int | None, *, skip: Span | None,
+                  lr_factor: float | None, command: Sequence[str]) -> Resume:  # fmt: skip
+    """How a script with a DeepSpeed engine, whose flags nobody else knows, resumes from `root`.
+
+    Args:
+        call: what it calls to load.
+        root: where the recovery lies.
+        iteration: of the recovery.
+        skip: iterations whose data is not to be trained on again.
+        lr_factor, command: refused.
+
+    Raises:
+        UsageError: something only the script itself can do was asked for.
+    """
+    if lr_factor is not None:
+        raise UsageError(
+            "--lr-factor: the learning rate of a DeepSpeed run without Megatron's args is set by "
+            "its script or its ds_config. Leave the flag out, and lower the rate there"
+        )
+    if command:
+        raise UsageError(
+            "the launch command after -- cannot be changed: the checkpoints have no Megatron args, "
+            f"so how the script is told what to load is not known. Leave it out, and let {call} run"
+        )
+    notes = [f"save to {root} from then on, so that its `latest` moves; the old folder stays"]
+    if skip is not None:
+        notes.append(
+            f"after the load engine.global_steps is {iteration}: a script that goes on with its "
+            f"data from there meets iterations {skip.first} to {skip.last} again, unless it passes "
+            "over their batches. DeepSpeed has no setting for that"
+        )
+    return Resume(flags={}, command=None, notes=tuple(notes), call=call)
 
 
 def resume(args: Mapping[str, Any], root: str, *, skip: Span | None, lr_factor: float | None,

@@ -6,55 +6,29 @@ is refused with what was found instead and what to do. Incomplete checkpoints ar
 
 from __future__ import annotations
 
-import math
 import posixpath
-import statistics
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
 
 from pma_megatron.errors import SelectionError, UsageError
-from pma_megatron.tokens import comparable_run, format_tokens, parse_tokens, why_incomparable
+from pma_megatron.refs import (
+    CheckpointRef,
+    Unit,
+    flag_of,
+    incomplete_list,
+    iteration_of,
+    nearest,
+    shown,
+    tokens_of,
+    why_incomplete,
+)
+from pma_megatron.spacing import Places, hole
+from pma_megatron.tokens import comparable_run, format_tokens, why_incomparable
 
 DEFAULT_LAST = 10  # arXiv 2505.12082: N = 10 where nothing else is known
 
-_SHOWN = 4  # incomplete checkpoints named in one message
-
 _UNEVEN = 1.5  # largest gap over smallest, from which on the user is told
-
-Unit = Literal["tokens", "iterations", "unknown"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CheckpointRef:
-    """One checkpoint directory, as far as its metadata tells."""
-
-    path: str
-    format: str
-    """Name of the format that recognised it, for instance `torch_dist`."""
-    iteration: int | None
-    """None where neither name nor content carries one (a `release` directory)."""
-    consumed_samples: int | None
-    consumed_tokens: int | None
-    """Tokens that the weights were trained on (`consumed_tokens_of`)."""
-    tokens_unknown_because: str | None
-    """Why `consumed_tokens` is None, to complete "tokens are unknown because ..."."""
-    complete: bool
-    """False while it is being written, or if a write was cut off."""
-    incomplete_because: str | None
-    snapshot: bool = False
-    """True for a thin snapshot (main params only): a source, but not one to resume from."""
-    unhealthy_because: str | None = None
-    """Why only a selection that names it takes it: it was saved in a loss spike."""
-
-    def describe(self) -> str:
-        """The name to use in a message: `iteration 4000 (16.78B tokens)`."""
-        if self.iteration is None:
-            return self.path
-        if self.consumed_tokens is None:
-            return f"iteration {self.iteration}"
-        return f"iteration {self.iteration} ({format_tokens(self.consumed_tokens)} tokens)"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,7 +64,7 @@ class SelectionRequest:
         for name in ("last", "interval_tokens", "interval_iterations", "window_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UsageError(f"{_flag(name)} must be at least 1, got {value}")
+                raise UsageError(f"{flag_of(name)} must be at least 1, got {value}")
         if not 0 <= self.tolerance < 0.5:
             raise UsageError(
                 f"--tolerance is a fraction of the interval in [0, 0.5), got {self.tolerance}: "
@@ -107,7 +81,7 @@ class SelectionRequest:
             ("window_tokens", "last", "one counts checkpoints, the other measures tokens"),
         ):
             if getattr(self, one) is not None and getattr(self, other) is not None:
-                raise UsageError(f"{_flag(one)} and {_flag(other)} cannot be combined: {why}")
+                raise UsageError(f"{flag_of(one)} and {flag_of(other)} cannot be combined: {why}")
         window, interval = self.window_tokens, self.interval_tokens
         if window is not None and interval is not None and window < 2 * interval:
             raise UsageError(
@@ -128,14 +102,14 @@ class SelectionRequest:
         ]
         if others:
             raise UsageError(
-                f"{_flag(name)} names the checkpoints, so {', '.join(map(_flag, others))} "
+                f"{flag_of(name)} names the checkpoints, so {', '.join(map(flag_of, others))} "
                 "would have no effect: drop one or the other"
             )
         keys = [posixpath.normpath(item) if name == "paths" else item for item in listed]
         repeated = sorted({key for key in keys if keys.count(key) > 1})
         if repeated or not keys:
             found = f"names {', '.join(map(str, repeated))} twice" if keys else "is empty"
-            raise UsageError(f"{_flag(name)} {found}: name each checkpoint once")
+            raise UsageError(f"{flag_of(name)} {found}: name each checkpoint once")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,47 +138,6 @@ class Selection:
     spacing: Spacing
     notes: tuple[str, ...]
     """Sentences for the user: what was passed over and why, what is uneven."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Grid:
-    """Evenly spaced places, counted back from the end, that checkpoints are to fill."""
-
-    unit: Unit
-    flag: str
-    position: Callable[[CheckpointRef], int]
-    interval: int
-    count: int
-    tolerance: float
-
-    @property
-    def reach(self) -> int:
-        return math.ceil((self.count - 1 + self.tolerance) * self.interval)
-
-    def distances(self, usable: Sequence[CheckpointRef]) -> list[tuple[int, CheckpointRef]]:
-        """For each place, newest first: the nearest checkpoint and how far off it is."""
-        end = self.position(usable[-1])
-        targets = [end - place * self.interval for place in range(self.count)]
-        # Newest first, so that min() keeps the newer of two equally near ones.
-        near = [(self.position(ref), ref) for ref in reversed(usable)]
-        return [
-            min(((abs(at - target), ref) for at, ref in near), key=lambda pair: pair[0])
-            for target in targets
-        ]
-
-    def pick(self, usable: Sequence[CheckpointRef]) -> list[CheckpointRef]:
-        """Newest first, and cut short at the first place that nothing is near enough to."""
-        chosen = []
-        for distance, ref in self.distances(usable):
-            if distance / self.interval > self.tolerance:
-                break
-            chosen.append(ref)
-        return chosen
-
-    def typed(self, value: int) -> str:
-        """A value as the user may type it: never rounded."""
-        short = format_tokens(value)
-        return short if self.unit == "tokens" and parse_tokens(short) == value else str(value)
 
 
 def select(refs: Sequence[CheckpointRef], request: SelectionRequest) -> Selection:
@@ -245,12 +178,12 @@ def _pool(
         for ref in sorted(refs, key=lambda ref: ref.path)
         if ref.iteration is None
     ]
-    numbered = sorted((ref for ref in refs if ref.iteration is not None), key=_iteration)
+    numbered = sorted((ref for ref in refs if ref.iteration is not None), key=iteration_of)
     for unwanted in sorted(set(exclude)):
         if all(ref.iteration != unwanted for ref in numbered):
             raise SelectionError(
                 f"--exclude names iteration {unwanted}, which does not exist; "
-                + _nearest(numbered, unwanted)
+                + nearest(numbered, unwanted)
             )
         notes.append(f"iteration {unwanted} was left out by --exclude")
     pool = [ref for ref in numbered if ref.iteration not in exclude]
@@ -278,10 +211,12 @@ def _by_paths(
         if ref is None:
             raise SelectionError(f"--paths names {path}, which is not a checkpoint that was found")
         if not ref.complete:
-            raise SelectionError(f"--paths names {path}, which is incomplete: {_why(ref)}")
+            raise SelectionError(
+                f"--paths names {path}, which is incomplete: {why_incomplete(ref)}"
+            )
         chosen.append(ref)
     if all(ref.iteration is not None for ref in chosen):
-        chosen.sort(key=_iteration)
+        chosen.sort(key=iteration_of)
         _refuse_duplicates(chosen)
         return chosen, []
     by_tokens = sorted(chosen, key=lambda ref: ref.consumed_tokens or 0)
@@ -294,9 +229,9 @@ def _existing(pool: Sequence[CheckpointRef], wanted: int, flag: str) -> Checkpoi
     ref = next((ref for ref in pool if ref.iteration == wanted), None)
     if ref is not None and ref.complete:
         return ref
-    problem = "does not exist" if ref is None else f"is incomplete ({_why(ref)})"
-    nearest = _nearest([other for other in pool if other.complete], wanted)
-    raise SelectionError(f"{flag} names iteration {wanted}, which {problem}; {nearest}")
+    problem = "does not exist" if ref is None else f"is incomplete ({why_incomplete(ref)})"
+    others = nearest([other for other in pool if other.complete], wanted)
+    raise SelectionError(f"{flag} names iteration {wanted}, which {problem}; {others}")
 
 
 def _up_to_end(pool: Sequence[CheckpointRef], end_iteration: int | None) -> list[CheckpointRef]:
@@ -304,9 +239,9 @@ def _up_to_end(pool: Sequence[CheckpointRef], end_iteration: int | None) -> list
     complete = [ref for ref in pool if ref.complete and ref.unhealthy_because is None]
     if end_iteration is not None:
         end = _existing(pool, end_iteration, "--end-iteration")
-        return [ref for ref in complete if _iteration(ref) < end_iteration] + [end]
+        return [ref for ref in complete if iteration_of(ref) < end_iteration] + [end]
     if not complete:
-        found = _incomplete_list(pool) or "nothing was found"
+        found = incomplete_list(pool) or "nothing was found"
         raise SelectionError(f"there is no complete checkpoint to merge: {found}")
     return complete
 
@@ -320,7 +255,7 @@ def _last(
     ways = [f"--last {found}"] if found > 1 else []
     ways += ["a later --end-iteration"] if request.end_iteration is not None else []
     ways += ["fewer in --exclude"] if request.exclude else []
-    unfinished = _incomplete_list(pool)
+    unfinished = incomplete_list(pool)
     raise SelectionError(
         f"--last {count} needs {count} complete checkpoints up to {usable[-1].describe()}, found "
         f"{found}{'; ' if unfinished else ''}{unfinished}; use "
@@ -330,8 +265,8 @@ def _last(
 
 def _window(usable: Sequence[CheckpointRef], window_tokens: int) -> list[CheckpointRef]:
     run = comparable_run(usable, window_tokens, "--window-tokens")
-    start = _tokens(run[-1]) - window_tokens
-    chosen = [ref for ref in run if _tokens(ref) > start]
+    start = tokens_of(run[-1]) - window_tokens
+    chosen = [ref for ref in run if tokens_of(ref) > start]
     if len(chosen) < 2:
         older = f"the next older one is {run[-2].describe()}" if run[1:] else "none is older"
         raise SelectionError(
@@ -347,10 +282,10 @@ def _spaced(
     by_tokens = request.interval_tokens is not None
     interval = request.interval_tokens or request.interval_iterations or 0
     window = request.window_tokens
-    grid = _Grid(
+    grid = Places(
         unit="tokens" if by_tokens else "iterations",
-        flag=_flag("interval_tokens" if by_tokens else "interval_iterations"),
-        position=_tokens if by_tokens else _iteration,
+        flag=flag_of("interval_tokens" if by_tokens else "interval_iterations"),
+        position=tokens_of if by_tokens else iteration_of,
         interval=interval,
         count=window // interval if window else request.last or DEFAULT_LAST,
         tolerance=request.tolerance,
@@ -359,7 +294,7 @@ def _spaced(
         usable = comparable_run(usable, grid.reach, grid.flag)
     chosen = grid.pick(usable)
     if len(chosen) < grid.count:
-        raise SelectionError(_hole(pool, usable, grid, len(chosen), request))
+        raise SelectionError(hole(pool, usable, grid, len(chosen), request.exclude, window))
     return chosen[::-1]
 
 
@@ -371,11 +306,11 @@ def _selection(
         notes = [*notes, f"positions are in iterations, not tokens: {why_incomparable(chosen)}"]
     measured, gap_unit = positions, unit
     if request.interval_iterations:
-        measured, gap_unit = tuple(map(_iteration, chosen)), "iterations"
+        measured, gap_unit = tuple(map(iteration_of, chosen)), "iterations"
     gaps = tuple(newer - older for older, newer in pairwise(measured))
     requested = request.interval_tokens or request.interval_iterations
     if gaps and not requested and max(gaps) > _UNEVEN * min(gaps):
-        few, many = _show(min(gaps), gap_unit), _show(max(gaps), gap_unit)
+        few, many = shown(min(gaps), gap_unit), shown(max(gaps), gap_unit)
         notes = [*notes, f"the checkpoints are unevenly spaced, from {few} to {many} apart"]
     return Selection(
         refs=tuple(chosen),
@@ -393,117 +328,30 @@ def _selection(
 
 def _positions(chosen: Sequence[CheckpointRef]) -> tuple[tuple[int, ...], Unit]:
     if why_incomparable(chosen) is None:
-        return tuple(map(_tokens, chosen)), "tokens"
+        return tuple(map(tokens_of, chosen)), "tokens"
     if all(ref.iteration is not None for ref in chosen):
-        return tuple(map(_iteration, chosen)), "iterations"
+        return tuple(map(iteration_of, chosen)), "iterations"
     return (), "unknown"
 
 
 def _passed_over(
     pool: Sequence[CheckpointRef], usable: Sequence[CheckpointRef], chosen: Sequence[CheckpointRef]
 ) -> list[str]:
-    oldest = _iteration(chosen[0])
+    oldest = iteration_of(chosen[0])
     notes = [
-        f"{ref.path} was passed over: it is incomplete ({_why(ref)})"
+        f"{ref.path} was passed over: it is incomplete ({why_incomplete(ref)})"
         for ref in pool
-        if not ref.complete and _iteration(ref) > oldest
+        if not ref.complete and iteration_of(ref) > oldest
     ]
     notes += [
         f"{ref.path} was passed over: {ref.unhealthy_because}"
         for ref in pool
-        if ref.complete and ref.unhealthy_because and ref not in chosen and _iteration(ref) > oldest
+        if ref.complete
+        and ref.unhealthy_because
+        and ref not in chosen
+        and iteration_of(ref) > oldest
     ]
-    between = sum(_iteration(ref) > oldest for ref in usable) - len(chosen) + 1
+    between = sum(iteration_of(ref) > oldest for ref in usable) - len(chosen) + 1
     if between:
         notes.append(f"complete checkpoints between the chosen ones, not needed: {between}")
     return notes
-
-
-def _hole(
-    pool: Sequence[CheckpointRef],
-    usable: Sequence[CheckpointRef],
-    grid: _Grid,
-    place: int,
-    request: SelectionRequest,
-) -> str:
-    """What is missing at one place, what lies around it, and what would work instead."""
-    target = grid.position(usable[-1]) - place * grid.interval
-    older = next((ref for ref in reversed(usable) if grid.position(ref) <= target), None)
-    newer = next(ref for ref in usable if grid.position(ref) > target)
-    where = _show(target, "tokens") if grid.unit == "tokens" else f"iteration {target}"
-    allowed = _show(int(grid.tolerance * grid.interval), grid.unit)
-    before = f"{older.describe()} before it" if older else "none before it"
-    sentences = [
-        f"{grid.flag} {grid.typed(grid.interval)} for {grid.count} checkpoints needs a complete "
-        f"one near {where}, {place} x that before {usable[-1].describe()}: there is none within "
-        f"{allowed} of it (--tolerance {grid.tolerance:g})",
-        f"nearest are {before} and {newer.describe()} after it",
-    ]
-    inside = range(_iteration(older) + 1 if older else 0, _iteration(newer))
-    unfinished = _incomplete_list(ref for ref in pool if ref.iteration in inside)
-    sentences += [f"between them {unfinished}"] if unfinished else []
-    excluded = [str(iteration) for iteration in sorted(request.exclude) if iteration in inside]
-    sentences += [f"between them --exclude leaves out {', '.join(excluded)}"] if excluded else []
-    if usable[1:]:
-        gaps = (grid.position(newer) - grid.position(older) for older, newer in pairwise(usable))
-        gap = int(statistics.median(gaps))
-        sentences.append(f"complete checkpoints lie {_show(gap, grid.unit)} apart here (median)")
-        ways = _ways_out(usable, grid, place, gap, request.window_tokens)
-        sentences.append(f"what works: {', or '.join(ways)}")
-    return "; ".join(sentences)
-
-
-def _ways_out(
-    usable: Sequence[CheckpointRef], grid: _Grid, place: int, gap: int, window: int | None
-) -> list[str]:
-    """Changes to the request that fill every place, each tried out here."""
-    farthest = max(distance for distance, _ in grid.distances(usable))
-    tolerance = math.ceil(100 * farthest / grid.interval) / 100
-    trials = []
-    if tolerance < 0.5:
-        trials.append((f"--tolerance {tolerance:g}", replace(grid, tolerance=tolerance)))
-    natural = max(1, round(grid.interval / gap)) * gap
-    for other in sorted({natural, gap} - {grid.interval}, reverse=True):
-        count = window // other if window else grid.count
-        text = f"{grid.flag} {grid.typed(other)}"
-        trials.append((text, replace(grid, interval=other, count=count)))
-    ways = [text for text, trial in trials if 1 < len(trial.pick(usable)) == trial.count]
-    if place > 1:
-        shorter = f"--window-tokens {grid.typed(place * grid.interval)}"
-        ways.insert(0, shorter if window else f"--last {place}")
-    return [*ways, "naming the checkpoints with --iterations"]
-
-
-def _incomplete_list(refs: Iterable[CheckpointRef]) -> str:
-    found = [f"{ref.describe()} is incomplete ({_why(ref)})" for ref in refs if not ref.complete]
-    more = f", and {len(found) - _SHOWN} older ones" if len(found) > _SHOWN else ""
-    return ", ".join(found[-_SHOWN:]) + more
-
-
-def _nearest(ordered: Sequence[CheckpointRef], wanted: int) -> str:
-    below = [ref for ref in ordered if _iteration(ref) < wanted][-1:]
-    above = [ref for ref in ordered if _iteration(ref) > wanted][:1]
-    names = " and ".join(ref.describe() for ref in below + above)
-    return f"nearest: {names}" if names else "there is no other"
-
-
-def _why(ref: CheckpointRef) -> str:
-    return ref.incomplete_because or "no reason given"
-
-
-def _iteration(ref: CheckpointRef) -> int:
-    assert ref.iteration is not None, ref
-    return ref.iteration
-
-
-def _tokens(ref: CheckpointRef) -> int:
-    assert ref.consumed_tokens is not None, ref
-    return ref.consumed_tokens
-
-
-def _show(value: int, unit: Unit) -> str:
-    return f"{format_tokens(value)} tokens" if unit == "tokens" else f"{value} iterations"
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

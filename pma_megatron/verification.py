@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import random
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -245,9 +246,13 @@ def _check_zips(plan: MergePlan, folder: Path, full: bool) -> int:
     if not full:
         return 0
     checked = 0
+    alone = Counter(item.placed.file for item in plan.layout.items)
     for item in plan.layout.items:
-        with (folder / item.placed.file).open("rb") as stream:
-            view = _Window(stream, item.placed.offset, item.placed.length)
+        path, length = folder / item.placed.file, item.placed.length
+        if alone[item.placed.file] == 1:  # it may say of itself what this plan does not
+            length = path.stat().st_size - item.placed.offset
+        with path.open("rb") as stream:
+            view = _Window(stream, item.placed.offset, length)
             try:
                 with zipfile.ZipFile(view) as archive:
                     bad = archive.testzip()

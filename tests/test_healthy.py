@@ -11,8 +11,9 @@ import pytest
 from pma_megatron import SelectionRequest, audit
 from pma_megatron.errors import SelectionError, UsageError
 from pma_megatron.healthy import HealthyRequest, Span, choose_healthy
+from pma_megatron.refs import CheckpointRef
 from pma_megatron.resume import resume
-from pma_megatron.selection import CheckpointRef, select
+from pma_megatron.selection import select
 
 
 def ref(iteration: int | None, **changes: Any) -> CheckpointRef:

@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from pma_megatron import MergeRequest, Policy, SelectionRequest, merge
+from pma_megatron import MergeRequest, Policy, SelectionRequest, live_load, merge
 from pma_megatron.errors import PlanError, PmaError, SelectionError, UsageError
 from pma_megatron.formats import registry
-from pma_megatron.megatron import load
 from pma_megatron.megatron.load import merge_into
 from pma_megatron.megatron.replicas import forward_hooks_off
 from pma_megatron.testing import TinyConfig, TinyTrainer, inject, rank_outcomes, run_ranks
@@ -265,14 +264,14 @@ def start(rank: int, world_size: int, config: TinyConfig, root: str, remove: str
     trainer = TinyTrainer(config)
     trainer.load(root)
     if remove:
-        run = load._run
+        run = live_load.run
 
         def removed_first(*args: Any) -> Any:
             """As retention would, between the plan and the reading."""
             shutil.rmtree(remove, ignore_errors=True)
             return run(*args)
 
-        load._run = removed_first
+        live_load.run = removed_first
     merge_into(trainer.models, trainer.optimizer, load=root, selection=SelectionRequest(last=3))
 
 

@@ -211,6 +211,25 @@ def test_gaps(tmp_path: Path) -> None:
     assert metrics.notes == ("1 gap(s) in points every 10 iteration(s): 30 to 60.",)
 
 
+def test_log_of_deepspeeds_pipeline_engine(tmp_path: Path) -> None:
+    text = "".join(
+        f"[rank 0] steps: {i} loss: {loss} iter time (s): 0.020 samples/sec: 400.000\n{i} loss: 7\n"
+        for i, loss in ((10, "5.5000"), (20, "4.2500"), (30, "nan"))
+    )
+    read = read_metrics(written(tmp_path, "train.log", text))
+    assert [point.iteration for point in read.points] == [10, 20, 30]
+    assert [point.loss for point in read.points][:2] == [5.5, 4.25]
+    assert math.isnan(read.points[2].loss)
+
+
+@pytest.mark.parametrize("name", ["Train/Samples/train_loss", "lm-loss-training/lm loss"])
+def test_names_of_deepspeed_and_megatron_deepspeed(tmp_path: Path, name: str) -> None:
+    text = f"step,{name}\n" + "".join(f"{i * 16},{5 - i}\n" for i in (1, 2, 3))
+    read = read_metrics(written(tmp_path, "wandb.csv", text), batch_samples=16)
+    in_samples = name.startswith("Train/Samples")
+    assert curve(read) == {i if in_samples else i * 16: 5.0 - i for i in (1, 2, 3)}
+
+
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [

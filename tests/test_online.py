@@ -12,8 +12,8 @@ import torch
 
 from pma_megatron import MergeRequest, Method, SelectionRequest, merge
 from pma_megatron.errors import PmaError, UsageError
-from pma_megatron.megatron import budget
 from pma_megatron.megatron.online import OnlineAverage
+from pma_megatron.online import budget
 from pma_megatron.testing import TinyConfig, TinyTrainer, run_ranks
 
 BASE = TinyConfig(warmup_iters=2)

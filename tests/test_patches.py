@@ -1,7 +1,7 @@
-"""The patches: nine lines each, and a patched tree trains as an unpatched one, bit for bit.
+"""The patches: a line per function and import; a patched tree trains as a plain one, bit for bit.
 
 With MEGATRON_LM_PATH (a Megatron-LM source tree of a release that has a patch) copies of it are
-patched and trained.
+patched and trained. With MEGATRON_DEEPSPEED_PATH a copy of that tree is patched and compiled.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import torch.distributed.checkpoint as dcp
 from conftest import digests
 from oracle import read_by_torch
 from pma_megatron.megatron.install import TARGETS
+from pma_megatron.megatron.installing import Target
+from pma_megatron.megatron_deepspeed.install import TARGETS as DEEPSPEED_TARGETS
 from pma_megatron.testing.megatron_lm import Through, run_pretrain
 
 PATCHES = Path(__file__).parents[1] / "patches"
@@ -26,7 +28,8 @@ ALL = sorted(PATCHES.glob("*/pma.patch"))
 TREE = os.environ.get("MEGATRON_LM_PATH")
 real = pytest.mark.skipif(TREE is None, reason="MEGATRON_LM_PATH names no Megatron-LM tree")
 
-_IMPORT = "from pma_megatron.megatron import decorators as pma"
+DEEPSPEED_TREE = os.environ.get("MEGATRON_DEEPSPEED_PATH")
+DEEPSPEED = "megatron-deepspeed-"
 _HUNK = re.compile(r"^@@ -\d+,(\d+) \+\d+,(\d+) @@$")
 
 
@@ -41,7 +44,15 @@ def apply(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 def test_there_is_a_patch_for_each_release_that_is_named() -> None:
     names = {path.parent.name for path in ALL}
     releases = {"core_v0.15.3", "core_v0.16.1", "core_v0.17.1", "core_v0.18.2", "core_v0.19.0"}
-    assert names == {*releases, "main-d98e8a64ddf34856e74b24714e3bedb2f5a39553"}
+    releases.add("main-d98e8a64ddf34856e74b24714e3bedb2f5a39553")
+    assert names == {*releases, f"{DEEPSPEED}4efb479d5317ce9b86096b9d8e3e8030b0b5263b"}
+
+
+def tree_of(path: Path) -> tuple[tuple[Target, ...], str]:
+    """What a patch is to decorate, and the package its decorators lie in."""
+    if path.parent.name.startswith(DEEPSPEED):
+        return DEEPSPEED_TARGETS, "megatron_deepspeed"
+    return TARGETS, "megatron"
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.parent.name)
@@ -49,18 +60,20 @@ def test_a_patch_adds_imports_and_decorators_and_nothing_else(path: Path) -> Non
     lines = path.read_text().splitlines()
     added = [line[1:] for line in lines if re.match(r"\+(?!\+\+ )", line)]
     removed = [line for line in lines if re.match(r"-(?!-- )", line)]
-    wanted = [f"@pma.{target.decorator.__name__}" for target in TARGETS]
+    targets, package = tree_of(path)
+    wanted = [f"@pma.{target.decorator.__name__}" for target in targets]
+    imports = [f"from pma_megatron.{package} import decorators as pma"] * 3
     assert removed == []
-    assert sorted(added) == sorted([*wanted, *[_IMPORT] * 3])
+    assert sorted(added) == sorted([*wanted, *imports])
     hunks = [_HUNK.match(line) for line in lines if line.startswith("@@")]
-    assert [match and match.groups() for match in hunks] == [("2", "3")] * 9
+    assert [match and match.groups() for match in hunks] == [("2", "3")] * (len(targets) + 3)
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.parent.name)
 def test_every_decorator_stands_above_the_function_of_its_file(path: Path) -> None:
     text = path.read_text()
     parts = {Path(part.split(" ", 1)[0]).stem: part for part in text.split("diff --git a/")[1:]}
-    for target in TARGETS:
+    for target in tree_of(path)[0]:
         # Where Megatron has a decorator of its own there, that is the line of context.
         below = rf"(@_otel_trace_fn\('{target.name}'|def {target.name}\()"
         decorated = rf"^\+@pma\.{target.decorator.__name__}\n {below}"
@@ -69,7 +82,7 @@ def test_every_decorator_stands_above_the_function_of_its_file(path: Path) -> No
 
 def test_what_is_no_tree_or_has_no_patch_is_refused_by_name(tmp_path: Path) -> None:
     done = apply(tmp_path)
-    assert done.returncode == 2 and "is not a Megatron-LM source tree" in done.stderr
+    assert done.returncode == 2 and "is not a Megatron source tree" in done.stderr
     info = tmp_path / "megatron" / "core" / "package_info.py"
     info.parent.mkdir(parents=True)
     info.write_text("MAJOR = 0\nMINOR = 16\nPATCH = 9\n")
@@ -109,6 +122,24 @@ def test_a_patch_goes_in_once_and_comes_out_again(tree: Path) -> None:
     assert apply(tree, "--reverse").stdout.startswith("taken out: patch ")
     assert digests(tree) == before
     assert apply(tree, "--reverse").stdout.startswith("nothing to take out: patch ")
+
+
+@pytest.mark.skipif(DEEPSPEED_TREE is None, reason="MEGATRON_DEEPSPEED_PATH is not set")
+def test_the_patch_of_megatron_deepspeed_goes_in_once_and_comes_out_again(tmp_path: Path) -> None:
+    megatron = Path(str(DEEPSPEED_TREE)) / "megatron"
+    files = {f"{target.module}.py" for target in DEEPSPEED_TARGETS}
+    for name in (*files, "core/package_info.py"):
+        copy = tmp_path / "megatron" / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(megatron / name, copy)
+    before = digests(tmp_path)
+    assert apply(tmp_path).stdout.startswith(f"applied: patch {DEEPSPEED}")
+    patched = digests(tmp_path)
+    assert {n for n in before if before[n] != patched[n]} == {f"megatron/{name}" for name in files}
+    for name in files:
+        compile((tmp_path / "megatron" / name).read_text(), name, "exec")
+    assert apply(tmp_path, "--reverse").stdout.startswith("taken out: patch ")
+    assert digests(tmp_path) == before
 
 
 @real

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pma_megatron.errors import SelectionError, UsageError
-from pma_megatron.selection import CheckpointRef, SelectionRequest, select
+from pma_megatron.refs import CheckpointRef
+from pma_megatron.selection import SelectionRequest, select
 from pma_megatron.tokens import consumed_tokens_of, format_tokens, parse_tokens, recommend
 
 B = 10**9

@@ -26,8 +26,8 @@ from pma_megatron.formats.torch_dist.checkpoint import completeness
 from pma_megatron.formats.torch_dist.source import read_source
 from pma_megatron.geometry import Box, flat_range
 from pma_megatron.inspection import inspect
-from pma_megatron.megatron import snapshot_job
-from pma_megatron.megatron.snapshots import SNAPSHOTS, Chunk, SnapshotWriter, prune
+from pma_megatron.online import snapshot_job
+from pma_megatron.online.snapshots import SNAPSHOTS, Chunk, SnapshotWriter, prune
 from pma_megatron.testing import (
     FAULT_ENV,
     TinyConfig,

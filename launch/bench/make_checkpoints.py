@@ -1,12 +1,14 @@
-"""Write checkpoints of a chosen size with megatron-core, without training, for `bench.py`.
+"""Write checkpoints of a chosen size with megatron-core or DeepSpeed, untrained, for `bench.py`.
 
     python launch/bench/make_checkpoints.py DIR --kind weights --mib 1024 --count 6
     python launch/bench/make_checkpoints.py DIR --kind training --mib 256 --count 6 \
         --optim-format fully_reshardable
+    python launch/bench/make_checkpoints.py DIR --kind deepspeed --mib 256 --count 6 --zero-stage 3
 
 `weights` holds bfloat16 model tensors alone. `training` holds a real GPT with Megatron's DDP and
 distributed optimizer, saved as training saves it: random main params and moments, weights that are
-the rounded main params. Both carry the arguments that tell iteration and tokens.
+the rounded main params. Both carry the arguments that tell iteration and tokens. `deepspeed` holds
+the same of a GPT in a DeepSpeed engine with bf16 and ZeRO, as `save_checkpoint` writes it.
 """
 
 from __future__ import annotations
@@ -129,6 +131,49 @@ def save_training(rank: int, ranks: int, root: Path, mib: int, count: int, layou
         run.save(root)
 
 
+def save_deepspeed(rank: int, ranks: int, root: Path, mib: int, count: int, stage: int) -> None:
+    """Write `count` tags of a real engine on `ranks` data-parallel ranks."""
+    from pma_megatron.testing.text_deepspeed import TextConfig, TextDeepSpeed
+
+    layers, hidden, _ = shape(mib)
+    run = TextDeepSpeed(
+        TextConfig(
+            stage=stage,
+            zero={"reduce_bucket_size": 10_000_000},  # the default takes 1 GiB per rank
+            layers=layers,
+            width=hidden,
+            vocab_size=VOCAB,
+            seq_length=64,
+            batch_size=GLOBAL_BATCH,
+        )
+    )
+    for number in range(1, count + 1):
+        torch.manual_seed(1000 * number + rank)
+        fill_deepspeed(run.engine.optimizer)
+        run.engine.global_steps = number * INTERVAL
+        run.engine.global_samples = run.engine.global_steps * GLOBAL_BATCH
+        run.save(root)
+
+
+@torch.no_grad()
+def fill_deepspeed(optimizer: Any) -> None:
+    """Random main params and moments; ZeRO-1 and 2 store weights too: the main params, rounded."""
+    partitioned = hasattr(optimizer, "update_lp_params")
+    mains = (
+        optimizer.single_partition_of_fp32_groups
+        if partitioned
+        else optimizer.fp32_partitioned_groups_flat
+    )
+    for main in mains:
+        main.normal_(std=0.02)
+        state = optimizer.optimizer.state[main]
+        state["step"] = torch.tensor(float(INTERVAL))
+        state["exp_avg"] = torch.empty_like(main).normal_(std=1e-4)
+        state["exp_avg_sq"] = torch.empty_like(main).uniform_(0, 1e-8)
+    if partitioned:
+        optimizer.update_lp_params()
+
+
 @torch.no_grad()
 def fill(run: TinyTrainer) -> None:
     """Random main params and moments; weights are the main params, rounded by Megatron."""
@@ -156,8 +201,9 @@ def _tracker(root: Path, number: int) -> None:
 def main() -> None:
     """Parse the command line and write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("root", type=Path, help="folder that gets iter_*")
-    parser.add_argument("--kind", choices=("weights", "training"), default="weights")
+    parser.add_argument("root", type=Path, help="folder that gets the checkpoints")
+    kinds = ("weights", "training", "deepspeed")
+    parser.add_argument("--kind", choices=kinds, default="weights")
     parser.add_argument("--mib", type=int, default=1024, help="bf16 model weights per source")
     parser.add_argument("--count", type=int, default=6, help="number of checkpoints")
     parser.add_argument("--ranks", type=int, default=2, help="ranks that write (data parallel)")
@@ -167,6 +213,7 @@ def main() -> None:
         choices=("dp_reshardable", "fully_reshardable"),
         help="optimizer layout of `training`",
     )
+    parser.add_argument("--zero-stage", type=int, default=2, choices=(1, 2, 3))
     chosen = parser.parse_args()
     chosen.root.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # megatron-core's, about missing CUDA parts
@@ -174,6 +221,8 @@ def main() -> None:
     common = (chosen.root, chosen.mib, chosen.count)
     if chosen.kind == "weights":
         run_ranks(save_weights, chosen.ranks, *common, timeout_s=3600)
+    elif chosen.kind == "deepspeed":
+        run_ranks(save_deepspeed, chosen.ranks, *common, chosen.zero_stage, timeout_s=3600)
     else:
         run_ranks(save_training, chosen.ranks, *common, chosen.optim_format, timeout_s=3600)
     written = sum(path.stat().st_size for path in chosen.root.rglob("*") if path.is_file())

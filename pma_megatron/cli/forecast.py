@@ -20,8 +20,9 @@ from pma_megatron.discover import choose, list_checkpoints
 from pma_megatron.errors import UsageError
 from pma_megatron.forecast import Agreement, Annealed, Forecast, Series, forecast
 from pma_megatron.formats import registry
+from pma_megatron.refs import CheckpointRef
 from pma_megatron.scores import Scores, read_scores
-from pma_megatron.selection import CheckpointRef, SelectionRequest
+from pma_megatron.selection import SelectionRequest
 from pma_megatron.tokens import format_tokens
 
 _EXAMPLE = """examples:

@@ -187,8 +187,8 @@ def _shown(found: Diagnosis, report: MergeReport | None) -> None:
         console.print(f"published {folder}")
     if report is None:
         console.print("nothing was written (--dry-run)")
-    what = "command" if found.resume.command else "your launch command, with these flags"
-    console.print(f"resume with {what}:\n  {found.resume.spelled()}")
+    what = " command" if found.resume.command else " your launch command, with these flags"
+    console.print(f"resume with{'' if found.resume.call else what}:\n  {found.resume.spelled()}")
     for note in found.resume.notes:
         console.print(f"note: {note}")
 

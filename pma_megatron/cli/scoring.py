@@ -16,7 +16,9 @@ from typing import Any
 
 from pma_megatron.cli.verbs import token_count
 from pma_megatron.comm import Comm, process_group_from_environment
+from pma_megatron.discover import is_checkpoint
 from pma_megatron.errors import UsageError
+from pma_megatron.formats import registry
 from pma_megatron.grid import Grid, parse_ends, parse_method
 from pma_megatron.launch import main as run_script
 from pma_megatron.megatron.score import Scored, score_merges
@@ -98,6 +100,7 @@ def score(arguments: argparse.Namespace, others: Sequence[str] = ()) -> Scores |
     """
     if arguments.load is None:
         raise UsageError("say where the checkpoints are: --load DIR")
+    _refuse_deepspeed(Path(arguments.load))
     grid = grid_of(arguments)
     if (arguments.provider is None) == (arguments.megatron is None):
         raise UsageError(
@@ -118,6 +121,20 @@ def score(arguments: argparse.Namespace, others: Sequence[str] = ()) -> Scores |
         finally:
             scored.close()
         return scores if comm.is_main else None
+
+
+def _refuse_deepspeed(root: Path) -> None:
+    """Averages are scored in a live Megatron model, which DeepSpeed's tags do not fit."""
+    folders = [path for path in (root, *root.glob("*")) if path.is_dir() and is_checkpoint(path)]
+    formats = {registry.detect(folder) for folder in folders}
+    if registry.TORCH_DIST not in formats and any(
+        f.startswith(registry.DEEPSPEED) for f in formats
+    ):
+        raise UsageError(
+            f"{root} holds DeepSpeed checkpoints, and averages are scored in a live Megatron "
+            "model. Write them with pma merge --load ... --save ... --sweep METHODS:NUMBERS, and "
+            "evaluate each in your own script after engine.load_checkpoint"
+        )
 
 
 def _through_megatron(arguments: argparse.Namespace, others: Sequence[str]) -> Scores | None:

@@ -12,9 +12,9 @@ from pma_megatron.blocks import BLOCK_ELEMENTS
 from pma_megatron.formats import registry
 from pma_megatron.inspection import Inspection
 from pma_megatron.planning import MergePlan, read_rate
+from pma_megatron.refs import CheckpointRef
 from pma_megatron.report import MergeReport, describe_output
 from pma_megatron.request import Output
-from pma_megatron.selection import CheckpointRef
 from pma_megatron.tokens import format_tokens, recommend
 from pma_megatron.verification import Verification
 

@@ -6,7 +6,10 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from pma_megatron.formats.base import Payload, Tensor
+from pma_megatron.formats.items import ItemFiles
 from pma_megatron.geometry import Box, Piece, flat_range, overlaps
 
 
@@ -75,3 +78,29 @@ def _cut(found: FlatRange, stored: Sequence[Piece[Payload]]) -> list[Piece[Paylo
 
 def _start(piece: Piece[Payload]) -> int:
     return piece.box.offsets[0]
+
+
+def read_elements(files: ItemFiles, piece: Piece[Payload], first: int, count: int) -> torch.Tensor:
+    """`count` elements of a piece from its `first`, as a 1-D tensor of the stored dtype."""
+    dtype = piece.payload.dtype
+    _, start = files.locate(piece.payload)
+    offset = start + (piece.start + first) * dtype.itemsize
+    data = files.read(piece.payload.item.file, offset, count * dtype.itemsize)
+    return torch.frombuffer(bytearray(data), dtype=dtype)
+
+
+def read_flat(
+    files: ItemFiles, stored: Sequence[Piece[Payload]], start: int, count: int
+) -> torch.Tensor:
+    """Elements `[start, start + count)` of a flat space, zero where nothing is stored."""
+    result = torch.zeros(count, dtype=stored[0].payload.dtype)
+    for part in overlaps(Box((start,), (count,)), stored):
+        piece = Piece(Box((0,), (part.payload.numel,)), part.payload)
+        data = read_elements(files, piece, part.start, part.numel)
+        result[part.unit_start : part.unit_start + part.numel] = data
+    return result
+
+
+def rounds_to(main: torch.Tensor, stored: torch.Tensor) -> bool:
+    """True if main params, rounded once, are the stored weights bit for bit."""
+    return torch.equal(main.to(stored.dtype).view(torch.uint8), stored.view(torch.uint8))

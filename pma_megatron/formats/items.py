@@ -12,7 +12,7 @@ from pma_megatron.formats.base import Item, Payload
 from pma_megatron.formats.pickles import TensorRef, load_inert
 from pma_megatron.formats.zips import Record, read_records
 
-_HEAD_BYTES = 4096
+_WINDOW_BYTES = 4096  # headers of small records share one read
 
 
 class ItemFiles:
@@ -104,11 +104,13 @@ class ItemFiles:
         return data
 
     def _reader(self, item: Item) -> Any:
-        head = self.read(item.file, item.offset, min(_HEAD_BYTES, item.length))
+        first, window = 0, b""
 
         def read_at(offset: int, nbytes: int) -> bytes:
-            if offset + nbytes <= len(head):
-                return head[offset : offset + nbytes]
-            return self.read(item.file, item.offset + offset, nbytes)
+            nonlocal first, window
+            if offset < first or offset + nbytes > first + len(window):
+                wanted = max(nbytes, min(_WINDOW_BYTES, item.length - offset))
+                first, window = offset, self.read(item.file, item.offset + offset, wanted)
+            return window[offset - first : offset - first + nbytes]
 
         return read_at

@@ -224,6 +224,20 @@ def dump_inert(value: Any) -> bytes:
     return stream.getvalue()
 
 
+def add_entry(data: bytes, key: str, value: Any) -> bytes:
+    """The pickle of a dictionary with one entry more; what it said before stays byte for byte.
+
+    Args:
+        data: made by `torch.save`, that is without frames (protocol 2); any other stays as it is.
+        key: replaces an entry of that name.
+        value: plain values alone.
+    """
+    if data[:2] != b"\x80\x02" or data[-1:] != pickle.STOP:
+        return data
+    bare = [pickle.dumps(each, protocol=2)[2:-1] for each in (key, value)]
+    return b"".join([data[:-1], *bare, pickle.SETITEM, pickle.STOP])
+
+
 def new_tensor(size: tuple[int, ...], dtype: torch.dtype, *, key: str = "0") -> TensorRef:
     """A contiguous tensor of shape `size` with a CPU storage of its own."""
     names = [n for n, kept in _STORAGE_DTYPES.items() if kept == dtype]

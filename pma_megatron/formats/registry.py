@@ -13,8 +13,10 @@ import torch
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.base import Payload, Schedule
 from pma_megatron.formats.deepspeed import checkpoint as deepspeed
+from pma_megatron.formats.deepspeed import completeness as deepspeed_completeness
 from pma_megatron.formats.deepspeed import output as deepspeed_output
 from pma_megatron.formats.deepspeed import source as deepspeed_source
+from pma_megatron.formats.deepspeed import universal, universal_output, universal_source
 from pma_megatron.formats.items import ItemFiles
 from pma_megatron.formats.output import OutputLayout
 from pma_megatron.formats.source import ReadSource
@@ -26,10 +28,16 @@ from pma_megatron.formats.torch_dist.source import read_source
 
 TORCH_DIST = "torch_dist"
 DEEPSPEED = "deepspeed"
+UNIVERSAL = universal_source.FORMAT
+TAGS = (DEEPSPEED, UNIVERSAL)
+"""Formats whose folders may have any name."""
 
 
 class LayOut(Protocol):
-    """Lay out an output after the checkpoint at `path`."""
+    """Lay out an output after the checkpoint at `path`.
+
+    `note` is what the merge says of itself, for training that gets such things back on resuming.
+    """
 
     def __call__(
         self,
@@ -38,6 +46,7 @@ class LayOut(Protocol):
         payloads: Mapping[Payload, torch.dtype],
         drop: frozenset[str],
         optimizer: str,
+        note: Mapping[str, Any],
     ) -> OutputLayout: ...
 
 
@@ -74,6 +83,8 @@ class Format:
         tracker: how a root of its checkpoints says which one to resume from.
         folder_name: (path of the newest source, iteration) -> what a merge up to it is called.
         iteration: iteration of a folder, whole or not, where names do not say it; else None.
+        other_layouts: how the checkpoint `{tag}` becomes one that merges with those that were saved
+            under other parallel sizes, where it does not as it is; empty where all do.
     """
 
     name: str
@@ -87,6 +98,7 @@ class Format:
     tracker: Tracker
     folder_name: Callable[[str, int | None], str]
     iteration: Callable[[Path], int | None] | None = None
+    other_layouts: str = ""
 
 
 def _common(path: Path) -> dict[str, Any]:
@@ -95,8 +107,10 @@ def _common(path: Path) -> dict[str, Any]:
 
 
 def _lay_out(
-    path: str, *, payloads: Mapping[Payload, torch.dtype], drop: frozenset[str], optimizer: str
-) -> OutputLayout:
+    path: str, *, payloads: Mapping[Payload, torch.dtype], drop: frozenset[str], optimizer: str,
+    note: Mapping[str, Any],
+) -> OutputLayout:  # fmt: skip
+    """Megatron hands nothing back: there, `pma.json` alone says where a merge came from."""
     changes = Changes(payloads=payloads, drop=drop, optimizer=optimizer)
     return output_layout(TorchDistCheckpoint(Path(path)), changes)
 
@@ -121,11 +135,24 @@ FORMATS = (
         lambda path, iteration: "release" if iteration is None else f"iter_{iteration:07d}",
     ),
     Format(
-        DEEPSPEED, deepspeed.completeness, deepspeed_source.read_common,
+        DEEPSPEED, deepspeed_completeness.completeness, deepspeed_source.read_common,
         deepspeed_source.read_source, deepspeed_output.output_layout, ItemFiles,
         lambda key: key.endswith("_optim_states.pt"), deepspeed_source.read_schedule,
         Tracker(
             "latest", lambda content: content or None, str, 'engine.load_checkpoint("{root}")'
+        ),
+        lambda path, iteration: Path(path).name, deepspeed.iteration_of,
+        "convert each into a root of its own and merge there: python -m "
+        "deepspeed.checkpoint.ds_to_universal --inject_missing_state --input_folder {tag} "
+        "--output_folder NEW_ROOT/TAG; Universal checkpoints merge at any size",
+    ),
+    Format(
+        UNIVERSAL, universal.completeness, deepspeed_source.read_common,
+        universal_source.read_source, universal_output.output_layout, ItemFiles,
+        lambda key: key == universal.GLOBAL_STATE, universal_source.read_schedule,
+        Tracker(
+            "latest_universal", lambda content: content or None, str,
+            'engine.load_checkpoint("{root}") with {{"checkpoint": {{"load_universal": true}}}}',
         ),
         lambda path, iteration: Path(path).name, deepspeed.iteration_of,
     ),
@@ -142,7 +169,10 @@ def detect(path: Path) -> str:
             return TORCH_DIST  # damaged; its completeness says so
     if any(path.glob("mp_rank_*/model_optim_rng.pt")):
         return "torch (legacy)"
-    if any(path.glob("*model_states.pt")) or any(path.glob("*optim_states.pt")):
+    has_ranks = any(path.glob("*optim_states.pt"))
+    if not has_ranks and any((path / universal.FOLDER).glob(f"*/{universal.MASTER}.pt")):
+        return UNIVERSAL
+    if any(path.glob("*model_states.pt")) or has_ranks:
         return DEEPSPEED
     if any(path.glob("*.distcp")) or (path / "common.pt").is_file():
         return TORCH_DIST if (path / "common.pt").is_file() else "torch_dcp or fsdp_dtensor"

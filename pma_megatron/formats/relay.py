@@ -9,8 +9,11 @@ from typing import Any
 from pma_megatron.formats.base import Item, Payload
 from pma_megatron.formats.items import ItemFiles
 from pma_megatron.formats.output import OutputItem, Place
-from pma_megatron.formats.pickles import TensorRef, dump_inert
+from pma_megatron.formats.pickles import TensorRef, add_entry, dump_inert
 from pma_megatron.formats.zips import lay_out
+
+NOTE = "pma"
+"""What a merge says of itself in the client state that training gets back when it resumes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +26,7 @@ class Relaid:
 
 def relay(files: ItemFiles, item: Item, payloads: Sequence[Payload], number: int,
           place: Callable[[int], Item], edited: Any = None,
-          zero: frozenset[str] = frozenset()) -> Relaid:  # fmt: skip
+          zero: frozenset[str] = frozenset(), note: Any = None) -> Relaid:  # fmt: skip
     """Lay out `item` with new bytes for `payloads`, which keep their dtypes.
 
     Args:
@@ -34,10 +37,13 @@ def relay(files: ItemFiles, item: Item, payloads: Sequence[Payload], number: int
         place: bytes of the new item -> where it goes.
         edited: what its pickle says now (`load_inert`, changed); None where it stays.
         zero: keys of storages that become zero, small ones.
+        note: plain values that its dictionary gets under `NOTE`; None for none.
     """
     records = files.records(item)
     names = [name for name in records if name.startswith("data/")]
     content = files.read_record(item, "data.pkl") if edited is None else dump_inert(edited)
+    if note is not None:
+        content = add_entry(content, NOTE, note)
     literals = {key: bytes(records[f"data/{key}"].nbytes) for key in zero}
     skeleton = lay_out(content, [(n.partition("/")[2], records[n].nbytes) for n in names], literals)
     placed = place(skeleton.length)

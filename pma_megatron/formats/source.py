@@ -85,12 +85,12 @@ class Source:
 
 
 def stamps_of(folder: Path) -> dict[str, tuple[int, int]]:
-    """Bytes and mtime in ns of every file directly in `folder`."""
+    """Bytes and mtime in ns of every file below `folder`."""
     stamps = {}
-    for path in sorted(folder.iterdir()):
+    for path in sorted(folder.rglob("*")):
         if path.is_file():
             stat = path.stat()
-            stamps[path.name] = (stat.st_size, stat.st_mtime_ns)
+            stamps[path.relative_to(folder).as_posix()] = (stat.st_size, stat.st_mtime_ns)
     return stamps
 
 

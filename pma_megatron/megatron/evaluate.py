@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from pma_megatron.megatron.say import say
+from pma_megatron.megatron.trees import global_vars
+from pma_megatron.say import say
 
 
 @dataclass(slots=True)
@@ -40,8 +41,7 @@ class Evaluation:
         """
         recorded = Recorded(arguments["data_iterator"])
         result = fn(**{**arguments, "data_iterator": recorded.recording})
-        _, _, timelimit = result
-        if not timelimit:
+        if not _cut_off(result):
             with self.swapped():
                 losses = again(fn, arguments, recorded)
             if losses is not None:
@@ -62,16 +62,15 @@ class Evaluation:
             say(f"{line}\n{text}\n{line}", rank=-1)
 
     def _write(self, name: str, value: float, ppl: float) -> None:
-        from megatron.training import global_vars
-
-        args, writer = global_vars.get_args(), global_vars.get_tensorboard_writer()
+        held = global_vars()
+        args, writer = held.get_args(), held.get_tensorboard_writer()
         if writer:
             writer.add_scalar(f"{name} pma", value, self.iteration)
             writer.add_scalar(f"{name} pma vs samples", value, args.consumed_train_samples)
             if getattr(args, "log_validation_ppl_to_tensorboard", False):
                 writer.add_scalar(f"{name} pma ppl", ppl, self.iteration)
                 writer.add_scalar(f"{name} pma ppl vs samples", ppl, args.consumed_train_samples)
-        wandb = global_vars.get_wandb_writer()
+        wandb = held.get_wandb_writer()
         if wandb and torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
             wandb.log({f"{name} pma": value}, self.iteration)
 
@@ -83,19 +82,22 @@ def again(fn: Callable[..., Any], arguments: Mapping[str, Any], recorded: Record
     Returns:
         Its losses, empty on ranks that compute none; None if it was cut off by the time limit.
     """
-    from megatron.training.global_vars import get_args
-
-    args = get_args()
+    args = global_vars().get_args()
     seen = args.consumed_valid_samples
     # What else is collected from a pass (attention maps, ...) is the trainer's.
     others = ("process_non_loss_data_func", "non_loss_data_func")
     mine = {name: None for name in others if name in arguments}
     with _same_randomness():
         try:
-            found, _, timelimit = fn(**{**arguments, **mine, "data_iterator": recorded.replaying()})
+            result = fn(**{**arguments, **mine, "data_iterator": recorded.replaying()})
         finally:
             args.consumed_valid_samples = seen
-    return None if timelimit else {key: float(value) for key, value in found.items()}
+    return None if _cut_off(result) else {name: float(value) for name, value in result[0].items()}
+
+
+def _cut_off(result: Sequence[Any]) -> bool:
+    """Whether a pass ended at the time limit, which Megatron-DeepSpeed does not have."""
+    return bool(result[2]) if len(result) > 2 else False
 
 
 class Recorded:
@@ -176,9 +178,7 @@ def _same_randomness() -> Iterator[None]:
 
 def suffix(number: int) -> str:
     """What Megatron's log adds to the names of losses of one of several data sets."""
-    from megatron.training.global_vars import get_args
-
-    args = get_args()
+    args = global_vars().get_args()
     if not getattr(args, "multiple_validation_sets", False):
         return ""
     names: Sequence[str] = getattr(args, "validation_set_names", None) or ()

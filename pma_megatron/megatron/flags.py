@@ -30,7 +30,21 @@ from pma_megatron.selection import DEFAULT_LAST
 from pma_megatron.spike import SpikeSettings
 from pma_megatron.tokens import parse_tokens
 
-__all__ = ["Settings", "add_arguments", "enabled", "given", "settings", "spelled", "validate"]
+__all__ = [
+    "Settings",
+    "add_arguments",
+    "add_deepspeed_arguments",
+    "enabled",
+    "given",
+    "settings",
+    "spelled",
+    "validate",
+]
+
+_MEGATRON_LM_ALONE = (
+    "--pma-load", "--pma-snapshot-interval-tokens", "--pma-snapshot-dtype", "--pma-snapshot-dir",
+    "--pma-keep",
+)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -42,6 +56,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     _add_save(group.add_argument)
     _add_recover(group.add_argument)
     _add_score(group.add_argument)
+    return parser
+
+
+def add_deepspeed_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add those flags of the group that Megatron-DeepSpeed jobs can use."""
+    group = parser.add_argument_group(
+        "PMA (pma_megatron)", "averages of this run's tags, at load, at save, in evaluation"
+    )
+
+    def add(name: str, **settings: Any) -> None:
+        if name not in _MEGATRON_LM_ALONE:
+            group.add_argument(name, **settings)
+
+    _add_init(add)
+    _add_save(add)
     return parser
 
 

@@ -14,23 +14,22 @@ from typing import Any
 import torch
 
 from pma_megatron.comm import Comm
-from pma_megatron.errors import UsageError
 from pma_megatron.megatron import flags
 from pma_megatron.megatron.evaluate import Evaluation
-from pma_megatron.megatron.hostcopy import HostCopy
 from pma_megatron.megatron.init import init
 from pma_megatron.megatron.online import OnlineAverage
-from pma_megatron.megatron.params import live_tensors
+from pma_megatron.megatron.options import tokens_now
+from pma_megatron.megatron.params import live_tensors, stepping
 from pma_megatron.megatron.recover import Recovered
 from pma_megatron.megatron.save import note_origin, save_average
-from pma_megatron.megatron.say import say
 from pma_megatron.megatron.scoring import Scoring
-from pma_megatron.megatron.shard import Shard
-from pma_megatron.megatron.store import FOLDER
+from pma_megatron.megatron.shard import MegatronShard
 from pma_megatron.megatron.thin import ThinSnapshots
 from pma_megatron.megatron.watch import Watch
-from pma_megatron.megatron.window import Average
-from pma_megatron.tokens import consumed_tokens_of
+from pma_megatron.online.hostcopy import HostCopy
+from pma_megatron.online.store import FOLDER
+from pma_megatron.online.window import Average
+from pma_megatron.say import say
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _session: Session | None = None
@@ -101,7 +100,7 @@ class Session:
         self._noted: list[tuple[Path, Average]] = []
         self._comm, metadata = Comm(), _metadata(args)
         counts = settings.save or settings.snapshots
-        tokens = _tokens(args) if counts else 0
+        tokens = tokens_now(args) if counts else 0
         iteration = int(getattr(args, "iteration", 0) or 0)
         self.online: OnlineAverage | None = None
         self.thin: ThinSnapshots | None = None
@@ -116,9 +115,9 @@ class Session:
             self._resume(self.online, iteration, tokens)
         if settings.snapshot_interval_tokens is not None and optimizer is not None:
             assert settings.snapshot_dir is not None
-            shard = Shard(live_tensors(models, optimizer, metadata))
+            shard = MegatronShard(live_tensors(models, optimizer, metadata))
             self.thin = ThinSnapshots(
-                settings.snapshot_dir, models, HostCopy(shard, optimizer),
+                settings.snapshot_dir, models, HostCopy(shard, stepping(optimizer)),
                 settings.snapshot_interval_tokens, dtype=_DTYPES[settings.snapshot_dtype],
                 keep=settings.keep, consumed_tokens=tokens, comm=self._comm, metadata=metadata,
             )  # fmt: skip
@@ -134,7 +133,7 @@ class Session:
         args, iteration = _args(), arguments["iteration"]
         if self.watch is not None:
             self._forget(self.watch.stepped(args, arguments))
-        tokens = _tokens(args) if self.online or self.thin else 0
+        tokens = tokens_now(args) if self.online or self.thin else 0
         if self.online is not None:
             self.online.step(iteration, tokens, args)
         if self.thin is not None:
@@ -227,18 +226,6 @@ def _args() -> Any:
     from megatron.training.global_vars import get_args
 
     return get_args()
-
-
-def _tokens(args: Any) -> int:
-    """Consumed until now, as the offline job counts them."""
-    if not args.consumed_train_samples:
-        return 0
-    tokens, reason = consumed_tokens_of(vars(args))
-    if tokens is None:
-        raise UsageError(
-            f"--pma-save and snapshots go by consumed tokens, which are unknown because {reason}"
-        )
-    return tokens
 
 
 def _metadata(args: Any) -> dict[str, Any] | None:

@@ -17,7 +17,7 @@ from pma_megatron.discover import common_args
 from pma_megatron.errors import SelectionError, UsageError
 from pma_megatron.megatron.load import merge_into
 from pma_megatron.megatron.options import USED_BY, Settings, spelled
-from pma_megatron.megatron.say import say
+from pma_megatron.say import say
 from pma_megatron.selection import SelectionRequest
 
 RECORD = "pma_init_record"

@@ -17,6 +17,7 @@ from pma_megatron.healthy import LAST, MARGIN_ITERATIONS
 from pma_megatron.request import Method
 from pma_megatron.selection import DEFAULT_LAST, SelectionRequest
 from pma_megatron.spike import SpikeSettings
+from pma_megatron.tokens import consumed_tokens_of
 
 OPTIMIZER_STATES = ("latest", "average", "reset")
 SHARES = ("auto", "source", "slice")
@@ -174,6 +175,22 @@ def settings(args: Any) -> Settings:
 def spelled(message: str) -> str:
     """A message of the command line with its flags named as in a Megatron script."""
     return _GRID.sub(r"--pma-score-\1", _COMMAND_LINE.sub(r"--pma-\1", message))
+
+
+def tokens_now(args: Any) -> int:
+    """Consumed until now, as the offline job counts them.
+
+    Raises:
+        UsageError: they are unknown.
+    """
+    if not args.consumed_train_samples:
+        return 0
+    tokens, reason = consumed_tokens_of(vars(args))
+    if tokens is None:
+        raise UsageError(
+            f"--pma-save and snapshots go by consumed tokens, which are unknown because {reason}"
+        )
+    return tokens
 
 
 def _settings(args: Any) -> Settings:

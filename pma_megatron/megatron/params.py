@@ -19,22 +19,8 @@ import torch
 
 from pma_megatron.errors import UsageError
 from pma_megatron.geometry import Box
+from pma_megatron.live_tensor import Place
 from pma_megatron.policy import MAIN
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Elements of a parameter, from `start` on, are `box` of a checkpoint's tensor, in row order.
-
-    `first_replica` is False where another model-parallel rank writes the same elements (norms of
-    tensor-parallel ranks, the tied embedding of the last stage).
-    """
-
-    key: str
-    global_shape: tuple[int, ...]
-    box: Box
-    start: int
-    first_replica: bool
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -80,6 +66,15 @@ class LiveTensor:
         config = getattr(self.part, "config", None)
         return bool(getattr(config, "use_precision_aware_optimizer", False))
 
+    @property
+    def trained(self) -> bool:
+        """False for frozen parameters and buffers."""
+        return self.part is not None
+
+    def set_states(self, states: Mapping[str, torch.Tensor]) -> None:
+        """Hand changed copies to the optimizer (see `by_copy`)."""
+        self.part._set_main_param_and_optimizer_states(self.tensor, dict(states))
+
 
 def live_tensors(models: Sequence[Any], optimizer: Any,
                  metadata: Mapping[str, Any] | None = None) -> list[LiveTensor]:  # fmt: skip
@@ -121,6 +116,14 @@ def parts(optimizer: Any) -> list[Any]:
         return []
     chained = getattr(optimizer, "chained_optimizers", [optimizer])
     return [part for part in chained if not getattr(part, "is_stub_optimizer", False)]
+
+
+def stepping(optimizer: Any) -> list[Any] | None:
+    """The torch optimizers inside; None where one may step inside a captured graph."""
+    found = parts(optimizer)
+    if any(getattr(getattr(p, "config", None), "optimizer_cuda_graph", False) for p in found):
+        return None
+    return [getattr(part, "optimizer", None) for part in found]
 
 
 def unwrap(model: Any) -> Any:

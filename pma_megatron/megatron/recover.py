@@ -38,8 +38,9 @@ from pma_megatron.healthy import Healthy, HealthyRequest, Span, choose_healthy
 from pma_megatron.megatron.load import merge_into
 from pma_megatron.megatron.options import RecoverySettings
 from pma_megatron.megatron.replicas import forward_hooks_off
-from pma_megatron.megatron.say import say
-from pma_megatron.selection import CheckpointRef, SelectionRequest
+from pma_megatron.refs import CheckpointRef
+from pma_megatron.say import say
+from pma_megatron.selection import SelectionRequest
 from pma_megatron.spike import SpikeDetector, Verdict
 
 Rollback = Callable[[CheckpointRef], Any]

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from datetime import datetime, timezone
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pma_megatron.coefficients import implied_decay_weights
 from pma_megatron.formats.marker import MARKER_FILE
 from pma_megatron.formats.torch_dist.checkpoint import CONFIG_FILE
 from pma_megatron.megatron.online import OnlineAverage
-from pma_megatron.megatron.window import Average
-from pma_megatron.version import __version__
+from pma_megatron.megatron.trees import changed_arguments, global_vars
+from pma_megatron.online.origin import origin_of
+from pma_megatron.online.window import Average
 
 _log = logging.getLogger(__name__)
 
@@ -38,9 +35,7 @@ def save_average(online: OnlineAverage, average: Average, fn: Callable[..., Any]
     Returns:
         the checkpoint's folder, which may still be being written with --async-save.
     """
-    from megatron.training.global_vars import get_args
-
-    args = get_args()
+    args = global_vars().get_args()
     changes: dict[str, Any] = {"save": save_dir}
     # An async save copies GPU tensors to the host before it returns. Tensors on the CPU it may
     # share with its writer process, who would see the live weights come back.
@@ -48,7 +43,7 @@ def save_average(online: OnlineAverage, average: Average, fn: Callable[..., Any]
         changes["async_save"] = False
     if hasattr(args, "dataloader_save"):
         changes["dataloader_save"] = None  # the trainer's save has written it
-    with _arguments(args, changes), online.averaged_state():
+    with changed_arguments(args, changes), online.averaged_state():
         # Without the context, which caches the plans and structure of the trainer's saves.
         fn(**{**arguments, "checkpointing_context": None})
     return Path(save_dir) / f"iter_{arguments['iteration']:07d}"
@@ -58,41 +53,8 @@ def note_origin(folder: Path, average: Average) -> bool:
     """Say in a finished checkpoint what it is an average of; False if it is not finished yet."""
     if not (folder / CONFIG_FILE).is_file():
         return False
-    made = average.coefficients
-    values = None if made is None else list(made.values)
-    origin = {
-        "kind": "online_average",
-        "pma_megatron": __version__,
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "method": average.describe() if made is None else made.describe(),
-        "coefficients": values,
-        "implied_decay_weights": None if made is None else list(implied_decay_weights(made.values)),
-        "entries": [
-            {"iteration": e.iteration, "consumed_tokens": e.tokens, "members": e.members}
-            for e in average.entries
-        ],
-    }
     try:
-        (folder / MARKER_FILE).write_text(json.dumps(origin, indent=1) + "\n")
+        (folder / MARKER_FILE).write_text(json.dumps(origin_of(average), indent=1) + "\n")
     except OSError as error:
         _log.warning("%s has no %s: %s", folder, MARKER_FILE, error)
     return True
-
-
-@contextlib.contextmanager
-def _arguments(args: Any, changes: Mapping[str, Any]) -> Iterator[None]:
-    """Megatron works with a changed copy of its arguments inside the block.
-
-    A copy, because what finishes an async save, and the thread that deletes old checkpoints, look
-    at the arguments later: with the originals they would then delete below --save.
-    """
-    from megatron.training import global_vars
-
-    changed = copy.copy(args)
-    for name, value in changes.items():
-        setattr(changed, name, value)
-    global_vars.set_args(changed)
-    try:
-        yield
-    finally:
-        global_vars.set_args(args)

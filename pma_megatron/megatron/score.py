@@ -21,15 +21,16 @@ from pma_megatron.errors import UsageError
 from pma_megatron.formats import registry
 from pma_megatron.formats.source import Source
 from pma_megatron.grid import Grid, Point
-from pma_megatron.megatron.live import LivePlan, LiveWriter, average_units
+from pma_megatron.live import LivePlan, LiveWriter, average_units
 from pma_megatron.megatron.load import replicas
 from pma_megatron.megatron.params import LiveTensor, live_tensors
 from pma_megatron.megatron.swap import weights_restored
 from pma_megatron.planning import open_sources, refuse_changed
 from pma_megatron.policy import MAIN
+from pma_megatron.refs import CheckpointRef
 from pma_megatron.request import MergeRequest
 from pma_megatron.scores import Checkpoint, Other, Score, Scores
-from pma_megatron.selection import CheckpointRef, SelectionRequest
+from pma_megatron.selection import SelectionRequest
 from pma_megatron.tasks import Unit
 
 Losses = float | Mapping[str, float]

@@ -1,79 +1,25 @@
-"""What one rank holds of a model's main params, as one flat vector, and where that is stored.
-
-The running average works on such vectors: one entry of a window is one of them. Which elements are
-in it is `params.LiveTensor`'s answer: a rank's part of each main param, and floating buffers whole.
-"""
+"""What one rank of a Megatron model holds of its main params, as one flat vector."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 
-from pma_megatron.blocks import BlockReader
-from pma_megatron.errors import CheckpointError
-from pma_megatron.formats import registry
-from pma_megatron.formats.source import Source
-from pma_megatron.formats.torch_dist.chunks import Chunk
-from pma_megatron.geometry import Box, PieceIndex, flat_range
-from pma_megatron.megatron.params import LiveTensor, Place
+from pma_megatron.megatron.params import LiveTensor
 from pma_megatron.megatron.replicas import replica_group
-from pma_megatron.policy import MAIN
+from pma_megatron.online.shard import Shard, Slot
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class Slot:
-    """One tensor's elements, from `start` of the vector on."""
-
-    live: LiveTensor
-    start: int
-
-    def of(self, vector: torch.Tensor) -> torch.Tensor:
-        """Its part of a vector, 1-D, shared."""
-        return vector[self.start : self.start + self.live.numel]
-
-    def main(self) -> torch.Tensor:
-        """The live main params (the tensor itself where it is not trained), 1-D."""
-        return self.live.states()[MAIN].detach().view(-1)
-
-    def weights(self) -> torch.Tensor:
-        """The elements of the tensor that the forward pass uses, 1-D, shared."""
-        return self.live.tensor.detach().view(-1)[self.live.first :][: self.live.numel]
-
-
-class Shard:
-    """The vector's layout.
-
-    Attributes:
-        slots: its tensors, in order.
-        numel: its length.
-        device: where the live tensors are.
-    """
+class MegatronShard(Shard[LiveTensor]):
+    """The owned parts of `live_tensors`, one after the other."""
 
     def __init__(self, tensors: Sequence[LiveTensor]) -> None:
-        """Lay out the owned parts of `tensors`, one after the other."""
-        slots, at = [], 0
-        for live in tensors:
-            if live.numel:
-                slots.append(Slot(live, at))
-                at += live.numel
-        self.slots, self.numel = tuple(slots), at
-        self.device = slots[0].live.tensor.device if slots else torch.device("cpu")
+        super().__init__(tensors, tensors[0].tensor.device if tensors else torch.device("cpu"))
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of one vector (float32)."""
-        return 4 * self.numel
-
-    def chunks(self) -> list[tuple[Chunk, int]]:
-        """What this rank writes of a checkpoint of vectors: (chunk, its first element).
-
-        Over all ranks every stored element once: replicas that hold the same take turns.
-        """
-        found, turns = [], {False: 0, True: 0}
+    def written(self) -> Iterator[Slot[LiveTensor]]:
+        """The slots that this rank writes; where every replica has all, they take turns."""
+        turns = {False: 0, True: 0}
         groups = {expert: replica_group(expert) for expert in turns}
         for slot in self.slots:
             live = slot.live
@@ -84,49 +30,4 @@ class Shard:
                 mine = turns[live.expert] % group.size() == group.rank()
                 turns[live.expert] += 1
             if mine:
-                found += [
-                    (Chunk(place.key, place.global_shape, box), at)
-                    for place, box, at in _boxes(slot)
-                    if place.first_replica
-                ]
-        return found
-
-    def read(self, source: Source, vector: torch.Tensor) -> None:
-        """Fill a vector from a checkpoint of vectors, whatever layout wrote it.
-
-        Raises:
-            CheckpointError: a tensor is missing, of another shape, or not float32; or damage.
-        """
-        path = Path(source.path)
-        reader = BlockReader(source.path, registry.get(source.format, source.path).files(path))
-        indexes: dict[str, PieceIndex[Any]] = {}
-        try:
-            for slot in self.slots:
-                for place, box, at in _boxes(slot):
-                    if place.key not in indexes:
-                        indexes[place.key] = _index(source, place)
-                    reader.read(box, indexes[place.key], vector[at : at + box.numel])
-        finally:
-            reader.close()
-
-
-def _boxes(slot: Slot) -> Iterator[tuple[Place, Box, int]]:
-    """(place, box of its tensor, first element in the vector) of all that a slot holds."""
-    first, last = slot.live.first, slot.live.first + slot.live.numel
-    for place in slot.live.places:
-        low = max(first, place.start) - place.start
-        high = min(last, place.start + place.box.numel) - place.start
-        for box, inside in flat_range(place.box, low, high):
-            yield place, box, slot.start + place.start + inside - first
-
-
-def _index(source: Source, place: Place) -> PieceIndex[Any]:
-    stored = source.tensor(MAIN, place.key)
-    if stored is None or stored.shape != place.global_shape or stored.dtype != torch.float32:
-        found = "nothing" if stored is None else f"shape {stored.shape}, {stored.dtype}"
-        raise CheckpointError(
-            f"{source.path}: {place.key} should have shape {place.global_shape} in float32, found "
-            f"{found}: it is of another model, or not the state of a running average. Move "
-            f"{Path(source.path).parent} elsewhere to start a new one"
-        )
-    return PieceIndex(stored.pieces)
+                yield slot

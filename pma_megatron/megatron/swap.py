@@ -1,8 +1,4 @@
-"""The average in place of the live weights, for a while, and then every bit as it was.
-
-Only contents change, never storage: parameters are views of Megatron's buffers, and captured
-graphs know their addresses. What was there is kept on the host meanwhile.
-"""
+"""The average in place of the live weights, for a while, and then every bit as it was."""
 
 from __future__ import annotations
 
@@ -14,13 +10,14 @@ import torch
 
 from pma_megatron.megatron.params import LiveTensor
 from pma_megatron.megatron.replicas import forward_hooks_off, gather_weights
-from pma_megatron.megatron.shard import Shard, Slot
-from pma_megatron.megatron.window import Average
+from pma_megatron.online.shard import Shard, Slot
+from pma_megatron.online.swap import contents_restored, host_copy
+from pma_megatron.online.window import Average
 from pma_megatron.policy import MAIN
 
 
 @contextlib.contextmanager
-def averaged_weights(models: Sequence[Any], tensors: Sequence[LiveTensor], shard: Shard,
+def averaged_weights(models: Sequence[Any], tensors: Sequence[LiveTensor], shard: Shard[LiveTensor],
                      average: Average) -> Iterator[None]:  # fmt: skip
     """Forward passes inside the block use the average; main params are not touched. Collective.
 
@@ -38,26 +35,21 @@ def averaged_weights(models: Sequence[Any], tensors: Sequence[LiveTensor], shard
 @contextlib.contextmanager
 def weights_restored(models: Sequence[Any], tensors: Sequence[LiveTensor]) -> Iterator[None]:
     """Whatever the block writes into `tensors`, at its end every bit is as it was."""
-    with forward_hooks_off(models):
-        kept = [(live.tensor.detach(), _kept(live.tensor)) for live in tensors]
-        try:
-            yield
-        finally:
-            for tensor, before in kept:
-                tensor.copy_(before)
+    with forward_hooks_off(models), contents_restored(live.tensor for live in tensors):
+        yield
 
 
 @contextlib.contextmanager
-def averaged_state(models: Sequence[Any], tensors: Sequence[LiveTensor], shard: Shard,
+def averaged_state(models: Sequence[Any], tensors: Sequence[LiveTensor], shard: Shard[LiveTensor],
                    average: Average) -> Iterator[None]:  # fmt: skip
     """As `averaged_weights`, and main params are the average too: what is saved inside the block
     resumes from it. Moments, step counts and everything else stay the trainer's."""
-    trained = [slot for slot in shard.slots if slot.live.part is not None]
+    trained = [slot for slot in shard.slots if slot.live.trained]
     with averaged_weights(models, tensors, shard, average):
-        kept: list[tuple[Slot, torch.Tensor]] = []
+        kept: list[tuple[Slot[LiveTensor], torch.Tensor]] = []
         try:
             for slot in trained:
-                kept.append((slot, _kept(slot.main())))
+                kept.append((slot, host_copy(slot.main())))
                 _set_main(slot, average.made(slot))
             yield
         finally:
@@ -65,29 +57,27 @@ def averaged_state(models: Sequence[Any], tensors: Sequence[LiveTensor], shard: 
                 _set_main(slot, before)
 
 
-def backup_bytes(tensors: Sequence[LiveTensor], shard: Shard) -> int:
+def backup_bytes(tensors: Sequence[LiveTensor], shard: Shard[LiveTensor]) -> int:
     """Host memory that `averaged_state` takes, which is more than `averaged_weights` does."""
     weights = sum(live.tensor.numel() * live.tensor.element_size() for live in tensors)
     return weights + shard.nbytes
 
 
-def _set_weights(models: Sequence[Any], shard: Shard, average: Average) -> None:
+def _set_weights(models: Sequence[Any], shard: Shard[LiveTensor], average: Average) -> None:
     for slot in shard.slots:
-        slot.weights().copy_(average.made(slot))  # rounded once, as by an optimizer step
+        _weights(slot).copy_(average.made(slot))  # rounded once, as by an optimizer step
     gather_weights(models)
 
 
-def _set_main(slot: Slot, values: torch.Tensor) -> None:
+def _weights(slot: Slot[LiveTensor]) -> torch.Tensor:
+    """The elements of the tensor that the forward pass uses, 1-D, shared."""
+    return slot.live.tensor.detach().view(-1)[slot.live.first :][: slot.live.numel]
+
+
+def _set_main(slot: Slot[LiveTensor], values: torch.Tensor) -> None:
     live = slot.live
     main = live.states()[MAIN].detach()
     main.copy_(values.view_as(main))
     if live.by_copy and main.data_ptr() != live.states()[MAIN].data_ptr():
         # Without the moments: setting those again would quantize them again.
         live.part._set_main_param_and_optimizer_states(live.tensor, {MAIN: main})
-
-
-def _kept(tensor: torch.Tensor) -> torch.Tensor:
-    on_gpu = tensor.device.type == "cuda"
-    room = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_gpu)
-    # The stream orders it before whatever changes the tensor next.
-    return room.copy_(tensor.detach(), non_blocking=on_gpu)

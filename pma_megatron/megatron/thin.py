@@ -13,9 +13,9 @@ import torch
 
 from pma_megatron.comm import Comm
 from pma_megatron.errors import PublishError
-from pma_megatron.megatron.hostcopy import HostCopy
 from pma_megatron.megatron.params import unwrap
-from pma_megatron.megatron.snapshots import SnapshotWriter, prune
+from pma_megatron.online.hostcopy import HostCopy
+from pma_megatron.online.snapshots import SnapshotWriter, prune
 
 _log = logging.getLogger(__name__)
 _AT_EXIT_S = 60.0  # another rank may be gone, and a job that ends must end

@@ -15,7 +15,7 @@ from pma_megatron.discover import common_args
 from pma_megatron.megatron.options import EXIT_CODE, RecoverySettings
 from pma_megatron.megatron.recover import Recovered, Recovery, RecoverySpentError
 from pma_megatron.megatron.rollback import load_again
-from pma_megatron.megatron.say import say
+from pma_megatron.say import say
 
 _STATE = "pma_spike_state"
 """Attribute of Megatron's arguments, and so of every checkpoint's: the detector's memory."""

@@ -12,10 +12,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import nn
+
+from pma_megatron.testing.deepspeed_parallel import WIDTH, ModelParallel, batches, pipeline
 
 _BATCH = 4
 _WIDTH = 5
@@ -28,18 +31,42 @@ class DeepSpeedConfig:
     Attributes:
         stage: of ZeRO.
         bf16: 16-bit weights.
+        fp16: weights in the other 16-bit format, with a loss scale; `bf16` does not count then.
+        fused: without ZeRO, the wrapper that DeepSpeed gives its fused Adam (`FP16_Optimizer`).
         float32_gradients: accumulate them in float32; with ZeRO-1 this selects `BF16_Optimizer`.
         zero: further settings of `zero_optimization`.
         experts: of an MoE layer; 0 for a dense model.
         expert_parallel_size: ranks that share one set of them.
+        pipeline_stages: of a `PipelineModule`; 0 for a plain model.
+        tied: the pipeline's first and last layer share their weights.
+        model_parallel_size: ranks that hold different parts of the model, by an `mpu`.
+        settings: further settings of DeepSpeed's.
     """
 
     stage: int = 1
     bf16: bool = True
+    fp16: bool = False
+    fused: bool = False
     float32_gradients: bool = False
     zero: Mapping[str, Any] = field(default_factory=dict)
     experts: int = 0
     expert_parallel_size: int = 1
+    pipeline_stages: int = 0
+    tied: bool = False
+    model_parallel_size: int = 1
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        if self.fp16:
+            return torch.float16
+        return torch.bfloat16 if self.bf16 else torch.float32
+
+    @property
+    def data_parallel_size(self) -> int:
+        """In this job."""
+        return dist.get_world_size() // (self.model_parallel_size * max(self.pipeline_stages, 1))
 
     def to_json(self, ranks: int) -> dict[str, Any]:
         """DeepSpeed's own configuration."""
@@ -49,11 +76,13 @@ class DeepSpeedConfig:
             "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
             "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 10}},
         }
-        if self.bf16:
+        if self.fp16:
+            config["fp16"] = {"enabled": True, "initial_scale_power": 8}
+        elif self.bf16:
             config["bf16"] = {"enabled": True}
         if self.float32_gradients:
             config["data_types"] = {"grad_accum_dtype": "fp32"}
-        return config
+        return {**config, **self.settings}
 
 
 class TinyModel(nn.Module):
@@ -98,14 +127,28 @@ class TinyDeepSpeed:
         os.environ.setdefault("LOCAL_RANK", str(dist.get_rank()))
         importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
         self.deepspeed: Any = importlib.import_module("deepspeed")
-        torch.manual_seed(seed)
-        model = TinyModel(self._experts(config) if config.experts else None)
-        self.engine, _, _, self.scheduler = self.deepspeed.initialize(
-            model=model,
-            config=config.to_json(dist.get_world_size()),
-            model_parameters=_param_groups(model, config),
-        )
-        self._dtype = torch.bfloat16 if config.bf16 else torch.float32
+        self.config = config
+        mpu = ModelParallel(config.model_parallel_size) if config.model_parallel_size > 1 else None
+        torch.manual_seed(seed if mpu is None else 2 * seed + mpu.get_model_parallel_rank())
+        model = self._model()
+        engine = importlib.import_module("deepspeed.runtime.engine")
+        if config.fp16:  # asked for instructions of the processor; torch computes it without them
+            engine.get_accelerator().is_fp16_supported = lambda: True
+        # DeepSpeed chooses FP16_Optimizer by the type of its fused Adam, which needs a compiler.
+        found = torch.optim.AdamW if config.fused else engine.FusedAdam
+        with mock.patch.object(engine, "FusedAdam", found):
+            self.engine, _, _, self.scheduler = self.deepspeed.initialize(
+                model=model,
+                config=config.to_json(config.data_parallel_size),
+                model_parameters=_param_groups(model, config),
+                mpu=mpu,
+            )
+
+    def _model(self) -> nn.Module:
+        if self.config.pipeline_stages:
+            self.deepspeed.init_distributed("gloo")
+            return pipeline(self.config.pipeline_stages, tied=self.config.tied)
+        return TinyModel(self._experts(self.config) if self.config.experts else None)
 
     def _experts(self, config: DeepSpeedConfig) -> nn.Module:
         layer = importlib.import_module("deepspeed.moe.layer").MoE
@@ -114,13 +157,21 @@ class TinyDeepSpeed:
         )
         return moe
 
-    def train(self, iterations: int) -> None:
-        """Train on; data depends on the iteration and the rank alone."""
+    def train(self, iterations: int) -> list[float]:
+        """Train on; data depends on the iteration and the rank alone. Returns the losses."""
+        losses = []
         for _ in range(iterations):
-            draw = torch.Generator().manual_seed(1000 * self.engine.global_steps + dist.get_rank())
-            loss = self.engine(torch.randn(_BATCH, _WIDTH, generator=draw).to(self._dtype))
+            seed = 1000 * self.engine.global_steps + self._data_rank()
+            draw = torch.Generator().manual_seed(seed)
+            if self.config.pipeline_stages:
+                x = torch.randn(_BATCH, WIDTH, generator=draw).to(self.config.dtype)
+                losses.append(float(self.engine.train_batch(batches(x))))
+                continue
+            loss = self.engine(torch.randn(_BATCH, _WIDTH, generator=draw).to(self.config.dtype))
             self.engine.backward(loss)
             self.engine.step()
+            losses.append(float(loss.detach()))
+        return losses
 
     def save(self, root: str | Path) -> None:
         """Save a tag below `root`, with a client state that says which."""
@@ -141,27 +192,52 @@ class TinyDeepSpeed:
     def snapshot(self) -> dict[str, Any]:
         """What the run holds: whole main params, weights and buffers by name, and where it stands.
 
-        Main params come from DeepSpeed's own `safe_get_full_fp32_param`.
+        A rank of a pipeline, or one of several model-parallel ranks, holds its own part.
         """
-        masters, weights = {}, {}
-        full = self.deepspeed.utils.safe_get_full_fp32_param
+        weights = {}
         for name, parameter in self.engine.module.named_parameters():
-            if parameter.requires_grad:
-                masters[name] = full(parameter).detach().clone()
             with self.deepspeed.zero.GatheredParameters([parameter]):
                 weights[name] = parameter.detach().clone()
         return {
-            "masters": masters,
+            "masters": self._masters(),
             "weights": weights,
             "buffers": {n: b.detach().clone() for n, b in self.engine.module.named_buffers()},
+            "data_rank": self._data_rank(),
             "iteration": self.engine.global_steps,
             "samples": self.engine.global_samples,
             "scheduler": dict(self.scheduler.state_dict()),
         }
 
+    def _data_rank(self) -> int:
+        return dist.get_rank(self.engine.seq_data_parallel_group)
+
+    def _masters(self) -> dict[str, torch.Tensor]:
+        """Main params, from DeepSpeed's own `safe_get_full_fp32_param` where there is ZeRO."""
+        trained = [(n, p) for n, p in self.engine.module.named_parameters() if p.requires_grad]
+        optimizer = self.engine.optimizer
+        if hasattr(optimizer, "fp32_groups_flat"):  # FP16_Optimizer
+            flat = zip(optimizer.fp16_groups, optimizer.fp32_groups_flat, strict=True)
+            by_id = {
+                id(parameter): main.view(parameter.shape)
+                for group, buffer in flat
+                for parameter, main in zip(
+                    group, buffer.split([p.numel() for p in group]), strict=True
+                )
+            }
+        elif hasattr(optimizer, "fp32_groups"):  # FP16_UnfusedOptimizer
+            groups = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+            by_id = {id(p): main for g, m in groups for p, main in zip(g, m, strict=True)}
+        elif isinstance(optimizer, torch.optim.Optimizer):
+            by_id = {id(parameter): parameter for _, parameter in trained}
+        else:
+            full = self.deepspeed.utils.safe_get_full_fp32_param
+            by_id = {id(parameter): full(parameter) for _, parameter in trained}
+        return {name: by_id[id(parameter)].detach().clone() for name, parameter in trained}
+
     def close(self) -> None:
-        """Free what the engine holds."""
+        """Free what the engine holds, and the `mpu`, which the next run would inherit."""
         self.engine.destroy()
+        self.deepspeed.utils.groups.mpu = None
 
 
 def _param_groups(model: nn.Module, config: DeepSpeedConfig) -> list[dict[str, Any]]:

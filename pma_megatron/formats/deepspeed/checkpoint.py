@@ -1,4 +1,4 @@
-"""One DeepSpeed tag: its files by name, what they say beside tensors, whether it is whole.
+"""One DeepSpeed tag: its files by name, and what they say beside tensors.
 
 File names and contents: deepspeed/runtime/engine.py (`_get_ckpt_name`, `_get_zero_ckpt_name`,
 `_common_checkpoint_state`, `_save_zero_checkpoint`). Model states and optimizer states are zips of
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +18,16 @@ from pma_megatron.formats.base import Item
 from pma_megatron.formats.items import ItemFiles
 from pma_megatron.formats.pickles import load_inert
 
-_MODEL = re.compile(r"^(?:zero_pp_rank_(?P<dp>\d+)_)?mp_rank_(?P<mp>\d+)_model_states\.pt$")
-_OPTIM = re.compile(r"^(?:bf16_)?zero_pp_rank_(?P<dp>\d+)_mp_rank_(?P<mp>\d+)_optim_states\.pt$")
-_EXPERT = re.compile(r"^layer_(?P<layer>\d+)_expert_(?P<expert>\d+)_mp_rank_00_model_states\.pt$")
-_UNSUPPORTED = (
-    (re.compile(r"^expp_rank_\d+_"), "the whole optimizer of experts (ZeRO stage 0)"),
-    (re.compile(r"^layer_\d+.*-model_states\.pt$"), "layers of a DeepSpeed PipelineModule"),
-    (re.compile(r"mp_rank_(?!00_)\d+_"), "a second model-parallel rank"),
-)
-_FOLDERS = {
-    "zero": "parameters of a Universal checkpoint",
-    "offloaded_tensors": "states offloaded to NVMe",
-}
+MODEL = re.compile(r"^(?:zero_pp_rank_(?P<dp>\d+)_)?mp_rank_(?P<mp>\d+)_model_states\.pt$")
+OPTIM = re.compile(r"^(?:bf16_)?zero_pp_rank_(?P<dp>\d+)_mp_rank_(?P<mp>\d+)_optim_states\.pt$")
+EXPERT = re.compile(r"^layer_(?P<layer>\d+)_expert_(?P<expert>\d+)_mp_rank_00_model_states\.pt$")
+WHOLE = re.compile(r"^expp_rank_(?P<ep>\d+)_mp_rank_00_optim_states\.pt$")
+# Megatron-DeepSpeed's topology has an axis of tensor parallelism, of one rank or more.
+LAYER = re.compile(r"^layer_(?P<layer>\d+)-(?:model_00-)?model_states\.pt$")
+TIED = "tied_modules."
+"""First part of the names of a pipeline's tied parameters."""
 _NUMBER = re.compile(r"(\d+)$")
-_NEEDED = ("module", "param_shapes", "buffer_names", "global_steps", "dp_world_size")
-_OPTIM_NAMES = frozenset(
+OPTIM_NAMES = frozenset(
     {
         ("deepspeed.runtime.zero.config", "ZeroStageEnum"),
         ("deepspeed.runtime.fp16.loss_scaler", "LossScaler"),
@@ -49,18 +44,24 @@ class DeepSpeedCheckpoint(ItemFiles):
 
     Attributes:
         path: the tag's folder.
-        model: data-parallel rank -> model states file; ZeRO-0 to 2 have one, of rank 0.
-        optim: data-parallel rank -> optimizer states file.
+        model: (model-parallel rank, data-parallel rank) -> model states file; ZeRO-0 to 2 have
+            those of data-parallel rank 0 alone. Pipeline stages are model-parallel ranks.
+        optim: (model-parallel rank, data-parallel rank) -> optimizer states file of ZeRO.
         experts: (MoE layer, expert) -> its model states file, for a DeepSpeed MoE model.
+        whole: expert-parallel rank -> file of its optimizer, for an MoE model without ZeRO.
+        layers: layer -> its model states file, for a `PipelineModule`.
     """
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self.model = _by_rank(path, _MODEL)
-        self.optim = _by_rank(path, _OPTIM)
-        matches = ((_EXPERT.match(name), name) for name in _names(path))
-        self.experts = {(int(m["layer"]), int(m["expert"])): name for m, name in matches if m}
-        self._states: dict[str, dict[str, Any]] = {}
+        names = file_names(path)
+        self.model = {(int(m["mp"]), int(m["dp"] or 0)): n for m, n in _matches(MODEL, names)}
+        self.optim = {(int(m["mp"]), int(m["dp"])): n for m, n in _matches(OPTIM, names)}
+        self.experts = {(int(m["layer"]), int(m["expert"])): n for m, n in _matches(EXPERT, names)}
+        self.whole = {int(m["ep"]): n for m, n in _matches(WHOLE, names)}
+        self.layers = {int(m["layer"]): n for m, n in _matches(LAYER, names)}
+        self._contents: dict[str, Any] = {}
+        self._items: dict[str, Item] = {}
 
     def item(self, file: str) -> Item:
         """A whole file as an item.
@@ -68,6 +69,8 @@ class DeepSpeedCheckpoint(ItemFiles):
         Raises:
             CheckpointError: it is not a zip.
         """
+        if file in self._items:
+            return self._items[file]
         length = (self.path / file).stat().st_size
         if length < 4 or self.read(file, 0, 4)[:2] != b"PK":
             raise CheckpointError(
@@ -75,46 +78,112 @@ class DeepSpeedCheckpoint(ItemFiles):
                 "torch's old format. Exclude this checkpoint, or save it again with "
                 "checkpoint.checkpoint_serialization left at true"
             )
-        return Item(file, 0, length)
+        self._items[file] = Item(file, 0, length)
+        return self._items[file]
+
+    def content(self, file: str) -> Any:
+        """What a file's pickle says, tensors as `TensorRef`.
+
+        Raises:
+            CheckpointError: it is damaged or hostile.
+        """
+        if file not in self._contents:
+            data = self.read_record(self.item(file), "data.pkl")
+            what, known = str(self.path / file), self.known_names(file)
+            self._contents[file] = load_inert(data, what=what, known=known)
+        return self._contents[file]
+
+    def known_names(self, file: str) -> frozenset[tuple[str, str]] | None:
+        """All that `file` may name; None for any, where a script keeps its own state."""
+        return OPTIM_NAMES if OPTIM.match(file) or WHOLE.match(file) else None
 
     def state(self, file: str) -> dict[str, Any]:
-        """What a file's pickle says, tensors as `TensorRef`.
+        """The dictionary in a file.
 
         Raises:
             CheckpointError: it is damaged, hostile, or no dictionary.
         """
-        found = self._states.get(file)
-        if found is None:
-            what = str(self.path / file)
-            data = self.read_record(self.item(file), "data.pkl")
-            known = _OPTIM_NAMES if _OPTIM.match(file) else None
-            found = load_inert(data, what=what, known=known)
-            if not isinstance(found, dict):
-                raise CheckpointError(f"{what} holds {type(found).__name__}, expected a dictionary")
-            self._states[file] = found
+        found = self.content(file)
+        if not isinstance(found, dict):
+            what = f"{self.path / file} holds {type(found).__name__}"
+            raise CheckpointError(f"{what}, expected a dictionary")
         return found
+
+    def head_of(self, mp: int) -> dict[str, Any]:
+        """Model states of data-parallel rank 0 of a model-parallel rank."""
+        return self.state(self.model[mp, 0])
 
     @property
     def head(self) -> dict[str, Any]:
         """Model states of rank 0."""
-        return self.state(self.model[0])
+        return self.head_of(0)
 
-    def optimizer(self, rank: int) -> dict[str, Any]:
-        """State of the ZeRO optimizer of data-parallel rank `rank`.
+    @property
+    def model_parallel_size(self) -> int:
+        """Model-parallel ranks, pipeline stages included."""
+        return 1 + max(mp for mp, _ in self.model)
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Ranks that a ZeRO optimizer is spread over."""
+        return int(self.head["dp_world_size"])
+
+    @property
+    def is_whole(self) -> bool:
+        """True without ZeRO: every optimizer in it holds all of its parameters."""
+        return not self.optim and isinstance(self.head.get("optimizer"), dict)
+
+    @property
+    def topology(self) -> str:
+        """Parallel sizes, for messages."""
+        size = self.model_parallel_size
+        data = f"DP{self.data_parallel_size}"
+        return data if size == 1 else f"{data} {'PP' if self.layers else 'MP'}{size}"
+
+    def key(self, name: str, mp: int) -> str:
+        """What parameter `name` of a model-parallel rank is called in model space."""
+        return model_key(name, mp, pipeline=bool(self.layers))
+
+    def optimizer(self, rank: int, mp: int = 0) -> dict[str, Any]:
+        """State of the ZeRO optimizer of a data-parallel rank, or of the one without ZeRO.
 
         Raises:
             CheckpointError: the file holds none.
         """
-        file = self.optim[rank]
-        found = self.state(file).get("optimizer_state_dict")
+        file, name = self.optim.get((mp, rank)), "optimizer_state_dict"
+        if file is None:
+            file, name = self.model[mp, 0], "optimizer"
+        found = self.state(file).get(name)
         if not isinstance(found, dict):
-            raise CheckpointError(f"{self.path / file} has no optimizer_state_dict: damaged")
+            raise CheckpointError(f"{self.path / file} has no {name}: damaged")
         return found
+
+    def optimizers(self) -> dict[str, dict[str, Any]]:
+        """File -> optimizer in it.
+
+        Without ZeRO those of an MoE model come first: DeepSpeed loads them, and no other copy.
+        """
+        if self.optim:
+            return {file: self.optimizer(dp, mp) for (mp, dp), file in self.optim.items()}
+        files = (*self.whole.values(), *self.model.values())
+        found = ((file, self.state(file).get("optimizer")) for file in files)
+        return {file: state for file, state in found if isinstance(state, dict)}
+
+    @property
+    def client_states(self) -> tuple[str, ...]:
+        """Files whose entries DeepSpeed hands to the script that loads them."""
+        return tuple(self.model.values())
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        """Second name of a tied parameter -> its first."""
+        return dict(self.head.get("shared_params") or {})
 
     @property
     def files(self) -> tuple[str, ...]:
         """Every file of a rank."""
-        return tuple(sorted([*self.model.values(), *self.optim.values(), *self.experts.values()]))
+        kinds = (self.model, self.optim, self.experts, self.whole, self.layers)
+        return tuple(sorted(name for files in kinds for name in files.values()))
 
     def args(self) -> Mapping[str, Any]:
         """Training arguments that Megatron-DeepSpeed keeps in the client state; {} without."""
@@ -132,14 +201,22 @@ class DeepSpeedCheckpoint(ItemFiles):
         return digest.hexdigest()
 
 
-def _by_rank(path: Path, pattern: re.Pattern[str]) -> dict[int, str]:
-    found = ((pattern.match(name), name) for name in _names(path))
-    ranks = [(int(match["dp"] or 0), name) for match, name in found if match]
-    return dict(sorted(ranks))
+def model_key(name: str, mp: int, *, pipeline: bool) -> str:
+    """What parameter `name` of a model-parallel rank is called in model space.
+
+    Names in a pipeline hold the layer, so they are unique as they are, but for tied layers.
+    """
+    unique = pipeline and not name.startswith(TIED)
+    return name if mp == 0 or unique else f"{name}@mp{mp}"
 
 
-def _names(path: Path) -> list[str]:
+def file_names(path: Path) -> list[str]:
+    """Files of a tag that `torch.save` may have written."""
     return sorted(p.name for p in path.iterdir() if p.is_file() and p.suffix == ".pt")
+
+
+def _matches(pattern: re.Pattern[str], names: list[str]) -> Iterator[tuple[re.Match[str], str]]:
+    return ((match, name) for name in names if (match := pattern.match(name)))
 
 
 def iteration_of(path: Path) -> int | None:
@@ -149,73 +226,3 @@ def iteration_of(path: Path) -> int | None:
     except (CheckpointError, KeyError, TypeError, ValueError):
         match = _NUMBER.search(path.name)
         return int(match[1]) if match else None
-
-
-def completeness(path: Path) -> str | None:
-    """Why the tag at `path` is not whole, or not of a kind that is supported; None if it is.
-
-    A zip's directory is at its end, so a file that can be indexed was written to its end.
-    """
-    reason = _unsupported(path)
-    if reason:
-        return reason
-    try:
-        return _incomplete(DeepSpeedCheckpoint(path))
-    except CheckpointError as error:
-        return str(error)
-
-
-def _unsupported(path: Path) -> str | None:
-    for folder, what in _FOLDERS.items():
-        if (path / folder).is_dir():
-            return f"{folder}/ holds {what}, which are not supported: save without them"
-    for name in _names(path):
-        for pattern, what in _UNSUPPORTED:
-            if pattern.search(name):
-                return (
-                    f"{name} holds {what}, which are not supported: only data-parallel ZeRO-1, "
-                    "ZeRO-2, ZeRO-3 and BF16_Optimizer are"
-                )
-        if not any(pattern.match(name) for pattern in (_MODEL, _OPTIM, _EXPERT)):
-            return f"{name} is not a file that DeepSpeed writes: move it out of this folder"
-    return None
-
-
-def _incomplete(checkpoint: DeepSpeedCheckpoint) -> str | None:
-    if 0 not in checkpoint.model:
-        return "the model states of rank 0 are missing: still being written, or incomplete"
-    file = checkpoint.model[0]
-    missing = [name for name in _NEEDED if name not in checkpoint.head]
-    if missing:
-        return f"{file} has no {missing[0]}: it is not a model states file of DeepSpeed"
-    if not checkpoint.optim and checkpoint.head.get("optimizer") is not None:
-        return (
-            f"{file} holds the whole optimizer (ZeRO stage 0), which is not supported: train with "
-            "zero_optimization.stage 1"
-        )
-    if not checkpoint.head["param_shapes"]:
-        return f"{file} has no param_shapes: it was saved without a ZeRO optimizer"
-    world = set(range(int(checkpoint.head["dp_world_size"])))
-    for what, there, wanted in (
-        ("optimizer states", set(checkpoint.optim), world),
-        ("model states", set(checkpoint.model), world if "zero_pp_rank_" in file else {0}),
-    ):
-        if there != wanted:
-            return (
-                f"{what} of ranks {sorted(wanted - there)} are missing and of ranks "
-                f"{sorted(there - wanted)} are stray, for a data-parallel size of {len(world)}: "
-                "still being written, incomplete, or two saves in one folder"
-            )
-    if checkpoint.head.get("ds_autoep_layers"):
-        return f"{file} holds AutoEP layers, which are not supported: use deepspeed.moe.layer.MoE"
-    counts = checkpoint.head.get("num_experts") or ()
-    experts = {(layer, e) for layer, count in enumerate(counts) for e in range(int(count))}
-    if set(checkpoint.experts) != experts:
-        differ = sorted(experts ^ set(checkpoint.experts))[:4]
-        return f"experts (layer, number) {differ} are missing or stray: incomplete, or two saves"
-    stray = set(_names(checkpoint.path)) - set(checkpoint.files)
-    if stray:
-        return f"{min(stray)} is a second file of its rank: two saves in one folder"
-    for name in checkpoint.files:
-        checkpoint.records(checkpoint.item(name))
-    return None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,8 +20,9 @@ from pma_megatron.formats.relay import relay, reset_steps
 
 
 def output_layout(
-    path: str, *, payloads: Mapping[Payload, torch.dtype], drop: frozenset[str], optimizer: str
-) -> OutputLayout:
+    path: str, *, payloads: Mapping[Payload, torch.dtype], drop: frozenset[str], optimizer: str,
+    note: Mapping[str, Any],
+) -> OutputLayout:  # fmt: skip
     """Lay out a merged tag after the one at `path`.
 
     Args:
@@ -27,11 +30,26 @@ def output_layout(
         payloads: its payloads that get new bytes, with their dtype in the output.
         drop: entries left out.
         optimizer: `keep`, `reset` (step counters to zero) or `drop`.
+        note: what the client state gets as `pma`.
 
     Raises:
         UsageError: something is to be left out or stored in another dtype: DeepSpeed resumes main
             params from the optimizer's files, and expects in every file what it wrote.
     """
+    refuse_unresumable(path, payloads, drop, optimizer)
+    checkpoint = DeepSpeedCheckpoint(Path(path))
+    edits = {}
+    if optimizer == "reset":
+        for file, state in checkpoint.optimizers().items():
+            zero = reset_steps(base_state(state))
+            edits[file] = Edit(checkpoint.state(file), frozenset(zero))
+    return lay_out_after(checkpoint, payloads, edits, note)
+
+
+def refuse_unresumable(
+    path: str, payloads: Mapping[Payload, torch.dtype], drop: frozenset[str], optimizer: str
+) -> None:
+    """See `output_layout`."""
     if optimizer == "drop" or drop:
         raise UsageError(
             f"{path}: a DeepSpeed checkpoint without all of its parts does not resume, because "
@@ -44,19 +62,31 @@ def output_layout(
             f"--dtype: weights of {path} share storages of one dtype, and DeepSpeed expects its "
             "own. Leave --dtype out; zero_to_fp32.py makes float32 weights of a merged tag"
         )
-    checkpoint = DeepSpeedCheckpoint(Path(path))
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """What a file's pickle says now, and which of its small storages become zero."""
+
+    content: Any
+    zero: frozenset[str]
+
+
+def lay_out_after(checkpoint: DeepSpeedCheckpoint, payloads: Iterable[Payload],
+                  edits: Mapping[str, Edit], note: Mapping[str, Any]) -> OutputLayout:  # fmt: skip
+    """The files of `checkpoint` again, some with new payloads, some edited, `note` in some."""
+    new: dict[Item, list[Payload]] = {}
+    for payload in payloads:
+        new.setdefault(payload.item, []).append(payload)
     items: list[OutputItem] = []
     places: dict[Payload, Place] = {}
     for file in checkpoint.files:
-        base = checkpoint.item(file)
-        new = [payload for payload in payloads if payload.item == base]
-        edited, zero = None, frozenset[str]()
-        if optimizer == "reset" and file in checkpoint.optim.values():
-            edited = checkpoint.state(file)
-            zero = frozenset(reset_steps(base_state(edited["optimizer_state_dict"])))
-        if new or edited is not None:
-            relaid = relay(checkpoint, base, new, len(items),
-                           lambda length, file=file: Item(file, 0, length), edited, zero)  # type: ignore[misc]  # fmt: skip
+        base, edit = checkpoint.item(file), edits.get(file)
+        noted = note if file in checkpoint.client_states else None
+        if base in new or edit is not None or noted is not None:
+            edited, zero = (None, frozenset()) if edit is None else (edit.content, edit.zero)
+            relaid = relay(checkpoint, base, new.get(base, ()), len(items),
+                           lambda length, file=file: Item(file, 0, length), edited, zero, noted)  # type: ignore[misc]  # fmt: skip
             items.append(relaid.item)
             places.update(relaid.places)
         else:

@@ -6,6 +6,7 @@ they lie there; deepspeed/utils/zero_to_fp32.py reads partitions by it too.
 * ZeRO-1, ZeRO-2, BF16_Optimizer: a group is one flat tensor, cut into one partition per rank.
 * The experts of a DeepSpeed MoE model have groups of their own, one per rank of expert parallelism,
   cut over the ranks that hold the same experts; names in them count the experts of that rank.
+* Every model-parallel rank (or pipeline stage) has groups of its own, over its data-parallel ranks.
 * ZeRO-3: every parameter is cut by itself, ceil(numel / ranks) elements each, the last ones padded
   with whatever was in memory; a rank's pieces follow each other through its sub-groups.
 """
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pma_megatron.errors import CheckpointError
-from pma_megatron.formats.base import MAIN_PARAM, Payload
+from pma_megatron.formats.base import MAIN_PARAM, Item, Payload
 from pma_megatron.formats.deepspeed.checkpoint import DeepSpeedCheckpoint
 from pma_megatron.formats.flat import FlatMap, FlatRange, FlatSpace
 from pma_megatron.formats.pickles import TensorRef
@@ -27,7 +28,7 @@ from pma_megatron.geometry import Box, Piece, flat_range
 
 _MASTERS = "single_partition_of_fp32_groups"
 _MASTERS_3 = "fp32_flat_groups"
-_LOCAL_EXPERT = re.compile(
+LOCAL_EXPERT = re.compile(
     r"^(?P<layer>.*\.deepspeed_moe\.experts\.deepspeed_experts\.)(?P<expert>\d+)(?=\.)"
 )
 
@@ -37,11 +38,13 @@ class Group:
     """Parameters that lie in one flat group, whose partitions `ranks` hold in this order.
 
     Attributes:
+        mp: model-parallel rank.
         number: of the group in every rank's file.
         ranks: data-parallel ranks.
         shapes: key of each trained parameter -> shape, in the order of the group.
     """
 
+    mp: int
     number: int
     ranks: tuple[int, ...]
     shapes: Mapping[str, tuple[int, ...]]
@@ -56,17 +59,21 @@ def groups_of(checkpoint: DeepSpeedCheckpoint) -> list[Group]:
     Raises:
         CheckpointError: a group was partitioned over other ranks than are there.
     """
-    world = len(checkpoint.optim)
+    ranks = range(checkpoint.model_parallel_size)
+    return [group for mp in ranks for group in _groups_of_rank(checkpoint, mp)]
+
+
+def _groups_of_rank(checkpoint: DeepSpeedCheckpoint, mp: int) -> Iterator[Group]:
+    world = checkpoint.data_parallel_size
     named = [
-        {name: tuple(shape) for name, shape in group.items()}
-        for group in checkpoint.head["param_shapes"]
+        {checkpoint.key(name, mp): tuple(shape) for name, shape in group.items()}
+        for group in checkpoint.head_of(mp)["param_shapes"]
     ]
-    saved = checkpoint.optimizer(0).get("partition_count", world)
+    saved = checkpoint.optimizer(0, mp).get("partition_count", world)
     counts = saved if isinstance(saved, list) else [saved] * len(named)
-    local = _local_experts(named)
-    groups = []
+    local = local_experts(named)
     for number, (shapes, count) in enumerate(zip(named, counts, strict=True)):
-        of_experts = bool(shapes) and all(map(_LOCAL_EXPERT.match, shapes))
+        of_experts = bool(shapes) and all(map(LOCAL_EXPERT.match, shapes))
         if count != world and not (of_experts and count and world % count == 0):
             raise CheckpointError(
                 f"{checkpoint.path}: group {number} was partitioned over {count} ranks, and there "
@@ -74,23 +81,22 @@ def groups_of(checkpoint: DeepSpeedCheckpoint) -> list[Group]:
             )
         size = world // count
         for rank in range(size):
-            keys = {_global(name, rank, local): shape for name, shape in shapes.items()}
-            groups.append(Group(number, tuple(range(rank, world, size)), keys))
-    return groups
+            keys = {global_name(name, rank, local): shape for name, shape in shapes.items()}
+            yield Group(mp, number, tuple(range(rank, world, size)), keys)
 
 
-def _local_experts(named: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+def local_experts(named: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     """MoE layer -> experts that one rank holds."""
     counts: dict[str, int] = {}
-    for match in (_LOCAL_EXPERT.match(name) for shapes in named for name in shapes):
+    for match in (LOCAL_EXPERT.match(name) for shapes in named for name in shapes):
         if match:
             counts[match["layer"]] = max(counts.get(match["layer"], 0), int(match["expert"]) + 1)
     return counts
 
 
-def _global(name: str, rank: int, local: Mapping[str, int]) -> str:
+def global_name(name: str, rank: int, local: Mapping[str, int]) -> str:
     """The name of a parameter in which experts of all ranks are counted, as expert files do."""
-    match = _LOCAL_EXPERT.match(name)
+    match = LOCAL_EXPERT.match(name)
     if match is None:
         return name
     number = rank * local[match["layer"]] + int(match["expert"])
@@ -99,6 +105,8 @@ def _global(name: str, rank: int, local: Mapping[str, int]) -> str:
 
 def kind(checkpoint: DeepSpeedCheckpoint) -> str:
     """Which optimizer wrote it."""
+    if checkpoint.is_whole:
+        return "ZeRO-0"
     stage = checkpoint.optimizer(0).get("zero_stage")
     if stage is None:
         return "BF16_Optimizer"
@@ -111,20 +119,26 @@ def flat_spaces(checkpoint: DeepSpeedCheckpoint) -> tuple[list[FlatSpace], FlatM
     Raises:
         CheckpointError: files of different ranks, or shapes and partitions, contradict each other.
     """
-    optimizers = [checkpoint.optimizer(rank) for rank in sorted(checkpoint.optim)]
     groups = groups_of(checkpoint)
-    by_rank = [_partitions(checkpoint, rank, state) for rank, state in enumerate(optimizers)]
-    if _MASTERS_3 in optimizers[0]:
-        return _by_parameter(checkpoint, groups, by_rank)
-    count = groups[-1].number + 1
-    if any(len(partitions) != count for partitions in by_rank):
-        raise CheckpointError(
-            f"{checkpoint.path} has {count} groups in param_shapes and "
-            f"{[len(partitions) for partitions in by_rank]} partitions per rank: expected one per "
-            "group. Exclude this checkpoint"
-        )
-    paddings = optimizers[0].get("param_alignment_paddings")
-    return _by_group(checkpoint, groups, by_rank, paddings)
+    spaces: list[FlatSpace] = []
+    ranges: dict[tuple[str, str], Sequence[FlatRange]] = {}
+    for mp in range(checkpoint.model_parallel_size):
+        own = [group for group in groups if group.mp == mp]
+        optimizers = [
+            checkpoint.optimizer(rank, mp) for rank in range(checkpoint.data_parallel_size)
+        ]
+        by_rank = [
+            _partitions(checkpoint, checkpoint.optim[mp, rank], state)
+            for rank, state in enumerate(optimizers)
+        ]
+        if _MASTERS_3 in optimizers[0]:
+            theirs, found = _by_parameter(checkpoint, own, by_rank)
+        else:
+            paddings = optimizers[0].get("param_alignment_paddings")
+            theirs, found = _by_group(checkpoint, own, by_rank, paddings)
+        spaces += theirs
+        ranges.update(found)
+    return spaces, ranges
 
 
 _Partition = dict[str, tuple[Payload, TensorRef]]
@@ -134,11 +148,21 @@ _Partition = dict[str, tuple[Payload, TensorRef]]
 def _by_group(checkpoint: DeepSpeedCheckpoint, groups: Sequence[Group],
               by_rank: Sequence[Sequence[_Partition]], paddings: Any
               ) -> tuple[list[FlatSpace], FlatMap]:  # fmt: skip
+    count = groups[-1].number + 1
+    if any(len(partitions) != count for partitions in by_rank):
+        raise CheckpointError(
+            f"{checkpoint.path} has {count} groups in param_shapes and "
+            f"{[len(partitions) for partitions in by_rank]} partitions per rank: expected one per "
+            "group. Exclude this checkpoint"
+        )
     spaces, ranges = [], {}
     for group in groups:
         number = group.number
-        space = _join(f"group {number}", f"of rank {group.ranks[0]}",
-                      [by_rank[rank][number] for rank in group.ranks])  # fmt: skip
+        space = _join(
+            f"model-parallel rank {group.mp}",
+            f"group {number} of rank {group.ranks[0]}",
+            [by_rank[rank][number] for rank in group.ranks],
+        )
         found, at = [], 0
         for index, (name, shape) in enumerate(group.shapes.items()):
             found.append(FlatRange(at, name, _whole(shape)))
@@ -154,7 +178,7 @@ def _by_parameter(checkpoint: DeepSpeedCheckpoint, groups: Sequence[Group],
                   ) -> tuple[list[FlatSpace], FlatMap]:  # fmt: skip
     spaces, ranges = [], {}
     for rank, partitions in enumerate(by_rank):
-        space = _join("rank", str(rank), partitions)
+        space = _join(f"model-parallel rank {groups[0].mp}", f"rank {rank}", partitions)
         found, at = [], 0
         for name, shape in (pair for group in groups for pair in group.shapes.items()):
             numel = math.prod(shape)
@@ -189,14 +213,20 @@ def _join(group: str, name: str, partitions: Sequence[_Partition]) -> FlatSpace:
     return FlatSpace(group, name, numel=at, exact=True, states=states)
 
 
-def _partitions(checkpoint: DeepSpeedCheckpoint, rank: int, state: Mapping[str, Any]
+def _partitions(checkpoint: DeepSpeedCheckpoint, file: str, state: Mapping[str, Any]
                 ) -> list[_Partition]:  # fmt: skip
     """The flat partitions in one rank's file, in the order of groups or sub-groups."""
-    what = str(checkpoint.path / checkpoint.optim[rank])
+    what = str(checkpoint.path / file)
     masters = state.get(_MASTERS, state.get(_MASTERS_3))
     if not isinstance(masters, list):
         raise CheckpointError(f"{what} has neither {_MASTERS} nor {_MASTERS_3}: not supported")
-    item = checkpoint.item(checkpoint.optim[rank])
+    if isinstance(base_state(state), list) and "base_optimizer_state_step" not in state:
+        raise CheckpointError(
+            f"{what} is elastic and says no step, so DeepSpeed does not resume from it "
+            "(AssertionError in stage_1_and_2.py): save without "
+            "zero_optimization.elastic_checkpoint, or train with DeepSpeed's own Adam"
+        )
+    item = checkpoint.item(file)
     result = []
     for number, master in enumerate(masters):
         if not _is_flat(master):
@@ -205,13 +235,7 @@ def _partitions(checkpoint: DeepSpeedCheckpoint, rank: int, state: Mapping[str, 
                 "that were offloaded elsewhere are not supported"
             )
         refs = {MAIN_PARAM: master, **dict(_moments(state, number))}
-        result.append(
-            {
-                name: (Payload(item, ref.storage.dtype, ref.storage.numel,
-                               f"data/{ref.storage.key}"), ref)
-                for name, ref in refs.items()
-            }
-        )  # fmt: skip
+        result.append({name: (payload_of(item, ref), ref) for name, ref in refs.items()})
     return result
 
 
@@ -223,8 +247,15 @@ def _moments(state: Mapping[str, Any], number: int) -> Iterator[tuple[str, Tenso
             yield name, value
 
 
+def payload_of(item: Item, ref: TensorRef) -> Payload:
+    """The storage of a tensor of `item`."""
+    return Payload(item, ref.storage.dtype, ref.storage.numel, f"data/{ref.storage.key}")
+
+
 def base_state(state: Mapping[str, Any]) -> Any:
-    """The state of the torch optimizer below ZeRO: a dictionary, or a list where it is elastic."""
+    """The state of torch's own optimizer: a dictionary, or a list where ZeRO's is elastic."""
+    if "param_groups" in state:  # nothing is wrapped around it
+        return state
     return state.get("base_optimizer_state", state.get("optimizer_state_dict"))
 
 
@@ -237,6 +268,6 @@ def _check_length(checkpoint: DeepSpeedCheckpoint, space: FlatSpace, numel: int,
     if space.numel < numel or (exact and space.numel != numel):
         raise CheckpointError(
             f"{checkpoint.path}: {space.group} {space.name} holds {space.numel} elements of main "
-            f"params, its param_shapes need {numel}: damaged, or states were offloaded elsewhere. "
-            "group. Exclude this checkpoint"
+            f"params, its param_shapes need {numel}: damaged, or states were offloaded elsewhere, "
+            "which is not supported. Exclude this checkpoint"
         )

@@ -11,9 +11,19 @@ import torch
 
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.base import ModelSpace, Payload, Schedule, Tensor
-from pma_megatron.formats.deepspeed.checkpoint import DeepSpeedCheckpoint, completeness
-from pma_megatron.formats.deepspeed.partitions import base_state, flat_spaces, groups_of, kind
-from pma_megatron.formats.flat import FlatMap, states_from_flat
+from pma_megatron.formats.deepspeed.checkpoint import TIED, DeepSpeedCheckpoint
+from pma_megatron.formats.deepspeed.completeness import completeness
+from pma_megatron.formats.deepspeed.layers import layer_names
+from pma_megatron.formats.deepspeed.partitions import (
+    base_state,
+    flat_spaces,
+    groups_of,
+    kind,
+    payload_of,
+)
+from pma_megatron.formats.deepspeed.steps import refuse_mixed_steps
+from pma_megatron.formats.deepspeed.unsharded import name_main_params, trained_shapes
+from pma_megatron.formats.flat import FlatMap, FlatSpace, states_from_flat
 from pma_megatron.formats.pickles import TensorRef
 from pma_megatron.formats.source import Source, stamps_of
 from pma_megatron.geometry import Box, Piece
@@ -35,81 +45,174 @@ def read_source(path: str, ranges: FlatMap, main_params: bool) -> Source:
     if reason:
         raise CheckpointError(f"{path} cannot be a source: {reason}. Exclude it, or restore it.")
     checkpoint = DeepSpeedCheckpoint(folder)
-    spaces, found = flat_spaces(checkpoint)
-    weights = weights_of(checkpoint)
+    refuse_mixed_steps(checkpoint, checkpoint.optimizers())
+    if not checkpoint.is_whole:
+        weights = weights_of(checkpoint, shapes_of(checkpoint))
+        spaces, found = flat_spaces(checkpoint)
+    else:
+        weights, spaces, found = _without_zero(checkpoint, ranges)
     return Source(
         path=path,
         format="deepspeed",
         space=ModelSpace(weights, states_from_flat(spaces, found, weights), kind(checkpoint)),
         objects=(),
-        optimizer_keys=frozenset(checkpoint.optim.values()),
+        # float32 without ZeRO: moments have no names, so they stay the newest's in any case.
+        optimizer_keys=frozenset(checkpoint.optimizers() if found else ()),
         metadata_digest=checkpoint.metadata_digest(),
         ranges=found,
-        topology=f"DP{len(checkpoint.optim)}",
+        topology=checkpoint.topology,
         stamps=stamps_of(folder),
     )
 
 
-def weights_of(checkpoint: DeepSpeedCheckpoint) -> dict[str, Tensor]:
-    """Trained parameters and buffers as the model states hold them.
+def _without_zero(checkpoint: DeepSpeedCheckpoint, known: FlatMap
+                  ) -> tuple[dict[str, Tensor], list[FlatSpace], FlatMap]:  # fmt: skip
+    shapes = _stored_shapes(checkpoint)
+    weights = weights_of(checkpoint, shapes)
+    parameters = {key: tensor for key, tensor in weights.items() if key in shapes}
+    named = name_main_params(checkpoint, parameters, known)
+    for copy, owner in named.copies.items():
+        replicas = (*weights[owner].replicas, *weights[copy].pieces)
+        weights[owner] = replace(weights[owner], replicas=replicas)
+    if named.ranges:
+        trained = {found.key for space in named.ranges.values() for found in space}
+    else:
+        sizes = trained_shapes(checkpoint)
+        trained = {key for key, tensor in parameters.items() if tensor.shape in sizes}
+    kept = {key: t for key, t in weights.items() if key in trained or key not in parameters}
+    return kept, named.spaces, named.ranges
 
-    ZeRO-3 stores no weights beside its main params: they have no pieces here. What is neither
-    trained nor a buffer (frozen parameters) is left out: it stays as the newest source has it. A
-    second name of a tied parameter is no weight of its own, and where it has a storage of its own
-    (MoE) it is a replica. A buffer of rank R > 0 under ZeRO-3 is called `name@R`.
+
+def _stored_shapes(checkpoint: DeepSpeedCheckpoint) -> dict[str, tuple[int, ...]]:
+    """Floating parameter -> shape, trained or not, where no optimizer says names."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    buffers = _buffers(checkpoint)
+    for _, module, names in _modules(checkpoint, {}):
+        for key, name in names.items():
+            ref = module[name]
+            floating = isinstance(ref, TensorRef) and ref.storage.dtype.is_floating_point
+            if floating and key not in buffers:
+                shapes[key] = ref.size
+    return shapes
+
+
+def shapes_of(checkpoint: DeepSpeedCheckpoint) -> dict[str, tuple[int, ...]]:
+    """Trained parameter -> shape, experts by their global number."""
+    return {k: shape for group in groups_of(checkpoint) for k, shape in group.shapes.items()}
+
+
+def weights_of(
+    checkpoint: DeepSpeedCheckpoint, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Tensor]:
+    """Trained parameters (`shapes`) and buffers as the model states hold them.
+
+    ZeRO-3 stores no weights beside its main params, nor does a Universal pipeline: they have no
+    pieces here. What is neither trained nor a buffer (frozen parameters) is left out: it stays as
+    the newest source has it. A second name of a tied parameter is no weight of its own, and where
+    it has a storage of its own (MoE, pipelines) it is a replica. A buffer of rank R > 0 under
+    ZeRO-3 is called `name@R`.
 
     Raises:
         CheckpointError: the model states lack a trained parameter, or hold it in another shape.
     """
-    shapes = {k: shape for group in groups_of(checkpoint) for k, shape in group.shapes.items()}
-    partitioned = "zero_pp_rank_" in checkpoint.model[0]
     weights: dict[str, Tensor] = {}
+    partitioned = _is_partitioned(checkpoint)
     if partitioned:
         for name, shape in shapes.items():
             weights[name] = Tensor(name, torch.float32, shape, ())
-    in_files: set[str] = set()
-    for file in checkpoint.experts.values():
-        module = checkpoint.state(file)
-        names = [name for name in module if name in shapes]
-        in_files.update(names)
-        weights.update(_stored(checkpoint, file, module, names, shapes))
-    for rank, file in checkpoint.model.items():
-        state = checkpoint.state(file)
-        buffers = set(state.get("buffer_names") or ()) - set(shapes)
-        wanted = buffers if partitioned else {*shapes, *buffers} - in_files
-        names = sorted(wanted, key=lambda name: name not in shapes)
-        for name, tensor in _stored(checkpoint, file, state["module"], names, shapes):
-            weights[name if rank == 0 else f"{name}@{rank}"] = tensor
-    for alias, owner in (checkpoint.head.get("shared_params") or {}).items():
+    buffers = _buffers(checkpoint) - set(shapes)
+    ranks = {file: dp for (_, dp), file in checkpoint.model.items()}
+    for file, module, names in _modules(checkpoint, shapes):
+        wanted = [key for key in names if key in shapes and not partitioned]
+        wanted += [key for key in names if key in buffers]
+        stored = _stored(checkpoint, file, module, {key: names[key] for key in wanted}, shapes)
+        for key, tensor in stored:
+            name = f"{key}@{ranks[file]}" if ranks.get(file) else key
+            there = weights.get(name)
+            if there is None:
+                weights[name] = replace(tensor, key=name)
+            else:  # a tied layer's, for the second time on its stage
+                weights[name] = replace(there, replicas=(*there.replicas, *tensor.pieces))
+    for key in shapes:  # a tied layer that is only called by a function has no file
+        if checkpoint.layers and key.startswith(TIED):
+            weights.setdefault(key, Tensor(key, torch.float32, shapes[key], ()))
+    missing = next((key for key in shapes if key not in weights), None)
+    if missing is not None and not checkpoint.is_whole:
+        raise CheckpointError(
+            f"{checkpoint.path} holds no weight {missing} of shape {shapes[missing]}: it is not "
+            "what ZeRO saves, or incomplete. Exclude this checkpoint"
+        )
+    for alias, owner in checkpoint.aliases.items():
         for replica in _replicas(checkpoint, alias, weights.get(owner)):
             weights[owner] = replace(weights[owner], replicas=(*weights[owner].replicas, replica))
     return weights
 
 
+def _is_partitioned(checkpoint: DeepSpeedCheckpoint) -> bool:
+    """True where model states hold no weights, and no files of layers do."""
+    of_layers = checkpoint.head["module"] is None
+    return checkpoint.model[0, 0].startswith("zero_pp_rank_") or (
+        of_layers and not checkpoint.layers
+    )
+
+
+def _buffers(checkpoint: DeepSpeedCheckpoint) -> set[str]:
+    return {
+        checkpoint.key(name, mp)
+        for mp in range(checkpoint.model_parallel_size)
+        for name in checkpoint.head_of(mp).get("buffer_names") or ()
+    }
+
+
+def _modules(checkpoint: DeepSpeedCheckpoint, shapes: Mapping[str, tuple[int, ...]]
+             ) -> Iterator[tuple[str, dict[str, Any], dict[str, str]]]:  # fmt: skip
+    """Each file with weights, its tensors by name, and model key -> name."""
+    for file in checkpoint.experts.values():
+        module = checkpoint.state(file)
+        yield file, module, {name: name for name in module}
+    for (mp, _), file in checkpoint.model.items():
+        module = dict(_flat(checkpoint.state(file)["module"] or {}))
+        yield file, module, {checkpoint.key(name, mp): name for name in module}
+    for file, names in layer_names(checkpoint, shapes).items():
+        yield file, checkpoint.state(file), names
+
+
+def _flat(module: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Megatron-DeepSpeed without pipelines nests its modules (`state_dict_for_save_checkpoint`)."""
+    for name, value in module.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
 def _replicas(checkpoint: DeepSpeedCheckpoint, alias: str, owner: Tensor | None
               ) -> Iterator[Piece[Payload]]:  # fmt: skip
     """Where the second name of a tied parameter is stored again: its optimizer knows one copy."""
-    file, module = checkpoint.model[0], checkpoint.head["module"]
+    file = checkpoint.model[0, 0]
     if owner is None or not owner.pieces or owner.pieces[0].payload.item.file != file:
         return
-    for _, tensor in _stored(checkpoint, file, module, [alias], {}):
+    module = dict(_flat(checkpoint.head["module"]))
+    for _, tensor in _stored(checkpoint, file, module, {alias: alias}, {}):
         (piece,) = tensor.pieces
         if tensor.shape == owner.shape and piece not in (*owner.pieces, *owner.replicas):
             yield piece
 
 
-def _stored(checkpoint: DeepSpeedCheckpoint, file: str, module: Any, names: list[str],
-            shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
+def _stored(checkpoint: DeepSpeedCheckpoint, file: str, module: Mapping[str, Any],
+            names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
+            ) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
+    """Tensors of `module`, which is in `file`, by model key; `names` says what it calls them."""
     item = checkpoint.item(file)
     seen: set[tuple[str, int, tuple[int, ...]]] = set()
-    for name in names:
-        ref = module.get(name) if isinstance(module, dict) else None
-        if name in shapes and not (
-            isinstance(ref, TensorRef) and ref.size == shapes[name] and ref.is_contiguous()
+    for key, name in names.items():
+        ref = module.get(name)
+        if key in shapes and not (
+            isinstance(ref, TensorRef) and ref.size == shapes[key] and ref.is_contiguous()
         ):
             raise CheckpointError(
                 f"{checkpoint.path / file} holds {ref!r} for {name}, expected a contiguous tensor "
-                f"of shape {shapes[name]}: it is not what ZeRO saves. Exclude this checkpoint"
+                f"of shape {shapes[key]}: it is not what ZeRO saves. Exclude this checkpoint"
             )
         if not isinstance(ref, TensorRef) or not ref.is_contiguous():
             continue
@@ -117,9 +220,9 @@ def _stored(checkpoint: DeepSpeedCheckpoint, file: str, module: Any, names: list
         if place in seen:
             continue
         seen.add(place)
-        payload = Payload(item, ref.storage.dtype, ref.storage.numel, f"data/{ref.storage.key}")
         box = Box((0,) * len(ref.size), ref.size)
-        yield name, Tensor(name, ref.storage.dtype, ref.size, (Piece(box, payload, ref.offset),))
+        piece = Piece(box, payload_of(item, ref), ref.offset)
+        yield key, Tensor(key, ref.storage.dtype, ref.size, (piece,))
 
 
 def read_common(path: Path) -> dict[str, Any]:
@@ -140,9 +243,13 @@ def read_schedule(path: Path) -> Schedule:
     """
     checkpoint = DeepSpeedCheckpoint(path)
     base = base_state(checkpoint.optimizer(0))
-    groups = base.get("param_groups", ()) if isinstance(base, dict) else ()
-    rates = [float(g["lr"]) for g in groups if isinstance(g.get("lr"), (int, float))]
-    samples = checkpoint.head.get("global_samples")
+    groups = base.get("param_groups") if isinstance(base, dict) else None
+    return schedule_of(groups, checkpoint.head.get("global_samples"))
+
+
+def schedule_of(groups: Any, samples: Any) -> Schedule:
+    """The largest learning rate of param groups, and the samples, where they are known."""
+    rates = [float(g["lr"]) for g in groups or () if isinstance(g.get("lr"), (int, float))]
     return Schedule(
         learning_rate=max(rates, default=None),
         samples=samples if isinstance(samples, int) else None,

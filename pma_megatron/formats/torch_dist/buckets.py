@@ -20,12 +20,11 @@ import torch
 
 from pma_megatron.errors import CheckpointError, PlanError
 from pma_megatron.formats.base import MAIN_PARAM, Payload, Tensor
-from pma_megatron.formats.flat import FlatMap, FlatRange, FlatSpace
+from pma_megatron.formats.fingerprints import FINGERPRINT_ELEMENTS, Fingerprints
+from pma_megatron.formats.flat import FlatMap, FlatRange, FlatSpace, read_flat
 from pma_megatron.formats.torch_dist.checkpoint import TorchDistCheckpoint
-from pma_megatron.geometry import Box, Piece, overlaps
+from pma_megatron.geometry import Piece
 
-FINGERPRINT_ELEMENTS = 64
-_COMPARE_ELEMENTS = 1 << 16
 _ALIGNMENT_ELEMENTS = 64  # parameters start at multiples of it, param_and_grad_buffer.py
 # Model keys say `decoder.layers.mlp...` where layers are stacked, `decoder.layers.7.mlp...` if not.
 _LAYER = re.compile(r"^(?P<block>.*?\.layers)\.(?:(?P<layer>\d+)\.)?")
@@ -80,65 +79,6 @@ def derive(
     return result
 
 
-def holds(
-    checkpoint: TorchDistCheckpoint,
-    spaces: Sequence[FlatSpace],
-    weights: Mapping[str, Tensor],
-    ranges: FlatMap,
-    *,
-    samples: int = 64,
-) -> bool:
-    """True if `ranges`, found on another checkpoint, fits this one (checked on samples).
-
-    The buffers must have the same names and lengths and the weights the same chunks; then the
-    first elements of up to `samples` parameters are compared.
-    """
-    if {(s.group, s.name) for s in spaces} != set(ranges):
-        return False
-    by_box = {(key, p.box): p for key, tensor in weights.items() for p in tensor.pieces}
-    places = [(space, found) for space in spaces for found in ranges[space.group, space.name]]
-    if any(
-        (found.key, found.box) not in by_box or found.start + found.box.numel > space.numel
-        for space, found in places
-    ):
-        return False
-    step = max(1, len(places) // samples)
-    for space, found in places[::step]:
-        piece = by_box[found.key, found.box]
-        count = min(FINGERPRINT_ELEMENTS, found.box.numel)
-        stored = read_elements(checkpoint, piece, 0, count)
-        main = _read_flat(checkpoint, space.states[MAIN_PARAM], found.start, count)
-        if not _same(main, stored):
-            return False
-    return True
-
-
-def read_elements(
-    checkpoint: TorchDistCheckpoint, piece: Piece[Payload], first: int, count: int
-) -> torch.Tensor:
-    """`count` elements of a piece from its `first`, as a 1-D tensor of the stored dtype."""
-    dtype = piece.payload.dtype
-    _, start = checkpoint.locate(piece.payload)
-    offset = start + (piece.start + first) * dtype.itemsize
-    data = checkpoint.read(piece.payload.item.file, offset, count * dtype.itemsize)
-    return torch.frombuffer(bytearray(data), dtype=dtype)
-
-
-def _read_flat(
-    checkpoint: TorchDistCheckpoint, stored: Sequence[Piece[Payload]], start: int, count: int
-) -> torch.Tensor:
-    result = torch.zeros(count, dtype=stored[0].payload.dtype)
-    for part in overlaps(Box((start,), (count,)), stored):
-        piece = Piece(Box((0,), (part.payload.numel,)), part.payload)
-        data = read_elements(checkpoint, piece, part.start, part.numel)
-        result[part.unit_start : part.unit_start + part.numel] = data
-    return result
-
-
-def _same(main: torch.Tensor, stored: torch.Tensor) -> bool:
-    return torch.equal(main.to(stored.dtype).view(torch.uint8), stored.view(torch.uint8))
-
-
 class _Finder:
     """Candidates of one checkpoint by the bytes they start with."""
 
@@ -146,13 +86,7 @@ class _Finder:
         self._checkpoint = checkpoint
         self._candidates = list(_chunks(weights))
         self._widest_gap = 0
-        # Shorter candidates have shorter fingerprints: one table per (dtype, length).
-        self._tables: dict[tuple[torch.dtype, int], dict[bytes, list[int]]] = {}
-        for number, candidate in enumerate(self._candidates):
-            count = min(FINGERPRINT_ELEMENTS, candidate.piece.box.numel)
-            data = read_elements(checkpoint, candidate.piece, 0, count)
-            table = self._tables.setdefault((data.dtype, count), {})
-            table.setdefault(data.view(torch.uint8).numpy().tobytes(), []).append(number)
+        self._fingerprints = Fingerprints(checkpoint, [c.piece for c in self._candidates])
 
     def walk(self, space: FlatSpace, taken: set[int]) -> list[FlatRange]:
         """Name the parameters of one space; `taken` are those already found in its group."""
@@ -163,7 +97,7 @@ class _Finder:
         ambiguous: list[str] = []
         at = 0
         while at < space.numel:
-            window = _read_flat(
+            window = read_flat(
                 self._checkpoint,
                 stored,
                 at,
@@ -196,30 +130,10 @@ class _Finder:
     def _matches(self, space: FlatSpace, stored: Sequence[Piece[Payload]], at: int,
                  window: torch.Tensor, taken: set[int]) -> list[int]:  # fmt: skip
         # A buffer is named after its parameters' dtype: a buffer of zeros is no candidate for gaps.
-        numbers: list[int] = []
-        for (dtype, count), table in self._tables.items():
-            if f"({dtype}, " in space.name and count <= len(window):
-                key = window[:count].to(dtype).view(torch.uint8).numpy().tobytes()
-                numbers += [n for n in table.get(key, ()) if n not in taken]
-        numbers = [n for n in numbers if at + self._numel(n) <= space.numel]
-        if len(numbers) > 1:
-            numbers = [n for n in numbers if self._equal(n, stored, at)]
-            longest = max((self._numel(n) for n in numbers), default=0)
-            numbers = [n for n in numbers if self._numel(n) == longest]
-        return numbers
-
-    def _numel(self, number: int) -> int:
-        return self._candidates[number].piece.box.numel
-
-    def _equal(self, number: int, stored: Sequence[Piece[Payload]], at: int) -> bool:
-        piece = self._candidates[number].piece
-        numel = piece.box.numel
-        for first in {0, max(0, numel - _COMPARE_ELEMENTS)}:
-            count = min(_COMPARE_ELEMENTS, numel)
-            weight = read_elements(self._checkpoint, piece, first, count)
-            if not _same(_read_flat(self._checkpoint, stored, at + first, count), weight):
-                return False
-        return True
+        return self._fingerprints.longest(
+            stored, at, space.numel, window, taken,
+            lambda n: f"({self._candidates[n].piece.payload.dtype}, " in space.name,
+        )  # fmt: skip
 
     def _choose(self, numbers: list[int], walked: list[_Candidate]) -> int:
         """Among bit-identical weights, the one that the model's reverse order puts next."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pma_megatron.errors import CheckpointError, PlanError
+from pma_megatron.formats.fingerprints import holds
 from pma_megatron.formats.flat import FlatMap
 from pma_megatron.formats.marker import read_snapshot_marker
 from pma_megatron.formats.source import Source, stamps_of
@@ -57,7 +58,7 @@ def read_source(path: str, ranges: FlatMap, main_params: bool) -> Source:
     found: FlatMap = {}
     if spaces:
         try:
-            fits = bool(ranges) and buckets.holds(checkpoint, spaces, weights, ranges)
+            fits = bool(ranges) and holds(checkpoint, spaces, weights, ranges)
             found = ranges if fits else buckets.derive(checkpoint, spaces, weights)
             buckets.check_complete(checkpoint, found, weights)
         except PlanError as error:

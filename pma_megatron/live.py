@@ -1,13 +1,14 @@
 """Live tensors as targets of the one loop: what each rank reads, and where its averages go.
 
-A rank's main params are boxes of global tensors (`params.Place`), so a live model is just another
-layout. Nothing here multiplies: tasks go to the engine, which writes into the tensors' storage.
+A rank's main params are boxes of global tensors (`live_tensor.Place`), so a live model is just
+another layout. Nothing here multiplies: tasks go to the engine, which writes into the tensors'
+storage.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +19,8 @@ from pma_megatron.errors import PlanError, UsageError
 from pma_megatron.formats.base import Tensor
 from pma_megatron.formats.source import Source
 from pma_megatron.geometry import Box, Piece, flat_range
-from pma_megatron.megatron.params import LiveTensor
+from pma_megatron.live_tensor import LiveTensor
+from pma_megatron.planning import Gathered
 from pma_megatron.policy import MAIN
 from pma_megatron.tasks import Average, Unit, units
 
@@ -33,6 +35,14 @@ class LivePlan:
     visible: tuple[tuple[int, ...], ...]
     coefficients: tuple[tuple[float, ...], ...]
     threads: int
+
+    @staticmethod
+    def of(found: Gathered, threads: int) -> LivePlan:
+        """The plan of a merge of those sources."""
+        values = tuple(output.values for output in found.outputs)
+        return LivePlan(
+            sources=found.sources, visible=found.visible, coefficients=values, threads=threads
+        )
 
 
 @dataclass(eq=False, slots=True)
@@ -103,7 +113,7 @@ def average_units(plan: LivePlan, active: Sequence[int], tensors: Iterable[LiveT
     """
     wanted: dict[tuple[str, str], tuple[list[Piece[Any]], list[Piece[Slot]]]] = {}
     for live in tensors:
-        for state in states if live.part is not None else [WEIGHT]:
+        for state in states if live.trained else [WEIGHT]:
             slot = _slot(live, state)
             for place in live.places:
                 exact = rounded and state == WEIGHT and _has_main(plan, active, place.key)
@@ -121,6 +131,21 @@ def average_units(plan: LivePlan, active: Sequence[int], tensors: Iterable[LiveT
     return result
 
 
+def refuse_other_model(plan: LivePlan, active: Sequence[int], tensors: Iterable[LiveTensor],
+                       states: Sequence[str]) -> None:  # fmt: skip
+    """Sources that lack a live tensor or one of its states are refused before anything is touched.
+
+    Raises:
+        PlanError: a source lacks a tensor, or has it in another shape.
+    """
+    for live in tensors:
+        for state in states if live.trained else [WEIGHT]:
+            for place in live.places:
+                for number in active:
+                    _stored(plan.sources[number], state, place.key)
+                _check_shape(plan.sources[-1], state, place.key, place.global_shape)
+
+
 def _has_main(plan: LivePlan, active: Sequence[int], key: str) -> bool:
     return any(key in plan.sources[number].space.states.get(MAIN, {}) for number in active)
 
@@ -133,8 +158,8 @@ def _slot(live: LiveTensor, state: str) -> Slot | None:
     found = live.states().get(MAIN if state == WEIGHT else state)
     if found is None:
         raise UsageError(
-            f"--pma-optimizer-state average: the live optimizer has no {state} of {live.name}. "
-            "Resume with the optimizer state, or use --pma-optimizer-state latest"
+            f"optimizer state average: the live optimizer has no {state} of {live.name}. Resume "
+            "with the optimizer state, or use latest"
         )
     flat = found.detach().view(-1)
     return Slot(flat.dtype, flat.numel(), flat)
@@ -144,7 +169,7 @@ def _copied_slot(live: LiveTensor, state: str) -> Slot:
     """For the precision-aware optimizer: its accessors read and set whole parameters."""
     if state != MAIN:
         raise UsageError(
-            "--pma-optimizer-state average: moments of the precision-aware optimizer are kept in "
+            "optimizer state average: moments of the precision-aware optimizer are kept in "
             "reduced precision and cannot be averaged in place. Use latest or reset"
         )
     held: dict[str, Any] = {}
@@ -156,7 +181,7 @@ def _copied_slot(live: LiveTensor, state: str) -> Slot:
 
     def commit(values: torch.Tensor) -> None:
         tensors = {k: v for k, v in held.items() if k != MAIN}
-        live.part._set_main_param_and_optimizer_states(live.tensor, {MAIN: values, **tensors})
+        live.set_states({MAIN: values, **tensors})
         held.clear()
 
     return Slot(torch.float32, live.numel, None, fetch, commit)
@@ -210,13 +235,3 @@ def _check_shape(source: Source, state: str, key: str, shape: tuple[int, ...]) -
         else "it is a checkpoint of another model"
     )
     raise PlanError(f"{source.path}: {key} has shape {found}, the live model {shape}: {hint}")
-
-
-def by_group(tensors: Iterable[LiveTensor]) -> Mapping[tuple[bool, bool], list[LiveTensor]]:
-    """Tensors by (main params sharded over replicas, replicas are the expert group)."""
-    groups: dict[tuple[bool, bool], list[LiveTensor]] = {
-        (sharded, expert): [] for sharded in (True, False) for expert in (False, True)
-    }
-    for live in tensors:
-        groups[live.sharded, live.expert].append(live)
-    return groups

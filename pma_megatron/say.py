@@ -1,4 +1,4 @@
-"""Words for the log of a Megatron job, where Megatron itself prints its own: standard output."""
+"""Words for the log of a training job: on standard output, where Megatron prints its own."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ import threading
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,10 +22,10 @@ from pma_megatron.comm import Comm
 from pma_megatron.discover import list_checkpoints
 from pma_megatron.errors import CheckpointError, PublishError
 from pma_megatron.formats import registry
-from pma_megatron.megatron.shard import Shard
-from pma_megatron.megatron.snapshots import SnapshotWriter, prune
-from pma_megatron.megatron.window import Entry, ExponentialAverage, Window
-from pma_megatron.selection import CheckpointRef
+from pma_megatron.online.shard import Shard
+from pma_megatron.online.snapshots import SnapshotWriter, prune
+from pma_megatron.online.window import Entry, ExponentialAverage, Window
+from pma_megatron.refs import CheckpointRef
 
 FOLDER = "window"
 """Below the root of the averages."""
@@ -36,7 +37,7 @@ _AT_EXIT_S = 60.0  # another rank may be gone, and a job that ends must end
 class WindowStore:
     """Saves the entries of one window below one folder. The constructor is collective."""
 
-    def __init__(self, root: str | Path, shard: Shard, window: Window, comm: Comm) -> None:
+    def __init__(self, root: str | Path, shard: Shard[Any], window: Window, comm: Comm) -> None:
         """Agree on who writes what.
 
         Raises:

@@ -18,8 +18,8 @@ import torch
 from pma_megatron.accumulate import Sum, fold
 from pma_megatron.coefficients import Coefficients
 from pma_megatron.errors import UsageError
-from pma_megatron.megatron.hostcopy import HostCopy
-from pma_megatron.megatron.shard import Slot
+from pma_megatron.online.hostcopy import HostCopy
+from pma_megatron.online.shard import Slot
 from pma_megatron.request import Method
 
 EMA = "ema"
@@ -55,7 +55,7 @@ class Average:
 
     entries: tuple[Entry, ...]
     coefficients: Coefficients | None
-    made: Callable[[Slot], torch.Tensor]
+    made: Callable[[Slot[Any]], torch.Tensor]
 
     def describe(self) -> str:
         """`sma of 3 (iterations 10, 20, 30)`."""
@@ -147,7 +147,7 @@ class Window:
         made = self.method.of([entry.tokens for entry in entries], len(entries))
         how, sources = Sum.of(made.values), [self._vectors[index] for _, index in self._held]
 
-        def average(slot: Slot) -> torch.Tensor:
+        def average(slot: Slot[Any]) -> torch.Tensor:
             out = torch.empty(slot.live.numel, dtype=torch.float32)
             how.into(out, [slot.of(source) for source in sources])
             return out

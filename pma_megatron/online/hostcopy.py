@@ -6,23 +6,34 @@ waits for it, which is the first to change what is copied. On the CPU it is done
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from pma_megatron.megatron.params import parts
-from pma_megatron.megatron.shard import Shard
+from pma_megatron.online.shard import Shard
 
 
 class HostCopy:
     """One copy at a time; `start`, then `wait` before the target is read."""
 
-    def __init__(self, shard: Shard, optimizer: Any) -> None:
+    def __init__(self, shard: Shard[Any], stepping: Sequence[Any] | None) -> None:
+        """Make a stream of its own on a GPU.
+
+        Args:
+            shard: what to copy.
+            stepping: the torch optimizers whose steps change it; None if they may step without
+                Python (a captured graph), so that nothing can wait but what is queued next.
+        """
         self.shard = shard
         self.on_gpu = shard.device.type == "cuda"
         self._done: Any = None
         self._stream: Any = torch.cuda.Stream(shard.device) if self.on_gpu else None
-        self._step_waits = self.on_gpu and all(_hook(part, self._hold) for part in parts(optimizer))
+        self._step_waits = (
+            self.on_gpu
+            and stepping is not None
+            and all(_hook(optimizer, self._hold) for optimizer in stepping)
+        )
 
     def buffer(self) -> torch.Tensor:
         """Memory for one vector, pinned where that makes the copy asynchronous."""
@@ -37,11 +48,11 @@ class HostCopy:
         current = torch.cuda.current_stream(self.shard.device)
         self._stream.wait_stream(current)
         for slot in self.shard.slots:
-            if slot.live.part is None:  # small, and changed before the optimizer's step
+            if not slot.live.trained:  # small, and changed before the optimizer's step
                 slot.of(into).copy_(slot.main(), non_blocking=True)
         with torch.cuda.stream(self._stream):
             for slot in self.shard.slots:
-                if slot.live.part is not None:
+                if slot.live.trained:
                     slot.of(into).copy_(slot.main(), non_blocking=True)
             self._stream.wait_stream(current)  # `wait` speaks for both
             self._done = self._stream.record_event()
@@ -59,13 +70,10 @@ class HostCopy:
             torch.cuda.current_stream(self.shard.device).wait_event(self._done)
 
 
-def _hook(part: Any, before: Any) -> bool:
-    """Call `before` before each step of the optimizer inside `part`; False if that is not sure."""
-    inner = getattr(part, "optimizer", None)
-    register = getattr(inner, "register_step_pre_hook", None)
-    config = getattr(part, "config", None)
-    # A step inside a captured graph runs without Python.
-    if register is None or getattr(config, "optimizer_cuda_graph", False):
+def _hook(optimizer: Any, before: Any) -> bool:
+    """Call `before` before each step of the optimizer; False if that is not sure."""
+    register = getattr(optimizer, "register_step_pre_hook", None)
+    if register is None:
         return False
     register(before)
     return True

@@ -37,7 +37,7 @@ from pma_megatron.formats.torch_dist.chunks import (
     place,
     stored,
 )
-from pma_megatron.megatron.snapshot_job import REMOVED, STAGING, Data, SnapshotJob, remove
+from pma_megatron.online.snapshot_job import REMOVED, STAGING, Data, SnapshotJob, remove
 
 __all__ = ["SNAPSHOTS", "Chunk", "SnapshotWriter", "prune"]
 

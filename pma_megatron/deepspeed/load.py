@@ -1,0 +1,241 @@
+"""PMA-init: average tags straight into a live DeepSpeed engine.
+
+The engine loads the newest source by its own `load_checkpoint`; that gives moments, schedule, step,
+samples and client state. Then all sources are averaged into the float32 main params and floating
+buffers where they lie, and weights follow as after a step. The result is bit for bit what
+`pma merge` of the same tags loads.
+
+Main params are replaced after the load, whatever it did to them: that also repairs what
+`zero_optimization.load_from_fp32_weights: false` makes of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pma_megatron.comm import Comm, Team
+from pma_megatron.deepspeed.checks import (
+    WAY_OUT,
+    refuse_modes,
+    refuse_universal,
+    refuse_unresumable,
+)
+from pma_megatron.deepspeed.options import Options
+from pma_megatron.deepspeed.params import (
+    LiveTensor,
+    live_tensors,
+    refresh_weights,
+    replica_group,
+)
+from pma_megatron.deepspeed.record import RECORD, record_in_saves, record_of, resumed_tag
+from pma_megatron.errors import CheckpointError, PlanError, UsageError
+from pma_megatron.faultpoints import point
+from pma_megatron.formats import registry
+from pma_megatron.formats.deepspeed.checkpoint import iteration_of
+from pma_megatron.live import LivePlan, average_units, refuse_other_model
+from pma_megatron.live_load import Job, LiveReport, Meter, fill
+from pma_megatron.planning import Gathered, gather_sources, origin_note
+from pma_megatron.policy import MAIN
+from pma_megatron.say import say
+
+NOTE = "pma"
+"""Key in the returned client state: what was averaged, as in that of an offline merge."""
+
+Loaded = tuple[str | None, dict[str, Any]]
+
+
+def load_merged(engine: Any, load_dir: str | Path, **options: Any) -> Loaded:
+    """Start from an average of the tags in `load_dir`. Every rank makes this call.
+
+    Args:
+        engine: what `deepspeed.initialize` returned first.
+        load_dir: root of the tags; the engine resumes from the newest one of the average.
+        options: see `Options`. By default the last 10 up to what `latest` names.
+
+    Returns:
+        What `engine.load_checkpoint` returns; the client state says under `pma` what was averaged.
+
+    Raises:
+        UsageError, SelectionError, CheckpointError, PlanError: refused on every rank. Unless it
+            happened while values were read, no live tensor was touched; if it did, they are a
+            mixture: do not train on.
+        RankError: another rank failed.
+    """
+    return load_average(engine, engine.load_checkpoint, {"load_dir": load_dir}, Options(**options))
+
+
+@contextlib.contextmanager
+def pma_init(engine: Any, **options: Any) -> Iterator[None]:
+    """Inside the block, `engine.load_checkpoint` does what `load_merged` does. Collective.
+
+    Raises:
+        UsageError: the block loaded nothing; and see `load_merged`.
+    """
+    chosen, plain = Options(**options), engine.load_checkpoint
+    loaded = False
+
+    @functools.wraps(plain)
+    def load_checkpoint(*args: Any, **kwargs: Any) -> Loaded:
+        nonlocal loaded
+        loaded = True
+        return load_average(engine, plain, inspect.signature(plain).bind(*args, **kwargs).arguments,
+                            chosen)  # fmt: skip
+
+    before = vars(engine).get("load_checkpoint")
+    engine.load_checkpoint = load_checkpoint
+    try:
+        yield
+    finally:
+        del engine.load_checkpoint
+        if before is not None:
+            engine.load_checkpoint = before
+    if not loaded:
+        raise UsageError(
+            "pma_init: engine.load_checkpoint was not called inside the block, so nothing was "
+            "averaged. Put the script's own call into it"
+        )
+
+
+def load_average(engine: Any, plain: Callable[..., Loaded], call: Mapping[str, Any],
+                 options: Options) -> Loaded:  # fmt: skip
+    """In place of one call of `engine.load_checkpoint`; see `load_merged`.
+
+    Args:
+        engine: whose method is called.
+        plain: the method.
+        call: its arguments by name.
+        options: which average.
+    """
+    comm = Comm()
+    load, tag = str(call["load_dir"]), call.get("tag")
+    comm.agree("request", lambda: refuse_modes(call))
+    comm.agree("request", lambda: options.request(load, None))
+    comm.agree("model", lambda: refuse_universal(engine))
+    comm.agree("model", lambda: live_tensors(engine))
+    resumed = comm.on_main("latest", lambda: resumed_tag(Path(load), tag))
+    record = comm.on_main("record", lambda: record_of(resumed))
+    if record is not None and record["options"] == options.record():
+        say(
+            f"PMA-init was done at iteration {record['iteration']} and {resumed} descends from it: "
+            "not averaging again. To average anew, change an option, for instance end_iteration"
+        )
+        record_in_saves(engine, record)
+        return plain(**call)
+    end = None if resumed is None else comm.on_main("latest", lambda: iteration_of(resumed))
+    share = "slice" if options.share == "auto" else options.share
+    found = gather_sources(options.request(load, end), comm, everywhere=share == "source")
+    comm.agree("plan", lambda: _check(engine, found, options, resumed if tag else None))
+    comm.agree("plan", lambda: point("init-plan", comm.rank))
+    path, client_state = _resume(comm, plain, call, Path(found.sources[-1].path))
+    report = _average(engine, found, options, share, comm)
+    say(f"PMA-init: {report}")
+    note = origin_note(found)
+    record = {**note, "iteration": int(engine.global_steps), "options": options.record()}
+    record_in_saves(engine, record)
+    # A script may hand the client state on to its saves: an older record must not be in it.
+    return path, {**client_state, NOTE: note, RECORD: record}
+
+
+def _resume(comm: Comm, plain: Callable[..., Loaded], call: Mapping[str, Any], base: Path
+            ) -> tuple[str, dict[str, Any]]:  # fmt: skip
+    """Load the newest source as the script would."""
+    there = {**call, "load_dir": str(base.parent), "tag": base.name}
+
+    def load() -> tuple[str, dict[str, Any]]:
+        path, client_state = plain(**there)
+        if path is None:
+            raise CheckpointError(f"DeepSpeed loaded nothing from {base}: its log says why")
+        return path, client_state
+
+    return comm.agree("load", load)
+
+
+def _average(engine: Any, found: Gathered, options: Options, share: str, comm: Comm) -> LiveReport:
+    meter, plan = Meter(comm), LivePlan.of(found, options.threads)
+    tensors = _averaged(engine, found)
+    labels = {(live.sharded, live.replicas) for live in tensors}
+    every = sorted({label for theirs in comm.gather(labels) for label in theirs}, key=str)
+    states = _states(found, options)
+
+    def jobs() -> list[Job]:
+        return [
+            _job(engine, plan, found, [t for t in tensors if (t.sharded, t.replicas) == label],
+                 states, share)
+            for label in every
+        ]  # fmt: skip
+
+    meter.read_bytes = fill(plan, comm.agree("plan", jobs), comm)
+    if options.optimizer_state == "reset":
+        _reset_moments(tensors)
+    refresh_weights(engine)
+    return meter.report(plan, share)
+
+
+def _job(engine: Any, plan: LivePlan, found: Gathered, tensors: Sequence[LiveTensor],
+         states: Sequence[str], share: str) -> Job:  # fmt: skip
+    """The units of tensors that the same ranks hold, and those ranks."""
+    team = Team((dist.get_rank(),), 0)
+    if tensors and tensors[0].replicas is not None and not (
+        tensors[0].sharded and share == "slice"
+    ):  # fmt: skip
+        group = replica_group(engine, tensors[0].replicas)
+        team = Team.of(group, by_source=share == "source")
+    return average_units(plan, found.active, tensors, states, whole=team.size > 1), team
+
+
+def _averaged(engine: Any, found: Gathered) -> list[LiveTensor]:
+    """Live tensors whose average the offline merge makes too."""
+    saved = found.sources[-1].space.weights
+    return [live for live in live_tensors(engine) if live.trained or live.name in saved]
+
+
+def _states(found: Gathered, options: Options) -> tuple[str, ...]:
+    if options.optimizer_state != "average":
+        return (MAIN,)
+    return (MAIN, *sorted(set(found.sources[-1].space.states) - {MAIN}))
+
+
+def _check(engine: Any, found: Gathered, options: Options, named: Path | None) -> None:
+    """Refuse sources that this engine cannot load, before it loads."""
+    base = found.sources[-1]
+    for source in found.sources:
+        if source.format != registry.DEEPSPEED:
+            raise PlanError(
+                f"{source.path} is in format {source.format}, expected tags of DeepSpeed's own: a "
+                f"live engine averages nothing else. {WAY_OUT}"
+            )
+    if named is not None and named.resolve() != Path(base.path).resolve():
+        raise UsageError(
+            f"load_checkpoint was asked for {named}, and the options say that the newest source is "
+            f"{base.path}. Leave tag out, or let the average end there"
+        )
+    refuse_unresumable(engine, base.path, base.space.kind)
+    states = _states(found, options)
+    if options.optimizer_state == "average" and len(states) == 1:
+        raise PlanError(
+            f"{base.path} holds no moments by name: use optimizer_state 'latest' or 'reset'"
+        )
+    plan = LivePlan.of(found, options.threads)
+    refuse_other_model(plan, found.active, _averaged(engine, found), states)
+
+
+def _reset_moments(tensors: Sequence[LiveTensor]) -> None:
+    """Moments and step count become zero; param groups and their learning rates stay."""
+    inner = {id(live.inner): live.inner for live in tensors if live.inner is not None}
+    for optimizer in inner.values():
+        for holder in (*optimizer.param_groups, *optimizer.state.values()):
+            if "step" in holder:
+                step = holder["step"]
+                holder["step"] = torch.zeros_like(step) if torch.is_tensor(step) else 0
+        for main, state in optimizer.state.items():
+            for value in state.values():
+                if isinstance(value, torch.Tensor) and value.shape == main.shape:
+                    value.zero_()

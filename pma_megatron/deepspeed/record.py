@@ -1,0 +1,58 @@
+"""One PMA-init per command: later tags say that their run started from an average.
+
+A job that a scheduler restarts with the same options must not average again: what it resumes then
+descends from the average already.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pma_megatron.errors import CheckpointError
+from pma_megatron.formats.deepspeed.checkpoint import DeepSpeedCheckpoint
+
+RECORD = "pma_init"
+"""Key in the client state of every later tag."""
+
+
+def resumed_tag(load: Path, tag: str | None) -> Path | None:
+    """The tag that a script's own call would load; None if nothing says which.
+
+    Raises:
+        CheckpointError: it names a tag that is not there.
+    """
+    latest = load / "latest"
+    if tag is None and latest.is_file():
+        folder = load / latest.read_text().strip()
+        return folder if folder.is_dir() else None
+    if tag is not None and not (load / tag).is_dir():
+        raise CheckpointError(f"{load} has no tag {tag}: name one that is there, or none")
+    return None if tag is None else load / tag
+
+
+def record_of(folder: Path | None) -> dict[str, Any] | None:
+    """What a tag says of the PMA-init that it descends from."""
+    if folder is None:
+        return None
+    try:
+        found = DeepSpeedCheckpoint(folder).head.get(RECORD)
+    except (CheckpointError, KeyError):
+        return None  # damaged or incomplete; what opens it as a source says so
+    return found if isinstance(found, dict) and "options" in found else None
+
+
+def record_in_saves(engine: Any, record: Mapping[str, Any]) -> None:
+    """Every later tag says that its run started from an average."""
+    plain = engine.save_checkpoint
+
+    @functools.wraps(plain)
+    def save_checkpoint(*args: Any, **kwargs: Any) -> Any:
+        call = inspect.signature(plain).bind(*args, **kwargs).arguments
+        call["client_state"] = {RECORD: dict(record), **(call.get("client_state") or {})}
+        return plain(**call)
+
+    engine.save_checkpoint = save_checkpoint

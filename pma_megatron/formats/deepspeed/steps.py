@@ -1,0 +1,59 @@
+"""Step counters of optimizers: files of one save have one, files of two saves do not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from pma_megatron.errors import CheckpointError
+from pma_megatron.formats.deepspeed.checkpoint import DeepSpeedCheckpoint
+from pma_megatron.formats.pickles import TensorRef
+
+_NAMES = ("step", "common_step", "base_optimizer_state_step")
+
+
+def refuse_mixed_steps(checkpoint: DeepSpeedCheckpoint, states: Mapping[str, Any]) -> None:
+    """Ranks of one save are at one step, group by group.
+
+    Args:
+        checkpoint: the tag.
+        states: file -> what its pickle says of an optimizer.
+
+    Raises:
+        CheckpointError: files of two saves lie in one folder, or one is damaged.
+    """
+    first: tuple[str, list[float]] | None = None
+    for file, state in states.items():
+        steps = [_value(checkpoint, file, counter) for counter in _counters(state)]
+        if first is None:
+            first = file, steps
+        # Groups of one rank may differ: some were added later. A group does not over the ranks.
+        differ = [pair for pair in zip(first[1], steps, strict=False) if pair[0] != pair[1]]
+        if differ:
+            raise CheckpointError(
+                f"{checkpoint.path}: {first[0]} is of optimizer step {differ[0][0]:g}, {file} of "
+                f"{differ[0][1]:g}: two saves in one folder. Exclude it, or restore the files of "
+                "one save"
+            )
+
+
+def _counters(state: Any) -> Iterator[Any]:
+    if isinstance(state, Mapping):
+        for name, inner in state.items():
+            if name in _NAMES and isinstance(inner, (int, float, TensorRef)):
+                yield inner
+            else:
+                yield from _counters(inner)
+    elif isinstance(state, (list, tuple)):
+        for inner in state:
+            yield from _counters(inner)
+
+
+def _value(checkpoint: DeepSpeedCheckpoint, file: str, counter: int | float | TensorRef) -> float:
+    if not isinstance(counter, TensorRef):
+        return float(counter)
+    data = checkpoint.read_record(checkpoint.item(file), f"data/{counter.storage.key}")
+    stored = torch.frombuffer(bytearray(data), dtype=counter.storage.dtype)
+    return float(stored[counter.offset])

@@ -1,0 +1,122 @@
+"""Open one Universal checkpoint as a source of a merge."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from pma_megatron.errors import CheckpointError
+from pma_megatron.formats.base import MAIN_PARAM, ModelSpace, Payload, Schedule, Tensor
+from pma_megatron.formats.deepspeed.source import schedule_of, weights_of
+from pma_megatron.formats.deepspeed.universal import (
+    GLOBAL_STATE,
+    MASTER,
+    STEP,
+    UniversalCheckpoint,
+    completeness,
+    refuse_other_shapes,
+)
+from pma_megatron.formats.flat import FlatMap
+from pma_megatron.formats.source import Source, stamps_of
+from pma_megatron.geometry import Box, Piece
+
+FORMAT = "deepspeed_universal"
+
+
+def read_source(path: str, ranges: FlatMap, main_params: bool) -> Source:
+    """Open the Universal checkpoint at `path` and express it in model space.
+
+    Args:
+        path: its folder.
+        ranges: not needed: every tensor has a file of its own.
+        main_params: not needed: they are found without reading payloads.
+
+    Raises:
+        CheckpointError: incomplete, damaged, or of a kind that is not supported.
+    """
+    folder = Path(path)
+    reason = completeness(folder)
+    if reason:
+        raise CheckpointError(f"{path} cannot be a source: {reason}. Exclude it, or restore it.")
+    checkpoint = UniversalCheckpoint(folder)
+    refuse_other_shapes(checkpoint)
+    states = _states(checkpoint)
+    weights = {
+        name: _without_padding(weight, states[MAIN_PARAM].get(name))
+        for name, weight in weights_of(checkpoint, checkpoint.shapes).items()
+    }
+    for name, piece in _copies(checkpoint):
+        owner = checkpoint.aliases.get(name, name)
+        for tensors in (states[MAIN_PARAM], weights):
+            found = tensors.get(owner)
+            if found is not None and _alike(found, piece):
+                tensors[owner] = replace(found, replicas=(*found.replicas, piece))
+                break
+    zero3 = "ZeRO-3" if checkpoint.partitioned else "ZeRO-1, ZeRO-2 or BF16_Optimizer"
+    return Source(
+        path=path,
+        format=FORMAT,
+        space=ModelSpace(weights, states, f"Universal, from {zero3}"),
+        objects=(),
+        optimizer_keys=frozenset({GLOBAL_STATE}),
+        metadata_digest=checkpoint.metadata_digest(),
+        ranges={},
+        topology=f"Universal, from DP{checkpoint.head.get('dp_world_size')}",
+        stamps=stamps_of(folder),
+    )
+
+
+def _states(checkpoint: UniversalCheckpoint) -> dict[str, dict[str, Tensor]]:
+    states: dict[str, dict[str, Tensor]] = {MAIN_PARAM: {}}
+    for name, shape in checkpoint.shapes.items():
+        for state, file in checkpoint.states[name].items():
+            if state == STEP:
+                continue
+            piece = _piece(checkpoint, file)
+            if not checkpoint.vocabulary_cut(name):  # ZeRO-3 stores them flat
+                piece = replace(piece, box=_whole(shape))
+            key = MAIN_PARAM if state == MASTER else state
+            tensor = Tensor(name, piece.payload.dtype, piece.box.sizes, (piece,))
+            states.setdefault(key, {})[name] = tensor
+    return states
+
+
+def _piece(checkpoint: UniversalCheckpoint, file: str) -> Piece[Payload]:
+    ref, item = checkpoint.tensor(file), checkpoint.item(file)
+    payload = Payload(item, ref.storage.dtype, ref.storage.numel, f"data/{ref.storage.key}")
+    return Piece(_whole(ref.size), payload, ref.offset)
+
+
+def _whole(shape: tuple[int, ...]) -> Box:
+    return Box((0,) * len(shape), shape)
+
+
+def _without_padding(weight: Tensor, main: Tensor | None) -> Tensor:
+    """The rows of a weight that have main params; what pads the vocabulary stays as it is."""
+    if main is None or main.shape == weight.shape:
+        return weight
+    pieces = tuple(replace(piece, box=_whole(main.shape)) for piece in weight.pieces)
+    return replace(weight, shape=main.shape, pieces=pieces)
+
+
+def _copies(checkpoint: UniversalCheckpoint) -> Iterator[tuple[str, Piece[Payload]]]:
+    """Float32 copies of what is not trained under that name."""
+    for name, states in checkpoint.states.items():
+        if name not in checkpoint.shapes:
+            yield name, _piece(checkpoint, states[MASTER])
+
+
+def _alike(tensor: Tensor, piece: Piece[Payload]) -> bool:
+    return tensor.dtype == piece.payload.dtype and tensor.shape == piece.box.sizes
+
+
+def read_schedule(path: Path) -> Schedule:
+    """The learning rate and the samples.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged.
+    """
+    checkpoint = UniversalCheckpoint(path)
+    groups = checkpoint.state(GLOBAL_STATE).get("param_groups")
+    return schedule_of(groups, checkpoint.head.get("global_samples"))

@@ -1,0 +1,131 @@
+"""What every merge into live tensors does, whatever trainer holds them.
+
+Every source byte is read once over all replicas of a shard. By slice: each replica reads the part
+of all sources that its main params hold, and nothing is communicated; where main params are not
+sharded, replicas take turns at blocks. By source: replicas read different sources and all-reduce.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pma_megatron import engine, memory
+from pma_megatron.comm import Comm, Team
+from pma_megatron.errors import UsageError
+from pma_megatron.faultpoints import point
+from pma_megatron.live import LivePlan, LiveWriter
+from pma_megatron.planning import refuse_changed
+from pma_megatron.policy import Policy
+from pma_megatron.request import MergeRequest, Method
+from pma_megatron.selection import SelectionRequest
+from pma_megatron.tasks import Unit
+
+SHARES = ("auto", "source", "slice")
+STATES = ("latest", "average", "reset")
+Job = tuple[list[Unit], Team]
+"""Units, and the ranks that do them together."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LiveReport:
+    """What a merge into live tensors did.
+
+    Attributes:
+        sources: folders, oldest first.
+        coefficients: one per source.
+        share: how replicas divided the reading, `source` or `slice`.
+        read_bytes: payload bytes read over all ranks.
+        peak_memory_above_baseline_bytes: per rank.
+        seconds: from the call to the end.
+    """
+
+    sources: tuple[str, ...]
+    coefficients: tuple[float, ...]
+    share: str
+    read_bytes: int
+    peak_memory_above_baseline_bytes: tuple[int, ...]
+    seconds: float
+
+    def __str__(self) -> str:
+        weights = ", ".join(f"{value:.4g}" for value in self.coefficients)
+        return (
+            f"{len(self.sources)} checkpoints, {self.sources[0]} to {self.sources[-1]}, "
+            f"coefficients {weights}; {self.read_bytes / 2**30:.2f} GiB read by {self.share} in "
+            f"{self.seconds:.1f} s"
+        )
+
+
+class Meter:
+    """What a merge costs, from its making on.
+
+    Attributes:
+        read_bytes: payload bytes that this rank read.
+    """
+
+    def __init__(self, comm: Comm) -> None:
+        self.read_bytes = 0
+        self._comm, self._start_s = comm, time.perf_counter()
+        self._baseline_bytes = memory.resident_bytes()
+        memory.reset_peak()
+
+    def report(self, plan: LivePlan, share: str) -> LiveReport:
+        """The report of all ranks. Collective."""
+        peak_bytes = max(0, memory.peak_resident_bytes() - self._baseline_bytes)
+        return LiveReport(
+            sources=tuple(source.path for source in plan.sources),
+            coefficients=plan.coefficients[0],
+            share=share,
+            read_bytes=sum(self._comm.gather(self.read_bytes)),
+            peak_memory_above_baseline_bytes=tuple(self._comm.gather(peak_bytes)),
+            seconds=time.perf_counter() - self._start_s,
+        )
+
+
+def live_request(load: str, selection: SelectionRequest | None, method: Method | None,
+             optimizer_state: str, share: str, threads: int) -> MergeRequest:  # fmt: skip
+    """What a merge into live tensors asks for.
+
+    Raises:
+        UsageError: an unknown word.
+    """
+    chosen = {"share": (share, SHARES), "optimizer_state": (optimizer_state, STATES)}
+    for name, (value, known) in chosen.items():
+        if value not in known:
+            raise UsageError(f"{name} {value!r} is unknown; choose one of {', '.join(known)}")
+    return MergeRequest(
+        load=load,
+        selection=selection or SelectionRequest(),
+        method=method or Method(),
+        policy=Policy(optimizer_state=optimizer_state),
+        threads=threads,
+    )
+
+
+def fill(plan: LivePlan, jobs: Sequence[Job], comm: Comm) -> int:
+    """Average into live tensors. Every rank makes this call, with as many jobs.
+
+    Returns:
+        payload bytes that this rank read.
+
+    Raises:
+        CheckpointError, PlanError: on every rank; live tensors are a mixture then: do not train on.
+        RankError: another rank failed.
+    """
+    comm.agree("init", lambda: point("init", comm.rank))
+    read_bytes = 0
+    for units, team in jobs:
+        tally = comm.agree(
+            "init",
+            lambda u=units, t=team: run(plan, u, comm, t),  # type: ignore[misc]
+        )
+        read_bytes += tally.read_bytes
+    comm.agree("sources", lambda: refuse_changed(plan, comm))
+    comm.agree("init", lambda: point("init-refresh", comm.rank))
+    return read_bytes
+
+
+def run(plan: LivePlan, units: Sequence[Unit], comm: Comm, team: Team) -> engine.Tally:
+    """One job, by this rank."""
+    return engine.run(plan, units, [LiveWriter()], comm, team, lambda _: None)

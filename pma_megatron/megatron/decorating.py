@@ -1,0 +1,143 @@
+"""One decorator for each function of a Megatron training tree that an average hangs on.
+
+Each is named after what it wraps and passes everything through while no `--pma-*` flag is given.
+Arguments are bound by name, because their positions differ between releases. Importing this
+imports nothing of Megatron, so that Megatron's own modules can import it while they load.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pma_megatron.megatron import flags
+
+Function = Callable[..., Any]
+
+_MARK = "_pma_wraps"
+
+
+def is_decorated(fn: Function) -> bool:
+    """Whether `fn` is, or wraps, a function that a decorator of this module returned."""
+    return hasattr(fn, _MARK)
+
+
+@dataclass(frozen=True, slots=True)
+class Decorators:
+    """The decorators of one training tree.
+
+    Attributes:
+        global_vars: its module that holds the arguments.
+        hooks: the module of this package with what happens at each place.
+    """
+
+    global_vars: str
+    hooks: str
+
+    def setup(self, fn: Function) -> Function:
+        """For `setup_model_and_optimizer`: `hooks.validate` before, `hooks.ready` after it.
+
+        Megatron has loaded its checkpoint when it returns.
+        """
+
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            settings = self._enabled_args()
+            if settings is None:
+                return fn(*args, **kwargs)
+            self._hooks.validate(settings)
+            result = fn(*args, **kwargs)
+            model, optimizer, opt_param_scheduler = result
+            self._hooks.ready(model, optimizer, opt_param_scheduler)
+            return result
+
+        return finished(wrapper, fn)
+
+    def training_log(self, fn: Function) -> Function:
+        """For `training_log`, which ends every iteration: `hooks.stepped` after it."""
+
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            result = fn(*args, **kwargs)
+            if self._enabled_args() is not None:
+                self._hooks.stepped(_named(fn, args, kwargs))
+            return result
+
+        return finished(wrapper, fn)
+
+    def load_checkpoint(self, fn: Function) -> Function:
+        """For `load_checkpoint` of a tree that loads into an engine: `hooks.load` in its place."""
+
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            if self._enabled_args() is None:
+                return fn(*args, **kwargs)
+            return self._hooks.load(fn, _named(fn, args, kwargs))
+
+        return finished(wrapper, fn)
+
+    def save_checkpoint(self, fn: Function) -> Function:
+        """For `save_checkpoint`: `hooks.saving` before it, and `hooks.saved` after it, with the
+        original to save more with."""
+
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            if self._enabled_args() is None:
+                return fn(*args, **kwargs)
+            self._hooks.saving()
+            result = fn(*args, **kwargs)
+            self._hooks.saved(fn, _named(fn, args, kwargs))
+            return result
+
+        return finished(wrapper, fn)
+
+    def evaluate(self, fn: Function) -> Function:
+        """For `evaluate`: `hooks.evaluate` in its place."""
+
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            if self._enabled_args() is None:
+                return fn(*args, **kwargs)
+            return self._hooks.evaluate(fn, _named(fn, args, kwargs))
+
+        return finished(wrapper, fn)
+
+    def evaluate_and_print_results(self, fn: Function) -> Function:
+        """For `evaluate_and_print_results`: inside `hooks.evaluation`."""
+
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            if self._enabled_args() is None:
+                return fn(*args, **kwargs)
+            named = _named(fn, args, kwargs)
+            where = (named[name] for name in ("prefix", "iteration", "write_to_tensorboard"))
+            with self._hooks.evaluation(*where):
+                return fn(*args, **kwargs)
+
+        return finished(wrapper, fn)
+
+    @property
+    def _hooks(self) -> Any:
+        return importlib.import_module(self.hooks)
+
+    def _enabled_args(self) -> Any:
+        """Megatron's arguments if they exist and any `--pma-*` flag was given, else None."""
+        try:
+            args = importlib.import_module(self.global_vars).get_args()
+        except AssertionError:  # Megatron's word for "not initialized yet"
+            return None
+        return args if flags.enabled(args) else None
+
+
+def finished(wrapper: Function, fn: Function) -> Function:
+    """The wrapper, marked; `fn` itself if it is decorated already."""
+    if is_decorated(fn):  # a patched tree under the launcher: once is enough
+        return fn
+    wrapper = functools.wraps(fn)(wrapper)
+    setattr(wrapper, _MARK, fn.__name__)
+    return wrapper
+
+
+def _named(fn: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name, those left out at their defaults."""
+    bound = inspect.signature(fn).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return dict(bound.arguments)

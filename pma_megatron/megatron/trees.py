@@ -1,0 +1,34 @@
+"""Megatron's global variables, in whichever training tree is running."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+
+def global_vars() -> Any:
+    """The tree's module of that name; Megatron-DeepSpeed has no folder `training`."""
+    try:
+        return importlib.import_module("megatron.training.global_vars")
+    except ModuleNotFoundError:
+        return importlib.import_module("megatron.global_vars")
+
+
+@contextlib.contextmanager
+def changed_arguments(args: Any, changes: Mapping[str, Any]) -> Iterator[None]:
+    """Megatron works with a changed copy of its arguments inside the block.
+
+    A copy, because what finishes an async save, and the thread that deletes old checkpoints, look
+    at the arguments later: with the originals they would then delete below --save.
+    """
+    changed = copy.copy(args)
+    for name, value in changes.items():
+        setattr(changed, name, value)
+    global_vars().set_args(changed)
+    try:
+        yield
+    finally:
+        global_vars().set_args(args)

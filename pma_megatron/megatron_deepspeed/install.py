@@ -1,0 +1,27 @@
+"""Puts the decorators on an unpatched Megatron-DeepSpeed, in the running process."""
+
+from __future__ import annotations
+
+from pma_megatron.megatron.installing import Target, install_all
+from pma_megatron.megatron_deepspeed import decorators
+
+KNOWN = "main of 2025 (4efb479d)"
+
+TARGETS = (
+    Target("arguments", "parse_args", decorators.arguments, ("extra_args_provider",),
+           also=("initialize",)),
+    Target("training", "setup_model_and_optimizer", decorators.setup),
+    Target("checkpointing", "load_checkpoint", decorators.load_checkpoint, ("model", "load_arg"),
+           also=("training",)),
+    Target("training", "training_log", decorators.training_log, ("iteration",)),
+    Target("checkpointing", "save_checkpoint", decorators.save_checkpoint,
+           ("iteration", "model", "optimizer", "opt_param_scheduler"), also=("training",)),
+    Target("training", "evaluate", decorators.evaluate, ("data_iterator", "model")),
+    Target("training", "evaluate_and_print_results", decorators.evaluate_and_print_results,
+           ("prefix", "iteration", "model", "write_to_tensorboard")),
+)  # fmt: skip
+
+
+def install() -> None:
+    """Hook Megatron-DeepSpeed; see `install_all`."""
+    install_all("megatron", TARGETS, "Megatron-DeepSpeed", KNOWN)

@@ -1,0 +1,173 @@
+"""A running average of the weights of a model, whatever trains it.
+
+What a trainer adds: which tensors there are (a `Shard`), and how the average takes their place.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from pma_megatron.comm import Comm
+from pma_megatron.errors import UsageError
+from pma_megatron.online.budget import Need, check
+from pma_megatron.online.hostcopy import HostCopy
+from pma_megatron.online.shard import Shard
+from pma_megatron.online.store import WindowStore
+from pma_megatron.online.window import EMA, Average, Entry, make_window, vectors_needed
+from pma_megatron.request import Method
+
+
+class RunningAverage(ABC):
+    """The last N weights of a run, `interval` apart, or their exponential average.
+
+    How far a run is, is counted in tokens, or in iterations where tokens are not known.
+
+    Attributes:
+        shard: what of the model is averaged on this rank.
+        report: what it takes of this node's memory, a line for the log.
+    """
+
+    def __init__(
+        self, shard: Shard[Any], method: Method, last: int, interval: int, *, position: int,
+        backup_bytes: int, stepping: Sequence[Any] | None, window_dir: str | Path | None,
+        comm: Comm,
+    ) -> None:  # fmt: skip
+        """Make room for the window. Collective.
+
+        Args:
+            shard: what of the model is averaged on this rank.
+            method: how entries are weighted; `ema` runs on without end.
+            last: N; unused by `ema`.
+            interval: from one entry to the next.
+            position: where the run stands now.
+            backup_bytes: what a swap keeps on the host.
+            stepping: as for `HostCopy`.
+            window_dir: node-local folder for the window; None for host memory.
+            comm: the ranks.
+
+        Raises:
+            UsageError: too little memory or disk; coefficients of another number; values out of
+                range.
+        """
+        self.shard, self._comm, self._interval = shard, comm, interval
+        folder = None if window_dir is None else Path(window_dir)
+        self.report = check(self._need(method, last, folder, backup_bytes), comm)
+        to_host = HostCopy(shard, stepping)
+        self._window = comm.agree(
+            "running average", lambda: make_window(to_host, method, last, folder)
+        )
+        self._stores: dict[Path, WindowStore] = {}
+        self._next = 0
+        self._await_after(position)
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """What is held, oldest first; of an exponential average the newest with its count."""
+        return self._window.entries
+
+    def average(self) -> Average | None:
+        """The average of what is held; None with fewer than two entries (`why_none` says more)."""
+        return self._window.average()
+
+    def why_none(self) -> str | None:
+        """Why there is no average yet, None if there is one."""
+        return self._window.why_none()
+
+    @abstractmethod
+    def averaged_weights(self) -> AbstractContextManager[None]:
+        """Forward passes inside the block use the average; then every bit is as it was.
+
+        Raises:
+            UsageError: there is no average yet.
+        """
+
+    @abstractmethod
+    def averaged_state(self) -> AbstractContextManager[None]:
+        """As `averaged_weights`, main params too: what is saved inside resumes from the average.
+
+        Raises:
+            UsageError: there is no average yet.
+        """
+
+    def save_state(self, folder: str | Path, *, wait: bool = True) -> None:
+        """Write entries that are not on disk yet below `folder`, which all ranks share. Collective.
+
+        Args:
+            folder: of this average alone.
+            wait: return when they are there; otherwise a thread writes them.
+        """
+        self._store(folder).save(wait=wait)
+
+    def wait(self) -> None:
+        """Until no thread writes the state; before a process is forked, for instance."""
+        self._window.settle()
+        for store in self._stores.values():
+            store.wait()
+
+    def forget(self, since: int) -> None:
+        """Drop the entries of iteration `since` and later, which a loss spike has spoiled."""
+        self._window.forget(since)
+        for store in self._stores.values():
+            store.forget(since)
+
+    def _step(self, iteration: int, position: int, args: Any) -> bool:
+        """Take an entry if it is time; whether it was."""
+        if position < self._next:
+            return False
+        for store in self._stores.values():
+            store.wait()  # the oldest entry's memory is about to be used again
+        self._window.capture(Entry(iteration=iteration, tokens=position, args=copy.copy(args)))
+        self._await_after(position)
+        return True
+
+    def _load_state(self, folder: str | Path, iteration: int, position: int) -> list[str]:
+        notes = self._store(folder).load(iteration)
+        self._await_after(position)
+        return [*notes, *self._gaps(position)]
+
+    def _some(self) -> Average:
+        average = self.average()
+        if average is None:
+            raise UsageError(f"there is no average yet: {self.why_none()}; look at average() first")
+        return average
+
+    def _store(self, folder: str | Path) -> WindowStore:
+        root = Path(folder)
+        if root not in self._stores:
+            self._stores[root] = WindowStore(root, self.shard, self._window, self._comm)
+        return self._stores[root]
+
+    def _await_after(self, position: int) -> None:
+        self._next = (position // self._interval + 1) * self._interval
+
+    def _need(self, method: Method, last: int, folder: Path | None, backup_bytes: int) -> Need:
+        vector = self.shard.nbytes
+        stages = method.name == EMA or self.shard.device.type == "cuda"
+        return Need(
+            window=vectors_needed(method, last) * vector,
+            working=backup_bytes + (vector if stages else 0),
+            folder=None if folder is None else str(folder),
+        )
+
+    def _gaps(self, position: int) -> Iterator[str]:
+        """Entries that should be there by where the run stands; a job that was killed may not have
+        written its last ones."""
+        marks = [entry.tokens // self._interval for entry in self.entries]
+        for (older, newer), entry in zip(pairwise(marks), self.entries, strict=False):
+            if newer > older + 1:
+                yield (
+                    f"{newer - older - 1} entries after iteration {entry.iteration} are missing: "
+                    "the average goes on with those that are there"
+                )
+        missing = position // self._interval - (marks[-1] if marks else 0)
+        if missing > 0:
+            yield (
+                f"up to {missing} newest entries are missing: the average goes on with those that "
+                "are there"
+            )

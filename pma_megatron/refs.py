@@ -1,0 +1,90 @@
+"""One checkpoint directory as a selection sees it, and how messages speak of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from pma_megatron.tokens import format_tokens
+
+Unit = Literal["tokens", "iterations", "unknown"]
+
+_SHOWN = 4  # incomplete checkpoints named in one message
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointRef:
+    """One checkpoint directory, as far as its metadata tells."""
+
+    path: str
+    format: str
+    """Name of the format that recognised it, for instance `torch_dist`."""
+    iteration: int | None
+    """None where neither name nor content carries one (a `release` directory)."""
+    consumed_samples: int | None
+    consumed_tokens: int | None
+    """Tokens that the weights were trained on (`consumed_tokens_of`)."""
+    tokens_unknown_because: str | None
+    """Why `consumed_tokens` is None, to complete "tokens are unknown because ..."."""
+    complete: bool
+    """False while it is being written, or if a write was cut off."""
+    incomplete_because: str | None
+    snapshot: bool = False
+    """True for a thin snapshot (main params only): a source, but not one to resume from."""
+    unhealthy_because: str | None = None
+    """Why only a selection that names it takes it: it was saved in a loss spike."""
+
+    def describe(self) -> str:
+        """The name to use in a message: `iteration 4000 (16.78B tokens)`."""
+        if self.iteration is None:
+            return self.path
+        if self.consumed_tokens is None:
+            return f"iteration {self.iteration}"
+        return f"iteration {self.iteration} ({format_tokens(self.consumed_tokens)} tokens)"
+
+
+def incomplete_list(refs: Iterable[CheckpointRef]) -> str:
+    """Those that are not complete, with the reasons; "" if all are."""
+    found = [
+        f"{ref.describe()} is incomplete ({why_incomplete(ref)})"
+        for ref in refs
+        if not ref.complete
+    ]
+    more = f", and {len(found) - _SHOWN} older ones" if len(found) > _SHOWN else ""
+    return ", ".join(found[-_SHOWN:]) + more
+
+
+def nearest(ordered: Sequence[CheckpointRef], wanted: int) -> str:
+    """The checkpoints on both sides of an iteration, for a message; `ordered` by iteration."""
+    below = [ref for ref in ordered if iteration_of(ref) < wanted][-1:]
+    above = [ref for ref in ordered if iteration_of(ref) > wanted][:1]
+    names = " and ".join(ref.describe() for ref in below + above)
+    return f"nearest: {names}" if names else "there is no other"
+
+
+def why_incomplete(ref: CheckpointRef) -> str:
+    """The reason that was read, for a message."""
+    return ref.incomplete_because or "no reason given"
+
+
+def iteration_of(ref: CheckpointRef) -> int:
+    """Its iteration, where a selection has made sure that it has one."""
+    assert ref.iteration is not None, ref
+    return ref.iteration
+
+
+def tokens_of(ref: CheckpointRef) -> int:
+    """Its consumed tokens, where a selection has made sure that they are known."""
+    assert ref.consumed_tokens is not None, ref
+    return ref.consumed_tokens
+
+
+def shown(value: int, unit: Unit) -> str:
+    """A distance or position as messages say it."""
+    return f"{format_tokens(value)} tokens" if unit == "tokens" else f"{value} iterations"
+
+
+def flag_of(name: str) -> str:
+    """The command-line flag of a setting."""
+    return "--" + name.replace("_", "-")

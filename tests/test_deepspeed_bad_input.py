@@ -1,0 +1,157 @@
+"""DeepSpeed tags that are damaged, hostile, unfinished or of no use: refused, nothing written."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+
+from conftest import digests, refused
+from deepspeed_runs import Harm, load, merge_run, optim_files, records, tag, train
+from pma_megatron import SelectionRequest, list_checkpoints
+from pma_megatron.errors import (
+    CheckpointError,
+    PlanError,
+    PublishError,
+    SelectionError,
+    UsageError,
+)
+from pma_megatron.policy import Policy
+from pma_megatron.testing import run_ranks
+from pma_megatron.testing.tiny_deepspeed import DeepSpeedConfig
+
+
+@pytest.fixture(scope="module")
+def zero1(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Root of a ZeRO-1 run."""
+    root = tmp_path_factory.mktemp("bad") / "run"
+    run_ranks(train, 2, {str(root): DeepSpeedConfig(stage=1)}, timeout_s=200)
+    before = digests(root)
+    yield root
+    assert digests(root) == before, "a test wrote into a shared run"
+
+
+@pytest.fixture
+def run(zero1: Path, tmp_path: Path) -> Path:
+    """A copy of the run that a test may damage."""
+    return Path(shutil.copytree(zero1, tmp_path / "run"))
+
+
+def test_a_tag_without_a_rank_is_incomplete(run: Path, save: Path) -> None:
+    optim_files(tag(run, 4))[1].unlink()
+    refs = list_checkpoints(run)
+    assert [(ref.iteration, ref.complete) for ref in refs] == [(2, True), (4, False), (6, True)]
+    with refused(SelectionError, "ranks [1] are missing", run=run, save=save):
+        merge_run(run, save, selection=SelectionRequest(iterations=(2, 4, 6)))
+
+
+def test_a_hostile_file_is_refused_and_nothing_in_it_runs(run: Path, save: Path) -> None:
+    file, trap = optim_files(tag(run, 4))[0], save.parent / "ran"
+    saved = load(file)
+    torch.save({**saved, "harm": Harm(trap)}, file)
+    with refused(CheckpointError, "refused, nothing was run", run=run, save=save):
+        merge_run(run, save)
+    assert not trap.exists()
+
+
+def test_names_in_a_client_state_are_copied_and_never_resolved(run: Path, save: Path) -> None:
+    trap = save.parent / "ran"
+    for number in (4, 6):
+        file = tag(run, number) / "mp_rank_00_model_states.pt"
+        torch.save({**load(file), "mine": Harm(trap)}, file)
+    output = merge_run(run, save)
+    assert not trap.exists()
+    ours, theirs = (records(folder / file.name) for folder in (output, tag(run)))
+    assert ours["data.pkl"].startswith(theirs["data.pkl"][:-1])
+
+
+@pytest.mark.parametrize(
+    "name, word",
+    [
+        ("layer_0_expert_1_mp_rank_00_model_states.pt", "experts (layer, number) [(0, 1)]"),
+        ("expp_rank_0_mp_rank_01_optim_states.pt", "a second model-parallel rank"),
+        ("layer_01-model_states.pt", "layer_01-model_states.pt is a pipeline's"),
+        ("layer_01-model_01-model_states.pt", "a tensor-parallel part of a layer"),
+        ("mp_rank_01_model_states.pt", "stray, for a data-parallel size of 2"),
+        ("backup.pt", "not a file that DeepSpeed writes"),
+        ("zero_pp_rank_0_mp_rank_00_optim_states.pt", "two saves in one folder"),
+        ("zero/fp32.pt", "Universal"),
+        ("offloaded_tensors/rank0/x.pt", "NVMe"),
+    ],
+)
+def test_other_kinds_of_tag_are_refused_by_name(
+    run: Path, save: Path, name: str, word: str
+) -> None:
+    file = tag(run, 4) / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(optim_files(tag(run))[0], file)
+    with refused(SelectionError, word, run=run, save=save):
+        merge_run(run, save, selection=SelectionRequest(iterations=(2, 4, 6)))
+
+
+def test_a_file_that_is_no_zip_or_is_cut_short_is_incomplete(run: Path) -> None:
+    first, second = optim_files(tag(run, 2))[0], optim_files(tag(run, 4))[0]
+    torch.save(load(first), first, _use_new_zipfile_serialization=False)
+    second.write_bytes(second.read_bytes()[:-100])
+    one, two, three = list_checkpoints(run)
+    assert "not a zip" in str(one.incomplete_because)
+    assert "truncated" in str(two.incomplete_because)
+    assert three.complete
+
+
+def test_another_model_is_refused(run: Path, save: Path) -> None:
+    file = tag(run, 4) / "mp_rank_00_model_states.pt"
+    saved = load(file)
+    group = saved["param_shapes"][0]
+    group["first.weight"] = torch.Size((7, 4))
+    saved["module"]["first.weight"] = saved["module"]["first.weight"].flatten()[:28].view(7, 4)
+    torch.save(saved, file)
+    with refused(PlanError, "first.weight", "shape", run=run, save=save):
+        merge_run(run, save)
+
+
+def test_weights_that_are_not_their_main_params_are_refused(run: Path, save: Path) -> None:
+    file = tag(run) / "mp_rank_00_model_states.pt"
+    saved = load(file)
+    saved["module"]["first.weight"][0, 0] += 1
+    torch.save(saved, file)
+    with refused(PlanError, "first.weight", "differ from the stored weights", run=run, save=save):
+        merge_run(run, save)
+
+
+def test_what_would_not_resume_is_refused(run: Path, save: Path) -> None:
+    for settings, word in (
+        ({"policy": Policy(optimizer_state="drop")}, "does not resume"),
+        ({"policy": Policy(average="weights")}, "does not resume"),
+        ({"dtype": "fp32"}, "--dtype"),
+    ):
+        with refused(UsageError, word, run=run, save=save):
+            merge_run(run, save, **settings)
+    with refused(PublishError, "the run's own folder", run=run, save=run):
+        merge_run(run, run)
+    with refused(PublishError, "which this tool did not write", run=run, save=save):
+        shutil.copytree(tag(run, 2), save / "mine")
+        before = digests(save)
+        try:
+            merge_run(run, save)
+        finally:
+            assert digests(save) == before
+            shutil.rmtree(save)
+
+
+@pytest.mark.parametrize("latest", [None, "global_step99"])
+def test_a_missing_or_dangling_latest_is_a_warning(
+    run: Path, save: Path, latest: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    if latest is None:
+        (run / "latest").unlink()
+    else:
+        (run / "latest").write_text(latest)
+    merge_run(run, save)
+    assert "latest" in caplog.text
+    assert (save / "latest").read_text() == "global_step6"

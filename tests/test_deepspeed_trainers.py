@@ -1,0 +1,96 @@
+"""Trainers that give every tag of DeepSpeed a root of its own, and resume from a merge."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+
+from deepspeed_runs import check_masters, merge_run, records, tag, train
+from pma_megatron import list_checkpoints
+from pma_megatron.testing import run_ranks
+from pma_megatron.testing.tiny_deepspeed import DeepSpeedConfig
+
+
+def test_tags_below_numbered_folders_are_one_run(tmp_path: Path) -> None:
+    flat, out = tmp_path / "flat", tmp_path / "out"
+    run_ranks(train, 2, {str(flat): DeepSpeedConfig(stage=2)}, timeout_s=200)
+    for number, name in ((2, "checkpoint-2"), (4, "checkpoint_4"), (6, "checkpoint-6")):
+        shutil.copytree(tag(flat, number), tag(out / name, number))
+        (out / name / "latest").write_text(f"global_step{number}")
+    shutil.copytree(flat, out / "another_run")
+    assert [(ref.iteration, ref.complete) for ref in list_checkpoints(out)] == [
+        (2, True), (4, True), (6, True)
+    ]  # fmt: skip
+    ours = merge_run(out, tmp_path / "merged" / "checkpoint-6")
+    theirs = merge_run(flat, tmp_path / "merged-flat")
+    for file in theirs.glob("*.pt"):
+        mine, flat_file = records(ours / file.name), records(file)
+        assert {n for n in flat_file if mine[n] != flat_file[n]} <= {"data.pkl"}  # sources' paths
+        assert set(mine) == set(flat_file)
+    assert (ours.parent / "latest").read_text() == "global_step6"
+
+
+def trainer_on(rank: int, world_size: int, out: str, stage: int, **settings: Any) -> Any:
+    """Train with Hugging Face's Trainer; returns main params at every save, steps, and the end."""
+    os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(rank), "RANK": str(rank),
+                   "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
+                   "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}  # fmt: skip
+    importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
+    hf, get = importlib.import_module("transformers"), importlib.import_module("deepspeed.utils")
+    torch.manual_seed(settings.pop("seed", 0))
+    config = hf.LlamaConfig(vocab_size=31, hidden_size=8, intermediate_size=12, num_hidden_layers=1,
+                            num_attention_heads=2, max_position_embeddings=16)  # fmt: skip
+    model, held = hf.LlamaForCausalLM(config), []
+
+    def look(trainer: Any) -> dict[str, torch.Tensor]:
+        named = trainer.model_wrapped.module.named_parameters()
+        return {name: get.safe_get_full_fp32_param(p).detach().clone() for name, p in named}
+
+    class Look(hf.TrainerCallback):  # type: ignore[misc, name-defined]
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            held.append({"masters": look(trainer)})
+
+        def on_save(self, *_: Any, **__: Any) -> None:
+            held.append({"masters": look(trainer)})
+
+    zero = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": stage},
+            "bf16": {"enabled": True},
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}}  # fmt: skip
+    resume = settings.pop("resume", None)
+    arguments = hf.TrainingArguments(
+        output_dir=out, deepspeed=zero, use_cpu=True, bf16=True, per_device_train_batch_size=2,
+        learning_rate=1e-3, lr_scheduler_type="constant", save_steps=2, report_to=[],
+        disable_tqdm=True, **settings,
+    )  # fmt: skip
+    draw = torch.Generator().manual_seed(1)
+    data = [{"input_ids": row, "labels": row} for row in torch.randint(31, (64, 8), generator=draw)]
+    trainer = hf.Trainer(model=model, args=arguments, train_dataset=data, callbacks=[Look()])
+    trainer.train(resume_from_checkpoint=resume)
+    return held, trainer.state.global_step
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_hugging_face_trainer_resumes_from_the_average(tmp_path: Path, stage: int) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    out, merged = tmp_path / "out", tmp_path / "merged" / "checkpoint-6"
+    held = run_ranks(trainer_on, 2, str(out), stage, max_steps=6, timeout_s=280)[0][0][1:]
+    merge_run(out, merged)
+    for pattern in ("trainer_state.json", "rng_state_*.pth"):  # what docs/deepspeed.md copies
+        for file in (out / "checkpoint-6").glob(pattern):
+            shutil.copy(file, merged)
+    again = str(tmp_path / "again")
+    (before, *_), step = run_ranks(
+        trainer_on, 2, again, stage, resume=str(merged), max_steps=8, seed=1, timeout_s=280
+    )[0]
+    check_masters(before["masters"], held, "Trainer")
+    assert step == 8
