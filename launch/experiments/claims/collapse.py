@@ -6,11 +6,12 @@ import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lab.collapse import EVENTS, STRATEGIES, Collapse
+from lab.collapse import Collapse
 from lab.experiment import Experiment, Findings, Row, Table, groups
 from lab.models import Scale
 from lab.pages import COLORS
 from lab.stats import estimate
+from recovery import EVENTS, STRATEGIES
 
 
 def jobs(_scale: Scale, seeds: Sequence[int]) -> list[Collapse]:
