@@ -22,6 +22,9 @@ TEST = [
     "pytest>=8",
     "pytest-timeout>=2.3",
     "ruff>=0.6",
+    # resumes of merges by other trainers that drive DeepSpeed
+    "accelerate>=1.0",
+    "transformers>=4.45",
     # megatron-core imports these without asking for them in every release
     "packaging",
     "pyyaml",

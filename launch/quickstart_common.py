@@ -1,4 +1,4 @@
-"""What the quickstarts share: their folder, and the commands that they type for the user."""
+"""What the quickstarts share: folder, commands that they type for the user, the oracle."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -37,3 +39,26 @@ def shown(path: Path) -> str:
     """`path` as short as it can be typed from here."""
     short = Path.cwd() == REPOSITORY and path.is_relative_to(REPOSITORY)
     return str(path.relative_to(REPOSITORY) if short else path)
+
+
+def say(rank: int, text: str) -> None:
+    """A line of progress from rank 0."""
+    if rank == 0:
+        print(f"  {text}", flush=True)
+
+
+def float64_average(
+    members: Iterable[Mapping[str, torch.Tensor]], count: int
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The mean of `count` sets of main params by name, and the bound of a float32 sum of them.
+
+    Independent of the package: plain sums in float64.
+    """
+    average: dict[str, torch.Tensor] = {}
+    bound: dict[str, torch.Tensor] = {}
+    for member in members:
+        for name, main in member.items():
+            share = main.double() / count
+            average[name] = average.get(name, 0.0) + share
+            bound[name] = bound.get(name, 0.0) + share.abs() * count * 2.0**-24
+    return average, bound

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from pma_megatron.testing.text_deepspeed import TextConfig, TextDeepSpeed
+from quickstart_common import float64_average, say
 
 Curve = list[tuple[int, float]]
 """(iteration, held-out loss in nats per byte), oldest first."""
@@ -68,7 +69,7 @@ def train(rank: int, _world_size: int, settings: Settings) -> dict[str, Curve]:
                 run.train(iteration - run.engine.global_steps)
                 run.save(settings.run(kind))
                 curve.append((iteration, run.evaluate(settings.eval_batches)))
-        _say(rank, f"{kind}: held-out loss {curve[0][1]:.4f} at iteration {curve[0][0]}, "
+        say(rank, f"{kind}: held-out loss {curve[0][1]:.4f} at iteration {curve[0][0]}, "
                    f"{curve[-1][1]:.4f} at {curve[-1][0]}")  # fmt: skip
     return curves
 
@@ -78,7 +79,7 @@ def compare(rank: int, _world_size: int, settings: Settings) -> dict[str, Any]:
     found = {}
     for kind, config in settings.kinds.items():
         found[kind] = _compare(settings, kind, config)
-        _say(rank, f"{kind}: resumed from the merge")
+        say(rank, f"{kind}: resumed from the merge")
     return found
 
 
@@ -86,7 +87,8 @@ def _compare(settings: Settings, kind: str, config: TextConfig) -> dict[str, Any
     batches, end = settings.eval_batches, settings.iterations + settings.continued
     losses, continued = {}, {}
     with trainer(config, seed=1) as run:
-        average, bound = _average(run, settings, kind)
+        members = _main_params(run, settings, kind)
+        average, bound = float64_average(members, len(settings.window))
         newest = _place(run)
         losses["newest"] = run.evaluate(batches)
         run.train(settings.continued)
@@ -131,26 +133,10 @@ def _place(run: TextDeepSpeed) -> tuple[int, int, float]:
     return engine.global_steps, engine.global_samples, engine.optimizer.param_groups[0]["lr"]
 
 
-def _average(
+def _main_params(
     run: TextDeepSpeed, settings: Settings, kind: str
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The mean of the checkpoints' main params in float64, and the bound of a float32 sum.
-
-    Independent of the package: the checkpoints are loaded one by one. By parameter name as this
-    rank calls it. The newest is loaded last, and stays.
-    """
-    average: dict[str, torch.Tensor] = {}
-    bound: dict[str, torch.Tensor] = {}
-    count = len(settings.window)
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Of the merged tags, loaded one by one, named as this rank does. The newest stays loaded."""
     for iteration in settings.window:
         run.load_tag(settings.run(kind), f"global_step{iteration}")
-        for name, main in run.snapshot()["masters"].items():
-            share = main.double() / count
-            average[name] = average.get(name, 0.0) + share
-            bound[name] = bound.get(name, 0.0) + share.abs() * count * 2.0**-24
-    return average, bound
-
-
-def _say(rank: int, text: str) -> None:
-    if rank == 0:
-        print(f"  {text}", flush=True)
+        yield run.snapshot()["masters"]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from pma_megatron.testing import TinyConfig, TinyTrainer
+from quickstart_common import float64_average, say
 
 Curve = list[tuple[int, float]]
 """(iteration, held-out loss in nats per byte), oldest first."""
@@ -80,7 +81,7 @@ def train(rank: int, _world_size: int, settings: Settings) -> dict[str, Any]:
             if run.iteration in settings.evaluated:
                 curve.append((run.iteration, run.evaluate(settings.eval_batches)))
                 kept = ", saved" if saving else ""
-                _say(rank, f"iteration {run.iteration}: held-out loss {curve[-1][1]:.4f}{kept}")
+                say(rank, f"iteration {run.iteration}: held-out loss {curve[-1][1]:.4f}{kept}")
             if saving:
                 run.save(settings.run)
         weights = sum(weight.numel() for weight in run.model_params().values())
@@ -101,9 +102,9 @@ def compare(
         for name, (folder, iteration) in places.items():
             run.load(folder, iteration)
             losses[name] = run.evaluate(settings.eval_batches)
-    _say(rank, "evaluated the newest checkpoint and the merges; annealing ...")
+    say(rank, "evaluated the newest checkpoint and the merges; annealing ...")
     annealed = _anneal(settings)
-    _say(rank, "annealed; resuming from the merge ...")
+    say(rank, "annealed; resuming from the merge ...")
     checks = _check_resume(settings, merged["sma"][0])
     continued = {
         name: _continue(settings, folder)
@@ -145,7 +146,8 @@ def _continue(settings: Settings, folder: Path) -> Curve:
 def _check_resume(settings: Settings, merged: Path) -> dict[str, bool]:
     """Whether a resumed run starts from the average, and goes on where the newest stopped."""
     with trainer(settings.config) as run:
-        average, bound = _average(run, settings)
+        members = _main_params(run, settings)
+        average, bound = float64_average(members, len(settings.window))
         run.load(settings.run)
         newest = (run.iteration, run.consumed_samples, run.learning_rate())
     with trainer(settings.config) as run:
@@ -174,26 +176,8 @@ def _check_resume(settings: Settings, merged: Path) -> dict[str, bool]:
     }
 
 
-def _average(
-    run: TinyTrainer, settings: Settings
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The mean of the merged checkpoints' main params in float64, and the bound of a float32 sum.
-
-    Independent of the package: the checkpoints are loaded one by one. By parameter name, in the
-    shape of this rank's shard.
-    """
-    average: dict[str, torch.Tensor] = {}
-    bound: dict[str, torch.Tensor] = {}
-    count = len(settings.window)
+def _main_params(run: TinyTrainer, settings: Settings) -> Iterator[dict[str, torch.Tensor]]:
+    """Of the merged checkpoints, loaded one by one, in the shape of this rank's shard."""
     for iteration in settings.window:
         run.load(settings.run, iteration)
-        for name, main in run.main_params().items():
-            share = main.double() / count
-            average[name] = average.get(name, 0.0) + share
-            bound[name] = bound.get(name, 0.0) + share.abs() * count * 2.0**-24
-    return average, bound
-
-
-def _say(rank: int, text: str) -> None:
-    if rank == 0:
-        print(f"  {text}", flush=True)
+        yield run.main_params()

@@ -115,6 +115,13 @@ def test_flags_are_frozen() -> None:
     assert found == FLAGS
 
 
+@pytest.mark.parametrize("flag", ["--interval-steps", "--interval-iterations"])
+@pytest.mark.parametrize("verb", ["merge", "plan", "recover", "geometry"])
+def test_steps_are_what_deepspeed_calls_iterations(verb: str, flag: str) -> None:
+    words = [verb, "--load", "run", "--save", "out"] if verb != "geometry" else [verb]
+    assert parser().parse_args([*words, flag, "7"]).interval_iterations == 7
+
+
 @pytest.mark.parametrize("verb", FLAGS)
 def test_help(capsys: pytest.CaptureFixture[str], verb: str) -> None:
     code, out, _ = call(capsys, verb, "--help")

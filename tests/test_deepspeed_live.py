@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 from conftest import request_for
+from deepspeed_runs import WEIGHTS, train
 from oracle import assert_average
 from pma_megatron import SelectionRequest, merge
 from pma_megatron.blocks import BlockReader
@@ -62,20 +63,6 @@ FURTHER = (
     },
 )  # fmt: skip
 UNIT_ROUNDOFF = 2.0**-24
-WEIGHTS = (1 / 3, 1 / 3, 1 / 3)
-
-
-def train(rank: int, world_size: int, runs: Mapping[str, DeepSpeedConfig]) -> dict[str, Any]:
-    """Three tags of two iterations each, per root; returns what DeepSpeed says it held."""
-    held: dict[str, Any] = {}
-    for root, config in runs.items():
-        trainer = TinyDeepSpeed(config)
-        for _ in range(3):
-            trainer.train(2)
-            trainer.save(root)
-            held.setdefault(root, []).append(trainer.snapshot())
-        trainer.close()
-    return held
 
 
 def state_of(trainer: TinyDeepSpeed) -> dict[str, torch.Tensor]:

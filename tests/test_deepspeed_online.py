@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 
 from conftest import request_for
+from deepspeed_runs import resume
 from oracle import assert_average
 from pma_megatron import Method, SelectionRequest, list_checkpoints, merge
 from pma_megatron.deepspeed.online import OnlineAverage
@@ -119,20 +120,6 @@ def run(rank: int, world_size: int, runs: Mapping[str, DeepSpeedConfig], watch: 
         losses.append(evaluate(trainer))
         trainer.train(2)
         found[root] = (held, losses, trainer.snapshot())
-        trainer.close()
-    return found
-
-
-def resume(rank: int, world_size: int, runs: Mapping[str, DeepSpeedConfig]) -> Any:
-    """What a fresh engine, with other initial weights, holds after a load and one still step."""
-    found: dict[str, Any] = {}
-    for root, config in runs.items():
-        trainer = TinyDeepSpeed(config, seed=1)
-        client_state = trainer.load(root)
-        before = trainer.snapshot()
-        trainer.stop_learning()
-        trainer.train(1)
-        found[root] = (client_state, before, trainer.snapshot())
         trainer.close()
     return found
 

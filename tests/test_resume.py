@@ -52,6 +52,13 @@ CASES: dict[str, tuple[TinyConfig, int]] = {
     "moe-ep2-pp2-dp_reshardable": (replace(MOE, pipeline_model_parallel_size=2), 4),
 }  # fmt: skip
 SMALL = ("dense-dp2-dp_reshardable", "moe-ep2-fully_reshardable")
+SHOWN_BY_OTHERS = ("dense-dp2-not-parallel-save", "dense-tp2-dp_reshardable",
+                   "dense-pp2-dp_reshardable", "moe-ep2-dp_reshardable")  # fmt: skip
+
+
+def marks(case: str) -> tuple[pytest.MarkDecorator, ...]:
+    rest = (pytest.mark.slow, pytest.mark.thorough)
+    return () if case in SMALL else rest[: 1 + (case in SHOWN_BY_OTHERS)]
 
 
 def snapshot(trainer: TinyTrainer) -> dict[str, Any]:
@@ -124,9 +131,7 @@ def assert_buffers_are_average(got: dict[str, Any], saved: list[dict[str, Any]],
         assert bool(((value.double() - exact).abs() <= bound).all()), name
 
 
-@pytest.mark.parametrize(
-    "case", [c if c in SMALL else pytest.param(c, marks=pytest.mark.slow) for c in CASES]
-)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=marks(case)) for case in CASES])
 def test_megatron_resumes_from_the_average(case: str, trained: Any, tmp_path: Path) -> None:
     root, states = trained(case)
     config, ranks = CASES[case]

@@ -92,7 +92,7 @@ def score_and_load(
     return scores.to_json(), expected, back
 
 
-IN_CI = ("dense-tp2", "dense-pp2")
+IN_CI = ("dense-tp2",)
 REST = (pytest.mark.slow, pytest.mark.thorough)
 
 

@@ -76,7 +76,10 @@ def _what(verb: argparse.ArgumentParser) -> None:
     group = verb.add_argument_group("what to merge")
     group.add_argument("--last", type=int, metavar="N", help=f"how many (default {LAST})")
     group.add_argument("--interval-tokens", type=token_count, metavar="V", help="spacing, e.g. 8B")
-    group.add_argument("--interval-iterations", type=int, metavar="V", help="spacing in iterations")
+    group.add_argument(
+        "--interval-steps", "--interval-iterations", type=int, metavar="V",
+        dest="interval_iterations", help="spacing in iterations (optimizer steps)",
+    )  # fmt: skip
     group.add_argument(
         "--margin-iterations", type=int, default=MARGIN_ITERATIONS, metavar="M",
         help="healthy iterations between a checkpoint and the onset "

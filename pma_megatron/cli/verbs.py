@@ -39,8 +39,9 @@ def add_selection(verb: argparse.ArgumentParser) -> None:
         "--interval-tokens", type=token_count, metavar="V", help="spacing, e.g. 8B, 500M"
     )
     group.add_argument(
-        "--interval-iterations", type=int, metavar="V",
-        help="spacing in iterations, for checkpoints without Megatron args",
+        "--interval-steps", "--interval-iterations", type=int, metavar="V",
+        dest="interval_iterations",
+        help="spacing in iterations (optimizer steps), for checkpoints without Megatron args",
     )  # fmt: skip
     group.add_argument(
         "--tolerance", type=float, default=0.25, metavar="F",
