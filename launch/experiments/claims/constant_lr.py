@@ -100,8 +100,8 @@ EXPERIMENT = Experiment(
     title="Constant learning rate",
     paper="At a constant learning rate, merging improves every size, dense and MoE.",
     setup=f"Warmup and a constant rate; at every end the SMA of the last {LAST} checkpoints "
-    "against the newest one. Dense and MoE (4 experts, 2 per token, expert parallelism 2) at three "
-    "sizes.",
+    "against the newest one. Dense and MoE (4 experts, 2 per token; expert parallelism 2 but for "
+    "the middle size) at three sizes.",
     seeds=3,
     jobs=jobs, rows=rows, findings=findings, plot=plot,
 )  # fmt: skip

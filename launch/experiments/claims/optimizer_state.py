@@ -14,7 +14,7 @@ from lab.runs import Run, Start
 from lab.stats import estimate
 from lab.trainer import Rate
 
-LAST, AFTER = 6, (1, 10, 100, 300)
+LAST, AFTER = 6, (1, 10, 100, 1000)
 ARMS = tuple(
     (state, warmup) for state in ("plain", "latest", "average", "reset") for warmup in (0, WARMUP)
 )
