@@ -1,4 +1,4 @@
-"""The runs of recovery.py as jobs: each seed's healthy part once, then every event and strategy."""
+"""The runs of breaking.py as jobs: each seed's healthy part once, then every event and strategy."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import recovery
-
+from lab import breaking
 from lab.text import cache
 from pma_megatron.durable import write_small
 
@@ -35,7 +34,7 @@ class Healthy:
 
     def perform(self, rank: int) -> None:
         """Train it."""
-        begun = recovery.prefix(rank, 1, self.seed, self.folder / "checkpoints")
+        begun = breaking.prefix(self.seed, self.folder / "checkpoints")
         write_small(self.folder / "begun.json", json.dumps(begun).encode())
 
     def __str__(self) -> str:
@@ -60,7 +59,7 @@ class Collapse:
     @property
     def file(self) -> Path:
         """Where the result is kept."""
-        name = f"{self.event}-{self.strategy}.json".replace(" ", "_")
+        name = f"{self.event}-{self.strategy}.json".replace(" ", "_").replace(",", "")
         return Healthy(seed=self.seed).folder / name
 
     @property
@@ -74,7 +73,7 @@ class Collapse:
         shutil.rmtree(root, ignore_errors=True)
         shutil.copytree(healthy / "checkpoints", root)
         begun = json.loads((healthy / "begun.json").read_text())
-        result = recovery.strategy(rank, 1, self.seed, self.event, self.strategy, root, begun)
+        result = breaking.strategy(self.seed, self.event, self.strategy, root, begun)
         shutil.rmtree(root)
         write_small(self.file, json.dumps(asdict(result)).encode())
 
