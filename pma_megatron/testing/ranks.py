@@ -7,6 +7,7 @@ with it. A rank's exception, signal, or hang comes back to the caller as text th
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
 import multiprocessing
 import os
@@ -28,6 +29,7 @@ from typing import Any
 _ENV = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
 _GRACE_S = 0.3
 _LOOK_EVERY_S = 1.0
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class RankFailure(RuntimeError):
@@ -244,8 +246,15 @@ class _Job:
     init: bool
 
 
+def _end_with_parent() -> None:
+    """Else the ranks of a job that was killed would go on writing beside those of the next."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def _child(job: _Job, rank: int, sender: Connection) -> None:
     os.setsid()
+    _end_with_parent()
     stacks = Path(job.directory, f"stacks{rank}").open("w")  # noqa: SIM115 (open until exit)
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job.world_size))

@@ -70,7 +70,12 @@ def perform(jobs: Sequence[Job], cores: int | None = None) -> None:
                 free -= min(batch[0].ranks, free)
                 waiting = [job for job in waiting if job not in batch]
                 running[pool.submit(_together, batch)] = batch
-            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            try:
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+            except KeyboardInterrupt:
+                progress.stop()
+                print("interrupted: the same command goes on from here")
+                os._exit(130)  # ends the ranks too, instead of waiting for them
             for future in done:
                 batch = running.pop(future)
                 free += batch[0].ranks
