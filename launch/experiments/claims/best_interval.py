@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lab.experiment import Experiment, Findings, Row, Table, groups
+from lab.experiment import Experiment, Findings, Row, Table, groups, means
 from lab.models import Scale, constant
-from lab.pages import COLORS
+from lab.pages import COLORS, curve, zero
 from lab.scoring import Merges
 from lab.stats import estimate
 
@@ -22,19 +22,14 @@ def _merges(scale: Scale, seed: int, moe: bool, size: int) -> Merges:
     )  # fmt: skip
 
 
-def _kinds(scale: Scale) -> Iterator[tuple[bool, int]]:
-    for moe in (False, True):
-        yield from ((moe, size) for size in range(len(scale.dense)))
-
-
 def jobs(scale: Scale, seeds: Sequence[int]) -> list[Merges]:
     """One grid per model and seed."""
-    return [_merges(scale, seed, *kind) for kind in _kinds(scale) for seed in seeds]
+    return [_merges(scale, seed, *kind) for kind in scale.kinds() for seed in seeds]
 
 
 def rows(scale: Scale, seeds: Sequence[int]) -> Iterator[Row]:
     """Gain of every interval, the mean of two ends; on validation, where a choice is made."""
-    for moe, size in _kinds(scale):
+    for moe, size in scale.kinds():
         for seed in seeds:
             merges = _merges(scale, seed, moe, size)
             for times in TIMES:
@@ -87,12 +82,9 @@ def plot(rows: Sequence[Row], figure: Any) -> None:
     for axis, model in zip(axes, ("dense", "MoE"), strict=True):
         mine = [r for r in rows if r["model"] == model]
         for color, ((size,), found) in zip(COLORS[1:], groups(mine, "hidden_size"), strict=False):
-            curve = [(v, estimate([r["test"] for r in at]))
-                     for (v,), at in groups(found, "interval_tokens")]  # fmt: skip
-            axis.errorbar([v for v, _ in curve], [g.mean for _, g in curve],
-                          [g.margin or 0 for _, g in curve], color=color, marker="o",
-                          label=f"hidden size {size}")  # fmt: skip
-        axis.axhline(0, color=COLORS[0], lw=0.8)
+            points = means(found, "interval_tokens", "test")
+            curve(axis, points, color=color, label=f"hidden size {size}")
+        zero(axis)
         axis.set(xlabel="interval V (tokens)", title=model)
     axes[0].set_ylabel("gain (test, nats per byte)")
 

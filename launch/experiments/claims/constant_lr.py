@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lab.experiment import Experiment, Findings, Row, Table, groups
+from lab.experiment import Experiment, Findings, Row, Table, gain, groups, means
 from lab.models import Scale, constant
-from lab.pages import COLORS
+from lab.pages import COLORS, curve, zero
 from lab.scoring import Merges
 from lab.stats import estimate, verdict
 from lab.text import LOSSES
@@ -25,19 +25,14 @@ def _merges(scale: Scale, seed: int, moe: bool, size: int) -> Merges:
     return Merges(run=run, lasts=(LAST,), every=(scale.every,), ends=_ends(scale))
 
 
-def _kinds(scale: Scale) -> Iterator[tuple[bool, int]]:
-    for moe in (False, True):
-        yield from ((moe, size) for size in range(len(scale.dense)))
-
-
 def jobs(scale: Scale, seeds: Sequence[int]) -> list[Merges]:
     """A grid of merges for every model and seed."""
-    return [_merges(scale, seed, *kind) for kind in _kinds(scale) for seed in seeds]
+    return [_merges(scale, seed, *kind) for kind in scale.kinds() for seed in seeds]
 
 
 def rows(scale: Scale, seeds: Sequence[int]) -> Iterator[Row]:
     """Losses of the newest checkpoint and of the merge, at every end."""
-    for moe, size in _kinds(scale):
+    for moe, size in scale.kinds():
         for seed in seeds:
             merges = _merges(scale, seed, moe, size)
             for end in _ends(scale):
@@ -56,18 +51,15 @@ def findings(rows: Sequence[Row]) -> Findings:
     end = max(row["tokens"] for row in rows)
     table, tests = [], []
     for key, found in groups((r for r in rows if r["tokens"] == end), "model", "hidden_size"):
-        gains = [
-            estimate([r["newest"] - r["merged"] for r in found if r["loss"] == name])
-            for name in LOSSES
-        ]
+        gains = [estimate([gain(r) for r in found if r["loss"] == name]) for name in LOSSES]
         tests.append(gains[list(LOSSES).index("test")])
         newest = estimate([r["newest"] for r in found if r["loss"] == "test"])
-        table.append([*key, f"{newest.mean:.3f}", *(gain.signed for gain in gains)])
+        table.append([*key, f"{newest.mean:.3f}", *(g.signed for g in gains)])
     return Findings(
         verdict=verdict(tests),
         sentences=[
             f"At the end ({end:,} tokens) the SMA of {LAST} checkpoints has a lower test loss than "
-            f"the newest one in {sum(gain.low > 0 for gain in tests)} of {len(tests)} models, with "
+            f"the newest one in {sum(g.low > 0 for g in tests)} of {len(tests)} models, with "
             f"the whole interval above zero; gains lie between {min(g.mean for g in tests):.4f} "
             f"and {max(g.mean for g in tests):.4f}."
         ],
@@ -84,13 +76,9 @@ def plot(rows: Sequence[Row], figure: Any) -> None:
     for axis, model in zip(axes, ("dense", "MoE"), strict=True):
         tests = [r for r in rows if r["model"] == model and r["loss"] == "test"]
         for color, ((size,), found) in zip(COLORS[1:], groups(tests, "hidden_size"), strict=False):
-            curve = [(tokens, estimate([r["newest"] - r["merged"] for r in at]))
-                     for (tokens,), at in groups(found, "tokens")]  # fmt: skip
-            axis.errorbar(
-                [tokens for tokens, _ in curve], [gain.mean for _, gain in curve],
-                [gain.margin or 0 for _, gain in curve], color=color, label=f"hidden size {size}",
-            )  # fmt: skip
-        axis.axhline(0, color=COLORS[0], lw=0.8)
+            points = means(found, "tokens", gain)
+            curve(axis, points, color=color, label=f"hidden size {size}")
+        zero(axis)
         axis.set(xlabel="tokens", title=model)
     axes[0].set_ylabel("gain (test, nats per byte)")
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lab.experiment import Experiment, Findings, Row, Table, groups
+from lab.experiment import Experiment, Findings, Row, Table, gain, groups, means
 from lab.models import PEAK, WARMUP, Scale, constant
-from lab.pages import COLORS
+from lab.pages import COLORS, curve
 from lab.runs import Run
 from lab.scoring import Merges
 from lab.stats import estimate
@@ -54,13 +54,13 @@ def findings(rows: Sequence[Row]) -> Findings:
     final = {(r["model"], r["seed"]): r["newest"] for r in rows if r["done"] == 1}
     table, first_near, gains = [], {}, []
     for (model, done), found in groups(rows, "model", "done"):
-        gain = estimate([r["newest"] - r["merged"] for r in found])
+        over = estimate([gain(r) for r in found])
         behind = estimate([r["merged"] - final[model, r["seed"]] for r in found])
-        table.append([model, f"{done:.0%}", gain.signed, behind.signed])
+        table.append([model, f"{done:.0%}", over.signed, behind.signed])
         if behind.low <= 0:
             first_near.setdefault(model, done)
         if done <= 0.5:
-            gains.append(gain)
+            gains.append(over)
     near = [f"{model}: {done:.0%}" for model, done in first_near.items()]
     early = len(first_near) == len({r["model"] for r in rows}) and max(first_near.values()) <= 0.75
     return Findings(
@@ -82,9 +82,7 @@ def plot(rows: Sequence[Row], figure: Any) -> None:
     """Both curves."""
     for axis, ((model,), found) in zip(figure.subplots(1, 2), groups(rows, "model"), strict=True):
         for color, key in zip(COLORS, ("newest", "merged"), strict=False):
-            curve = [(t, estimate([r[key] for r in at])) for (t,), at in groups(found, "tokens")]
-            axis.errorbar([t for t, _ in curve], [e.mean for _, e in curve],
-                          [e.margin or 0 for _, e in curve], color=color, label=key)  # fmt: skip
+            curve(axis, means(found, "tokens", key), color=color, label=key)
         axis.set(xlabel="tokens", ylabel="test loss (nats per byte)", title=model)
 
 

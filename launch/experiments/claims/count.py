@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lab.experiment import Experiment, Findings, Row, Table, groups
+from lab.experiment import Experiment, Findings, Row, Table, groups, means
 from lab.models import Scale, constant
-from lab.pages import COLORS
+from lab.pages import COLORS, curve, zero
 from lab.scoring import Merges
 from lab.stats import estimate
 
@@ -81,11 +81,9 @@ def plot(rows: Sequence[Row], figure: Any) -> None:
     for color, ((when, end), found) in zip(
         COLORS[1:], groups(rows, "when", "end_tokens"), strict=False
     ):
-        curve = [(n, estimate([r["gain"] for r in at])) for (n,), at in groups(found, "last")]
-        axis.errorbar([n for n, _ in curve], [g.mean for _, g in curve],
-                      [g.margin or 0 for _, g in curve], color=color, marker="o",
-                      label=f"{when}: {end:,} tokens")  # fmt: skip
-    axis.axhline(0, color=COLORS[0], lw=0.8)
+        points = means(found, "last", "gain")
+        curve(axis, points, color=color, label=f"{when}: {end:,} tokens")
+    zero(axis)
     axis.set(xlabel="checkpoints N", ylabel="gain (test, nats per byte)")
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lab.experiment import Experiment, Findings, Row, Table, groups
+from lab.experiment import Experiment, Findings, Row, Table, gain, means
 from lab.models import PEAK, Scale, constant
-from lab.pages import COLORS
+from lab.pages import COLORS, curve
 from lab.scoring import Merges
-from lab.stats import estimate
 
 LAST, FACTORS = 6, (0.25, 0.5, 1.0, 2.0, 4.0)
 
@@ -36,11 +35,8 @@ def rows(scale: Scale, seeds: Sequence[int]) -> Iterator[Row]:
 
 def findings(rows: Sequence[Row]) -> Findings:
     """The gain at every rate, and the best merged loss."""
-    gains, merged = {}, {}
-    for (lr,), found in groups(rows, "lr"):
-        gains[lr] = estimate([r["newest"] - r["merged"] for r in found])
-        merged[lr] = estimate([r["merged"] for r in found])
-    newest = {lr: estimate([r["newest"] for r in found]) for (lr,), found in groups(rows, "lr")}
+    gains = means(rows, "lr", gain)
+    newest, merged = (means(rows, "lr", key) for key in ("newest", "merged"))
     least, most = gains[min(gains)], gains[max(gains)]
     grows = most.low > least.high
     best = {"newest": min(newest, key=lambda lr: newest[lr].mean),
@@ -63,14 +59,8 @@ def plot(rows: Sequence[Row], figure: Any) -> None:
     """Losses and gain by rate."""
     left, right = figure.subplots(1, 2)
     for color, key in zip(COLORS, ("newest", "merged"), strict=False):
-        curve = [(lr, estimate([r[key] for r in found])) for (lr,), found in groups(rows, "lr")]
-        left.errorbar([lr for lr, _ in curve], [e.mean for _, e in curve],
-                      [e.margin or 0 for _, e in curve], color=color, marker="o",
-                      label=key)  # fmt: skip
-    gains = [(lr, estimate([r["newest"] - r["merged"] for r in found]))
-             for (lr,), found in groups(rows, "lr")]  # fmt: skip
-    right.errorbar([lr for lr, _ in gains], [g.mean for _, g in gains],
-                   [g.margin or 0 for _, g in gains], color=COLORS[1], marker="o")  # fmt: skip
+        curve(left, means(rows, "lr", key), color=color, label=key)
+    curve(right, means(rows, "lr", gain), color=COLORS[1])
     left.set(xscale="log", xlabel="learning rate", ylabel="test loss (nats per byte)")
     right.set(xscale="log", xlabel="learning rate", ylabel="gain (test, nats per byte)")
 

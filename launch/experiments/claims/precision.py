@@ -7,7 +7,7 @@ from typing import Any
 
 from lab.experiment import Experiment, Findings, Row, Table, groups
 from lab.models import Scale, constant
-from lab.pages import COLORS
+from lab.pages import COLORS, zero
 from lab.stats import estimate
 from lab.written import Written, distance
 
@@ -37,8 +37,8 @@ def rows(scale: Scale, seeds: Sequence[int]) -> Iterator[Row]:
             one, other = main.weights(), weights.weights()
             differ = sum(int((one[name] != other[name]).sum()) for name in one)
             yield {
-                "seed": seed, "last": last, "main_params": main.losses()["test"],
-                "weights": weights.losses()["test"], "distance": distance(one, other),
+                "seed": seed, "last": last, "main_params": main.result()["test"],
+                "weights": weights.result()["test"], "distance": distance(one, other),
                 "differ": differ / sum(value.numel() for value in one.values()),
             }  # fmt: skip
 
@@ -73,7 +73,7 @@ def plot(rows: Sequence[Row], figure: Any) -> None:
         left.plot([last] * len(found), [r["weights"] - r["main_params"] for r in found], "o",
                   color=COLORS[1])  # fmt: skip
         right.plot([last] * len(found), [r["differ"] for r in found], "o", color=COLORS[2])
-    left.axhline(0, color=COLORS[0], lw=0.8)
+    zero(left)
     left.set(xlabel="checkpoints N", ylabel="gain of main params (test)")
     right.set(xlabel="checkpoints N", ylabel="part of the weights that differ", ylim=(0, None))
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from lab.experiment import Experiment, Findings, Row, Table
 from lab.models import Scale, constant
-from lab.pages import COLORS
+from lab.pages import COLORS, zero
 from lab.stats import estimate
 from lab.work import Job
 from lab.written import Written
@@ -49,7 +49,7 @@ def rows(scale: Scale, seeds: Sequence[int]) -> Iterator[Row]:
     """Test losses."""
     for seed in seeds:
         for spacing, method, by_tokens in _arms():
-            loss = _written(scale, seed, spacing, method, by_tokens).losses()["test"]
+            loss = _written(scale, seed, spacing, method, by_tokens).result()["test"]
             yield {"seed": seed, "spacing": spacing, "method": method, "by_tokens": by_tokens,
                    "loss": loss}  # fmt: skip
 
@@ -91,7 +91,7 @@ def plot(rows: Sequence[Row], figure: Any) -> None:
                              for s in seeds])  # fmt: skip
             axis.bar(at + 0.25 * (number - 1), gain.mean, 0.22, yerr=gain.margin or 0, color=color,
                      label=method if at == 0 else None)  # fmt: skip
-    axis.axhline(0, color=COLORS[0], lw=0.8)
+    zero(axis)
     axis.set_xticks(range(len(SPACINGS)), list(SPACINGS))
     axis.set_ylabel("gain of tokens over list positions (test)")
 

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from lab.runs import BATCHES, Run
+from lab.kept import Kept
+from lab.runs import BATCHES
 from lab.trainer import LabTrainer
-from pma_megatron.durable import write_small
 from pma_megatron.gram import measure
 from pma_megatron.megatron.contour import contour
 from pma_megatron.megatron.curvature import Differentiable, curvature
@@ -23,39 +19,21 @@ from pma_megatron.selection import SelectionRequest
 
 
 @dataclass(frozen=True, kw_only=True)
-class Expansion:
+class Expansion(Kept):
     """Distances, curvature and, if asked for, the contour of some checkpoints of a run.
 
     Attributes:
-        run: whose.
         iterations: of the members.
         grid: points of the contour along each side; 0 for none.
     """
 
-    run: Run
+    kind = "expansion"
+    ranks = 1
     iterations: tuple[int, ...]
     grid: int = 0
-    ranks = 1
-    own_process = False
 
-    @property
-    def after(self) -> tuple[Run, ...]:
-        """What must be done first."""
-        return (self.run,)
-
-    @cached_property
-    def file(self) -> Path:
-        """Where the result is kept."""
-        said = json.dumps([asdict(self) | {"run": ""}, BATCHES], sort_keys=True)
-        return self.run.folder / f"expansion-{hashlib.sha256(said.encode()).hexdigest()[:16]}.json"
-
-    @property
-    def is_done(self) -> bool:
-        """Whether it has been measured."""
-        return self.file.exists()
-
-    def perform(self, rank: int) -> None:
-        """Measure, with float32 weights, in one process."""
+    def measure(self) -> dict[str, Any]:
+        """`curvature`, `spread`, `contour`: see the `to_json` of each. With float32 weights."""
         whole = replace(self.run.config, bf16=False, use_distributed_optimizer=False,
                         expert_model_parallel_size=1,
                         micro_batch_size=self.run.config.global_batch_size)  # fmt: skip
@@ -79,15 +57,7 @@ class Expansion:
                 found["contour"] = contour(scored, measured, size=self.grid).to_json()
         finally:
             trainer.close()
-        write_small(self.file, json.dumps(found).encode())
-
-    def result(self) -> dict[str, Any]:
-        """`curvature`, `spread`, `contour`: see the `to_json` of each."""
-        found: dict[str, Any] = json.loads(self.file.read_text())
         return found
-
-    def __str__(self) -> str:
-        return f"expansion of {self.run}"
 
 
 def _losses(trainer: LabTrainer) -> Iterator[torch.Tensor]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lab.models import Scale
+from lab.stats import Estimate, estimate
 from lab.work import Job
 
 Row = dict[str, Any]
@@ -100,6 +101,17 @@ def groups(rows: Iterable[Row], *keys: str) -> Iterator[tuple[tuple[Any, ...], l
     for row in rows:
         order.setdefault(tuple(row[key] for key in keys), []).append(row)
     yield from order.items()
+
+
+def means(rows: Iterable[Row], by: str, what: str | Callable[[Row], float]) -> dict[Any, Estimate]:
+    """Means of `what` (a name, or a function of a row) for every value of `by`."""
+    value = what if callable(what) else lambda row: row[what]
+    return {key: estimate([value(row) for row in found]) for (key,), found in groups(rows, by)}
+
+
+def gain(row: Row) -> float:
+    """What merging gains in a row with `newest` and `merged` losses."""
+    return float(row["newest"] - row["merged"])
 
 
 def seeds_of(count: int) -> tuple[int, ...]:

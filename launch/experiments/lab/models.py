@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from lab.runs import Run
@@ -38,6 +39,11 @@ class Scale:
     def model(self, *, moe: bool = False, size: int = 1) -> TinyConfig:
         """A configuration: `size` 0 to 2."""
         return (self.moe if moe else self.dense)[size]
+
+    def kinds(self) -> Iterator[tuple[bool, int]]:
+        """(whether MoE, size) of every model."""
+        for moe in (False, True):
+            yield from ((moe, size) for size in range(len(self.dense)))
 
     def tokens(self, iterations: int) -> int:
         """Tokens that so many iterations consume."""

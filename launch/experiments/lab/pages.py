@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
 from lab.experiment import Experiment, Results
+from lab.stats import Estimate
 
 COLORS = ("#5b6573", "#d1495b", "#2a7f9e", "#e0a030", "#3d8b5f", "#8a5fa8")
 _HEAD = Path(__file__).with_name("head.md")
+
+
+def curve(axes: Any, points: Mapping[Any, Estimate], **style: Any) -> None:
+    """Means with their intervals over the keys of `points`."""
+    found = list(points.values())
+    axes.errorbar(list(points), [e.mean for e in found], [e.margin or 0 for e in found],
+                  **{"marker": "o", "ms": 4, **style})  # fmt: skip
+
+
+def zero(axes: Any) -> None:
+    """The line on which nothing is gained."""
+    axes.axhline(0, color=COLORS[0], lw=0.8)
 
 
 def page(experiments: Sequence[Experiment], folder: Path) -> str:

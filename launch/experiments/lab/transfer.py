@@ -9,7 +9,7 @@ from typing import Any
 
 from lab.experiment import Experiment, Findings, Row, Table, groups
 from lab.models import PEAK, Scale, constant
-from lab.pages import COLORS
+from lab.pages import COLORS, curve, zero
 from lab.runs import Run, Start
 from lab.stats import estimate, verdict
 from lab.trainer import Rate
@@ -127,13 +127,12 @@ class Transfer:
         for axis, model in zip(figure.subplots(1, 2, sharey=True), ("dense", "MoE"), strict=True):
             mine = [r for r in rows if r["merged"] and r["model"] == model]
             for color, ((peak,), found) in zip(COLORS[1:], groups(mine, "peak"), strict=False):
-                gains = [
-                    estimate([plain[model, peak, r["seed"]][name] - r[name] for r in found])
+                gains = {
+                    name: estimate([plain[model, peak, r["seed"]][name] - r[name] for r in found])
                     for name in _WHEN
-                ]
-                axis.errorbar(_WHEN, [g.mean for g in gains], [g.margin or 0 for g in gains],
-                              color=color, marker="o", label=f"peak {peak:g}")  # fmt: skip
-            axis.axhline(0, color=COLORS[0], lw=0.8)
+                }
+                curve(axis, gains, color=color, label=f"peak {peak:g}")
+            zero(axis)
             axis.set(title=model, ylabel=f"gain of PMA-init ({self.domain}, nats per byte)")
 
     def experiment(self, *, name: str, title: str, paper: str, setup: str) -> Experiment:

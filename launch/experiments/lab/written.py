@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from functools import cached_property
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 import pma_megatron
-from lab.runs import BATCHES, Run
+from lab.kept import Kept
+from lab.runs import BATCHES
 from lab.trainer import LabTrainer
-from pma_megatron.durable import write_small
 from pma_megatron.grid import Grid
 from pma_megatron.megatron.score import score_merges
 from pma_megatron.policy import Policy
@@ -25,51 +22,24 @@ from pma_megatron.selection import SelectionRequest
 
 
 @dataclass(frozen=True, kw_only=True)
-class Written:
+class Written(Kept):
     """One merge of one run on one rank.
 
     Attributes:
-        run: whose checkpoints.
         iterations: which.
         method: how they are weighted; `custom` with `coefficients`.
         coefficients: oldest first.
         average: `main-params` or `weights`.
     """
 
-    run: Run
+    kind = "written"
     iterations: tuple[int, ...]
     method: str = "sma"
     coefficients: tuple[float, ...] | None = None
     average: str = "main-params"
 
-    @property
-    def ranks(self) -> int:
-        """Processes that it takes."""
-        return self.run.ranks
-
-    @property
-    def after(self) -> tuple[Run, ...]:
-        """What must be done first."""
-        return (self.run,)
-
-    @property
-    def own_process(self) -> bool:
-        """Only reads through Megatron."""
-        return False
-
-    @cached_property
-    def file(self) -> Path:
-        """Where the losses are kept."""
-        said = json.dumps([asdict(self) | {"run": ""}, BATCHES], sort_keys=True)
-        return self.run.folder / f"written-{hashlib.sha256(said.encode()).hexdigest()[:16]}.json"
-
-    @property
-    def is_done(self) -> bool:
-        """Whether it has been scored."""
-        return self.file.exists()
-
-    def perform(self, rank: int) -> None:
-        """Merge, load, score, and remove the merge. Every rank makes this call."""
+    def measure(self) -> dict[str, float]:
+        """Merge, load, score, and remove the merge."""
         folder = self.file.with_suffix(".merge")
         values = self.coefficients
         pma_megatron.merge(MergeRequest(
@@ -88,23 +58,15 @@ class Written:
             scores = score_merges(trainer.models, str(folder), Grid(lasts=(1,)), score)
         finally:
             trainer.close()
-        if rank == 0:
+        if dist.get_rank() == 0:
             torch.save(weights, self.file.with_suffix(".pt"))
-            write_small(self.file, json.dumps(dict(scores.points[0].losses)).encode())
             shutil.rmtree(folder)
-
-    def losses(self) -> dict[str, float]:
-        """Held-out losses of the merge."""
-        losses: dict[str, float] = json.loads(self.file.read_text())
-        return losses
+        return dict(scores.points[0].losses)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """What the forward pass used, by name; of a run on one rank."""
         found: dict[str, torch.Tensor] = torch.load(self.file.with_suffix(".pt"))
         return found
-
-    def __str__(self) -> str:
-        return f"{self.method} of {self.run}, written"
 
 
 def distance(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> float:
