@@ -30,6 +30,7 @@ from lab.experiment import Experiment, Results, seeds_of
 from lab.models import SCALES
 from rich.console import Console
 
+from pma_megatron.testing.cpu import DEVICE_ENV
 from pma_megatron.version import __version__
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -45,6 +46,7 @@ def known() -> list[Experiment]:
 def run(experiment: Experiment, scale: str, seeds: int | None, folder: Path) -> Results:
     """Do what is missing; rows and plot into `folder`."""
     start_s = time.monotonic()
+    os.environ[DEVICE_ENV] = SCALES[scale].device
     chosen = seeds_of(seeds or experiment.seeds)
     work.perform(experiment.jobs(SCALES[scale], chosen))
     from importlib.metadata import version

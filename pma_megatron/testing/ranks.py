@@ -97,7 +97,8 @@ def run_ranks(
     """Call `fn(rank, world_size, *args, **kwargs)` on every rank and return the results by rank.
 
     `fn` must be a top-level function; results travel by pickle. With `init` each rank joins a gloo
-    process group that meets in a file. The first rank to fail ends the others.
+    process group that meets in a file (on GPUs, see `cpu.DEVICE_ENV`, NCCL beside it, and each rank
+    has its own). The first rank to fail ends the others.
 
     Raises RankFailure for the rank that failed first, RankTimeout when `timeout_s` is over.
     """
@@ -274,9 +275,13 @@ def _call(job: _Job, rank: int) -> Any:
     import torch
     import torch.distributed as dist
 
+    from pma_megatron.testing import cpu
+
     torch.set_num_threads(1)
+    if cpu.on_gpu():
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo",
+        "cpu:gloo,cuda:nccl" if cpu.on_gpu() else "gloo",
         init_method=f"file://{job.directory}/rendezvous",
         rank=rank,
         world_size=job.world_size,

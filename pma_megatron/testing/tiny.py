@@ -309,7 +309,8 @@ def _forward_step(data: Iterator[tuple[torch.Tensor, ...]], model: Any) -> tuple
 
 
 def _losses(inputs: torch.Tensor, labels: torch.Tensor, model: Any) -> Any:
-    positions = torch.arange(inputs.shape[1]).expand_as(inputs)
+    inputs, labels = inputs.cuda(), labels.cuda()  # on the CPU these stay where they are
+    positions = torch.arange(inputs.shape[1], device=inputs.device).expand_as(inputs)
     return model(inputs, positions, None, labels=labels)
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from lab.experiment import Experiment, Findings, Row, Table, gain, groups, means
-from lab.models import PEAK, WARMUP, Scale, constant
+from lab.models import WARMUP, Scale, constant
 from lab.pages import COLORS, curve
 from lab.runs import Run
 from lab.scoring import Merges
@@ -20,8 +20,8 @@ LAST, PARTS = 6, 8
 def _run(scale: Scale, seed: int, moe: bool) -> Run:
     return replace(
         constant(scale, seed, moe=moe),
-        rate=Rate(peak=PEAK, warmup=WARMUP, decay="cosine", decay_begin=WARMUP,
-                  decay_end=scale.end, floor=PEAK / 10),
+        rate=Rate(peak=scale.peak, warmup=WARMUP, decay="cosine", decay_begin=WARMUP,
+                  decay_end=scale.end, floor=scale.peak / 10),
     )  # fmt: skip
 
 

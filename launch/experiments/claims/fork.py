@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from lab.experiment import Experiment, Findings, Row, Table, groups
-from lab.models import PEAK, Scale, constant
+from lab.models import Scale, constant
 from lab.pages import COLORS
 from lab.runs import Run, Start
 from lab.scoring import Merges
@@ -26,7 +26,7 @@ def _annealed(scale: Scale, seed: int, moe: bool, fork: int) -> Run:
     run, end = constant(scale, seed, moe=moe), fork + 2 * scale.decay
     return replace(
         run, start=Start(run=run, iteration=fork), end=end, saves=(),
-        rate=Rate(peak=PEAK, decay="linear", decay_begin=fork, decay_end=end),
+        rate=Rate(peak=scale.peak, decay="linear", decay_begin=fork, decay_end=end),
         scores=_along(scale, fork),
     )  # fmt: skip
 

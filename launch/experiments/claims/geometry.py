@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from lab.expansion import Expansion
 from lab.experiment import Experiment, Findings, Row, Table, groups
-from lab.models import PEAK, Scale, constant
+from lab.models import Scale, constant
 from lab.pages import COLORS
 from lab.runs import Run, Start
 from lab.stats import estimate
@@ -27,7 +27,7 @@ def _run(scale: Scale, seed: int, moe: bool, phase: str) -> Run:
     return replace(
         run, start=Start(run=run, iteration=start),
         saves=tuple(range(start + scale.every, scale.end + 1, scale.every)),
-        rate=Rate(peak=PEAK, decay="linear", decay_begin=start, decay_end=scale.end),
+        rate=Rate(peak=scale.peak, decay="linear", decay_begin=start, decay_end=scale.end),
     )  # fmt: skip
 
 

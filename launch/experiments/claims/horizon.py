@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from lab.experiment import Experiment, Findings, Row, Table, groups
-from lab.models import PEAK, Scale, constant
+from lab.models import Scale, constant
 from lab.pages import COLORS
 from lab.runs import Run, Start
 from lab.scoring import Merges
@@ -32,7 +32,7 @@ def _annealed(scale: Scale, seed: int, start: int, length: int) -> Run:
     run = constant(scale, seed)
     return replace(
         run, start=Start(run=run, iteration=start), end=start + length, saves=(),
-        rate=Rate(peak=PEAK, decay="linear", decay_begin=start, decay_end=start + length),
+        rate=Rate(peak=scale.peak, decay="linear", decay_begin=start, decay_end=start + length),
         scores=(start + length,),
     )  # fmt: skip
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lab.experiment import Experiment, Findings, Row, Table, gain, means
-from lab.models import PEAK, Scale, constant
+from lab.models import Scale, constant
 from lab.pages import COLORS, curve
 from lab.scoring import Merges
 
@@ -28,7 +28,7 @@ def rows(scale: Scale, seeds: Sequence[int]) -> Iterator[Row]:
     for factor in FACTORS:
         for seed in seeds:
             merges = _merges(scale, seed, factor)
-            yield {"seed": seed, "lr": PEAK * factor,
+            yield {"seed": seed, "lr": scale.peak * factor,
                    "newest": merges.losses(scale.end, "unmerged")["test"],
                    "merged": merges.losses(scale.end)["test"]}  # fmt: skip
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from lab.experiment import Experiment, Findings, Row, Table, groups
-from lab.models import PEAK, WARMUP, Scale, constant
+from lab.models import WARMUP, Scale, constant
 from lab.pages import COLORS
 from lab.runs import Run, Start
 from lab.stats import estimate
@@ -27,7 +27,7 @@ def _resumed(scale: Scale, seed: int, moe: bool, state: str, warmup: int) -> Run
         start = replace(start, last=LAST, every=scale.every, optimizer_state=state)
     return replace(
         run, start=start, end=scale.fork + max(AFTER), saves=(),
-        rate=Rate(peak=PEAK, begin=scale.fork, warmup=warmup),
+        rate=Rate(peak=scale.peak, begin=scale.fork, warmup=warmup),
         scores=tuple(scale.fork + after for after in AFTER),
     )  # fmt: skip
 

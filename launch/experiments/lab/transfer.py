@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lab.experiment import Experiment, Findings, Row, Table, groups
-from lab.models import PEAK, Scale, constant
+from lab.models import Scale, constant
 from lab.pages import COLORS, curve, zero
 from lab.runs import Run, Start
 from lab.stats import estimate, verdict
@@ -38,7 +38,7 @@ class Transfer:
     def run(self, scale: Scale, seed: int, moe: bool, factor: float, merged: bool) -> Run:
         """One run from the end of the constant-rate run."""
         run, begin = constant(scale, seed, moe=moe), scale.end
-        end, peak = begin + self.length * scale.every, PEAK * factor
+        end, peak = begin + self.length * scale.every, scale.peak * factor
         start = Start(run=run, iteration=begin)
         if merged:
             start = replace(start, last=LAST, every=scale.every)
@@ -74,7 +74,7 @@ class Transfer:
             run = self.run(scale, seed, moe, factor, merged)
             record = run.record()
             row: Row = {
-                "model": "MoE" if moe else "dense", "peak": PEAK * factor, "merged": merged,
+                "model": "MoE" if moe else "dense", "peak": scale.peak * factor, "merged": merged,
                 "seed": seed, "grad_norm": statistics.fmean(record.grad_norms),
                 "grad_norm_deviation": statistics.stdev(record.grad_norms),
                 "spikes": _spikes(record.losses),
