@@ -78,14 +78,17 @@ def _back(rows: Sequence[Row]) -> str:
 
 
 def plot(rows: Sequence[Row], figure: Any) -> None:
-    """Loss at the end by strategy."""
-    for axis, event in zip(figure.subplots(1, 2), ("burst", "stays"), strict=True):
+    """Loss at the end by strategy, and before the collapse."""
+    left, right = figure.subplots(1, 2, sharey=True)
+    for axis, event in ((left, "burst"), (right, "stays")):
         mine = [r for r in rows if r["event"] == event]
-        for at, ((name,), found) in enumerate(groups(mine, "strategy")):
-            losses = [r["end"] for r in found]
-            axis.plot([at] * len(found), losses, "o", color=COLORS[at], label=name)
-        axis.axhline(estimate([r["before"] for r in mine]).mean, color=COLORS[0], lw=0.8, ls="--")
-        axis.set(title=event, ylabel="test loss at the end", xticks=[])
+        for at, (_, found) in enumerate(groups(mine, "strategy")):
+            axis.plot([r["end"] for r in found], [at] * len(found), "o", ms=4, color=COLORS[1])
+        axis.axvline(estimate([r["before"] for r in mine]).mean, color=COLORS[0], lw=0.8, ls="--")
+        axis.set(title=event, xlabel="loss at the end (held-out, nats per byte)")
+    names = [name for (name,), _ in groups(rows, "strategy")]
+    left.set_yticks(range(len(names)), names)
+    left.invert_yaxis()
 
 
 EXPERIMENT = Experiment(

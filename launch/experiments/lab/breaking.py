@@ -37,6 +37,9 @@ STRATEGIES: dict[str, RecoverySettings | None] = {
     PMA: RecoverySettings(last=3),
     "PMA of 3, moments averaged": RecoverySettings(last=3, optimizer_state="average"),
     "PMA of 3, moments reset": RecoverySettings(last=3, optimizer_state="reset"),
+    "PMA of 5": RecoverySettings(last=5),
+    "PMA of 3, margin 0": RecoverySettings(last=3, margin_iterations=0),
+    "PMA of 3, margin 60": RecoverySettings(last=3, margin_iterations=60),
 }
 
 
