@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from lab.experiment import Experiment, Findings, Row, Table, groups, means
 from lab.models import Scale, constant
 from lab.pages import COLORS, curve, zero
+from lab.runs import Start
 from lab.scoring import Merges
 from lab.stats import estimate
 
-LAST, TIMES = 6, (1, 2, 3, 4, 6, 8)
+LAST, TIMES, BACK = 6, (1, 2, 3, 5, 7, 10), 12
+
+
+def _every(scale: Scale) -> int:
+    return scale.every // 5
 
 
 def _merges(scale: Scale, seed: int, moe: bool, size: int) -> Merges:
-    step = scale.end // 8
+    """Of the last part of the constant-rate run, trained again and saved more often."""
+    run, begin = constant(scale, seed, moe=moe, size=size), scale.end - BACK * scale.every
+    often = replace(
+        run, start=Start(run=run, iteration=begin),
+        saves=tuple(range(begin + _every(scale), scale.end + 1, _every(scale))),
+    )  # fmt: skip
     return Merges(
-        run=constant(scale, seed, moe=moe, size=size), lasts=(LAST,),
-        every=tuple(n * scale.every for n in TIMES), ends=(scale.end - step, scale.end),
+        run=often, lasts=(LAST,), every=tuple(n * _every(scale) for n in TIMES),
+        ends=(scale.end - scale.every, scale.end),
     )  # fmt: skip
 
 
@@ -33,7 +44,7 @@ def rows(scale: Scale, seeds: Sequence[int]) -> Iterator[Row]:
         for seed in seeds:
             merges = _merges(scale, seed, moe, size)
             for times in TIMES:
-                every = times * scale.every
+                every = times * _every(scale)
                 row: Row = {
                     "model": "MoE" if moe else "dense", "seed": seed,
                     "hidden_size": scale.model(moe=moe, size=size).hidden_size,

@@ -9,7 +9,7 @@ from lab.experiment import Experiment, Findings, Row, Table, groups
 from lab.models import Scale, constant
 from lab.pages import COLORS
 from lab.scoring import Merges
-from lab.stats import estimate
+from lab.stats import NOT_REPRODUCED, REPRODUCED, estimate
 
 LAST = 10
 METHODS = ("sma", "wma", "ema:0.1", "ema:0.2", "linear", "cosine", "1-sqrt")
@@ -57,12 +57,15 @@ def findings(rows: Sequence[Row]) -> Findings:
         - min(over[when, m, "unmerged"].mean for m in METHODS)
         for when in ("early", "late")
     }
-    whole = early.low > 0 and order and spread["late"] < spread["early"]
-    said = "reproduced" if whole else "not reproduced" if early.high < 0 else "reproduced in part"
+    helps = {w: sum(over[w, m, "unmerged"].low > 0 for m in METHODS) for w in ("early", "late")}
+    ordered = early.low > 0 and order and spread["late"] < spread["early"]
+    whole = ordered and helps["early"] == len(METHODS)
+    said = REPRODUCED if whole else NOT_REPRODUCED if early.high < 0 else "reproduced in part"
     best = {w: max(METHODS, key=lambda m: over[w, m, "unmerged"].mean) for w in ("early", "late")}
     return Findings(
         verdict=said,
         sentences=[
+            f"Early {helps['early']} of {len(METHODS)} methods help, late {helps['late']}. "
             f"Early, WMA gains {early.signed} over SMA; EMA with 0.2 is "
             f"{'better' if order else 'no better'} than with 0.1. The methods lie "
             f"{spread['early']:.4f} apart early and {spread['late']:.4f} late. The best mean early "

@@ -103,8 +103,9 @@ class Transfer:
         harmful = sum(g.high < 0 for g in ends)
         return Findings(
             verdict=f"at the start {verdict(starts)}; at the end "
-            + ("better" if all(g.low > 0 for g in ends) else "worse in part" if harmful else
-               "no clear difference"),
+            + ("better" if all(g.low > 0 for g in ends)
+               else f"worse in {harmful} of {len(ends)} settings" if harmful
+               else "no clear difference"),
             sentences=[
                 "After one step the merged start is better by "
                 f"{min(g.mean for g in starts):.4f} to {max(g.mean for g in starts):.4f}; at the "
@@ -138,7 +139,7 @@ class Transfer:
     def experiment(self, *, name: str, title: str, paper: str, setup: str) -> Experiment:
         """The experiment of these settings."""
         return Experiment(
-            name=name, title=title, paper=paper, setup=setup, seeds=3, jobs=self.jobs,
+            name=name, title=title, paper=paper, setup=setup, seeds=5, jobs=self.jobs,
             rows=self.rows, findings=self.findings, plot=self.plot,
         )  # fmt: skip
 
