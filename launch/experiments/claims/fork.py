@@ -94,8 +94,8 @@ def findings(rows: Sequence[Row]) -> Findings:
             f"Constant rate and merging {'beats' if beats else 'does not always beat'} the "
             f"constant rate alone, {'and' if ahead else 'but not everywhere'} annealing at the "
             "first point of a fork. At the end of the decay its loss is lower than the annealed "
-            f"one by {min(g.mean for g in late):.4f} to {max(g.mean for g in late):.4f}, and higher "
-            f"with the whole interval in {behind} of {len(late)} forks."
+            f"one by {min(g.mean for g in late):.4f} to {max(g.mean for g in late):.4f}; it is "
+            f"higher with the whole interval in {behind} of {len(late)} forks."
         ],
         tables=[Table(columns=["model", "fork at, tokens", "tokens since", "merged over constant",
                                "merged over annealed"], rows=table)],
