@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 from lab.experiment import Experiment, Results
 from lab.stats import Estimate
@@ -68,6 +69,9 @@ def draw(experiment: Experiment, results: Results, folder: Path) -> None:
     for axes in figure.axes:
         axes.grid(alpha=0.25, lw=0.6)
         axes.spines[["top", "right"]].set_visible(False)
+        if "tokens" in axes.get_xlabel():
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+            axes.xaxis.set_minor_formatter(EngFormatter(sep=""))
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize=8)
     figure.savefig(folder / f"{experiment.name}.png", dpi=90)
