@@ -11,7 +11,7 @@ from lab.models import Scale, constant
 from lab.pages import COLORS, curve, zero
 from lab.runs import Start
 from lab.scoring import Merges
-from lab.stats import estimate
+from lab.stats import NOT_REPRODUCED, REPRODUCED, UNDECIDED, estimate
 
 LAST, TIMES, BACK = 6, (1, 2, 3, 5, 7, 10), 12
 
@@ -72,9 +72,9 @@ def findings(rows: Sequence[Row]) -> Findings:
         ordered = [m for (kind, _), m in sorted(means.items()) if kind == model]
         grows.append(ordered[-1].low > ordered[0].high)
         falls.append(ordered[-1].high < ordered[0].low)
-    said = "not decidable at this scale"
+    said = UNDECIDED
     if all(grows) or any(falls):
-        said = "reproduced" if all(grows) else "not reproduced"
+        said = REPRODUCED if all(grows) else NOT_REPRODUCED
     return Findings(
         verdict=said,
         sentences=[

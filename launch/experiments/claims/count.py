@@ -2,43 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from lab.experiment import Experiment, Findings, Row, Table, groups, means
-from lab.models import Scale, constant
-from lab.pages import COLORS, curve, zero
-from lab.scoring import Merges
-from lab.stats import estimate
+from lab.experiment import Experiment, Findings, Row, Table, groups
+from lab.reach import Reach
+from lab.stats import NOT_REPRODUCED, REPRODUCED, UNDECIDED, estimate
 
-LASTS = (2, 3, 6, 10, 15)
-
-
-def _ends(scale: Scale) -> dict[str, int]:
-    return {"early": (max(LASTS) + 4) * scale.every, "late": scale.end}
-
-
-def _merges(scale: Scale, seed: int) -> Merges:
-    ends = tuple(_ends(scale).values())
-    return Merges(run=constant(scale, seed), lasts=LASTS, every=(scale.every,), ends=ends)
-
-
-def jobs(scale: Scale, seeds: Sequence[int]) -> list[Merges]:
-    """One grid per seed."""
-    return [_merges(scale, seed) for seed in seeds]
-
-
-def rows(scale: Scale, seeds: Sequence[int]) -> Iterator[Row]:
-    """Gain of every count at both ends."""
-    for seed in seeds:
-        merges = _merges(scale, seed)
-        for when, end in _ends(scale).items():
-            newest = merges.losses(end, "unmerged")["test"]
-            for last in LASTS:
-                loss = merges.losses(end, last=last)["test"]
-                yield {"seed": seed, "when": when, "end_tokens": scale.tokens(end),
-                       "interval_tokens": scale.tokens(scale.every), "last": last,
-                       "gain": newest - loss}  # fmt: skip
+REACH = Reach(lasts=(2, 3, 6, 10, 15), times=(1,), by="last")
 
 
 def findings(rows: Sequence[Row]) -> Findings:
@@ -47,7 +17,7 @@ def findings(rows: Sequence[Row]) -> Findings:
     seeds = sorted({r["seed"] for r in rows})
     gains = {key: estimate([r["gain"] for r in found])
              for key, found in groups(rows, "when", "last")}  # fmt: skip
-    few, many = 3, max(LASTS)
+    few, many = 3, max(REACH.lasts)
     more = {
         when: estimate([by[when, many, s] - by[when, few, s] for s in seeds])
         for when in ("early", "late")
@@ -55,12 +25,12 @@ def findings(rows: Sequence[Row]) -> Findings:
     parts = (more["early"].high < 0, more["late"].low > 0)
     against = (more["early"].low > 0, more["late"].high < 0)
     if all(parts):
-        said = "reproduced"
+        said = REPRODUCED
     elif any(against):
-        said = "reproduced in part" if any(parts) else "not reproduced"
+        said = "reproduced in part" if any(parts) else NOT_REPRODUCED
     else:
-        said = "reproduced in part" if any(parts) else "not decidable at this scale"
-    best = {w: max(LASTS, key=lambda n: gains[w, n].mean) for w in ("early", "late")}
+        said = "reproduced in part" if any(parts) else UNDECIDED
+    best = {w: max(REACH.lasts, key=lambda n: gains[w, n].mean) for w in ("early", "late")}
     return Findings(
         verdict=said,
         sentences=[
@@ -70,21 +40,9 @@ def findings(rows: Sequence[Row]) -> Findings:
         ],
         tables=[Table(
             columns=["N", "gain early", "gain late"],
-            rows=[[n, gains["early", n].signed, gains["late", n].signed] for n in LASTS],
+            rows=[[n, gains["early", n].signed, gains["late", n].signed] for n in REACH.lasts],
         )],
     )  # fmt: skip
-
-
-def plot(rows: Sequence[Row], figure: Any) -> None:
-    """Gain by count."""
-    axis = figure.subplots()
-    for color, ((when, end), found) in zip(
-        COLORS[1:], groups(rows, "when", "end_tokens"), strict=False
-    ):
-        points = means(found, "last", "gain")
-        curve(axis, points, color=color, label=f"{when}: {end:,} tokens")
-    zero(axis)
-    axis.set(xlabel="checkpoints N", ylabel="gain (test, nats per byte)")
 
 
 EXPERIMENT = Experiment(
@@ -95,5 +53,5 @@ EXPERIMENT = Experiment(
     setup="Dense, middle size, constant rate, the smallest interval; the early end is soon after "
     "the first that 15 checkpoints fit before.",
     seeds=5,
-    jobs=jobs, rows=rows, findings=findings, plot=plot,
+    jobs=REACH.jobs, rows=REACH.rows, findings=findings, plot=REACH.plot,
 )  # fmt: skip

@@ -2,46 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from lab.experiment import Experiment, Findings, Row, Table, groups, means
-from lab.models import Scale, constant
-from lab.pages import COLORS, curve, zero
-from lab.scoring import Merges
-from lab.stats import estimate
+from lab.experiment import Experiment, Findings, Row, Table, groups
+from lab.reach import Reach
+from lab.stats import NOT_REPRODUCED, REPRODUCED, UNDECIDED, estimate
 
-LAST, TIMES = 6, (1, 2, 4, 8)
-
-
-def _ends(scale: Scale) -> dict[str, int]:
-    reach = (LAST - 1) * max(TIMES) * scale.every
-    return {"early": reach + 5 * scale.every, "late": scale.end}
-
-
-def _merges(scale: Scale, seed: int) -> Merges:
-    return Merges(
-        run=constant(scale, seed), lasts=(LAST,), every=tuple(n * scale.every for n in TIMES),
-        ends=tuple(_ends(scale).values()),
-    )  # fmt: skip
-
-
-def jobs(scale: Scale, seeds: Sequence[int]) -> list[Merges]:
-    """One grid per seed."""
-    return [_merges(scale, seed) for seed in seeds]
-
-
-def rows(scale: Scale, seeds: Sequence[int]) -> Iterator[Row]:
-    """Gain of every interval at both ends."""
-    for seed in seeds:
-        merges = _merges(scale, seed)
-        for when, end in _ends(scale).items():
-            newest = merges.losses(end, "unmerged")["test"]
-            for times in TIMES:
-                every = times * scale.every
-                loss = merges.losses(end, every=every)["test"]
-                yield {"seed": seed, "when": when, "end_tokens": scale.tokens(end),
-                       "interval_tokens": scale.tokens(every), "gain": newest - loss}  # fmt: skip
+REACH = Reach(lasts=(6,), times=(1, 2, 4, 8), by="interval_tokens")
 
 
 def findings(rows: Sequence[Row]) -> Findings:
@@ -51,9 +18,9 @@ def findings(rows: Sequence[Row]) -> Findings:
     intervals = sorted({r["interval_tokens"] for r in rows})
     widest = {when: gains[when, intervals[-1]] for when in ("early", "late")}
     if widest["early"].high < 0 and widest["late"].mean > widest["early"].mean:
-        said = "reproduced"
+        said = REPRODUCED
     else:
-        said = "not reproduced" if widest["early"].low > 0 else "not decidable at this scale"
+        said = NOT_REPRODUCED if widest["early"].low > 0 else UNDECIDED
     best = {w: max(intervals, key=lambda v: gains[w, v].mean) for w in ("early", "late")}
     return Findings(
         verdict=said,
@@ -69,25 +36,13 @@ def findings(rows: Sequence[Row]) -> Findings:
     )  # fmt: skip
 
 
-def plot(rows: Sequence[Row], figure: Any) -> None:
-    """Gain by interval."""
-    axis = figure.subplots()
-    for color, ((when, end), found) in zip(
-        COLORS[1:], groups(rows, "when", "end_tokens"), strict=False
-    ):
-        points = means(found, "interval_tokens", "gain")
-        curve(axis, points, color=color, label=f"{when}: {end:,} tokens")
-    zero(axis)
-    axis.set(xscale="log", xlabel="interval V (tokens)", ylabel="gain (test, nats per byte)")
-
-
 EXPERIMENT = Experiment(
     name="interval",
     title="The interval between checkpoints",
     paper="At a fixed N, early on wide intervals fall below the unmerged model, because they "
     "reach back into unstable weights; later the gap closes.",
-    setup=f"Dense, middle size, constant rate; N = {LAST}, and the early end is the first that "
+    setup="Dense, middle size, constant rate; N = 6, and the early end is the first that "
     "every interval fits before.",
     seeds=5,
-    jobs=jobs, rows=rows, findings=findings, plot=plot,
+    jobs=REACH.jobs, rows=REACH.rows, findings=findings, plot=REACH.plot,
 )  # fmt: skip
