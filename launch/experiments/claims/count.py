@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from lab.experiment import Experiment, Findings, Row, Table, groups
 from lab.reach import Reach
-from lab.stats import NOT_REPRODUCED, REPRODUCED, UNDECIDED, estimate
+from lab.stats import IN_PART, NOT_REPRODUCED, REPRODUCED, UNDECIDED, estimate
 
 REACH = Reach(lasts=(2, 3, 6, 10, 15), times=(1,), by="last")
 
@@ -27,9 +27,9 @@ def findings(rows: Sequence[Row]) -> Findings:
     if all(parts):
         said = REPRODUCED
     elif any(against):
-        said = "reproduced in part" if any(parts) else NOT_REPRODUCED
+        said = IN_PART if any(parts) else NOT_REPRODUCED
     else:
-        said = "reproduced in part" if any(parts) else UNDECIDED
+        said = IN_PART if any(parts) else UNDECIDED
     best = {w: max(REACH.lasts, key=lambda n: gains[w, n].mean) for w in ("early", "late")}
     return Findings(
         verdict=said,

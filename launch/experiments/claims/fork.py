@@ -11,7 +11,7 @@ from lab.models import Scale, constant
 from lab.pages import COLORS
 from lab.runs import Run, Start
 from lab.scoring import Merges
-from lab.stats import NOT_REPRODUCED, REPRODUCED, estimate
+from lab.stats import IN_PART, NOT_REPRODUCED, REPRODUCED, estimate
 from lab.trainer import Rate
 from lab.work import Job
 
@@ -85,7 +85,7 @@ def findings(rows: Sequence[Row]) -> Findings:
     ahead = all(g.low > 0 for g in early)
     beats = all(g.low > 0 for g in over)
     behind = sum(g.high < 0 for g in late)
-    said = REPRODUCED if ahead and beats and not behind else "reproduced in part"
+    said = REPRODUCED if ahead and beats and not behind else IN_PART
     if any(g.high < 0 for g in over) or not (ahead or beats):
         said = NOT_REPRODUCED
     return Findings(

@@ -12,7 +12,7 @@ from lab.experiment import Experiment, Findings, Row, Table, groups
 from lab.models import Scale, constant
 from lab.pages import COLORS
 from lab.runs import Run, Start
-from lab.stats import estimate
+from lab.stats import IN_PART, NOT_REPRODUCED, REPRODUCED, estimate
 from lab.trainer import Rate
 from lab.work import Job
 
@@ -78,8 +78,8 @@ def findings(rows: Sequence[Row]) -> Findings:
     holds = all(r["left"] < r["right"] for r in rows)
     less = all(gains[m, "annealed"].high < gains[m, "constant"].low for m in ("dense", "MoE"))
     return Findings(
-        verdict="reproduced" if holds and less else "reproduced in part" if holds or less
-        else "not reproduced",
+        verdict=REPRODUCED if holds and less else IN_PART if holds or less
+        else NOT_REPRODUCED,
         sentences=[
             f"Eq. 15 holds in {sum(r['left'] < r['right'] for r in rows)} of {len(rows)} runs, "
             "and merging has a lower loss than the mean of its members in "

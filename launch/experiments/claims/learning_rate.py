@@ -9,6 +9,7 @@ from lab.experiment import Experiment, Findings, Row, Table, gain, means
 from lab.models import Scale, constant
 from lab.pages import COLORS, curve
 from lab.scoring import Merges
+from lab.stats import UNDECIDED
 
 LAST, FACTORS = 6, (0.25, 0.5, 1.0, 2.0, 4.0)
 
@@ -42,7 +43,7 @@ def findings(rows: Sequence[Row]) -> Findings:
     best = {"newest": min(newest, key=lambda lr: newest[lr].mean),
             "merged": min(merged, key=lambda lr: merged[lr].mean)}  # fmt: skip
     return Findings(
-        verdict="the gain grows with the rate" if grows else "not decidable at this scale",
+        verdict="the gain grows with the rate" if grows else UNDECIDED,
         sentences=[
             f"From {min(gains):g} to {max(gains):g} the gain goes from {least.signed} to "
             f"{most.signed}. The best rate without merging is {best['newest']:g}, with merging "

@@ -9,7 +9,7 @@ from lab.experiment import Experiment, Findings, Row, Table, groups
 from lab.models import Scale, constant
 from lab.pages import COLORS
 from lab.scoring import Merges
-from lab.stats import NOT_REPRODUCED, REPRODUCED, estimate
+from lab.stats import IN_PART, NOT_REPRODUCED, REPRODUCED, estimate
 
 LAST = 10
 METHODS = ("sma", "wma", "ema:0.1", "ema:0.2", "linear", "cosine", "1-sqrt")
@@ -60,7 +60,7 @@ def findings(rows: Sequence[Row]) -> Findings:
     helps = {w: sum(over[w, m, "unmerged"].low > 0 for m in METHODS) for w in ("early", "late")}
     ordered = early.low > 0 and order and spread["late"] < spread["early"]
     whole = ordered and helps["early"] == len(METHODS)
-    said = REPRODUCED if whole else NOT_REPRODUCED if early.high < 0 else "reproduced in part"
+    said = REPRODUCED if whole else NOT_REPRODUCED if early.high < 0 else IN_PART
     best = {w: max(METHODS, key=lambda m: over[w, m, "unmerged"].mean) for w in ("early", "late")}
     return Findings(
         verdict=said,

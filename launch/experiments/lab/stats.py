@@ -11,7 +11,7 @@ from dataclasses import dataclass
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 REPRODUCED, NOT_REPRODUCED = "reproduced", "not reproduced"
-UNDECIDED = "not decidable at this scale"
+IN_PART, UNDECIDED = "reproduced in part", "not decidable at this scale"
 
 
 @dataclass(frozen=True, kw_only=True)
