@@ -74,7 +74,9 @@ def findings(rows: Sequence[Row]) -> Findings:
             "Part of the decay at which the merge is first no worse than the final model, within "
             f"the interval over seeds: {', '.join(near) or 'never'}. In the first half of the "
             f"decay merging gains {min(g.mean for g in gains):.4f} to "
-            f"{max(g.mean for g in gains):.4f} over the newest checkpoint there."
+            f"{max(g.mean for g in gains):.4f} over the newest checkpoint there, and at its end "
+            "next to nothing. These runs still learn much over the decay, which a merge early in "
+            "it has not seen."
         ],
         tables=[Table(columns=["model", "part of the decay", "gain over the newest",
                                "above the final model"], rows=table)],
