@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from lab.experiment import Results, Table, groups  # noqa: E402
 from lab.runs import Run, Start  # noqa: E402
 from lab.stats import NOT_REPRODUCED, REPRODUCED, UNDECIDED, estimate, verdict  # noqa: E402
 from lab.trainer import Rate  # noqa: E402
-from lab.work import missing  # noqa: E402
+from lab.work import _batches, missing  # noqa: E402
 
 from pma_megatron.testing import TinyConfig  # noqa: E402
 
@@ -69,6 +70,33 @@ def test_a_run_is_known_by_all_that_decides_it(monkeypatch, tmp_path):
     run.folder.mkdir(parents=True)
     (run.folder / "record.json").write_text("{}")
     assert missing([fork, run]) == [fork]
+
+
+@dataclass(frozen=True)
+class Job:
+    number: int
+    ranks: int = 1
+    own_process: bool = False
+    after: tuple[Job, ...] = ()
+    is_done: bool = False
+
+
+@pytest.mark.parametrize("cores", [1, 2, 4])
+def test_work_fits_the_cores_and_keeps_its_order(cores):
+    first = Job(0, ranks=2, own_process=True)
+    waiting = [first, Job(1, ranks=2, after=(first,)), *(Job(n) for n in range(2, 30))]
+    running, done, busiest = {}, [], 0
+    while waiting or running:
+        for batch in list(_batches(waiting, running, cores)):
+            assert all(other in done for job in batch for other in job.after)
+            waiting = [job for job in waiting if job not in batch]
+            running[len(done) + len(running)] = batch
+        used = sum(batch[0].ranks for batch in running.values())
+        assert used <= cores or len(running) == 1, "a job that needs more cores runs alone"
+        busiest = max(busiest, used)
+        done += running.pop(min(running))
+    assert sorted(job.number for job in done) == list(range(30))
+    assert busiest >= cores
 
 
 def test_rows_are_kept_as_json_lines(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -59,15 +60,14 @@ def perform(jobs: Sequence[Job], cores: int | None = None) -> None:
     Raises:
         RankFailure: a job failed. What was done stays done.
     """
-    free = cores or os.cpu_count() or 1
+    cores = cores or os.cpu_count() or 1
     waiting, running = missing(jobs), dict[Future[None], list[Job]]()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
                TimeElapsedColumn())  # fmt: skip
-    with Progress(*columns) as progress, ThreadPoolExecutor(free) as pool:
+    with Progress(*columns) as progress, ThreadPoolExecutor(cores) as pool:
         task = progress.add_task("runs and scores", total=len(waiting))
         while waiting or running:
-            for batch in list(_batches(waiting, running, free)):
-                free -= min(batch[0].ranks, free)
+            for batch in list(_batches(waiting, running, cores)):
                 waiting = [job for job in waiting if job not in batch]
                 running[pool.submit(_together, batch)] = batch
             try:
@@ -78,26 +78,28 @@ def perform(jobs: Sequence[Job], cores: int | None = None) -> None:
                 os._exit(130)  # ends the ranks too, instead of waiting for them
             for future in done:
                 batch = running.pop(future)
-                free += batch[0].ranks
                 future.result()
                 progress.advance(task, len(batch))
                 progress.console.print(f"done: {', '.join(map(str, batch))}")
 
 
 def _batches(waiting: Sequence[Job], running: dict[Future[None], list[Job]],
-             free: int) -> Iterator[list[Job]]:  # fmt: skip
+             cores: int) -> Iterator[list[Job]]:  # fmt: skip
     """What can start now on the free cores."""
+    free = cores - sum(batch[0].ranks for batch in running.values())
     undone = {*waiting, *(job for batch in running.values() for job in batch)}
     ready = [job for job in waiting if undone.isdisjoint(job.after)]
-    while ready and free:
+    while ready and free > 0:
         first = next((job for job in ready if job.ranks <= free or not running), None)
         if first is None:
             return
         like = [job for job in ready if not job.own_process and job.ranks == first.ranks]
-        share = -(-len(like) // max(1, free // first.ranks))
-        batch = [first] if first.own_process else like[: min(share, _TOGETHER)]
+        at_once = max(1, cores // first.ranks)
+        rounds = math.ceil(len(like) / (at_once * _TOGETHER))  # so that all cores end together
+        share = math.ceil(len(like) / max(1, rounds * at_once))
+        batch = [first] if first.own_process else like[:share]
         ready = [job for job in ready if job not in batch]
-        free -= min(first.ranks, free)
+        free -= first.ranks
         yield batch
 
 
