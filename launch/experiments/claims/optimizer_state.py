@@ -75,12 +75,22 @@ def findings(rows: Sequence[Row]) -> Findings:
                       f"{max(r['grad_norm_max'] for r in found):.2f}",
                       f"{max(r['loss_max'] for r in found):.3f}"])  # fmt: skip
     steps = [key.removeprefix("after_") for key in keys]
+
+    def behind(state: str) -> str:
+        """Loss over that of `latest` after every number of steps, both models, no warmup."""
+        found = [r for r in rows if (r["state"], r["warmup"]) == (state, 0)]
+        return ", ".join(
+            estimate([r[k] - base[r["model"], r["seed"]][k] for r in found]).signed for k in keys
+        )
+
     return Findings(
         verdict="better than the newest checkpoint's in part" if better
         else "the newest checkpoint's: nothing was better",
         sentences=[
             f"After {steps[-1]} steps these were better than `latest` without a warmup, with the "
-            f"whole interval above zero: {'; '.join(better) or 'none'}."
+            f"whole interval above zero: {'; '.join(better) or 'none'}. Loss above that of "
+            f"`latest` after {', '.join(steps)} steps, without a warmup, over all runs: reset "
+            f"{behind('reset')}; averaged {behind('average')}; not merged {behind('plain')}."
         ],
         tables=[Table(
             columns=["model", "moments", "warmup", *(f"test after {n}" for n in steps),
