@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from lab.experiment import Experiment, Findings, Row, Table, groups
 from lab.models import WARMUP, Scale, constant
 from lab.pages import COLORS
 from lab.runs import Run, Start
-from lab.stats import estimate
+from lab.stats import Estimate, estimate
 from lab.trainer import Rate
 
 LAST, AFTER = 6, (1, 10, 100, 1000)
@@ -76,21 +76,18 @@ def findings(rows: Sequence[Row]) -> Findings:
                       f"{max(r['loss_max'] for r in found):.3f}"])  # fmt: skip
     steps = [key.removeprefix("after_") for key in keys]
 
-    def behind(state: str) -> str:
-        """Loss over that of `latest` after every number of steps, both models, no warmup."""
-        found = [r for r in rows if (r["state"], r["warmup"]) == (state, 0)]
-        return ", ".join(
-            estimate([r[k] - base[r["model"], r["seed"]][k] for r in found]).signed for k in keys
-        )
-
+    behind = {state: _behind(rows, base, state, keys) for state in ("average", "reset", "plain")}
+    shown = {state: ", ".join(e.signed for e in found) for state, found in behind.items()}
     return Findings(
-        verdict="better than the newest checkpoint's in part" if better
-        else "the newest checkpoint's: nothing was better",
+        verdict="; ".join(
+            f"{state}: {_clear(found, steps)}" for state, found in behind.items() if state != "plain"
+        ),
         sentences=[
-            f"After {steps[-1]} steps these were better than `latest` without a warmup, with the "
-            f"whole interval above zero: {'; '.join(better) or 'none'}. Loss above that of "
-            f"`latest` after {', '.join(steps)} steps, without a warmup, over all runs: reset "
-            f"{behind('reset')}; averaged {behind('average')}; not merged {behind('plain')}."
+            "Against `latest`, over all runs without a warmup; a step is named where the whole "
+            f"interval lies on one side. Loss above that of `latest` after {', '.join(steps)} "
+            f"steps: averaged {shown['average']}; reset {shown['reset']}; not merged "
+            f"{shown['plain']}. Better than `latest` in a whole interval after {steps[-1]} steps, "
+            f"by model and warmup: {'; '.join(better) or 'none'}."
         ],
         tables=[Table(
             columns=["model", "moments", "warmup", *(f"test after {n}" for n in steps),
@@ -99,6 +96,21 @@ def findings(rows: Sequence[Row]) -> Findings:
             rows=table,
         )],
     )  # fmt: skip
+
+
+def _behind(rows: Sequence[Row], base: Mapping[Any, Row], state: str,
+            keys: Sequence[str]) -> list[Estimate]:  # fmt: skip
+    """Loss above that of `latest`, all models and seeds, without a warmup, by `keys`."""
+    found = [r for r in rows if (r["state"], r["warmup"]) == (state, 0)]
+    return [estimate([r[k] - base[r["model"], r["seed"]][k] for r in found]) for k in keys]
+
+
+def _clear(found: Sequence[Estimate], steps: Sequence[str]) -> str:
+    better = [n for n, e in zip(steps, found, strict=True) if e.high < 0]
+    worse = [n for n, e in zip(steps, found, strict=True) if e.low > 0]
+    said = [f"{word} after {', '.join(at)} steps"
+            for word, at in (("better", better), ("worse", worse)) if at]  # fmt: skip
+    return ", ".join(said) or "no clear difference"
 
 
 def plot(rows: Sequence[Row], figure: Any) -> None:
