@@ -80,7 +80,7 @@ def findings(rows: Sequence[Row]) -> Findings:
     shown = {state: ", ".join(e.signed for e in found) for state, found in behind.items()}
     return Findings(
         verdict="; ".join(
-            f"{state}: {_clear(found, steps)}" for state, found in behind.items() if state != "plain"
+            f"{state}: {_clear(behind[state], steps)}" for state in ("average", "reset")
         ),
         sentences=[
             "Against `latest`, over all runs without a warmup; a step is named where the whole "
