@@ -13,8 +13,8 @@ from pma_megatron.errors import SelectionError, UsageError
 from pma_megatron.refs import CheckpointRef
 from pma_megatron.selection import Selection, SelectionRequest, select
 
-# Three, from before the collapse: arXiv 2505.12082. 1 or 5, and other margins, made no difference in
-# docs/results.md.
+# Three, from before the collapse: arXiv 2505.12082. In docs/results.md 1 or 5, and other margins,
+# made no difference.
 LAST = 3
 MARGIN_ITERATIONS = 20
 

@@ -127,7 +127,10 @@ def test_merging_helps_late_and_reaching_far_back_hurts_early(tmp_path):
     more they show at a larger one."""
     command = [LAB / "run.py", "count", "--scale", "ci", "--seeds", "2", "--out", tmp_path]
     own = {**os.environ, "PMA_LAB": str(tmp_path / "lab")}
-    subprocess.run([sys.executable, *command], check=True, env=own, timeout=900)
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, env=own, timeout=900
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
     rows = [json.loads(line) for line in (tmp_path / "results" / "count.jsonl").open()][1:]
     gains = {(r["when"], r["last"], r["seed"]): r["gain"] for r in rows}
     for seed in (1, 2):
