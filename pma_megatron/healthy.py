@@ -13,7 +13,9 @@ from pma_megatron.errors import SelectionError, UsageError
 from pma_megatron.refs import CheckpointRef
 from pma_megatron.selection import Selection, SelectionRequest, select
 
-LAST = 3  # arXiv 2505.12082: three checkpoints from before the collapse
+# Three, from before the collapse: arXiv 2505.12082. In docs/results.md 1 or 5, and other margins,
+# made no difference.
+LAST = 3
 MARGIN_ITERATIONS = 20
 
 

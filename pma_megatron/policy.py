@@ -69,7 +69,8 @@ class Policy:
     """The user's choices.
 
     Attributes:
-        optimizer_state: `latest`, `average`, `reset` (moments and step zero) or `drop`.
+        optimizer_state: `latest`, `average`, `reset` (moments and step zero) or `drop`; why
+            `latest`: docs/defaults.md.
         average: `main-params`, or `weights` for a quick evaluation checkpoint (implies `drop`).
         overrides: (pattern, `average` | `newest` | `drop`), the first match wins.
 

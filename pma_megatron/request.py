@@ -22,7 +22,7 @@ class Method:
     """How coefficients are made.
 
     Attributes:
-        name: one of `coefficients.METHODS`.
+        name: one of `coefficients.METHODS`. Why SMA: docs/defaults.md.
         alpha: EMA's.
         floor: where a decay-derived method's curve ends, in [0, 1).
         values: `custom`'s, oldest first.

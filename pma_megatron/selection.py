@@ -26,7 +26,7 @@ from pma_megatron.refs import (
 from pma_megatron.spacing import Places, hole
 from pma_megatron.tokens import comparable_run, format_tokens, why_incomparable
 
-DEFAULT_LAST = 10  # arXiv 2505.12082: N = 10 where nothing else is known
+DEFAULT_LAST = 10  # arXiv 2505.12082, and docs/defaults.md: 6 to 15 are level late in a run
 
 _UNEVEN = 1.5  # largest gap over smallest, from which on the user is told
 

@@ -21,6 +21,7 @@ _DECIMALS = {"K": 2, "M": 2, "B": 2, "T": 4}
 
 # Best interval found per size, and the count it was used with (arXiv 2505.12082; the MoE sizes are
 # active parameters, a tenth of the total in each): (parameters, interval in tokens, checkpoints).
+# docs/defaults.md: that the interval grows with the model could not be confirmed on tiny ones.
 _GUIDE = {
     "dense": (
         (411_000_000, 2_000_000_000, 6),

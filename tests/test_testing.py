@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -128,14 +129,41 @@ def test_outcomes_tell_each_rank_apart():
     assert (dead.ok, dead.signal) == (False, "SIGTERM")
 
 
-def test_what_a_rank_started_goes_with_it():
-    (pid,) = run_ranks(_leave_child_behind, 1, init=False)
+def _say_and_sleep(rank: int, world_size: int, file: str) -> None:
+    Path(f"{file}.new").write_text(str(os.getpid()))
+    Path(f"{file}.new").rename(file)
+    time.sleep(100)
+
+
+def _run_and_wait(file: str) -> None:
+    run_ranks(_say_and_sleep, 1, file, init=False)
+
+
+def _assert_gone(pid: int) -> None:
     for _ in range(50):
         state = Path(f"/proc/{pid}/stat")
         if not state.exists() or state.read_text().split()[2] == "Z":
             return
         time.sleep(0.1)
     pytest.fail(f"process {pid} is still there")
+
+
+def test_what_a_rank_started_goes_with_it():
+    (pid,) = run_ranks(_leave_child_behind, 1, init=False)
+    _assert_gone(pid)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a signal that Linux alone sends")
+def test_ranks_end_with_the_job_that_started_them(tmp_path):
+    file = tmp_path / "pid"
+    job = multiprocessing.get_context("spawn").Process(target=_run_and_wait, args=(str(file),))
+    job.start()
+    while not file.exists():
+        assert job.is_alive()
+        time.sleep(0.05)
+    job.kill()
+    job.join()
+    _assert_gone(int(file.read_text()))
 
 
 def test_fault_reaches_ranks_and_is_taken_back():

@@ -110,6 +110,7 @@ def build_model(config: TinyConfig, core_config: Any) -> list[Any]:
     models = [_gpt(config, core_config, None if chunks == 1 else stage) for stage in range(chunks)]
     if chunks > 1:
         parallel_state.set_virtual_pipeline_model_parallel_rank(0)
+    models = [model.cuda() for model in models]  # on the CPU these stay where they are
     if config.bf16:
         models = [Float16Module(core_config, model) for model in models]
     ddp_config = call(

@@ -24,6 +24,8 @@ import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
+DEVICE_ENV = "PMA_TINY_DEVICE"
+"""`cuda` leaves CUDA and NCCL as they are, for tiny runs on a GPU; anything else means the CPU."""
 _TRITON = ("triton", "triton.language")
 _CPU = torch.device("cpu")
 
@@ -32,16 +34,25 @@ _CPU = torch.device("cpu")
 def install() -> None:
     """Replace what megatron-core needs of CUDA, NCCL, Apex and Transformer Engine.
 
-    Idempotent. Raises ImportError when megatron-core is not installed.
+    Idempotent. Raises ImportError when megatron-core is not installed. With a GPU (`DEVICE_ENV`)
+    only Apex and Transformer Engine are replaced.
     """
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     _fill_gaps_in_libraries()
-    _replace_cuda()
-    _CudaOnCpu().__enter__()
-    _use_gloo()
+    if not on_gpu():
+        _replace_cuda()
+        _CudaOnCpu().__enter__()
+        _use_gloo()
     _import_core()
     _replace_in_core()
+    if not on_gpu():
+        _replace_generator()
+
+
+def on_gpu() -> bool:
+    """Whether tiny runs are to use CUDA."""
+    return os.environ.get(DEVICE_ENV) == "cuda"
 
 
 class FusedAdam(torch.optim.Optimizer):
@@ -223,16 +234,18 @@ def _import_core() -> None:
             del sys.modules[name]
 
 
-def _replace_in_core() -> None:
-    core = "megatron.core"
+def _replace_generator() -> None:
     generator = torch.default_generator
-    random = _module(f"{core}.tensor_parallel.random")
+    random = _module("megatron.core.tensor_parallel.random")
     random._get_cuda_rng_state = lambda *_args, **_kwargs: generator.get_state()
     random._set_cuda_rng_state = lambda state, *_args, **_kwargs: generator.set_state(state)
     logging.getLogger(random.__name__).addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()
     )
 
+
+def _replace_in_core() -> None:
+    core = "megatron.core"
     utils = _module(f"{core}.utils")
     try:
         utils.get_te_version()

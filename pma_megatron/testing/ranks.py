@@ -7,6 +7,7 @@ with it. A rank's exception, signal, or hang comes back to the caller as text th
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
 import multiprocessing
 import os
@@ -28,6 +29,7 @@ from typing import Any
 _ENV = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
 _GRACE_S = 0.3
 _LOOK_EVERY_S = 1.0
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class RankFailure(RuntimeError):
@@ -95,7 +97,8 @@ def run_ranks(
     """Call `fn(rank, world_size, *args, **kwargs)` on every rank and return the results by rank.
 
     `fn` must be a top-level function; results travel by pickle. With `init` each rank joins a gloo
-    process group that meets in a file. The first rank to fail ends the others.
+    process group that meets in a file (on GPUs, see `cpu.DEVICE_ENV`, NCCL beside it, and each rank
+    has its own). The first rank to fail ends the others.
 
     Raises RankFailure for the rank that failed first, RankTimeout when `timeout_s` is over.
     """
@@ -244,8 +247,15 @@ class _Job:
     init: bool
 
 
+def _end_with_parent() -> None:
+    """Else the ranks of a job that was killed would go on writing beside those of the next."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def _child(job: _Job, rank: int, sender: Connection) -> None:
     os.setsid()
+    _end_with_parent()
     stacks = Path(job.directory, f"stacks{rank}").open("w")  # noqa: SIM115 (open until exit)
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job.world_size))
@@ -265,9 +275,13 @@ def _call(job: _Job, rank: int) -> Any:
     import torch
     import torch.distributed as dist
 
+    from pma_megatron.testing import cpu
+
     torch.set_num_threads(1)
+    if cpu.on_gpu():
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo",
+        "cpu:gloo,cuda:nccl" if cpu.on_gpu() else "gloo",
         init_method=f"file://{job.directory}/rendezvous",
         rank=rank,
         world_size=job.world_size,

@@ -275,13 +275,8 @@ class TinyTrainer:
         return float(total[0] / total[1])
 
     def _microbatch_stream(self, first: int, held_out: bool) -> Iterator[tuple[torch.Tensor, ...]]:
-        from megatron.core import parallel_state
-
         config = self.config
-        size = parallel_state.get_data_parallel_world_size() * config.micro_batch_size
-        start = first + parallel_state.get_data_parallel_rank() * config.micro_batch_size
-        for index in range(self._microbatches):
-            numbers = [start + index * size + j for j in range(config.micro_batch_size)]
+        for numbers in self._sample_numbers(first):
             yield corpus.batch(
                 numbers,
                 seq_length=config.seq_length,
@@ -289,6 +284,16 @@ class TinyTrainer:
                 vocab_size=config.vocab_size,
                 held_out=held_out,
             )
+
+    def _sample_numbers(self, first: int) -> Iterator[list[int]]:
+        """This data-parallel rank's samples of the global batch from `first` on, by microbatch."""
+        from megatron.core import parallel_state
+
+        micro = self.config.micro_batch_size
+        size = parallel_state.get_data_parallel_world_size() * micro
+        start = first + parallel_state.get_data_parallel_rank() * micro
+        for index in range(self._microbatches):
+            yield [start + index * size + j for j in range(micro)]
 
     def _operations_per_iteration(self) -> int:
         """Rough, but the same on all ranks: six per token and weight."""
@@ -304,7 +309,8 @@ def _forward_step(data: Iterator[tuple[torch.Tensor, ...]], model: Any) -> tuple
 
 
 def _losses(inputs: torch.Tensor, labels: torch.Tensor, model: Any) -> Any:
-    positions = torch.arange(inputs.shape[1]).expand_as(inputs)
+    inputs, labels = inputs.cuda(), labels.cuda()  # on the CPU these stay where they are
+    positions = torch.arange(inputs.shape[1], device=inputs.device).expand_as(inputs)
     return model(inputs, positions, None, labels=labels)
 
 

@@ -1,0 +1,88 @@
+"""Averaging float32 main params against averaging the 16-bit weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from lab.experiment import Experiment, Findings, Row, Table, groups
+from lab.models import Scale, constant
+from lab.pages import COLORS, zero
+from lab.stats import estimate
+from lab.written import Written, distance
+
+LASTS = (3, 6, 10)
+
+
+def _written(scale: Scale, seed: int, last: int, average: str) -> Written:
+    first = scale.end - (last - 1) * scale.every
+    iterations = tuple(range(first, scale.end + 1, scale.every))
+    return Written(run=constant(scale, seed), iterations=iterations, average=average)
+
+
+def jobs(scale: Scale, seeds: Sequence[int]) -> list[Written]:
+    """Both merges of every count and seed, and of the newest checkpoint alone."""
+    return [
+        _written(scale, seed, last, average)
+        for seed in seeds for last in LASTS for average in ("main-params", "weights")
+    ]  # fmt: skip
+
+
+def rows(scale: Scale, seeds: Sequence[int]) -> Iterator[Row]:
+    """Losses, and how far the weights lie apart."""
+    for seed in seeds:
+        for last in LASTS:
+            main = _written(scale, seed, last, "main-params")
+            weights = _written(scale, seed, last, "weights")
+            one, other = main.weights(), weights.weights()
+            differ = sum(int((one[name] != other[name]).sum()) for name in one)
+            yield {
+                "seed": seed, "last": last, "main_params": main.result()["test"],
+                "weights": weights.result()["test"], "distance": distance(one, other),
+                "differ": differ / sum(value.numel() for value in one.values()),
+            }  # fmt: skip
+
+
+def findings(rows: Sequence[Row]) -> Findings:
+    """What main params gain over weights."""
+    table, gains = [], []
+    for (last,), found in groups(rows, "last"):
+        gain = estimate([r["weights"] - r["main_params"] for r in found])
+        gains.append(gain)
+        table.append([last, f"{gain.mean:+.1e} ± {gain.margin or 0:.1e}",
+                      f"{estimate([r['differ'] for r in found]).mean:.0%}",
+                      f"{estimate([r['distance'] for r in found]).mean:.1e}"])  # fmt: skip
+    largest = max(abs(gain.mean) for gain in gains)
+    return Findings(
+        verdict=f"a difference of {largest:.0e} nats at most",
+        sentences=[
+            "Many weights differ by a rounding, and the test loss by next to nothing (mean over "
+            "seeds). The difference matters for a resume: averaged weights leave no main params to "
+            "resume from."
+        ],
+        tables=[Table(columns=["N", "gain of main params", "weights that differ",
+                               "relative distance"], rows=table)],
+    )  # fmt: skip
+
+
+def plot(rows: Sequence[Row], figure: Any) -> None:
+    """Gain and distance by count."""
+    left, right = figure.subplots(1, 2)
+    for (last,), found in groups(rows, "last"):
+        left.plot([last] * len(found), [r["weights"] - r["main_params"] for r in found], "o",
+                  color=COLORS[1])  # fmt: skip
+        right.plot([last] * len(found), [r["differ"] for r in found], "o", color=COLORS[2])
+    zero(left)
+    left.set(xlabel="checkpoints N", ylabel="gain of main params (test)")
+    right.set(xlabel="checkpoints N", ylabel="part of the weights that differ", ylim=(0, None))
+
+
+EXPERIMENT = Experiment(
+    name="precision",
+    title="Main params or weights",
+    paper="Open: what does averaging 16-bit weights instead of float32 main params cost?",
+    setup="Dense, middle size, bf16 weights; merges of the same checkpoints by `--average "
+    "main-params` and `--average weights`.",
+    seeds=5,
+    jobs=jobs, rows=rows, findings=findings, plot=plot,
+)  # fmt: skip

@@ -1,0 +1,1 @@
+"""The laboratory: tiny real Megatron runs, their merges, and what the paper's claims come to."""

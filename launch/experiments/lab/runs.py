@@ -1,0 +1,191 @@
+"""Training runs: what each is, and its checkpoints and losses, made once and kept.
+
+A run's folder is named after everything that decides it, so a run that two experiments need is
+trained once, and an interrupted one goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from lab.text import cache
+from lab.trainer import LabTrainer, Rate
+from pma_megatron.durable import write_small
+from pma_megatron.megatron.load import merge_into
+from pma_megatron.request import Method
+from pma_megatron.selection import SelectionRequest
+from pma_megatron.testing import TinyConfig
+
+BATCHES = 8
+"""Global batches of every held-out part in a score."""
+_VERSION = 1  # of the code that trains: what was made by another is made again
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where a run forks off another.
+
+    Attributes:
+        run: the other.
+        iteration: of it, the newest that is used; the fork counts on from there.
+        last: checkpoints that are merged by PMA-init; 1 for a plain resume.
+        every: iterations from one to the next.
+        method: how they are weighted.
+        optimizer_state: `latest`, `average` or `reset` moments.
+    """
+
+    run: Run
+    iteration: int
+    last: int = 1
+    every: int = 0
+    method: str = "sma"
+    optimizer_state: str = "latest"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training run.
+
+    Attributes:
+        config: model, batch, seed. Its own learning rate is unused.
+        rate: the learning rate.
+        end: the iteration it ends at.
+        saves: iterations that are saved.
+        scores: iterations whose held-out losses are taken.
+        domain: the text it is trained on.
+        start: where it begins, if not from random weights.
+    """
+
+    config: TinyConfig
+    rate: Rate
+    end: int
+    saves: tuple[int, ...] = ()
+    scores: tuple[int, ...] = ()
+    domain: str = "prose"
+    start: Start | None = None
+
+    @cached_property
+    def folder(self) -> Path:
+        """Everything of this run."""
+        said = json.dumps([_VERSION, BATCHES, asdict(self)], sort_keys=True)
+        kind = "moe" if self.config.num_experts else "dense"
+        name = f"{kind}{self.config.hidden_size}-{self.config.seed}"
+        return cache() / "runs" / f"{name}-{hashlib.sha256(said.encode()).hexdigest()[:16]}"
+
+    @property
+    def root(self) -> Path:
+        """Its checkpoints, as Megatron's `--save` has them."""
+        return self.folder / "checkpoints"
+
+    @property
+    def ranks(self) -> int:
+        """Processes that it takes."""
+        return self.config.model_parallel_size * self.config.expert_model_parallel_size
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it has been trained to its end."""
+        return (self.folder / "record.json").exists()
+
+    @property
+    def after(self) -> tuple[Run, ...]:
+        """What must be done first."""
+        return () if self.start is None else (self.start.run,)
+
+    @property
+    def own_process(self) -> bool:
+        """Two trainers that save in one process get in each other's way (gloo groups of the
+        checkpoint writer), as do those that resume."""
+        return bool(self.saves)
+
+    def perform(self, rank: int) -> None:
+        """Train to the end, from where an interruption left it. Every rank makes this call."""
+        _train(rank, self)
+
+    def __str__(self) -> str:
+        kind = "MoE" if self.config.num_experts else "dense"
+        first = self.start.iteration if self.start else 0
+        return f"{kind} {self.config.hidden_size}, seed {self.config.seed}: {first} to {self.end}"
+
+    def record(self) -> Record:
+        """What was seen on the way.
+
+        Raises:
+            FileNotFoundError: it has not been trained yet.
+        """
+        return Record(**json.loads((self.folder / "record.json").read_text()))
+
+
+@dataclass(kw_only=True)
+class Record:
+    """What was seen on the way: training losses and gradient norms by step, scores by iteration.
+
+    `first` is the iteration of the first step; `losses[i]` and `grad_norms[i]` are of the step from
+    `first + i`. `scores` maps an iteration (as text, in JSON) to held-out losses by name.
+    """
+
+    first: int
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    scores: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def score(self, iteration: int) -> dict[str, float]:
+        """Held-out losses at an iteration."""
+        return self.scores[str(iteration)]
+
+
+def _train(rank: int, run: Run) -> None:
+    trainer = LabTrainer(run.config, run.domain)
+    try:
+        record = _resume(trainer, run)
+        stops = sorted({*run.saves, *run.scores, run.end} - set(range(trainer.iteration)))
+        for stop in stops:
+            trainer.train_until(stop, run.rate, lambda loss: _note(record, trainer, loss))
+            if stop in run.scores:
+                record.scores.setdefault(str(stop), trainer.losses(BATCHES))
+            if stop in run.saves:
+                _write(rank, run, "so_far.json", record)
+                trainer.save(run.root)
+        _write(rank, run, "record.json", record)
+    finally:
+        trainer.close()
+
+
+def _note(record: Record, trainer: LabTrainer, loss: float) -> None:
+    record.losses.append(loss)
+    record.grad_norms.append(trainer.grad_norm)
+
+
+def _resume(trainer: LabTrainer, run: Run) -> Record:
+    """Bring the trainer to where the run is; what its record says until then."""
+    if (run.root / "latest_checkpointed_iteration.txt").exists():
+        trainer.load(run.root)
+        record = Record(**json.loads((run.folder / "so_far.json").read_text()))
+        seen = trainer.iteration - record.first
+        del record.losses[seen:], record.grad_norms[seen:]
+        return record
+    if run.start is not None:
+        _fork(trainer, run.start)
+    return Record(first=trainer.iteration)
+
+
+def _fork(trainer: LabTrainer, start: Start) -> None:
+    trainer.load(start.run.root, start.iteration)
+    if start.last > 1 or start.optimizer_state != "latest":
+        wanted = range(start.iteration, start.iteration - start.last * start.every, -start.every)
+        merge_into(
+            trainer.models, trainer.optimizer, load=str(start.run.root),
+            selection=SelectionRequest(iterations=tuple(sorted(wanted))),
+            method=Method(name=start.method), optimizer_state=start.optimizer_state,
+        )  # fmt: skip
+
+
+def _write(rank: int, run: Run, name: str, record: Record) -> None:
+    if rank == 0:
+        new = run.folder / f"{name}.new"
+        write_small(new, json.dumps(asdict(record)).encode())
+        new.rename(run.folder / name)

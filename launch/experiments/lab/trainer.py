@@ -1,0 +1,88 @@
+"""The tiny Megatron trainer of the package, with a choice of text and any learning rate curve."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from lab import text
+from pma_megatron.testing import TinyConfig, TinyTrainer
+
+Shape = Literal["constant", "linear", "cosine", "1-sqrt"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rate:
+    """A learning rate by iteration: linear warmup, constant, then a decay.
+
+    Attributes:
+        peak: after the warmup.
+        warmup: iterations of it, from `begin`.
+        begin: iteration at which the curve begins.
+        decay: its shape; `constant` for none.
+        decay_begin, decay_end: iterations between which it falls from `peak` to `floor`.
+        excess: (first iteration, last + 1, factor): a learning rate that is too large for a while.
+    """
+
+    peak: float
+    warmup: int = 0
+    begin: int = 0
+    decay: Shape = "constant"
+    decay_begin: int = 0
+    decay_end: int = 0
+    floor: float = 0.0
+    excess: tuple[int, int, float] | None = None
+
+    def at(self, iteration: int) -> float:
+        """Rate of the step from `iteration` to `iteration + 1`."""
+        if self.excess is not None and self.excess[0] <= iteration < self.excess[1]:
+            return self.peak * self.excess[2]
+        since = iteration - self.begin
+        if since < self.warmup:
+            return self.peak * (since + 1) / self.warmup
+        return self.floor + (self.peak - self.floor) * self._left(iteration)
+
+    def _left(self, iteration: int) -> float:
+        if self.decay == "constant" or iteration < self.decay_begin:
+            return 1.0
+        done = min(1.0, (iteration - self.decay_begin) / (self.decay_end - self.decay_begin))
+        return {
+            "linear": 1 - done,
+            "cosine": (1 + math.cos(math.pi * done)) / 2,
+            "1-sqrt": 1 - math.sqrt(done),
+        }[self.decay]
+
+
+class LabTrainer(TinyTrainer):
+    """A `TinyTrainer` on one of the laboratory's domains."""
+
+    def __init__(self, config: TinyConfig, domain: str = "prose") -> None:
+        super().__init__(config)
+        self.domain = domain
+        self._scored = text.LOSSES["validation"]
+
+    def train_until(self, iteration: int, rate: Rate, each: Callable[[float], Any]) -> None:
+        """Train on to `iteration`; `each` gets the loss of every step."""
+        while self.iteration < iteration:
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate.at(self.iteration)
+            each(self.train(1)[0])
+
+    def losses(self, batches: int) -> dict[str, float]:
+        """Mean loss in nats per byte of every held-out part, over `batches` global batches."""
+        found = {}
+        for name, self._scored in text.LOSSES.items():
+            found[name] = self.evaluate(batches)
+        return found
+
+    def _microbatch_stream(self, first: int, held_out: bool) -> Iterator[tuple[torch.Tensor, ...]]:
+        domain, part = self._scored if held_out else (self.domain, text.TRAIN)
+        for numbers in self._sample_numbers(first):
+            yield text.batch(
+                numbers, domain=domain, part=part, seq_length=self.config.seq_length,
+                seed=self.config.seed,
+            )  # fmt: skip

@@ -1,0 +1,112 @@
+"""Does what is not done yet, over the cores of this machine, and can be stopped at any time."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import Protocol
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from pma_megatron.testing import run_ranks
+
+_TIMEOUT_S = 3600.0
+_TOGETHER = 8  # small jobs share a process: importing Megatron takes longer than some of them
+
+
+class Job(Protocol):
+    """Something that leaves a file."""
+
+    @property
+    def ranks(self) -> int:
+        """Processes that it takes."""
+
+    @property
+    def after(self) -> Sequence[Job]:
+        """What must be done first."""
+
+    @property
+    def own_process(self) -> bool:
+        """Whether nothing else may run in its processes."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether its file is there."""
+
+    def perform(self, rank: int) -> None:
+        """Do it. Every rank makes this call."""
+
+
+def missing(jobs: Sequence[Job]) -> list[Job]:
+    """Jobs that are not done, and what they need, each once and in an order that works."""
+    found: dict[Job, None] = {}
+
+    def visit(job: Job) -> None:
+        if not job.is_done and job not in found:
+            for other in job.after:
+                visit(other)
+            found[job] = None
+
+    for job in jobs:
+        visit(job)
+    return list(found)
+
+
+def perform(jobs: Sequence[Job], cores: int | None = None) -> None:
+    """Do what is missing, as much at once as there are cores.
+
+    Raises:
+        RankFailure: a job failed. What was done stays done.
+    """
+    cores = cores or os.cpu_count() or 1
+    waiting, running = missing(jobs), dict[Future[None], list[Job]]()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+               TimeElapsedColumn())  # fmt: skip
+    with Progress(*columns) as progress, ThreadPoolExecutor(cores) as pool:
+        task = progress.add_task("runs and scores", total=len(waiting))
+        while waiting or running:
+            for batch in list(_batches(waiting, running, cores)):
+                waiting = [job for job in waiting if job not in batch]
+                running[pool.submit(_together, batch)] = batch
+            try:
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+            except KeyboardInterrupt:
+                progress.stop()
+                print("interrupted: the same command goes on from here")
+                os._exit(130)  # ends the ranks too, instead of waiting for them
+            for future in done:
+                batch = running.pop(future)
+                future.result()
+                progress.advance(task, len(batch))
+                progress.console.print(f"done: {', '.join(map(str, batch))}")
+
+
+def _batches(waiting: Sequence[Job], running: dict[Future[None], list[Job]],
+             cores: int) -> Iterator[list[Job]]:  # fmt: skip
+    """What can start now on the free cores."""
+    free = cores - sum(batch[0].ranks for batch in running.values())
+    undone = {*waiting, *(job for batch in running.values() for job in batch)}
+    ready = [job for job in waiting if undone.isdisjoint(job.after)]
+    while ready and free > 0:
+        first = next((job for job in ready if job.ranks <= free or not running), None)
+        if first is None:
+            return
+        like = [job for job in ready if not job.own_process and job.ranks == first.ranks]
+        at_once = max(1, cores // first.ranks)
+        rounds = math.ceil(len(like) / (at_once * _TOGETHER))  # so that all cores end together
+        share = math.ceil(len(like) / max(1, rounds * at_once))
+        batch = [first] if first.own_process else like[:share]
+        ready = [job for job in ready if job not in batch]
+        free -= first.ranks
+        yield batch
+
+
+def _together(batch: Sequence[Job]) -> None:
+    run_ranks(_perform_all, batch[0].ranks, tuple(batch), timeout_s=_TIMEOUT_S)
+
+
+def _perform_all(rank: int, _world_size: int, batch: tuple[Job, ...]) -> None:
+    for job in batch:
+        job.perform(rank)

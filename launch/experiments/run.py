@@ -1,0 +1,101 @@
+"""Run an experiment of the laboratory: train what it needs, score, plot, and write the page.
+
+    python launch/experiments/run.py constant_lr               # one; `all` for every one
+    python launch/experiments/run.py all --seeds 5 --scale small
+    python launch/experiments/run.py --list
+    python launch/experiments/run.py --page                    # docs/results.md from what is there
+
+Runs are kept in `$PMA_LAB` (default: a folder for temporary files) and shared by experiments; an
+interrupted command goes on where it was. Rows and plots go to docs/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import pkgutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+os.environ.update(OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore", TORCHDYNAMO_DISABLE="1")
+sys.path.insert(0, str(Path(__file__).parent))
+
+import claims
+import torch
+from lab import pages, text, work
+from lab.experiment import Experiment, Results, seeds_of
+from lab.models import SCALES
+from rich.console import Console
+
+from pma_megatron.testing.cpu import DEVICE_ENV
+from pma_megatron.version import __version__
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def known() -> list[Experiment]:
+    """Every experiment, in the order of the page."""
+    modules = (info.name for info in pkgutil.iter_modules(claims.__path__))
+    found = [importlib.import_module(f"claims.{name}").EXPERIMENT for name in sorted(modules)]
+    return sorted(found, key=lambda experiment: claims.ORDER.index(experiment.name))
+
+
+def run(experiment: Experiment, scale: str, seeds: int | None, folder: Path) -> Results:
+    """Do what is missing; rows and plot into `folder`."""
+    start_s = time.monotonic()
+    os.environ[DEVICE_ENV] = SCALES[scale].device
+    chosen = seeds_of(seeds or experiment.seeds)
+    work.perform(experiment.jobs(SCALES[scale], chosen))
+    from importlib.metadata import version
+
+    about = {
+        "command": f"python launch/experiments/run.py {experiment.name}"
+        + (f" --seeds {seeds}" if seeds else "") + ("" if scale == "tiny" else f" --scale {scale}"),
+        "scale": scale,
+        "seeds": len(chosen),
+        "versions": f"pma-megatron {__version__}, megatron-core {version('megatron-core')}, "
+        f"torch {torch.__version__}",
+    }  # fmt: skip
+    results = Results(about=about, rows=list(experiment.rows(SCALES[scale], chosen)))
+    results.write(pages.rows_file(folder, experiment))
+    pages.draw(experiment, results, folder)
+    Console().print(pages.section(experiment, results), markup=False, highlight=False)
+    Console().print(f"{experiment.name}: {time.monotonic() - start_s:.0f} s")
+    return results
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """The command line."""
+    everything = known()
+    names = [experiment.name for experiment in everything]
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    parser.add_argument("--seeds", type=int, help="how many (default: the experiment's own)")
+    parser.add_argument("--scale", choices=sorted(SCALES), default="tiny")
+    parser.add_argument("--out", type=Path, default=DOCS, help="folder of results.md and results/")
+    parser.add_argument("--list", action="store_true", help="say which there are")
+    parser.add_argument("--page", action="store_true", help="only write the page anew")
+    chosen = parser.parse_args(words)
+    if chosen.list:
+        for experiment in everything:
+            print(f"{experiment.name:18} {experiment.title}")
+        return 0
+    if not chosen.names and not chosen.page:
+        parser.error("name an experiment, or `all`; --list says which there are")
+    unknown = sorted({*chosen.names} - {*names, "all"})
+    if unknown:
+        parser.error(f"unknown: {', '.join(unknown)}; choose from {', '.join(names)}, all")
+    text.prepare()
+    for experiment in everything:
+        if "all" not in chosen.names and experiment.name not in chosen.names:
+            continue
+        run(experiment, chosen.scale, chosen.seeds, chosen.out / "results")
+    (chosen.out / "results.md").write_text(pages.page(everything, chosen.out / "results"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""The laboratory: statistics, what is remembered between calls, and directions that must hold."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LAB = ROOT / "launch" / "experiments"
+sys.path.insert(0, str(LAB))
+
+from lab.experiment import Results, Table, groups  # noqa: E402
+from lab.runs import Run, Start  # noqa: E402
+from lab.stats import NOT_REPRODUCED, REPRODUCED, UNDECIDED, estimate, verdict  # noqa: E402
+from lab.trainer import Rate  # noqa: E402
+from lab.work import _batches, missing  # noqa: E402
+
+from pma_megatron.testing import TinyConfig  # noqa: E402
+
+
+def test_an_interval_is_students_t():
+    found = estimate([1.0, 2.0, 4.0])
+    deviation = math.sqrt(((1 - 7 / 3) ** 2 + (2 - 7 / 3) ** 2 + (4 - 7 / 3) ** 2) / 2)
+    assert found.mean == pytest.approx(7 / 3)
+    assert found.margin == pytest.approx(4.303 * deviation / math.sqrt(3))  # t, 2 degrees, 97.5 %
+    assert estimate([5.0]).low == -math.inf
+
+
+def test_a_verdict_needs_whole_intervals():
+    sure, unsure, against = estimate([1.0, 1.1]), estimate([-0.5, 0.6]), estimate([-1.0, -1.01])
+    assert sure.low > 0 > unsure.low and unsure.high > 0 > against.high
+    assert verdict([sure]) == REPRODUCED
+    assert verdict([sure, unsure]) == UNDECIDED
+    assert verdict([sure, unsure, against]) == NOT_REPRODUCED
+
+
+@pytest.mark.parametrize(
+    ("rate", "iteration", "expected"),
+    [
+        (Rate(peak=2.0, warmup=4), 0, 0.5),
+        (Rate(peak=2.0, warmup=4), 4, 2.0),
+        (Rate(peak=2.0, begin=100, warmup=4), 101, 1.0),
+        (Rate(peak=2.0, decay="linear", decay_begin=10, decay_end=20), 9, 2.0),
+        (Rate(peak=2.0, decay="linear", decay_begin=10, decay_end=20), 15, 1.0),
+        (Rate(peak=2.0, decay="linear", decay_begin=10, decay_end=20), 25, 0.0),
+        (Rate(peak=2.0, decay="cosine", decay_begin=0, decay_end=10, floor=1.0), 5, 1.5),
+        (Rate(peak=2.0, decay="1-sqrt", decay_begin=0, decay_end=16), 4, 1.0),
+        (Rate(peak=2.0, excess=(5, 7, 50.0)), 6, 100.0),
+        (Rate(peak=2.0, excess=(5, 7, 50.0)), 7, 2.0),
+    ],
+)
+def test_learning_rates(rate, iteration, expected):
+    assert rate.at(iteration) == pytest.approx(expected)
+
+
+def test_a_run_is_known_by_all_that_decides_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("PMA_LAB", str(tmp_path))
+    run = Run(config=TinyConfig(), rate=Rate(peak=1e-2), end=10, saves=(5, 10))
+    fork = Run(config=TinyConfig(), rate=Rate(peak=1e-2), end=12, start=Start(run=run, iteration=5))
+    other = Run(config=TinyConfig(seed=2), rate=Rate(peak=1e-2), end=10, saves=(5, 10))
+    assert len({run.folder, fork.folder, other.folder}) == 3
+    assert missing([fork, run, other]) == [run, fork, other], "what a fork needs comes first"
+    run.folder.mkdir(parents=True)
+    (run.folder / "record.json").write_text("{}")
+    assert missing([fork, run]) == [fork]
+
+
+@dataclass(frozen=True)
+class Job:
+    number: int
+    ranks: int = 1
+    own_process: bool = False
+    after: tuple[Job, ...] = ()
+    is_done: bool = False
+
+
+@pytest.mark.parametrize("cores", [1, 2, 4])
+def test_work_fits_the_cores_and_keeps_its_order(cores):
+    first = Job(0, ranks=2, own_process=True)
+    waiting = [first, Job(1, ranks=2, after=(first,)), *(Job(n) for n in range(2, 30))]
+    running, done, busiest = {}, [], 0
+    while waiting or running:
+        for batch in list(_batches(waiting, running, cores)):
+            assert all(other in done for job in batch for other in job.after)
+            waiting = [job for job in waiting if job not in batch]
+            running[len(done) + len(running)] = batch
+        used = sum(batch[0].ranks for batch in running.values())
+        assert used <= cores or len(running) == 1, "a job that needs more cores runs alone"
+        busiest = max(busiest, used)
+        done += running.pop(min(running))
+    assert sorted(job.number for job in done) == list(range(30))
+    assert busiest >= cores
+
+
+def test_rows_are_kept_as_json_lines(tmp_path):
+    rows = [{"seed": 1, "gain": 0.5}, {"seed": 2, "gain": 0.25}]
+    Results(about={"scale": "tiny"}, rows=rows).write(tmp_path / "x.jsonl")
+    assert Results.read(tmp_path / "x.jsonl") == Results(about={"scale": "tiny"}, rows=rows)
+    assert [key for key, _ in groups(rows, "seed")] == [(1,), (2,)]
+    assert Table(columns=["a", "b"], rows=[[1, "x"]]).markdown().splitlines()[2] == "| 1 | x |"
+
+
+def test_the_page_is_what_its_rows_say():
+    found = subprocess.run(
+        [sys.executable, "-c", _PAGE], capture_output=True, text=True, check=True, cwd=LAB,
+    )  # fmt: skip
+    assert (ROOT / "docs" / "results.md").read_text() == found.stdout, "run.py --page"
+
+
+_PAGE = """
+import sys, run
+from lab import pages
+sys.stdout.write(pages.page(run.known(), run.DOCS / "results"))
+"""
+
+
+@pytest.mark.slow
+def test_merging_helps_late_and_reaching_far_back_hurts_early(tmp_path):
+    """The robust directions of the paper, at the smallest scale: see docs/results.md for how much
+    more they show at a larger one."""
+    command = [LAB / "run.py", "count", "--scale", "ci", "--seeds", "2", "--out", tmp_path]
+    own = {**os.environ, "PMA_LAB": str(tmp_path / "lab")}
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, env=own, timeout=900
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    rows = [json.loads(line) for line in (tmp_path / "results" / "count.jsonl").open()][1:]
+    gains = {(r["when"], r["last"], r["seed"]): r["gain"] for r in rows}
+    for seed in (1, 2):
+        assert gains["late", 6, seed] > 0.01, "merging helps"
+        assert gains["early", 15, seed] < gains["early", 3, seed] - 0.05, "old weights hurt"
+    assert (tmp_path / "results" / "count.png").stat().st_size > 10_000
+    assert "How many checkpoints" in (tmp_path / "results.md").read_text()
