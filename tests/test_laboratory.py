@@ -20,9 +20,9 @@ from lab.experiment import Results, Table, groups  # noqa: E402
 from lab.runs import Run, Start  # noqa: E402
 from lab.stats import NOT_REPRODUCED, REPRODUCED, UNDECIDED, estimate, verdict  # noqa: E402
 from lab.trainer import Rate  # noqa: E402
-from lab.work import _batches, missing  # noqa: E402
+from lab.work import _batches, missing, perform  # noqa: E402
 
-from pma_megatron.testing import TinyConfig  # noqa: E402
+from pma_megatron.testing import RankFailure, TinyConfig  # noqa: E402
 
 
 def test_an_interval_is_students_t():
@@ -97,6 +97,35 @@ def test_work_fits_the_cores_and_keeps_its_order(cores):
         done += running.pop(min(running))
     assert sorted(job.number for job in done) == list(range(30))
     assert busiest >= cores
+
+
+@dataclass(frozen=True)
+class FailsOften:
+    folder: Path
+    failures: int
+    ranks: int = 1
+    own_process: bool = True
+    after: tuple[Job, ...] = ()
+
+    @property
+    def is_done(self) -> bool:
+        return (self.folder / "done").exists()
+
+    def perform(self, rank: int) -> None:
+        tried = len(list(self.folder.iterdir()))
+        (self.folder / ("done" if tried == self.failures else f"try{tried}")).touch()
+        if tried < self.failures:
+            raise ValueError("no luck")
+
+
+def test_work_that_fails_is_tried_once_more_and_said(tmp_path, capsys):
+    (tmp_path / "once").mkdir()
+    perform([FailsOften(tmp_path / "once", failures=1)])
+    assert (tmp_path / "once" / "done").exists()
+    assert "no luck" in capsys.readouterr().err
+    (tmp_path / "twice").mkdir()
+    with pytest.raises(RankFailure, match="no luck"):
+        perform([FailsOften(tmp_path / "twice", failures=2)])
 
 
 def test_rows_are_kept_as_json_lines(tmp_path):

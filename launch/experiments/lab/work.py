@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Protocol
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from pma_megatron.testing import run_ranks
+from pma_megatron.testing import RankFailure, run_ranks
 
 _TIMEOUT_S = 3600.0
 _TOGETHER = 8  # small jobs share a process: importing Megatron takes longer than some of them
@@ -58,7 +59,7 @@ def perform(jobs: Sequence[Job], cores: int | None = None) -> None:
     """Do what is missing, as much at once as there are cores.
 
     Raises:
-        RankFailure: a job failed. What was done stays done.
+        RankFailure: a job failed twice. What was done stays done.
     """
     cores = cores or os.cpu_count() or 1
     waiting, running = missing(jobs), dict[Future[None], list[Job]]()
@@ -104,6 +105,16 @@ def _batches(waiting: Sequence[Job], running: dict[Future[None], list[Job]],
 
 
 def _together(batch: Sequence[Job]) -> None:
+    """Do a batch; once more if it fails, because hours of others may wait for it."""
+    try:
+        _run(batch)
+    except RankFailure as error:
+        print(f"failed, tried once more: {', '.join(map(str, batch))}\n{error}", file=sys.stderr)
+        if left := [job for job in batch if not job.is_done]:
+            _run(left)
+
+
+def _run(batch: Sequence[Job]) -> None:
     run_ranks(_perform_all, batch[0].ranks, tuple(batch), timeout_s=_TIMEOUT_S)
 
 
