@@ -82,12 +82,12 @@ def plot(rows: Sequence[Row], figure: Any) -> None:
     left, right = figure.subplots(1, 2, sharey=True)
     for axis, event in ((left, "burst"), (right, "stays")):
         mine = [r for r in rows if r["event"] == event]
-        for at, (_, found) in enumerate(groups(mine, "strategy")):
-            axis.plot([r["end"] for r in found], [at] * len(found), "o", ms=4, color=COLORS[1])
+        for (name,), found in groups(mine, "strategy"):
+            places = [list(STRATEGIES).index(name)] * len(found)
+            axis.plot([r["end"] for r in found], places, "o", ms=4, color=COLORS[1])
         axis.axvline(estimate([r["before"] for r in mine]).mean, color=COLORS[0], lw=0.8, ls="--")
         axis.set(title=event, xlabel="loss at the end (held-out, nats per byte)")
-    names = [name for (name,), _ in groups(rows, "strategy")]
-    left.set_yticks(range(len(names)), names)
+    left.set_yticks(range(len(STRATEGIES)), list(STRATEGIES))
     left.invert_yaxis()
 
 
