@@ -51,9 +51,6 @@ def test_a_verdict_needs_whole_intervals():
         (Rate(peak=2.0, decay="linear", decay_begin=10, decay_end=20), 15, 1.0),
         (Rate(peak=2.0, decay="linear", decay_begin=10, decay_end=20), 25, 0.0),
         (Rate(peak=2.0, decay="cosine", decay_begin=0, decay_end=10, floor=1.0), 5, 1.5),
-        (Rate(peak=2.0, decay="1-sqrt", decay_begin=0, decay_end=16), 4, 1.0),
-        (Rate(peak=2.0, excess=(5, 7, 50.0)), 6, 100.0),
-        (Rate(peak=2.0, excess=(5, 7, 50.0)), 7, 2.0),
     ],
 )
 def test_learning_rates(rate, iteration, expected):

@@ -18,6 +18,7 @@ import pkgutil
 import sys
 import time
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 os.environ.update(OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore", TORCHDYNAMO_DISABLE="1")
@@ -49,8 +50,6 @@ def run(experiment: Experiment, scale: str, seeds: int | None, folder: Path) -> 
     os.environ[DEVICE_ENV] = SCALES[scale].device
     chosen = seeds_of(seeds or experiment.seeds)
     work.perform(experiment.jobs(SCALES[scale], chosen))
-    from importlib.metadata import version
-
     about = {
         "command": f"python launch/experiments/run.py {experiment.name}"
         + (f" --seeds {seeds}" if seeds else "") + ("" if scale == "tiny" else f" --scale {scale}"),

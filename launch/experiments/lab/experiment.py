@@ -76,7 +76,7 @@ class Experiment:
 class Results:
     """Rows of one experiment as they are kept, and how they came to be.
 
-    `about` holds `command`, `scale`, `seeds`, `versions`, `seconds`.
+    `about` holds `command`, `scale`, `seeds`, `versions`.
     """
 
     about: Row

@@ -16,7 +16,6 @@ from lab.text import cache
 from lab.trainer import LabTrainer, Rate
 from pma_megatron.durable import write_small
 from pma_megatron.megatron.load import merge_into
-from pma_megatron.request import Method
 from pma_megatron.selection import SelectionRequest
 from pma_megatron.testing import TinyConfig
 
@@ -34,7 +33,6 @@ class Start:
         iteration: of it, the newest that is used; the fork counts on from there.
         last: checkpoints that are merged by PMA-init; 1 for a plain resume.
         every: iterations from one to the next.
-        method: how they are weighted.
         optimizer_state: `latest`, `average` or `reset` moments.
     """
 
@@ -42,7 +40,6 @@ class Start:
     iteration: int
     last: int = 1
     every: int = 0
-    method: str = "sma"
     optimizer_state: str = "latest"
 
 
@@ -99,7 +96,7 @@ class Run:
     @property
     def own_process(self) -> bool:
         """Two trainers that save in one process get in each other's way (gloo groups of the
-        checkpoint writer), as do those that resume."""
+        checkpoint writer)."""
         return bool(self.saves)
 
     def perform(self, rank: int) -> None:
@@ -180,7 +177,7 @@ def _fork(trainer: LabTrainer, start: Start) -> None:
         merge_into(
             trainer.models, trainer.optimizer, load=str(start.run.root),
             selection=SelectionRequest(iterations=tuple(sorted(wanted))),
-            method=Method(name=start.method), optimizer_state=start.optimizer_state,
+            optimizer_state=start.optimizer_state,
         )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import torch
 from lab import text
 from pma_megatron.testing import TinyConfig, TinyTrainer
 
-Shape = Literal["constant", "linear", "cosine", "1-sqrt"]
+Shape = Literal["constant", "linear", "cosine"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,6 @@ class Rate:
         begin: iteration at which the curve begins.
         decay: its shape; `constant` for none.
         decay_begin, decay_end: iterations between which it falls from `peak` to `floor`.
-        excess: (first iteration, last + 1, factor): a learning rate that is too large for a while.
     """
 
     peak: float
@@ -35,12 +34,9 @@ class Rate:
     decay_begin: int = 0
     decay_end: int = 0
     floor: float = 0.0
-    excess: tuple[int, int, float] | None = None
 
     def at(self, iteration: int) -> float:
         """Rate of the step from `iteration` to `iteration + 1`."""
-        if self.excess is not None and self.excess[0] <= iteration < self.excess[1]:
-            return self.peak * self.excess[2]
         since = iteration - self.begin
         if since < self.warmup:
             return self.peak * (since + 1) / self.warmup
@@ -53,7 +49,6 @@ class Rate:
         return {
             "linear": 1 - done,
             "cosine": (1 + math.cos(math.pi * done)) / 2,
-            "1-sqrt": 1 - math.sqrt(done),
         }[self.decay]
 
 
