@@ -130,7 +130,9 @@ def test_outcomes_tell_each_rank_apart():
 
 
 def _say_and_sleep(rank: int, world_size: int, file: str) -> None:
-    Path(f"{file}.new").write_text(str(os.getpid()))
+    helper = multiprocessing.get_context("fork").Process(target=time.sleep, args=(100,))
+    helper.start()
+    Path(f"{file}.new").write_text(f"{os.getpid()} {helper.pid}")
     Path(f"{file}.new").rename(file)
     time.sleep(100)
 
@@ -154,7 +156,7 @@ def test_what_a_rank_started_goes_with_it():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a signal that Linux alone sends")
-def test_ranks_end_with_the_job_that_started_them(tmp_path):
+def test_ranks_and_what_they_forked_end_with_the_job_that_started_them(tmp_path):
     file = tmp_path / "pid"
     job = multiprocessing.get_context("spawn").Process(target=_run_and_wait, args=(str(file),))
     job.start()
@@ -163,7 +165,8 @@ def test_ranks_end_with_the_job_that_started_them(tmp_path):
         time.sleep(0.05)
     job.kill()
     job.join()
-    _assert_gone(int(file.read_text()))
+    for pid in file.read_text().split():
+        _assert_gone(int(pid))
 
 
 def test_fault_reaches_ranks_and_is_taken_back():

@@ -15,6 +15,7 @@ import pickle
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -253,9 +254,26 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def _forks_end_with_rank() -> None:
+    """Checkpoint writers too; but the signal comes when the thread that forked ends, so only those
+    that the main thread forks."""
+    by_main = False
+
+    def before() -> None:
+        nonlocal by_main
+        by_main = threading.current_thread() is threading.main_thread()
+
+    def in_child() -> None:
+        if by_main:
+            _end_with_parent()
+
+    os.register_at_fork(before=before, after_in_child=in_child)
+
+
 def _child(job: _Job, rank: int, sender: Connection) -> None:
     os.setsid()
     _end_with_parent()
+    _forks_end_with_rank()
     stacks = Path(job.directory, f"stacks{rank}").open("w")  # noqa: SIM115 (open until exit)
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job.world_size))
