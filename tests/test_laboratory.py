@@ -16,13 +16,15 @@ ROOT = Path(__file__).parents[1]
 LAB = ROOT / "launch" / "experiments"
 sys.path.insert(0, str(LAB))
 
+from lab.command import CommandFailedError, pma  # noqa: E402
 from lab.experiment import Results, Table, groups  # noqa: E402
 from lab.runs import Run, Start  # noqa: E402
 from lab.stats import NOT_REPRODUCED, REPRODUCED, UNDECIDED, estimate, verdict  # noqa: E402
-from lab.trainer import Rate  # noqa: E402
+from lab.text import DOMAINS  # noqa: E402
+from lab.trainer import LabTrainer, Rate  # noqa: E402
 from lab.work import _batches, missing, perform  # noqa: E402
 
-from pma_megatron.testing import RankFailure, TinyConfig  # noqa: E402
+from pma_megatron.testing import RankFailure, TinyConfig, run_ranks  # noqa: E402
 
 
 def test_an_interval_is_students_t():
@@ -125,6 +127,66 @@ def test_work_that_fails_is_tried_once_more_and_said(tmp_path, capsys):
         perform([FailsOften(tmp_path / "twice", failures=2)])
 
 
+def test_a_command_that_is_refused_says_so(tmp_path):
+    with pytest.raises(CommandFailedError, match=r"(?s)pma merge --load .*merge needs --save"):
+        pma(["merge", "--load", str(tmp_path)])
+    with pytest.raises(CommandFailedError, match="exit code 2"):
+        pma(["merge", "--no-such-flag"])
+
+
+def test_a_score_leaves_the_validation_text_in_place(monkeypatch, tmp_path):
+    monkeypatch.setenv("PMA_LAB", str(tmp_path))
+    _short_texts(tmp_path)
+    ((before, losses, after),) = run_ranks(_evaluate_around_a_score, 1)
+    assert before == losses["validation"] == after
+    assert len({*losses.values()}) == len(losses), "every part has a loss of its own"
+
+
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(monkeypatch, tmp_path):
+    records = []
+    for name, steps in (("whole", None), ("cut", 7)):
+        monkeypatch.setenv("PMA_LAB", str(tmp_path / name))
+        _short_texts(tmp_path / name)
+        run = Run(config=TinyConfig(), rate=Rate(peak=1e-2), end=9, saves=(3, 6), scores=(2, 5, 8))
+        if steps is not None:
+            with pytest.raises(RankFailure, match="no more steps"):
+                run_ranks(_train_for, 1, run, steps)
+            assert not run.is_done
+            assert (run.root / "latest_checkpointed_iteration.txt").read_text() == "6"
+        run_ranks(_train_for, 1, run, None)
+        records.append(run.record())
+    assert records[0] == records[1]
+    assert len(records[0].losses) == 9 and set(records[0].scores) == {"2", "5", "8"}
+
+
+def _short_texts(lab):
+    for domain in DOMAINS:
+        text = "".join(f"{domain} has line {line}.\n" for line in range(5000))
+        (lab / "text").mkdir(parents=True, exist_ok=True)
+        (lab / "text" / f"{domain}.txt").write_text(text)
+
+
+def _train_for(rank, world_size, run, steps):
+    """Perform `run`; be cut off after so many steps."""
+    left = iter(range(steps if steps is not None else 1_000_000))
+    train = LabTrainer.train
+
+    def counted(self, count):
+        if next(left, None) is None:
+            raise InterruptedError("no more steps")
+        return train(self, count)
+
+    LabTrainer.train = counted
+    run.perform(rank)
+
+
+def _evaluate_around_a_score(rank, world_size):
+    trainer = LabTrainer(TinyConfig())
+    found = trainer.evaluate(1), trainer.losses(1), trainer.evaluate(1)
+    trainer.close()
+    return found
+
+
 def test_rows_are_kept_as_json_lines(tmp_path):
     rows = [{"seed": 1, "gain": 0.5}, {"seed": 2, "gain": 0.25}]
     Results(about={"scale": "tiny"}, rows=rows).write(tmp_path / "x.jsonl")
@@ -159,6 +221,8 @@ def test_merging_helps_late_and_reaching_far_back_hurts_early(tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
     rows = [json.loads(line) for line in (tmp_path / "results" / "count.jsonl").open()][1:]
     gains = {(r["when"], r["last"], r["seed"]): r["gain"] for r in rows}
+    kept = [json.loads(path.read_text()) for path in (tmp_path / "lab").rglob("evaluate-*.json")]
+    assert [scores["scores_version"] for scores in kept] == [1, 1], "what `pma evaluate` wrote"
     for seed in (1, 2):
         assert gains["late", 6, seed] > 0.01, "merging helps"
         assert gains["early", 15, seed] < gains["early", 3, seed] - 0.05, "old weights hurt"

@@ -28,6 +28,7 @@ import claims
 import torch
 from lab import pages, text, work
 from lab.experiment import Experiment, Results, seeds_of
+from lab.kept import Kept
 from lab.models import SCALES
 from rich.console import Console
 
@@ -49,10 +50,14 @@ def run(experiment: Experiment, scale: str, seeds: int | None, folder: Path) -> 
     start_s = time.monotonic()
     os.environ[DEVICE_ENV] = SCALES[scale].device
     chosen = seeds_of(seeds or experiment.seeds)
-    work.perform(experiment.jobs(SCALES[scale], chosen))
+    jobs = experiment.jobs(SCALES[scale], chosen)
+    missing = len(work.missing(jobs))
+    work.perform(jobs)
     about = {
         "command": f"python launch/experiments/run.py {experiment.name}"
         + (f" --seeds {seeds}" if seeds else "") + ("" if scale == "tiny" else f" --scale {scale}"),
+        "pma": next((job.typed() for job in jobs if isinstance(job, Kept)), []),
+        "work": {"jobs": missing, "cores": os.cpu_count(), "s": time.monotonic() - start_s},
         "scale": scale,
         "seeds": len(chosen),
         "versions": f"pma-megatron {__version__}, megatron-core {version('megatron-core')}, "

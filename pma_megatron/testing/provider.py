@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +37,12 @@ def tiny(load: str, provider_args: Sequence[str]) -> Scored:
     from pma_megatron.testing.tiny import TinyTrainer
 
     given = _parse(provider_args)
-    alone = not dist.is_initialized()
-    if alone:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    leave = group_of_one()
     trainer = TinyTrainer(_config(_saved_args(load), given))
 
     def close() -> None:
         trainer.close()
-        if alone:
-            dist.destroy_process_group()
+        leave()
 
     def score() -> float:
         return trainer.evaluate(given.batches)
@@ -56,6 +53,14 @@ def tiny(load: str, provider_args: Sequence[str]) -> Scored:
         models=trainer.models, score=score, close=close,
         batches=lambda: trainer.held_out_losses(given.batches),
     )  # fmt: skip
+
+
+def group_of_one() -> Callable[[], None]:
+    """Make a process group of this process alone, if it is in none; returns what ends it."""
+    if dist.is_initialized():
+        return lambda: None
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return dist.destroy_process_group
 
 
 def _parse(provider_args: Sequence[str]) -> argparse.Namespace:

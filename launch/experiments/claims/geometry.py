@@ -53,7 +53,7 @@ def rows(scale: Scale, seeds: Sequence[int]) -> Iterator[Row]:
     for moe, phase in _PHASES:
         for seed in seeds:
             found = _expansion(scale, seed, moe, phase).result()
-            bent, spread = found["curvature"], found["spread"]["total"]
+            bent, spread = found["curvature"], found["groups"]["total"]
             yield {
                 "model": "MoE" if moe else "dense", "phase": phase, "seed": seed,
                 **{k: bent[k] for k in ("left", "right", "predicted_gain", "measured_gain")},
@@ -117,7 +117,7 @@ EXPERIMENT = Experiment(
     paper="Merging beats the mean loss of its members where eq. 15 holds; in a contour plot the "
     "mean lies nearer the optimum than the members; late in annealing merging gains little.",
     setup=f"The last {LAST} checkpoints of constant-rate runs, and of the same runs annealed over "
-    "those iterations; gradients and losses with float32 weights, by `pma geometry`'s own code.",
+    "those iterations; gradients and losses with float32 weights.",
     seeds=3,
     jobs=jobs, rows=rows, findings=findings, plot=plot,
 )  # fmt: skip

@@ -37,8 +37,8 @@ def rows(scale: Scale, seeds: Sequence[int]) -> Iterator[Row]:
             one, other = main.weights(), weights.weights()
             differ = sum(int((one[name] != other[name]).sum()) for name in one)
             yield {
-                "seed": seed, "last": last, "main_params": main.result()["test"],
-                "weights": weights.result()["test"], "distance": distance(one, other),
+                "seed": seed, "last": last, "main_params": main.losses()["test"],
+                "weights": weights.losses()["test"], "distance": distance(one, other),
                 "differ": differ / sum(value.numel() for value in one.values()),
             }  # fmt: skip
 

@@ -29,9 +29,7 @@ def _written(scale: Scale, seed: int, spacing: str, method: str, by_tokens: bool
     if by_tokens or method == "sma":
         return Written(run=constant(scale, seed), iterations=iterations, method=method)
     even = coefficients(method, tokens=tuple(range(len(back))), count=len(back)).values
-    return Written(
-        run=constant(scale, seed), iterations=iterations, method="custom", coefficients=even
-    )
+    return Written(run=constant(scale, seed), iterations=iterations, coefficients=even)
 
 
 def _arms() -> Iterator[tuple[str, str, bool]]:
@@ -49,7 +47,7 @@ def rows(scale: Scale, seeds: Sequence[int]) -> Iterator[Row]:
     """Test losses."""
     for seed in seeds:
         for spacing, method, by_tokens in _arms():
-            loss = _written(scale, seed, spacing, method, by_tokens).result()["test"]
+            loss = _written(scale, seed, spacing, method, by_tokens).losses()["test"]
             yield {"seed": seed, "spacing": spacing, "method": method, "by_tokens": by_tokens,
                    "loss": loss}  # fmt: skip
 

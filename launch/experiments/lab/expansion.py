@@ -1,21 +1,13 @@
-"""The second-order expansion of the loss around a merge (eq. 15), by `pma geometry`'s own code."""
+"""The second-order expansion of the loss around a merge (eq. 15), by `pma geometry`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
-import torch
-
+from lab.command import scored_with
 from lab.kept import Kept
-from lab.runs import BATCHES
-from lab.trainer import LabTrainer
-from pma_megatron.gram import measure
-from pma_megatron.megatron.contour import contour
-from pma_megatron.megatron.curvature import Differentiable, curvature
-from pma_megatron.request import MergeRequest
-from pma_megatron.selection import SelectionRequest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,38 +19,15 @@ class Expansion(Kept):
         grid: points of the contour along each side; 0 for none.
     """
 
-    kind = "expansion"
+    kind = "geometry"
     ranks = 1
     iterations: tuple[int, ...]
     grid: int = 0
 
-    def measure(self) -> dict[str, Any]:
-        """`curvature`, `spread`, `contour`: see the `to_json` of each. With float32 weights."""
-        whole = replace(self.run.config, bf16=False, use_distributed_optimizer=False,
-                        expert_model_parallel_size=1,
-                        micro_batch_size=self.run.config.global_batch_size)  # fmt: skip
-        trainer = LabTrainer(whole)
-        measured = measure(MergeRequest(
-            load=str(self.run.root), selection=SelectionRequest(iterations=self.iterations),
-            threads=1,
-        ))  # fmt: skip
-        scored = Differentiable(
-            models=trainer.models,
-            score=lambda: trainer.losses(BATCHES)["validation"],
-            batches=lambda: _losses(trainer),
-        )
-        try:
-            found: dict[str, Any] = {
-                "curvature": curvature(scored, measured).to_json(),
-                "spread": {n: s.to_json() for n, s in measured.spreads().items()},
-                "contour": None,
-            }
-            if self.grid:
-                found["contour"] = contour(scored, measured, size=self.grid).to_json()
-        finally:
-            trainer.close()
-        return found
-
-
-def _losses(trainer: LabTrainer) -> Iterator[torch.Tensor]:
-    yield from trainer.held_out_losses(BATCHES)
+    def commands(self, out: Path) -> Sequence[Sequence[str]]:
+        """One, with float32 weights."""
+        return [[
+            "geometry", "--load", str(self.run.root), "--iterations", *map(str, self.iterations),
+            "--curvature", *(["--contour", "--grid", str(self.grid)] if self.grid else []),
+            *scored_with(self.run, out, "--float32"),
+        ]]  # fmt: skip

@@ -1,23 +1,26 @@
-"""What is measured of a run, and kept in its folder under a name that says all of it."""
+"""What is measured of a run by a `pma` command, and kept in its folder."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import shlex
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
+from lab.command import pma
 from lab.runs import BATCHES, Run
-from pma_megatron.durable import write_small
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kept:
     """A job that measures something of `run`.
 
-    `kind` begins the file's name; the other fields of a subclass decide what is measured.
+    `kind` is the verb that is used and begins the file's name; the other fields of a subclass
+    decide what is measured.
     """
 
     kind: ClassVar[str]
@@ -46,19 +49,26 @@ class Kept:
         """Whether it has been measured."""
         return self.file.exists()
 
-    def perform(self, rank: int) -> None:
-        """Measure and keep. Every rank makes this call."""
-        found = self.measure()
-        if rank == 0:
-            write_small(self.file, json.dumps(found).encode())
-
-    def measure(self) -> Any:
-        """The result, as JSON has it; the same on every rank."""
+    def commands(self, out: Path) -> Sequence[Sequence[str]]:
+        """What is typed after `pma`, one after the other; the last one writes JSON to `out`."""
         raise NotImplementedError
 
+    def perform(self, rank: int) -> None:
+        """Measure and keep. Every rank makes this call."""
+        new = self.file.with_suffix(".new")
+        for words in self.commands(new):
+            pma(words)
+        if rank == 0:
+            new.rename(self.file)
+
     def result(self) -> Any:
-        """What `measure` returned."""
+        """What the last command wrote."""
         return json.loads(self.file.read_text())
+
+    def typed(self) -> list[str]:
+        """Its commands, for people."""
+        lines = (shlex.join(["pma", *words]) for words in self.commands(Path("OUT.json")))
+        return [line.replace(str(self.run.folder), "RUN") for line in lines]
 
     def __str__(self) -> str:
         return f"{self.kind} of {self.run}"

@@ -32,7 +32,12 @@ def page(experiments: Sequence[Experiment], folder: Path) -> str:
     """The whole page, of the experiments whose rows are in `folder`."""
     known = [(e, Results.read(rows_file(folder, e))) for e in experiments
              if rows_file(folder, e).exists()]  # fmt: skip
-    lines = [_HEAD.read_text(), "| | the paper | verdict |", "|---|---|---|"]
+    took_s = sum(results.about["work"]["s"] for _, results in known)
+    lines = [
+        _HEAD.read_text().format(minutes=round(took_s / 60)),
+        "| | the paper | verdict |",
+        "|---|---|---|",
+    ]
     for experiment, results in known:
         verdict = experiment.findings(results.rows).verdict
         link = experiment.title.lower().translate({ord(c): None for c in ",.?:()'"})
@@ -52,9 +57,20 @@ def section(experiment: Experiment, results: Results) -> str:
         f"**Verdict: {findings.verdict}.** " + " ".join(findings.sentences),
         *(table.markdown() for table in findings.tables),
         f"![{experiment.title}](results/{experiment.name}.png)",
-        f"`{about['command']}` ({about['versions']})",
+        f"`{about['command']}` ({about['versions']}; {_work(about['work'])})",
+        *(
+            ["Averages by commands such as", *(f"`{line}`" for line in about["pma"])]
+            if about["pma"]
+            else []
+        ),
     ]
     return "\n\n".join(parts)
+
+
+def _work(done: Mapping[str, Any]) -> str:
+    return (
+        f"{done['jobs']} runs and scores in {done['s'] / 60:.1f} minutes on {done['cores']} cores"
+    )
 
 
 def rows_file(folder: Path, experiment: Experiment) -> Path:

@@ -136,6 +136,8 @@ class Record:
 
 
 def _train(rank: int, run: Run) -> None:
+    if rank == 0:
+        write_small(run.folder / "run.json", json.dumps(asdict(run), indent=1).encode())
     trainer = LabTrainer(run.config, run.domain)
     try:
         record = _resume(trainer, run)

@@ -1,15 +1,14 @@
-"""Held-out losses of many averages of one run, by the package's own `score_merges`."""
+"""Held-out losses of many averages of one run, by `pma evaluate`."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
+from lab.command import scored_with
 from lab.kept import Kept
-from lab.runs import BATCHES
-from lab.trainer import LabTrainer
-from pma_megatron.grid import UNMERGED, Grid, parse_method
-from pma_megatron.megatron.score import score_merges
+from pma_megatron.grid import UNMERGED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,26 +22,19 @@ class Merges(Kept):
         ends: iterations of the newest.
     """
 
-    kind = "merges"
+    kind = "evaluate"
     methods: tuple[str, ...] = ("sma",)
     lasts: tuple[int, ...]
     every: tuple[int, ...]
     ends: tuple[int, ...]
 
-    def measure(self) -> list[dict[str, Any]]:
-        """Fields of `pma_megatron.scores.Score`, of every point, by one live model."""
-        trainer = LabTrainer(self.run.config)
-        grid = Grid(
-            methods=tuple(map(parse_method, self.methods)), lasts=self.lasts,
-            intervals_iterations=self.every, ends=self.ends, tolerance=0.0,
-        )  # fmt: skip
-        try:
-            scores = score_merges(
-                trainer.models, str(self.run.root), grid, lambda: trainer.losses(BATCHES), threads=1
-            )
-        finally:
-            trainer.close()
-        return [asdict(point) | {"losses": dict(point.losses)} for point in scores.points]
+    def commands(self, out: Path) -> Sequence[Sequence[str]]:
+        """One for the whole grid, scored by one live model."""
+        return [[
+            "evaluate", "--load", str(self.run.root), "--methods", *self.methods,
+            "--lasts", *map(str, self.lasts), "--intervals-iterations", *map(str, self.every),
+            "--ends", *map(str, self.ends), "--tolerance", "0", *scored_with(self.run, out),
+        ]]  # fmt: skip
 
     def losses(self, end: int, method: str = "sma", last: int | None = None,
                every: int | None = None) -> dict[str, float]:  # fmt: skip
@@ -51,7 +43,7 @@ class Merges(Kept):
         Raises:
             KeyError: it was not scored, or the run has too few checkpoints for it.
         """
-        for point in self.result():
+        for point in self.result()["points"]:
             same = point["end_iteration"] == end and point["method"] == method
             if same and (method == UNMERGED or (
                 last in (None, point["last"]) and every in (None, point["interval_iterations"])

@@ -53,7 +53,8 @@ class Rate:
 
 
 class LabTrainer(TinyTrainer):
-    """A `TinyTrainer` on one of the laboratory's domains."""
+    """A `TinyTrainer` on one of the laboratory's domains; what is held out is the validation text,
+    but for `losses`."""
 
     def __init__(self, config: TinyConfig, domain: str = "prose") -> None:
         super().__init__(config)
@@ -70,8 +71,11 @@ class LabTrainer(TinyTrainer):
     def losses(self, batches: int) -> dict[str, float]:
         """Mean loss in nats per byte of every held-out part, over `batches` global batches."""
         found = {}
-        for name, self._scored in text.LOSSES.items():
-            found[name] = self.evaluate(batches)
+        try:
+            for name, self._scored in text.LOSSES.items():
+                found[name] = self.evaluate(batches)
+        finally:
+            self._scored = text.LOSSES["validation"]
         return found
 
     def _microbatch_stream(self, first: int, held_out: bool) -> Iterator[tuple[torch.Tensor, ...]]:

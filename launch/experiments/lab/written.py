@@ -1,24 +1,17 @@
-"""Merges written to disk as `pma merge` writes them, read back and scored."""
+"""Merges written to disk by `pma merge`, read back and scored by `pma evaluate`."""
 
 from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
-import pma_megatron
+from lab.command import scored_with
 from lab.kept import Kept
-from lab.runs import BATCHES
-from lab.trainer import LabTrainer
-from pma_megatron.grid import Grid
-from pma_megatron.megatron.score import score_merges
-from pma_megatron.policy import Policy
-from pma_megatron.request import MergeRequest, Method
-from pma_megatron.selection import SelectionRequest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,46 +20,52 @@ class Written(Kept):
 
     Attributes:
         iterations: which.
-        method: how they are weighted; `custom` with `coefficients`.
+        method: how they are weighted; unused with `coefficients`.
         coefficients: oldest first.
         average: `main-params` or `weights`.
     """
 
-    kind = "written"
+    kind = "merge"
     iterations: tuple[int, ...]
     method: str = "sma"
     coefficients: tuple[float, ...] | None = None
     average: str = "main-params"
 
-    def measure(self) -> dict[str, float]:
-        """Merge, load, score, and remove the merge."""
-        folder = self.file.with_suffix(".merge")
-        values = self.coefficients
-        pma_megatron.merge(MergeRequest(
-            load=str(self.run.root), save=str(folder), overwrite=True, threads=1,
-            selection=SelectionRequest(iterations=self.iterations),
-            method=Method(name=self.method, values=values),
-            policy=Policy(average=self.average),
-        ))  # fmt: skip
-        trainer, weights = LabTrainer(self.run.config), {}
+    def commands(self, out: Path) -> Sequence[Sequence[str]]:
+        """A merge, and a score of it as it is."""
+        how = ["--method", self.method]
+        if self.coefficients is not None:
+            how = ["--coefficients", *map(str, self.coefficients)]
+        merge = ["merge", "--load", str(self.run.root), "--save", str(self._folder),
+                 "--overwrite", "--iterations", *map(str, self.iterations), *how,
+                 "--average", self.average, "--threads", "1"]  # fmt: skip
+        kept = ("--weights", str(self._weights))
+        score = ["evaluate", "--load", str(self._folder), "--lasts", "1",
+                 *scored_with(self.run, out, *kept)]  # fmt: skip
+        return [merge, score]
 
-        def score() -> dict[str, float]:
-            weights.update({n: w.clone() for n, w in trainer.model_params().items()})
-            return trainer.losses(BATCHES)
+    def perform(self, rank: int) -> None:
+        """Merge, score, and remove the merge."""
+        super().perform(rank)
+        shutil.rmtree(self._folder)
 
-        try:
-            scores = score_merges(trainer.models, str(folder), Grid(lasts=(1,)), score)
-        finally:
-            trainer.close()
-        if dist.get_rank() == 0:
-            torch.save(weights, self.file.with_suffix(".pt"))
-            shutil.rmtree(folder)
-        return dict(scores.points[0].losses)
+    def losses(self) -> dict[str, float]:
+        """Losses of the merge."""
+        losses: dict[str, float] = self.result()["points"][0]["losses"]
+        return losses
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """What the forward pass used, by name; of a run on one rank."""
-        found: dict[str, torch.Tensor] = torch.load(self.file.with_suffix(".pt"))
+        """What the forward pass used, by name."""
+        found: dict[str, torch.Tensor] = torch.load(self._weights)
         return found
+
+    @property
+    def _folder(self) -> Path:
+        return self.file.with_suffix(".merge")
+
+    @property
+    def _weights(self) -> Path:
+        return self.file.with_suffix(".pt")
 
 
 def distance(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> float:
