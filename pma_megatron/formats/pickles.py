@@ -18,6 +18,7 @@ import pickle
 from collections import OrderedDict
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
+from enum import Enum, EnumMeta
 from typing import Any
 
 import torch
@@ -45,6 +46,8 @@ _PLAIN = {
     ("types", "SimpleNamespace"),
     ("torch", "Size"),
 }
+_GETATTR = {("builtins", "getattr"), ("__builtin__", "getattr")}
+"""How Python 3.11.0 to 3.11.3 pickle a member of an enum: `getattr(class, name)`."""
 _OLD_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 
 
@@ -142,7 +145,8 @@ def load_strict(
     stand_ins: Mapping[tuple[str, str], type],
     what: str,
 ) -> Any:
-    """Unpickle `data`, resolving only plain containers, torch dtypes, and `allowed` names.
+    """Unpickle `data`, resolving only plain containers, torch dtypes, and `allowed` names; of
+    classes among them that are enums, members too.
 
     Args:
         data: the pickle.
@@ -154,8 +158,19 @@ def load_strict(
         CheckpointError: the pickle is damaged or names anything else.
     """
 
+    def member(kind: Any, name: Any) -> Enum:
+        if not isinstance(kind, EnumMeta) or name not in kind.__members__:
+            raise CheckpointError(
+                f"{what} takes the attribute {name!r} of {kind!r}, which no checkpoint of this "
+                "format needs: refused, nothing was run. Exclude this checkpoint"
+            )
+        found: Enum = kind[name]
+        return found
+
     class Strict(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> Any:
+            if (module, name) in _GETATTR:
+                return member
             found = stand_ins.get((module, name)) or _resolve(module, name, allowed)
             if found is None:
                 raise CheckpointError(
@@ -181,7 +196,7 @@ def load_inert(
         data: the pickle.
         what: the file, for messages.
         allowed: further `(module, name)` pairs that are resolved.
-        known: the only names that may become `Inert`; None for any.
+        known: the only names that may become `Inert`, beside `getattr`; None for any.
 
     Raises:
         CheckpointError: the pickle is damaged, or names something that is not `known`.
@@ -197,7 +212,7 @@ def load_inert(
             found = _resolve(module, name, allowed)
             if found is None:
                 key = (module, name)
-                if known is not None and key not in known:
+                if known is not None and key not in known | _GETATTR:
                     raise CheckpointError(
                         f"{what} names {module}.{name}, which no such file needs: refused, nothing "
                         "was run. Exclude this checkpoint; if you trust the file, report the name"

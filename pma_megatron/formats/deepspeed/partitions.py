@@ -28,6 +28,8 @@ from pma_megatron.geometry import Box, Piece, flat_range
 
 _MASTERS = "single_partition_of_fp32_groups"
 _MASTERS_3 = "fp32_flat_groups"
+_STAGES = {"disabled": 0, "optimizer_states": 1, "gradients": 2, "weights": 3}
+"""Members of deepspeed.runtime.zero.config.ZeroStageEnum."""
 LOCAL_EXPERT = re.compile(
     r"^(?P<layer>.*\.deepspeed_moe\.experts\.deepspeed_experts\.)(?P<expert>\d+)(?=\.)"
 )
@@ -110,7 +112,8 @@ def kind(checkpoint: DeepSpeedCheckpoint) -> str:
     stage = checkpoint.optimizer(0).get("zero_stage")
     if stage is None:
         return "BF16_Optimizer"
-    return f"ZeRO-{getattr(stage, 'pma_args', (stage,))[0]}"
+    said = getattr(stage, "pma_args", (stage,))[-1]  # a number; of some Pythons' pickles, a name
+    return f"ZeRO-{_STAGES.get(said, said)}"
 
 
 def flat_spaces(checkpoint: DeepSpeedCheckpoint) -> tuple[list[FlatSpace], FlatMap]:
