@@ -48,7 +48,8 @@ _PLAIN = {
 }
 _GETATTR = {("builtins", "getattr"), ("__builtin__", "getattr")}
 """How Python 3.11.0 to 3.11.3 pickle a member of an enum: `getattr(class, name)`."""
-_OLD_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
+_OTHER_NAMES = {"__builtin__": "builtins", "copy_reg": "copyreg", "pathlib._local": "pathlib"}
+"""Modules as protocol 2 and Python 3.13 call them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,7 +282,7 @@ def _unpickle(unpickler: pickle.Unpickler, what: str) -> Any:
 
 
 def _resolve(module: str, name: str, allowed: Set[tuple[str, str]]) -> Any:
-    module = _OLD_MODULES.get(module, module)
+    module = _OTHER_NAMES.get(module, module)
     if (module, name) in _PLAIN or (module, name) in allowed:
         found: Any = importlib.import_module(module)
         for part in name.split("."):

@@ -1,6 +1,7 @@
-"""Members of enums in checkpoints that Python 3.11.0 to 3.11.3 wrote (Debian 12 has 3.11.2).
+"""Checkpoints of Pythons that pickle some values otherwise.
 
-Those pickle a member as `getattr(class, name)`, every other Python as `class(value)`.
+Python 3.11.0 to 3.11.3 (Debian 12 has 3.11.2) pickle a member of an enum as `getattr(class, name)`,
+every other one as `class(value)`; Python 3.13 says `pathlib._local` for `pathlib`.
 """
 
 from __future__ import annotations
@@ -98,6 +99,14 @@ def test_a_deepspeed_run_of_any_python_merges_alike(tmp_path: Path, stage: int) 
     roots = {str(folder.parent): DeepSpeedConfig(stage=stage) for folder in outputs}
     resumed = run_ranks(resume, 2, roots, timeout_s=200)[0].values()
     _assert_same([before for _, before, _ in resumed], "masters", "weights")
+
+
+def test_paths_that_python_3_13_wrote() -> None:
+    data = pickle.dumps(Path("a"), protocol=2)
+    assert b"cpathlib" in data.replace(b"._local", b"")
+    written = data.replace(b"cpathlib\n", b"cpathlib._local\n")
+    allowed = {("pathlib", "PosixPath")}
+    assert load_strict(written, allowed=allowed, stand_ins={}, what="a file") == Path("a")
 
 
 class _Taken:
