@@ -15,6 +15,7 @@ import argparse
 import importlib
 import os
 import pkgutil
+import platform
 import sys
 import time
 from collections.abc import Sequence
@@ -61,7 +62,7 @@ def run(experiment: Experiment, scale: str, seeds: int | None, folder: Path) -> 
         "scale": scale,
         "seeds": len(chosen),
         "versions": f"pma-megatron {__version__}, megatron-core {version('megatron-core')}, "
-        f"torch {torch.__version__}",
+        f"torch {torch.__version__}, Python {platform.python_version()}",
     }  # fmt: skip
     results = Results(about=about, rows=list(experiment.rows(SCALES[scale], chosen)))
     results.write(pages.rows_file(folder, experiment))
