@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-import tarfile
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,7 @@ def unpack(tmp_path: Path) -> Unpack:
 
     def get(name: str) -> tuple[Path, list[list[dict[str, Any]]]]:
         folder = tmp_path / name
-        with tarfile.open(GOLDEN / f"{name}.tar.xz") as archive:
-            archive.extractall(folder, filter="data")
+        shutil.unpack_archive(GOLDEN / f"{name}.tar.xz", folder)
         ranks = [torch.load(f, weights_only=True) for f in sorted(folder.glob("live_rank*.pt"))]
         return folder, [[saves[i] for i in sorted(saves)] for saves in ranks]
 
