@@ -23,7 +23,7 @@ from conftest import folder_of, request_for
 from deepspeed_runs import load, merge_run, optim_files, records, resume, train
 from pma_megatron import inspect, list_checkpoints, merge, verify
 from pma_megatron.errors import CheckpointError
-from pma_megatron.formats.pickles import load_strict
+from pma_megatron.formats.pickles import load_inert, load_strict
 from pma_megatron.policy import Policy
 from pma_megatron.testing import TinyConfig, TinyTrainer, run_ranks
 from pma_megatron.testing.tiny_deepspeed import DeepSpeedConfig
@@ -33,11 +33,11 @@ def _as_python_3_11_2(self: Enum, _protocol: Any) -> Any:
     return getattr, (type(self), self._name_)
 
 
-def _of_this_python(self: Enum, _protocol: Any) -> Any:
+def _as_other_pythons(self: Enum, _protocol: Any) -> Any:
     return type(self), (self._value_,)
 
 
-PYTHONS = {"3.11.2": _as_python_3_11_2, "others": _of_this_python}
+PYTHONS = {"3.11.2": _as_python_3_11_2, "others": _as_other_pythons}
 
 
 def _train(rank: int, world_size: int, folder: str, python: str) -> None:
@@ -131,3 +131,20 @@ def test_nothing_but_members_is_taken_of_an_allowed_class(of: Any, name: str) ->
     assert load_strict(good, allowed=allowed, stand_ins={}, what="a file") is member
     with pytest.raises(CheckpointError, match=rf"a file takes the attribute '{name}' of .*refused"):
         load_strict(pickle.dumps(_Taken(of, name)), allowed=allowed, stand_ins={}, what="a file")
+
+
+class _Stage(int, Enum):
+    gradients = 2
+
+
+@pytest.mark.parametrize(
+    ("of", "name"),
+    [(OrderedDict, "fromkeys"), (_Stage, "__init_subclass__"), (_Stage(2), "name"),
+     (_Taken(_Stage, "gradients"), "name")],
+)  # fmt: skip
+def test_an_optimizer_file_takes_no_attribute_of_anything_else(of: Any, name: str) -> None:
+    known = {(_Stage.__module__, _Stage.__name__)}
+    good = pickle.dumps(_Taken(_Stage, "gradients"))
+    assert load_inert(good, known=known, what="a file").pma_args[1] == "gradients"
+    with pytest.raises(CheckpointError, match=rf"a file takes the attribute '{name}' of .*refused"):
+        load_inert(pickle.dumps(_Taken(of, name)), known=known, what="a file")

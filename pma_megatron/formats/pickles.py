@@ -12,6 +12,7 @@ containers is resolved. Two ways to treat the rest:
 from __future__ import annotations
 
 import copyreg
+import functools
 import importlib
 import io
 import pickle
@@ -161,10 +162,7 @@ def load_strict(
 
     def member(kind: Any, name: Any) -> Enum:
         if not isinstance(kind, EnumMeta) or name not in kind.__members__:
-            raise CheckpointError(
-                f"{what} takes the attribute {name!r} of {kind!r}, which no checkpoint of this "
-                "format needs: refused, nothing was run. Exclude this checkpoint"
-            )
+            raise _attribute_refused(what, kind, name)
         found: Enum = kind[name]
         return found
 
@@ -197,12 +195,24 @@ def load_inert(
         data: the pickle.
         what: the file, for messages.
         allowed: further `(module, name)` pairs that are resolved.
-        known: the only names that may become `Inert`, beside `getattr`; None for any.
+        known: the only names that may become `Inert`, beside public attributes of classes among
+            them; None for any.
 
     Raises:
         CheckpointError: the pickle is damaged, or names something that is not `known`.
     """
     placeholders: dict[tuple[str, str], InertType] = {}
+
+    def placeholder(module: str, name: str) -> InertType:
+        if (module, name) not in placeholders:
+            body = {"__module__": module, "__qualname__": name}
+            placeholders[module, name] = InertType(name.rpartition(".")[2], (Inert,), body)
+        return placeholders[module, name]
+
+    def member(taken: InertType, kind: Any, name: Any) -> Any:
+        if not isinstance(kind, InertType) or not isinstance(name, str) or name.startswith("_"):
+            raise _attribute_refused(what, kind, name)
+        return taken(kind, name)
 
     class Lenient(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> Any:
@@ -211,18 +221,16 @@ def load_inert(
             if module == "torch" and name.endswith("Storage"):
                 return _StorageType(name)
             found = _resolve(module, name, allowed)
-            if found is None:
-                key = (module, name)
-                if known is not None and key not in known | _GETATTR:
-                    raise CheckpointError(
-                        f"{what} names {module}.{name}, which no such file needs: refused, nothing "
-                        "was run. Exclude this checkpoint; if you trust the file, report the name"
-                    )
-                if key not in placeholders:
-                    body = {"__module__": module, "__qualname__": name}
-                    placeholders[key] = InertType(name.rpartition(".")[2], (Inert,), body)
-                found = placeholders[key]
-            return found
+            if found is not None:
+                return found
+            if known is None or (module, name) in known:
+                return placeholder(module, name)
+            if (module, name) in _GETATTR:
+                return functools.partial(member, placeholder(module, name))
+            raise CheckpointError(
+                f"{what} names {module}.{name}, which no such file needs: refused, nothing "
+                "was run. Exclude this checkpoint; if you trust the file, report the name"
+            )
 
         def persistent_load(self, pid: Any) -> StorageRef:
             kind, storage_type, key, location, numel = pid
@@ -266,6 +274,13 @@ def new_tensor(size: tuple[int, ...], dtype: torch.dtype, *, key: str = "0") -> 
     count = 0 if 0 in size else numel
     return TensorRef(
         StorageRef(key, dtype, count, "cpu", names[0]), 0, size, tuple(reversed(stride))
+    )
+
+
+def _attribute_refused(what: str, kind: Any, name: Any) -> CheckpointError:
+    return CheckpointError(
+        f"{what} takes the attribute {name!r} of {kind!r}, which no checkpoint of this format "
+        "needs: refused, nothing was run. Exclude this checkpoint"
     )
 
 
