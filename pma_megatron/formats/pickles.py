@@ -186,7 +186,6 @@ def load_inert(
     data: bytes,
     *,
     what: str,
-    allowed: Set[tuple[str, str]] = frozenset(),
     known: Set[tuple[str, str]] | None = None,
 ) -> Any:
     """Unpickle `data`; names that are not plain become `Inert`, tensors become `TensorRef`.
@@ -194,7 +193,6 @@ def load_inert(
     Args:
         data: the pickle.
         what: the file, for messages.
-        allowed: further `(module, name)` pairs that are resolved.
         known: the only names that may become `Inert`, beside public attributes of classes among
             them; None for any.
 
@@ -220,7 +218,7 @@ def load_inert(
                 return _REBUILDERS[module, name]
             if module == "torch" and name.endswith("Storage"):
                 return _StorageType(name)
-            found = _resolve(module, name, allowed)
+            found = _resolve(module, name, frozenset())
             if found is not None:
                 return found
             if known is None or (module, name) in known:
