@@ -15,19 +15,11 @@ from typing import Any
 
 import torch
 
-from pma_megatron.blocks import (
-    BLOCK_ELEMENTS,
-    BlockReader,
-    Room,
-    Rooms,
-    Rounded,
-    UnitReader,
-    UnitWriter,
-    same_bits,
-)
+from pma_megatron.blocks import BlockReader, UnitReader, UnitWriter
 from pma_megatron.coefficients import exact_weights
 from pma_megatron.errors import CheckpointError, PlanError, RankError
 from pma_megatron.geometry import Box
+from pma_megatron.rooms import BLOCK_ELEMENTS, Room, Rooms, Rounded, same_bits
 from pma_megatron.tasks import Average, Unit, Workload
 
 
@@ -230,6 +222,9 @@ class Accumulator:
         reader.read(block, first, stored)
         if not same_bits(Rounded(main, space.rounded).of(dtype), stored):
             self.refuse_nan(work.task, block, self.last, main.tensor)
+            for index in (work.task.sources[work.task.numbers.index(self.last)], work.task.proof):
+                assert index is not None
+                self.readers[self.last].refuse_damaged(block, index)
             raise PlanError(
                 f"{self.plan.sources[-1].path}: main params of {work.task.key}, rounded, differ "
                 f"from the stored weights at {block.offsets}: the optimizer buffer's layout cannot "
@@ -260,6 +255,8 @@ class Accumulator:
     def refuse_nan(self, task: Average, block: Box, number: int, data: torch.Tensor) -> None:
         count = int((~torch.isfinite(data)).sum())
         if count:
+            index = task.sources[task.numbers.index(number)]
+            self.readers[number].refuse_damaged(block, index)
             raise CheckpointError(
                 f"{self.plan.sources[number].path}: {task.key} has {count} NaN or Inf values in "
                 f"the block at {block.offsets}. Averaging would spread them: leave this "

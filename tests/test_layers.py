@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "pma_megatron"
 
 ORDER = [
     ["version", "errors", "log", "say", "faultpoints", "memory", "geometry", "durable", "audit"],
-    ["openfiles"],
+    ["openfiles", "rooms"],
     ["tokens", "coefficients", "policy", "spread", "spike_state", "metrics_formats", "live_tensor"],
     ["spike", "metrics", "refs"],
     ["spacing"],
@@ -32,11 +32,11 @@ ORDER = [
     ["formats.torch_dist.buckets", "formats.torch_dist.output", "formats.torch_dist.schedule"],
     ["formats.torch_dist.source", "formats.deepspeed.source", "formats.deepspeed.output"],
     ["formats.deepspeed.universal_source", "formats.deepspeed.universal_output"],
-    ["formats.registry"],
+    ["formats.registry", "reads"],
     ["discover", "tasks", "blocks"],
     ["build"],
     ["planning", "accumulate"],
-    ["engine", "publish", "verification", "live"],
+    ["engine", "publish", "verification", "live", "integrity"],
     ["live_load"],
     ["report"],
     ["job", "inspection"],
