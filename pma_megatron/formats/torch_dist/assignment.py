@@ -7,7 +7,6 @@ Megatron registers parameters, if all weights that are known by value follow it.
 
 from __future__ import annotations
 
-import itertools
 from collections import ChainMap, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -71,11 +70,14 @@ class Buffer:
 
     def numbers(self, filled: Mapping[int, Sequence[Placed]]) -> list[int]:
         """Weights in order; `filled` says what is in a gap, by its id."""
-        result: list[int] = []
+        return [placed.number for placed in self.sequence(filled)]
+
+    def sequence(self, filled: Mapping[int, Sequence[Placed]]) -> list[Placed]:
+        """The same with their places."""
+        placed: list[Placed] = []
         for part in self.parts:
-            placed = filled.get(id(part), ()) if isinstance(part, Gap) else (part,)
-            result += [one.number for one in placed]
-        return result
+            placed += filled.get(id(part), ()) if isinstance(part, Gap) else (part,)
+        return placed
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,12 +221,3 @@ class Assignment:
             f"({len(tied)} in all), which are bit-identical as weights in every source with these "
             f"buffers, {why}"
         )
-
-
-def sequence(buffer: Buffer, filled: Mapping[int, Sequence[Placed]]) -> list[Placed]:
-    """All weights of a buffer, in its order."""
-    return list(
-        itertools.chain(
-            *(filled[id(part)] if isinstance(part, Gap) else [part] for part in buffer.parts)
-        )
-    )

@@ -14,6 +14,7 @@ import heapq
 import itertools
 import re
 from collections.abc import Mapping, Sequence
+
 import torch
 
 from pma_megatron.errors import CheckpointError, PlanError
@@ -27,7 +28,7 @@ from pma_megatron.formats.flat import (
     read_flat,
     rounds_to,
 )
-from pma_megatron.formats.torch_dist.assignment import Assignment, Buffer, Chunk, sequence
+from pma_megatron.formats.torch_dist.assignment import Assignment, Buffer, Chunk
 from pma_megatron.formats.torch_dist.checkpoint import TorchDistCheckpoint
 from pma_megatron.formats.torch_dist.optimizer import flat_spaces, weights_of
 from pma_megatron.formats.torch_dist.registration import ALIGNMENT_ELEMENTS, Rule, aligned
@@ -67,13 +68,13 @@ def derive(
             )
     walker = _Walker(checkpoint, weights)
     buffers = walker.walk(spaces)
-    known = _ranges(spaces, [p for b in buffers for p in sequence(b, {})], walker.chunks)
+    known = _ranges(spaces, [p for b in buffers for p in b.sequence({})], walker.chunks)
     assignment = Assignment(walker.chunks, buffers, walker.may_lie)
     try:
         filled = assignment.fill(lambda: _agreeing(peers, spaces, known, walker.chunks))
     except PlanError as error:
         raise PlanError(f"{checkpoint.path}: {error}. {_OFFER}") from error
-    return _ranges(spaces, [p for b in buffers for p in sequence(b, filled)], walker.chunks)
+    return _ranges(spaces, [p for b in buffers for p in b.sequence(filled)], walker.chunks)
 
 
 def check_complete(
