@@ -18,8 +18,10 @@ import torch
 from pma_megatron.blocks import BlockReader, UnitReader, UnitWriter
 from pma_megatron.coefficients import exact_weights
 from pma_megatron.errors import CheckpointError, PlanError, RankError
+from pma_megatron.formats import registry
 from pma_megatron.geometry import Box
 from pma_megatron.rooms import BLOCK_ELEMENTS, Room, Rooms, Rounded, same_bits
+from pma_megatron.spelling import named
 from pma_megatron.tasks import Average, Unit, Workload
 
 
@@ -225,11 +227,11 @@ class Accumulator:
             for index in (work.task.sources[work.task.numbers.index(self.last)], work.task.proof):
                 assert index is not None
                 self.readers[self.last].refuse_damaged(block, index)
+            newest = self.plan.sources[-1]
             raise PlanError(
-                f"{self.plan.sources[-1].path}: main params of {work.task.key}, rounded, differ "
-                f"from the stored weights at {block.offsets}: the optimizer buffer's layout cannot "
-                "be proved. Use --average weights, or re-save with "
-                "--dist-ckpt-optim-fully-reshardable"
+                f"{newest.path}: main params of {work.task.key}, rounded, differ from the stored "
+                f"weights at {block.offsets}: the optimizer buffer's layout cannot be proved. "
+                f"{registry.get(newest.format, newest.path).instead_of_flat()}"
             )
         return len(stored.data)
 
@@ -260,7 +262,7 @@ class Accumulator:
             raise CheckpointError(
                 f"{self.plan.sources[number].path}: {task.key} has {count} NaN or Inf values in "
                 f"the block at {block.offsets}. Averaging would spread them: leave this "
-                "checkpoint out with --exclude"
+                f"checkpoint out with {named('exclude')}"
             )
 
     def write(self, work: Work, block: Box, first: int, averages: Sequence[Room],

@@ -19,6 +19,7 @@ from pma_megatron.formats import registry
 from pma_megatron.formats.base import StoredRecord
 from pma_megatron.planning import refuse_changed
 from pma_megatron.reads import SPANS, Reads, Spans, joined
+from pma_megatron.spelling import has, named
 from pma_megatron.tasks import Workload
 
 _FILL_BYTES = 1 << 16
@@ -51,7 +52,8 @@ class Compared:
         if self.partial_records:
             said.append(
                 f"{self.partial_records} records of {self.partial_bytes} bytes were read in part, "
-                "so not compared with their checksums; --check-sources reads them whole"
+                "so not compared with their checksums"
+                + (f"; {named('check_sources')} reads them whole" if has("check_sources") else "")
             )
         return tuple(said)
 
