@@ -43,13 +43,16 @@ MEGATRON = {
     "dp_reshardable": _DENSE,
     "dp_reshardable in buckets": replace(_DENSE, bucket_size=4000),
     "fully_reshardable": replace(_DENSE, optim_format="fully_reshardable"),
-    "fully_sharded_model_space": replace(_DENSE, optim_format="fully_sharded_model_space"),
-    "dp_zero_gather_scatter": replace(_DENSE, optim_format="dp_zero_gather_scatter"),
     "float16 optimizer": replace(_DENSE, use_distributed_optimizer=False),
     "tensor parallel": replace(_DENSE, tensor_model_parallel_size=2),
     "pipeline parallel": replace(_DENSE, pipeline_model_parallel_size=2),
     "expert parallel": replace(_MOE, expert_model_parallel_size=2),
 }
+GOLDEN = (
+    "0.14.0-dp_zero_gather_scatter-dense", "0.14.0-fully_sharded_model_space-dense",
+    "0.14.0-fully_sharded_model_space-tp2",
+)  # fmt: skip
+"""Runs of a release that saved layouts which the present one does not, kept for the tests."""
 DEEPSPEED = {
     "ZeRO-1": DeepSpeedConfig(stage=1),
     "ZeRO-2": DeepSpeedConfig(stage=2),
@@ -134,7 +137,10 @@ def make_cases(folder: Path) -> list[Case]:
         for tag in sources_of(folder / name)
     ]
     run_ranks(convert, 1, tags, init=False, timeout_s=900)
-    roots = [*MEGATRON, *DEEPSPEED, *(f"Universal of {name}" for name in UNIVERSAL)]
+    for name in GOLDEN:
+        archive = Path(__file__).parents[2] / "tests" / "golden" / f"{name}.tar.xz"
+        shutil.unpack_archive(archive, folder / name)
+    roots = [*MEGATRON, *GOLDEN, *DEEPSPEED, *(f"Universal of {name}" for name in UNIVERSAL)]
     cases = [
         Case(name, tuple(sources_of(folder / name)), state)
         for name in roots
@@ -145,8 +151,9 @@ def make_cases(folder: Path) -> list[Case]:
 
 
 def sources_of(root: Path) -> list[Path]:
-    """Checkpoints of a root, oldest first."""
-    folders = [path for path in root.iterdir() if path.is_dir()]
+    """Checkpoints of a run, oldest first."""
+    kept = [path for path in root.rglob("iter_*") if path.is_dir()]
+    folders = kept or [path for path in root.iterdir() if path.is_dir()]
     return sorted(folders, key=lambda path: (len(path.name), path.name))
 
 
