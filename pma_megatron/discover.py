@@ -11,6 +11,7 @@ from pma_megatron import audit
 from pma_megatron.errors import CheckpointError, SelectionError
 from pma_megatron.formats import registry
 from pma_megatron.formats.marker import SNAPSHOTS, read_snapshot_marker
+from pma_megatron.formats.schema import is_count
 from pma_megatron.refs import CheckpointRef
 from pma_megatron.selection import Selection, SelectionRequest, select
 from pma_megatron.tokens import consumed_tokens_of
@@ -214,4 +215,4 @@ def _wrong_iteration(named: int | None, saved: Any) -> str | None:
 
 
 def _count(value: Any) -> int | None:
-    return int(value) if isinstance(value, int) else None
+    return value if is_count(value) else None

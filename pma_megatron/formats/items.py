@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.base import Item, Payload
 from pma_megatron.formats.pickles import TensorRef, load_inert
+from pma_megatron.formats.schema import LIMIT
 from pma_megatron.formats.zips import Record, read_records
+from pma_megatron.openfiles import open_source
 
 _WINDOW_BYTES = 4096  # headers of small records share one read
 
@@ -88,9 +91,10 @@ class ItemFiles:
         """
         path = self.path / file
         try:
-            with path.open("rb", buffering=0) as stream:
-                stream.seek(offset)
-                data = stream.read(nbytes)
+            with os.fdopen(open_source(path), "rb", buffering=0) as stream:
+                left = max(os.fstat(stream.fileno()).st_size - offset, 0)  # before it is allocated
+                stream.seek(min(offset, LIMIT - 1))
+                data = stream.read(min(nbytes, left))
         except OSError as error:
             raise CheckpointError(
                 f"{path} could not be read ({error.strerror}): it vanished or its storage failed, "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,8 @@ from pma_megatron.formats.deepspeed import output as deepspeed_output
 from pma_megatron.formats.deepspeed import source as deepspeed_source
 from pma_megatron.formats.deepspeed import universal, universal_output, universal_source
 from pma_megatron.formats.items import ItemFiles
+from pma_megatron.formats.json_files import read_json
+from pma_megatron.formats.names import plain_name
 from pma_megatron.formats.output import OutputLayout
 from pma_megatron.formats.source import ReadSource
 from pma_megatron.formats.torch_dist.checkpoint import TorchDistCheckpoint, completeness
@@ -118,7 +119,16 @@ def _lay_out(
 def _iter_folder(content: str) -> str | None:
     if content == "release":
         return content
-    return f"iter_{int(content):07d}" if content.isdecimal() else None
+    number = content.isascii() and content.isdecimal() and len(content) < 20
+    return f"iter_{int(content):07d}" if number else None
+
+
+def _tag_folder(content: str) -> str | None:
+    """The tag that `latest` names: a folder beside it, never another place."""
+    try:
+        return plain_name(content, "latest") if "/" not in content else None
+    except CheckpointError:
+        return None
 
 
 def _iter_content(folder: str) -> str:
@@ -139,7 +149,7 @@ FORMATS = (
         deepspeed_source.read_source, deepspeed_output.output_layout, ItemFiles,
         lambda key: key.endswith("_optim_states.pt"), deepspeed_source.read_schedule,
         Tracker(
-            "latest", lambda content: content or None, str, 'engine.load_checkpoint("{root}")'
+            "latest", _tag_folder, str, 'engine.load_checkpoint("{root}")'
         ),
         lambda path, iteration: Path(path).name, deepspeed.iteration_of,
         "convert each into a root of its own and merge there: python -m "
@@ -151,7 +161,7 @@ FORMATS = (
         universal_source.read_source, universal_output.output_layout, ItemFiles,
         lambda key: key == universal.GLOBAL_STATE, universal_source.read_schedule,
         Tracker(
-            "latest_universal", lambda content: content or None, str,
+            "latest_universal", _tag_folder, str,
             'engine.load_checkpoint("{root}") with {{"checkpoint": {{"load_universal": true}}}}',
         ),
         lambda path, iteration: Path(path).name, deepspeed.iteration_of,
@@ -161,12 +171,20 @@ FORMATS = (
 
 def detect(path: Path) -> str:
     """Name of the format in `path`, supported or not; `unknown` where nothing is recognised."""
+    try:
+        return _detect(path)
+    except OSError:
+        return "unknown"  # nothing in it can be looked at
+
+
+def _detect(path: Path) -> str:
     config = path / "metadata.json"
     if config.is_file():
         try:
-            return str(json.loads(config.read_text())["sharded_backend"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return TORCH_DIST  # damaged; its completeness says so
+            backend = read_json(config).get("sharded_backend")
+        except CheckpointError:
+            backend = None
+        return backend if isinstance(backend, str) else TORCH_DIST  # its completeness says damaged
     if any(path.glob("mp_rank_*/model_optim_rng.pt")):
         return "torch (legacy)"
     has_ranks = any(path.glob("*optim_states.pt"))

@@ -62,9 +62,11 @@ def _read_records(read_at: ReadAt, length: int) -> dict[str, Record]:
     _, _, _, _, count, size, offset, _ = _END.unpack_from(tail, end)
     if count == 0xFFFF or size == _LIMIT or offset == _LIMIT:
         signature, _, at, _ = _LOCATOR64.unpack_from(tail, end - _LOCATOR64.size)
-        if signature != b"PK\x06\x07":
+        if signature != b"PK\x06\x07" or at + _END64.size > length:
             raise ValueError("no zip64 locator")
         _, _, _, _, _, _, _, count, size, offset = _END64.unpack(read_at(at, _END64.size))
+    if offset + size > length:
+        raise ValueError("its directory lies outside of it")
     inside = offset >= tail_start
     directory = tail[offset - tail_start :][:size] if inside else read_at(offset, size)
     records, at = {}, 0
@@ -78,11 +80,15 @@ def _read_records(read_at: ReadAt, length: int) -> dict[str, Record]:
         if entry[0] != b"PK\x01\x02" or entry[4] != 0:
             raise ValueError(f"record {name!r} is compressed or damaged")
         packed, nbytes, header = _zip64_sizes(extra, entry[8], entry[9], entry[16])
+        if header + _LOCAL.size > offset:
+            raise ValueError(f"record {name!r} lies outside of it")
         local = _LOCAL.unpack(read_at(header, _LOCAL.size))
         start = header + _LOCAL.size + local[9] + local[10]
         if local[0] != b"PK\x03\x04" or packed != nbytes or start + nbytes > offset:
             raise ValueError(f"record {name!r} does not lie where the directory says")
         short = name.partition("/")[2]
+        if short in records:
+            raise ValueError(f"record {name!r} is there twice")
         records[short] = Record(short, start, nbytes, entry[7])
     return records
 

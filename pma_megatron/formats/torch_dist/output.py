@@ -16,6 +16,7 @@ import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from pma_megatron.formats.base import Item, Payload
+from pma_megatron.formats.names import plain_name
 from pma_megatron.formats.output import OutputItem, OutputLayout, Place
 from pma_megatron.formats.pickles import dump_inert, load_inert, new_tensor
 from pma_megatron.formats.relay import relay, reset_steps
@@ -28,6 +29,7 @@ from pma_megatron.formats.torch_dist.checkpoint import (
 from pma_megatron.formats.torch_dist.metadata import METADATA_FILE, dump_metadata
 from pma_megatron.formats.torch_dist.optimizer import is_optimizer_key
 from pma_megatron.formats.zips import Skeleton, lay_out
+from pma_megatron.openfiles import MAX_COPIED_BYTES, read_source_file
 
 _PER_RUN = ("integrity", "pma.json")  # names of files that describe the source's own bytes
 
@@ -192,17 +194,18 @@ def _small_files(build: _Build, places: Mapping[MetadataIndex, Item]) -> Ordered
     small: OrderedDict[str, bytes] = OrderedDict()
     if not base.common_is_entry:
         edited = _edited_common(base, changes)
-        small[COMMON_FILE] = edited or (base.path / COMMON_FILE).read_bytes()
+        small[COMMON_FILE] = edited or read_source_file(base.path / COMMON_FILE)
     known = {COMMON_FILE, METADATA_FILE, CONFIG_FILE, *(e.item.file for e in _entries(base))}
     for path in sorted(base.path.rglob("*")):
         name = path.relative_to(base.path).as_posix()
         if path.is_file() and name not in known and not any(mark in name for mark in _PER_RUN):
-            small[name] = path.read_bytes()
-    dtypes = {}
+            small[plain_name(name, str(base.path))] = read_source_file(path, MAX_COPIED_BYTES)
+    dtypes: dict[str, torch.dtype] = {}
     for key, tensor in base.tensors.items():
-        new = {changes.payloads.get(p.payload) for p in tensor.pieces} - {None}
+        changed = (changes.payloads.get(p.payload) for p in tensor.pieces)
+        new = {dtype for dtype in changed if dtype is not None}
         if new and new != {tensor.dtype}:
             dtypes[key] = new.pop()
     small[METADATA_FILE] = dump_metadata(base.metadata, places, set(changes.drop), dtypes)
-    small[CONFIG_FILE] = (base.path / CONFIG_FILE).read_bytes()
+    small[CONFIG_FILE] = read_source_file(base.path / CONFIG_FILE)
     return small
