@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pma_megatron.errors import CheckpointError
+from pma_megatron.errors import CheckpointError, SelectionError
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
@@ -107,6 +107,41 @@ def read_source_file(path: Path, limit: int = MAX_SMALL_BYTES) -> bytes:
             return stream.read()
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+
+
+def is_folder(path: Path) -> bool:
+    """True for a folder that can be looked at; False for whatever else, names too long included."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
+def folders_in(root: Path) -> list[Path]:
+    """Folders directly below `root`.
+
+    Raises:
+        SelectionError: `root` may not be read.
+    """
+    try:
+        return [path for path in root.iterdir() if is_folder(path)]
+    except OSError as error:
+        raise SelectionError(
+            f"{root} cannot be read ({error.strerror}): ask for the right to, or give another"
+        ) from error
+
+
+def read_pointer(path: Path) -> str | None:
+    """What the file that names a root's newest checkpoint says; None without one.
+
+    One that cannot be read, or is longer than a name, says nothing: an empty text.
+    """
+    try:
+        return read_source_file(path, 4096).decode().strip()
+    except UnicodeDecodeError:
+        return ""
+    except CheckpointError as error:
+        return None if isinstance(error.__cause__, FileNotFoundError) else ""
 
 
 class Files:

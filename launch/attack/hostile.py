@@ -178,7 +178,7 @@ FRAGMENTS: tuple[bytes, ...] = (
     b"ctorch\nSize\n(J\xff\xff\xff\xffJ\xff\xff\xff\xfft\x85R",
     b"]" * 3000, b"(" * 3000, b"}" * 3000, b"\x8f" * 3000, b")" + b"\x85" * 3000,
     b"]" + b"2a" * 50, b"]" + b"\x94" * 3000, b"N" + b"2" * 5000, b"K\x01" + b"2\x86" * 60,
-    b"}(" + b"".join(b"\x8a\x09" + ((2**61 - 1) * n).to_bytes(9, "little") + b"N"
+    b"}(" + b"".join(b"\x8a\x0a" + ((2**61 - 1) * n).to_bytes(10, "little") + b"N"
                      for n in range(1, 9000)) + b"u",
     b"}]Ns", b"}}Ns", b"(N", b"0", b"1", b"b", b"R", b"\x81", b"\x92", b"t", b"e", b"u", b"a", b"s",
     b"Q", b"\x93", b"h\xff", b"j\xff\xff\xff\xff", b"q\xff", b"r\xff\xff\xff\xff", b".",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 
@@ -28,6 +29,7 @@ from pma_megatron.formats.torch_dist.schedule import read_schedule
 from pma_megatron.formats.torch_dist.source import read_source
 from pma_megatron.spelling import given, has
 
+Verb = TypeVar("Verb", bound=Callable[..., Any])
 TORCH_DIST = "torch_dist"
 DEEPSPEED = "deepspeed"
 UNIVERSAL = universal_source.FORMAT
@@ -147,10 +149,26 @@ def _iter_content(folder: str) -> str:
     return folder if folder == "release" else str(int(folder.removeprefix("iter_")))
 
 
+def _reads(verb: Verb) -> Verb:
+    """`verb` of a folder, with a checkpoint's error where a file or folder cannot be read."""
+
+    @functools.wraps(verb)
+    def reads(path: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return verb(path, *args, **kwargs)
+        except OSError as error:
+            raise CheckpointError(
+                f"{error.filename or path} cannot be read ({error.strerror}): it vanished, its "
+                "storage failed, or it may not be read. Exclude this checkpoint, or restore it"
+            ) from error
+
+    return cast(Verb, reads)
+
+
 FORMATS = (
     Format(
-        TORCH_DIST, completeness, _common, read_source, _lay_out, ItemFiles, is_optimizer_key,
-        read_schedule,
+        TORCH_DIST, _reads(completeness), _reads(_common), _reads(read_source), _reads(_lay_out),
+        ItemFiles, is_optimizer_key, _reads(read_schedule),
         Tracker(
             "latest_checkpointed_iteration.txt", _iter_folder, _iter_content, "--load {root}"
         ),
@@ -158,9 +176,10 @@ FORMATS = (
         named_layouts="save with --dist-ckpt-optim-fully-reshardable", weights_alone=True,
     ),
     Format(
-        DEEPSPEED, deepspeed_completeness.completeness, deepspeed_source.read_common,
-        deepspeed_source.read_source, deepspeed_output.output_layout, ItemFiles,
-        lambda key: key.endswith("_optim_states.pt"), deepspeed_source.read_schedule,
+        DEEPSPEED, _reads(deepspeed_completeness.completeness),
+        _reads(deepspeed_source.read_common), _reads(deepspeed_source.read_source),
+        _reads(deepspeed_output.output_layout), ItemFiles,
+        lambda key: key.endswith("_optim_states.pt"), _reads(deepspeed_source.read_schedule),
         Tracker(
             "latest", _tag_folder, str, 'engine.load_checkpoint("{root}")'
         ),
@@ -171,9 +190,9 @@ FORMATS = (
         "train with zero_optimization.stage 1, which stores names",
     ),
     Format(
-        UNIVERSAL, universal.completeness, deepspeed_source.read_common,
-        universal_source.read_source, universal_output.output_layout, ItemFiles,
-        lambda key: key == universal.GLOBAL_STATE, universal_source.read_schedule,
+        UNIVERSAL, _reads(universal.completeness), _reads(deepspeed_source.read_common),
+        _reads(universal_source.read_source), _reads(universal_output.output_layout), ItemFiles,
+        lambda key: key == universal.GLOBAL_STATE, _reads(universal_source.read_schedule),
         Tracker(
             "latest_universal", _tag_folder, str,
             'engine.load_checkpoint("{root}") with {{"checkpoint": {{"load_universal": true}}}}',
