@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import stat
 import threading
@@ -21,6 +22,7 @@ from pma_megatron.errors import CheckpointError, SelectionError
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
+_log = logging.getLogger(__name__)
 OPEN_FILES = 32
 """Files of one folder that are kept open; a merge has a few tens of folders."""
 MAX_SMALL_BYTES = 1 << 30
@@ -107,6 +109,14 @@ def read_source_file(path: Path, limit: int = MAX_SMALL_BYTES) -> bytes:
             return stream.read()
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+
+
+def leads_out(path: Path, folder: Path) -> bool:
+    """True, with a warning, for a link in `folder` to a file that lies elsewhere."""
+    out = not path.resolve().is_relative_to(folder.resolve())
+    if out:
+        _log.warning("%s is a link out of the checkpoint: it is not copied into the output", path)
+    return out
 
 
 def is_folder(path: Path) -> bool:

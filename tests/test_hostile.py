@@ -32,6 +32,7 @@ from hypothesis import strategies as st
 
 from conftest import folder_of, request_for
 from pma_megatron import list_checkpoints, merge, verify
+from pma_megatron.cli import main
 from pma_megatron.errors import CheckpointError, PublishError
 from pma_megatron.formats.base import Item
 from pma_megatron.formats.inert import Record, fields_of
@@ -359,6 +360,15 @@ def test_thousands_of_hostile_checkpoints(dense_run: Path, tmp_path: Path) -> No
 def test_any_bytes_are_read_or_refused(data: bytes) -> None:
     with contextlib.suppress(CheckpointError):
         load_inert(data, what="a file")
+
+
+def test_names_are_no_markup(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What people see is what the file says, and no instruction to the terminal."""
+    for text in ("[/a]", "[bold]", ":smile:"):
+        path = folder_of(run, 8) / "metadata.json"
+        path.write_text(json.dumps({"sharded_backend": text}))
+        assert main(["list", str(run)]) == 0
+        assert repr(text) in capsys.readouterr().out
 
 
 def test_a_record_stands_for_what_would_have_run() -> None:

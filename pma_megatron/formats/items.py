@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import threading
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,15 @@ class ItemFiles:
             raise CheckpointError(f"{self.path / item.file} at {item.offset} has no {name}")
         return self.read(item.file, item.offset + record.start, record.nbytes)
 
+    def decode(self, item: Item, what: str, known: Set[tuple[str, str]] | None = None) -> Any:
+        """What the pickle of `item` says, every tensor in a record that holds it; `load_inert`.
+
+        Raises:
+            CheckpointError: it is damaged or hostile.
+        """
+        sizes = {name: record.nbytes for name, record in self.records(item).items()}
+        return load_inert(self.read_record(item, "data.pkl"), what=what, known=known, sizes=sizes)
+
     def locate(self, payload: Payload) -> tuple[Path, int]:
         """File and byte offset of the first element of `payload`.
 
@@ -65,7 +75,7 @@ class ItemFiles:
         item, name, skip = payload.item, payload.record, 0
         if name is None:
             what = f"{self.path / item.file} at {item.offset}"
-            ref = load_inert(self.read_record(item, "data.pkl"), what=what)
+            ref = self.decode(item, what)
             if not isinstance(ref, TensorRef) or not ref.is_contiguous():
                 raise CheckpointError(f"{what} holds {ref!r}, expected one contiguous tensor")
             numel = math.prod(ref.size)

@@ -9,7 +9,7 @@ never the bytes), and a `Record` for everything else, which is written back as i
 from __future__ import annotations
 
 import functools
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from dataclasses import replace
 from typing import Any
 
@@ -70,7 +70,12 @@ _STORAGE_DTYPES = {
 
 
 def load_inert(
-    data: bytes, *, what: str, known: Set[tuple[str, str]] | None = None, walked: bool = True
+    data: bytes,
+    *,
+    what: str,
+    known: Set[tuple[str, str]] | None = None,
+    walked: bool = True,
+    sizes: Mapping[str, int] | None = None,
 ) -> Any:
     """Decode a pickle: plain values, a `Record` of what it names otherwise, tensors `TensorRef`.
 
@@ -79,6 +84,8 @@ def load_inert(
         what: the file, for messages.
         known: the only names that it may hold beside plain containers and tensors, and public
             attributes of classes among them; None for any.
+        sizes: record of the zip that the pickle is of -> its bytes; a tensor's storage must lie in
+            one of them. None where nothing is known of it.
         walked: refuse also what no recursive walk would finish: cycles, deep nesting, and a few
             objects that are held very many times over. False for a caller that never walks.
 
@@ -90,7 +97,7 @@ def load_inert(
         data,
         named=functools.partial(_named, what, known),
         convert=functools.partial(_plain, what, known),
-        persistent=_storage,
+        persistent=functools.partial(_storage, sizes),
     )
     try:
         value = machine.run()
@@ -168,7 +175,7 @@ def _is_storage(module: str, name: str) -> bool:
     return module in ("torch", "torch.storage") and name.endswith("Storage")
 
 
-def _storage(pid: Any) -> StorageRef:
+def _storage(sizes: Mapping[str, int] | None, pid: Any) -> StorageRef:
     if isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage":
         _, kind, key, location, numel = pid
         named = type(kind) is Name and _is_storage(kind.module, kind.name)
@@ -176,6 +183,11 @@ def _storage(pid: Any) -> StorageRef:
         if named and keyed and type(location) is str and is_count(numel):
             # UntypedStorage holds the newer dtypes (fp8): raw bytes for us, copied as they are.
             dtype = _STORAGE_DTYPES.get(kind.name, torch.uint8)
+            there = numel * dtype.itemsize if sizes is None else sizes.get(f"data/{key}", 0)
+            if numel * dtype.itemsize > there:
+                raise PickleError(
+                    f"a tensor needs {numel} elements of {dtype}, data/{key} has {there} bytes"
+                )
             return StorageRef(key, dtype, numel, location, kind)
     raise PickleError(f"it refers to {brief(pid)}, expected a tensor's storage")
 

@@ -17,7 +17,6 @@ from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.base import Item
 from pma_megatron.formats.deepspeed.schema import check_model_states, check_optimizer_states
 from pma_megatron.formats.items import ItemFiles
-from pma_megatron.formats.pickles import load_inert
 from pma_megatron.formats.schema import arguments, dictionary
 
 MODEL = re.compile(r"^(?:zero_pp_rank_(?P<dp>\d+)_)?mp_rank_(?P<mp>\d+)_model_states\.pt$")
@@ -90,9 +89,8 @@ class DeepSpeedCheckpoint(ItemFiles):
             CheckpointError: it is damaged or hostile.
         """
         if file not in self._contents:
-            data = self.read_record(self.item(file), "data.pkl")
-            what, known = str(self.path / file), self.known_names(file)
-            self._contents[file] = self.checked(file, load_inert(data, what=what, known=known))
+            found = self.decode(self.item(file), str(self.path / file), self.known_names(file))
+            self._contents[file] = self.checked(file, found)
         return self._contents[file]
 
     def known_names(self, file: str) -> frozenset[tuple[str, str]] | None:

@@ -18,7 +18,7 @@ from pma_megatron.formats.marker import MARKER_FILE
 from pma_megatron.formats.names import plain_name
 from pma_megatron.formats.output import OutputItem, OutputLayout, Place
 from pma_megatron.formats.relay import relay, reset_steps
-from pma_megatron.openfiles import MAX_COPIED_BYTES, read_source_file
+from pma_megatron.openfiles import MAX_COPIED_BYTES, leads_out, read_source_file
 
 
 def output_layout(
@@ -105,5 +105,7 @@ def _small_files(checkpoint: DeepSpeedCheckpoint) -> OrderedDict[str, bytes]:
     return OrderedDict(
         (plain_name(path.name, str(checkpoint.path)), read_source_file(path, MAX_COPIED_BYTES))
         for path in sorted(checkpoint.path.iterdir())
-        if path.is_file() and path.name not in (*checkpoint.files, MARKER_FILE)
+        if path.is_file()
+        and path.name not in (*checkpoint.files, MARKER_FILE)
+        and not leads_out(path, checkpoint.path)
     )

@@ -12,7 +12,6 @@ from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.base import Item
 from pma_megatron.formats.items import ItemFiles
 from pma_megatron.formats.json_files import read_json
-from pma_megatron.formats.pickles import load_inert
 from pma_megatron.formats.schema import arguments, dictionary, is_count, wrong
 from pma_megatron.formats.torch_dist.metadata import (
     COMMON_FILE,
@@ -47,7 +46,7 @@ class TorchDistCheckpoint(ItemFiles):
     def common(self) -> dict[str, Any]:
         """The common state (args, iteration, scheduler, ...) with unknown classes kept inert."""
         what = str(self.path / (COMMON_KEY if self.common_is_entry else COMMON_FILE))
-        value = load_inert(self.common_pickle(), what=what)
+        value = self.decode(self.common_item, what)
         if self.common_is_entry:  # >= 0.19: an object entry, and those are lists of one
             if type(value) is not list or len(value) != 1:
                 raise wrong(what, "a list of one dictionary", value)

@@ -79,6 +79,7 @@ _MEMORY_FORMATS = (
     ("TORCH_PRESERVE_FORMAT", torch.preserve_format),
 )
 """Members of `_MEM_FORMAT_ENCODING`, by their value."""
+_MAX_KEY = 4096
 _ORIGINAL_SHAPE = "nd_reformulated_orig_global_shape"
 _Index = tuple[str, "tuple[int, ...] | None"]
 """Key of an entry and offsets of a chunk of it, as `MetadataIndex`; None for an object."""
@@ -150,6 +151,8 @@ def parse(data: bytes, what: str) -> DcpMetadata:
     storage = _storage(fields.get("storage_data"), what)
     tensors, objects, properties = {}, {}, {}
     for key, entry in entries.items():
+        if len(key) > _MAX_KEY or not key.isprintable():
+            raise wrong(f"{what}: state_dict_metadata", "names of parameters", key)
         where = f"{what}: {key}"
         kind = entry.name if type(entry) is Record else None
         if kind == _BYTES:
@@ -272,6 +275,8 @@ def _tensor(key: str, said: Mapping[str, Any], storage: Mapping[_Index, Item], w
             )
         box = Box(tuple(offsets), tuple(sizes))
         item = _stored(storage, (key, box.offsets), what)
+        if box.numel * properties.dtype.itemsize > item.length:
+            raise wrong(f"{where}: {brief(sizes)}", f"at most {item.length} bytes, as stored", box)
         pieces.append(Piece(box, Payload(item, properties.dtype, box.numel)))
     if not cover([piece.box for piece in pieces], shape):
         raise CheckpointError(

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from pma_megatron.formats.base import Schedule
-from pma_megatron.formats.pickles import load_inert
 from pma_megatron.formats.schema import LIMIT
 from pma_megatron.formats.torch_dist.checkpoint import TorchDistCheckpoint
 
@@ -61,7 +60,7 @@ def _learning_rates(checkpoint: TorchDistCheckpoint) -> Iterator[float]:
     for key, item in checkpoint.objects.items():
         if _PARAM_GROUPS in key and item.length <= _LARGEST_BYTES:
             what = f"{checkpoint.path}: {key}"
-            yield from _rates_in(load_inert(checkpoint.read_record(item, "data.pkl"), what=what))
+            yield from _rates_in(checkpoint.decode(item, what))
 
 
 def _rates_in(value: Any) -> Iterator[float]:
