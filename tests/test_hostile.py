@@ -49,7 +49,7 @@ sys.path.insert(0, str(ATTACK))
 from hostile import FRAGMENTS, PROGRAMS, SYSTEM, VALUES, variant_of  # noqa: E402
 
 OFTEN = settings(
-    max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None
+    max_examples=700, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None
 )
 
 
