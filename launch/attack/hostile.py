@@ -261,8 +261,10 @@ def variant_of_file(name: str, data: bytes, random: Random) -> bytes:
     """A variant of a file of a checkpoint: of the pickle in it, or of a text."""
     if name.endswith((".json", ".jsonl", ".txt")) or name.startswith("latest"):
         return random.choice(JSON)
-    if not data.startswith(b"PK"):
+    if name == ".metadata":
         return variant_of(data, random)
+    if not data.startswith(b"PK"):  # a script, for instance, which nothing reads
+        return random.choice(PROGRAMS)
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         records = [(info.filename, archive.read(info)) for info in archive.infolist()]
     stream = io.BytesIO()

@@ -87,11 +87,13 @@ class Watch:
         return self._inside(path) if path.startswith("/") else "/" not in path and path != ".."
 
 
-def attack(runs: Path, count: int, seed: int) -> dict[str, Any]:
+def attack(runs: Path, work: Path, count: int, seed: int) -> dict[str, Any]:
     """Change one file at a time, list and merge, and put it back; what was seen, by kind."""
-    here, target = Path(tempfile.mkdtemp(dir=runs)), Path(tempfile.mkdtemp(dir=runs))
+    here, target = work / "here", work / "target"
+    here.mkdir()
+    target.mkdir()
     os.chdir(here)
-    roots = sorted(p for p in runs.iterdir() if p.is_dir() and p not in (here, target))
+    roots = sorted(path for path in runs.iterdir() if path.is_dir())
     for number in range(6 * len(roots)):  # whatever is imported late is imported now
         _outcome(roots[number % len(roots)], target / "merged", number)
     watch = Watch([*roots, target])
@@ -129,7 +131,7 @@ def _peak_kib() -> int:
 @contextlib.contextmanager
 def _changed_file(root: Path, random: Random) -> Iterator[str]:
     files = [p for p in sorted(root.rglob("*")) if p.is_file() and p.stat().st_size < 1 << 22]
-    kinds = [p for p in files if p.suffix != ".distcp"]
+    kinds = [p for p in files if p.suffix not in (".distcp", ".py")]
     metadata = [p for p in files if p.name in (".metadata", "common.pt")]
     path = random.choice(metadata if metadata and random.random() < 0.7 else kinds)
     data, stat = path.read_bytes(), path.stat()
@@ -236,7 +238,9 @@ def main() -> int:
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        print(json.dumps(attack(options.runs.resolve(), options.count, options.seed)))
+        with tempfile.TemporaryDirectory() as folder:
+            work = Path(folder).resolve()
+            print(json.dumps(attack(options.runs.resolve(), work, options.count, options.seed)))
         return 0
     with tempfile.TemporaryDirectory() as folder:
         runs = options.runs or Path(folder)

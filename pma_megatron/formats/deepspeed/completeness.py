@@ -67,17 +67,7 @@ def _unsupported(path: Path) -> str | None:
 def _incomplete(checkpoint: DeepSpeedCheckpoint) -> str | None:
     if (0, 0) not in checkpoint.model:
         return "the model states of rank 0 are missing: still being written, or incomplete"
-    for file in checkpoint.model.values():
-        missing = [name for name in _NEEDED if name not in checkpoint.state(file)]
-        if not missing:
-            continue
-        if "num_experts" in checkpoint.head:
-            return (
-                f"{file} has no {missing[0]}, as MoE models that DeepSpeed 0.16 saved: resume it "
-                "with a newer DeepSpeed (0.19.8 does), and save it again"
-            )
-        return f"{file} has no {missing[0]}: it is not a model states file of DeepSpeed"
-    for check in (_ranks, _optimizers, _experts, _layers):
+    for check in (_fields_of_first, _ranks, _fields, _optimizers, _experts, _layers):
         reason = check(checkpoint)
         if reason:
             return reason
@@ -86,6 +76,27 @@ def _incomplete(checkpoint: DeepSpeedCheckpoint) -> str | None:
         return f"{min(stray)} is a second file of its rank: two saves in one folder"
     for name in checkpoint.files:
         checkpoint.records(checkpoint.item(name))
+    return None
+
+
+def _fields_of_first(checkpoint: DeepSpeedCheckpoint) -> str | None:
+    return _lacking(checkpoint, checkpoint.model[0, 0])
+
+
+def _fields(checkpoint: DeepSpeedCheckpoint) -> str | None:
+    found = (_lacking(checkpoint, file) for file in checkpoint.model.values())
+    return next((reason for reason in found if reason), None)
+
+
+def _lacking(checkpoint: DeepSpeedCheckpoint, file: str) -> str | None:
+    missing = [name for name in _NEEDED if name not in checkpoint.state(file)]
+    if missing and "num_experts" in checkpoint.head:
+        return (
+            f"{file} has no {missing[0]}, as MoE models that DeepSpeed 0.16 saved: resume it "
+            "with a newer DeepSpeed (0.19.8 does), and save it again"
+        )
+    if missing:
+        return f"{file} has no {missing[0]}: it is not a model states file of DeepSpeed"
     return None
 
 
