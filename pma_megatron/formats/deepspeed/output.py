@@ -18,7 +18,7 @@ from pma_megatron.formats.marker import MARKER_FILE
 from pma_megatron.formats.names import plain_name
 from pma_megatron.formats.output import OutputItem, OutputLayout, Place
 from pma_megatron.formats.relay import relay, reset_steps
-from pma_megatron.openfiles import MAX_COPIED_BYTES, leads_out, read_source_file
+from pma_megatron.openfiles import leads_out
 
 
 def output_layout(
@@ -103,7 +103,7 @@ def lay_out_after(checkpoint: DeepSpeedCheckpoint, payloads: Iterable[Payload],
 def _small_files(checkpoint: DeepSpeedCheckpoint) -> OrderedDict[str, bytes]:
     """What else lies in the folder, as it is."""
     return OrderedDict(
-        (plain_name(path.name, str(checkpoint.path)), read_source_file(path, MAX_COPIED_BYTES))
+        (plain_name(path.name, str(checkpoint.path)), checkpoint.read_small(path.name))
         for path in sorted(checkpoint.path.iterdir())
         if path.is_file()
         and path.name not in (*checkpoint.files, MARKER_FILE)

@@ -29,7 +29,7 @@ from pma_megatron.formats.torch_dist.checkpoint import (
 from pma_megatron.formats.torch_dist.metadata import METADATA_FILE, dump_metadata
 from pma_megatron.formats.torch_dist.optimizer import is_optimizer_key
 from pma_megatron.formats.zips import Skeleton, lay_out
-from pma_megatron.openfiles import MAX_COPIED_BYTES, leads_out, read_source_file
+from pma_megatron.openfiles import leads_out, read_source_file
 
 _PER_RUN = ("integrity", "pma.json")  # names of files that describe the source's own bytes
 
@@ -194,14 +194,14 @@ def _small_files(build: _Build, places: Mapping[MetadataIndex, Item]) -> Ordered
     small: OrderedDict[str, bytes] = OrderedDict()
     if not base.common_is_entry:
         edited = _edited_common(base, changes)
-        small[COMMON_FILE] = edited or read_source_file(base.path / COMMON_FILE)
+        small[COMMON_FILE] = edited or base.read_small(COMMON_FILE)
     known = {COMMON_FILE, METADATA_FILE, CONFIG_FILE, *(e.item.file for e in _entries(base))}
     for path in sorted(base.path.rglob("*")):
         name = path.relative_to(base.path).as_posix()
         if not path.is_file() or name in known or any(mark in name for mark in _PER_RUN):
             continue
         if not leads_out(path, base.path):
-            small[plain_name(name, str(base.path))] = read_source_file(path, MAX_COPIED_BYTES)
+            small[plain_name(name, str(base.path))] = base.read_small(name)
     dtypes: dict[str, torch.dtype] = {}
     for key, tensor in base.tensors.items():
         changed = (changes.payloads.get(p.payload) for p in tensor.pieces)
