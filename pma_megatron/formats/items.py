@@ -74,7 +74,7 @@ class ItemFiles:
         nbytes = size_of(self.path / file)
         if nbytes > MAX_COPIED_BYTES:
             raise CheckpointError(
-                f"{self.path / file} has {nbytes} bytes, and is no payload that is known here: move "
+                f"{self.path / file} has {nbytes} bytes, and is no payload that is known: move "
                 "it out of the checkpoint, or exclude this checkpoint"
             )
         data = self.read(file, 0, nbytes)
