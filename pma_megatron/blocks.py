@@ -185,10 +185,12 @@ class Checksums:
 
     Attributes:
         parts: (item, record) -> [(start in bytes, bytes, crc)].
+        copies: file -> the same of bytes that were copied, counted from the file's beginning.
     """
 
     def __init__(self) -> None:
         self.parts: dict[tuple[int, str], list[tuple[int, int, int]]] = {}
+        self.copies: dict[str, list[tuple[int, int, int]]] = {}
         self._lock = threading.Lock()
 
     def add(self, place: Place, start_bytes: int, data: memoryview) -> None:
@@ -198,6 +200,17 @@ class Checksums:
             self.parts.setdefault((place.item, place.record), []).append(
                 (start_bytes, len(data), crc)
             )
+
+    def add_copy(self, file: str, offset: int, nbytes: int, crc: int) -> None:
+        """Note `nbytes` that were copied to `offset` of `file`."""
+        with self._lock:
+            self.copies.setdefault(file, []).append((offset, nbytes, crc))
+
+    def __getstate__(self) -> tuple[object, ...]:
+        return self.parts, self.copies
+
+    def __setstate__(self, state: tuple[Any, Any]) -> None:
+        (self.parts, self.copies), self._lock = state, threading.Lock()
 
 
 def joined_crc(parts: Sequence[tuple[int, int, int]], nbytes: int) -> int:
@@ -330,7 +343,7 @@ class Rounded:
 
 def copy_bytes(reader: BlockReader, file: str, offset: int, writer: BlockWriter, to_file: str,
                to_offset: int, nbytes: int) -> None:  # fmt: skip
-    """Copy bytes of a source into an output, inside the kernel where it can.
+    """Copy bytes of a source into an output, inside the kernel where it can, and note their CRC.
 
     Raises:
         CheckpointError, PublishError: see `BlockReader.pread` and `BlockWriter.pwrite`.
@@ -355,6 +368,18 @@ def copy_bytes(reader: BlockReader, file: str, offset: int, writer: BlockWriter,
             reader.pread(file, offset + done, data)
             writer.pwrite(to_file, to_offset + done, data)
             done += len(data)
+    writer.checksums.add_copy(to_file, to_offset, nbytes, _crc_of(reader, file, offset, nbytes))
+
+
+def _crc_of(reader: BlockReader, file: str, offset: int, nbytes: int) -> int:
+    """CRC-32 of bytes of a source: what its copy must have, whatever the storage made of that."""
+    crc, done = 0, 0
+    buffer = memoryview(bytearray(min(nbytes, _COPY_BYTES)))
+    while done < nbytes:
+        data = buffer[: nbytes - done]
+        reader.pread(file, offset + done, data)
+        crc, done = isal_zlib.crc32(data, crc), done + len(data)
+    return crc
 
 
 def same_bits(one: Room, other: Room) -> bool:

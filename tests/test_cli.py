@@ -18,6 +18,7 @@ import pytest
 from conftest import digests, folder_of
 from pma_megatron.cli import main
 from pma_megatron.cli.flags import parser
+from pma_megatron.formats.marker import OWN_FILES
 from pma_megatron.version import __version__
 
 ROOT = Path(__file__).parents[1]
@@ -52,7 +53,7 @@ FLAGS = {
     },
     "list": COMMON | {"root"},
     "inspect": COMMON | {"path"},
-    "verify": COMMON | {"path", "--samples"},
+    "verify": COMMON | {"path", "--samples", "--deep", "--files-only"},
 }  # fmt: skip
 """What people have in their scripts: adding is a decision, removing breaks them."""
 
@@ -95,7 +96,7 @@ def spawn(*command: str) -> subprocess.CompletedProcess[str]:
 def payload(folder: Path) -> dict[str, str]:
     """Digests of all that a merge wrote but provenance."""
     return {
-        name: digest for name, digest in digests(folder).items() if not name.endswith("pma.json")
+        name: digest for name, digest in digests(folder).items() if Path(name).name not in OWN_FILES
     }
 
 

@@ -11,12 +11,14 @@ from typing import Any, Protocol
 import torch
 
 from pma_megatron.errors import CheckpointError
-from pma_megatron.formats.base import Payload, Schedule
+from pma_megatron.formats.base import Item, Payload, Schedule
 from pma_megatron.formats.deepspeed import checkpoint as deepspeed
 from pma_megatron.formats.deepspeed import completeness as deepspeed_completeness
 from pma_megatron.formats.deepspeed import output as deepspeed_output
 from pma_megatron.formats.deepspeed import source as deepspeed_source
 from pma_megatron.formats.deepspeed import universal, universal_output, universal_source
+from pma_megatron.formats.deepspeed.checkpoint import DeepSpeedCheckpoint
+from pma_megatron.formats.deepspeed.universal import UniversalCheckpoint
 from pma_megatron.formats.items import ItemFiles
 from pma_megatron.formats.output import OutputLayout
 from pma_megatron.formats.source import ReadSource
@@ -82,6 +84,7 @@ class Format:
         schedule: where it stood in its learning-rate schedule.
         tracker: how a root of its checkpoints says which one to resume from.
         folder_name: (path of the newest source, iteration) -> what a merge up to it is called.
+        items: every zip in a folder's files, with the key of what it holds, for messages.
         iteration: iteration of a folder, whole or not, where names do not say it; else None.
         other_layouts: how the checkpoint `{tag}` becomes one that merges with those that were saved
             under other parallel sizes, where it does not as it is; empty where all do.
@@ -97,6 +100,7 @@ class Format:
     schedule: Callable[[Path], Schedule]
     tracker: Tracker
     folder_name: Callable[[str, int | None], str]
+    items: Callable[[Path], dict[Item, str]]
     iteration: Callable[[Path], int | None] | None = None
     other_layouts: str = ""
 
@@ -133,6 +137,7 @@ FORMATS = (
             "latest_checkpointed_iteration.txt", _iter_folder, _iter_content, "--load {root}"
         ),
         lambda path, iteration: "release" if iteration is None else f"iter_{iteration:07d}",
+        lambda path: TorchDistCheckpoint(path).items(),
     ),
     Format(
         DEEPSPEED, deepspeed_completeness.completeness, deepspeed_source.read_common,
@@ -141,7 +146,8 @@ FORMATS = (
         Tracker(
             "latest", lambda content: content or None, str, 'engine.load_checkpoint("{root}")'
         ),
-        lambda path, iteration: Path(path).name, deepspeed.iteration_of,
+        lambda path, iteration: Path(path).name, lambda path: DeepSpeedCheckpoint(path).items(),
+        deepspeed.iteration_of,
         "convert each into a root of its own and merge there: python -m "
         "deepspeed.checkpoint.ds_to_universal --inject_missing_state --input_folder {tag} "
         "--output_folder NEW_ROOT/TAG; Universal checkpoints merge at any size",
@@ -154,7 +160,8 @@ FORMATS = (
             "latest_universal", lambda content: content or None, str,
             'engine.load_checkpoint("{root}") with {{"checkpoint": {{"load_universal": true}}}}',
         ),
-        lambda path, iteration: Path(path).name, deepspeed.iteration_of,
+        lambda path, iteration: Path(path).name, lambda path: UniversalCheckpoint(path).items(),
+        deepspeed.iteration_of,
     ),
 )  # fmt: skip
 

@@ -6,6 +6,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from pma_megatron.coefficients import implied_decay_weights
+from pma_megatron.formats.marker import ONLINE_AVERAGE
 from pma_megatron.online.window import Average
 from pma_megatron.version import __version__
 
@@ -20,7 +21,7 @@ def origin_of(average: Average, *, by_tokens: bool = True) -> dict[str, Any]:
     made = average.coefficients
     values = None if made is None else list(made.values)
     return {
-        "kind": "online_average",
+        "kind": ONLINE_AVERAGE,
         "pma_megatron": __version__,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "method": average.describe() if made is None else made.describe(),
