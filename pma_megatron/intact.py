@@ -65,7 +65,7 @@ def record_sums(folder: Path) -> dict[str, FileSum]:
     Raises:
         CheckpointError: a file cannot be read, or is not what its metadata says.
     """
-    zips = _Zips.of(folder)
+    zips = _Zips(ItemFiles(folder), _items(folder))
     sums = {}
     for name, nbytes in listing(folder).items():
         if nbytes <= _SMALL_BYTES or name not in zips.items:
@@ -92,7 +92,8 @@ def check_files(folder: Path, sums: Sums | None, comm: Comm) -> Intact:
     found = comm.on_main("verify", lambda: listing(folder))
     if sums is not None:
         comm.on_main("verify", lambda: _refuse_other_files(folder, found, sums))
-    zips = comm.on_main("verify", lambda: _Zips.of(folder, needed=sums is None))
+    items = comm.on_main("verify", lambda: _items(folder, needed=sums is None))
+    zips = _Zips(ItemFiles(folder), items)
     names = sorted(found if sums is not None else zips.items, key=lambda name: -found[name])
     mine = names[comm.rank :: comm.size]
 
@@ -160,22 +161,22 @@ def _problem(folder: Path, name: str, nbytes: int, expected: FileSum | None,
 _STRUCTURE = "bytes around its records are not what was written"
 
 
+def _items(folder: Path, *, needed: bool = True) -> dict[str, list[tuple[Item, str]]]:
+    """The zips by file, with the key of each; without `needed`, none where they cannot be read."""
+    found: dict[str, list[tuple[Item, str]]] = {}
+    with contextlib.nullcontext() if needed else contextlib.suppress(CheckpointError, OSError):
+        known = registry.get(registry.detect(folder), str(folder))
+        for item, key in known.items(folder).items():
+            found.setdefault(item.file, []).append((item, key))
+    return found
+
+
 @dataclass(slots=True)
 class _Zips:
     """The zips in the files of a checkpoint, as far as it can be read."""
 
     files: ItemFiles
     items: Mapping[str, list[tuple[Item, str]]]
-
-    @staticmethod
-    def of(folder: Path, *, needed: bool = True) -> _Zips:
-        """Of `folder`; without `needed`, one that cannot be read has none."""
-        found: dict[str, list[tuple[Item, str]]] = {}
-        with contextlib.nullcontext() if needed else contextlib.suppress(CheckpointError, OSError):
-            known = registry.get(registry.detect(folder), str(folder))
-            for item, key in known.items(folder).items():
-                found.setdefault(item.file, []).append((item, key))
-        return _Zips(ItemFiles(folder), found)
 
     def structure(self, name: str, nbytes: int) -> Iterator[tuple[int, int]]:
         """Ranges of the file outside of records: (start, bytes)."""
