@@ -60,7 +60,7 @@ def listing(folder: Path) -> dict[str, int]:
 def record_sums(folder: Path) -> dict[str, FileSum]:
     """The sums of a folder that a trainer has just written, without reading what zips cover.
 
-    Small files are read whole, and so is what is no zip.
+    Small files are read whole, and so is what is no zip, or one without checksums.
 
     Raises:
         CheckpointError: a file cannot be read, or is not what its metadata says.
@@ -68,7 +68,7 @@ def record_sums(folder: Path) -> dict[str, FileSum]:
     zips = _Zips(ItemFiles(folder), _items(folder))
     sums = {}
     for name, nbytes in listing(folder).items():
-        if nbytes <= _SMALL_BYTES or name not in zips.items:
+        if nbytes <= _SMALL_BYTES or not zips.covered(name):
             sha256 = _sha256(folder / name, [(0, nbytes)])
             sums[name] = FileSum(bytes=nbytes, sha256=sha256)
         else:
@@ -94,10 +94,12 @@ def check_files(folder: Path, sums: Sums | None, comm: Comm) -> Intact:
         comm.on_main("verify", lambda: _refuse_other_files(folder, found, sums))
     items = comm.on_main("verify", lambda: _items(folder, needed=sums is None))
     zips = _Zips(ItemFiles(folder), items)
-    names = sorted(found if sums is not None else zips.items, key=lambda name: -found[name])
+    names = sorted(found if sums is not None else zips.items, key=lambda n: -found.get(n, 0))
     mine = names[comm.rank :: comm.size]
 
     def check(name: str) -> tuple[str | None, int]:
+        if name not in found:
+            return f"{name} is missing", 0
         return _problem(folder, name, found[name], None if sums is None else sums[name], zips)
 
     def work() -> list[tuple[str | None, int]]:
@@ -190,6 +192,11 @@ class _Zips:
             at = start + count
         yield at, nbytes - at
 
+    def covered(self, name: str) -> bool:
+        """True if every record of it has a checksum (torch can be told to leave them zero)."""
+        found = [self.files.records(item).values() for item, _ in self.items.get(name, ())]
+        return bool(found) and all(r.crc32 or not r.nbytes for each in found for r in each)
+
     def damaged(self, name: str) -> tuple[str | None, int]:
         """The first record whose bytes do not have its checksum, and how many were compared."""
         count = 0
@@ -203,7 +210,8 @@ class _Zips:
                 crc = _crc32(self.files.path / name, item.offset + record.start, record.nbytes)
                 count += 1
                 if crc != record.crc32:
-                    return f"{what}: record {record.name} is not what was written", count
+                    why = "is not what was written" if record.crc32 else "has no checksum"
+                    return f"{what}: record {record.name} {why}", count
         return None, count
 
     def where(self, name: str) -> str:
