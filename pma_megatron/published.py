@@ -16,6 +16,7 @@ from pma_megatron.manifest import Marker, read_marker
 from pma_megatron.planning import MergePlan, make_plan
 from pma_megatron.recompute import recompute
 from pma_megatron.report import checked_provenance, request_again
+from pma_megatron.spelling import named
 from pma_megatron.verification import Verification, verify_output
 
 _NO_SOURCES = {
@@ -126,7 +127,7 @@ def _against_sources(folder: Path, value: Mapping[str, Any], comm: Comm, samples
     except PmaError as error:
         raise CheckpointError(
             f"{folder}: {right}, but its values cannot be compared with its sources: {error} "
-            "(--files-only leaves the sources alone)"
+            f"({named('files_only')} leaves the sources alone)"
         ) from error
 
 
