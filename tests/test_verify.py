@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed.checkpoint as dcp
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "launch" / "attack"))
@@ -29,6 +30,7 @@ from pma_megatron import (
     Policy,
     SelectionRequest,
     inspect,
+    intact,
     merge,
     verify,
 )
@@ -219,6 +221,23 @@ def test_what_an_earlier_release_published(merged: Path, merges: dict[str, Path]
     (merged / MARKER_FILE).write_text(json.dumps(value))
     with pytest.raises((CheckpointError, VerifyError)):
         verify(merged, full=False)
+
+
+def test_zips_of_a_trainer_without_checksums_are_read_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of others only what lies around the records is read."""
+    monkeypatch.setattr(intact, "_SMALL_BYTES", 0)
+    file = tmp_path / "mp_rank_00_model_states.pt"
+    before = torch.serialization.get_crc32_options()
+    for compute in (True, False):
+        torch.serialization.set_crc32_options(compute)
+        torch.save({"module": {"weight": torch.arange(1000.0)}}, file)
+        said = intact.record_sums(tmp_path)[file.name]
+        assert (said.structure_sha256 is not None) == compute
+        whole = hashlib.sha256(file.read_bytes()).hexdigest()
+        assert said.sha256 == (None if compute else whole)
+    torch.serialization.set_crc32_options(before)
 
 
 # Every element.
