@@ -180,7 +180,12 @@ def pointed(root: Path) -> Path:
     for known in registry.FORMATS:
         path = root / known.tracker.file
         if path.is_file():
-            content = path.read_text().strip()
+            try:
+                content = path.read_text().strip()
+            except (OSError, UnicodeDecodeError) as error:
+                raise CheckpointError(
+                    f"{path} cannot be read ({error}). Name one folder"
+                ) from error
             folder = known.tracker.folder_of(content)
             if folder is None:
                 raise CheckpointError(f"{path} says {content!r}: damaged. Name one folder")

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from isal import isal_zlib
 
@@ -24,6 +25,7 @@ from pma_megatron.formats.items import ItemFiles
 from pma_megatron.formats.marker import OWN_FILES
 from pma_megatron.manifest import FileSum, Sums
 
+T = TypeVar("T")
 _BLOCK_BYTES = 4 << 20
 _SMALL_BYTES = 1 << 20
 _SHOWN = 4  # damaged files named in one message
@@ -92,25 +94,53 @@ def check_files(folder: Path, sums: Sums | None, comm: Comm) -> Intact:
     found = comm.on_main("verify", lambda: listing(folder))
     if sums is not None:
         comm.on_main("verify", lambda: _refuse_other_files(folder, found, sums))
-    items = comm.on_main("verify", lambda: _items(folder, needed=sums is None))
+    changed = [] if sums is None else _changed(folder, found, sums, comm)
+    # What is damaged is not asked where its parts lie.
+    trusted = sums is None or not any(sums[name].sha256 for name in changed)
+    needed = sums is None
+    items = comm.on_main("verify", lambda: _items(folder, needed=needed) if trusted else {})
     zips = _Zips(ItemFiles(folder), items)
-    names = sorted(found if sums is not None else zips.items, key=lambda n: -found.get(n, 0))
-    mine = names[comm.rank :: comm.size]
+    parted = items if sums is None else [n for n, each in sums.items() if each.structure_sha256]
+    names = sorted({*parted, *changed}, key=lambda name: -found.get(name, 0))
 
     def check(name: str) -> tuple[str | None, int]:
-        if name not in found:
-            return f"{name} is missing", 0
-        return _problem(folder, name, found[name], None if sums is None else sums[name], zips)
+        if name in changed:
+            return f"{name}: {zips.where(name)}", 0
+        return _parts(name, found.get(name), None if sums is None else sums[name], zips)
 
-    def work() -> list[tuple[str | None, int]]:
-        with ThreadPoolExecutor(_THREADS) as pool:
-            return list(pool.map(check, mine))
-
-    results = [each for part in comm.gather(comm.agree("verify", work)) for each in part]
+    results = _shared(names if trusted else changed, check, comm)
     problems = [problem for problem, _ in results if problem is not None]
     comm.on_main("verify", lambda: _refuse(folder, problems))
+    read = items if sums is None else sums
     records = sum(count for _, count in results)
-    return Intact(len(names), sum(found[name] for name in names), records)
+    return Intact(len(read), sum(found[name] for name in read), records)
+
+
+def _shared(names: Sequence[str], check: Callable[[str], T], comm: Comm) -> list[T]:
+    """`check` of every name, each by one thread of one rank, on every rank."""
+
+    def work() -> list[T]:
+        with ThreadPoolExecutor(_THREADS) as pool:
+            return list(pool.map(check, names[comm.rank :: comm.size]))
+
+    return [each for part in comm.gather(comm.agree("verify", work)) for each in part]
+
+
+def _changed(folder: Path, found: Mapping[str, int], sums: Sums, comm: Comm) -> list[str]:
+    """Files of another size, or with another checksum of the whole file."""
+
+    def check(name: str) -> str | None:
+        nbytes, expected, path = found[name], sums[name], folder / name
+        if nbytes != expected.bytes:
+            return name
+        if expected.sha256 is not None:
+            return None if _sha256(path, [(0, nbytes)]) == expected.sha256 else name
+        if expected.crc32 is not None:
+            return None if f"{_crc32(path, 0, nbytes):08x}" == expected.crc32 else name
+        return None
+
+    names = sorted(sums, key=lambda name: -found[name])
+    return sorted(name for name in _shared(names, check, comm) if name is not None)
 
 
 def _refuse_other_files(folder: Path, found: Mapping[str, int], sums: Sums) -> None:
@@ -137,27 +167,21 @@ def _refuse(folder: Path, problems: Sequence[str]) -> None:
     )
 
 
-def _problem(folder: Path, name: str, nbytes: int, expected: FileSum | None,
-             zips: _Zips) -> tuple[str | None, int]:  # fmt: skip
-    """What is wrong with a file, None if nothing; and how many records were compared."""
-    path = folder / name
-    if expected is None:
-        return zips.damaged(name)
-    if nbytes != expected.bytes:
-        return f"{name} has {nbytes} bytes, {expected.bytes} were written", 0
-    if expected.structure_sha256 is not None:
+def _parts(name: str, nbytes: int | None, expected: FileSum | None,
+           zips: _Zips) -> tuple[str | None, int]:  # fmt: skip
+    """What is wrong with the parts of a file, None if nothing; and how many were compared."""
+    if nbytes is None:
+        return f"{name} is missing", 0
+    if expected is not None:
         if name not in zips.items:
             return f"{name} cannot be found in what the checkpoint says of itself", 0
         try:
-            right = _sha256(path, zips.structure(name, nbytes)) == expected.structure_sha256
+            structure = _sha256(zips.files.path / name, zips.structure(name, nbytes))
         except CheckpointError as error:
             return str(error), 0
-        return zips.damaged(name) if right else (f"{name}: {_STRUCTURE}", 0)
-    if expected.sha256 is not None:
-        right = _sha256(path, [(0, nbytes)]) == expected.sha256
-    else:
-        right = f"{_crc32(path, 0, nbytes):08x}" == expected.crc32
-    return (None if right else f"{name}: {zips.where(name)}"), 0
+        if structure != expected.structure_sha256:
+            return f"{name}: {_STRUCTURE}", 0
+    return zips.damaged(name)
 
 
 _STRUCTURE = "bytes around its records are not what was written"
@@ -217,7 +241,7 @@ class _Zips:
     def where(self, name: str) -> str:
         """Which part of a damaged file is damaged, as far as can be said."""
         if name not in self.items:
-            return "its content is not what was written"
+            return "its size or content is not what was written"
         found, _ = self.damaged(name)
         return _STRUCTURE if found is None else found.removeprefix(f"{name}: ")
 

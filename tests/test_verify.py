@@ -147,7 +147,7 @@ def test_every_flipped_bit_is_found(targets: dict[str, Path]) -> None:
     before = {name: digests(path) for name, path in targets.items()}
     verdicts = harness.attack(targets, 6 * len(targets), seed=1)
     assert verdicts.wrong == []
-    assert verdicts.kinds == {"found": 6 * len(targets)}
+    assert verdicts.kinds == {harness.FOUND: 6 * len(targets)}
     assert {name: digests(path) for name, path in targets.items()} == before
 
 
@@ -165,7 +165,10 @@ def rewrite(path: Path, change: Callable[[bytes], bytes]) -> None:
         (lambda folder: (folder / SEAL_FILE).unlink(), (SEAL_FILE, "not whole")),
         (lambda folder: (folder / "notes.txt").write_text("x"), ("holds notes.txt", "elsewhere")),
         (lambda folder: (folder / "link").symlink_to(folder.parent), ("holds link",)),
-        (lambda folder: rewrite(folder / "common.pt", lambda b: b + b"\0"), ("common.pt has",)),
+        (
+            lambda folder: rewrite(folder / "common.pt", lambda b: b + b"\0"),
+            ("common.pt: its",),
+        ),
         (lambda folder: rewrite(folder / MARKER_FILE, lambda b: b + b"\n"), ("do not belong",)),
         (lambda folder: rewrite(folder / SEAL_FILE, bytes.upper), ("do not belong",)),
         (lambda folder: (folder / MARKER_FILE).unlink(), ("not written by this tool",)),

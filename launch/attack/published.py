@@ -57,6 +57,7 @@ TRAINED: dict[str, TinyConfig] = {
 }
 SAVES, EVERY = 3, 2
 END = SAVES * EVERY
+FOUND, CALLED_RIGHT, TRACEBACK = "found", "called right", "traceback"
 intact._SMALL_BYTES = 1024  # in every rank: what a large shard would be treated like
 
 
@@ -197,22 +198,22 @@ class Verdicts:
 
     def add(self, what: str, path: Path) -> None:
         """Count what `verify`, which must find the flip, and `inspect`, which may, do with it."""
-        found = self._call(what, verify, path)
-        if found is None:
-            self.wrong.append(f"{what}: called right")
-        self.kinds["found" if found else "called right"] += 1
-        self._call(what, look, path)
+        verdict = self._call(what, verify, path)
+        self.kinds[verdict] += 1
+        if verdict == CALLED_RIGHT:
+            self.wrong.append(f"{what}: {verdict}")
+        if self._call(what, look, path) == TRACEBACK:
+            self.kinds[f"{TRACEBACK} of inspect"] += 1
 
-    def _call(self, what: str, call: Callable[[Path], object], path: Path) -> PmaError | None:
+    def _call(self, what: str, call: Callable[[Path], object], path: Path) -> str:
         try:
             call(path)
-        except PmaError as error:
-            return error
+        except PmaError:
+            return FOUND
         except Exception as error:  # what must never happen
-            self.kinds["tracebacks"] += 1
             self.wrong.append(f"{what}: {call.__name__}: {type(error).__name__}: {error}")
-            return PmaError(str(error))
-        return None
+            return TRACEBACK
+        return CALLED_RIGHT
 
 
 def attack(targets: Mapping[str, Path], count: int, seed: int) -> Verdicts:
@@ -241,7 +242,7 @@ def main() -> int:
     seconds = time.perf_counter() - start_s
     said = {"flips": given.count, **verdicts.kinds, "wrong": verdicts.wrong}
     print(json.dumps({**said, "seconds": round(seconds, 1)}, indent=1))
-    return 0 if verdicts.kinds["found"] == given.count and not verdicts.wrong else 1
+    return 0 if verdicts.kinds[FOUND] == given.count and not verdicts.wrong else 1
 
 
 if __name__ == "__main__":

@@ -71,4 +71,10 @@ def read_snapshot_marker(folder: Path) -> SnapshotMarker | None:
             f"release reads version {SNAPSHOT_VERSION} holding {MAIN_PARAMS!r}: use the "
             f"pma_megatron that wrote it, {value.get('pma_megatron')}, or leave it out (--exclude)"
         )
-    return SnapshotMarker(iteration=int(value["iteration"]), dtype=str(value["dtype"]))
+    iteration, dtype = value.get("iteration"), value.get("dtype")
+    if not isinstance(iteration, int) or not isinstance(dtype, str):
+        raise CheckpointError(
+            f"{folder / MARKER_FILE} says iteration {iteration!r} and dtype {dtype!r} of a "
+            "snapshot: damaged. Leave it out (--exclude), or restore it from a copy"
+        )
+    return SnapshotMarker(iteration=iteration, dtype=dtype)
