@@ -8,7 +8,7 @@ from typing import Any
 
 from isal import isal_zlib
 
-from pma_megatron.blocks import Checksums, joined_crc
+from pma_megatron.blocks import Checksums, crc_of, joined_crc
 from pma_megatron.durable import sync, write_small
 from pma_megatron.faultpoints import point
 from pma_megatron.formats.output import OutputItem
@@ -66,12 +66,12 @@ def _write_structure(plan: MergePlan, target: Target,
                 ours.append((item.placed.offset, len(item.literal), crc))
             if item.skeleton is None:
                 continue
-            crcs = _payloads(item, number, parts)
-            for record, crc in crcs.items():
-                start, nbytes = item.skeleton.payloads[record]
-                if record not in item.kept:  # those are among the copies
-                    ours.append((item.placed.offset + start, nbytes, crc))
             with files.opened(item.placed.file) as descriptor:
+                crcs = _payloads(item, number, parts, descriptor)
+                for record, crc in crcs.items():
+                    start, nbytes = item.skeleton.payloads[record]
+                    if record not in item.kept:  # those are among the copies
+                        ours.append((item.placed.offset + start, nbytes, crc))
                 for offset, data in item.skeleton.structure(crcs):
                     at = item.placed.offset + offset
                     os.pwrite(descriptor, data, at)
@@ -84,13 +84,15 @@ def _write_structure(plan: MergePlan, target: Target,
     }
 
 
-def _payloads(item: OutputItem, number: int,
-              parts: Mapping[tuple[int, str], Sequence[Part]]) -> dict[str, int]:  # fmt: skip
-    """CRC-32 of every payload of an item that is laid out afresh."""
+def _payloads(item: OutputItem, number: int, parts: Mapping[tuple[int, str], Sequence[Part]],
+              descriptor: int) -> dict[str, int]:  # fmt: skip
+    """CRC-32 of every payload of an item that is laid out afresh, in the open file."""
     assert item.skeleton is not None
-    crcs = {record: crc for record, (_, crc) in item.kept.items()}
-    for record, (_, nbytes) in item.skeleton.payloads.items():
-        if record not in crcs:
+    crcs = {record: crc for record, (_, crc) in item.kept.items() if crc is not None}
+    for record, (start, nbytes) in item.skeleton.payloads.items():
+        if record in item.kept and record not in crcs:  # saved without checksums
+            crcs[record] = crc_of(descriptor, item.placed.offset + start, nbytes)
+        elif record not in crcs:
             crcs[record] = joined_crc(parts.get((number, record), []), nbytes)
     return crcs
 

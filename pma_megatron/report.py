@@ -14,6 +14,7 @@ import torch
 from pma_megatron.coefficients import implied_decay_weights
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.marker import ONLINE_AVERAGE
+from pma_megatron.integrity import Compared
 from pma_megatron.manifest import read_marker
 from pma_megatron.planning import MergePlan
 from pma_megatron.policy import Policy
@@ -38,6 +39,7 @@ class MergeReport:
         plan: the plan as plain values (sources, coefficients, policy, digest).
         verification: what was checked, per output.
         ranks: number of ranks.
+        checksums: how what was read stands to its checksums (`integrity.Compared`).
     """
 
     outputs: tuple[str, ...]
@@ -47,6 +49,7 @@ class MergeReport:
     plan: Mapping[str, Any]
     verification: tuple[Verification, ...]
     ranks: int
+    checksums: Mapping[str, Any]
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as `--json` prints them: the plan's, and what came of it."""
@@ -90,8 +93,8 @@ def describe_output(output: Output) -> dict[str, Any]:
     }
 
 
-def provenance(plan: MergePlan, output: Output, ranks: int,
-               seconds: Mapping[str, float]) -> dict[str, Any]:  # fmt: skip
+def provenance(plan: MergePlan, output: Output, ranks: int, seconds: Mapping[str, float],
+               compared: Compared) -> dict[str, Any]:  # fmt: skip
     """What `pma.json` says: where a checkpoint comes from, and all that verifying it takes.
 
     Paths in it are absolute: it is read from other folders than the one of the merge.
@@ -112,6 +115,7 @@ def provenance(plan: MergePlan, output: Output, ranks: int,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "ranks": ranks,
         "seconds": dict(seconds),
+        "checksums": asdict(compared),
         "output": describe_output(output),
         "plan": described,
         "request": request,
