@@ -217,9 +217,9 @@ class _Zips:
         yield at, nbytes - at
 
     def covered(self, name: str) -> bool:
-        """True if every record of it has a checksum (torch can be told to leave them zero)."""
+        """True if every record of it has a checksum (torch can be told to write none)."""
         found = [self.files.records(item).values() for item, _ in self.items.get(name, ())]
-        return bool(found) and all(r.crc32 or not r.nbytes for each in found for r in each)
+        return bool(found) and all(r.crc32 is not None for each in found for r in each)
 
     def damaged(self, name: str) -> tuple[str | None, int]:
         """The first record whose bytes do not have its checksum, and how many were compared."""
@@ -230,12 +230,11 @@ class _Zips:
                 records = self.files.records(item)
             except CheckpointError:
                 return f"{what} is no readable zip", count
-            for record in records.values():
+            for record in (each for each in records.values() if each.crc32 is not None):
                 crc = _crc32(self.files.path / name, item.offset + record.start, record.nbytes)
                 count += 1
                 if crc != record.crc32:
-                    why = "is not what was written" if record.crc32 else "has no checksum"
-                    return f"{what}: record {record.name} {why}", count
+                    return f"{what}: record {record.name} is not what was written", count
         return None, count
 
     def where(self, name: str) -> str:

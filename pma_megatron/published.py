@@ -96,8 +96,8 @@ def _not_covered(marker: Marker) -> Iterator[str]:
     if marker.sums is None:
         yield (
             f"{MARKER_FILE} has no checksums of files, for an earlier release wrote it, or its "
-            "writer was cut off: those inside the zips were compared, but no small file, and no "
-            "byte around the records"
+            "writer was cut off: those inside the zips were compared, where there are any, but no "
+            "small file, and no byte around the records"
         )
         return
     partly = sum(each.structure_sha256 is not None for each in marker.sums.values())
