@@ -9,11 +9,11 @@ from typing import Any
 from isal import isal_zlib
 
 from pma_megatron.blocks import Checksums, crc_of, joined_crc
-from pma_megatron.durable import sync, write_small
+from pma_megatron.durable import sync
 from pma_megatron.faultpoints import point
 from pma_megatron.formats.output import OutputItem
 from pma_megatron.manifest import FileSum, Part, sum_of, sum_of_parts, write_marker
-from pma_megatron.openfiles import Files
+from pma_megatron.openfiles import Files, write_inside
 from pma_megatron.planning import MergePlan
 from pma_megatron.publish import Target, cannot_write
 
@@ -38,11 +38,11 @@ def finish(plan: MergePlan, target: Target, written: Sequence[Checksums],
         last = plan.layout.last_file
         marker = small.pop(last) if last is not None else b""
         for name, data in small.items():
-            write_small(target.staging / name, data)
+            write_inside(target.staging, name, data)
         write_marker(target.staging, provenance, sums)
         point("marker", 0)
         if last is not None:
-            write_small(target.staging / last, marker)
+            write_inside(target.staging, last, marker)
         for name in plan.layout.files:
             sync(target.staging / name)
         for folder in sorted({(target.staging / name).parent for name in plan.layout.files}):

@@ -23,6 +23,7 @@ from pma_megatron.errors import PublishError
 from pma_megatron.faultpoints import point
 from pma_megatron.formats import registry
 from pma_megatron.formats.marker import MARKER_FILE, SNAPSHOTS, read_snapshot_marker
+from pma_megatron.openfiles import create_inside
 from pma_megatron.planning import MergePlan
 
 PROVENANCE_FILE = MARKER_FILE
@@ -201,10 +202,7 @@ def stage(plan: MergePlan, wanted: Sequence[Target]) -> None:
     try:
         for target in wanted:
             for name, nbytes in plan.layout.files.items():
-                path = target.staging / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with path.open("wb") as stream:
-                    stream.truncate(nbytes)
+                create_inside(target.staging, name, nbytes)
     except OSError as error:
         raise cannot_write(wanted[0], error) from error
 
