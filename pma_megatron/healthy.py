@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pma_megatron.errors import SelectionError, UsageError
+from pma_megatron.gaps import Kind, PassedOver
 from pma_megatron.refs import CheckpointRef
 from pma_megatron.selection import Selection, SelectionRequest, select
 
@@ -17,6 +18,7 @@ from pma_megatron.selection import Selection, SelectionRequest, select
 # made no difference.
 LAST = 3
 MARGIN_ITERATIONS = 20
+_EXCLUDED = "left out by --exclude"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,14 @@ class Rejected:
 
     ref: CheckpointRef
     reason: str
+
+    @property
+    def passed_over(self) -> PassedOver:
+        """The same, as selections say it."""
+        path, iteration, state = self.ref.path, self.ref.iteration, self.ref.state
+        kind: Kind = "spoiled" if state == "complete" else state
+        kind = "excluded" if self.reason == _EXCLUDED else kind
+        return PassedOver(path=path, iteration=iteration, kind=kind, reason=self.reason)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,6 +99,17 @@ class Healthy:
     rejected: tuple[Rejected, ...]
     newest: int
     notes: tuple[str, ...]
+
+    @property
+    def passed_over(self) -> tuple[PassedOver, ...]:
+        """What is not used and lies after the oldest of those chosen, by iteration."""
+        oldest = _iteration(self.selection.refs[0])
+        found = [
+            each.passed_over
+            for each in reversed(self.rejected)
+            if each.ref.iteration is None or each.ref.iteration > oldest
+        ]
+        return (*found, *self.selection.passed_over)
 
 
 def choose_healthy(
@@ -154,7 +175,7 @@ def _why_not(ref: CheckpointRef, request: HealthyRequest) -> str | None:
     tests: tuple[tuple[bool, Callable[[], str]], ...] = (
         (iteration is None, lambda: "it has no iteration number"),
         (not ref.complete, lambda: f"it is not complete: {ref.incomplete_because}"),
-        (iteration in request.exclude, lambda: "left out by --exclude"),
+        (iteration in request.exclude, lambda: _EXCLUDED),
         ((iteration or 0) >= onset, lambda: f"at or after the onset at iteration {onset}"),
         (
             (iteration or 0) + request.margin_iterations >= onset,

@@ -15,6 +15,7 @@ from pma_megatron import engine, memory
 from pma_megatron.comm import Comm, Team
 from pma_megatron.errors import UsageError
 from pma_megatron.faultpoints import point
+from pma_megatron.gaps import PassedOver
 from pma_megatron.live import LivePlan, LiveWriter
 from pma_megatron.planning import refuse_changed
 from pma_megatron.policy import Policy
@@ -39,6 +40,7 @@ class LiveReport:
         read_bytes: payload bytes read over all ranks.
         peak_memory_above_baseline_bytes: per rank.
         seconds: from the call to the end.
+        passed_over: what lies in the window and was not used.
     """
 
     sources: tuple[str, ...]
@@ -47,6 +49,7 @@ class LiveReport:
     read_bytes: int
     peak_memory_above_baseline_bytes: tuple[int, ...]
     seconds: float
+    passed_over: tuple[PassedOver, ...] = ()
 
     def __str__(self) -> str:
         weights = ", ".join(f"{value:.4g}" for value in self.coefficients)
@@ -70,7 +73,7 @@ class Meter:
         self._baseline_bytes = memory.resident_bytes()
         memory.reset_peak()
 
-    def report(self, plan: LivePlan, share: str) -> LiveReport:
+    def report(self, plan: LivePlan, share: str, passed_over: tuple[PassedOver, ...]) -> LiveReport:
         """The report of all ranks. Collective."""
         peak_bytes = max(0, memory.peak_resident_bytes() - self._baseline_bytes)
         return LiveReport(
@@ -80,12 +83,14 @@ class Meter:
             read_bytes=sum(self._comm.gather(self.read_bytes)),
             peak_memory_above_baseline_bytes=tuple(self._comm.gather(peak_bytes)),
             seconds=time.perf_counter() - self._start_s,
+            passed_over=passed_over,
         )
 
 
 def live_request(load: str, selection: SelectionRequest | None, method: Method | None,
-             optimizer_state: str, share: str, threads: int) -> MergeRequest:  # fmt: skip
-    """What a merge into live tensors asks for.
+             optimizer_state: str, share: str, threads: int, resumed: int | None = None
+             ) -> MergeRequest:  # fmt: skip
+    """What a merge into live tensors asks for; `resumed` as in `MergeRequest`.
 
     Raises:
         UsageError: an unknown word.
@@ -100,6 +105,7 @@ def live_request(load: str, selection: SelectionRequest | None, method: Method |
         method=method or Method(),
         policy=Policy(optimizer_state=optimizer_state),
         threads=threads,
+        resumed=resumed,
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from pma_megatron.errors import CheckpointError
-from pma_megatron.formats.base import Payload, Schedule
+from pma_megatron.formats.base import Incomplete, Payload, Schedule
 from pma_megatron.formats.deepspeed import checkpoint as deepspeed
 from pma_megatron.formats.deepspeed import completeness as deepspeed_completeness
 from pma_megatron.formats.deepspeed import output as deepspeed_output
@@ -20,7 +20,11 @@ from pma_megatron.formats.deepspeed import universal, universal_output, universa
 from pma_megatron.formats.items import ItemFiles
 from pma_megatron.formats.output import OutputLayout
 from pma_megatron.formats.source import ReadSource
-from pma_megatron.formats.torch_dist.checkpoint import TorchDistCheckpoint, completeness
+from pma_megatron.formats.torch_dist.checkpoint import (
+    TorchDistCheckpoint,
+    completeness,
+    written_after,
+)
 from pma_megatron.formats.torch_dist.optimizer import is_optimizer_key
 from pma_megatron.formats.torch_dist.output import Changes, output_layout
 from pma_megatron.formats.torch_dist.schedule import read_schedule
@@ -29,6 +33,7 @@ from pma_megatron.formats.torch_dist.source import read_source
 TORCH_DIST = "torch_dist"
 DEEPSPEED = "deepspeed"
 UNIVERSAL = universal_source.FORMAT
+LEGACY = "torch (legacy)"
 TAGS = (DEEPSPEED, UNIVERSAL)
 """Formats whose folders may have any name."""
 
@@ -83,12 +88,13 @@ class Format:
         tracker: how a root of its checkpoints says which one to resume from.
         folder_name: (path of the newest source, iteration) -> what a merge up to it is called.
         iteration: iteration of a folder, whole or not, where names do not say it; else None.
+        written_after: what the times of a whole folder cannot rule out, or None.
         other_layouts: how the checkpoint `{tag}` becomes one that merges with those that were saved
             under other parallel sizes, where it does not as it is; empty where all do.
     """
 
     name: str
-    completeness: Any
+    completeness: Callable[[Path], Incomplete | None]
     common: Any
     read_source: ReadSource
     lay_out: LayOut
@@ -99,6 +105,7 @@ class Format:
     folder_name: Callable[[str, int | None], str]
     iteration: Callable[[Path], int | None] | None = None
     other_layouts: str = ""
+    written_after: Callable[[Path], str | None] = lambda path: None
 
 
 def _common(path: Path) -> dict[str, Any]:
@@ -133,6 +140,7 @@ FORMATS = (
             "latest_checkpointed_iteration.txt", _iter_folder, _iter_content, "--load {root}"
         ),
         lambda path, iteration: "release" if iteration is None else f"iter_{iteration:07d}",
+        written_after=written_after,
     ),
     Format(
         DEEPSPEED, deepspeed_completeness.completeness, deepspeed_source.read_common,
@@ -168,7 +176,7 @@ def detect(path: Path) -> str:
         except (OSError, ValueError, KeyError, TypeError):
             return TORCH_DIST  # damaged; its completeness says so
     if any(path.glob("mp_rank_*/model_optim_rng.pt")):
-        return "torch (legacy)"
+        return LEGACY
     has_ranks = any(path.glob("*optim_states.pt"))
     if not has_ranks and any((path / universal.FOLDER).glob(f"*/{universal.MASTER}.pt")):
         return UNIVERSAL

@@ -37,6 +37,7 @@ USED_BY: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "pma_end_iteration": ("pma_init",),
         "pma_iterations": ("pma_init",),
         "pma_exclude": ("pma_init", "pma_score"),
+        "pma_allow_gaps": ("pma_init", "pma_score"),
         "pma_method": ("pma_init", "pma_save"),
         "pma_alpha": ("pma_init", "pma_save"),
         "pma_floor": ("pma_init", "pma_save"),
@@ -71,7 +72,7 @@ NAMES: tuple[str, ...] = (*_SWITCHES, "pma_snapshot_interval_tokens", *USED_BY)
 """Every name that `add_arguments` adds to Megatron's argument namespace."""
 
 _COMMAND_LINE = re.compile(
-    r"--(last|interval-tokens|interval-iterations|tolerance|end-iteration|iterations|exclude"
+    r"--(last|interval-tokens|interval-iterations|tolerance|end-iteration|iterations|exclude|allow-gaps"
     r"|method|alpha|floor|coefficients|optimizer-state)(?![\w-])"
 )
 _GRID = re.compile(r"--(methods|lasts|ends|intervals-tokens|intervals-iterations)(?![\w-])")
@@ -254,6 +255,7 @@ def _grid(value: Callable[..., Any]) -> Grid:
         ends=parse_ends(value("score_ends", ["newest"])),
         tolerance=value("tolerance", 0.25),
         exclude=tuple(value("exclude", ())),
+        allow_gaps=value("allow_gaps", False),
     )
 
 
@@ -269,5 +271,6 @@ def _selection(value: Callable[..., Any]) -> SelectionRequest:
         tolerance=value("tolerance", 0.25),
         end_iteration=value("end_iteration"),
         exclude=tuple(value("exclude", ())),
+        allow_gaps=value("allow_gaps", False),
         iterations=None if listed is None else tuple(listed),
     )
