@@ -15,6 +15,7 @@ from pma_megatron.formats.base import Incomplete
 from pma_megatron.formats.marker import SNAPSHOTS, read_snapshot_marker
 from pma_megatron.refs import CheckpointRef
 from pma_megatron.selection import Selection, SelectionRequest, select
+from pma_megatron.spelling import among, named
 from pma_megatron.tokens import consumed_tokens_of
 from pma_megatron.trackers import Pointer, read_pointers
 
@@ -232,8 +233,8 @@ def choose(
     if len(formats) > 1 and request.iterations is None and request.paths is None:
         found = "; ".join(f"{name}: {numbers}" for name, numbers in formats.items())
         raise SelectionError(
-            f"{root} mixes checkpoint formats ({found}). Take one of them with --iterations or "
-            "--paths, or leave the others out with --exclude"
+            f"{root} mixes checkpoint formats ({found}). Take one of them with "
+            f"{among('iterations', 'paths')}, or leave the others out with {named('exclude')}"
         )
     pointer = (pointers or {}).get(next(iter(formats), ""))
     if resumed is None and pointer is not None and pointer.folder is not None:

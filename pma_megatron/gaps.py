@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Literal
 
 from pma_megatron.errors import SelectionError
-from pma_megatron.refs import CheckpointRef, flag_of, iteration_of, why_incomplete
+from pma_megatron.refs import CheckpointRef, iteration_of, why_incomplete
+from pma_megatron.spelling import has, named
 
 Kind = Literal[
     "being written", "damaged", "spoiled", "not judged", "excluded", "newer", "not needed",
@@ -64,9 +65,10 @@ def passed_over(
     """
     kind: Kind
     if ref.iteration is None:
-        kind, reason = "no iteration", "it has no iteration number (name it with --paths to use it)"
+        by_name = f" (name it with {named('paths')} to use it)" if has("paths") else ""
+        kind, reason = "no iteration", f"it has no iteration number{by_name}"
     elif excluded:
-        kind, reason = "excluded", f"left out by {flag_of('exclude')}"
+        kind, reason = "excluded", f"left out by {named('exclude')}"
     elif resumed is not None:
         kind, reason = "newer", f"it is newer than iteration {resumed}, which training resumes from"
     elif ref.state == "being written":
@@ -120,12 +122,16 @@ def refuse_gaps(passed: Sequence[PassedOver], chosen: Sequence[CheckpointRef]) -
     gaps = [each for each in passed if each.gap]
     if not gaps:
         return
-    numbers = " ".join(str(each.iteration) for each in gaps)
+    numbers = [str(each.iteration) for each in gaps]
+    exclude, allow = named("exclude"), named("allow_gaps")
+    exclude += f"({', '.join(numbers)},)" if exclude.endswith("=") else f" {' '.join(numbers)}"
+    allow += "True" if allow.endswith("=") else ""
+    ways = [f"leave it out ({exclude})"] if has("exclude") else []
+    ways += [f"allow what cannot be used to be passed over ({allow})"] if has("allow_gaps") else []
     raise SelectionError(
         f"the average of {chosen[0].describe()} to {chosen[-1].describe()} would pass over "
         + "; ".join(f"{each.path}: {each.reason}" for each in gaps)
-        + f". Restore what is damaged, or leave it out: {flag_of('exclude')} {numbers}, or "
-        f"{flag_of('allow_gaps')} for whatever cannot be used"
+        + f". {', or '.join(['Restore what is damaged or move it away', *ways])}"
     )
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 from pma_megatron.comm import Comm
 from pma_megatron.discover import common_args
-from pma_megatron.errors import SelectionError, UsageError
+from pma_megatron.errors import UsageError
 from pma_megatron.megatron.load import merge_into
-from pma_megatron.megatron.options import USED_BY, Settings, given, spelled
+from pma_megatron.megatron.options import USED_BY, Settings, given
 from pma_megatron.say import say
 
 RECORD = "pma_init_record"
@@ -57,22 +57,19 @@ def init(args: Any, settings: Settings, models: Sequence[Any], optimizer: Any,
         )
         return
     assert settings.load is not None
-    try:
-        report = merge_into(
-            models,
-            optimizer,
-            load=settings.load,
-            selection=settings.selection,
-            method=settings.method,
-            optimizer_state=settings.optimizer_state,
-            share=settings.share,
-            threads=settings.threads,
-            metadata=metadata,
-            # Sources of the run itself end at what Megatron resumed, also under --ckpt-step.
-            resumed=iteration if settings.load == args.load else None,
-        )
-    except SelectionError as error:
-        raise SelectionError(spelled(str(error))) from error
+    report = merge_into(
+        models,
+        optimizer,
+        load=settings.load,
+        selection=settings.selection,
+        method=settings.method,
+        optimizer_state=settings.optimizer_state,
+        share=settings.share,
+        threads=settings.threads,
+        metadata=metadata,
+        # Sources of the run itself end at what Megatron resumed, also under --ckpt-step.
+        resumed=iteration if settings.load == args.load else None,
+    )
     sources = list(report.sources)
     setattr(args, RECORD, {"iteration": iteration, "flags": flags, "sources": sources})
     say(f"PMA-init: {report}")
