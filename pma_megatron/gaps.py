@@ -113,6 +113,19 @@ def left_out(
     return found
 
 
+def not_named(pool: Sequence[CheckpointRef], chosen: Sequence[CheckpointRef]) -> list[PassedOver]:
+    """What lies between checkpoints that the user has listed."""
+    between = range(iteration_of(chosen[0]) + 1, iteration_of(chosen[-1]))
+    left = (ref for ref in pool if ref.iteration in between and ref not in chosen)
+    return [passed_over(ref, f"{named('iterations')} does not name it") for ref in left]
+
+
+def limit_of(pool: Sequence[CheckpointRef], resumed: int | None) -> int | None:
+    """What training resumes from, if whole checkpoints are newer; else None."""
+    full = [iteration_of(ref) for ref in pool if ref.complete and not ref.snapshot]
+    return resumed if resumed is not None and full and full[-1] > resumed else None
+
+
 def refuse_gaps(passed: Sequence[PassedOver], chosen: Sequence[CheckpointRef]) -> None:
     """Refuse to average over gaps.
 

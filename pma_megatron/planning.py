@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -12,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from pma_megatron.build import Fates, PolicyRow, Rules, decide, make_tasks
+from pma_megatron.cautions import too_early
 from pma_megatron.comm import Comm
 from pma_megatron.discover import choose, list_checkpoints, pointers_of
 from pma_megatron.errors import CheckpointError, SelectionError
 from pma_megatron.formats import registry
+from pma_megatron.formats.base import Schedule
 from pma_megatron.formats.output import OutputLayout
 from pma_megatron.formats.source import Source
 from pma_megatron.gaps import lines
@@ -123,13 +126,28 @@ def gather_sources(request: MergeRequest, comm: Comm, *, everywhere: bool = Fals
             list(refs.values()), request.widest(), request.load, pointers, request.resumed
         ),
     )
-    selection = replace(selection, passed_over=(*request.passed_over, *selection.passed_over))
+    early = comm.on_main("schedule", lambda: _too_early(selection))
+    selection = replace(
+        selection,
+        passed_over=(*request.passed_over, *selection.passed_over),
+        notes=(*selection.notes, *early),
+    )
     if comm.is_main:
         announce(selection)
     outputs = comm.agree("coefficients", lambda: request.outputs(selection))
     visible = tuple(seen[ref.path] for ref in selection.refs)
     sources = open_sources(request, selection.refs, visible, comm)
     return Gathered(selection=selection, sources=sources, outputs=outputs, visible=visible)
+
+
+def _too_early(selection: Selection) -> list[str]:
+    """A caution where averages hurt, if this rank can read the oldest checkpoint's schedule."""
+    oldest = selection.refs[0]
+    schedule = Schedule()
+    with contextlib.suppress(CheckpointError, OSError):
+        schedule = registry.get(oldest.format, oldest.path).schedule(Path(oldest.path))
+    found = too_early(schedule, selection.positions) if selection.refs[1:] else None
+    return [] if found is None else [found]
 
 
 def announce(selection: Selection) -> None:

@@ -17,7 +17,8 @@ from pma_megatron.gaps import (
     PassedOver,
     Wanted,
     left_out,
-    passed_over,
+    limit_of,
+    not_named,
     refuse_gaps,
     tokens_about,
     warnings_of,
@@ -190,15 +191,8 @@ def select(
     pool = _pool(refs, request.exclude)
     if request.iterations is not None:
         chosen = [_existing(pool, wanted, "iterations") for wanted in sorted(request.iterations)]
-        why = f"{named('iterations')} does not name it"
-        left = [
-            passed_over(ref, why)
-            for ref in pool
-            if iteration_of(chosen[0]) < iteration_of(ref) < iteration_of(chosen[-1])
-            and ref not in chosen
-        ]
-        return _selection(chosen, [], request, left)
-    limit = None if request.end_iteration is not None else _limit(pool, resumed)
+        return _selection(chosen, [], request, not_named(pool, chosen))
+    limit = None if request.end_iteration is not None else limit_of(pool, resumed)
     usable = _up_to_end(pool, request.end_iteration, limit)
     chosen, wanted = _chosen(pool, usable, request)
     left = left_out(refs, chosen, wanted, request.exclude, request.end_iteration, limit)
@@ -219,12 +213,6 @@ def _pool(refs: Sequence[CheckpointRef], exclude: tuple[int, ...]) -> list[Check
     pool = [ref for ref in numbered if ref.iteration not in exclude]
     _refuse_duplicates(pool)
     return pool
-
-
-def _limit(pool: Sequence[CheckpointRef], resumed: int | None) -> int | None:
-    """What training resumes from, if whole checkpoints are newer."""
-    full = [iteration_of(ref) for ref in pool if ref.complete and not ref.snapshot]
-    return resumed if resumed is not None and full and full[-1] > resumed else None
 
 
 def _chosen(
