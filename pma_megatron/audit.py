@@ -133,12 +133,16 @@ def read(root: str | Path) -> History:
     """The log below `root`; empty if there is none.
 
     A line that was cut off by a crash is passed over.
+
+    Raises:
+        OSError: there is one that cannot be read.
     """
-    path = Path(root) / FILE
-    if not path.is_file():
+    try:
+        text = (Path(root) / FILE).read_text(errors="replace")
+    except FileNotFoundError:
         return History(())
     events = []
-    for line in path.read_text(errors="replace").splitlines():
+    for line in text.splitlines():
         try:
             event = json.loads(line)
         except ValueError:
