@@ -30,8 +30,9 @@ MERGE = COMMON | {
     "--merge-parallel-size", "--allow-gaps",
 }  # fmt: skip
 SCORE = COMMON | {
-    "--allow-gaps", "--load", "--ends", "--exclude", "--intervals-iterations", "--intervals-tokens", "--lasts",
+    "--load", "--ends", "--exclude", "--intervals-iterations", "--intervals-tokens", "--lasts",
     "--megatron", "--methods", "--out", "--plot", "--provider", "--threads", "--tolerance",
+    "--allow-gaps",
 }  # fmt: skip
 FLAGS = {
     "merge": MERGE,
@@ -45,10 +46,10 @@ FLAGS = {
     "evaluate": SCORE,
     "forecast": SCORE | {"--annealed", "--annealed-loss", "--metric", "--scores"},
     "geometry": COMMON | {
-        "--allow-gaps", "--alpha", "--average", "--contour", "--curvature", "--end-iteration", "--exclude",
+        "--alpha", "--average", "--contour", "--curvature", "--end-iteration", "--exclude",
         "--grid", "--interval-iterations", "--interval-tokens", "--iterations", "--last", "--load",
         "--margin", "--method", "--out", "--paths", "--plot", "--provider", "--threads",
-        "--tolerance", "--window-tokens",
+        "--tolerance", "--window-tokens", "--allow-gaps",
     },
     "list": COMMON | {"root"},
     "inspect": COMMON | {"path"},
