@@ -23,7 +23,7 @@ from pma_megatron.planning import Gathered, gather_sources
 from pma_megatron.policy import MAIN
 from pma_megatron.request import MergeRequest, Method
 from pma_megatron.selection import SelectionRequest
-from pma_megatron.spelling import speaking
+from pma_megatron.spelling import given, speaking
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -92,7 +92,7 @@ def _refuse_other_end(found: Gathered, request: MergeRequest) -> None:
         f"training has resumed iteration {request.resumed}, and the newest checkpoint of "
         f"{request.load} that an average can end at is {end.path}: moments would be of another "
         f"checkpoint than weights. Resume from iteration {end.iteration} (--ckpt-step), or say "
-        f"that it is wanted (--end-iteration {end.iteration})"
+        f"that it is wanted ({given('end_iteration', end.iteration)})"
     )
 
 
