@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import logging
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -13,15 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from pma_megatron.build import Fates, PolicyRow, Rules, decide, make_tasks
-from pma_megatron.cautions import too_early
 from pma_megatron.comm import Comm
 from pma_megatron.discover import choose, list_checkpoints, pointers_of
 from pma_megatron.errors import CheckpointError, SelectionError
 from pma_megatron.formats import registry
-from pma_megatron.formats.base import Schedule
 from pma_megatron.formats.output import OutputLayout
 from pma_megatron.formats.source import Source
-from pma_megatron.gaps import lines
+from pma_megatron.notices import announce, too_early_notes
 from pma_megatron.policy import MAIN
 from pma_megatron.refs import CheckpointRef
 from pma_megatron.request import MergeRequest, Output
@@ -29,8 +25,6 @@ from pma_megatron.selection import Selection
 from pma_megatron.tasks import Average, Copy, Keep, Unit, Workload, Zero, units
 from pma_megatron.trackers import Pointer
 from pma_megatron.version import __version__
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,7 +120,7 @@ def gather_sources(request: MergeRequest, comm: Comm, *, everywhere: bool = Fals
             list(refs.values()), request.widest(), request.load, pointers, request.resumed
         ),
     )
-    early = comm.on_main("schedule", lambda: _too_early(selection))
+    early = comm.on_main("schedule", lambda: too_early_notes(selection))
     selection = replace(
         selection,
         passed_over=(*request.passed_over, *selection.passed_over),
@@ -138,22 +132,6 @@ def gather_sources(request: MergeRequest, comm: Comm, *, everywhere: bool = Fals
     visible = tuple(seen[ref.path] for ref in selection.refs)
     sources = open_sources(request, selection.refs, visible, comm)
     return Gathered(selection=selection, sources=sources, outputs=outputs, visible=visible)
-
-
-def _too_early(selection: Selection) -> list[str]:
-    """A caution where averages hurt, if this rank can read the oldest checkpoint's schedule."""
-    oldest = selection.refs[0]
-    schedule = Schedule()
-    with contextlib.suppress(CheckpointError, OSError):
-        schedule = registry.get(oldest.format, oldest.path).schedule(Path(oldest.path))
-    found = too_early(schedule, selection.positions) if selection.refs[1:] else None
-    return [] if found is None else [found]
-
-
-def announce(selection: Selection) -> None:
-    """Say on the log what is passed over or assumed, a warning each."""
-    for line in (*lines(selection.passed_over, selection.refs[-1]), *selection.notes):
-        _log.warning(line)
 
 
 def refuse_changed(plan: Workload, comm: Comm) -> None:

@@ -48,7 +48,7 @@ ORDER = [
     ["formats.registry"],
     ["trackers", "tasks", "blocks"],
     ["discover"],
-    ["build"],
+    ["build", "notices"],
     ["planning", "accumulate"],
     ["engine", "publish", "verification", "live"],
     ["live_load"],

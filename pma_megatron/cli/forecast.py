@@ -20,7 +20,7 @@ from pma_megatron.discover import choose, list_checkpoints, pointers_of
 from pma_megatron.errors import UsageError
 from pma_megatron.forecast import Agreement, Annealed, Forecast, Series, forecast
 from pma_megatron.formats import registry
-from pma_megatron.planning import announce
+from pma_megatron.notices import announce
 from pma_megatron.refs import CheckpointRef
 from pma_megatron.scores import Scores, read_scores
 from pma_megatron.selection import SelectionRequest

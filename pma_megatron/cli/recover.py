@@ -12,7 +12,7 @@ from pma_megatron.cli.progress import show
 from pma_megatron.cli.verbs import new_verb, show_result, token_count
 from pma_megatron.coefficients import METHODS
 from pma_megatron.comm import Comm, process_group_from_environment
-from pma_megatron.errors import UsageError
+from pma_megatron.errors import CheckpointError, UsageError
 from pma_megatron.healthy import LAST, MARGIN_ITERATIONS, Span
 from pma_megatron.recovery import Diagnosis, RecoveryRequest, recover, rehearse
 from pma_megatron.report import MergeReport
@@ -113,7 +113,10 @@ def _how(verb: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """`pma recover`."""
     if arguments.history:
-        history = audit.read(arguments.load)
+        try:
+            history = audit.read(arguments.load)
+        except OSError as error:
+            raise CheckpointError(f"{error.filename} cannot be read ({error.strerror})") from error
         show_result(arguments, list(history.events), lambda: _told(arguments.load, history))
         return
     request = _request(arguments)

@@ -26,7 +26,8 @@ from pma_megatron.live import LivePlan, LiveWriter, average_units
 from pma_megatron.megatron.load import replicas
 from pma_megatron.megatron.params import LiveTensor, live_tensors
 from pma_megatron.megatron.swap import weights_restored
-from pma_megatron.planning import announce, open_sources, refuse_changed
+from pma_megatron.notices import announce
+from pma_megatron.planning import open_sources, refuse_changed
 from pma_megatron.policy import MAIN
 from pma_megatron.refs import CheckpointRef
 from pma_megatron.request import MergeRequest
