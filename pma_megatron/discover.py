@@ -133,7 +133,7 @@ def _described(folder: Path, history: audit.History | None) -> CheckpointRef:
     name, iteration = registry.detect(folder), iteration_of(folder)
     if name not in [known.name for known in registry.FORMATS] and _may_be_begun(folder):
         begun = "no metadata.json: still being written, cut off, or another format"
-        return _incomplete(folder, name, iteration, Incomplete(begun, unfinished=True))
+        return _incomplete(folder, "unknown", iteration, Incomplete(begun, unfinished=True))
     try:
         known = registry.get(name, str(folder))
         iteration = known.iteration(folder) if known.iteration else iteration

@@ -121,8 +121,8 @@ def not_named(pool: Sequence[CheckpointRef], chosen: Sequence[CheckpointRef]) ->
 
 
 def limit_of(pool: Sequence[CheckpointRef], resumed: int | None) -> int | None:
-    """What training resumes from, if whole checkpoints are newer; else None."""
-    full = [iteration_of(ref) for ref in pool if ref.complete and not ref.snapshot]
+    """What training resumes from, if full checkpoints are newer whose saves have ended; or None."""
+    full = [iteration_of(ref) for ref in pool if not ref.snapshot and not ref.writing]
     return resumed if resumed is not None and full and full[-1] > resumed else None
 
 
@@ -190,9 +190,17 @@ def lines(passed: Sequence[PassedOver], end: CheckpointRef) -> list[str]:
 
 
 def warnings_of(chosen: Sequence[CheckpointRef]) -> list[str]:
-    """One sentence for what times say of sources: a copy without its times says it of all."""
+    """What speaks against sources that are used all the same.
+
+    What times say comes in one sentence: a copy without its times says it of all.
+    """
+    found = [
+        f"{ref.path} is used because it was named: {ref.unhealthy_because}"
+        for ref in chosen
+        if ref.unhealthy_because
+    ]
     doubtful = [ref for ref in chosen if ref.warning]
-    if not doubtful:
-        return []
-    names = ", ".join(Path(ref.path).name for ref in doubtful)
-    return [f"of {names}: {doubtful[-1].warning}"]
+    if doubtful:
+        names = ", ".join(Path(ref.path).name for ref in doubtful)
+        found.append(f"of {names}: {doubtful[-1].warning}")
+    return found

@@ -133,6 +133,7 @@ def test_a_selection_passes_over_spoiled_ones_unless_they_are_named() -> None:
     assert [r.iteration for r in named.refs] == [800, 900]
     ended = select(run, SelectionRequest(last=2, end_iteration=900))
     assert [r.iteration for r in ended.refs] == [800, 900]
+    assert "iter_0000900 is used because it was named: saved in a spike" in ended.notes[0]
 
 
 def test_what_was_saved_before_a_judgement_is_not_judged(tmp_path: Path) -> None:

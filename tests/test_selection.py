@@ -148,6 +148,11 @@ def test_an_average_ends_at_what_training_resumes_from() -> None:
     }
     (said,) = lines(selection.passed_over, selection.refs[-1])
     assert "iterations 7000, 8000, 9000" in said and "iteration 6000" in said
+    only_damaged = [*every(1000, 6000), ref(7000, incomplete=CUT)]
+    assert [r.iteration for r in select(only_damaged, SelectionRequest(last=2), 6000).refs] == [
+        5000, 6000,
+    ]  # fmt: skip
+    assert "iter_0007000" in refusal(only_damaged, last=2)  # nothing says where training resumes
     named = select(refs, SelectionRequest(last=3, end_iteration=8000), 6000)
     assert [r.iteration for r in named.refs] == [6000, 7000, 8000] and named.passed_over == ()
     thin = [*every(1000, 6000), ref(6500, snapshot=True)]  # trackers do not name snapshots
