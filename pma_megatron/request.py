@@ -86,6 +86,7 @@ class MergeRequest:
         threads: reader threads per rank.
         merge_parallel_size: ranks that share the sources of one slice.
         overwrite: replace an existing output (kept until the new one is published).
+        check_sources: read records whole that the merge reads in part, to compare their checksums.
         resumed: iteration that a live job has loaded, where the average ends unless `selection`
             says otherwise; None for what the run's tracker names.
         passed_over: what was left out by whoever chose the paths of `selection`, for the report.
@@ -104,6 +105,7 @@ class MergeRequest:
     threads: int = 2
     merge_parallel_size: int = 1
     overwrite: bool = False
+    check_sources: bool = False
     resumed: int | None = None
     passed_over: tuple[PassedOver, ...] = ()
 

@@ -66,6 +66,7 @@ def init(args: Any, settings: Settings, models: Sequence[Any], optimizer: Any,
         optimizer_state=settings.optimizer_state,
         share=settings.share,
         threads=settings.threads,
+        check_sources=settings.check_sources,
         metadata=metadata,
         # Sources of the run itself end at what Megatron resumed, also under --ckpt-step.
         resumed=iteration if settings.load == args.load else None,
@@ -76,8 +77,9 @@ def init(args: Any, settings: Settings, models: Sequence[Any], optimizer: Any,
 
 
 def _flags(args: Any) -> dict[str, Any]:
-    used = (name for name, users in USED_BY.items() if "pma_init" in users)
-    return {name: getattr(args, name) if given(args, name) else None for name in used}
+    used = {name for name, users in USED_BY.items() if "pma_init" in users}
+    used.remove("pma_check_sources")  # it makes no other average
+    return {n: getattr(args, n) if given(args, n) else None for n in USED_BY if n in used}
 
 
 def _record_of(folder: Path) -> dict[str, Any] | None:

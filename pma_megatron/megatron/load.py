@@ -32,8 +32,8 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 def merge_into(models: Sequence[Any], optimizer: Any, *, load: str,
                selection: SelectionRequest | None = None, method: Method | None = None,
                optimizer_state: str = "latest", share: str = "auto", threads: int = 2,
-               metadata: Mapping[str, Any] | None = None, resumed: int | None = None
-               ) -> LiveReport:  # fmt: skip
+               metadata: Mapping[str, Any] | None = None, check_sources: bool = False,
+               resumed: int | None = None) -> LiveReport:  # fmt: skip
     """Replace a live model's weights and main params by an average. Every rank makes this call.
 
     Args:
@@ -48,6 +48,7 @@ def merge_into(models: Sequence[Any], optimizer: Any, *, load: str,
             `source`.
         threads: reader threads per rank.
         metadata: what the model's `sharded_state_dict` gets; None for its default.
+        check_sources: read records whole that this reads in part, to compare their checksums.
         resumed: iteration of `load` that the model and its moments are of; unless `selection` says
             where the average ends, it ends there. None for what the run's tracker names.
 
@@ -61,7 +62,9 @@ def merge_into(models: Sequence[Any], optimizer: Any, *, load: str,
     meter = Meter(comm)
     request = comm.agree(
         "request",
-        lambda: live_request(load, selection, method, optimizer_state, share, threads, resumed),
+        lambda: live_request(
+            load, selection, method, optimizer_state, share, threads, resumed=resumed
+        ),
     )
     share = "slice" if share == "auto" else share
     found = gather_sources(request, comm, everywhere=share == "source")
@@ -71,7 +74,7 @@ def merge_into(models: Sequence[Any], optimizer: Any, *, load: str,
     states = (MAIN, *_MOMENTS) if optimizer_state == "average" else (MAIN,)
     jobs = comm.agree("plan", lambda: _jobs(plan, found, tensors, states, share))
     with forward_hooks_off(models):
-        meter.read_bytes = fill(plan, jobs, comm)
+        fill(plan, jobs, comm, meter, check_sources=check_sources)
         if optimizer_state == "reset":
             reset_moments(optimizer, tensors)
         refresh_weights(models, optimizer)
