@@ -17,6 +17,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from pma_megatron.errors import CheckpointError
+from pma_megatron.openfiles import read_source_file
+
 FILE = "pma_recovery.jsonl"
 RECORD = "pma_recoveries"
 """Attribute of Megatron's arguments: spikes of this log that were dealt with before the save."""
@@ -135,21 +138,24 @@ def read(root: str | Path) -> History:
     A line that was cut off by a crash is passed over.
 
     Raises:
-        OSError: there is one that cannot be read.
+        CheckpointError: it is there and cannot be read: it says which checkpoints are healthy.
     """
+    path = Path(root) / FILE
     try:
-        text = (Path(root) / FILE).read_text(errors="replace")
-    except FileNotFoundError:
-        return History(())
+        text = read_source_file(path).decode(errors="replace")
+    except CheckpointError as error:
+        if isinstance(error.__cause__, (FileNotFoundError, NotADirectoryError)):
+            return History(())
+        raise
     events = []
     for line in text.splitlines():
         try:
             event = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(event, dict) and isinstance(event.get("event"), str):
-            needed = _NEEDED.get(event["event"], ())
-            if all(isinstance(event.get(name), int) for name in needed):
+        if isinstance(event, dict) and type(event.get("event")) is str:
+            numbers = (event.get(name) for name in _NEEDED.get(event["event"], ()))
+            if all(type(number) is int for number in numbers):
                 events.append(event)
     return History(events)
 

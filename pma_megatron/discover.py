@@ -13,6 +13,8 @@ from pma_megatron.errors import CheckpointError, SelectionError
 from pma_megatron.formats import registry
 from pma_megatron.formats.base import Incomplete
 from pma_megatron.formats.marker import SNAPSHOTS, read_snapshot_marker
+from pma_megatron.formats.schema import is_count
+from pma_megatron.openfiles import folders_in, is_folder
 from pma_megatron.refs import CheckpointRef
 from pma_megatron.selection import Selection, SelectionRequest, select
 from pma_megatron.spelling import among, named
@@ -39,21 +41,12 @@ def list_checkpoints(root: str | Path) -> list[CheckpointRef]:
             output_dir, or one checkpoint's folder in it.
 
     Raises:
-        SelectionError: there is no such folder, or it or its log of recoveries cannot be read.
+        SelectionError: there is no such folder, or it cannot be read.
+        CheckpointError: its log of recoveries cannot be read.
     """
     root = Path(root)
-    if not root.is_dir():
+    if not is_folder(root):
         raise SelectionError(f"{root} is not a folder. Give the folder passed to Megatron's --save")
-    try:
-        return _listed(root)
-    except OSError as error:
-        raise SelectionError(
-            f"{error.filename or root} cannot be read ({error.strerror}): which checkpoints {root} "
-            "holds, or which of them are healthy, is not known. Make it readable"
-        ) from error
-
-
-def _listed(root: Path) -> list[CheckpointRef]:
     if is_checkpoint(root):
         return [describe(root, audit.read(root.parent))]
     history = audit.read(root)
@@ -256,7 +249,7 @@ def choose(
 def pointers_of(root: str | Path) -> dict[str, Pointer] | None:
     """What the trackers in `root` say; None where that is no run's folder."""
     root = Path(root)
-    return read_pointers(root) if root.is_dir() and not is_checkpoint(root) else None
+    return read_pointers(root) if is_folder(root) and not is_checkpoint(root) else None
 
 
 def pointed(root: Path) -> Path:
@@ -274,21 +267,14 @@ def pointed(root: Path) -> Path:
 
 
 def _checkpoint_folders(root: Path) -> list[Path]:
-    if not root.is_dir():
+    if not is_folder(root):
         return []
-    return [p for p in root.iterdir() if _is_folder(p) and is_checkpoint(p)]
-
-
-def _is_folder(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except OSError:
-        return False
+    return [path for path in folders_in(root) if is_checkpoint(path)]
 
 
 def _tags_with_own_roots(root: Path) -> list[Path]:
     """By these names alone: one level below any other folder lie other runs."""
-    roots = [p for p in root.iterdir() if p.is_dir() and _OWN_ROOT.match(p.name)]
+    roots = [path for path in folders_in(root) if _OWN_ROOT.match(path.name)]
     found = (folder for own in roots for folder in _checkpoint_folders(own))
     return [folder for folder in found if registry.detect(folder) in registry.TAGS]
 
@@ -310,4 +296,4 @@ def _wrong_iteration(named: int | None, saved: Any) -> str | None:
 
 
 def _count(value: Any) -> int | None:
-    return int(value) if isinstance(value, int) else None
+    return value if is_count(value) else None

@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from pma_megatron.errors import CheckpointError
 from pma_megatron.formats import registry
 from pma_megatron.formats.registry import Tracker
+from pma_megatron.openfiles import is_folder, read_source_file
+
+_MAX_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,22 +38,16 @@ def read_pointers(root: Path) -> dict[str, Pointer]:
 def _read(root: Path, tracker: Tracker) -> Pointer:
     path, file = root / tracker.file, tracker.file
     try:
-        content = path.read_text().strip()
-    except FileNotFoundError:
-        return Pointer(file, None, f"has no {file}", missing=True)
-    except (OSError, UnicodeDecodeError) as error:
-        because = error.strerror if isinstance(error, OSError) else "it is not text"
-        return Pointer(file, None, f"has a {file} that cannot be read ({because})")
+        content = read_source_file(path, _MAX_BYTES).decode().strip()
+    except UnicodeDecodeError:
+        return Pointer(file, None, f"has a {file} that cannot be read (it is not text)")
+    except CheckpointError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return Pointer(file, None, f"has no {file}", missing=True)
+        return Pointer(file, None, f"has a {file} that cannot be read ({error})")
     folder = tracker.folder_of(content)
     if folder is None or folder in (".", "..") or "/" in folder or "\0" in folder:
         return Pointer(file, None, f"has a {file} that says {content[:80]!r}, no checkpoint's name")
-    if not _is_there(root / folder):
+    if not is_folder(root / folder):
         return Pointer(file, None, f"has a {file} that names {folder!r}, which is not there")
     return Pointer(file, folder)
-
-
-def _is_there(folder: Path) -> bool:
-    try:
-        return folder.is_dir()
-    except OSError:
-        return False

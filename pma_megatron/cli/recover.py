@@ -12,7 +12,7 @@ from pma_megatron.cli.progress import show
 from pma_megatron.cli.verbs import new_verb, show_result, token_count
 from pma_megatron.coefficients import METHODS
 from pma_megatron.comm import Comm, process_group_from_environment
-from pma_megatron.errors import CheckpointError, UsageError
+from pma_megatron.errors import UsageError
 from pma_megatron.healthy import LAST, MARGIN_ITERATIONS, Span
 from pma_megatron.recovery import Diagnosis, RecoveryRequest, recover, rehearse
 from pma_megatron.report import MergeReport
@@ -113,10 +113,7 @@ def _how(verb: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """`pma recover`."""
     if arguments.history:
-        try:
-            history = audit.read(arguments.load)
-        except OSError as error:
-            raise CheckpointError(f"{error.filename} cannot be read ({error.strerror})") from error
+        history = audit.read(arguments.load)
         show_result(arguments, list(history.events), lambda: _told(arguments.load, history))
         return
     request = _request(arguments)
@@ -172,7 +169,7 @@ def _span(text: str | None) -> Span | None:
 
 
 def _shown(found: Diagnosis, report: MergeReport | None) -> None:
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
     for verdict in found.verdicts:
         mark = "LOST " if verdict.fatal else "      "
         console.print(f"{mark}{verdict.kind.value} from iteration {verdict.onset}, known at "
@@ -200,7 +197,7 @@ def _shown(found: Diagnosis, report: MergeReport | None) -> None:
 
 
 def _told(root: str, history: audit.History) -> None:
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
     if not history.events:
         console.print(f"{root} has no {audit.FILE}: --pma-recover has done nothing there")
     for event in history.events:
