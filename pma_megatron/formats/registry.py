@@ -19,10 +19,11 @@ from pma_megatron.formats.deepspeed import source as deepspeed_source
 from pma_megatron.formats.deepspeed import universal, universal_output, universal_source
 from pma_megatron.formats.items import ItemFiles
 from pma_megatron.formats.output import OutputLayout
-from pma_megatron.formats.source import ReadSource
+from pma_megatron.formats.source import ReadSource, Source
 from pma_megatron.formats.torch_dist.checkpoint import TorchDistCheckpoint, completeness
 from pma_megatron.formats.torch_dist.optimizer import is_optimizer_key
 from pma_megatron.formats.torch_dist.output import Changes, output_layout
+from pma_megatron.formats.torch_dist.recomputed import recompute
 from pma_megatron.formats.torch_dist.schedule import read_schedule
 from pma_megatron.formats.torch_dist.source import read_source
 from pma_megatron.spelling import given, has
@@ -171,6 +172,16 @@ FORMATS = (
         lambda path, iteration: Path(path).name, deepspeed.iteration_of,
     ),
 )  # fmt: skip
+
+
+def unchecked_order(source: Source) -> tuple[str, ...]:
+    """Where a source's map of flat buffers is not what names and shapes alone say, or more than
+    they say; a clause each. Empty without such a map, or if they say the same.
+    """
+    if source.format != TORCH_DIST or not source.ranges:
+        return ()
+    said = recompute(source.ranges)
+    return (*said.against, *said.open)
 
 
 def detect(path: Path) -> str:

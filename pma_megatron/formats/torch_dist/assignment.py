@@ -89,7 +89,11 @@ class _State:
 
 
 class Assignment:
-    """The unique way to fill all gaps of a checkpoint's buffers."""
+    """The unique way to fill all gaps of a checkpoint's buffers.
+
+    Attributes:
+        by_order: the gaps that values alone did not fill.
+    """
 
     def __init__(self, chunks: Sequence[Chunk], buffers: Sequence[Buffer], may_lie: MayLie) -> None:
         self._chunks = chunks
@@ -98,6 +102,7 @@ class Assignment:
         self._numel = [chunk.piece.box.numel for chunk in chunks]
         self._parameters = [chunk.parameter for chunk in chunks]
         self._homes: dict[object, set[int]] = defaultdict(set)
+        self.by_order: list[Gap] = []
         for buffer in buffers:
             for number in buffer.numbers({}):
                 self._homes[self._home(number)].add(id(buffer))
@@ -120,6 +125,7 @@ class Assignment:
             )
         if state is None:
             raise PlanError("its buffers cannot be made up of its weights")
+        self.by_order = [gap for _, gap in state.several]
         return state.filled if not state.several else self._by_order(state)
 
     def _by_order(self, state: _State) -> Mapping[int, Sequence[Placed]]:
