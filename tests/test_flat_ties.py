@@ -22,7 +22,7 @@ from pma_megatron.testing import TinyConfig, TinyTrainer, run_ranks
 
 SLOW = TinyConfig(lr=1e-5, seed=3)
 """So small a rate that every norm is still 1.0 in 16 bits, and none in float32."""
-QWEN = replace(SLOW, qk_layernorm=True, num_query_groups=1)
+QWEN = replace(SLOW, hidden_size=32, qk_layernorm=True, num_query_groups=1)
 FULLY, FLAT, GATHERED = "fully_reshardable", "dp_reshardable", "dp_zero_gather_scatter"
 RUNS: dict[str, tuple[TinyConfig, tuple[str, str]]] = {
     "rmsnorm": (SLOW, (FULLY, FLAT)),
@@ -124,16 +124,17 @@ def test_a_wrong_order_gives_no_wrong_map(
     ):  # fmt: skip
         swap = {a: b, b: a}
         shuffled.append([swap.get(name, name) for name in names])
-    refused = 0
+    refused = set()
     for order in shuffled:
         places = {name: place for place, name in enumerate(order)}
         monkeypatch.setattr(registration, "_PLACE", places)
         try:
             assert read_newest(root) == right, order
         except PlanError as error:
-            refused += 1
+            refused.add(tuple(order))
             assert "cannot be told apart" in str(error) and "What works" in str(error)
-    assert refused > 30
+    # Those that are beside each other in a buffer exchange places and nothing else shows it.
+    assert {tuple(order) for order in shuffled[:30]} <= refused
 
 
 def test_a_wrong_map_is_refused(trained: Trained) -> None:

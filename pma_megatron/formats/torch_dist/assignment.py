@@ -101,11 +101,12 @@ class Assignment:
         self._may_lie = may_lie
         self._numel = [chunk.piece.box.numel for chunk in chunks]
         self._parameters = [chunk.parameter for chunk in chunks]
+        self._home_of = [self._home(number) for number in range(len(chunks))]
         self._homes: dict[object, set[int]] = defaultdict(set)
         self.by_order: list[Gap] = []
         for buffer in buffers:
             for number in buffer.numbers({}):
-                self._homes[self._home(number)].add(id(buffer))
+                self._homes[self._home_of[number]].add(id(buffer))
 
     def fill(self, others: Callable[[], Iterable[MayLie]]) -> Mapping[int, Sequence[Placed]]:
         """What is in each gap, by its id.
@@ -154,12 +155,12 @@ class Assignment:
             self._refuse(state, followed=followed)
         return results[0]
 
-    def _ranks(self, rule: Rule, ranks: Mapping[int, Rank], buffer: Buffer,
+    def _ranks(self, rule: Rule, ranks: dict[int, Rank], buffer: Buffer,
                state: _State) -> Mapping[int, Rank]:  # fmt: skip
         numbers = buffer.numbers(state.filled)
         chunks = [(self._chunks[n].key, self._chunks[n].piece.box) for n in numbers]
         own = dict(zip(numbers, buffer_ranks(rule, chunks), strict=True))
-        return ChainMap(own, dict(ranks))
+        return ChainMap(own, ranks)
 
     def _solve(self, state: _State, may_lie: MayLie,
                ranks: Mapping[int, Mapping[int, Rank]] | None) -> _State | None:  # fmt: skip
@@ -200,7 +201,7 @@ class Assignment:
         return {
             number
             for number in buffer.candidates
-            if (homes := self._homes.get(self._home(number))) is None or id(buffer) in homes
+            if (homes := self._homes.get(self._home_of[number])) is None or id(buffer) in homes
         }
 
     def _home(self, number: int) -> object:
@@ -224,6 +225,6 @@ class Assignment:
         )
         raise PlanError(
             f"{buffer.group}.{buffer.name} holds main parameters of {', '.join(names[:3])} "
-            f"({len(tied)} in all), which are bit-identical as weights in every source with these "
-            f"buffers, {why}"
+            f"({len(tied)} in all). They cannot be told apart: as weights they are bit-identical "
+            f"in every source with these buffers, {why}"
         )

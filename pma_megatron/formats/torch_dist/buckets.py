@@ -70,7 +70,7 @@ def derive(
     assignment = Assignment(walker.chunks, buffers, walker.may_lie)
     try:
         filled = assignment.fill(lambda: agreeing(peers, spaces, known, walker.chunks))
-        by_order = [filled[id(gap)] for gap in assignment.by_order]
+        by_order = [placed for gap in assignment.by_order for placed in filled[id(gap)]]
         refuse_nearer(checkpoint, by_order, peers, walker.chunks, walker.may_lie)
     except PlanError as error:
         raise PlanError(f"{checkpoint.path}: {error}. {_OFFER}") from error

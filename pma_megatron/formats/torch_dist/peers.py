@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -20,6 +20,8 @@ from pma_megatron.formats.torch_dist.ties import MayLie, Placed
 from pma_megatron.geometry import Box, Piece, overlaps
 
 _CLEARLY = 4  # times nearer, in squared distance: what chance does not bring about
+_FEW_ELEMENTS = 16  # of which fewer may be near each other by chance
+_COMPARE_ELEMENTS = 1 << 16
 
 
 def agreeing(
@@ -68,63 +70,69 @@ def _says(
 
 
 def refuse_nearer(
-    checkpoint: ItemFiles, gaps: Sequence[Sequence[Placed]], peers: Sequence[str],
+    checkpoint: ItemFiles, placed: Sequence[Placed], peers: Sequence[str],
     chunks: Sequence[Chunk], may_lie: MayLie,
 ) -> None:  # fmt: skip
-    """Refuse weights that the order alone put beside each other, if names elsewhere speak against.
+    """Refuse weights that the order alone has placed, if names elsewhere speak against it.
 
     A main parameter differs less from itself at another step than from another one. That is no
     proof, so it decides nothing; but two that are clearly nearer to each other's are not passed.
 
+    Args:
+        checkpoint: in whose buffers they lie.
+        placed: weights that values alone do not tell apart.
+        peers: folders of other checkpoints.
+        chunks: weights by number.
+        may_lie: what values say.
+
     Raises:
         PlanError: another checkpoint has names, and by them two weights lie the other way round.
     """
-    pairs = [
-        (a, b)
-        for placed in gaps
-        for a, b in itertools.combinations(placed, 2)
-        if chunks[a.number].piece.box.numel == chunks[b.number].piece.box.numel
-        and may_lie(a.number, b.space, b.start)
-        and may_lie(b.number, a.space, a.start)
-    ]
-    for path in peers if pairs else ():
+    alike: dict[tuple[str, int], list[Placed]] = defaultdict(list)
+    for one in placed:
+        numel = chunks[one.number].piece.box.numel
+        if numel >= _FEW_ELEMENTS:
+            alike[one.space.group, numel].append(one)
+    for path in peers if any(len(ones) > 1 for ones in alike.values()) else ():
         peer = TorchDistCheckpoint(Path(path))
         named = named_states(peer).get(MAIN_PARAM, {})
-        for a, b in pairs if named else ():
-            ours = [_flat(checkpoint, placed, chunks) for placed in (a, b)]
-            theirs = [_named(peer, named, chunks[placed.number]) for placed in (a, b)]
-            if _CLEARLY * _squared(ours, theirs[::-1]) < _squared(ours, theirs):
-                names = [
-                    f"{chunk.key} at {chunk.piece.box.offsets}"
-                    for chunk in (chunks[a.number], chunks[b.number])
-                ]
-                raise PlanError(
-                    f"{names[0]} and {names[1]} are bit-identical as weights. The order in which "
-                    f"Megatron registers parameters puts their main params one way round, and "
-                    f"those of {path}, which have names, are nearer to the other: they cannot be "
-                    "told apart"
-                )
+        for ones in alike.values() if named else ():
+            ours = torch.stack([_flat(checkpoint, one, chunks) for one in ones])
+            theirs = torch.stack([_named(peer, named, chunks[one.number]) for one in ones])
+            squared = torch.cdist(ours, theirs, compute_mode="donot_use_mm_for_euclid_dist") ** 2
+            own = squared.diagonal()
+            nearer = _CLEARLY * (squared + squared.T) < own[:, None] + own[None, :]
+            for i, j in nearer.nonzero().tolist():
+                a, b = ones[i], ones[j]
+                if may_lie(a.number, b.space, b.start) and may_lie(b.number, a.space, a.start):
+                    raise PlanError(_against(chunks[a.number], chunks[b.number], path))
+
+
+def _against(a: Chunk, b: Chunk, path: str) -> str:
+    return (
+        f"{a.key} at {a.piece.box.offsets} and {b.key} at {b.piece.box.offsets} are bit-identical "
+        "as weights. The order in which Megatron registers parameters puts their main params one "
+        f"way round, and those of {path}, which have names, are nearer to the other: they cannot "
+        "be told apart"
+    )
 
 
 def _flat(files: ItemFiles, placed: Placed, chunks: Sequence[Chunk]) -> torch.Tensor:
-    numel = chunks[placed.number].piece.box.numel
-    return read_flat(files, placed.space.states[MAIN_PARAM], placed.start, numel).double()
-
-
-def _squared(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> float:
-    """Sum of squared distances; NaN if something is not there."""
-    return sum(float(((x - y) ** 2).sum()) for x, y in zip(ours, theirs, strict=True))
+    count = min(_COMPARE_ELEMENTS, chunks[placed.number].piece.box.numel)
+    return read_flat(files, placed.space.states[MAIN_PARAM], placed.start, count).double()
 
 
 def _named(files: ItemFiles, named: Mapping[str, Tensor], chunk: Chunk) -> torch.Tensor:
     """The main params that another checkpoint stores under the chunk's name, flat; else NaN."""
     tensor, box = named.get(chunk.key), chunk.piece.box
-    result = torch.full((box.numel,), torch.nan, dtype=torch.float64)
+    count = min(_COMPARE_ELEMENTS, box.numel)
+    result = torch.full((count,), torch.nan, dtype=torch.float64)
     if tensor is None or len(tensor.shape) != len(box.sizes):
         return result
     for part in overlaps(box, tensor.pieces):
-        if part.is_run:
+        numel = min(part.numel, count - part.unit_start)
+        if part.is_run and numel > 0:
             whole = Piece(Box((0,), (part.payload.numel,)), part.payload)
-            data = read_elements(files, whole, part.start, part.numel)
-            result[part.unit_start : part.unit_start + part.numel] = data.double()
+            data = read_elements(files, whole, part.start, numel)
+            result[part.unit_start : part.unit_start + numel] = data.double()
     return result

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from pma_megatron.formats.flat import FlatMap, FlatRange
@@ -56,41 +56,50 @@ def recompute(ranges: FlatMap) -> Recomputed:
         buffer, bucket = split_name(space)
         buffers[f"{group}.{buffer}"][bucket] = sorted(found, key=lambda one: one.start)
     experts = any(is_expert(one.key) for found in ranges.values() for one in found)
-    layers = _split_layers(buffers)
-    said = []
+    layers = tuple(_split_layers(buffers))
+    best: Recomputed | None = None
     for rule in rules(with_experts=experts):
-        parts = [_order(rule, name, buckets) for name, buckets in buffers.items()]
-        against = [clause for part in parts for clause in part.against] + layers
-        unknown = [clause for part in parts for clause in part.open]
-        said.append(Recomputed(tuple(against), tuple(unknown)))
-    return min(said, key=lambda one: (len(one.against), len(one.open)))
-
-
-def _order(rule: Rule, name: str, buckets: _Buckets) -> Recomputed:
-    numbered = sorted(buckets.items(), key=lambda item: item[0] or 0)
-    found = [(bucket, one) for bucket, ranges in numbered for one in ranges]
-    ranks = buffer_ranks(rule, [(one.key, one.box) for _, one in found])
-    against, unknown = [], []
-    if found and found[0][1].start:
-        against.append(f"{name} does not begin with {found[0][1].key}")
-    pairs = zip(itertools.pairwise(found), itertools.pairwise(ranks), strict=True)
-    for ((bucket, one), (next_bucket, other)), (rank, next_rank) in pairs:
-        what = f"{other.key} at {other.box.offsets} after {one.key} at {one.box.offsets} in {name}"
-        order = compare(rank, next_rank)
-        if order == 0:
-            unknown.append(f"the order of {what}")
-        elif order < 0:
-            against.append(what)
-        if bucket != next_bucket:
-            allowed = {0}
+        against: list[str] = [*layers]
+        unknown: list[str] = []
+        for wrong, clause in _order(rule, buffers):
+            (against if wrong else unknown).append(clause)
+            if best is not None and len(against) > len(best.against):
+                break
         else:
-            end = one.start + one.box.numel
-            allowed = {end + -end % ALIGNMENT_ELEMENTS}
-            if bucket is None or one.key == other.key:
-                allowed |= {end, end + (one.start - end) % ALIGNMENT_ELEMENTS}
-        if other.start not in allowed:
-            against.append(f"{what}, at element {other.start}")
-    return Recomputed(tuple(against), tuple(unknown))
+            if best is None or (len(against), len(unknown)) < (len(best.against), len(best.open)):
+                best = Recomputed(tuple(against), tuple(unknown))
+    assert best is not None
+    return best
+
+
+def _order(rule: Rule, buffers: Mapping[str, _Buckets]) -> Iterator[tuple[bool, str]]:
+    """Clauses about neighbours in a buffer: (whether the rule speaks against them, clause)."""
+    for name, buckets in buffers.items():
+        numbered = sorted(buckets.items(), key=lambda item: item[0] or 0)
+        found = [(bucket, one) for bucket, ranges in numbered for one in ranges]
+        ranks = buffer_ranks(rule, [(one.key, one.box) for _, one in found])
+        if found and found[0][1].start:
+            yield True, f"{name} does not begin with {found[0][1].key}"
+        pairs = zip(itertools.pairwise(found), itertools.pairwise(ranks), strict=True)
+        for ((bucket, one), (next_bucket, other)), (rank, next_rank) in pairs:
+            order = compare(rank, next_rank)
+            fits = other.start == 0 if bucket != next_bucket else _follows(bucket, one, other)
+            if order > 0 and fits:
+                continue
+            what = f"{other.key} at {other.box.offsets} after {one.key} at {one.box.offsets}"
+            if order < 0 or not fits:
+                yield True, f"{what}, at element {other.start} of {name}"
+            else:
+                yield False, f"{what} in {name}"
+
+
+def _follows(bucket: int | None, one: FlatRange, other: FlatRange) -> bool:
+    """True if a parameter, or the next part of one, may start where `other` does."""
+    end = one.start + one.box.numel
+    starts = {end + -end % ALIGNMENT_ELEMENTS}
+    if bucket is None or one.key == other.key:
+        starts |= {end, end + (one.start - end) % ALIGNMENT_ELEMENTS}
+    return other.start in starts
 
 
 def _split_layers(buffers: Mapping[str, _Buckets]) -> list[str]:
