@@ -318,11 +318,14 @@ def test_weights_that_are_alike_in_a_group_of_another_order_are_refused(
     edit(run, 6, norm_weight=(1, 0.5), norm_bias=(2, 0.5))
     file = tag(run, 6) / "mp_rank_00_model_states.pt"
     saved = load(file)
-    group = saved["optimizer"]["fp32_groups"][1]
+    (weights, vectors), moments = (
+        saved["optimizer"]["fp32_groups"], saved["optimizer"]["optimizer_state_dict"]["state"],
+    )  # fmt: skip
     a, b = swapped
-    group[a], group[b] = group[b], group[a]
+    vectors[a], vectors[b] = vectors[b], vectors[a]
     if swapped == (1, 2):  # those two are alike: what gives the order away is the first group
-        saved["optimizer"]["fp32_groups"][0].reverse()
+        weights.reverse()
+        moments[0], moments[1] = moments[1], moments[0]
     torch.save(saved, file)
     with refused(PlanError, "norm.weight", "cannot be told", run=run, save=save):
         merge_run(run, save)

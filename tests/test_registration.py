@@ -18,6 +18,7 @@ MODELS = {
         TINY, normalization="LayerNorm", position_embedding="learned_absolute"
     ),
     "experts": replace(TINY, num_experts=4, expert_model_parallel_size=2),
+    "experts beside the rest": replace(TINY, num_experts=4),
     "stages of chunks, tied embeddings": replace(
         TINY, num_layers=4, pipeline_model_parallel_size=2,
         virtual_pipeline_model_parallel_size=2, tie_embeddings=True,

@@ -7,6 +7,7 @@ Megatron registers parameters, if all weights that are known by value follow it.
 
 from __future__ import annotations
 
+import itertools
 from collections import ChainMap, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -43,8 +44,8 @@ class Chunk:
     @property
     def parameter(self) -> tuple[object, ...]:
         """Equal for parts of one parameter."""
-        layer = layer_of(self.key, self.piece.box)
-        return (self.key, layer, self.piece.box.offsets[:-1] if is_expert(self.key) else ())
+        stacked = itertools.takewhile(lambda size: size == 1, self.piece.box.sizes)
+        return (self.key, *self.piece.box.offsets[: len(list(stacked))])
 
 
 @dataclass(slots=True)
