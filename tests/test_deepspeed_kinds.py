@@ -309,7 +309,7 @@ def test_weights_that_are_alike_are_told_apart_by_their_order(runs: Runs, tmp_pa
         assert torch.equal(got["module"][name], rounded), name
 
 
-@pytest.mark.parametrize("swapped", [(0, 3)])
+@pytest.mark.parametrize("swapped", [(0, 3), (1, 2)])
 def test_weights_that_are_alike_in_a_group_of_another_order_are_refused(
     runs: Runs, tmp_path: Path, save: Path, swapped: tuple[int, int]
 ) -> None:

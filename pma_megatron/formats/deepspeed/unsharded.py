@@ -15,8 +15,9 @@ An MoE model has an optimizer per rank of expert parallelism: its experts, and a
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -155,35 +156,40 @@ class _Slot:
     numbers: set[int]
 
 
-def narrow(groups: Sequence[Sequence[_Slot]], refuse: Callable[[set[int]], None]) -> None:
+def narrow(groups: Sequence[Sequence[_Slot]]) -> bool:
     """Leave each slot what it can be if numbers rise within a group and none is there twice.
 
     Args:
         groups: the slots of each param group, in its order.
-        refuse: called with what a slot might have been if it can be nothing.
+
+    Returns:
+        False if a slot can be nothing then.
     """
-    changed = True
-    while changed:
-        changed = False
-        taken = {min(s.numbers) for slots in groups for s in slots if len(s.numbers) == 1}
-        for slots in groups:
-            low = -1
-            for slot in slots:
-                if len(slot.numbers) > 1:
-                    changed |= _keep(slot, slot.numbers - taken, refuse)
-                changed |= _keep(slot, {n for n in slot.numbers if n > low}, refuse)
-                low = min(slot.numbers)
-            for slot, after in zip(reversed(slots[:-1]), reversed(slots), strict=False):
-                high = max(after.numbers)
-                changed |= _keep(slot, {n for n in slot.numbers if n < high}, refuse)
+    slots = [slot for group in groups for slot in group]
+    before = -1
+    while (left := sum(len(slot.numbers) for slot in slots)) != before:
+        before = left
+        taken = {min(slot.numbers) for slot in slots if len(slot.numbers) == 1}
+        for slot in slots:
+            if len(slot.numbers) > 1:
+                slot.numbers -= taken
+        for group in groups:
+            if not _rise(group):
+                return False
+    return True
 
 
-def _keep(slot: _Slot, numbers: set[int], refuse: Callable[[set[int]], None]) -> bool:
-    if not numbers:
-        refuse(slot.numbers)
-    changed = numbers != slot.numbers
-    slot.numbers = numbers
-    return changed
+def _rise(group: Sequence[_Slot]) -> bool:
+    """Leave the slots of a group the numbers that can rise; False if that is impossible."""
+    for one, after in itertools.pairwise(group):
+        if not one.numbers:
+            return False
+        after.numbers = {number for number in after.numbers if number > min(one.numbers)}
+    for after, one in itertools.pairwise(reversed(group)):
+        if not after.numbers:
+            return False
+        one.numbers = {number for number in one.numbers if number < max(after.numbers)}
+    return all(slot.numbers for slot in group)
 
 
 class _Namer:
@@ -232,8 +238,9 @@ class _Namer:
         """
         result: dict[tuple[str, str], list[FlatRange]] = {}
         alike = [(slot, set(slot.numbers)) for slots in self._groups.values() for slot in slots]
-        if any(len(numbers) > 1 for _, numbers in alike):
-            narrow(list(self._groups.values()), self._refuse_alike)
+        tied: set[int] = set().union(*(numbers for _, numbers in alike if len(numbers) > 1))
+        if tied and not narrow(list(self._groups.values())):
+            self._refuse_alike(tied)
         for slot, numbers in alike:
             number = min(slot.numbers)
             if number in self._twins:
