@@ -13,7 +13,7 @@ import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -76,7 +76,7 @@ def run(plan: Workload, units: Sequence[Unit], writers: Sequence[Any], comm: Com
     with reading(plan, comm.rank) as readers, comm.watched("merge") as check:
         sums = tuple(Sum.of(values) for values in plan.coefficients)
         add = Accumulator(plan, readers, writers, sums)
-        job = _Job(add, team, progress, check)
+        job = _Job(add, team, comm, progress, check)
         if team.size > 1:
             job.run_shared(units)
         else:
@@ -160,6 +160,11 @@ def over_threads(units: Sequence[Unit], threads: int, do: Callable[[Unit, S], No
 
     with ThreadPoolExecutor(threads) as pool:
         futures = [pool.submit(work) for _ in range(threads)]
+        try:
+            wait(futures)
+        except BaseException:  # a signal; what the threads use must outlast them
+            stop.set()
+            raise
     _raise_first(futures)
 
 
@@ -167,6 +172,7 @@ def over_threads(units: Sequence[Unit], threads: int, do: Callable[[Unit, S], No
 class _Job:
     add: Accumulator
     team: Team
+    comm: Comm
     progress: Progress
     check: Callable[[], None]
     tally: Tally = field(default_factory=Tally)
@@ -316,9 +322,9 @@ class _Job:
             if error is not None:
                 block[:numel] = 0.0
             if self.team.by_source:
-                self.team.reduce(block)
+                self.team.reduce(block, self.comm)
             else:
-                self.team.broadcast(block, turn % self.team.size)
+                self.team.broadcast(block, turn % self.team.size, self.comm)
             if k == 0 and float(block[numel]) > 0:
                 raise error or RankError("another rank of the team failed")
         if error is not None and work is None:  # its block was another's; it is told at its turn

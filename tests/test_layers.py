@@ -9,7 +9,8 @@ PACKAGE = Path(__file__).parents[1] / "pma_megatron"
 
 ORDER = [
     ["version", "errors", "log", "say", "faultpoints", "memory", "geometry", "durable", "audit"],
-    ["openfiles"],
+    ["openfiles", "durations", "stopping", "processes"],
+    ["presence"],
     ["tokens", "coefficients", "policy", "spread", "spike_state", "metrics_formats", "live_tensor"],
     ["spike", "metrics", "refs"],
     ["spacing"],

@@ -24,7 +24,7 @@ from pma_megatron.request import MergeRequest, Method
 def merge(arguments: Namespace) -> None:
     """`pma merge`."""
     request = _request(arguments)
-    with process_group_from_environment():
+    with process_group_from_environment(arguments.timeout_s):
         comm = Comm(request.merge_parallel_size)
         report = merge_checkpoints(request, comm, show(comm))
         if comm.is_main:
@@ -57,7 +57,7 @@ def verify(arguments: Namespace) -> None:
     path = pointed(Path(arguments.path))
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a folder: give a merged iter_* folder")
-    with process_group_from_environment():
+    with process_group_from_environment(arguments.timeout_s):
         checked = verify_merge(path, samples=arguments.samples)
         if Comm().is_main:
             show_result(arguments, asdict(checked), lambda: tables.verified(path, checked))

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from pma_megatron import audit
 from pma_megatron.cli.progress import show
-from pma_megatron.cli.verbs import new_verb, show_result, token_count
+from pma_megatron.cli.verbs import add_timeout, new_verb, show_result, token_count
 from pma_megatron.coefficients import METHODS
 from pma_megatron.comm import Comm, process_group_from_environment
 from pma_megatron.errors import UsageError
@@ -45,6 +45,7 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     verb.add_argument("--overwrite", action="store_true", help="replace an earlier recovery")
     verb.add_argument("--threads", type=int, default=2, help="per rank (default 2)")
+    add_timeout(verb)
     _where(verb)
     _what(verb)
     _how(verb)
@@ -117,7 +118,7 @@ def run(arguments: argparse.Namespace) -> None:
         show_result(arguments, list(history.events), lambda: _told(arguments.load, history))
         return
     request = _request(arguments)
-    with process_group_from_environment():
+    with process_group_from_environment(arguments.timeout_s):
         comm = Comm()
         report = None
         if arguments.dry_run:
