@@ -270,10 +270,10 @@ def _leave(presence: Presence, stop: KeyboardInterrupt, where: str) -> None:
     Raises:
         RankError: torchrun ends the others when one rank fails, and that it did is the news.
     """
-    why = presence.why_ended() if isinstance(stop, Stopped) else None
+    why = presence.why_ended()
     by = str(stop) or "its keyboard"
     presence.leave(f"rank {dist.get_rank()} was stopped by {by}{where}", asked=True)
-    if why is not None:
+    if why is not None and isinstance(stop, Stopped):
         why.published, why.unpublished = stop.published, stop.unpublished
         raise why from stop
 

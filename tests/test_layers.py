@@ -8,7 +8,18 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "pma_megatron"
 
 ORDER = [
-    ["version", "errors", "log", "say", "faultpoints", "memory", "geometry", "durable", "audit"],
+    [
+        "version",
+        "errors",
+        "log",
+        "say",
+        "spelling",
+        "faultpoints",
+        "memory",
+        "geometry",
+        "durable",
+        "audit",
+    ],
     ["openfiles", "durations", "stopping", "processes"],
     ["presence"],
     ["tokens", "coefficients", "policy", "spread", "spike_state", "metrics_formats", "live_tensor"],

@@ -43,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(given: list[str], rank: int) -> int:
     from pma_megatron import log
     from pma_megatron.cli.flags import parser
+    from pma_megatron.cli.verbs import front_end
     from pma_megatron.errors import PmaError, RankError, UsageError
+    from pma_megatron.spelling import speaking
 
     end = given.index("--") if "--" in given else len(given)
     flags = parser()
@@ -52,7 +54,8 @@ def _run(given: list[str], rank: int) -> int:
         flags.error(f"unrecognized arguments: {' '.join(given[end:])}")
     log.configure(rank, verbose=arguments.verbose)
     try:
-        arguments.run(arguments)
+        with speaking(front_end(arguments.parser, given[:end])):
+            arguments.run(arguments)
     except PmaError as error:
         told = told_of(error.published, error.unpublished) if error.published else ""
         # The rank whose own error it is prints it; one also says what stopped the others.
