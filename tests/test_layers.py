@@ -48,6 +48,7 @@ ORDER = [
     ["discover", "tasks", "blocks"],
     ["build"],
     ["planning", "accumulate"],
+    ["locks"],
     ["engine", "publish", "verification", "live"],
     ["live_load"],
     ["report"],
