@@ -201,6 +201,7 @@ def _publish(plan: MergePlan, wanted: tuple[Target, ...], comm: Comm) -> None:
     for target in wanted:
         publish.publish(plan, target)
         _log.debug("published %s", target.final)
+        point("published", comm.rank)
 
 
 def _discard(comm: Comm, wanted: tuple[Target, ...]) -> None:

@@ -8,7 +8,7 @@ sharded, replicas take turns at blocks. By source: replicas read different sourc
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pma_megatron import engine, memory
@@ -17,6 +17,7 @@ from pma_megatron.errors import UsageError
 from pma_megatron.faultpoints import point
 from pma_megatron.live import LivePlan, LiveWriter
 from pma_megatron.planning import refuse_changed
+from pma_megatron.poison import Trainer, cure, poisoned_on_failure
 from pma_megatron.policy import Policy
 from pma_megatron.request import MergeRequest, Method
 from pma_megatron.selection import SelectionRequest
@@ -112,26 +113,38 @@ def live_request(load: str, selection: SelectionRequest | None, method: Method |
     )
 
 
-def fill(plan: LivePlan, jobs: Sequence[Job], comm: Comm) -> int:
+def fill(plan: LivePlan, jobs: Sequence[Job], comm: Comm, trainer: Trainer,
+         finish: Callable[[], None]) -> int:  # fmt: skip
     """Average into live tensors. Every rank makes this call, with as many jobs.
+
+    Args:
+        plan: the sources.
+        jobs: what is averaged.
+        comm: the ranks.
+        trainer: what the tensors belong to; poisoned on every rank if anything fails from the
+            first element on, and whole again at the end.
+        finish: what follows from new main params.
 
     Returns:
         payload bytes that this rank read.
 
     Raises:
-        CheckpointError, PlanError: on every rank; live tensors are a mixture then: do not train on.
+        CheckpointError, PlanError: on every rank.
         RankError: another rank failed.
     """
     comm.agree("init", lambda: point("init", comm.rank))
     read_bytes = 0
-    for units, team in jobs:
-        tally = comm.agree(
-            "init",
-            lambda u=units, t=team: run(plan, u, comm, t),  # type: ignore[misc]
-        )
-        read_bytes += tally.read_bytes
-    comm.agree("sources", lambda: refuse_changed(plan, comm))
-    comm.agree("init", lambda: point("init-refresh", comm.rank))
+    with poisoned_on_failure(trainer, "averaging checkpoints into it"):
+        for units, team in jobs:
+            tally = comm.agree(
+                "init",
+                lambda u=units, t=team: run(plan, u, comm, t),  # type: ignore[misc]
+            )
+            read_bytes += tally.read_bytes
+        comm.agree("sources", lambda: refuse_changed(plan, comm))
+        comm.agree("init", lambda: point("init-refresh", comm.rank))
+        comm.agree("refresh", finish)
+    cure(trainer)
     return read_bytes
 
 

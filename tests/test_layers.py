@@ -23,6 +23,7 @@ ORDER = [
     ["openfiles", "durations", "stopping", "processes"],
     ["presence"],
     ["tokens", "coefficients", "policy", "spread", "spike_state", "metrics_formats", "live_tensor"],
+    ["poison"],
     ["spike", "metrics", "refs"],
     ["spacing"],
     ["selection", "comm"],
