@@ -44,9 +44,12 @@ def merge(request: MergeRequest, comm: Comm | None = None, show: Show = silent) 
 
     Raises:
         UsageError, SelectionError, CheckpointError, PlanError, PublishError: the request cannot be
-            met; nothing was published and no source was touched.
-        VerifyError: the result is not what it must be; nothing was published.
+            met; no source was touched.
+        VerifyError: the result is not what it must be.
         RankError: another rank failed.
+
+    Nothing was published, or what the error's `published` names (outputs of a sweep that came
+    before the failure): the same call makes the rest.
     """
     if request.save is None:
         raise UsageError("merge needs --save, the folder for the merged checkpoint")
@@ -178,7 +181,7 @@ def _fill(whole: MergePlan, plan: MergePlan, wanted: tuple[Target, ...], comm: C
     tally = comm.agree("merge", run)
     clock.lap("merge")
     comm.agree("sync", lambda: point("sync", comm.rank))
-    comm.agree("sync", lambda: _sync(writers))
+    comm.agree("sync", lambda: _sync(writers, comm))
     comm.agree("sources", lambda: refuse_changed(plan, comm))
     for number, (output, target) in enumerate(zip(plan.outputs, wanted, strict=True)):
         parts = comm.collect(writers[number].checksums.parts)
@@ -190,9 +193,9 @@ def _fill(whole: MergePlan, plan: MergePlan, wanted: tuple[Target, ...], comm: C
     return sum(read for read, _ in counts), sum(written for _, written in counts)
 
 
-def _sync(writers: list[BlockWriter]) -> None:
+def _sync(writers: list[BlockWriter], comm: Comm) -> None:
     for writer in writers:
-        writer.sync()
+        writer.sync(comm.moved)  # no byte that this process moves shows how far a flush is
         writer.close()
 
 
