@@ -19,7 +19,7 @@ from pma_megatron.planning import MergePlan, make_plan, refuse_changed
 from pma_megatron.publish import Target
 from pma_megatron.report import MergeReport, describe_plan
 from pma_megatron.request import MergeRequest
-from pma_megatron.stopping import Stopped
+from pma_megatron.stopping import Stopped, having_published
 from pma_megatron.tasks import share
 
 _log = logging.getLogger(__name__)
@@ -63,7 +63,8 @@ def merge(request: MergeRequest, comm: Comm | None = None, show: Show = silent) 
     comm.on_main("refuse", lambda: publish.refuse(made, wanted))
     clock.lap("plan")
     read, written, checks = _made(made, wanted, comm, show, clock)
-    peaks = comm.gather(max(0, memory.peak_resident_bytes() - baseline))
+    with having_published([str(target.final) for target in wanted]):
+        peaks = comm.gather(max(0, memory.peak_resident_bytes() - baseline))
     return MergeReport(
         outputs=tuple(str(target.final) for target in wanted),
         seconds=clock.seconds,

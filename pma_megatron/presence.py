@@ -116,7 +116,7 @@ class Presence:
         Raises:
             RankError: as `meet`.
         """
-        watch = _Watch(self, mates)
+        watch = _Watch(self, mates, work.is_completed)
         while not _completed(work):
             with self._answering():
                 self._refuse_left()
@@ -215,7 +215,7 @@ class Presence:
         return RankError(message, lost=True, speaker=alive[0] if ranks else self._rank)
 
     def _wait(self, done: Callable[[], bool]) -> None:
-        watch, pause_s = _Watch(self, range(self._size)), _FIRST_PAUSE_S
+        watch, pause_s = _Watch(self, range(self._size), done), _FIRST_PAUSE_S
         next_look_s = time.monotonic() + _LOOK_EVERY_S
         while not done():
             time.sleep(pause_s)
@@ -314,8 +314,9 @@ def _completed(work: Any) -> bool:
 class _Watch:
     """Since when the ranks that are waited for have not moved, as seen from here."""
 
-    def __init__(self, presence: Presence, ranks: Collection[int]) -> None:
-        self._presence = presence
+    def __init__(self, presence: Presence, ranks: Collection[int], done: Callable[[], bool]
+                 ) -> None:  # fmt: skip
+        self._presence, self._done = presence, done
         self._ranks = [rank for rank in ranks if rank != presence._rank]
         self._seen: dict[int, tuple[_Life | None, float]] = {}
         self._start_s = time.monotonic()
@@ -337,7 +338,7 @@ class _Watch:
                 elif self._seen[rank][0] != life:
                     self._seen[rank] = (life, now_s)
         dead = [r for r, life in missing.items() if life is not None and is_gone(life.process)]
-        if dead:
+        if dead and not self._done():  # who came last may have gone on, and ended, since
             self._presence._refuse_left()
             raise self._presence.died(dead)
         limit_s = self._presence.timeout_s

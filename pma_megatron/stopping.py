@@ -6,8 +6,10 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+from pma_megatron.errors import PmaError
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _LATER = b"pma: already stopping, cleaning up\n"
@@ -77,6 +79,16 @@ def shielded() -> Iterator[None]:
     if not _state.shields and _state.number is not None and not _state.raised:
         _state.raised = True
         raise Stopped(_state.number)
+
+
+@contextlib.contextmanager
+def having_published(folders: Sequence[str]) -> Iterator[None]:
+    """What ends the block before its end says that those folders are there."""
+    try:
+        yield
+    except (PmaError, Stopped) as error:
+        error.published, error.unpublished = tuple(folders), ()
+        raise
 
 
 def _arrived(number: int, frame: Any) -> None:

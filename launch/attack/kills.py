@@ -188,6 +188,10 @@ class Loop:
                 done.wrong.append(f"the tracker names {named.name}, which is not there")
         if done.kind == "overwrite" and not done.published:
             done.wrong.append("the old checkpoint is gone")
+        old = digests(self.old) if done.kind == "overwrite" else {}
+        new = done.published and {k: v for k, v in digests(save).items() if ".pma-" not in k} != old
+        if new and any("nothing was published" in line for line in done.said):
+            done.wrong.append(f"says {done.said}, and has published")
 
     def _next(self, save: Path, done: Round) -> None:
         """The next job on the target: the same again, which may find its work done."""
