@@ -124,11 +124,6 @@ def _refuse_odd(plan: MergePlan, target: Target) -> None:
             f"{final}, the name of the output, is a mount point, which cannot be renamed over. "
             f"{elsewhere}"
         )
-    if final.is_dir() and not (final / PROVENANCE_FILE).is_file():
-        raise PublishError(
-            f"{final}, the name of the output, is a folder that this tool did not write. "
-            f"{elsewhere}"
-        )
     newest = plan.sources[-1]
     tracker = target.root / registry.get(newest.format, newest.path).tracker.file
     if os.path.lexists(tracker) and not tracker.is_file():
@@ -148,6 +143,11 @@ def _kind(path: Path) -> str:
 def _refuse_foreign(target: Target) -> None:
     if not target.root.is_dir():
         return
+    if target.final.is_dir() and not (target.final / PROVENANCE_FILE).is_file():
+        raise PublishError(
+            f"--save {target.root} holds {target.final.name}, a folder by the name of the output "
+            "which this tool did not write. Give merges a folder of their own"
+        )
     for folder in target.root.iterdir():
         if not folder.is_dir() or not (folder.name.startswith("iter_") or is_checkpoint(folder)):
             continue

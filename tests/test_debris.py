@@ -193,7 +193,7 @@ def test_final_name_is_taken(
     before = listing(save)
     with pytest.raises(PublishError) as caught:
         merge(request_for(dense_run, save, overwrite=overwrite))
-    assert words in str(caught.value) and "another --save" in str(caught.value)
+    assert words in str(caught.value) and "--save" in str(caught.value)
     assert listing(save) == before
 
 
