@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from pma_megatron import engine, memory, publish, report, verification
@@ -15,7 +15,8 @@ from pma_megatron.blocks import BlockWriter
 from pma_megatron.comm import Comm
 from pma_megatron.errors import CheckpointError, PmaError, UsageError
 from pma_megatron.faultpoints import point
-from pma_megatron.planning import MergePlan, make_plan, refuse_changed
+from pma_megatron.integrity import Compared, checked
+from pma_megatron.planning import MergePlan, make_plan
 from pma_megatron.publish import Target
 from pma_megatron.report import MergeReport, describe_plan
 from pma_megatron.request import MergeRequest
@@ -62,7 +63,7 @@ def merge(request: MergeRequest, comm: Comm | None = None, show: Show = silent) 
     wanted = publish.targets(made, request.save, token)
     comm.on_main("refuse", lambda: publish.refuse(made, wanted))
     clock.lap("plan")
-    read, written, checks = _made(made, wanted, comm, show, clock)
+    read, written, compared, checks = _made(made, wanted, comm, show, clock)
     with having_published([str(target.final) for target in wanted]):
         peaks = comm.gather(max(0, memory.peak_resident_bytes() - baseline))
     return MergeReport(
@@ -73,12 +74,14 @@ def merge(request: MergeRequest, comm: Comm | None = None, show: Show = silent) 
         plan=describe_plan(made),
         verification=checks,
         ranks=comm.size,
+        checksums=asdict(compared),
     )
 
 
 def _made(plan: MergePlan, wanted: tuple[Target, ...], comm: Comm, show: Show, clock: _Clock
-          ) -> tuple[int, int, tuple[verification.Verification, ...]]:  # fmt: skip
-    """Make and publish every output; returns bytes read and written, and what was checked."""
+          ) -> tuple[int, int, Compared, tuple[verification.Verification, ...]]:  # fmt: skip
+    """Make and publish every output; returns bytes read and written, and what was checked of
+    sources and outputs."""
     with contextlib.ExitStack() as stack:
         comm.on_main("lock", lambda: stack.enter_context(publish.locked(wanted)) and None)
         # Again, now that no other job can publish there, and what a killed one left is put right.
@@ -91,7 +94,9 @@ def _made(plan: MergePlan, wanted: tuple[Target, ...], comm: Comm, show: Show, c
         for target in wanted:
             if comm.is_main and target not in todo:
                 _log.info("%s is kept: this very request published it before", target.final)
-        read, written = _fill(plan, replace(plan, outputs=outputs), todo, comm, show, clock, stack)
+        read, written, compared = _fill(
+            plan, replace(plan, outputs=outputs), todo, comm, show, clock, stack
+        )
         folders = [target.staging if target in todo else target.final for target in wanted]
         checks = tuple(
             verification.verify_output(plan, output, folder, comm)
@@ -100,7 +105,7 @@ def _made(plan: MergePlan, wanted: tuple[Target, ...], comm: Comm, show: Show, c
         clock.lap("verify")
         comm.on_main("publish", lambda: _publish(plan, todo, comm))
         clock.lap("publish")
-    return read, written, checks
+    return read, written, compared, checks
 
 
 @contextlib.contextmanager
@@ -161,11 +166,12 @@ class _Clock:
 
 
 def _fill(whole: MergePlan, plan: MergePlan, wanted: tuple[Target, ...], comm: Comm, show: Show,
-          clock: _Clock, stack: contextlib.ExitStack) -> tuple[int, int]:  # fmt: skip
+          clock: _Clock, stack: contextlib.ExitStack
+          ) -> tuple[int, int, Compared]:  # fmt: skip
     """Stage and fill the outputs of `plan`, those of `whole` that are not there yet.
 
     Returns:
-        bytes read and written over all ranks.
+        bytes read and written over all ranks, and how sources stand to their checksums.
     """
     comm.on_main("stage", lambda: publish.stage(plan, wanted))
     comm.agree("stage", lambda: point("stage", comm.rank))
@@ -176,22 +182,30 @@ def _fill(whole: MergePlan, plan: MergePlan, wanted: tuple[Target, ...], comm: C
 
     def run() -> engine.Tally:
         with show("merge", sum(unit.cost_bytes for unit in units)) as progress:
-            return engine.run(plan, units, writers, comm, comm.team, progress)
+            return engine.run(plan, units, writers, comm, comm.team, progress, found.reads)
 
     comm.agree("merge", lambda: point("merge", comm.rank))
-    tally = comm.agree("merge", run)
+    with checked(plan, comm, whole=plan.request.check_sources) as found:
+        tally = comm.agree("merge", run)
+    _say(found.compared, comm)
     clock.lap("merge")
     comm.agree("sync", lambda: point("sync", comm.rank))
     comm.agree("sync", lambda: _sync(writers, comm))
-    comm.agree("sources", lambda: refuse_changed(plan, comm))
     for number, (output, target) in enumerate(zip(plan.outputs, wanted, strict=True)):
         parts = comm.collect(writers[number].checksums.parts)
-        made = report.provenance(whole, output, comm.size, clock.seconds)
+        made = report.provenance(whole, output, comm.size, clock.seconds, found.compared)
         comm.on_main("finish", lambda p=parts, t=target, m=made: publish.finish(plan, t, p, m))  # type: ignore[misc]
     clock.lap("publish")
     comm.agree("verify", lambda: point("verify", comm.rank))
     counts = comm.gather((tally.read_bytes, tally.written_bytes))
-    return sum(read for read, _ in counts), sum(written for _, written in counts)
+    read, written = (sum(column) for column in zip(*counts, strict=True))
+    return read, written, found.compared
+
+
+def _say(compared: Compared, comm: Comm) -> None:
+    if comm.is_main:
+        for sentence in compared.sentences():
+            _log.warning("%s", sentence)
 
 
 def _sync(writers: list[BlockWriter], comm: Comm) -> None:

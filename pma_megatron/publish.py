@@ -17,7 +17,7 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-from pma_megatron.blocks import joined_crc
+from pma_megatron.blocks import crc_of, joined_crc
 from pma_megatron.discover import is_checkpoint
 from pma_megatron.durable import sync, write_small
 from pma_megatron.errors import PublishError
@@ -238,11 +238,13 @@ def _write_structure(plan: MergePlan, target: Target,
         for number, item in enumerate(plan.layout.items):
             if item.skeleton is None:
                 continue
-            crcs = {record: crc for record, (_, crc) in item.kept.items()}
-            for record, (_, nbytes) in item.skeleton.payloads.items():
-                if record not in crcs:
-                    crcs[record] = joined_crc(parts.get((number, record), []), nbytes)
+            crcs = {record: crc for record, (_, crc) in item.kept.items() if crc is not None}
             with files.opened(item.placed.file) as descriptor:
+                for record, (start, nbytes) in item.skeleton.payloads.items():
+                    if record in item.kept and record not in crcs:  # saved without checksums
+                        crcs[record] = crc_of(descriptor, item.placed.offset + start, nbytes)
+                    elif record not in crcs:
+                        crcs[record] = joined_crc(parts.get((number, record), []), nbytes)
                 for offset, data in item.skeleton.structure(crcs):
                     os.pwrite(descriptor, data, item.placed.offset + offset)
     finally:

@@ -198,7 +198,8 @@ def _average(engine: Any, found: Gathered, options: Options, share: str, comm: C
             _reset_moments(tensors)
         refresh_weights(engine)
 
-    meter.read_bytes = fill(plan, comm.agree("plan", jobs), comm, trainer, finish)
+    made = comm.agree("plan", jobs)
+    fill(plan, made, comm, meter, trainer, finish, check_sources=options.check_sources)
     return meter.report(plan, share)
 
 

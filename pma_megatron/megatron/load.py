@@ -32,7 +32,8 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 def merge_into(models: Sequence[Any], optimizer: Any, *, load: str,
                selection: SelectionRequest | None = None, method: Method | None = None,
                optimizer_state: str = "latest", share: str = "auto", threads: int = 2,
-               metadata: Mapping[str, Any] | None = None) -> LiveReport:  # fmt: skip
+               metadata: Mapping[str, Any] | None = None,
+               check_sources: bool = False) -> LiveReport:  # fmt: skip
     """Replace a live model's weights and main params by an average. Every rank makes this call.
 
     Args:
@@ -47,6 +48,7 @@ def merge_into(models: Sequence[Any], optimizer: Any, *, load: str,
             `source`.
         threads: reader threads per rank.
         metadata: what the model's `sharded_state_dict` gets; None for its default.
+        check_sources: read records whole that this reads in part, to compare their checksums.
 
     Raises:
         UsageError, SelectionError, CheckpointError, PlanError: refused on every rank. Unless it
@@ -73,7 +75,8 @@ def merge_into(models: Sequence[Any], optimizer: Any, *, load: str,
         refresh_weights(models, optimizer)
 
     with forward_hooks_off(models):
-        meter.read_bytes = fill(plan, jobs, comm, trainer_of(models, optimizer), finish)
+        trainer = trainer_of(models, optimizer)
+        fill(plan, jobs, comm, meter, trainer, finish, check_sources=check_sources)
     return meter.report(plan, share)
 
 

@@ -101,7 +101,7 @@ def lay_out_after(checkpoint: DeepSpeedCheckpoint, payloads: Iterable[Payload],
 def _small_files(checkpoint: DeepSpeedCheckpoint) -> OrderedDict[str, bytes]:
     """What else lies in the folder, as it is."""
     return OrderedDict(
-        (path.name, path.read_bytes())
+        (path.name, checkpoint.read_small(path.name))
         for path in sorted(checkpoint.path.iterdir())
         if path.is_file() and path.name not in (*checkpoint.files, MARKER_FILE)
     )

@@ -192,12 +192,12 @@ def _small_files(build: _Build, places: Mapping[MetadataIndex, Item]) -> Ordered
     small: OrderedDict[str, bytes] = OrderedDict()
     if not base.common_is_entry:
         edited = _edited_common(base, changes)
-        small[COMMON_FILE] = edited or (base.path / COMMON_FILE).read_bytes()
+        small[COMMON_FILE] = edited or base.read_small(COMMON_FILE)
     known = {COMMON_FILE, METADATA_FILE, CONFIG_FILE, *(e.item.file for e in _entries(base))}
     for path in sorted(base.path.rglob("*")):
         name = path.relative_to(base.path).as_posix()
         if path.is_file() and name not in known and not any(mark in name for mark in _PER_RUN):
-            small[name] = path.read_bytes()
+            small[name] = base.read_small(name)
     dtypes = {}
     for key, tensor in base.tensors.items():
         new = {changes.payloads.get(p.payload) for p in tensor.pieces} - {None}
