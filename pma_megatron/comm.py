@@ -316,7 +316,8 @@ def process_group_from_environment(timeout_s: float = TIMEOUT_S) -> Iterator[Non
     _given_timeout_s = timeout_s
     presence = Presence(_default_store(), rank, size, timeout_s, HINT)
     try:
-        yield
+        with presence.at("start"):  # what lies between two stages is life too
+            yield
     except KeyboardInterrupt as stop:
         _leave(presence, stop, "")
         raise
