@@ -69,7 +69,7 @@ def locked(wanted: Sequence[Target]) -> Iterator[None]:
                 sure = stack.enter_context(_held(target.root, name, _WRITING))
             except _HeldError as holder:
                 raise PublishError(
-                    f"another merge{holder} is writing {target.final}: wait for it, or use another "
+                    f"another merge is writing {target.final}{holder}: wait for it, or use another "
                     "--save"
                 ) from None
             except OSError as error:
