@@ -27,7 +27,7 @@ MERGE = COMMON | {
     "--end-iteration", "--window-tokens", "--iterations", "--paths", "--exclude", "--method",
     "--alpha", "--floor", "--coefficients", "--allow-any-coefficients", "--optimizer-state",
     "--average", "--policy", "--dtype", "--sweep", "--save", "--overwrite", "--threads",
-    "--merge-parallel-size", "--timeout",
+    "--merge-parallel-size", "--timeout", "--check-sources",
 }  # fmt: skip
 SCORE = COMMON | {
     "--load", "--ends", "--exclude", "--intervals-iterations", "--intervals-tokens", "--lasts",
