@@ -25,7 +25,7 @@ from pma_megatron.faultpoints import point
 from pma_megatron.formats import registry
 from pma_megatron.formats.marker import MARKER_FILE, SNAPSHOTS, read_snapshot_marker
 from pma_megatron.locks import STAGING, Target, locked, restored, unfinished
-from pma_megatron.openfiles import Files
+from pma_megatron.openfiles import Files, create_inside, write_inside
 from pma_megatron.planning import MergePlan
 from pma_megatron.request import Output
 from pma_megatron.stopping import shielded
@@ -180,10 +180,7 @@ def stage(plan: MergePlan, wanted: Sequence[Target]) -> None:
     try:
         for target in wanted:
             for name, nbytes in plan.layout.files.items():
-                path = target.staging / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with path.open("wb") as stream:
-                    stream.truncate(nbytes)
+                create_inside(target.staging, name, nbytes)
     except OSError as error:
         raise _cannot_write(wanted[0], error) from error
 
@@ -211,10 +208,10 @@ def finish(plan: MergePlan, target: Target, writer_parts: Sequence[dict[tuple[in
         last = plan.layout.last_file
         marker = small.pop(last) if last is not None else b""
         for name, data in (*small.items(), (PROVENANCE_FILE, provenance)):
-            write_small(target.staging / name, data)
+            write_inside(target.staging, name, data)
         point("marker", 0)
         if last is not None:
-            write_small(target.staging / last, marker)
+            write_inside(target.staging, last, marker)
         for name in plan.layout.files:
             sync(target.staging / name)
         for folder in sorted({(target.staging / name).parent for name in plan.layout.files}):

@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 refused or failed (the message says why and what to do), 2
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import sys
@@ -47,6 +48,8 @@ def _run(given: list[str], rank: int) -> int:
     from pma_megatron.errors import PmaError, RankError, UsageError
     from pma_megatron.spelling import speaking
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names on a disk need not be Unicode
     end = given.index("--") if "--" in given else len(given)
     flags = parser()
     arguments = flags.parse_args(given[:end], Namespace(rest=given[end + 1 :]))

@@ -20,7 +20,7 @@ from pma_megatron.verification import Verification
 
 
 def new_console() -> Console:
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)  # names are no markup
     if not console.is_terminal:
         console.width = 160  # a pipe has no width; wrapped cells would be hard to read or grep
     return console

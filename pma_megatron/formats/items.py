@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ from isal import isal_zlib
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.base import Item, Payload, StoredRecord
 from pma_megatron.formats.pickles import TensorRef, load_inert
+from pma_megatron.formats.schema import LIMIT
 from pma_megatron.formats.zips import Record, read_records
+from pma_megatron.openfiles import MAX_COPIED_BYTES, open_source
 from pma_megatron.spelling import named
 
 _WINDOW_BYTES = 4096  # headers of small records share one read
@@ -65,15 +69,29 @@ class ItemFiles:
         """A small file whole; if it is torch's zip, every record is compared with its checksum.
 
         Raises:
-            CheckpointError: it is missing or damaged.
+            CheckpointError: it is missing or damaged, or longer than such files are.
         """
         nbytes = size_of(self.path / file)
+        if nbytes > MAX_COPIED_BYTES:
+            raise CheckpointError(
+                f"{self.path / file} has {nbytes} bytes, and is no payload that is known: move "
+                "it out of the checkpoint, or exclude this checkpoint"
+            )
         data = self.read(file, 0, nbytes)
         if file.endswith(".pt") and data[:2] == b"PK":
             item = Item(file, 0, nbytes)
             for record in self.records(item):
                 self.read_record(item, record)
         return data
+
+    def decode(self, item: Item, what: str, known: Set[tuple[str, str]] | None = None) -> Any:
+        """What the pickle of `item` says, every tensor in a record that holds it; `load_inert`.
+
+        Raises:
+            CheckpointError: it is damaged or hostile.
+        """
+        sizes = {name: record.nbytes for name, record in self.records(item).items()}
+        return load_inert(self.read_record(item, "data.pkl"), what=what, known=known, sizes=sizes)
 
     def locate(self, payload: Payload) -> tuple[Path, int]:
         """File and byte offset of the first element of `payload`.
@@ -101,7 +119,7 @@ class ItemFiles:
         item, name, skip = payload.item, payload.record, 0
         if name is None:
             what = f"{self.path / item.file} at {item.offset}"
-            ref = load_inert(self.read_record(item, "data.pkl"), what=what)
+            ref = self.decode(item, what)
             if not isinstance(ref, TensorRef) or not ref.is_contiguous():
                 raise CheckpointError(f"{what} holds {ref!r}, expected one contiguous tensor")
             numel = math.prod(ref.size)
@@ -127,9 +145,10 @@ class ItemFiles:
         """
         path = self.path / file
         try:
-            with path.open("rb", buffering=0) as stream:
-                stream.seek(offset)
-                data = stream.read(nbytes)
+            with os.fdopen(open_source(path), "rb", buffering=0) as stream:
+                left = max(os.fstat(stream.fileno()).st_size - offset, 0)  # before it is allocated
+                stream.seek(min(offset, LIMIT - 1))
+                data = stream.read(min(nbytes, left))
         except OSError as error:
             raise CheckpointError(
                 f"{path} could not be read ({error.strerror}): it vanished or its storage failed, "

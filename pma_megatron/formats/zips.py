@@ -69,7 +69,7 @@ def _read_records(read_at: ReadAt, length: int) -> dict[str, Record]:
     _, _, _, _, count, size, offset, _ = _END.unpack_from(tail, end)
     if count == 0xFFFF or size == _LIMIT or offset == _LIMIT:
         signature, _, at, _ = _LOCATOR64.unpack_from(tail, end - _LOCATOR64.size)
-        if signature != b"PK\x06\x07":
+        if signature != b"PK\x06\x07" or at + _END64.size > length:
             raise ValueError("no zip64 locator")
         _, _, _, _, _, _, _, count, size, offset = _END64.unpack(read_at(at, _END64.size))
     if offset + size > length:
