@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from contextlib import ExitStack
 from dataclasses import asdict
 
 from pma_megatron.cli import tables
@@ -18,14 +19,16 @@ from pma_megatron.policy import Policy
 from pma_megatron.published import verify as verify_published
 from pma_megatron.report import describe_plan
 from pma_megatron.request import MergeRequest, Method
+from pma_megatron.stopping import having_published
 
 
 def merge(arguments: Namespace) -> None:
     """`pma merge`."""
     request = _request(arguments)
-    with process_group_from_environment():
+    with ExitStack() as over, process_group_from_environment(arguments.timeout_s):
         comm = Comm(request.merge_parallel_size)
         report = merge_checkpoints(request, comm, show(comm))
+        over.enter_context(having_published(report.outputs))
         if comm.is_main:
             show_result(arguments, report.to_json(), lambda: tables.merged(report))
 
@@ -54,7 +57,7 @@ def inspect(arguments: Namespace) -> None:
 
 def verify(arguments: Namespace) -> None:
     """`pma verify`."""
-    with process_group_from_environment():
+    with process_group_from_environment(arguments.timeout_s):
         comm = Comm()
         checked = verify_published(
             arguments.path, samples=arguments.samples, deep=arguments.deep,
