@@ -6,7 +6,7 @@ import contextlib
 import os
 import threading
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -200,10 +200,12 @@ class Checksums:
 
     Attributes:
         parts: (item, record) -> [(start in bytes, bytes, crc)].
+        copies: file -> the same of bytes that were copied, counted from the file's beginning.
     """
 
     def __init__(self) -> None:
         self.parts: dict[tuple[int, str], list[tuple[int, int, int]]] = {}
+        self.copies: dict[str, list[tuple[int, int, int]]] = {}
         self._lock = threading.Lock()
 
     def add(self, place: Place, start_bytes: int, data: memoryview) -> None:
@@ -213,6 +215,17 @@ class Checksums:
             self.parts.setdefault((place.item, place.record), []).append(
                 (start_bytes, len(data), crc)
             )
+
+    def add_copy(self, file: str, offset: int, nbytes: int, crc: int) -> None:
+        """Note `nbytes` that were copied to `offset` of `file`."""
+        with self._lock:
+            self.copies.setdefault(file, []).append((offset, nbytes, crc))
+
+    def __getstate__(self) -> tuple[object, ...]:
+        return self.parts, self.copies
+
+    def __setstate__(self, state: tuple[Any, Any]) -> None:
+        (self.parts, self.copies), self._lock = state, threading.Lock()
 
 
 def joined_crc(parts: Sequence[tuple[int, int, int]], nbytes: int) -> int:
@@ -278,14 +291,14 @@ class BlockWriter:
                 "no source was touched; free space or choose another --save, then run again"
             ) from error
 
-    def sync(self) -> None:
-        """Flush what this rank wrote to stable storage.
+    def sync(self, moved: Callable[[], None] = lambda: None) -> None:
+        """Flush what this rank wrote to stable storage; `moved` is called after each file.
 
         Raises:
             PublishError: the storage reports an error late.
         """
         try:
-            self._files.sync()
+            self._files.sync(moved)
         except OSError as error:
             raise PublishError(f"cannot flush {self.folder}: {error.strerror}") from error
 
@@ -333,7 +346,7 @@ class UnitWriter:
 def copy_item(reader: BlockReader, item: Item, offset: int, nbytes: int,
               writers: Sequence[BlockWriter], to_file: str, to_offset: int,
               buffer: memoryview) -> None:  # fmt: skip
-    """Copy bytes of an item of a source into outputs.
+    """Copy bytes of an item of a source into outputs, which take note of their checksums.
 
     Not inside the kernel: what is written is what was compared.
 
@@ -343,8 +356,10 @@ def copy_item(reader: BlockReader, item: Item, offset: int, nbytes: int,
     for at in range(0, nbytes, len(buffer)):
         data = buffer[: min(len(buffer), nbytes - at)]
         reader.read_item(item, offset + at, data)
+        crc = isal_zlib.crc32(data)
         for writer in writers:
             writer.pwrite(to_file, to_offset + at, data)
+            writer.checksums.add_copy(to_file, to_offset + at, len(data), crc)
 
 
 def _is_cached(descriptor: int, offset: int) -> bool:
