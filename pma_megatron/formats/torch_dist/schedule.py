@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pma_megatron.formats.base import Schedule
+from pma_megatron.formats.base import Schedule, least_decay
 from pma_megatron.formats.pickles import load_inert
 from pma_megatron.formats.torch_dist.checkpoint import TorchDistCheckpoint
 
@@ -28,9 +28,12 @@ def read_schedule(path: Path) -> Schedule:
     checkpoint = TorchDistCheckpoint(path)
     found = checkpoint.common.get("opt_param_scheduler")
     state: Mapping[str, Any] = found if isinstance(found, dict) else {}
-    rates = list(_learning_rates(checkpoint))
+    groups = list(_param_groups(checkpoint))
     return Schedule(
-        learning_rate=max(rates, default=None),
+        learning_rate=max(
+            (float(g["lr"]) for g in groups if isinstance(g.get("lr"), (int, float))), default=None
+        ),
+        second_moment_decay=least_decay(groups),
         samples=_count(state.get("num_steps")),
         warmup_samples=_count(state.get("lr_warmup_steps")),
         decay_start_samples=_decay_start(state, checkpoint.args()),
@@ -54,26 +57,26 @@ def _decay_start(state: Mapping[str, Any], args: Mapping[str, Any]) -> int | Non
     return None if samples is None else end - samples
 
 
-def _learning_rates(checkpoint: TorchDistCheckpoint) -> Iterator[float]:
-    yield from _rates_in(checkpoint.common.get("optimizer"))
+def _param_groups(checkpoint: TorchDistCheckpoint) -> Iterator[dict[str, Any]]:
+    yield from _groups_in(checkpoint.common.get("optimizer"))
     for key, item in checkpoint.objects.items():
         if _PARAM_GROUPS in key and item.length <= _LARGEST_BYTES:
             what = f"{checkpoint.path}: {key}"
-            yield from _rates_in(load_inert(checkpoint.read_record(item, "data.pkl"), what=what))
+            yield from _groups_in(load_inert(checkpoint.read_record(item, "data.pkl"), what=what))
 
 
-def _rates_in(value: Any) -> Iterator[float]:
+def _groups_in(value: Any) -> Iterator[dict[str, Any]]:
     if isinstance(value, dict):
         groups = value.get("param_groups")
         for group in groups if isinstance(groups, list) else ():
-            if isinstance(group, dict) and isinstance(group.get("lr"), (int, float)):
-                yield float(group["lr"])
+            if isinstance(group, dict):
+                yield group
         for key, inner in value.items():
             if key != "param_groups":
-                yield from _rates_in(inner)
+                yield from _groups_in(inner)
     elif isinstance(value, (list, tuple)):
         for inner in value:
-            yield from _rates_in(inner)
+            yield from _groups_in(inner)
 
 
 def _count(value: Any) -> int | None:
