@@ -27,7 +27,9 @@ from pma_megatron.blocks import (
 )
 from pma_megatron.coefficients import exact_weights
 from pma_megatron.errors import CheckpointError, PlanError, RankError
+from pma_megatron.formats import registry
 from pma_megatron.geometry import Box
+from pma_megatron.spelling import named
 from pma_megatron.tasks import Average, Unit, Workload
 
 
@@ -230,11 +232,11 @@ class Accumulator:
         reader.read(block, first, stored)
         if not same_bits(Rounded(main, space.rounded).of(dtype), stored):
             self.refuse_nan(work.task, block, self.last, main.tensor)
+            newest = self.plan.sources[-1]
             raise PlanError(
-                f"{self.plan.sources[-1].path}: main params of {work.task.key}, rounded, differ "
-                f"from the stored weights at {block.offsets}: the optimizer buffer's layout cannot "
-                "be proved. Use --average weights, or re-save with "
-                "--dist-ckpt-optim-fully-reshardable"
+                f"{newest.path}: main params of {work.task.key}, rounded, differ from the stored "
+                f"weights at {block.offsets}: the optimizer buffer's layout cannot be proved. "
+                f"{registry.get(newest.format, newest.path).instead_of_flat()}"
             )
         return len(stored.data)
 
@@ -263,7 +265,7 @@ class Accumulator:
             raise CheckpointError(
                 f"{self.plan.sources[number].path}: {task.key} has {count} NaN or Inf values in "
                 f"the block at {block.offsets}. Averaging would spread them: leave this "
-                "checkpoint out with --exclude"
+                f"checkpoint out with {named('exclude')}"
             )
 
     def write(self, work: Work, block: Box, first: int, averages: Sequence[Room],

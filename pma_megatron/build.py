@@ -18,6 +18,7 @@ from pma_megatron.formats.source import Source
 from pma_megatron.geometry import Box, Piece, PieceIndex
 from pma_megatron.policy import MAIN, Action, Entry, Policy, Rule, unmatched
 from pma_megatron.request import MergeRequest
+from pma_megatron.spelling import given, has, named
 from pma_megatron.tasks import Average, Copy, Keep, Write, Zero
 
 _ROUNDED = (torch.bfloat16, torch.float16)
@@ -76,8 +77,9 @@ def decide(request: MergeRequest, sources: Sequence[Source]) -> Fates:
     rules = {(entry.state, entry.key): policy.decide(entry) for entry in entries}
     if policy.optimizer_state in ("average", "reset") and not base.optimizer_keys:
         raise UsageError(
-            f"--optimizer-state {policy.optimizer_state}: {base.path} holds no optimizer state "
-            "that says which parameter it is of. Leave the flag out, or use drop"
+            f"{given('optimizer_state', policy.optimizer_state)}: {base.path} holds no optimizer "
+            "state that says which parameter it is of. Leave it out"
+            f"{', or use drop' if _weights_alone(base) else ''}"
         )
     payloads: dict[Payload, torch.dtype] = {}
     for (state, key), rule in rules.items():
@@ -103,12 +105,12 @@ def _refuse_unresumable(base: Source, policy: Policy) -> None:
         return
     full = newest_full(Path(base.path))
     end = "the newest full checkpoint" if full is None else (
-        f"--end-iteration {full}, the newest full checkpoint"
+        f"{given('end_iteration', full)}, the newest full checkpoint"
     )  # fmt: skip
     raise PlanError(
         f"the newest source, {base.path}, is a snapshot: it has no optimizer state, so training "
         f"could not resume from the result. End at {end}, or make a checkpoint of weights alone "
-        "with --optimizer-state drop (or --average weights)"
+        f"with {given('optimizer_state', 'drop')} (or {given('average', 'weights')})"
     )
 
 
@@ -124,8 +126,8 @@ def refuse_rounded(sources: Sequence[Source]) -> None:
         if exact and rounded and not (source.snapshot or source.space.states.get(MAIN)):
             raise PlanError(
                 f"{source.path} has no main params, only weights rounded to 16 bits, and "
-                f"{exact[-1].path} has main params: they do not mix. Average the weights of all "
-                f"with --average weights, or leave {Path(source.path).name} out with --exclude"
+                f"{exact[-1].path} has main params: they do not mix. Leave "
+                f"{Path(source.path).name} out with {named('exclude')}{_or_weights(source)}"
             )
 
 
@@ -362,8 +364,8 @@ def matching(source: Source, base: Source, wanted: Tensor, state: str, key: str)
                 f"{label} {key}: {what} {theirs} in {name}, {ours} in the newest source. They are "
                 "not checkpoints of one model, or the run changed: exclude the ones that differ"
                 + (
-                    f", or keep the newest's with --policy {key}=newest"
-                    if state == "weight"
+                    f", or keep the newest's with {given('policy', f'{key}=newest')}"
+                    if state == "weight" and has("policy")
                     else ""
                 )
             )
@@ -373,8 +375,23 @@ def matching(source: Source, base: Source, wanted: Tensor, state: str, key: str)
 
 def _instead(source: Source, state: str) -> str:
     if source.snapshot and state != "weight":
-        return "A snapshot has no optimizer state: use --optimizer-state latest, or --exclude it"
-    return "Exclude it with --exclude, or average what all sources hold: --average weights"
+        return (
+            f"A snapshot has no optimizer state: use {given('optimizer_state', 'latest')}, or "
+            f"leave it out with {named('exclude')}"
+        )
+    return f"Leave it out with {named('exclude')}{_or_weights(source)}"
+
+
+def _or_weights(source: Source) -> str:
+    """The way out that needs no main params, where there is one."""
+    if not _weights_alone(source):
+        return ""
+    return f", or average what all sources hold: {given('average', 'weights')}"
+
+
+def _weights_alone(source: Source) -> bool:
+    known = registry.get(source.format, source.path)
+    return known.weights_alone and has("average")
 
 
 def _check_covers(source: Source, key: str, index: PieceIndex[Payload],
@@ -382,6 +399,6 @@ def _check_covers(source: Source, key: str, index: PieceIndex[Payload],
     missing: Box | None = next((p.box for p in wanted if not index.covers(p.box)), None)
     if missing is not None:
         raise PlanError(
-            f"{source.path}: {key} is not whole, nothing stored for {missing}. Exclude this "
-            "checkpoint with --exclude, or use --average weights if only optimizer state is missing"
+            f"{source.path}: {key} is not whole, nothing stored for {missing}. Leave this "
+            f"checkpoint out with {named('exclude')}{_or_weights(source)}"
         )

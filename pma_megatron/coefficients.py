@@ -33,6 +33,7 @@ from fractions import Fraction
 from itertools import pairwise
 
 from pma_megatron.errors import UsageError
+from pma_megatron.spelling import has, named
 
 DEFAULT_ALPHA = 0.2  # the better of the two values that arXiv 2505.12082 tried
 
@@ -175,17 +176,21 @@ def _refuse_foreign(
     allow_any: bool,
 ) -> None:
     decays = ", ".join(_DECAYS)
-    given = (
-        ("--alpha", alpha is not None, method == "ema", "ema"),
-        ("--floor", floor != 0, method in _DECAYS, decays),
-        ("--coefficients", values is not None, method == "custom", "custom"),
-        ("--allow-any-coefficients", allow_any, method == "custom", "custom"),
+    settings = (
+        ("alpha", alpha is not None, method == "ema", "ema"),
+        ("floor", floor != 0, method in _DECAYS, decays),
+        ("coefficients", values is not None, method == "custom", "custom"),
+        ("allow_any_coefficients", allow_any, method == "custom", "custom"),
     )
-    for flag, is_given, belongs, owners in given:
+    for setting, is_given, belongs, owners in settings:
         if is_given and not belongs:
-            raise UsageError(f"{flag} has no effect on method {method!r}, only on: {owners}")
+            raise UsageError(
+                f"{named(setting)} has no effect on method {method!r}, only on: {owners}"
+            )
     if method == "custom" and values is None:
-        raise UsageError("method 'custom' needs --coefficients, one number per checkpoint")
+        raise UsageError(
+            f"method 'custom' needs {named('coefficients')}, one number per checkpoint"
+        )
 
 
 def _number_of_checkpoints(
@@ -196,7 +201,7 @@ def _number_of_checkpoints(
         for name, number in (
             ("checkpoints", count),
             ("token positions", None if tokens is None else len(tokens)),
-            ("--coefficients", None if values is None else len(values)),
+            (named("coefficients"), None if values is None else len(values)),
         )
         if number is not None
     }
@@ -219,7 +224,7 @@ def _number_of_checkpoints(
 
 def _ema(number: int, alpha: float) -> Coefficients:
     if not 0 < alpha <= 1:
-        raise UsageError(f"--alpha must lie in (0, 1], got {alpha}")
+        raise UsageError(f"{named('alpha')} must lie in (0, 1], got {alpha}")
     raw = [(1 - alpha) ** (number - 1)]
     raw += [alpha * (1 - alpha) ** (number - i) for i in range(2, number + 1)]
     return Coefficients(
@@ -235,20 +240,20 @@ def _custom(values: Sequence[float] | None, number: int, allow_any: bool) -> Coe
     given = tuple(float(value) for value in values or ())
     odd = [value for value in given if not math.isfinite(value)]
     if odd:
-        raise UsageError(f"--coefficients must be finite numbers, found {odd[0]}")
+        raise UsageError(f"{named('coefficients')} must be finite numbers, found {odd[0]}")
     total = math.fsum(given)
     parameters: tuple[tuple[str, float], ...] = ()
     if allow_any:
         parameters = (("sum", total),)
     elif any(value < 0 for value in given):
         raise UsageError(
-            f"--coefficients must not be negative, found {min(given)}: extrapolation on purpose "
-            "needs --allow-any-coefficients"
+            f"{named('coefficients')} must not be negative, found {min(given)}"
+            + _on_purpose(": extrapolation on purpose needs {}")
         )
     elif abs(total - 1) > _NEAR_SUM:
         raise UsageError(
-            f"the {number} --coefficients sum to {total:.12g}, not 1: scale them, or add "
-            "--allow-any-coefficients if that is what you want"
+            f"the {number} {named('coefficients')} sum to {total:.12g}, not 1: scale them"
+            + _on_purpose(", or add {} if that is what you want")
         )
     elif abs(total - 1) > _EXACT_SUM:
         parameters = (("normalised_from_sum", total),)
@@ -256,11 +261,16 @@ def _custom(values: Sequence[float] | None, number: int, allow_any: bool) -> Coe
     return Coefficients(values=given, method="custom", parameters=parameters, source="given")
 
 
+def _on_purpose(text: str) -> str:
+    allowed = "allow_any_coefficients"
+    return text.format(named(allowed)) if has(allowed) else ""
+
+
 def _decay_derived(
     method: str, tokens: Sequence[int] | None, number: int, floor: float
 ) -> Coefficients:
     if not 0 <= floor < 1:
-        raise UsageError(f"--floor must lie in [0, 1), got {floor}")
+        raise UsageError(f"{named('floor')} must lie in [0, 1), got {floor}")
     if tokens is None and number > 1:
         raise UsageError(
             f"method {method!r} needs the token position of every checkpoint: use sma, ema or wma, "

@@ -13,6 +13,7 @@ from pma_megatron.formats import registry
 from pma_megatron.formats.marker import SNAPSHOTS, read_snapshot_marker
 from pma_megatron.refs import CheckpointRef
 from pma_megatron.selection import Selection, SelectionRequest, select
+from pma_megatron.spelling import among, named
 from pma_megatron.tokens import consumed_tokens_of
 
 TRACKER_FILE = registry.get(registry.TORCH_DIST, "").tracker.file
@@ -148,8 +149,8 @@ def choose(refs: list[CheckpointRef], request: SelectionRequest, root: str | Pat
     if len(formats) > 1 and request.iterations is None and request.paths is None:
         found = "; ".join(f"{name}: {numbers}" for name, numbers in formats.items())
         raise SelectionError(
-            f"{root} mixes checkpoint formats ({found}). Take one of them with --iterations or "
-            "--paths, or leave the others out with --exclude"
+            f"{root} mixes checkpoint formats ({found}). Take one of them with "
+            f"{among('iterations', 'paths')}, or leave the others out with {named('exclude')}"
         )
     selection = select(refs, request)
     own_root = _OWN_ROOT.match(Path(selection.refs[-1].path).parent.name)

@@ -7,6 +7,7 @@ always a point, the baseline `unmerged`.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pma_megatron.errors import SelectionError, UsageError
 from pma_megatron.refs import CheckpointRef
 from pma_megatron.request import Method
 from pma_megatron.selection import DEFAULT_LAST, Selection, SelectionRequest, select
+from pma_megatron.spelling import given, named, renamed
 
 UNMERGED = "unmerged"
 _PLAIN = ("sma", "wma")
@@ -61,6 +63,13 @@ class Skipped:
     reason: str
 
 
+_AXES = functools.partial(
+    renamed, last="lasts", interval_tokens="intervals_tokens", end_iteration="ends",
+    interval_iterations="intervals_iterations", iterations="ends", method="methods",
+)  # fmt: skip
+"""What the user of a grid set, for the settings of each of its averages."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Grid:
     """Averages to score.
@@ -91,20 +100,22 @@ class Grid:
     def __post_init__(self) -> None:
         for name in ("methods", "lasts", "ends"):
             if not getattr(self, name):
-                raise UsageError(f"--{name} is empty: name at least one")
+                raise UsageError(f"{named(name)} is empty: name at least one")
         if any(method.name == "custom" for method in self.methods):
             raise UsageError(
-                "--methods custom: a list of coefficients fits one count only, use pma merge"
+                f"{given('methods', 'custom')}: a list of coefficients fits one count only, use "
+                "pma merge"
             )
         if self.intervals_tokens and self.intervals_iterations:
             raise UsageError(
-                "--intervals-tokens and --intervals-iterations cannot be combined: an average has "
-                "one spacing"
+                f"{named('intervals_tokens')} and {named('intervals_iterations')} cannot be "
+                "combined: an average has one spacing"
             )
         if isinstance(self.ends, str):
             _step(self.ends)
-        for _ in self._requests(None):  # SelectionRequest refuses what is out of range
-            pass
+        with _AXES():
+            for _ in self._requests(None):  # SelectionRequest refuses what is out of range
+                pass
 
     def points(self, refs: Sequence[CheckpointRef]) -> tuple[list[Point], list[Skipped]]:
         """Every average that `refs` allow, and those that they do not.
@@ -116,6 +127,10 @@ class Grid:
             SelectionError: an end that was named is not there, or no average at all can be met.
             UsageError: coefficients that cannot be made of these checkpoints.
         """
+        with _AXES():
+            return self._points(refs)
+
+    def _points(self, refs: Sequence[CheckpointRef]) -> tuple[list[Point], list[Skipped]]:
         points: list[Point] = []
         skipped: list[Skipped] = []
         for end in self.end_iterations(refs):
@@ -188,15 +203,19 @@ def parse_method(text: str) -> Method:
     """
     name, colon, number = text.partition(":")
     if name not in METHODS:
-        raise UsageError(f"--methods {text!r} is unknown: choose from {', '.join(METHODS)}")
+        raise UsageError(
+            f"{given('methods', repr(text))} is unknown: choose from {', '.join(METHODS)}"
+        )
     if not colon:
         return Method(name=name)
     if name in _PLAIN:
-        raise UsageError(f"--methods {text!r}: {name} takes no number, write {name}")
+        raise UsageError(f"{given('methods', repr(text))}: {name} takes no number, write {name}")
     try:
         value = float(number)
     except ValueError:
-        raise UsageError(f"--methods {text!r}: {number!r} is not a number, as in ema:0.2") from None
+        raise UsageError(
+            f"{given('methods', repr(text))}: {number!r} is not a number, as in ema:0.2"
+        ) from None
     return Method(name=name, alpha=value) if name == "ema" else Method(name=name, floor=value)
 
 
@@ -217,7 +236,7 @@ def parse_ends(words: Sequence[str]) -> str | tuple[int, ...]:
         return words[0]
     if not all(word.isdecimal() for word in words):
         raise UsageError(
-            f"--ends {' '.join(words)} is not all, newest, every:K, or a list of iterations"
+            f"{given('ends', ' '.join(words))} is not all, newest, every:K, or a list of iterations"
         )
     return tuple(int(word) for word in words)
 
@@ -228,7 +247,9 @@ def _step(ends: str) -> int | None:
         return 1 if ends == "all" else None
     number = ends.removeprefix(_EVERY)
     if not ends.startswith(_EVERY) or not number.isdecimal() or int(number) < 1:
-        raise UsageError(f"--ends {ends!r} is not all, newest, every:K, or a list of iterations")
+        raise UsageError(
+            f"{given('ends', repr(ends))} is not all, newest, every:K, or a list of iterations"
+        )
     return int(number)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pma_megatron.errors import SelectionError, UsageError
 from pma_megatron.refs import CheckpointRef
 from pma_megatron.selection import Selection, SelectionRequest, select
+from pma_megatron.spelling import named
 
 # Three, from before the collapse: arXiv 2505.12082. In docs/results.md 1 or 5, and other margins,
 # made no difference.
@@ -66,10 +67,10 @@ class HealthyRequest:
 
     def __post_init__(self) -> None:
         if self.onset < 1:
-            raise UsageError(f"--onset must be at least 1, got {self.onset}")
+            raise UsageError(f"{named('onset')} must be at least 1, got {self.onset}")
         if self.margin_iterations < 0 or self.further_back < 0:
             raise UsageError(
-                f"--margin-iterations and --further-back must be at least 0, got "
+                f"{named('margin_iterations')} and {named('further_back')} must be at least 0, got "
                 f"{self.margin_iterations} and {self.further_back}"
             )
 
@@ -154,7 +155,7 @@ def _why_not(ref: CheckpointRef, request: HealthyRequest) -> str | None:
     tests: tuple[tuple[bool, Callable[[], str]], ...] = (
         (iteration is None, lambda: "it has no iteration number"),
         (not ref.complete, lambda: f"it is not complete: {ref.incomplete_because}"),
-        (iteration in request.exclude, lambda: "left out by --exclude"),
+        (iteration in request.exclude, lambda: f"left out by {named('exclude')}"),
         ((iteration or 0) >= onset, lambda: f"at or after the onset at iteration {onset}"),
         (
             (iteration or 0) + request.margin_iterations >= onset,
@@ -192,9 +193,9 @@ def _nothing_left(
         f"{each.ref.describe()}: {each.reason}"
         for each in sorted(rejected, key=lambda each: -(each.ref.iteration or 0))[:6]
     )
-    ways = "Recover from an older backup (--load), or start anew with another learning rate"
+    ways = "Recover from an older backup, or start anew with another learning rate"
     if any("within the margin" in each.reason for each in rejected):
-        ways = f"Lower --margin-iterations if you trust it. {ways}"
+        ways = f"Lower {named('margin_iterations')} if you trust it. {ways}"
     return (
         f"no healthy full checkpoint lies before the onset at iteration {request.onset}: "
         f"{reasons or 'only snapshots, which have no optimizer state'}. {ways}"

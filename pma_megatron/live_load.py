@@ -20,10 +20,17 @@ from pma_megatron.planning import refuse_changed
 from pma_megatron.policy import Policy
 from pma_megatron.request import MergeRequest, Method
 from pma_megatron.selection import SelectionRequest
+from pma_megatron.spelling import FrontEnd, given, keywords
 from pma_megatron.tasks import Unit
 
 SHARES = ("auto", "source", "slice")
 STATES = ("latest", "average", "reset")
+ARGUMENTS = FrontEnd(
+    keywords([*SelectionRequest.__slots__, "load", "alpha", "floor", "optimizer_state", "share"])
+    | keywords(["threads", "window_dir", "save_dir", "keep"])
+    | {"method": "name=", "coefficients": "values=", "allow_any_coefficients": "allow_any="}
+)
+"""Settings as Python calls with a `SelectionRequest` and a `Method` spell them."""
 Job = tuple[list[Unit], Team]
 """Units, and the ranks that do them together."""
 
@@ -93,7 +100,9 @@ def live_request(load: str, selection: SelectionRequest | None, method: Method |
     chosen = {"share": (share, SHARES), "optimizer_state": (optimizer_state, STATES)}
     for name, (value, known) in chosen.items():
         if value not in known:
-            raise UsageError(f"{name} {value!r} is unknown; choose one of {', '.join(known)}")
+            raise UsageError(
+                f"{given(name, repr(value))} is unknown; choose one of {', '.join(known)}"
+            )
     return MergeRequest(
         load=load,
         selection=selection or SelectionRequest(),

@@ -83,8 +83,3 @@ def tokens_of(ref: CheckpointRef) -> int:
 def shown(value: int, unit: Unit) -> str:
     """A distance or position as messages say it."""
     return f"{format_tokens(value)} tokens" if unit == "tokens" else f"{value} iterations"
-
-
-def flag_of(name: str) -> str:
-    """The command-line flag of a setting."""
-    return "--" + name.replace("_", "-")

@@ -12,6 +12,7 @@ from pma_megatron.coefficients import METHODS, Coefficients, coefficients
 from pma_megatron.errors import UsageError
 from pma_megatron.policy import Policy
 from pma_megatron.selection import Selection, SelectionRequest
+from pma_megatron.spelling import given, named
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _SWEEP = re.compile(r"^(?P<methods>[^:]+):(?P<lasts>\d+(?:,\d+)*)$")
@@ -40,9 +41,11 @@ class Method:
 
     def __post_init__(self) -> None:
         if self.name not in METHODS:
-            raise UsageError(f"--method {self.name!r} is unknown; choose from {', '.join(METHODS)}")
+            raise UsageError(
+                f"{given('method', repr(self.name))} is unknown; choose from {', '.join(METHODS)}"
+            )
         if self.alpha is not None and not 0 < self.alpha <= 1:
-            raise UsageError(f"--alpha {self.alpha} must lie in (0, 1]")
+            raise UsageError(f"{given('alpha', self.alpha)} must lie in (0, 1]")
 
     def of(self, positions: Sequence[int], count: int) -> Coefficients:
         """Coefficients of `count` checkpoints at `positions` (() where unknown)."""
@@ -102,7 +105,7 @@ class MergeRequest:
         if self.dtype is not None and self.dtype not in _DTYPES:
             raise UsageError(f"--dtype {self.dtype!r} is unknown; choose from {', '.join(_DTYPES)}")
         if self.threads < 1:
-            raise UsageError(f"--threads must be at least 1, got {self.threads}")
+            raise UsageError(f"{named('threads')} must be at least 1, got {self.threads}")
         for text in self.sweep:
             if _SWEEP.match(text) is None:
                 raise UsageError(
@@ -111,8 +114,8 @@ class MergeRequest:
         negative = self.method.values is not None and min(self.method.values) < 0
         if negative and self.policy.optimizer_state == "average":
             raise UsageError(
-                "--optimizer-state average with negative coefficients could make second moments "
-                "negative: use latest or reset"
+                f"{given('optimizer_state', 'average')} with negative coefficients could make "
+                "second moments negative: use latest or reset"
             )
         if self.sweep and self.method.name == "custom":
             raise UsageError("--sweep makes its own coefficients: leave out --method custom")

@@ -15,7 +15,6 @@ from pma_megatron.errors import SelectionError, UsageError
 from pma_megatron.refs import (
     CheckpointRef,
     Unit,
-    flag_of,
     incomplete_list,
     iteration_of,
     nearest,
@@ -24,6 +23,7 @@ from pma_megatron.refs import (
     why_incomplete,
 )
 from pma_megatron.spacing import Places, hole
+from pma_megatron.spelling import among, given, has, named
 from pma_megatron.tokens import comparable_run, format_tokens, why_incomparable
 
 DEFAULT_LAST = 10  # arXiv 2505.12082, and docs/defaults.md: 6 to 15 are level late in a run
@@ -64,11 +64,11 @@ class SelectionRequest:
         for name in ("last", "interval_tokens", "interval_iterations", "window_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UsageError(f"{flag_of(name)} must be at least 1, got {value}")
+                raise UsageError(f"{named(name)} must be at least 1, got {value}")
         if not 0 <= self.tolerance < 0.5:
             raise UsageError(
-                f"--tolerance is a fraction of the interval in [0, 0.5), got {self.tolerance}: "
-                "from 0.5 on, one checkpoint could stand for two places"
+                f"{named('tolerance')} is a fraction of the interval in [0, 0.5), got "
+                f"{self.tolerance}: from 0.5 on, one checkpoint could stand for two places"
             )
         self._refuse_contradictions()
         for name in ("iterations", "paths"):
@@ -77,19 +77,25 @@ class SelectionRequest:
     def _refuse_contradictions(self) -> None:
         for one, other, why in (
             ("interval_tokens", "interval_iterations", "an average has one spacing"),
-            ("window_tokens", "interval_iterations", "use --interval-tokens, or --last"),
+            (
+                "window_tokens",
+                "interval_iterations",
+                f"use {among('interval_tokens', 'last')}",
+            ),
             ("window_tokens", "last", "one counts checkpoints, the other measures tokens"),
         ):
             if getattr(self, one) is not None and getattr(self, other) is not None:
-                raise UsageError(f"{flag_of(one)} and {flag_of(other)} cannot be combined: {why}")
+                raise UsageError(f"{named(one)} and {named(other)} cannot be combined: {why}")
         window, interval = self.window_tokens, self.interval_tokens
         if window is not None and interval is not None and window < 2 * interval:
             raise UsageError(
-                f"--window-tokens {format_tokens(window)} holds fewer than two checkpoints "
-                f"{format_tokens(interval)} apart: widen it or lower --interval-tokens"
+                f"{given('window_tokens', format_tokens(window))} holds fewer than two checkpoints "
+                f"{format_tokens(interval)} apart: widen it or lower {named('interval_tokens')}"
             )
         if self.end_iteration is not None and self.end_iteration in self.exclude:
-            raise UsageError(f"--end-iteration {self.end_iteration} is also in --exclude")
+            raise UsageError(
+                f"{given('end_iteration', self.end_iteration)} is also in {named('exclude')}"
+            )
 
     def _refuse_bad_list(self, name: str) -> None:
         listed = getattr(self, name)
@@ -102,14 +108,14 @@ class SelectionRequest:
         ]
         if others:
             raise UsageError(
-                f"{flag_of(name)} names the checkpoints, so {', '.join(map(flag_of, others))} "
+                f"{named(name)} names the checkpoints, so {', '.join(map(named, others))} "
                 "would have no effect: drop one or the other"
             )
         keys = [posixpath.normpath(item) if name == "paths" else item for item in listed]
         repeated = sorted({key for key in keys if keys.count(key) > 1})
         if repeated or not keys:
             found = f"names {', '.join(map(str, repeated))} twice" if keys else "is empty"
-            raise UsageError(f"{flag_of(name)} {found}: name each checkpoint once")
+            raise UsageError(f"{named(name)} {found}: name each checkpoint once")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,7 +163,7 @@ def select(refs: Sequence[CheckpointRef], request: SelectionRequest) -> Selectio
         return _selection(*_by_paths(refs, request.paths), request)
     pool, notes = _pool(refs, request.exclude)
     if request.iterations is not None:
-        chosen = [_existing(pool, wanted, "--iterations") for wanted in sorted(request.iterations)]
+        chosen = [_existing(pool, wanted, "iterations") for wanted in sorted(request.iterations)]
         return _selection(chosen, notes, request)
     usable = _up_to_end(pool, request.end_iteration)
     if request.interval_tokens or request.interval_iterations:
@@ -174,7 +180,8 @@ def _pool(
 ) -> tuple[list[CheckpointRef], list[str]]:
     """Every numbered checkpoint that is not excluded, by iteration."""
     notes = [
-        f"{ref.path} was passed over: it has no iteration number (name it with --paths to use it)"
+        f"{ref.path} was passed over: it has no iteration number"
+        + (f" (name it with {named('paths')} to use it)" if has("paths") else "")
         for ref in sorted(refs, key=lambda ref: ref.path)
         if ref.iteration is None
     ]
@@ -182,10 +189,10 @@ def _pool(
     for unwanted in sorted(set(exclude)):
         if all(ref.iteration != unwanted for ref in numbered):
             raise SelectionError(
-                f"--exclude names iteration {unwanted}, which does not exist; "
+                f"{named('exclude')} names iteration {unwanted}, which does not exist; "
                 + nearest(numbered, unwanted)
             )
-        notes.append(f"iteration {unwanted} was left out by --exclude")
+        notes.append(f"iteration {unwanted} was left out by {named('exclude')}")
     pool = [ref for ref in numbered if ref.iteration not in exclude]
     _refuse_duplicates(pool)
     return pool, notes
@@ -195,9 +202,10 @@ def _refuse_duplicates(ordered: Sequence[CheckpointRef]) -> None:
     for one, other in pairwise(ordered):
         if one.iteration == other.iteration:
             first, second = sorted((one.path, other.path))
+            name_them = f", or name the checkpoints to merge with {named('paths')}"
             raise SelectionError(
                 f"iteration {one.iteration} exists twice, as {first} and as {second}: leave it out "
-                "with --exclude, or name the checkpoints to merge with --paths"
+                f"with {named('exclude')}{name_them if has('paths') else ''}"
             )
 
 
@@ -209,10 +217,12 @@ def _by_paths(
     for path in paths:
         ref = found.get(posixpath.normpath(path))
         if ref is None:
-            raise SelectionError(f"--paths names {path}, which is not a checkpoint that was found")
+            raise SelectionError(
+                f"{named('paths')} names {path}, which is not a checkpoint that was found"
+            )
         if not ref.complete:
             raise SelectionError(
-                f"--paths names {path}, which is incomplete: {why_incomplete(ref)}"
+                f"{named('paths')} names {path}, which is incomplete: {why_incomplete(ref)}"
             )
         chosen.append(ref)
     if all(ref.iteration is not None for ref in chosen):
@@ -225,20 +235,20 @@ def _by_paths(
     return chosen, ["neither iterations nor tokens order the paths: the order given was kept"]
 
 
-def _existing(pool: Sequence[CheckpointRef], wanted: int, flag: str) -> CheckpointRef:
+def _existing(pool: Sequence[CheckpointRef], wanted: int, setting: str) -> CheckpointRef:
     ref = next((ref for ref in pool if ref.iteration == wanted), None)
     if ref is not None and ref.complete:
         return ref
     problem = "does not exist" if ref is None else f"is incomplete ({why_incomplete(ref)})"
     others = nearest([other for other in pool if other.complete], wanted)
-    raise SelectionError(f"{flag} names iteration {wanted}, which {problem}; {others}")
+    raise SelectionError(f"{named(setting)} names iteration {wanted}, which {problem}; {others}")
 
 
 def _up_to_end(pool: Sequence[CheckpointRef], end_iteration: int | None) -> list[CheckpointRef]:
     """The complete and healthy checkpoints, the newest of which is the end of the average."""
     complete = [ref for ref in pool if ref.complete and ref.unhealthy_because is None]
     if end_iteration is not None:
-        end = _existing(pool, end_iteration, "--end-iteration")
+        end = _existing(pool, end_iteration, "end_iteration")
         return [ref for ref in complete if iteration_of(ref) < end_iteration] + [end]
     if not complete:
         found = incomplete_list(pool) or "nothing was found"
@@ -252,26 +262,30 @@ def _last(
     count, found = request.last or DEFAULT_LAST, len(usable)
     if found >= count:
         return list(usable[-count:])
-    ways = [f"--last {found}"] if found > 1 else []
-    ways += ["a later --end-iteration"] if request.end_iteration is not None else []
-    ways += ["fewer in --exclude"] if request.exclude else []
+    ways = [f"use {given('last', found)}"] if found > 1 else []
+    later = request.end_iteration is not None and has("end_iteration")
+    ways += [f"choose a later {named('end_iteration')}"] if later else []
+    ways += [f"leave fewer out with {named('exclude')}"] if request.exclude else []
+    ways += ["wait until more are complete"]
     unfinished = incomplete_list(pool)
     raise SelectionError(
-        f"--last {count} needs {count} complete checkpoints up to {usable[-1].describe()}, found "
-        f"{found}{'; ' if unfinished else ''}{unfinished}; use "
-        + ", ".join([*ways, "or wait until more are complete"])
+        f"{given('last', count)} needs {count} complete checkpoints up to "
+        f"{usable[-1].describe()}, found {found}{'; ' if unfinished else ''}{unfinished}; "
+        + ", or ".join(ways)
     )
 
 
 def _window(usable: Sequence[CheckpointRef], window_tokens: int) -> list[CheckpointRef]:
-    run = comparable_run(usable, window_tokens, "--window-tokens")
+    run = comparable_run(usable, window_tokens, "window_tokens")
     start = tokens_of(run[-1]) - window_tokens
     chosen = [ref for ref in run if tokens_of(ref) > start]
     if len(chosen) < 2:
         older = f"the next older one is {run[-2].describe()}" if run[1:] else "none is older"
         raise SelectionError(
-            f"--window-tokens {format_tokens(window_tokens)} holds only {run[-1].describe()}, and "
-            f"an average needs two checkpoints: {older}; widen the window or use --last"
+            f"{given('window_tokens', format_tokens(window_tokens))} holds only "
+            f"{run[-1].describe()}, and "
+            f"an average needs two checkpoints: {older}; widen the window or use "
+            f"{named('last')}"
         )
     return chosen
 
@@ -284,14 +298,14 @@ def _spaced(
     window = request.window_tokens
     grid = Places(
         unit="tokens" if by_tokens else "iterations",
-        flag=flag_of("interval_tokens" if by_tokens else "interval_iterations"),
+        setting="interval_tokens" if by_tokens else "interval_iterations",
         position=tokens_of if by_tokens else iteration_of,
         interval=interval,
         count=window // interval if window else request.last or DEFAULT_LAST,
         tolerance=request.tolerance,
     )
     if by_tokens:
-        usable = comparable_run(usable, grid.reach, grid.flag)
+        usable = comparable_run(usable, grid.reach, grid.setting)
     chosen = grid.pick(usable)
     if len(chosen) < grid.count:
         raise SelectionError(hole(pool, usable, grid, len(chosen), request.exclude, window))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from pma_megatron.refs import CheckpointRef, Unit, incomplete_list, iteration_of, shown
+from pma_megatron.spelling import given, has, named
 from pma_megatron.tokens import format_tokens, parse_tokens
 
 
@@ -17,7 +18,7 @@ class Places:
     """Evenly spaced places, counted back from the end, that checkpoints are to fill."""
 
     unit: Unit
-    flag: str
+    setting: str
     position: Callable[[CheckpointRef], int]
     interval: int
     count: int
@@ -70,16 +71,18 @@ def hole(
     allowed = shown(int(grid.tolerance * grid.interval), grid.unit)
     before = f"{older.describe()} before it" if older else "none before it"
     sentences = [
-        f"{grid.flag} {grid.typed(grid.interval)} for {grid.count} checkpoints needs a complete "
-        f"one near {where}, {place} x that before {usable[-1].describe()}: there is none within "
-        f"{allowed} of it (--tolerance {grid.tolerance:g})",
+        f"{given(grid.setting, grid.typed(grid.interval))} for {grid.count} checkpoints needs a "
+        f"complete one near {where}, {place} x that before {usable[-1].describe()}: there is none "
+        f"within {allowed} of it" + _by_tolerance(grid),
         f"nearest are {before} and {newer.describe()} after it",
     ]
     inside = range(iteration_of(older) + 1 if older else 0, iteration_of(newer))
     unfinished = incomplete_list(ref for ref in pool if ref.iteration in inside)
     sentences += [f"between them {unfinished}"] if unfinished else []
     excluded = [str(iteration) for iteration in sorted(exclude) if iteration in inside]
-    sentences += [f"between them --exclude leaves out {', '.join(excluded)}"] if excluded else []
+    sentences += (
+        [f"between them {named('exclude')} leaves out {', '.join(excluded)}"] if excluded else []
+    )
     if usable[1:]:
         gaps = (grid.position(newer) - grid.position(older) for older, newer in pairwise(usable))
         gap = int(statistics.median(gaps))
@@ -96,15 +99,21 @@ def _ways_out(
     farthest = max(distance for distance, _ in grid.distances(usable))
     tolerance = math.ceil(100 * farthest / grid.interval) / 100
     trials = []
-    if tolerance < 0.5:
-        trials.append((f"--tolerance {tolerance:g}", replace(grid, tolerance=tolerance)))
+    if tolerance < 0.5 and has("tolerance"):
+        trials.append((given("tolerance", f"{tolerance:g}"), replace(grid, tolerance=tolerance)))
     natural = max(1, round(grid.interval / gap)) * gap
     for other in sorted({natural, gap} - {grid.interval}, reverse=True):
         count = window // other if window else grid.count
-        text = f"{grid.flag} {grid.typed(other)}"
+        text = given(grid.setting, grid.typed(other))
         trials.append((text, replace(grid, interval=other, count=count)))
     ways = [text for text, trial in trials if 1 < len(trial.pick(usable)) == trial.count]
     if place > 1:
-        shorter = f"--window-tokens {grid.typed(place * grid.interval)}"
-        ways.insert(0, shorter if window else f"--last {place}")
-    return [*ways, "naming the checkpoints with --iterations"]
+        shorter = given("window_tokens", grid.typed(place * grid.interval))
+        ways.insert(0, shorter if window else given("last", place))
+    if has("iterations"):
+        ways.append(f"naming the checkpoints with {named('iterations')}")
+    return ways or ["another interval"]
+
+
+def _by_tolerance(grid: Places) -> str:
+    return f" ({given('tolerance', f'{grid.tolerance:g}')})" if has("tolerance") else ""

@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import Any, Literal, Protocol, TypeVar
 
 from pma_megatron.errors import SelectionError, UsageError
+from pma_megatron.spelling import among, named
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _COUNT = re.compile(r"([0-9]+(?:_[0-9]+)*(?:\.[0-9]+)?)\s*([KMBT]?)", re.IGNORECASE)
@@ -135,13 +136,16 @@ def consumed_tokens_of(args: Mapping[str, Any]) -> tuple[int | None, str | None]
     for name in ("consumed_train_samples", "seq_length"):
         value = args.get(name)
         if value is None:
-            return None, f"its saved Megatron args have no {name}"
+            what = f"its saved training arguments have no {name}"
+            return None, what if args else "it holds no training arguments"
         if not _is_count(value) or value == 0:
-            return None, f"its saved Megatron args say {name} = {value!r}, not a positive integer"
+            return None, (
+                f"its saved training arguments say {name} = {value!r}, not a positive integer"
+            )
         sizes[name] = value
     samples, skipped = sizes["consumed_train_samples"], args.get("skipped_train_samples") or 0
     if not _is_count(skipped):
-        return None, f"its saved Megatron args say skipped_train_samples = {skipped!r}"
+        return None, f"its saved training arguments say skipped_train_samples = {skipped!r}"
     if skipped and args.get("decrease_batch_size_if_needed"):
         if args.get("iterations_to_skip"):
             return None, (
@@ -151,7 +155,7 @@ def consumed_tokens_of(args: Mapping[str, Any]) -> tuple[int | None, str | None]
         skipped = 0
     if skipped >= samples:
         return None, (
-            f"its saved Megatron args say skipped_train_samples = {skipped} of "
+            f"its saved training arguments say skipped_train_samples = {skipped} of "
             f"consumed_train_samples = {samples}: nothing was trained on"
         )
     return (samples - skipped) * sizes["seq_length"], None
@@ -181,10 +185,10 @@ def why_incomparable(ordered: Sequence[Counted]) -> str | None:
     return None
 
 
-def comparable_run(ordered: Sequence[CountedT], reach_tokens: int, flag: str) -> list[CountedT]:
+def comparable_run(ordered: Sequence[CountedT], reach_tokens: int, setting: str) -> list[CountedT]:
     """The newest of the checkpoints, oldest first, whose token counts can be compared.
 
-    Where that ends does not matter if it is `reach_tokens` before the newest: `flag` looks no
+    Where that ends does not matter if it is `reach_tokens` before the newest: `setting` looks no
     further back.
 
     Raises:
@@ -196,8 +200,8 @@ def comparable_run(ordered: Sequence[CountedT], reach_tokens: int, flag: str) ->
     run, problem = ordered[first:], why_incomparable(ordered[max(first - 1, 0) :])
     if problem and (why_incomparable(run) or _tokens(run[-1]) - _tokens(run[0]) < reach_tokens):
         raise SelectionError(
-            f"{flag} needs token counts that can be compared: {problem}; use "
-            "--interval-iterations, or --last alone, which takes checkpoints as they lie"
+            f"{named(setting)} needs token counts that can be compared: {problem}; use "
+            f"{among('interval_iterations', 'last')} alone, which need none"
         )
     return list(run)
 

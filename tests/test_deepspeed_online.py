@@ -347,8 +347,8 @@ def refusals(rank: int, world_size: int, root: str) -> dict[str, str]:
 
 def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
     for said in run_ranks(refusals, 2, str(tmp_path / "run"), timeout_s=200):
-        assert "one of interval_iterations and interval_tokens" in said["both"]
-        assert "interval_iterations must be at least 1, got 0" in said["zero"]
+        assert "one of interval_iterations= and interval_tokens=" in said["both"]
+        assert "interval_iterations= must be at least 1, got 0" in said["zero"]
         assert "1 of 2 members" in said["early"] and "1 of 2 members" in said["early save"]
         assert "global_step3 is a tag that is not an average" in said["own root"]
         assert "saves in the background" in said["background"]

@@ -8,7 +8,18 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "pma_megatron"
 
 ORDER = [
-    ["version", "errors", "log", "say", "faultpoints", "memory", "geometry", "durable", "audit"],
+    [
+        "version",
+        "errors",
+        "log",
+        "say",
+        "spelling",
+        "faultpoints",
+        "memory",
+        "geometry",
+        "durable",
+        "audit",
+    ],
     ["openfiles"],
     ["tokens", "coefficients", "policy", "spread", "spike_state", "metrics_formats", "live_tensor"],
     ["spike", "metrics", "refs"],
@@ -28,7 +39,9 @@ ORDER = [
     ["formats.deepspeed.partitions", "formats.deepspeed.layers", "formats.deepspeed.steps"],
     ["formats.deepspeed.completeness", "formats.deepspeed.saves", "formats.deepspeed.unsharded"],
     ["formats.deepspeed.universal"],
-    ["formats.torch_dist", "formats.torch_dist.optimizer"],
+    ["formats.torch_dist", "formats.torch_dist.optimizer", "formats.torch_dist.registration"],
+    ["formats.torch_dist.ties"],
+    ["formats.torch_dist.assignment"],
     ["formats.torch_dist.buckets", "formats.torch_dist.output", "formats.torch_dist.schedule"],
     ["formats.torch_dist.source", "formats.deepspeed.source", "formats.deepspeed.output"],
     ["formats.deepspeed.universal_source", "formats.deepspeed.universal_output"],

@@ -201,13 +201,6 @@ def test_the_parser_refuses_unknown_words(text: str, capsys: pytest.CaptureFixtu
     assert text.split()[0] in capsys.readouterr().err
 
 
-def test_messages_of_the_command_line_are_respelled() -> None:
-    text = "--interval-tokens 8B and --last need --load; --iterations-to-skip, --pma-last"
-    assert flags.spelled(text) == (
-        "--pma-interval-tokens 8B and --pma-last need --load; --iterations-to-skip, --pma-last"
-    )
-
-
 def test_recover_has_settings_only_where_it_is_asked_for() -> None:
     assert flags.settings(parse("--pma-init")).recover is None
     made = flags.settings(parse("--pma-recover --pma-recover-last 5 --pma-recover-patience 40"))

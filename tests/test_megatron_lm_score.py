@@ -53,7 +53,7 @@ def test_scores_are_those_of_the_offline_merges(model: list[str], tmp_path: Path
     assert got["unmerged", 6] == expected["unmerged"] != got["unmerged", 4]
     assert got["sma", 6] == expected["sma"]
     assert f"{scores['others'][0]['losses']['lm loss']:.6E}" == expected["sma"]
-    assert "PMA: left out sma of 3 up to iteration 4: --last 3 needs 3" in made.output
+    assert "PMA: left out sma of 3 up to iteration 4: --pma-score-lasts 3 needs 3" in made.output
 
     asked = ["--load", run, "--lasts", "3", "--ends", "4", "6", "--out", str(tmp_path / "cli.json")]
     run_pretrain(

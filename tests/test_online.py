@@ -386,7 +386,7 @@ def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
     for said in run_ranks(refusals, 2, BASE, str(tmp_path)):
         count, alpha, memory, disk, early = said
         assert "4 custom coefficients were given for a window of 3" in count
-        assert "--pma-alpha" in alpha
-        assert "--pma-window-dir" in memory and "2 ranks" in memory
-        assert f"in --pma-window-dir {tmp_path}" in disk and "are free" in disk
+        assert "alpha=" in alpha
+        assert "window_dir=" in memory and "2 ranks" in memory
+        assert f"in window_dir={tmp_path}" in disk and "are free" in disk
         assert "2 of 3 members" in early

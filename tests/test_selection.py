@@ -38,7 +38,7 @@ def ref(iteration, tokens=None, *, incomplete=None, **changes) -> CheckpointRef:
 
 def untold(iteration, **changes) -> CheckpointRef:
     """A checkpoint without Megatron arguments."""
-    because = "its saved Megatron args have no seq_length"
+    because = "its saved training arguments have no seq_length"
     unknown = {"consumed_tokens": None, "consumed_samples": None, "tokens_unknown_because": because}
     return dataclasses.replace(ref(iteration), **unknown, **changes)
 
@@ -315,7 +315,9 @@ def test_selection_by_tokens_refuses_counts_that_do_not_measure_progress(request
     flag = "--interval-tokens" if "last" in request_of else "--window-tokens"
     said = refusal([*every(1000, 4000), untold(5000)], **request_of)
     assert f"{flag} needs token counts" in said
-    assert "iteration 5000 are unknown because its saved Megatron args have no seq_length" in said
+    assert (
+        "iteration 5000 are unknown because its saved training arguments have no seq_length" in said
+    )
     assert "--interval-iterations" in said
     assert "iteration 4000 are unknown" in refusal(
         [*every(1000, 3000), untold(4000), ref(5000)], **request_of
@@ -359,7 +361,7 @@ def test_skipped_batches_do_not_look_like_a_new_sequence_length() -> None:
         ({"tolerance": 0.5}, r"--tolerance is a fraction .*\[0, 0.5\), got 0.5"),
         ({"tolerance": float("nan")}, r"got nan"),
         ({"interval_tokens": 1, "interval_iterations": 1}, r"cannot be combined: an average has"),
-        ({"window_tokens": 9, "interval_iterations": 1}, r"use --interval-tokens, or --last"),
+        ({"window_tokens": 9, "interval_iterations": 1}, r"use --interval-tokens or --last"),
         ({"window_tokens": 9, "last": 3}, r"--window-tokens and --last cannot be combined"),
         ({"window_tokens": 15 * B, "interval_tokens": 8 * B}, r"15B holds fewer than two .* 8B"),
         ({"end_iteration": 5, "exclude": (5,)}, r"--end-iteration 5 is also in --exclude"),

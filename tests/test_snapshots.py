@@ -521,5 +521,5 @@ def test_prune_spares_what_is_needed_and_what_is_not_ours(tmp_path: Path) -> Non
     assert prune(tmp_path, 0, set()) == [folder_of(tmp_path, i) for i in (3, 5, 6)]
     assert elsewhere.is_dir() and foreign.is_dir()
     assert prune(tmp_path / "nowhere", 1, set()) == []
-    with pytest.raises(UsageError, match="--pma-keep"):
+    with pytest.raises(UsageError, match="--keep"):
         prune(tmp_path, -1, set())

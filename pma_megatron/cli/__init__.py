@@ -16,7 +16,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     from pma_megatron import log
     from pma_megatron.cli.flags import parser
+    from pma_megatron.cli.verbs import front_end
     from pma_megatron.errors import PmaError, RankError, UsageError
+    from pma_megatron.spelling import speaking
 
     given = list(sys.argv[1:] if argv is None else argv)
     end = given.index("--") if "--" in given else len(given)
@@ -27,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     rank = int(os.environ.get("RANK", "0"))
     log.configure(rank, verbose=arguments.verbose)
     try:
-        arguments.run(arguments)
+        with speaking(front_end(arguments.parser, given[:end])):
+            arguments.run(arguments)
     except PmaError as error:
         # The rank whose own error it is prints it; rank 0 also says what stopped the others.
         if rank == 0 or not isinstance(error, RankError):

@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="pma",
         description="Average checkpoints of one pre-training run, shard by shard, into one that "
-        "Megatron resumes from.",
+        "training resumes from.",
     )
     top.add_argument("--version", action="version", version=f"pma_megatron {__version__}")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     verb = new_verb(
         verbs, "list", commands.list_, "list a run's checkpoints: tokens, complete or not"
     )
-    verb.add_argument("root", help="the folder given to Megatron's --save")
+    verb.add_argument("root", help="the folder that training saves to")
     verb = new_verb(verbs, "inspect", commands.inspect, "say what is in one checkpoint")
     verb.add_argument("path", help="one iter_* folder")
     verb = new_verb(

@@ -54,7 +54,7 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def _where(verb: argparse.ArgumentParser) -> None:
     group = verb.add_argument_group("where the run went wrong")
     group.add_argument(
-        "--metrics", metavar="PATH", help="Megatron's log, TensorBoard folder, CSV or JSONL"
+        "--metrics", metavar="PATH", help="the run's log, TensorBoard folder, CSV or JSONL"
     )
     group.add_argument(
         "--onset", type=int, metavar="I", help="or: the first iteration that was off"

@@ -31,7 +31,7 @@ Provider = Callable[[str, list[str]], Scored]
 def add_scoring(verb: argparse.ArgumentParser) -> None:
     """Add the flags that say which averages are scored, and with what model."""
     group = verb.add_argument_group("which averages")
-    group.add_argument("--load", metavar="DIR", help="the folder given to Megatron's --save")
+    group.add_argument("--load", metavar="DIR", help="the folder that training saves to")
     group.add_argument(
         "--methods", nargs="+", default=["sma"], metavar="M",
         help="sma, wma, ema:ALPHA, linear, cosine, 1-sqrt, inverse-sqrt[:FLOOR] (default sma)",
@@ -46,7 +46,7 @@ def add_scoring(verb: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--intervals-iterations", nargs="+", type=int, default=[], metavar="V",
-        help="spacings in iterations, for checkpoints without Megatron args",
+        help="spacings in iterations, for checkpoints that do not say tokens",
     )  # fmt: skip
     group.add_argument(
         "--ends", nargs="+", default=["newest"], metavar="E",

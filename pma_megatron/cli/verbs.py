@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from pma_megatron.errors import UsageError
 from pma_megatron.selection import SelectionRequest
+from pma_megatron.spelling import FrontEnd
 from pma_megatron.tokens import parse_tokens
 
 
@@ -26,14 +27,25 @@ def new_verb(verbs: argparse._SubParsersAction[argparse.ArgumentParser], name: s
     )
     verb.add_argument("--json", action="store_true", help="print the result as JSON")
     verb.add_argument("--verbose", action="store_true", help="more messages, on stderr")
-    verb.set_defaults(run=run)
+    verb.set_defaults(run=run, parser=verb)
     return verb
+
+
+def front_end(verb: argparse.ArgumentParser, typed: Sequence[str]) -> FrontEnd:
+    """The flags of a verb; of those that have two names, the one that was typed."""
+    words = {word.partition("=")[0] for word in typed}
+    names = {}
+    for action in verb._actions:
+        if action.option_strings:
+            used = [flag for flag in action.option_strings if flag in words]
+            names[action.dest] = (used or action.option_strings)[-1]
+    return FrontEnd(names)
 
 
 def add_selection(verb: argparse.ArgumentParser) -> None:
     """Add the flags of `selection.SelectionRequest`, and --load."""
     group = verb.add_argument_group("which checkpoints")
-    group.add_argument("--load", metavar="DIR", help="the folder given to Megatron's --save")
+    group.add_argument("--load", metavar="DIR", help="the folder that training saves to")
     group.add_argument("--last", type=int, metavar="N", help="how many (default 10)")
     group.add_argument(
         "--interval-tokens", type=token_count, metavar="V", help="spacing, e.g. 8B, 500M"
@@ -41,7 +53,7 @@ def add_selection(verb: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--interval-steps", "--interval-iterations", type=int, metavar="V",
         dest="interval_iterations",
-        help="spacing in iterations (optimizer steps), for checkpoints without Megatron args",
+        help="spacing in iterations (optimizer steps), for checkpoints that do not say tokens",
     )  # fmt: skip
     group.add_argument(
         "--tolerance", type=float, default=0.25, metavar="F",

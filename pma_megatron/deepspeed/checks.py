@@ -10,6 +10,7 @@ import torch
 
 from pma_megatron.errors import PlanError, UsageError
 from pma_megatron.formats.deepspeed.checkpoint import TIED, DeepSpeedCheckpoint
+from pma_megatron.spelling import given
 
 WAY_OUT = "Use the offline job, `pma merge`, and load its result"
 WRAPPERS = (
@@ -99,7 +100,11 @@ def refuse_modes(call: Mapping[str, Any]) -> None:
         UsageError: `call`, arguments of `load_checkpoint` by name, asks for one.
     """
     for name, value, instead in (
-        ("load_optimizer_states", False, "For fresh moments use optimizer_state='reset'"),
+        (
+            "load_optimizer_states",
+            False,
+            f"For fresh moments use {given('optimizer_state', 'reset')}",
+        ),
         ("load_module_only", True, "For weights alone load the offline job's result so"),
     ):
         if bool(call.get(name, not value)) == value:

@@ -28,7 +28,7 @@ from pma_megatron.deepspeed.checks import (
     refuse_universal,
     refuse_unresumable,
 )
-from pma_megatron.deepspeed.options import Options
+from pma_megatron.deepspeed.options import OPTIONS, Options
 from pma_megatron.deepspeed.params import (
     LiveTensor,
     live_tensors,
@@ -45,6 +45,7 @@ from pma_megatron.live_load import Job, LiveReport, Meter, fill
 from pma_megatron.planning import Gathered, gather_sources, origin_note
 from pma_megatron.policy import MAIN
 from pma_megatron.say import say
+from pma_megatron.spelling import named, speaking
 
 NOTE = "pma"
 """Key in the returned client state: what was averaged, as in that of an offline merge."""
@@ -104,6 +105,7 @@ def pma_init(engine: Any, **options: Any) -> Iterator[None]:
         )
 
 
+@speaking(OPTIONS)
 def load_average(engine: Any, plain: Callable[..., Loaded], call: Mapping[str, Any],
                  options: Options) -> Loaded:  # fmt: skip
     """In place of one call of `engine.load_checkpoint`; see `load_merged`.
@@ -125,7 +127,8 @@ def load_average(engine: Any, plain: Callable[..., Loaded], call: Mapping[str, A
     if record is not None and record["options"] == options.record():
         say(
             f"PMA-init was done at iteration {record['iteration']} and {resumed} descends from it: "
-            "not averaging again. To average anew, change an option, for instance end_iteration"
+            "not averaging again. To average anew, change a setting, for instance "
+            f"{named('end_iteration')}"
         )
         record_in_saves(engine, record)
         return plain(**call)

@@ -34,9 +34,11 @@ from pma_megatron.deepspeed.swap import averaged_state, weights
 from pma_megatron.errors import PublishError, UsageError
 from pma_megatron.formats import registry
 from pma_megatron.formats.marker import MARKER_FILE
+from pma_megatron.live_load import ARGUMENTS
 from pma_megatron.online.average import RunningAverage
 from pma_megatron.online.origin import origin_of
 from pma_megatron.request import Method
+from pma_megatron.spelling import named, speaking
 
 CLIENT_STATE = "pma"
 """What a saved average calls its origin in DeepSpeed's client state."""
@@ -50,6 +52,7 @@ class OnlineAverage(RunningAverage):
     buffers are averaged, each rank's own part of them, without communication.
     """
 
+    @speaking(ARGUMENTS)
     def __init__(
         self, engine: Any, method: Method, last: int, *, interval_iterations: int | None = None,
         interval_tokens: int | None = None, consumed_tokens: int = 0,
@@ -188,7 +191,7 @@ class OnlineAverage(RunningAverage):
             return int(self._engine.global_steps)
         if consumed_tokens is None:
             raise UsageError(
-                "the entries of this average are interval_tokens apart: give consumed_tokens, the "
+                "the entries of this average are so many tokens apart: give consumed_tokens, the "
                 "tokens that the run has consumed until now"
             )
         return consumed_tokens
@@ -198,12 +201,13 @@ def _interval(iterations: int | None, tokens: int | None) -> int:
     given = [value for value in (iterations, tokens) if value is not None]
     if len(given) != 1:
         raise UsageError(
-            "an average has one spacing: give one of interval_iterations and interval_tokens, "
+            f"an average has one spacing: give one of {named('interval_iterations')} and "
+            f"{named('interval_tokens')}, "
             f"found {iterations} and {tokens}"
         )
     if given[0] < 1:
         name = "interval_tokens" if iterations is None else "interval_iterations"
-        raise UsageError(f"{name} must be at least 1, got {given[0]}")
+        raise UsageError(f"{named(name)} must be at least 1, got {given[0]}")
     return given[0]
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from pma_megatron.live_load import live_request
 from pma_megatron.request import MergeRequest, Method
 from pma_megatron.selection import SelectionRequest
+from pma_megatron.spelling import FrontEnd, keywords
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,6 +80,10 @@ class Options:
             name: list(value) if isinstance(value, tuple) else value
             for name, value in plain.items()
         }
+
+
+OPTIONS = FrontEnd(keywords(field.name for field in fields(Options)))
+"""Settings as `load_merged` and `pma_init` spell them."""
 
 
 def _folder(path: str | Path | tuple[str, str]) -> str:

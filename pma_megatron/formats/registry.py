@@ -25,6 +25,7 @@ from pma_megatron.formats.torch_dist.optimizer import is_optimizer_key
 from pma_megatron.formats.torch_dist.output import Changes, output_layout
 from pma_megatron.formats.torch_dist.schedule import read_schedule
 from pma_megatron.formats.torch_dist.source import read_source
+from pma_megatron.spelling import given, has
 
 TORCH_DIST = "torch_dist"
 DEEPSPEED = "deepspeed"
@@ -85,6 +86,8 @@ class Format:
         iteration: iteration of a folder, whole or not, where names do not say it; else None.
         other_layouts: how the checkpoint `{tag}` becomes one that merges with those that were saved
             under other parallel sizes, where it does not as it is; empty where all do.
+        named_layouts: how a run is saved so that main params have names.
+        weights_alone: whether a merge of weights alone can be written.
     """
 
     name: str
@@ -99,6 +102,15 @@ class Format:
     folder_name: Callable[[str, int | None], str]
     iteration: Callable[[Path], int | None] | None = None
     other_layouts: str = ""
+    named_layouts: str = ""
+    weights_alone: bool = False
+
+    def instead_of_flat(self) -> str:
+        """What to do about main params that cannot be named."""
+        ways = [f"average the weights ({given('average', 'weights')})"] if (
+            self.weights_alone and has("average")
+        ) else []  # fmt: skip
+        return f"What works: {', or '.join([*ways, self.named_layouts])}"
 
 
 def _common(path: Path) -> dict[str, Any]:
@@ -133,6 +145,7 @@ FORMATS = (
             "latest_checkpointed_iteration.txt", _iter_folder, _iter_content, "--load {root}"
         ),
         lambda path, iteration: "release" if iteration is None else f"iter_{iteration:07d}",
+        named_layouts="save with --dist-ckpt-optim-fully-reshardable", weights_alone=True,
     ),
     Format(
         DEEPSPEED, deepspeed_completeness.completeness, deepspeed_source.read_common,
@@ -145,6 +158,7 @@ FORMATS = (
         "convert each into a root of its own and merge there: python -m "
         "deepspeed.checkpoint.ds_to_universal --inject_missing_state --input_folder {tag} "
         "--output_folder NEW_ROOT/TAG; Universal checkpoints merge at any size",
+        "train with zero_optimization.stage 1, which stores names",
     ),
     Format(
         UNIVERSAL, universal.completeness, deepspeed_source.read_common,

@@ -7,7 +7,7 @@ from itertools import combinations
 from typing import Any
 
 from pma_megatron.errors import UsageError
-from pma_megatron.megatron.options import RecoverySettings, Settings, spelled
+from pma_megatron.megatron.options import RecoverySettings, Settings
 
 _OWN_LAYOUT = "it keeps weights and main params in a layout of its own, which is not averaged"
 
@@ -223,7 +223,5 @@ def _refuse_method(settings: Settings) -> None:
     if settings.save:
         counts.add(settings.window)
     for count in sorted(counts):
-        try:  # evenly spaced, because only the parameters are looked at
-            settings.method.of(range(1, count + 1), count)
-        except UsageError as error:
-            raise UsageError(spelled(str(error))) from error
+        # Evenly spaced, because only the parameters are looked at.
+        settings.method.of(range(1, count + 1), count)

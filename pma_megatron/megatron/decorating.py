@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pma_megatron.megatron import flags
+from pma_megatron.megatron.options import FLAGS
+from pma_megatron.spelling import speaking
 
 Function = Callable[..., Any]
 
@@ -48,10 +50,10 @@ class Decorators:
             settings = self._enabled_args()
             if settings is None:
                 return fn(*args, **kwargs)
-            self._hooks.validate(settings)
+            self._call("validate", settings)
             result = fn(*args, **kwargs)
             model, optimizer, opt_param_scheduler = result
-            self._hooks.ready(model, optimizer, opt_param_scheduler)
+            self._call("ready", model, optimizer, opt_param_scheduler)
             return result
 
         return finished(wrapper, fn)
@@ -62,7 +64,7 @@ class Decorators:
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             result = fn(*args, **kwargs)
             if self._enabled_args() is not None:
-                self._hooks.stepped(_named(fn, args, kwargs))
+                self._call("stepped", _named(fn, args, kwargs))
             return result
 
         return finished(wrapper, fn)
@@ -73,7 +75,7 @@ class Decorators:
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             if self._enabled_args() is None:
                 return fn(*args, **kwargs)
-            return self._hooks.load(fn, _named(fn, args, kwargs))
+            return self._call("load", fn, _named(fn, args, kwargs))
 
         return finished(wrapper, fn)
 
@@ -84,9 +86,9 @@ class Decorators:
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             if self._enabled_args() is None:
                 return fn(*args, **kwargs)
-            self._hooks.saving()
+            self._call("saving")
             result = fn(*args, **kwargs)
-            self._hooks.saved(fn, _named(fn, args, kwargs))
+            self._call("saved", fn, _named(fn, args, kwargs))
             return result
 
         return finished(wrapper, fn)
@@ -97,7 +99,7 @@ class Decorators:
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             if self._enabled_args() is None:
                 return fn(*args, **kwargs)
-            return self._hooks.evaluate(fn, _named(fn, args, kwargs))
+            return self._call("evaluate", fn, _named(fn, args, kwargs))
 
         return finished(wrapper, fn)
 
@@ -109,10 +111,15 @@ class Decorators:
                 return fn(*args, **kwargs)
             named = _named(fn, args, kwargs)
             where = (named[name] for name in ("prefix", "iteration", "write_to_tensorboard"))
-            with self._hooks.evaluation(*where):
+            with speaking(FLAGS), self._hooks.evaluation(*where):
                 return fn(*args, **kwargs)
 
         return finished(wrapper, fn)
+
+    def _call(self, hook: str, *args: Any) -> Any:
+        """What happens at a place; messages are for users of the `--pma-*` flags."""
+        with speaking(FLAGS):
+            return getattr(self._hooks, hook)(*args)
 
     @property
     def _hooks(self) -> Any:

@@ -15,6 +15,7 @@ from pma_megatron.errors import UsageError
 from pma_megatron.megatron import checks
 from pma_megatron.megatron.options import (
     EXIT_CODE,
+    FLAGS,
     NAMES,
     OPTIMIZER_STATES,
     SHARES,
@@ -24,9 +25,9 @@ from pma_megatron.megatron.options import (
     Settings,
     given,
     settings,
-    spelled,
 )
 from pma_megatron.selection import DEFAULT_LAST
+from pma_megatron.spelling import speaking
 from pma_megatron.spike import SpikeSettings
 from pma_megatron.tokens import parse_tokens
 
@@ -37,7 +38,6 @@ __all__ = [
     "enabled",
     "given",
     "settings",
-    "spelled",
     "validate",
 ]
 
@@ -173,6 +173,11 @@ def validate(args: Any) -> None:
         UsageError: an option without the flag that uses it, a use whose needs are not met, a
             parallel or optimizer setup that is not supported.
     """
+    with speaking(FLAGS):
+        _validate(args)
+
+
+def _validate(args: Any) -> None:
     for name, users in USED_BY.items():
         if given(args, name) and not any(given(args, user) for user in users):
             needed = " or ".join(f"--{user.replace('_', '-')}" for user in users)

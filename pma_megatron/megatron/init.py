@@ -14,9 +14,9 @@ from typing import Any
 
 from pma_megatron.comm import Comm
 from pma_megatron.discover import common_args
-from pma_megatron.errors import SelectionError, UsageError
+from pma_megatron.errors import UsageError
 from pma_megatron.megatron.load import merge_into
-from pma_megatron.megatron.options import USED_BY, Settings, spelled
+from pma_megatron.megatron.options import USED_BY, Settings
 from pma_megatron.say import say
 from pma_megatron.selection import SelectionRequest
 
@@ -58,20 +58,17 @@ def init(args: Any, settings: Settings, models: Sequence[Any], optimizer: Any,
         )
         return
     assert settings.load is not None
-    try:
-        report = merge_into(
-            models,
-            optimizer,
-            load=settings.load,
-            selection=_selection(args, settings, iteration),
-            method=settings.method,
-            optimizer_state=settings.optimizer_state,
-            share=settings.share,
-            threads=settings.threads,
-            metadata=metadata,
-        )
-    except SelectionError as error:
-        raise SelectionError(spelled(str(error))) from error
+    report = merge_into(
+        models,
+        optimizer,
+        load=settings.load,
+        selection=_selection(args, settings, iteration),
+        method=settings.method,
+        optimizer_state=settings.optimizer_state,
+        share=settings.share,
+        threads=settings.threads,
+        metadata=metadata,
+    )
     sources = list(report.sources)
     setattr(args, RECORD, {"iteration": iteration, "flags": flags, "sources": sources})
     say(f"PMA-init: {report}")

@@ -15,17 +15,19 @@ import torch.distributed as dist
 
 from pma_megatron.comm import Comm, Team
 from pma_megatron.live import LivePlan, average_units
-from pma_megatron.live_load import Job, LiveReport, Meter, fill, live_request
+from pma_megatron.live_load import ARGUMENTS, Job, LiveReport, Meter, fill, live_request
 from pma_megatron.megatron.params import LiveTensor, live_tensors, parts
 from pma_megatron.megatron.replicas import forward_hooks_off, refresh_weights, replica_group
 from pma_megatron.planning import Gathered, gather_sources
 from pma_megatron.policy import MAIN
 from pma_megatron.request import Method
 from pma_megatron.selection import SelectionRequest
+from pma_megatron.spelling import speaking
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+@speaking(ARGUMENTS)
 def merge_into(models: Sequence[Any], optimizer: Any, *, load: str,
                selection: SelectionRequest | None = None, method: Method | None = None,
                optimizer_state: str = "latest", share: str = "auto", threads: int = 2,

@@ -23,11 +23,13 @@ from typing import Any
 
 from pma_megatron.comm import Comm
 from pma_megatron.errors import UsageError
+from pma_megatron.live_load import ARGUMENTS
 from pma_megatron.megatron.params import live_tensors, stepping
 from pma_megatron.megatron.shard import MegatronShard
 from pma_megatron.megatron.swap import averaged_state, averaged_weights, backup_bytes
 from pma_megatron.online.average import RunningAverage
 from pma_megatron.request import Method
+from pma_megatron.spelling import named, speaking
 
 
 class OnlineAverage(RunningAverage):
@@ -38,6 +40,7 @@ class OnlineAverage(RunningAverage):
     averaged, each rank's own part of them, without communication.
     """
 
+    @speaking(ARGUMENTS)
     def __init__(
         self, models: Sequence[Any], optimizer: Any, method: Method, last: int,
         interval_tokens: int, *, consumed_tokens: int = 0, window_dir: str | Path | None = None,
@@ -61,7 +64,9 @@ class OnlineAverage(RunningAverage):
                 disk; coefficients of another number; values out of range.
         """
         if interval_tokens < 1:
-            raise UsageError(f"--pma-interval-tokens must be at least 1, got {interval_tokens}")
+            raise UsageError(
+                f"{named('interval_tokens')} must be at least 1, got {interval_tokens}"
+            )
         comm = Comm() if comm is None else comm
         self._models = models
         self._tensors = comm.agree(

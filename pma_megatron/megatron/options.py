@@ -5,7 +5,6 @@ An option that was not given is None there (a switch: False); `settings` fills i
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -16,6 +15,7 @@ from pma_megatron.grid import Grid, parse_ends, parse_method
 from pma_megatron.healthy import LAST, MARGIN_ITERATIONS
 from pma_megatron.request import Method
 from pma_megatron.selection import DEFAULT_LAST, SelectionRequest
+from pma_megatron.spelling import FrontEnd, speaking
 from pma_megatron.spike import SpikeSettings
 from pma_megatron.tokens import consumed_tokens_of
 
@@ -70,11 +70,15 @@ USED_BY: Mapping[str, tuple[str, ...]] = MappingProxyType(
 NAMES: tuple[str, ...] = (*_SWITCHES, "pma_snapshot_interval_tokens", *USED_BY)
 """Every name that `add_arguments` adds to Megatron's argument namespace."""
 
-_COMMAND_LINE = re.compile(
-    r"--(last|interval-tokens|interval-iterations|tolerance|end-iteration|iterations|exclude"
-    r"|method|alpha|floor|coefficients|optimizer-state)(?![\w-])"
+FLAGS = FrontEnd(
+    {name.removeprefix("pma_"): "--" + name.replace("_", "-") for name in NAMES}
+    | {
+        name.removeprefix("pma_score_"): "--" + name.replace("_", "-")
+        for name in NAMES
+        if name.startswith("pma_score_")
+    }
 )
-_GRID = re.compile(r"--(methods|lasts|ends|intervals-tokens|intervals-iterations)(?![\w-])")
+"""Settings as a Megatron script spells them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -166,15 +170,8 @@ def settings(args: Any) -> Settings:
     Raises:
         UsageError: values out of range or that contradict each other, named as Megatron's flags.
     """
-    try:
+    with speaking(FLAGS):
         return _settings(args)
-    except UsageError as error:
-        raise UsageError(spelled(str(error))) from error
-
-
-def spelled(message: str) -> str:
-    """A message of the command line with its flags named as in a Megatron script."""
-    return _GRID.sub(r"--pma-score-\1", _COMMAND_LINE.sub(r"--pma-\1", message))
 
 
 def tokens_now(args: Any) -> int:

@@ -12,10 +12,10 @@ from typing import Any
 
 from pma_megatron.deepspeed.load import pma_init
 from pma_megatron.deepspeed.online import OnlineAverage
-from pma_megatron.errors import SelectionError, UsageError
+from pma_megatron.errors import UsageError
 from pma_megatron.megatron import flags
 from pma_megatron.megatron.evaluate import Evaluation
-from pma_megatron.megatron.options import Settings, spelled, tokens_now
+from pma_megatron.megatron.options import Settings, tokens_now
 from pma_megatron.megatron.trees import changed_arguments, global_vars
 from pma_megatron.online.store import FOLDER
 from pma_megatron.say import say
@@ -53,11 +53,8 @@ def load(fn: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
     chosen = flags.settings(_args())
     if not chosen.init or arguments["load_arg"] != "load":
         return fn(**arguments)
-    try:
-        with pma_init(arguments["model"][0], **_options(chosen)):
-            return fn(**arguments)
-    except SelectionError as error:
-        raise SelectionError(spelled(str(error))) from error
+    with pma_init(arguments["model"][0], **_options(chosen)):
+        return fn(**arguments)
 
 
 def ready(model: Sequence[Any], optimizer: Any, opt_param_scheduler: Any) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from pma_megatron.comm import Comm
 from pma_megatron.errors import UsageError
 from pma_megatron.memory import available_bytes
+from pma_megatron.spelling import given, named
 
 _MIB, _GIB = 1 << 20, 1 << 30
 
@@ -62,8 +63,9 @@ def _refuse(node: str, here: Sequence[Need]) -> None:
     memory, there = sum(need.memory for need in here), available_bytes()
     if there and memory > there:
         way_out = (
-            "use a smaller --pma-last" if here[0].folder else
-            "use a smaller --pma-last, or --pma-window-dir with a folder on a node-local disk"
+            f"use a smaller {named('last')}" if here[0].folder else
+            f"use a smaller {named('last')}, or {named('window_dir')} with a folder on a "
+            "node-local disk"
         )  # fmt: skip
         raise UsageError(
             f"the running average needs {_size(memory)} of host memory on {node} ({len(here)} "
@@ -76,8 +78,9 @@ def _refuse(node: str, here: Sequence[Need]) -> None:
     window, free = sum(need.window for need in here), shutil.disk_usage(folder).free
     if window > free:
         raise UsageError(
-            f"the running average needs {_size(window)} in --pma-window-dir {folder} on {node} "
-            f"({len(here)} ranks), {_size(free)} are free: use a smaller --pma-last or another disk"
+            f"the running average needs {_size(window)} in {given('window_dir', folder)} on {node} "
+            f"({len(here)} ranks), {_size(free)} are free: use a smaller "
+            f"{named('last')} or another disk"
         )
 
 

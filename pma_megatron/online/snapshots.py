@@ -38,6 +38,7 @@ from pma_megatron.formats.torch_dist.chunks import (
     stored,
 )
 from pma_megatron.online.snapshot_job import REMOVED, STAGING, Data, SnapshotJob, remove
+from pma_megatron.spelling import named
 
 __all__ = ["SNAPSHOTS", "Chunk", "SnapshotWriter", "prune"]
 
@@ -203,7 +204,7 @@ def prune(root: str | Path, keep: int, needed: Collection[int]) -> list[Path]:
         UsageError: `keep` is negative.
     """
     if keep < 0:
-        raise UsageError(f"--pma-keep must be 0 or more, got {keep}")
+        raise UsageError(f"{named('keep')} must be 0 or more, got {keep}")
     root = Path(root)
     if not root.is_dir():
         return []

@@ -21,6 +21,7 @@ from pma_megatron.errors import UsageError
 from pma_megatron.online.hostcopy import HostCopy
 from pma_megatron.online.shard import Slot
 from pma_megatron.request import Method
+from pma_megatron.spelling import given, named
 
 EMA = "ema"
 _FEWEST = 2
@@ -222,14 +223,16 @@ def make_window(copy: HostCopy, method: Method, last: int, folder: Path | None =
     """
     if method.name == EMA:
         if method.alpha is None:
-            raise UsageError("a running EMA needs alpha, the weight of a new member: --pma-alpha")
+            raise UsageError(f"a running EMA needs {named('alpha')}, the weight of a new member")
         return ExponentialAverage(copy, method, 1, folder)
     if last < _FEWEST:
-        raise UsageError(f"--pma-last must be at least {_FEWEST} for a running average, got {last}")
+        raise UsageError(
+            f"{named('last')} must be at least {_FEWEST} for a running average, got {last}"
+        )
     if method.values is not None and len(method.values) != last:
         raise UsageError(
             f"{len(method.values)} custom coefficients were given for a window of {last}: give one "
-            "per member, oldest first (--pma-coefficients), or change --pma-last"
+            f"per member, oldest first ({named('coefficients')}), or change {named('last')}"
         )
     return Window(copy, method, last, folder)
 
@@ -252,7 +255,7 @@ def _vector(numel: int, folder: Path | None, number: int) -> torch.Tensor:
         return torch.from_file(str(path), shared=True, size=numel, dtype=torch.float32)
     except (OSError, RuntimeError) as error:
         raise UsageError(
-            f"--pma-window-dir {folder}: {4 * numel} bytes cannot be reserved there: {error}"
+            f"{given('window_dir', folder)}: {4 * numel} bytes cannot be reserved there: {error}"
         ) from error
     finally:
         path.unlink(missing_ok=True)

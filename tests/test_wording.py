@@ -1,0 +1,151 @@
+"""Messages name settings as the user types them, and none that the user does not have."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pma_megatron.cli import main
+from pma_megatron.cli.flags import parser
+from pma_megatron.cli.verbs import front_end
+from pma_megatron.deepspeed.options import OPTIONS
+from pma_megatron.errors import PmaError
+from pma_megatron.grid import Grid
+from pma_megatron.healthy import HealthyRequest, choose_healthy
+from pma_megatron.live_load import ARGUMENTS
+from pma_megatron.megatron.options import FLAGS
+from pma_megatron.request import Method
+from pma_megatron.selection import SelectionRequest, select
+from pma_megatron.spelling import FrontEnd, among, given, has, named, renamed, speaking
+from test_selection import WRITING, every, ref, untold
+
+FLAG, KEYWORD = re.compile(r"--[a-z][a-z-]*"), re.compile(r"\b[a-z_]+=")
+SPACED = {"interval_tokens": 2 * 10**9, "last": 4}
+REQUESTS: tuple[dict[str, Any], ...] = (
+    {"last": 0}, {"last": 9}, {"last": 9, "exclude": (2000,)}, {"last": 2, "exclude": (2500,)},
+    {"last": 9, "end_iteration": 3000}, {"end_iteration": 2500}, {"end_iteration": 6000},
+    {"end_iteration": 3000, "exclude": (3000,)},
+    {"tolerance": 0.5}, {"interval_tokens": 1, "interval_iterations": 1},
+    {"window_tokens": 9, "interval_iterations": 1}, {"window_tokens": 9, "last": 3},
+    {"window_tokens": 15, "interval_tokens": 8}, {"window_tokens": 1},
+    {**SPACED, "tolerance": 0.1}, {**SPACED, "last": 8}, {**SPACED, "exclude": (2000,)},
+    {"interval_iterations": 700, "last": 3, "tolerance": 0.01},
+    {"window_tokens": 9 * 10**9, "interval_tokens": 10**9},
+    {"iterations": ()}, {"iterations": (1, 1)}, {"iterations": (1000, 2500)},
+    {"iterations": (1,), "last": 2}, {"paths": ("/nowhere",)}, {"paths": ("a", "a/")},
+    {"paths": ("/run/iter_0006000",)},
+)  # fmt: skip
+RUNS = (
+    [*every(1000, 5000), ref(6000, incomplete=WRITING)],
+    [ref(1000), ref(1000, path="/run/copy"), *every(2000, 4000)],
+    [untold(i) for i in (1000, 2000, 3000)],
+    [],
+)
+METHODS = (
+    {"name": "mean"}, {"name": "ema", "alpha": 2.0}, {"name": "sma", "alpha": 0.5},
+    {"name": "custom"}, {"name": "custom", "values": (0.5, 0.4)}, {"floor": 0.5},
+    {"name": "custom", "values": (1.5, -0.5)}, {"name": "linear", "floor": 1.5},
+    {"name": "custom", "values": (0.5, 0.25, 0.25)}, {"allow_any": True},
+)  # fmt: skip
+
+HEALTHY: tuple[dict[str, Any], ...] = (
+    {"onset": 0}, {"onset": 10}, {"onset": 1500, "margin_iterations": 900},
+    {"onset": 9000, "margin_iterations": -1}, {"onset": 9000, "last": 9},
+)  # fmt: skip
+
+
+def command_line(verb: str, *typed: str) -> FrontEnd:
+    verbs = next(a for a in parser()._actions if a.dest == "verb").choices
+    assert verbs is not None
+    return front_end(verbs[verb], typed)
+
+
+FRONT_ENDS = {
+    "pma merge": command_line("merge"),
+    "pma recover": command_line("recover"),
+    "pma geometry": command_line("geometry"),
+    "--pma flags": FLAGS,
+    "load_merged()": OPTIONS,
+    "merge_into()": ARGUMENTS,
+}
+
+
+def refusals() -> Iterator[tuple[set[str], Callable[[], Any]]]:
+    """The settings that a request has, and a call that may refuse it."""
+    for refs in RUNS:
+        for request in REQUESTS:
+            yield set(request), lambda q=request, r=refs: select(r, SelectionRequest(**q))
+    for method in METHODS:
+        settings = {"values": "coefficients", "allow_any": "allow_any_coefficients"}
+        names = {settings.get(name, name) for name in method if name != "name"}
+        yield names, lambda m=method: Method(**m).of((1, 2), 2)
+    for healthy in HEALTHY:
+        yield set(healthy), lambda h=healthy: choose_healthy(RUNS[0], HealthyRequest(**h))
+
+
+@pytest.mark.parametrize("name", FRONT_ENDS)
+def test_no_refusal_names_a_setting_that_its_user_does_not_have(name: str) -> None:
+    front_end = FRONT_ENDS[name]
+    spelled = set((front_end.spelled or {}).values())
+    messages = []
+    with speaking(front_end):
+        for settings, call in refusals():
+            if all(map(has, settings)):
+                try:
+                    call()
+                except PmaError as error:
+                    messages.append(str(error))
+    assert len(messages) >= 10
+    for message in messages:
+        assert set(FLAG.findall(message)) | set(KEYWORD.findall(message)) <= spelled, message
+    assert any(FLAG.search(m) or KEYWORD.search(m) for m in messages)
+
+
+@pytest.mark.parametrize("front_end", [command_line("evaluate"), FLAGS])
+def test_a_grid_names_its_axes(front_end: FrontEnd) -> None:
+    with speaking(front_end):
+        with pytest.raises(PmaError, match=r"lasts must be at least 1") as caught:
+            Grid(lasts=(0,))
+        assert FLAG.findall(str(caught.value))[0] in (front_end.spelled or {}).values()
+        with pytest.raises(PmaError) as caught:
+            Grid(lasts=(9,)).points(RUNS[0])
+    assert set(FLAG.findall(str(caught.value))) <= set((front_end.spelled or {}).values())
+
+
+def test_the_flag_that_was_typed_is_the_one_that_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for flag in ("--interval-steps", "--interval-iterations"):
+        assert main(["plan", "--load", str(tmp_path), flag, "0"]) == 2
+        assert f"{flag} must be at least 1, got 0" in capsys.readouterr().err
+        assert main(["plan", "--load", str(tmp_path), f"{flag}=0"]) == 2
+        assert f"{flag} must be at least 1" in capsys.readouterr().err
+
+
+def test_sentences_have_no_holes() -> None:
+    """`use or wait`: the ways out that do not exist leave nothing behind."""
+    with pytest.raises(PmaError) as caught:
+        select([ref(1000)], SelectionRequest(last=3))
+    assert str(caught.value).endswith("found 1; wait until more are complete")
+
+
+def test_the_first_front_end_speaks_in_all_threads_until_it_ends() -> None:
+    assert named("last") == "--last"
+    with speaking(FLAGS):
+        with speaking(OPTIONS), renamed(last="lasts"):
+            assert (named("last"), given("exclude", 3)) == ("--pma-score-lasts", "--pma-exclude 3")
+        said: list[str] = []
+        thread = threading.Thread(target=lambda: said.append(named("tolerance")))
+        thread.start()
+        thread.join()
+        assert said == ["--pma-tolerance"]
+        assert among("paths", "iterations") == "--pma-iterations" and named("paths") == "paths"
+    with pytest.raises(ValueError), speaking(OPTIONS):
+        assert given("last", 3) == "last=3"
+        raise ValueError
+    assert named("last") == "--last"
