@@ -18,6 +18,8 @@ from pma_megatron.tokens import consumed_tokens_of
 
 TRACKER_FILE = registry.get(registry.TORCH_DIST, "").tracker.file
 _ITERATION = re.compile(r"^iter_(\d{7,})$")
+_STEP = re.compile(r"^global_step(\d+)(?:_universal)?$")
+"""What DeepSpeed calls a tag by itself (engine.py, `save_checkpoint`), and how it is converted."""
 _OWN_ROOT = re.compile(r"^checkpoint[-_]\d+$")
 """transformers/trainer_utils.py, PREFIX_CHECKPOINT_DIR; accelerate/accelerator.py, save_state."""
 _log = logging.getLogger(__name__)
@@ -99,9 +101,9 @@ def describe(folder: Path, history: audit.History | None = None) -> CheckpointRe
         reason = known.completeness(folder)
         if reason is None:
             common = known.common(folder)
-            reason = _wrong_iteration(iteration, common["iteration"])
+            reason = _wrong_iteration(_said_by(folder.name, iteration), common["iteration"])
             tokens, unknown = consumed_tokens_of(common["args"])
-            samples = _count(common["args"].get("consumed_train_samples"))
+            samples = _count(common["args"].get("consumed_train_samples", common.get("samples")))
             recoveries = _count(common["args"].get(audit.RECORD)) or 0
     except CheckpointError as error:
         reason = str(error)
@@ -206,6 +208,11 @@ def is_checkpoint(folder: Path) -> bool:
     if _ITERATION.match(folder.name) is not None or folder.name == "release":
         return True
     return not folder.name.startswith(".") and registry.detect(folder) in registry.TAGS
+
+
+def _said_by(name: str, otherwise: int | None) -> int | None:
+    match = _STEP.match(name)
+    return int(match[1]) if match else otherwise
 
 
 def _wrong_iteration(named: int | None, saved: Any) -> str | None:

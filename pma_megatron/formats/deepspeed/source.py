@@ -228,13 +228,18 @@ def _stored(checkpoint: DeepSpeedCheckpoint, file: str, module: Mapping[str, Any
 
 
 def read_common(path: Path) -> dict[str, Any]:
-    """Iteration and training arguments.
+    """Iteration, samples and training arguments.
 
     Raises:
         CheckpointError: the tag is damaged.
     """
     checkpoint = DeepSpeedCheckpoint(path)
-    return {"iteration": int(checkpoint.head["global_steps"]), "args": dict(checkpoint.args())}
+    head = checkpoint.head
+    return {
+        "iteration": int(head["global_steps"]),
+        "samples": head.get("global_samples"),
+        "args": dict(checkpoint.args()),
+    }
 
 
 def read_schedule(path: Path) -> Schedule:
