@@ -14,6 +14,7 @@ import torch
 
 from pma_megatron.coefficients import implied_decay_weights
 from pma_megatron.errors import CheckpointError
+from pma_megatron.integrity import Compared
 from pma_megatron.planning import MergePlan
 from pma_megatron.policy import Policy
 from pma_megatron.publish import PROVENANCE_FILE
@@ -37,6 +38,7 @@ class MergeReport:
         plan: the plan as plain values (sources, coefficients, policy, digest).
         verification: what was checked, per output.
         ranks: number of ranks.
+        checksums: how what was read stands to its checksums (`integrity.Compared`).
     """
 
     outputs: tuple[str, ...]
@@ -46,6 +48,7 @@ class MergeReport:
     plan: Mapping[str, Any]
     verification: tuple[Verification, ...]
     ranks: int
+    checksums: Mapping[str, Any]
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as `--json` prints them: the plan's, and what came of it."""
@@ -89,7 +92,8 @@ def describe_output(output: Output) -> dict[str, Any]:
     }
 
 
-def provenance(plan: MergePlan, output: Output, ranks: int, seconds: Mapping[str, float]) -> bytes:
+def provenance(plan: MergePlan, output: Output, ranks: int, seconds: Mapping[str, float],
+               compared: Compared) -> bytes:  # fmt: skip
     """Content of `pma.json`: enough to say where a checkpoint comes from, and to verify it."""
     request = asdict(plan.request)
     request["selection"] = asdict(
@@ -104,6 +108,7 @@ def provenance(plan: MergePlan, output: Output, ranks: int, seconds: Mapping[str
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "ranks": ranks,
         "seconds": dict(seconds),
+        "checksums": asdict(compared),
         "output": describe_output(output),
         "plan": described,
         "request": request,

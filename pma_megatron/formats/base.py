@@ -7,7 +7,7 @@ ask `ItemFiles.locate` and read payload bytes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,6 +44,22 @@ class Payload:
     def nbytes(self) -> int:
         """Bytes of the payload."""
         return self.numel * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRecord:
+    """One record of a zip by its place: `nbytes` from byte `start` of `file`.
+
+    Attributes:
+        name: in its zip, for messages.
+        crc32: its checksum in the zip's directory; None in a zip without checksums.
+    """
+
+    file: str
+    start: int
+    nbytes: int = field(compare=False)
+    name: str = field(compare=False)
+    crc32: int | None = field(compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,4 +118,6 @@ def least_decay(groups: Iterable[Any]) -> float | None:
     """The smallest beta2 of Adam's param groups, None where they say none."""
     betas = (group.get("betas") for group in groups if isinstance(group, dict))
     pairs = (b for b in betas if isinstance(b, (tuple, list)) and len(b) == 2)
-    return min((float(b) for _, b in pairs if isinstance(b, (int, float))), default=None)
+    return min(
+        (float(b) for _, b in pairs if isinstance(b, (int, float)) and 0 < b < 1), default=None
+    )

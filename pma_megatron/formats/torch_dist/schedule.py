@@ -7,12 +7,13 @@ WSD only in the last `wsd_decay_steps` of those (`--lr-wsd-decay-iters`, which o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pma_megatron.formats.base import Schedule, least_decay
-from pma_megatron.formats.pickles import load_inert
+from pma_megatron.formats.schema import LIMIT
 from pma_megatron.formats.torch_dist.checkpoint import TorchDistCheckpoint
 
 _PARAM_GROUPS = ".optimizer/shard"
@@ -28,22 +29,20 @@ def read_schedule(path: Path) -> Schedule:
     checkpoint = TorchDistCheckpoint(path)
     found = checkpoint.common.get("opt_param_scheduler")
     state: Mapping[str, Any] = found if isinstance(found, dict) else {}
-    groups = list(_param_groups(checkpoint))
+    groups, style = list(_param_groups(checkpoint)), state.get("lr_decay_style")
     return Schedule(
-        learning_rate=max(
-            (float(g["lr"]) for g in groups if isinstance(g.get("lr"), (int, float))), default=None
-        ),
+        learning_rate=max(_rates_of(groups), default=None),
         second_moment_decay=least_decay(groups),
         samples=_count(state.get("num_steps")),
         warmup_samples=_count(state.get("lr_warmup_steps")),
         decay_start_samples=_decay_start(state, checkpoint.args()),
-        decay_style=str(state["lr_decay_style"]) if "lr_decay_style" in state else None,
+        decay_style=style if isinstance(style, str) else None,
     )
 
 
 def _decay_start(state: Mapping[str, Any], args: Mapping[str, Any]) -> int | None:
     style, end = state.get("lr_decay_style"), _count(state.get("lr_decay_steps"))
-    if style in (None, "constant") or end is None:
+    if not isinstance(style, str) or style == "constant" or end is None:
         return None
     if style != "WSD":
         return _count(state.get("lr_warmup_steps"))
@@ -54,7 +53,14 @@ def _decay_start(state: Mapping[str, Any], args: Mapping[str, Any]) -> int | Non
     )
     if samples is None and iterations is not None and batch is not None:
         samples = iterations * batch
-    return None if samples is None else end - samples
+    return None if samples is None else max(end - samples, 0)
+
+
+def _rates_of(groups: Sequence[Mapping[str, Any]]) -> Iterator[float]:
+    for group in groups:
+        rate = group.get("lr")
+        if isinstance(rate, (int, float)) and math.isfinite(rate):
+            yield float(rate)
 
 
 def _param_groups(checkpoint: TorchDistCheckpoint) -> Iterator[dict[str, Any]]:
@@ -62,7 +68,7 @@ def _param_groups(checkpoint: TorchDistCheckpoint) -> Iterator[dict[str, Any]]:
     for key, item in checkpoint.objects.items():
         if _PARAM_GROUPS in key and item.length <= _LARGEST_BYTES:
             what = f"{checkpoint.path}: {key}"
-            yield from _groups_in(load_inert(checkpoint.read_record(item, "data.pkl"), what=what))
+            yield from _groups_in(checkpoint.decode(item, what))
 
 
 def _groups_in(value: Any) -> Iterator[dict[str, Any]]:
@@ -80,4 +86,5 @@ def _groups_in(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def _count(value: Any) -> int | None:
-    return int(value) if isinstance(value, (int, float)) and value >= 0 else None
+    number = isinstance(value, (int, float)) and 0 <= value < LIMIT  # not NaN
+    return int(value) if number else None
