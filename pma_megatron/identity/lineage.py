@@ -47,6 +47,7 @@ class Place:
 
     state: str
     key: str
+    shape: tuple[int, ...]
     box: Box
 
 
@@ -60,23 +61,27 @@ def places_of(source: Source) -> tuple[Place, ...]:
     mains = source.space.states.get(MAIN_PARAM, {})
     state = MAIN_PARAM if mains else WEIGHT
     for wanted in (state, SECOND_MOMENT):
-        pieces = (each for each in stored(source) if each.state == wanted and _wide(each))
+        named = (s for s in stored(source) if s.key in source.space.weights)
+        pieces = (each for each in named if each.state == wanted and _wide(each))
         for each in (s for file in largest(source, pieces).values() for s in file[:_PIECES]):
             boxes = runs(each.piece, source.metadata_digest, _RUN, _RUNS)
-            found += [Place(wanted, each.key, box) for box in boxes]
+            shape = source.space.weights[each.key].shape
+            found += [Place(wanted, each.key, shape, box) for box in boxes]
     return tuple(found)
 
 
 def values_at(source: Source, places: Iterable[Place]) -> Values:
-    """What a source holds there; without what it does not have."""
+    """What a source holds there; nothing of another model, which the plan refuses by name."""
     files = registry.get(source.format, source.path).files(Path(source.path))
     reader = BlockReader(source.path, files)
     indexes: dict[tuple[str, str], PieceIndex] = {}
     found: dict[Place, tuple[str, torch.Tensor]] = {}
     for place in places:
         tensor = source.tensor(place.state, place.key)
-        if tensor is None or len(tensor.shape) != len(place.box.sizes):
+        if tensor is None:
             continue
+        if tensor.shape != place.shape:
+            return {}
         index = indexes.setdefault((place.state, place.key), PieceIndex(tensor.pieces))
         if index.covers(place.box):
             data = torch.empty(place.box.numel, dtype=tensor.dtype)
