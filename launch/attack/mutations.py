@@ -222,11 +222,11 @@ def _to_universal(rank: int, world_size: int, native: str, universal: str) -> No
 
 
 def make_runs(folder: Path) -> None:
-    """Three checkpoints each of Megatron in two layouts, DeepSpeed in two stages, Universal."""
+    """Three checkpoints each of Megatron in three layouts, DeepSpeed in two stages, Universal."""
     from pma_megatron.testing import TinyConfig, run_ranks
     from pma_megatron.testing.tiny_deepspeed import DeepSpeedConfig
 
-    layouts = ("dp_reshardable", "fully_reshardable")
+    layouts = ("dp_reshardable", "fully_reshardable", "dp_zero_gather_scatter")
     run_ranks(_train_megatron, 2, {
         str(folder / layout): TinyConfig(warmup_iters=2, optim_format=layout) for layout in layouts
     })  # fmt: skip
