@@ -47,8 +47,9 @@ _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 _OF_THE_SYSTEM = ("/proc/", "/sys/", "/dev/null")
 _OF_ITSELF = "/proc/self/clear_refs"
 """Written to measure its own peak of memory (`memory.py`)."""
-_HOWS = (0, 1, 2, 3, 3, 4, 4, 5, 5)
-"""Below 3 what is bad is passed over; from 3 on the two newest are asked for by name."""
+_HOWS = (*range(12), *range(3, 12))
+"""Below 3 what is bad is passed over and the rest merged, from 3 on the two newest are asked for by
+name; from 6 on all is done but the writing."""
 
 
 class Watch:
@@ -118,7 +119,7 @@ def attack(runs: Path, work: Path, count: int, seed: int) -> dict[str, Any]:
             watch.on = False
             longest_s = max(longest_s, time.perf_counter() - started_s)
         outcomes[outcome.partition(":")[0]] += 1
-        if not outcome.startswith(("refused", "merged")):
+        if not outcome.startswith(("refused", "merged", "planned")):
             failures.append(f"seed {seed + number}, {name}: {outcome}")
     return {
         "count": count, "outcomes": dict(outcomes),
@@ -137,7 +138,9 @@ def _peak_kib() -> int:
 
 @contextlib.contextmanager
 def _changed_file(root: Path, random: Random) -> Iterator[str]:
-    files = [p for p in sorted(root.rglob("*")) if p.is_file() and p.stat().st_size < 1 << 22]
+    oldest = min(path for path in root.iterdir() if path.is_dir())  # needed by none of the merges
+    below = (path for path in sorted(root.rglob("*")) if oldest not in path.parents)
+    files = [path for path in below if path.is_file() and path.stat().st_size < 1 << 22]
     kinds = [p for p in files if p.suffix not in (".distcp", ".py")]
     metadata = [p for p in files if p.name in (".metadata", "common.pt")]
     path = random.choice(metadata if metadata and random.random() < 0.7 else kinds)
@@ -156,8 +159,8 @@ def _too_long(*_: Any) -> None:
 
 
 def _outcome(root: Path, target: Path, how: int) -> str:
-    """`merged`, `refused`, or what went wrong."""
-    from pma_megatron import MergeRequest, Policy, SelectionRequest, list_checkpoints, merge
+    """`merged`, `planned`, `refused`, or what went wrong."""
+    from pma_megatron import MergeRequest, Policy, SelectionRequest, list_checkpoints, merge, plan
     from pma_megatron.errors import PmaError
 
     signal.signal(signal.SIGALRM, _too_long)
@@ -169,12 +172,13 @@ def _outcome(root: Path, target: Path, how: int) -> str:
         state = ("latest", "reset", "average")[how % 3]
         selection = SelectionRequest(last=2) if how < 3 else SelectionRequest(
             paths=tuple(ref.path for ref in refs[-2:]))  # fmt: skip
+        wanted = MergeRequest(load=str(root), save=str(target), selection=selection, threads=1,
+                              policy=Policy(optimizer_state=state))  # fmt: skip
         try:
-            merge(MergeRequest(load=str(root), save=str(target), selection=selection, threads=1,
-                               policy=Policy(optimizer_state=state)))  # fmt: skip
+            plan(wanted) if how > 5 else merge(wanted)
         except PmaError as error:
             return f"refused: {type(error).__name__}: {str(error)[:300]}"
-        return "merged"
+        return "planned" if how > 5 else "merged"
     except TimeoutError:
         return "too long: " + traceback.format_exc()[-1500:]
     except BaseException:
