@@ -346,12 +346,12 @@ def test_thousands_of_hostile_checkpoints(dense_run: Path, tmp_path: Path) -> No
     for iteration in (4, 6, 8):
         shutil.copytree(folder_of(dense_run, iteration), folder_of(runs / "megatron", iteration))
     done = subprocess.run(
-        [sys.executable, ATTACK / "mutations.py", "--count", "200", "--runs", runs],
+        [sys.executable, ATTACK / "mutations.py", "--count", "120", "--runs", runs],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout)
-    assert found["outcomes"]["refused"] > 50 and found["outcomes"]["merged"] > 10
+    assert found["outcomes"]["refused"] > 30 and found["outcomes"]["merged"] > 10
 
 
 @example(b"\x80\x02" + b"]" * 100)
