@@ -16,6 +16,7 @@ from pma_megatron import engine, memory
 from pma_megatron.comm import Comm, Team
 from pma_megatron.errors import UsageError
 from pma_megatron.faultpoints import point
+from pma_megatron.gaps import PassedOver
 from pma_megatron.integrity import Compared, checked
 from pma_megatron.live import LivePlan, LiveWriter
 from pma_megatron.policy import Policy
@@ -49,6 +50,7 @@ class LiveReport:
         peak_memory_above_baseline_bytes: per rank.
         seconds: from the call to the end.
         compared: how what was read stands to its checksums.
+        passed_over: what lies in the window and was not used.
     """
 
     sources: tuple[str, ...]
@@ -58,6 +60,7 @@ class LiveReport:
     peak_memory_above_baseline_bytes: tuple[int, ...]
     seconds: float
     compared: Compared
+    passed_over: tuple[PassedOver, ...] = ()
 
     def __str__(self) -> str:
         weights = ", ".join(f"{value:.4g}" for value in self.coefficients)
@@ -84,7 +87,7 @@ class Meter:
         self._baseline_bytes = memory.resident_bytes()
         memory.reset_peak()
 
-    def report(self, plan: LivePlan, share: str) -> LiveReport:
+    def report(self, plan: LivePlan, share: str, passed_over: tuple[PassedOver, ...]) -> LiveReport:
         """The report of all ranks. Collective."""
         assert self.compared is not None
         peak_bytes = max(0, memory.peak_resident_bytes() - self._baseline_bytes)
@@ -96,13 +99,14 @@ class Meter:
             peak_memory_above_baseline_bytes=tuple(self._comm.gather(peak_bytes)),
             seconds=time.perf_counter() - self._start_s,
             compared=self.compared,
+            passed_over=passed_over,
         )
 
 
 def live_request(load: str, selection: SelectionRequest | None, method: Method | None,
-             optimizer_state: str, share: str, threads: int, check_sources: bool = False
-             ) -> MergeRequest:  # fmt: skip
-    """What a merge into live tensors asks for.
+             optimizer_state: str, share: str, threads: int, check_sources: bool = False,
+             resumed: int | None = None) -> MergeRequest:  # fmt: skip
+    """What a merge into live tensors asks for; `resumed` as in `MergeRequest`.
 
     Raises:
         UsageError: an unknown word.
@@ -120,6 +124,7 @@ def live_request(load: str, selection: SelectionRequest | None, method: Method |
         policy=Policy(optimizer_state=optimizer_state),
         threads=threads,
         check_sources=check_sources,
+        resumed=resumed,
     )
 
 

@@ -141,19 +141,6 @@ def folders_in(root: Path) -> list[Path]:
         ) from error
 
 
-def read_pointer(path: Path) -> str | None:
-    """What the file that names a root's newest checkpoint says; None without one.
-
-    One that cannot be read, or is longer than a name, says nothing: an empty text.
-    """
-    try:
-        return read_source_file(path, 4096).decode().strip()
-    except UnicodeDecodeError:
-        return ""
-    except CheckpointError as error:
-        return None if isinstance(error.__cause__, FileNotFoundError) else ""
-
-
 class Files:
     """File descriptors of one folder, kept open and shared by threads, but never many of them.
 

@@ -12,16 +12,18 @@ from typing import Any
 
 from pma_megatron.build import Fates, PolicyRow, Rules, decide, make_tasks
 from pma_megatron.comm import Comm
-from pma_megatron.discover import choose, list_checkpoints
+from pma_megatron.discover import choose, list_checkpoints, pointers_of
 from pma_megatron.errors import CheckpointError, SelectionError
 from pma_megatron.formats import registry
 from pma_megatron.formats.output import OutputLayout
 from pma_megatron.formats.source import Source
+from pma_megatron.notices import announce, too_early_notes
 from pma_megatron.policy import MAIN
 from pma_megatron.refs import CheckpointRef
 from pma_megatron.request import MergeRequest, Output
 from pma_megatron.selection import Selection
 from pma_megatron.tasks import Average, Copy, Keep, Unit, Workload, Zero, units
+from pma_megatron.trackers import Pointer
 from pma_megatron.version import __version__
 
 
@@ -111,9 +113,21 @@ def gather_sources(request: MergeRequest, comm: Comm, *, everywhere: bool = Fals
         SelectionError, CheckpointError, PlanError, UsageError: on every rank.
     """
     refs, seen = _all_refs(request, comm, everywhere)
+    pointers = _pointers(request, comm, everywhere)
     selection = comm.agree(
-        "select", lambda: choose(list(refs.values()), request.widest(), request.load)
+        "select",
+        lambda: choose(
+            list(refs.values()), request.widest(), request.load, pointers, request.resumed
+        ),
     )
+    early = comm.on_main("schedule", lambda: too_early_notes(selection))
+    selection = replace(
+        selection,
+        passed_over=(*request.passed_over, *selection.passed_over),
+        notes=(*selection.notes, *early),
+    )
+    if comm.is_main:
+        announce(selection)
     outputs = comm.agree("coefficients", lambda: request.outputs(selection))
     visible = tuple(seen[ref.path] for ref in selection.refs)
     sources = open_sources(request, selection.refs, visible, comm)
@@ -182,6 +196,22 @@ def _all_refs(request: MergeRequest, comm: Comm, everywhere: bool
         seen = {path: tuple(range(comm.size)) for path in refs}
     ordered = sorted(refs.values(), key=lambda ref: (ref.iteration or 0, ref.path))
     return {ref.path: ref for ref in ordered}, seen
+
+
+def _pointers(request: MergeRequest, comm: Comm, everywhere: bool) -> dict[str, Pointer] | None:
+    """What the trackers say, of the first rank that sees a root; one answer for all ranks."""
+
+    def look() -> dict[str, Pointer] | None:
+        return pointers_of(request.load) if request.selection.paths is None else None
+
+    mine = comm.agree("trackers", lambda: look() if everywhere or comm.is_main else None)
+    pointers: dict[str, Pointer] = {}
+    for theirs in comm.gather(mine):
+        for name, pointer in (theirs or {}).items():
+            known = pointers.get(name)
+            if known is None or (known.problem is not None and pointer.problem is None):
+                pointers[name] = pointer
+    return pointers or None
 
 
 def open_sources(request: MergeRequest, refs: Sequence[CheckpointRef],

@@ -193,6 +193,7 @@ def merge_request(request: RecoveryRequest, found: Diagnosis) -> MergeRequest:
         policy=Policy(optimizer_state=request.optimizer_state),
         threads=request.threads,
         overwrite=request.overwrite,
+        passed_over=found.healthy.passed_over,
     )
 
 

@@ -75,6 +75,7 @@ def describe_plan(plan: MergePlan) -> dict[str, Any]:
         ],
         "outputs": [describe_output(output) for output in plan.outputs],
         "policy": [asdict(row) for row in plan.table],
+        "passed_over": [asdict(each) for each in plan.selection.passed_over],
         "notes": list(plan.selection.notes),
         "bytes": {"read": plan.read_bytes, "written": plan.written_bytes},
         "digest": plan.digest,
@@ -99,6 +100,7 @@ def provenance(plan: MergePlan, output: Output, ranks: int, seconds: Mapping[str
     request["selection"] = asdict(
         SelectionRequest(paths=tuple(source.path for source in plan.sources))
     )
+    request.pop("passed_over")  # the plan's are all of them
     described = describe_plan(plan)
     value = {
         "provenance_version": PROVENANCE_VERSION,

@@ -27,11 +27,12 @@ MERGE = COMMON | {
     "--end-iteration", "--window-tokens", "--iterations", "--paths", "--exclude", "--method",
     "--alpha", "--floor", "--coefficients", "--allow-any-coefficients", "--optimizer-state",
     "--average", "--policy", "--dtype", "--sweep", "--save", "--overwrite", "--threads",
-    "--merge-parallel-size",
+    "--merge-parallel-size", "--allow-gaps", "--check-sources",
 }  # fmt: skip
 SCORE = COMMON | {
     "--load", "--ends", "--exclude", "--intervals-iterations", "--intervals-tokens", "--lasts",
     "--megatron", "--methods", "--out", "--plot", "--provider", "--threads", "--tolerance",
+    "--allow-gaps",
 }  # fmt: skip
 FLAGS = {
     "merge": MERGE,
@@ -48,7 +49,7 @@ FLAGS = {
         "--alpha", "--average", "--contour", "--curvature", "--end-iteration", "--exclude",
         "--grid", "--interval-iterations", "--interval-tokens", "--iterations", "--last", "--load",
         "--margin", "--method", "--out", "--paths", "--plot", "--provider", "--threads",
-        "--tolerance", "--window-tokens",
+        "--tolerance", "--window-tokens", "--allow-gaps",
     },
     "list": COMMON | {"root"},
     "inspect": COMMON | {"path"},
@@ -160,9 +161,9 @@ def test_list(capsys: pytest.CaptureFixture[str], run: Path) -> None:
     code, out, _ = call(capsys, "list", run)
     assert code == 0
     assert "4 checkpoints" in out
-    assert out.count(" complete") - out.count("NOT complete") == 2
-    assert "NOT complete: shard file __1_0.distcp is missing" in out
-    assert "NOT complete: no metadata.json: still being written" in out
+    assert out.count(" complete") == 2
+    assert "damaged: shard file __1_0.distcp is missing" in out
+    assert "damaged: no metadata.json" in out  # the tracker names it: its save had ended
     reasons = [ref["incomplete_because"] for ref in call_json(capsys, "list", run)]
     assert [reason is None for reason in reasons] == [True, False, True, False]
 
@@ -246,7 +247,7 @@ def test_verify_finds_what_is_wrong(
     os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert call(capsys, "verify", final)[0] == 0
 
-    for text, words in (("garbage", "says 'garbage'"), ("9", "iter_0000009 is not a folder")):
+    for text, words in (("garbage", "says 'garbage'"), ("9", "names 'iter_0000009', which")):
         tracker.write_text(text)
         code, _, err = call(capsys, "verify", save)
         assert code == 1

@@ -41,9 +41,8 @@ def plan(arguments: Namespace) -> None:
 def list_(arguments: Namespace) -> None:
     """`pma list`."""
     refs = list_checkpoints(arguments.root)
-    show_result(
-        arguments, [asdict(ref) for ref in refs], lambda: tables.listed(arguments.root, refs)
-    )
+    rows = [{**asdict(ref), "state": ref.state} for ref in refs]
+    show_result(arguments, rows, lambda: tables.listed(arguments.root, refs))
 
 
 def inspect(arguments: Namespace) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pma_megatron.cli.verbs import token_count
+from pma_megatron.cli.verbs import add_allow_gaps, token_count
 from pma_megatron.comm import Comm, process_group_from_environment
 from pma_megatron.discover import is_checkpoint
 from pma_megatron.errors import UsageError
@@ -57,6 +57,7 @@ def add_scoring(verb: argparse.ArgumentParser) -> None:
         help="how far off its place a checkpoint may lie, as a fraction of V (default 0.25)",
     )  # fmt: skip
     group.add_argument("--exclude", type=int, nargs="+", default=[], metavar="I", help="not these")
+    add_allow_gaps(group)
     group = verb.add_argument_group("which model; what follows -- is passed on to it")
     group.add_argument(
         "--provider", metavar="MODULE:FUNCTION",
@@ -168,6 +169,7 @@ def _megatron_flags(arguments: argparse.Namespace, others: Sequence[str], out: P
         "--pma-score-out": [out],
     }
     flags = [[flag, *map(str, values)] for flag, values in listed.items() if values]
+    flags += [["--pma-allow-gaps"]] if arguments.allow_gaps else []
     ours = ["--load", arguments.load, "--use-checkpoint-args", "--skip-train", "--pma-score"]
     return [*ours, *itertools.chain.from_iterable(flags), *arguments.rest]
 
@@ -186,6 +188,7 @@ def grid_of(arguments: argparse.Namespace) -> Grid:
         ends=parse_ends(arguments.ends),
         tolerance=arguments.tolerance,
         exclude=tuple(arguments.exclude),
+        allow_gaps=arguments.allow_gaps,
     )
 
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pma_megatron.formats import registry
+from pma_megatron.gaps import lines
 from pma_megatron.inspection import Inspection
 from pma_megatron.planning import MergePlan, read_rate
 from pma_megatron.refs import CheckpointRef
@@ -51,11 +52,12 @@ def listed(root: str, refs: Sequence[CheckpointRef]) -> None:
     title = f"{root}: {len(refs)} checkpoints"
     table = new_table(title, "iteration", "tokens", "kind", "format", "state")
     for ref in refs:
-        state = "complete" if ref.complete else f"NOT complete: {ref.incomplete_because}"
+        state: str = ref.state
         if ref.complete and ref.tokens_unknown_because:
             state += f" (tokens unknown: {ref.tokens_unknown_because})"
-        if ref.complete and ref.unhealthy_because:
-            state += f", NOT healthy: {ref.unhealthy_because}"
+        because = ref.unhealthy_because if ref.complete else ref.incomplete_because
+        for more in (because, ref.warning):
+            state += f": {more}" if more else ""
         name = Path(ref.path).name if ref.iteration is None else str(ref.iteration)
         kind = "snapshot" if ref.snapshot else "full"
         table.add_row(name, _tokens(ref), kind, ref.format, state)
@@ -81,8 +83,11 @@ def planned(plan: MergePlan) -> None:
         f"{len(plan.sources)} sources, newest {newest.path} ({newest.topology}, optimizer layout "
         f"{newest.space.kind})"
     )
-    for note in plan.selection.notes:
-        console.print(f"note: {note}")
+    for line in (
+        *lines(plan.selection.passed_over, plan.selection.refs[-1]),
+        *plan.selection.notes,
+    ):
+        console.print(f"note: {line}", soft_wrap=True)
     for output in plan.outputs:
         console.print(_coefficients(plan, output))
     table = new_table("policy", "what", "entries", "action", "why", "for instance")

@@ -68,6 +68,16 @@ def add_selection(verb: argparse.ArgumentParser) -> None:
     group.add_argument("--iterations", type=int, nargs="+", metavar="I", help="exactly these")
     group.add_argument("--paths", nargs="+", metavar="DIR", help="exactly these iter_* folders")
     group.add_argument("--exclude", type=int, nargs="+", default=[], metavar="I", help="not these")
+    add_allow_gaps(group)
+
+
+def add_allow_gaps(group: argparse._ArgumentGroup) -> None:
+    """Add `--allow-gaps`."""
+    group.add_argument(
+        "--allow-gaps", action="store_true",
+        help="pass over what is damaged, spoiled or not judged in the window, and say so; "
+        "refused without it",
+    )  # fmt: skip
 
 
 def selection_of(arguments: argparse.Namespace) -> SelectionRequest:
@@ -84,6 +94,7 @@ def selection_of(arguments: argparse.Namespace) -> SelectionRequest:
         end_iteration=arguments.end_iteration,
         window_tokens=arguments.window_tokens,
         exclude=tuple(arguments.exclude),
+        allow_gaps=arguments.allow_gaps,
         iterations=None if arguments.iterations is None else tuple(arguments.iterations),
         paths=None if arguments.paths is None else tuple(arguments.paths),
     )

@@ -124,7 +124,8 @@ def load_average(engine: Any, plain: Callable[..., Loaded], call: Mapping[str, A
     comm.agree("model", lambda: live_tensors(engine))
     resumed = comm.on_main("latest", lambda: resumed_tag(Path(load), tag))
     record = comm.on_main("record", lambda: record_of(resumed))
-    if record is not None and record["options"] == options.record():
+    # A record of before an option was known says nothing of it.
+    if record is not None and {**Options().record(), **record["options"]} == options.record():
         say(
             f"PMA-init was done at iteration {record['iteration']} and {resumed} descends from it: "
             "not averaging again. To average anew, change a setting, for instance "
@@ -132,9 +133,9 @@ def load_average(engine: Any, plain: Callable[..., Loaded], call: Mapping[str, A
         )
         record_in_saves(engine, record)
         return plain(**call)
-    end = None if resumed is None else comm.on_main("latest", lambda: iteration_of(resumed))
+    at = None if resumed is None else comm.on_main("latest", lambda: iteration_of(resumed))
     share = "slice" if options.share == "auto" else options.share
-    found = gather_sources(options.request(load, end), comm, everywhere=share == "source")
+    found = gather_sources(options.request(load, at), comm, everywhere=share == "source")
     comm.agree("plan", lambda: _check(engine, found, options, resumed if tag else None))
     comm.agree("plan", lambda: point("init-plan", comm.rank))
     path, client_state = _resume(comm, plain, call, Path(found.sources[-1].path))
@@ -180,7 +181,7 @@ def _average(engine: Any, found: Gathered, options: Options, share: str, comm: C
     if options.optimizer_state == "reset":
         _reset_moments(tensors)
     refresh_weights(engine)
-    return meter.report(plan, share)
+    return meter.report(plan, share, found.selection.passed_over)
 
 
 def _job(engine: Any, plan: LivePlan, found: Gathered, tensors: Sequence[LiveTensor],

@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar, cast
 import torch
 
 from pma_megatron.errors import CheckpointError
-from pma_megatron.formats.base import Payload, Schedule
+from pma_megatron.formats.base import Incomplete, Payload, Schedule
 from pma_megatron.formats.deepspeed import checkpoint as deepspeed
 from pma_megatron.formats.deepspeed import completeness as deepspeed_completeness
 from pma_megatron.formats.deepspeed import output as deepspeed_output
@@ -22,7 +22,11 @@ from pma_megatron.formats.json_files import read_json
 from pma_megatron.formats.names import plain_name
 from pma_megatron.formats.output import OutputLayout
 from pma_megatron.formats.source import ReadSource
-from pma_megatron.formats.torch_dist.checkpoint import TorchDistCheckpoint, completeness
+from pma_megatron.formats.torch_dist.checkpoint import (
+    TorchDistCheckpoint,
+    completeness,
+    written_after,
+)
 from pma_megatron.formats.torch_dist.optimizer import is_optimizer_key
 from pma_megatron.formats.torch_dist.output import Changes, output_layout
 from pma_megatron.formats.torch_dist.schedule import read_schedule
@@ -33,6 +37,7 @@ Verb = TypeVar("Verb", bound=Callable[..., Any])
 TORCH_DIST = "torch_dist"
 DEEPSPEED = "deepspeed"
 UNIVERSAL = universal_source.FORMAT
+LEGACY = "torch (legacy)"
 TAGS = (DEEPSPEED, UNIVERSAL)
 """Formats whose folders may have any name."""
 
@@ -91,10 +96,11 @@ class Format:
             under other parallel sizes, where it does not as it is; empty where all do.
         named_layouts: how a run is saved so that main params have names.
         weights_alone: whether a merge of weights alone can be written.
+        written_after: what the times of a whole folder cannot rule out, or None.
     """
 
     name: str
-    completeness: Any
+    completeness: Callable[[Path], Incomplete | None]
     common: Any
     read_source: ReadSource
     lay_out: LayOut
@@ -107,6 +113,7 @@ class Format:
     other_layouts: str = ""
     named_layouts: str = ""
     weights_alone: bool = False
+    written_after: Callable[[Path], str | None] = lambda path: None
 
     def instead_of_flat(self) -> str:
         """What to do about main params that cannot be named."""
@@ -173,6 +180,7 @@ FORMATS = (
             "latest_checkpointed_iteration.txt", _iter_folder, _iter_content, "--load {root}"
         ),
         lambda path, iteration: "release" if iteration is None else f"iter_{iteration:07d}",
+        written_after=written_after,
         named_layouts="save with --dist-ckpt-optim-fully-reshardable", weights_alone=True,
     ),
     Format(
@@ -219,7 +227,7 @@ def _detect(path: Path) -> str:
             backend = None
         return backend if isinstance(backend, str) else TORCH_DIST  # its completeness says damaged
     if any(path.glob("mp_rank_*/model_optim_rng.pt")):
-        return "torch (legacy)"
+        return LEGACY
     has_ranks = any(path.glob("*optim_states.pt"))
     if not has_ranks and any((path / universal.FOLDER).glob(f"*/{universal.MASTER}.pt")):
         return UNIVERSAL

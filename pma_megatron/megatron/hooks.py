@@ -142,7 +142,7 @@ class Session:
 
     def _forget(self, recovered: Recovered | None) -> None:
         if recovered is not None and self.online is not None:
-            self.online.forget(recovered.onset)
+            self.online.forget(recovered.untrusted_since)
 
     def saving(self) -> None:
         """Have no thread of ours at work while Megatron forks: a child would inherit its locks."""
