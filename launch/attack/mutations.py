@@ -170,8 +170,10 @@ def _outcome(root: Path, target: Path, how: int) -> str:
         if sum(ref.complete for ref in refs) < len(refs) - 1:
             return "traceback: a bad checkpoint hid a good one"
         state = ("latest", "reset", "average")[how % 3]
-        selection = SelectionRequest(last=2) if how < 3 else SelectionRequest(
-            paths=tuple(ref.path for ref in refs[-2:]))  # fmt: skip
+        bad = tuple(ref.iteration for ref in refs if not ref.complete and ref.iteration is not None)
+        selection = SelectionRequest(last=2, exclude=bad)
+        if how > 2:
+            selection = SelectionRequest(paths=tuple(ref.path for ref in refs[-2:]))
         wanted = MergeRequest(load=str(root), save=str(target), selection=selection, threads=1,
                               policy=Policy(optimizer_state=state))  # fmt: skip
         try:
