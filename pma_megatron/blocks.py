@@ -6,7 +6,7 @@ import contextlib
 import os
 import threading
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -291,14 +291,14 @@ class BlockWriter:
         """The open file, for copies that never enter this process."""
         return self._files.opened(file)
 
-    def sync(self) -> None:
-        """Flush what this rank wrote to stable storage.
+    def sync(self, moved: Callable[[], None] = lambda: None) -> None:
+        """Flush what this rank wrote to stable storage; `moved` is called after each file.
 
         Raises:
             PublishError: the storage reports an error late.
         """
         try:
-            self._files.sync()
+            self._files.sync(moved)
         except OSError as error:
             raise PublishError(f"cannot flush {self.folder}: {error.strerror}") from error
 

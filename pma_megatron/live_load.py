@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from pma_megatron import engine, memory
@@ -19,6 +19,7 @@ from pma_megatron.faultpoints import point
 from pma_megatron.gaps import PassedOver
 from pma_megatron.integrity import Compared, checked
 from pma_megatron.live import LivePlan, LiveWriter
+from pma_megatron.poison import Trainer, cure, poisoned_on_failure
 from pma_megatron.policy import Policy
 from pma_megatron.reads import Reads
 from pma_megatron.request import MergeRequest, Method
@@ -128,8 +129,8 @@ def live_request(load: str, selection: SelectionRequest | None, method: Method |
     )
 
 
-def fill(plan: LivePlan, jobs: Sequence[Job], comm: Comm, meter: Meter, *,
-         check_sources: bool = False) -> None:  # fmt: skip
+def fill(plan: LivePlan, jobs: Sequence[Job], comm: Comm, meter: Meter, trainer: Trainer,
+         finish: Callable[[], None], *, check_sources: bool = False) -> None:  # fmt: skip
     """Average into live tensors. Every rank makes this call, with as many jobs.
 
     Args:
@@ -137,19 +138,25 @@ def fill(plan: LivePlan, jobs: Sequence[Job], comm: Comm, meter: Meter, *,
         jobs: of this rank.
         comm: the ranks.
         meter: gets what was read.
+        trainer: what the tensors belong to; poisoned on every rank if anything fails from the
+            first element on, and whole again at the end.
+        finish: what follows from new main params.
         check_sources: see `MergeRequest`.
 
     Raises:
-        CheckpointError, PlanError: on every rank; live tensors are a mixture then: do not train on.
+        CheckpointError, PlanError: on every rank.
         RankError: another rank failed.
     """
     comm.agree("init", lambda: point("init", comm.rank))
-    with checked(plan, comm, whole=check_sources) as found:
-        for job in jobs:
-            tally = comm.agree("init", functools.partial(run, plan, job, comm, found.reads))
-            meter.read_bytes += tally.read_bytes
-    meter.compared = found.compared
-    comm.agree("init", lambda: point("init-refresh", comm.rank))
+    with poisoned_on_failure(trainer, "averaging checkpoints into it"):
+        with checked(plan, comm, whole=check_sources) as found:
+            for job in jobs:
+                tally = comm.agree("init", functools.partial(run, plan, job, comm, found.reads))
+                meter.read_bytes += tally.read_bytes
+        meter.compared = found.compared
+        comm.agree("init", lambda: point("init-refresh", comm.rank))
+        comm.agree("refresh", finish)
+    cure(trainer)
 
 
 def run(plan: LivePlan, job: Job, comm: Comm, reads: Mapping[int, Reads]) -> engine.Tally:

@@ -14,7 +14,7 @@ import os
 import stat
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -186,10 +186,11 @@ class Files:
             finally:
                 os.close(descriptor)
 
-    def sync(self) -> None:
-        """Flush what was written to stable storage."""
+    def sync(self, moved: Callable[[], None] = lambda: None) -> None:
+        """Flush what was written to stable storage; `moved` is called after each file."""
         for found in self._open.values():
             os.fsync(found.descriptor)
+            moved()
 
     def close(self) -> None:
         """Close all; harmless if called twice."""

@@ -235,7 +235,10 @@ def open_sources(request: MergeRequest, refs: Sequence[CheckpointRef],
 
     def read(number: int, ranges: Mapping[tuple[str, str], Any]) -> Source:
         ref = refs[number]
-        source = registry.get(ref.format, ref.path).read_source(ref.path, ranges, main_params)
+        peers = [r.path for n, r in enumerate(refs) if n != number and comm.rank in visible[n]]
+        source = registry.get(ref.format, ref.path).read_source(
+            ref.path, ranges, main_params, peers
+        )
         return source if number == last else _trimmed(source, request, end=number in ends)
 
     mine = comm.rank == owners[last]

@@ -27,12 +27,12 @@ MERGE = COMMON | {
     "--end-iteration", "--window-tokens", "--iterations", "--paths", "--exclude", "--method",
     "--alpha", "--floor", "--coefficients", "--allow-any-coefficients", "--optimizer-state",
     "--average", "--policy", "--dtype", "--sweep", "--save", "--overwrite", "--threads",
-    "--merge-parallel-size", "--allow-gaps", "--check-sources",
+    "--merge-parallel-size", "--timeout", "--allow-gaps", "--check-sources",
 }  # fmt: skip
 SCORE = COMMON | {
     "--load", "--ends", "--exclude", "--intervals-iterations", "--intervals-tokens", "--lasts",
-    "--megatron", "--methods", "--out", "--plot", "--provider", "--threads", "--tolerance",
-    "--allow-gaps",
+    "--megatron", "--methods", "--out", "--plot", "--provider", "--threads", "--timeout",
+    "--tolerance", "--allow-gaps",
 }  # fmt: skip
 FLAGS = {
     "merge": MERGE,
@@ -42,6 +42,7 @@ FLAGS = {
         "--history", "--interval-iterations", "--interval-tokens", "--last", "--load", "--loss",
         "--lr-factor", "--margin-iterations", "--method", "--metrics", "--onset",
         "--optimizer-state", "--overwrite", "--patience", "--save", "--skip", "--threads",
+        "--timeout",
     },
     "evaluate": SCORE,
     "forecast": SCORE | {"--annealed", "--annealed-loss", "--metric", "--scores"},
@@ -49,11 +50,11 @@ FLAGS = {
         "--alpha", "--average", "--contour", "--curvature", "--end-iteration", "--exclude",
         "--grid", "--interval-iterations", "--interval-tokens", "--iterations", "--last", "--load",
         "--margin", "--method", "--out", "--paths", "--plot", "--provider", "--threads",
-        "--tolerance", "--window-tokens", "--allow-gaps",
+        "--timeout", "--tolerance", "--window-tokens", "--allow-gaps",
     },
     "list": COMMON | {"root"},
     "inspect": COMMON | {"path"},
-    "verify": COMMON | {"path", "--samples"},
+    "verify": COMMON | {"path", "--samples", "--timeout"},
 }  # fmt: skip
 """What people have in their scripts: adding is a decision, removing breaks them."""
 

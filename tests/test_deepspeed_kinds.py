@@ -309,6 +309,28 @@ def test_weights_that_are_alike_are_told_apart_by_their_order(runs: Runs, tmp_pa
         assert torch.equal(got["module"][name], rounded), name
 
 
+@pytest.mark.parametrize("swapped", [(0, 3), (1, 2)])
+def test_weights_that_are_alike_in_a_group_of_another_order_are_refused(
+    runs: Runs, tmp_path: Path, save: Path, swapped: tuple[int, int]
+) -> None:
+    """Param groups hold what the user put in, in the user's order: it may not be the module's."""
+    run = Path(shutil.copytree(runs[0] / "zero0", tmp_path / "run"))
+    edit(run, 6, norm_weight=(1, 0.5), norm_bias=(2, 0.5))
+    file = tag(run, 6) / "mp_rank_00_model_states.pt"
+    saved = load(file)
+    (weights, vectors), moments = (
+        saved["optimizer"]["fp32_groups"], saved["optimizer"]["optimizer_state_dict"]["state"],
+    )  # fmt: skip
+    a, b = swapped
+    vectors[a], vectors[b] = vectors[b], vectors[a]
+    if swapped == (1, 2):  # those two are alike: what gives the order away is the first group
+        weights.reverse()
+        moments[0], moments[1] = moments[1], moments[0]
+    torch.save(saved, file)
+    with refused(PlanError, "norm.weight", "cannot be told", run=run, save=save):
+        merge_run(run, save)
+
+
 def test_a_frozen_weight_that_may_be_a_trained_one_is_refused(
     runs: Runs, tmp_path: Path, save: Path
 ) -> None:

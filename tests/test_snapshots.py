@@ -426,7 +426,7 @@ def test_a_killed_rank(tmp_path: Path) -> None:
     said, seconds, left, again = alive.result
     assert "nothing came from rank 1" in said and "nothing came from rank 1" in again
     assert seconds < 5 and left == []
-    assert not list(tmp_path.glob("iter_*")) and list(tmp_path.glob(".pma-staging-*"))
+    assert not list(tmp_path.glob("iter_*")) and list(tmp_path.glob(".pma-snapshot-*"))
     write(tmp_path, 1)  # the job starts again
     assert_whole(folder_of(tmp_path, 1), 1)
     assert not list(tmp_path.glob(".pma-*"))

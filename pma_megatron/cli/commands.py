@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,14 +20,16 @@ from pma_megatron.job import verify as verify_merge
 from pma_megatron.policy import Policy
 from pma_megatron.report import describe_plan
 from pma_megatron.request import MergeRequest, Method
+from pma_megatron.stopping import having_published
 
 
 def merge(arguments: Namespace) -> None:
     """`pma merge`."""
     request = _request(arguments)
-    with process_group_from_environment():
+    with ExitStack() as over, process_group_from_environment(arguments.timeout_s):
         comm = Comm(request.merge_parallel_size)
         report = merge_checkpoints(request, comm, show(comm))
+        over.enter_context(having_published(report.outputs))
         if comm.is_main:
             show_result(arguments, report.to_json(), lambda: tables.merged(report))
 
@@ -56,7 +59,7 @@ def verify(arguments: Namespace) -> None:
     path = pointed(Path(arguments.path))
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a folder: give a merged iter_* folder")
-    with process_group_from_environment():
+    with process_group_from_environment(arguments.timeout_s):
         checked = verify_merge(path, samples=arguments.samples)
         if Comm().is_main:
             show_result(arguments, asdict(checked), lambda: tables.verified(path, checked))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from pma_megatron.cli import commands, evaluate, forecast, geometry, recover
-from pma_megatron.cli.verbs import add_selection, new_verb
+from pma_megatron.cli.verbs import add_selection, add_timeout, new_verb
 from pma_megatron.coefficients import METHODS
 from pma_megatron.policy import AVERAGES, OPTIMIZER_STATES
 from pma_megatron.version import __version__
@@ -49,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
     )
     verb.add_argument("path", help="one merged iter_* folder, or the --save folder above it")
     verb.add_argument("--samples", type=int, default=256, help="slices to recompute (default 256)")
+    add_timeout(verb)
     return top
 
 
@@ -90,6 +91,7 @@ def _running(verb: argparse.ArgumentParser) -> None:
     group.add_argument("--save", metavar="DIR", help="folder for the merged iter_*")
     group.add_argument("--overwrite", action="store_true", help="replace an existing merge")
     group.add_argument("--threads", type=int, default=2, help="per rank (default 2)")
+    add_timeout(group)
     group.add_argument(
         "--check-sources", action="store_true",
         help="read records whole that the merge reads in part, to compare their checksums",

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pma_megatron.cli.verbs import add_allow_gaps, token_count
+from pma_megatron.cli.verbs import add_allow_gaps, add_timeout, token_count
 from pma_megatron.comm import Comm, process_group_from_environment
 from pma_megatron.discover import is_checkpoint
 from pma_megatron.errors import UsageError
@@ -71,6 +71,7 @@ def add_scoring(verb: argparse.ArgumentParser) -> None:
         "training (--eval-iters batches)",
     )  # fmt: skip
     group.add_argument("--threads", type=int, default=2, help="reader threads per rank (default 2)")
+    add_timeout(group)
     group = verb.add_argument_group("output")
     group.add_argument("--out", type=Path, metavar="FILE", help="write the JSON there too")
     group.add_argument("--plot", type=Path, metavar="FILE.png", help="loss against tokens")
@@ -110,7 +111,7 @@ def score(arguments: argparse.Namespace, others: Sequence[str] = ()) -> Scores |
         )
     if arguments.megatron is not None:
         return _through_megatron(arguments, others)
-    with process_group_from_environment():
+    with process_group_from_environment(arguments.timeout_s):
         comm = Comm()
         provider = comm.agree("provider", lambda: provider_of(arguments.provider))
         scored = comm.agree("provider", lambda: provider(arguments.load, list(arguments.rest)))

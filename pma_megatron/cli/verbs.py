@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from pma_megatron.comm import TIMEOUT_S
+from pma_megatron.durations import parse_duration
 from pma_megatron.errors import UsageError
 from pma_megatron.selection import SelectionRequest
 from pma_megatron.spelling import FrontEnd
@@ -100,6 +102,15 @@ def selection_of(arguments: argparse.Namespace) -> SelectionRequest:
     )
 
 
+def add_timeout(verb: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Add `--timeout`, for verbs that several ranks run."""
+    verb.add_argument(
+        "--timeout", type=duration, default=TIMEOUT_S, metavar="T", dest="timeout_s",
+        help="how long to wait for a rank that does not come or moves nothing, e.g. 90s, 10m "
+        "(default 5m); a merge that still moves bytes never times out",
+    )  # fmt: skip
+
+
 def root_of(arguments: argparse.Namespace) -> str:
     """The folder that `--load` names, or that the first of `--paths` lies in.
 
@@ -115,6 +126,14 @@ def token_count(text: str) -> int:
     """The argparse type of a token count such as 8B."""
     try:
         return parse_tokens(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def duration(text: str) -> float:
+    """The argparse type of a duration such as 90s."""
+    try:
+        return parse_duration(text)
     except UsageError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 

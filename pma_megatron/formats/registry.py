@@ -21,7 +21,7 @@ from pma_megatron.formats.items import ItemFiles
 from pma_megatron.formats.json_files import read_json
 from pma_megatron.formats.names import plain_name
 from pma_megatron.formats.output import OutputLayout
-from pma_megatron.formats.source import ReadSource
+from pma_megatron.formats.source import ReadSource, Source
 from pma_megatron.formats.torch_dist.checkpoint import (
     TorchDistCheckpoint,
     completeness,
@@ -29,6 +29,7 @@ from pma_megatron.formats.torch_dist.checkpoint import (
 )
 from pma_megatron.formats.torch_dist.optimizer import is_optimizer_key
 from pma_megatron.formats.torch_dist.output import Changes, output_layout
+from pma_megatron.formats.torch_dist.recomputed import recompute
 from pma_megatron.formats.torch_dist.schedule import read_schedule
 from pma_megatron.formats.torch_dist.source import read_source
 from pma_megatron.spelling import given, has
@@ -208,6 +209,16 @@ FORMATS = (
         lambda path, iteration: Path(path).name, deepspeed.iteration_of,
     ),
 )  # fmt: skip
+
+
+def unchecked_order(source: Source) -> tuple[str, ...]:
+    """Where a source's map of flat buffers is not what names and shapes alone say, or more than
+    they say; a clause each. Empty without such a map, or if they say the same.
+    """
+    if source.format != TORCH_DIST or not source.ranges:
+        return ()
+    said = recompute(source.ranges)
+    return (*said.against, *said.open)
 
 
 def detect(path: Path) -> str:

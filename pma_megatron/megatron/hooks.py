@@ -29,6 +29,7 @@ from pma_megatron.megatron.watch import Watch
 from pma_megatron.online.hostcopy import HostCopy
 from pma_megatron.online.store import FOLDER
 from pma_megatron.online.window import Average
+from pma_megatron.poison import refuse_poisoned
 from pma_megatron.say import say
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -63,6 +64,7 @@ def stepped(arguments: Mapping[str, Any]) -> None:
 def saving() -> None:
     """Megatron is about to save, and may fork its writers."""
     if _session is not None:
+        refuse_poisoned(_session.models[0])
         _session.saving()
 
 
@@ -96,7 +98,7 @@ class Session:
         """Make room, and continue what an earlier job has left. Collective."""
         self.settings = settings
         self.running: Evaluation | Scoring | None = None
-        self._models, self._scored = models, False
+        self.models, self._scored = models, False
         self._noted: list[tuple[Path, Average]] = []
         self._comm, metadata = Comm(), _metadata(args)
         counts = settings.save or settings.snapshots
@@ -183,7 +185,7 @@ class Session:
         if self.settings.score is not None and not self._scored:
             self._scored = True
             args = _args()
-            self.running = Scoring(self._models, args.load, self.settings, _metadata(args))
+            self.running = Scoring(self.models, args.load, self.settings, _metadata(args))
             try:
                 yield
                 self.running.report()

@@ -20,6 +20,7 @@ from pma_megatron.live_load import ARGUMENTS, Job, LiveReport, Meter, fill, live
 from pma_megatron.megatron.params import LiveTensor, live_tensors, parts
 from pma_megatron.megatron.replicas import forward_hooks_off, refresh_weights, replica_group
 from pma_megatron.planning import Gathered, gather_sources
+from pma_megatron.poison import Trainer, chain
 from pma_megatron.policy import MAIN
 from pma_megatron.request import MergeRequest, Method
 from pma_megatron.selection import SelectionRequest
@@ -55,7 +56,8 @@ def merge_into(models: Sequence[Any], optimizer: Any, *, load: str,
     Raises:
         UsageError, SelectionError, CheckpointError, PlanError: refused on every rank. Unless it
             happened while values were read, no live tensor was touched; if it did, they are a
-            mixture: do not train on.
+            mixture, and the next forward pass or step raises `PoisonedError` until a whole load
+            has ended well.
         RankError: another rank failed.
     """
     comm = Comm()
@@ -73,11 +75,15 @@ def merge_into(models: Sequence[Any], optimizer: Any, *, load: str,
     plan = LivePlan.of(found, threads)
     states = (MAIN, *_MOMENTS) if optimizer_state == "average" else (MAIN,)
     jobs = comm.agree("plan", lambda: _jobs(plan, found, tensors, states, share))
-    with forward_hooks_off(models):
-        fill(plan, jobs, comm, meter, check_sources=check_sources)
+
+    def finish() -> None:
         if optimizer_state == "reset":
             reset_moments(optimizer, tensors)
         refresh_weights(models, optimizer)
+
+    with forward_hooks_off(models):
+        trainer = trainer_of(models, optimizer)
+        fill(plan, jobs, comm, meter, trainer, finish, check_sources=check_sources)
     return meter.report(plan, share, found.selection.passed_over)
 
 
@@ -96,6 +102,19 @@ def _refuse_other_end(found: Gathered, request: MergeRequest) -> None:
         f"{request.load} that an average can end at is {end.path}: moments would be of another "
         f"checkpoint than weights. Resume from iteration {end.iteration} (--ckpt-step), or say "
         f"that it is wanted ({given('end_iteration', end.iteration)})"
+    )
+
+
+def trainer_of(models: Sequence[Any], optimizer: Any) -> Trainer:
+    """What a live load writes into; whole again when Megatron has loaded model and optimizer."""
+    holders = [part for part in (optimizer, *parts(optimizer)) if part is not None]
+    loaded = [*models, *([] if optimizer is None else [optimizer])]
+    return Trainer(
+        modules=chain(models),
+        methods=tuple((part, "step") for part in dict.fromkeys(holders)),
+        loads=tuple(
+            (each, "load_state_dict", each.load_state_dict, lambda *_: True) for each in loaded
+        ),
     )
 
 

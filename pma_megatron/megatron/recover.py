@@ -36,9 +36,10 @@ from pma_megatron.errors import PmaError, SelectionError
 from pma_megatron.faultpoints import point
 from pma_megatron.gaps import lines
 from pma_megatron.healthy import Healthy, HealthyRequest, Span, choose_healthy
-from pma_megatron.megatron.load import merge_into
+from pma_megatron.megatron.load import merge_into, trainer_of
 from pma_megatron.megatron.options import RecoverySettings
 from pma_megatron.megatron.replicas import forward_hooks_off
+from pma_megatron.poison import cure, poisoned_on_failure
 from pma_megatron.refs import CheckpointRef
 from pma_megatron.say import say
 from pma_megatron.selection import SelectionRequest
@@ -123,7 +124,8 @@ class Recovery:
 
         Raises:
             RecoverySpentError: attempts are spent, or nothing healthy is left; on every rank.
-            PmaError: the recovery failed; model and optimizer are a mixture: do not train on.
+            PmaError: the recovery failed. If model and optimizer are a mixture, the next forward
+                pass or step raises `PoisonedError`.
         """
         self._pending.append((iteration, loss, grad_norm))
         if len(self._pending) < self._every:
@@ -212,8 +214,10 @@ class Recovery:
         for line in lines(chosen.passed_over, refs[-1]):
             say(f"PMA: {line}")
         self._point("recover-rollback")
-        with forward_hooks_off(self._models):
-            self._rollback(refs[-1])
+        whole = trainer_of(self._models, self._optimizer)
+        with forward_hooks_off(self._models), poisoned_on_failure(whole, "going back"):
+            self._comm.agree("rollback", lambda: self._rollback(refs[-1]))
+        cure(whole)
         self._point("recover-merge")
         merge_into(
             self._models, self._optimizer, load=str(self._roots[0]),

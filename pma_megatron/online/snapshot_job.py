@@ -2,7 +2,7 @@
 
 Ranks meet in a staging folder beside the snapshot's final name:
 
-    .pma-staging-iter_0001234-<job>-<n>/
+    .pma-snapshot-iter_0001234-<job>-<n>/
         files/          what becomes iter_0001234
         done_3          rank 3's file is on the disk
         failed          why a rank gave up, for the others
@@ -35,7 +35,7 @@ from pma_megatron.formats.torch_dist.checkpoint import CONFIG_FILE
 from pma_megatron.formats.torch_dist.chunks import CONFIG, PlacedChunk
 from pma_megatron.formats.torch_dist.metadata import METADATA_FILE
 
-STAGING = ".pma-staging-"
+STAGING = ".pma-snapshot-"
 REMOVED = ".pma-removed-"
 _FILES, _DONE, _FAILED = "files", "done_", "failed"
 _BLOCK_ELEMENTS = 1 << 20
