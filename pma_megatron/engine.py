@@ -216,10 +216,11 @@ class _Job:
         if isinstance(task, Copy):
             newest, start = self.add.readers[self.add.last], task.source_offset + at
             buffer = as_bytes(space.raw.whole(torch.float32)[:BLOCK_ELEMENTS])
-            newest.compare_copied(task.item, start, unit.count, buffer)
+            crc = newest.compare_copied(task.item, start, unit.count, buffer)
             for writer in self.add.writers:
                 copy_bytes(newest, task.item.file, start, writer, task.file, task.offset + at,
                            unit.count, buffer)  # fmt: skip
+                writer.checksums.add_copy(task.file, task.offset + at, unit.count, crc)
             self.tally.add(unit.count, unit.count * len(self.add.writers))
             return
         scale = task.place.dtype.itemsize if isinstance(task, (Keep, Zero)) else 1

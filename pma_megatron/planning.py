@@ -297,7 +297,7 @@ def origin_note(found: Gathered) -> dict[str, Any]:
     values = {output.name: list(output.values) for output in found.outputs}
     return {
         "pma_megatron": __version__,
-        "sources": [source.path for source in found.sources],
+        "sources": [str(Path(source.path).absolute()) for source in found.sources],
         "iterations": [ref.iteration for ref in found.selection.refs],
         "coefficients": values if len(values) > 1 else next(iter(values.values())),
     }

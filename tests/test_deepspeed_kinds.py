@@ -26,6 +26,7 @@ from deepspeed_runs import (
 from oracle import assert_average
 from pma_megatron import SelectionRequest, list_checkpoints, verify
 from pma_megatron.errors import CheckpointError, PlanError, SelectionError, UsageError
+from pma_megatron.formats.marker import OWN_FILES
 from pma_megatron.policy import Policy
 from pma_megatron.testing import run_ranks
 from pma_megatron.testing.tiny_deepspeed import DeepSpeedConfig
@@ -170,7 +171,7 @@ def is_same(one: Any, other: Any) -> bool:
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_that_is_not_averaged_is_the_newest(runs: Runs, merged: Path, kind: str) -> None:
     newest, output = tag(runs[0] / kind), tag(merged / kind)
-    assert {p.name for p in output.iterdir()} == {p.name for p in newest.iterdir()} | {"pma.json"}
+    assert {p.name for p in output.iterdir()} == {p.name for p in newest.iterdir()} | OWN_FILES
     changed = 0
     for file in newest.iterdir():
         theirs, ours = dict(leaves(load(file))), dict(leaves(load(output / file.name)))

@@ -11,12 +11,14 @@ from typing import Any, Protocol, TypeVar, cast
 import torch
 
 from pma_megatron.errors import CheckpointError
-from pma_megatron.formats.base import Incomplete, Payload, Schedule
+from pma_megatron.formats.base import Incomplete, Item, Payload, Schedule
 from pma_megatron.formats.deepspeed import checkpoint as deepspeed
 from pma_megatron.formats.deepspeed import completeness as deepspeed_completeness
 from pma_megatron.formats.deepspeed import output as deepspeed_output
 from pma_megatron.formats.deepspeed import source as deepspeed_source
 from pma_megatron.formats.deepspeed import universal, universal_output, universal_source
+from pma_megatron.formats.deepspeed.checkpoint import DeepSpeedCheckpoint
+from pma_megatron.formats.deepspeed.universal import UniversalCheckpoint
 from pma_megatron.formats.items import ItemFiles
 from pma_megatron.formats.json_files import read_json
 from pma_megatron.formats.names import plain_name
@@ -92,6 +94,7 @@ class Format:
         schedule: where it stood in its learning-rate schedule.
         tracker: how a root of its checkpoints says which one to resume from.
         folder_name: (path of the newest source, iteration) -> what a merge up to it is called.
+        items: every zip in a folder's files, with the key of what it holds, for messages.
         iteration: iteration of a folder, whole or not, where names do not say it; else None.
         other_layouts: how the checkpoint `{tag}` becomes one that merges with those that were saved
             under other parallel sizes, where it does not as it is; empty where all do.
@@ -110,6 +113,7 @@ class Format:
     schedule: Callable[[Path], Schedule]
     tracker: Tracker
     folder_name: Callable[[str, int | None], str]
+    items: Callable[[Path], dict[Item, str]]
     iteration: Callable[[Path], int | None] | None = None
     other_layouts: str = ""
     named_layouts: str = ""
@@ -181,6 +185,7 @@ FORMATS = (
             "latest_checkpointed_iteration.txt", _iter_folder, _iter_content, "--load {root}"
         ),
         lambda path, iteration: "release" if iteration is None else f"iter_{iteration:07d}",
+        lambda path: TorchDistCheckpoint(path).items(),
         written_after=written_after,
         named_layouts="save with --dist-ckpt-optim-fully-reshardable", weights_alone=True,
     ),
@@ -192,7 +197,8 @@ FORMATS = (
         Tracker(
             "latest", _tag_folder, str, 'engine.load_checkpoint("{root}")'
         ),
-        lambda path, iteration: Path(path).name, deepspeed.iteration_of,
+        lambda path, iteration: Path(path).name, lambda path: DeepSpeedCheckpoint(path).items(),
+        deepspeed.iteration_of,
         "convert each into a root of its own and merge there: python -m "
         "deepspeed.checkpoint.ds_to_universal --inject_missing_state --input_folder {tag} "
         "--output_folder NEW_ROOT/TAG; Universal checkpoints merge at any size",
@@ -206,7 +212,8 @@ FORMATS = (
             "latest_universal", _tag_folder, str,
             'engine.load_checkpoint("{root}") with {{"checkpoint": {{"load_universal": true}}}}',
         ),
-        lambda path, iteration: Path(path).name, deepspeed.iteration_of,
+        lambda path, iteration: Path(path).name, lambda path: UniversalCheckpoint(path).items(),
+        deepspeed.iteration_of,
     ),
 )  # fmt: skip
 
