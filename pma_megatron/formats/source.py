@@ -31,6 +31,9 @@ class Source:
         experts: (experts used per token, experts) of an MoE model, if its arguments say so.
         stamps: file -> (bytes, mtime in ns): a source that changes while it is read is noticed.
         snapshot: True for a thin snapshot, whose weights are main params (`formats.marker`).
+        quantized: True if weights are kept in 8 or 4 bits: they are not rounded main params then.
+        unnamed: optimizer buffers by stored key, where main params were not wanted; they tell
+            sources apart, and then they are let go.
     """
 
     path: str
@@ -44,6 +47,8 @@ class Source:
     experts: tuple[int, int] | None = None
     stamps: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     snapshot: bool = False
+    quantized: bool = False
+    unnamed: Mapping[str, Tensor] = field(default_factory=dict)
 
     def tensor(self, state: str, key: str) -> Tensor | None:
         """The tensor that holds `state` (`weight`, `param` or a moment) of model tensor `key`.
