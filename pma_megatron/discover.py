@@ -9,15 +9,16 @@ from typing import Any
 
 from pma_megatron import audit
 from pma_megatron.errors import CheckpointError, SelectionError
+from pma_megatron.folders import ITERATION, is_checkpoint, what_is
 from pma_megatron.formats import registry
 from pma_megatron.formats.marker import SNAPSHOTS, read_snapshot_marker
+from pma_megatron.locations import refuse_remote
 from pma_megatron.refs import CheckpointRef
 from pma_megatron.selection import Selection, SelectionRequest, select
-from pma_megatron.spelling import among, named
+from pma_megatron.spelling import among, given, has, named
 from pma_megatron.tokens import consumed_tokens_of
 
 TRACKER_FILE = registry.get(registry.TORCH_DIST, "").tracker.file
-_ITERATION = re.compile(r"^iter_(\d{7,})$")
 _OWN_ROOT = re.compile(r"^checkpoint[-_]\d+$")
 """transformers/trainer_utils.py, PREFIX_CHECKPOINT_DIR; accelerate/accelerator.py, save_state."""
 _log = logging.getLogger(__name__)
@@ -39,9 +40,10 @@ def list_checkpoints(root: str | Path) -> list[CheckpointRef]:
     Raises:
         SelectionError: there is no such folder.
     """
+    refuse_remote("", root)
     root = Path(root)
     if not root.is_dir():
-        raise SelectionError(f"{root} is not a folder. Give the folder passed to Megatron's --save")
+        raise SelectionError(what_is(root))
     if is_checkpoint(root):
         return [describe(root, audit.read(root.parent))]
     history = audit.read(root)
@@ -77,7 +79,7 @@ def newest_full(snapshot: Path) -> int | None:
 
 def iteration_of(folder: Path) -> int | None:
     """The iteration in the name of an `iter_*` folder, None for any other name."""
-    match = _ITERATION.match(folder.name)
+    match = ITERATION.match(folder.name)
     return int(match[1]) if match else None
 
 
@@ -91,7 +93,7 @@ def describe(folder: Path, history: audit.History | None = None) -> CheckpointRe
     name = registry.detect(folder)
     iteration = iteration_of(folder)
     samples, tokens, unknown, reason, snapshot = None, None, None, None, False
-    recoveries = 0
+    recoveries, weights_only = 0, False
     try:
         snapshot = read_snapshot_marker(folder) is not None
         known = registry.get(name, str(folder))
@@ -102,6 +104,7 @@ def describe(folder: Path, history: audit.History | None = None) -> CheckpointRe
             reason = _wrong_iteration(iteration, common["iteration"])
             tokens, unknown = consumed_tokens_of(common["args"])
             samples = _count(common["args"].get("consumed_train_samples"))
+            weights_only = bool(common.get("weights_only"))
             recoveries = _count(common["args"].get(audit.RECORD)) or 0
     except CheckpointError as error:
         reason = str(error)
@@ -115,6 +118,7 @@ def describe(folder: Path, history: audit.History | None = None) -> CheckpointRe
         complete=reason is None,
         incomplete_because=reason,
         snapshot=snapshot,
+        weights_only=weights_only,
         unhealthy_because=history.distrust(iteration, recoveries) if history else None,
     )
 
@@ -136,11 +140,8 @@ def choose(refs: list[CheckpointRef], request: SelectionRequest, root: str | Pat
     """
     root = Path(root)
     if not refs:
-        raise SelectionError(
-            f"{root} holds no iter_* checkpoint and no DeepSpeed tag. Give the folder passed to "
-            "Megatron's --save or DeepSpeed's save_checkpoint "
-            f"(found: {', '.join(sorted(p.name for p in root.iterdir())[:5]) or 'nothing'})"
-        )
+        raise SelectionError(what_is(root))
+    _refuse_one_checkpoint(root, request)
     excluded = set(request.exclude)
     formats: dict[str, list[int | None]] = {}
     for ref in refs:
@@ -171,6 +172,17 @@ def _warn_of_tracker(root: Path, name: str) -> None:
         )  # fmt: skip
 
 
+def _refuse_one_checkpoint(root: Path, request: SelectionRequest) -> None:
+    """A checkpoint's folder where the run's is wanted."""
+    if request.paths is None and request.last != 1 and is_checkpoint(root):
+        end = iteration_of(root)
+        up_to = "" if end is None else f", with {given('end_iteration', end)} to end there"
+        raise SelectionError(
+            f"{root} is one checkpoint, and an average takes several of its run. Give the folder "
+            f"above it, {root.parent}{up_to if has('end_iteration') else ''}"
+        )
+
+
 def pointed(root: Path) -> Path:
     """The checkpoint that the tracker in `root` names, or `root` itself without a tracker.
 
@@ -199,13 +211,6 @@ def _tags_with_own_roots(root: Path) -> list[Path]:
     roots = [p for p in root.iterdir() if p.is_dir() and _OWN_ROOT.match(p.name)]
     found = (folder for own in roots for folder in _checkpoint_folders(own))
     return [folder for folder in found if registry.detect(folder) in registry.TAGS]
-
-
-def is_checkpoint(folder: Path) -> bool:
-    """True for a folder with a checkpoint's name, or with a DeepSpeed tag's files (any name)."""
-    if _ITERATION.match(folder.name) is not None or folder.name == "release":
-        return True
-    return not folder.name.startswith(".") and registry.detect(folder) in registry.TAGS
 
 
 def _wrong_iteration(named: int | None, saved: Any) -> str | None:

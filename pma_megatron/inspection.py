@@ -9,9 +9,11 @@ from typing import Any
 
 from pma_megatron.discover import describe
 from pma_megatron.errors import CheckpointError
+from pma_megatron.folders import is_checkpoint, what_is
 from pma_megatron.formats import registry
 from pma_megatron.formats.base import Tensor
 from pma_megatron.formats.marker import MARKER_FILE
+from pma_megatron.locations import refuse_remote
 from pma_megatron.refs import CheckpointRef
 from pma_megatron.report import read_provenance
 
@@ -54,9 +56,12 @@ def inspect(path: str | Path) -> Inspection:
     Raises:
         CheckpointError: not a whole checkpoint of a supported format; says why.
     """
+    refuse_remote("", path)
     path = Path(path)
     if not path.is_dir():
-        raise CheckpointError(f"{path} is not a folder: give one iter_* folder")
+        raise CheckpointError(what_is(path))
+    if not is_checkpoint(path) and registry.detect(path) == "unknown":
+        raise CheckpointError(what_is(path))
     ref = describe(path)
     if not ref.complete:
         raise CheckpointError(f"{path} is not a whole checkpoint: {ref.incomplete_because}")

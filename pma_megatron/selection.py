@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from pma_megatron.errors import SelectionError, UsageError
+from pma_megatron.locations import refuse_remote
 from pma_megatron.refs import (
     CheckpointRef,
     Unit,
@@ -70,6 +71,7 @@ class SelectionRequest:
                 f"{named('tolerance')} is a fraction of the interval in [0, 0.5), got "
                 f"{self.tolerance}: from 0.5 on, one checkpoint could stand for two places"
             )
+        refuse_remote("paths", *(self.paths or ()))
         self._refuse_contradictions()
         for name in ("iterations", "paths"):
             self._refuse_bad_list(name)

@@ -26,8 +26,8 @@ MERGE = COMMON | {
     "--load", "--last", "--interval-tokens", "--interval-iterations", "--tolerance",
     "--end-iteration", "--window-tokens", "--iterations", "--paths", "--exclude", "--method",
     "--alpha", "--floor", "--coefficients", "--allow-any-coefficients", "--optimizer-state",
-    "--average", "--policy", "--dtype", "--sweep", "--save", "--overwrite", "--threads",
-    "--merge-parallel-size",
+    "--average", "--policy", "--lr-factor", "--dtype", "--sweep", "--save", "--overwrite",
+    "--threads", "--merge-parallel-size",
 }  # fmt: skip
 SCORE = COMMON | {
     "--load", "--ends", "--exclude", "--intervals-iterations", "--intervals-tokens", "--lasts",

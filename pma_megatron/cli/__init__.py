@@ -18,6 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pma_megatron.cli.flags import parser
     from pma_megatron.cli.verbs import front_end
     from pma_megatron.errors import PmaError, RankError, UsageError
+    from pma_megatron.locations import refuse_remote_values
     from pma_megatron.spelling import speaking
 
     given = list(sys.argv[1:] if argv is None else argv)
@@ -30,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     log.configure(rank, verbose=arguments.verbose)
     try:
         with speaking(front_end(arguments.parser, given[:end])):
+            refuse_remote_values({k: v for k, v in vars(arguments).items() if k != "rest"})
             arguments.run(arguments)
     except PmaError as error:
         # The rank whose own error it is prints it; rank 0 also says what stopped the others.

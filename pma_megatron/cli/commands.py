@@ -11,7 +11,8 @@ from pma_megatron.cli.progress import show
 from pma_megatron.cli.verbs import root_of, selection_of, show_result
 from pma_megatron.comm import Comm, process_group_from_environment
 from pma_megatron.discover import list_checkpoints, pointed
-from pma_megatron.errors import CheckpointError, UsageError
+from pma_megatron.errors import CheckpointError, SelectionError, UsageError
+from pma_megatron.folders import what_is
 from pma_megatron.inspection import inspect as inspect_checkpoint
 from pma_megatron.job import merge as merge_checkpoints
 from pma_megatron.job import plan as plan_merge
@@ -41,6 +42,8 @@ def plan(arguments: Namespace) -> None:
 def list_(arguments: Namespace) -> None:
     """`pma list`."""
     refs = list_checkpoints(arguments.root)
+    if not refs:
+        raise SelectionError(what_is(Path(arguments.root)))
     show_result(
         arguments, [asdict(ref) for ref in refs], lambda: tables.listed(arguments.root, refs)
     )
@@ -56,7 +59,7 @@ def verify(arguments: Namespace) -> None:
     """`pma verify`."""
     path = pointed(Path(arguments.path))
     if not path.is_dir():
-        raise CheckpointError(f"{path} is not a folder: give a merged iter_* folder")
+        raise CheckpointError(what_is(path))
     with process_group_from_environment():
         checked = verify_merge(path, samples=arguments.samples)
         if Comm().is_main:
@@ -83,6 +86,7 @@ def _request(arguments: Namespace) -> MergeRequest:
             overrides=_overrides(arguments.policy),
         ),
         dtype=arguments.dtype,
+        lr_factor=arguments.lr_factor,
         sweep=tuple(arguments.sweep),
         threads=arguments.threads,
         merge_parallel_size=arguments.merge_parallel_size,

@@ -35,6 +35,8 @@ def read_schedule(path: Path) -> Schedule:
         warmup_samples=_count(state.get("lr_warmup_steps")),
         decay_start_samples=_decay_start(state, checkpoint.args()),
         decay_style=str(state["lr_decay_style"]) if "lr_decay_style" in state else None,
+        max_lr=_rate(state.get("max_lr")),
+        min_lr=_rate(state.get("min_lr")),
     )
 
 
@@ -74,6 +76,10 @@ def _rates_in(value: Any) -> Iterator[float]:
     elif isinstance(value, (list, tuple)):
         for inner in value:
             yield from _rates_in(inner)
+
+
+def _rate(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) else None
 
 
 def _count(value: Any) -> int | None:
