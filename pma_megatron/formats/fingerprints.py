@@ -57,11 +57,32 @@ class Fingerprints:
         self._pieces = pieces
         # Shorter weights have shorter fingerprints: one table per (dtype, length).
         self._tables: dict[tuple[torch.dtype, int], dict[bytes, list[int]]] = {}
+        self._constant: set[int] = set()
         for number, piece in enumerate(pieces):
             count = min(FINGERPRINT_ELEMENTS, piece.box.numel)
             data = read_elements(files, piece, 0, count)
             table = self._tables.setdefault((data.dtype, count), {})
             table.setdefault(_bytes(data), []).append(number)
+            if bool((data == data[0]).all()):
+                self._constant.add(number)
+
+    def tells(self, number: int) -> bool:
+        """False if a weight seems to be all one value, as one in other places may be too."""
+        if number not in self._constant:
+            return True
+        numel = self._numel(number)
+        count = min(FINGERPRINT_ELEMENTS, numel)
+        data = read_elements(self._files, self._pieces[number], numel - count, count)
+        return bool((data != data[0]).any())
+
+    def starting(self, window: torch.Tensor) -> list[int]:
+        """Numbers of the weights whose first elements are those of `window`, rounded."""
+        return [
+            number
+            for (dtype, count), table in self._tables.items()
+            if count <= len(window)
+            for number in table.get(_bytes(window[:count].to(dtype)), ())
+        ]
 
     def longest(self, stored: Sequence[Piece[Payload]], at: int, end: int, window: torch.Tensor,
                 taken: AbstractSet[int], wanted: Callable[[int], bool]) -> list[int]:  # fmt: skip
@@ -78,13 +99,10 @@ class Fingerprints:
             taken: numbers that were found elsewhere.
             wanted: whether a number may be there at all.
         """
-        numbers: list[int] = []
-        for (dtype, count), table in self._tables.items():
-            if count <= len(window):
-                numbers += table.get(_bytes(window[:count].to(dtype)), ())
         numbers = [
-            n for n in numbers if n not in taken and wanted(n) and at + self._numel(n) <= end
-        ]
+            n for n in self.starting(window)
+            if n not in taken and wanted(n) and at + self._numel(n) <= end
+        ]  # fmt: skip
         if len(numbers) > 1:
             numbers = [n for n in numbers if self.equal(n, stored, at)]
             longest = max((self._numel(n) for n in numbers), default=0)

@@ -29,6 +29,13 @@ class TinyConfig:
     num_experts: int | None = None
     moe_router_topk: int = 2
     expert_bias: bool = True
+    normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
+    qk_layernorm: bool = False
+    num_query_groups: int | None = None
+    """Key and value heads; None is as many as there are query heads."""
+    position_embedding: Literal["rope", "learned_absolute"] = "rope"
+    tie_embeddings: bool = False
+    mtp_num_layers: int | None = None
 
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1

@@ -68,6 +68,9 @@ def transformer_config(config: TinyConfig) -> Any:
         hidden_size=config.hidden_size,
         ffn_hidden_size=config.ffn_hidden_size,
         num_attention_heads=config.num_attention_heads,
+        num_query_groups=config.num_query_groups,
+        qk_layernorm=config.qk_layernorm,
+        mtp_num_layers=config.mtp_num_layers,
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
@@ -81,7 +84,7 @@ def transformer_config(config: TinyConfig) -> Any:
         use_cpu_initialization=True,
         gated_linear_unit=config.swiglu,
         activation_func=functional.silu if config.swiglu else functional.gelu,
-        normalization="RMSNorm",
+        normalization=config.normalization,
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -142,17 +145,33 @@ def _gpt(config: TinyConfig, core_config: Any, stage: int | None) -> Any:
     if stage is not None:
         parallel_state.set_virtual_pipeline_model_parallel_rank(stage)
     where = {} if stage is None else {"ignore_virtual": False, "vp_stage": stage}
+    layer = call(
+        get_gpt_layer_local_spec,
+        num_experts=config.num_experts,
+        qk_layernorm=config.qk_layernorm,
+        normalization=config.normalization,
+    )
     return call(
         GPTModel,
         core_config,
-        get_gpt_layer_local_spec(num_experts=config.num_experts, normalization="RMSNorm"),
+        layer,
         vocab_size=config.vocab_size,
         max_sequence_length=config.seq_length,
         pre_process=call(parallel_state.is_pipeline_first_stage, **where),
         post_process=call(parallel_state.is_pipeline_last_stage, **where),
-        share_embeddings_and_output_weights=False,
-        position_embedding_type="rope",
+        share_embeddings_and_output_weights=config.tie_embeddings,
+        position_embedding_type=config.position_embedding,
+        mtp_block_spec=_mtp(core_config, layer, stage) if config.mtp_num_layers else None,
         vp_stage=stage,
+    )
+
+
+def _mtp(core_config: Any, layer: Any, stage: int | None) -> Any:
+    """The spec of this chunk's multi-token prediction layers, None if it has none."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
+
+    return call(
+        get_gpt_mtp_block_spec, core_config, layer, use_transformer_engine=False, vp_stage=stage
     )
 
 

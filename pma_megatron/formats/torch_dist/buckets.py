@@ -1,210 +1,80 @@
-"""Which parameter lies where in a flat optimizer buffer: found by value, proved by value.
+"""Which parameter lies where in a flat optimizer buffer: found by value, proved unique.
 
 A flat buffer stores main parameters without names. After every optimizer step the model's weights
 are the main parameters rounded once, so the first elements of a parameter, rounded, are the first
-elements of exactly one stored weight. Walking a buffer from its start therefore names every
-parameter. Weights that are bit-identical to each other (norms that still round to 1.0) are told
-apart by the order of the model, which buffers hold in reverse
-(megatron/core/distributed/param_and_grad_buffer.py). The merge proves the whole map: it compares
-every rounded main parameter of the newest source with the stored weight.
+elements of a stored weight. Walking a buffer from its start names every parameter that equals no
+other. Weights that are bit-identical to each other (norms that still round to 1.0) are told apart
+by `assignment`, or refused. The merge proves the whole map: it compares every rounded main
+parameter of the newest source with the stored weight.
 """
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from pma_megatron.errors import CheckpointError, PlanError
-from pma_megatron.formats.base import MAIN_PARAM, Payload, Tensor
-from pma_megatron.formats.fingerprints import FINGERPRINT_ELEMENTS, Fingerprints
-from pma_megatron.formats.flat import FlatMap, FlatRange, FlatSpace, read_flat
-from pma_megatron.formats.torch_dist.checkpoint import TorchDistCheckpoint
-from pma_megatron.geometry import Piece
-
-_ALIGNMENT_ELEMENTS = 64  # parameters start at multiples of it, param_and_grad_buffer.py
-# Model keys say `decoder.layers.mlp...` where layers are stacked, `decoder.layers.7.mlp...` if not.
-_LAYER = re.compile(r"^(?P<block>.*?\.layers)\.(?:(?P<layer>\d+)\.)?")
-# Attention comes before the MLP in every layer (megatron/core/transformer/transformer_layer.py).
-_PARTS = tuple(
-    re.compile(pattern)
-    for pattern in (
-        r"input_layernorm|self_attention(?!.*\.[qk]_)",
-        r"self_attention.*\.q_",
-        r"self_attention.*\.k_",
-        r"cross_attn",
-        r"pre_mlp|mlp",
-    )
+from pma_megatron.formats.base import MAIN_PARAM, Tensor
+from pma_megatron.formats.fingerprints import FINGERPRINT_ELEMENTS, Fingerprints, holds
+from pma_megatron.formats.flat import (
+    FlatMap,
+    FlatRange,
+    FlatSpace,
+    read_elements,
+    read_flat,
+    rounds_to,
 )
+from pma_megatron.formats.torch_dist.assignment import Assignment, Buffer, Chunk
+from pma_megatron.formats.torch_dist.checkpoint import TorchDistCheckpoint
+from pma_megatron.formats.torch_dist.optimizer import flat_spaces, weights_of
+from pma_megatron.formats.torch_dist.registration import ALIGNMENT_ELEMENTS, Rule, aligned
+from pma_megatron.formats.torch_dist.ties import Gap, MayLie, Placed, Segment, starts_after
+
+_BUCKET = re.compile(r"^(?P<buffer>.*?)(?:\.bucket_idx_(?P<bucket>\d+))?$")
 _OFFER = (
     "What works: leave this checkpoint out (--exclude), average the 16-bit weights instead "
     "(--average weights), or re-save the sources with --dist-ckpt-optim-fully-reshardable."
 )
 
 
-@dataclass(frozen=True, slots=True)
-class _Candidate:
-    """One stored chunk of a weight, and its place in the order of the model."""
-
-    key: str
-    piece: Piece[Payload]
-    block: str
-    order: tuple[int, ...]
-
-
 def derive(
-    checkpoint: TorchDistCheckpoint, spaces: Sequence[FlatSpace], weights: Mapping[str, Tensor]
+    checkpoint: TorchDistCheckpoint,
+    spaces: Sequence[FlatSpace],
+    weights: Mapping[str, Tensor],
+    peers: Sequence[TorchDistCheckpoint] = (),
 ) -> FlatMap:
     """Find the parameters of every flat space of `checkpoint`.
+
+    Args:
+        checkpoint: the opened checkpoint.
+        spaces: its flat buffers.
+        weights: its model tensors.
+        peers: other checkpoints of the run. Those with the same buffers help to tell apart weights
+            that are bit-identical in this one.
 
     Raises:
         PlanError: the map cannot be found or is ambiguous; says for which buffer and what to do.
     """
     if not spaces:
         return {}
-    finder = _Finder(checkpoint, weights)
-    result: dict[tuple[str, str], list[FlatRange]] = {}
-    taken: dict[str, set[int]] = {}
     for space in spaces:
         if MAIN_PARAM not in space.states:
             raise PlanError(
                 f"{checkpoint.path}: {space.group}.{space.name} holds no main parameters. {_OFFER}"
             )
-        in_group = taken.setdefault(space.group, set())
-        result[space.group, space.name] = finder.walk(space, in_group)
-    finder.refuse_forgotten(result)
-    return result
-
-
-class _Finder:
-    """Candidates of one checkpoint by the bytes they start with."""
-
-    def __init__(self, checkpoint: TorchDistCheckpoint, weights: Mapping[str, Tensor]) -> None:
-        self._checkpoint = checkpoint
-        self._candidates = list(_chunks(weights))
-        self._widest_gap = 0
-        self._fingerprints = Fingerprints(checkpoint, [c.piece for c in self._candidates])
-
-    def walk(self, space: FlatSpace, taken: set[int]) -> list[FlatRange]:
-        """Name the parameters of one space; `taken` are those already found in its group."""
-        stored = space.states[MAIN_PARAM]
-        starts = [piece.box.offsets[0] for piece in stored] if space.exact else []
-        found: list[FlatRange] = []
-        walked: list[_Candidate] = []
-        ambiguous: list[str] = []
-        at = 0
-        while at < space.numel:
-            window = read_flat(
-                self._checkpoint,
-                stored,
-                at,
-                min(FINGERPRINT_ELEMENTS + _ALIGNMENT_ELEMENTS, space.numel - at),
-            )
-            skips = [0] if space.exact else range(min(_ALIGNMENT_ELEMENTS, len(window)))
-            hit = next(
-                ((skip, numbers) for skip in skips
-                 if (numbers := self._matches(space, stored, at + skip, window[skip:], taken))),
-                None,
-            )  # fmt: skip
-            if hit is None:
-                after = next((start for start in starts if start > at), space.numel)
-                self._refuse_unknown(space, at, after - at, window)
-                at = after
-                continue
-            skip, numbers = hit
-            number = self._choose(numbers, walked)
-            candidate = self._candidates[number]
-            if len(numbers) > 1:
-                ambiguous.append(candidate.key)
-            taken.add(number)
-            walked.append(candidate)
-            self._widest_gap = max(self._widest_gap, skip)
-            found.append(FlatRange(at + skip, candidate.key, candidate.piece.box))
-            at += skip + candidate.piece.box.numel
-        self._check_order(space, walked, ambiguous)
-        return found
-
-    def _matches(self, space: FlatSpace, stored: Sequence[Piece[Payload]], at: int,
-                 window: torch.Tensor, taken: set[int]) -> list[int]:  # fmt: skip
-        # A buffer is named after its parameters' dtype: a buffer of zeros is no candidate for gaps.
-        return self._fingerprints.longest(
-            stored, at, space.numel, window, taken,
-            lambda n: f"({self._candidates[n].piece.payload.dtype}, " in space.name,
-        )  # fmt: skip
-
-    def _choose(self, numbers: list[int], walked: list[_Candidate]) -> int:
-        """Among bit-identical weights, the one that the model's reverse order puts next."""
-        last = {candidate.block: candidate.order for candidate in walked}
-        ahead = [
-            n
-            for n in numbers
-            if (c := self._candidates[n]).block not in last or c.order < last[c.block]
-        ]
-        return max(ahead or numbers, key=lambda n: self._candidates[n].order)
-
-    def _refuse_unknown(self, space: FlatSpace, at: int, count: int, window: torch.Tensor) -> None:
-        """A short gap is alignment, whose bytes mean nothing; a longer one is a parameter."""
-        if count < _ALIGNMENT_ELEMENTS:
-            self._widest_gap = max(self._widest_gap, count)
-            return
-        if not bool(torch.isfinite(window[:count]).all()):
-            raise CheckpointError(
-                f"{self._checkpoint.path}: {space.group}.{space.name} has NaN or Inf values near "
-                f"element {at}. Averaging would spread them: "
-                "leave this checkpoint out with --exclude"
-            )
-        raise PlanError(
-            f"{self._checkpoint.path}: cannot tell which parameter lies at elements {at} to "
-            f"{at + count} of {space.group}.{space.name}: no stored weight equals the rounded main "
-            f"parameters there (FP8 weights, or weights edited after the save?). {_OFFER}"
-        )
-
-    def refuse_forgotten(self, ranges: FlatMap) -> None:
-        """A parameter of fewer elements than the alignment could hide in a gap.
-
-        Raises:
-            PlanError: a 16-bit weight that fits into a gap has no main parameters.
-        """
-        named = {(found.key, found.box) for found in itertools.chain(*ranges.values())}
-        for candidate in self._candidates:
-            box, dtype = candidate.piece.box, candidate.piece.payload.dtype
-            fits = dtype.itemsize == 2 and box.numel <= self._widest_gap
-            if fits and (candidate.key, box) not in named:
-                raise PlanError(
-                    f"{self._checkpoint.path}: no main parameters equal {candidate.key} at "
-                    f"{box.offsets} when rounded (NaN, or weights edited after the save?). {_OFFER}"
-                )
-
-    def _check_order(self, space: FlatSpace, walked: list[_Candidate],
-                     ambiguous: list[str]) -> None:  # fmt: skip
-        in_order = all(
-            a.order[:2] >= b.order[:2] for a, b in itertools.pairwise(walked) if a.block == b.block
-        )
-        if ambiguous and not in_order:
-            raise PlanError(
-                f"{self._checkpoint.path}: {ambiguous[0]} and {len(ambiguous) - 1} other tensors "
-                f"are bit-identical to another weight, and {space.group}.{space.name} does not "
-                f"follow the order of the model, so they cannot be told apart. {_OFFER}"
-            )
-
-
-def _chunks(weights: Mapping[str, Tensor]) -> Iterator[_Candidate]:
-    for key, tensor in weights.items():
-        if not tensor.dtype.is_floating_point:
-            continue
-        match = _LAYER.match(key)
-        block = match["block"] if match else key
-        part = next((i for i, names in enumerate(_PARTS) if match and names.search(key)), 0)
-        for piece in tensor.pieces:
-            offsets = piece.box.offsets
-            if piece.box.numel == 0:
-                continue
-            stacked = match is not None and match["layer"] is None
-            layer = offsets[0] if stacked else int(match["layer"]) if match else 0
-            yield _Candidate(key, piece, block, (layer, part, *offsets))
+    walker = _Walker(checkpoint, weights)
+    buffers = walker.walk(spaces)
+    known = _ranges(spaces, [p for b in buffers for p in b.sequence({})], walker.chunks)
+    assignment = Assignment(walker.chunks, buffers, walker.may_lie)
+    try:
+        filled = assignment.fill(lambda: _agreeing(peers, spaces, known, walker.chunks))
+    except PlanError as error:
+        raise PlanError(f"{checkpoint.path}: {error}. {_OFFER}") from error
+    return _ranges(spaces, [p for b in buffers for p in b.sequence(filled)], walker.chunks)
 
 
 def check_complete(
@@ -224,3 +94,182 @@ def check_complete(
                 f"{checkpoint.path}: main parameters of {key} were found for all chunks but "
                 f"{missing[0]} (+{len(missing) - 1} more). {_OFFER}"
             )
+
+
+def _ranges(
+    spaces: Sequence[FlatSpace], placed: Sequence[Placed], chunks: Sequence[Chunk]
+) -> dict[tuple[str, str], list[FlatRange]]:
+    result: dict[tuple[str, str], list[FlatRange]] = {(s.group, s.name): [] for s in spaces}
+    for one in placed:
+        chunk = chunks[one.number]
+        found = FlatRange(one.start, chunk.key, chunk.piece.box)
+        result[one.space.group, one.space.name].append(found)
+    return result
+
+
+class _Walker:
+    """Finds weights of one checkpoint by the bytes that they start with."""
+
+    def __init__(self, checkpoint: TorchDistCheckpoint, weights: Mapping[str, Tensor]) -> None:
+        self._checkpoint = checkpoint
+        self.chunks = [
+            Chunk(key, piece)
+            for key, tensor in weights.items()
+            if tensor.dtype.is_floating_point
+            for piece in tensor.pieces
+            if piece.box.numel
+        ]
+        self._fingerprints = Fingerprints(checkpoint, [c.piece for c in self.chunks])
+        self._here: dict[tuple[str, str, int], list[int]] = {}
+
+    def walk(self, spaces: Sequence[FlatSpace]) -> list[Buffer]:
+        """All buffers: what is known by value alone, and the gaps between."""
+        buckets: dict[tuple[str, str], list[tuple[int, FlatSpace]]] = {}
+        for space in spaces:
+            match = _BUCKET.match(space.name)
+            assert match is not None
+            of_buffer = buckets.setdefault((space.group, match["buffer"]), [])
+            of_buffer.append((int(match["bucket"] or 0), space))
+        found: dict[str, set[int]] = {}
+        buffers = []
+        for (group, name), numbered in buckets.items():
+            buffer, gap = Buffer(group, name), Gap(None)
+            for _, space in sorted(numbered, key=lambda pair: pair[0]):
+                gap = self._walk_bucket(space, buffer, gap, found.setdefault(group, set()))
+            if gap.segments:
+                buffer.parts.append(gap)
+            buffers.append(buffer)
+        return buffers
+
+    def _walk_bucket(self, space: FlatSpace, buffer: Buffer, gap: Gap, found: set[int]) -> Gap:
+        """Add a bucket's weights to `buffer`; takes and returns the gap that is open."""
+        at = phase = 0
+        parameter: object = None
+        while at < space.numel:
+            hit = self._next(space, buffer, at, phase, found)
+            stop = space.numel if hit is None else hit.start
+            if stop not in (at, aligned(at, phase)):
+                gap.segments.append(Segment(space, at, stop, phase))
+            if hit is None:
+                break
+            found.add(hit.number)
+            gap.after = hit
+            buffer.parts += [*([gap] if gap.segments else []), hit]
+            gap = Gap(hit)
+            chunk = self.chunks[hit.number]
+            if not space.exact and chunk.parameter != parameter:
+                phase = hit.start % ALIGNMENT_ELEMENTS
+            at, parameter = hit.start + chunk.piece.box.numel, chunk.parameter
+        return gap
+
+    def _next(
+        self, space: FlatSpace, buffer: Buffer, at: int, phase: int, found: set[int]
+    ) -> Placed | None:
+        """The next weight that equals no other, over as many as may be; None at the end."""
+        ways, seen = [(at, phase)], {(at, phase)}
+        while ways:
+            at, phase = heapq.heappop(ways)
+            if space.numel in (at, aligned(at, phase)):
+                return None
+            for start in {at, *starts_after(space, at, phase)}:
+                here = [n for n in self._at(space, start) if n not in found]
+                plain = [n for n in here if self._fingerprints.tells(n)]
+                if len(plain) == 1:
+                    return Placed(plain[0], space, start)
+                buffer.candidates.update(here)
+                for number in here:
+                    own = phase if space.exact or start != at else start % ALIGNMENT_ELEMENTS
+                    way = (start + self.chunks[number].piece.box.numel, own)
+                    if way not in seen:
+                        seen.add(way)
+                        heapq.heappush(ways, way)
+        raise self._unknown(space, aligned(at, phase) if space.exact else at, found)
+
+    def may_lie(self, number: int, space: FlatSpace, start: int) -> bool:
+        """True if a weight, as far as it was compared, is the rounded main params from `start`."""
+        return number in self._at(space, start)
+
+    def _at(self, space: FlatSpace, start: int) -> list[int]:
+        place = (space.group, space.name, start)
+        if place not in self._here:
+            stored = space.states[MAIN_PARAM]
+            window = self._window(space, start)
+            # A buffer is named after its parameters' dtype: zeros of another are no candidates.
+            numbers = [
+                n
+                for n in self._fingerprints.starting(window)
+                if f"({self.chunks[n].piece.payload.dtype}, " in space.name
+                and start + self.chunks[n].piece.box.numel <= space.numel
+            ]
+            if len(numbers) > 1 or not all(map(self._fingerprints.tells, numbers)):
+                numbers = [n for n in numbers if self._fingerprints.equal(n, stored, start)]
+            self._here[place] = numbers
+        return self._here[place]
+
+    def _window(self, space: FlatSpace, start: int) -> torch.Tensor:
+        count = max(0, min(FINGERPRINT_ELEMENTS, space.numel - start))
+        return read_flat(self._checkpoint, space.states[MAIN_PARAM], start, count)
+
+    def _unknown(self, space: FlatSpace, at: int, found: set[int]) -> CheckpointError | PlanError:
+        starts = (piece.box.offsets[0] for piece in space.states[MAIN_PARAM])
+        after = next((start for start in starts if start > at), space.numel)
+        finite = bool(torch.isfinite(self._window(space, at)[: after - at]).all())
+        if not finite and after - at >= ALIGNMENT_ELEMENTS:
+            return CheckpointError(
+                f"{self._checkpoint.path}: {space.group}.{space.name} has NaN or Inf values near "
+                f"element {at}. Averaging would spread them: "
+                "leave this checkpoint out with --exclude"
+            )
+        missing = [
+            (Rule().rank(c.key, c.piece.box), c)
+            for n, c in enumerate(self.chunks)
+            if n not in found and c.piece.box.numel == after - at
+        ]
+        perhaps = ""
+        if missing:
+            last = max(missing, key=lambda pair: pair[0])[1]
+            perhaps = f" They may be those of {last.key} at {last.piece.box.offsets}."
+        return PlanError(
+            f"{self._checkpoint.path}: cannot tell which parameter lies at elements {at} to "
+            f"{after} of {space.group}.{space.name}: no stored weight equals the rounded main "
+            f"parameters there (NaN, FP8 weights, or weights edited after the save?).{perhaps} "
+            f"{_OFFER}"
+        )
+
+
+def _agreeing(
+    peers: Sequence[TorchDistCheckpoint], spaces: Sequence[FlatSpace], known: FlatMap,
+    chunks: Sequence[Chunk],
+) -> list[MayLie]:  # fmt: skip
+    """What those of `peers` say whose buffers are the same."""
+    sizes = {(s.group, s.name): s.numel for s in spaces}
+    result = []
+    for peer in peers:
+        theirs = {(s.group, s.name): s for s in flat_spaces(peer) if MAIN_PARAM in s.states}
+        weights = weights_of(peer)
+        same = {place: space.numel for place, space in theirs.items()} == sizes
+        if same and holds(peer, list(theirs.values()), weights, known):
+            result.append(_says(peer, theirs, weights, chunks))
+    return result
+
+
+def _says(
+    peer: TorchDistCheckpoint, spaces: Mapping[tuple[str, str], FlatSpace],
+    weights: Mapping[str, Tensor], chunks: Sequence[Chunk],
+) -> MayLie:  # fmt: skip
+    pieces = {(key, p.box): p for key, tensor in weights.items() for p in tensor.pieces}
+    known: dict[tuple[int, str, str, int], bool] = {}
+
+    def may_lie(number: int, space: FlatSpace, start: int) -> bool:
+        place = (number, space.group, space.name, start)
+        if place not in known:
+            chunk = chunks[number]
+            piece = pieces.get((chunk.key, chunk.piece.box))
+            known[place] = piece is not None and rounds_to(
+                read_flat(peer, spaces[space.group, space.name].states[MAIN_PARAM], start,
+                          piece.box.numel),
+                read_elements(peer, piece, 0, piece.box.numel),
+            )  # fmt: skip
+        return known[place]
+
+    return may_lie
