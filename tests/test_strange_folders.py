@@ -83,9 +83,11 @@ def test_formats_that_are_not_read(capsys: pytest.CaptureFixture[str], run: Path
     (dcp / "__0_0.distcp").write_bytes(b"x")
     (dcp / ".metadata").write_bytes(b"x")
     assert main(["list", str(run)]) == 0
-    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
-    assert "NOT supported" in rows["10"] and "--ckpt-convert-format torch_dist" in rows["10"]
-    assert "NOT supported" in rows["12"] and "NOT complete" not in rows["10"] + rows["12"]
+    shown = capsys.readouterr().out
+    assert shown.count("NOT supported") == 2 and "NOT complete" not in shown
+    reasons = {ref.iteration: str(ref.incomplete_because) for ref in list_checkpoints(run)}
+    assert "--ckpt-convert-format torch_dist" in reasons[10]
+    assert "--ckpt-format torch_dist, without FSDP" in reasons[12]
     code, error = told(capsys, "inspect", legacy)
     assert code == 1 and "torch (legacy)" in error and "--ckpt-convert-save" in error
 

@@ -13,7 +13,7 @@ from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.base import ModelSpace, Payload, Schedule, Tensor
 from pma_megatron.formats.deepspeed.checkpoint import TIED, DeepSpeedCheckpoint
 from pma_megatron.formats.deepspeed.completeness import completeness
-from pma_megatron.formats.deepspeed.frozen import frozen_of
+from pma_megatron.formats.deepspeed.frozen import frozen_fragments
 from pma_megatron.formats.deepspeed.layers import layer_names
 from pma_megatron.formats.deepspeed.partitions import (
     base_state,
@@ -50,7 +50,7 @@ def read_source(path: str, ranges: FlatMap, main_params: bool) -> Source:
     if not checkpoint.is_whole:
         weights = weights_of(checkpoint, shapes_of(checkpoint))
         spaces, found = flat_spaces(checkpoint)
-        frozen = frozen_of(checkpoint)
+        frozen = _frozen(checkpoint, set(weights))
     else:
         weights, frozen, spaces, found = _without_zero(checkpoint, ranges)
     return Source(
@@ -152,6 +152,20 @@ def weights_of(
         for replica in _replicas(checkpoint, alias, weights.get(owner)):
             weights[owner] = replace(weights[owner], replicas=(*weights[owner].replicas, replica))
     return weights
+
+
+def _frozen(checkpoint: DeepSpeedCheckpoint, known: set[str]) -> dict[str, Tensor]:
+    """Parameters that are stored and not trained."""
+    if _is_partitioned(checkpoint):
+        return frozen_fragments(checkpoint)
+    found: dict[str, Tensor] = {}
+    known = known | _buffers(checkpoint) | set(checkpoint.aliases)
+    for file, module, names in _modules(checkpoint, {}):
+        others = {key: name for key, name in names.items() if key not in known}
+        for key, tensor in _stored(checkpoint, file, module, others, {}):
+            if tensor.dtype.is_floating_point:
+                found.setdefault(key, tensor)
+    return found
 
 
 def _is_partitioned(checkpoint: DeepSpeedCheckpoint) -> bool:
