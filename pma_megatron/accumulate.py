@@ -15,20 +15,12 @@ from typing import Any
 
 import torch
 
-from pma_megatron.blocks import (
-    BLOCK_ELEMENTS,
-    BlockReader,
-    Room,
-    Rooms,
-    Rounded,
-    UnitReader,
-    UnitWriter,
-    same_bits,
-)
+from pma_megatron.blocks import BlockReader, UnitReader, UnitWriter
 from pma_megatron.coefficients import exact_weights
 from pma_megatron.errors import CheckpointError, PlanError, RankError
 from pma_megatron.formats import registry
 from pma_megatron.geometry import Box
+from pma_megatron.rooms import BLOCK_ELEMENTS, Room, Rooms, Rounded, same_bits
 from pma_megatron.spelling import named
 from pma_megatron.tasks import Average, Unit, Workload
 
@@ -232,6 +224,9 @@ class Accumulator:
         reader.read(block, first, stored)
         if not same_bits(Rounded(main, space.rounded).of(dtype), stored):
             self.refuse_nan(work.task, block, self.last, main.tensor)
+            for index in (work.task.sources[work.task.numbers.index(self.last)], work.task.proof):
+                assert index is not None
+                self.readers[self.last].refuse_damaged(block, index)
             newest = self.plan.sources[-1]
             raise PlanError(
                 f"{newest.path}: main params of {work.task.key}, rounded, differ from the stored "
@@ -262,6 +257,8 @@ class Accumulator:
     def refuse_nan(self, task: Average, block: Box, number: int, data: torch.Tensor) -> None:
         count = int((~torch.isfinite(data)).sum())
         if count:
+            index = task.sources[task.numbers.index(number)]
+            self.readers[number].refuse_damaged(block, index)
             raise CheckpointError(
                 f"{self.plan.sources[number].path}: {task.key} has {count} NaN or Inf values in "
                 f"the block at {block.offsets}. Averaging would spread them: leave this "

@@ -16,6 +16,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from pma_megatron.errors import CheckpointError
+from pma_megatron.openfiles import read_source_file
+
 FILE = "pma_recovery.jsonl"
 RECORD = "pma_recoveries"
 """Attribute of Megatron's arguments: spikes of this log that were dealt with before the save."""
@@ -68,22 +71,31 @@ def read(root: str | Path) -> History:
     """The log below `root`; empty if there is none.
 
     A line that was cut off by a crash is passed over.
+
+    Raises:
+        CheckpointError: it is there and cannot be read: it says which checkpoints are healthy.
     """
     path = Path(root) / FILE
-    if not path.is_file():
-        return History(())
+    try:
+        text = read_source_file(path).decode(errors="replace")
+    except CheckpointError as error:
+        if isinstance(error.__cause__, (FileNotFoundError, NotADirectoryError)):
+            return History(())
+        raise
     events = []
-    for line in path.read_text(errors="replace").splitlines():
+    for line in text.splitlines():
         try:
             event = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(event, dict) and _NEEDED.get(str(event.get("event")), set()) <= event.keys():
-            events.append(event)
+        if isinstance(event, dict) and type(event.get("event")) is str:
+            numbers = (event.get(name) for name in _NEEDED.get(event["event"], ()))
+            if all(type(number) is int for number in numbers):
+                events.append(event)
     return History(events)
 
 
-_NEEDED = {DETECTED: {"number", "onset"}, BEGUN: {"newest_healthy"}}
+_NEEDED = {DETECTED: ("number", "onset"), BEGUN: ("newest_healthy",)}
 
 
 def append(root: str | Path, event: str, **fields: Any) -> None:

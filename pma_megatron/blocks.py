@@ -1,94 +1,147 @@
-"""Move one block between files and a reused buffer: positional reads and writes, no mmap.
-
-pread into a buffer that is used again costs no page faults and does not grow resident memory. torch
-and the kernel calls release the GIL, so threads overlap reading, adding and writing.
-"""
+"""Move one block between files and a reused buffer: positional reads and writes, no mmap."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import threading
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from isal import isal_zlib
 
 from pma_megatron.errors import CheckpointError, PublishError
-from pma_megatron.formats.base import Payload
-from pma_megatron.formats.items import ItemFiles
+from pma_megatron.formats.base import Item, Payload, StoredRecord
+from pma_megatron.formats.items import ItemFiles, refuse_other_bytes
 from pma_megatron.formats.output import Place
 from pma_megatron.geometry import Box, Part, PieceIndex, overlaps
 from pma_megatron.openfiles import Files
-
-BLOCK_ELEMENTS = 1 << 18
-"""Elements added at once: a float32 block of 1 MiB stays in a core's cache."""
+from pma_megatron.reads import Reads, Spans
+from pma_megatron.rooms import BLOCK_ELEMENTS, Room, Rounded, as_bytes
 
 _COPY_BYTES = 1 << 20
 _MIN_DENSITY = 4  # read a whole span if at least 1/4 of it is wanted
 
 
-def as_bytes(block: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, shared."""
-    return memoryview(block.view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]
-
-
 class BlockReader:
-    """Reads boxes of one source's tensors. Threads may share it; buffers are the caller's."""
+    """Reads boxes of one source's tensors. Threads may share it; buffers are the caller's.
 
-    def __init__(self, path: str, items: ItemFiles) -> None:
+    Every byte that comes through it counts towards the checksum of its record.
+    """
+
+    def __init__(self, path: str, items: ItemFiles, reads: Reads | None = None) -> None:
+        """Open `path`.
+
+        Args:
+            path: the source.
+            items: where its records are.
+            reads: takes note of what is read; its owner compares what stays open.
+        """
         self.path, self._items = path, items
+        self._reads = reads or Reads(path)
         self._files = Files(Path(path), os.O_RDONLY)
 
     def read(self, box: Box, index: PieceIndex[Payload], out: torch.Tensor) -> None:
         """Fill the 1-D tensor `out` with `box` in row-major order.
 
         Raises:
-            CheckpointError: a file vanished, ended early or could not be read.
+            CheckpointError: a file vanished, ended early, could not be read, or is damaged.
         """
         for part in overlaps(box, index.touching(box)):
             self._read_part(part, out)
 
-    def place(self, part: Part[Payload]) -> tuple[str, int]:
-        """File and byte offset of the first element of `part`."""
-        _, start = self._items.locate(part.payload)
-        return part.payload.item.file, start + part.start * part.payload.dtype.itemsize
+    def place(self, payload: Payload, start: int) -> tuple[StoredRecord, int]:
+        """The record of `payload`, and the byte of it at which element `start` lies."""
+        record, skip = self._items.find(payload)
+        return record, skip + start * payload.dtype.itemsize
 
     def read_bytes(self, payload: Payload, start: int, into: memoryview) -> None:
-        """Fill `into` from element `start` of `payload` on; see `pread` for errors."""
-        _, first = self._items.locate(payload)
-        self.pread(payload.item.file, first + start * payload.dtype.itemsize, into)
+        """Fill `into` from element `start` of `payload` on; see `read` for errors."""
+        self.pread(*self.place(payload, start), into)
+
+    def compare_copied(self, item: Item, offset: int, nbytes: int, buffer: memoryview) -> None:
+        """Read what `nbytes` from byte `offset` of the file hold of the records of `item`.
+
+        Whoever copies them inside the kernel does not see them.
+
+        Raises:
+            CheckpointError: see `read`.
+        """
+        records = self._items.stored(item)
+        begin = bisect_right(records, offset, key=lambda record: record.start) - 1
+        for record in records[max(begin, 0) :]:
+            if record.start >= offset + nbytes:
+                break
+            at = max(offset, record.start)
+            end = min(offset + nbytes, record.start + record.nbytes)
+            for first in range(at, end, len(buffer)):
+                part = buffer[: min(len(buffer), end - first)]
+                self.pread(record, first - record.start, part)
+
+    def compare(self, record: StoredRecord, known: Spans, buffer: memoryview) -> None:
+        """Read what is not `known` of a record, and compare it with its checksum.
+
+        Raises:
+            CheckpointError: see `read`.
+        """
+        whole = 0
+        for start, end, crc in known.tiles(record.nbytes):
+            if crc is None:
+                crc = 0
+                for at in range(start, end, len(buffer)):
+                    part = buffer[: min(len(buffer), end - at)]
+                    self.fill(record.file, record.start + at, part)
+                    crc = isal_zlib.crc32(part, crc)
+            whole = isal_zlib.crc32_combine(whole, crc, end - start)
+        refuse_other_bytes(self.path, record, whole)
+
+    def refuse_damaged(self, box: Box, index: PieceIndex[Payload]) -> None:
+        """Compare every record that holds some of `box`, to tell damage from odd values.
+
+        Raises:
+            CheckpointError: see `read`.
+        """
+        buffer = memoryview(bytearray(_COPY_BYTES))
+        for piece in index.touching(box):
+            self.compare(self._items.find(piece.payload)[0], Spans(), buffer)
 
     def advise(self, part: Part[Payload]) -> None:
         """Tell the kernel that `part` is about to be read, so that reading runs ahead of adding."""
-        file, first = self.place(part)
-        count = part.span * part.payload.dtype.itemsize
+        record, first = self.place(part.payload, part.start)
+        first, count = record.start + first, part.span * part.payload.dtype.itemsize
         # Advice only: `read` reports what is wrong.
-        with contextlib.suppress(OSError), self._files.opened(file) as descriptor:
+        with contextlib.suppress(OSError), self._files.opened(record.file) as descriptor:
             if not _is_cached(descriptor, first + count - 1):
                 os.posix_fadvise(descriptor, first, count, os.POSIX_FADV_WILLNEED)
 
     def _read_part(self, part: Part[Payload], out: torch.Tensor) -> None:
         numel = part.numel
+        first, count = part.rows
         if part.is_run:
             view = out[part.unit_start : part.unit_start + numel]
-            self.pread(*self.place(part), as_bytes(view))
-        elif part.span <= max(_MIN_DENSITY * numel, 1) and part.span <= 2 * BLOCK_ELEMENTS:
-            data = torch.empty(part.span, dtype=out.dtype)
-            self.pread(*self.place(part), as_bytes(data))
+            self.pread(*self.place(part.payload, part.start), as_bytes(view))
+        elif count <= max(_MIN_DENSITY * numel, 1) and count <= 2 * BLOCK_ELEMENTS:
+            # Whole rows, so that all who read other parts of them read the same bytes.
+            data = torch.empty(count, dtype=out.dtype)
+            self.pread(*self.place(part.payload, first), as_bytes(data))
             start = out.storage_offset() + part.unit_start
             target = out.as_strided(part.sizes, part.unit_strides, start)
-            target.copy_(data.as_strided(part.sizes, part.strides))
+            target.copy_(data.as_strided(part.sizes, part.strides, part.start - first))
         else:
             for half in part.halves():
                 self._read_part(half, out)
 
-    def pread(self, file: str, offset: int, into: memoryview) -> None:
-        """Fill `into` from `file` at `offset`; see `read` for errors."""
+    def pread(self, record: StoredRecord, start: int, into: memoryview) -> None:
+        """Fill `into` from byte `start` of `record` on; see `read` for errors."""
+        self.fill(record.file, record.start + start, into)
+        self._reads.note(record, start, into)
+
+    def fill(self, file: str, offset: int, into: memoryview) -> None:
+        """Fill `into` from `file` at `offset` without taking note of it; see `read` for errors."""
         try:
             done = 0
             with self._files.opened(file) as descriptor:
@@ -123,9 +176,11 @@ class UnitReader:
     def __init__(self, reader: BlockReader, box: Box, index: PieceIndex[Payload]) -> None:
         self._reader, self._index = reader, index
         self._parts = overlaps(box, index.touching(box))
-        self._runs: list[tuple[int, int, str, int]] | None = None
+        self._runs: list[tuple[int, int, StoredRecord, int]] | None = None
         if all(part.is_run for part in self._parts):
-            self._runs = [(p.unit_start, p.numel, *reader.place(p)) for p in self._parts]
+            self._runs = [
+                (p.unit_start, p.numel, *reader.place(p.payload, p.start)) for p in self._parts
+            ]
 
     def advise(self) -> None:
         """Have the kernel read ahead of `read`."""
@@ -136,48 +191,17 @@ class UnitReader:
         """Fill `room` with `block`, which begins at element `first` of the unit.
 
         Raises:
-            CheckpointError: a file vanished, ended early or could not be read.
+            CheckpointError: a file vanished, ended early, could not be read, or is damaged.
         """
         if self._runs is None:
             self._reader.read(block, self._index, room.tensor)
             return
         itemsize, last = room.itemsize, first + room.numel
-        for start, numel, file, offset in self._runs:
+        for start, numel, record, offset in self._runs:
             low, high = max(first, start), min(last, start + numel)
             if low < high:
                 into = room.data[(low - first) * itemsize : (high - first) * itemsize]
-                self._reader.pread(file, offset + (low - start) * itemsize, into)
-
-
-class Room:
-    """The first `numel` elements of a reused buffer, as a tensor and as bytes."""
-
-    __slots__ = ("data", "itemsize", "numel", "tensor")
-
-    def __init__(self, whole: torch.Tensor, numel: int) -> None:
-        self.tensor, self.numel = whole[:numel], numel
-        self.data, self.itemsize = as_bytes(self.tensor), whole.dtype.itemsize
-
-
-class Rooms:
-    """One buffer of a block's size per dtype, made when first asked for. For one thread."""
-
-    def __init__(self) -> None:
-        self._whole: dict[torch.dtype, torch.Tensor] = {}
-        self._last: dict[torch.dtype, Room] = {}
-
-    def room(self, dtype: torch.dtype, numel: int) -> Room:
-        """The buffer for `numel` elements of `dtype`; what it held before is lost."""
-        room = self._last.get(dtype)
-        if room is None or room.numel != numel:
-            room = self._last[dtype] = Room(self.whole(dtype), numel)
-        return room
-
-    def whole(self, dtype: torch.dtype) -> torch.Tensor:
-        """A block and one element more: a merge group's error flag travels with the data."""
-        if dtype not in self._whole:
-            self._whole[dtype] = torch.empty(BLOCK_ELEMENTS + 1, dtype=dtype)
-        return self._whole[dtype]
+                self._reader.pread(record, offset + (low - start) * itemsize, into)
 
 
 class Checksums:
@@ -215,6 +239,14 @@ def joined_crc(parts: Sequence[tuple[int, int, int]], nbytes: int) -> int:
             )
         crc = isal_zlib.crc32_combine(crc, part, count) if count else crc
         at += count
+    return crc
+
+
+def crc_of(descriptor: int, offset: int, nbytes: int) -> int:
+    """CRC-32 of bytes of an open file."""
+    crc = 0
+    for at in range(offset, offset + nbytes, _COPY_BYTES):
+        crc = isal_zlib.crc32(os.pread(descriptor, min(_COPY_BYTES, offset + nbytes - at), at), crc)
     return crc
 
 
@@ -311,29 +343,12 @@ class UnitWriter:
                 yield low - first, high - low, place, inside + low - start
 
 
-class Rounded:
-    """A float32 block in each dtype that a target wants, rounded once, on demand."""
-
-    def __init__(self, block: Room, rooms: Rooms) -> None:
-        self.numel, self._rooms = block.numel, rooms
-        self._made = {block.tensor.dtype: block}
-        self._block = block.tensor
-
-    def of(self, dtype: torch.dtype) -> Room:
-        """The block in `dtype`."""
-        made = self._made.get(dtype)
-        if made is None:
-            made = self._made[dtype] = self._rooms.room(dtype, self.numel)
-            made.tensor.copy_(self._block)
-        return made
-
-
 def copy_bytes(reader: BlockReader, file: str, offset: int, writer: BlockWriter, to_file: str,
-               to_offset: int, nbytes: int) -> None:  # fmt: skip
+               to_offset: int, nbytes: int, buffer: memoryview) -> None:  # fmt: skip
     """Copy bytes of a source into an output, inside the kernel where it can.
 
     Raises:
-        CheckpointError, PublishError: see `BlockReader.pread` and `BlockWriter.pwrite`.
+        CheckpointError, PublishError: see `BlockReader.read` and `BlockWriter.pwrite`.
     """
     done = 0
     with (
@@ -348,19 +363,11 @@ def copy_bytes(reader: BlockReader, file: str, offset: int, writer: BlockWriter,
             if count == 0:
                 break
             done += count
-    if done < nbytes:
-        buffer = memoryview(bytearray(min(nbytes - done, _COPY_BYTES)))
-        while done < nbytes:
-            data = buffer[: nbytes - done]
-            reader.pread(file, offset + done, data)
-            writer.pwrite(to_file, to_offset + done, data)
-            done += len(data)
-
-
-def same_bits(one: Room, other: Room) -> bool:
-    """True if two buffers of one dtype hold the same bytes."""
-    kind = f"u{one.itemsize}"  # comparing whole elements beats comparing bytes
-    return np.array_equal(np.frombuffer(one.data, kind), np.frombuffer(other.data, kind))
+    while done < nbytes:
+        data = buffer[: nbytes - done]
+        reader.fill(file, offset + done, data)
+        writer.pwrite(to_file, to_offset + done, data)
+        done += len(data)
 
 
 def _is_cached(descriptor: int, offset: int) -> bool:

@@ -298,12 +298,12 @@ def _untouched(layout: OutputLayout) -> list[Copy | Write]:
         if item.literal is not None:
             tasks.append(Write(item.placed.file, item.placed.offset, item.literal))
         elif item.skeleton is None and item.source is not None:
-            tasks.append(Copy(item.source.file, item.source.offset, item.placed.file,
+            tasks.append(Copy(item.source, item.source.offset, item.placed.file,
                               item.placed.offset, item.source.length))  # fmt: skip
         elif item.skeleton is not None and item.source is not None:
             for record, (offset, _) in item.kept.items():
                 start, nbytes = item.skeleton.payloads[record]
-                tasks.append(Copy(item.source.file, offset, item.placed.file,
+                tasks.append(Copy(item.source, offset, item.placed.file,
                                   item.placed.offset + start, nbytes))  # fmt: skip
     return tasks
 

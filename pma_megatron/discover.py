@@ -12,7 +12,9 @@ from pma_megatron.errors import CheckpointError, SelectionError
 from pma_megatron.folders import ITERATION, is_checkpoint, what_is
 from pma_megatron.formats import registry
 from pma_megatron.formats.marker import SNAPSHOTS, read_snapshot_marker
+from pma_megatron.formats.schema import is_count
 from pma_megatron.locations import refuse_remote
+from pma_megatron.openfiles import folders_in, is_folder, read_pointer
 from pma_megatron.refs import CheckpointRef
 from pma_megatron.selection import Selection, SelectionRequest, select
 from pma_megatron.spelling import among, given, has, named
@@ -42,7 +44,7 @@ def list_checkpoints(root: str | Path) -> list[CheckpointRef]:
     """
     refuse_remote("", root)
     root = Path(root)
-    if not root.is_dir():
+    if not is_folder(root):
         raise SelectionError(what_is(root))
     if is_checkpoint(root):
         return [describe(root, audit.read(root.parent))]
@@ -163,9 +165,10 @@ def choose(refs: list[CheckpointRef], request: SelectionRequest, root: str | Pat
 def _warn_of_tracker(root: Path, name: str) -> None:
     tracker = registry.get(name, str(root)).tracker
     path = root / tracker.file
-    folder = tracker.folder_of(path.read_text().strip()) if path.is_file() else None
+    content = read_pointer(path)
+    folder = None if content is None else tracker.folder_of(content)
     if folder is None or (name in registry.TAGS and not (root / folder).is_dir()):
-        what = "has no" if not path.is_file() else f"names {folder!r}, which is not there, in"
+        what = "has no" if content is None else f"names {folder!r}, which is not there, in"
         _log.warning(
             "%s %s %s. Checkpoints are found by their folders, so the merge does not need it; "
             "training does, to resume from there.", root, what, tracker.file,
@@ -191,8 +194,8 @@ def pointed(root: Path) -> Path:
     """
     for known in registry.FORMATS:
         path = root / known.tracker.file
-        if path.is_file():
-            content = path.read_text().strip()
+        content = read_pointer(path)
+        if content is not None:
             folder = known.tracker.folder_of(content)
             if folder is None:
                 raise CheckpointError(f"{path} says {content!r}: damaged. Name one folder")
@@ -201,14 +204,14 @@ def pointed(root: Path) -> Path:
 
 
 def _checkpoint_folders(root: Path) -> list[Path]:
-    if not root.is_dir():
+    if not is_folder(root):
         return []
-    return [p for p in root.iterdir() if p.is_dir() and is_checkpoint(p)]
+    return [path for path in folders_in(root) if is_checkpoint(path)]
 
 
 def _tags_with_own_roots(root: Path) -> list[Path]:
     """By these names alone: one level below any other folder lie other runs."""
-    roots = [p for p in root.iterdir() if p.is_dir() and _OWN_ROOT.match(p.name)]
+    roots = [path for path in folders_in(root) if _OWN_ROOT.match(path.name)]
     found = (folder for own in roots for folder in _checkpoint_folders(own))
     return [folder for folder in found if registry.detect(folder) in registry.TAGS]
 
@@ -220,4 +223,4 @@ def _wrong_iteration(named: int | None, saved: Any) -> str | None:
 
 
 def _count(value: Any) -> int | None:
-    return int(value) if isinstance(value, int) else None
+    return value if is_count(value) else None

@@ -12,7 +12,7 @@ import contextlib
 import itertools
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,11 +21,13 @@ from typing import Any, TypeVar
 import torch
 
 from pma_megatron.accumulate import Accumulator, Sum, Work, Workspace
-from pma_megatron.blocks import BLOCK_ELEMENTS, BlockReader, copy_bytes
+from pma_megatron.blocks import BlockReader, copy_bytes
 from pma_megatron.comm import Comm, Team
 from pma_megatron.errors import PlanError, RankError
 from pma_megatron.formats import registry
 from pma_megatron.geometry import Box, slices
+from pma_megatron.reads import Reads
+from pma_megatron.rooms import BLOCK_ELEMENTS, as_bytes
 from pma_megatron.tasks import Average, Copy, Keep, Unit, Workload, Write, Zero
 
 S = TypeVar("S")
@@ -56,7 +58,7 @@ class Tally:
 
 
 def run(plan: Workload, units: Sequence[Unit], writers: Sequence[Any], comm: Comm, team: Team,
-        progress: Progress) -> Tally:  # fmt: skip
+        progress: Progress, reads: Mapping[int, Reads]) -> Tally:  # fmt: skip
     """Do this rank's units, alone or with its team.
 
     Args:
@@ -66,6 +68,7 @@ def run(plan: Workload, units: Sequence[Unit], writers: Sequence[Any], comm: Com
         comm: all ranks; a failure of any of them stops this one.
         team: the ranks that this one works with.
         progress: told of every finished unit.
+        reads: number of a source -> takes note of what is read of it (`integrity.checked`).
 
     Raises:
         CheckpointError: a source vanished, is damaged, or has NaN or Inf.
@@ -73,7 +76,7 @@ def run(plan: Workload, units: Sequence[Unit], writers: Sequence[Any], comm: Com
         PublishError: the output cannot be written.
         RankError: another rank failed.
     """
-    with reading(plan, comm.rank) as readers, comm.watched("merge") as check:
+    with reading(plan, comm.rank, reads) as readers, comm.watched("merge") as check:
         sums = tuple(Sum.of(values) for values in plan.coefficients)
         add = Accumulator(plan, readers, writers, sums)
         job = _Job(add, team, progress, check)
@@ -108,13 +111,15 @@ def assign(plan: Workload, team: Team) -> tuple[int, ...]:
 
 
 @contextlib.contextmanager
-def reading(plan: Workload, rank: int) -> Iterator[dict[int, BlockReader]]:
+def reading(plan: Workload, rank: int, reads: Mapping[int, Reads]
+            ) -> Iterator[dict[int, BlockReader]]:  # fmt: skip
     """Readers of the sources that this rank sees, by number, for the time of the block."""
     readers = {}
     for number, source in enumerate(plan.sources):
         if rank in plan.visible[number]:
             known = registry.get(source.format, source.path)
-            readers[number] = BlockReader(source.path, known.files(Path(source.path)))
+            files = known.files(Path(source.path))
+            readers[number] = BlockReader(source.path, files, reads[number])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the threads here are the parallelism; torch's would get in the way
     try:
@@ -197,16 +202,18 @@ class _Job:
                 averages = self.add.averages(work, block, space)
                 self.tally.add(read_bytes, self.add.write(work, block, first, averages, space))
         else:
-            self._do_bytes(unit)
+            self._do_bytes(unit, space)
         self.progress(unit.cost_bytes)
 
-    def _do_bytes(self, unit: Unit) -> None:
+    def _do_bytes(self, unit: Unit, space: Workspace) -> None:
         task, at, end = unit.task, unit.first, unit.first + unit.count
         if isinstance(task, Copy):
+            newest, start = self.add.readers[self.add.last], task.source_offset + at
+            buffer = as_bytes(space.raw.whole(torch.float32)[:BLOCK_ELEMENTS])
+            newest.compare_copied(task.item, start, unit.count, buffer)
             for writer in self.add.writers:
-                newest, start = self.add.readers[self.add.last], task.source_offset + at
-                copy_bytes(newest, task.source_file, start, writer, task.file, task.offset + at,
-                           unit.count)  # fmt: skip
+                copy_bytes(newest, task.item.file, start, writer, task.file, task.offset + at,
+                           unit.count, buffer)  # fmt: skip
             self.tally.add(unit.count, unit.count * len(self.add.writers))
             return
         scale = task.place.dtype.itemsize if isinstance(task, (Keep, Zero)) else 1

@@ -55,7 +55,8 @@ class Part(Generic[P]):
     """The overlap of a wanted box with a piece, as strided views of both.
 
     `sizes` is the overlap's shape; `unit_start` and `unit_strides` place it in a row-major buffer
-    of the wanted box, `start` and `strides` in the piece's payload. All count elements.
+    of the wanted box, `start` and `strides` in the piece's payload, where the piece begins at
+    `origin`. All count elements.
     """
 
     payload: P
@@ -64,6 +65,7 @@ class Part(Generic[P]):
     unit_strides: tuple[int, ...]
     start: int
     strides: tuple[int, ...]
+    origin: int
 
     @property
     def span(self) -> int:
@@ -79,6 +81,19 @@ class Part(Generic[P]):
     def numel(self) -> int:
         """Number of elements of the overlap."""
         return math.prod(self.sizes)
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """(first, number) of the payload's elements in all rows that hold some of the overlap.
+
+        A row is a step along the first axis on which the overlap is longer than one. Overlaps that
+        lie side by side in a piece have the same rows.
+        """
+        axis = next((i for i, size in enumerate(self.sizes) if size > 1), None)
+        if axis is None:
+            return self.start, 1
+        step = self.strides[axis]
+        return self.start - (self.start - self.origin) % step, self.sizes[axis] * step
 
     @property
     def is_run(self) -> bool:
@@ -97,8 +112,9 @@ class Part(Generic[P]):
         start = self.start + half * self.strides[axis]
         return (
             Part(self.payload, tuple(sizes), self.unit_start, self.unit_strides, self.start,
-                 self.strides),
-            Part(self.payload, tuple(rest), unit_start, self.unit_strides, start, self.strides),
+                 self.strides, self.origin),
+            Part(self.payload, tuple(rest), unit_start, self.unit_strides, start, self.strides,
+                 self.origin),
         )  # fmt: skip
 
 
@@ -122,7 +138,9 @@ def overlaps(box: Box, pieces: Iterable[Piece[P]]) -> list[Part[P]]:
         strides = row_major_strides(piece.box.sizes)
         inside = _dot(common.offsets, box.offsets, unit_strides)
         start = piece.start + _dot(common.offsets, piece.box.offsets, strides)
-        parts.append(Part(piece.payload, common.sizes, inside, unit_strides, start, strides))
+        parts.append(
+            Part(piece.payload, common.sizes, inside, unit_strides, start, strides, piece.start)
+        )
     return parts
 
 

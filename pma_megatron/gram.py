@@ -15,17 +15,19 @@ import numpy as np
 import torch
 
 from pma_megatron.accumulate import Accumulator, Work, Workspace
-from pma_megatron.blocks import BLOCK_ELEMENTS
 from pma_megatron.build import average_task, check_same_model, matching, refuse_rounded
 from pma_megatron.comm import Comm
 from pma_megatron.engine import Progress, blocks, over_threads, reading
 from pma_megatron.errors import PlanError, UsageError
 from pma_megatron.formats.source import Source
 from pma_megatron.geometry import Box
+from pma_megatron.integrity import checked
 from pma_megatron.job import Show, silent
-from pma_megatron.planning import Gathered, file_order, gather_sources, read_bytes, refuse_changed
+from pma_megatron.planning import Gathered, file_order, gather_sources, read_bytes
 from pma_megatron.policy import MAIN
+from pma_megatron.reads import Reads
 from pma_megatron.request import MergeRequest
+from pma_megatron.rooms import BLOCK_ELEMENTS
 from pma_megatron.spread import TOTAL, Gram, Spread, spread, total
 from pma_megatron.tasks import Average, Unit, share, units
 
@@ -123,10 +125,10 @@ def measure(request: MergeRequest, comm: Comm | None = None, show: Show = silent
 
     def run() -> np.ndarray:
         with show("read", sum(unit.cost_bytes for unit in mine)) as progress:
-            return _products(plan, mine, comm, progress)
+            return _products(plan, mine, comm, progress, what_is_read.reads)
 
-    products = comm.collect(comm.agree("read", run))
-    comm.agree("sources", lambda: refuse_changed(plan, comm))
+    with checked(plan, comm, whole=request.check_sources) as what_is_read:
+        products = comm.collect(comm.agree("read", run))
     groups = comm.on_main("sum", lambda: _sums(plan, np.concatenate(products)))
     return Measured(
         found=found, groups=groups, state=plan.state, read_bytes=sum(map(read_bytes, plan.units))
@@ -198,13 +200,13 @@ class _Space:
         self.rows = torch.empty((count, self.limit), dtype=torch.float64)
 
 
-def _products(plan: GramPlan, mine: Sequence[Unit], comm: Comm,
-              progress: Progress) -> np.ndarray:  # fmt: skip
+def _products(plan: GramPlan, mine: Sequence[Unit], comm: Comm, progress: Progress,
+              reads: Mapping[int, Reads]) -> np.ndarray:  # fmt: skip
     """[units, N, N] inner products of this rank's units, laid out as `spread.Gram`'s."""
     count = len(plan.sources)
     result = np.zeros((len(mine), count, count))
     places = {id(unit): place for place, unit in enumerate(mine)}
-    with reading(plan, comm.rank) as readers, comm.watched("read") as check:
+    with reading(plan, comm.rank, reads) as readers, comm.watched("read") as check:
         add = Accumulator(plan, readers, (), ())
 
         def do(unit: Unit, space: _Space) -> None:

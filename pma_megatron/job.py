@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 from pathlib import Path
 
 from pma_megatron import engine, memory, publish, report, verification
@@ -14,7 +15,8 @@ from pma_megatron.blocks import BlockWriter
 from pma_megatron.comm import Comm
 from pma_megatron.errors import CheckpointError, UsageError
 from pma_megatron.faultpoints import point
-from pma_megatron.planning import MergePlan, make_plan, refuse_changed
+from pma_megatron.integrity import Compared, checked
+from pma_megatron.planning import MergePlan, make_plan
 from pma_megatron.publish import Target
 from pma_megatron.report import MergeReport, describe_plan
 from pma_megatron.request import MergeRequest
@@ -62,7 +64,7 @@ def merge(request: MergeRequest, comm: Comm | None = None, show: Show = silent) 
         # Again, now that no other job can publish there, and what a killed one left is put right.
         comm.on_main("refuse", lambda: publish.refuse(made, wanted))
         stack.callback(_discard, comm, wanted)
-        read, written = _fill(made, wanted, comm, show, clock, stack)
+        read, written, compared = _fill(made, wanted, comm, show, clock, stack)
         checks = tuple(
             verification.verify_output(made, output, target.staging, comm)
             for output, target in zip(made.outputs, wanted, strict=True)
@@ -79,6 +81,7 @@ def merge(request: MergeRequest, comm: Comm | None = None, show: Show = silent) 
         plan=describe_plan(made),
         verification=checks,
         ranks=comm.size,
+        checksums=asdict(compared),
     )
 
 
@@ -126,8 +129,13 @@ class _Clock:
 
 
 def _fill(plan: MergePlan, wanted: tuple[Target, ...], comm: Comm, show: Show,
-          clock: _Clock, stack: contextlib.ExitStack) -> tuple[int, int]:  # fmt: skip
-    """Stage and fill every output; returns bytes read and written over all ranks."""
+          clock: _Clock, stack: contextlib.ExitStack
+          ) -> tuple[int, int, Compared]:  # fmt: skip
+    """Stage and fill every output.
+
+    Returns:
+        bytes read and written over all ranks, and how sources stand to their checksums.
+    """
     comm.on_main("stage", lambda: publish.stage(plan, wanted))
     comm.agree("stage", lambda: point("stage", comm.rank))
     units = share(plan.units, comm.shard_rank, comm.shard_size)
@@ -137,22 +145,30 @@ def _fill(plan: MergePlan, wanted: tuple[Target, ...], comm: Comm, show: Show,
 
     def run() -> engine.Tally:
         with show("merge", sum(unit.cost_bytes for unit in units)) as progress:
-            return engine.run(plan, units, writers, comm, comm.team, progress)
+            return engine.run(plan, units, writers, comm, comm.team, progress, found.reads)
 
     comm.agree("merge", lambda: point("merge", comm.rank))
-    tally = comm.agree("merge", run)
+    with checked(plan, comm, whole=plan.request.check_sources) as found:
+        tally = comm.agree("merge", run)
+    _say(found.compared, comm)
     clock.lap("merge")
     comm.agree("sync", lambda: point("sync", comm.rank))
     comm.agree("sync", lambda: _sync(writers))
-    comm.agree("sources", lambda: refuse_changed(plan, comm))
     for number, (output, target) in enumerate(zip(plan.outputs, wanted, strict=True)):
         parts = comm.collect(writers[number].checksums.parts)
-        made = report.provenance(plan, output, comm.size, clock.seconds)
+        made = report.provenance(plan, output, comm.size, clock.seconds, found.compared)
         comm.on_main("finish", lambda p=parts, t=target, m=made: publish.finish(plan, t, p, m))  # type: ignore[misc]
     clock.lap("publish")
     comm.agree("verify", lambda: point("verify", comm.rank))
     counts = comm.gather((tally.read_bytes, tally.written_bytes))
-    return sum(read for read, _ in counts), sum(written for _, written in counts)
+    read, written = (sum(column) for column in zip(*counts, strict=True))
+    return read, written, found.compared
+
+
+def _say(compared: Compared, comm: Comm) -> None:
+    if comm.is_main:
+        for sentence in compared.sentences():
+            _log.warning("%s", sentence)
 
 
 def _sync(writers: list[BlockWriter]) -> None:

@@ -7,17 +7,19 @@ sharded, replicas take turns at blocks. By source: replicas read different sourc
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pma_megatron import engine, memory
 from pma_megatron.comm import Comm, Team
 from pma_megatron.errors import UsageError
 from pma_megatron.faultpoints import point
+from pma_megatron.integrity import Compared, checked
 from pma_megatron.live import LivePlan, LiveWriter
-from pma_megatron.planning import refuse_changed
 from pma_megatron.policy import Policy
+from pma_megatron.reads import Reads
 from pma_megatron.request import MergeRequest, Method
 from pma_megatron.selection import SelectionRequest
 from pma_megatron.spelling import FrontEnd, given, keywords
@@ -27,7 +29,7 @@ SHARES = ("auto", "source", "slice")
 STATES = ("latest", "average", "reset")
 ARGUMENTS = FrontEnd(
     keywords([*SelectionRequest.__slots__, "load", "alpha", "floor", "optimizer_state", "share"])
-    | keywords(["threads", "window_dir", "save_dir", "keep"])
+    | keywords(["threads", "check_sources", "window_dir", "save_dir", "keep"])
     | {"method": "name=", "coefficients": "values=", "allow_any_coefficients": "allow_any="}
 )
 """Settings as Python calls with a `SelectionRequest` and a `Method` spell them."""
@@ -46,6 +48,7 @@ class LiveReport:
         read_bytes: payload bytes read over all ranks.
         peak_memory_above_baseline_bytes: per rank.
         seconds: from the call to the end.
+        compared: how what was read stands to its checksums.
     """
 
     sources: tuple[str, ...]
@@ -54,14 +57,16 @@ class LiveReport:
     read_bytes: int
     peak_memory_above_baseline_bytes: tuple[int, ...]
     seconds: float
+    compared: Compared
 
     def __str__(self) -> str:
         weights = ", ".join(f"{value:.4g}" for value in self.coefficients)
-        return (
+        said = (
             f"{len(self.sources)} checkpoints, {self.sources[0]} to {self.sources[-1]}, "
             f"coefficients {weights}; {self.read_bytes / 2**30:.2f} GiB read by {self.share} in "
             f"{self.seconds:.1f} s"
         )
+        return "; ".join((said, *self.compared.sentences()))
 
 
 class Meter:
@@ -69,16 +74,19 @@ class Meter:
 
     Attributes:
         read_bytes: payload bytes that this rank read.
+        compared: what `fill` says of their checksums.
     """
 
     def __init__(self, comm: Comm) -> None:
         self.read_bytes = 0
+        self.compared: Compared | None = None
         self._comm, self._start_s = comm, time.perf_counter()
         self._baseline_bytes = memory.resident_bytes()
         memory.reset_peak()
 
     def report(self, plan: LivePlan, share: str) -> LiveReport:
         """The report of all ranks. Collective."""
+        assert self.compared is not None
         peak_bytes = max(0, memory.peak_resident_bytes() - self._baseline_bytes)
         return LiveReport(
             sources=tuple(source.path for source in plan.sources),
@@ -87,11 +95,13 @@ class Meter:
             read_bytes=sum(self._comm.gather(self.read_bytes)),
             peak_memory_above_baseline_bytes=tuple(self._comm.gather(peak_bytes)),
             seconds=time.perf_counter() - self._start_s,
+            compared=self.compared,
         )
 
 
 def live_request(load: str, selection: SelectionRequest | None, method: Method | None,
-             optimizer_state: str, share: str, threads: int) -> MergeRequest:  # fmt: skip
+             optimizer_state: str, share: str, threads: int, check_sources: bool = False
+             ) -> MergeRequest:  # fmt: skip
     """What a merge into live tensors asks for.
 
     Raises:
@@ -109,32 +119,35 @@ def live_request(load: str, selection: SelectionRequest | None, method: Method |
         method=method or Method(),
         policy=Policy(optimizer_state=optimizer_state),
         threads=threads,
+        check_sources=check_sources,
     )
 
 
-def fill(plan: LivePlan, jobs: Sequence[Job], comm: Comm) -> int:
+def fill(plan: LivePlan, jobs: Sequence[Job], comm: Comm, meter: Meter, *,
+         check_sources: bool = False) -> None:  # fmt: skip
     """Average into live tensors. Every rank makes this call, with as many jobs.
 
-    Returns:
-        payload bytes that this rank read.
+    Args:
+        plan: the sources.
+        jobs: of this rank.
+        comm: the ranks.
+        meter: gets what was read.
+        check_sources: see `MergeRequest`.
 
     Raises:
         CheckpointError, PlanError: on every rank; live tensors are a mixture then: do not train on.
         RankError: another rank failed.
     """
     comm.agree("init", lambda: point("init", comm.rank))
-    read_bytes = 0
-    for units, team in jobs:
-        tally = comm.agree(
-            "init",
-            lambda u=units, t=team: run(plan, u, comm, t),  # type: ignore[misc]
-        )
-        read_bytes += tally.read_bytes
-    comm.agree("sources", lambda: refuse_changed(plan, comm))
+    with checked(plan, comm, whole=check_sources) as found:
+        for job in jobs:
+            tally = comm.agree("init", functools.partial(run, plan, job, comm, found.reads))
+            meter.read_bytes += tally.read_bytes
+    meter.compared = found.compared
     comm.agree("init", lambda: point("init-refresh", comm.rank))
-    return read_bytes
 
 
-def run(plan: LivePlan, units: Sequence[Unit], comm: Comm, team: Team) -> engine.Tally:
+def run(plan: LivePlan, job: Job, comm: Comm, reads: Mapping[int, Reads]) -> engine.Tally:
     """One job, by this rank."""
-    return engine.run(plan, units, [LiveWriter()], comm, team, lambda _: None)
+    units, team = job
+    return engine.run(plan, units, [LiveWriter()], comm, team, lambda _: None, reads)

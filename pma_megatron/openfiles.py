@@ -1,17 +1,157 @@
-"""Open files of one folder: kept open while they are in use, and never too many of them."""
+"""Open files: of sources, which nothing here can create or change, and of a folder in the making.
+
+A source's files may be links (runs keep old shards on other storage); they are followed for reading
+alone, and only to plain files: a pipe would never end, a device neither. Of a folder that is being
+written no link is followed at all.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import logging
 import os
+import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pma_megatron.errors import CheckpointError, SelectionError
+
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
+_log = logging.getLogger(__name__)
 OPEN_FILES = 32
 """Files of one folder that are kept open; a merge has a few tens of folders."""
+MAX_SMALL_BYTES = 1 << 30
+"""More than any file that is read whole: `.metadata` of a checkpoint with a million chunks."""
+MAX_COPIED_BYTES = 128 << 20
+"""More than any file that lies beside the payload of a checkpoint and is copied with it."""
+
+
+def open_source(path: Path) -> int:
+    """A descriptor to read the plain file at `path`; nothing is ever created by this.
+
+    Raises:
+        OSError: there is no such file, it is no plain file, or it may not be read.
+    """
+    descriptor = os.open(path, _READ)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a plain file", str(path))
+    return descriptor
+
+
+def open_inside(folder: Path, name: str, flags: int) -> int:
+    """A descriptor of file `name` of `folder`, which is being written: no other folder's, ever.
+
+    Every part of the name is opened relative to the folder above it, and none may be a link.
+
+    Args:
+        folder: the staging folder; links above it are its user's own.
+        name: parts separated by `/`.
+        flags: of `os.open`; with `O_CREAT` the folders in the name are made too.
+
+    Raises:
+        OSError: it cannot be opened, is a link, or the name leaves the folder.
+    """
+    *above, last = name.split("/")
+    if not all(part not in ("", ".", "..") and "\0" not in part for part in (*above, last)):
+        raise OSError(errno.EPERM, "not a name inside the folder", f"{folder}/{name}")
+    at = os.open(folder, _FOLDER & ~os.O_NOFOLLOW)
+    try:
+        for part in above:
+            if flags & os.O_CREAT:
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(part, dir_fd=at)
+            below = os.open(part, _FOLDER, dir_fd=at)
+            os.close(at)
+            at = below
+        return os.open(last, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666, dir_fd=at)
+    finally:
+        os.close(at)
+
+
+def create_inside(folder: Path, name: str, nbytes: int) -> None:
+    """Make `name` of `folder`, `nbytes` long and empty; see `open_inside` for errors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = open_inside(folder, name, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
+    try:
+        os.truncate(descriptor, nbytes)
+    finally:
+        os.close(descriptor)
+
+
+def write_inside(folder: Path, name: str, data: bytes) -> None:
+    """Write `name` of `folder` whole, and flush it to the disk; see `open_inside` for errors."""
+    descriptor = open_inside(folder, name, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
+    with os.fdopen(descriptor, "wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def read_source_file(path: Path, limit: int = MAX_SMALL_BYTES) -> bytes:
+    """The whole of a file beside the payload of a checkpoint.
+
+    Raises:
+        CheckpointError: it cannot be read, or is longer than such files are.
+    """
+    try:
+        with os.fdopen(open_source(path), "rb") as stream:
+            if os.fstat(stream.fileno()).st_size > limit:
+                raise CheckpointError(
+                    f"{path} is longer than {limit} bytes: not what a trainer writes there. Move "
+                    "it out of the checkpoint, or exclude this checkpoint"
+                )
+            return stream.read()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+
+
+def leads_out(path: Path, folder: Path) -> bool:
+    """True, with a warning, for a link in `folder` to a file that lies elsewhere."""
+    out = not path.resolve().is_relative_to(folder.resolve())
+    if out:
+        _log.warning("%s is a link out of the checkpoint: it is not copied into the output", path)
+    return out
+
+
+def is_folder(path: Path) -> bool:
+    """True for a folder that can be looked at; False for whatever else, names too long included."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
+def folders_in(root: Path) -> list[Path]:
+    """Folders directly below `root`.
+
+    Raises:
+        SelectionError: `root` may not be read.
+    """
+    try:
+        return [path for path in root.iterdir() if is_folder(path)]
+    except OSError as error:
+        raise SelectionError(
+            f"{root} cannot be read ({error.strerror}): ask for the right to, or give another"
+        ) from error
+
+
+def read_pointer(path: Path) -> str | None:
+    """What the file that names a root's newest checkpoint says; None without one.
+
+    One that cannot be read, or is longer than a name, says nothing: an empty text.
+    """
+    try:
+        return read_source_file(path, 4096).decode().strip()
+    except UnicodeDecodeError:
+        return ""
+    except CheckpointError as error:
+        return None if isinstance(error.__cause__, FileNotFoundError) else ""
 
 
 class Files:
@@ -32,7 +172,7 @@ class Files:
             found = self._open.get(name)
             if found is None:
                 self._make_room()
-                found = self._open[name] = _Opened(os.open(self._folder / name, self._flags))
+                found = self._open[name] = _Opened(self._descriptor(name))
             self._open.move_to_end(name)
             found.users += 1
         try:
@@ -40,6 +180,11 @@ class Files:
         finally:
             with self._lock:
                 found.users -= 1
+
+    def _descriptor(self, name: str) -> int:
+        if self._flags == os.O_RDONLY:
+            return open_source(self._folder / name)
+        return open_inside(self._folder, name, self._flags)
 
     def _make_room(self) -> None:
         """Close the file that was used longest ago, flushed if it was written."""

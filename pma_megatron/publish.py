@@ -17,14 +17,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pma_megatron.blocks import joined_crc
+from pma_megatron.blocks import crc_of, joined_crc
 from pma_megatron.durable import sync, write_small
 from pma_megatron.errors import PublishError
 from pma_megatron.faultpoints import point
 from pma_megatron.folders import is_checkpoint
 from pma_megatron.formats import registry
 from pma_megatron.formats.marker import MARKER_FILE, SNAPSHOTS, read_snapshot_marker
-from pma_megatron.openfiles import Files
+from pma_megatron.openfiles import Files, create_inside, write_inside
 from pma_megatron.planning import MergePlan
 
 PROVENANCE_FILE = MARKER_FILE
@@ -203,10 +203,7 @@ def stage(plan: MergePlan, wanted: Sequence[Target]) -> None:
     try:
         for target in wanted:
             for name, nbytes in plan.layout.files.items():
-                path = target.staging / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with path.open("wb") as stream:
-                    stream.truncate(nbytes)
+                create_inside(target.staging, name, nbytes)
     except OSError as error:
         raise _cannot_write(wanted[0], error) from error
 
@@ -234,10 +231,10 @@ def finish(plan: MergePlan, target: Target, writer_parts: Sequence[dict[tuple[in
         last = plan.layout.last_file
         marker = small.pop(last) if last is not None else b""
         for name, data in (*small.items(), (PROVENANCE_FILE, provenance)):
-            write_small(target.staging / name, data)
+            write_inside(target.staging, name, data)
         point("marker", 0)
         if last is not None:
-            write_small(target.staging / last, marker)
+            write_inside(target.staging, last, marker)
         for name in plan.layout.files:
             sync(target.staging / name)
         for folder in sorted({(target.staging / name).parent for name in plan.layout.files}):
@@ -261,11 +258,13 @@ def _write_structure(plan: MergePlan, target: Target,
         for number, item in enumerate(plan.layout.items):
             if item.skeleton is None:
                 continue
-            crcs = {record: crc for record, (_, crc) in item.kept.items()}
-            for record, (_, nbytes) in item.skeleton.payloads.items():
-                if record not in crcs:
-                    crcs[record] = joined_crc(parts.get((number, record), []), nbytes)
+            crcs = {record: crc for record, (_, crc) in item.kept.items() if crc is not None}
             with files.opened(item.placed.file) as descriptor:
+                for record, (start, nbytes) in item.skeleton.payloads.items():
+                    if record in item.kept and record not in crcs:  # saved without checksums
+                        crcs[record] = crc_of(descriptor, item.placed.offset + start, nbytes)
+                    elif record not in crcs:
+                        crcs[record] = joined_crc(parts.get((number, record), []), nbytes)
                 for offset, data in item.skeleton.structure(crcs):
                     os.pwrite(descriptor, data, item.placed.offset + offset)
     finally:

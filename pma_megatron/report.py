@@ -17,6 +17,7 @@ from pma_megatron.coefficients import implied_decay_weights
 from pma_megatron.discover import describe
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats import registry
+from pma_megatron.integrity import Compared
 from pma_megatron.planning import MergePlan
 from pma_megatron.policy import Policy
 from pma_megatron.publish import PROVENANCE_FILE
@@ -41,6 +42,7 @@ class MergeReport:
         plan: the plan as plain values (sources, coefficients, policy, digest).
         verification: what was checked, per output.
         ranks: number of ranks.
+        checksums: how what was read stands to its checksums (`integrity.Compared`).
     """
 
     outputs: tuple[str, ...]
@@ -50,6 +52,7 @@ class MergeReport:
     plan: Mapping[str, Any]
     verification: tuple[Verification, ...]
     ranks: int
+    checksums: Mapping[str, Any]
 
     @property
     def resume(self) -> tuple[str, ...]:
@@ -119,7 +122,8 @@ def describe_output(output: Output) -> dict[str, Any]:
     }
 
 
-def provenance(plan: MergePlan, output: Output, ranks: int, seconds: Mapping[str, float]) -> bytes:
+def provenance(plan: MergePlan, output: Output, ranks: int, seconds: Mapping[str, float],
+               compared: Compared) -> bytes:  # fmt: skip
     """Content of `pma.json`: enough to say where a checkpoint comes from, and to verify it."""
     request = asdict(plan.request)
     request["selection"] = asdict(
@@ -134,6 +138,7 @@ def provenance(plan: MergePlan, output: Output, ranks: int, seconds: Mapping[str
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "ranks": ranks,
         "seconds": dict(seconds),
+        "checksums": asdict(compared),
         "output": describe_output(output),
         "plan": described,
         "request": request,

@@ -89,6 +89,7 @@ class MergeRequest:
         threads: reader threads per rank.
         merge_parallel_size: ranks that share the sources of one slice.
         overwrite: replace an existing output (kept until the new one is published).
+        check_sources: read records whole that the merge reads in part, to compare their checksums.
 
     Raises:
         UsageError: values out of range, or settings that contradict each other.
@@ -105,6 +106,7 @@ class MergeRequest:
     threads: int = 2
     merge_parallel_size: int = 1
     overwrite: bool = False
+    check_sources: bool = False
 
     def __post_init__(self) -> None:
         refuse_remote("load", self.load)

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from pma_megatron.formats.base import Payload
+from pma_megatron.formats.base import Item, Payload
 from pma_megatron.formats.output import Place
 from pma_megatron.formats.source import Source
 from pma_megatron.geometry import Box, Piece, PieceIndex, slices
@@ -69,9 +69,9 @@ class Average:
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """Bytes of the newest source that stay as they are."""
+    """Bytes of an item of the newest source that stay as they are."""
 
-    source_file: str
+    item: Item
     source_offset: int
     file: str
     offset: int

@@ -18,6 +18,7 @@ from pma_megatron import Policy, SelectionRequest, merge, verify
 from pma_megatron.errors import CheckpointError, PlanError, SelectionError
 from pma_megatron.formats.torch_dist.checkpoint import TorchDistCheckpoint
 from pma_megatron.formats.torch_dist.source import read_source
+from zips import restamp
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -299,3 +300,4 @@ def poison(folder: Path, key: str, value: float, *, state: str = "param") -> Non
         stream.seek(start + (piece.start + piece.box.numel - 1) * dtype.itemsize)
         stream.write(torch.tensor([value], dtype=dtype).view(torch.uint8).numpy().tobytes())
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    restamp(path, piece.payload.item.offset, piece.payload.item.length)

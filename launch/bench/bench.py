@@ -3,13 +3,15 @@
     python launch/bench/bench.py /tmp/bench/weights --rounds 7 --json result.json
     python launch/bench/bench.py /tmp/bench/training --optimizer-state average
     python launch/bench/bench.py /tmp/bench/weights --peer 'other-merge /tmp/bench/weights {out}'
+    python launch/bench/bench.py /tmp/bench/weights --unchecked
 
 One interleaved run: in every round each setting (ranks x threads) runs the floor and the merge, in
 turns first, each in processes of its own and after a read of all sources, so that what disturbs the
 machine disturbs both and neither warms the page cache for the other. The floor reads
 (pread into a reused buffer) every byte range that the plan reads, and writes (pwrite) every byte
 range that the plan writes, in the plan's order and with its division over ranks and threads. CPU
-seconds stand beside wall seconds: on a busy machine they say more.
+seconds stand beside wall seconds: on a busy machine they say more. `--unchecked` adds a merge that
+compares nothing with the checksums of its sources: what comparing costs.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from pma_megatron.blocks import BlockReader
 from pma_megatron.comm import Comm
 from pma_megatron.job import merge
 from pma_megatron.planning import MergePlan, make_plan
@@ -66,6 +69,8 @@ class Times:
     merge_s: list[float] = field(default_factory=list)
     floor_cpu_s: list[float] = field(default_factory=list)
     merge_cpu_s: list[float] = field(default_factory=list)
+    unchecked_s: list[float] = field(default_factory=list)
+    unchecked_cpu_s: list[float] = field(default_factory=list)
     stages_s: list[dict[str, float]] = field(default_factory=list)
     peak_bytes: list[int] = field(default_factory=list)
 
@@ -91,6 +96,17 @@ def merge_on_rank(rank: int, ranks: int, request: MergeRequest) -> Any:
         cpu_s[0] += (time.process_time() - before_s) if stage == "merge" else 0.0
 
     return merge(request, Comm(), clock).to_json(), cpu_s[0]
+
+
+def unchecked_on_rank(rank: int, ranks: int, request: MergeRequest) -> Any:
+    """The same of a merge that takes no note of what it reads."""
+
+    def pread(self: BlockReader, record: Any, start: int, into: memoryview) -> None:
+        self.fill(record.file, record.start + start, into)
+
+    BlockReader.pread = pread
+    BlockReader.compare_copied = lambda *_: None
+    return merge_on_rank(rank, ranks, request)
 
 
 def warm(plan: MergePlan) -> None:
@@ -151,11 +167,11 @@ class Bench:
         self.moved["floor"] = Bytes(sum(m.read for m in moved), sum(m.written for m in moved))
         return max(wall_s for wall_s, _, _ in results), sum(cpu_s for _, cpu_s, _ in results)
 
-    def merge(self, setting: Setting) -> tuple[dict[str, Any], float]:
+    def merge(self, setting: Setting, on_rank: Any = merge_on_rank) -> tuple[dict[str, Any], float]:
         """Report and CPU seconds of one run of the merge."""
         request = self.request(setting, "merge")
         results = self._clean(
-            lambda: run_ranks(merge_on_rank, setting.ranks, request, timeout_s=TIMEOUT_S)
+            lambda: run_ranks(on_rank, setting.ranks, request, timeout_s=TIMEOUT_S)
         )
         report = results[0][0]
         self.moved["merge"] = Bytes(report["bytes"]["read"], report["bytes"]["written"])
@@ -197,7 +213,13 @@ class Bench:
     def round(self, number: int) -> None:
         """Floor and merge of every setting once, and the peer; who goes first alternates."""
         for setting, times in self.times.items():
-            for kind in ("floor", "merge") if number % 2 == 0 else ("merge", "floor"):
+            kinds = ["floor", "merge", *(["unchecked"] if self.chosen.unchecked else [])]
+            for kind in kinds if number % 2 == 0 else kinds[::-1]:
+                if kind == "unchecked":
+                    report, cpu_s = self.merge(setting, unchecked_on_rank)
+                    times.unchecked_s.append(report["seconds"]["merge"])
+                    times.unchecked_cpu_s.append(cpu_s)
+                    continue
                 if kind == "floor":
                     wall_s, cpu_s = self.floor(setting, self.block_bytes)
                     times.floor_s.append(wall_s)
@@ -225,6 +247,13 @@ class Bench:
         }
 
 
+def _cost(checked_s: Sequence[float], unchecked_s: Sequence[float]) -> float | None:
+    """Median over the rounds of what comparing adds, as a share of the merge."""
+    if not unchecked_s:
+        return None
+    return statistics.median(c / u for c, u in zip(checked_s, unchecked_s, strict=True)) - 1
+
+
 def _summary(times: Times) -> dict[str, Any]:
     stages = {
         stage: statistics.median(seconds[stage] for seconds in times.stages_s)
@@ -240,6 +269,8 @@ def _summary(times: Times) -> dict[str, Any]:
         "floor_cpu_median_s": statistics.median(times.floor_cpu_s),
         "merge_cpu_median_s": statistics.median(times.merge_cpu_s),
         "cpu_ratio_median": statistics.median(times.cpu_ratios),
+        "comparing_adds": _cost(times.merge_s, times.unchecked_s),
+        "comparing_adds_cpu": _cost(times.merge_cpu_s, times.unchecked_cpu_s),
         "stages_median_s": stages,
         "peak_memory_above_baseline_bytes": max(times.peak_bytes),
         "rounds": asdict(times),
@@ -269,6 +300,12 @@ def show(result: dict[str, Any], console: Console) -> None:
             f"{row['peak_memory_above_baseline_bytes'] / MIB:.0f}",
         )
     console.print(table)
+    for name, row in result["settings"].items():
+        if row["comparing_adds"] is not None:
+            console.print(
+                f"{name}: comparing checksums adds {row['comparing_adds']:.1%} to the wall time "
+                f"and {row['comparing_adds_cpu']:.1%} to the CPU time of the merge (medians)"
+            )
     if result["peer_median_s"] is not None:
         console.print(f"peer: {result['peer_median_s']:.2f} s (median, start-up included)")
 
@@ -295,6 +332,9 @@ def main() -> None:
         "--floor-block", type=int, default=0, metavar="BYTES",
         help="the floor's buffer (default: the fastest of four sizes)",
     )  # fmt: skip
+    parser.add_argument(
+        "--unchecked", action="store_true", help="also merge without comparing checksums"
+    )
     parser.add_argument("--peer", metavar="CMD", help="another program; {out} is an empty folder")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the result here")
     chosen = parser.parse_args()

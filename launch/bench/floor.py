@@ -48,7 +48,7 @@ class Floor:
     def _reads(self, unit: Unit) -> Iterator[Range]:
         task, base = unit.task, self._plan.sources[-1].path
         if isinstance(task, Copy):
-            yield f"{base}/{task.source_file}", task.source_offset + unit.first, unit.count
+            yield f"{base}/{task.item.file}", task.source_offset + unit.first, unit.count
         if isinstance(task, Keep):
             path, start = self._files[-1].locate(task.payload)
             size = task.payload.dtype.itemsize

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 refused or failed (the message says why and what to do), 2
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from argparse import Namespace
@@ -21,6 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pma_megatron.locations import refuse_remote_values
     from pma_megatron.spelling import speaking
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names on a disk need not be Unicode
     given = list(sys.argv[1:] if argv is None else argv)
     end = given.index("--") if "--" in given else len(given)
     flags = parser()

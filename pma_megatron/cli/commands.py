@@ -91,6 +91,7 @@ def _request(arguments: Namespace) -> MergeRequest:
         threads=arguments.threads,
         merge_parallel_size=arguments.merge_parallel_size,
         overwrite=arguments.overwrite,
+        check_sources=arguments.check_sources,
     )
 
 

@@ -95,6 +95,10 @@ def _running(verb: argparse.ArgumentParser) -> None:
     group.add_argument("--overwrite", action="store_true", help="replace an existing merge")
     group.add_argument("--threads", type=int, default=2, help="per rank (default 2)")
     group.add_argument(
+        "--check-sources", action="store_true",
+        help="read records whole that the merge reads in part, to compare their checksums",
+    )  # fmt: skip
+    group.add_argument(
         "--merge-parallel-size", type=int, default=1, metavar="R",
         help="ranks that share the sources of a slice and all-reduce it; for sources on "
         "node-local disks (default 1: ranks share the bytes)",

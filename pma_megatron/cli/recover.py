@@ -172,7 +172,7 @@ def _span(text: str | None) -> Span | None:
 
 
 def _shown(found: Diagnosis, report: MergeReport | None) -> None:
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
     for verdict in found.verdicts:
         mark = "LOST " if verdict.fatal else "      "
         console.print(f"{mark}{verdict.kind.value} from iteration {verdict.onset}, known at "
@@ -200,7 +200,7 @@ def _shown(found: Diagnosis, report: MergeReport | None) -> None:
 
 
 def _told(root: str, history: audit.History) -> None:
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
     if not history.events:
         console.print(f"{root} has no {audit.FILE}: --pma-recover has done nothing there")
     for event in history.events:

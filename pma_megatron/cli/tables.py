@@ -8,19 +8,19 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from pma_megatron.blocks import BLOCK_ELEMENTS
 from pma_megatron.formats import registry
 from pma_megatron.inspection import Inspection
 from pma_megatron.planning import MergePlan, read_rate
 from pma_megatron.refs import CheckpointRef
 from pma_megatron.report import MergeReport, describe_output
 from pma_megatron.request import Output
+from pma_megatron.rooms import BLOCK_ELEMENTS
 from pma_megatron.tokens import format_tokens, recommend
 from pma_megatron.verification import Verification
 
 
 def new_console() -> Console:
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)  # names are no markup
     if not console.is_terminal:
         console.width = 160  # a pipe has no width; wrapped cells would be hard to read or grep
     return console

@@ -175,7 +175,8 @@ def _average(engine: Any, found: Gathered, options: Options, share: str, comm: C
             for label in every
         ]  # fmt: skip
 
-    meter.read_bytes = fill(plan, comm.agree("plan", jobs), comm)
+    made = comm.agree("plan", jobs)
+    fill(plan, made, comm, meter, check_sources=options.check_sources)
     if options.optimizer_state == "reset":
         _reset_moments(tensors)
     refresh_weights(engine)

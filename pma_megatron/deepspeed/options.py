@@ -26,6 +26,7 @@ class Options:
             and the step count with them).
         share: how replicas divide the reading (`live_load`): `slice`, `source`, `auto` (slice).
         threads: reader threads per rank.
+        check_sources: read records whole that are read in part, to compare their checksums.
     """
 
     last: int | None = None
@@ -44,6 +45,7 @@ class Options:
     optimizer_state: str = "latest"
     share: str = "auto"
     threads: int = 2
+    check_sources: bool = False
 
     @property
     def names_newest(self) -> bool:
@@ -70,12 +72,16 @@ class Options:
         )
         values = None if self.coefficients is None else tuple(self.coefficients)
         method = Method(name=self.method, alpha=self.alpha, floor=self.floor, values=values)
-        return live_request(load, chosen, method, self.optimizer_state, self.share, self.threads)
+        return live_request(
+            load, chosen, method, self.optimizer_state, self.share, self.threads,
+            self.check_sources,
+        )  # fmt: skip
 
     def record(self) -> dict[str, Any]:
         """Plain values that tell one command from another."""
         paths = None if self.paths is None else [_folder(path) for path in self.paths]
         plain = asdict(self) | {"paths": paths}
+        del plain["check_sources"]  # it makes no other average
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in plain.items()

@@ -14,6 +14,8 @@ from typing import Any
 
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.deepspeed.checkpoint import DeepSpeedCheckpoint
+from pma_megatron.formats.names import plain_name
+from pma_megatron.openfiles import read_pointer
 
 RECORD = "pma_init"
 """Key in the client state of every later tag."""
@@ -26,8 +28,9 @@ def resumed_tag(load: Path, tag: str | None) -> Path | None:
         CheckpointError: it names a tag that is not there.
     """
     latest = load / "latest"
-    if tag is None and latest.is_file():
-        folder = load / latest.read_text().strip()
+    named = read_pointer(latest) if tag is None else None
+    if named:
+        folder = load / plain_name(named, str(latest))
         return folder if folder.is_dir() else None
     if tag is not None and not (load / tag).is_dir():
         raise CheckpointError(f"{load} has no tag {tag}: name one that is there, or none")

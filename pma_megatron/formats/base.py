@@ -7,7 +7,7 @@ ask `ItemFiles.locate` and read payload bytes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,6 +44,22 @@ class Payload:
     def nbytes(self) -> int:
         """Bytes of the payload."""
         return self.numel * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRecord:
+    """One record of a zip by its place: `nbytes` from byte `start` of `file`.
+
+    Attributes:
+        name: in its zip, for messages.
+        crc32: its checksum in the zip's directory; None in a zip without checksums.
+    """
+
+    file: str
+    start: int
+    nbytes: int = field(compare=False)
+    name: str = field(compare=False)
+    crc32: int | None = field(compare=False)
 
 
 @dataclass(frozen=True, slots=True)

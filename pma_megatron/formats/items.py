@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
+from isal import isal_zlib
+
 from pma_megatron.errors import CheckpointError
-from pma_megatron.formats.base import Item, Payload
+from pma_megatron.formats.base import Item, Payload, StoredRecord
 from pma_megatron.formats.pickles import TensorRef, load_inert
+from pma_megatron.formats.schema import LIMIT
 from pma_megatron.formats.zips import Record, read_records
+from pma_megatron.openfiles import MAX_COPIED_BYTES, open_source
+from pma_megatron.spelling import named
 
 _WINDOW_BYTES = 4096  # headers of small records share one read
 
@@ -21,7 +28,8 @@ class ItemFiles:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._indexes: dict[Item, dict[str, Record]] = {}
-        self._starts: dict[Payload, int] = {}
+        self._stored: dict[Item, tuple[StoredRecord, ...]] = {}
+        self._found: dict[Payload, tuple[StoredRecord, int]] = {}
         self._lock = threading.Lock()
 
     def records(self, item: Item) -> dict[str, Record]:
@@ -34,16 +42,56 @@ class ItemFiles:
                 self._indexes[item] = found
         return found
 
+    def stored(self, item: Item) -> tuple[StoredRecord, ...]:
+        """The records of the zip at `item` by their place in its file, in that order."""
+        found = self._stored.get(item)
+        if found is None:
+            records = sorted(self.records(item).values(), key=lambda record: record.start)
+            found = tuple(_placed(item, record) for record in records)
+            with self._lock:
+                found = self._stored.setdefault(item, found)
+        return found
+
     def read_record(self, item: Item, name: str) -> bytes:
-        """The bytes of one small record of `item`.
+        """The bytes of one small record of `item`, compared with their checksum.
 
         Raises:
-            CheckpointError: the item has no such record.
+            CheckpointError: the item has no such record, or its bytes are damaged.
         """
         record = self.records(item).get(name)
         if record is None:
             raise CheckpointError(f"{self.path / item.file} at {item.offset} has no {name}")
-        return self.read(item.file, item.offset + record.start, record.nbytes)
+        data = self.read(item.file, item.offset + record.start, record.nbytes)
+        refuse_other_bytes(self.path, _placed(item, record), isal_zlib.crc32(data))
+        return data
+
+    def read_small(self, file: str) -> bytes:
+        """A small file whole; if it is torch's zip, every record is compared with its checksum.
+
+        Raises:
+            CheckpointError: it is missing or damaged, or longer than such files are.
+        """
+        nbytes = size_of(self.path / file)
+        if nbytes > MAX_COPIED_BYTES:
+            raise CheckpointError(
+                f"{self.path / file} has {nbytes} bytes, and is no payload that is known: move "
+                "it out of the checkpoint, or exclude this checkpoint"
+            )
+        data = self.read(file, 0, nbytes)
+        if file.endswith(".pt") and data[:2] == b"PK":
+            item = Item(file, 0, nbytes)
+            for record in self.records(item):
+                self.read_record(item, record)
+        return data
+
+    def decode(self, item: Item, what: str, known: Set[tuple[str, str]] | None = None) -> Any:
+        """What the pickle of `item` says, every tensor in a record that holds it; `load_inert`.
+
+        Raises:
+            CheckpointError: it is damaged or hostile.
+        """
+        sizes = {name: record.nbytes for name, record in self.records(item).items()}
+        return load_inert(self.read_record(item, "data.pkl"), what=what, known=known, sizes=sizes)
 
     def locate(self, payload: Payload) -> tuple[Path, int]:
         """File and byte offset of the first element of `payload`.
@@ -51,18 +99,27 @@ class ItemFiles:
         Raises:
             CheckpointError: the item does not hold the tensor that the metadata promises.
         """
-        start = self._starts.get(payload)
-        if start is None:
-            start = self._find(payload)
-            with self._lock:
-                self._starts[payload] = start
-        return self.path / payload.item.file, start
+        record, skip = self.find(payload)
+        return self.path / record.file, record.start + skip
 
-    def _find(self, payload: Payload) -> int:
+    def find(self, payload: Payload) -> tuple[StoredRecord, int]:
+        """The record that holds `payload`, and the byte of it at which the first element lies.
+
+        Raises:
+            CheckpointError: see `locate`.
+        """
+        found = self._found.get(payload)
+        if found is None:
+            found = self._find(payload)
+            with self._lock:
+                self._found[payload] = found
+        return found
+
+    def _find(self, payload: Payload) -> tuple[StoredRecord, int]:
         item, name, skip = payload.item, payload.record, 0
         if name is None:
             what = f"{self.path / item.file} at {item.offset}"
-            ref = load_inert(self.read_record(item, "data.pkl"), what=what)
+            ref = self.decode(item, what)
             if not isinstance(ref, TensorRef) or not ref.is_contiguous():
                 raise CheckpointError(f"{what} holds {ref!r}, expected one contiguous tensor")
             numel = math.prod(ref.size)
@@ -78,7 +135,7 @@ class ItemFiles:
                 f"{self.path / item.file} at {item.offset}: record {name} is missing or shorter "
                 f"than {skip + payload.nbytes} bytes: damaged, exclude this checkpoint"
             )
-        return item.offset + record.start + skip
+        return _placed(item, record), skip
 
     def read(self, file: str, offset: int, nbytes: int) -> bytes:
         """`nbytes` of `file` at `offset`.
@@ -88,9 +145,10 @@ class ItemFiles:
         """
         path = self.path / file
         try:
-            with path.open("rb", buffering=0) as stream:
-                stream.seek(offset)
-                data = stream.read(nbytes)
+            with os.fdopen(open_source(path), "rb", buffering=0) as stream:
+                left = max(os.fstat(stream.fileno()).st_size - offset, 0)  # before it is allocated
+                stream.seek(min(offset, LIMIT - 1))
+                data = stream.read(min(nbytes, left))
         except OSError as error:
             raise CheckpointError(
                 f"{path} could not be read ({error.strerror}): it vanished or its storage failed, "
@@ -114,3 +172,42 @@ class ItemFiles:
             return window[offset - first : offset - first + nbytes]
 
         return read_at
+
+
+def refuse_other_bytes(folder: Path | str, record: StoredRecord, crc32: int) -> None:
+    """Bytes that are not those that were saved are refused.
+
+    Args:
+        folder: the checkpoint.
+        record: one of its records; without a checksum it passes.
+        crc32: of the bytes that were read.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    if record.crc32 not in (None, crc32):
+        raise CheckpointError(
+            f"{folder}/{record.file}: record {record.name} at byte {record.start} is damaged: "
+            f"{record.nbytes} bytes with CRC-32 {crc32:08x}, the file says {record.crc32:08x}. "
+            f"Leave {folder} out with {named('exclude')}, or restore the file from a copy"
+        )
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file.
+
+    Raises:
+        CheckpointError: it is gone.
+    """
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} could not be read ({error.strerror}): exclude this checkpoint, or restore it"
+        ) from error
+
+
+def _placed(item: Item, record: Record) -> StoredRecord:
+    return StoredRecord(
+        item.file, item.offset + record.start, record.nbytes, record.name, record.crc32
+    )

@@ -12,6 +12,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from pma_megatron.errors import CheckpointError
+from pma_megatron.formats.inert import brief
+from pma_megatron.formats.json_files import read_json
+from pma_megatron.formats.schema import is_count, wrong
 from pma_megatron.version import __version__
 
 MARKER_FILE = "pma.json"
@@ -55,16 +58,20 @@ def read_snapshot_marker(folder: Path) -> SnapshotMarker | None:
         CheckpointError: it is a snapshot of a form that this release does not know.
     """
     try:
-        value = json.loads((folder / MARKER_FILE).read_text())
-    except (OSError, ValueError):
+        value = read_json(folder / MARKER_FILE)
+    except CheckpointError:
         return None  # not marked, so it stands for nothing but what its format says
-    if not isinstance(value, dict) or value.get("kind") != SNAPSHOT:
+    if value.get("kind") != SNAPSHOT:
         return None
     version, holds = value.get("snapshot_version"), value.get("holds")
     if version != SNAPSHOT_VERSION or holds != MAIN_PARAMS:
         raise CheckpointError(
-            f"{folder / MARKER_FILE} says snapshot version {version} holding {holds!r}, this "
-            f"release reads version {SNAPSHOT_VERSION} holding {MAIN_PARAMS!r}: use the "
-            f"pma_megatron that wrote it, {value.get('pma_megatron')}, or leave it out (--exclude)"
+            f"{folder / MARKER_FILE} says snapshot version {brief(version)} holding "
+            f"{brief(holds)}, this release reads version {SNAPSHOT_VERSION} holding "
+            f"{MAIN_PARAMS!r}: use the pma_megatron that wrote it, "
+            f"{brief(value.get('pma_megatron'))}, or leave it out (--exclude)"
         )
-    return SnapshotMarker(iteration=int(value["iteration"]), dtype=str(value["dtype"]))
+    iteration, dtype = value.get("iteration"), value.get("dtype")
+    if not is_count(iteration) or type(dtype) is not str:
+        raise wrong(f"{folder / MARKER_FILE}: iteration and dtype", "both", (iteration, dtype))
+    return SnapshotMarker(iteration=iteration, dtype=dtype)

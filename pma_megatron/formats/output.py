@@ -33,13 +33,13 @@ class OutputItem:
 
     Exactly one of three: a zip to be built (`skeleton`), the bytes of `source` as they are
     (`skeleton` and `literal` None), or `literal` bytes. `kept` names records of a built zip that
-    come from the base unchanged: record -> (offset in the base's file, CRC-32).
+    come from the base unchanged: record -> (offset in the base's file, CRC-32 or None).
     """
 
     placed: Item
     skeleton: Skeleton | None
     source: Item | None
-    kept: Mapping[str, tuple[int, int]]
+    kept: Mapping[str, tuple[int, int | None]]
     literal: bytes | None = None
 
 

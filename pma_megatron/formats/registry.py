@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 
@@ -18,6 +18,8 @@ from pma_megatron.formats.deepspeed import output as deepspeed_output
 from pma_megatron.formats.deepspeed import source as deepspeed_source
 from pma_megatron.formats.deepspeed import universal, universal_output, universal_source
 from pma_megatron.formats.items import ItemFiles
+from pma_megatron.formats.json_files import read_json
+from pma_megatron.formats.names import plain_name
 from pma_megatron.formats.output import OutputLayout
 from pma_megatron.formats.source import ReadSource
 from pma_megatron.formats.torch_dist.checkpoint import TorchDistCheckpoint, completeness
@@ -27,6 +29,7 @@ from pma_megatron.formats.torch_dist.schedule import read_schedule
 from pma_megatron.formats.torch_dist.source import read_source
 from pma_megatron.spelling import given, has
 
+Verb = TypeVar("Verb", bound=Callable[..., Any])
 TORCH_DIST = "torch_dist"
 DEEPSPEED = "deepspeed"
 UNIVERSAL = universal_source.FORMAT
@@ -138,17 +141,42 @@ def _lay_out(
 def _iter_folder(content: str) -> str | None:
     if content == "release":
         return content
-    return f"iter_{int(content):07d}" if content.isdecimal() else None
+    number = content.isascii() and content.isdecimal() and len(content) < 20
+    return f"iter_{int(content):07d}" if number else None
+
+
+def _tag_folder(content: str) -> str | None:
+    """The tag that `latest` names: a folder beside it, never another place."""
+    try:
+        return plain_name(content, "latest") if "/" not in content else None
+    except CheckpointError:
+        return None
 
 
 def _iter_content(folder: str) -> str:
     return folder if folder == "release" else str(int(folder.removeprefix("iter_")))
 
 
+def _reads(verb: Verb) -> Verb:
+    """`verb` of a folder, with a checkpoint's error where a file or folder cannot be read."""
+
+    @functools.wraps(verb)
+    def reads(path: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return verb(path, *args, **kwargs)
+        except OSError as error:
+            raise CheckpointError(
+                f"{error.filename or path} cannot be read ({error.strerror}): it vanished, its "
+                "storage failed, or it may not be read. Exclude this checkpoint, or restore it"
+            ) from error
+
+    return cast(Verb, reads)
+
+
 FORMATS = (
     Format(
-        TORCH_DIST, completeness, _common, read_source, _lay_out, ItemFiles, is_optimizer_key,
-        read_schedule,
+        TORCH_DIST, _reads(completeness), _reads(_common), _reads(read_source), _reads(_lay_out),
+        ItemFiles, is_optimizer_key, _reads(read_schedule),
         Tracker(
             "latest_checkpointed_iteration.txt", _iter_folder, _iter_content, "--load {root}"
         ),
@@ -156,11 +184,12 @@ FORMATS = (
         named_layouts="save with --dist-ckpt-optim-fully-reshardable", weights_alone=True,
     ),
     Format(
-        DEEPSPEED, deepspeed_completeness.completeness, deepspeed_source.read_common,
-        deepspeed_source.read_source, deepspeed_output.output_layout, ItemFiles,
-        lambda key: key.endswith("_optim_states.pt"), deepspeed_source.read_schedule,
+        DEEPSPEED, _reads(deepspeed_completeness.completeness),
+        _reads(deepspeed_source.read_common), _reads(deepspeed_source.read_source),
+        _reads(deepspeed_output.output_layout), ItemFiles,
+        lambda key: key.endswith("_optim_states.pt"), _reads(deepspeed_source.read_schedule),
         Tracker(
-            "latest", lambda content: content or None, str, 'engine.load_checkpoint("{root}")'
+            "latest", _tag_folder, str, 'engine.load_checkpoint("{root}")'
         ),
         lambda path, iteration: Path(path).name, deepspeed.iteration_of,
         "convert each into a root of its own and merge there: python -m "
@@ -169,11 +198,11 @@ FORMATS = (
         "train with zero_optimization.stage 1, which stores names",
     ),
     Format(
-        UNIVERSAL, universal.completeness, deepspeed_source.read_common,
-        universal_source.read_source, universal_output.output_layout, ItemFiles,
-        lambda key: key == universal.GLOBAL_STATE, universal_source.read_schedule,
+        UNIVERSAL, _reads(universal.completeness), _reads(deepspeed_source.read_common),
+        _reads(universal_source.read_source), _reads(universal_output.output_layout), ItemFiles,
+        lambda key: key == universal.GLOBAL_STATE, _reads(universal_source.read_schedule),
         Tracker(
-            "latest_universal", lambda content: content or None, str,
+            "latest_universal", _tag_folder, str,
             'engine.load_checkpoint("{root}") with {{"checkpoint": {{"load_universal": true}}}}',
         ),
         lambda path, iteration: Path(path).name, deepspeed.iteration_of,
@@ -194,12 +223,20 @@ _CONVERTED = {
 
 def detect(path: Path) -> str:
     """Name of the format in `path`, supported or not; `unknown` where nothing is recognised."""
+    try:
+        return _detect(path)
+    except OSError:
+        return "unknown"  # nothing in it can be looked at
+
+
+def _detect(path: Path) -> str:
     config = path / "metadata.json"
     if config.is_file():
         try:
-            return str(json.loads(config.read_text())["sharded_backend"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return TORCH_DIST  # damaged; its completeness says so
+            backend = read_json(config).get("sharded_backend")
+        except CheckpointError:
+            backend = None
+        return backend if isinstance(backend, str) else TORCH_DIST  # its completeness says damaged
     if any(path.glob("mp_rank_*/model_optim_rng.pt")):
         return "torch (legacy)"
     has_ranks = any(path.glob("*optim_states.pt"))

@@ -18,6 +18,9 @@ from pma_megatron.errors import CheckpointError
 ALIGNMENT_BYTES = 64
 _LOCAL = struct.Struct("<4s5H3I2H")
 _CENTRAL = struct.Struct("<4s6H3I5H2I")
+_DESCRIPTOR = struct.Struct("<4s3I")
+_DESCRIPTOR64 = struct.Struct("<4sI2Q")
+_HAS_DESCRIPTOR = 0x8
 _END = struct.Struct("<4s4H2IH")
 _END64 = struct.Struct("<4sQ2H2I4Q")
 _LOCATOR64 = struct.Struct("<4sIQI")
@@ -30,19 +33,23 @@ ReadAt = Callable[[int, int], bytes]
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One file of the zip: `start` is where its bytes begin, relative to the zip's first byte."""
+    """One file of the zip: `start` is where its bytes begin, relative to the zip's first byte.
+
+    `crc32` is None in a zip without checksums (`torch.serialization.set_crc32_options(False)`).
+    """
 
     name: str
     start: int
     nbytes: int
-    crc32: int
+    crc32: int | None
 
 
 def read_records(read_at: ReadAt, length: int, *, what: str) -> dict[str, Record]:
     """Index a zip of `length` bytes by record name without its first folder (`data/0`).
 
     Raises:
-        CheckpointError: it is not a zip of stored records, or it is cut short.
+        CheckpointError: it is not a zip of stored records, it is cut short, or what surrounds a
+            record contradicts the directory.
     """
     try:
         return _read_records(read_at, length)
@@ -62,29 +69,81 @@ def _read_records(read_at: ReadAt, length: int) -> dict[str, Record]:
     _, _, _, _, count, size, offset, _ = _END.unpack_from(tail, end)
     if count == 0xFFFF or size == _LIMIT or offset == _LIMIT:
         signature, _, at, _ = _LOCATOR64.unpack_from(tail, end - _LOCATOR64.size)
-        if signature != b"PK\x06\x07":
+        if signature != b"PK\x06\x07" or at + _END64.size > length:
             raise ValueError("no zip64 locator")
         _, _, _, _, _, _, _, count, size, offset = _END64.unpack(read_at(at, _END64.size))
+    if offset + size > length:
+        raise ValueError("the directory reaches past the end")
     inside = offset >= tail_start
     directory = tail[offset - tail_start :][:size] if inside else read_at(offset, size)
-    records, at = {}, 0
+    entries, at = [], 0
     for _ in range(count):
         entry = _CENTRAL.unpack_from(directory, at)
         name_len, extra_len, comment_len = entry[10], entry[11], entry[12]
         at += _CENTRAL.size
-        name = directory[at : at + name_len].decode()
+        name = directory[at : at + name_len]
         extra = directory[at + name_len : at + name_len + extra_len]
         at += name_len + extra_len + comment_len
         if entry[0] != b"PK\x01\x02" or entry[4] != 0:
-            raise ValueError(f"record {name!r} is compressed or damaged")
+            raise ValueError(f"record {name.decode()!r} is compressed or damaged")
         packed, nbytes, header = _zip64_sizes(extra, entry[8], entry[9], entry[16])
-        local = _LOCAL.unpack(read_at(header, _LOCAL.size))
-        start = header + _LOCAL.size + local[9] + local[10]
-        if local[0] != b"PK\x03\x04" or packed != nbytes or start + nbytes > offset:
-            raise ValueError(f"record {name!r} does not lie where the directory says")
-        short = name.partition("/")[2]
-        records[short] = Record(short, start, nbytes, entry[7])
+        if packed != nbytes or header + _LOCAL.size + nbytes > offset:
+            raise ValueError(f"record {name.decode()!r} does not lie where the directory says")
+        entries.append(_Entry(name, header, nbytes, entry[7]))
+    # torch writes zeros instead of checksums if it is told to; some record of a zip has bytes.
+    summed = any(entry.crc32 for entry in entries)
+    records: dict[str, Record] = {}
+    entries.sort(key=lambda entry: entry.header)
+    ends = [*(entry.header for entry in entries[1:]), offset]
+    for each, end in zip(entries, ends, strict=True):
+        start = _check_surroundings(read_at, each, end)
+        short = each.name.decode().partition("/")[2]
+        if short in records:
+            raise ValueError(f"record {short!r} is there twice")
+        records[short] = Record(short, start, each.nbytes, each.crc32 if summed else None)
     return records
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """What the central directory says of a record."""
+
+    name: bytes
+    header: int
+    nbytes: int
+    crc32: int
+
+
+def _check_surroundings(read_at: ReadAt, entry: _Entry, end: int) -> int:
+    """Where a record's bytes begin; what comes before and after them must be as the directory says.
+
+    Raises:
+        ValueError: it is not.
+    """
+    fixed = read_at(entry.header, _LOCAL.size + len(entry.name))
+    local = _LOCAL.unpack_from(fixed)
+    start = entry.header + _LOCAL.size + local[9] + local[10]
+    after = start + entry.nbytes
+    if local[0] != b"PK\x03\x04" or local[3] != 0 or fixed[_LOCAL.size :] != entry.name:
+        raise ValueError(f"record {entry.name.decode()!r} does not lie where the directory says")
+    if after > end:
+        raise ValueError(f"record {entry.name.decode()!r} reaches into the next one")
+    if local[2] & _HAS_DESCRIPTOR:  # sizes and checksum follow the bytes
+        tail = read_at(after, min(_DESCRIPTOR64.size, end - after))
+        said = [
+            form.unpack_from(tail)
+            for form in (_DESCRIPTOR, _DESCRIPTOR64)
+            if len(tail) >= form.size
+        ]
+        right = (b"PK\x07\x08", entry.crc32, entry.nbytes, entry.nbytes) in said
+    else:
+        right = local[6] == entry.crc32 and local[8] in (entry.nbytes, _LIMIT)
+    if not right:
+        raise ValueError(
+            f"record {entry.name.decode()!r} has another size or checksum in its own header than "
+            "in the directory"
+        )
+    return start
 
 
 def _zip64_sizes(extra: bytes, packed: int, nbytes: int, header: int) -> tuple[int, int, int]:

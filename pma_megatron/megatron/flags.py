@@ -100,6 +100,9 @@ def _add_init(add: Callable[..., Any]) -> None:
         help="replicas of a shard read different sources and all-reduce, or different slices of "
         "all sources (default auto)")
     add("--pma-threads", type=int, metavar="T", help="reader threads per rank (default 2)")
+    add("--pma-check-sources", action="store_true",
+        help="with --pma-init: read records whole that are read in part, to compare their "
+        "checksums")
 
 
 def _add_save(add: Callable[..., Any]) -> None:

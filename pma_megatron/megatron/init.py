@@ -67,6 +67,7 @@ def init(args: Any, settings: Settings, models: Sequence[Any], optimizer: Any,
         optimizer_state=settings.optimizer_state,
         share=settings.share,
         threads=settings.threads,
+        check_sources=settings.check_sources,
         metadata=metadata,
     )
     sources = list(report.sources)
@@ -84,8 +85,9 @@ def _selection(args: Any, settings: Settings, iteration: int) -> SelectionReques
 
 
 def _flags(args: Any) -> dict[str, Any]:
-    used = (name for name, users in USED_BY.items() if "pma_init" in users)
-    return {name: getattr(args, name, None) for name in used}
+    used = {name for name, users in USED_BY.items() if "pma_init" in users}
+    used.remove("pma_check_sources")  # it makes no other average
+    return {name: getattr(args, name, None) for name in USED_BY if name in used}
 
 
 def _record_of(folder: Path) -> dict[str, Any] | None:

@@ -31,7 +31,8 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 def merge_into(models: Sequence[Any], optimizer: Any, *, load: str,
                selection: SelectionRequest | None = None, method: Method | None = None,
                optimizer_state: str = "latest", share: str = "auto", threads: int = 2,
-               metadata: Mapping[str, Any] | None = None) -> LiveReport:  # fmt: skip
+               metadata: Mapping[str, Any] | None = None,
+               check_sources: bool = False) -> LiveReport:  # fmt: skip
     """Replace a live model's weights and main params by an average. Every rank makes this call.
 
     Args:
@@ -46,6 +47,7 @@ def merge_into(models: Sequence[Any], optimizer: Any, *, load: str,
             `source`.
         threads: reader threads per rank.
         metadata: what the model's `sharded_state_dict` gets; None for its default.
+        check_sources: read records whole that this reads in part, to compare their checksums.
 
     Raises:
         UsageError, SelectionError, CheckpointError, PlanError: refused on every rank. Unless it
@@ -65,7 +67,7 @@ def merge_into(models: Sequence[Any], optimizer: Any, *, load: str,
     states = (MAIN, *_MOMENTS) if optimizer_state == "average" else (MAIN,)
     jobs = comm.agree("plan", lambda: _jobs(plan, found, tensors, states, share))
     with forward_hooks_off(models):
-        meter.read_bytes = fill(plan, jobs, comm)
+        fill(plan, jobs, comm, meter, check_sources=check_sources)
         if optimizer_state == "reset":
             reset_moments(optimizer, tensors)
         refresh_weights(models, optimizer)

@@ -45,6 +45,7 @@ USED_BY: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "pma_optimizer_state": ("pma_init",),
         "pma_share": ("pma_init",),
         "pma_threads": ("pma_init", "pma_save", "pma_recover", "pma_score"),
+        "pma_check_sources": ("pma_init",),
         "pma_save_dir": ("pma_save",),
         "pma_window_dir": ("pma_save",),
         "pma_snapshot_dtype": ("pma_snapshot_interval_tokens",),
@@ -128,6 +129,8 @@ class Settings:
     """One of `SHARES`: how replicas divide the reading of `init`."""
     threads: int
     """Reader threads per rank."""
+    check_sources: bool
+    """Read records whole that `init` reads in part, to compare their checksums."""
     window: int
     """Members of the running average."""
     interval_tokens: int | None
@@ -217,6 +220,7 @@ def _settings(args: Any) -> Settings:
         optimizer_state=value("optimizer_state", "latest"),
         share=value("share", "auto"),
         threads=value("threads", 2),
+        check_sources=value("check_sources", False),
         window=value("last", DEFAULT_LAST),
         interval_tokens=value("interval_tokens"),
         save_dir=value("save_dir", save and f"{save.rstrip('/')}-pma"),

@@ -7,13 +7,13 @@ replicas share the reading as in PMA-init.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pma_megatron import engine
 from pma_megatron.build import refuse_rounded
 from pma_megatron.comm import Comm, Team
 from pma_megatron.discover import choose, list_checkpoints
@@ -21,11 +21,13 @@ from pma_megatron.errors import UsageError
 from pma_megatron.formats import registry
 from pma_megatron.formats.source import Source
 from pma_megatron.grid import Grid, Point
-from pma_megatron.live import LivePlan, LiveWriter, average_units
+from pma_megatron.integrity import checked
+from pma_megatron.live import LivePlan, average_units
+from pma_megatron.live_load import run
 from pma_megatron.megatron.load import replicas
 from pma_megatron.megatron.params import LiveTensor, live_tensors
 from pma_megatron.megatron.swap import weights_restored
-from pma_megatron.planning import open_sources, refuse_changed
+from pma_megatron.planning import open_sources
 from pma_megatron.policy import MAIN
 from pma_megatron.refs import CheckpointRef
 from pma_megatron.request import MergeRequest
@@ -164,10 +166,9 @@ def average_into(tensors: Sequence[LiveTensor], sources: Sequence[Source],
         coefficients=(tuple(coefficients),),
         threads=threads,
     )
-    for units, team in comm.agree("plan", lambda: _jobs(plan, tensors)):
-        comm.agree("average", lambda u=units, t=team: engine.run(  # type: ignore[misc]
-            plan, u, [LiveWriter()], comm, t, lambda _: None))  # fmt: skip
-    comm.agree("sources", lambda: refuse_changed(plan, comm))
+    with checked(plan, comm) as found:
+        for job in comm.agree("plan", lambda: _jobs(plan, tensors)):
+            comm.agree("average", functools.partial(run, plan, job, comm, found.reads))
 
 
 def _jobs(plan: LivePlan, tensors: Sequence[LiveTensor]) -> list[tuple[list[Unit], Team]]:

@@ -164,6 +164,7 @@ def _options(settings: Settings) -> dict[str, Any]:
         "optimizer_state": settings.optimizer_state,
         "share": settings.share,
         "threads": settings.threads,
+        "check_sources": settings.check_sources,
     }
 
 

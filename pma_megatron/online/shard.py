@@ -22,6 +22,7 @@ from pma_megatron.formats.torch_dist.chunks import Chunk
 from pma_megatron.geometry import Box, PieceIndex, flat_range
 from pma_megatron.live_tensor import LiveTensor, Place
 from pma_megatron.policy import MAIN
+from pma_megatron.reads import Reads
 
 Tensor = TypeVar("Tensor", bound=LiveTensor)
 
@@ -85,14 +86,20 @@ class Shard(ABC, Generic[Tensor]):
             if place.first_replica
         ]
 
-    def read(self, source: Source, vector: torch.Tensor) -> None:
+    def read(self, source: Source, vector: torch.Tensor, reads: Reads) -> None:
         """Fill a vector from a checkpoint of vectors, whatever layout wrote it.
+
+        Args:
+            source: the checkpoint.
+            vector: of this rank.
+            reads: takes note of what is read (`integrity.checked`).
 
         Raises:
             CheckpointError: a tensor is missing, of another shape, or not float32; or damage.
         """
         path = Path(source.path)
-        reader = BlockReader(source.path, registry.get(source.format, source.path).files(path))
+        files = registry.get(source.format, source.path).files(path)
+        reader = BlockReader(source.path, files, reads)
         indexes: dict[str, PieceIndex[Any]] = {}
         try:
             for slot in self.slots:

@@ -22,6 +22,8 @@ from pma_megatron.comm import Comm
 from pma_megatron.discover import list_checkpoints
 from pma_megatron.errors import CheckpointError, PublishError
 from pma_megatron.formats import registry
+from pma_megatron.integrity import checked
+from pma_megatron.live import LivePlan
 from pma_megatron.online.shard import Shard
 from pma_megatron.online.snapshots import SnapshotWriter, prune
 from pma_megatron.online.window import Entry, ExponentialAverage, Window
@@ -140,8 +142,15 @@ class WindowStore:
             raise CheckpointError(f"{ref.path}: its tokens are unknown because {because}")
         entry = Entry(iteration=ref.iteration, tokens=ref.consumed_tokens, members=members)
 
+        plan = LivePlan(
+            sources=(source,), visible=(tuple(range(self._comm.size)),), coefficients=(), threads=1
+        )
+
         def fill(vector: torch.Tensor) -> None:
-            self._comm.agree("read the window", lambda: self._shard.read(source, vector))
+            with checked(plan, self._comm) as found:
+                self._comm.agree(
+                    "read the window", lambda: self._shard.read(source, vector, found.reads[0])
+                )
 
         self.window.restore(entry, fill)
 

@@ -15,8 +15,9 @@ from typing import Any
 
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.base import Item
+from pma_megatron.formats.deepspeed.schema import check_model_states, check_optimizer_states
 from pma_megatron.formats.items import ItemFiles
-from pma_megatron.formats.pickles import load_inert
+from pma_megatron.formats.schema import arguments, dictionary
 
 MODEL = re.compile(r"^(?:zero_pp_rank_(?P<dp>\d+)_)?mp_rank_(?P<mp>\d+)_model_states\.pt$")
 OPTIM = re.compile(r"^(?:bf16_)?zero_pp_rank_(?P<dp>\d+)_mp_rank_(?P<mp>\d+)_optim_states\.pt$")
@@ -88,14 +89,24 @@ class DeepSpeedCheckpoint(ItemFiles):
             CheckpointError: it is damaged or hostile.
         """
         if file not in self._contents:
-            data = self.read_record(self.item(file), "data.pkl")
-            what, known = str(self.path / file), self.known_names(file)
-            self._contents[file] = load_inert(data, what=what, known=known)
+            found = self.decode(self.item(file), str(self.path / file), self.known_names(file))
+            self._contents[file] = self.checked(file, found)
         return self._contents[file]
 
     def known_names(self, file: str) -> frozenset[tuple[str, str]] | None:
         """All that `file` may name; None for any, where a script keeps its own state."""
         return OPTIM_NAMES if OPTIM.match(file) or WHOLE.match(file) else None
+
+    def checked(self, file: str, value: Any) -> Any:
+        """`value`, what `file` says, if every field in it is what DeepSpeed writes there.
+
+        Raises:
+            CheckpointError: one is not.
+        """
+        what = str(self.path / file)
+        if OPTIM.match(file) or WHOLE.match(file):
+            return check_optimizer_states(value, what)
+        return check_model_states(value, what) if MODEL.match(file) else dictionary(value, what)
 
     def state(self, file: str) -> dict[str, Any]:
         """The dictionary in a file.
@@ -187,8 +198,7 @@ class DeepSpeedCheckpoint(ItemFiles):
 
     def args(self) -> Mapping[str, Any]:
         """Training arguments that Megatron-DeepSpeed keeps in the client state; {} without."""
-        saved = self.head.get("args")
-        return vars(saved) if hasattr(saved, "__dict__") else dict(saved or {})
+        return arguments(self.head.get("args"), f"{self.path}: args")
 
     def metadata_digest(self) -> str:
         """SHA-256 over the pickle, and the checksum of every record, of all files."""

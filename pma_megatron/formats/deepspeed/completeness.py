@@ -30,7 +30,7 @@ _FOLDERS = {
     "zero": "parameters of a Universal checkpoint beside rank files",
     "offloaded_tensors": "states offloaded to NVMe",
 }
-_EXPERT_GROUP = re.compile(r"^ep_size_(\d+)$")
+_EXPERT_GROUP = re.compile(r"^ep_size_(\d{1,6})$")
 _NEEDED = ("module", "param_shapes", "buffer_names", "global_steps", "dp_world_size")
 
 
@@ -67,16 +67,7 @@ def _unsupported(path: Path) -> str | None:
 def _incomplete(checkpoint: DeepSpeedCheckpoint) -> str | None:
     if (0, 0) not in checkpoint.model:
         return "the model states of rank 0 are missing: still being written, or incomplete"
-    missing = [name for name in _NEEDED if name not in checkpoint.head]
-    if missing:
-        file = checkpoint.model[0, 0]
-        if "num_experts" in checkpoint.head:
-            return (
-                f"{file} has no {missing[0]}, as MoE models that DeepSpeed 0.16 saved: resume it "
-                "with a newer DeepSpeed (0.19.8 does), and save it again"
-            )
-        return f"{file} has no {missing[0]}: it is not a model states file of DeepSpeed"
-    for check in (_ranks, _optimizers, _experts, _layers):
+    for check in (_fields_of_first, _ranks, _fields, _optimizers, _experts, _layers):
         reason = check(checkpoint)
         if reason:
             return reason
@@ -85,6 +76,27 @@ def _incomplete(checkpoint: DeepSpeedCheckpoint) -> str | None:
         return f"{min(stray)} is a second file of its rank: two saves in one folder"
     for name in checkpoint.files:
         checkpoint.records(checkpoint.item(name))
+    return None
+
+
+def _fields_of_first(checkpoint: DeepSpeedCheckpoint) -> str | None:
+    return _lacking(checkpoint, checkpoint.model[0, 0])
+
+
+def _fields(checkpoint: DeepSpeedCheckpoint) -> str | None:
+    found = (_lacking(checkpoint, file) for file in checkpoint.model.values())
+    return next((reason for reason in found if reason), None)
+
+
+def _lacking(checkpoint: DeepSpeedCheckpoint, file: str) -> str | None:
+    missing = [name for name in _NEEDED if name not in checkpoint.state(file)]
+    if missing and "num_experts" in checkpoint.head:
+        return (
+            f"{file} has no {missing[0]}, as MoE models that DeepSpeed 0.16 saved: resume it "
+            "with a newer DeepSpeed (0.19.8 does), and save it again"
+        )
+    if missing:
+        return f"{file} has no {missing[0]}: it is not a model states file of DeepSpeed"
     return None
 
 
@@ -129,8 +141,9 @@ def _optimizers(checkpoint: DeepSpeedCheckpoint) -> str | None:
             "weights without ZeRO saves it so, and DeepSpeed does not resume from it (KeyError in "
             "bf16_optimizer.py). Train with zero_optimization.stage 1"
         )
-    if not checkpoint.head["param_shapes"]:
-        return f"{file} has no param_shapes: it was saved without a ZeRO optimizer"
+    for file in checkpoint.model.values():
+        if not checkpoint.state(file)["param_shapes"]:
+            return f"{file} has no param_shapes: it was saved without a ZeRO optimizer"
     return None
 
 
@@ -165,6 +178,9 @@ def _whole(checkpoint: DeepSpeedCheckpoint, has_experts: bool) -> str | None:
             f"without ZeRO, experts are spread over {sorted(sizes)} ranks, expected one size for "
             "all: train with zero_optimization.stage 1"
         )
+    counts = checkpoint.head.get("num_experts") or ()
+    if any(size == 0 or count % size for size in sizes for count in counts):
+        return f"its {list(counts)} experts are not spread evenly over {max(sizes)} ranks: damaged"
     if set(checkpoint.whole) != set(range(max(sizes, default=0))):
         return (
             f"it holds optimizers of expert-parallel ranks {sorted(checkpoint.whole)}, expected "

@@ -85,7 +85,8 @@ def _may_be_on(checkpoint: DeepSpeedCheckpoint, stage: int, layer: int) -> bool:
 def numbered_layers(checkpoint: DeepSpeedCheckpoint, stage: int) -> Iterator[int]:
     """Numbers of the layers of a stage that are not tied, as far as parameters and buffers say."""
     head = checkpoint.head_of(stage)
-    names = [*head["buffer_names"], *(n for group in head["param_shapes"] or () for n in group)]
+    of_groups = (name for group in head["param_shapes"] or () for name in group)
+    names = [*(head["buffer_names"] or ()), *of_groups]
     for name in names:
         first = name.partition(".")[0]
         if first.isdecimal():

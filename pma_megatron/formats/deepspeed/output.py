@@ -15,9 +15,11 @@ from pma_megatron.formats.base import Item, Payload
 from pma_megatron.formats.deepspeed.checkpoint import DeepSpeedCheckpoint
 from pma_megatron.formats.deepspeed.partitions import base_state
 from pma_megatron.formats.marker import MARKER_FILE
+from pma_megatron.formats.names import plain_name
 from pma_megatron.formats.output import OutputItem, OutputLayout, Place
 from pma_megatron.formats.rates import scale_groups, scale_schedule
 from pma_megatron.formats.relay import relay, reset_steps
+from pma_megatron.openfiles import leads_out
 from pma_megatron.spelling import given, named
 
 
@@ -146,7 +148,9 @@ def lay_out_after(checkpoint: DeepSpeedCheckpoint, payloads: Iterable[Payload],
 def _small_files(checkpoint: DeepSpeedCheckpoint) -> OrderedDict[str, bytes]:
     """What else lies in the folder, as it is."""
     return OrderedDict(
-        (path.name, path.read_bytes())
+        (plain_name(path.name, str(checkpoint.path)), checkpoint.read_small(path.name))
         for path in sorted(checkpoint.path.iterdir())
-        if path.is_file() and path.name not in (*checkpoint.files, MARKER_FILE)
+        if path.is_file()
+        and path.name not in (*checkpoint.files, MARKER_FILE)
+        and not leads_out(path, checkpoint.path)
     )

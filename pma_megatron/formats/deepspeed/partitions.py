@@ -22,8 +22,9 @@ from typing import Any
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.base import MAIN_PARAM, Item, Payload
 from pma_megatron.formats.deepspeed.checkpoint import DeepSpeedCheckpoint
+from pma_megatron.formats.deepspeed.schema import refuse_ragged
 from pma_megatron.formats.flat import FlatMap, FlatRange, FlatSpace
-from pma_megatron.formats.pickles import TensorRef
+from pma_megatron.formats.pickles import Record, TensorRef
 from pma_megatron.geometry import Box, Piece, flat_range
 
 _MASTERS = "single_partition_of_fp32_groups"
@@ -73,6 +74,7 @@ def _groups_of_rank(checkpoint: DeepSpeedCheckpoint, mp: int) -> Iterator[Group]
     ]
     saved = checkpoint.optimizer(0, mp).get("partition_count", world)
     counts = saved if isinstance(saved, list) else [saved] * len(named)
+    refuse_ragged(len(counts), len(named), f"{checkpoint.path}: partition_count")
     local = local_experts(named)
     for number, (shapes, count) in enumerate(zip(named, counts, strict=True)):
         of_experts = bool(shapes) and all(map(LOCAL_EXPERT.match, shapes))
@@ -112,7 +114,8 @@ def kind(checkpoint: DeepSpeedCheckpoint) -> str:
     stage = checkpoint.optimizer(0).get("zero_stage")
     if stage is None:
         return "BF16_Optimizer"
-    said = getattr(stage, "pma_args", (stage,))[-1]  # a number; of some Pythons' pickles, a name
+    # A number; of some Pythons' pickles, a name.
+    said = stage.args[-1] if isinstance(stage, Record) and stage.args else stage
     return f"ZeRO-{_STAGES.get(said, said)}"
 
 
@@ -166,6 +169,10 @@ def _by_group(checkpoint: DeepSpeedCheckpoint, groups: Sequence[Group],
             f"group {number} of rank {group.ranks[0]}",
             [by_rank[rank][number] for rank in group.ranks],
         )
+        if paddings:
+            what = f"{checkpoint.path}: param_alignment_paddings"
+            refuse_ragged(len(paddings), count, what)
+            refuse_ragged(len(paddings[number]), len(group.shapes), f"{what} of group {number}")
         found, at = [], 0
         for index, (name, shape) in enumerate(group.shapes.items()):
             found.append(FlatRange(at, name, _whole(shape)))

@@ -26,6 +26,7 @@ from pma_megatron.formats.deepspeed.steps import refuse_mixed_steps
 from pma_megatron.formats.deepspeed.unsharded import name_main_params, trained_shapes
 from pma_megatron.formats.flat import FlatMap, FlatSpace, states_from_flat
 from pma_megatron.formats.pickles import TensorRef
+from pma_megatron.formats.schema import is_count
 from pma_megatron.formats.source import Source, stamps_of
 from pma_megatron.geometry import Box, Piece
 
@@ -274,7 +275,7 @@ def schedule_of(groups: Any, head: Mapping[str, Any]) -> Schedule:
     rates = [float(g["lr"]) for g in groups or () if isinstance(g.get("lr"), (int, float))]
     return Schedule(
         learning_rate=max(rates, default=None),
-        samples=samples if isinstance(samples, int) else None,
+        samples=samples if is_count(samples) else None,
         max_lr=_rate(limits.get("max_lr")),
         min_lr=_rate(limits.get("min_lr")),
     )

@@ -10,6 +10,7 @@ import torch
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.deepspeed.checkpoint import DeepSpeedCheckpoint
 from pma_megatron.formats.pickles import TensorRef
+from pma_megatron.formats.schema import wrong
 
 _NAMES = ("step", "common_step", "base_optimizer_state_step")
 
@@ -54,6 +55,10 @@ def _counters(state: Any) -> Iterator[Any]:
 def _value(checkpoint: DeepSpeedCheckpoint, file: str, counter: int | float | TensorRef) -> float:
     if not isinstance(counter, TensorRef):
         return float(counter)
-    data = checkpoint.read_record(checkpoint.item(file), f"data/{counter.storage.key}")
-    stored = torch.frombuffer(bytearray(data), dtype=counter.storage.dtype)
-    return float(stored[counter.offset])
+    item, dtype = checkpoint.item(file), counter.storage.dtype
+    record = checkpoint.records(item).get(f"data/{counter.storage.key}")
+    start = counter.offset * dtype.itemsize
+    if record is None or start + dtype.itemsize > record.nbytes or dtype.is_complex:
+        raise wrong(f"{checkpoint.path / file}: step", "a number", counter)
+    data = checkpoint.read(item.file, item.offset + record.start + start, dtype.itemsize)
+    return float(torch.frombuffer(bytearray(data), dtype=dtype)[0])

@@ -19,6 +19,7 @@ from typing import Any
 
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.deepspeed.checkpoint import OPTIM_NAMES, DeepSpeedCheckpoint
+from pma_megatron.formats.deepspeed.schema import check_model_states, check_optimizer
 from pma_megatron.formats.pickles import TensorRef
 
 FOLDER = "zero"
@@ -51,6 +52,13 @@ class UniversalCheckpoint(DeepSpeedCheckpoint):
     def known_names(self, file: str) -> frozenset[tuple[str, str]] | None:
         """See `DeepSpeedCheckpoint`."""
         return None if file in self.stages else _NAMES
+
+    def checked(self, file: str, value: Any) -> Any:
+        """See `DeepSpeedCheckpoint`."""
+        what = str(self.path / file)
+        if file == GLOBAL_STATE:
+            check_optimizer(value, what)
+        return check_model_states(value, what) if file in self.stages else value
 
     @property
     def client_states(self) -> tuple[str, ...]:
@@ -116,6 +124,8 @@ def _incomplete(checkpoint: UniversalCheckpoint) -> str | None:
         missing = [name for name in _NEEDED if not checkpoint.state(file).get(name)]
         if missing:
             return f"{file} has no {missing[0]}: it is not a model states file of a ZeRO optimizer"
+        if "module" not in checkpoint.state(file):
+            return f"{file} has no module: it is not a model states file of DeepSpeed"
     return _stray(checkpoint) or _damaged(checkpoint)
 
 
@@ -166,7 +176,8 @@ def refuse_other_shapes(checkpoint: UniversalCheckpoint) -> None:
         states = {state: f for state, f in checkpoint.states[name].items() if state != STEP}
         sizes = {state: checkpoint.tensor(file).size for state, file in states.items()}
         whole = sizes[MASTER]
-        cut = checkpoint.vocabulary_cut(name) and whole[1:] == shape[1:] and whole[0] <= shape[0]
+        rows = bool(whole and shape) and whole[1:] == shape[1:] and whole[0] <= shape[0]
+        cut = checkpoint.vocabulary_cut(name) and rows
         if not cut and math.prod(whole) != math.prod(shape):
             raise CheckpointError(
                 f"{checkpoint.path / FOLDER / name} has shape {whole}, param_shapes says {shape}: "

@@ -107,7 +107,7 @@ def _without_padding(weight: Tensor, main: Tensor | None) -> Tensor:
 def _copies(checkpoint: UniversalCheckpoint) -> Iterator[tuple[str, Piece[Payload]]]:
     """Float32 copies of what is not trained under that name."""
     for name, states in checkpoint.states.items():
-        if name not in checkpoint.shapes:
+        if name not in checkpoint.shapes and MASTER in states:
             yield name, _piece(checkpoint, states[MASTER])
 
 

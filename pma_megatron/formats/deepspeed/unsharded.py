@@ -26,6 +26,7 @@ from pma_megatron.formats.deepspeed.partitions import base_state, payload_of
 from pma_megatron.formats.fingerprints import FINGERPRINT_ELEMENTS, Fingerprints, holds
 from pma_megatron.formats.flat import FlatMap, FlatRange, FlatSpace, read_elements, read_flat
 from pma_megatron.formats.pickles import TensorRef
+from pma_megatron.formats.schema import wrong
 from pma_megatron.geometry import Box, Piece
 
 _GROUPS = "fp32_groups"
@@ -79,7 +80,7 @@ def name_main_params(
 
 def trained_shapes(checkpoint: DeepSpeedCheckpoint) -> set[tuple[int, ...]]:
     """Shapes of what a float32 optimizer has moments of."""
-    states = (base_state(state)["state"] for state in checkpoint.optimizers().values())
+    states = (_moments(checkpoint, *found) for found in checkpoint.optimizers().items())
     return {
         value.size
         for state in states
@@ -87,6 +88,16 @@ def trained_shapes(checkpoint: DeepSpeedCheckpoint) -> set[tuple[int, ...]]:
         for name, value in moments.items()
         if name != "step" and isinstance(value, TensorRef)
     }
+
+
+def _moments(checkpoint: DeepSpeedCheckpoint, file: str, state: Mapping[str, Any]
+             ) -> dict[int, dict[str, Any]]:  # fmt: skip
+    """The number of each main param -> its moments."""
+    base = base_state(state)
+    found = base.get("state") if isinstance(base, dict) else None
+    if not isinstance(found, dict):
+        raise wrong(f"{checkpoint.path / file}: optimizer", "moments of each main param", base)
+    return {number: moments or {} for number, moments in found.items()}
 
 
 def _weights_of(
@@ -111,7 +122,7 @@ def _spaces(checkpoint: DeepSpeedCheckpoint, file: str, state: Mapping[str, Any]
     flat = _GROUPS_FLAT in state
     groups = state.get(_GROUPS_FLAT if flat else _GROUPS, ())
     masters = groups if flat else [master for group in groups for master in group]
-    moments = base_state(state)["state"] if masters else {}
+    moments = _moments(checkpoint, file, state) if masters else {}
     item = checkpoint.item(file)
     for number, master in enumerate(masters):
         found = {MAIN_PARAM: master} | {

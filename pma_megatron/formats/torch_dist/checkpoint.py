@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -12,11 +11,17 @@ from typing import Any
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.base import Item
 from pma_megatron.formats.items import ItemFiles
-from pma_megatron.formats.pickles import load_inert
-from pma_megatron.formats.torch_dist.metadata import METADATA_FILE, parse, read_metadata
+from pma_megatron.formats.json_files import read_json
+from pma_megatron.formats.schema import arguments, dictionary, is_count, wrong
+from pma_megatron.formats.torch_dist.metadata import (
+    COMMON_FILE,
+    CONFIG_FILE,
+    METADATA_FILE,
+    read_metadata,
+)
+from pma_megatron.openfiles import read_source_file
 
-CONFIG_FILE = "metadata.json"
-COMMON_FILE = "common.pt"
+__all__ = ["COMMON_FILE", "COMMON_KEY", "CONFIG_FILE", "TorchDistCheckpoint", "completeness"]
 COMMON_KEY = "common_state/shard_0_1"
 
 
@@ -35,14 +40,21 @@ class TorchDistCheckpoint(ItemFiles):
             raise CheckpointError(f"{path} is not a torch_dist checkpoint: {reason}")
         super().__init__(path)
         self.metadata = read_metadata(path)
-        self.tensors, self.objects = parse(self.metadata, str(path / METADATA_FILE))
+        self.tensors, self.objects = self.metadata.tensors, self.metadata.objects
 
     @cached_property
     def common(self) -> dict[str, Any]:
         """The common state (args, iteration, scheduler, ...) with unknown classes kept inert."""
-        value = load_inert(self.common_pickle(), what=str(self.path / COMMON_FILE))
-        # >= 0.19 stores it as an object entry, and those are lists of one.
-        return value[0] if self.common_is_entry else value
+        what = str(self.path / (COMMON_KEY if self.common_is_entry else COMMON_FILE))
+        value = self.decode(self.common_item, what)
+        if self.common_is_entry:  # >= 0.19: an object entry, and those are lists of one
+            if type(value) is not list or len(value) != 1:
+                raise wrong(what, "a list of one dictionary", value)
+            value = value[0]
+        common = dictionary(value, what)
+        if not (common.get("iteration") is None or is_count(common["iteration"])):
+            raise wrong(f"{what}: iteration", "a number of iterations", common["iteration"])
+        return common
 
     @property
     def common_is_entry(self) -> bool:
@@ -68,14 +80,13 @@ class TorchDistCheckpoint(ItemFiles):
 
     def args(self) -> Mapping[str, Any]:
         """Megatron's training arguments, {} for a checkpoint without them."""
-        saved = self.common.get("args")
-        return vars(saved) if hasattr(saved, "__dict__") else dict(saved or {})
+        return arguments(self.common.get("args"), f"{self.path}: args")
 
     def metadata_digest(self) -> str:
         """SHA-256 over `.metadata`, `metadata.json` and the common state's pickle."""
         digest = hashlib.sha256()
         for name in (METADATA_FILE, CONFIG_FILE):
-            digest.update((self.path / name).read_bytes())
+            digest.update(read_source_file(self.path / name))
         digest.update(self.common_pickle())
         return digest.hexdigest()
 
@@ -91,9 +102,10 @@ def completeness(path: Path) -> str | None:
     if reason:
         return reason
     try:
-        tensors, objects = parse(read_metadata(path), str(path / METADATA_FILE))
+        metadata = read_metadata(path)
     except CheckpointError as error:
         return str(error)
+    tensors, objects = metadata.tensors, metadata.objects
     items = [piece.payload.item for tensor in tensors.values() for piece in tensor.pieces]
     needed: dict[str, int] = {}
     for item in [*items, *objects.values()]:
@@ -125,8 +137,8 @@ def _not_torch_dist(path: Path) -> str | None:
     if not config.is_file():
         return f"no {CONFIG_FILE}: still being written, or not saved by Megatron"
     try:
-        backend = json.loads(config.read_text())["sharded_backend"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        backend = read_json(config).get("sharded_backend")
+    except CheckpointError as error:
         return f"{CONFIG_FILE} cannot be read ({error}): damaged"
     if backend != "torch_dist":
         return f"{CONFIG_FILE} says {backend!r}; only 'torch_dist' is supported"

@@ -1,32 +1,65 @@
-"""The `.metadata` pickle of torch.distributed.checkpoint: read with a closed list of classes.
+"""The `.metadata` pickle of torch.distributed.checkpoint: decoded, checked, in our own values.
 
 Source: torch/distributed/checkpoint/metadata.py and filesystem.py; Megatron adds the attribute
 `mcore_data` (megatron/core/dist_checkpointing/strategies/torch.py) and, in some releases, keeps all
-save plans in `all_local_plans`, which no reader needs.
+save plans in `all_local_plans`, which no reader needs. Nothing of the file itself is used before
+every field that is read has been checked.
 """
 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
+    ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
+    TensorProperties,
     TensorStorageMetadata,
 )
 
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.base import Item, Payload, Tensor
-from pma_megatron.formats.pickles import load_strict
+from pma_megatron.formats.inert import Name, Record, brief, fields_of
+from pma_megatron.formats.marker import MARKER_FILE
+from pma_megatron.formats.names import plain_name
+from pma_megatron.formats.pickles import load_inert
+from pma_megatron.formats.schema import (
+    LIMIT,
+    a_list,
+    dictionary,
+    is_count,
+    is_shape,
+    pairs_of,
+    record_fields,
+    wrong,
+)
+from pma_megatron.formats.torch_dist.cover import cover, refuse_shared
 from pma_megatron.geometry import Box, Piece
+from pma_megatron.openfiles import read_source_file
 
 METADATA_FILE = ".metadata"
+CONFIG_FILE = "metadata.json"
+COMMON_FILE = "common.pt"
+_RESERVED = {METADATA_FILE, CONFIG_FILE, COMMON_FILE, MARKER_FILE}
 _DCP = "torch.distributed.checkpoint"
+_MCORE = "megatron.core.dist_checkpointing.strategies.torch"
+_METADATA = {Name(f"{_DCP}.metadata", "Metadata"), Name(_MCORE, "MCoreMetadata")}
+_TENSOR = Name(f"{_DCP}.metadata", "TensorStorageMetadata")
+_BYTES = Name(f"{_DCP}.metadata", "BytesStorageMetadata")
+_CHUNK = Name(f"{_DCP}.metadata", "ChunkStorageMetadata")
+_PROPERTIES = Name(f"{_DCP}.metadata", "TensorProperties")
+_INDEX = Name(f"{_DCP}.metadata", "MetadataIndex")
+_FORMATS = Name(f"{_DCP}.metadata", "_MEM_FORMAT_ENCODING")
+_INFO = Name(f"{_DCP}.filesystem", "_StorageInfo")
+_LAYOUT = Name("torch.serialization", "_get_layout")
 _ALLOWED = frozenset(
     {(f"{_DCP}.metadata", name) for name in (
         "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata",
@@ -37,126 +70,271 @@ _ALLOWED = frozenset(
     )}
     | {(f"{_DCP}.filesystem", name) for name in ("_StorageInfo", "_StoragePrefix")}
     | {("torch.serialization", "_get_layout")}
+    | {(_MCORE, name) for name in ("MCoreMetadata", "MCoreSavePlan")}
     | {("pathlib", name) for name in ("PosixPath", "PurePosixPath", "Path")}
 )  # fmt: skip
+_MEMORY_FORMATS = (
+    ("TORCH_CONTIGUOUS_FORMAT", torch.contiguous_format),
+    ("TORCH_CHANNELS_LAST", torch.channels_last),
+    ("TORCH_PRESERVE_FORMAT", torch.preserve_format),
+)
+"""Members of `_MEM_FORMAT_ENCODING`, by their value."""
+_MAX_KEY = 4096
+_ORIGINAL_SHAPE = "nd_reformulated_orig_global_shape"
+_Index = tuple[str, "tuple[int, ...] | None"]
+"""Key of an entry and offsets of a chunk of it, as `MetadataIndex`; None for an object."""
 
 
-class _MCoreMetadata(Metadata):
-    """Megatron-core 0.15's own subclass; the base class and an attribute say the same."""
+@dataclass(frozen=True, slots=True)
+class Properties:
+    """`TensorProperties` of a tensor."""
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-
-
-class _SavePlan:
-    """Megatron-core <= 0.15 keeps its save plans in the metadata; they are not used."""
-
-
-_MCORE = "megatron.core.dist_checkpointing.strategies.torch"
-_STAND_INS: dict[tuple[str, str], type] = {
-    (_MCORE, "MCoreMetadata"): _MCoreMetadata,
-    (_MCORE, "MCoreSavePlan"): _SavePlan,
-}
+    dtype: torch.dtype
+    requires_grad: bool
+    memory_format: torch.memory_format
+    pin_memory: bool
 
 
-def read_metadata(folder: Path) -> Metadata:
+@dataclass(frozen=True, slots=True)
+class DcpMetadata:
+    """What a `.metadata` says, checked.
+
+    Attributes:
+        tensors: tensors by key, in the order of the file (the order of the model).
+        objects: opaque entries by key, likewise.
+        order: all keys, in the order of the file.
+        properties: of each tensor.
+        planner_data: key -> path in the state dict that it was flattened from; None if it is not
+            said.
+        original_shapes: key -> shape before Megatron <= 0.14 reformulated a flattened shard, None
+            for keys that it left alone; None if it is not Megatron's.
+    """
+
+    tensors: Mapping[str, Tensor]
+    objects: Mapping[str, Item]
+    order: tuple[str, ...]
+    properties: Mapping[str, Properties]
+    planner_data: Mapping[str, tuple[str | int, ...]] | None
+    original_shapes: Mapping[str, tuple[int, ...] | None] | None
+
+
+def read_metadata(folder: Path) -> DcpMetadata:
     """Read `.metadata` of a checkpoint folder.
 
     Raises:
         CheckpointError: missing, damaged, hostile, or not a DCP `Metadata`.
     """
     path = folder / METADATA_FILE
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    metadata = load_strict(data, allowed=_ALLOWED, stand_ins=_STAND_INS, what=str(path))
-    storage = getattr(metadata, "storage_data", None)
-    if not isinstance(metadata, Metadata) or not isinstance(storage, dict):
-        raise CheckpointError(
-            f"{path} holds {type(metadata).__name__}, expected torch.distributed.checkpoint "
-            "Metadata with storage_data: not a torch_dist checkpoint, or damaged"
-        )
-    return metadata
+    return parse(read_source_file(path), str(path))
 
 
-def parse(metadata: Metadata, what: str) -> tuple[dict[str, Tensor], dict[str, Item]]:
-    """Tensors and opaque objects by key, in the order of the file (the order of the model).
+def parse(data: bytes, what: str) -> DcpMetadata:
+    """The content of a `.metadata`.
+
+    Args:
+        data: the file's bytes.
+        what: the file, for messages.
 
     Raises:
-        CheckpointError: an entry has no storage, is stored compressed, or lies outside its tensor.
+        CheckpointError: an entry is not of the kind or type that it has to be, has no storage, is
+            stored compressed, or names a file outside the folder; chunks of a tensor overlap or do
+            not cover it; two entries share bytes.
     """
-    tensors, objects = {}, {}
-    for key, entry in metadata.state_dict_metadata.items():
-        if isinstance(entry, BytesStorageMetadata):
-            objects[key] = _item(metadata.storage_data, MetadataIndex(key), what)
-        elif isinstance(entry, TensorStorageMetadata):
-            tensors[key] = _tensor(key, entry, metadata.storage_data, what)
+    value = load_inert(data, what=what, known=_ALLOWED, walked=False)
+    fields = fields_of(value)
+    if fields is None or value.name not in _METADATA:
+        raise CheckpointError(
+            f"{what} holds {brief(value)}, expected torch.distributed.checkpoint Metadata: not a "
+            "torch_dist checkpoint, or damaged"
+        )
+    entries = dictionary(fields.get("state_dict_metadata"), f"{what}: state_dict_metadata")
+    storage = _storage(fields.get("storage_data"), what)
+    tensors, objects, properties = {}, {}, {}
+    for key, entry in entries.items():
+        if len(key) > _MAX_KEY or not key.isprintable():
+            raise wrong(f"{what}: state_dict_metadata", "names of parameters", key)
+        where = f"{what}: {key}"
+        kind = entry.name if type(entry) is Record else None
+        if kind == _BYTES:
+            objects[key] = _stored(storage, (key, None), what)
+        elif kind == _TENSOR:
+            properties[key], tensors[key] = _tensor(key, record_fields(entry, where), storage, what)
         else:
-            raise CheckpointError(f"{what}: {key} is a {type(entry).__name__}, expected a tensor")
-    return tensors, objects
+            raise wrong(where, "a tensor or an object of DCP", entry)
+    refuse_shared([p.payload.item for t in tensors.values() for p in t.pieces], objects, what)
+    return DcpMetadata(
+        tensors, objects, tuple(entries), properties,
+        _planner_data(fields.get("planner_data"), f"{what}: planner_data"),
+        _original_shapes(fields.get("mcore_data"), f"{what}: mcore_data"),
+    )  # fmt: skip
 
 
-def original_shape(metadata: Metadata, key: str) -> tuple[int, ...] | None:
+def original_shape(metadata: DcpMetadata, key: str) -> tuple[int, ...] | None:
     """Shape before Megatron <= 0.14 reformulated a flattened shard, or None."""
-    data: Mapping[str, Any] = getattr(metadata, "mcore_data", None) or {}
-    shape = data.get(key, {}).get("nd_reformulated_orig_global_shape")
-    return None if shape is None else tuple(shape)
+    return (metadata.original_shapes or {}).get(key)
 
 
-def dump_metadata(base: Metadata, places: Mapping[MetadataIndex, Item], drop: set[str],
-                  dtypes: Mapping[str, Any]) -> bytes:  # fmt: skip
+def dump_metadata(base: DcpMetadata, places: Mapping[MetadataIndex, Item], drop: Collection[str],
+                  dtypes: Mapping[str, torch.dtype]) -> bytes:  # fmt: skip
     """`.metadata` of an output: `base` with other places, without `drop`, with other `dtypes`."""
-    kept: dict[str, Any] = {}
-    for key, entry in base.state_dict_metadata.items():
+    entries: dict[str, Any] = {}
+    for key in base.order:
         if key in drop:
             continue
-        if key in dtypes and isinstance(entry, TensorStorageMetadata):
-            properties = type(entry.properties)(**{**vars(entry.properties), "dtype": dtypes[key]})
-            entry = TensorStorageMetadata(properties, entry.size, entry.chunks)
-        kept[key] = entry
-    output = Metadata(kept)
-    for name, value in vars(base).items():
-        if name not in ("state_dict_metadata", "storage_data", "all_local_plans"):
-            setattr(output, name, value)
-    if isinstance(base.planner_data, dict):
+        entries[key] = BytesStorageMetadata()
+        if key in base.tensors:
+            tensor, said = base.tensors[key], base.properties[key]
+            properties = TensorProperties(
+                dtype=dtypes.get(key, said.dtype), requires_grad=said.requires_grad,
+                memory_format=said.memory_format, pin_memory=said.pin_memory,
+            )  # fmt: skip
+            boxes = [piece.box for piece in tensor.pieces]
+            chunks = [
+                ChunkStorageMetadata(torch.Size(b.offsets), torch.Size(b.sizes)) for b in boxes
+            ]
+            entries[key] = TensorStorageMetadata(properties, torch.Size(tensor.shape), chunks)
+    output = Metadata(entries)
+    if base.planner_data is not None:
         output.planner_data = {k: v for k, v in base.planner_data.items() if k not in drop}
-    if isinstance(getattr(base, "mcore_data", None), dict):
-        output.mcore_data = {k: v for k, v in base.mcore_data.items() if k not in drop}  # type: ignore[attr-defined]
+    if base.original_shapes is not None:
+        output.mcore_data = {  # type: ignore[attr-defined]
+            key: {} if shape is None else {_ORIGINAL_SHAPE: shape}
+            for key, shape in base.original_shapes.items()
+            if key not in drop
+        }
     output.storage_data = {
         index: _StorageInfo(item.file, item.offset, item.length) for index, item in places.items()
     }
     return pickle.dumps(output)
 
 
-def _item(storage: Mapping[MetadataIndex, Any], index: MetadataIndex, what: str) -> Item:
-    info = storage.get(index)
-    if info is None:
-        raise CheckpointError(f"{what}: {index.fqn} at {index.offset} has no storage: damaged")
-    if getattr(info, "transform_descriptors", None):
-        raise CheckpointError(
-            f"{what}: {index.fqn} is stored through {info.transform_descriptors}; only plain "
-            "torch.save items are supported: re-save the checkpoint without compression"
-        )
-    name = Path(info.relative_path)
-    if name.is_absolute() or ".." in name.parts:
-        raise CheckpointError(
-            f"{what}: {index.fqn} points to {info.relative_path!r}, outside the checkpoint: refused"
-        )
-    return Item(str(info.relative_path), int(info.offset), int(info.length))
+# Parts of the file.
 
 
-def _tensor(key: str, entry: TensorStorageMetadata, storage: Mapping[MetadataIndex, Any],
-            what: str) -> Tensor:  # fmt: skip
-    shape, dtype = tuple(entry.size), entry.properties.dtype
+def _storage(value: Any, what: str) -> dict[_Index, Item]:
+    """Where entries are stored, as far as anything can ask for them: the file may list others."""
+    found: dict[_Index, Item] = {}
+    names: dict[str, str] = {}
+    where = f"{what}: storage_data"
+    if type(value) is Record:  # an index is a record, so the keys of a dictionary are its own
+        raise wrong(where, "a dictionary", value)
+    for index, info in pairs_of(value, where):
+        said = record_fields(index, f"{where} has a key that is no MetadataIndex;", _INDEX)
+        key, offset = said.get("fqn"), said.get("offset")
+        if type(key) is not str or not (offset is None or is_shape(offset)):
+            raise wrong(f"{where}: an index", "a name and offsets", (key, offset))
+        at = f"{where} of {brief(key)}"
+        said = record_fields(info, at, _INFO)
+        if said.get("transform_descriptors"):
+            raise CheckpointError(
+                f"{at} goes through {brief(said['transform_descriptors'])}; only plain torch.save "
+                "items are supported: re-save the checkpoint without compression"
+            )
+        path: Any = said.get("relative_path")
+        start: Any = said.get("offset")
+        length: Any = said.get("length")
+        if type(path) is not str or path not in names:
+            name = plain_name(path, f"{at}: relative_path")
+            if name in _RESERVED:
+                raise wrong(f"{at}: relative_path", "a file of payload", path)
+            names[name] = name
+        if not (is_count(start) and is_count(length) and start + length < LIMIT):
+            raise wrong(f"{at}: offset and length", "bytes of a file", (start, length))
+        found[key, None if offset is None else tuple(offset)] = Item(names[path], start, length)
+    return found
+
+
+def _stored(storage: Mapping[_Index, Item], index: _Index, what: str) -> Item:
+    item = storage.get(index)
+    if item is None:
+        raise CheckpointError(f"{what}: {index[0]} at {index[1]} has no storage: damaged")
+    return item
+
+
+def _tensor(key: str, said: Mapping[str, Any], storage: Mapping[_Index, Item], what: str
+            ) -> tuple[Properties, Tensor]:  # fmt: skip
+    where = f"{what}: {key}"
+    properties = _properties(said.get("properties"), f"{where}: properties")
+    shape = _shape(said.get("size"), f"{where}: size", properties.dtype)
     pieces = []
-    for chunk in entry.chunks:
-        box = Box(tuple(chunk.offsets), tuple(chunk.sizes))
-        inside = all(
-            o >= 0 and o + n <= d for o, n, d in zip(box.offsets, box.sizes, shape, strict=True)
+    for chunk in a_list(said.get("chunks"), f"{where}: chunks"):
+        parts = record_fields(chunk, f"{where}: a chunk", _CHUNK)
+        offsets: Any = parts.get("offsets")
+        sizes: Any = parts.get("sizes")
+        inside = (
+            is_shape(sizes)
+            and isinstance(offsets, tuple)
+            and len(sizes) == len(offsets) == len(shape)
+            and all(map(is_count, offsets))
+            and all(o + n <= d for o, n, d in zip(offsets, sizes, shape, strict=True))
         )
         if not inside:
-            raise CheckpointError(f"{what}: {key} has a chunk {box} outside its shape {shape}")
-        item = _item(storage, MetadataIndex(key, chunk.offsets), what)
-        pieces.append(Piece(box, Payload(item, dtype, box.numel)))
-    return Tensor(key, dtype, shape, tuple(pieces))
+            found = f"offsets {brief(offsets)} and sizes {brief(sizes)}"
+            raise CheckpointError(
+                f"{where} has a chunk with {found}, expected a part of its shape {shape}: damaged"
+            )
+        box = Box(tuple(offsets), tuple(sizes))
+        item = _stored(storage, (key, box.offsets), what)
+        if box.numel * properties.dtype.itemsize > item.length:
+            raise wrong(f"{where}: {brief(sizes)}", f"at most {item.length} bytes, as stored", box)
+        pieces.append(Piece(box, Payload(item, properties.dtype, box.numel)))
+    if not cover([piece.box for piece in pieces], shape):
+        raise CheckpointError(
+            f"{where} has {len(pieces)} chunks that do not cover each element of its shape {shape} "
+            "exactly once: damaged. Exclude this checkpoint"
+        )
+    return properties, Tensor(key, properties.dtype, shape, tuple(pieces))
+
+
+def _properties(value: Any, what: str) -> Properties:
+    """`TensorProperties.__getstate__`: dtype, layout, requires_grad, memory format, pin_memory."""
+    state = value.state if type(value) is Record and value.name == _PROPERTIES else None
+    if type(state) is not tuple or len(state) != 5:
+        raise wrong(what, "TensorProperties", value)
+    dtype, layout, requires_grad, memory_format, pin_memory = state
+    if type(dtype) is not torch.dtype:
+        raise wrong(f"{what}: dtype", "a dtype of torch", dtype)
+    dense = type(layout) is Record and layout.name == _LAYOUT and layout.args == ("torch.strided",)
+    if not dense:
+        raise wrong(f"{what}: layout", "torch.strided", getattr(layout, "args", layout))
+    if type(requires_grad) is not bool or type(pin_memory) is not bool:
+        raise wrong(f"{what}: flags", "True or False", (requires_grad, pin_memory))
+    return Properties(dtype, requires_grad, _memory_format(memory_format, what), pin_memory)
+
+
+def _memory_format(value: Any, what: str) -> torch.memory_format:
+    """A member of an enum: by value, and of some Pythons by name (`pickles`)."""
+    if type(value) is Record:
+        for number, (name, found) in enumerate(_MEMORY_FORMATS):
+            by_value = value.name == _FORMATS and value.args == (number,)
+            if (by_value and type(value.args[0]) is int) or value.args == (_FORMATS, name):
+                return found
+    raise wrong(f"{what}: memory_format", "one that torch stores", getattr(value, "args", value))
+
+
+def _planner_data(value: Any, what: str) -> dict[str, tuple[str | int, ...]] | None:
+    if value is None:
+        return None
+    found = dictionary(value, what)
+    for key, path in found.items():
+        if type(path) is not tuple or not all(type(part) in (str, int) for part in path):
+            raise wrong(f"{what} of {brief(key)}", "a path of names and numbers", path)
+    return found
+
+
+def _original_shapes(value: Any, what: str) -> dict[str, tuple[int, ...] | None] | None:
+    if value is None:
+        return None
+    result: dict[str, tuple[int, ...] | None] = {}
+    for key, said in dictionary(value, what).items():
+        shape = dictionary(said, f"{what} of {brief(key)}").get(_ORIGINAL_SHAPE)
+        if shape is not None and not is_shape(shape):
+            raise wrong(f"{what} of {brief(key)}", "a shape", shape)
+        result[key] = None if shape is None else tuple(shape)
+    return result
+
+
+def _shape(value: Any, what: str, dtype: torch.dtype) -> tuple[int, ...]:
+    if not isinstance(value, tuple) or not is_shape((*value, dtype.itemsize)):
+        raise wrong(what, "a shape", value)
+    return tuple(value)

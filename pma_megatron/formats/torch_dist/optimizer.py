@@ -7,13 +7,15 @@ megatron/core/optimizer/distrib_optimizer.py, and optimizer.py (Float16, FP32).
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.base import MAIN_PARAM, ModelSpace, Payload, Tensor
 from pma_megatron.formats.flat import FlatMap, FlatSpace, states_from_flat
-from pma_megatron.formats.pickles import TensorRef, load_inert
+from pma_megatron.formats.pickles import TensorRef
+from pma_megatron.formats.schema import pairs_of, wrong
 from pma_megatron.formats.torch_dist.checkpoint import TorchDistCheckpoint
 from pma_megatron.formats.torch_dist.metadata import original_shape
 from pma_megatron.geometry import Box, Piece, flat_range
@@ -56,8 +58,12 @@ def named_states(checkpoint: TorchDistCheckpoint) -> dict[str, dict[str, Tensor]
 
 def _from_fragments(tensor: Tensor, shape: tuple[int, ...], stored: str) -> Tensor:
     """Undo `fully_sharded_model_space`: stored shape is (shards per axis..., numel of a shard)."""
-    shards, local_numel = tensor.shape[:-1], tensor.shape[-1]
-    if len(shards) != len(shape) or any(d % n for d, n in zip(shape, shards, strict=True)):
+    shards, local_numel = tensor.shape[:-1], math.prod(tensor.shape[-1:])
+    if (
+        len(shards) != len(shape)
+        or 0 in shards
+        or any(d % n for d, n in zip(shape, shards, strict=True))
+    ):
         raise CheckpointError(
             f"{stored} has stored shape {tensor.shape} for model shape {shape}: expected one "
             "leading axis per model axis. This layout is not known; please report it."
@@ -81,7 +87,11 @@ def flat_spaces(checkpoint: TorchDistCheckpoint) -> list[FlatSpace]:
         match = _BUCKET.match(stored)
         if match is not None:
             at = (match["group"], match["space"])
+            if len(tensor.shape) != 1:
+                raise wrong(f"{checkpoint.path}: {stored}", "a flat buffer", tensor.shape)
             space = spaces.setdefault(at, FlatSpace(*at, numel=tensor.shape[0], exact=True))
+            if tensor.shape != (space.numel,):
+                raise wrong(f"{checkpoint.path}: {stored}", f"{space.numel} elements", tensor.shape)
             pieces = sorted(tensor.pieces, key=lambda piece: piece.box.offsets)
             space.states[match["state"]] = tuple(pieces)
     for key in checkpoint.objects:
@@ -94,15 +104,19 @@ def flat_spaces(checkpoint: TorchDistCheckpoint) -> list[FlatSpace]:
 
 def _gathered_spaces(checkpoint: TorchDistCheckpoint, key: str, group: str) -> list[FlatSpace]:
     item = checkpoint.objects[key]
-    value = load_inert(checkpoint.read_record(item, "data.pkl"), what=f"{checkpoint.path}: {key}")
-    value = value[0] if isinstance(value, list) else value
+    what = f"{checkpoint.path}: {key}"
+    value = checkpoint.decode(item, what)
+    value = value[0] if isinstance(value, list) and value else value
     spaces = []
-    for buffer, by_dtype in value.items():
+    for buffer, by_dtype in pairs_of(value, what):
         if not isinstance(by_dtype, dict):
             continue  # flags such as buckets_coalesced
         for dtype, tensors in by_dtype.items():
-            refs = {name: t for name, t in tensors.items() if isinstance(t, TensorRef)}
-            numel = refs[MAIN_PARAM].size[0]
+            refs = {n: t for n, t in pairs_of(tensors, what) if isinstance(t, TensorRef)}
+            main = refs.get(MAIN_PARAM)
+            if main is None or len(main.size) != 1:
+                raise wrong(f"{what}: {MAIN_PARAM}", "one flat tensor", main)
+            numel = main.size[0]
             space = FlatSpace(group, f"gbuf_idx_{buffer}.dtype_{dtype}", numel, exact=False)
             for name, ref in refs.items():
                 if ref.size != (numel,) or not ref.is_contiguous():

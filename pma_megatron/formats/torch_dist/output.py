@@ -17,8 +17,9 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from pma_megatron.errors import UsageError
 from pma_megatron.formats.base import Item, Payload
+from pma_megatron.formats.names import plain_name
 from pma_megatron.formats.output import OutputItem, OutputLayout, Place
-from pma_megatron.formats.pickles import dump_inert, load_inert, new_tensor
+from pma_megatron.formats.pickles import dump_inert, new_tensor
 from pma_megatron.formats.rates import scale_groups, scale_schedule
 from pma_megatron.formats.relay import relay, reset_steps
 from pma_megatron.formats.torch_dist.checkpoint import (
@@ -30,6 +31,7 @@ from pma_megatron.formats.torch_dist.checkpoint import (
 from pma_megatron.formats.torch_dist.metadata import METADATA_FILE, dump_metadata
 from pma_megatron.formats.torch_dist.optimizer import is_optimizer_key
 from pma_megatron.formats.zips import Skeleton, lay_out
+from pma_megatron.openfiles import leads_out, read_source_file
 from pma_megatron.spelling import named
 
 _SMALL_STATE = ".optimizer/shard"  # param groups and steps of `dp_reshardable`
@@ -160,7 +162,7 @@ def _edited(base: TorchDistCheckpoint, key: str, changes: Changes) -> bytes | No
     if not changes.edits_optimizer or not (is_optimizer_key(key) and _SMALL_STATE in key):
         return None
     item = base.objects[key]
-    value = load_inert(base.read_record(item, "data.pkl"), what=f"{base.path}: {key}")
+    value = base.decode(item, f"{base.path}: {key}")
     zero = reset_steps(value) if changes.optimizer == "reset" else set()
     if changes.lr_factor is not None:
         scale_groups(value, changes.lr_factor, f"{base.path}: {key}")
@@ -170,8 +172,8 @@ def _edited(base: TorchDistCheckpoint, key: str, changes: Changes) -> bytes | No
 def _edited_common(base: TorchDistCheckpoint, changes: Changes) -> bytes | None:
     if not (changes.edits_optimizer or changes.optimizer == "drop"):
         return None
-    value = load_inert(base.common_pickle(), what=str(base.path / COMMON_FILE))
-    common = value[0] if base.common_is_entry else value
+    common = dict(base.common)  # what is taken out below stays in the base's
+    value: Any = [common] if base.common_is_entry else common
     zero: set[str] = set()
     if changes.optimizer == "drop":
         for name in ("optimizer", "opt_param_scheduler"):
@@ -225,17 +227,20 @@ def _small_files(build: _Build, places: Mapping[MetadataIndex, Item]) -> Ordered
     small: OrderedDict[str, bytes] = OrderedDict()
     if not base.common_is_entry:
         edited = _edited_common(base, changes)
-        small[COMMON_FILE] = edited or (base.path / COMMON_FILE).read_bytes()
+        small[COMMON_FILE] = edited or base.read_small(COMMON_FILE)
     known = {COMMON_FILE, METADATA_FILE, CONFIG_FILE, *(e.item.file for e in _entries(base))}
     for path in sorted(base.path.rglob("*")):
         name = path.relative_to(base.path).as_posix()
-        if path.is_file() and name not in known and not any(mark in name for mark in _PER_RUN):
-            small[name] = path.read_bytes()
-    dtypes = {}
+        if not path.is_file() or name in known or any(mark in name for mark in _PER_RUN):
+            continue
+        if not leads_out(path, base.path):
+            small[plain_name(name, str(base.path))] = base.read_small(name)
+    dtypes: dict[str, torch.dtype] = {}
     for key, tensor in base.tensors.items():
-        new = {changes.payloads.get(p.payload) for p in tensor.pieces} - {None}
+        changed = (changes.payloads.get(p.payload) for p in tensor.pieces)
+        new = {dtype for dtype in changed if dtype is not None}
         if new and new != {tensor.dtype}:
             dtypes[key] = new.pop()
     small[METADATA_FILE] = dump_metadata(base.metadata, places, set(changes.drop), dtypes)
-    small[CONFIG_FILE] = (base.path / CONFIG_FILE).read_bytes()
+    small[CONFIG_FILE] = read_source_file(base.path / CONFIG_FILE)
     return small

@@ -7,12 +7,13 @@ WSD only in the last `wsd_decay_steps` of those (`--lr-wsd-decay-iters`, which o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pma_megatron.formats.base import Schedule
-from pma_megatron.formats.pickles import load_inert
+from pma_megatron.formats.schema import LIMIT
 from pma_megatron.formats.torch_dist.checkpoint import TorchDistCheckpoint
 
 _PARAM_GROUPS = ".optimizer/shard"
@@ -28,13 +29,13 @@ def read_schedule(path: Path) -> Schedule:
     checkpoint = TorchDistCheckpoint(path)
     found = checkpoint.common.get("opt_param_scheduler")
     state: Mapping[str, Any] = found if isinstance(found, dict) else {}
-    rates = list(_learning_rates(checkpoint))
+    rates, style = list(_learning_rates(checkpoint)), state.get("lr_decay_style")
     return Schedule(
         learning_rate=max(rates, default=None),
         samples=_count(state.get("num_steps")),
         warmup_samples=_count(state.get("lr_warmup_steps")),
         decay_start_samples=_decay_start(state, checkpoint.args()),
-        decay_style=str(state["lr_decay_style"]) if "lr_decay_style" in state else None,
+        decay_style=style if isinstance(style, str) else None,
         max_lr=_rate(state.get("max_lr")),
         min_lr=_rate(state.get("min_lr")),
     )
@@ -42,7 +43,7 @@ def read_schedule(path: Path) -> Schedule:
 
 def _decay_start(state: Mapping[str, Any], args: Mapping[str, Any]) -> int | None:
     style, end = state.get("lr_decay_style"), _count(state.get("lr_decay_steps"))
-    if style in (None, "constant") or end is None:
+    if not isinstance(style, str) or style == "constant" or end is None:
         return None
     if style != "WSD":
         return _count(state.get("lr_warmup_steps"))
@@ -53,7 +54,7 @@ def _decay_start(state: Mapping[str, Any], args: Mapping[str, Any]) -> int | Non
     )
     if samples is None and iterations is not None and batch is not None:
         samples = iterations * batch
-    return None if samples is None else end - samples
+    return None if samples is None else max(end - samples, 0)
 
 
 def _learning_rates(checkpoint: TorchDistCheckpoint) -> Iterator[float]:
@@ -61,15 +62,16 @@ def _learning_rates(checkpoint: TorchDistCheckpoint) -> Iterator[float]:
     for key, item in checkpoint.objects.items():
         if _PARAM_GROUPS in key and item.length <= _LARGEST_BYTES:
             what = f"{checkpoint.path}: {key}"
-            yield from _rates_in(load_inert(checkpoint.read_record(item, "data.pkl"), what=what))
+            yield from _rates_in(checkpoint.decode(item, what))
 
 
 def _rates_in(value: Any) -> Iterator[float]:
     if isinstance(value, dict):
         groups = value.get("param_groups")
         for group in groups if isinstance(groups, list) else ():
-            if isinstance(group, dict) and isinstance(group.get("lr"), (int, float)):
-                yield float(group["lr"])
+            rate = group.get("lr") if isinstance(group, dict) else None
+            if isinstance(rate, (int, float)) and math.isfinite(rate):
+                yield float(rate)
         for key, inner in value.items():
             if key != "param_groups":
                 yield from _rates_in(inner)
@@ -83,4 +85,5 @@ def _rate(value: Any) -> float | None:
 
 
 def _count(value: Any) -> int | None:
-    return int(value) if isinstance(value, (int, float)) and value >= 0 else None
+    number = isinstance(value, (int, float)) and 0 <= value < LIMIT  # not NaN
+    return int(value) if number else None

@@ -10,6 +10,7 @@ from pma_megatron.errors import CheckpointError, PlanError
 from pma_megatron.formats.fingerprints import holds
 from pma_megatron.formats.flat import FlatMap
 from pma_megatron.formats.marker import read_snapshot_marker
+from pma_megatron.formats.schema import is_count
 from pma_megatron.formats.source import Source, stamps_of
 from pma_megatron.formats.torch_dist import buckets
 from pma_megatron.formats.torch_dist.checkpoint import (
@@ -74,12 +75,13 @@ def read_source(path: str, ranges: FlatMap, main_params: bool) -> Source:
         metadata_digest=checkpoint.metadata_digest(),
         ranges=found,
         topology=topology,
-        experts=(used, count) if isinstance(used, int) and isinstance(count, int) else None,
+        experts=(used, count) if is_count(used) and is_count(count) and count else None,
         stamps=stamps_of(checkpoint.path),
         snapshot=read_snapshot_marker(folder) is not None,
     )
 
 
 def _topology(args: Mapping[str, Any]) -> str:
-    known = [f"{short}{args[name]}" for short, name in _TOPOLOGY if args.get(name)]
+    sizes = ((short, args.get(name)) for short, name in _TOPOLOGY)
+    known = [f"{short}{size}" for short, size in sizes if is_count(size) and size]
     return " ".join(known) or "unknown parallel sizes"

@@ -1,0 +1,32 @@
+"""JSON files of a checkpoint folder: an object, or an error that says which file and why."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pma_megatron.errors import CheckpointError
+from pma_megatron.openfiles import read_source_file
+
+_MAX_BYTES = 64 << 20
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in the file at `path`.
+
+    Raises:
+        CheckpointError: there is no such file, or it holds no JSON object, nests without end, or
+            holds text that is no Unicode.
+    """
+    data = read_source_file(path, _MAX_BYTES)
+    try:
+        value = json.loads(data)
+        json.dumps(value, ensure_ascii=False).encode()  # lone surrogates could not be printed
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} is no JSON ({type(error).__name__}: {str(error)[:100]}): damaged"
+        ) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a {type(value).__name__}, expected an object")
+    return value

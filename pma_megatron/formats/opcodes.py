@@ -1,0 +1,297 @@
+"""A machine for pickles that owns nothing: it builds plain values and inert records alone.
+
+It imports nothing, calls nothing that a pickle names and sets no attribute of anything but its own
+records. Memory is bounded by the length of the pickle, and what it returns is neither cyclic nor
+nested deeply, nor does it hold a few objects so many times over that walking through it would not
+end. It knows the opcodes that Python's pickle protocols 2 to 5 write.
+Source: pickletools.py of the standard library.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from pma_megatron.formats.bounds import SCALARS, PickleError
+from pma_megatron.formats.inert import CALL, NEW, Name, Ordered, Record, Size
+from pma_megatron.formats.opcode_reader import Reader
+
+_MAX_ODD_KEYS = 4096
+"""Keys whose hashes can be chosen to be equal: so many of them, compared with each other, are
+still fast."""
+_HASHED_AS_THEMSELVES = 1 << 60
+_DOTTED = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*")
+_PLAIN_KEYS = frozenset({str, bytes, bool, type(None), float, torch.dtype, Name, Record})
+
+Convert = Callable[[Name, tuple[Any, ...]], Any]
+"""(name, arguments) -> the plain value that a call of the name stands for, or NOT_PLAIN."""
+NOT_PLAIN = object()
+
+
+class Machine(Reader):
+    """Decodes one pickle."""
+
+    def __init__(
+        self,
+        data: bytes,
+        *,
+        named: Callable[[str, str], Any],
+        convert: Convert,
+        persistent: Callable[[Any], Any],
+    ) -> None:
+        """Prepare to decode `data`.
+
+        Args:
+            data: the pickle.
+            named: (module, name) -> `Name`, or a plain value that the name stands for.
+            convert: plain values that known calls stand for.
+            persistent: the value that a persistent id stands for (`torch.save` has storages).
+        """
+        super().__init__(data)
+        self._named, self._convert, self._persistent = named, convert, persistent
+        self._names: dict[tuple[str, str], Any] = {}
+        self._odd_keys = 0
+
+    def run(self) -> Any:
+        """The value of the pickle.
+
+        Raises:
+            PickleError: see there.
+        """
+        data, handlers = self._data, _HANDLERS
+        try:
+            while True:
+                at = self._at
+                self._at = at + 1
+                code = data[at]
+                if code == _STOP:
+                    break
+                handlers[code](self)
+        except IndexError:
+            raise PickleError(f"it ends early, or its stack does, at byte {self._at}") from None
+        except struct.error:
+            raise PickleError(f"it ends early, at byte {self._at}") from None
+        if len(self._stack) != 1 or self._marked:
+            raise PickleError(f"it leaves {len(self._stack)} values, expected one")
+        return self._stack[0]
+
+    # Containers.
+
+    def _empty_tuple(self) -> None:
+        self._stack.append(())
+
+    def _tuple1(self) -> None:
+        self._charge("tuple")
+        self._stack[-1] = (self._stack[-1],)
+
+    def _tuple2(self) -> None:
+        self._charge("tuple")
+        stack = self._stack
+        last = stack.pop()
+        stack[-1] = (stack[-1], last)
+
+    def _tuple3(self) -> None:
+        self._charge("tuple")
+        stack = self._stack
+        last, middle = stack.pop(), stack.pop()
+        stack[-1] = (stack[-1], middle, last)
+
+    def _tuple(self) -> None:
+        found = tuple(self._since_mark())
+        self._charge("tuple")
+        self._stack.append(found)
+
+    def _empty_list(self) -> None:
+        self._charge("list")
+        self._stack.append([])
+
+    def _empty_dict(self) -> None:
+        self._charge("dict")
+        self._stack.append({})
+
+    def _empty_set(self) -> None:
+        self._charge("set")
+        self._stack.append(set())
+
+    def _extend(self, found: list[Any]) -> None:
+        target = self._stack[-1]
+        if type(target) is list:
+            target.extend(found)
+        elif type(target) is Record:
+            if target.items is None:
+                target.items = found
+            else:
+                target.items.extend(found)
+        else:
+            raise PickleError(f"it appends to a {type(target).__name__}")
+
+    def _append(self) -> None:
+        item = self._stack.pop()
+        target = self._stack[-1]
+        if type(target) is list:
+            target.append(item)
+        else:
+            self._extend([item])
+
+    def _appends(self) -> None:
+        self._extend(self._since_mark())
+
+    def _assign(self, found: list[Any]) -> None:
+        if len(found) % 2:
+            raise PickleError("a dictionary has a key without a value")
+        self._charge("pair", len(found) // 2)
+        target = self._stack[-1]
+        keys = found[::2]
+        if isinstance(target, dict):
+            for key in keys:
+                if type(key) is not str:
+                    self._check_key(key)
+            target.update(zip(keys, found[1::2], strict=True))
+        elif type(target) is Record:
+            target.pairs = target.pairs if target.pairs is not None else []
+            target.pairs.extend(zip(keys, found[1::2], strict=True))
+        else:
+            raise PickleError(f"it assigns to keys of a {type(target).__name__}")
+
+    def _setitem(self) -> None:
+        value = self._stack.pop()
+        key = self._stack.pop()
+        self._assign([key, value])
+
+    def _setitems(self) -> None:
+        self._assign(self._since_mark())
+
+    def _additems(self) -> None:
+        found = self._since_mark()
+        target = self._stack[-1]
+        if type(target) is not set:
+            raise PickleError(f"it adds to a {type(target).__name__}, expected a set")
+        self._charge("pair", len(found))
+        for item in found:
+            self._check_key(item)
+        target.update(found)
+
+    def _frozenset(self) -> None:
+        found = self._since_mark()
+        self._charge("set")
+        self._charge("pair", len(found))
+        for item in found:
+            self._check_key(item)
+        self._stack.append(frozenset(found))
+
+    def _check_key(self, key: Any) -> None:
+        kind = type(key)
+        if kind in _PLAIN_KEYS:
+            return
+        if kind is int and -_HASHED_AS_THEMSELVES < key < _HASHED_AS_THEMSELVES:
+            return
+        flat = kind in (tuple, Size) and len(key) <= 64 and all(type(k) in SCALARS for k in key)
+        if not flat and kind is not int:
+            raise PickleError(
+                f"a {kind.__name__} is a key, expected text, a number or some of them"
+            )
+        self._odd_keys += 1
+        if self._odd_keys > _MAX_ODD_KEYS:
+            raise PickleError(f"more than {_MAX_ODD_KEYS} keys are tuples or huge: refused")
+
+    # What is named.
+
+    def _name(self, module: Any, name: Any) -> None:
+        key = (module, name)
+        if type(module) is not str or type(name) is not str:
+            raise PickleError("it names something by what is no text")
+        found = self._names.get(key)
+        if found is None:
+            self._charge("name")
+            if not all(len(t) <= 1000 and _DOTTED.fullmatch(t) for t in key):
+                raise PickleError(f"it names {module[:80]!r} {name[:80]!r}, which can be no name")
+            found = self._names[key] = self._named(module, name)
+        self._stack.append(found)
+
+    def _global(self) -> None:
+        parts = []
+        for _ in range(2):
+            end = self._data.find(b"\n", self._at)
+            if end < 0:
+                raise PickleError("a name is cut off")
+            parts.append(self._text(end - self._at))
+            self._at = end + 1
+        self._name(*parts)
+
+    def _stack_global(self) -> None:
+        name = self._stack.pop()
+        self._name(self._stack.pop(), name)
+
+    def _built(self, how: str, args: Any, kwargs: Any = None) -> None:
+        name = self._stack.pop()
+        if type(name) is not Name and type(name) is not Record:
+            raise PickleError(f"it builds an object of a {type(name).__name__}, expected a name")
+        if type(args) is not tuple:
+            raise PickleError(f"{name} is built of a {type(args).__name__}, expected a tuple")
+        self._charge("record")
+        found = NOT_PLAIN
+        if how is CALL and type(name) is Name:
+            found = self._convert(name, args)
+        self._stack.append(Record(name, how, args, kwargs) if found is NOT_PLAIN else found)
+
+    def _reduce(self) -> None:
+        self._built(CALL, self._stack.pop())
+
+    def _newobj(self) -> None:
+        self._built(NEW, self._stack.pop())
+
+    def _newobj_ex(self) -> None:
+        kwargs = self._stack.pop()
+        if type(kwargs) is not dict or not all(type(key) is str for key in kwargs):
+            raise PickleError("arguments by name are no dictionary of them")
+        self._built(NEW, self._stack.pop(), kwargs)
+
+    def _build(self) -> None:
+        state = self._stack.pop()
+        target = self._stack[-1]
+        if type(target) is Ordered:
+            if type(state) is not dict or not all(type(key) is str for key in state):
+                raise PickleError("attributes of an OrderedDict are no dictionary of them")
+        elif type(target) is not Record:
+            raise PickleError(f"it sets attributes of a {type(target).__name__}: refused")
+        if target.state is not None:
+            raise PickleError("it sets the state of one object twice")
+        target.state = state
+
+    def _persistent_id(self) -> None:
+        self._stack[-1] = self._persistent(self._stack[-1])
+
+
+_STOP = ord(".")
+_KNOWN: dict[bytes, Callable[[Machine], None]] = {
+    b"\x80": Machine._proto, b"\x95": Machine._frame,
+    b"N": Machine._none, b"\x88": Machine._true, b"\x89": Machine._false,
+    b"K": Machine._int1, b"M": Machine._int2, b"J": Machine._int4,
+    b"\x8a": Machine._long1, b"\x8b": Machine._long4, b"G": Machine._float,
+    b"\x8c": Machine._text1, b"X": Machine._text4, b"\x8d": Machine._text8,
+    b"C": Machine._bytes1, b"B": Machine._bytes4, b"\x8e": Machine._bytes8,
+    b"\x96": Machine._bytearray,
+    b"(": Machine._mark, b"0": Machine._pop, b"1": Machine._pop_mark, b"2": Machine._dup,
+    b"q": Machine._put1, b"r": Machine._put4, b"\x94": Machine._memoize,
+    b"h": Machine._get1, b"j": Machine._get4,
+    b")": Machine._empty_tuple, b"\x85": Machine._tuple1, b"\x86": Machine._tuple2,
+    b"\x87": Machine._tuple3, b"t": Machine._tuple,
+    b"]": Machine._empty_list, b"a": Machine._append, b"e": Machine._appends,
+    b"}": Machine._empty_dict, b"s": Machine._setitem, b"u": Machine._setitems,
+    b"\x8f": Machine._empty_set, b"\x90": Machine._additems, b"\x91": Machine._frozenset,
+    b"c": Machine._global, b"\x93": Machine._stack_global,
+    b"R": Machine._reduce, b"\x81": Machine._newobj, b"\x92": Machine._newobj_ex,
+    b"b": Machine._build, b"Q": Machine._persistent_id,
+}  # fmt: skip
+
+
+def _unknown(machine: Machine) -> None:
+    code = machine._data[machine._at - 1 : machine._at]
+    raise PickleError(f"opcode {code!r} at byte {machine._at - 1} is none of protocols 2 to 5")
+
+
+_HANDLERS = [_KNOWN.get(bytes([code]), _unknown) for code in range(256)]

@@ -1,0 +1,148 @@
+"""Which bytes of one source were read, and their CRC-32, joined as they come.
+
+A record is compared with its checksum as soon as all of it has been read, by any thread and in any
+order. What other ranks must add to, or nobody read whole, stays open: see `integrity`.
+"""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_right
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from isal import isal_zlib
+
+from pma_megatron.formats.base import StoredRecord
+from pma_megatron.formats.items import refuse_other_bytes
+
+Span = tuple[int, int, int]
+"""(first byte, byte after the last, CRC-32) of a part of a record."""
+
+SPANS = 1 << 16
+"""Spans that are kept of one source."""
+
+
+@dataclass(slots=True)
+class Spans:
+    """What was read of one record.
+
+    Attributes:
+        spans: in the order of their first byte; those that touch are one.
+        uncounted: bytes that were read beside them, once there were too many spans to keep.
+    """
+
+    spans: list[Span] = field(default_factory=list)
+    uncounted: int = 0
+
+    def add(self, start: int, end: int, crc: int) -> None:
+        """Add a part; what is known already adds nothing."""
+        spans = self.spans
+        at = bisect_right(spans, start, key=_first)
+        if at and spans[at - 1][1] >= end:
+            return
+        if at and spans[at - 1][0] == start:
+            at -= 1
+            del spans[at]
+        while at < len(spans) and spans[at][1] <= end:
+            del spans[at]
+        if at and spans[at - 1][1] == start:
+            at -= 1
+            start, crc = spans[at][0], isal_zlib.crc32_combine(spans.pop(at)[2], crc, end - start)
+        if at < len(spans) and spans[at][0] == end:
+            _, last, theirs = spans.pop(at)
+            crc, end = isal_zlib.crc32_combine(crc, theirs, last - end), last
+        spans.insert(at, (start, end, crc))
+
+    def tiles(self, nbytes: int) -> list[tuple[int, int, int | None]]:
+        """The record from its first byte to its last; what must be read again has no CRC."""
+        tiles: list[tuple[int, int, int | None]] = []
+        at = 0
+        for span in sorted(self.spans, key=lambda s: (s[0], -s[1])):
+            if span[0] < at:  # it overlaps the one before, and no part of a CRC can be cut off
+                continue
+            if span[0] > at:
+                tiles.append((at, span[0], None))
+            tiles.append(span)
+            at = span[1]
+        return [*tiles, (at, nbytes, None)] if at < nbytes else tiles
+
+    def unread(self, nbytes: int) -> int:
+        """Bytes of the record that nobody has read, at least."""
+        read, at = self.uncounted, 0
+        for start, end, _ in self.spans:
+            read += max(0, end - max(at, start))
+            at = max(at, end)
+        return max(0, nbytes - read)
+
+
+class Reads:
+    """What was read of one source. Threads may share it.
+
+    Attributes:
+        path: the source, for messages.
+        open: records that were read in part -> what is known of them.
+        whole: records that were read whole; all of them had their checksum.
+        unsummed: files with records that carry no checksum.
+    """
+
+    def __init__(self, path: str, limit: int = SPANS) -> None:
+        """Keep at most `limit` spans."""
+        self.path = path
+        self.open: dict[StoredRecord, Spans] = {}
+        self.whole: set[StoredRecord] = set()
+        self.unsummed: set[str] = set()
+        self._limit, self._count = limit, 0
+        self._lock = threading.Lock()
+
+    def note(self, record: StoredRecord, start: int, data: memoryview) -> None:
+        """Take note of `data`, the bytes of `record` from its byte `start` on.
+
+        Raises:
+            CheckpointError: all of the record has been read now, and it is damaged.
+        """
+        if record.crc32 is None:
+            self.unsummed.add(record.file)
+            return
+        crc, end = isal_zlib.crc32(data), start + len(data)
+        with self._lock:
+            if record in self.whole:
+                return
+            if start == 0 and end == record.nbytes:
+                self._close(record, crc)
+                return
+            found = self.open.get(record)
+            if found is None:
+                found = self.open[record] = Spans()
+            if found.uncounted:
+                found.uncounted += end - start
+                return
+            before = len(found.spans)
+            found.add(start, end, crc)
+            self._count += len(found.spans) - before
+            if found.spans[0][:2] == (0, record.nbytes):
+                self._close(record, found.spans[0][2])
+            elif self._count > self._limit:
+                self._count -= len(found.spans)
+                found.uncounted = record.nbytes - found.unread(record.nbytes)
+                found.spans.clear()
+
+    def _close(self, record: StoredRecord, crc: int) -> None:
+        spans = self.open.pop(record, None)
+        self._count -= 0 if spans is None else len(spans.spans)
+        refuse_other_bytes(self.path, record, crc)
+        self.whole.add(record)
+
+
+def joined(parts: Iterable[Spans]) -> Spans:
+    """What several ranks know of one record."""
+    result = Spans()
+    for part in parts:
+        result.uncounted += part.uncounted
+        for span in part.spans:
+            result.add(*span)
+    return result
+
+
+def _first(span: Span) -> int:
+    return span[0]

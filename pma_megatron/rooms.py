@@ -1,0 +1,72 @@
+"""Buffers of one block that are used again and again, as tensors and as bytes.
+
+pread into a buffer that is used again costs no page faults and does not grow resident memory. torch
+and the kernel calls release the GIL, so threads overlap reading, adding and writing.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+BLOCK_ELEMENTS = 1 << 18
+"""Elements added at once: a float32 block of 1 MiB stays in a core's cache."""
+
+
+def as_bytes(block: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, shared."""
+    return memoryview(block.view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]
+
+
+class Room:
+    """The first `numel` elements of a reused buffer, as a tensor and as bytes."""
+
+    __slots__ = ("data", "itemsize", "numel", "tensor")
+
+    def __init__(self, whole: torch.Tensor, numel: int) -> None:
+        self.tensor, self.numel = whole[:numel], numel
+        self.data, self.itemsize = as_bytes(self.tensor), whole.dtype.itemsize
+
+
+class Rooms:
+    """One buffer of a block's size per dtype, made when first asked for. For one thread."""
+
+    def __init__(self) -> None:
+        self._whole: dict[torch.dtype, torch.Tensor] = {}
+        self._last: dict[torch.dtype, Room] = {}
+
+    def room(self, dtype: torch.dtype, numel: int) -> Room:
+        """The buffer for `numel` elements of `dtype`; what it held before is lost."""
+        room = self._last.get(dtype)
+        if room is None or room.numel != numel:
+            room = self._last[dtype] = Room(self.whole(dtype), numel)
+        return room
+
+    def whole(self, dtype: torch.dtype) -> torch.Tensor:
+        """A block and one element more: a merge group's error flag travels with the data."""
+        if dtype not in self._whole:
+            self._whole[dtype] = torch.empty(BLOCK_ELEMENTS + 1, dtype=dtype)
+        return self._whole[dtype]
+
+
+class Rounded:
+    """A float32 block in each dtype that a target wants, rounded once, on demand."""
+
+    def __init__(self, block: Room, rooms: Rooms) -> None:
+        self.numel, self._rooms = block.numel, rooms
+        self._made = {block.tensor.dtype: block}
+        self._block = block.tensor
+
+    def of(self, dtype: torch.dtype) -> Room:
+        """The block in `dtype`."""
+        made = self._made.get(dtype)
+        if made is None:
+            made = self._made[dtype] = self._rooms.room(dtype, self.numel)
+            made.tensor.copy_(self._block)
+        return made
+
+
+def same_bits(one: Room, other: Room) -> bool:
+    """True if two buffers of one dtype hold the same bytes."""
+    kind = f"u{one.itemsize}"  # comparing whole elements beats comparing bytes
+    return np.array_equal(np.frombuffer(one.data, kind), np.frombuffer(other.data, kind))

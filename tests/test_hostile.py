@@ -1,0 +1,382 @@
+"""Hostile files: whatever a checkpoint says, nothing runs or is opened elsewhere, no traceback.
+
+The variants come from `launch/attack/hostile.py`; thousands of whole merges are
+`launch/attack/mutations.py`, of which a part runs here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import json
+import os
+import pathlib
+import pickle
+import shutil
+import subprocess
+import sys
+import tracemalloc
+import zipfile
+from argparse import Namespace
+from collections import OrderedDict, defaultdict
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from conftest import folder_of, request_for
+from pma_megatron import list_checkpoints, merge, verify
+from pma_megatron.cli import main
+from pma_megatron.errors import CheckpointError, PublishError
+from pma_megatron.formats.base import Item
+from pma_megatron.formats.inert import Record, fields_of
+from pma_megatron.formats.names import plain_name
+from pma_megatron.formats.pickles import dump_inert, load_inert
+from pma_megatron.formats.torch_dist.chunks import StoredChunk, metadata_bytes
+from pma_megatron.formats.torch_dist.cover import cover
+from pma_megatron.formats.torch_dist.metadata import parse
+from pma_megatron.geometry import Box
+from pma_megatron.openfiles import create_inside, open_inside, open_source
+
+ATTACK = Path(__file__).parents[1] / "launch" / "attack"
+sys.path.insert(0, str(ATTACK))
+from hostile import FRAGMENTS, PROGRAMS, SYSTEM, VALUES, variant_of  # noqa: E402
+
+OFTEN = settings(
+    max_examples=700, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None
+)
+
+
+def _metadata() -> bytes:
+    """What torch's own classes say of two tensors and an object, pickled by Python."""
+    boxes = [Box((0, 0), (2, 4)), Box((2, 0), (2, 4))]
+    chunks = [
+        StoredChunk("a", (4, 4), box, torch.bfloat16, Item("__0_0.distcp", 100 * n, 100))
+        for n, box in enumerate(boxes)
+    ]
+    chunks.append(StoredChunk("b", (), Box((), ()), torch.float32, Item("__1_0.distcp", 0, 50)))
+    return metadata_bytes(chunks, {"rng_state/shard_0_1": Item("__1_0.distcp", 50, 70)})
+
+
+def _common() -> dict[str, Any]:
+    state = OrderedDict(weight=torch.ones(3, dtype=torch.bfloat16), bias=torch.zeros(2, 2).t())
+    state._metadata = OrderedDict(version=1)  # type: ignore[attr-defined]
+    return {
+        "args": Namespace(seq_length=8, consumed_train_samples=16, at=Path("a"), dtype=torch.half),
+        "iteration": 8, "big": 1 << 100, "small": -5, "bytes": b"\xff\x00", "flag": True,
+        "shape": torch.Size([1, 2]), "kinds": {1.5: None, (1, "a"): [(), [1, 2]]}, "text": "ä\n",
+        "set": {1}, "counts": defaultdict(int, a=1), "state": state, "many": list(range(3000)),
+        "alias": state,
+    }  # fmt: skip
+
+
+def _saved(value: Any) -> dict[str, bytes]:
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    with zipfile.ZipFile(stream) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+METADATA = _metadata()
+COMMON = next(data for name, data in _saved(_common()).items() if name.endswith("data.pkl"))
+
+
+def test_what_is_written_again_is_what_was_read() -> None:
+    """The oracle is torch's own reader."""
+    records = _saved(_common())
+    name = next(name for name in records if name.endswith("data.pkl"))
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        for each, data in records.items():
+            written = dump_inert(load_inert(data, what="common.pt")) if each == name else data
+            archive.writestr(each, written)
+    stream.seek(0)
+    got, expected = torch.load(stream, weights_only=False), _common()
+    assert vars(got.pop("args")) == vars(expected.pop("args"))
+    for each in (got, expected):
+        each["tensors"] = {key: t.tolist() for key, t in each["state"].items()}
+        assert each["state"] is each.pop("alias")
+        each["attributes"] = each.pop("state")._metadata
+    assert got == expected
+    assert type(got["counts"]) is defaultdict and got["counts"].default_factory is int
+
+
+@OFTEN
+@given(st.randoms(use_true_random=False))
+def test_a_variant_of_metadata_is_read_or_refused(random: Random) -> None:
+    try:
+        parse(variant_of(METADATA, random), "a file")
+    except CheckpointError as error:
+        assert str(error).startswith("a file")
+
+
+@OFTEN
+@given(st.randoms(use_true_random=False))
+def test_a_variant_of_a_saved_object_is_read_or_refused(random: Random) -> None:
+    try:
+        dump_inert(load_inert(variant_of(COMMON, random), what="a file"))
+    except CheckpointError as error:
+        assert len(str(error)) < 1000
+
+
+@OFTEN
+@given(st.lists(st.sampled_from(FRAGMENTS) | st.binary(max_size=3), max_size=12))
+def test_assembled_opcodes_are_read_or_refused(parts: list[bytes]) -> None:
+    try:
+        load_inert(b"\x80\x04" + b"".join(parts) + b".", what="a file")
+    except CheckpointError as error:
+        assert str(error).startswith("a file")
+
+
+@pytest.mark.parametrize("number", range(len(PROGRAMS)))
+def test_a_hostile_program_costs_nothing(number: int) -> None:
+    program = PROGRAMS[number]
+    before = vars(pathlib.PosixPath).copy(), vars(Namespace).copy(), vars(OrderedDict).copy()
+    tracemalloc.start()
+    try:
+        load_inert(program, what="a file")
+    except CheckpointError:
+        pass
+    finally:
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert peak < (128 << 20) + 40 * len(program)
+    assert (vars(pathlib.PosixPath), vars(Namespace), vars(OrderedDict)) == before
+
+
+def _with(value: Any, path: tuple[Any, ...], new: Any) -> None:
+    """Put `new` at `path` of a decoded pickle: keys, indexes, and names of attributes."""
+    *above, last = path
+    for step in above:
+        value = fields_of(value)[step] if isinstance(value, Record) else value[step]  # type: ignore[index]
+    if isinstance(value, Record) and isinstance(value.state, tuple):
+        value.state = (*value.state[:last], new, *value.state[last + 1 :])
+    elif isinstance(value, Record):
+        value.state[last] = new
+    else:
+        value[last] = new
+
+
+def _first(mapping: dict[Any, Any]) -> Any:
+    return next(iter(mapping))
+
+
+_ENTRY = ("state_dict_metadata", "a")
+FIELDS: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
+    "entries": (("state_dict_metadata",), ({},)),
+    "an entry": (_ENTRY, ()),
+    "an object": (("state_dict_metadata", "rng_state/shard_0_1"), ()),
+    "properties": ((*_ENTRY, "properties"), ()),
+    "dtype": ((*_ENTRY, "properties", 0), (torch.float32, torch.bool, torch.complex64)),
+    "layout": ((*_ENTRY, "properties", 1), ()),
+    "requires_grad": ((*_ENTRY, "properties", 2), (True, False)),
+    "memory_format": ((*_ENTRY, "properties", 3), ()),
+    "pin_memory": ((*_ENTRY, "properties", 4), (True, False)),
+    "size": ((*_ENTRY, "size"), ()),
+    "chunks": ((*_ENTRY, "chunks"), ()),
+    "a chunk": ((*_ENTRY, "chunks", 0), ()),
+    "offsets": ((*_ENTRY, "chunks", 0, "offsets"), ()),
+    "sizes": ((*_ENTRY, "chunks", 0, "sizes"), ()),
+    "storage_data": (("storage_data",), ()),
+    "mcore_data": (("mcore_data",), (None, {})),
+    "planner_data": (("planner_data",), (None, {})),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_no_field_of_metadata_holds_another_kind_of_value(field: str) -> None:
+    path, allowed = FIELDS[field]
+    for new in VALUES:
+        value = load_inert(METADATA, what="a file")
+        _with(value, path, new)
+        data = dump_inert(value)
+        if any(new is each or (type(new) is type(each) and new == each) for each in allowed):
+            continue
+        with pytest.raises(CheckpointError, match="a file"):
+            parse(data, "a file")
+
+
+@pytest.mark.parametrize("field", ["relative_path", "offset", "length", "fqn", "index offset"])
+def test_no_place_of_metadata_holds_another_kind_of_value(field: str) -> None:
+    good = {"relative_path": ("x", "__0_0.distcp"), "offset": (), "length": (0, 1), "fqn": (),
+            "index offset": ()}[field]  # fmt: skip
+    for new in VALUES:
+        value = load_inert(METADATA, what="a file")
+        index, info = next(iter(fields_of(value)["storage_data"].items()))  # type: ignore[index]
+        if field in ("fqn", "index offset"):
+            _with(index, (field.removeprefix("index "),), new)
+        else:
+            _with(info, (field,), new)
+        if any(type(new) is type(each) and new == each for each in good):
+            continue
+        if field == "offset" and type(new) is int and 0 <= new < 2**62:
+            continue
+        if field == "length" and type(new) is int and 0 <= new <= 100:
+            continue
+        with pytest.raises(CheckpointError, match="a file"):
+            parse(dump_inert(value), "a file")
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "/etc/passwd", "../a", "a/../../b", "a//b", "a/", "a/./b", "a\\b",
+             "a\0b", "a\nb", "\ud800", "x" * 300, "a/" * 600 + "a", None, 1, b"a", ["a"], ("a",)]
+)  # fmt: skip
+def test_names_that_point_elsewhere(name: Any) -> None:
+    with pytest.raises(CheckpointError, match=r"a file: relative_path names .*refused"):
+        plain_name(name, "a file: relative_path")
+
+
+def test_names_inside() -> None:
+    names = ["__0_0.distcp", "a/b.pt", ".hidden", "..a", "ä b"]
+    assert [plain_name(name, "a file") for name in names] == names
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_chunks_cover_a_tensor_or_do_not(data: st.DataObject) -> None:
+    """The oracle counts how often each element is written."""
+    shape = tuple(data.draw(st.lists(st.integers(1, 5), max_size=3)))
+    axes = [sorted({0, n, *data.draw(st.sets(st.integers(0, n), max_size=2))}) for n in shape]
+    tiles = [
+        Box(tuple(low for low, _ in cell), tuple(high - low for low, high in cell))
+        for cell in itertools.product(*(list(itertools.pairwise(axis)) for axis in axes))
+    ]
+    boxes = data.draw(st.permutations(tiles))
+    if data.draw(st.booleans()):
+        boxes = boxes[data.draw(st.integers(0, 1)) :]
+        if data.draw(st.booleans()):
+            sizes = tuple(data.draw(st.integers(0, n)) for n in shape)
+            boxes = [*boxes, Box((0,) * len(shape), sizes)]
+    count = np.zeros(shape, dtype=int)
+    for box in boxes:
+        part = tuple(slice(o, o + n) for o, n in zip(box.offsets, box.sizes, strict=True))
+        count[part] += 1
+    assert cover(boxes, shape) == bool((count == 1).all())
+
+
+# Files.
+
+
+def test_nothing_is_written_outside_the_staging_folder(tmp_path: Path) -> None:
+    staging, outside = tmp_path / "staging", tmp_path / "outside"
+    outside.mkdir()
+    create_inside(staging, "a/b", 3)
+    assert (staging / "a" / "b").stat().st_size == 3
+    (staging / "link").symlink_to(outside)
+    (staging / "file").symlink_to(outside / "file")
+    for name in ("../outside/x", f"{outside}/x", "link/x", "file", "a/../../outside/x", "", "a\0"):
+        with pytest.raises(OSError):
+            open_inside(staging, name, os.O_CREAT | os.O_RDWR)
+    assert not list(outside.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["missing", "folder", "pipe", "device"])
+def test_sources_are_plain_files(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "source"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    with pytest.raises(OSError):
+        open_source(path)
+    assert path.exists() == (kind != "missing")
+
+
+def test_shards_may_be_links(run: Path, save: Path, tmp_path: Path) -> None:
+    """Old shards on other storage, with links in their place: followed, and only read."""
+    shard = folder_of(run, 6) / "__0_0.distcp"
+    moved = tmp_path / "cold"
+    shard.rename(moved)
+    shard.symlink_to(moved)
+    moved.chmod(0o400)
+    merge(request_for(run, save))
+    verify(folder_of(save, 8))
+
+
+def test_a_name_that_leaves_the_folder_is_refused_before_anything_is_made(
+    run: Path, save: Path, tmp_path: Path
+) -> None:
+    """The way in of old: `PosixPath` is changed first, so that no path seems absolute."""
+    path = folder_of(run, 8) / ".metadata"
+    value = load_inert(path.read_bytes(), what=".metadata", walked=False)
+    for info in fields_of(value)["storage_data"].values():  # type: ignore[index]
+        info.state["relative_path"] = str(tmp_path / "escaped")
+    times = path.stat()
+    path.write_bytes(dump_inert(value))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    (bad,) = [ref for ref in list_checkpoints(run) if not ref.complete]
+    assert bad.iteration == 8 and "points outside the checkpoint" in str(bad.incomplete_because)
+    merge(request_for(run, save))
+    assert folder_of(save, 6).is_dir() and not (tmp_path / "escaped").exists()
+
+
+def test_the_publisher_makes_no_folder_of_a_link(run: Path, save: Path, tmp_path: Path) -> None:
+    """Another user of a shared folder waits for the staging folder, and puts a link into it."""
+    from pma_megatron import publish
+
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    target = publish.Target(save, folder_of(save, 8), save / ".pma-staging-x")
+    target.staging.mkdir(parents=True)
+    (target.staging / "__0_0.distcp").symlink_to(outside / "x")
+    plan: Any = Namespace(layout=Namespace(files={"__0_0.distcp": 10}))
+    with pytest.raises(PublishError, match="cannot write"):
+        publish.stage(plan, [target])
+    assert not list(outside.iterdir())
+
+
+def test_a_long_name_is_no_folder(tmp_path: Path) -> None:
+    from pma_megatron.errors import SelectionError
+
+    with pytest.raises(SelectionError, match="is not a folder"):
+        list_checkpoints(tmp_path / ("x" * 5000))
+
+
+def test_thousands_of_hostile_checkpoints(dense_run: Path, tmp_path: Path) -> None:
+    """A part of `launch/attack/mutations.py`, which says what it watches."""
+    runs = tmp_path / "runs"
+    for iteration in (4, 6, 8):
+        shutil.copytree(folder_of(dense_run, iteration), folder_of(runs / "megatron", iteration))
+    done = subprocess.run(
+        [sys.executable, ATTACK / "mutations.py", "--count", "200", "--runs", runs],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    assert found["outcomes"]["refused"] > 50 and found["outcomes"]["merged"] > 10
+
+
+@example(b"\x80\x02" + b"]" * 100)
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=64))
+def test_any_bytes_are_read_or_refused(data: bytes) -> None:
+    with contextlib.suppress(CheckpointError):
+        load_inert(data, what="a file")
+
+
+def test_names_are_no_markup(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What people see is what the file says, and no instruction to the terminal."""
+    for text in ("[/a]", "[bold]", ":smile:"):
+        path = folder_of(run, 8) / "metadata.json"
+        path.write_text(json.dumps({"sharded_backend": text}))
+        assert main(["list", str(run)]) == 0
+        assert repr(text) in capsys.readouterr().out
+
+
+def test_a_record_stands_for_what_would_have_run() -> None:
+    class Hostile:
+        def __reduce__(self) -> Any:
+            return os.system, ("touch owned",)
+
+    found = load_inert(pickle.dumps(Hostile()), what="a file")
+    assert (str(found.name), found.args) == (f"{os.system.__module__}.system", ("touch owned",))
+    assert dump_inert(found) == dump_inert(load_inert(dump_inert(found), what="a file"))
+    assert str(SYSTEM) == "os.system"
