@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from pma_megatron.formats import registry
 from pma_megatron.formats.marker import SNAPSHOTS
+from pma_megatron.openfiles import is_folder
 
 ITERATION = re.compile(r"^iter_(\d{7,})$")
 _TRACKERS = {known.tracker.file for known in registry.FORMATS}
@@ -24,18 +26,18 @@ def is_checkpoint(folder: Path) -> bool:
 
 def what_is(path: Path) -> str:
     """A sentence on a path at which no checkpoint was found, and one on what to give instead."""
-    if path.is_dir():
+    if is_folder(path):
         return _folder(path)
-    if path.exists():
+    if os.path.exists(path):  # False also for names that no file can have
         return _file(path)
-    there = next(each for each in path.parents if each.is_dir())
+    there = next(each for each in path.parents if is_folder(each))
     missing = path.relative_to(there).parts[0]
     near = difflib.get_close_matches(missing, _names(there), n=1, cutoff=0.6)
     if near:
-        return f"{path} does not exist. Did you mean {there / near[0]}?"
+        return f"{path} is not a folder: it does not exist. Did you mean {there / near[0]}?"
     return (
-        f"{path} does not exist ({there} holds: {_some(there)}). Give the folder that training "
-        "saves to"
+        f"{path} is not a folder: it does not exist ({there} holds: {_some(there)}). Give the "
+        "folder that training saves to"
     )
 
 

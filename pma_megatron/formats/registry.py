@@ -213,6 +213,8 @@ FORMATS = (
 _CONVERTED = {
     "torch (legacy)": "Megatron converts it: load it with --ckpt-convert-format torch_dist "
     "--ckpt-convert-save NEW_FOLDER; or train on with --ckpt-format torch_dist",
+    "zarr": "Megatron before core 0.16 converts it: load it with --ckpt-convert-format torch_dist "
+    "--ckpt-convert-save NEW_FOLDER",
     "torch_dcp or fsdp_dtensor": "train on with --ckpt-format torch_dist, without FSDP",
     "torch_dcp": "train on with --ckpt-format torch_dist, without FSDP",
     "fsdp_dtensor": "train on with --ckpt-format torch_dist, without FSDP",
