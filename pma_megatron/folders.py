@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -28,7 +27,7 @@ def what_is(path: Path) -> str:
     """A sentence on a path at which no checkpoint was found, and one on what to give instead."""
     if is_folder(path):
         return _folder(path)
-    if os.path.exists(path):  # False also for names that no file can have
+    if _exists(path):
         return _file(path)
     there = next(each for each in path.parents if is_folder(each))
     missing = path.relative_to(there).parts[0]
@@ -39,6 +38,13 @@ def what_is(path: Path) -> str:
         f"{path} is not a folder: it does not exist ({there} holds: {_some(there)}). Give the "
         "folder that training saves to"
     )
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that no file can have
+        return False
 
 
 def _file(path: Path) -> str:
