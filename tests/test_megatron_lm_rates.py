@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,14 +37,14 @@ def test_resume_lines_resume(layout: tuple[str, ...], tmp_path: Path) -> None:
     run_pretrain(TREE, [*base, "--save", str(run), "--exit-interval", "4"], ranks=2,
                  through="plain")  # fmt: skip
 
-    def go_on(name: str, **settings: object) -> tuple[str, dict[int, float]]:
+    def go_on(name: str, **settings: Any) -> tuple[str, dict[int, float]]:
         made = merge(
             MergeRequest(
                 load=str(run),
                 save=str(tmp_path / name),
                 selection=SelectionRequest(last=2),
                 **settings,
-            )  # type: ignore[arg-type]  # fmt: skip
+            )
         )
         words = shlex.split(made.resume[0])
         done = run_pretrain(TREE, [*base, *words], ranks=2, through="plain")
