@@ -27,7 +27,7 @@ import pma_megatron
 from conftest import digests, folder_of, request_for
 from pma_megatron import MergeRequest, PmaError, SelectionRequest, merge, publish, verify
 from pma_megatron.faultpoints import point
-from pma_megatron.formats.base import Payload
+from pma_megatron.formats.base import Payload, StoredRecord
 from pma_megatron.formats.items import ItemFiles
 from pma_megatron.job import Show
 from pma_megatron.testing import inject, run_ranks
@@ -111,15 +111,15 @@ def faulty_loop(rank: int) -> Show:
 
     @contextlib.contextmanager
     def show(stage: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
-        locate = ItemFiles.locate
+        find = ItemFiles.find
 
-        def faulty(self: ItemFiles, payload: Payload) -> tuple[Path, int]:
+        def faulty(self: ItemFiles, payload: Payload) -> tuple[StoredRecord, int]:
             point("locate", rank)
-            return locate(self, payload)
+            return find(self, payload)
 
-        ItemFiles.locate = faulty
+        ItemFiles.find = faulty
         yield lambda _: point("progress", rank)
-        ItemFiles.locate = locate
+        ItemFiles.find = find
 
     return show
 
