@@ -2,8 +2,9 @@
 
 It lies in the folder that the run saves to, is only ever appended to, and decides which
 checkpoints are trusted: one that was saved at or after the onset of a spike is not, unless the
-recovery from that spike had been done by then. Checkpoints carry the number of recoveries done in
-their Megatron arguments (`RECORD`).
+recovery from that spike had been done by then; nor is one that was saved after a recovery and
+before a loss was judged to be well again. Checkpoints carry the number of recoveries done in their
+Megatron arguments (`RECORD`), and the detector's memory if the trainer keeps it there (`STATE`).
 """
 
 from __future__ import annotations
@@ -23,7 +24,12 @@ FILE = "pma_recovery.jsonl"
 RECORD = "pma_recoveries"
 """Attribute of Megatron's arguments: spikes of this log that were dealt with before the save."""
 
+STATE = "pma_spike_state"
+"""Attribute of Megatron's arguments: the detector's memory at the save, as JSON."""
+
 DETECTED, BEGUN, DONE, SPENT = "detected", "begun", "done", "spent"
+JUDGED = "judged well"
+"""The first loss after a recovery that was judged, and found to be well."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +38,14 @@ class Spike:
 
     number: int
     onset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Doubt:
+    """Why a checkpoint is not to be used; `judged` is False where nothing bad is known of it."""
+
+    reason: str
+    judged: bool
 
 
 class History:
@@ -56,15 +70,66 @@ class History:
         begun = (event for event in self.events if event["event"] == BEGUN)
         return sum(int(event["newest_healthy"]) == newest_healthy for event in begun)
 
-    def distrust(self, iteration: int | None, recoveries: int) -> str | None:
-        """Why a checkpoint saved at `iteration`, after so many recoveries, is not to be used."""
+    @property
+    def unjudged_since(self) -> int | None:
+        """Iteration of the last recovery, if no loss since then was judged; else None."""
+        since = None
+        for event in self.events:
+            if event["event"] in (DONE, JUDGED):
+                since = int(event["iteration"]) if event["event"] == DONE else None
+        return since
+
+    def doubt(self, iteration: int | None, args: Mapping[str, Any]) -> Doubt | None:
+        """Why a checkpoint is not to be used; None for one that is trusted.
+
+        Args:
+            iteration: at which it was saved.
+            args: the Megatron arguments in it.
+        """
+        if iteration is None:
+            return None
+        done = args.get(RECORD)
+        recoveries = done if isinstance(done, int) else 0
         for spike in self.spikes:
-            if iteration is not None and iteration >= spike.onset and spike.number > recoveries:
-                return (
+            if iteration >= spike.onset and spike.number > recoveries:
+                return Doubt(
                     f"it was saved after the onset, at iteration {spike.onset}, of a spike that "
-                    f"the run recovered from later ({FILE})"
+                    f"the run recovered from later ({FILE})",
+                    judged=True,
                 )
+        judged = _judged(args.get(STATE))
+        if judged is None:
+            judged = not self._awaits_judgement(iteration, recoveries)
+        if judged:
+            return None
+        return Doubt(
+            "it was saved after a recovery from a loss spike, and before a loss was judged to be "
+            "well again: it is not judged",
+            judged=False,
+        )
+
+    def _awaits_judgement(self, iteration: int, recoveries: int) -> bool:
+        """Whether the log has a recovery that ended before a save, and no judgement in between."""
+        for place, event in enumerate(self.events):
+            if event["event"] != DONE or int(event["number"]) > recoveries:
+                continue
+            later = (e for e in self.events[place:] if e["event"] == JUDGED)
+            first = next((int(e["iteration"]) for e in later), None)
+            if int(event["iteration"]) <= iteration and (first is None or iteration < first):
+                return True
+        return False
+
+
+def _judged(state: Any) -> bool | None:
+    """Whether a detector, by its memory, had judged a loss since the last recovery."""
+    try:
+        known = json.loads(state)
+    except (TypeError, ValueError):
         return None
+    if not isinstance(known, dict):
+        return None
+    # Memories of before `judged` was kept tell by the points that still had to pass.
+    return bool(known.get("judged", not known.get("cooldown")))
 
 
 def read(root: str | Path) -> History:
@@ -95,7 +160,10 @@ def read(root: str | Path) -> History:
     return History(events)
 
 
-_NEEDED = {DETECTED: ("number", "onset"), BEGUN: ("newest_healthy",)}
+_NEEDED = {
+    DETECTED: ("number", "onset"), BEGUN: ("newest_healthy",), DONE: ("number", "iteration"),
+    JUDGED: ("iteration",),
+}  # fmt: skip
 
 
 def append(root: str | Path, event: str, **fields: Any) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import os
 import threading
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -63,24 +63,33 @@ class BlockReader:
         """Fill `into` from element `start` of `payload` on; see `read` for errors."""
         self.pread(*self.place(payload, start), into)
 
-    def compare_copied(self, item: Item, offset: int, nbytes: int, buffer: memoryview) -> None:
-        """Read what `nbytes` from byte `offset` of the file hold of the records of `item`.
+    def compare_copied(self, item: Item, offset: int, nbytes: int, buffer: memoryview) -> int:
+        """Read what `nbytes` from byte `offset` of the file hold, records of `item` or not.
 
         Whoever copies them inside the kernel does not see them.
+
+        Returns:
+            their CRC-32.
 
         Raises:
             CheckpointError: see `read`.
         """
+        whole, at, end = 0, offset, offset + nbytes
         records = self._items.stored(item)
-        begin = bisect_right(records, offset, key=lambda record: record.start) - 1
-        for record in records[max(begin, 0) :]:
-            if record.start >= offset + nbytes:
-                break
-            at = max(offset, record.start)
-            end = min(offset + nbytes, record.start + record.nbytes)
-            for first in range(at, end, len(buffer)):
-                part = buffer[: min(len(buffer), end - first)]
-                self.pread(record, first - record.start, part)
+        number = max(bisect_right(records, offset, key=lambda record: record.start) - 1, 0)
+        while at < end:
+            while number < len(records) and records[number].start + records[number].nbytes <= at:
+                number += 1
+            record = records[number] if number < len(records) else None
+            inside = record is not None and record.start <= at
+            limit = end if record is None else record.start + record.nbytes * inside
+            part = buffer[: min(len(buffer), min(limit, end) - at)]
+            self.fill(item.file, at, part)
+            crc = isal_zlib.crc32(part)
+            if inside and record is not None:
+                self._reads.note(record, at - record.start, part, crc)
+            whole, at = isal_zlib.crc32_combine(whole, crc, len(part)), at + len(part)
+        return whole
 
     def compare(self, record: StoredRecord, known: Spans, buffer: memoryview) -> None:
         """Read what is not `known` of a record, and compare it with its checksum.
@@ -209,10 +218,12 @@ class Checksums:
 
     Attributes:
         parts: (item, record) -> [(start in bytes, bytes, crc)].
+        copies: file -> the same of bytes that were copied, counted from the file's beginning.
     """
 
     def __init__(self) -> None:
         self.parts: dict[tuple[int, str], list[tuple[int, int, int]]] = {}
+        self.copies: dict[str, list[tuple[int, int, int]]] = {}
         self._lock = threading.Lock()
 
     def add(self, place: Place, start_bytes: int, data: memoryview) -> None:
@@ -222,6 +233,17 @@ class Checksums:
             self.parts.setdefault((place.item, place.record), []).append(
                 (start_bytes, len(data), crc)
             )
+
+    def add_copy(self, file: str, offset: int, nbytes: int, crc: int) -> None:
+        """Note `nbytes` that were copied to `offset` of `file`."""
+        with self._lock:
+            self.copies.setdefault(file, []).append((offset, nbytes, crc))
+
+    def __getstate__(self) -> tuple[object, ...]:
+        return self.parts, self.copies
+
+    def __setstate__(self, state: tuple[Any, Any]) -> None:
+        (self.parts, self.copies), self._lock = state, threading.Lock()
 
 
 def joined_crc(parts: Sequence[tuple[int, int, int]], nbytes: int) -> int:
@@ -291,14 +313,14 @@ class BlockWriter:
         """The open file, for copies that never enter this process."""
         return self._files.opened(file)
 
-    def sync(self) -> None:
-        """Flush what this rank wrote to stable storage.
+    def sync(self, moved: Callable[[], None] = lambda: None) -> None:
+        """Flush what this rank wrote to stable storage; `moved` is called after each file.
 
         Raises:
             PublishError: the storage reports an error late.
         """
         try:
-            self._files.sync()
+            self._files.sync(moved)
         except OSError as error:
             raise PublishError(f"cannot flush {self.folder}: {error.strerror}") from error
 

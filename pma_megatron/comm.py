@@ -2,16 +2,15 @@
 
 `Comm` works without a process group (one rank) and with one. Every rank makes the same calls in the
 same order; `agree` is the one place where errors meet. During the merge, which has no collective to
-meet in, a failing rank leaves a note in the rendezvous store and the others look for it.
+meet in, a failing rank leaves a note in the rendezvous store and the others look for it. Who is
+there at all, `presence` knows: no collective is entered before every rank has come to it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -19,14 +18,21 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from pma_megatron.durations import format_duration
 from pma_megatron.errors import PmaError, RankError, UsageError
+from pma_megatron.presence import Presence, kept_by_torchrun
+from pma_megatron.stopping import Stopped
 
 T = TypeVar("T")
-_NOTE = "pma_megatron/failed"
-_LOOK_EVERY_S = 0.5
-_TIMEOUT = timedelta(minutes=30)
-# Of the process, not of a Comm: a note must not outlive the call that failed.
-_epochs = itertools.count()
+TIMEOUT_S = 300.0
+"""How long another rank may stand still, unless the user says otherwise."""
+
+HINT = "--timeout sets how long others wait"
+
+# Of collectives, which are entered when all ranks are there. What they fail with says less than
+# `presence` does, so that must have had its time.
+_LEAST_TIMEOUT_S = 1800.0
+_entangled = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,23 +66,32 @@ class Team:
         """Number of members."""
         return len(self.members)
 
-    def reduce(self, block: torch.Tensor) -> torch.Tensor:
-        """Sum a block over the team, in place. With NCCL it goes through this rank's GPU."""
-        return self._exchange(block, lambda data: dist.all_reduce(data, group=self.group))
+    def reduce(self, block: torch.Tensor, comm: Comm) -> torch.Tensor:
+        """Sum a block over the team, in place. With NCCL it goes through this rank's GPU.
 
-    def broadcast(self, block: torch.Tensor, place: int) -> torch.Tensor:
-        """Overwrite a block with that of the member at `place`, in place."""
+        Raises:
+            RankError: a member is gone, or has stood still for too long.
+        """
+        return self._exchange(
+            block, lambda data: dist.all_reduce(data, group=self.group, async_op=True), comm
+        )
+
+    def broadcast(self, block: torch.Tensor, place: int, comm: Comm) -> torch.Tensor:
+        """Overwrite a block with that of the member at `place`, in place; raises as `reduce`."""
         source = self.members[place]
-        return self._exchange(block, lambda d: dist.broadcast(d, source, group=self.group))
+        return self._exchange(
+            block, lambda data: dist.broadcast(data, source, group=self.group, async_op=True), comm
+        )
 
-    def _exchange(self, block: torch.Tensor, move: Callable[[torch.Tensor], Any]) -> torch.Tensor:
+    def _exchange(self, block: torch.Tensor, move: Callable[[torch.Tensor], Any],
+                  comm: Comm) -> torch.Tensor:  # fmt: skip
         if self.group is None:
             return block
         if "nccl" in str(dist.get_backend_config(self.group)):
             on_device = block.to(torch.device("cuda", torch.cuda.current_device()))
-            move(on_device)
+            move(on_device).wait()
             return block.copy_(on_device)
-        move(block)
+        comm.wait_for(move(block), self.members)
         return block
 
 
@@ -90,11 +105,14 @@ class Comm:
         team: those of them that this rank works with.
     """
 
-    def __init__(self, merge_parallel_size: int = 1) -> None:
+    def __init__(self, merge_parallel_size: int = 1, *, timeout_s: float | None = None) -> None:
         """Use the default process group if there is one.
 
         Args:
             merge_parallel_size: ranks that share the sources of one slice; divides `size`.
+            timeout_s: how long another rank may stand still; by default what
+                `process_group_from_environment` was told, in a trainer the time that its own
+                process group allows.
 
         Raises:
             UsageError: it does not divide the number of ranks.
@@ -110,16 +128,20 @@ class Comm:
         self.merge_size = merge_parallel_size
         self.shard_rank = self.rank // merge_parallel_size
         self.shard_size = self.size // merge_parallel_size
-        self._next_look_s = 0.0
         self.team = Team((self.rank,), 0)
         if merge_parallel_size > 1:
             for shard in range(self.shard_size):
                 first = shard * merge_parallel_size
                 members = tuple(range(first, first + merge_parallel_size))
-                group = dist.new_group(list(members), timeout=_TIMEOUT)
+                group = dist.new_group(list(members), timeout=_collectives(_timeout_s()))
                 if shard == self.shard_rank:
                     self.team = Team(members, self.rank - first, group)
-        self._store = _default_store() if self.size > 1 else None
+        self._presence = None
+        if self.size > 1:
+            limit_s = _timeout_s() if timeout_s is None else timeout_s
+            hint = "the time allowed is that of the process group" if limit_s != _given_timeout_s \
+                else HINT  # fmt: skip
+            self._presence = Presence(_default_store(), self.rank, self.size, limit_s, hint)
 
     @property
     def is_main(self) -> bool:
@@ -132,13 +154,18 @@ class Comm:
         Raises:
             PmaError: this rank's own error, if it failed; RankError naming the others' if not.
         """
+        if self._presence is None:
+            return work()
         result, error = None, None
-        try:
-            result = work()
-        except Exception as caught:  # it is raised below, after every rank knows of it
-            error = caught
-        said = None if error is None else f"{type(error).__name__}: {error}"
-        failures = [(r, s) for r, s in enumerate(self.gather(said)) if s is not None]
+        with self._presence.at(stage), self._leaving(stage):
+            try:
+                result = work()
+            except Exception as caught:  # it is raised below, after every rank knows of it
+                if isinstance(caught, RankError) and caught.lost:
+                    raise
+                error = caught
+            said = None if error is None else f"{type(error).__name__}: {error}"
+            failures = [(r, s) for r, s in enumerate(self.gather(said)) if s is not None]
         if error is not None and not isinstance(error, RankError):
             raise error
         if failures:
@@ -158,7 +185,7 @@ class Comm:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        self._together(lambda: dist.all_gather_object(values, value))
         return values
 
     def collect(self, value: T) -> list[T]:
@@ -166,7 +193,7 @@ class Comm:
         if self.size == 1:
             return [value]
         values: list[Any] | None = [None] * self.size if self.is_main else None
-        dist.gather_object(value, values)
+        self._together(lambda: dist.gather_object(value, values))
         return values or []
 
     def broadcast(self, value: T, source: int = 0) -> T:
@@ -174,53 +201,175 @@ class Comm:
         if self.size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=source)
+        self._together(lambda: dist.broadcast_object_list(box, src=source))
         return box[0]
+
+    def wait_for(self, work: Any, mates: Collection[int]) -> None:
+        """Wait for a collective of some ranks.
+
+        Raises:
+            RankError: one of them is gone, or has stood still for too long.
+        """
+        global _entangled
+        assert self._presence is not None
+        try:
+            self._presence.wait_for(work, mates)
+        except (RankError, KeyboardInterrupt):
+            _entangled = True
+            raise
+        except RuntimeError as error:
+            raise self._presence.broken(error) from error
 
     @contextlib.contextmanager
     def watched(self, stage: str) -> Iterator[Callable[[], None]]:
         """A stage without collectives: yields a check that raises soon after another rank failed.
 
+        The check also tells the others that this rank moves.
+
         Raises:
             RankError: from the yielded check, naming the failed rank and its cause.
         """
-        key = f"{_NOTE}/{next(_epochs)}"
+        if self._presence is None:
+            yield lambda: None
+            return
         try:
-            yield lambda: self._look(key, stage)
+            yield self._presence.look_at_times
         except Exception as error:
-            if self._store is not None and not isinstance(error, RankError):
-                with contextlib.suppress(RuntimeError):  # the store's own host may be gone
-                    self._store.set(key, f"{self.rank}\n{type(error).__name__}: {error}")
+            if not isinstance(error, RankError):
+                cause = f"{type(error).__name__}: {error}"
+                self._presence.failed(f"rank {self.rank} failed in stage {stage!r}: {cause}")
             raise
 
-    def _look(self, key: str, stage: str) -> None:
-        now_s = time.monotonic()
-        if self._store is None or now_s < self._next_look_s:
-            return
-        self._next_look_s = now_s + _LOOK_EVERY_S
-        if self._store.check([key]):
-            rank, _, cause = self._store.get(key).decode().partition("\n")
-            raise RankError(f"rank {rank} failed in stage {stage!r}: {cause}")
+    def moved(self) -> None:
+        """Tell the others that this rank moves, where nothing else shows it."""
+        if self._presence is not None:
+            self._presence.tick()
+
+    def _together(self, exchange: Callable[[], Any]) -> None:
+        assert self._presence is not None
+        self._presence.meet()
+        try:
+            exchange()
+        except RuntimeError as error:
+            raise self._presence.broken(error) from error
+
+    @contextlib.contextmanager
+    def _leaving(self, stage: str) -> Iterator[None]:
+        """The others must not wait for a rank that was asked to end."""
+        try:
+            yield
+        except KeyboardInterrupt as stop:
+            assert self._presence is not None
+            _leave(self._presence, stop, f" in stage {stage!r}")
+            raise
+
+
+def _leave(presence: Presence, stop: KeyboardInterrupt, where: str) -> None:
+    """Tell the others why this rank goes.
+
+    Raises:
+        RankError: torchrun ends the others when one rank fails, and that it did is the news.
+    """
+    why = presence.why_ended()
+    by = str(stop) or "its keyboard"
+    presence.leave(f"rank {dist.get_rank()} was stopped by {by}{where}", asked=True)
+    if why is not None and isinstance(stop, Stopped):
+        why.published, why.unpublished = stop.published, stop.unpublished
+        raise why from stop
+
+
+def entangled() -> bool:
+    """True if a collective is still under way that will never end: nothing but the end of the
+    process takes it back."""
+    return _entangled
+
+
+_given_timeout_s: float | None = None
 
 
 @contextlib.contextmanager
-def process_group_from_environment() -> Iterator[None]:
+def process_group_from_environment(timeout_s: float = TIMEOUT_S) -> Iterator[None]:
     """Join the job that `torchrun` started, for the time of the block; nothing without torchrun.
 
     gloo on CPU; where CUDA is, tensors on the GPU go through NCCL.
+
+    Args:
+        timeout_s: how long to wait for a rank that does not come, or that stands still.
+
+    Raises:
+        RankError: a rank did not come in time.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+    global _given_timeout_s
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1 or dist.is_initialized():
         yield
         return
     backend = "gloo"
     if torch.cuda.is_available() and dist.is_nccl_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=_TIMEOUT)
+    rank = int(os.environ["RANK"])
+    store = _joined(rank, size, timeout_s)
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=size, timeout=_collectives(timeout_s)
+    )
+    _given_timeout_s = timeout_s
+    presence = Presence(_default_store(), rank, size, timeout_s, HINT)
     try:
-        yield
-    finally:
+        with presence.at("start"):  # what lies between two stages is life too
+            yield
+    except KeyboardInterrupt as stop:
+        _leave(presence, stop, "")
+        raise
+    except BaseException as error:
+        presence.leave(f"rank {rank} failed: {type(error).__name__}: {error}")
+        if not entangled():
+            dist.destroy_process_group()
+        raise
+    else:
+        with contextlib.suppress(RankError):  # rank 0 may keep the store, so it must not end first
+            presence.meet()
         dist.destroy_process_group()
+    finally:
+        _given_timeout_s = None
+
+
+def _joined(rank: int, size: int, timeout_s: float) -> Any:
+    """The rendezvous store, when every rank has come to it."""
+    host, port = os.environ.get("MASTER_ADDR", "?"), os.environ.get("MASTER_PORT", "?")
+    limit = timedelta(seconds=timeout_s)
+    try:
+        if kept_by_torchrun():
+            store = next(iter(dist.rendezvous("env://", rank, size, timeout=limit)))[0]
+        else:  # not by torch's own words, which do not tell who is missing
+            store = dist.TCPStore(
+                host, int(port), size, rank == 0, limit, wait_for_workers=False, multi_tenant=True
+            )
+    except (RuntimeError, ValueError) as error:
+        raise RankError(
+            f"rank {rank} of {size} waited {format_duration(timeout_s)} at most and did not reach "
+            f"the rendezvous store at {host}:{port} ({str(error).splitlines()[0]}). Start every "
+            "rank, with the MASTER_ADDR and MASTER_PORT of rank 0",
+            speaker=rank,
+        ) from error
+    Presence(dist.PrefixStore("pma_megatron_start", store), rank, size, timeout_s, HINT).meet()
+    return store
+
+
+def _timeout_s() -> float:
+    """What the command was told, else what the trainer's own process group allows."""
+    if _given_timeout_s is not None:
+        return _given_timeout_s
+    try:
+        group = dist.distributed_c10d._get_default_group()
+        kind = group._device_types[0]
+        return float(group._get_backend(kind).options._timeout.total_seconds())
+    except (AttributeError, IndexError, RuntimeError):
+        return TIMEOUT_S
+
+
+def _collectives(timeout_s: float) -> timedelta:
+    return timedelta(seconds=max(_LEAST_TIMEOUT_S, 2 * timeout_s))
 
 
 def _default_store() -> Any:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import re
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,20 @@ from pma_megatron import audit
 from pma_megatron.errors import CheckpointError, SelectionError
 from pma_megatron.folders import ITERATION, is_checkpoint, what_is
 from pma_megatron.formats import registry
+from pma_megatron.formats.base import Incomplete
 from pma_megatron.formats.marker import SNAPSHOTS, read_snapshot_marker
 from pma_megatron.formats.schema import is_count
 from pma_megatron.locations import refuse_remote
-from pma_megatron.openfiles import folders_in, is_folder, read_pointer
+from pma_megatron.openfiles import folders_in, is_folder
 from pma_megatron.refs import CheckpointRef
 from pma_megatron.selection import Selection, SelectionRequest, select
 from pma_megatron.spelling import among, given, has, named
 from pma_megatron.tokens import consumed_tokens_of
+from pma_megatron.trackers import Pointer, read_pointers
 
 TRACKER_FILE = registry.get(registry.TORCH_DIST, "").tracker.file
 _OWN_ROOT = re.compile(r"^checkpoint[-_]\d+$")
 """transformers/trainer_utils.py, PREFIX_CHECKPOINT_DIR; accelerate/accelerator.py, save_state."""
-_log = logging.getLogger(__name__)
 
 
 def list_checkpoints(root: str | Path) -> list[CheckpointRef]:
@@ -40,7 +42,8 @@ def list_checkpoints(root: str | Path) -> list[CheckpointRef]:
             output_dir, or one checkpoint's folder in it.
 
     Raises:
-        SelectionError: there is no such folder.
+        SelectionError: there is no such folder, or it cannot be read.
+        CheckpointError: its log of recoveries cannot be read.
     """
     refuse_remote("", root)
     root = Path(root)
@@ -58,9 +61,28 @@ def list_checkpoints(root: str | Path) -> list[CheckpointRef]:
                 refs[folder.name] = thin
     if not refs:
         refs = {str(folder): describe(folder, history) for folder in _tags_with_own_roots(root)}
-    return sorted(
+    ordered = sorted(
         refs.values(), key=lambda ref: (ref.iteration is None, ref.iteration or 0, ref.path)
     )
+    return _only_newest_writing(ordered, read_pointers(root))
+
+
+def _only_newest_writing(
+    ordered: list[CheckpointRef], pointers: Mapping[str, Pointer]
+) -> list[CheckpointRef]:
+    """Of the unfinished ones, the newest may be at work; a tracker is written after its save."""
+    newest = {ref.snapshot: ref.path for ref in ordered if ref.iteration is not None}
+    named = {pointer.folder for pointer in pointers.values()}
+    return [
+        replace(ref, writing=False)
+        if ref.writing
+        and (
+            ref.path != newest.get(ref.snapshot)
+            or (not ref.snapshot and Path(ref.path).name in named)
+        )
+        else ref
+        for ref in ordered
+    ]
 
 
 def newest_full(snapshot: Path) -> int | None:
@@ -92,37 +114,76 @@ def describe(folder: Path, history: audit.History | None = None) -> CheckpointRe
         folder: `iter_*`, `release`, or a tag of DeepSpeed.
         history: the run's spike recoveries.
     """
-    name = registry.detect(folder)
     iteration = iteration_of(folder)
-    samples, tokens, unknown, reason, snapshot = None, None, None, None, False
-    recoveries, weights_only = 0, False
     try:
-        snapshot = read_snapshot_marker(folder) is not None
-        known = registry.get(name, str(folder))
-        iteration = known.iteration(folder) if known.iteration else iteration
-        reason = known.completeness(folder)
-        if reason is None:
-            common = known.common(folder)
-            reason = _wrong_iteration(iteration, common["iteration"])
-            tokens, unknown = consumed_tokens_of(common["args"])
-            samples = _count(common["args"].get("consumed_train_samples"))
-            weights_only = bool(common.get("weights_only"))
-            recoveries = _count(common["args"].get(audit.RECORD)) or 0
+        return _described(folder, history)
     except CheckpointError as error:
         reason = str(error)
+    except OSError as error:
+        reason = f"{error.filename or folder} cannot be read ({error.strerror})"
+    return _incomplete(folder, "unknown", iteration, Incomplete(reason))
+
+
+def _described(folder: Path, history: audit.History | None) -> CheckpointRef:
+    name, iteration = registry.detect(folder), iteration_of(folder)
+    if name not in [known.name for known in registry.FORMATS] and _may_be_begun(folder):
+        begun = "no metadata.json: still being written, cut off, or another format"
+        return _incomplete(folder, "unknown", iteration, Incomplete(begun, unfinished=True))
+    try:
+        known = registry.get(name, str(folder))
+        iteration = known.iteration(folder) if known.iteration else iteration
+        snapshot = read_snapshot_marker(folder) is not None
+        reason = known.completeness(folder)
+        if reason is not None:
+            return _incomplete(folder, name, iteration, reason, snapshot=snapshot)
+        common = known.common(folder)
+        args = common["args"]
+        wrong = _wrong_iteration(iteration, common["iteration"])
+        if wrong is not None:
+            return _incomplete(folder, name, iteration, Incomplete(wrong), snapshot=snapshot)
+        tokens, unknown = consumed_tokens_of(args)
+    except CheckpointError as error:
+        return _incomplete(folder, name, iteration, Incomplete(str(error)))
+    doubt = (history or audit.History(())).doubt(iteration, args)
     return CheckpointRef(
         path=str(folder),
         format=name,
         iteration=iteration,
-        consumed_samples=samples,
+        consumed_samples=_count(args.get("consumed_train_samples")),
         consumed_tokens=tokens,
-        tokens_unknown_because=unknown if reason is None else "the checkpoint is not complete",
-        complete=reason is None,
-        incomplete_because=reason,
+        tokens_unknown_because=unknown,
+        complete=True,
+        incomplete_because=None,
         snapshot=snapshot,
-        weights_only=weights_only,
-        unhealthy_because=history.distrust(iteration, recoveries) if history else None,
+        weights_only=bool(common.get("weights_only")),
+        unhealthy_because=doubt.reason if doubt else None,
+        judged=doubt is None or doubt.judged,
+        warning=known.written_after(folder),
     )
+
+
+def _incomplete(
+    folder: Path, name: str, iteration: int | None, why: Incomplete, *, snapshot: bool = False
+) -> CheckpointRef:
+    return CheckpointRef(
+        path=str(folder),
+        format=name,
+        iteration=iteration,
+        consumed_samples=None,
+        consumed_tokens=None,
+        tokens_unknown_because="the checkpoint is not complete",
+        complete=False,
+        incomplete_because=why.reason,
+        snapshot=snapshot,
+        writing=why.unfinished,
+    )
+
+
+def _may_be_begun(folder: Path) -> bool:
+    """Whether a folder of no known format may become one: Megatron names the format last."""
+    if iteration_of(folder) is None or (folder / "metadata.json").is_file():
+        return False
+    return registry.detect(folder) != registry.LEGACY
 
 
 def common_args(folder: Path) -> dict[str, Any]:
@@ -134,8 +195,21 @@ def common_args(folder: Path) -> dict[str, Any]:
     return dict(found)
 
 
-def choose(refs: list[CheckpointRef], request: SelectionRequest, root: str | Path) -> Selection:
+def choose(
+    refs: list[CheckpointRef], request: SelectionRequest, root: str | Path,
+    pointers: Mapping[str, Pointer] | None = None, resumed: int | None = None,
+) -> Selection:  # fmt: skip
     """Select among `refs`, refusing a run that mixes formats without saying which to take.
+
+    An average ends at what training resumes from, where the request does not say where: what a job
+    has loaded, else what the tracker names, else the newest complete checkpoint.
+
+    Args:
+        refs: all of the run.
+        request: which of them.
+        root: the run's folder, for messages.
+        pointers: see `pointers_of`.
+        resumed: iteration that a live job has loaded.
 
     Raises:
         SelectionError: nothing there, mixed formats, or the request cannot be met.
@@ -147,7 +221,7 @@ def choose(refs: list[CheckpointRef], request: SelectionRequest, root: str | Pat
     excluded = set(request.exclude)
     formats: dict[str, list[int | None]] = {}
     for ref in refs:
-        if ref.format != "unknown" and ref.iteration not in excluded:
+        if ref.format != "unknown" and not ref.writing and ref.iteration not in excluded:
             formats.setdefault(ref.format, []).append(ref.iteration)
     if len(formats) > 1 and request.iterations is None and request.paths is None:
         found = "; ".join(f"{name}: {numbers}" for name, numbers in formats.items())
@@ -155,24 +229,27 @@ def choose(refs: list[CheckpointRef], request: SelectionRequest, root: str | Pat
             f"{root} mixes checkpoint formats ({found}). Take one of them with "
             f"{among('iterations', 'paths')}, or leave the others out with {named('exclude')}"
         )
-    selection = select(refs, request)
+    pointer = (pointers or {}).get(next(iter(formats), ""))
+    if resumed is None and pointer is not None and pointer.folder is not None:
+        resumed = next((r.iteration for r in refs if Path(r.path).name == pointer.folder), None)
+        if all(Path(ref.path).name != pointer.folder for ref in refs):
+            problem = f"has a {pointer.file} that names {pointer.folder!r}, which is no checkpoint"
+            pointer = replace(pointer, problem=problem)
+    selection = select(refs, request, resumed)
     own_root = _OWN_ROOT.match(Path(selection.refs[-1].path).parent.name)
-    if root.is_dir() and not is_checkpoint(root) and not own_root:
-        _warn_of_tracker(root, selection.refs[-1].format)
-    return selection
+    if pointer is None or pointer.problem is None or own_root:
+        return selection
+    note = (
+        f"{root} {pointer.problem}. Averages do not need it, they go by the folders; training "
+        "does, to resume from there"
+    )
+    return replace(selection, notes=(*selection.notes, note))
 
 
-def _warn_of_tracker(root: Path, name: str) -> None:
-    tracker = registry.get(name, str(root)).tracker
-    path = root / tracker.file
-    content = read_pointer(path)
-    folder = None if content is None else tracker.folder_of(content)
-    if folder is None or (name in registry.TAGS and not (root / folder).is_dir()):
-        what = "has no" if content is None else f"names {folder!r}, which is not there, in"
-        _log.warning(
-            "%s %s %s. Checkpoints are found by their folders, so the merge does not need it; "
-            "training does, to resume from there.", root, what, tracker.file,
-        )  # fmt: skip
+def pointers_of(root: str | Path) -> dict[str, Pointer] | None:
+    """What the trackers in `root` say; None where that is no run's folder."""
+    root = Path(root)
+    return read_pointers(root) if is_folder(root) and not is_checkpoint(root) else None
 
 
 def _refuse_one_checkpoint(root: Path, request: SelectionRequest) -> None:
@@ -192,14 +269,11 @@ def pointed(root: Path) -> Path:
     Raises:
         CheckpointError: the tracker makes no sense.
     """
-    for known in registry.FORMATS:
-        path = root / known.tracker.file
-        content = read_pointer(path)
-        if content is not None:
-            folder = known.tracker.folder_of(content)
-            if folder is None:
-                raise CheckpointError(f"{path} says {content!r}: damaged. Name one folder")
-            return root / folder
+    for pointer in read_pointers(root).values():
+        if pointer.folder is not None:
+            return root / pointer.folder
+        if not pointer.missing:
+            raise CheckpointError(f"{root} {pointer.problem}. Name one checkpoint's folder")
     return root
 
 

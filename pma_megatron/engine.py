@@ -13,7 +13,7 @@ import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -79,7 +79,7 @@ def run(plan: Workload, units: Sequence[Unit], writers: Sequence[Any], comm: Com
     with reading(plan, comm.rank, reads) as readers, comm.watched("merge") as check:
         sums = tuple(Sum.of(values) for values in plan.coefficients)
         add = Accumulator(plan, readers, writers, sums)
-        job = _Job(add, team, progress, check)
+        job = _Job(add, team, comm, progress, check)
         if team.size > 1:
             job.run_shared(units)
         else:
@@ -165,6 +165,11 @@ def over_threads(units: Sequence[Unit], threads: int, do: Callable[[Unit, S], No
 
     with ThreadPoolExecutor(threads) as pool:
         futures = [pool.submit(work) for _ in range(threads)]
+        try:
+            wait(futures)
+        except BaseException:  # a signal; what the threads use must outlast them
+            stop.set()
+            raise
     _raise_first(futures)
 
 
@@ -172,6 +177,7 @@ def over_threads(units: Sequence[Unit], threads: int, do: Callable[[Unit, S], No
 class _Job:
     add: Accumulator
     team: Team
+    comm: Comm
     progress: Progress
     check: Callable[[], None]
     tally: Tally = field(default_factory=Tally)
@@ -210,10 +216,11 @@ class _Job:
         if isinstance(task, Copy):
             newest, start = self.add.readers[self.add.last], task.source_offset + at
             buffer = as_bytes(space.raw.whole(torch.float32)[:BLOCK_ELEMENTS])
-            newest.compare_copied(task.item, start, unit.count, buffer)
+            crc = newest.compare_copied(task.item, start, unit.count, buffer)
             for writer in self.add.writers:
                 copy_bytes(newest, task.item.file, start, writer, task.file, task.offset + at,
                            unit.count, buffer)  # fmt: skip
+                writer.checksums.add_copy(task.file, task.offset + at, unit.count, crc)
             self.tally.add(unit.count, unit.count * len(self.add.writers))
             return
         scale = task.place.dtype.itemsize if isinstance(task, (Keep, Zero)) else 1
@@ -323,9 +330,9 @@ class _Job:
             if error is not None:
                 block[:numel] = 0.0
             if self.team.by_source:
-                self.team.reduce(block)
+                self.team.reduce(block, self.comm)
             else:
-                self.team.broadcast(block, turn % self.team.size)
+                self.team.broadcast(block, turn % self.team.size, self.comm)
             if k == 0 and float(block[numel]) > 0:
                 raise error or RankError("another rank of the team failed")
         if error is not None and work is None:  # its block was another's; it is told at its turn

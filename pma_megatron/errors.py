@@ -7,7 +7,15 @@ from __future__ import annotations
 
 
 class PmaError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base of every error that this package raises on purpose.
+
+    Attributes:
+        published: folders that the command had published before it failed.
+        unpublished: those that it had not, if there are any of the first kind.
+    """
+
+    published: tuple[str, ...] = ()
+    unpublished: tuple[str, ...] = ()
 
 
 class UsageError(PmaError, ValueError):
@@ -39,4 +47,18 @@ class VerifyError(PmaError):
 
 
 class RankError(PmaError):
-    """Another rank failed; the message carries its rank, stage and cause."""
+    """Another rank failed; the message carries its rank, stage and cause.
+
+    Attributes:
+        lost: True if that rank cannot tell anybody any more: it died, hangs, or has gone.
+        speaker: the rank that tells the user.
+    """
+
+    def __init__(self, message: str, *, lost: bool = False, speaker: int = 0) -> None:
+        super().__init__(message)
+        self.lost = lost
+        self.speaker = speaker
+
+
+class PoisonedError(PmaError):
+    """A live model is a mixture: loading into it failed half-way, so it must not be used."""

@@ -84,6 +84,7 @@ class Grid:
             complete one, counted back from the newest), or iterations.
         tolerance: how far from its place a checkpoint may lie, as a fraction of the interval.
         exclude: iterations to leave out, as if they were not there.
+        allow_gaps: see `SelectionRequest`.
 
     Raises:
         UsageError: a value out of range, an empty axis, or both kinds of interval.
@@ -96,6 +97,7 @@ class Grid:
     ends: str | tuple[int, ...] = "newest"
     tolerance: float = 0.25
     exclude: tuple[int, ...] = ()
+    allow_gaps: bool = False
 
     def __post_init__(self) -> None:
         for name in ("methods", "lasts", "ends"):
@@ -166,6 +168,7 @@ class Grid:
                     end_iteration=end,
                     tolerance=self.tolerance,
                     exclude=self.exclude,
+                    allow_gaps=self.allow_gaps,
                 )
 
     def end_iterations(self, refs: Sequence[CheckpointRef]) -> list[int]:

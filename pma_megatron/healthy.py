@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pma_megatron.errors import SelectionError, UsageError
+from pma_megatron.gaps import Kind, PassedOver
 from pma_megatron.refs import CheckpointRef
 from pma_megatron.selection import Selection, SelectionRequest, select
 from pma_megatron.spelling import named
@@ -37,6 +38,15 @@ class Rejected:
 
     ref: CheckpointRef
     reason: str
+    excluded: bool = False
+
+    @property
+    def passed_over(self) -> PassedOver:
+        """The same, as selections say it."""
+        path, iteration, state = self.ref.path, self.ref.iteration, self.ref.state
+        kind: Kind = "spoiled" if state == "complete" else state
+        kind = "excluded" if self.excluded else kind
+        return PassedOver(path=path, iteration=iteration, kind=kind, reason=self.reason)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,6 +101,17 @@ class Healthy:
     newest: int
     notes: tuple[str, ...]
 
+    @property
+    def passed_over(self) -> tuple[PassedOver, ...]:
+        """What is not used and lies after the oldest of those chosen, by iteration."""
+        oldest = _iteration(self.selection.refs[0])
+        found = [
+            each.passed_over
+            for each in reversed(self.rejected)
+            if each.ref.iteration is None or each.ref.iteration > oldest
+        ]
+        return (*found, *self.selection.passed_over)
+
 
 def choose_healthy(
     refs: Sequence[CheckpointRef], request: HealthyRequest, most: int = LAST
@@ -113,7 +134,7 @@ def choose_healthy(
         if reason is None:
             usable.append(ref)
         else:
-            rejected.append(Rejected(ref, reason))
+            rejected.append(Rejected(ref, reason, ref.iteration in request.exclude))
     usable.sort(key=_iteration)
     full = [ref for ref in usable if not ref.snapshot]
     if not full:

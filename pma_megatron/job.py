@@ -5,21 +5,21 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import asdict, replace
 
-from pma_megatron import engine, memory, publish, report, verification
+from pma_megatron import engine, finishing, memory, publish, report, verification
 from pma_megatron.blocks import BlockWriter
 from pma_megatron.comm import Comm
-from pma_megatron.errors import CheckpointError, UsageError
+from pma_megatron.errors import PmaError, UsageError
 from pma_megatron.faultpoints import point
 from pma_megatron.integrity import Compared, checked
 from pma_megatron.planning import MergePlan, make_plan
 from pma_megatron.publish import Target
 from pma_megatron.report import MergeReport, describe_plan
 from pma_megatron.request import MergeRequest
+from pma_megatron.stopping import Stopped, having_published
 from pma_megatron.tasks import share
 
 _log = logging.getLogger(__name__)
@@ -44,9 +44,12 @@ def merge(request: MergeRequest, comm: Comm | None = None, show: Show = silent) 
 
     Raises:
         UsageError, SelectionError, CheckpointError, PlanError, PublishError: the request cannot be
-            met; nothing was published and no source was touched.
-        VerifyError: the result is not what it must be; nothing was published.
+            met; no source was touched.
+        VerifyError: the result is not what it must be.
         RankError: another rank failed.
+
+    Nothing was published, or what the error's `published` names (outputs of a sweep that came
+    before the failure): the same call makes the rest.
     """
     if request.save is None:
         raise UsageError("merge needs --save, the folder for the merged checkpoint")
@@ -59,20 +62,9 @@ def merge(request: MergeRequest, comm: Comm | None = None, show: Show = silent) 
     wanted = publish.targets(made, request.save, token)
     comm.on_main("refuse", lambda: publish.refuse(made, wanted))
     clock.lap("plan")
-    with contextlib.ExitStack() as stack:
-        comm.on_main("lock", lambda: stack.enter_context(publish.locked(wanted)) and None)
-        # Again, now that no other job can publish there, and what a killed one left is put right.
-        comm.on_main("refuse", lambda: publish.refuse(made, wanted))
-        stack.callback(_discard, comm, wanted)
-        read, written, compared = _fill(made, wanted, comm, show, clock, stack)
-        checks = tuple(
-            verification.verify_output(made, output, target.staging, comm)
-            for output, target in zip(made.outputs, wanted, strict=True)
-        )
-        clock.lap("verify")
-        comm.on_main("publish", lambda: _publish(made, wanted, comm))
-        clock.lap("publish")
-    peaks = comm.gather(max(0, memory.peak_resident_bytes() - baseline))
+    read, written, compared, checks = _made(made, wanted, comm, show, clock)
+    with having_published([str(target.final) for target in wanted]):
+        peaks = comm.gather(max(0, memory.peak_resident_bytes() - baseline))
     return MergeReport(
         outputs=tuple(str(target.final) for target in wanted),
         seconds=clock.seconds,
@@ -85,6 +77,50 @@ def merge(request: MergeRequest, comm: Comm | None = None, show: Show = silent) 
     )
 
 
+def _made(plan: MergePlan, wanted: tuple[Target, ...], comm: Comm, show: Show, clock: _Clock
+          ) -> tuple[int, int, Compared, tuple[verification.Verification, ...]]:  # fmt: skip
+    """Make and publish every output; returns bytes read and written, and what was checked of
+    sources and outputs."""
+    with contextlib.ExitStack() as stack:
+        comm.on_main("lock", lambda: stack.enter_context(publish.locked(wanted)) and None)
+        # Again, now that no other job can publish there, and what a killed one left is put right.
+        comm.on_main("refuse", lambda: publish.refuse(plan, wanted))
+        there = comm.on_main("refuse", lambda: publish.already(plan, wanted))
+        stack.enter_context(_saying_what_is_published(wanted))
+        stack.callback(_discard, comm, wanted)
+        todo = tuple(target for target, same in zip(wanted, there, strict=True) if not same)
+        outputs = tuple(out for out, same in zip(plan.outputs, there, strict=True) if not same)
+        for target in wanted:
+            if comm.is_main and target not in todo:
+                _log.info("%s is kept: this very request published it before", target.final)
+        read, written, compared = _fill(
+            plan, replace(plan, outputs=outputs), todo, comm, show, clock, stack
+        )
+        folders = [target.staging if target in todo else target.final for target in wanted]
+        checks = tuple(
+            verification.verify_output(plan, output, folder, comm)
+            for output, folder in zip(plan.outputs, folders, strict=True)
+        )
+        clock.lap("verify")
+        comm.on_main("publish", lambda: _publish(plan, todo, comm))
+        clock.lap("publish")
+    return read, written, compared, checks
+
+
+@contextlib.contextmanager
+def _saying_what_is_published(wanted: Sequence[Target]) -> Iterator[None]:
+    """An error says what this job had published before it."""
+    before = publish.stamps(wanted)
+    try:
+        yield
+    except (PmaError, Stopped) as error:
+        now = publish.stamps(wanted)
+        names = {str(t.final): new != old for t, new, old in zip(wanted, now, before, strict=True)}
+        error.published = tuple(name for name, is_new in names.items() if is_new)
+        error.unpublished = tuple(name for name, is_new in names.items() if not is_new)
+        raise
+
+
 def plan(request: MergeRequest, comm: Comm | None = None) -> MergePlan:
     """What `merge` would do; reads metadata, writes nothing. See `merge` for errors."""
     comm = comm or Comm(request.merge_parallel_size)
@@ -92,28 +128,6 @@ def plan(request: MergeRequest, comm: Comm | None = None) -> MergePlan:
     if request.save is not None:
         publish.refuse(made, publish.targets(made, request.save, "plan"))
     return made
-
-
-def verify(folder: Path, *, samples: int = 256, full: bool = True) -> verification.Verification:
-    """Check a published merge against its sources, found through its provenance.
-
-    Raises:
-        CheckpointError: no provenance, or sources are gone or changed.
-        VerifyError: a value is not what it must be.
-    """
-    recorded = report.read_provenance(folder)
-    request = report.request_again(recorded)
-    comm = Comm()
-    again = make_plan(request, comm)
-    for source, saved in zip(again.sources, recorded["plan"]["sources"], strict=True):
-        if source.metadata_digest != saved["metadata_digest"]:
-            raise CheckpointError(
-                f"{source.path} is not what was merged: its metadata changed since. The merged "
-                f"checkpoint {folder} can no longer be verified against it"
-            )
-    return verification.verify_output(
-        again, again.outputs[0], folder, comm, samples=samples, full=full
-    )
 
 
 class _Clock:
@@ -128,10 +142,10 @@ class _Clock:
         self._from_s = now_s
 
 
-def _fill(plan: MergePlan, wanted: tuple[Target, ...], comm: Comm, show: Show,
+def _fill(whole: MergePlan, plan: MergePlan, wanted: tuple[Target, ...], comm: Comm, show: Show,
           clock: _Clock, stack: contextlib.ExitStack
           ) -> tuple[int, int, Compared]:  # fmt: skip
-    """Stage and fill every output.
+    """Stage and fill the outputs of `plan`, those of `whole` that are not there yet.
 
     Returns:
         bytes read and written over all ranks, and how sources stand to their checksums.
@@ -153,11 +167,11 @@ def _fill(plan: MergePlan, wanted: tuple[Target, ...], comm: Comm, show: Show,
     _say(found.compared, comm)
     clock.lap("merge")
     comm.agree("sync", lambda: point("sync", comm.rank))
-    comm.agree("sync", lambda: _sync(writers))
+    comm.agree("sync", lambda: _sync(writers, comm))
     for number, (output, target) in enumerate(zip(plan.outputs, wanted, strict=True)):
-        parts = comm.collect(writers[number].checksums.parts)
-        made = report.provenance(plan, output, comm.size, clock.seconds, found.compared)
-        comm.on_main("finish", lambda p=parts, t=target, m=made: publish.finish(plan, t, p, m))  # type: ignore[misc]
+        parts = comm.collect(writers[number].checksums)
+        made = report.provenance(whole, output, comm.size, clock.seconds, found.compared)
+        comm.on_main("finish", lambda p=parts, t=target, m=made: finishing.finish(plan, t, p, m))  # type: ignore[misc]
     clock.lap("publish")
     comm.agree("verify", lambda: point("verify", comm.rank))
     counts = comm.gather((tally.read_bytes, tally.written_bytes))
@@ -171,9 +185,9 @@ def _say(compared: Compared, comm: Comm) -> None:
             _log.warning("%s", sentence)
 
 
-def _sync(writers: list[BlockWriter]) -> None:
+def _sync(writers: list[BlockWriter], comm: Comm) -> None:
     for writer in writers:
-        writer.sync()
+        writer.sync(comm.moved)  # no byte that this process moves shows how far a flush is
         writer.close()
 
 
@@ -182,6 +196,7 @@ def _publish(plan: MergePlan, wanted: tuple[Target, ...], comm: Comm) -> None:
     for target in wanted:
         publish.publish(plan, target)
         _log.debug("published %s", target.final)
+        point("published", comm.rank)
 
 
 def _discard(comm: Comm, wanted: tuple[Target, ...]) -> None:

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from pma_megatron import engine, memory
 from pma_megatron.comm import Comm, Team
 from pma_megatron.errors import UsageError
 from pma_megatron.faultpoints import point
+from pma_megatron.gaps import PassedOver
 from pma_megatron.integrity import Compared, checked
 from pma_megatron.live import LivePlan, LiveWriter
+from pma_megatron.poison import Trainer, cure, poisoned_on_failure
 from pma_megatron.policy import Policy
 from pma_megatron.reads import Reads
 from pma_megatron.request import MergeRequest, Method
@@ -49,6 +51,7 @@ class LiveReport:
         peak_memory_above_baseline_bytes: per rank.
         seconds: from the call to the end.
         compared: how what was read stands to its checksums.
+        passed_over: what lies in the window and was not used.
     """
 
     sources: tuple[str, ...]
@@ -58,6 +61,7 @@ class LiveReport:
     peak_memory_above_baseline_bytes: tuple[int, ...]
     seconds: float
     compared: Compared
+    passed_over: tuple[PassedOver, ...] = ()
 
     def __str__(self) -> str:
         weights = ", ".join(f"{value:.4g}" for value in self.coefficients)
@@ -84,7 +88,7 @@ class Meter:
         self._baseline_bytes = memory.resident_bytes()
         memory.reset_peak()
 
-    def report(self, plan: LivePlan, share: str) -> LiveReport:
+    def report(self, plan: LivePlan, share: str, passed_over: tuple[PassedOver, ...]) -> LiveReport:
         """The report of all ranks. Collective."""
         assert self.compared is not None
         peak_bytes = max(0, memory.peak_resident_bytes() - self._baseline_bytes)
@@ -96,13 +100,14 @@ class Meter:
             peak_memory_above_baseline_bytes=tuple(self._comm.gather(peak_bytes)),
             seconds=time.perf_counter() - self._start_s,
             compared=self.compared,
+            passed_over=passed_over,
         )
 
 
 def live_request(load: str, selection: SelectionRequest | None, method: Method | None,
-             optimizer_state: str, share: str, threads: int, check_sources: bool = False
-             ) -> MergeRequest:  # fmt: skip
-    """What a merge into live tensors asks for.
+             optimizer_state: str, share: str, threads: int, check_sources: bool = False,
+             resumed: int | None = None) -> MergeRequest:  # fmt: skip
+    """What a merge into live tensors asks for; `resumed` as in `MergeRequest`.
 
     Raises:
         UsageError: an unknown word.
@@ -120,11 +125,12 @@ def live_request(load: str, selection: SelectionRequest | None, method: Method |
         policy=Policy(optimizer_state=optimizer_state),
         threads=threads,
         check_sources=check_sources,
+        resumed=resumed,
     )
 
 
-def fill(plan: LivePlan, jobs: Sequence[Job], comm: Comm, meter: Meter, *,
-         check_sources: bool = False) -> None:  # fmt: skip
+def fill(plan: LivePlan, jobs: Sequence[Job], comm: Comm, meter: Meter, trainer: Trainer,
+         finish: Callable[[], None], *, check_sources: bool = False) -> None:  # fmt: skip
     """Average into live tensors. Every rank makes this call, with as many jobs.
 
     Args:
@@ -132,19 +138,25 @@ def fill(plan: LivePlan, jobs: Sequence[Job], comm: Comm, meter: Meter, *,
         jobs: of this rank.
         comm: the ranks.
         meter: gets what was read.
+        trainer: what the tensors belong to; poisoned on every rank if anything fails from the
+            first element on, and whole again at the end.
+        finish: what follows from new main params.
         check_sources: see `MergeRequest`.
 
     Raises:
-        CheckpointError, PlanError: on every rank; live tensors are a mixture then: do not train on.
+        CheckpointError, PlanError: on every rank.
         RankError: another rank failed.
     """
     comm.agree("init", lambda: point("init", comm.rank))
-    with checked(plan, comm, whole=check_sources) as found:
-        for job in jobs:
-            tally = comm.agree("init", functools.partial(run, plan, job, comm, found.reads))
-            meter.read_bytes += tally.read_bytes
-    meter.compared = found.compared
-    comm.agree("init", lambda: point("init-refresh", comm.rank))
+    with poisoned_on_failure(trainer, "averaging checkpoints into it"):
+        with checked(plan, comm, whole=check_sources) as found:
+            for job in jobs:
+                tally = comm.agree("init", functools.partial(run, plan, job, comm, found.reads))
+                meter.read_bytes += tally.read_bytes
+        meter.compared = found.compared
+        comm.agree("init", lambda: point("init-refresh", comm.rank))
+        comm.agree("refresh", finish)
+    cure(trainer)
 
 
 def run(plan: LivePlan, job: Job, comm: Comm, reads: Mapping[int, Reads]) -> engine.Tally:

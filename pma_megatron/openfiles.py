@@ -14,7 +14,7 @@ import os
 import stat
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -141,19 +141,6 @@ def folders_in(root: Path) -> list[Path]:
         ) from error
 
 
-def read_pointer(path: Path) -> str | None:
-    """What the file that names a root's newest checkpoint says; None without one.
-
-    One that cannot be read, or is longer than a name, says nothing: an empty text.
-    """
-    try:
-        return read_source_file(path, 4096).decode().strip()
-    except UnicodeDecodeError:
-        return ""
-    except CheckpointError as error:
-        return None if isinstance(error.__cause__, FileNotFoundError) else ""
-
-
 class Files:
     """File descriptors of one folder, kept open and shared by threads, but never many of them.
 
@@ -199,10 +186,11 @@ class Files:
             finally:
                 os.close(descriptor)
 
-    def sync(self) -> None:
-        """Flush what was written to stable storage."""
+    def sync(self, moved: Callable[[], None] = lambda: None) -> None:
+        """Flush what was written to stable storage; `moved` is called after each file."""
         for found in self._open.values():
             os.fsync(found.descriptor)
+            moved()
 
     def close(self) -> None:
         """Close all; harmless if called twice."""

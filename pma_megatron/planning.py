@@ -12,16 +12,18 @@ from typing import Any
 
 from pma_megatron.build import Fates, PolicyRow, Rules, decide, frozen_notes, make_tasks
 from pma_megatron.comm import Comm
-from pma_megatron.discover import choose, list_checkpoints
+from pma_megatron.discover import choose, list_checkpoints, pointers_of
 from pma_megatron.errors import CheckpointError, SelectionError
 from pma_megatron.formats import registry
 from pma_megatron.formats.output import OutputLayout
 from pma_megatron.formats.source import Source
+from pma_megatron.notices import announce, too_early_notes
 from pma_megatron.policy import MAIN
 from pma_megatron.refs import CheckpointRef
 from pma_megatron.request import MergeRequest, Output
 from pma_megatron.selection import Selection
 from pma_megatron.tasks import Average, Copy, Keep, Unit, Workload, Zero, units
+from pma_megatron.trackers import Pointer
 from pma_megatron.version import __version__
 
 
@@ -111,9 +113,21 @@ def gather_sources(request: MergeRequest, comm: Comm, *, everywhere: bool = Fals
         SelectionError, CheckpointError, PlanError, UsageError: on every rank.
     """
     refs, seen = _all_refs(request, comm, everywhere)
+    pointers = _pointers(request, comm, everywhere)
     selection = comm.agree(
-        "select", lambda: choose(list(refs.values()), request.widest(), request.load)
+        "select",
+        lambda: choose(
+            list(refs.values()), request.widest(), request.load, pointers, request.resumed
+        ),
     )
+    early = comm.on_main("schedule", lambda: too_early_notes(selection))
+    selection = replace(
+        selection,
+        passed_over=(*request.passed_over, *selection.passed_over),
+        notes=(*selection.notes, *early),
+    )
+    if comm.is_main:
+        announce(selection)
     outputs = comm.agree("coefficients", lambda: request.outputs(selection))
     visible = tuple(seen[ref.path] for ref in selection.refs)
     sources = open_sources(request, selection.refs, visible, comm)
@@ -184,6 +198,22 @@ def _all_refs(request: MergeRequest, comm: Comm, everywhere: bool
     return {ref.path: ref for ref in ordered}, seen
 
 
+def _pointers(request: MergeRequest, comm: Comm, everywhere: bool) -> dict[str, Pointer] | None:
+    """What the trackers say, of the first rank that sees a root; one answer for all ranks."""
+
+    def look() -> dict[str, Pointer] | None:
+        return pointers_of(request.load) if request.selection.paths is None else None
+
+    mine = comm.agree("trackers", lambda: look() if everywhere or comm.is_main else None)
+    pointers: dict[str, Pointer] = {}
+    for theirs in comm.gather(mine):
+        for name, pointer in (theirs or {}).items():
+            known = pointers.get(name)
+            if known is None or (known.problem is not None and pointer.problem is None):
+                pointers[name] = pointer
+    return pointers or None
+
+
 def open_sources(request: MergeRequest, refs: Sequence[CheckpointRef],
                  visible: Sequence[tuple[int, ...]], comm: Comm, ends: Collection[int] = ()
                  ) -> tuple[Source, ...]:  # fmt: skip
@@ -205,7 +235,10 @@ def open_sources(request: MergeRequest, refs: Sequence[CheckpointRef],
 
     def read(number: int, ranges: Mapping[tuple[str, str], Any]) -> Source:
         ref = refs[number]
-        source = registry.get(ref.format, ref.path).read_source(ref.path, ranges, main_params)
+        peers = [r.path for n, r in enumerate(refs) if n != number and comm.rank in visible[n]]
+        source = registry.get(ref.format, ref.path).read_source(
+            ref.path, ranges, main_params, peers
+        )
         return source if number == last else _trimmed(source, request, end=number in ends)
 
     mine = comm.rank == owners[last]
@@ -264,7 +297,7 @@ def origin_note(found: Gathered) -> dict[str, Any]:
     values = {output.name: list(output.values) for output in found.outputs}
     return {
         "pma_megatron": __version__,
-        "sources": [source.path for source in found.sources],
+        "sources": [str(Path(source.path).absolute()) for source in found.sources],
         "iterations": [ref.iteration for ref in found.selection.refs],
         "coefficients": values if len(values) > 1 else next(iter(values.values())),
     }

@@ -200,6 +200,7 @@ def merge_request(request: RecoveryRequest, found: Diagnosis) -> MergeRequest:
         lr_factor=request.lr_factor,
         threads=request.threads,
         overwrite=request.overwrite,
+        passed_over=found.healthy.passed_over,
     )
 
 

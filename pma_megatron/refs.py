@@ -9,8 +9,9 @@ from typing import Literal
 from pma_megatron.tokens import format_tokens
 
 Unit = Literal["tokens", "iterations", "unknown"]
+State = Literal["complete", "being written", "damaged", "spoiled", "not judged"]
 
-_SHOWN = 4  # incomplete checkpoints named in one message
+_SHOWN = 4  # unusable checkpoints named in one message
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +36,29 @@ class CheckpointRef:
     weights_only: bool = False
     """True without optimizer state: a source for averages of weights, nothing to go on from."""
     unhealthy_because: str | None = None
-    """Why only a selection that names it takes it: it was saved in a loss spike."""
+    """Why only a selection that names it takes it: it was saved in a loss spike, or not judged."""
+    writing: bool = False
+    """True for an incomplete one whose save may be under way; else it is damaged or was cut off."""
+    judged: bool = True
+    """False if it was saved after a recovery, before the loss was known to be well again."""
+    warning: str | None = None
+    """What cannot be ruled out of a complete one, by the times of its files."""
+
+    @property
+    def state(self) -> State:
+        """What it is, in the words of `pma list`."""
+        if not self.complete:
+            return "being written" if self.writing else "damaged"
+        if self.unhealthy_because is None:
+            return "complete"
+        return "spoiled" if self.judged else "not judged"
+
+    @property
+    def unusable_because(self) -> str | None:
+        """Why only a person's word makes it a source; None for a complete and healthy one."""
+        if self.complete:
+            return self.unhealthy_because
+        return f"it is incomplete ({why_incomplete(self)})"
 
     @property
     def holds(self) -> str:
@@ -53,13 +76,14 @@ class CheckpointRef:
         return f"iteration {self.iteration} ({format_tokens(self.consumed_tokens)} tokens)"
 
 
-def incomplete_list(refs: Iterable[CheckpointRef]) -> str:
-    """Those that are not complete, with the reasons; "" if all are."""
+def unusable_list(refs: Iterable[CheckpointRef]) -> str:
+    """Those that are not complete or not healthy, with the reasons; "" if all are."""
     found = [
-        f"{ref.describe()} is incomplete ({why_incomplete(ref)})"
+        f"{ref.describe()}: {ref.unusable_because}" if ref.complete
+        else f"{ref.describe()} is incomplete ({why_incomplete(ref)})"
         for ref in refs
-        if not ref.complete
-    ]
+        if ref.unusable_because
+    ]  # fmt: skip
     more = f", and {len(found) - _SHOWN} older ones" if len(found) > _SHOWN else ""
     return ", ".join(found[-_SHOWN:]) + more
 

@@ -11,6 +11,7 @@ import torch
 
 from pma_megatron.coefficients import METHODS, Coefficients, coefficients
 from pma_megatron.errors import UsageError
+from pma_megatron.gaps import PassedOver
 from pma_megatron.locations import refuse_remote
 from pma_megatron.policy import Policy
 from pma_megatron.selection import Selection, SelectionRequest
@@ -90,6 +91,9 @@ class MergeRequest:
         merge_parallel_size: ranks that share the sources of one slice.
         overwrite: replace an existing output (kept until the new one is published).
         check_sources: read records whole that the merge reads in part, to compare their checksums.
+        resumed: iteration that a live job has loaded, where the average ends unless `selection`
+            says otherwise; None for what the run's tracker names.
+        passed_over: what was left out by whoever chose the paths of `selection`, for the report.
 
     Raises:
         UsageError: values out of range, or settings that contradict each other.
@@ -107,6 +111,8 @@ class MergeRequest:
     merge_parallel_size: int = 1
     overwrite: bool = False
     check_sources: bool = False
+    resumed: int | None = None
+    passed_over: tuple[PassedOver, ...] = ()
 
     def __post_init__(self) -> None:
         refuse_remote("load", self.load)

@@ -10,6 +10,7 @@ from typing import Any
 
 from pma_megatron.errors import UsageError
 from pma_megatron.formats.base import Schedule
+from pma_megatron.gaps import PassedOver
 from pma_megatron.grid import UNMERGED, Point, Skipped
 
 SCORES_VERSION = 1
@@ -98,6 +99,7 @@ class Scores:
         points: in the order in which they were scored.
         skipped: points that the run has too few checkpoints for.
         others: see `Other`.
+        passed_over: what lies in the window of a point and cannot be used.
     """
 
     load: str
@@ -108,6 +110,7 @@ class Scores:
     points: tuple[Score, ...]
     skipped: tuple[Skipped, ...] = ()
     others: tuple[Other, ...] = ()
+    passed_over: tuple[PassedOver, ...] = ()
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -169,6 +172,7 @@ class Scores:
                     )
                     for each in value["others"]
                 ),
+                passed_over=tuple(PassedOver(**each) for each in value.get("passed_over", ())),
             )
         except (KeyError, TypeError) as error:
             raise UsageError(f"these are not the scores of pma evaluate: {error!r}") from error

@@ -1,7 +1,8 @@
 """Which checkpoints go into an average: from what lies on disk and what was asked, to a list.
 
 Pure functions on `CheckpointRef`s that a format has read. Nothing is guessed: what cannot be met
-is refused with what was found instead and what to do. Incomplete checkpoints are never selected.
+is refused with what was found instead and what to do. Incomplete checkpoints are never selected,
+and nothing in the window of an average is passed over without being named (`gaps`).
 """
 
 from __future__ import annotations
@@ -12,15 +13,25 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from pma_megatron.errors import SelectionError, UsageError
+from pma_megatron.gaps import (
+    PassedOver,
+    Wanted,
+    left_out,
+    limit_of,
+    not_named,
+    refuse_gaps,
+    tokens_about,
+    warnings_of,
+)
 from pma_megatron.locations import refuse_remote
 from pma_megatron.refs import (
     CheckpointRef,
     Unit,
-    incomplete_list,
     iteration_of,
     nearest,
     shown,
     tokens_of,
+    unusable_list,
     why_incomplete,
 )
 from pma_megatron.spacing import Places, hole
@@ -50,12 +61,15 @@ class SelectionRequest:
     """How far from its place a checkpoint may lie, as a fraction of the interval; below 0.5, where
     two places could claim the same checkpoint."""
     end_iteration: int | None = None
-    """The newest checkpoint of the average; if None, the newest complete one."""
+    """The newest checkpoint of the average; if None, the newest complete one that is not newer than
+    what training resumes from."""
     window_tokens: int | None = None
     """Every checkpoint of the last so many tokens, the far end excluded; with `interval_tokens`,
     window // interval of them."""
     exclude: tuple[int, ...] = ()
     """Iterations to leave out, as if they were not there."""
+    allow_gaps: bool = False
+    """Pass over what is damaged, spoiled or not judged within the window, instead of refusing."""
     iterations: tuple[int, ...] | None = None
     """Exactly these, in any order."""
     paths: tuple[str, ...] | None = None
@@ -106,7 +120,9 @@ class SelectionRequest:
         others = [
             other
             for other in self.__slots__
-            if other not in (name, "tolerance") and getattr(self, other) not in (None, ())
+            if other not in (name, "tolerance")
+            and getattr(self, other) is not False
+            and getattr(self, other) not in (None, ())
         ]
         if others:
             raise UsageError(
@@ -145,10 +161,14 @@ class Selection:
     """`tokens` wherever token counts can be compared, else `iterations`, else `unknown`."""
     spacing: Spacing
     notes: tuple[str, ...]
-    """Sentences for the user: what was passed over and why, what is uneven."""
+    """Sentences for the user: what is uneven, what was assumed."""
+    passed_over: tuple[PassedOver, ...] = ()
+    """What lies in the window and is not used, by iteration."""
 
 
-def select(refs: Sequence[CheckpointRef], request: SelectionRequest) -> Selection:
+def select(
+    refs: Sequence[CheckpointRef], request: SelectionRequest, resumed: int | None = None
+) -> Selection:
     """Choose the checkpoints of one average.
 
     With an interval V, place k = 0, 1, ... lies k V before the end checkpoint and takes the
@@ -156,37 +176,35 @@ def select(refs: Sequence[CheckpointRef], request: SelectionRequest) -> Selectio
     Without one, the last N complete checkpoints as they lie; with a window alone, all complete
     ones in it. The order of `refs` does not matter.
 
+    Args:
+        refs: all checkpoints there are.
+        request: which of them.
+        resumed: iteration that training resumes from, where that is known: an average ends there,
+            unless the request names another end. Newer ones are of a branch that was given up.
+
     Raises:
         SelectionError: a checkpoint that was named is missing or incomplete; there are too few, or
             there is a hole where the interval needs one; two have the same iteration; a selection
-            by tokens meets token counts that are unknown or cannot be compared.
+            by tokens meets token counts that are unknown or cannot be compared; one that would have
+            been chosen is damaged, spoiled or not judged, and the request allows no gaps.
     """
     if request.paths is not None:
         return _selection(*_by_paths(refs, request.paths), request)
-    pool, notes = _pool(refs, request.exclude)
+    pool = _pool(refs, request.exclude)
     if request.iterations is not None:
         chosen = [_existing(pool, wanted, "iterations") for wanted in sorted(request.iterations)]
-        return _selection(chosen, notes, request)
-    usable = _up_to_end(pool, request.end_iteration)
-    if request.interval_tokens or request.interval_iterations:
-        chosen = _spaced(pool, usable, request)
-    elif request.window_tokens:
-        chosen = _window(usable, request.window_tokens)
-    else:
-        chosen = _last(pool, usable, request)
-    return _selection(chosen, notes + _passed_over(pool, usable, chosen), request)
+        return _selection(chosen, [], request, not_named(pool, chosen))
+    limit = None if request.end_iteration is not None else limit_of(pool, resumed)
+    usable = _up_to_end(pool, request.end_iteration, limit)
+    chosen, wanted = _chosen(pool, usable, request)
+    left = left_out(refs, chosen, wanted, request.exclude, request.end_iteration, limit)
+    if not request.allow_gaps:
+        refuse_gaps(left, chosen)
+    return _selection(chosen, [], request, left)
 
 
-def _pool(
-    refs: Sequence[CheckpointRef], exclude: tuple[int, ...]
-) -> tuple[list[CheckpointRef], list[str]]:
+def _pool(refs: Sequence[CheckpointRef], exclude: tuple[int, ...]) -> list[CheckpointRef]:
     """Every numbered checkpoint that is not excluded, by iteration."""
-    notes = [
-        f"{ref.path} was passed over: it has no iteration number"
-        + (f" (name it with {named('paths')} to use it)" if has("paths") else "")
-        for ref in sorted(refs, key=lambda ref: ref.path)
-        if ref.iteration is None
-    ]
     numbered = sorted((ref for ref in refs if ref.iteration is not None), key=iteration_of)
     for unwanted in sorted(set(exclude)):
         if all(ref.iteration != unwanted for ref in numbered):
@@ -194,10 +212,20 @@ def _pool(
                 f"{named('exclude')} names iteration {unwanted}, which does not exist; "
                 + nearest(numbered, unwanted)
             )
-        notes.append(f"iteration {unwanted} was left out by {named('exclude')}")
     pool = [ref for ref in numbered if ref.iteration not in exclude]
     _refuse_duplicates(pool)
-    return pool, notes
+    return pool
+
+
+def _chosen(
+    pool: Sequence[CheckpointRef], usable: list[CheckpointRef], request: SelectionRequest
+) -> tuple[list[CheckpointRef], Wanted]:
+    if request.interval_tokens or request.interval_iterations:
+        return _spaced(pool, usable, request)
+    if request.window_tokens:
+        return _window(usable, request.window_tokens)
+    chosen = _last(pool, usable, request)
+    return chosen, lambda ref: iteration_of(ref) > iteration_of(chosen[0])
 
 
 def _refuse_duplicates(ordered: Sequence[CheckpointRef]) -> None:
@@ -246,14 +274,20 @@ def _existing(pool: Sequence[CheckpointRef], wanted: int, setting: str) -> Check
     raise SelectionError(f"{named(setting)} names iteration {wanted}, which {problem}; {others}")
 
 
-def _up_to_end(pool: Sequence[CheckpointRef], end_iteration: int | None) -> list[CheckpointRef]:
+def _up_to_end(
+    pool: Sequence[CheckpointRef], end_iteration: int | None, limit: int | None
+) -> list[CheckpointRef]:
     """The complete and healthy checkpoints, the newest of which is the end of the average."""
-    complete = [ref for ref in pool if ref.complete and ref.unhealthy_because is None]
+    complete = [
+        ref
+        for ref in pool
+        if ref.unusable_because is None and (limit is None or iteration_of(ref) <= limit)
+    ]
     if end_iteration is not None:
         end = _existing(pool, end_iteration, "end_iteration")
         return [ref for ref in complete if iteration_of(ref) < end_iteration] + [end]
     if not complete:
-        found = incomplete_list(pool) or "nothing was found"
+        found = unusable_list(pool) or "nothing was found"
         raise SelectionError(f"there is no complete checkpoint to merge: {found}")
     return complete
 
@@ -269,7 +303,7 @@ def _last(
     ways += [f"choose a later {named('end_iteration')}"] if later else []
     ways += [f"leave fewer out with {named('exclude')}"] if request.exclude else []
     ways += ["wait until more are complete"]
-    unfinished = incomplete_list(pool)
+    unfinished = unusable_list(pool)
     raise SelectionError(
         f"{given('last', count)} needs {count} complete checkpoints up to "
         f"{usable[-1].describe()}, found {found}{'; ' if unfinished else ''}{unfinished}; "
@@ -277,7 +311,9 @@ def _last(
     )
 
 
-def _window(usable: Sequence[CheckpointRef], window_tokens: int) -> list[CheckpointRef]:
+def _window(
+    usable: Sequence[CheckpointRef], window_tokens: int
+) -> tuple[list[CheckpointRef], Wanted]:
     run = comparable_run(usable, window_tokens, "window_tokens")
     start = tokens_of(run[-1]) - window_tokens
     chosen = [ref for ref in run if tokens_of(ref) > start]
@@ -289,12 +325,17 @@ def _window(usable: Sequence[CheckpointRef], window_tokens: int) -> list[Checkpo
             f"an average needs two checkpoints: {older}; widen the window or use "
             f"{named('last')}"
         )
-    return chosen
+
+    def wanted(ref: CheckpointRef) -> bool:
+        at = tokens_about(ref, usable)
+        return at is None or at > start
+
+    return chosen, wanted
 
 
 def _spaced(
     pool: Sequence[CheckpointRef], usable: list[CheckpointRef], request: SelectionRequest
-) -> list[CheckpointRef]:
+) -> tuple[list[CheckpointRef], Wanted]:
     by_tokens = request.interval_tokens is not None
     interval = request.interval_tokens or request.interval_iterations or 0
     window = request.window_tokens
@@ -311,12 +352,18 @@ def _spaced(
     chosen = grid.pick(usable)
     if len(chosen) < grid.count:
         raise SelectionError(hole(pool, usable, grid, len(chosen), request.exclude, window))
-    return chosen[::-1]
+
+    def wanted(ref: CheckpointRef) -> bool:
+        at = tokens_about(ref, usable) if by_tokens else iteration_of(ref)
+        return grid.would_take(ref, at, chosen)
+
+    return chosen[::-1], wanted
 
 
 def _selection(
-    chosen: Sequence[CheckpointRef], notes: list[str], request: SelectionRequest
-) -> Selection:
+    chosen: Sequence[CheckpointRef], notes: list[str], request: SelectionRequest,
+    left: Sequence[PassedOver] = (),
+) -> Selection:  # fmt: skip
     positions, unit = _positions(chosen)
     if unit == "iterations":
         notes = [*notes, f"positions are in iterations, not tokens: {why_incomparable(chosen)}"]
@@ -338,7 +385,8 @@ def _selection(
             tolerance=request.tolerance if requested else None,
             gaps=gaps,
         ),
-        notes=tuple(notes),
+        notes=(*notes, *warnings_of(chosen)),
+        passed_over=tuple(left),
     )
 
 
@@ -348,26 +396,3 @@ def _positions(chosen: Sequence[CheckpointRef]) -> tuple[tuple[int, ...], Unit]:
     if all(ref.iteration is not None for ref in chosen):
         return tuple(map(iteration_of, chosen)), "iterations"
     return (), "unknown"
-
-
-def _passed_over(
-    pool: Sequence[CheckpointRef], usable: Sequence[CheckpointRef], chosen: Sequence[CheckpointRef]
-) -> list[str]:
-    oldest = iteration_of(chosen[0])
-    notes = [
-        f"{ref.path} was passed over: it is incomplete ({why_incomplete(ref)})"
-        for ref in pool
-        if not ref.complete and iteration_of(ref) > oldest
-    ]
-    notes += [
-        f"{ref.path} was passed over: {ref.unhealthy_because}"
-        for ref in pool
-        if ref.complete
-        and ref.unhealthy_because
-        and ref not in chosen
-        and iteration_of(ref) > oldest
-    ]
-    between = sum(iteration_of(ref) > oldest for ref in usable) - len(chosen) + 1
-    if between:
-        notes.append(f"complete checkpoints between the chosen ones, not needed: {between}")
-    return notes

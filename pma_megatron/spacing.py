@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from pma_megatron.refs import CheckpointRef, Unit, incomplete_list, iteration_of, shown
+from pma_megatron.refs import CheckpointRef, Unit, iteration_of, shown, unusable_list
 from pma_megatron.spelling import given, has, named
 from pma_megatron.tokens import format_tokens, parse_tokens
 
@@ -49,6 +49,27 @@ class Places:
             chosen.append(ref)
         return chosen
 
+    def would_take(
+        self, ref: CheckpointRef, at: float | None, chosen: Sequence[CheckpointRef]
+    ) -> bool:
+        """Whether one of the places would have taken `ref`, had it been usable.
+
+        Args:
+            ref: a checkpoint that is not.
+            at: its position; None if unknown, which counts as yes.
+            chosen: what the places took, newest first.
+        """
+        end = self.position(chosen[0])
+        if at is None or iteration_of(ref) > iteration_of(chosen[0]):
+            return True
+        for place, taken in enumerate(chosen):
+            target = end - place * self.interval
+            off, theirs = abs(at - target), abs(self.position(taken) - target)
+            newer = off == theirs and at > self.position(taken)
+            if off <= self.tolerance * self.interval and (off < theirs or newer):
+                return True
+        return False
+
     def typed(self, value: int) -> str:
         """A value as the user may type it: never rounded."""
         short = format_tokens(value)
@@ -77,7 +98,7 @@ def hole(
         f"nearest are {before} and {newer.describe()} after it",
     ]
     inside = range(iteration_of(older) + 1 if older else 0, iteration_of(newer))
-    unfinished = incomplete_list(ref for ref in pool if ref.iteration in inside)
+    unfinished = unusable_list(ref for ref in pool if ref.iteration in inside)
     sentences += [f"between them {unfinished}"] if unfinished else []
     excluded = [str(iteration) for iteration in sorted(exclude) if iteration in inside]
     sentences += (

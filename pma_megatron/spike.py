@@ -51,6 +51,11 @@ class SpikeDetector:
         """Onset of a rise that has neither recovered nor been confirmed; None if all is well."""
         return None if self._state.suspicion is None else self._state.suspicion.onset
 
+    @property
+    def judged(self) -> bool:
+        """Whether a loss was judged, and found to be well, since the last `restart`, if any."""
+        return self._state.judged
+
     def update(self, iteration: int, loss: float, grad_norm: float | None = None) -> Verdict | None:
         """Take in one point; returns a verdict at the point where something becomes known.
 
@@ -81,6 +86,7 @@ class SpikeDetector:
         self._state = State(
             last_iteration=iteration,
             cooldown=self.settings.cooldown,
+            judged=False,
             seen=state.seen,
             healthy=state.healthy,
             norms=state.norms,
@@ -164,10 +170,15 @@ class SpikeDetector:
         residuals = losses - slope * np.arange(len(losses))
         return _SIGMA_PER_MAD * float(np.median(np.abs(residuals - np.median(residuals))))
 
+    @property
+    def _can_judge(self) -> bool:
+        state, settings = self._state, self.settings
+        return state.seen > settings.warmup and len(state.healthy) >= settings.settle
+
     def _suspect(self, iteration: int, loss: float) -> Suspicion | None:
         """Whether this point alone, or the median of the last few, is far above the baseline."""
         state, settings = self._state, self.settings
-        if state.seen <= settings.warmup or len(state.healthy) < settings.settle:
+        if not self._can_judge:
             return None
         baseline, sigma = self._baseline(), self._sigma()
         spread = _MEDIAN_SPREAD / math.sqrt(settings.settle)
@@ -193,6 +204,7 @@ class SpikeDetector:
     def _learn(self, iteration: int, loss: float) -> Verdict | None:
         """Let the longest waiting point into the baseline; look for a level that crept up."""
         state, settings = self._state, self.settings
+        state.judged = state.judged or self._can_judge
         if len(state.recent) == settings.settle:
             _push(state.healthy, state.recent[0], settings.window)
         _push(state.recent, (iteration, loss), settings.settle)
@@ -255,6 +267,7 @@ class SpikeDetector:
     def _close(self, watched: Suspicion) -> None:
         """Back to normal: what waits to enter the baseline is what is not off."""
         state = self._state
+        state.judged = True
         top = self._baseline() + watched.limit
         state.recent = [point for point in state.recent if point[1] <= top]
         state.suspicion = state.norm_off = None

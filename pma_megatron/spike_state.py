@@ -135,6 +135,8 @@ class State:
     seen: int = 0
     lost: bool = False
     """A fatal verdict was given, and the run went neither back nor on yet."""
+    judged: bool = True
+    """False from a `restart` on until a loss is judged, and found to be well."""
     losses: Streak = field(default_factory=Streak)
     grad_norms: Streak = field(default_factory=Streak)
     healthy: list[tuple[int, float]] = field(default_factory=list)
@@ -156,7 +158,7 @@ class State:
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> State:
         """The inverse of `as_dict`, also after JSON made lists of tuples."""
-        made: State = _from_dict(cls, state)
+        made: State = _from_dict(cls, {"judged": not state.get("cooldown"), **state})
         made.losses = _from_dict(Streak, state["losses"])
         made.grad_norms = _from_dict(Streak, state["grad_norms"])
         if state["suspicion"] is not None:

@@ -79,9 +79,19 @@ def drop(name: str) -> Callable[[Path], None]:
     return lambda run: (folder_of(run, 8) / name).unlink()
 
 
-def touch_shard(run: Path) -> None:
-    stat = (folder_of(run, 8) / "metadata.json").stat()
-    os.utime(shard_of(run, 8), ns=(stat.st_atime_ns, stat.st_mtime_ns + 10**9))
+def zero(path: Path, start: int) -> None:
+    """Leave a hole of 4 KiB at `start`, from the end if negative, as a lost page does."""
+    with path.open("r+b") as stream:
+        stream.seek(start, os.SEEK_END if start < 0 else os.SEEK_SET)
+        stream.write(bytes(4096))
+
+
+def swap_shards(run: Path) -> None:
+    """The items of one rank lie where those of another are expected."""
+    one, other = shard_of(run, 8), folder_of(run, 8) / "__1_0.distcp"
+    one.rename(run / "kept")
+    other.rename(one)
+    (run / "kept").rename(other)
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
@@ -96,9 +106,13 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     ),
     "no common.pt": (drop("common.pt"), ("common.pt is missing",)),
     "garbage common.pt": (garble("common.pt", b"no zip"), ("common.pt", "truncated or damaged")),
-    "shard newer than metadata.json": (
-        touch_shard, ("__0_0.distcp is newer than metadata.json", "still being written", "touch"),
+    "end of a shard never written": (
+        lambda run: zero(shard_of(run, 8), -4096), ("__0_0.distcp", "truncated or damaged"),
     ),
+    "begin of a shard never written": (
+        lambda run: zero(shard_of(run, 8), 0), ("__0_0.distcp", "truncated or damaged"),
+    ),
+    "shards of two ranks swapped": (swap_shards, (".distcp",)),
 }  # fmt: skip
 
 
@@ -112,8 +126,13 @@ def test_damaged_checkpoint(run: Path, save: Path, damage: str) -> None:
         merge(request_for(run, save, selection=named))
     with refused(SelectionError, *words, "found 3", "use --last 3", run=run, save=save):
         merge(request_for(run, save, selection=SelectionRequest(last=4)))
-    report = merge(request_for(run, save))  # the newest complete ones are merged without it
+    with refused(SelectionError, *words, "--exclude 8", "--allow-gaps", run=run, save=save):
+        merge(request_for(run, save))
+    allowed = SelectionRequest(last=2, allow_gaps=True)
+    report = merge(request_for(run, save, selection=allowed))
     assert [source["iteration"] for source in report.plan["sources"]] == [4, 6]
+    (left,) = report.plan["passed_over"]
+    assert left["path"] == str(folder_of(run, 8)) and left["kind"] == "damaged"
 
 
 def test_hostile_metadata(run: Path, save: Path, tmp_path: Path) -> None:

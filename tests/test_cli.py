@@ -18,6 +18,7 @@ import pytest
 from conftest import digests, folder_of
 from pma_megatron.cli import main
 from pma_megatron.cli.flags import parser
+from pma_megatron.formats.marker import OWN_FILES
 from pma_megatron.version import __version__
 
 ROOT = Path(__file__).parents[1]
@@ -27,11 +28,12 @@ MERGE = COMMON | {
     "--end-iteration", "--window-tokens", "--iterations", "--paths", "--exclude", "--method",
     "--alpha", "--floor", "--coefficients", "--allow-any-coefficients", "--optimizer-state",
     "--average", "--policy", "--lr-factor", "--dtype", "--sweep", "--save", "--overwrite",
-    "--threads", "--merge-parallel-size",
+    "--threads", "--merge-parallel-size", "--timeout", "--allow-gaps", "--check-sources",
 }  # fmt: skip
 SCORE = COMMON | {
     "--load", "--ends", "--exclude", "--intervals-iterations", "--intervals-tokens", "--lasts",
-    "--megatron", "--methods", "--out", "--plot", "--provider", "--threads", "--tolerance",
+    "--megatron", "--methods", "--out", "--plot", "--provider", "--threads", "--timeout",
+    "--tolerance", "--allow-gaps",
 }  # fmt: skip
 FLAGS = {
     "merge": MERGE,
@@ -41,6 +43,7 @@ FLAGS = {
         "--history", "--interval-iterations", "--interval-tokens", "--last", "--load", "--loss",
         "--lr-factor", "--margin-iterations", "--method", "--metrics", "--onset",
         "--optimizer-state", "--overwrite", "--patience", "--save", "--skip", "--threads",
+        "--timeout",
     },
     "evaluate": SCORE,
     "forecast": SCORE | {"--annealed", "--annealed-loss", "--metric", "--scores"},
@@ -48,11 +51,11 @@ FLAGS = {
         "--alpha", "--average", "--contour", "--curvature", "--end-iteration", "--exclude",
         "--grid", "--interval-iterations", "--interval-tokens", "--iterations", "--last", "--load",
         "--margin", "--method", "--out", "--paths", "--plot", "--provider", "--threads",
-        "--tolerance", "--window-tokens",
+        "--timeout", "--tolerance", "--window-tokens", "--allow-gaps",
     },
     "list": COMMON | {"root"},
     "inspect": COMMON | {"path"},
-    "verify": COMMON | {"path", "--samples"},
+    "verify": COMMON | {"path", "--samples", "--deep", "--files-only", "--timeout"},
 }  # fmt: skip
 """What people have in their scripts: adding is a decision, removing breaks them."""
 
@@ -95,7 +98,7 @@ def spawn(*command: str) -> subprocess.CompletedProcess[str]:
 def payload(folder: Path) -> dict[str, str]:
     """Digests of all that a merge wrote but provenance."""
     return {
-        name: digest for name, digest in digests(folder).items() if not name.endswith("pma.json")
+        name: digest for name, digest in digests(folder).items() if Path(name).name not in OWN_FILES
     }
 
 
@@ -160,9 +163,9 @@ def test_list(capsys: pytest.CaptureFixture[str], run: Path) -> None:
     code, out, _ = call(capsys, "list", run)
     assert code == 0
     assert "4 checkpoints" in out
-    assert out.count(" complete") - out.count("NOT complete") == 2
-    assert "NOT complete: shard file __1_0.distcp is missing" in out
-    assert "NOT complete: no metadata.json: still being written" in out
+    assert out.count(" complete") == 2
+    assert "damaged: shard file __1_0.distcp is missing" in out
+    assert "damaged: no metadata.json" in out  # the tracker names it: its save had ended
     reasons = [ref["incomplete_because"] for ref in call_json(capsys, "list", run)]
     assert [reason is None for reason in reasons] == [True, False, True, False]
 
@@ -252,7 +255,7 @@ def test_verify_finds_what_is_wrong(
     os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert call(capsys, "verify", final)[0] == 0
 
-    for text, words in (("garbage", "says 'garbage'"), ("9", "iter_0000009 is not a folder")):
+    for text, words in (("garbage", "says 'garbage'"), ("9", "names 'iter_0000009', which")):
         tracker.write_text(text)
         code, _, err = call(capsys, "verify", save)
         assert code == 1

@@ -11,9 +11,9 @@ import torch
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 
-from conftest import digests, refused
+from conftest import digests, refused, request_for
 from deepspeed_runs import Harm, load, merge_run, optim_files, records, tag, train
-from pma_megatron import SelectionRequest, list_checkpoints
+from pma_megatron import SelectionRequest, list_checkpoints, merge
 from pma_megatron.errors import (
     CheckpointError,
     PlanError,
@@ -22,6 +22,7 @@ from pma_megatron.errors import (
     UsageError,
 )
 from pma_megatron.policy import Policy
+from pma_megatron.report import read_provenance
 from pma_megatron.testing import run_ranks
 from pma_megatron.testing.tiny_deepspeed import DeepSpeedConfig
 
@@ -48,6 +49,52 @@ def test_a_tag_without_a_rank_is_incomplete(run: Path, save: Path) -> None:
     assert [(ref.iteration, ref.complete) for ref in refs] == [(2, True), (4, False), (6, True)]
     with refused(SelectionError, "ranks [1] are missing", run=run, save=save):
         merge_run(run, save, selection=SelectionRequest(iterations=(2, 4, 6)))
+
+
+def iterations(run: Path, save: Path, last: int = 2, **request: object) -> list[int]:
+    """Of the sources of a merge."""
+    selection = SelectionRequest(last=last, **request)  # type: ignore[arg-type]
+    (output,) = merge(request_for(run, save, selection=selection, overwrite=True)).outputs
+    return [s["iteration"] for s in read_provenance(Path(output))["plan"]["sources"]]
+
+
+def test_a_tag_that_cannot_be_used_in_the_window_is_refused_or_said(
+    run: Path, save: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept = optim_files(tag(run, 4))[1].read_bytes()
+    optim_files(tag(run, 4))[1].write_bytes(kept[: len(kept) // 2])
+    with refused(SelectionError, str(tag(run, 4)), "--exclude 4", run=run, save=save):
+        merge_run(run, save, selection=SelectionRequest(last=2))
+    assert iterations(run, save, allow_gaps=True) == [2, 6]
+    assert str(tag(run, 4)) in caplog.text
+    assert iterations(run, save, exclude=(4,)) == [2, 6]
+
+
+def test_a_tag_that_latest_does_not_name_yet_is_being_written(
+    run: Path, save: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    optim_files(tag(run, 6))[1].unlink()
+    assert [ref.state for ref in list_checkpoints(run)] == ["complete", "complete", "damaged"]
+    with refused(SelectionError, str(tag(run, 6)), run=run, save=save):
+        merge_run(run, save, selection=SelectionRequest(last=2))
+    (run / "latest").write_text("global_step4")
+    assert [ref.state for ref in list_checkpoints(run)][2] == "being written"
+    assert iterations(run, save) == [2, 4]
+    assert f"{tag(run, 6)}: it is still being written" in caplog.text
+
+
+def test_an_average_ends_at_what_latest_names(
+    run: Path, save: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (run / "latest").write_text("global_step4")
+    assert iterations(run, save) == [2, 4]
+    assert "iterations 6" in caplog.text
+    assert iterations(run, save, end_iteration=6) == [4, 6]
+    (run / "latest").write_text("global_step8")
+    assert iterations(run, save) == [4, 6]
+    assert "names 'global_step8', which is not there" in caplog.text
+    (run / "latest").unlink()
+    assert iterations(run, save) == [4, 6] and "has no latest" in caplog.text
 
 
 def test_a_hostile_file_is_refused_and_nothing_in_it_runs(run: Path, save: Path) -> None:

@@ -109,7 +109,7 @@ def test_requests_out_of_range() -> None:
 
 
 def test_the_log_tells_spoiled_checkpoints(tmp_path: Path) -> None:
-    assert audit.read(tmp_path).distrust(500, 0) is None
+    assert audit.read(tmp_path).doubt(500, {}) is None
     audit.append(tmp_path, audit.DETECTED, number=1, onset=450, reason="up")
     audit.append(tmp_path, audit.BEGUN, number=1, newest_healthy=400)
     path = tmp_path / audit.FILE
@@ -117,7 +117,7 @@ def test_the_log_tells_spoiled_checkpoints(tmp_path: Path) -> None:
     audit.append(tmp_path, audit.DETECTED, number=2, onset=800)
     history = audit.read(tmp_path)
     assert [spike.onset for spike in history.spikes] == [450, 800]
-    trusted = {(i, n): history.distrust(i, n) is None
+    trusted = {(i, n): history.doubt(i, {audit.RECORD: n}) is None
                for i in (400, 449, 450, 800, 900) for n in (0, 1, 2)}  # fmt: skip
     assert [key for key, good in trusted.items() if not good] == [
         (450, 0), (800, 0), (800, 1), (900, 0), (900, 1)]  # fmt: skip
@@ -127,13 +127,48 @@ def test_the_log_tells_spoiled_checkpoints(tmp_path: Path) -> None:
 
 def test_a_selection_passes_over_spoiled_ones_unless_they_are_named() -> None:
     run = [*RUN[:8], ref(900, unhealthy_because="saved in a spike"), RUN[9]]
-    found = select(run, SelectionRequest(last=3))
+    found = select(run, SelectionRequest(last=3, allow_gaps=True))
     assert [r.iteration for r in found.refs] == [700, 800, 1000]
-    assert any("iter_0000900 was passed over: saved in a spike" in note for note in found.notes)
+    (left,) = found.passed_over
+    assert str(left) == "/run/iter_0000900 is passed over: saved in a spike"
     named = select(run, SelectionRequest(iterations=(800, 900)))
     assert [r.iteration for r in named.refs] == [800, 900]
     ended = select(run, SelectionRequest(last=2, end_iteration=900))
     assert [r.iteration for r in ended.refs] == [800, 900]
+    assert "iter_0000900 is used because it was named: saved in a spike" in ended.notes[0]
+
+
+def test_what_was_saved_before_a_judgement_is_not_judged(tmp_path: Path) -> None:
+    def untrusted(state: str | None = None) -> dict[int, set[int]]:
+        """Recoveries -> iterations not trusted, and those of them that are merely not judged."""
+        history, places = audit.read(tmp_path), range(400, 901, 50)
+        found = {n: {i: history.doubt(i, {audit.RECORD: n, audit.STATE: state}) for i in places}
+                 for n in (1, 2)}  # fmt: skip
+        return {n: {i for i, doubt in of.items() if doubt and not doubt.judged}
+                for n, of in found.items()}  # fmt: skip
+
+    audit.append(tmp_path, audit.DETECTED, number=1, onset=450)
+    audit.append(tmp_path, audit.DONE, number=1, iteration=500)
+    assert audit.read(tmp_path).unjudged_since == 500
+    assert untrusted() == {1: set(range(500, 901, 50)), 2: set(range(500, 901, 50))}
+    # It broke again before any loss was judged, at 650: what lies in between stays out for good.
+    audit.append(tmp_path, audit.DETECTED, number=2, onset=650)
+    audit.append(tmp_path, audit.DONE, number=2, iteration=700)
+    audit.append(tmp_path, audit.JUDGED, number=2, iteration=800)
+    assert audit.read(tmp_path).unjudged_since is None
+    assert untrusted() == {1: {500, 550, 600}, 2: {500, 550, 600, 650, 700, 750}}
+    # A checkpoint that has the detector's memory says it itself.
+    assert untrusted('{"judged": true}') == {1: set(), 2: set()}
+    assert 900 in untrusted('{"judged": false}')[2]
+    assert 900 in untrusted('{"cooldown": 3}')[2] and not untrusted('{"cooldown": 0}')[2]
+    assert untrusted("no JSON") == untrusted()
+
+
+def test_damage_in_the_log_stops_nobody(tmp_path: Path) -> None:
+    lines = ['{"event": "detected", "number": "one", "onset": null}', "[1]", '{"event": 7}', "\x00",
+             '{"event": "done"}', '{"event": "detected", "number": 1, "onset": 450}']  # fmt: skip
+    (tmp_path / audit.FILE).write_text("\n".join(lines))
+    assert [spike.onset for spike in audit.read(tmp_path).spikes] == [450]
 
 
 ARGS = {"iterations_to_skip": [7], "lr": 3e-4, "min_lr": 3e-5, "decoupled_lr": None}

@@ -244,7 +244,7 @@ def test_refused_before_anything_is_touched(
     [
         ({"vocab_size": 320}, ("vocabulary", "--make-vocab-size-divisible-by")),
         ({"hidden_size": 32}, ("shape", "another model")),
-        ({"num_experts": 4}, ("has no", "--pma-exclude")),
+        ({"num_experts": 4}, ("has no", "exclude=")),
     ],
     ids=["vocabulary", "shape", "model"],
 )

@@ -164,7 +164,8 @@ def test_every_fault_point_is_here() -> None:
     offline = [path for path in source.rglob("*.py") if training.isdisjoint(path.parts[-2:])]
     text = "".join(path.read_text() for path in offline)
     stages = set(re.findall(r"\bpoint\(\"(\w+)\"", text))
-    assert stages == {*EVERY_RANK, *MAIN_ONLY, "replace"}
+    # Between two publications of a sweep: test_failures.
+    assert stages == {*EVERY_RANK, *MAIN_ONLY, "replace", "published"}
 
 
 # Killed at a known place.
@@ -209,6 +210,7 @@ def test_kill(
     name = f"fresh-{stage}-{rank}"
     assert ends[rank][name].how == "killed"
     assert ends[1 - rank][name].how == "raised", ends[1 - rank][name]
+    assert ends[1 - rank][name].text.startswith(f"RankError: rank {rank} died in stage")
     assert untouched
     request = scenes[name].request
     published = check_world(Path(str(request.save)))

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import digests, folder_of
-from pma_megatron import audit, list_checkpoints
+from conftest import digests, folder_of, request_for
+from pma_megatron import SelectionRequest, audit, list_checkpoints, merge
+from pma_megatron.errors import SelectionError
+from pma_megatron.megatron.load import merge_into
 from pma_megatron.megatron.options import RecoverySettings
 from pma_megatron.megatron.params import live_tensors
 from pma_megatron.megatron.recover import Recovery, RecoverySpentError, agreed
@@ -143,7 +145,10 @@ def test_recovers_to_the_average_of_healthy_checkpoints(
     spoiled = {i for i, reason in refs.items() if reason}
     assert spoiled == {i for i in refs if done.onset <= i < done.iteration} and 80 in refs
     events = audit.read(root).events
-    assert [event["event"] for event in events] == [audit.DETECTED, audit.BEGUN, audit.DONE]
+    assert [event["event"] for event in events] == [
+        audit.DETECTED, audit.BEGUN, audit.DONE, audit.JUDGED,
+    ]  # fmt: skip
+    assert done.iteration < events[-1]["iteration"] <= done.iteration + 10
 
 
 def crash(rank: int, world_size: int, root: str) -> None:
@@ -203,6 +208,68 @@ def test_attempts_go_further_back_and_are_bounded(
     newest = [Path(done.sources[-1]).name for done in results[0][2]]
     assert newest == [folder_of(root, end).name for end in ends]
     assert audit.read(root).spent and audit.read(root).events[-1]["number"] == 3
+
+
+SLOW_TO_JUDGE = replace(SETTINGS, spike=replace(SPIKE, cooldown=12))
+
+
+def break_before_it_is_judged(rank: int, world_size: int, root: str) -> dict[str, Any]:
+    """A recovery that does not hold: it breaks again while no loss is judged yet, at a save."""
+    run = Run(DENSE, root, SLOW_TO_JUDGE)
+    run.until(52)
+    while not run.done:
+        run.until(run.trainer.iteration + 1)
+    run.until(110, breaks=(run.done[0].iteration + 3,))
+    return {"losses": run.losses, "done": run.done}
+
+
+def init_from(rank: int, world_size: int, root: str, last: int) -> tuple[list[str], list[float]]:
+    """PMA-init of what a recovered run has left, and a few steps on."""
+    trainer = TinyTrainer(DENSE)
+    iteration = trainer.load(root)
+    report = merge_into(
+        trainer.models, trainer.optimizer, load=root, resumed=iteration,
+        selection=SelectionRequest(last=last, allow_gaps=True),
+    )  # fmt: skip
+    return list(report.sources), trainer.train(3)
+
+
+def test_what_was_saved_before_a_loss_was_judged_is_in_no_average(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root, save = tmp_path / "run", tmp_path / "merged"
+    result = run_ranks(break_before_it_is_judged, 2, str(root))[0]
+    losses, (first, second) = result["losses"], result["done"]
+    healthy = max(losses[i] for i in range(30, BREAK_AT))
+    refs = {ref.iteration: ref for ref in list_checkpoints(root)}
+    unjudged = {i for i, ref in refs.items() if ref.state == "not judged"}
+    # The losses say which saves are bad; the log on its own saw an onset only after the first.
+    bad = {i for i in refs if i >= 30 and losses.get(i + 1, 0.0) > healthy + 0.6}
+    missed = {i for i in bad if first.iteration <= i < second.onset}
+    assert missed and missed <= unjudged
+    assert second.untrusted_since == first.iteration
+    assert not {str(folder_of(root, i)) for i in missed if i} & set(second.sources)
+    good = {i for i, ref in refs.items() if ref.state == "complete"}
+    assert good.isdisjoint(bad) and {20, 30, 40, 110} <= good
+    assert {refs[i].state for i in bad} <= {"spoiled", "not judged"}
+    # An average over them is refused; with the gaps allowed it is one of good ones, and each of
+    # the others is named.
+    last = 1 + len([i for i in good if i is not None and i > second.iteration])
+    with pytest.raises(SelectionError, match=f"iter_00000{min(missed)}"):
+        merge(request_for(root, save, selection=SelectionRequest(last=last)))
+    wanted = SelectionRequest(last=last, allow_gaps=True)
+    report = merge(request_for(root, save, selection=wanted))
+    used = {source["iteration"] for source in report.plan["sources"]}
+    assert used <= good and 40 in used
+    assert {each["iteration"] for each in report.plan["passed_over"]} == {
+        i for i in refs if i is not None and i > 40
+    } - used  # fmt: skip
+    assert all(f"iter_00000{i} " in caplog.text for i in missed)
+    sources, after = run_ranks(init_from, 2, str(root), last - 1)[0]
+    assert {Path(path).name for path in sources} == {
+        folder_of(root, i).name for i in used if i != 40
+    }  # fmt: skip
+    assert max(after) < healthy + 0.3
 
 
 def one_rank_knows(rank: int, world_size: int) -> list[Any]:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pma_megatron.errors import SelectionError, UsageError
+from pma_megatron.gaps import lines
 from pma_megatron.refs import CheckpointRef
 from pma_megatron.selection import SelectionRequest, select
 from pma_megatron.tokens import consumed_tokens_of, format_tokens, parse_tokens, recommend
@@ -58,25 +59,29 @@ def refusal(refs, **request) -> str:
 
 
 def test_last_n_end_at_the_newest_complete_one() -> None:
-    refs = [*every(1000, 5000), ref(6000, incomplete=WRITING), ref(None)]
+    refs = [*every(1000, 5000), ref(6000, incomplete=WRITING, writing=True), ref(None)]
     selection = select(refs, SelectionRequest(last=3))
     assert [r.iteration for r in selection.refs] == [3000, 4000, 5000]
     assert selection.positions == (3 * B, 4 * B, 5 * B)
     assert selection.position_unit == "tokens"
     assert selection.spacing.gaps == (B, B)
     assert selection.spacing.requested is selection.spacing.tolerance is None
-    unnumbered, unfinished = selection.notes
-    assert "/run/release was passed over" in unnumbered and "--paths" in unnumbered
-    assert unfinished == f"/run/iter_0006000 was passed over: it is incomplete ({WRITING})"
+    unfinished, unnumbered = selection.passed_over
+    assert (unnumbered.path, unnumbered.kind) == ("/run/release", "no iteration")
+    assert "--paths" in unnumbered.reason
+    assert (unfinished.iteration, unfinished.kind) == (6000, "being written")
+    assert WRITING in unfinished.reason and not unfinished.gap
+    said, _ = lines(selection.passed_over, selection.refs[-1])
+    assert "/run/iter_0006000" in said and "ends at iteration 5000" in said
 
 
 def test_end_iteration_and_exclude() -> None:
     refs = every(1000, 9000)
     assert chosen(refs, last=3, end_iteration=7000) == [5000, 6000, 7000]
     assert chosen(refs, last=3, end_iteration=7000, exclude=(6000,)) == [4000, 5000, 7000]
-    notes = select(refs, SelectionRequest(last=2, exclude=(8000,))).notes
-    assert "iteration 8000 was left out by --exclude" in notes
-    assert "the checkpoints are unevenly spaced" not in " ".join(notes)
+    selection = select(refs, SelectionRequest(last=2, exclude=(8000,)))
+    assert [(each.iteration, each.kind) for each in selection.passed_over] == [(8000, "excluded")]
+    assert "the checkpoints are unevenly spaced" not in " ".join(selection.notes)
     uneven = select(refs, SelectionRequest(last=3, exclude=(8000,))).notes
     assert "the checkpoints are unevenly spaced, from 1B tokens to 2B tokens apart" in uneven
     said = refusal(refs, last=1, exclude=(2500,))
@@ -84,11 +89,106 @@ def test_end_iteration_and_exclude() -> None:
     assert "iteration 2000 (2B tokens) and iteration 3000" in said
 
 
-def test_incomplete_ones_in_between_are_stepped_over_and_told() -> None:
-    refs = [*every(1000, 3000), ref(4000, incomplete="__0_0.distcp is cut short"), ref(5000)]
-    assert chosen(refs, last=3) == [2000, 3000, 5000]
-    note = select(refs, SelectionRequest(last=3)).notes[0]
-    assert "iter_0004000" in note and "cut short" in note
+CUT, SPOILED = "__0_0.distcp is cut short", "saved in a spike"
+BAD = {
+    "damaged": {"incomplete": CUT},
+    "spoiled": {"unhealthy_because": SPOILED},
+    "not judged": {"unhealthy_because": "saved after a recovery", "judged": False},
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+@pytest.mark.parametrize("at", [4000, 6000])
+def test_one_in_the_window_that_cannot_be_used_is_refused_until_a_person_says(
+    kind: str, at: int
+) -> None:
+    refs = [ref(i, **(BAD[kind] if i == at else {})) for i in range(1000, 6001, 1000)]
+    said = refusal(refs, last=4)
+    assert f"/run/iter_000{at}" in said and f"--exclude {at}" in said and "--allow-gaps" in said
+    assert chosen(refs, last=4, exclude=(at,)) == [i for i in range(2000, 6001, 1000) if i != at]
+    selection = select(refs, SelectionRequest(last=4, allow_gaps=True))
+    assert [r.iteration for r in selection.refs] == [i for i in range(2000, 6001, 1000) if i != at]
+    assert [(each.iteration, each.kind) for each in selection.passed_over] == [(at, kind)]
+    # Outside of the window it is nobody's business.
+    assert select(refs, SelectionRequest(last=3, end_iteration=3000)).passed_over == ()
+    assert chosen(refs, iterations=(3000, 5000)) == [3000, 5000]
+
+
+def test_a_token_window_counts_what_is_damaged_at_its_far_end() -> None:
+    refs = [ref(i) for i in range(1000, 9000, 1000)]
+    refs[4] = untold(5000, complete=False, incomplete_because=CUT)
+    assert chosen(refs, window_tokens=3 * B) == [6000, 7000, 8000]
+    assert "iter_0005000" in refusal(refs, window_tokens=4 * B)
+
+
+def test_a_place_of_a_spacing_is_a_gap_and_what_lies_between_places_is_none() -> None:
+    refs = [ref(i) for i in range(1000, 9001, 500)]
+    for damaged, tokens in ((6500, True), (6500, False)):
+        one = [untold(damaged, complete=False, incomplete_because=CUT) if r.iteration == damaged
+               else r for r in refs]  # fmt: skip
+        axis = {"interval_tokens": 2 * B} if tokens else {"interval_iterations": 2000}
+        selection = select(one, SelectionRequest(last=3, **axis))
+        assert [r.iteration for r in selection.refs] == [5000, 7000, 9000]
+        kinds = {each.iteration: each.kind for each in selection.passed_over}
+        assert kinds[6500] == "damaged" and kinds[6000] == "not needed"
+        one = [untold(7000, complete=False, incomplete_because=CUT) if r.iteration == 7000
+               else r for r in refs]  # fmt: skip
+        assert "iter_0007000" in refusal(one, last=3, tolerance=0.3, **axis)
+        newest = [*refs, untold(9500, complete=False, incomplete_because=CUT)]
+        assert "iter_0009500" in refusal(newest, last=3, **axis)
+
+
+def test_an_average_ends_at_what_training_resumes_from() -> None:
+    """A tracker that was set back: what is newer belongs to a branch that was given up."""
+    refs = [*every(1000, 8000), ref(9000, incomplete=CUT)]
+    selection = select(refs, SelectionRequest(last=3), 6000)
+    assert [r.iteration for r in selection.refs] == [4000, 5000, 6000]
+    assert {(e.iteration, e.kind) for e in selection.passed_over} == {
+        (i, "newer") for i in (7000, 8000, 9000)
+    }
+    (said,) = lines(selection.passed_over, selection.refs[-1])
+    assert "iterations 7000, 8000, 9000" in said and "iteration 6000" in said
+    only_damaged = [*every(1000, 6000), ref(7000, incomplete=CUT)]
+    assert [r.iteration for r in select(only_damaged, SelectionRequest(last=2), 6000).refs] == [
+        5000, 6000,
+    ]  # fmt: skip
+    assert "iter_0007000" in refusal(only_damaged, last=2)  # nothing says where training resumes
+    named = select(refs, SelectionRequest(last=3, end_iteration=8000), 6000)
+    assert [r.iteration for r in named.refs] == [6000, 7000, 8000] and named.passed_over == ()
+    thin = [*every(1000, 6000), ref(6500, snapshot=True)]  # trackers do not name snapshots
+    assert [r.iteration for r in select(thin, SelectionRequest(last=2), 6000).refs] == [6000, 6500]
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_nothing_in_a_window_goes_unnamed(data) -> None:
+    """Whatever is bad, wherever it lies: refused, or every one that is not used is named."""
+    states = data.draw(st.lists(st.sampled_from(["good", *BAD]), min_size=2, max_size=12))
+    refs = [ref(1000 * (i + 1), **BAD.get(state, {})) for i, state in enumerate(states)]
+    if data.draw(st.booleans()):
+        refs.append(ref(1000 * (len(states) + 1), incomplete=WRITING, writing=True))
+    axis = data.draw(st.sampled_from([{}, {"interval_tokens": 2 * B}, {"window_tokens": 3 * B},
+                                      {"interval_iterations": 2000}]))  # fmt: skip
+    last = {} if "window_tokens" in axis else {"last": data.draw(st.integers(1, 4))}
+    allow = data.draw(st.booleans())
+    resumed = data.draw(st.none() | st.sampled_from([r.iteration for r in refs]))
+    try:
+        selection = select(refs, SelectionRequest(**axis, **last, allow_gaps=allow), resumed)
+    except SelectionError as error:
+        assert "iter_000" in str(error) or "iteration " in str(error)
+        return
+    used = [r.iteration for r in selection.refs]
+    named = {each.iteration: each for each in selection.passed_over}
+    assert set(named) >= {r.iteration for r in refs if r.iteration > used[0]} - set(used)
+    assert not set(named) & set(used)
+    told = " ".join(lines(selection.passed_over, selection.refs[-1]))
+    assert all(str(iteration) in told for iteration in named)
+    assert all(r.state == "complete" for r in selection.refs)
+    if not allow:
+        asks = axis or {"last": None}
+        bad = [e for e in named.values() if e.kind in BAD]
+        assert not any(e.gap for e in bad)
+        assert not bad or "interval_tokens" in asks or "interval_iterations" in asks
 
 
 def test_too_few_says_how_many_and_why_the_others_do_not_count() -> None:
@@ -162,7 +262,7 @@ def test_interval_takes_the_nearest_to_each_place() -> None:
     assert [r.iteration for r in selection.refs] == [3900, 7900, 12_000]
     assert selection.spacing.gaps == (4 * B, 4_100_000_000)
     assert (selection.spacing.requested, selection.spacing.tolerance) == (4 * B, 0.25)
-    assert "complete checkpoints between the chosen ones, not needed: 1" in selection.notes
+    assert [(e.iteration, e.kind) for e in selection.passed_over] == [(4200, "not needed")]
     equally_near = [ref(i) for i in (7500, 8500, 12_000)]
     assert chosen(equally_near, last=2, interval_tokens=4 * B) == [8500, 12_000]
 
@@ -250,6 +350,7 @@ def test_whatever_is_selected_keeps_the_promises(data) -> None:
         last=data.draw(st.integers(1, 8)),
         tolerance=data.draw(st.floats(0, 0.499)),
         **{axis: step * 10**6 if axis == "interval_tokens" else step},
+        allow_gaps=True,
     )
 
     def outcome(some):
@@ -278,7 +379,7 @@ def test_whatever_is_selected_keeps_the_promises(data) -> None:
     "request_of", [{"last": 4}, {"iterations": (3000, 5000)}, {"window_tokens": 4 * B}]
 )
 def test_input_order_does_not_matter(request_of: dict) -> None:
-    refs = [*every(1000, 9000), ref(9500, incomplete=WRITING), ref(None)]
+    refs = [*every(1000, 9000), ref(9500, incomplete=WRITING, writing=True), ref(None)]
     expected = select(refs, SelectionRequest(**request_of))
     for seed in range(10):
         shuffled = random.Random(seed).sample(refs, len(refs))

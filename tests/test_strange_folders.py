@@ -80,8 +80,7 @@ def test_formats_that_are_not_read(capsys: pytest.CaptureFixture[str], run: Path
     (legacy / "mp_rank_00").mkdir(parents=True)
     (legacy / "mp_rank_00" / "model_optim_rng.pt").write_bytes(b"x")
     dcp.mkdir()
-    (dcp / "__0_0.distcp").write_bytes(b"x")
-    (dcp / ".metadata").write_bytes(b"x")
+    (dcp / "metadata.json").write_text('{"sharded_backend": "fsdp_dtensor"}')
     assert main(["list", str(run)]) == 0
     shown = capsys.readouterr().out
     assert shown.count("NOT supported") == 2 and "NOT complete" not in shown

@@ -179,5 +179,4 @@ def test_deepspeed(tmp_path: Path) -> None:
                            strict=True):  # fmt: skip
         for kind in ZERO:
             assert LAYER in got[kind]
-            assert not torch.equal(states[kind][0][LAYER], states[kind][2][LAYER])
             assert_average(got[kind], states[kind], kind)

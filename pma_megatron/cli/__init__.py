@@ -1,20 +1,47 @@
 """The `pma` command: flags in, one verb of the package, tables or JSON out.
 
 Exit codes: 0 done, 1 refused or failed (the message says why and what to do), 2 wrong usage,
-130 interrupted.
+128 + n stopped by signal n (130 for SIGINT, 143 for SIGTERM, 129 for SIGHUP).
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
+import json
 import os
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Sequence
+from pathlib import Path
+
+from pma_megatron.stopping import Stopped, stoppable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    # Torch's own words on a connection that broke; ours name the rank.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    given = list(sys.argv[1:] if argv is None else argv)
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        with stoppable():
+            code = _run(given, rank)
+    except Stopped as stop:
+        publishes = given[:1] in (["merge"], ["recover"])
+        told = told_of(stop.published, stop.unpublished) if publishes else ""
+        _failed(rank, f"stopped by {stop}{told and f'; {told}'}", aloud=rank == 0)
+        code = 128 + stop.number
+    comm = sys.modules.get("pma_megatron.comm")
+    if comm is not None and comm.entangled():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _run(given: list[str], rank: int) -> int:
     from pma_megatron import log
     from pma_megatron.cli.flags import parser
     from pma_megatron.cli.verbs import front_end
@@ -24,25 +51,41 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names on a disk need not be Unicode
-    given = list(sys.argv[1:] if argv is None else argv)
     end = given.index("--") if "--" in given else len(given)
     flags = parser()
     arguments = flags.parse_args(given[:end], Namespace(rest=given[end + 1 :]))
     if arguments.rest and not hasattr(arguments, "passes_on"):
         flags.error(f"unrecognized arguments: {' '.join(given[end:])}")
-    rank = int(os.environ.get("RANK", "0"))
     log.configure(rank, verbose=arguments.verbose)
     try:
         with speaking(front_end(arguments.parser, given[:end])):
             refuse_remote_values({k: v for k, v in vars(arguments).items() if k != "rest"})
             arguments.run(arguments)
     except PmaError as error:
-        # The rank whose own error it is prints it; rank 0 also says what stopped the others.
-        if rank == 0 or not isinstance(error, RankError):
-            where = f"[rank {rank}] " if rank else ""
-            sys.stderr.write(f"pma: error: {where}{error}\n")
+        told = told_of(error.published, error.unpublished) if error.published else ""
+        # The rank whose own error it is prints it; one also says what stopped the others.
+        aloud = not isinstance(error, RankError) or error.speaker == rank
+        where = f"[rank {rank}] " if rank else ""
+        _failed(rank, f"error: {where}{error}{told and f'. {told}'}", aloud=aloud)
         return 2 if isinstance(error, UsageError) else 1
-    except KeyboardInterrupt:
-        sys.stderr.write("pma: interrupted; nothing was published\n")
-        return 130
     return 0
+
+
+def told_of(published: Sequence[str], unpublished: Sequence[str]) -> str:
+    """What a command that failed has published, as far as it got."""
+    if not published:
+        return "nothing was published"
+    rest = f"; not {', '.join(unpublished)}: the same command makes the rest" if unpublished else ""
+    return f"published {', '.join(published)}{rest}"
+
+
+def _failed(rank: int, text: str, *, aloud: bool) -> None:
+    """Say why this process ends, to the user and to torchrun, which prints it in its summary."""
+    if aloud:
+        sys.stderr.write(f"pma: {text}\n")
+        sys.stderr.flush()
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        with contextlib.suppress(OSError):
+            Path(file).write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))

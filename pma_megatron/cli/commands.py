@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,24 +11,26 @@ from pma_megatron.cli import tables
 from pma_megatron.cli.progress import show
 from pma_megatron.cli.verbs import root_of, selection_of, show_result
 from pma_megatron.comm import Comm, process_group_from_environment
-from pma_megatron.discover import list_checkpoints, pointed
+from pma_megatron.discover import list_checkpoints
 from pma_megatron.errors import CheckpointError, SelectionError, UsageError
 from pma_megatron.folders import what_is
-from pma_megatron.inspection import inspect as inspect_checkpoint
+from pma_megatron.inspection import look
 from pma_megatron.job import merge as merge_checkpoints
 from pma_megatron.job import plan as plan_merge
-from pma_megatron.job import verify as verify_merge
 from pma_megatron.policy import Policy
+from pma_megatron.published import verify as verify_published
 from pma_megatron.report import describe_plan
 from pma_megatron.request import MergeRequest, Method
+from pma_megatron.stopping import having_published
 
 
 def merge(arguments: Namespace) -> None:
     """`pma merge`."""
     request = _request(arguments)
-    with process_group_from_environment():
+    with ExitStack() as over, process_group_from_environment(arguments.timeout_s):
         comm = Comm(request.merge_parallel_size)
         report = merge_checkpoints(request, comm, show(comm))
+        over.enter_context(having_published(report.outputs))
         if comm.is_main:
             show_result(arguments, report.to_json(), lambda: tables.merged(report))
 
@@ -44,26 +47,28 @@ def list_(arguments: Namespace) -> None:
     refs = list_checkpoints(arguments.root)
     if not refs:
         raise SelectionError(what_is(Path(arguments.root)))
-    show_result(
-        arguments, [asdict(ref) for ref in refs], lambda: tables.listed(arguments.root, refs)
-    )
+    rows = [{**asdict(ref), "state": ref.state} for ref in refs]
+    show_result(arguments, rows, lambda: tables.listed(arguments.root, refs))
 
 
 def inspect(arguments: Namespace) -> None:
     """`pma inspect`."""
-    found = inspect_checkpoint(arguments.path)
+    found = look(arguments.path)
     show_result(arguments, asdict(found), lambda: tables.inspected(found))
+    if found.problem is not None:
+        raise CheckpointError(found.problem)
 
 
 def verify(arguments: Namespace) -> None:
     """`pma verify`."""
-    path = pointed(Path(arguments.path))
-    if not path.is_dir():
-        raise CheckpointError(what_is(path))
-    with process_group_from_environment():
-        checked = verify_merge(path, samples=arguments.samples)
-        if Comm().is_main:
-            show_result(arguments, asdict(checked), lambda: tables.verified(path, checked))
+    with process_group_from_environment(arguments.timeout_s):
+        comm = Comm()
+        checked = verify_published(
+            arguments.path, samples=arguments.samples, deep=arguments.deep,
+            files_only=arguments.files_only, comm=comm,
+        )  # fmt: skip
+        if comm.is_main:
+            show_result(arguments, asdict(checked), lambda: tables.verified(checked))
 
 
 def _request(arguments: Namespace) -> MergeRequest:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from pma_megatron.cli import commands, evaluate, forecast, geometry, recover
-from pma_megatron.cli.verbs import add_selection, new_verb
+from pma_megatron.cli.verbs import add_selection, add_timeout, new_verb
 from pma_megatron.coefficients import METHODS
 from pma_megatron.policy import AVERAGES, OPTIMIZER_STATES
 from pma_megatron.version import __version__
@@ -43,12 +43,22 @@ def parser() -> argparse.ArgumentParser:
     )
     verb.add_argument("root", help="the folder that training saves to")
     verb = new_verb(verbs, "inspect", commands.inspect, "say what is in one checkpoint")
-    verb.add_argument("path", help="one iter_* folder")
+    verb.add_argument("path", help="one iter_* folder, or the --save folder above it")
     verb = new_verb(
-        verbs, "verify", commands.verify, "check a merged checkpoint against its sources"
-    )
+        verbs, "verify", commands.verify,
+        "check every byte of what was published, and a merge against its sources",
+    )  # fmt: skip
     verb.add_argument("path", help="one merged iter_* folder, or the --save folder above it")
     verb.add_argument("--samples", type=int, default=256, help="slices to recompute (default 256)")
+    verb.add_argument(
+        "--deep", action="store_true",
+        help="recompute every element in float64, with torchrun on several ranks",
+    )  # fmt: skip
+    verb.add_argument(
+        "--files-only", action="store_true",
+        help="check the files alone; the sources may be gone",
+    )  # fmt: skip
+    add_timeout(verb)
     return top
 
 
@@ -94,6 +104,7 @@ def _running(verb: argparse.ArgumentParser) -> None:
     group.add_argument("--save", metavar="DIR", help="folder for the merged iter_*")
     group.add_argument("--overwrite", action="store_true", help="replace an existing merge")
     group.add_argument("--threads", type=int, default=2, help="per rank (default 2)")
+    add_timeout(group)
     group.add_argument(
         "--check-sources", action="store_true",
         help="read records whole that the merge reads in part, to compare their checksums",

@@ -16,10 +16,12 @@ from pma_megatron.cli.scoring import (
     write_json,
 )
 from pma_megatron.cli.verbs import new_verb, show_result
-from pma_megatron.discover import choose, list_checkpoints
+from pma_megatron.discover import choose, list_checkpoints, pointers_of
 from pma_megatron.errors import UsageError
 from pma_megatron.forecast import Agreement, Annealed, Forecast, Series, forecast
 from pma_megatron.formats import registry
+from pma_megatron.megatron.score import scored_refs
+from pma_megatron.notices import announce
 from pma_megatron.refs import CheckpointRef
 from pma_megatron.scores import Scores, read_scores
 from pma_megatron.selection import SelectionRequest
@@ -195,12 +197,16 @@ def _add_ends(arguments: argparse.Namespace, starts: Collection[int], folders: C
             )
     reached = {_newest(folder).consumed_tokens for folder in folders} - {None}
     ends = {i for i, tokens in complete.items() if i is not None and tokens in reached}
-    asked = grid_of(arguments).end_iterations(refs)
+    grid = grid_of(arguments)
+    asked = grid.end_iterations(scored_refs(arguments.load, grid, aloud=False))
     arguments.ends = [str(i) for i in sorted({*asked, *starts, *ends})]
 
 
 def _newest(folder: str) -> CheckpointRef:
-    return choose(list_checkpoints(folder), SelectionRequest(last=1), folder).refs[-1]
+    refs, pointers = list_checkpoints(folder), pointers_of(folder)
+    selection = choose(refs, SelectionRequest(last=1), folder, pointers)
+    announce(selection)
+    return selection.refs[-1]
 
 
 def _with_others(arguments: argparse.Namespace, scores: Scores, roots: list[str]) -> Scores | None:

@@ -14,7 +14,14 @@ import numpy as np
 from pma_megatron.cli import landscape, tables
 from pma_megatron.cli.progress import show
 from pma_megatron.cli.scoring import provider_of, refuse_unwritable, write_json
-from pma_megatron.cli.verbs import add_selection, new_verb, root_of, selection_of, show_result
+from pma_megatron.cli.verbs import (
+    add_selection,
+    add_timeout,
+    new_verb,
+    root_of,
+    selection_of,
+    show_result,
+)
 from pma_megatron.coefficients import METHODS
 from pma_megatron.comm import Comm, process_group_from_environment
 from pma_megatron.errors import UsageError
@@ -84,6 +91,7 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help=f"{' or '.join(AVERAGES)}: weights reads the 16-bit weights",
     )  # fmt: skip
     group.add_argument("--threads", type=int, default=2, help="per rank (default 2)")
+    add_timeout(group)
     group = verb.add_argument_group("the loss; what follows -- is passed on to the provider")
     group.add_argument(
         "--contour", action="store_true",
@@ -130,7 +138,7 @@ def run(arguments: argparse.Namespace) -> None:
         policy=Policy(average=arguments.average),
         threads=arguments.threads,
     )
-    with process_group_from_environment():
+    with process_group_from_environment(arguments.timeout_s):
         comm = Comm()
         measured = measure(request, comm, show(comm))
         spreads, over, curved = measured.spreads(), None, None

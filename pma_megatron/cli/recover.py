@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import ExitStack
 
 from rich.console import Console
 from rich.table import Table
 
 from pma_megatron import audit
 from pma_megatron.cli.progress import show
-from pma_megatron.cli.verbs import new_verb, show_result, token_count
+from pma_megatron.cli.verbs import add_timeout, new_verb, show_result, token_count
 from pma_megatron.coefficients import METHODS
 from pma_megatron.comm import Comm, process_group_from_environment
 from pma_megatron.errors import UsageError
@@ -18,6 +19,7 @@ from pma_megatron.recovery import Diagnosis, RecoveryRequest, recover, rehearse
 from pma_megatron.report import MergeReport
 from pma_megatron.request import Method
 from pma_megatron.spike import SpikeSettings
+from pma_megatron.stopping import having_published
 
 _EXAMPLE = """examples:
   pma recover --load /ckpts/run --metrics /ckpts/run/tensorboard --save /ckpts/run-2 --dry-run
@@ -45,6 +47,7 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     verb.add_argument("--overwrite", action="store_true", help="replace an earlier recovery")
     verb.add_argument("--threads", type=int, default=2, help="per rank (default 2)")
+    add_timeout(verb)
     _where(verb)
     _what(verb)
     _how(verb)
@@ -120,13 +123,14 @@ def run(arguments: argparse.Namespace) -> None:
         show_result(arguments, list(history.events), lambda: _told(arguments.load, history))
         return
     request = _request(arguments)
-    with process_group_from_environment():
+    with ExitStack() as over, process_group_from_environment(arguments.timeout_s):
         comm = Comm()
         report = None
         if arguments.dry_run:
             found = comm.on_main("diagnose", lambda: rehearse(request))
         else:
             found, report = recover(request, comm, show(comm))
+            over.enter_context(having_published(report.outputs))
         if comm.is_main:
             merged = None if report is None else report.to_json()
             show_result(

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pma_megatron.cli.verbs import token_count
+from pma_megatron.cli.verbs import add_allow_gaps, add_timeout, token_count
 from pma_megatron.comm import Comm, process_group_from_environment
 from pma_megatron.errors import UsageError
 from pma_megatron.folders import is_checkpoint
@@ -57,6 +57,7 @@ def add_scoring(verb: argparse.ArgumentParser) -> None:
         help="how far off its place a checkpoint may lie, as a fraction of V (default 0.25)",
     )  # fmt: skip
     group.add_argument("--exclude", type=int, nargs="+", default=[], metavar="I", help="not these")
+    add_allow_gaps(group)
     group = verb.add_argument_group("which model; what follows -- is passed on to it")
     group.add_argument(
         "--provider", metavar="MODULE:FUNCTION",
@@ -70,6 +71,7 @@ def add_scoring(verb: argparse.ArgumentParser) -> None:
         "training (--eval-iters batches)",
     )  # fmt: skip
     group.add_argument("--threads", type=int, default=2, help="reader threads per rank (default 2)")
+    add_timeout(group)
     group = verb.add_argument_group("output")
     group.add_argument("--out", type=Path, metavar="FILE", help="write the JSON there too")
     group.add_argument("--plot", type=Path, metavar="FILE.png", help="loss against tokens")
@@ -109,7 +111,7 @@ def score(arguments: argparse.Namespace, others: Sequence[str] = ()) -> Scores |
         )
     if arguments.megatron is not None:
         return _through_megatron(arguments, others)
-    with process_group_from_environment():
+    with process_group_from_environment(arguments.timeout_s):
         comm = Comm()
         provider = comm.agree("provider", lambda: provider_of(arguments.provider))
         scored = comm.agree("provider", lambda: provider(arguments.load, list(arguments.rest)))
@@ -168,6 +170,7 @@ def _megatron_flags(arguments: argparse.Namespace, others: Sequence[str], out: P
         "--pma-score-out": [out],
     }
     flags = [[flag, *map(str, values)] for flag, values in listed.items() if values]
+    flags += [["--pma-allow-gaps"]] if arguments.allow_gaps else []
     ours = ["--load", arguments.load, "--use-checkpoint-args", "--skip-train", "--pma-score"]
     return [*ours, *itertools.chain.from_iterable(flags), *arguments.rest]
 
@@ -186,6 +189,7 @@ def grid_of(arguments: argparse.Namespace) -> Grid:
         ends=parse_ends(arguments.ends),
         tolerance=arguments.tolerance,
         exclude=tuple(arguments.exclude),
+        allow_gaps=arguments.allow_gaps,
     )
 
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from pma_megatron.comm import TIMEOUT_S
+from pma_megatron.durations import parse_duration
 from pma_megatron.errors import UsageError
 from pma_megatron.selection import SelectionRequest
 from pma_megatron.spelling import FrontEnd
@@ -68,6 +70,16 @@ def add_selection(verb: argparse.ArgumentParser) -> None:
     group.add_argument("--iterations", type=int, nargs="+", metavar="I", help="exactly these")
     group.add_argument("--paths", nargs="+", metavar="DIR", help="exactly these iter_* folders")
     group.add_argument("--exclude", type=int, nargs="+", default=[], metavar="I", help="not these")
+    add_allow_gaps(group)
+
+
+def add_allow_gaps(group: argparse._ArgumentGroup) -> None:
+    """Add `--allow-gaps`."""
+    group.add_argument(
+        "--allow-gaps", action="store_true",
+        help="pass over what is damaged, spoiled or not judged in the window, and say so; "
+        "refused without it",
+    )  # fmt: skip
 
 
 def selection_of(arguments: argparse.Namespace) -> SelectionRequest:
@@ -84,9 +96,19 @@ def selection_of(arguments: argparse.Namespace) -> SelectionRequest:
         end_iteration=arguments.end_iteration,
         window_tokens=arguments.window_tokens,
         exclude=tuple(arguments.exclude),
+        allow_gaps=arguments.allow_gaps,
         iterations=None if arguments.iterations is None else tuple(arguments.iterations),
         paths=None if arguments.paths is None else tuple(arguments.paths),
     )
+
+
+def add_timeout(verb: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Add `--timeout`, for verbs that several ranks run."""
+    verb.add_argument(
+        "--timeout", type=duration, default=TIMEOUT_S, metavar="T", dest="timeout_s",
+        help="how long to wait for a rank that does not come or moves nothing, e.g. 90s, 10m "
+        "(default 5m); a merge that still moves bytes never times out",
+    )  # fmt: skip
 
 
 def root_of(arguments: argparse.Namespace) -> str:
@@ -104,6 +126,14 @@ def token_count(text: str) -> int:
     """The argparse type of a token count such as 8B."""
     try:
         return parse_tokens(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def duration(text: str) -> float:
+    """The argparse type of a duration such as 90s."""
+    try:
+        return parse_duration(text)
     except UsageError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 

@@ -43,6 +43,7 @@ from pma_megatron.formats.deepspeed.checkpoint import iteration_of
 from pma_megatron.live import LivePlan, average_units, refuse_other_model
 from pma_megatron.live_load import Job, LiveReport, Meter, fill
 from pma_megatron.planning import Gathered, gather_sources, origin_note
+from pma_megatron.poison import Trainer, chain, poisoned_on_failure, replaced
 from pma_megatron.policy import MAIN
 from pma_megatron.say import say
 from pma_megatron.spelling import named, speaking
@@ -67,7 +68,8 @@ def load_merged(engine: Any, load_dir: str | Path, **options: Any) -> Loaded:
     Raises:
         UsageError, SelectionError, CheckpointError, PlanError: refused on every rank. Unless it
             happened while values were read, no live tensor was touched; if it did, they are a
-            mixture: do not train on.
+            mixture, and the next forward pass, step or save raises `PoisonedError` until a whole
+            load has ended well.
         RankError: another rank failed.
     """
     return load_average(engine, engine.load_checkpoint, {"load_dir": load_dir}, Options(**options))
@@ -90,14 +92,8 @@ def pma_init(engine: Any, **options: Any) -> Iterator[None]:
         return load_average(engine, plain, inspect.signature(plain).bind(*args, **kwargs).arguments,
                             chosen)  # fmt: skip
 
-    before = vars(engine).get("load_checkpoint")
-    engine.load_checkpoint = load_checkpoint
-    try:
+    with replaced(engine, "load_checkpoint", load_checkpoint):
         yield
-    finally:
-        del engine.load_checkpoint
-        if before is not None:
-            engine.load_checkpoint = before
     if not loaded:
         raise UsageError(
             "pma_init: engine.load_checkpoint was not called inside the block, so nothing was "
@@ -124,7 +120,8 @@ def load_average(engine: Any, plain: Callable[..., Loaded], call: Mapping[str, A
     comm.agree("model", lambda: live_tensors(engine))
     resumed = comm.on_main("latest", lambda: resumed_tag(Path(load), tag))
     record = comm.on_main("record", lambda: record_of(resumed))
-    if record is not None and record["options"] == options.record():
+    # A record of before an option was known says nothing of it.
+    if record is not None and {**Options().record(), **record["options"]} == options.record():
         say(
             f"PMA-init was done at iteration {record['iteration']} and {resumed} descends from it: "
             "not averaging again. To average anew, change a setting, for instance "
@@ -132,13 +129,14 @@ def load_average(engine: Any, plain: Callable[..., Loaded], call: Mapping[str, A
         )
         record_in_saves(engine, record)
         return plain(**call)
-    end = None if resumed is None else comm.on_main("latest", lambda: iteration_of(resumed))
+    at = None if resumed is None else comm.on_main("latest", lambda: iteration_of(resumed))
     share = "slice" if options.share == "auto" else options.share
-    found = gather_sources(options.request(load, end), comm, everywhere=share == "source")
+    found = gather_sources(options.request(load, at), comm, everywhere=share == "source")
     comm.agree("plan", lambda: _check(engine, found, options, resumed if tag else None))
     comm.agree("plan", lambda: point("init-plan", comm.rank))
-    path, client_state = _resume(comm, plain, call, Path(found.sources[-1].path))
-    report = _average(engine, found, options, share, comm)
+    trainer = _trainer_of(engine, plain)
+    path, client_state = _resume(comm, trainer, plain, call, Path(found.sources[-1].path))
+    report = _average(engine, found, options, share, comm, trainer)
     say(f"PMA-init: {report}")
     note = origin_note(found)
     record = {**note, "iteration": int(engine.global_steps), "options": options.record()}
@@ -147,21 +145,42 @@ def load_average(engine: Any, plain: Callable[..., Loaded], call: Mapping[str, A
     return path, {**client_state, NOTE: note, RECORD: record}
 
 
-def _resume(comm: Comm, plain: Callable[..., Loaded], call: Mapping[str, Any], base: Path
-            ) -> tuple[str, dict[str, Any]]:  # fmt: skip
+def _trainer_of(engine: Any, plain: Callable[..., Loaded]) -> Trainer:
+    """What a live load writes into; whole again when DeepSpeed has loaded all of it."""
+
+    def is_whole(result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        call = inspect.signature(plain).bind(*args, **kwargs).arguments
+        parts = call.get("load_optimizer_states", True) and not call.get("load_module_only", False)
+        return result[0] is not None and bool(parts)
+
+    names = ("step", "train_batch", "save_checkpoint", "save_16bit_model")
+    methods = [(engine, name) for name in names if hasattr(engine, name)]
+    if hasattr(engine.optimizer, "step"):
+        methods.append((engine.optimizer, "step"))
+    return Trainer(
+        modules=chain([engine]),
+        methods=tuple(methods),
+        loads=((engine, "load_checkpoint", plain, is_whole),),
+    )
+
+
+def _resume(comm: Comm, trainer: Trainer, plain: Callable[..., Loaded], call: Mapping[str, Any],
+            base: Path) -> tuple[str, dict[str, Any]]:  # fmt: skip
     """Load the newest source as the script would."""
     there = {**call, "load_dir": str(base.parent), "tag": base.name}
+    nothing = f"DeepSpeed loaded nothing from {base}: its log says why"
+    with poisoned_on_failure(trainer, f"loading {base}"):
+        path, client_state = comm.agree("load", lambda: plain(**there))
+        loaded = comm.gather(path is not None)
+        if any(loaded) and not all(loaded):
+            raise CheckpointError(nothing)
+    if path is None:
+        raise CheckpointError(nothing)
+    return path, client_state
 
-    def load() -> tuple[str, dict[str, Any]]:
-        path, client_state = plain(**there)
-        if path is None:
-            raise CheckpointError(f"DeepSpeed loaded nothing from {base}: its log says why")
-        return path, client_state
 
-    return comm.agree("load", load)
-
-
-def _average(engine: Any, found: Gathered, options: Options, share: str, comm: Comm) -> LiveReport:
+def _average(engine: Any, found: Gathered, options: Options, share: str, comm: Comm,
+             trainer: Trainer) -> LiveReport:  # fmt: skip
     meter, plan = Meter(comm), LivePlan.of(found, options.threads)
     tensors = _averaged(engine, found)
     labels = {(live.sharded, live.replicas) for live in tensors}
@@ -175,12 +194,14 @@ def _average(engine: Any, found: Gathered, options: Options, share: str, comm: C
             for label in every
         ]  # fmt: skip
 
+    def finish() -> None:
+        if options.optimizer_state == "reset":
+            _reset_moments(tensors)
+        refresh_weights(engine)
+
     made = comm.agree("plan", jobs)
-    fill(plan, made, comm, meter, check_sources=options.check_sources)
-    if options.optimizer_state == "reset":
-        _reset_moments(tensors)
-    refresh_weights(engine)
-    return meter.report(plan, share)
+    fill(plan, made, comm, meter, trainer, finish, check_sources=options.check_sources)
+    return meter.report(plan, share, found.selection.passed_over)
 
 
 def _job(engine: Any, plan: LivePlan, found: Gathered, tensors: Sequence[LiveTensor],

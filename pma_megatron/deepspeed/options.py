@@ -19,7 +19,7 @@ class Options:
 
     Attributes:
         last, interval_tokens, interval_iterations, tolerance, end_iteration, window_tokens,
-            exclude, iterations: which tags; see `SelectionRequest`.
+            exclude, allow_gaps, iterations: which tags; see `SelectionRequest`.
         paths: exactly these, as folders of tags or as (root, tag) pairs.
         method, alpha, floor, coefficients: how they are weighted; see `Method`.
         optimizer_state: moments become `latest` (the newest source's), `average`, or `reset` (zero,
@@ -36,6 +36,7 @@ class Options:
     end_iteration: int | None = None
     window_tokens: int | None = None
     exclude: tuple[int, ...] = ()
+    allow_gaps: bool = False
     iterations: tuple[int, ...] | None = None
     paths: Sequence[str | Path | tuple[str, str]] | None = None
     method: str = "sma"
@@ -47,14 +48,8 @@ class Options:
     threads: int = 2
     check_sources: bool = False
 
-    @property
-    def names_newest(self) -> bool:
-        """True if they say which source is the newest."""
-        named = (self.end_iteration, self.iterations, self.paths)
-        return any(value is not None for value in named)
-
-    def request(self, load: str, end_iteration: int | None) -> MergeRequest:
-        """The sources below `load`, up to `end_iteration` unless the options name the newest.
+    def request(self, load: str, resumed: int | None) -> MergeRequest:
+        """The sources below `load`, up to `resumed` unless the options name the newest.
 
         Raises:
             UsageError: values out of range, or that contradict each other.
@@ -64,9 +59,10 @@ class Options:
             interval_tokens=self.interval_tokens,
             interval_iterations=self.interval_iterations,
             tolerance=self.tolerance,
-            end_iteration=self.end_iteration if self.names_newest else end_iteration,
+            end_iteration=self.end_iteration,
             window_tokens=self.window_tokens,
             exclude=tuple(self.exclude),
+            allow_gaps=self.allow_gaps,
             iterations=None if self.iterations is None else tuple(self.iterations),
             paths=None if self.paths is None else tuple(map(_folder, self.paths)),
         )
@@ -74,7 +70,7 @@ class Options:
         method = Method(name=self.method, alpha=self.alpha, floor=self.floor, values=values)
         return live_request(
             load, chosen, method, self.optimizer_state, self.share, self.threads,
-            self.check_sources,
+            self.check_sources, resumed,
         )  # fmt: skip
 
     def record(self) -> dict[str, Any]:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from pma_megatron.errors import CheckpointError
+from pma_megatron.formats import registry
 from pma_megatron.formats.deepspeed.checkpoint import DeepSpeedCheckpoint
-from pma_megatron.formats.names import plain_name
-from pma_megatron.openfiles import read_pointer
+from pma_megatron.trackers import read_pointers
 
 RECORD = "pma_init"
 """Key in the client state of every later tag."""
@@ -27,14 +27,12 @@ def resumed_tag(load: Path, tag: str | None) -> Path | None:
     Raises:
         CheckpointError: it names a tag that is not there.
     """
-    latest = load / "latest"
-    named = read_pointer(latest) if tag is None else None
-    if named:
-        folder = load / plain_name(named, str(latest))
-        return folder if folder.is_dir() else None
-    if tag is not None and not (load / tag).is_dir():
+    if tag is None:
+        folder = read_pointers(load)[registry.DEEPSPEED].folder
+        return None if folder is None else load / folder
+    if not (load / tag).is_dir():
         raise CheckpointError(f"{load} has no tag {tag}: name one that is there, or none")
-    return None if tag is None else load / tag
+    return load / tag
 
 
 def record_of(folder: Path | None) -> dict[str, Any] | None:

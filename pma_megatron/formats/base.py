@@ -23,6 +23,23 @@ MAIN_PARAM = "param"
 
 
 @dataclass(frozen=True, slots=True)
+class Incomplete:
+    """Why a folder is not a whole checkpoint.
+
+    Attributes:
+        reason: to complete "it is not complete: ...".
+        unfinished: True where something is missing that a save writes last, so that it may still be
+            under way; False where a save that has ended left something else than is there.
+    """
+
+    reason: str
+    unfinished: bool = False
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+@dataclass(frozen=True, slots=True)
 class Item:
     """One contiguous part of a file that the format treats as a unit (a zip in a `.distcp`)."""
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -106,5 +106,18 @@ def stamps_of(folder: Path) -> dict[str, tuple[int, int]]:
     return stamps
 
 
-ReadSource = Callable[[str, Mapping[tuple[str, str], Any], bool], Source]
-"""(path, ranges of the newest source, whether main parameters are wanted) -> Source."""
+class ReadSource(Protocol):
+    """Open a source.
+
+    `ranges` are those of the newest source, `main_params` says whether main parameters are wanted,
+    `peers` are other checkpoints of the run that can be read here: where one alone does not say
+    which main parameters are whose, they may.
+    """
+
+    def __call__(
+        self,
+        path: str,
+        ranges: Mapping[tuple[str, str], Any],
+        main_params: bool,
+        peers: Sequence[str] = (),
+    ) -> Source: ...

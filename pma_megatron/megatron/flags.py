@@ -88,6 +88,8 @@ def _add_init(add: Callable[..., Any]) -> None:
     add("--pma-end-iteration", type=int, metavar="I", help="newest source (default: newest)")
     add("--pma-iterations", type=int, nargs="+", metavar="I", help="exactly these sources")
     add("--pma-exclude", type=int, nargs="+", metavar="I", help="not these sources")
+    add("--pma-allow-gaps", action="store_true",
+        help="pass over what is damaged, spoiled or not judged between the sources, not refuse")
     add("--pma-method", choices=METHODS, metavar="M", help=f"{', '.join(METHODS)} (default sma)")
     add("--pma-alpha", type=float, metavar="A", help="ema: weight of the newer one, in (0, 1]")
     add("--pma-floor", type=float, metavar="F",

@@ -5,8 +5,10 @@ One job, one `Session`: it is made when model and optimizer are ready.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,9 +31,11 @@ from pma_megatron.megatron.watch import Watch
 from pma_megatron.online.hostcopy import HostCopy
 from pma_megatron.online.store import FOLDER
 from pma_megatron.online.window import Average
+from pma_megatron.poison import refuse_poisoned
 from pma_megatron.say import say
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_AT_EXIT_S = 60.0  # a job that ends must end
 _session: Session | None = None
 
 
@@ -63,6 +67,7 @@ def stepped(arguments: Mapping[str, Any]) -> None:
 def saving() -> None:
     """Megatron is about to save, and may fork its writers."""
     if _session is not None:
+        refuse_poisoned(_session.models[0])
         _session.saving()
 
 
@@ -96,8 +101,10 @@ class Session:
         """Make room, and continue what an earlier job has left. Collective."""
         self.settings = settings
         self.running: Evaluation | Scoring | None = None
-        self._models, self._scored = models, False
+        self.models, self._scored = models, False
         self._noted: list[tuple[Path, Average]] = []
+        self._recording: list[threading.Thread] = []
+        atexit.register(self._recorded, _AT_EXIT_S)
         self._comm, metadata = Comm(), _metadata(args)
         counts = settings.save or settings.snapshots
         tokens = tokens_now(args) if counts else 0
@@ -142,10 +149,11 @@ class Session:
 
     def _forget(self, recovered: Recovered | None) -> None:
         if recovered is not None and self.online is not None:
-            self.online.forget(recovered.onset)
+            self.online.forget(recovered.untrusted_since)
 
     def saving(self) -> None:
         """Have no thread of ours at work while Megatron forks: a child would inherit its locks."""
+        self._recorded()
         if self.watch is not None:
             self.watch.saving(_args())
         if self.online is not None:
@@ -183,7 +191,7 @@ class Session:
         if self.settings.score is not None and not self._scored:
             self._scored = True
             args = _args()
-            self.running = Scoring(self._models, args.load, self.settings, _metadata(args))
+            self.running = Scoring(self.models, args.load, self.settings, _metadata(args))
             try:
                 yield
                 self.running.report()
@@ -219,7 +227,15 @@ class Session:
 
     def _note_origins(self) -> None:
         if self._noted and self._comm.is_main:
-            self._noted = [(f, a) for f, a in self._noted if not note_origin(f, a)]
+            started = [(each, note_origin(*each)) for each in self._noted]
+            self._noted = [each for each, thread in started if thread is None]
+            self._recording += [thread for _, thread in started if thread is not None]
+
+    def _recorded(self, timeout_s: float | None = None) -> None:
+        """Wait for the threads that add checksums to saved averages."""
+        for thread in self._recording:
+            thread.join(timeout_s)
+        self._recording = []
 
 
 def _args() -> Any:

@@ -8,7 +8,6 @@ arguments, and a restart of the same command finds that and goes on training.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,8 @@ from pma_megatron.comm import Comm
 from pma_megatron.discover import common_args
 from pma_megatron.errors import UsageError
 from pma_megatron.megatron.load import merge_into
-from pma_megatron.megatron.options import USED_BY, Settings
+from pma_megatron.megatron.options import USED_BY, Settings, given
 from pma_megatron.say import say
-from pma_megatron.selection import SelectionRequest
 
 RECORD = "pma_init_record"
 """Attribute of Megatron's arguments, and so of every later checkpoint's."""
@@ -49,7 +47,8 @@ def init(args: Any, settings: Settings, models: Sequence[Any], optimizer: Any,
     loaded = Path(args.load) / f"iter_{iteration:07d}"
     done = comm.on_main("record", lambda: _record_of(loaded))
     flags = _flags(args)
-    if done is not None and done["flags"] == flags:
+    # A record of before a flag was known says nothing of it.
+    if done is not None and {**dict.fromkeys(flags), **done["flags"]} == flags:
         setattr(args, RECORD, done)
         say(
             f"PMA-init was done at iteration {done['iteration']} and {loaded} descends from it: "
@@ -62,32 +61,25 @@ def init(args: Any, settings: Settings, models: Sequence[Any], optimizer: Any,
         models,
         optimizer,
         load=settings.load,
-        selection=_selection(args, settings, iteration),
+        selection=settings.selection,
         method=settings.method,
         optimizer_state=settings.optimizer_state,
         share=settings.share,
         threads=settings.threads,
         check_sources=settings.check_sources,
         metadata=metadata,
+        # Sources of the run itself end at what Megatron resumed, also under --ckpt-step.
+        resumed=iteration if settings.load == args.load else None,
     )
     sources = list(report.sources)
     setattr(args, RECORD, {"iteration": iteration, "flags": flags, "sources": sources})
     say(f"PMA-init: {report}")
 
 
-def _selection(args: Any, settings: Settings, iteration: int) -> SelectionRequest:
-    """Sources of the run itself end at what Megatron resumed, also under --ckpt-step."""
-    chosen = settings.selection
-    named = chosen.iterations is not None or chosen.end_iteration is not None
-    if named or settings.load != args.load:
-        return chosen
-    return replace(chosen, end_iteration=iteration)
-
-
 def _flags(args: Any) -> dict[str, Any]:
     used = {name for name, users in USED_BY.items() if "pma_init" in users}
     used.remove("pma_check_sources")  # it makes no other average
-    return {name: getattr(args, name, None) for name in USED_BY if name in used}
+    return {n: getattr(args, n) if given(args, n) else None for n in USED_BY if n in used}
 
 
 def _record_of(folder: Path) -> dict[str, Any] | None:

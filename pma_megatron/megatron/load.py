@@ -14,15 +14,17 @@ import torch
 import torch.distributed as dist
 
 from pma_megatron.comm import Comm, Team
+from pma_megatron.errors import SelectionError
 from pma_megatron.live import LivePlan, average_units
 from pma_megatron.live_load import ARGUMENTS, Job, LiveReport, Meter, fill, live_request
 from pma_megatron.megatron.params import LiveTensor, live_tensors, parts
 from pma_megatron.megatron.replicas import forward_hooks_off, refresh_weights, replica_group
 from pma_megatron.planning import Gathered, gather_sources
+from pma_megatron.poison import Trainer, chain
 from pma_megatron.policy import MAIN
-from pma_megatron.request import Method
+from pma_megatron.request import MergeRequest, Method
 from pma_megatron.selection import SelectionRequest
-from pma_megatron.spelling import speaking
+from pma_megatron.spelling import given, speaking
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -31,8 +33,8 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 def merge_into(models: Sequence[Any], optimizer: Any, *, load: str,
                selection: SelectionRequest | None = None, method: Method | None = None,
                optimizer_state: str = "latest", share: str = "auto", threads: int = 2,
-               metadata: Mapping[str, Any] | None = None,
-               check_sources: bool = False) -> LiveReport:  # fmt: skip
+               metadata: Mapping[str, Any] | None = None, check_sources: bool = False,
+               resumed: int | None = None) -> LiveReport:  # fmt: skip
     """Replace a live model's weights and main params by an average. Every rank makes this call.
 
     Args:
@@ -48,30 +50,72 @@ def merge_into(models: Sequence[Any], optimizer: Any, *, load: str,
         threads: reader threads per rank.
         metadata: what the model's `sharded_state_dict` gets; None for its default.
         check_sources: read records whole that this reads in part, to compare their checksums.
+        resumed: iteration of `load` that the model and its moments are of; unless `selection` says
+            where the average ends, it ends there. None for what the run's tracker names.
 
     Raises:
         UsageError, SelectionError, CheckpointError, PlanError: refused on every rank. Unless it
             happened while values were read, no live tensor was touched; if it did, they are a
-            mixture: do not train on.
+            mixture, and the next forward pass or step raises `PoisonedError` until a whole load
+            has ended well.
         RankError: another rank failed.
     """
     comm = Comm()
     meter = Meter(comm)
     request = comm.agree(
-        "request", lambda: live_request(load, selection, method, optimizer_state, share, threads)
+        "request",
+        lambda: live_request(
+            load, selection, method, optimizer_state, share, threads, resumed=resumed
+        ),
     )
     share = "slice" if share == "auto" else share
     found = gather_sources(request, comm, everywhere=share == "source")
+    comm.agree("select", lambda: _refuse_other_end(found, request))
     tensors = comm.agree("model", lambda: live_tensors(models, optimizer, metadata))
     plan = LivePlan.of(found, threads)
     states = (MAIN, *_MOMENTS) if optimizer_state == "average" else (MAIN,)
     jobs = comm.agree("plan", lambda: _jobs(plan, found, tensors, states, share))
-    with forward_hooks_off(models):
-        fill(plan, jobs, comm, meter, check_sources=check_sources)
+
+    def finish() -> None:
         if optimizer_state == "reset":
             reset_moments(optimizer, tensors)
         refresh_weights(models, optimizer)
-    return meter.report(plan, share)
+
+    with forward_hooks_off(models):
+        trainer = trainer_of(models, optimizer)
+        fill(plan, jobs, comm, meter, trainer, finish, check_sources=check_sources)
+    return meter.report(plan, share, found.selection.passed_over)
+
+
+def _refuse_other_end(found: Gathered, request: MergeRequest) -> None:
+    """Moments and iteration are of what was resumed: an average that ends elsewhere is asked for.
+
+    Raises:
+        SelectionError: nobody asked for it.
+    """
+    chosen, end = request.selection, found.selection.refs[-1]
+    named = chosen.end_iteration is not None or chosen.iterations or chosen.paths
+    if request.resumed in (None, end.iteration) or named:
+        return
+    raise SelectionError(
+        f"training has resumed iteration {request.resumed}, and the newest checkpoint of "
+        f"{request.load} that an average can end at is {end.path}: moments would be of another "
+        f"checkpoint than weights. Resume from iteration {end.iteration} (--ckpt-step), or say "
+        f"that it is wanted ({given('end_iteration', end.iteration)})"
+    )
+
+
+def trainer_of(models: Sequence[Any], optimizer: Any) -> Trainer:
+    """What a live load writes into; whole again when Megatron has loaded model and optimizer."""
+    holders = [part for part in (optimizer, *parts(optimizer)) if part is not None]
+    loaded = [*models, *([] if optimizer is None else [optimizer])]
+    return Trainer(
+        modules=chain(models),
+        methods=tuple((part, "step") for part in dict.fromkeys(holders)),
+        loads=tuple(
+            (each, "load_state_dict", each.load_state_dict, lambda *_: True) for each in loaded
+        ),
+    )
 
 
 def _jobs(plan: LivePlan, found: Gathered, tensors: Sequence[LiveTensor], states: Sequence[str],

@@ -38,6 +38,7 @@ USED_BY: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "pma_end_iteration": ("pma_init",),
         "pma_iterations": ("pma_init",),
         "pma_exclude": ("pma_init", "pma_score"),
+        "pma_allow_gaps": ("pma_init", "pma_score"),
         "pma_method": ("pma_init", "pma_save"),
         "pma_alpha": ("pma_init", "pma_save"),
         "pma_floor": ("pma_init", "pma_save"),
@@ -261,6 +262,7 @@ def _grid(value: Callable[..., Any]) -> Grid:
         ends=parse_ends(value("score_ends", ["newest"])),
         tolerance=value("tolerance", 0.25),
         exclude=tuple(value("exclude", ())),
+        allow_gaps=value("allow_gaps", False),
     )
 
 
@@ -276,5 +278,6 @@ def _selection(value: Callable[..., Any]) -> SelectionRequest:
         tolerance=value("tolerance", 0.25),
         end_iteration=value("end_iteration"),
         exclude=tuple(value("exclude", ())),
+        allow_gaps=value("allow_gaps", False),
         iterations=None if listed is None else tuple(listed),
     )

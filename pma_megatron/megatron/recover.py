@@ -34,11 +34,13 @@ from pma_megatron.comm import Comm
 from pma_megatron.discover import list_checkpoints
 from pma_megatron.errors import PmaError, SelectionError
 from pma_megatron.faultpoints import point
+from pma_megatron.gaps import lines
 from pma_megatron.healthy import Healthy, HealthyRequest, Span, choose_healthy
 from pma_megatron.locations import refuse_remote
-from pma_megatron.megatron.load import merge_into
+from pma_megatron.megatron.load import merge_into, trainer_of
 from pma_megatron.megatron.options import RecoverySettings
 from pma_megatron.megatron.replicas import forward_hooks_off
+from pma_megatron.poison import cure, poisoned_on_failure
 from pma_megatron.refs import CheckpointRef
 from pma_megatron.say import say
 from pma_megatron.selection import SelectionRequest
@@ -62,6 +64,8 @@ class Recovered:
         iteration: after which it was done.
         attempt: from 1.
         sources: folders that were averaged, oldest first.
+        untrusted_since: first iteration after which weights are not to be used: the onset, or the
+            recovery before it if no loss was judged in between.
     """
 
     number: int
@@ -69,6 +73,7 @@ class Recovered:
     iteration: int
     attempt: int
     sources: tuple[str, ...]
+    untrusted_since: int
 
 
 class Recovery:
@@ -104,7 +109,9 @@ class Recovery:
         self._comm = Comm() if comm is None else comm
         self._detector = SpikeDetector(self.settings.spike)
         self._pending: list[tuple[int, Any, Any]] = []
-        self.recoveries = len(self._history().spikes)
+        history = self._history()
+        self.recoveries = len(history.spikes)
+        self._unjudged_since = history.unjudged_since
 
     def step(self, iteration: int, loss: Any = None, grad_norm: Any = None) -> Recovered | None:
         """Look at the loss of an iteration that has just ended; recover if it is lost.
@@ -119,7 +126,8 @@ class Recovery:
 
         Raises:
             RecoverySpentError: attempts are spent, or nothing healthy is left; on every rank.
-            PmaError: the recovery failed; model and optimizer are a mixture: do not train on.
+            PmaError: the recovery failed. If model and optimizer are a mixture, the next forward
+                pass or step raises `PoisonedError`.
         """
         self._pending.append((iteration, loss, grad_norm))
         if len(self._pending) < self._every:
@@ -129,6 +137,7 @@ class Recovery:
             verdict = self._detector.update(place, value, norm)
             if verdict is not None:
                 say(f"PMA: {verdict.kind.value}: {verdict.reason}")
+            self._note_judgement(place)
             if verdict is not None and verdict.fatal:
                 return self._recover(self._note(verdict), iteration)
         return None
@@ -148,6 +157,9 @@ class Recovery:
         if state is not None:
             self._detector.load_state_dict(state)
         history = self._history()
+        self._unjudged_since = history.unjudged_since
+        if state is None and self._unjudged_since is not None:
+            self._detector.restart(iteration)
         spoiled = [s for s in history.spikes if iteration >= s.onset and s.number > recoveries]
         if not spoiled:
             return None
@@ -157,8 +169,10 @@ class Recovery:
 
     @property
     def suspect_since(self) -> int | None:
-        """First iteration of a rise that is neither over nor confirmed; None if all is well."""
-        return self._detector.suspect_since
+        """First iteration of a rise that is neither over nor confirmed, or of what was not judged
+        since a recovery; None if all is well."""
+        rising = self._detector.suspect_since
+        return self._unjudged_since if rising is None else rising
 
     def state_dict(self) -> dict[str, Any]:
         """The detector's memory, small and plain."""
@@ -176,6 +190,13 @@ class Recovery:
         )  # fmt: skip
         return spike
 
+    def _note_judgement(self, iteration: int) -> None:
+        """Write into the log that the loss after a recovery is well: later saves are trusted."""
+        since = self._unjudged_since
+        if since is not None and iteration > since and self._detector.judged:
+            self._log(audit.JUDGED, number=self.recoveries, iteration=iteration)
+            self._unjudged_since = None
+
     def _recover(self, spike: audit.Spike, iteration: int) -> Recovered:
         self._point("recover-choose")
         try:
@@ -192,9 +213,13 @@ class Recovery:
         )  # fmt: skip
         names = ", ".join(ref.describe() for ref in refs)
         say(f"PMA: recovery, attempt {attempt} of {self.settings.attempts}, from {names}")
+        for line in lines(chosen.passed_over, refs[-1]):
+            say(f"PMA: {line}")
         self._point("recover-rollback")
-        with forward_hooks_off(self._models):
-            self._rollback(refs[-1])
+        whole = trainer_of(self._models, self._optimizer)
+        with forward_hooks_off(self._models), poisoned_on_failure(whole, "going back"):
+            self._comm.agree("rollback", lambda: self._rollback(refs[-1]))
+        cure(whole)
         self._point("recover-merge")
         merge_into(
             self._models, self._optimizer, load=str(self._roots[0]),
@@ -206,9 +231,12 @@ class Recovery:
         self._log(audit.DONE, number=spike.number, iteration=iteration)
         self.recoveries = max(self.recoveries, spike.number)
         self._detector.restart(iteration)
+        before = self._unjudged_since
+        since = spike.onset if before is None else min(before, spike.onset)
+        self._unjudged_since = iteration
         say(f"PMA: recovered after iteration {iteration}; the data moves on")
         return Recovered(number=spike.number, onset=spike.onset, iteration=iteration,
-                         attempt=attempt, sources=sources)  # fmt: skip
+                         attempt=attempt, sources=sources, untrusted_since=since)  # fmt: skip
 
     def _choose(self, spike: audit.Spike) -> tuple[Healthy, int]:
         """On the main rank: the checkpoints to go back to, and which attempt from there it is."""

@@ -16,10 +16,11 @@ from typing import Any
 
 from pma_megatron.build import refuse_rounded
 from pma_megatron.comm import Comm, Team
-from pma_megatron.discover import choose, list_checkpoints
+from pma_megatron.discover import choose, list_checkpoints, pointers_of
 from pma_megatron.errors import UsageError
 from pma_megatron.formats import registry
 from pma_megatron.formats.source import Source
+from pma_megatron.gaps import PassedOver
 from pma_megatron.grid import Grid, Point
 from pma_megatron.integrity import checked
 from pma_megatron.live import LivePlan, average_units
@@ -27,6 +28,7 @@ from pma_megatron.live_load import run
 from pma_megatron.megatron.load import replicas
 from pma_megatron.megatron.params import LiveTensor, live_tensors
 from pma_megatron.megatron.swap import weights_restored
+from pma_megatron.notices import announce
 from pma_megatron.planning import open_sources
 from pma_megatron.policy import MAIN
 from pma_megatron.refs import CheckpointRef
@@ -87,10 +89,13 @@ def score_merges(models: Sequence[Any], load: str, grid: Grid, score: Callable[[
     """
     comm = comm or Comm()
     request = comm.agree("request", lambda: MergeRequest(load=load, threads=threads))
-    refs = comm.on_main("discover", lambda: _refs(load, grid.exclude))
+    refs = comm.on_main("discover", lambda: scored_refs(load, grid))
     points, skipped = comm.agree("grid", lambda: grid.points(refs))
+    left = _passed_over(points)
+    for line in (str(each) for each in left if comm.is_main):
+        _log.warning(line)
     single = Grid(lasts=(1,))
-    ends = [comm.on_main("discover", lambda r=root: single.points(_refs(r, ()))[0][0])  # type: ignore[misc]
+    ends = [comm.on_main("discover", lambda r=root: single.points(scored_refs(r, single))[0][0])  # type: ignore[misc]
             for root in others]  # fmt: skip
     tensors = comm.agree("model", lambda: live_tensors(models, None, metadata))
     run = _open(request, points, comm)
@@ -117,6 +122,7 @@ def score_merges(models: Sequence[Any], load: str, grid: Grid, score: Callable[[
         checkpoints=tuple(places[ref.path] for ref in _members(points)),
         points=tuple(made),
         skipped=tuple(skipped),
+        passed_over=left,
         others=tuple(
             Other(root=root, checkpoint=places[end.end.path], losses=losses)
             for root, end, losses in zip(others, ends, apart, strict=True)
@@ -130,10 +136,30 @@ def _members(points: Sequence[Point]) -> list[CheckpointRef]:
     return sorted(found.values(), key=lambda ref: ref.iteration or 0)
 
 
-def _refs(root: str, exclude: tuple[int, ...]) -> list[CheckpointRef]:
+def scored_refs(root: str, grid: Grid, *, aloud: bool = True) -> list[CheckpointRef]:
+    """The checkpoints of a run, up to where an average ends by default, unless ends are named.
+
+    What is newer is said on the log if `aloud`.
+
+    Raises:
+        SelectionError: the folder is of no use.
+    """
     refs = list_checkpoints(root)
-    choose(refs, SelectionRequest(last=1, exclude=exclude), root)  # refuses an unusable folder
-    return refs
+    newest = SelectionRequest(last=1, exclude=grid.exclude, allow_gaps=grid.allow_gaps)
+    selection = choose(refs, newest, root, pointers_of(root))
+    if aloud:
+        announce(selection)
+    if not isinstance(grid.ends, str):
+        return refs
+    newer = {each.path for each in selection.passed_over}
+    return [ref for ref in refs if ref.path not in newer]
+
+
+def _passed_over(points: Sequence[Point]) -> tuple[PassedOver, ...]:
+    """What lies in the window of any of them, and cannot be used; by iteration."""
+    found = {each.path: each for point in points for each in point.selection.passed_over}
+    bad = (e for e in found.values() if e.kind in ("damaged", "spoiled", "not judged"))
+    return tuple(sorted(bad, key=lambda each: each.iteration or 0))
 
 
 def _open(request: MergeRequest, points: Sequence[Point], comm: Comm) -> dict[str, Source]:

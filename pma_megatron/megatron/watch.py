@@ -17,9 +17,6 @@ from pma_megatron.megatron.recover import Recovered, Recovery, RecoverySpentErro
 from pma_megatron.megatron.rollback import load_again
 from pma_megatron.say import say
 
-_STATE = "pma_spike_state"
-"""Attribute of Megatron's arguments, and so of every checkpoint's: the detector's memory."""
-
 
 class Watch:
     """The recovery of one Megatron job."""
@@ -49,7 +46,7 @@ class Watch:
 
         def look() -> tuple[int, Any]:
             saved = common_args(folder)
-            return int(saved.get(audit.RECORD) or 0), json.loads(saved.get(_STATE) or "null")
+            return int(saved.get(audit.RECORD) or 0), json.loads(saved.get(audit.STATE) or "null")
 
         recoveries, state = self._comm.on_main("resumed", look)
         with _exit_when_spent():
@@ -71,7 +68,7 @@ class Watch:
     def saving(self, args: Any) -> None:
         """Megatron is about to save: what a resume must know goes into its arguments."""
         setattr(args, audit.RECORD, self._recovery.recoveries)
-        setattr(args, _STATE, json.dumps(self._recovery.state_dict()))
+        setattr(args, audit.STATE, json.dumps(self._recovery.state_dict()))
 
 
 @contextlib.contextmanager

@@ -73,7 +73,8 @@ def _parse(provider_args: Sequence[str]) -> argparse.Namespace:
 
 
 def _saved_args(load: str) -> Mapping[str, Any]:
-    newest = choose(list_checkpoints(load), SelectionRequest(last=1), load).refs[-1]
+    any_will_do = SelectionRequest(last=1, allow_gaps=True)
+    newest = choose(list_checkpoints(load), any_will_do, load).refs[-1]
     common = registry.get(newest.format, newest.path).common(Path(newest.path))
     return dict(common["args"])
 

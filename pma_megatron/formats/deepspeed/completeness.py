@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from pma_megatron.errors import CheckpointError
+from pma_megatron.formats.base import Incomplete, Item
 from pma_megatron.formats.deepspeed.checkpoint import (
     EXPERT,
     LAYER,
@@ -17,6 +18,7 @@ from pma_megatron.formats.deepspeed.checkpoint import (
 )
 from pma_megatron.formats.deepspeed.layers import numbered_layers
 from pma_megatron.formats.deepspeed.partitions import base_state
+from pma_megatron.formats.items import ItemFiles
 
 _UNSUPPORTED = (
     (
@@ -34,18 +36,32 @@ _EXPERT_GROUP = re.compile(r"^ep_size_(\d{1,6})$")
 _NEEDED = ("module", "param_shapes", "buffer_names", "global_steps", "dp_world_size")
 
 
-def completeness(path: Path) -> str | None:
+def completeness(path: Path) -> Incomplete | None:
     """Why the tag at `path` is not whole, or not of a kind that is supported; None if it is.
 
-    A zip's directory is at its end, so a file that can be indexed was written to its end.
+    A zip's directory is at its end, so a file that can be indexed was written to its end. Nothing
+    in a tag says that its save has ended (`latest`, beside it, does), so one that lacks files, or
+    has a file without an end, may be unfinished.
     """
     reason = _unsupported(path)
     if reason:
-        return reason
+        return Incomplete(reason)
     try:
-        return _incomplete(DeepSpeedCheckpoint(path))
+        reason = _incomplete(DeepSpeedCheckpoint(path))
     except CheckpointError as error:
-        return str(error)
+        return Incomplete(str(error), not _all_ended(path))
+    return None if reason is None else Incomplete(reason, unfinished=True)
+
+
+def _all_ended(path: Path) -> bool:
+    """Whether every file of a tag ends as `torch.save` ends one."""
+    checkpoint = ItemFiles(path)
+    try:
+        for name in file_names(path):
+            checkpoint.records(Item(name, 0, (path / name).stat().st_size))
+    except (CheckpointError, OSError):
+        return False
+    return True
 
 
 def _unsupported(path: Path) -> str | None:

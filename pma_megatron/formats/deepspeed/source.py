@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,13 +31,14 @@ from pma_megatron.formats.source import Source, stamps_of
 from pma_megatron.geometry import Box, Piece
 
 
-def read_source(path: str, ranges: FlatMap, main_params: bool) -> Source:
+def read_source(path: str, ranges: FlatMap, main_params: bool, peers: Sequence[str] = ()) -> Source:
     """Open the tag at `path` and express it in model space.
 
     Args:
         path: the tag's folder.
         ranges: not needed: every tag says itself where its parameters lie.
         main_params: not needed: they are found without reading payloads.
+        peers: not needed.
 
     Raises:
         CheckpointError: incomplete, damaged, or of a kind that is not supported.

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pma_megatron.errors import CheckpointError
+from pma_megatron.formats.base import Incomplete
 from pma_megatron.formats.deepspeed.checkpoint import OPTIM_NAMES, DeepSpeedCheckpoint
 from pma_megatron.formats.deepspeed.schema import check_model_states, check_optimizer
 from pma_megatron.formats.pickles import TensorRef
@@ -107,12 +108,17 @@ class UniversalCheckpoint(DeepSpeedCheckpoint):
         return isinstance(saved, dict) and bool(saved.get("vocab_tensor"))
 
 
-def completeness(path: Path) -> str | None:
-    """Why the Universal checkpoint at `path` is not whole, or not supported; None if it is."""
+def completeness(path: Path) -> Incomplete | None:
+    """Why the Universal checkpoint at `path` is not whole, or not supported; None if it is.
+
+    The converter writes model states last, so with them it has ended.
+    """
     try:
-        return _incomplete(UniversalCheckpoint(path))
+        checkpoint = UniversalCheckpoint(path)
+        reason = _incomplete(checkpoint)
     except CheckpointError as error:
-        return str(error)
+        return Incomplete(str(error))
+    return None if reason is None else Incomplete(reason, unfinished=not checkpoint.stages)
 
 
 def _incomplete(checkpoint: UniversalCheckpoint) -> str | None:

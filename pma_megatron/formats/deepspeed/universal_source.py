@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,13 +24,14 @@ from pma_megatron.geometry import Box, Piece
 FORMAT = "deepspeed_universal"
 
 
-def read_source(path: str, ranges: FlatMap, main_params: bool) -> Source:
+def read_source(path: str, ranges: FlatMap, main_params: bool, peers: Sequence[str] = ()) -> Source:
     """Open the Universal checkpoint at `path` and express it in model space.
 
     Args:
         path: its folder.
         ranges: not needed: every tensor has a file of its own.
         main_params: not needed: they are found without reading payloads.
+        peers: not needed.
 
     Raises:
         CheckpointError: incomplete, damaged, or of a kind that is not supported.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pma_megatron.errors import CheckpointError
-from pma_megatron.formats.base import Item
+from pma_megatron.formats.base import Incomplete, Item
 from pma_megatron.formats.items import ItemFiles
 from pma_megatron.formats.json_files import read_json
 from pma_megatron.formats.schema import arguments, dictionary, is_count, wrong
@@ -23,6 +23,7 @@ from pma_megatron.openfiles import read_source_file
 
 __all__ = ["COMMON_FILE", "COMMON_KEY", "CONFIG_FILE", "TorchDistCheckpoint", "completeness"]
 COMMON_KEY = "common_state/shard_0_1"
+_CLOCKS_APART_S = 10.0  # of nodes that write to one file system
 
 
 class TorchDistCheckpoint(ItemFiles):
@@ -41,6 +42,13 @@ class TorchDistCheckpoint(ItemFiles):
         super().__init__(path)
         self.metadata = read_metadata(path)
         self.tensors, self.objects = self.metadata.tensors, self.metadata.objects
+
+    def items(self) -> dict[Item, str]:
+        """Every zip in its files -> the key of what it holds."""
+        tensors = self.tensors.items()
+        found = {piece.payload.item: key for key, tensor in tensors for piece in tensor.pieces}
+        found.update({item: key for key, item in self.objects.items()})
+        return {**found, self.common_item: COMMON_KEY}
 
     @cached_property
     def common(self) -> dict[str, Any]:
@@ -91,55 +99,87 @@ class TorchDistCheckpoint(ItemFiles):
         return digest.hexdigest()
 
 
-def completeness(path: Path) -> str | None:
+def completeness(path: Path) -> Incomplete | None:
     """Why the checkpoint at `path` is not whole, or None if it is.
 
-    The order of a save is files, `.metadata`, `metadata.json`, tracker: whole means that both
-    metadata files are there, that every file is as long as `.metadata` says, and that none was
-    written after `metadata.json` (a save into an old folder leaves a stale one behind).
+    The order of a save is files, `.metadata`, `metadata.json`, tracker. Whole means that both
+    metadata files are there, and that in every file the first and the last item lie where
+    `.metadata` says: a file that was cut short, is of another save, or whose end never reached the
+    disk has something else there. Times are not looked at: see `written_after`.
     """
     reason = _not_torch_dist(path)
     if reason:
         return reason
     try:
-        metadata = read_metadata(path)
+        checkpoint = TorchDistCheckpoint(path)
+        reason = _other_files(checkpoint)
     except CheckpointError as error:
-        return str(error)
-    tensors, objects = metadata.tensors, metadata.objects
-    items = [piece.payload.item for tensor in tensors.values() for piece in tensor.pieces]
-    needed: dict[str, int] = {}
-    for item in [*items, *objects.values()]:
-        needed[item.file] = max(needed.get(item.file, 0), item.offset + item.length)
-    finished_s = (path / CONFIG_FILE).stat().st_mtime
-    for file, nbytes in sorted(needed.items()):
+        return Incomplete(str(error))
+    if reason is None and not checkpoint.common_is_entry and not (path / COMMON_FILE).is_file():
+        return Incomplete(f"{COMMON_FILE} is missing")
+    return reason
+
+
+def _other_files(checkpoint: TorchDistCheckpoint) -> Incomplete | None:
+    ends: dict[str, tuple[Item, Item]] = {}
+    pieces = (piece for tensor in checkpoint.tensors.values() for piece in tensor.pieces)
+    for item in (*(piece.payload.item for piece in pieces), *checkpoint.objects.values()):
+        first, last = ends.get(item.file, (item, item))
+        ends[item.file] = (
+            min(first, item, key=lambda each: each.offset),
+            max(last, item, key=lambda each: each.offset),
+        )
+    for file, items in sorted(ends.items()):
         try:
-            stat = (path / file).stat()
+            nbytes = (checkpoint.path / file).stat().st_size
         except OSError:
-            return f"shard file {file} is missing"
-        if stat.st_size < nbytes:
-            return f"{file} has {stat.st_size} bytes, .metadata needs {nbytes}: truncated"
-        if stat.st_mtime > finished_s:
-            return (
-                f"{file} is newer than {CONFIG_FILE}: still being written over an older save, or "
-                f"copied without its times (then `touch {path / CONFIG_FILE}`)"
+            return Incomplete(f"shard file {file} is missing")
+        needed = items[1].offset + items[1].length
+        if nbytes < needed:
+            return Incomplete(
+                f"{file} has {nbytes} bytes, .metadata needs {needed}: truncated, or being written "
+                "over an older save"
             )
-    if COMMON_KEY not in objects and not (path / COMMON_FILE).is_file():
-        return f"{COMMON_FILE} is missing"
+        for item in items:
+            checkpoint.records(item)
     return None
 
 
-def _not_torch_dist(path: Path) -> str | None:
+def written_after(path: Path) -> str | None:
+    """What the times of a whole checkpoint cannot rule out, for a warning; None if nothing.
+
+    A shard that is newer than `metadata.json` was written by a second save into the folder, which
+    may have ended or not, or was copied without its times: where both saves have the same sizes,
+    the content does not tell.
+    """
+    try:
+        finished_s = (path / CONFIG_FILE).stat().st_mtime
+        files = [(p.stat().st_mtime, p.name) for p in path.iterdir() if p.suffix == ".distcp"]
+    except OSError:
+        return None
+    newest_s, file = max(files, default=(finished_s, ""))
+    if newest_s <= finished_s + _CLOCKS_APART_S:
+        return None
+    return (
+        f"{file} is {newest_s - finished_s:.0f} s newer than {CONFIG_FILE}: copied without its "
+        "times, or saved a second time into the same folder; if that save was cut off, its files "
+        "are of two saves"
+    )
+
+
+def _not_torch_dist(path: Path) -> Incomplete | None:
     if not path.is_dir():
-        return f"{path} is not a folder"
+        return Incomplete(f"{path} is not a folder")
     config = path / CONFIG_FILE
-    if not (path / METADATA_FILE).is_file():
-        return f"no {METADATA_FILE}: still being written, or another format"
-    if not config.is_file():
-        return f"no {CONFIG_FILE}: still being written, or not saved by Megatron"
+    for name, other in ((METADATA_FILE, "another format"), (CONFIG_FILE, "not saved by Megatron")):
+        if not (path / name).is_file():
+            unfinished = not config.is_file()
+            return Incomplete(f"no {name}: still being written, cut off, or {other}", unfinished)
     try:
         backend = read_json(config).get("sharded_backend")
     except CheckpointError as error:
-        return f"{CONFIG_FILE} cannot be read ({error}): damaged"
+        empty = config.stat().st_size == 0
+        return Incomplete(f"{CONFIG_FILE} cannot be read ({error}): damaged", empty)
     if backend != "torch_dist":
-        return f"{CONFIG_FILE} says {backend!r}; only 'torch_dist' is supported"
+        return Incomplete(f"{CONFIG_FILE} says {backend!r}; only 'torch_dist' is supported")
     return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +34,15 @@ _TOPOLOGY = (
 )
 
 
-def read_source(path: str, ranges: FlatMap, main_params: bool) -> Source:
+def read_source(path: str, ranges: FlatMap, main_params: bool, peers: Sequence[str] = ()) -> Source:
     """Open the checkpoint at `path` and express it in model space.
 
     Args:
         path: the `iter_*` folder.
         ranges: the flat map of the newest source ({} for that one itself): reused where it fits.
         main_params: False reads no optimizer layout (weights alone are averaged).
+        peers: other checkpoints of the run, asked where this one's weights do not say which main
+            parameters are whose.
 
     Raises:
         CheckpointError: incomplete or damaged.
@@ -60,8 +62,9 @@ def read_source(path: str, ranges: FlatMap, main_params: bool) -> Source:
     if spaces:
         try:
             fits = bool(ranges) and holds(checkpoint, spaces, weights, ranges)
-            found = ranges if fits else buckets.derive(checkpoint, spaces, weights)
+            found = ranges if fits else buckets.derive(checkpoint, spaces, weights, peers)
             buckets.check_complete(checkpoint, found, weights)
+            buckets.check_order(checkpoint, found, weights)
         except PlanError as error:
             raise PlanError(f"{error} (saved with {topology})") from error
     return Source(

@@ -1,0 +1,53 @@
+"""The file of a root that says which checkpoint training resumes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pma_megatron.errors import CheckpointError
+from pma_megatron.formats import registry
+from pma_megatron.formats.registry import Tracker
+from pma_megatron.openfiles import is_folder, read_source_file
+
+_MAX_BYTES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Pointer:
+    """What a tracker says.
+
+    Attributes:
+        file: its name.
+        folder: name of the checkpoint's folder; None where it names nothing that is there.
+        problem: what is wrong with it, to complete "/run ..."; None where it names a folder.
+        missing: whether there is no such file.
+    """
+
+    file: str
+    folder: str | None
+    problem: str | None = None
+    missing: bool = False
+
+
+def read_pointers(root: Path) -> dict[str, Pointer]:
+    """By format, what the tracker of `root` says: a root may hold those of several trainers."""
+    return {known.name: _read(root, known.tracker) for known in registry.FORMATS}
+
+
+def _read(root: Path, tracker: Tracker) -> Pointer:
+    path, file = root / tracker.file, tracker.file
+    try:
+        content = read_source_file(path, _MAX_BYTES).decode().strip()
+    except UnicodeDecodeError:
+        return Pointer(file, None, f"has a {file} that cannot be read (it is not text)")
+    except CheckpointError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return Pointer(file, None, f"has no {file}", missing=True)
+        return Pointer(file, None, f"has a {file} that cannot be read ({error})")
+    folder = tracker.folder_of(content)
+    if folder is None or folder in (".", "..") or "/" in folder or "\0" in folder:
+        return Pointer(file, None, f"has a {file} that says {content[:80]!r}, no checkpoint's name")
+    if not is_folder(root / folder):
+        return Pointer(file, None, f"has a {file} that names {folder!r}, which is not there")
+    return Pointer(file, folder)

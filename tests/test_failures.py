@@ -1,0 +1,134 @@
+"""Signals, ranks that die, hang or never come: one line that names them, and nothing left behind.
+
+Real commands, under a real torchrun where ranks are the matter.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import digests
+from pma_megatron.testing import inject
+
+TRACKER = "latest_checkpointed_iteration.txt"
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
+PATIENCE_S = 240.0
+
+
+def start(*flags: str, ranks: bool = False, **environment: str) -> subprocess.Popen[str]:
+    """One `pma` command, under torchrun or alone."""
+    before = TORCHRUN if ranks else ()
+    return subprocess.Popen(
+        [sys.executable, *before, "-m", "pma_megatron", *flags],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )  # fmt: skip
+
+
+def merging(run: Path, save: Path, *flags: str, ranks: bool = False) -> subprocess.Popen[str]:
+    wanted = ("merge", "--load", str(run), "--save", str(save), "--last", "2", *flags)
+    return start(*wanted, ranks=ranks)
+
+
+def wait_for(pattern: str, save: Path, job: subprocess.Popen[str]) -> None:
+    until_s = time.monotonic() + PATIENCE_S
+    while not list(save.glob(pattern)):
+        assert job.poll() is None and time.monotonic() < until_s, job.communicate()
+        time.sleep(0.01)
+
+
+def said(job: subprocess.Popen[str]) -> list[str]:
+    """The lines that ranks wrote on stderr, once the job is over; those of torchrun left out."""
+    _, text = job.communicate(timeout=PATIENCE_S)
+    lines = text.splitlines()
+    agent = [n for n, line in enumerate(lines) if "torch/distributed/elastic" in line]
+    end = lines.index("Traceback (most recent call last):") if agent else len(lines)
+    return [line for n, line in enumerate(lines[:end]) if n not in agent]
+
+
+def test_signals(dense_run: Path, tmp_path: Path) -> None:
+    """SIGINT, SIGTERM and SIGHUP, each followed by another one: clean, with the shell's codes."""
+    jobs = {}
+    with inject("merge", rank=0, action="hang"):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            jobs[number] = merging(dense_run, tmp_path / number.name)
+    for number, job in jobs.items():
+        save = tmp_path / number.name
+        wait_for(".pma-staging-*", save, job)
+        job.send_signal(number)
+        job.send_signal(signal.SIGTERM)
+        lines = [line for line in said(job) if "already stopping" not in line]
+        assert job.returncode == 128 + number
+        assert lines == [f"pma: stopped by {number.name}; nothing was published"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_between_two_publications(dense_run: Path, tmp_path: Path) -> None:
+    """What is there is said, by path, and the same command makes the rest."""
+    save = tmp_path / "save"
+    with inject("published", rank=0, action="hang"):
+        job = merging(dense_run, save, "--sweep", "sma,wma:2")
+    wait_for(f"*/{TRACKER}", save, job)
+    job.send_signal(signal.SIGTERM)
+    first, second = (save / name / "iter_0000008" for name in ("sma-last2", "wma-last2"))
+    assert said(job) == [
+        f"pma: stopped by SIGTERM; published {first}; not {second}: the same command makes the rest"
+    ]
+    assert job.returncode == 143
+    assert sorted(path.name for path in save.rglob("*pma-*")) == []
+    before = digests(first)
+    again = merging(dense_run, save, "--sweep", "sma,wma:2")
+    assert said(again) == [f"pma: {first} is kept: this very request published it before"]
+    assert again.returncode == 0
+    assert digests(first) == before and second.is_dir()
+
+
+CASES: dict[str, tuple[str, Sequence[str], str]] = {
+    "killed": ("merge:1:kill", (), "pma: error: rank 1 died in stage 'merge'"),
+    "main is killed": ("merge:0:kill", (), "pma: error: [rank 1] rank 0 died in stage 'merge'"),
+    "hangs": (
+        "merge:1:hang", ("--timeout", "3s"),
+        "pma: error: rank 1 moved nothing, last seen in stage 'merge': waited 3 s",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_rank_is_lost(dense_run: Path, tmp_path: Path, case: str) -> None:
+    """The survivor says in one line which, and the next job finds nothing in its way."""
+    fault, flags, words = CASES[case]
+    stage, rank, action = fault.split(":")
+    save = tmp_path / "save"
+    with inject(stage, rank=int(rank), action=action):  # type: ignore[arg-type]
+        job = merging(dense_run, save, *flags, ranks=True)
+    lines = said(job)
+    assert len(lines) == 1 and lines[0].startswith(words), lines
+    assert job.returncode != 0
+    if case != "main is killed":
+        assert not save.exists()
+    again = merging(dense_run, save)
+    assert again.communicate(timeout=PATIENCE_S) and again.returncode == 0
+    assert sorted(path.name for path in save.iterdir()) == ["iter_0000008", TRACKER]
+
+
+def test_a_rank_never_comes(dense_run: Path, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "3"}
+    flags = ("merge", "--load", str(dense_run), "--save", str(tmp_path / "save"), "--timeout", "2")
+    jobs = [start(*flags, **where, RANK=rank) for rank in ("0", "2")]
+    texts: list[Any] = [said(job) for job in jobs]
+    assert [job.returncode for job in jobs] == [1, 1]
+    assert len(texts[0]) == 1 and "rank 1 never came: waited 2 s" in texts[0][0], texts
+    assert not (tmp_path / "save").exists()
