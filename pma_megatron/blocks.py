@@ -7,7 +7,6 @@ import os
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -63,33 +62,20 @@ class BlockReader:
         """Fill `into` from element `start` of `payload` on; see `read` for errors."""
         self.pread(*self.place(payload, start), into)
 
-    def compare_copied(self, item: Item, offset: int, nbytes: int, buffer: memoryview) -> int:
-        """Read what `nbytes` from byte `offset` of the file hold, records of `item` or not.
-
-        Whoever copies them inside the kernel does not see them.
-
-        Returns:
-            their CRC-32.
-
-        Raises:
-            CheckpointError: see `read`.
-        """
-        whole, at, end = 0, offset, offset + nbytes
-        records = self._items.stored(item)
-        number = max(bisect_right(records, offset, key=lambda record: record.start) - 1, 0)
-        while at < end:
-            while number < len(records) and records[number].start + records[number].nbytes <= at:
-                number += 1
-            record = records[number] if number < len(records) else None
-            inside = record is not None and record.start <= at
-            limit = end if record is None else record.start + record.nbytes * inside
-            part = buffer[: min(len(buffer), min(limit, end) - at)]
-            self.fill(item.file, at, part)
-            crc = isal_zlib.crc32(part)
-            if inside and record is not None:
-                self._reads.note(record, at - record.start, part, crc)
-            whole, at = isal_zlib.crc32_combine(whole, crc, len(part)), at + len(part)
-        return whole
+    def read_item(self, item: Item, offset: int, into: memoryview) -> None:
+        """Fill `into` from byte `offset` of the file, all of it within `item`; see `read`."""
+        self.fill(item.file, offset, into)
+        end = offset + len(into)
+        whole = offset == item.offset and len(into) == item.length
+        records = self._items.stored(item, into if whole else None)
+        begin = bisect_right(records, offset, key=lambda record: record.start) - 1
+        for record in records[max(begin, 0) :]:
+            if record.start >= end:
+                break
+            low, high = max(offset, record.start), min(end, record.start + record.nbytes)
+            if low < high:
+                part = into[low - offset : high - offset]
+                self._reads.note(record, low - record.start, part)
 
     def compare(self, record: StoredRecord, known: Spans, buffer: memoryview) -> None:
         """Read what is not `known` of a record, and compare it with its checksum.
@@ -169,10 +155,6 @@ class BlockReader:
                 "storage failed, perhaps removed by the run's own retention. Exclude it, or stop "
                 "the clean-up"
             ) from error
-
-    def opened(self, file: str) -> AbstractContextManager[int]:
-        """The open file, for copies that never enter this process."""
-        return self._files.opened(file)
 
     def close(self) -> None:
         """Close the files."""
@@ -309,10 +291,6 @@ class BlockWriter:
                 "no source was touched; free space or choose another --save, then run again"
             ) from error
 
-    def opened(self, file: str) -> AbstractContextManager[int]:
-        """The open file, for copies that never enter this process."""
-        return self._files.opened(file)
-
     def sync(self, moved: Callable[[], None] = lambda: None) -> None:
         """Flush what this rank wrote to stable storage; `moved` is called after each file.
 
@@ -365,31 +343,23 @@ class UnitWriter:
                 yield low - first, high - low, place, inside + low - start
 
 
-def copy_bytes(reader: BlockReader, file: str, offset: int, writer: BlockWriter, to_file: str,
-               to_offset: int, nbytes: int, buffer: memoryview) -> None:  # fmt: skip
-    """Copy bytes of a source into an output, inside the kernel where it can.
+def copy_item(reader: BlockReader, item: Item, offset: int, nbytes: int,
+              writers: Sequence[BlockWriter], to_file: str, to_offset: int,
+              buffer: memoryview) -> None:  # fmt: skip
+    """Copy bytes of an item of a source into outputs, which take note of their checksums.
+
+    Not inside the kernel: what is written is what was compared.
 
     Raises:
         CheckpointError, PublishError: see `BlockReader.read` and `BlockWriter.pwrite`.
     """
-    done = 0
-    with (
-        contextlib.suppress(OSError),  # not on this file system, or an error that is named below
-        reader.opened(file) as source,
-        writer.opened(to_file) as target,
-    ):
-        while done < nbytes:
-            count = os.copy_file_range(
-                source, target, nbytes - done, offset + done, to_offset + done
-            )
-            if count == 0:
-                break
-            done += count
-    while done < nbytes:
-        data = buffer[: nbytes - done]
-        reader.fill(file, offset + done, data)
-        writer.pwrite(to_file, to_offset + done, data)
-        done += len(data)
+    for at in range(0, nbytes, len(buffer)):
+        data = buffer[: min(len(buffer), nbytes - at)]
+        reader.read_item(item, offset + at, data)
+        crc = isal_zlib.crc32(data)
+        for writer in writers:
+            writer.pwrite(to_file, to_offset + at, data)
+            writer.checksums.add_copy(to_file, to_offset + at, len(data), crc)
 
 
 def _is_cached(descriptor: int, offset: int) -> bool:

@@ -20,6 +20,7 @@ from isal import isal_zlib
 from pma_megatron.durable import write_small
 from pma_megatron.errors import CheckpointError, PublishError, VerifyError
 from pma_megatron.formats.marker import MARKER_FILE, SEAL_FILE
+from pma_megatron.openfiles import write_inside
 
 FILES = "files"
 _ZEROS = bytes(1 << 16)
@@ -100,8 +101,8 @@ def write_marker(folder: Path, value: Mapping[str, Any], sums: Sums) -> None:
         OSError: the storage fails.
     """
     marker = marker_of(value, sums)
-    write_small(folder / MARKER_FILE, marker)
-    write_small(folder / SEAL_FILE, seal_of(marker))
+    write_inside(folder, MARKER_FILE, marker)
+    write_inside(folder, SEAL_FILE, seal_of(marker))
 
 
 def replace_marker(folder: Path, value: Mapping[str, Any], sums: Sums) -> None:

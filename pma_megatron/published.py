@@ -64,7 +64,8 @@ def verify(path: str | Path, *, samples: int = 256, deep: bool = False, files_on
     else:
         values = _against_sources(folder, marker.value, comm, samples, deep, found.files)
     return replace(
-        values, files=found.files, bytes=found.bytes, records=found.records, notes=tuple(notes),
+        values, files=found.files, bytes=found.bytes, records=found.records,
+        notes=(*values.notes, *notes),
         path=str(folder),
     )  # fmt: skip
 

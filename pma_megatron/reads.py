@@ -95,9 +95,8 @@ class Reads:
         self._limit, self._count = limit, 0
         self._lock = threading.Lock()
 
-    def note(self, record: StoredRecord, start: int, data: memoryview,
-             crc: int | None = None) -> None:  # fmt: skip
-        """Take note of `data`, the bytes of `record` from its byte `start` on; `crc` is theirs.
+    def note(self, record: StoredRecord, start: int, data: memoryview) -> None:
+        """Take note of `data`, the bytes of `record` from its byte `start` on.
 
         Raises:
             CheckpointError: all of the record has been read now, and it is damaged.
@@ -105,7 +104,7 @@ class Reads:
         if record.crc32 is None:
             self.unsummed.add(record.file)
             return
-        crc, end = isal_zlib.crc32(data) if crc is None else crc, start + len(data)
+        crc, end = isal_zlib.crc32(data), start + len(data)
         with self._lock:
             if record in self.whole:
                 return

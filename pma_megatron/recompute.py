@@ -24,7 +24,13 @@ from pma_megatron.planning import MergePlan
 from pma_megatron.policy import MAIN, Action
 from pma_megatron.request import Output
 from pma_megatron.tolerance import bound_of, refuse_beyond, refuse_unrounded
-from pma_megatron.verification import Verification, open_merged, origin_of, tensor_of
+from pma_megatron.verification import (
+    Verification,
+    map_notes,
+    open_merged,
+    origin_of,
+    tensor_of,
+)
 
 SLICE_ELEMENTS = 1 << 20
 """Elements recomputed at once: some 40 MiB of buffers."""
@@ -53,7 +59,7 @@ def recompute(plan: MergePlan, output: Output, folder: Path, comm: Comm) -> Veri
     kept = sum(rule.action is not Action.DROP for rule in plan.rules.values())
     return Verification(
         kept, sum(n for n, _, _ in parts), sum(e for _, e, _ in parts),
-        max(worst for _, _, worst in parts), deep=True,
+        max(worst for _, _, worst in parts), deep=True, notes=map_notes(merged),
     )  # fmt: skip
 
 

@@ -220,4 +220,16 @@ def _compare(plan: MergePlan, output: Output, folder: Path, merged: Source,
         reader.close()
     entries = len(plan.rules) - sum(r.action is Action.DROP for r in plan.rules.values())
     elements = sum(sample.box.numel for sample in wanted)
-    return Verification(entries, len(wanted), elements, worst)
+    return Verification(entries, len(wanted), elements, worst, notes=map_notes(merged))
+
+
+def map_notes(merged: Source) -> tuple[str, ...]:
+    """What is not checked of the map of flat buffers by names and shapes alone, if anything."""
+    clauses = registry.unchecked_order(merged)
+    if not clauses:
+        return ()
+    return (
+        f"Not checked but by values: which main params are whose where {clauses[0]} "
+        f"({len(clauses)} such places); the order in which Megatron registers parameters does not "
+        "say so.",
+    )

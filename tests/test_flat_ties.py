@@ -16,6 +16,7 @@ from oracle import assert_average, global_tensors
 from pma_megatron import MergeRequest, Policy, SelectionRequest, merge, verify
 from pma_megatron.errors import PlanError
 from pma_megatron.formats.flat import FlatMap, FlatRange
+from pma_megatron.formats.registry import unchecked_order
 from pma_megatron.formats.torch_dist import assignment, registration
 from pma_megatron.formats.torch_dist.source import read_source
 from pma_megatron.testing import TinyConfig, TinyTrainer, run_ranks
@@ -188,7 +189,10 @@ def test_sources_tell_each_others_norms_apart(
 def test_values_alone_need_no_order(dense_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model whose modules are registered in another order merges where no weights are equal."""
     newest = str(folder_of(dense_run, 8))
-    right = read_source(newest, {}, True).ranges
+    source = read_source(newest, {}, True)
+    right = source.ranges
+    assert not unchecked_order(source), "verify says of every buffer that it was not checked"
     backwards = {name: -place for name, place in registration._PLACE.items()}
     monkeypatch.setattr(registration, "_PLACE", backwards)
     assert read_source(newest, {}, True).ranges == right
+    assert unchecked_order(source), "verify says nothing of what it could not check"
