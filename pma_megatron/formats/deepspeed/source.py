@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from pma_megatron.errors import CheckpointError
-from pma_megatron.formats.base import ModelSpace, Payload, Schedule, Tensor
+from pma_megatron.formats.base import ModelSpace, Payload, Schedule, Tensor, least_decay
 from pma_megatron.formats.deepspeed.checkpoint import TIED, DeepSpeedCheckpoint
 from pma_megatron.formats.deepspeed.completeness import completeness
 from pma_megatron.formats.deepspeed.frozen import frozen_fragments
@@ -22,6 +22,7 @@ from pma_megatron.formats.deepspeed.partitions import (
     kind,
     payload_of,
 )
+from pma_megatron.formats.deepspeed.saves import refuse_mixed_saves
 from pma_megatron.formats.deepspeed.steps import refuse_mixed_steps
 from pma_megatron.formats.deepspeed.unsharded import name_main_params, trained_shapes
 from pma_megatron.formats.flat import FlatMap, FlatSpace, states_from_flat
@@ -49,6 +50,7 @@ def read_source(path: str, ranges: FlatMap, main_params: bool, peers: Sequence[s
         raise CheckpointError(f"{path} cannot be a source: {reason}. Exclude it, or restore it.")
     checkpoint = DeepSpeedCheckpoint(folder)
     refuse_mixed_steps(checkpoint, checkpoint.optimizers())
+    refuse_mixed_saves(checkpoint)
     if not checkpoint.is_whole:
         weights = weights_of(checkpoint, shapes_of(checkpoint))
         spaces, found = flat_spaces(checkpoint)
@@ -248,13 +250,18 @@ def _stored(checkpoint: DeepSpeedCheckpoint, file: str, module: Mapping[str, Any
 
 
 def read_common(path: Path) -> dict[str, Any]:
-    """Iteration and training arguments.
+    """Iteration, samples and training arguments.
 
     Raises:
         CheckpointError: the tag is damaged.
     """
     checkpoint = DeepSpeedCheckpoint(path)
-    return {"iteration": int(checkpoint.head["global_steps"]), "args": dict(checkpoint.args())}
+    head = checkpoint.head
+    return {
+        "iteration": int(head["global_steps"]),
+        "samples": head.get("global_samples"),
+        "args": dict(checkpoint.args()),
+    }
 
 
 def read_schedule(path: Path) -> Schedule:
@@ -276,6 +283,7 @@ def schedule_of(groups: Any, head: Mapping[str, Any]) -> Schedule:
     rates = [float(g["lr"]) for g in groups or () if isinstance(g.get("lr"), (int, float))]
     return Schedule(
         learning_rate=max(rates, default=None),
+        second_moment_decay=least_decay(groups or ()),
         samples=samples if is_count(samples) else None,
         max_lr=_rate(limits.get("max_lr")),
         min_lr=_rate(limits.get("min_lr")),

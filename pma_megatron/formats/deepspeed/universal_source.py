@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.base import MAIN_PARAM, ModelSpace, Payload, Schedule, Tensor
+from pma_megatron.formats.deepspeed.saves import refuse_mixed_saves
 from pma_megatron.formats.deepspeed.source import schedule_of, weights_of
 from pma_megatron.formats.deepspeed.universal import (
     GLOBAL_STATE,
@@ -42,6 +43,7 @@ def read_source(path: str, ranges: FlatMap, main_params: bool, peers: Sequence[s
         raise CheckpointError(f"{path} cannot be a source: {reason}. Exclude it, or restore it.")
     checkpoint = UniversalCheckpoint(folder)
     refuse_other_shapes(checkpoint)
+    refuse_mixed_saves(checkpoint)
     states = _states(checkpoint)
     weights = {
         name: _without_padding(weight, states[MAIN_PARAM].get(name))

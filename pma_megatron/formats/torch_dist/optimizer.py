@@ -133,6 +133,16 @@ def _gathered_spaces(checkpoint: TorchDistCheckpoint, key: str, group: str) -> l
     return spaces
 
 
+def buffers_of(checkpoint: TorchDistCheckpoint) -> dict[str, Tensor]:
+    """The flat optimizer buffers as they are, one tensor per state of each."""
+    return {
+        key: Tensor(key, pieces[0].payload.dtype, (space.numel,), pieces)
+        for space in flat_spaces(checkpoint)
+        for state, pieces in space.states.items()
+        for key in (f"{space.group}.{space.name}.{state}",)
+    }
+
+
 def layout_kind(checkpoint: TorchDistCheckpoint) -> str:
     """The optimizer layout by what is stored, never by what a configuration claims."""
     kinds = set()

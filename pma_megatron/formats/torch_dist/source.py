@@ -19,6 +19,7 @@ from pma_megatron.formats.torch_dist.checkpoint import (
     completeness,
 )
 from pma_megatron.formats.torch_dist.optimizer import (
+    buffers_of,
     flat_spaces,
     is_optimizer_key,
     model_space,
@@ -32,6 +33,9 @@ _TOPOLOGY = (
     ("EP", "expert_model_parallel_size"),
     ("DP", "data_parallel_size"),
 )
+
+_QUANTIZED = ("fp8_param_gather", "fp4_param_gather", "fp8_param", "fp4_param")
+"""Arguments of Megatron that keep weights in few bits (arguments.py, optimizer_config.py)."""
 
 
 def read_source(path: str, ranges: FlatMap, main_params: bool, peers: Sequence[str] = ()) -> Source:
@@ -81,6 +85,8 @@ def read_source(path: str, ranges: FlatMap, main_params: bool, peers: Sequence[s
         experts=(used, count) if is_count(used) and is_count(count) and count else None,
         stamps=stamps_of(checkpoint.path),
         snapshot=read_snapshot_marker(folder) is not None,
+        quantized=any(args.get(name) for name in _QUANTIZED),
+        unnamed={} if main_params else buffers_of(checkpoint),
     )
 
 
