@@ -24,12 +24,8 @@ from pma_megatron.tokens import consumed_tokens_of
 from pma_megatron.trackers import Pointer, read_pointers
 
 TRACKER_FILE = registry.get(registry.TORCH_DIST, "").tracker.file
-<<<<<<< HEAD
-=======
-_ITERATION = re.compile(r"^iter_(\d{7,})$")
 _STEP = re.compile(r"^global_step(\d+)(?:_universal)?$")
 """What DeepSpeed calls a tag by itself (engine.py, `save_checkpoint`), and how it is converted."""
->>>>>>> main
 _OWN_ROOT = re.compile(r"^checkpoint[-_]\d+$")
 """transformers/trainer_utils.py, PREFIX_CHECKPOINT_DIR; accelerate/accelerator.py, save_state."""
 
@@ -296,24 +292,11 @@ def _tags_with_own_roots(root: Path) -> list[Path]:
     return [folder for folder in found if registry.detect(folder) in registry.TAGS]
 
 
-<<<<<<< HEAD
-=======
-def is_checkpoint(folder: Path) -> bool:
-    """True for a folder with a checkpoint's name, or with a DeepSpeed tag's files (any name)."""
-    if _ITERATION.match(folder.name) is not None or folder.name == "release":
-        return True
-    try:
-        return not folder.name.startswith(".") and registry.detect(folder) in registry.TAGS
-    except OSError:
-        return False
-
-
 def _said_by(name: str, otherwise: int | None) -> int | None:
     match = _STEP.match(name)
     return int(match[1]) if match else otherwise
 
 
->>>>>>> main
 def _wrong_iteration(named: int | None, saved: Any) -> str | None:
     if named is None or saved is None or int(saved) == named:
         return None

@@ -120,11 +120,8 @@ class Schedule:
         warmup_samples: at which warmup ends.
         decay_start_samples: at which the rate begins to fall; None if it never does, or unknown.
         decay_style: Megatron's name of the schedule.
-<<<<<<< HEAD
         max_lr, min_lr: between which its rates lie.
-=======
         second_moment_decay: Adam's beta2, the smallest of all param groups.
->>>>>>> main
     """
 
     learning_rate: float | None = None
@@ -132,10 +129,8 @@ class Schedule:
     warmup_samples: int | None = None
     decay_start_samples: int | None = None
     decay_style: str | None = None
-<<<<<<< HEAD
     max_lr: float | None = None
     min_lr: float | None = None
-=======
     second_moment_decay: float | None = None
 
 
@@ -146,4 +141,3 @@ def least_decay(groups: Iterable[Any]) -> float | None:
     return min(
         (float(b) for _, b in pairs if isinstance(b, (int, float)) and 0 < b < 1), default=None
     )
->>>>>>> main

@@ -31,13 +31,10 @@ class Source:
         experts: (experts used per token, experts) of an MoE model, if its arguments say so.
         stamps: file -> (bytes, mtime in ns): a source that changes while it is read is noticed.
         snapshot: True for a thin snapshot, whose weights are main params (`formats.marker`).
-<<<<<<< HEAD
         frozen: parameters outside of `space` that were not trained when it was saved.
-=======
         quantized: True if weights are kept in 8 or 4 bits: they are not rounded main params then.
         unnamed: optimizer buffers by stored key, where main params were not wanted; they tell
             sources apart, and then they are let go.
->>>>>>> main
     """
 
     path: str
@@ -51,18 +48,16 @@ class Source:
     experts: tuple[int, int] | None = None
     stamps: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     snapshot: bool = False
-<<<<<<< HEAD
+    quantized: bool = False
+    unnamed: Mapping[str, Tensor] = field(default_factory=dict)
     frozen: Mapping[str, Tensor] = field(default_factory=dict)
 
     def is_frozen(self, key: str) -> bool:
         """Whether its optimizer trains, and not this parameter: then its weight is its value."""
         main = self.space.states.get(MAIN_PARAM)
         weight = self.frozen.get(key, self.space.weights.get(key))
-        return bool(main) and key not in (main or ()) and weight is not None and bool(weight.pieces)
-=======
-    quantized: bool = False
-    unnamed: Mapping[str, Tensor] = field(default_factory=dict)
->>>>>>> main
+        stored = weight is not None and bool(weight.pieces) and not self.quantized
+        return stored and bool(main) and key not in (main or ())
 
     def tensor(self, state: str, key: str) -> Tensor | None:
         """The tensor that holds `state` (`weight`, `param` or a moment) of model tensor `key`.
