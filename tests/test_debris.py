@@ -17,6 +17,7 @@ from conftest import after_first_unit, digests, folder_of, request_for
 from pma_megatron import Method, SelectionRequest, locks, merge, publish, verify
 from pma_megatron.errors import PmaError, PublishError
 from pma_megatron.faultpoints import InjectedFault
+from pma_megatron.formats.marker import OWN_FILES
 from pma_megatron.testing import inject
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -267,7 +268,7 @@ def test_half_a_sweep_is_said_and_finished(
         verify(folder)
         whole = digests(tmp_path / "whole" / folder.relative_to(save))
         found = digests(folder)
-        assert {k for k in found if found[k] != whole[k]} <= {"pma.json", ".metadata"}
+        assert {k for k in found if found[k] != whole[k]} <= {*OWN_FILES, ".metadata"}
     with pytest.raises(PublishError, match="--overwrite"):
         merge(request_for(dense_run, save, sweep=SWEEP))
 

@@ -272,9 +272,17 @@ def test_deep_finds_one_wrong_element(merged: Path, state: str) -> None:
     space = source.space.weights if state == "weight" else source.space.states[state]
     key, tensor = list(space.items())[-1]
     piece = tensor.pieces[-1]
-    path, start = ItemFiles(merged).locate(piece.payload)
-    at = start + (piece.start + piece.box.numel) * tensor.dtype.itemsize - 2
-    rewrite(path, lambda b: b[:at] + bytes([b[at] ^ 4]) + b[at + 1 :])
+    files = ItemFiles(merged)
+    record, skip = files.find(piece.payload)
+    path, first, last = merged / record.file, record.start, record.start + record.nbytes
+    at = first + skip + (piece.start + piece.box.numel) * tensor.dtype.itemsize - 2
+
+    def harm(data: bytes) -> bytes:
+        new = data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :]
+        crcs = [zlib.crc32(each[first:last]).to_bytes(4, "little") for each in (data, new)]
+        return new.replace(*crcs)  # in both of the zip's directories
+
+    rewrite(path, harm)
     with pytest.raises(VerifyError, match=key):
         verify(merged, deep=True, full=False)
 
