@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from pma_megatron.discover import list_checkpoints
     from pma_megatron.errors import PmaError
     from pma_megatron.inspection import Inspection, inspect
-    from pma_megatron.job import merge, plan, verify
+    from pma_megatron.job import merge, plan
     from pma_megatron.planning import MergePlan
     from pma_megatron.policy import Policy
+    from pma_megatron.published import verify
     from pma_megatron.recovery import RecoveryRequest, recover
     from pma_megatron.refs import CheckpointRef
     from pma_megatron.report import MergeReport
@@ -41,7 +42,7 @@ _HOMES = {
     "merge": ("job", "merge"),
     "plan": ("job", "plan"),
     "recover": ("recovery", "recover"),
-    "verify": ("job", "verify"),
+    "verify": ("published", "verify"),
 }
 
 __all__ = [

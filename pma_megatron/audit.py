@@ -124,7 +124,7 @@ def _judged(state: Any) -> bool | None:
     """Whether a detector, by its memory, had judged a loss since the last recovery."""
     try:
         known = json.loads(state)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         return None
     if not isinstance(known, dict):
         return None

@@ -7,7 +7,6 @@ import os
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -63,24 +62,20 @@ class BlockReader:
         """Fill `into` from element `start` of `payload` on; see `read` for errors."""
         self.pread(*self.place(payload, start), into)
 
-    def compare_copied(self, item: Item, offset: int, nbytes: int, buffer: memoryview) -> None:
-        """Read what `nbytes` from byte `offset` of the file hold of the records of `item`.
-
-        Whoever copies them inside the kernel does not see them.
-
-        Raises:
-            CheckpointError: see `read`.
-        """
-        records = self._items.stored(item)
+    def read_item(self, item: Item, offset: int, into: memoryview) -> None:
+        """Fill `into` from byte `offset` of the file, all of it within `item`; see `read`."""
+        self.fill(item.file, offset, into)
+        end = offset + len(into)
+        whole = offset == item.offset and len(into) == item.length
+        records = self._items.stored(item, into if whole else None)
         begin = bisect_right(records, offset, key=lambda record: record.start) - 1
         for record in records[max(begin, 0) :]:
-            if record.start >= offset + nbytes:
+            if record.start >= end:
                 break
-            at = max(offset, record.start)
-            end = min(offset + nbytes, record.start + record.nbytes)
-            for first in range(at, end, len(buffer)):
-                part = buffer[: min(len(buffer), end - first)]
-                self.pread(record, first - record.start, part)
+            low, high = max(offset, record.start), min(end, record.start + record.nbytes)
+            if low < high:
+                part = into[low - offset : high - offset]
+                self._reads.note(record, low - record.start, part)
 
     def compare(self, record: StoredRecord, known: Spans, buffer: memoryview) -> None:
         """Read what is not `known` of a record, and compare it with its checksum.
@@ -161,10 +156,6 @@ class BlockReader:
                 "the clean-up"
             ) from error
 
-    def opened(self, file: str) -> AbstractContextManager[int]:
-        """The open file, for copies that never enter this process."""
-        return self._files.opened(file)
-
     def close(self) -> None:
         """Close the files."""
         self._files.close()
@@ -209,10 +200,12 @@ class Checksums:
 
     Attributes:
         parts: (item, record) -> [(start in bytes, bytes, crc)].
+        copies: file -> the same of bytes that were copied, counted from the file's beginning.
     """
 
     def __init__(self) -> None:
         self.parts: dict[tuple[int, str], list[tuple[int, int, int]]] = {}
+        self.copies: dict[str, list[tuple[int, int, int]]] = {}
         self._lock = threading.Lock()
 
     def add(self, place: Place, start_bytes: int, data: memoryview) -> None:
@@ -222,6 +215,17 @@ class Checksums:
             self.parts.setdefault((place.item, place.record), []).append(
                 (start_bytes, len(data), crc)
             )
+
+    def add_copy(self, file: str, offset: int, nbytes: int, crc: int) -> None:
+        """Note `nbytes` that were copied to `offset` of `file`."""
+        with self._lock:
+            self.copies.setdefault(file, []).append((offset, nbytes, crc))
+
+    def __getstate__(self) -> tuple[object, ...]:
+        return self.parts, self.copies
+
+    def __setstate__(self, state: tuple[Any, Any]) -> None:
+        (self.parts, self.copies), self._lock = state, threading.Lock()
 
 
 def joined_crc(parts: Sequence[tuple[int, int, int]], nbytes: int) -> int:
@@ -287,10 +291,6 @@ class BlockWriter:
                 "no source was touched; free space or choose another --save, then run again"
             ) from error
 
-    def opened(self, file: str) -> AbstractContextManager[int]:
-        """The open file, for copies that never enter this process."""
-        return self._files.opened(file)
-
     def sync(self, moved: Callable[[], None] = lambda: None) -> None:
         """Flush what this rank wrote to stable storage; `moved` is called after each file.
 
@@ -343,31 +343,23 @@ class UnitWriter:
                 yield low - first, high - low, place, inside + low - start
 
 
-def copy_bytes(reader: BlockReader, file: str, offset: int, writer: BlockWriter, to_file: str,
-               to_offset: int, nbytes: int, buffer: memoryview) -> None:  # fmt: skip
-    """Copy bytes of a source into an output, inside the kernel where it can.
+def copy_item(reader: BlockReader, item: Item, offset: int, nbytes: int,
+              writers: Sequence[BlockWriter], to_file: str, to_offset: int,
+              buffer: memoryview) -> None:  # fmt: skip
+    """Copy bytes of an item of a source into outputs, which take note of their checksums.
+
+    Not inside the kernel: what is written is what was compared.
 
     Raises:
         CheckpointError, PublishError: see `BlockReader.read` and `BlockWriter.pwrite`.
     """
-    done = 0
-    with (
-        contextlib.suppress(OSError),  # not on this file system, or an error that is named below
-        reader.opened(file) as source,
-        writer.opened(to_file) as target,
-    ):
-        while done < nbytes:
-            count = os.copy_file_range(
-                source, target, nbytes - done, offset + done, to_offset + done
-            )
-            if count == 0:
-                break
-            done += count
-    while done < nbytes:
-        data = buffer[: nbytes - done]
-        reader.fill(file, offset + done, data)
-        writer.pwrite(to_file, to_offset + done, data)
-        done += len(data)
+    for at in range(0, nbytes, len(buffer)):
+        data = buffer[: min(len(buffer), nbytes - at)]
+        reader.read_item(item, offset + at, data)
+        crc = isal_zlib.crc32(data)
+        for writer in writers:
+            writer.pwrite(to_file, to_offset + at, data)
+            writer.checksums.add_copy(to_file, to_offset + at, len(data), crc)
 
 
 def _is_cached(descriptor: int, offset: int) -> bool:

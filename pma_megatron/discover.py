@@ -23,6 +23,8 @@ from pma_megatron.trackers import Pointer, read_pointers
 
 TRACKER_FILE = registry.get(registry.TORCH_DIST, "").tracker.file
 _ITERATION = re.compile(r"^iter_(\d{7,})$")
+_STEP = re.compile(r"^global_step(\d+)(?:_universal)?$")
+"""What DeepSpeed calls a tag by itself (engine.py, `save_checkpoint`), and how it is converted."""
 _OWN_ROOT = re.compile(r"^checkpoint[-_]\d+$")
 """transformers/trainer_utils.py, PREFIX_CHECKPOINT_DIR; accelerate/accelerator.py, save_state."""
 
@@ -136,7 +138,7 @@ def _described(folder: Path, history: audit.History | None) -> CheckpointRef:
             return _incomplete(folder, name, iteration, reason, snapshot=snapshot)
         common = known.common(folder)
         args = common["args"]
-        wrong = _wrong_iteration(iteration, common["iteration"])
+        wrong = _wrong_iteration(_said_by(folder.name, iteration), common["iteration"])
         if wrong is not None:
             return _incomplete(folder, name, iteration, Incomplete(wrong), snapshot=snapshot)
         tokens, unknown = consumed_tokens_of(args)
@@ -147,7 +149,7 @@ def _described(folder: Path, history: audit.History | None) -> CheckpointRef:
         path=str(folder),
         format=name,
         iteration=iteration,
-        consumed_samples=_count(args.get("consumed_train_samples")),
+        consumed_samples=_count(args.get("consumed_train_samples", common.get("samples"))),
         consumed_tokens=tokens,
         tokens_unknown_because=unknown,
         complete=True,
@@ -287,6 +289,11 @@ def is_checkpoint(folder: Path) -> bool:
         return not folder.name.startswith(".") and registry.detect(folder) in registry.TAGS
     except OSError:
         return False
+
+
+def _said_by(name: str, otherwise: int | None) -> int | None:
+    match = _STEP.match(name)
+    return int(match[1]) if match else otherwise
 
 
 def _wrong_iteration(named: int | None, saved: Any) -> str | None:

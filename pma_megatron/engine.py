@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 
 from pma_megatron.accumulate import Accumulator, Sum, Work, Workspace
-from pma_megatron.blocks import BlockReader, copy_bytes
+from pma_megatron.blocks import BlockReader, copy_item
 from pma_megatron.comm import Comm, Team
 from pma_megatron.errors import PlanError, RankError
 from pma_megatron.formats import registry
@@ -216,10 +216,8 @@ class _Job:
         if isinstance(task, Copy):
             newest, start = self.add.readers[self.add.last], task.source_offset + at
             buffer = as_bytes(space.raw.whole(torch.float32)[:BLOCK_ELEMENTS])
-            newest.compare_copied(task.item, start, unit.count, buffer)
-            for writer in self.add.writers:
-                copy_bytes(newest, task.item.file, start, writer, task.file, task.offset + at,
-                           unit.count, buffer)  # fmt: skip
+            copy_item(newest, task.item, start, unit.count, self.add.writers, task.file,
+                      task.offset + at, buffer)  # fmt: skip
             self.tally.add(unit.count, unit.count * len(self.add.writers))
             return
         scale = task.place.dtype.itemsize if isinstance(task, (Keep, Zero)) else 1

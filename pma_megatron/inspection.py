@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pma_megatron.discover import describe
-from pma_megatron.errors import CheckpointError
+from pma_megatron.discover import describe, is_checkpoint, list_checkpoints, pointed
+from pma_megatron.errors import CheckpointError, PlanError, VerifyError
 from pma_megatron.formats import registry
 from pma_megatron.formats.base import Tensor
 from pma_megatron.formats.marker import MARKER_FILE
+from pma_megatron.intact import listing
 from pma_megatron.refs import CheckpointRef
 from pma_megatron.report import read_provenance
 
@@ -33,46 +34,87 @@ class Inspection:
 
     Attributes:
         ref: path, format, iteration, tokens, whether it is whole.
-        topology: parallel sizes it was saved with.
-        optimizer_layout: how optimizer state is stored.
+        files: how many files it has.
+        bytes: in them.
+        topology: parallel sizes it was saved with; "" if it cannot be opened.
+        optimizer_layout: how optimizer state is stored; "" if it cannot be opened.
         groups: tensors by kind.
         objects: number of opaque entries.
-        provenance: how it was merged, None for a trainer's checkpoint or a snapshot.
+        provenance: how it was merged, or what a saved running average is of; None for a trainer's
+            checkpoint or a snapshot.
+        problem: why it is not whole, or cannot be opened; None if all is well.
     """
 
     ref: CheckpointRef
-    topology: str
-    optimizer_layout: str
-    groups: tuple[Group, ...]
-    objects: int
-    provenance: Mapping[str, Any] | None
+    files: int
+    bytes: int
+    topology: str = ""
+    optimizer_layout: str = ""
+    groups: tuple[Group, ...] = ()
+    objects: int = 0
+    provenance: Mapping[str, Any] | None = None
+    problem: str | None = None
 
 
 def inspect(path: str | Path) -> Inspection:
-    """Describe the checkpoint in folder `path` (`.../iter_0000100`).
+    """Describe the checkpoint in folder `path` (`.../iter_0000100`), or the newest of a root.
 
     Raises:
         CheckpointError: not a whole checkpoint of a supported format; says why.
     """
-    path = Path(path)
-    if not path.is_dir():
-        raise CheckpointError(f"{path} is not a folder: give one iter_* folder")
-    ref = describe(path)
-    if not ref.complete:
-        raise CheckpointError(f"{path} is not a whole checkpoint: {ref.incomplete_because}")
+    found = look(path)
+    if found.problem is not None:
+        raise CheckpointError(found.problem)
+    return found
+
+
+def look(path: str | Path) -> Inspection:
+    """The same, with what can be said of a damaged or foreign folder instead of an error.
+
+    Raises:
+        CheckpointError: there is no such folder, or it is not clear which checkpoint is meant.
+    """
+    folder = pointed(Path(path)).absolute()
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder: give one iter_* folder, or a run's root")
+    if not is_checkpoint(folder):
+        _refuse_root(folder)
+    sizes = listing(folder)
+    found = Inspection(ref=describe(folder), files=len(sizes), bytes=sum(sizes.values()))
+    if not found.ref.complete:
+        why = found.ref.incomplete_because
+        return replace(found, problem=f"{folder} is not a whole checkpoint: {why}")
+    try:
+        return _opened(folder, found)
+    except (CheckpointError, PlanError, VerifyError) as error:
+        return replace(found, problem=f"{folder} cannot be opened: {error}")
+
+
+def _refuse_root(folder: Path) -> None:
+    below = [Path(ref.path).name for ref in list_checkpoints(folder)]
+    if below:
+        raise CheckpointError(
+            f"{folder} is a root of {len(below)} checkpoints without a tracker: inspect one of "
+            f"them, for instance {folder / below[-1]} (`pma list {folder}` has all)"
+        )
+
+
+def _opened(folder: Path, found: Inspection) -> Inspection:
+    ref = found.ref
     source = registry.get(ref.format, ref.path).read_source(ref.path, {}, True)
     groups = [_group("weight", source.space.weights)]
     for state, tensors in source.space.states.items():
         groups.append(_group("main params" if state == "param" else state, tensors))
-    merged = (path / MARKER_FILE).is_file() and not ref.snapshot
-    return Inspection(
-        ref=ref,
-        topology=source.topology,
-        optimizer_layout=source.space.kind,
-        groups=tuple(groups),
-        objects=len(source.objects),
-        provenance=read_provenance(path) if merged else None,
-    )
+    opened = replace(
+        found, topology=source.topology, optimizer_layout=source.space.kind,
+        groups=tuple(groups), objects=len(source.objects),
+    )  # fmt: skip
+    if not (folder / MARKER_FILE).is_file() or ref.snapshot:
+        return opened
+    try:
+        return replace(opened, provenance=read_provenance(folder))
+    except (CheckpointError, VerifyError) as error:
+        return replace(opened, problem=str(error))
 
 
 def _group(name: str, tensors: Mapping[str, Tensor]) -> Group:

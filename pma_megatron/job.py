@@ -8,12 +8,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
-from pathlib import Path
 
-from pma_megatron import engine, memory, publish, report, verification
+from pma_megatron import engine, finishing, memory, publish, report, verification
 from pma_megatron.blocks import BlockWriter
 from pma_megatron.comm import Comm
-from pma_megatron.errors import CheckpointError, PmaError, UsageError
+from pma_megatron.errors import PmaError, UsageError
 from pma_megatron.faultpoints import point
 from pma_megatron.integrity import Compared, checked
 from pma_megatron.planning import MergePlan, make_plan
@@ -131,28 +130,6 @@ def plan(request: MergeRequest, comm: Comm | None = None) -> MergePlan:
     return made
 
 
-def verify(folder: Path, *, samples: int = 256, full: bool = True) -> verification.Verification:
-    """Check a published merge against its sources, found through its provenance.
-
-    Raises:
-        CheckpointError: no provenance, or sources are gone or changed.
-        VerifyError: a value is not what it must be.
-    """
-    recorded = report.read_provenance(folder)
-    request = report.request_again(recorded)
-    comm = Comm()
-    again = make_plan(request, comm)
-    for source, saved in zip(again.sources, recorded["plan"]["sources"], strict=True):
-        if source.metadata_digest != saved["metadata_digest"]:
-            raise CheckpointError(
-                f"{source.path} is not what was merged: its metadata changed since. The merged "
-                f"checkpoint {folder} can no longer be verified against it"
-            )
-    return verification.verify_output(
-        again, again.outputs[0], folder, comm, samples=samples, full=full
-    )
-
-
 class _Clock:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -192,9 +169,9 @@ def _fill(whole: MergePlan, plan: MergePlan, wanted: tuple[Target, ...], comm: C
     comm.agree("sync", lambda: point("sync", comm.rank))
     comm.agree("sync", lambda: _sync(writers, comm))
     for number, (output, target) in enumerate(zip(plan.outputs, wanted, strict=True)):
-        parts = comm.collect(writers[number].checksums.parts)
+        parts = comm.collect(writers[number].checksums)
         made = report.provenance(whole, output, comm.size, clock.seconds, found.compared)
-        comm.on_main("finish", lambda p=parts, t=target, m=made: publish.finish(plan, t, p, m))  # type: ignore[misc]
+        comm.on_main("finish", lambda p=parts, t=target, m=made: finishing.finish(plan, t, p, m))  # type: ignore[misc]
     clock.lap("publish")
     comm.agree("verify", lambda: point("verify", comm.rank))
     counts = comm.gather((tally.read_bytes, tally.written_bytes))

@@ -17,6 +17,7 @@ from pma_megatron.errors import CheckpointError, SelectionError
 from pma_megatron.formats import registry
 from pma_megatron.formats.output import OutputLayout
 from pma_megatron.formats.source import Source
+from pma_megatron.identity.proof import Evidence, prove, refuse_strangers
 from pma_megatron.notices import announce, too_early_notes
 from pma_megatron.policy import MAIN
 from pma_megatron.refs import CheckpointRef
@@ -219,6 +220,8 @@ def open_sources(request: MergeRequest, refs: Sequence[CheckpointRef],
                  ) -> tuple[Source, ...]:  # fmt: skip
     """Open each source on one rank that sees it, the newest first: its map serves the others.
 
+    Every source proves that it is what its folder says, alone and beside the others (`identity`).
+
     Args:
         request: says what is read of them.
         refs: which, oldest first.
@@ -233,14 +236,22 @@ def open_sources(request: MergeRequest, refs: Sequence[CheckpointRef],
     last = len(refs) - 1
     owners = [ranks[number % len(ranks)] for number, ranks in enumerate(visible)]
 
+    proved: dict[int, Evidence] = {}
+
     def read(number: int, ranges: Mapping[tuple[str, str], Any]) -> Source:
         ref = refs[number]
-        source = registry.get(ref.format, ref.path).read_source(ref.path, ranges, main_params)
+        peers = [r.path for n, r in enumerate(refs) if n != number and comm.rank in visible[n]]
+        source = registry.get(ref.format, ref.path).read_source(
+            ref.path, ranges, main_params, peers
+        )
+        proved[number] = prove(source, proved.get(last), main_params=main_params)
+        source = replace(source, unnamed={})
         return source if number == last else _trimmed(source, request, end=number in ends)
 
     mine = comm.rank == owners[last]
     newest = comm.agree("open", lambda: read(last, {}) if mine else None)
     newest = comm.broadcast(newest, owners[last])
+    proved.update(comm.broadcast(dict(proved), owners[last]))
     assert newest is not None
     others = comm.agree(
         "open",
@@ -249,6 +260,8 @@ def open_sources(request: MergeRequest, refs: Sequence[CheckpointRef],
     opened: dict[int, Source] = {last: newest}
     for part in comm.gather(others):
         opened.update(part)
+    evidence = {number: each for part in comm.collect(proved) for number, each in part.items()}
+    comm.agree("compare sources", lambda: refuse_strangers(refs, evidence) if evidence else None)
     return tuple(opened[number] for number in range(len(refs)))
 
 
@@ -294,7 +307,7 @@ def origin_note(found: Gathered) -> dict[str, Any]:
     values = {output.name: list(output.values) for output in found.outputs}
     return {
         "pma_megatron": __version__,
-        "sources": [source.path for source in found.sources],
+        "sources": [str(Path(source.path).absolute()) for source in found.sources],
         "iterations": [ref.iteration for ref in found.selection.refs],
         "coefficients": values if len(values) > 1 else next(iter(values.values())),
     }

@@ -17,7 +17,6 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-from pma_megatron.blocks import crc_of, joined_crc
 from pma_megatron.discover import is_checkpoint
 from pma_megatron.durable import sync, write_small
 from pma_megatron.errors import PublishError
@@ -25,7 +24,7 @@ from pma_megatron.faultpoints import point
 from pma_megatron.formats import registry
 from pma_megatron.formats.marker import MARKER_FILE, SNAPSHOTS, read_snapshot_marker
 from pma_megatron.locks import STAGING, Target, locked, restored, unfinished
-from pma_megatron.openfiles import Files, create_inside, write_inside
+from pma_megatron.openfiles import create_inside
 from pma_megatron.planning import MergePlan
 from pma_megatron.request import Output
 from pma_megatron.stopping import shielded
@@ -182,70 +181,15 @@ def stage(plan: MergePlan, wanted: Sequence[Target]) -> None:
             for name, nbytes in plan.layout.files.items():
                 create_inside(target.staging, name, nbytes)
     except OSError as error:
-        raise _cannot_write(wanted[0], error) from error
+        raise cannot_write(wanted[0], error) from error
 
 
-def finish(plan: MergePlan, target: Target, writer_parts: Sequence[dict[tuple[int, str], list[
-           tuple[int, int, int]]]], provenance: bytes) -> None:  # fmt: skip
-    """Write what surrounds the payloads, then the small files, the marker last (rank 0 only).
-
-    Args:
-        plan: the plan.
-        target: the output.
-        writer_parts: per rank, the checksums of what it wrote into this output.
-        provenance: content of `pma.json`.
-
-    Raises:
-        PublishError: bytes of a payload are unaccounted for, or the folder cannot be written.
-    """
-    parts: dict[tuple[int, str], list[tuple[int, int, int]]] = {}
-    for rank_parts in writer_parts:
-        for where, ranges in rank_parts.items():
-            parts.setdefault(where, []).extend(ranges)
-    try:
-        _write_structure(plan, target, parts)
-        small = dict(plan.layout.small_files)
-        last = plan.layout.last_file
-        marker = small.pop(last) if last is not None else b""
-        for name, data in (*small.items(), (PROVENANCE_FILE, provenance)):
-            write_inside(target.staging, name, data)
-        point("marker", 0)
-        if last is not None:
-            write_inside(target.staging, last, marker)
-        for name in plan.layout.files:
-            sync(target.staging / name)
-        for folder in sorted({(target.staging / name).parent for name in plan.layout.files}):
-            sync(folder)
-        sync(target.staging)
-    except OSError as error:
-        raise _cannot_write(target, error) from error
-
-
-def _cannot_write(target: Target, error: OSError) -> PublishError:
+def cannot_write(target: Target, error: OSError) -> PublishError:
+    """What to say when the storage refuses."""
     return PublishError(
         f"cannot write to {target.staging}: {error.strerror}. Nothing was published; free space or "
         "choose another --save, then run again"
     )
-
-
-def _write_structure(plan: MergePlan, target: Target,
-                     parts: dict[tuple[int, str], list[tuple[int, int, int]]]) -> None:  # fmt: skip
-    files = Files(target.staging, os.O_RDWR)
-    try:
-        for number, item in enumerate(plan.layout.items):
-            if item.skeleton is None:
-                continue
-            crcs = {record: crc for record, (_, crc) in item.kept.items() if crc is not None}
-            with files.opened(item.placed.file) as descriptor:
-                for record, (start, nbytes) in item.skeleton.payloads.items():
-                    if record in item.kept and record not in crcs:  # saved without checksums
-                        crcs[record] = crc_of(descriptor, item.placed.offset + start, nbytes)
-                    elif record not in crcs:
-                        crcs[record] = joined_crc(parts.get((number, record), []), nbytes)
-                for offset, data in item.skeleton.structure(crcs):
-                    os.pwrite(descriptor, data, item.placed.offset + offset)
-    finally:
-        files.close()
 
 
 def publish(plan: MergePlan, target: Target) -> None:

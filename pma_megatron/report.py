@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -14,7 +13,9 @@ import torch
 
 from pma_megatron.coefficients import implied_decay_weights
 from pma_megatron.errors import CheckpointError
+from pma_megatron.formats.marker import ONLINE_AVERAGE
 from pma_megatron.integrity import Compared
+from pma_megatron.manifest import read_marker
 from pma_megatron.planning import MergePlan
 from pma_megatron.policy import Policy
 from pma_megatron.publish import PROVENANCE_FILE
@@ -94,15 +95,21 @@ def describe_output(output: Output) -> dict[str, Any]:
 
 
 def provenance(plan: MergePlan, output: Output, ranks: int, seconds: Mapping[str, float],
-               compared: Compared) -> bytes:  # fmt: skip
-    """Content of `pma.json`: enough to say where a checkpoint comes from, and to verify it."""
+               compared: Compared) -> dict[str, Any]:  # fmt: skip
+    """What `pma.json` says: where a checkpoint comes from, and all that verifying it takes.
+
+    Paths in it are absolute: it is read from other folders than the one of the merge.
+    """
     request = asdict(plan.request)
-    request["selection"] = asdict(
-        SelectionRequest(paths=tuple(source.path for source in plan.sources))
-    )
+    paths = tuple(str(Path(source.path).absolute()) for source in plan.sources)
+    request["selection"] = asdict(SelectionRequest(paths=paths))
+    request["load"] = str(Path(request["load"]).absolute())
+    request["save"] = str(Path(request["save"]).absolute())
     request.pop("passed_over")  # the plan's are all of them
     described = describe_plan(plan)
-    value = {
+    for source, path in zip(described["sources"], paths, strict=True):
+        source["path"] = path
+    return {
         "provenance_version": PROVENANCE_VERSION,
         "pma_megatron": __version__,
         "torch": torch.__version__,
@@ -115,37 +122,51 @@ def provenance(plan: MergePlan, output: Output, ranks: int, seconds: Mapping[str
         "plan": described,
         "request": request,
     }
-    return (json.dumps(value, indent=1) + "\n").encode()
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
-    """Provenance of a merged checkpoint.
+    """What `pma.json` says of a merge, or of a running average that was saved (`kind`).
 
     Raises:
-        CheckpointError: there is none, or it cannot be read.
+        CheckpointError, VerifyError: there is none, or it cannot be read or is damaged.
     """
-    path = folder / PROVENANCE_FILE
-    try:
-        value = json.loads(path.read_text())
-    except FileNotFoundError:
+    return checked_provenance(folder, read_marker(folder).value)
+
+
+def checked_provenance(folder: Path, value: Mapping[str, Any]) -> dict[str, Any]:
+    """`value`, once it is clear that everything is in it that this package reads.
+
+    Raises:
+        CheckpointError: something is not, or another release wrote it.
+    """
+    path, version = folder / PROVENANCE_FILE, value.get("provenance_version")
+    if value.get("kind") == ONLINE_AVERAGE:
+        return dict(value)
+    if version != PROVENANCE_VERSION:
         raise CheckpointError(
-            f"{folder} has no {PROVENANCE_FILE}: it was not written by this tool"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error})") from error
-    if value.get("provenance_version") != PROVENANCE_VERSION:
-        raise CheckpointError(
-            f"{path} has provenance version {value.get('provenance_version')}, this release reads "
+            f"{path} has provenance version {version}, this release reads "
             f"{PROVENANCE_VERSION}: use the pma_megatron that wrote it, {value.get('pma_megatron')}"
         )
+    try:
+        request_again(value)
+        sources, values = value["plan"]["sources"], value["output"]["coefficients"]
+        good = len(sources) == len(values) == len(value["request"]["selection"]["paths"])
+        good &= all(isinstance(source["path"], str) for source in sources)
+        good &= all(isinstance(source["metadata_digest"], str) for source in sources)
+        good &= all(isinstance(source["iteration"], (int, type(None))) for source in sources)
+        good &= isinstance(value["output"]["method"], str) and "created" in value
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} lacks what a merge says ({error!r}): damaged") from error
+    if not good:
+        raise CheckpointError(f"{path} contradicts itself about its sources: damaged")
     return dict(value)
 
 
 def request_again(recorded: Mapping[str, Any]) -> MergeRequest:
     """The request that made a checkpoint, from its provenance, with the sources by path."""
     saved = dict(recorded["request"])
-    paths = tuple(saved["selection"]["paths"])
-    coefficients = tuple(recorded["output"]["coefficients"])
+    paths = tuple(str(path) for path in saved["selection"]["paths"])
+    coefficients = tuple(float(value) for value in recorded["output"]["coefficients"])
     policy = saved["policy"]
     return MergeRequest(
         load=saved["load"],

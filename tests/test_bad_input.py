@@ -209,6 +209,7 @@ def with_variant(run: Path, variant_runs: Path, variant: str, *, newest: bool) -
     shutil.copytree(folder_of(variant_runs / variant, 2), place)
     if newest:
         common = torch.load(place / "common.pt", weights_only=False)
+        common["args"].consumed_train_samples *= 2
         torch.save({**common, "iteration": 4}, place / "common.pt")
 
 

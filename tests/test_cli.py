@@ -18,6 +18,7 @@ import pytest
 from conftest import digests, folder_of
 from pma_megatron.cli import main
 from pma_megatron.cli.flags import parser
+from pma_megatron.formats.marker import OWN_FILES
 from pma_megatron.version import __version__
 
 ROOT = Path(__file__).parents[1]
@@ -54,7 +55,7 @@ FLAGS = {
     },
     "list": COMMON | {"root"},
     "inspect": COMMON | {"path"},
-    "verify": COMMON | {"path", "--samples", "--timeout"},
+    "verify": COMMON | {"path", "--samples", "--deep", "--files-only", "--timeout"},
 }  # fmt: skip
 """What people have in their scripts: adding is a decision, removing breaks them."""
 
@@ -97,7 +98,7 @@ def spawn(*command: str) -> subprocess.CompletedProcess[str]:
 def payload(folder: Path) -> dict[str, str]:
     """Digests of all that a merge wrote but provenance."""
     return {
-        name: digest for name, digest in digests(folder).items() if not name.endswith("pma.json")
+        name: digest for name, digest in digests(folder).items() if Path(name).name not in OWN_FILES
     }
 
 

@@ -24,10 +24,12 @@ from hypothesis import strategies as st
 from conftest import DENSE, folder_of, refused, request_for
 from pma_megatron import Policy, SelectionRequest, integrity, merge, tasks, verify
 from pma_megatron.comm import Comm
+from pma_megatron.deepspeed import load_merged
 from pma_megatron.errors import CheckpointError, PmaError
 from pma_megatron.formats.base import StoredRecord
 from pma_megatron.formats.items import ItemFiles
 from pma_megatron.gram import measure
+from pma_megatron.megatron.load import merge_into
 from pma_megatron.reads import Reads, joined
 from pma_megatron.testing import TinyTrainer, run_ranks
 from pma_megatron.testing.tiny_deepspeed import DeepSpeedConfig, TinyDeepSpeed
@@ -131,6 +133,41 @@ def test_several_ranks_put_their_parts_together(run: Path, save: Path, merge_siz
     assert any(text.startswith("CheckpointError") for text in said)
     assert not list(save.glob("iter_*"))
     assert "iter_0000008" in run_ranks(merge_in_parts, 2, str(run), str(save), merge_size)[0]
+
+
+def load_live(rank: int, world_size: int, megatron: str, deepspeed: str) -> list[str]:
+    """What averaging into a live model says, per trainer."""
+    trainer, engine = TinyTrainer(DENSE), TinyDeepSpeed(DeepSpeedConfig(stage=1)).engine
+    said = []
+    for load in (
+        lambda: merge_into(trainer.models, trainer.optimizer, load=megatron),
+        lambda: load_merged(engine, deepspeed),
+    ):
+        try:
+            said.append(f"loaded {load()}")
+        except PmaError as error:
+            said.append(str(error))
+    return said
+
+
+def test_live_loads_fail_on_every_rank(run: Path, deepspeed: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(deepspeed / "zero1", tmp_path / "tags"))
+    main = next(name for name in names(folder_of(run, 6)) if name.endswith(".param"))
+    bucket = max(places(folder_of(run, 6), main), key=lambda place: place.nbytes)
+    partition = max(
+        (p for p in flips.places_of(root / "global_step4") if "optim_states" in p.file.name),
+        key=lambda place: place.nbytes,
+    )
+    assert all("loaded" in text for said in run_ranks(load_live, 2, str(run), str(root))
+               for text in said)  # fmt: skip
+    with (
+        flips.flipped(bucket.file, bucket.start + 9, 0),
+        flips.flipped(partition.file, partition.start + 9, 0),
+    ):
+        outcomes = run_ranks(load_live, 2, str(run), str(root))
+    for megatron, tags in outcomes:
+        assert "CRC-32" in megatron and bucket.file.name in megatron
+        assert "CRC-32" in tags and partition.file.name in tags
 
 
 # Parts of a record, in any order.

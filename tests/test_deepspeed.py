@@ -31,6 +31,7 @@ from deepspeed_runs import (
 from oracle import assert_average
 from pma_megatron import SelectionRequest, inspect, list_checkpoints, verify
 from pma_megatron.errors import PlanError
+from pma_megatron.formats.marker import OWN_FILES
 from pma_megatron.policy import Policy
 from pma_megatron.testing import run_ranks
 from pma_megatron.testing.tiny_deepspeed import DeepSpeedConfig
@@ -114,7 +115,7 @@ def test_all_that_is_not_averaged_is_the_newest_bit_for_bit(
 ) -> None:
     newest, output = tag(runs[0] / kind), tag(merged[kind])
     assert (merged[kind] / "latest").read_text() == "global_step6"
-    assert {p.name for p in output.iterdir()} == {p.name for p in newest.iterdir()} | {"pma.json"}
+    assert {p.name for p in output.iterdir()} == {p.name for p in newest.iterdir()} | OWN_FILES
     for file in newest.iterdir():
         theirs, ours = records(file), records(output / file.name)
         changed = {n for n in ours if n.startswith("data/") and theirs[n] != ours[n]}

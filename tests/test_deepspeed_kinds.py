@@ -26,6 +26,7 @@ from deepspeed_runs import (
 from oracle import assert_average
 from pma_megatron import SelectionRequest, list_checkpoints, verify
 from pma_megatron.errors import CheckpointError, PlanError, SelectionError, UsageError
+from pma_megatron.formats.marker import OWN_FILES
 from pma_megatron.policy import Policy
 from pma_megatron.testing import run_ranks
 from pma_megatron.testing.tiny_deepspeed import DeepSpeedConfig
@@ -170,7 +171,7 @@ def is_same(one: Any, other: Any) -> bool:
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_that_is_not_averaged_is_the_newest(runs: Runs, merged: Path, kind: str) -> None:
     newest, output = tag(runs[0] / kind), tag(merged / kind)
-    assert {p.name for p in output.iterdir()} == {p.name for p in newest.iterdir()} | {"pma.json"}
+    assert {p.name for p in output.iterdir()} == {p.name for p in newest.iterdir()} | OWN_FILES
     changed = 0
     for file in newest.iterdir():
         theirs, ours = dict(leaves(load(file))), dict(leaves(load(output / file.name)))
@@ -307,6 +308,28 @@ def test_weights_that_are_alike_are_told_apart_by_their_order(runs: Runs, tmp_pa
     for number, name in enumerate(("first.bias", "norm.weight", "norm.bias", "tied.bias")):
         rounded = got["optimizer"]["fp32_groups"][1][number].bfloat16()
         assert torch.equal(got["module"][name], rounded), name
+
+
+@pytest.mark.parametrize("swapped", [(0, 3), (1, 2)])
+def test_weights_that_are_alike_in_a_group_of_another_order_are_refused(
+    runs: Runs, tmp_path: Path, save: Path, swapped: tuple[int, int]
+) -> None:
+    """Param groups hold what the user put in, in the user's order: it may not be the module's."""
+    run = Path(shutil.copytree(runs[0] / "zero0", tmp_path / "run"))
+    edit(run, 6, norm_weight=(1, 0.5), norm_bias=(2, 0.5))
+    file = tag(run, 6) / "mp_rank_00_model_states.pt"
+    saved = load(file)
+    (weights, vectors), moments = (
+        saved["optimizer"]["fp32_groups"], saved["optimizer"]["optimizer_state_dict"]["state"],
+    )  # fmt: skip
+    a, b = swapped
+    vectors[a], vectors[b] = vectors[b], vectors[a]
+    if swapped == (1, 2):  # those two are alike: what gives the order away is the first group
+        weights.reverse()
+        moments[0], moments[1] = moments[1], moments[0]
+    torch.save(saved, file)
+    with refused(PlanError, "norm.weight", "cannot be told", run=run, save=save):
+        merge_run(run, save)
 
 
 def test_a_frozen_weight_that_may_be_a_trained_one_is_refused(

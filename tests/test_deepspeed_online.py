@@ -200,6 +200,7 @@ def test_unmodified_deepspeed_resumes_from_it(ran: tuple[Path, list[Any]]) -> No
         for name in ("iteration", "samples", "scheduler"):
             assert before[name] == held[10][name]
         origin = json.loads((tag(f"{folder / kind}-sma") / "pma.json").read_text())
+        del origin["files"]  # checksums
         assert client_state["note"] == "mine" and client_state["pma"] == origin
         assert [entry["iteration"] for entry in origin["entries"]] == [6, 8, 10]
 

@@ -30,6 +30,7 @@ from deepspeed_runs import (
 from oracle import assert_average
 from pma_megatron import SelectionRequest, inspect, list_checkpoints, merge, verify
 from pma_megatron.errors import CheckpointError, PlanError, SelectionError, UsageError
+from pma_megatron.formats.marker import OWN_FILES
 from pma_megatron.policy import Policy
 from pma_megatron.testing import run_ranks
 from pma_megatron.testing.tiny_deepspeed import DeepSpeedConfig
@@ -194,7 +195,7 @@ def test_all_that_is_not_averaged_is_the_newest(
     names = {path.relative_to(newest) for path in newest.rglob("*") if path.is_file()}
     assert {p.relative_to(output) for p in output.rglob("*") if p.is_file()} == {
         *names,
-        Path("pma.json"),
+        *map(Path, OWN_FILES),
     }
     averaged = {Path(f"zero/{name}/fp32.pt") for name in {*TRAINED, "tied.weight", "mean"}}
     for name in names - averaged:

@@ -31,7 +31,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from conftest import folder_of, request_for
-from pma_megatron import list_checkpoints, merge, verify
+from pma_megatron import SelectionRequest, list_checkpoints, merge, verify
 from pma_megatron.cli import main
 from pma_megatron.errors import CheckpointError, PublishError
 from pma_megatron.formats.base import Item
@@ -314,7 +314,7 @@ def test_a_name_that_leaves_the_folder_is_refused_before_anything_is_made(
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     (bad,) = [ref for ref in list_checkpoints(run) if not ref.complete]
     assert bad.iteration == 8 and "points outside the checkpoint" in str(bad.incomplete_because)
-    merge(request_for(run, save))
+    merge(request_for(run, save, selection=SelectionRequest(last=2, exclude=(8,))))
     assert folder_of(save, 6).is_dir() and not (tmp_path / "escaped").exists()
 
 
@@ -346,12 +346,12 @@ def test_thousands_of_hostile_checkpoints(dense_run: Path, tmp_path: Path) -> No
     for iteration in (4, 6, 8):
         shutil.copytree(folder_of(dense_run, iteration), folder_of(runs / "megatron", iteration))
     done = subprocess.run(
-        [sys.executable, ATTACK / "mutations.py", "--count", "200", "--runs", runs],
+        [sys.executable, ATTACK / "mutations.py", "--count", "120", "--runs", runs],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout)
-    assert found["outcomes"]["refused"] > 50 and found["outcomes"]["merged"] > 10
+    assert found["outcomes"]["refused"] > 30 and found["outcomes"]["merged"] > 10
 
 
 @example(b"\x80\x02" + b"]" * 100)

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
+from pma_megatron.deepspeed.options import Options
 from pma_megatron.errors import UsageError
 from pma_megatron.grid import Grid
 from pma_megatron.megatron import flags
 from pma_megatron.megatron.options import NAMES, USED_BY
+from pma_megatron.megatron_deepspeed.hooks import _options
 from pma_megatron.request import Method
 
 JOB = {
@@ -230,3 +232,28 @@ def test_recover_refuses(text: str, job: dict[str, Any], words: str) -> None:
 
 def test_recover_is_accepted() -> None:
     flags.validate(parse("--pma-recover --pma-recover-margin-iterations 0", save_interval=10))
+
+
+def test_every_flag_of_a_selection_reaches_a_deepspeed_engine() -> None:
+    """One that is parsed and then lost on the way would pass over checkpoints in silence."""
+    parser = flags.add_deepspeed_arguments(argparse.ArgumentParser())
+    args = parser.parse_args(
+        [
+            "--pma-init",
+            "--pma-last",
+            "3",
+            "--pma-interval-iterations",
+            "4",
+            "--pma-tolerance",
+            "0.1",
+            "--pma-end-iteration",
+            "9",
+            "--pma-exclude",
+            "5",
+            "7",
+            "--pma-allow-gaps",
+        ]
+    )
+    wanted = flags.settings(args).selection
+    assert wanted.allow_gaps and wanted.exclude == (5, 7)
+    assert Options(**_options(flags.settings(args))).request("/run", 8).selection == wanted

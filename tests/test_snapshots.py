@@ -21,7 +21,7 @@ from pma_megatron import Policy, SelectionRequest, list_checkpoints, merge, veri
 from pma_megatron.cli import main
 from pma_megatron.comm import Comm
 from pma_megatron.errors import PlanError, PublishError, UsageError
-from pma_megatron.formats.marker import read_snapshot_marker
+from pma_megatron.formats.marker import OWN_FILES, read_snapshot_marker
 from pma_megatron.formats.torch_dist.checkpoint import completeness
 from pma_megatron.formats.torch_dist.source import read_source
 from pma_megatron.geometry import Box, flat_range
@@ -186,7 +186,7 @@ def test_megatron_loads_a_snapshot_as_weights(trained: Run) -> None:
 def test_a_snapshot_holds_the_main_params(trained: Run, dtype: str) -> None:
     folder = folder_of(trained.roots[dtype] / SNAPSHOTS, 10)
     assert {p.name for p in folder.iterdir()} == {
-        ".metadata", "metadata.json", "common.pt", "pma.json", "__0_0.distcp", "__1_0.distcp",
+        ".metadata", "metadata.json", "common.pt", *OWN_FILES, "__0_0.distcp", "__1_0.distcp",
     }  # fmt: skip
     for key, saved in trained.main_params(dtype).items():
         got = read_by_torch(folder, [key])[key]

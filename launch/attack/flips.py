@@ -207,7 +207,7 @@ def digests(folder: Path) -> dict[str, str]:
     return {
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "pma.json"
+        if path.is_file() and not path.name.startswith("pma.json")
     }
 
 

@@ -47,8 +47,9 @@ _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 _OF_THE_SYSTEM = ("/proc/", "/sys/", "/dev/null")
 _OF_ITSELF = "/proc/self/clear_refs"
 """Written to measure its own peak of memory (`memory.py`)."""
-_BESIDE = ("pma_recovery.jsonl", "latest", "latest_universal", "latest_checkpointed_iteration.txt")
-"""Files of a root that are read too."""
+_HOWS = (*range(12), *range(3, 12))
+"""Below 3 what is bad is passed over and the rest merged, from 3 on the two newest are asked for by
+name; from 6 on all is done but the writing."""
 
 
 class Watch:
@@ -98,6 +99,9 @@ def attack(runs: Path, work: Path, count: int, seed: int) -> dict[str, Any]:
     target.mkdir()
     os.chdir(here)
     roots = sorted(path for path in runs.iterdir() if path.is_dir())
+    for root in roots:  # what is read too where it is there
+        (root / "pma_recovery.jsonl").touch()
+        (sorted(path for path in root.iterdir() if path.is_dir())[-1] / "pma.json").write_text("{}")
     for number in range(3 * len(roots)):  # whatever is imported late is imported now
         _outcome(roots[number % len(roots)], target / "merged", number)
     watch = Watch([*roots, target])
@@ -111,11 +115,11 @@ def attack(runs: Path, work: Path, count: int, seed: int) -> dict[str, Any]:
         with _changed_file(root, random) as name:
             started_s = time.perf_counter()
             watch.on = True
-            outcome = _outcome(root, target / "merged", random.randrange(6))
+            outcome = _outcome(root, target / "merged", random.choice(_HOWS))
             watch.on = False
             longest_s = max(longest_s, time.perf_counter() - started_s)
         outcomes[outcome.partition(":")[0]] += 1
-        if not outcome.startswith(("refused", "merged")):
+        if not outcome.startswith(("refused", "merged", "planned")):
             failures.append(f"seed {seed + number}, {name}: {outcome}")
     return {
         "count": count, "outcomes": dict(outcomes),
@@ -134,7 +138,9 @@ def _peak_kib() -> int:
 
 @contextlib.contextmanager
 def _changed_file(root: Path, random: Random) -> Iterator[str]:
-    files = [p for p in sorted(root.rglob("*")) if p.is_file() and p.stat().st_size < 1 << 22]
+    oldest = min(path for path in root.iterdir() if path.is_dir())  # needed by none of the merges
+    below = (path for path in sorted(root.rglob("*")) if oldest not in path.parents)
+    files = [path for path in below if path.is_file() and path.stat().st_size < 1 << 22]
     kinds = [p for p in files if p.suffix not in (".distcp", ".py")]
     metadata = [p for p in files if p.name in (".metadata", "common.pt")]
     path = random.choice(metadata if metadata and random.random() < 0.7 else kinds)
@@ -153,8 +159,8 @@ def _too_long(*_: Any) -> None:
 
 
 def _outcome(root: Path, target: Path, how: int) -> str:
-    """`merged`, `refused`, or what went wrong."""
-    from pma_megatron import MergeRequest, Policy, SelectionRequest, list_checkpoints, merge
+    """`merged`, `planned`, `refused`, or what went wrong."""
+    from pma_megatron import MergeRequest, Policy, SelectionRequest, list_checkpoints, merge, plan
     from pma_megatron.errors import PmaError
 
     signal.signal(signal.SIGALRM, _too_long)
@@ -164,14 +170,17 @@ def _outcome(root: Path, target: Path, how: int) -> str:
         if sum(ref.complete for ref in refs) < len(refs) - 1:
             return "traceback: a bad checkpoint hid a good one"
         state = ("latest", "reset", "average")[how % 3]
-        selection = SelectionRequest(last=2) if how < 3 else SelectionRequest(
-            paths=tuple(ref.path for ref in refs[-2:]))  # fmt: skip
+        bad = tuple(ref.iteration for ref in refs if not ref.complete and ref.iteration is not None)
+        selection = SelectionRequest(last=2, exclude=bad)
+        if how > 2:
+            selection = SelectionRequest(paths=tuple(ref.path for ref in refs[-2:]))
+        wanted = MergeRequest(load=str(root), save=str(target), selection=selection, threads=1,
+                              policy=Policy(optimizer_state=state))  # fmt: skip
         try:
-            merge(MergeRequest(load=str(root), save=str(target), selection=selection, threads=1,
-                               policy=Policy(optimizer_state=state)))  # fmt: skip
+            plan(wanted) if how > 5 else merge(wanted)
         except PmaError as error:
             return f"refused: {type(error).__name__}: {str(error)[:300]}"
-        return "merged"
+        return "planned" if how > 5 else "merged"
     except TimeoutError:
         return "too long: " + traceback.format_exc()[-1500:]
     except BaseException:
@@ -219,11 +228,11 @@ def _to_universal(rank: int, world_size: int, native: str, universal: str) -> No
 
 
 def make_runs(folder: Path) -> None:
-    """Three checkpoints each of Megatron in two layouts, DeepSpeed in two stages, Universal."""
+    """Three checkpoints each of Megatron in three layouts, DeepSpeed in two stages, Universal."""
     from pma_megatron.testing import TinyConfig, run_ranks
     from pma_megatron.testing.tiny_deepspeed import DeepSpeedConfig
 
-    layouts = ("dp_reshardable", "fully_reshardable")
+    layouts = ("dp_reshardable", "fully_reshardable", "dp_zero_gather_scatter")
     run_ranks(_train_megatron, 2, {
         str(folder / layout): TinyConfig(warmup_iters=2, optim_format=layout) for layout in layouts
     })  # fmt: skip

@@ -105,7 +105,7 @@ def unchecked_on_rank(rank: int, ranks: int, request: MergeRequest) -> Any:
         self.fill(record.file, record.start + start, into)
 
     BlockReader.pread = pread
-    BlockReader.compare_copied = lambda *_: None
+    BlockReader.read_item = lambda self, item, offset, into: self.fill(item.file, offset, into)
     return merge_on_rank(rank, ranks, request)
 
 

@@ -5,19 +5,18 @@ from __future__ import annotations
 from argparse import Namespace
 from contextlib import ExitStack
 from dataclasses import asdict
-from pathlib import Path
 
 from pma_megatron.cli import tables
 from pma_megatron.cli.progress import show
 from pma_megatron.cli.verbs import root_of, selection_of, show_result
 from pma_megatron.comm import Comm, process_group_from_environment
-from pma_megatron.discover import list_checkpoints, pointed
+from pma_megatron.discover import list_checkpoints
 from pma_megatron.errors import CheckpointError, UsageError
-from pma_megatron.inspection import inspect as inspect_checkpoint
+from pma_megatron.inspection import look
 from pma_megatron.job import merge as merge_checkpoints
 from pma_megatron.job import plan as plan_merge
-from pma_megatron.job import verify as verify_merge
 from pma_megatron.policy import Policy
+from pma_megatron.published import verify as verify_published
 from pma_megatron.report import describe_plan
 from pma_megatron.request import MergeRequest, Method
 from pma_megatron.stopping import having_published
@@ -50,19 +49,22 @@ def list_(arguments: Namespace) -> None:
 
 def inspect(arguments: Namespace) -> None:
     """`pma inspect`."""
-    found = inspect_checkpoint(arguments.path)
+    found = look(arguments.path)
     show_result(arguments, asdict(found), lambda: tables.inspected(found))
+    if found.problem is not None:
+        raise CheckpointError(found.problem)
 
 
 def verify(arguments: Namespace) -> None:
     """`pma verify`."""
-    path = pointed(Path(arguments.path))
-    if not path.is_dir():
-        raise CheckpointError(f"{path} is not a folder: give a merged iter_* folder")
     with process_group_from_environment(arguments.timeout_s):
-        checked = verify_merge(path, samples=arguments.samples)
-        if Comm().is_main:
-            show_result(arguments, asdict(checked), lambda: tables.verified(path, checked))
+        comm = Comm()
+        checked = verify_published(
+            arguments.path, samples=arguments.samples, deep=arguments.deep,
+            files_only=arguments.files_only, comm=comm,
+        )  # fmt: skip
+        if comm.is_main:
+            show_result(arguments, asdict(checked), lambda: tables.verified(checked))
 
 
 def _request(arguments: Namespace) -> MergeRequest:

@@ -43,12 +43,21 @@ def parser() -> argparse.ArgumentParser:
     )
     verb.add_argument("root", help="the folder that training saves to")
     verb = new_verb(verbs, "inspect", commands.inspect, "say what is in one checkpoint")
-    verb.add_argument("path", help="one iter_* folder")
+    verb.add_argument("path", help="one iter_* folder, or the --save folder above it")
     verb = new_verb(
-        verbs, "verify", commands.verify, "check a merged checkpoint against its sources"
-    )
+        verbs, "verify", commands.verify,
+        "check every byte of what was published, and a merge against its sources",
+    )  # fmt: skip
     verb.add_argument("path", help="one merged iter_* folder, or the --save folder above it")
     verb.add_argument("--samples", type=int, default=256, help="slices to recompute (default 256)")
+    verb.add_argument(
+        "--deep", action="store_true",
+        help="recompute every element in float64, with torchrun on several ranks",
+    )  # fmt: skip
+    verb.add_argument(
+        "--files-only", action="store_true",
+        help="check the files alone; the sources may be gone",
+    )  # fmt: skip
     add_timeout(verb)
     return top
 

@@ -20,6 +20,7 @@ from pma_megatron.discover import choose, list_checkpoints, pointers_of
 from pma_megatron.errors import UsageError
 from pma_megatron.forecast import Agreement, Annealed, Forecast, Series, forecast
 from pma_megatron.formats import registry
+from pma_megatron.megatron.score import scored_refs
 from pma_megatron.notices import announce
 from pma_megatron.refs import CheckpointRef
 from pma_megatron.scores import Scores, read_scores
@@ -196,7 +197,8 @@ def _add_ends(arguments: argparse.Namespace, starts: Collection[int], folders: C
             )
     reached = {_newest(folder).consumed_tokens for folder in folders} - {None}
     ends = {i for i, tokens in complete.items() if i is not None and tokens in reached}
-    asked = grid_of(arguments).end_iterations(refs)
+    grid = grid_of(arguments)
+    asked = grid.end_iterations(scored_refs(arguments.load, grid, aloud=False))
     arguments.ends = [str(i) for i in sorted({*asked, *starts, *ends})]
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from pma_megatron.formats import registry
+from pma_megatron.formats.marker import ONLINE_AVERAGE
 from pma_megatron.gaps import lines
 from pma_megatron.inspection import Inspection
 from pma_megatron.planning import MergePlan, read_rate
@@ -151,38 +153,53 @@ def _resume(report: MergeReport) -> str:
     )
 
 
-def verified(path: Path, check: Verification) -> None:
+def verified(check: Verification) -> None:
     """`pma verify`."""
-    new_console().print(
-        f"{path}: right. {check.entries} entries, {check.zips} checksums read back, "
-        f"{check.samples} slices ({check.elements} elements) recomputed in float64, largest error "
-        f"{check.worst:.2f} of the bound",
-        soft_wrap=True,
-    )
+    console = new_console()
+    said = []
+    if check.files:
+        said.append(f"{check.files} files ({_size(check.bytes)}) are what was written")
+    if check.records:
+        said.append(f"{check.records} checksums inside them are right")
+    if check.samples:
+        what = "all" if check.deep else f"{check.samples} slices,"
+        said.append(
+            f"{what} {check.elements:,} elements of {check.entries} entries recomputed in float64: "
+            f"largest error {check.worst:.2f} of the bound"
+        )
+    console.print(f"{check.path}: right. {'; '.join(said)}", soft_wrap=True)
+    for note in check.notes:
+        console.print(f"note: {note}", soft_wrap=True)
 
 
 def inspected(found: Inspection) -> None:
     """`pma inspect`."""
     console = new_console()
     ref = found.ref
-    console.print(
-        f"{ref.path}: {ref.format}, iteration {ref.iteration}, {_tokens(ref)} tokens, "
-        f"{found.topology}, optimizer layout {found.optimizer_layout}, {found.objects} objects",
-        soft_wrap=True,
-    )
+    said = [ref.format, f"iteration {ref.iteration}", f"{_tokens(ref)} tokens"]
+    if found.groups:
+        said += [found.topology, f"optimizer layout {found.optimizer_layout}"]
+        said.append(f"{found.objects} objects")
+    said.append(f"{found.files} files, {_size(found.bytes)}")
+    console.print(f"{ref.path}: {', '.join(said)}", soft_wrap=True)
     table = new_table("tensors", "what", "tensors", "elements", "bytes", "dtypes")
     for group in found.groups:
         table.add_row(group.name, str(group.tensors), f"{group.elements:,}", _size(group.nbytes),
                       ", ".join(group.dtypes))  # fmt: skip
-    console.print(table)
-    if found.provenance is not None:
-        made = found.provenance
-        console.print(
-            f"merged by pma_megatron {made['pma_megatron']} on {made['created']}: "
-            f"{made['output']['method']} over"
-        )
-        rows = zip(made["plan"]["sources"], made["output"]["coefficients"], strict=True)
-        table = new_table("sources", "iteration", "coefficient", "path")
-        for source, value in rows:
-            table.add_row(str(source["iteration"]), f"{value:.8g}", source["path"])
+    if found.groups:
         console.print(table)
+    if found.provenance is not None:
+        _origin(console, found.provenance)
+
+
+def _origin(console: Console, made: Mapping[str, Any]) -> None:
+    by, on = f"pma_megatron {made.get('pma_megatron')}", made.get("created")
+    if made.get("kind") == ONLINE_AVERAGE:
+        console.print(f"running average, saved by {by} on {on}: {made.get('method')}")
+        return
+    console.print(f"merged by {by} on {on}: {made['output']['method']} over")
+    rows = zip(made["plan"]["sources"], made["output"]["coefficients"], strict=True)
+    table = new_table("sources", "iteration", "coefficient", "path")
+    for source, value in rows:
+        table.add_row(str(source["iteration"]), f"{value:.8g}", source["path"])
+    console.print(table)

@@ -19,7 +19,6 @@ Every rank makes every call, in the same order.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -36,7 +35,7 @@ from pma_megatron.formats import registry
 from pma_megatron.formats.marker import MARKER_FILE
 from pma_megatron.live_load import ARGUMENTS
 from pma_megatron.online.average import RunningAverage
-from pma_megatron.online.origin import origin_of
+from pma_megatron.online.origin import mark, origin_of, record
 from pma_megatron.request import Method
 from pma_megatron.spelling import named, speaking
 
@@ -185,6 +184,7 @@ class OnlineAverage(RunningAverage):
         self._comm.on_main("origin", lambda: _mark(folder, origin))
         with self.averaged_state():
             yield folder, origin
+        self._comm.on_main("origin", lambda: record(folder, origin))
 
     def _position(self, consumed_tokens: int | None) -> int:
         if not self._by_tokens:
@@ -223,8 +223,7 @@ def _refuse_model_parallel(engine: Any) -> None:
 
 def _mark(folder: Path, origin: Mapping[str, Any]) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / MARKER_FILE).write_text(json.dumps(origin, indent=1) + "\n")
+        mark(folder, origin)
     except OSError as error:
         raise PublishError(f"{folder} cannot be written: {error.strerror}") from error
 

@@ -48,12 +48,6 @@ class Options:
     threads: int = 2
     check_sources: bool = False
 
-    @property
-    def names_newest(self) -> bool:
-        """True if they say which source is the newest."""
-        named = (self.end_iteration, self.iterations, self.paths)
-        return any(value is not None for value in named)
-
     def request(self, load: str, resumed: int | None) -> MergeRequest:
         """The sources below `load`, up to `resumed` unless the options name the newest.
 

@@ -8,14 +8,14 @@ ask `ItemFiles.locate` and read payload bytes.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pma_megatron.geometry import Piece
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
 
 MAIN_PARAM = "param"
@@ -120,6 +120,7 @@ class Schedule:
         warmup_samples: at which warmup ends.
         decay_start_samples: at which the rate begins to fall; None if it never does, or unknown.
         decay_style: Megatron's name of the schedule.
+        second_moment_decay: Adam's beta2, the smallest of all param groups.
     """
 
     learning_rate: float | None = None
@@ -127,3 +128,13 @@ class Schedule:
     warmup_samples: int | None = None
     decay_start_samples: int | None = None
     decay_style: str | None = None
+    second_moment_decay: float | None = None
+
+
+def least_decay(groups: Iterable[Any]) -> float | None:
+    """The smallest beta2 of Adam's param groups, None where they say none."""
+    betas = (group.get("betas") for group in groups if isinstance(group, dict))
+    pairs = (b for b in betas if isinstance(b, (tuple, list)) and len(b) == 2)
+    return min(
+        (float(b) for _, b in pairs if isinstance(b, (int, float)) and 0 < b < 1), default=None
+    )

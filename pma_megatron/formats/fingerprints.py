@@ -58,6 +58,7 @@ class Fingerprints:
         # Shorter weights have shorter fingerprints: one table per (dtype, length).
         self._tables: dict[tuple[torch.dtype, int], dict[bytes, list[int]]] = {}
         self._constant: set[int] = set()
+        self._tells: dict[int, bool] = {}
         for number, piece in enumerate(pieces):
             count = min(FINGERPRINT_ELEMENTS, piece.box.numel)
             data = read_elements(files, piece, 0, count)
@@ -70,10 +71,12 @@ class Fingerprints:
         """False if a weight seems to be all one value, as one in other places may be too."""
         if number not in self._constant:
             return True
-        numel = self._numel(number)
-        count = min(FINGERPRINT_ELEMENTS, numel)
-        data = read_elements(self._files, self._pieces[number], numel - count, count)
-        return bool((data != data[0]).any())
+        if number not in self._tells:
+            numel = self._numel(number)
+            count = min(FINGERPRINT_ELEMENTS, numel)
+            data = read_elements(self._files, self._pieces[number], numel - count, count)
+            self._tells[number] = bool((data != data[0]).any())
+        return self._tells[number]
 
     def starting(self, window: torch.Tensor) -> list[int]:
         """Numbers of the weights whose first elements are those of `window`, rounded."""

@@ -6,6 +6,7 @@ import math
 import os
 import threading
 from collections.abc import Set
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,21 +33,23 @@ class ItemFiles:
         self._found: dict[Payload, tuple[StoredRecord, int]] = {}
         self._lock = threading.Lock()
 
-    def records(self, item: Item) -> dict[str, Record]:
-        """Index of the zip at `item`, read once."""
+    def records(self, item: Item, content: memoryview | None = None) -> dict[str, Record]:
+        """Index of the zip at `item`, read once; `content` is all of it, where that is at hand."""
         found = self._indexes.get(item)
         if found is None:
             what = f"{self.path / item.file} at {item.offset}"
-            found = read_records(self._reader(item), item.length, what=what)
+            read_at = self._reader(item) if content is None else partial(_cut, content)
+            found = read_records(read_at, item.length, what=what)
             with self._lock:
                 self._indexes[item] = found
         return found
 
-    def stored(self, item: Item) -> tuple[StoredRecord, ...]:
-        """The records of the zip at `item` by their place in its file, in that order."""
+    def stored(self, item: Item, content: memoryview | None = None) -> tuple[StoredRecord, ...]:
+        """The records of the zip at `item` by place in its file, in that order; see `records`."""
         found = self._stored.get(item)
         if found is None:
-            records = sorted(self.records(item).values(), key=lambda record: record.start)
+            indexed = self.records(item, content).values()
+            records = sorted(indexed, key=lambda record: record.start)
             found = tuple(_placed(item, record) for record in records)
             with self._lock:
                 found = self._stored.setdefault(item, found)
@@ -205,6 +208,10 @@ def size_of(path: Path) -> int:
         raise CheckpointError(
             f"{path} could not be read ({error.strerror}): exclude this checkpoint, or restore it"
         ) from error
+
+
+def _cut(content: memoryview, offset: int, nbytes: int) -> bytes:
+    return bytes(content[offset : offset + nbytes])
 
 
 def _placed(item: Item, record: Record) -> StoredRecord:

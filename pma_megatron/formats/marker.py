@@ -6,10 +6,10 @@ stored in one dtype. Only the mark tells the two apart.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.inert import brief
@@ -18,9 +18,13 @@ from pma_megatron.formats.schema import is_count, wrong
 from pma_megatron.version import __version__
 
 MARKER_FILE = "pma.json"
+SEAL_FILE = f"{MARKER_FILE}.sha256"
+OWN_FILES = frozenset({MARKER_FILE, SEAL_FILE})
+"""They describe the other files, so what is made of a checkpoint gets its own."""
 SNAPSHOTS = "pma_snapshots"
 """Folder below a run's --save that holds its thin snapshots, `iter_*` each."""
 SNAPSHOT = "snapshot"
+ONLINE_AVERAGE = "online_average"
 SNAPSHOT_VERSION = 1
 MAIN_PARAMS = "main_params"
 
@@ -39,16 +43,15 @@ class SnapshotMarker:
     dtype: str
     holds: str = MAIN_PARAMS
 
-    def to_bytes(self) -> bytes:
-        """Content of `pma.json`."""
-        value = {
+    def to_json(self) -> dict[str, Any]:
+        """What `pma.json` says beside the checksums of files."""
+        return {
             "kind": SNAPSHOT,
             "snapshot_version": SNAPSHOT_VERSION,
             "pma_megatron": __version__,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             **asdict(self),
         }
-        return (json.dumps(value, indent=1) + "\n").encode()
 
 
 def read_snapshot_marker(folder: Path) -> SnapshotMarker | None:

@@ -11,17 +11,19 @@ from typing import Any, Protocol, TypeVar, cast
 import torch
 
 from pma_megatron.errors import CheckpointError
-from pma_megatron.formats.base import Incomplete, Payload, Schedule
+from pma_megatron.formats.base import Incomplete, Item, Payload, Schedule
 from pma_megatron.formats.deepspeed import checkpoint as deepspeed
 from pma_megatron.formats.deepspeed import completeness as deepspeed_completeness
 from pma_megatron.formats.deepspeed import output as deepspeed_output
 from pma_megatron.formats.deepspeed import source as deepspeed_source
 from pma_megatron.formats.deepspeed import universal, universal_output, universal_source
+from pma_megatron.formats.deepspeed.checkpoint import DeepSpeedCheckpoint
+from pma_megatron.formats.deepspeed.universal import UniversalCheckpoint
 from pma_megatron.formats.items import ItemFiles
 from pma_megatron.formats.json_files import read_json
 from pma_megatron.formats.names import plain_name
 from pma_megatron.formats.output import OutputLayout
-from pma_megatron.formats.source import ReadSource
+from pma_megatron.formats.source import ReadSource, Source
 from pma_megatron.formats.torch_dist.checkpoint import (
     TorchDistCheckpoint,
     completeness,
@@ -29,6 +31,7 @@ from pma_megatron.formats.torch_dist.checkpoint import (
 )
 from pma_megatron.formats.torch_dist.optimizer import is_optimizer_key
 from pma_megatron.formats.torch_dist.output import Changes, output_layout
+from pma_megatron.formats.torch_dist.recomputed import recompute
 from pma_megatron.formats.torch_dist.schedule import read_schedule
 from pma_megatron.formats.torch_dist.source import read_source
 from pma_megatron.spelling import given, has
@@ -91,6 +94,7 @@ class Format:
         schedule: where it stood in its learning-rate schedule.
         tracker: how a root of its checkpoints says which one to resume from.
         folder_name: (path of the newest source, iteration) -> what a merge up to it is called.
+        items: every zip in a folder's files, with the key of what it holds, for messages.
         iteration: iteration of a folder, whole or not, where names do not say it; else None.
         other_layouts: how the checkpoint `{tag}` becomes one that merges with those that were saved
             under other parallel sizes, where it does not as it is; empty where all do.
@@ -109,6 +113,7 @@ class Format:
     schedule: Callable[[Path], Schedule]
     tracker: Tracker
     folder_name: Callable[[str, int | None], str]
+    items: Callable[[Path], dict[Item, str]]
     iteration: Callable[[Path], int | None] | None = None
     other_layouts: str = ""
     named_layouts: str = ""
@@ -180,6 +185,7 @@ FORMATS = (
             "latest_checkpointed_iteration.txt", _iter_folder, _iter_content, "--load {root}"
         ),
         lambda path, iteration: "release" if iteration is None else f"iter_{iteration:07d}",
+        lambda path: TorchDistCheckpoint(path).items(),
         written_after=written_after,
         named_layouts="save with --dist-ckpt-optim-fully-reshardable", weights_alone=True,
     ),
@@ -191,7 +197,8 @@ FORMATS = (
         Tracker(
             "latest", _tag_folder, str, 'engine.load_checkpoint("{root}")'
         ),
-        lambda path, iteration: Path(path).name, deepspeed.iteration_of,
+        lambda path, iteration: Path(path).name, lambda path: DeepSpeedCheckpoint(path).items(),
+        deepspeed.iteration_of,
         "convert each into a root of its own and merge there: python -m "
         "deepspeed.checkpoint.ds_to_universal --inject_missing_state --input_folder {tag} "
         "--output_folder NEW_ROOT/TAG; Universal checkpoints merge at any size",
@@ -205,9 +212,20 @@ FORMATS = (
             "latest_universal", _tag_folder, str,
             'engine.load_checkpoint("{root}") with {{"checkpoint": {{"load_universal": true}}}}',
         ),
-        lambda path, iteration: Path(path).name, deepspeed.iteration_of,
+        lambda path, iteration: Path(path).name, lambda path: UniversalCheckpoint(path).items(),
+        deepspeed.iteration_of,
     ),
 )  # fmt: skip
+
+
+def unchecked_order(source: Source) -> tuple[str, ...]:
+    """Where a source's map of flat buffers is not what names and shapes alone say, or more than
+    they say; a clause each. Empty without such a map, or if they say the same.
+    """
+    if source.format != TORCH_DIST or not source.ranges:
+        return ()
+    said = recompute(source.ranges)
+    return (*said.against, *said.open)
 
 
 def detect(path: Path) -> str:

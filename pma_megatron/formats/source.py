@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -31,6 +31,9 @@ class Source:
         experts: (experts used per token, experts) of an MoE model, if its arguments say so.
         stamps: file -> (bytes, mtime in ns): a source that changes while it is read is noticed.
         snapshot: True for a thin snapshot, whose weights are main params (`formats.marker`).
+        quantized: True if weights are kept in 8 or 4 bits: they are not rounded main params then.
+        unnamed: optimizer buffers by stored key, where main params were not wanted; they tell
+            sources apart, and then they are let go.
     """
 
     path: str
@@ -44,6 +47,8 @@ class Source:
     experts: tuple[int, int] | None = None
     stamps: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     snapshot: bool = False
+    quantized: bool = False
+    unnamed: Mapping[str, Tensor] = field(default_factory=dict)
 
     def tensor(self, state: str, key: str) -> Tensor | None:
         """The tensor that holds `state` (`weight`, `param` or a moment) of model tensor `key`.
@@ -94,5 +99,18 @@ def stamps_of(folder: Path) -> dict[str, tuple[int, int]]:
     return stamps
 
 
-ReadSource = Callable[[str, Mapping[tuple[str, str], Any], bool], Source]
-"""(path, ranges of the newest source, whether main parameters are wanted) -> Source."""
+class ReadSource(Protocol):
+    """Open a source.
+
+    `ranges` are those of the newest source, `main_params` says whether main parameters are wanted,
+    `peers` are other checkpoints of the run that can be read here: where one alone does not say
+    which main parameters are whose, they may.
+    """
+
+    def __call__(
+        self,
+        path: str,
+        ranges: Mapping[tuple[str, str], Any],
+        main_params: bool,
+        peers: Sequence[str] = (),
+    ) -> Source: ...

@@ -5,8 +5,10 @@ One job, one `Session`: it is made when model and optimizer are ready.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from pma_megatron.poison import refuse_poisoned
 from pma_megatron.say import say
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_AT_EXIT_S = 60.0  # a job that ends must end
 _session: Session | None = None
 
 
@@ -100,6 +103,8 @@ class Session:
         self.running: Evaluation | Scoring | None = None
         self.models, self._scored = models, False
         self._noted: list[tuple[Path, Average]] = []
+        self._recording: list[threading.Thread] = []
+        atexit.register(self._recorded, _AT_EXIT_S)
         self._comm, metadata = Comm(), _metadata(args)
         counts = settings.save or settings.snapshots
         tokens = tokens_now(args) if counts else 0
@@ -148,6 +153,7 @@ class Session:
 
     def saving(self) -> None:
         """Have no thread of ours at work while Megatron forks: a child would inherit its locks."""
+        self._recorded()
         if self.watch is not None:
             self.watch.saving(_args())
         if self.online is not None:
@@ -221,7 +227,15 @@ class Session:
 
     def _note_origins(self) -> None:
         if self._noted and self._comm.is_main:
-            self._noted = [(f, a) for f, a in self._noted if not note_origin(f, a)]
+            started = [(each, note_origin(*each)) for each in self._noted]
+            self._noted = [each for each, thread in started if thread is None]
+            self._recording += [thread for _, thread in started if thread is not None]
+
+    def _recorded(self, timeout_s: float | None = None) -> None:
+        """Wait for the threads that add checksums to saved averages."""
+        for thread in self._recording:
+            thread.join(timeout_s)
+        self._recording = []
 
 
 def _args() -> Any:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from pma_megatron.formats.marker import MARKER_FILE
 from pma_megatron.formats.torch_dist.checkpoint import CONFIG_FILE
 from pma_megatron.megatron.online import OnlineAverage
 from pma_megatron.megatron.trees import changed_arguments, global_vars
-from pma_megatron.online.origin import origin_of
+from pma_megatron.online.origin import mark, origin_of, record
 from pma_megatron.online.window import Average
 
 _log = logging.getLogger(__name__)
@@ -49,12 +49,20 @@ def save_average(online: OnlineAverage, average: Average, fn: Callable[..., Any]
     return Path(save_dir) / f"iter_{arguments['iteration']:07d}"
 
 
-def note_origin(folder: Path, average: Average) -> bool:
-    """Say in a finished checkpoint what it is an average of; False if it is not finished yet."""
+def note_origin(folder: Path, average: Average) -> threading.Thread | None:
+    """Say in a finished checkpoint what it is an average of; None if it is not finished yet.
+
+    Returns:
+        the thread that adds the checksums of its files, which takes some reads per file.
+    """
     if not (folder / CONFIG_FILE).is_file():
-        return False
+        return None
+    origin = origin_of(average)
     try:
-        (folder / MARKER_FILE).write_text(json.dumps(origin_of(average), indent=1) + "\n")
+        mark(folder, origin)
     except OSError as error:
         _log.warning("%s has no %s: %s", folder, MARKER_FILE, error)
-    return True
+    # A daemon: a trainer that exits early must not hang here.
+    thread = threading.Thread(target=record, args=(folder, origin), name="pma-sums", daemon=True)
+    thread.start()
+    return thread

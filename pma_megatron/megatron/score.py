@@ -89,13 +89,13 @@ def score_merges(models: Sequence[Any], load: str, grid: Grid, score: Callable[[
     """
     comm = comm or Comm()
     request = comm.agree("request", lambda: MergeRequest(load=load, threads=threads))
-    refs = comm.on_main("discover", lambda: _refs(load, grid))
+    refs = comm.on_main("discover", lambda: scored_refs(load, grid))
     points, skipped = comm.agree("grid", lambda: grid.points(refs))
     left = _passed_over(points)
     for line in (str(each) for each in left if comm.is_main):
         _log.warning(line)
     single = Grid(lasts=(1,))
-    ends = [comm.on_main("discover", lambda r=root: single.points(_refs(r, single))[0][0])  # type: ignore[misc]
+    ends = [comm.on_main("discover", lambda r=root: single.points(scored_refs(r, single))[0][0])  # type: ignore[misc]
             for root in others]  # fmt: skip
     tensors = comm.agree("model", lambda: live_tensors(models, None, metadata))
     run = _open(request, points, comm)
@@ -136,8 +136,10 @@ def _members(points: Sequence[Point]) -> list[CheckpointRef]:
     return sorted(found.values(), key=lambda ref: ref.iteration or 0)
 
 
-def _refs(root: str, grid: Grid) -> list[CheckpointRef]:
+def scored_refs(root: str, grid: Grid, *, aloud: bool = True) -> list[CheckpointRef]:
     """The checkpoints of a run, up to where an average ends by default, unless ends are named.
+
+    What is newer is said on the log if `aloud`.
 
     Raises:
         SelectionError: the folder is of no use.
@@ -145,7 +147,8 @@ def _refs(root: str, grid: Grid) -> list[CheckpointRef]:
     refs = list_checkpoints(root)
     newest = SelectionRequest(last=1, exclude=grid.exclude, allow_gaps=grid.allow_gaps)
     selection = choose(refs, newest, root, pointers_of(root))
-    announce(selection)
+    if aloud:
+        announce(selection)
     if not isinstance(grid.ends, str):
         return refs
     newer = {each.path for each in selection.passed_over}

@@ -19,6 +19,7 @@ from pma_megatron.megatron.options import Settings, tokens_now
 from pma_megatron.megatron.trees import changed_arguments, global_vars
 from pma_megatron.online.store import FOLDER
 from pma_megatron.say import say
+from pma_megatron.selection import SelectionRequest
 
 _UNSUPPORTED = (
     ("universal_checkpoint", "Universal checkpoints are not averaged in a live engine; use "
@@ -153,8 +154,7 @@ class Session:
 
 def _options(settings: Settings) -> dict[str, Any]:
     chosen, method = settings.selection, settings.method
-    names = ("last", "interval_tokens", "interval_iterations", "tolerance", "end_iteration",
-             "exclude", "iterations")  # fmt: skip
+    names = (name for name in SelectionRequest.__slots__ if name != "paths")  # no flag has those
     return {
         **{name: getattr(chosen, name) for name in names},
         "method": method.name,

@@ -1,13 +1,24 @@
-"""Where a saved running average comes from, for `pma.json` in its folder."""
+"""Where a saved running average comes from, and what its files hold: `pma.json` in its folder."""
 
 from __future__ import annotations
 
+import json
+import logging
+from collections.abc import Mapping
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 from pma_megatron.coefficients import implied_decay_weights
+from pma_megatron.durable import write_small
+from pma_megatron.errors import CheckpointError
+from pma_megatron.formats.marker import MARKER_FILE, ONLINE_AVERAGE, SEAL_FILE
+from pma_megatron.intact import record_sums
+from pma_megatron.manifest import replace_marker
 from pma_megatron.online.window import Average
 from pma_megatron.version import __version__
+
+_log = logging.getLogger(__name__)
 
 
 def origin_of(average: Average, *, by_tokens: bool = True) -> dict[str, Any]:
@@ -20,7 +31,7 @@ def origin_of(average: Average, *, by_tokens: bool = True) -> dict[str, Any]:
     made = average.coefficients
     values = None if made is None else list(made.values)
     return {
-        "kind": "online_average",
+        "kind": ONLINE_AVERAGE,
         "pma_megatron": __version__,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "method": average.describe() if made is None else made.describe(),
@@ -35,3 +46,24 @@ def origin_of(average: Average, *, by_tokens: bool = True) -> dict[str, Any]:
             for e in average.entries
         ],
     }
+
+
+def mark(folder: Path, origin: Mapping[str, Any]) -> None:
+    """Say in `folder` that it is an average, before or after the trainer fills it.
+
+    Raises:
+        OSError: the storage fails.
+    """
+    (folder / SEAL_FILE).unlink(missing_ok=True)  # of an earlier save of the same name
+    write_small(folder / MARKER_FILE, (json.dumps(origin, indent=1) + "\n").encode())
+
+
+def record(folder: Path, origin: Mapping[str, Any]) -> None:
+    """Add the checksums of all files, once the trainer has written them, for `pma verify`.
+
+    What goes wrong is logged: the checkpoint is good without.
+    """
+    try:
+        replace_marker(folder, origin, record_sums(folder))
+    except (CheckpointError, OSError) as error:
+        _log.warning("%s gets no checksums of its files: %s", folder, error)

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from isal import isal_zlib
@@ -34,6 +35,7 @@ from pma_megatron.formats.marker import read_snapshot_marker
 from pma_megatron.formats.torch_dist.checkpoint import CONFIG_FILE
 from pma_megatron.formats.torch_dist.chunks import CONFIG, PlacedChunk
 from pma_megatron.formats.torch_dist.metadata import METADATA_FILE
+from pma_megatron.manifest import FileSum, Part, sum_of, sum_of_parts, write_marker
 
 STAGING = ".pma-snapshot-"
 REMOVED = ".pma-removed-"
@@ -59,6 +61,7 @@ class SnapshotJob:
         data: the values, by number.
         objects: torch-saved opaque entries of this rank, by key.
         small: files beside the shards, by name (rank 0).
+        marker: what `pma.json` says beside the checksums of all files (rank 0).
         metadata: makes `.metadata`, given where the objects of all ranks lie (rank 0).
     """
 
@@ -70,6 +73,7 @@ class SnapshotJob:
     data: Data
     objects: Mapping[str, bytes]
     small: Mapping[str, bytes]
+    marker: Mapping[str, Any]
     metadata: Callable[[Mapping[str, Item]], bytes]
     cancelled: threading.Event = field(default_factory=threading.Event)
     error: Exception | None = None
@@ -109,7 +113,7 @@ class SnapshotJob:
         try:
             self._write_file()
             if self.rank == 0:
-                self._publish(self._collect())
+                self._publish(*self._collect())
         except _Elsewhere as error:
             self.error = PublishError(str(error))
         except Exception as error:
@@ -136,25 +140,27 @@ class SnapshotJob:
     def _write_file(self) -> None:
         self._file.parent.mkdir(parents=True, exist_ok=True)
         buffer = torch.empty(0)
-        objects, at = {}, 0
+        objects, at, parts = {}, 0, list[Part]()
         with self._file.open("wb", buffering=0) as stream:
             for number, placed in self.chunks:
                 data = self.data(number) if callable(self.data) else self.data[number]
                 if placed.dtype != torch.float32 and buffer.dtype != placed.dtype:
                     buffer = torch.empty(_BLOCK_ELEMENTS, dtype=placed.dtype)
-                self._write_chunk(stream.fileno(), placed, data, buffer)
+                parts += self._write_chunk(stream.fileno(), placed, data, buffer)
                 at = placed.item.offset + placed.item.length
                 point("snapshot", self.rank)
             for key, content in self.objects.items():
                 _pwrite(stream.fileno(), memoryview(content), at)
                 objects[key] = (at, len(content))
+                parts.append((at, len(content), isal_zlib.crc32(content)))
                 at += len(content)
             os.fsync(stream.fileno())
         self._refuse_cancelled()
-        self._note(f"{_DONE}{self.rank}", json.dumps({"bytes": at, "objects": objects}))
+        said = {"sum": sum_of_parts(parts, at).to_json(), "objects": objects}
+        self._note(f"{_DONE}{self.rank}", json.dumps(said))
 
     def _write_chunk(self, descriptor: int, placed: PlacedChunk, data: torch.Tensor,
-                     buffer: torch.Tensor) -> None:  # fmt: skip
+                     buffer: torch.Tensor) -> list[Part]:  # fmt: skip
         key, numel = placed.chunk.key, placed.chunk.box.numel
         good = data.device.type == "cpu" and data.dtype == torch.float32 and data.dim() == 1
         if not good or not data.is_contiguous() or data.numel() != numel:
@@ -171,8 +177,12 @@ class SnapshotJob:
             crc = isal_zlib.crc32(content, crc)
             _pwrite(descriptor, content, at)
             at += len(content)
+        parts = [(placed.start, at - placed.start, crc)]
         for offset, structure in placed.skeleton.structure({"data/0": crc}):
             _pwrite(descriptor, memoryview(structure), placed.item.offset + offset)
+            where = placed.item.offset + offset
+            parts.append((where, len(structure), isal_zlib.crc32(structure)))
+        return parts
 
     def _refuse_cancelled(self) -> None:
         # Whoever waits has given up and may change the data: what is written now is not to be used.
@@ -225,8 +235,8 @@ class SnapshotJob:
 
     # Rank 0.
 
-    def _collect(self) -> dict[str, Item]:
-        """Wait for every rank's file; returns where the objects of all of them lie."""
+    def _collect(self) -> tuple[dict[str, Item], dict[str, FileSum]]:
+        """Wait for every rank's file; returns where the objects of all lie, and the files' sums."""
         pause_s = _FIRST_PAUSE_S
         while self._missing():
             self._refuse_failed()
@@ -234,23 +244,27 @@ class SnapshotJob:
                 raise self._late()
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
         objects: dict[str, Item] = {}
+        sums: dict[str, FileSum] = {}
         for rank in range(self.size):
             said = json.loads((self.staging / f"{_DONE}{rank}").read_text())
             name = f"__{rank}_0.distcp"
-            found = (self.staging / _FILES / name).stat().st_size
-            if found != said["bytes"]:
-                raise PublishError(f"{name} has {found} bytes, rank {rank} wrote {said['bytes']}")
+            sums[name] = FileSum(**said["sum"])
+            found, written = (self.staging / _FILES / name).stat().st_size, sums[name].bytes
+            if found != written:
+                raise PublishError(f"{name} has {found} bytes, rank {rank} wrote {written}")
             for key, (offset, length) in said["objects"].items():
                 if key in objects:
                     raise PublishError(f"{key} was given by two ranks, {objects[key].file}, {name}")
                 objects[key] = Item(name, offset, length)
-        return objects
+        return objects, sums
 
-    def _publish(self, objects: Mapping[str, Item]) -> None:
+    def _publish(self, objects: Mapping[str, Item], shards: Mapping[str, FileSum]) -> None:
         files = self.staging / _FILES
-        write_small(files / METADATA_FILE, self.metadata(objects))
-        for name, content in self.small.items():
+        small = {METADATA_FILE: self.metadata(objects), **self.small}
+        for name, content in small.items():
             write_small(files / name, content)
+        sums = {name: sum_of(content) for name, content in {**small, CONFIG_FILE: CONFIG}.items()}
+        write_marker(files, self.marker, {**shards, **sums})
         point("snapshot-marker", 0)
         write_small(files / CONFIG_FILE, CONFIG)
         sync(files)

@@ -23,7 +23,6 @@ from pma_megatron.discover import TRACKER_FILE, iteration_of
 from pma_megatron.errors import CheckpointError, PublishError, UsageError
 from pma_megatron.formats.base import Item
 from pma_megatron.formats.marker import (
-    MARKER_FILE,
     SNAPSHOTS,
     SnapshotMarker,
     read_snapshot_marker,
@@ -121,6 +120,7 @@ class SnapshotWriter:
             return
         if self._comm.is_main:
             self._remove_given_up()
+        small, marker = self._small_files(iteration, args) if self._comm.is_main else ({}, {})
         self._job = SnapshotJob(
             rank=self._comm.rank,
             size=self._comm.size,
@@ -130,7 +130,8 @@ class SnapshotWriter:
             chunks=self._chunks,
             data=data,
             objects={key: _saved([value]) for key, value in objects.items()},
-            small=self._small_files(iteration, args) if self._comm.is_main else {},
+            small=small,
+            marker=marker,
             metadata=self._metadata_of,
         )
         self._job.start()
@@ -172,12 +173,12 @@ class SnapshotWriter:
             if int(folder.name.rpartition("-")[2]) < self._count:
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def _small_files(self, iteration: int, args: Any) -> dict[str, bytes]:
+    def _small_files(self, iteration: int, args: Any) -> tuple[dict[str, bytes], dict[str, Any]]:
         further = {} if self._common is None else self._common(iteration)
         common = {"args": args, "checkpoint_version": 3.0, "iteration": iteration, **further}
         dtype = str(self._dtype).removeprefix("torch.")
         marker = SnapshotMarker(iteration=iteration, dtype=dtype)
-        return {COMMON_FILE: _saved(common), MARKER_FILE: marker.to_bytes()}
+        return {COMMON_FILE: _saved(common)}, marker.to_json()
 
     def _metadata_of(self, objects: Mapping[str, Item]) -> bytes:
         # Only the objects' places can change; for a large model pickling the rest takes seconds.

@@ -82,6 +82,10 @@ class DeepSpeedCheckpoint(ItemFiles):
         self._items[file] = Item(file, 0, length)
         return self._items[file]
 
+    def items(self) -> dict[Item, str]:
+        """Every file as an item, which has no other name."""
+        return {self.item(file): "" for file in self.files}
+
     def content(self, file: str) -> Any:
         """What a file's pickle says, tensors as `TensorRef`.
 

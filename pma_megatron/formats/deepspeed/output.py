@@ -14,7 +14,7 @@ from pma_megatron.errors import UsageError
 from pma_megatron.formats.base import Item, Payload
 from pma_megatron.formats.deepspeed.checkpoint import DeepSpeedCheckpoint
 from pma_megatron.formats.deepspeed.partitions import base_state
-from pma_megatron.formats.marker import MARKER_FILE
+from pma_megatron.formats.marker import OWN_FILES
 from pma_megatron.formats.names import plain_name
 from pma_megatron.formats.output import OutputItem, OutputLayout, Place
 from pma_megatron.formats.relay import relay, reset_steps
@@ -106,6 +106,6 @@ def _small_files(checkpoint: DeepSpeedCheckpoint) -> OrderedDict[str, bytes]:
         (plain_name(path.name, str(checkpoint.path)), checkpoint.read_small(path.name))
         for path in sorted(checkpoint.path.iterdir())
         if path.is_file()
-        and path.name not in (*checkpoint.files, MARKER_FILE)
+        and path.name not in (*checkpoint.files, *OWN_FILES)
         and not leads_out(path, checkpoint.path)
     )

@@ -165,6 +165,7 @@ def _by_group(checkpoint: DeepSpeedCheckpoint, groups: Sequence[Group],
     for group in groups:
         number = group.number
         space = _join(
+            checkpoint,
             f"model-parallel rank {group.mp}",
             f"group {number} of rank {group.ranks[0]}",
             [by_rank[rank][number] for rank in group.ranks],
@@ -188,7 +189,7 @@ def _by_parameter(checkpoint: DeepSpeedCheckpoint, groups: Sequence[Group],
                   ) -> tuple[list[FlatSpace], FlatMap]:  # fmt: skip
     spaces, ranges = [], {}
     for rank, partitions in enumerate(by_rank):
-        space = _join(f"model-parallel rank {groups[0].mp}", f"rank {rank}", partitions)
+        space = _join(checkpoint, f"model-parallel rank {groups[0].mp}", f"rank {rank}", partitions)
         found, at = [], 0
         for name, shape in (pair for group in groups for pair in group.shapes.items()):
             numel = math.prod(shape)
@@ -207,8 +208,12 @@ def _whole(shape: tuple[int, ...]) -> Box:
     return Box((0,) * len(shape), shape)
 
 
-def _join(group: str, name: str, partitions: Sequence[_Partition]) -> FlatSpace:
-    """Partitions that follow each other as one flat space; moments are as long as main params."""
+def _join(checkpoint: DeepSpeedCheckpoint, group: str, name: str,
+          partitions: Sequence[_Partition]) -> FlatSpace:  # fmt: skip
+    """Partitions that follow each other as one flat space; moments are as long as main params.
+
+    What is shorter everywhere is no moment (a step counter).
+    """
     pieces: dict[str, list[Piece[Payload]]] = {}
     at = 0
     for partition in partitions:
@@ -219,7 +224,16 @@ def _join(group: str, name: str, partitions: Sequence[_Partition]) -> FlatSpace:
                     Piece(Box((at,), (numel,)), payload, ref.offset)
                 )
         at += numel
-    states = {state: tuple(found) for state, found in pieces.items()}
+    states: dict[str, tuple[Piece[Payload], ...]] = {}
+    for state, found in pieces.items():
+        there = sum(piece.box.numel for piece in found)
+        if there == at:
+            states[state] = tuple(found)
+        elif any(piece.box.numel > 1 for piece in found):
+            raise CheckpointError(
+                f"{checkpoint.path}: {group} {name} holds {state} for {there} of {at} main params: "
+                "damaged. Exclude this checkpoint"
+            )
     return FlatSpace(group, name, numel=at, exact=True, states=states)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from pma_megatron.errors import CheckpointError
-from pma_megatron.formats.base import ModelSpace, Payload, Schedule, Tensor
+from pma_megatron.formats.base import ModelSpace, Payload, Schedule, Tensor, least_decay
 from pma_megatron.formats.deepspeed.checkpoint import TIED, DeepSpeedCheckpoint
 from pma_megatron.formats.deepspeed.completeness import completeness
 from pma_megatron.formats.deepspeed.layers import layer_names
@@ -21,6 +21,7 @@ from pma_megatron.formats.deepspeed.partitions import (
     kind,
     payload_of,
 )
+from pma_megatron.formats.deepspeed.saves import refuse_mixed_saves
 from pma_megatron.formats.deepspeed.steps import refuse_mixed_steps
 from pma_megatron.formats.deepspeed.unsharded import name_main_params, trained_shapes
 from pma_megatron.formats.flat import FlatMap, FlatSpace, states_from_flat
@@ -30,13 +31,14 @@ from pma_megatron.formats.source import Source, stamps_of
 from pma_megatron.geometry import Box, Piece
 
 
-def read_source(path: str, ranges: FlatMap, main_params: bool) -> Source:
+def read_source(path: str, ranges: FlatMap, main_params: bool, peers: Sequence[str] = ()) -> Source:
     """Open the tag at `path` and express it in model space.
 
     Args:
         path: the tag's folder.
         ranges: not needed: every tag says itself where its parameters lie.
         main_params: not needed: they are found without reading payloads.
+        peers: not needed.
 
     Raises:
         CheckpointError: incomplete, damaged, or of a kind that is not supported.
@@ -47,6 +49,7 @@ def read_source(path: str, ranges: FlatMap, main_params: bool) -> Source:
         raise CheckpointError(f"{path} cannot be a source: {reason}. Exclude it, or restore it.")
     checkpoint = DeepSpeedCheckpoint(folder)
     refuse_mixed_steps(checkpoint, checkpoint.optimizers())
+    refuse_mixed_saves(checkpoint)
     if not checkpoint.is_whole:
         weights = weights_of(checkpoint, shapes_of(checkpoint))
         spaces, found = flat_spaces(checkpoint)
@@ -227,13 +230,18 @@ def _stored(checkpoint: DeepSpeedCheckpoint, file: str, module: Mapping[str, Any
 
 
 def read_common(path: Path) -> dict[str, Any]:
-    """Iteration and training arguments.
+    """Iteration, samples and training arguments.
 
     Raises:
         CheckpointError: the tag is damaged.
     """
     checkpoint = DeepSpeedCheckpoint(path)
-    return {"iteration": int(checkpoint.head["global_steps"]), "args": dict(checkpoint.args())}
+    head = checkpoint.head
+    return {
+        "iteration": int(head["global_steps"]),
+        "samples": head.get("global_samples"),
+        "args": dict(checkpoint.args()),
+    }
 
 
 def read_schedule(path: Path) -> Schedule:
@@ -253,5 +261,6 @@ def schedule_of(groups: Any, samples: Any) -> Schedule:
     rates = [float(g["lr"]) for g in groups or () if isinstance(g.get("lr"), (int, float))]
     return Schedule(
         learning_rate=max(rates, default=None),
+        second_moment_decay=least_decay(groups or ()),
         samples=samples if is_count(samples) else None,
     )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.base import MAIN_PARAM, ModelSpace, Payload, Schedule, Tensor
+from pma_megatron.formats.deepspeed.saves import refuse_mixed_saves
 from pma_megatron.formats.deepspeed.source import schedule_of, weights_of
 from pma_megatron.formats.deepspeed.universal import (
     GLOBAL_STATE,
@@ -24,13 +25,14 @@ from pma_megatron.geometry import Box, Piece
 FORMAT = "deepspeed_universal"
 
 
-def read_source(path: str, ranges: FlatMap, main_params: bool) -> Source:
+def read_source(path: str, ranges: FlatMap, main_params: bool, peers: Sequence[str] = ()) -> Source:
     """Open the Universal checkpoint at `path` and express it in model space.
 
     Args:
         path: its folder.
         ranges: not needed: every tensor has a file of its own.
         main_params: not needed: they are found without reading payloads.
+        peers: not needed.
 
     Raises:
         CheckpointError: incomplete, damaged, or of a kind that is not supported.
@@ -41,6 +43,7 @@ def read_source(path: str, ranges: FlatMap, main_params: bool) -> Source:
         raise CheckpointError(f"{path} cannot be a source: {reason}. Exclude it, or restore it.")
     checkpoint = UniversalCheckpoint(folder)
     refuse_other_shapes(checkpoint)
+    refuse_mixed_saves(checkpoint)
     states = _states(checkpoint)
     weights = {
         name: _without_padding(weight, states[MAIN_PARAM].get(name))

@@ -6,18 +6,20 @@
 
 Which weight a main param belongs to is found by value, as Megatron's buckets are: after every
 optimizer step weights are the main params rounded once. Weights that are bit-identical to each
-other are told apart by the order of the module, in which param groups hold theirs. The merge proves
-the whole map.
+other are told apart by the order of the module, if all others of their optimizer lie in it within
+each param group; where that leaves more than one way, they are refused. The merge proves the whole
+map.
 
 An MoE model has an optimizer per rank of expert parallelism: its experts, and a copy of the rest.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from pma_megatron.errors import CheckpointError, PlanError
 from pma_megatron.formats.base import MAIN_PARAM, Payload, Tensor
@@ -64,7 +66,7 @@ def name_main_params(
     """
     by_file = {file: list(_spaces(checkpoint, file, state))
                for file, state in checkpoint.optimizers().items()}  # fmt: skip
-    spaces = [space for found in by_file.values() for space, _ in found]
+    spaces = [space for found in by_file.values() for space, _, _ in found]
     if known and holds(checkpoint, spaces, weights, known):
         return Named(spaces, known, {})
     ranges: dict[tuple[str, str], list[FlatRange]] = {}
@@ -72,8 +74,9 @@ def name_main_params(
     for file, found in by_file.items():
         if found:
             namer = _Namer(checkpoint, file, _weights_of(checkpoint, weights, file))
-            for space, shape in found:
-                ranges[space.group, space.name] = namer.walk(space, shape)
+            for space, shape, group in found:
+                namer.walk(space, shape, group)
+            ranges.update(namer.ranges())
             copies.update(namer.copies())
     return Named(spaces, ranges, copies)
 
@@ -117,11 +120,12 @@ def _weights_of(
 
 
 def _spaces(checkpoint: DeepSpeedCheckpoint, file: str, state: Mapping[str, Any]
-            ) -> Iterator[tuple[FlatSpace, tuple[int, ...] | None]]:  # fmt: skip
-    """Each tensor of main params, with its shape where it is one parameter."""
+            ) -> Iterator[tuple[FlatSpace, tuple[int, ...] | None, int]]:  # fmt: skip
+    """Each tensor of main params, with its shape where it is one parameter, and its param group."""
     flat = _GROUPS_FLAT in state
     groups = state.get(_GROUPS_FLAT if flat else _GROUPS, ())
     masters = groups if flat else [master for group in groups for master in group]
+    group_of = [n for n, group in enumerate(groups) for _ in ([group] if flat else group)]
     moments = _moments(checkpoint, file, state) if masters else {}
     item = checkpoint.item(file)
     for number, master in enumerate(masters):
@@ -140,7 +144,52 @@ def _spaces(checkpoint: DeepSpeedCheckpoint, file: str, state: Mapping[str, Any]
             for name, ref in found.items()
         }
         space = FlatSpace(file, str(number), numel=numel, exact=True, states=states)
-        yield space, None if flat else master.size
+        yield space, None if flat else master.size, group_of[number]
+
+
+@dataclass(slots=True)
+class _Slot:
+    """Where a parameter lies, and the numbers of the weights that it may be."""
+
+    space: FlatSpace
+    start: int
+    numbers: set[int]
+
+
+def narrow(groups: Sequence[Sequence[_Slot]]) -> bool:
+    """Leave each slot what it can be if numbers rise within a group and none is there twice.
+
+    Args:
+        groups: the slots of each param group, in its order.
+
+    Returns:
+        False if a slot can be nothing then.
+    """
+    slots = [slot for group in groups for slot in group]
+    before = -1
+    while (left := sum(len(slot.numbers) for slot in slots)) != before:
+        before = left
+        taken = {min(slot.numbers) for slot in slots if len(slot.numbers) == 1}
+        for slot in slots:
+            if len(slot.numbers) > 1:
+                slot.numbers -= taken
+        for group in groups:
+            if not _rise(group):
+                return False
+    return True
+
+
+def _rise(group: Sequence[_Slot]) -> bool:
+    """Leave the slots of a group the numbers that can rise; False if that is impossible."""
+    for one, after in itertools.pairwise(group):
+        if not one.numbers:
+            return False
+        after.numbers = {number for number in after.numbers if number > min(one.numbers)}
+    for after, one in itertools.pairwise(reversed(group)):
+        if not after.numbers:
+            return False
+        one.numbers = {number for number in one.numbers if number < max(after.numbers)}
+    return all(slot.numbers for slot in group)
 
 
 class _Namer:
@@ -155,20 +204,21 @@ class _Namer:
         self._pieces = [tensor.pieces[0] for tensor in self._tensors]
         self._fingerprints = Fingerprints(checkpoint, self._pieces)
         self._twins: dict[int, set[int]] = {}
+        self._groups: dict[int, list[_Slot]] = {}
 
-    def walk(self, space: FlatSpace, shape: tuple[int, ...] | None) -> list[FlatRange]:
-        """The parameters of one tensor, which is one of `shape` unless that is None.
+    def walk(self, space: FlatSpace, shape: tuple[int, ...] | None, group: int) -> None:
+        """Find what lies in one tensor, which is a parameter of `shape` unless that is None.
 
         Raises:
             PlanError: a part of it is no weight.
         """
-        stored, at, found = space.states[MAIN_PARAM], 0, []
+        stored, at = space.states[MAIN_PARAM], 0
         while at < space.numel:
             window = read_flat(
                 self._checkpoint, stored, at, min(FINGERPRINT_ELEMENTS, space.numel - at)
             )
             numbers = self._fingerprints.longest(
-                stored, at, space.numel, window, self._twins.keys(),
+                stored, at, space.numel, window, frozenset(),
                 lambda n: shape is None or self._tensors[n].shape == shape,
             )  # fmt: skip
             if not numbers:
@@ -177,11 +227,30 @@ class _Namer:
                     f"from element {at} (weights edited after the save, or NaN?). Exclude this "
                     "checkpoint, or train with zero_optimization.stage 1, which stores names"
                 )
-            number = min(numbers)
-            self._twins[number] = set(numbers) - {number}
-            found.append(FlatRange(at, self._tensors[number].key, self._pieces[number].box))
-            at += self._pieces[number].box.numel
-        return found
+            self._groups.setdefault(group, []).append(_Slot(space, at, set(numbers)))
+            at += self._pieces[numbers[0]].box.numel
+
+    def ranges(self) -> dict[tuple[str, str], list[FlatRange]]:
+        """Which parameter lies where in all tensors.
+
+        Raises:
+            PlanError: that cannot be told.
+        """
+        result: dict[tuple[str, str], list[FlatRange]] = {}
+        alike = [(slot, set(slot.numbers)) for slots in self._groups.values() for slot in slots]
+        tied: set[int] = set().union(*(numbers for _, numbers in alike if len(numbers) > 1))
+        if tied and not narrow(list(self._groups.values())):
+            self._refuse_alike(tied)
+        for slot, numbers in alike:
+            number = min(slot.numbers)
+            if number in self._twins:
+                self._refuse_alike(numbers)
+            if len(slot.numbers) > 1:
+                self._refuse_constant(max(slot.numbers), number)
+            self._twins[number] = numbers - {number}
+            found = FlatRange(slot.start, self._tensors[number].key, self._pieces[number].box)
+            result.setdefault((slot.space.group, slot.space.name), []).append(found)
+        return result
 
     def copies(self) -> dict[str, str]:
         """Weights without main params that are bit-identical to one that has them.
@@ -195,6 +264,15 @@ class _Namer:
                 self._refuse_constant(twin, number)
                 result[self._tensors[twin].key] = self._tensors[number].key
         return result
+
+    def _refuse_alike(self, numbers: set[int]) -> NoReturn:
+        names = [self._tensors[number].key for number in sorted(numbers)]
+        raise PlanError(
+            f"{self._what}: which main params are those of {', '.join(names[:3])} cannot be told: "
+            "weights are bit-identical, and the optimizer's param groups do not hold theirs in the "
+            "order of the module, or leave more than one way. Exclude this checkpoint, or train "
+            "with zero_optimization.stage 1, which stores names"
+        )
 
     def _refuse_constant(self, twin: int, number: int) -> None:
         piece = self._pieces[twin]

@@ -7,6 +7,7 @@ Megatron registers parameters, if all weights that are known by value follow it.
 
 from __future__ import annotations
 
+import itertools
 from collections import ChainMap, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -43,8 +44,8 @@ class Chunk:
     @property
     def parameter(self) -> tuple[object, ...]:
         """Equal for parts of one parameter."""
-        layer = layer_of(self.key, self.piece.box)
-        return (self.key, layer, self.piece.box.offsets[:-1] if is_expert(self.key) else ())
+        stacked = itertools.takewhile(lambda size: size == 1, self.piece.box.sizes)
+        return (self.key, *self.piece.box.offsets[: len(list(stacked))])
 
 
 @dataclass(slots=True)
@@ -89,7 +90,11 @@ class _State:
 
 
 class Assignment:
-    """The unique way to fill all gaps of a checkpoint's buffers."""
+    """The unique way to fill all gaps of a checkpoint's buffers.
+
+    Attributes:
+        by_order: the gaps that values alone did not fill.
+    """
 
     def __init__(self, chunks: Sequence[Chunk], buffers: Sequence[Buffer], may_lie: MayLie) -> None:
         self._chunks = chunks
@@ -97,10 +102,12 @@ class Assignment:
         self._may_lie = may_lie
         self._numel = [chunk.piece.box.numel for chunk in chunks]
         self._parameters = [chunk.parameter for chunk in chunks]
+        self._home_of = [self._home(number) for number in range(len(chunks))]
         self._homes: dict[object, set[int]] = defaultdict(set)
+        self.by_order: list[Gap] = []
         for buffer in buffers:
             for number in buffer.numbers({}):
-                self._homes[self._home(number)].add(id(buffer))
+                self._homes[self._home_of[number]].add(id(buffer))
 
     def fill(self, others: Callable[[], Iterable[MayLie]]) -> Mapping[int, Sequence[Placed]]:
         """What is in each gap, by its id.
@@ -120,6 +127,7 @@ class Assignment:
             )
         if state is None:
             raise PlanError("its buffers cannot be made up of its weights")
+        self.by_order = [gap for _, gap in state.several]
         return state.filled if not state.several else self._by_order(state)
 
     def _by_order(self, state: _State) -> Mapping[int, Sequence[Placed]]:
@@ -148,12 +156,12 @@ class Assignment:
             self._refuse(state, followed=followed)
         return results[0]
 
-    def _ranks(self, rule: Rule, ranks: Mapping[int, Rank], buffer: Buffer,
+    def _ranks(self, rule: Rule, ranks: dict[int, Rank], buffer: Buffer,
                state: _State) -> Mapping[int, Rank]:  # fmt: skip
         numbers = buffer.numbers(state.filled)
         chunks = [(self._chunks[n].key, self._chunks[n].piece.box) for n in numbers]
         own = dict(zip(numbers, buffer_ranks(rule, chunks), strict=True))
-        return ChainMap(own, dict(ranks))
+        return ChainMap(own, ranks)
 
     def _solve(self, state: _State, may_lie: MayLie,
                ranks: Mapping[int, Mapping[int, Rank]] | None) -> _State | None:  # fmt: skip
@@ -194,7 +202,7 @@ class Assignment:
         return {
             number
             for number in buffer.candidates
-            if (homes := self._homes.get(self._home(number))) is None or id(buffer) in homes
+            if (homes := self._homes.get(self._home_of[number])) is None or id(buffer) in homes
         }
 
     def _home(self, number: int) -> object:
@@ -218,6 +226,6 @@ class Assignment:
         )
         raise PlanError(
             f"{buffer.group}.{buffer.name} holds main parameters of {', '.join(names[:3])} "
-            f"({len(tied)} in all), which are bit-identical as weights in every source with these "
-            f"buffers, {why}"
+            f"({len(tied)} in all). They cannot be told apart: as weights they are bit-identical "
+            f"in every source with these buffers, {why}"
         )

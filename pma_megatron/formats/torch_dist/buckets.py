@@ -12,29 +12,27 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import re
 from collections.abc import Mapping, Sequence
 
 import torch
 
 from pma_megatron.errors import CheckpointError, PlanError
 from pma_megatron.formats.base import MAIN_PARAM, Tensor
-from pma_megatron.formats.fingerprints import FINGERPRINT_ELEMENTS, Fingerprints, holds
+from pma_megatron.formats.fingerprints import FINGERPRINT_ELEMENTS, Fingerprints
 from pma_megatron.formats.flat import (
     FlatMap,
     FlatRange,
     FlatSpace,
     read_elements,
     read_flat,
-    rounds_to,
 )
 from pma_megatron.formats.torch_dist.assignment import Assignment, Buffer, Chunk
 from pma_megatron.formats.torch_dist.checkpoint import TorchDistCheckpoint
-from pma_megatron.formats.torch_dist.optimizer import flat_spaces, weights_of
+from pma_megatron.formats.torch_dist.peers import agreeing, refuse_nearer
+from pma_megatron.formats.torch_dist.recomputed import recompute, split_name
 from pma_megatron.formats.torch_dist.registration import ALIGNMENT_ELEMENTS, Rule, aligned
-from pma_megatron.formats.torch_dist.ties import Gap, MayLie, Placed, Segment, starts_after
+from pma_megatron.formats.torch_dist.ties import Gap, Placed, Segment, starts_after
 
-_BUCKET = re.compile(r"^(?P<buffer>.*?)(?:\.bucket_idx_(?P<bucket>\d+))?$")
 _OFFER = (
     "What works: leave this checkpoint out (--exclude), average the 16-bit weights instead "
     "(--average weights), or re-save the sources with --dist-ckpt-optim-fully-reshardable."
@@ -45,7 +43,7 @@ def derive(
     checkpoint: TorchDistCheckpoint,
     spaces: Sequence[FlatSpace],
     weights: Mapping[str, Tensor],
-    peers: Sequence[TorchDistCheckpoint] = (),
+    peers: Sequence[str] = (),
 ) -> FlatMap:
     """Find the parameters of every flat space of `checkpoint`.
 
@@ -53,8 +51,8 @@ def derive(
         checkpoint: the opened checkpoint.
         spaces: its flat buffers.
         weights: its model tensors.
-        peers: other checkpoints of the run. Those with the same buffers help to tell apart weights
-            that are bit-identical in this one.
+        peers: folders of other checkpoints of the run. Those with the same buffers help to tell
+            apart weights that are bit-identical in this one.
 
     Raises:
         PlanError: the map cannot be found or is ambiguous; says for which buffer and what to do.
@@ -71,7 +69,9 @@ def derive(
     known = _ranges(spaces, [p for b in buffers for p in b.sequence({})], walker.chunks)
     assignment = Assignment(walker.chunks, buffers, walker.may_lie)
     try:
-        filled = assignment.fill(lambda: _agreeing(peers, spaces, known, walker.chunks))
+        filled = assignment.fill(lambda: agreeing(peers, spaces, known, walker.chunks))
+        by_order = [placed for gap in assignment.by_order for placed in filled[id(gap)]]
+        refuse_nearer(checkpoint, by_order, peers, walker.chunks, walker.may_lie)
     except PlanError as error:
         raise PlanError(f"{checkpoint.path}: {error}. {_OFFER}") from error
     return _ranges(spaces, [p for b in buffers for p in b.sequence(filled)], walker.chunks)
@@ -94,6 +94,41 @@ def check_complete(
                 f"{checkpoint.path}: main parameters of {key} were found for all chunks but "
                 f"{missing[0]} (+{len(missing) - 1} more). {_OFFER}"
             )
+
+
+def check_order(
+    checkpoint: TorchDistCheckpoint, ranges: FlatMap, weights: Mapping[str, Tensor]
+) -> None:
+    """Refuse a map that names and shapes alone contradict, unless values alone prove it.
+
+    Raises:
+        PlanError: parameters do not lie as Megatron registers them, and some are bit-identical.
+    """
+    against = recompute(ranges).against
+    if against and (twins := _twins(checkpoint, ranges, weights)):
+        raise PlanError(
+            f"{checkpoint.path}: main parameters seem to lie in another order than that in which "
+            f"Megatron registers parameters ({against[0]}; {len(against)} such), so {twins[0]} and "
+            f"{twins[1]}, which are bit-identical, cannot be told apart. {_OFFER}"
+        )
+
+
+def _twins(
+    checkpoint: TorchDistCheckpoint, ranges: FlatMap, weights: Mapping[str, Tensor]
+) -> tuple[str, str] | None:
+    """Two weights of one group that begin alike."""
+    pieces = {(key, p.box): p for key, tensor in weights.items() for p in tensor.pieces}
+    seen: dict[tuple[object, ...], str] = {}
+    for (group, _), found in ranges.items():
+        for one in found:
+            piece = pieces[one.key, one.box]
+            count = min(FINGERPRINT_ELEMENTS, one.box.numel)
+            data = read_elements(checkpoint, piece, 0, count)
+            mark = (group, one.box.numel, data.dtype, tuple(data.tolist()))
+            if mark in seen:
+                return seen[mark], f"{one.key} at {one.box.offsets}"
+            seen[mark] = f"{one.key} at {one.box.offsets}"
+    return None
 
 
 def _ranges(
@@ -126,10 +161,8 @@ class _Walker:
         """All buffers: what is known by value alone, and the gaps between."""
         buckets: dict[tuple[str, str], list[tuple[int, FlatSpace]]] = {}
         for space in spaces:
-            match = _BUCKET.match(space.name)
-            assert match is not None
-            of_buffer = buckets.setdefault((space.group, match["buffer"]), [])
-            of_buffer.append((int(match["bucket"] or 0), space))
+            name, bucket = split_name(space.name)
+            buckets.setdefault((space.group, name), []).append((bucket or 0, space))
         found: dict[str, set[int]] = {}
         buffers = []
         for (group, name), numbered in buckets.items():
@@ -235,41 +268,3 @@ class _Walker:
             f"parameters there (NaN, FP8 weights, or weights edited after the save?).{perhaps} "
             f"{_OFFER}"
         )
-
-
-def _agreeing(
-    peers: Sequence[TorchDistCheckpoint], spaces: Sequence[FlatSpace], known: FlatMap,
-    chunks: Sequence[Chunk],
-) -> list[MayLie]:  # fmt: skip
-    """What those of `peers` say whose buffers are the same."""
-    sizes = {(s.group, s.name): s.numel for s in spaces}
-    result = []
-    for peer in peers:
-        theirs = {(s.group, s.name): s for s in flat_spaces(peer) if MAIN_PARAM in s.states}
-        weights = weights_of(peer)
-        same = {place: space.numel for place, space in theirs.items()} == sizes
-        if same and holds(peer, list(theirs.values()), weights, known):
-            result.append(_says(peer, theirs, weights, chunks))
-    return result
-
-
-def _says(
-    peer: TorchDistCheckpoint, spaces: Mapping[tuple[str, str], FlatSpace],
-    weights: Mapping[str, Tensor], chunks: Sequence[Chunk],
-) -> MayLie:  # fmt: skip
-    pieces = {(key, p.box): p for key, tensor in weights.items() for p in tensor.pieces}
-    known: dict[tuple[int, str, str, int], bool] = {}
-
-    def may_lie(number: int, space: FlatSpace, start: int) -> bool:
-        place = (number, space.group, space.name, start)
-        if place not in known:
-            chunk = chunks[number]
-            piece = pieces.get((chunk.key, chunk.piece.box))
-            known[place] = piece is not None and rounds_to(
-                read_flat(peer, spaces[space.group, space.name].states[MAIN_PARAM], start,
-                          piece.box.numel),
-                read_elements(peer, piece, 0, piece.box.numel),
-            )  # fmt: skip
-        return known[place]
-
-    return may_lie

@@ -43,6 +43,13 @@ class TorchDistCheckpoint(ItemFiles):
         self.metadata = read_metadata(path)
         self.tensors, self.objects = self.metadata.tensors, self.metadata.objects
 
+    def items(self) -> dict[Item, str]:
+        """Every zip in its files -> the key of what it holds."""
+        tensors = self.tensors.items()
+        found = {piece.payload.item: key for key, tensor in tensors for piece in tensor.pieces}
+        found.update({item: key for key, item in self.objects.items()})
+        return {**found, self.common_item: COMMON_KEY}
+
     @cached_property
     def common(self) -> dict[str, Any]:
         """The common state (args, iteration, scheduler, ...) with unknown classes kept inert."""

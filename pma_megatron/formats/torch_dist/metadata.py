@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.base import Item, Payload, Tensor
 from pma_megatron.formats.inert import Name, Record, brief, fields_of
-from pma_megatron.formats.marker import MARKER_FILE
+from pma_megatron.formats.marker import MARKER_FILE, SEAL_FILE
 from pma_megatron.formats.names import plain_name
 from pma_megatron.formats.pickles import load_inert
 from pma_megatron.formats.schema import (
@@ -48,7 +48,7 @@ from pma_megatron.openfiles import read_source_file
 METADATA_FILE = ".metadata"
 CONFIG_FILE = "metadata.json"
 COMMON_FILE = "common.pt"
-_RESERVED = {METADATA_FILE, CONFIG_FILE, COMMON_FILE, MARKER_FILE}
+_RESERVED = {METADATA_FILE, CONFIG_FILE, COMMON_FILE, MARKER_FILE, SEAL_FILE}
 _DCP = "torch.distributed.checkpoint"
 _MCORE = "megatron.core.dist_checkpointing.strategies.torch"
 _METADATA = {Name(f"{_DCP}.metadata", "Metadata"), Name(_MCORE, "MCoreMetadata")}

@@ -15,7 +15,7 @@ from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.base import MAIN_PARAM, ModelSpace, Payload, Tensor
 from pma_megatron.formats.flat import FlatMap, FlatSpace, states_from_flat
 from pma_megatron.formats.pickles import TensorRef
-from pma_megatron.formats.schema import pairs_of, wrong
+from pma_megatron.formats.schema import is_count, pairs_of, wrong
 from pma_megatron.formats.torch_dist.checkpoint import TorchDistCheckpoint
 from pma_megatron.formats.torch_dist.metadata import original_shape
 from pma_megatron.geometry import Box, Piece, flat_range
@@ -111,8 +111,12 @@ def _gathered_spaces(checkpoint: TorchDistCheckpoint, key: str, group: str) -> l
     for buffer, by_dtype in pairs_of(value, what):
         if not isinstance(by_dtype, dict):
             continue  # flags such as buckets_coalesced
+        if not is_count(buffer):
+            raise wrong(f"{what}: a buffer", "its number", buffer)
         for dtype, tensors in by_dtype.items():
             refs = {n: t for n, t in pairs_of(tensors, what) if isinstance(t, TensorRef)}
+            if not str(dtype).isprintable():
+                raise wrong(f"{what}: a buffer", "its dtypes", dtype)
             main = refs.get(MAIN_PARAM)
             if main is None or len(main.size) != 1:
                 raise wrong(f"{what}: {MAIN_PARAM}", "one flat tensor", main)
@@ -127,6 +131,16 @@ def _gathered_spaces(checkpoint: TorchDistCheckpoint, key: str, group: str) -> l
                 space.states[name] = (Piece(Box((0,), (numel,)), payload, ref.offset),)
             spaces.append(space)
     return spaces
+
+
+def buffers_of(checkpoint: TorchDistCheckpoint) -> dict[str, Tensor]:
+    """The flat optimizer buffers as they are, one tensor per state of each."""
+    return {
+        key: Tensor(key, pieces[0].payload.dtype, (space.numel,), pieces)
+        for space in flat_spaces(checkpoint)
+        for state, pieces in space.states.items()
+        for key in (f"{space.group}.{space.name}.{state}",)
+    }
 
 
 def layout_kind(checkpoint: TorchDistCheckpoint) -> str:

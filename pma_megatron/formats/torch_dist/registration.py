@@ -87,12 +87,14 @@ class Rule:
             else:
                 rank.append(_PLACE[name])
                 if name == "layers" and not _names_a_layer(key):
-                    rank.append(offsets.pop(0))
+                    rank.append(offsets.pop(0) if offsets else 0)
         return (*rank, *(-offset for offset in offsets))  # parts of one parameter lie in order
 
     def _in_experts(self, names: list[str], offsets: list[int]) -> Rank:
         names = [name for name in names if name not in ("experts", "local_experts")]
         if not self.experts or len(names) < 2:
+            return ()
+        if not names[0].isdecimal() and not offsets:
             return ()
         number = int(names.pop(0)) if names[0].isdecimal() else offsets.pop(0)
         if len(names) != 2 or not all(name in _PLACE for name in names):
@@ -139,7 +141,7 @@ def layer_of(key: str, box: Box) -> tuple[bool, str, int] | None:
     if not mark:
         return None
     name = rest.partition(".")[0]
-    number = int(name) if name.isdecimal() else box.offsets[0]
+    number = int(name) if name.isdecimal() else (*box.offsets, 0)[0]
     return is_expert(key), head, number
 
 

@@ -8,11 +8,11 @@ WSD only in the last `wsd_decay_steps` of those (`--lr-wsd-decay-iters`, which o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pma_megatron.formats.base import Schedule
+from pma_megatron.formats.base import Schedule, least_decay
 from pma_megatron.formats.schema import LIMIT
 from pma_megatron.formats.torch_dist.checkpoint import TorchDistCheckpoint
 
@@ -29,9 +29,10 @@ def read_schedule(path: Path) -> Schedule:
     checkpoint = TorchDistCheckpoint(path)
     found = checkpoint.common.get("opt_param_scheduler")
     state: Mapping[str, Any] = found if isinstance(found, dict) else {}
-    rates, style = list(_learning_rates(checkpoint)), state.get("lr_decay_style")
+    groups, style = list(_param_groups(checkpoint)), state.get("lr_decay_style")
     return Schedule(
-        learning_rate=max(rates, default=None),
+        learning_rate=max(_rates_of(groups), default=None),
+        second_moment_decay=least_decay(groups),
         samples=_count(state.get("num_steps")),
         warmup_samples=_count(state.get("lr_warmup_steps")),
         decay_start_samples=_decay_start(state, checkpoint.args()),
@@ -55,27 +56,33 @@ def _decay_start(state: Mapping[str, Any], args: Mapping[str, Any]) -> int | Non
     return None if samples is None else max(end - samples, 0)
 
 
-def _learning_rates(checkpoint: TorchDistCheckpoint) -> Iterator[float]:
-    yield from _rates_in(checkpoint.common.get("optimizer"))
+def _rates_of(groups: Sequence[Mapping[str, Any]]) -> Iterator[float]:
+    for group in groups:
+        rate = group.get("lr")
+        if isinstance(rate, (int, float)) and math.isfinite(rate):
+            yield float(rate)
+
+
+def _param_groups(checkpoint: TorchDistCheckpoint) -> Iterator[dict[str, Any]]:
+    yield from _groups_in(checkpoint.common.get("optimizer"))
     for key, item in checkpoint.objects.items():
         if _PARAM_GROUPS in key and item.length <= _LARGEST_BYTES:
             what = f"{checkpoint.path}: {key}"
-            yield from _rates_in(checkpoint.decode(item, what))
+            yield from _groups_in(checkpoint.decode(item, what))
 
 
-def _rates_in(value: Any) -> Iterator[float]:
+def _groups_in(value: Any) -> Iterator[dict[str, Any]]:
     if isinstance(value, dict):
         groups = value.get("param_groups")
         for group in groups if isinstance(groups, list) else ():
-            rate = group.get("lr") if isinstance(group, dict) else None
-            if isinstance(rate, (int, float)) and math.isfinite(rate):
-                yield float(rate)
+            if isinstance(group, dict):
+                yield group
         for key, inner in value.items():
             if key != "param_groups":
-                yield from _rates_in(inner)
+                yield from _groups_in(inner)
     elif isinstance(value, (list, tuple)):
         for inner in value:
-            yield from _rates_in(inner)
+            yield from _groups_in(inner)
 
 
 def _count(value: Any) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from pma_megatron.formats.torch_dist.checkpoint import (
     completeness,
 )
 from pma_megatron.formats.torch_dist.optimizer import (
+    buffers_of,
     flat_spaces,
     is_optimizer_key,
     model_space,
@@ -33,14 +34,19 @@ _TOPOLOGY = (
     ("DP", "data_parallel_size"),
 )
 
+_QUANTIZED = ("fp8_param_gather", "fp4_param_gather", "fp8_param", "fp4_param")
+"""Arguments of Megatron that keep weights in few bits (arguments.py, optimizer_config.py)."""
 
-def read_source(path: str, ranges: FlatMap, main_params: bool) -> Source:
+
+def read_source(path: str, ranges: FlatMap, main_params: bool, peers: Sequence[str] = ()) -> Source:
     """Open the checkpoint at `path` and express it in model space.
 
     Args:
         path: the `iter_*` folder.
         ranges: the flat map of the newest source ({} for that one itself): reused where it fits.
         main_params: False reads no optimizer layout (weights alone are averaged).
+        peers: other checkpoints of the run, asked where this one's weights do not say which main
+            parameters are whose.
 
     Raises:
         CheckpointError: incomplete or damaged.
@@ -60,8 +66,9 @@ def read_source(path: str, ranges: FlatMap, main_params: bool) -> Source:
     if spaces:
         try:
             fits = bool(ranges) and holds(checkpoint, spaces, weights, ranges)
-            found = ranges if fits else buckets.derive(checkpoint, spaces, weights)
+            found = ranges if fits else buckets.derive(checkpoint, spaces, weights, peers)
             buckets.check_complete(checkpoint, found, weights)
+            buckets.check_order(checkpoint, found, weights)
         except PlanError as error:
             raise PlanError(f"{error} (saved with {topology})") from error
     return Source(
@@ -78,6 +85,8 @@ def read_source(path: str, ranges: FlatMap, main_params: bool) -> Source:
         experts=(used, count) if is_count(used) and is_count(count) and count else None,
         stamps=stamps_of(checkpoint.path),
         snapshot=read_snapshot_marker(folder) is not None,
+        quantized=any(args.get(name) for name in _QUANTIZED),
+        unnamed={} if main_params else buffers_of(checkpoint),
     )
 
 

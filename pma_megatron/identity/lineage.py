@@ -1,0 +1,187 @@
+"""Every file goes on where the same file of the neighbouring source stood.
+
+A file of another run may agree with itself: a pipeline stage, a rank of ZeRO-3. Two signs tell it
+from its neighbours in time, and neither is read as more than a difference between files:
+
+* Adam's second moments cannot shrink faster than `beta2` per step, since squares are added to them;
+* weights of two runs that began with other random numbers are uncorrelated, those of one run are
+  not, unless training is long enough to turn all of them over.
+
+What happens to a whole run (moments that are reset, a rollback) shows in all files alike, and is no
+reason to refuse one. Runs that began with the same weights are told apart by the first sign alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+from pma_megatron.blocks import BlockReader
+from pma_megatron.errors import CheckpointError
+from pma_megatron.formats import registry
+from pma_megatron.formats.base import MAIN_PARAM, Schedule
+from pma_megatron.formats.source import Source
+from pma_megatron.geometry import Box, PieceIndex
+from pma_megatron.identity.samples import WEIGHT, Stored, file_of, largest, runs, stored
+from pma_megatron.refs import CheckpointRef
+from pma_megatron.spelling import named
+
+SECOND_MOMENT = "exp_avg_sq"
+_RUN, _RUNS, _PIECES = 64, 2, 2
+_SLACK = 0.9  # of the least that a second moment may be: float32 rounds it at every step
+_SMALLEST = 1e-30  # a second moment below it has lost its digits
+_LEAST_DECAY = 1e-3  # moments that may shrink further than this say nothing
+_SHRUNK = 0.05
+_EXPECTED = 8  # elements that would have shrunk in the other files too, if all were alike
+_ALIKE, _UNLIKE, _ENOUGH = 0.6, 0.25, 24
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A few elements that are looked at in every source."""
+
+    state: str
+    key: str
+    shape: tuple[int, ...]
+    box: Box
+
+
+Values = Mapping[Place, tuple[str, torch.Tensor]]
+"""Place -> the file that holds it in a source, and what it holds."""
+
+
+def places_of(source: Source) -> tuple[Place, ...]:
+    """Where to look: in the largest tensors of every file of the newest source."""
+    found: list[Place] = []
+    mains = source.space.states.get(MAIN_PARAM, {})
+    state = MAIN_PARAM if mains else WEIGHT
+    for wanted in (state, SECOND_MOMENT):
+        named = (s for s in stored(source) if s.key in source.space.weights)
+        pieces = (each for each in named if each.state == wanted and _wide(each))
+        for each in (s for file in largest(source, pieces).values() for s in file[:_PIECES]):
+            boxes = runs(each.piece, source.metadata_digest, _RUN, _RUNS)
+            shape = source.space.weights[each.key].shape
+            found += [Place(wanted, each.key, shape, box) for box in boxes]
+    return tuple(found)
+
+
+def values_at(source: Source, places: Iterable[Place]) -> Values:
+    """What a source holds there; nothing of another model, which the plan refuses by name."""
+    files = registry.get(source.format, source.path).files(Path(source.path))
+    reader = BlockReader(source.path, files)
+    indexes: dict[tuple[str, str], PieceIndex] = {}
+    found: dict[Place, tuple[str, torch.Tensor]] = {}
+    for place in places:
+        tensor = source.tensor(place.state, place.key)
+        if tensor is None:
+            continue
+        if tensor.shape != place.shape:
+            return {}
+        index = indexes.setdefault((place.state, place.key), PieceIndex(tensor.pieces))
+        if index.covers(place.box):
+            data = torch.empty(place.box.numel, dtype=tensor.dtype)
+            reader.read(place.box, index, data)
+            file = file_of(source, index.touching(place.box)[0].payload)
+            found[place] = file, data
+    return found
+
+
+def refuse_other_runs(refs: Sequence[CheckpointRef], values: Sequence[Values]) -> None:
+    """Compare every source with the one before it, file by file.
+
+    Args:
+        refs: oldest first.
+        values: of each, at the places of the newest.
+
+    Raises:
+        CheckpointError: some files go on from the older source, and one does not.
+    """
+    for number, (older, newer) in enumerate(pairwise(refs)):
+        before, after = values[number], values[number + 1]
+        for signs in (_shrunk(before, after, (older, newer)), _unlike(before, after)):
+            if signs:
+                raise CheckpointError(
+                    f"{signs[0]} of {older.path} and that of {newer.path} are not of one run, as "
+                    f"their other files are: {signs[1]}. One of the two was overwritten: restore "
+                    f"it, or leave that checkpoint out with {named('exclude')}"
+                )
+
+
+def _wide(each: Stored) -> bool:
+    return each.state == SECOND_MOMENT or len(each.piece.box.sizes) > 1
+
+
+def _shrunk(before: Values, after: Values, refs: tuple[CheckpointRef, CheckpointRef]
+            ) -> tuple[str, str] | None:  # fmt: skip
+    """The file whose second moments shrank by more than is possible, while others' did not."""
+    pairs = {p: (before[p], after[p]) for p in after if p in before and p.state == SECOND_MOMENT}
+    exact = all(x.dtype == torch.float32 for pair in pairs.values() for _, x in pair)
+    bound = _least(*refs) if pairs and exact else None
+    if bound is None or bound < _LEAST_DECAY:
+        return None
+    counts: dict[str, list[int]] = {}
+    for (_, old), (file, new) in pairs.values():
+        held = old > _SMALLEST
+        count = counts.setdefault(file, [0, 0])
+        count[0] += int((held & (new < _SLACK * bound * old)).sum())
+        count[1] += int(held.sum())
+    clean = sum(n for shrunk, n in counts.values() if not shrunk)
+    file = max(counts, key=lambda f: counts[f][0] / max(counts[f][1], 1))
+    share = counts[file][0] / max(counts[file][1], 1)
+    if share < _SHRUNK or share * clean < _EXPECTED:
+        return None
+    return file, (
+        f"{share:.0%} of its second moments are smaller than {bound:.3g} times those before, which "
+        "no gradient can do"
+    )
+
+
+def _least(older: CheckpointRef, newer: CheckpointRef) -> float | None:
+    """What is left of a second moment after the steps between two checkpoints, at least."""
+    if older.iteration is None or newer.iteration is None:
+        return None
+    decays = [schedule_of(ref).second_moment_decay for ref in (older, newer)]
+    if None in decays:
+        return None
+    return float(min(d for d in decays if d is not None) ** (newer.iteration - older.iteration))
+
+
+def schedule_of(ref: CheckpointRef) -> Schedule:
+    """Where a checkpoint stood in its schedule; nothing where it cannot be read here."""
+    try:
+        return registry.get(ref.format, ref.path).schedule(Path(ref.path))
+    except (CheckpointError, OSError):
+        return Schedule()
+
+
+def _unlike(before: Values, after: Values) -> tuple[str, str] | None:
+    """The file whose weights have nothing to do with those before, while all others' have."""
+    sums: dict[str, torch.Tensor] = {}
+    for place in after:
+        if place in before and place.state != SECOND_MOMENT:
+            (_, old), (file, new) = before[place], after[place]
+            a, b = (x.double() - x.double().mean() for x in (old, new))
+            found = torch.stack([a @ b, a @ a, b @ b, torch.tensor(float(a.numel())).double()])
+            sums[file] = sums.get(file, torch.zeros(4).double()) + found
+    alike, unlike = [], []
+    for file, (product, old, new, count) in ((f, s.tolist()) for f, s in sums.items()):
+        if count < _ENOUGH or not (old > 0 and new > 0):
+            continue
+        correlation = product / math.sqrt(old * new)
+        if correlation > _ALIKE:
+            alike.append(file)
+        elif correlation < _UNLIKE and 0.25 < new / old < 4:
+            unlike.append((file, correlation))
+        else:
+            return None
+    if not (alike and unlike):
+        return None
+    return unlike[0][0], (
+        f"its weights are uncorrelated ({unlike[0][1]:.2f}), those of the others are not (more "
+        f"than {_ALIKE})"
+    )

@@ -1,0 +1,64 @@
+"""Every source proves itself when it is opened, and all of them together before they are used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from pma_megatron.formats.source import Source
+from pma_megatron.identity.copies import Contents, contents_of, refuse_copies
+from pma_megatron.identity.lineage import (
+    Place,
+    Values,
+    places_of,
+    refuse_other_runs,
+    schedule_of,
+    values_at,
+)
+from pma_megatron.identity.rounded import refuse_foreign_weights
+from pma_megatron.identity.stands import refuse_contradictions
+from pma_megatron.refs import CheckpointRef
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What one source shows to be compared with the others; small enough to be sent around."""
+
+    contents: Contents
+    places: tuple[Place, ...]
+    values: Values
+
+
+def prove(source: Source, newest: Evidence | None, *, main_params: bool) -> Evidence:
+    """Compare one source with itself, a few MiB of it. For a rank that can read it.
+
+    Args:
+        source: as it was opened, whole.
+        newest: of the newest source, None for that one.
+        main_params: False where the user averages the weights as they are.
+
+    Raises:
+        CheckpointError: it is a mixture of two checkpoints; names the files.
+    """
+    if main_params:
+        refuse_foreign_weights(source)
+    places = places_of(source) if newest is None else newest.places
+    return Evidence(contents_of(source), places, values_at(source, places))
+
+
+def refuse_strangers(refs: Sequence[CheckpointRef], evidence: Mapping[int, Evidence]) -> None:
+    """Compare the sources with each other.
+
+    Args:
+        refs: oldest first.
+        evidence: of each, by its number.
+
+    Raises:
+        CheckpointError: two contradict each other, or are one; names both.
+    """
+    refuse_contradictions(refs)
+    each = [evidence[number] for number in range(len(refs))]
+    refuse_copies(
+        [e.contents for e in each], lambda number: schedule_of(refs[number]).learning_rate
+    )
+    refuse_other_runs(refs, [e.values for e in each])

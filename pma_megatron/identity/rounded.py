@@ -1,0 +1,87 @@
+"""A source's weights are its own main params, rounded once: what every optimizer step leaves.
+
+Weights and main params of one parameter mostly lie in files of different ranks, so a file of
+another save, or of another run, contradicts the others here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from pma_megatron.blocks import BlockReader
+from pma_megatron.errors import CheckpointError
+from pma_megatron.formats import registry
+from pma_megatron.formats.base import MAIN_PARAM, Payload, Tensor
+from pma_megatron.formats.flat import rounds_to
+from pma_megatron.formats.source import Source
+from pma_megatron.geometry import Box, PieceIndex
+from pma_megatron.identity.samples import FLOATING, WEIGHT, Stored, chosen, file_of, runs, stored
+from pma_megatron.spelling import named
+
+
+def refuse_foreign_weights(source: Source) -> None:
+    """Compare samples of the weights with those of the main params.
+
+    What has no main params (frozen layers, buffers, checkpoints of weights alone) proves nothing,
+    nor do weights that a checkpoint keeps in 8 bits.
+
+    Raises:
+        CheckpointError: they differ; names the two files.
+    """
+    if source.quantized:
+        return
+    files = registry.get(source.format, source.path).files(Path(source.path))
+    reader = BlockReader(source.path, files)
+    weights: dict[str, PieceIndex[Payload]] = {}
+    mains: dict[str, PieceIndex[Payload]] = {}
+    for each in chosen(source, _comparable(source)):
+        weight, main = source.space.weights[each.key], source.space.states[MAIN_PARAM][each.key]
+        if each.key not in weights:
+            weights[each.key] = PieceIndex(weight.pieces)
+            mains[each.key] = PieceIndex(main.pieces)
+        ours, theirs = weights[each.key], mains[each.key]
+        for box in runs(each.piece, source.metadata_digest):
+            if not (ours.covers(box) and theirs.covers(box)):
+                continue  # the plan names what is missing
+            rounded = _read(reader, box, theirs, main)
+            if not _agree(rounded, _read(reader, box, ours, weight)):
+                raise _mixed(source, each.key, box, theirs, ours)
+
+
+def _comparable(source: Source) -> Iterator[Stored]:
+    mains = source.space.states.get(MAIN_PARAM, {})
+    for each in stored(source):
+        if each.state in (WEIGHT, MAIN_PARAM) and each.key in mains:
+            weight = source.space.weights.get(each.key)
+            alike = weight is not None and weight.shape == mains[each.key].shape
+            if alike and weight is not None and weight.pieces and weight.dtype in FLOATING:
+                yield each
+
+
+def _read(reader: BlockReader, box: Box, index: PieceIndex[Payload], tensor: Tensor
+          ) -> torch.Tensor:  # fmt: skip
+    data = torch.empty(box.numel, dtype=tensor.dtype)
+    reader.read(box, index, data)
+    return data
+
+
+def _agree(main: torch.Tensor, weight: torch.Tensor) -> bool:
+    """True if every finite main param rounds to its weight; the merge names those that are not."""
+    finite = torch.isfinite(main)
+    return rounds_to(main[finite], weight[finite])
+
+
+def _mixed(source: Source, key: str, box: Box, mains: PieceIndex[Payload],
+           weights: PieceIndex[Payload]) -> CheckpointError:  # fmt: skip
+    main, weight = (file_of(source, i.touching(box)[0].payload) for i in (mains, weights))
+    as_they_are = source.format == registry.TORCH_DIST
+    return CheckpointError(
+        f"{source.path}: main params of {key} in {main}, rounded, differ from the stored weights "
+        f"in {weight} at {box.offsets}: one of the two is of another save or another run, or the "
+        "weights were edited. Restore its files, or leave this checkpoint out with "
+        f"{named('exclude')}"
+        + (", or average the weights as they are with --average weights" if as_they_are else "")
+    )

@@ -1,0 +1,159 @@
+"""A published folder, checked: every byte against what was written, values against the sources."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pma_megatron.comm import Comm
+from pma_megatron.discover import pointed
+from pma_megatron.errors import CheckpointError, PmaError, RankError, VerifyError
+from pma_megatron.formats.marker import MARKER_FILE, ONLINE_AVERAGE, SNAPSHOT
+from pma_megatron.intact import Intact, check_files
+from pma_megatron.manifest import Marker, read_marker
+from pma_megatron.planning import MergePlan, make_plan
+from pma_megatron.recompute import recompute
+from pma_megatron.report import checked_provenance, request_again
+from pma_megatron.spelling import named
+from pma_megatron.verification import Verification, verify_output
+
+_NO_SOURCES = {
+    SNAPSHOT: "a snapshot has no sources: what training held is gone, so its values stand alone",
+    ONLINE_AVERAGE: "a running average was made in memory: there are no sources to recompute it "
+    "from",
+}
+_SHOWN = 4
+
+
+def verify(path: str | Path, *, samples: int = 256, deep: bool = False, files_only: bool = False,
+           full: bool = True, comm: Comm | None = None) -> Verification:  # fmt: skip
+    """Check what was published: its files, and its values against its sources.
+
+    Every byte of every file is compared with the checksums in `pma.json`. A merge's sources are
+    found through it too, from any working directory. Every rank makes this call.
+
+    Args:
+        path: a merge, a snapshot or a saved running average, or the root whose tracker names one.
+        samples: slices of averaged tensors to recompute in float64.
+        deep: recompute every element instead.
+        files_only: leave the sources alone, which may be gone.
+        full: False leaves the files unread.
+        comm: the ranks; by default those of the current process group.
+
+    Returns:
+        What was checked; `notes` says what was not.
+
+    Raises:
+        CheckpointError: no `pma.json`; or the files are right, but sources are gone or changed.
+        VerifyError: a file or a value is not what it must be.
+    """
+    comm = comm or Comm()
+    folder = comm.on_main("verify", lambda: published(path))
+    marker = comm.on_main("verify", lambda: read_marker(folder))
+    kind, notes = marker.value.get("kind"), list(_not_covered(marker))
+    found = Intact(0, 0, 0)
+    if full:
+        found = check_files(folder, marker.sums, comm)
+    values = Verification(0, 0, 0, 0.0)
+    if kind is not None:
+        notes.append(_NO_SOURCES.get(str(kind), f"what a {kind} holds was not looked at"))
+    elif files_only:
+        notes.append("its values were not compared with its sources, as asked")
+    else:
+        values = _against_sources(folder, marker.value, comm, samples, deep, found.files)
+    return replace(
+        values, files=found.files, bytes=found.bytes, records=found.records,
+        notes=(*values.notes, *notes),
+        path=str(folder),
+    )  # fmt: skip
+
+
+def published(path: str | Path) -> Path:
+    """The folder that `path` is, or that the tracker in it names; absolute.
+
+    Raises:
+        CheckpointError: there is no such folder, or it is not clear which one is meant.
+    """
+    folder = pointed(Path(path)).absolute()
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder} is not a folder: give a merge (iter_* or a DeepSpeed tag), or the --save "
+            "folder above it"
+        )
+    if not (folder / MARKER_FILE).is_file():
+        below = sorted(child.parent.name for child in folder.glob(f"*/{MARKER_FILE}"))
+        if below:
+            raise CheckpointError(
+                f"{folder} has no tracker that names one of {', '.join(below[:_SHOWN])} "
+                f"({len(below)} in all): give the folder of one"
+            )
+    return folder
+
+
+def _not_covered(marker: Marker) -> Iterator[str]:
+    """What the checksums in a `pma.json` leave out."""
+    if marker.sums is None:
+        yield (
+            f"{MARKER_FILE} has no checksums of files, for an earlier release wrote it, or its "
+            "writer was cut off: those inside the zips were compared, where there are any, but no "
+            "small file, and no byte around the records"
+        )
+        return
+    partly = sum(each.structure_sha256 is not None for each in marker.sums.values())
+    if partly:
+        yield (
+            f"{partly} files were written by the trainer, so their tensors were compared with the "
+            "trainer's own checksums"
+        )
+
+
+def _against_sources(folder: Path, value: Mapping[str, Any], comm: Comm, samples: int, deep: bool,
+                     files: int) -> Verification:  # fmt: skip
+    """Recompute slices, or everything, from the sources.
+
+    Raises:
+        CheckpointError: they are not what they were, or not there.
+        VerifyError: a value is wrong.
+    """
+    right = f"all {files} files are as they were published" if files else "no file was read"
+    try:
+        again = _planned_again(folder, value, comm)
+        if deep:
+            return recompute(again, again.outputs[0], folder, comm)
+        return verify_output(again, again.outputs[0], folder, comm, samples=samples)
+    except (VerifyError, RankError):
+        raise
+    except PmaError as error:
+        raise CheckpointError(
+            f"{folder}: {right}, but its values cannot be compared with its sources: {error} "
+            f"({named('files_only')} leaves the sources alone)"
+        ) from error
+
+
+def _planned_again(folder: Path, value: Mapping[str, Any], comm: Comm) -> MergePlan:
+    """The plan of the merge, made again from the same sources."""
+    recorded = checked_provenance(folder, value)
+    request = request_again(recorded)
+    comm.on_main("verify", lambda: _refuse_gone(request.selection.paths or ()))
+    again = make_plan(request, comm)
+    for source, saved in zip(again.sources, recorded["plan"]["sources"], strict=True):
+        if source.metadata_digest != saved["metadata_digest"]:
+            raise CheckpointError(
+                f"{source.path} is not what was merged: its metadata changed since"
+            )
+    return again
+
+
+def _refuse_gone(paths: tuple[str, ...]) -> None:
+    gone = [path for path in paths if not Path(path).is_dir()]
+    if not gone:
+        return
+    relative = "" if Path(gone[0]).is_absolute() else (
+        ", which is relative to the folder in which the merge was run: verify from there"
+    )  # fmt: skip
+    raise CheckpointError(
+        f"{gone[0]} is gone ({len(gone)} of {len(paths)} sources are not there){relative}. If "
+        "they were moved, move them back, or link the old name to the new one"
+    )

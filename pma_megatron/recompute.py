@@ -1,0 +1,196 @@
+"""Recompute every element of a merged checkpoint in float64, in slices, over several ranks.
+
+Nothing of the engine's arithmetic is used: sums are numpy's, in float64. What the policy keeps must
+be the newest source's bits, what it resets must be zero, and copies must be equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pma_megatron.blocks import BlockReader
+from pma_megatron.comm import Comm
+from pma_megatron.errors import VerifyError
+from pma_megatron.formats import registry
+from pma_megatron.formats.base import Tensor
+from pma_megatron.formats.source import Source
+from pma_megatron.geometry import Box, Piece, PieceIndex, slices
+from pma_megatron.planning import MergePlan
+from pma_megatron.policy import MAIN, Action
+from pma_megatron.request import Output
+from pma_megatron.tolerance import bound_of, refuse_beyond, refuse_unrounded
+from pma_megatron.verification import (
+    Verification,
+    map_notes,
+    open_merged,
+    origin_of,
+    tensor_of,
+)
+
+SLICE_ELEMENTS = 1 << 20
+"""Elements recomputed at once: some 40 MiB of buffers."""
+
+
+def recompute(plan: MergePlan, output: Output, folder: Path, comm: Comm) -> Verification:
+    """Check every element of one output against its sources. Every rank makes this call.
+
+    Args:
+        plan: the plan that made it; every rank sees every source.
+        output: which of its outputs.
+        folder: where it lies.
+        comm: the ranks, which share the slices.
+
+    Raises:
+        VerifyError: an entry is missing, a value is not what it must be.
+        CheckpointError: a source cannot be read.
+    """
+    merged = comm.on_main("verify", lambda: open_merged(plan, folder))
+
+    def work() -> tuple[int, int, float]:
+        with _Readers(plan, output, folder, merged) as readers:
+            return readers.check(comm)
+
+    parts = comm.gather(comm.agree("verify", work))
+    kept = sum(rule.action is not Action.DROP for rule in plan.rules.values())
+    return Verification(
+        kept, sum(n for n, _, _ in parts), sum(e for _, e, _ in parts),
+        max(worst for _, _, worst in parts), deep=True, notes=map_notes(merged),
+    )  # fmt: skip
+
+
+@dataclass(slots=True)
+class _State:
+    """One state of one tensor: where the output and every source that counts hold it."""
+
+    state: str
+    key: str
+    action: Action
+    stored: Tensor
+    merged: PieceIndex
+    sources: list[tuple[int, float, torch.dtype, PieceIndex]]
+    main: tuple[torch.dtype, PieceIndex] | None
+
+    @property
+    def what(self) -> str:
+        return self.key if self.state in ("weight", MAIN) else f"{self.state} of {self.key}"
+
+
+class _Readers:
+    """The sources and the output, open."""
+
+    def __init__(self, plan: MergePlan, output: Output, folder: Path, merged: Source) -> None:
+        self._plan, self._output, self._folder, self._merged = plan, output, folder, merged
+        last = len(plan.sources) - 1
+        wanted = {n for n, value in enumerate(output.values) if value != 0} | {last}
+        self._sources = {n: self._reader(n, Path(plan.sources[n].path)) for n in wanted}
+        self._own = self._reader(last, folder)
+        self._terms = sum(value != 0 for value in output.values)
+
+    def _reader(self, number: int, folder: Path) -> BlockReader:
+        known = registry.get(self._plan.selection.refs[number].format, str(folder))
+        return BlockReader(str(folder), known.files(folder))
+
+    def __enter__(self) -> _Readers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for reader in (*self._sources.values(), self._own):
+            reader.close()
+
+    def check(self, comm: Comm) -> tuple[int, int, float]:
+        """This rank's slices: how many, elements in them, the largest error in them."""
+        number, count, elements, worst = 0, 0, 0, 0.0
+        for state, pieces in self._states():
+            for piece, box in pieces:
+                number += 1
+                if number % comm.size != comm.rank:
+                    continue
+                worst = max(worst, self._slice(state, piece, box))
+                count, elements = count + 1, elements + box.numel
+        return count, elements, worst
+
+    def _states(self) -> Iterator[tuple[_State, Iterator[tuple[Piece | None, Box]]]]:
+        """Every stored state of every tensor, with its slices; replicas name their piece."""
+        for (state, key), rule in self._plan.rules.items():
+            if state == "object" or rule.action is Action.DROP:
+                continue
+            found = self._state(state, key, rule.action)
+            yield found, self._slices(found.stored)
+
+    def _slices(self, tensor: Tensor) -> Iterator[tuple[Piece | None, Box]]:
+        for copy, pieces in ((False, tensor.pieces), (True, tensor.replicas)):
+            for piece in pieces:
+                if piece.box.numel:
+                    for box in slices(piece.box, SLICE_ELEMENTS):
+                        yield (piece if copy else None), box
+
+    def _state(self, state: str, key: str, action: Action) -> _State:
+        plan, last = self._plan, len(self._plan.sources) - 1
+        stored = tensor_of(self._merged, state, key)
+        origin = origin_of(plan, state, key)
+        mains = self._merged.space.states.get(MAIN, {})
+        main = mains.get(key) if state == "weight" and origin == MAIN else None
+        kept = action is Action.NEWEST or (
+            action is Action.ROUND and plan.rules[MAIN, key].action is Action.NEWEST
+        )
+        values = [(last, 1.0)] if kept else [(n, w) for n, w in enumerate(self._output.values) if w]
+        if action is Action.ZERO:
+            values = []
+        sources = []
+        for number, weight in values:
+            tensor = tensor_of(plan.sources[number], origin, key)
+            sources.append((number, weight, tensor.dtype, PieceIndex(tensor.pieces)))
+        return _State(
+            state, key, action, stored, PieceIndex(stored.pieces), sources,
+            None if main is None else (main.dtype, PieceIndex(main.pieces)),
+        )  # fmt: skip
+
+    def _slice(self, state: _State, replica: Piece | None, box: Box) -> float:
+        got = _read(self._own, state.merged, state.stored.dtype, box)
+        if replica is not None:
+            copy = _read(self._own, PieceIndex([replica]), state.stored.dtype, box)
+            self._refuse_other_bits(state, box, copy, got, "a copy differs from the other")
+            return 0.0
+        if state.action is Action.NEWEST:
+            ((number, _, dtype, index),) = state.sources
+            newest = _read(self._sources[number], index, dtype, box)
+            self._refuse_other_bits(state, box, got, newest, "is not the newest source's")
+            return 0.0
+        if state.main is not None:
+            dtype, index = state.main
+            rounded = _read(self._own, index, dtype, box).float().to(state.stored.dtype)
+            refuse_unrounded(_exact(got), _exact(rounded), self._folder, state.what, box)
+        total, size = np.zeros(box.numel), np.zeros(box.numel)
+        for number, weight, dtype, index in state.sources:
+            x = _exact(_read(self._sources[number], index, dtype, box))
+            total += weight * x
+            size += abs(weight) * np.abs(x)
+        bound = bound_of(self._terms, size, total, state.stored.dtype)
+        return refuse_beyond(_exact(got), total, bound, self._folder, state.what, box)
+
+    def _refuse_other_bits(self, state: _State, box: Box, one: torch.Tensor, other: torch.Tensor,
+                           why: str) -> None:  # fmt: skip
+        if one.dtype != other.dtype or not torch.equal(_bytes(one), _bytes(other)):
+            raise VerifyError(
+                f"{self._folder}: {state.what} at {box.offsets} {why}, bit for bit. Do not use "
+                "this checkpoint: merge again"
+            )
+
+
+def _read(reader: BlockReader, index: PieceIndex, dtype: torch.dtype, box: Box) -> torch.Tensor:
+    data = torch.empty(box.numel, dtype=dtype)
+    reader.read(box, index, data)
+    return data
+
+
+def _exact(data: torch.Tensor) -> np.ndarray:
+    return data.double().numpy()
+
+
+def _bytes(data: torch.Tensor) -> torch.Tensor:
+    return data.view(torch.uint8)

@@ -1,0 +1,65 @@
+"""How far a float32 average may lie from the float64 one, and what to say when it lies further."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pma_megatron.errors import VerifyError
+from pma_megatron.geometry import Box
+
+_UNIT_ROUNDOFF = 2.0**-24
+_SMALLEST = 2.0**-149  # of float32: results that are subnormal have no relative error bound
+
+
+def bound_of(terms: int, size: np.ndarray, exact: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    """The largest error of a sum of `terms` products, formed in float32 and stored in `dtype`.
+
+    Args:
+        terms: how many sources count.
+        size: sum of |w x|, per element.
+        exact: sum of w x, per element.
+        dtype: what the average is rounded to, once.
+    """
+    bound: np.ndarray = terms * (_UNIT_ROUNDOFF * size + _SMALLEST)
+    if dtype.itemsize >= 4:
+        return bound
+    limits = torch.finfo(dtype)
+    return bound + (np.abs(exact) + bound) * limits.eps / 2 + limits.smallest_normal
+
+
+def refuse_beyond(got: np.ndarray, exact: np.ndarray, bound: np.ndarray, folder: Path, what: str,
+                  box: Box) -> float:  # fmt: skip
+    """The largest error in units of `bound`.
+
+    Raises:
+        VerifyError: it is larger than one, or a value is not finite.
+    """
+    error = np.abs(got - exact)
+    ratio = float(np.max(np.where(error > 0, error / np.maximum(bound, 1e-300), 0.0), initial=0.0))
+    ratio = ratio if np.all(np.isfinite(got)) else math.inf
+    if ratio > 1:
+        raise VerifyError(
+            f"{folder}: {what} at {box.offsets} is {ratio:.3g} times the float32 error bound away "
+            "from the float64 average of the sources. A source changed after the merge, or the "
+            "output was damaged: merge again"
+        )
+    return ratio
+
+
+def refuse_unrounded(got: np.ndarray, rounded: np.ndarray, folder: Path, what: str,
+                     box: Box) -> None:  # fmt: skip
+    """Weights must be the main params of the same checkpoint, rounded once.
+
+    Raises:
+        VerifyError: they are not.
+    """
+    differ = int((got != rounded).sum())
+    if differ:
+        raise VerifyError(
+            f"{folder}: {what} at {box.offsets}: {differ} weights are not their main params "
+            "rounded once. Do not use this checkpoint; merge again and report this"
+        )
