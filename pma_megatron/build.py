@@ -320,7 +320,9 @@ def check_same_model(sources: Sequence[Source]) -> None:
             ("has tensors that the newest does not have", source, base),
             ("lacks tensors of the newest", base, source),
         ):
-            extra = sorted(set(theirs.space.weights) - set(ours.space.weights))
+            extra = sorted(set(theirs.space.weights) - set(ours.space.weights) - set(ours.frozen))
+            if theirs is source:
+                _refuse_frozen_since(source, base)
             if extra:
                 raise PlanError(
                     f"{source.path} ({source.topology}, {source.space.kind}) {what} ({base.path}: "
@@ -328,6 +330,31 @@ def check_same_model(sources: Sequence[Source]) -> None:
                     f"({len(extra)} in all). They are not checkpoints of one model: exclude the "
                     f"ones that differ{_converted(source, base)}"
                 )
+
+
+def _refuse_frozen_since(source: Source, base: Source) -> None:
+    since = sorted(set(source.space.weights) & set(base.frozen) - set(base.space.weights))
+    if since:
+        raise PlanError(
+            f"{since[0]} ({len(since)} in all) is trained in {source.path} and frozen in the "
+            f"newest source, {base.path}: frozen parameters stay as they are, so its average would "
+            f"be lost. Leave out what is from before the change with {named('exclude')}"
+        )
+
+
+def frozen_notes(sources: Sequence[Source]) -> list[str]:
+    """What is said of parameters that were unfrozen in the course of the run."""
+    notes = []
+    for source in sources[:-1]:
+        trained = sources[-1].space.states.get(MAIN, {})
+        frozen = [key for key in trained if source.is_frozen(key)]
+        if frozen:
+            names = ", ".join(frozen[:3]) + (f" and {len(frozen) - 3} more" if frozen[3:] else "")
+            notes.append(
+                f"{names}: frozen in {source.path}, trained later; its stored weights are taken "
+                "there, which are its values"
+            )
+    return notes
 
 
 def _converted(source: Source, base: Source) -> str:
@@ -350,11 +377,10 @@ def matching(source: Source, base: Source, wanted: Tensor, state: str, key: str)
     if found is None:
         raise PlanError(
             f"{source.path} ({source.topology}, optimizer layout {source.space.kind}) has no "
-            f"{label} {key}. " + _instead(source, state)
+            f"{label} {key}. " + _instead(source, state, key)
         )
-    either_dtype = (source.snapshot or base.snapshot) and {found.dtype, wanted.dtype} <= {
-        *_AVERAGED
-    }
+    stands_in = source.snapshot or base.snapshot or (state == MAIN and source.is_frozen(key))
+    either_dtype = stands_in and {found.dtype, wanted.dtype} <= {*_AVERAGED}
     for what, theirs, ours in (
         ("shape", found.shape, wanted.shape),
         ("dtype", found.dtype, wanted.dtype),
@@ -373,10 +399,15 @@ def matching(source: Source, base: Source, wanted: Tensor, state: str, key: str)
     return found
 
 
-def _instead(source: Source, state: str) -> str:
+def _instead(source: Source, state: str, key: str) -> str:
     if source.snapshot and state != "weight":
         return (
             f"A snapshot has no optimizer state: use {given('optimizer_state', 'latest')}, or "
+            f"leave it out with {named('exclude')}"
+        )
+    if source.is_frozen(key):
+        return (
+            f"It was frozen there and has no moments: use {given('optimizer_state', 'latest')}, or "
             f"leave it out with {named('exclude')}"
         )
     return f"Leave it out with {named('exclude')}{_or_weights(source)}"

@@ -10,19 +10,20 @@ from typing import Any
 
 from pma_megatron import audit
 from pma_megatron.errors import CheckpointError, SelectionError
+from pma_megatron.folders import ITERATION, is_checkpoint, what_is
 from pma_megatron.formats import registry
 from pma_megatron.formats.base import Incomplete
 from pma_megatron.formats.marker import SNAPSHOTS, read_snapshot_marker
 from pma_megatron.formats.schema import is_count
+from pma_megatron.locations import refuse_remote
 from pma_megatron.openfiles import folders_in, is_folder
 from pma_megatron.refs import CheckpointRef
 from pma_megatron.selection import Selection, SelectionRequest, select
-from pma_megatron.spelling import among, named
+from pma_megatron.spelling import among, given, has, named
 from pma_megatron.tokens import consumed_tokens_of
 from pma_megatron.trackers import Pointer, read_pointers
 
 TRACKER_FILE = registry.get(registry.TORCH_DIST, "").tracker.file
-_ITERATION = re.compile(r"^iter_(\d{7,})$")
 _STEP = re.compile(r"^global_step(\d+)(?:_universal)?$")
 """What DeepSpeed calls a tag by itself (engine.py, `save_checkpoint`), and how it is converted."""
 _OWN_ROOT = re.compile(r"^checkpoint[-_]\d+$")
@@ -46,9 +47,10 @@ def list_checkpoints(root: str | Path) -> list[CheckpointRef]:
         SelectionError: there is no such folder, or it cannot be read.
         CheckpointError: its log of recoveries cannot be read.
     """
+    refuse_remote("", root)
     root = Path(root)
     if not is_folder(root):
-        raise SelectionError(f"{root} is not a folder. Give the folder passed to Megatron's --save")
+        raise SelectionError(what_is(root))
     if is_checkpoint(root):
         return [describe(root, audit.read(root.parent))]
     history = audit.read(root)
@@ -103,7 +105,7 @@ def newest_full(snapshot: Path) -> int | None:
 
 def iteration_of(folder: Path) -> int | None:
     """The iteration in the name of an `iter_*` folder, None for any other name."""
-    match = _ITERATION.match(folder.name)
+    match = ITERATION.match(folder.name)
     return int(match[1]) if match else None
 
 
@@ -155,6 +157,7 @@ def _described(folder: Path, history: audit.History | None) -> CheckpointRef:
         complete=True,
         incomplete_because=None,
         snapshot=snapshot,
+        weights_only=bool(common.get("weights_only")),
         unhealthy_because=doubt.reason if doubt else None,
         judged=doubt is None or doubt.judged,
         warning=known.written_after(folder),
@@ -215,11 +218,8 @@ def choose(
     """
     root = Path(root)
     if not refs:
-        raise SelectionError(
-            f"{root} holds no iter_* checkpoint and no DeepSpeed tag. Give the folder passed to "
-            "Megatron's --save or DeepSpeed's save_checkpoint "
-            f"(found: {', '.join(sorted(p.name for p in root.iterdir())[:5]) or 'nothing'})"
-        )
+        raise SelectionError(what_is(root))
+    _refuse_one_checkpoint(root, request)
     excluded = set(request.exclude)
     formats: dict[str, list[int | None]] = {}
     for ref in refs:
@@ -254,6 +254,17 @@ def pointers_of(root: str | Path) -> dict[str, Pointer] | None:
     return read_pointers(root) if is_folder(root) and not is_checkpoint(root) else None
 
 
+def _refuse_one_checkpoint(root: Path, request: SelectionRequest) -> None:
+    """A checkpoint's folder where the run's is wanted."""
+    if request.paths is None and request.last != 1 and is_checkpoint(root):
+        end = iteration_of(root)
+        up_to = "" if end is None else f", with {given('end_iteration', end)} to end there"
+        raise SelectionError(
+            f"{root} is one checkpoint, and an average takes several of its run. Give the folder "
+            f"above it, {root.parent}{up_to if has('end_iteration') else ''}"
+        )
+
+
 def pointed(root: Path) -> Path:
     """The checkpoint that the tracker in `root` names, or `root` itself without a tracker.
 
@@ -279,16 +290,6 @@ def _tags_with_own_roots(root: Path) -> list[Path]:
     roots = [path for path in folders_in(root) if _OWN_ROOT.match(path.name)]
     found = (folder for own in roots for folder in _checkpoint_folders(own))
     return [folder for folder in found if registry.detect(folder) in registry.TAGS]
-
-
-def is_checkpoint(folder: Path) -> bool:
-    """True for a folder with a checkpoint's name, or with a DeepSpeed tag's files (any name)."""
-    if _ITERATION.match(folder.name) is not None or folder.name == "release":
-        return True
-    try:
-        return not folder.name.startswith(".") and registry.detect(folder) in registry.TAGS
-    except OSError:
-        return False
 
 
 def _said_by(name: str, otherwise: int | None) -> int | None:

@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pma_megatron.discover import describe, is_checkpoint, list_checkpoints, pointed
+from pma_megatron.discover import describe, list_checkpoints, pointed
 from pma_megatron.errors import CheckpointError, PlanError, VerifyError
+from pma_megatron.folders import is_checkpoint, what_is
 from pma_megatron.formats import registry
 from pma_megatron.formats.base import Tensor
 from pma_megatron.formats.marker import MARKER_FILE
 from pma_megatron.intact import listing
+from pma_megatron.locations import refuse_remote
 from pma_megatron.refs import CheckpointRef
 from pma_megatron.report import read_provenance
 
@@ -74,9 +76,10 @@ def look(path: str | Path) -> Inspection:
     Raises:
         CheckpointError: there is no such folder, or it is not clear which checkpoint is meant.
     """
+    refuse_remote("", path)
     folder = pointed(Path(path)).absolute()
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder: give one iter_* folder, or a run's root")
+        raise CheckpointError(what_is(folder))
     if not is_checkpoint(folder):
         _refuse_root(folder)
     sizes = listing(folder)
@@ -97,6 +100,8 @@ def _refuse_root(folder: Path) -> None:
             f"{folder} is a root of {len(below)} checkpoints without a tracker: inspect one of "
             f"them, for instance {folder / below[-1]} (`pma list {folder}` has all)"
         )
+    if registry.detect(folder) == "unknown":
+        raise CheckpointError(what_is(folder))
 
 
 def _opened(folder: Path, found: Inspection) -> Inspection:

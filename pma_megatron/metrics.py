@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from pma_megatron.errors import MetricsError
+from pma_megatron.locations import refuse_remote
 from pma_megatron.metrics_formats import (
     Point,
     Written,
@@ -56,6 +57,7 @@ def read_metrics(
     Raises MetricsError when the file cannot be read, has no loss, or several; UsageError when it
     needs tensorboard and that is not installed.
     """
+    refuse_remote("metrics", path)
     path = Path(path)
     try:
         written = _read(path, loss, grad_norm)

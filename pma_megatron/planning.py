@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pma_megatron.build import Fates, PolicyRow, Rules, decide, make_tasks
+from pma_megatron.build import Fates, PolicyRow, Rules, decide, frozen_notes, make_tasks
 from pma_megatron.comm import Comm
 from pma_megatron.discover import choose, list_checkpoints, pointers_of
 from pma_megatron.errors import CheckpointError, SelectionError
@@ -166,7 +166,7 @@ def make_plan(request: MergeRequest, comm: Comm) -> MergePlan:
     """
     found = gather_sources(request, comm, everywhere=comm.merge_size > 1)
     fates = comm.agree("policy", lambda: decide(request, found.sources))
-    layout = _layout(found, fates, comm)
+    layout = _layout(found, fates, request.lr_factor, comm)
     return comm.agree("plan", lambda: _assemble(request, found, fates, layout))
 
 
@@ -285,7 +285,7 @@ def _trimmed(source: Source, request: MergeRequest, *, end: bool) -> Source:
     return replace(source, space=replace(space, weights=weights, states=states), ranges={})
 
 
-def _layout(found: Gathered, fates: Fates, comm: Comm) -> OutputLayout:
+def _layout(found: Gathered, fates: Fates, lr_factor: float | None, comm: Comm) -> OutputLayout:
     """The output's files, laid out by a rank that sees the newest source."""
     ref, owner = found.selection.refs[-1], found.visible[-1][0]
     known, note = registry.get(ref.format, ref.path), origin_note(found)
@@ -293,7 +293,7 @@ def _layout(found: Gathered, fates: Fates, comm: Comm) -> OutputLayout:
     def lay_out() -> OutputLayout:
         return known.lay_out(
             ref.path, payloads=fates.payloads, drop=fates.dropped, optimizer=fates.optimizer,
-            note=note,
+            note=note, lr_factor=lr_factor,
         )  # fmt: skip
 
     made = comm.agree("layout", lambda: lay_out() if comm.rank == owner else None)
@@ -317,8 +317,10 @@ def _assemble(request: MergeRequest, found: Gathered, fates: Fates,
               layout: OutputLayout) -> MergePlan:  # fmt: skip
     tasks = make_tasks(found.sources, found.active, fates, layout)
     work = sorted((u for task in tasks for u in units(task)), key=file_order)
+    notes = (*found.selection.notes, *frozen_notes(found.sources))
     return MergePlan(
-        request=request, selection=found.selection, sources=found.sources, outputs=found.outputs,
+        request=request, selection=replace(found.selection, notes=notes),
+        sources=found.sources, outputs=found.outputs,
         rules=fates.rules, table=fates.table, layout=layout, units=tuple(work),
         active=found.active, visible=found.visible,
         read_bytes=sum(read_bytes(unit) for unit in work),
@@ -359,6 +361,8 @@ def _digest(request: MergeRequest, sources: Sequence[Source], outputs: Sequence[
         "table": [asdict(row) for row in table],
         "dtype": request.dtype,
     }
+    if request.lr_factor is not None:
+        decisive["lr_factor"] = request.lr_factor.hex()
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 

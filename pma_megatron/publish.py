@@ -17,10 +17,10 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-from pma_megatron.discover import is_checkpoint
 from pma_megatron.durable import sync, write_small
 from pma_megatron.errors import PublishError
 from pma_megatron.faultpoints import point
+from pma_megatron.folders import is_checkpoint
 from pma_megatron.formats import registry
 from pma_megatron.formats.marker import MARKER_FILE, SNAPSHOTS, read_snapshot_marker
 from pma_megatron.locks import STAGING, Target, locked, restored, unfinished

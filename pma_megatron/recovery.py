@@ -22,6 +22,7 @@ from pma_megatron.healthy import (
     choose_healthy,
 )
 from pma_megatron.job import Show, merge, plan, silent
+from pma_megatron.locations import refuse_remote
 from pma_megatron.metrics import Metrics, read_metrics
 from pma_megatron.policy import Policy
 from pma_megatron.refs import CheckpointRef
@@ -29,6 +30,7 @@ from pma_megatron.report import MergeReport
 from pma_megatron.request import MergeRequest, Method
 from pma_megatron.resume import Resume, resume, resume_script
 from pma_megatron.selection import SelectionRequest
+from pma_megatron.spelling import given
 from pma_megatron.spike import Kind, SpikeSettings, Verdict, detect
 
 
@@ -50,7 +52,7 @@ class RecoveryRequest:
         skip: iterations whose data is not trained on again; None for those from the onset to where
             the spike was known (at most `MOST_SKIPPED`).
         skip_data: False to train on all data again.
-        lr_factor: of the learning rates, for a while.
+        lr_factor: of the learning rates that the result stores, in (0, 1].
         command: the run's launch command, to be printed with the changes made.
         threads: per rank.
         overwrite: replace an earlier recovery in `save`.
@@ -82,11 +84,15 @@ class RecoveryRequest:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("load", "save", "metrics"):
+            refuse_remote(name, getattr(self, name))
         if (self.metrics is None) == (self.onset is None):
             raise UsageError(
                 "say where the run went wrong: --metrics FILE (its log, TensorBoard folder, CSV or "
                 "JSONL), or --onset ITERATION, one of the two"
             )
+        if self.lr_factor is not None and not 0 < self.lr_factor <= 1:
+            raise UsageError(f"{given('lr_factor', self.lr_factor)} must lie in (0, 1]")
         if self.optimizer_state not in ("latest", "average", "reset"):
             raise UsageError(
                 f"--optimizer-state {self.optimizer_state!r} cannot resume: choose latest, average "
@@ -191,6 +197,7 @@ def merge_request(request: RecoveryRequest, found: Diagnosis) -> MergeRequest:
         selection=SelectionRequest(paths=tuple(ref.path for ref in found.healthy.selection.refs)),
         method=request.method,
         policy=Policy(optimizer_state=request.optimizer_state),
+        lr_factor=request.lr_factor,
         threads=request.threads,
         overwrite=request.overwrite,
         passed_over=found.healthy.passed_over,
@@ -219,14 +226,19 @@ def _resume(request: RecoveryRequest, chosen: Sequence[CheckpointRef], skip: Spa
             "from those. Give the folder that training saves to (--load), or merge with pma merge "
             "--iterations " + " ".join(str(ref.iteration) for ref in chosen)
         )
-    args = known.common(Path(newest.path))["args"]
+    args, schedule = known.common(Path(newest.path))["args"], known.schedule(Path(newest.path))
     if newest.format == registry.DEEPSPEED and "consumed_train_samples" not in args:
         return resume_script(
             known.tracker.resume.format(root=request.save), request.save, newest.iteration,
             skip=skip, lr_factor=request.lr_factor, command=request.command,
         )  # fmt: skip
     return resume(
-        args, request.save, skip=skip, lr_factor=request.lr_factor, command=request.command
+        args,
+        request.save,
+        skip=skip,
+        lr_factor=request.lr_factor,
+        schedule=schedule,
+        command=request.command,
     )
 
 

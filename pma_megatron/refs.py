@@ -33,6 +33,8 @@ class CheckpointRef:
     incomplete_because: str | None
     snapshot: bool = False
     """True for a thin snapshot (main params only): a source, but not one to resume from."""
+    weights_only: bool = False
+    """True without optimizer state: a source for averages of weights, nothing to go on from."""
     unhealthy_because: str | None = None
     """Why only a selection that names it takes it: it was saved in a loss spike, or not judged."""
     writing: bool = False
@@ -57,6 +59,13 @@ class CheckpointRef:
         if self.complete:
             return self.unhealthy_because
         return f"it is incomplete ({why_incomplete(self)})"
+
+    @property
+    def holds(self) -> str:
+        """What it holds, in words for a table."""
+        if self.snapshot:
+            return "snapshot"
+        return "weights only" if self.weights_only else "full"
 
     def describe(self) -> str:
         """The name to use in a message: `iteration 4000 (16.78B tokens)`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -12,7 +13,9 @@ from typing import Any
 import torch
 
 from pma_megatron.coefficients import implied_decay_weights
+from pma_megatron.discover import describe
 from pma_megatron.errors import CheckpointError
+from pma_megatron.formats import registry
 from pma_megatron.formats.marker import ONLINE_AVERAGE
 from pma_megatron.integrity import Compared
 from pma_megatron.manifest import read_marker
@@ -20,6 +23,7 @@ from pma_megatron.planning import MergePlan
 from pma_megatron.policy import Policy
 from pma_megatron.publish import PROVENANCE_FILE
 from pma_megatron.request import MergeRequest, Method, Output
+from pma_megatron.resume import rate_flags
 from pma_megatron.selection import SelectionRequest
 from pma_megatron.verification import Verification
 from pma_megatron.version import __version__
@@ -51,11 +55,36 @@ class MergeReport:
     ranks: int
     checksums: Mapping[str, Any]
 
+    @property
+    def resume(self) -> tuple[str, ...]:
+        """How training is told to go on from each output: Megatron's flags, or a call."""
+        return tuple(how_to_resume(Path(f), self.plan["lr_factor"]) for f in self.outputs)
+
     def to_json(self) -> dict[str, Any]:
         """Plain values, as `--json` prints them: the plan's, and what came of it."""
         own = asdict(self)
         published = own.pop("outputs")
-        return {**own.pop("plan"), **own, "published": published}
+        return {**own.pop("plan"), **own, "published": published, "resume": list(self.resume)}
+
+
+def how_to_resume(folder: Path, lr_factor: float | None = None) -> str:
+    """How training is told to go on from the checkpoint in `folder`.
+
+    Args:
+        folder: named by its root's tracker.
+        lr_factor: of the learning rates in it; None if they are the run's.
+    """
+    ref = describe(folder)
+    known = registry.get(ref.format, str(folder))
+    args = known.common(folder)["args"]
+    if "consumed_train_samples" not in args:
+        return known.tracker.resume.format(root=folder.parent)
+    flags: dict[str, tuple[str, ...]] = {"--load": (str(folder.parent),)}
+    if ref.weights_only:
+        flags["--no-load-optim"] = ()
+    if lr_factor is not None:
+        flags |= rate_flags(args, known.schedule(folder))
+    return shlex.join(word for flag, values in flags.items() for word in (flag, *values))
 
 
 def describe_plan(plan: MergePlan) -> dict[str, Any]:
@@ -76,6 +105,7 @@ def describe_plan(plan: MergePlan) -> dict[str, Any]:
         ],
         "outputs": [describe_output(output) for output in plan.outputs],
         "policy": [asdict(row) for row in plan.table],
+        "lr_factor": plan.request.lr_factor,
         "passed_over": [asdict(each) for each in plan.selection.passed_over],
         "notes": list(plan.selection.notes),
         "bytes": {"read": plan.read_bytes, "written": plan.written_bytes},
@@ -178,4 +208,5 @@ def request_again(recorded: Mapping[str, Any]) -> MergeRequest:
             overrides=tuple((pattern, action) for pattern, action in policy["overrides"]),
         ),
         dtype=saved["dtype"],
+        lr_factor=saved.get("lr_factor"),
     )

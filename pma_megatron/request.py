@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ import torch
 from pma_megatron.coefficients import METHODS, Coefficients, coefficients
 from pma_megatron.errors import UsageError
 from pma_megatron.gaps import PassedOver
+from pma_megatron.locations import refuse_remote
 from pma_megatron.policy import Policy
 from pma_megatron.selection import Selection, SelectionRequest
 from pma_megatron.spelling import given, named
@@ -81,6 +83,8 @@ class MergeRequest:
         selection: which checkpoints.
         method: how to weight them.
         policy: what happens to every entry.
+        lr_factor: of all learning rates that the result stores, in param groups and scheduler, from
+            where training takes them when it resumes; None leaves them.
         dtype: `bf16`, `fp16` or `fp32` for averaged model weights; None keeps the stored dtype.
         sweep: outputs `METHOD[,METHOD]:LAST[,LAST]`, all from one pass over the sources.
         threads: reader threads per rank.
@@ -100,6 +104,7 @@ class MergeRequest:
     selection: SelectionRequest = field(default_factory=SelectionRequest)
     method: Method = field(default_factory=Method)
     policy: Policy = field(default_factory=Policy)
+    lr_factor: float | None = None
     dtype: str | None = None
     sweep: tuple[str, ...] = ()
     threads: int = 2
@@ -110,8 +115,17 @@ class MergeRequest:
     passed_over: tuple[PassedOver, ...] = ()
 
     def __post_init__(self) -> None:
+        refuse_remote("load", self.load)
+        refuse_remote("save", self.save)
         if self.dtype is not None and self.dtype not in _DTYPES:
             raise UsageError(f"--dtype {self.dtype!r} is unknown; choose from {', '.join(_DTYPES)}")
+        if self.lr_factor is not None and not 0 < self.lr_factor < math.inf:
+            raise UsageError(f"{named('lr_factor')} must be positive, got {self.lr_factor}")
+        if self.lr_factor is not None and self.policy.drops_optimizer:
+            raise UsageError(
+                f"{named('lr_factor')} has no effect on a checkpoint of weights alone, which "
+                "stores no learning rates: leave it out"
+            )
         if self.threads < 1:
             raise UsageError(f"{named('threads')} must be at least 1, got {self.threads}")
         for text in self.sweep:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from pma_megatron.errors import UsageError
+from pma_megatron.formats.base import Schedule
 from pma_megatron.healthy import Span
 
-_RATES = ("lr", "min_lr", "decoupled_lr", "decoupled_min_lr")
-_OVERRIDE = "--override-opt_param-scheduler"
+_RATES = ("lr", "min_lr", "decoupled_lr", "decoupled_min_lr", "lr_warmup_init")
 _SKIP = "--iterations-to-skip"
 
 # Flags that a full resume from the newest checkpoint in --load must not have, and their values.
@@ -20,7 +20,6 @@ _DROPPED = {
     "--finetune": 0,
     "--no-load-optim": 0,
     "--no-load-rng": 0,
-    "--use-checkpoint-opt_param-scheduler": 0,
     # of Megatron-DeepSpeed
     "--load-tag": 1,
     "--no-load-lr-state": 0,
@@ -62,20 +61,17 @@ def resume_script(call: str, root: str, iteration: int | None, *, skip: Span | N
         root: where the recovery lies.
         iteration: of the recovery.
         skip: iterations whose data is not to be trained on again.
-        lr_factor, command: refused.
+        lr_factor: of the learning rates in the recovery.
+        command: refused.
 
     Raises:
         UsageError: something only the script itself can do was asked for.
     """
-    if lr_factor is not None:
-        raise UsageError(
-            "--lr-factor: the learning rate of a DeepSpeed run without Megatron's args is set by "
-            "its script or its ds_config. Leave the flag out, and lower the rate there"
-        )
     if command:
         raise UsageError(
-            "the launch command after -- cannot be changed: the checkpoints have no Megatron args, "
-            f"so how the script is told what to load is not known. Leave it out, and let {call} run"
+            "the launch command after -- cannot be changed: the checkpoints hold no arguments of "
+            f"it, so how the script is told what to load is not known. Leave it out, and let "
+            f"{call} run"
         )
     notes = [f"save to {root} from then on, so that its `latest` moves; the old folder stays"]
     if skip is not None:
@@ -84,11 +80,13 @@ def resume_script(call: str, root: str, iteration: int | None, *, skip: Span | N
             f"data from there meets iterations {skip.first} to {skip.last} again, unless it passes "
             "over their batches. DeepSpeed has no setting for that"
         )
+    if lr_factor is not None:
+        notes += _slower(root, lr_factor)
     return Resume(flags={}, command=None, notes=tuple(notes), call=call)
 
 
 def resume(args: Mapping[str, Any], root: str, *, skip: Span | None, lr_factor: float | None,
-           command: Sequence[str] = ()) -> Resume:  # fmt: skip
+           schedule: Schedule, command: Sequence[str] = ()) -> Resume:  # fmt: skip
     """Flags, and the whole command, that resume a Megatron run from the recovery in `root`.
 
     Args:
@@ -96,11 +94,9 @@ def resume(args: Mapping[str, Any], root: str, *, skip: Span | None, lr_factor: 
         root: where the recovery lies; the run goes on saving there.
         skip: iterations whose data is consumed without a step (Megatron's `--iterations-to-skip`,
             core_v0.12 and newer).
-        lr_factor: of all learning rates, for a while.
+        lr_factor: of all learning rates in the recovery, which the flags then follow.
+        schedule: what the newest source says of its own.
         command: the run's launch command.
-
-    Raises:
-        UsageError: a factor out of range.
     """
     flags: dict[str, tuple[str, ...]] = {"--load": (root,), "--save": (root,)}
     notes = [f"the run goes on in {root}; the old folder stays as it is"]
@@ -119,31 +115,41 @@ def resume(args: Mapping[str, Any], root: str, *, skip: Span | None, lr_factor: 
                 "again: another --seed would shuffle it differently"
             )
     if lr_factor is not None:
-        flags |= _slower(args, lr_factor)
-        notes.append(
-            f"learning rates are times {lr_factor:g}: once the loss is back, resume without these "
-            f"--lr flags, and with {_OVERRIDE} once more, so that Megatron takes the old ones"
-        )
+        flags |= rate_flags(args, schedule, lr_factor)
+        notes += _slower(root, lr_factor)
     return Resume(
         flags=flags, command=_changed(command, flags) if command else None, notes=tuple(notes)
     )
 
 
-def _slower(args: Mapping[str, Any], factor: float) -> dict[str, tuple[str, ...]]:
-    if not 0 < factor <= 1:
-        raise UsageError(f"--lr-factor {factor} must lie in (0, 1]")
-    rates = {name: args.get(name) for name in _RATES}
-    if not rates["lr"]:
-        raise UsageError(
-            "--lr-factor: the newest source's saved args have no lr. Leave the flag out, and lower "
-            f"--lr by hand, with {_OVERRIDE}"
-        )
-    flags = {
-        "--" + name.replace("_", "-"): (f"{rate * factor:.9g}",)
+def _slower(root: str, factor: float) -> list[str]:
+    return [
+        f"learning rates are times {factor:g}, also in the recovered checkpoint: a resume takes "
+        "them from there. To go back to the old ones once the loss is back, scale them again: pma "
+        f"merge --load {root} --save NEW --last 1 --lr-factor {1 / factor:g}"
+    ]
+
+
+def rate_flags(args: Mapping[str, Any], schedule: Schedule, factor: float = 1.0
+               ) -> dict[str, tuple[str, ...]]:  # fmt: skip
+    """Megatron's flags of learning rates, `factor` times those of a checkpoint.
+
+    They must be what the checkpoint that is resumed stores, to the last bit: the scheduler compares
+    them, and from core 0.19 on param groups are found by them.
+
+    Args:
+        args: Megatron's arguments in the checkpoint.
+        schedule: what it says of its schedule; goes before `args`, which a run may have overridden.
+        factor: 1 for a checkpoint whose rates are scaled already.
+    """
+    stored = {"lr": schedule.max_lr, "min_lr": schedule.min_lr}
+    known = {name: rate for name, rate in stored.items() if rate is not None}
+    rates = {name: known.get(name, args.get(name)) for name in _RATES}
+    return {
+        "--" + name.replace("_", "-"): (repr(float(rate * factor)),)
         for name, rate in rates.items()
         if isinstance(rate, (int, float)) and rate
     }
-    return {**flags, _OVERRIDE: ()}
 
 
 def _changed(command: Sequence[str], flags: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from pma_megatron.gaps import (
     tokens_about,
     warnings_of,
 )
+from pma_megatron.locations import refuse_remote
 from pma_megatron.refs import (
     CheckpointRef,
     Unit,
@@ -84,6 +85,7 @@ class SelectionRequest:
                 f"{named('tolerance')} is a fraction of the interval in [0, 0.5), got "
                 f"{self.tolerance}: from 0.5 on, one checkpoint could stand for two places"
             )
+        refuse_remote("paths", *(self.paths or ()))
         self._refuse_contradictions()
         for name in ("iterations", "paths"):
             self._refuse_bad_list(name)

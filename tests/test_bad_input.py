@@ -52,13 +52,13 @@ def test_missing_tracker_is_a_warning(
 
 
 def test_load_does_not_exist(run: Path, save: Path) -> None:
-    with refused(SelectionError, "is not a folder", "--save", run=run, save=save):
+    with refused(SelectionError, "is not a folder", "training saves to", run=run, save=save):
         merge(request_for(run / "nowhere", save))
 
 
 def test_load_is_empty(run: Path, save: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    words = ("holds no iter_* checkpoint", "found: nothing", "--save")
+    words = ("holds no iter_* checkpoint", "found: nothing", "saves to")
     with refused(SelectionError, *words, run=run, save=save):
         merge(request_for(tmp_path / "empty", save))
 

@@ -27,8 +27,8 @@ MERGE = COMMON | {
     "--load", "--last", "--interval-tokens", "--interval-iterations", "--tolerance",
     "--end-iteration", "--window-tokens", "--iterations", "--paths", "--exclude", "--method",
     "--alpha", "--floor", "--coefficients", "--allow-any-coefficients", "--optimizer-state",
-    "--average", "--policy", "--dtype", "--sweep", "--save", "--overwrite", "--threads",
-    "--merge-parallel-size", "--timeout", "--allow-gaps", "--check-sources",
+    "--average", "--policy", "--lr-factor", "--dtype", "--sweep", "--save", "--overwrite",
+    "--threads", "--merge-parallel-size", "--timeout", "--allow-gaps", "--check-sources",
 }  # fmt: skip
 SCORE = COMMON | {
     "--load", "--ends", "--exclude", "--intervals-iterations", "--intervals-tokens", "--lasts",
@@ -229,6 +229,12 @@ def test_merge_says_what_it_did(
     code, out, _ = call(capsys, *flags, "--save", tmp_path / "b", "--optimizer-state", "drop")
     assert code == 0
     assert "--no-load-optim" in out
+    code, out, _ = call(capsys, *flags, "--save", tmp_path / "c", "--average", "weights")
+    assert code == 0
+    assert f"resume with: --load {tmp_path / 'c'} --no-load-optim (weights only" in out
+    for save, holds in (("a", "full"), ("b", "weights only"), ("c", "weights only")):
+        code, out, _ = call(capsys, "list", tmp_path / save)
+        assert code == 0 and f" {holds} " in out
 
 
 def test_verify_finds_what_is_wrong(

@@ -140,8 +140,10 @@ def load_live(rank: int, world_size: int, megatron: str, deepspeed: str) -> list
     trainer, engine = TinyTrainer(DENSE), TinyDeepSpeed(DeepSpeedConfig(stage=1)).engine
     said = []
     for load in (
-        lambda: merge_into(trainer.models, trainer.optimizer, load=megatron),
-        lambda: load_merged(engine, deepspeed),
+        lambda: merge_into(
+            trainer.models, trainer.optimizer, load=megatron, selection=SelectionRequest(last=2)
+        ),
+        lambda: load_merged(engine, deepspeed, last=2),
     ):
         try:
             said.append(f"loaded {load()}")

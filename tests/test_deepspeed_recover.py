@@ -70,8 +70,16 @@ def collapse(rank: int, world_size: int, folder: Path) -> dict[int, Any]:
                     run.engine.save_checkpoint(f"{folder}/megatron", client_state={"args": args})
     run.close()
     if rank == 0:
+        as_megatron_schedules(folder / "megatron", config.lr)
         to_universal(folder / "run" / "global_step30", folder / "universal" / "global_step30")
     return held
+
+
+def as_megatron_schedules(root: Path, lr: float) -> None:
+    """What Megatron-DeepSpeed's OptimizerParamScheduler stores (the rates of it)."""
+    for file in root.glob("*/*model_states.pt"):
+        saved = torch.load(file, weights_only=False)
+        torch.save({**saved, "lr_scheduler": {"max_lr": lr, "min_lr": 0.0, "num_steps": 9}}, file)
 
 
 def to_universal(tag: Path, output: Path) -> None:
@@ -186,10 +194,9 @@ def test_command_line(
     megatron = [*flags, "--load", str(folder / "megatron"), "--skip", "45:50", "--lr-factor", "0.5"]
     assert main([*megatron, "--json", *command]) == 0
     made = json.loads(capsys.readouterr().out)
-    assert made["resume"] == (
-        f"deepspeed pretrain_gpt.py --load {save} --save {save} --lr 0.005 "
-        "--override-opt_param-scheduler"
-    )
+    assert made["resume"] == (f"deepspeed pretrain_gpt.py --load {save} --save {save} --lr 0.005")
+    states = [torch.load(file, weights_only=False) for file in save.glob("*/mp_rank*states.pt")]
+    assert states and all(state["lr_scheduler"]["max_lr"] == 0.005 for state in states)
     assert any("45 to 50 comes again" in note for note in made["notes"])
     assert (save / "latest").read_text() == "global_step30"
 

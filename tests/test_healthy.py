@@ -10,9 +10,11 @@ import pytest
 
 from pma_megatron import SelectionRequest, audit
 from pma_megatron.errors import SelectionError, UsageError
+from pma_megatron.formats.base import Schedule
 from pma_megatron.healthy import HealthyRequest, Span, choose_healthy
+from pma_megatron.recovery import RecoveryRequest
 from pma_megatron.refs import CheckpointRef
-from pma_megatron.resume import resume
+from pma_megatron.resume import rate_flags, resume
 from pma_megatron.selection import select
 
 
@@ -177,19 +179,27 @@ COMMAND = shlex.split(
 
 
 def test_the_command_is_the_runs_own_with_what_must_change() -> None:
-    how = resume(ARGS, "/new", skip=Span(12, 14), lr_factor=0.5, command=COMMAND)
-    assert how.spelled() == (
-        "torchrun --nproc-per-node 8 pretrain_gpt.py --bf16 --seed -1 --load /new --save /new "
-        "--iterations-to-skip 7 12 13 14 --lr 0.00015 --min-lr 1.5e-05 "
-        "--override-opt_param-scheduler"
+    how = resume(
+        ARGS, "/new", skip=Span(12, 14), lr_factor=0.5, schedule=Schedule(), command=COMMAND
     )
-    assert resume(ARGS, "/new", skip=None, lr_factor=None).spelled() == "--load /new --save /new"
+    assert how.spelled() == (
+        "torchrun --nproc-per-node 8 pretrain_gpt.py --bf16 --override-opt_param-scheduler --seed "
+        "-1 --load /new --save /new --iterations-to-skip 7 12 13 14 --lr 0.00015 --min-lr 1.5e-05"
+    )
+    how = resume(ARGS, "/new", skip=None, lr_factor=None, schedule=Schedule())
+    assert how.spelled() == "--load /new --save /new"
+
+
+def test_rates_are_those_of_the_schedule_to_the_last_bit() -> None:
+    args = {"lr": 1.0, "min_lr": 0.0, "decoupled_lr": 7e-4, "lr_warmup_init": 1e-7}
+    found = rate_flags(args, Schedule(max_lr=1.1e-4, min_lr=3.3e-5), 0.3)
+    assert list(found) == ["--lr", "--min-lr", "--decoupled-lr", "--lr-warmup-init"]
+    wanted = [rate * 0.3 for rate in (1.1e-4, 3.3e-5, 7e-4, 1e-7)]
+    assert [float(value) for (value,) in found.values()] == wanted
 
 
 def test_what_a_release_cannot_do_is_said() -> None:
-    how = resume({}, "/new", skip=Span(12, 14), lr_factor=None)
+    how = resume({}, "/new", skip=Span(12, 14), lr_factor=None, schedule=Schedule())
     assert "--iterations-to-skip" not in how.flags and "no --iterations-to-skip" in how.notes[1]
-    with pytest.raises(UsageError, match="have no lr"):
-        resume({}, "/new", skip=None, lr_factor=0.5)
-    with pytest.raises(UsageError, match=r"\(0, 1\]"):
-        resume(ARGS, "/new", skip=None, lr_factor=1.5)
+    with pytest.raises(UsageError, match=r"--lr-factor 1.5 must lie in \(0, 1\]"):
+        RecoveryRequest(load="/a", save="/b", onset=1, lr_factor=1.5)

@@ -46,6 +46,7 @@ def _run(given: list[str], rank: int) -> int:
     from pma_megatron.cli.flags import parser
     from pma_megatron.cli.verbs import front_end
     from pma_megatron.errors import PmaError, RankError, UsageError
+    from pma_megatron.locations import refuse_remote_values
     from pma_megatron.spelling import speaking
 
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -58,6 +59,7 @@ def _run(given: list[str], rank: int) -> int:
     log.configure(rank, verbose=arguments.verbose)
     try:
         with speaking(front_end(arguments.parser, given[:end])):
+            refuse_remote_values({k: v for k, v in vars(arguments).items() if k != "rest"})
             arguments.run(arguments)
     except PmaError as error:
         told = told_of(error.published, error.unpublished) if error.published else ""

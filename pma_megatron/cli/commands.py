@@ -5,13 +5,15 @@ from __future__ import annotations
 from argparse import Namespace
 from contextlib import ExitStack
 from dataclasses import asdict
+from pathlib import Path
 
 from pma_megatron.cli import tables
 from pma_megatron.cli.progress import show
 from pma_megatron.cli.verbs import root_of, selection_of, show_result
 from pma_megatron.comm import Comm, process_group_from_environment
 from pma_megatron.discover import list_checkpoints
-from pma_megatron.errors import CheckpointError, UsageError
+from pma_megatron.errors import CheckpointError, SelectionError, UsageError
+from pma_megatron.folders import what_is
 from pma_megatron.inspection import look
 from pma_megatron.job import merge as merge_checkpoints
 from pma_megatron.job import plan as plan_merge
@@ -43,6 +45,8 @@ def plan(arguments: Namespace) -> None:
 def list_(arguments: Namespace) -> None:
     """`pma list`."""
     refs = list_checkpoints(arguments.root)
+    if not refs:
+        raise SelectionError(what_is(Path(arguments.root)))
     rows = [{**asdict(ref), "state": ref.state} for ref in refs]
     show_result(arguments, rows, lambda: tables.listed(arguments.root, refs))
 
@@ -87,6 +91,7 @@ def _request(arguments: Namespace) -> MergeRequest:
             overrides=_overrides(arguments.policy),
         ),
         dtype=arguments.dtype,
+        lr_factor=arguments.lr_factor,
         sweep=tuple(arguments.sweep),
         threads=arguments.threads,
         merge_parallel_size=arguments.merge_parallel_size,

@@ -88,6 +88,10 @@ def _averaging(verb: argparse.ArgumentParser) -> None:
         "--policy", nargs="+", default=[], metavar="PATTERN=ACTION",
         help="average, newest or drop entries by key pattern; the first match wins",
     )  # fmt: skip
+    group.add_argument(
+        "--lr-factor", type=float, metavar="F",
+        help="of all learning rates in the result, from where a resume takes them",
+    )  # fmt: skip
     group.add_argument("--dtype", help="of averaged weights: bf16, fp16, fp32 (default: as stored)")
     group.add_argument(
         "--sweep", nargs="+", default=[], metavar="M,..:N,..",

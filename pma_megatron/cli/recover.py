@@ -109,7 +109,10 @@ def _how(verb: argparse.ArgumentParser) -> None:
         "where the spike was known)",
     )  # fmt: skip
     group.add_argument(
-        "--lr-factor", type=float, metavar="F", help="of all learning rates, for a while"
+        "--lr-factor",
+        type=float,
+        metavar="F",
+        help="of all learning rates, in the result and in the printed command",
     )
 
 

@@ -16,8 +16,8 @@ from typing import Any
 
 from pma_megatron.cli.verbs import add_allow_gaps, add_timeout, token_count
 from pma_megatron.comm import Comm, process_group_from_environment
-from pma_megatron.discover import is_checkpoint
 from pma_megatron.errors import UsageError
+from pma_megatron.folders import is_checkpoint
 from pma_megatron.formats import registry
 from pma_megatron.grid import Grid, parse_ends, parse_method
 from pma_megatron.launch import main as run_script

@@ -52,18 +52,22 @@ def _tokens(ref: CheckpointRef) -> str:
 def listed(root: str, refs: Sequence[CheckpointRef]) -> None:
     """`pma list`."""
     title = f"{root}: {len(refs)} checkpoints"
-    table = new_table(title, "iteration", "tokens", "kind", "format", "state")
+    table = new_table(title, "iteration", "tokens", "holds", "format", "state")
     for ref in refs:
-        state: str = ref.state
+        supported = ref.complete or ref.format in _READ
+        state: str = ref.state if supported else "NOT supported"
         if ref.complete and ref.tokens_unknown_because:
             state += f" (tokens unknown: {ref.tokens_unknown_because})"
         because = ref.unhealthy_because if ref.complete else ref.incomplete_because
         for more in (because, ref.warning):
             state += f": {more}" if more else ""
         name = Path(ref.path).name if ref.iteration is None else str(ref.iteration)
-        kind = "snapshot" if ref.snapshot else "full"
-        table.add_row(name, _tokens(ref), kind, ref.format, state)
+        holds = ref.holds if ref.complete else ""
+        table.add_row(name, _tokens(ref), holds, ref.format, state)
     new_console().print(table)
+
+
+_READ = {"unknown", *(each.name for each in registry.FORMATS)}
 
 
 def _coefficients(plan: MergePlan, output: Output) -> Table:
@@ -135,22 +139,15 @@ def merged(report: MergeReport) -> None:
             f"verified {check.entries} entries, {check.samples} slices recomputed in float64: "
             f"largest error {check.worst:.2f} of the bound"
         )
-    for folder in report.outputs:
-        known = registry.get(registry.detect(Path(folder)), folder)
-        how = known.tracker.resume.format(root=Path(folder).parent)
-        console.print(f"resume with: {how}{_resume(report)}", soft_wrap=True)
+    for how in report.resume:
+        why = _WEIGHTS_ALONE if "--no-load-optim" in how else ""
+        console.print(f"resume with: {how}{why}", soft_wrap=True)
 
 
-def _resume(report: MergeReport) -> str:
-    dropped = any(
-        row["state"] != "object" and row["action"] == "drop" for row in report.plan["policy"]
-    )
-    if not dropped:
-        return ""
-    return (
-        " --no-load-optim (weights only: the LR schedule restarts and Adam is empty; --finetune "
-        "also resets iteration and samples)"
-    )
+_WEIGHTS_ALONE = (
+    " (weights only: the LR schedule restarts and Adam is empty; --finetune also resets iteration "
+    "and samples)"
+)
 
 
 def verified(check: Verification) -> None:

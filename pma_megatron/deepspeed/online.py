@@ -34,6 +34,7 @@ from pma_megatron.errors import PublishError, UsageError
 from pma_megatron.formats import registry
 from pma_megatron.formats.marker import MARKER_FILE
 from pma_megatron.live_load import ARGUMENTS
+from pma_megatron.locations import refuse_remote
 from pma_megatron.online.average import RunningAverage
 from pma_megatron.online.origin import mark, origin_of, record
 from pma_megatron.request import Method
@@ -175,6 +176,7 @@ class OnlineAverage(RunningAverage):
         Raises:
             UsageError, PublishError: see `save_average`.
         """
+        refuse_remote("save_dir", save_dir)
         origin = origin_of(self._some(), by_tokens=self._by_tokens)
         root = Path(save_dir)
         folder = root / (f"global_step{self._engine.global_steps}" if tag is None else tag)

@@ -120,6 +120,7 @@ class Schedule:
         warmup_samples: at which warmup ends.
         decay_start_samples: at which the rate begins to fall; None if it never does, or unknown.
         decay_style: Megatron's name of the schedule.
+        max_lr, min_lr: between which its rates lie.
         second_moment_decay: Adam's beta2, the smallest of all param groups.
     """
 
@@ -128,6 +129,8 @@ class Schedule:
     warmup_samples: int | None = None
     decay_start_samples: int | None = None
     decay_style: str | None = None
+    max_lr: float | None = None
+    min_lr: float | None = None
     second_moment_decay: float | None = None
 
 

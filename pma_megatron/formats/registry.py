@@ -49,6 +49,7 @@ class LayOut(Protocol):
     """Lay out an output after the checkpoint at `path`.
 
     `note` is what the merge says of itself, for training that gets such things back on resuming.
+    `lr_factor` multiplies all learning rates that the result stores.
     """
 
     def __call__(
@@ -59,6 +60,7 @@ class LayOut(Protocol):
         drop: frozenset[str],
         optimizer: str,
         note: Mapping[str, Any],
+        lr_factor: float | None,
     ) -> OutputLayout: ...
 
 
@@ -130,15 +132,21 @@ class Format:
 
 def _common(path: Path) -> dict[str, Any]:
     checkpoint = TorchDistCheckpoint(path)
-    return {"iteration": checkpoint.common.get("iteration"), "args": dict(checkpoint.args())}
+    keys = (*checkpoint.tensors, *checkpoint.objects)
+    weights_only = "optimizer" not in checkpoint.common and not any(map(is_optimizer_key, keys))
+    return {
+        "iteration": checkpoint.common.get("iteration"),
+        "args": dict(checkpoint.args()),
+        "weights_only": weights_only,
+    }
 
 
 def _lay_out(
     path: str, *, payloads: Mapping[Payload, torch.dtype], drop: frozenset[str], optimizer: str,
-    note: Mapping[str, Any],
+    note: Mapping[str, Any], lr_factor: float | None,
 ) -> OutputLayout:  # fmt: skip
     """Megatron hands nothing back: there, `pma.json` alone says where a merge came from."""
-    changes = Changes(payloads=payloads, drop=drop, optimizer=optimizer)
+    changes = Changes(payloads=payloads, drop=drop, optimizer=optimizer, lr_factor=lr_factor)
     return output_layout(TorchDistCheckpoint(Path(path)), changes)
 
 
@@ -228,6 +236,19 @@ def unchecked_order(source: Source) -> tuple[str, ...]:
     return (*said.against, *said.open)
 
 
+_CONVERTED = {
+    "torch (legacy)": "Megatron converts it: load it with --ckpt-convert-format torch_dist "
+    "--ckpt-convert-save NEW_FOLDER; or train on with --ckpt-format torch_dist",
+    "zarr": "Megatron before core 0.16 converts it: load it with --ckpt-convert-format torch_dist "
+    "--ckpt-convert-save NEW_FOLDER",
+    "torch_dcp or fsdp_dtensor": "train on with --ckpt-format torch_dist, without FSDP",
+    "torch_dcp": "train on with --ckpt-format torch_dist, without FSDP",
+    "fsdp_dtensor": "train on with --ckpt-format torch_dist, without FSDP",
+    "unknown": "wait, if it is still being written; else exclude it",
+}
+"""What to do about checkpoints in a format that is not read."""
+
+
 def detect(path: Path) -> str:
     """Name of the format in `path`, supported or not; `unknown` where nothing is recognised."""
     try:
@@ -266,7 +287,7 @@ def get(name: str, path: str) -> Format:
         if known.name == name:
             return known
     supported = ", ".join(known.name for known in FORMATS)
+    instead = _CONVERTED.get(name, "exclude it, or give the folder that training saves to")
     raise CheckpointError(
-        f"{path} is in format {name!r}; supported: {supported}. Megatron converts with "
-        "--ckpt-format torch_dist --ckpt-convert-format torch_dist."
+        f"it is in format {name!r}; supported: {supported}. What works: {instead}"
     )

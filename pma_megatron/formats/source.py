@@ -31,6 +31,7 @@ class Source:
         experts: (experts used per token, experts) of an MoE model, if its arguments say so.
         stamps: file -> (bytes, mtime in ns): a source that changes while it is read is noticed.
         snapshot: True for a thin snapshot, whose weights are main params (`formats.marker`).
+        frozen: parameters outside of `space` that were not trained when it was saved.
         quantized: True if weights are kept in 8 or 4 bits: they are not rounded main params then.
         unnamed: optimizer buffers by stored key, where main params were not wanted; they tell
             sources apart, and then they are let go.
@@ -49,20 +50,32 @@ class Source:
     snapshot: bool = False
     quantized: bool = False
     unnamed: Mapping[str, Tensor] = field(default_factory=dict)
+    frozen: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def is_frozen(self, key: str) -> bool:
+        """Whether its optimizer trains, and not this parameter: then its weight is its value."""
+        main = self.space.states.get(MAIN_PARAM)
+        weight = self.frozen.get(key, self.space.weights.get(key))
+        stored = weight is not None and bool(weight.pieces) and not self.quantized
+        return stored and bool(main) and key not in (main or ())
 
     def tensor(self, state: str, key: str) -> Tensor | None:
         """The tensor that holds `state` (`weight`, `param` or a moment) of model tensor `key`.
 
         Where main parameters are not stored as such, weights stand in for them if they are main
-        parameters by the mark of a snapshot, or unrounded (float32).
+        parameters by the mark of a snapshot, unrounded (float32), or were never rounded because
+        they were frozen.
         """
         weight = self.space.weights.get(key)
         if state == "weight":
             return weight
         found = self.space.states.get(state, {}).get(key)
-        if found is not None or state != MAIN_PARAM or weight is None:
+        if found is not None or state != MAIN_PARAM:
             return found
-        return weight if self.snapshot or weight.dtype == torch.float32 else None
+        if weight is None:
+            return self.frozen.get(key)
+        exact = self.snapshot or weight.dtype == torch.float32 or self.is_frozen(key)
+        return weight if exact else None
 
     @property
     def is_moe(self) -> bool:

@@ -130,12 +130,9 @@ def _check_surroundings(read_at: ReadAt, entry: _Entry, end: int) -> int:
         raise ValueError(f"record {entry.name.decode()!r} reaches into the next one")
     if local[2] & _HAS_DESCRIPTOR:  # sizes and checksum follow the bytes
         tail = read_at(after, min(_DESCRIPTOR64.size, end - after))
-        said = [
-            form.unpack_from(tail)
-            for form in (_DESCRIPTOR, _DESCRIPTOR64)
-            if len(tail) >= form.size
-        ]
-        right = (b"PK\x07\x08", entry.crc32, entry.nbytes, entry.nbytes) in said
+        said = (b"PK\x07\x08", entry.crc32, entry.nbytes, entry.nbytes)
+        narrow = entry.nbytes <= _LIMIT and tail.startswith(_DESCRIPTOR.pack(*said))
+        right = narrow or tail == _DESCRIPTOR64.pack(*said)
     else:
         right = local[6] == entry.crc32 and local[8] in (entry.nbytes, _LIMIT)
     if not right:

@@ -13,6 +13,7 @@ from typing import Any
 from pma_megatron.errors import UsageError
 from pma_megatron.grid import Grid, parse_ends, parse_method
 from pma_megatron.healthy import LAST, MARGIN_ITERATIONS
+from pma_megatron.locations import refuse_remote, refuse_remote_values
 from pma_megatron.request import Method
 from pma_megatron.selection import DEFAULT_LAST, SelectionRequest
 from pma_megatron.spelling import FrontEnd, speaking
@@ -175,7 +176,12 @@ def settings(args: Any) -> Settings:
         UsageError: values out of range or that contradict each other, named as Megatron's flags.
     """
     with speaking(FLAGS):
-        return _settings(args)
+        made = _settings(args)
+        named = ("save_dir", "window_dir", "snapshot_dir", "score_others", "score_out")
+        refuse_remote_values({name: getattr(made, name) for name in named})
+        if made.init or made.score:
+            refuse_remote("load", made.load)
+    return made
 
 
 def tokens_now(args: Any) -> int:

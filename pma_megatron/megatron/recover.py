@@ -36,6 +36,7 @@ from pma_megatron.errors import PmaError, SelectionError
 from pma_megatron.faultpoints import point
 from pma_megatron.gaps import lines
 from pma_megatron.healthy import Healthy, HealthyRequest, Span, choose_healthy
+from pma_megatron.locations import refuse_remote
 from pma_megatron.megatron.load import merge_into, trainer_of
 from pma_megatron.megatron.options import RecoverySettings
 from pma_megatron.megatron.replicas import forward_hooks_off
@@ -100,6 +101,7 @@ class Recovery:
                 no more often than its own log does.
             comm: the ranks, by default all.
         """
+        refuse_remote("roots", *roots)
         self.settings = settings or RecoverySettings()
         self._models, self._optimizer, self._metadata = models, optimizer, metadata
         self._roots = tuple(dict.fromkeys(Path(root) for root in roots))

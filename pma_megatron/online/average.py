@@ -15,6 +15,7 @@ from typing import Any
 
 from pma_megatron.comm import Comm
 from pma_megatron.errors import UsageError
+from pma_megatron.locations import refuse_remote
 from pma_megatron.online.budget import Need, check
 from pma_megatron.online.hostcopy import HostCopy
 from pma_megatron.online.shard import Shard
@@ -56,6 +57,7 @@ class RunningAverage(ABC):
                 range.
         """
         self.shard, self._comm, self._interval = shard, comm, interval
+        refuse_remote("window_dir", window_dir)
         folder = None if window_dir is None else Path(window_dir)
         self.report = check(self._need(method, last, folder, backup_bytes), comm)
         to_host = HostCopy(shard, stepping)
@@ -138,6 +140,7 @@ class RunningAverage(ABC):
         return average
 
     def _store(self, folder: str | Path) -> WindowStore:
+        refuse_remote("folder", folder)
         root = Path(folder)
         if root not in self._stores:
             self._stores[root] = WindowStore(root, self.shard, self._window, self._comm)

@@ -36,6 +36,7 @@ from pma_megatron.formats.torch_dist.chunks import (
     place,
     stored,
 )
+from pma_megatron.locations import refuse_remote
 from pma_megatron.online.snapshot_job import REMOVED, STAGING, Data, SnapshotJob, remove
 from pma_megatron.spelling import named
 
@@ -74,6 +75,7 @@ class SnapshotWriter:
         """
         if dtype not in DTYPES:
             raise UsageError(f"snapshots are stored in fp32 or bf16, not in {dtype}")
+        refuse_remote("snapshot_dir", root)
         self.root = Path(root)
         self._dtype, self._comm, self._common = dtype, comm, common
         self._count = 0

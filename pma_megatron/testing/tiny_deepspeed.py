@@ -82,7 +82,7 @@ class DeepSpeedConfig:
             config["bf16"] = {"enabled": True}
         if self.float32_gradients:
             config["data_types"] = {"grad_accum_dtype": "fp32"}
-        return {**config, **self.settings}
+        return {k: v for k, v in {**config, **self.settings}.items() if v is not None}
 
 
 class TinyModel(nn.Module):

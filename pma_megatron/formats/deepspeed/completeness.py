@@ -128,9 +128,12 @@ def _ranks(checkpoint: DeepSpeedCheckpoint) -> str | None:
         wanted.append(("optimizer states", set(checkpoint.optim), everyone))
     for what, there, expected in wanted:
         if there != expected:
+            sides = (("missing", expected - there), ("stray", there - expected))
+            found = " and ".join(
+                f"of ranks {_named(ranks)} are {how}" for how, ranks in sides if ranks
+            )
             return (
-                f"{what} of ranks {_named(expected - there)} are missing and of ranks "
-                f"{_named(there - expected)} are stray, for a data-parallel size of {len(world)} "
+                f"{what} {found}, for a data-parallel size of {len(world)} "
                 f"and a model-parallel size of {len(model_parallel)}: still being written, "
                 "incomplete, or two saves in one folder"
             )

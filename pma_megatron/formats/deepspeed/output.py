@@ -17,13 +17,15 @@ from pma_megatron.formats.deepspeed.partitions import base_state
 from pma_megatron.formats.marker import OWN_FILES
 from pma_megatron.formats.names import plain_name
 from pma_megatron.formats.output import OutputItem, OutputLayout, Place
+from pma_megatron.formats.rates import scale_groups, scale_schedule
 from pma_megatron.formats.relay import relay, reset_steps
 from pma_megatron.openfiles import leads_out
+from pma_megatron.spelling import given, named
 
 
 def output_layout(
     path: str, *, payloads: Mapping[Payload, torch.dtype], drop: frozenset[str], optimizer: str,
-    note: Mapping[str, Any],
+    note: Mapping[str, Any], lr_factor: float | None,
 ) -> OutputLayout:  # fmt: skip
     """Lay out a merged tag after the one at `path`.
 
@@ -33,10 +35,12 @@ def output_layout(
         drop: entries left out.
         optimizer: `keep`, `reset` (step counters to zero) or `drop`.
         note: what the client state gets as `pma`.
+        lr_factor: of all learning rates that it stores; None leaves them.
 
     Raises:
         UsageError: something is to be left out or stored in another dtype: DeepSpeed resumes main
-            params from the optimizer's files, and expects in every file what it wrote.
+            params from the optimizer's files, and expects in every file what it wrote. Or rates are
+            to be scaled, and it stores none.
     """
     refuse_unresumable(path, payloads, drop, optimizer)
     checkpoint = DeepSpeedCheckpoint(Path(path))
@@ -45,7 +49,47 @@ def output_layout(
         for file, state in checkpoint.optimizers().items():
             zero = reset_steps(base_state(state))
             edits[file] = Edit(checkpoint.state(file), frozenset(zero))
+    if lr_factor is not None:
+        optimizers = checkpoint.optimizers()
+        groups = {file: base_state(state) for file, state in optimizers.items()}
+        for file in scale_rates(checkpoint, groups, lr_factor):
+            edits.setdefault(file, Edit(checkpoint.state(file), frozenset()))
     return lay_out_after(checkpoint, payloads, edits, note)
+
+
+def scale_rates(
+    checkpoint: DeepSpeedCheckpoint, groups: Mapping[str, Any], factor: float
+) -> list[str]:
+    """Multiply the learning rates in what the files of a tag say; returns which files changed.
+
+    Args:
+        checkpoint: the tag; what its files say is changed in place.
+        groups: file -> what has param groups in it.
+        factor: of all rates.
+
+    Raises:
+        UsageError: a scheduler, or the param groups, store none: the script alone sets them.
+    """
+    changed = []
+    for file, state in groups.items():
+        if not scale_groups(state, factor, f"{checkpoint.path / file}"):
+            raise _no_rates(checkpoint.path / file, "the optimizer's state has no param groups")
+        changed.append(file)
+    for file in checkpoint.client_states:
+        schedule = checkpoint.state(file).get("lr_scheduler")
+        if schedule is None:
+            continue
+        if not scale_schedule(schedule, factor, f"{checkpoint.path / file}"):
+            raise _no_rates(checkpoint.path / file, "the scheduler's state has no rates")
+        changed.append(file)
+    return changed
+
+
+def _no_rates(file: Path, why: str) -> UsageError:
+    return UsageError(
+        f"{named('lr_factor')}: {why} in {file}, so a resumed run takes its learning rates from "
+        "its script or ds_config. Leave it out, and lower the rate there"
+    )
 
 
 def refuse_unresumable(
@@ -55,14 +99,15 @@ def refuse_unresumable(
     if optimizer == "drop" or drop:
         raise UsageError(
             f"{path}: a DeepSpeed checkpoint without all of its parts does not resume, because "
-            "main params lie in the optimizer's files. Leave out --optimizer-state drop, --average "
-            "weights and --policy ...=drop"
+            f"main params lie in the optimizer's files. Leave out "
+            f"{given('optimizer_state', 'drop')}, {given('average', 'weights')} and "
+            f"{given('policy', '...=drop')}"
         )
     changed = {dtype for payload, dtype in payloads.items() if dtype != payload.dtype}
     if changed:
         raise UsageError(
-            f"--dtype: weights of {path} share storages of one dtype, and DeepSpeed expects its "
-            "own. Leave --dtype out; zero_to_fp32.py makes float32 weights of a merged tag"
+            f"{named('dtype')}: weights of {path} share storages of one dtype, and DeepSpeed "
+            "expects its own. Leave it out; zero_to_fp32.py makes float32 weights of a merged tag"
         )
 
 

@@ -13,6 +13,7 @@ from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.base import ModelSpace, Payload, Schedule, Tensor, least_decay
 from pma_megatron.formats.deepspeed.checkpoint import TIED, DeepSpeedCheckpoint
 from pma_megatron.formats.deepspeed.completeness import completeness
+from pma_megatron.formats.deepspeed.frozen import frozen_fragments
 from pma_megatron.formats.deepspeed.layers import layer_names
 from pma_megatron.formats.deepspeed.partitions import (
     base_state,
@@ -53,8 +54,9 @@ def read_source(path: str, ranges: FlatMap, main_params: bool, peers: Sequence[s
     if not checkpoint.is_whole:
         weights = weights_of(checkpoint, shapes_of(checkpoint))
         spaces, found = flat_spaces(checkpoint)
+        frozen = _frozen(checkpoint, set(weights))
     else:
-        weights, spaces, found = _without_zero(checkpoint, ranges)
+        weights, frozen, spaces, found = _without_zero(checkpoint, ranges)
     return Source(
         path=path,
         format="deepspeed",
@@ -66,11 +68,14 @@ def read_source(path: str, ranges: FlatMap, main_params: bool, peers: Sequence[s
         ranges=found,
         topology=checkpoint.topology,
         stamps=stamps_of(folder),
+        frozen=frozen,
     )
 
 
-def _without_zero(checkpoint: DeepSpeedCheckpoint, known: FlatMap
-                  ) -> tuple[dict[str, Tensor], list[FlatSpace], FlatMap]:  # fmt: skip
+def _without_zero(
+    checkpoint: DeepSpeedCheckpoint, known: FlatMap
+) -> tuple[dict[str, Tensor], dict[str, Tensor], list[FlatSpace], FlatMap]:
+    """Weights, frozen parameters, and the main params by name."""
     shapes = _stored_shapes(checkpoint)
     weights = weights_of(checkpoint, shapes)
     parameters = {key: tensor for key, tensor in weights.items() if key in shapes}
@@ -84,7 +89,8 @@ def _without_zero(checkpoint: DeepSpeedCheckpoint, known: FlatMap
         sizes = trained_shapes(checkpoint)
         trained = {key for key, tensor in parameters.items() if tensor.shape in sizes}
     kept = {key: t for key, t in weights.items() if key in trained or key not in parameters}
-    return kept, named.spaces, named.ranges
+    frozen = {key: t for key, t in parameters.items() if key not in kept} if named.ranges else {}
+    return kept, frozen, named.spaces, named.ranges
 
 
 def _stored_shapes(checkpoint: DeepSpeedCheckpoint) -> dict[str, tuple[int, ...]]:
@@ -150,6 +156,20 @@ def weights_of(
         for replica in _replicas(checkpoint, alias, weights.get(owner)):
             weights[owner] = replace(weights[owner], replicas=(*weights[owner].replicas, replica))
     return weights
+
+
+def _frozen(checkpoint: DeepSpeedCheckpoint, known: set[str]) -> dict[str, Tensor]:
+    """Parameters that are stored and not trained."""
+    if _is_partitioned(checkpoint):
+        return frozen_fragments(checkpoint)
+    found: dict[str, Tensor] = {}
+    known = known | _buffers(checkpoint) | set(checkpoint.aliases)
+    for file, module, names in _modules(checkpoint, {}):
+        others = {key: name for key, name in names.items() if key not in known}
+        for key, tensor in _stored(checkpoint, file, module, others, {}):
+            if tensor.dtype.is_floating_point:
+                found.setdefault(key, tensor)
+    return found
 
 
 def _is_partitioned(checkpoint: DeepSpeedCheckpoint) -> bool:
@@ -253,14 +273,22 @@ def read_schedule(path: Path) -> Schedule:
     checkpoint = DeepSpeedCheckpoint(path)
     base = base_state(checkpoint.optimizer(0))
     groups = base.get("param_groups") if isinstance(base, dict) else None
-    return schedule_of(groups, checkpoint.head.get("global_samples"))
+    return schedule_of(groups, checkpoint.head)
 
 
-def schedule_of(groups: Any, samples: Any) -> Schedule:
-    """The largest learning rate of param groups, and the samples, where they are known."""
+def schedule_of(groups: Any, head: Mapping[str, Any]) -> Schedule:
+    """The largest learning rate of param groups, the samples and limits, where they are known."""
+    samples, saved = head.get("global_samples"), head.get("lr_scheduler")
+    limits = saved if isinstance(saved, dict) else {}
     rates = [float(g["lr"]) for g in groups or () if isinstance(g.get("lr"), (int, float))]
     return Schedule(
         learning_rate=max(rates, default=None),
         second_moment_decay=least_decay(groups or ()),
         samples=samples if is_count(samples) else None,
+        max_lr=_rate(limits.get("max_lr")),
+        min_lr=_rate(limits.get("min_lr")),
     )
+
+
+def _rate(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) else None

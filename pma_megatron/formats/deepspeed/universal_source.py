@@ -49,7 +49,10 @@ def read_source(path: str, ranges: FlatMap, main_params: bool, peers: Sequence[s
         name: _without_padding(weight, states[MAIN_PARAM].get(name))
         for name, weight in weights_of(checkpoint, checkpoint.shapes).items()
     }
+    frozen: dict[str, Tensor] = {}
     for name, piece in _copies(checkpoint):
+        if name not in checkpoint.aliases and name not in weights:
+            frozen[name] = Tensor(name, piece.payload.dtype, piece.box.sizes, (piece,))
         owner = checkpoint.aliases.get(name, name)
         for tensors in (states[MAIN_PARAM], weights):
             found = tensors.get(owner)
@@ -67,6 +70,7 @@ def read_source(path: str, ranges: FlatMap, main_params: bool, peers: Sequence[s
         ranges={},
         topology=f"Universal, from DP{checkpoint.head.get('dp_world_size')}",
         stamps=stamps_of(folder),
+        frozen=frozen,
     )
 
 
@@ -122,4 +126,4 @@ def read_schedule(path: Path) -> Schedule:
     """
     checkpoint = UniversalCheckpoint(path)
     groups = checkpoint.state(GLOBAL_STATE).get("param_groups")
-    return schedule_of(groups, checkpoint.head.get("global_samples"))
+    return schedule_of(groups, checkpoint.head)

@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
+from pma_megatron.errors import UsageError
 from pma_megatron.formats.base import Item, Payload
 from pma_megatron.formats.names import plain_name
 from pma_megatron.formats.output import OutputItem, OutputLayout, Place
 from pma_megatron.formats.pickles import dump_inert, new_tensor
+from pma_megatron.formats.rates import scale_groups, scale_schedule
 from pma_megatron.formats.relay import relay, reset_steps
 from pma_megatron.formats.torch_dist.checkpoint import (
     COMMON_FILE,
@@ -30,7 +32,9 @@ from pma_megatron.formats.torch_dist.metadata import METADATA_FILE, dump_metadat
 from pma_megatron.formats.torch_dist.optimizer import is_optimizer_key
 from pma_megatron.formats.zips import Skeleton, lay_out
 from pma_megatron.openfiles import leads_out, read_source_file
+from pma_megatron.spelling import named
 
+_SMALL_STATE = ".optimizer/shard"  # param groups and steps of `dp_reshardable`
 _PER_RUN = ("integrity", "pma.json")  # names of files that describe the source's own bytes
 
 
@@ -43,11 +47,18 @@ class Changes:
         drop: entries left out.
         optimizer: `keep`, `reset` (step counters to zero) or `drop` (no optimizer, no scheduler, as
             Megatron's --no-save-optim writes).
+        lr_factor: of all learning rates that it stores; None leaves them.
     """
 
     payloads: Mapping[Payload, torch.dtype]
     drop: frozenset[str]
     optimizer: str
+    lr_factor: float | None = None
+
+    @property
+    def edits_optimizer(self) -> bool:
+        """Whether small values of the optimizer change."""
+        return self.optimizer == "reset" or self.lr_factor is not None
 
 
 @dataclass(slots=True)
@@ -61,7 +72,11 @@ class _Build:
 
 
 def output_layout(base: TorchDistCheckpoint, changes: Changes) -> OutputLayout:
-    """Lay out a merged checkpoint after `base`."""
+    """Lay out a merged checkpoint after `base`.
+
+    Raises:
+        UsageError: rates are to be scaled, and it stores none.
+    """
     build = _Build(base, changes)
     by_item: dict[Item, list[Payload]] = {}
     for payload in changes.payloads:
@@ -144,15 +159,18 @@ def _edited(base: TorchDistCheckpoint, key: str, changes: Changes) -> bytes | No
     """New bytes of a small object that the optimizer policy changes, or None."""
     if key == COMMON_KEY:
         return _edited_common(base, changes)
-    if changes.optimizer == "reset" and is_optimizer_key(key) and ".optimizer/shard" in key:
-        item = base.objects[key]
-        value = base.decode(item, f"{base.path}: {key}")
-        return _saved(base, item, value, reset_steps(value))
-    return None
+    if not changes.edits_optimizer or not (is_optimizer_key(key) and _SMALL_STATE in key):
+        return None
+    item = base.objects[key]
+    value = base.decode(item, f"{base.path}: {key}")
+    zero = reset_steps(value) if changes.optimizer == "reset" else set()
+    if changes.lr_factor is not None:
+        scale_groups(value, changes.lr_factor, f"{base.path}: {key}")
+    return _saved(base, item, value, zero)
 
 
 def _edited_common(base: TorchDistCheckpoint, changes: Changes) -> bytes | None:
-    if changes.optimizer == "keep":
+    if not (changes.edits_optimizer or changes.optimizer == "drop"):
         return None
     common = dict(base.common)  # what is taken out below stays in the base's
     value: Any = [common] if base.common_is_entry else common
@@ -160,9 +178,24 @@ def _edited_common(base: TorchDistCheckpoint, changes: Changes) -> bytes | None:
     if changes.optimizer == "drop":
         for name in ("optimizer", "opt_param_scheduler"):
             common.pop(name, None)
-    else:
+    elif changes.optimizer == "reset":
         zero = reset_steps(common.get("optimizer"))
+    if changes.lr_factor is not None:
+        _scale_common(base, common, changes.lr_factor)
     return _saved(base, base.common_item, value, zero)
+
+
+def _scale_common(base: TorchDistCheckpoint, common: Any, factor: float) -> None:
+    what = str(base.path / COMMON_FILE)
+    groups = scale_groups(common.get("optimizer"), factor, what)
+    rates = scale_schedule(common.get("opt_param_scheduler"), factor, what)
+    elsewhere = any(is_optimizer_key(key) and _SMALL_STATE in key for key in base.objects)
+    if not rates or not (groups or elsewhere):
+        missing = "scheduler" if groups or elsewhere else "param groups"
+        raise UsageError(
+            f"{named('lr_factor')}: {base.path} stores no learning rates of {missing}. Leave it "
+            "out, and lower the rate in the run's own command"
+        )
 
 
 def _saved(base: TorchDistCheckpoint, item: Item, value: Any, zero: set[str]) -> bytes:

@@ -37,6 +37,8 @@ def read_schedule(path: Path) -> Schedule:
         warmup_samples=_count(state.get("lr_warmup_steps")),
         decay_start_samples=_decay_start(state, checkpoint.args()),
         decay_style=style if isinstance(style, str) else None,
+        max_lr=_rate(state.get("max_lr")),
+        min_lr=_rate(state.get("min_lr")),
     )
 
 
@@ -83,6 +85,10 @@ def _groups_in(value: Any) -> Iterator[dict[str, Any]]:
     elif isinstance(value, (list, tuple)):
         for inner in value:
             yield from _groups_in(inner)
+
+
+def _rate(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) else None
 
 
 def _count(value: Any) -> int | None:

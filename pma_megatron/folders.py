@@ -1,0 +1,116 @@
+"""What lies at a path that is not what was asked for, and what to type instead."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from pma_megatron.formats import registry
+from pma_megatron.formats.marker import SNAPSHOTS
+from pma_megatron.openfiles import is_folder
+
+ITERATION = re.compile(r"^iter_(\d{7,})$")
+_TRACKERS = {known.tracker.file for known in registry.FORMATS}
+_NAMED = 5  # entries of a folder that a message names
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """True for a folder with a checkpoint's name, or with a DeepSpeed tag's files (any name)."""
+    if ITERATION.match(folder.name) is not None or folder.name == "release":
+        return True
+    return not folder.name.startswith(".") and registry.detect(folder) in registry.TAGS
+
+
+def what_is(path: Path) -> str:
+    """A sentence on a path at which no checkpoint was found, and one on what to give instead."""
+    if is_folder(path):
+        return _folder(path)
+    if _exists(path):
+        return _file(path)
+    there = next(each for each in path.parents if is_folder(each))
+    missing = path.relative_to(there).parts[0]
+    near = difflib.get_close_matches(missing, _names(there), n=1, cutoff=0.6)
+    if near:
+        return f"{path} is not a folder: it does not exist. Did you mean {there / near[0]}?"
+    return (
+        f"{path} is not a folder: it does not exist ({there} holds: {_some(there)}). Give the "
+        "folder that training saves to"
+    )
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that no file can have
+        return False
+
+
+def _file(path: Path) -> str:
+    above = path.parent
+    if path.name in _TRACKERS:
+        return f"{path} says which checkpoint to resume from. Give its folder, {above}"
+    inside = next((each for each in path.parents if is_checkpoint(each)), None)
+    if inside is not None:
+        return (
+            f"{path} is a file of one checkpoint, {inside}. Give that, or the run's folder, "
+            f"{inside.parent}"
+        )
+    return (
+        f"{path} is a file, and checkpoints are folders (iter_*, or DeepSpeed's tags). Give the "
+        "folder that training saves to"
+    )
+
+
+def _folder(path: Path) -> str:
+    if _has(path, "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin"):
+        return (
+            f"{path} is a model for Hugging Face: weights alone, which say nothing of the run. "
+            "Give the folder that training saved its own checkpoints to"
+        )
+    inside = next((each for each in path.parents if is_checkpoint(each)), None)
+    if inside is not None:
+        return (
+            f"{path} is a part of the checkpoint {inside}. Give that, or its run, {inside.parent}"
+        )
+    below = _below(path, is_checkpoint)
+    if below:
+        more = f" ({len(below)} such folders)" if below[1:] else ""
+        return f"{path} holds no checkpoint itself, but {below[0]} does{more}. Give that"
+    if _has(path, "mp_rank_*", "*.distcp"):
+        return (
+            f"{path} holds files of a checkpoint under a name that is not iter_* or release. Give "
+            "it its name back"
+        )
+    return (
+        f"{path} holds no iter_* checkpoint and no DeepSpeed tag (found: {_some(path)}). Give the "
+        "folder that training saves to"
+    )
+
+
+def _below(path: Path, wanted: Callable[[Path], bool]) -> list[Path]:
+    """Folders in `path` that hold checkpoints, oldest name first."""
+    folders = [each for each in _entries(path) if each.is_dir() and each.name != SNAPSHOTS]
+    return [each for each in folders if any(p.is_dir() and wanted(p) for p in _entries(each))]
+
+
+def _entries(path: Path) -> list[Path]:
+    """What a folder holds; nothing where it may not be read."""
+    try:
+        return sorted(path.iterdir())
+    except OSError:
+        return []
+
+
+def _has(path: Path, *patterns: str) -> bool:
+    return any(True for pattern in patterns for _ in path.glob(pattern))
+
+
+def _names(path: Path) -> list[str]:
+    return [each.name for each in _entries(path)]
+
+
+def _some(path: Path) -> str:
+    names: Iterable[str] = _names(path)[:_NAMED]
+    return ", ".join(names) or "nothing"

@@ -1,0 +1,138 @@
+"""What people give where a run's folder is wanted, at 3 in the morning: each is named, and so is
+what to type instead."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from conftest import folder_of
+from pma_megatron import (
+    MergeRequest,
+    RecoveryRequest,
+    SelectionRequest,
+    inspect,
+    list_checkpoints,
+)  # fmt: skip
+from pma_megatron.cli import main
+from pma_megatron.deepspeed.options import Options
+from pma_megatron.errors import UsageError
+from pma_megatron.megatron import flags
+from pma_megatron.metrics import read_metrics
+from test_megatron_flags import parse
+
+ADDRESS = "s3://bucket/run"
+
+
+def told(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str]:
+    code = main([str(word) for word in words])
+    return code, capsys.readouterr().err
+
+
+def test_what_lies_there_and_what_to_type(
+    capsys: pytest.CaptureFixture[str], run: Path, tmp_path: Path
+) -> None:
+    one, empty, model = folder_of(run, 4), tmp_path / "empty", tmp_path / "hf"
+    empty.mkdir()
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    (model / "model.safetensors").write_bytes(b"x")
+    alone = tmp_path / "weights.pt"
+    alone.write_bytes(b"x")
+    odd = Path(shutil.copytree(one, tmp_path / "other" / "step4"))
+    shard = next(one.glob("*.distcp"))
+    for given, words in (
+        (run.parent / "rnu", f"Did you mean {run}?"),
+        (run / "iter_000004", f"Did you mean {one}?"),
+        (tmp_path / "xyz" / "deep", "does not exist"),
+        (empty, "found: nothing"),
+        (model, "Hugging Face"),
+        (alone, "is a file, and checkpoints are folders"),
+        (run / "latest_checkpointed_iteration.txt", f"Give its folder, {run}"),
+        (shard, f"is a file of one checkpoint, {one}"),
+        (odd, "Give it its name back"),
+    ):
+        for command in (("list", given), ("plan", "--load", given, "--last", 2)):
+            code, error = told(capsys, *command)
+            assert code == 1 and words in error, (command, error)
+            assert "Traceback" not in error and error.count("\n") == 1
+    code, error = told(capsys, "list", tmp_path)
+    assert code == 1 and f"but {run} does" in error and "Give that" in error
+
+
+def test_one_checkpoint_where_its_run_is_wanted(
+    capsys: pytest.CaptureFixture[str], dense_run: Path
+) -> None:
+    one = folder_of(dense_run, 8)
+    code, error = told(capsys, "plan", "--load", one)
+    assert code == 1 and f"{one} is one checkpoint" in error
+    assert f"{dense_run}, with --end-iteration 8" in error
+    assert [ref.iteration for ref in list_checkpoints(one)] == [8]
+    assert main(["plan", "--load", str(one), "--last", "1"]) == 0
+    assert main(["list", str(one)]) == 0
+
+
+def test_formats_that_are_not_read(capsys: pytest.CaptureFixture[str], run: Path) -> None:
+    legacy, dcp = folder_of(run, 10), folder_of(run, 12)
+    (legacy / "mp_rank_00").mkdir(parents=True)
+    (legacy / "mp_rank_00" / "model_optim_rng.pt").write_bytes(b"x")
+    dcp.mkdir()
+    (dcp / "metadata.json").write_text('{"sharded_backend": "fsdp_dtensor"}')
+    assert main(["list", str(run)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("NOT supported") == 2 and "NOT complete" not in shown
+    reasons = {ref.iteration: str(ref.incomplete_because) for ref in list_checkpoints(run)}
+    assert "--ckpt-convert-format torch_dist" in reasons[10]
+    assert "--ckpt-format torch_dist, without FSDP" in reasons[12]
+    code, error = told(capsys, "inspect", legacy)
+    assert code == 1 and "torch (legacy)" in error and "--ckpt-convert-save" in error
+
+
+def settings_of(text: str) -> Callable[[], object]:
+    return lambda: flags.settings(parse(text))
+
+
+@pytest.mark.parametrize("address", [ADDRESS, "gs://b", "msc://profile/run", "file:///ckpts/run"])
+def test_addresses_are_refused_by_every_way_in(
+    capsys: pytest.CaptureFixture[str], dense_run: Path, tmp_path: Path, address: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    scheme, run = address.partition(":")[0], str(dense_run)
+    for command in (
+        ("merge", "--load", run, "--save", address, "--last", 2),
+        ("merge", "--load", address, "--save", "x"),
+        ("plan", "--paths", run, address),
+        ("list", address), ("inspect", address), ("verify", address),
+        ("recover", "--load", run, "--save", address, "--onset", 9),
+        ("recover", "--load", run, "--save", "x", "--metrics", address),
+        ("recover", "--load", address, "--history"),
+        ("evaluate", "--load", run, "--provider", "a:b", "--out", address),
+        ("geometry", "--load", run, "--plot", address),
+    ):  # fmt: skip
+        code, error = told(capsys, *command)
+        assert code == 2 and scheme in error, (command, error)
+        assert ("without file://" if scheme == "file" else "Mount it") in error
+    for call in (
+        lambda: MergeRequest(load=run, save=address),
+        lambda: MergeRequest(load=address),
+        lambda: SelectionRequest(paths=(run, address)),
+        lambda: RecoveryRequest(load=run, save=address, onset=3),
+        lambda: list_checkpoints(Path(address)),
+        lambda: inspect(Path(address)),
+        lambda: read_metrics(Path(address)),
+        lambda: Options(paths=[(address, "global_step1")]).request(run, None),
+        lambda: Options(last=2).request(address, None),
+        settings_of(f"--pma-init --pma-load {address}"),
+        settings_of(f"--pma-save --pma-save-dir {address}"),
+        settings_of(f"--pma-save --pma-window-dir {address}"),
+        settings_of(f"--pma-snapshot-interval-tokens 8 --pma-snapshot-dir {address}"),
+        settings_of(f"--pma-score --pma-score-others /a {address}"),
+        settings_of(f"--pma-score --pma-score-out {address}"),
+    ):
+        with pytest.raises(UsageError, match=scheme):
+            call()
+    assert list(tmp_path.iterdir()) == []
