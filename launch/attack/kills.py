@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from pma_megatron import MergeRequest, PmaError, SelectionRequest, merge, verify
@@ -121,13 +121,14 @@ class Loop:
             self.command(save, done.kind), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             text=True, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
+        ranks: dict[int, int] = {}
         try:
             self._wait(job, save, done, draw)
-            ranks = workers(job.pid)
+            ranks.update(workers(job.pid))
             self._end(job, ranks, done)
             self._ended(job, ranks, done)
         finally:
-            end_group(job)
+            end_group(job, ranks)
         self._look(save, done)
         self._next(save, done)
         shutil.rmtree(save, ignore_errors=True)
@@ -195,21 +196,20 @@ class Loop:
 
     def _next(self, save: Path, done: Round) -> None:
         """The next job on the target: the same again, which may find its work done."""
+        roots = [save / "sma-last2", save / "wma-last2"] if done.kind == "sweep" else [save]
+        request = self.request(save, done.kind)
         try:
-            merge(self.request(save, done.kind))
+            merge(request)
         except PmaError as error:
-            if "exists. Use --overwrite" not in str(error):
+            if not all((root / "iter_0000008").is_dir() for root in roots):
                 done.wrong.append(f"the next job fails: {error}")
-            elif done.kind != "sweep":
-                # All is published; a job for another iteration comes by.
-                wanted = self.request(save, "fresh")
-                other = SelectionRequest(iterations=(4, 6))
-                merge(MergeRequest(load=wanted.load, save=wanted.save, selection=other))
-                shutil.rmtree(save / "iter_0000006")
-                (save / TRACKER).write_text("8")
-        names = [save / "sma-last2", save / "wma-last2"] if done.kind == "sweep" else [save]
+            else:  # all is published; a job for another iteration comes by
+                merge(replace(request, selection=SelectionRequest(last=2, end_iteration=6)))
+                for root in roots:
+                    shutil.rmtree(root / "iter_0000006")
+                    (root / TRACKER).write_text("8")
         left = {str(path.relative_to(save)) for path in save.rglob("*") if ".pma-" in path.name}
-        for root in names:
+        for root in roots:
             there = {path.name for path in root.iterdir()} if root.is_dir() else set()
             if there != {"iter_0000008", TRACKER}:
                 done.wrong.append(f"after the next job {root.name} holds {sorted(there)}")
@@ -241,9 +241,9 @@ def alive(pid: int) -> bool:
     return False
 
 
-def end_group(job: subprocess.Popen[str]) -> None:
+def end_group(job: subprocess.Popen[str], ranks: dict[int, int]) -> None:
     """Nothing of a round outlives it."""
-    for pid in [*workers(job.pid).values(), job.pid]:
+    for pid in [*filter(alive, ranks.values()), *workers(job.pid).values(), job.pid]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     job.wait()
