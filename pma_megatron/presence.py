@@ -159,28 +159,27 @@ class Presence:
         with contextlib.suppress(RuntimeError):  # the store's own host may be gone
             self._store.set(f"{_ROOT}/{_own.call}/failed", cause)
 
-    def leave(self, cause: str, *, asked: bool = False) -> None:
+    def leave(self, cause: str, *, asked: bool = False, speaker: int = 0) -> None:
         """Tell all ranks that this one comes to no meeting any more.
 
         Args:
             cause: why, a sentence.
             asked: True if somebody asked it to end.
+            speaker: the rank that tells the user.
         """
         with contextlib.suppress(RuntimeError):
             key = f"{_ROOT}/{_own.call}/left"
             if not self._store.check([key]):
                 if asked:
                     self._store.set(f"{_ROOT}/{_own.call}/asked", "1")
-                self._store.set(key, cause)
+                self._store.set(key, f"{speaker}\n{cause}")
 
     def why_ended(self) -> RankError | None:
         """What may lie behind a request to end: a rank that failed, or died without a word."""
         place = f"{_ROOT}/{_own.call}"
         with contextlib.suppress(RuntimeError):
             if self._store.check([f"{place}/left"]):
-                asked = self._store.check([f"{place}/asked"])
-                cause = self._store.get(f"{place}/left").decode()
-                return None if asked else RankError(cause, lost=True)
+                return None if self._store.check([f"{place}/asked"]) else self._left()
             dead = [r for r, process in self._neighbours().items() if is_gone(process)]
             return self.died(dead) if dead else None
         return None
@@ -210,9 +209,10 @@ class Presence:
                           "same command again")  # fmt: skip
 
     def _gone(self, ranks: Collection[int], message: str) -> RankError:
-        self.leave(message)
         alive = [rank for rank in range(self._size) if rank not in ranks]
-        return RankError(message, lost=True, speaker=alive[0] if ranks else self._rank)
+        speaker = alive[0] if ranks else self._rank
+        self.leave(message, speaker=speaker)
+        return RankError(message, lost=True, speaker=speaker)
 
     def _wait(self, done: Callable[[], bool]) -> None:
         watch, pause_s = _Watch(self, range(self._size), done), _FIRST_PAUSE_S
@@ -228,9 +228,14 @@ class Presence:
                 next_look_s = time.monotonic() + max(_LOOK_EVERY_S, self._size / 50)
 
     def _refuse_left(self) -> None:
-        key = f"{_ROOT}/{_own.call}/left"
-        if self._store.check([key]):
-            raise RankError(self._store.get(key).decode(), lost=True)
+        if self._store.check([f"{_ROOT}/{_own.call}/left"]):
+            raise self._left()
+
+    def _left(self) -> RankError:
+        """What the rank that left has said."""
+        said = self._store.get(f"{_ROOT}/{_own.call}/left").decode()
+        speaker, _, cause = said.partition("\n")
+        return RankError(cause, lost=True, speaker=int(speaker))
 
     def _tidy(self, call: int) -> None:
         """Everybody is past that meeting."""
