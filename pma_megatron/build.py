@@ -9,20 +9,25 @@ from typing import Any
 
 import torch
 
+from pma_megatron.agreement import (
+    AVERAGED,
+    check_covers,
+    check_same_model,
+    matching,
+    refuse_rounded,
+    weights_alone,
+)
 from pma_megatron.discover import newest_full
 from pma_megatron.errors import PlanError, UsageError
-from pma_megatron.formats import registry
 from pma_megatron.formats.base import Payload, Tensor
 from pma_megatron.formats.output import OutputLayout, Place
 from pma_megatron.formats.source import Source
-from pma_megatron.geometry import Box, Piece, PieceIndex
+from pma_megatron.geometry import Piece, PieceIndex
 from pma_megatron.policy import MAIN, Action, Entry, Policy, Rule, unmatched
 from pma_megatron.request import MergeRequest
-from pma_megatron.spelling import given, has, named
+from pma_megatron.spelling import given
 from pma_megatron.tasks import Average, Copy, Keep, Write, Zero
 
-_ROUNDED = (torch.bfloat16, torch.float16)
-_AVERAGED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 Rules = Mapping[tuple[str, str], Rule]
 
 
@@ -79,7 +84,7 @@ def decide(request: MergeRequest, sources: Sequence[Source]) -> Fates:
         raise UsageError(
             f"{given('optimizer_state', policy.optimizer_state)}: {base.path} holds no optimizer "
             "state that says which parameter it is of. Leave it out"
-            f"{', or use drop' if _weights_alone(base) else ''}"
+            f"{', or use drop' if weights_alone(base) else ''}"
         )
     payloads: dict[Payload, torch.dtype] = {}
     for (state, key), rule in rules.items():
@@ -114,23 +119,6 @@ def _refuse_unresumable(base: Source, policy: Policy) -> None:
     )
 
 
-def refuse_rounded(sources: Sequence[Source]) -> None:
-    """Rounded weights do not stand in for main params unless the user asks for weights.
-
-    Raises:
-        PlanError: some sources have main params, and some have rounded weights alone.
-    """
-    exact = [s for s in sources if s.snapshot or s.space.states.get(MAIN)]
-    for source in sources:
-        rounded = any(t.dtype in _ROUNDED for t in source.space.weights.values())
-        if exact and rounded and not (source.snapshot or source.space.states.get(MAIN)):
-            raise PlanError(
-                f"{source.path} has no main params, only weights rounded to 16 bits, and "
-                f"{exact[-1].path} has main params: they do not mix. Leave "
-                f"{Path(source.path).name} out with {named('exclude')}{_or_weights(source)}"
-            )
-
-
 def _entries(sources: Sequence[Source]) -> Iterable[Entry]:
     base = sources[-1]
     main: Iterable[str] = base.space.states.get(MAIN, {})
@@ -140,11 +128,11 @@ def _entries(sources: Sequence[Source]) -> Iterable[Entry]:
             if key in main:
                 yield Entry(key=key, state=MAIN)
     for key, tensor in base.space.weights.items():
-        floating = tensor.dtype in _AVERAGED
+        floating = tensor.dtype in AVERAGED
         yield Entry(key=key, state="weight", floating=floating, has_main=key in main)
     for state, tensors in base.space.states.items():
         for key, tensor in tensors.items():
-            yield Entry(key=key, state=state, floating=tensor.dtype in _AVERAGED)
+            yield Entry(key=key, state=state, floating=tensor.dtype in AVERAGED)
     for key in base.objects:
         yield Entry(key=key, state="object", optimizer=key in base.optimizer_keys)
 
@@ -233,7 +221,7 @@ def _average(sources: Sequence[Source], active: Sequence[int], fates: Fates, lay
         targets += _placed(layout, (*tensor.pieces, *tensor.replicas), covered)
     weight = base.space.weights[key]
     if rounded:
-        _check_covers(base, key, PieceIndex(tensor.pieces), weight.pieces)
+        check_covers(base, key, PieceIndex(tensor.pieces), weight.pieces)
         targets += _placed(layout, (*weight.pieces, *weight.replicas), covered)
     return average_task(
         base, state, key, lead=tensor.pieces, numbers=numbers, tensors=tensors, targets=targets,
@@ -306,130 +294,3 @@ def _untouched(layout: OutputLayout) -> list[Copy | Write]:
                 tasks.append(Copy(item.source, offset, item.placed.file,
                                   item.placed.offset + start, nbytes))  # fmt: skip
     return tasks
-
-
-def check_same_model(sources: Sequence[Source]) -> None:
-    """All sources must have the weights of the newest.
-
-    Raises:
-        PlanError: naming the first tensors that only one of them has.
-    """
-    base = sources[-1]
-    for source in sources[:-1]:
-        for what, theirs, ours in (
-            ("has tensors that the newest does not have", source, base),
-            ("lacks tensors of the newest", base, source),
-        ):
-            extra = sorted(set(theirs.space.weights) - set(ours.space.weights) - set(ours.frozen))
-            if theirs is source:
-                _refuse_frozen_since(source, base)
-            if extra:
-                raise PlanError(
-                    f"{source.path} ({source.topology}, {source.space.kind}) {what} ({base.path}: "
-                    f"{base.topology}, {base.space.kind}): {', '.join(extra[:3])} "
-                    f"({len(extra)} in all). They are not checkpoints of one model: exclude the "
-                    f"ones that differ{_converted(source, base)}"
-                )
-
-
-def _refuse_frozen_since(source: Source, base: Source) -> None:
-    since = sorted(set(source.space.weights) & set(base.frozen) - set(base.space.weights))
-    if since:
-        raise PlanError(
-            f"{since[0]} ({len(since)} in all) is trained in {source.path} and frozen in the "
-            f"newest source, {base.path}: frozen parameters stay as they are, so its average would "
-            f"be lost. Leave out what is from before the change with {named('exclude')}"
-        )
-
-
-def frozen_notes(sources: Sequence[Source]) -> list[str]:
-    """What is said of parameters that were unfrozen in the course of the run."""
-    notes = []
-    for source in sources[:-1]:
-        trained = sources[-1].space.states.get(MAIN, {})
-        frozen = [key for key in trained if source.is_frozen(key)]
-        if frozen:
-            names = ", ".join(frozen[:3]) + (f" and {len(frozen) - 3} more" if frozen[3:] else "")
-            notes.append(
-                f"{names}: frozen in {source.path}, trained later; its stored weights are taken "
-                "there, which are its values"
-            )
-    return notes
-
-
-def _converted(source: Source, base: Source) -> str:
-    """The way out for sources of one model that were saved under layouts that do not merge."""
-    if (source.topology, source.space.kind) == (base.topology, base.space.kind):
-        return ""
-    hint = registry.get(source.format, source.path).other_layouts
-    return f". If they are of one model, {hint.format(tag=source.path)}" if hint else ""
-
-
-def matching(source: Source, base: Source, wanted: Tensor, state: str, key: str) -> Tensor:
-    """The same tensor in another source. Only a snapshot may hold it in another dtype.
-
-    Raises:
-        PlanError: it is not there, differs in shape or dtype, or is not whole.
-    """
-    found = source.tensor(state, key)
-    name = Path(source.path).name
-    label = {"weight": "model weight", MAIN: "main params of"}.get(state, f"optimizer {state} of")
-    if found is None:
-        raise PlanError(
-            f"{source.path} ({source.topology}, optimizer layout {source.space.kind}) has no "
-            f"{label} {key}. " + _instead(source, state, key)
-        )
-    stands_in = source.snapshot or base.snapshot or (state == MAIN and source.is_frozen(key))
-    either_dtype = stands_in and {found.dtype, wanted.dtype} <= {*_AVERAGED}
-    for what, theirs, ours in (
-        ("shape", found.shape, wanted.shape),
-        ("dtype", found.dtype, wanted.dtype),
-    ):
-        if theirs != ours and not (what == "dtype" and either_dtype):
-            raise PlanError(
-                f"{label} {key}: {what} {theirs} in {name}, {ours} in the newest source. They are "
-                "not checkpoints of one model, or the run changed: exclude the ones that differ"
-                + (
-                    f", or keep the newest's with {given('policy', f'{key}=newest')}"
-                    if state == "weight" and has("policy")
-                    else ""
-                )
-            )
-    _check_covers(source, key, PieceIndex(found.pieces), wanted.pieces)
-    return found
-
-
-def _instead(source: Source, state: str, key: str) -> str:
-    if source.snapshot and state != "weight":
-        return (
-            f"A snapshot has no optimizer state: use {given('optimizer_state', 'latest')}, or "
-            f"leave it out with {named('exclude')}"
-        )
-    if source.is_frozen(key):
-        return (
-            f"It was frozen there and has no moments: use {given('optimizer_state', 'latest')}, or "
-            f"leave it out with {named('exclude')}"
-        )
-    return f"Leave it out with {named('exclude')}{_or_weights(source)}"
-
-
-def _or_weights(source: Source) -> str:
-    """The way out that needs no main params, where there is one."""
-    if not _weights_alone(source):
-        return ""
-    return f", or average what all sources hold: {given('average', 'weights')}"
-
-
-def _weights_alone(source: Source) -> bool:
-    known = registry.get(source.format, source.path)
-    return known.weights_alone and has("average")
-
-
-def _check_covers(source: Source, key: str, index: PieceIndex[Payload],
-                  wanted: Iterable[Piece[Payload]]) -> None:  # fmt: skip
-    missing: Box | None = next((p.box for p in wanted if not index.covers(p.box)), None)
-    if missing is not None:
-        raise PlanError(
-            f"{source.path}: {key} is not whole, nothing stored for {missing}. Leave this "
-            f"checkpoint out with {named('exclude')}{_or_weights(source)}"
-        )

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from pma_megatron.accumulate import Accumulator, Work, Workspace
-from pma_megatron.build import average_task, check_same_model, matching, refuse_rounded
+from pma_megatron.agreement import check_same_model, matching, refuse_rounded
+from pma_megatron.build import average_task
 from pma_megatron.comm import Comm
 from pma_megatron.engine import Progress, blocks, over_threads, reading
 from pma_megatron.errors import PlanError, UsageError

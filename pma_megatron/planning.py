@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pma_megatron.build import Fates, PolicyRow, Rules, decide, frozen_notes, make_tasks
+from pma_megatron.agreement import frozen_notes
+from pma_megatron.build import Fates, PolicyRow, Rules, decide, make_tasks
 from pma_megatron.comm import Comm
 from pma_megatron.discover import choose, list_checkpoints, pointers_of
 from pma_megatron.errors import CheckpointError, SelectionError

@@ -61,6 +61,7 @@ ORDER = [
     ["trackers", "tasks", "blocks", "intact"],
     ["discover", "identity", "identity.samples", "identity.stands"],
     ["identity.copies", "identity.lineage", "identity.rounded"],
+    ["agreement"],
     ["identity.proof", "build", "notices"],
     ["planning", "accumulate"],
     ["locks"],
