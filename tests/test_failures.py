@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,36 @@ TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalon
 PATIENCE_S = 240.0
 
 
+_JOBS: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def _nothing_goes_on() -> Iterator[None]:
+    """What a failed test left running ends with it."""
+    yield
+    for job in _JOBS:
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
+            job.wait()
+    _JOBS.clear()
+
+
+def heed_signals() -> None:
+    """Signals as a terminal leaves them; a background job of a shell inherits ignored ones."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def start(*flags: str, ranks: bool = False, **environment: str) -> subprocess.Popen[str]:
     """One `pma` command, under torchrun or alone."""
     before = TORCHRUN if ranks else ()
-    return subprocess.Popen(
+    job = subprocess.Popen(
         [sys.executable, *before, "-m", "pma_megatron", *flags],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, preexec_fn=heed_signals,
     )  # fmt: skip
+    _JOBS.append(job)
+    return job
 
 
 def merging(run: Path, save: Path, *flags: str, ranks: bool = False) -> subprocess.Popen[str]:
