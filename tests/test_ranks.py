@@ -30,7 +30,6 @@ from pma_megatron import (
     verify,
 )
 from pma_megatron.formats.marker import OWN_FILES
-from pma_megatron.formats.torch_dist.metadata import read_metadata
 from pma_megatron.testing import run_ranks
 
 THREADS = (1, 2, 5)
@@ -130,7 +129,7 @@ def outputs(save: Path) -> dict[str, Path]:
 
 def content(folder: Path) -> tuple[dict[str, str], Any]:
     """What decides a resume: digests of all files but provenance, and `.metadata` parsed."""
-    metadata = read_metadata(folder)
+    metadata = dcp.FileSystemReader(folder).read_metadata()
     files = {name: digest for name, digest in digests(folder).items() if name not in OWN_FILES}
     del files[".metadata"]  # a pickle: what it says counts, not its bytes
     return files, (metadata.state_dict_metadata, metadata.storage_data)

@@ -47,7 +47,6 @@ class Place:
 
     state: str
     key: str
-    shape: tuple[int, ...]
     box: Box
 
 
@@ -65,13 +64,12 @@ def places_of(source: Source) -> tuple[Place, ...]:
         pieces = (each for each in named if each.state == wanted and _wide(each))
         for each in (s for file in largest(source, pieces).values() for s in file[:_PIECES]):
             boxes = runs(each.piece, source.metadata_digest, _RUN, _RUNS)
-            shape = source.space.weights[each.key].shape
-            found += [Place(wanted, each.key, shape, box) for box in boxes]
+            found += [Place(wanted, each.key, box) for box in boxes]
     return tuple(found)
 
 
 def values_at(source: Source, places: Iterable[Place]) -> Values:
-    """What a source holds there; nothing of another model, which the plan refuses by name."""
+    """What a source holds there."""
     files = registry.get(source.format, source.path).files(Path(source.path))
     reader = BlockReader(source.path, files)
     indexes: dict[tuple[str, str], PieceIndex] = {}
@@ -80,8 +78,6 @@ def values_at(source: Source, places: Iterable[Place]) -> Values:
         tensor = source.tensor(place.state, place.key)
         if tensor is None:
             continue
-        if tensor.shape != place.shape:
-            return {}
         index = indexes.setdefault((place.state, place.key), PieceIndex(tensor.pieces))
         if index.covers(place.box):
             data = torch.empty(place.box.numel, dtype=tensor.dtype)

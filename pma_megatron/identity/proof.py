@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,8 +23,16 @@ from pma_megatron.refs import CheckpointRef
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What one source shows to be compared with the others; small enough to be sent around."""
+    """What one source shows to be compared with the others; small enough to be sent around.
 
+    Attributes:
+        model: SHA-256 of the names and shapes of its weights.
+        contents: checksums of its files.
+        places: where all sources are looked at.
+        values: what it holds there.
+    """
+
+    model: str
     contents: Contents
     places: tuple[Place, ...]
     values: Values
@@ -43,7 +52,7 @@ def prove(source: Source, newest: Evidence | None, *, main_params: bool) -> Evid
     if main_params:
         refuse_foreign_weights(source)
     places = places_of(source) if newest is None else newest.places
-    return Evidence(contents_of(source), places, values_at(source, places))
+    return Evidence(_model(source), contents_of(source), places, values_at(source, places))
 
 
 def refuse_strangers(refs: Sequence[CheckpointRef], evidence: Mapping[int, Evidence]) -> None:
@@ -61,4 +70,10 @@ def refuse_strangers(refs: Sequence[CheckpointRef], evidence: Mapping[int, Evide
     refuse_copies(
         [e.contents for e in each], lambda number: schedule_of(refs[number]).learning_rate
     )
-    refuse_other_runs(refs, [e.values for e in each])
+    # Files of another model differ for another reason, which the plan names.
+    refuse_other_runs(refs, [e.values if e.model == each[-1].model else {} for e in each])
+
+
+def _model(source: Source) -> str:
+    shapes = sorted((key, tensor.shape) for key, tensor in source.space.weights.items())
+    return hashlib.sha256(repr(shapes).encode()).hexdigest()
