@@ -147,7 +147,7 @@ def train_deepspeed(rank: int, world_size: int, folder: str) -> dict[str, list[A
                 trainer.close()
                 trainer = deepspeed_trainer(kind, frozen=False, weights=weights)
                 trainer.engine.global_steps, trainer.engine.global_samples = at
-            trainer.train(2)  # in the first one the warmup's rate is zero
+            trainer.train(3)  # in the first two the rate of the warmup is zero
             trainer.save(f"{folder}/{kind}")
             found = trainer.snapshot()
             weights = {name: value.float() for name, value in found["weights"].items()}
