@@ -14,6 +14,7 @@ import torch
 from isal import isal_zlib
 
 from pma_megatron.errors import CheckpointError, PublishError
+from pma_megatron.formats import registry
 from pma_megatron.formats.base import Item, Payload, StoredRecord
 from pma_megatron.formats.items import ItemFiles, refuse_other_bytes
 from pma_megatron.formats.output import Place
@@ -43,6 +44,17 @@ class BlockReader:
         self.path, self._items = path, items
         self._reads = reads or Reads(path)
         self._files = Files(Path(path), os.O_RDONLY)
+
+    @classmethod
+    def of(cls, kind: str, path: str, reads: Reads | None = None) -> BlockReader:
+        """The reader of a checkpoint in format `kind`; use it in `with`, which closes its files."""
+        return cls(path, registry.get(kind, path).files(Path(path)), reads)
+
+    def __enter__(self) -> BlockReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def read(self, box: Box, index: PieceIndex[Payload], out: torch.Tensor) -> None:
         """Fill the 1-D tensor `out` with `box` in row-major order.

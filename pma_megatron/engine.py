@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -24,7 +23,6 @@ from pma_megatron.accumulate import Accumulator, Sum, Work, Workspace
 from pma_megatron.blocks import BlockReader, copy_item
 from pma_megatron.comm import Comm, Team
 from pma_megatron.errors import PlanError, RankError
-from pma_megatron.formats import registry
 from pma_megatron.geometry import Box, slices
 from pma_megatron.reads import Reads
 from pma_megatron.rooms import BLOCK_ELEMENTS, as_bytes
@@ -114,20 +112,19 @@ def assign(plan: Workload, team: Team) -> tuple[int, ...]:
 def reading(plan: Workload, rank: int, reads: Mapping[int, Reads]
             ) -> Iterator[dict[int, BlockReader]]:  # fmt: skip
     """Readers of the sources that this rank sees, by number, for the time of the block."""
-    readers = {}
-    for number, source in enumerate(plan.sources):
-        if rank in plan.visible[number]:
-            known = registry.get(source.format, source.path)
-            files = known.files(Path(source.path))
-            readers[number] = BlockReader(source.path, files, reads[number])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the threads here are the parallelism; torch's would get in the way
     try:
-        yield readers
+        with contextlib.ExitStack() as stack:
+            yield {
+                number: stack.enter_context(
+                    BlockReader.of(source.format, source.path, reads[number])
+                )
+                for number, source in enumerate(plan.sources)
+                if rank in plan.visible[number]
+            }
     finally:
         torch.set_num_threads(threads)
-        for reader in readers.values():
-            reader.close()
 
 
 def blocks(box: Box, limit: int = BLOCK_ELEMENTS) -> Iterator[tuple[int, Box]]:

@@ -11,11 +11,9 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from pma_megatron.blocks import BlockReader
 from pma_megatron.comm import Comm
-from pma_megatron.formats import registry
 from pma_megatron.formats.base import StoredRecord
 from pma_megatron.planning import refuse_changed
 from pma_megatron.reads import SPANS, Reads, Spans, joined
@@ -155,20 +153,17 @@ def _order(entry: tuple[Place, list[Spans]]) -> tuple[int, str, int]:
 
 def _compare(plan: Workload, places: Mapping[Place, Spans]) -> None:
     """Read what is missing of these records, and compare them."""
-    readers = {}
-    for number in {number for number, _ in places}:
-        source = plan.sources[number]
-        known = registry.get(source.format, source.path)
-        readers[number] = BlockReader(source.path, known.files(Path(source.path)))
 
     def compare(entry: tuple[Place, Spans]) -> None:
         (number, record), known = entry
         room = min(_BLOCK_BYTES, max(1, record.nbytes))
         readers[number].compare(record, known, memoryview(bytearray(room)))
 
-    try:
+    with contextlib.ExitStack() as stack:
+        readers = {
+            number: stack.enter_context(BlockReader.of(source.format, source.path))
+            for number, source in enumerate(plan.sources)
+            if any(number == of for of, _ in places)
+        }
         with ThreadPoolExecutor(plan.threads) as pool:
             list(pool.map(compare, places.items()))
-    finally:
-        for reader in readers.values():
-            reader.close()

@@ -16,7 +16,6 @@ import torch
 from pma_megatron.blocks import BlockReader
 from pma_megatron.comm import Comm
 from pma_megatron.errors import VerifyError
-from pma_megatron.formats import registry
 from pma_megatron.formats.base import Tensor
 from pma_megatron.formats.source import Source
 from pma_megatron.geometry import Box, Piece, PieceIndex, slices
@@ -87,13 +86,10 @@ class _Readers:
         self._plan, self._output, self._folder, self._merged = plan, output, folder, merged
         last = len(plan.sources) - 1
         wanted = {n for n, value in enumerate(output.values) if value != 0} | {last}
-        self._sources = {n: self._reader(n, Path(plan.sources[n].path)) for n in wanted}
-        self._own = self._reader(last, folder)
+        sources = {n: plan.sources[n] for n in wanted}
+        self._sources = {n: BlockReader.of(s.format, s.path) for n, s in sources.items()}
+        self._own = BlockReader.of(merged.format, str(folder))
         self._terms = sum(value != 0 for value in output.values)
-
-    def _reader(self, number: int, folder: Path) -> BlockReader:
-        known = registry.get(self._plan.selection.refs[number].format, str(folder))
-        return BlockReader(str(folder), known.files(folder))
 
     def __enter__(self) -> _Readers:
         return self

@@ -8,6 +8,7 @@ checkpoint, and samples of every averaged tensor are summed again in float64.
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -158,13 +159,13 @@ def origin_of(plan: MergePlan, state: str, key: str) -> str:
 def _partial_sums(plan: MergePlan, output: Output, wanted: Sequence[_Sample],
                   comm: Comm) -> list[tuple[np.ndarray, np.ndarray]]:  # fmt: skip
     """Per sample, float64 sums of w x and |w x| over the sources this rank answers for."""
-    readers = {
-        number: _reader(plan, number, Path(source.path))
-        for number, source in enumerate(plan.sources)
-        if plan.visible[number][number % len(plan.visible[number])] == comm.rank
-    }
     result = []
-    try:
+    with contextlib.ExitStack() as stack:
+        readers = {
+            number: stack.enter_context(BlockReader.of(source.format, source.path))
+            for number, source in enumerate(plan.sources)
+            if plan.visible[number][number % len(plan.visible[number])] == comm.rank
+        }
         for sample in wanted:
             total, size = np.zeros(sample.box.numel), np.zeros(sample.box.numel)
             for number, reader in readers.items():
@@ -179,15 +180,7 @@ def _partial_sums(plan: MergePlan, output: Output, wanted: Sequence[_Sample],
                     total += weight * x
                     size += abs(weight) * np.abs(x)
             result.append((total, size))
-    finally:
-        for reader in readers.values():
-            reader.close()
     return result
-
-
-def _reader(plan: MergePlan, number: int, folder: Path) -> BlockReader:
-    known = registry.get(plan.selection.refs[number].format, str(folder))
-    return BlockReader(str(folder), known.files(folder))
 
 
 def _read(reader: BlockReader, tensor: Tensor, box: Box) -> np.ndarray:
@@ -200,8 +193,8 @@ def _compare(plan: MergePlan, output: Output, folder: Path, merged: Source,
              wanted: Sequence[_Sample], sums: Sequence[list[tuple[np.ndarray, np.ndarray]]]
              ) -> Verification:  # fmt: skip
     count = sum(value != 0 for value in output.values)
-    reader, worst = _reader(plan, len(plan.sources) - 1, folder), 0.0
-    try:
+    worst = 0.0
+    with BlockReader.of(merged.format, str(folder)) as reader:
         for number, sample in enumerate(wanted):
             exact = np.sum([part[number][0] for part in sums], axis=0)
             size = np.sum([part[number][1] for part in sums], axis=0)
@@ -216,8 +209,6 @@ def _compare(plan: MergePlan, output: Output, folder: Path, merged: Source,
             bound = bound_of(count, size, exact, tensor.dtype)
             what = f"{sample.state} {sample.key}"
             worst = max(worst, refuse_beyond(got, exact, bound, folder, what, sample.box))
-    finally:
-        reader.close()
     entries = len(plan.rules) - sum(r.action is Action.DROP for r in plan.rules.values())
     elements = sum(sample.box.numel for sample in wanted)
     return Verification(entries, len(wanted), elements, worst, notes=map_notes(merged))

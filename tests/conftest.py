@@ -78,6 +78,24 @@ def after_first_unit(work: Callable[[], Any]) -> Any:
     return show
 
 
+@pytest.fixture(autouse=True)
+def _every_file_is_closed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A process merges for weeks: no call, one that fails included, may leave a file open."""
+    before = _open_below(tmp_path_factory.getbasetemp())
+    yield
+    left = _open_below(tmp_path_factory.getbasetemp()) - before
+    assert not left, f"still open after the test: {sorted(left)[:5]}"
+
+
+def _open_below(folder: Path) -> set[tuple[str, str]]:
+    """(descriptor, file) of every open file of this process below `folder`."""
+    found = set()
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found.add((link.name, str(link.readlink())))
+    return {each for each in found if each[1].startswith(f"{folder}/")}
+
+
 def train(rank: int, world_size: int, runs: Mapping[str, tuple[TinyConfig, int]]) -> None:
     """Train each run below its root and save every second iteration."""
     for root, (config, saves) in runs.items():

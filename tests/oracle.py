@@ -51,11 +51,10 @@ def _values(save: dict[str, Any], what: str) -> dict[str, torch.Tensor]:
 
 def read_tensor(folder: Path, tensor: Tensor) -> np.ndarray:
     """A whole stored tensor, float64."""
-    reader = BlockReader(str(folder), ItemFiles(folder))
     box = Box((0,) * len(tensor.shape), tensor.shape)
     out = torch.empty(box.numel, dtype=tensor.dtype)
-    reader.read(box, PieceIndex(tensor.pieces), out)
-    reader.close()
+    with BlockReader(str(folder), ItemFiles(folder)) as reader:
+        reader.read(box, PieceIndex(tensor.pieces), out)
     return out.double().numpy().reshape(tensor.shape)
 
 

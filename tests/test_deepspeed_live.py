@@ -421,21 +421,21 @@ def held_elements(rank: int, world_size: int, runs: Mapping[str, DeepSpeedConfig
         path = Path(root) / "global_step2"
         known = registry.get("deepspeed", str(path))
         source = known.read_source(str(path), {}, True)
-        reader = BlockReader(str(path), known.files(path))
         trained = [live for live in live_tensors(trainer.engine) if live.trained]
-        for live in trained:
-            states = live.states()
-            assert set(states) == {MAIN, "exp_avg", "exp_avg_sq"}
-            for state, value in states.items():
-                stored = source.tensor(state, live.name)
-                assert stored is not None and stored.shape == live.shape, live.name
-                (place,) = live.places
-                for box, at in flat_range(place.box, live.first, live.first + live.numel):
-                    wanted = torch.empty(box.numel, dtype=stored.dtype)
-                    reader.read(box, PieceIndex(stored.pieces), wanted)
-                    got = value[at - live.first :][: box.numel]
-                    assert torch.equal(got, wanted), f"{root}: {state} of {live.name}"
-            found.setdefault(root, []).append((live.name, live.first, live.numel))
+        with BlockReader(str(path), known.files(path)) as reader:
+            for live in trained:
+                states = live.states()
+                assert set(states) == {MAIN, "exp_avg", "exp_avg_sq"}
+                for state, value in states.items():
+                    stored = source.tensor(state, live.name)
+                    assert stored is not None and stored.shape == live.shape, live.name
+                    (place,) = live.places
+                    for box, at in flat_range(place.box, live.first, live.first + live.numel):
+                        wanted = torch.empty(box.numel, dtype=stored.dtype)
+                        reader.read(box, PieceIndex(stored.pieces), wanted)
+                        got = value[at - live.first :][: box.numel]
+                        assert torch.equal(got, wanted), f"{root}: {state} of {live.name}"
+                found.setdefault(root, []).append((live.name, live.first, live.numel))
         check_refresh(trainer, trained)
         trainer.close()
     return found

@@ -70,20 +70,19 @@ def places_of(source: Source) -> tuple[Place, ...]:
 
 def values_at(source: Source, places: Iterable[Place]) -> Values:
     """What a source holds there."""
-    files = registry.get(source.format, source.path).files(Path(source.path))
-    reader = BlockReader(source.path, files)
     indexes: dict[tuple[str, str], PieceIndex] = {}
     found: dict[Place, tuple[str, torch.Tensor]] = {}
-    for place in places:
-        tensor = source.tensor(place.state, place.key)
-        if tensor is None:
-            continue
-        index = indexes.setdefault((place.state, place.key), PieceIndex(tensor.pieces))
-        if index.covers(place.box):
-            data = torch.empty(place.box.numel, dtype=tensor.dtype)
-            reader.read(place.box, index, data)
-            file = file_of(source, index.touching(place.box)[0].payload)
-            found[place] = file, data
+    with BlockReader.of(source.format, source.path) as reader:
+        for place in places:
+            tensor = source.tensor(place.state, place.key)
+            if tensor is None:
+                continue
+            index = indexes.setdefault((place.state, place.key), PieceIndex(tensor.pieces))
+            if index.covers(place.box):
+                data = torch.empty(place.box.numel, dtype=tensor.dtype)
+                reader.read(place.box, index, data)
+                file = file_of(source, index.touching(place.box)[0].payload)
+                found[place] = file, data
     return found
 
 

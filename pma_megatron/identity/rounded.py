@@ -7,7 +7,6 @@ another save, or of another run, contradicts the others here.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
@@ -33,8 +32,11 @@ def refuse_foreign_weights(source: Source) -> None:
     """
     if source.quantized:
         return
-    files = registry.get(source.format, source.path).files(Path(source.path))
-    reader = BlockReader(source.path, files)
+    with BlockReader.of(source.format, source.path) as reader:
+        _compare(source, reader)
+
+
+def _compare(source: Source, reader: BlockReader) -> None:
     weights: dict[str, PieceIndex[Payload]] = {}
     mains: dict[str, PieceIndex[Payload]] = {}
     for each in chosen(source, _comparable(source)):

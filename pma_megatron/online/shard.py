@@ -16,7 +16,6 @@ import torch
 
 from pma_megatron.blocks import BlockReader
 from pma_megatron.errors import CheckpointError
-from pma_megatron.formats import registry
 from pma_megatron.formats.source import Source
 from pma_megatron.formats.torch_dist.chunks import Chunk
 from pma_megatron.geometry import Box, PieceIndex, flat_range
@@ -97,18 +96,13 @@ class Shard(ABC, Generic[Tensor]):
         Raises:
             CheckpointError: a tensor is missing, of another shape, or not float32; or damage.
         """
-        path = Path(source.path)
-        files = registry.get(source.format, source.path).files(path)
-        reader = BlockReader(source.path, files, reads)
         indexes: dict[str, PieceIndex[Any]] = {}
-        try:
+        with BlockReader.of(source.format, source.path, reads) as reader:
             for slot in self.slots:
                 for place, box, at in _boxes(slot):
                     if place.key not in indexes:
                         indexes[place.key] = _index(source, place)
                     reader.read(box, indexes[place.key], vector[at : at + box.numel])
-        finally:
-            reader.close()
 
 
 def _boxes(slot: Slot[Any]) -> Iterator[tuple[Place, Box, int]]:
