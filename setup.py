@@ -21,6 +21,7 @@ TEST = [
     "mypy>=1.10",
     "pytest>=8",
     "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
     "ruff>=0.6",
     # resumes of merges by other trainers that drive DeepSpeed
     "accelerate>=1.0",
