@@ -49,6 +49,7 @@ class Round:
     signal: str
     moment: str
     stopped: bool = False
+    working: bool = False  # its lock was held when the signal was sent
     published: int = 0
     said: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
@@ -88,7 +89,29 @@ class Loop:
         self.before = digests(self.run)
         if not self.old.exists():
             merge(self.request(self.old, "fresh"))
-        self.span_s = 1.0
+        self.spans_s = {kind: self._span(kind) for kind in KINDS}
+
+    def _span(self, kind: str) -> float:
+        """Seconds from the first lock of an undisturbed job to the last thing it takes away."""
+        save = self.folder / "calibration"
+        job = self._start(save, kind)
+        begun_s, ended_s = 0.0, 0.0
+        while job.poll() is None:
+            if list(save.rglob(".pma-*")):
+                ended_s = time.monotonic()
+                begun_s = begun_s or ended_s
+            time.sleep(0.002)
+        shutil.rmtree(save)
+        return ended_s - begun_s
+
+    def _start(self, save: Path, kind: str) -> subprocess.Popen[str]:
+        shutil.rmtree(save, ignore_errors=True)
+        if kind == "overwrite":
+            shutil.copytree(self.old, save)
+        return subprocess.Popen(
+            self.command(save, kind), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
 
     def request(self, save: Path, kind: str) -> MergeRequest:
         """The merge of a round as the command line of `command` asks for it."""
@@ -114,18 +137,12 @@ class Loop:
             "anywhere" if draw.random() < 0.25 else "while it writes",
         )  # fmt: skip
         save = self.folder / f"save{number}"
-        shutil.rmtree(save, ignore_errors=True)
-        if done.kind == "overwrite":
-            shutil.copytree(self.old, save)
-        job = subprocess.Popen(
-            self.command(save, done.kind), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+        job = self._start(save, done.kind)
         ranks: dict[int, int] = {}
         try:
             self._wait(job, save, done, draw)
             ranks.update(workers(job.pid))
-            self._end(job, ranks, done)
+            self._end(job, ranks, save, done)
             self._ended(job, ranks, done)
         finally:
             end_group(job, ranks)
@@ -142,12 +159,12 @@ class Loop:
             return
         while job.poll() is None and not list(save.rglob(".pma-lock-*")):
             time.sleep(0.002)
-        begun_s = time.monotonic()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            job.wait(timeout=draw.uniform(0, self.span_s))
-            self.span_s = max(0.2, time.monotonic() - begun_s)  # over before: aim earlier
+            job.wait(timeout=draw.uniform(0, self.spans_s[done.kind]))
 
-    def _end(self, job: subprocess.Popen[str], ranks: dict[int, int], done: Round) -> None:
+    def _end(self, job: subprocess.Popen[str], ranks: dict[int, int], save: Path,
+             done: Round) -> None:  # fmt: skip
+        done.working = bool(list(save.rglob(".pma-*")))
         wanted = {
             "rank 0": [ranks.get(0)], "rank 1": [ranks.get(1)], "all ranks": list(ranks.values()),
             "torchrun": [job.pid],
@@ -251,16 +268,21 @@ def end_group(job: subprocess.Popen[str], ranks: dict[int, int]) -> None:
 
 def summary(rounds: list[Round]) -> str:
     """The counts as a table."""
-    lines = ["| signal | to | rounds | stopped before the end | one line said | wrong |",
-             "|---|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        "| signal | to | rounds | before its end | lock held | one line said | wrong |",
+        "|---|---|---|---|---|---|---|",
+    ]
     groups = collections.defaultdict(list)
     for each in rounds:
         groups[each.signal, each.whom].append(each)
     for (name, whom), these in sorted(groups.items()):
         stopped = [r for r in these if r.stopped]
-        one = sum(len(r.said) == 1 for r in stopped)
+        working = [r for r in stopped if r.working]
+        one = sum(len(r.said) == 1 for r in working)
         wrong = sum(bool(r.wrong) for r in these)
-        lines.append(f"| {name} | {whom} | {len(these)} | {len(stopped)} | {one} | {wrong} |")
+        lines.append(
+            f"| {name} | {whom} | {len(these)} | {len(stopped)} | {len(working)} | {one} | {wrong} |"
+        )
     wrong = sum(bool(r.wrong) for r in rounds)
     return "\n".join([*lines, f"{len(rounds)} rounds, {wrong} wrong"])
 
