@@ -13,13 +13,15 @@ import json
 import os
 import pathlib
 import pickle
+import resource
 import shutil
 import subprocess
 import sys
 import tracemalloc
 import zipfile
 from argparse import Namespace
-from collections import OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -47,6 +49,7 @@ from pma_megatron.openfiles import create_inside, open_inside, open_source
 ATTACK = Path(__file__).parents[1] / "launch" / "attack"
 sys.path.insert(0, str(ATTACK))
 from hostile import FRAGMENTS, PROGRAMS, SYSTEM, VALUES, variant_of  # noqa: E402
+from mutations import LIMIT_BYTES, Watch  # noqa: E402
 
 OFTEN = settings(
     max_examples=700, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None
@@ -107,31 +110,73 @@ def test_what_is_written_again_is_what_was_read() -> None:
     assert type(got["counts"]) is defaultdict and got["counts"].default_factory is int
 
 
-@OFTEN
-@given(st.randoms(use_true_random=False))
-def test_a_variant_of_metadata_is_read_or_refused(random: Random) -> None:
+@pytest.fixture(scope="module")
+def watch() -> Watch:
+    """Sees every import, exec and open of this process while it is on; no hook can be taken off."""
+    parse(METADATA, "a file")
+    dump_inert(load_inert(COMMON, what="a file"))  # whatever is imported late is imported now
+    return Watch([])
+
+
+@contextlib.contextmanager
+def watched(watch: Watch) -> Iterator[None]:
+    """The block may neither run or open anything nor take more than 1 GiB."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + LIMIT_BYTES, hard))
+    watch.on = True
     try:
-        parse(variant_of(METADATA, random), "a file")
+        yield
+    finally:
+        watch.on = False
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        seen, watch.seen = watch.seen, Counter()
+    assert not seen
+
+
+@OFTEN
+@given(random=st.randoms(use_true_random=False))
+def test_a_variant_of_metadata_is_read_or_refused(watch: Watch, random: Random) -> None:
+    data = variant_of(METADATA, random)
+    try:
+        with watched(watch):
+            parse(data, "a file")
     except CheckpointError as error:
         assert str(error).startswith("a file")
 
 
 @OFTEN
-@given(st.randoms(use_true_random=False))
-def test_a_variant_of_a_saved_object_is_read_or_refused(random: Random) -> None:
+@given(random=st.randoms(use_true_random=False))
+def test_a_variant_of_a_saved_object_is_read_or_refused(watch: Watch, random: Random) -> None:
+    data = variant_of(COMMON, random)
     try:
-        dump_inert(load_inert(variant_of(COMMON, random), what="a file"))
+        with watched(watch):
+            dump_inert(load_inert(data, what="a file"))
     except CheckpointError as error:
         assert len(str(error)) < 1000
 
 
 @OFTEN
-@given(st.lists(st.sampled_from(FRAGMENTS) | st.binary(max_size=3), max_size=12))
-def test_assembled_opcodes_are_read_or_refused(parts: list[bytes]) -> None:
+@given(parts=st.lists(st.sampled_from(FRAGMENTS) | st.binary(max_size=3), max_size=12))
+def test_assembled_opcodes_are_read_or_refused(watch: Watch, parts: list[bytes]) -> None:
     try:
-        load_inert(b"\x80\x04" + b"".join(parts) + b".", what="a file")
+        with watched(watch):
+            load_inert(b"\x80\x04" + b"".join(parts) + b".", what="a file")
     except CheckpointError as error:
         assert str(error).startswith("a file")
+
+
+def test_the_watch_sees_what_it_must_not(watch: Watch, tmp_path: Path) -> None:
+    for deed in (
+        lambda: (tmp_path / "a").write_text("a"), lambda: exec("1"), lambda: bytearray(2 << 30),
+        lambda: __import__("this_is_not_there"), lambda: (tmp_path / "b").mkdir(),
+    ):  # fmt: skip
+        with (
+            pytest.raises((AssertionError, MemoryError)),
+            watched(watch),
+            contextlib.suppress(ImportError),
+        ):
+            deed()
 
 
 @pytest.mark.parametrize("number", range(len(PROGRAMS)))

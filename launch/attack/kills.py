@@ -280,9 +280,8 @@ def summary(rounds: list[Round]) -> str:
         working = [r for r in stopped if r.working]
         one = sum(len(r.said) == 1 for r in working)
         wrong = sum(bool(r.wrong) for r in these)
-        lines.append(
-            f"| {name} | {whom} | {len(these)} | {len(stopped)} | {len(working)} | {one} | {wrong} |"
-        )
+        counts = (len(these), len(stopped), len(working), one, wrong)
+        lines.append(" | ".join([f"| {name}", whom, *map(str, counts)]) + " |")
     wrong = sum(bool(r.wrong) for r in rounds)
     return "\n".join([*lines, f"{len(rounds)} rounds, {wrong} wrong"])
 
