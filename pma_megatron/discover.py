@@ -134,13 +134,17 @@ def _described(folder: Path, history: audit.History | None) -> CheckpointRef:
     try:
         known = registry.get(name, str(folder))
         iteration = known.iteration(folder) if known.iteration else iteration
-        snapshot = read_snapshot_marker(folder) is not None
+        marker = read_snapshot_marker(folder)
+        snapshot = marker is not None
         reason = known.completeness(folder)
         if reason is not None:
             return _incomplete(folder, name, iteration, reason, snapshot=snapshot)
         common = known.common(folder)
         args = common["args"]
-        wrong = _wrong_iteration(_said_by(folder.name, iteration), common["iteration"])
+        said = _said_by(folder.name, iteration)
+        wrong = _wrong_iteration(said, common["iteration"])
+        if wrong is None and marker is not None:
+            wrong = _wrong_iteration(said, marker.iteration)
         if wrong is not None:
             return _incomplete(folder, name, iteration, Incomplete(wrong), snapshot=snapshot)
         tokens, unknown = consumed_tokens_of(args)

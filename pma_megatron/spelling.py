@@ -19,18 +19,20 @@ class FrontEnd:
 
     Attributes:
         spelled: setting -> how it is typed there; None for flags of the setting's own name, all.
-        renamed: setting -> setting that stands for it here.
+        renamed: setting -> setting that stands for it here, None for one that nothing here has.
     """
 
     spelled: Mapping[str, str] | None = None
-    renamed: Mapping[str, str] | None = None
+    renamed: Mapping[str, str | None] | None = None
 
     def spell(self, name: str) -> str | None:
         """How a setting is typed; None where it cannot be."""
-        name = (self.renamed or {}).get(name, name)
+        known = (self.renamed or {}).get(name, name)
+        if known is None:
+            return None
         if self.spelled is None:
-            return "--" + name.replace("_", "-")
-        return self.spelled.get(name)
+            return "--" + known.replace("_", "-")
+        return self.spelled.get(known)
 
 
 def flags(names: Iterable[str], prefix: str = "") -> dict[str, str]:
@@ -64,8 +66,11 @@ def speaking(front_end: FrontEnd) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def renamed(**names: str) -> Iterator[None]:
-    """In the block other settings stand for some: `lasts` of a grid for `last` of each average."""
+def renamed(**names: str | None) -> Iterator[None]:
+    """In the block other settings stand for some: `lasts` of a grid for `last` of each average.
+
+    None for a setting that has no part in what the block does.
+    """
     global _speaking
     before = _speaking
     _speaking = replace(before, renamed={**(before.renamed or {}), **names})
@@ -94,3 +99,10 @@ def given(name: str, value: object) -> str:
 def among(*names: str) -> str:
     """Those of some settings that the front end has: `--exclude or --paths`; "" for none."""
     return " or ".join(named(name) for name in names if has(name))
+
+
+def left_out(what: str) -> str:
+    """How a checkpoint is kept out of an average: `leave it out with --exclude`."""
+    if has("exclude"):
+        return f"leave {what} out with {named('exclude')}"
+    return f"move {what} elsewhere"

@@ -18,7 +18,7 @@ from pma_megatron.formats.pickles import TensorRef, load_inert
 from pma_megatron.formats.schema import LIMIT
 from pma_megatron.formats.zips import Record, read_records
 from pma_megatron.openfiles import MAX_COPIED_BYTES, open_source
-from pma_megatron.spelling import named
+from pma_megatron.spelling import left_out
 
 _WINDOW_BYTES = 4096  # headers of small records share one read
 
@@ -192,7 +192,7 @@ def refuse_other_bytes(folder: Path | str, record: StoredRecord, crc32: int) -> 
         raise CheckpointError(
             f"{folder}/{record.file}: record {record.name} at byte {record.start} is damaged: "
             f"{record.nbytes} bytes with CRC-32 {crc32:08x}, the file says {record.crc32:08x}. "
-            f"Leave {folder} out with {named('exclude')}, or restore the file from a copy"
+            f"Restore the file from a copy, or {left_out(str(folder))}"
         )
 
 

@@ -26,7 +26,7 @@ from pma_megatron.formats.source import Source
 from pma_megatron.formats.zips import Record
 from pma_megatron.geometry import PieceIndex
 from pma_megatron.identity.samples import WEIGHT, Stored, largest, stored
-from pma_megatron.spelling import named
+from pma_megatron.spelling import left_out
 
 _SMALLEST_BYTES = 32
 _SAMPLES, _SAMPLE_BYTES = 16, 256
@@ -130,7 +130,7 @@ def _copied(older: Contents, newer: Contents, same: Sequence[str]) -> Checkpoint
     return CheckpointError(
         f"{older.path} and {newer.path} hold {what}, though training changes it in every step: one "
         "is a copy of the other, or was partly overwritten with it. Restore what was overwritten, "
-        f"or leave the copy out with {named('exclude')}"
+        f"or {left_out('the copy')}"
     )
 
 

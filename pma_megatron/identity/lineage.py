@@ -29,7 +29,7 @@ from pma_megatron.formats.source import Source
 from pma_megatron.geometry import Box, PieceIndex
 from pma_megatron.identity.samples import WEIGHT, Stored, file_of, largest, runs, stored
 from pma_megatron.refs import CheckpointRef
-from pma_megatron.spelling import named
+from pma_megatron.spelling import left_out
 
 SECOND_MOMENT = "exp_avg_sq"
 _RUN, _RUNS, _PIECES = 64, 2, 2
@@ -103,7 +103,7 @@ def refuse_other_runs(refs: Sequence[CheckpointRef], values: Sequence[Values]) -
                 raise CheckpointError(
                     f"{signs[0]} of {older.path} and that of {newer.path} are not of one run, as "
                     f"their other files are: {signs[1]}. One of the two was overwritten: restore "
-                    f"it, or leave that checkpoint out with {named('exclude')}"
+                    f"it, or {left_out('that checkpoint')}"
                 )
 
 

@@ -18,7 +18,7 @@ from pma_megatron.formats.flat import rounds_to
 from pma_megatron.formats.source import Source
 from pma_megatron.geometry import Box, PieceIndex
 from pma_megatron.identity.samples import FLOATING, WEIGHT, Stored, chosen, file_of, runs, stored
-from pma_megatron.spelling import named
+from pma_megatron.spelling import left_out
 
 
 def refuse_foreign_weights(source: Source) -> None:
@@ -83,7 +83,6 @@ def _mixed(source: Source, key: str, box: Box, mains: PieceIndex[Payload],
     return CheckpointError(
         f"{source.path}: main params of {key} in {main}, rounded, differ from the stored weights "
         f"in {weight} at {box.offsets}: one of the two is of another save or another run, or the "
-        "weights were edited. Restore its files, or leave this checkpoint out with "
-        f"{named('exclude')}"
+        f"weights were edited. Restore its files, or {left_out('this checkpoint')}"
         + (", or average the weights as they are with --average weights" if as_they_are else "")
     )

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from pma_megatron.errors import CheckpointError
 from pma_megatron.refs import CheckpointRef
-from pma_megatron.spelling import named
+from pma_megatron.spelling import left_out
 
 
 def refuse_contradictions(refs: Sequence[CheckpointRef]) -> None:
@@ -28,5 +28,5 @@ def refuse_contradictions(refs: Sequence[CheckpointRef]) -> None:
                 f"{newer.path} is of iteration {newer.iteration} and {newer.consumed_samples} "
                 f"samples, {older.path} of iteration {older.iteration} and already "
                 f"{older.consumed_samples} samples: expected more samples at the later iteration. "
-                f"One was overwritten, or is of another run: leave it out with {named('exclude')}"
+                f"One was overwritten, or is of another run: {left_out('it')}"
             )

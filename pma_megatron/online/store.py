@@ -22,12 +22,16 @@ from pma_megatron.comm import Comm
 from pma_megatron.discover import list_checkpoints
 from pma_megatron.errors import CheckpointError, PublishError
 from pma_megatron.formats import registry
+from pma_megatron.formats.source import Source
 from pma_megatron.integrity import checked
 from pma_megatron.live import LivePlan
 from pma_megatron.online.shard import Shard
 from pma_megatron.online.snapshots import SnapshotWriter, prune
 from pma_megatron.online.window import Entry, ExponentialAverage, Window
+from pma_megatron.planning import open_sources
 from pma_megatron.refs import CheckpointRef
+from pma_megatron.request import MergeRequest
+from pma_megatron.spelling import renamed
 
 FOLDER = "window"
 """Below the root of the averages."""
@@ -94,15 +98,16 @@ class WindowStore:
             what the user should know, a line each.
 
         Raises:
-            CheckpointError, RankError: an entry is of another model, or damaged.
+            CheckpointError, RankError: an entry is of another model, damaged, a copy of another
+                one, or has a file of another run.
         """
         self.wait()
         self.window.clear()
         found, self._stale, notes = self._comm.on_main(
             "find the window", lambda: self._find(iteration)
         )
-        for ref, members in found:
-            self._restore(ref, members)
+        with renamed(exclude=None):  # whoever resumes cannot leave one out by a flag
+            self._restore(found)
         held = frozenset(entry.iteration for entry in self.window.entries)
         self._stored, self._before = set(held), held
         return notes
@@ -116,7 +121,10 @@ class WindowStore:
         self._stale = [*(self._stale or ()), *spoiled] if spoiled else self._stale
 
     def _find(self, iteration: int) -> tuple[list[tuple[CheckpointRef, int]], list[int], list[str]]:
-        """Entries up to `iteration` (reference, members), later ones, and notes."""
+        """Entries up to `iteration` (reference, members), later ones, and notes.
+
+        Of an exponential average the newest is all; the one before comes along to be compared.
+        """
         refs = [r for r in list_checkpoints(self.root) if r.iteration is not None]
         notes = [
             f"{r.path} is left out: {r.incomplete_because}" for r in refs if not r.complete
@@ -130,18 +138,29 @@ class WindowStore:
             )
         found = [(r, _members(r)) for r in whole if r.iteration not in stale]
         if isinstance(self.window, ExponentialAverage):
-            return found[-1:], stale, notes
+            return found[-2:], stale, notes
         # An exponential average is no member of a window.
         return [(r, n) for r, n in found if n == 1][-self.window.last :], stale, notes
 
-    def _restore(self, ref: CheckpointRef, members: int) -> None:
-        known = registry.get(ref.format, ref.path)
-        source = self._comm.on_main("open", lambda: known.read_source(ref.path, {}, True))
-        if ref.iteration is None or ref.consumed_tokens is None:
-            because = ref.tokens_unknown_because
-            raise CheckpointError(f"{ref.path}: its tokens are unknown because {because}")
-        entry = Entry(iteration=ref.iteration, tokens=ref.consumed_tokens, members=members)
+    def _restore(self, found: Sequence[tuple[CheckpointRef, int]]) -> None:
+        """Open all entries, which prove themselves by that, before the first one is taken."""
+        refs = [ref for ref, _ in found]
+        for ref in refs:
+            if ref.iteration is None or ref.consumed_tokens is None:
+                because = ref.tokens_unknown_because
+                raise CheckpointError(f"{ref.path}: its tokens are unknown because {because}")
+        if not refs:
+            return
+        everywhere = [tuple(range(self._comm.size))] * len(refs)
+        request = MergeRequest(load=str(self.root))
+        sources = open_sources(request, refs, everywhere, self._comm)
+        taken = 1 if isinstance(self.window, ExponentialAverage) else len(refs)
+        for (ref, members), source in list(zip(found, sources, strict=True))[-taken:]:
+            assert ref.iteration is not None and ref.consumed_tokens is not None
+            entry = Entry(iteration=ref.iteration, tokens=ref.consumed_tokens, members=members)
+            self._take(entry, source)
 
+    def _take(self, entry: Entry, source: Source) -> None:
         plan = LivePlan(
             sources=(source,), visible=(tuple(range(self._comm.size)),), coefficients=(), threads=1
         )
