@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from checkpoint_refs import WRITING, every, ref, untold
 from pma_megatron.cli import main
 from pma_megatron.cli.flags import parser
 from pma_megatron.cli.verbs import front_end
@@ -22,7 +23,6 @@ from pma_megatron.megatron.options import FLAGS
 from pma_megatron.request import Method
 from pma_megatron.selection import SelectionRequest, select
 from pma_megatron.spelling import FrontEnd, among, given, has, named, renamed, speaking
-from test_selection import WRITING, every, ref, untold
 
 FLAG, KEYWORD = re.compile(r"--[a-z][a-z-]*"), re.compile(r"\b[a-z_]+=")
 SPACED = {"interval_tokens": 2 * 10**9, "last": 4}
