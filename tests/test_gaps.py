@@ -26,7 +26,7 @@ def test_one_in_the_window_that_cannot_be_used_is_refused_until_a_person_says(
 ) -> None:
     refs = [ref(i, **(BAD[kind] if i == at else {})) for i in range(1000, 6001, 1000)]
     said = refusal(refs, last=4)
-    assert f"/run/iter_000{at}" in said and f"--exclude {at}" in said and "--allow-gaps" in said
+    assert f"/run/iter_000{at}" in said and f"exclude=({at},)" in said and "allow_gaps=True" in said
     assert chosen(refs, last=4, exclude=(at,)) == [i for i in range(2000, 6001, 1000) if i != at]
     selection = select(refs, SelectionRequest(last=4, allow_gaps=True))
     assert [r.iteration for r in selection.refs] == [i for i in range(2000, 6001, 1000) if i != at]

@@ -22,7 +22,7 @@ def test_last_n_end_at_the_newest_complete_one() -> None:
     assert selection.spacing.requested is selection.spacing.tolerance is None
     unfinished, unnumbered = selection.passed_over
     assert (unnumbered.path, unnumbered.kind) == ("/run/release", "no iteration")
-    assert "--paths" in unnumbered.reason
+    assert "paths=" in unnumbered.reason
     assert (unfinished.iteration, unfinished.kind) == (6000, "being written")
     assert WRITING in unfinished.reason and not unfinished.gap
     said, _ = lines(selection.passed_over, selection.refs[-1])
@@ -39,7 +39,7 @@ def test_end_iteration_and_exclude() -> None:
     uneven = select(refs, SelectionRequest(last=3, exclude=(8000,))).notes
     assert "the checkpoints are unevenly spaced, from 1B tokens to 2B tokens apart" in uneven
     said = refusal(refs, last=1, exclude=(2500,))
-    assert "--exclude names iteration 2500, which does not exist" in said
+    assert "exclude= names iteration 2500, which does not exist" in said
     assert "iteration 2000 (2B tokens) and iteration 3000" in said
 
 
@@ -49,11 +49,11 @@ CUT, SPOILED = "__0_0.distcp is cut short", "saved in a spike"
 def test_too_few_says_how_many_and_why_the_others_do_not_count() -> None:
     refs = [*every(1000, 4000), ref(5000, incomplete=WRITING)]
     said = refusal(refs, last=6)
-    assert "--last 6 needs 6 complete checkpoints up to iteration 4000 (4B tokens), found 4" in said
+    assert "last=6 needs 6 complete checkpoints up to iteration 4000 (4B tokens), found 4" in said
     assert f"iteration 5000 (5B tokens) is incomplete ({WRITING})" in said
-    assert "use --last 4" in said and "wait" in said
-    assert "a later --end-iteration" in refusal(refs, last=4, end_iteration=3000)
-    assert "--last 10 needs 10" in refusal(every(1000, 9000))
+    assert "use last=4" in said and "wait" in said
+    assert "a later end_iteration=" in refusal(refs, last=4, end_iteration=3000)
+    assert "last=10 needs 10" in refusal(every(1000, 9000))
     assert len(chosen(every(1000, 30_000))) == 10
     assert "no complete checkpoint to merge: nothing was found" in refusal([])
     said = refusal(every(1000, 6000, incomplete=WRITING))
@@ -69,7 +69,7 @@ def test_a_named_iteration_must_exist_and_be_complete(flag: str) -> None:
         return {flag: iteration if flag == "end_iteration" else (1000, iteration)}
 
     said = refusal(refs, **named(3500))
-    assert "--" + flag.replace("_", "-") + " names iteration 3500, which does not exist" in said
+    assert f"{flag}= names iteration 3500, which does not exist" in said
     assert "nearest: iteration 3000 (3B tokens) and iteration 5000 (5B tokens)" in said
     assert f"iteration 4000, which is incomplete ({WRITING})" in refusal(refs, **named(4000))
 
@@ -131,22 +131,25 @@ def test_last_n_falls_back_to_iterations_and_says_so() -> None:
 @pytest.mark.parametrize(
     ("request_of", "message"),
     [
-        ({"last": 0}, r"--last must be at least 1, got 0"),
-        ({"window_tokens": 0}, r"--window-tokens must be at least 1"),
-        ({"tolerance": 0.5}, r"--tolerance is a fraction .*\[0, 0.5\), got 0.5"),
+        ({"last": 0}, r"last= must be at least 1, got 0"),
+        ({"window_tokens": 0}, r"window_tokens= must be at least 1"),
+        ({"tolerance": 0.5}, r"tolerance= is a fraction .*\[0, 0.5\), got 0.5"),
         ({"tolerance": float("nan")}, r"got nan"),
         ({"interval_tokens": 1, "interval_iterations": 1}, r"cannot be combined: an average has"),
-        ({"window_tokens": 9, "interval_iterations": 1}, r"use --interval-tokens or --last"),
-        ({"window_tokens": 9, "last": 3}, r"--window-tokens and --last cannot be combined"),
-        ({"window_tokens": 15 * B, "interval_tokens": 8 * B}, r"15B holds fewer than two .* 8B"),
-        ({"end_iteration": 5, "exclude": (5,)}, r"--end-iteration 5 is also in --exclude"),
-        ({"iterations": (1, 2), "last": 2}, r"--iterations names the checkpoints, so --last would"),
-        ({"iterations": (1,), "paths": ("a",)}, r"--iterations names .* so --paths would"),
-        ({"paths": ("a",), "end_iteration": 0}, r"--paths names .* so --end-iteration would"),
-        ({"iterations": (1, 2), "exclude": (2,)}, r"so --exclude would have no effect"),
-        ({"iterations": (3, 1, 3)}, r"--iterations names 3 twice"),
-        ({"iterations": ()}, r"--iterations is empty"),
-        ({"paths": ("/a/b", "/a/b/")}, r"--paths names /a/b twice"),
+        ({"window_tokens": 9, "interval_iterations": 1}, r"use interval_tokens= or last="),
+        ({"window_tokens": 9, "last": 3}, r"window_tokens= and last= cannot be combined"),
+        (
+            {"window_tokens": 15 * B, "interval_tokens": 8 * B},
+            r"=15_000_000_000 holds fewer than two .* 8B",
+        ),
+        ({"end_iteration": 5, "exclude": (5,)}, r"end_iteration=5 is also in exclude="),
+        ({"iterations": (1, 2), "last": 2}, r"iterations= names the checkpoints, so last= would"),
+        ({"iterations": (1,), "paths": ("a",)}, r"iterations= names .* so paths= would"),
+        ({"paths": ("a",), "end_iteration": 0}, r"paths= names .* so end_iteration= would"),
+        ({"iterations": (1, 2), "exclude": (2,)}, r"so exclude= would have no effect"),
+        ({"iterations": (3, 1, 3)}, r"iterations= names 3 twice"),
+        ({"iterations": ()}, r"iterations= is empty"),
+        ({"paths": ("/a/b", "/a/b/")}, r"paths= names /a/b twice"),
     ],
 )
 def test_contradictory_requests_are_refused(request_of: dict, message: str) -> None:

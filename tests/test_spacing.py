@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from checkpoint_refs import SEQ, WRITING, B, chosen, every, ref, refusal, untold
 from pma_megatron.errors import SelectionError
 from pma_megatron.selection import SelectionRequest, select
-from pma_megatron.tokens import parse_tokens
 
 
 def test_interval_takes_the_nearest_to_each_place() -> None:
@@ -30,7 +29,7 @@ def test_tolerance_is_inclusive_and_exact() -> None:
     refs, request = [ref(129), ref(200)], {"last": 2, "interval_iterations": 100}
     assert chosen(refs, **request, tolerance=0.29) == [129, 200]
     for tolerance in (0.28, 0.0):
-        assert "--tolerance 0.29" in refusal(refs, **request, tolerance=tolerance)
+        assert "tolerance=0.29" in refusal(refs, **request, tolerance=tolerance)
 
 
 def test_interval_in_iterations_needs_no_tokens() -> None:
@@ -49,31 +48,34 @@ def test_a_hole_names_the_place_its_neighbours_and_ways_that_work() -> None:
     refs = every(4000, 40_000)
     refs[4] = dataclasses.replace(refs[4], complete=False, incomplete_because=WRITING)
     said = refusal(refs, last=6, interval_tokens=4 * B)
-    assert "--interval-tokens 4B for 6 checkpoints needs a complete one near 20B tokens" in said
+    assert (
+        "interval_tokens=4_000_000_000 for 6 checkpoints needs a complete one near 20B tokens"
+        in said
+    )
     assert "5 x that before iteration 40000 (40B tokens)" in said
-    assert "none within 1B tokens of it (--tolerance 0.25)" in said
+    assert "none within 1B tokens of it (tolerance=0.25)" in said
     assert "iteration 16000 (16B tokens) before it and iteration 24000 (24B tokens) after" in said
     assert f"between them iteration 20000 (20B tokens) is incomplete ({WRITING})" in said
     assert "complete checkpoints lie 4B tokens apart" in said
-    assert "what works: --last 5, or naming the checkpoints with --iterations" in said
+    assert "what works: last=5, or naming the checkpoints with iterations=" in said
 
 
 @pytest.mark.parametrize(
     ("iterations", "request_of", "ways"),
     [
-        (range(8, 800, 8), {"last": 10, "interval_tokens": 5}, ["interval_tokens 8M"]),
-        ((600, 1600, 2600, 4000), {"last": 4, "interval_tokens": 1000}, ["tolerance 0.4"]),
+        (range(8, 800, 8), {"last": 10, "interval_tokens": 5}, ["interval_tokens=8_000_000"]),
+        ((600, 1600, 2600, 4000), {"last": 4, "interval_tokens": 1000}, ["tolerance=0.4"]),
         ((500, 1500, 2500, 4000), {"last": 4, "interval_tokens": 1000}, []),
-        ((1, 2, 3, 5, 6, 7), {"last": 5, "interval_iterations": 1}, ["last 3"]),
+        ((1, 2, 3, 5, 6, 7), {"last": 5, "interval_iterations": 1}, ["last=3"]),
         (
             range(3, 90, 3),
             {"last": 4, "interval_tokens": 7, "tolerance": 0.1},
-            ["tolerance 0.15", "interval_tokens 6M", "interval_tokens 3M"],
+            ["tolerance=0.15", "interval_tokens=6_000_000", "interval_tokens=3_000_000"],
         ),
         (
             range(4194, 90_000, 4194),
             {"window_tokens": 70_000, "interval_tokens": 7000, "tolerance": 0.1},
-            ["tolerance 0.22", "interval_tokens 8388000000", "interval_tokens 4194000000"],
+            ["tolerance=0.22", "interval_tokens=8_388_000_000", "interval_tokens=4_194_000_000"],
         ),
     ],
 )
@@ -81,20 +83,19 @@ def test_every_way_out_of_a_hole_really_works(iterations, request_of: dict, ways
     refs = [ref(i) for i in iterations]
     request_of |= {key: n * 10**6 for key, n in request_of.items() if key.endswith("_tokens")}
     said = refusal(refs, **request_of).split("what works: ")[1]
-    offered = [text.replace("-", "_") for text in re.findall(r"--([a-z-]+ [0-9.]+[A-Z]?)", said)]
+    offered = re.findall(r"[a-z_]+=[0-9._]+", said)
     assert offered == ways
-    for flag, text in map(str.split, offered):
-        value = float(text) if flag == "tolerance" else parse_tokens(text)
-        assert len(chosen(refs, **request_of | {flag: value})) > 1
+    for way in offered:
+        assert len(chosen(refs, **request_of | eval(f"dict({way})"))) > 1
 
 
 def test_a_hole_before_the_first_checkpoint_and_one_that_exclude_made() -> None:
     refs = every(1000, 5000)
     said = refusal(refs, last=8, interval_iterations=1000)
     assert "near iteration 0" in said and "none before it" in said
-    assert "--last 5" in said
+    assert "last=5" in said
     said = refusal(refs, last=4, interval_tokens=B, exclude=(3000,))
-    assert "between them --exclude leaves out 3000" in said
+    assert "between them exclude= leaves out 3000" in said
 
 
 @settings(max_examples=150, deadline=None)
@@ -147,12 +148,12 @@ def test_window_with_interval_holds_window_over_interval() -> None:
     expected = [100_000, 125_000, 150_000, 175_000, 200_000]
     assert chosen(refs, window_tokens=125 * B, interval_tokens=25 * B) == expected
     said = refusal(refs[:60], window_tokens=125 * B, interval_tokens=25 * B)
-    assert "--window-tokens 75B" in said and "--last" not in said
+    assert "window_tokens=75_000_000_000" in said and "last=" not in said
 
 
 def test_a_window_with_one_checkpoint_is_refused() -> None:
     said = refusal(every(4000, 12_000), window_tokens=4 * B)
-    assert "--window-tokens 4B holds only iteration 12000 (12B tokens)" in said
+    assert "window_tokens=4_000_000_000 holds only iteration 12000 (12B tokens)" in said
     assert "the next older one is iteration 8000 (8B tokens)" in said
 
 
@@ -161,13 +162,13 @@ def test_a_window_with_one_checkpoint_is_refused() -> None:
     [{"last": 3, "interval_tokens": B}, {"window_tokens": 3 * B}],
 )
 def test_selection_by_tokens_refuses_counts_that_do_not_measure_progress(request_of) -> None:
-    flag = "--interval-tokens" if "last" in request_of else "--window-tokens"
+    flag = "interval_tokens=" if "last" in request_of else "window_tokens="
     said = refusal([*every(1000, 4000), untold(5000)], **request_of)
     assert f"{flag} needs token counts" in said
     assert (
         "iteration 5000 are unknown because its saved training arguments have no seq_length" in said
     )
-    assert "--interval-iterations" in said
+    assert "interval_iterations=" in said
     assert "iteration 4000 are unknown" in refusal(
         [*every(1000, 3000), untold(4000), ref(5000)], **request_of
     )
