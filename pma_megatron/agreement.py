@@ -13,7 +13,7 @@ from pma_megatron.formats.base import Payload, Tensor
 from pma_megatron.formats.source import Source
 from pma_megatron.geometry import Box, Piece, PieceIndex
 from pma_megatron.policy import MAIN
-from pma_megatron.spelling import given, has, named
+from pma_megatron.spelling import given, has, named, override
 
 _ROUNDED = (torch.bfloat16, torch.float16)
 AVERAGED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -118,7 +118,7 @@ def matching(source: Source, base: Source, wanted: Tensor, state: str, key: str)
                 f"{label} {key}: {what} {theirs} in {name}, {ours} in the newest source. They are "
                 "not checkpoints of one model, or the run changed: exclude the ones that differ"
                 + (
-                    f", or keep the newest's with {given('policy', f'{key}=newest')}"
+                    f", or keep the newest's with {override(key, 'newest')}"
                     if state == "weight" and has("policy")
                     else ""
                 )

@@ -22,6 +22,7 @@ from pma_megatron.geometry import Box, Part, PieceIndex, overlaps
 from pma_megatron.openfiles import Files
 from pma_megatron.reads import Reads, Spans
 from pma_megatron.rooms import BLOCK_ELEMENTS, Room, Rounded, as_bytes
+from pma_megatron.spelling import named
 
 _COPY_BYTES = 1 << 20
 _MIN_DENSITY = 4  # read a whole span if at least 1/4 of it is wanted
@@ -300,7 +301,8 @@ class BlockWriter:
         except OSError as error:
             raise PublishError(
                 f"cannot write {self.folder / file}: {error.strerror}. Nothing was published and "
-                "no source was touched; free space or choose another --save, then run again"
+                f"no source was touched; free space or choose another {named('save')}, then run "
+                "again"
             ) from error
 
     def sync(self, moved: Callable[[], None] = lambda: None) -> None:

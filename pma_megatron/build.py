@@ -25,7 +25,7 @@ from pma_megatron.formats.source import Source
 from pma_megatron.geometry import Piece, PieceIndex
 from pma_megatron.policy import MAIN, Action, Entry, Policy, Rule, unmatched
 from pma_megatron.request import MergeRequest
-from pma_megatron.spelling import given
+from pma_megatron.spelling import given, override
 from pma_megatron.tasks import Average, Copy, Keep, Write, Zero
 
 Rules = Mapping[tuple[str, str], Rule]
@@ -157,8 +157,9 @@ def _dropped(base: Source, rules: Rules, drops_optimizer: bool) -> frozenset[str
             continue
         if state != "object" and _is_flat(base, key):
             raise UsageError(
-                f"--policy ...=drop matches {key}, whose optimizer state lies in a buffer shared "
-                "with other parameters: it cannot be dropped alone. Use --optimizer-state drop too"
+                f"{override('...', 'drop')} matches {key}, whose optimizer state lies in a "
+                "buffer shared with other parameters: it cannot be dropped alone. Use "
+                f"{given('optimizer_state', 'drop')} too"
             )
         tensor = base.tensor(state, key)
         dropped.add(key if tensor is None else tensor.key)

@@ -33,7 +33,7 @@ from fractions import Fraction
 from itertools import pairwise
 
 from pma_megatron.errors import UsageError
-from pma_megatron.spelling import has, named
+from pma_megatron.spelling import has, named, switch
 
 DEFAULT_ALPHA = 0.2  # the better of the two values that arXiv 2505.12082 tried
 
@@ -263,7 +263,7 @@ def _custom(values: Sequence[float] | None, number: int, allow_any: bool) -> Coe
 
 def _on_purpose(text: str) -> str:
     allowed = "allow_any_coefficients"
-    return text.format(named(allowed)) if has(allowed) else ""
+    return text.format(switch(allowed)) if has(allowed) else ""
 
 
 def _decay_derived(

@@ -21,13 +21,12 @@ import torch.distributed as dist
 from pma_megatron.durations import format_duration
 from pma_megatron.errors import PmaError, RankError, UsageError
 from pma_megatron.presence import Presence, kept_by_torchrun
+from pma_megatron.spelling import given, named
 from pma_megatron.stopping import Stopped
 
 T = TypeVar("T")
 TIMEOUT_S = 300.0
 """How long another rank may stand still, unless the user says otherwise."""
-
-HINT = "--timeout sets how long others wait"
 
 # Of collectives, which are entered when all ranks are there. What they fail with says less than
 # `presence` does, so that must have had its time.
@@ -122,8 +121,8 @@ class Comm:
         self.size = dist.get_world_size() if active else 1
         if merge_parallel_size < 1 or self.size % merge_parallel_size:
             raise UsageError(
-                f"--merge-parallel-size {merge_parallel_size} must divide the number of ranks, "
-                f"{self.size}: start a multiple of it with torchrun --nproc-per-node"
+                f"{given('merge_parallel_size', merge_parallel_size)} must divide the number of "
+                f"ranks, {self.size}: start a multiple of it with torchrun --nproc-per-node"
             )
         self.merge_size = merge_parallel_size
         self.shard_rank = self.rank // merge_parallel_size
@@ -140,7 +139,7 @@ class Comm:
         if self.size > 1:
             limit_s = _timeout_s() if timeout_s is None else timeout_s
             hint = "the time allowed is that of the process group" if limit_s != _given_timeout_s \
-                else HINT  # fmt: skip
+                else _hint()  # fmt: skip
             self._presence = Presence(_default_store(), self.rank, self.size, limit_s, hint)
 
     @property
@@ -314,7 +313,7 @@ def process_group_from_environment(timeout_s: float = TIMEOUT_S) -> Iterator[Non
         backend, store=store, rank=rank, world_size=size, timeout=_collectives(timeout_s)
     )
     _given_timeout_s = timeout_s
-    presence = Presence(_default_store(), rank, size, timeout_s, HINT)
+    presence = Presence(_default_store(), rank, size, timeout_s, _hint())
     try:
         with presence.at("start"):  # what lies between two stages is life too
             yield
@@ -352,7 +351,7 @@ def _joined(rank: int, size: int, timeout_s: float) -> Any:
             "rank, with the MASTER_ADDR and MASTER_PORT of rank 0",
             speaker=rank,
         ) from error
-    Presence(dist.PrefixStore("pma_megatron_start", store), rank, size, timeout_s, HINT).meet()
+    Presence(dist.PrefixStore("pma_megatron_start", store), rank, size, timeout_s, _hint()).meet()
     return store
 
 
@@ -366,6 +365,10 @@ def _timeout_s() -> float:
         return float(group._get_backend(kind).options._timeout.total_seconds())
     except (AttributeError, IndexError, RuntimeError):
         return TIMEOUT_S
+
+
+def _hint() -> str:
+    return f"{named('timeout_s')} sets how long others wait"
 
 
 def _collectives(timeout_s: float) -> timedelta:

@@ -26,6 +26,7 @@ from pma_megatron.errors import PlanError, RankError
 from pma_megatron.geometry import Box, slices
 from pma_megatron.reads import Reads
 from pma_megatron.rooms import BLOCK_ELEMENTS, as_bytes
+from pma_megatron.spelling import named
 from pma_megatron.tasks import Average, Copy, Keep, Unit, Workload, Write, Zero
 
 S = TypeVar("S")
@@ -99,8 +100,8 @@ def assign(plan: Workload, team: Team) -> tuple[int, ...]:
             raise PlanError(
                 f"{plan.sources[number].path} can be read by ranks {list(ranks)}, but by none of "
                 f"the ranks {list(team.members)}, which share one part of the model. Put it where "
-                "one of them sees it, or make --merge-parallel-size the number of ranks that "
-                "together see every source"
+                f"one of them sees it, or make {named('merge_parallel_size')} the number of ranks "
+                "that together see every source"
             )
         place = min(able, key=lambda m: (load[m], (m - number) % team.size))
         load[place] += 1

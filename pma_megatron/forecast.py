@@ -16,6 +16,7 @@ import numpy as np
 from pma_megatron.cautions import cautions
 from pma_megatron.errors import UsageError
 from pma_megatron.scores import Score, Scores
+from pma_megatron.spelling import hint, mistyped
 
 _FEWEST = 3  # two points always lie on a line
 
@@ -166,13 +167,14 @@ def forecast(scores: Scores, annealed: Sequence[Annealed], metric: str) -> Forec
     """
     if metric not in scores.metrics:
         known = ", ".join(scores.metrics)
-        raise UsageError(f"--metric {metric!r} was not scored; choose from {known}")
+        raise UsageError(f"{mistyped('metric', metric)} was not scored; choose from {known}")
     trained = scores.unmerged(metric)
     for run in annealed:
         if run.start_iteration not in trained:
             raise UsageError(
                 f"the annealing run {run.source} starts at iteration {run.start_iteration}, where "
-                f"nothing was scored (scored: {', '.join(map(str, trained))}): add it to --ends"
+                f"nothing was scored (scored: {', '.join(map(str, trained))}): score averages that "
+                f"end there too{hint('ends')}"
             )
     grouped: dict[tuple[Any, ...], list[Score]] = {}
     for point in scores.points:

@@ -14,7 +14,7 @@ from typing import Literal
 
 from pma_megatron.errors import SelectionError
 from pma_megatron.refs import CheckpointRef, iteration_of, why_incomplete
-from pma_megatron.spelling import has, named
+from pma_megatron.spelling import given, has, named, switch
 
 Kind = Literal[
     "being written", "damaged", "spoiled", "not judged", "excluded", "newer", "not needed",
@@ -135,10 +135,8 @@ def refuse_gaps(passed: Sequence[PassedOver], chosen: Sequence[CheckpointRef]) -
     gaps = [each for each in passed if each.gap]
     if not gaps:
         return
-    numbers = [str(each.iteration) for each in gaps]
-    exclude, allow = named("exclude"), named("allow_gaps")
-    exclude += f"({', '.join(numbers)},)" if exclude.endswith("=") else f" {' '.join(numbers)}"
-    allow += "True" if allow.endswith("=") else ""
+    exclude = given("exclude", tuple(each.iteration for each in gaps))
+    allow = switch("allow_gaps")
     ways = [f"leave it out ({exclude})"] if has("exclude") else []
     ways += [f"allow what cannot be used to be passed over ({allow})"] if has("allow_gaps") else []
     raise SelectionError(

@@ -29,6 +29,7 @@ from pma_megatron.policy import MAIN
 from pma_megatron.reads import Reads
 from pma_megatron.request import MergeRequest
 from pma_megatron.rooms import BLOCK_ELEMENTS
+from pma_megatron.spelling import hint
 from pma_megatron.spread import TOTAL, Gram, Spread, spread, total
 from pma_megatron.tasks import Average, Unit, share, units
 
@@ -172,7 +173,7 @@ def _refuse(request: MergeRequest, found: Gathered) -> None:
     if len(found.sources) < 2:
         raise UsageError(
             f"one checkpoint, {found.sources[0].path}, has no distance to anything: select two or "
-            "more (--last, --iterations)"
+            f"more{hint('last', 'iterations')}"
         )
     weight = sum(found.outputs[0].values)
     if len(found.outputs) > 1 or abs(weight - 1) > 1e-6:

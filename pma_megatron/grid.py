@@ -17,7 +17,7 @@ from pma_megatron.errors import SelectionError, UsageError
 from pma_megatron.refs import CheckpointRef
 from pma_megatron.request import Method
 from pma_megatron.selection import DEFAULT_LAST, Selection, SelectionRequest, select
-from pma_megatron.spelling import given, named, renamed
+from pma_megatron.spelling import given, mistyped, named, renamed
 
 UNMERGED = "unmerged"
 _PLAIN = ("sma", "wma")
@@ -207,17 +207,17 @@ def parse_method(text: str) -> Method:
     name, colon, number = text.partition(":")
     if name not in METHODS:
         raise UsageError(
-            f"{given('methods', repr(text))} is unknown: choose from {', '.join(METHODS)}"
+            f"{mistyped('methods', text)} is unknown: choose from {', '.join(METHODS)}"
         )
     if not colon:
         return Method(name=name)
     if name in _PLAIN:
-        raise UsageError(f"{given('methods', repr(text))}: {name} takes no number, write {name}")
+        raise UsageError(f"{mistyped('methods', text)}: {name} takes no number, write {name}")
     try:
         value = float(number)
     except ValueError:
         raise UsageError(
-            f"{given('methods', repr(text))}: {number!r} is not a number, as in ema:0.2"
+            f"{mistyped('methods', text)}: {number!r} is not a number, as in ema:0.2"
         ) from None
     return Method(name=name, alpha=value) if name == "ema" else Method(name=name, floor=value)
 
@@ -251,7 +251,7 @@ def _step(ends: str) -> int | None:
     number = ends.removeprefix(_EVERY)
     if not ends.startswith(_EVERY) or not number.isdecimal() or int(number) < 1:
         raise UsageError(
-            f"{given('ends', repr(ends))} is not all, newest, every:K, or a list of iterations"
+            f"{mistyped('ends', ends)} is not all, newest, every:K, or a list of iterations"
         )
     return int(number)
 

@@ -17,7 +17,7 @@ from pma_megatron.comm import Comm
 from pma_megatron.formats.base import StoredRecord
 from pma_megatron.planning import refuse_changed
 from pma_megatron.reads import SPANS, Reads, Spans, joined
-from pma_megatron.spelling import has, named
+from pma_megatron.spelling import has, switch
 from pma_megatron.tasks import Workload
 
 _FILL_BYTES = 1 << 16
@@ -51,7 +51,7 @@ class Compared:
             said.append(
                 f"{self.partial_records} records of {self.partial_bytes} bytes were read in part, "
                 "so not compared with their checksums"
-                + (f"; {named('check_sources')} reads them whole" if has("check_sources") else "")
+                + (f"; {switch('check_sources')} reads them whole" if has("check_sources") else "")
             )
         return tuple(said)
 

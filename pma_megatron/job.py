@@ -19,6 +19,7 @@ from pma_megatron.planning import MergePlan, make_plan
 from pma_megatron.publish import Target
 from pma_megatron.report import MergeReport, describe_plan
 from pma_megatron.request import MergeRequest
+from pma_megatron.spelling import named
 from pma_megatron.stopping import Stopped, having_published
 from pma_megatron.tasks import share
 
@@ -52,7 +53,7 @@ def merge(request: MergeRequest, comm: Comm | None = None, show: Show = silent) 
     before the failure): the same call makes the rest.
     """
     if request.save is None:
-        raise UsageError("merge needs --save, the folder for the merged checkpoint")
+        raise UsageError(f"merge needs {named('save')}, the folder for the merged checkpoint")
     comm = comm or Comm(request.merge_parallel_size)
     baseline = memory.resident_bytes()
     memory.reset_peak()

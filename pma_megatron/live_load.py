@@ -24,15 +24,15 @@ from pma_megatron.policy import Policy
 from pma_megatron.reads import Reads
 from pma_megatron.request import MergeRequest, Method
 from pma_megatron.selection import SelectionRequest
-from pma_megatron.spelling import FrontEnd, given, keywords
+from pma_megatron.spelling import FrontEnd, fields, mistyped
 from pma_megatron.tasks import Unit
 
 SHARES = ("auto", "source", "slice")
 STATES = ("latest", "average", "reset")
 ARGUMENTS = FrontEnd(
-    keywords([*SelectionRequest.__slots__, "load", "alpha", "floor", "optimizer_state", "share"])
-    | keywords(["threads", "check_sources", "window_dir", "save_dir", "keep"])
-    | {"method": "name=", "coefficients": "values=", "allow_any_coefficients": "allow_any="}
+    fields([*SelectionRequest.__slots__, "load", "optimizer_state", "share", "threads"])
+    | fields(["method", "alpha", "floor", "coefficients", "allow_any_coefficients"])
+    | fields(["check_sources", "window_dir", "save_dir", "keep"])
 )
 """Settings as Python calls with a `SelectionRequest` and a `Method` spell them."""
 Job = tuple[list[Unit], Team]
@@ -116,7 +116,7 @@ def live_request(load: str, selection: SelectionRequest | None, method: Method |
     for name, (value, known) in chosen.items():
         if value not in known:
             raise UsageError(
-                f"{given(name, repr(value))} is unknown; choose one of {', '.join(known)}"
+                f"{mistyped(name, value)} is unknown; choose one of {', '.join(known)}"
             )
     return MergeRequest(
         load=load,

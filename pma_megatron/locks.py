@@ -20,6 +20,7 @@ from pathlib import Path
 
 from pma_megatron.errors import PublishError
 from pma_megatron.formats import registry
+from pma_megatron.spelling import named
 from pma_megatron.stopping import shielded
 
 STAGING = ".pma-staging-"
@@ -69,12 +70,13 @@ def locked(wanted: Sequence[Target]) -> Iterator[None]:
                 sure = stack.enter_context(_held(target.root, name, _WRITING))
             except _HeldError as holder:
                 raise PublishError(
-                    f"another merge is writing {target.final}{holder}: wait for it, or use another "
-                    "--save"
+                    f"another merge is writing {target.final}{holder}: wait for it, or choose "
+                    f"another {named('save')}"
                 ) from None
             except OSError as error:
                 raise PublishError(
-                    f"cannot write to {target.root}: {error.strerror}. Choose another --save"
+                    f"cannot write to {target.root}: {error.strerror}. Choose another "
+                    f"{named('save')}"
                 ) from error
             _collect(target.root, name, sure=sure)
         yield
@@ -83,7 +85,7 @@ def locked(wanted: Sequence[Target]) -> Iterator[None]:
 def unfinished(target: Target) -> bool:
     """True if a merge was killed after it named its checkpoint, before the tracker named it too.
 
-    It never reported, so the same command may run again without --overwrite.
+    It never reported, so the same command may run again without `overwrite`.
     """
     return target.tracker.is_file() and not _staged(target.root, target.final.name)
 

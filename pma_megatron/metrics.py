@@ -23,6 +23,7 @@ from pma_megatron.metrics_formats import (
     read_log,
     read_tensorboard,
 )
+from pma_megatron.spelling import hint
 
 _EVENTS = "tfevents"
 # A table in no order is told from a run that went back by how often its iterations fall.
@@ -82,14 +83,14 @@ def _in_iterations(path: Path, points: list[Point], batch_samples: int | None) -
         raise MetricsError(
             f"{path}: counts samples, as DeepSpeed's monitors do, and how many an iteration takes "
             "is not known, or not the same along the run. Give metrics by iteration, or the first "
-            "iteration that was off (--onset)"
+            f"iteration that was off{hint('onset')}"
         )
     odd = next((point.iteration for point in points if point.iteration % batch_samples), None)
     if odd is not None:
         raise MetricsError(
             f"{path}: has a point at {odd} samples, no multiple of the {batch_samples} samples per "
             "iteration of the checkpoints: it is of another run, or its batch size changed. Give "
-            "the metrics of this run, or --onset"
+            f"the metrics of this run, or the first iteration that was off{hint('onset')}"
         )
     return [replace(point, iteration=point.iteration // batch_samples) for point in points]
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from pma_megatron.errors import UsageError
+from pma_megatron.spelling import given, mistyped, override
 
 OPTIMIZER_STATES = ("latest", "average", "reset", "drop")
 AVERAGES = ("main-params", "weights")
@@ -83,13 +84,15 @@ class Policy:
     overrides: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
-        for flag, value, known in (
-            ("--optimizer-state", self.optimizer_state, OPTIMIZER_STATES),
-            ("--average", self.average, AVERAGES),
-            *(("--policy", action, ("average", "newest", "drop")) for _, action in self.overrides),
+        for setting, value, known in (
+            ("optimizer_state", self.optimizer_state, OPTIMIZER_STATES),
+            ("average", self.average, AVERAGES),
+            *(("policy", action, ("average", "newest", "drop")) for _, action in self.overrides),
         ):
             if value not in known:
-                raise UsageError(f"{flag} {value!r} is unknown; choose one of {', '.join(known)}")
+                raise UsageError(
+                    f"{mistyped(setting, value)} is unknown; choose one of {', '.join(known)}"
+                )
 
     @property
     def drops_optimizer(self) -> bool:
@@ -101,25 +104,26 @@ class Policy:
         if self.drops_optimizer and (entry.optimizer or entry.state not in ("weight", "object")):
             if entry.state == MAIN and self.average == "main-params":
                 return Rule(Action.DROP, "averaged for the weights, not written")
-            return Rule(Action.DROP, f"--optimizer-state drop{self._implied()}")
+            return Rule(Action.DROP, given("optimizer_state", "drop") + self._implied())
         for pattern, action in self.overrides:
             if fnmatch.fnmatchcase(entry.label, pattern):
                 return self._override(entry, pattern, Action(action))
         return self._default(entry)
 
     def _implied(self) -> str:
-        return " (implied by --average weights)" if self.optimizer_state != "drop" else ""
+        implied = f" (implied by {given('average', 'weights')})"
+        return implied if self.optimizer_state != "drop" else ""
 
     def _override(self, entry: Entry, pattern: str, action: Action) -> Rule:
         if action is Action.AVERAGE:
             if not entry.floating or entry.state == "object":
                 raise UsageError(
-                    f"--policy {pattern}=average matches {entry.label}, which is not a floating "
-                    "tensor and cannot be averaged: narrow the pattern"
+                    f"{override(pattern, 'average')} matches {entry.label}, which is not "
+                    "a floating tensor and cannot be averaged: narrow the pattern"
                 )
             if entry.state == "weight" and entry.has_main and self.average == "main-params":
                 action = Action.ROUND
-        return Rule(action, f"--policy {pattern}={action.name.lower()}")
+        return Rule(action, override(pattern, action.name.lower()))
 
     def _default(self, entry: Entry) -> Rule:
         if entry.state == "object":
@@ -130,11 +134,12 @@ class Policy:
             if entry.has_main and self.average == "main-params":
                 return Rule(Action.ROUND, "follows its main params")
             return Rule(Action.AVERAGE, "no main params are stored for it" if self.average ==
-                        "main-params" else "--average weights")  # fmt: skip
+                        "main-params" else given("average", "weights"))  # fmt: skip
         if entry.state == MAIN:
             return Rule(Action.AVERAGE, "float32 main params")
         by_choice = {"latest": Action.NEWEST, "average": Action.AVERAGE, "reset": Action.ZERO}
-        return Rule(by_choice[self.optimizer_state], f"--optimizer-state {self.optimizer_state}")
+        why = given("optimizer_state", self.optimizer_state)
+        return Rule(by_choice[self.optimizer_state], why)
 
 
 def unmatched(policy: Policy, entries: Sequence[Entry]) -> None:
@@ -146,4 +151,6 @@ def unmatched(policy: Policy, entries: Sequence[Entry]) -> None:
     for pattern, _ in policy.overrides:
         if not any(fnmatch.fnmatchcase(entry.label, pattern) for entry in entries):
             some = ", ".join(sorted({e.label for e in entries})[:5])
-            raise UsageError(f"--policy {pattern!r} matches no entry. Entries are: {some}, ...")
+            raise UsageError(
+                f"{mistyped('policy', pattern)} matches no entry. Entries are: {some}, ..."
+            )

@@ -27,6 +27,7 @@ from pma_megatron.locks import STAGING, Target, locked, restored, unfinished
 from pma_megatron.openfiles import create_inside
 from pma_megatron.planning import MergePlan
 from pma_megatron.request import Output
+from pma_megatron.spelling import given, named, switch
 from pma_megatron.stopping import shielded
 
 __all__ = ["Target", "locked"]
@@ -65,13 +66,14 @@ def refuse(plan: MergePlan, wanted: Sequence[Target]) -> None:
             if final == source or source in final.parents or final in source.parents:
                 raise PublishError(
                     f"the output {final} is or contains the source {source}: refused, sources are "
-                    "never written to. Choose another --save"
+                    f"never written to. Choose another {named('save')}"
                 )
             thin = source.parent.name == SNAPSHOTS and root == source.parent.parent
             if root == source.parent or thin:
                 raise PublishError(
-                    f"--save {root} is the run's own folder: its tracker and retention would take "
-                    f"the merge for a checkpoint of the run. Use --save {root}-pma or {root}/pma"
+                    f"{given('save', root)} is the run's own folder: its tracker and retention "
+                    "would take the merge for a checkpoint of the run. Use "
+                    f"{given('save', f'{root}-pma')} or {root}/pma"
                 )
         _refuse_odd(plan, target)
         _refuse_foreign(target)
@@ -80,8 +82,8 @@ def refuse(plan: MergePlan, wanted: Sequence[Target]) -> None:
         free = same and not all(there)
         if target.final.exists() and not (plan.request.overwrite or free or unfinished(target)):
             raise PublishError(
-                f"{target.final} exists. Use --overwrite to replace it (it is kept until the new "
-                "one is complete), or another --save"
+                f"{target.final} exists. Use {switch('overwrite')} to replace it (it is kept until "
+                f"the new one is complete), or another {named('save')}"
             )
     _refuse_full(plan.layout.nbytes * there.count(False), wanted[0].root)
 
@@ -110,13 +112,15 @@ def _is_of(folder: Path, plan: MergePlan, output: Output) -> bool:
 
 def _refuse_odd(plan: MergePlan, target: Target) -> None:
     """Names that are taken by something that a merge can neither replace nor stand beside."""
-    final, elsewhere = target.final, "Choose another --save"
+    final, elsewhere = target.final, f"Choose another {named('save')}"
     if os.path.lexists(target.root) and not target.root.is_dir():
-        raise PublishError(f"--save {target.root} is {_kind(target.root)}, no folder. {elsewhere}")
+        raise PublishError(
+            f"{given('save', target.root)} is {_kind(target.root)}, no folder. {elsewhere}"
+        )
     if os.path.lexists(final) and (final.is_symlink() or not final.is_dir()):
         raise PublishError(
             f"{final}, the name of the output, is {_kind(final)}. Remove it, or choose another "
-            "--save"
+            f"{named('save')}"
         )
     if os.path.ismount(final):
         raise PublishError(
@@ -128,7 +132,7 @@ def _refuse_odd(plan: MergePlan, target: Target) -> None:
     if os.path.lexists(tracker) and not tracker.is_file():
         raise PublishError(
             f"{tracker} is {_kind(tracker)}, and must become the file that names the newest "
-            f"checkpoint. Remove it, or choose another --save"
+            f"checkpoint. Remove it, or choose another {named('save')}"
         )
 
 
@@ -144,8 +148,8 @@ def _refuse_foreign(target: Target) -> None:
         return
     if target.final.is_dir() and not (target.final / PROVENANCE_FILE).is_file():
         raise PublishError(
-            f"--save {target.root} holds {target.final.name}, a folder by the name of the output "
-            "which this tool did not write. Give merges a folder of their own"
+            f"{given('save', target.root)} holds {target.final.name}, a folder by the name of the "
+            "output which this tool did not write. Give merges a folder of their own"
         )
     for folder in target.root.iterdir():
         if not folder.is_dir() or not (folder.name.startswith("iter_") or is_checkpoint(folder)):
@@ -153,8 +157,8 @@ def _refuse_foreign(target: Target) -> None:
         merged = (folder / PROVENANCE_FILE).is_file() and read_snapshot_marker(folder) is None
         if not merged:
             raise PublishError(
-                f"--save {target.root} holds {folder.name}, which this tool did not write: it is a "
-                "training run's folder. Give merges a folder of their own"
+                f"{given('save', target.root)} holds {folder.name}, which this tool did not write: "
+                "it is a training run's folder. Give merges a folder of their own"
             )
 
 
@@ -164,10 +168,10 @@ def _refuse_full(needed: int, root: Path) -> None:
     if free < needed:
         raise PublishError(
             f"{existing} has {free / 2**30:.2f} GiB free, the output needs "
-            f"{needed / 2**30:.2f} GiB. Free space or choose another --save"
+            f"{needed / 2**30:.2f} GiB. Free space or choose another {named('save')}"
         )
     if not os.access(existing, os.W_OK):
-        raise PublishError(f"{existing} is not writable: choose another --save")
+        raise PublishError(f"{existing} is not writable: choose another {named('save')}")
 
 
 def stage(plan: MergePlan, wanted: Sequence[Target]) -> None:
@@ -188,7 +192,7 @@ def cannot_write(target: Target, error: OSError) -> PublishError:
     """What to say when the storage refuses."""
     return PublishError(
         f"cannot write to {target.staging}: {error.strerror}. Nothing was published; free space or "
-        "choose another --save, then run again"
+        f"choose another {named('save')}, then run again"
     )
 
 
@@ -205,7 +209,7 @@ def publish(plan: MergePlan, target: Target) -> None:
     except OSError as error:
         raise PublishError(
             f"cannot publish {target.final}: {error.strerror}. Free space or choose another "
-            "--save, then run again"
+            f"{named('save')}, then run again"
         ) from error
     finally:
         restored(target)

@@ -16,7 +16,7 @@ from pma_megatron.manifest import Marker, read_marker
 from pma_megatron.planning import MergePlan, make_plan
 from pma_megatron.recompute import recompute
 from pma_megatron.report import checked_provenance, request_again
-from pma_megatron.spelling import named
+from pma_megatron.spelling import FrontEnd, keywords, speaking, switch
 from pma_megatron.verification import Verification, verify_output
 
 _NO_SOURCES = {
@@ -25,8 +25,11 @@ _NO_SOURCES = {
     "from",
 }
 _SHOWN = 4
+KEYWORDS = FrontEnd(keywords(["path", "samples", "deep", "files_only", "full"]))
+"""Settings as Python calls of `verify` spell them."""
 
 
+@speaking(KEYWORDS)
 def verify(path: str | Path, *, samples: int = 256, deep: bool = False, files_only: bool = False,
            full: bool = True, comm: Comm | None = None) -> Verification:  # fmt: skip
     """Check what was published: its files, and its values against its sources.
@@ -79,8 +82,8 @@ def published(path: str | Path) -> Path:
     folder = pointed(Path(path)).absolute()
     if not folder.is_dir():
         raise CheckpointError(
-            f"{folder} is not a folder: give a merge (iter_* or a DeepSpeed tag), or the --save "
-            "folder above it"
+            f"{folder} is not a folder: give a merge (iter_* or a DeepSpeed tag), or the folder "
+            "above it, which it was saved in"
         )
     if not (folder / MARKER_FILE).is_file():
         below = sorted(child.parent.name for child in folder.glob(f"*/{MARKER_FILE}"))
@@ -128,7 +131,7 @@ def _against_sources(folder: Path, value: Mapping[str, Any], comm: Comm, samples
     except PmaError as error:
         raise CheckpointError(
             f"{folder}: {right}, but its values cannot be compared with its sources: {error} "
-            f"({named('files_only')} leaves the sources alone)"
+            f"({switch('files_only')} leaves the sources alone)"
         ) from error
 
 

@@ -6,6 +6,7 @@ import contextlib
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from dataclasses import fields as dataclass_fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from pma_megatron.report import MergeReport
 from pma_megatron.request import MergeRequest, Method
 from pma_megatron.resume import Resume, resume, resume_script
 from pma_megatron.selection import SelectionRequest
-from pma_megatron.spelling import given
+from pma_megatron.spelling import FrontEnd, fields, given, hint, mistyped, named, speaking
 from pma_megatron.spike import Kind, SpikeSettings, Verdict, detect
 
 
@@ -88,18 +89,24 @@ class RecoveryRequest:
             refuse_remote(name, getattr(self, name))
         if (self.metrics is None) == (self.onset is None):
             raise UsageError(
-                "say where the run went wrong: --metrics FILE (its log, TensorBoard folder, CSV or "
-                "JSONL), or --onset ITERATION, one of the two"
+                f"say where the run went wrong: {given('metrics', 'FILE')} (its log, TensorBoard "
+                f"folder, CSV or JSONL), or {named('onset')}, its first iteration "
+                "that was off, one of the two"
             )
         if self.lr_factor is not None and not 0 < self.lr_factor <= 1:
             raise UsageError(f"{given('lr_factor', self.lr_factor)} must lie in (0, 1]")
         if self.optimizer_state not in ("latest", "average", "reset"):
             raise UsageError(
-                f"--optimizer-state {self.optimizer_state!r} cannot resume: choose latest, average "
-                "or reset"
+                f"{mistyped('optimizer_state', self.optimizer_state)} cannot resume: choose "
+                "latest, average or reset"
             )
 
 
+KEYWORDS = FrontEnd(
+    fields(each.name for each in dataclass_fields(RecoveryRequest))
+    | fields(["patience", "fatal_rise", "alpha", "floor", "coefficients", "allow_any_coefficients"])
+)
+"""Settings as Python calls with a `RecoveryRequest` spell them."""
 MOST_SKIPPED = 500  # PaLM (arXiv 2204.02311, section 5.1) skipped 200 to 500 batches
 
 
@@ -136,6 +143,7 @@ class Diagnosis:
         }
 
 
+@speaking(KEYWORDS)
 def diagnose(request: RecoveryRequest) -> Diagnosis:
     """Find the onset and choose what to recover from; reads metadata, writes nothing.
 
@@ -177,6 +185,7 @@ def diagnose(request: RecoveryRequest) -> Diagnosis:
     )
 
 
+@speaking(KEYWORDS)
 def recover(request: RecoveryRequest, comm: Comm | None = None, show: Show = silent
             ) -> tuple[Diagnosis, MergeReport]:  # fmt: skip
     """Merge the healthy checkpoints from before a spike into a new run. Every rank makes this call.
@@ -204,6 +213,7 @@ def merge_request(request: RecoveryRequest, found: Diagnosis) -> MergeRequest:
     )
 
 
+@speaking(KEYWORDS)
 def rehearse(request: RecoveryRequest) -> Diagnosis:
     """As `recover`, but nothing is written; finds all that would be refused before the merge."""
     found = diagnose(request)
@@ -223,8 +233,8 @@ def _resume(request: RecoveryRequest, chosen: Sequence[CheckpointRef], skip: Spa
     if newest.format == registry.UNIVERSAL:
         raise SelectionError(
             f"{newest.path} is a Universal checkpoint, converted from a run's own: a run goes on "
-            "from those. Give the folder that training saves to (--load), or merge with pma merge "
-            "--iterations " + " ".join(str(ref.iteration) for ref in chosen)
+            f"from those. Give the folder that training saves to{hint('load')}, or merge "
+            f"iterations {', '.join(str(ref.iteration) for ref in chosen)} without a recovery"
         )
     args, schedule = known.common(Path(newest.path))["args"], known.schedule(Path(newest.path))
     if newest.format == registry.DEEPSPEED and "consumed_train_samples" not in args:
@@ -269,8 +279,8 @@ def _onset(request: RecoveryRequest, metrics: Metrics | None, verdicts: Sequence
             f"{metrics.source} shows no spike that the run did not recover from, in "
             f"{len(metrics.points)} points, iterations {metrics.points[0].iteration} to "
             f"{metrics.points[-1].iteration}{f' (seen: {seen})' if seen else ''}. If you know "
-            "better, name its first iteration with --onset; --patience and --fatal-rise change "
-            "what counts"
+            f"better, name its first iteration with {named('onset')}; {named('patience')} and "
+            f"{named('fatal_rise')} change what counts"
         )
     if not request.skip_data or request.skip is not None:
         return lost.onset, request.skip
@@ -331,7 +341,8 @@ def _same_run(metrics: Metrics, refs: Sequence[CheckpointRef]) -> tuple[str, ...
             raise MetricsError(
                 f"{metrics.source} and {ref.path} are of different runs: at iteration "
                 f"{ref.iteration} the metrics say {point.consumed_samples} consumed samples, the "
-                f"checkpoint {ref.consumed_samples}. Give the metrics of this run, or --onset"
+                f"checkpoint {ref.consumed_samples}. Give the metrics of this run, or "
+                f"{named('onset')}"
             )
     first, last = metrics.points[0].iteration, metrics.points[-1].iteration
     steps = [later.iteration - point.iteration for point, later in pairwise(metrics.points)]
@@ -341,7 +352,7 @@ def _same_run(metrics: Metrics, refs: Sequence[CheckpointRef]) -> tuple[str, ...
         raise MetricsError(
             f"{metrics.source} covers iterations {first} to {last}, the newest checkpoint is of "
             f"{newest}: nothing says that they are of one run. Give the metrics of this run, or "
-            "--onset"
+            f"{named('onset')}"
         )
     if newest > last + slack:
         return (

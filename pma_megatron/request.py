@@ -15,7 +15,7 @@ from pma_megatron.gaps import PassedOver
 from pma_megatron.locations import refuse_remote
 from pma_megatron.policy import Policy
 from pma_megatron.selection import Selection, SelectionRequest
-from pma_megatron.spelling import given, named
+from pma_megatron.spelling import given, mistyped, named
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _SWEEP = re.compile(r"^(?P<methods>[^:]+):(?P<lasts>\d+(?:,\d+)*)$")
@@ -45,7 +45,7 @@ class Method:
     def __post_init__(self) -> None:
         if self.name not in METHODS:
             raise UsageError(
-                f"{given('method', repr(self.name))} is unknown; choose from {', '.join(METHODS)}"
+                f"{mistyped('method', self.name)} is unknown; choose from {', '.join(METHODS)}"
             )
         if self.alpha is not None and not 0 < self.alpha <= 1:
             raise UsageError(f"{given('alpha', self.alpha)} must lie in (0, 1]")
@@ -118,7 +118,9 @@ class MergeRequest:
         refuse_remote("load", self.load)
         refuse_remote("save", self.save)
         if self.dtype is not None and self.dtype not in _DTYPES:
-            raise UsageError(f"--dtype {self.dtype!r} is unknown; choose from {', '.join(_DTYPES)}")
+            raise UsageError(
+                f"{mistyped('dtype', self.dtype)} is unknown; choose from {', '.join(_DTYPES)}"
+            )
         if self.lr_factor is not None and not 0 < self.lr_factor < math.inf:
             raise UsageError(f"{named('lr_factor')} must be positive, got {self.lr_factor}")
         if self.lr_factor is not None and self.policy.drops_optimizer:
@@ -131,7 +133,8 @@ class MergeRequest:
         for text in self.sweep:
             if _SWEEP.match(text) is None:
                 raise UsageError(
-                    f"--sweep {text!r} is not METHOD[,METHOD]:LAST[,LAST], as in sma,wma:3,6,10"
+                    f"{mistyped('sweep', text)} is not METHOD[,METHOD]:LAST[,LAST], as in "
+                    "sma,wma:3,6,10"
                 )
         negative = self.method.values is not None and min(self.method.values) < 0
         if negative and self.policy.optimizer_state == "average":
@@ -140,7 +143,10 @@ class MergeRequest:
                 "second moments negative: use latest or reset"
             )
         if self.sweep and self.method.name == "custom":
-            raise UsageError("--sweep makes its own coefficients: leave out --method custom")
+            raise UsageError(
+                f"{named('sweep')} makes its own coefficients: leave out "
+                f"{given('method', 'custom')}"
+            )
 
     @property
     def torch_dtype(self) -> torch.dtype | None:

@@ -153,7 +153,7 @@ class Scores:
         if value.get("scores_version") != SCORES_VERSION:
             raise UsageError(
                 f"scores have version {value.get('scores_version')!r}, this release reads "
-                f"{SCORES_VERSION}: make them again with pma evaluate --json"
+                f"{SCORES_VERSION}: make them again with pma evaluate"
             )
         try:
             return Scores(
@@ -187,9 +187,9 @@ def read_scores(path: Path) -> Scores:
     try:
         value = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UsageError(f"--scores {path} cannot be read ({error})") from error
+        raise UsageError(f"scores {path} cannot be read ({error})") from error
     if not isinstance(value, dict):
-        raise UsageError(f"--scores {path} holds no scores of pma evaluate")
+        raise UsageError(f"{path} holds no scores of pma evaluate")
     return Scores.from_json(value.get("scores", value))
 
 

@@ -36,7 +36,7 @@ from pma_megatron.refs import (
 )
 from pma_megatron.spacing import Places, hole
 from pma_megatron.spelling import among, given, has, named
-from pma_megatron.tokens import comparable_run, format_tokens, why_incomparable
+from pma_megatron.tokens import comparable_run, format_tokens, given_tokens, why_incomparable
 
 DEFAULT_LAST = 10  # arXiv 2505.12082, and docs/defaults.md: 6 to 15 are level late in a run
 
@@ -105,7 +105,7 @@ class SelectionRequest:
         window, interval = self.window_tokens, self.interval_tokens
         if window is not None and interval is not None and window < 2 * interval:
             raise UsageError(
-                f"{given('window_tokens', format_tokens(window))} holds fewer than two checkpoints "
+                f"{given_tokens('window_tokens', window)} holds fewer than two checkpoints "
                 f"{format_tokens(interval)} apart: widen it or lower {named('interval_tokens')}"
             )
         if self.end_iteration is not None and self.end_iteration in self.exclude:
@@ -320,7 +320,7 @@ def _window(
     if len(chosen) < 2:
         older = f"the next older one is {run[-2].describe()}" if run[1:] else "none is older"
         raise SelectionError(
-            f"{given('window_tokens', format_tokens(window_tokens))} holds only "
+            f"{given_tokens('window_tokens', window_tokens)} holds only "
             f"{run[-1].describe()}, and "
             f"an average needs two checkpoints: {older}; widen the window or use "
             f"{named('last')}"

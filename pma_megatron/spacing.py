@@ -10,7 +10,7 @@ from itertools import pairwise
 
 from pma_megatron.refs import CheckpointRef, Unit, iteration_of, shown, unusable_list
 from pma_megatron.spelling import given, has, named
-from pma_megatron.tokens import format_tokens, parse_tokens
+from pma_megatron.tokens import given_tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,10 +70,10 @@ class Places:
                 return True
         return False
 
-    def typed(self, value: int) -> str:
-        """A value as the user may type it: never rounded."""
-        short = format_tokens(value)
-        return short if self.unit == "tokens" and parse_tokens(short) == value else str(value)
+    def given(self, interval: int) -> str:
+        """The setting with another interval, as the user may type it."""
+        measured = given_tokens if self.unit == "tokens" else given
+        return measured(self.setting, interval)
 
 
 def hole(
@@ -92,7 +92,7 @@ def hole(
     allowed = shown(int(grid.tolerance * grid.interval), grid.unit)
     before = f"{older.describe()} before it" if older else "none before it"
     sentences = [
-        f"{given(grid.setting, grid.typed(grid.interval))} for {grid.count} checkpoints needs a "
+        f"{grid.given(grid.interval)} for {grid.count} checkpoints needs a "
         f"complete one near {where}, {place} x that before {usable[-1].describe()}: there is none "
         f"within {allowed} of it" + _by_tolerance(grid),
         f"nearest are {before} and {newer.describe()} after it",
@@ -121,15 +121,15 @@ def _ways_out(
     tolerance = math.ceil(100 * farthest / grid.interval) / 100
     trials = []
     if tolerance < 0.5 and has("tolerance"):
-        trials.append((given("tolerance", f"{tolerance:g}"), replace(grid, tolerance=tolerance)))
+        trials.append((given("tolerance", tolerance), replace(grid, tolerance=tolerance)))
     natural = max(1, round(grid.interval / gap)) * gap
     for other in sorted({natural, gap} - {grid.interval}, reverse=True):
         count = window // other if window else grid.count
-        text = given(grid.setting, grid.typed(other))
+        text = grid.given(other)
         trials.append((text, replace(grid, interval=other, count=count)))
     ways = [text for text, trial in trials if 1 < len(trial.pick(usable)) == trial.count]
     if place > 1:
-        shorter = given("window_tokens", grid.typed(place * grid.interval))
+        shorter = given_tokens("window_tokens", place * grid.interval)
         ways.insert(0, shorter if window else given("last", place))
     if has("iterations"):
         ways.append(f"naming the checkpoints with {named('iterations')}")
@@ -137,4 +137,4 @@ def _ways_out(
 
 
 def _by_tolerance(grid: Places) -> str:
-    return f" ({given('tolerance', f'{grid.tolerance:g}')})" if has("tolerance") else ""
+    return f" ({given('tolerance', grid.tolerance)})" if has("tolerance") else ""

@@ -2,8 +2,9 @@
 
 What refuses a request knows settings by their names (`interval_tokens`); the front end that the
 user came in by knows how they are typed there (`--interval-tokens`, `--pma-interval-tokens`,
-`interval_tokens=`) and which of them it has. While a front end speaks, `named`, `given` and `among`
-answer in its words, and name nothing that it does not have.
+`interval_tokens=`) and which of them it has. While a front end speaks, `named`, `given`, `among`
+and `hint` answer in its words, and the last two name nothing that it does not have. While none
+does, a Python program has made the call: keywords then.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +20,7 @@ class FrontEnd:
     """One way in.
 
     Attributes:
-        spelled: setting -> how it is typed there; None for flags of the setting's own name, all.
+        spelled: setting -> how it is typed there; None for Python's keywords, all there are.
         renamed: setting -> setting that stands for it here, None for one that nothing here has.
     """
 
@@ -31,13 +33,8 @@ class FrontEnd:
         if known is None:
             return None
         if self.spelled is None:
-            return "--" + known.replace("_", "-")
+            return f"{_FIELDS.get(known, known)}="
         return self.spelled.get(known)
-
-
-def flags(names: Iterable[str], prefix: str = "") -> dict[str, str]:
-    """`--prefix-name` for each of some settings."""
-    return {name: f"--{prefix}{name.replace('_', '-')}" for name in names}
 
 
 def keywords(names: Iterable[str]) -> dict[str, str]:
@@ -45,6 +42,19 @@ def keywords(names: Iterable[str]) -> dict[str, str]:
     return {name: f"{name}=" for name in names}
 
 
+def fields(names: Iterable[str]) -> dict[str, str]:
+    """`name=` for each of some settings, as the request objects of the package call it."""
+    return {name: f"{_FIELDS.get(name, name)}=" for name in names}
+
+
+# Settings that are fields of `Method` and `Policy`, where their names say less.
+_FIELDS = {
+    "method": "name",
+    "coefficients": "values",
+    "allow_any_coefficients": "allow_any",
+    "policy": "overrides",
+}
+_MANY = 10**6  # from here on digits are written in groups
 _SILENT = FrontEnd()
 _speaking: FrontEnd = _SILENT
 
@@ -90,10 +100,39 @@ def named(name: str) -> str:
     return _speaking.spell(name) or name.replace("_", " ")
 
 
+def switch(name: str) -> str:
+    """A setting that is on or off, as it is switched on: `--overwrite`, `overwrite=True`."""
+    return f"{named(name)}True" if in_python(name) else named(name)
+
+
+def in_python(name: str) -> bool:
+    """Whether a setting is a keyword, so that its values are Python's."""
+    return named(name).endswith("=")
+
+
 def given(name: str, value: object) -> str:
-    """A setting with a value, as it would be typed."""
-    typed = named(name)
-    return f"{typed}{value}" if typed.endswith("=") else f"{typed} {value}"
+    """A setting with a value or a tuple of them, as typed: `--exclude 4 6`, `exclude=(4, 6)`."""
+    if in_python(name):
+        return named(name) + _literal(value)
+    words = " ".join(map(str, value)) if isinstance(value, tuple) else value
+    return f"{named(name)} {words}"
+
+
+def override(pattern: str, action: str) -> str:
+    """An override of the policy, as it would be typed: `--policy mean=newest`."""
+    pair = ((pattern, action),) if in_python("policy") else f"{pattern}={action}"
+    return given("policy", pair)
+
+
+def mistyped(name: str, text: object) -> str:
+    """A setting with a text that it cannot have: in quotes, however it is typed."""
+    return f"{named(name)}{text!r}" if in_python(name) else f"{named(name)} {text!r}"
+
+
+def _literal(value: object) -> str:
+    if isinstance(value, int) and abs(value) >= _MANY:
+        return f"{value:_}"
+    return repr(str(value) if isinstance(value, Path) else value)
 
 
 def among(*names: str) -> str:
@@ -106,3 +145,8 @@ def left_out(what: str) -> str:
     if has("exclude"):
         return f"leave {what} out with {named('exclude')}"
     return f"move {what} elsewhere"
+
+
+def hint(*names: str) -> str:
+    """The same in brackets, after words that need no setting: ` (--exclude)`; "" for none."""
+    return f" ({among(*names)})" if among(*names) else ""

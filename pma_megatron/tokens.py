@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import Any, Literal, Protocol, TypeVar
 
 from pma_megatron.errors import SelectionError, UsageError
-from pma_megatron.spelling import among, named
+from pma_megatron.spelling import among, given, in_python, named
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _COUNT = re.compile(r"([0-9]+(?:_[0-9]+)*(?:\.[0-9]+)?)\s*([KMBT]?)", re.IGNORECASE)
@@ -105,6 +105,13 @@ def format_tokens(tokens: int) -> str:
         if size >= 1000 and (shown < 1000 or unit == "T"):
             return f"{sign}{shown:.{_DECIMALS[unit]}f}".rstrip("0").rstrip(".") + unit
     return f"{sign}{size}"
+
+
+def given_tokens(setting: str, tokens: int) -> str:
+    """A setting with a count of tokens, as it would be typed, never rounded."""
+    short = format_tokens(tokens)
+    exact = short if parse_tokens(short) == tokens else str(tokens)
+    return given(setting, tokens if in_python(setting) else exact)
 
 
 def consumed_tokens_of(args: Mapping[str, Any]) -> tuple[int | None, str | None]:

@@ -121,12 +121,12 @@ def test_damaged_checkpoint(run: Path, save: Path, damage: str) -> None:
     work, words = DAMAGES[damage]
     work(run)
     named = SelectionRequest(iterations=(6, 8))
-    advice = ("--iterations names iteration 8, which is incomplete", "nearest: iteration 6")
+    advice = ("iterations= names iteration 8, which is incomplete", "nearest: iteration 6")
     with refused(SelectionError, *words, *advice, run=run, save=save):
         merge(request_for(run, save, selection=named))
-    with refused(SelectionError, *words, "found 3", "use --last 3", run=run, save=save):
+    with refused(SelectionError, *words, "found 3", "use last=3", run=run, save=save):
         merge(request_for(run, save, selection=SelectionRequest(last=4)))
-    with refused(SelectionError, *words, "--exclude 8", "--allow-gaps", run=run, save=save):
+    with refused(SelectionError, *words, "exclude=(8,)", "allow_gaps=True", run=run, save=save):
         merge(request_for(run, save))
     allowed = SelectionRequest(last=2, allow_gaps=True)
     report = merge(request_for(run, save, selection=allowed))
@@ -168,7 +168,7 @@ def test_mixed_formats(run: Path, save: Path) -> None:
     legacy = folder_of(run, 10) / "mp_rank_00"
     legacy.mkdir(parents=True)
     torch.save({"iteration": 10}, legacy / "model_optim_rng.pt")
-    words = ("mixes checkpoint formats", "torch (legacy): [10]", "--iterations", "--exclude")
+    words = ("mixes checkpoint formats", "torch (legacy): [10]", "iterations=", "exclude=")
     with refused(SelectionError, *words, run=run, save=save):
         merge(request_for(run, save))
     words = ("iteration 10, which is incomplete", "'torch (legacy)'", "--ckpt-convert-format")
@@ -183,13 +183,13 @@ def test_mixed_formats(run: Path, save: Path) -> None:
 def test_duplicate_iterations(run: Path, save: Path, tmp_path: Path) -> None:
     other = folder_of(Path(shutil.copytree(run, tmp_path / "other")), 8)
     paths = (str(folder_of(run, 8)), str(other))
-    words = ("iteration 8 exists twice", *paths, "--paths")
+    words = ("iteration 8 exists twice", *paths, "paths=")
     with refused(SelectionError, *words, run=run, save=save):
         merge(request_for(run, save, selection=SelectionRequest(paths=paths)))
 
 
 def test_fewer_than_n(run: Path, save: Path) -> None:
-    words = ("--last 5 needs 5 complete", "found 4", "use --last 4", "or wait")
+    words = ("last=5 needs 5 complete", "found 4", "use last=4", "or wait")
     with refused(SelectionError, *words, run=run, save=save):
         merge(request_for(run, save, selection=SelectionRequest(last=5)))
 
@@ -197,7 +197,7 @@ def test_fewer_than_n(run: Path, save: Path) -> None:
 def test_hole(run: Path, save: Path) -> None:
     shutil.rmtree(folder_of(run, 4))
     wanted = SelectionRequest(last=3, interval_iterations=2)
-    words = ("iteration 4", "--interval-iterations", "--last")
+    words = ("iteration 4", "interval_iterations=", "last=")
     with refused(SelectionError, *words, run=run, save=save):
         merge(request_for(run, save, selection=wanted))
 
@@ -284,7 +284,7 @@ def test_source_is_written_again(run: Path, save: Path) -> None:
 @pytest.mark.parametrize("key", ["decoder.layers.mlp.linear_fc2.weight", "output_layer.weight"])
 def test_not_a_number(run: Path, save: Path, value: float, key: str) -> None:
     poison(folder_of(run, 6), key, value)
-    words = (str(folder_of(run, 6)), key, "1 NaN or Inf", "--exclude")
+    words = (str(folder_of(run, 6)), key, "1 NaN or Inf", "exclude=")
     with refused(CheckpointError, *words, run=run, save=save):
         merge(request_for(run, save))
     merge(request_for(run, save, selection=SelectionRequest(last=2, exclude=(6,))))
@@ -305,7 +305,7 @@ def test_diverged_run(run: Path, save: Path, iteration: int) -> None:
     key = "decoder.layers.mlp.linear_fc2.weight"
     poison(folder_of(run, iteration), key, float("nan"))
     poison(folder_of(run, iteration), key, float("nan"), state="weight")
-    words = (str(folder_of(run, iteration)), key, "1 NaN or Inf", "--exclude")
+    words = (str(folder_of(run, iteration)), key, "1 NaN or Inf", "exclude=")
     with refused(CheckpointError, *words, run=run, save=save):
         merge(request_for(run, save))
 

@@ -47,7 +47,7 @@ def test_disk_is_known_to_be_full(
     run: Path, tmp_path: Path, small_disk: Callable[..., Path]
 ) -> None:
     save = small_disk(100 << 10) / "merged"
-    words = ("GiB free", "the output needs", "Free space or choose another --save")
+    words = ("GiB free", "the output needs", "Free space or choose another save=")
     with refused(PublishError, *words, run=run, save=save):
         merge(request_for(run, save))
 
@@ -62,7 +62,7 @@ def test_disk_fills_up(
     if spare == "nothing":
         usage = shutil.disk_usage(run)
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    words = ("No space left on device", "ree space or choose another --save, then run again")
+    words = ("No space left on device", "ree space or choose another save=, then run again")
     with refused(PublishError, *words, run=run, save=save):
         merge(request_for(run, save))
 
@@ -79,7 +79,7 @@ def test_quota(run: Path, save: Path) -> None:
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-    words = ("cannot write", "File too large", "Nothing was published", "another --save")
+    words = ("cannot write", "File too large", "Nothing was published", "another save=")
     with refused(PublishError, *words, run=run, save=save):
         merge(request_for(run, save), show=show)
     merge(request_for(run, save))
@@ -87,14 +87,14 @@ def test_quota(run: Path, save: Path) -> None:
 
 def test_read_only_target(run: Path, small_disk: Callable[..., Path]) -> None:
     save = small_disk(1 << 20, "ro") / "merged"
-    with refused(PublishError, "is not writable", "another --save", run=run, save=save):
+    with refused(PublishError, "is not writable", "another save=", run=run, save=save):
         merge(request_for(run, save))
 
 
 def test_target_below_a_file(run: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     save = tmp_path / "file" / "merged"
-    with refused(PublishError, "cannot write to", "another --save", run=run, save=save):
+    with refused(PublishError, "cannot write to", "another save=", run=run, save=save):
         merge(request_for(run, save))
 
 
@@ -103,7 +103,7 @@ def test_target_is_a_source(run: Path, where: str) -> None:
     (run.parent / "linked").symlink_to(run)
     save = run.parent / "linked" if where == "link" else run / where
     inside = where.startswith("iter")
-    words = ("is or contains the source" if inside else "is the run's own folder", "--save")
+    words = ("is or contains the source" if inside else "is the run's own folder", "save=")
     with refused(PublishError, *words, run=run, save=save):
         merge(request_for(run, save, overwrite=True))
     with refused(PublishError, *words, run=run, save=save):
@@ -112,7 +112,7 @@ def test_target_is_a_source(run: Path, where: str) -> None:
 
 def test_target_is_the_only_source(run: Path) -> None:
     one = SelectionRequest(paths=(str(folder_of(run, 8)),))
-    with refused(PublishError, "is or contains the source", "--save", run=run, save=run):
+    with refused(PublishError, "is or contains the source", "save=", run=run, save=run):
         merge(request_for(run, run, selection=one, overwrite=True))
 
 
@@ -136,7 +136,7 @@ def test_overwrite(run: Path, save: Path) -> None:
     merge(request_for(run, save))
     old = digests(folder_of(save, 8))
     three = SelectionRequest(last=3)
-    with refused(PublishError, "exists", "--overwrite", run=run, save=save):
+    with refused(PublishError, "exists", "overwrite=True", run=run, save=save):
         merge(request_for(run, save, selection=three))
     seen = []
     show = after_first_unit(lambda: seen.append(digests(folder_of(save, 8))))
@@ -184,19 +184,19 @@ USAGE: dict[str, tuple[Callable[[], dict[str, Any]], type[PmaError], tuple[str, 
     ),
     "sum": (
         lambda: {"method": Method(name="custom", values=(0.5, 0.6))}, UsageError,
-        ("1.1", "sum to 1", "--allow-any-coefficients"),
+        ("1.1", "sum to 1", "allow_any=True"),
     ),
     "negative": (
         lambda: {"method": Method(name="custom", values=(-0.5, 1.5))}, UsageError,
-        ("-0.5", "negative", "--allow-any-coefficients"),
+        ("-0.5", "negative", "allow_any=True"),
     ),
     "count": (
         lambda: {"method": Method(name="custom", values=(0.2, 0.3, 0.5))}, UsageError,
-        ("2 checkpoints", "3 --coefficients", "oldest first"),
+        ("2 checkpoints", "3 values=", "oldest first"),
     ),
     "unknown action": (
         lambda: {"policy": Policy(overrides=(("*", "mean"),))}, UsageError,
-        ("--policy 'mean'", "average, newest, drop"),
+        ("overrides='mean'", "average, newest, drop"),
     ),
     "pattern without match": (
         lambda: {"policy": Policy(overrides=(("*.rooter.*", "newest"),))}, UsageError,
@@ -216,7 +216,7 @@ USAGE: dict[str, tuple[Callable[[], dict[str, Any]], type[PmaError], tuple[str, 
         ("rng_state", "cannot be averaged", "narrow the pattern"),
     ),
     "unknown dtype": (lambda: {"dtype": "int8"}, UsageError, ("'int8'", "bf16, fp16, fp32")),
-    "no threads": (lambda: {"threads": 0}, UsageError, ("--threads", "at least 1")),
+    "no threads": (lambda: {"threads": 0}, UsageError, ("threads=", "at least 1")),
     "sweep": (lambda: {"sweep": ("sma3",)}, UsageError, ("'sma3'", "METHOD[,METHOD]:LAST")),
     "sweep of an unknown method": (
         lambda: {"sweep": ("median:2",)}, UsageError, ("'median'", "sma"),
@@ -232,5 +232,5 @@ def test_usage(run: Path, save: Path, case: str) -> None:
 
 
 def test_save_is_needed(run: Path, save: Path) -> None:
-    with refused(UsageError, "--save", run=run, save=save):
+    with refused(UsageError, "save=", run=run, save=save):
         merge(MergeRequest(load=str(run)))

@@ -5,15 +5,12 @@ Bits are flipped by the harness of `launch/attack`, which finds records without 
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import random
 import shutil
-import sys
 import zlib
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -21,6 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import flips
 from conftest import DENSE, folder_of, refused, request_for
 from pma_megatron import Policy, SelectionRequest, integrity, merge, tasks, verify
 from pma_megatron.comm import Comm
@@ -33,6 +31,7 @@ from pma_megatron.megatron.load import merge_into
 from pma_megatron.reads import Reads, joined
 from pma_megatron.testing import TinyTrainer, run_ranks
 from pma_megatron.testing.tiny_deepspeed import DeepSpeedConfig, TinyDeepSpeed
+from runs import train_deepspeed
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = (
@@ -41,17 +40,6 @@ GOLDEN = (
     "0.19.0-dp_reshardable-dense",
 )  # fmt: skip
 FLIPS = 16
-
-
-def _harness() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("flips", ROOT / "launch/attack/flips.py")
-    assert spec is not None and spec.loader is not None
-    module = sys.modules["flips"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-flips = _harness()
 
 
 # Any bit of any source.
@@ -68,16 +56,12 @@ def test_no_flipped_bit_is_averaged_in(name: str, state: str, tmp_path: Path) ->
     assert found["named"] >= 3  # moments of older sources may not be read
 
 
-def train(rank: int, world_size: int, runs: dict[str, DeepSpeedConfig]) -> None:
-    flips.train_deepspeed(rank, world_size, runs)
-
-
 @pytest.fixture(scope="module")
 def deepspeed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of one run per ZeRO stage."""
     folder = tmp_path_factory.mktemp("damage")
     runs = {str(folder / f"zero{n}"): DeepSpeedConfig(stage=n) for n in (1, 2, 3)}
-    run_ranks(train, 2, runs, timeout_s=280)
+    run_ranks(train_deepspeed, 2, runs, timeout_s=280)
     return folder
 
 
@@ -228,7 +212,7 @@ def test_copied_bytes_are_compared(run: Path, save: Path) -> None:
         name = next(name for name in names(newest) if name.partition("/")[0].endswith(wanted))
         place = max(places(newest, name), key=lambda place: place.nbytes)
         with flips.flipped(place.file, place.start + place.nbytes - 1, 0):
-            words = (place.file.name, str(newest), "CRC-32", "--exclude", "restore")
+            words = (place.file.name, str(newest), "CRC-32", "exclude=", "restore")
             with refused(CheckpointError, *words, run=run, save=save):
                 merge(request_for(run, save))
 

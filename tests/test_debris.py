@@ -194,7 +194,7 @@ def test_final_name_is_taken(
     before = listing(save)
     with pytest.raises(PublishError) as caught:
         merge(request_for(dense_run, save, overwrite=overwrite))
-    assert words in str(caught.value) and "--save" in str(caught.value)
+    assert words in str(caught.value) and "save=" in str(caught.value)
     assert listing(save) == before
 
 
@@ -269,7 +269,7 @@ def test_half_a_sweep_is_said_and_finished(
         whole = digests(tmp_path / "whole" / folder.relative_to(save))
         found = digests(folder)
         assert {k for k in found if found[k] != whole[k]} <= {*OWN_FILES, ".metadata"}
-    with pytest.raises(PublishError, match="--overwrite"):
+    with pytest.raises(PublishError, match="overwrite=True"):
         merge(request_for(dense_run, save, sweep=SWEEP))
 
 

@@ -63,7 +63,7 @@ def test_a_tag_that_cannot_be_used_in_the_window_is_refused_or_said(
 ) -> None:
     kept = optim_files(tag(run, 4))[1].read_bytes()
     optim_files(tag(run, 4))[1].write_bytes(kept[: len(kept) // 2])
-    with refused(SelectionError, str(tag(run, 4)), "--exclude 4", run=run, save=save):
+    with refused(SelectionError, str(tag(run, 4)), "exclude=(4,)", run=run, save=save):
         merge_run(run, save, selection=SelectionRequest(last=2))
     assert iterations(run, save, allow_gaps=True) == [2, 6]
     assert str(tag(run, 4)) in caplog.text
@@ -177,7 +177,7 @@ def test_what_would_not_resume_is_refused(run: Path, save: Path) -> None:
     for settings, word in (
         ({"policy": Policy(optimizer_state="drop")}, "does not resume"),
         ({"policy": Policy(average="weights")}, "does not resume"),
-        ({"dtype": "fp32"}, "--dtype"),
+        ({"dtype": "fp32"}, "dtype="),
     ):
         with refused(UsageError, word, run=run, save=save):
             merge_run(run, save, **settings)

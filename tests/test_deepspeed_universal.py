@@ -375,7 +375,7 @@ def test_states_of_other_shapes_are_refused(run: Path, save: Path) -> None:
 def test_what_would_not_resume_is_refused(run: Path, save: Path) -> None:
     for settings, word in (
         ({"policy": Policy(optimizer_state="drop")}, "does not resume"),
-        ({"dtype": "fp32"}, "--dtype"),
+        ({"dtype": "fp32"}, "dtype="),
     ):
         with refused(UsageError, word, run=run, save=save):
             merge_run(run, save, **settings)

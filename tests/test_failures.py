@@ -5,7 +5,6 @@ Real commands, under a real torchrun where ranks are the matter.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import signal
@@ -19,6 +18,7 @@ from typing import Any
 
 import pytest
 
+import kills
 from conftest import digests
 from pma_megatron.testing import inject
 
@@ -161,11 +161,6 @@ def test_a_rank_never_comes(dense_run: Path, tmp_path: Path) -> None:
 def test_kill_loop(dense_run: Path, tmp_path: Path) -> None:
     """Three rounds of `launch/attack/kills.py`: SIGTERM and SIGKILL at random moments."""
     shutil.copytree(dense_run, tmp_path / "run")
-    path = Path(__file__).parents[1] / "launch/attack/kills.py"
-    spec = importlib.util.spec_from_file_location("kills", path)
-    assert spec is not None and spec.loader is not None
-    sys.modules["kills"] = kills = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(kills)
     loop = kills.Loop(tmp_path, limit_s=PATIENCE_S)
     for number in (0, 3, 5):
         done = loop.play(number)

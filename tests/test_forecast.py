@@ -117,7 +117,7 @@ def test_a_forecast_beside_real_annealing() -> None:
 
 def test_refused() -> None:
     with pytest.raises(
-        UsageError, match=r"starts at iteration 35, where nothing .*add it to --ends"
+        UsageError, match=r"starts at iteration 35, where nothing .*score averages .*ends="
     ):
         forecast(scores(), [Annealed(start_iteration=35, loss=2.0)], "lm")
     with pytest.raises(UsageError, match="choose from lm, other"):

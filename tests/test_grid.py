@@ -90,15 +90,15 @@ def test_what_cannot_be_met_is_skipped_with_the_reason() -> None:
 
 
 def test_refused() -> None:
-    with pytest.raises(SelectionError, match=r"no average of the grid .*--lasts 5"):
+    with pytest.raises(SelectionError, match=r"no average of the grid .*lasts=5"):
         Grid(lasts=(4, 5), ends="all").points(refs(10, 20, 30))
     with pytest.raises(SelectionError, match="iteration 15, which does not exist"):
         Grid(lasts=(2,), ends=(15,)).points(refs(10, 20, 30))
     for bad, words in (
-        ({"methods": ()}, "--methods is empty"),
-        ({"lasts": (0,)}, "--lasts must be at least 1"),
-        ({"tolerance": 0.5}, "--tolerance"),
-        ({"ends": "every:0"}, "--ends 'every:0' is not"),
+        ({"methods": ()}, "methods= is empty"),
+        ({"lasts": (0,)}, "lasts= must be at least 1"),
+        ({"tolerance": 0.5}, "tolerance="),
+        ({"ends": "every:0"}, "ends='every:0' is not"),
         ({"intervals_tokens": (1,), "intervals_iterations": (1,)}, "cannot be combined"),
         ({"methods": (Method(name="custom", values=(0.5, 0.5)),)}, "fits one count only"),
     ):
@@ -117,7 +117,7 @@ def test_as_typed() -> None:
     assert parse_ends(["every:4"]) == "every:4"
     assert parse_ends(["30", "10"]) == (30, 10)
     for words in (["some"], ["10", "all"], ["every:x"]):
-        with pytest.raises(UsageError, match="--ends"):
+        with pytest.raises(UsageError, match="ends="):
             parse_ends(words)
 
 

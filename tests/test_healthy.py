@@ -60,7 +60,7 @@ def test_every_rejected_one_has_its_reason() -> None:
     assert set(reasons) == {1000, 900, 600, 500, 400, 300}
     for iteration, words in {
         1000: "at or after the onset", 900: "5 iterations before", 600: "saved in a spike",
-        500: "not complete: cut off", 400: "earlier spike", 300: "--exclude",
+        500: "not complete: cut off", 400: "earlier spike", 300: "exclude=",
     }.items():  # fmt: skip
         assert words in reasons[iteration]
 
@@ -70,7 +70,7 @@ def test_fewer_than_three_do_with_a_note_and_a_count_asked_for_is_kept() -> None
     assert [r.iteration for r in found.selection.refs] == [100, 200] and "only 2" in found.notes[0]
     assert chosen(190) == [100]
     assert chosen(950, last=5) == [500, 600, 700, 800, 900]
-    with pytest.raises(SelectionError, match="--last 5"):
+    with pytest.raises(SelectionError, match="last=5"):
         chosen(250, last=5)
     assert chosen(950, last=3, interval_iterations=200) == [500, 700, 900]
 
@@ -93,7 +93,7 @@ def test_the_newest_is_a_full_one_and_snapshots_fill_in() -> None:
     [
         ([], 50, "no checkpoint to recover from"),
         (RUN, 50, "at or after the onset"),  # an onset before the first checkpoint
-        (RUN, 110, "Lower --margin-iterations"),
+        (RUN, 110, "Lower margin_iterations="),
         ([ref(None)], 50, "no iteration number"),
     ],
 )
@@ -201,5 +201,5 @@ def test_rates_are_those_of_the_schedule_to_the_last_bit() -> None:
 def test_what_a_release_cannot_do_is_said() -> None:
     how = resume({}, "/new", skip=Span(12, 14), lr_factor=None, schedule=Schedule())
     assert "--iterations-to-skip" not in how.flags and "no --iterations-to-skip" in how.notes[1]
-    with pytest.raises(UsageError, match=r"--lr-factor 1.5 must lie in \(0, 1\]"):
+    with pytest.raises(UsageError, match=r"lr_factor=1.5 must lie in \(0, 1\]"):
         RecoveryRequest(load="/a", save="/b", onset=1, lr_factor=1.5)

@@ -33,6 +33,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from conftest import folder_of, request_for
+from hostile import FRAGMENTS, PROGRAMS, SYSTEM, VALUES, variant_of
+from mutations import LIMIT_BYTES, Watch
 from pma_megatron import SelectionRequest, list_checkpoints, merge, verify
 from pma_megatron.cli import main
 from pma_megatron.errors import CheckpointError, PublishError
@@ -47,10 +49,6 @@ from pma_megatron.geometry import Box
 from pma_megatron.openfiles import create_inside, open_inside, open_source
 
 ATTACK = Path(__file__).parents[1] / "launch" / "attack"
-sys.path.insert(0, str(ATTACK))
-from hostile import FRAGMENTS, PROGRAMS, SYSTEM, VALUES, variant_of  # noqa: E402
-from mutations import LIMIT_BYTES, Watch  # noqa: E402
-
 OFTEN = settings(
     max_examples=700, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None
 )

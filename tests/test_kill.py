@@ -235,7 +235,7 @@ def test_kill_while_overwriting(
     else:
         assert check_world(save)
         assert (digests(folder_of(save, 8)) == wanted) == (stage != "tracker")
-    with pytest.raises(PmaError, match="--overwrite"):
+    with pytest.raises(PmaError, match="overwrite=True"):
         merge(replace(request, overwrite=False))
     assert (digests(folder_of(save, 8)) == wanted) == (stage != "tracker")
     check_rerun(request)

@@ -204,6 +204,6 @@ def test_weights_that_are_not_their_main_params_are_refused(unpack: Unpack) -> N
     os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
     item = tensor.pieces[0].payload.item
     restamp(path, item.offset, item.length)
-    with pytest.raises(PlanError, match="--average weights"):
+    with pytest.raises(PlanError, match="average='weights'"):
         run(root)
     assert not list((root.parent / "pma").glob("iter_*"))

@@ -227,14 +227,14 @@ def test_source_out_of_reach(results: Results, saves: Path) -> None:
     for error in results(4)["out of reach"]:
         assert "PlanError: run/iter_0000004 can be read by ranks [1]" in str(error)
         assert "none of the ranks [2, 3]" in str(error)
-        assert "make --merge-parallel-size the number of ranks that together" in str(error)
+        assert "make merge_parallel_size= the number of ranks that together" in str(error)
     assert digests(saves / "out of reach") == {}
 
 
 def test_size_that_does_not_divide(results: Results, saves: Path) -> None:
     for name in ("threads1", "sweep"):
         for error in results(3)[f"dense/3-2/{name}"]:
-            said = "UsageError: --merge-parallel-size 2 must divide the number of ranks, 3"
+            said = "UsageError: merge_parallel_size=2 must divide the number of ranks, 3"
             assert str(error).startswith(said)
             assert "torchrun --nproc-per-node" in str(error)
     assert not (saves / "dense/3-2").exists()

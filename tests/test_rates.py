@@ -130,7 +130,7 @@ def test_in_the_layouts_of_all_releases(golden: Path, tmp_path: Path) -> None:  
 
 def test_refused(dense_run: Path, save: Path) -> None:
     for factor in (0.0, -1.0, float("inf"), float("nan")):
-        with refused(UsageError, "--lr-factor must be positive", run=dense_run, save=save):
+        with refused(UsageError, "lr_factor= must be positive", run=dense_run, save=save):
             request_for(dense_run, save, lr_factor=factor)
     for policy in (Policy(optimizer_state="drop"), Policy(average="weights")):
         with refused(UsageError, "weights alone", run=dense_run, save=save):

@@ -130,11 +130,11 @@ def bad(run: Path, save: Path, kind: type[Exception], words: str, **request: Any
 
 def test_bad_input(run: Path, save: Path, tmp_path: Path) -> None:
     healthy = metrics(tmp_path / "healthy.csv", 1000)
-    bad(run, save, SelectionError, "no spike|--onset", metrics=healthy)
+    bad(run, save, SelectionError, "no spike|onset=", metrics=healthy)
     bad(run, save, SelectionError, "no healthy full checkpoint|at or after", onset=2)
-    bad(run, save, SelectionError, "within the margin|--margin-iterations", onset=9)
+    bad(run, save, SelectionError, "within the margin|margin_iterations=", onset=9)
     other = metrics(tmp_path / "other.csv", 300, samples=999)
-    bad(run, save, MetricsError, "different runs|consumed samples|--onset", metrics=other)
+    bad(run, save, MetricsError, "different runs|consumed samples|onset=", metrics=other)
     later = tmp_path / "later.csv"
     rows = Path(metrics(tmp_path / "all.csv", 300)).read_text().splitlines()
     later.write_text("\n".join([rows[0], *rows[200:]]) + "\n")

@@ -177,6 +177,6 @@ def test_weights_come_back_whatever_is_raised(dense_run: Path) -> None:
         assert stopped[0] is (Stopped if rank == 1 else RankError)
         assert differ[0] is UsageError and "on rank 1" in differ[1]
         assert too_few[0] is SelectionError
-        assert "--lasts 9 needs 9 complete checkpoints" in too_few[1]
+        assert "lasts=9 needs 9 complete checkpoints" in too_few[1]
         assert no_end[0] is SelectionError and "iteration 5, which does not exist" in no_end[1]
         assert all(each[2] for each in (stopped, differ, too_few, no_end))

@@ -89,7 +89,7 @@ def test_what_a_save_begins_with_is_no_other_format(
 def test_a_save_that_was_cut_off_in_mid_run_is_refused(run: Path, save: Path) -> None:
     (folder_of(run, 6) / "metadata.json").unlink()
     assert states(run)[6] == "damaged"
-    with refused(SelectionError, str(folder_of(run, 6)), "--exclude 6", run=run, save=save):
+    with refused(SelectionError, str(folder_of(run, 6)), "exclude=(6,)", run=run, save=save):
         merge(request_for(run, save))
     assert iterations_of(
         merge(request_for(run, save, selection=SelectionRequest(last=2, exclude=(6,)))).plan

@@ -243,7 +243,7 @@ def test_a_window_of_full_and_thin(trained: Run, dtype: str, save: Path) -> None
 def test_the_newest_may_be_thin_if_the_result_is_weights(trained: Run, save: Path) -> None:
     run = trained.roots["float32"]
     wanted = SelectionRequest(last=3)
-    words = ("iter_0000010", "is a snapshot", "--end-iteration 8", "--optimizer-state drop")
+    words = ("iter_0000010", "is a snapshot", "end_iteration=8", "optimizer_state='drop'")
     for state in ("latest", "average", "reset"):
         with refused(PlanError, *words, run=run, save=save):
             policy = Policy(optimizer_state=state)
@@ -291,7 +291,7 @@ def test_weights_of_other_folders_stand_in_only_unrounded(trained: Run, save: Pa
         merge(request_for(run, save / dtype, selection=thin, policy=drop, dtype=dtype))
     newest = str(folder_of(run, 8))
     plain = SelectionRequest(paths=(str(folder_of(save / "bf16", 4)), newest))
-    words = ("no main params", "rounded to 16 bits", "--average weights", "--exclude")
+    words = ("no main params", "rounded to 16 bits", "average='weights'", "exclude=")
     with refused(PlanError, *words, run=run, save=save):
         merge(request_for(run, save / "out", selection=plain))
     unrounded = SelectionRequest(paths=(str(folder_of(save / "fp32", 4)), newest))
@@ -521,5 +521,5 @@ def test_prune_spares_what_is_needed_and_what_is_not_ours(tmp_path: Path) -> Non
     assert prune(tmp_path, 0, set()) == [folder_of(tmp_path, i) for i in (3, 5, 6)]
     assert elsewhere.is_dir() and foreign.is_dir()
     assert prune(tmp_path / "nowhere", 1, set()) == []
-    with pytest.raises(UsageError, match="--keep"):
+    with pytest.raises(UsageError, match="keep="):
         prune(tmp_path, -1, set())

@@ -9,7 +9,6 @@ import os
 import random
 import shutil
 import subprocess
-import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -19,10 +18,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "launch" / "attack"))
-
 import published as harness
-
 from conftest import digests, folder_of, request_for
 from pma_megatron import (
     MergeReport,

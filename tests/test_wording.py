@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from checkpoint_refs import WRITING, every, ref, untold
+from conftest import request_for
+from pma_megatron import MergeRequest, Policy, merge, plan
 from pma_megatron.cli import main
 from pma_megatron.cli.flags import parser
 from pma_megatron.cli.verbs import front_end
@@ -18,11 +23,28 @@ from pma_megatron.errors import PmaError
 from pma_megatron.grid import Grid
 from pma_megatron.healthy import HealthyRequest, choose_healthy
 from pma_megatron.live_load import ARGUMENTS
+from pma_megatron.megatron import flags
 from pma_megatron.megatron.options import FLAGS
+from pma_megatron.recovery import KEYWORDS as RECOVERY
+from pma_megatron.recovery import RecoveryRequest
 from pma_megatron.request import Method
 from pma_megatron.selection import SelectionRequest, select
-from pma_megatron.spelling import FrontEnd, among, given, has, named, renamed, speaking
-from test_selection import WRITING, every, ref, untold
+from pma_megatron.spelling import (
+    FrontEnd,
+    among,
+    given,
+    has,
+    hint,
+    keywords,
+    mistyped,
+    named,
+    renamed,
+    speaking,
+    switch,
+)
+from pma_megatron.tokens import given_tokens
+from test_layers import modules
+from test_megatron_flags import parse
 
 FLAG, KEYWORD = re.compile(r"--[a-z][a-z-]*"), re.compile(r"\b[a-z_]+=")
 SPACED = {"interval_tokens": 2 * 10**9, "last": 4}
@@ -72,7 +94,12 @@ FRONT_ENDS = {
     "--pma flags": FLAGS,
     "load_merged()": OPTIONS,
     "merge_into()": ARGUMENTS,
+    "recover()": RECOVERY,
+    "merge()": FrontEnd(),
 }
+OBJECTS = (MergeRequest, SelectionRequest, Method, Policy, RecoveryRequest, HealthyRequest, Grid)
+FIELDS = keywords(field.name for kind in OBJECTS for field in fields(kind))
+"""The keywords that Python calls have."""
 
 
 def refusals() -> Iterator[tuple[set[str], Callable[[], Any]]]:
@@ -91,7 +118,7 @@ def refusals() -> Iterator[tuple[set[str], Callable[[], Any]]]:
 @pytest.mark.parametrize("name", FRONT_ENDS)
 def test_no_refusal_names_a_setting_that_its_user_does_not_have(name: str) -> None:
     front_end = FRONT_ENDS[name]
-    spelled = set((front_end.spelled or {}).values())
+    spelled = set((front_end.spelled or FIELDS).values())
     messages = []
     with speaking(front_end):
         for settings, call in refusals():
@@ -134,8 +161,75 @@ def test_sentences_have_no_holes() -> None:
     assert str(caught.value).endswith("found 1; wait until more are complete")
 
 
+def test_one_mistake_is_told_in_the_words_of_whoever_made_it(
+    dense_run: Path, save: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Real calls: of the command, of Python, of a Megatron script."""
+    places = ["--load", str(dense_run), "--save", str(save)]
+
+    def python(**settings: Any) -> str:
+        with pytest.raises(PmaError) as caught:
+            merge(MergeRequest(**{"load": str(dense_run), "save": str(save)} | settings))
+        return str(caught.value)
+
+    def command(*typed: str) -> str:
+        assert main(["merge", *places, *typed]) != 0
+        return capsys.readouterr().err
+
+    last = SelectionRequest(last=9)
+    assert "use --last 4" in command("--last", "9")
+    assert "use last=4" in python(selection=last)
+    with speaking(FLAGS):
+        assert "use --pma-last 4" in python(selection=last)
+    for typed, settings, words in (
+        (
+            ("--policy", "x=newest", "--last", "2"),
+            {"policy": Policy(overrides=(("x", "newest"),)), "selection": SelectionRequest(last=2)},
+            "'x' matches no entry",
+        ),
+        (
+            ("--save", str(dense_run), "--last", "2"),
+            {"save": str(dense_run), "selection": SelectionRequest(last=2)},
+            "is the run's own folder",
+        ),
+    ):
+        told, said = command(*typed), python(**settings)
+        assert words in told and f"{typed[0]} " in told
+        assert words in said and not FLAG.search(said) and KEYWORD.search(said)
+    merge(request_for(dense_run, save))
+    assert "Use --overwrite to replace it" in command("--last", "2")
+    assert "Use overwrite=True to replace it" in python(selection=SelectionRequest(last=2))
+    why = {row.why for row in plan(request_for(dense_run, save, overwrite=True)).table}
+    assert "optimizer_state='latest'" in why
+    with pytest.raises(PmaError, match=r"--pma-alpha 2.0 must lie in"):
+        flags.settings(parse("--pma-init --pma-method ema --pma-alpha 2"))
+
+
+def test_values_are_typed_as_the_front_end_takes_them() -> None:
+    def said() -> tuple[str, ...]:
+        return (
+            given("exclude", (4, 6)), given("save", Path("/a b")), given("tolerance", 0.25),
+            given_tokens("last", 8 * 10**9), given_tokens("last", 8388 * 10**6),
+            mistyped("optimizer_state", "mean"), switch("overwrite"), hint("exclude", "last"),
+        )  # fmt: skip
+
+    assert said() == (
+        "exclude=(4, 6)", "save='/a b'", "tolerance=0.25", "last=8_000_000_000",
+        "last=8_388_000_000", "optimizer_state='mean'", "overwrite=True",
+        " (exclude= or last=)",
+    )  # fmt: skip
+    with speaking(command_line("merge")):
+        assert said() == (
+            "--exclude 4 6", "--save /a b", "--tolerance 0.25", "--last 8B",
+            "--last 8388000000", "--optimizer-state 'mean'", "--overwrite",
+            " (--exclude or --last)",
+        )  # fmt: skip
+    with speaking(command_line("verify")):
+        assert hint("exclude") == ""
+
+
 def test_the_first_front_end_speaks_in_all_threads_until_it_ends() -> None:
-    assert named("last") == "--last"
+    assert named("last") == "last="
     with speaking(FLAGS):
         with speaking(OPTIONS), renamed(last="lasts"):
             assert (named("last"), given("exclude", 3)) == ("--pma-score-lasts", "--pma-exclude 3")
@@ -148,4 +242,55 @@ def test_the_first_front_end_speaks_in_all_threads_until_it_ends() -> None:
     with pytest.raises(ValueError), speaking(OPTIONS):
         assert given("last", 3) == "last=3"
         raise ValueError
-    assert named("last") == "--last"
+    assert named("last") == "last="
+
+
+# Where flags stand in the sources.
+
+OF_A_SCRIPT = {
+    "launch", "megatron.checks", "megatron.flags", "megatron.init", "megatron.options",
+    "megatron.scoring", "megatron_deepspeed.hooks",
+}  # fmt: skip
+"""Modules that only a Megatron script with `--pma-*` flags gets into: its dialect is theirs."""
+OF_OTHERS = {
+    "comm": {"--nproc-per-node"},  # of torchrun
+    "formats.registry": {  # of Megatron and DeepSpeed's converter
+        "--ckpt-convert-format", "--ckpt-convert-save", "--ckpt-format", "--load",
+        "--dist-ckpt-optim-fully-reshardable", "--inject_missing_state", "--input_folder",
+        "--output_folder",
+    },
+    "formats.torch_dist.buckets": {"--dist-ckpt-optim-fully-reshardable"},  # of Megatron
+    "identity.rounded": {"--average"},  # not converted yet
+    "live": {"--make-vocab-size-divisible-by"},  # of Megatron
+    "megatron.load": {"--ckpt-step"},  # of Megatron
+    "megatron.params": {"--optimizer-cpu-offload"},  # of Megatron
+    "report": {"--load", "--no-load-optim"},  # of Megatron, which resumes with them
+    "resume": {  # the same, and one whole command `pma merge`
+        "--", "--ckpt-step", "--finetune", "--iterations-to-skip", "--load", "--load-tag",
+        "--no-load-lr-state", "--no-load-optim", "--no-load-rng", "--reset-iteration", "--save",
+        "--seed", "--last", "--lr-factor",
+    },
+    "tokens": {"--iterations-to-skip", "--decrease-batch-size-if-needed"},  # of Megatron
+}  # fmt: skip
+"""Flags that modules may spell, for they are no settings of this package."""
+
+
+def texts(path: Path) -> Iterator[str]:
+    """String literals, but no docstrings."""
+    tree = ast.parse(path.read_text())
+    described = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        literal = isinstance(node, ast.Constant) and id(node) not in described
+        if literal and isinstance(node.value, str):
+            yield node.value
+
+
+def test_settings_are_spelled_by_nobody_but_the_front_end() -> None:
+    """A flag in a string is one that Python's users read too, unless it is another program's."""
+    flag = re.compile(r"(?<![\w-])--(?:[a-z][\w-]*|$)")
+    found = {
+        name: {each for text in texts(path) for each in flag.findall(text)}
+        for name, path in modules().items()
+        if name.partition(".")[0] != "cli" and name not in {*OF_A_SCRIPT, "spelling"}
+    }
+    assert {name: flags for name, flags in found.items() if flags} == OF_OTHERS

@@ -14,18 +14,13 @@ aside, is the one that undamaged sources give: no output depends on that bit. El
 from __future__ import annotations
 
 import argparse
-import contextlib
-import hashlib
-import importlib
 import io
-import os
 import random
 import shutil
 import sys
 import zipfile
-from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,10 +28,10 @@ import torch.distributed.checkpoint as dcp
 
 from pma_megatron import MergeRequest, Policy, SelectionRequest, merge
 from pma_megatron.errors import PmaError
-from pma_megatron.testing import TinyConfig, TinyTrainer, run_ranks
-from pma_megatron.testing.tiny_deepspeed import DeepSpeedConfig, TinyDeepSpeed
+from pma_megatron.testing import TinyConfig, run_ranks
+from pma_megatron.testing.tiny_deepspeed import DeepSpeedConfig
+from runs import digests, flipped, report, to_universal, train_deepspeed, train_megatron
 
-SAVES = 3
 _DENSE = TinyConfig()
 _MOE = replace(_DENSE, num_experts=4)
 MEGATRON = {
@@ -90,39 +85,6 @@ class Place:
     nbytes: int
 
 
-def train_megatron(rank: int, ranks: int, runs: Mapping[str, TinyConfig]) -> None:
-    """Some checkpoints per root."""
-    for root, config in runs.items():
-        trainer = TinyTrainer(config)
-        for _ in range(SAVES):
-            trainer.train(2)
-            trainer.save(root)
-        trainer.close()
-
-
-def train_deepspeed(rank: int, ranks: int, runs: Mapping[str, DeepSpeedConfig]) -> None:
-    """Some tags per root."""
-    for root, config in runs.items():
-        trainer = TinyDeepSpeed(config)
-        for _ in range(SAVES):
-            trainer.train(2)
-            trainer.save(root)
-        trainer.close()
-
-
-def convert(rank: int, ranks: int, tags: Sequence[tuple[str, str]]) -> None:
-    """DeepSpeed's own converter: tag -> Universal folder."""
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    to_universal = importlib.import_module("deepspeed.checkpoint.ds_to_universal")
-    for source, target in tags:
-        to_universal.main(
-            Namespace(
-                input_folder=source, output_folder=target, num_extract_workers=1,
-                num_merge_workers=1, keep_temp_folder=False, strict=True, inject_missing_state=True,
-            )
-        )  # fmt: skip
-
-
 def make_cases(folder: Path) -> list[Case]:
     """Train everything below `folder`."""
     run_ranks(
@@ -131,12 +93,8 @@ def make_cases(folder: Path) -> list[Case]:
     run_ranks(
         train_deepspeed, 2, {str(folder / name): c for name, c in DEEPSPEED.items()}, timeout_s=900
     )
-    tags = [
-        (str(tag), str(folder / f"Universal of {name}" / tag.name))
-        for name in UNIVERSAL
-        for tag in sources_of(folder / name)
-    ]
-    run_ranks(convert, 1, tags, init=False, timeout_s=900)
+    universal = {str(folder / name): str(folder / f"Universal of {name}") for name in UNIVERSAL}
+    run_ranks(to_universal, 1, universal, init=False, timeout_s=900)
     for name in GOLDEN:
         archive = Path(__file__).parents[2] / "tests" / "golden" / f"{name}.tar.xz"
         shutil.unpack_archive(archive, folder / name)
@@ -182,35 +140,6 @@ def _records(file: Path, offset: int, length: int) -> Iterator[Place]:
                 yield Place(file, offset + at + 30 + names + extra, info.file_size)
 
 
-@contextlib.contextmanager
-def flipped(file: Path, byte: int, bit: int) -> Iterator[None]:
-    """`file` with one bit turned, and its times as they were."""
-    stat = file.stat()
-
-    def turn() -> None:
-        with file.open("r+b") as stream:
-            stream.seek(byte)
-            (value,) = stream.read(1)
-            stream.seek(byte)
-            stream.write(bytes([value ^ (1 << bit)]))
-        os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-
-    turn()
-    try:
-        yield
-    finally:
-        turn()
-
-
-def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file of a merge but what it says of itself."""
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and not path.name.startswith("pma.json")
-    }
-
-
 def attack(case: Case, flips: int, draw: random.Random, scratch: Path) -> Counter[str]:
     """What became of `flips` merges: how they were refused, or what was published."""
     save, outcomes = scratch / "merged", Counter[str]()
@@ -237,14 +166,15 @@ def _published(case: Case, save: Path) -> dict[str, str]:
     shutil.rmtree(save, ignore_errors=True)
     try:
         (output,) = merge(case.request(save)).outputs
-        return digests(Path(output))
+        files = digests(Path(output))
+        return {name: files[name] for name in files if not name.startswith("pma.json")}
     except PmaError:
         assert not list(save.glob("[!.]*")), f"{save} was published in spite of an error"
         raise
 
 
-def main() -> None:
-    """Parse the command line, attack every case, print what came of it."""
+def main() -> int:
+    """Attack every case; 0 if no merge was published wrong."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--flips", type=int, default=500, help="in all (default 500)")
     parser.add_argument("--seed", type=int, default=0)
@@ -256,12 +186,12 @@ def main() -> None:
     for number, case in enumerate(cases):
         share = chosen.flips * (number + 1) // len(cases) - chosen.flips * number // len(cases)
         outcomes = attack(case, share, draw, chosen.work / "scratch")
-        print(f"{case.name}, moments {case.optimizer_state}: {dict(outcomes)}", flush=True)
+        said = f"{case.name}, moments {case.optimizer_state}: {dict(outcomes)}"
+        print(said, file=sys.stderr, flush=True)
         total += outcomes
-    print(f"{chosen.flips} flips: {dict(total)}")
     shutil.rmtree(chosen.work)
-    sys.exit(1 if total["wrong"] else 0)
+    return report({"flips": chosen.flips, **total}, good=not total["wrong"])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
-import hashlib
 import json
 import os
 import random
@@ -28,7 +27,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from pma_megatron import MergeRequest, PmaError, SelectionRequest, merge, verify
-from pma_megatron.testing import TinyConfig, TinyTrainer, run_ranks
+from pma_megatron.testing import TinyConfig, run_ranks
+from runs import digests, train_megatron
 
 CONFIG = TinyConfig(warmup_iters=2)
 ITERATIONS = (2, 4, 6, 8)
@@ -55,24 +55,6 @@ class Round:
     wrong: list[str] = field(default_factory=list)
 
 
-def train(rank: int, world_size: int, root: str) -> None:
-    """The run whose checkpoints are merged."""
-    trainer = TinyTrainer(CONFIG)
-    for _ in ITERATIONS:
-        trainer.train(2)
-        trainer.save(root)
-    trainer.close()
-
-
-def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file below `folder`."""
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
 class Loop:
     """Rounds over one run.
 
@@ -85,7 +67,8 @@ class Loop:
         self.folder, self.limit_s = folder, limit_s
         self.run, self.old = folder / "run", folder / "old"
         if not self.run.exists():
-            run_ranks(train, 2, str(self.run), timeout_s=600)
+            runs = {str(self.run): CONFIG}
+            run_ranks(train_megatron, 2, runs, len(ITERATIONS), timeout_s=600)
         self.before = digests(self.run)
         if not self.old.exists():
             merge(self.request(self.old, "fresh"))

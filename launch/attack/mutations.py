@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import json
 import os
 import resource
@@ -193,53 +192,22 @@ def _outcome(root: Path, target: Path, how: int) -> str:
 # Runs to attack.
 
 
-def _train_megatron(rank: int, world_size: int, runs: dict[str, Any]) -> None:
-    from pma_megatron.testing import TinyTrainer
-
-    for root, config in runs.items():
-        trainer = TinyTrainer(config)
-        for _ in range(3):
-            trainer.train(2)
-            trainer.save(root)
-        trainer.close()
-
-
-def _train_deepspeed(rank: int, world_size: int, runs: dict[str, Any]) -> None:
-    from pma_megatron.testing.tiny_deepspeed import TinyDeepSpeed
-
-    for root, config in runs.items():
-        trainer = TinyDeepSpeed(config)
-        for _ in range(3):
-            trainer.train(2)
-            trainer.save(root)
-        trainer.close()
-
-
-def _to_universal(rank: int, world_size: int, native: str, universal: str) -> None:
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    convert = importlib.import_module("deepspeed.checkpoint.ds_to_universal")
-    for tag in sorted(Path(native).glob("global_step*")):
-        made = argparse.Namespace(
-            input_folder=str(tag), output_folder=f"{universal}/{tag.name}", strict=True,
-            num_extract_workers=1, num_merge_workers=1, keep_temp_folder=False,
-            inject_missing_state=True,
-        )  # fmt: skip
-        convert.main(made)
-
-
 def make_runs(folder: Path) -> None:
     """Three checkpoints each of Megatron in three layouts, DeepSpeed in two stages, Universal."""
+    # Trainers are imported here alone: the attacked process must be as small as a user's.
     from pma_megatron.testing import TinyConfig, run_ranks
     from pma_megatron.testing.tiny_deepspeed import DeepSpeedConfig
+    from runs import to_universal, train_deepspeed, train_megatron
 
     layouts = ("dp_reshardable", "fully_reshardable", "dp_zero_gather_scatter")
-    run_ranks(_train_megatron, 2, {
+    run_ranks(train_megatron, 2, {
         str(folder / layout): TinyConfig(warmup_iters=2, optim_format=layout) for layout in layouts
     })  # fmt: skip
-    run_ranks(_train_deepspeed, 2, {
+    run_ranks(train_deepspeed, 2, {
         str(folder / f"zero{stage}"): DeepSpeedConfig(stage=stage) for stage in (1, 3)
     })  # fmt: skip
-    run_ranks(_to_universal, 1, str(folder / "zero1"), str(folder / "universal"))
+    roots = {str(folder / "zero1"): str(folder / "universal")}
+    run_ranks(to_universal, 1, roots, init=False)
 
 
 def main() -> int:
@@ -264,13 +232,14 @@ def main() -> int:
              str(options.count), "--seed", str(options.seed)],
             stdout=subprocess.PIPE, text=True, check=False,
         )  # fmt: skip
+    from runs import report
+
     if done.returncode:
         print(f"the attacked process died: {done.returncode}")
         return 1
     found = json.loads(done.stdout.splitlines()[-1])
-    print(json.dumps(found, indent=1))
     bad = found["executed"] + found["outside"] + len(found["failures"])
-    return int(bool(bad) or found["peak_mib"] > LIMIT_BYTES >> 20)
+    return report(found, good=not bad and found["peak_mib"] <= LIMIT_BYTES >> 20)
 
 
 if __name__ == "__main__":

@@ -11,17 +11,12 @@ files get their share, half on a byte drawn by chance. Ends with 1 unless every 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import importlib
-import json
-import os
 import random
 import shutil
 import sys
 import time
-from argparse import Namespace
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +43,7 @@ from pma_megatron.megatron.thin import ThinSnapshots
 from pma_megatron.online.hostcopy import HostCopy
 from pma_megatron.online.snapshots import SNAPSHOTS
 from pma_megatron.testing import TinyConfig, TinyTrainer, run_ranks
+from runs import EVERY, SAVES, flipped, report, to_universal
 
 BASE = TinyConfig(warmup_iters=2)
 TRAINED: dict[str, TinyConfig] = {
@@ -55,7 +51,6 @@ TRAINED: dict[str, TinyConfig] = {
     "fully_reshardable": replace(BASE, optim_format="fully_reshardable"),
     "moe": replace(BASE, num_experts=4, expert_model_parallel_size=2),
 }
-SAVES, EVERY = 3, 2
 END = SAVES * EVERY
 FOUND, CALLED_RIGHT, TRACEBACK = "found", "called right", "traceback"
 intact._SMALL_BYTES = 1024  # in every rank: what a large shard would be treated like
@@ -115,20 +110,6 @@ def train_deepspeed(rank: int, world_size: int, roots: Mapping[str, str]) -> Non
         trainer.close()
 
 
-def convert(rank: int, world_size: int, source: str, target: str) -> None:
-    """Universal checkpoints of a run, by DeepSpeed's own converter."""
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    to_universal = importlib.import_module("deepspeed.checkpoint.ds_to_universal")
-    for tag in sorted(path for path in Path(source).iterdir() if path.is_dir()):
-        to_universal.main(
-            Namespace(
-                input_folder=str(tag), output_folder=str(Path(target) / tag.name),
-                num_extract_workers=1, num_merge_workers=1, keep_temp_folder=False, strict=True,
-                inject_missing_state=True,
-            )
-        )  # fmt: skip
-
-
 def published(work: Path) -> dict[str, Path]:
     """Everything that is attacked: name -> a root with a tracker, or a snapshot's folder."""
     runs = work / "runs"
@@ -137,7 +118,8 @@ def published(work: Path) -> dict[str, Path]:
         run_ranks(train_megatron, 2, {n: str(runs / n) for n in TRAINED}, timeout_s=280)
         zero = {name: str(runs / name) for name in ("zero2", "zero3")}
         run_ranks(train_deepspeed, 2, zero, timeout_s=280)
-        run_ranks(convert, 1, zero["zero2"], str(runs / "universal"), init=False, timeout_s=200)
+        universal = {zero["zero2"]: str(runs / "universal")}
+        run_ranks(to_universal, 1, universal, init=False, timeout_s=200)
         (work / "trained").touch()
     found = {}
     for name in (*TRAINED, "zero2", "zero3", "universal"):
@@ -161,9 +143,8 @@ def merged(run: Path, save: Path, **settings: Any) -> Path:
     return save
 
 
-@contextlib.contextmanager
-def flipped(target: Path, draw: random.Random) -> Iterator[str]:
-    """One bit of one file of `target` is another inside the block; yields which."""
+def drawn(target: Path, draw: random.Random) -> tuple[Path, int, int]:
+    """A bit of a file of `target`, by chance: file, byte, bit."""
     folder = pointed(target)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     trackers = {target / known.tracker.file for known in registry.FORMATS}
@@ -171,22 +152,7 @@ def flipped(target: Path, draw: random.Random) -> Iterator[str]:
     files = [path for path in files if path.stat().st_size]
     sizes = [path.stat().st_size for path in files]
     (path,) = draw.choices(files, weights=draw.choice([None, sizes]))
-    at, bit = draw.randrange(path.stat().st_size), draw.randrange(8)
-    before = path.stat()
-
-    def flip() -> None:
-        with path.open("r+b") as stream:
-            stream.seek(at)
-            (byte,) = stream.read(1)
-            stream.seek(at)
-            stream.write(bytes([byte ^ (1 << bit)]))
-        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-
-    flip()
-    try:
-        yield f"{path.relative_to(target)}, bit {bit} of byte {at}"
-    finally:
-        flip()
+    return path, draw.randrange(path.stat().st_size), draw.randrange(8)
 
 
 @dataclass
@@ -221,8 +187,10 @@ def attack(targets: Mapping[str, Path], count: int, seed: int) -> Verdicts:
     draw, verdicts = random.Random(seed), Verdicts()
     for number in range(count):
         name = list(targets)[number % len(targets)]
-        with flipped(targets[name], draw) as what:
-            verdicts.add(f"{name}: {what}", targets[name])
+        path, byte, bit = drawn(targets[name], draw)
+        with flipped(path, byte, bit):
+            what = f"{name}: {path.relative_to(targets[name])}, bit {bit} of byte {byte}"
+            verdicts.add(what, targets[name])
     return verdicts
 
 
@@ -241,8 +209,8 @@ def main() -> int:
     verdicts = attack(targets, given.count, given.seed)
     seconds = time.perf_counter() - start_s
     said = {"flips": given.count, **verdicts.kinds, "wrong": verdicts.wrong}
-    print(json.dumps({**said, "seconds": round(seconds, 1)}, indent=1))
-    return 0 if verdicts.kinds[FOUND] == given.count and not verdicts.wrong else 1
+    good = verdicts.kinds[FOUND] == given.count and not verdicts.wrong
+    return report({**said, "seconds": round(seconds, 1)}, good=good)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.inert import brief
 from pma_megatron.formats.json_files import read_json
 from pma_megatron.formats.schema import is_count, wrong
+from pma_megatron.spelling import hint
 from pma_megatron.version import __version__
 
 MARKER_FILE = "pma.json"
@@ -72,7 +73,7 @@ def read_snapshot_marker(folder: Path) -> SnapshotMarker | None:
             f"{folder / MARKER_FILE} says snapshot version {brief(version)} holding "
             f"{brief(holds)}, this release reads version {SNAPSHOT_VERSION} holding "
             f"{MAIN_PARAMS!r}: use the pma_megatron that wrote it, "
-            f"{brief(value.get('pma_megatron'))}, or leave it out (--exclude)"
+            f"{brief(value.get('pma_megatron'))}, or leave it out{hint('exclude')}"
         )
     iteration, dtype = value.get("iteration"), value.get("dtype")
     if not is_count(iteration) or type(dtype) is not str:

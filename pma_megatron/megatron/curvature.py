@@ -35,6 +35,7 @@ from pma_megatron.gram import Measured
 from pma_megatron.megatron.params import LiveTensor, live_tensors
 from pma_megatron.megatron.score import Scored, average_into
 from pma_megatron.megatron.swap import weights_restored
+from pma_megatron.spelling import hint
 from pma_megatron.spread import plain
 
 STEP = 0.05
@@ -160,13 +161,13 @@ def curvature(scored: Differentiable, measured: Measured, *, threads: int = 2) -
 def _refuse_parts(comm: Comm, scored: Differentiable) -> None:
     if comm.size > 1 or len(scored.models) > 1:
         raise UsageError(
-            f"--curvature takes gradients in one process that holds the whole model, not in "
+            f"curvature takes gradients in one process that holds the whole model, not in "
             f"{comm.size} with {len(scored.models)} model chunks: start it without torchrun, all "
             "parallel sizes 1"
         )
     if getattr(getattr(scored.models[0], "config", None), "gradient_accumulation_fusion", False):
         raise UsageError(
-            "--curvature: gradient_accumulation_fusion adds gradients to buffers of the trainer's "
+            "no curvature: gradient_accumulation_fusion adds gradients to buffers of the trainer's "
             "and returns none: let the provider build the model without it"
         )
 
@@ -175,13 +176,13 @@ def _refuse_rounded_or_large(trained: Sequence[LiveTensor], count: int) -> None:
     rounded = next((live for live in trained if live.tensor.dtype != torch.float32), None)
     if rounded is not None:
         raise UsageError(
-            f"--curvature: {rounded.name} is {rounded.tensor.dtype}, and differences of gradients "
+            f"no curvature: {rounded.name} is {rounded.tensor.dtype}, and differences of gradients "
             "would drown in its rounding: let the provider build the model in float32"
         )
     nbytes = 4 * sum(live.tensor.numel() for live in trained) * (count + _MORE_VECTORS)
     if nbytes > MOST_BYTES:
         raise UsageError(
-            f"--curvature would hold {count} checkpoints and {_MORE_VECTORS} vectors more, "
+            f"curvature would hold {count} checkpoints and {_MORE_VECTORS} vectors more, "
             f"{nbytes / 2**30:.1f} GiB, of at most {MOST_BYTES / 2**30:.0f} GiB: select fewer "
             "checkpoints, or a smaller model"
         )
@@ -228,7 +229,7 @@ def expand(parameters: Sequence[torch.Tensor], members: Sequence[torch.Tensor],
     if not (np.isfinite(losses).all() and np.isfinite(mean_loss) and np.isfinite(products).all()):
         raise CheckpointError(
             f"the loss is not finite everywhere: members {losses}, mean {mean_loss}. Leave "
-            "checkpoints of a diverged run out with --exclude"
+            f"checkpoints of a diverged run out{hint('exclude')}"
         )
     largest = float(np.abs(products).max())
     skew = float(np.abs(products - products.T).max())

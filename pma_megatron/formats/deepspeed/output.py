@@ -20,7 +20,7 @@ from pma_megatron.formats.output import OutputItem, OutputLayout, Place
 from pma_megatron.formats.rates import scale_groups, scale_schedule
 from pma_megatron.formats.relay import relay, reset_steps
 from pma_megatron.openfiles import leads_out
-from pma_megatron.spelling import given, named
+from pma_megatron.spelling import given, named, override
 
 
 def output_layout(
@@ -101,7 +101,7 @@ def refuse_unresumable(
             f"{path}: a DeepSpeed checkpoint without all of its parts does not resume, because "
             f"main params lie in the optimizer's files. Leave out "
             f"{given('optimizer_state', 'drop')}, {given('average', 'weights')} and "
-            f"{given('policy', '...=drop')}"
+            f"{override('...', 'drop')}"
         )
     changed = {dtype for payload, dtype in payloads.items() if dtype != payload.dtype}
     if changed:

@@ -32,11 +32,15 @@ from pma_megatron.formats.torch_dist.peers import agreeing, refuse_nearer
 from pma_megatron.formats.torch_dist.recomputed import recompute, split_name
 from pma_megatron.formats.torch_dist.registration import ALIGNMENT_ELEMENTS, Rule, aligned
 from pma_megatron.formats.torch_dist.ties import Gap, Placed, Segment, starts_after
+from pma_megatron.spelling import given, has, hint
 
-_OFFER = (
-    "What works: leave this checkpoint out (--exclude), average the 16-bit weights instead "
-    "(--average weights), or re-save the sources with --dist-ckpt-optim-fully-reshardable."
-)
+
+def _offer() -> str:
+    weights = f" ({given('average', 'weights')})" if has("average") else ""
+    return (
+        f"What works: leave this checkpoint out{hint('exclude')}, average the 16-bit weights "
+        f"instead{weights}, or re-save the sources with --dist-ckpt-optim-fully-reshardable."
+    )
 
 
 def derive(
@@ -62,7 +66,8 @@ def derive(
     for space in spaces:
         if MAIN_PARAM not in space.states:
             raise PlanError(
-                f"{checkpoint.path}: {space.group}.{space.name} holds no main parameters. {_OFFER}"
+                f"{checkpoint.path}: {space.group}.{space.name} holds no main parameters. "
+                f"{_offer()}"
             )
     walker = _Walker(checkpoint, weights)
     buffers = walker.walk(spaces)
@@ -73,7 +78,7 @@ def derive(
         by_order = [placed for gap in assignment.by_order for placed in filled[id(gap)]]
         refuse_nearer(checkpoint, by_order, peers, walker.chunks, walker.may_lie)
     except PlanError as error:
-        raise PlanError(f"{checkpoint.path}: {error}. {_OFFER}") from error
+        raise PlanError(f"{checkpoint.path}: {error}. {_offer()}") from error
     return _ranges(spaces, [p for b in buffers for p in b.sequence(filled)], walker.chunks)
 
 
@@ -92,7 +97,7 @@ def check_complete(
         if missing:
             raise CheckpointError(
                 f"{checkpoint.path}: main parameters of {key} were found for all chunks but "
-                f"{missing[0]} (+{len(missing) - 1} more). {_OFFER}"
+                f"{missing[0]} (+{len(missing) - 1} more). {_offer()}"
             )
 
 
@@ -109,7 +114,7 @@ def check_order(
         raise PlanError(
             f"{checkpoint.path}: main parameters seem to lie in another order than that in which "
             f"Megatron registers parameters ({against[0]}; {len(against)} such), so {twins[0]} and "
-            f"{twins[1]}, which are bit-identical, cannot be told apart. {_OFFER}"
+            f"{twins[1]}, which are bit-identical, cannot be told apart. {_offer()}"
         )
 
 
@@ -251,7 +256,7 @@ class _Walker:
             return CheckpointError(
                 f"{self._checkpoint.path}: {space.group}.{space.name} has NaN or Inf values near "
                 f"element {at}. Averaging would spread them: "
-                "leave this checkpoint out with --exclude"
+                f"leave this checkpoint out{hint('exclude')}"
             )
         missing = [
             (Rule().rank(c.key, c.piece.box), c)
@@ -266,5 +271,5 @@ class _Walker:
             f"{self._checkpoint.path}: cannot tell which parameter lies at elements {at} to "
             f"{after} of {space.group}.{space.name}: no stored weight equals the rounded main "
             f"parameters there (NaN, FP8 weights, or weights edited after the save?).{perhaps} "
-            f"{_OFFER}"
+            f"{_offer()}"
         )
