@@ -30,6 +30,7 @@ _BLOCK_BYTES = 4 << 20
 _SMALL_BYTES = 1 << 20
 _SHOWN = 4  # damaged files named in one message
 _THREADS = 2
+_STRUCTURE = "bytes around its records are not what was written"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,9 @@ def listing(folder: Path) -> dict[str, int]:
     """Bytes of every file below `folder`, by its path there, but those of this package's own mark.
 
     Links to folders count as files: nothing that is published has any.
+
+    Raises:
+        CheckpointError: a file cannot be looked at, a link that leads nowhere for instance.
     """
     found = {}
     for here, folders, files in os.walk(folder):
@@ -95,7 +99,7 @@ def check_files(folder: Path, sums: Sums | None, comm: Comm) -> Intact:
     if sums is not None:
         comm.on_main("verify", lambda: _refuse_other_files(folder, found, sums))
     changed = [] if sums is None else _changed(folder, found, sums, comm)
-    # What is damaged is not asked where its parts lie.
+    # Zips are found through small files (.metadata and so on): not through damaged ones.
     trusted = sums is None or not any(sums[name].sha256 for name in changed)
     needed = sums is None
     items = comm.on_main("verify", lambda: _items(folder, needed=needed) if trusted else {})
@@ -182,9 +186,6 @@ def _parts(name: str, nbytes: int | None, expected: FileSum | None,
         if structure != expected.structure_sha256:
             return f"{name}: {_STRUCTURE}", 0
     return zips.damaged(name)
-
-
-_STRUCTURE = "bytes around its records are not what was written"
 
 
 def _items(folder: Path, *, needed: bool = True) -> dict[str, list[tuple[Item, str]]]:

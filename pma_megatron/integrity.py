@@ -104,6 +104,11 @@ Place = tuple[int, StoredRecord]
 
 
 def _finish(plan: Workload, reads: Mapping[int, Reads], comm: Comm, whole: bool) -> Compared:
+    """Close what is still open: what ranks know of a record is put together, the rest is read.
+
+    Raises:
+        CheckpointError: a record is damaged; a RankError on the ranks that did not see it.
+    """
     opened = comm.gather(
         [((number, record), spans) for number, own in reads.items()
          for record, spans in own.open.items()]
@@ -112,6 +117,7 @@ def _finish(plan: Workload, reads: Mapping[int, Reads], comm: Comm, whole: bool)
     for part in opened:
         for place, spans in part:
             together.setdefault(place, []).append(spans)
+    # One rank may have read whole, and compared, what another read in part.
     closed = comm.gather([place for place in together if place[1] in _whole(reads, place[0])])
     for place in {place for part in closed for place in part}:
         del together[place]
@@ -123,6 +129,7 @@ def _finish(plan: Workload, reads: Mapping[int, Reads], comm: Comm, whole: bool)
         unread = spans.unread(nbytes)
         fill = whole or unread <= max(_FILL_BYTES, nbytes // _FILL_PART)
         (chosen if fill else partial).append(place)
+    # The ranks that see a source take turns at what must be read of it.
     mine = [
         place
         for turn, place in enumerate(chosen)

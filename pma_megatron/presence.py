@@ -62,7 +62,7 @@ class Presence:
         rank: this one.
         size: number of ranks.
         timeout_s: how long another rank may stand still.
-        hint: how the user can change that.
+        hint: a clause on where that time comes from, for the error of a rank that stood still.
     """
 
     def __init__(self, store: Any, rank: int, size: int, timeout_s: float, hint: str) -> None:
@@ -129,10 +129,10 @@ class Presence:
                 self._tell()
 
     def look(self) -> None:
-        """Whether another rank has failed or is gone.
+        """End this rank's work if another rank has failed or is gone.
 
         Raises:
-            RankError: it has.
+            RankError: one has or is.
         """
         key = f"{_ROOT}/{_own.call}/failed"
         with self._answering():
@@ -191,7 +191,8 @@ class Presence:
                           "run the same command again")  # fmt: skip
 
     def broken(self, error: BaseException) -> RankError:
-        """The error of a collective that failed because a connection did."""
+        """The error of a collective that failed because a connection did; waits up to 2 s for a
+        better reason."""
         until_s = time.monotonic() + 2.0
         while time.monotonic() < until_s:  # a socket closes before the process is gone
             try:

@@ -122,7 +122,7 @@ class Reads:
             self._count += len(found.spans) - before
             if found.spans[0][:2] == (0, record.nbytes):
                 self._close(record, found.spans[0][2])
-            elif self._count > self._limit:
+            elif self._count > self._limit:  # from here on its bytes are counted, and that is all
                 self._count -= len(found.spans)
                 found.uncounted = record.nbytes - found.unread(record.nbytes)
                 found.spans.clear()

@@ -44,7 +44,7 @@ _state = _State()
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """Inside the block the first SIGINT, SIGTERM or SIGHUP raises, later ones change nothing.
+    """Inside the block the first SIGINT, SIGTERM or SIGHUP raises, later ones say a line.
 
     What is ignored already (SIGHUP under nohup) stays ignored. Only the main thread can do this;
     in others the block is as without.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,19 @@ from torch import nn
 
 from conftest import DENSE
 from deepspeed_runs import train as train_deepspeed
-from pma_megatron import SelectionRequest
+from pma_megatron import CheckpointRef, SelectionRequest, audit
 from pma_megatron.deepspeed import load_merged, pma_init
-from pma_megatron.errors import PmaError, PoisonedError
+from pma_megatron.errors import PmaError, PoisonedError, RankError
 from pma_megatron.faultpoints import InjectedFault
 from pma_megatron.megatron.load import merge_into
+from pma_megatron.megatron.options import RecoverySettings
+from pma_megatron.megatron.recover import Recovery
 from pma_megatron.testing import TinyTrainer, inject, run_ranks
 from pma_megatron.testing.tiny_deepspeed import DeepSpeedConfig, TinyDeepSpeed
 
 FAILURES = (PmaError, InjectedFault)
+SPOILED = 8
+"""The newest checkpoint of the dense run, said to be saved in a spike."""
 
 
 def hooks_of(modules: list[nn.Module], owners: list[Any]) -> tuple[int, list[list[str]]]:
@@ -82,6 +87,50 @@ def megatron(rank: int, world_size: int, root: str) -> None:
 
 def test_megatron(dense_run: Path) -> None:
     run_ranks(megatron, 2, str(dense_run))
+
+
+def going_back(rank: int, world_size: int, root: str) -> None:
+    """A recovery whose rollback fails on rank 1 when it has loaded; then one that ends well."""
+    trainer = TinyTrainer(DENSE)
+    trainer.load(root)
+    chunks, holders = list(trainer.models), [*trainer.models, trainer.optimizer]
+    untouched, storage_fails = hooks_of(chunks, holders), True
+
+    def rollback(ref: CheckpointRef) -> None:
+        trainer.roll_back(Path(ref.path).parent, ref.iteration or 0)
+        if storage_fails and rank == 1:
+            raise OSError("the storage failed")
+
+    recovery = Recovery(
+        trainer.models, trainer.optimizer, roots=[root], rollback=rollback,
+        settings=RecoverySettings(margin_iterations=0),
+    )  # fmt: skip
+    with pytest.raises(OSError if rank == 1 else RankError, match="the storage failed"):
+        recovery.resumed(SPOILED, recoveries=0)
+    text = refused(lambda: trainer.train(1))
+    assert "going back failed half-way" in text and "the storage failed" in text
+    refused(trainer.optimizer.step)
+    storage_fails = False
+    done = recovery.resumed(SPOILED, recoveries=0)
+    assert done is not None and done.attempt == 2
+    assert hooks_of(chunks, holders) == untouched
+    trainer.train(1)
+    trainer.close()
+
+
+def test_a_recovery_that_could_not_go_back(dense_run: Path, tmp_path: Path) -> None:
+    """What is left of the spike and of a checkpoint may be trained on by nobody, on any rank."""
+    root = str(shutil.copytree(dense_run, tmp_path / "run"))
+    audit.append(
+        root,
+        audit.DETECTED,
+        number=1,
+        onset=SPOILED,
+        iteration=SPOILED,
+        kind="spike",
+        reason="test",
+    )
+    run_ranks(going_back, 2, root)
 
 
 def deepspeed(rank: int, world_size: int, root: str, stage: int) -> None:

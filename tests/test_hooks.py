@@ -1,0 +1,89 @@
+"""What `--pma-save` does around Megatron's saves: its threads are at rest, and all sums are added.
+
+The trainer is megatron-core's. Of `megatron.training`, which no wheel holds, there is the module
+that keeps the arguments.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from conftest import DENSE, folder_of
+from pma_megatron import verify
+from pma_megatron.formats.marker import SEAL_FILE
+from pma_megatron.megatron import hooks, save
+from pma_megatron.megatron.trees import global_vars
+from pma_megatron.testing import TinyTrainer, run_ranks
+from test_megatron_flags import parse
+
+FLAGS = "--pma-save --pma-last 2 --pma-interval-tokens {tokens}"
+SUMS = "pma-sums"
+
+
+def keep(args: Namespace) -> None:
+    """Make `args` the arguments of `megatron.training`."""
+    names = (
+        "megatron.training",
+        "megatron.training.global_vars",
+        "megatron.training.checkpointing",
+    )
+    training, variables, checkpointing = (ModuleType(name) for name in names)
+    vars(training).update(global_vars=variables, checkpointing=checkpointing)
+    now = {"args": args}
+    vars(variables).update(get_args=lambda: now["args"], set_args=lambda new: now.update(args=new))
+    sys.modules.update(zip(names, (training, variables, checkpointing), strict=True))
+
+
+def summing() -> int:
+    """Threads at work that add checksums."""
+    return sum(thread.name == SUMS for thread in threading.enumerate())
+
+
+def train(rank: int, world_size: int, root: str) -> list[tuple[int, int]]:
+    """Saves at iterations 2 and 4: threads at work when Megatron's begins, and after ours."""
+    tokens = DENSE.global_batch_size * DENSE.seq_length
+    args = parse(FLAGS.format(tokens=tokens), save=root, seq_length=DENSE.seq_length)
+    args.consumed_train_samples = 0
+    keep(args)
+    plain, seen = save.record, []
+
+    def slow(folder: Path, origin: Mapping[str, Any]) -> None:
+        time.sleep(2)
+        plain(folder, origin)
+
+    save.record = slow  # type: ignore[assignment]
+    trainer = TinyTrainer(DENSE)
+    hooks.ready(trainer.models, trainer.optimizer, trainer.scheduler)
+    for iteration in range(1, 5):
+        trainer.train(1)
+        args.consumed_train_samples = trainer.consumed_samples
+        hooks.stepped({"iteration": iteration})
+        if iteration % 2 == 0:
+            hooks.saving()
+            before = summing()
+            trainer.save(root)
+            hooks.saved(
+                lambda **_: trainer.save(global_vars().get_args().save),
+                {"iteration": iteration, "optimizer": trainer.optimizer},
+            )
+            seen.append((before, summing()))
+    trainer.close()
+    return seen
+
+
+def test_sums_of_saved_averages_are_waited_for_before_a_save_and_at_the_end(
+    tmp_path: Path,
+) -> None:
+    (seen,) = run_ranks(train, 1, str(tmp_path / "run"))
+    assert seen == [(0, 1), (0, 1)]  # a fork while one is at work would inherit its locks
+    for iteration in (2, 4):  # the second was not written yet when training had ended
+        folder = folder_of(tmp_path / "run-pma", iteration)
+        assert (folder / SEAL_FILE).is_file()
+        verify(folder)
