@@ -39,7 +39,7 @@ _STEPS_PER_SKIP = 100  # a loss scale makes 16-bit runs skip a step now and then
 _LEAST_DECAY = 1e-3  # moments that may shrink further than this say nothing
 _SHRUNK = 0.05
 _EXPECTED = 8  # elements that would have shrunk in the other files too, if all were alike
-_ALIKE, _UNLIKE, _ENOUGH = 0.6, 0.25, 24
+_ALIKE, _UNLIKE, _ENOUGH = 0.9, 0.15, 24
 
 
 @dataclass(frozen=True, slots=True)
