@@ -109,6 +109,7 @@ def _finish(plan: Workload, reads: Mapping[int, Reads], comm: Comm, whole: bool)
     Raises:
         CheckpointError: a record is damaged; a RankError on the ranks that did not see it.
     """
+    comm.agree("checksums", lambda: _settle(reads))
     opened = comm.gather(
         [((number, record), spans) for number, own in reads.items()
          for record, spans in own.open.items()]
@@ -147,6 +148,11 @@ def _finish(plan: Workload, reads: Mapping[int, Reads], comm: Comm, whole: bool)
             for number in sorted({number for part in unsummed for number in part})
         ),
     )
+
+
+def _settle(reads: Mapping[int, Reads]) -> None:
+    for own in reads.values():
+        own.settle()
 
 
 def _whole(reads: Mapping[int, Reads], number: int) -> set[StoredRecord]:

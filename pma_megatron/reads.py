@@ -76,8 +76,21 @@ class Spans:
         return max(0, nbytes - read)
 
 
+@dataclass(slots=True)
+class _Run:
+    """What a thread read of a record without a gap, and has not told the others."""
+
+    record: StoredRecord
+    start: int
+    end: int
+    crc: int
+
+
 class Reads:
     """What was read of one source. Threads may share it.
+
+    Each thread sums on as long as it reads on, and tells the others when it turns elsewhere: the
+    books are kept per unit then, not per block. `settle` ends that.
 
     Attributes:
         path: the source, for messages.
@@ -94,17 +107,42 @@ class Reads:
         self.unsummed: set[str] = set()
         self._limit, self._count = limit, 0
         self._lock = threading.Lock()
+        self._runs: dict[int, _Run] = {}
 
     def note(self, record: StoredRecord, start: int, data: memoryview) -> None:
         """Take note of `data`, the bytes of `record` from its byte `start` on.
 
         Raises:
-            CheckpointError: all of the record has been read now, and it is damaged.
+            CheckpointError: all of a record has been read now, and it is damaged.
         """
         if record.crc32 is None:
             self.unsummed.add(record.file)
             return
-        crc, end = isal_zlib.crc32(data), start + len(data)
+        thread = threading.get_ident()
+        run = self._runs.get(thread)
+        if run is not None and run.record is record and run.end == start:
+            run.crc = isal_zlib.crc32(data, run.crc)
+            run.end += len(data)
+        else:
+            self._runs[thread] = _Run(record, start, start + len(data), isal_zlib.crc32(data))
+            if run is not None:
+                self._add(run.record, run.start, run.end, run.crc)
+            run = self._runs[thread]
+        if run.end == record.nbytes:
+            del self._runs[thread]
+            self._add(record, run.start, run.end, run.crc)
+
+    def settle(self) -> None:
+        """Put together what threads have read; none of them reads any more.
+
+        Raises:
+            CheckpointError: a record that was read whole is damaged.
+        """
+        while self._runs:
+            _, run = self._runs.popitem()
+            self._add(run.record, run.start, run.end, run.crc)
+
+    def _add(self, record: StoredRecord, start: int, end: int, crc: int) -> None:
         with self._lock:
             if record in self.whole:
                 return
