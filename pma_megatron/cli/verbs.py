@@ -130,6 +130,13 @@ def token_count(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def file_path(text: str) -> Path:
+    """The argparse type of a file's path; `Path` alone makes the working directory of nothing."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty: say which file, or leave it out")
+    return Path(text)
+
+
 def duration(text: str) -> float:
     """The argparse type of a duration such as 90s."""
     try:
