@@ -25,7 +25,7 @@ from pma_megatron.folders import holds_checkpoint, is_checkpoint
 from pma_megatron.formats import registry
 from pma_megatron.formats.marker import MARKER_FILE, SEAL_FILE, SNAPSHOTS, read_snapshot_marker
 from pma_megatron.intact import listing
-from pma_megatron.locks import STAGING, Target, locked, restored, unfinished
+from pma_megatron.locks import STAGING, Target, locked, removed, restored, unfinished
 from pma_megatron.manifest import read_marker
 from pma_megatron.openfiles import create_inside
 from pma_megatron.planning import MergePlan
@@ -297,8 +297,13 @@ def publish(plan: MergePlan, target: Target) -> None:
         ) from error
     finally:
         restored(target)
-    shutil.rmtree(target.staging, ignore_errors=True)  # after an exchange it is the old one
-    shutil.rmtree(target.replaced, ignore_errors=True)
+    if not removed(target.staging):  # after an exchange it is the old one
+        _kept.add(target.staging)
+    removed(target.replaced)
+
+
+_kept: set[Path] = set()
+"""Staging folders, each of one job's own name, that need no second try at the end of that job."""
 
 
 def _publish(target: Target, content: bytes, tracker: str) -> None:
@@ -330,9 +335,9 @@ def discard(wanted: Sequence[Target]) -> None:
     """Remove what a failure left (rank 0 only); harmless after a success."""
     with shielded():
         for target in wanted:
-            if target.staging.exists():
+            if target.staging not in _kept and target.staging.exists():
                 target.tracker.unlink(missing_ok=True)
-                shutil.rmtree(target.staging, ignore_errors=True)
+                removed(target.staging)
 
 
 Stamp = tuple[int, int]

@@ -10,6 +10,7 @@ does, a Python program has made the call: keywords then.
 from __future__ import annotations
 
 import contextlib
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -122,6 +123,12 @@ def override(pattern: str, action: str) -> str:
     """An override of the policy, as it would be typed: `--policy mean=newest`."""
     pair = ((pattern, action),) if in_python("policy") else f"{pattern}={action}"
     return given("policy", pair)
+
+
+def typed(path: str | Path) -> str:
+    """A path as a shell takes it, and no command for a flag."""
+    text = str(path)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
 def mistyped(name: str, text: object) -> str:

@@ -242,6 +242,24 @@ def test_what_somebody_put_into_a_merge_is_not_deleted(dense_run: Path, save: Pa
     merge(request_for(dense_run, save, overwrite=True))
 
 
+def test_what_cannot_be_removed_is_said(dense_run: Path, tmp_path: Path, save: Path) -> None:
+    """By the job that replaced it, and by the next one, which claims nothing else."""
+    merge(request_for(dense_run, save))
+    folder_of(save, 8).chmod(0o555)
+    command = f"merge --load {dense_run} --last 2 --save {save} --overwrite"
+    first, second = as_a_user(tmp_path, command, command)
+    (left,) = save.glob(".pma-staging-*")
+    for text in (first, second):
+        assert text.endswith("code 0") and f"{left} could not be removed ({left}/" in text
+        assert f"chmod -R u+rwX {left} && rm -r {left}" in text
+        assert "pma: removed" not in text
+    assert first.count("could not") == 1
+    left.chmod(0o755)
+    (third,) = as_a_user(tmp_path, command)
+    assert f"removed {left}" in third
+    assert names(save) == ["iter_0000008", TRACKER]
+
+
 def test_names_too_long(dense_run: Path, save: Path) -> None:
     for name, words in (("n" * 300, "300 bytes"), ("/".join(["n" * 200] * 21), "the system takes")):
         with refused(PublishError, words, "choose a shorter", run=dense_run, save=save):
