@@ -127,8 +127,12 @@ def override(pattern: str, action: str) -> str:
 
 def typed(path: str | Path) -> str:
     """A path as a shell takes it, and no command for a flag."""
-    text = str(path)
-    return shlex.quote(f"./{text}" if text.startswith("-") else text)
+    return shlex.quote(as_argument(path))
+
+
+def as_argument(path: str | Path) -> str:
+    """A path as a command takes it, not for one of its flags."""
+    return f"./{path}" if str(path).startswith("-") else str(path)
 
 
 def mistyped(name: str, text: object) -> str:

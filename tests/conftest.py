@@ -49,7 +49,8 @@ def folder_of(root: Path, iteration: int) -> Path:
 
 def request_for(run: Path, save: Path, **settings: Any) -> MergeRequest:
     """A merge of the last two checkpoints, unless `settings` say otherwise."""
-    settings.setdefault("selection", SelectionRequest(last=2))
+    last = None if settings.get("sweep") else 2
+    settings.setdefault("selection", SelectionRequest(last=last))
     return MergeRequest(load=str(run), save=str(save), **settings)
 
 

@@ -64,7 +64,8 @@ def start(*flags: str, ranks: bool = False, **environment: str) -> subprocess.Po
 
 
 def merging(run: Path, save: Path, *flags: str, ranks: bool = False) -> subprocess.Popen[str]:
-    wanted = ("merge", "--load", str(run), "--save", str(save), "--last", "2", *flags)
+    last = () if "--sweep" in flags else ("--last", "2")
+    wanted = ("merge", "--load", str(run), "--save", str(save), *last, *flags)
     return start(*wanted, ranks=ranks)
 
 

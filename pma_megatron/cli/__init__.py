@@ -93,8 +93,10 @@ def told_of(published: Sequence[str], unpublished: Sequence[str]) -> str:
 
 def _failed(rank: int, text: str, *, aloud: bool) -> None:
     """Say why this process ends, to the user and to torchrun, which prints it in its summary."""
+    from pma_megatron.log import visible
+
     if aloud:
-        sys.stderr.write(f"pma: {text}\n")
+        sys.stderr.write(f"pma: {visible(text)}\n")
         sys.stderr.flush()
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:
