@@ -19,7 +19,7 @@ from pma_megatron.formats.base import Item, Payload, StoredRecord
 from pma_megatron.formats.items import ItemFiles, refuse_other_bytes
 from pma_megatron.formats.output import Place
 from pma_megatron.geometry import Box, Part, PieceIndex, overlaps
-from pma_megatron.openfiles import Files
+from pma_megatron.openfiles import Files, unread
 from pma_megatron.reads import Reads, Spans
 from pma_megatron.rooms import BLOCK_ELEMENTS, Room, Rounded, as_bytes
 from pma_megatron.spelling import named
@@ -163,11 +163,7 @@ class BlockReader:
                         )
                     done += got
         except OSError as error:
-            raise CheckpointError(
-                f"{self.path}/{file} could not be read ({error.strerror}): it vanished or its "
-                "storage failed, perhaps removed by the run's own retention. Exclude it, or stop "
-                "the clean-up"
-            ) from error
+            raise unread(f"{self.path}/{file}", error) from error
 
     def close(self) -> None:
         """Close the files."""

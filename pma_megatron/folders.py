@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -21,6 +22,16 @@ def is_checkpoint(folder: Path) -> bool:
     if ITERATION.match(folder.name) is not None or folder.name == "release":
         return True
     return not folder.name.startswith(".") and registry.detect(folder) in registry.TAGS
+
+
+def holds_checkpoint(folder: Path) -> bool:
+    """True for a checkpoint, however little of it is there; a folder of any use may be a `release`.
+
+    Unlike `is_checkpoint` this is asked of folders above, which nobody chose for a checkpoint.
+    """
+    if folder.name == "release":
+        return registry.detect(folder) != "unknown"
+    return is_checkpoint(folder)
 
 
 def what_is(path: Path) -> str:
@@ -91,8 +102,8 @@ def _folder(path: Path) -> str:
 
 def _below(path: Path, wanted: Callable[[Path], bool]) -> list[Path]:
     """Folders in `path` that hold checkpoints, oldest name first."""
-    folders = [each for each in _entries(path) if each.is_dir() and each.name != SNAPSHOTS]
-    return [each for each in folders if any(p.is_dir() and wanted(p) for p in _entries(each))]
+    folders = [each for each in _entries(path) if is_folder(each) and each.name != SNAPSHOTS]
+    return [each for each in folders if any(is_folder(p) and wanted(p) for p in _entries(each))]
 
 
 def _entries(path: Path) -> list[Path]:
@@ -104,7 +115,8 @@ def _entries(path: Path) -> list[Path]:
 
 
 def _has(path: Path, *patterns: str) -> bool:
-    return any(True for pattern in patterns for _ in path.glob(pattern))
+    names = _names(path)
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns for name in names)
 
 
 def _names(path: Path) -> list[str]:

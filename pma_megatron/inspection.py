@@ -15,6 +15,7 @@ from pma_megatron.formats.base import Tensor
 from pma_megatron.formats.marker import MARKER_FILE
 from pma_megatron.intact import listing
 from pma_megatron.locations import refuse_remote
+from pma_megatron.openfiles import is_folder
 from pma_megatron.refs import CheckpointRef
 from pma_megatron.report import read_provenance
 
@@ -78,7 +79,7 @@ def look(path: str | Path) -> Inspection:
     """
     refuse_remote("", path)
     folder = pointed(Path(path)).absolute()
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise CheckpointError(what_is(folder))
     if not is_checkpoint(folder):
         _refuse_root(folder)

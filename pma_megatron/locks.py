@@ -20,7 +20,7 @@ from pathlib import Path
 
 from pma_megatron.errors import PublishError
 from pma_megatron.formats import registry
-from pma_megatron.spelling import named
+from pma_megatron.spelling import named, typed
 from pma_megatron.stopping import shielded
 
 STAGING = ".pma-staging-"
@@ -202,15 +202,40 @@ def _debris(root: Path, name: str) -> list[Path]:
     return [path for path in found if path.exists()]
 
 
+def removed(folder: Path) -> bool:
+    """Remove a folder that no checkpoint is in any more; what cannot be removed is said.
+
+    Returns:
+        whether it was there and is gone.
+    """
+    problems: list[tuple[str, OSError]] = []
+
+    def failed(_: object, path: str, raised: tuple[type, BaseException, object]) -> None:
+        if isinstance(raised[1], OSError) and not isinstance(raised[1], FileNotFoundError):
+            problems.append((path, raised[1]))
+
+    there = os.path.lexists(folder)
+    shutil.rmtree(folder, onerror=failed)
+    if not problems:
+        return there
+    name = typed(folder)
+    path, error = problems[0]
+    _log.warning(
+        "%s could not be removed (%s: %s) and takes space: type chmod -R u+rwX %s && rm -r %s",
+        folder, path, error.strerror, name, name,
+    )  # fmt: skip
+    return False
+
+
 def _remove_stale(root: Path, name: str, *, own: bool) -> None:
     target = Target(root, root / name, root)
     for folder in _staged(root, name):
-        _log.warning("removing %s, left by a merge that was cut off", folder)
-        shutil.rmtree(folder, ignore_errors=True)
+        if removed(folder):
+            _log.warning("removed %s, left by a merge that was cut off", folder)
         target.tracker.unlink(missing_ok=True)
     if restored(target):
         _log.warning("restored %s, which a cut-off merge was replacing", target.final)
-    shutil.rmtree(target.replaced, ignore_errors=True)
+    removed(target.replaced)
     # Of the own target it stays: it says that the checkpoint may be made again.
     if not own and target.tracker.is_file():
         _finish(target)

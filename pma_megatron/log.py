@@ -5,6 +5,21 @@ from __future__ import annotations
 import logging
 
 
+def visible(text: str) -> str:
+    """Text that comes from files or names, for a terminal: what would steer it is spelled out."""
+    return text.translate(_SPELLED_OUT)
+
+
+_STEERING = (*range(9), *range(11, 32), *range(127, 160), *range(0x202A, 0x202F),
+             *range(0x2066, 0x206A))  # fmt: skip
+_SPELLED_OUT = {code: ascii(chr(code))[1:-1] for code in _STEERING}
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
+
+
 class _RankFilter(logging.Filter):
     """INFO and below from rank 0 only; warnings and errors from every rank, with its number."""
 
@@ -20,7 +35,7 @@ class _RankFilter(logging.Filter):
 def configure(rank: int, *, verbose: bool = False) -> None:
     """Send this package's messages to stderr."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("pma: %(rank)s%(message)s"))
+    handler.setFormatter(_Formatter("pma: %(rank)s%(message)s"))
     handler.addFilter(_RankFilter(rank))
     logger = logging.getLogger("pma_megatron")
     logger.handlers[:] = [handler]

@@ -111,6 +111,28 @@ def read_source_file(path: Path, limit: int = MAX_SMALL_BYTES) -> bytes:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
 
 
+def unread(path: Path | str, error: OSError) -> CheckpointError:
+    """A file of a checkpoint could not be read: why, and what to do, which differ by the reason."""
+    why = _REASONS.get(error.errno or 0, "its storage failed: look at the mount, then run again")
+    instead = ", or exclude this checkpoint" if error.errno in _ITS else ""
+    return CheckpointError(f"{path} could not be read ({error.strerror}): {why}{instead}")
+
+
+_GONE = "it vanished, perhaps removed by the run's own retention: stop the clean-up"
+_CLOSED = "ask its owner for the right to (chmod u+r, or chown)"
+_MANY = "too many files are open at once: raise the limit (ulimit -n 65536), then run again"
+_REASONS = {
+    errno.ENOENT: _GONE,
+    errno.ENOTDIR: _GONE,
+    errno.ESTALE: _GONE,
+    errno.EACCES: _CLOSED,
+    errno.EPERM: _CLOSED,
+    errno.EMFILE: _MANY,
+    errno.ENFILE: _MANY,
+}
+_ITS = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.EACCES, errno.EPERM, errno.EIO})
+
+
 def leads_out(path: Path, folder: Path) -> bool:
     """True, with a warning, for a link in `folder` to a file that lies elsewhere."""
     out = not path.resolve().is_relative_to(folder.resolve())

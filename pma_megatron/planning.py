@@ -20,6 +20,7 @@ from pma_megatron.formats.output import OutputLayout
 from pma_megatron.formats.source import Source
 from pma_megatron.identity.proof import Evidence, prove, refuse_strangers
 from pma_megatron.notices import announce, too_early_notes
+from pma_megatron.openfiles import unread
 from pma_megatron.policy import MAIN
 from pma_megatron.refs import CheckpointRef
 from pma_megatron.request import MergeRequest, Output
@@ -146,10 +147,7 @@ def refuse_changed(plan: Workload, comm: Comm) -> None:
             try:
                 stat = path.stat()
             except OSError as error:
-                raise CheckpointError(
-                    f"{path} vanished while it was merged ({error.strerror}). Stop the clean-up or "
-                    "exclude it"
-                ) from error
+                raise unread(path, error) from error
             if (stat.st_size, stat.st_mtime_ns) != (nbytes, mtime_ns):
                 raise CheckpointError(
                     f"{path} changed while it was merged: the run is writing it. Wait for the save "

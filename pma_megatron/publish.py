@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import json
 import logging
 import os
@@ -18,12 +19,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pma_megatron.durable import sync, write_small
-from pma_megatron.errors import PublishError
+from pma_megatron.errors import CheckpointError, PublishError, VerifyError
 from pma_megatron.faultpoints import point
-from pma_megatron.folders import is_checkpoint
+from pma_megatron.folders import holds_checkpoint, is_checkpoint
 from pma_megatron.formats import registry
-from pma_megatron.formats.marker import MARKER_FILE, SNAPSHOTS, read_snapshot_marker
-from pma_megatron.locks import STAGING, Target, locked, restored, unfinished
+from pma_megatron.formats.marker import MARKER_FILE, SEAL_FILE, SNAPSHOTS, read_snapshot_marker
+from pma_megatron.intact import listing
+from pma_megatron.locks import STAGING, Target, locked, removed, restored, unfinished
+from pma_megatron.manifest import read_marker
 from pma_megatron.openfiles import create_inside
 from pma_megatron.planning import MergePlan
 from pma_megatron.request import Output
@@ -57,11 +60,30 @@ def refuse(plan: MergePlan, wanted: Sequence[Target]) -> None:
 
     Raises:
         PublishError: the output would touch a source, a live run or a foreign checkpoint, exists
-            already, or does not fit on the disk.
+            already, does not fit on the disk, or lies where nothing can be looked at.
     """
-    sources = [Path(source.path).resolve() for source in plan.sources]
+    try:
+        _refuse(plan, wanted)
+    except OSError as error:
+        raise PublishError(
+            f"{given('save', wanted[0].root)} cannot be used: {error.filename or 'it'} cannot be "
+            f"looked at ({error.strerror}). {_INSTEAD.get(error.errno or 0, 'Choose another')} "
+            f"{named('save')}"
+        ) from error
+
+
+_INSTEAD = {
+    errno.EACCES: "Ask its owner for the right to read, write and enter it (chmod u+rwx), or "
+    "choose another",
+    errno.ENAMETOOLONG: "Choose a shorter",
+    errno.ELOOP: "Its links lead back to themselves: choose another",
+}
+
+
+def _refuse(plan: MergePlan, wanted: Sequence[Target]) -> None:
+    sources = [_real(Path(source.path)) for source in plan.sources]
     for target in wanted:
-        root, final = target.root.resolve(), target.final.resolve()
+        root, final = _real(target.root), _real(target.final)
         for source in sources:
             if final == source or source in final.parents or final in source.parents:
                 raise PublishError(
@@ -75,8 +97,11 @@ def refuse(plan: MergePlan, wanted: Sequence[Target]) -> None:
                     "would take the merge for a checkpoint of the run. Use "
                     f"{given('save', f'{root}-pma')} or {root}/pma"
                 )
+        _refuse_long(plan, target)
         _refuse_odd(plan, target)
+        _refuse_inside(root)
         _refuse_foreign(target)
+        _refuse_loss(target)
     there = already(plan, wanted)
     for target, same in zip(wanted, there, strict=True):
         free = same and not all(there)
@@ -108,6 +133,65 @@ def _is_of(folder: Path, plan: MergePlan, output: Output) -> bool:
     except (OSError, ValueError, KeyError, TypeError):
         return False
     return bool(digest == plan.digest and values == list(output.values))
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # `resolve` raises for names that cannot be looked at
+
+
+def _refuse_long(plan: MergePlan, target: Target) -> None:
+    """Names that the file system cannot hold, those of the files in the output included."""
+    names = (*plan.layout.files, SEAL_FILE)
+    longest = target.staging / max(names, key=len)
+    part = max((os.fsencode(each) for each in longest.absolute().parts), key=len)
+    if len(part) > _NAME_BYTES:
+        raise PublishError(
+            f"a folder of the output would have a name of {len(part)} bytes "
+            f"({os.fsdecode(part[:20])}...), and a file system holds {_NAME_BYTES}: choose a "
+            f"shorter {named('save')}"
+        )
+    if len(os.fsencode(longest.absolute())) >= _PATH_BYTES:
+        raise PublishError(
+            f"files of the output would have paths of {len(os.fsencode(longest.absolute()))} "
+            f"bytes, and the system takes {_PATH_BYTES - 1}: choose a shorter {named('save')}"
+        )
+
+
+_NAME_BYTES, _PATH_BYTES = 255, 4096  # NAME_MAX and PATH_MAX of Linux
+
+
+def _refuse_inside(root: Path) -> None:
+    """A checkpoint is not a place to put others: its owner deletes, copies and lists it whole."""
+    for folder in (root, *root.parents):
+        if holds_checkpoint(folder):
+            below = f"lies in {folder}, a checkpoint"
+            below = "is a checkpoint itself" if folder == root else below
+            raise PublishError(
+                f"{given('save', root)} {below}: what is kept in it goes when it is deleted, and "
+                f"counts as its own. Give merges a folder beside the run's, such as "
+                f"{folder.parent}-pma"
+            )
+
+
+def _refuse_loss(target: Target) -> None:
+    """An output that is replaced may hold what somebody else put there: that is not deleted."""
+    if not target.final.is_dir():
+        return
+    try:
+        sums = read_marker(target.final).sums
+        strangers = sorted(set(listing(target.final)) - set(sums)) if sums is not None else []
+    except (CheckpointError, VerifyError):
+        return  # nothing says what was written with it
+    if strangers:
+        more = f" and {len(strangers) - _SHOWN} more" if strangers[_SHOWN:] else ""
+        raise PublishError(
+            f"{target.final} would be replaced, and holds {', '.join(strangers[:_SHOWN])}{more}, "
+            f"which was not written with it and would be lost. Move what is yours elsewhere, or "
+            f"choose another {named('save')}"
+        )
+
+
+_SHOWN = 4  # files that one message names
 
 
 def _refuse_odd(plan: MergePlan, target: Target) -> None:
@@ -213,8 +297,13 @@ def publish(plan: MergePlan, target: Target) -> None:
         ) from error
     finally:
         restored(target)
-    shutil.rmtree(target.staging, ignore_errors=True)  # after an exchange it is the old one
-    shutil.rmtree(target.replaced, ignore_errors=True)
+    if not removed(target.staging):  # after an exchange it is the old one
+        _kept.add(target.staging)
+    removed(target.replaced)
+
+
+_kept: set[Path] = set()
+"""Staging folders, each of one job's own name, that need no second try at the end of that job."""
 
 
 def _publish(target: Target, content: bytes, tracker: str) -> None:
@@ -246,9 +335,9 @@ def discard(wanted: Sequence[Target]) -> None:
     """Remove what a failure left (rank 0 only); harmless after a success."""
     with shielded():
         for target in wanted:
-            if target.staging.exists():
+            if target.staging not in _kept and target.staging.exists():
                 target.tracker.unlink(missing_ok=True)
-                shutil.rmtree(target.staging, ignore_errors=True)
+                removed(target.staging)
 
 
 Stamp = tuple[int, int]

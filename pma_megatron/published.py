@@ -12,7 +12,9 @@ from pma_megatron.discover import pointed
 from pma_megatron.errors import CheckpointError, PmaError, RankError, VerifyError
 from pma_megatron.formats.marker import MARKER_FILE, ONLINE_AVERAGE, SNAPSHOT
 from pma_megatron.intact import Intact, check_files
+from pma_megatron.locations import refuse_remote
 from pma_megatron.manifest import Marker, read_marker
+from pma_megatron.openfiles import is_folder
 from pma_megatron.planning import MergePlan, make_plan
 from pma_megatron.recompute import recompute
 from pma_megatron.report import checked_provenance, request_again
@@ -51,7 +53,9 @@ def verify(path: str | Path, *, samples: int = 256, deep: bool = False, files_on
     Raises:
         CheckpointError: no `pma.json`; or the files are right, but sources are gone or changed.
         VerifyError: a file or a value is not what it must be.
+        UsageError: `path` is empty, or an address.
     """
+    refuse_remote("path", path)
     comm = comm or Comm()
     folder = comm.on_main("verify", lambda: published(path))
     marker = comm.on_main("verify", lambda: read_marker(folder))
@@ -80,7 +84,7 @@ def published(path: str | Path) -> Path:
         CheckpointError: there is no such folder, or it is not clear which one is meant.
     """
     folder = pointed(Path(path)).absolute()
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise CheckpointError(
             f"{folder} is not a folder: give a merge (iter_* or a DeepSpeed tag), or the folder "
             "above it, which it was saved in"
@@ -150,7 +154,7 @@ def _planned_again(folder: Path, value: Mapping[str, Any], comm: Comm) -> MergeP
 
 
 def _refuse_gone(paths: tuple[str, ...]) -> None:
-    gone = [path for path in paths if not Path(path).is_dir()]
+    gone = [path for path in paths if not is_folder(Path(path))]
     if not gone:
         return
     relative = "" if Path(gone[0]).is_absolute() else (

@@ -239,7 +239,7 @@ def _resume(request: RecoveryRequest, chosen: Sequence[CheckpointRef], skip: Spa
     args, schedule = known.common(Path(newest.path))["args"], known.schedule(Path(newest.path))
     if newest.format == registry.DEEPSPEED and "consumed_train_samples" not in args:
         return resume_script(
-            known.tracker.resume.format(root=request.save), request.save, newest.iteration,
+            known.tracker.resumed(request.save), request.save, newest.iteration,
             skip=skip, lr_factor=request.lr_factor, command=request.command,
         )  # fmt: skip
     return resume(

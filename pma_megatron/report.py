@@ -25,6 +25,7 @@ from pma_megatron.publish import PROVENANCE_FILE
 from pma_megatron.request import MergeRequest, Method, Output
 from pma_megatron.resume import rate_flags
 from pma_megatron.selection import SelectionRequest
+from pma_megatron.spelling import as_argument
 from pma_megatron.verification import Verification
 from pma_megatron.version import __version__
 
@@ -78,8 +79,8 @@ def how_to_resume(folder: Path, lr_factor: float | None = None) -> str:
     known = registry.get(ref.format, str(folder))
     args = known.common(folder)["args"]
     if "consumed_train_samples" not in args:
-        return known.tracker.resume.format(root=folder.parent)
-    flags: dict[str, tuple[str, ...]] = {"--load": (str(folder.parent),)}
+        return known.tracker.resumed(folder.parent)
+    flags: dict[str, tuple[str, ...]] = {"--load": (as_argument(folder.parent),)}
     if ref.weights_only:
         flags["--no-load-optim"] = ()
     if lr_factor is not None:

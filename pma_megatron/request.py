@@ -142,10 +142,15 @@ class MergeRequest:
                 f"{given('optimizer_state', 'average')} with negative coefficients could make "
                 "second moments negative: use latest or reset"
             )
-        if self.sweep and self.method.name == "custom":
+        if self.sweep and self.method.name != Method().name:
             raise UsageError(
                 f"{named('sweep')} makes its own coefficients: leave out "
-                f"{given('method', 'custom')}"
+                f"{given('method', self.method.name)}"
+            )
+        if self.sweep and self.selection.last is not None:
+            raise UsageError(
+                f"{named('sweep')} says how many checkpoints each average takes: leave out "
+                f"{given('last', self.selection.last)}"
             )
 
     @property

@@ -10,6 +10,7 @@ from typing import Any
 from pma_megatron.errors import UsageError
 from pma_megatron.formats.base import Schedule
 from pma_megatron.healthy import Span
+from pma_megatron.spelling import as_argument, typed
 
 _RATES = ("lr", "min_lr", "decoupled_lr", "decoupled_min_lr", "lr_warmup_init")
 _SKIP = "--iterations-to-skip"
@@ -98,7 +99,8 @@ def resume(args: Mapping[str, Any], root: str, *, skip: Span | None, lr_factor: 
         schedule: what the newest source says of its own.
         command: the run's launch command.
     """
-    flags: dict[str, tuple[str, ...]] = {"--load": (root,), "--save": (root,)}
+    here = as_argument(root)
+    flags: dict[str, tuple[str, ...]] = {"--load": (here,), "--save": (here,)}
     notes = [f"the run goes on in {root}; the old folder stays as it is"]
     if skip is not None:
         iterations = tuple(str(i) for i in range(skip.first, skip.last + 1))
@@ -126,7 +128,7 @@ def _slower(root: str, factor: float) -> list[str]:
     return [
         f"learning rates are times {factor:g}, also in the recovered checkpoint: a resume takes "
         "them from there. To go back to the old ones once the loss is back, scale them again: pma "
-        f"merge --load {root} --save NEW --last 1 --lr-factor {1 / factor:g}"
+        f"merge --load {typed(root)} --save NEW --last 1 --lr-factor {1 / factor:g}"
     ]
 
 

@@ -10,6 +10,7 @@ does, a Python program has made the call: keywords then.
 from __future__ import annotations
 
 import contextlib
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -122,6 +123,16 @@ def override(pattern: str, action: str) -> str:
     """An override of the policy, as it would be typed: `--policy mean=newest`."""
     pair = ((pattern, action),) if in_python("policy") else f"{pattern}={action}"
     return given("policy", pair)
+
+
+def typed(path: str | Path) -> str:
+    """A path as a shell takes it, and no command for a flag."""
+    return shlex.quote(as_argument(path))
+
+
+def as_argument(path: str | Path) -> str:
+    """A path as a command takes it, not for one of its flags."""
+    return f"./{path}" if str(path).startswith("-") else str(path)
 
 
 def mistyped(name: str, text: object) -> str:

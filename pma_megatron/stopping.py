@@ -12,6 +12,8 @@ from typing import Any
 from pma_megatron.errors import PmaError
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_UNLESS_TAKEN = (signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+"""Schedulers warn with them (Slurm's `--signal=USR1`), and debuggers take them for their own."""
 _LATER = b"pma: already stopping, cleaning up\n"
 
 
@@ -44,10 +46,11 @@ _state = _State()
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """Inside the block the first SIGINT, SIGTERM or SIGHUP raises, later ones say a line.
+    """Inside the block the first signal that asks to end raises, later ones say a line.
 
-    What is ignored already (SIGHUP under nohup) stays ignored. Only the main thread can do this;
-    in others the block is as without.
+    Those are SIGINT, SIGTERM, SIGHUP, and, where nothing handles them yet, SIGQUIT, SIGUSR1 and
+    SIGUSR2. What is ignored already (SIGHUP under nohup) stays ignored. Only the main
+    thread can do this; in others the block is as without.
 
     Raises:
         Stopped: in the main thread, outside of every `shielded` block.
@@ -57,9 +60,12 @@ def stoppable() -> Iterator[None]:
         yield
         return
     _state = _State()
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
-    for number, handler in before.items():
-        if handler is not signal.SIG_IGN:
+    before = {number: signal.getsignal(number) for number in (*_SIGNALS, *_UNLESS_TAKEN)}
+    for number, handler in tuple(before.items()):
+        taken = number in _UNLESS_TAKEN and handler is not signal.SIG_DFL
+        if taken:
+            del before[number]
+        elif handler is not signal.SIG_IGN:
             signal.signal(number, _arrived)
     try:
         yield

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -46,7 +49,8 @@ def folder_of(root: Path, iteration: int) -> Path:
 
 def request_for(run: Path, save: Path, **settings: Any) -> MergeRequest:
     """A merge of the last two checkpoints, unless `settings` say otherwise."""
-    settings.setdefault("selection", SelectionRequest(last=2))
+    last = None if settings.get("sweep") else 2
+    settings.setdefault("selection", SelectionRequest(last=last))
     return MergeRequest(load=str(run), save=str(save), **settings)
 
 
@@ -143,6 +147,33 @@ def moe_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def run(dense_run: Path, tmp_path: Path) -> Path:
     """A copy of the dense run that a test may damage."""
     return Path(shutil.copytree(dense_run, tmp_path / "run"))
+
+
+_COMMANDS = """
+import sys
+from pma_megatron.cli import main
+for command in sys.stdin.read().splitlines():
+    print(f"$ {command}", file=sys.stderr, flush=True)
+    print(f"code {main(command.split())}", file=sys.stderr, flush=True)
+"""
+
+
+def as_a_user(folder: Path, *commands: str) -> list[str]:
+    """What `pma` commands say in `folder`, for somebody whom permissions bind; root is not.
+
+    Each text ends with a line `code N`.
+    """
+    names = "-dac_override,-dac_read_search,-fowner"
+    less = ("setpriv", f"--bounding-set={names}", f"--inh-caps={names}")
+    if os.geteuid() == 0 and shutil.which(less[0]) is None:
+        pytest.skip("no setpriv, and root may do anything")
+    done = subprocess.run(
+        [*(less if os.geteuid() == 0 else ()), sys.executable, "-c", _COMMANDS], cwd=folder,
+        input="\n".join(commands), capture_output=True, text=True,
+    )  # fmt: skip
+    assert "Traceback" not in done.stderr, done.stderr
+    assert done.returncode == 0, done.stderr
+    return [text.strip() for text in done.stderr.split("$ ")[1:]]
 
 
 @pytest.fixture

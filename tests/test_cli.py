@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -231,10 +232,61 @@ def test_merge_says_what_it_did(
     assert "--no-load-optim" in out
     code, out, _ = call(capsys, *flags, "--save", tmp_path / "c", "--average", "weights")
     assert code == 0
-    assert f"resume with: --load {tmp_path / 'c'} --no-load-optim (weights only" in out
+    assert f"resume with: --load {tmp_path / 'c'} --no-load-optim\nnote: weights only: " in out
     for save, holds in (("a", "full"), ("b", "weights only"), ("c", "weights only")):
         code, out, _ = call(capsys, "list", tmp_path / save)
         assert code == 0 and f" {holds} " in out
+
+
+def test_the_resume_line_can_be_pasted(
+    capsys: pytest.CaptureFixture[str], dense_run: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """A shell gives the path to --load whatever is in it, or the line says that none is there."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("-dout", "a b;c", os.fsdecode(b"n\xff"), "n\x1b[31m"):
+        code, out, _ = call(capsys, "merge", "--load", dense_run, "--last", 2, f"--save={name}")
+        assert code == 0
+        (line,) = [line for line in out.splitlines() if line.startswith("resume with: ")]
+        if name.isprintable():
+            flag, path = shlex.split(line.removeprefix("resume with: "))
+            assert flag == "--load" and not path.startswith("-")
+            assert (Path(path) / "iter_0000008").is_dir()
+        else:
+            assert "cannot be printed here" in line
+
+
+def test_names_do_not_steer_the_terminal(
+    capsys: pytest.CaptureFixture[str], dense_run: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run\x1b[31m\x9b\r"
+    shutil.copytree(dense_run, run)
+    odd = run / "iter_0000008" / "pma.json"
+    for verb, path in (("list", run), ("inspect", folder_of(run, 8)), ("list", run / "none")):
+        _, out, error = call(capsys, verb, path)
+        assert r"run\x1b[31m\x9b\r" in (out + error).replace("\n", "")
+        assert not {"\x1b", "\x9b", "\r"} & set(out + error)
+    odd.write_text('{"kind": "online_average", "created": "\\u001b]0;title\\u0007"}')
+    _, out, error = call(capsys, "inspect", odd.parent)
+    assert not {"\x1b", "\x07"} & set(out + error)
+
+
+@pytest.mark.parametrize("flags", [("--method", "wma"), ("--last", 3)])
+def test_a_sweep_says_all_of_its_averages_itself(
+    capsys: pytest.CaptureFixture[str], dense_run: Path, flags: tuple[object, ...]
+) -> None:
+    code, _, error = call(capsys, "plan", "--load", dense_run, "--sweep", "sma:2", *flags)
+    assert code == 2
+    assert f"leave out {' '.join(map(str, flags))}" in error
+
+
+def test_coefficients_as_people_write_numbers(
+    capsys: pytest.CaptureFixture[str], dense_run: Path
+) -> None:
+    flags = ("--load", dense_run, "--last", 2, "--allow-any-coefficients", "--coefficients")
+    for text, value in (("-1e-1", -0.1), ("-.1", -0.1), ("-1.E-1", -0.1), ("-1", -1.0)):
+        made = call_json(capsys, "plan", *flags, text, 1 - value)
+        assert made["outputs"][0]["coefficients"] == [value, 1 - value]
 
 
 def test_verify_finds_what_is_wrong(

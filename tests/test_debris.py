@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import after_first_unit, digests, folder_of, request_for
+from conftest import after_first_unit, as_a_user, digests, folder_of, refused, request_for
 from pma_megatron import Method, SelectionRequest, locks, merge, publish, verify
 from pma_megatron.errors import PmaError, PublishError
 from pma_megatron.faultpoints import InjectedFault
@@ -217,6 +217,74 @@ def test_tracker_is_a_folder(dense_run: Path, save: Path) -> None:
     with pytest.raises(PublishError, match="is a folder, and must become the file"):
         merge(request_for(dense_run, save))
     assert listing(save) == before
+
+
+def test_no_output_goes_into_a_checkpoint(dense_run: Path, run: Path, save: Path) -> None:
+    """Of another run, of this tool, or of DeepSpeed; a folder called `release` may be any."""
+    merge(request_for(dense_run, save / "release"))
+    tag = save / "tag"
+    tag.mkdir()
+    (tag / "mp_rank_00_model_states.pt").touch()
+    for inside in (folder_of(run, 2), folder_of(run, 2) / "a" / "b", tag, tag / "sub",
+                   folder_of(save / "release", 8) / "out"):  # fmt: skip
+        with refused(PublishError, "a checkpoint", "Give merges a folder", run=run, save=save):
+            merge(request_for(dense_run, inside))
+
+
+def test_what_somebody_put_into_a_merge_is_not_deleted(dense_run: Path, save: Path) -> None:
+    merge(request_for(dense_run, save))
+    note = folder_of(save, 8) / "notes" / "mine.txt"
+    note.parent.mkdir()
+    note.write_text("mine")
+    with refused(PublishError, "notes/mine.txt", "Move what is yours", run=dense_run, save=save):
+        merge(request_for(dense_run, save, overwrite=True))
+    note.unlink()
+    merge(request_for(dense_run, save, overwrite=True))
+
+
+def test_what_cannot_be_removed_is_said(dense_run: Path, tmp_path: Path, save: Path) -> None:
+    """By the job that replaced it, and by the next one, which claims nothing else."""
+    merge(request_for(dense_run, save))
+    folder_of(save, 8).chmod(0o555)
+    command = f"merge --load {dense_run} --last 2 --save {save} --overwrite"
+    first, second = as_a_user(tmp_path, command, command)
+    (left,) = save.glob(".pma-staging-*")
+    for text in (first, second):
+        assert text.endswith("code 0") and f"{left} could not be removed ({left}/" in text
+        assert f"chmod -R u+rwX {left} && rm -r {left}" in text
+        assert "pma: removed" not in text
+    assert first.count("could not") == 1
+    left.chmod(0o755)
+    (third,) = as_a_user(tmp_path, command)
+    assert f"removed {left}" in third
+    assert names(save) == ["iter_0000008", TRACKER]
+
+
+def test_names_too_long(dense_run: Path, save: Path) -> None:
+    for name, words in (("n" * 300, "300 bytes"), ("/".join(["n" * 200] * 21), "the system takes")):
+        with refused(PublishError, words, "choose a shorter", run=dense_run, save=save):
+            merge(request_for(dense_run, save / name))
+
+
+def test_folders_that_may_not_be_looked_at(dense_run: Path, tmp_path: Path) -> None:
+    """No traceback from anywhere, and the merge names what it may not see."""
+    locked, run = tmp_path / "locked", tmp_path / "run"
+    for folder in (locked, run / "a", run / "b"):
+        folder.mkdir(parents=True)
+        folder.chmod(0o444 if folder.name == "b" else 0)
+    commands = [f"plan --load {dense_run} --last 2 --save {to}" for to in ("locked", "locked/out")]
+    long = "n" * 300
+    commands += ["list run", "list /proc", f"list {long}", f"inspect {long}", f"verify {long}"]
+    commands += ["inspect locked/x", "verify locked/x", "list locked"]
+    commands += [f"geometry --load {dense_run} --out locked/x/y"]
+    told = as_a_user(tmp_path, *commands)
+    assert len(told) == len(commands)
+    for text in told[:2]:
+        assert "locked" in text and "Permission denied" in text and "chmod" in text
+    assert "no iter_* checkpoint" in told[2] and "no iter_* checkpoint" in told[3]
+    assert all(text.endswith(("code 1", "code 2")) for text in told), told
+    locked.chmod(0o700)
+    assert not list(locked.iterdir())
 
 
 @pytest.mark.parametrize("what", ["root", "staging"])

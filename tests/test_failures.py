@@ -20,11 +20,15 @@ import pytest
 
 import kills
 from conftest import digests
+from pma_megatron.stopping import Stopped, stoppable
 from pma_megatron.testing import inject
 
 TRACKER = "latest_checkpointed_iteration.txt"
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
 PATIENCE_S = 240.0
+ENDING = (
+    signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2,
+)  # fmt: skip
 
 
 _JOBS: list[subprocess.Popen[str]] = []
@@ -43,7 +47,7 @@ def _nothing_goes_on() -> Iterator[None]:
 
 def heed_signals() -> None:
     """Signals as a terminal leaves them; a background job of a shell inherits ignored ones."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in ENDING:
         signal.signal(number, signal.SIG_DFL)
 
 
@@ -60,7 +64,8 @@ def start(*flags: str, ranks: bool = False, **environment: str) -> subprocess.Po
 
 
 def merging(run: Path, save: Path, *flags: str, ranks: bool = False) -> subprocess.Popen[str]:
-    wanted = ("merge", "--load", str(run), "--save", str(save), "--last", "2", *flags)
+    last = () if "--sweep" in flags else ("--last", "2")
+    wanted = ("merge", "--load", str(run), "--save", str(save), *last, *flags)
     return start(*wanted, ranks=ranks)
 
 
@@ -81,10 +86,10 @@ def said(job: subprocess.Popen[str]) -> list[str]:
 
 
 def test_signals(dense_run: Path, tmp_path: Path) -> None:
-    """SIGINT, SIGTERM and SIGHUP, each followed by another one: clean, with the shell's codes."""
+    """Each signal that asks to end, followed by another one: clean, with the shell's codes."""
     jobs = {}
     with inject("merge", rank=0, action="hang"):
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in ENDING:
             jobs[number] = merging(dense_run, tmp_path / number.name)
     for number, job in jobs.items():
         save = tmp_path / number.name
@@ -165,3 +170,52 @@ def test_kill_loop(dense_run: Path, tmp_path: Path) -> None:
     for number in (0, 3, 5):
         done = loop.play(number)
         assert not done.wrong, done
+
+
+def test_a_signal_that_somebody_takes_is_theirs() -> None:
+    """A debugger's handler stays, in the block too; nothing is left changed after it."""
+    taken: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, _: taken.append(number))
+    try:
+        with stoppable():
+            signal.raise_signal(signal.SIGUSR1)
+            with pytest.raises(Stopped):
+                signal.raise_signal(signal.SIGUSR2)
+        assert taken == [signal.SIGUSR1]
+        assert signal.getsignal(signal.SIGUSR2) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+OUTPUTS = {  # how a shell starts the command, what becomes of it, and what stderr says
+    ">/dev/full": (0, "standard output cannot be written (No space left on device)"),
+    "| head -c 1": (0, ""),
+    ">&-": (0, ""),
+    "2>&-": (0, ""),
+    "<&- >&- 2>&-": (0, ""),
+    "2>/dev/full": (0, ""),
+}
+
+
+def shell(line: str) -> tuple[int, str]:
+    """The exit code of the first command of a pipe, and what it says on stderr."""
+    done = subprocess.run(
+        ["bash", "-c", f"{line}; exit ${{PIPESTATUS[0]}}"], capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+    return done.returncode, done.stderr
+
+
+def test_output_that_nobody_can_read(dense_run: Path, tmp_path: Path) -> None:
+    """What was published decides the exit code, not whether it could be said."""
+    pma = f"{sys.executable} -m pma_megatron"
+    for number, (where, (code, words)) in enumerate(OUTPUTS.items()):
+        save = tmp_path / str(number)
+        found, error = shell(f"{pma} merge --load {dense_run} --last 2 --save {save} {where}")
+        assert found == code and words in error, (where, found, error)
+        assert (save / TRACKER).is_file()
+        assert error.count("\n") == bool(words)
+    assert shell(f"{pma} plan --load {dense_run} --last 2 | head -1") == (0, "")
+    code, error = shell(f"{pma} list {dense_run} > /dev/full")
+    assert code == 1 and "No space left" in error

@@ -98,7 +98,7 @@ ORDER = [
     ["megatron_deepspeed.decorators"],
     ["megatron.install", "megatron_deepspeed.install"],
     ["launch"],
-    ["cli.progress", "cli.tables", "cli.verbs"],
+    ["cli.progress", "cli.streams", "cli.tables", "cli.verbs"],
     ["cli.charts", "cli.scoring"],
     ["cli.landscape"],
     ["cli.evaluate", "cli.geometry"],

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from pathlib import Path
 
+import pytest
+
+from pma_megatron.errors import CheckpointError
+from pma_megatron.formats.items import ItemFiles
 from pma_megatron.openfiles import OPEN_FILES, Files
 
 
@@ -52,3 +57,27 @@ def test_threads_get_the_file_that_they_ask_for(tmp_path: Path) -> None:
         thread.join()
     files.close()
     assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.ENOENT, "stop the clean-up, or exclude"), (errno.ESTALE, "stop the clean-up"),
+        (errno.EACCES, "chmod u+r"), (errno.EMFILE, "ulimit -n"), (errno.EIO, "its storage failed"),
+    ],
+)  # fmt: skip
+def test_why_a_file_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, words: str
+) -> None:
+    """Each reason asks for something else; only what is gone was removed by somebody."""
+    (tmp_path / "f").write_bytes(b"abc")
+
+    def fails(*_: object, **__: object) -> int:
+        raise OSError(number, os.strerror(number), str(tmp_path / "f"))
+
+    files = ItemFiles(tmp_path)
+    monkeypatch.setattr("pma_megatron.formats.items.open_source", fails)
+    with pytest.raises(CheckpointError) as caught:
+        files.read("f", 0, 3)
+    assert words in str(caught.value) and os.strerror(number) in str(caught.value)
+    assert ("vanished" in str(caught.value)) == (number in (errno.ENOENT, errno.ESTALE))

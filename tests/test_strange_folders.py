@@ -16,6 +16,7 @@ from pma_megatron import (
     SelectionRequest,
     inspect,
     list_checkpoints,
+    verify,
 )  # fmt: skip
 from pma_megatron.cli import main
 from pma_megatron.deepspeed.options import Options
@@ -135,4 +136,41 @@ def test_addresses_are_refused_by_every_way_in(
     ):
         with pytest.raises(UsageError, match=scheme):
             call()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_no_folder(
+    capsys: pytest.CaptureFixture[str], dense_run: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """What `--save "$OUT"` gives where OUT is not set: never the working directory."""
+    monkeypatch.chdir(tmp_path)
+    run = str(dense_run)
+    for command in (
+        ("merge", "--load", run, "--save", "", "--last", 2), ("merge", "--load", "", "--save", "x"),
+        ("plan", "--paths", run, ""), ("list", ""), ("inspect", ""), ("verify", ""),
+        ("recover", "--load", run, "--save", "", "--onset", 9),
+        ("recover", "--load", run, "--save", "x", "--metrics", ""),
+    ):  # fmt: skip
+        code, error = told(capsys, *command)
+        assert code == 2 and "is empty" in error, (command, error)
+    for flag in ("--out", "--plot"):
+        with pytest.raises(SystemExit, match="2"):
+            told(capsys, "geometry", "--load", run, flag, "")
+        assert "is empty" in capsys.readouterr().err
+    for call in (
+        lambda: MergeRequest(load=run, save=""),
+        lambda: MergeRequest(load=""),
+        lambda: list_checkpoints(""),
+        lambda: inspect(""),
+        lambda: verify(""),
+        lambda: read_metrics(""),
+        lambda: Options(paths=["", ("", "global_step1")]).request(run, None),
+        lambda: Options(last=2).request("", None),
+        lambda: flags.settings(parse("--pma-save --pma-save-dir=")),
+    ):
+        with pytest.raises(UsageError, match="is empty"):
+            call()
+    with pytest.raises(UsageError, match="NUL"):
+        MergeRequest(load="a\0b")
     assert list(tmp_path.iterdir()) == []

@@ -99,17 +99,21 @@ class Loop:
     def request(self, save: Path, kind: str) -> MergeRequest:
         """The merge of a round as the command line of `command` asks for it."""
         return MergeRequest(
-            load=str(self.run), save=str(save), selection=SelectionRequest(last=3),
+            load=str(self.run), save=str(save),
+            selection=SelectionRequest(last=None if kind == "sweep" else 3),
             sweep=SWEEP if kind == "sweep" else (), overwrite=kind == "overwrite",
         )  # fmt: skip
 
     def command(self, save: Path, kind: str) -> list[str]:
         """A merge under torchrun."""
-        flags = {"fresh": [], "overwrite": ["--overwrite"], "sweep": ["--sweep", *SWEEP]}[kind]
+        last = ["--last", "3"]
+        flags = {"fresh": last, "overwrite": [*last, "--overwrite"], "sweep": ["--sweep", *SWEEP]}[
+            kind
+        ]
         return [
             sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
             "-m", "pma_megatron", "merge", "--load", str(self.run), "--save", str(save),
-            "--last", "3", "--timeout", "20s", *flags,
+            "--timeout", "20s", *flags,
         ]  # fmt: skip
 
     def play(self, number: int) -> Round:

@@ -1,13 +1,14 @@
 """The `pma` command: flags in, one verb of the package, tables or JSON out.
 
 Exit codes: 0 done, 1 refused or failed (the message says why and what to do), 2 wrong usage,
-128 + n stopped by signal n (130 for SIGINT, 143 for SIGTERM, 129 for SIGHUP).
+128 + n stopped by signal n (130 for SIGINT, 143 for SIGTERM, 129 for SIGHUP). What was done
+decides, not whether somebody was there to read of it: a reader that went away (`| head -1`) changes
+no code, and a full disk under standard output only that of commands that do nothing but print.
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import sys
@@ -16,6 +17,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+from pma_megatron.cli.streams import forgiving
 from pma_megatron.stopping import Stopped, stoppable
 
 
@@ -25,6 +27,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     given = list(sys.argv[1:] if argv is None else argv)
     rank = int(os.environ.get("RANK", "0"))
+    with forgiving() as output:
+        code = _main(given, rank)
+        lost = output.close()
+        if lost is not None:
+            done = code != 0 or given[:1] in (["merge"], ["recover"], ["verify"])
+            what = "its exit code says what was done" if done else "nothing else was asked for"
+            _failed(rank, f"standard output cannot be written ({lost}); {what}", aloud=True)
+            code = code if done else 1
+    return code
+
+
+def _main(given: list[str], rank: int) -> int:
     try:
         with stoppable():
             code = _run(given, rank)
@@ -49,8 +63,6 @@ def _run(given: list[str], rank: int) -> int:
     from pma_megatron.locations import refuse_remote_values
     from pma_megatron.spelling import speaking
 
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names on a disk need not be Unicode
     end = given.index("--") if "--" in given else len(given)
     flags = parser()
     arguments = flags.parse_args(given[:end], Namespace(rest=given[end + 1 :]))
@@ -81,8 +93,10 @@ def told_of(published: Sequence[str], unpublished: Sequence[str]) -> str:
 
 def _failed(rank: int, text: str, *, aloud: bool) -> None:
     """Say why this process ends, to the user and to torchrun, which prints it in its summary."""
+    from pma_megatron.log import visible
+
     if aloud:
-        sys.stderr.write(f"pma: {text}\n")
+        sys.stderr.write(f"pma: {visible(text)}\n")
         sys.stderr.flush()
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:

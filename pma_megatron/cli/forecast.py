@@ -15,7 +15,7 @@ from pma_megatron.cli.scoring import (
     score,
     write_json,
 )
-from pma_megatron.cli.verbs import new_verb, show_result
+from pma_megatron.cli.verbs import file_path, new_verb, show_result
 from pma_megatron.discover import choose, list_checkpoints, pointers_of
 from pma_megatron.errors import UsageError
 from pma_megatron.forecast import Agreement, Annealed, Forecast, Series, forecast
@@ -46,7 +46,7 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     verb.set_defaults(ends=["all"])
     group = verb.add_argument_group("what to compare")
     group.add_argument(
-        "--scores", type=Path, metavar="FILE", help="of pma evaluate --out, instead of scoring"
+        "--scores", type=file_path, metavar="FILE", help="of pma evaluate --out, instead of scoring"
     )
     group.add_argument("--metric", metavar="NAME", help="which loss (default: the first scored)")
     group.add_argument(

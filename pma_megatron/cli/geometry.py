@@ -17,6 +17,7 @@ from pma_megatron.cli.scoring import provider_of, refuse_unwritable, write_json
 from pma_megatron.cli.verbs import (
     add_selection,
     add_timeout,
+    file_path,
     new_verb,
     root_of,
     selection_of,
@@ -115,9 +116,12 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "a pma_megatron.megatron.score.Scored (for --curvature, ...curvature.Differentiable)",
     )  # fmt: skip
     group = verb.add_argument_group("output")
-    group.add_argument("--out", type=Path, metavar="FILE", help="write the JSON there too")
+    group.add_argument("--out", type=file_path, metavar="FILE", help="write the JSON there too")
     group.add_argument(
-        "--plot", type=Path, metavar="FILE.png", help="the members in the plane, on the contour"
+        "--plot",
+        type=file_path,
+        metavar="FILE.png",
+        help="the members in the plane, on the contour",
     )
     verb.set_defaults(passes_on=True)
 

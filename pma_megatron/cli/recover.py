@@ -5,11 +5,9 @@ from __future__ import annotations
 import argparse
 from contextlib import ExitStack
 
-from rich.console import Console
-from rich.table import Table
-
 from pma_megatron import audit
 from pma_megatron.cli.progress import show
+from pma_megatron.cli.tables import new_console, new_table, pasted
 from pma_megatron.cli.verbs import add_timeout, new_verb, show_result, token_count
 from pma_megatron.coefficients import METHODS
 from pma_megatron.comm import Comm, process_group_from_environment
@@ -176,15 +174,12 @@ def _span(text: str | None) -> Span | None:
 
 
 def _shown(found: Diagnosis, report: MergeReport | None) -> None:
-    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    console = new_console(soft_wrap=True)
     for verdict in found.verdicts:
         mark = "LOST " if verdict.fatal else "      "
         console.print(f"{mark}{verdict.kind.value} from iteration {verdict.onset}, known at "
                       f"{verdict.confirmed}: {verdict.reason}")  # fmt: skip
-    table = Table(title=f"onset at iteration {found.onset}", title_justify="left", box=None,
-                  pad_edge=False, header_style="bold")  # fmt: skip
-    for column in ("iteration", "used", "why"):
-        table.add_column(column, justify="right" if column == "iteration" else "left")
+    table = new_table(f"onset at iteration {found.onset}", "iteration", "used", "why")
     for each in found.healthy.rejected:
         table.add_row(str(each.ref.iteration), "no", each.reason)
     for ref in reversed(found.healthy.selection.refs):
@@ -198,13 +193,15 @@ def _shown(found: Diagnosis, report: MergeReport | None) -> None:
     if report is None:
         console.print("nothing was written (--dry-run)")
     what = " command" if found.resume.command else " your launch command, with these flags"
-    console.print(f"resume with{'' if found.resume.call else what}:\n  {found.resume.spelled()}")
+    console.print(
+        f"resume with{'' if found.resume.call else what}:\n  {pasted(found.resume.spelled())}"
+    )
     for note in found.resume.notes:
         console.print(f"note: {note}")
 
 
 def _told(root: str, history: audit.History) -> None:
-    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    console = new_console(soft_wrap=True)
     if not history.events:
         console.print(f"{root} has no {audit.FILE}: --pma-recover has done nothing there")
     for event in history.events:

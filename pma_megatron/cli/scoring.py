@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pma_megatron.cli.verbs import add_allow_gaps, add_timeout, token_count
+from pma_megatron.cli.verbs import add_allow_gaps, add_timeout, file_path, token_count
 from pma_megatron.comm import Comm, process_group_from_environment
 from pma_megatron.errors import UsageError
 from pma_megatron.folders import is_checkpoint
@@ -22,6 +22,7 @@ from pma_megatron.formats import registry
 from pma_megatron.grid import Grid, parse_ends, parse_method
 from pma_megatron.launch import main as run_script
 from pma_megatron.megatron.score import Scored, score_merges
+from pma_megatron.openfiles import is_folder
 from pma_megatron.scores import Scores
 from pma_megatron.selection import DEFAULT_LAST
 
@@ -73,8 +74,8 @@ def add_scoring(verb: argparse.ArgumentParser) -> None:
     group.add_argument("--threads", type=int, default=2, help="reader threads per rank (default 2)")
     add_timeout(group)
     group = verb.add_argument_group("output")
-    group.add_argument("--out", type=Path, metavar="FILE", help="write the JSON there too")
-    group.add_argument("--plot", type=Path, metavar="FILE.png", help="loss against tokens")
+    group.add_argument("--out", type=file_path, metavar="FILE", help="write the JSON there too")
+    group.add_argument("--plot", type=file_path, metavar="FILE.png", help="loss against tokens")
     verb.set_defaults(passes_on=True)
 
 
@@ -85,7 +86,7 @@ def refuse_unwritable(arguments: argparse.Namespace) -> None:
         UsageError: no such folder, or no matplotlib.
     """
     for flag, path in (("--out", arguments.out), ("--plot", arguments.plot)):
-        if path is not None and not path.absolute().parent.is_dir():
+        if path is not None and not is_folder(path.absolute().parent):
             raise UsageError(f"{flag} {path}: the folder {path.parent} does not exist: make it")
     if arguments.plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise UsageError(
@@ -127,7 +128,7 @@ def score(arguments: argparse.Namespace, others: Sequence[str] = ()) -> Scores |
 
 def _refuse_deepspeed(root: Path) -> None:
     """Averages are scored in a live Megatron model, which DeepSpeed's tags do not fit."""
-    folders = [path for path in (root, *root.glob("*")) if path.is_dir() and is_checkpoint(path)]
+    folders = [path for path in (root, *root.glob("*")) if is_folder(path) and is_checkpoint(path)]
     formats = {registry.detect(folder) for folder in folders}
     if registry.TORCH_DIST not in formats and any(
         f.startswith(registry.DEEPSPEED) for f in formats

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from pma_megatron.formats import registry
 from pma_megatron.formats.marker import ONLINE_AVERAGE
 from pma_megatron.gaps import lines
 from pma_megatron.inspection import Inspection
+from pma_megatron.log import visible
 from pma_megatron.planning import MergePlan, read_rate
 from pma_megatron.refs import CheckpointRef
 from pma_megatron.report import MergeReport, describe_output
@@ -22,8 +24,24 @@ from pma_megatron.tokens import format_tokens, recommend
 from pma_megatron.verification import Verification
 
 
-def new_console() -> Console:
-    console = Console(highlight=False, markup=False, emoji=False)  # names are no markup
+class _Console(Console):
+    """A console on which a name cannot steer the terminal."""
+
+    def print(self, *objects: Any, **how: Any) -> None:
+        shown = (visible(each) if isinstance(each, str) else each for each in objects)
+        super().print(*shown, **how)
+
+
+class _Table(Table):
+    def add_row(self, *cells: Any, **how: Any) -> None:
+        shown = (visible(each) if isinstance(each, str) else each for each in cells)
+        super().add_row(*shown, **how)
+
+
+def new_console(*, soft_wrap: bool = False) -> Console:
+    console = _Console(  # names are no markup
+        highlight=False, markup=False, emoji=False, soft_wrap=soft_wrap
+    )
     if not console.is_terminal:
         console.width = 160  # a pipe has no width; wrapped cells would be hard to read or grep
     return console
@@ -38,7 +56,9 @@ def _size(nbytes: float) -> str:
 
 
 def new_table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    table = _Table(
+        title=visible(title), title_justify="left", box=None, pad_edge=False, header_style="bold"
+    )
     for column in columns:
         right = column in ("entries", "bytes", "elements", "tensors", "coefficient", "iteration")
         table.add_column(column, justify="right" if right else "left", overflow="fold")
@@ -140,13 +160,27 @@ def merged(report: MergeReport) -> None:
             f"largest error {check.worst:.2f} of the bound"
         )
     for how in report.resume:
-        why = _WEIGHTS_ALONE if "--no-load-optim" in how else ""
-        console.print(f"resume with: {how}{why}", soft_wrap=True)
+        console.print(f"resume with: {pasted(how)}", soft_wrap=True)
+        if "--no-load-optim" in how:
+            console.print(_WEIGHTS_ALONE, soft_wrap=True)
 
 
+def pasted(command: str) -> str:
+    """A command that can be copied from the screen, or that it cannot be."""
+    try:
+        command.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return _UNPRINTABLE
+    return command if visible(command) == command else _UNPRINTABLE
+
+
+_UNPRINTABLE = (
+    "the path cannot be printed here (bytes that are no text of this terminal, or control "
+    "characters): give its folder another name, or complete it in the shell after --load"
+)
 _WEIGHTS_ALONE = (
-    " (weights only: the LR schedule restarts and Adam is empty; --finetune also resets iteration "
-    "and samples)"
+    "note: weights only: the LR schedule restarts and Adam is empty; --finetune also resets "
+    "iteration and samples"
 )
 
 

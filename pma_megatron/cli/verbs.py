@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from pma_megatron.selection import SelectionRequest
 from pma_megatron.spelling import FrontEnd
 from pma_megatron.tokens import parse_tokens
 
+_NEGATIVE = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
+
 
 def new_verb(verbs: argparse._SubParsersAction[argparse.ArgumentParser], name: str, run: object,
              text: str, epilog: str | None = None) -> argparse.ArgumentParser:  # fmt: skip
@@ -27,6 +30,7 @@ def new_verb(verbs: argparse._SubParsersAction[argparse.ArgumentParser], name: s
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    verb._negative_number_matcher = _NEGATIVE  # argparse's own takes -1e-1 for a flag
     verb.add_argument("--json", action="store_true", help="print the result as JSON")
     verb.add_argument("--verbose", action="store_true", help="more messages, on stderr")
     verb.set_defaults(run=run, parser=verb)
@@ -128,6 +132,13 @@ def token_count(text: str) -> int:
         return parse_tokens(text)
     except UsageError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def file_path(text: str) -> Path:
+    """The argparse type of a file's path; `Path` alone makes the working directory of nothing."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty: say which file, or leave it out")
+    return Path(text)
 
 
 def duration(text: str) -> float:

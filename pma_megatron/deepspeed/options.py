@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pma_megatron.live_load import live_request
+from pma_megatron.locations import refuse_remote
 from pma_megatron.request import MergeRequest, Method
 from pma_megatron.selection import SelectionRequest
 from pma_megatron.spelling import FrontEnd, keywords
@@ -89,4 +90,6 @@ OPTIONS = FrontEnd(keywords(field.name for field in fields(Options)))
 
 
 def _folder(path: str | Path | tuple[str, str]) -> str:
-    return str(Path(*path) if isinstance(path, tuple) else path)
+    parts = path if isinstance(path, tuple) else (path,)
+    refuse_remote("paths", *parts)
+    return str(Path(*parts))

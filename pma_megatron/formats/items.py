@@ -17,7 +17,7 @@ from pma_megatron.formats.base import Item, Payload, StoredRecord
 from pma_megatron.formats.pickles import TensorRef, load_inert
 from pma_megatron.formats.schema import LIMIT
 from pma_megatron.formats.zips import Record, read_records
-from pma_megatron.openfiles import MAX_COPIED_BYTES, open_source
+from pma_megatron.openfiles import MAX_COPIED_BYTES, open_source, unread
 from pma_megatron.spelling import left_out
 
 _WINDOW_BYTES = 4096  # headers of small records share one read
@@ -153,10 +153,7 @@ class ItemFiles:
                 stream.seek(min(offset, LIMIT - 1))
                 data = stream.read(min(nbytes, left))
         except OSError as error:
-            raise CheckpointError(
-                f"{path} could not be read ({error.strerror}): it vanished or its storage failed, "
-                "perhaps removed by the run's own retention. Exclude it, or stop the clean-up"
-            ) from error
+            raise unread(path, error) from error
         if len(data) != nbytes:
             raise CheckpointError(
                 f"{path} ends at byte {offset + len(data)}, {offset + nbytes} are needed: it was "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,8 @@ from pma_megatron.formats.torch_dist.output import Changes, output_layout
 from pma_megatron.formats.torch_dist.recomputed import recompute
 from pma_megatron.formats.torch_dist.schedule import read_schedule
 from pma_megatron.formats.torch_dist.source import read_source
-from pma_megatron.spelling import given, has
+from pma_megatron.openfiles import unread
+from pma_megatron.spelling import given, has, typed
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 TORCH_DIST = "torch_dist"
@@ -79,6 +81,12 @@ class Tracker:
     folder_of: Callable[[str], str | None]
     content_of: Callable[[str], str]
     resume: str
+
+    def resumed(self, root: Path | str) -> str:
+        """`resume` with a root in it, as a shell or Python takes it."""
+        if self.resume.startswith("--"):
+            return self.resume.format(root=typed(root))
+        return self.resume.format(root=json.dumps(str(root), ensure_ascii=False)[1:-1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,10 +185,7 @@ def _reads(verb: Verb) -> Verb:
         try:
             return verb(path, *args, **kwargs)
         except OSError as error:
-            raise CheckpointError(
-                f"{error.filename or path} cannot be read ({error.strerror}): it vanished, its "
-                "storage failed, or it may not be read. Exclude this checkpoint, or restore it"
-            ) from error
+            raise unread(error.filename or path, error) from error
 
     return cast(Verb, reads)
 
