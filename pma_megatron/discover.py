@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,9 @@ _OWN_ROOT = re.compile(r"^checkpoint[-_]\d+$")
 """transformers/trainer_utils.py, PREFIX_CHECKPOINT_DIR; accelerate/accelerator.py, save_state."""
 
 
-def list_checkpoints(root: str | Path) -> list[CheckpointRef]:
+def list_checkpoints(
+    root: str | Path, *, problem: Callable[[str], None] | None = None
+) -> list[CheckpointRef]:
     """Every checkpoint of the run at `root`, oldest first, whole or not.
 
     Thin snapshots below it (`pma_snapshots`) count too. Where a snapshot and a full checkpoint have
@@ -42,6 +44,8 @@ def list_checkpoints(root: str | Path) -> list[CheckpointRef]:
     Args:
         root: the folder given to Megatron's --save or DeepSpeed's save_checkpoint, Trainer's
             output_dir, or one checkpoint's folder in it.
+        problem: is told why the log of recoveries cannot be used; every checkpoint is then not
+            judged. Without it that is an error.
 
     Raises:
         SelectionError: there is no such folder, or it cannot be read.
@@ -52,8 +56,8 @@ def list_checkpoints(root: str | Path) -> list[CheckpointRef]:
     if not is_folder(root):
         raise SelectionError(what_is(root))
     if is_checkpoint(root):
-        return [describe(root, audit.read(root.parent))]
-    history = audit.read(root)
+        return [describe(root, _history(root.parent, problem))]
+    history = _history(root, problem)
     refs = {folder.name: describe(folder, history) for folder in _checkpoint_folders(root)}
     for folder in _checkpoint_folders(root / SNAPSHOTS):
         full = refs.get(folder.name)
@@ -67,6 +71,16 @@ def list_checkpoints(root: str | Path) -> list[CheckpointRef]:
         refs.values(), key=lambda ref: (ref.iteration is None, ref.iteration or 0, ref.path)
     )
     return _only_newest_writing(ordered, read_pointers(root))
+
+
+def _history(root: Path, problem: Callable[[str], None] | None) -> audit.History:
+    try:
+        return audit.read(root)
+    except CheckpointError as error:
+        if problem is None:
+            raise
+        problem(str(error))
+        return audit.History((), f"{audit.FILE} is damaged")
 
 
 def _only_newest_writing(

@@ -239,6 +239,26 @@ def test_an_unreadable_log_of_recoveries_is_an_error_not_a_healthy_run(run: Path
         list_checkpoints(run)
 
 
+def test_a_damaged_log_of_recoveries_is_listed_and_no_merge_takes_from_the_run(
+    run: Path, save: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    event = json.dumps({"event": "detected", "number": 1, "onset": 7})
+    (run / "pma_recovery.jsonl").write_text(event[:-1])
+    paths = (str(folder_of(run, 4)), str(folder_of(run, 6)))
+    for selection in (
+        SelectionRequest(last=2, allow_gaps=True),
+        SelectionRequest(iterations=(4, 6)),
+        SelectionRequest(paths=paths),
+    ):
+        with refused(CheckpointError, "pma_recovery.jsonl, line 1", run=run, save=save):
+            merge(request_for(run, save, selection=selection))
+    capsys.readouterr()
+    assert main(["list", str(run), "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert [row["state"] for row in json.loads(out)] == ["not judged"] * 4
+    assert "pma_recovery.jsonl, line 1" in err
+
+
 def test_averages_that_reach_back_too_far_are_warned_of(
     dense_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
