@@ -226,11 +226,17 @@ def test_one_bad_checkpoint_never_stops_the_list(
         (folder_of(run, iteration) / name).mkdir()
     folder_of(run, 12).symlink_to(run / "nowhere")
     folder_of(run, 14).write_text("a file")
-    assert states(run) == {2: "damaged", 4: "damaged", 6: "damaged", 8: "complete"}
+    folder_of(run, 16).mkdir()
+    (run / "iter_18").mkdir()
+    damaged = dict.fromkeys((2, 4, 6, 12, 14, 16, 18), "damaged")
+    assert states(run) == {**damaged, 8: "complete"}
     capsys.readouterr()
     assert main(["list", str(run), "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert [row["state"] for row in rows] == ["damaged"] * 3 + ["complete"]
+    assert [row["state"] for row in rows] == ["damaged"] * 3 + ["complete"] + ["damaged"] * 4
+    whys = ["is not there", "it is a file", "no metadata.json", "would call it iter_0000018"]
+    for row, why in zip(rows[4:], whys, strict=True):
+        assert why in row["incomplete_because"]
 
 
 def test_an_unreadable_log_of_recoveries_is_an_error_not_a_healthy_run(run: Path) -> None:
