@@ -122,6 +122,7 @@ class Schedule:
         decay_style: Megatron's name of the schedule.
         max_lr, min_lr: between which its rates lie.
         second_moment_decay: Adam's beta2, the smallest of all param groups.
+        optimizer_steps: that Adam has counted since its moments were zero, the most of all groups.
     """
 
     learning_rate: float | None = None
@@ -132,6 +133,7 @@ class Schedule:
     max_lr: float | None = None
     min_lr: float | None = None
     second_moment_decay: float | None = None
+    optimizer_steps: int | None = None
 
 
 def least_decay(groups: Iterable[Any]) -> float | None:

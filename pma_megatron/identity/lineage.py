@@ -35,10 +35,11 @@ SECOND_MOMENT = "exp_avg_sq"
 _RUN, _RUNS, _PIECES = 64, 2, 2
 _SLACK = 0.9  # of the least that a second moment may be: float32 rounds it at every step
 _SMALLEST = 1e-30  # a second moment below it has lost its digits
+_STEPS_PER_SKIP = 100  # a loss scale makes 16-bit runs skip a step now and then
 _LEAST_DECAY = 1e-3  # moments that may shrink further than this say nothing
 _SHRUNK = 0.05
 _EXPECTED = 8  # elements that would have shrunk in the other files too, if all were alike
-_ALIKE, _UNLIKE, _ENOUGH = 0.6, 0.25, 24
+_ALIKE, _UNLIKE, _ENOUGH = 0.9, 0.15, 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,13 +138,23 @@ def _shrunk(before: Values, after: Values, refs: tuple[CheckpointRef, Checkpoint
 
 
 def _least(older: CheckpointRef, newer: CheckpointRef) -> float | None:
-    """What is left of a second moment after the steps between two checkpoints, at least."""
+    """What is left of a second moment after the steps between two checkpoints, at least.
+
+    None if Adam did not count on in between: its moments were zeroed, and those of a parameter
+    that then has no gradients (a rare token's) stay zero, while those of others are soon back.
+    """
     if older.iteration is None or newer.iteration is None:
         return None
-    decays = [schedule_of(ref).second_moment_decay for ref in (older, newer)]
-    if None in decays:
+    then, now = schedule_of(older), schedule_of(newer)
+    if then.second_moment_decay is None or now.second_moment_decay is None:
         return None
-    return float(min(d for d in decays if d is not None) ** (newer.iteration - older.iteration))
+    if then.optimizer_steps is None or now.optimizer_steps is None:
+        return None
+    distance = newer.iteration - older.iteration
+    missing = distance - (now.optimizer_steps - then.optimizer_steps)
+    if not 0 <= missing <= distance // _STEPS_PER_SKIP:
+        return None
+    return float(min(then.second_moment_decay, now.second_moment_decay) ** distance)
 
 
 def schedule_of(ref: CheckpointRef) -> Schedule:

@@ -2,6 +2,11 @@
 
 Weights and main params of one parameter mostly lie in files of different ranks, so a file of
 another save, or of another run, contradicts the others here.
+
+These are samples. Where main params lie in flat buffers, the merge compares every element of
+the newest source besides (`accumulate.prove`), since the map rests on it. Elsewhere a
+merge reads none of the weights, so what samples miss cannot reach the result; to compare all of
+them would cost a second read of the newest source's weights.
 """
 
 from __future__ import annotations

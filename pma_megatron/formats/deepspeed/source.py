@@ -23,7 +23,7 @@ from pma_megatron.formats.deepspeed.partitions import (
     payload_of,
 )
 from pma_megatron.formats.deepspeed.saves import refuse_mixed_saves
-from pma_megatron.formats.deepspeed.steps import refuse_mixed_steps
+from pma_megatron.formats.deepspeed.steps import most_steps, refuse_mixed_steps
 from pma_megatron.formats.deepspeed.unsharded import name_main_params, trained_shapes
 from pma_megatron.formats.flat import FlatMap, FlatSpace, states_from_flat
 from pma_megatron.formats.pickles import TensorRef
@@ -273,10 +273,11 @@ def read_schedule(path: Path) -> Schedule:
     checkpoint = DeepSpeedCheckpoint(path)
     base = base_state(checkpoint.optimizer(0))
     groups = base.get("param_groups") if isinstance(base, dict) else None
-    return schedule_of(groups, checkpoint.head)
+    file, state = next(iter(checkpoint.optimizers().items()), ("", {}))
+    return schedule_of(groups, checkpoint.head, most_steps(checkpoint, file, state))
 
 
-def schedule_of(groups: Any, head: Mapping[str, Any]) -> Schedule:
+def schedule_of(groups: Any, head: Mapping[str, Any], steps: int | None) -> Schedule:
     """The largest learning rate of param groups, the samples and limits, where they are known."""
     samples, saved = head.get("global_samples"), head.get("lr_scheduler")
     limits = saved if isinstance(saved, dict) else {}
@@ -284,6 +285,7 @@ def schedule_of(groups: Any, head: Mapping[str, Any]) -> Schedule:
     return Schedule(
         learning_rate=max(rates, default=None),
         second_moment_decay=least_decay(groups or ()),
+        optimizer_steps=steps,
         samples=samples if is_count(samples) else None,
         max_lr=_rate(limits.get("max_lr")),
         min_lr=_rate(limits.get("min_lr")),

@@ -10,7 +10,7 @@ import torch
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.deepspeed.checkpoint import DeepSpeedCheckpoint
 from pma_megatron.formats.pickles import TensorRef
-from pma_megatron.formats.schema import wrong
+from pma_megatron.formats.schema import LIMIT, wrong
 
 _NAMES = ("step", "common_step", "base_optimizer_state_step")
 
@@ -38,6 +38,16 @@ def refuse_mixed_steps(checkpoint: DeepSpeedCheckpoint, states: Mapping[str, Any
                 f"{differ[0][1]:g}: two saves in one folder. Exclude it, or restore the files of "
                 "one save"
             )
+
+
+def most_steps(checkpoint: DeepSpeedCheckpoint, file: str, state: Any) -> int | None:
+    """What the counters of one file say, the most of them; None if there are none.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    steps = (_value(checkpoint, file, counter) for counter in _counters(state))
+    return max((int(each) for each in steps if 0 <= each < LIMIT), default=None)
 
 
 def _counters(state: Any) -> Iterator[Any]:

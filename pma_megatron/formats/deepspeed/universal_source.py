@@ -10,6 +10,7 @@ from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.base import MAIN_PARAM, ModelSpace, Payload, Schedule, Tensor
 from pma_megatron.formats.deepspeed.saves import refuse_mixed_saves
 from pma_megatron.formats.deepspeed.source import schedule_of, weights_of
+from pma_megatron.formats.deepspeed.steps import most_steps
 from pma_megatron.formats.deepspeed.universal import (
     GLOBAL_STATE,
     MASTER,
@@ -125,5 +126,9 @@ def read_schedule(path: Path) -> Schedule:
         CheckpointError: the checkpoint is damaged.
     """
     checkpoint = UniversalCheckpoint(path)
-    groups = checkpoint.state(GLOBAL_STATE).get("param_groups")
-    return schedule_of(groups, checkpoint.head)
+    state = checkpoint.state(GLOBAL_STATE)
+    steps = most_steps(checkpoint, GLOBAL_STATE, state)  # ZeRO-3 counts there
+    for file in (states[STEP] for states in checkpoint.states.values() if STEP in states):
+        steps = most_steps(checkpoint, file, {STEP: checkpoint.content(file)})
+        break
+    return schedule_of(state.get("param_groups"), checkpoint.head, steps)

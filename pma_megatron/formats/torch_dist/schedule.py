@@ -33,6 +33,7 @@ def read_schedule(path: Path) -> Schedule:
     return Schedule(
         learning_rate=max(_rates_of(groups), default=None),
         second_moment_decay=least_decay(groups),
+        optimizer_steps=max(_steps_of(groups), default=None),
         samples=_count(state.get("num_steps")),
         warmup_samples=_count(state.get("lr_warmup_steps")),
         decay_start_samples=_decay_start(state, checkpoint.args()),
@@ -63,6 +64,13 @@ def _rates_of(groups: Sequence[Mapping[str, Any]]) -> Iterator[float]:
         rate = group.get("lr")
         if isinstance(rate, (int, float)) and math.isfinite(rate):
             yield float(rate)
+
+
+def _steps_of(groups: Sequence[Mapping[str, Any]]) -> Iterator[int]:
+    for group in groups:
+        steps = _count(group.get("step"))
+        if steps is not None:
+            yield steps
 
 
 def _param_groups(checkpoint: TorchDistCheckpoint) -> Iterator[dict[str, Any]]:
