@@ -230,7 +230,8 @@ class Accumulator:
             newest = self.plan.sources[-1]
             raise PlanError(
                 f"{newest.path}: main params of {work.task.key}, rounded, differ from the stored "
-                f"weights at {block.offsets}: the optimizer buffer's layout cannot be proved. "
+                f"weights at {block.offsets}: the optimizer buffer's layout cannot be proved, "
+                "weights were edited, or files of two saves lie in one folder. "
                 f"{registry.get(newest.format, newest.path).instead_of_flat()}"
             )
         return len(stored.data)

@@ -9,6 +9,7 @@ Megatron arguments (`RECORD`), and the detector's memory if the trainer keeps it
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -51,8 +52,10 @@ class Doubt:
 class History:
     """The events of one log, oldest first."""
 
-    def __init__(self, events: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(self, events: Sequence[Mapping[str, Any]], problem: str | None = None) -> None:
+        """`problem`: why the log cannot be used, where a list is shown all the same."""
         self.events = tuple(events)
+        self.problem = problem
 
     @property
     def spikes(self) -> tuple[Spike, ...]:
@@ -86,6 +89,8 @@ class History:
             iteration: at which it was saved.
             args: the Megatron arguments in it.
         """
+        if self.problem is not None:
+            return Doubt(f"whether it is spoiled is not known: {self.problem}", judged=False)
         if iteration is None:
             return None
         done = args.get(RECORD)
@@ -135,35 +140,104 @@ def _judged(state: Any) -> bool | None:
 def read(root: str | Path) -> History:
     """The log below `root`; empty if there is none.
 
-    A line that was cut off by a crash is passed over.
+    It says which checkpoints are spoiled, so a line that is not understood is never passed over:
+    it may tell of a spike, and from which iteration on nothing is to be used.
 
     Raises:
-        CheckpointError: it is there and cannot be read: it says which checkpoints are healthy.
+        CheckpointError: it is there and cannot be read, or a line is not one that this tool writes.
     """
     path = Path(root) / FILE
     try:
-        text = read_source_file(path).decode(errors="replace")
+        data = read_source_file(path)
     except CheckpointError as error:
         if isinstance(error.__cause__, (FileNotFoundError, NotADirectoryError)):
             return History(())
-        raise
-    events = []
-    for line in text.splitlines():
-        try:
-            event = json.loads(line)
-        except (ValueError, RecursionError):
+        raise CheckpointError(
+            f"{error}. It says which checkpoints of the run are spoiled, so none is used without "
+            "it: make it readable, or restore it"
+        ) from error
+    if not data.strip():
+        raise CheckpointError(
+            f"{path} is empty, and it is made with its first line: its lines are lost. They say "
+            "which checkpoints are spoiled, so none is used: restore it, or remove it if you know "
+            "that this run had no loss spike"
+        )
+    lines = data.split(b"\n")
+    events: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
             continue
-        if isinstance(event, dict) and type(event.get("event")) is str:
-            numbers = (event.get(name) for name in _NEEDED.get(event["event"], ()))
-            if all(type(number) is int for number in numbers):
-                events.append(event)
+        try:
+            events.append(_event(line, events))
+        except (ValueError, RecursionError) as error:
+            raise _not_understood(path, number, str(error), number == len(lines)) from error
     return History(events)
 
 
-_NEEDED = {
-    DETECTED: ("number", "onset"), BEGUN: ("newest_healthy",), DONE: ("number", "iteration"),
-    JUDGED: ("iteration",),
+def _not_understood(path: Path, number: int, found: str, cut_off: bool) -> CheckpointError:
+    why = (
+        "it has no end: cut off while it was written. If training is writing it this minute, try "
+        "again; else "
+        if cut_off
+        else ""
+    )
+    return CheckpointError(
+        f"{path}, line {number}, is not a line of a recovery log ({found}): {why}it may tell of a "
+        "spike, so no checkpoint of the run is used. Restore the file from a copy; or put the line "
+        'right, {"event": "detected", "number": N, "onset": ITERATION} for a spike; or delete it, '
+        "if you know that no checkpoint was saved in a spike that it tells of"
+    )
+
+
+def _event(line: bytes, before: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One line of the log.
+
+    Raises:
+        ValueError: it is not one; a clause that says why.
+    """
+    try:
+        event = json.loads(
+            line.decode(), parse_constant=_no_number, object_pairs_hook=_without_repeats
+        )
+    except UnicodeDecodeError:
+        raise ValueError("its bytes are not UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"no JSON: {error.msg}") from None
+    if not isinstance(event, dict):
+        raise ValueError(f"a {type(event).__name__}, expected an object")
+    kind = event.get("event")
+    if type(kind) is not str or kind not in _NEEDED:
+        raise ValueError(f"event {_brief(kind)}, expected one of {', '.join(_NEEDED)}")
+    for name, least in _NEEDED[kind].items():
+        value = event.get(name)
+        if type(value) is not int or not least <= value < 1 << 63:
+            raise ValueError(f"{kind}: {name} is {_brief(value)}, expected a number from {least}")
+    known = {e["number"] for e in before if e["event"] == DETECTED}
+    if kind == DONE and event["number"] not in known:
+        raise ValueError(f"{kind}: no line above it says that spike {event['number']} was seen")
+    return event
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no number")
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name stands in it twice")
+    return found
+
+
+def _brief(value: Any) -> str:
+    return "missing" if value is None else repr(value)[:60]
+
+
+_NEEDED: dict[str, dict[str, int]] = {
+    DETECTED: {"number": 1, "onset": 0}, BEGUN: {"newest_healthy": 0},
+    DONE: {"number": 1, "iteration": 0}, JUDGED: {"iteration": 0}, SPENT: {},
 }  # fmt: skip
+"""By event, the fields that decide what is trusted, and the least that each may be."""
 
 
 def append(root: str | Path, event: str, **fields: Any) -> None:
@@ -172,15 +246,19 @@ def append(root: str | Path, event: str, **fields: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     line = json.dumps({"time": now, "event": event, **fields}) + "\n"
-    with path.open("ab") as stream:
+    # A line in part would be a log that nobody can trust: what did not fit is taken back.
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+    try:
+        size = os.fstat(descriptor).st_size
         # What a crash left of a line must not swallow this one.
-        cut_off = stream.tell() > 0 and not _ends_with_newline(path)
-        stream.write((b"\n" if cut_off else b"") + line.encode())
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _ends_with_newline(path: Path) -> bool:
-    with path.open("rb") as stream:
-        stream.seek(-1, os.SEEK_END)
-        return stream.read(1) == b"\n"
+        cut_off = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+        data = (b"\n" if cut_off else b"") + line.encode()
+        try:
+            if os.write(descriptor, data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        except OSError:
+            os.ftruncate(descriptor, size) if size else path.unlink()
+            raise
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

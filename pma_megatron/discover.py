@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,18 +19,22 @@ from pma_megatron.locations import refuse_remote
 from pma_megatron.openfiles import folders_in, is_folder
 from pma_megatron.refs import CheckpointRef
 from pma_megatron.selection import Selection, SelectionRequest, select
-from pma_megatron.spelling import among, given, has, named
+from pma_megatron.spelling import among, given, has, named, switch
 from pma_megatron.tokens import consumed_tokens_of
 from pma_megatron.trackers import Pointer, read_pointers
 
 TRACKER_FILE = registry.get(registry.TORCH_DIST, "").tracker.file
 _STEP = re.compile(r"^global_step(\d+)(?:_universal)?$")
 """What DeepSpeed calls a tag by itself (engine.py, `save_checkpoint`), and how it is converted."""
+_SHORT = re.compile(r"^iter_(\d{1,6})$")
+"""A name that Megatron does not write, nor look for: it has seven digits or more."""
 _OWN_ROOT = re.compile(r"^checkpoint[-_]\d+$")
 """transformers/trainer_utils.py, PREFIX_CHECKPOINT_DIR; accelerate/accelerator.py, save_state."""
 
 
-def list_checkpoints(root: str | Path) -> list[CheckpointRef]:
+def list_checkpoints(
+    root: str | Path, *, problem: Callable[[str], None] | None = None
+) -> list[CheckpointRef]:
     """Every checkpoint of the run at `root`, oldest first, whole or not.
 
     Thin snapshots below it (`pma_snapshots`) count too. Where a snapshot and a full checkpoint have
@@ -42,6 +46,8 @@ def list_checkpoints(root: str | Path) -> list[CheckpointRef]:
     Args:
         root: the folder given to Megatron's --save or DeepSpeed's save_checkpoint, Trainer's
             output_dir, or one checkpoint's folder in it.
+        problem: is told why the log of recoveries cannot be used; every checkpoint is then not
+            judged. Without it that is an error.
 
     Raises:
         SelectionError: there is no such folder, or it cannot be read.
@@ -52,9 +58,11 @@ def list_checkpoints(root: str | Path) -> list[CheckpointRef]:
     if not is_folder(root):
         raise SelectionError(what_is(root))
     if is_checkpoint(root):
-        return [describe(root, audit.read(root.parent))]
-    history = audit.read(root)
-    refs = {folder.name: describe(folder, history) for folder in _checkpoint_folders(root)}
+        return [describe(root, _history(root.parent, problem))]
+    history = _history(root, problem)
+    pointers = read_pointers(root)
+    folders = _checkpoint_folders(root, _tags_named(pointers))
+    refs = {folder.name: describe(folder, history) for folder in folders}
     for folder in _checkpoint_folders(root / SNAPSHOTS):
         full = refs.get(folder.name)
         if full is None or not full.complete:
@@ -66,7 +74,17 @@ def list_checkpoints(root: str | Path) -> list[CheckpointRef]:
     ordered = sorted(
         refs.values(), key=lambda ref: (ref.iteration is None, ref.iteration or 0, ref.path)
     )
-    return _only_newest_writing(ordered, read_pointers(root))
+    return _only_newest_writing(ordered, pointers)
+
+
+def _history(root: Path, problem: Callable[[str], None] | None) -> audit.History:
+    try:
+        return audit.read(root)
+    except CheckpointError as error:
+        if problem is None:
+            raise
+        problem(str(error))
+        return audit.History((), f"{audit.FILE} is damaged")
 
 
 def _only_newest_writing(
@@ -109,31 +127,59 @@ def iteration_of(folder: Path) -> int | None:
     return int(match[1]) if match else None
 
 
+def _iteration_named(folder: Path) -> int | None:
+    """The iteration in a name that a trainer gives by itself, None for any other."""
+    match = ITERATION.match(folder.name) or _STEP.match(folder.name) or _SHORT.match(folder.name)
+    return int(match[1]) if match else None
+
+
 def describe(folder: Path, history: audit.History | None = None) -> CheckpointRef:
     """One checkpoint folder as a reference; damage ends up in `incomplete_because`.
 
     Args:
-        folder: `iter_*`, `release`, or a tag of DeepSpeed.
+        folder: `iter_*`, `release`, or a tag of DeepSpeed, or what lies under such a name.
         history: the run's spike recoveries.
     """
-    iteration = iteration_of(folder)
     try:
-        return _described(folder, history)
+        none = _why_none(folder)
+        if none is None:
+            return _described(folder, history)
     except CheckpointError as error:
-        reason = str(error)
+        none = Incomplete(str(error))
     except OSError as error:
-        reason = f"{error.filename or folder} cannot be read ({error.strerror})"
-    return _incomplete(folder, "unknown", iteration, Incomplete(reason))
+        none = Incomplete(f"{error.filename or folder} cannot be read ({error.strerror})")
+    return _incomplete(folder, "unknown", _iteration_named(folder), none)
+
+
+def _why_none(folder: Path) -> Incomplete | None:
+    """Why what has a checkpoint's name cannot even be looked into; None if it can."""
+    short = _SHORT.match(folder.name)
+    if short:
+        return Incomplete(
+            f"Megatron would call it iter_{int(short[1]):07d} and does not find it under this "
+            "name: give it that name, or move it elsewhere"
+        )
+    if folder.is_symlink() and not folder.exists():
+        return Incomplete(f"it is a link to {folder.readlink()}, which is not there")
+    if not folder.is_dir():
+        return Incomplete("it is a file, and checkpoints are folders")
+    first = next(folder.iterdir(), None)
+    if first is not None:
+        first.lstat()  # a folder may be listed, and what is in it not be seen
+    elif iteration_of(folder) is None:
+        return Incomplete("it is empty: still being written, or cut off", unfinished=True)
+    return None
 
 
 def _described(folder: Path, history: audit.History | None) -> CheckpointRef:
-    name, iteration = registry.detect(folder), iteration_of(folder)
+    name, iteration = registry.detect(folder), _iteration_named(folder)
     if name not in [known.name for known in registry.FORMATS] and _may_be_begun(folder):
         begun = "no metadata.json: still being written, cut off, or another format"
         return _incomplete(folder, "unknown", iteration, Incomplete(begun, unfinished=True))
     try:
         known = registry.get(name, str(folder))
-        iteration = known.iteration(folder) if known.iteration else iteration
+        if iteration is None and known.iteration:
+            iteration = known.iteration(folder)
         marker = read_snapshot_marker(folder)
         snapshot = marker is not None
         reason = known.completeness(folder)
@@ -141,10 +187,9 @@ def _described(folder: Path, history: audit.History | None) -> CheckpointRef:
             return _incomplete(folder, name, iteration, reason, snapshot=snapshot)
         common = known.common(folder)
         args = common["args"]
-        said = _said_by(folder.name, iteration)
-        wrong = _wrong_iteration(said, common["iteration"])
+        wrong = _wrong_iteration(iteration, common["iteration"])
         if wrong is None and marker is not None:
-            wrong = _wrong_iteration(said, marker.iteration)
+            wrong = _wrong_iteration(iteration, marker.iteration)
         if wrong is not None:
             return _incomplete(folder, name, iteration, Incomplete(wrong), snapshot=snapshot)
         tokens, unknown = consumed_tokens_of(args)
@@ -224,24 +269,20 @@ def choose(
     if not refs:
         raise SelectionError(what_is(root))
     _refuse_one_checkpoint(root, request)
-    excluded = set(request.exclude)
-    formats: dict[str, list[int | None]] = {}
-    for ref in refs:
-        if ref.format != "unknown" and not ref.writing and ref.iteration not in excluded:
-            formats.setdefault(ref.format, []).append(ref.iteration)
-    if len(formats) > 1 and request.iterations is None and request.paths is None:
-        found = "; ".join(f"{name}: {numbers}" for name, numbers in formats.items())
-        raise SelectionError(
-            f"{root} mixes checkpoint formats ({found}). Take one of them with "
-            f"{among('iterations', 'paths')}, or leave the others out with {named('exclude')}"
-        )
-    pointer = (pointers or {}).get(next(iter(formats), ""))
-    if resumed is None and pointer is not None and pointer.folder is not None:
-        resumed = next((r.iteration for r in refs if Path(r.path).name == pointer.folder), None)
-        if all(Path(ref.path).name != pointer.folder for ref in refs):
+    pointer = _pointer(refs, request, pointers or {})
+    named = None if pointer is None else pointer.named
+    at = next((ref for ref in refs if Path(ref.path).name == named), None)
+    if pointer is not None and pointer.folder is not None:
+        if at is None:
             problem = f"has a {pointer.file} that names {pointer.folder!r}, which is no checkpoint"
             pointer = replace(pointer, problem=problem)
+        elif resumed is None:
+            resumed = at.iteration
+    if resumed is None and at is not None and pointer is not None:
+        _refuse_end_without_number(root, at, pointer, request)
     selection = select(refs, request, resumed)
+    if request.iterations is None and request.paths is None:
+        _refuse_mixed(selection.refs)
     own_root = _OWN_ROOT.match(Path(selection.refs[-1].path).parent.name)
     if pointer is None or pointer.problem is None or own_root:
         return selection
@@ -250,6 +291,52 @@ def choose(
         "does, to resume from there"
     )
     return replace(selection, notes=(*selection.notes, note))
+
+
+def _pointer(
+    refs: list[CheckpointRef], request: SelectionRequest, pointers: Mapping[str, Pointer]
+) -> Pointer | None:
+    """The tracker that counts: where several formats lie in a root, that of the newest
+    checkpoint whose trainer has left one."""
+    whole = [ref for ref in refs if ref.complete and ref.iteration not in request.exclude]
+    known = dict.fromkeys(
+        ref.format
+        for ref in sorted(whole, key=lambda ref: -(ref.iteration or 0))
+        if ref.format in pointers
+    )
+    there = [pointers[name] for name in known if not pointers[name].missing]
+    return next(iter([*there, *(pointers[name] for name in known)]), None)
+
+
+def _refuse_end_without_number(
+    root: Path, at: CheckpointRef, pointer: Pointer, request: SelectionRequest
+) -> None:
+    """The average would end at one that cannot be used, nor be placed among the others."""
+    free = request.allow_gaps or request.end_iteration is not None
+    if at.complete or at.iteration is not None or free or request.iterations or request.paths:
+        return
+    ways = [
+        f"name another end with {named('end_iteration')}" if has("end_iteration") else "",
+        f"pass over it ({switch('allow_gaps')})" if has("allow_gaps") else "",
+    ]
+    raise SelectionError(
+        f"{root / pointer.file} names {at.path} as the one to resume from, and it is incomplete "
+        f"({at.incomplete_because}). {', or '.join(['Restore it', *filter(None, ways)])}"
+    )
+
+
+def _refuse_mixed(chosen: Sequence[CheckpointRef]) -> None:
+    """Formats that an average mixes, which nobody asked for by name."""
+    formats: dict[str, list[int | None]] = {}
+    for ref in chosen:
+        formats.setdefault(ref.format, []).append(ref.iteration)
+    if len(formats) > 1:
+        found = "; ".join(f"{name}: {numbers}" for name, numbers in formats.items())
+        raise SelectionError(
+            f"the average of {chosen[0].describe()} to {chosen[-1].describe()} mixes checkpoint "
+            f"formats ({found}). Take one of them with {among('iterations', 'paths')}, or leave "
+            f"the others out with {named('exclude')}"
+        )
 
 
 def pointers_of(root: str | Path) -> dict[str, Pointer] | None:
@@ -283,22 +370,48 @@ def pointed(root: Path) -> Path:
     return root
 
 
-def _checkpoint_folders(root: Path) -> list[Path]:
+def _checkpoint_folders(root: Path, named: Collection[str] = ()) -> list[Path]:
+    """Checkpoints in `root`, and whatever has the name of one: it may be one that is damaged.
+
+    Args:
+        root: a run's folder.
+        named: further names, by which a tracker knows a checkpoint.
+    """
     if not is_folder(root):
         return []
-    return [path for path in folders_in(root) if is_checkpoint(path)]
+    found = {path.name: path for path in folders_in(root) if is_checkpoint(path)}
+    for path in root.iterdir():
+        if path.name in named or any(p.match(path.name) for p in (ITERATION, _STEP, _SHORT)):
+            found.setdefault(path.name, path)
+    return list(found.values())
+
+
+def _tags_named(pointers: Mapping[str, Pointer]) -> set[str]:
+    """Names that trackers of DeepSpeed say: those of tags may be any."""
+    names = (pointers[name].named for name in registry.TAGS)
+    return {name for name in names if name is not None}
 
 
 def _tags_with_own_roots(root: Path) -> list[Path]:
     """By these names alone: one level below any other folder lie other runs."""
-    roots = [path for path in folders_in(root) if _OWN_ROOT.match(path.name)]
-    found = (folder for own in roots for folder in _checkpoint_folders(own))
-    return [folder for folder in found if registry.detect(folder) in registry.TAGS]
-
-
-def _said_by(name: str, otherwise: int | None) -> int | None:
-    match = _STEP.match(name)
-    return int(match[1]) if match else otherwise
+    tags: dict[Path, list[Path]] = {}
+    for own in (path for path in folders_in(root) if _OWN_ROOT.match(path.name)):
+        try:
+            named = _tags_named(read_pointers(own))
+            folders = _checkpoint_folders(own, named)
+        except (SelectionError, OSError):
+            tags[own] = [own]  # its reason is found where it is described
+            continue
+        tags[own] = [
+            folder
+            for folder in folders
+            if registry.detect(folder) in registry.TAGS
+            or _STEP.match(folder.name)
+            or folder.name in named
+        ]
+    if all(folders == [own] or not folders for own, folders in tags.items()):
+        return []
+    return [folder for own, folders in tags.items() for folder in folders or [own]]
 
 
 def _wrong_iteration(named: int | None, saved: Any) -> str | None:

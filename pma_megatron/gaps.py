@@ -64,7 +64,10 @@ def passed_over(
         gap: see `PassedOver`.
     """
     kind: Kind
-    if ref.iteration is None:
+    if ref.iteration is None and not ref.complete:
+        kind = "damaged"
+        reason = f"it has no iteration number, and is incomplete ({why_incomplete(ref)})"
+    elif ref.iteration is None:
         by_name = f" (name it with {named('paths')} to use it)" if has("paths") else ""
         kind, reason = "no iteration", f"it has no iteration number{by_name}"
     elif excluded:
@@ -96,7 +99,7 @@ def left_out(
         end: the iteration that the user ended the average at, None for the newest.
         resumed: what training resumes from, if newer ones are there.
     """
-    oldest = iteration_of(chosen[0])
+    oldest, used = iteration_of(chosen[0]), {ref.iteration for ref in chosen}
     found = []
     for ref in sorted(refs, key=lambda ref: (ref.iteration is None, ref.iteration or 0, ref.path)):
         if ref.iteration is None:
@@ -107,8 +110,9 @@ def left_out(
         newer = resumed if resumed is not None and ref.iteration > resumed else None
         excluded = ref.iteration in exclude
         unusable = ref.state in ("damaged", "spoiled", "not judged")
-        gap = unusable and newer is None and not excluded and wanted(ref)
-        if gap or ref.iteration > oldest:
+        stands_in = ref.iteration in used  # another folder holds that iteration, whole
+        gap = unusable and newer is None and not excluded and not stands_in and wanted(ref)
+        if gap or ref.iteration >= oldest:
             found.append(passed_over(ref, "not needed", excluded=excluded, resumed=newer, gap=gap))
     return found
 

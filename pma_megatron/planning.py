@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from pma_megatron.errors import CheckpointError, SelectionError
 from pma_megatron.formats import registry
 from pma_megatron.formats.output import OutputLayout
 from pma_megatron.formats.source import Source
-from pma_megatron.identity.proof import Evidence, prove, refuse_strangers
+from pma_megatron.identity.proof import Evidence, prove, refuse_strangers, unconfirmed
 from pma_megatron.notices import announce, too_early_notes
 from pma_megatron.openfiles import unread
 from pma_megatron.policy import MAIN
@@ -28,6 +29,8 @@ from pma_megatron.selection import Selection
 from pma_megatron.tasks import Average, Copy, Keep, Unit, Workload, Zero, units
 from pma_megatron.trackers import Pointer
 from pma_megatron.version import __version__
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,6 +137,8 @@ def gather_sources(request: MergeRequest, comm: Comm, *, everywhere: bool = Fals
     outputs = comm.agree("coefficients", lambda: request.outputs(selection))
     visible = tuple(seen[ref.path] for ref in selection.refs)
     sources = open_sources(request, selection.refs, visible, comm)
+    said = [sentence for source in sources for sentence in source.notes]
+    selection = replace(selection, notes=(*selection.notes, *said))
     return Gathered(selection=selection, sources=sources, outputs=outputs, visible=visible)
 
 
@@ -240,11 +245,13 @@ def open_sources(request: MergeRequest, refs: Sequence[CheckpointRef],
     def read(number: int, ranges: Mapping[tuple[str, str], Any]) -> Source:
         ref = refs[number]
         peers = [r.path for n, r in enumerate(refs) if n != number and comm.rank in visible[n]]
-        source = registry.get(ref.format, ref.path).read_source(
-            ref.path, ranges, main_params, peers
-        )
+        known = registry.get(ref.format, ref.path)
+        source = known.read_source(ref.path, ranges, main_params, peers)
         proved[number] = prove(source, proved.get(last), main_params=main_params)
-        source = replace(source, unnamed={})
+        doubt = None
+        if not main_params and known.weights_alone:
+            doubt = unconfirmed(source, lambda: known.read_source(ref.path, {}, True, peers))
+        source = replace(source, unnamed={}, notes=() if doubt is None else (doubt,))
         return source if number == last else _trimmed(source, request, end=number in ends)
 
     mine = comm.rank == owners[last]
@@ -260,7 +267,13 @@ def open_sources(request: MergeRequest, refs: Sequence[CheckpointRef],
     for part in comm.gather(others):
         opened.update(part)
     evidence = {number: each for part in comm.collect(proved) for number, each in part.items()}
-    comm.agree("compare sources", lambda: refuse_strangers(refs, evidence) if evidence else None)
+    said = comm.on_main("compare sources", lambda: refuse_strangers(refs, evidence))
+    for number, sentence in said.items():
+        opened[number] = replace(opened[number], notes=(*opened[number].notes, sentence))
+    if comm.is_main:
+        for number in sorted(opened):
+            for sentence in opened[number].notes:
+                _log.warning(sentence)
     return tuple(opened[number] for number in range(len(refs)))
 
 

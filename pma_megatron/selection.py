@@ -193,10 +193,16 @@ def select(
     pool = _pool(refs, request.exclude)
     if request.iterations is not None:
         chosen = [_existing(pool, wanted, "iterations") for wanted in sorted(request.iterations)]
+        _refuse_twice(pool, chosen)
         return _selection(chosen, [], request, not_named(pool, chosen))
     limit = None if request.end_iteration is not None else limit_of(pool, resumed)
-    usable = _up_to_end(pool, request.end_iteration, limit)
-    chosen, wanted = _chosen(pool, usable, request)
+    usable = _up_to_end(pool, request, limit)
+    try:
+        chosen, wanted = _chosen(pool, usable, request)
+    except SelectionError:
+        _refuse_twice(pool, usable)  # too few, perhaps because one has another's place
+        raise
+    _refuse_twice(pool, chosen)
     left = left_out(refs, chosen, wanted, request.exclude, request.end_iteration, limit)
     if not request.allow_gaps:
         refuse_gaps(left, chosen)
@@ -212,9 +218,9 @@ def _pool(refs: Sequence[CheckpointRef], exclude: tuple[int, ...]) -> list[Check
                 f"{named('exclude')} names iteration {unwanted}, which does not exist; "
                 + nearest(numbered, unwanted)
             )
-    pool = [ref for ref in numbered if ref.iteration not in exclude]
-    _refuse_duplicates(pool)
-    return pool
+    # Of two with one iteration, the first is taken where only one of them can be.
+    numbered.sort(key=lambda ref: (iteration_of(ref), bool(ref.unusable_because), ref.path))
+    return [ref for ref in numbered if ref.iteration not in exclude]
 
 
 def _chosen(
@@ -228,14 +234,24 @@ def _chosen(
     return chosen, lambda ref: iteration_of(ref) > iteration_of(chosen[0])
 
 
-def _refuse_duplicates(ordered: Sequence[CheckpointRef]) -> None:
+def _refuse_twice(pool: Sequence[CheckpointRef], chosen: Sequence[CheckpointRef]) -> None:
+    """Whole checkpoints of one iteration, where the average takes that one; others stop nobody."""
+    used = {ref.iteration for ref in chosen}
+    whole = [ref for ref in pool if ref.complete and ref.iteration in used]
+    _refuse_duplicates(
+        whole,
+        f"name the checkpoints to merge with {named('paths')}"
+        if has("paths")
+        else "move one of them elsewhere",
+    )
+
+
+def _refuse_duplicates(ordered: Sequence[CheckpointRef], way: str) -> None:
     for one, other in pairwise(ordered):
         if one.iteration == other.iteration:
             first, second = sorted((one.path, other.path))
-            name_them = f", or name the checkpoints to merge with {named('paths')}"
             raise SelectionError(
-                f"iteration {one.iteration} exists twice, as {first} and as {second}: leave it out "
-                f"with {named('exclude')}{name_them if has('paths') else ''}"
+                f"iteration {one.iteration} exists twice, as {first} and as {second}: {way}"
             )
 
 
@@ -257,7 +273,7 @@ def _by_paths(
         chosen.append(ref)
     if all(ref.iteration is not None for ref in chosen):
         chosen.sort(key=iteration_of)
-        _refuse_duplicates(chosen)
+        _refuse_duplicates(chosen, f"leave one of the two out of {named('paths')}")
         return chosen, []
     by_tokens = sorted(chosen, key=lambda ref: ref.consumed_tokens or 0)
     if why_incomparable(by_tokens) is None:
@@ -275,20 +291,27 @@ def _existing(pool: Sequence[CheckpointRef], wanted: int, setting: str) -> Check
 
 
 def _up_to_end(
-    pool: Sequence[CheckpointRef], end_iteration: int | None, limit: int | None
+    pool: Sequence[CheckpointRef], request: SelectionRequest, limit: int | None
 ) -> list[CheckpointRef]:
-    """The complete and healthy checkpoints, the newest of which is the end of the average."""
-    complete = [
+    """The complete and healthy checkpoints, the newest of which is the end of the average; one of
+    each iteration."""
+    usable = [
         ref
         for ref in pool
         if ref.unusable_because is None and (limit is None or iteration_of(ref) <= limit)
     ]
-    if end_iteration is not None:
-        end = _existing(pool, end_iteration, "end_iteration")
-        return [ref for ref in complete if iteration_of(ref) < end_iteration] + [end]
+    complete = list({iteration_of(ref): ref for ref in reversed(usable)}.values())[::-1]
+    if request.end_iteration is not None:
+        end = _existing(pool, request.end_iteration, "end_iteration")
+        return [ref for ref in complete if iteration_of(ref) < request.end_iteration] + [end]
     if not complete:
-        found = unusable_list(pool) or "nothing was found"
-        raise SelectionError(f"there is no complete checkpoint to merge: {found}")
+        found = unusable_list(pool)
+        if request.exclude:
+            left = f"{given('exclude', request.exclude)} leaves the others out"
+            found = f"{found}; {left}" if found else left.replace("the others", "all there are")
+        raise SelectionError(
+            f"there is no complete checkpoint to merge: {found or 'nothing was found'}"
+        )
     return complete
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,12 +23,14 @@ class Pointer:
         folder: name of the checkpoint's folder; None where it names nothing that is there.
         problem: what is wrong with it, to complete "/run ..."; None where it names a folder.
         missing: whether there is no such file.
+        named: the name in it, whatever lies there; None where it is no checkpoint's name.
     """
 
     file: str
     folder: str | None
     problem: str | None = None
     missing: bool = False
+    named: str | None = None
 
 
 def read_pointers(root: Path) -> dict[str, Pointer]:
@@ -49,5 +52,8 @@ def _read(root: Path, tracker: Tracker) -> Pointer:
     if folder is None or folder in (".", "..") or "/" in folder or "\0" in folder:
         return Pointer(file, None, f"has a {file} that says {content[:80]!r}, no checkpoint's name")
     if not is_folder(root / folder):
-        return Pointer(file, None, f"has a {file} that names {folder!r}, which is not there")
-    return Pointer(file, folder)
+        problem = f"has a {file} that names {folder!r}, which is not there"
+        if os.path.lexists(root / folder):
+            problem = f"has a {file} that names {folder!r}, which is no folder"
+        return Pointer(file, None, problem, named=folder)
+    return Pointer(file, folder, named=folder)

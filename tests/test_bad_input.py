@@ -168,13 +168,19 @@ def test_mixed_formats(run: Path, save: Path) -> None:
     legacy = folder_of(run, 10) / "mp_rank_00"
     legacy.mkdir(parents=True)
     torch.save({"iteration": 10}, legacy / "model_optim_rng.pt")
-    words = ("mixes checkpoint formats", "torch (legacy): [10]", "iterations=", "exclude=")
+    latest = run / "latest_checkpointed_iteration.txt"
+    latest.write_text("10")
+    words = ("iter_0000010: it is incomplete", "'torch (legacy)'", "exclude=")
     with refused(SelectionError, *words, run=run, save=save):
         merge(request_for(run, save))
+    latest.write_text("8")
     words = ("iteration 10, which is incomplete", "'torch (legacy)'", "--ckpt-convert-format")
     with refused(SelectionError, *words, run=run, save=save):
         merge(request_for(run, save, selection=SelectionRequest(iterations=(8, 10))))
     merge(request_for(run, save, selection=SelectionRequest(last=2, exclude=(10,))))
+    # Of another format, and outside the window: it stops nobody.
+    shutil.copytree(folder_of(run, 10), folder_of(run, 1))
+    merge(request_for(run, save / "two"))
 
 
 # Which of them.
@@ -183,7 +189,7 @@ def test_mixed_formats(run: Path, save: Path) -> None:
 def test_duplicate_iterations(run: Path, save: Path, tmp_path: Path) -> None:
     other = folder_of(Path(shutil.copytree(run, tmp_path / "other")), 8)
     paths = (str(folder_of(run, 8)), str(other))
-    words = ("iteration 8 exists twice", *paths, "paths=")
+    words = ("iteration 8 exists twice", *paths, "leave one of the two out of paths=")
     with refused(SelectionError, *words, run=run, save=save):
         merge(request_for(run, save, selection=SelectionRequest(paths=paths)))
 

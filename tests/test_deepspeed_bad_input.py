@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -68,6 +69,75 @@ def test_a_tag_that_cannot_be_used_in_the_window_is_refused_or_said(
     assert iterations(run, save, allow_gaps=True) == [2, 6]
     assert str(tag(run, 4)) in caplog.text
     assert iterations(run, save, exclude=(4,)) == [2, 6]
+
+
+def replaced(run: Path, number: int, how: str) -> str:
+    """Put something else in a tag's place; returns what is said of it."""
+    place = tag(run, number)
+    if how == "another step":
+        shutil.copy(tag(run, 2) / "mp_rank_00_model_states.pt", place)
+        return "says iteration"
+    shutil.rmtree(place)
+    if how == "empty":
+        place.mkdir()
+    elif how == "a file":
+        place.write_text("x")
+    elif how == "a dangling link":
+        place.symlink_to(run / "nowhere")
+    return {"empty": "is empty", "a file": "is a file"}.get(how, "nowhere, which is not there")
+
+
+@pytest.mark.parametrize("how", ["another step", "empty", "a file", "a dangling link"])
+def test_what_has_a_tags_name_is_listed_and_a_gap(run: Path, save: Path, how: str) -> None:
+    why = replaced(run, 4, how)
+    listed = {ref.iteration: ref for ref in list_checkpoints(run)}
+    assert {number: ref.state for number, ref in listed.items()} == {
+        2: "complete", 4: "damaged", 6: "complete"}  # fmt: skip
+    assert why in str(listed[4].incomplete_because)
+    with refused(SelectionError, str(tag(run, 4)), why, "exclude=(4,)", run=run, save=save):
+        merge_run(run, save, selection=SelectionRequest(last=2))
+    assert iterations(run, save, exclude=(4,)) == [2, 6]
+    assert iterations(run, save, last=1) == [6]
+
+
+@pytest.mark.parametrize("mode", [0o000, 0o444])
+def test_what_may_not_be_looked_at_is_listed_too(
+    run: Path, mode: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed, whole = tag(run, 4), {"stat": Path.stat, "iterdir": Path.iterdir, "lstat": Path.lstat}
+
+    def refusing(verb: str) -> Any:
+        def look(path: Path, **options: Any) -> Any:
+            at = path == closed and verb == "iterdir" and not mode
+            if at or (path.parent == closed and verb != "iterdir"):
+                raise PermissionError(13, "Permission denied", str(path))
+            return whole[verb](path, **options)
+
+        return look
+
+    for verb in whole:  # the user who runs the tests may look everywhere
+        monkeypatch.setattr(Path, verb, refusing(verb))
+    (ref,) = [ref for ref in list_checkpoints(run) if not ref.complete]
+    assert (ref.iteration, ref.state) == (4, "damaged")
+    assert "Permission denied" in str(ref.incomplete_because)
+
+
+def test_the_newest_named_by_latest_is_refused_whatever_its_name(run: Path, save: Path) -> None:
+    for name, number in (("best", None), ("global_step8", 8)):
+        (run / "latest").write_text(name)
+        (run / name).write_text("a file")
+        with refused(SelectionError, str(run / name), "is a file", run=run, save=save):
+            merge_run(run, save, selection=SelectionRequest(last=2))
+        assert iterations(run, save, allow_gaps=True) == [4, 6]
+        assert number in [ref.iteration for ref in list_checkpoints(run) if not ref.complete]
+        (run / name).unlink()
+
+
+def test_another_format_outside_the_window_stops_nobody(run: Path, save: Path) -> None:
+    foreign = run / "iter_0000001"
+    foreign.mkdir()
+    (foreign / "metadata.json").write_text('{"sharded_backend": "zarr"}')
+    assert iterations(run, save) == [4, 6]
 
 
 def test_a_tag_that_latest_does_not_name_yet_is_being_written(

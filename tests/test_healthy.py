@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from pma_megatron import SelectionRequest, audit
-from pma_megatron.errors import SelectionError, UsageError
+from pma_megatron.errors import CheckpointError, SelectionError, UsageError
 from pma_megatron.formats.base import Schedule
 from pma_megatron.healthy import HealthyRequest, Span, choose_healthy
 from pma_megatron.recovery import RecoveryRequest
@@ -112,8 +113,6 @@ def test_the_log_tells_spoiled_checkpoints(tmp_path: Path) -> None:
     assert audit.read(tmp_path).doubt(500, {}) is None
     audit.append(tmp_path, audit.DETECTED, number=1, onset=450, reason="up")
     audit.append(tmp_path, audit.BEGUN, number=1, newest_healthy=400)
-    path = tmp_path / audit.FILE
-    path.write_bytes(path.read_bytes() + b'{"event": "detec')  # a crash while it was written
     audit.append(tmp_path, audit.DETECTED, number=2, onset=800)
     history = audit.read(tmp_path)
     assert [spike.onset for spike in history.spikes] == [450, 800]
@@ -164,11 +163,73 @@ def test_what_was_saved_before_a_judgement_is_not_judged(tmp_path: Path) -> None
     assert untrusted("no JSON") == untrusted()
 
 
-def test_damage_in_the_log_stops_nobody(tmp_path: Path) -> None:
-    lines = ['{"event": "detected", "number": "one", "onset": null}', "[1]", '{"event": 7}', "\x00",
-             '{"event": "done"}', '{"event": "detected", "number": 1, "onset": 450}']  # fmt: skip
-    (tmp_path / audit.FILE).write_text("\n".join(lines))
-    assert [spike.onset for spike in audit.read(tmp_path).spikes] == [450]
+GOOD = b'{"event": "detected", "number": 1, "onset": 450}'
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (GOOD[:-1], "no JSON"),
+        (GOOD.replace(b"450", b'"x"'), "onset is 'x', expected a number from 0"),
+        (GOOD.replace(b"450", b"NaN"), "NaN is no number"),
+        (GOOD.replace(b"450", b"true"), "onset is True"),
+        (GOOD.replace(b"450", b"-1"), "onset is -1"),
+        (GOOD.replace(b', "onset": 450', b""), "onset is missing"),
+        (GOOD.replace(b"}", b', "onset": 900}'), "twice"),
+        (GOOD.replace(b"detected", b"detectee"), "event 'detectee', expected one of detected"),
+        (b"[" + GOOD + b"]", "a list, expected an object"),
+        (b"\xef\xbb\xbf" + GOOD, "no JSON"),
+        (GOOD.decode().encode("utf-16"), "not UTF-8"),
+        (GOOD.decode().encode("utf-16-le"), "no JSON"),
+        (b"\xff" + GOOD, "not UTF-8"),
+        (b"\0" * 60, "no JSON"),
+        (bytes(range(128, 255)), "not UTF-8"),
+        (b"[" * 100_000, ""),
+        (b'{"event": "done", "number": 1, "iteration": 500}', "no line above it"),
+    ],
+)
+def test_no_line_of_the_log_is_passed_over(tmp_path: Path, line: bytes, says: str) -> None:
+    """Each may tell of a spike: a line that is not understood must not make a run healthy."""
+    other = GOOD.replace(b'"number": 1', b'"number": 7')
+    for number, data in enumerate((line + b"\n", other + b"\n" + line + b"\n" + other + b"\n"), 1):
+        (tmp_path / audit.FILE).write_bytes(data)
+        with pytest.raises(CheckpointError, match=rf"jsonl, line {number}, is not .*{says}"):
+            audit.read(tmp_path)
+
+
+def test_a_line_that_was_cut_off_is_refused_and_says_that_training_may_be_writing(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / audit.FILE
+    for cut in range(1, len(GOOD)):
+        path.write_bytes(GOOD + b"\n" + GOOD[:cut])
+        with pytest.raises(CheckpointError, match=r"line 2.*writing it this minute, try again"):
+            audit.read(tmp_path)
+    # What comes after it does not make it whole, nor vanish in it.
+    audit.append(tmp_path, audit.DETECTED, number=2, onset=800)
+    assert path.read_bytes().splitlines()[2].endswith(b'"onset": 800}')
+    with pytest.raises(CheckpointError, match="line 2,"):
+        audit.read(tmp_path)
+    for whole in (GOOD, GOOD + b"\n", b"\n" + GOOD + b"\r\n\n"):
+        path.write_bytes(whole)
+        assert [spike.onset for spike in audit.read(tmp_path).spikes] == [450]
+    path.write_bytes(b"\n")
+    with pytest.raises(CheckpointError, match="is empty"):
+        audit.read(tmp_path)
+
+
+def test_a_line_that_does_not_fit_on_the_disk_is_taken_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = os.write
+    for before in (None, GOOD + b"\n"):
+        if before is not None:
+            (tmp_path / audit.FILE).write_bytes(before)
+        monkeypatch.setattr(os, "write", lambda fd, data: whole(fd, data[:9]))
+        with pytest.raises(OSError, match="No space left"):
+            audit.append(tmp_path, audit.DETECTED, number=1, onset=3)
+        monkeypatch.undo()
+        assert len(audit.read(tmp_path).spikes) == (before is not None)
 
 
 ARGS = {"iterations_to_skip": [7], "lr": 3e-4, "min_lr": 3e-5, "decoupled_lr": None}

@@ -20,6 +20,7 @@ from pma_megatron.formats.torch_dist.checkpoint import TorchDistCheckpoint
 from pma_megatron.formats.torch_dist.source import read_source
 from pma_megatron.gram import measure
 from pma_megatron.planning import gather_sources
+from pma_megatron.report import read_provenance
 from pma_megatron.testing import run_ranks
 
 WINDOW = (2, 4, 6)
@@ -211,7 +212,46 @@ def test_good_runs_merge(runs: Path, name: str, tmp_path: Path) -> None:
     merge(request_for(runs / name, tmp_path / "merged", selection=wanted))
     verify(folder_of(tmp_path / "merged", WINDOW[-1]))
     weights = Policy(average="weights")
-    merge(request_for(runs / name, tmp_path / "weights", selection=wanted, policy=weights))
+    report = merge(request_for(runs / name, tmp_path / "weights", selection=wanted, policy=weights))
+    assert not says(report, "confirm") and not says(report, "different runs")
+
+
+def says(report: Any, words: str) -> list[str]:
+    """Notes of a merge, which its `pma.json` has too."""
+    kept = read_provenance(Path(report.outputs[0]))["plan"]["notes"]
+    assert kept == report.plan["notes"]
+    return [note for note in kept if words in note]
+
+
+@pytest.mark.parametrize("layout", ["dp_reshardable", "fully_reshardable"])
+def test_weights_of_two_saves_are_averaged_as_they_are_only_with_a_warning(
+    runs: Path, layout: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, weights = Path(shutil.copytree(runs / layout, tmp_path / "run")), Policy(average="weights")
+    put(folder_of(run, 2) / "__0_0.distcp", folder_of(run, 4) / "__0_0.distcp")
+    message = assert_refused(run, tmp_path / "merged", folder_of(run, 4))
+    assert "average" not in message and "--average" not in message
+    wanted = SelectionRequest(iterations=(4, 6))
+    report = merge(request_for(run, tmp_path / "weights", selection=wanted, policy=weights))
+    (note,) = says(report, "do not confirm")
+    assert str(folder_of(run, 4)) in note and note in [r.message for r in caplog.records]
+
+
+@pytest.mark.parametrize("average", ["main-params", "weights"])
+def test_a_whole_checkpoint_of_another_run_is_said(
+    runs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, average: str
+) -> None:
+    run, name = tmp_path / "run", "dp_reshardable"
+    shutil.copytree(runs / name, run)
+    shutil.rmtree(folder_of(run, 4))
+    shutil.copytree(folder_of(runs / OTHER / name, 4), folder_of(run, 4))
+    wanted = SelectionRequest(last=len(WINDOW))
+    report = merge(
+        request_for(run, tmp_path / "out", selection=wanted, policy=Policy(average=average))
+    )
+    found = says(report, "two different runs")
+    assert len(found) == 2 and all(str(folder_of(run, 4)) in note for note in found)
+    assert set(found) <= {record.message for record in caplog.records}
 
 
 def test_merged_checkpoints_are_good_sources(runs: Path, tmp_path: Path) -> None:
@@ -264,5 +304,5 @@ def test_weights_of_an_older_source_that_were_edited(runs: Path, tmp_path: Path)
     without_checksums(folder_of(run, 4))  # as if saved so: bytes that contradict them are damage
     message = assert_refused(run, tmp_path / "merged", folder_of(run, 4))
     assert "output_layer.weight" in message
-    weights = Policy(average="weights")  # the way out that the message names
+    weights = Policy(average="weights")
     merge(request_for(run, tmp_path / "merged", policy=weights))

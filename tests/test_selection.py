@@ -74,14 +74,31 @@ def test_a_named_iteration_must_exist_and_be_complete(flag: str) -> None:
     assert f"iteration 4000, which is incomplete ({WRITING})" in refusal(refs, **named(4000))
 
 
-def test_duplicate_iterations_are_refused_with_both_paths_unless_excluded() -> None:
+def test_duplicate_iterations_are_refused_with_both_paths_where_they_are_needed() -> None:
     refs = [*every(1000, 5000), ref(4000, path="/run/non_persistent/iter_0004000")]
-    for request in ({"last": 2}, {"iterations": (1000, 4000)}, {"interval_tokens": B}):
+    for request in ({"last": 2}, {"iterations": (1000, 4000)}, {"interval_tokens": B, "last": 3}):
         said = refusal(refs, **request)
+        assert said.endswith("name the checkpoints to merge with paths=")
         assert said == refusal(refs[::-1], **request)
         assert "iteration 4000 exists twice" in said
         assert "/run/iter_0004000" in said and "/run/non_persistent/iter_0004000" in said
     assert chosen(refs, last=2, exclude=(4000,)) == [3000, 5000]
+    assert chosen(refs, last=1) == [5000]
+    assert chosen(refs, interval_tokens=2 * B, last=3) == [1000, 3000, 5000]
+
+
+def test_a_damaged_twin_of_a_whole_checkpoint_is_named_and_stops_nobody() -> None:
+    refs = [*every(1000, 5000), ref(4000, path="/run/iter_4000", incomplete="its name")]
+    for order in (refs, refs[::-1]):
+        found = select(order, SelectionRequest(last=2))
+        assert [r.path for r in found.refs] == ["/run/iter_0004000", "/run/iter_0005000"]
+        assert [each.path for each in found.passed_over] == ["/run/iter_4000"]
+
+
+def test_where_all_were_left_out_it_is_said() -> None:
+    said = refusal(every(1000, 2000), exclude=(1000, 2000))
+    assert said.endswith("to merge: exclude=(1000, 2000) leaves all there are out")
+    assert refusal([]).endswith("to merge: nothing was found")
 
 
 def test_named_ones_are_ordered_by_iteration_then_tokens_then_as_given() -> None:

@@ -226,17 +226,43 @@ def test_one_bad_checkpoint_never_stops_the_list(
         (folder_of(run, iteration) / name).mkdir()
     folder_of(run, 12).symlink_to(run / "nowhere")
     folder_of(run, 14).write_text("a file")
-    assert states(run) == {2: "damaged", 4: "damaged", 6: "damaged", 8: "complete"}
+    folder_of(run, 16).mkdir()
+    (run / "iter_18").mkdir()
+    damaged = dict.fromkeys((2, 4, 6, 12, 14, 16, 18), "damaged")
+    assert states(run) == {**damaged, 8: "complete"}
     capsys.readouterr()
     assert main(["list", str(run), "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert [row["state"] for row in rows] == ["damaged"] * 3 + ["complete"]
+    assert [row["state"] for row in rows] == ["damaged"] * 3 + ["complete"] + ["damaged"] * 4
+    whys = ["is not there", "it is a file", "no metadata.json", "would call it iter_0000018"]
+    for row, why in zip(rows[4:], whys, strict=True):
+        assert why in row["incomplete_because"]
 
 
 def test_an_unreadable_log_of_recoveries_is_an_error_not_a_healthy_run(run: Path) -> None:
     (run / "pma_recovery.jsonl").mkdir()
     with pytest.raises(CheckpointError, match=r"pma_recovery\.jsonl"):
         list_checkpoints(run)
+
+
+def test_a_damaged_log_of_recoveries_is_listed_and_no_merge_takes_from_the_run(
+    run: Path, save: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    event = json.dumps({"event": "detected", "number": 1, "onset": 7})
+    (run / "pma_recovery.jsonl").write_text(event[:-1])
+    paths = (str(folder_of(run, 4)), str(folder_of(run, 6)))
+    for selection in (
+        SelectionRequest(last=2, allow_gaps=True),
+        SelectionRequest(iterations=(4, 6)),
+        SelectionRequest(paths=paths),
+    ):
+        with refused(CheckpointError, "pma_recovery.jsonl, line 1", run=run, save=save):
+            merge(request_for(run, save, selection=selection))
+    capsys.readouterr()
+    assert main(["list", str(run), "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert [row["state"] for row in json.loads(out)] == ["not judged"] * 4
+    assert "pma_recovery.jsonl, line 1" in err
 
 
 def test_averages_that_reach_back_too_far_are_warned_of(

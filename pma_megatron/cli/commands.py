@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from argparse import Namespace
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -22,6 +23,8 @@ from pma_megatron.published import verify as verify_published
 from pma_megatron.report import describe_plan
 from pma_megatron.request import MergeRequest, Method
 from pma_megatron.stopping import having_published
+
+_log = logging.getLogger(__name__)
 
 
 def merge(arguments: Namespace) -> None:
@@ -44,7 +47,7 @@ def plan(arguments: Namespace) -> None:
 
 def list_(arguments: Namespace) -> None:
     """`pma list`."""
-    refs = list_checkpoints(arguments.root)
+    refs = list_checkpoints(arguments.root, problem=_log.warning)
     if not refs:
         raise SelectionError(what_is(Path(arguments.root)))
     rows = [{**asdict(ref), "state": ref.state} for ref in refs]

@@ -36,7 +36,7 @@ from pma_megatron.formats.torch_dist.recomputed import recompute
 from pma_megatron.formats.torch_dist.schedule import read_schedule
 from pma_megatron.formats.torch_dist.source import read_source
 from pma_megatron.openfiles import unread
-from pma_megatron.spelling import given, has, typed
+from pma_megatron.spelling import left_out, typed
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 TORCH_DIST = "torch_dist"
@@ -131,11 +131,12 @@ class Format:
     written_after: Callable[[Path], str | None] = lambda path: None
 
     def instead_of_flat(self) -> str:
-        """What to do about main params that cannot be named."""
-        ways = [f"average the weights ({given('average', 'weights')})"] if (
-            self.weights_alone and has("average")
-        ) else []  # fmt: skip
-        return f"What works: {', or '.join([*ways, self.named_layouts])}"
+        """What to do about main params that are not their weights: no average of those, for files
+        of two saves may be the cause."""
+        return (
+            f"What works: {left_out('this checkpoint')}, restore its files from one save, or "
+            f"{self.named_layouts}"
+        )
 
 
 def _common(path: Path) -> dict[str, Any]:

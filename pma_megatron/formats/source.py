@@ -31,6 +31,7 @@ class Source:
         experts: (experts used per token, experts) of an MoE model, if its arguments say so.
         stamps: file -> (bytes, mtime in ns): a source that changes while it is read is noticed.
         snapshot: True for a thin snapshot, whose weights are main params (`formats.marker`).
+        notes: sentences for the user: what speaks against it, and does not stop the merge.
         frozen: parameters outside of `space` that were not trained when it was saved.
         quantized: True if weights are kept in 8 or 4 bits: they are not rounded main params then.
         unnamed: optimizer buffers by stored key, where main params were not wanted; they tell
@@ -51,6 +52,7 @@ class Source:
     quantized: bool = False
     unnamed: Mapping[str, Tensor] = field(default_factory=dict)
     frozen: Mapping[str, Tensor] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def is_frozen(self, key: str) -> bool:
         """Whether its optimizer trains, and not this parameter: then its weight is its value."""

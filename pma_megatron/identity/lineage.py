@@ -40,6 +40,7 @@ _LEAST_DECAY = 1e-3  # moments that may shrink further than this say nothing
 _SHRUNK = 0.05
 _EXPECTED = 8  # elements that would have shrunk in the other files too, if all were alike
 _ALIKE, _UNLIKE, _ENOUGH = 0.9, 0.15, 24
+_MANY = 128  # elements of which chance makes no correlation of `_UNLIKE` from one of 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +109,35 @@ def refuse_other_runs(refs: Sequence[CheckpointRef], values: Sequence[Values]) -
                 )
 
 
+def other_runs(refs: Sequence[CheckpointRef], values: Sequence[Values]) -> dict[int, str]:
+    """Sources whose weights, in every file, have nothing to do with those of the one before.
+
+    Another run looks so, as a whole; a run whose weights were all turned over may, so it is said
+    and not refused.
+
+    Args:
+        refs: oldest first.
+        values: of each, at the places of the newest.
+
+    Returns:
+        number of the newer source -> a sentence.
+    """
+    found = {}
+    for number, (older, newer) in enumerate(pairwise(refs), 1):
+        known = _correlations(values[number - 1], values[number])
+        total = sum(count for _, _, count in known.values())
+        if total < _MANY or max(abs(value) for value, _, _ in known.values()) >= _UNLIKE:
+            continue
+        mean = sum(value * count for value, _, count in known.values()) / total
+        found[number] = (
+            f"{older.path} and {newer.path} look like checkpoints of two different runs: their "
+            f"weights are uncorrelated ({mean:.2f}) in all files, and those of neighbours in one "
+            f"run are nearly the same. If they are, {left_out('those of the other run')}: the "
+            "average of two runs is of no use"
+        )
+    return found
+
+
 def _wide(each: Stored) -> bool:
     return each.state == SECOND_MOMENT or len(each.piece.box.sizes) > 1
 
@@ -167,21 +197,11 @@ def schedule_of(ref: CheckpointRef) -> Schedule:
 
 def _unlike(before: Values, after: Values) -> tuple[str, str] | None:
     """The file whose weights have nothing to do with those before, while all others' have."""
-    sums: dict[str, torch.Tensor] = {}
-    for place in after:
-        if place in before and place.state != SECOND_MOMENT:
-            (_, old), (file, new) = before[place], after[place]
-            a, b = (x.double() - x.double().mean() for x in (old, new))
-            found = torch.stack([a @ b, a @ a, b @ b, torch.tensor(float(a.numel())).double()])
-            sums[file] = sums.get(file, torch.zeros(4).double()) + found
     alike, unlike = [], []
-    for file, (product, old, new, count) in ((f, s.tolist()) for f, s in sums.items()):
-        if count < _ENOUGH or not (old > 0 and new > 0):
-            continue
-        correlation = product / math.sqrt(old * new)
+    for file, (correlation, ratio, _) in _correlations(before, after).items():
         if correlation > _ALIKE:
             alike.append(file)
-        elif correlation < _UNLIKE and 0.25 < new / old < 4:
+        elif correlation < _UNLIKE and 0.25 < ratio < 4:
             unlike.append((file, correlation))
         else:
             return None
@@ -191,3 +211,19 @@ def _unlike(before: Values, after: Values) -> tuple[str, str] | None:
         f"its weights are uncorrelated ({unlike[0][1]:.2f}), those of the others are not (more "
         f"than {_ALIKE})"
     )
+
+
+def _correlations(before: Values, after: Values) -> dict[str, tuple[float, float, float]]:
+    """File -> (correlation of its weights with those before, ratio of their squares, elements)."""
+    sums: dict[str, torch.Tensor] = {}
+    for place in after:
+        if place in before and place.state != SECOND_MOMENT:
+            (_, old), (file, new) = before[place], after[place]
+            a, b = (x.double() - x.double().mean() for x in (old, new))
+            found = torch.stack([a @ b, a @ a, b @ b, torch.tensor(float(a.numel())).double()])
+            sums[file] = sums.get(file, torch.zeros(4).double()) + found
+    return {
+        file: (product / math.sqrt(old * new), new / old, count)
+        for file, (product, old, new, count) in ((f, s.tolist()) for f, s in sums.items())
+        if count >= _ENOUGH and old > 0 and new > 0
+    }

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from pma_megatron.errors import CheckpointError, PlanError
 from pma_megatron.formats.source import Source
 from pma_megatron.identity.copies import Contents, contents_of, refuse_copies
 from pma_megatron.identity.lineage import (
     Place,
     Values,
+    other_runs,
     places_of,
     refuse_other_runs,
     schedule_of,
@@ -55,8 +57,32 @@ def prove(source: Source, newest: Evidence | None, *, main_params: bool) -> Evid
     return Evidence(_model(source), contents_of(source), places, values_at(source, places))
 
 
-def refuse_strangers(refs: Sequence[CheckpointRef], evidence: Mapping[int, Evidence]) -> None:
+def unconfirmed(source: Source, with_main_params: Callable[[], Source]) -> str | None:
+    """What its main params say against weights that are averaged as they are; None for nothing.
+
+    Args:
+        source: opened for its weights alone.
+        with_main_params: opens it again.
+    """
+    if source.snapshot or source.quantized or not source.optimizer_keys:
+        return None
+    try:
+        refuse_foreign_weights(with_main_params())
+    except (CheckpointError, PlanError) as error:
+        return (
+            f"the weights of {source.path} are averaged as they are, and its own main params do "
+            f"not confirm them: if files of two saves lie there, the average is of neither. {error}"
+        )
+    return None
+
+
+def refuse_strangers(
+    refs: Sequence[CheckpointRef], evidence: Mapping[int, Evidence]
+) -> dict[int, str]:
     """Compare the sources with each other.
+
+    Returns:
+        number of a source -> that it looks like one of another run than the source before it.
 
     Args:
         refs: oldest first.
@@ -71,7 +97,9 @@ def refuse_strangers(refs: Sequence[CheckpointRef], evidence: Mapping[int, Evide
         [e.contents for e in each], lambda number: schedule_of(refs[number]).learning_rate
     )
     # Files of another model differ for another reason, which the plan names.
-    refuse_other_runs(refs, [e.values if e.model == each[-1].model else {} for e in each])
+    values = [e.values if e.model == each[-1].model else {} for e in each]
+    refuse_other_runs(refs, values)
+    return other_runs(refs, values)
 
 
 def _model(source: Source) -> str:

@@ -17,7 +17,6 @@ import torch
 
 from pma_megatron.blocks import BlockReader
 from pma_megatron.errors import CheckpointError
-from pma_megatron.formats import registry
 from pma_megatron.formats.base import MAIN_PARAM, Payload, Tensor
 from pma_megatron.formats.flat import rounds_to
 from pma_megatron.formats.source import Source
@@ -84,10 +83,8 @@ def _agree(main: torch.Tensor, weight: torch.Tensor) -> bool:
 def _mixed(source: Source, key: str, box: Box, mains: PieceIndex[Payload],
            weights: PieceIndex[Payload]) -> CheckpointError:  # fmt: skip
     main, weight = (file_of(source, i.touching(box)[0].payload) for i in (mains, weights))
-    as_they_are = source.format == registry.TORCH_DIST
     return CheckpointError(
         f"{source.path}: main params of {key} in {main}, rounded, differ from the stored weights "
         f"in {weight} at {box.offsets}: one of the two is of another save or another run, or the "
         f"weights were edited. Restore its files, or {left_out('this checkpoint')}"
-        + (", or average the weights as they are with --average weights" if as_they_are else "")
     )

@@ -34,13 +34,22 @@ from pma_megatron.formats.torch_dist.registration import ALIGNMENT_ELEMENTS, Rul
 from pma_megatron.formats.torch_dist.ties import Gap, Placed, Segment, starts_after
 from pma_megatron.spelling import given, has, hint
 
+QUANTIZED = ("fp8_param_gather", "fp4_param_gather", "fp8_param", "fp4_param")
+"""Arguments of Megatron that keep weights in few bits (arguments.py, optimizer_config.py)."""
 
-def _offer() -> str:
-    weights = f" ({given('average', 'weights')})" if has("average") else ""
-    return (
-        f"What works: leave this checkpoint out{hint('exclude')}, average the 16-bit weights "
-        f"instead{weights}, or re-save the sources with --dist-ckpt-optim-fully-reshardable."
-    )
+
+def _offer(*, mixed: bool = False) -> str:
+    """What to do; `mixed` where files of two saves may be the cause, so that no average of what
+    lies there is one of a checkpoint."""
+    ways = [
+        f"leave this checkpoint out{hint('exclude')}",
+        "restore its files from one save"
+        if mixed
+        else "average the 16-bit weights instead"
+        + (f" ({given('average', 'weights')})" if has("average") else ""),
+        "re-save the sources with --dist-ckpt-optim-fully-reshardable",
+    ]
+    return f"What works: {', or '.join(ways)}."
 
 
 def derive(
@@ -78,7 +87,7 @@ def derive(
         by_order = [placed for gap in assignment.by_order for placed in filled[id(gap)]]
         refuse_nearer(checkpoint, by_order, peers, walker.chunks, walker.may_lie)
     except PlanError as error:
-        raise PlanError(f"{checkpoint.path}: {error}. {_offer()}") from error
+        raise PlanError(f"{checkpoint.path}: {error}. {_offer(mixed=True)}") from error
     return _ranges(spaces, [p for b in buffers for p in b.sequence(filled)], walker.chunks)
 
 
@@ -97,7 +106,7 @@ def check_complete(
         if missing:
             raise CheckpointError(
                 f"{checkpoint.path}: main parameters of {key} were found for all chunks but "
-                f"{missing[0]} (+{len(missing) - 1} more). {_offer()}"
+                f"{missing[0]} (+{len(missing) - 1} more). {_offer(mixed=True)}"
             )
 
 
@@ -267,9 +276,10 @@ class _Walker:
         if missing:
             last = max(missing, key=lambda pair: pair[0])[1]
             perhaps = f" They may be those of {last.key} at {last.piece.box.offsets}."
+        few_bits = any(self._checkpoint.args().get(name) for name in QUANTIZED)
         return PlanError(
             f"{self._checkpoint.path}: cannot tell which parameter lies at elements {at} to "
             f"{after} of {space.group}.{space.name}: no stored weight equals the rounded main "
-            f"parameters there (NaN, FP8 weights, or weights edited after the save?).{perhaps} "
-            f"{_offer()}"
+            "parameters there (NaN, FP8 weights, weights edited after the save, or files of two "
+            f"saves in one folder?).{perhaps} {_offer(mixed=not few_bits)}"
         )

@@ -34,9 +34,6 @@ _TOPOLOGY = (
     ("DP", "data_parallel_size"),
 )
 
-_QUANTIZED = ("fp8_param_gather", "fp4_param_gather", "fp8_param", "fp4_param")
-"""Arguments of Megatron that keep weights in few bits (arguments.py, optimizer_config.py)."""
-
 
 def read_source(path: str, ranges: FlatMap, main_params: bool, peers: Sequence[str] = ()) -> Source:
     """Open the checkpoint at `path` and express it in model space.
@@ -85,7 +82,7 @@ def read_source(path: str, ranges: FlatMap, main_params: bool, peers: Sequence[s
         experts=(used, count) if is_count(used) and is_count(count) and count else None,
         stamps=stamps_of(checkpoint.path),
         snapshot=read_snapshot_marker(folder) is not None,
-        quantized=any(args.get(name) for name in _QUANTIZED),
+        quantized=any(args.get(name) for name in buckets.QUANTIZED),
         unnamed={} if main_params else buffers_of(checkpoint),
     )
 
