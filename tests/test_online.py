@@ -388,5 +388,5 @@ def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
         assert "4 custom coefficients were given for a window of 3" in count
         assert "alpha=" in alpha
         assert "window_dir=" in memory and "2 ranks" in memory
-        assert f"in window_dir={tmp_path}" in disk and "are free" in disk
+        assert f"in window_dir='{tmp_path}'" in disk and "are free" in disk
         assert "2 of 3 members" in early

@@ -260,7 +260,6 @@ OF_OTHERS = {
         "--output_folder",
     },
     "formats.torch_dist.buckets": {"--dist-ckpt-optim-fully-reshardable"},  # of Megatron
-    "identity.rounded": {"--average"},  # not converted yet
     "live": {"--make-vocab-size-divisible-by"},  # of Megatron
     "megatron.load": {"--ckpt-step"},  # of Megatron
     "megatron.params": {"--optimizer-cpu-offload"},  # of Megatron

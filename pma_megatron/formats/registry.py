@@ -84,7 +84,7 @@ class Tracker:
 
     def resumed(self, root: Path | str) -> str:
         """`resume` with a root in it, as a shell or Python takes it."""
-        if self.resume.startswith("--"):
+        if self.resume.startswith("-"):
             return self.resume.format(root=typed(root))
         return self.resume.format(root=json.dumps(str(root), ensure_ascii=False)[1:-1])
 
