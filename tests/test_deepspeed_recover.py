@@ -191,7 +191,7 @@ def test_command_line(
     # Megatron-DeepSpeed keeps its args: it is told by flags.
     command = ["--", "deepspeed", "pretrain_gpt.py", "--load", "/old", "--load-tag", "global_step9",
                "--save", "/old"]  # fmt: skip
-    megatron = [*flags, "--load", str(folder / "megatron"), "--skip", "45:50", "lr_factor=", "0.5"]
+    megatron = [*flags, "--load", str(folder / "megatron"), "--skip", "45:50", "--lr-factor", "0.5"]
     assert main([*megatron, "--json", *command]) == 0
     made = json.loads(capsys.readouterr().out)
     assert made["resume"] == (f"deepspeed pretrain_gpt.py --load {save} --save {save} --lr 0.005")
@@ -212,7 +212,7 @@ def test_refused(lost: tuple[Path, dict[int, Any]], tmp_path: Path) -> None:
     bad(UsageError, "after --", 'engine.load_checkpoint("', command=("torchrun", "train.py"))
     other = tmp_path / "Train_Samples_train_loss.csv"
     other.write_text("step,train_loss\n" + "".join(f"{i * 6},2.0\n" for i in range(1, 100)))
-    bad(MetricsError, "no multiple of the 8 samples", "--onset", metrics=str(other))
+    bad(MetricsError, "no multiple of the 8 samples", "onset=", metrics=str(other))
     with refused(SelectionError, "Universal", "that training saves to", run=folder, save=save):
         recover(RecoveryRequest(load=str(folder / "universal"), save=str(save), onset=60))
     with pytest.raises(MetricsError, match="counts samples, as DeepSpeed"):
