@@ -272,7 +272,7 @@ def refusals(rank: int, world_size: int, root: str, other: str) -> list[str]:
 def test_refused_on_every_rank_before_anything_is_touched(runs: tuple[Path, Any]) -> None:
     folder = runs[0]
     words = (
-        ("load_optimizer_states=False", "optimizer_state=reset"),
+        ("load_optimizer_states=False", "optimizer_state='reset'"),
         ("load_module_only=True", "continues"),
         ("asked for", "global_step4", "global_step6"),
         ("no tag global_step5",),

@@ -208,7 +208,8 @@ class Loop:
             if not all((root / "iter_0000008").is_dir() for root in roots):
                 done.wrong.append(f"the next job fails: {error}")
             else:  # all is published; a job for another iteration comes by
-                merge(replace(request, selection=SelectionRequest(last=2, end_iteration=6)))
+                last = None if done.kind == "sweep" else 2
+                merge(replace(request, selection=SelectionRequest(last=last, end_iteration=6)))
                 for root in roots:
                     shutil.rmtree(root / "iter_0000006")
                     (root / TRACKER).write_text("8")
