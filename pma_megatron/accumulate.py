@@ -21,7 +21,7 @@ from pma_megatron.errors import CheckpointError, PlanError, RankError
 from pma_megatron.formats import registry
 from pma_megatron.geometry import Box
 from pma_megatron.rooms import BLOCK_ELEMENTS, Room, Rooms, Rounded, same_bits
-from pma_megatron.spelling import named
+from pma_megatron.spelling import left_out
 from pma_megatron.tasks import Average, Unit, Workload
 
 
@@ -262,8 +262,8 @@ class Accumulator:
             self.readers[number].refuse_damaged(block, index)
             raise CheckpointError(
                 f"{self.plan.sources[number].path}: {task.key} has {count} NaN or Inf values in "
-                f"the block at {block.offsets}. Averaging would spread them: leave this "
-                f"checkpoint out with {named('exclude')}"
+                f"the block at {block.offsets}. Averaging would spread them: "
+                f"{left_out('this checkpoint')}"
             )
 
     def write(self, work: Work, block: Box, first: int, averages: Sequence[Room],

@@ -13,7 +13,7 @@ from pma_megatron.formats.base import Payload, Tensor
 from pma_megatron.formats.source import Source
 from pma_megatron.geometry import Box, Piece, PieceIndex
 from pma_megatron.policy import MAIN
-from pma_megatron.spelling import given, has, named, override
+from pma_megatron.spelling import given, has, left_out, override
 
 _ROUNDED = (torch.bfloat16, torch.float16)
 AVERAGED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -32,8 +32,8 @@ def refuse_rounded(sources: Sequence[Source]) -> None:
         if exact and rounded and not (source.snapshot or source.space.states.get(MAIN)):
             raise PlanError(
                 f"{source.path} has no main params, only weights rounded to 16 bits, and "
-                f"{exact[-1].path} has main params: they do not mix. Leave "
-                f"{Path(source.path).name} out with {named('exclude')}{or_weights(source)}"
+                f"{exact[-1].path} has main params: they do not mix: "
+                f"{left_out(Path(source.path).name)}{or_weights(source)}"
             )
 
 
@@ -66,7 +66,7 @@ def _refuse_frozen_since(source: Source, base: Source) -> None:
         raise PlanError(
             f"{since[0]} ({len(since)} in all) is trained in {source.path} and frozen in the "
             f"newest source, {base.path}: frozen parameters stay as they are, so its average would "
-            f"be lost. Leave out what is from before the change with {named('exclude')}"
+            f"be lost: {left_out('what is from before the change')}"
         )
 
 
@@ -131,14 +131,14 @@ def _instead(source: Source, state: str, key: str) -> str:
     if source.snapshot and state != "weight":
         return (
             f"A snapshot has no optimizer state: use {given('optimizer_state', 'latest')}, or "
-            f"leave it out with {named('exclude')}"
+            f"{left_out('it')}"
         )
     if source.is_frozen(key):
         return (
             f"It was frozen there and has no moments: use {given('optimizer_state', 'latest')}, or "
-            f"leave it out with {named('exclude')}"
+            f"{left_out('it')}"
         )
-    return f"Leave it out with {named('exclude')}{or_weights(source)}"
+    return f"What works: {left_out('it')}{or_weights(source)}"
 
 
 def or_weights(source: Source) -> str:
@@ -158,6 +158,6 @@ def check_covers(source: Source, key: str, index: PieceIndex[Payload],
     missing: Box | None = next((p.box for p in wanted if not index.covers(p.box)), None)
     if missing is not None:
         raise PlanError(
-            f"{source.path}: {key} is not whole, nothing stored for {missing}. Leave this "
-            f"checkpoint out with {named('exclude')}{or_weights(source)}"
+            f"{source.path}: {key} is not whole, nothing stored for {missing}: "
+            f"{left_out('this checkpoint')}{or_weights(source)}"
         )

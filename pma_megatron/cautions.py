@@ -10,13 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from pma_megatron.formats.base import Schedule
 from pma_megatron.grid import UNMERGED
 from pma_megatron.scores import Checkpoint, Score, Scores
 from pma_megatron.tokens import format_tokens, recommend
 
 _SAME_RATE = 1e-6
-_EARLY = 0.5
 _FAR_COUNT, _FAR_INTERVAL, _FAR_HORIZON = 2, 4, 2
 
 
@@ -56,30 +54,6 @@ def cautions(scores: Scores, points: Sequence[Score], starts: Sequence[Start], m
         )
     yield from _horizon(scores, points, starts)
     yield from _size(scores, points[-1])
-
-
-def too_early(oldest: Schedule, positions: Sequence[int]) -> str | None:
-    """Why an average reaches back too far to help, from its oldest checkpoint; None if it does not.
-
-    Weights of before the end of warmup, or of the first half of a run, are far from the newest:
-    arXiv 2505.12082 (section 4.2) has 6 checkpoints from 22 % of the tokens on, and 10 from 29 %,
-    below the newest alone, and 10 from 65 % above it. docs/results.md sees the same early in runs.
-
-    Args:
-        oldest: where the oldest checkpoint stood in its schedule.
-        positions: progress of each checkpoint, oldest first; () if unknown.
-    """
-    hurts = "such averages are worse than the newest alone. Use fewer, closer, or a later end"
-    at, end = oldest.samples, oldest.warmup_samples
-    if at is not None and end is not None and at < end:
-        return f"the window reaches into the warmup of the learning rate: {hurts}"
-    if len(positions) > 1 and positions[0] < _EARLY * positions[-1]:
-        part = round(100 * positions[0] / positions[-1])
-        return (
-            f"the window reaches back to where {part} % of the way to its end was trained: early "
-            f"in a run {hurts}"
-        )
-    return None
 
 
 def _schedule(windows: dict[int, list[Checkpoint]]) -> Iterator[str]:

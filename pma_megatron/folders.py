@@ -38,8 +38,13 @@ def what_is(path: Path) -> str:
     """A sentence on a path at which no checkpoint was found, and one on what to give instead."""
     if is_folder(path):
         return _folder(path)
-    if _exists(path):
-        return _file(path)
+    try:
+        if path.exists():
+            return _file(path)
+    except PermissionError as error:
+        return f"{path} cannot be read ({error.strerror}): ask for the right to, or give another"
+    except OSError:  # a name that no file can have
+        pass
     there = next(each for each in path.parents if is_folder(each))
     missing = path.relative_to(there).parts[0]
     near = difflib.get_close_matches(missing, _names(there), n=1, cutoff=0.6)
@@ -49,13 +54,6 @@ def what_is(path: Path) -> str:
         f"{path} is not a folder: it does not exist ({there} holds: {_some(there)}). Give the "
         "folder that training saves to"
     )
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # a name that no file can have
-        return False
 
 
 def _file(path: Path) -> str:

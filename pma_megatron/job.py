@@ -15,10 +15,11 @@ from pma_megatron.comm import Comm
 from pma_megatron.errors import PmaError, UsageError
 from pma_megatron.faultpoints import point
 from pma_megatron.integrity import Compared, checked
+from pma_megatron.notices import moves_back
 from pma_megatron.planning import MergePlan, make_plan
 from pma_megatron.publish import Target
 from pma_megatron.report import MergeReport, describe_plan
-from pma_megatron.request import MergeRequest
+from pma_megatron.request import MergeRequest, in_its_words
 from pma_megatron.spelling import named
 from pma_megatron.stopping import Stopped, having_published
 from pma_megatron.tasks import share
@@ -35,6 +36,7 @@ def silent(stage: str, total_bytes: int) -> Iterator[engine.Progress]:
     yield lambda _: None
 
 
+@in_its_words
 def merge(request: MergeRequest, comm: Comm | None = None, show: Show = silent) -> MergeReport:
     """Merge checkpoints into new ones that Megatron resumes from. Every rank makes this call.
 
@@ -122,6 +124,7 @@ def _saying_what_is_published(wanted: Sequence[Target]) -> Iterator[None]:
         raise
 
 
+@in_its_words
 def plan(request: MergeRequest, comm: Comm | None = None) -> MergePlan:
     """What `merge` would do; reads metadata, writes nothing. See `merge` for errors."""
     comm = comm or Comm(request.merge_parallel_size)
@@ -195,7 +198,10 @@ def _sync(writers: list[BlockWriter], comm: Comm) -> None:
 def _publish(plan: MergePlan, wanted: tuple[Target, ...], comm: Comm) -> None:
     point("publish", comm.rank)
     for target in wanted:
+        back = moves_back(plan.sources[-1].format, target.final, plan.iteration)
         publish.publish(plan, target)
+        if back is not None:
+            _log.warning(back)
         _log.debug("published %s", target.final)
         point("published", comm.rank)
 

@@ -22,7 +22,7 @@ from pma_megatron.geometry import Box, Piece, flat_range
 from pma_megatron.live_tensor import LiveTensor
 from pma_megatron.planning import Gathered
 from pma_megatron.policy import MAIN
-from pma_megatron.spelling import named
+from pma_megatron.spelling import left_out
 from pma_megatron.tasks import Average, Unit, units
 
 WEIGHT = "weight"
@@ -213,7 +213,7 @@ def _stored(source: Source, state: str, key: str) -> Tensor:
         what = {MAIN: "main params of", WEIGHT: "weight"}.get(state, f"{state} of")
         raise PlanError(
             f"{source.path} has no {what} {key}, which the live model has: it is a checkpoint of "
-            f"another model, or of weights alone. Leave it out with {named('exclude')}"
+            f"another model, or of weights alone: {left_out('it')}"
         )
     return found
 

@@ -155,6 +155,11 @@ def read_marker(folder: Path) -> Marker:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds no JSON object: damaged, or of another tool")
     if FILES not in value:
+        if sealed:
+            raise VerifyError(
+                f"{path} has no checksums of files, and {SEAL_FILE} is only written where there "
+                "are some: it was edited. Restore both from a copy, or merge again"
+            )
         return Marker(value, None)
     if not sealed:
         raise VerifyError(

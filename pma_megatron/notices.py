@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
-from pma_megatron.cautions import too_early
+from pma_megatron.discover import describe
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats import registry
 from pma_megatron.formats.base import Schedule
 from pma_megatron.gaps import lines
 from pma_megatron.selection import Selection
+from pma_megatron.trackers import read_pointers
 
+_EARLY = 0.5
 _log = logging.getLogger(__name__)
 
 
@@ -30,3 +33,48 @@ def too_early_notes(selection: Selection) -> list[str]:
         schedule = registry.get(oldest.format, oldest.path).schedule(Path(oldest.path))
     found = too_early(schedule, selection.positions) if selection.refs[1:] else None
     return [] if found is None else [found]
+
+
+def moves_back(name: str, made: Path, now: int | None) -> str | None:
+    """What to say where a root's tracker goes back to an earlier checkpoint; None where not.
+
+    Args:
+        name: of the format.
+        made: the merge's folder, before its root's tracker is written.
+        now: its iteration.
+    """
+    root = made.parent
+    pointer = read_pointers(root).get(name)
+    if pointer is None or pointer.folder is None or pointer.folder == made.name:
+        return None
+    was = describe(root / pointer.folder).iteration
+    if was is None or now is None or now >= was:
+        return None
+    return (
+        f"{root / pointer.file} named {pointer.folder} and now names {made.name}: what resumes "
+        f"from {root} goes back from iteration {was} to {now}"
+    )
+
+
+def too_early(oldest: Schedule, positions: Sequence[int]) -> str | None:
+    """Why an average reaches back too far to help, from its oldest checkpoint; None if it does not.
+
+    Weights of before the end of warmup, or of the first half of a run, are far from the newest:
+    arXiv 2505.12082 (section 4.2) has 6 checkpoints from 22 % of the tokens on, and 10 from 29 %,
+    below the newest alone, and 10 from 65 % above it. docs/results.md sees the same early in runs.
+
+    Args:
+        oldest: where the oldest checkpoint stood in its schedule.
+        positions: progress of each checkpoint, oldest first; () if unknown.
+    """
+    hurts = "such averages are worse than the newest alone. Use fewer, closer, or a later end"
+    at, end = oldest.samples, oldest.warmup_samples
+    if at is not None and end is not None and at < end:
+        return f"the window reaches into the warmup of the learning rate: {hurts}"
+    if len(positions) > 1 and positions[0] < _EARLY * positions[-1]:
+        part = round(100 * positions[0] / positions[-1])
+        return (
+            f"the window reaches back to where {part} % of the way to its end was trained: early "
+            f"in a run {hurts}"
+        )
+    return None

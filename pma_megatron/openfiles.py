@@ -141,6 +141,11 @@ def leads_out(path: Path, folder: Path) -> bool:
     return out
 
 
+def passing(path: Path) -> bool:
+    """True for what an NFS client keeps of a removed file while somebody still has it open."""
+    return path.name.startswith(".nfs")
+
+
 def is_folder(path: Path) -> bool:
     """True for a folder that can be looked at; False for whatever else, names too long included."""
     try:

@@ -24,7 +24,7 @@ from pma_megatron.notices import announce, too_early_notes
 from pma_megatron.openfiles import unread
 from pma_megatron.policy import MAIN
 from pma_megatron.refs import CheckpointRef
-from pma_megatron.request import MergeRequest, Output
+from pma_megatron.request import MergeRequest, Output, in_its_words
 from pma_megatron.selection import Selection
 from pma_megatron.tasks import Average, Copy, Keep, Unit, Workload, Zero, units
 from pma_megatron.trackers import Pointer
@@ -105,6 +105,7 @@ class Gathered:
         return tuple(i for i in numbers if any(o.values[i] != 0 for o in self.outputs))
 
 
+@in_its_words
 def gather_sources(request: MergeRequest, comm: Comm, *, everywhere: bool = False) -> Gathered:
     """Find, select and open the sources. Every rank makes this call.
 

@@ -17,13 +17,13 @@ from pma_megatron.discover import describe
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats import registry
 from pma_megatron.formats.marker import ONLINE_AVERAGE
+from pma_megatron.formats.rates import rate_flags
 from pma_megatron.integrity import Compared
 from pma_megatron.manifest import read_marker
 from pma_megatron.planning import MergePlan
 from pma_megatron.policy import Policy
 from pma_megatron.publish import PROVENANCE_FILE
 from pma_megatron.request import MergeRequest, Method, Output
-from pma_megatron.resume import rate_flags
 from pma_megatron.selection import SelectionRequest
 from pma_megatron.spelling import as_argument
 from pma_megatron.verification import Verification
@@ -181,7 +181,8 @@ def checked_provenance(folder: Path, value: Mapping[str, Any]) -> dict[str, Any]
     try:
         request_again(value)
         sources, values = value["plan"]["sources"], value["output"]["coefficients"]
-        good = len(sources) == len(values) == len(value["request"]["selection"]["paths"])
+        paths = value["request"]["selection"]["paths"]
+        good = len(sources) == len(values) == len(paths)
         good &= all(isinstance(source["path"], str) for source in sources)
         good &= all(isinstance(source["metadata_digest"], str) for source in sources)
         good &= all(isinstance(source["iteration"], (int, type(None))) for source in sources)
@@ -190,6 +191,12 @@ def checked_provenance(folder: Path, value: Mapping[str, Any]) -> dict[str, Any]
         raise CheckpointError(f"{path} lacks what a merge says ({error!r}): damaged") from error
     if not good:
         raise CheckpointError(f"{path} contradicts itself about its sources: damaged")
+    for source, asked in zip(sources, paths, strict=True):
+        if source["path"] != asked:
+            raise CheckpointError(
+                f"{path} says in plan.sources that {source['path']} was averaged, and in "
+                f"request.selection.paths that {asked} was: damaged or edited. Restore it"
+            )
     return dict(value)
 
 

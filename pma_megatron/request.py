@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 
@@ -15,8 +17,10 @@ from pma_megatron.gaps import PassedOver
 from pma_megatron.locations import refuse_remote
 from pma_megatron.policy import Policy
 from pma_megatron.selection import Selection, SelectionRequest
-from pma_megatron.spelling import given, mistyped, named
+from pma_megatron.spelling import given, listing, mistyped, named
 
+P = ParamSpec("P")
+R = TypeVar("R")
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _SWEEP = re.compile(r"^(?P<methods>[^:]+):(?P<lasts>\d+(?:,\d+)*)$")
 
@@ -154,6 +158,14 @@ class MergeRequest:
             )
 
     @property
+    def list_setting(self) -> str | None:
+        """The setting that names the checkpoints one by one, None where none does."""
+        for name in ("paths", "iterations"):
+            if getattr(self.selection, name) is not None:
+                return name
+        return None
+
+    @property
     def torch_dtype(self) -> torch.dtype | None:
         """`dtype` as torch names it."""
         return None if self.dtype is None else _DTYPES[self.dtype]
@@ -195,3 +207,16 @@ class MergeRequest:
                 for last in match["lasts"].split(","):
                     pairs[method, int(last)] = None
         return list(pairs)
+
+
+def in_its_words(work: Callable[Concatenate[MergeRequest, P], R]
+                 ) -> Callable[Concatenate[MergeRequest, P], R]:  # fmt: skip
+    """Decorator: what is said in `work` has a checkpoint left out of the list that names it, where
+    the request, which comes first, has such a list (`paths`, `iterations`)."""
+
+    @functools.wraps(work)
+    def speaking(request: MergeRequest, *args: P.args, **settings: P.kwargs) -> R:
+        with listing(request.list_setting):
+            return work(request, *args, **settings)
+
+    return speaking

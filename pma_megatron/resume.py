@@ -9,10 +9,10 @@ from typing import Any
 
 from pma_megatron.errors import UsageError
 from pma_megatron.formats.base import Schedule
+from pma_megatron.formats.rates import rate_flags
 from pma_megatron.healthy import Span
 from pma_megatron.spelling import as_argument, typed
 
-_RATES = ("lr", "min_lr", "decoupled_lr", "decoupled_min_lr", "lr_warmup_init")
 _SKIP = "--iterations-to-skip"
 
 # Flags that a full resume from the newest checkpoint in --load must not have, and their values.
@@ -130,28 +130,6 @@ def _slower(root: str, factor: float) -> list[str]:
         "them from there. To go back to the old ones once the loss is back, scale them again: pma "
         f"merge --load {typed(root)} --save NEW --last 1 --lr-factor {1 / factor:g}"
     ]
-
-
-def rate_flags(args: Mapping[str, Any], schedule: Schedule, factor: float = 1.0
-               ) -> dict[str, tuple[str, ...]]:  # fmt: skip
-    """Megatron's flags of learning rates, `factor` times those of a checkpoint.
-
-    They must be what the checkpoint that is resumed stores, to the last bit: the scheduler compares
-    them, and from core 0.19 on param groups are found by them.
-
-    Args:
-        args: Megatron's arguments in the checkpoint.
-        schedule: what it says of its schedule; goes before `args`, which a run may have overridden.
-        factor: 1 for a checkpoint whose rates are scaled already.
-    """
-    stored = {"lr": schedule.max_lr, "min_lr": schedule.min_lr}
-    known = {name: rate for name, rate in stored.items() if rate is not None}
-    rates = {name: known.get(name, args.get(name)) for name in _RATES}
-    return {
-        "--" + name.replace("_", "-"): (repr(float(rate * factor)),)
-        for name, rate in rates.items()
-        if isinstance(rate, (int, float)) and rate
-    }
 
 
 def _changed(command: Sequence[str], flags: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:

@@ -91,6 +91,20 @@ def renamed(**names: str | None) -> Iterator[None]:
         _speaking = before
 
 
+@contextlib.contextmanager
+def listing(setting: str | None) -> Iterator[None]:
+    """In the block checkpoints are left out of a list of them; None where there is no list.
+
+    Args:
+        setting: the one that lists them, if the front end that speaks has it.
+    """
+    if setting is None or not has(setting):
+        yield
+        return
+    with renamed(exclude=None, listed=setting):
+        yield
+
+
 def has(name: str) -> bool:
     """Whether the front end that speaks has a setting."""
     return _speaking.spell(name) is not None
@@ -152,7 +166,10 @@ def among(*names: str) -> str:
 
 
 def left_out(what: str) -> str:
-    """How a checkpoint is kept out of an average: `leave it out with --exclude`."""
+    """How a checkpoint is kept out of an average: `leave it out with --exclude`, or, where the
+    user has listed them, `leave it out of --paths`."""
+    if (_speaking.renamed or {}).get("listed"):
+        return f"leave {what} out of {named('listed')}"
     if has("exclude"):
         return f"leave {what} out with {named('exclude')}"
     return f"move {what} elsewhere"

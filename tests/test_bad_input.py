@@ -15,6 +15,7 @@ import torch
 
 from conftest import ITERATIONS, after_first_unit, folder_of, refused, request_for
 from pma_megatron import Policy, SelectionRequest, merge, verify
+from pma_megatron.cli import main
 from pma_megatron.errors import CheckpointError, PlanError, SelectionError
 from pma_megatron.formats.torch_dist.checkpoint import TorchDistCheckpoint
 from pma_megatron.formats.torch_dist.source import read_source
@@ -294,6 +295,25 @@ def test_not_a_number(run: Path, save: Path, value: float, key: str) -> None:
     with refused(CheckpointError, *words, run=run, save=save):
         merge(request_for(run, save))
     merge(request_for(run, save, selection=SelectionRequest(last=2, exclude=(6,))))
+
+
+def test_what_is_listed_is_left_out_of_its_list(
+    run: Path, save: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--exclude` does not go with a list of checkpoints, so nobody is told to add it to one."""
+    poison(folder_of(run, 6), "output_layer.weight", float("nan"))
+    paths = tuple(str(folder_of(run, i)) for i in ITERATIONS)
+    for name, values, good in (
+        ("iterations", ITERATIONS, (4, 8)), ("paths", paths, (paths[1], paths[3])),
+    ):  # fmt: skip
+        with refused(CheckpointError, f"leave this checkpoint out of {name}=", run=run, save=save):
+            merge(request_for(run, save, selection=SelectionRequest(**{name: values})))
+        for words, code in ((values, 1), (good, 0)):
+            load = [] if name == "paths" else ["--load", str(run)]
+            flags = [*load, "--save", str(save / name), f"--{name}", *map(str, words)]
+            assert main(["merge", *flags]) == code
+            said = capsys.readouterr().err
+            assert (f"leave this checkpoint out of --{name}" in said) is bool(code)
 
 
 def test_not_a_number_where_a_parameter_is_recognised(run: Path, save: Path) -> None:

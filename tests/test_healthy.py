@@ -12,10 +12,11 @@ import pytest
 from pma_megatron import SelectionRequest, audit
 from pma_megatron.errors import CheckpointError, SelectionError, UsageError
 from pma_megatron.formats.base import Schedule
+from pma_megatron.formats.rates import rate_flags
 from pma_megatron.healthy import HealthyRequest, Span, choose_healthy
 from pma_megatron.recovery import RecoveryRequest
 from pma_megatron.refs import CheckpointRef
-from pma_megatron.resume import rate_flags, resume
+from pma_megatron.resume import resume
 from pma_megatron.selection import select
 
 

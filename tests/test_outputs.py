@@ -179,6 +179,15 @@ def test_decay_weights_use_true_token_positions(unpack: Unpack) -> None:
         assert_average(main, sources, made.outputs[0].values, key)
 
 
+def test_what_a_file_server_keeps_of_a_removed_file_is_not_copied(unpack: Unpack) -> None:
+    root, _ = unpack(NAMED)
+    for folder in root.glob("iter_*"):
+        (folder / ".nfs000000000000abcd").write_bytes(b"x")
+        (folder / "notes.txt").write_bytes(b"x")
+    made = run(root)
+    assert (made / "notes.txt").exists() and not list(made.glob(".nfs*"))
+
+
 def test_a_merge_is_a_source_like_any_other(unpack: Unpack) -> None:
     """Merges of merges: a published output can be listed, selected and averaged again."""
     root, _ = unpack(NAMED)

@@ -16,12 +16,12 @@ import pytest
 
 from conftest import ITERATIONS, digests, folder_of, refused, request_for
 from pma_megatron import SelectionRequest, list_checkpoints, merge, plan
-from pma_megatron.cautions import too_early
 from pma_megatron.cli import main
 from pma_megatron.discover import choose, pointers_of
 from pma_megatron.errors import CheckpointError, SelectionError
 from pma_megatron.formats.base import Schedule
 from pma_megatron.megatron.load import merge_into
+from pma_megatron.notices import too_early
 from pma_megatron.report import read_provenance
 from pma_megatron.testing import TinyConfig, TinyTrainer, run_ranks
 
@@ -168,6 +168,19 @@ def test_a_tracker_that_names_nothing_is_said_and_stops_nobody(
     assert iterations_of(report.plan) == [6, 8]
     assert any(says in r.message and TRACKER in r.message for r in caplog.records)
     assert any(says in note for note in report.plan["notes"])
+
+
+def test_a_tracker_that_goes_back_is_said(
+    run: Path, save: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for end, overwrite, says in ((6, False, ""), (8, False, ""), (8, True, ""),
+                                 (6, True, "goes back from iteration 8 to 6")):  # fmt: skip
+        caplog.clear()
+        selection = SelectionRequest(last=2, end_iteration=end)
+        merge(request_for(run, save, selection=selection, overwrite=overwrite))
+        told = [r.getMessage() for r in caplog.records if "goes back" in r.getMessage()]
+        assert len(told) == bool(says) and all(says in each for each in told)
+        assert (save / TRACKER).read_text() == str(end)
 
 
 def live(rank: int, world_size: int, root: str, last: int) -> tuple[int, list[str], list[Any]]:

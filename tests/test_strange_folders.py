@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import folder_of
+from conftest import as_a_user, folder_of
 from pma_megatron import (
     MergeRequest,
     RecoveryRequest,
@@ -174,3 +174,37 @@ def test_nothing_is_no_folder(
     with pytest.raises(UsageError, match="NUL"):
         MergeRequest(load="a\0b")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_may_not_be_looked_into_is_not_said_to_be_missing(run: Path, tmp_path: Path) -> None:
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    run.rename(locked / "run")
+    locked.chmod(0)
+    try:
+        told = as_a_user(
+            tmp_path, "list locked/run", "plan --load locked/run --last 2", "inspect locked/run",
+            "merge --load locked/run --last 2 --save out", "verify locked/run",
+            "plan --paths locked/run/iter_0000004 locked/run/iter_0000006",
+            "recover --load locked/run --metrics locked/log.txt --save out --dry-run",
+        )  # fmt: skip
+    finally:
+        locked.chmod(0o755)
+    for text in told:
+        assert text.endswith("code 1") and "Permission denied" in text, text
+        assert "does not exist" not in text and "not there" not in text, text
+    assert not (tmp_path / "out").exists()
+
+
+def test_metrics_that_may_not_be_looked_into(run: Path, tmp_path: Path) -> None:
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    (locked / "log.txt").write_text(" iteration 2/ 8 | lm loss: 1.0E+00 |\n")
+    locked.chmod(0)
+    try:
+        (text,) = as_a_user(
+            tmp_path, f"recover --load {run} --metrics locked/log.txt --save out --dry-run"
+        )
+    finally:
+        locked.chmod(0o755)
+    assert text.endswith("code 1") and "Permission denied" in text, text

@@ -36,7 +36,7 @@ from pma_megatron.errors import CheckpointError, PublishError, VerifyError
 from pma_megatron.formats.items import ItemFiles
 from pma_megatron.formats.marker import MARKER_FILE, OWN_FILES, SEAL_FILE
 from pma_megatron.formats.torch_dist.source import read_source
-from pma_megatron.manifest import sum_of_parts
+from pma_megatron.manifest import seal_of, sum_of_parts
 from pma_megatron.testing import run_ranks
 
 
@@ -154,6 +154,15 @@ def rewrite(path: Path, change: Callable[[bytes], bytes]) -> None:
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
+def edited(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Another `pma.json`, sealed as the package seals its own."""
+    value = json.loads((folder / MARKER_FILE).read_text())
+    change(value)
+    data = json.dumps(value).encode()
+    (folder / MARKER_FILE).write_bytes(data)
+    (folder / SEAL_FILE).write_bytes(seal_of(data))
+
+
 @pytest.mark.parametrize(
     ("harm", "words"),
     [
@@ -168,6 +177,13 @@ def rewrite(path: Path, change: Callable[[bytes], bytes]) -> None:
         (lambda folder: rewrite(folder / MARKER_FILE, lambda b: b + b"\n"), ("do not belong",)),
         (lambda folder: rewrite(folder / SEAL_FILE, bytes.upper), ("do not belong",)),
         (lambda folder: (folder / MARKER_FILE).unlink(), ("not written by this tool",)),
+        (lambda folder: edited(folder, lambda v: v.pop("files")), ("no checksums", "edited")),
+        (
+            lambda folder: edited(
+                folder, lambda v: v["plan"]["sources"][0].update(path="/another/iter_0000004")
+            ),
+            ("plan.sources", "/another/iter_0000004", "request.selection.paths"),
+        ),
     ],
 )
 def test_a_folder_that_is_not_what_was_written(

@@ -259,6 +259,7 @@ OF_OTHERS = {
         "--dist-ckpt-optim-fully-reshardable", "--inject_missing_state", "--input_folder",
         "--output_folder",
     },
+    "formats.rates": {"--"},  # before the names of Megatron's settings
     "formats.torch_dist.buckets": {"--dist-ckpt-optim-fully-reshardable"},  # of Megatron
     "live": {"--make-vocab-size-divisible-by"},  # of Megatron
     "megatron.load": {"--ckpt-step"},  # of Megatron

@@ -66,8 +66,9 @@ def add_selection(verb: argparse.ArgumentParser) -> None:
         help="how far off its place a checkpoint may lie, as a fraction of V (default 0.25)",
     )  # fmt: skip
     group.add_argument(
-        "--end-iteration", type=int, metavar="I", help="newest source (default: newest complete)"
-    )
+        "--end-iteration", type=int, metavar="I",
+        help="newest source (default: what the tracker names, else the newest complete)",
+    )  # fmt: skip
     group.add_argument(
         "--window-tokens", type=token_count, metavar="W", help="all within the last W"
     )

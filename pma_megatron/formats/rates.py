@@ -6,10 +6,13 @@ A resume takes them from there, not from the new command: Megatron's groups brin
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from pma_megatron.errors import CheckpointError
+from pma_megatron.formats.base import Schedule
 
+_FLAGS = ("lr", "min_lr", "decoupled_lr", "decoupled_min_lr", "lr_warmup_init")
 _GROUPS = "param_groups"
 _OF_GROUP = ("lr", "max_lr", "min_lr", "initial_lr")
 # megatron/core/optimizer_param_scheduler.py; torch/optim/lr_scheduler.py.
@@ -67,3 +70,25 @@ def _scaled(rate: Any, factor: float, what: str) -> Any:
             "the rate in the script"
         )
     return rate * factor
+
+
+def rate_flags(args: Mapping[str, Any], schedule: Schedule, factor: float = 1.0
+               ) -> dict[str, tuple[str, ...]]:  # fmt: skip
+    """Megatron's flags of learning rates, `factor` times those of a checkpoint.
+
+    They must be what the checkpoint that is resumed stores, to the last bit: the scheduler compares
+    them, and from core 0.19 on param groups are found by them.
+
+    Args:
+        args: Megatron's arguments in the checkpoint.
+        schedule: what it says of its schedule; goes before `args`, which a run may have overridden.
+        factor: 1 for a checkpoint whose rates are scaled already.
+    """
+    stored = {"lr": schedule.max_lr, "min_lr": schedule.min_lr}
+    known = {name: rate for name, rate in stored.items() if rate is not None}
+    rates = {name: known.get(name, args.get(name)) for name in _FLAGS}
+    return {
+        "--" + name.replace("_", "-"): (repr(float(rate * factor)),)
+        for name, rate in rates.items()
+        if isinstance(rate, (int, float)) and rate
+    }

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from pma_megatron.formats.base import MAIN_PARAM, ModelSpace, Tensor
+from pma_megatron.openfiles import passing
 
 _EXPERTS = ".experts."
 
@@ -108,7 +109,7 @@ def stamps_of(folder: Path) -> dict[str, tuple[int, int]]:
     """Bytes and mtime in ns of every file below `folder`."""
     stamps = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_file():
+        if path.is_file() and not passing(path):
             stat = path.stat()
             stamps[path.relative_to(folder).as_posix()] = (stat.st_size, stat.st_mtime_ns)
     return stamps

@@ -160,8 +160,11 @@ class SnapshotWriter:
         except OSError as error:
             raise PublishError(f"cannot make {self.root}: {error.strerror}") from error
         for folder in self.root.glob(f"{STAGING}*"):
-            _log.warning("removing %s, left by a run that was cut off", folder)
             shutil.rmtree(folder, ignore_errors=True)
+            if folder.exists():
+                _log.warning("%s, left by a run that was cut off, cannot be removed", folder)
+            else:
+                _log.warning("removed %s, left by a run that was cut off", folder)
 
     def _refuse_unseen(self) -> None:
         if not self.root.is_dir():

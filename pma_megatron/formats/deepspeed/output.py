@@ -19,7 +19,7 @@ from pma_megatron.formats.names import plain_name
 from pma_megatron.formats.output import OutputItem, OutputLayout, Place
 from pma_megatron.formats.rates import scale_groups, scale_schedule
 from pma_megatron.formats.relay import relay, reset_steps
-from pma_megatron.openfiles import leads_out
+from pma_megatron.openfiles import leads_out, passing
 from pma_megatron.spelling import given, named, override
 
 
@@ -151,6 +151,7 @@ def _small_files(checkpoint: DeepSpeedCheckpoint) -> OrderedDict[str, bytes]:
         (plain_name(path.name, str(checkpoint.path)), checkpoint.read_small(path.name))
         for path in sorted(checkpoint.path.iterdir())
         if path.is_file()
+        and not passing(path)
         and path.name not in (*checkpoint.files, *OWN_FILES)
         and not leads_out(path, checkpoint.path)
     )

@@ -8,7 +8,7 @@ from typing import Any
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.deepspeed.checkpoint import DeepSpeedCheckpoint
 from pma_megatron.formats.deepspeed.partitions import base_state
-from pma_megatron.spelling import hint
+from pma_megatron.spelling import left_out
 
 # deepspeed/runtime/engine.py, `_common_checkpoint_state`; `iteration` is Megatron-DeepSpeed's.
 _OF_MODEL = (
@@ -34,7 +34,7 @@ def refuse_mixed_saves(checkpoint: DeepSpeedCheckpoint) -> None:
             raise CheckpointError(
                 f"{checkpoint.path}: {before} says {name} {expected}, {file} says {value}: files "
                 "of two saves, or of two runs, in one folder. Restore the files of one save, or "
-                f"leave this checkpoint out{hint('exclude')}"
+                f"{left_out('this checkpoint')}"
             )
 
 

@@ -32,7 +32,7 @@ from pma_megatron.formats.torch_dist.peers import agreeing, refuse_nearer
 from pma_megatron.formats.torch_dist.recomputed import recompute, split_name
 from pma_megatron.formats.torch_dist.registration import ALIGNMENT_ELEMENTS, Rule, aligned
 from pma_megatron.formats.torch_dist.ties import Gap, Placed, Segment, starts_after
-from pma_megatron.spelling import given, has, hint
+from pma_megatron.spelling import given, has, left_out
 
 QUANTIZED = ("fp8_param_gather", "fp4_param_gather", "fp8_param", "fp4_param")
 """Arguments of Megatron that keep weights in few bits (arguments.py, optimizer_config.py)."""
@@ -42,7 +42,7 @@ def _offer(*, mixed: bool = False) -> str:
     """What to do; `mixed` where files of two saves may be the cause, so that no average of what
     lies there is one of a checkpoint."""
     ways = [
-        f"leave this checkpoint out{hint('exclude')}",
+        left_out("this checkpoint"),
         "restore its files from one save"
         if mixed
         else "average the 16-bit weights instead"
@@ -265,7 +265,7 @@ class _Walker:
             return CheckpointError(
                 f"{self._checkpoint.path}: {space.group}.{space.name} has NaN or Inf values near "
                 f"element {at}. Averaging would spread them: "
-                f"leave this checkpoint out{hint('exclude')}"
+                f"{left_out('this checkpoint')}"
             )
         missing = [
             (Rule().rank(c.key, c.piece.box), c)

@@ -31,7 +31,7 @@ from pma_megatron.formats.torch_dist.checkpoint import (
 from pma_megatron.formats.torch_dist.metadata import METADATA_FILE, dump_metadata
 from pma_megatron.formats.torch_dist.optimizer import is_optimizer_key
 from pma_megatron.formats.zips import Skeleton, lay_out
-from pma_megatron.openfiles import leads_out, read_source_file
+from pma_megatron.openfiles import leads_out, passing, read_source_file
 from pma_megatron.spelling import named
 
 _SMALL_STATE = ".optimizer/shard"  # param groups and steps of `dp_reshardable`
@@ -231,7 +231,8 @@ def _small_files(build: _Build, places: Mapping[MetadataIndex, Item]) -> Ordered
     known = {COMMON_FILE, METADATA_FILE, CONFIG_FILE, *(e.item.file for e in _entries(base))}
     for path in sorted(base.path.rglob("*")):
         name = path.relative_to(base.path).as_posix()
-        if not path.is_file() or name in known or any(mark in name for mark in _PER_RUN):
+        unwanted = name in known or passing(path) or any(mark in name for mark in _PER_RUN)
+        if unwanted or not path.is_file():
             continue
         if not leads_out(path, base.path):
             small[plain_name(name, str(base.path))] = base.read_small(name)
