@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
+from pma_megatron.base.boxes import Box, Piece, PieceIndex
+from pma_megatron.base.spelling import given, has, left_out, override
 from pma_megatron.errors import PlanError
 from pma_megatron.formats import registry
 from pma_megatron.formats.base import Payload, Tensor
 from pma_megatron.formats.source import Source
-from pma_megatron.geometry import Box, Piece, PieceIndex
 from pma_megatron.policy import MAIN
-from pma_megatron.spelling import given, has, left_out, override
 
 _ROUNDED = (torch.bfloat16, torch.float16)
 AVERAGED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)

@@ -18,8 +18,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from pma_megatron.base.openfiles import read_source_file
 from pma_megatron.errors import CheckpointError
-from pma_megatron.openfiles import read_source_file
 
 FILE = "pma_recovery.jsonl"
 RECORD = "pma_recoveries"

@@ -13,16 +13,16 @@ from typing import Any, Protocol
 import torch
 from isal import isal_zlib
 
+from pma_megatron.base.boxes import Box, Part, PieceIndex, overlaps
+from pma_megatron.base.openfiles import Files, unread
+from pma_megatron.base.spelling import named
 from pma_megatron.errors import CheckpointError, PublishError
 from pma_megatron.formats import registry
 from pma_megatron.formats.base import Item, Payload, StoredRecord
 from pma_megatron.formats.items import ItemFiles, refuse_other_bytes
 from pma_megatron.formats.output import Place
-from pma_megatron.geometry import Box, Part, PieceIndex, overlaps
-from pma_megatron.openfiles import Files, unread
 from pma_megatron.reads import Reads, Spans
 from pma_megatron.rooms import BLOCK_ELEMENTS, Room, Rounded, as_bytes
-from pma_megatron.spelling import named
 
 _COPY_BYTES = 1 << 20
 _MIN_DENSITY = 4  # read a whole span if at least 1/4 of it is wanted

@@ -32,8 +32,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 
+from pma_megatron.base.spelling import has, named, switch
 from pma_megatron.errors import UsageError
-from pma_megatron.spelling import has, named, switch
 
 DEFAULT_ALPHA = 0.2  # the better of the two values that arXiv 2505.12082 tried
 

@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from pma_megatron import audit
+from pma_megatron.base.locations import refuse_remote
+from pma_megatron.base.openfiles import folders_in, is_folder
+from pma_megatron.base.spelling import among, given, has, named, switch
 from pma_megatron.errors import CheckpointError, SelectionError
 from pma_megatron.folders import ITERATION, is_checkpoint, what_is
 from pma_megatron.formats import registry
 from pma_megatron.formats.base import Incomplete
 from pma_megatron.formats.marker import SNAPSHOTS, read_snapshot_marker
 from pma_megatron.formats.schema import is_count
-from pma_megatron.locations import refuse_remote
-from pma_megatron.openfiles import folders_in, is_folder
 from pma_megatron.refs import CheckpointRef
 from pma_megatron.selection import Selection, SelectionRequest, select
-from pma_megatron.spelling import among, given, has, named, switch
 from pma_megatron.tokens import consumed_tokens_of
 from pma_megatron.trackers import Pointer, read_pointers
 

@@ -20,13 +20,13 @@ from typing import Any, TypeVar
 import torch
 
 from pma_megatron.accumulate import Accumulator, Sum, Work, Workspace
+from pma_megatron.base.boxes import Box, slices
+from pma_megatron.base.comm import Comm, Team
+from pma_megatron.base.spelling import named
 from pma_megatron.blocks import BlockReader, copy_item
-from pma_megatron.comm import Comm, Team
 from pma_megatron.errors import PlanError, RankError
-from pma_megatron.geometry import Box, slices
 from pma_megatron.reads import Reads
 from pma_megatron.rooms import BLOCK_ELEMENTS, as_bytes
-from pma_megatron.spelling import named
 from pma_megatron.tasks import Average, Copy, Keep, Unit, Workload, Write, Zero
 
 S = TypeVar("S")

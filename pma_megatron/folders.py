@@ -8,9 +8,9 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from pma_megatron.base.openfiles import is_folder
 from pma_megatron.formats import registry
 from pma_megatron.formats.marker import SNAPSHOTS
-from pma_megatron.openfiles import is_folder
 
 ITERATION = re.compile(r"^iter_(\d{7,})$")
 _TRACKERS = {known.tracker.file for known in registry.FORMATS}

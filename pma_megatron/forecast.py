@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from pma_megatron.base.spelling import hint, mistyped
 from pma_megatron.cautions import cautions
 from pma_megatron.errors import UsageError
 from pma_megatron.scores import Score, Scores
-from pma_megatron.spelling import hint, mistyped
 
 _FEWEST = 3  # two points always lie on a line
 

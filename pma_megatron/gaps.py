@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from pma_megatron.base.spelling import given, has, named, switch
 from pma_megatron.errors import SelectionError
 from pma_megatron.refs import CheckpointRef, iteration_of, why_incomplete
-from pma_megatron.spelling import given, has, named, switch
 
 Kind = Literal[
     "being written", "damaged", "spoiled", "not judged", "excluded", "newer", "not needed",

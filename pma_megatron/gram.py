@@ -16,12 +16,13 @@ import torch
 
 from pma_megatron.accumulate import Accumulator, Work, Workspace
 from pma_megatron.agreement import check_same_model, matching, refuse_rounded
+from pma_megatron.base.boxes import Box
+from pma_megatron.base.comm import Comm
+from pma_megatron.base.spelling import hint
 from pma_megatron.build import average_task
-from pma_megatron.comm import Comm
 from pma_megatron.engine import Progress, blocks, over_threads, reading
 from pma_megatron.errors import PlanError, UsageError
 from pma_megatron.formats.source import Source
-from pma_megatron.geometry import Box
 from pma_megatron.integrity import checked
 from pma_megatron.job import Show, silent
 from pma_megatron.planning import Gathered, file_order, gather_sources, read_bytes
@@ -29,7 +30,6 @@ from pma_megatron.policy import MAIN
 from pma_megatron.reads import Reads
 from pma_megatron.request import MergeRequest
 from pma_megatron.rooms import BLOCK_ELEMENTS
-from pma_megatron.spelling import hint
 from pma_megatron.spread import TOTAL, Gram, Spread, spread, total
 from pma_megatron.tasks import Average, Unit, share, units
 

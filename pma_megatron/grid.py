@@ -12,12 +12,12 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from pma_megatron.base.spelling import given, mistyped, named, renamed
 from pma_megatron.coefficients import METHODS
 from pma_megatron.errors import SelectionError, UsageError
 from pma_megatron.refs import CheckpointRef
 from pma_megatron.request import Method
 from pma_megatron.selection import DEFAULT_LAST, Selection, SelectionRequest, select
-from pma_megatron.spelling import given, mistyped, named, renamed
 
 UNMERGED = "unmerged"
 _PLAIN = ("sma", "wma")

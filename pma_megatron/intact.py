@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from isal import isal_zlib
 
-from pma_megatron.comm import Comm
+from pma_megatron.base.comm import Comm
 from pma_megatron.errors import CheckpointError, VerifyError
 from pma_megatron.formats import registry
 from pma_megatron.formats.base import Item

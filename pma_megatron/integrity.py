@@ -12,12 +12,12 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+from pma_megatron.base.comm import Comm
+from pma_megatron.base.spelling import has, switch
 from pma_megatron.blocks import BlockReader
-from pma_megatron.comm import Comm
 from pma_megatron.formats.base import StoredRecord
 from pma_megatron.planning import refuse_changed
 from pma_megatron.reads import SPANS, Reads, Spans, joined
-from pma_megatron.spelling import has, switch
 from pma_megatron.tasks import Workload
 
 _FILL_BYTES = 1 << 16

@@ -12,10 +12,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from pma_megatron import engine, memory
-from pma_megatron.comm import Comm, Team
+from pma_megatron import engine
+from pma_megatron.base import memory
+from pma_megatron.base.comm import Comm, Team
+from pma_megatron.base.faults import point
+from pma_megatron.base.spelling import FrontEnd, fields, mistyped
 from pma_megatron.errors import UsageError
-from pma_megatron.faultpoints import point
 from pma_megatron.gaps import PassedOver
 from pma_megatron.integrity import Compared, checked
 from pma_megatron.live import LivePlan, LiveWriter
@@ -24,7 +26,6 @@ from pma_megatron.policy import Policy
 from pma_megatron.reads import Reads
 from pma_megatron.request import MergeRequest, Method
 from pma_megatron.selection import SelectionRequest
-from pma_megatron.spelling import FrontEnd, fields, mistyped
 from pma_megatron.tasks import Unit
 
 SHARES = ("auto", "source", "slice")

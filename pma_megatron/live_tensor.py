@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from pma_megatron.geometry import Box
+from pma_megatron.base.boxes import Box
 
 
 @dataclass(frozen=True, slots=True)

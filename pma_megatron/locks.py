@@ -18,10 +18,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pma_megatron.base.spelling import named, typed
+from pma_megatron.base.stopping import shielded
 from pma_megatron.errors import PublishError
 from pma_megatron.formats import registry
-from pma_megatron.spelling import named, typed
-from pma_megatron.stopping import shielded
 
 STAGING = ".pma-staging-"
 _REPLACED = ".pma-replaced-"

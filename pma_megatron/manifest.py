@@ -17,10 +17,10 @@ from typing import Any
 
 from isal import isal_zlib
 
-from pma_megatron.durable import write_small
+from pma_megatron.base.durable import write_small
+from pma_megatron.base.openfiles import write_inside
 from pma_megatron.errors import CheckpointError, PublishError, VerifyError
 from pma_megatron.formats.marker import MARKER_FILE, SEAL_FILE
-from pma_megatron.openfiles import write_inside
 
 FILES = "files"
 _ZEROS = bytes(1 << 16)

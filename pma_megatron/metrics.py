@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
+from pma_megatron.base.locations import refuse_remote
+from pma_megatron.base.spelling import hint
 from pma_megatron.errors import MetricsError
-from pma_megatron.locations import refuse_remote
 from pma_megatron.metrics_formats import (
     Point,
     Written,
@@ -23,7 +24,6 @@ from pma_megatron.metrics_formats import (
     read_log,
     read_tensorboard,
 )
-from pma_megatron.spelling import hint
 
 _EVENTS = "tfevents"
 # A table in no order is told from a run that went back by how often its iterations fall.

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+from pma_megatron.base.spelling import given, mistyped, override
 from pma_megatron.errors import UsageError
-from pma_megatron.spelling import given, mistyped, override
 
 OPTIMIZER_STATES = ("latest", "average", "reset", "drop")
 AVERAGES = ("main-params", "weights")

@@ -18,20 +18,20 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-from pma_megatron.durable import sync, write_small
+from pma_megatron.base.durable import sync, write_small
+from pma_megatron.base.faults import point
+from pma_megatron.base.openfiles import create_inside
+from pma_megatron.base.spelling import given, named, switch
+from pma_megatron.base.stopping import shielded
 from pma_megatron.errors import CheckpointError, PublishError, VerifyError
-from pma_megatron.faultpoints import point
 from pma_megatron.folders import holds_checkpoint, is_checkpoint
 from pma_megatron.formats import registry
 from pma_megatron.formats.marker import MARKER_FILE, SEAL_FILE, SNAPSHOTS, read_snapshot_marker
 from pma_megatron.intact import listing
 from pma_megatron.locks import STAGING, Target, locked, removed, restored, unfinished
 from pma_megatron.manifest import read_marker
-from pma_megatron.openfiles import create_inside
 from pma_megatron.planning import MergePlan
 from pma_megatron.request import Output
-from pma_megatron.spelling import given, named, switch
-from pma_megatron.stopping import shielded
 
 __all__ = ["Target", "locked"]
 

@@ -11,7 +11,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from pma_megatron.comm import Comm
+from pma_megatron.base.comm import Comm
+from pma_megatron.base.locations import refuse_remote
+from pma_megatron.base.spelling import FrontEnd, fields, given, hint, mistyped, named, speaking
 from pma_megatron.discover import list_checkpoints
 from pma_megatron.errors import CheckpointError, MetricsError, SelectionError, UsageError
 from pma_megatron.formats import registry
@@ -23,7 +25,6 @@ from pma_megatron.healthy import (
     choose_healthy,
 )
 from pma_megatron.job import Show, merge, plan, silent
-from pma_megatron.locations import refuse_remote
 from pma_megatron.metrics import Metrics, read_metrics
 from pma_megatron.policy import Policy
 from pma_megatron.refs import CheckpointRef
@@ -31,7 +32,6 @@ from pma_megatron.report import MergeReport
 from pma_megatron.request import MergeRequest, Method
 from pma_megatron.resume import Resume, resume, resume_script
 from pma_megatron.selection import SelectionRequest
-from pma_megatron.spelling import FrontEnd, fields, given, hint, mistyped, named, speaking
 from pma_megatron.spike import Kind, SpikeSettings, Verdict, detect
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from pma_megatron.base.spelling import as_argument
 from pma_megatron.coefficients import implied_decay_weights
 from pma_megatron.discover import describe
 from pma_megatron.errors import CheckpointError
@@ -25,7 +26,6 @@ from pma_megatron.policy import Policy
 from pma_megatron.publish import PROVENANCE_FILE
 from pma_megatron.request import MergeRequest, Method, Output
 from pma_megatron.selection import SelectionRequest
-from pma_megatron.spelling import as_argument
 from pma_megatron.verification import Verification
 from pma_megatron.version import __version__
 

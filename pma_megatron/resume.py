@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pma_megatron.base.spelling import as_argument, typed
 from pma_megatron.errors import UsageError
 from pma_megatron.formats.base import Schedule
 from pma_megatron.formats.rates import rate_flags
 from pma_megatron.healthy import Span
-from pma_megatron.spelling import as_argument, typed
 
 _SKIP = "--iterations-to-skip"
 

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from pma_megatron.base.locations import refuse_remote
+from pma_megatron.base.spelling import among, given, has, named
 from pma_megatron.errors import SelectionError, UsageError
 from pma_megatron.gaps import (
     PassedOver,
@@ -23,7 +25,6 @@ from pma_megatron.gaps import (
     tokens_about,
     warnings_of,
 )
-from pma_megatron.locations import refuse_remote
 from pma_megatron.refs import (
     CheckpointRef,
     Unit,
@@ -35,7 +36,6 @@ from pma_megatron.refs import (
     why_incomplete,
 )
 from pma_megatron.spacing import Places, hole
-from pma_megatron.spelling import among, given, has, named
 from pma_megatron.tokens import comparable_run, format_tokens, given_tokens, why_incomparable
 
 DEFAULT_LAST = 10  # arXiv 2505.12082, and docs/defaults.md: 6 to 15 are level late in a run

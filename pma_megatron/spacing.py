@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+from pma_megatron.base.spelling import given, has, named
 from pma_megatron.refs import CheckpointRef, Unit, iteration_of, shown, unusable_list
-from pma_megatron.spelling import given, has, named
 from pma_megatron.tokens import given_tokens
 
 

@@ -8,10 +8,10 @@ from typing import Any, Protocol
 
 import torch
 
+from pma_megatron.base.boxes import Box, Piece, PieceIndex, slices
 from pma_megatron.formats.base import Item, Payload
 from pma_megatron.formats.output import Place
 from pma_megatron.formats.source import Source
-from pma_megatron.geometry import Box, Piece, PieceIndex, slices
 
 UNIT_ELEMENTS = 8 << 20
 """Elements of one work unit, the grain in which work is split over ranks and threads."""

@@ -10,8 +10,8 @@ from fractions import Fraction
 from itertools import pairwise
 from typing import Any, Literal, Protocol, TypeVar
 
+from pma_megatron.base.spelling import among, given, in_python, named
 from pma_megatron.errors import SelectionError, UsageError
-from pma_megatron.spelling import among, given, in_python, named
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _COUNT = re.compile(r"([0-9]+(?:_[0-9]+)*(?:\.[0-9]+)?)\s*([KMBT]?)", re.IGNORECASE)

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from pma_megatron.base.boxes import Box
 from pma_megatron.errors import VerifyError
-from pma_megatron.geometry import Box
 
 _UNIT_ROUNDOFF = 2.0**-24
 _SMALLEST = 2.0**-149  # of float32: results that are subnormal have no relative error bound

@@ -17,13 +17,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from pma_megatron.base.boxes import Box, PieceIndex, slices
+from pma_megatron.base.comm import Comm
 from pma_megatron.blocks import BlockReader
-from pma_megatron.comm import Comm
 from pma_megatron.errors import CheckpointError, PlanError, VerifyError
 from pma_megatron.formats import registry
 from pma_megatron.formats.base import Tensor
 from pma_megatron.formats.source import Source
-from pma_megatron.geometry import Box, PieceIndex, slices
 from pma_megatron.planning import MergePlan
 from pma_megatron.policy import MAIN, Action
 from pma_megatron.request import Output

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import flips
 from conftest import DENSE, folder_of, refused, request_for
 from pma_megatron import Policy, SelectionRequest, integrity, merge, tasks, verify
-from pma_megatron.comm import Comm
+from pma_megatron.base.comm import Comm
 from pma_megatron.deepspeed import load_merged
 from pma_megatron.errors import CheckpointError, PmaError
 from pma_megatron.formats.base import StoredRecord

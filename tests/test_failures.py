@@ -20,7 +20,7 @@ import pytest
 
 import kills
 from conftest import digests
-from pma_megatron.stopping import Stopped, stoppable
+from pma_megatron.base.stopping import Stopped, stoppable
 from pma_megatron.testing import inject
 
 TRACKER = "latest_checkpointed_iteration.txt"

@@ -36,6 +36,8 @@ from conftest import folder_of, request_for
 from hostile import FRAGMENTS, PROGRAMS, SYSTEM, VALUES, variant_of
 from mutations import LIMIT_BYTES, Watch
 from pma_megatron import SelectionRequest, list_checkpoints, merge, verify
+from pma_megatron.base.boxes import Box
+from pma_megatron.base.openfiles import create_inside, open_inside, open_source
 from pma_megatron.cli import main
 from pma_megatron.errors import CheckpointError, PublishError
 from pma_megatron.formats.base import Item
@@ -45,8 +47,6 @@ from pma_megatron.formats.pickles import dump_inert, load_inert
 from pma_megatron.formats.torch_dist.chunks import StoredChunk, metadata_bytes
 from pma_megatron.formats.torch_dist.cover import cover
 from pma_megatron.formats.torch_dist.metadata import parse
-from pma_megatron.geometry import Box
-from pma_megatron.openfiles import create_inside, open_inside, open_source
 
 ATTACK = Path(__file__).parents[1] / "launch" / "attack"
 OFTEN = settings(

@@ -14,7 +14,7 @@ import torch
 
 from conftest import DENSE, MOE, digests, folder_of, request_for, train
 from pma_megatron import Policy, SelectionRequest, merge, verify
-from pma_megatron.comm import Comm
+from pma_megatron.base.comm import Comm
 from pma_megatron.errors import CheckpointError, PlanError, PmaError
 from pma_megatron.formats.torch_dist.checkpoint import TorchDistCheckpoint
 from pma_megatron.formats.torch_dist.source import read_source

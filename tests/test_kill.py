@@ -26,7 +26,7 @@ import torch.distributed as dist
 import pma_megatron
 from conftest import digests, folder_of, request_for
 from pma_megatron import MergeRequest, PmaError, SelectionRequest, merge, publish, verify
-from pma_megatron.faultpoints import point
+from pma_megatron.base.faults import point
 from pma_megatron.formats.base import Payload, StoredRecord
 from pma_megatron.formats.items import ItemFiles
 from pma_megatron.job import Show

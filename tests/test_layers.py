@@ -11,22 +11,30 @@ ORDER = [
     [
         "version",
         "errors",
-        "log",
-        "say",
-        "spelling",
-        "faultpoints",
-        "memory",
-        "geometry",
-        "durable",
+        "base.log",
+        "base.say",
+        "base.spelling",
+        "base.faults",
+        "base.memory",
+        "base.boxes",
+        "base.durable",
     ],
-    ["openfiles", "rooms", "locations", "tolerance", "durations", "stopping", "processes"],
-    ["presence"],
+    [
+        "base.openfiles",
+        "rooms",
+        "base.locations",
+        "tolerance",
+        "base.durations",
+        "base.stopping",
+        "base.processes",
+    ],
+    ["base.presence"],
     ["audit"],
     ["tokens", "coefficients", "policy", "spread", "spike_state", "metrics_formats", "live_tensor"],
     ["poison"],
     ["spike", "metrics", "refs"],
     ["spacing", "gaps"],
-    ["selection", "comm"],
+    ["selection", "base.comm"],
     ["request", "healthy"],
     ["grid"],
     ["formats.inert"],
@@ -154,7 +162,7 @@ def test_nothing_imports_the_testing_package_or_the_launch_scripts() -> None:
 
 
 def test_formats_do_not_know_the_engine() -> None:
-    above = {"engine", "planning", "build", "tasks", "blocks", "policy", "comm"}
+    above = {"engine", "planning", "build", "tasks", "blocks", "policy", "base.comm"}
     for name, path in modules().items():
         if name.startswith("formats."):
             assert not imported(path) & above, name

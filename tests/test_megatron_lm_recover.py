@@ -12,7 +12,7 @@ import pytest
 
 from conftest import digests
 from pma_megatron import audit, list_checkpoints
-from pma_megatron.faultpoints import VARIABLE
+from pma_megatron.base.faults import VARIABLE
 from pma_megatron.testing.megatron_lm import Pretrained, PretrainFailure, run_pretrain
 
 TREE = os.environ.get("MEGATRON_LM_PATH", "")

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from pma_megatron.base.openfiles import OPEN_FILES, Files
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.items import ItemFiles
-from pma_megatron.openfiles import OPEN_FILES, Files
 
 
 def open_below(folder: Path) -> int:

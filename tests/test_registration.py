@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
+from pma_megatron.base.boxes import Box
 from pma_megatron.formats.torch_dist.registration import Rank, buffer_ranks, compare, rules
-from pma_megatron.geometry import Box
 from pma_megatron.testing import TinyConfig, TinyTrainer, run_ranks
 
 TINY = TinyConfig(qk_layernorm=True)

@@ -16,12 +16,12 @@ import torch
 
 from conftest import DENSE, digests, folder_of, refused, request_for, train
 from pma_megatron import SelectionRequest, merge
+from pma_megatron.base.boxes import Piece
 from pma_megatron.errors import PlanError
 from pma_megatron.formats.base import Payload
 from pma_megatron.formats.source import Source
 from pma_megatron.formats.torch_dist.checkpoint import TorchDistCheckpoint
 from pma_megatron.formats.torch_dist.source import read_source
-from pma_megatron.geometry import Piece
 from pma_megatron.identity import rounded, samples
 from pma_megatron.testing import run_ranks
 from zips import restamp

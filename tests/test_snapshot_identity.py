@@ -14,7 +14,7 @@ import torch
 
 from conftest import DENSE, digests, folder_of, request_for
 from pma_megatron import Method, Policy, SelectionRequest, list_checkpoints, merge
-from pma_megatron.comm import Comm
+from pma_megatron.base.comm import Comm
 from pma_megatron.errors import CheckpointError, PmaError, SelectionError
 from pma_megatron.megatron.online import OnlineAverage
 from pma_megatron.online.snapshots import SnapshotWriter

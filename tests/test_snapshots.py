@@ -18,13 +18,13 @@ import torch.distributed as dist
 from conftest import DENSE, MOE, digests, folder_of, refused, request_for
 from oracle import assert_average, global_tensors, read_by_torch, read_tensor
 from pma_megatron import Policy, SelectionRequest, list_checkpoints, merge, verify
+from pma_megatron.base.boxes import Box, flat_range
+from pma_megatron.base.comm import Comm
 from pma_megatron.cli import main
-from pma_megatron.comm import Comm
 from pma_megatron.errors import PlanError, PublishError, UsageError
 from pma_megatron.formats.marker import OWN_FILES, read_snapshot_marker
 from pma_megatron.formats.torch_dist.checkpoint import completeness
 from pma_megatron.formats.torch_dist.source import read_source
-from pma_megatron.geometry import Box, flat_range
 from pma_megatron.inspection import inspect
 from pma_megatron.online import snapshot_job
 from pma_megatron.online.snapshots import SNAPSHOTS, Chunk, SnapshotWriter, prune

@@ -15,6 +15,19 @@ import pytest
 from checkpoint_refs import WRITING, every, ref, untold
 from conftest import request_for
 from pma_megatron import MergeRequest, Policy, merge, plan
+from pma_megatron.base.spelling import (
+    FrontEnd,
+    among,
+    given,
+    has,
+    hint,
+    keywords,
+    mistyped,
+    named,
+    renamed,
+    speaking,
+    switch,
+)
 from pma_megatron.cli import main
 from pma_megatron.cli.flags import parser
 from pma_megatron.cli.verbs import front_end
@@ -29,19 +42,6 @@ from pma_megatron.recovery import KEYWORDS as RECOVERY
 from pma_megatron.recovery import RecoveryRequest
 from pma_megatron.request import Method
 from pma_megatron.selection import SelectionRequest, select
-from pma_megatron.spelling import (
-    FrontEnd,
-    among,
-    given,
-    has,
-    hint,
-    keywords,
-    mistyped,
-    named,
-    renamed,
-    speaking,
-    switch,
-)
 from pma_megatron.tokens import given_tokens
 from test_layers import modules
 from test_megatron_flags import parse
@@ -253,7 +253,7 @@ OF_A_SCRIPT = {
 }  # fmt: skip
 """Modules that only a Megatron script with `--pma-*` flags gets into: its dialect is theirs."""
 OF_OTHERS = {
-    "comm": {"--nproc-per-node"},  # of torchrun
+    "base.comm": {"--nproc-per-node"},  # of torchrun
     "formats.registry": {  # of Megatron and DeepSpeed's converter
         "--ckpt-convert-format", "--ckpt-convert-save", "--ckpt-format", "--load",
         "--dist-ckpt-optim-fully-reshardable", "--inject_missing_state", "--input_folder",
@@ -291,6 +291,6 @@ def test_settings_are_spelled_by_nobody_but_the_front_end() -> None:
     found = {
         name: {each for text in texts(path) for each in flag.findall(text)}
         for name, path in modules().items()
-        if name.partition(".")[0] != "cli" and name not in {*OF_A_SCRIPT, "spelling"}
+        if name.partition(".")[0] != "cli" and name not in {*OF_A_SCRIPT, "base.spelling"}
     }
     assert {name: flags for name, flags in found.items() if flags} == OF_OTHERS

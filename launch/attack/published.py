@@ -31,7 +31,7 @@ from pma_megatron import (
     merge,
     verify,
 )
-from pma_megatron.comm import Comm
+from pma_megatron.base.comm import Comm
 from pma_megatron.discover import pointed
 from pma_megatron.formats import registry
 from pma_megatron.inspection import look

@@ -37,8 +37,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from pma_megatron.base.comm import Comm
 from pma_megatron.blocks import BlockReader
-from pma_megatron.comm import Comm
 from pma_megatron.job import merge
 from pma_megatron.planning import MergePlan, make_plan
 from pma_megatron.policy import Policy

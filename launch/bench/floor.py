@@ -12,9 +12,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from pma_megatron.comm import Comm
+from pma_megatron.base.boxes import overlaps
+from pma_megatron.base.comm import Comm
 from pma_megatron.formats import registry
-from pma_megatron.geometry import overlaps
 from pma_megatron.planning import MergePlan, make_plan
 from pma_megatron.request import MergeRequest
 from pma_megatron.tasks import Average, Copy, Keep, Unit, Write, Zero, share

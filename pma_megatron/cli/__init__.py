@@ -17,8 +17,8 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+from pma_megatron.base.stopping import Stopped, stoppable
 from pma_megatron.cli.streams import forgiving
-from pma_megatron.stopping import Stopped, stoppable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,7 +47,7 @@ def _main(given: list[str], rank: int) -> int:
         told = told_of(stop.published, stop.unpublished) if publishes else ""
         _failed(rank, f"stopped by {stop}{told and f'; {told}'}", aloud=rank == 0)
         code = 128 + stop.number
-    comm = sys.modules.get("pma_megatron.comm")
+    comm = sys.modules.get("pma_megatron.base.comm")
     if comm is not None and comm.entangled():
         sys.stdout.flush()
         sys.stderr.flush()
@@ -56,12 +56,12 @@ def _main(given: list[str], rank: int) -> int:
 
 
 def _run(given: list[str], rank: int) -> int:
-    from pma_megatron import log
+    from pma_megatron.base import log
+    from pma_megatron.base.locations import refuse_remote_values
+    from pma_megatron.base.spelling import speaking
     from pma_megatron.cli.flags import parser
     from pma_megatron.cli.verbs import front_end
     from pma_megatron.errors import PmaError, RankError, UsageError
-    from pma_megatron.locations import refuse_remote_values
-    from pma_megatron.spelling import speaking
 
     end = given.index("--") if "--" in given else len(given)
     flags = parser()
@@ -93,7 +93,7 @@ def told_of(published: Sequence[str], unpublished: Sequence[str]) -> str:
 
 def _failed(rank: int, text: str, *, aloud: bool) -> None:
     """Say why this process ends, to the user and to torchrun, which prints it in its summary."""
-    from pma_megatron.log import visible
+    from pma_megatron.base.log import visible
 
     if aloud:
         sys.stderr.write(f"pma: {visible(text)}\n")

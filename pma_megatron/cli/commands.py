@@ -8,10 +8,11 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
+from pma_megatron.base.comm import Comm, process_group_from_environment
+from pma_megatron.base.stopping import having_published
 from pma_megatron.cli import tables
 from pma_megatron.cli.progress import show
 from pma_megatron.cli.verbs import root_of, selection_of, show_result
-from pma_megatron.comm import Comm, process_group_from_environment
 from pma_megatron.discover import list_checkpoints
 from pma_megatron.errors import CheckpointError, SelectionError, UsageError
 from pma_megatron.folders import what_is
@@ -22,7 +23,6 @@ from pma_megatron.policy import Policy
 from pma_megatron.published import verify as verify_published
 from pma_megatron.report import describe_plan
 from pma_megatron.request import MergeRequest, Method
-from pma_megatron.stopping import having_published
 
 _log = logging.getLogger(__name__)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from pma_megatron.base.comm import Comm, process_group_from_environment
 from pma_megatron.cli import landscape, tables
 from pma_megatron.cli.progress import show
 from pma_megatron.cli.scoring import provider_of, refuse_unwritable, write_json
@@ -24,7 +25,6 @@ from pma_megatron.cli.verbs import (
     show_result,
 )
 from pma_megatron.coefficients import METHODS
-from pma_megatron.comm import Comm, process_group_from_environment
 from pma_megatron.errors import UsageError
 from pma_megatron.gram import Measured, measure
 from pma_megatron.megatron.contour import Contour, contour

@@ -19,7 +19,7 @@ from rich.progress import (
 )
 
 from pma_megatron import engine
-from pma_megatron.comm import Comm
+from pma_megatron.base.comm import Comm
 from pma_megatron.job import Show, silent
 
 _LINE_EVERY_S = 10.0

@@ -14,15 +14,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from pma_megatron.base.comm import Comm, process_group_from_environment
+from pma_megatron.base.openfiles import is_folder
 from pma_megatron.cli.verbs import add_allow_gaps, add_timeout, file_path, token_count
-from pma_megatron.comm import Comm, process_group_from_environment
 from pma_megatron.errors import UsageError
 from pma_megatron.folders import is_checkpoint
 from pma_megatron.formats import registry
 from pma_megatron.grid import Grid, parse_ends, parse_method
 from pma_megatron.launch import main as run_script
 from pma_megatron.megatron.score import Scored, score_merges
-from pma_megatron.openfiles import is_folder
 from pma_megatron.scores import Scores
 from pma_megatron.selection import DEFAULT_LAST
 

@@ -10,11 +10,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from pma_megatron.base.log import visible
 from pma_megatron.formats import registry
 from pma_megatron.formats.marker import ONLINE_AVERAGE
 from pma_megatron.gaps import lines
 from pma_megatron.inspection import Inspection
-from pma_megatron.log import visible
 from pma_megatron.planning import MergePlan, read_rate
 from pma_megatron.refs import CheckpointRef
 from pma_megatron.report import MergeReport, describe_output

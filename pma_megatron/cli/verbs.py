@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pma_megatron.comm import TIMEOUT_S
-from pma_megatron.durations import parse_duration
+from pma_megatron.base.comm import TIMEOUT_S
+from pma_megatron.base.durations import parse_duration
+from pma_megatron.base.spelling import FrontEnd
 from pma_megatron.errors import UsageError
 from pma_megatron.selection import SelectionRequest
-from pma_megatron.spelling import FrontEnd
 from pma_megatron.tokens import parse_tokens
 
 _NEGATIVE = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from pma_megatron.base.spelling import given
 from pma_megatron.errors import PlanError, UsageError
 from pma_megatron.formats.deepspeed.checkpoint import TIED, DeepSpeedCheckpoint
-from pma_megatron.spelling import given
 
 WAY_OUT = "Use the offline job, `pma merge`, and load its result"
 WRAPPERS = (

@@ -21,7 +21,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pma_megatron.comm import Comm, Team
+from pma_megatron.base.comm import Comm, Team
+from pma_megatron.base.faults import point
+from pma_megatron.base.say import say
+from pma_megatron.base.spelling import named, speaking
 from pma_megatron.deepspeed.checks import (
     WAY_OUT,
     refuse_modes,
@@ -37,7 +40,6 @@ from pma_megatron.deepspeed.params import (
 )
 from pma_megatron.deepspeed.record import RECORD, record_in_saves, record_of, resumed_tag
 from pma_megatron.errors import CheckpointError, PlanError, UsageError
-from pma_megatron.faultpoints import point
 from pma_megatron.formats import registry
 from pma_megatron.formats.deepspeed.checkpoint import iteration_of
 from pma_megatron.live import LivePlan, average_units, refuse_other_model
@@ -45,8 +47,6 @@ from pma_megatron.live_load import Job, LiveReport, Meter, fill
 from pma_megatron.planning import Gathered, gather_sources, origin_note
 from pma_megatron.poison import Trainer, chain, poisoned_on_failure, replaced
 from pma_megatron.policy import MAIN
-from pma_megatron.say import say
-from pma_megatron.spelling import named, speaking
 
 NOTE = "pma"
 """Key in the returned client state: what was averaged, as in that of an offline merge."""

@@ -27,18 +27,18 @@ from typing import Any
 
 import torch.distributed as dist
 
-from pma_megatron.comm import Comm
+from pma_megatron.base.comm import Comm
+from pma_megatron.base.locations import refuse_remote
+from pma_megatron.base.spelling import named, speaking
 from pma_megatron.deepspeed.shard import EngineShard
 from pma_megatron.deepspeed.swap import averaged_state, weights
 from pma_megatron.errors import PublishError, UsageError
 from pma_megatron.formats import registry
 from pma_megatron.formats.marker import MARKER_FILE
 from pma_megatron.live_load import ARGUMENTS
-from pma_megatron.locations import refuse_remote
 from pma_megatron.online.average import RunningAverage
 from pma_megatron.online.origin import mark, origin_of, record
 from pma_megatron.request import Method
-from pma_megatron.spelling import named, speaking
 
 CLIENT_STATE = "pma"
 """What a saved average calls its origin in DeepSpeed's client state."""

@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from pma_megatron.base.locations import refuse_remote
+from pma_megatron.base.spelling import FrontEnd, keywords
 from pma_megatron.live_load import live_request
-from pma_megatron.locations import refuse_remote
 from pma_megatron.request import MergeRequest, Method
 from pma_megatron.selection import SelectionRequest
-from pma_megatron.spelling import FrontEnd, keywords
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from pma_megatron.base.boxes import Box
 from pma_megatron.deepspeed.checks import is_pipeline, refuse_other_dtype, supported
 from pma_megatron.formats.deepspeed.checkpoint import model_key
 from pma_megatron.formats.deepspeed.partitions import LOCAL_EXPERT, global_name, local_experts
-from pma_megatron.geometry import Box
 from pma_megatron.live_tensor import Place
 from pma_megatron.policy import MAIN
 

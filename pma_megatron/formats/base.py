@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pma_megatron.geometry import Piece
+from pma_megatron.base.boxes import Piece
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -7,10 +7,10 @@ from collections.abc import Set as AbstractSet
 
 import torch
 
+from pma_megatron.base.boxes import Piece
 from pma_megatron.formats.base import MAIN_PARAM, Payload, Tensor
 from pma_megatron.formats.flat import FlatMap, FlatSpace, read_elements, read_flat, rounds_to
 from pma_megatron.formats.items import ItemFiles
-from pma_megatron.geometry import Piece
 
 FINGERPRINT_ELEMENTS = 64
 _COMPARE_ELEMENTS = 1 << 16

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from pma_megatron.base.boxes import Box, Piece, flat_range, overlaps
 from pma_megatron.formats.base import Payload, Tensor
 from pma_megatron.formats.items import ItemFiles
-from pma_megatron.geometry import Box, Piece, flat_range, overlaps
 
 
 @dataclass(slots=True)

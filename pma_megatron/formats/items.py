@@ -12,13 +12,13 @@ from typing import Any
 
 from isal import isal_zlib
 
+from pma_megatron.base.openfiles import MAX_COPIED_BYTES, open_source, unread
+from pma_megatron.base.spelling import left_out
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.base import Item, Payload, StoredRecord
 from pma_megatron.formats.pickles import TensorRef, load_inert
 from pma_megatron.formats.schema import LIMIT
 from pma_megatron.formats.zips import Record, read_records
-from pma_megatron.openfiles import MAX_COPIED_BYTES, open_source, unread
-from pma_megatron.spelling import left_out
 
 _WINDOW_BYTES = 4096  # headers of small records share one read
 

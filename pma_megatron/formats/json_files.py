@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pma_megatron.base.openfiles import read_source_file
 from pma_megatron.errors import CheckpointError
-from pma_megatron.openfiles import read_source_file
 
 _MAX_BYTES = 64 << 20
 

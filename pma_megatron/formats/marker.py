@@ -11,11 +11,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from pma_megatron.base.spelling import hint
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.inert import brief
 from pma_megatron.formats.json_files import read_json
 from pma_megatron.formats.schema import is_count, wrong
-from pma_megatron.spelling import hint
 from pma_megatron.version import __version__
 
 MARKER_FILE = "pma.json"

@@ -11,6 +11,8 @@ from typing import Any, Protocol, TypeVar, cast
 
 import torch
 
+from pma_megatron.base.openfiles import unread
+from pma_megatron.base.spelling import left_out, typed
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.base import Incomplete, Item, Payload, Schedule
 from pma_megatron.formats.deepspeed import checkpoint as deepspeed
@@ -35,8 +37,6 @@ from pma_megatron.formats.torch_dist.output import Changes, output_layout
 from pma_megatron.formats.torch_dist.recomputed import recompute
 from pma_megatron.formats.torch_dist.schedule import read_schedule
 from pma_megatron.formats.torch_dist.source import read_source
-from pma_megatron.openfiles import unread
-from pma_megatron.spelling import left_out, typed
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 TORCH_DIST = "torch_dist"

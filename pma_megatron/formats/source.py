@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 import torch
 
+from pma_megatron.base.openfiles import passing
 from pma_megatron.formats.base import MAIN_PARAM, ModelSpace, Tensor
-from pma_megatron.openfiles import passing
 
 _EXPERTS = ".experts."
 

@@ -18,15 +18,15 @@ from pathlib import Path
 import torch
 from isal import isal_zlib
 
+from pma_megatron.base.boxes import PieceIndex
+from pma_megatron.base.spelling import left_out
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats import registry
 from pma_megatron.formats.base import MAIN_PARAM, Item, Payload
 from pma_megatron.formats.items import ItemFiles
 from pma_megatron.formats.source import Source
 from pma_megatron.formats.zips import Record
-from pma_megatron.geometry import PieceIndex
 from pma_megatron.identity.samples import WEIGHT, Stored, largest, stored
-from pma_megatron.spelling import left_out
 
 _SMALLEST_BYTES = 32
 _SAMPLES, _SAMPLE_BYTES = 16, 256

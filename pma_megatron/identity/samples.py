@@ -13,10 +13,10 @@ from pathlib import PurePosixPath
 
 import torch
 
+from pma_megatron.base.boxes import Box, Piece, flat_range
 from pma_megatron.formats import registry
 from pma_megatron.formats.base import MAIN_PARAM, Payload
 from pma_megatron.formats.source import Source
-from pma_megatron.geometry import Box, Piece, flat_range
 
 WEIGHT = "weight"
 FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)

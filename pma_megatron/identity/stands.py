@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
+from pma_megatron.base.spelling import left_out
 from pma_megatron.errors import CheckpointError
 from pma_megatron.refs import CheckpointRef
-from pma_megatron.spelling import left_out
 
 
 def refuse_contradictions(refs: Sequence[CheckpointRef]) -> None:

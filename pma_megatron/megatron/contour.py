@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pma_megatron.comm import Comm
+from pma_megatron.base.comm import Comm
 from pma_megatron.errors import UsageError
 from pma_megatron.gram import Measured
 from pma_megatron.job import Show, silent

@@ -14,9 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from pma_megatron.base.spelling import speaking
 from pma_megatron.megatron import flags
 from pma_megatron.megatron.options import FLAGS
-from pma_megatron.spelling import speaking
 
 Function = Callable[..., Any]
 

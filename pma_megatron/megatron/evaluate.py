@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from pma_megatron.base.say import say
 from pma_megatron.megatron.trees import global_vars
-from pma_megatron.say import say
 
 
 @dataclass(slots=True)

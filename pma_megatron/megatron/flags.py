@@ -10,6 +10,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+from pma_megatron.base.spelling import speaking
 from pma_megatron.coefficients import METHODS
 from pma_megatron.errors import UsageError
 from pma_megatron.megatron import checks
@@ -27,7 +28,6 @@ from pma_megatron.megatron.options import (
     settings,
 )
 from pma_megatron.selection import DEFAULT_LAST
-from pma_megatron.spelling import speaking
 from pma_megatron.spike import SpikeSettings
 from pma_megatron.tokens import parse_tokens
 

@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pma_megatron.comm import Comm
+from pma_megatron.base.comm import Comm
+from pma_megatron.base.say import say
 from pma_megatron.discover import common_args
 from pma_megatron.errors import UsageError
 from pma_megatron.megatron.load import merge_into
 from pma_megatron.megatron.options import USED_BY, Settings, given
-from pma_megatron.say import say
 
 RECORD = "pma_init_record"
 """Attribute of Megatron's arguments, and so of every later checkpoint's."""

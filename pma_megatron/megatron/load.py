@@ -13,7 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pma_megatron.comm import Comm, Team
+from pma_megatron.base.comm import Comm, Team
+from pma_megatron.base.spelling import given, speaking
 from pma_megatron.errors import SelectionError
 from pma_megatron.live import LivePlan, average_units
 from pma_megatron.live_load import ARGUMENTS, Job, LiveReport, Meter, fill, live_request
@@ -24,7 +25,6 @@ from pma_megatron.poison import Trainer, chain
 from pma_megatron.policy import MAIN
 from pma_megatron.request import MergeRequest, Method
 from pma_megatron.selection import SelectionRequest
-from pma_megatron.spelling import given, speaking
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 

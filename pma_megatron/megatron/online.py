@@ -21,7 +21,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from pma_megatron.comm import Comm
+from pma_megatron.base.comm import Comm
+from pma_megatron.base.spelling import named, speaking
 from pma_megatron.errors import UsageError
 from pma_megatron.live_load import ARGUMENTS
 from pma_megatron.megatron.params import live_tensors, stepping
@@ -29,7 +30,6 @@ from pma_megatron.megatron.shard import MegatronShard
 from pma_megatron.megatron.swap import averaged_state, averaged_weights, backup_bytes
 from pma_megatron.online.average import RunningAverage
 from pma_megatron.request import Method
-from pma_megatron.spelling import named, speaking
 
 
 class OnlineAverage(RunningAverage):

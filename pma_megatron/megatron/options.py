@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from pma_megatron.base.locations import refuse_remote, refuse_remote_values
+from pma_megatron.base.spelling import FrontEnd, speaking
 from pma_megatron.errors import UsageError
 from pma_megatron.grid import Grid, parse_ends, parse_method
 from pma_megatron.healthy import LAST, MARGIN_ITERATIONS
-from pma_megatron.locations import refuse_remote, refuse_remote_values
 from pma_megatron.request import Method
 from pma_megatron.selection import DEFAULT_LAST, SelectionRequest
-from pma_megatron.spelling import FrontEnd, speaking
 from pma_megatron.spike import SpikeSettings
 from pma_megatron.tokens import consumed_tokens_of
 

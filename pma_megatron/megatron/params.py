@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
+from pma_megatron.base.boxes import Box
 from pma_megatron.errors import UsageError
-from pma_megatron.geometry import Box
 from pma_megatron.live_tensor import Place
 from pma_megatron.policy import MAIN
 

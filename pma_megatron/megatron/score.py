@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pma_megatron.agreement import refuse_rounded
-from pma_megatron.comm import Comm, Team
+from pma_megatron.base.comm import Comm, Team
 from pma_megatron.discover import choose, list_checkpoints, pointers_of
 from pma_megatron.errors import UsageError
 from pma_megatron.formats import registry

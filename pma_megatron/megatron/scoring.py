@@ -8,12 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pma_megatron.comm import Comm
+from pma_megatron.base.comm import Comm
+from pma_megatron.base.say import say
 from pma_megatron.errors import PmaError
 from pma_megatron.megatron.evaluate import Recorded, again, suffix
 from pma_megatron.megatron.options import Settings
 from pma_megatron.megatron.score import score_merges
-from pma_megatron.say import say
 from pma_megatron.scores import Scores
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pma_megatron.comm import Comm
+from pma_megatron.base.comm import Comm
 from pma_megatron.errors import PublishError
 from pma_megatron.megatron.params import unwrap
 from pma_megatron.online.hostcopy import HostCopy

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pma_megatron.base.say import say
 from pma_megatron.deepspeed.load import pma_init
 from pma_megatron.deepspeed.online import OnlineAverage
 from pma_megatron.errors import UsageError
@@ -18,7 +19,6 @@ from pma_megatron.megatron.evaluate import Evaluation
 from pma_megatron.megatron.options import Settings, tokens_now
 from pma_megatron.megatron.trees import changed_arguments, global_vars
 from pma_megatron.online.store import FOLDER
-from pma_megatron.say import say
 from pma_megatron.selection import SelectionRequest
 
 _UNSUPPORTED = (

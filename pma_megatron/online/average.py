@@ -13,9 +13,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from pma_megatron.comm import Comm
+from pma_megatron.base.comm import Comm
+from pma_megatron.base.locations import refuse_remote
 from pma_megatron.errors import UsageError
-from pma_megatron.locations import refuse_remote
 from pma_megatron.online.budget import Need, check
 from pma_megatron.online.hostcopy import HostCopy
 from pma_megatron.online.shard import Shard

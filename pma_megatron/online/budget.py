@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pma_megatron.comm import Comm
+from pma_megatron.base.comm import Comm
+from pma_megatron.base.memory import available_bytes
+from pma_megatron.base.spelling import given, named
 from pma_megatron.errors import UsageError
-from pma_megatron.memory import available_bytes
-from pma_megatron.spelling import given, named
 
 _MIB, _GIB = 1 << 20, 1 << 30
 

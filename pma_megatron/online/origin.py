@@ -9,8 +9,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from pma_megatron.base.durable import write_small
 from pma_megatron.coefficients import implied_decay_weights
-from pma_megatron.durable import write_small
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.marker import MARKER_FILE, ONLINE_AVERAGE, SEAL_FILE
 from pma_megatron.intact import record_sums

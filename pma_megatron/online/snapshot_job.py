@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from isal import isal_zlib
 
-from pma_megatron.durable import sync, write_small
+from pma_megatron.base.durable import sync, write_small
+from pma_megatron.base.faults import point
 from pma_megatron.errors import PlanError, PublishError
-from pma_megatron.faultpoints import point
 from pma_megatron.formats.base import Item
 from pma_megatron.formats.marker import read_snapshot_marker
 from pma_megatron.formats.torch_dist.checkpoint import CONFIG_FILE

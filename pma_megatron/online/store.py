@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from pma_megatron.comm import Comm
+from pma_megatron.base.comm import Comm
+from pma_megatron.base.spelling import renamed
 from pma_megatron.discover import list_checkpoints
 from pma_megatron.errors import CheckpointError, PublishError
 from pma_megatron.formats import registry
@@ -31,7 +32,6 @@ from pma_megatron.online.window import Entry, ExponentialAverage, Window
 from pma_megatron.planning import open_sources
 from pma_megatron.refs import CheckpointRef
 from pma_megatron.request import MergeRequest
-from pma_megatron.spelling import renamed
 
 FOLDER = "window"
 """Below the root of the averages."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from lab import breaking
 from lab.text import cache
-from pma_megatron.durable import write_small
+from pma_megatron.base.durable import write_small
 
 
 @dataclass(frozen=True, kw_only=True)

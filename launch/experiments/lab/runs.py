@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lab.text import cache
 from lab.trainer import LabTrainer, Rate
-from pma_megatron.durable import write_small
+from pma_megatron.base.durable import write_small
 from pma_megatron.megatron.load import merge_into
 from pma_megatron.selection import SelectionRequest
 from pma_megatron.testing import TinyConfig

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from pma_megatron.durable import write_small
+from pma_megatron.base.durable import write_small
 
 DOMAINS = ("prose", "code", "legal")
 TRAIN, VALIDATION, TEST = "train", "validation", "test"

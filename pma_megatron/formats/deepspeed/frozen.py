@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 
+from pma_megatron.base.boxes import Box, Piece, flat_range
 from pma_megatron.formats.base import Tensor
 from pma_megatron.formats.deepspeed.checkpoint import DeepSpeedCheckpoint
 from pma_megatron.formats.deepspeed.partitions import payload_of
 from pma_megatron.formats.pickles import TensorRef
-from pma_megatron.geometry import Box, Piece, flat_range
 
 _SHAPES, _FRAGMENTS = "frozen_param_shapes", "frozen_param_fragments"
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from pma_megatron.base.openfiles import leads_out, passing
+from pma_megatron.base.spelling import given, named, override
 from pma_megatron.errors import UsageError
 from pma_megatron.formats.base import Item, Payload
 from pma_megatron.formats.deepspeed.checkpoint import DeepSpeedCheckpoint
@@ -19,8 +21,6 @@ from pma_megatron.formats.names import plain_name
 from pma_megatron.formats.output import OutputItem, OutputLayout, Place
 from pma_megatron.formats.rates import scale_groups, scale_schedule
 from pma_megatron.formats.relay import relay, reset_steps
-from pma_megatron.openfiles import leads_out, passing
-from pma_megatron.spelling import given, named, override
 
 
 def output_layout(

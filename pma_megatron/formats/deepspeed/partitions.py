@@ -19,13 +19,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pma_megatron.base.boxes import Box, Piece, flat_range
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.base import MAIN_PARAM, Item, Payload
 from pma_megatron.formats.deepspeed.checkpoint import DeepSpeedCheckpoint
 from pma_megatron.formats.deepspeed.schema import refuse_ragged
 from pma_megatron.formats.flat import FlatMap, FlatRange, FlatSpace
 from pma_megatron.formats.pickles import Record, TensorRef
-from pma_megatron.geometry import Box, Piece, flat_range
 
 _MASTERS = "single_partition_of_fp32_groups"
 _MASTERS_3 = "fp32_flat_groups"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from pma_megatron.base.spelling import left_out
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.deepspeed.checkpoint import DeepSpeedCheckpoint
 from pma_megatron.formats.deepspeed.partitions import base_state
-from pma_megatron.spelling import left_out
 
 # deepspeed/runtime/engine.py, `_common_checkpoint_state`; `iteration` is Megatron-DeepSpeed's.
 _OF_MODEL = (

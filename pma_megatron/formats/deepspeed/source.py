@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from pma_megatron.base.boxes import Box, Piece
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.base import ModelSpace, Payload, Schedule, Tensor, least_decay
 from pma_megatron.formats.deepspeed.checkpoint import TIED, DeepSpeedCheckpoint
@@ -29,7 +30,6 @@ from pma_megatron.formats.flat import FlatMap, FlatSpace, states_from_flat
 from pma_megatron.formats.pickles import TensorRef
 from pma_megatron.formats.schema import is_count
 from pma_megatron.formats.source import Source, stamps_of
-from pma_megatron.geometry import Box, Piece
 
 
 def read_source(path: str, ranges: FlatMap, main_params: bool, peers: Sequence[str] = ()) -> Source:

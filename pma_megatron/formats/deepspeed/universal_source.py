@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from pma_megatron.base.boxes import Box, Piece
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.base import MAIN_PARAM, ModelSpace, Payload, Schedule, Tensor
 from pma_megatron.formats.deepspeed.saves import refuse_mixed_saves
@@ -21,7 +22,6 @@ from pma_megatron.formats.deepspeed.universal import (
 )
 from pma_megatron.formats.flat import FlatMap
 from pma_megatron.formats.source import Source, stamps_of
-from pma_megatron.geometry import Box, Piece
 
 FORMAT = "deepspeed_universal"
 

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from pma_megatron.base.boxes import Box, Piece
 from pma_megatron.errors import CheckpointError, PlanError
 from pma_megatron.formats.base import MAIN_PARAM, Payload, Tensor
 from pma_megatron.formats.deepspeed.checkpoint import DeepSpeedCheckpoint
@@ -29,7 +30,6 @@ from pma_megatron.formats.fingerprints import FINGERPRINT_ELEMENTS, Fingerprints
 from pma_megatron.formats.flat import FlatMap, FlatRange, FlatSpace, read_elements, read_flat
 from pma_megatron.formats.pickles import TensorRef
 from pma_megatron.formats.schema import wrong
-from pma_megatron.geometry import Box, Piece
 
 _GROUPS = "fp32_groups"
 _GROUPS_FLAT = "fp32_groups_flat"

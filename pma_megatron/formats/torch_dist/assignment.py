@@ -12,6 +12,7 @@ from collections import ChainMap, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from pma_megatron.base.boxes import Piece
 from pma_megatron.errors import PlanError
 from pma_megatron.formats.base import Payload
 from pma_megatron.formats.torch_dist.registration import (
@@ -31,7 +32,6 @@ from pma_megatron.formats.torch_dist.ties import (
     Weights,
     fillings,
 )
-from pma_megatron.geometry import Piece
 
 
 @dataclass(frozen=True, slots=True)

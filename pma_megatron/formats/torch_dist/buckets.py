@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from pma_megatron.base.spelling import given, has, left_out
 from pma_megatron.errors import CheckpointError, PlanError
 from pma_megatron.formats.base import MAIN_PARAM, Tensor
 from pma_megatron.formats.fingerprints import FINGERPRINT_ELEMENTS, Fingerprints
@@ -32,7 +33,6 @@ from pma_megatron.formats.torch_dist.peers import agreeing, refuse_nearer
 from pma_megatron.formats.torch_dist.recomputed import recompute, split_name
 from pma_megatron.formats.torch_dist.registration import ALIGNMENT_ELEMENTS, Rule, aligned
 from pma_megatron.formats.torch_dist.ties import Gap, Placed, Segment, starts_after
-from pma_megatron.spelling import given, has, left_out
 
 QUANTIZED = ("fp8_param_gather", "fp4_param_gather", "fp8_param", "fp4_param")
 """Arguments of Megatron that keep weights in few bits (arguments.py, optimizer_config.py)."""

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pma_megatron.base.openfiles import read_source_file
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.base import Incomplete, Item
 from pma_megatron.formats.items import ItemFiles
@@ -19,7 +20,6 @@ from pma_megatron.formats.torch_dist.metadata import (
     METADATA_FILE,
     read_metadata,
 )
-from pma_megatron.openfiles import read_source_file
 
 __all__ = ["COMMON_FILE", "COMMON_KEY", "CONFIG_FILE", "TorchDistCheckpoint", "completeness"]
 COMMON_KEY = "common_state/shard_0_1"

@@ -23,11 +23,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from pma_megatron.base.boxes import Box, Piece, PieceIndex
 from pma_megatron.errors import PlanError
 from pma_megatron.formats.base import Item
 from pma_megatron.formats.pickles import dump_inert, new_tensor
 from pma_megatron.formats.zips import Skeleton, lay_out
-from pma_megatron.geometry import Box, Piece, PieceIndex
 
 CONFIG = (
     b'{"sharded_backend": "torch_dist", "sharded_backend_version": 1, '

@@ -6,9 +6,9 @@ import itertools
 import secrets
 from collections.abc import Iterable, Mapping
 
+from pma_megatron.base.boxes import Box
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.base import Item
-from pma_megatron.geometry import Box
 
 
 def cover(boxes: Iterable[Box], shape: tuple[int, ...]) -> bool:

@@ -25,6 +25,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from pma_megatron.base.boxes import Box, Piece
+from pma_megatron.base.openfiles import read_source_file
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.base import Item, Payload, Tensor
 from pma_megatron.formats.inert import Name, Record, brief, fields_of
@@ -42,8 +44,6 @@ from pma_megatron.formats.schema import (
     wrong,
 )
 from pma_megatron.formats.torch_dist.cover import cover, refuse_shared
-from pma_megatron.geometry import Box, Piece
-from pma_megatron.openfiles import read_source_file
 
 METADATA_FILE = ".metadata"
 CONFIG_FILE = "metadata.json"

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Sequence
 
+from pma_megatron.base.boxes import Box, Piece, flat_range
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.base import MAIN_PARAM, ModelSpace, Payload, Tensor
 from pma_megatron.formats.flat import FlatMap, FlatSpace, states_from_flat
@@ -18,7 +19,6 @@ from pma_megatron.formats.pickles import TensorRef
 from pma_megatron.formats.schema import is_count, pairs_of, wrong
 from pma_megatron.formats.torch_dist.checkpoint import TorchDistCheckpoint
 from pma_megatron.formats.torch_dist.metadata import original_shape
-from pma_megatron.geometry import Box, Piece, flat_range
 
 _NAMED = re.compile(r"^(?:chained_\d+\.)?optimizer\.state\.(?P<state>[^.]+)\.(?P<key>.+)$")
 _BUCKET = re.compile(

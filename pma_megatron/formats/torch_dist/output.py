@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
+from pma_megatron.base.openfiles import leads_out, passing, read_source_file
+from pma_megatron.base.spelling import named
 from pma_megatron.errors import UsageError
 from pma_megatron.formats.base import Item, Payload
 from pma_megatron.formats.names import plain_name
@@ -31,8 +33,6 @@ from pma_megatron.formats.torch_dist.checkpoint import (
 from pma_megatron.formats.torch_dist.metadata import METADATA_FILE, dump_metadata
 from pma_megatron.formats.torch_dist.optimizer import is_optimizer_key
 from pma_megatron.formats.zips import Skeleton, lay_out
-from pma_megatron.openfiles import leads_out, passing, read_source_file
-from pma_megatron.spelling import named
 
 _SMALL_STATE = ".optimizer/shard"  # param groups and steps of `dp_reshardable`
 _PER_RUN = ("integrity", "pma.json")  # names of files that describe the source's own bytes

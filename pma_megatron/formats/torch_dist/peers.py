@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from pma_megatron.base.boxes import Box, Piece, overlaps
 from pma_megatron.errors import PlanError
 from pma_megatron.formats.base import MAIN_PARAM, Tensor
 from pma_megatron.formats.fingerprints import holds
@@ -17,7 +18,6 @@ from pma_megatron.formats.torch_dist.assignment import Chunk
 from pma_megatron.formats.torch_dist.checkpoint import TorchDistCheckpoint
 from pma_megatron.formats.torch_dist.optimizer import flat_spaces, named_states, weights_of
 from pma_megatron.formats.torch_dist.ties import MayLie, Placed
-from pma_megatron.geometry import Box, Piece, overlaps
 
 _CLEARLY = 4  # times nearer, in squared distance: what chance does not bring about
 _FEW_ELEMENTS = 16  # of which fewer may be near each other by chance

@@ -18,7 +18,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pma_megatron.geometry import Box
+from pma_megatron.base.boxes import Box
 
 ALIGNMENT_ELEMENTS = 64
 Rank = tuple[int, ...]

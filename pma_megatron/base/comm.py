@@ -18,11 +18,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from pma_megatron.durations import format_duration
+from pma_megatron.base.durations import format_duration
+from pma_megatron.base.presence import Presence, kept_by_torchrun
+from pma_megatron.base.spelling import given, named
+from pma_megatron.base.stopping import Stopped
 from pma_megatron.errors import PmaError, RankError, UsageError
-from pma_megatron.presence import Presence, kept_by_torchrun
-from pma_megatron.spelling import given, named
-from pma_megatron.stopping import Stopped
 
 T = TypeVar("T")
 TIMEOUT_S = 300.0

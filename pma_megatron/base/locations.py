@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pma_megatron.base.spelling import given, named
 from pma_megatron.errors import UsageError
-from pma_megatron.spelling import given, named
 
 # One slash, because `Path` makes one of two.
 _ADDRESS = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):/+")

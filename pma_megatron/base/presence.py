@@ -18,9 +18,9 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
 
-from pma_megatron.durations import format_duration
+from pma_megatron.base.durations import format_duration
+from pma_megatron.base.processes import is_gone, moved_bytes, this_process
 from pma_megatron.errors import RankError
-from pma_megatron.processes import is_gone, moved_bytes, this_process
 
 _ROOT = "pma_megatron"
 _BEAT_S = 1.0

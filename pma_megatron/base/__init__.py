@@ -1,0 +1,1 @@
+"""What every other folder stands on, and what knows nothing of checkpoints."""
