@@ -22,8 +22,8 @@ from pma_megatron.errors import CheckpointError, VerifyError
 from pma_megatron.formats import registry
 from pma_megatron.formats.base import Item
 from pma_megatron.formats.items import ItemFiles
+from pma_megatron.formats.manifest import FileSum, Sums
 from pma_megatron.formats.marker import OWN_FILES
-from pma_megatron.manifest import FileSum, Sums
 
 T = TypeVar("T")
 _BLOCK_BYTES = 4 << 20

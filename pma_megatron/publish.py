@@ -26,10 +26,10 @@ from pma_megatron.base.stopping import shielded
 from pma_megatron.errors import CheckpointError, PublishError, VerifyError
 from pma_megatron.folders import holds_checkpoint, is_checkpoint
 from pma_megatron.formats import registry
+from pma_megatron.formats.manifest import read_marker
 from pma_megatron.formats.marker import MARKER_FILE, SEAL_FILE, SNAPSHOTS, read_snapshot_marker
 from pma_megatron.intact import listing
 from pma_megatron.locks import STAGING, Target, locked, removed, restored, unfinished
-from pma_megatron.manifest import read_marker
 from pma_megatron.planning import MergePlan
 from pma_megatron.request import Output
 

@@ -17,10 +17,10 @@ from pma_megatron.coefficients import implied_decay_weights
 from pma_megatron.discover import describe
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats import registry
+from pma_megatron.formats.manifest import read_marker
 from pma_megatron.formats.marker import ONLINE_AVERAGE
 from pma_megatron.formats.rates import rate_flags
 from pma_megatron.integrity import Compared
-from pma_megatron.manifest import read_marker
 from pma_megatron.planning import MergePlan
 from pma_megatron.policy import Policy
 from pma_megatron.publish import PROVENANCE_FILE

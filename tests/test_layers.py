@@ -42,7 +42,7 @@ ORDER = [
     ["formats.opcode_reader", "formats.json_files"],
     ["formats.opcodes"],
     ["formats.pickles", "formats.zips", "formats.base", "formats.marker"],
-    ["manifest"],
+    ["formats.manifest"],
     ["formats.items", "formats.output", "formats.source"],
     ["formats.flat", "formats.rates", "formats.relay"],
     ["formats.fingerprints", "resume"],
