@@ -12,7 +12,6 @@ from pma_megatron.version import __version__
 
 if TYPE_CHECKING:
     from pma_megatron.coefficients import Coefficients
-    from pma_megatron.discover import list_checkpoints
     from pma_megatron.errors import PmaError
     from pma_megatron.inspection import Inspection, inspect
     from pma_megatron.job import merge, plan
@@ -20,13 +19,14 @@ if TYPE_CHECKING:
     from pma_megatron.policy import Policy
     from pma_megatron.published import verify
     from pma_megatron.recovery import RecoveryRequest, recover
-    from pma_megatron.refs import CheckpointRef
     from pma_megatron.report import MergeReport
     from pma_megatron.request import MergeRequest, Method
-    from pma_megatron.selection import SelectionRequest
+    from pma_megatron.runs.discover import list_checkpoints
+    from pma_megatron.runs.refs import CheckpointRef
+    from pma_megatron.runs.selection import SelectionRequest
 
 _HOMES = {
-    "CheckpointRef": ("refs", "CheckpointRef"),
+    "CheckpointRef": ("runs.refs", "CheckpointRef"),
     "Coefficients": ("coefficients", "Coefficients"),
     "Inspection": ("inspection", "Inspection"),
     "MergePlan": ("planning", "MergePlan"),
@@ -36,9 +36,9 @@ _HOMES = {
     "PmaError": ("errors", "PmaError"),
     "Policy": ("policy", "Policy"),
     "RecoveryRequest": ("recovery", "RecoveryRequest"),
-    "SelectionRequest": ("selection", "SelectionRequest"),
+    "SelectionRequest": ("runs.selection", "SelectionRequest"),
     "inspect": ("inspection", "inspect"),
-    "list_checkpoints": ("discover", "list_checkpoints"),
+    "list_checkpoints": ("runs.discover", "list_checkpoints"),
     "merge": ("job", "merge"),
     "plan": ("job", "plan"),
     "recover": ("recovery", "recover"),

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from pma_megatron.base.spelling import named
 from pma_megatron.errors import SelectionError, UsageError
-from pma_megatron.gaps import Kind, PassedOver
-from pma_megatron.refs import CheckpointRef
-from pma_megatron.selection import Selection, SelectionRequest, select
+from pma_megatron.runs.gaps import Kind, PassedOver
+from pma_megatron.runs.refs import CheckpointRef
+from pma_megatron.runs.selection import Selection, SelectionRequest, select
 
 # Three, from before the collapse: arXiv 2505.12082. In docs/results.md 1 or 5, and other margins,
 # made no difference.

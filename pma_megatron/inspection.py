@@ -9,15 +9,15 @@ from typing import Any
 
 from pma_megatron.base.locations import refuse_remote
 from pma_megatron.base.openfiles import is_folder
-from pma_megatron.discover import describe, list_checkpoints, pointed
 from pma_megatron.errors import CheckpointError, PlanError, VerifyError
-from pma_megatron.folders import is_checkpoint, what_is
 from pma_megatron.formats import registry
 from pma_megatron.formats.base import Tensor
 from pma_megatron.formats.marker import MARKER_FILE
 from pma_megatron.intact import listing
-from pma_megatron.refs import CheckpointRef
 from pma_megatron.report import read_provenance
+from pma_megatron.runs.discover import describe, list_checkpoints, pointed
+from pma_megatron.runs.folders import is_checkpoint, what_is
+from pma_megatron.runs.refs import CheckpointRef
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,11 +18,11 @@ from pma_megatron.base.stopping import Stopped, having_published
 from pma_megatron.blocks import BlockWriter
 from pma_megatron.errors import PmaError, UsageError
 from pma_megatron.integrity import Compared, checked
-from pma_megatron.notices import moves_back
 from pma_megatron.planning import MergePlan, make_plan
 from pma_megatron.publish import Target
 from pma_megatron.report import MergeReport, describe_plan
 from pma_megatron.request import MergeRequest, in_its_words
+from pma_megatron.runs.notices import moves_back
 from pma_megatron.tasks import share
 
 _log = logging.getLogger(__name__)

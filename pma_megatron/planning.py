@@ -15,19 +15,19 @@ from pma_megatron.agreement import frozen_notes
 from pma_megatron.base.comm import Comm
 from pma_megatron.base.openfiles import unread
 from pma_megatron.build import Fates, PolicyRow, Rules, decide, make_tasks
-from pma_megatron.discover import choose, list_checkpoints, pointers_of
 from pma_megatron.errors import CheckpointError, SelectionError
 from pma_megatron.formats import registry
 from pma_megatron.formats.output import OutputLayout
 from pma_megatron.formats.source import Source
 from pma_megatron.identity.proof import Evidence, prove, refuse_strangers, unconfirmed
-from pma_megatron.notices import announce, too_early_notes
 from pma_megatron.policy import MAIN
-from pma_megatron.refs import CheckpointRef
 from pma_megatron.request import MergeRequest, Output, in_its_words
-from pma_megatron.selection import Selection
+from pma_megatron.runs.discover import choose, list_checkpoints, pointers_of
+from pma_megatron.runs.notices import announce, too_early_notes
+from pma_megatron.runs.refs import CheckpointRef
+from pma_megatron.runs.selection import Selection
+from pma_megatron.runs.trackers import Pointer
 from pma_megatron.tasks import Average, Copy, Keep, Unit, Workload, Zero, units
-from pma_megatron.trackers import Pointer
 from pma_megatron.version import __version__
 
 _log = logging.getLogger(__name__)

@@ -24,7 +24,6 @@ from pma_megatron.base.openfiles import create_inside
 from pma_megatron.base.spelling import given, named, switch
 from pma_megatron.base.stopping import shielded
 from pma_megatron.errors import CheckpointError, PublishError, VerifyError
-from pma_megatron.folders import holds_checkpoint, is_checkpoint
 from pma_megatron.formats import registry
 from pma_megatron.formats.manifest import read_marker
 from pma_megatron.formats.marker import MARKER_FILE, SEAL_FILE, SNAPSHOTS, read_snapshot_marker
@@ -32,6 +31,7 @@ from pma_megatron.intact import listing
 from pma_megatron.locks import STAGING, Target, locked, removed, restored, unfinished
 from pma_megatron.planning import MergePlan
 from pma_megatron.request import Output
+from pma_megatron.runs.folders import holds_checkpoint, is_checkpoint
 
 __all__ = ["Target", "locked"]
 

@@ -11,7 +11,6 @@ from pma_megatron.base.comm import Comm
 from pma_megatron.base.locations import refuse_remote
 from pma_megatron.base.openfiles import is_folder
 from pma_megatron.base.spelling import FrontEnd, keywords, speaking, switch
-from pma_megatron.discover import pointed
 from pma_megatron.errors import CheckpointError, PmaError, RankError, VerifyError
 from pma_megatron.formats.manifest import Marker, read_marker
 from pma_megatron.formats.marker import MARKER_FILE, ONLINE_AVERAGE, SNAPSHOT
@@ -19,6 +18,7 @@ from pma_megatron.intact import Intact, check_files
 from pma_megatron.planning import MergePlan, make_plan
 from pma_megatron.recompute import recompute
 from pma_megatron.report import checked_provenance, request_again
+from pma_megatron.runs.discover import pointed
 from pma_megatron.verification import Verification, verify_output
 
 _NO_SOURCES = {

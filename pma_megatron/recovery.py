@@ -14,7 +14,6 @@ from typing import Any
 from pma_megatron.base.comm import Comm
 from pma_megatron.base.locations import refuse_remote
 from pma_megatron.base.spelling import FrontEnd, fields, given, hint, mistyped, named, speaking
-from pma_megatron.discover import list_checkpoints
 from pma_megatron.errors import CheckpointError, MetricsError, SelectionError, UsageError
 from pma_megatron.formats import registry
 from pma_megatron.healthy import (
@@ -27,11 +26,12 @@ from pma_megatron.healthy import (
 from pma_megatron.job import Show, merge, plan, silent
 from pma_megatron.metrics import Metrics, read_metrics
 from pma_megatron.policy import Policy
-from pma_megatron.refs import CheckpointRef
 from pma_megatron.report import MergeReport
 from pma_megatron.request import MergeRequest, Method
 from pma_megatron.resume import Resume, resume, resume_script
-from pma_megatron.selection import SelectionRequest
+from pma_megatron.runs.discover import list_checkpoints
+from pma_megatron.runs.refs import CheckpointRef
+from pma_megatron.runs.selection import SelectionRequest
 from pma_megatron.spike import Kind, SpikeSettings, Verdict, detect
 
 

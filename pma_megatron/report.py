@@ -14,7 +14,6 @@ import torch
 
 from pma_megatron.base.spelling import as_argument
 from pma_megatron.coefficients import implied_decay_weights
-from pma_megatron.discover import describe
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats import registry
 from pma_megatron.formats.manifest import read_marker
@@ -25,7 +24,8 @@ from pma_megatron.planning import MergePlan
 from pma_megatron.policy import Policy
 from pma_megatron.publish import PROVENANCE_FILE
 from pma_megatron.request import MergeRequest, Method, Output
-from pma_megatron.selection import SelectionRequest
+from pma_megatron.runs.discover import describe
+from pma_megatron.runs.selection import SelectionRequest
 from pma_megatron.verification import Verification
 from pma_megatron.version import __version__
 

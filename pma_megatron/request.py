@@ -15,9 +15,9 @@ from pma_megatron.base.locations import refuse_remote
 from pma_megatron.base.spelling import given, listing, mistyped, named
 from pma_megatron.coefficients import METHODS, Coefficients, coefficients
 from pma_megatron.errors import UsageError
-from pma_megatron.gaps import PassedOver
 from pma_megatron.policy import Policy
-from pma_megatron.selection import Selection, SelectionRequest
+from pma_megatron.runs.gaps import PassedOver
+from pma_megatron.runs.selection import Selection, SelectionRequest
 
 P = ParamSpec("P")
 R = TypeVar("R")

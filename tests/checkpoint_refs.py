@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 
 from pma_megatron.errors import SelectionError
-from pma_megatron.refs import CheckpointRef
-from pma_megatron.selection import SelectionRequest, select
+from pma_megatron.runs.refs import CheckpointRef
+from pma_megatron.runs.selection import SelectionRequest, select
 
 B = 10**9
 SEQ = 4096

@@ -9,15 +9,16 @@ from typing import Any
 
 import pytest
 
-from pma_megatron import SelectionRequest, audit
+from pma_megatron import SelectionRequest
 from pma_megatron.errors import CheckpointError, SelectionError, UsageError
 from pma_megatron.formats.base import Schedule
 from pma_megatron.formats.rates import rate_flags
 from pma_megatron.healthy import HealthyRequest, Span, choose_healthy
 from pma_megatron.recovery import RecoveryRequest
-from pma_megatron.refs import CheckpointRef
 from pma_megatron.resume import resume
-from pma_megatron.selection import select
+from pma_megatron.runs import recovery_log as audit
+from pma_megatron.runs.refs import CheckpointRef
+from pma_megatron.runs.selection import select
 
 
 def ref(iteration: int | None, **changes: Any) -> CheckpointRef:

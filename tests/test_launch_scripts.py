@@ -83,7 +83,7 @@ TORCHRUN = """#!/usr/bin/env bash
 echo "$*" >>"$CALLS"
 case $(wc -l <"$CALLS") in
 1) {python} -c "
-from pma_megatron import audit
+from pma_megatron.runs import recovery_log as audit
 audit.append('$RUN', audit.DETECTED, number=1, onset=8)
 audit.append('$RUN', audit.SPENT, number=1)"
     exit 1 ;;

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from conftest import digests
-from pma_megatron import audit, list_checkpoints
+from pma_megatron import list_checkpoints
 from pma_megatron.base.faults import VARIABLE
+from pma_megatron.runs import recovery_log as audit
 from pma_megatron.testing.megatron_lm import Pretrained, PretrainFailure, run_pretrain
 
 TREE = os.environ.get("MEGATRON_LM_PATH", "")

@@ -13,13 +13,14 @@ from torch import nn
 
 from conftest import DENSE
 from deepspeed_runs import train as train_deepspeed
-from pma_megatron import CheckpointRef, SelectionRequest, audit
+from pma_megatron import CheckpointRef, SelectionRequest
 from pma_megatron.base.faults import InjectedFault
 from pma_megatron.deepspeed import load_merged, pma_init
 from pma_megatron.errors import PmaError, PoisonedError, RankError
 from pma_megatron.megatron.load import merge_into
 from pma_megatron.megatron.options import RecoverySettings
 from pma_megatron.megatron.recover import Recovery
+from pma_megatron.runs import recovery_log as audit
 from pma_megatron.testing import TinyTrainer, inject, run_ranks
 from pma_megatron.testing.tiny_deepspeed import DeepSpeedConfig, TinyDeepSpeed
 

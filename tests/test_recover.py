@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from conftest import digests, folder_of, request_for
-from pma_megatron import SelectionRequest, audit, list_checkpoints, merge
+from pma_megatron import SelectionRequest, list_checkpoints, merge
 from pma_megatron.errors import SelectionError
 from pma_megatron.megatron.load import merge_into
 from pma_megatron.megatron.options import RecoverySettings
@@ -20,6 +20,7 @@ from pma_megatron.megatron.params import live_tensors
 from pma_megatron.megatron.recover import Recovery, RecoverySpentError, agreed
 from pma_megatron.megatron.replicas import refresh_weights
 from pma_megatron.policy import MAIN
+from pma_megatron.runs import recovery_log as audit
 from pma_megatron.spike import SpikeSettings
 from pma_megatron.testing import RankFailure, TinyConfig, TinyTrainer, inject, run_ranks
 

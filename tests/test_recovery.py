@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 
 from conftest import DENSE, digests, folder_of, refused
-from pma_megatron import RecoveryRequest, audit, list_checkpoints, recover
+from pma_megatron import RecoveryRequest, list_checkpoints, recover
 from pma_megatron.cli import main
 from pma_megatron.errors import MetricsError, PublishError, SelectionError, UsageError
 from pma_megatron.healthy import Span
 from pma_megatron.metrics import read_metrics
 from pma_megatron.recovery import _lost, _spans, diagnose
+from pma_megatron.runs import recovery_log as audit
 from pma_megatron.spike import SpikeSettings, Verdict, detect
 from pma_megatron.testing import TinyTrainer, run_ranks
 

@@ -17,12 +17,12 @@ import pytest
 from conftest import ITERATIONS, digests, folder_of, refused, request_for
 from pma_megatron import SelectionRequest, list_checkpoints, merge, plan
 from pma_megatron.cli import main
-from pma_megatron.discover import choose, pointers_of
 from pma_megatron.errors import CheckpointError, SelectionError
 from pma_megatron.formats.base import Schedule
 from pma_megatron.megatron.load import merge_into
-from pma_megatron.notices import too_early
 from pma_megatron.report import read_provenance
+from pma_megatron.runs.discover import choose, pointers_of
+from pma_megatron.runs.notices import too_early
 from pma_megatron.testing import TinyConfig, TinyTrainer, run_ranks
 
 TRACKER = "latest_checkpointed_iteration.txt"

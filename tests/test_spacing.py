@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from checkpoint_refs import SEQ, WRITING, B, chosen, every, ref, refusal, untold
 from pma_megatron.errors import SelectionError
-from pma_megatron.selection import SelectionRequest, select
+from pma_megatron.runs.selection import SelectionRequest, select
 
 
 def test_interval_takes_the_nearest_to_each_place() -> None:

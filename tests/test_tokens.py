@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pma_megatron.errors import UsageError
-from pma_megatron.tokens import consumed_tokens_of, format_tokens, parse_tokens, recommend
+from pma_megatron.runs.tokens import consumed_tokens_of, format_tokens, parse_tokens, recommend
 
 B = 10**9
 

@@ -41,8 +41,8 @@ from pma_megatron.megatron.options import FLAGS
 from pma_megatron.recovery import KEYWORDS as RECOVERY
 from pma_megatron.recovery import RecoveryRequest
 from pma_megatron.request import Method
-from pma_megatron.selection import SelectionRequest, select
-from pma_megatron.tokens import given_tokens
+from pma_megatron.runs.selection import SelectionRequest, select
+from pma_megatron.runs.tokens import given_tokens
 from test_layers import modules
 from test_megatron_flags import parse
 
@@ -270,7 +270,7 @@ OF_OTHERS = {
         "--no-load-lr-state", "--no-load-optim", "--no-load-rng", "--reset-iteration", "--save",
         "--seed", "--last", "--lr-factor",
     },
-    "tokens": {"--iterations-to-skip", "--decrease-batch-size-if-needed"},  # of Megatron
+    "runs.tokens": {"--iterations-to-skip", "--decrease-batch-size-if-needed"},  # of Megatron
 }  # fmt: skip
 """Flags that modules may spell, for they are no settings of this package."""
 

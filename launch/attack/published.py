@@ -32,7 +32,6 @@ from pma_megatron import (
     verify,
 )
 from pma_megatron.base.comm import Comm
-from pma_megatron.discover import pointed
 from pma_megatron.formats import registry
 from pma_megatron.inspection import look
 from pma_megatron.megatron.online import OnlineAverage
@@ -42,6 +41,7 @@ from pma_megatron.megatron.shard import MegatronShard
 from pma_megatron.megatron.thin import ThinSnapshots
 from pma_megatron.online.hostcopy import HostCopy
 from pma_megatron.online.snapshots import SNAPSHOTS
+from pma_megatron.runs.discover import pointed
 from pma_megatron.testing import TinyConfig, TinyTrainer, run_ranks
 from runs import EVERY, SAVES, flipped, report, to_universal
 

@@ -43,7 +43,7 @@ from pma_megatron.job import merge
 from pma_megatron.planning import MergePlan, make_plan
 from pma_megatron.policy import Policy
 from pma_megatron.request import MergeRequest
-from pma_megatron.selection import SelectionRequest
+from pma_megatron.runs.selection import SelectionRequest
 from pma_megatron.testing import run_ranks
 
 MIB, GIB = 1 << 20, 1 << 30

@@ -8,8 +8,8 @@ from typing import Any
 
 from pma_megatron.forecast import Forecast
 from pma_megatron.grid import UNMERGED
+from pma_megatron.runs.tokens import format_tokens
 from pma_megatron.scores import Score, Scores
-from pma_megatron.tokens import format_tokens
 
 _UNMERGED = "#5b6573"
 _TOKENS = "training tokens"

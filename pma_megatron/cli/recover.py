@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from contextlib import ExitStack
 
-from pma_megatron import audit
 from pma_megatron.base.comm import Comm, process_group_from_environment
 from pma_megatron.base.stopping import having_published
 from pma_megatron.cli.progress import show
@@ -17,6 +16,7 @@ from pma_megatron.healthy import LAST, MARGIN_ITERATIONS, Span
 from pma_megatron.recovery import Diagnosis, RecoveryRequest, recover, rehearse
 from pma_megatron.report import MergeReport
 from pma_megatron.request import Method
+from pma_megatron.runs import recovery_log as audit
 from pma_megatron.spike import SpikeSettings
 
 _EXAMPLE = """examples:

@@ -14,8 +14,8 @@ from pma_megatron.base.comm import TIMEOUT_S
 from pma_megatron.base.durations import parse_duration
 from pma_megatron.base.spelling import FrontEnd
 from pma_megatron.errors import UsageError
-from pma_megatron.selection import SelectionRequest
-from pma_megatron.tokens import parse_tokens
+from pma_megatron.runs.selection import SelectionRequest
+from pma_megatron.runs.tokens import parse_tokens
 
 _NEGATIVE = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
 

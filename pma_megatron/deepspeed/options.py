@@ -11,7 +11,7 @@ from pma_megatron.base.locations import refuse_remote
 from pma_megatron.base.spelling import FrontEnd, keywords
 from pma_megatron.live_load import live_request
 from pma_megatron.request import MergeRequest, Method
-from pma_megatron.selection import SelectionRequest
+from pma_megatron.runs.selection import SelectionRequest
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,7 +15,7 @@ from typing import Any
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats import registry
 from pma_megatron.formats.deepspeed.checkpoint import DeepSpeedCheckpoint
-from pma_megatron.trackers import read_pointers
+from pma_megatron.runs.trackers import read_pointers
 
 RECORD = "pma_init"
 """Key in the client state of every later tag."""

@@ -29,7 +29,7 @@ from pma_megatron.formats import registry
 from pma_megatron.formats.base import MAIN_PARAM, Schedule
 from pma_megatron.formats.source import Source
 from pma_megatron.identity.samples import WEIGHT, Stored, file_of, largest, runs, stored
-from pma_megatron.refs import CheckpointRef
+from pma_megatron.runs.refs import CheckpointRef
 
 SECOND_MOMENT = "exp_avg_sq"
 _RUN, _RUNS, _PIECES = 64, 2, 2

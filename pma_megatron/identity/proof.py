@@ -20,7 +20,7 @@ from pma_megatron.identity.lineage import (
 )
 from pma_megatron.identity.rounded import refuse_foreign_weights
 from pma_megatron.identity.stands import refuse_contradictions
-from pma_megatron.refs import CheckpointRef
+from pma_megatron.runs.refs import CheckpointRef
 
 
 @dataclass(frozen=True, slots=True)

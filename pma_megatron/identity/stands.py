@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from pma_megatron.base.spelling import left_out
 from pma_megatron.errors import CheckpointError
-from pma_megatron.refs import CheckpointRef
+from pma_megatron.runs.refs import CheckpointRef
 
 
 def refuse_contradictions(refs: Sequence[CheckpointRef]) -> None:

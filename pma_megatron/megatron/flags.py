@@ -27,9 +27,9 @@ from pma_megatron.megatron.options import (
     given,
     settings,
 )
-from pma_megatron.selection import DEFAULT_LAST
+from pma_megatron.runs.selection import DEFAULT_LAST
+from pma_megatron.runs.tokens import parse_tokens
 from pma_megatron.spike import SpikeSettings
-from pma_megatron.tokens import parse_tokens
 
 __all__ = [
     "Settings",

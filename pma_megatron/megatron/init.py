@@ -13,10 +13,10 @@ from typing import Any
 
 from pma_megatron.base.comm import Comm
 from pma_megatron.base.say import say
-from pma_megatron.discover import common_args
 from pma_megatron.errors import UsageError
 from pma_megatron.megatron.load import merge_into
 from pma_megatron.megatron.options import USED_BY, Settings, given
+from pma_megatron.runs.discover import common_args
 
 RECORD = "pma_init_record"
 """Attribute of Megatron's arguments, and so of every later checkpoint's."""

@@ -24,7 +24,7 @@ from pma_megatron.planning import Gathered, gather_sources
 from pma_megatron.poison import Trainer, chain
 from pma_megatron.policy import MAIN
 from pma_megatron.request import MergeRequest, Method
-from pma_megatron.selection import SelectionRequest
+from pma_megatron.runs.selection import SelectionRequest
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 

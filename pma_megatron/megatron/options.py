@@ -16,9 +16,9 @@ from pma_megatron.errors import UsageError
 from pma_megatron.grid import Grid, parse_ends, parse_method
 from pma_megatron.healthy import LAST, MARGIN_ITERATIONS
 from pma_megatron.request import Method
-from pma_megatron.selection import DEFAULT_LAST, SelectionRequest
+from pma_megatron.runs.selection import DEFAULT_LAST, SelectionRequest
+from pma_megatron.runs.tokens import consumed_tokens_of
 from pma_megatron.spike import SpikeSettings
-from pma_megatron.tokens import consumed_tokens_of
 
 OPTIMIZER_STATES = ("latest", "average", "reset")
 SHARES = ("auto", "source", "slice")

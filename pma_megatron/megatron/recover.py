@@ -29,21 +29,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pma_megatron import audit
 from pma_megatron.base.comm import Comm
 from pma_megatron.base.faults import point
 from pma_megatron.base.locations import refuse_remote
 from pma_megatron.base.say import say
-from pma_megatron.discover import list_checkpoints
 from pma_megatron.errors import PmaError, SelectionError
-from pma_megatron.gaps import lines
 from pma_megatron.healthy import Healthy, HealthyRequest, Span, choose_healthy
 from pma_megatron.megatron.load import merge_into, trainer_of
 from pma_megatron.megatron.options import RecoverySettings
 from pma_megatron.megatron.replicas import forward_hooks_off
 from pma_megatron.poison import cure, poisoned_on_failure
-from pma_megatron.refs import CheckpointRef
-from pma_megatron.selection import SelectionRequest
+from pma_megatron.runs import recovery_log as audit
+from pma_megatron.runs.discover import list_checkpoints
+from pma_megatron.runs.gaps import lines
+from pma_megatron.runs.refs import CheckpointRef
+from pma_megatron.runs.selection import SelectionRequest
 from pma_megatron.spike import SpikeDetector, Verdict
 
 Rollback = Callable[[CheckpointRef], Any]

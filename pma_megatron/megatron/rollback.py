@@ -14,7 +14,7 @@ from typing import Any
 
 from pma_megatron.errors import CheckpointError
 from pma_megatron.megatron.replicas import rates_kept
-from pma_megatron.refs import CheckpointRef
+from pma_megatron.runs.refs import CheckpointRef
 
 # Where the job stands, which a load sets; zero because releases before 0.15 insist on it.
 _POSITION = ("consumed_train_samples", "consumed_valid_samples", "skipped_train_samples")

@@ -9,13 +9,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pma_megatron import audit
 from pma_megatron.base.comm import Comm
 from pma_megatron.base.say import say
-from pma_megatron.discover import common_args
 from pma_megatron.megatron.options import EXIT_CODE, RecoverySettings
 from pma_megatron.megatron.recover import Recovered, Recovery, RecoverySpentError
 from pma_megatron.megatron.rollback import load_again
+from pma_megatron.runs import recovery_log as audit
+from pma_megatron.runs.discover import common_args
 
 
 class Watch:

@@ -19,7 +19,7 @@ from pma_megatron.megatron.evaluate import Evaluation
 from pma_megatron.megatron.options import Settings, tokens_now
 from pma_megatron.megatron.trees import changed_arguments, global_vars
 from pma_megatron.online.store import FOLDER
-from pma_megatron.selection import SelectionRequest
+from pma_megatron.runs.selection import SelectionRequest
 
 _UNSUPPORTED = (
     ("universal_checkpoint", "Universal checkpoints are not averaged in a live engine; use "

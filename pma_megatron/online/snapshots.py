@@ -21,7 +21,6 @@ import torch
 from pma_megatron.base.comm import Comm
 from pma_megatron.base.locations import refuse_remote
 from pma_megatron.base.spelling import named
-from pma_megatron.discover import TRACKER_FILE, iteration_of
 from pma_megatron.errors import CheckpointError, PublishError, UsageError
 from pma_megatron.formats.base import Item
 from pma_megatron.formats.marker import (
@@ -39,6 +38,7 @@ from pma_megatron.formats.torch_dist.chunks import (
     stored,
 )
 from pma_megatron.online.snapshot_job import REMOVED, STAGING, Data, SnapshotJob, remove
+from pma_megatron.runs.discover import TRACKER_FILE, iteration_of
 
 __all__ = ["SNAPSHOTS", "Chunk", "SnapshotWriter", "prune"]
 

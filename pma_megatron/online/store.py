@@ -20,7 +20,6 @@ import torch
 
 from pma_megatron.base.comm import Comm
 from pma_megatron.base.spelling import renamed
-from pma_megatron.discover import list_checkpoints
 from pma_megatron.errors import CheckpointError, PublishError
 from pma_megatron.formats import registry
 from pma_megatron.formats.source import Source
@@ -30,8 +29,9 @@ from pma_megatron.online.shard import Shard
 from pma_megatron.online.snapshots import SnapshotWriter, prune
 from pma_megatron.online.window import Entry, ExponentialAverage, Window
 from pma_megatron.planning import open_sources
-from pma_megatron.refs import CheckpointRef
 from pma_megatron.request import MergeRequest
+from pma_megatron.runs.discover import list_checkpoints
+from pma_megatron.runs.refs import CheckpointRef
 
 FOLDER = "window"
 """Below the root of the averages."""

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from pma_megatron.discover import choose, list_checkpoints
 from pma_megatron.formats import registry
 from pma_megatron.megatron.curvature import Differentiable
 from pma_megatron.megatron.score import Scored
-from pma_megatron.selection import SelectionRequest
+from pma_megatron.runs.discover import choose, list_checkpoints
+from pma_megatron.runs.selection import SelectionRequest
 from pma_megatron.testing.config import TinyConfig
 
 _SAVED = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "seq_length",

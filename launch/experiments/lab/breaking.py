@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pma_megatron import audit
 from pma_megatron.megatron.options import RecoverySettings
 from pma_megatron.megatron.recover import Recovery, RecoverySpentError
-from pma_megatron.refs import CheckpointRef
+from pma_megatron.runs import recovery_log as audit
+from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.spike import SpikeSettings
 from pma_megatron.testing import TinyConfig, TinyTrainer
 

@@ -14,7 +14,7 @@ from typing import Literal
 
 from pma_megatron.base.spelling import given, has, named, switch
 from pma_megatron.errors import SelectionError
-from pma_megatron.refs import CheckpointRef, iteration_of, why_incomplete
+from pma_megatron.runs.refs import CheckpointRef, iteration_of, why_incomplete
 
 Kind = Literal[
     "being written", "damaged", "spoiled", "not judged", "excluded", "newer", "not needed",

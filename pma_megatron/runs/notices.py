@@ -7,13 +7,13 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from pma_megatron.discover import describe
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats import registry
 from pma_megatron.formats.base import Schedule
-from pma_megatron.gaps import lines
-from pma_megatron.selection import Selection
-from pma_megatron.trackers import read_pointers
+from pma_megatron.runs.discover import describe
+from pma_megatron.runs.gaps import lines
+from pma_megatron.runs.selection import Selection
+from pma_megatron.runs.trackers import read_pointers
 
 _EARLY = 0.5
 _log = logging.getLogger(__name__)

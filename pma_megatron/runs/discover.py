@@ -8,20 +8,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pma_megatron import audit
 from pma_megatron.base.locations import refuse_remote
 from pma_megatron.base.openfiles import folders_in, is_folder
 from pma_megatron.base.spelling import among, given, has, named, switch
 from pma_megatron.errors import CheckpointError, SelectionError
-from pma_megatron.folders import ITERATION, is_checkpoint, what_is
 from pma_megatron.formats import registry
 from pma_megatron.formats.base import Incomplete
 from pma_megatron.formats.marker import SNAPSHOTS, read_snapshot_marker
 from pma_megatron.formats.schema import is_count
-from pma_megatron.refs import CheckpointRef
-from pma_megatron.selection import Selection, SelectionRequest, select
-from pma_megatron.tokens import consumed_tokens_of
-from pma_megatron.trackers import Pointer, read_pointers
+from pma_megatron.runs import recovery_log as audit
+from pma_megatron.runs.folders import ITERATION, is_checkpoint, what_is
+from pma_megatron.runs.refs import CheckpointRef
+from pma_megatron.runs.selection import Selection, SelectionRequest, select
+from pma_megatron.runs.tokens import consumed_tokens_of
+from pma_megatron.runs.trackers import Pointer, read_pointers
 
 TRACKER_FILE = registry.get(registry.TORCH_DIST, "").tracker.file
 _STEP = re.compile(r"^global_step(\d+)(?:_universal)?$")

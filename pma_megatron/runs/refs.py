@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from pma_megatron.tokens import format_tokens
+from pma_megatron.runs.tokens import format_tokens
 
 Unit = Literal["tokens", "iterations", "unknown"]
 State = Literal["complete", "being written", "damaged", "spoiled", "not judged"]

@@ -15,7 +15,7 @@ from itertools import pairwise
 from pma_megatron.base.locations import refuse_remote
 from pma_megatron.base.spelling import among, given, has, named
 from pma_megatron.errors import SelectionError, UsageError
-from pma_megatron.gaps import (
+from pma_megatron.runs.gaps import (
     PassedOver,
     Wanted,
     left_out,
@@ -25,7 +25,7 @@ from pma_megatron.gaps import (
     tokens_about,
     warnings_of,
 )
-from pma_megatron.refs import (
+from pma_megatron.runs.refs import (
     CheckpointRef,
     Unit,
     iteration_of,
@@ -35,8 +35,8 @@ from pma_megatron.refs import (
     unusable_list,
     why_incomplete,
 )
-from pma_megatron.spacing import Places, hole
-from pma_megatron.tokens import comparable_run, format_tokens, given_tokens, why_incomparable
+from pma_megatron.runs.spacing import Places, hole
+from pma_megatron.runs.tokens import comparable_run, format_tokens, given_tokens, why_incomparable
 
 DEFAULT_LAST = 10  # arXiv 2505.12082, and docs/defaults.md: 6 to 15 are level late in a run
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from pma_megatron.base.spelling import given, has, named
-from pma_megatron.refs import CheckpointRef, Unit, iteration_of, shown, unusable_list
-from pma_megatron.tokens import given_tokens
+from pma_megatron.runs.refs import CheckpointRef, Unit, iteration_of, shown, unusable_list
+from pma_megatron.runs.tokens import given_tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,0 +1,1 @@
+"""Which checkpoints a run has, and which of them an average takes."""
