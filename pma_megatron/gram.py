@@ -27,11 +27,11 @@ from pma_megatron.integrity import checked
 from pma_megatron.job import Show, silent
 from pma_megatron.planning import Gathered, file_order, gather_sources, read_bytes
 from pma_megatron.policy import MAIN
-from pma_megatron.reads import Reads
 from pma_megatron.request import MergeRequest
-from pma_megatron.rooms import BLOCK_ELEMENTS
 from pma_megatron.spread import TOTAL, Gram, Spread, spread, total
 from pma_megatron.tasks import Average, Unit, share, units
+from pma_megatron.transfer.buffers import BLOCK_ELEMENTS
+from pma_megatron.transfer.reads import Reads
 
 GROUPS = (
     ("norms", r"norm"),

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 
 from pma_megatron.base.comm import Comm
 from pma_megatron.base.spelling import has, switch
-from pma_megatron.blocks import BlockReader
 from pma_megatron.formats.base import StoredRecord
 from pma_megatron.planning import refuse_changed
-from pma_megatron.reads import SPANS, Reads, Spans, joined
 from pma_megatron.tasks import Workload
+from pma_megatron.transfer.blocks import BlockReader
+from pma_megatron.transfer.reads import SPANS, Reads, Spans, joined
 
 _FILL_BYTES = 1 << 16
 _FILL_PART = 8  # a record is read whole if at most 1/8 of it, or 64 KiB, is unread

@@ -15,7 +15,6 @@ from pma_megatron.base.comm import Comm
 from pma_megatron.base.faults import point
 from pma_megatron.base.spelling import named
 from pma_megatron.base.stopping import Stopped, having_published
-from pma_megatron.blocks import BlockWriter
 from pma_megatron.errors import PmaError, UsageError
 from pma_megatron.integrity import Compared, checked
 from pma_megatron.planning import MergePlan, make_plan
@@ -24,6 +23,7 @@ from pma_megatron.report import MergeReport, describe_plan
 from pma_megatron.request import MergeRequest, in_its_words
 from pma_megatron.runs.notices import moves_back
 from pma_megatron.tasks import share
+from pma_megatron.transfer.blocks import BlockWriter
 
 _log = logging.getLogger(__name__)
 

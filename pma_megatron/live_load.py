@@ -22,11 +22,11 @@ from pma_megatron.integrity import Compared, checked
 from pma_megatron.live import LivePlan, LiveWriter
 from pma_megatron.poison import Trainer, cure, poisoned_on_failure
 from pma_megatron.policy import Policy
-from pma_megatron.reads import Reads
 from pma_megatron.request import MergeRequest, Method
 from pma_megatron.runs.gaps import PassedOver
 from pma_megatron.runs.selection import SelectionRequest
 from pma_megatron.tasks import Unit
+from pma_megatron.transfer.reads import Reads
 
 SHARES = ("auto", "source", "slice")
 STATES = ("latest", "average", "reset")

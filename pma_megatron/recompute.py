@@ -15,7 +15,6 @@ import torch
 
 from pma_megatron.base.boxes import Box, Piece, PieceIndex, slices
 from pma_megatron.base.comm import Comm
-from pma_megatron.blocks import BlockReader
 from pma_megatron.errors import VerifyError
 from pma_megatron.formats.base import Tensor
 from pma_megatron.formats.source import Source
@@ -23,6 +22,7 @@ from pma_megatron.planning import MergePlan
 from pma_megatron.policy import MAIN, Action
 from pma_megatron.request import Output
 from pma_megatron.tolerance import bound_of, refuse_beyond, refuse_unrounded
+from pma_megatron.transfer.blocks import BlockReader
 from pma_megatron.verification import (
     Verification,
     map_notes,

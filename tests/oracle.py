@@ -11,9 +11,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from pma_megatron.base.boxes import Box, PieceIndex
-from pma_megatron.blocks import BlockReader
 from pma_megatron.formats.base import Tensor
 from pma_megatron.formats.items import ItemFiles
+from pma_megatron.transfer.blocks import BlockReader
 
 UNIT_ROUNDOFF = 2.0**-24
 States = Sequence[Sequence[dict[str, Any]]]

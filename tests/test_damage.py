@@ -28,9 +28,9 @@ from pma_megatron.formats.base import StoredRecord
 from pma_megatron.formats.items import ItemFiles
 from pma_megatron.gram import measure
 from pma_megatron.megatron.load import merge_into
-from pma_megatron.reads import Reads, joined
 from pma_megatron.testing import TinyTrainer, run_ranks
 from pma_megatron.testing.tiny_deepspeed import DeepSpeedConfig, TinyDeepSpeed
+from pma_megatron.transfer.reads import Reads, joined
 from runs import train_deepspeed
 
 ROOT = Path(__file__).parents[1]

@@ -23,7 +23,6 @@ from oracle import assert_average
 from pma_megatron import SelectionRequest, merge
 from pma_megatron.base.boxes import PieceIndex, flat_range
 from pma_megatron.base.faults import InjectedFault
-from pma_megatron.blocks import BlockReader
 from pma_megatron.deepspeed import load, load_merged, pma_init
 from pma_megatron.deepspeed.params import LiveTensor, live_tensors, refresh_weights
 from pma_megatron.errors import PlanError, PmaError, UsageError
@@ -31,6 +30,7 @@ from pma_megatron.formats import registry
 from pma_megatron.policy import MAIN, Policy
 from pma_megatron.testing import inject, run_ranks, tiny_deepspeed
 from pma_megatron.testing.tiny_deepspeed import DeepSpeedConfig, TinyDeepSpeed
+from pma_megatron.transfer.blocks import BlockReader
 from test_deepspeed_versions import OLD, RELEASE, use
 
 pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="no DeepSpeed")

@@ -21,7 +21,7 @@ ORDER = [
     ],
     [
         "base.openfiles",
-        "rooms",
+        "transfer.buffers",
         "base.locations",
         "tolerance",
         "base.durations",
@@ -72,9 +72,9 @@ ORDER = [
     ["formats.torch_dist.buckets", "formats.torch_dist.output", "formats.torch_dist.schedule"],
     ["formats.torch_dist.source", "formats.deepspeed.source", "formats.deepspeed.output"],
     ["formats.deepspeed.universal_source", "formats.deepspeed.universal_output"],
-    ["formats.registry", "reads"],
+    ["formats.registry", "transfer.reads"],
     ["runs.folders"],
-    ["runs.trackers", "tasks", "blocks", "intact"],
+    ["runs.trackers", "tasks", "transfer.blocks", "intact"],
     ["runs.discover", "identity", "identity.samples", "identity.stands"],
     ["identity.copies", "identity.lineage", "identity.rounded"],
     ["agreement"],
@@ -170,7 +170,7 @@ def test_nothing_imports_the_testing_package_or_the_launch_scripts() -> None:
 
 
 def test_formats_do_not_know_the_engine() -> None:
-    above = {"engine", "planning", "build", "tasks", "blocks", "policy", "base.comm"}
+    above = {"engine", "planning", "build", "tasks", "transfer.blocks", "policy", "base.comm"}
     for name, path in modules().items():
         if name.startswith("formats."):
             assert not imported(path) & above, name

@@ -38,13 +38,13 @@ from rich.console import Console
 from rich.table import Table
 
 from pma_megatron.base.comm import Comm
-from pma_megatron.blocks import BlockReader
 from pma_megatron.job import merge
 from pma_megatron.planning import MergePlan, make_plan
 from pma_megatron.policy import Policy
 from pma_megatron.request import MergeRequest
 from pma_megatron.runs.selection import SelectionRequest
 from pma_megatron.testing import run_ranks
+from pma_megatron.transfer.blocks import BlockReader
 
 MIB, GIB = 1 << 20, 1 << 30
 TIMEOUT_S = 1800

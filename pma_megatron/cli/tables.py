@@ -17,10 +17,10 @@ from pma_megatron.inspection import Inspection
 from pma_megatron.planning import MergePlan, read_rate
 from pma_megatron.report import MergeReport, describe_output
 from pma_megatron.request import Output
-from pma_megatron.rooms import BLOCK_ELEMENTS
 from pma_megatron.runs.gaps import lines
 from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.runs.tokens import format_tokens, recommend
+from pma_megatron.transfer.buffers import BLOCK_ELEMENTS
 from pma_megatron.verification import Verification
 
 

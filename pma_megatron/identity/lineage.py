@@ -23,13 +23,13 @@ import torch
 
 from pma_megatron.base.boxes import Box, PieceIndex
 from pma_megatron.base.spelling import left_out
-from pma_megatron.blocks import BlockReader
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats import registry
 from pma_megatron.formats.base import MAIN_PARAM, Schedule
 from pma_megatron.formats.source import Source
 from pma_megatron.identity.samples import WEIGHT, Stored, file_of, largest, runs, stored
 from pma_megatron.runs.refs import CheckpointRef
+from pma_megatron.transfer.blocks import BlockReader
 
 SECOND_MOMENT = "exp_avg_sq"
 _RUN, _RUNS, _PIECES = 64, 2, 2

@@ -17,12 +17,12 @@ import torch
 
 from pma_megatron.base.boxes import Box, PieceIndex
 from pma_megatron.base.spelling import left_out
-from pma_megatron.blocks import BlockReader
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.base import MAIN_PARAM, Payload, Tensor
 from pma_megatron.formats.flat import rounds_to
 from pma_megatron.formats.source import Source
 from pma_megatron.identity.samples import FLOATING, WEIGHT, Stored, chosen, file_of, runs, stored
+from pma_megatron.transfer.blocks import BlockReader
 
 
 def refuse_foreign_weights(source: Source) -> None:

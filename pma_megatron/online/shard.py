@@ -15,13 +15,13 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from pma_megatron.base.boxes import Box, PieceIndex, flat_range
-from pma_megatron.blocks import BlockReader
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.source import Source
 from pma_megatron.formats.torch_dist.chunks import Chunk
 from pma_megatron.live_tensor import LiveTensor, Place
 from pma_megatron.policy import MAIN
-from pma_megatron.reads import Reads
+from pma_megatron.transfer.blocks import BlockReader
+from pma_megatron.transfer.reads import Reads
 
 Tensor = TypeVar("Tensor", bound=LiveTensor)
 

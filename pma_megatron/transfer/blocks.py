@@ -21,8 +21,8 @@ from pma_megatron.formats import registry
 from pma_megatron.formats.base import Item, Payload, StoredRecord
 from pma_megatron.formats.items import ItemFiles, refuse_other_bytes
 from pma_megatron.formats.output import Place
-from pma_megatron.reads import Reads, Spans
-from pma_megatron.rooms import BLOCK_ELEMENTS, Room, Rounded, as_bytes
+from pma_megatron.transfer.buffers import BLOCK_ELEMENTS, Room, Rounded, as_bytes
+from pma_megatron.transfer.reads import Reads, Spans
 
 _COPY_BYTES = 1 << 20
 _MIN_DENSITY = 4  # read a whole span if at least 1/4 of it is wanted

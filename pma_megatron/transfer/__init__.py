@@ -1,0 +1,1 @@
+"""Bytes between the files of checkpoints and buffers in memory."""
