@@ -11,38 +11,38 @@ from typing import TYPE_CHECKING, Any
 from pma_megatron.version import __version__
 
 if TYPE_CHECKING:
-    from pma_megatron.coefficients import Coefficients
     from pma_megatron.errors import PmaError
-    from pma_megatron.inspection import Inspection, inspect
-    from pma_megatron.job import merge, plan
-    from pma_megatron.planning import MergePlan
-    from pma_megatron.policy import Policy
-    from pma_megatron.published import verify
+    from pma_megatron.merging.coefficients import Coefficients
+    from pma_megatron.merging.inspection import Inspection, inspect
+    from pma_megatron.merging.job import merge, plan
+    from pma_megatron.merging.planning import MergePlan
+    from pma_megatron.merging.policy import Policy
+    from pma_megatron.merging.published import verify
+    from pma_megatron.merging.report import MergeReport
+    from pma_megatron.merging.request import MergeRequest, Method
     from pma_megatron.recovery import RecoveryRequest, recover
-    from pma_megatron.report import MergeReport
-    from pma_megatron.request import MergeRequest, Method
     from pma_megatron.runs.discover import list_checkpoints
     from pma_megatron.runs.refs import CheckpointRef
     from pma_megatron.runs.selection import SelectionRequest
 
 _HOMES = {
     "CheckpointRef": ("runs.refs", "CheckpointRef"),
-    "Coefficients": ("coefficients", "Coefficients"),
-    "Inspection": ("inspection", "Inspection"),
-    "MergePlan": ("planning", "MergePlan"),
-    "MergeReport": ("report", "MergeReport"),
-    "MergeRequest": ("request", "MergeRequest"),
-    "Method": ("request", "Method"),
+    "Coefficients": ("merging.coefficients", "Coefficients"),
+    "Inspection": ("merging.inspection", "Inspection"),
+    "MergePlan": ("merging.planning", "MergePlan"),
+    "MergeReport": ("merging.report", "MergeReport"),
+    "MergeRequest": ("merging.request", "MergeRequest"),
+    "Method": ("merging.request", "Method"),
     "PmaError": ("errors", "PmaError"),
-    "Policy": ("policy", "Policy"),
+    "Policy": ("merging.policy", "Policy"),
     "RecoveryRequest": ("recovery", "RecoveryRequest"),
     "SelectionRequest": ("runs.selection", "SelectionRequest"),
-    "inspect": ("inspection", "inspect"),
+    "inspect": ("merging.inspection", "inspect"),
     "list_checkpoints": ("runs.discover", "list_checkpoints"),
-    "merge": ("job", "merge"),
-    "plan": ("job", "plan"),
+    "merge": ("merging.job", "merge"),
+    "plan": ("merging.job", "plan"),
     "recover": ("recovery", "recover"),
-    "verify": ("published", "verify"),
+    "verify": ("merging.published", "verify"),
 }
 
 __all__ = [

@@ -14,22 +14,22 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pma_megatron.accumulate import Accumulator, Work, Workspace
-from pma_megatron.agreement import check_same_model, matching, refuse_rounded
 from pma_megatron.base.boxes import Box
 from pma_megatron.base.comm import Comm
 from pma_megatron.base.spelling import hint
-from pma_megatron.build import average_task
-from pma_megatron.engine import Progress, blocks, over_threads, reading
 from pma_megatron.errors import PlanError, UsageError
 from pma_megatron.formats.source import Source
-from pma_megatron.integrity import checked
-from pma_megatron.job import Show, silent
-from pma_megatron.planning import Gathered, file_order, gather_sources, read_bytes
-from pma_megatron.policy import MAIN
-from pma_megatron.request import MergeRequest
+from pma_megatron.merging.accumulate import Accumulator, Work, Workspace
+from pma_megatron.merging.agreement import check_same_model, matching, refuse_rounded
+from pma_megatron.merging.engine import Progress, blocks, over_threads, reading
+from pma_megatron.merging.integrity import checked
+from pma_megatron.merging.job import Show, silent
+from pma_megatron.merging.planning import Gathered, file_order, gather_sources, read_bytes
+from pma_megatron.merging.policy import MAIN
+from pma_megatron.merging.request import MergeRequest
+from pma_megatron.merging.rules import average_task
+from pma_megatron.merging.tasks import Average, Unit, share, units
 from pma_megatron.spread import TOTAL, Gram, Spread, spread, total
-from pma_megatron.tasks import Average, Unit, share, units
 from pma_megatron.transfer.buffers import BLOCK_ELEMENTS
 from pma_megatron.transfer.reads import Reads
 

@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from pma_megatron.base.spelling import given, mistyped, named, renamed
-from pma_megatron.coefficients import METHODS
 from pma_megatron.errors import SelectionError, UsageError
-from pma_megatron.request import Method
+from pma_megatron.merging.coefficients import METHODS
+from pma_megatron.merging.request import Method
 from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.runs.selection import DEFAULT_LAST, Selection, SelectionRequest, select
 

@@ -16,14 +16,14 @@ import torch
 
 from pma_megatron.base.boxes import Box, Piece, flat_range
 from pma_megatron.base.spelling import left_out
-from pma_megatron.build import average_task
 from pma_megatron.errors import PlanError, UsageError
 from pma_megatron.formats.base import Tensor
 from pma_megatron.formats.source import Source
 from pma_megatron.live_tensor import LiveTensor
-from pma_megatron.planning import Gathered
-from pma_megatron.policy import MAIN
-from pma_megatron.tasks import Average, Unit, units
+from pma_megatron.merging.planning import Gathered
+from pma_megatron.merging.policy import MAIN
+from pma_megatron.merging.rules import average_task
+from pma_megatron.merging.tasks import Average, Unit, units
 
 WEIGHT = "weight"
 

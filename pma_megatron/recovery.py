@@ -23,11 +23,11 @@ from pma_megatron.healthy import (
     Span,
     choose_healthy,
 )
-from pma_megatron.job import Show, merge, plan, silent
+from pma_megatron.merging.job import Show, merge, plan, silent
+from pma_megatron.merging.policy import Policy
+from pma_megatron.merging.report import MergeReport
+from pma_megatron.merging.request import MergeRequest, Method
 from pma_megatron.metrics import Metrics, read_metrics
-from pma_megatron.policy import Policy
-from pma_megatron.report import MergeReport
-from pma_megatron.request import MergeRequest, Method
 from pma_megatron.resume import Resume, resume, resume_script
 from pma_megatron.runs.discover import list_checkpoints
 from pma_megatron.runs.refs import CheckpointRef

@@ -10,15 +10,15 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import pma_megatron.coefficients as module
-from pma_megatron.coefficients import (
+import pma_megatron.merging.coefficients as module
+from pma_megatron.errors import UsageError
+from pma_megatron.merging.coefficients import (
     METHODS,
     Coefficients,
     coefficients,
     exact_weights,
     implied_decay_weights,
 )
-from pma_megatron.errors import UsageError
 
 DECAYS = {
     "linear": lambda x: 1 - x,

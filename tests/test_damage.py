@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 import flips
 from conftest import DENSE, folder_of, refused, request_for
-from pma_megatron import Policy, SelectionRequest, integrity, merge, tasks, verify
+from pma_megatron import Policy, SelectionRequest, merge, verify
 from pma_megatron.base.comm import Comm
 from pma_megatron.deepspeed import load_merged
 from pma_megatron.errors import CheckpointError, PmaError
@@ -28,6 +28,7 @@ from pma_megatron.formats.base import StoredRecord
 from pma_megatron.formats.items import ItemFiles
 from pma_megatron.gram import measure
 from pma_megatron.megatron.load import merge_into
+from pma_megatron.merging import integrity, tasks
 from pma_megatron.testing import TinyTrainer, run_ranks
 from pma_megatron.testing.tiny_deepspeed import DeepSpeedConfig, TinyDeepSpeed
 from pma_megatron.transfer.reads import Reads, joined

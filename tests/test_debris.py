@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 
 from conftest import after_first_unit, as_a_user, digests, folder_of, refused, request_for
-from pma_megatron import Method, SelectionRequest, locks, merge, publish, verify
+from pma_megatron import Method, SelectionRequest, merge, verify
 from pma_megatron.base.faults import InjectedFault
 from pma_megatron.errors import PmaError, PublishError
 from pma_megatron.formats.marker import OWN_FILES
+from pma_megatron.merging import locks, publish
 from pma_megatron.testing import inject
 
 TRACKER = "latest_checkpointed_iteration.txt"

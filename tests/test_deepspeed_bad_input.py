@@ -22,8 +22,8 @@ from pma_megatron.errors import (
     SelectionError,
     UsageError,
 )
-from pma_megatron.policy import Policy
-from pma_megatron.report import read_provenance
+from pma_megatron.merging.policy import Policy
+from pma_megatron.merging.report import read_provenance
 from pma_megatron.testing import run_ranks
 from pma_megatron.testing.tiny_deepspeed import DeepSpeedConfig
 

@@ -27,7 +27,7 @@ from oracle import assert_average
 from pma_megatron import SelectionRequest, list_checkpoints, verify
 from pma_megatron.errors import CheckpointError, PlanError, SelectionError, UsageError
 from pma_megatron.formats.marker import OWN_FILES
-from pma_megatron.policy import Policy
+from pma_megatron.merging.policy import Policy
 from pma_megatron.testing import run_ranks
 from pma_megatron.testing.tiny_deepspeed import DeepSpeedConfig
 

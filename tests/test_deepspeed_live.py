@@ -27,7 +27,7 @@ from pma_megatron.deepspeed import load, load_merged, pma_init
 from pma_megatron.deepspeed.params import LiveTensor, live_tensors, refresh_weights
 from pma_megatron.errors import PlanError, PmaError, UsageError
 from pma_megatron.formats import registry
-from pma_megatron.policy import MAIN, Policy
+from pma_megatron.merging.policy import MAIN, Policy
 from pma_megatron.testing import inject, run_ranks, tiny_deepspeed
 from pma_megatron.testing.tiny_deepspeed import DeepSpeedConfig, TinyDeepSpeed
 from pma_megatron.transfer.blocks import BlockReader

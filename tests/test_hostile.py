@@ -363,7 +363,7 @@ def test_a_name_that_leaves_the_folder_is_refused_before_anything_is_made(
 
 def test_the_publisher_makes_no_folder_of_a_link(run: Path, save: Path, tmp_path: Path) -> None:
     """Another user of a shared folder waits for the staging folder, and puts a link into it."""
-    from pma_megatron import publish
+    from pma_megatron.merging import publish
 
     outside = tmp_path / "outside"
     outside.mkdir()

@@ -25,11 +25,12 @@ import torch.distributed as dist
 
 import pma_megatron
 from conftest import digests, folder_of, request_for
-from pma_megatron import MergeRequest, PmaError, SelectionRequest, merge, publish, verify
+from pma_megatron import MergeRequest, PmaError, SelectionRequest, merge, verify
 from pma_megatron.base.faults import point
 from pma_megatron.formats.base import Payload, StoredRecord
 from pma_megatron.formats.items import ItemFiles
-from pma_megatron.job import Show
+from pma_megatron.merging import publish
+from pma_megatron.merging.job import Show
 from pma_megatron.testing import inject, run_ranks
 
 EVERY_RANK = ("stage", "merge", "sync", "verify")

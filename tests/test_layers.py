@@ -23,7 +23,7 @@ ORDER = [
         "base.openfiles",
         "transfer.buffers",
         "base.locations",
-        "tolerance",
+        "merging.tolerance",
         "base.durations",
         "base.stopping",
         "base.processes",
@@ -32,8 +32,8 @@ ORDER = [
     ["runs.recovery_log"],
     [
         "runs.tokens",
-        "coefficients",
-        "policy",
+        "merging.coefficients",
+        "merging.policy",
         "spread",
         "spike_state",
         "metrics_formats",
@@ -43,7 +43,7 @@ ORDER = [
     ["spike", "metrics", "runs.refs"],
     ["runs.spacing", "runs.gaps"],
     ["runs.selection", "base.comm"],
-    ["request", "healthy"],
+    ["merging.request", "healthy"],
     ["grid"],
     ["formats.inert"],
     ["formats.bounds", "formats.pickle_writer", "formats.names", "formats.schema"],
@@ -74,17 +74,17 @@ ORDER = [
     ["formats.deepspeed.universal_source", "formats.deepspeed.universal_output"],
     ["formats.registry", "transfer.reads"],
     ["runs.folders"],
-    ["runs.trackers", "tasks", "transfer.blocks", "intact"],
+    ["runs.trackers", "merging.tasks", "transfer.blocks", "merging.intact"],
     ["runs.discover", "identity", "identity.samples", "identity.stands"],
     ["identity.copies", "identity.lineage", "identity.rounded"],
-    ["agreement"],
-    ["identity.proof", "build", "runs.notices"],
-    ["planning", "accumulate"],
-    ["locks"],
-    ["engine", "publish", "verification", "live", "integrity"],
-    ["live_load", "finishing", "recompute"],
-    ["report"],
-    ["job", "published", "inspection"],
+    ["merging.agreement"],
+    ["identity.proof", "merging.rules", "runs.notices"],
+    ["merging.planning", "merging.accumulate"],
+    ["merging.locks"],
+    ["merging.engine", "merging.publish", "merging.verification", "live", "merging.integrity"],
+    ["live_load", "merging.finishing", "merging.recompute"],
+    ["merging.report"],
+    ["merging.job", "merging.published", "merging.inspection"],
     ["recovery", "gram"],
     ["online", "online.budget", "online.shard", "online.snapshot_job", "online.swap"],
     ["online.hostcopy", "online.snapshots"],
@@ -170,7 +170,15 @@ def test_nothing_imports_the_testing_package_or_the_launch_scripts() -> None:
 
 
 def test_formats_do_not_know_the_engine() -> None:
-    above = {"engine", "planning", "build", "tasks", "transfer.blocks", "policy", "base.comm"}
+    above = {
+        "merging.engine",
+        "merging.planning",
+        "merging.rules",
+        "merging.tasks",
+        "transfer.blocks",
+        "merging.policy",
+        "base.comm",
+    }
     for name, path in modules().items():
         if name.startswith("formats."):
             assert not imported(path) & above, name

@@ -14,7 +14,7 @@ from pma_megatron.grid import Grid
 from pma_megatron.megatron import flags
 from pma_megatron.megatron.options import NAMES, USED_BY
 from pma_megatron.megatron_deepspeed.hooks import _options
-from pma_megatron.request import Method
+from pma_megatron.merging.request import Method
 
 JOB = {
     "save": "/ckpts/run",

@@ -18,7 +18,7 @@ from pma_megatron import MergeRequest, Method, Policy, SelectionRequest, inspect
 from pma_megatron.errors import PlanError, UsageError
 from pma_megatron.formats.torch_dist.checkpoint import TorchDistCheckpoint
 from pma_megatron.formats.torch_dist.source import read_source
-from pma_megatron.tasks import Average
+from pma_megatron.merging.tasks import Average
 from zips import restamp
 
 GOLDEN = Path(__file__).parent / "golden"

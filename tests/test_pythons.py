@@ -33,7 +33,7 @@ from pma_megatron import inspect, list_checkpoints, merge, verify
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.pickles import Name, load_inert
 from pma_megatron.formats.torch_dist.metadata import parse
-from pma_megatron.policy import Policy
+from pma_megatron.merging.policy import Policy
 from pma_megatron.testing import TinyConfig, TinyTrainer, run_ranks
 from pma_megatron.testing.tiny_deepspeed import DeepSpeedConfig
 

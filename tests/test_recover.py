@@ -19,7 +19,7 @@ from pma_megatron.megatron.options import RecoverySettings
 from pma_megatron.megatron.params import live_tensors
 from pma_megatron.megatron.recover import Recovery, RecoverySpentError, agreed
 from pma_megatron.megatron.replicas import refresh_weights
-from pma_megatron.policy import MAIN
+from pma_megatron.merging.policy import MAIN
 from pma_megatron.runs import recovery_log as audit
 from pma_megatron.spike import SpikeSettings
 from pma_megatron.testing import RankFailure, TinyConfig, TinyTrainer, inject, run_ranks

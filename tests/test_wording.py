@@ -38,9 +38,9 @@ from pma_megatron.healthy import HealthyRequest, choose_healthy
 from pma_megatron.live_load import ARGUMENTS
 from pma_megatron.megatron import flags
 from pma_megatron.megatron.options import FLAGS
+from pma_megatron.merging.request import Method
 from pma_megatron.recovery import KEYWORDS as RECOVERY
 from pma_megatron.recovery import RecoveryRequest
-from pma_megatron.request import Method
 from pma_megatron.runs.selection import SelectionRequest, select
 from pma_megatron.runs.tokens import given_tokens
 from test_layers import modules
@@ -264,7 +264,7 @@ OF_OTHERS = {
     "live": {"--make-vocab-size-divisible-by"},  # of Megatron
     "megatron.load": {"--ckpt-step"},  # of Megatron
     "megatron.params": {"--optimizer-cpu-offload"},  # of Megatron
-    "report": {"--load", "--no-load-optim"},  # of Megatron, which resumes with them
+    "merging.report": {"--load", "--no-load-optim"},  # of Megatron, which resumes with them
     "resume": {  # the same, and one whole command `pma merge`
         "--", "--ckpt-step", "--finetune", "--iterations-to-skip", "--load", "--load-tag",
         "--no-load-lr-state", "--no-load-optim", "--no-load-rng", "--reset-iteration", "--save",

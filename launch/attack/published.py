@@ -33,12 +33,12 @@ from pma_megatron import (
 )
 from pma_megatron.base.comm import Comm
 from pma_megatron.formats import registry
-from pma_megatron.inspection import look
 from pma_megatron.megatron.online import OnlineAverage
 from pma_megatron.megatron.params import live_tensors, stepping
 from pma_megatron.megatron.save import note_origin
 from pma_megatron.megatron.shard import MegatronShard
 from pma_megatron.megatron.thin import ThinSnapshots
+from pma_megatron.merging.inspection import look
 from pma_megatron.online.hostcopy import HostCopy
 from pma_megatron.online.snapshots import SNAPSHOTS
 from pma_megatron.runs.discover import pointed

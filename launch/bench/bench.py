@@ -38,10 +38,10 @@ from rich.console import Console
 from rich.table import Table
 
 from pma_megatron.base.comm import Comm
-from pma_megatron.job import merge
-from pma_megatron.planning import MergePlan, make_plan
-from pma_megatron.policy import Policy
-from pma_megatron.request import MergeRequest
+from pma_megatron.merging.job import merge
+from pma_megatron.merging.planning import MergePlan, make_plan
+from pma_megatron.merging.policy import Policy
+from pma_megatron.merging.request import MergeRequest
 from pma_megatron.runs.selection import SelectionRequest
 from pma_megatron.testing import run_ranks
 from pma_megatron.transfer.blocks import BlockReader

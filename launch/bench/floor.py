@@ -15,9 +15,9 @@ import torch.distributed as dist
 from pma_megatron.base.boxes import overlaps
 from pma_megatron.base.comm import Comm
 from pma_megatron.formats import registry
-from pma_megatron.planning import MergePlan, make_plan
-from pma_megatron.request import MergeRequest
-from pma_megatron.tasks import Average, Copy, Keep, Unit, Write, Zero, share
+from pma_megatron.merging.planning import MergePlan, make_plan
+from pma_megatron.merging.request import MergeRequest
+from pma_megatron.merging.tasks import Average, Copy, Keep, Unit, Write, Zero, share
 
 Range = tuple[str, int, int]
 """(file, offset, bytes)."""

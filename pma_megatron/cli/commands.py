@@ -14,13 +14,13 @@ from pma_megatron.cli import tables
 from pma_megatron.cli.progress import show
 from pma_megatron.cli.verbs import root_of, selection_of, show_result
 from pma_megatron.errors import CheckpointError, SelectionError, UsageError
-from pma_megatron.inspection import look
-from pma_megatron.job import merge as merge_checkpoints
-from pma_megatron.job import plan as plan_merge
-from pma_megatron.policy import Policy
-from pma_megatron.published import verify as verify_published
-from pma_megatron.report import describe_plan
-from pma_megatron.request import MergeRequest, Method
+from pma_megatron.merging.inspection import look
+from pma_megatron.merging.job import merge as merge_checkpoints
+from pma_megatron.merging.job import plan as plan_merge
+from pma_megatron.merging.policy import Policy
+from pma_megatron.merging.published import verify as verify_published
+from pma_megatron.merging.report import describe_plan
+from pma_megatron.merging.request import MergeRequest, Method
 from pma_megatron.runs.discover import list_checkpoints
 from pma_megatron.runs.folders import what_is
 

@@ -6,8 +6,8 @@ import argparse
 
 from pma_megatron.cli import commands, evaluate, forecast, geometry, recover
 from pma_megatron.cli.verbs import add_selection, add_timeout, new_verb
-from pma_megatron.coefficients import METHODS
-from pma_megatron.policy import AVERAGES, OPTIMIZER_STATES
+from pma_megatron.merging.coefficients import METHODS
+from pma_megatron.merging.policy import AVERAGES, OPTIMIZER_STATES
 from pma_megatron.version import __version__
 
 _MERGE_EXAMPLE = """examples:

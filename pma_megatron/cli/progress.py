@@ -18,9 +18,9 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from pma_megatron import engine
 from pma_megatron.base.comm import Comm
-from pma_megatron.job import Show, silent
+from pma_megatron.merging import engine
+from pma_megatron.merging.job import Show, silent
 
 _LINE_EVERY_S = 10.0
 _log = logging.getLogger(__name__)

@@ -13,15 +13,15 @@ from rich.table import Table
 from pma_megatron.base.log import visible
 from pma_megatron.formats import registry
 from pma_megatron.formats.marker import ONLINE_AVERAGE
-from pma_megatron.inspection import Inspection
-from pma_megatron.planning import MergePlan, read_rate
-from pma_megatron.report import MergeReport, describe_output
-from pma_megatron.request import Output
+from pma_megatron.merging.inspection import Inspection
+from pma_megatron.merging.planning import MergePlan, read_rate
+from pma_megatron.merging.report import MergeReport, describe_output
+from pma_megatron.merging.request import Output
+from pma_megatron.merging.verification import Verification
 from pma_megatron.runs.gaps import lines
 from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.runs.tokens import format_tokens, recommend
 from pma_megatron.transfer.buffers import BLOCK_ELEMENTS
-from pma_megatron.verification import Verification
 
 
 class _Console(Console):

@@ -44,9 +44,9 @@ from pma_megatron.formats import registry
 from pma_megatron.formats.deepspeed.checkpoint import iteration_of
 from pma_megatron.live import LivePlan, average_units, refuse_other_model
 from pma_megatron.live_load import Job, LiveReport, Meter, fill
-from pma_megatron.planning import Gathered, gather_sources, origin_note
+from pma_megatron.merging.planning import Gathered, gather_sources, origin_note
+from pma_megatron.merging.policy import MAIN
 from pma_megatron.poison import Trainer, chain, poisoned_on_failure, replaced
-from pma_megatron.policy import MAIN
 
 NOTE = "pma"
 """Key in the returned client state: what was averaged, as in that of an offline merge."""

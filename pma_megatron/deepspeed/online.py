@@ -36,9 +36,9 @@ from pma_megatron.errors import PublishError, UsageError
 from pma_megatron.formats import registry
 from pma_megatron.formats.marker import MARKER_FILE
 from pma_megatron.live_load import ARGUMENTS
+from pma_megatron.merging.request import Method
 from pma_megatron.online.average import RunningAverage
 from pma_megatron.online.origin import mark, origin_of, record
-from pma_megatron.request import Method
 
 CLIENT_STATE = "pma"
 """What a saved average calls its origin in DeepSpeed's client state."""

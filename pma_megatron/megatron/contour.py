@@ -15,10 +15,10 @@ import numpy as np
 from pma_megatron.base.comm import Comm
 from pma_megatron.errors import UsageError
 from pma_megatron.gram import Measured
-from pma_megatron.job import Show, silent
 from pma_megatron.megatron.params import live_tensors
 from pma_megatron.megatron.score import Scored, average_into, losses_of
 from pma_megatron.megatron.swap import weights_restored
+from pma_megatron.merging.job import Show, silent
 from pma_megatron.spread import Plane, plain, principal_plane
 
 

@@ -28,7 +28,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from pma_megatron.accumulate import Sum
 from pma_megatron.base.comm import Comm
 from pma_megatron.base.spelling import hint
 from pma_megatron.errors import CheckpointError, UsageError
@@ -36,6 +35,7 @@ from pma_megatron.gram import Measured
 from pma_megatron.megatron.params import LiveTensor, live_tensors
 from pma_megatron.megatron.score import Scored, average_into
 from pma_megatron.megatron.swap import weights_restored
+from pma_megatron.merging.accumulate import Sum
 from pma_megatron.spread import plain
 
 STEP = 0.05

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 from pma_megatron.base.spelling import speaking
-from pma_megatron.coefficients import METHODS
 from pma_megatron.errors import UsageError
 from pma_megatron.megatron import checks
 from pma_megatron.megatron.options import (
@@ -27,6 +26,7 @@ from pma_megatron.megatron.options import (
     given,
     settings,
 )
+from pma_megatron.merging.coefficients import METHODS
 from pma_megatron.runs.selection import DEFAULT_LAST
 from pma_megatron.runs.tokens import parse_tokens
 from pma_megatron.spike import SpikeSettings

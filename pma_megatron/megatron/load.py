@@ -20,10 +20,10 @@ from pma_megatron.live import LivePlan, average_units
 from pma_megatron.live_load import ARGUMENTS, Job, LiveReport, Meter, fill, live_request
 from pma_megatron.megatron.params import LiveTensor, live_tensors, parts
 from pma_megatron.megatron.replicas import forward_hooks_off, refresh_weights, replica_group
-from pma_megatron.planning import Gathered, gather_sources
+from pma_megatron.merging.planning import Gathered, gather_sources
+from pma_megatron.merging.policy import MAIN
+from pma_megatron.merging.request import MergeRequest, Method
 from pma_megatron.poison import Trainer, chain
-from pma_megatron.policy import MAIN
-from pma_megatron.request import MergeRequest, Method
 from pma_megatron.runs.selection import SelectionRequest
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")

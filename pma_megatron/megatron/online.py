@@ -28,8 +28,8 @@ from pma_megatron.live_load import ARGUMENTS
 from pma_megatron.megatron.params import live_tensors, stepping
 from pma_megatron.megatron.shard import MegatronShard
 from pma_megatron.megatron.swap import averaged_state, averaged_weights, backup_bytes
+from pma_megatron.merging.request import Method
 from pma_megatron.online.average import RunningAverage
-from pma_megatron.request import Method
 
 
 class OnlineAverage(RunningAverage):

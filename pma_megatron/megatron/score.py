@@ -14,28 +14,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pma_megatron.agreement import refuse_rounded
 from pma_megatron.base.comm import Comm, Team
 from pma_megatron.errors import UsageError
 from pma_megatron.formats import registry
 from pma_megatron.formats.source import Source
 from pma_megatron.grid import Grid, Point
-from pma_megatron.integrity import checked
 from pma_megatron.live import LivePlan, average_units
 from pma_megatron.live_load import run
 from pma_megatron.megatron.load import replicas
 from pma_megatron.megatron.params import LiveTensor, live_tensors
 from pma_megatron.megatron.swap import weights_restored
-from pma_megatron.planning import open_sources
-from pma_megatron.policy import MAIN
-from pma_megatron.request import MergeRequest
+from pma_megatron.merging.agreement import refuse_rounded
+from pma_megatron.merging.integrity import checked
+from pma_megatron.merging.planning import open_sources
+from pma_megatron.merging.policy import MAIN
+from pma_megatron.merging.request import MergeRequest
+from pma_megatron.merging.tasks import Unit
 from pma_megatron.runs.discover import choose, list_checkpoints, pointers_of
 from pma_megatron.runs.gaps import PassedOver
 from pma_megatron.runs.notices import announce
 from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.runs.selection import SelectionRequest
 from pma_megatron.scores import Checkpoint, Other, Score, Scores
-from pma_megatron.tasks import Unit
 
 Losses = float | Mapping[str, float]
 LOSS = "loss"

@@ -10,10 +10,10 @@ import torch
 
 from pma_megatron.megatron.params import LiveTensor
 from pma_megatron.megatron.replicas import forward_hooks_off, gather_weights
+from pma_megatron.merging.policy import MAIN
 from pma_megatron.online.shard import Shard, Slot
 from pma_megatron.online.swap import contents_restored, host_copy
 from pma_megatron.online.window import Average
-from pma_megatron.policy import MAIN
 
 
 @contextlib.contextmanager

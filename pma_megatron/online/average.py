@@ -16,12 +16,12 @@ from typing import Any
 from pma_megatron.base.comm import Comm
 from pma_megatron.base.locations import refuse_remote
 from pma_megatron.errors import UsageError
+from pma_megatron.merging.request import Method
 from pma_megatron.online.budget import Need, check
 from pma_megatron.online.hostcopy import HostCopy
 from pma_megatron.online.shard import Shard
 from pma_megatron.online.store import WindowStore
 from pma_megatron.online.window import EMA, Average, Entry, make_window, vectors_needed
-from pma_megatron.request import Method
 
 
 class RunningAverage(ABC):

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from pma_megatron.base.durable import write_small
-from pma_megatron.coefficients import implied_decay_weights
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.manifest import replace_marker
 from pma_megatron.formats.marker import MARKER_FILE, ONLINE_AVERAGE, SEAL_FILE
-from pma_megatron.intact import record_sums
+from pma_megatron.merging.coefficients import implied_decay_weights
+from pma_megatron.merging.intact import record_sums
 from pma_megatron.online.window import Average
 from pma_megatron.version import __version__
 

@@ -23,13 +23,13 @@ from pma_megatron.base.spelling import renamed
 from pma_megatron.errors import CheckpointError, PublishError
 from pma_megatron.formats import registry
 from pma_megatron.formats.source import Source
-from pma_megatron.integrity import checked
 from pma_megatron.live import LivePlan
+from pma_megatron.merging.integrity import checked
+from pma_megatron.merging.planning import open_sources
+from pma_megatron.merging.request import MergeRequest
 from pma_megatron.online.shard import Shard
 from pma_megatron.online.snapshots import SnapshotWriter, prune
 from pma_megatron.online.window import Entry, ExponentialAverage, Window
-from pma_megatron.planning import open_sources
-from pma_megatron.request import MergeRequest
 from pma_megatron.runs.discover import list_checkpoints
 from pma_megatron.runs.refs import CheckpointRef
 

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from pma_megatron.accumulate import Sum, fold
 from pma_megatron.base.spelling import given, named
-from pma_megatron.coefficients import Coefficients
 from pma_megatron.errors import UsageError
+from pma_megatron.merging.accumulate import Sum, fold
+from pma_megatron.merging.coefficients import Coefficients
+from pma_megatron.merging.request import Method
 from pma_megatron.online.hostcopy import HostCopy
 from pma_megatron.online.shard import Slot
-from pma_megatron.request import Method
 
 EMA = "ema"
 _FEWEST = 2

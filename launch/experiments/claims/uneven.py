@@ -12,7 +12,7 @@ from lab.stats import estimate
 from lab.work import Job
 from lab.written import Written
 
-from pma_megatron.coefficients import coefficients
+from pma_megatron.merging.coefficients import coefficients
 
 METHODS = ("linear", "cosine", "1-sqrt")
 SPACINGS = {

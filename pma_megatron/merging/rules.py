@@ -9,7 +9,13 @@ from typing import Any
 
 import torch
 
-from pma_megatron.agreement import (
+from pma_megatron.base.boxes import Piece, PieceIndex
+from pma_megatron.base.spelling import given, override
+from pma_megatron.errors import PlanError, UsageError
+from pma_megatron.formats.base import Payload, Tensor
+from pma_megatron.formats.output import OutputLayout, Place
+from pma_megatron.formats.source import Source
+from pma_megatron.merging.agreement import (
     AVERAGED,
     check_covers,
     check_same_model,
@@ -17,16 +23,10 @@ from pma_megatron.agreement import (
     refuse_rounded,
     weights_alone,
 )
-from pma_megatron.base.boxes import Piece, PieceIndex
-from pma_megatron.base.spelling import given, override
-from pma_megatron.errors import PlanError, UsageError
-from pma_megatron.formats.base import Payload, Tensor
-from pma_megatron.formats.output import OutputLayout, Place
-from pma_megatron.formats.source import Source
-from pma_megatron.policy import MAIN, Action, Entry, Policy, Rule, unmatched
-from pma_megatron.request import MergeRequest
+from pma_megatron.merging.policy import MAIN, Action, Entry, Policy, Rule, unmatched
+from pma_megatron.merging.request import MergeRequest
+from pma_megatron.merging.tasks import Average, Copy, Keep, Write, Zero
 from pma_megatron.runs.discover import newest_full
-from pma_megatron.tasks import Average, Copy, Keep, Write, Zero
 
 Rules = Mapping[tuple[str, str], Rule]
 

@@ -17,10 +17,10 @@ import torch
 
 from pma_megatron.base.boxes import Box
 from pma_megatron.base.spelling import left_out
-from pma_megatron.coefficients import exact_weights
 from pma_megatron.errors import CheckpointError, PlanError, RankError
 from pma_megatron.formats import registry
-from pma_megatron.tasks import Average, Unit, Workload
+from pma_megatron.merging.coefficients import exact_weights
+from pma_megatron.merging.tasks import Average, Unit, Workload
 from pma_megatron.transfer.blocks import BlockReader, UnitReader, UnitWriter
 from pma_megatron.transfer.buffers import BLOCK_ELEMENTS, Room, Rooms, Rounded, same_bits
 

@@ -19,12 +19,12 @@ from typing import Any, TypeVar
 
 import torch
 
-from pma_megatron.accumulate import Accumulator, Sum, Work, Workspace
 from pma_megatron.base.boxes import Box, slices
 from pma_megatron.base.comm import Comm, Team
 from pma_megatron.base.spelling import named
 from pma_megatron.errors import PlanError, RankError
-from pma_megatron.tasks import Average, Copy, Keep, Unit, Workload, Write, Zero
+from pma_megatron.merging.accumulate import Accumulator, Sum, Work, Workspace
+from pma_megatron.merging.tasks import Average, Copy, Keep, Unit, Workload, Write, Zero
 from pma_megatron.transfer.blocks import BlockReader, copy_item
 from pma_megatron.transfer.buffers import BLOCK_ELEMENTS, as_bytes
 from pma_megatron.transfer.reads import Reads

@@ -13,20 +13,20 @@ from typing import Any
 import torch
 
 from pma_megatron.base.spelling import as_argument
-from pma_megatron.coefficients import implied_decay_weights
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats import registry
 from pma_megatron.formats.manifest import read_marker
 from pma_megatron.formats.marker import ONLINE_AVERAGE
 from pma_megatron.formats.rates import rate_flags
-from pma_megatron.integrity import Compared
-from pma_megatron.planning import MergePlan
-from pma_megatron.policy import Policy
-from pma_megatron.publish import PROVENANCE_FILE
-from pma_megatron.request import MergeRequest, Method, Output
+from pma_megatron.merging.coefficients import implied_decay_weights
+from pma_megatron.merging.integrity import Compared
+from pma_megatron.merging.planning import MergePlan
+from pma_megatron.merging.policy import Policy
+from pma_megatron.merging.publish import PROVENANCE_FILE
+from pma_megatron.merging.request import MergeRequest, Method, Output
+from pma_megatron.merging.verification import Verification
 from pma_megatron.runs.discover import describe
 from pma_megatron.runs.selection import SelectionRequest
-from pma_megatron.verification import Verification
 from pma_megatron.version import __version__
 
 PROVENANCE_VERSION = 1

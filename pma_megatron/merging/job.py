@@ -9,20 +9,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 
-from pma_megatron import engine, finishing, publish, report, verification
 from pma_megatron.base import memory
 from pma_megatron.base.comm import Comm
 from pma_megatron.base.faults import point
 from pma_megatron.base.spelling import named
 from pma_megatron.base.stopping import Stopped, having_published
 from pma_megatron.errors import PmaError, UsageError
-from pma_megatron.integrity import Compared, checked
-from pma_megatron.planning import MergePlan, make_plan
-from pma_megatron.publish import Target
-from pma_megatron.report import MergeReport, describe_plan
-from pma_megatron.request import MergeRequest, in_its_words
+from pma_megatron.merging import engine, finishing, publish, report, verification
+from pma_megatron.merging.integrity import Compared, checked
+from pma_megatron.merging.planning import MergePlan, make_plan
+from pma_megatron.merging.publish import Target
+from pma_megatron.merging.report import MergeReport, describe_plan
+from pma_megatron.merging.request import MergeRequest, in_its_words
+from pma_megatron.merging.tasks import share
 from pma_megatron.runs.notices import moves_back
-from pma_megatron.tasks import share
 from pma_megatron.transfer.blocks import BlockWriter
 
 _log = logging.getLogger(__name__)

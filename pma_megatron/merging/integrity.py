@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pma_megatron.base.comm import Comm
 from pma_megatron.base.spelling import has, switch
 from pma_megatron.formats.base import StoredRecord
-from pma_megatron.planning import refuse_changed
-from pma_megatron.tasks import Workload
+from pma_megatron.merging.planning import refuse_changed
+from pma_megatron.merging.tasks import Workload
 from pma_megatron.transfer.blocks import BlockReader
 from pma_megatron.transfer.reads import SPANS, Reads, Spans, joined
 

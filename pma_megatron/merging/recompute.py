@@ -18,18 +18,18 @@ from pma_megatron.base.comm import Comm
 from pma_megatron.errors import VerifyError
 from pma_megatron.formats.base import Tensor
 from pma_megatron.formats.source import Source
-from pma_megatron.planning import MergePlan
-from pma_megatron.policy import MAIN, Action
-from pma_megatron.request import Output
-from pma_megatron.tolerance import bound_of, refuse_beyond, refuse_unrounded
-from pma_megatron.transfer.blocks import BlockReader
-from pma_megatron.verification import (
+from pma_megatron.merging.planning import MergePlan
+from pma_megatron.merging.policy import MAIN, Action
+from pma_megatron.merging.request import Output
+from pma_megatron.merging.tolerance import bound_of, refuse_beyond, refuse_unrounded
+from pma_megatron.merging.verification import (
     Verification,
     map_notes,
     open_merged,
     origin_of,
     tensor_of,
 )
+from pma_megatron.transfer.blocks import BlockReader
 
 SLICE_ELEMENTS = 1 << 20
 """Elements recomputed at once: some 40 MiB of buffers."""

@@ -14,12 +14,12 @@ from pma_megatron.base.spelling import FrontEnd, keywords, speaking, switch
 from pma_megatron.errors import CheckpointError, PmaError, RankError, VerifyError
 from pma_megatron.formats.manifest import Marker, read_marker
 from pma_megatron.formats.marker import MARKER_FILE, ONLINE_AVERAGE, SNAPSHOT
-from pma_megatron.intact import Intact, check_files
-from pma_megatron.planning import MergePlan, make_plan
-from pma_megatron.recompute import recompute
-from pma_megatron.report import checked_provenance, request_again
+from pma_megatron.merging.intact import Intact, check_files
+from pma_megatron.merging.planning import MergePlan, make_plan
+from pma_megatron.merging.recompute import recompute
+from pma_megatron.merging.report import checked_provenance, request_again
+from pma_megatron.merging.verification import Verification, verify_output
 from pma_megatron.runs.discover import pointed
-from pma_megatron.verification import Verification, verify_output
 
 _NO_SOURCES = {
     SNAPSHOT: "a snapshot has no sources: what training held is gone, so its values stand alone",

@@ -11,23 +11,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pma_megatron.agreement import frozen_notes
 from pma_megatron.base.comm import Comm
 from pma_megatron.base.openfiles import unread
-from pma_megatron.build import Fates, PolicyRow, Rules, decide, make_tasks
 from pma_megatron.errors import CheckpointError, SelectionError
 from pma_megatron.formats import registry
 from pma_megatron.formats.output import OutputLayout
 from pma_megatron.formats.source import Source
 from pma_megatron.identity.proof import Evidence, prove, refuse_strangers, unconfirmed
-from pma_megatron.policy import MAIN
-from pma_megatron.request import MergeRequest, Output, in_its_words
+from pma_megatron.merging.agreement import frozen_notes
+from pma_megatron.merging.policy import MAIN
+from pma_megatron.merging.request import MergeRequest, Output, in_its_words
+from pma_megatron.merging.rules import Fates, PolicyRow, Rules, decide, make_tasks
+from pma_megatron.merging.tasks import Average, Copy, Keep, Unit, Workload, Zero, units
 from pma_megatron.runs.discover import choose, list_checkpoints, pointers_of
 from pma_megatron.runs.notices import announce, too_early_notes
 from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.runs.selection import Selection
 from pma_megatron.runs.trackers import Pointer
-from pma_megatron.tasks import Average, Copy, Keep, Unit, Workload, Zero, units
 from pma_megatron.version import __version__
 
 _log = logging.getLogger(__name__)

@@ -27,10 +27,10 @@ from pma_megatron.errors import CheckpointError, PublishError, VerifyError
 from pma_megatron.formats import registry
 from pma_megatron.formats.manifest import read_marker
 from pma_megatron.formats.marker import MARKER_FILE, SEAL_FILE, SNAPSHOTS, read_snapshot_marker
-from pma_megatron.intact import listing
-from pma_megatron.locks import STAGING, Target, locked, removed, restored, unfinished
-from pma_megatron.planning import MergePlan
-from pma_megatron.request import Output
+from pma_megatron.merging.intact import listing
+from pma_megatron.merging.locks import STAGING, Target, locked, removed, restored, unfinished
+from pma_megatron.merging.planning import MergePlan
+from pma_megatron.merging.request import Output
 from pma_megatron.runs.folders import holds_checkpoint, is_checkpoint
 
 __all__ = ["Target", "locked"]

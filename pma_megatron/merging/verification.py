@@ -23,10 +23,10 @@ from pma_megatron.errors import CheckpointError, PlanError, VerifyError
 from pma_megatron.formats import registry
 from pma_megatron.formats.base import Tensor
 from pma_megatron.formats.source import Source
-from pma_megatron.planning import MergePlan
-from pma_megatron.policy import MAIN, Action
-from pma_megatron.request import Output
-from pma_megatron.tolerance import bound_of, refuse_beyond, refuse_unrounded
+from pma_megatron.merging.planning import MergePlan
+from pma_megatron.merging.policy import MAIN, Action
+from pma_megatron.merging.request import Output
+from pma_megatron.merging.tolerance import bound_of, refuse_beyond, refuse_unrounded
 from pma_megatron.transfer.blocks import BlockReader
 
 SAMPLE_ELEMENTS = 1024

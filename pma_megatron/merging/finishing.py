@@ -13,8 +13,8 @@ from pma_megatron.base.faults import point
 from pma_megatron.base.openfiles import Files, write_inside
 from pma_megatron.formats.manifest import FileSum, Part, sum_of, sum_of_parts, write_marker
 from pma_megatron.formats.output import OutputItem
-from pma_megatron.planning import MergePlan
-from pma_megatron.publish import Target, cannot_write
+from pma_megatron.merging.planning import MergePlan
+from pma_megatron.merging.publish import Target, cannot_write
 from pma_megatron.transfer.blocks import Checksums, crc_of, joined_crc
 
 

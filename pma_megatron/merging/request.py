@@ -13,9 +13,9 @@ import torch
 
 from pma_megatron.base.locations import refuse_remote
 from pma_megatron.base.spelling import given, listing, mistyped, named
-from pma_megatron.coefficients import METHODS, Coefficients, coefficients
 from pma_megatron.errors import UsageError
-from pma_megatron.policy import Policy
+from pma_megatron.merging.coefficients import METHODS, Coefficients, coefficients
+from pma_megatron.merging.policy import Policy
 from pma_megatron.runs.gaps import PassedOver
 from pma_megatron.runs.selection import Selection, SelectionRequest
 

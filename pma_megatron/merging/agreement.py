@@ -13,7 +13,7 @@ from pma_megatron.errors import PlanError
 from pma_megatron.formats import registry
 from pma_megatron.formats.base import Payload, Tensor
 from pma_megatron.formats.source import Source
-from pma_megatron.policy import MAIN
+from pma_megatron.merging.policy import MAIN
 
 _ROUNDED = (torch.bfloat16, torch.float16)
 AVERAGED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
