@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from pma_megatron import MergeRequest, Policy, SelectionRequest, live_load, merge
+from pma_megatron import MergeRequest, Policy, SelectionRequest, merge
 from pma_megatron.errors import PlanError, PmaError, SelectionError, UsageError
 from pma_megatron.formats import registry
+from pma_megatron.live import load as live_load
 from pma_megatron.megatron.load import merge_into
 from pma_megatron.megatron.replicas import forward_hooks_off
 from pma_megatron.testing import TinyConfig, TinyTrainer, inject, rank_outcomes, run_ranks

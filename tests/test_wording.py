@@ -35,7 +35,7 @@ from pma_megatron.deepspeed.options import OPTIONS
 from pma_megatron.errors import PmaError
 from pma_megatron.grid import Grid
 from pma_megatron.healthy import HealthyRequest, choose_healthy
-from pma_megatron.live_load import ARGUMENTS
+from pma_megatron.live.load import ARGUMENTS
 from pma_megatron.megatron import flags
 from pma_megatron.megatron.options import FLAGS
 from pma_megatron.merging.request import Method
@@ -261,7 +261,7 @@ OF_OTHERS = {
     },
     "formats.rates": {"--"},  # before the names of Megatron's settings
     "formats.torch_dist.buckets": {"--dist-ckpt-optim-fully-reshardable"},  # of Megatron
-    "live": {"--make-vocab-size-divisible-by"},  # of Megatron
+    "live.plan": {"--make-vocab-size-divisible-by"},  # of Megatron
     "megatron.load": {"--ckpt-step"},  # of Megatron
     "megatron.params": {"--optimizer-cpu-offload"},  # of Megatron
     "merging.report": {"--load", "--no-load-optim"},  # of Megatron, which resumes with them

@@ -42,11 +42,11 @@ from pma_megatron.deepspeed.record import RECORD, record_in_saves, record_of, re
 from pma_megatron.errors import CheckpointError, PlanError, UsageError
 from pma_megatron.formats import registry
 from pma_megatron.formats.deepspeed.checkpoint import iteration_of
-from pma_megatron.live import LivePlan, average_units, refuse_other_model
-from pma_megatron.live_load import Job, LiveReport, Meter, fill
+from pma_megatron.live.load import Job, LiveReport, Meter, fill
+from pma_megatron.live.plan import LivePlan, average_units, refuse_other_model
+from pma_megatron.live.poison import Trainer, chain, poisoned_on_failure, replaced
 from pma_megatron.merging.planning import Gathered, gather_sources, origin_note
 from pma_megatron.merging.policy import MAIN
-from pma_megatron.poison import Trainer, chain, poisoned_on_failure, replaced
 
 NOTE = "pma"
 """Key in the returned client state: what was averaged, as in that of an offline merge."""

@@ -35,7 +35,7 @@ from pma_megatron.deepspeed.swap import averaged_state, weights
 from pma_megatron.errors import PublishError, UsageError
 from pma_megatron.formats import registry
 from pma_megatron.formats.marker import MARKER_FILE
-from pma_megatron.live_load import ARGUMENTS
+from pma_megatron.live.load import ARGUMENTS
 from pma_megatron.merging.request import Method
 from pma_megatron.online.average import RunningAverage
 from pma_megatron.online.origin import mark, origin_of, record

@@ -9,7 +9,7 @@ from typing import Any
 
 from pma_megatron.base.locations import refuse_remote
 from pma_megatron.base.spelling import FrontEnd, keywords
-from pma_megatron.live_load import live_request
+from pma_megatron.live.load import live_request
 from pma_megatron.merging.request import MergeRequest, Method
 from pma_megatron.runs.selection import SelectionRequest
 

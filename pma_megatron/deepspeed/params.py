@@ -20,7 +20,7 @@ from pma_megatron.base.boxes import Box
 from pma_megatron.deepspeed.checks import is_pipeline, refuse_other_dtype, supported
 from pma_megatron.formats.deepspeed.checkpoint import model_key
 from pma_megatron.formats.deepspeed.partitions import LOCAL_EXPERT, global_name, local_experts
-from pma_megatron.live_tensor import Place
+from pma_megatron.live.param import Place
 from pma_megatron.merging.policy import MAIN
 
 

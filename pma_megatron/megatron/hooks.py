@@ -17,6 +17,7 @@ import torch
 
 from pma_megatron.base.comm import Comm
 from pma_megatron.base.say import say
+from pma_megatron.live.poison import refuse_poisoned
 from pma_megatron.megatron import flags
 from pma_megatron.megatron.evaluate import Evaluation
 from pma_megatron.megatron.init import init
@@ -32,7 +33,6 @@ from pma_megatron.megatron.watch import Watch
 from pma_megatron.online.hostcopy import HostCopy
 from pma_megatron.online.store import FOLDER
 from pma_megatron.online.window import Average
-from pma_megatron.poison import refuse_poisoned
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _AT_EXIT_S = 60.0  # a job that ends must end

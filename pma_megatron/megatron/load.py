@@ -16,14 +16,14 @@ import torch.distributed as dist
 from pma_megatron.base.comm import Comm, Team
 from pma_megatron.base.spelling import given, speaking
 from pma_megatron.errors import SelectionError
-from pma_megatron.live import LivePlan, average_units
-from pma_megatron.live_load import ARGUMENTS, Job, LiveReport, Meter, fill, live_request
+from pma_megatron.live.load import ARGUMENTS, Job, LiveReport, Meter, fill, live_request
+from pma_megatron.live.plan import LivePlan, average_units
+from pma_megatron.live.poison import Trainer, chain
 from pma_megatron.megatron.params import LiveTensor, live_tensors, parts
 from pma_megatron.megatron.replicas import forward_hooks_off, refresh_weights, replica_group
 from pma_megatron.merging.planning import Gathered, gather_sources
 from pma_megatron.merging.policy import MAIN
 from pma_megatron.merging.request import MergeRequest, Method
-from pma_megatron.poison import Trainer, chain
 from pma_megatron.runs.selection import SelectionRequest
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -24,7 +24,7 @@ from typing import Any
 from pma_megatron.base.comm import Comm
 from pma_megatron.base.spelling import named, speaking
 from pma_megatron.errors import UsageError
-from pma_megatron.live_load import ARGUMENTS
+from pma_megatron.live.load import ARGUMENTS
 from pma_megatron.megatron.params import live_tensors, stepping
 from pma_megatron.megatron.shard import MegatronShard
 from pma_megatron.megatron.swap import averaged_state, averaged_weights, backup_bytes

@@ -19,7 +19,7 @@ import torch
 
 from pma_megatron.base.boxes import Box
 from pma_megatron.errors import UsageError
-from pma_megatron.live_tensor import Place
+from pma_megatron.live.param import Place
 from pma_megatron.merging.policy import MAIN
 
 

@@ -35,10 +35,10 @@ from pma_megatron.base.locations import refuse_remote
 from pma_megatron.base.say import say
 from pma_megatron.errors import PmaError, SelectionError
 from pma_megatron.healthy import Healthy, HealthyRequest, Span, choose_healthy
+from pma_megatron.live.poison import cure, poisoned_on_failure
 from pma_megatron.megatron.load import merge_into, trainer_of
 from pma_megatron.megatron.options import RecoverySettings
 from pma_megatron.megatron.replicas import forward_hooks_off
-from pma_megatron.poison import cure, poisoned_on_failure
 from pma_megatron.runs import recovery_log as audit
 from pma_megatron.runs.discover import list_checkpoints
 from pma_megatron.runs.gaps import lines

@@ -19,8 +19,8 @@ from pma_megatron.errors import UsageError
 from pma_megatron.formats import registry
 from pma_megatron.formats.source import Source
 from pma_megatron.grid import Grid, Point
-from pma_megatron.live import LivePlan, average_units
-from pma_megatron.live_load import run
+from pma_megatron.live.load import run
+from pma_megatron.live.plan import LivePlan, average_units
 from pma_megatron.megatron.load import replicas
 from pma_megatron.megatron.params import LiveTensor, live_tensors
 from pma_megatron.megatron.swap import weights_restored

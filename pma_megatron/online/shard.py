@@ -18,7 +18,7 @@ from pma_megatron.base.boxes import Box, PieceIndex, flat_range
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.source import Source
 from pma_megatron.formats.torch_dist.chunks import Chunk
-from pma_megatron.live_tensor import LiveTensor, Place
+from pma_megatron.live.param import LiveTensor, Place
 from pma_megatron.merging.policy import MAIN
 from pma_megatron.transfer.blocks import BlockReader
 from pma_megatron.transfer.reads import Reads

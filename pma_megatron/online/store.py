@@ -23,7 +23,7 @@ from pma_megatron.base.spelling import renamed
 from pma_megatron.errors import CheckpointError, PublishError
 from pma_megatron.formats import registry
 from pma_megatron.formats.source import Source
-from pma_megatron.live import LivePlan
+from pma_megatron.live.plan import LivePlan
 from pma_megatron.merging.integrity import checked
 from pma_megatron.merging.planning import open_sources
 from pma_megatron.merging.request import MergeRequest

@@ -19,7 +19,7 @@ from pma_megatron.base.spelling import left_out
 from pma_megatron.errors import PlanError, UsageError
 from pma_megatron.formats.base import Tensor
 from pma_megatron.formats.source import Source
-from pma_megatron.live_tensor import LiveTensor
+from pma_megatron.live.param import LiveTensor
 from pma_megatron.merging.planning import Gathered
 from pma_megatron.merging.policy import MAIN
 from pma_megatron.merging.rules import average_task

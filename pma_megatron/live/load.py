@@ -17,13 +17,13 @@ from pma_megatron.base.comm import Comm, Team
 from pma_megatron.base.faults import point
 from pma_megatron.base.spelling import FrontEnd, fields, mistyped
 from pma_megatron.errors import UsageError
-from pma_megatron.live import LivePlan, LiveWriter
+from pma_megatron.live.plan import LivePlan, LiveWriter
+from pma_megatron.live.poison import Trainer, cure, poisoned_on_failure
 from pma_megatron.merging import engine
 from pma_megatron.merging.integrity import Compared, checked
 from pma_megatron.merging.policy import Policy
 from pma_megatron.merging.request import MergeRequest, Method
 from pma_megatron.merging.tasks import Unit
-from pma_megatron.poison import Trainer, cure, poisoned_on_failure
 from pma_megatron.runs.gaps import PassedOver
 from pma_megatron.runs.selection import SelectionRequest
 from pma_megatron.transfer.reads import Reads

@@ -1,0 +1,1 @@
+"""A live model as a target of the one loop, whatever trains it."""
