@@ -12,10 +12,10 @@ import torch
 from conftest import DENSE
 from pma_megatron import MergeRequest, Method, SelectionRequest, merge
 from pma_megatron.errors import UsageError
-from pma_megatron.gram import measure
+from pma_megatron.geometry.gram import measure
+from pma_megatron.geometry.spread import principal_plane
 from pma_megatron.megatron.contour import Contour, contour
 from pma_megatron.megatron.score import Scored
-from pma_megatron.spread import principal_plane
 from pma_megatron.testing import TinyTrainer, run_ranks
 
 SIZE, MARGIN = 2, 0.25

@@ -13,7 +13,7 @@ import torch
 
 from pma_megatron import MergeRequest, SelectionRequest
 from pma_megatron.errors import CheckpointError, UsageError
-from pma_megatron.gram import measure
+from pma_megatron.geometry.gram import measure
 from pma_megatron.megatron.curvature import Curvature, Differentiable, curvature, expand
 from pma_megatron.testing import TinyConfig, TinyTrainer, run_ranks
 from pma_megatron.testing.core_api import unwrap

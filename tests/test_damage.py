@@ -26,7 +26,7 @@ from pma_megatron.deepspeed import load_merged
 from pma_megatron.errors import CheckpointError, PmaError
 from pma_megatron.formats.base import StoredRecord
 from pma_megatron.formats.items import ItemFiles
-from pma_megatron.gram import measure
+from pma_megatron.geometry.gram import measure
 from pma_megatron.megatron.load import merge_into
 from pma_megatron.merging import integrity, tasks
 from pma_megatron.testing import TinyTrainer, run_ranks

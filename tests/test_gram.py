@@ -14,8 +14,8 @@ from conftest import folder_of
 from oracle import global_tensors
 from pma_megatron import MergeRequest, Method, Policy, SelectionRequest
 from pma_megatron.errors import CheckpointError, PlanError, UsageError
-from pma_megatron.gram import Measured, group_of, measure
-from pma_megatron.spread import TOTAL
+from pma_megatron.geometry.gram import Measured, group_of, measure
+from pma_megatron.geometry.spread import TOTAL
 from pma_megatron.testing import TinyConfig, TinyTrainer, run_ranks
 from test_bad_input import poison
 

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from pma_megatron.spread import Gram, principal_plane, spread, total
+from pma_megatron.geometry.spread import Gram, principal_plane, spread, total
 
 FAR = 1e4
 """Length of what all checkpoints share; they differ by about 1."""

@@ -25,14 +25,14 @@ from pma_megatron.cli.verbs import (
     show_result,
 )
 from pma_megatron.errors import UsageError
-from pma_megatron.gram import Measured, measure
+from pma_megatron.geometry.gram import Measured, measure
+from pma_megatron.geometry.spread import TOTAL, Spread
 from pma_megatron.megatron.contour import Contour, contour
 from pma_megatron.megatron.curvature import Curvature, Differentiable, curvature
 from pma_megatron.megatron.score import Scored
 from pma_megatron.merging.coefficients import METHODS
 from pma_megatron.merging.policy import AVERAGES, Policy
 from pma_megatron.merging.request import MergeRequest, Method
-from pma_megatron.spread import TOTAL, Spread
 
 _EXAMPLE = """examples:
   torchrun --nproc-per-node 8 -m pma_megatron geometry --load /ckpts/run --last 10

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pma_megatron.gram import Measured
+from pma_megatron.geometry.gram import Measured
+from pma_megatron.geometry.spread import Spread
 from pma_megatron.megatron.contour import Contour
-from pma_megatron.spread import Spread
 
 _MEMBER, _MEAN = "#1f4e79", "#c0392b"
 

@@ -14,12 +14,12 @@ import numpy as np
 
 from pma_megatron.base.comm import Comm
 from pma_megatron.errors import UsageError
-from pma_megatron.gram import Measured
+from pma_megatron.geometry.gram import Measured
+from pma_megatron.geometry.spread import Plane, plain, principal_plane
 from pma_megatron.megatron.params import live_tensors
 from pma_megatron.megatron.score import Scored, average_into, losses_of
 from pma_megatron.megatron.swap import weights_restored
 from pma_megatron.merging.job import Show, silent
-from pma_megatron.spread import Plane, plain, principal_plane
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

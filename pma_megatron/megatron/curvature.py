@@ -31,12 +31,12 @@ import torch
 from pma_megatron.base.comm import Comm
 from pma_megatron.base.spelling import hint
 from pma_megatron.errors import CheckpointError, UsageError
-from pma_megatron.gram import Measured
+from pma_megatron.geometry.gram import Measured
+from pma_megatron.geometry.spread import plain
 from pma_megatron.megatron.params import LiveTensor, live_tensors
 from pma_megatron.megatron.score import Scored, average_into
 from pma_megatron.megatron.swap import weights_restored
 from pma_megatron.merging.accumulate import Sum
-from pma_megatron.spread import plain
 
 STEP = 0.05
 """Of a deviation: how far gradients are taken from the mean, to both sides."""

@@ -19,6 +19,7 @@ from pma_megatron.base.comm import Comm
 from pma_megatron.base.spelling import hint
 from pma_megatron.errors import PlanError, UsageError
 from pma_megatron.formats.source import Source
+from pma_megatron.geometry.spread import TOTAL, Gram, Spread, spread, total
 from pma_megatron.merging.accumulate import Accumulator, Work, Workspace
 from pma_megatron.merging.agreement import check_same_model, matching, refuse_rounded
 from pma_megatron.merging.engine import Progress, blocks, over_threads, reading
@@ -29,7 +30,6 @@ from pma_megatron.merging.policy import MAIN
 from pma_megatron.merging.request import MergeRequest
 from pma_megatron.merging.rules import average_task
 from pma_megatron.merging.tasks import Average, Unit, share, units
-from pma_megatron.spread import TOTAL, Gram, Spread, spread, total
 from pma_megatron.transfer.buffers import BLOCK_ELEMENTS
 from pma_megatron.transfer.reads import Reads
 
