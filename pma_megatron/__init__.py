@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from pma_megatron.merging.published import verify
     from pma_megatron.merging.report import MergeReport
     from pma_megatron.merging.request import MergeRequest, Method
-    from pma_megatron.recovery import RecoveryRequest, recover
     from pma_megatron.runs.discover import list_checkpoints
     from pma_megatron.runs.refs import CheckpointRef
     from pma_megatron.runs.selection import SelectionRequest
+    from pma_megatron.spikes.recovery import RecoveryRequest, recover
 
 _HOMES = {
     "CheckpointRef": ("runs.refs", "CheckpointRef"),
@@ -35,13 +35,13 @@ _HOMES = {
     "Method": ("merging.request", "Method"),
     "PmaError": ("errors", "PmaError"),
     "Policy": ("merging.policy", "Policy"),
-    "RecoveryRequest": ("recovery", "RecoveryRequest"),
+    "RecoveryRequest": ("spikes.recovery", "RecoveryRequest"),
     "SelectionRequest": ("runs.selection", "SelectionRequest"),
     "inspect": ("merging.inspection", "inspect"),
     "list_checkpoints": ("runs.discover", "list_checkpoints"),
     "merge": ("merging.job", "merge"),
     "plan": ("merging.job", "plan"),
-    "recover": ("recovery", "recover"),
+    "recover": ("spikes.recovery", "recover"),
     "verify": ("merging.published", "verify"),
 }
 

@@ -22,10 +22,10 @@ from oracle import assert_average
 from pma_megatron import RecoveryRequest, recover
 from pma_megatron.cli import main
 from pma_megatron.errors import MetricsError, SelectionError, UsageError
-from pma_megatron.healthy import Span
-from pma_megatron.metrics import read_metrics
-from pma_megatron.recovery import diagnose
-from pma_megatron.spike import SpikeSettings
+from pma_megatron.spikes.detector import SpikeSettings
+from pma_megatron.spikes.healthy import Span
+from pma_megatron.spikes.metrics import read_metrics
+from pma_megatron.spikes.recovery import diagnose
 from pma_megatron.testing import run_ranks
 from pma_megatron.testing.text_deepspeed import TextConfig, TextDeepSpeed
 

@@ -13,12 +13,12 @@ from pma_megatron import SelectionRequest
 from pma_megatron.errors import CheckpointError, SelectionError, UsageError
 from pma_megatron.formats.base import Schedule
 from pma_megatron.formats.rates import rate_flags
-from pma_megatron.healthy import HealthyRequest, Span, choose_healthy
-from pma_megatron.recovery import RecoveryRequest
-from pma_megatron.resume import resume
 from pma_megatron.runs import recovery_log as audit
 from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.runs.selection import select
+from pma_megatron.spikes.healthy import HealthyRequest, Span, choose_healthy
+from pma_megatron.spikes.recovery import RecoveryRequest
+from pma_megatron.spikes.relaunch import resume
 
 
 def ref(iteration: int | None, **changes: Any) -> CheckpointRef:

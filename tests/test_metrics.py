@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pma_megatron.errors import MetricsError, UsageError
-from pma_megatron.metrics import Metrics, read_metrics
+from pma_megatron.spikes.metrics import Metrics, read_metrics
 
 LOGS = Path(__file__).parent / "logs"
 LINE = (

@@ -21,7 +21,7 @@ from pma_megatron.megatron.recover import Recovery, RecoverySpentError, agreed
 from pma_megatron.megatron.replicas import refresh_weights
 from pma_megatron.merging.policy import MAIN
 from pma_megatron.runs import recovery_log as audit
-from pma_megatron.spike import SpikeSettings
+from pma_megatron.spikes.detector import SpikeSettings
 from pma_megatron.testing import RankFailure, TinyConfig, TinyTrainer, inject, run_ranks
 
 DENSE = TinyConfig(warmup_iters=5, lr=3e-3)

@@ -14,11 +14,11 @@ from conftest import DENSE, digests, folder_of, refused
 from pma_megatron import RecoveryRequest, list_checkpoints, recover
 from pma_megatron.cli import main
 from pma_megatron.errors import MetricsError, PublishError, SelectionError, UsageError
-from pma_megatron.healthy import Span
-from pma_megatron.metrics import read_metrics
-from pma_megatron.recovery import _lost, _spans, diagnose
 from pma_megatron.runs import recovery_log as audit
-from pma_megatron.spike import SpikeSettings, Verdict, detect
+from pma_megatron.spikes.detector import SpikeSettings, Verdict, detect
+from pma_megatron.spikes.healthy import Span
+from pma_megatron.spikes.metrics import read_metrics
+from pma_megatron.spikes.recovery import _lost, _spans, diagnose
 from pma_megatron.testing import TinyTrainer, run_ranks
 
 SPIKE = SpikeSettings(warmup=24, window=24, patience=10)

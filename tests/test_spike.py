@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pma_megatron.errors import UsageError
-from pma_megatron.metrics import read_metrics
-from pma_megatron.spike import Kind, SpikeDetector, SpikeSettings, Verdict, detect
+from pma_megatron.spikes.detector import Kind, SpikeDetector, SpikeSettings, Verdict, detect
+from pma_megatron.spikes.metrics import read_metrics
 
 SERIES = Path(__file__).parent / "series"
 EVENT = 200

@@ -22,7 +22,7 @@ from pma_megatron.cli import main
 from pma_megatron.deepspeed.options import Options
 from pma_megatron.errors import UsageError
 from pma_megatron.megatron import flags
-from pma_megatron.metrics import read_metrics
+from pma_megatron.spikes.metrics import read_metrics
 from test_megatron_flags import parse
 
 ADDRESS = "s3://bucket/run"

@@ -34,15 +34,15 @@ from pma_megatron.cli.verbs import front_end
 from pma_megatron.deepspeed.options import OPTIONS
 from pma_megatron.errors import PmaError
 from pma_megatron.grid import Grid
-from pma_megatron.healthy import HealthyRequest, choose_healthy
 from pma_megatron.live.load import ARGUMENTS
 from pma_megatron.megatron import flags
 from pma_megatron.megatron.options import FLAGS
 from pma_megatron.merging.request import Method
-from pma_megatron.recovery import KEYWORDS as RECOVERY
-from pma_megatron.recovery import RecoveryRequest
 from pma_megatron.runs.selection import SelectionRequest, select
 from pma_megatron.runs.tokens import given_tokens
+from pma_megatron.spikes.healthy import HealthyRequest, choose_healthy
+from pma_megatron.spikes.recovery import KEYWORDS as RECOVERY
+from pma_megatron.spikes.recovery import RecoveryRequest
 from test_layers import modules
 from test_megatron_flags import parse
 
@@ -265,7 +265,7 @@ OF_OTHERS = {
     "megatron.load": {"--ckpt-step"},  # of Megatron
     "megatron.params": {"--optimizer-cpu-offload"},  # of Megatron
     "merging.report": {"--load", "--no-load-optim"},  # of Megatron, which resumes with them
-    "resume": {  # the same, and one whole command `pma merge`
+    "spikes.relaunch": {  # the same, and one whole command `pma merge`
         "--", "--ckpt-step", "--finetune", "--iterations-to-skip", "--load", "--load-tag",
         "--no-load-lr-state", "--no-load-optim", "--no-load-rng", "--reset-iteration", "--save",
         "--seed", "--last", "--lr-factor",

@@ -20,8 +20,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from pma_megatron.metrics import read_metrics
-from pma_megatron.spike import Kind, SpikeDetector, Verdict, detect
+from pma_megatron.spikes.detector import Kind, SpikeDetector, Verdict, detect
+from pma_megatron.spikes.metrics import read_metrics
 from pma_megatron.testing import run_ranks
 
 SERIES = Path(__file__).parents[2] / "tests" / "series"

@@ -11,13 +11,13 @@ from pma_megatron.cli.progress import show
 from pma_megatron.cli.tables import new_console, new_table, pasted
 from pma_megatron.cli.verbs import add_timeout, new_verb, show_result, token_count
 from pma_megatron.errors import UsageError
-from pma_megatron.healthy import LAST, MARGIN_ITERATIONS, Span
 from pma_megatron.merging.coefficients import METHODS
 from pma_megatron.merging.report import MergeReport
 from pma_megatron.merging.request import Method
-from pma_megatron.recovery import Diagnosis, RecoveryRequest, recover, rehearse
 from pma_megatron.runs import recovery_log as audit
-from pma_megatron.spike import SpikeSettings
+from pma_megatron.spikes.detector import SpikeSettings
+from pma_megatron.spikes.healthy import LAST, MARGIN_ITERATIONS, Span
+from pma_megatron.spikes.recovery import Diagnosis, RecoveryRequest, recover, rehearse
 
 _EXAMPLE = """examples:
   pma recover --load /ckpts/run --metrics /ckpts/run/tensorboard --save /ckpts/run-2 --dry-run

@@ -29,7 +29,7 @@ from pma_megatron.megatron.options import (
 from pma_megatron.merging.coefficients import METHODS
 from pma_megatron.runs.selection import DEFAULT_LAST
 from pma_megatron.runs.tokens import parse_tokens
-from pma_megatron.spike import SpikeSettings
+from pma_megatron.spikes.detector import SpikeSettings
 
 __all__ = [
     "Settings",

@@ -34,7 +34,6 @@ from pma_megatron.base.faults import point
 from pma_megatron.base.locations import refuse_remote
 from pma_megatron.base.say import say
 from pma_megatron.errors import PmaError, SelectionError
-from pma_megatron.healthy import Healthy, HealthyRequest, Span, choose_healthy
 from pma_megatron.live.poison import cure, poisoned_on_failure
 from pma_megatron.megatron.load import merge_into, trainer_of
 from pma_megatron.megatron.options import RecoverySettings
@@ -44,7 +43,8 @@ from pma_megatron.runs.discover import list_checkpoints
 from pma_megatron.runs.gaps import lines
 from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.runs.selection import SelectionRequest
-from pma_megatron.spike import SpikeDetector, Verdict
+from pma_megatron.spikes.detector import SpikeDetector, Verdict
+from pma_megatron.spikes.healthy import Healthy, HealthyRequest, Span, choose_healthy
 
 Rollback = Callable[[CheckpointRef], Any]
 """Loads one full checkpoint into model and optimizer, and leaves everything else as it is."""

@@ -17,7 +17,7 @@ from pma_megatron.megatron.options import RecoverySettings
 from pma_megatron.megatron.recover import Recovery, RecoverySpentError
 from pma_megatron.runs import recovery_log as audit
 from pma_megatron.runs.refs import CheckpointRef
-from pma_megatron.spike import SpikeSettings
+from pma_megatron.spikes.detector import SpikeSettings
 from pma_megatron.testing import TinyConfig, TinyTrainer
 
 LR, TIMES, BREAK_AT, BURST, END, SAVE_EVERY = 1e-2, 50, 200, 40, 500, 20

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from pma_megatron.errors import UsageError
-from pma_megatron.spike_state import (
+from pma_megatron.spikes.settings import (
     Kind,
     SpikeSettings,
     State,

@@ -15,7 +15,7 @@ from pathlib import Path
 from pma_megatron.base.locations import refuse_remote
 from pma_megatron.base.spelling import hint
 from pma_megatron.errors import MetricsError
-from pma_megatron.metrics_formats import (
+from pma_megatron.spikes.readers import (
     Point,
     Written,
     has_iteration,

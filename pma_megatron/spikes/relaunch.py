@@ -11,7 +11,7 @@ from pma_megatron.base.spelling import as_argument, typed
 from pma_megatron.errors import UsageError
 from pma_megatron.formats.base import Schedule
 from pma_megatron.formats.rates import rate_flags
-from pma_megatron.healthy import Span
+from pma_megatron.spikes.healthy import Span
 
 _SKIP = "--iterations-to-skip"
 

@@ -16,23 +16,23 @@ from pma_megatron.base.locations import refuse_remote
 from pma_megatron.base.spelling import FrontEnd, fields, given, hint, mistyped, named, speaking
 from pma_megatron.errors import CheckpointError, MetricsError, SelectionError, UsageError
 from pma_megatron.formats import registry
-from pma_megatron.healthy import (
+from pma_megatron.merging.job import Show, merge, plan, silent
+from pma_megatron.merging.policy import Policy
+from pma_megatron.merging.report import MergeReport
+from pma_megatron.merging.request import MergeRequest, Method
+from pma_megatron.runs.discover import list_checkpoints
+from pma_megatron.runs.refs import CheckpointRef
+from pma_megatron.runs.selection import SelectionRequest
+from pma_megatron.spikes.detector import Kind, SpikeSettings, Verdict, detect
+from pma_megatron.spikes.healthy import (
     MARGIN_ITERATIONS,
     Healthy,
     HealthyRequest,
     Span,
     choose_healthy,
 )
-from pma_megatron.merging.job import Show, merge, plan, silent
-from pma_megatron.merging.policy import Policy
-from pma_megatron.merging.report import MergeReport
-from pma_megatron.merging.request import MergeRequest, Method
-from pma_megatron.metrics import Metrics, read_metrics
-from pma_megatron.resume import Resume, resume, resume_script
-from pma_megatron.runs.discover import list_checkpoints
-from pma_megatron.runs.refs import CheckpointRef
-from pma_megatron.runs.selection import SelectionRequest
-from pma_megatron.spike import Kind, SpikeSettings, Verdict, detect
+from pma_megatron.spikes.metrics import Metrics, read_metrics
+from pma_megatron.spikes.relaunch import Resume, resume, resume_script
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
