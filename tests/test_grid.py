@@ -8,7 +8,7 @@ import pytest
 
 from pma_megatron import CheckpointRef, Method
 from pma_megatron.errors import SelectionError, UsageError
-from pma_megatron.grid import Grid, method_label, parse_ends, parse_method
+from pma_megatron.scores.grid import Grid, method_label, parse_ends, parse_method
 
 TOKENS = 1000
 

@@ -10,11 +10,11 @@ import pytest
 
 from pma_megatron.deepspeed.options import Options
 from pma_megatron.errors import UsageError
-from pma_megatron.grid import Grid
 from pma_megatron.megatron import flags
 from pma_megatron.megatron.options import NAMES, USED_BY
 from pma_megatron.megatron_deepspeed.hooks import _options
 from pma_megatron.merging.request import Method
+from pma_megatron.scores.grid import Grid
 
 JOB = {
     "save": "/ckpts/run",

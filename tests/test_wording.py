@@ -33,13 +33,13 @@ from pma_megatron.cli.flags import parser
 from pma_megatron.cli.verbs import front_end
 from pma_megatron.deepspeed.options import OPTIONS
 from pma_megatron.errors import PmaError
-from pma_megatron.grid import Grid
 from pma_megatron.live.load import ARGUMENTS
 from pma_megatron.megatron import flags
 from pma_megatron.megatron.options import FLAGS
 from pma_megatron.merging.request import Method
 from pma_megatron.runs.selection import SelectionRequest, select
 from pma_megatron.runs.tokens import given_tokens
+from pma_megatron.scores.grid import Grid
 from pma_megatron.spikes.healthy import HealthyRequest, choose_healthy
 from pma_megatron.spikes.recovery import KEYWORDS as RECOVERY
 from pma_megatron.spikes.recovery import RecoveryRequest

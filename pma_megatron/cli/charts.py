@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pma_megatron.forecast import Forecast
-from pma_megatron.grid import UNMERGED
 from pma_megatron.runs.tokens import format_tokens
-from pma_megatron.scores import Score, Scores
+from pma_megatron.scores.forecast import Forecast
+from pma_megatron.scores.grid import UNMERGED
+from pma_megatron.scores.scores import Score, Scores
 
 _UNMERGED = "#5b6573"
 _TOKENS = "training tokens"

@@ -17,7 +17,6 @@ from pma_megatron.cli.scoring import (
 )
 from pma_megatron.cli.verbs import file_path, new_verb, show_result
 from pma_megatron.errors import UsageError
-from pma_megatron.forecast import Agreement, Annealed, Forecast, Series, forecast
 from pma_megatron.formats import registry
 from pma_megatron.megatron.score import scored_refs
 from pma_megatron.runs.discover import choose, list_checkpoints, pointers_of
@@ -25,7 +24,8 @@ from pma_megatron.runs.notices import announce
 from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.runs.selection import SelectionRequest
 from pma_megatron.runs.tokens import format_tokens
-from pma_megatron.scores import Scores, read_scores
+from pma_megatron.scores.forecast import Agreement, Annealed, Forecast, Series, forecast
+from pma_megatron.scores.scores import Scores, read_scores
 
 _EXAMPLE = """examples:
   torchrun --nproc-per-node 8 -m pma_megatron forecast --load /ckpts/run --ends every:4 \\

@@ -19,12 +19,12 @@ from pma_megatron.base.openfiles import is_folder
 from pma_megatron.cli.verbs import add_allow_gaps, add_timeout, file_path, token_count
 from pma_megatron.errors import UsageError
 from pma_megatron.formats import registry
-from pma_megatron.grid import Grid, parse_ends, parse_method
 from pma_megatron.launch import main as run_script
 from pma_megatron.megatron.score import Scored, score_merges
 from pma_megatron.runs.folders import is_checkpoint
 from pma_megatron.runs.selection import DEFAULT_LAST
-from pma_megatron.scores import Scores
+from pma_megatron.scores.grid import Grid, parse_ends, parse_method
+from pma_megatron.scores.scores import Scores
 
 Provider = Callable[[str, list[str]], Scored]
 

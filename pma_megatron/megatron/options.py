@@ -13,10 +13,10 @@ from typing import Any
 from pma_megatron.base.locations import refuse_remote, refuse_remote_values
 from pma_megatron.base.spelling import FrontEnd, speaking
 from pma_megatron.errors import UsageError
-from pma_megatron.grid import Grid, parse_ends, parse_method
 from pma_megatron.merging.request import Method
 from pma_megatron.runs.selection import DEFAULT_LAST, SelectionRequest
 from pma_megatron.runs.tokens import consumed_tokens_of
+from pma_megatron.scores.grid import Grid, parse_ends, parse_method
 from pma_megatron.spikes.detector import SpikeSettings
 from pma_megatron.spikes.healthy import LAST, MARGIN_ITERATIONS
 

@@ -18,7 +18,6 @@ from pma_megatron.base.comm import Comm, Team
 from pma_megatron.errors import UsageError
 from pma_megatron.formats import registry
 from pma_megatron.formats.source import Source
-from pma_megatron.grid import Grid, Point
 from pma_megatron.live.load import run
 from pma_megatron.live.plan import LivePlan, average_units
 from pma_megatron.megatron.load import replicas
@@ -35,7 +34,8 @@ from pma_megatron.runs.gaps import PassedOver
 from pma_megatron.runs.notices import announce
 from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.runs.selection import SelectionRequest
-from pma_megatron.scores import Checkpoint, Other, Score, Scores
+from pma_megatron.scores.grid import Grid, Point
+from pma_megatron.scores.scores import Checkpoint, Other, Score, Scores
 
 Losses = float | Mapping[str, float]
 LOSS = "loss"

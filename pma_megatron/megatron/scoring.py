@@ -14,7 +14,7 @@ from pma_megatron.errors import PmaError
 from pma_megatron.megatron.evaluate import Recorded, again, suffix
 from pma_megatron.megatron.options import Settings
 from pma_megatron.megatron.score import score_merges
-from pma_megatron.scores import Scores
+from pma_megatron.scores.scores import Scores
 
 
 class Scoring:

@@ -14,7 +14,7 @@ from lab.scoring import Merges
 from lab.trainer import Rate
 from lab.work import Job
 
-from pma_megatron.forecast import Agreement, Prediction, agreement
+from pma_megatron.scores.forecast import Agreement, Prediction, agreement
 
 LAST = 6
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lab.command import scored_with
 from lab.kept import Kept
-from pma_megatron.grid import UNMERGED
+from pma_megatron.scores.grid import UNMERGED
 
 
 @dataclass(frozen=True, kw_only=True)

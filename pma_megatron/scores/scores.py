@@ -10,8 +10,8 @@ from typing import Any
 
 from pma_megatron.errors import UsageError
 from pma_megatron.formats.base import Schedule
-from pma_megatron.grid import UNMERGED, Point, Skipped
 from pma_megatron.runs.gaps import PassedOver
+from pma_megatron.scores.grid import UNMERGED, Point, Skipped
 
 SCORES_VERSION = 1
 

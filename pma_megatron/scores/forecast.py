@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from pma_megatron.base.spelling import hint, mistyped
-from pma_megatron.cautions import cautions
 from pma_megatron.errors import UsageError
-from pma_megatron.scores import Score, Scores
+from pma_megatron.scores.cautions import cautions
+from pma_megatron.scores.scores import Score, Scores
 
 _FEWEST = 3  # two points always lie on a line
 

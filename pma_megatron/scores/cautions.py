@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from pma_megatron.grid import UNMERGED
 from pma_megatron.runs.tokens import format_tokens, recommend
-from pma_megatron.scores import Checkpoint, Score, Scores
+from pma_megatron.scores.grid import UNMERGED
+from pma_megatron.scores.scores import Checkpoint, Score, Scores
 
 _SAME_RATE = 1e-6
 _FAR_COUNT, _FAR_INTERVAL, _FAR_HORIZON = 2, 4, 2

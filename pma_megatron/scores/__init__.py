@@ -1,0 +1,1 @@
+"""Losses of many averages, and what they say about annealing."""
