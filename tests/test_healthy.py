@@ -13,7 +13,7 @@ from pma_megatron import SelectionRequest
 from pma_megatron.errors import CheckpointError, SelectionError, UsageError
 from pma_megatron.formats.base import Schedule
 from pma_megatron.formats.rates import rate_flags
-from pma_megatron.runs import recovery_log as audit
+from pma_megatron.runs import recovery_log
 from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.runs.selection import select
 from pma_megatron.spikes.healthy import HealthyRequest, Span, choose_healthy
@@ -112,13 +112,13 @@ def test_requests_out_of_range() -> None:
 
 
 def test_the_log_tells_spoiled_checkpoints(tmp_path: Path) -> None:
-    assert audit.read(tmp_path).doubt(500, {}) is None
-    audit.append(tmp_path, audit.DETECTED, number=1, onset=450, reason="up")
-    audit.append(tmp_path, audit.BEGUN, number=1, newest_healthy=400)
-    audit.append(tmp_path, audit.DETECTED, number=2, onset=800)
-    history = audit.read(tmp_path)
+    assert recovery_log.read(tmp_path).doubt(500, {}) is None
+    recovery_log.append(tmp_path, recovery_log.DETECTED, number=1, onset=450, reason="up")
+    recovery_log.append(tmp_path, recovery_log.BEGUN, number=1, newest_healthy=400)
+    recovery_log.append(tmp_path, recovery_log.DETECTED, number=2, onset=800)
+    history = recovery_log.read(tmp_path)
     assert [spike.onset for spike in history.spikes] == [450, 800]
-    trusted = {(i, n): history.doubt(i, {audit.RECORD: n}) is None
+    trusted = {(i, n): history.doubt(i, {recovery_log.RECORD: n}) is None
                for i in (400, 449, 450, 800, 900) for n in (0, 1, 2)}  # fmt: skip
     assert [key for key, good in trusted.items() if not good] == [
         (450, 0), (800, 0), (800, 1), (900, 0), (900, 1)]  # fmt: skip
@@ -142,21 +142,21 @@ def test_a_selection_passes_over_spoiled_ones_unless_they_are_named() -> None:
 def test_what_was_saved_before_a_judgement_is_not_judged(tmp_path: Path) -> None:
     def untrusted(state: str | None = None) -> dict[int, set[int]]:
         """Recoveries -> iterations not trusted, and those of them that are merely not judged."""
-        history, places = audit.read(tmp_path), range(400, 901, 50)
-        found = {n: {i: history.doubt(i, {audit.RECORD: n, audit.STATE: state}) for i in places}
+        history, places = recovery_log.read(tmp_path), range(400, 901, 50)
+        found = {n: {i: history.doubt(i, {recovery_log.RECORD: n, recovery_log.STATE: state}) for i in places}
                  for n in (1, 2)}  # fmt: skip
         return {n: {i for i, doubt in of.items() if doubt and not doubt.judged}
                 for n, of in found.items()}  # fmt: skip
 
-    audit.append(tmp_path, audit.DETECTED, number=1, onset=450)
-    audit.append(tmp_path, audit.DONE, number=1, iteration=500)
-    assert audit.read(tmp_path).unjudged_since == 500
+    recovery_log.append(tmp_path, recovery_log.DETECTED, number=1, onset=450)
+    recovery_log.append(tmp_path, recovery_log.DONE, number=1, iteration=500)
+    assert recovery_log.read(tmp_path).unjudged_since == 500
     assert untrusted() == {1: set(range(500, 901, 50)), 2: set(range(500, 901, 50))}
     # It broke again before any loss was judged, at 650: what lies in between stays out for good.
-    audit.append(tmp_path, audit.DETECTED, number=2, onset=650)
-    audit.append(tmp_path, audit.DONE, number=2, iteration=700)
-    audit.append(tmp_path, audit.JUDGED, number=2, iteration=800)
-    assert audit.read(tmp_path).unjudged_since is None
+    recovery_log.append(tmp_path, recovery_log.DETECTED, number=2, onset=650)
+    recovery_log.append(tmp_path, recovery_log.DONE, number=2, iteration=700)
+    recovery_log.append(tmp_path, recovery_log.JUDGED, number=2, iteration=800)
+    assert recovery_log.read(tmp_path).unjudged_since is None
     assert untrusted() == {1: {500, 550, 600}, 2: {500, 550, 600, 650, 700, 750}}
     # A checkpoint that has the detector's memory says it itself.
     assert untrusted('{"judged": true}') == {1: set(), 2: set()}
@@ -194,30 +194,30 @@ def test_no_line_of_the_log_is_passed_over(tmp_path: Path, line: bytes, says: st
     """Each may tell of a spike: a line that is not understood must not make a run healthy."""
     other = GOOD.replace(b'"number": 1', b'"number": 7')
     for number, data in enumerate((line + b"\n", other + b"\n" + line + b"\n" + other + b"\n"), 1):
-        (tmp_path / audit.FILE).write_bytes(data)
+        (tmp_path / recovery_log.FILE).write_bytes(data)
         with pytest.raises(CheckpointError, match=rf"jsonl, line {number}, is not .*{says}"):
-            audit.read(tmp_path)
+            recovery_log.read(tmp_path)
 
 
 def test_a_line_that_was_cut_off_is_refused_and_says_that_training_may_be_writing(
     tmp_path: Path,
 ) -> None:
-    path = tmp_path / audit.FILE
+    path = tmp_path / recovery_log.FILE
     for cut in range(1, len(GOOD)):
         path.write_bytes(GOOD + b"\n" + GOOD[:cut])
         with pytest.raises(CheckpointError, match=r"line 2.*writing it this minute, try again"):
-            audit.read(tmp_path)
+            recovery_log.read(tmp_path)
     # What comes after it does not make it whole, nor vanish in it.
-    audit.append(tmp_path, audit.DETECTED, number=2, onset=800)
+    recovery_log.append(tmp_path, recovery_log.DETECTED, number=2, onset=800)
     assert path.read_bytes().splitlines()[2].endswith(b'"onset": 800}')
     with pytest.raises(CheckpointError, match="line 2,"):
-        audit.read(tmp_path)
+        recovery_log.read(tmp_path)
     for whole in (GOOD, GOOD + b"\n", b"\n" + GOOD + b"\r\n\n"):
         path.write_bytes(whole)
-        assert [spike.onset for spike in audit.read(tmp_path).spikes] == [450]
+        assert [spike.onset for spike in recovery_log.read(tmp_path).spikes] == [450]
     path.write_bytes(b"\n")
     with pytest.raises(CheckpointError, match="is empty"):
-        audit.read(tmp_path)
+        recovery_log.read(tmp_path)
 
 
 def test_a_line_that_does_not_fit_on_the_disk_is_taken_back(
@@ -226,12 +226,12 @@ def test_a_line_that_does_not_fit_on_the_disk_is_taken_back(
     whole = os.write
     for before in (None, GOOD + b"\n"):
         if before is not None:
-            (tmp_path / audit.FILE).write_bytes(before)
+            (tmp_path / recovery_log.FILE).write_bytes(before)
         monkeypatch.setattr(os, "write", lambda fd, data: whole(fd, data[:9]))
         with pytest.raises(OSError, match="No space left"):
-            audit.append(tmp_path, audit.DETECTED, number=1, onset=3)
+            recovery_log.append(tmp_path, recovery_log.DETECTED, number=1, onset=3)
         monkeypatch.undo()
-        assert len(audit.read(tmp_path).spikes) == (before is not None)
+        assert len(recovery_log.read(tmp_path).spikes) == (before is not None)
 
 
 ARGS = {"iterations_to_skip": [7], "lr": 3e-4, "min_lr": 3e-5, "decoupled_lr": None}

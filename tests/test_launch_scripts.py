@@ -83,9 +83,9 @@ TORCHRUN = """#!/usr/bin/env bash
 echo "$*" >>"$CALLS"
 case $(wc -l <"$CALLS") in
 1) {python} -c "
-from pma_megatron.runs import recovery_log as audit
-audit.append('$RUN', audit.DETECTED, number=1, onset=8)
-audit.append('$RUN', audit.SPENT, number=1)"
+from pma_megatron.runs import recovery_log
+recovery_log.append('$RUN', recovery_log.DETECTED, number=1, onset=8)
+recovery_log.append('$RUN', recovery_log.SPENT, number=1)"
     exit 1 ;;
 2) exit 1 ;;
 esac

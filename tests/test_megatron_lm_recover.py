@@ -13,7 +13,7 @@ import pytest
 from conftest import digests
 from pma_megatron import list_checkpoints
 from pma_megatron.base.faults import VARIABLE
-from pma_megatron.runs import recovery_log as audit
+from pma_megatron.runs import recovery_log
 from pma_megatron.testing.megatron_lm import Pretrained, PretrainFailure, run_pretrain
 
 TREE = os.environ.get("MEGATRON_LM_PATH", "")
@@ -65,8 +65,12 @@ def train(folder: Path, *flags: str, environment: dict[str, str] | None = None) 
 
 def test_recovers_in_process(tmp_path: Path) -> None:
     made = train(tmp_path, "--train-iters", "90", "--exit-interval", "80")
-    events = audit.read(tmp_path / "run").events
-    assert [event["event"] for event in events][:3] == [audit.DETECTED, audit.BEGUN, audit.DONE]
+    events = recovery_log.read(tmp_path / "run").events
+    assert [event["event"] for event in events][:3] == [
+        recovery_log.DETECTED,
+        recovery_log.BEGUN,
+        recovery_log.DONE,
+    ]
     onset, done = events[0]["onset"], events[2]["iteration"]
     assert onset == BREAK_AT + 1 and [Path(s).name[-2:] for s in events[1]["sources"]] == [
         "20", "30", "40"]  # fmt: skip
@@ -91,7 +95,7 @@ def test_a_kill_leaves_a_run_that_resumes(stage: str, tmp_path: Path) -> None:
     with pytest.raises(PretrainFailure):
         train(tmp_path, "--train-iters", "80", environment={VARIABLE: f"{stage}:1:kill"})
     newest = int((run / "latest_checkpointed_iteration.txt").read_text())
-    assert newest > BREAK_AT and audit.read(run).events[-1]["event"] == audit.BEGUN
+    assert newest > BREAK_AT and recovery_log.read(run).events[-1]["event"] == recovery_log.BEGUN
     before = {i: digests(run / f"iter_{i:07d}") for i in (20, 30, 40)}
     on = train(tmp_path, "--load", str(run), "--train-iters", "80")
     assert f"iteration {newest} was saved in a spike: recovering" in on.output

@@ -20,7 +20,7 @@ from pma_megatron.errors import PmaError, PoisonedError, RankError
 from pma_megatron.megatron.load import merge_into
 from pma_megatron.megatron.options import RecoverySettings
 from pma_megatron.megatron.recover import Recovery
-from pma_megatron.runs import recovery_log as audit
+from pma_megatron.runs import recovery_log
 from pma_megatron.testing import TinyTrainer, inject, run_ranks
 from pma_megatron.testing.tiny_deepspeed import DeepSpeedConfig, TinyDeepSpeed
 
@@ -122,9 +122,9 @@ def going_back(rank: int, world_size: int, root: str) -> None:
 def test_a_recovery_that_could_not_go_back(dense_run: Path, tmp_path: Path) -> None:
     """What is left of the spike and of a checkpoint may be trained on by nobody, on any rank."""
     root = str(shutil.copytree(dense_run, tmp_path / "run"))
-    audit.append(
+    recovery_log.append(
         root,
-        audit.DETECTED,
+        recovery_log.DETECTED,
         number=1,
         onset=SPOILED,
         iteration=SPOILED,

@@ -20,7 +20,7 @@ from pma_megatron.megatron.params import live_tensors
 from pma_megatron.megatron.recover import Recovery, RecoverySpentError, agreed
 from pma_megatron.megatron.replicas import refresh_weights
 from pma_megatron.merging.policy import MAIN
-from pma_megatron.runs import recovery_log as audit
+from pma_megatron.runs import recovery_log
 from pma_megatron.spikes.detector import SpikeSettings
 from pma_megatron.testing import RankFailure, TinyConfig, TinyTrainer, inject, run_ranks
 
@@ -52,7 +52,7 @@ class Run:
     def resume(self) -> None:
         iteration = self.trainer.load(self.root)
         args = json.loads((self.root / "args.json").read_text())[str(iteration)]
-        self.done.append(self.recovery.resumed(iteration, args[audit.RECORD], args["state"]))
+        self.done.append(self.recovery.resumed(iteration, args[recovery_log.RECORD], args["state"]))
 
     def until(self, iteration: int, breaks: tuple[int, ...] = (BREAK_AT,)) -> None:
         trainer = self.trainer
@@ -73,7 +73,7 @@ class Run:
 
     def save(self) -> None:
         trainer, path = self.trainer, self.root / "args.json"
-        trainer.args = {audit.RECORD: self.recovery.recoveries}
+        trainer.args = {recovery_log.RECORD: self.recovery.recoveries}
         self.snapshots[trainer.iteration] = trainer.snapshot()
         trainer.save(self.root)
         if torch.distributed.get_rank() == 0:
@@ -145,9 +145,9 @@ def test_recovers_to_the_average_of_healthy_checkpoints(
     refs = {ref.iteration: ref.unhealthy_because for ref in list_checkpoints(root)}
     spoiled = {i for i, reason in refs.items() if reason}
     assert spoiled == {i for i in refs if done.onset <= i < done.iteration} and 80 in refs
-    events = audit.read(root).events
+    events = recovery_log.read(root).events
     assert [event["event"] for event in events] == [
-        audit.DETECTED, audit.BEGUN, audit.DONE, audit.JUDGED,
+        recovery_log.DETECTED, recovery_log.BEGUN, recovery_log.DONE, recovery_log.JUDGED,
     ]  # fmt: skip
     assert done.iteration < events[-1]["iteration"] <= done.iteration + 10
 
@@ -208,7 +208,7 @@ def test_attempts_go_further_back_and_are_bounded(
     assert results[0][0] == results[1][0] < 400 and "2 attempts" in results[0][1]
     newest = [Path(done.sources[-1]).name for done in results[0][2]]
     assert newest == [folder_of(root, end).name for end in ends]
-    assert audit.read(root).spent and audit.read(root).events[-1]["number"] == 3
+    assert recovery_log.read(root).spent and recovery_log.read(root).events[-1]["number"] == 3
 
 
 SLOW_TO_JUDGE = replace(SETTINGS, spike=replace(SPIKE, cooldown=12))

@@ -14,7 +14,7 @@ from conftest import DENSE, digests, folder_of, refused
 from pma_megatron import RecoveryRequest, list_checkpoints, recover
 from pma_megatron.cli import main
 from pma_megatron.errors import MetricsError, PublishError, SelectionError, UsageError
-from pma_megatron.runs import recovery_log as audit
+from pma_megatron.runs import recovery_log
 from pma_megatron.spikes.detector import SpikeSettings, Verdict, detect
 from pma_megatron.spikes.healthy import Span
 from pma_megatron.spikes.metrics import read_metrics
@@ -117,7 +117,7 @@ def test_command_line(dense_run: Path, tmp_path: Path, capsys: pytest.CaptureFix
 def test_history(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recover", "--load", str(run), "--history"]) == 0
     assert "has done nothing there" in capsys.readouterr().out
-    audit.append(run, audit.DETECTED, number=1, onset=5, reason="the loss rose")
+    recovery_log.append(run, recovery_log.DETECTED, number=1, onset=5, reason="the loss rose")
     assert main(["recover", "--load", str(run), "--history"]) == 0
     assert "detected: number 1, onset 5, reason the loss rose" in capsys.readouterr().out
     assert main(["list", str(run)]) == 0

@@ -14,7 +14,7 @@ from pma_megatron.errors import UsageError
 from pma_megatron.merging.coefficients import METHODS
 from pma_megatron.merging.report import MergeReport
 from pma_megatron.merging.request import Method
-from pma_megatron.runs import recovery_log as audit
+from pma_megatron.runs import recovery_log
 from pma_megatron.spikes.detector import SpikeSettings
 from pma_megatron.spikes.healthy import LAST, MARGIN_ITERATIONS, Span
 from pma_megatron.spikes.recovery import Diagnosis, RecoveryRequest, recover, rehearse
@@ -117,7 +117,7 @@ def _how(verb: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """`pma recover`."""
     if arguments.history:
-        history = audit.read(arguments.load)
+        history = recovery_log.read(arguments.load)
         show_result(arguments, list(history.events), lambda: _told(arguments.load, history))
         return
     request = _request(arguments)
@@ -200,10 +200,10 @@ def _shown(found: Diagnosis, report: MergeReport | None) -> None:
         console.print(f"note: {note}")
 
 
-def _told(root: str, history: audit.History) -> None:
+def _told(root: str, history: recovery_log.History) -> None:
     console = new_console(soft_wrap=True)
     if not history.events:
-        console.print(f"{root} has no {audit.FILE}: --pma-recover has done nothing there")
+        console.print(f"{root} has no {recovery_log.FILE}: --pma-recover has done nothing there")
     for event in history.events:
         rest = [f"{name} {value}" for name, value in event.items() if name not in _HEAD]
         console.print(f"{event.get('time')} {event['event']}: {', '.join(rest)}")

@@ -1,6 +1,6 @@
 """Live tensors as targets of the one loop: what each rank reads, and where its averages go.
 
-A rank's main params are boxes of global tensors (`live_tensor.Place`), so a live model is just
+A rank's main params are boxes of global tensors (`param.Place`), so a live model is just
 another layout. Nothing here multiplies: tasks go to the engine, which writes into the tensors'
 storage.
 """

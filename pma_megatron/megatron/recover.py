@@ -12,7 +12,8 @@ Every rank makes every call, and all act in the same iteration. On a confirmed s
 own load brings back the newest healthy checkpoint (weights, main params, moments), and the average
 of the healthy ones replaces weights and main params. Iteration, data and LR schedule move on, so
 the data that the run broke on does not come again. Nothing on disk changes but the log
-(`audit.FILE`); a crash at any point leaves checkpoints of which the log says which are spoiled.
+(`recovery_log.FILE`); a crash at any point leaves checkpoints of which the log says which are
+spoiled.
 
 The `--pma-recover` flags drive the same class.
 """
@@ -38,7 +39,7 @@ from pma_megatron.live.poison import cure, poisoned_on_failure
 from pma_megatron.megatron.load import merge_into, trainer_of
 from pma_megatron.megatron.options import RecoverySettings
 from pma_megatron.megatron.replicas import forward_hooks_off
-from pma_megatron.runs import recovery_log as audit
+from pma_megatron.runs import recovery_log
 from pma_megatron.runs.discover import list_checkpoints
 from pma_megatron.runs.gaps import lines
 from pma_megatron.runs.refs import CheckpointRef
@@ -81,7 +82,7 @@ class Recovery:
 
     Attributes:
         recoveries: spikes dealt with so far; to be stored in each checkpoint's Megatron arguments
-            as `audit.RECORD`, which tells healthy checkpoints from spoiled ones.
+            as `recovery_log.RECORD`, which tells healthy checkpoints from spoiled ones.
     """
 
     def __init__(self, models: Sequence[Any], optimizer: Any, *, roots: Sequence[str | Path],
@@ -178,14 +179,14 @@ class Recovery:
         """The detector's memory, small and plain."""
         return self._detector.state_dict()
 
-    def _history(self) -> audit.History:
-        return self._comm.on_main("recovery log", lambda: audit.read(self._roots[0]))
+    def _history(self) -> recovery_log.History:
+        return self._comm.on_main("recovery log", lambda: recovery_log.read(self._roots[0]))
 
-    def _note(self, verdict: Verdict) -> audit.Spike:
+    def _note(self, verdict: Verdict) -> recovery_log.Spike:
         """Write the spike into the log: from here on its checkpoints are not trusted."""
-        spike = audit.Spike(self.recoveries + 1, verdict.onset)
+        spike = recovery_log.Spike(self.recoveries + 1, verdict.onset)
         self._log(
-            audit.DETECTED, number=spike.number, onset=spike.onset, iteration=verdict.confirmed,
+            recovery_log.DETECTED, number=spike.number, onset=spike.onset, iteration=verdict.confirmed,
             kind=verdict.kind.value, reason=verdict.reason,
         )  # fmt: skip
         return spike
@@ -194,21 +195,23 @@ class Recovery:
         """Write into the log that the loss after a recovery is well: later saves are trusted."""
         since = self._unjudged_since
         if since is not None and iteration > since and self._detector.judged:
-            self._log(audit.JUDGED, number=self.recoveries, iteration=iteration)
+            self._log(recovery_log.JUDGED, number=self.recoveries, iteration=iteration)
             self._unjudged_since = None
 
-    def _recover(self, spike: audit.Spike, iteration: int) -> Recovered:
+    def _recover(self, spike: recovery_log.Spike, iteration: int) -> Recovered:
         self._point("recover-choose")
         try:
             chosen, attempt = self._comm.on_main("choose", lambda: self._choose(spike))
         except PmaError as error:
-            self._log(audit.SPENT, number=spike.number, iteration=iteration, reason=str(error))
+            self._log(
+                recovery_log.SPENT, number=spike.number, iteration=iteration, reason=str(error)
+            )
             raise RecoverySpentError(f"no recovery from the spike at iteration {spike.onset}: "
                                      f"{error}") from error  # fmt: skip
         refs = chosen.selection.refs
         sources = tuple(ref.path for ref in refs)
         self._log(
-            audit.BEGUN, number=spike.number, iteration=iteration, attempt=attempt,
+            recovery_log.BEGUN, number=spike.number, iteration=iteration, attempt=attempt,
             newest_healthy=chosen.newest, sources=list(sources),
         )  # fmt: skip
         names = ", ".join(ref.describe() for ref in refs)
@@ -228,7 +231,7 @@ class Recovery:
             metadata=self._metadata,
         )  # fmt: skip
         self._point("recover-done")
-        self._log(audit.DONE, number=spike.number, iteration=iteration)
+        self._log(recovery_log.DONE, number=spike.number, iteration=iteration)
         self.recoveries = max(self.recoveries, spike.number)
         self._detector.restart(iteration)
         before = self._unjudged_since
@@ -238,7 +241,7 @@ class Recovery:
         return Recovered(number=spike.number, onset=spike.onset, iteration=iteration,
                          attempt=attempt, sources=sources, untrusted_since=since)  # fmt: skip
 
-    def _choose(self, spike: audit.Spike) -> tuple[Healthy, int]:
+    def _choose(self, spike: recovery_log.Spike) -> tuple[Healthy, int]:
         """On the main rank: the checkpoints to go back to, and which attempt from there it is."""
         found: dict[int | None, CheckpointRef] = {}
         for root in self._roots:
@@ -247,7 +250,7 @@ class Recovery:
                     found.setdefault(ref.iteration, ref)
         refs = [ref for ref in found.values() if not (ref.snapshot and self._needs_moments)]
 
-        history, margin = audit.read(self._roots[0]), self.settings.margin_iterations
+        history, margin = recovery_log.read(self._roots[0]), self.settings.margin_iterations
         # What was too close to an earlier onset must not count as healthy for a later one.
         before = tuple(Span(s.onset - margin, s.onset - 1) for s in history.spikes)
 
@@ -271,7 +274,9 @@ class Recovery:
         return self.settings.optimizer_state == "average"
 
     def _log(self, event: str, **fields: Any) -> None:
-        self._comm.on_main("recovery log", lambda: audit.append(self._roots[0], event, **fields))
+        self._comm.on_main(
+            "recovery log", lambda: recovery_log.append(self._roots[0], event, **fields)
+        )
 
     def _point(self, stage: str) -> None:
         self._comm.agree(stage, lambda: point(stage, self._comm.rank))

@@ -14,7 +14,7 @@ from pma_megatron.base.say import say
 from pma_megatron.megatron.options import EXIT_CODE, RecoverySettings
 from pma_megatron.megatron.recover import Recovered, Recovery, RecoverySpentError
 from pma_megatron.megatron.rollback import load_again
-from pma_megatron.runs import recovery_log as audit
+from pma_megatron.runs import recovery_log
 from pma_megatron.runs.discover import common_args
 
 
@@ -46,7 +46,9 @@ class Watch:
 
         def look() -> tuple[int, Any]:
             saved = common_args(folder)
-            return int(saved.get(audit.RECORD) or 0), json.loads(saved.get(audit.STATE) or "null")
+            return int(saved.get(recovery_log.RECORD) or 0), json.loads(
+                saved.get(recovery_log.STATE) or "null"
+            )
 
         recoveries, state = self._comm.on_main("resumed", look)
         with _exit_when_spent():
@@ -67,8 +69,8 @@ class Watch:
 
     def saving(self, args: Any) -> None:
         """Megatron is about to save: what a resume must know goes into its arguments."""
-        setattr(args, audit.RECORD, self._recovery.recoveries)
-        setattr(args, audit.STATE, json.dumps(self._recovery.state_dict()))
+        setattr(args, recovery_log.RECORD, self._recovery.recoveries)
+        setattr(args, recovery_log.STATE, json.dumps(self._recovery.state_dict()))
 
 
 @contextlib.contextmanager

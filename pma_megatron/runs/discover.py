@@ -16,7 +16,7 @@ from pma_megatron.formats import registry
 from pma_megatron.formats.base import Incomplete
 from pma_megatron.formats.marker import SNAPSHOTS, read_snapshot_marker
 from pma_megatron.formats.schema import is_count
-from pma_megatron.runs import recovery_log as audit
+from pma_megatron.runs import recovery_log
 from pma_megatron.runs.folders import ITERATION, is_checkpoint, what_is
 from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.runs.selection import Selection, SelectionRequest, select
@@ -77,14 +77,14 @@ def list_checkpoints(
     return _only_newest_writing(ordered, pointers)
 
 
-def _history(root: Path, problem: Callable[[str], None] | None) -> audit.History:
+def _history(root: Path, problem: Callable[[str], None] | None) -> recovery_log.History:
     try:
-        return audit.read(root)
+        return recovery_log.read(root)
     except CheckpointError as error:
         if problem is None:
             raise
         problem(str(error))
-        return audit.History((), f"{audit.FILE} is damaged")
+        return recovery_log.History((), f"{recovery_log.FILE} is damaged")
 
 
 def _only_newest_writing(
@@ -133,7 +133,7 @@ def _iteration_named(folder: Path) -> int | None:
     return int(match[1]) if match else None
 
 
-def describe(folder: Path, history: audit.History | None = None) -> CheckpointRef:
+def describe(folder: Path, history: recovery_log.History | None = None) -> CheckpointRef:
     """One checkpoint folder as a reference; damage ends up in `incomplete_because`.
 
     Args:
@@ -171,7 +171,7 @@ def _why_none(folder: Path) -> Incomplete | None:
     return None
 
 
-def _described(folder: Path, history: audit.History | None) -> CheckpointRef:
+def _described(folder: Path, history: recovery_log.History | None) -> CheckpointRef:
     name, iteration = registry.detect(folder), _iteration_named(folder)
     if name not in [known.name for known in registry.FORMATS] and _may_be_begun(folder):
         begun = "no metadata.json: still being written, cut off, or another format"
@@ -195,7 +195,7 @@ def _described(folder: Path, history: audit.History | None) -> CheckpointRef:
         tokens, unknown = consumed_tokens_of(args)
     except CheckpointError as error:
         return _incomplete(folder, name, iteration, Incomplete(str(error)))
-    doubt = (history or audit.History(())).doubt(iteration, args)
+    doubt = (history or recovery_log.History(())).doubt(iteration, args)
     return CheckpointRef(
         path=str(folder),
         format=name,

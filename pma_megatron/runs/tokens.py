@@ -43,7 +43,7 @@ _SAME_SEQUENCE_LENGTH = 1.25
 
 
 class Counted(Protocol):
-    """What token arithmetic needs to know of a checkpoint (`selection.CheckpointRef` is one)."""
+    """What token arithmetic needs to know of a checkpoint (`refs.CheckpointRef` is one)."""
 
     @property
     def consumed_samples(self) -> int | None: ...

@@ -15,7 +15,7 @@ from typing import Any
 
 from pma_megatron.megatron.options import RecoverySettings
 from pma_megatron.megatron.recover import Recovery, RecoverySpentError
-from pma_megatron.runs import recovery_log as audit
+from pma_megatron.runs import recovery_log
 from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.spikes.detector import SpikeSettings
 from pma_megatron.testing import TinyConfig, TinyTrainer
@@ -127,7 +127,7 @@ def strategy(seed: int, event: str, name: str, root: Path, begun: dict[str, Any]
     trainer.train_on(END, EVENTS[event], each)
     loss = trainer.evaluate(8)
     trainer.close()
-    seen = [e for e in audit.read(root).events if e["event"] == audit.DETECTED]
+    seen = [e for e in recovery_log.read(root).events if e["event"] == recovery_log.DETECTED]
     return Result(
         seed=seed, event=event, strategy=name, before=begun["loss"], end=loss,
         onset=seen[0]["onset"] if seen else None, known=seen[0]["iteration"] if seen else None,
