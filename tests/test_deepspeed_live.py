@@ -24,7 +24,7 @@ from pma_megatron import SelectionRequest, merge
 from pma_megatron.base.boxes import PieceIndex, flat_range
 from pma_megatron.base.faults import InjectedFault
 from pma_megatron.deepspeed import load, load_merged, pma_init
-from pma_megatron.deepspeed.params import LiveTensor, live_tensors, refresh_weights
+from pma_megatron.deepspeed.params import EngineTensor, live_tensors, refresh_weights
 from pma_megatron.errors import PlanError, PmaError, UsageError
 from pma_megatron.formats import registry
 from pma_megatron.merging.policy import MAIN, Policy
@@ -441,7 +441,7 @@ def held_elements(rank: int, world_size: int, runs: Mapping[str, DeepSpeedConfig
     return found
 
 
-def check_refresh(trainer: TinyDeepSpeed, trained: Sequence[LiveTensor]) -> None:
+def check_refresh(trainer: TinyDeepSpeed, trained: Sequence[EngineTensor]) -> None:
     """Weights become the main params, rounded once."""
     for live in trained:
         live.states()[MAIN].mul_(1.2345)

@@ -19,7 +19,7 @@ import torch.distributed.checkpoint as dcp
 from conftest import digests
 from oracle import read_by_torch
 from pma_megatron.megatron.install import TARGETS
-from pma_megatron.megatron.installing import Target
+from pma_megatron.megatron.installing import TreeFunction
 from pma_megatron.megatron_deepspeed.install import TARGETS as DEEPSPEED_TARGETS
 from pma_megatron.testing.megatron_lm import Through, run_pretrain
 
@@ -48,7 +48,7 @@ def test_there_is_a_patch_for_each_release_that_is_named() -> None:
     assert names == {*releases, f"{DEEPSPEED}4efb479d5317ce9b86096b9d8e3e8030b0b5263b"}
 
 
-def tree_of(path: Path) -> tuple[tuple[Target, ...], str]:
+def tree_of(path: Path) -> tuple[tuple[TreeFunction, ...], str]:
     """What a patch is to decorate, and the package its decorators lie in."""
     if path.parent.name.startswith(DEEPSPEED):
         return DEEPSPEED_TARGETS, "megatron_deepspeed"

@@ -33,7 +33,7 @@ from pma_megatron.deepspeed.checks import (
 )
 from pma_megatron.deepspeed.options import OPTIONS, Options
 from pma_megatron.deepspeed.params import (
-    LiveTensor,
+    EngineTensor,
     live_tensors,
     refresh_weights,
     replica_group,
@@ -45,7 +45,7 @@ from pma_megatron.formats.deepspeed.checkpoint import iteration_of
 from pma_megatron.live.load import Job, LiveReport, Meter, fill
 from pma_megatron.live.plan import LivePlan, average_units, refuse_other_model
 from pma_megatron.live.poison import Trainer, chain, poisoned_on_failure, replaced
-from pma_megatron.merging.planning import Gathered, gather_sources, origin_note
+from pma_megatron.merging.planning import OpenedSources, gather_sources, origin_note
 from pma_megatron.merging.policy import MAIN
 
 NOTE = "pma"
@@ -179,7 +179,7 @@ def _resume(comm: Comm, trainer: Trainer, plain: Callable[..., Loaded], call: Ma
     return path, client_state
 
 
-def _average(engine: Any, found: Gathered, options: Options, share: str, comm: Comm,
+def _average(engine: Any, found: OpenedSources, options: Options, share: str, comm: Comm,
              trainer: Trainer) -> LiveReport:  # fmt: skip
     meter, plan = Meter(comm), LivePlan.of(found, options.threads)
     tensors = _averaged(engine, found)
@@ -204,7 +204,7 @@ def _average(engine: Any, found: Gathered, options: Options, share: str, comm: C
     return meter.report(plan, share, found.selection.passed_over)
 
 
-def _job(engine: Any, plan: LivePlan, found: Gathered, tensors: Sequence[LiveTensor],
+def _job(engine: Any, plan: LivePlan, found: OpenedSources, tensors: Sequence[EngineTensor],
          states: Sequence[str], share: str) -> Job:  # fmt: skip
     """The units of tensors that the same ranks hold, and those ranks."""
     team = Team((dist.get_rank(),), 0)
@@ -216,19 +216,19 @@ def _job(engine: Any, plan: LivePlan, found: Gathered, tensors: Sequence[LiveTen
     return average_units(plan, found.active, tensors, states, whole=team.size > 1), team
 
 
-def _averaged(engine: Any, found: Gathered) -> list[LiveTensor]:
+def _averaged(engine: Any, found: OpenedSources) -> list[EngineTensor]:
     """Live tensors whose average the offline merge makes too."""
     saved = found.sources[-1].space.weights
     return [live for live in live_tensors(engine) if live.trained or live.name in saved]
 
 
-def _states(found: Gathered, options: Options) -> tuple[str, ...]:
+def _states(found: OpenedSources, options: Options) -> tuple[str, ...]:
     if options.optimizer_state != "average":
         return (MAIN,)
     return (MAIN, *sorted(set(found.sources[-1].space.states) - {MAIN}))
 
 
-def _check(engine: Any, found: Gathered, options: Options, named: Path | None) -> None:
+def _check(engine: Any, found: OpenedSources, options: Options, named: Path | None) -> None:
     """Refuse sources that this engine cannot load, before it loads."""
     base = found.sources[-1]
     for source in found.sources:
@@ -252,7 +252,7 @@ def _check(engine: Any, found: Gathered, options: Options, named: Path | None) -
     refuse_other_model(plan, found.active, _averaged(engine, found), states)
 
 
-def _reset_moments(tensors: Sequence[LiveTensor]) -> None:
+def _reset_moments(tensors: Sequence[EngineTensor]) -> None:
     """Moments and step count become zero; param groups and their learning rates stay."""
     inner = {id(live.inner): live.inner for live in tensors if live.inner is not None}
     for optimizer in inner.values():

@@ -25,7 +25,7 @@ from pma_megatron.merging.policy import MAIN
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class LiveTensor:
+class EngineTensor:
     """One trained parameter or saved floating buffer of this rank.
 
     Attributes:
@@ -88,7 +88,7 @@ class LiveTensor:
         """Nothing: see `by_copy`."""
 
 
-def live_tensors(engine: Any) -> list[LiveTensor]:
+def live_tensors(engine: Any) -> list[EngineTensor]:
     """Every trained parameter and saved floating buffer, the same ones on all replicas.
 
     A parameter of which this rank holds no main params has `numel` 0.
@@ -109,7 +109,7 @@ def live_tensors(engine: Any) -> list[LiveTensor]:
         replicas = each.parameter.group_name if expert else ""
         refuse_other_dtype(name, each.flat)
         found.append(
-            LiveTensor(name, shape, each.first, each.numel, sharded, replicas, each.flat,
+            EngineTensor(name, shape, each.first, each.numel, sharded, replicas, each.flat,
                        each.start, getattr(optimizer, "optimizer", optimizer))
         )  # fmt: skip
     return [*found, *_buffers(engine, optimizer)]
@@ -250,7 +250,7 @@ def _key(engine: Any, name: str) -> str:
     return model_key(name, mp, pipeline=is_pipeline(engine))
 
 
-def _buffers(engine: Any, optimizer: Any) -> Iterator[LiveTensor]:
+def _buffers(engine: Any, optimizer: Any) -> Iterator[EngineTensor]:
     """Floating buffers of the module that a tag holds: each rank's own under ZeRO-3."""
     own = hasattr(optimizer, "fp32_partitioned_groups_flat")
     rank = dist.get_rank(engine.seq_data_parallel_group) if own else 0
@@ -259,7 +259,7 @@ def _buffers(engine: Any, optimizer: Any) -> Iterator[LiveTensor]:
         floating = buffer.is_floating_point() and buffer.is_contiguous()
         if name in saved and floating and not LOCAL_EXPERT.match(name):
             key = _key(engine, name)
-            yield LiveTensor(
+            yield EngineTensor(
                 f"{key}@{rank}" if rank else key, tuple(buffer.shape), 0, buffer.numel(), own,
                 None if own else "", buffer, 0, None,
             )  # fmt: skip
@@ -273,6 +273,6 @@ def _whole(shape: tuple[int, ...]) -> Box:
     return Box((0,) * len(shape), shape)
 
 
-def _is_moment(name: str, value: Any, live: LiveTensor) -> bool:
+def _is_moment(name: str, value: Any, live: EngineTensor) -> bool:
     same = isinstance(value, torch.Tensor) and value.shape == live.flat.shape
     return same and name != "step"

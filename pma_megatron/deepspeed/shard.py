@@ -9,11 +9,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pma_megatron.deepspeed.params import LiveTensor, live_tensors, replica_group
-from pma_megatron.online.shard import Shard, Slot
+from pma_megatron.deepspeed.params import EngineTensor, live_tensors, replica_group
+from pma_megatron.online.shard import Shard, VectorPart
 
 
-class EngineShard(Shard[LiveTensor]):
+class EngineShard(Shard[EngineTensor]):
     """The owned parts of `live_tensors(engine)`, one after the other."""
 
     def __init__(self, engine: Any) -> None:
@@ -21,7 +21,7 @@ class EngineShard(Shard[LiveTensor]):
         super().__init__(tensors, tensors[0].flat.device if tensors else torch.device("cpu"))
         self._engine = engine
 
-    def written(self) -> Iterator[Slot[LiveTensor]]:
+    def written(self) -> Iterator[VectorPart[EngineTensor]]:
         """The slots that this rank writes; where every replica has all, they take turns."""
         turns: Counter[str] = Counter()
         for slot in self.slots:

@@ -9,15 +9,17 @@ from typing import Any
 import torch
 
 from pma_megatron.deepspeed.checks import WAY_OUT
-from pma_megatron.deepspeed.params import LiveTensor, refresh_weights
+from pma_megatron.deepspeed.params import EngineTensor, refresh_weights
 from pma_megatron.errors import UsageError
 from pma_megatron.online.shard import Shard
 from pma_megatron.online.swap import contents_restored
-from pma_megatron.online.window import Average
+from pma_megatron.online.window import WindowAverage
 
 
 @contextlib.contextmanager
-def averaged_state(engine: Any, shard: Shard[LiveTensor], average: Average) -> Iterator[None]:
+def averaged_state(
+    engine: Any, shard: Shard[EngineTensor], average: WindowAverage
+) -> Iterator[None]:
     """What runs and what is saved inside the block has the average. Collective.
 
     Main params become the average on each rank, and weights follow as after an optimizer step.

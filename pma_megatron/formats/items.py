@@ -18,7 +18,7 @@ from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.base import Item, Payload, StoredRecord
 from pma_megatron.formats.pickles import TensorRef, load_inert
 from pma_megatron.formats.schema import LIMIT
-from pma_megatron.formats.zips import Record, read_records
+from pma_megatron.formats.zips import ZipRecord, read_records
 
 _WINDOW_BYTES = 4096  # headers of small records share one read
 
@@ -28,12 +28,12 @@ class ItemFiles:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._indexes: dict[Item, dict[str, Record]] = {}
+        self._indexes: dict[Item, dict[str, ZipRecord]] = {}
         self._stored: dict[Item, tuple[StoredRecord, ...]] = {}
         self._found: dict[Payload, tuple[StoredRecord, int]] = {}
         self._lock = threading.Lock()
 
-    def records(self, item: Item, content: memoryview | None = None) -> dict[str, Record]:
+    def records(self, item: Item, content: memoryview | None = None) -> dict[str, ZipRecord]:
         """Index of the zip at `item`, read once; `content` is all of it, where that is at hand."""
         found = self._indexes.get(item)
         if found is None:
@@ -211,7 +211,7 @@ def _cut(content: memoryview, offset: int, nbytes: int) -> bytes:
     return bytes(content[offset : offset + nbytes])
 
 
-def _placed(item: Item, record: Record) -> StoredRecord:
+def _placed(item: Item, record: ZipRecord) -> StoredRecord:
     return StoredRecord(
         item.file, item.offset + record.start, record.nbytes, record.name, record.crc32
     )

@@ -13,7 +13,7 @@ from pma_megatron.formats.zips import Skeleton
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Destination:
     """Where the new bytes of a payload go: byte `start` of `file`, `numel` elements of `dtype`.
 
     `item` counts in `OutputLayout.items`; `record` is the payload's name in that item's zip.
@@ -59,7 +59,7 @@ class OutputLayout:
 
     files: Mapping[str, int]
     items: tuple[OutputItem, ...]
-    places: Mapping[Payload, Place]
+    places: Mapping[Payload, Destination]
     small_files: OrderedDict[str, bytes]
     last_file: str | None
     keeps_gaps: bool = False

@@ -8,7 +8,7 @@ from typing import Any
 
 from pma_megatron.formats.base import Item, Payload
 from pma_megatron.formats.items import ItemFiles
-from pma_megatron.formats.output import OutputItem, Place
+from pma_megatron.formats.output import Destination, OutputItem
 from pma_megatron.formats.pickles import TensorRef, add_entry, dump_inert
 from pma_megatron.formats.zips import lay_out
 
@@ -21,7 +21,7 @@ class Relaid:
     """An item laid out afresh, and where its new payloads go."""
 
     item: OutputItem
-    places: Mapping[Payload, Place]
+    places: Mapping[Payload, Destination]
 
 
 def relay(files: ItemFiles, item: Item, payloads: Sequence[Payload], number: int,
@@ -57,7 +57,9 @@ def relay(files: ItemFiles, item: Item, payloads: Sequence[Payload], number: int
     for name, payload in new.items():
         assert name is not None
         start = placed.offset + skeleton.payloads[name][0]
-        places[payload] = Place(placed.file, start, payload.dtype, payload.numel, name, number)
+        places[payload] = Destination(
+            placed.file, start, payload.dtype, payload.numel, name, number
+        )
     return Relaid(OutputItem(placed, skeleton, item, kept), places)
 
 

@@ -32,7 +32,7 @@ ReadAt = Callable[[int, int], bytes]
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class ZipRecord:
     """One file of the zip: `start` is where its bytes begin, relative to the zip's first byte.
 
     `crc32` is None in a zip without checksums (`torch.serialization.set_crc32_options(False)`).
@@ -44,7 +44,7 @@ class Record:
     crc32: int | None
 
 
-def read_records(read_at: ReadAt, length: int, *, what: str) -> dict[str, Record]:
+def read_records(read_at: ReadAt, length: int, *, what: str) -> dict[str, ZipRecord]:
     """Index a zip of `length` bytes by record name without its first folder (`data/0`).
 
     Raises:
@@ -60,7 +60,7 @@ def read_records(read_at: ReadAt, length: int, *, what: str) -> dict[str, Record
         ) from error
 
 
-def _read_records(read_at: ReadAt, length: int) -> dict[str, Record]:
+def _read_records(read_at: ReadAt, length: int) -> dict[str, ZipRecord]:
     tail_start = max(0, length - _TAIL_BYTES)
     tail = read_at(tail_start, length - tail_start)
     end = tail.rfind(b"PK\x05\x06")
@@ -92,7 +92,7 @@ def _read_records(read_at: ReadAt, length: int) -> dict[str, Record]:
         entries.append(_Entry(name, header, nbytes, entry[7]))
     # torch writes zeros instead of checksums if it is told to; some record of a zip has bytes.
     summed = any(entry.crc32 for entry in entries)
-    records: dict[str, Record] = {}
+    records: dict[str, ZipRecord] = {}
     entries.sort(key=lambda entry: entry.header)
     ends = [*(entry.header for entry in entries[1:]), offset]
     for each, end in zip(entries, ends, strict=True):
@@ -100,7 +100,7 @@ def _read_records(read_at: ReadAt, length: int) -> dict[str, Record]:
         short = each.name.decode().partition("/")[2]
         if short in records:
             raise ValueError(f"record {short!r} is there twice")
-        records[short] = Record(short, start, each.nbytes, each.crc32 if summed else None)
+        records[short] = ZipRecord(short, start, each.nbytes, each.crc32 if summed else None)
     return records
 
 

@@ -25,7 +25,7 @@ from pma_megatron.merging.agreement import check_same_model, matching, refuse_ro
 from pma_megatron.merging.engine import Progress, blocks, over_threads, reading
 from pma_megatron.merging.integrity import checked
 from pma_megatron.merging.job import Show, silent
-from pma_megatron.merging.planning import Gathered, file_order, gather_sources, read_bytes
+from pma_megatron.merging.planning import OpenedSources, file_order, gather_sources, read_bytes
 from pma_megatron.merging.policy import MAIN
 from pma_megatron.merging.request import MergeRequest
 from pma_megatron.merging.rules import average_task
@@ -82,7 +82,7 @@ class Measured:
         read_bytes: payload bytes read, over all ranks.
     """
 
-    found: Gathered
+    found: OpenedSources
     groups: Mapping[str, Gram]
     state: str
     read_bytes: int
@@ -142,7 +142,7 @@ def group_of(key: str) -> str:
     return next((name for name, pattern in GROUPS if re.search(pattern, key)), OTHER)
 
 
-def _plan(request: MergeRequest, found: Gathered) -> GramPlan:
+def _plan(request: MergeRequest, found: OpenedSources) -> GramPlan:
     sources, base = found.sources, found.sources[-1]
     _refuse(request, found)
     check_same_model(sources)
@@ -169,7 +169,7 @@ def _plan(request: MergeRequest, found: Gathered) -> GramPlan:
     )
 
 
-def _refuse(request: MergeRequest, found: Gathered) -> None:
+def _refuse(request: MergeRequest, found: OpenedSources) -> None:
     if len(found.sources) < 2:
         raise UsageError(
             f"one checkpoint, {found.sources[0].path}, has no distance to anything: select two or "
@@ -236,18 +236,18 @@ def _unit(add: Accumulator, work: Work, space: _Space) -> torch.Tensor:
     for first, block in blocks(work.box, space.limit):
         rows = space.rows[:, : block.numel]
         for each in work.inputs:
-            room = space.stored.raw.room(each.dtype, block.numel)
-            each.reader.read(block, first, room)
+            buffer = space.stored.raw.buffer(each.dtype, block.numel)
+            each.reader.read(block, first, buffer)
             if each.number == add.last and work.proof is not None:
-                add.prove(work, block, first, room, space.stored)
-            rows[each.number].copy_(room.tensor)
+                add.prove(work, block, first, buffer, space.stored)
+            rows[each.number].copy_(buffer.tensor)
         rows[:-1].sub_(rows[-1])
         products.addmm_(rows, rows.T)
         if not torch.isfinite(products).all():
             for each in work.inputs:
-                room = space.stored.raw.room(each.dtype, block.numel)
-                each.reader.read(block, first, room)
-                add.refuse_nan(work.task, block, each.number, room.tensor)
+                buffer = space.stored.raw.buffer(each.dtype, block.numel)
+                each.reader.read(block, first, buffer)
+                add.refuse_nan(work.task, block, each.number, buffer.tensor)
     return products
 
 

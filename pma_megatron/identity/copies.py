@@ -25,7 +25,7 @@ from pma_megatron.formats import registry
 from pma_megatron.formats.base import MAIN_PARAM, Item, Payload
 from pma_megatron.formats.items import ItemFiles
 from pma_megatron.formats.source import Source
-from pma_megatron.formats.zips import Record
+from pma_megatron.formats.zips import ZipRecord
 from pma_megatron.identity.samples import WEIGHT, Stored, largest, stored
 
 _SMALLEST_BYTES = 32
@@ -214,7 +214,7 @@ class _Checksums:
             return record.crc32, record.crc32 == _crc_of_zeros(record.nbytes)
         return self._by_samples(payload.item, record)
 
-    def _by_samples(self, item: Item, record: Record) -> tuple[int, bool]:
+    def _by_samples(self, item: Item, record: ZipRecord) -> tuple[int, bool]:
         """A zip that was written without checksums says zero for all of them."""
         count = min(_SAMPLE_BYTES, record.nbytes)
         last = record.nbytes - count

@@ -44,7 +44,7 @@ _MANY = 128  # elements of which chance makes no correlation of `_UNLIKE` from o
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class SampledBox:
     """A few elements that are looked at in every source."""
 
     state: str
@@ -52,13 +52,13 @@ class Place:
     box: Box
 
 
-Values = Mapping[Place, tuple[str, torch.Tensor]]
-"""Place -> the file that holds it in a source, and what it holds."""
+Values = Mapping[SampledBox, tuple[str, torch.Tensor]]
+"""SampledBox -> the file that holds it in a source, and what it holds."""
 
 
-def places_of(source: Source) -> tuple[Place, ...]:
+def places_of(source: Source) -> tuple[SampledBox, ...]:
     """Where to look: in the largest tensors of every file of the newest source."""
-    found: list[Place] = []
+    found: list[SampledBox] = []
     mains = source.space.states.get(MAIN_PARAM, {})
     state = MAIN_PARAM if mains else WEIGHT
     for wanted in (state, SECOND_MOMENT):
@@ -66,14 +66,14 @@ def places_of(source: Source) -> tuple[Place, ...]:
         pieces = (each for each in named if each.state == wanted and _wide(each))
         for each in (s for file in largest(source, pieces).values() for s in file[:_PIECES]):
             boxes = runs(each.piece, source.metadata_digest, _RUN, _RUNS)
-            found += [Place(wanted, each.key, box) for box in boxes]
+            found += [SampledBox(wanted, each.key, box) for box in boxes]
     return tuple(found)
 
 
-def values_at(source: Source, places: Iterable[Place]) -> Values:
+def values_at(source: Source, places: Iterable[SampledBox]) -> Values:
     """What a source holds there."""
     indexes: dict[tuple[str, str], PieceIndex] = {}
-    found: dict[Place, tuple[str, torch.Tensor]] = {}
+    found: dict[SampledBox, tuple[str, torch.Tensor]] = {}
     with BlockReader.of(source.format, source.path) as reader:
         for place in places:
             tensor = source.tensor(place.state, place.key)

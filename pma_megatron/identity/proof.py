@@ -10,7 +10,7 @@ from pma_megatron.errors import CheckpointError, PlanError
 from pma_megatron.formats.source import Source
 from pma_megatron.identity.copies import Contents, contents_of, refuse_copies
 from pma_megatron.identity.lineage import (
-    Place,
+    SampledBox,
     Values,
     other_runs,
     places_of,
@@ -36,7 +36,7 @@ class Evidence:
 
     model: str
     contents: Contents
-    places: tuple[Place, ...]
+    places: tuple[SampledBox, ...]
     values: Values
 
 

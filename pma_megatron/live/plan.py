@@ -20,7 +20,7 @@ from pma_megatron.errors import PlanError, UsageError
 from pma_megatron.formats.base import Tensor
 from pma_megatron.formats.source import Source
 from pma_megatron.live.param import LiveTensor
-from pma_megatron.merging.planning import Gathered
+from pma_megatron.merging.planning import OpenedSources
 from pma_megatron.merging.policy import MAIN
 from pma_megatron.merging.rules import average_task
 from pma_megatron.merging.tasks import Average, Unit, units
@@ -38,7 +38,7 @@ class LivePlan:
     threads: int
 
     @staticmethod
-    def of(found: Gathered, threads: int) -> LivePlan:
+    def of(found: OpenedSources, threads: int) -> LivePlan:
         """The plan of a merge of those sources."""
         values = tuple(output.values for output in found.outputs)
         return LivePlan(

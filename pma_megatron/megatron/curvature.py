@@ -33,7 +33,7 @@ from pma_megatron.base.spelling import hint
 from pma_megatron.errors import CheckpointError, UsageError
 from pma_megatron.geometry.gram import Measured
 from pma_megatron.geometry.spread import plain
-from pma_megatron.megatron.params import LiveTensor, live_tensors
+from pma_megatron.megatron.params import MegatronTensor, live_tensors
 from pma_megatron.megatron.score import Scored, average_into
 from pma_megatron.megatron.swap import weights_restored
 from pma_megatron.merging.accumulate import Sum
@@ -172,7 +172,7 @@ def _refuse_parts(comm: Comm, scored: Differentiable) -> None:
         )
 
 
-def _refuse_rounded_or_large(trained: Sequence[LiveTensor], count: int) -> None:
+def _refuse_rounded_or_large(trained: Sequence[MegatronTensor], count: int) -> None:
     rounded = next((live for live in trained if live.tensor.dtype != torch.float32), None)
     if rounded is not None:
         raise UsageError(

@@ -32,7 +32,7 @@ from pma_megatron.megatron.thin import ThinSnapshots
 from pma_megatron.megatron.watch import Watch
 from pma_megatron.online.hostcopy import HostCopy
 from pma_megatron.online.store import FOLDER
-from pma_megatron.online.window import Average
+from pma_megatron.online.window import WindowAverage
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _AT_EXIT_S = 60.0  # a job that ends must end
@@ -102,7 +102,7 @@ class Session:
         self.settings = settings
         self.running: Evaluation | Scoring | None = None
         self.models, self._scored = models, False
-        self._noted: list[tuple[Path, Average]] = []
+        self._noted: list[tuple[Path, WindowAverage]] = []
         self._recording: list[threading.Thread] = []
         atexit.register(self._recorded, _AT_EXIT_S)
         self._comm, metadata = Comm(), _metadata(args)
@@ -176,7 +176,7 @@ class Session:
             self._save(self.online, average, fn, arguments)
         self.online.save_state(self._state_dir, wait=not getattr(_args(), "async_save", False))
 
-    def _save(self, online: OnlineAverage, average: Average, fn: Callable[..., Any],
+    def _save(self, online: OnlineAverage, average: WindowAverage, fn: Callable[..., Any],
               arguments: Mapping[str, Any]) -> None:  # fmt: skip
         assert self.settings.save_dir is not None
         say(f"PMA: saving {average.describe()}")

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from pma_megatron.megatron import decorators
-from pma_megatron.megatron.installing import Target, install_all
+from pma_megatron.megatron.installing import TreeFunction, install_all
 
 KNOWN = "core_v0.12 to core_v0.19 and main of 2026-08"
 
 TARGETS = (
-    Target("arguments", "add_megatron_arguments", decorators.arguments, ("parser",)),
-    Target("training", "setup_model_and_optimizer", decorators.setup),
-    Target(
+    TreeFunction("arguments", "add_megatron_arguments", decorators.arguments, ("parser",)),
+    TreeFunction("training", "setup_model_and_optimizer", decorators.setup),
+    TreeFunction(
         "training", "training_log", decorators.training_log,
         ("iteration", "loss_dict", "grad_norm"),
     ),
-    Target(
+    TreeFunction(
         "checkpointing",
         "save_checkpoint",
         decorators.save_checkpoint,
@@ -22,8 +22,8 @@ TARGETS = (
          "num_floating_point_operations_so_far", "checkpointing_context", "non_persistent_ckpt"),
         also=("training",),
     ),
-    Target("training", "evaluate", decorators.evaluate, ("data_iterator", "model", "config")),
-    Target(
+    TreeFunction("training", "evaluate", decorators.evaluate, ("data_iterator", "model", "config")),
+    TreeFunction(
         "training",
         "evaluate_and_print_results",
         decorators.evaluate_and_print_results,

@@ -13,7 +13,7 @@ from pma_megatron.errors import UsageError
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class TreeFunction:
     """One function of a training tree.
 
     Attributes:
@@ -31,7 +31,7 @@ class Target:
     also: tuple[str, ...] = ()
 
 
-def install_all(package: str, targets: Sequence[Target], what: str, known: str) -> None:
+def install_all(package: str, targets: Sequence[TreeFunction], what: str, known: str) -> None:
     """Replace every target by its decorated self, in each module that calls it.
 
     Does nothing for functions that are decorated already (a patched tree, a second call), and
@@ -62,7 +62,7 @@ def install_all(package: str, targets: Sequence[Target], what: str, known: str) 
             setattr(modules[name], target.name, decorated)
 
 
-def _problems(package: str, modules: dict[str, ModuleType], target: Target) -> list[str]:
+def _problems(package: str, modules: dict[str, ModuleType], target: TreeFunction) -> list[str]:
     fn = getattr(modules[target.module], target.name, None)
     where = f"{package}.{target.module}.{target.name}"
     if not callable(fn):

@@ -19,9 +19,9 @@ from pma_megatron.errors import SelectionError
 from pma_megatron.live.load import ARGUMENTS, Job, LiveReport, Meter, fill, live_request
 from pma_megatron.live.plan import LivePlan, average_units
 from pma_megatron.live.poison import Trainer, chain
-from pma_megatron.megatron.params import LiveTensor, live_tensors, parts
+from pma_megatron.megatron.params import MegatronTensor, live_tensors, parts
 from pma_megatron.megatron.replicas import forward_hooks_off, refresh_weights, replica_group
-from pma_megatron.merging.planning import Gathered, gather_sources
+from pma_megatron.merging.planning import OpenedSources, gather_sources
 from pma_megatron.merging.policy import MAIN
 from pma_megatron.merging.request import MergeRequest, Method
 from pma_megatron.runs.selection import SelectionRequest
@@ -87,7 +87,7 @@ def merge_into(models: Sequence[Any], optimizer: Any, *, load: str,
     return meter.report(plan, share, found.selection.passed_over)
 
 
-def _refuse_other_end(found: Gathered, request: MergeRequest) -> None:
+def _refuse_other_end(found: OpenedSources, request: MergeRequest) -> None:
     """Moments and iteration are of what was resumed: an average that ends elsewhere is asked for.
 
     Raises:
@@ -118,7 +118,7 @@ def trainer_of(models: Sequence[Any], optimizer: Any) -> Trainer:
     )
 
 
-def _jobs(plan: LivePlan, found: Gathered, tensors: Sequence[LiveTensor], states: Sequence[str],
+def _jobs(plan: LivePlan, found: OpenedSources, tensors: Sequence[MegatronTensor], states: Sequence[str],
           share: str) -> list[Job]:  # fmt: skip
     """Units per team, in one order on all ranks."""
     jobs = []
@@ -131,9 +131,9 @@ def _jobs(plan: LivePlan, found: Gathered, tensors: Sequence[LiveTensor], states
     return jobs
 
 
-def by_group(tensors: Iterable[LiveTensor]) -> Mapping[tuple[bool, bool], list[LiveTensor]]:
+def by_group(tensors: Iterable[MegatronTensor]) -> Mapping[tuple[bool, bool], list[MegatronTensor]]:
     """Tensors by (main params sharded over replicas, replicas are the expert group)."""
-    groups: dict[tuple[bool, bool], list[LiveTensor]] = {
+    groups: dict[tuple[bool, bool], list[MegatronTensor]] = {
         (sharded, expert): [] for sharded in (True, False) for expert in (False, True)
     }
     for live in tensors:
@@ -146,7 +146,7 @@ def replicas(expert: bool, *, by_source: bool) -> Team:
     return Team.of(replica_group(expert), by_source=by_source)
 
 
-def reset_moments(optimizer: Any, tensors: Sequence[LiveTensor]) -> None:
+def reset_moments(optimizer: Any, tensors: Sequence[MegatronTensor]) -> None:
     """Moments and step count become zero; param groups and their learning rates stay."""
     for live in tensors:
         if live.part is None or live.numel == 0:

@@ -24,7 +24,7 @@ from pma_megatron.merging.policy import MAIN
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class LiveTensor:
+class MegatronTensor:
     """One parameter or saved floating buffer of this rank.
 
     Attributes:
@@ -77,7 +77,7 @@ class LiveTensor:
 
 
 def live_tensors(models: Sequence[Any], optimizer: Any,
-                 metadata: Mapping[str, Any] | None = None) -> list[LiveTensor]:  # fmt: skip
+                 metadata: Mapping[str, Any] | None = None) -> list[MegatronTensor]:  # fmt: skip
     """Every trained or frozen parameter and saved floating buffer of this rank's model chunks.
 
     Args:
@@ -105,7 +105,7 @@ def live_tensors(models: Sequence[Any], optimizer: Any,
             first, numel = (span.start, span.end - span.start) if span is not None else (0, 0)
         expert = not getattr(tensor, "allreduce", True)
         found.append(
-            LiveTensor(name, tensor, tuple(places[name]), expert, part, first, numel, sharded)
+            MegatronTensor(name, tensor, tuple(places[name]), expert, part, first, numel, sharded)
         )
     return found
 

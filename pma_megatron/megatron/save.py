@@ -13,12 +13,12 @@ from pma_megatron.formats.torch_dist.checkpoint import CONFIG_FILE
 from pma_megatron.megatron.online import OnlineAverage
 from pma_megatron.megatron.trees import changed_arguments, global_vars
 from pma_megatron.online.origin import mark, origin_of, record
-from pma_megatron.online.window import Average
+from pma_megatron.online.window import WindowAverage
 
 _log = logging.getLogger(__name__)
 
 
-def save_average(online: OnlineAverage, average: Average, fn: Callable[..., Any],
+def save_average(online: OnlineAverage, average: WindowAverage, fn: Callable[..., Any],
                  arguments: Mapping[str, Any], save_dir: str) -> Path:  # fmt: skip
     """Save once more what Megatron has just saved, with the average in place of the weights.
 
@@ -49,7 +49,7 @@ def save_average(online: OnlineAverage, average: Average, fn: Callable[..., Any]
     return Path(save_dir) / f"iter_{arguments['iteration']:07d}"
 
 
-def note_origin(folder: Path, average: Average) -> threading.Thread | None:
+def note_origin(folder: Path, average: WindowAverage) -> threading.Thread | None:
     """Say in a finished checkpoint what it is an average of; None if it is not finished yet.
 
     Returns:

@@ -21,7 +21,7 @@ from pma_megatron.formats.source import Source
 from pma_megatron.live.load import run
 from pma_megatron.live.plan import LivePlan, average_units
 from pma_megatron.megatron.load import replicas
-from pma_megatron.megatron.params import LiveTensor, live_tensors
+from pma_megatron.megatron.params import MegatronTensor, live_tensors
 from pma_megatron.megatron.swap import weights_restored
 from pma_megatron.merging.agreement import refuse_rounded
 from pma_megatron.merging.integrity import checked
@@ -34,7 +34,7 @@ from pma_megatron.runs.gaps import PassedOver
 from pma_megatron.runs.notices import announce
 from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.runs.selection import SelectionRequest
-from pma_megatron.scores.grid import Grid, Point
+from pma_megatron.scores.grid import Grid, GridPoint
 from pma_megatron.scores.scores import Checkpoint, Other, Score, Scores
 
 Losses = float | Mapping[str, float]
@@ -101,7 +101,7 @@ def score_merges(models: Sequence[Any], load: str, grid: Grid, score: Callable[[
     run = _open(request, points, comm)
     places = comm.on_main("schedule", lambda: _checkpoints([*points, *ends]))
 
-    def scored(point: Point, opened: Mapping[str, Source]) -> dict[str, float]:
+    def scored(point: GridPoint, opened: Mapping[str, Source]) -> dict[str, float]:
         sources = [opened[ref.path] for ref in point.selection.refs]
         average_into(tensors, sources, point.coefficients, comm, threads)
         losses = losses_of(score, comm)
@@ -130,7 +130,7 @@ def score_merges(models: Sequence[Any], load: str, grid: Grid, score: Callable[[
     )
 
 
-def _members(points: Sequence[Point]) -> list[CheckpointRef]:
+def _members(points: Sequence[GridPoint]) -> list[CheckpointRef]:
     """Every checkpoint of the points once, oldest first."""
     found = {ref.path: ref for point in points for ref in point.selection.refs}
     return sorted(found.values(), key=lambda ref: ref.iteration or 0)
@@ -155,14 +155,14 @@ def scored_refs(root: str, grid: Grid, *, aloud: bool = True) -> list[Checkpoint
     return [ref for ref in refs if ref.path not in newer]
 
 
-def _passed_over(points: Sequence[Point]) -> tuple[PassedOver, ...]:
+def _passed_over(points: Sequence[GridPoint]) -> tuple[PassedOver, ...]:
     """What lies in the window of any of them, and cannot be used; by iteration."""
     found = {each.path: each for point in points for each in point.selection.passed_over}
     bad = (e for e in found.values() if e.kind in ("damaged", "spoiled", "not judged"))
     return tuple(sorted(bad, key=lambda each: each.iteration or 0))
 
 
-def _open(request: MergeRequest, points: Sequence[Point], comm: Comm) -> dict[str, Source]:
+def _open(request: MergeRequest, points: Sequence[GridPoint], comm: Comm) -> dict[str, Source]:
     """Every checkpoint of the points by path, each opened once."""
     refs = _members(points)
     ends = {point.end.path for point in points}
@@ -171,7 +171,7 @@ def _open(request: MergeRequest, points: Sequence[Point], comm: Comm) -> dict[st
     return {s.path: s for s in open_sources(request, refs, everywhere, comm, numbers)}
 
 
-def average_into(tensors: Sequence[LiveTensor], sources: Sequence[Source],
+def average_into(tensors: Sequence[MegatronTensor], sources: Sequence[Source],
                  coefficients: Sequence[float], comm: Comm, threads: int) -> None:  # fmt: skip
     """The weights become the average. Every rank makes this call.
 
@@ -197,7 +197,7 @@ def average_into(tensors: Sequence[LiveTensor], sources: Sequence[Source],
             comm.agree("average", functools.partial(run, plan, job, comm, found.reads))
 
 
-def _jobs(plan: LivePlan, tensors: Sequence[LiveTensor]) -> list[tuple[list[Unit], Team]]:
+def _jobs(plan: LivePlan, tensors: Sequence[MegatronTensor]) -> list[tuple[list[Unit], Team]]:
     """Units per team of replicas, in one order on all ranks."""
     refuse_rounded(plan.sources)
     active = [number for number, value in enumerate(plan.coefficients[0]) if value != 0]
@@ -236,7 +236,7 @@ def _plain(found: Losses) -> dict[str, float]:
     return {str(name): float(value) for name, value in losses.items()}
 
 
-def _checkpoints(points: Sequence[Point]) -> dict[str, Checkpoint]:
+def _checkpoints(points: Sequence[GridPoint]) -> dict[str, Checkpoint]:
     return {
         ref.path: Checkpoint(
             path=ref.path,

@@ -6,18 +6,18 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from pma_megatron.megatron.params import LiveTensor
+from pma_megatron.megatron.params import MegatronTensor
 from pma_megatron.megatron.replicas import replica_group
-from pma_megatron.online.shard import Shard, Slot
+from pma_megatron.online.shard import Shard, VectorPart
 
 
-class MegatronShard(Shard[LiveTensor]):
+class MegatronShard(Shard[MegatronTensor]):
     """The owned parts of `live_tensors`, one after the other."""
 
-    def __init__(self, tensors: Sequence[LiveTensor]) -> None:
+    def __init__(self, tensors: Sequence[MegatronTensor]) -> None:
         super().__init__(tensors, tensors[0].tensor.device if tensors else torch.device("cpu"))
 
-    def written(self) -> Iterator[Slot[LiveTensor]]:
+    def written(self) -> Iterator[VectorPart[MegatronTensor]]:
         """The slots that this rank writes; where every replica has all, they take turns."""
         turns = {False: 0, True: 0}
         groups = {expert: replica_group(expert) for expert in turns}

@@ -8,17 +8,17 @@ from typing import Any
 
 import torch
 
-from pma_megatron.megatron.params import LiveTensor
+from pma_megatron.megatron.params import MegatronTensor
 from pma_megatron.megatron.replicas import forward_hooks_off, gather_weights
 from pma_megatron.merging.policy import MAIN
-from pma_megatron.online.shard import Shard, Slot
+from pma_megatron.online.shard import Shard, VectorPart
 from pma_megatron.online.swap import contents_restored, host_copy
-from pma_megatron.online.window import Average
+from pma_megatron.online.window import WindowAverage
 
 
 @contextlib.contextmanager
-def averaged_weights(models: Sequence[Any], tensors: Sequence[LiveTensor], shard: Shard[LiveTensor],
-                     average: Average) -> Iterator[None]:  # fmt: skip
+def averaged_weights(models: Sequence[Any], tensors: Sequence[MegatronTensor], shard: Shard[MegatronTensor],
+                     average: WindowAverage) -> Iterator[None]:  # fmt: skip
     """Forward passes inside the block use the average; main params are not touched. Collective.
 
     Args:
@@ -33,20 +33,20 @@ def averaged_weights(models: Sequence[Any], tensors: Sequence[LiveTensor], shard
 
 
 @contextlib.contextmanager
-def weights_restored(models: Sequence[Any], tensors: Sequence[LiveTensor]) -> Iterator[None]:
+def weights_restored(models: Sequence[Any], tensors: Sequence[MegatronTensor]) -> Iterator[None]:
     """Whatever the block writes into `tensors`, at its end every bit is as it was."""
     with forward_hooks_off(models), contents_restored(live.tensor for live in tensors):
         yield
 
 
 @contextlib.contextmanager
-def averaged_state(models: Sequence[Any], tensors: Sequence[LiveTensor], shard: Shard[LiveTensor],
-                   average: Average) -> Iterator[None]:  # fmt: skip
+def averaged_state(models: Sequence[Any], tensors: Sequence[MegatronTensor], shard: Shard[MegatronTensor],
+                   average: WindowAverage) -> Iterator[None]:  # fmt: skip
     """As `averaged_weights`, and main params are the average too: what is saved inside the block
     resumes from it. Moments, step counts and everything else stay the trainer's."""
     trained = [slot for slot in shard.slots if slot.live.trained]
     with averaged_weights(models, tensors, shard, average):
-        kept: list[tuple[Slot[LiveTensor], torch.Tensor]] = []
+        kept: list[tuple[VectorPart[MegatronTensor], torch.Tensor]] = []
         try:
             for slot in trained:
                 kept.append((slot, host_copy(slot.main())))
@@ -57,24 +57,26 @@ def averaged_state(models: Sequence[Any], tensors: Sequence[LiveTensor], shard: 
                 _set_main(slot, before)
 
 
-def backup_bytes(tensors: Sequence[LiveTensor], shard: Shard[LiveTensor]) -> int:
+def backup_bytes(tensors: Sequence[MegatronTensor], shard: Shard[MegatronTensor]) -> int:
     """Host memory that `averaged_state` takes, which is more than `averaged_weights` does."""
     weights = sum(live.tensor.numel() * live.tensor.element_size() for live in tensors)
     return weights + shard.nbytes
 
 
-def _set_weights(models: Sequence[Any], shard: Shard[LiveTensor], average: Average) -> None:
+def _set_weights(
+    models: Sequence[Any], shard: Shard[MegatronTensor], average: WindowAverage
+) -> None:
     for slot in shard.slots:
         _weights(slot).copy_(average.made(slot))  # rounded once, as by an optimizer step
     gather_weights(models)
 
 
-def _weights(slot: Slot[LiveTensor]) -> torch.Tensor:
+def _weights(slot: VectorPart[MegatronTensor]) -> torch.Tensor:
     """The elements of the tensor that the forward pass uses, 1-D, shared."""
     return slot.live.tensor.detach().view(-1)[slot.live.first :][: slot.live.numel]
 
 
-def _set_main(slot: Slot[LiveTensor], values: torch.Tensor) -> None:
+def _set_main(slot: VectorPart[MegatronTensor], values: torch.Tensor) -> None:
     live = slot.live
     main = live.states()[MAIN].detach()
     main.copy_(values.view_as(main))

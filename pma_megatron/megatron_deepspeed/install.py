@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from pma_megatron.megatron.installing import Target, install_all
+from pma_megatron.megatron.installing import TreeFunction, install_all
 from pma_megatron.megatron_deepspeed import decorators
 
 KNOWN = "main of 2025 (4efb479d)"
 
 TARGETS = (
-    Target("arguments", "parse_args", decorators.arguments, ("extra_args_provider",),
+    TreeFunction("arguments", "parse_args", decorators.arguments, ("extra_args_provider",),
            also=("initialize",)),
-    Target("training", "setup_model_and_optimizer", decorators.setup),
-    Target("checkpointing", "load_checkpoint", decorators.load_checkpoint, ("model", "load_arg"),
+    TreeFunction("training", "setup_model_and_optimizer", decorators.setup),
+    TreeFunction("checkpointing", "load_checkpoint", decorators.load_checkpoint, ("model", "load_arg"),
            also=("training",)),
-    Target("training", "training_log", decorators.training_log, ("iteration",)),
-    Target("checkpointing", "save_checkpoint", decorators.save_checkpoint,
+    TreeFunction("training", "training_log", decorators.training_log, ("iteration",)),
+    TreeFunction("checkpointing", "save_checkpoint", decorators.save_checkpoint,
            ("iteration", "model", "optimizer", "opt_param_scheduler"), also=("training",)),
-    Target("training", "evaluate", decorators.evaluate, ("data_iterator", "model")),
-    Target("training", "evaluate_and_print_results", decorators.evaluate_and_print_results,
+    TreeFunction("training", "evaluate", decorators.evaluate, ("data_iterator", "model")),
+    TreeFunction("training", "evaluate_and_print_results", decorators.evaluate_and_print_results,
            ("prefix", "iteration", "model", "write_to_tensorboard")),
 )  # fmt: skip
 

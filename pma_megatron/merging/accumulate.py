@@ -22,16 +22,16 @@ from pma_megatron.formats import registry
 from pma_megatron.merging.coefficients import exact_weights
 from pma_megatron.merging.tasks import Average, Unit, Workload
 from pma_megatron.transfer.blocks import BlockReader, UnitReader, UnitWriter
-from pma_megatron.transfer.buffers import BLOCK_ELEMENTS, Room, Rooms, Rounded, same_bits
+from pma_megatron.transfer.buffers import BLOCK_ELEMENTS, BlockBuffer, BlockBuffers, Rounded, same_bits
 
 
 class Workspace:
     """One thread's buffers, made once."""
 
     def __init__(self, outputs: int) -> None:
-        self.sums = [Rooms() for _ in range(outputs)]
-        self.averages = [Rooms() for _ in range(outputs)]
-        self.raw, self.proof, self.rounded = Rooms(), Rooms(), Rooms()
+        self.sums = [BlockBuffers() for _ in range(outputs)]
+        self.averages = [BlockBuffers() for _ in range(outputs)]
+        self.raw, self.proof, self.rounded = BlockBuffers(), BlockBuffers(), BlockBuffers()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +60,10 @@ class Sum:
 
         Gives the bits that a merge of the same tensors gives.
         """
-        room = torch.empty(min(out.numel(), BLOCK_ELEMENTS), dtype=self.dtype, device=out.device)
+        buffer = torch.empty(min(out.numel(), BLOCK_ELEMENTS), dtype=self.dtype, device=out.device)
         for first in range(0, out.numel(), BLOCK_ELEMENTS):
             target = out[first : first + BLOCK_ELEMENTS]
-            total, begun = room[: target.numel()], False
+            total, begun = buffer[: target.numel()], False
             for source, weight in zip(sources, self.weights, strict=True):
                 begun = add(total, source[first : first + BLOCK_ELEMENTS], weight, begun)
             if not begun:
@@ -175,40 +175,40 @@ class Accumulator:
             PlanError: main parameters are not what the weights say (the map's proof failed).
         """
         numel, read_bytes = block.numel, 0
-        sums = [r.room(s.dtype, numel) for r, s in zip(space.sums, work.sums, strict=True)]
+        sums = [r.buffer(s.dtype, numel) for r, s in zip(space.sums, work.sums, strict=True)]
         begun = [False] * len(sums)
         for each in work.inputs:
-            room = space.raw.room(each.dtype, numel)
-            each.reader.read(block, first, room)
-            read_bytes += len(room.data)
+            buffer = space.raw.buffer(each.dtype, numel)
+            each.reader.read(block, first, buffer)
+            read_bytes += len(buffer.data)
             if each.number == self.last and work.proof is not None:
-                read_bytes += self.prove(work, block, first, room, space)
+                read_bytes += self.prove(work, block, first, buffer, space)
             for k, weight in enumerate(each.weights):
-                begun[k] = add(sums[k].tensor, room.tensor, weight, begun[k])
-        for done, room in zip(begun, sums, strict=True):
+                begun[k] = add(sums[k].tensor, buffer.tensor, weight, begun[k])
+        for done, buffer in zip(begun, sums, strict=True):
             if not done:
-                room.tensor.zero_()
+                buffer.tensor.zero_()
         return read_bytes
 
-    def averages(self, work: Work, block: Box, space: Workspace) -> list[Room]:
+    def averages(self, work: Work, block: Box, space: Workspace) -> list[BlockBuffer]:
         """The finished sums as float32 averages, rounded once.
 
         Raises:
             CheckpointError: NaN or Inf in a source, or an overflow.
         """
         averages = []
-        for how, sums, rooms in zip(work.sums, space.sums, space.averages, strict=True):
-            room = sums.room(how.dtype, block.numel)
-            how.divide(room.tensor)
+        for how, sums, buffers in zip(work.sums, space.sums, space.averages, strict=True):
+            buffer = sums.buffer(how.dtype, block.numel)
+            how.divide(buffer.tensor)
             if how.dtype != torch.float32:
-                rounded = rooms.room(torch.float32, block.numel)
-                rounded.tensor.copy_(room.tensor)
-                room = rounded
-            averages.append(room)
+                rounded = buffers.buffer(torch.float32, block.numel)
+                rounded.tensor.copy_(buffer.tensor)
+                buffer = rounded
+            averages.append(buffer)
         self._refuse_nonfinite(work, block, averages)
         return averages
 
-    def prove(self, work: Work, block: Box, first: int, main: Room, space: Workspace) -> int:
+    def prove(self, work: Work, block: Box, first: int, main: BlockBuffer, space: Workspace) -> int:
         """The newest source's rounded main parameters must be its weights, bit for bit.
 
         Returns:
@@ -220,7 +220,7 @@ class Accumulator:
         """
         assert work.proof is not None
         reader, dtype = work.proof
-        stored = space.proof.room(dtype, main.numel)
+        stored = space.proof.buffer(dtype, main.numel)
         reader.read(block, first, stored)
         if not same_bits(Rounded(main, space.rounded).of(dtype), stored):
             self.refuse_nan(work.task, block, self.last, main.tensor)
@@ -236,9 +236,9 @@ class Accumulator:
             )
         return len(stored.data)
 
-    def _refuse_nonfinite(self, work: Work, block: Box, sums: Sequence[Room]) -> None:
+    def _refuse_nonfinite(self, work: Work, block: Box, sums: Sequence[BlockBuffer]) -> None:
         # A sum is finite only if all its terms are: one cheap pass, and a close look if it is not.
-        if all(math.isfinite(room.tensor.sum().item()) for room in sums):
+        if all(math.isfinite(buffer.tensor.sum().item()) for buffer in sums):
             return
         task = work.task
         for each in work.inputs:
@@ -246,7 +246,7 @@ class Accumulator:
             index = task.sources[task.numbers.index(each.number)]
             self.readers[each.number].read(block, index, data)
             self.refuse_nan(task, block, each.number, data)
-        if all(bool(torch.isfinite(room.tensor).all()) for room in sums):
+        if all(bool(torch.isfinite(buffer.tensor).all()) for buffer in sums):
             return
         if len(work.inputs) < len(task.numbers):
             raise RankError(f"{task.key} is not finite in a source that another rank reads")
@@ -266,7 +266,7 @@ class Accumulator:
                 f"{left_out('this checkpoint')}"
             )
 
-    def write(self, work: Work, block: Box, first: int, averages: Sequence[Room],
+    def write(self, work: Work, block: Box, first: int, averages: Sequence[BlockBuffer],
               space: Workspace) -> int:  # fmt: skip
         """Hand the averages to the writers; returns bytes written.
 
@@ -274,4 +274,4 @@ class Accumulator:
             PublishError: no space, no permission, or a failing disk.
         """
         pairs = zip(work.outputs, averages, strict=True)
-        return sum(out.write(block, first, Rounded(room, space.rounded)) for out, room in pairs)
+        return sum(out.write(block, first, Rounded(buffer, space.rounded)) for out, buffer in pairs)

@@ -319,8 +319,8 @@ class _Job:
         except Exception as caught:  # raised below, once the others know
             error = error or caught
         assert isinstance(unit.task, Average)
-        for k, (how, rooms) in enumerate(zip(self.add.sums_of(unit.task), space.sums, strict=True)):
-            block = rooms.whole(how.dtype)[: numel + 1]
+        for k, (how, buffers) in enumerate(zip(self.add.sums_of(unit.task), space.sums, strict=True)):
+            block = buffers.whole(how.dtype)[: numel + 1]
             block[numel] = 0.0 if error is None else 1.0
             if error is not None:
                 block[:numel] = 0.0

@@ -21,7 +21,7 @@ from pma_megatron.runs.refs import CheckpointRef
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class TensorGroup:
     """Tensors of one kind: `weight`, main params, or another optimizer state."""
 
     name: str
@@ -53,7 +53,7 @@ class Inspection:
     bytes: int
     topology: str = ""
     optimizer_layout: str = ""
-    groups: tuple[Group, ...] = ()
+    groups: tuple[TensorGroup, ...] = ()
     objects: int = 0
     provenance: Mapping[str, Any] | None = None
     problem: str | None = None
@@ -123,8 +123,8 @@ def _opened(folder: Path, found: Inspection) -> Inspection:
         return replace(opened, problem=str(error))
 
 
-def _group(name: str, tensors: Mapping[str, Tensor]) -> Group:
+def _group(name: str, tensors: Mapping[str, Tensor]) -> TensorGroup:
     elements = [sum(p.box.numel for p in t.pieces) for t in tensors.values()]
     nbytes = sum(n * t.dtype.itemsize for n, t in zip(elements, tensors.values(), strict=True))
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()})
-    return Group(name, len(tensors), sum(elements), nbytes, tuple(dtypes))
+    return TensorGroup(name, len(tensors), sum(elements), nbytes, tuple(dtypes))

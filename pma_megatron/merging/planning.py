@@ -21,7 +21,7 @@ from pma_megatron.identity.proof import Evidence, prove, refuse_strangers, uncon
 from pma_megatron.merging.agreement import frozen_notes
 from pma_megatron.merging.policy import MAIN
 from pma_megatron.merging.request import MergeRequest, Output, in_its_words
-from pma_megatron.merging.rules import Fates, PolicyRow, Rules, decide, make_tasks
+from pma_megatron.merging.rules import Decisions, PolicyRow, Rules, decide, make_tasks
 from pma_megatron.merging.tasks import Average, Copy, Keep, Unit, Workload, Zero, units
 from pma_megatron.runs.discover import choose, list_checkpoints, pointers_of
 from pma_megatron.runs.notices import announce, too_early_notes
@@ -87,7 +87,7 @@ class MergePlan:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Gathered:
+class OpenedSources:
     """The sources of a merge, whatever becomes of their average.
 
     Attributes: see `MergePlan`.
@@ -106,7 +106,7 @@ class Gathered:
 
 
 @in_its_words
-def gather_sources(request: MergeRequest, comm: Comm, *, everywhere: bool = False) -> Gathered:
+def gather_sources(request: MergeRequest, comm: Comm, *, everywhere: bool = False) -> OpenedSources:
     """Find, select and open the sources. Every rank makes this call.
 
     Sources are opened by different ranks and exchanged.
@@ -140,7 +140,7 @@ def gather_sources(request: MergeRequest, comm: Comm, *, everywhere: bool = Fals
     sources = open_sources(request, selection.refs, visible, comm)
     said = [sentence for source in sources for sentence in source.notes]
     selection = replace(selection, notes=(*selection.notes, *said))
-    return Gathered(selection=selection, sources=sources, outputs=outputs, visible=visible)
+    return OpenedSources(selection=selection, sources=sources, outputs=outputs, visible=visible)
 
 
 def refuse_changed(plan: Workload, comm: Comm) -> None:
@@ -170,9 +170,9 @@ def make_plan(request: MergeRequest, comm: Comm) -> MergePlan:
         SelectionError, CheckpointError, PlanError, UsageError: on every rank, before any write.
     """
     found = gather_sources(request, comm, everywhere=comm.merge_size > 1)
-    fates = comm.agree("policy", lambda: decide(request, found.sources))
-    layout = _layout(found, fates, request.lr_factor, comm)
-    return comm.agree("plan", lambda: _assemble(request, found, fates, layout))
+    decisions = comm.agree("policy", lambda: decide(request, found.sources))
+    layout = _layout(found, decisions, request.lr_factor, comm)
+    return comm.agree("plan", lambda: _assemble(request, found, decisions, layout))
 
 
 def _all_refs(request: MergeRequest, comm: Comm, everywhere: bool
@@ -298,14 +298,16 @@ def _trimmed(source: Source, request: MergeRequest, *, end: bool) -> Source:
     return replace(source, space=replace(space, weights=weights, states=states), ranges={})
 
 
-def _layout(found: Gathered, fates: Fates, lr_factor: float | None, comm: Comm) -> OutputLayout:
+def _layout(
+    found: OpenedSources, decisions: Decisions, lr_factor: float | None, comm: Comm
+) -> OutputLayout:
     """The output's files, laid out by a rank that sees the newest source."""
     ref, owner = found.selection.refs[-1], found.visible[-1][0]
     known, note = registry.get(ref.format, ref.path), origin_note(found)
 
     def lay_out() -> OutputLayout:
         return known.lay_out(
-            ref.path, payloads=fates.payloads, drop=fates.dropped, optimizer=fates.optimizer,
+            ref.path, payloads=decisions.payloads, drop=decisions.dropped, optimizer=decisions.optimizer,
             note=note, lr_factor=lr_factor,
         )  # fmt: skip
 
@@ -315,7 +317,7 @@ def _layout(found: Gathered, fates: Fates, lr_factor: float | None, comm: Comm) 
     return made
 
 
-def origin_note(found: Gathered) -> dict[str, Any]:
+def origin_note(found: OpenedSources) -> dict[str, Any]:
     """Where a merge comes from, in a few plain values; in a sweep, coefficients by its names."""
     values = {output.name: list(output.values) for output in found.outputs}
     return {
@@ -326,18 +328,18 @@ def origin_note(found: Gathered) -> dict[str, Any]:
     }
 
 
-def _assemble(request: MergeRequest, found: Gathered, fates: Fates,
+def _assemble(request: MergeRequest, found: OpenedSources, decisions: Decisions,
               layout: OutputLayout) -> MergePlan:  # fmt: skip
-    tasks = make_tasks(found.sources, found.active, fates, layout)
+    tasks = make_tasks(found.sources, found.active, decisions, layout)
     work = sorted((u for task in tasks for u in units(task)), key=file_order)
     notes = (*found.selection.notes, *frozen_notes(found.sources))
     return MergePlan(
         request=request, selection=replace(found.selection, notes=notes),
         sources=found.sources, outputs=found.outputs,
-        rules=fates.rules, table=fates.table, layout=layout, units=tuple(work),
+        rules=decisions.rules, table=decisions.table, layout=layout, units=tuple(work),
         active=found.active, visible=found.visible,
         read_bytes=sum(read_bytes(unit) for unit in work),
-        digest=_digest(request, found.sources, found.outputs, fates.table),
+        digest=_digest(request, found.sources, found.outputs, decisions.table),
     )  # fmt: skip
 
 

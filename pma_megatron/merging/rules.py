@@ -13,7 +13,7 @@ from pma_megatron.base.boxes import Piece, PieceIndex
 from pma_megatron.base.spelling import given, override
 from pma_megatron.errors import PlanError, UsageError
 from pma_megatron.formats.base import Payload, Tensor
-from pma_megatron.formats.output import OutputLayout, Place
+from pma_megatron.formats.output import Destination, OutputLayout
 from pma_megatron.formats.source import Source
 from pma_megatron.merging.agreement import (
     AVERAGED,
@@ -43,7 +43,7 @@ class PolicyRow:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Fates:
+class Decisions:
     """What happens to every entry of the newest source.
 
     Attributes:
@@ -61,7 +61,7 @@ class Fates:
     table: tuple[PolicyRow, ...]
 
 
-def decide(request: MergeRequest, sources: Sequence[Source]) -> Fates:
+def decide(request: MergeRequest, sources: Sequence[Source]) -> Decisions:
     """Apply the policy to the newest source.
 
     Where that is a thin snapshot, averaged weights get the dtype that the newest full source stores
@@ -96,7 +96,7 @@ def decide(request: MergeRequest, sources: Sequence[Source]) -> Fates:
         dtype = (request.torch_dtype if rounded else None) or stored.dtype
         payloads.update((p.payload, dtype) for p in (*tensor.pieces, *tensor.replicas))
     optimizer = "reset" if policy.optimizer_state == "reset" else "keep"
-    return Fates(
+    return Decisions(
         rules=rules,
         payloads=payloads,
         dropped=_dropped(base, rules, policy.drops_optimizer),
@@ -175,7 +175,7 @@ def _table(entries: Sequence[Entry], rules: Rules) -> tuple[PolicyRow, ...]:
     return tuple(PolicyRow(*group, len(keys), keys[0]) for group, keys in groups.items())
 
 
-def make_tasks(sources: Sequence[Source], active: Sequence[int], fates: Fates,
+def make_tasks(sources: Sequence[Source], active: Sequence[int], decisions: Decisions,
                layout: OutputLayout) -> list[Average | Copy | Keep | Zero | Write]:  # fmt: skip
     """The work that fills `layout`, after a check that every source has what it takes.
 
@@ -185,20 +185,20 @@ def make_tasks(sources: Sequence[Source], active: Sequence[int], fates: Fates,
     base = sources[-1]
     check_same_model(sources)
     tasks: list[Average | Copy | Keep | Zero | Write] = []
-    covered: dict[Place, list[tuple[int, int]]] = {}
+    covered: dict[Destination, list[tuple[int, int]]] = {}
     zeroed: dict[Payload, Zero] = {}  # a payload may hold the moments of many parameters
-    for (state, key), rule in fates.rules.items():
+    for (state, key), rule in decisions.rules.items():
         tensor = base.tensor(state, key)
         if tensor is None or rule.action is Action.ROUND:
             continue  # rounded weights are a target of their main params' task
-        rounded = state == MAIN and fates.rules["weight", key].action is Action.ROUND
+        rounded = state == MAIN and decisions.rules["weight", key].action is Action.ROUND
         written = _gets_new_bytes(base, state, key, rule)
         if rule.action is Action.ZERO:
             for payload in (p.payload for p in (*tensor.pieces, *tensor.replicas)):
                 zeroed[payload] = Zero(layout.places[payload], 0, payload.numel)
         elif written or rounded:
             tasks.append(
-                _average(sources, active, fates, layout, state, tensor, key, covered, written,
+                _average(sources, active, decisions, layout, state, tensor, key, covered, written,
                          rounded)
             )  # fmt: skip
     payloads = {place: payload for payload, place in layout.places.items()}
@@ -210,14 +210,14 @@ def make_tasks(sources: Sequence[Source], active: Sequence[int], fates: Fates,
     return [*tasks, *zeroed.values(), *_untouched(layout)]
 
 
-def _average(sources: Sequence[Source], active: Sequence[int], fates: Fates, layout: OutputLayout,
-             state: str, tensor: Tensor, key: str, covered: dict[Place, list[tuple[int, int]]],
+def _average(sources: Sequence[Source], active: Sequence[int], decisions: Decisions, layout: OutputLayout,
+             state: str, tensor: Tensor, key: str, covered: dict[Destination, list[tuple[int, int]]],
              written: bool, rounded: bool) -> Average:  # fmt: skip
     base = sources[-1]
-    newest_only = fates.rules[state, key].action is Action.NEWEST
+    newest_only = decisions.rules[state, key].action is Action.NEWEST
     numbers = (len(sources) - 1,) if newest_only else tuple(active)
     tensors = [matching(sources[number], base, tensor, state, key) for number in numbers]
-    targets: list[Piece[Place]] = []
+    targets: list[Piece[Destination]] = []
     if written:
         targets += _placed(layout, (*tensor.pieces, *tensor.replicas), covered)
     weight = base.space.weights[key]
@@ -262,7 +262,7 @@ def average_task(base: Source, state: str, key: str, *, lead: Iterable[Piece[Any
 
 
 def _placed(layout: OutputLayout, pieces: Iterable[Piece[Payload]],
-            covered: dict[Place, list[tuple[int, int]]]) -> list[Piece[Place]]:  # fmt: skip
+            covered: dict[Destination, list[tuple[int, int]]]) -> list[Piece[Destination]]:  # fmt: skip
     placed = []
     for piece in pieces:
         place = layout.places[piece.payload]

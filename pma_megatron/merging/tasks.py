@@ -10,7 +10,7 @@ import torch
 
 from pma_megatron.base.boxes import Box, Piece, PieceIndex, slices
 from pma_megatron.formats.base import Item, Payload
-from pma_megatron.formats.output import Place
+from pma_megatron.formats.output import Destination
 from pma_megatron.formats.source import Source
 
 UNIT_ELEMENTS = 8 << 20
@@ -49,7 +49,7 @@ class Average:
         sources: where each of those holds it.
         dtypes: stored dtype per source.
         targets: where it goes; replicas and the rounded weights included. Each payload has a
-            `dtype`; only its writer knows what else it is (`formats.output.Place`, or a live slot).
+            `dtype`; only its writer knows what else it is (`formats.output.Destination`, or a live slot).
         target_bytes: bytes written per element, to share the work evenly.
         proof: the newest source's stored weights, where the flat map that led here must be proved.
         proof_itemsize: bytes per element of those, 0 without a proof.
@@ -83,7 +83,7 @@ class Keep:
     """Elements of a written payload that stay the newest source's: padding, what has no name."""
 
     payload: Payload
-    place: Place
+    place: Destination
     start: int
     numel: int
 
@@ -92,7 +92,7 @@ class Keep:
 class Zero:
     """A range of a payload that becomes zero: reset moments, gaps between parameters."""
 
-    place: Place
+    place: Destination
     start: int
     numel: int
 

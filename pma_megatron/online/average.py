@@ -21,7 +21,7 @@ from pma_megatron.online.budget import Need, check
 from pma_megatron.online.hostcopy import HostCopy
 from pma_megatron.online.shard import Shard
 from pma_megatron.online.store import WindowStore
-from pma_megatron.online.window import EMA, Average, Entry, make_window, vectors_needed
+from pma_megatron.online.window import EMA, Member, WindowAverage, make_window, vectors_needed
 
 
 class RunningAverage(ABC):
@@ -69,11 +69,11 @@ class RunningAverage(ABC):
         self._await_after(position)
 
     @property
-    def entries(self) -> tuple[Entry, ...]:
+    def entries(self) -> tuple[Member, ...]:
         """What is held, oldest first; of an exponential average the newest with its count."""
         return self._window.entries
 
-    def average(self) -> Average | None:
+    def average(self) -> WindowAverage | None:
         """The average of what is held; None with fewer than two entries (`why_none` says more)."""
         return self._window.average()
 
@@ -124,7 +124,7 @@ class RunningAverage(ABC):
             return False
         for store in self._stores.values():
             store.wait()  # the oldest entry's memory is about to be used again
-        self._window.capture(Entry(iteration=iteration, tokens=position, args=copy.copy(args)))
+        self._window.capture(Member(iteration=iteration, tokens=position, args=copy.copy(args)))
         self._await_after(position)
         return True
 
@@ -133,7 +133,7 @@ class RunningAverage(ABC):
         self._await_after(position)
         return [*notes, *self._gaps(position)]
 
-    def _some(self) -> Average:
+    def _some(self) -> WindowAverage:
         average = self.average()
         if average is None:
             raise UsageError(f"there is no average yet: {self.why_none()}; look at average() first")

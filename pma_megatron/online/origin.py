@@ -15,13 +15,13 @@ from pma_megatron.formats.manifest import replace_marker
 from pma_megatron.formats.marker import MARKER_FILE, ONLINE_AVERAGE, SEAL_FILE
 from pma_megatron.merging.coefficients import implied_decay_weights
 from pma_megatron.merging.intact import record_sums
-from pma_megatron.online.window import Average
+from pma_megatron.online.window import WindowAverage
 from pma_megatron.version import __version__
 
 _log = logging.getLogger(__name__)
 
 
-def origin_of(average: Average, *, by_tokens: bool = True) -> dict[str, Any]:
+def origin_of(average: WindowAverage, *, by_tokens: bool = True) -> dict[str, Any]:
     """What an average was made of and how, as plain values.
 
     Args:

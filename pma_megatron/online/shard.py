@@ -27,7 +27,7 @@ Tensor = TypeVar("Tensor", bound=LiveTensor)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Slot(Generic[Tensor]):
+class VectorPart(Generic[Tensor]):
     """One tensor's elements, from `start` of the vector on."""
 
     live: Tensor
@@ -59,7 +59,7 @@ class Shard(ABC, Generic[Tensor]):
         slots, at = [], 0
         for live in tensors:
             if live.numel:
-                slots.append(Slot(live, at))
+                slots.append(VectorPart(live, at))
                 at += live.numel
         self.slots, self.numel, self.device = tuple(slots), at, device
 
@@ -69,7 +69,7 @@ class Shard(ABC, Generic[Tensor]):
         return 4 * self.numel
 
     @abstractmethod
-    def written(self) -> Iterator[Slot[Tensor]]:
+    def written(self) -> Iterator[VectorPart[Tensor]]:
         """The slots that this rank writes of a checkpoint of vectors; replicas that hold the same
         take turns."""
 
@@ -105,7 +105,7 @@ class Shard(ABC, Generic[Tensor]):
                     reader.read(box, indexes[place.key], vector[at : at + box.numel])
 
 
-def _boxes(slot: Slot[Any]) -> Iterator[tuple[Place, Box, int]]:
+def _boxes(slot: VectorPart[Any]) -> Iterator[tuple[Place, Box, int]]:
     """(place, box of its tensor, first element in the vector) of all that a slot holds."""
     first, last = slot.live.first, slot.live.first + slot.live.numel
     for place in slot.live.places:

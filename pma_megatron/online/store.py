@@ -29,7 +29,7 @@ from pma_megatron.merging.planning import open_sources
 from pma_megatron.merging.request import MergeRequest
 from pma_megatron.online.shard import Shard
 from pma_megatron.online.snapshots import SnapshotWriter, prune
-from pma_megatron.online.window import Entry, ExponentialAverage, Window
+from pma_megatron.online.window import ExponentialAverage, Member, Window
 from pma_megatron.runs.discover import list_checkpoints
 from pma_megatron.runs.refs import CheckpointRef
 
@@ -157,10 +157,10 @@ class WindowStore:
         taken = 1 if isinstance(self.window, ExponentialAverage) else len(refs)
         for (ref, members), source in list(zip(found, sources, strict=True))[-taken:]:
             assert ref.iteration is not None and ref.consumed_tokens is not None
-            entry = Entry(iteration=ref.iteration, tokens=ref.consumed_tokens, members=members)
+            entry = Member(iteration=ref.iteration, tokens=ref.consumed_tokens, members=members)
             self._take(entry, source)
 
-    def _take(self, entry: Entry, source: Source) -> None:
+    def _take(self, entry: Member, source: Source) -> None:
         plan = LivePlan(
             sources=(source,), visible=(tuple(range(self._comm.size)),), coefficients=(), threads=1
         )
@@ -173,7 +173,7 @@ class WindowStore:
 
         self.window.restore(entry, fill)
 
-    def _write(self, new: Sequence[tuple[Entry, torch.Tensor]], needed: frozenset[int]) -> None:
+    def _write(self, new: Sequence[tuple[Member, torch.Tensor]], needed: frozenset[int]) -> None:
         try:
             for entry, vector in new:
                 data = [vector[at : at + chunk.box.numel] for chunk, at in self._parts]
@@ -191,7 +191,7 @@ class WindowStore:
         prune(self.root, 0, keep - set(self._stale or ()))
 
 
-def _args(entry: Entry) -> Namespace:
+def _args(entry: Member) -> Namespace:
     """What is stored as Megatron's arguments; one token a sample where there are none."""
     given = entry.args
     if given is None:

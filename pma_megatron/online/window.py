@@ -21,14 +21,14 @@ from pma_megatron.merging.accumulate import Sum, fold
 from pma_megatron.merging.coefficients import Coefficients
 from pma_megatron.merging.request import Method
 from pma_megatron.online.hostcopy import HostCopy
-from pma_megatron.online.shard import Slot
+from pma_megatron.online.shard import VectorPart
 
 EMA = "ema"
 _FEWEST = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Entry:
+class Member:
     """One member of the average.
 
     Attributes:
@@ -45,7 +45,7 @@ class Entry:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Average:
+class WindowAverage:
     """The average as of now, formed tensor by tensor when asked for.
 
     Attributes:
@@ -54,9 +54,9 @@ class Average:
         made: slot -> the averaged elements, 1-D float32 on the host; do not change them.
     """
 
-    entries: tuple[Entry, ...]
+    entries: tuple[Member, ...]
     coefficients: Coefficients | None
-    made: Callable[[Slot[Any]], torch.Tensor]
+    made: Callable[[VectorPart[Any]], torch.Tensor]
 
     def describe(self) -> str:
         """`sma of 3 (iterations 10, 20, 30)`."""
@@ -82,7 +82,7 @@ class Window:
         """
         self.copy, self.method, self.last = copy, method, last
         self._vectors = [_vector(copy.shard.numel, folder, k) for k in range(self._count)]
-        self._held: list[tuple[Entry, int]] = []
+        self._held: list[tuple[Member, int]] = []
         self._staging = copy.buffer() if self._stages else None
         self._pool = ThreadPoolExecutor(1, "pma-window")
         self._taking: Future[None] | None = None
@@ -97,11 +97,11 @@ class Window:
         return self.copy.on_gpu
 
     @property
-    def entries(self) -> tuple[Entry, ...]:
+    def entries(self) -> tuple[Member, ...]:
         """Oldest first."""
         return tuple(entry for entry, _ in self._held)
 
-    def capture(self, entry: Entry) -> None:
+    def capture(self, entry: Member) -> None:
         """Remember the live main params as of now, in place of the oldest if the ring is full."""
         self.settle()
         target = self._next()
@@ -118,12 +118,12 @@ class Window:
         else:
             self.copy.wait()
 
-    def vector(self, entry: Entry) -> torch.Tensor:
+    def vector(self, entry: Member) -> torch.Tensor:
         """The values of an entry, 1-D float32; valid until it drops out."""
         self.settle()
         return self._vectors[next(index for held, index in self._held if held == entry)]
 
-    def restore(self, entry: Entry, fill: Callable[[torch.Tensor], None]) -> None:
+    def restore(self, entry: Member, fill: Callable[[torch.Tensor], None]) -> None:
         """Remember what `fill` writes into a vector, as the newest entry."""
         self.settle()
         target = self._next()
@@ -139,7 +139,7 @@ class Window:
         self.settle()
         self._held = [(entry, index) for entry, index in self._held if entry.iteration < since]
 
-    def average(self) -> Average | None:
+    def average(self) -> WindowAverage | None:
         """What the entries average to; None while there are too few."""
         self.settle()
         if self.why_none() is not None:
@@ -148,12 +148,12 @@ class Window:
         made = self.method.of([entry.tokens for entry in entries], len(entries))
         how, sources = Sum.of(made.values), [self._vectors[index] for _, index in self._held]
 
-        def average(slot: Slot[Any]) -> torch.Tensor:
+        def average(slot: VectorPart[Any]) -> torch.Tensor:
             out = torch.empty(slot.live.numel, dtype=torch.float32)
             how.into(out, [slot.of(source) for source in sources])
             return out
 
-        return Average(entries, made, average)
+        return WindowAverage(entries, made, average)
 
     def why_none(self) -> str | None:
         """Why there is no average yet, or None."""
@@ -166,7 +166,7 @@ class Window:
         free = [index for index in range(len(self._vectors)) if index not in used]
         return self._vectors[free[0] if free else self._held.pop(0)[1]]
 
-    def _keep(self, entry: Entry, target: torch.Tensor) -> None:
+    def _keep(self, entry: Member, target: torch.Tensor) -> None:
         index = next(k for k, vector in enumerate(self._vectors) if vector is target)
         self._held.append((entry, index))
 
@@ -189,7 +189,7 @@ class ExponentialAverage(Window):
     def _stages(self) -> bool:
         return True
 
-    def capture(self, entry: Entry) -> None:
+    def capture(self, entry: Member) -> None:
         """Add the live main params as of now."""
         self.settle()
         assert self._staging is not None
@@ -197,17 +197,17 @@ class ExponentialAverage(Window):
         self.copy.start(self._staging)
         take = self._fold if members else self._take
         self._taking = self._pool.submit(take, self._vectors[0], self._staging)
-        newest = Entry(
+        newest = Member(
             iteration=entry.iteration, tokens=entry.tokens, args=entry.args, members=members + 1
         )
         self._held = [(newest, 0)]
 
-    def average(self) -> Average | None:
+    def average(self) -> WindowAverage | None:
         """The average of all entries so far; None before the second."""
         self.settle()
         if self.why_none() is not None:
             return None
-        return Average(self.entries, None, lambda slot: slot.of(self._vectors[0]))
+        return WindowAverage(self.entries, None, lambda slot: slot.of(self._vectors[0]))
 
     def _fold(self, target: torch.Tensor, staging: torch.Tensor) -> None:
         assert self.method.alpha is not None

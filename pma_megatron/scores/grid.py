@@ -25,7 +25,7 @@ _EVERY = "every:"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Point:
+class GridPoint:
     """One average to score.
 
     Attributes:
@@ -119,7 +119,7 @@ class Grid:
             for _ in self._requests(None):  # SelectionRequest refuses what is out of range
                 pass
 
-    def points(self, refs: Sequence[CheckpointRef]) -> tuple[list[Point], list[Skipped]]:
+    def points(self, refs: Sequence[CheckpointRef]) -> tuple[list[GridPoint], list[Skipped]]:
         """Every average that `refs` allow, and those that they do not.
 
         Ends go from old to new, and at one end from short windows to long ones, so that points
@@ -132,8 +132,8 @@ class Grid:
         with _AXES():
             return self._points(refs)
 
-    def _points(self, refs: Sequence[CheckpointRef]) -> tuple[list[Point], list[Skipped]]:
-        points: list[Point] = []
+    def _points(self, refs: Sequence[CheckpointRef]) -> tuple[list[GridPoint], list[Skipped]]:
+        points: list[GridPoint] = []
         skipped: list[Skipped] = []
         for end in self.end_iterations(refs):
             points.append(self._unmerged(refs, end))
@@ -148,9 +148,9 @@ class Grid:
             raise SelectionError(f"no average of the grid can be made: {skipped[-1].reason}")
         return points, skipped
 
-    def _unmerged(self, refs: Sequence[CheckpointRef], end: int) -> Point:
+    def _unmerged(self, refs: Sequence[CheckpointRef], end: int) -> GridPoint:
         request = SelectionRequest(last=1, end_iteration=end, exclude=self.exclude)
-        return Point(
+        return GridPoint(
             request=request, method=None, selection=select(refs, request), coefficients=(1.0,)
         )
 
@@ -256,6 +256,6 @@ def _step(ends: str) -> int | None:
     return int(number)
 
 
-def _merged(request: SelectionRequest, method: Method, selection: Selection) -> Point:
+def _merged(request: SelectionRequest, method: Method, selection: Selection) -> GridPoint:
     made = method.of(selection.positions, len(selection.refs))
-    return Point(request=request, method=method, selection=selection, coefficients=made.values)
+    return GridPoint(request=request, method=method, selection=selection, coefficients=made.values)

@@ -11,7 +11,7 @@ from typing import Any
 from pma_megatron.errors import UsageError
 from pma_megatron.formats.base import Schedule
 from pma_megatron.runs.gaps import PassedOver
-from pma_megatron.scores.grid import UNMERGED, Point, Skipped
+from pma_megatron.scores.grid import UNMERGED, GridPoint, Skipped
 
 SCORES_VERSION = 1
 
@@ -56,7 +56,7 @@ class Score:
         return self.method, self.last, self.interval_tokens, self.interval_iterations
 
     @staticmethod
-    def of(point: Point, losses: Mapping[str, float]) -> Score:
+    def of(point: GridPoint, losses: Mapping[str, float]) -> Score:
         """The score of a point."""
         assert point.end.iteration is not None
         return Score(

@@ -16,7 +16,7 @@ from pma_megatron.base.locations import refuse_remote
 from pma_megatron.base.spelling import hint
 from pma_megatron.errors import MetricsError
 from pma_megatron.spikes.readers import (
-    Point,
+    MetricsPoint,
     Written,
     has_iteration,
     read_csv,
@@ -34,7 +34,7 @@ _FALLS_PER_POINT = 0.1
 class Metrics:
     """One run, as it went in the end: what a restart overwrote is gone."""
 
-    points: tuple[Point, ...]
+    points: tuple[MetricsPoint, ...]
     """Strictly increasing iterations; at least one point."""
     notes: tuple[str, ...]
     """Sentences for people: gaps, restarts, duplicates, what was left out."""
@@ -73,7 +73,9 @@ def read_metrics(
     return Metrics(points=points, notes=(*written.notes, *notes, *_gaps(points)), source=str(path))
 
 
-def _in_iterations(path: Path, points: list[Point], batch_samples: int | None) -> list[Point]:
+def _in_iterations(
+    path: Path, points: list[MetricsPoint], batch_samples: int | None
+) -> list[MetricsPoint]:
     """Points by iteration instead of by samples.
 
     Raises:
@@ -134,7 +136,7 @@ def _is_json_object(line: str) -> bool:
         return False
 
 
-def _as_it_went(written: Written) -> tuple[tuple[Point, ...], list[str]]:
+def _as_it_went(written: Written) -> tuple[tuple[MetricsPoint, ...], list[str]]:
     """Points in order, later writings first choice; and what was dropped, in sentences."""
     falls = sum(later.iteration < point.iteration for point, later in pairwise(written.points))
     if falls > _FALLS_PER_POINT * len(written.points):
@@ -143,7 +145,7 @@ def _as_it_went(written: Written) -> tuple[tuple[Point, ...], list[str]]:
         twice = len(written.points) - len(ordered)
         again = f" {twice} iteration(s) were there twice; the later row counts." if twice else ""
         return ordered, [f"The rows were in no order of iterations and were sorted.{again}"]
-    kept: list[Point] = []
+    kept: list[MetricsPoint] = []
     restarts, repeated, dropped = [], 0, 0
     for point in written.points:
         if kept and point.iteration == kept[-1].iteration:
@@ -166,7 +168,7 @@ def _as_it_went(written: Written) -> tuple[tuple[Point, ...], list[str]]:
     return tuple(kept), notes
 
 
-def _gaps(points: tuple[Point, ...]) -> list[str]:
+def _gaps(points: tuple[MetricsPoint, ...]) -> list[str]:
     """A sentence about places where points are further apart than they usually are."""
     steps = [later.iteration - point.iteration for point, later in pairwise(points)]
     if not steps:

@@ -20,7 +20,7 @@ from pma_megatron.errors import MetricsError, UsageError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Point:
+class MetricsPoint:
     """One logged iteration."""
 
     iteration: int
@@ -35,10 +35,10 @@ class Point:
 class Written:
     """What a file holds: its points as written, and sentences about what was left out."""
 
-    points: list[Point]
+    points: list[MetricsPoint]
     notes: list[str]
     in_samples: bool = False
-    """Whether `Point.iteration` counts samples, as in the files of DeepSpeed's monitors."""
+    """Whether `MetricsPoint.iteration` counts samples, as in the files of DeepSpeed's monitors."""
 
 
 # Names as they are compared: lower case, words apart by one space.
@@ -91,7 +91,7 @@ def read_log(path: Path, loss: str | None, grad_norm: str | None) -> Written:
             continue
         samples = fields.get("consumed samples")
         points.append(
-            Point(
+            MetricsPoint(
                 iteration=int(fields["iteration"]),
                 loss=value,
                 grad_norm=fields.get(grad_norm or "grad norm"),
@@ -106,10 +106,10 @@ def read_log(path: Path, loss: str | None, grad_norm: str | None) -> Written:
     return Written(points=points, notes=notes)
 
 
-def _pipeline_points(path: Path) -> list[Point]:
+def _pipeline_points(path: Path) -> list[MetricsPoint]:
     matches = (_PIPELINE.search(text) for text in _lines(path) if "steps: " in text)
     found = [(int(m[1]), _number(m[2])) for m in matches if m]
-    points = [Point(iteration=step, loss=loss) for step, loss in found if loss is not None]
+    points = [MetricsPoint(iteration=step, loss=loss) for step, loss in found if loss is not None]
     if not points:
         raise MetricsError(
             f"{path}: no line of Megatron's training log (`iteration N/ M | ... |`), none of "
@@ -198,7 +198,7 @@ def _read_table(
             continue
         samples = _number(row.get(samples_column)) if samples_column else None
         points.append(
-            Point(
+            MetricsPoint(
                 iteration=int(iteration),
                 loss=value,
                 grad_norm=_number(row.get(norm_column)) if norm_column else None,
@@ -230,7 +230,7 @@ def read_tensorboard(files: list[Path], loss: str | None, grad_norm: str | None)
     points = []
     for wall_s, step, value in sorted(series[loss_tag], key=lambda event: event[0]):
         near = min(norms.get(step, []), key=lambda event: abs(event[0] - wall_s), default=None)
-        points.append(Point(iteration=step, loss=value, grad_norm=near[1] if near else None))
+        points.append(MetricsPoint(iteration=step, loss=value, grad_norm=near[1] if near else None))
     return Written(points=points, notes=[], in_samples=_is_monitor(loss_tag))
 
 

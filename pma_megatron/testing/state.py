@@ -16,7 +16,7 @@ from pma_megatron.testing.core_api import sharded_model, unwrap
 
 
 @dataclass(frozen=True)
-class Place:
+class StoredPiece:
     """Where a piece of a parameter belongs in a checkpoint.
 
     `key` is the checkpoint's tensor, of `global_shape`; the piece is `local_shape` (leading axes of
@@ -80,7 +80,7 @@ def optimizer_tensors(models: list[Any], optimizer: Any) -> dict[str, dict[str, 
     return {name: found[name] for name in names.values() if name in found}
 
 
-def places(models: list[Any], metadata: dict[str, Any] | None) -> dict[str, list[Place]]:
+def places(models: list[Any], metadata: dict[str, Any] | None) -> dict[str, list[StoredPiece]]:
     """For each parameter and saved buffer, where its pieces are in a checkpoint's tensors.
 
     Comes from megatron-core's own sharded state dict. SwiGLU's first layer has two pieces.
@@ -93,7 +93,7 @@ def places(models: list[Any], metadata: dict[str, Any] | None) -> dict[str, list
     for index, model in enumerate(models):
         prefix = f"model{index}." if len(models) > 1 else ""
         tensors.update((prefix + name, b) for name, b in unwrap(model).named_buffers())
-    result: dict[str, list[Place]] = {}
+    result: dict[str, list[StoredPiece]] = {}
     for model in models:
         state = sharded_model(model, metadata)
         apply_factories(state)
@@ -103,7 +103,7 @@ def places(models: list[Any], metadata: dict[str, Any] | None) -> dict[str, list
             for name, tensor in tensors.items():
                 start = entry.data.data_ptr() - tensor.data_ptr()
                 if 0 <= start < tensor.numel() * tensor.element_size():
-                    piece = Place(
+                    piece = StoredPiece(
                         key=entry.key,
                         global_shape=tuple(entry.global_shape),
                         global_offset=tuple(entry.global_offset),

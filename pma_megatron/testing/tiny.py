@@ -143,7 +143,7 @@ class TinyTrainer:
             for name, values in tensors.items()
         }
 
-    def places(self) -> dict[str, list[state.Place]]:
+    def places(self) -> dict[str, list[state.StoredPiece]]:
         """Where each parameter and buffer of this rank lies in the tensors of a checkpoint."""
         return state.places(self.models, core_api.content_metadata(self.config))
 
@@ -151,7 +151,7 @@ class TinyTrainer:
         """All of the above as plain tensors, dicts and tuples, to be stored beside a checkpoint.
 
         Keys: `iteration`, `consumed_samples`, `ranks`, `main_params`, `model_params`, `buffers`,
-        `optimizer_state`, `places` (fields of `state.Place` by name).
+        `optimizer_state`, `places` (fields of `state.StoredPiece` by name).
         """
         tensors = state.optimizer_tensors(self.models, self.optimizer)
         places = self.places()

@@ -20,8 +20,8 @@ from pma_megatron.errors import CheckpointError, PublishError
 from pma_megatron.formats import registry
 from pma_megatron.formats.base import Item, Payload, StoredRecord
 from pma_megatron.formats.items import ItemFiles, refuse_other_bytes
-from pma_megatron.formats.output import Place
-from pma_megatron.transfer.buffers import BLOCK_ELEMENTS, Room, Rounded, as_bytes
+from pma_megatron.formats.output import Destination
+from pma_megatron.transfer.buffers import BLOCK_ELEMENTS, BlockBuffer, Rounded, as_bytes
 from pma_megatron.transfer.reads import Reads, Spans
 
 _COPY_BYTES = 1 << 20
@@ -187,20 +187,20 @@ class UnitReader:
         for part in self._parts:
             self._reader.advise(part)
 
-    def read(self, block: Box, first: int, room: Room) -> None:
-        """Fill `room` with `block`, which begins at element `first` of the unit.
+    def read(self, block: Box, first: int, buffer: BlockBuffer) -> None:
+        """Fill `buffer` with `block`, which begins at element `first` of the unit.
 
         Raises:
             CheckpointError: a file vanished, ended early, could not be read, or is damaged.
         """
         if self._runs is None:
-            self._reader.read(block, self._index, room.tensor)
+            self._reader.read(block, self._index, buffer.tensor)
             return
-        itemsize, last = room.itemsize, first + room.numel
+        itemsize, last = buffer.itemsize, first + buffer.numel
         for start, numel, record, offset in self._runs:
             low, high = max(first, start), min(last, start + numel)
             if low < high:
-                into = room.data[(low - first) * itemsize : (high - first) * itemsize]
+                into = buffer.data[(low - first) * itemsize : (high - first) * itemsize]
                 self._reader.pread(record, offset + (low - start) * itemsize, into)
 
 
@@ -217,7 +217,7 @@ class Checksums:
         self.copies: dict[str, list[tuple[int, int, int]]] = {}
         self._lock = threading.Lock()
 
-    def add(self, place: Place, start_bytes: int, data: memoryview) -> None:
+    def add(self, place: Destination, start_bytes: int, data: memoryview) -> None:
         """Note `data`, written at `start_bytes` of the payload at `place`."""
         crc = isal_zlib.crc32(data)
         with self._lock:
@@ -277,7 +277,7 @@ class BlockWriter:
         self.folder, self.checksums = folder, Checksums()
         self._files = Files(folder, os.O_RDWR)
 
-    def put(self, place: Place, start: int, data: memoryview) -> None:
+    def put(self, place: Destination, start: int, data: memoryview) -> None:
         """Write `data` at element `start` of the payload at `place`; see `pwrite` for errors."""
         at = start * place.dtype.itemsize
         self.pwrite(place.file, place.start + at, data)
@@ -335,8 +335,8 @@ class UnitWriter:
         """
         written = 0
         for inside, numel, place, start in self._strips(block, first, rounded.numel):
-            room = rounded.of(place.dtype)
-            strip = room.data[inside * room.itemsize : (inside + numel) * room.itemsize]
+            buffer = rounded.of(place.dtype)
+            strip = buffer.data[inside * buffer.itemsize : (inside + numel) * buffer.itemsize]
             self._writer.put(place, start, strip)
             written += len(strip)
         return written
@@ -380,7 +380,7 @@ def _is_cached(descriptor: int, offset: int) -> bool:
         return False
 
 
-def _strips(part: Part[Place]) -> Iterator[tuple[int, int, Any, int]]:
+def _strips(part: Part[Destination]) -> Iterator[tuple[int, int, Any, int]]:
     """The part as runs that are contiguous on both sides."""
     if part.is_run:
         yield part.unit_start, part.numel, part.payload, part.start

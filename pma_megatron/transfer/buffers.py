@@ -18,7 +18,7 @@ def as_bytes(block: torch.Tensor) -> memoryview:
     return memoryview(block.view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]
 
 
-class Room:
+class BlockBuffer:
     """The first `numel` elements of a reused buffer, as a tensor and as bytes."""
 
     __slots__ = ("data", "itemsize", "numel", "tensor")
@@ -28,19 +28,19 @@ class Room:
         self.data, self.itemsize = as_bytes(self.tensor), whole.dtype.itemsize
 
 
-class Rooms:
+class BlockBuffers:
     """One buffer of a block's size per dtype, made when first asked for. For one thread."""
 
     def __init__(self) -> None:
         self._whole: dict[torch.dtype, torch.Tensor] = {}
-        self._last: dict[torch.dtype, Room] = {}
+        self._last: dict[torch.dtype, BlockBuffer] = {}
 
-    def room(self, dtype: torch.dtype, numel: int) -> Room:
+    def buffer(self, dtype: torch.dtype, numel: int) -> BlockBuffer:
         """The buffer for `numel` elements of `dtype`; what it held before is lost."""
-        room = self._last.get(dtype)
-        if room is None or room.numel != numel:
-            room = self._last[dtype] = Room(self.whole(dtype), numel)
-        return room
+        buffer = self._last.get(dtype)
+        if buffer is None or buffer.numel != numel:
+            buffer = self._last[dtype] = BlockBuffer(self.whole(dtype), numel)
+        return buffer
 
     def whole(self, dtype: torch.dtype) -> torch.Tensor:
         """A block and one element more: a merge group's error flag travels with the data."""
@@ -52,21 +52,21 @@ class Rooms:
 class Rounded:
     """A float32 block in each dtype that a target wants, rounded once, on demand."""
 
-    def __init__(self, block: Room, rooms: Rooms) -> None:
-        self.numel, self._rooms = block.numel, rooms
+    def __init__(self, block: BlockBuffer, buffers: BlockBuffers) -> None:
+        self.numel, self._buffers = block.numel, buffers
         self._made = {block.tensor.dtype: block}
         self._block = block.tensor
 
-    def of(self, dtype: torch.dtype) -> Room:
+    def of(self, dtype: torch.dtype) -> BlockBuffer:
         """The block in `dtype`."""
         made = self._made.get(dtype)
         if made is None:
-            made = self._made[dtype] = self._rooms.room(dtype, self.numel)
+            made = self._made[dtype] = self._buffers.buffer(dtype, self.numel)
             made.tensor.copy_(self._block)
         return made
 
 
-def same_bits(one: Room, other: Room) -> bool:
+def same_bits(one: BlockBuffer, other: BlockBuffer) -> bool:
     """True if two buffers of one dtype hold the same bytes."""
     kind = f"u{one.itemsize}"  # comparing whole elements beats comparing bytes
     return np.array_equal(np.frombuffer(one.data, kind), np.frombuffer(other.data, kind))

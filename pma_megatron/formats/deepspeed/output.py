@@ -18,7 +18,7 @@ from pma_megatron.formats.deepspeed.checkpoint import DeepSpeedCheckpoint
 from pma_megatron.formats.deepspeed.partitions import base_state
 from pma_megatron.formats.marker import OWN_FILES
 from pma_megatron.formats.names import plain_name
-from pma_megatron.formats.output import OutputItem, OutputLayout, Place
+from pma_megatron.formats.output import Destination, OutputItem, OutputLayout
 from pma_megatron.formats.rates import scale_groups, scale_schedule
 from pma_megatron.formats.relay import relay, reset_steps
 
@@ -126,7 +126,7 @@ def lay_out_after(checkpoint: DeepSpeedCheckpoint, payloads: Iterable[Payload],
     for payload in payloads:
         new.setdefault(payload.item, []).append(payload)
     items: list[OutputItem] = []
-    places: dict[Payload, Place] = {}
+    places: dict[Payload, Destination] = {}
     for file in checkpoint.files:
         base, edit = checkpoint.item(file), edits.get(file)
         noted = note if file in checkpoint.client_states else None

@@ -17,7 +17,7 @@ from pma_megatron.errors import PlanError
 from pma_megatron.formats.base import Payload
 from pma_megatron.formats.torch_dist.registration import (
     Rank,
-    Rule,
+    Registration,
     buffer_ranks,
     contradicts,
     is_expert,
@@ -35,7 +35,7 @@ from pma_megatron.formats.torch_dist.ties import (
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
+class WeightChunk:
     """One stored chunk of a weight."""
 
     key: str
@@ -96,7 +96,9 @@ class Assignment:
         by_order: the gaps that values alone did not fill.
     """
 
-    def __init__(self, chunks: Sequence[Chunk], buffers: Sequence[Buffer], may_lie: MayLie) -> None:
+    def __init__(
+        self, chunks: Sequence[WeightChunk], buffers: Sequence[Buffer], may_lie: MayLie
+    ) -> None:
         self._chunks = chunks
         self._buffers = buffers
         self._may_lie = may_lie
@@ -156,7 +158,7 @@ class Assignment:
             self._refuse(state, followed=followed)
         return results[0]
 
-    def _ranks(self, rule: Rule, ranks: dict[int, Rank], buffer: Buffer,
+    def _ranks(self, rule: Registration, ranks: dict[int, Rank], buffer: Buffer,
                state: _State) -> Mapping[int, Rank]:  # fmt: skip
         numbers = buffer.numbers(state.filled)
         chunks = [(self._chunks[n].key, self._chunks[n].piece.box) for n in numbers]

@@ -27,11 +27,11 @@ from pma_megatron.formats.flat import (
     read_elements,
     read_flat,
 )
-from pma_megatron.formats.torch_dist.assignment import Assignment, Buffer, Chunk
+from pma_megatron.formats.torch_dist.assignment import Assignment, Buffer, WeightChunk
 from pma_megatron.formats.torch_dist.checkpoint import TorchDistCheckpoint
 from pma_megatron.formats.torch_dist.peers import agreeing, refuse_nearer
 from pma_megatron.formats.torch_dist.recomputed import recompute, split_name
-from pma_megatron.formats.torch_dist.registration import ALIGNMENT_ELEMENTS, Rule, aligned
+from pma_megatron.formats.torch_dist.registration import ALIGNMENT_ELEMENTS, Registration, aligned
 from pma_megatron.formats.torch_dist.ties import Gap, Placed, Segment, starts_after
 
 QUANTIZED = ("fp8_param_gather", "fp4_param_gather", "fp8_param", "fp4_param")
@@ -146,7 +146,7 @@ def _twins(
 
 
 def _ranges(
-    spaces: Sequence[FlatSpace], placed: Sequence[Placed], chunks: Sequence[Chunk]
+    spaces: Sequence[FlatSpace], placed: Sequence[Placed], chunks: Sequence[WeightChunk]
 ) -> dict[tuple[str, str], list[FlatRange]]:
     result: dict[tuple[str, str], list[FlatRange]] = {(s.group, s.name): [] for s in spaces}
     for one in placed:
@@ -162,7 +162,7 @@ class _Walker:
     def __init__(self, checkpoint: TorchDistCheckpoint, weights: Mapping[str, Tensor]) -> None:
         self._checkpoint = checkpoint
         self.chunks = [
-            Chunk(key, piece)
+            WeightChunk(key, piece)
             for key, tensor in weights.items()
             if tensor.dtype.is_floating_point
             for piece in tensor.pieces
@@ -268,7 +268,7 @@ class _Walker:
                 f"{left_out('this checkpoint')}"
             )
         missing = [
-            (Rule().rank(c.key, c.piece.box), c)
+            (Registration().rank(c.key, c.piece.box), c)
             for n, c in enumerate(self.chunks)
             if n not in found and c.piece.box.numel == after - at
         ]

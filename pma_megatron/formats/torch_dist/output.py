@@ -20,7 +20,7 @@ from pma_megatron.base.spelling import named
 from pma_megatron.errors import UsageError
 from pma_megatron.formats.base import Item, Payload
 from pma_megatron.formats.names import plain_name
-from pma_megatron.formats.output import OutputItem, OutputLayout, Place
+from pma_megatron.formats.output import Destination, OutputItem, OutputLayout
 from pma_megatron.formats.pickles import dump_inert, new_tensor
 from pma_megatron.formats.rates import scale_groups, scale_schedule
 from pma_megatron.formats.relay import relay, reset_steps
@@ -67,7 +67,7 @@ class _Build:
     changes: Changes
     sizes: dict[str, int] = field(default_factory=dict)
     items: list[OutputItem] = field(default_factory=list)
-    places: dict[Payload, Place] = field(default_factory=dict)
+    places: dict[Payload, Destination] = field(default_factory=dict)
     moved: dict[Item, Item] = field(default_factory=dict)
 
 
@@ -140,7 +140,7 @@ def _relay(build: _Build, entry: _Entry, payloads: list[Payload]) -> None:
         )
         placed = _reserve(build, entry.item, skeleton.length)
         start = placed.offset + skeleton.payloads["data/0"][0]
-        build.places[payloads[0]] = Place(placed.file, start, dtype, payloads[0].numel, "data/0",
+        build.places[payloads[0]] = Destination(placed.file, start, dtype, payloads[0].numel, "data/0",
                                           len(build.items))  # fmt: skip
         build.items.append(OutputItem(placed, skeleton, None, {}))
         return

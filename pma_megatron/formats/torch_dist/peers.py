@@ -14,7 +14,7 @@ from pma_megatron.formats.base import MAIN_PARAM, Tensor
 from pma_megatron.formats.fingerprints import holds
 from pma_megatron.formats.flat import FlatMap, FlatSpace, read_elements, read_flat, rounds_to
 from pma_megatron.formats.items import ItemFiles
-from pma_megatron.formats.torch_dist.assignment import Chunk
+from pma_megatron.formats.torch_dist.assignment import WeightChunk
 from pma_megatron.formats.torch_dist.checkpoint import TorchDistCheckpoint
 from pma_megatron.formats.torch_dist.optimizer import flat_spaces, named_states, weights_of
 from pma_megatron.formats.torch_dist.ties import MayLie, Placed
@@ -25,7 +25,7 @@ _COMPARE_ELEMENTS = 1 << 16
 
 
 def agreeing(
-    peers: Sequence[str], spaces: Sequence[FlatSpace], known: FlatMap, chunks: Sequence[Chunk]
+    peers: Sequence[str], spaces: Sequence[FlatSpace], known: FlatMap, chunks: Sequence[WeightChunk]
 ) -> list[MayLie]:
     """What those of `peers` say whose buffers are the same.
 
@@ -49,7 +49,7 @@ def agreeing(
 
 def _says(
     peer: TorchDistCheckpoint, spaces: Mapping[tuple[str, str], FlatSpace],
-    weights: Mapping[str, Tensor], chunks: Sequence[Chunk],
+    weights: Mapping[str, Tensor], chunks: Sequence[WeightChunk],
 ) -> MayLie:  # fmt: skip
     pieces = {(key, p.box): p for key, tensor in weights.items() for p in tensor.pieces}
     known: dict[tuple[int, str, str, int], bool] = {}
@@ -71,7 +71,7 @@ def _says(
 
 def refuse_nearer(
     checkpoint: ItemFiles, placed: Sequence[Placed], peers: Sequence[str],
-    chunks: Sequence[Chunk], may_lie: MayLie,
+    chunks: Sequence[WeightChunk], may_lie: MayLie,
 ) -> None:  # fmt: skip
     """Refuse weights that the order alone has placed, if names elsewhere speak against it.
 
@@ -108,7 +108,7 @@ def refuse_nearer(
                     raise PlanError(_against(chunks[a.number], chunks[b.number], path))
 
 
-def _against(a: Chunk, b: Chunk, path: str) -> str:
+def _against(a: WeightChunk, b: WeightChunk, path: str) -> str:
     return (
         f"{a.key} at {a.piece.box.offsets} and {b.key} at {b.piece.box.offsets} are bit-identical "
         "as weights. The order in which Megatron registers parameters puts their main params one "
@@ -117,12 +117,12 @@ def _against(a: Chunk, b: Chunk, path: str) -> str:
     )
 
 
-def _flat(files: ItemFiles, placed: Placed, chunks: Sequence[Chunk]) -> torch.Tensor:
+def _flat(files: ItemFiles, placed: Placed, chunks: Sequence[WeightChunk]) -> torch.Tensor:
     count = min(_COMPARE_ELEMENTS, chunks[placed.number].piece.box.numel)
     return read_flat(files, placed.space.states[MAIN_PARAM], placed.start, count).double()
 
 
-def _named(files: ItemFiles, named: Mapping[str, Tensor], chunk: Chunk) -> torch.Tensor:
+def _named(files: ItemFiles, named: Mapping[str, Tensor], chunk: WeightChunk) -> torch.Tensor:
     """The main params that another checkpoint stores under the chunk's name, flat; else NaN."""
     tensor, box = named.get(chunk.key), chunk.piece.box
     count = min(_COMPARE_ELEMENTS, box.numel)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pma_megatron.formats.flat import FlatMap, FlatRange
 from pma_megatron.formats.torch_dist.registration import (
     ALIGNMENT_ELEMENTS,
-    Rule,
+    Registration,
     buffer_ranks,
     compare,
     is_expert,
@@ -72,7 +72,7 @@ def recompute(ranges: FlatMap) -> Recomputed:
     return best
 
 
-def _order(rule: Rule, buffers: Mapping[str, _Buckets]) -> Iterator[tuple[bool, str]]:
+def _order(rule: Registration, buffers: Mapping[str, _Buckets]) -> Iterator[tuple[bool, str]]:
     """Clauses about neighbours in a buffer: (whether the rule speaks against them, clause)."""
     for name, buckets in buffers.items():
         numbered = sorted(buckets.items(), key=lambda item: item[0] or 0)

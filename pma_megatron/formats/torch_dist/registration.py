@@ -52,7 +52,7 @@ _OUTPUT = "output_layer.weight"
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
+class Registration:
     """One way in which the parameters behind a checkpoint's keys may be registered.
 
     Attributes:
@@ -116,7 +116,7 @@ def _names_a_layer(key: str) -> bool:
     return any(a == "layers" and b.isdecimal() for a, b in itertools.pairwise(names))
 
 
-def rules(*, with_experts: bool) -> list[Rule]:
+def rules(*, with_experts: bool) -> list[Registration]:
     """Every rule that a model may follow; experts are ordered only `with_experts`."""
     norms = [
         frozenset(own)
@@ -124,7 +124,7 @@ def rules(*, with_experts: bool) -> list[Rule]:
         for own in itertools.combinations(_OWN_MODULE, count)
     ]
     kinds = ("expert", "linear", "leaf") if with_experts else ("",)
-    return [Rule(own, experts) for experts in kinds for own in norms]
+    return [Registration(own, experts) for experts in kinds for own in norms]
 
 
 def is_expert(key: str) -> bool:
@@ -150,7 +150,7 @@ def compare(a: Rank, b: Rank) -> int:
     return next((-1 if x < y else 1 for x, y in zip(a, b, strict=False) if x != y), 0)
 
 
-def buffer_ranks(rule: Rule, chunks: Sequence[tuple[str, Box]]) -> list[Rank]:
+def buffer_ranks(rule: Registration, chunks: Sequence[tuple[str, Box]]) -> list[Rank]:
     """Ranks of chunks in the order of one buffer.
 
     A tied output layer is stored as the embedding. In its buffer it comes first, as an output layer
