@@ -42,9 +42,12 @@ def main() -> int:
         console.print(f"\n[bold][{now_s:.0f} s] {text}[/bold]", soft_wrap=True)
 
     config = settings.config
-    step("train", f"Training a {config.num_experts}-expert GPT on {_RANKS} ranks (expert "
-         f"parallelism 2, bf16, distributed optimizer): {settings.iterations} iterations, "
-         f"warmup then lr {config.lr:g}")  # fmt: skip
+    step(
+        "train",
+        f"Training a {config.num_experts}-expert GPT on {_RANKS} ranks (expert "
+        f"parallelism 2, bf16, distributed optimizer): {settings.iterations} iterations, "
+        f"warmup then lr {config.lr:g}",
+    )
     trained = run_ranks(train, _RANKS, settings, timeout_s=1800)[0]
     step("merge", f"Merging, with the commands in {Path(sys.executable).parent}")
     commands, merged = _merge(settings)
@@ -53,8 +56,11 @@ def main() -> int:
     step("report", "Result")
     compared = by_rank[0]
     checks = {name: all(rank["checks"][name] for rank in by_rank) for name in compared["checks"]}
-    along = [(merged[name][1], loss) for name, loss in compared["losses"].items()
-             if name.startswith("sma")]  # fmt: skip
+    along = [
+        (merged[name][1], loss)
+        for name, loss in compared["losses"].items()
+        if name.startswith("sma")
+    ]
     result: dict[str, Any] = {
         "losses": {**compared["losses"], "annealed": compared["annealed"][-1][1]},
         "curve": trained["curve"],
@@ -91,9 +97,11 @@ def _settings() -> Settings:
     parser.add_argument("--lr", type=float, default=4e-3, help="constant rate (default 0.004)")
     parser.add_argument("--seed", type=int, default=1234, help="of weights and data")
     parser.add_argument(
-        "--out", type=Path, default=REPOSITORY / "quickstart",
+        "--out",
+        type=Path,
+        default=REPOSITORY / "quickstart",
         help="folder that is made anew (default ./quickstart of the repository)",
-    )  # fmt: skip
+    )
     arguments = parser.parse_args()
     size = 16 if arguments.tiny else 64
     config = TinyConfig(

@@ -39,9 +39,11 @@ def main() -> int:
         now_s = time.monotonic() - start_s
         console.print(f"\n[bold][{now_s:.0f} s] {text}[/bold]", soft_wrap=True)
 
-    step(f"Training {', '.join(settings.kinds)} on {_RANKS} ranks (bf16, warmup, constant lr): "
-         f"{settings.iterations} iterations, the last {settings.last} checkpoints every "
-         f"{settings.save_every}")  # fmt: skip
+    step(
+        f"Training {', '.join(settings.kinds)} on {_RANKS} ranks (bf16, warmup, constant lr): "
+        f"{settings.iterations} iterations, the last {settings.last} checkpoints every "
+        f"{settings.save_every}"
+    )
     curves = run_ranks(train, _RANKS, settings, timeout_s=1800)[0]
     step(f"Merging, with the commands in {Path(sys.executable).parent}")
     commands = _merge(settings)
@@ -55,8 +57,13 @@ def main() -> int:
             name: all(rank[kind]["checks"][name] for rank in by_rank) for name in found["checks"]
         }
     right = all(all(found["checks"].values()) for found in kinds.values())
-    result = {"kinds": kinds, "resume_check": right, "window": settings.window,
-              "commands": commands, "seconds": round(time.monotonic() - start_s, 1)}  # fmt: skip
+    result = {
+        "kinds": kinds,
+        "resume_check": right,
+        "window": settings.window,
+        "commands": commands,
+        "seconds": round(time.monotonic() - start_s, 1),
+    }
     (settings.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     _show(kinds, settings)
     _conclude(result)
@@ -73,15 +80,20 @@ def _settings() -> Settings:
     parser.add_argument("--lr", type=float, default=4e-3, help="constant rate (default 0.004)")
     parser.add_argument("--seed", type=int, default=1234, help="of the data")
     parser.add_argument(
-        "--out", type=Path, default=REPOSITORY / "quickstart-deepspeed",
+        "--out",
+        type=Path,
+        default=REPOSITORY / "quickstart-deepspeed",
         help="folder that is made anew (default ./quickstart-deepspeed of the repository)",
-    )  # fmt: skip
+    )
     chosen = parser.parse_args()
     size = 16 if chosen.tiny else 64
     common: dict[str, Any] = {
-        "width": size, "seq_length": size, "lr": chosen.lr, "seed": chosen.seed,
+        "width": size,
+        "seq_length": size,
+        "lr": chosen.lr,
+        "seed": chosen.seed,
         "warmup_iterations": 2 if chosen.tiny else 20,
-    }  # fmt: skip
+    }
     sizes = (
         {"iterations": 14, "save_every": 2, "continued": 2, "eval_batches": 2}
         if chosen.tiny
@@ -146,8 +158,9 @@ def _show(kinds: dict[str, Any], settings: Settings) -> None:
     table.add_section()
     for name in next(iter(kinds.values()))["checks"]:
         marks = (found["checks"][name] for found in kinds.values())
-        table.add_row(name, *("[green]yes[/green]" if m else "[bold red]NO[/bold red]"
-                              for m in marks))  # fmt: skip
+        table.add_row(
+            name, *("[green]yes[/green]" if m else "[bold red]NO[/bold red]" for m in marks)
+        )
     console.print(table)
 
 

@@ -69,8 +69,11 @@ def train(rank: int, _world_size: int, settings: Settings) -> dict[str, Curve]:
                 run.train(iteration - run.engine.global_steps)
                 run.save(settings.run(kind))
                 curve.append((iteration, run.evaluate(settings.eval_batches)))
-        say(rank, f"{kind}: held-out loss {curve[0][1]:.4f} at iteration {curve[0][0]}, "
-                   f"{curve[-1][1]:.4f} at {curve[-1][0]}")  # fmt: skip
+        say(
+            rank,
+            f"{kind}: held-out loss {curve[0][1]:.4f} at iteration {curve[0][0]}, "
+            f"{curve[-1][1]:.4f} at {curve[-1][0]}",
+        )
     return curves
 
 

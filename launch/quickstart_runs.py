@@ -118,10 +118,7 @@ def _anneal(settings: Settings) -> Curve:
     """From the oldest merged checkpoint, decay the LR to zero over the tokens of the window."""
     oldest, newest = settings.window[0], settings.window[-1]
     decaying = replace(
-        settings.config,
-        decay="linear",
-        decay_start_iter=oldest,
-        decay_iters=newest - oldest,
+        settings.config, decay="linear", decay_start_iter=oldest, decay_iters=newest - oldest
     )
     with trainer(decaying) as run:
         run.load(settings.run, oldest)

@@ -168,9 +168,12 @@ def as_a_user(folder: Path, *commands: str) -> list[str]:
     if os.geteuid() == 0 and shutil.which(less[0]) is None:
         pytest.skip("no setpriv, and root may do anything")
     done = subprocess.run(
-        [*(less if os.geteuid() == 0 else ()), sys.executable, "-c", _COMMANDS], cwd=folder,
-        input="\n".join(commands), capture_output=True, text=True,
-    )  # fmt: skip
+        [*(less if os.geteuid() == 0 else ()), sys.executable, "-c", _COMMANDS],
+        cwd=folder,
+        input="\n".join(commands),
+        capture_output=True,
+        text=True,
+    )
     assert "Traceback" not in done.stderr, done.stderr
     assert done.returncode == 0, done.stderr
     return [text.strip() for text in done.stderr.split("$ ")[1:]]

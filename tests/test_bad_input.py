@@ -103,18 +103,21 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "no .metadata": (drop(".metadata"), ("no .metadata", "still being written")),
     "no metadata.json": (drop("metadata.json"), ("no metadata.json", "still being written")),
     "garbage metadata.json": (
-        garble("metadata.json", b"{"), ("metadata.json cannot be read", "damaged"),
+        garble("metadata.json", b"{"),
+        ("metadata.json cannot be read", "damaged"),
     ),
     "no common.pt": (drop("common.pt"), ("common.pt is missing",)),
     "garbage common.pt": (garble("common.pt", b"no zip"), ("common.pt", "truncated or damaged")),
     "end of a shard never written": (
-        lambda run: zero(shard_of(run, 8), -4096), ("__0_0.distcp", "truncated or damaged"),
+        lambda run: zero(shard_of(run, 8), -4096),
+        ("__0_0.distcp", "truncated or damaged"),
     ),
     "begin of a shard never written": (
-        lambda run: zero(shard_of(run, 8), 0), ("__0_0.distcp", "truncated or damaged"),
+        lambda run: zero(shard_of(run, 8), 0),
+        ("__0_0.distcp", "truncated or damaged"),
     ),
     "shards of two ranks swapped": (swap_shards, (".distcp",)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -304,8 +307,9 @@ def test_what_is_listed_is_left_out_of_its_list(
     poison(folder_of(run, 6), "output_layer.weight", float("nan"))
     paths = tuple(str(folder_of(run, i)) for i in ITERATIONS)
     for name, values, good in (
-        ("iterations", ITERATIONS, (4, 8)), ("paths", paths, (paths[1], paths[3])),
-    ):  # fmt: skip
+        ("iterations", ITERATIONS, (4, 8)),
+        ("paths", paths, (paths[1], paths[3])),
+    ):
         with refused(CheckpointError, f"leave this checkpoint out of {name}=", run=run, save=save):
             merge(request_for(run, save, selection=SelectionRequest(**{name: values})))
         for words, code in ((values, 1), (good, 0)):

@@ -175,53 +175,69 @@ def test_two_jobs_at_once(run: Path, save: Path) -> None:
 
 USAGE: dict[str, tuple[Callable[[], dict[str, Any]], type[PmaError], tuple[str, ...]]] = {
     "unknown method": (
-        lambda: {"method": Method(name="median")}, UsageError, ("'median'", "sma", "wma"),
+        lambda: {"method": Method(name="median")},
+        UsageError,
+        ("'median'", "sma", "wma"),
     ),
     "alpha 0": (lambda: {"method": Method(name="ema", alpha=0.0)}, UsageError, ("0.0", "(0, 1]")),
     "alpha > 1": (lambda: {"method": Method(name="ema", alpha=1.5)}, UsageError, ("1.5", "(0, 1]")),
     "alpha nan": (
-        lambda: {"method": Method(name="ema", alpha=float("nan"))}, UsageError, ("nan", "(0, 1]"),
+        lambda: {"method": Method(name="ema", alpha=float("nan"))},
+        UsageError,
+        ("nan", "(0, 1]"),
     ),
     "sum": (
-        lambda: {"method": Method(name="custom", values=(0.5, 0.6))}, UsageError,
+        lambda: {"method": Method(name="custom", values=(0.5, 0.6))},
+        UsageError,
         ("1.1", "sum to 1", "allow_any=True"),
     ),
     "negative": (
-        lambda: {"method": Method(name="custom", values=(-0.5, 1.5))}, UsageError,
+        lambda: {"method": Method(name="custom", values=(-0.5, 1.5))},
+        UsageError,
         ("-0.5", "negative", "allow_any=True"),
     ),
     "count": (
-        lambda: {"method": Method(name="custom", values=(0.2, 0.3, 0.5))}, UsageError,
+        lambda: {"method": Method(name="custom", values=(0.2, 0.3, 0.5))},
+        UsageError,
         ("2 checkpoints", "3 values=", "oldest first"),
     ),
     "unknown action": (
-        lambda: {"policy": Policy(overrides=(("*", "mean"),))}, UsageError,
+        lambda: {"policy": Policy(overrides=(("*", "mean"),))},
+        UsageError,
         ("overrides='mean'", "average, newest, drop"),
     ),
     "pattern without match": (
-        lambda: {"policy": Policy(overrides=(("*.rooter.*", "newest"),))}, UsageError,
+        lambda: {"policy": Policy(overrides=(("*.rooter.*", "newest"),))},
+        UsageError,
         ("'*.rooter.*' matches no entry", "Entries are"),
     ),
     "unknown optimizer state": (
-        lambda: {"policy": Policy(optimizer_state="mean")}, UsageError, ("'mean'", "latest"),
+        lambda: {"policy": Policy(optimizer_state="mean")},
+        UsageError,
+        ("'mean'", "latest"),
     ),
     "negative second moments": (
         lambda: {
             "method": Method(name="custom", values=(-0.5, 1.5), allow_any=True),
             "policy": Policy(optimizer_state="average"),
-        }, UsageError, ("negative coefficients", "latest or reset"),
+        },
+        UsageError,
+        ("negative coefficients", "latest or reset"),
     ),
     "object cannot be averaged": (
-        lambda: {"policy": Policy(overrides=(("rng_state*", "average"),))}, UsageError,
+        lambda: {"policy": Policy(overrides=(("rng_state*", "average"),))},
+        UsageError,
         ("rng_state", "cannot be averaged", "narrow the pattern"),
     ),
     "unknown dtype": (lambda: {"dtype": "int8"}, UsageError, ("'int8'", "bf16, fp16, fp32")),
     "no threads": (lambda: {"threads": 0}, UsageError, ("threads=", "at least 1")),
     "sweep": (lambda: {"sweep": ("sma3",)}, UsageError, ("'sma3'", "METHOD[,METHOD]:LAST")),
     "sweep of an unknown method": (
-        lambda: {"sweep": ("median:2",)}, UsageError, ("'median'", "sma"),
+        lambda: {"sweep": ("median:2",)},
+        UsageError,
+        ("'median'", "sma"),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", USAGE)

@@ -25,39 +25,114 @@ from pma_megatron.version import __version__
 ROOT = Path(__file__).parents[1]
 COMMON = {"--help", "--json", "--verbose"}
 MERGE = COMMON | {
-    "--load", "--last", "--interval-tokens", "--interval-iterations", "--tolerance",
-    "--end-iteration", "--window-tokens", "--iterations", "--paths", "--exclude", "--method",
-    "--alpha", "--floor", "--coefficients", "--allow-any-coefficients", "--optimizer-state",
-    "--average", "--policy", "--lr-factor", "--dtype", "--sweep", "--save", "--overwrite",
-    "--threads", "--merge-parallel-size", "--timeout", "--allow-gaps", "--check-sources",
-}  # fmt: skip
+    "--load",
+    "--last",
+    "--interval-tokens",
+    "--interval-iterations",
+    "--tolerance",
+    "--end-iteration",
+    "--window-tokens",
+    "--iterations",
+    "--paths",
+    "--exclude",
+    "--method",
+    "--alpha",
+    "--floor",
+    "--coefficients",
+    "--allow-any-coefficients",
+    "--optimizer-state",
+    "--average",
+    "--policy",
+    "--lr-factor",
+    "--dtype",
+    "--sweep",
+    "--save",
+    "--overwrite",
+    "--threads",
+    "--merge-parallel-size",
+    "--timeout",
+    "--allow-gaps",
+    "--check-sources",
+}
 SCORE = COMMON | {
-    "--load", "--ends", "--exclude", "--intervals-iterations", "--intervals-tokens", "--lasts",
-    "--megatron", "--methods", "--out", "--plot", "--provider", "--threads", "--timeout",
-    "--tolerance", "--allow-gaps",
-}  # fmt: skip
+    "--load",
+    "--ends",
+    "--exclude",
+    "--intervals-iterations",
+    "--intervals-tokens",
+    "--lasts",
+    "--megatron",
+    "--methods",
+    "--out",
+    "--plot",
+    "--provider",
+    "--threads",
+    "--timeout",
+    "--tolerance",
+    "--allow-gaps",
+}
 FLAGS = {
     "merge": MERGE,
     "plan": MERGE,
-    "recover": COMMON | {
-        "--alpha", "--dry-run", "--exclude", "--fatal-rise", "--further-back", "--grad-norm",
-        "--history", "--interval-iterations", "--interval-tokens", "--last", "--load", "--loss",
-        "--lr-factor", "--margin-iterations", "--method", "--metrics", "--onset",
-        "--optimizer-state", "--overwrite", "--patience", "--save", "--skip", "--threads",
+    "recover": COMMON
+    | {
+        "--alpha",
+        "--dry-run",
+        "--exclude",
+        "--fatal-rise",
+        "--further-back",
+        "--grad-norm",
+        "--history",
+        "--interval-iterations",
+        "--interval-tokens",
+        "--last",
+        "--load",
+        "--loss",
+        "--lr-factor",
+        "--margin-iterations",
+        "--method",
+        "--metrics",
+        "--onset",
+        "--optimizer-state",
+        "--overwrite",
+        "--patience",
+        "--save",
+        "--skip",
+        "--threads",
         "--timeout",
     },
     "evaluate": SCORE,
     "forecast": SCORE | {"--annealed", "--annealed-loss", "--metric", "--scores"},
-    "geometry": COMMON | {
-        "--alpha", "--average", "--contour", "--curvature", "--end-iteration", "--exclude",
-        "--grid", "--interval-iterations", "--interval-tokens", "--iterations", "--last", "--load",
-        "--margin", "--method", "--out", "--paths", "--plot", "--provider", "--threads",
-        "--timeout", "--tolerance", "--window-tokens", "--allow-gaps",
+    "geometry": COMMON
+    | {
+        "--alpha",
+        "--average",
+        "--contour",
+        "--curvature",
+        "--end-iteration",
+        "--exclude",
+        "--grid",
+        "--interval-iterations",
+        "--interval-tokens",
+        "--iterations",
+        "--last",
+        "--load",
+        "--margin",
+        "--method",
+        "--out",
+        "--paths",
+        "--plot",
+        "--provider",
+        "--threads",
+        "--timeout",
+        "--tolerance",
+        "--window-tokens",
+        "--allow-gaps",
     },
     "list": COMMON | {"root"},
     "inspect": COMMON | {"path"},
     "verify": COMMON | {"path", "--samples", "--deep", "--files-only", "--timeout"},
-}  # fmt: skip
+}
 """What people have in their scripts: adding is a decision, removing breaks them."""
 
 
@@ -183,8 +258,15 @@ def test_plan_writes_nothing(
     code, out, _ = call(capsys, *flags, "--method", "wma")
     assert code == 0
     digest = made["digest"][:16]
-    for words in ("3 sources", "dp_reshardable", "averaged main params, rounded once", "newest",
-                  "nothing was written", digest, "guide for this model size"):  # fmt: skip
+    for words in (
+        "3 sources",
+        "dp_reshardable",
+        "averaged main params, rounded once",
+        "newest",
+        "nothing was written",
+        digest,
+        "guide for this model size",
+    ):
         assert words in out
     assert list(tmp_path.iterdir()) == []
     assert digests(dense_run) == before
@@ -239,9 +321,11 @@ def test_merge_says_what_it_did(
 
 
 def test_the_resume_line_can_be_pasted(
-    capsys: pytest.CaptureFixture[str], dense_run: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    dense_run: Path,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     """A shell gives the path to --load whatever is in it, or the line says that none is there."""
     monkeypatch.chdir(tmp_path)
     for name in ("-dout", "a b;c", os.fsdecode(b"n\xff"), "n\x1b[31m"):
@@ -370,9 +454,12 @@ def test_sweep(capsys: pytest.CaptureFixture[str], dense_run: Path, tmp_path: Pa
     ],
 )
 def test_exit_codes(
-    capsys: pytest.CaptureFixture[str], dense_run: Path, code: int, arguments: tuple[str, ...],
+    capsys: pytest.CaptureFixture[str],
+    dense_run: Path,
+    code: int,
+    arguments: tuple[str, ...],
     words: str,
-) -> None:  # fmt: skip
+) -> None:
     given = [str(dense_run) if argument == "RUN" else argument for argument in arguments]
     found, out, err = call(capsys, *given)
     assert found == code

@@ -55,12 +55,22 @@ def test_every_point_is_a_merge(dense_run: Path, tmp_path: Path) -> None:
         at = np.array([[(low, high)[column][0], (low, high)[row][1]]])
         values = tuple(plane.coefficients(at)[0])
         assert min(values) < 0  # beyond the members
-        merge(MergeRequest(
-            load=str(dense_run), save=str(tmp_path / f"{row}{column}"), selection=THREE,
-            method=Method(name="custom", values=values, allow_any=True),
-        ))  # fmt: skip
-    merge(MergeRequest(load=str(dense_run), save=str(tmp_path / "mean"), selection=THREE,
-                       method=Method(name="wma")))  # fmt: skip
+        merge(
+            MergeRequest(
+                load=str(dense_run),
+                save=str(tmp_path / f"{row}{column}"),
+                selection=THREE,
+                method=Method(name="custom", values=values, allow_any=True),
+            )
+        )
+    merge(
+        MergeRequest(
+            load=str(dense_run),
+            save=str(tmp_path / "mean"),
+            selection=THREE,
+            method=Method(name="wma"),
+        )
+    )
     results = run_ranks(look, 2, str(dense_run), str(tmp_path))
     for found, expected, back in results:
         assert back

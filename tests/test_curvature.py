@@ -129,10 +129,12 @@ def look(rank: int, world_size: int, root: str, held: list[Weights]) -> dict[str
 
     mean = {name: sum(each[name] for each in held) / len(held) for name in held[0]}
     moved = [
-        {step: loss_at({k: mean[k] + step * (each[k] - mean[k]) for k in mean})
-         for step in (-0.4, -0.2, 0.2, 0.4)}
+        {
+            step: loss_at({k: mean[k] + step * (each[k] - mean[k]) for k in mean})
+            for step in (-0.4, -0.2, 0.2, 0.4)
+        }
         for each in held
-    ]  # fmt: skip
+    ]
     losses = [loss_at(each) for each in held]
     mean_loss = loss_at(mean)
     model.bfloat16()
@@ -163,10 +165,12 @@ def test_a_real_model_against_differences_of_losses(tmp_path: Path) -> None:
     assert found.mean_loss == pytest.approx(result["mean"], rel=1e-6)
     for number, losses in enumerate(result["moved"]):
         near, far = (
-            ((losses[step] + losses[-step] - 2 * result["mean"]) / step**2,
-             (losses[step] - losses[-step]) / (2 * step))
+            (
+                (losses[step] + losses[-step] - 2 * result["mean"]) / step**2,
+                (losses[step] - losses[-step]) / (2 * step),
+            )
             for step in (0.2, 0.4)
-        )  # fmt: skip
+        )
         second, slope = ((4 * close - wide) / 3 for close, wide in zip(near, far, strict=True))
         assert found.products[number, number] == pytest.approx(second, rel=0.03, abs=1e-4)
         assert found.slopes[number] == pytest.approx(slope, rel=0.03, abs=1e-4)

@@ -36,10 +36,12 @@ from runs import train_deepspeed
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = (
-    "0.14.0-dp_zero_gather_scatter-dense", "0.14.0-fully_sharded_model_space-tp2",
-    "0.15.3-dp_reshardable-dense", "0.15.3-fully_reshardable-dense",
+    "0.14.0-dp_zero_gather_scatter-dense",
+    "0.14.0-fully_sharded_model_space-tp2",
+    "0.15.3-dp_reshardable-dense",
+    "0.15.3-fully_reshardable-dense",
     "0.19.0-dp_reshardable-dense",
-)  # fmt: skip
+)
 FLIPS = 16
 
 
@@ -145,8 +147,9 @@ def test_live_loads_fail_on_every_rank(run: Path, deepspeed: Path, tmp_path: Pat
         (p for p in flips.places_of(root / "global_step4") if "optim_states" in p.file.name),
         key=lambda place: place.nbytes,
     )
-    assert all("loaded" in text for said in run_ranks(load_live, 2, str(run), str(root))
-               for text in said)  # fmt: skip
+    assert all(
+        "loaded" in text for said in run_ranks(load_live, 2, str(run), str(root)) for text in said
+    )
     with (
         flips.flipped(bucket.file, bucket.start + 9, 0),
         flips.flipped(partition.file, partition.start + 9, 0),

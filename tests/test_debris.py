@@ -226,8 +226,13 @@ def test_no_output_goes_into_a_checkpoint(dense_run: Path, run: Path, save: Path
     tag = save / "tag"
     tag.mkdir()
     (tag / "mp_rank_00_model_states.pt").touch()
-    for inside in (folder_of(run, 2), folder_of(run, 2) / "a" / "b", tag, tag / "sub",
-                   folder_of(save / "release", 8) / "out"):  # fmt: skip
+    for inside in (
+        folder_of(run, 2),
+        folder_of(run, 2) / "a" / "b",
+        tag,
+        tag / "sub",
+        folder_of(save / "release", 8) / "out",
+    ):
         with refused(PublishError, "a checkpoint", "Give merges a folder", run=run, save=save):
             merge(request_for(dense_run, inside))
 

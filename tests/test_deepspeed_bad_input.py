@@ -15,13 +15,7 @@ pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 from conftest import digests, refused, request_for
 from deepspeed_runs import Harm, load, merge_run, optim_files, records, tag, train
 from pma_megatron import SelectionRequest, list_checkpoints, merge
-from pma_megatron.errors import (
-    CheckpointError,
-    PlanError,
-    PublishError,
-    SelectionError,
-    UsageError,
-)
+from pma_megatron.errors import CheckpointError, PlanError, PublishError, SelectionError, UsageError
 from pma_megatron.merging.policy import Policy
 from pma_megatron.merging.report import read_provenance
 from pma_megatron.testing import run_ranks
@@ -92,7 +86,10 @@ def test_what_has_a_tags_name_is_listed_and_a_gap(run: Path, save: Path, how: st
     why = replaced(run, 4, how)
     listed = {ref.iteration: ref for ref in list_checkpoints(run)}
     assert {number: ref.state for number, ref in listed.items()} == {
-        2: "complete", 4: "damaged", 6: "complete"}  # fmt: skip
+        2: "complete",
+        4: "damaged",
+        6: "complete",
+    }
     assert why in str(listed[4].incomplete_because)
     with refused(SelectionError, str(tag(run, 4)), why, "exclude=(4,)", run=run, save=save):
         merge_run(run, save, selection=SelectionRequest(last=2))

@@ -103,8 +103,7 @@ def test_a_renamed_copy(runs: Path, kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [("global_samples", 99), ("skipped_steps", 1), ("ds_version", "0.1.0")],
+    ("name", "value"), [("global_samples", 99), ("skipped_steps", 1), ("ds_version", "0.1.0")]
 )
 def test_files_that_contradict_each_other(
     runs: Path, tmp_path: Path, name: str, value: Any

@@ -242,8 +242,9 @@ def test_moments_average_or_start_again(runs: Runs, tmp_path: Path, kind: str) -
         if path[-1] == "step":
             assert value == parts[-1] and cleared[path] == 0
             continue
-        assert_average(value.double().numpy(), [p.double().numpy() for p in parts], WEIGHTS,
-                       str(path))  # fmt: skip
+        assert_average(
+            value.double().numpy(), [p.double().numpy() for p in parts], WEIGHTS, str(path)
+        )
         assert not cleared[path].any()
 
 
@@ -320,8 +321,9 @@ def test_weights_that_are_alike_in_a_group_of_another_order_are_refused(
     file = tag(run, 6) / "mp_rank_00_model_states.pt"
     saved = load(file)
     (weights, vectors), moments = (
-        saved["optimizer"]["fp32_groups"], saved["optimizer"]["optimizer_state_dict"]["state"],
-    )  # fmt: skip
+        saved["optimizer"]["fp32_groups"],
+        saved["optimizer"]["optimizer_state_dict"]["state"],
+    )
     a, b = swapped
     vectors[a], vectors[b] = vectors[b], vectors[a]
     if swapped == (1, 2):  # those two are alike: what gives the order away is the first group

@@ -55,13 +55,14 @@ FURTHER = (
     {
         "zero1_aligned": DeepSpeedConfig(stage=1, zero={"parameter_alignment": True}),
         "zero3_offload": DeepSpeedConfig(
-            stage=3, zero={"offload_optimizer": {"device": "cpu"}},
+            stage=3,
+            zero={"offload_optimizer": {"device": "cpu"}},
             settings={"zero_force_ds_cpu_optimizer": False},
         ),
         "pipe_zero1": DeepSpeedConfig(stage=1, pipeline_stages=2, tied=True),
         "model_parallel_zero1": DeepSpeedConfig(stage=1, model_parallel_size=2),
     },
-)  # fmt: skip
+)
 UNIT_ROUNDOFF = 2.0**-24
 
 
@@ -84,8 +85,9 @@ def state_of(trainer: TinyDeepSpeed) -> dict[str, torch.Tensor]:
     return found
 
 
-def differing(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor],
-              near: bool = False) -> list[str]:  # fmt: skip
+def differing(
+    one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor], near: bool = False
+) -> list[str]:
     """Names of what differs, beyond the sum of three floats in another order if `near`."""
     assert one.keys() == other.keys()
     names = []
@@ -100,8 +102,13 @@ def differing(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]
     return names
 
 
-def compare(rank: int, world_size: int, runs: Mapping[str, DeepSpeedConfig], merged: str,
-            options: Mapping[str, Any]) -> dict[str, Any]:  # fmt: skip
+def compare(
+    rank: int,
+    world_size: int,
+    runs: Mapping[str, DeepSpeedConfig],
+    merged: str,
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
     """Per run: what differs from a resume from the offline merge, and after a still step."""
     results: dict[str, Any] = {}
     for root, config in runs.items():
@@ -151,8 +158,10 @@ def test_live_merge_is_the_offline_merge(runs: tuple[Path, dict[str, Any]], tmp_
             assert client_state["note"] == "saved after 6"
             sources = client_state["pma"]["sources"]
             assert [Path(source).name for source in sources] == [
-                "global_step2", "global_step4", "global_step6",
-            ]  # fmt: skip
+                "global_step2",
+                "global_step4",
+                "global_step6",
+            ]
             if kind != "zero2_round_robin":  # DeepSpeed's own map is wrong there
                 for name, value in now["masters"].items():
                     exact = [each["masters"][name].double().numpy() for each in held[kind]]
@@ -213,8 +222,11 @@ def test_ways_to_start(runs: tuple[Path, dict[str, Any]], tmp_path: Path) -> Non
     folder = runs[0]
     for how in ("latest", "average", "reset"):
         policy = Policy(optimizer_state=how)
-        merge(request_for(folder / "zero1", tmp_path / how, selection=SelectionRequest(last=3),
-                          policy=policy))  # fmt: skip
+        merge(
+            request_for(
+                folder / "zero1", tmp_path / how, selection=SelectionRequest(last=3), policy=policy
+            )
+        )
     root = str(folder / "zero1")
     for results in run_ranks(ways, 2, root, str(tmp_path), str(tmp_path / "on"), timeout_s=280):
         anew = results.pop("another command")
@@ -313,8 +325,9 @@ def test_another_data_parallel_size_is_refused(runs: tuple[Path, Any]) -> None:
     assert "data-parallel size 2, and the engine has 1" in message and "Universal" in message
 
 
-def alike(rank: int, world_size: int, runs: Mapping[str, DeepSpeedConfig], merged: str, share: str
-          ) -> dict[str, list[str]]:  # fmt: skip
+def alike(
+    rank: int, world_size: int, runs: Mapping[str, DeepSpeedConfig], merged: str, share: str
+) -> dict[str, list[str]]:
     """Train, merge offline, start from both, and compare; masters with the float64 average too."""
     held = train(rank, world_size, runs)
     roots = [Path(root) for root in runs]
@@ -353,8 +366,9 @@ def test_four_ranks(share: str, tmp_path: Path) -> None:
         assert results == {root: [] for root in wanted}
 
 
-def alike_in_old(rank: int, world_size: int, runs: Mapping[str, DeepSpeedConfig], merged: str
-                 ) -> dict[str, list[str]]:  # fmt: skip
+def alike_in_old(
+    rank: int, world_size: int, runs: Mapping[str, DeepSpeedConfig], merged: str
+) -> dict[str, list[str]]:
     use(old=True)
     return alike(rank, world_size, runs, merged, "slice")
 

@@ -262,8 +262,9 @@ def go_on(rank: int, world_size: int, runs: Mapping[str, tuple[DeepSpeedConfig, 
     return found
 
 
-def read_back(rank: int, world_size: int, runs: Mapping[str, tuple[DeepSpeedConfig, Method]]
-              ) -> Any:  # fmt: skip
+def read_back(
+    rank: int, world_size: int, runs: Mapping[str, tuple[DeepSpeedConfig, Method]]
+) -> Any:
     """The average of a fresh engine from the state alone, as if it had resumed after ten."""
     found: dict[str, Any] = {}
     for root, (config, method) in runs.items():

@@ -44,9 +44,14 @@ def config_of(folder: Path) -> TextConfig:
         for name, where in (("csv_monitor", "csv"), ("tensorboard", "events"))
     }
     return TextConfig(
-        stage=2, width=16, seq_length=16, batch_size=BATCH, lr=1e-2, warmup_iterations=5,
+        stage=2,
+        width=16,
+        seq_length=16,
+        batch_size=BATCH,
+        lr=1e-2,
+        warmup_iterations=5,
         settings=monitors,
-    )  # fmt: skip
+    )
 
 
 def collapse(rank: int, world_size: int, folder: Path) -> dict[int, Any]:
@@ -86,10 +91,15 @@ def to_universal(tag: Path, output: Path) -> None:
     """DeepSpeed's own converter."""
     importlib.import_module("deepspeed.checkpoint.ds_to_universal").main(
         Namespace(
-            input_folder=str(tag), output_folder=str(output), num_extract_workers=1,
-            num_merge_workers=1, keep_temp_folder=False, strict=True, inject_missing_state=True,
+            input_folder=str(tag),
+            output_folder=str(output),
+            num_extract_workers=1,
+            num_merge_workers=1,
+            keep_temp_folder=False,
+            strict=True,
+            inject_missing_state=True,
         )
-    )  # fmt: skip
+    )
 
 
 def resume(rank: int, world_size: int, config: TextConfig, root: str) -> dict[str, Any]:
@@ -168,15 +178,17 @@ def test_a_batch_size_that_changed_is_not_guessed(
     folder, run = lost[0], tmp_path / "run"
     for step in (40, 50, 60):
         shutil.copytree(folder / "run" / f"global_step{step}", run / f"global_step{step}")
-    request = RecoveryRequest(load=str(run), save=str(tmp_path / "on"), spike=SPIKE,
-                              metrics=str(folder / CSV))  # fmt: skip
+    request = RecoveryRequest(
+        load=str(run), save=str(tmp_path / "on"), spike=SPIKE, metrics=str(folder / CSV)
+    )
     # A damaged tag is passed over.
     next(run.glob("global_step60/*rank_1*optim_states.pt")).write_bytes(b"damaged")
     assert [ref.iteration for ref in diagnose(request).healthy.selection.refs] == [40, 50]
     file = run / "global_step40" / "mp_rank_00_model_states.pt"
     torch.save({**torch.load(file, weights_only=False), "global_samples": 999}, file)
-    with refused(MetricsError, "not the same along the run", "onset=", run=run,
-                 save=tmp_path / "on"):  # fmt: skip
+    with refused(
+        MetricsError, "not the same along the run", "onset=", run=run, save=tmp_path / "on"
+    ):
         diagnose(request)
 
 
@@ -189,8 +201,17 @@ def test_command_line(
     told = capsys.readouterr().out
     assert f'resume with:\n  engine.load_checkpoint("{save}")' in told and not save.exists()
     # Megatron-DeepSpeed keeps its args: it is told by flags.
-    command = ["--", "deepspeed", "pretrain_gpt.py", "--load", "/old", "--load-tag", "global_step9",
-               "--save", "/old"]  # fmt: skip
+    command = [
+        "--",
+        "deepspeed",
+        "pretrain_gpt.py",
+        "--load",
+        "/old",
+        "--load-tag",
+        "global_step9",
+        "--save",
+        "/old",
+    ]
     megatron = [*flags, "--load", str(folder / "megatron"), "--skip", "45:50", "--lr-factor", "0.5"]
     assert main([*megatron, "--json", *command]) == 0
     made = json.loads(capsys.readouterr().out)

@@ -27,8 +27,10 @@ def test_tags_below_numbered_folders_are_one_run(tmp_path: Path) -> None:
         (out / name / "latest").write_text(f"global_step{number}")
     shutil.copytree(flat, out / "another_run")
     assert [(ref.iteration, ref.complete) for ref in list_checkpoints(out)] == [
-        (2, True), (4, True), (6, True)
-    ]  # fmt: skip
+        (2, True),
+        (4, True),
+        (6, True),
+    ]
     ours = merge_run(out, tmp_path / "merged" / "checkpoint-6")
     theirs = merge_run(flat, tmp_path / "merged-flat")
     for file in theirs.glob("*.pt"):
@@ -40,14 +42,26 @@ def test_tags_below_numbered_folders_are_one_run(tmp_path: Path) -> None:
 
 def trainer_on(rank: int, world_size: int, out: str, stage: int, **settings: Any) -> Any:
     """Train with Hugging Face's Trainer; returns main params at every save, steps, and the end."""
-    os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(rank), "RANK": str(rank),
-                   "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
-                   "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}  # fmt: skip
+    os.environ |= {
+        "DS_ACCELERATOR": "cpu",
+        "LOCAL_RANK": str(rank),
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "1",
+    }
     importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
     hf, get = importlib.import_module("transformers"), importlib.import_module("deepspeed.utils")
     torch.manual_seed(settings.pop("seed", 0))
-    config = hf.LlamaConfig(vocab_size=31, hidden_size=8, intermediate_size=12, num_hidden_layers=1,
-                            num_attention_heads=2, max_position_embeddings=16)  # fmt: skip
+    config = hf.LlamaConfig(
+        vocab_size=31,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+    )
     model, held = hf.LlamaForCausalLM(config), []
 
     def look(trainer: Any) -> dict[str, torch.Tensor]:
@@ -61,15 +75,26 @@ def trainer_on(rank: int, world_size: int, out: str, stage: int, **settings: Any
         def on_save(self, *_: Any, **__: Any) -> None:
             held.append({"masters": look(trainer)})
 
-    zero = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": stage},
-            "bf16": {"enabled": True},
-            "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}}  # fmt: skip
+    zero = {
+        "train_micro_batch_size_per_gpu": 2,
+        "zero_optimization": {"stage": stage},
+        "bf16": {"enabled": True},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+    }
     resume = settings.pop("resume", None)
     arguments = hf.TrainingArguments(
-        output_dir=out, deepspeed=zero, use_cpu=True, bf16=True, per_device_train_batch_size=2,
-        learning_rate=1e-3, lr_scheduler_type="constant", save_steps=2, report_to=[],
-        disable_tqdm=True, **settings,
-    )  # fmt: skip
+        output_dir=out,
+        deepspeed=zero,
+        use_cpu=True,
+        bf16=True,
+        per_device_train_batch_size=2,
+        learning_rate=1e-3,
+        lr_scheduler_type="constant",
+        save_steps=2,
+        report_to=[],
+        disable_tqdm=True,
+        **settings,
+    )
     draw = torch.Generator().manual_seed(1)
     data = [{"input_ids": row, "labels": row} for row in torch.randint(31, (64, 8), generator=draw)]
     trainer = hf.Trainer(model=model, args=arguments, train_dataset=data, callbacks=[Look()])

@@ -55,10 +55,15 @@ def tools(
     for source, target in conversions:
         to_universal.main(
             Namespace(
-                input_folder=source, output_folder=target, num_extract_workers=1,
-                num_merge_workers=1, keep_temp_folder=False, strict=True, inject_missing_state=True,
+                input_folder=source,
+                output_folder=target,
+                num_extract_workers=1,
+                num_merge_workers=1,
+                keep_temp_folder=False,
+                strict=True,
+                inject_missing_state=True,
             )
-        )  # fmt: skip
+        )
     to_fp32 = importlib.import_module("deepspeed.utils.zero_to_fp32")
     return [
         {

@@ -64,16 +64,23 @@ def test_evaluate_and_forecast(dense_run: Path, tmp_path: Path) -> None:
     assert Path(plot).read_bytes()[:4] == PNG
     points = {(p["method"], p["end_iteration"]): p["losses"]["loss"] for p in found["points"]}
     assert [points["unmerged", end] for end in (4, 6, 8)] == own[:3]
-    assert set(points) == {*(("unmerged", end) for end in (4, 6, 8)),
-                           *((m, end) for m in ("sma", "wma") for end in (6, 8))}  # fmt: skip
+    assert set(points) == {
+        *(("unmerged", end) for end in (4, 6, 8)),
+        *((m, end) for m in ("sma", "wma") for end in (6, 8)),
+    }
     assert [(s["method"], s["end_iteration"]) for s in found["skipped"]] == [("sma", 4), ("wma", 4)]
     assert [c["schedule"]["learning_rate"] for c in found["checkpoints"]] == [DENSE.lr] * 4
 
     made = json.loads(results[1][1])
     assert made["scores"]["points"] == found["points"]
     [run] = made["forecast"]["annealed"]
-    assert run == {"start_iteration": 4, "loss": own[3], "end_iteration": 8, "source": annealed,
-                   "tokens": 4 * DENSE.global_batch_size * DENSE.seq_length}  # fmt: skip
+    assert run == {
+        "start_iteration": 4,
+        "loss": own[3],
+        "end_iteration": 8,
+        "source": annealed,
+        "tokens": 4 * DENSE.global_batch_size * DENSE.seq_length,
+    }
     single, sma, _ = made["forecast"]["series"]
     assert single["predictions"][0]["error"] == own[0] - own[3]
     assert (sma["predictions"], len(sma["at_end"])) == ([], 1)
@@ -99,9 +106,11 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, s
 
 
 def test_refused_before_a_model_is_built(
-    tmp_path: Path, dense_run: Path, capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    dense_run: Path,
+    capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     provider = tmp_path / "mine.py"
     provider.write_text("build = 1\n")
     run = ["--load", dense_run, *PROVIDER]
@@ -115,11 +124,7 @@ def test_refused_before_a_model_is_built(
         ("evaluate", [*run, "--methods", "mean"], "'mean' is unknown"),
         ("evaluate", [*run, "--out", tmp_path / "no" / "out.json"], "make it"),
         ("forecast", [*run, "--annealed-loss", "4"], "is not START:LOSS"),
-        (
-            "forecast",
-            [*run, "--annealed-loss", "5:1.0"],
-            "has no complete checkpoint",
-        ),
+        ("forecast", [*run, "--annealed-loss", "5:1.0"], "has no complete checkpoint"),
         ("forecast", [*run, "--annealed", dense_run], "does not say at which sample"),
     ):
         code, out, err = call(capsys, verb, *arguments)

@@ -27,8 +27,13 @@ TRACKER = "latest_checkpointed_iteration.txt"
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
 PATIENCE_S = 240.0
 ENDING = (
-    signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2,
-)  # fmt: skip
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGQUIT,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+)
 
 
 _JOBS: list[subprocess.Popen[str]] = []
@@ -56,9 +61,13 @@ def start(*flags: str, ranks: bool = False, **environment: str) -> subprocess.Po
     before = TORCHRUN if ranks else ()
     job = subprocess.Popen(
         [sys.executable, *before, "-m", "pma_megatron", *flags],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, preexec_fn=heed_signals,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        preexec_fn=heed_signals,
+    )
     _JOBS.append(job)
     return job
 
@@ -126,10 +135,11 @@ CASES: dict[str, tuple[str, Sequence[str], str]] = {
     "killed": ("merge:1:kill", (), "pma: error: rank 1 died in stage 'merge'"),
     "main is killed": ("merge:0:kill", (), "pma: error: [rank 1] rank 0 died in stage 'merge'"),
     "hangs": (
-        "merge:1:hang", ("--timeout", "3s"),
+        "merge:1:hang",
+        ("--timeout", "3s"),
         "pma: error: rank 1 moved nothing, last seen in stage 'merge': waited 3 s",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -200,9 +210,11 @@ OUTPUTS = {  # how a shell starts the command, what becomes of it, and what stde
 def shell(line: str) -> tuple[int, str]:
     """The exit code of the first command of a pipe, and what it says on stderr."""
     done = subprocess.run(
-        ["bash", "-c", f"{line}; exit ${{PIPESTATUS[0]}}"], capture_output=True, text=True,
+        ["bash", "-c", f"{line}; exit ${{PIPESTATUS[0]}}"],
+        capture_output=True,
+        text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
     return done.returncode, done.stderr
 

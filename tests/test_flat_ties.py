@@ -33,28 +33,39 @@ RUNS: dict[str, tuple[TinyConfig, tuple[str, str]]] = {
     "buckets": (replace(QWEN, bucket_size=2000), (FLAT, FLAT)),
     "gathered": (QWEN, (FULLY, GATHERED)),
     "older is flat": (
-        replace(QWEN, tensor_model_parallel_size=2, num_query_groups=2), (FLAT, FULLY),
+        replace(QWEN, tensor_model_parallel_size=2, num_query_groups=2),
+        (FLAT, FULLY),
     ),
     "stages of chunks": (
-        replace(QWEN, num_layers=4, pipeline_model_parallel_size=2,
-                virtual_pipeline_model_parallel_size=2),
+        replace(
+            QWEN,
+            num_layers=4,
+            pipeline_model_parallel_size=2,
+            virtual_pipeline_model_parallel_size=2,
+        ),
         (FULLY, FLAT),
     ),
     "tied embeddings, layernorm": (
-        replace(SLOW, tie_embeddings=True, position_embedding="learned_absolute",
-                normalization="LayerNorm", pipeline_model_parallel_size=2),
+        replace(
+            SLOW,
+            tie_embeddings=True,
+            position_embedding="learned_absolute",
+            normalization="LayerNorm",
+            pipeline_model_parallel_size=2,
+        ),
         (FULLY, FLAT),
     ),
     "experts": (replace(QWEN, num_experts=4, expert_model_parallel_size=2), (FULLY, FLAT)),
     "multi-token prediction": (replace(SLOW, mtp_num_layers=1), (FULLY, FLAT)),
-}  # fmt: skip
+}
 FAST = ("qk-norm, one layout", "qk-norm", "stages of chunks", "experts")
 STEPS = (6, 1)  # names of a save nearby speak against a wrong order
 Trained = Callable[[str], tuple[Path, list[list[dict[str, Any]]]]]
 
 
-def train(rank: int, world_size: int, config: TinyConfig, layouts: tuple[str, str], root: str
-          ) -> list[dict[str, Any]]:  # fmt: skip
+def train(
+    rank: int, world_size: int, config: TinyConfig, layouts: tuple[str, str], root: str
+) -> list[dict[str, Any]]:
     """One save per layout; what the trainer held at each."""
     trainer, states = TinyTrainer(config), []
     for steps, layout in zip(STEPS, layouts, strict=True):
@@ -121,9 +132,21 @@ def test_a_wrong_order_gives_no_wrong_map(
     names = list(registration._SIBLINGS)
     shuffled = [random.Random(seed).sample(names, len(names)) for seed in range(30)]
     for a, b in itertools.combinations(
-        ("layers", "final_layernorm", "input_layernorm", "pre_mlp_layernorm", "self_attention",
-         "q_layernorm", "k_layernorm", "linear_qkv", "mlp", "decoder", "output_layer"), 2,
-    ):  # fmt: skip
+        (
+            "layers",
+            "final_layernorm",
+            "input_layernorm",
+            "pre_mlp_layernorm",
+            "self_attention",
+            "q_layernorm",
+            "k_layernorm",
+            "linear_qkv",
+            "mlp",
+            "decoder",
+            "output_layer",
+        ),
+        2,
+    ):
         swap = {a: b, b: a}
         shuffled.append([swap.get(name, name) for name in names])
     refused = set()

@@ -21,20 +21,32 @@ PER_ITERATION = 1_000_000_000
 
 
 def checkpoint(iteration: int, **schedule: Any) -> Checkpoint:
-    given = {"learning_rate": 1e-3, "samples": iteration, "warmup_samples": 5,
-             "decay_style": "constant", **schedule}  # fmt: skip
+    given = {
+        "learning_rate": 1e-3,
+        "samples": iteration,
+        "warmup_samples": 5,
+        "decay_style": "constant",
+        **schedule,
+    }
     return Checkpoint(
-        path=f"/run/{iteration}", iteration=iteration,
-        consumed_tokens=iteration * PER_ITERATION, schedule=Schedule(**given),
-    )  # fmt: skip
+        path=f"/run/{iteration}",
+        iteration=iteration,
+        consumed_tokens=iteration * PER_ITERATION,
+        schedule=Schedule(**given),
+    )
 
 
 def score(method: str, members: tuple[int, ...], loss: float) -> Score:
     return Score(
-        end_iteration=members[-1], method=method, last=len(members), interval_tokens=None,
-        interval_iterations=None, iterations=members,
-        coefficients=(1 / len(members),) * len(members), losses={"lm": loss, "other": 2 * loss},
-    )  # fmt: skip
+        end_iteration=members[-1],
+        method=method,
+        last=len(members),
+        interval_tokens=None,
+        interval_iterations=None,
+        iterations=members,
+        coefficients=(1 / len(members),) * len(members),
+        losses={"lm": loss, "other": 2 * loss},
+    )
 
 
 def scores(merged: dict[int, float] = MERGED, trained: dict[int, float] = TRAINED) -> Scores:
@@ -42,14 +54,25 @@ def scores(merged: dict[int, float] = MERGED, trained: dict[int, float] = TRAINE
     points = [score("unmerged", (i,), loss) for i, loss in trained.items()]
     points += [score("sma", (i - 20, i - 10, i), loss) for i, loss in merged.items()]
     return Scores(
-        load="/run", parameters=2_000_000_000, active_parameters=2_000_000_000, moe=False,
-        checkpoints=tuple(checkpoint(i) for i in trained), points=tuple(points),
-    )  # fmt: skip
+        load="/run",
+        parameters=2_000_000_000,
+        active_parameters=2_000_000_000,
+        moe=False,
+        checkpoints=tuple(checkpoint(i) for i in trained),
+        points=tuple(points),
+    )
 
 
 def pair(merged: float, annealed: float, trained: float = 3.0) -> Prediction:
-    return Prediction(start_iteration=1, iteration=1, trained=trained, merged=merged,
-                      annealed=annealed, annealed_tokens=None, source="")  # fmt: skip
+    return Prediction(
+        start_iteration=1,
+        iteration=1,
+        trained=trained,
+        merged=merged,
+        annealed=annealed,
+        annealed_tokens=None,
+        source="",
+    )
 
 
 def test_agreement_is_what_its_definition_says() -> None:
@@ -107,9 +130,11 @@ def test_a_forecast_beside_real_annealing() -> None:
     assert single.agreement is not None and single.agreement.mean_error == pytest.approx(0.095)
     plain = made.to_json()
     assert plain["series"][1]["predictions"][0]["error"] == pytest.approx(0.02)
-    [later] = forecast(
-        scores(), [Annealed(start_iteration=30, end_iteration=40, loss=2.28)], "lm"
-    ).series[1].at_end  # fmt: skip
+    [later] = (
+        forecast(scores(), [Annealed(start_iteration=30, end_iteration=40, loss=2.28)], "lm")
+        .series[1]
+        .at_end
+    )
     assert (later.iteration, later.trained, later.merged) == (40, 2.37, 2.26)
     assert later.error == pytest.approx(-0.02)
     assert forecast(scores(), [], "other").series[1].merged == (4.60, 4.52)
@@ -156,8 +181,10 @@ def test_cautions_about_the_phase_and_the_horizon() -> None:
     """At 30 the trained loss fell by 0.12 over the window, and merging gains 0.05."""
     early = cautions(scores(merged={30: 2.33, 40: 2.26}))
     assert "at iteration 30 the trained loss falls" in early
-    runs = [Annealed(start_iteration=s, loss=2.2, tokens=t * PER_ITERATION)
-            for s, t in ((30, 40), (40, 41))]  # fmt: skip
+    runs = [
+        Annealed(start_iteration=s, loss=2.2, tokens=t * PER_ITERATION)
+        for s, t in ((30, 40), (40, 41))
+    ]
     assert "runs from iteration 40 take more than 2 times" in cautions(scores(), *runs)
 
 

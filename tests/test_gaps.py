@@ -46,15 +46,19 @@ def test_a_token_window_counts_what_is_damaged_at_its_far_end() -> None:
 def test_a_place_of_a_spacing_is_a_gap_and_what_lies_between_places_is_none() -> None:
     refs = [ref(i) for i in range(1000, 9001, 500)]
     for damaged, tokens in ((6500, True), (6500, False)):
-        one = [untold(damaged, complete=False, incomplete_because=CUT) if r.iteration == damaged
-               else r for r in refs]  # fmt: skip
+        one = [
+            untold(damaged, complete=False, incomplete_because=CUT) if r.iteration == damaged else r
+            for r in refs
+        ]
         axis = {"interval_tokens": 2 * B} if tokens else {"interval_iterations": 2000}
         selection = select(one, SelectionRequest(last=3, **axis))
         assert [r.iteration for r in selection.refs] == [5000, 7000, 9000]
         kinds = {each.iteration: each.kind for each in selection.passed_over}
         assert kinds[6500] == "damaged" and kinds[6000] == "not needed"
-        one = [untold(7000, complete=False, incomplete_because=CUT) if r.iteration == 7000
-               else r for r in refs]  # fmt: skip
+        one = [
+            untold(7000, complete=False, incomplete_because=CUT) if r.iteration == 7000 else r
+            for r in refs
+        ]
         assert "iter_0007000" in refusal(one, last=3, tolerance=0.3, **axis)
         newest = [*refs, untold(9500, complete=False, incomplete_because=CUT)]
         assert "iter_0009500" in refusal(newest, last=3, **axis)
@@ -72,8 +76,9 @@ def test_an_average_ends_at_what_training_resumes_from() -> None:
     assert "iterations 7000, 8000, 9000" in said and "iteration 6000" in said
     only_damaged = [*every(1000, 6000), ref(7000, incomplete=CUT)]
     assert [r.iteration for r in select(only_damaged, SelectionRequest(last=2), 6000).refs] == [
-        5000, 6000,
-    ]  # fmt: skip
+        5000,
+        6000,
+    ]
     assert "iter_0007000" in refusal(only_damaged, last=2)  # nothing says where training resumes
     named = select(refs, SelectionRequest(last=3, end_iteration=8000), 6000)
     assert [r.iteration for r in named.refs] == [6000, 7000, 8000] and named.passed_over == ()
@@ -89,8 +94,16 @@ def test_nothing_in_a_window_goes_unnamed(data) -> None:
     refs = [ref(1000 * (i + 1), **BAD.get(state, {})) for i, state in enumerate(states)]
     if data.draw(st.booleans()):
         refs.append(ref(1000 * (len(states) + 1), incomplete=WRITING, writing=True))
-    axis = data.draw(st.sampled_from([{}, {"interval_tokens": 2 * B}, {"window_tokens": 3 * B},
-                                      {"interval_iterations": 2000}]))  # fmt: skip
+    axis = data.draw(
+        st.sampled_from(
+            [
+                {},
+                {"interval_tokens": 2 * B},
+                {"window_tokens": 3 * B},
+                {"interval_iterations": 2000},
+            ]
+        )
+    )
     last = {} if "window_tokens" in axis else {"last": data.draw(st.integers(1, 4))}
     allow = data.draw(st.booleans())
     resumed = data.draw(st.none() | st.sampled_from([r.iteration for r in refs]))

@@ -49,9 +49,26 @@ def test_everything_at_once(tmp_path: Path) -> None:
     root, out, picture = tmp_path / "run", tmp_path / "found.json", tmp_path / "found.png"
     run_ranks(train, 2, {str(root): (MOE, 3)})
     done = command(
-        "--load", root, "--last", 3, "--contour", "--grid", 3, "--curvature", "--provider",
-        PROVIDER, "--out", out, "--plot", picture, "--json", "--", "--batches", 1, "--float32",
-    )  # fmt: skip
+        "--load",
+        root,
+        "--last",
+        3,
+        "--contour",
+        "--grid",
+        3,
+        "--curvature",
+        "--provider",
+        PROVIDER,
+        "--out",
+        out,
+        "--plot",
+        picture,
+        "--json",
+        "--",
+        "--batches",
+        1,
+        "--float32",
+    )
     found = json.loads(done.stdout)
     assert found == json.loads(out.read_text())
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -75,9 +92,19 @@ def test_refused(dense_run: Path, tmp_path: Path) -> None:
         (("--load", dense_run, "--contour"), "--provider MODULE:FUNCTION"),
         (("--load", dense_run, "--plot", tmp_path / "no" / "x.png"), "does not exist"),
         (("--load", dense_run, "--last", 2, "--contour", "--provider", "nowhere:x"), "imported"),
-        (("--load", dense_run, "--last", 2, "--curvature", "--provider", "test_geometry_cli:bare"),
-         "losses but no gradients"),
-    ):  # fmt: skip
+        (
+            (
+                "--load",
+                dense_run,
+                "--last",
+                2,
+                "--curvature",
+                "--provider",
+                "test_geometry_cli:bare",
+            ),
+            "losses but no gradients",
+        ),
+    ):
         arguments = parse(*given)
         with pytest.raises(UsageError, match=word):
             arguments.run(arguments)

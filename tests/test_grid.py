@@ -16,19 +16,26 @@ TOKENS = 1000
 def refs(*iterations: int, incomplete: tuple[int, ...] = ()) -> list[CheckpointRef]:
     return [
         CheckpointRef(
-            path=f"/run/iter_{i:07d}", format="torch_dist", iteration=i, consumed_samples=i,
-            consumed_tokens=i * TOKENS, tokens_unknown_because=None,
-            complete=i not in incomplete, incomplete_because="cut" if i in incomplete else None,
+            path=f"/run/iter_{i:07d}",
+            format="torch_dist",
+            iteration=i,
+            consumed_samples=i,
+            consumed_tokens=i * TOKENS,
+            tokens_unknown_because=None,
+            complete=i not in incomplete,
+            incomplete_because="cut" if i in incomplete else None,
         )
         for i in iterations
-    ]  # fmt: skip
+    ]
 
 
 def shape(grid: Grid, found: list[CheckpointRef]) -> list[tuple[str, int, tuple[int, ...]]]:
     """(method, end, iterations) of each point."""
     points, _ = grid.points(found)
-    return [(p.label, p.end.iteration or 0, tuple(r.iteration or 0 for r in p.selection.refs))
-            for p in points]  # fmt: skip
+    return [
+        (p.label, p.end.iteration or 0, tuple(r.iteration or 0 for r in p.selection.refs))
+        for p in points
+    ]
 
 
 def test_every_combination_once_and_the_baseline_at_each_end() -> None:
@@ -82,9 +89,13 @@ def test_ends(ends: str | tuple[int, ...], expected: list[int]) -> None:
 def test_what_cannot_be_met_is_skipped_with_the_reason() -> None:
     points, skipped = Grid(lasts=(2, 3), ends="all").points(refs(10, 20, 30))
     assert [(p.label, p.end.iteration, len(p.coefficients)) for p in points] == [
-        ("unmerged", 10, 1), ("unmerged", 20, 1), ("sma", 20, 2),
-        ("unmerged", 30, 1), ("sma", 30, 2), ("sma", 30, 3),
-    ]  # fmt: skip
+        ("unmerged", 10, 1),
+        ("unmerged", 20, 1),
+        ("sma", 20, 2),
+        ("unmerged", 30, 1),
+        ("sma", 30, 2),
+        ("sma", 30, 3),
+    ]
     assert [(s.end_iteration, s.last) for s in skipped] == [(10, 2), (10, 3), (20, 3)]
     assert "needs 3 complete checkpoints" in skipped[-1].reason
 

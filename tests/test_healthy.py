@@ -23,10 +23,15 @@ from pma_megatron.spikes.relaunch import resume
 
 def ref(iteration: int | None, **changes: Any) -> CheckpointRef:
     fields = {
-        "path": f"/run/iter_{iteration or 0:07d}", "format": "torch_dist", "iteration": iteration,
-        "consumed_samples": (iteration or 0) * 8, "consumed_tokens": (iteration or 0) * 128,
-        "tokens_unknown_because": None, "complete": True, "incomplete_because": None,
-    }  # fmt: skip
+        "path": f"/run/iter_{iteration or 0:07d}",
+        "format": "torch_dist",
+        "iteration": iteration,
+        "consumed_samples": (iteration or 0) * 8,
+        "consumed_tokens": (iteration or 0) * 128,
+        "tokens_unknown_because": None,
+        "complete": True,
+        "incomplete_because": None,
+    }
     return CheckpointRef(**{**fields, **changes})
 
 
@@ -53,8 +58,12 @@ def test_the_newest_three_before_the_margin(onset: int, margin: int, expected: l
 
 
 def test_every_rejected_one_has_its_reason() -> None:
-    damaged = [*RUN[:4], ref(500, complete=False, incomplete_because="cut off"),
-               ref(600, unhealthy_because="saved in a spike"), *RUN[6:]]  # fmt: skip
+    damaged = [
+        *RUN[:4],
+        ref(500, complete=False, incomplete_because="cut off"),
+        ref(600, unhealthy_because="saved in a spike"),
+        *RUN[6:],
+    ]
     found = choose_healthy(
         damaged, HealthyRequest(onset=905, exclude=(300,), spans=(Span(350, 450),))
     )
@@ -62,9 +71,13 @@ def test_every_rejected_one_has_its_reason() -> None:
     reasons = {each.ref.iteration: each.reason for each in found.rejected}
     assert set(reasons) == {1000, 900, 600, 500, 400, 300}
     for iteration, words in {
-        1000: "at or after the onset", 900: "5 iterations before", 600: "saved in a spike",
-        500: "not complete: cut off", 400: "earlier spike", 300: "exclude=",
-    }.items():  # fmt: skip
+        1000: "at or after the onset",
+        900: "5 iterations before",
+        600: "saved in a spike",
+        500: "not complete: cut off",
+        400: "earlier spike",
+        300: "exclude=",
+    }.items():
         assert words in reasons[iteration]
 
 
@@ -118,10 +131,18 @@ def test_the_log_tells_spoiled_checkpoints(tmp_path: Path) -> None:
     recovery_log.append(tmp_path, recovery_log.DETECTED, number=2, onset=800)
     history = recovery_log.read(tmp_path)
     assert [spike.onset for spike in history.spikes] == [450, 800]
-    trusted = {(i, n): history.doubt(i, {recovery_log.RECORD: n}) is None
-               for i in (400, 449, 450, 800, 900) for n in (0, 1, 2)}  # fmt: skip
+    trusted = {
+        (i, n): history.doubt(i, {recovery_log.RECORD: n}) is None
+        for i in (400, 449, 450, 800, 900)
+        for n in (0, 1, 2)
+    }
     assert [key for key, good in trusted.items() if not good] == [
-        (450, 0), (800, 0), (800, 1), (900, 0), (900, 1)]  # fmt: skip
+        (450, 0),
+        (800, 0),
+        (800, 1),
+        (900, 0),
+        (900, 1),
+    ]
     assert history.attempts_from(400) == 1 and history.attempts_from(300) == 0
     assert not history.spent
 
@@ -143,10 +164,17 @@ def test_what_was_saved_before_a_judgement_is_not_judged(tmp_path: Path) -> None
     def untrusted(state: str | None = None) -> dict[int, set[int]]:
         """Recoveries -> iterations not trusted, and those of them that are merely not judged."""
         history, places = recovery_log.read(tmp_path), range(400, 901, 50)
-        found = {n: {i: history.doubt(i, {recovery_log.RECORD: n, recovery_log.STATE: state}) for i in places}
-                 for n in (1, 2)}  # fmt: skip
-        return {n: {i for i, doubt in of.items() if doubt and not doubt.judged}
-                for n, of in found.items()}  # fmt: skip
+        found = {
+            n: {
+                i: history.doubt(i, {recovery_log.RECORD: n, recovery_log.STATE: state})
+                for i in places
+            }
+            for n in (1, 2)
+        }
+        return {
+            n: {i for i, doubt in of.items() if doubt and not doubt.judged}
+            for n, of in found.items()
+        }
 
     recovery_log.append(tmp_path, recovery_log.DETECTED, number=1, onset=450)
     recovery_log.append(tmp_path, recovery_log.DONE, number=1, iteration=500)

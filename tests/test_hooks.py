@@ -78,9 +78,7 @@ def train(rank: int, world_size: int, root: str) -> list[tuple[int, int]]:
     return seen
 
 
-def test_sums_of_saved_averages_are_waited_for_before_a_save_and_at_the_end(
-    tmp_path: Path,
-) -> None:
+def test_sums_of_saved_averages_are_waited_for_before_a_save_and_at_the_end(tmp_path: Path) -> None:
     (seen,) = run_ranks(train, 1, str(tmp_path / "run"))
     assert seen == [(0, 1), (0, 1)]  # a fork while one is at work would inherit its locks
     for iteration in (2, 4):  # the second was not written yet when training had ended

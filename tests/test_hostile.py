@@ -70,11 +70,20 @@ def _common() -> dict[str, Any]:
     state._metadata = OrderedDict(version=1)  # type: ignore[attr-defined]
     return {
         "args": Namespace(seq_length=8, consumed_train_samples=16, at=Path("a"), dtype=torch.half),
-        "iteration": 8, "big": 1 << 100, "small": -5, "bytes": b"\xff\x00", "flag": True,
-        "shape": torch.Size([1, 2]), "kinds": {1.5: None, (1, "a"): [(), [1, 2]]}, "text": "ä\n",
-        "set": {1}, "counts": defaultdict(int, a=1), "state": state, "many": list(range(3000)),
+        "iteration": 8,
+        "big": 1 << 100,
+        "small": -5,
+        "bytes": b"\xff\x00",
+        "flag": True,
+        "shape": torch.Size([1, 2]),
+        "kinds": {1.5: None, (1, "a"): [(), [1, 2]]},
+        "text": "ä\n",
+        "set": {1},
+        "counts": defaultdict(int, a=1),
+        "state": state,
+        "many": list(range(3000)),
         "alias": state,
-    }  # fmt: skip
+    }
 
 
 def _saved(value: Any) -> dict[str, bytes]:
@@ -166,9 +175,12 @@ def test_assembled_opcodes_are_read_or_refused(watch: Watch, parts: list[bytes])
 
 def test_the_watch_sees_what_it_must_not(watch: Watch, tmp_path: Path) -> None:
     for deed in (
-        lambda: (tmp_path / "a").write_text("a"), lambda: exec("1"), lambda: bytearray(2 << 30),
-        lambda: __import__("this_is_not_there"), lambda: (tmp_path / "b").mkdir(),
-    ):  # fmt: skip
+        lambda: (tmp_path / "a").write_text("a"),
+        lambda: exec("1"),
+        lambda: bytearray(2 << 30),
+        lambda: __import__("this_is_not_there"),
+        lambda: (tmp_path / "b").mkdir(),
+    ):
         with (
             pytest.raises((AssertionError, MemoryError)),
             watched(watch),
@@ -229,7 +241,7 @@ FIELDS: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
     "storage_data": (("storage_data",), ()),
     "mcore_data": (("mcore_data",), (None, {})),
     "planner_data": (("planner_data",), (None, {})),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("field", FIELDS)
@@ -247,8 +259,13 @@ def test_no_field_of_metadata_holds_another_kind_of_value(field: str) -> None:
 
 @pytest.mark.parametrize("field", ["relative_path", "offset", "length", "fqn", "index offset"])
 def test_no_place_of_metadata_holds_another_kind_of_value(field: str) -> None:
-    good = {"relative_path": ("x", "__0_0.distcp"), "offset": (), "length": (0, 1), "fqn": (),
-            "index offset": ()}[field]  # fmt: skip
+    good = {
+        "relative_path": ("x", "__0_0.distcp"),
+        "offset": (),
+        "length": (0, 1),
+        "fqn": (),
+        "index offset": (),
+    }[field]
     for new in VALUES:
         value = load_inert(METADATA, what="a file")
         index, info = next(iter(fields_of(value)["storage_data"].items()))  # type: ignore[index]
@@ -267,9 +284,30 @@ def test_no_place_of_metadata_holds_another_kind_of_value(field: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["", ".", "..", "/etc/passwd", "../a", "a/../../b", "a//b", "a/", "a/./b", "a\\b",
-             "a\0b", "a\nb", "\ud800", "x" * 300, "a/" * 600 + "a", None, 1, b"a", ["a"], ("a",)]
-)  # fmt: skip
+    "name",
+    [
+        "",
+        ".",
+        "..",
+        "/etc/passwd",
+        "../a",
+        "a/../../b",
+        "a//b",
+        "a/",
+        "a/./b",
+        "a\\b",
+        "a\0b",
+        "a\nb",
+        "\ud800",
+        "x" * 300,
+        "a/" * 600 + "a",
+        None,
+        1,
+        b"a",
+        ["a"],
+        ("a",),
+    ],
+)
 def test_names_that_point_elsewhere(name: Any) -> None:
     with pytest.raises(CheckpointError, match=r"a file: relative_path names .*refused"):
         plain_name(name, "a file: relative_path")
@@ -390,8 +428,10 @@ def test_thousands_of_hostile_checkpoints(dense_run: Path, tmp_path: Path) -> No
         shutil.copytree(folder_of(dense_run, iteration), folder_of(runs / "megatron", iteration))
     done = subprocess.run(
         [sys.executable, ATTACK / "mutations.py", "--count", "120", "--runs", runs],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout)
     assert found["outcomes"]["refused"] > 30 and found["outcomes"]["merged"] > 10

@@ -257,8 +257,10 @@ def test_a_whole_checkpoint_of_another_run_is_said(
 def test_merged_checkpoints_are_good_sources(runs: Path, tmp_path: Path) -> None:
     """Averages of windows that overlap, with weights in several dtypes."""
     for layout, dtype in (
-        ("dp_reshardable", None), ("fully_reshardable", None), ("fully_reshardable", "fp32"),
-    ):  # fmt: skip
+        ("dp_reshardable", None),
+        ("fully_reshardable", None),
+        ("fully_reshardable", "fp32"),
+    ):
         root = tmp_path / f"{layout} {dtype}"
         for window in ((2, 4), (4, 6)):
             wanted = SelectionRequest(iterations=window)

@@ -33,17 +33,24 @@ CASES: dict[str, tuple[TinyConfig, int]] = {
     "dense-pp2-dp2": (replace(BASE, pipeline_model_parallel_size=2), 4),
     "dense-vpp2": (
         replace(
-            BASE, num_layers=4, pipeline_model_parallel_size=2,
+            BASE,
+            num_layers=4,
+            pipeline_model_parallel_size=2,
             virtual_pipeline_model_parallel_size=2,
-        ), 2,
+        ),
+        2,
     ),
     "moe-ep2-dp2": (MOE, 4),
     "moe-ep2-dp2-float16": (replace(MOE, **FLOAT16), 4),
-}  # fmt: skip
+}
 FAST = ("dense-dp2", "dense-dp2-float16", "moe-ep2")
 BY_SOURCE = (*FAST, "dense-tp2-dp2", "dense-pp2-dp2", "moe-ep2-dp2", "moe-ep2-dp2-float16")
-IN_CI = (("dense-dp2-overlap", "slice"), ("dense-tp2-dp2", "slice"),
-         ("moe-ep2-dp2", "slice"), ("moe-ep2-dp2", "source"))  # fmt: skip
+IN_CI = (
+    ("dense-dp2-overlap", "slice"),
+    ("dense-tp2-dp2", "slice"),
+    ("moe-ep2-dp2", "slice"),
+    ("moe-ep2-dp2", "source"),
+)
 REST = (pytest.mark.slow, pytest.mark.thorough)
 PAIRS = [
     pytest.param(case, share, marks=() if case in FAST else REST[: 2 - ((case, share) in IN_CI)])
@@ -82,8 +89,16 @@ def live_state(trainer: TinyTrainer) -> dict[str, Any]:
         return trainer.snapshot() | place
 
 
-def compare(rank: int, world_size: int, config: TinyConfig, root: str, merged: str, share: str,
-            optimizer_state: str, sources: str) -> dict[str, Any]:  # fmt: skip
+def compare(
+    rank: int,
+    world_size: int,
+    config: TinyConfig,
+    root: str,
+    merged: str,
+    share: str,
+    optimizer_state: str,
+    sources: str,
+) -> dict[str, Any]:
     """Live state after PMA-init, one lr = 0 step later, and after a resume from the merge."""
     trainer = TinyTrainer(config)
     trainer.load(root)
@@ -106,9 +121,12 @@ def compare(rank: int, world_size: int, config: TinyConfig, root: str, merged: s
     other.step_with_lr_zero()
     other_loss = other.train(1)
     return {
-        "live": live, "stepped": stepped, "resumed": resumed, "report": report,
+        "live": live,
+        "stepped": stepped,
+        "resumed": resumed,
+        "report": report,
         "losses": (loss, other_loss),
-    }  # fmt: skip
+    }
 
 
 def assert_same(got: dict[str, Any], wanted: dict[str, Any], what: str, exact: bool) -> None:
@@ -130,8 +148,14 @@ def test_live_merge_is_the_offline_merge(
     root, (config, ranks) = trained(case), CASES[case]
     chosen = "average" if case == "moe-ep2" else "latest"
     policy = Policy(optimizer_state=chosen)
-    merge(MergeRequest(load=str(root), save=str(tmp_path / "pma"), policy=policy,
-                       selection=SelectionRequest(last=3)))  # fmt: skip
+    merge(
+        MergeRequest(
+            load=str(root),
+            save=str(tmp_path / "pma"),
+            policy=policy,
+            selection=SelectionRequest(last=3),
+        )
+    )
     results = run_ranks(
         compare, ranks, config, str(root), str(tmp_path / "pma"), share, chosen, str(root)
     )
@@ -153,14 +177,17 @@ def test_live_merge_is_the_offline_merge(
 def test_every_byte_is_read_once(case: str, trained: Any, tmp_path: Path) -> None:
     root, (config, ranks) = trained(case), CASES[case]
     source = registry.get("torch_dist", "").read_source(str(root / "iter_0000006"), {}, True)
-    main_bytes = sum(4 * p.box.numel for t in source.space.states["param"].values()
-                     for p in t.pieces)  # fmt: skip
+    main_bytes = sum(
+        4 * p.box.numel for t in source.space.states["param"].values() for p in t.pieces
+    )
     weight_bytes = main_bytes // 2 if source.ranges else 0  # the flat map's proof, newest only
-    merge(MergeRequest(load=str(root), save=str(tmp_path / "pma"),
-                       selection=SelectionRequest(last=3)))  # fmt: skip
+    merge(
+        MergeRequest(load=str(root), save=str(tmp_path / "pma"), selection=SelectionRequest(last=3))
+    )
     for share in ("slice", "source"):
-        for result in run_ranks(compare, ranks, config, str(root), str(tmp_path / "pma"), share,
-                                "latest", str(root)):  # fmt: skip
+        for result in run_ranks(
+            compare, ranks, config, str(root), str(tmp_path / "pma"), share, "latest", str(root)
+        ):
             assert result["report"].read_bytes == 3 * main_bytes + weight_bytes
 
 
@@ -168,11 +195,13 @@ def test_every_byte_is_read_once(case: str, trained: Any, tmp_path: Path) -> Non
 def test_sources_of_another_topology(trained: Any, tmp_path: Path) -> None:
     """A TP 2 x DP 2 model starts from checkpoints of a DP 2 run, resumed as Megatron can."""
     root = trained("dense-dp3")
-    merge(MergeRequest(load=str(root), save=str(tmp_path / "pma"),
-                       selection=SelectionRequest(last=3)))  # fmt: skip
+    merge(
+        MergeRequest(load=str(root), save=str(tmp_path / "pma"), selection=SelectionRequest(last=3))
+    )
     config = replace(CASES["dense-tp2-dp2"][0], optim_format="fully_reshardable")
-    for result in run_ranks(compare, 4, config, str(root), str(tmp_path / "pma"), "slice",
-                            "latest", str(root)):  # fmt: skip
+    for result in run_ranks(
+        compare, 4, config, str(root), str(tmp_path / "pma"), "slice", "latest", str(root)
+    ):
         for what in ("main_params", "model_params"):
             assert_same(result["live"][what], result["resumed"][what], what, True)
 
@@ -180,8 +209,13 @@ def test_sources_of_another_topology(trained: Any, tmp_path: Path) -> None:
 def reset(rank: int, world_size: int, config: TinyConfig, root: str) -> Any:
     trainer = TinyTrainer(config)
     trainer.load(root)
-    merge_into(trainer.models, trainer.optimizer, load=root, optimizer_state="reset",
-               selection=SelectionRequest(last=2))  # fmt: skip
+    merge_into(
+        trainer.models,
+        trainer.optimizer,
+        load=root,
+        optimizer_state="reset",
+        selection=SelectionRequest(last=2),
+    )
     steps = [group.get("step", 0) for group in trainer.optimizer.param_groups]
     moments = [v for state in trainer.optimizer_state().values() for v in state.values()]
     return steps, any(bool(value.any()) for value in moments)
@@ -195,8 +229,9 @@ def test_reset(case: str, trained: Any) -> None:
         assert not any_moment
 
 
-def refusal(rank: int, world_size: int, config: TinyConfig, root: str,
-            settings: dict[str, Any]) -> Any:  # fmt: skip
+def refusal(
+    rank: int, world_size: int, config: TinyConfig, root: str, settings: dict[str, Any]
+) -> Any:
     trainer = TinyTrainer(config)
     if settings.pop("resume", True):
         trainer.load(root)
@@ -303,8 +338,9 @@ def peak(rank: int, world_size: int, config: TinyConfig, root: str) -> int:
     for _ in range(3):
         trainer.train(1)
         trainer.save(root)
-    report = merge_into(trainer.models, trainer.optimizer, load=root,
-                        selection=SelectionRequest(last=3))  # fmt: skip
+    report = merge_into(
+        trainer.models, trainer.optimizer, load=root, selection=SelectionRequest(last=3)
+    )
     return report.peak_memory_above_baseline_bytes[rank]
 
 

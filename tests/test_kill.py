@@ -92,9 +92,12 @@ def act(rank: int, world_size: int, scene: Scene, meet: Path, text: Path) -> Non
     if not scene.exchange:
         publish._exchange = lambda one, other: False
     dist.init_process_group(
-        "gloo", init_method=f"file://{meet}", rank=rank, world_size=world_size,
+        "gloo",
+        init_method=f"file://{meet}",
+        rank=rank,
+        world_size=world_size,
         timeout=timedelta(seconds=2 * HUNG_AFTER_S),
-    )  # fmt: skip
+    )
     try:
         with inject(scene.stage, rank=scene.rank, action=scene.action):
             merge(scene.request, show=faulty_loop(rank))
@@ -129,11 +132,15 @@ def scenes_of(run: Path, folder: Path, action: str, **settings: object) -> dict[
     """One scene per fault, each into a folder of its own."""
     return {
         f"{stage}-{rank}": Scene(
-            request_for(run, folder / f"{stage}-{rank}", selection=SelectionRequest(last=3),
-                        **settings), stage, rank, action,
+            request_for(
+                run, folder / f"{stage}-{rank}", selection=SelectionRequest(last=3), **settings
+            ),
+            stage,
+            rank,
+            action,
         )
         for stage, rank in FAULTS
-    }  # fmt: skip
+    }
 
 
 def check_world(save: Path) -> bool:
@@ -266,9 +273,11 @@ ERRORS = [(size, stage, rank) for size in (1, 2) for stage, rank in FAULTS]
 
 @pytest.mark.parametrize(("merge_parallel_size", "stage", "rank"), ERRORS)
 def test_error(
-    raised: tuple[dict[str, Scene], list[dict[str, End]]], merge_parallel_size: int, stage: str,
+    raised: tuple[dict[str, Scene], list[dict[str, End]]],
+    merge_parallel_size: int,
+    stage: str,
     rank: int,
-) -> None:  # fmt: skip
+) -> None:
     """Every rank raises within seconds and says which rank failed and why."""
     scenes, ends = raised
     name = f"{merge_parallel_size}-{stage}-{rank}"
@@ -292,9 +301,18 @@ def test_error(
 
 def command(run: Path, save: Path) -> list[str]:
     return [
-        sys.executable, "-m", "pma_megatron", "merge", "--load", str(run), "--save", str(save),
-        "--last", "3", "--overwrite",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "pma_megatron",
+        "merge",
+        "--load",
+        str(run),
+        "--save",
+        str(save),
+        "--last",
+        "3",
+        "--overwrite",
+    ]
 
 
 @pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
@@ -306,9 +324,11 @@ def test_random_kills(dense_run: Path, tmp_path: Path, kills: int) -> None:
     span_s = 0.5
     for turn in range(kills):
         job = subprocess.Popen(
-            command(dense_run, save), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            command(dense_run, save),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             start_new_session=True,
-        )  # fmt: skip
+        )
         while job.poll() is None and not list(save.glob(".pma-lock-*")):
             time.sleep(0.002)
         begun_s = time.monotonic()

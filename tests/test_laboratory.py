@@ -197,8 +197,8 @@ def test_rows_are_kept_as_json_lines(tmp_path):
 
 def test_the_page_is_what_its_rows_say():
     found = subprocess.run(
-        [sys.executable, "-c", _PAGE], capture_output=True, text=True, check=True, cwd=LAB,
-    )  # fmt: skip
+        [sys.executable, "-c", _PAGE], capture_output=True, text=True, check=True, cwd=LAB
+    )
     assert (ROOT / "docs" / "results.md").read_text() == found.stdout, "run.py --page"
 
 

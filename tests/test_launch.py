@@ -117,8 +117,12 @@ def launch(*arguments: Any, cwd: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "pma_megatron.launch", *map(str, arguments)],
-        cwd=cwd, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def test_hooks_are_called_with_arguments_by_name(tree: Path, tmp_path: Path) -> None:
@@ -134,12 +138,19 @@ def test_hooks_are_called_with_arguments_by_name(tree: Path, tmp_path: Path) -> 
         ["evaluation", "at 7", 7, True],
         ["evaluate", "data"],
         ["evaluation ends"],
-        ["saved", {
-            "iteration": 7, "model": "m", "optimizer": None, "opt_param_scheduler": None,
-            "num_floating_point_operations_so_far": 0, "checkpointing_context": None,
-            "non_persistent_ckpt": True,
-        }],
-    ]  # fmt: skip
+        [
+            "saved",
+            {
+                "iteration": 7,
+                "model": "m",
+                "optimizer": None,
+                "opt_param_scheduler": None,
+                "num_floating_point_operations_so_far": 0,
+                "checkpointing_context": None,
+                "non_persistent_ckpt": True,
+            },
+        ],
+    ]
 
 
 def test_without_flags_nothing_is_called(tree: Path, tmp_path: Path) -> None:
@@ -158,8 +169,15 @@ def test_a_patched_tree_is_decorated_once(tree: Path, tmp_path: Path) -> None:
     done = launch(tree / "train.py", "--pma-init", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     names = [event[0] for event in json.loads(done.stdout)["events"]]
-    assert names == ["validate", "ready", "stepped", "evaluation", "evaluate", "evaluation ends",
-                     "saved"]  # fmt: skip
+    assert names == [
+        "validate",
+        "ready",
+        "stepped",
+        "evaluation",
+        "evaluate",
+        "evaluation ends",
+        "saved",
+    ]
 
 
 def test_a_second_install_changes_nothing(tree: Path, tmp_path: Path) -> None:
@@ -180,14 +198,26 @@ def test_a_second_install_changes_nothing(tree: Path, tmp_path: Path) -> None:
     ("module", "old", "new", "words"),
     [
         ("training", "def training_log(", "def training_logs(", "training.training_log is missing"),
-        ("training", "def training_log(loss_dict, iteration,", "def training_log(loss_dict, step,",
-         "training.training_log has no parameter iteration"),
-        ("training", "def evaluate(forward_step_func, data_iterator, model,",
-         "def evaluate(*args, data_iterator=0, model=0,", "takes any arguments"),
-        ("training", "import save_checkpoint", "import save_checkpoint as save",
-         "training.save_checkpoint is not megatron.training.checkpointing.save_checkpoint"),
+        (
+            "training",
+            "def training_log(loss_dict, iteration,",
+            "def training_log(loss_dict, step,",
+            "training.training_log has no parameter iteration",
+        ),
+        (
+            "training",
+            "def evaluate(forward_step_func, data_iterator, model,",
+            "def evaluate(*args, data_iterator=0, model=0,",
+            "takes any arguments",
+        ),
+        (
+            "training",
+            "import save_checkpoint",
+            "import save_checkpoint as save",
+            "training.save_checkpoint is not megatron.training.checkpointing.save_checkpoint",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_tree_that_lacks_something_is_refused_whole(
     tree: Path, module: str, old: str, new: str, words: str
 ) -> None:
@@ -206,9 +236,12 @@ def test_a_tree_that_lacks_something_is_refused_whole(
         "    assert not is_decorated(getattr(home, target.name, None)), target.name\n"
     )
     done = subprocess.run(
-        [sys.executable, str(script)], env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, str(script)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert words in done.stdout and "megatron-core" in done.stdout
 
@@ -290,12 +323,21 @@ def test_pretrain_gpt_calls_every_hook(tmp_path: Path) -> None:
         text = (tmp_path / f"events{rank}").read_text()
         events = [json.loads(line) for line in text.splitlines()]
         assert events == [
-            ["validate"], ["ready", 1, True, True],
-            ["stepped", 1], ["stepped", 2], ["saved", 2], ["stepped", 3], ["stepped", 4],
-            ["evaluation", "iteration 4", 4], ["evaluate", True], ["saved", 4],
-            ["evaluation", "iteration 4 on validation set", 4], ["evaluate", True],
-            ["evaluation", "iteration 4 on test set", 4], ["evaluate", True],
-        ]  # fmt: skip
+            ["validate"],
+            ["ready", 1, True, True],
+            ["stepped", 1],
+            ["stepped", 2],
+            ["saved", 2],
+            ["stepped", 3],
+            ["stepped", 4],
+            ["evaluation", "iteration 4", 4],
+            ["evaluate", True],
+            ["saved", 4],
+            ["evaluation", "iteration 4 on validation set", 4],
+            ["evaluate", True],
+            ["evaluation", "iteration 4 on test set", 4],
+            ["evaluate", True],
+        ]
 
 
 @pytest.mark.slow

@@ -26,8 +26,10 @@ def dry_run(name: str, *arguments: str) -> list[list[str]]:
     """The commands that a script prints, as words."""
     done = subprocess.run(
         ["bash", str(LAUNCH / name), "--dry-run", *arguments],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert done.stderr == ""
     return [shlex.split(line) for line in done.stdout.splitlines()]
 
@@ -103,11 +105,21 @@ def supervised(run: Path, tmp_path: Path, factor: str) -> tuple[int, list[str]]:
         (bin_ / name).write_text(text)
         (bin_ / name).chmod(0o755)
     done = subprocess.run(
-        ["bash", str(LAUNCH / "megatron_recover.sh")], check=False, capture_output=True, text=True,
-        env={**os.environ, "PATH": f"{bin_}:{os.environ['PATH']}", "PYTHONPATH": str(LAUNCH.parent),
-             "RUN": str(run), "CALLS": str(calls), "LR_FACTOR": factor, "MARGIN": "0",
-             "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        ["bash", str(LAUNCH / "megatron_recover.sh")],
+        check=False,
+        capture_output=True,
+        text=True,
+        env={
+            **os.environ,
+            "PATH": f"{bin_}:{os.environ['PATH']}",
+            "PYTHONPATH": str(LAUNCH.parent),
+            "RUN": str(run),
+            "CALLS": str(calls),
+            "LR_FACTOR": factor,
+            "MARGIN": "0",
+            "OMP_NUM_THREADS": "1",
+        },
+    )
     return done.returncode, calls.read_text().splitlines()
 
 

@@ -1,130 +1,161 @@
-"""Imports point one way: the order below is the architecture, and CONTRIBUTING.md draws it."""
+"""Imports point one way: the order below is the architecture, and CONTRIBUTING.md explains it."""
 
 from __future__ import annotations
 
 import ast
+import itertools
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "pma_megatron"
 
-ORDER = [
-    [
-        "version",
-        "errors",
-        "base.log",
-        "base.say",
-        "base.spelling",
-        "base.faults",
-        "base.memory",
-        "base.boxes",
-        "base.durable",
-    ],
-    [
-        "base.openfiles",
-        "transfer.buffers",
-        "base.locations",
-        "merging.tolerance",
-        "base.durations",
-        "base.stopping",
-        "base.processes",
-    ],
-    ["base.presence"],
-    ["runs.recovery_log"],
-    [
-        "runs.tokens",
-        "merging.coefficients",
-        "merging.policy",
-        "geometry.spread",
-        "spikes.settings",
-        "spikes.readers",
-        "live.param",
-    ],
-    ["live.poison"],
-    ["spikes.detector", "spikes.metrics", "runs.refs"],
-    ["runs.spacing", "runs.gaps"],
-    ["runs.selection", "base.comm"],
-    ["merging.request", "spikes.healthy"],
-    ["scores.grid"],
-    ["formats.inert"],
-    ["formats.bounds", "formats.pickle_writer", "formats.names", "formats.schema"],
-    ["formats.opcode_reader", "formats.json_files"],
-    ["formats.opcodes"],
-    ["formats.pickles", "formats.zips", "formats.base", "formats.marker"],
-    ["formats.manifest"],
-    ["formats.items", "formats.output", "formats.source"],
-    ["formats.flat", "formats.rates", "formats.relay"],
-    ["formats.fingerprints", "spikes.relaunch"],
-    ["formats.deepspeed", "formats.torch_dist.cover", "formats.torch_dist.chunks"],
-    ["formats.deepspeed.schema"],
-    ["formats.torch_dist.metadata"],
-    ["scores.scores"],
-    ["scores.cautions"],
-    ["scores.forecast"],
-    ["formats.torch_dist.checkpoint", "formats.deepspeed.checkpoint"],
-    ["formats.deepspeed.partitions", "formats.deepspeed.layers", "formats.deepspeed.steps"],
-    ["formats.deepspeed.completeness", "formats.deepspeed.saves", "formats.deepspeed.unsharded"],
-    ["formats.deepspeed.frozen"],
-    ["formats.deepspeed.universal"],
-    ["formats.torch_dist", "formats.torch_dist.optimizer", "formats.torch_dist.registration"],
-    ["formats.torch_dist.ties", "formats.torch_dist.recomputed"],
-    ["formats.torch_dist.assignment"],
-    ["formats.torch_dist.peers"],
-    ["formats.torch_dist.buckets", "formats.torch_dist.output", "formats.torch_dist.schedule"],
-    ["formats.torch_dist.source", "formats.deepspeed.source", "formats.deepspeed.output"],
-    ["formats.deepspeed.universal_source", "formats.deepspeed.universal_output"],
-    ["formats.registry", "transfer.reads"],
-    ["runs.folders"],
-    ["runs.trackers", "merging.tasks", "transfer.blocks", "merging.intact"],
-    ["runs.discover", "identity", "identity.samples", "identity.stands"],
-    ["identity.copies", "identity.lineage", "identity.rounded"],
-    ["merging.agreement"],
-    ["identity.proof", "merging.rules", "runs.notices"],
-    ["merging.planning", "merging.accumulate"],
-    ["merging.locks"],
-    ["merging.engine", "merging.publish", "merging.verification", "live.plan", "merging.integrity"],
-    ["live.load", "merging.finishing", "merging.recompute"],
-    ["merging.report"],
-    ["merging.job", "merging.published", "merging.inspection"],
-    ["spikes.recovery", "geometry.gram"],
-    ["online", "online.budget", "online.shard", "online.snapshot_job", "online.swap"],
-    ["online.hostcopy", "online.snapshots"],
-    ["online.window"],
-    ["online.store", "online.origin"],
-    ["online.average"],
-    ["megatron", "megatron.options", "megatron.params"],
-    ["megatron.replicas"],
-    ["deepspeed.checks", "deepspeed.options", "deepspeed.record"],
-    ["deepspeed.params"],
-    ["deepspeed.load", "deepspeed.shard", "deepspeed.swap"],
-    ["deepspeed.online"],
-    ["deepspeed"],
-    ["megatron.checks", "megatron.shard"],
-    ["megatron.flags", "megatron.load"],
-    ["megatron.init", "megatron.thin", "megatron.recover"],
-    ["megatron.rollback"],
-    ["megatron.watch"],
-    ["megatron.swap", "megatron.trees"],
-    ["megatron.evaluate"],
-    ["megatron.online", "megatron.score"],
-    ["megatron.contour", "megatron.curvature"],
-    ["megatron.save", "megatron.scoring"],
-    ["megatron.hooks"],
-    ["megatron.decorating", "megatron.installing"],
-    ["megatron.decorators", "megatron_deepspeed", "megatron_deepspeed.hooks"],
-    ["megatron_deepspeed.decorators"],
-    ["megatron.install", "megatron_deepspeed.install"],
+FOLDERS = [
+    ["version", "errors"],
+    ["base"],
+    ["formats"],
+    ["formats.torch_dist", "formats.deepspeed"],
+    ["formats.registry"],
+    ["runs", "transfer"],
+    ["identity"],
+    ["merging"],
+    ["live", "geometry", "scores", "spikes"],
+    ["online"],
+    ["megatron", "deepspeed"],
+    ["megatron_deepspeed"],
     ["launch"],
-    ["cli.progress", "cli.streams", "cli.tables", "cli.verbs"],
-    ["cli.charts", "cli.scoring"],
-    ["cli.landscape"],
-    ["cli.evaluate", "cli.geometry"],
-    ["cli.forecast"],
-    ["cli.commands", "cli.recover"],
-    ["cli.flags"],
     ["cli"],
     ["__main__"],
 ]
-LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
+"""A folder imports only what stands above it here; CONTRIBUTING.md says what each is for."""
+
+INSIDE = {
+    "base": """
+        boxes durable durations faults log memory openfiles processes say spelling stopping
+        locations presence
+        comm
+    """,
+    "formats": """
+        base inert json_files zips
+        bounds names output pickle_writer rates schema source
+        marker opcode_reader
+        manifest opcodes
+        pickles
+        items
+        flat relay
+        fingerprints
+    """,
+    "formats.torch_dist": """
+        cover chunks registration
+        metadata
+        checkpoint
+        optimizer recomputed schedule ties
+        assignment output
+        peers
+        buckets
+        source
+    """,
+    "formats.deepspeed": """
+        schema
+        checkpoint
+        layers partitions steps universal
+        completeness frozen output saves unsharded
+        source universal_output
+        universal_source
+    """,
+    "runs": """
+        folders recovery_log tokens trackers
+        refs
+        gaps spacing
+        selection
+        discover
+        notices
+    """,
+    "transfer": """
+        buffers reads
+        blocks
+    """,
+    "identity": """
+        samples stands
+        copies lineage rounded
+        proof
+    """,
+    "merging": """
+        coefficients intact locks policy tasks tolerance
+        accumulate agreement request
+        engine rules
+        planning
+        integrity publish verification
+        finishing recompute report
+        inspection job published
+    """,
+    "live": """
+        param poison
+        plan
+        load
+    """,
+    "geometry": """
+        spread
+        gram
+    """,
+    "scores": """
+        grid
+        scores
+        cautions
+        forecast
+    """,
+    "spikes": """
+        healthy readers settings
+        detector metrics relaunch
+        recovery
+    """,
+    "online": """
+        budget shard snapshot_job swap
+        hostcopy snapshots
+        window
+        origin store
+        average
+    """,
+    "megatron": """
+        installing options params trees
+        checks evaluate replicas thin
+        flags load rollback shard swap
+        decorating init online recover score
+        contour curvature decorators save scoring watch
+        hooks install
+    """,
+    "deepspeed": """
+        checks options record
+        params
+        load shard swap
+        online
+    """,
+    "megatron_deepspeed": """
+        decorators hooks
+        install
+    """,
+    "cli": """
+        charts landscape progress streams tables verbs
+        commands recover scoring
+        evaluate forecast geometry
+        flags
+    """,
+}
+"""Modules of each folder: one imports only those of the lines above its own."""
+
+
+def places() -> dict[str, tuple[int, int]]:
+    """Module -> (level of its folder, line within it); a folder itself comes after all in it."""
+    found = {}
+    for level, folders in enumerate(FOLDERS):
+        for folder in folders:
+            lines = INSIDE.get(folder, "").split("\n")
+            found[folder] = (level, len(lines))
+            found |= {
+                f"{folder}.{n}": (level, i) for i, row in enumerate(lines) for n in row.split()
+            }
+    return found
+
+
+PLACES = places()
 
 
 def modules() -> dict[str, Path]:
@@ -132,7 +163,7 @@ def modules() -> dict[str, Path]:
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
         name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-        if name and name != "formats" and parts[0] != "testing":
+        if name and parts[0] != "testing":
             found[name] = path
     return found
 
@@ -143,23 +174,38 @@ def imported(path: Path) -> set[str]:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pma_megatron"):
             module = (node.module or "").removeprefix("pma_megatron").lstrip(".")
             inner = {f"{module}.{alias.name}".lstrip(".") for alias in node.names}
-            known = {name for name in inner if name in LEVEL}
+            known = {name for name in inner if name in PLACES}
             names |= known or {module}
     return names
 
 
 def test_every_module_has_its_place() -> None:
-    assert set(modules()) == set(LEVEL)
+    assert set(modules()) == set(PLACES)
 
 
-def test_imports_point_down() -> None:
+def test_few_files_lie_at_the_root() -> None:
+    assert len(list(PACKAGE.glob("*.py"))) <= 8
+
+
+def test_imports_point_up_this_list() -> None:
     wrong = [
         f"{name} imports {other}"
         for name, path in modules().items()
         for other in imported(path)
-        if LEVEL[other] >= LEVEL[name]
+        if PLACES[other] >= PLACES[name]
     ]
     assert not wrong
+
+
+def test_folders_of_one_level_do_not_know_each_other() -> None:
+    for name, path in modules().items():
+        for other in imported(path):
+            same_level = PLACES[other][0] == PLACES[name][0]
+            assert not same_level or folder_of(other) == folder_of(name), f"{name} imports {other}"
+
+
+def folder_of(name: str) -> str:
+    return name if name in itertools.chain(*FOLDERS) else name.rpartition(".")[0]
 
 
 def test_nothing_imports_the_testing_package_or_the_launch_scripts() -> None:
@@ -167,18 +213,3 @@ def test_nothing_imports_the_testing_package_or_the_launch_scripts() -> None:
         text = path.read_text()
         assert "pma_megatron.testing import" not in text, name
         assert "import launch" not in text, name
-
-
-def test_formats_do_not_know_the_engine() -> None:
-    above = {
-        "merging.engine",
-        "merging.planning",
-        "merging.rules",
-        "merging.tasks",
-        "transfer.blocks",
-        "merging.policy",
-        "base.comm",
-    }
-    for name, path in modules().items():
-        if name.startswith("formats."):
-            assert not imported(path) & above, name

@@ -167,8 +167,18 @@ def test_flags_do_what_the_library_does(
 ) -> None:
     """The saved average, and a start from the average, are the offline merge bit for bit."""
     root, again = tmp_path / "run", tmp_path / "again"
-    common = (str(script), "--deepspeed", "--stage", str(stage), "--save-interval", "2",
-              "--train-iters", "6", "--pma-last", "3")  # fmt: skip
+    common = (
+        str(script),
+        "--deepspeed",
+        "--stage",
+        str(stage),
+        "--save-interval",
+        "2",
+        "--train-iters",
+        "6",
+        "--pma-last",
+        "3",
+    )
     interval = ("--pma-interval-tokens", str(2 * SEQ * BATCH))
     save = ("--save", str(root), "--pma-save", "--pma-eval", *interval)
     assert run_ranks(launched, 2, *common, *save, timeout_s=280) == [0, 0]
@@ -194,8 +204,10 @@ def test_what_cannot_work_is_refused(script: Path) -> None:
     def said(*arguments: str) -> str:
         result = subprocess.run(
             [sys.executable, "-m", "pma_megatron.launch", str(script), *arguments],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert result.returncode != 0
         return result.stderr
 

@@ -118,9 +118,13 @@ def test_the_grid_to_score() -> None:
     flags.validate(args)
     made = flags.settings(args)
     assert made.score == Grid(
-        methods=(Method(), Method(name="ema", alpha=0.2)), lasts=(3, 6), ends="every:2",
-        intervals_tokens=(4_000_000_000, 8_000_000_000), exclude=(7,), tolerance=0.1,
-    )  # fmt: skip
+        methods=(Method(), Method(name="ema", alpha=0.2)),
+        lasts=(3, 6),
+        ends="every:2",
+        intervals_tokens=(4_000_000_000, 8_000_000_000),
+        exclude=(7,),
+        tolerance=0.1,
+    )
     assert (made.score_others, made.score_out, made.threads) == (("/decay",), "/out.json", 3)
     assert flags.settings(parse("--pma-init")).score is None
 
@@ -142,8 +146,11 @@ SCORE = {"skip_train": True}
         (f"{INIT} --pma-last 0", {}, "--pma-last must be at least 1, got 0"),
         (f"{INIT} --pma-threads 0", {}, "--pma-threads must be at least 1, got 0"),
         (f"{INIT} --pma-iterations 1 2 --pma-last 2", {}, "so --pma-last would have no effect"),
-        (f"{INIT} --pma-interval-tokens 1B --pma-interval-iterations 5", {},
-         "--pma-interval-tokens and --pma-interval-iterations cannot be combined"),
+        (
+            f"{INIT} --pma-interval-tokens 1B --pma-interval-iterations 5",
+            {},
+            "--pma-interval-tokens and --pma-interval-iterations cannot be combined",
+        ),
         (f"{INIT} --pma-method ema", {}, "--pma-method ema needs --pma-alpha"),
         (f"{INIT} --pma-method ema --pma-alpha 2", {}, "--pma-alpha 2.0 must lie in (0, 1]"),
         (f"{INIT} --pma-alpha 0.2", {}, "alpha"),
@@ -159,8 +166,11 @@ SCORE = {"skip_train": True}
         (f"{SNAPSHOTS} --pma-keep 0", {}, "--pma-keep must be at least 1, got 0"),
         ("--pma-snapshot-interval-tokens 0", {}, "must be at least 1, got 0"),
         (f"{INIT} {SNAPSHOTS} --pma-keep 9", {}, "raise --pma-keep to at least 10"),
-        (f"{INIT} --pma-last 5 --pma-interval-tokens 16B {SNAPSHOTS} --pma-keep 8", {},
-         "raise --pma-keep to at least 9"),
+        (
+            f"{INIT} --pma-last 5 --pma-interval-tokens 16B {SNAPSHOTS} --pma-keep 8",
+            {},
+            "raise --pma-keep to at least 9",
+        ),
         ("--pma-score", {}, "--pma-score needs --skip-train"),
         ("--pma-score", {"load": None, **SCORE}, "--pma-score needs --load"),
         (f"--pma-score {SAVE}", SCORE, "--pma-score and --pma-save cannot be combined"),
@@ -177,7 +187,7 @@ SCORE = {"skip_train": True}
         (SAVE, {"gtp_weight_remat_size": 2}, "--tensor-parallel-num-weight-shards"),
         (SAVE, {"expert_gtp_weight_remat_size": 2}, "--expert-tensor-parallel-num-weight-shards"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_work_is_refused(text: str, job: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError) as caught:
         flags.validate(parse(text, **job))
@@ -194,9 +204,15 @@ def test_an_option_without_its_flag_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["--pma-interval-tokens 8X", "--pma-method mean", "--pma-optimizer-state drop",
-             "--pma-share all", "--pma-snapshot-dtype fp16"]
-)  # fmt: skip
+    "text",
+    [
+        "--pma-interval-tokens 8X",
+        "--pma-method mean",
+        "--pma-optimizer-state drop",
+        "--pma-share all",
+        "--pma-snapshot-dtype fp16",
+    ],
+)
 def test_the_parser_refuses_unknown_words(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse(text)

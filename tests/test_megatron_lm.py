@@ -24,8 +24,16 @@ pytestmark = [
 RUN = ("--train-iters", "10", "--save-interval", "4", "--eval-interval", "3", "--eval-iters", "2")
 STOP = ("--exit-interval", "8")
 TOKENS_PER_ITERATION = 4 * 32
-AVERAGE = ("--pma-save", "--pma-eval", "--pma-interval-tokens", str(2 * TOKENS_PER_ITERATION),
-           "--pma-last", "3", "--pma-method", "wma")  # fmt: skip
+AVERAGE = (
+    "--pma-save",
+    "--pma-eval",
+    "--pma-interval-tokens",
+    str(2 * TOKENS_PER_ITERATION),
+    "--pma-last",
+    "3",
+    "--pma-method",
+    "wma",
+)
 VALIDATION = re.compile(r"^.*?(?<!pma) validation loss at (.*?) \| lm loss value: (\S+)", re.M)
 AVERAGED = re.compile(r"pma validation loss at (.*?) \| lm loss value: (\S+)")
 

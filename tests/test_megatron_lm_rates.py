@@ -34,8 +34,9 @@ def rates(output: str) -> dict[int, float]:
 def test_resume_lines_resume(layout: tuple[str, ...], tmp_path: Path) -> None:
     run = tmp_path / "run"
     base = [*TRAIN, *layout]
-    run_pretrain(TREE, [*base, "--save", str(run), "--exit-interval", "4"], ranks=2,
-                 through="plain")  # fmt: skip
+    run_pretrain(
+        TREE, [*base, "--save", str(run), "--exit-interval", "4"], ranks=2, through="plain"
+    )
 
     def go_on(name: str, **settings: Any) -> tuple[str, dict[int, float]]:
         made = merge(

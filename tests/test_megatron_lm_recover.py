@@ -23,9 +23,19 @@ pytestmark = [
     pytest.mark.timeout(600),
 ]
 BREAK_AT = 44
-FLAGS = ("--save-interval", "10", "--pma-recover", "--pma-recover-warmup", "24",
-         "--pma-recover-patience", "10", "--pma-recover-fatal-rise", "0.5",
-         "--pma-recover-margin-iterations", "2")  # fmt: skip
+FLAGS = (
+    "--save-interval",
+    "10",
+    "--pma-recover",
+    "--pma-recover-warmup",
+    "24",
+    "--pma-recover-patience",
+    "10",
+    "--pma-recover-fatal-rise",
+    "0.5",
+    "--pma-recover-margin-iterations",
+    "2",
+)
 SPOIL = '''
 """Makes the weights far too large before one iteration."""
 import torch
@@ -58,9 +68,14 @@ def train(folder: Path, *flags: str, environment: dict[str, str] | None = None) 
     probe.mkdir(exist_ok=True)
     (probe / "spoil_the_weights.py").write_text(SPOIL.format(at=BREAK_AT))
     return run_pretrain(
-        TREE, ["--save", str(folder / "run"), *FLAGS, *flags], ranks=2, timeout_s=280,
-        imports="spoil_the_weights", python_path=[probe], environment=environment,
-    )  # fmt: skip
+        TREE,
+        ["--save", str(folder / "run"), *FLAGS, *flags],
+        ranks=2,
+        timeout_s=280,
+        imports="spoil_the_weights",
+        python_path=[probe],
+        environment=environment,
+    )
 
 
 def test_recovers_in_process(tmp_path: Path) -> None:
@@ -73,7 +88,10 @@ def test_recovers_in_process(tmp_path: Path) -> None:
     ]
     onset, done = events[0]["onset"], events[2]["iteration"]
     assert onset == BREAK_AT + 1 and [Path(s).name[-2:] for s in events[1]["sources"]] == [
-        "20", "30", "40"]  # fmt: skip
+        "20",
+        "30",
+        "40",
+    ]
     losses = {iteration: float(loss) for iteration, loss in made.losses.items()}
     healthy = max(losses[i] for i in range(30, BREAK_AT))
     assert list(losses) == list(range(1, 81)) and losses[done] > healthy + 0.5

@@ -42,13 +42,24 @@ def test_scores_are_those_of_the_offline_merges(model: list[str], tmp_path: Path
         [(_, expected[name])] = VALIDATION.findall(plain.output)
     assert expected["sma"] != expected["unmerged"]
 
-    flags = ["--pma-score", "--pma-score-lasts", "3", "--pma-score-ends", "4", "6",
-             "--pma-score-others", merged, "--pma-score-out", out]  # fmt: skip
+    flags = [
+        "--pma-score",
+        "--pma-score-lasts",
+        "3",
+        "--pma-score-ends",
+        "4",
+        "6",
+        "--pma-score-others",
+        merged,
+        "--pma-score-out",
+        out,
+    ]
     made = run_pretrain(TREE, [*EVALUATE, *model, "--load", run, *flags], ranks=2)
     assert [loss for _, loss in VALIDATION.findall(made.output)] == [expected["unmerged"]]
     scores = json.loads(Path(out).read_text())
-    got = {(p["method"], p["end_iteration"]): f"{p['losses']['lm loss']:.6E}"
-           for p in scores["points"]}  # fmt: skip
+    got = {
+        (p["method"], p["end_iteration"]): f"{p['losses']['lm loss']:.6E}" for p in scores["points"]
+    }
     assert got.keys() == {("unmerged", 4), ("unmerged", 6), ("sma", 6)}
     assert got["unmerged", 6] == expected["unmerged"] != got["unmerged", 4]
     assert got["sma", 6] == expected["sma"]
@@ -56,9 +67,7 @@ def test_scores_are_those_of_the_offline_merges(model: list[str], tmp_path: Path
     assert "PMA: left out sma of 3 up to iteration 4: --pma-score-lasts 3 needs 3" in made.output
 
     asked = ["--load", run, "--lasts", "3", "--ends", "4", "6", "--out", str(tmp_path / "cli.json")]
-    run_pretrain(
-        TREE, [*asked, "--", *EVALUATE, *model], ranks=2, through="evaluate",
-    )  # fmt: skip
+    run_pretrain(TREE, [*asked, "--", *EVALUATE, *model], ranks=2, through="evaluate")
     again = json.loads((tmp_path / "cli.json").read_text())
     assert again["points"] == scores["points"]
     for name in ("scores.json", "cli.json"):
@@ -69,8 +78,10 @@ def test_scores_are_those_of_the_offline_merges(model: list[str], tmp_path: Path
 def test_refused_with_the_reason(tmp_path: Path) -> None:
     for flags, words in (
         (["--pma-score", "--load", str(tmp_path)], "--pma-score needs --skip-train"),
-        (["--pma-score", "--skip-train", "--load", str(tmp_path), "--pma-score-ends", "some"],
-         "--pma-score-ends 'some' is not all"),
-    ):  # fmt: skip
+        (
+            ["--pma-score", "--skip-train", "--load", str(tmp_path), "--pma-score-ends", "some"],
+            "--pma-score-ends 'some' is not all",
+        ),
+    ):
         with pytest.raises(PretrainFailure, match=words):
             run_pretrain(TREE, ["--train-iters", "4", *flags], ranks=1)

@@ -21,8 +21,9 @@ LINE = (
 )
 
 
-def line(it: int, losses: str, norm: str = " grad norm: 0.716 |", skipped: int = 0,
-         nan: int = 0) -> str:  # fmt: skip
+def line(
+    it: int, losses: str, norm: str = " grad norm: 0.716 |", skipped: int = 0, nan: int = 0
+) -> str:
     """A training line in the format of core 0.12 to main; `tests/logs` has real ones."""
     return LINE.format(it=it, samples=4 * it, losses=losses, norm=norm, skipped=skipped, nan=nan)
 

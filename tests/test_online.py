@@ -193,8 +193,9 @@ def run_on(rank: int, world_size: int, config: TinyConfig, method: Method, root:
     return found
 
 
-def go_on(rank: int, world_size: int, config: TinyConfig, method: Method, root: str,
-          iterations: int = 3) -> Any:  # fmt: skip
+def go_on(
+    rank: int, world_size: int, config: TinyConfig, method: Method, root: str, iterations: int = 3
+) -> Any:
     """Resume, and train to iteration 10; returns the average, and the notes of the resume."""
     trainer = TinyTrainer(config)
     average = online(trainer, method)
@@ -227,8 +228,9 @@ def test_a_resume_in_the_middle_loses_nothing(case: str, method: Method, tmp_pat
     assert left == [f"iter_{i:07d}" for i in kept]
 
 
-def average_after_resume(rank: int, world_size: int, config: TinyConfig, method: Method, state: str,
-                         iteration: int) -> Any:  # fmt: skip
+def average_after_resume(
+    rank: int, world_size: int, config: TinyConfig, method: Method, state: str, iteration: int
+) -> Any:
     """Main params of the restored average as a checkpoint holds them: key -> pieces."""
     trainer = TinyTrainer(config)
     average = online(trainer, method)
@@ -264,9 +266,13 @@ RESHARDED = {
     "dense": (BASE, 2, replace(BASE, tensor_model_parallel_size=2), 2),
     "dense-float16": (BASE, 2, replace(BASE, use_distributed_optimizer=False), 1),
     "moe": (MOE, 2, replace(MOE, expert_model_parallel_size=1), 1),
-    "dense-four": (replace(BASE, tensor_model_parallel_size=2), 4,
-                   replace(BASE, pipeline_model_parallel_size=2), 4),
-}  # fmt: skip
+    "dense-four": (
+        replace(BASE, tensor_model_parallel_size=2),
+        4,
+        replace(BASE, pipeline_model_parallel_size=2),
+        4,
+    ),
+}
 
 
 @pytest.mark.parametrize("method", [METHODS["1-sqrt"], EMA], ids=["1-sqrt", "ema"])

@@ -62,10 +62,13 @@ def test_threads_get_the_file_that_they_ask_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("number", "words"),
     [
-        (errno.ENOENT, "stop the clean-up, or exclude"), (errno.ESTALE, "stop the clean-up"),
-        (errno.EACCES, "chmod u+r"), (errno.EMFILE, "ulimit -n"), (errno.EIO, "its storage failed"),
+        (errno.ENOENT, "stop the clean-up, or exclude"),
+        (errno.ESTALE, "stop the clean-up"),
+        (errno.EACCES, "chmod u+r"),
+        (errno.EMFILE, "ulimit -n"),
+        (errno.EIO, "its storage failed"),
     ],
-)  # fmt: skip
+)
 def test_why_a_file_cannot_be_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, words: str
 ) -> None:

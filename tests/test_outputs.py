@@ -78,9 +78,10 @@ def test_reset_zeroes_moments_and_steps_and_nothing_else(name: str, unpack: Unpa
             assert not read_tensor(folder, tensor).any()
     checkpoint = TorchDistCheckpoint(folder)
     objects = [k for k in checkpoint.objects if ".optimizer/shard" in k]
-    found = [steps(load_common(folder).get("optimizer")), *(
-        steps(load_object(checkpoint, key)) for key in objects
-    )]  # fmt: skip
+    found = [
+        steps(load_common(folder).get("optimizer")),
+        *(steps(load_object(checkpoint, key)) for key in objects),
+    ]
     counters = [step for group in found for step in group]
     assert counters and not any(counters)
     assert any(steps(load_common(newest).get("optimizer"))) or any(
@@ -169,10 +170,11 @@ def test_decay_weights_use_true_token_positions(unpack: Unpack) -> None:
     folder = run(root, method=Method(name="1-sqrt"))
     made = plan(
         MergeRequest(
-            load=str(root), method=Method(name="1-sqrt"),
+            load=str(root),
+            method=Method(name="1-sqrt"),
             selection=SelectionRequest(last=len(states[0])),
         )
-    )  # fmt: skip
+    )
     merged = read_source(str(folder), {}, True)
     for key, sources in global_tensors(states, "main_params").items():
         main = read_tensor(folder, merged.space.states["param"][key])
@@ -194,9 +196,10 @@ def test_a_merge_is_a_source_like_any_other(unpack: Unpack) -> None:
     folder = run(root)
     first = min(root.glob("iter_*"))
     again = MergeRequest(
-        load=str(root), save=str(root.parent / "again"),
+        load=str(root),
+        save=str(root.parent / "again"),
         selection=SelectionRequest(paths=(str(first), str(folder))),
-    )  # fmt: skip
+    )
     assert len(merge(again).plan["sources"]) == 2
 
 

@@ -37,8 +37,10 @@ def apply(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """`patches/apply.sh` with these arguments."""
     return subprocess.run(
         ["bash", str(PATCHES / "apply.sh"), *map(str, arguments)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def test_there_is_a_patch_for_each_release_that_is_named() -> None:
@@ -211,8 +213,10 @@ def test_with_flags_a_patched_tree_does_what_the_launcher_does(tree: Path, tmp_p
         other = tensors(tmp_path / "patched" / folder.replace("launched", "patched"))
         assert one.keys() == other.keys()
         assert all(torch.equal(one[key], other[key]) for key in one)
-    taken = [sorted(p.name for p in (tmp_path / name / "pma_snapshots").glob("iter_*"))
-             for name in ("launched", "patched")]  # fmt: skip
+    taken = [
+        sorted(p.name for p in (tmp_path / name / "pma_snapshots").glob("iter_*"))
+        for name in ("launched", "patched")
+    ]
     assert taken[0] == taken[1] != []
 
 

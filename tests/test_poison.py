@@ -103,9 +103,12 @@ def going_back(rank: int, world_size: int, root: str) -> None:
             raise OSError("the storage failed")
 
     recovery = Recovery(
-        trainer.models, trainer.optimizer, roots=[root], rollback=rollback,
+        trainer.models,
+        trainer.optimizer,
+        roots=[root],
+        rollback=rollback,
         settings=RecoverySettings(margin_iterations=0),
-    )  # fmt: skip
+    )
     with pytest.raises(OSError if rank == 1 else RankError, match="the storage failed"):
         recovery.resumed(SPOILED, recoveries=0)
     text = refused(lambda: trainer.train(1))

@@ -142,9 +142,13 @@ def _metadata(memory_format: Any) -> bytes:
 
 @pytest.mark.parametrize(
     ("of", "name"),
-    [(OrderedDict, "fromkeys"), (_MEM_FORMAT_ENCODING, "mro"), (_MEM_FORMAT_ENCODING, "__class__"),
-     (OrderedDict(), "clear")],
-)  # fmt: skip
+    [
+        (OrderedDict, "fromkeys"),
+        (_MEM_FORMAT_ENCODING, "mro"),
+        (_MEM_FORMAT_ENCODING, "__class__"),
+        (OrderedDict(), "clear"),
+    ],
+)
 def test_nothing_but_members_is_taken_of_an_allowed_class(of: Any, name: str) -> None:
     good = _metadata(_Taken(_MEM_FORMAT_ENCODING, "TORCH_PRESERVE_FORMAT"))
     assert parse(good, "a file").properties["a"].memory_format is torch.preserve_format
@@ -158,9 +162,13 @@ class _Stage(int, Enum):
 
 @pytest.mark.parametrize(
     ("of", "name"),
-    [(OrderedDict, "fromkeys"), (_Stage, "__init_subclass__"), (_Stage(2), "name"),
-     (_Taken(_Stage, "gradients"), "name")],
-)  # fmt: skip
+    [
+        (OrderedDict, "fromkeys"),
+        (_Stage, "__init_subclass__"),
+        (_Stage(2), "name"),
+        (_Taken(_Stage, "gradients"), "name"),
+    ],
+)
 def test_an_optimizer_file_takes_no_attribute_of_anything_else(of: Any, name: str) -> None:
     known = {(_Stage.__module__, _Stage.__name__)}
     good = pickle.dumps(_Taken(_Stage, "gradients"))

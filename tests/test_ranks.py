@@ -67,11 +67,15 @@ def requests_for(root: Path, save: Path, **settings: Any) -> dict[str, MergeRequ
     settings["policy"] = Policy(optimizer_state="average")
     wanted = {
         f"threads{threads}": request_for(
-            root, save / f"threads{threads}", selection=ALL, method=CUSTOM, threads=threads,
+            root,
+            save / f"threads{threads}",
+            selection=ALL,
+            method=CUSTOM,
+            threads=threads,
             **settings,
         )
         for threads in THREADS
-    }  # fmt: skip
+    }
     return {**wanted, "sweep": request_for(root, save / "sweep", sweep=("sma:2,4",), **settings)}
 
 
@@ -110,8 +114,13 @@ def results(
         local = {2: NODES, 4: {"out of reach": [(2, 6, 8), (4,), (2, 6, 8), (2,)]}}.get(ranks, {})
         for name, held in local.items():
             folder = make_nodes(dense_run, tmp_path_factory.mktemp("nodes"), held)
-            wanted = MergeRequest(load="run", save=str(saves / name), selection=ALL, method=CUSTOM,
-                                  merge_parallel_size=2)  # fmt: skip
+            wanted = MergeRequest(
+                load="run",
+                save=str(saves / name),
+                selection=ALL,
+                method=CUSTOM,
+                merge_parallel_size=2,
+            )
             jobs[name] = (folder, wanted)
         before = [digests(root) for root in runs.values()]
         here = Path.cwd()

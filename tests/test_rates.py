@@ -138,9 +138,12 @@ def test_refused(dense_run: Path, save: Path) -> None:
 
 
 ZERO = {
-    "zero0": {"stage": 0}, "zero0-fp32": {"stage": 0, "bf16": False}, "zero1": {"stage": 1},
-    "zero2": {"stage": 2}, "zero3": {"stage": 3},
-}  # fmt: skip
+    "zero0": {"stage": 0},
+    "zero0-fp32": {"stage": 0, "bf16": False},
+    "zero1": {"stage": 1},
+    "zero2": {"stage": 2},
+    "zero3": {"stage": 3},
+}
 
 
 def deepspeed_config(kind: str) -> Any:

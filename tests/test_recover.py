@@ -27,8 +27,9 @@ from pma_megatron.testing import RankFailure, TinyConfig, TinyTrainer, inject, r
 DENSE = TinyConfig(warmup_iters=5, lr=3e-3)
 PP2 = replace(DENSE, pipeline_model_parallel_size=2)
 MOE = replace(DENSE, num_experts=4, expert_model_parallel_size=2)
-SPIKE = SpikeSettings(window=24, warmup=24, settle=4, patience=8, cooldown=4, min_rise=0.3,
-                      fatal_rise=0.6)  # fmt: skip
+SPIKE = SpikeSettings(
+    window=24, warmup=24, settle=4, patience=8, cooldown=4, min_rise=0.3, fatal_rise=0.6
+)
 SETTINGS = RecoverySettings(spike=SPIKE, margin_iterations=2)
 BREAK_AT, SAVE_EVERY = 44, 10
 STAGES = ("recover-choose", "recover-rollback", "recover-merge", "recover-done")
@@ -45,9 +46,12 @@ class Run:
         self.snapshots: dict[int, dict[str, Any]] = {}
         self.done: list[Any] = []
         self.recovery = Recovery(
-            self.trainer.models, self.trainer.optimizer, roots=[root], settings=settings,
+            self.trainer.models,
+            self.trainer.optimizer,
+            roots=[root],
+            settings=settings,
             rollback=lambda ref: self.trainer.roll_back(Path(ref.path).parent, ref.iteration),
-        )  # fmt: skip
+        )
 
     def resume(self) -> None:
         iteration = self.trainer.load(self.root)
@@ -93,17 +97,23 @@ def break_and_recover(rank: int, world_size: int, config: TinyConfig, root: str)
     run = Run(config, root)
     run.until(80)
     kept = {k: v for k, v in run.snapshots.items() if k in (20, 30, 40) or k < 0}
-    return {"losses": run.losses, "done": run.done, "snapshots": kept,
-            "lr": run.trainer.learning_rate(), "samples": run.trainer.consumed_samples}  # fmt: skip
+    return {
+        "losses": run.losses,
+        "done": run.done,
+        "snapshots": kept,
+        "lr": run.trainer.learning_rate(),
+        "samples": run.trainer.consumed_samples,
+    }
 
 
 CASES = [
     pytest.param(DENSE, 2, id="dp2"),
     pytest.param(PP2, 2, id="pp2"),
     pytest.param(MOE, 2, id="moe-ep2", marks=(pytest.mark.slow, pytest.mark.thorough)),
-    pytest.param(replace(DENSE, tensor_model_parallel_size=2), 4, id="tp2-dp2",
-                 marks=pytest.mark.slow),
-]  # fmt: skip
+    pytest.param(
+        replace(DENSE, tensor_model_parallel_size=2), 4, id="tp2-dp2", marks=pytest.mark.slow
+    ),
+]
 
 
 @pytest.mark.parametrize(("config", "ranks"), CASES)
@@ -147,8 +157,11 @@ def test_recovers_to_the_average_of_healthy_checkpoints(
     assert spoiled == {i for i in refs if done.onset <= i < done.iteration} and 80 in refs
     events = recovery_log.read(root).events
     assert [event["event"] for event in events] == [
-        recovery_log.DETECTED, recovery_log.BEGUN, recovery_log.DONE, recovery_log.JUDGED,
-    ]  # fmt: skip
+        recovery_log.DETECTED,
+        recovery_log.BEGUN,
+        recovery_log.DONE,
+        recovery_log.JUDGED,
+    ]
     assert done.iteration < events[-1]["iteration"] <= done.iteration + 10
 
 
@@ -229,9 +242,12 @@ def init_from(rank: int, world_size: int, root: str, last: int) -> tuple[list[st
     trainer = TinyTrainer(DENSE)
     iteration = trainer.load(root)
     report = merge_into(
-        trainer.models, trainer.optimizer, load=root, resumed=iteration,
+        trainer.models,
+        trainer.optimizer,
+        load=root,
+        resumed=iteration,
         selection=SelectionRequest(last=last, allow_gaps=True),
-    )  # fmt: skip
+    )
     return list(report.sources), trainer.train(3)
 
 
@@ -264,12 +280,12 @@ def test_what_was_saved_before_a_loss_was_judged_is_in_no_average(
     assert used <= good and 40 in used
     assert {each["iteration"] for each in report.plan["passed_over"]} == {
         i for i in refs if i is not None and i > 40
-    } - used  # fmt: skip
+    } - used
     assert all(f"iter_00000{i} " in caplog.text for i in missed)
     sources, after = run_ranks(init_from, 2, str(root), last - 1)[0]
     assert {Path(path).name for path in sources} == {
         folder_of(root, i).name for i in used if i != 40
-    }  # fmt: skip
+    }
     assert max(after) < healthy + 0.3
 
 

@@ -40,17 +40,21 @@ def resumed(rank: int, world_size: int, config: Any, root: str) -> dict[str, Any
     trainer.load(root)
     start = trainer.snapshot()
     trainer.train(1)
-    return {"iteration": start["iteration"], "samples": start["consumed_samples"],
-            "main": start["main_params"]}  # fmt: skip
+    return {
+        "iteration": start["iteration"],
+        "samples": start["consumed_samples"],
+        "main": start["main_params"],
+    }
 
 
 def test_merges_before_the_onset_and_resumes(dense_run: Path, tmp_path: Path) -> None:
     save = tmp_path / "on"
     before = digests(dense_run)
     found, report = recover(
-        RecoveryRequest(load=str(dense_run), save=str(save), onset=8, margin_iterations=0,
-                        skip=Span(8, 9))
-    )  # fmt: skip
+        RecoveryRequest(
+            load=str(dense_run), save=str(save), onset=8, margin_iterations=0, skip=Span(8, 9)
+        )
+    )
     assert report.outputs == (str(folder_of(save, 6)),) and digests(dense_run) == before
     assert [r.iteration for r in found.healthy.selection.refs] == [2, 4, 6]
     assert found.resume.spelled() == f"--load {save} --save {save} --iterations-to-skip 8 9"
@@ -61,8 +65,9 @@ def test_merges_before_the_onset_and_resumes(dense_run: Path, tmp_path: Path) ->
 
 def test_the_onset_is_found_in_the_metrics(dense_run: Path, tmp_path: Path) -> None:
     log = metrics(tmp_path / "log.csv", 300)
-    request = RecoveryRequest(load=str(dense_run), save=str(tmp_path / "on"), metrics=log,
-                              spike=SPIKE)  # fmt: skip
+    request = RecoveryRequest(
+        load=str(dense_run), save=str(tmp_path / "on"), metrics=log, spike=SPIKE
+    )
     found = diagnose(request)
     assert found.onset == 300 and found.verdicts[-1].fatal
     assert found.resume.flags["--iterations-to-skip"][0] == "300"
@@ -139,8 +144,13 @@ def test_bad_input(run: Path, save: Path, tmp_path: Path) -> None:
     later = tmp_path / "later.csv"
     rows = Path(metrics(tmp_path / "all.csv", 300)).read_text().splitlines()
     later.write_text("\n".join([rows[0], *rows[200:]]) + "\n")
-    bad(run, save, MetricsError, "covers iterations 200 to 399|newest checkpoint is of 8",
-        metrics=str(later))  # fmt: skip
+    bad(
+        run,
+        save,
+        MetricsError,
+        "covers iterations 200 to 399|newest checkpoint is of 8",
+        metrics=str(later),
+    )
     gone = tmp_path / "gone.csv"
     bad(run, save, MetricsError, "gone.csv", metrics=str(gone))
     nothing = tmp_path / "nan.csv"

@@ -20,12 +20,15 @@ MODELS = {
     "experts": replace(TINY, num_experts=4, expert_model_parallel_size=2),
     "experts beside the rest": replace(TINY, num_experts=4),
     "stages of chunks, tied embeddings": replace(
-        TINY, num_layers=4, pipeline_model_parallel_size=2,
-        virtual_pipeline_model_parallel_size=2, tie_embeddings=True,
+        TINY,
+        num_layers=4,
+        pipeline_model_parallel_size=2,
+        virtual_pipeline_model_parallel_size=2,
+        tie_embeddings=True,
     ),
     "tensor parallel": replace(TINY, tensor_model_parallel_size=2),
     "multi-token prediction": replace(TINY, mtp_num_layers=2),
-}  # fmt: skip
+}
 
 
 def buffers(

@@ -29,19 +29,24 @@ CASES: dict[str, tuple[TinyConfig, int]] = {
     "dense-dp2-not-parallel-save": (replace(BASE, fully_parallel_save=False), 2),
     "dense-tp2-dp_reshardable": (replace(BASE, tensor_model_parallel_size=2), 2),
     "dense-tp2-fully_reshardable": (
-        replace(BASE, tensor_model_parallel_size=2, optim_format=FULLY), 2,
+        replace(BASE, tensor_model_parallel_size=2, optim_format=FULLY),
+        2,
     ),
     "dense-pp2-dp_reshardable": (replace(BASE, pipeline_model_parallel_size=2), 2),
     "dense-vpp2-dp_reshardable": (
         replace(
-            BASE, num_layers=4, pipeline_model_parallel_size=2,
+            BASE,
+            num_layers=4,
+            pipeline_model_parallel_size=2,
             virtual_pipeline_model_parallel_size=2,
-        ), 2,
+        ),
+        2,
     ),
     "dense-tp2-pp2-fully_reshardable": (
         replace(
             BASE, tensor_model_parallel_size=2, pipeline_model_parallel_size=2, optim_format=FULLY
-        ), 4,
+        ),
+        4,
     ),
     "dense-tp2-dp2-dp_reshardable": (replace(BASE, tensor_model_parallel_size=2), 4),
     "dense-float16": (replace(BASE, use_distributed_optimizer=False), 2),
@@ -50,10 +55,14 @@ CASES: dict[str, tuple[TinyConfig, int]] = {
     "moe-ep2-fully_reshardable": (replace(MOE, optim_format=FULLY), 2),
     "moe-ep2-dp4-dp_reshardable": (MOE, 4),
     "moe-ep2-pp2-dp_reshardable": (replace(MOE, pipeline_model_parallel_size=2), 4),
-}  # fmt: skip
+}
 SMALL = ("dense-dp2-dp_reshardable", "moe-ep2-fully_reshardable")
-SHOWN_BY_OTHERS = ("dense-dp2-not-parallel-save", "dense-tp2-dp_reshardable",
-                   "dense-pp2-dp_reshardable", "moe-ep2-dp_reshardable")  # fmt: skip
+SHOWN_BY_OTHERS = (
+    "dense-dp2-not-parallel-save",
+    "dense-tp2-dp_reshardable",
+    "dense-pp2-dp_reshardable",
+    "moe-ep2-dp_reshardable",
+)
 
 
 def marks(case: str) -> tuple[pytest.MarkDecorator, ...]:
@@ -113,8 +122,9 @@ def averages(values: list[torch.Tensor], weights: tuple[float, ...]) -> tuple[An
     return exact, len(values) * UNIT_ROUNDOFF * size
 
 
-def assert_is_average(got: dict[str, Any], saved: list[dict[str, Any]], weights: tuple[float, ...],
-                      bf16: bool) -> None:  # fmt: skip
+def assert_is_average(
+    got: dict[str, Any], saved: list[dict[str, Any]], weights: tuple[float, ...], bf16: bool
+) -> None:
     for name in got["main_params"]:
         exact, bound = averages([state["main_params"][name] for state in saved], weights)
         error = (got["main_params"][name].double() - exact).abs()
@@ -123,8 +133,9 @@ def assert_is_average(got: dict[str, Any], saved: list[dict[str, Any]], weights:
         assert torch.equal(got["model_params"][name], rounded.view_as(got["model_params"][name]))
 
 
-def assert_buffers_are_average(got: dict[str, Any], saved: list[dict[str, Any]],
-                               weights: tuple[float, ...]) -> None:  # fmt: skip
+def assert_buffers_are_average(
+    got: dict[str, Any], saved: list[dict[str, Any]], weights: tuple[float, ...]
+) -> None:
     """Router biases; a step moves them by itself, so they are compared before one."""
     for name, value in got["buffers"].items():
         exact, bound = averages([state["buffers"][name] for state in saved], weights)

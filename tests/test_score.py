@@ -35,13 +35,15 @@ TRAINED_AS = {"dense-tp2-of-dp2": replace(BASE, optim_format="fully_reshardable"
 """Runs whose checkpoints have another layout than the model that scores them."""
 FAST = ("dense-dp2", "moe-ep2")
 SAVES = (2, 4, 6, 8)
-GRID = Grid(
-    methods=(Method(), Method(name="ema", alpha=0.2)),
-    lasts=(1, 3, 4),
-    ends=(6, 8),
-)
-MERGED = [("sma", 3, 6), ("ema:0.2", 3, 6), ("sma", 3, 8), ("ema:0.2", 3, 8), ("sma", 4, 8),
-          ("ema:0.2", 4, 8)]  # fmt: skip
+GRID = Grid(methods=(Method(), Method(name="ema", alpha=0.2)), lasts=(1, 3, 4), ends=(6, 8))
+MERGED = [
+    ("sma", 3, 6),
+    ("ema:0.2", 3, 6),
+    ("sma", 3, 8),
+    ("ema:0.2", 3, 8),
+    ("sma", 4, 8),
+    ("ema:0.2", 4, 8),
+]
 """(method, count, end) of the merges that four checkpoints allow."""
 
 
@@ -97,8 +99,7 @@ REST = (pytest.mark.slow, pytest.mark.thorough)
 
 
 @pytest.mark.parametrize(
-    "case",
-    [pytest.param(c, marks=() if c in FAST else REST[: 2 - (c in IN_CI)]) for c in CASES],
+    "case", [pytest.param(c, marks=() if c in FAST else REST[: 2 - (c in IN_CI)]) for c in CASES]
 )
 def test_a_point_is_the_offline_merge_to_the_bit(case: str, tmp_path: Path) -> None:
     config, ranks = CASES[case]
@@ -106,30 +107,39 @@ def test_a_point_is_the_offline_merge_to_the_bit(case: str, tmp_path: Path) -> N
     root = str(tmp_path / "run")
     run_ranks(train, ranks, trained, root)
     rounded = MergeRequest(
-        load=root, save=str(tmp_path / "weights"), policy=Policy(average="weights"),
+        load=root,
+        save=str(tmp_path / "weights"),
+        policy=Policy(average="weights"),
         selection=SelectionRequest(last=1, end_iteration=6),
-    )  # fmt: skip
+    )
     merge(rounded)
     for method, last, end in MERGED:
         name, _, alpha = method.partition(":")
-        merge(MergeRequest(
-            load=root, save=str(tmp_path / f"{method}-{last}-{end}"),
-            selection=SelectionRequest(last=last, end_iteration=end),
-            method=Method(name=name, alpha=float(alpha) if alpha else None),
-        ))  # fmt: skip
+        merge(
+            MergeRequest(
+                load=root,
+                save=str(tmp_path / f"{method}-{last}-{end}"),
+                selection=SelectionRequest(last=last, end_iteration=end),
+                method=Method(name=name, alpha=float(alpha) if alpha else None),
+            )
+        )
     results = run_ranks(score_and_load, ranks, config, root, str(tmp_path))
     for scores, expected, back in results:
         assert back
-        got = {(p["method"], p["last"], p["end_iteration"]): p["losses"]["loss"]
-               for p in scores["points"]}  # fmt: skip
+        got = {
+            (p["method"], p["last"], p["end_iteration"]): p["losses"]["loss"]
+            for p in scores["points"]
+        }
         assert got == expected
         assert len(set(got.values())) == len(got)
         assert [other["losses"]["loss"] for other in scores["others"]] == [
-            expected["sma", 3, 6], expected["unmerged", 1, 6]
-        ]  # fmt: skip
+            expected["sma", 3, 6],
+            expected["unmerged", 1, 6],
+        ]
         assert [(s["method"], s["last"], s["end_iteration"]) for s in scores["skipped"]] == [
-            ("sma", 4, 6), ("ema:0.2", 4, 6)
-        ]  # fmt: skip
+            ("sma", 4, 6),
+            ("ema:0.2", 4, 6),
+        ]
         assert Scores.from_json(scores).to_json()["points"] == scores["points"]
     assert results[0][0] == results[-1][0]
 

@@ -156,8 +156,8 @@ def test_times_decide_nothing(
     ],
 )
 def test_a_tracker_that_names_nothing_is_said_and_stops_nobody(
-    run: Path, save: Path, content: bytes | None, says: str, caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+    run: Path, save: Path, content: bytes | None, says: str, caplog: pytest.LogCaptureFixture
+) -> None:
     (run / TRACKER).unlink()
     if content is None:
         (run / TRACKER).mkdir()
@@ -173,8 +173,12 @@ def test_a_tracker_that_names_nothing_is_said_and_stops_nobody(
 def test_a_tracker_that_goes_back_is_said(
     run: Path, save: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for end, overwrite, says in ((6, False, ""), (8, False, ""), (8, True, ""),
-                                 (6, True, "goes back from iteration 8 to 6")):  # fmt: skip
+    for end, overwrite, says in (
+        (6, False, ""),
+        (8, False, ""),
+        (8, True, ""),
+        (6, True, "goes back from iteration 8 to 6"),
+    ):
         caplog.clear()
         selection = SelectionRequest(last=2, end_iteration=end)
         merge(request_for(run, save, selection=selection, overwrite=overwrite))
@@ -187,9 +191,12 @@ def live(rank: int, world_size: int, root: str, last: int) -> tuple[int, list[st
     trainer = TinyTrainer(TinyConfig(warmup_iters=2))
     iteration = trainer.load(root)
     report = merge_into(
-        trainer.models, trainer.optimizer, load=root, selection=SelectionRequest(last=last),
+        trainer.models,
+        trainer.optimizer,
+        load=root,
+        selection=SelectionRequest(last=last),
         resumed=iteration,
-    )  # fmt: skip
+    )
     return iteration, list(report.sources), [each.iteration for each in report.passed_over]
 
 
@@ -203,9 +210,7 @@ def test_offline_and_live_end_at_what_training_resumes_from(run: Path, save: Pat
     (newer,) = report.plan["passed_over"]
     assert (newer["iteration"], newer["kind"]) == (8, "newer")
     named = SelectionRequest(last=2, end_iteration=8)
-    assert iterations_of(
-        merge(request_for(run, save / "named", selection=named)).plan
-    ) == [6, 8]  # fmt: skip
+    assert iterations_of(merge(request_for(run, save / "named", selection=named)).plan) == [6, 8]
 
 
 def live_refused(rank: int, world_size: int, root: str) -> str:

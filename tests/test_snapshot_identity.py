@@ -102,8 +102,10 @@ def file_of_another_run(run: Path, other: Path) -> Path:
 
 RENAMED: Sequence[Damage] = (renamed_copy, copy_renamed_with_care)
 MIXED: Sequence[Damage] = (
-    content_of_another_iteration, file_of_another_iteration, file_of_another_run,
-)  # fmt: skip
+    content_of_another_iteration,
+    file_of_another_iteration,
+    file_of_another_run,
+)
 
 
 def copy_of(runs: Path, kind: str, tmp_path: Path) -> Path:

@@ -161,8 +161,9 @@ class Run:
 
 
 @pytest.fixture(scope="module", params=["dense", "moe"])
-def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-            ) -> Iterator[Run]:  # fmt: skip
+def trained(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Run]:
     """One run, its snapshots in float32 and, under another root, in bfloat16."""
     folder = tmp_path_factory.mktemp(f"thin_{request.param}")
     roots = {name: folder / name for name in DTYPES}
@@ -186,8 +187,13 @@ def test_megatron_loads_a_snapshot_as_weights(trained: Run) -> None:
 def test_a_snapshot_holds_the_main_params(trained: Run, dtype: str) -> None:
     folder = folder_of(trained.roots[dtype] / SNAPSHOTS, 10)
     assert {p.name for p in folder.iterdir()} == {
-        ".metadata", "metadata.json", "common.pt", *OWN_FILES, "__0_0.distcp", "__1_0.distcp",
-    }  # fmt: skip
+        ".metadata",
+        "metadata.json",
+        "common.pt",
+        *OWN_FILES,
+        "__0_0.distcp",
+        "__1_0.distcp",
+    }
     for key, saved in trained.main_params(dtype).items():
         got = read_by_torch(folder, [key])[key]
         assert got.dtype == DTYPES[dtype]
@@ -202,8 +208,12 @@ def test_snapshots_are_listed_and_full_checkpoints_win(
 ) -> None:
     refs = list_checkpoints(trained.roots["float32"])
     assert [(ref.iteration, ref.snapshot) for ref in refs] == [
-        (2, False), (4, True), (6, True), (8, False), (10, True),
-    ]  # fmt: skip
+        (2, False),
+        (4, True),
+        (6, True),
+        (8, False),
+        (10, True),
+    ]
     assert all(ref.complete for ref in refs)
     per_iteration = DENSE.global_batch_size * DENSE.seq_length
     assert [ref.consumed_tokens for ref in refs] == [n * per_iteration for n in SAVES]

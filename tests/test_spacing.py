@@ -158,8 +158,7 @@ def test_a_window_with_one_checkpoint_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "request_of",
-    [{"last": 3, "interval_tokens": B}, {"window_tokens": 3 * B}],
+    "request_of", [{"last": 3, "interval_tokens": B}, {"window_tokens": 3 * B}]
 )
 def test_selection_by_tokens_refuses_counts_that_do_not_measure_progress(request_of) -> None:
     flag = "interval_tokens=" if "last" in request_of else "window_tokens="

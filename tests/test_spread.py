@@ -95,4 +95,4 @@ def test_points_of_a_plane_are_affine_combinations(count: int) -> None:
     weights = np.arange(1, count + 1) / np.arange(1, count + 1).sum()
     np.testing.assert_allclose(
         plane.project(gram_of(x), weights), weights @ plane.members, atol=1e-6
-    )  # fmt: skip
+    )

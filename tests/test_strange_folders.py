@@ -17,7 +17,7 @@ from pma_megatron import (
     inspect,
     list_checkpoints,
     verify,
-)  # fmt: skip
+)
 from pma_megatron.cli import main
 from pma_megatron.deepspeed.options import Options
 from pma_megatron.errors import UsageError
@@ -98,22 +98,27 @@ def settings_of(text: str) -> Callable[[], object]:
 
 @pytest.mark.parametrize("address", [ADDRESS, "gs://b", "msc://profile/run", "file:///ckpts/run"])
 def test_addresses_are_refused_by_every_way_in(
-    capsys: pytest.CaptureFixture[str], dense_run: Path, tmp_path: Path, address: str,
+    capsys: pytest.CaptureFixture[str],
+    dense_run: Path,
+    tmp_path: Path,
+    address: str,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.chdir(tmp_path)
     scheme, run = address.partition(":")[0], str(dense_run)
     for command in (
         ("merge", "--load", run, "--save", address, "--last", 2),
         ("merge", "--load", address, "--save", "x"),
         ("plan", "--paths", run, address),
-        ("list", address), ("inspect", address), ("verify", address),
+        ("list", address),
+        ("inspect", address),
+        ("verify", address),
         ("recover", "--load", run, "--save", address, "--onset", 9),
         ("recover", "--load", run, "--save", "x", "--metrics", address),
         ("recover", "--load", address, "--history"),
         ("evaluate", "--load", run, "--provider", "a:b", "--out", address),
         ("geometry", "--load", run, "--plot", address),
-    ):  # fmt: skip
+    ):
         code, error = told(capsys, *command)
         assert code == 2 and scheme in error, (command, error)
         assert ("without file://" if scheme == "file" else "Mount it") in error
@@ -140,18 +145,24 @@ def test_addresses_are_refused_by_every_way_in(
 
 
 def test_nothing_is_no_folder(
-    capsys: pytest.CaptureFixture[str], dense_run: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    dense_run: Path,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     """What `--save "$OUT"` gives where OUT is not set: never the working directory."""
     monkeypatch.chdir(tmp_path)
     run = str(dense_run)
     for command in (
-        ("merge", "--load", run, "--save", "", "--last", 2), ("merge", "--load", "", "--save", "x"),
-        ("plan", "--paths", run, ""), ("list", ""), ("inspect", ""), ("verify", ""),
+        ("merge", "--load", run, "--save", "", "--last", 2),
+        ("merge", "--load", "", "--save", "x"),
+        ("plan", "--paths", run, ""),
+        ("list", ""),
+        ("inspect", ""),
+        ("verify", ""),
         ("recover", "--load", run, "--save", "", "--onset", 9),
         ("recover", "--load", run, "--save", "x", "--metrics", ""),
-    ):  # fmt: skip
+    ):
         code, error = told(capsys, *command)
         assert code == 2 and "is empty" in error, (command, error)
     for flag in ("--out", "--plot"):
@@ -183,11 +194,15 @@ def test_what_may_not_be_looked_into_is_not_said_to_be_missing(run: Path, tmp_pa
     locked.chmod(0)
     try:
         told = as_a_user(
-            tmp_path, "list locked/run", "plan --load locked/run --last 2", "inspect locked/run",
-            "merge --load locked/run --last 2 --save out", "verify locked/run",
+            tmp_path,
+            "list locked/run",
+            "plan --load locked/run --last 2",
+            "inspect locked/run",
+            "merge --load locked/run --last 2 --save out",
+            "verify locked/run",
             "plan --paths locked/run/iter_0000004 locked/run/iter_0000006",
             "recover --load locked/run --metrics locked/log.txt --save out --dry-run",
-        )  # fmt: skip
+        )
     finally:
         locked.chmod(0o755)
     for text in told:

@@ -18,9 +18,10 @@ CASES = {
     "float16-dp2": replace(BASE, use_distributed_optimizer=False),
     "fp32-dist-opt": replace(BASE, bf16=False),
     "moe-ep2": replace(BASE, num_experts=4, expert_model_parallel_size=2),
-    "dense-vpp2": replace(BASE, num_layers=4, pipeline_model_parallel_size=2,
-                          virtual_pipeline_model_parallel_size=2),
-}  # fmt: skip
+    "dense-vpp2": replace(
+        BASE, num_layers=4, pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2
+    ),
+}
 FAST = ("dense-dp2", "fp32-dist-opt", "moe-ep2")
 
 

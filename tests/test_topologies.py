@@ -31,11 +31,22 @@ RUNS = {
     "moe-ep2-fully": replace(MOE, seed=10, expert_model_parallel_size=2, optim_format=FULLY),
 }
 PAIRS = [
-    ("dp2", "tp2"), ("tp2", "dp2"), ("pp2", "dp2"), ("dp2", "pp2"), ("tp2", "dp2-buckets"),
-    ("dp2", "dp2-fully"), ("tp2-fully", "pp2"), ("tp2", "tp2-fully"), ("dp2-fully", "tp2-fully"),
-    ("float16", "tp2"), ("pp2", "float16"), ("moe-ep1", "moe-ep2"), ("moe-ep2", "moe-ep1"),
-    ("moe-ep1", "moe-ep2-fully"), ("moe-ep2-fully", "moe-ep1"),
-]  # fmt: skip
+    ("dp2", "tp2"),
+    ("tp2", "dp2"),
+    ("pp2", "dp2"),
+    ("dp2", "pp2"),
+    ("tp2", "dp2-buckets"),
+    ("dp2", "dp2-fully"),
+    ("tp2-fully", "pp2"),
+    ("tp2", "tp2-fully"),
+    ("dp2-fully", "tp2-fully"),
+    ("float16", "tp2"),
+    ("pp2", "float16"),
+    ("moe-ep1", "moe-ep2"),
+    ("moe-ep2", "moe-ep1"),
+    ("moe-ep1", "moe-ep2-fully"),
+    ("moe-ep2-fully", "moe-ep1"),
+]
 FAST = (("tp2", "dp2"), ("moe-ep1", "moe-ep2"))
 
 
@@ -81,8 +92,10 @@ def test_sources_of_two_topologies_merge(
     folder = Path(merge(request).outputs[0])
     merged = read_source(str(folder), {}, True)
     for what, state in (
-        ("main_params", "param"), ("exp_avg", "exp_avg"), ("exp_avg_sq", "exp_avg_sq"),
-    ):  # fmt: skip
+        ("main_params", "param"),
+        ("exp_avg", "exp_avg"),
+        ("exp_avg_sq", "exp_avg_sq"),
+    ):
         old, new = global_tensors(old_states, what), global_tensors(new_states, what)
         assert set(old) == set(new) == set(merged.space.states[state])
         for key in old:

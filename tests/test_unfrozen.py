@@ -104,8 +104,9 @@ def test_megatron(tmp_path: Path) -> None:
         assert [str(folder_of(root, i)) in note for i, note in zip((2, 4), notes, strict=True)]
         assert all("output_layer.weight" in note for note in notes)
         verify(Path(made.outputs[0]), samples=16)
-        average = request_for(root, tmp_path / "no", selection=LAST,
-                              policy=Policy(optimizer_state="average"))  # fmt: skip
+        average = request_for(
+            root, tmp_path / "no", selection=LAST, policy=Policy(optimizer_state="average")
+        )
         words = ("iter_0000002", "It was frozen there and has no moments", "latest")
         with refused(PlanError, *words, run=root, save=tmp_path / "no"):
             plan(average)
@@ -122,10 +123,7 @@ def test_megatron(tmp_path: Path) -> None:
 
 # Layers that stay frozen.
 
-STAYS = {
-    **RUNS,
-    "float32": replace(DENSE, bf16=False, optim_format="fully_reshardable"),
-}
+STAYS = {**RUNS, "float32": replace(DENSE, bf16=False, optim_format="fully_reshardable")}
 
 
 def rest(rank: int, world_size: int, folder: str) -> dict[str, list[Any]]:
@@ -239,8 +237,9 @@ def test_deepspeed(tmp_path: Path) -> None:
         made = merge(request_for(runs / kind, on / kind, selection=LAST))
         assert sum(LAYER in note for note in made.plan["notes"]) == 2
         verify(Path(made.outputs[0]), samples=16)
-    for states, got in zip(held, run_ranks(resume_deepspeed, 2, str(on), timeout_s=200),
-                           strict=True):  # fmt: skip
+    for states, got in zip(
+        held, run_ranks(resume_deepspeed, 2, str(on), timeout_s=200), strict=True
+    ):
         for kind in ZERO:
             first, last = (states[kind][i][LAYER].double() for i in (0, 2))
             assert LAYER in got[kind] and not torch.equal(first, last)

@@ -48,10 +48,15 @@ def convert(rank: int, world_size: int, tags: Sequence[tuple[str, str]]) -> None
     for source, target in tags:
         to_universal.main(
             Namespace(
-                input_folder=source, output_folder=target, num_extract_workers=1,
-                num_merge_workers=1, keep_temp_folder=False, strict=True, inject_missing_state=True,
+                input_folder=source,
+                output_folder=target,
+                num_extract_workers=1,
+                num_merge_workers=1,
+                keep_temp_folder=False,
+                strict=True,
+                inject_missing_state=True,
             )
-        )  # fmt: skip
+        )
 
 
 @pytest.fixture(scope="module")

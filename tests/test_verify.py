@@ -69,8 +69,9 @@ def assert_right_sums(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def merges(dense_run: Path, moe_run: Path, tmp_path_factory: pytest.TempPathFactory
-           ) -> dict[str, Path]:  # fmt: skip
+def merges(
+    dense_run: Path, moe_run: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
     """Merges whose bytes come about in every way: averaged, copied, edited, zeroed, in another
     dtype, by one rank and by two; kind -> folder."""
     save = tmp_path_factory.mktemp("merges")
@@ -78,9 +79,10 @@ def merges(dense_run: Path, moe_run: Path, tmp_path_factory: pytest.TempPathFact
         "latest": request_for(dense_run, save / "latest"),
         "reset": request_for(moe_run, save / "reset", policy=Policy(optimizer_state="reset")),
         "average": request_for(moe_run, save / "average", policy=Policy(optimizer_state="average")),
-        "fp32": request_for(dense_run, save / "fp32", policy=Policy(optimizer_state="drop"),
-                            dtype="fp32"),
-    }  # fmt: skip
+        "fp32": request_for(
+            dense_run, save / "fp32", policy=Policy(optimizer_state="drop"), dtype="fp32"
+        ),
+    }
     for request in requests.values():
         merge(request)
     shared = {"ranks": request_for(moe_run, save / "ranks")}
@@ -170,10 +172,7 @@ def edited(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
         (lambda folder: (folder / SEAL_FILE).unlink(), (SEAL_FILE, "not whole")),
         (lambda folder: (folder / "notes.txt").write_text("x"), ("holds notes.txt", "elsewhere")),
         (lambda folder: (folder / "link").symlink_to(folder.parent), ("holds link",)),
-        (
-            lambda folder: rewrite(folder / "common.pt", lambda b: b + b"\0"),
-            ("common.pt: its",),
-        ),
+        (lambda folder: rewrite(folder / "common.pt", lambda b: b + b"\0"), ("common.pt: its",)),
         (lambda folder: rewrite(folder / MARKER_FILE, lambda b: b + b"\n"), ("do not belong",)),
         (lambda folder: rewrite(folder / SEAL_FILE, bytes.upper), ("do not belong",)),
         (lambda folder: (folder / MARKER_FILE).unlink(), ("not written by this tool",)),
@@ -187,9 +186,11 @@ def edited(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     ],
 )
 def test_a_folder_that_is_not_what_was_written(
-    merged: Path, harm: Callable[[Path], object], words: tuple[str, ...],
+    merged: Path,
+    harm: Callable[[Path], object],
+    words: tuple[str, ...],
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     harm(merged)
     assert main(["verify", str(merged)]) == 1
     captured = capsys.readouterr()
@@ -306,8 +307,9 @@ def test_from_any_folder_by_any_name(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    report: MergeReport = merge(MergeRequest(load="run", save="out", selection=SelectionRequest(
-        last=2)))  # fmt: skip
+    report: MergeReport = merge(
+        MergeRequest(load="run", save="out", selection=SelectionRequest(last=2))
+    )
     assert report.outputs
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()

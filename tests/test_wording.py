@@ -49,19 +49,33 @@ from test_megatron_flags import parse
 FLAG, KEYWORD = re.compile(r"--[a-z][a-z-]*"), re.compile(r"\b[a-z_]+=")
 SPACED = {"interval_tokens": 2 * 10**9, "last": 4}
 REQUESTS: tuple[dict[str, Any], ...] = (
-    {"last": 0}, {"last": 9}, {"last": 9, "exclude": (2000,)}, {"last": 2, "exclude": (2500,)},
-    {"last": 9, "end_iteration": 3000}, {"end_iteration": 2500}, {"end_iteration": 6000},
+    {"last": 0},
+    {"last": 9},
+    {"last": 9, "exclude": (2000,)},
+    {"last": 2, "exclude": (2500,)},
+    {"last": 9, "end_iteration": 3000},
+    {"end_iteration": 2500},
+    {"end_iteration": 6000},
     {"end_iteration": 3000, "exclude": (3000,)},
-    {"tolerance": 0.5}, {"interval_tokens": 1, "interval_iterations": 1},
-    {"window_tokens": 9, "interval_iterations": 1}, {"window_tokens": 9, "last": 3},
-    {"window_tokens": 15, "interval_tokens": 8}, {"window_tokens": 1},
-    {**SPACED, "tolerance": 0.1}, {**SPACED, "last": 8}, {**SPACED, "exclude": (2000,)},
+    {"tolerance": 0.5},
+    {"interval_tokens": 1, "interval_iterations": 1},
+    {"window_tokens": 9, "interval_iterations": 1},
+    {"window_tokens": 9, "last": 3},
+    {"window_tokens": 15, "interval_tokens": 8},
+    {"window_tokens": 1},
+    {**SPACED, "tolerance": 0.1},
+    {**SPACED, "last": 8},
+    {**SPACED, "exclude": (2000,)},
     {"interval_iterations": 700, "last": 3, "tolerance": 0.01},
     {"window_tokens": 9 * 10**9, "interval_tokens": 10**9},
-    {"iterations": ()}, {"iterations": (1, 1)}, {"iterations": (1000, 2500)},
-    {"iterations": (1,), "last": 2}, {"paths": ("/nowhere",)}, {"paths": ("a", "a/")},
+    {"iterations": ()},
+    {"iterations": (1, 1)},
+    {"iterations": (1000, 2500)},
+    {"iterations": (1,), "last": 2},
+    {"paths": ("/nowhere",)},
+    {"paths": ("a", "a/")},
     {"paths": ("/run/iter_0006000",)},
-)  # fmt: skip
+)
 RUNS = (
     [*every(1000, 5000), ref(6000, incomplete=WRITING)],
     [ref(1000), ref(1000, path="/run/copy"), *every(2000, 4000)],
@@ -69,16 +83,25 @@ RUNS = (
     [],
 )
 METHODS = (
-    {"name": "mean"}, {"name": "ema", "alpha": 2.0}, {"name": "sma", "alpha": 0.5},
-    {"name": "custom"}, {"name": "custom", "values": (0.5, 0.4)}, {"floor": 0.5},
-    {"name": "custom", "values": (1.5, -0.5)}, {"name": "linear", "floor": 1.5},
-    {"name": "custom", "values": (0.5, 0.25, 0.25)}, {"allow_any": True},
-)  # fmt: skip
+    {"name": "mean"},
+    {"name": "ema", "alpha": 2.0},
+    {"name": "sma", "alpha": 0.5},
+    {"name": "custom"},
+    {"name": "custom", "values": (0.5, 0.4)},
+    {"floor": 0.5},
+    {"name": "custom", "values": (1.5, -0.5)},
+    {"name": "linear", "floor": 1.5},
+    {"name": "custom", "values": (0.5, 0.25, 0.25)},
+    {"allow_any": True},
+)
 
 HEALTHY: tuple[dict[str, Any], ...] = (
-    {"onset": 0}, {"onset": 10}, {"onset": 1500, "margin_iterations": 900},
-    {"onset": 9000, "margin_iterations": -1}, {"onset": 9000, "last": 9},
-)  # fmt: skip
+    {"onset": 0},
+    {"onset": 10},
+    {"onset": 1500, "margin_iterations": 900},
+    {"onset": 9000, "margin_iterations": -1},
+    {"onset": 9000, "last": 9},
+)
 
 
 def command_line(verb: str, *typed: str) -> FrontEnd:
@@ -208,22 +231,37 @@ def test_one_mistake_is_told_in_the_words_of_whoever_made_it(
 def test_values_are_typed_as_the_front_end_takes_them() -> None:
     def said() -> tuple[str, ...]:
         return (
-            given("exclude", (4, 6)), given("save", Path("/a b")), given("tolerance", 0.25),
-            given_tokens("last", 8 * 10**9), given_tokens("last", 8388 * 10**6),
-            mistyped("optimizer_state", "mean"), switch("overwrite"), hint("exclude", "last"),
-        )  # fmt: skip
+            given("exclude", (4, 6)),
+            given("save", Path("/a b")),
+            given("tolerance", 0.25),
+            given_tokens("last", 8 * 10**9),
+            given_tokens("last", 8388 * 10**6),
+            mistyped("optimizer_state", "mean"),
+            switch("overwrite"),
+            hint("exclude", "last"),
+        )
 
     assert said() == (
-        "exclude=(4, 6)", "save='/a b'", "tolerance=0.25", "last=8_000_000_000",
-        "last=8_388_000_000", "optimizer_state='mean'", "overwrite=True",
+        "exclude=(4, 6)",
+        "save='/a b'",
+        "tolerance=0.25",
+        "last=8_000_000_000",
+        "last=8_388_000_000",
+        "optimizer_state='mean'",
+        "overwrite=True",
         " (exclude= or last=)",
-    )  # fmt: skip
+    )
     with speaking(command_line("merge")):
         assert said() == (
-            "--exclude 4 6", "--save /a b", "--tolerance 0.25", "--last 8B",
-            "--last 8388000000", "--optimizer-state 'mean'", "--overwrite",
+            "--exclude 4 6",
+            "--save /a b",
+            "--tolerance 0.25",
+            "--last 8B",
+            "--last 8388000000",
+            "--optimizer-state 'mean'",
+            "--overwrite",
             " (--exclude or --last)",
-        )  # fmt: skip
+        )
     with speaking(command_line("verify")):
         assert hint("exclude") == ""
 
@@ -248,15 +286,25 @@ def test_the_first_front_end_speaks_in_all_threads_until_it_ends() -> None:
 # Where flags stand in the sources.
 
 OF_A_SCRIPT = {
-    "launch", "megatron.checks", "megatron.flags", "megatron.init", "megatron.options",
-    "megatron.scoring", "megatron_deepspeed.hooks",
-}  # fmt: skip
+    "launch",
+    "megatron.checks",
+    "megatron.flags",
+    "megatron.init",
+    "megatron.options",
+    "megatron.scoring",
+    "megatron_deepspeed.hooks",
+}
 """Modules that only a Megatron script with `--pma-*` flags gets into: its dialect is theirs."""
 OF_OTHERS = {
     "base.comm": {"--nproc-per-node"},  # of torchrun
     "formats.registry": {  # of Megatron and DeepSpeed's converter
-        "--ckpt-convert-format", "--ckpt-convert-save", "--ckpt-format", "--load",
-        "--dist-ckpt-optim-fully-reshardable", "--inject_missing_state", "--input_folder",
+        "--ckpt-convert-format",
+        "--ckpt-convert-save",
+        "--ckpt-format",
+        "--load",
+        "--dist-ckpt-optim-fully-reshardable",
+        "--inject_missing_state",
+        "--input_folder",
         "--output_folder",
     },
     "formats.rates": {"--"},  # before the names of Megatron's settings
@@ -266,12 +314,23 @@ OF_OTHERS = {
     "megatron.params": {"--optimizer-cpu-offload"},  # of Megatron
     "merging.report": {"--load", "--no-load-optim"},  # of Megatron, which resumes with them
     "spikes.relaunch": {  # the same, and one whole command `pma merge`
-        "--", "--ckpt-step", "--finetune", "--iterations-to-skip", "--load", "--load-tag",
-        "--no-load-lr-state", "--no-load-optim", "--no-load-rng", "--reset-iteration", "--save",
-        "--seed", "--last", "--lr-factor",
+        "--",
+        "--ckpt-step",
+        "--finetune",
+        "--iterations-to-skip",
+        "--load",
+        "--load-tag",
+        "--no-load-lr-state",
+        "--no-load-optim",
+        "--no-load-rng",
+        "--reset-iteration",
+        "--save",
+        "--seed",
+        "--last",
+        "--lr-factor",
     },
     "runs.tokens": {"--iterations-to-skip", "--decrease-batch-size-if-needed"},  # of Megatron
-}  # fmt: skip
+}
 """Flags that modules may spell, for they are no settings of this package."""
 
 

@@ -44,9 +44,10 @@ MEGATRON = {
     "expert parallel": replace(_MOE, expert_model_parallel_size=2),
 }
 GOLDEN = (
-    "0.14.0-dp_zero_gather_scatter-dense", "0.14.0-fully_sharded_model_space-dense",
+    "0.14.0-dp_zero_gather_scatter-dense",
+    "0.14.0-fully_sharded_model_space-dense",
     "0.14.0-fully_sharded_model_space-tp2",
-)  # fmt: skip
+)
 """Runs of a release that saved layouts which the present one does not, kept for the tests."""
 DEEPSPEED = {
     "ZeRO-1": DeepSpeedConfig(stage=1),

@@ -33,14 +33,59 @@ OWNED = "owned"
 """What the programs below would make, in the working directory, if anything ran them."""
 SYSTEM = Name("os", "system")
 VALUES: tuple[Any, ...] = (
-    None, True, False, 0, -1, 1, 2**31, 2**63 - 1, 2**63, 2**64 + 1, 1 << 500, -(1 << 500), 1.5,
-    float("nan"), float("inf"), "", "x", "\0", "a\nb", "../../../../tmp/" + OWNED, "/tmp/" + OWNED,
-    "a" * 5000, "a/" * 600 + "a", "__0_0.distcp", ".metadata", "metadata.json", "pma.json",
-    b"bytes", bytearray(b"bytes"), [], {}, (), [[]], [None], {"a": None}, {1: 2}, set(), ("a", 1),
-    torch.float32, torch.bool, torch.complex64, Name("builtins", "object"), SYSTEM,
-    Size((2**40, 2**40)), Size((0,)), (2**62,), (-1,), (1.5,), ("a",), (None, {"a": 1}),
-    Record(SYSTEM, CALL, (f"touch {OWNED}",), None), Record(SYSTEM, NEW, (), None),
-)  # fmt: skip
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    2**31,
+    2**63 - 1,
+    2**63,
+    2**64 + 1,
+    1 << 500,
+    -(1 << 500),
+    1.5,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    "\0",
+    "a\nb",
+    "../../../../tmp/" + OWNED,
+    "/tmp/" + OWNED,
+    "a" * 5000,
+    "a/" * 600 + "a",
+    "__0_0.distcp",
+    ".metadata",
+    "metadata.json",
+    "pma.json",
+    b"bytes",
+    bytearray(b"bytes"),
+    [],
+    {},
+    (),
+    [[]],
+    [None],
+    {"a": None},
+    {1: 2},
+    set(),
+    ("a", 1),
+    torch.float32,
+    torch.bool,
+    torch.complex64,
+    Name("builtins", "object"),
+    SYSTEM,
+    Size((2**40, 2**40)),
+    Size((0,)),
+    (2**62,),
+    (-1,),
+    (1.5,),
+    ("a",),
+    (None, {"a": 1}),
+    Record(SYSTEM, CALL, (f"touch {OWNED}",), None),
+    Record(SYSTEM, NEW, (), None),
+)
 
 Change = Callable[[Any], Any]
 
@@ -176,17 +221,60 @@ FRAGMENTS: tuple[bytes, ...] = (
     b"cbuiltins\nset\ncbuiltins\nrange\n\x8a\x06\x00\xe4\x0bT\x02\x00\x85R\x85R",
     b"ccollections\ndeque\ncbuiltins\nrange\n\x8a\x08\xff\xff\xff\xff\xff\xff\xff\x0f\x85RK\x00\x86R",
     b"ctorch\nSize\n(J\xff\xff\xff\xffJ\xff\xff\xff\xfft\x85R",
-    b"]" * 3000, b"(" * 3000, b"}" * 3000, b"\x8f" * 3000, b")" + b"\x85" * 3000,
-    b"]" + b"2a" * 50, b"]" + b"\x94" * 3000, b"N" + b"2" * 5000, b"K\x01" + b"2\x86" * 60,
-    b"}(" + b"".join(b"\x8a\x0a" + ((2**61 - 1) * n).to_bytes(10, "little") + b"N"
-                     for n in range(1, 9000)) + b"u",
-    b"}]Ns", b"}}Ns", b"(N", b"0", b"1", b"b", b"R", b"\x81", b"\x92", b"t", b"e", b"u", b"a", b"s",
-    b"Q", b"\x93", b"h\xff", b"j\xff\xff\xff\xff", b"q\xff", b"r\xff\xff\xff\xff", b".",
-    b"\x8a\xff", b"\x8b\xff\xff\xff\x7f", b"\x8b\xff\xff\xff\xff", b"X\xff\xff\xff\xff",
-    b"\x8d" + b"\xff" * 8, b"\x8e" + b"\xff" * 8, b"\x96" + b"\xff" * 8, b"\x95" + b"\xff" * 8,
-    b"\x8c\x02\xed\xb2", b"X\x03\x00\x00\x00\xed\xb2\x80", b"\x82\x01", b"I1\n", b"\x97", b"\x98",
-    b"c\n\n", b"cos\n", b"\x80\x06", b"\x80\x00",
-)  # fmt: skip
+    b"]" * 3000,
+    b"(" * 3000,
+    b"}" * 3000,
+    b"\x8f" * 3000,
+    b")" + b"\x85" * 3000,
+    b"]" + b"2a" * 50,
+    b"]" + b"\x94" * 3000,
+    b"N" + b"2" * 5000,
+    b"K\x01" + b"2\x86" * 60,
+    b"}("
+    + b"".join(
+        b"\x8a\x0a" + ((2**61 - 1) * n).to_bytes(10, "little") + b"N" for n in range(1, 9000)
+    )
+    + b"u",
+    b"}]Ns",
+    b"}}Ns",
+    b"(N",
+    b"0",
+    b"1",
+    b"b",
+    b"R",
+    b"\x81",
+    b"\x92",
+    b"t",
+    b"e",
+    b"u",
+    b"a",
+    b"s",
+    b"Q",
+    b"\x93",
+    b"h\xff",
+    b"j\xff\xff\xff\xff",
+    b"q\xff",
+    b"r\xff\xff\xff\xff",
+    b".",
+    b"\x8a\xff",
+    b"\x8b\xff\xff\xff\x7f",
+    b"\x8b\xff\xff\xff\xff",
+    b"X\xff\xff\xff\xff",
+    b"\x8d" + b"\xff" * 8,
+    b"\x8e" + b"\xff" * 8,
+    b"\x96" + b"\xff" * 8,
+    b"\x95" + b"\xff" * 8,
+    b"\x8c\x02\xed\xb2",
+    b"X\x03\x00\x00\x00\xed\xb2\x80",
+    b"\x82\x01",
+    b"I1\n",
+    b"\x97",
+    b"\x98",
+    b"c\n\n",
+    b"cos\n",
+    b"\x80\x06",
+    b"\x80\x00",
+)
 
 
 def _laughs(count: int) -> bytes:
@@ -204,16 +292,22 @@ def _tuple_laughs(count: int) -> bytes:
 
 
 PROGRAMS: tuple[bytes, ...] = (
-    b"", b"\x80", b"\x80\x02.", b"\x80\x02N.", b"\x80\x04]\x94\x8c\x01a\x94a.",
+    b"",
+    b"\x80",
+    b"\x80\x02.",
+    b"\x80\x02N.",
+    b"\x80\x04]\x94\x8c\x01a\x94a.",
     b"\x80\x02]q\x00h\x00a.",
     b"\x80\x02" + b"]" * 200_000 + b"a" * 199_999 + b".",
     b"\x80\x02" + b"(" * 200_000 + b"t" * 200_000 + b".",
     b"\x80\x02)" + b"\x85" * 200_000 + b".",
     b"\x80\x04" + b"\x8f" * 300_000 + b".",
     b"\x80\x04]" + b"\x94" * 300_000 + b".",
-    _laughs(100), _tuple_laughs(200), b"\x80\x02K\x01" + b"2\x86" * 200 + b".",
+    _laughs(100),
+    _tuple_laughs(200),
+    b"\x80\x02K\x01" + b"2\x86" * 200 + b".",
     *(b"\x80\x02" + fragment + b"." for fragment in FRAGMENTS),
-)  # fmt: skip
+)
 
 
 def with_other_opcodes(data: bytes, random: Random) -> bytes:
@@ -244,8 +338,17 @@ def with_other_opcodes(data: bytes, random: Random) -> bytes:
 # Files.
 
 JSON = (
-    b"", b"{", b"[]", b"null", b"1" * 10_000, b"[" * 100_000, b'{"a":' * 100_000, b"\xff\xfe",
-    b'{"sharded_backend": "\\ud800"}', b'{"sharded_backend": null}', b'{"sharded_backend": ["x"]}',
+    b"",
+    b"{",
+    b"[]",
+    b"null",
+    b"1" * 10_000,
+    b"[" * 100_000,
+    b'{"a":' * 100_000,
+    b"\xff\xfe",
+    b'{"sharded_backend": "\\ud800"}',
+    b'{"sharded_backend": null}',
+    b'{"sharded_backend": ["x"]}',
     b'{"kind": "snapshot", "snapshot_version": 1, "holds": "main_params"}',
     b'{"kind": "snapshot", "snapshot_version": 1, "holds": "main_params", "iteration": 1e999, '
     b'"dtype": 1}',
@@ -253,8 +356,14 @@ JSON = (
     b'{"event": "detected", "number": "x", "onset": null}\n{"event": ["x"]}\n[1]\n',
     b'{"event": "detected", "number": 1e400, "onset": -1}',
     b'{"event": "begun", "newest_healthy": {}}',
-    b"9" * 5000, b"../../../tmp", b"/etc", b"\x00", "\u0663".encode(), b"-1", b"8" * 18,
-)  # fmt: skip
+    b"9" * 5000,
+    b"../../../tmp",
+    b"/etc",
+    b"\x00",
+    "\u0663".encode(),
+    b"-1",
+    b"8" * 18,
+)
 
 
 def variant_of_file(name: str, data: bytes, random: Random) -> bytes:

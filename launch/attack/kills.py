@@ -92,17 +92,23 @@ class Loop:
         if kind == "overwrite":
             shutil.copytree(self.old, save)
         return subprocess.Popen(
-            self.command(save, kind), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+            self.command(save, kind),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
 
     def request(self, save: Path, kind: str) -> MergeRequest:
         """The merge of a round as the command line of `command` asks for it."""
         return MergeRequest(
-            load=str(self.run), save=str(save),
+            load=str(self.run),
+            save=str(save),
             selection=SelectionRequest(last=None if kind == "sweep" else 3),
-            sweep=SWEEP if kind == "sweep" else (), overwrite=kind == "overwrite",
-        )  # fmt: skip
+            sweep=SWEEP if kind == "sweep" else (),
+            overwrite=kind == "overwrite",
+        )
 
     def command(self, save: Path, kind: str) -> list[str]:
         """A merge under torchrun."""
@@ -111,18 +117,34 @@ class Loop:
             kind
         ]
         return [
-            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
-            "-m", "pma_megatron", "merge", "--load", str(self.run), "--save", str(save),
-            "--timeout", "20s", *flags,
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            "2",
+            "--standalone",
+            "-m",
+            "pma_megatron",
+            "merge",
+            "--load",
+            str(self.run),
+            "--save",
+            str(save),
+            "--timeout",
+            "20s",
+            *flags,
+        ]
 
     def play(self, number: int) -> Round:
         """One round."""
         draw = random.Random(number)
         done = Round(
-            number, draw.choice(KINDS), draw.choice(WHOM), draw.choice(SIGNALS),
+            number,
+            draw.choice(KINDS),
+            draw.choice(WHOM),
+            draw.choice(SIGNALS),
             "anywhere" if draw.random() < 0.25 else "while it writes",
-        )  # fmt: skip
+        )
         save = self.folder / f"save{number}"
         job = self._start(save, done.kind)
         ranks: dict[int, int] = {}
@@ -138,8 +160,9 @@ class Loop:
         shutil.rmtree(save, ignore_errors=True)
         return done
 
-    def _wait(self, job: subprocess.Popen[str], save: Path, done: Round,
-              draw: random.Random) -> None:  # fmt: skip
+    def _wait(
+        self, job: subprocess.Popen[str], save: Path, done: Round, draw: random.Random
+    ) -> None:
         if done.moment == "anywhere":
             with contextlib.suppress(subprocess.TimeoutExpired):
                 job.wait(timeout=draw.uniform(0, 10))
@@ -149,13 +172,16 @@ class Loop:
         with contextlib.suppress(subprocess.TimeoutExpired):
             job.wait(timeout=draw.uniform(0, self.spans_s[done.kind]))
 
-    def _end(self, job: subprocess.Popen[str], ranks: dict[int, int], save: Path,
-             done: Round) -> None:  # fmt: skip
+    def _end(
+        self, job: subprocess.Popen[str], ranks: dict[int, int], save: Path, done: Round
+    ) -> None:
         done.working = bool(list(save.rglob(".pma-*")))
         wanted = {
-            "rank 0": [ranks.get(0)], "rank 1": [ranks.get(1)], "all ranks": list(ranks.values()),
+            "rank 0": [ranks.get(0)],
+            "rank 1": [ranks.get(1)],
+            "all ranks": list(ranks.values()),
             "torchrun": [job.pid],
-        }[done.whom]  # fmt: skip
+        }[done.whom]
         for pid in wanted:
             with contextlib.suppress(ProcessLookupError):
                 if pid is not None and job.poll() is None:

@@ -122,14 +122,20 @@ def attack(runs: Path, work: Path, count: int, seed: int) -> dict[str, Any]:
         if not outcome.startswith(("refused", "merged", "planned")):
             failures.append(f"seed {seed + number}, {name}: {outcome}")
     return {
-        "count": count, "outcomes": dict(outcomes),
+        "count": count,
+        "outcomes": dict(outcomes),
         "executed": sum(n for what, n in watch.seen.items() if what.startswith("ran"))
-        + len(list(here.rglob("*"))) + (Path("/tmp") / OWNED).exists(),
+        + len(list(here.rglob("*")))
+        + (Path("/tmp") / OWNED).exists(),
         "outside": sum(n for what, n in watch.seen.items() if what.startswith("outside")),
-        "tracebacks": outcomes["traceback"], "too long": outcomes["too long"],
-        "longest_s": round(longest_s, 2), "peak_mib": _peak_kib() // 1024,
-        "before_mib": before_kib // 1024, "seen": dict(watch.seen), "failures": failures,
-    }  # fmt: skip
+        "tracebacks": outcomes["traceback"],
+        "too long": outcomes["too long"],
+        "longest_s": round(longest_s, 2),
+        "peak_mib": _peak_kib() // 1024,
+        "before_mib": before_kib // 1024,
+        "seen": dict(watch.seen),
+        "failures": failures,
+    }
 
 
 def _peak_kib() -> int:
@@ -175,8 +181,13 @@ def _outcome(root: Path, target: Path, how: int) -> str:
         selection = SelectionRequest(last=2, exclude=bad)
         if how > 2:
             selection = SelectionRequest(paths=tuple(ref.path for ref in refs[-2:]))
-        wanted = MergeRequest(load=str(root), save=str(target), selection=selection, threads=1,
-                              policy=Policy(optimizer_state=state))  # fmt: skip
+        wanted = MergeRequest(
+            load=str(root),
+            save=str(target),
+            selection=selection,
+            threads=1,
+            policy=Policy(optimizer_state=state),
+        )
         try:
             plan(wanted) if how > 5 else merge(wanted)
         except PmaError as error:
@@ -202,12 +213,19 @@ def make_runs(folder: Path) -> None:
     from runs import to_universal, train_deepspeed, train_megatron
 
     layouts = ("dp_reshardable", "fully_reshardable", "dp_zero_gather_scatter")
-    run_ranks(train_megatron, 2, {
-        str(folder / layout): TinyConfig(warmup_iters=2, optim_format=layout) for layout in layouts
-    })  # fmt: skip
-    run_ranks(train_deepspeed, 2, {
-        str(folder / f"zero{stage}"): DeepSpeedConfig(stage=stage) for stage in (1, 3)
-    })  # fmt: skip
+    run_ranks(
+        train_megatron,
+        2,
+        {
+            str(folder / layout): TinyConfig(warmup_iters=2, optim_format=layout)
+            for layout in layouts
+        },
+    )
+    run_ranks(
+        train_deepspeed,
+        2,
+        {str(folder / f"zero{stage}"): DeepSpeedConfig(stage=stage) for stage in (1, 3)},
+    )
     roots = {str(folder / "zero1"): str(folder / "universal")}
     run_ranks(to_universal, 1, roots, init=False)
 
@@ -230,10 +248,21 @@ def main() -> int:
         if options.runs is None:
             make_runs(runs)
         done = subprocess.run(
-            [sys.executable, __file__, "--worker", "--runs", str(runs), "--count",
-             str(options.count), "--seed", str(options.seed)],
-            stdout=subprocess.PIPE, text=True, check=False,
-        )  # fmt: skip
+            [
+                sys.executable,
+                __file__,
+                "--worker",
+                "--runs",
+                str(runs),
+                "--count",
+                str(options.count),
+                "--seed",
+                str(options.seed),
+            ],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
     from runs import report
 
     if done.returncode:

@@ -70,9 +70,15 @@ def train_megatron(rank: int, world_size: int, roots: Mapping[str, str]) -> None
         )
         shard = MegatronShard(live_tensors(trainer.models, trainer.optimizer, None))
         thin = ThinSnapshots(
-            Path(root) / SNAPSHOTS, trainer.models, HostCopy(shard, stepping(trainer.optimizer)),
-            EVERY * tokens, dtype=torch.float32, keep=1, consumed_tokens=0, comm=Comm(),
-        )  # fmt: skip
+            Path(root) / SNAPSHOTS,
+            trainer.models,
+            HostCopy(shard, stepping(trainer.optimizer)),
+            EVERY * tokens,
+            dtype=torch.float32,
+            keep=1,
+            consumed_tokens=0,
+            comm=Comm(),
+        )
         for iteration in range(1, END + 1):
             trainer.train(1)
             average.step(iteration, iteration * tokens)

@@ -55,11 +55,15 @@ def to_universal(rank: int, world_size: int, roots: Mapping[str, str]) -> None:
         for tag in sorted(path for path in Path(source).iterdir() if path.is_dir()):
             converter.main(
                 Namespace(
-                    input_folder=str(tag), output_folder=str(Path(target) / tag.name), strict=True,
-                    num_extract_workers=1, num_merge_workers=1, keep_temp_folder=False,
+                    input_folder=str(tag),
+                    output_folder=str(Path(target) / tag.name),
+                    strict=True,
+                    num_extract_workers=1,
+                    num_merge_workers=1,
+                    keep_temp_folder=False,
                     inject_missing_state=True,
                 )
-            )  # fmt: skip
+            )
 
 
 def digests(folder: Path) -> dict[str, str]:

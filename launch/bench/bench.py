@@ -284,8 +284,18 @@ def show(result: dict[str, Any], console: Console) -> None:
             f"{name}: read {moved['read'] / GIB:.2f} GiB, wrote {moved['written'] / GIB:.2f} GiB"
         )
     table = Table(title=f"{result['rounds']} rounds, {result['cpus']} CPUs", box=box.SIMPLE)
-    for column in ("ranks x threads", "floor s", "merge s", "ratio", "min-max", "CPU ratio",
-                   "plan s", "verify s", "publish s", "peak MiB"):  # fmt: skip
+    for column in (
+        "ranks x threads",
+        "floor s",
+        "merge s",
+        "ratio",
+        "min-max",
+        "CPU ratio",
+        "plan s",
+        "verify s",
+        "publish s",
+        "peak MiB",
+    ):
         table.add_column(column, justify="right")
     for name, row in result["settings"].items():
         stages = row["stages_median_s"]
@@ -325,13 +335,20 @@ def main() -> None:
     parser.add_argument("--optimizer-state", default="latest")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
-        "--settings", type=_setting, nargs="+", default=[Setting(1, 2), Setting(2, 1)],
-        metavar="RANKSxTHREADS", help="default: 1x2 2x1",
-    )  # fmt: skip
+        "--settings",
+        type=_setting,
+        nargs="+",
+        default=[Setting(1, 2), Setting(2, 1)],
+        metavar="RANKSxTHREADS",
+        help="default: 1x2 2x1",
+    )
     parser.add_argument(
-        "--floor-block", type=int, default=0, metavar="BYTES",
+        "--floor-block",
+        type=int,
+        default=0,
+        metavar="BYTES",
         help="the floor's buffer (default: the fastest of four sizes)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--unchecked", action="store_true", help="also merge without comparing checksums"
     )

@@ -110,8 +110,14 @@ class Floor:
         self.wall_s, self.cpu_s = time.perf_counter() - start_s, time.process_time() - start_cpu_s
         return Bytes(*done)
 
-    def _move(self, file: str, offset: int, nbytes: int, buffer: memoryview,
-              move: Callable[[int, memoryview, int], int]) -> int:  # fmt: skip
+    def _move(
+        self,
+        file: str,
+        offset: int,
+        nbytes: int,
+        buffer: memoryview,
+        move: Callable[[int, memoryview, int], int],
+    ) -> int:
         descriptor, at = self._open[file], 0
         while at < nbytes:
             at += move(descriptor, buffer[: min(len(buffer), nbytes - at)], offset + at)

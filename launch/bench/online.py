@@ -20,8 +20,15 @@ from pma_megatron.megatron.online import OnlineAverage
 from pma_megatron.testing import TinyConfig, TinyTrainer, run_ranks
 
 
-def measure(rank: int, world_size: int, config: TinyConfig, method: Method, last: int,
-            rounds: int, iterations: int) -> dict[str, Any]:  # fmt: skip
+def measure(
+    rank: int,
+    world_size: int,
+    config: TinyConfig,
+    method: Method,
+    last: int,
+    rounds: int,
+    iterations: int,
+) -> dict[str, Any]:
     """Seconds per iteration of each round, and of the swaps, on this rank."""
     trainer = TinyTrainer(config)
     per_iteration = config.global_batch_size * config.seq_length
@@ -69,9 +76,15 @@ def main() -> None:
     config = TinyConfig(hidden_size=width, ffn_hidden_size=2 * width, num_attention_heads=4)
     method = Method(name=given.method, alpha=0.2 if given.method == "ema" else None)
     found = run_ranks(
-        measure, given.ranks, config, method, given.last, given.rounds, given.iterations,
+        measure,
+        given.ranks,
+        config,
+        method,
+        given.last,
+        given.rounds,
+        given.iterations,
         timeout_s=600,
-    )  # fmt: skip
+    )
     for rank, result in enumerate(found):
         print(json.dumps({"rank": rank, **result}))
 

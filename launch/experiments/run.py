@@ -56,14 +56,15 @@ def run(experiment: Experiment, scale: str, seeds: int | None, folder: Path) -> 
     work.perform(jobs)
     about = {
         "command": f"python launch/experiments/run.py {experiment.name}"
-        + (f" --seeds {seeds}" if seeds else "") + ("" if scale == "tiny" else f" --scale {scale}"),
+        + (f" --seeds {seeds}" if seeds else "")
+        + ("" if scale == "tiny" else f" --scale {scale}"),
         "pma": next((job.typed() for job in jobs if isinstance(job, Kept)), []),
         "work": {"jobs": missing, "cores": os.cpu_count(), "s": time.monotonic() - start_s},
         "scale": scale,
         "seeds": len(chosen),
         "versions": f"pma-megatron {__version__}, megatron-core {version('megatron-core')}, "
         f"torch {torch.__version__}, Python {platform.python_version()}",
-    }  # fmt: skip
+    }
     results = Results(about=about, rows=list(experiment.rows(SCALES[scale], chosen)))
     results.write(pages.rows_file(folder, experiment))
     pages.draw(experiment, results, folder)

@@ -62,9 +62,11 @@ def table_of(runs: dict[tuple[str, int], Rows]) -> Table:
     for (name, seed), rows in runs.items():
         verdicts = detect(rows)
         first = next((v for v in verdicts if v.fatal), verdicts[0] if verdicts else None)
-        said = ("-", "", "") if first is None else (
-            first.kind.value, str(first.onset), str(first.confirmed - first.onset)
-        )  # fmt: skip
+        said = (
+            ("-", "", "")
+            if first is None
+            else (first.kind.value, str(first.onset), str(first.confirmed - first.onset))
+        )
         table.add_row(name, str(seed), str(len(rows)), *said, judged(name, verdicts))
     return table
 

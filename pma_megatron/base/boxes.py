@@ -111,11 +111,25 @@ class Part(Generic[P]):
         unit_start = self.unit_start + half * self.unit_strides[axis]
         start = self.start + half * self.strides[axis]
         return (
-            Part(self.payload, tuple(sizes), self.unit_start, self.unit_strides, self.start,
-                 self.strides, self.origin),
-            Part(self.payload, tuple(rest), unit_start, self.unit_strides, start, self.strides,
-                 self.origin),
-        )  # fmt: skip
+            Part(
+                self.payload,
+                tuple(sizes),
+                self.unit_start,
+                self.unit_strides,
+                self.start,
+                self.strides,
+                self.origin,
+            ),
+            Part(
+                self.payload,
+                tuple(rest),
+                unit_start,
+                self.unit_strides,
+                start,
+                self.strides,
+                self.origin,
+            ),
+        )
 
 
 def row_major_strides(sizes: Sequence[int]) -> tuple[int, ...]:

@@ -82,8 +82,9 @@ class Team:
             block, lambda data: dist.broadcast(data, source, group=self.group, async_op=True), comm
         )
 
-    def _exchange(self, block: torch.Tensor, move: Callable[[torch.Tensor], Any],
-                  comm: Comm) -> torch.Tensor:  # fmt: skip
+    def _exchange(
+        self, block: torch.Tensor, move: Callable[[torch.Tensor], Any], comm: Comm
+    ) -> torch.Tensor:
         if self.group is None:
             return block
         if "nccl" in str(dist.get_backend_config(self.group)):
@@ -138,8 +139,11 @@ class Comm:
         self._presence = None
         if self.size > 1:
             limit_s = _timeout_s() if timeout_s is None else timeout_s
-            hint = "the time allowed is that of the process group" if limit_s != _given_timeout_s \
-                else _hint()  # fmt: skip
+            hint = (
+                "the time allowed is that of the process group"
+                if limit_s != _given_timeout_s
+                else _hint()
+            )
             self._presence = Presence(_default_store(), self.rank, self.size, limit_s, hint)
 
     @property

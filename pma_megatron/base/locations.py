@@ -28,9 +28,11 @@ def refuse_remote(setting: str, *paths: str | Path | None) -> None:
     """
     for path in paths:
         if isinstance(path, str) and (not path or "\0" in path):
-            what = "holds a NUL byte, which no path can" if path else (
-                "is empty (a shell variable that is not set leaves nothing)"
-            )  # fmt: skip
+            what = (
+                "holds a NUL byte, which no path can"
+                if path
+                else ("is empty (a shell variable that is not set leaves nothing)")
+            )
             raise UsageError(f"{named(setting) if setting else 'the path'} {what}: say which")
         match = _ADDRESS.match(str(path)) if isinstance(path, (str, Path)) else None
         if match is None:

@@ -10,8 +10,13 @@ def visible(text: str) -> str:
     return text.translate(_SPELLED_OUT)
 
 
-_STEERING = (*range(9), *range(11, 32), *range(127, 160), *range(0x202A, 0x202F),
-             *range(0x2066, 0x206A))  # fmt: skip
+_STEERING = (
+    *range(9),
+    *range(11, 32),
+    *range(127, 160),
+    *range(0x202A, 0x202F),
+    *range(0x2066, 0x206A),
+)
 _SPELLED_OUT = {code: ascii(chr(code))[1:-1] for code in _STEERING}
 
 

@@ -186,9 +186,12 @@ class Presence:
 
     def died(self, ranks: Collection[int]) -> RankError:
         """The error of ranks whose processes are gone, told to all."""
-        return self._gone(ranks, f"{_named(ranks)} died in stage {_own.stage!r}: killed (out of "
-                          "memory?), crashed, or its machine failed. Look at its own output, then "
-                          "run the same command again")  # fmt: skip
+        return self._gone(
+            ranks,
+            f"{_named(ranks)} died in stage {_own.stage!r}: killed (out of "
+            "memory?), crashed, or its machine failed. Look at its own output, then "
+            "run the same command again",
+        )
 
     def broken(self, error: BaseException) -> RankError:
         """The error of a collective that failed because a connection did; waits up to 2 s for a
@@ -205,9 +208,12 @@ class Presence:
             if known is not None:
                 return known
             time.sleep(0.05)
-        return self._gone((), f"a rank died or lost its connection in stage {_own.stage!r} "
-                          f"({_first_line(error)}). Look at the output of the others, then run the "
-                          "same command again")  # fmt: skip
+        return self._gone(
+            (),
+            f"a rank died or lost its connection in stage {_own.stage!r} "
+            f"({_first_line(error)}). Look at the output of the others, then run the "
+            "same command again",
+        )
 
     def _gone(self, ranks: Collection[int], message: str) -> RankError:
         alive = [rank for rank in range(self._size) if rank not in ranks]
@@ -320,8 +326,9 @@ def _completed(work: Any) -> bool:
 class _Watch:
     """Since when the ranks that are waited for have not moved, as seen from here."""
 
-    def __init__(self, presence: Presence, ranks: Collection[int], done: Callable[[], bool]
-                 ) -> None:  # fmt: skip
+    def __init__(
+        self, presence: Presence, ranks: Collection[int], done: Callable[[], bool]
+    ) -> None:
         self._presence, self._done = presence, done
         self._ranks = [rank for rank in ranks if rank != presence._rank]
         self._seen: dict[int, tuple[_Life | None, float]] = {}

@@ -60,8 +60,9 @@ def series_name(method: str, last: int, tokens: int | None, iterations: int | No
     """A series in a few words."""
     if method == UNMERGED:
         return method
-    spacing = f" V={format_tokens(tokens)}" if tokens else (
-        f" V={iterations} it" if iterations else "")  # fmt: skip
+    spacing = (
+        f" V={format_tokens(tokens)}" if tokens else (f" V={iterations} it" if iterations else "")
+    )
     return f"{method} N={last}{spacing}"
 
 

@@ -67,9 +67,12 @@ def verify(arguments: Namespace) -> None:
     with process_group_from_environment(arguments.timeout_s):
         comm = Comm()
         checked = verify_published(
-            arguments.path, samples=arguments.samples, deep=arguments.deep,
-            files_only=arguments.files_only, comm=comm,
-        )  # fmt: skip
+            arguments.path,
+            samples=arguments.samples,
+            deep=arguments.deep,
+            files_only=arguments.files_only,
+            comm=comm,
+        )
         if comm.is_main:
             show_result(arguments, asdict(checked), lambda: tables.verified(checked))
 

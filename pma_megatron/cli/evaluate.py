@@ -21,10 +21,12 @@ _EXAMPLE = """examples:
 def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the verb."""
     verb = new_verb(
-        verbs, "evaluate", run,
+        verbs,
+        "evaluate",
+        run,
         "score many averages with your model, without writing any; start it with torchrun",
         epilog=_EXAMPLE,
-    )  # fmt: skip
+    )
     add_scoring(verb)
 
 
@@ -54,9 +56,13 @@ def show(scores: Scores) -> None:
         tokens = scores.tokens[end]
         cells = [text for name in scores.metrics for text in _cells(scores, point, name)]
         table.add_row(
-            str(end), "unknown" if tokens is None else format_tokens(tokens), point.method,
-            str(point.last), interval(point), *cells,
-        )  # fmt: skip
+            str(end),
+            "unknown" if tokens is None else format_tokens(tokens),
+            point.method,
+            str(point.last),
+            interval(point),
+            *cells,
+        )
     console.print(table)
     left_out: dict[tuple[int, str], dict[int, str]] = {}
     for skipped in scores.skipped:

@@ -45,19 +45,21 @@ def parser() -> argparse.ArgumentParser:
     verb = new_verb(verbs, "inspect", commands.inspect, "say what is in one checkpoint")
     verb.add_argument("path", help="one iter_* folder, or the --save folder above it")
     verb = new_verb(
-        verbs, "verify", commands.verify,
+        verbs,
+        "verify",
+        commands.verify,
         "check every byte of what was published, and a merge against its sources",
-    )  # fmt: skip
+    )
     verb.add_argument("path", help="one merged iter_* folder, or the --save folder above it")
     verb.add_argument("--samples", type=int, default=256, help="slices to recompute (default 256)")
     verb.add_argument(
-        "--deep", action="store_true",
+        "--deep",
+        action="store_true",
         help="recompute every element in float64, with torchrun on several ranks",
-    )  # fmt: skip
+    )
     verb.add_argument(
-        "--files-only", action="store_true",
-        help="check the files alone; the sources may be gone",
-    )  # fmt: skip
+        "--files-only", action="store_true", help="check the files alone; the sources may be gone"
+    )
     add_timeout(verb)
     return top
 
@@ -76,27 +78,39 @@ def _averaging(verb: argparse.ArgumentParser) -> None:
         "--allow-any-coefficients", action="store_true", help="custom: negative or any sum"
     )
     group.add_argument(
-        "--optimizer-state", default="latest", metavar="S",
+        "--optimizer-state",
+        default="latest",
+        metavar="S",
         help=f"moments and step: {', '.join(OPTIMIZER_STATES)} (default latest)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--average", default="main-params", metavar="WHAT",
+        "--average",
+        default="main-params",
+        metavar="WHAT",
         help=f"{' or '.join(AVERAGES)}: weights reads the 16-bit weights and writes a "
         "weights-only checkpoint",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--policy", nargs="+", default=[], metavar="PATTERN=ACTION",
+        "--policy",
+        nargs="+",
+        default=[],
+        metavar="PATTERN=ACTION",
         help="average, newest or drop entries by key pattern; the first match wins",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--lr-factor", type=float, metavar="F",
+        "--lr-factor",
+        type=float,
+        metavar="F",
         help="of all learning rates in the result, from where a resume takes them",
-    )  # fmt: skip
+    )
     group.add_argument("--dtype", help="of averaged weights: bf16, fp16, fp32 (default: as stored)")
     group.add_argument(
-        "--sweep", nargs="+", default=[], metavar="M,..:N,..",
+        "--sweep",
+        nargs="+",
+        default=[],
+        metavar="M,..:N,..",
         help="several outputs from one pass, e.g. sma,wma,1-sqrt:3,6,10; each in --save/M-lastN",
-    )  # fmt: skip
+    )
 
 
 def _running(verb: argparse.ArgumentParser) -> None:
@@ -106,11 +120,15 @@ def _running(verb: argparse.ArgumentParser) -> None:
     group.add_argument("--threads", type=int, default=2, help="per rank (default 2)")
     add_timeout(group)
     group.add_argument(
-        "--check-sources", action="store_true",
+        "--check-sources",
+        action="store_true",
         help="read records whole that the merge reads in part, to compare their checksums",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--merge-parallel-size", type=int, default=1, metavar="R",
+        "--merge-parallel-size",
+        type=int,
+        default=1,
+        metavar="R",
         help="ranks that share the sources of a slice and all-reduce it; for sources on "
         "node-local disks (default 1: ranks share the bytes)",
-    )  # fmt: skip
+    )

@@ -8,13 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from pma_megatron.cli import charts, tables
-from pma_megatron.cli.scoring import (
-    add_scoring,
-    grid_of,
-    refuse_unwritable,
-    score,
-    write_json,
-)
+from pma_megatron.cli.scoring import add_scoring, grid_of, refuse_unwritable, score, write_json
 from pma_megatron.cli.verbs import file_path, new_verb, show_result
 from pma_megatron.errors import UsageError
 from pma_megatron.formats import registry
@@ -38,10 +32,12 @@ _EXAMPLE = """examples:
 def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the verb."""
     verb = new_verb(
-        verbs, "forecast", run,
+        verbs,
+        "forecast",
+        run,
         "forecast the loss that annealing would reach, from merged checkpoints",
         epilog=_EXAMPLE,
-    )  # fmt: skip
+    )
     add_scoring(verb)
     verb.set_defaults(ends=["all"])
     group = verb.add_argument_group("what to compare")
@@ -50,14 +46,20 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     group.add_argument("--metric", metavar="NAME", help="which loss (default: the first scored)")
     group.add_argument(
-        "--annealed", action="append", default=[], metavar="DIR[@START]",
+        "--annealed",
+        action="append",
+        default=[],
+        metavar="DIR[@START]",
         help="a real annealing run that left the run at iteration START (default: where its own "
         "schedule begins to decay); its newest checkpoint is scored, or DIR is an iter_* folder",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--annealed-loss", action="append", default=[], metavar="START:LOSS",
+        "--annealed-loss",
+        action="append",
+        default=[],
+        metavar="START:LOSS",
         help="the same where only the loss is known",
-    )  # fmt: skip
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -124,15 +126,23 @@ def _show_errors(made: Forecast) -> None:
         for p in (*series.predictions, *series.at_end):
             share = "" if p.relative_error is None else f"{p.relative_error:+.0%}"
             table.add_row(
-                str(p.start_iteration), str(p.iteration), _name(series), f"{p.trained:.4f}",
-                f"{p.merged:.4f}", f"{p.annealed:.4f}", f"{p.error:+.4f}", share,
-            )  # fmt: skip
+                str(p.start_iteration),
+                str(p.iteration),
+                _name(series),
+                f"{p.trained:.4f}",
+                f"{p.merged:.4f}",
+                f"{p.annealed:.4f}",
+                f"{p.error:+.4f}",
+                share,
+            )
     console.print(table)
     columns = ("merged", "by", "n", "mean error", "RMSE", "Pearson", "Spearman", "Pearson of gains")
     table = tables.new_table("over all annealing runs", *columns)
     for series in made.series:
-        for where, found in (("where they begin", series.agreement),
-                             ("where they end", series.agreement_at_end)):  # fmt: skip
+        for where, found in (
+            ("where they begin", series.agreement),
+            ("where they end", series.agreement_at_end),
+        ):
             if found is not None:
                 table.add_row(where, _name(series), *_agreement(found))
     console.print(table)
@@ -174,16 +184,20 @@ def _start(text: str, load: str | None) -> int:
     for ref in list_checkpoints(load) if load is not None and begin is not None else ():
         if ref.consumed_samples == begin and ref.iteration is not None:
             return ref.iteration
-    found = "does not say at which sample its decay begins" if begin is None else (
-        f"begins to decay at sample {begin}, where {load} has no checkpoint")  # fmt: skip
+    found = (
+        "does not say at which sample its decay begins"
+        if begin is None
+        else (f"begins to decay at sample {begin}, where {load} has no checkpoint")
+    )
     raise UsageError(
         f"--annealed {text}: {newest.path} {found}: say at which iteration it left the run, "
         f"--annealed {folder}@START"
     )
 
 
-def _add_ends(arguments: argparse.Namespace, starts: Collection[int], folders: Collection[str]
-              ) -> None:  # fmt: skip
+def _add_ends(
+    arguments: argparse.Namespace, starts: Collection[int], folders: Collection[str]
+) -> None:
     """Score also where annealing runs begin, and where they end if the run was trained so far."""
     if arguments.load is None:
         raise UsageError("say where the checkpoints are: --load DIR, or --scores FILE")

@@ -78,43 +78,53 @@ class Geometry:
 def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the verb."""
     verb = new_verb(
-        verbs, "geometry", run,
+        verbs,
+        "geometry",
+        run,
         "measure distances and angles between checkpoints, and the loss around them",
         epilog=_EXAMPLE,
-    )  # fmt: skip
+    )
     add_selection(verb)
     group = verb.add_argument_group("what is measured")
     methods = ", ".join(name for name in METHODS if name != "custom")
     group.add_argument("--method", default="sma", metavar="M", help=f"of the mean: {methods}")
     group.add_argument("--alpha", type=float, help="ema: weight of the newer one, in (0, 1]")
     group.add_argument(
-        "--average", default="main-params", metavar="WHAT",
+        "--average",
+        default="main-params",
+        metavar="WHAT",
         help=f"{' or '.join(AVERAGES)}: weights reads the 16-bit weights",
-    )  # fmt: skip
+    )
     group.add_argument("--threads", type=int, default=2, help="per rank (default 2)")
     add_timeout(group)
     group = verb.add_argument_group("the loss; what follows -- is passed on to the provider")
     group.add_argument(
-        "--contour", action="store_true",
+        "--contour",
+        action="store_true",
         help="score a grid in the plane of the first two principal directions; with three "
         "checkpoints, the plane through them",
-    )  # fmt: skip
+    )
     group.add_argument(
         "--grid", type=int, default=11, metavar="R", help="R x R points (default 11)"
     )
     group.add_argument(
-        "--margin", type=float, default=0.5, metavar="F",
+        "--margin",
+        type=float,
+        default=0.5,
+        metavar="F",
         help="how far the grid goes beyond the members, of their extent (default 0.5)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--curvature", action="store_true",
+        "--curvature",
+        action="store_true",
         help="Hessian along the deviations: eq. 15 and the predicted gain; one process, float32",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--provider", metavar="MODULE:FUNCTION",
+        "--provider",
+        metavar="MODULE:FUNCTION",
         help="or FILE.py:FUNCTION; called with --load and the list of arguments after --, returns "
         "a pma_megatron.megatron.score.Scored (for --curvature, ...curvature.Differentiable)",
-    )  # fmt: skip
+    )
     group = verb.add_argument_group("output")
     group.add_argument("--out", type=file_path, metavar="FILE", help="write the JSON there too")
     group.add_argument(
@@ -150,9 +160,14 @@ def run(arguments: argparse.Namespace) -> None:
             with _provided(arguments, request.load, comm) as scored:
                 if arguments.contour:
                     over = contour(
-                        scored, measured, size=arguments.grid, margin=arguments.margin,
-                        threads=arguments.threads, comm=comm, show=show(comm),
-                    )  # fmt: skip
+                        scored,
+                        measured,
+                        size=arguments.grid,
+                        margin=arguments.margin,
+                        threads=arguments.threads,
+                        comm=comm,
+                        show=show(comm),
+                    )
                 if arguments.curvature:
                     assert isinstance(scored, Differentiable)
                     curved = curvature(scored, measured, threads=arguments.threads)
@@ -209,18 +224,31 @@ def _print(found: Geometry) -> None:
 
 
 def _groups(spreads: dict[str, Spread], title: str) -> Any:
-    columns = ("tensors", "elements", "|newest|", "deviation", "step", "cos of next steps",
-               "cos of deviations", "along 1st", "along 2nd")  # fmt: skip
+    columns = (
+        "tensors",
+        "elements",
+        "|newest|",
+        "deviation",
+        "step",
+        "cos of next steps",
+        "cos of deviations",
+        "along 1st",
+        "along 2nd",
+    )
     table = tables.new_table(title, *columns)
     for name, spread in spreads.items():
         following = np.diagonal(spread.step_cosines, 1)
         shares = (f"{100 * share:.0f}%" for share in spread.variance_shares)
         table.add_row(
-            name, f"{spread.elements:,}", f"{spread.norms[-1]:.4g}",
-            f"{spread.deviation_norms.mean():.4g}", f"{spread.step_norms.mean():.4g}",
+            name,
+            f"{spread.elements:,}",
+            f"{spread.norms[-1]:.4g}",
+            f"{spread.deviation_norms.mean():.4g}",
+            f"{spread.step_norms.mean():.4g}",
             f"{following.mean():+.3f}" if following.size else "",
-            f"{spread.mean_deviation_cosine:+.3f}", *shares,
-        )  # fmt: skip
+            f"{spread.mean_deviation_cosine:+.3f}",
+            *shares,
+        )
     return table
 
 

@@ -36,9 +36,12 @@ def show(comm: Comm) -> Show:
 @contextlib.contextmanager
 def _bar(stage: str, total_bytes: int) -> Iterator[engine.Progress]:
     columns = (
-        TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True),
-        TransferSpeedColumn(), TimeRemainingColumn(),
-    )  # fmt: skip
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True)) as display:
         task = display.add_task(stage, total=total_bytes)
         yield lambda nbytes: display.advance(task, nbytes)
@@ -57,7 +60,13 @@ def _lines(stage: str, total_bytes: int) -> Iterator[engine.Progress]:
             last_s = now_s
             rate = done / (now_s - start_s)
             left_s = (total_bytes - done) / rate
-            _log.info("%s: %.1f of %.1f GiB, %.2f GiB/s, %.0f s left", stage, done / 2**30,
-                      total_bytes / 2**30, rate / 2**30, left_s)  # fmt: skip
+            _log.info(
+                "%s: %.1f of %.1f GiB, %.2f GiB/s, %.0f s left",
+                stage,
+                done / 2**30,
+                total_bytes / 2**30,
+                rate / 2**30,
+                left_s,
+            )
 
     yield advance

@@ -64,13 +64,19 @@ def _where(verb: argparse.ArgumentParser) -> None:
     group.add_argument("--grad-norm", metavar="NAME", help="of the gradient norm there, if unusual")
     defaults = SpikeSettings()
     group.add_argument(
-        "--patience", type=int, default=defaults.patience, metavar="N",
+        "--patience",
+        type=int,
+        default=defaults.patience,
+        metavar="N",
         help=f"logged points that a spike has to recover (default {defaults.patience})",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--fatal-rise", type=float, default=defaults.fatal_rise, metavar="NATS",
+        "--fatal-rise",
+        type=float,
+        default=defaults.fatal_rise,
+        metavar="NATS",
         help=f"rise from which a loss that stays is lost (default {defaults.fatal_rise:g})",
-    )  # fmt: skip
+    )
 
 
 def _what(verb: argparse.ArgumentParser) -> None:
@@ -78,34 +84,46 @@ def _what(verb: argparse.ArgumentParser) -> None:
     group.add_argument("--last", type=int, metavar="N", help=f"how many (default {LAST})")
     group.add_argument("--interval-tokens", type=token_count, metavar="V", help="spacing, e.g. 8B")
     group.add_argument(
-        "--interval-steps", "--interval-iterations", type=int, metavar="V",
-        dest="interval_iterations", help="spacing in iterations (optimizer steps)",
-    )  # fmt: skip
+        "--interval-steps",
+        "--interval-iterations",
+        type=int,
+        metavar="V",
+        dest="interval_iterations",
+        help="spacing in iterations (optimizer steps)",
+    )
     group.add_argument(
-        "--margin-iterations", type=int, default=MARGIN_ITERATIONS, metavar="M",
-        help="healthy iterations between a checkpoint and the onset "
-        f"(default {MARGIN_ITERATIONS})",
-    )  # fmt: skip
+        "--margin-iterations",
+        type=int,
+        default=MARGIN_ITERATIONS,
+        metavar="M",
+        help=f"healthy iterations between a checkpoint and the onset (default {MARGIN_ITERATIONS})",
+    )
     group.add_argument(
-        "--further-back", type=int, default=0, metavar="K",
+        "--further-back",
+        type=int,
+        default=0,
+        metavar="K",
         help="leave out the K newest healthy checkpoints too, after a recovery that failed",
-    )  # fmt: skip
+    )
     group.add_argument("--exclude", type=int, nargs="+", default=[], metavar="I", help="not these")
     group.add_argument("--method", default="sma", metavar="M", help=", ".join(METHODS))
     group.add_argument("--alpha", type=float, help="ema: weight of the newer one, in (0, 1]")
     group.add_argument(
-        "--optimizer-state", default="latest", metavar="S",
+        "--optimizer-state",
+        default="latest",
+        metavar="S",
         help="latest (of the newest healthy checkpoint, default), average, reset",
-    )  # fmt: skip
+    )
 
 
 def _how(verb: argparse.ArgumentParser) -> None:
     group = verb.add_argument_group("how to go on")
     group.add_argument(
-        "--skip", metavar="A:B",
+        "--skip",
+        metavar="A:B",
         help="iterations whose data is not trained on again, or `none` (default: from the onset to "
         "where the spike was known)",
-    )  # fmt: skip
+    )
     group.add_argument(
         "--lr-factor",
         type=float,
@@ -177,8 +195,10 @@ def _shown(found: Diagnosis, report: MergeReport | None) -> None:
     console = new_console(soft_wrap=True)
     for verdict in found.verdicts:
         mark = "LOST " if verdict.fatal else "      "
-        console.print(f"{mark}{verdict.kind.value} from iteration {verdict.onset}, known at "
-                      f"{verdict.confirmed}: {verdict.reason}")  # fmt: skip
+        console.print(
+            f"{mark}{verdict.kind.value} from iteration {verdict.onset}, known at "
+            f"{verdict.confirmed}: {verdict.reason}"
+        )
     table = new_table(f"onset at iteration {found.onset}", "iteration", "used", "why")
     for each in found.healthy.rejected:
         table.add_row(str(each.ref.iteration), "no", each.reason)

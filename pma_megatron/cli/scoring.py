@@ -34,43 +34,66 @@ def add_scoring(verb: argparse.ArgumentParser) -> None:
     group = verb.add_argument_group("which averages")
     group.add_argument("--load", metavar="DIR", help="the folder that training saves to")
     group.add_argument(
-        "--methods", nargs="+", default=["sma"], metavar="M",
+        "--methods",
+        nargs="+",
+        default=["sma"],
+        metavar="M",
         help="sma, wma, ema:ALPHA, linear, cosine, 1-sqrt, inverse-sqrt[:FLOOR] (default sma)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--lasts", nargs="+", type=int, default=[DEFAULT_LAST], metavar="N",
+        "--lasts",
+        nargs="+",
+        type=int,
+        default=[DEFAULT_LAST],
+        metavar="N",
         help=f"how many checkpoints (default {DEFAULT_LAST}); the newest alone is always scored",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--intervals-tokens", nargs="+", type=token_count, default=[], metavar="V",
+        "--intervals-tokens",
+        nargs="+",
+        type=token_count,
+        default=[],
+        metavar="V",
         help="spacings, e.g. 4B 8B (default: checkpoints as they lie)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--intervals-iterations", nargs="+", type=int, default=[], metavar="V",
+        "--intervals-iterations",
+        nargs="+",
+        type=int,
+        default=[],
+        metavar="V",
         help="spacings in iterations, for checkpoints that do not say tokens",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--ends", nargs="+", default=["newest"], metavar="E",
+        "--ends",
+        nargs="+",
+        default=["newest"],
+        metavar="E",
         help="newest checkpoint of each average: all, newest, every:K, or iterations",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--tolerance", type=float, default=0.25, metavar="F",
+        "--tolerance",
+        type=float,
+        default=0.25,
+        metavar="F",
         help="how far off its place a checkpoint may lie, as a fraction of V (default 0.25)",
-    )  # fmt: skip
+    )
     group.add_argument("--exclude", type=int, nargs="+", default=[], metavar="I", help="not these")
     add_allow_gaps(group)
     group = verb.add_argument_group("which model; what follows -- is passed on to it")
     group.add_argument(
-        "--provider", metavar="MODULE:FUNCTION",
+        "--provider",
+        metavar="MODULE:FUNCTION",
         help="or FILE.py:FUNCTION; called with --load and the list of arguments after --, returns "
         "a pma_megatron.megatron.score.Scored",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--megatron", metavar="SCRIPT",
+        "--megatron",
+        metavar="SCRIPT",
         help="pretrain_gpt.py of a Megatron-LM tree, or your own: Megatron builds model and data "
         "from the checkpoint's arguments and the flags after --, and evaluates as it does in "
         "training (--eval-iters batches)",
-    )  # fmt: skip
+    )
     group.add_argument("--threads", type=int, default=2, help="reader threads per rank (default 2)")
     add_timeout(group)
     group = verb.add_argument_group("output")
@@ -118,9 +141,15 @@ def score(arguments: argparse.Namespace, others: Sequence[str] = ()) -> Scores |
         scored = comm.agree("provider", lambda: provider(arguments.load, list(arguments.rest)))
         try:
             scores = score_merges(
-                scored.models, arguments.load, grid, scored.score, metadata=scored.metadata,
-                threads=arguments.threads, others=others, comm=comm,
-            )  # fmt: skip
+                scored.models,
+                arguments.load,
+                grid,
+                scored.score,
+                metadata=scored.metadata,
+                threads=arguments.threads,
+                others=others,
+                comm=comm,
+            )
         finally:
             scored.close()
         return scores if comm.is_main else None

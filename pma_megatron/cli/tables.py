@@ -215,8 +215,13 @@ def inspected(found: Inspection) -> None:
     console.print(f"{ref.path}: {', '.join(said)}", soft_wrap=True)
     table = new_table("tensors", "what", "tensors", "elements", "bytes", "dtypes")
     for group in found.groups:
-        table.add_row(group.name, str(group.tensors), f"{group.elements:,}", _size(group.nbytes),
-                      ", ".join(group.dtypes))  # fmt: skip
+        table.add_row(
+            group.name,
+            str(group.tensors),
+            f"{group.elements:,}",
+            _size(group.nbytes),
+            ", ".join(group.dtypes),
+        )
     if found.groups:
         console.print(table)
     if found.provenance is not None:

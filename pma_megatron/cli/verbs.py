@@ -20,8 +20,13 @@ from pma_megatron.runs.tokens import parse_tokens
 _NEGATIVE = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
 
 
-def new_verb(verbs: argparse._SubParsersAction[argparse.ArgumentParser], name: str, run: object,
-             text: str, epilog: str | None = None) -> argparse.ArgumentParser:  # fmt: skip
+def new_verb(
+    verbs: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    run: object,
+    text: str,
+    epilog: str | None = None,
+) -> argparse.ArgumentParser:
     """Add a verb that calls `run(arguments)`; it gets --json and --verbose."""
     verb = verbs.add_parser(
         name,
@@ -57,18 +62,26 @@ def add_selection(verb: argparse.ArgumentParser) -> None:
         "--interval-tokens", type=token_count, metavar="V", help="spacing, e.g. 8B, 500M"
     )
     group.add_argument(
-        "--interval-steps", "--interval-iterations", type=int, metavar="V",
+        "--interval-steps",
+        "--interval-iterations",
+        type=int,
+        metavar="V",
         dest="interval_iterations",
         help="spacing in iterations (optimizer steps), for checkpoints that do not say tokens",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--tolerance", type=float, default=0.25, metavar="F",
+        "--tolerance",
+        type=float,
+        default=0.25,
+        metavar="F",
         help="how far off its place a checkpoint may lie, as a fraction of V (default 0.25)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--end-iteration", type=int, metavar="I",
+        "--end-iteration",
+        type=int,
+        metavar="I",
         help="newest source (default: what the tracker names, else the newest complete)",
-    )  # fmt: skip
+    )
     group.add_argument(
         "--window-tokens", type=token_count, metavar="W", help="all within the last W"
     )
@@ -81,10 +94,11 @@ def add_selection(verb: argparse.ArgumentParser) -> None:
 def add_allow_gaps(group: argparse._ArgumentGroup) -> None:
     """Add `--allow-gaps`."""
     group.add_argument(
-        "--allow-gaps", action="store_true",
+        "--allow-gaps",
+        action="store_true",
         help="pass over what is damaged, spoiled or not judged in the window, and say so; "
         "refused without it",
-    )  # fmt: skip
+    )
 
 
 def selection_of(arguments: argparse.Namespace) -> SelectionRequest:
@@ -110,10 +124,14 @@ def selection_of(arguments: argparse.Namespace) -> SelectionRequest:
 def add_timeout(verb: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     """Add `--timeout`, for verbs that several ranks run."""
     verb.add_argument(
-        "--timeout", type=duration, default=TIMEOUT_S, metavar="T", dest="timeout_s",
+        "--timeout",
+        type=duration,
+        default=TIMEOUT_S,
+        metavar="T",
+        dest="timeout_s",
         help="how long to wait for a rank that does not come or moves nothing, e.g. 90s, 10m "
         "(default 5m); a merge that still moves bytes never times out",
-    )  # fmt: skip
+    )
 
 
 def root_of(arguments: argparse.Namespace) -> str:

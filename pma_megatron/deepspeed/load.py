@@ -32,12 +32,7 @@ from pma_megatron.deepspeed.checks import (
     refuse_unresumable,
 )
 from pma_megatron.deepspeed.options import OPTIONS, Options
-from pma_megatron.deepspeed.params import (
-    EngineTensor,
-    live_tensors,
-    refresh_weights,
-    replica_group,
-)
+from pma_megatron.deepspeed.params import EngineTensor, live_tensors, refresh_weights, replica_group
 from pma_megatron.deepspeed.record import RECORD, record_in_saves, record_of, resumed_tag
 from pma_megatron.errors import CheckpointError, PlanError, UsageError
 from pma_megatron.formats import registry
@@ -89,8 +84,9 @@ def pma_init(engine: Any, **options: Any) -> Iterator[None]:
     def load_checkpoint(*args: Any, **kwargs: Any) -> Loaded:
         nonlocal loaded
         loaded = True
-        return load_average(engine, plain, inspect.signature(plain).bind(*args, **kwargs).arguments,
-                            chosen)  # fmt: skip
+        return load_average(
+            engine, plain, inspect.signature(plain).bind(*args, **kwargs).arguments, chosen
+        )
 
     with replaced(engine, "load_checkpoint", load_checkpoint):
         yield
@@ -102,8 +98,9 @@ def pma_init(engine: Any, **options: Any) -> Iterator[None]:
 
 
 @speaking(OPTIONS)
-def load_average(engine: Any, plain: Callable[..., Loaded], call: Mapping[str, Any],
-                 options: Options) -> Loaded:  # fmt: skip
+def load_average(
+    engine: Any, plain: Callable[..., Loaded], call: Mapping[str, Any], options: Options
+) -> Loaded:
     """In place of one call of `engine.load_checkpoint`; see `load_merged`.
 
     Args:
@@ -164,8 +161,9 @@ def _trainer_of(engine: Any, plain: Callable[..., Loaded]) -> Trainer:
     )
 
 
-def _resume(comm: Comm, trainer: Trainer, plain: Callable[..., Loaded], call: Mapping[str, Any],
-            base: Path) -> tuple[str, dict[str, Any]]:  # fmt: skip
+def _resume(
+    comm: Comm, trainer: Trainer, plain: Callable[..., Loaded], call: Mapping[str, Any], base: Path
+) -> tuple[str, dict[str, Any]]:
     """Load the newest source as the script would."""
     there = {**call, "load_dir": str(base.parent), "tag": base.name}
     nothing = f"DeepSpeed loaded nothing from {base}: its log says why"
@@ -179,8 +177,9 @@ def _resume(comm: Comm, trainer: Trainer, plain: Callable[..., Loaded], call: Ma
     return path, client_state
 
 
-def _average(engine: Any, found: OpenedSources, options: Options, share: str, comm: Comm,
-             trainer: Trainer) -> LiveReport:  # fmt: skip
+def _average(
+    engine: Any, found: OpenedSources, options: Options, share: str, comm: Comm, trainer: Trainer
+) -> LiveReport:
     meter, plan = Meter(comm), LivePlan.of(found, options.threads)
     tensors = _averaged(engine, found)
     labels = {(live.sharded, live.replicas) for live in tensors}
@@ -189,10 +188,16 @@ def _average(engine: Any, found: OpenedSources, options: Options, share: str, co
 
     def jobs() -> list[Job]:
         return [
-            _job(engine, plan, found, [t for t in tensors if (t.sharded, t.replicas) == label],
-                 states, share)
+            _job(
+                engine,
+                plan,
+                found,
+                [t for t in tensors if (t.sharded, t.replicas) == label],
+                states,
+                share,
+            )
             for label in every
-        ]  # fmt: skip
+        ]
 
     def finish() -> None:
         if options.optimizer_state == "reset":
@@ -204,13 +209,21 @@ def _average(engine: Any, found: OpenedSources, options: Options, share: str, co
     return meter.report(plan, share, found.selection.passed_over)
 
 
-def _job(engine: Any, plan: LivePlan, found: OpenedSources, tensors: Sequence[EngineTensor],
-         states: Sequence[str], share: str) -> Job:  # fmt: skip
+def _job(
+    engine: Any,
+    plan: LivePlan,
+    found: OpenedSources,
+    tensors: Sequence[EngineTensor],
+    states: Sequence[str],
+    share: str,
+) -> Job:
     """The units of tensors that the same ranks hold, and those ranks."""
     team = Team((dist.get_rank(),), 0)
-    if tensors and tensors[0].replicas is not None and not (
-        tensors[0].sharded and share == "slice"
-    ):  # fmt: skip
+    if (
+        tensors
+        and tensors[0].replicas is not None
+        and not (tensors[0].sharded and share == "slice")
+    ):
         group = replica_group(engine, tensors[0].replicas)
         team = Team.of(group, by_source=share == "source")
     return average_units(plan, found.active, tensors, states, whole=team.size > 1), team

@@ -54,10 +54,17 @@ class OnlineAverage(RunningAverage):
 
     @speaking(ARGUMENTS)
     def __init__(
-        self, engine: Any, method: Method, last: int, *, interval_iterations: int | None = None,
-        interval_tokens: int | None = None, consumed_tokens: int = 0,
-        window_dir: str | Path | None = None, comm: Comm | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        engine: Any,
+        method: Method,
+        last: int,
+        *,
+        interval_iterations: int | None = None,
+        interval_tokens: int | None = None,
+        consumed_tokens: int = 0,
+        window_dir: str | Path | None = None,
+        comm: Comm | None = None,
+    ) -> None:
         """Make room for the window. Collective.
 
         Args:
@@ -82,11 +89,16 @@ class OnlineAverage(RunningAverage):
             "tensors of the engine", lambda: (EngineShard(engine), weights(engine))
         )
         super().__init__(
-            shard, method, last, interval, position=self._position(consumed_tokens),
+            shard,
+            method,
+            last,
+            interval,
+            position=self._position(consumed_tokens),
             backup_bytes=shard.nbytes + sum(w.numel() * w.element_size() for w in kept),
             stepping=[getattr(engine.optimizer, "optimizer", engine.optimizer)],
-            window_dir=window_dir, comm=comm,
-        )  # fmt: skip
+            window_dir=window_dir,
+            comm=comm,
+        )
 
     def step(self, consumed_tokens: int | None = None, args: Any = None) -> bool:
         """Take an entry if it is time; call it after every `engine.step()`.
@@ -137,9 +149,13 @@ class OnlineAverage(RunningAverage):
         """
         return averaged_state(self._engine, self.shard, self._some())
 
-    def save_average(self, save_dir: str | Path, tag: str | None = None,
-                     client_state: Mapping[str, Any] = MappingProxyType({}), **settings: Any
-                     ) -> Path:  # fmt: skip
+    def save_average(
+        self,
+        save_dir: str | Path,
+        tag: str | None = None,
+        client_state: Mapping[str, Any] = MappingProxyType({}),
+        **settings: Any,
+    ) -> Path:
         """Save the average as a tag of its own, by the engine's own `save_checkpoint`. Collective.
 
         Moments, schedule, step counts and client state are the run's, so an unmodified
@@ -166,8 +182,9 @@ class OnlineAverage(RunningAverage):
         return folder
 
     @contextlib.contextmanager
-    def saving(self, save_dir: str | Path, tag: str | None = None
-               ) -> Iterator[tuple[Path, dict[str, Any]]]:  # fmt: skip
+    def saving(
+        self, save_dir: str | Path, tag: str | None = None
+    ) -> Iterator[tuple[Path, dict[str, Any]]]:
         """What the engine saves inside the block, as that tag, is the average. Collective.
 
         Returns:

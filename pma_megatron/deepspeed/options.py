@@ -70,9 +70,15 @@ class Options:
         values = None if self.coefficients is None else tuple(self.coefficients)
         method = Method(name=self.method, alpha=self.alpha, floor=self.floor, values=values)
         return live_request(
-            load, chosen, method, self.optimizer_state, self.share, self.threads,
-            self.check_sources, resumed,
-        )  # fmt: skip
+            load,
+            chosen,
+            method,
+            self.optimizer_state,
+            self.share,
+            self.threads,
+            self.check_sources,
+            resumed,
+        )
 
     def record(self) -> dict[str, Any]:
         """Plain values that tell one command from another."""

@@ -109,9 +109,18 @@ def live_tensors(engine: Any) -> list[EngineTensor]:
         replicas = each.parameter.group_name if expert else ""
         refuse_other_dtype(name, each.flat)
         found.append(
-            EngineTensor(name, shape, each.first, each.numel, sharded, replicas, each.flat,
-                       each.start, getattr(optimizer, "optimizer", optimizer))
-        )  # fmt: skip
+            EngineTensor(
+                name,
+                shape,
+                each.first,
+                each.numel,
+                sharded,
+                replicas,
+                each.flat,
+                each.start,
+                getattr(optimizer, "optimizer", optimizer),
+            )
+        )
     return [*found, *_buffers(engine, optimizer)]
 
 
@@ -171,8 +180,12 @@ def _starts(groups: Iterable[Sequence[torch.Tensor]]) -> list[list[int]]:
     ]
 
 
-def _partitioned(groups: Iterable[Sequence[torch.Tensor]], starts: Iterable[Sequence[int]],
-                 flats: Iterable[torch.Tensor], optimizer: Any) -> Iterator[_Held]:  # fmt: skip
+def _partitioned(
+    groups: Iterable[Sequence[torch.Tensor]],
+    starts: Iterable[Sequence[int]],
+    flats: Iterable[torch.Tensor],
+    optimizer: Any,
+) -> Iterator[_Held]:
     """Groups that are one flat tensor each, cut into one partition per rank."""
     ranks = map(dist.get_rank, optimizer.real_dp_process_group)
     for group, begins, flat, rank in zip(groups, starts, flats, ranks, strict=True):
@@ -238,9 +251,10 @@ def _keys(engine: Any) -> dict[Any, str]:
     local = local_experts([dict.fromkeys(names.values())])
     return {
         parameter: global_name(name, groups._get_expert_parallel_rank(parameter.group_name), local)
-        if LOCAL_EXPERT.match(name) else name
+        if LOCAL_EXPERT.match(name)
+        else name
         for parameter, name in names.items()
-    }  # fmt: skip
+    }
 
 
 def _key(engine: Any, name: str) -> str:
@@ -260,9 +274,16 @@ def _buffers(engine: Any, optimizer: Any) -> Iterator[EngineTensor]:
         if name in saved and floating and not LOCAL_EXPERT.match(name):
             key = _key(engine, name)
             yield EngineTensor(
-                f"{key}@{rank}" if rank else key, tuple(buffer.shape), 0, buffer.numel(), own,
-                None if own else "", buffer, 0, None,
-            )  # fmt: skip
+                f"{key}@{rank}" if rank else key,
+                tuple(buffer.shape),
+                0,
+                buffer.numel(),
+                own,
+                None if own else "",
+                buffer,
+                0,
+                None,
+            )
 
 
 def _shape_of(parameter: Any) -> tuple[int, ...]:

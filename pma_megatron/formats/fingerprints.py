@@ -87,8 +87,15 @@ class Fingerprints:
             for number in table.get(_bytes(window[:count].to(dtype)), ())
         ]
 
-    def longest(self, stored: Sequence[Piece[Payload]], at: int, end: int, window: torch.Tensor,
-                taken: AbstractSet[int], wanted: Callable[[int], bool]) -> list[int]:  # fmt: skip
+    def longest(
+        self,
+        stored: Sequence[Piece[Payload]],
+        at: int,
+        end: int,
+        window: torch.Tensor,
+        taken: AbstractSet[int],
+        wanted: Callable[[int], bool],
+    ) -> list[int]:
         """Numbers of the longest weights that start at element `at` of a flat space.
 
         Several are bit-identical as far as they were compared. One alone was found by its first
@@ -103,9 +110,10 @@ class Fingerprints:
             wanted: whether a number may be there at all.
         """
         numbers = [
-            n for n in self.starting(window)
+            n
+            for n in self.starting(window)
             if n not in taken and wanted(n) and at + self._numel(n) <= end
-        ]  # fmt: skip
+        ]
         if len(numbers) > 1:
             numbers = [n for n in numbers if self.equal(n, stored, at)]
             longest = max((self._numel(n) for n in numbers), default=0)

@@ -33,22 +33,41 @@ from pma_megatron.formats.pickle_writer import add_entry, dump_inert
 from pma_megatron.formats.schema import is_count, is_shape
 
 __all__ = [
-    "Name", "Record", "StorageRef", "TensorRef", "add_entry", "brief", "dump_inert", "fields_of",
-    "load_inert", "new_tensor",
-]  # fmt: skip
+    "Name",
+    "Record",
+    "StorageRef",
+    "TensorRef",
+    "add_entry",
+    "brief",
+    "dump_inert",
+    "fields_of",
+    "load_inert",
+    "new_tensor",
+]
 
 _HARMLESS = {
     "argparse": {"Namespace"},
     "builtins": {
-        "bool", "bytearray", "complex", "dict", "float", "frozenset", "int", "list", "range", "set",
-        "slice", "str", "tuple",
+        "bool",
+        "bytearray",
+        "complex",
+        "dict",
+        "float",
+        "frozenset",
+        "int",
+        "list",
+        "range",
+        "set",
+        "slice",
+        "str",
+        "tuple",
     },
     "collections": {"OrderedDict", "defaultdict", "deque"},
     "torch": {"Size"},
     "torch._tensor": {"_rebuild_from_type_v2"},
     "torch._utils": {"_rebuild_tensor", "_rebuild_tensor_v2"},
     "types": {"SimpleNamespace"},
-}  # fmt: skip
+}
 """Names that any file may hold."""
 _OTHER_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg", "pathlib._local": "pathlib"}
 """Modules as protocol 2 and Python 3.13 call them."""

@@ -16,8 +16,9 @@ _FLAGS = ("lr", "min_lr", "decoupled_lr", "decoupled_min_lr", "lr_warmup_init")
 _GROUPS = "param_groups"
 _OF_GROUP = ("lr", "max_lr", "min_lr", "initial_lr")
 # megatron/core/optimizer_param_scheduler.py; torch/optim/lr_scheduler.py.
-_OF_SCHEDULE = frozenset({"max_lr", "min_lr", "start_lr", "eta_min", "base_lrs", "_last_lr",
-                          "max_lrs", "min_lrs"})  # fmt: skip
+_OF_SCHEDULE = frozenset(
+    {"max_lr", "min_lr", "start_lr", "eta_min", "base_lrs", "_last_lr", "max_lrs", "min_lrs"}
+)
 
 
 def scale_groups(value: Any, factor: float, what: str) -> int:
@@ -72,8 +73,9 @@ def _scaled(rate: Any, factor: float, what: str) -> Any:
     return rate * factor
 
 
-def rate_flags(args: Mapping[str, Any], schedule: Schedule, factor: float = 1.0
-               ) -> dict[str, tuple[str, ...]]:  # fmt: skip
+def rate_flags(
+    args: Mapping[str, Any], schedule: Schedule, factor: float = 1.0
+) -> dict[str, tuple[str, ...]]:
     """Megatron's flags of learning rates, `factor` times those of a checkpoint.
 
     They must be what the checkpoint that is resumed stores, to the last bit: the scheduler compares

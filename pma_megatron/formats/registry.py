@@ -151,9 +151,14 @@ def _common(path: Path) -> dict[str, Any]:
 
 
 def _lay_out(
-    path: str, *, payloads: Mapping[Payload, torch.dtype], drop: frozenset[str], optimizer: str,
-    note: Mapping[str, Any], lr_factor: float | None,
-) -> OutputLayout:  # fmt: skip
+    path: str,
+    *,
+    payloads: Mapping[Payload, torch.dtype],
+    drop: frozenset[str],
+    optimizer: str,
+    note: Mapping[str, Any],
+    lr_factor: float | None,
+) -> OutputLayout:
     """Megatron hands nothing back: there, `pma.json` alone says where a merge came from."""
     changes = Changes(payloads=payloads, drop=drop, optimizer=optimizer, lr_factor=lr_factor)
     return output_layout(TorchDistCheckpoint(Path(path)), changes)
@@ -193,25 +198,33 @@ def _reads(verb: Verb) -> Verb:
 
 FORMATS = (
     Format(
-        TORCH_DIST, _reads(completeness), _reads(_common), _reads(read_source), _reads(_lay_out),
-        ItemFiles, is_optimizer_key, _reads(read_schedule),
-        Tracker(
-            "latest_checkpointed_iteration.txt", _iter_folder, _iter_content, "--load {root}"
-        ),
+        TORCH_DIST,
+        _reads(completeness),
+        _reads(_common),
+        _reads(read_source),
+        _reads(_lay_out),
+        ItemFiles,
+        is_optimizer_key,
+        _reads(read_schedule),
+        Tracker("latest_checkpointed_iteration.txt", _iter_folder, _iter_content, "--load {root}"),
         lambda path, iteration: "release" if iteration is None else f"iter_{iteration:07d}",
         lambda path: TorchDistCheckpoint(path).items(),
         written_after=written_after,
-        named_layouts="save with --dist-ckpt-optim-fully-reshardable", weights_alone=True,
+        named_layouts="save with --dist-ckpt-optim-fully-reshardable",
+        weights_alone=True,
     ),
     Format(
-        DEEPSPEED, _reads(deepspeed_completeness.completeness),
-        _reads(deepspeed_source.read_common), _reads(deepspeed_source.read_source),
-        _reads(deepspeed_output.output_layout), ItemFiles,
-        lambda key: key.endswith("_optim_states.pt"), _reads(deepspeed_source.read_schedule),
-        Tracker(
-            "latest", _tag_folder, str, 'engine.load_checkpoint("{root}")'
-        ),
-        lambda path, iteration: Path(path).name, lambda path: DeepSpeedCheckpoint(path).items(),
+        DEEPSPEED,
+        _reads(deepspeed_completeness.completeness),
+        _reads(deepspeed_source.read_common),
+        _reads(deepspeed_source.read_source),
+        _reads(deepspeed_output.output_layout),
+        ItemFiles,
+        lambda key: key.endswith("_optim_states.pt"),
+        _reads(deepspeed_source.read_schedule),
+        Tracker("latest", _tag_folder, str, 'engine.load_checkpoint("{root}")'),
+        lambda path, iteration: Path(path).name,
+        lambda path: DeepSpeedCheckpoint(path).items(),
         deepspeed.iteration_of,
         "convert each into a root of its own and merge there: python -m "
         "deepspeed.checkpoint.ds_to_universal --inject_missing_state --input_folder {tag} "
@@ -219,17 +232,25 @@ FORMATS = (
         "train with zero_optimization.stage 1, which stores names",
     ),
     Format(
-        UNIVERSAL, _reads(universal.completeness), _reads(deepspeed_source.read_common),
-        _reads(universal_source.read_source), _reads(universal_output.output_layout), ItemFiles,
-        lambda key: key == universal.GLOBAL_STATE, _reads(universal_source.read_schedule),
+        UNIVERSAL,
+        _reads(universal.completeness),
+        _reads(deepspeed_source.read_common),
+        _reads(universal_source.read_source),
+        _reads(universal_output.output_layout),
+        ItemFiles,
+        lambda key: key == universal.GLOBAL_STATE,
+        _reads(universal_source.read_schedule),
         Tracker(
-            "latest_universal", _tag_folder, str,
+            "latest_universal",
+            _tag_folder,
+            str,
             'engine.load_checkpoint("{root}") with {{"checkpoint": {{"load_universal": true}}}}',
         ),
-        lambda path, iteration: Path(path).name, lambda path: UniversalCheckpoint(path).items(),
+        lambda path, iteration: Path(path).name,
+        lambda path: UniversalCheckpoint(path).items(),
         deepspeed.iteration_of,
     ),
-)  # fmt: skip
+)
 
 
 def unchecked_order(source: Source) -> tuple[str, ...]:

@@ -24,9 +24,16 @@ class Relaid:
     places: Mapping[Payload, Destination]
 
 
-def relay(files: ItemFiles, item: Item, payloads: Sequence[Payload], number: int,
-          place: Callable[[int], Item], edited: Any = None,
-          zero: frozenset[str] = frozenset(), note: Any = None) -> Relaid:  # fmt: skip
+def relay(
+    files: ItemFiles,
+    item: Item,
+    payloads: Sequence[Payload],
+    number: int,
+    place: Callable[[int], Item],
+    edited: Any = None,
+    zero: frozenset[str] = frozenset(),
+    note: Any = None,
+) -> Relaid:
     """Lay out `item` with new bytes for `payloads`, which keep their dtypes.
 
     Args:

@@ -182,9 +182,18 @@ class Skeleton:
             wide = nbytes >= _LIMIT
             size = _LIMIT if wide else nbytes
             local = _LOCAL.pack(
-                b"PK\x03\x04", 45 if wide else 20, 0, 0, 0, 0, crc, size, size, len(full),
+                b"PK\x03\x04",
+                45 if wide else 20,
+                0,
+                0,
+                0,
+                0,
+                crc,
+                size,
+                size,
+                len(full),
                 len(local_extra),
-            )  # fmt: skip
+            )
             pieces.append((header, local + full + local_extra + (data or b"")))
             directory += _central_entry(full, crc, nbytes, header)
         end = _end_records(len(self._records), len(directory), self._directory_start)
@@ -245,9 +254,24 @@ def _central_entry(name: bytes, crc: int, nbytes: int, header: int) -> bytes:
     size, at = min(nbytes, _LIMIT), min(header, _LIMIT)
     version = 45 if wide else 20
     entry = _CENTRAL.pack(
-        b"PK\x01\x02", version, version, 0, 0, 0, 0, crc, size, size, len(name), len(extra),
-        0, 0, 0, 0, at,
-    )  # fmt: skip
+        b"PK\x01\x02",
+        version,
+        version,
+        0,
+        0,
+        0,
+        0,
+        crc,
+        size,
+        size,
+        len(name),
+        len(extra),
+        0,
+        0,
+        0,
+        0,
+        at,
+    )
     return entry + name + extra
 
 

@@ -134,7 +134,7 @@ def measure(request: MergeRequest, comm: Comm | None = None, show: Show = silent
     groups = comm.on_main("sum", lambda: _sums(plan, np.concatenate(products)))
     return Measured(
         found=found, groups=groups, state=plan.state, read_bytes=sum(map(read_bytes, plan.units))
-    )  # fmt: skip
+    )
 
 
 def group_of(key: str) -> str:
@@ -202,8 +202,9 @@ class _Space:
         self.rows = torch.empty((count, self.limit), dtype=torch.float64)
 
 
-def _products(plan: GramPlan, mine: Sequence[Unit], comm: Comm, progress: Progress,
-              reads: Mapping[int, Reads]) -> np.ndarray:  # fmt: skip
+def _products(
+    plan: GramPlan, mine: Sequence[Unit], comm: Comm, progress: Progress, reads: Mapping[int, Reads]
+) -> np.ndarray:
     """[units, N, N] inner products of this rank's units, laid out as `spread.Gram`'s."""
     count = len(plan.sources)
     result = np.zeros((len(mine), count, count))

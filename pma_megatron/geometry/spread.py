@@ -226,6 +226,4 @@ def _plane(gram: Gram, origin: np.ndarray, axes: np.ndarray) -> Plane:
     each = np.eye(gram.count) - origin
     members = gram.products(each, axes)
     squares = np.diagonal(gram.products(each)) - np.sum(members**2, axis=1)
-    return Plane(
-        origin=origin, axes=axes, members=members, off=np.sqrt(np.maximum(squares, 0.0))
-    )  # fmt: skip
+    return Plane(origin=origin, axes=axes, members=members, off=np.sqrt(np.maximum(squares, 0.0)))

@@ -163,10 +163,13 @@ class _Reader:
     def checksums(self, pieces: Iterable[Stored]) -> dict[str, dict[Place, int]]:
         """File -> place -> checksum of the largest pieces there that training moves."""
         return {
-            file: {(s.state, s.key, s.piece.box.offsets): self._checksums.of(s.piece.payload)[0]
-                   for s in found if self._moves(s)}
+            file: {
+                (s.state, s.key, s.piece.box.offsets): self._checksums.of(s.piece.payload)[0]
+                for s in found
+                if self._moves(s)
+            }
             for file, found in largest(self._source, pieces).items()
-        }  # fmt: skip
+        }
 
     def _moves(self, each: Stored) -> bool:
         if _is_moment(each):

@@ -142,8 +142,9 @@ def _wide(each: Stored) -> bool:
     return each.state == SECOND_MOMENT or len(each.piece.box.sizes) > 1
 
 
-def _shrunk(before: Values, after: Values, refs: tuple[CheckpointRef, CheckpointRef]
-            ) -> tuple[str, str] | None:  # fmt: skip
+def _shrunk(
+    before: Values, after: Values, refs: tuple[CheckpointRef, CheckpointRef]
+) -> tuple[str, str] | None:
     """The file whose second moments shrank by more than is possible, while others' did not."""
     pairs = {p: (before[p], after[p]) for p in after if p in before and p.state == SECOND_MOMENT}
     exact = all(x.dtype == torch.float32 for pair in pairs.values() for _, x in pair)

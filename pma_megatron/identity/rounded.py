@@ -67,8 +67,9 @@ def _comparable(source: Source) -> Iterator[Stored]:
                 yield each
 
 
-def _read(reader: BlockReader, box: Box, index: PieceIndex[Payload], tensor: Tensor
-          ) -> torch.Tensor:  # fmt: skip
+def _read(
+    reader: BlockReader, box: Box, index: PieceIndex[Payload], tensor: Tensor
+) -> torch.Tensor:
     data = torch.empty(box.numel, dtype=tensor.dtype)
     reader.read(box, index, data)
     return data
@@ -80,8 +81,9 @@ def _agree(main: torch.Tensor, weight: torch.Tensor) -> bool:
     return rounds_to(main[finite], weight[finite])
 
 
-def _mixed(source: Source, key: str, box: Box, mains: PieceIndex[Payload],
-           weights: PieceIndex[Payload]) -> CheckpointError:  # fmt: skip
+def _mixed(
+    source: Source, key: str, box: Box, mains: PieceIndex[Payload], weights: PieceIndex[Payload]
+) -> CheckpointError:
     main, weight = (file_of(source, i.touching(box)[0].payload) for i in (mains, weights))
     return CheckpointError(
         f"{source.path}: main params of {key} in {main}, rounded, differ from the stored weights "

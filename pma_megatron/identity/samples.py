@@ -84,8 +84,7 @@ def chosen(source: Source, found: Iterable[Stored]) -> list[Stored]:
     return list(picked.values())
 
 
-def runs(piece: Piece[Payload], seed: str, length: int = _RUN, count: int = _RUNS
-         ) -> Iterator[Box]:  # fmt: skip
+def runs(piece: Piece[Payload], seed: str, length: int = _RUN, count: int = _RUNS) -> Iterator[Box]:
     """A few short boxes of a piece, each without gaps in it: its start, and others by chance."""
     numel = piece.box.numel
     length = min(length, numel)

@@ -105,9 +105,16 @@ class Meter:
         )
 
 
-def live_request(load: str, selection: SelectionRequest | None, method: Method | None,
-             optimizer_state: str, share: str, threads: int, check_sources: bool = False,
-             resumed: int | None = None) -> MergeRequest:  # fmt: skip
+def live_request(
+    load: str,
+    selection: SelectionRequest | None,
+    method: Method | None,
+    optimizer_state: str,
+    share: str,
+    threads: int,
+    check_sources: bool = False,
+    resumed: int | None = None,
+) -> MergeRequest:
     """What a merge into live tensors asks for; `resumed` as in `MergeRequest`.
 
     Raises:
@@ -130,8 +137,16 @@ def live_request(load: str, selection: SelectionRequest | None, method: Method |
     )
 
 
-def fill(plan: LivePlan, jobs: Sequence[Job], comm: Comm, meter: Meter, trainer: Trainer,
-         finish: Callable[[], None], *, check_sources: bool = False) -> None:  # fmt: skip
+def fill(
+    plan: LivePlan,
+    jobs: Sequence[Job],
+    comm: Comm,
+    meter: Meter,
+    trainer: Trainer,
+    finish: Callable[[], None],
+    *,
+    check_sources: bool = False,
+) -> None:
     """Average into live tensors. Every rank makes this call, with as many jobs.
 
     Args:

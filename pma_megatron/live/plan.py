@@ -93,9 +93,15 @@ class LiveWriter:
         place.put(start, torch.frombuffer(data, dtype=place.dtype))
 
 
-def average_units(plan: LivePlan, active: Sequence[int], tensors: Iterable[LiveTensor],
-                  states: Sequence[str], *, whole: bool, rounded: bool = False
-                  ) -> list[Unit]:  # fmt: skip
+def average_units(
+    plan: LivePlan,
+    active: Sequence[int],
+    tensors: Iterable[LiveTensor],
+    states: Sequence[str],
+    *,
+    whole: bool,
+    rounded: bool = False,
+) -> list[Unit]:
     """The units that average `states` of `tensors` into their live storage.
 
     Args:
@@ -132,8 +138,9 @@ def average_units(plan: LivePlan, active: Sequence[int], tensors: Iterable[LiveT
     return result
 
 
-def refuse_other_model(plan: LivePlan, active: Sequence[int], tensors: Iterable[LiveTensor],
-                       states: Sequence[str]) -> None:  # fmt: skip
+def refuse_other_model(
+    plan: LivePlan, active: Sequence[int], tensors: Iterable[LiveTensor], states: Sequence[str]
+) -> None:
     """Sources that lack a live tensor or one of its states are refused before anything is touched.
 
     Raises:
@@ -198,13 +205,25 @@ def _owned(live: LiveTensor, box: Box, start: int, slot: Slot) -> list[Piece[Slo
     ]
 
 
-def _task(plan: LivePlan, active: Sequence[int], state: str, key: str, lead: Sequence[Piece[Any]],
-          targets: Sequence[Piece[Slot]]) -> Average:  # fmt: skip
+def _task(
+    plan: LivePlan,
+    active: Sequence[int],
+    state: str,
+    key: str,
+    lead: Sequence[Piece[Any]],
+    targets: Sequence[Piece[Slot]],
+) -> Average:
     found = [_stored(plan.sources[number], state, key) for number in active]
     return average_task(
-        plan.sources[-1], state, key, lead=lead, numbers=active, tensors=found, targets=targets,
+        plan.sources[-1],
+        state,
+        key,
+        lead=lead,
+        numbers=active,
+        tensors=found,
+        targets=targets,
         target_bytes=4,
-    )  # fmt: skip
+    )
 
 
 def _stored(source: Source, state: str, key: str) -> Tensor:

@@ -121,8 +121,9 @@ class _Poison:
         """What lay under a refusal is no longer there."""
         self._before = [(o, n, before if b is method else b) for o, n, b in self._before]
 
-    def _loading(self, number: int, plain: Callable[..., Any], is_whole: IsWhole
-                 ) -> Callable[..., Any]:  # fmt: skip
+    def _loading(
+        self, number: int, plain: Callable[..., Any], is_whole: IsWhole
+    ) -> Callable[..., Any]:
         @functools.wraps(plain)
         def load(*args: Any, **kwargs: Any) -> Any:
             self._whole[number] = False

@@ -16,17 +16,30 @@ _UNSUPPORTED: tuple[tuple[str, str, str], ...] = (
     ("use_custom_fsdp", "--use-custom-fsdp", _OWN_LAYOUT),
     ("use_torch_fsdp2", "--use-torch-fsdp2", _OWN_LAYOUT),
     ("use_layer_wise_distributed_optimizer", "the layer-wise (dist_muon) optimizer", _OWN_LAYOUT),
-    ("optimizer_cpu_offload", "--optimizer-cpu-offload", "its main params are split between host "
-     "and device"),
-    ("fp8_param_gather", "--fp8-param-gather", "weights are stored in 8 bits and would have to be "
-     "quantized again from the average"),
-    ("fp4_param", "--fp4-param-gather", "weights are stored in 4 bits and would have to be "
-     "quantized again from the average"),
+    (
+        "optimizer_cpu_offload",
+        "--optimizer-cpu-offload",
+        "its main params are split between host and device",
+    ),
+    (
+        "fp8_param_gather",
+        "--fp8-param-gather",
+        "weights are stored in 8 bits and would have to be quantized again from the average",
+    ),
+    (
+        "fp4_param",
+        "--fp4-param-gather",
+        "weights are stored in 4 bits and would have to be quantized again from the average",
+    ),
     ("perform_rl_step", "--perform-rl-step", "a second copy of the weights does the rollouts"),
     ("ckpt_convert_format", "--ckpt-convert-format", "Megatron exits once it has converted"),
-    ("moe_use_upcycling", "--moe-use-upcycling", "Megatron saves a new model while it sets up, "
-     "which no earlier checkpoint can be averaged with"),
-)  # fmt: skip
+    (
+        "moe_use_upcycling",
+        "--moe-use-upcycling",
+        "Megatron saves a new model while it sets up, "
+        "which no earlier checkpoint can be averaged with",
+    ),
+)
 """Attribute of Megatron's arguments, how to call it in a message, why it does not work."""
 
 _SIZES = (
@@ -72,8 +85,11 @@ def _refuse_unsupported(args: Any) -> None:
     shards = getattr(args, "gtp_weight_remat_size", None) or 1
     expert_shards = getattr(args, "expert_gtp_weight_remat_size", None) or 1
     if shards > 1 or expert_shards > 1:
-        flag = "--tensor-parallel-num-weight-shards" if shards > 1 else (
-            "--expert-tensor-parallel-num-weight-shards")  # fmt: skip
+        flag = (
+            "--tensor-parallel-num-weight-shards"
+            if shards > 1
+            else ("--expert-tensor-parallel-num-weight-shards")
+        )
         found.append((flag, f"its weight shards are not averaged (found {sizes(args)})"))
     for flag, why in found:
         raise UsageError(
@@ -101,21 +117,33 @@ def _refuse_numbers(args: Any, settings: Settings) -> None:
 
 def _refuse_init(args: Any, settings: Settings) -> None:
     if getattr(args, "load", None) is None:
-        also = "--pma-load names the sources of the average and does not replace it. " if getattr(
-            args, "pma_load", None) else ""  # fmt: skip
+        also = (
+            "--pma-load names the sources of the average and does not replace it. "
+            if getattr(args, "pma_load", None)
+            else ""
+        )
         raise UsageError(
             "--pma-init needs --load: Megatron first resumes iteration, samples, LR schedule and "
             f"RNG from there, then its weights become the average. {also}Add --load with the "
             "run's own --save"
         )
     for name, why in (
-        ("skip_train", "Megatron builds or loads no optimizer under --skip-train, so there are no "
-         "main params to average into; merge with `pma merge` and evaluate that checkpoint"),
-        ("finetune", "--finetune starts at iteration 0 with fresh data, LR schedule and "
-         "optimizer, while --pma-init continues one run; leave out one of the two"),
-        ("no_load_optim", "the optimizer state and LR schedule of the newest source would be "
-         "lost; leave out --no-load-optim, and use --pma-optimizer-state reset for fresh moments"),
-    ):  # fmt: skip
+        (
+            "skip_train",
+            "Megatron builds or loads no optimizer under --skip-train, so there are no "
+            "main params to average into; merge with `pma merge` and evaluate that checkpoint",
+        ),
+        (
+            "finetune",
+            "--finetune starts at iteration 0 with fresh data, LR schedule and "
+            "optimizer, while --pma-init continues one run; leave out one of the two",
+        ),
+        (
+            "no_load_optim",
+            "the optimizer state and LR schedule of the newest source would be lost; leave out "
+            "--no-load-optim, and use --pma-optimizer-state reset for fresh moments",
+        ),
+    ):
         if getattr(args, name, False):
             raise UsageError(f"--pma-init cannot be used with --{name.replace('_', '-')}: {why}")
 
@@ -170,8 +198,9 @@ def _refuse_recover(args: Any, recover: RecoverySettings) -> None:
                 f"--pma-recover-{name} must be at least 1, got {getattr(recover, name)}"
             )
     if recover.margin_iterations < 0:
-        raise UsageError("--pma-recover-margin-iterations must be at least 0, got "
-                         f"{recover.margin_iterations}")  # fmt: skip
+        raise UsageError(
+            f"--pma-recover-margin-iterations must be at least 0, got {recover.margin_iterations}"
+        )
 
 
 def _refuse_score(args: Any, settings: Settings) -> None:
@@ -181,12 +210,17 @@ def _refuse_score(args: Any, settings: Settings) -> None:
                 f"--pma-score needs --{name.replace('_', '-')}: it scores averages of saved "
                 "checkpoints in Megatron's evaluation, and does not train"
             )
-    for flag, used in (("--pma-init", settings.init), ("--pma-save", settings.save),
-                       ("--pma-snapshot-interval-tokens", settings.snapshots),
-                       ("--pma-recover", settings.recover is not None)):  # fmt: skip
+    for flag, used in (
+        ("--pma-init", settings.init),
+        ("--pma-save", settings.save),
+        ("--pma-snapshot-interval-tokens", settings.snapshots),
+        ("--pma-recover", settings.recover is not None),
+    ):
         if used:
-            raise UsageError(f"--pma-score and {flag} cannot be combined: one evaluates, the other "
-                             "trains; leave out one of the two")  # fmt: skip
+            raise UsageError(
+                f"--pma-score and {flag} cannot be combined: one evaluates, the other "
+                "trains; leave out one of the two"
+            )
 
 
 def _refuse_shared_folders(args: Any, settings: Settings) -> None:

@@ -60,9 +60,16 @@ class Contour:
         }
 
 
-def contour(scored: Scored, measured: Measured, *, size: int = 11, margin: float = 0.5,
-            threads: int = 2, comm: Comm | None = None,
-            show: Show = silent) -> Contour:  # fmt: skip
+def contour(
+    scored: Scored,
+    measured: Measured,
+    *,
+    size: int = 11,
+    margin: float = 0.5,
+    threads: int = 2,
+    comm: Comm | None = None,
+    show: Show = silent,
+) -> Contour:
     """Score the members, their average, and a grid around them. Every rank makes this call.
 
     The model's weights are afterwards bit for bit what they were.

@@ -188,9 +188,14 @@ def _refuse_rounded_or_large(trained: Sequence[MegatronTensor], count: int) -> N
         )
 
 
-def expand(parameters: Sequence[torch.Tensor], members: Sequence[torch.Tensor],
-           coefficients: Sequence[float], batches: Batches, *,
-           step: float = STEP) -> Curvature:  # fmt: skip
+def expand(
+    parameters: Sequence[torch.Tensor],
+    members: Sequence[torch.Tensor],
+    coefficients: Sequence[float],
+    batches: Batches,
+    *,
+    step: float = STEP,
+) -> Curvature:
     """Losses of the members and of their mean, and the Hessian of the loss along their deviations.
 
     A Hessian-vector product is the difference of two gradients, (g(theta + e d) - g(theta - e d)) /
@@ -262,8 +267,9 @@ class _Point:
                 for parameter, value in zip(self._parameters, before, strict=True):
                     parameter.copy_(value)
 
-    def move_to(self, vector: torch.Tensor, along: torch.Tensor | None = None,
-                step: float = 0.0) -> None:  # fmt: skip
+    def move_to(
+        self, vector: torch.Tensor, along: torch.Tensor | None = None, step: float = 0.0
+    ) -> None:
         """The parameters become `vector` + `step` `along`."""
         start = 0
         with torch.no_grad():

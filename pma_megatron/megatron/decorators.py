@@ -8,9 +8,14 @@ from pma_megatron.megatron import flags
 from pma_megatron.megatron.decorating import Decorators, Function, finished, is_decorated
 
 __all__ = [
-    "arguments", "evaluate", "evaluate_and_print_results", "is_decorated", "save_checkpoint",
-    "setup", "training_log",
-]  # fmt: skip
+    "arguments",
+    "evaluate",
+    "evaluate_and_print_results",
+    "is_decorated",
+    "save_checkpoint",
+    "setup",
+    "training_log",
+]
 
 _of = Decorators("megatron.training.global_vars", "pma_megatron.megatron.hooks")
 setup = _of.setup

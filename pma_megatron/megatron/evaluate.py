@@ -75,8 +75,9 @@ class Evaluation:
             wandb.log({f"{name} pma": value}, self.iteration)
 
 
-def again(fn: Callable[..., Any], arguments: Mapping[str, Any], recorded: Recorded
-          ) -> dict[str, float] | None:  # fmt: skip
+def again(
+    fn: Callable[..., Any], arguments: Mapping[str, Any], recorded: Recorded
+) -> dict[str, float] | None:
     """Another pass of Megatron's `evaluate` over recorded batches, of which nothing is left.
 
     Returns:

@@ -42,9 +42,12 @@ __all__ = [
 ]
 
 _MEGATRON_LM_ALONE = (
-    "--pma-load", "--pma-snapshot-interval-tokens", "--pma-snapshot-dtype", "--pma-snapshot-dir",
+    "--pma-load",
+    "--pma-snapshot-interval-tokens",
+    "--pma-snapshot-dtype",
+    "--pma-snapshot-dir",
     "--pma-keep",
-)  # fmt: skip
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -186,8 +189,10 @@ def _validate(args: Any) -> None:
     for name, users in USED_BY.items():
         if given(args, name) and not any(given(args, user) for user in users):
             needed = " or ".join(f"--{user.replace('_', '-')}" for user in users)
-            raise UsageError(f"--{name.replace('_', '-')} has no effect without {needed}: add it, "
-                             "or leave this flag out")  # fmt: skip
+            raise UsageError(
+                f"--{name.replace('_', '-')} has no effect without {needed}: add it, "
+                "or leave this flag out"
+            )
     checks.refuse(args, settings(args))
 
 

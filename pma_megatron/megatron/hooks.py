@@ -96,8 +96,14 @@ def evaluate(fn: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
 class Session:
     """The averages, snapshots and recoveries of one job."""
 
-    def __init__(self, args: Any, settings: flags.Settings, models: Sequence[Any], optimizer: Any,
-                 scheduler: Any) -> None:  # fmt: skip
+    def __init__(
+        self,
+        args: Any,
+        settings: flags.Settings,
+        models: Sequence[Any],
+        optimizer: Any,
+        scheduler: Any,
+    ) -> None:
         """Make room, and continue what an earlier job has left. Collective."""
         self.settings = settings
         self.running: Evaluation | Scoring | None = None
@@ -114,20 +120,32 @@ class Session:
         if settings.save and optimizer is not None:
             assert settings.interval_tokens is not None and settings.save_dir is not None
             self.online = OnlineAverage(
-                models, optimizer, settings.method, settings.window, settings.interval_tokens,
-                consumed_tokens=tokens, window_dir=settings.window_dir, metadata=metadata,
+                models,
+                optimizer,
+                settings.method,
+                settings.window,
+                settings.interval_tokens,
+                consumed_tokens=tokens,
+                window_dir=settings.window_dir,
+                metadata=metadata,
                 comm=self._comm,
-            )  # fmt: skip
+            )
             say(self.online.report)
             self._resume(self.online, iteration, tokens)
         if settings.snapshot_interval_tokens is not None and optimizer is not None:
             assert settings.snapshot_dir is not None
             shard = MegatronShard(live_tensors(models, optimizer, metadata))
             self.thin = ThinSnapshots(
-                settings.snapshot_dir, models, HostCopy(shard, stepping(optimizer)),
-                settings.snapshot_interval_tokens, dtype=_DTYPES[settings.snapshot_dtype],
-                keep=settings.keep, consumed_tokens=tokens, comm=self._comm, metadata=metadata,
-            )  # fmt: skip
+                settings.snapshot_dir,
+                models,
+                HostCopy(shard, stepping(optimizer)),
+                settings.snapshot_interval_tokens,
+                dtype=_DTYPES[settings.snapshot_dtype],
+                keep=settings.keep,
+                consumed_tokens=tokens,
+                comm=self._comm,
+                metadata=metadata,
+            )
         self.watch: Watch | None = None
         if settings.recover is not None and optimizer is not None:
             self.watch = Watch(
@@ -176,12 +194,18 @@ class Session:
             self._save(self.online, average, fn, arguments)
         self.online.save_state(self._state_dir, wait=not getattr(_args(), "async_save", False))
 
-    def _save(self, online: OnlineAverage, average: WindowAverage, fn: Callable[..., Any],
-              arguments: Mapping[str, Any]) -> None:  # fmt: skip
+    def _save(
+        self,
+        online: OnlineAverage,
+        average: WindowAverage,
+        fn: Callable[..., Any],
+        arguments: Mapping[str, Any],
+    ) -> None:
         assert self.settings.save_dir is not None
         say(f"PMA: saving {average.describe()}")
-        self._noted.append((save_average(online, average, fn, arguments, self.settings.save_dir),
-                            average))  # fmt: skip
+        self._noted.append(
+            (save_average(online, average, fn, arguments, self.settings.save_dir), average)
+        )
         self._note_origins()
 
     @contextlib.contextmanager

@@ -22,8 +22,13 @@ RECORD = "pma_init_record"
 """Attribute of Megatron's arguments, and so of every later checkpoint's."""
 
 
-def init(args: Any, settings: Settings, models: Sequence[Any], optimizer: Any,
-         metadata: Mapping[str, Any] | None) -> None:  # fmt: skip
+def init(
+    args: Any,
+    settings: Settings,
+    models: Sequence[Any],
+    optimizer: Any,
+    metadata: Mapping[str, Any] | None,
+) -> None:
     """Average into what Megatron resumed, unless this command already did. Every rank calls it.
 
     Args:

@@ -11,15 +11,21 @@ TARGETS = (
     TreeFunction("arguments", "add_megatron_arguments", decorators.arguments, ("parser",)),
     TreeFunction("training", "setup_model_and_optimizer", decorators.setup),
     TreeFunction(
-        "training", "training_log", decorators.training_log,
-        ("iteration", "loss_dict", "grad_norm"),
+        "training", "training_log", decorators.training_log, ("iteration", "loss_dict", "grad_norm")
     ),
     TreeFunction(
         "checkpointing",
         "save_checkpoint",
         decorators.save_checkpoint,
-        ("iteration", "model", "optimizer", "opt_param_scheduler",
-         "num_floating_point_operations_so_far", "checkpointing_context", "non_persistent_ckpt"),
+        (
+            "iteration",
+            "model",
+            "optimizer",
+            "opt_param_scheduler",
+            "num_floating_point_operations_so_far",
+            "checkpointing_context",
+            "non_persistent_ckpt",
+        ),
         also=("training",),
     ),
     TreeFunction("training", "evaluate", decorators.evaluate, ("data_iterator", "model", "config")),
@@ -29,7 +35,7 @@ TARGETS = (
         decorators.evaluate_and_print_results,
         ("prefix", "iteration", "model", "write_to_tensorboard"),
     ),
-)  # fmt: skip
+)
 
 
 def install() -> None:

@@ -30,11 +30,20 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @speaking(ARGUMENTS)
-def merge_into(models: Sequence[Any], optimizer: Any, *, load: str,
-               selection: SelectionRequest | None = None, method: Method | None = None,
-               optimizer_state: str = "latest", share: str = "auto", threads: int = 2,
-               metadata: Mapping[str, Any] | None = None, check_sources: bool = False,
-               resumed: int | None = None) -> LiveReport:  # fmt: skip
+def merge_into(
+    models: Sequence[Any],
+    optimizer: Any,
+    *,
+    load: str,
+    selection: SelectionRequest | None = None,
+    method: Method | None = None,
+    optimizer_state: str = "latest",
+    share: str = "auto",
+    threads: int = 2,
+    metadata: Mapping[str, Any] | None = None,
+    check_sources: bool = False,
+    resumed: int | None = None,
+) -> LiveReport:
     """Replace a live model's weights and main params by an average. Every rank makes this call.
 
     Args:
@@ -118,15 +127,22 @@ def trainer_of(models: Sequence[Any], optimizer: Any) -> Trainer:
     )
 
 
-def _jobs(plan: LivePlan, found: OpenedSources, tensors: Sequence[MegatronTensor], states: Sequence[str],
-          share: str) -> list[Job]:  # fmt: skip
+def _jobs(
+    plan: LivePlan,
+    found: OpenedSources,
+    tensors: Sequence[MegatronTensor],
+    states: Sequence[str],
+    share: str,
+) -> list[Job]:
     """Units per team, in one order on all ranks."""
     jobs = []
     for (sharded, expert), group in by_group(tensors).items():
         alone = sharded and share == "slice"
-        team = Team((dist.get_rank() if dist.is_initialized() else 0,), 0) if alone else (
-            replicas(expert, by_source=share == "source")
-        )  # fmt: skip
+        team = (
+            Team((dist.get_rank() if dist.is_initialized() else 0,), 0)
+            if alone
+            else (replicas(expert, by_source=share == "source"))
+        )
         jobs.append((average_units(plan, found.active, group, states, whole=team.size > 1), team))
     return jobs
 

@@ -42,10 +42,18 @@ class OnlineAverage(RunningAverage):
 
     @speaking(ARGUMENTS)
     def __init__(
-        self, models: Sequence[Any], optimizer: Any, method: Method, last: int,
-        interval_tokens: int, *, consumed_tokens: int = 0, window_dir: str | Path | None = None,
-        metadata: Mapping[str, Any] | None = None, comm: Comm | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        models: Sequence[Any],
+        optimizer: Any,
+        method: Method,
+        last: int,
+        interval_tokens: int,
+        *,
+        consumed_tokens: int = 0,
+        window_dir: str | Path | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        comm: Comm | None = None,
+    ) -> None:
         """Make room for the window. Collective.
 
         Args:
@@ -74,10 +82,16 @@ class OnlineAverage(RunningAverage):
         )
         shard = MegatronShard(self._tensors)
         super().__init__(
-            shard, method, last, interval_tokens, position=consumed_tokens,
-            backup_bytes=backup_bytes(self._tensors, shard), stepping=stepping(optimizer),
-            window_dir=window_dir, comm=comm,
-        )  # fmt: skip
+            shard,
+            method,
+            last,
+            interval_tokens,
+            position=consumed_tokens,
+            backup_bytes=backup_bytes(self._tensors, shard),
+            stepping=stepping(optimizer),
+            window_dir=window_dir,
+            comm=comm,
+        )
 
     def step(self, iteration: int, consumed_tokens: int, args: Any = None) -> bool:
         """Take an entry if it is time; call it after every optimizer step.

@@ -76,8 +76,9 @@ class MegatronTensor:
         self.part._set_main_param_and_optimizer_states(self.tensor, dict(states))
 
 
-def live_tensors(models: Sequence[Any], optimizer: Any,
-                 metadata: Mapping[str, Any] | None = None) -> list[MegatronTensor]:  # fmt: skip
+def live_tensors(
+    models: Sequence[Any], optimizer: Any, metadata: Mapping[str, Any] | None = None
+) -> list[MegatronTensor]:
     """Every trained or frozen parameter and saved floating buffer of this rank's model chunks.
 
     Args:
@@ -144,8 +145,9 @@ def _named(models: Sequence[Any]) -> Iterator[tuple[str, torch.Tensor]]:
                 yield prefix + name, buffer
 
 
-def _places(models: Sequence[Any], tensors: Mapping[str, torch.Tensor],
-            metadata: Mapping[str, Any] | None) -> dict[str, list[Place]]:  # fmt: skip
+def _places(
+    models: Sequence[Any], tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any] | None
+) -> dict[str, list[Place]]:
     """From Megatron's own sharded state dict: an entry's data is a view of the parameter."""
     from megatron.core.dist_checkpointing import ShardedTensor
     from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -200,8 +202,9 @@ def _place(entry: Any, offset: int) -> Place:
     )
 
 
-def _refuse_unplaced(tensors: Mapping[str, torch.Tensor],
-                     found: Mapping[str, Iterable[Place]]) -> None:  # fmt: skip
+def _refuse_unplaced(
+    tensors: Mapping[str, torch.Tensor], found: Mapping[str, Iterable[Place]]
+) -> None:
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.nn.Parameter) or tensor.numel() == 0:
             continue
@@ -248,8 +251,9 @@ def _refuse_unsupported(models: Sequence[Any], optimizer: Any) -> None:
     for part in parts(optimizer):
         kind, inner = type(part).__name__, type(getattr(part, "optimizer", None)).__name__
         if inner == "HybridDeviceOptimizer":
-            raise UsageError(f"--optimizer-cpu-offload ({inner}) cannot be averaged in place. "
-                             f"{way_out}")  # fmt: skip
+            raise UsageError(
+                f"--optimizer-cpu-offload ({inner}) cannot be averaged in place. {way_out}"
+            )
         if not any(base.__name__ in _SUPPORTED for base in type(part).__mro__):
             raise UsageError(
                 f"optimizer {kind} cannot be averaged in place: known are {', '.join(_SUPPORTED)}. "
@@ -263,5 +267,7 @@ def _refuse_unsupported(models: Sequence[Any], optimizer: Any) -> None:
         for name, parameter in unwrap(model).named_parameters():
             kind = type(parameter).__name__
             if kind not in ("Parameter", "Tensor"):
-                raise UsageError(f"parameter {name} is a {kind} (quantized) and cannot be averaged "
-                                 f"in place. {way_out}")  # fmt: skip
+                raise UsageError(
+                    f"parameter {name} is a {kind} (quantized) and cannot be averaged "
+                    f"in place. {way_out}"
+                )

@@ -85,10 +85,18 @@ class Recovery:
             as `recovery_log.RECORD`, which tells healthy checkpoints from spoiled ones.
     """
 
-    def __init__(self, models: Sequence[Any], optimizer: Any, *, roots: Sequence[str | Path],
-                 rollback: Rollback, settings: RecoverySettings | None = None,
-                 metadata: Mapping[str, Any] | None = None, every: int = 1,
-                 comm: Comm | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        models: Sequence[Any],
+        optimizer: Any,
+        *,
+        roots: Sequence[str | Path],
+        rollback: Rollback,
+        settings: RecoverySettings | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        every: int = 1,
+        comm: Comm | None = None,
+    ) -> None:
         """Read the log. Collective.
 
         Args:
@@ -143,8 +151,9 @@ class Recovery:
                 return self._recover(self._note(verdict), iteration)
         return None
 
-    def resumed(self, iteration: int, recoveries: int, state: Mapping[str, Any] | None = None
-                ) -> Recovered | None:  # fmt: skip
+    def resumed(
+        self, iteration: int, recoveries: int, state: Mapping[str, Any] | None = None
+    ) -> Recovered | None:
         """Go on after a resume; recovers at once if the checkpoint was saved in a spike.
 
         Args:
@@ -186,9 +195,13 @@ class Recovery:
         """Write the spike into the log: from here on its checkpoints are not trusted."""
         spike = recovery_log.Spike(self.recoveries + 1, verdict.onset)
         self._log(
-            recovery_log.DETECTED, number=spike.number, onset=spike.onset, iteration=verdict.confirmed,
-            kind=verdict.kind.value, reason=verdict.reason,
-        )  # fmt: skip
+            recovery_log.DETECTED,
+            number=spike.number,
+            onset=spike.onset,
+            iteration=verdict.confirmed,
+            kind=verdict.kind.value,
+            reason=verdict.reason,
+        )
         return spike
 
     def _note_judgement(self, iteration: int) -> None:
@@ -206,14 +219,19 @@ class Recovery:
             self._log(
                 recovery_log.SPENT, number=spike.number, iteration=iteration, reason=str(error)
             )
-            raise RecoverySpentError(f"no recovery from the spike at iteration {spike.onset}: "
-                                     f"{error}") from error  # fmt: skip
+            raise RecoverySpentError(
+                f"no recovery from the spike at iteration {spike.onset}: {error}"
+            ) from error
         refs = chosen.selection.refs
         sources = tuple(ref.path for ref in refs)
         self._log(
-            recovery_log.BEGUN, number=spike.number, iteration=iteration, attempt=attempt,
-            newest_healthy=chosen.newest, sources=list(sources),
-        )  # fmt: skip
+            recovery_log.BEGUN,
+            number=spike.number,
+            iteration=iteration,
+            attempt=attempt,
+            newest_healthy=chosen.newest,
+            sources=list(sources),
+        )
         names = ", ".join(ref.describe() for ref in refs)
         say(f"PMA: recovery, attempt {attempt} of {self.settings.attempts}, from {names}")
         for line in lines(chosen.passed_over, refs[-1]):
@@ -225,11 +243,15 @@ class Recovery:
         cure(whole)
         self._point("recover-merge")
         merge_into(
-            self._models, self._optimizer, load=str(self._roots[0]),
-            selection=SelectionRequest(paths=sources), method=self.settings.method,
-            optimizer_state=self.settings.optimizer_state, threads=self.settings.threads,
+            self._models,
+            self._optimizer,
+            load=str(self._roots[0]),
+            selection=SelectionRequest(paths=sources),
+            method=self.settings.method,
+            optimizer_state=self.settings.optimizer_state,
+            threads=self.settings.threads,
             metadata=self._metadata,
-        )  # fmt: skip
+        )
         self._point("recover-done")
         self._log(recovery_log.DONE, number=spike.number, iteration=iteration)
         self.recoveries = max(self.recoveries, spike.number)
@@ -238,8 +260,14 @@ class Recovery:
         since = spike.onset if before is None else min(before, spike.onset)
         self._unjudged_since = iteration
         say(f"PMA: recovered after iteration {iteration}; the data moves on")
-        return Recovered(number=spike.number, onset=spike.onset, iteration=iteration,
-                         attempt=attempt, sources=sources, untrusted_since=since)  # fmt: skip
+        return Recovered(
+            number=spike.number,
+            onset=spike.onset,
+            iteration=iteration,
+            attempt=attempt,
+            sources=sources,
+            untrusted_since=since,
+        )
 
     def _choose(self, spike: recovery_log.Spike) -> tuple[Healthy, int]:
         """On the main rank: the checkpoints to go back to, and which attempt from there it is."""
@@ -256,9 +284,8 @@ class Recovery:
 
         def choose(further_back: int) -> Healthy:
             request = HealthyRequest(
-                onset=spike.onset, margin_iterations=margin, further_back=further_back,
-                spans=before,
-            )  # fmt: skip
+                onset=spike.onset, margin_iterations=margin, further_back=further_back, spans=before
+            )
             return choose_healthy(refs, request, most=self.settings.last)
 
         attempts = history.attempts_from(choose(0).newest)

@@ -32,8 +32,9 @@ _LOAD: dict[str, Any] = {
 }
 
 
-def load_again(ref: CheckpointRef, args: Any, models: Sequence[Any], optimizer: Any,
-               scheduler: Any) -> None:  # fmt: skip
+def load_again(
+    ref: CheckpointRef, args: Any, models: Sequence[Any], optimizer: Any, scheduler: Any
+) -> None:
     """Load model and optimizer from a checkpoint; the job's position stays. Every rank calls it.
 
     Args:

@@ -18,8 +18,13 @@ from pma_megatron.online.window import WindowAverage
 _log = logging.getLogger(__name__)
 
 
-def save_average(online: OnlineAverage, average: WindowAverage, fn: Callable[..., Any],
-                 arguments: Mapping[str, Any], save_dir: str) -> Path:  # fmt: skip
+def save_average(
+    online: OnlineAverage,
+    average: WindowAverage,
+    fn: Callable[..., Any],
+    arguments: Mapping[str, Any],
+    save_dir: str,
+) -> Path:
     """Save once more what Megatron has just saved, with the average in place of the weights.
 
     Moments, schedule, RNG and data position are the trainer's, so the result resumes like any

@@ -61,9 +61,17 @@ class Scored:
     close: Callable[[], None] = field(default=lambda: None)
 
 
-def score_merges(models: Sequence[Any], load: str, grid: Grid, score: Callable[[], Losses], *,
-                 metadata: Mapping[str, Any] | None = None, threads: int = 2,
-                 others: Sequence[str] = (), comm: Comm | None = None) -> Scores:  # fmt: skip
+def score_merges(
+    models: Sequence[Any],
+    load: str,
+    grid: Grid,
+    score: Callable[[], Losses],
+    *,
+    metadata: Mapping[str, Any] | None = None,
+    threads: int = 2,
+    others: Sequence[str] = (),
+    comm: Comm | None = None,
+) -> Scores:
     """Score every average of a grid with a live model. Every rank makes this call.
 
     An average is the float32 average of the main params where the checkpoints hold them, rounded
@@ -95,8 +103,10 @@ def score_merges(models: Sequence[Any], load: str, grid: Grid, score: Callable[[
     for line in (str(each) for each in left if comm.is_main):
         _log.warning(line)
     single = Grid(lasts=(1,))
-    ends = [comm.on_main("discover", lambda r=root: single.points(scored_refs(r, single))[0][0])  # type: ignore[misc]
-            for root in others]  # fmt: skip
+    ends = [
+        comm.on_main("discover", lambda r=root: single.points(scored_refs(r, single))[0][0])  # type: ignore[misc]
+        for root in others
+    ]
     tensors = comm.agree("model", lambda: live_tensors(models, None, metadata))
     run = _open(request, points, comm)
     places = comm.on_main("schedule", lambda: _checkpoints([*points, *ends]))
@@ -171,8 +181,13 @@ def _open(request: MergeRequest, points: Sequence[GridPoint], comm: Comm) -> dic
     return {s.path: s for s in open_sources(request, refs, everywhere, comm, numbers)}
 
 
-def average_into(tensors: Sequence[MegatronTensor], sources: Sequence[Source],
-                 coefficients: Sequence[float], comm: Comm, threads: int) -> None:  # fmt: skip
+def average_into(
+    tensors: Sequence[MegatronTensor],
+    sources: Sequence[Source],
+    coefficients: Sequence[float],
+    comm: Comm,
+    threads: int,
+) -> None:
     """The weights become the average. Every rank makes this call.
 
     Args:

@@ -24,8 +24,13 @@ class Scoring:
         results: one per data set, in their order.
     """
 
-    def __init__(self, models: Sequence[Any], load: str, settings: Settings,
-                 metadata: Mapping[str, Any] | None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        models: Sequence[Any],
+        load: str,
+        settings: Settings,
+        metadata: Mapping[str, Any] | None,
+    ) -> None:
         """Remember what is needed; nothing is read yet."""
         self.results: list[Scores] = []
         self._models, self._settings, self._metadata = models, settings, metadata
@@ -43,16 +48,24 @@ class Scoring:
         def score() -> dict[str, float]:
             losses = self._comm.broadcast(again(fn, arguments, recorded), self._comm.size - 1)
             if losses is None:
-                raise PmaError("--pma-score: Megatron's evaluation ran into its time limit: raise "
-                               "--exit-duration-in-mins, or score fewer averages")  # fmt: skip
+                raise PmaError(
+                    "--pma-score: Megatron's evaluation ran into its time limit: raise "
+                    "--exit-duration-in-mins, or score fewer averages"
+                )
             return losses
 
         settings, number = self._settings, len(self.results)
         assert settings.score is not None
         found = score_merges(
-            self._models, self._load, settings.score, score, metadata=self._metadata,
-            threads=settings.threads, others=settings.score_others, comm=self._comm,
-        )  # fmt: skip
+            self._models,
+            self._load,
+            settings.score,
+            score,
+            metadata=self._metadata,
+            threads=settings.threads,
+            others=settings.score_others,
+            comm=self._comm,
+        )
         self.results.append(_renamed(found, suffix(number)))
         return result
 
@@ -63,11 +76,15 @@ class Scoring:
         scores = _joined(self.results)
         for point in scores.points:
             losses = ", ".join(f"{name} {value:.6E}" for name, value in point.losses.items())
-            say(f"PMA: {point.method} of {len(point.iterations)} up to iteration "
-                f"{point.end_iteration}: {losses}")  # fmt: skip
+            say(
+                f"PMA: {point.method} of {len(point.iterations)} up to iteration "
+                f"{point.end_iteration}: {losses}"
+            )
         for skipped in scores.skipped:
-            say(f"PMA: left out {skipped.method} of {skipped.last} up to iteration "
-                f"{skipped.end_iteration}: {skipped.reason}")  # fmt: skip
+            say(
+                f"PMA: left out {skipped.method} of {skipped.last} up to iteration "
+                f"{skipped.end_iteration}: {skipped.reason}"
+            )
         out = self._settings.score_out
         if out is not None and self._comm.is_main:
             Path(out).write_text(json.dumps(scores.to_json(), indent=1) + "\n")
@@ -92,9 +109,13 @@ def _joined(results: Sequence[Scores]) -> Scores:
     for more in rest:
         first = replace(
             first,
-            points=tuple(replace(p, losses={**p.losses, **q.losses})
-                         for p, q in zip(first.points, more.points, strict=True)),
-            others=tuple(replace(o, losses={**o.losses, **q.losses})
-                         for o, q in zip(first.others, more.others, strict=True)),
-        )  # fmt: skip
+            points=tuple(
+                replace(p, losses={**p.losses, **q.losses})
+                for p, q in zip(first.points, more.points, strict=True)
+            ),
+            others=tuple(
+                replace(o, losses={**o.losses, **q.losses})
+                for o, q in zip(first.others, more.others, strict=True)
+            ),
+        )
     return first

@@ -17,8 +17,12 @@ from pma_megatron.online.window import WindowAverage
 
 
 @contextlib.contextmanager
-def averaged_weights(models: Sequence[Any], tensors: Sequence[MegatronTensor], shard: Shard[MegatronTensor],
-                     average: WindowAverage) -> Iterator[None]:  # fmt: skip
+def averaged_weights(
+    models: Sequence[Any],
+    tensors: Sequence[MegatronTensor],
+    shard: Shard[MegatronTensor],
+    average: WindowAverage,
+) -> Iterator[None]:
     """Forward passes inside the block use the average; main params are not touched. Collective.
 
     Args:
@@ -40,8 +44,12 @@ def weights_restored(models: Sequence[Any], tensors: Sequence[MegatronTensor]) -
 
 
 @contextlib.contextmanager
-def averaged_state(models: Sequence[Any], tensors: Sequence[MegatronTensor], shard: Shard[MegatronTensor],
-                   average: WindowAverage) -> Iterator[None]:  # fmt: skip
+def averaged_state(
+    models: Sequence[Any],
+    tensors: Sequence[MegatronTensor],
+    shard: Shard[MegatronTensor],
+    average: WindowAverage,
+) -> Iterator[None]:
     """As `averaged_weights`, and main params are the average too: what is saved inside the block
     resumes from it. Moments, step counts and everything else stay the trainer's."""
     trained = [slot for slot in shard.slots if slot.live.trained]

@@ -25,10 +25,18 @@ class ThinSnapshots:
     """Writes and prunes the snapshots of one run. The constructor is collective."""
 
     def __init__(
-        self, root: str | Path, models: Sequence[Any], to_host: HostCopy, interval_tokens: int, *,
-        dtype: torch.dtype, keep: int | None, consumed_tokens: int, comm: Comm,
+        self,
+        root: str | Path,
+        models: Sequence[Any],
+        to_host: HostCopy,
+        interval_tokens: int,
+        *,
+        dtype: torch.dtype,
+        keep: int | None,
+        consumed_tokens: int,
+        comm: Comm,
         metadata: Mapping[str, Any] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Agree on who writes what.
 
         Args:

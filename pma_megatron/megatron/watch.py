@@ -21,9 +21,16 @@ from pma_megatron.runs.discover import common_args
 class Watch:
     """The recovery of one Megatron job."""
 
-    def __init__(self, args: Any, settings: RecoverySettings, models: Sequence[Any],
-                 optimizer: Any, scheduler: Any, metadata: Mapping[str, Any] | None,
-                 comm: Comm) -> None:  # fmt: skip
+    def __init__(
+        self,
+        args: Any,
+        settings: RecoverySettings,
+        models: Sequence[Any],
+        optimizer: Any,
+        scheduler: Any,
+        metadata: Mapping[str, Any] | None,
+        comm: Comm,
+    ) -> None:
         """Read the run's log. Collective."""
         load = getattr(args, "load", None)
         self._recovery = Recovery(

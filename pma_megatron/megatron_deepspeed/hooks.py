@@ -22,11 +22,14 @@ from pma_megatron.online.store import FOLDER
 from pma_megatron.runs.selection import SelectionRequest
 
 _UNSUPPORTED = (
-    ("universal_checkpoint", "Universal checkpoints are not averaged in a live engine; use "
-     "`pma merge`, and load its result"),
+    (
+        "universal_checkpoint",
+        "Universal checkpoints are not averaged in a live engine; use "
+        "`pma merge`, and load its result",
+    ),
     ("kd", "a teacher is loaded beside the model"),
     ("mos", "a teacher is loaded beside the model"),
-)  # fmt: skip
+)
 _session: Session | None = None
 
 
@@ -109,9 +112,13 @@ class Session:
         self.running: Evaluation | None = None
         self._settings, self._root, tokens = settings, Path(settings.save_dir), tokens_now(args)
         self.online = OnlineAverage(
-            engine, settings.method, settings.window, interval_tokens=settings.interval_tokens,
-            consumed_tokens=tokens, window_dir=settings.window_dir,
-        )  # fmt: skip
+            engine,
+            settings.method,
+            settings.window,
+            interval_tokens=settings.interval_tokens,
+            consumed_tokens=tokens,
+            window_dir=settings.window_dir,
+        )
         say(self.online.report)
         notes = self.online.load_state(self._root / FOLDER, tokens)
         held = ", ".join(str(entry.iteration) for entry in self.online.entries)

@@ -22,7 +22,13 @@ from pma_megatron.formats import registry
 from pma_megatron.merging.coefficients import exact_weights
 from pma_megatron.merging.tasks import Average, Unit, Workload
 from pma_megatron.transfer.blocks import BlockReader, UnitReader, UnitWriter
-from pma_megatron.transfer.buffers import BLOCK_ELEMENTS, BlockBuffer, BlockBuffers, Rounded, same_bits
+from pma_megatron.transfer.buffers import (
+    BLOCK_ELEMENTS,
+    BlockBuffer,
+    BlockBuffers,
+    Rounded,
+    same_bits,
+)
 
 
 class Workspace:
@@ -266,8 +272,9 @@ class Accumulator:
                 f"{left_out('this checkpoint')}"
             )
 
-    def write(self, work: Work, block: Box, first: int, averages: Sequence[BlockBuffer],
-              space: Workspace) -> int:  # fmt: skip
+    def write(
+        self, work: Work, block: Box, first: int, averages: Sequence[BlockBuffer], space: Workspace
+    ) -> int:
         """Hand the averages to the writers; returns bytes written.
 
         Raises:

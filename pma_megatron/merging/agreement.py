@@ -153,8 +153,9 @@ def weights_alone(source: Source) -> bool:
     return known.weights_alone and has("average")
 
 
-def check_covers(source: Source, key: str, index: PieceIndex[Payload],
-                  wanted: Iterable[Piece[Payload]]) -> None:  # fmt: skip
+def check_covers(
+    source: Source, key: str, index: PieceIndex[Payload], wanted: Iterable[Piece[Payload]]
+) -> None:
     missing: Box | None = next((p.box for p in wanted if not index.covers(p.box)), None)
     if missing is not None:
         raise PlanError(

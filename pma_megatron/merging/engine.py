@@ -56,8 +56,15 @@ class Tally:
             self.written_bytes += written_bytes
 
 
-def run(plan: Workload, units: Sequence[Unit], writers: Sequence[Any], comm: Comm, team: Team,
-        progress: Progress, reads: Mapping[int, Reads]) -> Tally:  # fmt: skip
+def run(
+    plan: Workload,
+    units: Sequence[Unit],
+    writers: Sequence[Any],
+    comm: Comm,
+    team: Team,
+    progress: Progress,
+    reads: Mapping[int, Reads],
+) -> Tally:
     """Do this rank's units, alone or with its team.
 
     Args:
@@ -110,8 +117,9 @@ def assign(plan: Workload, team: Team) -> tuple[int, ...]:
 
 
 @contextlib.contextmanager
-def reading(plan: Workload, rank: int, reads: Mapping[int, Reads]
-            ) -> Iterator[dict[int, BlockReader]]:  # fmt: skip
+def reading(
+    plan: Workload, rank: int, reads: Mapping[int, Reads]
+) -> Iterator[dict[int, BlockReader]]:
     """Readers of the sources that this rank sees, by number, for the time of the block."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the threads here are the parallelism; torch's would get in the way
@@ -136,8 +144,9 @@ def blocks(box: Box, limit: int = BLOCK_ELEMENTS) -> Iterator[tuple[int, Box]]:
         first += block.numel
 
 
-def over_threads(units: Sequence[Unit], threads: int, do: Callable[[Unit, S], None],
-                 space: Callable[[], S]) -> None:  # fmt: skip
+def over_threads(
+    units: Sequence[Unit], threads: int, do: Callable[[Unit, S], None], space: Callable[[], S]
+) -> None:
     """Threads take units from one list until it is empty or something fails.
 
     Args:
@@ -214,8 +223,16 @@ class _Job:
         if isinstance(task, Copy):
             newest, start = self.add.readers[self.add.last], task.source_offset + at
             buffer = as_bytes(space.raw.whole(torch.float32)[:BLOCK_ELEMENTS])
-            copy_item(newest, task.item, start, unit.count, self.add.writers, task.file,
-                      task.offset + at, buffer)  # fmt: skip
+            copy_item(
+                newest,
+                task.item,
+                start,
+                unit.count,
+                self.add.writers,
+                task.file,
+                task.offset + at,
+                buffer,
+            )
             self.tally.add(unit.count, unit.count * len(self.add.writers))
             return
         scale = task.place.dtype.itemsize if isinstance(task, (Keep, Zero)) else 1
@@ -296,8 +313,9 @@ class _Job:
         except Exception as error:
             self.failed = self.failed or error
 
-    def _partial(self, unit: Unit, numbers: Sequence[int], first: int, block: Box,
-                 space: Workspace) -> Work:  # fmt: skip
+    def _partial(
+        self, unit: Unit, numbers: Sequence[int], first: int, block: Box, space: Workspace
+    ) -> Work:
         assert isinstance(unit.task, Average)
         if not self.team.by_source:
             work = self.add.locate(unit, unit.task, numbers)
@@ -309,8 +327,9 @@ class _Job:
         self.tally.add(self.add.weighted(work, block, first, space), 0)
         return work
 
-    def _exchange(self, turn: int, unit: Unit, part: Future[Work], space: Workspace,
-                  numel: int) -> Work:  # fmt: skip
+    def _exchange(
+        self, turn: int, unit: Unit, part: Future[Work], space: Workspace, numel: int
+    ) -> Work:
         """Make a block whole on every member; one's error reaches the others with a block."""
         error, work = self.failed, None
         try:
@@ -319,7 +338,9 @@ class _Job:
         except Exception as caught:  # raised below, once the others know
             error = error or caught
         assert isinstance(unit.task, Average)
-        for k, (how, buffers) in enumerate(zip(self.add.sums_of(unit.task), space.sums, strict=True)):
+        for k, (how, buffers) in enumerate(
+            zip(self.add.sums_of(unit.task), space.sums, strict=True)
+        ):
             block = buffers.whole(how.dtype)[: numel + 1]
             block[numel] = 0.0 if error is None else 1.0
             if error is not None:

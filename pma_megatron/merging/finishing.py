@@ -18,8 +18,9 @@ from pma_megatron.merging.publish import Target, cannot_write
 from pma_megatron.transfer.blocks import Checksums, crc_of, joined_crc
 
 
-def finish(plan: MergePlan, target: Target, written: Sequence[Checksums],
-           provenance: Mapping[str, Any]) -> None:  # fmt: skip
+def finish(
+    plan: MergePlan, target: Target, written: Sequence[Checksums], provenance: Mapping[str, Any]
+) -> None:
     """Write what surrounds the payloads, then the small files, the marker last (rank 0 only).
 
     Args:
@@ -52,8 +53,9 @@ def finish(plan: MergePlan, target: Target, written: Sequence[Checksums],
         raise cannot_write(target, error) from error
 
 
-def _write_structure(plan: MergePlan, target: Target,
-                     written: Sequence[Checksums]) -> dict[str, FileSum]:  # fmt: skip
+def _write_structure(
+    plan: MergePlan, target: Target, written: Sequence[Checksums]
+) -> dict[str, FileSum]:
     """Write what the zips have around their payloads; returns the sum of every shard file."""
     parts = _merged(each.parts for each in written)
     found: dict[str, list[Part]] = _merged(each.copies for each in written)
@@ -84,8 +86,9 @@ def _write_structure(plan: MergePlan, target: Target,
     }
 
 
-def _payloads(item: OutputItem, number: int, parts: Mapping[tuple[int, str], Sequence[Part]],
-              descriptor: int) -> dict[str, int]:  # fmt: skip
+def _payloads(
+    item: OutputItem, number: int, parts: Mapping[tuple[int, str], Sequence[Part]], descriptor: int
+) -> dict[str, int]:
     """CRC-32 of every payload of an item that is laid out afresh, in the open file."""
     assert item.skeleton is not None
     crcs = {record: crc for record, (_, crc) in item.kept.items() if crc is not None}

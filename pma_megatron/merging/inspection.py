@@ -112,9 +112,12 @@ def _opened(folder: Path, found: Inspection) -> Inspection:
     for state, tensors in source.space.states.items():
         groups.append(_group("main params" if state == "param" else state, tensors))
     opened = replace(
-        found, topology=source.topology, optimizer_layout=source.space.kind,
-        groups=tuple(groups), objects=len(source.objects),
-    )  # fmt: skip
+        found,
+        topology=source.topology,
+        optimizer_layout=source.space.kind,
+        groups=tuple(groups),
+        objects=len(source.objects),
+    )
     if not (folder / MARKER_FILE).is_file() or ref.snapshot:
         return opened
     try:

@@ -171,8 +171,9 @@ def _refuse(folder: Path, problems: Sequence[str]) -> None:
     )
 
 
-def _parts(name: str, nbytes: int | None, expected: FileSum | None,
-           zips: _Zips) -> tuple[str | None, int]:  # fmt: skip
+def _parts(
+    name: str, nbytes: int | None, expected: FileSum | None, zips: _Zips
+) -> tuple[str | None, int]:
     """What is wrong with the parts of a file, None if nothing; and how many were compared."""
     if nbytes is None:
         return f"{name} is missing", 0
@@ -263,8 +264,11 @@ def _crc32(path: Path, start: int, nbytes: int) -> int:
     return crc
 
 
-def _read(path: Path, ranges: Sequence[tuple[int, int]] | Iterator[tuple[int, int]],
-          take: Callable[[memoryview], object]) -> None:  # fmt: skip
+def _read(
+    path: Path,
+    ranges: Sequence[tuple[int, int]] | Iterator[tuple[int, int]],
+    take: Callable[[memoryview], object],
+) -> None:
     try:
         with path.open("rb", buffering=0) as stream:
             for start, nbytes in ranges:

@@ -111,9 +111,12 @@ def _finish(plan: Workload, reads: Mapping[int, Reads], comm: Comm, whole: bool)
     """
     comm.agree("checksums", lambda: _settle(reads))
     opened = comm.gather(
-        [((number, record), spans) for number, own in reads.items()
-         for record, spans in own.open.items()]
-    )  # fmt: skip
+        [
+            ((number, record), spans)
+            for number, own in reads.items()
+            for record, spans in own.open.items()
+        ]
+    )
     together: dict[Place, list[Spans]] = {}
     for part in opened:
         for place, spans in part:

@@ -81,8 +81,9 @@ def merge(request: MergeRequest, comm: Comm | None = None, show: Show = silent) 
     )
 
 
-def _made(plan: MergePlan, wanted: tuple[Target, ...], comm: Comm, show: Show, clock: _Clock
-          ) -> tuple[int, int, Compared, tuple[verification.Verification, ...]]:  # fmt: skip
+def _made(
+    plan: MergePlan, wanted: tuple[Target, ...], comm: Comm, show: Show, clock: _Clock
+) -> tuple[int, int, Compared, tuple[verification.Verification, ...]]:
     """Make and publish every output; returns bytes read and written, and what was checked of
     sources and outputs."""
     with contextlib.ExitStack() as stack:
@@ -147,9 +148,15 @@ class _Clock:
         self._from_s = now_s
 
 
-def _fill(whole: MergePlan, plan: MergePlan, wanted: tuple[Target, ...], comm: Comm, show: Show,
-          clock: _Clock, stack: contextlib.ExitStack
-          ) -> tuple[int, int, Compared]:  # fmt: skip
+def _fill(
+    whole: MergePlan,
+    plan: MergePlan,
+    wanted: tuple[Target, ...],
+    comm: Comm,
+    show: Show,
+    clock: _Clock,
+    stack: contextlib.ExitStack,
+) -> tuple[int, int, Compared]:
     """Stage and fill the outputs of `plan`, those of `whole` that are not there yet.
 
     Returns:

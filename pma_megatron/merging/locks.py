@@ -169,8 +169,10 @@ def _collect(root: Path, own: str, *, sure: bool) -> None:
             if left:
                 _log.warning(
                     "%s holds %s: left alone, because nothing tells here whether a job still uses "
-                    "it; remove it when no merge is running", root, ", ".join(left),
-                )  # fmt: skip
+                    "it; remove it when no merge is running",
+                    root,
+                    ", ".join(left),
+                )
         else:
             # The lock of a job that lives, and files that vanish or cannot be touched, stay.
             with contextlib.suppress(_HeldError, OSError), _held(root, name, _CLEANING):
@@ -222,8 +224,12 @@ def removed(folder: Path) -> bool:
     path, error = problems[0]
     _log.warning(
         "%s could not be removed (%s: %s) and takes space: type chmod -R u+rwX %s && rm -r %s",
-        folder, path, error.strerror, name, name,
-    )  # fmt: skip
+        folder,
+        path,
+        error.strerror,
+        name,
+        name,
+    )
     return False
 
 
@@ -246,7 +252,10 @@ def _finish(target: Target) -> None:
     if target.final.is_dir():
         known = registry.get(registry.detect(target.final), str(target.final))
         target.tracker.replace(target.root / known.tracker.file)
-        _log.warning("%s now names %s, which a merge that was cut off had published",
-                     target.root / known.tracker.file, target.final.name)  # fmt: skip
+        _log.warning(
+            "%s now names %s, which a merge that was cut off had published",
+            target.root / known.tracker.file,
+            target.final.name,
+        )
     else:
         target.tracker.unlink()

@@ -175,8 +175,9 @@ def make_plan(request: MergeRequest, comm: Comm) -> MergePlan:
     return comm.agree("plan", lambda: _assemble(request, found, decisions, layout))
 
 
-def _all_refs(request: MergeRequest, comm: Comm, everywhere: bool
-              ) -> tuple[dict[str, CheckpointRef], dict[str, Any]]:  # fmt: skip
+def _all_refs(
+    request: MergeRequest, comm: Comm, everywhere: bool
+) -> tuple[dict[str, CheckpointRef], dict[str, Any]]:
     """Checkpoints seen by any rank."""
     paths = request.selection.paths
     roots = [request.load] if paths is None else list(paths)
@@ -220,9 +221,13 @@ def _pointers(request: MergeRequest, comm: Comm, everywhere: bool) -> dict[str, 
     return pointers or None
 
 
-def open_sources(request: MergeRequest, refs: Sequence[CheckpointRef],
-                 visible: Sequence[tuple[int, ...]], comm: Comm, ends: Collection[int] = ()
-                 ) -> tuple[Source, ...]:  # fmt: skip
+def open_sources(
+    request: MergeRequest,
+    refs: Sequence[CheckpointRef],
+    visible: Sequence[tuple[int, ...]],
+    comm: Comm,
+    ends: Collection[int] = (),
+) -> tuple[Source, ...]:
     """Open each source on one rank that sees it, the newest first: its map serves the others.
 
     Every source proves that it is what its folder says, alone and beside the others (`identity`).
@@ -261,8 +266,7 @@ def open_sources(request: MergeRequest, refs: Sequence[CheckpointRef],
     proved.update(comm.broadcast(dict(proved), owners[last]))
     assert newest is not None
     others = comm.agree(
-        "open",
-        lambda: {n: read(n, newest.ranges) for n in range(last) if owners[n] == comm.rank},
+        "open", lambda: {n: read(n, newest.ranges) for n in range(last) if owners[n] == comm.rank}
     )
     opened: dict[int, Source] = {last: newest}
     for part in comm.gather(others):
@@ -307,9 +311,13 @@ def _layout(
 
     def lay_out() -> OutputLayout:
         return known.lay_out(
-            ref.path, payloads=decisions.payloads, drop=decisions.dropped, optimizer=decisions.optimizer,
-            note=note, lr_factor=lr_factor,
-        )  # fmt: skip
+            ref.path,
+            payloads=decisions.payloads,
+            drop=decisions.dropped,
+            optimizer=decisions.optimizer,
+            note=note,
+            lr_factor=lr_factor,
+        )
 
     made = comm.agree("layout", lambda: lay_out() if comm.rank == owner else None)
     made = comm.broadcast(made, owner)
@@ -328,19 +336,26 @@ def origin_note(found: OpenedSources) -> dict[str, Any]:
     }
 
 
-def _assemble(request: MergeRequest, found: OpenedSources, decisions: Decisions,
-              layout: OutputLayout) -> MergePlan:  # fmt: skip
+def _assemble(
+    request: MergeRequest, found: OpenedSources, decisions: Decisions, layout: OutputLayout
+) -> MergePlan:
     tasks = make_tasks(found.sources, found.active, decisions, layout)
     work = sorted((u for task in tasks for u in units(task)), key=file_order)
     notes = (*found.selection.notes, *frozen_notes(found.sources))
     return MergePlan(
-        request=request, selection=replace(found.selection, notes=notes),
-        sources=found.sources, outputs=found.outputs,
-        rules=decisions.rules, table=decisions.table, layout=layout, units=tuple(work),
-        active=found.active, visible=found.visible,
+        request=request,
+        selection=replace(found.selection, notes=notes),
+        sources=found.sources,
+        outputs=found.outputs,
+        rules=decisions.rules,
+        table=decisions.table,
+        layout=layout,
+        units=tuple(work),
+        active=found.active,
+        visible=found.visible,
         read_bytes=sum(read_bytes(unit) for unit in work),
         digest=_digest(request, found.sources, found.outputs, decisions.table),
-    )  # fmt: skip
+    )
 
 
 def file_order(unit: Unit) -> tuple[str, int, int]:
@@ -367,8 +382,12 @@ def read_bytes(unit: Unit) -> int:
     return unit.box.numel * per_element
 
 
-def _digest(request: MergeRequest, sources: Sequence[Source], outputs: Sequence[Output],
-            table: Sequence[PolicyRow]) -> str:  # fmt: skip
+def _digest(
+    request: MergeRequest,
+    sources: Sequence[Source],
+    outputs: Sequence[Output],
+    table: Sequence[PolicyRow],
+) -> str:
     """What decides the bytes of the result, and nothing else (not ranks, threads or paths)."""
     decisive = {
         "sources": [source.metadata_digest for source in sources],

@@ -52,9 +52,11 @@ class Entry:
     @property
     def label(self) -> str:
         """What a pattern is matched against."""
-        return self.key if self.state in ("weight", MAIN, "object") else (
-            f"optimizer.{self.state}.{self.key}"
-        )  # fmt: skip
+        return (
+            self.key
+            if self.state in ("weight", MAIN, "object")
+            else (f"optimizer.{self.state}.{self.key}")
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +135,12 @@ class Policy:
         if entry.state == "weight":
             if entry.has_main and self.average == "main-params":
                 return Rule(Action.ROUND, "follows its main params")
-            return Rule(Action.AVERAGE, "no main params are stored for it" if self.average ==
-                        "main-params" else given("average", "weights"))  # fmt: skip
+            return Rule(
+                Action.AVERAGE,
+                "no main params are stored for it"
+                if self.average == "main-params"
+                else given("average", "weights"),
+            )
         if entry.state == MAIN:
             return Rule(Action.AVERAGE, "float32 main params")
         by_choice = {"latest": Action.NEWEST, "average": Action.AVERAGE, "reset": Action.ZERO}

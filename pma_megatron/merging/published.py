@@ -32,8 +32,15 @@ KEYWORDS = FrontEnd(keywords(["path", "samples", "deep", "files_only", "full"]))
 
 
 @speaking(KEYWORDS)
-def verify(path: str | Path, *, samples: int = 256, deep: bool = False, files_only: bool = False,
-           full: bool = True, comm: Comm | None = None) -> Verification:  # fmt: skip
+def verify(
+    path: str | Path,
+    *,
+    samples: int = 256,
+    deep: bool = False,
+    files_only: bool = False,
+    full: bool = True,
+    comm: Comm | None = None,
+) -> Verification:
     """Check what was published: its files, and its values against its sources.
 
     Every byte of every file is compared with the checksums in `pma.json`. A merge's sources are
@@ -71,10 +78,13 @@ def verify(path: str | Path, *, samples: int = 256, deep: bool = False, files_on
     else:
         values = _against_sources(folder, marker.value, comm, samples, deep, found.files)
     return replace(
-        values, files=found.files, bytes=found.bytes, records=found.records,
+        values,
+        files=found.files,
+        bytes=found.bytes,
+        records=found.records,
         notes=(*values.notes, *notes),
         path=str(folder),
-    )  # fmt: skip
+    )
 
 
 def published(path: str | Path) -> Path:
@@ -116,8 +126,9 @@ def _not_covered(marker: Marker) -> Iterator[str]:
         )
 
 
-def _against_sources(folder: Path, value: Mapping[str, Any], comm: Comm, samples: int, deep: bool,
-                     files: int) -> Verification:  # fmt: skip
+def _against_sources(
+    folder: Path, value: Mapping[str, Any], comm: Comm, samples: int, deep: bool, files: int
+) -> Verification:
     """Recompute slices, or everything, from the sources.
 
     Raises:
@@ -157,9 +168,11 @@ def _refuse_gone(paths: tuple[str, ...]) -> None:
     gone = [path for path in paths if not is_folder(Path(path))]
     if not gone:
         return
-    relative = "" if Path(gone[0]).is_absolute() else (
-        ", which is relative to the folder in which the merge was run: verify from there"
-    )  # fmt: skip
+    relative = (
+        ""
+        if Path(gone[0]).is_absolute()
+        else (", which is relative to the folder in which the merge was run: verify from there")
+    )
     raise CheckpointError(
         f"{gone[0]} is gone ({len(gone)} of {len(paths)} sources are not there){relative}. If "
         "they were moved, move them back, or link the old name to the new one"

@@ -57,9 +57,13 @@ def recompute(plan: MergePlan, output: Output, folder: Path, comm: Comm) -> Veri
     parts = comm.gather(comm.agree("verify", work))
     kept = sum(rule.action is not Action.DROP for rule in plan.rules.values())
     return Verification(
-        kept, sum(n for n, _, _ in parts), sum(e for _, e, _ in parts),
-        max(worst for _, _, worst in parts), deep=True, notes=map_notes(merged),
-    )  # fmt: skip
+        kept,
+        sum(n for n, _, _ in parts),
+        sum(e for _, e, _ in parts),
+        max(worst for _, _, worst in parts),
+        deep=True,
+        notes=map_notes(merged),
+    )
 
 
 @dataclass(slots=True)
@@ -142,9 +146,14 @@ class _Readers:
             tensor = tensor_of(plan.sources[number], origin, key)
             sources.append((number, weight, tensor.dtype, PieceIndex(tensor.pieces)))
         return _State(
-            state, key, action, stored, PieceIndex(stored.pieces), sources,
+            state,
+            key,
+            action,
+            stored,
+            PieceIndex(stored.pieces),
+            sources,
             None if main is None else (main.dtype, PieceIndex(main.pieces)),
-        )  # fmt: skip
+        )
 
     def _slice(self, state: _State, replica: Piece | None, box: Box) -> float:
         got = _read(self._own, state.merged, state.stored.dtype, box)
@@ -169,8 +178,9 @@ class _Readers:
         bound = bound_of(self._terms, size, total, state.stored.dtype)
         return refuse_beyond(_exact(got), total, bound, self._folder, state.what, box)
 
-    def _refuse_other_bits(self, state: _State, box: Box, one: torch.Tensor, other: torch.Tensor,
-                           why: str) -> None:  # fmt: skip
+    def _refuse_other_bits(
+        self, state: _State, box: Box, one: torch.Tensor, other: torch.Tensor, why: str
+    ) -> None:
         if one.dtype != other.dtype or not torch.equal(_bytes(one), _bytes(other)):
             raise VerifyError(
                 f"{self._folder}: {state.what} at {box.offsets} {why}, bit for bit. Do not use "

@@ -125,8 +125,9 @@ def describe_output(output: Output) -> dict[str, Any]:
     }
 
 
-def provenance(plan: MergePlan, output: Output, ranks: int, seconds: Mapping[str, float],
-               compared: Compared) -> dict[str, Any]:  # fmt: skip
+def provenance(
+    plan: MergePlan, output: Output, ranks: int, seconds: Mapping[str, float], compared: Compared
+) -> dict[str, Any]:
     """What `pma.json` says: where a checkpoint comes from, and all that verifying it takes.
 
     Paths in it are absolute: it is read from other folders than the one of the merge.

@@ -209,8 +209,9 @@ class MergeRequest:
         return list(pairs)
 
 
-def in_its_words(work: Callable[Concatenate[MergeRequest, P], R]
-                 ) -> Callable[Concatenate[MergeRequest, P], R]:  # fmt: skip
+def in_its_words(
+    work: Callable[Concatenate[MergeRequest, P], R],
+) -> Callable[Concatenate[MergeRequest, P], R]:
     """Decorator: what is said in `work` has a checkpoint left out of the list that names it, where
     the request, which comes first, has such a list (`paths`, `iterations`)."""
 

@@ -109,9 +109,11 @@ def _refuse_unresumable(base: Source, policy: Policy) -> None:
     if not base.snapshot or policy.drops_optimizer:
         return
     full = newest_full(Path(base.path))
-    end = "the newest full checkpoint" if full is None else (
-        f"{given('end_iteration', full)}, the newest full checkpoint"
-    )  # fmt: skip
+    end = (
+        "the newest full checkpoint"
+        if full is None
+        else (f"{given('end_iteration', full)}, the newest full checkpoint")
+    )
     raise PlanError(
         f"the newest source, {base.path}, is a snapshot: it has no optimizer state, so training "
         f"could not resume from the result. End at {end}, or make a checkpoint of weights alone "
@@ -175,8 +177,9 @@ def _table(entries: Sequence[Entry], rules: Rules) -> tuple[PolicyRow, ...]:
     return tuple(PolicyRow(*group, len(keys), keys[0]) for group, keys in groups.items())
 
 
-def make_tasks(sources: Sequence[Source], active: Sequence[int], decisions: Decisions,
-               layout: OutputLayout) -> list[Average | Copy | Keep | Zero | Write]:  # fmt: skip
+def make_tasks(
+    sources: Sequence[Source], active: Sequence[int], decisions: Decisions, layout: OutputLayout
+) -> list[Average | Copy | Keep | Zero | Write]:
     """The work that fills `layout`, after a check that every source has what it takes.
 
     Raises:
@@ -198,21 +201,41 @@ def make_tasks(sources: Sequence[Source], active: Sequence[int], decisions: Deci
                 zeroed[payload] = Zero(layout.places[payload], 0, payload.numel)
         elif written or rounded:
             tasks.append(
-                _average(sources, active, decisions, layout, state, tensor, key, covered, written,
-                         rounded)
-            )  # fmt: skip
+                _average(
+                    sources,
+                    active,
+                    decisions,
+                    layout,
+                    state,
+                    tensor,
+                    key,
+                    covered,
+                    written,
+                    rounded,
+                )
+            )
     payloads = {place: payload for payload, place in layout.places.items()}
     for place, ranges in covered.items():
         for start, count in _gaps(ranges, place.numel):
             keep = layout.keeps_gaps
-            tasks.append(Keep(payloads[place], place, start, count) if keep
-                         else Zero(place, start, count))  # fmt: skip
+            tasks.append(
+                Keep(payloads[place], place, start, count) if keep else Zero(place, start, count)
+            )
     return [*tasks, *zeroed.values(), *_untouched(layout)]
 
 
-def _average(sources: Sequence[Source], active: Sequence[int], decisions: Decisions, layout: OutputLayout,
-             state: str, tensor: Tensor, key: str, covered: dict[Destination, list[tuple[int, int]]],
-             written: bool, rounded: bool) -> Average:  # fmt: skip
+def _average(
+    sources: Sequence[Source],
+    active: Sequence[int],
+    decisions: Decisions,
+    layout: OutputLayout,
+    state: str,
+    tensor: Tensor,
+    key: str,
+    covered: dict[Destination, list[tuple[int, int]]],
+    written: bool,
+    rounded: bool,
+) -> Average:
     base = sources[-1]
     newest_only = decisions.rules[state, key].action is Action.NEWEST
     numbers = (len(sources) - 1,) if newest_only else tuple(active)
@@ -225,17 +248,31 @@ def _average(sources: Sequence[Source], active: Sequence[int], decisions: Decisi
         check_covers(base, key, PieceIndex(tensor.pieces), weight.pieces)
         targets += _placed(layout, (*weight.pieces, *weight.replicas), covered)
     return average_task(
-        base, state, key, lead=tensor.pieces, numbers=numbers, tensors=tensors, targets=targets,
+        base,
+        state,
+        key,
+        lead=tensor.pieces,
+        numbers=numbers,
+        tensors=tensors,
+        targets=targets,
         target_bytes=(tensor.dtype.itemsize if written else 0)
         + (weight.dtype.itemsize if rounded else 0),
         kept=newest_only,
-    )  # fmt: skip
+    )
 
 
-def average_task(base: Source, state: str, key: str, *, lead: Iterable[Piece[Any]],
-                 numbers: Sequence[int], tensors: Sequence[Tensor],
-                 targets: Iterable[Piece[Any]] = (), target_bytes: int = 0,
-                 kept: bool = False) -> Average:  # fmt: skip
+def average_task(
+    base: Source,
+    state: str,
+    key: str,
+    *,
+    lead: Iterable[Piece[Any]],
+    numbers: Sequence[int],
+    tensors: Sequence[Tensor],
+    targets: Iterable[Piece[Any]] = (),
+    target_bytes: int = 0,
+    kept: bool = False,
+) -> Average:
     """The task of one state of one tensor; see `tasks.Average` for the arguments.
 
     Args:
@@ -261,8 +298,11 @@ def average_task(base: Source, state: str, key: str, *, lead: Iterable[Piece[Any
     )
 
 
-def _placed(layout: OutputLayout, pieces: Iterable[Piece[Payload]],
-            covered: dict[Destination, list[tuple[int, int]]]) -> list[Piece[Destination]]:  # fmt: skip
+def _placed(
+    layout: OutputLayout,
+    pieces: Iterable[Piece[Payload]],
+    covered: dict[Destination, list[tuple[int, int]]],
+) -> list[Piece[Destination]]:
     placed = []
     for piece in pieces:
         place = layout.places[piece.payload]
@@ -287,11 +327,19 @@ def _untouched(layout: OutputLayout) -> list[Copy | Write]:
         if item.literal is not None:
             tasks.append(Write(item.placed.file, item.placed.offset, item.literal))
         elif item.skeleton is None and item.source is not None:
-            tasks.append(Copy(item.source, item.source.offset, item.placed.file,
-                              item.placed.offset, item.source.length))  # fmt: skip
+            tasks.append(
+                Copy(
+                    item.source,
+                    item.source.offset,
+                    item.placed.file,
+                    item.placed.offset,
+                    item.source.length,
+                )
+            )
         elif item.skeleton is not None and item.source is not None:
             for record, (offset, _) in item.kept.items():
                 start, nbytes = item.skeleton.payloads[record]
-                tasks.append(Copy(item.source, offset, item.placed.file,
-                                  item.placed.offset + start, nbytes))  # fmt: skip
+                tasks.append(
+                    Copy(item.source, offset, item.placed.file, item.placed.offset + start, nbytes)
+                )
     return tasks

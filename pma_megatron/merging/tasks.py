@@ -49,7 +49,8 @@ class Average:
         sources: where each of those holds it.
         dtypes: stored dtype per source.
         targets: where it goes; replicas and the rounded weights included. Each payload has a
-            `dtype`; only its writer knows what else it is (`formats.output.Destination`, or a live slot).
+            `dtype`; only its writer knows what else it is (`formats.output.Destination`, or a live
+            slot).
         target_bytes: bytes written per element, to share the work evenly.
         proof: the newest source's stored weights, where the flat map that led here must be proved.
         proof_itemsize: bytes per element of those, 0 without a proof.
@@ -126,9 +127,11 @@ def units(task: Average | Copy | Keep | Zero | Write) -> Iterator[Unit]:
             for box in slices(piece.box, UNIT_ELEMENTS):
                 yield Unit(task, piece, box, 0, 0, box.numel * per_element)
         return
-    total = task.nbytes if isinstance(task, Copy) else (
-        len(task.data) if isinstance(task, Write) else task.numel
-    )  # fmt: skip
+    total = (
+        task.nbytes
+        if isinstance(task, Copy)
+        else (len(task.data) if isinstance(task, Write) else task.numel)
+    )
     scale = task.place.dtype.itemsize if isinstance(task, (Keep, Zero)) else 1
     for first in range(0, total, UNIT_ELEMENTS):
         count = min(UNIT_ELEMENTS, total - first)

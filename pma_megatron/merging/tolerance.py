@@ -31,8 +31,9 @@ def bound_of(terms: int, size: np.ndarray, exact: np.ndarray, dtype: torch.dtype
     return bound + (np.abs(exact) + bound) * limits.eps / 2 + limits.smallest_normal
 
 
-def refuse_beyond(got: np.ndarray, exact: np.ndarray, bound: np.ndarray, folder: Path, what: str,
-                  box: Box) -> float:  # fmt: skip
+def refuse_beyond(
+    got: np.ndarray, exact: np.ndarray, bound: np.ndarray, folder: Path, what: str, box: Box
+) -> float:
     """The largest error in units of `bound`.
 
     Raises:
@@ -50,8 +51,9 @@ def refuse_beyond(got: np.ndarray, exact: np.ndarray, bound: np.ndarray, folder:
     return ratio
 
 
-def refuse_unrounded(got: np.ndarray, rounded: np.ndarray, folder: Path, what: str,
-                     box: Box) -> None:  # fmt: skip
+def refuse_unrounded(
+    got: np.ndarray, rounded: np.ndarray, folder: Path, what: str, box: Box
+) -> None:
     """Weights must be the main params of the same checkpoint, rounded once.
 
     Raises:

@@ -106,9 +106,10 @@ def open_merged(plan: MergePlan, folder: Path) -> Source:
     except (CheckpointError, PlanError) as error:
         raise VerifyError(f"the merged checkpoint {folder} is not right: {error}") from error
     expected = {
-        (state, key) for (state, key), rule in plan.rules.items()
+        (state, key)
+        for (state, key), rule in plan.rules.items()
         if rule.action is not Action.DROP and state != "object"
-    }  # fmt: skip
+    }
     found = {("weight", key) for key in merged.space.weights} | {
         (state, key) for state, tensors in merged.space.states.items() for key in tensors
     }
@@ -138,9 +139,11 @@ def _samples(plan: MergePlan, count: int) -> Iterator[_Sample]:
             plan.rules[MAIN, key].action is Action.NEWEST
         )
         for piece in draw.sample(pieces, min(per_tensor, len(pieces))):
-            boxes = list(slices(piece.box, SAMPLE_ELEMENTS)) if piece.box.numel < 1 << 24 else [
-                next(slices(piece.box, SAMPLE_ELEMENTS))
-            ]  # fmt: skip
+            boxes = (
+                list(slices(piece.box, SAMPLE_ELEMENTS))
+                if piece.box.numel < 1 << 24
+                else [next(slices(piece.box, SAMPLE_ELEMENTS))]
+            )
             yield _Sample(state, key, draw.choice(boxes), kept)
 
 
@@ -156,8 +159,9 @@ def origin_of(plan: MergePlan, state: str, key: str) -> str:
     return MAIN if plan.rules[state, key].action is Action.ROUND else state
 
 
-def _partial_sums(plan: MergePlan, output: Output, wanted: Sequence[_Sample],
-                  comm: Comm) -> list[tuple[np.ndarray, np.ndarray]]:  # fmt: skip
+def _partial_sums(
+    plan: MergePlan, output: Output, wanted: Sequence[_Sample], comm: Comm
+) -> list[tuple[np.ndarray, np.ndarray]]:
     """Per sample, float64 sums of w x and |w x| over the sources this rank answers for."""
     result = []
     with contextlib.ExitStack() as stack:
@@ -189,9 +193,14 @@ def _read(reader: BlockReader, tensor: Tensor, box: Box) -> np.ndarray:
     return data.double().numpy()
 
 
-def _compare(plan: MergePlan, output: Output, folder: Path, merged: Source,
-             wanted: Sequence[_Sample], sums: Sequence[list[tuple[np.ndarray, np.ndarray]]]
-             ) -> Verification:  # fmt: skip
+def _compare(
+    plan: MergePlan,
+    output: Output,
+    folder: Path,
+    merged: Source,
+    wanted: Sequence[_Sample],
+    sums: Sequence[list[tuple[np.ndarray, np.ndarray]]],
+) -> Verification:
     count = sum(value != 0 for value in output.values)
     worst = 0.0
     with BlockReader.of(merged.format, str(folder)) as reader:

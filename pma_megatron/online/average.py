@@ -35,10 +35,18 @@ class RunningAverage(ABC):
     """
 
     def __init__(
-        self, shard: Shard[Any], method: Method, last: int, interval: int, *, position: int,
-        backup_bytes: int, stepping: Sequence[Any] | None, window_dir: str | Path | None,
+        self,
+        shard: Shard[Any],
+        method: Method,
+        last: int,
+        interval: int,
+        *,
+        position: int,
+        backup_bytes: int,
+        stepping: Sequence[Any] | None,
+        window_dir: str | Path | None,
         comm: Comm,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Make room for the window. Collective.
 
         Args:

@@ -63,10 +63,11 @@ def _refuse(node: str, here: Sequence[Need]) -> None:
     memory, there = sum(need.memory for need in here), available_bytes()
     if there and memory > there:
         way_out = (
-            f"use a smaller {named('last')}" if here[0].folder else
-            f"use a smaller {named('last')}, or {named('window_dir')} with a folder on a "
+            f"use a smaller {named('last')}"
+            if here[0].folder
+            else f"use a smaller {named('last')}, or {named('window_dir')} with a folder on a "
             "node-local disk"
-        )  # fmt: skip
+        )
         raise UsageError(
             f"the running average needs {_size(memory)} of host memory on {node} ({len(here)} "
             f"ranks), {_size(there)} are available: {way_out}"

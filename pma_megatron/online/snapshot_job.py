@@ -159,8 +159,9 @@ class SnapshotJob:
         said = {"sum": sum_of_parts(parts, at).to_json(), "objects": objects}
         self._note(f"{_DONE}{self.rank}", json.dumps(said))
 
-    def _write_chunk(self, descriptor: int, placed: PlacedChunk, data: torch.Tensor,
-                     buffer: torch.Tensor) -> list[Part]:  # fmt: skip
+    def _write_chunk(
+        self, descriptor: int, placed: PlacedChunk, data: torch.Tensor, buffer: torch.Tensor
+    ) -> list[Part]:
         key, numel = placed.chunk.key, placed.chunk.box.numel
         good = data.device.type == "cpu" and data.dtype == torch.float32 and data.dim() == 1
         if not good or not data.is_contiguous() or data.numel() != numel:

@@ -23,11 +23,7 @@ from pma_megatron.base.locations import refuse_remote
 from pma_megatron.base.spelling import named
 from pma_megatron.errors import CheckpointError, PublishError, UsageError
 from pma_megatron.formats.base import Item
-from pma_megatron.formats.marker import (
-    SNAPSHOTS,
-    SnapshotMarker,
-    read_snapshot_marker,
-)
+from pma_megatron.formats.marker import SNAPSHOTS, SnapshotMarker, read_snapshot_marker
 from pma_megatron.formats.torch_dist.checkpoint import COMMON_FILE, completeness
 from pma_megatron.formats.torch_dist.chunks import (
     Chunk,
@@ -54,9 +50,13 @@ class SnapshotWriter:
     """
 
     def __init__(
-        self, root: str | Path, chunks: Sequence[Chunk], dtype: torch.dtype, comm: Comm,
+        self,
+        root: str | Path,
+        chunks: Sequence[Chunk],
+        dtype: torch.dtype,
+        comm: Comm,
         common: Callable[[int], Mapping[str, Any]] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Agree on who writes what. Every rank makes this call.
 
         Args:
@@ -94,8 +94,13 @@ class SnapshotWriter:
         self._layout: list[StoredChunk] = [chunk for part in told for chunk in part]
         comm.on_main("snapshot layout", lambda: check_cover(self._layout))
 
-    def write(self, iteration: int, data: Data, args: Any,
-              objects: Mapping[str, Any] = MappingProxyType({})) -> None:  # fmt: skip
+    def write(
+        self,
+        iteration: int,
+        data: Data,
+        args: Any,
+        objects: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
         """Begin the snapshot of `iteration` in a thread; returns at once.
 
         A whole snapshot that is there already is kept: a resumed run comes by the same iterations.

@@ -126,9 +126,7 @@ class WindowStore:
         Of an exponential average the newest is all; the one before comes along to be compared.
         """
         refs = [r for r in list_checkpoints(self.root) if r.iteration is not None]
-        notes = [
-            f"{r.path} is left out: {r.incomplete_because}" for r in refs if not r.complete
-        ]  # fmt: skip
+        notes = [f"{r.path} is left out: {r.incomplete_because}" for r in refs if not r.complete]
         whole = [r for r in refs if r.complete and r.snapshot]
         stale = [r.iteration for r in whole if r.iteration is not None and r.iteration > iteration]
         if stale:

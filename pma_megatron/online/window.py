@@ -73,8 +73,9 @@ class Window:
     `capture` returns at once; everything that reads waits for it first.
     """
 
-    def __init__(self, copy: HostCopy, method: Method, last: int, folder: Path | None = None
-                 ) -> None:  # fmt: skip
+    def __init__(
+        self, copy: HostCopy, method: Method, last: int, folder: Path | None = None
+    ) -> None:
         """Make room for all entries now, so that a job that has too little does not start.
 
         Raises:

@@ -247,9 +247,12 @@ def common_args(folder: Path) -> dict[str, Any]:
 
 
 def choose(
-    refs: list[CheckpointRef], request: SelectionRequest, root: str | Path,
-    pointers: Mapping[str, Pointer] | None = None, resumed: int | None = None,
-) -> Selection:  # fmt: skip
+    refs: list[CheckpointRef],
+    request: SelectionRequest,
+    root: str | Path,
+    pointers: Mapping[str, Pointer] | None = None,
+    resumed: int | None = None,
+) -> Selection:
     """Select among `refs`, refusing a run that mixes formats without saying which to take.
 
     An average ends at what training resumes from, where the request does not say where: what a job

@@ -17,9 +17,15 @@ from pma_megatron.errors import SelectionError
 from pma_megatron.runs.refs import CheckpointRef, iteration_of, why_incomplete
 
 Kind = Literal[
-    "being written", "damaged", "spoiled", "not judged", "excluded", "newer", "not needed",
+    "being written",
+    "damaged",
+    "spoiled",
+    "not judged",
+    "excluded",
+    "newer",
+    "not needed",
     "no iteration",
-]  # fmt: skip
+]
 _TOGETHER: tuple[Kind, ...] = ("excluded", "newer", "not needed")
 """Kinds that share one line: they are what was asked for."""
 Wanted = Callable[[CheckpointRef], bool]
@@ -51,9 +57,13 @@ class PassedOver:
 
 
 def passed_over(
-    ref: CheckpointRef, why_not_needed: str = "", *, excluded: bool = False,
-    resumed: int | None = None, gap: bool = False,
-) -> PassedOver:  # fmt: skip
+    ref: CheckpointRef,
+    why_not_needed: str = "",
+    *,
+    excluded: bool = False,
+    resumed: int | None = None,
+    gap: bool = False,
+) -> PassedOver:
     """Why `ref` is not used.
 
     Args:
@@ -86,9 +96,13 @@ def passed_over(
 
 
 def left_out(
-    refs: Sequence[CheckpointRef], chosen: Sequence[CheckpointRef], wanted: Wanted,
-    exclude: Collection[int], end: int | None, resumed: int | None,
-) -> list[PassedOver]:  # fmt: skip
+    refs: Sequence[CheckpointRef],
+    chosen: Sequence[CheckpointRef],
+    wanted: Wanted,
+    exclude: Collection[int],
+    end: int | None,
+    resumed: int | None,
+) -> list[PassedOver]:
     """What is not used of all there is, and lies in the window or would if it were whole.
 
     Args:

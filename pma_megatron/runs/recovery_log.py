@@ -234,9 +234,12 @@ def _brief(value: Any) -> str:
 
 
 _NEEDED: dict[str, dict[str, int]] = {
-    DETECTED: {"number": 1, "onset": 0}, BEGUN: {"newest_healthy": 0},
-    DONE: {"number": 1, "iteration": 0}, JUDGED: {"iteration": 0}, SPENT: {},
-}  # fmt: skip
+    DETECTED: {"number": 1, "onset": 0},
+    BEGUN: {"newest_healthy": 0},
+    DONE: {"number": 1, "iteration": 0},
+    JUDGED: {"iteration": 0},
+    SPENT: {},
+}
 """By event, the fields that decide what is trusted, and the least that each may be."""
 
 

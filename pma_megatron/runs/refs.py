@@ -79,11 +79,12 @@ class CheckpointRef:
 def unusable_list(refs: Iterable[CheckpointRef]) -> str:
     """Those that are not complete or not healthy, with the reasons; "" if all are."""
     found = [
-        f"{ref.describe()}: {ref.unusable_because}" if ref.complete
+        f"{ref.describe()}: {ref.unusable_because}"
+        if ref.complete
         else f"{ref.describe()} is incomplete ({why_incomplete(ref)})"
         for ref in refs
         if ref.unusable_because
-    ]  # fmt: skip
+    ]
     more = f", and {len(found) - _SHOWN} older ones" if len(found) > _SHOWN else ""
     return ", ".join(found[-_SHOWN:]) + more
 

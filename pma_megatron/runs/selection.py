@@ -93,11 +93,7 @@ class SelectionRequest:
     def _refuse_contradictions(self) -> None:
         for one, other, why in (
             ("interval_tokens", "interval_iterations", "an average has one spacing"),
-            (
-                "window_tokens",
-                "interval_iterations",
-                f"use {among('interval_tokens', 'last')}",
-            ),
+            ("window_tokens", "interval_iterations", f"use {among('interval_tokens', 'last')}"),
             ("window_tokens", "last", "one counts checkpoints, the other measures tokens"),
         ):
             if getattr(self, one) is not None and getattr(self, other) is not None:
@@ -384,9 +380,11 @@ def _spaced(
 
 
 def _selection(
-    chosen: Sequence[CheckpointRef], notes: list[str], request: SelectionRequest,
+    chosen: Sequence[CheckpointRef],
+    notes: list[str],
+    request: SelectionRequest,
     left: Sequence[PassedOver] = (),
-) -> Selection:  # fmt: skip
+) -> Selection:
     positions, unit = _positions(chosen)
     if unit == "iterations":
         notes = [*notes, f"positions are in iterations, not tokens: {why_incomparable(chosen)}"]

@@ -27,8 +27,9 @@ class Start(Protocol):
     def annealed_tokens(self) -> int | None: ...
 
 
-def cautions(scores: Scores, points: Sequence[Score], starts: Sequence[Start], metric: str
-             ) -> Iterator[str]:  # fmt: skip
+def cautions(
+    scores: Scores, points: Sequence[Score], starts: Sequence[Start], metric: str
+) -> Iterator[str]:
     """Cautions about one series of averages; none for the single checkpoints.
 
     - LR decay: a checkpoint of the window lies after the decay's start, or the window's learning

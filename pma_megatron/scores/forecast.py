@@ -214,8 +214,9 @@ def _ranks(values: np.ndarray) -> np.ndarray:
     return below + (equal + 1) / 2
 
 
-def _series(scores: Scores, points: Sequence[Score], annealed: Sequence[Annealed], metric: str
-            ) -> Series:  # fmt: skip
+def _series(
+    scores: Scores, points: Sequence[Score], annealed: Sequence[Annealed], metric: str
+) -> Series:
     trained = scores.unmerged(metric)
     by_end = {point.end_iteration: point for point in points}
 

@@ -64,9 +64,14 @@ class Skipped:
 
 
 _AXES = functools.partial(
-    renamed, last="lasts", interval_tokens="intervals_tokens", end_iteration="ends",
-    interval_iterations="intervals_iterations", iterations="ends", method="methods",
-)  # fmt: skip
+    renamed,
+    last="lasts",
+    interval_tokens="intervals_tokens",
+    end_iteration="ends",
+    interval_iterations="intervals_iterations",
+    iterations="ends",
+    method="methods",
+)
 """What the user of a grid set, for the settings of each of its averages."""
 
 

@@ -17,13 +17,7 @@ from typing import Any
 import numpy as np
 
 from pma_megatron.errors import UsageError
-from pma_megatron.spikes.settings import (
-    Kind,
-    SpikeSettings,
-    State,
-    Suspicion,
-    Verdict,
-)
+from pma_megatron.spikes.settings import Kind, SpikeSettings, State, Suspicion, Verdict
 
 __all__ = ["Kind", "SpikeDetector", "SpikeSettings", "Verdict", "detect"]
 

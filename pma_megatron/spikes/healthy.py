@@ -149,10 +149,15 @@ def choose_healthy(
     end = full[-1 - request.further_back]
     kept = [ref for ref in usable if _iteration(ref) <= _iteration(end)]
     rejected += [
-        Rejected(ref, "an earlier attempt from here failed" if not ref.snapshot else
-                 "a snapshot has no optimizer state to resume with, and no full one is newer")
-        for ref in usable if _iteration(ref) > _iteration(end)
-    ]  # fmt: skip
+        Rejected(
+            ref,
+            "an earlier attempt from here failed"
+            if not ref.snapshot
+            else "a snapshot has no optimizer state to resume with, and no full one is newer",
+        )
+        for ref in usable
+        if _iteration(ref) > _iteration(end)
+    ]
     count, notes = _count(request, kept, most)
     chosen = select(
         kept,

@@ -44,9 +44,15 @@ class Written:
 # Names as they are compared: lower case, words apart by one space.
 _ITERATION = ("iteration", "iter", "global step", "trainer global step", "step")
 _LOSS = (
-    "lm loss", "loss", "train loss", "training loss", "train lm loss", "train ce loss",
-    "lm loss training lm loss", "train samples train loss",  # Megatron-DeepSpeed, DeepSpeed
-)  # fmt: skip
+    "lm loss",
+    "loss",
+    "train loss",
+    "training loss",
+    "train lm loss",
+    "train ce loss",
+    "lm loss training lm loss",
+    "train samples train loss",  # Megatron-DeepSpeed, DeepSpeed
+)
 _GRAD_NORM = ("grad norm", "gradient norm", "train grad norm", "optim total grad norm")
 _SAMPLES = ("consumed samples", "consumed train samples", "samples")
 

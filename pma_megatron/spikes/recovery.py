@@ -158,9 +158,11 @@ def diagnose(request: RecoveryRequest) -> Diagnosis:
     notes: list[str] = []
     if request.metrics is not None:
         metrics = read_metrics(
-            request.metrics, loss=request.loss, grad_norm=request.grad_norm,
+            request.metrics,
+            loss=request.loss,
+            grad_norm=request.grad_norm,
             batch_samples=_batch_samples(refs),
-        )  # fmt: skip
+        )
         notes += (*metrics.notes, *_same_run(metrics, refs))
         verdicts = tuple(
             detect(((p.iteration, p.loss, p.grad_norm) for p in metrics.points), request.spike)
@@ -186,8 +188,9 @@ def diagnose(request: RecoveryRequest) -> Diagnosis:
 
 
 @speaking(KEYWORDS)
-def recover(request: RecoveryRequest, comm: Comm | None = None, show: Show = silent
-            ) -> tuple[Diagnosis, MergeReport]:  # fmt: skip
+def recover(
+    request: RecoveryRequest, comm: Comm | None = None, show: Show = silent
+) -> tuple[Diagnosis, MergeReport]:
     """Merge the healthy checkpoints from before a spike into a new run. Every rank makes this call.
 
     Raises:
@@ -221,8 +224,7 @@ def rehearse(request: RecoveryRequest) -> Diagnosis:
     return found
 
 
-def _resume(request: RecoveryRequest, chosen: Sequence[CheckpointRef], skip: Span | None
-            ) -> Resume:  # fmt: skip
+def _resume(request: RecoveryRequest, chosen: Sequence[CheckpointRef], skip: Span | None) -> Resume:
     """How the run goes on from a merge of `chosen`.
 
     Raises:
@@ -239,9 +241,13 @@ def _resume(request: RecoveryRequest, chosen: Sequence[CheckpointRef], skip: Spa
     args, schedule = known.common(Path(newest.path))["args"], known.schedule(Path(newest.path))
     if newest.format == registry.DEEPSPEED and "consumed_train_samples" not in args:
         return resume_script(
-            known.tracker.resumed(request.save), request.save, newest.iteration,
-            skip=skip, lr_factor=request.lr_factor, command=request.command,
-        )  # fmt: skip
+            known.tracker.resumed(request.save),
+            request.save,
+            newest.iteration,
+            skip=skip,
+            lr_factor=request.lr_factor,
+            command=request.command,
+        )
     return resume(
         args,
         request.save,
@@ -266,8 +272,9 @@ def _batch_samples(refs: Sequence[CheckpointRef]) -> int | None:
     return int(size) if size and size.is_integer() else None
 
 
-def _onset(request: RecoveryRequest, metrics: Metrics | None, verdicts: Sequence[Verdict]
-           ) -> tuple[int, Span | None]:  # fmt: skip
+def _onset(
+    request: RecoveryRequest, metrics: Metrics | None, verdicts: Sequence[Verdict]
+) -> tuple[int, Span | None]:
     """The onset, and the iterations whose data is skipped."""
     if request.onset is not None:
         return request.onset, request.skip

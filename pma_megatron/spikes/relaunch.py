@@ -48,13 +48,21 @@ class Resume:
         """The call, or the command or the flags alone as typed in a shell."""
         if self.call is not None:
             return self.call
-        words = self.command or tuple(w for flag, values in self.flags.items()
-                                      for w in (flag, *values))  # fmt: skip
+        words = self.command or tuple(
+            w for flag, values in self.flags.items() for w in (flag, *values)
+        )
         return shlex.join(words)
 
 
-def resume_script(call: str, root: str, iteration: int | None, *, skip: Span | None,
-                  lr_factor: float | None, command: Sequence[str]) -> Resume:  # fmt: skip
+def resume_script(
+    call: str,
+    root: str,
+    iteration: int | None,
+    *,
+    skip: Span | None,
+    lr_factor: float | None,
+    command: Sequence[str],
+) -> Resume:
     """How a script with a DeepSpeed engine, whose flags nobody else knows, resumes from `root`.
 
     Args:
@@ -86,8 +94,15 @@ def resume_script(call: str, root: str, iteration: int | None, *, skip: Span | N
     return Resume(flags={}, command=None, notes=tuple(notes), call=call)
 
 
-def resume(args: Mapping[str, Any], root: str, *, skip: Span | None, lr_factor: float | None,
-           schedule: Schedule, command: Sequence[str] = ()) -> Resume:  # fmt: skip
+def resume(
+    args: Mapping[str, Any],
+    root: str,
+    *,
+    skip: Span | None,
+    lr_factor: float | None,
+    schedule: Schedule,
+    command: Sequence[str] = (),
+) -> Resume:
     """Flags, and the whole command, that resume a Megatron run from the recovery in `root`.
 
     Args:

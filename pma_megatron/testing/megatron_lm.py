@@ -164,8 +164,13 @@ def _replace_more_of_cuda() -> None:
     cuda: Any = torch.cuda
     for name in ("set_stream", "ipc_collect", "reset_peak_memory_stats", "check_error", "cudart"):
         setattr(cuda, name, nothing)
-    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved",
-                 "max_memory_reserved", "device_memory_used"):  # fmt: skip
+    for name in (
+        "memory_allocated",
+        "max_memory_allocated",
+        "memory_reserved",
+        "max_memory_reserved",
+        "device_memory_used",
+    ):
         setattr(cuda, name, zero)
     cuda.memory_stats = lambda *_args, **_kwargs: {}
     cuda.mem_get_info = lambda *_args, **_kwargs: (1 << 33, 1 << 34)

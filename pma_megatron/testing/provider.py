@@ -20,11 +20,25 @@ from pma_megatron.runs.discover import choose, list_checkpoints
 from pma_megatron.runs.selection import SelectionRequest
 from pma_megatron.testing.config import TinyConfig
 
-_SAVED = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "seq_length",
-          "swiglu", "num_experts", "moe_router_topk", "bf16", "seed", "micro_batch_size",
-          "global_batch_size")  # fmt: skip
-_SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size",
-          "expert_model_parallel_size")  # fmt: skip
+_SAVED = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "seq_length",
+    "swiglu",
+    "num_experts",
+    "moe_router_topk",
+    "bf16",
+    "seed",
+    "micro_batch_size",
+    "global_batch_size",
+)
+_SIZES = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "expert_model_parallel_size",
+)
 
 
 def tiny(load: str, provider_args: Sequence[str]) -> Scored:
@@ -50,9 +64,11 @@ def tiny(load: str, provider_args: Sequence[str]) -> Scored:
     if not given.float32:
         return Scored(models=trainer.models, score=score, close=close)
     return Differentiable(
-        models=trainer.models, score=score, close=close,
+        models=trainer.models,
+        score=score,
+        close=close,
         batches=lambda: trainer.held_out_losses(given.batches),
-    )  # fmt: skip
+    )
 
 
 def group_of_one() -> Callable[[], None]:

@@ -46,8 +46,12 @@ class TextConfig(DeepSpeedConfig):
 
     def to_json(self, ranks: int) -> dict[str, Any]:
         """DeepSpeed's own configuration."""
-        steps = {"warmup_min_lr": 0, "warmup_max_lr": self.lr, "warmup_type": "linear",
-                 "warmup_num_steps": self.warmup_iterations}  # fmt: skip
+        steps = {
+            "warmup_min_lr": 0,
+            "warmup_max_lr": self.lr,
+            "warmup_type": "linear",
+            "warmup_num_steps": self.warmup_iterations,
+        }
         return {
             **DeepSpeedConfig.to_json(self, ranks),
             "train_batch_size": self.batch_size,
@@ -124,10 +128,17 @@ class TextDeepSpeed(TinyDeepSpeed):
             moe = importlib.import_module("deepspeed.moe.layer").MoE
             mlps = [
                 # No token is dropped and none is drawn, so that a loss depends on the model alone.
-                moe(config.width, mlp, config.experts, config.expert_parallel_size, k=1,
-                    drop_tokens=False, use_rts=False)
+                moe(
+                    config.width,
+                    mlp,
+                    config.experts,
+                    config.expert_parallel_size,
+                    k=1,
+                    drop_tokens=False,
+                    use_rts=False,
+                )
                 for mlp in mlps
-            ]  # fmt: skip
+            ]
         return TextModel(config, mlps)
 
     def train(self, iterations: int) -> list[float]:
@@ -165,9 +176,12 @@ class TextDeepSpeed(TinyDeepSpeed):
         own = self.config.batch_size // dist.get_world_size()
         start = first + own * dist.get_rank()
         inputs, labels = batch(
-            [*range(start, start + own)], seq_length=self.config.seq_length, seed=self.config.seed,
-            vocab_size=self.config.vocab_size, held_out=held_out,
-        )  # fmt: skip
+            [*range(start, start + own)],
+            seq_length=self.config.seq_length,
+            seed=self.config.seed,
+            vocab_size=self.config.vocab_size,
+            held_out=held_out,
+        )
         found: tuple[torch.Tensor, torch.Tensor] = self.engine(inputs, labels)
         return found
 

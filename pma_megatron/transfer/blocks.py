@@ -353,9 +353,16 @@ class UnitWriter:
                 yield low - first, high - low, place, inside + low - start
 
 
-def copy_item(reader: BlockReader, item: Item, offset: int, nbytes: int,
-              writers: Sequence[BlockWriter], to_file: str, to_offset: int,
-              buffer: memoryview) -> None:  # fmt: skip
+def copy_item(
+    reader: BlockReader,
+    item: Item,
+    offset: int,
+    nbytes: int,
+    writers: Sequence[BlockWriter],
+    to_file: str,
+    to_offset: int,
+    buffer: memoryview,
+) -> None:
     """Copy bytes of an item of a source into outputs, which take note of their checksums.
 
     Not inside the kernel: what is written is what was compared.

@@ -24,13 +24,16 @@ def _merges(scale: Scale, seed: int, moe: bool, size: int) -> Merges:
     """Of the last part of the constant-rate run, trained again and saved more often."""
     run, begin = constant(scale, seed, moe=moe, size=size), scale.end - BACK * scale.every
     often = replace(
-        run, start=Start(run=run, iteration=begin),
+        run,
+        start=Start(run=run, iteration=begin),
         saves=tuple(range(begin + _every(scale), scale.end + 1, _every(scale))),
-    )  # fmt: skip
+    )
     return Merges(
-        run=often, lasts=(LAST,), every=tuple(n * _every(scale) for n in TIMES),
+        run=often,
+        lasts=(LAST,),
+        every=tuple(n * _every(scale) for n in TIMES),
         ends=(scale.end - scale.every, scale.end),
-    )  # fmt: skip
+    )
 
 
 def jobs(scale: Scale, seeds: Sequence[int]) -> list[Merges]:
@@ -46,10 +49,11 @@ def rows(scale: Scale, seeds: Sequence[int]) -> Iterator[Row]:
             for times in TIMES:
                 every = times * _every(scale)
                 row: Row = {
-                    "model": "MoE" if moe else "dense", "seed": seed,
+                    "model": "MoE" if moe else "dense",
+                    "seed": seed,
                     "hidden_size": scale.model(moe=moe, size=size).hidden_size,
                     "interval_tokens": scale.tokens(every),
-                }  # fmt: skip
+                }
                 for name in ("validation", "test"):
                     row[name] = sum(
                         merges.losses(end, "unmerged")[name] - merges.losses(end, every=every)[name]
@@ -82,9 +86,19 @@ def findings(rows: Sequence[Row]) -> Findings:
             "intervals of the smallest and the largest model do not overlap. Sizes span one order "
             "of magnitude here, more than two in the paper."
         ],
-        tables=[Table(columns=["model", "hidden size", "best V by seed, tokens", "mean",
-                               "its gain (test)"], rows=table)],
-    )  # fmt: skip
+        tables=[
+            Table(
+                columns=[
+                    "model",
+                    "hidden size",
+                    "best V by seed, tokens",
+                    "mean",
+                    "its gain (test)",
+                ],
+                rows=table,
+            )
+        ],
+    )
 
 
 def plot(rows: Sequence[Row], figure: Any) -> None:
@@ -108,5 +122,8 @@ EXPERIMENT = Experiment(
     setup=f"N = {LAST} at two ends late in constant-rate runs, dense and MoE at three sizes, whose "
     "last part is saved five times as often; the interval is chosen on the validation text.",
     seeds=3,
-    jobs=jobs, rows=rows, findings=findings, plot=plot,
-)  # fmt: skip
+    jobs=jobs,
+    rows=rows,
+    findings=findings,
+    plot=plot,
+)

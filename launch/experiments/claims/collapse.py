@@ -18,9 +18,10 @@ def jobs(_scale: Scale, seeds: Sequence[int]) -> list[Collapse]:
     """Every strategy after every event; two of them where nothing happens."""
     return [
         Collapse(seed=seed, event=event, strategy=name)
-        for seed in seeds for event in EVENTS
+        for seed in seeds
+        for event in EVENTS
         for name in (STRATEGIES if event != "healthy" else ("nothing", PMA))
-    ]  # fmt: skip
+    ]
 
 
 def rows(scale: Scale, seeds: Sequence[int]) -> Iterator[Row]:
@@ -34,20 +35,26 @@ def findings(rows: Sequence[Row]) -> Findings:
     table = []
     for (event, name), found in groups(rows, "event", "strategy"):
         known = [r["known"] - r["onset"] for r in found if r["known"] and r["onset"]]
-        table.append([
-            event, name, _back(found),
-            f"{estimate([r['end'] for r in found])}",
-            f"{statistics.median(known):.0f}" if known else "-",
-            f"{sum(r['spent'] for r in found)} of {len(found)}",
-        ])  # fmt: skip
+        table.append(
+            [
+                event,
+                name,
+                _back(found),
+                f"{estimate([r['end'] for r in found])}",
+                f"{statistics.median(known):.0f}" if known else "-",
+                f"{sum(r['spent'] for r in found)} of {len(found)}",
+            ]
+        )
     ends = {(r["event"], r["strategy"], r["seed"]): r for r in rows}
     seeds = sorted({r["seed"] for r in rows})
     back = [ends["burst", PMA, s] for s in seeds]
     gains = {
-        other: estimate([ends["burst", other, s]["end"] - r["end"]
-                         for s, r in zip(seeds, back, strict=True)])
-        for other in STRATEGIES if other not in ("nothing", PMA)
-    }  # fmt: skip
+        other: estimate(
+            [ends["burst", other, s]["end"] - r["end"] for s, r in zip(seeds, back, strict=True)]
+        )
+        for other in STRATEGIES
+        if other not in ("nothing", PMA)
+    }
     alarms = sum(bool(ends["healthy", PMA, s]["known"]) for s in seeds)
     lost = [ends["burst", "nothing", s] for s in seeds]
     stays = [r for r in rows if r["event"] == "stays"]
@@ -63,9 +70,20 @@ def findings(rows: Sequence[Row]) -> Findings:
             f"paper's run went on, this one does not. False alarms: {alarms} of {len(seeds)} "
             "healthy runs."
         ],
-        tables=[Table(columns=["LR too large", "strategy", "back", "loss at the end",
-                               "known after, points", "gave up"], rows=table)],
-    )  # fmt: skip
+        tables=[
+            Table(
+                columns=[
+                    "LR too large",
+                    "strategy",
+                    "back",
+                    "loss at the end",
+                    "known after, points",
+                    "gave up",
+                ],
+                rows=table,
+            )
+        ],
+    )
 
 
 def verdict_of(rows: Sequence[Row]) -> str:
@@ -100,5 +118,8 @@ EXPERIMENT = Experiment(
     "The detector and the recovery are those of `--pma-recover` (docs/recovery.md); data since "
     "the checkpoint is skipped but where the strategy says otherwise.",
     seeds=5,
-    jobs=jobs, rows=rows, findings=findings, plot=plot,
-)  # fmt: skip
+    jobs=jobs,
+    rows=rows,
+    findings=findings,
+    plot=plot,
+)

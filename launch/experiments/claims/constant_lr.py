@@ -41,9 +41,12 @@ def rows(scale: Scale, seeds: Sequence[int]) -> Iterator[Row]:
                     yield {
                         "model": "MoE" if moe else "dense",
                         "hidden_size": scale.model(moe=moe, size=size).hidden_size,
-                        "seed": seed, "tokens": scale.tokens(end), "loss": name,
-                        "newest": newest[name], "merged": merged[name],
-                    }  # fmt: skip
+                        "seed": seed,
+                        "tokens": scale.tokens(end),
+                        "loss": name,
+                        "newest": newest[name],
+                        "merged": merged[name],
+                    }
 
 
 def findings(rows: Sequence[Row]) -> Findings:
@@ -63,11 +66,13 @@ def findings(rows: Sequence[Row]) -> Findings:
             f"the whole interval above zero; gains lie between {min(g.mean for g in tests):.4f} "
             f"and {max(g.mean for g in tests):.4f}."
         ],
-        tables=[Table(
-            columns=["model", "hidden size", "newest, test", *(f"gain, {n}" for n in LOSSES)],
-            rows=table,
-        )],
-    )  # fmt: skip
+        tables=[
+            Table(
+                columns=["model", "hidden size", "newest, test", *(f"gain, {n}" for n in LOSSES)],
+                rows=table,
+            )
+        ],
+    )
 
 
 def plot(rows: Sequence[Row], figure: Any) -> None:
@@ -91,5 +96,8 @@ EXPERIMENT = Experiment(
     "against the newest one. Dense and MoE (4 experts, 2 per token; expert parallelism 2 but for "
     "the middle size) at three sizes.",
     seeds=3,
-    jobs=jobs, rows=rows, findings=findings, plot=plot,
-)  # fmt: skip
+    jobs=jobs,
+    rows=rows,
+    findings=findings,
+    plot=plot,
+)

@@ -20,11 +20,17 @@ LAST, PARTS = 6, 5
 def _run(scale: Scale, seed: int, moe: bool) -> Run:
     run = constant(scale, seed, moe=moe)
     return replace(
-        run, start=Start(run=run, iteration=scale.fork),
+        run,
+        start=Start(run=run, iteration=scale.fork),
         saves=tuple(range(scale.fork + scale.every, scale.end + 1, scale.every)),
-        rate=Rate(peak=scale.peak, decay="cosine", decay_begin=scale.fork, decay_end=scale.end,
-                  floor=scale.peak / 10),
-    )  # fmt: skip
+        rate=Rate(
+            peak=scale.peak,
+            decay="cosine",
+            decay_begin=scale.fork,
+            decay_end=scale.end,
+            floor=scale.peak / 10,
+        ),
+    )
 
 
 def _merges(scale: Scale, seed: int, moe: bool) -> Merges:
@@ -46,10 +52,13 @@ def rows(scale: Scale, seeds: Sequence[int]) -> Iterator[Row]:
             for end in merges.ends:
                 done = (end - scale.fork) / (scale.end - scale.fork)
                 yield {
-                    "model": "MoE" if moe else "dense", "seed": seed, "tokens": scale.tokens(end),
-                    "done": done, "newest": merges.losses(end, "unmerged")["test"],
+                    "model": "MoE" if moe else "dense",
+                    "seed": seed,
+                    "tokens": scale.tokens(end),
+                    "done": done,
+                    "newest": merges.losses(end, "unmerged")["test"],
                     "merged": merges.losses(end)["test"],
-                }  # fmt: skip
+                }
 
 
 def findings(rows: Sequence[Row]) -> Findings:
@@ -68,8 +77,11 @@ def findings(rows: Sequence[Row]) -> Findings:
     everywhere = len(first_near) == len({r["model"] for r in rows})
     when = max(first_near.values()) if everywhere else 1.0
     return Findings(
-        verdict=REPRODUCED if when <= 0.5 else "reproduced in part: on a par late in the decay"
-        if when < 1 else NOT_REPRODUCED,
+        verdict=REPRODUCED
+        if when <= 0.5
+        else "reproduced in part: on a par late in the decay"
+        if when < 1
+        else NOT_REPRODUCED,
         sentences=[
             "Part of the decay at which the merge is first no worse than the final model, within "
             f"the interval over seeds: {', '.join(near) or 'never'}. In the first half of the "
@@ -78,9 +90,18 @@ def findings(rows: Sequence[Row]) -> Findings:
             "next to nothing. These runs still learn much over the decay, which a merge early in "
             "it has not seen."
         ],
-        tables=[Table(columns=["model", "part of the decay", "gain over the newest",
-                               "above the final model"], rows=table)],
-    )  # fmt: skip
+        tables=[
+            Table(
+                columns=[
+                    "model",
+                    "part of the decay",
+                    "gain over the newest",
+                    "above the final model",
+                ],
+                rows=table,
+            )
+        ],
+    )
 
 
 def plot(rows: Sequence[Row], figure: Any) -> None:
@@ -99,5 +120,8 @@ EXPERIMENT = Experiment(
     setup=f"Cosine decay to a tenth, from a constant rate; along it the SMA of the last {LAST} "
     "checkpoints. Dense and MoE, middle size.",
     seeds=3,
-    jobs=jobs, rows=rows, findings=findings, plot=plot,
-)  # fmt: skip
+    jobs=jobs,
+    rows=rows,
+    findings=findings,
+    plot=plot,
+)

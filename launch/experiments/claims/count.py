@@ -15,8 +15,9 @@ def findings(rows: Sequence[Row]) -> Findings:
     """Whether fewer are better early, and more are better late."""
     by = {(r["when"], r["last"], r["seed"]): r["gain"] for r in rows}
     seeds = sorted({r["seed"] for r in rows})
-    gains = {key: estimate([r["gain"] for r in found])
-             for key, found in groups(rows, "when", "last")}  # fmt: skip
+    gains = {
+        key: estimate([r["gain"] for r in found]) for key, found in groups(rows, "when", "last")
+    }
     few, many = 3, max(REACH.lasts)
     more = {
         when: estimate([by[when, many, s] - by[when, few, s] for s in seeds])
@@ -38,11 +39,13 @@ def findings(rows: Sequence[Row]) -> Findings:
             f"early and {more['late'].signed} late (positive is better). The best mean is at "
             f"N = {best['early']} early and N = {best['late']} late."
         ],
-        tables=[Table(
-            columns=["N", "gain early", "gain late"],
-            rows=[[n, gains["early", n].signed, gains["late", n].signed] for n in REACH.lasts],
-        )],
-    )  # fmt: skip
+        tables=[
+            Table(
+                columns=["N", "gain early", "gain late"],
+                rows=[[n, gains["early", n].signed, gains["late", n].signed] for n in REACH.lasts],
+            )
+        ],
+    )
 
 
 EXPERIMENT = Experiment(
@@ -53,5 +56,8 @@ EXPERIMENT = Experiment(
     setup="Dense, middle size, constant rate, the smallest interval; the early end is soon after "
     "the first that 15 checkpoints fit before.",
     seeds=5,
-    jobs=REACH.jobs, rows=REACH.rows, findings=findings, plot=REACH.plot,
-)  # fmt: skip
+    jobs=REACH.jobs,
+    rows=REACH.rows,
+    findings=findings,
+    plot=REACH.plot,
+)

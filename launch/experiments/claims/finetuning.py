@@ -10,4 +10,4 @@ EXPERIMENT = Transfer(
     paper="Gains at one size, not reproduced at others, never harmful.",
     setup=f"A short run on a small text (licences) at small rates: from the SMA of {LAST} "
     "checkpoints and from the newest. Dense and MoE, middle size.",
-)  # fmt: skip
+)

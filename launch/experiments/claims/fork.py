@@ -25,10 +25,13 @@ def _forks(scale: Scale) -> tuple[int, ...]:
 def _annealed(scale: Scale, seed: int, moe: bool, fork: int) -> Run:
     run, end = constant(scale, seed, moe=moe), fork + 2 * scale.decay
     return replace(
-        run, start=Start(run=run, iteration=fork), end=end, saves=(),
+        run,
+        start=Start(run=run, iteration=fork),
+        end=end,
+        saves=(),
         rate=Rate(peak=scale.peak, decay="linear", decay_begin=fork, decay_end=end),
         scores=_along(scale, fork),
-    )  # fmt: skip
+    )
 
 
 def _along(scale: Scale, fork: int) -> tuple[int, ...]:
@@ -58,12 +61,14 @@ def rows(scale: Scale, seeds: Sequence[int]) -> Iterator[Row]:
                 record = _annealed(scale, seed, moe, fork).record()
                 for at in _along(scale, fork):
                     yield {
-                        "model": "MoE" if moe else "dense", "seed": seed,
-                        "fork_tokens": scale.tokens(fork), "since_tokens": scale.tokens(at - fork),
+                        "model": "MoE" if moe else "dense",
+                        "seed": seed,
+                        "fork_tokens": scale.tokens(fork),
+                        "since_tokens": scale.tokens(at - fork),
                         "constant": merges.losses(at, "unmerged")["test"],
                         "merged": merges.losses(at)["test"],
                         "annealed": record.score(at)["test"],
-                    }  # fmt: skip
+                    }
 
 
 def findings(rows: Sequence[Row]) -> Findings:
@@ -80,8 +85,15 @@ def findings(rows: Sequence[Row]) -> Findings:
         if at == since[-1]:
             late.append(against["annealed"])
         if at in (since[0], since[len(since) // 2], since[-1]):
-            table.append([model, f"{fork:,}", f"{at:,}", against["constant"].signed,
-                          against["annealed"].signed])  # fmt: skip
+            table.append(
+                [
+                    model,
+                    f"{fork:,}",
+                    f"{at:,}",
+                    against["constant"].signed,
+                    against["annealed"].signed,
+                ]
+            )
     ahead = all(g.low > 0 for g in early)
     beats = all(g.low > 0 for g in over)
     behind = sum(g.high < 0 for g in late)
@@ -97,9 +109,19 @@ def findings(rows: Sequence[Row]) -> Findings:
             f"one by {min(g.mean for g in late):.4f} to {max(g.mean for g in late):.4f}; it is "
             f"higher with the whole interval in {behind} of {len(late)} forks."
         ],
-        tables=[Table(columns=["model", "fork at, tokens", "tokens since", "merged over constant",
-                               "merged over annealed"], rows=table)],
-    )  # fmt: skip
+        tables=[
+            Table(
+                columns=[
+                    "model",
+                    "fork at, tokens",
+                    "tokens since",
+                    "merged over constant",
+                    "merged over annealed",
+                ],
+                rows=table,
+            )
+        ],
+    )
 
 
 def plot(rows: Sequence[Row], figure: Any) -> None:
@@ -108,11 +130,17 @@ def plot(rows: Sequence[Row], figure: Any) -> None:
     for axis, model in zip(axes, ("dense", "MoE"), strict=True):
         for (fork,), found in groups((r for r in rows if r["model"] == model), "fork_tokens"):
             for color, key in zip(COLORS, ("constant", "merged", "annealed"), strict=False):
-                curve = [(at, estimate([r[key] for r in there]).mean)
-                         for (at,), there in groups(found, "since_tokens")]  # fmt: skip
-                axis.plot([fork + at for at, _ in curve], [loss for _, loss in curve], color=color,
-                          marker="." if key != "annealed" else "*",
-                          label=key if fork == rows[0]["fork_tokens"] else None)  # fmt: skip
+                curve = [
+                    (at, estimate([r[key] for r in there]).mean)
+                    for (at,), there in groups(found, "since_tokens")
+                ]
+                axis.plot(
+                    [fork + at for at, _ in curve],
+                    [loss for _, loss in curve],
+                    color=color,
+                    marker="." if key != "annealed" else "*",
+                    label=key if fork == rows[0]["fork_tokens"] else None,
+                )
         axis.set(xlabel="tokens", ylabel="test loss (nats per byte)", title=model)
 
 
@@ -124,5 +152,8 @@ EXPERIMENT = Experiment(
     setup=f"Linear decay to zero from two points of the constant-rate run; meanwhile the SMA of "
     f"the last {LAST} checkpoints of the run that goes on. Dense and MoE, middle size.",
     seeds=3,
-    jobs=jobs, rows=rows, findings=findings, plot=plot,
-)  # fmt: skip
+    jobs=jobs,
+    rows=rows,
+    findings=findings,
+    plot=plot,
+)

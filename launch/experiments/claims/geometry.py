@@ -25,19 +25,21 @@ def _run(scale: Scale, seed: int, moe: bool, phase: str) -> Run:
         return run
     start = scale.end - LAST * scale.every
     return replace(
-        run, start=Start(run=run, iteration=start),
+        run,
+        start=Start(run=run, iteration=start),
         saves=tuple(range(start + scale.every, scale.end + 1, scale.every)),
         rate=Rate(peak=scale.peak, decay="linear", decay_begin=start, decay_end=scale.end),
-    )  # fmt: skip
+    )
 
 
 def _expansion(scale: Scale, seed: int, moe: bool, phase: str) -> Expansion:
     first = scale.end - (LAST - 1) * scale.every
     drawn = seed == 1 and phase == "constant" and not moe
     return Expansion(
-        run=_run(scale, seed, moe, phase), grid=GRID if drawn else 0,
+        run=_run(scale, seed, moe, phase),
+        grid=GRID if drawn else 0,
         iterations=tuple(range(first, scale.end + 1, scale.every)),
-    )  # fmt: skip
+    )
 
 
 _PHASES = [(moe, phase) for moe in (False, True) for phase in ("constant", "annealed")]
@@ -55,12 +57,14 @@ def rows(scale: Scale, seeds: Sequence[int]) -> Iterator[Row]:
             found = _expansion(scale, seed, moe, phase).result()
             bent, spread = found["curvature"], found["groups"]["total"]
             yield {
-                "model": "MoE" if moe else "dense", "phase": phase, "seed": seed,
+                "model": "MoE" if moe else "dense",
+                "phase": phase,
+                "seed": seed,
                 **{k: bent[k] for k in ("left", "right", "predicted_gain", "measured_gain")},
                 "deviation": float(np.mean(spread["deviation_norms"])),
                 "next_step_cosine": float(np.mean(np.diagonal(spread["step_cosines"], 1))),
                 "contour": found["contour"],
-            }  # fmt: skip
+            }
 
 
 def findings(rows: Sequence[Row]) -> Findings:
@@ -69,17 +73,22 @@ def findings(rows: Sequence[Row]) -> Findings:
     for (model, phase), found in groups(rows, "model", "phase"):
         gains[model, phase] = estimate([r["measured_gain"] for r in found])
         predicted = estimate([r["predicted_gain"] for r in found])
-        table.append([
-            model, phase, f"{estimate([r['left'] for r in found]).mean:.2f}",
-            f"{estimate([r['right'] for r in found]).mean:.2f}",
-            f"{sum(r['left'] < r['right'] for r in found)} of {len(found)}", predicted.signed,
-            gains[model, phase].signed, f"{estimate([r['deviation'] for r in found]).mean:.2f}",
-        ])  # fmt: skip
+        table.append(
+            [
+                model,
+                phase,
+                f"{estimate([r['left'] for r in found]).mean:.2f}",
+                f"{estimate([r['right'] for r in found]).mean:.2f}",
+                f"{sum(r['left'] < r['right'] for r in found)} of {len(found)}",
+                predicted.signed,
+                gains[model, phase].signed,
+                f"{estimate([r['deviation'] for r in found]).mean:.2f}",
+            ]
+        )
     holds = all(r["left"] < r["right"] for r in rows)
     less = all(gains[m, "annealed"].high < gains[m, "constant"].low for m in ("dense", "MoE"))
     return Findings(
-        verdict=REPRODUCED if holds and less else IN_PART if holds or less
-        else NOT_REPRODUCED,
+        verdict=REPRODUCED if holds and less else IN_PART if holds or less else NOT_REPRODUCED,
         sentences=[
             f"Eq. 15 holds in {sum(r['left'] < r['right'] for r in rows)} of {len(rows)} runs, "
             "and merging has a lower loss than the mean of its members in "
@@ -88,17 +97,35 @@ def findings(rows: Sequence[Row]) -> Findings:
             "condition says no more than that the loss curves upwards where members differ "
             "(docs/geometry.md); how much is gained is what tells runs apart."
         ],
-        tables=[Table(columns=["model", "phase", "left of eq. 15", "right", "holds",
-                               "predicted gain", "measured gain", "mean deviation"], rows=table)],
-    )  # fmt: skip
+        tables=[
+            Table(
+                columns=[
+                    "model",
+                    "phase",
+                    "left of eq. 15",
+                    "right",
+                    "holds",
+                    "predicted gain",
+                    "measured gain",
+                    "mean deviation",
+                ],
+                rows=table,
+            )
+        ],
+    )
 
 
 def plot(rows: Sequence[Row], figure: Any) -> None:
     """Predicted and measured gains; the contour of one run."""
     left, right = figure.subplots(1, 2)
     for color, ((model, phase), found) in zip(COLORS, groups(rows, "model", "phase"), strict=False):
-        left.plot([r["predicted_gain"] for r in found], [r["measured_gain"] for r in found], "o",
-                  color=color, label=f"{model}, {phase}")  # fmt: skip
+        left.plot(
+            [r["predicted_gain"] for r in found],
+            [r["measured_gain"] for r in found],
+            "o",
+            color=color,
+            label=f"{model}, {phase}",
+        )
     low, high = left.get_xlim()
     left.plot([low, high], [low, high], color=COLORS[0], lw=0.8)
     left.set(xlabel="predicted gain", ylabel="measured gain")
@@ -119,5 +146,8 @@ EXPERIMENT = Experiment(
     setup=f"The last {LAST} checkpoints of constant-rate runs, and of the same runs annealed over "
     "those iterations; gradients and losses with float32 weights.",
     seeds=3,
-    jobs=jobs, rows=rows, findings=findings, plot=plot,
-)  # fmt: skip
+    jobs=jobs,
+    rows=rows,
+    findings=findings,
+    plot=plot,
+)

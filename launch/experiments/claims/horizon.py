@@ -31,10 +31,13 @@ def _starts(scale: Scale) -> tuple[int, ...]:
 def _annealed(scale: Scale, seed: int, start: int, length: int) -> Run:
     run = constant(scale, seed)
     return replace(
-        run, start=Start(run=run, iteration=start), end=start + length, saves=(),
+        run,
+        start=Start(run=run, iteration=start),
+        end=start + length,
+        saves=(),
         rate=Rate(peak=scale.peak, decay="linear", decay_begin=start, decay_end=start + length),
         scores=(start + length,),
-    )  # fmt: skip
+    )
 
 
 def _merges(scale: Scale, seed: int) -> Merges:
@@ -62,20 +65,32 @@ def rows(scale: Scale, seeds: Sequence[int]) -> Iterator[Row]:
             annealed = _annealed(scale, seed, start, length).record().score(start + length)
             for where, at in (("start", start), ("end", start + length)):
                 yield {
-                    "seed": seed, "start": start, "at": at, "where": where,
-                    "decay_tokens": scale.tokens(length), "annealed": annealed["test"],
+                    "seed": seed,
+                    "start": start,
+                    "at": at,
+                    "where": where,
+                    "decay_tokens": scale.tokens(length),
+                    "annealed": annealed["test"],
                     "trained": merges.losses(at, "unmerged")["test"],
                     "merged": merges.losses(at)["test"],
-                }  # fmt: skip
+                }
 
 
 def _agreement(found: Sequence[Row], by: str) -> Agreement:
-    result = agreement([
-        Prediction(start_iteration=r["start"], iteration=r["at"], trained=r["trained"],
-                   merged=r[by], annealed=r["annealed"], annealed_tokens=r["decay_tokens"],
-                   source="")
-        for r in found
-    ])  # fmt: skip
+    result = agreement(
+        [
+            Prediction(
+                start_iteration=r["start"],
+                iteration=r["at"],
+                trained=r["trained"],
+                merged=r[by],
+                annealed=r["annealed"],
+                annealed_tokens=r["decay_tokens"],
+                source="",
+            )
+            for r in found
+        ]
+    )
     assert result is not None
     return result
 
@@ -88,8 +103,9 @@ def findings(rows: Sequence[Row]) -> Findings:
             fit = _agreement(found, by)
             errors[tokens, where, by] = fit
             gain = "-" if by == "trained" or fit.gain_pearson is None else f"{fit.gain_pearson:.2f}"
-            table.append([f"{tokens:,}", where, by, fit.n, f"{fit.mean_error:+.4f}",
-                          f"{fit.rmse:.4f}", gain])  # fmt: skip
+            table.append(
+                [f"{tokens:,}", where, by, fit.n, f"{fit.mean_error:+.4f}", f"{fit.rmse:.4f}", gain]
+            )
     lengths = sorted({r["decay_tokens"] for r in rows})
     ahead = {t: errors[t, "start", "merged"] for t in lengths}
     beside = {t: errors[t, "end", "merged"] for t in lengths}
@@ -111,9 +127,21 @@ def findings(rows: Sequence[Row]) -> Findings:
             else "; where it begins the error does not grow with the decay"
         ),
         sentences=[f"Mean of merged minus annealed loss, by length of the decay: {shown}."],
-        tables=[Table(columns=["decay, tokens", "scored at its", "by", "n", "mean error", "RMSE",
-                               "correlation of gains"], rows=table)],
-    )  # fmt: skip
+        tables=[
+            Table(
+                columns=[
+                    "decay, tokens",
+                    "scored at its",
+                    "by",
+                    "n",
+                    "mean error",
+                    "RMSE",
+                    "correlation of gains",
+                ],
+                rows=table,
+            )
+        ],
+    )
 
 
 def plot(rows: Sequence[Row], figure: Any) -> None:
@@ -123,8 +151,14 @@ def plot(rows: Sequence[Row], figure: Any) -> None:
         for color, ((tokens,), found) in zip(
             COLORS[1:], groups(mine, "decay_tokens"), strict=False
         ):
-            axis.plot([r["annealed"] for r in found], [r["merged"] for r in found], "o", ms=4,
-                      color=color, label=f"decay over {tokens:,} tokens")  # fmt: skip
+            axis.plot(
+                [r["annealed"] for r in found],
+                [r["merged"] for r in found],
+                "o",
+                ms=4,
+                color=color,
+                label=f"decay over {tokens:,} tokens",
+            )
         low, high = axis.get_xlim()
         axis.plot([low, high], [low, high], color=COLORS[0], lw=0.8)
         axis.set(xlabel="annealed loss", ylabel="merged loss", title=f"merged at its {where}")
@@ -138,5 +172,8 @@ EXPERIMENT = Experiment(
     setup="Dense, middle size; linear decays of three lengths from four points, and the SMA of "
     f"the last {LAST} checkpoints of the constant-rate run where each begins and where it ends.",
     seeds=3,
-    jobs=jobs, rows=rows, findings=findings, plot=plot,
-)  # fmt: skip
+    jobs=jobs,
+    rows=rows,
+    findings=findings,
+    plot=plot,
+)

@@ -13,8 +13,10 @@ REACH = Reach(lasts=(6,), times=(1, 2, 4, 8), by="interval_tokens")
 
 def findings(rows: Sequence[Row]) -> Findings:
     """Whether wide intervals hurt early, and less so later."""
-    gains = {key: estimate([r["gain"] for r in found])
-             for key, found in groups(rows, "when", "interval_tokens")}  # fmt: skip
+    gains = {
+        key: estimate([r["gain"] for r in found])
+        for key, found in groups(rows, "when", "interval_tokens")
+    }
     intervals = sorted({r["interval_tokens"] for r in rows})
     widest = {when: gains[when, intervals[-1]] for when in ("early", "late")}
     if widest["early"].high < 0 and widest["late"].mean > widest["early"].mean:
@@ -29,11 +31,15 @@ def findings(rows: Sequence[Row]) -> Findings:
             f"and {widest['late'].signed} late. The best is {best['early']:,} tokens early and "
             f"{best['late']:,} late."
         ],
-        tables=[Table(
-            columns=["interval, tokens", "gain early", "gain late"],
-            rows=[[f"{v:,}", gains["early", v].signed, gains["late", v].signed] for v in intervals],
-        )],
-    )  # fmt: skip
+        tables=[
+            Table(
+                columns=["interval, tokens", "gain early", "gain late"],
+                rows=[
+                    [f"{v:,}", gains["early", v].signed, gains["late", v].signed] for v in intervals
+                ],
+            )
+        ],
+    )
 
 
 EXPERIMENT = Experiment(
@@ -44,5 +50,8 @@ EXPERIMENT = Experiment(
     setup="Dense, middle size, constant rate; N = 6, and the early end is the first that "
     "every interval fits before.",
     seeds=5,
-    jobs=REACH.jobs, rows=REACH.rows, findings=findings, plot=REACH.plot,
-)  # fmt: skip
+    jobs=REACH.jobs,
+    rows=REACH.rows,
+    findings=findings,
+    plot=REACH.plot,
+)

@@ -31,9 +31,12 @@ def rows(scale: Scale, seeds: Sequence[int]) -> Iterator[Row]:
     for factor in FACTORS:
         for seed in seeds:
             merges = _merges(scale, seed, factor)
-            yield {"seed": seed, "lr": scale.peak * factor,
-                   "newest": merges.losses(scale.end, "unmerged")["test"],
-                   "merged": merges.losses(scale.end)["test"]}  # fmt: skip
+            yield {
+                "seed": seed,
+                "lr": scale.peak * factor,
+                "newest": merges.losses(scale.end, "unmerged")["test"],
+                "merged": merges.losses(scale.end)["test"],
+            }
 
 
 def findings(rows: Sequence[Row]) -> Findings:
@@ -43,8 +46,10 @@ def findings(rows: Sequence[Row]) -> Findings:
     slope = estimate([_slope(found) for _, found in groups(rows, "seed")])
     low, usual, high = min(gains), sorted(gains)[len(gains) // 2], max(gains)
     below, above = _change(rows, low, usual), _change(rows, usual, high)
-    best = {"newest": min(newest, key=lambda lr: newest[lr].mean),
-            "merged": min(merged, key=lambda lr: merged[lr].mean)}  # fmt: skip
+    best = {
+        "newest": min(newest, key=lambda lr: newest[lr].mean),
+        "merged": min(merged, key=lambda lr: merged[lr].mean),
+    }
     return Findings(
         verdict=_verdict(below, above, usual),
         sentences=[
@@ -53,11 +58,15 @@ def findings(rows: Sequence[Row]) -> Findings:
             f"(a straight line for every seed). The best rate without merging is "
             f"{best['newest']:g}, with merging {best['merged']:g}."
         ],
-        tables=[Table(
-            columns=["learning rate", "newest, test", "merged, test", "gain"],
-            rows=[[f"{lr:g}", f"{newest[lr]}", f"{merged[lr]}", gains[lr].signed] for lr in gains],
-        )],
-    )  # fmt: skip
+        tables=[
+            Table(
+                columns=["learning rate", "newest, test", "merged, test", "gain"],
+                rows=[
+                    [f"{lr:g}", f"{newest[lr]}", f"{merged[lr]}", gains[lr].signed] for lr in gains
+                ],
+            )
+        ],
+    )
 
 
 def _verdict(below: Estimate, above: Estimate, usual: float) -> str:
@@ -79,8 +88,9 @@ def _change(rows: Sequence[Row], start: float, end: float) -> Estimate:
 
 def _slope(rows: Sequence[Row]) -> float:
     """Gain per doubling of the rate, by least squares."""
-    return statistics.linear_regression([math.log2(r["lr"]) for r in rows],
-                                        [gain(r) for r in rows]).slope  # fmt: skip
+    return statistics.linear_regression(
+        [math.log2(r["lr"]) for r in rows], [gain(r) for r in rows]
+    ).slope
 
 
 def plot(rows: Sequence[Row], figure: Any) -> None:
@@ -100,5 +110,8 @@ EXPERIMENT = Experiment(
     setup=f"Dense, middle size, constant rates from a quarter to four times the usual one; SMA of "
     f"the last {LAST} checkpoints. Ten seeds, because five left it open.",
     seeds=10,
-    jobs=jobs, rows=rows, findings=findings, plot=plot,
-)  # fmt: skip
+    jobs=jobs,
+    rows=rows,
+    findings=findings,
+    plot=plot,
+)

@@ -17,9 +17,12 @@ METHODS = ("sma", "wma", "ema:0.1", "ema:0.2", "linear", "cosine", "1-sqrt")
 
 def _merges(scale: Scale, seed: int) -> Merges:
     return Merges(
-        run=constant(scale, seed), methods=METHODS, lasts=(LAST,), every=(scale.every,),
+        run=constant(scale, seed),
+        methods=METHODS,
+        lasts=(LAST,),
+        every=(scale.every,),
         ends=(scale.early, scale.end),
-    )  # fmt: skip
+    )
 
 
 def jobs(scale: Scale, seeds: Sequence[int]) -> list[Merges]:
@@ -33,8 +36,13 @@ def rows(scale: Scale, seeds: Sequence[int]) -> Iterator[Row]:
         merges = _merges(scale, seed)
         for when, end in (("early", scale.early), ("late", scale.end)):
             for method in ("unmerged", *METHODS):
-                yield {"seed": seed, "when": when, "tokens": scale.tokens(end), "method": method,
-                       "loss": merges.losses(end, method)["test"]}  # fmt: skip
+                yield {
+                    "seed": seed,
+                    "when": when,
+                    "tokens": scale.tokens(end),
+                    "method": method,
+                    "loss": merges.losses(end, method)["test"],
+                }
 
 
 def findings(rows: Sequence[Row]) -> Findings:
@@ -43,13 +51,21 @@ def findings(rows: Sequence[Row]) -> Findings:
     seeds = sorted({r["seed"] for r in rows})
     over = {
         (when, method, base): estimate([by[when, base, s] - by[when, method, s] for s in seeds])
-        for when in ("early", "late") for method in METHODS for base in ("unmerged", "sma")
-    }  # fmt: skip
-    table = [
-        [method, *(over[when, method, base].signed for when in ("early", "late")
-                   for base in ("unmerged", "sma"))]
+        for when in ("early", "late")
         for method in METHODS
-    ]  # fmt: skip
+        for base in ("unmerged", "sma")
+    }
+    table = [
+        [
+            method,
+            *(
+                over[when, method, base].signed
+                for when in ("early", "late")
+                for base in ("unmerged", "sma")
+            ),
+        ]
+        for method in METHODS
+    ]
     early = over["early", "wma", "sma"]
     order = over["early", "ema:0.2", "sma"].mean > over["early", "ema:0.1", "sma"].mean
     spread = {
@@ -71,9 +87,10 @@ def findings(rows: Sequence[Row]) -> Findings:
             f"{spread['early']:.4f} apart early and {spread['late']:.4f} late. The best mean early "
             f"is {best['early']}, late {best['late']}."
         ],
-        tables=[Table(columns=["method", "gain early", "over SMA", "gain late", "over SMA"],
-                      rows=table)],
-    )  # fmt: skip
+        tables=[
+            Table(columns=["method", "gain early", "over SMA", "gain late", "over SMA"], rows=table)
+        ],
+    )
 
 
 def plot(rows: Sequence[Row], figure: Any) -> None:
@@ -86,8 +103,13 @@ def plot(rows: Sequence[Row], figure: Any) -> None:
         gains = [
             estimate([by[when, "unmerged", s] - by[when, m, s] for s in seeds]) for m in METHODS
         ]
-        axis.bar(METHODS, [g.mean for g in gains], yerr=[g.margin or 0 for g in gains],
-                 color=COLORS[1], alpha=0.8)  # fmt: skip
+        axis.bar(
+            METHODS,
+            [g.mean for g in gains],
+            yerr=[g.margin or 0 for g in gains],
+            color=COLORS[1],
+            alpha=0.8,
+        )
         axis.set(title=f"{when}: {tokens:,} tokens", ylabel="gain (test, nats per byte)")
         axis.tick_params(axis="x", labelrotation=30)
 
@@ -99,5 +121,8 @@ EXPERIMENT = Experiment(
     "differences vanish, so SMA is the default.",
     setup=f"Dense, middle size, constant rate; {LAST} checkpoints, early and at the end.",
     seeds=5,
-    jobs=jobs, rows=rows, findings=findings, plot=plot,
-)  # fmt: skip
+    jobs=jobs,
+    rows=rows,
+    findings=findings,
+    plot=plot,
+)

@@ -26,10 +26,13 @@ def _resumed(scale: Scale, seed: int, moe: bool, state: str, warmup: int) -> Run
     if state != "plain":
         start = replace(start, last=LAST, every=scale.every, optimizer_state=state)
     return replace(
-        run, start=start, end=scale.fork + max(AFTER), saves=(),
+        run,
+        start=start,
+        end=scale.fork + max(AFTER),
+        saves=(),
         rate=Rate(peak=scale.peak, begin=scale.fork, warmup=warmup),
         scores=tuple(scale.fork + after for after in AFTER),
-    )  # fmt: skip
+    )
 
 
 def _all(scale: Scale, seeds: Sequence[int]) -> Iterator[tuple[bool, str, int, int, Run]]:
@@ -50,10 +53,14 @@ def rows(scale: Scale, seeds: Sequence[int]) -> Iterator[Row]:
         record = run.record()
         norms = record.grad_norms[:100]
         row: Row = {
-            "model": "MoE" if moe else "dense", "state": state, "warmup": warmup, "seed": seed,
-            "grad_norm": statistics.fmean(norms), "grad_norm_max": max(norms),
+            "model": "MoE" if moe else "dense",
+            "state": state,
+            "warmup": warmup,
+            "seed": seed,
+            "grad_norm": statistics.fmean(norms),
+            "grad_norm_max": max(norms),
             "loss_max": max(record.losses[:100]),
-        }  # fmt: skip
+        }
         for after in AFTER:
             row[f"after_{after}"] = record.score(scale.fork + after)["test"]
         yield row
@@ -70,10 +77,18 @@ def findings(rows: Sequence[Row]) -> Findings:
         last = gains[keys[-1]]
         if state in ("average", "reset") and last.low > 0:
             better.append(f"{model}, {state}, {'warmup' if warmup else 'no warmup'}")
-        table.append([model, "not merged" if state == "plain" else state, warmup, *shown,
-                      last.signed, f"{estimate([r['grad_norm'] for r in found]).mean:.2f}",
-                      f"{max(r['grad_norm_max'] for r in found):.2f}",
-                      f"{max(r['loss_max'] for r in found):.3f}"])  # fmt: skip
+        table.append(
+            [
+                model,
+                "not merged" if state == "plain" else state,
+                warmup,
+                *shown,
+                last.signed,
+                f"{estimate([r['grad_norm'] for r in found]).mean:.2f}",
+                f"{max(r['grad_norm_max'] for r in found):.2f}",
+                f"{max(r['loss_max'] for r in found):.3f}",
+            ]
+        )
     steps = [key.removeprefix("after_") for key in keys]
 
     behind = {state: _behind(rows, base, state, keys) for state in ("average", "reset", "plain")}
@@ -89,17 +104,27 @@ def findings(rows: Sequence[Row]) -> Findings:
             f"{shown['plain']}. Better than `latest` in a whole interval after {steps[-1]} steps, "
             f"by model and warmup: {'; '.join(better) or 'none'}."
         ],
-        tables=[Table(
-            columns=["model", "moments", "warmup", *(f"test after {n}" for n in steps),
-                     f"gain over latest after {steps[-1]}", "grad norm, mean", "largest",
-                     "largest loss"],
-            rows=table,
-        )],
-    )  # fmt: skip
+        tables=[
+            Table(
+                columns=[
+                    "model",
+                    "moments",
+                    "warmup",
+                    *(f"test after {n}" for n in steps),
+                    f"gain over latest after {steps[-1]}",
+                    "grad norm, mean",
+                    "largest",
+                    "largest loss",
+                ],
+                rows=table,
+            )
+        ],
+    )
 
 
-def _behind(rows: Sequence[Row], base: Mapping[Any, Row], state: str,
-            keys: Sequence[str]) -> list[Estimate]:  # fmt: skip
+def _behind(
+    rows: Sequence[Row], base: Mapping[Any, Row], state: str, keys: Sequence[str]
+) -> list[Estimate]:
     """Loss above that of `latest`, all models and seeds, without a warmup, by `keys`."""
     found = [r for r in rows if (r["state"], r["warmup"]) == (state, 0)]
     return [estimate([r[k] - base[r["model"], r["seed"]][k] for r in found]) for k in keys]
@@ -108,8 +133,11 @@ def _behind(rows: Sequence[Row], base: Mapping[Any, Row], state: str,
 def _clear(found: Sequence[Estimate], steps: Sequence[str]) -> str:
     better = [n for n, e in zip(steps, found, strict=True) if e.high < 0]
     worse = [n for n, e in zip(steps, found, strict=True) if e.low > 0]
-    said = [f"{word} after {', '.join(at)} steps"
-            for word, at in (("better", better), ("worse", worse)) if at]  # fmt: skip
+    said = [
+        f"{word} after {', '.join(at)} steps"
+        for word, at in (("better", better), ("worse", worse))
+        if at
+    ]
     return ", ".join(said) or "no clear difference"
 
 
@@ -123,10 +151,20 @@ def plot(rows: Sequence[Row], figure: Any) -> None:
         for (state, warmup), found in groups(mine, "state", "warmup"):
             color = COLORS[("plain", "latest", "average", "reset").index(state)]
             gains = [estimate([plain[r["seed"]][key] - r[key] for r in found]).mean for key in keys]
-            axis.plot(steps, gains, color=color, ls="--" if warmup else "-", marker=".",
-                      label=f"{state}, warmup {warmup}")  # fmt: skip
-        axis.set(xscale="log", xlabel="steps after the resume", title=model,
-                 ylabel="gain over a resume from the newest (test)")  # fmt: skip
+            axis.plot(
+                steps,
+                gains,
+                color=color,
+                ls="--" if warmup else "-",
+                marker=".",
+                label=f"{state}, warmup {warmup}",
+            )
+        axis.set(
+            xscale="log",
+            xlabel="steps after the resume",
+            title=model,
+            ylabel="gain over a resume from the newest (test)",
+        )
 
 
 EXPERIMENT = Experiment(
@@ -137,5 +175,8 @@ EXPERIMENT = Experiment(
     f"moments, averaged or reset ones, each at once and with {WARMUP} steps of warmup; and a "
     "resume that is not merged. Dense and MoE, middle size.",
     seeds=3,
-    jobs=jobs, rows=rows, findings=findings, plot=plot,
-)  # fmt: skip
+    jobs=jobs,
+    rows=rows,
+    findings=findings,
+    plot=plot,
+)

@@ -24,8 +24,10 @@ def jobs(scale: Scale, seeds: Sequence[int]) -> list[Written]:
     """Both merges of every count and seed, and of the newest checkpoint alone."""
     return [
         _written(scale, seed, last, average)
-        for seed in seeds for last in LASTS for average in ("main-params", "weights")
-    ]  # fmt: skip
+        for seed in seeds
+        for last in LASTS
+        for average in ("main-params", "weights")
+    ]
 
 
 def rows(scale: Scale, seeds: Sequence[int]) -> Iterator[Row]:
@@ -37,10 +39,13 @@ def rows(scale: Scale, seeds: Sequence[int]) -> Iterator[Row]:
             one, other = main.weights(), weights.weights()
             differ = sum(int((one[name] != other[name]).sum()) for name in one)
             yield {
-                "seed": seed, "last": last, "main_params": main.losses()["test"],
-                "weights": weights.losses()["test"], "distance": distance(one, other),
+                "seed": seed,
+                "last": last,
+                "main_params": main.losses()["test"],
+                "weights": weights.losses()["test"],
+                "distance": distance(one, other),
                 "differ": differ / sum(value.numel() for value in one.values()),
-            }  # fmt: skip
+            }
 
 
 def findings(rows: Sequence[Row]) -> Findings:
@@ -49,9 +54,14 @@ def findings(rows: Sequence[Row]) -> Findings:
     for (last,), found in groups(rows, "last"):
         gain = estimate([r["weights"] - r["main_params"] for r in found])
         gains.append(gain)
-        table.append([last, f"{gain.mean:+.1e} ± {gain.margin or 0:.1e}",
-                      f"{estimate([r['differ'] for r in found]).mean:.0%}",
-                      f"{estimate([r['distance'] for r in found]).mean:.1e}"])  # fmt: skip
+        table.append(
+            [
+                last,
+                f"{gain.mean:+.1e} ± {gain.margin or 0:.1e}",
+                f"{estimate([r['differ'] for r in found]).mean:.0%}",
+                f"{estimate([r['distance'] for r in found]).mean:.1e}",
+            ]
+        )
     largest = max(abs(gain.mean) for gain in gains)
     return Findings(
         verdict=f"a difference of {largest:.0e} nats at most",
@@ -60,17 +70,25 @@ def findings(rows: Sequence[Row]) -> Findings:
             "seeds). The difference matters for a resume: averaged weights leave no main params to "
             "resume from."
         ],
-        tables=[Table(columns=["N", "gain of main params", "weights that differ",
-                               "relative distance"], rows=table)],
-    )  # fmt: skip
+        tables=[
+            Table(
+                columns=["N", "gain of main params", "weights that differ", "relative distance"],
+                rows=table,
+            )
+        ],
+    )
 
 
 def plot(rows: Sequence[Row], figure: Any) -> None:
     """Gain and distance by count."""
     left, right = figure.subplots(1, 2)
     for (last,), found in groups(rows, "last"):
-        left.plot([last] * len(found), [r["weights"] - r["main_params"] for r in found], "o",
-                  color=COLORS[1])  # fmt: skip
+        left.plot(
+            [last] * len(found),
+            [r["weights"] - r["main_params"] for r in found],
+            "o",
+            color=COLORS[1],
+        )
         right.plot([last] * len(found), [r["differ"] for r in found], "o", color=COLORS[2])
     zero(left)
     left.set(xlabel="checkpoints N", ylabel="gain of main params (test)")
@@ -84,5 +102,8 @@ EXPERIMENT = Experiment(
     setup="Dense, middle size, bf16 weights; merges of the same checkpoints by `--average "
     "main-params` and `--average weights`.",
     seeds=5,
-    jobs=jobs, rows=rows, findings=findings, plot=plot,
-)  # fmt: skip
+    jobs=jobs,
+    rows=rows,
+    findings=findings,
+    plot=plot,
+)

@@ -48,8 +48,13 @@ def rows(scale: Scale, seeds: Sequence[int]) -> Iterator[Row]:
     for seed in seeds:
         for spacing, method, by_tokens in _arms():
             loss = _written(scale, seed, spacing, method, by_tokens).losses()["test"]
-            yield {"seed": seed, "spacing": spacing, "method": method, "by_tokens": by_tokens,
-                   "loss": loss}  # fmt: skip
+            yield {
+                "seed": seed,
+                "spacing": spacing,
+                "method": method,
+                "by_tokens": by_tokens,
+                "loss": loss,
+            }
 
 
 def findings(rows: Sequence[Row]) -> Findings:
@@ -59,10 +64,12 @@ def findings(rows: Sequence[Row]) -> Findings:
     table, gains = [], []
     for spacing in SPACINGS:
         for method in METHODS:
-            gain = estimate([by[spacing, method, False, s] - by[spacing, method, True, s]
-                             for s in seeds])  # fmt: skip
-            over = estimate([by[spacing, "sma", True, s] - by[spacing, method, True, s]
-                             for s in seeds])  # fmt: skip
+            gain = estimate(
+                [by[spacing, method, False, s] - by[spacing, method, True, s] for s in seeds]
+            )
+            over = estimate(
+                [by[spacing, "sma", True, s] - by[spacing, method, True, s] for s in seeds]
+            )
             gains.append(gain)
             table.append([spacing, method, gain.signed, over.signed])
     better, worse = sum(g.low > 0 for g in gains), sum(g.high < 0 for g in gains)
@@ -76,9 +83,18 @@ def findings(rows: Sequence[Row]) -> Findings:
             "windows are several times wider than the best one (see the interval). What a merge "
             "covers matters more than how positions are counted."
         ],
-        tables=[Table(columns=["checkpoints", "method", "gain of tokens over list positions",
-                               "gain over SMA"], rows=table)],
-    )  # fmt: skip
+        tables=[
+            Table(
+                columns=[
+                    "checkpoints",
+                    "method",
+                    "gain of tokens over list positions",
+                    "gain over SMA",
+                ],
+                rows=table,
+            )
+        ],
+    )
 
 
 def plot(rows: Sequence[Row], figure: Any) -> None:
@@ -88,10 +104,17 @@ def plot(rows: Sequence[Row], figure: Any) -> None:
     axis = figure.subplots()
     for at, spacing in enumerate(SPACINGS):
         for number, (color, method) in enumerate(zip(COLORS[1:], METHODS, strict=False)):
-            gain = estimate([by[spacing, method, False, s] - by[spacing, method, True, s]
-                             for s in seeds])  # fmt: skip
-            axis.bar(at + 0.25 * (number - 1), gain.mean, 0.22, yerr=gain.margin or 0, color=color,
-                     label=method if at == 0 else None)  # fmt: skip
+            gain = estimate(
+                [by[spacing, method, False, s] - by[spacing, method, True, s] for s in seeds]
+            )
+            axis.bar(
+                at + 0.25 * (number - 1),
+                gain.mean,
+                0.22,
+                yerr=gain.margin or 0,
+                color=color,
+                label=method if at == 0 else None,
+            )
     zero(axis)
     axis.set_xticks(range(len(SPACINGS)), list(SPACINGS))
     axis.set_ylabel("gain of tokens over list positions (test)")
@@ -104,5 +127,8 @@ EXPERIMENT = Experiment(
     setup="Dense, middle size, constant rate; seven checkpoints, spaced in three ways, merged with "
     "decay-derived coefficients from their tokens and from their places in the list.",
     seeds=5,
-    jobs=jobs, rows=rows, findings=findings, plot=plot,
-)  # fmt: skip
+    jobs=jobs,
+    rows=rows,
+    findings=findings,
+    plot=plot,
+)

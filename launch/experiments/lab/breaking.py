@@ -21,8 +21,16 @@ from pma_megatron.spikes.detector import SpikeSettings
 from pma_megatron.testing import TinyConfig, TinyTrainer
 
 LR, TIMES, BREAK_AT, BURST, END, SAVE_EVERY = 1e-2, 50, 200, 40, 500, 20
-CONFIG = TinyConfig(num_layers=4, hidden_size=32, ffn_hidden_size=64, seq_length=32,
-                    micro_batch_size=32, global_batch_size=32, lr=LR, warmup_iters=20)  # fmt: skip
+CONFIG = TinyConfig(
+    num_layers=4,
+    hidden_size=32,
+    ffn_hidden_size=64,
+    seq_length=32,
+    micro_batch_size=32,
+    global_batch_size=32,
+    lr=LR,
+    warmup_iters=20,
+)
 SPIKE = SpikeSettings(patience=25)
 ATTEMPTS = 2
 EVENTS = {"healthy": 0, "burst": BURST, "stays": END}
@@ -76,8 +84,9 @@ class Breaking(TinyTrainer):
         self.scheduler.step(increment=0)
 
 
-def watch(trainer: TinyTrainer, root: Path, settings: RecoverySettings,
-          same_data: bool = False) -> Recovery:  # fmt: skip
+def watch(
+    trainer: TinyTrainer, root: Path, settings: RecoverySettings, same_data: bool = False
+) -> Recovery:
     """The recovery of a run that saves in `root`; it skips data unless told not to."""
 
     def rollback(ref: CheckpointRef) -> None:
@@ -86,9 +95,12 @@ def watch(trainer: TinyTrainer, root: Path, settings: RecoverySettings,
             trainer.consumed_samples = (ref.iteration or 0) * trainer.config.global_batch_size
 
     return Recovery(
-        trainer.models, trainer.optimizer, roots=[root], rollback=rollback,
+        trainer.models,
+        trainer.optimizer,
+        roots=[root],
+        rollback=rollback,
         settings=replace(settings, spike=SPIKE, attempts=ATTEMPTS),
-    )  # fmt: skip
+    )
 
 
 def prefix(seed: int, root: Path) -> dict[str, Any]:
@@ -129,7 +141,13 @@ def strategy(seed: int, event: str, name: str, root: Path, begun: dict[str, Any]
     trainer.close()
     seen = [e for e in recovery_log.read(root).events if e["event"] == recovery_log.DETECTED]
     return Result(
-        seed=seed, event=event, strategy=name, before=begun["loss"], end=loss,
-        onset=seen[0]["onset"] if seen else None, known=seen[0]["iteration"] if seen else None,
-        recoveries=sum(found is not None for found in done), spent=spent,
-    )  # fmt: skip
+        seed=seed,
+        event=event,
+        strategy=name,
+        before=begun["loss"],
+        end=loss,
+        onset=seen[0]["onset"] if seen else None,
+        known=seen[0]["iteration"] if seen else None,
+        recoveries=sum(found is not None for found in done),
+        spent=spent,
+    )

@@ -33,5 +33,17 @@ def pma(words: Sequence[str]) -> None:
 
 def scored_with(run: Run, out: Path, *given: str) -> list[str]:
     """The words of `evaluate` and `geometry` that name checkpoints' model, text and result."""
-    return ["--threads", "1", "--provider", "lab.provider:build", "--out", str(out),
-            "--", "--run", str(run.folder), "--batches", str(BATCHES), *given]  # fmt: skip
+    return [
+        "--threads",
+        "1",
+        "--provider",
+        "lab.provider:build",
+        "--out",
+        str(out),
+        "--",
+        "--run",
+        str(run.folder),
+        "--batches",
+        str(BATCHES),
+        *given,
+    ]

@@ -26,8 +26,15 @@ class Expansion(Kept):
 
     def commands(self, out: Path) -> Sequence[Sequence[str]]:
         """One, with float32 weights."""
-        return [[
-            "geometry", "--load", str(self.run.root), "--iterations", *map(str, self.iterations),
-            "--curvature", *(["--contour", "--grid", str(self.grid)] if self.grid else []),
-            *scored_with(self.run, out, "--float32"),
-        ]]  # fmt: skip
+        return [
+            [
+                "geometry",
+                "--load",
+                str(self.run.root),
+                "--iterations",
+                *map(str, self.iterations),
+                "--curvature",
+                *(["--contour", "--grid", str(self.grid)] if self.grid else []),
+                *scored_with(self.run, out, "--float32"),
+            ]
+        ]

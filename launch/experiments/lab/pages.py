@@ -19,8 +19,12 @@ _HEAD = Path(__file__).with_name("head.md")
 def curve(axes: Any, points: Mapping[Any, Estimate], **style: Any) -> None:
     """Means with their intervals over the keys of `points`."""
     found = list(points.values())
-    axes.errorbar(list(points), [e.mean for e in found], [e.margin or 0 for e in found],
-                  **{"marker": "o", "ms": 4, **style})  # fmt: skip
+    axes.errorbar(
+        list(points),
+        [e.mean for e in found],
+        [e.margin or 0 for e in found],
+        **{"marker": "o", "ms": 4, **style},
+    )
 
 
 def zero(axes: Any) -> None:
@@ -30,8 +34,11 @@ def zero(axes: Any) -> None:
 
 def page(experiments: Sequence[Experiment], folder: Path) -> str:
     """The whole page, of the experiments whose rows are in `folder`."""
-    known = [(e, Results.read(rows_file(folder, e))) for e in experiments
-             if rows_file(folder, e).exists()]  # fmt: skip
+    known = [
+        (e, Results.read(rows_file(folder, e)))
+        for e in experiments
+        if rows_file(folder, e).exists()
+    ]
     took_s = sum(results.about["work"]["s"] for _, results in known)
     lines = [
         _HEAD.read_text().format(minutes=round(took_s / 60)),

@@ -28,9 +28,13 @@ def build(_load: str, words: Sequence[str]) -> Scored:
     config = TinyConfig(**json.loads((given.run / "run.json").read_text())["config"])
     leave = group_of_one()
     if given.float32:
-        config = replace(config, bf16=False, use_distributed_optimizer=False,
-                         expert_model_parallel_size=1,
-                         micro_batch_size=config.global_batch_size)  # fmt: skip
+        config = replace(
+            config,
+            bf16=False,
+            use_distributed_optimizer=False,
+            expert_model_parallel_size=1,
+            micro_batch_size=config.global_batch_size,
+        )
     trainer = LabTrainer(config)
 
     def close() -> None:
@@ -45,10 +49,11 @@ def build(_load: str, words: Sequence[str]) -> Scored:
     if not given.float32:
         return Scored(models=trainer.models, score=score, close=close)
     return Differentiable(
-        models=trainer.models, close=close,
+        models=trainer.models,
+        close=close,
         score=lambda: trainer.evaluate(given.batches),
         batches=lambda: trainer.held_out_losses(given.batches),
-    )  # fmt: skip
+    )
 
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:

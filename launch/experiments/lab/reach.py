@@ -46,9 +46,14 @@ class Reach:
                 for last in self.lasts:
                     for every in merges.every:
                         loss = merges.losses(end, last=last, every=every)["test"]
-                        yield {"seed": seed, "when": when, "end_tokens": scale.tokens(end),
-                               "last": last, "interval_tokens": scale.tokens(every),
-                               "gain": newest - loss}  # fmt: skip
+                        yield {
+                            "seed": seed,
+                            "when": when,
+                            "end_tokens": scale.tokens(end),
+                            "last": last,
+                            "interval_tokens": scale.tokens(every),
+                            "gain": newest - loss,
+                        }
 
     def plot(self, rows: Sequence[Row], figure: Any) -> None:
         """Gain by what differs."""
@@ -67,6 +72,8 @@ class Reach:
 
     def _merges(self, scale: Scale, seed: int) -> Merges:
         return Merges(
-            run=constant(scale, seed), lasts=self.lasts, ends=tuple(self.ends(scale).values()),
+            run=constant(scale, seed),
+            lasts=self.lasts,
+            ends=tuple(self.ends(scale).values()),
             every=tuple(n * scale.every for n in self.times),
-        )  # fmt: skip
+        )

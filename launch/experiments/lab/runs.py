@@ -177,10 +177,12 @@ def _fork(trainer: LabTrainer, start: Start) -> None:
     if start.last > 1 or start.optimizer_state != "latest":
         wanted = range(start.iteration, start.iteration - start.last * start.every, -start.every)
         merge_into(
-            trainer.models, trainer.optimizer, load=str(start.run.root),
+            trainer.models,
+            trainer.optimizer,
+            load=str(start.run.root),
             selection=SelectionRequest(iterations=tuple(sorted(wanted))),
             optimizer_state=start.optimizer_state,
-        )  # fmt: skip
+        )
 
 
 def _write(rank: int, run: Run, name: str, record: Record) -> None:

@@ -30,14 +30,28 @@ class Merges(Kept):
 
     def commands(self, out: Path) -> Sequence[Sequence[str]]:
         """One for the whole grid, scored by one live model."""
-        return [[
-            "evaluate", "--load", str(self.run.root), "--methods", *self.methods,
-            "--lasts", *map(str, self.lasts), "--intervals-iterations", *map(str, self.every),
-            "--ends", *map(str, self.ends), "--tolerance", "0", *scored_with(self.run, out),
-        ]]  # fmt: skip
+        return [
+            [
+                "evaluate",
+                "--load",
+                str(self.run.root),
+                "--methods",
+                *self.methods,
+                "--lasts",
+                *map(str, self.lasts),
+                "--intervals-iterations",
+                *map(str, self.every),
+                "--ends",
+                *map(str, self.ends),
+                "--tolerance",
+                "0",
+                *scored_with(self.run, out),
+            ]
+        ]
 
-    def losses(self, end: int, method: str = "sma", last: int | None = None,
-               every: int | None = None) -> dict[str, float]:  # fmt: skip
+    def losses(
+        self, end: int, method: str = "sma", last: int | None = None, every: int | None = None
+    ) -> dict[str, float]:
         """Losses of one point.
 
         Raises:
@@ -45,9 +59,10 @@ class Merges(Kept):
         """
         for point in self.result()["points"]:
             same = point["end_iteration"] == end and point["method"] == method
-            if same and (method == UNMERGED or (
-                last in (None, point["last"]) and every in (None, point["interval_iterations"])
-            )):  # fmt: skip
+            if same and (
+                method == UNMERGED
+                or (last in (None, point["last"]) and every in (None, point["interval_iterations"]))
+            ):
                 losses: dict[str, float] = point["losses"]
                 return losses
         raise KeyError(f"{self}: no {method} of {last}, every {every}, at {end}")

@@ -35,8 +35,15 @@ LOSSES = {
 _PIECE_BYTES = 4096  # parts take turns, so that each sees every subject
 _PART_OF_PIECE = (*(TRAIN,) * 8, VALIDATION, TEST)
 _LICENSED = ("torch", "numpy", "matplotlib", "pillow")
-_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data",
-            "encodings"}  # fmt: skip
+_SKIPPED = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "pydoc_data",
+    "encodings",
+}
 _Documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -57,8 +64,9 @@ def tokens(domain: str, part: str) -> torch.Tensor:
     return torch.frombuffer(bytearray(b"".join(kept)), dtype=torch.uint8)
 
 
-def batch(numbers: Sequence[int], *, domain: str, part: str, seq_length: int,
-          seed: int) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+def batch(
+    numbers: Sequence[int], *, domain: str, part: str, seq_length: int, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and next-token labels of samples, each `[len(numbers), seq_length]` int64.
 
     A training sample starts at a place drawn from (seed, number); others follow each other through

@@ -46,10 +46,7 @@ class Rate:
         if self.decay == "constant" or iteration < self.decay_begin:
             return 1.0
         done = min(1.0, (iteration - self.decay_begin) / (self.decay_end - self.decay_begin))
-        return {
-            "linear": 1 - done,
-            "cosine": (1 + math.cos(math.pi * done)) / 2,
-        }[self.decay]
+        return {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[self.decay]
 
 
 class LabTrainer(TinyTrainer):
@@ -82,6 +79,9 @@ class LabTrainer(TinyTrainer):
         domain, part = self._scored if held_out else (self.domain, text.TRAIN)
         for numbers in self._sample_numbers(first):
             yield text.batch(
-                numbers, domain=domain, part=part, seq_length=self.config.seq_length,
+                numbers,
+                domain=domain,
+                part=part,
+                seq_length=self.config.seq_length,
                 seed=self.config.seed,
-            )  # fmt: skip
+            )

@@ -43,11 +43,21 @@ class Transfer:
         if merged:
             start = replace(start, last=LAST, every=scale.every)
         return replace(
-            run, start=start, domain=self.domain, end=end, saves=(),
-            rate=Rate(peak=peak, begin=begin, decay="cosine", decay_begin=begin, decay_end=end,
-                      floor=peak * self.floor),
+            run,
+            start=start,
+            domain=self.domain,
+            end=end,
+            saves=(),
+            rate=Rate(
+                peak=peak,
+                begin=begin,
+                decay="cosine",
+                decay_begin=begin,
+                decay_end=end,
+                floor=peak * self.floor,
+            ),
             scores=tuple(begin + at for at in self.after(scale)),
-        )  # fmt: skip
+        )
 
     def after(self, scale: Scale) -> tuple[int, ...]:
         """Steps after which losses are taken: at once, early, half-way, at the end."""
@@ -74,11 +84,14 @@ class Transfer:
             run = self.run(scale, seed, moe, factor, merged)
             record = run.record()
             row: Row = {
-                "model": "MoE" if moe else "dense", "peak": scale.peak * factor, "merged": merged,
-                "seed": seed, "grad_norm": statistics.fmean(record.grad_norms),
+                "model": "MoE" if moe else "dense",
+                "peak": scale.peak * factor,
+                "merged": merged,
+                "seed": seed,
+                "grad_norm": statistics.fmean(record.grad_norms),
                 "grad_norm_deviation": statistics.stdev(record.grad_norms),
                 "spikes": _spikes(record.losses),
-            }  # fmt: skip
+            }
             for name, after in zip(_WHEN, self.after(scale), strict=True):
                 losses = record.score(scale.end + after)
                 row |= {name: losses[self.domain], f"{name}_before": losses["test"]}
@@ -91,21 +104,31 @@ class Transfer:
         for (model, peak), found in groups((r for r in rows if r["merged"]), "model", "peak"):
             others = [plain[model, peak, r["seed"]] for r in found]
             pairs = list(zip(others, found, strict=True))
-            gains = [estimate([o[k] - r[k] for o, r in pairs])
-                     for k in (*_WHEN, "end_before")]  # fmt: skip
+            gains = [estimate([o[k] - r[k] for o, r in pairs]) for k in (*_WHEN, "end_before")]
             starts.append(gains[0])
             ends.append(gains[3])
             norm = estimate([o["grad_norm_deviation"] - r["grad_norm_deviation"] for o, r in pairs])
             smoother.append(norm)
             spikes = [sum(r["spikes"] for r in those) for those in (others, found)]
-            table.append([model, f"{peak:g}", *(g.signed for g in gains), norm.signed,
-                          "{} / {}".format(*spikes)])  # fmt: skip
+            table.append(
+                [
+                    model,
+                    f"{peak:g}",
+                    *(g.signed for g in gains),
+                    norm.signed,
+                    "{} / {}".format(*spikes),
+                ]
+            )
         harmful = sum(g.high < 0 for g in ends)
         return Findings(
             verdict=f"at the start {verdict(starts)}; at the end "
-            + ("better" if all(g.low > 0 for g in ends)
-               else f"worse in {harmful} of {len(ends)} settings" if harmful
-               else "no clear difference"),
+            + (
+                "better"
+                if all(g.low > 0 for g in ends)
+                else f"worse in {harmful} of {len(ends)} settings"
+                if harmful
+                else "no clear difference"
+            ),
             sentences=[
                 "After one step the merged start is better by "
                 f"{min(g.mean for g in starts):.4f} to {max(g.mean for g in starts):.4f}; at the "
@@ -114,13 +137,23 @@ class Transfer:
                 f"{harmful} of {len(ends)} settings. The gradient norm varies less in "
                 f"{sum(n.low > 0 for n in smoother)} of {len(smoother)} settings (whole interval)."
             ],
-            tables=[Table(
-                columns=["model", "peak rate", "gain after 1 step", "early", "half-way",
-                         "at the end", "old text, at the end", "less deviation of the grad norm",
-                         "spikes, plain / merged"],
-                rows=table,
-            )],
-        )  # fmt: skip
+            tables=[
+                Table(
+                    columns=[
+                        "model",
+                        "peak rate",
+                        "gain after 1 step",
+                        "early",
+                        "half-way",
+                        "at the end",
+                        "old text, at the end",
+                        "less deviation of the grad norm",
+                        "spikes, plain / merged",
+                    ],
+                    rows=table,
+                )
+            ],
+        )
 
     def plot(self, rows: Sequence[Row], figure: Any) -> None:
         """Gain of the merged start along training."""
@@ -139,9 +172,16 @@ class Transfer:
     def experiment(self, *, name: str, title: str, paper: str, setup: str) -> Experiment:
         """The experiment of these settings."""
         return Experiment(
-            name=name, title=title, paper=paper, setup=setup, seeds=5, jobs=self.jobs,
-            rows=self.rows, findings=self.findings, plot=self.plot,
-        )  # fmt: skip
+            name=name,
+            title=title,
+            paper=paper,
+            setup=setup,
+            seeds=5,
+            jobs=self.jobs,
+            rows=self.rows,
+            findings=self.findings,
+            plot=self.plot,
+        )
 
 
 def _spikes(losses: Sequence[float]) -> int:

@@ -63,8 +63,12 @@ def perform(jobs: Sequence[Job], cores: int | None = None) -> None:
     """
     cores = cores or os.cpu_count() or 1
     waiting, running = missing(jobs), dict[Future[None], list[Job]]()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-               TimeElapsedColumn())  # fmt: skip
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns) as progress, ThreadPoolExecutor(cores) as pool:
         task = progress.add_task("runs and scores", total=len(waiting))
         while waiting or running:
@@ -84,8 +88,9 @@ def perform(jobs: Sequence[Job], cores: int | None = None) -> None:
                 progress.console.print(f"done: {', '.join(map(str, batch))}")
 
 
-def _batches(waiting: Sequence[Job], running: dict[Future[None], list[Job]],
-             cores: int) -> Iterator[list[Job]]:  # fmt: skip
+def _batches(
+    waiting: Sequence[Job], running: dict[Future[None], list[Job]], cores: int
+) -> Iterator[list[Job]]:
     """What can start now on the free cores."""
     free = cores - sum(batch[0].ranks for batch in running.values())
     undone = {*waiting, *(job for batch in running.values() for job in batch)}

@@ -36,12 +36,30 @@ class Written(Kept):
         how = ["--method", self.method]
         if self.coefficients is not None:
             how = ["--coefficients", *map(str, self.coefficients)]
-        merge = ["merge", "--load", str(self.run.root), "--save", str(self._folder),
-                 "--overwrite", "--iterations", *map(str, self.iterations), *how,
-                 "--average", self.average, "--threads", "1"]  # fmt: skip
+        merge = [
+            "merge",
+            "--load",
+            str(self.run.root),
+            "--save",
+            str(self._folder),
+            "--overwrite",
+            "--iterations",
+            *map(str, self.iterations),
+            *how,
+            "--average",
+            self.average,
+            "--threads",
+            "1",
+        ]
         kept = ("--weights", str(self._weights))
-        score = ["evaluate", "--load", str(self._folder), "--lasts", "1",
-                 *scored_with(self.run, out, *kept)]  # fmt: skip
+        score = [
+            "evaluate",
+            "--load",
+            str(self._folder),
+            "--lasts",
+            "1",
+            *scored_with(self.run, out, *kept),
+        ]
         return [merge, score]
 
     def perform(self, rank: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -24,9 +25,14 @@ from pma_megatron.formats.relay import relay, reset_steps
 
 
 def output_layout(
-    path: str, *, payloads: Mapping[Payload, torch.dtype], drop: frozenset[str], optimizer: str,
-    note: Mapping[str, Any], lr_factor: float | None,
-) -> OutputLayout:  # fmt: skip
+    path: str,
+    *,
+    payloads: Mapping[Payload, torch.dtype],
+    drop: frozenset[str],
+    optimizer: str,
+    note: Mapping[str, Any],
+    lr_factor: float | None,
+) -> OutputLayout:
     """Lay out a merged tag after the one at `path`.
 
     Args:
@@ -119,8 +125,12 @@ class Edit:
     zero: frozenset[str]
 
 
-def lay_out_after(checkpoint: DeepSpeedCheckpoint, payloads: Iterable[Payload],
-                  edits: Mapping[str, Edit], note: Mapping[str, Any]) -> OutputLayout:  # fmt: skip
+def lay_out_after(
+    checkpoint: DeepSpeedCheckpoint,
+    payloads: Iterable[Payload],
+    edits: Mapping[str, Edit],
+    note: Mapping[str, Any],
+) -> OutputLayout:
     """The files of `checkpoint` again, some with new payloads, some edited, `note` in some."""
     new: dict[Item, list[Payload]] = {}
     for payload in payloads:
@@ -132,17 +142,29 @@ def lay_out_after(checkpoint: DeepSpeedCheckpoint, payloads: Iterable[Payload],
         noted = note if file in checkpoint.client_states else None
         if base in new or edit is not None or noted is not None:
             edited, zero = (None, frozenset()) if edit is None else (edit.content, edit.zero)
-            relaid = relay(checkpoint, base, new.get(base, ()), len(items),
-                           lambda length, file=file: Item(file, 0, length), edited, zero, noted)  # type: ignore[misc]  # fmt: skip
+            relaid = relay(
+                checkpoint,
+                base,
+                new.get(base, ()),
+                len(items),
+                functools.partial(Item, file, 0),
+                edited,
+                zero,
+                noted,
+            )
             items.append(relaid.item)
             places.update(relaid.places)
         else:
             items.append(OutputItem(base, None, base, {}))
     sizes = {item.placed.file: item.placed.length for item in items}
     return OutputLayout(
-        files=sizes, items=tuple(items), places=places, small_files=_small_files(checkpoint),
-        last_file=None, keeps_gaps=True,
-    )  # fmt: skip
+        files=sizes,
+        items=tuple(items),
+        places=places,
+        small_files=_small_files(checkpoint),
+        last_file=None,
+        keeps_gaps=True,
+    )
 
 
 def _small_files(checkpoint: DeepSpeedCheckpoint) -> OrderedDict[str, bytes]:

@@ -151,9 +151,12 @@ _Partition = dict[str, tuple[Payload, TensorRef]]
 """State name -> where one flat partition lies."""
 
 
-def _by_group(checkpoint: DeepSpeedCheckpoint, groups: Sequence[Group],
-              by_rank: Sequence[Sequence[_Partition]], paddings: Any
-              ) -> tuple[list[FlatSpace], FlatMap]:  # fmt: skip
+def _by_group(
+    checkpoint: DeepSpeedCheckpoint,
+    groups: Sequence[Group],
+    by_rank: Sequence[Sequence[_Partition]],
+    paddings: Any,
+) -> tuple[list[FlatSpace], FlatMap]:
     count = groups[-1].number + 1
     if any(len(partitions) != count for partitions in by_rank):
         raise CheckpointError(
@@ -184,9 +187,11 @@ def _by_group(checkpoint: DeepSpeedCheckpoint, groups: Sequence[Group],
     return spaces, ranges
 
 
-def _by_parameter(checkpoint: DeepSpeedCheckpoint, groups: Sequence[Group],
-                  by_rank: Sequence[Sequence[_Partition]]
-                  ) -> tuple[list[FlatSpace], FlatMap]:  # fmt: skip
+def _by_parameter(
+    checkpoint: DeepSpeedCheckpoint,
+    groups: Sequence[Group],
+    by_rank: Sequence[Sequence[_Partition]],
+) -> tuple[list[FlatSpace], FlatMap]:
     spaces, ranges = [], {}
     for rank, partitions in enumerate(by_rank):
         space = _join(checkpoint, f"model-parallel rank {groups[0].mp}", f"rank {rank}", partitions)
@@ -208,8 +213,9 @@ def _whole(shape: tuple[int, ...]) -> Box:
     return Box((0,) * len(shape), shape)
 
 
-def _join(checkpoint: DeepSpeedCheckpoint, group: str, name: str,
-          partitions: Sequence[_Partition]) -> FlatSpace:  # fmt: skip
+def _join(
+    checkpoint: DeepSpeedCheckpoint, group: str, name: str, partitions: Sequence[_Partition]
+) -> FlatSpace:
     """Partitions that follow each other as one flat space; moments are as long as main params.
 
     What is shorter everywhere is no moment (a step counter).
@@ -237,8 +243,9 @@ def _join(checkpoint: DeepSpeedCheckpoint, group: str, name: str,
     return FlatSpace(group, name, numel=at, exact=True, states=states)
 
 
-def _partitions(checkpoint: DeepSpeedCheckpoint, file: str, state: Mapping[str, Any]
-                ) -> list[_Partition]:  # fmt: skip
+def _partitions(
+    checkpoint: DeepSpeedCheckpoint, file: str, state: Mapping[str, Any]
+) -> list[_Partition]:
     """The flat partitions in one rank's file, in the order of groups or sub-groups."""
     what = str(checkpoint.path / file)
     masters = state.get(_MASTERS, state.get(_MASTERS_3))
@@ -287,8 +294,9 @@ def _is_flat(value: Any) -> bool:
     return isinstance(value, TensorRef) and len(value.size) == 1 and value.is_contiguous()
 
 
-def _check_length(checkpoint: DeepSpeedCheckpoint, space: FlatSpace, numel: int,
-                  exact: bool) -> None:  # fmt: skip
+def _check_length(
+    checkpoint: DeepSpeedCheckpoint, space: FlatSpace, numel: int, exact: bool
+) -> None:
     if space.numel < numel or (exact and space.numel != numel):
         raise CheckpointError(
             f"{checkpoint.path}: {space.group} {space.name} holds {space.numel} elements of main "

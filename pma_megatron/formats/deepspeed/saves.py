@@ -12,13 +12,22 @@ from pma_megatron.formats.deepspeed.partitions import base_state
 
 # deepspeed/runtime/engine.py, `_common_checkpoint_state`; `iteration` is Megatron-DeepSpeed's.
 _OF_MODEL = (
-    "global_steps", "global_samples", "skipped_steps", "dp_world_size", "mp_world_size",
+    "global_steps",
+    "global_samples",
+    "skipped_steps",
+    "dp_world_size",
+    "mp_world_size",
     "iteration",
-)  # fmt: skip
+)
 _OF_CONFIG = (
-    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
-    "optimizer", "scheduler", "bf16", "fp16",
-)  # fmt: skip
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "optimizer",
+    "scheduler",
+    "bf16",
+    "fp16",
+)
 
 
 def refuse_mixed_saves(checkpoint: DeepSpeedCheckpoint) -> None:

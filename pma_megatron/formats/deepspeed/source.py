@@ -188,8 +188,9 @@ def _buffers(checkpoint: DeepSpeedCheckpoint) -> set[str]:
     }
 
 
-def _modules(checkpoint: DeepSpeedCheckpoint, shapes: Mapping[str, tuple[int, ...]]
-             ) -> Iterator[tuple[str, dict[str, Any], dict[str, str]]]:  # fmt: skip
+def _modules(
+    checkpoint: DeepSpeedCheckpoint, shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[tuple[str, dict[str, Any], dict[str, str]]]:
     """Each file with weights, its tensors by name, and model key -> name."""
     for file in checkpoint.experts.values():
         module = checkpoint.state(file)
@@ -210,8 +211,9 @@ def _flat(module: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield prefix + name, value
 
 
-def _replicas(checkpoint: DeepSpeedCheckpoint, alias: str, owner: Tensor | None
-              ) -> Iterator[Piece[Payload]]:  # fmt: skip
+def _replicas(
+    checkpoint: DeepSpeedCheckpoint, alias: str, owner: Tensor | None
+) -> Iterator[Piece[Payload]]:
     """Where the second name of a tied parameter is stored again: its optimizer knows one copy."""
     file = checkpoint.model[0, 0]
     if owner is None or not owner.pieces or owner.pieces[0].payload.item.file != file:
@@ -223,9 +225,13 @@ def _replicas(checkpoint: DeepSpeedCheckpoint, alias: str, owner: Tensor | None
             yield piece
 
 
-def _stored(checkpoint: DeepSpeedCheckpoint, file: str, module: Mapping[str, Any],
-            names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
-            ) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
+def _stored(
+    checkpoint: DeepSpeedCheckpoint,
+    file: str,
+    module: Mapping[str, Any],
+    names: Mapping[str, str],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> Iterator[tuple[str, Tensor]]:
     """Tensors of `module`, which is in `file`, by model key; `names` says what it calls them."""
     item = checkpoint.item(file)
     seen: set[tuple[str, int, tuple[int, ...]]] = set()

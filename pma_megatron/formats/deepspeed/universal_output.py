@@ -26,9 +26,14 @@ from pma_megatron.formats.relay import reset_steps
 
 
 def output_layout(
-    path: str, *, payloads: Mapping[Payload, torch.dtype], drop: frozenset[str], optimizer: str,
-    note: Mapping[str, Any], lr_factor: float | None,
-) -> OutputLayout:  # fmt: skip
+    path: str,
+    *,
+    payloads: Mapping[Payload, torch.dtype],
+    drop: frozenset[str],
+    optimizer: str,
+    note: Mapping[str, Any],
+    lr_factor: float | None,
+) -> OutputLayout:
     """Lay out a merged Universal checkpoint; see `deepspeed.output.output_layout`.
 
     Raises:

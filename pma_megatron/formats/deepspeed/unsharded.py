@@ -64,8 +64,10 @@ def name_main_params(
         CheckpointError: the optimizer is damaged.
         PlanError: main params belong to no weight, or cannot be told apart.
     """
-    by_file = {file: list(_spaces(checkpoint, file, state))
-               for file, state in checkpoint.optimizers().items()}  # fmt: skip
+    by_file = {
+        file: list(_spaces(checkpoint, file, state))
+        for file, state in checkpoint.optimizers().items()
+    }
     spaces = [space for found in by_file.values() for space, _, _ in found]
     if known and holds(checkpoint, spaces, weights, known):
         return Named(spaces, known, {})
@@ -93,8 +95,9 @@ def trained_shapes(checkpoint: DeepSpeedCheckpoint) -> set[tuple[int, ...]]:
     }
 
 
-def _moments(checkpoint: DeepSpeedCheckpoint, file: str, state: Mapping[str, Any]
-             ) -> dict[int, dict[str, Any]]:  # fmt: skip
+def _moments(
+    checkpoint: DeepSpeedCheckpoint, file: str, state: Mapping[str, Any]
+) -> dict[int, dict[str, Any]]:
     """The number of each main param -> its moments."""
     base = base_state(state)
     found = base.get("state") if isinstance(base, dict) else None
@@ -119,8 +122,9 @@ def _weights_of(
     return {key: t for key, t in weights.items() if t.pieces[0].payload.item.file in files}
 
 
-def _spaces(checkpoint: DeepSpeedCheckpoint, file: str, state: Mapping[str, Any]
-            ) -> Iterator[tuple[FlatSpace, tuple[int, ...] | None, int]]:  # fmt: skip
+def _spaces(
+    checkpoint: DeepSpeedCheckpoint, file: str, state: Mapping[str, Any]
+) -> Iterator[tuple[FlatSpace, tuple[int, ...] | None, int]]:
     """Each tensor of main params, with its shape where it is one parameter, and its param group."""
     flat = _GROUPS_FLAT in state
     groups = state.get(_GROUPS_FLAT if flat else _GROUPS, ())
@@ -218,9 +222,13 @@ class _Namer:
                 self._checkpoint, stored, at, min(FINGERPRINT_ELEMENTS, space.numel - at)
             )
             numbers = self._fingerprints.longest(
-                stored, at, space.numel, window, frozenset(),
+                stored,
+                at,
+                space.numel,
+                window,
+                frozenset(),
                 lambda n: shape is None or self._tensors[n].shape == shape,
-            )  # fmt: skip
+            )
             if not numbers:
                 raise PlanError(
                     f"{self._what}: no stored weight equals the rounded main params {space.name} "

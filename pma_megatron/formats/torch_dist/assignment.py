@@ -24,14 +24,7 @@ from pma_megatron.formats.torch_dist.registration import (
     layer_of,
     rules,
 )
-from pma_megatron.formats.torch_dist.ties import (
-    Gap,
-    MayLie,
-    Placed,
-    SearchError,
-    Weights,
-    fillings,
-)
+from pma_megatron.formats.torch_dist.ties import Gap, MayLie, Placed, SearchError, Weights, fillings
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,15 +151,17 @@ class Assignment:
             self._refuse(state, followed=followed)
         return results[0]
 
-    def _ranks(self, rule: Registration, ranks: dict[int, Rank], buffer: Buffer,
-               state: _State) -> Mapping[int, Rank]:  # fmt: skip
+    def _ranks(
+        self, rule: Registration, ranks: dict[int, Rank], buffer: Buffer, state: _State
+    ) -> Mapping[int, Rank]:
         numbers = buffer.numbers(state.filled)
         chunks = [(self._chunks[n].key, self._chunks[n].piece.box) for n in numbers]
         own = dict(zip(numbers, buffer_ranks(rule, chunks), strict=True))
         return ChainMap(own, ranks)
 
-    def _solve(self, state: _State, may_lie: MayLie,
-               ranks: Mapping[int, Mapping[int, Rank]] | None) -> _State | None:  # fmt: skip
+    def _solve(
+        self, state: _State, may_lie: MayLie, ranks: Mapping[int, Mapping[int, Rank]] | None
+    ) -> _State | None:
         """Fill each gap that can be filled in one way, until no more follow; None if one cannot."""
         filled, waiting = dict(state.filled), state.several
         taken = self._taken(filled)

@@ -20,13 +20,7 @@ from pma_megatron.base.spelling import given, has, left_out
 from pma_megatron.errors import CheckpointError, PlanError
 from pma_megatron.formats.base import MAIN_PARAM, Tensor
 from pma_megatron.formats.fingerprints import FINGERPRINT_ELEMENTS, Fingerprints
-from pma_megatron.formats.flat import (
-    FlatMap,
-    FlatRange,
-    FlatSpace,
-    read_elements,
-    read_flat,
-)
+from pma_megatron.formats.flat import FlatMap, FlatRange, FlatSpace, read_elements, read_flat
 from pma_megatron.formats.torch_dist.assignment import Assignment, Buffer, WeightChunk
 from pma_megatron.formats.torch_dist.checkpoint import TorchDistCheckpoint
 from pma_megatron.formats.torch_dist.peers import agreeing, refuse_nearer

@@ -149,9 +149,11 @@ def metadata_bytes(chunks: Iterable[StoredChunk], objects: Mapping[str, Item]) -
         entries[key] = TensorStorageMetadata(
             TensorProperties(dtype=parts[0].dtype),
             torch.Size(parts[0].shape),
-            [ChunkStorageMetadata(torch.Size(p.box.offsets), torch.Size(p.box.sizes))
-             for p in parts],
-        )  # fmt: skip
+            [
+                ChunkStorageMetadata(torch.Size(p.box.offsets), torch.Size(p.box.sizes))
+                for p in parts
+            ],
+        )
         for part in parts:
             index = MetadataIndex(key, torch.Size(part.box.offsets))
             storage[index] = _info(part.item)

@@ -61,18 +61,34 @@ _FORMATS = Name(f"{_DCP}.metadata", "_MEM_FORMAT_ENCODING")
 _INFO = Name(f"{_DCP}.filesystem", "_StorageInfo")
 _LAYOUT = Name("torch.serialization", "_get_layout")
 _ALLOWED = frozenset(
-    {(f"{_DCP}.metadata", name) for name in (
-        "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata",
-        "TensorProperties", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING",
-    )}
-    | {(f"{_DCP}.planner", name) for name in (
-        "SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData",
-    )}
+    {
+        (f"{_DCP}.metadata", name)
+        for name in (
+            "Metadata",
+            "TensorStorageMetadata",
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "TensorProperties",
+            "MetadataIndex",
+            "StorageMeta",
+            "_MEM_FORMAT_ENCODING",
+        )
+    }
+    | {
+        (f"{_DCP}.planner", name)
+        for name in (
+            "SavePlan",
+            "WriteItem",
+            "WriteItemType",
+            "TensorWriteData",
+            "BytesIOWriteData",
+        )
+    }
     | {(f"{_DCP}.filesystem", name) for name in ("_StorageInfo", "_StoragePrefix")}
     | {("torch.serialization", "_get_layout")}
     | {(_MCORE, name) for name in ("MCoreMetadata", "MCoreSavePlan")}
     | {("pathlib", name) for name in ("PosixPath", "PurePosixPath", "Path")}
-)  # fmt: skip
+)
 _MEMORY_FORMATS = (
     ("TORCH_CONTIGUOUS_FORMAT", torch.contiguous_format),
     ("TORCH_CHANNELS_LAST", torch.channels_last),
@@ -163,10 +179,13 @@ def parse(data: bytes, what: str) -> DcpMetadata:
             raise wrong(where, "a tensor or an object of DCP", entry)
     refuse_shared([p.payload.item for t in tensors.values() for p in t.pieces], objects, what)
     return DcpMetadata(
-        tensors, objects, tuple(entries), properties,
+        tensors,
+        objects,
+        tuple(entries),
+        properties,
         _planner_data(fields.get("planner_data"), f"{what}: planner_data"),
         _original_shapes(fields.get("mcore_data"), f"{what}: mcore_data"),
-    )  # fmt: skip
+    )
 
 
 def original_shape(metadata: DcpMetadata, key: str) -> tuple[int, ...] | None:
@@ -174,8 +193,12 @@ def original_shape(metadata: DcpMetadata, key: str) -> tuple[int, ...] | None:
     return (metadata.original_shapes or {}).get(key)
 
 
-def dump_metadata(base: DcpMetadata, places: Mapping[MetadataIndex, Item], drop: Collection[str],
-                  dtypes: Mapping[str, torch.dtype]) -> bytes:  # fmt: skip
+def dump_metadata(
+    base: DcpMetadata,
+    places: Mapping[MetadataIndex, Item],
+    drop: Collection[str],
+    dtypes: Mapping[str, torch.dtype],
+) -> bytes:
     """`.metadata` of an output: `base` with other places, without `drop`, with other `dtypes`."""
     entries: dict[str, Any] = {}
     for key in base.order:
@@ -185,9 +208,11 @@ def dump_metadata(base: DcpMetadata, places: Mapping[MetadataIndex, Item], drop:
         if key in base.tensors:
             tensor, said = base.tensors[key], base.properties[key]
             properties = TensorProperties(
-                dtype=dtypes.get(key, said.dtype), requires_grad=said.requires_grad,
-                memory_format=said.memory_format, pin_memory=said.pin_memory,
-            )  # fmt: skip
+                dtype=dtypes.get(key, said.dtype),
+                requires_grad=said.requires_grad,
+                memory_format=said.memory_format,
+                pin_memory=said.pin_memory,
+            )
             boxes = [piece.box for piece in tensor.pieces]
             chunks = [
                 ChunkStorageMetadata(torch.Size(b.offsets), torch.Size(b.sizes)) for b in boxes
@@ -251,8 +276,9 @@ def _stored(storage: Mapping[_Index, Item], index: _Index, what: str) -> Item:
     return item
 
 
-def _tensor(key: str, said: Mapping[str, Any], storage: Mapping[_Index, Item], what: str
-            ) -> tuple[Properties, Tensor]:  # fmt: skip
+def _tensor(
+    key: str, said: Mapping[str, Any], storage: Mapping[_Index, Item], what: str
+) -> tuple[Properties, Tensor]:
     where = f"{what}: {key}"
     properties = _properties(said.get("properties"), f"{where}: properties")
     shape = _shape(said.get("size"), f"{where}: size", properties.dtype)

@@ -92,9 +92,12 @@ def output_layout(base: TorchDistCheckpoint, changes: Changes) -> OutputLayout:
             _place_copy(build, entry.item)
     small = _small_files(build, {e.index: build.moved[e.item] for e in entries})
     return OutputLayout(
-        files=dict(build.sizes), items=tuple(build.items), places=build.places, small_files=small,
+        files=dict(build.sizes),
+        items=tuple(build.items),
+        places=build.places,
+        small_files=small,
         last_file=CONFIG_FILE,
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,12 +143,18 @@ def _relay(build: _Build, entry: _Entry, payloads: list[Payload]) -> None:
         )
         placed = _reserve(build, entry.item, skeleton.length)
         start = placed.offset + skeleton.payloads["data/0"][0]
-        build.places[payloads[0]] = Destination(placed.file, start, dtype, payloads[0].numel, "data/0",
-                                          len(build.items))  # fmt: skip
+        build.places[payloads[0]] = Destination(
+            placed.file, start, dtype, payloads[0].numel, "data/0", len(build.items)
+        )
         build.items.append(OutputItem(placed, skeleton, None, {}))
         return
-    relaid = relay(build.base, entry.item, payloads, len(build.items),
-                   lambda length: _reserve(build, entry.item, length))  # fmt: skip
+    relaid = relay(
+        build.base,
+        entry.item,
+        payloads,
+        len(build.items),
+        lambda length: _reserve(build, entry.item, length),
+    )
     build.items.append(relaid.item)
     build.places.update(relaid.places)
 

@@ -48,9 +48,11 @@ def agreeing(
 
 
 def _says(
-    peer: TorchDistCheckpoint, spaces: Mapping[tuple[str, str], FlatSpace],
-    weights: Mapping[str, Tensor], chunks: Sequence[WeightChunk],
-) -> MayLie:  # fmt: skip
+    peer: TorchDistCheckpoint,
+    spaces: Mapping[tuple[str, str], FlatSpace],
+    weights: Mapping[str, Tensor],
+    chunks: Sequence[WeightChunk],
+) -> MayLie:
     pieces = {(key, p.box): p for key, tensor in weights.items() for p in tensor.pieces}
     known: dict[tuple[int, str, str, int], bool] = {}
 
@@ -60,19 +62,23 @@ def _says(
             chunk = chunks[number]
             piece = pieces.get((chunk.key, chunk.piece.box))
             known[place] = piece is not None and rounds_to(
-                read_flat(peer, spaces[space.group, space.name].states[MAIN_PARAM], start,
-                          piece.box.numel),
+                read_flat(
+                    peer, spaces[space.group, space.name].states[MAIN_PARAM], start, piece.box.numel
+                ),
                 read_elements(peer, piece, 0, piece.box.numel),
-            )  # fmt: skip
+            )
         return known[place]
 
     return may_lie
 
 
 def refuse_nearer(
-    checkpoint: ItemFiles, placed: Sequence[Placed], peers: Sequence[str],
-    chunks: Sequence[WeightChunk], may_lie: MayLie,
-) -> None:  # fmt: skip
+    checkpoint: ItemFiles,
+    placed: Sequence[Placed],
+    peers: Sequence[str],
+    chunks: Sequence[WeightChunk],
+    may_lie: MayLie,
+) -> None:
     """Refuse weights that the order alone has placed, if names elsewhere speak against it.
 
     A main parameter differs less from itself at another step than from another one. That is no

@@ -25,22 +25,66 @@ Rank = tuple[int, ...]
 
 # Siblings alone are compared, so one list serves all modules.
 _SIBLINGS = (
-    "language_model", "vision_model", "vision_projection",  # llava_model.py
-    "ln_pre", "ln_post", "conv1",  # clip_vit_model.py
-    "word_embeddings", "position_embeddings", "tokentype_embeddings",
-    "embedding", "encoder", "decoder", "mtp", "output_layer",  # gpt_model.py, hybrid_model.py
-    "enorm", "hnorm", "eh_proj", "transformer_layer", "mtp_model_layer",
-    "layers", "final_layernorm", "final_norm",  # transformer_block.py, hybrid_block.py
-    "input_layernorm", "self_attention", "pre_cross_attn_layernorm", "cross_attention",
-    "pre_mlp_layernorm", "mlp",  # transformer_layer.py
-    "dt_bias", "A_log", "D", "mixer", "in_proj", "conv1d", "norm", "out_norm", "out_proj",  # ssm/
-    "linear_proj", "linear_qkv", "linear_q", "linear_kv",  # attention.py
-    "linear_q_proj", "linear_q_down_proj", "linear_q_up_proj", "linear_kv_down_proj",
-    "linear_kv_up_proj", "q_layernorm", "k_layernorm", "kv_layernorm",
-    "router", "experts", "shared_experts",  # moe_layer.py
-    "gate_weight", "linear_fc1", "linear_fc2",
-    "layer_norm_weight", "layer_norm_bias", "weight", "bias",
-)  # fmt: skip
+    "language_model",
+    "vision_model",
+    "vision_projection",  # llava_model.py
+    "ln_pre",
+    "ln_post",
+    "conv1",  # clip_vit_model.py
+    "word_embeddings",
+    "position_embeddings",
+    "tokentype_embeddings",
+    "embedding",
+    "encoder",
+    "decoder",
+    "mtp",
+    "output_layer",  # gpt_model.py, hybrid_model.py
+    "enorm",
+    "hnorm",
+    "eh_proj",
+    "transformer_layer",
+    "mtp_model_layer",
+    "layers",
+    "final_layernorm",
+    "final_norm",  # transformer_block.py, hybrid_block.py
+    "input_layernorm",
+    "self_attention",
+    "pre_cross_attn_layernorm",
+    "cross_attention",
+    "pre_mlp_layernorm",
+    "mlp",  # transformer_layer.py
+    "dt_bias",
+    "A_log",
+    "D",
+    "mixer",
+    "in_proj",
+    "conv1d",
+    "norm",
+    "out_norm",
+    "out_proj",  # ssm/
+    "linear_proj",
+    "linear_qkv",
+    "linear_q",
+    "linear_kv",  # attention.py
+    "linear_q_proj",
+    "linear_q_down_proj",
+    "linear_q_up_proj",
+    "linear_kv_down_proj",
+    "linear_kv_up_proj",
+    "q_layernorm",
+    "k_layernorm",
+    "kv_layernorm",
+    "router",
+    "experts",
+    "shared_experts",  # moe_layer.py
+    "gate_weight",
+    "linear_fc1",
+    "linear_fc2",
+    "layer_norm_weight",
+    "layer_norm_bias",
+    "weight",
+    "bias",
+)
 _PLACE = {name: place for place, name in enumerate(_SIBLINGS)}
 _OWN_MODULE = {
     "linear_qkv": ("self_attention.linear_qkv.layer_norm_", "input_layernorm."),
@@ -103,8 +147,11 @@ class Registration:
         rows = tuple(-offset for offset in offsets)
         if self.experts == "expert":
             return (number, linear, leaf, *rows)
-        return (linear, number, leaf, *rows) if self.experts == "linear" else (
-            linear, leaf, number, *rows)  # fmt: skip
+        return (
+            (linear, number, leaf, *rows)
+            if self.experts == "linear"
+            else (linear, leaf, number, *rows)
+        )
 
 
 def _names_a_layer(key: str) -> bool:

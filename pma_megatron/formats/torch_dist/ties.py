@@ -78,8 +78,9 @@ def starts_after(space: FlatSpace, element: int, phase: int) -> list[int]:
     return sorted({aligned(element, phase)} | (set() if space.exact else {element}))
 
 
-def fillings(gap: Gap, pool: AbstractSet[int], may_lie: MayLie, weights: Weights
-             ) -> list[tuple[Placed, ...]]:  # fmt: skip
+def fillings(
+    gap: Gap, pool: AbstractSet[int], may_lie: MayLie, weights: Weights
+) -> list[tuple[Placed, ...]]:
     """The ways in which weights of `pool` fill a gap, but no more than two of them.
 
     Raises:
@@ -115,8 +116,9 @@ def fillings(gap: Gap, pool: AbstractSet[int], may_lie: MayLie, weights: Weights
     return found
 
 
-def _choices(gap: Gap, fits: Sequence[int], may_lie: MayLie, weights: Weights,
-             path: list[Placed]) -> Iterator[Placed | str]:  # fmt: skip
+def _choices(
+    gap: Gap, fits: Sequence[int], may_lie: MayLie, weights: Weights, path: list[Placed]
+) -> Iterator[Placed | str]:
     """What may come after `path`; `full` if nothing is left to be filled."""
     segment, at, phase = _next(gap, path, weights)
     if segment is None:
@@ -142,8 +144,7 @@ def _choices(gap: Gap, fits: Sequence[int], may_lie: MayLie, weights: Weights,
                 yield Placed(number, segment.space, start)
 
 
-def _next(gap: Gap, path: Sequence[Placed], weights: Weights
-          ) -> tuple[Segment | None, int, int]:  # fmt: skip
+def _next(gap: Gap, path: Sequence[Placed], weights: Weights) -> tuple[Segment | None, int, int]:
     """The segment to be filled next, from which element on, at which phase."""
     filled = iter(path)
     placed = next(filled, None)
