@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 source launch/venv.sh
 ensure_venv "$PWD/.venv-test" test
 export OMP_NUM_THREADS=1
-old=$PWD/.venv-test/deepspeed-0.16.9  # a second release, for tests/test_deepspeed_versions.py
+old=$PWD/.venv-test/deepspeed-0.16.9  # a second release, for tests/deepspeed_glue/test_deepspeed_versions.py
 if [[ ! -d $old ]]; then
     DS_BUILD_OPS=0 "$VENV_PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps \
         --no-build-isolation --target "$old.new" deepspeed==0.16.9

@@ -1,4 +1,4 @@
-"""Tests of `pma_megatron.testing` itself: pytest tests/test_testing.py"""
+"""Tests of `pma_megatron.testing` itself."""
 
 from __future__ import annotations
 

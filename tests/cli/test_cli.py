@@ -22,7 +22,7 @@ from pma_megatron.cli.flags import parser
 from pma_megatron.formats.marker import OWN_FILES
 from pma_megatron.version import __version__
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 COMMON = {"--help", "--json", "--verbose"}
 MERGE = COMMON | {
     "--load",

@@ -1,4 +1,4 @@
-"""Spike detection, on real tiny runs (`series/`) and synthetic ones: pytest tests/test_spike.py"""
+"""Spike detection, on real tiny runs (`series/`) and synthetic ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pma_megatron.errors import UsageError
 from pma_megatron.spikes.detector import Kind, SpikeDetector, SpikeSettings, Verdict, detect
 from pma_megatron.spikes.metrics import read_metrics
 
-SERIES = Path(__file__).parent / "series"
+SERIES = Path(__file__).parents[1] / "series"
 EVENT = 200
 """Iteration after which something happens in `SERIES`, see `make.py` there."""
 QUIET = ["healthy", "healthy_2", "healthy_3", "long_warmup", "lr_drop", "lr_raise", "lr_rewarmup"]

@@ -23,7 +23,7 @@ from pma_megatron.megatron.installing import TreeFunction
 from pma_megatron.megatron_deepspeed.install import TARGETS as DEEPSPEED_TARGETS
 from pma_megatron.testing.megatron_lm import Through, run_pretrain
 
-PATCHES = Path(__file__).parents[1] / "patches"
+PATCHES = Path(__file__).parents[2] / "patches"
 ALL = sorted(PATCHES.glob("*/pma.patch"))
 TREE = os.environ.get("MEGATRON_LM_PATH")
 real = pytest.mark.skipif(TREE is None, reason="MEGATRON_LM_PATH names no Megatron-LM tree")

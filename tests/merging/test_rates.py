@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_golden import GOLDEN, golden  # noqa: F401
 
 from conftest import DENSE, MOE, refused, request_for
 from pma_megatron import Policy, SelectionRequest, merge, verify
@@ -19,7 +20,6 @@ from pma_megatron.formats.torch_dist.checkpoint import TorchDistCheckpoint
 from pma_megatron.formats.torch_dist.schedule import read_schedule
 from pma_megatron.merging.report import read_provenance
 from pma_megatron.testing import TinyConfig, TinyTrainer, run_ranks
-from test_golden import GOLDEN, golden  # noqa: F401
 
 FACTOR = 0.3
 WSD = replace(DENSE, warmup_iters=2, decay="linear", decay_start_iter=3, decay_iters=8)

@@ -34,7 +34,7 @@ from pma_megatron.testing.tiny_deepspeed import DeepSpeedConfig, TinyDeepSpeed
 from pma_megatron.transfer.reads import Reads, joined
 from runs import train_deepspeed
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 GOLDEN = (
     "0.14.0-dp_zero_gather_scatter-dense",
     "0.14.0-fully_sharded_model_space-tp2",

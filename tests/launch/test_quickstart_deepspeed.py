@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 
-_QUICKSTART = Path(__file__).parent.parent / "launch" / "quickstart_deepspeed.py"
+_QUICKSTART = Path(__file__).parents[2] / "launch" / "quickstart_deepspeed.py"
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from pma_megatron import list_checkpoints
 from pma_megatron.cli.flags import parser
 from pma_megatron.megatron import flags
 
-LAUNCH = Path(__file__).parents[1] / "launch"
+LAUNCH = Path(__file__).parents[2] / "launch"
 TRAINING = ("megatron_pma_init.sh", "megatron_pma_save_eval.sh", "megatron_recover.sh")
 MERGING = ("slurm_merge.sbatch", "slurm_merge_node_local.sbatch")
 _FLAG = re.compile(r"--pma-[a-z-]+")

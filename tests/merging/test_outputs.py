@@ -21,7 +21,7 @@ from pma_megatron.formats.torch_dist.source import read_source
 from pma_megatron.merging.tasks import Average
 from zips import restamp
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 NAMED, BUCKETS = "0.15.3-fully_reshardable-dense", "main-dp_reshardable-dense"
 GATHERED = "0.14.0-dp_zero_gather_scatter-dense"
 Unpack = Callable[[str], tuple[Path, list[list[dict[str, Any]]]]]

@@ -21,7 +21,7 @@ from pma_megatron.formats.torch_dist.schedule import read_schedule
 from pma_megatron.formats.torch_dist.source import read_source
 from pma_megatron.testing import TinyConfig
 
-GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.tar.xz"))
+GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("*.tar.xz"))
 
 
 @pytest.fixture(params=GOLDEN, ids=lambda path: path.name.removesuffix(".tar.xz"))

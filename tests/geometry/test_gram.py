@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from test_bad_input import poison
 
 from conftest import folder_of
 from oracle import global_tensors
@@ -17,7 +18,6 @@ from pma_megatron.errors import CheckpointError, PlanError, UsageError
 from pma_megatron.geometry.gram import Measured, group_of, measure
 from pma_megatron.geometry.spread import TOTAL
 from pma_megatron.testing import TinyConfig, TinyTrainer, run_ranks
-from test_bad_input import poison
 
 DENSE = TinyConfig(seed=1)
 LAYOUTS = {

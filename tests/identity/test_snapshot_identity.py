@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_snapshots import parts, values
 
 from conftest import DENSE, digests, folder_of, request_for
 from pma_megatron import Method, Policy, SelectionRequest, list_checkpoints, merge
@@ -19,7 +20,6 @@ from pma_megatron.errors import CheckpointError, PmaError, SelectionError
 from pma_megatron.megatron.online import OnlineAverage
 from pma_megatron.online.snapshots import SnapshotWriter
 from pma_megatron.testing import TinyConfig, TinyTrainer, run_ranks, store
-from test_snapshots import parts, values
 
 CONFIG = DENSE
 WINDOW = (2, 4, 6)

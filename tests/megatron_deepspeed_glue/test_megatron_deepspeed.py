@@ -17,11 +17,12 @@ import pytest
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 
+from test_deepspeed_online import assert_same_tag
+
 from conftest import request_for
 from pma_megatron import SelectionRequest, launch, merge
 from pma_megatron.megatron_deepspeed.install import TARGETS
 from pma_megatron.testing import run_ranks
-from test_deepspeed_online import assert_same_tag
 
 TREE = os.environ.get("MEGATRON_DEEPSPEED_PATH")
 SEQ, BATCH = 8, 8

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-_QUICKSTART = Path(__file__).parent.parent / "launch" / "quickstart.py"
+_QUICKSTART = Path(__file__).parents[2] / "launch" / "quickstart.py"
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 

@@ -48,7 +48,7 @@ from pma_megatron.formats.torch_dist.chunks import StoredChunk, metadata_bytes
 from pma_megatron.formats.torch_dist.cover import cover
 from pma_megatron.formats.torch_dist.metadata import parse
 
-ATTACK = Path(__file__).parents[1] / "launch" / "attack"
+ATTACK = Path(__file__).parents[2] / "launch" / "attack"
 OFTEN = settings(
     max_examples=700, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None
 )

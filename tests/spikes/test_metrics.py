@@ -1,4 +1,4 @@
-"""Readers of training metrics: pytest tests/test_metrics.py"""
+"""Readers of training metrics."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from pma_megatron.errors import MetricsError, UsageError
 from pma_megatron.spikes.metrics import Metrics, read_metrics
 
-LOGS = Path(__file__).parent / "logs"
+LOGS = Path(__file__).parents[1] / "logs"
 LINE = (
     " [2026-01-02 03:04:05.678901] iteration {it:8d}/ 1000 | consumed samples: {samples:12d} | "
     "elapsed time per iteration (ms): 51.7 | learning rate: 1.000000E-03 | global batch size: 4 |"

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_deepspeed_versions import OLD, RELEASE, use
 from torch import nn
 from torch.nn import functional
 
@@ -31,7 +32,6 @@ from pma_megatron.merging.policy import MAIN, Policy
 from pma_megatron.testing import inject, run_ranks, tiny_deepspeed
 from pma_megatron.testing.tiny_deepspeed import DeepSpeedConfig, TinyDeepSpeed
 from pma_megatron.transfer.blocks import BlockReader
-from test_deepspeed_versions import OLD, RELEASE, use
 
 pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="no DeepSpeed")
 

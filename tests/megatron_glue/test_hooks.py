@@ -15,13 +15,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from test_megatron_flags import parse
+
 from conftest import DENSE, folder_of
 from pma_megatron import verify
 from pma_megatron.formats.marker import SEAL_FILE
 from pma_megatron.megatron import hooks, save
 from pma_megatron.megatron.trees import global_vars
 from pma_megatron.testing import TinyTrainer, run_ranks
-from test_megatron_flags import parse
 
 FLAGS = "--pma-save --pma-last 2 --pma-interval-tokens {tokens}"
 SUMS = "pma-sums"

@@ -18,7 +18,7 @@ import pytest
 from pma_megatron.megatron.install import TARGETS
 from pma_megatron.testing.megatron_lm import PretrainFailure, run_pretrain
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TREE = os.environ.get("MEGATRON_LM_PATH")
 _STAND_IN = {
     "global_vars": """

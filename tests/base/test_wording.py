@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_megatron_flags import parse
 
 from checkpoint_refs import WRITING, every, ref, untold
 from conftest import request_for
@@ -44,7 +45,6 @@ from pma_megatron.spikes.healthy import HealthyRequest, choose_healthy
 from pma_megatron.spikes.recovery import KEYWORDS as RECOVERY
 from pma_megatron.spikes.recovery import RecoveryRequest
 from test_layers import modules
-from test_megatron_flags import parse
 
 FLAG, KEYWORD = re.compile(r"--[a-z][a-z-]*"), re.compile(r"\b[a-z_]+=")
 SPACED = {"interval_tokens": 2 * 10**9, "last": 4}

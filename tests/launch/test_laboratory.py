@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LAB = ROOT / "launch" / "experiments"
 sys.path.insert(0, str(LAB))
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from test_megatron_flags import parse
 
 from conftest import as_a_user, folder_of
 from pma_megatron import (
@@ -23,7 +24,6 @@ from pma_megatron.deepspeed.options import Options
 from pma_megatron.errors import UsageError
 from pma_megatron.megatron import flags
 from pma_megatron.spikes.metrics import read_metrics
-from test_megatron_flags import parse
 
 ADDRESS = "s3://bucket/run"
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from test_cli import spawn
 
 from conftest import MOE, train
 from pma_megatron.cli import geometry
 from pma_megatron.errors import UsageError
 from pma_megatron.testing import run_ranks
-from test_cli import spawn
 
 PROVIDER = "pma_megatron.testing.provider:tiny"
 
