@@ -30,7 +30,7 @@ FOLDERS = [
 INSIDE = {
     "base": """
         boxes durable durations faults log memory openfiles processes say spelling stopping
-        locations presence
+        locations presence settings
         comm
     """,
     "formats": """

@@ -34,7 +34,7 @@ class FrontEnd:
         if known is None:
             return None
         if self.spelled is None:
-            return f"{_FIELDS.get(known, known)}="
+            return f"{FIELDS.get(known, known)}="
         return self.spelled.get(known)
 
 
@@ -43,18 +43,23 @@ def keywords(names: Iterable[str]) -> dict[str, str]:
     return {name: f"{name}=" for name in names}
 
 
+def as_flag(name: str) -> str:
+    """A setting as a flag: `--interval-tokens`."""
+    return "--" + name.replace("_", "-")
+
+
 def fields(names: Iterable[str]) -> dict[str, str]:
     """`name=` for each of some settings, as the request objects of the package call it."""
-    return {name: f"{_FIELDS.get(name, name)}=" for name in names}
+    return {name: f"{FIELDS.get(name, name)}=" for name in names}
 
 
-# Settings that are fields of `Method` and `Policy`, where their names say less.
-_FIELDS = {
+FIELDS = {
     "method": "name",
     "coefficients": "values",
     "allow_any_coefficients": "allow_any",
     "policy": "overrides",
 }
+"""Setting -> field of `Method` and `Policy` that has it, where their names say less."""
 _MANY = 10**6  # from here on digits are written in groups
 _SILENT = FrontEnd()
 _speaking: FrontEnd = _SILENT

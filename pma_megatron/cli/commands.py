@@ -5,19 +5,20 @@ from __future__ import annotations
 import logging
 from argparse import Namespace
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pma_megatron.base.comm import Comm, process_group_from_environment
+from pma_megatron.base.settings import made, setting
 from pma_megatron.base.stopping import having_published
 from pma_megatron.cli import tables
 from pma_megatron.cli.progress import show
-from pma_megatron.cli.verbs import root_of, selection_of, show_result
-from pma_megatron.errors import CheckpointError, SelectionError, UsageError
+from pma_megatron.cli.verbs import root_of, show_result
+from pma_megatron.errors import CheckpointError, SelectionError
 from pma_megatron.merging.inspection import look
 from pma_megatron.merging.job import merge as merge_checkpoints
 from pma_megatron.merging.job import plan as plan_merge
-from pma_megatron.merging.policy import Policy
+from pma_megatron.merging.published import SAMPLES
 from pma_megatron.merging.published import verify as verify_published
 from pma_megatron.merging.report import describe_plan
 from pma_megatron.merging.request import MergeRequest, Method
@@ -25,6 +26,17 @@ from pma_megatron.runs.discover import list_checkpoints
 from pma_megatron.runs.folders import what_is
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checks:
+    """What `pma verify` takes."""
+
+    samples: int = setting(SAMPLES, "slices to recompute in float64", metavar="N")
+    deep: bool = setting(
+        False, "recompute every element in float64, with torchrun on several ranks"
+    )
+    files_only: bool = setting(False, "check the files alone; the sources may be gone")
 
 
 def merge(arguments: Namespace) -> None:
@@ -41,8 +53,8 @@ def merge(arguments: Namespace) -> None:
 def plan(arguments: Namespace) -> None:
     """`pma plan`."""
     request = _request(arguments)
-    made = plan_merge(request)
-    show_result(arguments, describe_plan(made), lambda: tables.planned(made))
+    found = plan_merge(request)
+    show_result(arguments, describe_plan(found), lambda: tables.planned(found))
 
 
 def list_(arguments: Namespace) -> None:
@@ -78,44 +90,7 @@ def verify(arguments: Namespace) -> None:
 
 
 def _request(arguments: Namespace) -> MergeRequest:
-    values = arguments.coefficients
-    method = "custom" if values and arguments.method == "sma" else arguments.method
-    return MergeRequest(
-        load=root_of(arguments),
-        save=arguments.save,
-        selection=selection_of(arguments),
-        method=Method(
-            name=method,
-            alpha=arguments.alpha,
-            floor=arguments.floor,
-            values=None if values is None else tuple(values),
-            allow_any=arguments.allow_any_coefficients,
-        ),
-        policy=Policy(
-            optimizer_state=arguments.optimizer_state,
-            average=arguments.average,
-            overrides=_overrides(arguments.policy),
-        ),
-        dtype=arguments.dtype,
-        lr_factor=arguments.lr_factor,
-        sweep=tuple(arguments.sweep),
-        threads=arguments.threads,
-        merge_parallel_size=arguments.merge_parallel_size,
-        overwrite=arguments.overwrite,
-        check_sources=arguments.check_sources,
-    )
-
-
-def _overrides(texts: list[str]) -> tuple[tuple[str, str], ...]:
-    """`PATTERN=ACTION` flags as pairs.
-
-    Raises:
-        UsageError: one has no `=`.
-    """
-    pairs = []
-    for text in texts:
-        pattern, equals, action = text.rpartition("=")
-        if not equals or not pattern:
-            raise UsageError(f"--policy {text!r} is not PATTERN=ACTION, as in '*.router.*=newest'")
-        pairs.append((pattern, action))
-    return tuple(pairs)
+    typed = vars(arguments)
+    if arguments.coefficients and arguments.method == Method().name:
+        typed = {**typed, "method": "custom"}
+    return made(MergeRequest, typed, load=root_of(arguments))

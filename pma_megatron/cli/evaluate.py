@@ -11,7 +11,7 @@ from pma_megatron.runs.tokens import format_tokens
 from pma_megatron.scores.grid import UNMERGED, Skipped
 from pma_megatron.scores.scores import Score, Scores
 
-_EXAMPLE = """examples:
+_EXAMPLES = """
   torchrun --nproc-per-node 8 -m pma_megatron evaluate --load /ckpts/run --ends every:4 \\
       --methods sma wma ema:0.2 1-sqrt --lasts 3 6 10 --intervals-tokens 4B 8B \\
       --provider my_eval.py:build -- --batches 64
@@ -25,7 +25,7 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "evaluate",
         run,
         "score many averages with your model, without writing any; start it with torchrun",
-        epilog=_EXAMPLE,
+        _EXAMPLES,
     )
     add_scoring(verb)
 

@@ -12,34 +12,47 @@ from typing import Any
 import numpy as np
 
 from pma_megatron.base.comm import Comm, process_group_from_environment
+from pma_megatron.base.settings import add_flags, made, setting
 from pma_megatron.cli import landscape, tables
 from pma_megatron.cli.progress import show
-from pma_megatron.cli.scoring import provider_of, refuse_unwritable, write_json
-from pma_megatron.cli.verbs import (
-    add_selection,
-    add_timeout,
-    file_path,
-    new_verb,
-    root_of,
-    selection_of,
-    show_result,
-)
+from pma_megatron.cli.scoring import Scorer, provider_of, refuse_unwritable, write_json
+from pma_megatron.cli.verbs import Files, OnRanks, add_selection, new_verb, root_of, show_result
 from pma_megatron.errors import UsageError
 from pma_megatron.geometry.gram import Measured, measure
 from pma_megatron.geometry.spread import TOTAL, Spread
-from pma_megatron.megatron.contour import Contour, contour
+from pma_megatron.megatron.contour import MARGIN, SIZE, Contour, contour
 from pma_megatron.megatron.curvature import Curvature, Differentiable, curvature
 from pma_megatron.megatron.score import Scored
-from pma_megatron.merging.coefficients import METHODS
-from pma_megatron.merging.policy import AVERAGES, Policy
+from pma_megatron.merging.coefficients import MEANS
+from pma_megatron.merging.policy import Policy
 from pma_megatron.merging.request import MergeRequest, Method
 
-_EXAMPLE = """examples:
+_EXAMPLES = """
   torchrun --nproc-per-node 8 -m pma_megatron geometry --load /ckpts/run --last 10
   pma geometry --load /ckpts/run --iterations 8000 9000 10000 --contour --plot contour.png \\
       --provider my_eval.py:build -- --batches 64
 """
 _MOST_SHOWN = 12
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loss:
+    """What is measured with a model."""
+
+    contour: bool = setting(
+        False,
+        "score a grid in the plane of the first two principal directions; with three "
+        "checkpoints, the plane through them",
+    )
+    grid: int = setting(SIZE, "R x R points", metavar="R")
+    margin: float = setting(
+        MARGIN, "how far the grid goes beyond the members, of their extent", metavar="F"
+    )
+    curvature: bool = setting(
+        False,
+        "Hessian along the deviations: eq. 15 and the predicted gain; one process, float32; "
+        "the provider returns a pma_megatron.megatron.curvature.Differentiable",
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,57 +95,19 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "geometry",
         run,
         "measure distances and angles between checkpoints, and the loss around them",
-        epilog=_EXAMPLE,
+        _EXAMPLES,
     )
     add_selection(verb)
     group = verb.add_argument_group("what is measured")
-    methods = ", ".join(name for name in METHODS if name != "custom")
-    group.add_argument("--method", default="sma", metavar="M", help=f"of the mean: {methods}")
-    group.add_argument("--alpha", type=float, help="ema: weight of the newer one, in (0, 1]")
-    group.add_argument(
-        "--average",
-        default="main-params",
-        metavar="WHAT",
-        help=f"{' or '.join(AVERAGES)}: weights reads the 16-bit weights",
-    )
-    group.add_argument("--threads", type=int, default=2, help="per rank (default 2)")
-    add_timeout(group)
+    add_flags(group, Method, "method", "alpha", method={"choices": MEANS})
+    add_flags(group, Policy, "average")
+    add_flags(group, MergeRequest, "threads")
+    add_flags(group, OnRanks)
     group = verb.add_argument_group("the loss; what follows -- is passed on to the provider")
-    group.add_argument(
-        "--contour",
-        action="store_true",
-        help="score a grid in the plane of the first two principal directions; with three "
-        "checkpoints, the plane through them",
-    )
-    group.add_argument(
-        "--grid", type=int, default=11, metavar="R", help="R x R points (default 11)"
-    )
-    group.add_argument(
-        "--margin",
-        type=float,
-        default=0.5,
-        metavar="F",
-        help="how far the grid goes beyond the members, of their extent (default 0.5)",
-    )
-    group.add_argument(
-        "--curvature",
-        action="store_true",
-        help="Hessian along the deviations: eq. 15 and the predicted gain; one process, float32",
-    )
-    group.add_argument(
-        "--provider",
-        metavar="MODULE:FUNCTION",
-        help="or FILE.py:FUNCTION; called with --load and the list of arguments after --, returns "
-        "a pma_megatron.megatron.score.Scored (for --curvature, ...curvature.Differentiable)",
-    )
+    add_flags(group, Loss)
+    add_flags(group, Scorer, "provider")
     group = verb.add_argument_group("output")
-    group.add_argument("--out", type=file_path, metavar="FILE", help="write the JSON there too")
-    group.add_argument(
-        "--plot",
-        type=file_path,
-        metavar="FILE.png",
-        help="the members in the plane, on the contour",
-    )
+    add_flags(group, Files, plot={"help": "the members in the plane, on the contour"})
     verb.set_defaults(passes_on=True)
 
 
@@ -145,13 +120,7 @@ def run(arguments: argparse.Namespace) -> None:
             "--contour and --curvature need what gives the loss: --provider MODULE:FUNCTION builds "
             "your model and its batches"
         )
-    request = MergeRequest(
-        load=root_of(arguments),
-        selection=selection_of(arguments),
-        method=Method(name=arguments.method, alpha=arguments.alpha),
-        policy=Policy(average=arguments.average),
-        threads=arguments.threads,
-    )
+    request = made(MergeRequest, vars(arguments), load=root_of(arguments))
     with process_group_from_environment(arguments.timeout_s):
         comm = Comm()
         measured = measure(request, comm, show(comm))

@@ -11,94 +11,60 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pma_megatron.base.comm import Comm, process_group_from_environment
 from pma_megatron.base.openfiles import is_folder
-from pma_megatron.cli.verbs import add_allow_gaps, add_timeout, file_path, token_count
+from pma_megatron.base.settings import add_flags, made, setting
+from pma_megatron.cli.verbs import Files, OnRanks
 from pma_megatron.errors import UsageError
 from pma_megatron.formats import registry
 from pma_megatron.launch import main as run_script
 from pma_megatron.megatron.score import Scored, score_merges
+from pma_megatron.merging.request import MergeRequest
 from pma_megatron.runs.folders import is_checkpoint
-from pma_megatron.runs.selection import DEFAULT_LAST
-from pma_megatron.scores.grid import Grid, parse_ends, parse_method
+from pma_megatron.scores.grid import Grid
 from pma_megatron.scores.scores import Scores
 
 Provider = Callable[[str, list[str]], Scored]
 
 
-def add_scoring(verb: argparse.ArgumentParser) -> None:
-    """Add the flags that say which averages are scored, and with what model."""
-    group = verb.add_argument_group("which averages")
-    group.add_argument("--load", metavar="DIR", help="the folder that training saves to")
-    group.add_argument(
-        "--methods",
-        nargs="+",
-        default=["sma"],
-        metavar="M",
-        help="sma, wma, ema:ALPHA, linear, cosine, 1-sqrt, inverse-sqrt[:FLOOR] (default sma)",
-    )
-    group.add_argument(
-        "--lasts",
-        nargs="+",
-        type=int,
-        default=[DEFAULT_LAST],
-        metavar="N",
-        help=f"how many checkpoints (default {DEFAULT_LAST}); the newest alone is always scored",
-    )
-    group.add_argument(
-        "--intervals-tokens",
-        nargs="+",
-        type=token_count,
-        default=[],
-        metavar="V",
-        help="spacings, e.g. 4B 8B (default: checkpoints as they lie)",
-    )
-    group.add_argument(
-        "--intervals-iterations",
-        nargs="+",
-        type=int,
-        default=[],
-        metavar="V",
-        help="spacings in iterations, for checkpoints that do not say tokens",
-    )
-    group.add_argument(
-        "--ends",
-        nargs="+",
-        default=["newest"],
-        metavar="E",
-        help="newest checkpoint of each average: all, newest, every:K, or iterations",
-    )
-    group.add_argument(
-        "--tolerance",
-        type=float,
-        default=0.25,
-        metavar="F",
-        help="how far off its place a checkpoint may lie, as a fraction of V (default 0.25)",
-    )
-    group.add_argument("--exclude", type=int, nargs="+", default=[], metavar="I", help="not these")
-    add_allow_gaps(group)
-    group = verb.add_argument_group("which model; what follows -- is passed on to it")
-    group.add_argument(
-        "--provider",
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scorer:
+    """What scores them."""
+
+    provider: str | None = setting(
+        None,
+        "or FILE.py:FUNCTION; called with --load and the list of arguments after --, returns a "
+        "pma_megatron.megatron.score.Scored",
         metavar="MODULE:FUNCTION",
-        help="or FILE.py:FUNCTION; called with --load and the list of arguments after --, returns "
-        "a pma_megatron.megatron.score.Scored",
     )
-    group.add_argument(
-        "--megatron",
+    megatron: str | None = setting(
+        None,
+        "pretrain_gpt.py of a Megatron-LM tree, or your own: Megatron builds model and data from "
+        "the checkpoint's arguments and the flags after --, and evaluates as it does in training "
+        "(--eval-iters batches)",
         metavar="SCRIPT",
-        help="pretrain_gpt.py of a Megatron-LM tree, or your own: Megatron builds model and data "
-        "from the checkpoint's arguments and the flags after --, and evaluates as it does in "
-        "training (--eval-iters batches)",
     )
-    group.add_argument("--threads", type=int, default=2, help="reader threads per rank (default 2)")
-    add_timeout(group)
-    group = verb.add_argument_group("output")
-    group.add_argument("--out", type=file_path, metavar="FILE", help="write the JSON there too")
-    group.add_argument("--plot", type=file_path, metavar="FILE.png", help="loss against tokens")
+
+
+def add_scoring(verb: argparse.ArgumentParser, **changes: dict[str, str]) -> None:
+    """Add the flags that say which averages are scored, and with what model.
+
+    Args:
+        verb: where to.
+        changes: setting of the grid -> what its `Setting` says otherwise here.
+    """
+    group = verb.add_argument_group("which averages")
+    add_flags(group, MergeRequest, "load")
+    add_flags(group, Grid, **changes)
+    group = verb.add_argument_group("which model; what follows -- is passed on to it")
+    add_flags(group, Scorer)
+    add_flags(group, MergeRequest, "threads")
+    add_flags(group, OnRanks)
+    add_flags(verb.add_argument_group("output"), Files)
     verb.set_defaults(passes_on=True)
 
 
@@ -211,16 +177,7 @@ def grid_of(arguments: argparse.Namespace) -> Grid:
     Raises:
         UsageError: a flag out of range.
     """
-    return Grid(
-        methods=tuple(parse_method(text) for text in arguments.methods),
-        lasts=tuple(arguments.lasts),
-        intervals_tokens=tuple(arguments.intervals_tokens),
-        intervals_iterations=tuple(arguments.intervals_iterations),
-        ends=parse_ends(arguments.ends),
-        tolerance=arguments.tolerance,
-        exclude=tuple(arguments.exclude),
-        allow_gaps=arguments.allow_gaps,
-    )
+    return made(Grid, vars(arguments))
 
 
 def provider_of(text: str) -> Provider:

@@ -21,6 +21,9 @@ from pma_megatron.megatron.score import Scored, average_into, losses_of
 from pma_megatron.megatron.swap import weights_restored
 from pma_megatron.merging.job import Show, silent
 
+SIZE, MARGIN = 11, 0.5
+"""Points per axis of the grid, and how far it goes beyond the members, of their extent."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Contour:
@@ -64,8 +67,8 @@ def contour(
     scored: Scored,
     measured: Measured,
     *,
-    size: int = 11,
-    margin: float = 0.5,
+    size: int = SIZE,
+    margin: float = MARGIN,
     threads: int = 2,
     comm: Comm | None = None,
     show: Show = silent,

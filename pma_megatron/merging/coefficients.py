@@ -91,6 +91,10 @@ _DECAYS: dict[str, tuple[str, Callable[[float, float], float]]] = {
 
 METHODS: tuple[str, ...] = ("sma", "ema", "wma", "custom", *_DECAYS)
 """Every method that `coefficients` knows."""
+DECAYS: tuple[str, ...] = tuple(_DECAYS)
+"""Those that follow a decay, which may have a floor."""
+MEANS: tuple[str, ...] = tuple(name for name in METHODS if name != "custom")
+"""Those that fit any number of checkpoints."""
 
 
 def coefficients(

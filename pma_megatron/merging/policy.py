@@ -13,10 +13,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+from pma_megatron.base.settings import setting
 from pma_megatron.base.spelling import given, mistyped, override
 from pma_megatron.errors import UsageError
 
-OPTIMIZER_STATES = ("latest", "average", "reset", "drop")
+RESUMED_STATES = ("latest", "average", "reset")
+"""What becomes of moments and step, where training goes on: those of the newest source, averages,
+or zero."""
+OPTIMIZER_STATES = (*RESUMED_STATES, "drop")
+"""The same, and nothing: of a checkpoint that is written, and may be one of weights alone."""
 AVERAGES = ("main-params", "weights")
 MAIN = "param"
 
@@ -67,33 +72,57 @@ class Rule:
     why: str
 
 
+def parse_overrides(texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """`Policy.overrides` as typed, `PATTERN=ACTION` each.
+
+    Raises:
+        UsageError: one has no `=`.
+    """
+    pairs = []
+    for text in texts:
+        pattern, equals, action = text.rpartition("=")
+        if not equals or not pattern:
+            raise UsageError(
+                f"{mistyped('policy', text)} is not PATTERN=ACTION, as in '*.router.*=newest'"
+            )
+        pairs.append((pattern, action))
+    return tuple(pairs)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Policy:
-    """The user's choices.
-
-    Attributes:
-        optimizer_state: `latest`, `average`, `reset` (moments and step zero) or `drop`; why
-            `latest`: docs/defaults.md.
-        average: `main-params`, or `weights` for a quick evaluation checkpoint (implies `drop`).
-        overrides: (pattern, `average` | `newest` | `drop`), the first match wins.
+    """The user's choices. Why moments are the latest ones: docs/defaults.md.
 
     Raises:
         UsageError: an unknown word.
     """
 
-    optimizer_state: str = "latest"
-    average: str = "main-params"
-    overrides: tuple[tuple[str, str], ...] = ()
+    optimizer_state: str = setting(
+        "latest", "moments and step", metavar="S", choices=OPTIMIZER_STATES
+    )
+    average: str = setting(
+        "main-params",
+        "what is averaged; weights reads the 16-bit weights and makes a checkpoint of weights "
+        "alone, for evaluation",
+        metavar="WHAT",
+        choices=AVERAGES,
+    )
+    overrides: tuple[tuple[str, str], ...] = setting(
+        (),
+        "average, newest or drop entries by key pattern; the first match wins",
+        metavar="PATTERN=ACTION",
+        make=parse_overrides,
+    )
 
     def __post_init__(self) -> None:
-        for setting, value, known in (
+        for name, value, known in (
             ("optimizer_state", self.optimizer_state, OPTIMIZER_STATES),
             ("average", self.average, AVERAGES),
             *(("policy", action, ("average", "newest", "drop")) for _, action in self.overrides),
         ):
             if value not in known:
                 raise UsageError(
-                    f"{mistyped(setting, value)} is unknown; choose one of {', '.join(known)}"
+                    f"{mistyped(name, value)} is unknown; choose one of {', '.join(known)}"
                 )
 
     @property

@@ -27,6 +27,8 @@ _NO_SOURCES = {
     "from",
 }
 _SHOWN = 4
+SAMPLES = 256
+"""Slices that a check recomputes, unless it is told otherwise."""
 KEYWORDS = FrontEnd(keywords(["path", "samples", "deep", "files_only", "full"]))
 """Settings as Python calls of `verify` spell them."""
 
@@ -35,7 +37,7 @@ KEYWORDS = FrontEnd(keywords(["path", "samples", "deep", "files_only", "full"]))
 def verify(
     path: str | Path,
     *,
-    samples: int = 256,
+    samples: int = SAMPLES,
     deep: bool = False,
     files_only: bool = False,
     full: bool = True,

@@ -12,9 +12,10 @@ from typing import Concatenate, ParamSpec, TypeVar
 import torch
 
 from pma_megatron.base.locations import refuse_remote
+from pma_megatron.base.settings import PMA, needed, setting
 from pma_megatron.base.spelling import given, listing, mistyped, named
 from pma_megatron.errors import UsageError
-from pma_megatron.merging.coefficients import METHODS, Coefficients, coefficients
+from pma_megatron.merging.coefficients import DECAYS, METHODS, Coefficients, coefficients
 from pma_megatron.merging.policy import Policy
 from pma_megatron.runs.gaps import PassedOver
 from pma_megatron.runs.selection import Selection, SelectionRequest
@@ -27,24 +28,21 @@ _SWEEP = re.compile(r"^(?P<methods>[^:]+):(?P<lasts>\d+(?:,\d+)*)$")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Method:
-    """How coefficients are made.
-
-    Attributes:
-        name: one of `coefficients.METHODS`. Why SMA: docs/defaults.md.
-        alpha: EMA's.
-        floor: where a decay-derived method's curve ends, in [0, 1).
-        values: `custom`'s, oldest first.
-        allow_any: accept custom values that are negative or do not sum to 1.
+    """How coefficients are made. Why SMA: docs/defaults.md.
 
     Raises:
         UsageError: an unknown name.
     """
 
-    name: str = "sma"
-    alpha: float | None = None
-    floor: float = 0.0
-    values: tuple[float, ...] | None = None
-    allow_any: bool = False
+    name: str = setting("sma", "how checkpoints are weighted", metavar="M", choices=METHODS)
+    alpha: float | None = setting(None, "ema: weight of the newer one, in (0, 1]", metavar="A")
+    floor: float = setting(0.0, "decay methods: where the decay ends, in [0, 1)", metavar="F")
+    values: tuple[float, ...] | None = setting(
+        None, "custom: coefficients, oldest first, that sum to 1", metavar="C"
+    )
+    allow_any: bool = setting(
+        False, "custom: coefficients may be negative and have any sum", of=(PMA,)
+    )
 
     def __post_init__(self) -> None:
         if self.name not in METHODS:
@@ -81,42 +79,52 @@ class Output:
 class MergeRequest:
     """One merge job.
 
-    Attributes:
-        load: the run's folder.
-        save: the folder that gets `iter_*` (a folder of its own per output in a sweep).
-        selection: which checkpoints.
-        method: how to weight them.
-        policy: what happens to every entry.
-        lr_factor: of all learning rates that the result stores, in param groups and scheduler, from
-            where training takes them when it resumes; None leaves them.
-        dtype: `bf16`, `fp16` or `fp32` for averaged model weights; None keeps the stored dtype.
-        sweep: outputs `METHOD[,METHOD]:LAST[,LAST]`, all from one pass over the sources.
-        threads: reader threads per rank.
-        merge_parallel_size: ranks that share the sources of one slice.
-        overwrite: replace an existing output (kept until the new one is published).
-        check_sources: read records whole that the merge reads in part, to compare their checksums.
-        resumed: iteration that a live job has loaded, where the average ends unless `selection`
-            says otherwise; None for what the run's tracker names.
-        passed_over: what was left out by whoever chose the paths of `selection`, for the report.
-
     Raises:
         UsageError: values out of range, or settings that contradict each other.
     """
 
-    load: str
-    save: str | None = None
+    load: str = field(metadata=needed("the folder that training saves to", metavar="DIR"))
+    save: str | None = setting(None, "folder that gets the merged iter_*", metavar="DIR")
     selection: SelectionRequest = field(default_factory=SelectionRequest)
     method: Method = field(default_factory=Method)
     policy: Policy = field(default_factory=Policy)
-    lr_factor: float | None = None
-    dtype: str | None = None
-    sweep: tuple[str, ...] = ()
-    threads: int = 2
-    merge_parallel_size: int = 1
-    overwrite: bool = False
-    check_sources: bool = False
-    resumed: int | None = None
-    passed_over: tuple[PassedOver, ...] = ()
+    lr_factor: float | None = setting(
+        None,
+        "of all learning rates that the result stores, in param groups and scheduler, from where "
+        "a resume takes them",
+        metavar="F",
+    )
+    dtype: str | None = setting(
+        None, "of averaged weights, as stored without it", metavar="D", choices=tuple(_DTYPES)
+    )
+    sweep: tuple[str, ...] = setting(
+        (),
+        "several outputs from one pass over the sources, e.g. sma,wma,1-sqrt:3,6,10; each in "
+        "a folder M-lastN of its own",
+        metavar="M,..:N,..",
+    )
+    threads: int = setting(2, "reader threads per rank", metavar="T")
+    merge_parallel_size: int = setting(
+        1,
+        "ranks that share the sources of a slice and all-reduce it, for sources on node-local "
+        "disks; with 1, ranks share the bytes",
+        metavar="R",
+    )
+    overwrite: bool = setting(
+        False, "replace an existing output, which is kept until the new one is published"
+    )
+    check_sources: bool = setting(
+        False, "read records whole that the merge reads in part, to compare their checksums"
+    )
+    resumed: int | None = setting(
+        None,
+        "iteration that a live job has loaded, where the average ends unless `selection` says "
+        "otherwise; None for what the run's tracker names",
+        of=(),
+    )
+    passed_over: tuple[PassedOver, ...] = setting(
+        (), "what was left out by whoever chose the paths of `selection`, for the report", of=()
+    )
 
     def __post_init__(self) -> None:
         refuse_remote("load", self.load)
@@ -192,7 +200,7 @@ class MergeRequest:
             made = Method(
                 name=method,
                 alpha=self.method.alpha if method == "ema" else None,
-                floor=self.method.floor if method not in ("sma", "ema", "wma") else 0.0,
+                floor=self.method.floor if method in DECAYS else 0.0,
             ).of(positions, last)
             values = (0.0,) * (count - last) + made.values
             result.append(Output(name=f"{method}-last{last}", coefficients=made, values=values))

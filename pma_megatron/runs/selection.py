@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from pma_megatron.base.locations import refuse_remote
+from pma_megatron.base.settings import DEEPSPEED, PMA, setting
 from pma_megatron.base.spelling import among, given, has, named
 from pma_megatron.errors import SelectionError, UsageError
 from pma_megatron.runs.gaps import (
@@ -36,7 +37,13 @@ from pma_megatron.runs.refs import (
     why_incomplete,
 )
 from pma_megatron.runs.spacing import Places, hole
-from pma_megatron.runs.tokens import comparable_run, format_tokens, given_tokens, why_incomparable
+from pma_megatron.runs.tokens import (
+    comparable_run,
+    format_tokens,
+    given_tokens,
+    parse_tokens,
+    why_incomparable,
+)
 
 DEFAULT_LAST = 10  # arXiv 2505.12082, and docs/defaults.md: 6 to 15 are level late in a run
 
@@ -51,29 +58,51 @@ class SelectionRequest:
         UsageError: a value out of range, or settings that contradict each other.
     """
 
-    last: int | None = None
-    """How many checkpoints; 10 if nothing else says so."""
-    interval_tokens: int | None = None
-    """Take one checkpoint every so many tokens, counted back from the newest."""
-    interval_iterations: int | None = None
-    """The same in iterations, for checkpoints that do not say how many tokens they consumed."""
-    tolerance: float = 0.25
-    """How far from its place a checkpoint may lie, as a fraction of the interval; below 0.5, where
-    two places could claim the same checkpoint."""
-    end_iteration: int | None = None
-    """The newest checkpoint of the average; if None, the newest complete one that is not newer than
-    what training resumes from."""
-    window_tokens: int | None = None
-    """Every checkpoint of the last so many tokens, the far end excluded; with `interval_tokens`,
-    window // interval of them."""
-    exclude: tuple[int, ...] = ()
-    """Iterations to leave out, as if they were not there."""
-    allow_gaps: bool = False
-    """Pass over what is damaged, spoiled or not judged within the window, instead of refusing."""
-    iterations: tuple[int, ...] | None = None
-    """Exactly these, in any order."""
-    paths: tuple[str, ...] | None = None
-    """Exactly these, in any order."""
+    last: int | None = setting(None, "how many checkpoints", metavar="N", shown=str(DEFAULT_LAST))
+    interval_tokens: int | None = setting(
+        None,
+        "spacing in tokens, e.g. 8B, 500M, counted back from the newest",
+        metavar="V",
+        read=parse_tokens,
+    )
+    interval_iterations: int | None = setting(
+        None,
+        "spacing in iterations (optimizer steps), for checkpoints that do not say tokens",
+        metavar="V",
+        aliases=("interval_steps",),
+    )
+    # Below 0.5, where two places could claim the same checkpoint.
+    tolerance: float = setting(
+        0.25,
+        "how far off its place a checkpoint may lie, as a fraction of the spacing, below 0.5",
+        metavar="F",
+    )
+    end_iteration: int | None = setting(
+        None,
+        "newest checkpoint of the average; without it, the one that training resumes from, else "
+        "the newest complete one",
+        metavar="I",
+    )
+    window_tokens: int | None = setting(
+        None,
+        "every checkpoint of the last so many tokens, the far end excluded; with a spacing, as "
+        "many as fit",
+        metavar="W",
+        read=parse_tokens,
+        of=(PMA, DEEPSPEED),
+    )
+    exclude: tuple[int, ...] = setting(
+        (), "iterations to leave out, as if they were not there", metavar="I"
+    )
+    allow_gaps: bool = setting(
+        False,
+        "pass over what is damaged, spoiled or not judged in the window, and say so; refused "
+        "without it",
+    )
+    iterations: tuple[int, ...] | None = setting(None, "exactly these, in any order", metavar="I")
+    paths: tuple[str, ...] | None = setting(
+        None, "exactly these checkpoint folders, in any order", metavar="DIR", of=(PMA, DEEPSPEED)
+    )
 
     def __post_init__(self) -> None:
         for name in ("last", "interval_tokens", "interval_iterations", "window_tokens"):

@@ -12,15 +12,16 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from pma_megatron.base.settings import same, setting
 from pma_megatron.base.spelling import given, mistyped, named, renamed
 from pma_megatron.errors import SelectionError, UsageError
-from pma_megatron.merging.coefficients import METHODS
+from pma_megatron.merging.coefficients import DECAYS, MEANS, METHODS
 from pma_megatron.merging.request import Method
 from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.runs.selection import DEFAULT_LAST, Selection, SelectionRequest, select
+from pma_megatron.runs.tokens import parse_tokens
 
 UNMERGED = "unmerged"
-_PLAIN = ("sma", "wma")
 _EVERY = "every:"
 
 
@@ -75,34 +76,107 @@ _AXES = functools.partial(
 """What the user of a grid set, for the settings of each of its averages."""
 
 
+def parse_method(text: str) -> Method:
+    """A method as it is typed in a list: `sma`, `wma`, `ema:0.2` (alpha), `1-sqrt:0.1` (floor).
+
+    Raises:
+        UsageError: an unknown name, or a number that the method does not take.
+    """
+    name, colon, number = text.partition(":")
+    if name not in METHODS:
+        raise UsageError(
+            f"{mistyped('methods', text)} is unknown: choose from {', '.join(METHODS)}"
+        )
+    if not colon:
+        return Method(name=name)
+    if name in MEANS and name not in ("ema", *DECAYS):
+        raise UsageError(f"{mistyped('methods', text)}: {name} takes no number, write {name}")
+    try:
+        value = float(number)
+    except ValueError:
+        raise UsageError(
+            f"{mistyped('methods', text)}: {number!r} is not a number, as in ema:0.2"
+        ) from None
+    return Method(name=name, alpha=value) if name == "ema" else Method(name=name, floor=value)
+
+
+def method_label(method: Method) -> str:
+    """The method as `parse_method` reads it."""
+    number = method.alpha if method.name == "ema" else (method.floor or None)
+    return method.name if number is None else f"{method.name}:{number:g}"
+
+
+def parse_methods(words: Sequence[str]) -> tuple[Method, ...]:
+    """`Grid.methods` as typed."""
+    return tuple(map(parse_method, words))
+
+
+def parse_ends(words: Sequence[str]) -> str | tuple[int, ...]:
+    """`Grid.ends` as typed: one word, or iterations.
+
+    Raises:
+        UsageError: anything else.
+    """
+    if len(words) == 1 and not words[0].isdecimal():
+        _step(words[0])
+        return words[0]
+    if not all(word.isdecimal() for word in words):
+        raise UsageError(
+            f"{given('ends', ' '.join(words))} is not all, newest, every:K, or a list of iterations"
+        )
+    return tuple(int(word) for word in words)
+
+
+def _step(ends: str) -> int | None:
+    """Every how many checkpoints an average ends; None for the newest alone."""
+    if ends in ("all", "newest"):
+        return 1 if ends == "all" else None
+    number = ends.removeprefix(_EVERY)
+    if not ends.startswith(_EVERY) or not number.isdecimal() or int(number) < 1:
+        raise UsageError(
+            f"{mistyped('ends', ends)} is not all, newest, every:K, or a list of iterations"
+        )
+    return int(number)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Grid:
     """Averages to score.
-
-    Attributes:
-        methods: how checkpoints are weighted.
-        lasts: how many; 1 is the single checkpoint, which is scored in any case.
-        intervals_tokens: how far apart, in tokens.
-        intervals_iterations: the same in iterations. Without any interval, checkpoints are taken
-            as they lie.
-        ends: where averages end: `all` complete checkpoints, the `newest`, `every:K` (each K-th
-            complete one, counted back from the newest), or iterations.
-        tolerance: how far from its place a checkpoint may lie, as a fraction of the interval.
-        exclude: iterations to leave out, as if they were not there.
-        allow_gaps: see `SelectionRequest`.
 
     Raises:
         UsageError: a value out of range, an empty axis, or both kinds of interval.
     """
 
-    methods: tuple[Method, ...] = (Method(),)
-    lasts: tuple[int, ...] = (DEFAULT_LAST,)
-    intervals_tokens: tuple[int, ...] = ()
-    intervals_iterations: tuple[int, ...] = ()
-    ends: str | tuple[int, ...] = "newest"
-    tolerance: float = 0.25
-    exclude: tuple[int, ...] = ()
-    allow_gaps: bool = False
+    methods: tuple[Method, ...] = setting(
+        (Method(),),
+        "how checkpoints are weighted, ema as ema:ALPHA, decays as NAME[:FLOOR]",
+        metavar="M",
+        choices=MEANS,
+        make=parse_methods,
+        shown=Method().name,
+    )
+    lasts: tuple[int, ...] = setting(
+        (DEFAULT_LAST,), "how many checkpoints; the newest alone is always scored", metavar="N"
+    )
+    intervals_tokens: tuple[int, ...] = setting(
+        (),
+        "spacings in tokens, e.g. 4B 8B; without any, checkpoints as they lie",
+        metavar="V",
+        read=parse_tokens,
+    )
+    intervals_iterations: tuple[int, ...] = setting(
+        (), "spacings in iterations, for checkpoints that do not say tokens", metavar="V"
+    )
+    ends: str | tuple[int, ...] = setting(
+        "newest",
+        "newest checkpoint of each average: all, newest, every:K (each K-th complete one, counted "
+        "back from the newest), or iterations",
+        metavar="E",
+        make=parse_ends,
+    )
+    tolerance: float = same(SelectionRequest, "tolerance")
+    exclude: tuple[int, ...] = same(SelectionRequest, "exclude")
+    allow_gaps: bool = same(SelectionRequest, "allow_gaps")
 
     def __post_init__(self) -> None:
         for name in ("methods", "lasts", "ends"):
@@ -201,64 +275,6 @@ class Grid:
             interval_iterations=request.interval_iterations,
             reason=reason,
         )
-
-
-def parse_method(text: str) -> Method:
-    """A method as it is typed in a list: `sma`, `wma`, `ema:0.2` (alpha), `1-sqrt:0.1` (floor).
-
-    Raises:
-        UsageError: an unknown name, or a number that the method does not take.
-    """
-    name, colon, number = text.partition(":")
-    if name not in METHODS:
-        raise UsageError(
-            f"{mistyped('methods', text)} is unknown: choose from {', '.join(METHODS)}"
-        )
-    if not colon:
-        return Method(name=name)
-    if name in _PLAIN:
-        raise UsageError(f"{mistyped('methods', text)}: {name} takes no number, write {name}")
-    try:
-        value = float(number)
-    except ValueError:
-        raise UsageError(
-            f"{mistyped('methods', text)}: {number!r} is not a number, as in ema:0.2"
-        ) from None
-    return Method(name=name, alpha=value) if name == "ema" else Method(name=name, floor=value)
-
-
-def method_label(method: Method) -> str:
-    """The method as `parse_method` reads it."""
-    number = method.alpha if method.name == "ema" else (method.floor or None)
-    return method.name if number is None else f"{method.name}:{number:g}"
-
-
-def parse_ends(words: Sequence[str]) -> str | tuple[int, ...]:
-    """`Grid.ends` as typed: one word, or iterations.
-
-    Raises:
-        UsageError: anything else.
-    """
-    if len(words) == 1 and not words[0].isdecimal():
-        _step(words[0])
-        return words[0]
-    if not all(word.isdecimal() for word in words):
-        raise UsageError(
-            f"{given('ends', ' '.join(words))} is not all, newest, every:K, or a list of iterations"
-        )
-    return tuple(int(word) for word in words)
-
-
-def _step(ends: str) -> int | None:
-    """Every how many checkpoints an average ends; None for the newest alone."""
-    if ends in ("all", "newest"):
-        return 1 if ends == "all" else None
-    number = ends.removeprefix(_EVERY)
-    if not ends.startswith(_EVERY) or not number.isdecimal() or int(number) < 1:
-        raise UsageError(
-            f"{mistyped('ends', ends)} is not all, newest, every:K, or a list of iterations"
-        )
-    return int(number)
 
 
 def _merged(request: SelectionRequest, method: Method, selection: Selection) -> GridPoint:

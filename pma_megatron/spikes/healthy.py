@@ -7,8 +7,9 @@ iterations, so the loss of iteration i + 1 is the first that shows what they are
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from pma_megatron.base.settings import needed, same, setting
 from pma_megatron.base.spelling import named
 from pma_megatron.errors import SelectionError, UsageError
 from pma_megatron.runs.gaps import Kind, PassedOver
@@ -57,23 +58,24 @@ class HealthyRequest:
         UsageError: a value out of range.
     """
 
-    onset: int
-    """First iteration that was off."""
-    last: int | None = None
-    """How many checkpoints; if None, 3, or as many as there are."""
-    interval_tokens: int | None = None
-    """As in `SelectionRequest`."""
-    interval_iterations: int | None = None
-    """As in `SelectionRequest`."""
-    margin_iterations: int = MARGIN_ITERATIONS
-    """Healthy iterations that must lie between a checkpoint and the onset: what makes a loss jump
-    may have been at work before the loss shows it."""
-    further_back: int = 0
-    """How many of the newest healthy full checkpoints to leave out too, after failed attempts."""
-    spans: tuple[Span, ...] = ()
-    """Earlier spikes, and what lies too close before them."""
-    exclude: tuple[int, ...] = ()
-    """Iterations to leave out."""
+    onset: int = field(metadata=needed("the first iteration that was off", metavar="I"))
+    last: int | None = same(SelectionRequest, "last", shown=str(LAST))
+    interval_tokens: int | None = same(SelectionRequest, "interval_tokens")
+    interval_iterations: int | None = same(SelectionRequest, "interval_iterations")
+    # What makes a loss jump may have been at work before the loss shows it.
+    margin_iterations: int = setting(
+        MARGIN_ITERATIONS, "healthy iterations between a checkpoint and the onset", metavar="M"
+    )
+    further_back: int = setting(
+        0,
+        "leave out so many of the newest healthy full checkpoints too, after a recovery that "
+        "failed",
+        metavar="K",
+    )
+    spans: tuple[Span, ...] = setting(
+        (), "earlier spikes, and what lies too close before them", of=()
+    )
+    exclude: tuple[int, ...] = same(SelectionRequest, "exclude")
 
     def __post_init__(self) -> None:
         if self.onset < 1:

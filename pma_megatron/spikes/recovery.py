@@ -13,76 +13,78 @@ from typing import Any
 
 from pma_megatron.base.comm import Comm
 from pma_megatron.base.locations import refuse_remote
+from pma_megatron.base.settings import needed, same, setting
 from pma_megatron.base.spelling import FrontEnd, fields, given, hint, mistyped, named, speaking
 from pma_megatron.errors import CheckpointError, MetricsError, SelectionError, UsageError
 from pma_megatron.formats import registry
 from pma_megatron.merging.job import Show, merge, plan, silent
-from pma_megatron.merging.policy import Policy
+from pma_megatron.merging.policy import RESUMED_STATES, Policy
 from pma_megatron.merging.report import MergeReport
 from pma_megatron.merging.request import MergeRequest, Method
 from pma_megatron.runs.discover import list_checkpoints
 from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.runs.selection import SelectionRequest
 from pma_megatron.spikes.detector import Kind, SpikeSettings, Verdict, detect
-from pma_megatron.spikes.healthy import (
-    MARGIN_ITERATIONS,
-    Healthy,
-    HealthyRequest,
-    Span,
-    choose_healthy,
-)
+from pma_megatron.spikes.healthy import Healthy, HealthyRequest, Span, choose_healthy
 from pma_megatron.spikes.metrics import Metrics, read_metrics
 from pma_megatron.spikes.relaunch import Resume, resume, resume_script
+
+MOST_SKIPPED = 500  # PaLM (arXiv 2204.02311, section 5.1) skipped 200 to 500 batches
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RecoveryRequest:
     """A recovery from a loss spike.
 
-    Attributes:
-        load: the run's folder; only read.
-        save: a new folder, for the merge and for the run as it goes on.
-        metrics: the run's log, event file or folder, CSV or JSONL; or
-        onset: the first iteration that was off, where it is known.
-        loss, grad_norm: columns, keys or tags of `metrics`, where the usual names are not used.
-        spike: when a series counts as spiking.
-        last, interval_tokens, interval_iterations, margin_iterations, further_back, exclude: see
-            `HealthyRequest`.
-        method: how the healthy checkpoints are weighted.
-        optimizer_state: `latest` (of the newest healthy checkpoint), `average` or `reset`.
-        skip: iterations whose data is not trained on again; None for those from the onset to where
-            the spike was known (at most `MOST_SKIPPED`).
-        skip_data: False to train on all data again.
-        lr_factor: of the learning rates that the result stores, in (0, 1].
-        command: the run's launch command, to be printed with the changes made.
-        threads: per rank.
-        overwrite: replace an earlier recovery in `save`.
-
     Raises:
         UsageError: neither metrics nor onset, or both.
     """
 
-    load: str
-    save: str
-    metrics: str | None = None
-    onset: int | None = None
-    loss: str | None = None
-    grad_norm: str | None = None
+    load: str = field(metadata=needed("the run's folder; only read", metavar="DIR"))
+    save: str = field(
+        metadata=needed("a new folder, for the merge and the run as it goes on", metavar="DIR")
+    )
+    metrics: str | None = setting(
+        None, "the run's log, TensorBoard file or folder, CSV or JSONL", metavar="PATH"
+    )
+    onset: int | None = setting(
+        None, "or the first iteration that was off, where it is known", metavar="I"
+    )
+    loss: str | None = setting(
+        None, "column, key or tag of the loss in the metrics, if unusual", metavar="NAME"
+    )
+    grad_norm: str | None = setting(None, "the same of the gradient norm", metavar="NAME")
     spike: SpikeSettings = field(default_factory=SpikeSettings)
-    last: int | None = None
-    interval_tokens: int | None = None
-    interval_iterations: int | None = None
-    margin_iterations: int = MARGIN_ITERATIONS
-    further_back: int = 0
-    exclude: tuple[int, ...] = ()
+    last: int | None = same(HealthyRequest, "last")
+    interval_tokens: int | None = same(HealthyRequest, "interval_tokens")
+    interval_iterations: int | None = same(HealthyRequest, "interval_iterations")
+    margin_iterations: int = same(HealthyRequest, "margin_iterations")
+    further_back: int = same(HealthyRequest, "further_back")
+    exclude: tuple[int, ...] = same(HealthyRequest, "exclude")
     method: Method = field(default_factory=Method)
-    optimizer_state: str = "latest"
-    skip: Span | None = None
-    skip_data: bool = True
-    lr_factor: float | None = None
-    command: tuple[str, ...] = ()
-    threads: int = 2
-    overwrite: bool = False
+    optimizer_state: str = same(
+        Policy,
+        "optimizer_state",
+        help="moments and step, the latest being those of the newest healthy checkpoint",
+        choices=RESUMED_STATES,
+    )
+    skip: Span | None = setting(
+        None,
+        "iterations whose data is not trained on again, or `none`; without it, those from the "
+        f"onset to where the spike was known, at most {MOST_SKIPPED}",
+        metavar="A:B",
+    )
+    skip_data: bool = setting(True, "False to train on all data again", of=())
+    lr_factor: float | None = setting(
+        None,
+        "of all learning rates, in the result and in the printed command, in (0, 1]",
+        metavar="F",
+    )
+    command: tuple[str, ...] = setting(
+        (), "the run's launch command, to be printed with the changes made", of=()
+    )
+    threads: int = same(MergeRequest, "threads")
+    overwrite: bool = setting(False, "replace an earlier recovery in the same folder")
 
     def __post_init__(self) -> None:
         for name in ("load", "save", "metrics"):
@@ -95,7 +97,7 @@ class RecoveryRequest:
             )
         if self.lr_factor is not None and not 0 < self.lr_factor <= 1:
             raise UsageError(f"{given('lr_factor', self.lr_factor)} must lie in (0, 1]")
-        if self.optimizer_state not in ("latest", "average", "reset"):
+        if self.optimizer_state not in RESUMED_STATES:
             raise UsageError(
                 f"{mistyped('optimizer_state', self.optimizer_state)} cannot resume: choose "
                 "latest, average or reset"
@@ -107,7 +109,6 @@ KEYWORDS = FrontEnd(
     | fields(["patience", "fatal_rise", "alpha", "floor", "coefficients", "allow_any_coefficients"])
 )
 """Settings as Python calls with a `RecoveryRequest` spell them."""
-MOST_SKIPPED = 500  # PaLM (arXiv 2204.02311, section 5.1) skipped 200 to 500 batches
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

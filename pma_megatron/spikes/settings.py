@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
 from typing import Any
 
+from pma_megatron.base.settings import MEGATRON, PMA, setting
 from pma_megatron.errors import UsageError
 
 
@@ -28,28 +29,54 @@ class SpikeSettings:
     Raises UsageError for a value that cannot be.
     """
 
-    window: int = 128
-    """Points of healthy training that the baseline and the noise are taken from."""
-    warmup: int = 100
-    """Points at the start, and after a fatal verdict, that are learned from and not judged."""
-    threshold: float = 6.0
-    """Robust standard deviations above the baseline from which a point is off."""
-    min_rise: float = 0.1
-    """Rise in nats below which nothing is off, however quiet the run is."""
-    fatal_rise: float = 0.3
-    """Rise in nats from which a loss that stays is fatal; a smaller one is a higher level."""
-    settle: int = 10
-    """Points whose median says where the loss is now; each waits as long to enter the baseline."""
-    patience: int = 100
-    """Points that a spike has to recover; as many again each time its rise shrank by a third."""
-    cooldown: int = 20
-    """Points after `restart` that are neither judged nor learned from, unless NaN or Inf."""
-    grad_norm_ratio: float = 4.0
-    """Times its median at which a gradient norm is off; that alone is never a verdict."""
-    nonfinite_losses: int = 3
-    """Losses in a row that are NaN or Inf, and are fatal; fp16 loss scaling skips a single one."""
-    nonfinite_grad_norms: int = 25
-    """Gradient norms in a row, with finite losses; loss scaling skips 18 from 2^32 to 2^15."""
+    window: int = setting(
+        128, "points of healthy training that the baseline and the noise are taken from", of=()
+    )
+    warmup: int = setting(
+        100,
+        "logged points at the start, and after a fatal verdict, that are learned from and not "
+        "judged",
+        metavar="N",
+        of=(MEGATRON,),
+    )
+    threshold: float = setting(
+        6.0, "robust standard deviations above the baseline from which a point is off", of=()
+    )
+    min_rise: float = setting(
+        0.1, "rise in nats below which nothing is off, however quiet the run is", of=()
+    )
+    fatal_rise: float = setting(
+        0.3,
+        "rise in nats from which a loss that stays is lost; a smaller one is a higher level",
+        metavar="NATS",
+        of=(PMA, MEGATRON),
+    )
+    settle: int = setting(
+        10,
+        "points whose median says where the loss is now; each waits as long to enter the baseline",
+        of=(),
+    )
+    patience: int = setting(
+        100,
+        "logged points that a spike has to recover by itself; as many again each time its rise "
+        "shrank by a third",
+        metavar="N",
+        of=(PMA, MEGATRON),
+    )
+    cooldown: int = setting(
+        20,
+        "points after `restart` that are neither judged nor learned from, unless NaN or Inf",
+        of=(),
+    )
+    grad_norm_ratio: float = setting(
+        4.0, "times its median at which a gradient norm is off; that alone is no verdict", of=()
+    )
+    # fp16 loss scaling skips a single one.
+    nonfinite_losses: int = setting(3, "losses in a row that are NaN or Inf, and are fatal", of=())
+    # Loss scaling skips 18, from 2^32 to 2^15.
+    nonfinite_grad_norms: int = setting(
+        25, "gradient norms in a row that are, with finite losses, and are fatal", of=()
+    )
 
     def __post_init__(self) -> None:
         least = {
