@@ -68,10 +68,18 @@ def setting(default: T, help: str, **known: Any) -> T:
     return made
 
 
-def same(kind: type, name: str, **changes: Any) -> Any:
-    """A field that is one of another request, but for `changes` to its `Setting`."""
+def same(kind: type, name: str, *, default: Any = None, **changes: Any) -> Any:
+    """A field that is one of another request, but for `changes` to its `Setting`.
+
+    Args:
+        kind: the dataclass of the other request.
+        name: its field.
+        default: another default than there; None for the same.
+        changes: attributes of the `Setting` that are others here.
+    """
     each = next(each for each in declared(kind) if each.field == name)
-    return field(default=each.default, metadata={_KEY: replace(each.setting, **changes)})
+    value = each.default if default is None else default
+    return field(default=value, metadata={_KEY: replace(each.setting, **changes)})
 
 
 @dataclass(frozen=True, slots=True)

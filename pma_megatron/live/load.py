@@ -15,25 +15,44 @@ from dataclasses import dataclass
 from pma_megatron.base import memory
 from pma_megatron.base.comm import Comm, Team
 from pma_megatron.base.faults import point
+from pma_megatron.base.settings import declared, same, setting
 from pma_megatron.base.spelling import FrontEnd, fields, mistyped
 from pma_megatron.errors import UsageError
 from pma_megatron.live.plan import LivePlan, LiveWriter
 from pma_megatron.live.poison import Trainer, cure, poisoned_on_failure
 from pma_megatron.merging import engine
 from pma_megatron.merging.integrity import Compared, checked
-from pma_megatron.merging.policy import Policy
+from pma_megatron.merging.policy import RESUMED_STATES, Policy
 from pma_megatron.merging.request import MergeRequest, Method
 from pma_megatron.merging.tasks import Unit
 from pma_megatron.runs.gaps import PassedOver
 from pma_megatron.runs.selection import SelectionRequest
 from pma_megatron.transfer.reads import Reads
 
-SHARES = ("auto", "source", "slice")
-STATES = ("latest", "average", "reset")
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Live:
+    """How an average is made in live tensors."""
+
+    optimizer_state: str = same(
+        Policy,
+        "optimizer_state",
+        help="moments and step, the latest being those that were resumed",
+        choices=RESUMED_STATES,
+    )
+    share: str = setting(
+        "auto",
+        "what replicas of a shard divide: the sources, which they all-reduce, or slices of all "
+        "of them, as auto does; sources that lie on some nodes only need source",
+        choices=("auto", "source", "slice"),
+    )
+    threads: int = same(MergeRequest, "threads")
+    check_sources: bool = same(MergeRequest, "check_sources")
+
+
 ARGUMENTS = FrontEnd(
-    fields([*SelectionRequest.__slots__, "load", "optimizer_state", "share", "threads"])
-    | fields(["method", "alpha", "floor", "coefficients", "allow_any_coefficients"])
-    | fields(["check_sources", "window_dir", "save_dir", "keep"])
+    fields(each.name for kind in (SelectionRequest, Method, Live) for each in declared(kind))
+    | fields(["load", "window_dir", "save_dir", "keep"])
 )
 """Settings as Python calls with a `SelectionRequest` and a `Method` spell them."""
 Job = tuple[list[Unit], Team]
@@ -120,11 +139,13 @@ def live_request(
     Raises:
         UsageError: an unknown word.
     """
-    chosen = {"share": (share, SHARES), "optimizer_state": (optimizer_state, STATES)}
-    for name, (value, known) in chosen.items():
-        if value not in known:
+    asked = {"share": share, "optimizer_state": optimizer_state}
+    for each in declared(Live):
+        known = each.setting.choices
+        if known and asked[each.name] not in known:
             raise UsageError(
-                f"{mistyped(name, value)} is unknown; choose one of {', '.join(known)}"
+                f"{mistyped(each.name, asked[each.name])} is unknown; choose one of "
+                f"{', '.join(known)}"
             )
     return MergeRequest(
         load=load,

@@ -5,162 +5,219 @@ An option that was not given is None there (a switch: False); `settings` fills i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
 from pma_megatron.base.locations import refuse_remote, refuse_remote_values
-from pma_megatron.base.spelling import FrontEnd, speaking
+from pma_megatron.base.settings import MEGATRON, Declared, declared, made, same, setting
+from pma_megatron.base.spelling import FrontEnd, as_flag, speaking
 from pma_megatron.errors import UsageError
-from pma_megatron.merging.request import Method
+from pma_megatron.live.load import Live
+from pma_megatron.merging.request import MergeRequest, Method
 from pma_megatron.runs.selection import DEFAULT_LAST, SelectionRequest
-from pma_megatron.runs.tokens import consumed_tokens_of
-from pma_megatron.scores.grid import Grid, parse_ends, parse_method
+from pma_megatron.runs.tokens import consumed_tokens_of, parse_tokens
+from pma_megatron.scores.grid import Grid
 from pma_megatron.spikes.detector import SpikeSettings
-from pma_megatron.spikes.healthy import LAST, MARGIN_ITERATIONS
+from pma_megatron.spikes.healthy import LAST, HealthyRequest
+from pma_megatron.spikes.recovery import RecoveryRequest
 
-OPTIMIZER_STATES = ("latest", "average", "reset")
-SHARES = ("auto", "source", "slice")
-SNAPSHOT_DTYPES = ("fp32", "bf16")
 EXIT_CODE = 85
 """Of a job whose attempts to recover are spent; nothing in Megatron uses it."""
-
-_SWITCHES = ("pma_init", "pma_save", "pma_eval", "pma_recover", "pma_score")
-
-USED_BY: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "pma_load": ("pma_init", "pma_score"),
-        "pma_last": ("pma_init", "pma_save"),
-        "pma_interval_tokens": ("pma_init", "pma_save"),
-        "pma_interval_iterations": ("pma_init",),
-        "pma_tolerance": ("pma_init", "pma_score"),
-        "pma_end_iteration": ("pma_init",),
-        "pma_iterations": ("pma_init",),
-        "pma_exclude": ("pma_init", "pma_score"),
-        "pma_allow_gaps": ("pma_init", "pma_score"),
-        "pma_method": ("pma_init", "pma_save"),
-        "pma_alpha": ("pma_init", "pma_save"),
-        "pma_floor": ("pma_init", "pma_save"),
-        "pma_coefficients": ("pma_init", "pma_save"),
-        "pma_optimizer_state": ("pma_init",),
-        "pma_share": ("pma_init",),
-        "pma_threads": ("pma_init", "pma_save", "pma_recover", "pma_score"),
-        "pma_check_sources": ("pma_init",),
-        "pma_save_dir": ("pma_save",),
-        "pma_window_dir": ("pma_save",),
-        "pma_snapshot_dtype": ("pma_snapshot_interval_tokens",),
-        "pma_snapshot_dir": ("pma_snapshot_interval_tokens",),
-        "pma_keep": ("pma_snapshot_interval_tokens",),
-        "pma_recover_last": ("pma_recover",),
-        "pma_recover_optimizer_state": ("pma_recover",),
-        "pma_recover_attempts": ("pma_recover",),
-        "pma_recover_margin_iterations": ("pma_recover",),
-        "pma_recover_warmup": ("pma_recover",),
-        "pma_recover_patience": ("pma_recover",),
-        "pma_recover_fatal_rise": ("pma_recover",),
-        "pma_score_methods": ("pma_score",),
-        "pma_score_lasts": ("pma_score",),
-        "pma_score_intervals_tokens": ("pma_score",),
-        "pma_score_intervals_iterations": ("pma_score",),
-        "pma_score_ends": ("pma_score",),
-        "pma_score_others": ("pma_score",),
-        "pma_score_out": ("pma_score",),
-    }
-)
-"""For every option, the flags that make use of it; it is refused without any of them."""
-
-NAMES: tuple[str, ...] = (*_SWITCHES, "pma_snapshot_interval_tokens", *USED_BY)
-"""Every name that `add_arguments` adds to Megatron's argument namespace."""
-
-FLAGS = FrontEnd(
-    {name.removeprefix("pma_"): "--" + name.replace("_", "-") for name in NAMES}
-    | {
-        name.removeprefix("pma_score_"): "--" + name.replace("_", "-")
-        for name in NAMES
-        if name.startswith("pma_score_")
-    }
-)
-"""Settings as a Megatron script spells them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RecoverySettings:
-    """How to recover.
-
-    Attributes:
-        spike: when the series is lost.
-        last: how many healthy checkpoints are averaged.
-        method: how they are weighted.
-        optimizer_state: moments become those of the newest healthy checkpoint (`latest`), their
-            `average`, or zero (`reset`).
-        attempts: from one newest healthy checkpoint, each one full checkpoint further back.
-        margin_iterations: healthy iterations between a checkpoint and the onset.
-        threads: reader threads per rank.
-    """
+    """How to recover."""
 
     spike: SpikeSettings = field(default_factory=SpikeSettings)
-    last: int = LAST
+    last: int = setting(LAST, "how many healthy checkpoints", metavar="N")
     method: Method = field(default_factory=Method)
-    optimizer_state: str = "latest"
-    attempts: int = 3
-    margin_iterations: int = MARGIN_ITERATIONS
-    threads: int = 2
+    optimizer_state: str = same(RecoveryRequest, "optimizer_state")
+    attempts: int = setting(
+        3,
+        "from one healthy checkpoint, each one full checkpoint further back; then the job ends "
+        f"with exit code {EXIT_CODE}",
+        metavar="K",
+    )
+    margin_iterations: int = same(HealthyRequest, "margin_iterations")
+    threads: int = same(MergeRequest, "threads", flag="threads")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
     """What a job was asked to do: `init`, `save`, `eval_`, `snapshots`; the rest says how."""
 
-    init: bool
-    """Replace what Megatron resumed with the average, before the first iteration."""
-    save: bool
-    """Keep a running average and save it whenever Megatron saves."""
-    eval_: bool
-    """Evaluate the running average too, wherever Megatron evaluates."""
-    load: str | None
-    """Root of the sources of `init`."""
-    selection: SelectionRequest
-    """The sources of `init`."""
-    method: Method
-    """How sources, or the window of the running average, are weighted."""
-    optimizer_state: str
-    """One of `OPTIMIZER_STATES`, for `init`."""
-    share: str
-    """One of `SHARES`: how replicas divide the reading of `init`."""
-    threads: int
-    """Reader threads per rank."""
-    check_sources: bool
-    """Read records whole that `init` reads in part, to compare their checksums."""
-    window: int
-    """Members of the running average."""
-    interval_tokens: int | None
-    """Tokens from one member of the running average to the next."""
-    save_dir: str | None
-    """Root that the running average is saved under."""
-    window_dir: str | None
-    """Node-local folder for the window; None keeps it in host memory."""
-    snapshot_interval_tokens: int | None
-    """Tokens from one snapshot to the next; None for no snapshots."""
-    snapshot_dtype: str
-    """One of `SNAPSHOT_DTYPES`."""
-    snapshot_dir: str | None
-    """Root of the snapshots."""
-    keep: int | None
-    """How many of the newest snapshots to keep; None keeps all."""
-    recover: RecoverySettings | None
-    """How to recover from loss spikes; None to leave them."""
-    score: Grid | None
-    """Averages that are scored in the first evaluation, under --skip-train."""
-    score_others: tuple[str, ...]
-    """Folders whose newest checkpoint is scored too, as it is."""
-    score_out: str | None
-    """File that gets the scores as JSON."""
+    init: bool = setting(
+        False,
+        "start from an average: after Megatron has resumed from --load, its weights and main "
+        "params become the average of earlier checkpoints; iteration, data and LR stay",
+    )
+    load: str | None = setting(
+        None,
+        "root of the sources; without it, --load",
+        metavar="DIR",
+        of=(MEGATRON,),
+        used_by=("init", "score"),
+    )
+    selection: SelectionRequest = field(default_factory=SelectionRequest)
+    method: Method = field(default_factory=Method)
+    optimizer_state: str = same(Live, "optimizer_state", used_by=("init",))
+    share: str = same(Live, "share", used_by=("init",))
+    threads: int = same(Live, "threads", used_by=("init", "save", "score"))
+    check_sources: bool = same(Live, "check_sources", used_by=("init",))
+    save: bool = setting(
+        False,
+        "keep a window of the last weights, --pma-interval-tokens apart, and save its average "
+        "beside each of Megatron's checkpoints",
+    )
+    window: int = same(
+        SelectionRequest, "last", default=DEFAULT_LAST, flag="last", used_by=("save",)
+    )
+    interval_tokens: int | None = same(SelectionRequest, "interval_tokens", used_by=("save",))
+    save_dir: str | None = setting(
+        None, "root for it; without it, <save>-pma", metavar="DIR", used_by=("save",)
+    )
+    window_dir: str | None = setting(
+        None,
+        "node-local disk that holds the window; without it, host memory does",
+        metavar="DIR",
+        used_by=("save",),
+    )
+    eval_: bool = setting(
+        False, "evaluate the average of --pma-save too, on the same batches", flag="eval"
+    )
+    snapshot_interval_tokens: int | None = setting(
+        None,
+        "write weights alone every so many tokens, whatever --save-interval is",
+        metavar="V",
+        read=parse_tokens,
+        of=(MEGATRON,),
+    )
+    snapshot_dtype: str = setting(
+        "fp32", "of snapshots", choices=("fp32", "bf16"), used_by=("snapshot_interval_tokens",)
+    )
+    snapshot_dir: str | None = setting(
+        None,
+        "root for them; without it, <save>/pma_snapshots",
+        metavar="DIR",
+        used_by=("snapshot_interval_tokens",),
+    )
+    keep: int | None = setting(
+        None,
+        "newest snapshots to keep; without it, all",
+        metavar="K",
+        used_by=("snapshot_interval_tokens",),
+    )
+    recovers: bool = setting(
+        False,
+        "on a loss spike that does not recover, go back to the average of healthy checkpoints in "
+        "process, while iteration, data and LR move on",
+        flag="recover",
+        of=(MEGATRON,),
+    )
+    recover: RecoverySettings | None = None
+    scores: bool = setting(
+        False,
+        "with --skip-train: score many averages of --load on the batches that Megatron evaluates "
+        "on, and write none of them (what pma evaluate --megatron does)",
+        flag="score",
+        of=(MEGATRON,),
+    )
+    score: Grid | None = None
+    score_others: tuple[str, ...] = setting(
+        (),
+        "further runs whose newest checkpoint is scored as it is",
+        metavar="DIR",
+        used_by=("score",),
+    )
+    score_out: str | None = setting(
+        None, "file that gets the scores as JSON", metavar="FILE", used_by=("score",)
+    )
 
     @property
     def snapshots(self) -> bool:
         """Whether snapshots are written."""
         return self.snapshot_interval_tokens is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """One of the `--pma-*` flags.
+
+    Attributes:
+        name: in Megatron's argument namespace.
+        users: those that make use of it; () for one that is a use itself.
+        declared: the setting.
+    """
+
+    name: str
+    users: tuple[str, ...]
+    declared: Declared
+
+
+_PARTS: Mapping[str, tuple[str, tuple[type, ...], tuple[str, ...]]] = MappingProxyType(
+    {
+        "selection": ("", (SelectionRequest,), ("init",)),
+        "method": ("", (Method,), ("init", "save")),
+        "recover": ("recover_", (RecoverySettings, SpikeSettings), ("recover",)),
+        "score": ("score_", (Grid,), ("score",)),
+    }
+)
+"""Fields of `Settings` that are requests: how their flags begin, whose settings they are, the flags
+that make use of them."""
+
+
+def _flags() -> Iterator[Flag]:
+    """All flags, in the order in which help shows them; again for each further use."""
+    own = {each.field: each for each in declared(Settings, MEGATRON)}
+    for name in Settings.__dataclass_fields__:
+        if name in own:
+            yield Flag(_name(own[name]), _prefixed(own[name].setting.used_by), own[name])
+            continue
+        prefix, kinds, users = _PARTS[name]
+        for kind in kinds:
+            for each in declared(kind, MEGATRON):
+                yield Flag(_name(each, prefix), _prefixed(users), each)
+
+
+def _name(each: Declared, prefix: str = "") -> str:
+    return f"pma_{each.setting.flag or prefix + each.name}"
+
+
+def _prefixed(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(f"pma_{name}" for name in names)
+
+
+def _united() -> dict[str, Flag]:
+    found: dict[str, Flag] = {}
+    for flag in _flags():
+        known = found.setdefault(flag.name, flag)
+        found[flag.name] = replace(known, users=tuple(dict.fromkeys(known.users + flag.users)))
+    return found
+
+
+BY_NAME: Mapping[str, Flag] = MappingProxyType(_united())
+"""Every flag by its name in Megatron's argument namespace."""
+
+NAMES: tuple[str, ...] = tuple(BY_NAME)
+"""Every name that `add_arguments` adds to Megatron's argument namespace."""
+
+USED_BY: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {flag.name: flag.users for flag in BY_NAME.values() if flag.users}
+)
+"""For every option, the flags that make use of it; it is refused without any of them."""
+
+
+def _without(prefix: str) -> dict[str, str]:
+    """The flags whose names begin so, by the rest of their names."""
+    found = (name for name in NAMES if name.startswith(prefix))
+    return {name.removeprefix(prefix): as_flag(name) for name in found}
+
+
+FLAGS = FrontEnd(_without("pma_recover_") | _without("pma_") | _without("pma_score_"))
+"""Settings as a Megatron script spells them."""
 
 
 def given(args: Any, name: str) -> bool:
@@ -176,12 +233,12 @@ def settings(args: Any) -> Settings:
         UsageError: values out of range or that contradict each other, named as Megatron's flags.
     """
     with speaking(FLAGS):
-        made = _settings(args)
+        found = _settings(args)
         named = ("save_dir", "window_dir", "snapshot_dir", "score_others", "score_out")
-        refuse_remote_values({name: getattr(made, name) for name in named})
-        if made.init or made.score:
-            refuse_remote("load", made.load)
-    return made
+        refuse_remote_values({name: getattr(found, name) for name in named})
+        if found.init or found.score:
+            refuse_remote("load", found.load)
+    return found
 
 
 def tokens_now(args: Any) -> int:
@@ -201,83 +258,37 @@ def tokens_now(args: Any) -> int:
 
 
 def _settings(args: Any) -> Settings:
-    def value(name: str, default: Any = None) -> Any:
-        return getattr(args, f"pma_{name}") if given(args, f"pma_{name}") else default
-
+    own = _values(args, Settings)
     save = getattr(args, "save", None)
-    coefficients = value("coefficients")
-    return Settings(
-        init=value("init", False),
-        save=value("save", False),
-        eval_=value("eval", False),
-        load=value("load", getattr(args, "load", None)),
-        selection=_selection(value),
-        method=Method(
-            name=value("method", "sma"),
-            alpha=value("alpha"),
-            floor=value("floor", 0.0),
-            values=None if coefficients is None else tuple(coefficients),
-        ),
-        optimizer_state=value("optimizer_state", "latest"),
-        share=value("share", "auto"),
-        threads=value("threads", 2),
-        check_sources=value("check_sources", False),
-        window=value("last", DEFAULT_LAST),
-        interval_tokens=value("interval_tokens"),
-        save_dir=value("save_dir", save and f"{save.rstrip('/')}-pma"),
-        window_dir=value("window_dir"),
-        snapshot_interval_tokens=value("snapshot_interval_tokens"),
-        snapshot_dtype=value("snapshot_dtype", "fp32"),
-        snapshot_dir=value("snapshot_dir", save and f"{save.rstrip('/')}/pma_snapshots"),
-        keep=value("keep"),
-        recover=_recovery(value) if value("recover", False) else None,
-        score=_grid(value) if value("score") else None,
-        score_others=tuple(value("score_others", ())),
-        score_out=value("score_out"),
+    places = {"load": getattr(args, "load", None)}
+    if save:
+        places["save_dir"] = f"{save.rstrip('/')}-pma"
+        places["snapshot_dir"] = f"{save.rstrip('/')}/pma_snapshots"
+    return made(
+        Settings,
+        {**places, **own},
+        selection=_selection(args),
+        method=made(Method, _values(args, Method)),
+        recover=_recovery(args) if "recovers" in own else None,
+        score=made(Grid, _values(args, Grid, "score_")) if "scores" in own else None,
     )
 
 
-def _recovery(value: Callable[..., Any]) -> RecoverySettings:
-    spike, own = SpikeSettings(), RecoverySettings()
-    return RecoverySettings(
-        spike=SpikeSettings(
-            warmup=value("recover_warmup", spike.warmup),
-            patience=value("recover_patience", spike.patience),
-            fatal_rise=value("recover_fatal_rise", spike.fatal_rise),
-        ),
-        last=value("recover_last", own.last),
-        optimizer_state=value("recover_optimizer_state", own.optimizer_state),
-        attempts=value("recover_attempts", own.attempts),
-        margin_iterations=value("recover_margin_iterations", own.margin_iterations),
-        threads=value("threads", own.threads),
-    )
+def _values(args: Any, kind: type, prefix: str = "") -> dict[str, Any]:
+    """The settings of a request that were given."""
+    names = {each.name: _name(each, prefix) for each in declared(kind, MEGATRON)}
+    return {each: getattr(args, name) for each, name in names.items() if given(args, name)}
 
 
-def _grid(value: Callable[..., Any]) -> Grid:
-    return Grid(
-        methods=tuple(parse_method(text) for text in value("score_methods", ["sma"])),
-        lasts=tuple(value("score_lasts", [DEFAULT_LAST])),
-        intervals_tokens=tuple(value("score_intervals_tokens", ())),
-        intervals_iterations=tuple(value("score_intervals_iterations", ())),
-        ends=parse_ends(value("score_ends", ["newest"])),
-        tolerance=value("tolerance", 0.25),
-        exclude=tuple(value("exclude", ())),
-        allow_gaps=value("allow_gaps", False),
-    )
+def _recovery(args: Any) -> RecoverySettings:
+    spike = made(SpikeSettings, _values(args, SpikeSettings, "recover_"))
+    return made(RecoverySettings, _values(args, RecoverySettings, "recover_"), spike=spike)
 
 
-def _selection(value: Callable[..., Any]) -> SelectionRequest:
-    # With --pma-save, --pma-last and --pma-interval-tokens describe the running average, so they
-    # do not contradict a list of sources for --pma-init.
-    listed = value("iterations")
-    for_window = listed is not None and value("save", False)
-    return SelectionRequest(
-        last=None if for_window else value("last"),
-        interval_tokens=None if for_window else value("interval_tokens"),
-        interval_iterations=value("interval_iterations"),
-        tolerance=value("tolerance", 0.25),
-        end_iteration=value("end_iteration"),
-        exclude=tuple(value("exclude", ())),
-        allow_gaps=value("allow_gaps", False),
-        iterations=None if listed is None else tuple(listed),
-    )
+def _selection(args: Any) -> SelectionRequest:
+    values = _values(args, SelectionRequest)
+    if "iterations" in values and given(args, "pma_save"):
+        # With --pma-save, --pma-last and --pma-interval-tokens describe the running average, so
+        # they do not contradict a list of sources for --pma-init.
+        values |= {"last": None, "interval_tokens": None}
+    return made(SelectionRequest, values)

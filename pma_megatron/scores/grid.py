@@ -174,9 +174,9 @@ class Grid:
         metavar="E",
         make=parse_ends,
     )
-    tolerance: float = same(SelectionRequest, "tolerance")
-    exclude: tuple[int, ...] = same(SelectionRequest, "exclude")
-    allow_gaps: bool = same(SelectionRequest, "allow_gaps")
+    tolerance: float = same(SelectionRequest, "tolerance", flag="tolerance")
+    exclude: tuple[int, ...] = same(SelectionRequest, "exclude", flag="exclude")
+    allow_gaps: bool = same(SelectionRequest, "allow_gaps", flag="allow_gaps")
 
     def __post_init__(self) -> None:
         for name in ("methods", "lasts", "ends"):

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import pickle
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import pma_megatron
 from pma_megatron.deepspeed.options import Options
 from pma_megatron.errors import UsageError
 from pma_megatron.megatron import flags
@@ -46,6 +49,45 @@ def test_flags_add_one_group_of_plain_values() -> None:
     plain = (bool, int, float, str, list, type(None))
     assert all(type(value) in plain for value in args.values())
     assert b"pma_megatron" not in pickle.dumps(args)
+
+
+FROZEN = {
+    "": "init save eval recover score load threads share method alpha floor coefficients last "
+    "interval_tokens interval_iterations tolerance end_iteration iterations exclude allow_gaps "
+    "optimizer_state check_sources save_dir window_dir keep",
+    "snapshot_": "interval_tokens dtype dir",
+    "recover_": "last optimizer_state attempts margin_iterations warmup patience fatal_rise",
+    "score_": "methods lasts intervals_tokens intervals_iterations ends others out",
+}
+"""What checkpoints store and people have in their scripts: removing one breaks them."""
+
+
+def test_names_are_frozen() -> None:
+    frozen = {f"pma_{part}{name}" for part, names in FROZEN.items() for name in names.split()}
+    assert set(NAMES) == frozen
+
+
+def test_a_default_that_is_printed_is_the_one_that_is_used() -> None:
+    """Typed, it changes nothing of the settings."""
+    job = "--pma-init --pma-save --pma-recover --pma-score --pma-snapshot-interval-tokens 8"
+    printed = set()
+    for action in flags.add_arguments(argparse.ArgumentParser(add_help=False))._actions:
+        assert action.help is not None and action.dest in NAMES
+        found = re.search(r"\(default: ([^)]*)\)", action.help)
+        if found is not None and action.dest != "pma_last":
+            printed.add(action.dest)
+            typed = f"{job} {action.option_strings[0]} {found[1]}"
+            assert flags.settings(parse(typed)) == flags.settings(parse(job)), typed
+        elif found is not None:
+            assert int(found[1]) == flags.settings(parse(job)).window
+    assert len(printed) >= 15
+
+
+def test_flags_are_made_of_settings_alone() -> None:
+    """Whoever adds a flag by hand types its help and its default a second time."""
+    for folder in ("megatron", "megatron_deepspeed"):
+        for path in (Path(pma_megatron.__file__).parent / folder).glob("*.py"):
+            assert path.read_text().count(".add_argument(") == (path.name == "flags.py"), path
 
 
 def test_nothing_given_is_not_enabled_and_neither_is_a_namespace_without_the_flags() -> None:
