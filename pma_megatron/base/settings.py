@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from typing import Any, TypeVar
 
-from pma_megatron.base.spelling import FIELDS, as_flag
+from pma_megatron.base.spelling import FIELDS, as_flag, mistyped
 from pma_megatron.errors import UsageError
 
 PMA, MEGATRON, MEGATRON_DEEPSPEED, DEEPSPEED = "pma", "megatron", "megatron-deepspeed", "deepspeed"
@@ -172,6 +172,25 @@ def made(kind: type[T], values: Mapping[str, Any], **given: Any) -> T:
         if name not in given:
             given[name] = made(inner, values)
     return kind(**given)
+
+
+def refuse_unknown_words(request: Any) -> None:
+    """Refuse a field whose value is none of its choices.
+
+    Raises:
+        UsageError: naming the setting, what it is, and the choices.
+    """
+    for each in declared(type(request)):
+        value, choices = getattr(request, each.field), each.setting.choices
+        if choices and value is not None and not each.many and value not in choices:
+            raise UsageError(
+                f"{mistyped(each.name, value)} is unknown; choose one of {', '.join(choices)}"
+            )
+
+
+def values(request: Any, front_end: str | None = None) -> dict[str, Any]:
+    """The settings of a request, by their names; of those that a front end has, if one is given."""
+    return {each.name: getattr(request, each.field) for each in declared(type(request), front_end)}
 
 
 def add_flags(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
-import itertools
 import json
 import os
 import sys
@@ -17,11 +16,13 @@ from typing import Any
 
 from pma_megatron.base.comm import Comm, process_group_from_environment
 from pma_megatron.base.openfiles import is_folder
-from pma_megatron.base.settings import add_flags, made, setting
+from pma_megatron.base.settings import MEGATRON, add_flags, declared, made, setting
+from pma_megatron.base.spelling import as_flag
 from pma_megatron.cli.verbs import Files, OnRanks
 from pma_megatron.errors import UsageError
 from pma_megatron.formats import registry
 from pma_megatron.launch import main as run_script
+from pma_megatron.megatron.options import name_of
 from pma_megatron.megatron.score import Scored, score_merges
 from pma_megatron.merging.request import MergeRequest
 from pma_megatron.runs.folders import is_checkpoint
@@ -153,22 +154,15 @@ def _through_megatron(arguments: argparse.Namespace, others: Sequence[str]) -> S
 
 
 def _megatron_flags(arguments: argparse.Namespace, others: Sequence[str], out: Path) -> list[str]:
-    listed = {
-        "--pma-score-methods": arguments.methods,
-        "--pma-score-lasts": arguments.lasts,
-        "--pma-score-intervals-tokens": arguments.intervals_tokens,
-        "--pma-score-intervals-iterations": arguments.intervals_iterations,
-        "--pma-score-ends": arguments.ends,
-        "--pma-score-others": others,
-        "--pma-exclude": arguments.exclude,
-        "--pma-tolerance": [arguments.tolerance],
-        "--pma-threads": [arguments.threads],
-        "--pma-score-out": [out],
-    }
-    flags = [[flag, *map(str, values)] for flag, values in listed.items() if values]
-    flags += [["--pma-allow-gaps"]] if arguments.allow_gaps else []
     ours = ["--load", arguments.load, "--use-checkpoint-args", "--skip-train", "--pma-score"]
-    return [*ours, *itertools.chain.from_iterable(flags), *arguments.rest]
+    for each in declared(Grid, MEGATRON):
+        typed = getattr(arguments, each.name)
+        if typed is not None and typed is not False and typed != []:
+            words = () if typed is True else typed if each.many else [typed]
+            ours += [as_flag(name_of(each, "score_")), *map(str, words)]
+    ours += ["--pma-score-others", *others] if others else []
+    ours += ["--pma-threads", str(arguments.threads), "--pma-score-out", str(out)]
+    return [*ours, *arguments.rest]
 
 
 def grid_of(arguments: argparse.Namespace) -> Grid:

@@ -127,7 +127,7 @@ def load_average(
         record_in_saves(engine, record)
         return plain(**call)
     at = None if resumed is None else comm.on_main("latest", lambda: iteration_of(resumed))
-    share = "slice" if options.share == "auto" else options.share
+    share = "slice" if options.live.share == "auto" else options.live.share
     found = gather_sources(options.request(load, at), comm, everywhere=share == "source")
     comm.agree("plan", lambda: _check(engine, found, options, resumed if tag else None))
     comm.agree("plan", lambda: point("init-plan", comm.rank))
@@ -180,7 +180,7 @@ def _resume(
 def _average(
     engine: Any, found: OpenedSources, options: Options, share: str, comm: Comm, trainer: Trainer
 ) -> LiveReport:
-    meter, plan = Meter(comm), LivePlan.of(found, options.threads)
+    meter, plan = Meter(comm), LivePlan.of(found, options.live.threads)
     tensors = _averaged(engine, found)
     labels = {(live.sharded, live.replicas) for live in tensors}
     every = sorted({label for theirs in comm.gather(labels) for label in theirs}, key=str)
@@ -200,12 +200,12 @@ def _average(
         ]
 
     def finish() -> None:
-        if options.optimizer_state == "reset":
+        if options.live.optimizer_state == "reset":
             _reset_moments(tensors)
         refresh_weights(engine)
 
     made = comm.agree("plan", jobs)
-    fill(plan, made, comm, meter, trainer, finish, check_sources=options.check_sources)
+    fill(plan, made, comm, meter, trainer, finish, check_sources=options.live.check_sources)
     return meter.report(plan, share, found.selection.passed_over)
 
 
@@ -236,7 +236,7 @@ def _averaged(engine: Any, found: OpenedSources) -> list[EngineTensor]:
 
 
 def _states(found: OpenedSources, options: Options) -> tuple[str, ...]:
-    if options.optimizer_state != "average":
+    if options.live.optimizer_state != "average":
         return (MAIN,)
     return (MAIN, *sorted(set(found.sources[-1].space.states) - {MAIN}))
 
@@ -257,11 +257,11 @@ def _check(engine: Any, found: OpenedSources, options: Options, named: Path | No
         )
     refuse_unresumable(engine, base.path, base.space.kind)
     states = _states(found, options)
-    if options.optimizer_state == "average" and len(states) == 1:
+    if options.live.optimizer_state == "average" and len(states) == 1:
         raise PlanError(
             f"{base.path} holds no moments by name: use optimizer_state 'latest' or 'reset'"
         )
-    plan = LivePlan.of(found, options.threads)
+    plan = LivePlan.of(found, options.live.threads)
     refuse_other_model(plan, found.active, _averaged(engine, found), states)
 
 

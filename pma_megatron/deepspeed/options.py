@@ -2,52 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+import difflib
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pma_megatron.base.locations import refuse_remote
+from pma_megatron.base.settings import DEEPSPEED, Declared, declared, made
 from pma_megatron.base.spelling import FrontEnd, keywords
-from pma_megatron.live.load import live_request
+from pma_megatron.live.load import Live, live_request
 from pma_megatron.merging.request import MergeRequest, Method
 from pma_megatron.runs.selection import SelectionRequest
 
+KEYWORDS: Mapping[str, Declared] = MappingProxyType(
+    {
+        each.name: each
+        for kind in (SelectionRequest, Method, Live)
+        for each in declared(kind, DEEPSPEED)
+    }
+)
+"""Keyword arguments of `load_merged` and `pma_init`; their help texts say what they are."""
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+
 class Options:
-    """Keyword arguments of `load_merged` and `pma_init`.
+    """What the keyword arguments of `load_merged` and `pma_init` ask for.
 
-    Attributes:
-        last, interval_tokens, interval_iterations, tolerance, end_iteration, window_tokens,
-            exclude, allow_gaps, iterations: which tags; see `SelectionRequest`.
-        paths: exactly these, as folders of tags or as (root, tag) pairs.
-        method, alpha, floor, coefficients: how they are weighted; see `Method`.
-        optimizer_state: moments become `latest` (the newest source's), `average`, or `reset` (zero,
-            and the step count with them).
-        share: how replicas divide the reading (`live_load`): `slice`, `source`, `auto` (slice).
-        threads: reader threads per rank.
-        check_sources: read records whole that are read in part, to compare their checksums.
+    They are the settings of `SelectionRequest` (which tags; `paths` are folders of tags or
+    (root, tag) pairs), `Method` (how they are weighted) and `Live` (how that is done).
+
+    Raises:
+        TypeError: a keyword that there is not.
     """
 
-    last: int | None = None
-    interval_tokens: int | None = None
-    interval_iterations: int | None = None
-    tolerance: float = 0.25
-    end_iteration: int | None = None
-    window_tokens: int | None = None
-    exclude: tuple[int, ...] = ()
-    allow_gaps: bool = False
-    iterations: tuple[int, ...] | None = None
-    paths: Sequence[str | Path | tuple[str, str]] | None = None
-    method: str = "sma"
-    alpha: float | None = None
-    floor: float = 0.0
-    coefficients: Sequence[float] | None = None
-    optimizer_state: str = "latest"
-    share: str = "auto"
-    threads: int = 2
-    check_sources: bool = False
+    def __init__(self, **given: Any) -> None:
+        """Values are looked at in `request`."""
+        for name in given:
+            if name not in KEYWORDS:
+                near = difflib.get_close_matches(name, KEYWORDS, n=1)
+                raise TypeError(
+                    f"load_merged() and pma_init() have no keyword argument {name!r}: "
+                    + (f"did you mean {near[0]}?" if near else f"they have {', '.join(KEYWORDS)}")
+                )
+        self._given = given
+
+    @property
+    def live(self) -> Live:
+        """How the average is made.
+
+        Raises:
+            UsageError: an unknown word.
+        """
+        return made(Live, self._given)
 
     def request(self, load: str, resumed: int | None) -> MergeRequest:
         """The sources below `load`, up to `resumed` unless the options name the newest.
@@ -55,35 +61,17 @@ class Options:
         Raises:
             UsageError: values out of range, or that contradict each other.
         """
-        chosen = SelectionRequest(
-            last=self.last,
-            interval_tokens=self.interval_tokens,
-            interval_iterations=self.interval_iterations,
-            tolerance=self.tolerance,
-            end_iteration=self.end_iteration,
-            window_tokens=self.window_tokens,
-            exclude=tuple(self.exclude),
-            allow_gaps=self.allow_gaps,
-            iterations=None if self.iterations is None else tuple(self.iterations),
-            paths=None if self.paths is None else tuple(map(_folder, self.paths)),
-        )
-        values = None if self.coefficients is None else tuple(self.coefficients)
-        method = Method(name=self.method, alpha=self.alpha, floor=self.floor, values=values)
-        return live_request(
-            load,
-            chosen,
-            method,
-            self.optimizer_state,
-            self.share,
-            self.threads,
-            self.check_sources,
-            resumed,
-        )
+        plain = dict(self._given)
+        if plain.get("paths") is not None:
+            plain["paths"] = [_folder(path) for path in plain["paths"]]
+        chosen, method = made(SelectionRequest, plain), made(Method, plain)
+        return live_request(load, chosen, method, self.live, resumed)
 
     def record(self) -> dict[str, Any]:
         """Plain values that tell one command from another."""
-        paths = None if self.paths is None else [_folder(path) for path in self.paths]
-        plain = asdict(self) | {"paths": paths}
+        plain = {name: each.default for name, each in KEYWORDS.items()} | self._given
+        if plain["paths"] is not None:
+            plain["paths"] = [_folder(path) for path in plain["paths"]]
         del plain["check_sources"]  # it makes no other average
         return {
             name: list(value) if isinstance(value, tuple) else value
@@ -91,7 +79,7 @@ class Options:
         }
 
 
-OPTIONS = FrontEnd(keywords(field.name for field in fields(Options)))
+OPTIONS = FrontEnd(keywords(KEYWORDS))
 """Settings as `load_merged` and `pma_init` spell them."""
 
 

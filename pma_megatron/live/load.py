@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from pma_megatron.base import memory
 from pma_megatron.base.comm import Comm, Team
 from pma_megatron.base.faults import point
-from pma_megatron.base.settings import declared, same, setting
-from pma_megatron.base.spelling import FrontEnd, fields, mistyped
-from pma_megatron.errors import UsageError
+from pma_megatron.base.settings import declared, refuse_unknown_words, same, setting
+from pma_megatron.base.spelling import FrontEnd, fields
 from pma_megatron.live.plan import LivePlan, LiveWriter
 from pma_megatron.live.poison import Trainer, cure, poisoned_on_failure
 from pma_megatron.merging import engine
@@ -32,7 +31,11 @@ from pma_megatron.transfer.reads import Reads
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Live:
-    """How an average is made in live tensors."""
+    """How an average is made in live tensors.
+
+    Raises:
+        UsageError: an unknown word.
+    """
 
     optimizer_state: str = same(
         Policy,
@@ -48,6 +51,9 @@ class Live:
     )
     threads: int = same(MergeRequest, "threads")
     check_sources: bool = same(MergeRequest, "check_sources")
+
+    def __post_init__(self) -> None:
+        refuse_unknown_words(self)
 
 
 ARGUMENTS = FrontEnd(
@@ -128,32 +134,17 @@ def live_request(
     load: str,
     selection: SelectionRequest | None,
     method: Method | None,
-    optimizer_state: str,
-    share: str,
-    threads: int,
-    check_sources: bool = False,
+    live: Live,
     resumed: int | None = None,
 ) -> MergeRequest:
-    """What a merge into live tensors asks for; `resumed` as in `MergeRequest`.
-
-    Raises:
-        UsageError: an unknown word.
-    """
-    asked = {"share": share, "optimizer_state": optimizer_state}
-    for each in declared(Live):
-        known = each.setting.choices
-        if known and asked[each.name] not in known:
-            raise UsageError(
-                f"{mistyped(each.name, asked[each.name])} is unknown; choose one of "
-                f"{', '.join(known)}"
-            )
+    """What a merge into live tensors asks for; `resumed` as in `MergeRequest`."""
     return MergeRequest(
         load=load,
         selection=selection or SelectionRequest(),
         method=method or Method(),
-        policy=Policy(optimizer_state=optimizer_state),
-        threads=threads,
-        check_sources=check_sources,
+        policy=Policy(optimizer_state=live.optimizer_state),
+        threads=live.threads,
+        check_sources=live.check_sources,
         resumed=resumed,
     )
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from pma_megatron.base.comm import Comm, Team
 from pma_megatron.base.spelling import given, speaking
 from pma_megatron.errors import SelectionError
-from pma_megatron.live.load import ARGUMENTS, Job, LiveReport, Meter, fill, live_request
+from pma_megatron.live.load import ARGUMENTS, Job, Live, LiveReport, Meter, fill, live_request
 from pma_megatron.live.plan import LivePlan, average_units
 from pma_megatron.live.poison import Trainer, chain
 from pma_megatron.megatron.params import MegatronTensor, live_tensors, parts
@@ -74,7 +74,11 @@ def merge_into(
     request = comm.agree(
         "request",
         lambda: live_request(
-            load, selection, method, optimizer_state, share, threads, resumed=resumed
+            load,
+            selection,
+            method,
+            Live(optimizer_state=optimizer_state, share=share, threads=threads),
+            resumed,
         ),
     )
     share = "slice" if share == "auto" else share

@@ -174,15 +174,16 @@ def _flags() -> Iterator[Flag]:
     own = {each.field: each for each in declared(Settings, MEGATRON)}
     for name in Settings.__dataclass_fields__:
         if name in own:
-            yield Flag(_name(own[name]), _prefixed(own[name].setting.used_by), own[name])
+            yield Flag(name_of(own[name]), _prefixed(own[name].setting.used_by), own[name])
             continue
         prefix, kinds, users = _PARTS[name]
         for kind in kinds:
             for each in declared(kind, MEGATRON):
-                yield Flag(_name(each, prefix), _prefixed(users), each)
+                yield Flag(name_of(each, prefix), _prefixed(users), each)
 
 
-def _name(each: Declared, prefix: str = "") -> str:
+def name_of(each: Declared, prefix: str = "") -> str:
+    """A setting in Megatron's argument namespace."""
     return f"pma_{each.setting.flag or prefix + each.name}"
 
 
@@ -276,7 +277,7 @@ def _settings(args: Any) -> Settings:
 
 def _values(args: Any, kind: type, prefix: str = "") -> dict[str, Any]:
     """The settings of a request that were given."""
-    names = {each.name: _name(each, prefix) for each in declared(kind, MEGATRON)}
+    names = {each.name: name_of(each, prefix) for each in declared(kind, MEGATRON)}
     return {each: getattr(args, name) for each, name in names.items() if given(args, name)}
 
 

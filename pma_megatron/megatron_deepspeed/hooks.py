@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from pma_megatron.base.say import say
+from pma_megatron.base.settings import MEGATRON_DEEPSPEED, declared, values
 from pma_megatron.deepspeed.load import pma_init
 from pma_megatron.deepspeed.online import OnlineAverage
 from pma_megatron.errors import UsageError
+from pma_megatron.live.load import Live
 from pma_megatron.megatron import flags
 from pma_megatron.megatron.evaluate import Evaluation
 from pma_megatron.megatron.options import Settings, tokens_now
 from pma_megatron.megatron.trees import changed_arguments, global_vars
 from pma_megatron.online.store import FOLDER
-from pma_megatron.runs.selection import SelectionRequest
 
 _UNSUPPORTED = (
     (
@@ -160,18 +161,10 @@ class Session:
 
 
 def _options(settings: Settings) -> dict[str, Any]:
-    chosen, method = settings.selection, settings.method
-    names = (name for name in SelectionRequest.__slots__ if name != "paths")  # no flag has those
     return {
-        **{name: getattr(chosen, name) for name in names},
-        "method": method.name,
-        "alpha": method.alpha,
-        "floor": method.floor,
-        "coefficients": method.values,
-        "optimizer_state": settings.optimizer_state,
-        "share": settings.share,
-        "threads": settings.threads,
-        "check_sources": settings.check_sources,
+        **values(settings.selection, MEGATRON_DEEPSPEED),
+        **values(settings.method, MEGATRON_DEEPSPEED),
+        **{each.name: getattr(settings, each.field) for each in declared(Live)},
     }
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from pma_megatron.base.settings import setting
+from pma_megatron.base.settings import refuse_unknown_words, setting
 from pma_megatron.base.spelling import given, mistyped, override
 from pma_megatron.errors import UsageError
 
@@ -23,6 +23,7 @@ or zero."""
 OPTIMIZER_STATES = (*RESUMED_STATES, "drop")
 """The same, and nothing: of a checkpoint that is written, and may be one of weights alone."""
 AVERAGES = ("main-params", "weights")
+ACTIONS = ("average", "newest", "drop")
 MAIN = "param"
 
 
@@ -109,20 +110,17 @@ class Policy:
     )
     overrides: tuple[tuple[str, str], ...] = setting(
         (),
-        "average, newest or drop entries by key pattern; the first match wins",
+        f"{', '.join(ACTIONS)}: what becomes of entries, by key pattern; the first match wins",
         metavar="PATTERN=ACTION",
         make=parse_overrides,
     )
 
     def __post_init__(self) -> None:
-        for name, value, known in (
-            ("optimizer_state", self.optimizer_state, OPTIMIZER_STATES),
-            ("average", self.average, AVERAGES),
-            *(("policy", action, ("average", "newest", "drop")) for _, action in self.overrides),
-        ):
-            if value not in known:
+        refuse_unknown_words(self)
+        for _, action in self.overrides:
+            if action not in ACTIONS:
                 raise UsageError(
-                    f"{mistyped(name, value)} is unknown; choose one of {', '.join(known)}"
+                    f"{mistyped('policy', action)} is unknown; choose one of {', '.join(ACTIONS)}"
                 )
 
     @property

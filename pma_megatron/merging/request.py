@@ -6,13 +6,13 @@ import functools
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 
 from pma_megatron.base.locations import refuse_remote
-from pma_megatron.base.settings import PMA, needed, setting
+from pma_megatron.base.settings import PMA, needed, refuse_unknown_words, setting
 from pma_megatron.base.spelling import given, listing, mistyped, named
 from pma_megatron.errors import UsageError
 from pma_megatron.merging.coefficients import DECAYS, METHODS, Coefficients, coefficients
@@ -45,10 +45,7 @@ class Method:
     )
 
     def __post_init__(self) -> None:
-        if self.name not in METHODS:
-            raise UsageError(
-                f"{mistyped('method', self.name)} is unknown; choose from {', '.join(METHODS)}"
-            )
+        refuse_unknown_words(self)
         if self.alpha is not None and not 0 < self.alpha <= 1:
             raise UsageError(f"{given('alpha', self.alpha)} must lie in (0, 1]")
 
@@ -129,10 +126,7 @@ class MergeRequest:
     def __post_init__(self) -> None:
         refuse_remote("load", self.load)
         refuse_remote("save", self.save)
-        if self.dtype is not None and self.dtype not in _DTYPES:
-            raise UsageError(
-                f"{mistyped('dtype', self.dtype)} is unknown; choose from {', '.join(_DTYPES)}"
-            )
+        refuse_unknown_words(self)
         if self.lr_factor is not None and not 0 < self.lr_factor < math.inf:
             raise UsageError(f"{named('lr_factor')} must be positive, got {self.lr_factor}")
         if self.lr_factor is not None and self.policy.drops_optimizer:
@@ -181,12 +175,7 @@ class MergeRequest:
     def widest(self) -> SelectionRequest:
         """The selection that feeds every output of the job."""
         lasts = [last for _, last in self._sweep()]
-        if not lasts:
-            return self.selection
-        fields = {
-            name: getattr(self.selection, name) for name in SelectionRequest.__dataclass_fields__
-        }
-        return SelectionRequest(**{**fields, "last": max(lasts)})
+        return replace(self.selection, last=max(lasts)) if lasts else self.selection
 
     def outputs(self, selection: Selection) -> tuple[Output, ...]:
         """Coefficients of every output over the selected sources."""

@@ -6,14 +6,13 @@ import contextlib
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from dataclasses import fields as dataclass_fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from pma_megatron.base.comm import Comm
 from pma_megatron.base.locations import refuse_remote
-from pma_megatron.base.settings import needed, same, setting
+from pma_megatron.base.settings import declared, made, needed, same, setting, values
 from pma_megatron.base.spelling import FrontEnd, fields, given, hint, mistyped, named, speaking
 from pma_megatron.errors import CheckpointError, MetricsError, SelectionError, UsageError
 from pma_megatron.formats import registry
@@ -99,14 +98,15 @@ class RecoveryRequest:
             raise UsageError(f"{given('lr_factor', self.lr_factor)} must lie in (0, 1]")
         if self.optimizer_state not in RESUMED_STATES:
             raise UsageError(
-                f"{mistyped('optimizer_state', self.optimizer_state)} cannot resume: choose "
-                "latest, average or reset"
+                f"{mistyped('optimizer_state', self.optimizer_state)} cannot resume: choose one of "
+                f"{', '.join(RESUMED_STATES)}"
             )
 
 
 KEYWORDS = FrontEnd(
-    fields(each.name for each in dataclass_fields(RecoveryRequest))
-    | fields(["patience", "fatal_rise", "alpha", "floor", "coefficients", "allow_any_coefficients"])
+    fields(
+        each.name for kind in (RecoveryRequest, SpikeSettings, Method) for each in declared(kind)
+    )
 )
 """Settings as Python calls with a `RecoveryRequest` spell them."""
 
@@ -169,19 +169,9 @@ def diagnose(request: RecoveryRequest) -> Diagnosis:
             detect(((p.iteration, p.loss, p.grad_norm) for p in metrics.points), request.spike)
         )
     onset, skip = _onset(request, metrics, verdicts)
-    healthy = choose_healthy(
-        refs,
-        HealthyRequest(
-            onset=onset,
-            last=request.last,
-            interval_tokens=request.interval_tokens,
-            interval_iterations=request.interval_iterations,
-            margin_iterations=request.margin_iterations,
-            further_back=request.further_back,
-            spans=() if metrics is None else _spans(metrics, verdicts, onset),
-            exclude=request.exclude,
-        ),
-    )
+    spans = () if metrics is None else _spans(metrics, verdicts, onset)
+    asked = made(HealthyRequest, values(request), onset=onset, spans=spans)
+    healthy = choose_healthy(refs, asked)
     how = _resume(request, healthy.selection.refs, skip)
     return Diagnosis(
         onset=onset, verdicts=verdicts, healthy=healthy, resume=how, notes=tuple(notes)

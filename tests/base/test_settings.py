@@ -15,6 +15,10 @@ from pma_megatron.base.settings import PMA, declared, made, nested
 from pma_megatron.cli import commands, forecast, geometry, recover, scoring
 from pma_megatron.cli.flags import parser
 from pma_megatron.cli.verbs import Common, Files, OnRanks
+from pma_megatron.deepspeed.options import KEYWORDS, Options
+from pma_megatron.errors import UsageError
+from pma_megatron.live.load import Live
+from pma_megatron.megatron.options import RecoverySettings
 from pma_megatron.merging.policy import Policy
 from pma_megatron.merging.request import MergeRequest, Method
 from pma_megatron.runs.selection import SelectionRequest
@@ -33,7 +37,7 @@ REQUESTS: tuple[type, ...] = (
     SpikeSettings,
     Grid,
 )
-OF_VERBS: tuple[type, ...] = (
+OTHERS: tuple[type, ...] = (
     Common,
     OnRanks,
     Files,
@@ -42,6 +46,8 @@ OF_VERBS: tuple[type, ...] = (
     geometry.Loss,
     recover.Modes,
     scoring.Scorer,
+    Live,
+    RecoverySettings,
 )
 VERBS: dict[str, argparse.ArgumentParser] = dict(
     next(a for a in parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
@@ -49,7 +55,7 @@ VERBS: dict[str, argparse.ArgumentParser] = dict(
 DEFAULT = re.compile(r"\(default: ([^)]*)\)")
 
 
-@pytest.mark.parametrize("kind", (*REQUESTS, *OF_VERBS))
+@pytest.mark.parametrize("kind", (*REQUESTS, *OTHERS))
 def test_every_field_says_what_it_is(kind: type) -> None:
     said = {each.field: each.setting.help for each in declared(kind)}
     assert set(said) | set(nested(kind)) == {each.name for each in fields(kind)}
@@ -59,7 +65,7 @@ def test_every_field_says_what_it_is(kind: type) -> None:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_no_flag_of_pma_is_declared_nowhere(verb: str) -> None:
-    known = {each.name for kind in (*REQUESTS, *OF_VERBS) for each in declared(kind, PMA)}
+    known = {each.name for kind in (*REQUESTS, *OTHERS) for each in declared(kind, PMA)}
     flags = {action.dest for action in VERBS[verb]._actions if action.option_strings}
     assert flags - {"help"} <= known
 
@@ -143,3 +149,58 @@ class Bare:
 
 def test_a_field_that_declares_nothing_is_no_setting() -> None:
     assert declared(Bare) == ()
+
+
+OF_DEEPSPEED = {
+    "last": None,
+    "interval_tokens": None,
+    "interval_iterations": None,
+    "tolerance": 0.25,
+    "end_iteration": None,
+    "window_tokens": None,
+    "exclude": [],
+    "allow_gaps": False,
+    "iterations": None,
+    "paths": None,
+    "method": "sma",
+    "alpha": None,
+    "floor": 0.0,
+    "coefficients": None,
+    "optimizer_state": "latest",
+    "share": "auto",
+    "threads": 2,
+}
+"""What tags that were saved after a start from an average say of it, and people have in scripts."""
+
+
+def test_keywords_of_deepspeed_calls_are_frozen() -> None:
+    assert Options().record() == OF_DEEPSPEED
+    assert set(KEYWORDS) == {*OF_DEEPSPEED, "check_sources"}
+    given = {"paths": [("/run", "global_step1"), "/other/global_step2"], "exclude": (3,)}
+    assert Options(**given).record() == OF_DEEPSPEED | {
+        "paths": ["/run/global_step1", "/other/global_step2"],
+        "exclude": [3],
+    }
+
+
+def test_a_keyword_that_there_is_not_is_told_with_the_one_that_was_meant() -> None:
+    with pytest.raises(TypeError, match=r"no keyword argument 'interval_token': did you mean"):
+        Options(interval_token=3)
+    with pytest.raises(TypeError, match=r"'xyz': they have last, interval_tokens, .*sources$"):
+        Options(xyz=3)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: Policy(optimizer_state="mean"), "latest, average, reset, drop"),
+        (lambda: Options(optimizer_state="drop").request("/run", None), "latest, average, reset$"),
+        (lambda: Options(share="all").request("/run", None), "auto, source, slice"),
+        (lambda: Policy(average="x"), "main-params, weights"),
+        (lambda: Method(name="x"), "sma, ema, wma, custom, linear"),
+        (lambda: MergeRequest(load="/run", dtype="x"), "bf16, fp16, fp32"),
+    ],
+)
+def test_an_unknown_word_is_told_with_those_that_it_may_be(call: Any, words: str) -> None:
+    with pytest.raises(UsageError, match=rf"is unknown; choose one of {words}"):
+        call()
