@@ -133,6 +133,12 @@ def declared(kind: type, front_end: str | None = None) -> tuple[Declared, ...]:
         kind: the dataclass of the request; the requests in its fields are not looked into.
         front_end: the one that is to have them; None for all.
     """
+    every = _declared(kind)
+    return tuple(e for e in every if front_end is None or front_end in e.setting.of)
+
+
+@functools.cache
+def _declared(kind: type) -> tuple[Declared, ...]:
     hints = typing.get_type_hints(kind)
     return tuple(
         Declared(
@@ -143,7 +149,7 @@ def declared(kind: type, front_end: str | None = None) -> tuple[Declared, ...]:
             each.metadata[_KEY],
         )
         for each in fields(kind)
-        if _KEY in each.metadata and (front_end is None or front_end in each.metadata[_KEY].of)
+        if _KEY in each.metadata
     )
 
 

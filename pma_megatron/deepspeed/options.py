@@ -74,7 +74,7 @@ class Options:
             plain["paths"] = [_folder(path) for path in plain["paths"]]
         del plain["check_sources"]  # it makes no other average
         return {
-            name: list(value) if isinstance(value, tuple) else value
+            name: list(value) if isinstance(value, (list, tuple)) else value
             for name, value in plain.items()
         }
 

@@ -56,6 +56,8 @@ class Live:
         refuse_unknown_words(self)
 
 
+DEFAULTS = Live()
+"""What calls do that are not told otherwise."""
 ARGUMENTS = FrontEnd(
     fields(each.name for kind in (SelectionRequest, Method, Live) for each in declared(kind))
     | fields(["load", "window_dir", "save_dir", "keep"])

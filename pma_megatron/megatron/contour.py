@@ -16,6 +16,7 @@ from pma_megatron.base.comm import Comm
 from pma_megatron.errors import UsageError
 from pma_megatron.geometry.gram import Measured
 from pma_megatron.geometry.spread import Plane, plain, principal_plane
+from pma_megatron.live.load import DEFAULTS
 from pma_megatron.megatron.params import live_tensors
 from pma_megatron.megatron.score import Scored, average_into, losses_of
 from pma_megatron.megatron.swap import weights_restored
@@ -69,7 +70,7 @@ def contour(
     *,
     size: int = SIZE,
     margin: float = MARGIN,
-    threads: int = 2,
+    threads: int = DEFAULTS.threads,
     comm: Comm | None = None,
     show: Show = silent,
 ) -> Contour:

@@ -33,6 +33,7 @@ from pma_megatron.base.spelling import hint
 from pma_megatron.errors import CheckpointError, UsageError
 from pma_megatron.geometry.gram import Measured
 from pma_megatron.geometry.spread import plain
+from pma_megatron.live.load import DEFAULTS
 from pma_megatron.megatron.params import MegatronTensor, live_tensors
 from pma_megatron.megatron.score import Scored, average_into
 from pma_megatron.megatron.swap import weights_restored
@@ -127,7 +128,9 @@ class Curvature:
         }
 
 
-def curvature(scored: Differentiable, measured: Measured, *, threads: int = 2) -> Curvature:
+def curvature(
+    scored: Differentiable, measured: Measured, *, threads: int = DEFAULTS.threads
+) -> Curvature:
     """Expand the loss of a live model around the average of the measured checkpoints.
 
     One process that holds the whole model. Floating buffers (a router's expert bias) are those of

@@ -16,7 +16,16 @@ import torch.distributed as dist
 from pma_megatron.base.comm import Comm, Team
 from pma_megatron.base.spelling import given, speaking
 from pma_megatron.errors import SelectionError
-from pma_megatron.live.load import ARGUMENTS, Job, Live, LiveReport, Meter, fill, live_request
+from pma_megatron.live.load import (
+    ARGUMENTS,
+    DEFAULTS,
+    Job,
+    Live,
+    LiveReport,
+    Meter,
+    fill,
+    live_request,
+)
 from pma_megatron.live.plan import LivePlan, average_units
 from pma_megatron.live.poison import Trainer, chain
 from pma_megatron.megatron.params import MegatronTensor, live_tensors, parts
@@ -37,9 +46,9 @@ def merge_into(
     load: str,
     selection: SelectionRequest | None = None,
     method: Method | None = None,
-    optimizer_state: str = "latest",
-    share: str = "auto",
-    threads: int = 2,
+    optimizer_state: str = DEFAULTS.optimizer_state,
+    share: str = DEFAULTS.share,
+    threads: int = DEFAULTS.threads,
     metadata: Mapping[str, Any] | None = None,
     check_sources: bool = False,
     resumed: int | None = None,

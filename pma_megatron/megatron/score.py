@@ -18,7 +18,7 @@ from pma_megatron.base.comm import Comm, Team
 from pma_megatron.errors import UsageError
 from pma_megatron.formats import registry
 from pma_megatron.formats.source import Source
-from pma_megatron.live.load import run
+from pma_megatron.live.load import DEFAULTS, run
 from pma_megatron.live.plan import LivePlan, average_units
 from pma_megatron.megatron.load import replicas
 from pma_megatron.megatron.params import MegatronTensor, live_tensors
@@ -68,7 +68,7 @@ def score_merges(
     score: Callable[[], Losses],
     *,
     metadata: Mapping[str, Any] | None = None,
-    threads: int = 2,
+    threads: int = DEFAULTS.threads,
     others: Sequence[str] = (),
     comm: Comm | None = None,
 ) -> Scores:

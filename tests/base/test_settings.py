@@ -18,7 +18,7 @@ from pma_megatron.cli.verbs import Common, Files, OnRanks
 from pma_megatron.deepspeed.options import KEYWORDS, Options
 from pma_megatron.errors import UsageError
 from pma_megatron.live.load import Live
-from pma_megatron.megatron.options import RecoverySettings
+from pma_megatron.megatron.options import RecoverySettings, Settings
 from pma_megatron.merging.policy import Policy
 from pma_megatron.merging.request import MergeRequest, Method
 from pma_megatron.runs.selection import SelectionRequest
@@ -48,6 +48,7 @@ OTHERS: tuple[type, ...] = (
     scoring.Scorer,
     Live,
     RecoverySettings,
+    Settings,
 )
 VERBS: dict[str, argparse.ArgumentParser] = dict(
     next(a for a in parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
@@ -58,7 +59,8 @@ DEFAULT = re.compile(r"\(default: ([^)]*)\)")
 @pytest.mark.parametrize("kind", (*REQUESTS, *OTHERS))
 def test_every_field_says_what_it_is(kind: type) -> None:
     said = {each.field: each.setting.help for each in declared(kind)}
-    assert set(said) | set(nested(kind)) == {each.name for each in fields(kind)}
+    parts = {*nested(kind), *(("recover", "score") if kind is Settings else ())}
+    assert set(said) | parts == {each.name for each in fields(kind)}
     assert all(len(text) > 5 for text in said.values())
     assert all("default" not in text for text in said.values()), "the field has it"
 
