@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -151,6 +152,19 @@ def _declared(kind: type) -> tuple[Declared, ...]:
         for each in fields(kind)
         if _KEY in each.metadata
     )
+
+
+def described(kind: type[T]) -> type[T]:
+    """Decorator: the docstring of a request says what its settings are, too."""
+    about, _, rest = (kind.__doc__ or "").partition("\n\n")
+    lines = [
+        textwrap.fill(
+            f"{e.field}: {e.help}", 96, initial_indent=" " * 8, subsequent_indent=" " * 12
+        )
+        for e in declared(kind)
+    ]
+    kind.__doc__ = "\n".join([f"{about.rstrip()}\n\n    Attributes:", *lines, "", rest])
+    return kind
 
 
 def nested(kind: type) -> dict[str, type]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pma_megatron.base import memory
 from pma_megatron.base.comm import Comm, Team
 from pma_megatron.base.faults import point
-from pma_megatron.base.settings import declared, refuse_unknown_words, same, setting
+from pma_megatron.base.settings import declared, described, refuse_unknown_words, same, setting
 from pma_megatron.base.spelling import FrontEnd, fields
 from pma_megatron.live.plan import LivePlan, LiveWriter
 from pma_megatron.live.poison import Trainer, cure, poisoned_on_failure
@@ -29,6 +29,7 @@ from pma_megatron.runs.selection import SelectionRequest
 from pma_megatron.transfer.reads import Reads
 
 
+@described
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Live:
     """How an average is made in live tensors.

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from pma_megatron.base.locations import refuse_remote, refuse_remote_values
-from pma_megatron.base.settings import MEGATRON, Declared, declared, made, same, setting
+from pma_megatron.base.settings import MEGATRON, Declared, declared, described, made, same, setting
 from pma_megatron.base.spelling import FrontEnd, as_flag, speaking
 from pma_megatron.errors import UsageError
 from pma_megatron.live.load import Live
@@ -27,6 +27,7 @@ EXIT_CODE = 85
 """Of a job whose attempts to recover are spent; nothing in Megatron uses it."""
 
 
+@described
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RecoverySettings:
     """How to recover."""

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from pma_megatron.base.settings import refuse_unknown_words, setting
+from pma_megatron.base.settings import described, refuse_unknown_words, setting
 from pma_megatron.base.spelling import given, mistyped, override
 from pma_megatron.errors import UsageError
 
@@ -90,6 +90,7 @@ def parse_overrides(texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
     return tuple(pairs)
 
 
+@described
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Policy:
     """The user's choices. Why moments are the latest ones: docs/defaults.md.

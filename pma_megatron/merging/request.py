@@ -12,7 +12,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 import torch
 
 from pma_megatron.base.locations import refuse_remote
-from pma_megatron.base.settings import PMA, needed, refuse_unknown_words, setting
+from pma_megatron.base.settings import PMA, described, needed, refuse_unknown_words, setting
 from pma_megatron.base.spelling import given, listing, mistyped, named
 from pma_megatron.errors import UsageError
 from pma_megatron.merging.coefficients import DECAYS, METHODS, Coefficients, coefficients
@@ -26,6 +26,7 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _SWEEP = re.compile(r"^(?P<methods>[^:]+):(?P<lasts>\d+(?:,\d+)*)$")
 
 
+@described
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Method:
     """How coefficients are made. Why SMA: docs/defaults.md.
@@ -72,6 +73,7 @@ class Output:
     """float64 per source of the job, oldest first; zero where the source is not used."""
 
 
+@described
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MergeRequest:
     """One merge job.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from pma_megatron.base.locations import refuse_remote
-from pma_megatron.base.settings import DEEPSPEED, PMA, setting
+from pma_megatron.base.settings import DEEPSPEED, PMA, described, setting
 from pma_megatron.base.spelling import among, given, has, named
 from pma_megatron.errors import SelectionError, UsageError
 from pma_megatron.runs.gaps import (
@@ -50,6 +50,7 @@ DEFAULT_LAST = 10  # arXiv 2505.12082, and docs/defaults.md: 6 to 15 are level l
 _UNEVEN = 1.5  # largest gap over smallest, from which on the user is told
 
 
+@described
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SelectionRequest:
     """What the user asked for. Explicit `iterations` or `paths` exclude everything else.

@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from pma_megatron.base.settings import same, setting
+from pma_megatron.base.settings import described, same, setting
 from pma_megatron.base.spelling import given, mistyped, named, renamed
 from pma_megatron.errors import SelectionError, UsageError
 from pma_megatron.merging.coefficients import DECAYS, MEANS, METHODS
@@ -139,6 +139,7 @@ def _step(ends: str) -> int | None:
     return int(number)
 
 
+@described
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Grid:
     """Averages to score.

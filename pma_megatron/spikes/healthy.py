@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from pma_megatron.base.settings import needed, same, setting
+from pma_megatron.base.settings import described, needed, same, setting
 from pma_megatron.base.spelling import named
 from pma_megatron.errors import SelectionError, UsageError
 from pma_megatron.runs.gaps import Kind, PassedOver
@@ -50,6 +50,7 @@ class Rejected:
         return PassedOver(path=path, iteration=iteration, kind=kind, reason=self.reason)
 
 
+@described
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HealthyRequest:
     """Where the run went wrong, and what to take from before.

@@ -12,7 +12,7 @@ from typing import Any
 
 from pma_megatron.base.comm import Comm
 from pma_megatron.base.locations import refuse_remote
-from pma_megatron.base.settings import declared, made, needed, same, setting, values
+from pma_megatron.base.settings import declared, described, made, needed, same, setting, values
 from pma_megatron.base.spelling import FrontEnd, fields, given, hint, mistyped, named, speaking
 from pma_megatron.errors import CheckpointError, MetricsError, SelectionError, UsageError
 from pma_megatron.formats import registry
@@ -31,6 +31,7 @@ from pma_megatron.spikes.relaunch import Resume, resume, resume_script
 MOST_SKIPPED = 500  # PaLM (arXiv 2204.02311, section 5.1) skipped 200 to 500 batches
 
 
+@described
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RecoveryRequest:
     """A recovery from a loss spike.

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
 from typing import Any
 
-from pma_megatron.base.settings import MEGATRON, PMA, setting
+from pma_megatron.base.settings import MEGATRON, PMA, described, setting
 from pma_megatron.errors import UsageError
 
 
@@ -22,6 +22,7 @@ class Kind(str, Enum):
     NONFINITE = "NaN or Inf"
 
 
+@described
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SpikeSettings:
     """When a series is off, and when it is lost.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -63,6 +64,12 @@ def test_every_field_says_what_it_is(kind: type) -> None:
     assert set(said) | parts == {each.name for each in fields(kind)}
     assert all(len(text) > 5 for text in said.values())
     assert all("default" not in text for text in said.values()), "the field has it"
+
+
+@pytest.mark.parametrize("kind", REQUESTS)
+def test_docstrings_of_requests_say_what_their_fields_are(kind: type) -> None:
+    text = " ".join((inspect.getdoc(kind) or "").split())
+    assert all(f"{each.field}: {' '.join(each.help.split())}" in text for each in declared(kind))
 
 
 @pytest.mark.parametrize("verb", VERBS)
