@@ -12,11 +12,17 @@ MEGATRON = ["megatron-core>=0.12"]
 DEEPSPEED = ["deepspeed>=0.14"]
 PLOTS = ["matplotlib>=3.7"]
 TENSORBOARD = ["tensorboard>=2.12"]
+DOCS = [
+    "mkdocs>=1.6,<2",  # pages generated while it builds; 2 has no plugins
+    "mkdocs-material>=9.7,<10",
+    "mkdocstrings[python]>=1.0",
+]
 TEST = [
     *MEGATRON,
     *DEEPSPEED,
     *PLOTS,
     *TENSORBOARD,
+    *DOCS,
     "hypothesis>=6.100",
     "mypy>=1.10",
     "pytest>=8",
@@ -53,6 +59,7 @@ setup(
         "deepspeed": DEEPSPEED,
         "plots": PLOTS,
         "tensorboard": TENSORBOARD,
+        "docs": DOCS,
         "test": TEST,
     },
     entry_points={"console_scripts": ["pma = pma_megatron.cli:main"]},
