@@ -120,8 +120,8 @@ def megatron_flags() -> str:
         "[patch](../patches.md) adds to a Megatron training script; it is made from the package's "
         "own definition of them. The guides explain them: [PMA-init](../pma-init.md), "
         "[running average](../online-average.md), [snapshots](../snapshots.md), "
-        "[spike recovery](../recovery.md), [evaluation](../simulator.md). A flag is refused if "
-        "none of the flags in the column *used by* is given.",
+        "[spike recovery](../recovery.md), [evaluation](../simulator.md). A flag with an entry "
+        "under *used by* is refused unless one of those is given too.",
         "",
         "| flag | what it does | used by | in Megatron-DeepSpeed |",
         "|---|---|---|---|",
