@@ -16,6 +16,7 @@ DOCS = [
     "mkdocs>=1.6,<2",  # pages generated while it builds; 2 has no plugins
     "mkdocs-material>=9.7,<10",
     "mkdocstrings[python]>=1.0",
+    "ruff>=0.6",  # formats the signatures
 ]
 TEST = [
     *MEGATRON,
