@@ -26,23 +26,28 @@ from typing import Any
 
 import pytest
 import torch
+from test_cli import verbs
+from test_launch_scripts import known_flags
 
 import pma_megatron
 from pma_megatron.cli.flags import parser
 from pma_megatron.testing import TinyTrainer, run_ranks
 from pma_megatron.testing.config import TinyConfig
 from pma_megatron.testing.tiny_deepspeed import DeepSpeedConfig, TinyDeepSpeed
-from test_cli import verbs
-from test_launch_scripts import known_flags
 
 ROOT = Path(__file__).parents[1]
 GUIDES = [
-    ROOT / "README.md", ROOT / "patches" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))
-]  # fmt: skip
+    ROOT / "README.md",
+    ROOT / "patches" / "README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 LINKED = [
-    *GUIDES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", ROOT / "CHANGELOG.md",
+    *GUIDES,
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "SECURITY.md",
+    ROOT / "CHANGELOG.md",
     *sorted((ROOT / "launch").rglob("README.md")),
-]  # fmt: skip
+]
 GENERATED = ROOT / "docs" / "results.md"  # its numbers and commands have tests of their own
 
 
@@ -216,24 +221,60 @@ def test_links_lead_somewhere(path: Path) -> None:
             assert anchor in anchors(target), f"{named(path)}: {link['to']}"
 
 
+_NAMED = re.compile(r"(?<![\w./-])(?:tests|launch|patches|docs|pma_megatron)/[\w./-]*\w")
+_DOTTED = re.compile(r"\bpma_megatron(?:\.[A-Za-z_]\w*)+")
+
+
+@pytest.mark.parametrize("path", [p for p in LINKED if p != GENERATED], ids=named)
+def test_files_that_are_named_exist(path: Path) -> None:
+    for name in _NAMED.findall(re.sub(r"\]\([^)]*\)", "]", path.read_text())):
+        assert (ROOT / name).exists(), f"{named(path)}: {name}"
+
+
+@pytest.mark.parametrize("path", GUIDES, ids=named)
+def test_names_of_the_package_exist(path: Path) -> None:
+    for dotted in _DOTTED.findall(path.read_text()):
+        found: Any = pma_megatron
+        for name in dotted.split(".")[1:]:
+            if not hasattr(found, name):
+                importlib.import_module(f"{found.__name__}.{name}")
+            found = getattr(found, name)
+
+
 # Commands and flags.
 
 _FLAG = re.compile(r"(?<![\w-])--[a-z](?:[\w-]*\w)?(?!\w|-?\*)")
 FOREIGN = {
     "torchrun": {"--nnodes", "--nproc-per-node"},
     "Megatron": {
-        "--async-save", "--check-for-nan-in-loss-and-grad", "--ckpt-format", "--ckpt-step",
-        "--eval-iters", "--finetune", "--iterations-to-skip", "--load", "--log-interval", "--lr",
-        "--lr-decay-iters", "--lr-decay-style", "--lr-wsd-decay-iters", "--min-lr",
-        "--no-load-optim", "--no-load-rng", "--override-opt_param-scheduler", "--save",
-        "--save-interval", "--skip-train", "--use-checkpoint-args",
+        "--async-save",
+        "--check-for-nan-in-loss-and-grad",
+        "--ckpt-format",
+        "--ckpt-step",
+        "--eval-iters",
+        "--finetune",
+        "--iterations-to-skip",
+        "--load",
+        "--log-interval",
+        "--lr",
+        "--lr-decay-iters",
+        "--lr-decay-style",
+        "--lr-wsd-decay-iters",
+        "--min-lr",
+        "--no-load-optim",
+        "--no-load-rng",
+        "--override-opt_param-scheduler",
+        "--save",
+        "--save-interval",
+        "--skip-train",
+        "--use-checkpoint-args",
     },
     "Megatron-DeepSpeed": {"--deepspeed", "--kd", "--mos", "--universal-checkpoint"},
     "DeepSpeed's converter": {"--inject_missing_state", "--input_folder", "--output_folder"},
     "launch/": {"--dry-run", "--list", "--points", "--recipes", "--seeds"},
     "patches/apply.sh": {"--check", "--reverse"},
     "an example's own model": {"--batches", "--float32"},
-}  # fmt: skip
+}
 """Flags in the docs that are other programs'."""
 
 
@@ -320,9 +361,12 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)],
-        cwd=ROOT, capture_output=True, text=True, check=False,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
         env={**os.environ, "PYTHONPATH": paths, "NO_MKDOCS_2_WARNING": "1"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 

@@ -60,9 +60,13 @@ def _run(axes: Axes) -> None:
     axes.text(0.75, 2.62, "loss of one run", color=_RUN, fontsize=11)
     axes.text(middle, 2.62, "constant learning rate", color=_RUN, fontsize=11, ha="center")
     axes.text(
-        middle, 2.15, "the last N checkpoints, V tokens apart", color=_TEXT, fontsize=11,
+        middle,
+        2.15,
+        "the last N checkpoints, V tokens apart",
+        color=_TEXT,
+        fontsize=11,
         ha="center",
-    )  # fmt: skip
+    )
     axes.text(9.35, float(loss(9.2)), "training goes on", color=_RUN, fontsize=10, va="center")
 
 
@@ -72,9 +76,15 @@ def _average(axes: Axes) -> None:
         axes.annotate("", xy=_CENTRE, xytext=start, arrowprops=_arrow(shrinkA=9, shrinkB=12))
     axes.plot(*_CENTRE, "D", ms=13, color=_AVERAGE)
     axes.text(
-        _CENTRE[0] - 0.4, _CENTRE[1] - 0.12, "their average", color=_AVERAGE, fontsize=12,
-        ha="right", va="center", weight="bold",
-    )  # fmt: skip
+        _CENTRE[0] - 0.4,
+        _CENTRE[1] - 0.12,
+        "their average",
+        color=_AVERAGE,
+        fontsize=12,
+        ha="right",
+        va="center",
+        weight="bold",
+    )
     for height, text in ((0.95, "resume training from it"), (0.25, "evaluate it, or forecast")):
         axes.annotate("", xy=(7.7, height), xytext=_CENTRE, arrowprops=_arrow(shrinkA=12))
         axes.text(7.85, height, text, color=_TEXT, fontsize=11, va="center")
