@@ -286,7 +286,7 @@ def commands(path: Path) -> Iterator[tuple[str, str]]:
     """(verb, rest) of every `pma` command in a block or a span of code."""
     text = texts(path)
     blocks = "\n".join(found[0] for found in _FENCED.finditer(text)).split("\n")
-    spans = [found[0].strip("`") for found in _SPAN.finditer(_FENCED.sub("", text))]
+    spans = [" ".join(f[0].strip("`").split()) for f in _SPAN.finditer(_FENCED.sub("", text))]
     for line in (*blocks, *spans):
         for found in re.finditer(r"(?:\bpma|-m pma_megatron) ([a-z]+)\b([^`]*)", line):
             if found[1] == "validation":  # ` pma validation loss`: a line of Megatron's log
