@@ -38,6 +38,9 @@ class Method:
 
     Raises:
         UsageError: an unknown name.
+
+    >>> Method(name="ema", alpha=0.5).of((), 3).values
+    (0.25, 0.25, 0.5)
     """
 
     name: str = "sma"
@@ -101,6 +104,15 @@ class MergeRequest:
 
     Raises:
         UsageError: values out of range, or settings that contradict each other.
+
+    >>> request = MergeRequest(
+    ...     load="/ckpts/run",
+    ...     save="/ckpts/run-pma",
+    ...     selection=SelectionRequest(last=10, interval_tokens=8_000_000_000),
+    ...     method=Method(name="wma"),
+    ... )
+    >>> request.method.name, request.policy.optimizer_state, request.threads
+    ('wma', 'latest', 2)
     """
 
     load: str
