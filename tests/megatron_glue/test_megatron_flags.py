@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from pma_megatron.deepspeed.options import Options
 from pma_megatron.errors import UsageError
 from pma_megatron.megatron import flags
-from pma_megatron.megatron.options import NAMES, USED_BY
+from pma_megatron.megatron.options import EXIT_CODE, NAMES, USED_BY
 from pma_megatron.megatron_deepspeed.hooks import _options
 from pma_megatron.merging.request import Method
 from pma_megatron.scores.grid import Grid
@@ -25,6 +26,26 @@ JOB = {
     "use_distributed_optimizer": True,
 }
 """What Megatron's own arguments say in a job that every use works in."""
+
+FROZEN = {
+    "pma-init", "pma-load", "pma-last", "pma-interval-tokens", "pma-interval-iterations",
+    "pma-tolerance", "pma-end-iteration", "pma-iterations", "pma-exclude", "pma-allow-gaps",
+    "pma-method", "pma-alpha", "pma-floor", "pma-coefficients", "pma-optimizer-state", "pma-share",
+    "pma-threads", "pma-check-sources", "pma-save", "pma-save-dir", "pma-window-dir", "pma-eval",
+    "pma-snapshot-interval-tokens", "pma-snapshot-dtype", "pma-snapshot-dir", "pma-keep",
+    "pma-recover", "pma-recover-last", "pma-recover-optimizer-state", "pma-recover-attempts",
+    "pma-recover-margin-iterations", "pma-recover-warmup", "pma-recover-patience",
+    "pma-recover-fatal-rise", "pma-score", "pma-score-methods", "pma-score-lasts",
+    "pma-score-intervals-tokens", "pma-score-intervals-iterations", "pma-score-ends",
+    "pma-score-others", "pma-score-out",
+}  # fmt: skip
+"""What people have in their job scripts: adding is a decision, removing breaks them."""
+NOT_IN_DEEPSPEED = {
+    name
+    for name in FROZEN
+    if name == "pma-load" or name == "pma-keep" or "snapshot" in name or "recover" in name
+    or "score" in name
+}  # fmt: skip
 
 
 def parse(text: str, **job: Any) -> argparse.Namespace:
@@ -46,6 +67,17 @@ def test_flags_add_one_group_of_plain_values() -> None:
     plain = (bool, int, float, str, list, type(None))
     assert all(type(value) in plain for value in args.values())
     assert b"pma_megatron" not in pickle.dumps(args)
+
+
+def test_flags_are_frozen() -> None:
+    def added(add: Callable[[argparse.ArgumentParser], object]) -> set[str]:
+        add(parser := argparse.ArgumentParser(add_help=False))
+        return {option for action in parser._actions for option in action.option_strings}
+
+    assert added(flags.add_arguments) == {f"--{name}" for name in FROZEN}
+    deepspeed = {f"--{name}" for name in FROZEN - NOT_IN_DEEPSPEED}
+    assert added(flags.add_deepspeed_arguments) == deepspeed
+    assert EXIT_CODE == 85  # of a job whose attempts to recover are spent
 
 
 def test_nothing_given_is_not_enabled_and_neither_is_a_namespace_without_the_flags() -> None:
