@@ -26,8 +26,10 @@ MADE_BY_USE = ("__pycache__", "*.py[co]", ".*_cache", "*.egg-info")
 
 def run(cwd: Path, *command: object, **environment: str) -> str:
     """What a command of this Python prints in `cwd`; it must succeed."""
+    # Coverage is of this tree, not of its copies.
+    mine = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
     done = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=cwd, env={**os.environ, **environment},
+        [sys.executable, *map(str, command)], cwd=cwd, env={**mine, **environment},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
