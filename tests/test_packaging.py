@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 from pma_megatron.version import __version__
 
@@ -99,3 +100,10 @@ def test_an_installed_wheel_runs(built: Path, tmp_path: Path) -> None:
     assert run(tmp_path, "-c", where, PYTHONPATH=str(into)).startswith(f"{into}/pma_megatron/")
     said = run(tmp_path, "-m", "pma_megatron", "--version", PYTHONPATH=str(into))
     assert said == f"pma_megatron {__version__}\n"
+
+
+def test_hooks_run_the_ruff_that_is_pinned() -> None:
+    pinned = (ROOT / "launch" / "constraints.txt").read_text().split()
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    (revision,) = [hook["rev"] for hook in hooks if hook["repo"].endswith("/ruff-pre-commit")]
+    assert f"ruff=={revision.removeprefix('v')}" in pinned
