@@ -18,9 +18,17 @@ from pma_megatron.version import __version__
 ROOT = Path(__file__).parents[1]
 CARRIED = (".ci", "docs", "launch", "patches", "pma_megatron", "tests")
 LOOSE = {
-    ".pre-commit-config.yaml", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in",
-    "README.md", "SECURITY.md", "mkdocs.yml", "pyproject.toml", "setup.py",
-}  # fmt: skip
+    ".pre-commit-config.yaml",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "LICENSE",
+    "MANIFEST.in",
+    "README.md",
+    "SECURITY.md",
+    "mkdocs.yml",
+    "pyproject.toml",
+    "setup.py",
+}
 MADE = {"PKG-INFO", "setup.cfg"}
 MADE_BY_USE = ("__pycache__", "*.py[co]", ".*_cache", "*.egg-info")
 
@@ -30,9 +38,13 @@ def run(cwd: Path, *command: object, **environment: str) -> str:
     # Coverage is of this tree, not of its copies.
     mine = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
     done = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=cwd, env={**mine, **environment},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, *map(str, command)],
+        cwd=cwd,
+        env={**mine, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -71,7 +83,7 @@ def test_the_archive_holds_everything(source: Path, built: Path) -> None:
     with tarfile.open(built / f"{root}.tar.gz") as archive:
         found = {
             member.name.removeprefix(f"{root}/") for member in archive if member.isfile()
-        } - MADE  # fmt: skip
+        } - MADE
     wanted = {name for name in files_below(source) if not name.startswith("pma_megatron.egg-info")}
     assert {name for name in found if not name.startswith("pma_megatron.egg-info")} == wanted
     assert {name.split("/")[0] for name in wanted} == LOOSE | set(CARRIED)
@@ -94,8 +106,20 @@ def test_an_index_would_take_both(built: Path) -> None:
 
 def test_an_installed_wheel_runs(built: Path, tmp_path: Path) -> None:
     into = tmp_path / "installed"
-    run(tmp_path, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-compile",
-        "--disable-pip-version-check", "--target", into, wheel_in(built))  # fmt: skip
+    run(
+        tmp_path,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        "--no-compile",
+        "--disable-pip-version-check",
+        "--target",
+        into,
+        wheel_in(built),
+    )
     where = "import pma_megatron; print(pma_megatron.__file__)"
     assert run(tmp_path, "-c", where, PYTHONPATH=str(into)).startswith(f"{into}/pma_megatron/")
     said = run(tmp_path, "-m", "pma_megatron", "--version", PYTHONPATH=str(into))

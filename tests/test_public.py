@@ -19,16 +19,39 @@ import pma_megatron.testing
 PACKAGE = Path(pma_megatron.__file__).parent
 PUBLIC = {
     "pma_megatron": {
-        "CheckpointRef", "Coefficients", "Inspection", "MergePlan", "MergeReport", "MergeRequest",
-        "Method", "PmaError", "Policy", "RecoveryRequest", "SelectionRequest", "__version__",
-        "inspect", "list_checkpoints", "merge", "plan", "recover", "verify",
+        "CheckpointRef",
+        "Coefficients",
+        "Inspection",
+        "MergePlan",
+        "MergeReport",
+        "MergeRequest",
+        "Method",
+        "PmaError",
+        "Policy",
+        "RecoveryRequest",
+        "SelectionRequest",
+        "__version__",
+        "inspect",
+        "list_checkpoints",
+        "merge",
+        "plan",
+        "recover",
+        "verify",
     },
     "pma_megatron.deepspeed": {"OnlineAverage", "load_merged", "pma_init"},
     "pma_megatron.testing": {
-        "FAULT_ENV", "Fault", "Outcome", "RankFailure", "RankTimeout", "TinyConfig", "TinyTrainer",
-        "inject", "rank_outcomes", "run_ranks",
+        "FAULT_ENV",
+        "Fault",
+        "Outcome",
+        "RankFailure",
+        "RankTimeout",
+        "TinyConfig",
+        "TinyTrainer",
+        "inject",
+        "rank_outcomes",
+        "run_ranks",
     },
-}  # fmt: skip
+}
 """What people import: adding is a decision, removing breaks them."""
 
 
@@ -74,8 +97,18 @@ def test_what_needs_no_checkpoint_has_an_example() -> None:
         if test.examples
     }
     missing = {
-        "CheckpointRef", "Coefficients", "MergeRequest", "Method", "PmaError", "Policy",
-        "RecoveryRequest", "SelectionRequest", "coefficients", "format_tokens", "parse_tokens",
-        "recommend", "select",
-    } - shown  # fmt: skip
+        "CheckpointRef",
+        "Coefficients",
+        "MergeRequest",
+        "Method",
+        "PmaError",
+        "Policy",
+        "RecoveryRequest",
+        "SelectionRequest",
+        "coefficients",
+        "format_tokens",
+        "parse_tokens",
+        "recommend",
+        "select",
+    } - shown
     assert not missing

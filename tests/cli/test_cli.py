@@ -215,9 +215,11 @@ def test_flags_are_frozen() -> None:
 
 @pytest.mark.parametrize(("error", "code"), EXIT_CODES, ids=lambda given: type(given).__name__)
 def test_exit_codes_are_frozen(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: BaseException,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
     code: int,
-) -> None:  # fmt: skip
+) -> None:
     def fail(_: argparse.Namespace) -> None:
         raise error
 

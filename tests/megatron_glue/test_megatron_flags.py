@@ -28,24 +28,59 @@ JOB = {
 """What Megatron's own arguments say in a job that every use works in."""
 
 FROZEN = {
-    "pma-init", "pma-load", "pma-last", "pma-interval-tokens", "pma-interval-iterations",
-    "pma-tolerance", "pma-end-iteration", "pma-iterations", "pma-exclude", "pma-allow-gaps",
-    "pma-method", "pma-alpha", "pma-floor", "pma-coefficients", "pma-optimizer-state", "pma-share",
-    "pma-threads", "pma-check-sources", "pma-save", "pma-save-dir", "pma-window-dir", "pma-eval",
-    "pma-snapshot-interval-tokens", "pma-snapshot-dtype", "pma-snapshot-dir", "pma-keep",
-    "pma-recover", "pma-recover-last", "pma-recover-optimizer-state", "pma-recover-attempts",
-    "pma-recover-margin-iterations", "pma-recover-warmup", "pma-recover-patience",
-    "pma-recover-fatal-rise", "pma-score", "pma-score-methods", "pma-score-lasts",
-    "pma-score-intervals-tokens", "pma-score-intervals-iterations", "pma-score-ends",
-    "pma-score-others", "pma-score-out",
-}  # fmt: skip
+    "pma-init",
+    "pma-load",
+    "pma-last",
+    "pma-interval-tokens",
+    "pma-interval-iterations",
+    "pma-tolerance",
+    "pma-end-iteration",
+    "pma-iterations",
+    "pma-exclude",
+    "pma-allow-gaps",
+    "pma-method",
+    "pma-alpha",
+    "pma-floor",
+    "pma-coefficients",
+    "pma-optimizer-state",
+    "pma-share",
+    "pma-threads",
+    "pma-check-sources",
+    "pma-save",
+    "pma-save-dir",
+    "pma-window-dir",
+    "pma-eval",
+    "pma-snapshot-interval-tokens",
+    "pma-snapshot-dtype",
+    "pma-snapshot-dir",
+    "pma-keep",
+    "pma-recover",
+    "pma-recover-last",
+    "pma-recover-optimizer-state",
+    "pma-recover-attempts",
+    "pma-recover-margin-iterations",
+    "pma-recover-warmup",
+    "pma-recover-patience",
+    "pma-recover-fatal-rise",
+    "pma-score",
+    "pma-score-methods",
+    "pma-score-lasts",
+    "pma-score-intervals-tokens",
+    "pma-score-intervals-iterations",
+    "pma-score-ends",
+    "pma-score-others",
+    "pma-score-out",
+}
 """What people have in their job scripts: adding is a decision, removing breaks them."""
 NOT_IN_DEEPSPEED = {
     name
     for name in FROZEN
-    if name == "pma-load" or name == "pma-keep" or "snapshot" in name or "recover" in name
+    if name == "pma-load"
+    or name == "pma-keep"
+    or "snapshot" in name
+    or "recover" in name
     or "score" in name
-}  # fmt: skip
+}
 
 
 def parse(text: str, **job: Any) -> argparse.Namespace:
