@@ -200,15 +200,16 @@ def payload(folder: Path) -> dict[str, str]:
 # The surface.
 
 
-def verbs_of(made: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    action = next(a for a in made._actions if isinstance(a, argparse._SubParsersAction))
+def verbs(made: argparse.ArgumentParser | None = None) -> dict[str, argparse.ArgumentParser]:
+    actions = (made or parser())._actions
+    action = next(a for a in actions if isinstance(a, argparse._SubParsersAction))
     return dict(action.choices)
 
 
 def test_flags_are_frozen() -> None:
     found = {
         name: {(action.option_strings or [action.dest])[-1] for action in verb._actions}
-        for name, verb in verbs_of(parser()).items()
+        for name, verb in verbs().items()
     }
     assert found == FLAGS
 
@@ -224,7 +225,7 @@ def test_exit_codes_are_frozen(
         raise error
 
     changed = parser()
-    verbs_of(changed)["list"].set_defaults(run=fail)
+    verbs(changed)["list"].set_defaults(run=fail)
     monkeypatch.setattr(flags, "parser", lambda: changed)
     found, out, err = call(capsys, "list", "run")
     assert (found, out) == (code, "")
