@@ -29,7 +29,7 @@ FOLDERS = [
 
 INSIDE = {
     "base": """
-        boxes durable durations faults log memory openfiles processes say spelling stopping
+        boxes durable durations faults log memory openfiles processes spelling stopping
         locations presence
         comm
     """,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from pma_megatron.base.comm import Comm
-from pma_megatron.base.say import say
+from pma_megatron.base.log import say
 from pma_megatron.live.poison import refuse_poisoned
 from pma_megatron.megatron import flags
 from pma_megatron.megatron.init import init

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from pma_megatron.base.say import say
+from pma_megatron.base.log import say
 from pma_megatron.megatron.evaluate import Evaluation
 
 _session: Session | None = None
