@@ -42,6 +42,7 @@ TEST = [
     # megatron-core imports these without asking for them in every release
     "packaging",
     "pyyaml",
+    "six",  # of Megatron-LM's tokenizers
     "typing_extensions",
 ]
 
