@@ -1,11 +1,17 @@
 #!/usr/bin/env bash
-# Install into .venv-test and run the checks and the tests. Arguments go to pytest.
-# usage: ./launch/test.sh [-m "not slow"] [tests/test_x.py ...]
+# Install into .venv-test and run the checks and the tests. Arguments go to pytest. With --cov as
+# the first, also say which lines of the package ran, in ranks and commands too; it costs time.
+# usage: ./launch/test.sh [--cov] [-m "not slow"] [tests/test_x.py ...]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/venv.sh
 ensure_venv "$PWD/.venv-test" test
 export OMP_NUM_THREADS=1
+cov=()
+if [[ ${1:-} == --cov ]]; then
+    shift
+    cov=(--cov --cov-report=term --cov-report=xml)
+fi
 old=$PWD/.venv-test/deepspeed-0.16.9  # a second release, for tests/deepspeed_glue/test_deepspeed_versions.py
 if [[ ! -d $old ]]; then
     DS_BUILD_OPS=0 "$VENV_PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps \
@@ -15,4 +21,4 @@ fi
 "$VENV_PYTHON" -m ruff check .
 "$VENV_PYTHON" -m ruff format --check .
 "$VENV_PYTHON" -m mypy
-exec "$VENV_PYTHON" -m pytest "$@"
+exec "$VENV_PYTHON" -m pytest "${cov[@]}" "$@"

@@ -12,6 +12,13 @@ class PmaError(Exception):
     Attributes:
         published: folders that the command had published before it failed.
         unpublished: those that it had not, if there are any of the first kind.
+
+    >>> from pma_megatron import SelectionRequest
+    >>> try:
+    ...     SelectionRequest(last=0)
+    ... except PmaError as error:
+    ...     print(type(error).__name__, error)
+    UsageError last= must be at least 1, got 0
     """
 
     published: tuple[str, ...] = ()

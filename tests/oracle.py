@@ -64,7 +64,7 @@ def read_by_torch(folder: Path, keys: Iterable[str]) -> dict[str, torch.Tensor]:
     wanted = {
         key: torch.empty(metadata[key].size, dtype=metadata[key].properties.dtype) for key in keys
     }
-    dcp.load(wanted, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
+    dcp.load(wanted, storage_reader=dcp.FileSystemReader(folder))  # torch 2.4 has no `no_dist`
     return wanted
 
 

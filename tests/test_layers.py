@@ -29,7 +29,7 @@ FOLDERS = [
 
 INSIDE = {
     "base": """
-        boxes durable durations faults log memory openfiles processes say spelling stopping
+        boxes durable durations faults log memory openfiles processes spelling stopping
         locations presence settings
         comm
     """,
@@ -118,7 +118,7 @@ INSIDE = {
         installing options params trees
         checks evaluate replicas thin
         flags load rollback shard swap
-        decorating init online recover score
+        decorating init online recover score session
         contour curvature decorators save scoring watch
         hooks install
     """,

@@ -21,16 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pma_megatron import (
-    MergeRequest,
-    Method,
-    PmaError,
-    Policy,
-    SelectionRequest,
-    intact,
-    merge,
-    verify,
-)
+from pma_megatron import MergeRequest, Method, PmaError, Policy, SelectionRequest, merge, verify
 from pma_megatron.base.comm import Comm
 from pma_megatron.formats import registry
 from pma_megatron.megatron.online import OnlineAverage
@@ -38,6 +29,7 @@ from pma_megatron.megatron.params import live_tensors, stepping
 from pma_megatron.megatron.save import note_origin
 from pma_megatron.megatron.shard import MegatronShard
 from pma_megatron.megatron.thin import ThinSnapshots
+from pma_megatron.merging import intact
 from pma_megatron.merging.inspection import look
 from pma_megatron.online.hostcopy import HostCopy
 from pma_megatron.online.snapshots import SNAPSHOTS

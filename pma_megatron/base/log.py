@@ -1,8 +1,9 @@
-"""Module loggers; only the command line configures them."""
+"""Words for people: module loggers, which only the command line configures, and training logs."""
 
 from __future__ import annotations
 
 import logging
+import sys
 
 
 def visible(text: str) -> str:
@@ -46,3 +47,15 @@ def configure(rank: int, *, verbose: bool = False) -> None:
     logger.handlers[:] = [handler]
     logger.setLevel(logging.DEBUG if verbose else logging.INFO)
     logger.propagate = False
+
+
+def say(text: str, *, rank: int = 0) -> None:
+    """Write a line from one rank (-1: the last) on standard output, where a training job has its
+    log."""
+    import torch.distributed as dist  # not for those who configure a logger alone
+
+    active = dist.is_available() and dist.is_initialized()
+    mine, size = (dist.get_rank(), dist.get_world_size()) if active else (0, 1)
+    if mine == rank % size:
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()

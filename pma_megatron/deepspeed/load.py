@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from pma_megatron.base.comm import Comm, Team
 from pma_megatron.base.faults import point
-from pma_megatron.base.say import say
+from pma_megatron.base.log import say
 from pma_megatron.base.spelling import named, speaking
 from pma_megatron.deepspeed.checks import (
     WAY_OUT,

@@ -11,7 +11,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from pma_megatron.base.spelling import hint
+from pma_megatron.base.spelling import left_out
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.inert import brief
 from pma_megatron.formats.json_files import read_json
@@ -73,7 +73,7 @@ def read_snapshot_marker(folder: Path) -> SnapshotMarker | None:
             f"{folder / MARKER_FILE} says snapshot version {brief(version)} holding "
             f"{brief(holds)}, this release reads version {SNAPSHOT_VERSION} holding "
             f"{MAIN_PARAMS!r}: use the pma_megatron that wrote it, "
-            f"{brief(value.get('pma_megatron'))}, or leave it out{hint('exclude')}"
+            f"{brief(value.get('pma_megatron'))}, or {left_out('it')}"
         )
     iteration, dtype = value.get("iteration"), value.get("dtype")
     if not is_count(iteration) or type(dtype) is not str:

@@ -25,7 +25,7 @@ from pma_megatron.merging.agreement import check_same_model, matching, refuse_ro
 from pma_megatron.merging.engine import Progress, blocks, over_threads, reading
 from pma_megatron.merging.integrity import checked
 from pma_megatron.merging.job import Show, silent
-from pma_megatron.merging.planning import OpenedSources, file_order, gather_sources, read_bytes
+from pma_megatron.merging.planning import OpenedSources, gather_sources
 from pma_megatron.merging.policy import MAIN
 from pma_megatron.merging.request import MergeRequest
 from pma_megatron.merging.rules import average_task
@@ -133,7 +133,10 @@ def measure(request: MergeRequest, comm: Comm | None = None, show: Show = silent
         products = comm.collect(comm.agree("read", run))
     groups = comm.on_main("sum", lambda: _sums(plan, np.concatenate(products)))
     return Measured(
-        found=found, groups=groups, state=plan.state, read_bytes=sum(map(read_bytes, plan.units))
+        found=found,
+        groups=groups,
+        state=plan.state,
+        read_bytes=sum(unit.read_bytes for unit in plan.units),
     )
 
 
@@ -164,7 +167,7 @@ def _plan(request: MergeRequest, found: OpenedSources) -> GramPlan:
         visible=found.visible,
         coefficients=(),
         threads=request.threads,
-        units=tuple(sorted((unit for task in tasks for unit in units(task)), key=file_order)),
+        units=units(tasks),
         state=MAIN if MAIN in states else "weight",
     )
 

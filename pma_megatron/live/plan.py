@@ -23,7 +23,7 @@ from pma_megatron.live.param import LiveTensor
 from pma_megatron.merging.planning import OpenedSources
 from pma_megatron.merging.policy import MAIN
 from pma_megatron.merging.rules import average_task
-from pma_megatron.merging.tasks import Average, Unit, units
+from pma_megatron.merging.tasks import Average, Unit
 
 WEIGHT = "weight"
 
@@ -134,7 +134,7 @@ def average_units(
         if lead:
             task = _task(plan, active, state, key, lead, targets)
             _check_shape(plan.sources[-1], state, key, _shape_of(tensors, key))
-            result += units(task)
+            result += task.units()
     return result
 
 

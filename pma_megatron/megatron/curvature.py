@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from pma_megatron.base.comm import Comm
-from pma_megatron.base.spelling import hint
+from pma_megatron.base.spelling import left_out
 from pma_megatron.errors import CheckpointError, UsageError
 from pma_megatron.geometry.gram import Measured
 from pma_megatron.geometry.spread import plain
@@ -236,8 +236,8 @@ def expand(
             products[:, column] = [_dot(other, curved) for other in members]
     if not (np.isfinite(losses).all() and np.isfinite(mean_loss) and np.isfinite(products).all()):
         raise CheckpointError(
-            f"the loss is not finite everywhere: members {losses}, mean {mean_loss}. Leave "
-            f"checkpoints of a diverged run out{hint('exclude')}"
+            f"the loss is not finite everywhere: members {losses}, mean {mean_loss}: "
+            f"{left_out('checkpoints of a diverged run')}"
         )
     largest = float(np.abs(products).max())
     skew = float(np.abs(products - products.T).max())

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pma_megatron.base.say import say
+from pma_megatron.base.log import say
 from pma_megatron.megatron.trees import global_vars
 
 

@@ -1,6 +1,6 @@
 """What happens in a Megatron training job at each place that `decorators` marks.
 
-One job, one `Session`: it is made when model and optimizer are ready.
+One job, one session: it is made when model and optimizer are ready.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from typing import Any
 import torch
 
 from pma_megatron.base.comm import Comm
-from pma_megatron.base.say import say
+from pma_megatron.base.log import say
 from pma_megatron.live.poison import refuse_poisoned
 from pma_megatron.megatron import flags
-from pma_megatron.megatron.evaluate import Evaluation
 from pma_megatron.megatron.init import init
 from pma_megatron.megatron.online import OnlineAverage
 from pma_megatron.megatron.options import tokens_now
@@ -27,6 +26,15 @@ from pma_megatron.megatron.params import live_tensors, stepping
 from pma_megatron.megatron.recover import Recovered
 from pma_megatron.megatron.save import note_origin, save_average
 from pma_megatron.megatron.scoring import Scoring
+from pma_megatron.megatron.session import (
+    Session,
+    begin,
+    evaluate,
+    evaluation,
+    saved,
+    saving,
+    stepped,
+)
 from pma_megatron.megatron.shard import MegatronShard
 from pma_megatron.megatron.thin import ThinSnapshots
 from pma_megatron.megatron.watch import Watch
@@ -34,9 +42,10 @@ from pma_megatron.online.hostcopy import HostCopy
 from pma_megatron.online.store import FOLDER
 from pma_megatron.online.window import WindowAverage
 
+__all__ = ["evaluate", "evaluation", "ready", "saved", "saving", "stepped", "validate"]
+
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _AT_EXIT_S = 60.0  # a job that ends must end
-_session: Session | None = None
 
 
 def validate(args: Any) -> None:
@@ -50,50 +59,14 @@ def validate(args: Any) -> None:
 
 def ready(model: Sequence[Any], optimizer: Any, opt_param_scheduler: Any) -> None:
     """Model and optimizer are built and loaded: start from an average, continue one."""
-    global _session
     args = _args()
     settings = flags.settings(args)
     if settings.init:
         init(args, settings, model, optimizer, _metadata(args))
-    _session = Session(args, settings, model, optimizer, opt_param_scheduler)
+    begin(MegatronSession(args, settings, model, optimizer, opt_param_scheduler))
 
 
-def stepped(arguments: Mapping[str, Any]) -> None:
-    """An iteration has ended; `arguments` are those of Megatron's `training_log`."""
-    if _session is not None:
-        _session.stepped(arguments)
-
-
-def saving() -> None:
-    """Megatron is about to save, and may fork its writers."""
-    if _session is not None:
-        refuse_poisoned(_session.models[0])
-        _session.saving()
-
-
-def saved(fn: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
-    """Megatron has saved: save the running average too."""
-    if _session is not None:
-        _session.saved(fn, arguments)
-
-
-@contextlib.contextmanager
-def evaluation(prefix: str, iteration: int, write_to_tensorboard: bool) -> Iterator[None]:
-    """Around Megatron's evaluation and its report, which those of the average follow."""
-    if _session is None:
-        yield
-        return
-    with _session.evaluation(prefix, iteration, write_to_tensorboard):
-        yield
-
-
-def evaluate(fn: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
-    """In place of Megatron's `evaluate`; returns what that returns."""
-    running = None if _session is None else _session.running
-    return fn(**arguments) if running is None else running.run(fn, arguments)
-
-
-class Session:
+class MegatronSession(Session):
     """The averages, snapshots and recoveries of one job."""
 
     def __init__(
@@ -105,8 +78,7 @@ class Session:
         scheduler: Any,
     ) -> None:
         """Make room, and continue what an earlier job has left. Collective."""
-        self.settings = settings
-        self.running: Evaluation | Scoring | None = None
+        self.settings, self.evaluates = settings, settings.eval_
         self.models, self._scored = models, False
         self._noted: list[tuple[Path, WindowAverage]] = []
         self._recording: list[threading.Thread] = []
@@ -131,7 +103,8 @@ class Session:
                 comm=self._comm,
             )
             say(self.online.report)
-            self._resume(self.online, iteration, tokens)
+            notes = self.online.load_state(self._state_dir, iteration, tokens)
+            self.say_continued(notes, iteration)
         if settings.snapshot_interval_tokens is not None and optimizer is not None:
             assert settings.snapshot_dir is not None
             shard = MegatronShard(live_tensors(models, optimizer, metadata))
@@ -171,6 +144,7 @@ class Session:
 
     def saving(self) -> None:
         """Have no thread of ours at work while Megatron forks: a child would inherit its locks."""
+        refuse_poisoned(self.models[0])
         self._recorded()
         if self.watch is not None:
             self.watch.saving(_args())
@@ -211,43 +185,19 @@ class Session:
     @contextlib.contextmanager
     def evaluation(self, prefix: str, iteration: int, write_to_tensorboard: bool) -> Iterator[None]:
         """Inside the block, `evaluate` scores the average too; at its end the results appear."""
-        online = self.online
-        if self.settings.score is not None and not self._scored:
-            self._scored = True
-            args = _args()
-            self.running = Scoring(self.models, args.load, self.settings, _metadata(args))
-            try:
+        if self.settings.score is None or self._scored:
+            with super().evaluation(prefix, iteration, write_to_tensorboard):
                 yield
-                self.running.report()
-            finally:
-                self.running = None
             return
-        if online is None or not self.settings.eval_:
+        self._scored = True
+        args = _args()
+        with self.during(Scoring(self.models, args.load, self.settings, _metadata(args))):
             yield
-            return
-        if online.average() is None:
-            say(f"PMA: no average is evaluated yet: {online.why_none()}")
-            yield
-            return
-        self.running = Evaluation(prefix, iteration, write_to_tensorboard, online.averaged_weights)
-        try:
-            yield
-            self.running.report()
-        finally:
-            self.running = None
 
     @property
     def _state_dir(self) -> Path:
         assert self.settings.save_dir is not None
         return Path(self.settings.save_dir) / FOLDER
-
-    def _resume(self, online: OnlineAverage, iteration: int, tokens: int) -> None:
-        notes = online.load_state(self._state_dir, iteration, tokens)
-        held = ", ".join(str(entry.iteration) for entry in online.entries)
-        if iteration or held or notes:
-            say(f"PMA: the running average continues with iterations {held or 'none'}")
-        for note in notes:
-            say(f"PMA: WARNING: {note}")
 
     def _note_origins(self) -> None:
         if self._noted and self._comm.is_main:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pma_megatron.base.comm import Comm
-from pma_megatron.base.say import say
+from pma_megatron.base.log import say
 from pma_megatron.errors import UsageError
 from pma_megatron.megatron.load import merge_into
 from pma_megatron.megatron.options import USED_BY, Settings, given

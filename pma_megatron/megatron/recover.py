@@ -33,7 +33,7 @@ import torch.distributed as dist
 from pma_megatron.base.comm import Comm
 from pma_megatron.base.faults import point
 from pma_megatron.base.locations import refuse_remote
-from pma_megatron.base.say import say
+from pma_megatron.base.log import say
 from pma_megatron.errors import PmaError, SelectionError
 from pma_megatron.live.poison import cure, poisoned_on_failure
 from pma_megatron.megatron.load import merge_into, trainer_of

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pma_megatron.base.comm import Comm
-from pma_megatron.base.say import say
+from pma_megatron.base.log import say
 from pma_megatron.errors import PmaError
 from pma_megatron.megatron.evaluate import Recorded, again, suffix
 from pma_megatron.megatron.options import Settings

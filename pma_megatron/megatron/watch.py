@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pma_megatron.base.comm import Comm
-from pma_megatron.base.say import say
+from pma_megatron.base.log import say
 from pma_megatron.megatron.options import EXIT_CODE, RecoverySettings
 from pma_megatron.megatron.recover import Recovered, Recovery, RecoverySpentError
 from pma_megatron.megatron.rollback import load_again

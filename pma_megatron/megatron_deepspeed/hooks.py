@@ -1,26 +1,35 @@
 """What happens in a Megatron-DeepSpeed job at each place that `decorators` marks.
 
-One job, one `Session`: it is made when model and optimizer are ready.
+One job, one session: it is made when model and optimizer are ready.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pma_megatron.base.say import say
+from pma_megatron.base.log import say
 from pma_megatron.base.settings import MEGATRON_DEEPSPEED, declared, values
 from pma_megatron.deepspeed.load import pma_init
 from pma_megatron.deepspeed.online import OnlineAverage
 from pma_megatron.errors import UsageError
 from pma_megatron.live.load import Live
 from pma_megatron.megatron import flags
-from pma_megatron.megatron.evaluate import Evaluation
 from pma_megatron.megatron.options import Settings, tokens_now
+from pma_megatron.megatron.session import (
+    Session,
+    begin,
+    evaluate,
+    evaluation,
+    saved,
+    saving,
+    stepped,
+)
 from pma_megatron.megatron.trees import changed_arguments, global_vars
 from pma_megatron.online.store import FOLDER
+
+__all__ = ["evaluate", "evaluation", "load", "ready", "saved", "saving", "stepped", "validate"]
 
 _UNSUPPORTED = (
     (
@@ -31,7 +40,6 @@ _UNSUPPORTED = (
     ("kd", "a teacher is loaded beside the model"),
     ("mos", "a teacher is loaded beside the model"),
 )
-_session: Session | None = None
 
 
 def validate(args: Any) -> None:
@@ -64,54 +72,19 @@ def load(fn: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
 
 def ready(model: Sequence[Any], optimizer: Any, opt_param_scheduler: Any) -> None:
     """Model and optimizer are built and loaded: continue a running average."""
-    global _session
     settings = flags.settings(_args())
     if settings.save and optimizer is not None:
-        _session = Session(_args(), settings, model[0])
+        begin(EngineSession(_args(), settings, model[0]))
 
 
-def stepped(arguments: Mapping[str, Any]) -> None:
-    """An iteration has ended; `arguments` are those of Megatron's `training_log`."""
-    if _session is not None:
-        _session.online.step(tokens_now(_args()), _args())
-
-
-def saving() -> None:
-    """Megatron is about to save."""
-    if _session is not None:
-        _session.online.wait()
-
-
-def saved(fn: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
-    """Megatron has saved: save the running average too."""
-    if _session is not None:
-        _session.saved(fn, arguments)
-
-
-@contextlib.contextmanager
-def evaluation(prefix: str, iteration: int, write_to_tensorboard: bool) -> Iterator[None]:
-    """Around Megatron's evaluation and its report, which those of the average follow."""
-    if _session is None:
-        yield
-        return
-    with _session.evaluation(prefix, iteration, write_to_tensorboard):
-        yield
-
-
-def evaluate(fn: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
-    """In place of Megatron's `evaluate`; returns what that returns."""
-    running = None if _session is None else _session.running
-    return fn(**arguments) if running is None else running.run(fn, arguments)
-
-
-class Session:
+class EngineSession(Session):
     """The running average of one job."""
 
     def __init__(self, args: Any, settings: Settings, engine: Any) -> None:
         """Make room, and continue what an earlier job has left. Collective."""
         assert settings.save_dir is not None
-        self.running: Evaluation | None = None
-        self._settings, self._root, tokens = settings, Path(settings.save_dir), tokens_now(args)
+        self.evaluates, self._root = settings.eval_, Path(settings.save_dir)
+        tokens = tokens_now(args)
         self.online = OnlineAverage(
             engine,
             settings.method,
@@ -121,12 +94,15 @@ class Session:
             window_dir=settings.window_dir,
         )
         say(self.online.report)
-        notes = self.online.load_state(self._root / FOLDER, tokens)
-        held = ", ".join(str(entry.iteration) for entry in self.online.entries)
-        if engine.global_steps or held or notes:
-            say(f"PMA: the running average continues with iterations {held or 'none'}")
-        for note in notes:
-            say(f"PMA: WARNING: {note}")
+        self.say_continued(self.online.load_state(self._root / FOLDER, tokens), engine.global_steps)
+
+    def stepped(self, arguments: Mapping[str, Any]) -> None:
+        """Take an entry if it is time."""
+        self.online.step(tokens_now(_args()), _args())
+
+    def saving(self) -> None:
+        """Have no copy of ours under way."""
+        self.online.wait()
 
     def saved(self, fn: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
         """Save the average as a tag of its own, as Megatron saves, and the window's state."""
@@ -139,25 +115,6 @@ class Session:
             with self.online.saving(self._root), changed_arguments(_args(), changes):
                 fn(**arguments)
         self.online.save_state(self._root / FOLDER)
-
-    @contextlib.contextmanager
-    def evaluation(self, prefix: str, iteration: int, write_to_tensorboard: bool) -> Iterator[None]:
-        """Inside the block, `evaluate` scores the average too; at its end the results appear."""
-        if not self._settings.eval_:
-            yield
-            return
-        if self.online.average() is None:
-            say(f"PMA: no average is evaluated yet: {self.online.why_none()}")
-            yield
-            return
-        self.running = Evaluation(
-            prefix, iteration, write_to_tensorboard, self.online.averaged_weights
-        )
-        try:
-            yield
-            self.running.report()
-        finally:
-            self.running = None
 
 
 def _options(settings: Settings) -> dict[str, Any]:

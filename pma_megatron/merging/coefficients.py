@@ -44,7 +44,12 @@ _NEAR_SUM = 1e-6  # a sum this close to 1 is a list typed with six digits
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Coefficients:
-    """The weights of an average, and where they come from."""
+    """The weights of an average, and where they come from.
+
+    >>> made = coefficients("ema", count=3, alpha=0.5)
+    >>> made.values, made.describe()
+    ((0.25, 0.25, 0.5), 'ema(alpha=0.5)')
+    """
 
     values: tuple[float, ...]
     """float64, one per checkpoint, oldest first."""
@@ -140,6 +145,12 @@ def coefficients(
     Raises:
         UsageError: unknown method; a parameter out of range, or of another method; checkpoints
             not counted, or counted twice differently; tokens that do not increase.
+
+    >>> coefficients("wma", count=4).values
+    (0.1, 0.2, 0.3, 0.4)
+    >>> decayed = coefficients("1-sqrt", tokens=[0, 8_000, 16_000, 24_000, 32_000])
+    >>> [round(value, 3) for value in decayed.values]
+    [0.333, 0.276, 0.18, 0.145, 0.065]
     """
     if method not in METHODS:
         raise UsageError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
@@ -167,6 +178,9 @@ def implied_decay_weights(values: Sequence[float]) -> tuple[float, ...]:
     w_i = sum_{j>=i} c_j for the intervals i = 1..N-1, oldest first (arXiv 2507.17634 theorem 3.1);
     empty for one checkpoint. SMA of N implies (N-1)/N, ..., 1/N: a linear decay. For coefficients
     that sum to S rather than 1 the merge is S theta_0 - sum_i w_i g_i.
+
+    >>> implied_decay_weights(coefficients("sma", count=4).values)
+    (0.75, 0.5, 0.25)
     """
     return tuple(math.fsum(values[first:]) for first in range(1, len(values)))
 

@@ -24,16 +24,14 @@ from pma_megatron.base.comm import Comm, Team
 from pma_megatron.base.spelling import named
 from pma_megatron.errors import PlanError, RankError
 from pma_megatron.merging.accumulate import Accumulator, Sum, Work, Workspace
-from pma_megatron.merging.tasks import Average, Copy, Keep, Unit, Workload, Write, Zero
-from pma_megatron.transfer.blocks import BlockReader, copy_item
+from pma_megatron.merging.tasks import Average, Fill, Unit, Workload
+from pma_megatron.transfer.blocks import BlockReader
 from pma_megatron.transfer.buffers import BLOCK_ELEMENTS, as_bytes
 from pma_megatron.transfer.reads import Reads
 
 S = TypeVar("S")
 Progress = Callable[[int], None]
 """Called with the cost in bytes of each finished unit."""
-
-_ZEROS = bytes(1 << 20)
 
 
 @dataclass(slots=True)
@@ -206,56 +204,26 @@ class _Job:
     def _do(self, unit: Unit, space: Workspace) -> None:
         self.check()
         if isinstance(unit.task, Average):
-            work = self.add.locate(unit, unit.task, unit.task.numbers)
-            for each in work.inputs:
-                each.reader.advise()
-            for first, block in blocks(work.box):
-                self.check()
-                read_bytes = self.add.weighted(work, block, first, space)
-                averages = self.add.averages(work, block, space)
-                self.tally.add(read_bytes, self.add.write(work, block, first, averages, space))
+            self._average(unit, unit.task, space)
         else:
-            self._do_bytes(unit, space)
+            self._fill(unit, unit.task, space)
         self.progress(unit.cost_bytes)
 
-    def _do_bytes(self, unit: Unit, space: Workspace) -> None:
-        task, at, end = unit.task, unit.first, unit.first + unit.count
-        if isinstance(task, Copy):
-            newest, start = self.add.readers[self.add.last], task.source_offset + at
-            buffer = as_bytes(space.raw.whole(torch.float32)[:BLOCK_ELEMENTS])
-            copy_item(
-                newest,
-                task.item,
-                start,
-                unit.count,
-                self.add.writers,
-                task.file,
-                task.offset + at,
-                buffer,
-            )
-            self.tally.add(unit.count, unit.count * len(self.add.writers))
-            return
-        scale = task.place.dtype.itemsize if isinstance(task, (Keep, Zero)) else 1
-        while at < end:
-            count = min(len(_ZEROS) // scale, end - at)
-            kept = self._kept(task, at, count) if isinstance(task, Keep) else None
-            for writer in self.add.writers:
-                if isinstance(task, Keep) and kept is not None:
-                    writer.put(task.place, task.start + at, kept)
-                elif isinstance(task, Zero):
-                    writer.put(task.place, task.start + at, memoryview(_ZEROS)[: count * scale])
-                elif isinstance(task, Write):
-                    data = memoryview(task.data)[at : at + count]
-                    writer.pwrite(task.file, task.offset + at, data)
-            self.tally.add(len(kept or b""), count * scale * len(self.add.writers))
-            at += count
+    def _average(self, unit: Unit, task: Average, space: Workspace) -> None:
+        work = self.add.locate(unit, task, task.numbers)
+        for each in work.inputs:
+            each.reader.advise()
+        for first, block in blocks(work.box):
+            self.check()
+            read_bytes = self.add.weighted(work, block, first, space)
+            averages = self.add.averages(work, block, space)
+            self.tally.add(read_bytes, self.add.write(work, block, first, averages, space))
 
-    def _kept(self, task: Keep, at: int, count: int) -> memoryview:
-        """`count` elements of the newest source from element `at` of the task."""
-        reader = self.add.readers[self.add.last]
-        data = memoryview(bytearray(count * task.payload.dtype.itemsize))
-        reader.read_bytes(task.payload, task.start + at, data)
-        return data
+    def _fill(self, unit: Unit, task: Fill, space: Workspace) -> None:
+        buffer = as_bytes(space.raw.whole(torch.float32)[:BLOCK_ELEMENTS])
+        task.fill(unit, self.add.readers[self.add.last], self.add.writers, buffer)
+        written_bytes = unit.count * task.itemsize * len(self.add.writers)
+        self.tally.add(unit.read_bytes, written_bytes)
 
     # A team: the same blocks in the same order on every member.
 

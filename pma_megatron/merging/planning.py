@@ -22,8 +22,8 @@ from pma_megatron.merging.agreement import frozen_notes
 from pma_megatron.merging.policy import MAIN
 from pma_megatron.merging.request import MergeRequest, Output, in_its_words
 from pma_megatron.merging.rules import Decisions, PolicyRow, Rules, decide, make_tasks
-from pma_megatron.merging.tasks import Average, Copy, Keep, Unit, Workload, Zero, units
-from pma_megatron.runs.discover import choose, list_checkpoints, pointers_of
+from pma_megatron.merging.tasks import Unit, Workload, units
+from pma_megatron.runs.discover import choose, list_checkpoints, newest_full, pointers_of
 from pma_megatron.runs.notices import announce, too_early_notes
 from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.runs.selection import Selection
@@ -170,7 +170,7 @@ def make_plan(request: MergeRequest, comm: Comm) -> MergePlan:
         SelectionError, CheckpointError, PlanError, UsageError: on every rank, before any write.
     """
     found = gather_sources(request, comm, everywhere=comm.merge_size > 1)
-    decisions = comm.agree("policy", lambda: decide(request, found.sources))
+    decisions = comm.agree("policy", lambda: decide(request, found.sources, newest_full))
     layout = _layout(found, decisions, request.lr_factor, comm)
     return comm.agree("plan", lambda: _assemble(request, found, decisions, layout))
 
@@ -340,7 +340,7 @@ def _assemble(
     request: MergeRequest, found: OpenedSources, decisions: Decisions, layout: OutputLayout
 ) -> MergePlan:
     tasks = make_tasks(found.sources, found.active, decisions, layout)
-    work = sorted((u for task in tasks for u in units(task)), key=file_order)
+    work = units(tasks)
     notes = (*found.selection.notes, *frozen_notes(found.sources))
     return MergePlan(
         request=request,
@@ -350,36 +350,12 @@ def _assemble(
         rules=decisions.rules,
         table=decisions.table,
         layout=layout,
-        units=tuple(work),
+        units=work,
         active=found.active,
         visible=found.visible,
-        read_bytes=sum(read_bytes(unit) for unit in work),
+        read_bytes=sum(unit.read_bytes for unit in work),
         digest=_digest(request, found.sources, found.outputs, decisions.table),
     )
-
-
-def file_order(unit: Unit) -> tuple[str, int, int]:
-    if unit.lead is not None and unit.box is not None:
-        item = unit.lead.payload.item
-        return item.file, item.offset, unit.lead.start
-    task = unit.task
-    if isinstance(task, (Keep, Zero)):
-        return task.place.file, task.place.start, task.start + unit.first
-    assert not isinstance(task, Average)
-    return task.file, task.offset, unit.first
-
-
-def read_bytes(unit: Unit) -> int:
-    """Payload bytes that a unit reads from all its sources."""
-    task = unit.task
-    if isinstance(task, Copy):
-        return unit.count
-    if isinstance(task, Keep):
-        return unit.count * task.payload.dtype.itemsize
-    if not isinstance(task, Average) or unit.box is None:
-        return 0
-    per_element = sum(d.itemsize for d in task.dtypes) + task.proof_itemsize
-    return unit.box.numel * per_element
 
 
 def _digest(

@@ -97,6 +97,14 @@ class Policy:
 
     Raises:
         UsageError: an unknown word.
+
+    Rounded weights follow their averaged main params; the router's, here, stay the newest:
+
+    >>> policy = Policy(overrides=(("*router*", "newest"),))
+    >>> policy.decide(Entry(key="mlp.fc1.weight", state="weight", has_main=True)).action.value
+    'averaged main params, rounded once'
+    >>> policy.decide(Entry(key="mlp.router.weight", state="weight", has_main=True)).action.value
+    'newest'
     """
 
     optimizer_state: str = setting(

@@ -33,6 +33,9 @@ class Method:
 
     Raises:
         UsageError: an unknown name.
+
+    >>> Method(name="ema", alpha=0.5).of((), 3).values
+    (0.25, 0.25, 0.5)
     """
 
     name: str = setting("sma", "how checkpoints are weighted", metavar="M", choices=METHODS)
@@ -80,6 +83,15 @@ class MergeRequest:
 
     Raises:
         UsageError: values out of range, or settings that contradict each other.
+
+    >>> request = MergeRequest(
+    ...     load="/ckpts/run",
+    ...     save="/ckpts/run-pma",
+    ...     selection=SelectionRequest(last=10, interval_tokens=8_000_000_000),
+    ...     method=Method(name="wma"),
+    ... )
+    >>> request.method.name, request.policy.optimizer_state, request.threads
+    ('wma', 'latest', 2)
     """
 
     load: str = field(metadata=needed("the folder that training saves to", metavar="DIR"))

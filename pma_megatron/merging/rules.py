@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,9 @@ from pma_megatron.merging.agreement import (
     refuse_rounded,
     weights_alone,
 )
-from pma_megatron.merging.policy import MAIN, Action, Entry, Policy, Rule, unmatched
+from pma_megatron.merging.policy import MAIN, Action, Entry, Rule, unmatched
 from pma_megatron.merging.request import MergeRequest
-from pma_megatron.merging.tasks import Average, Copy, Keep, Write, Zero
-from pma_megatron.runs.discover import newest_full
+from pma_megatron.merging.tasks import Average, Copy, Keep, Task, Write, Zero
 
 Rules = Mapping[tuple[str, str], Rule]
 
@@ -61,11 +60,19 @@ class Decisions:
     table: tuple[PolicyRow, ...]
 
 
-def decide(request: MergeRequest, sources: Sequence[Source]) -> Decisions:
+def decide(
+    request: MergeRequest, sources: Sequence[Source], newest_full: Callable[[Path], int | None]
+) -> Decisions:
     """Apply the policy to the newest source.
 
     Where that is a thin snapshot, averaged weights get the dtype that the newest full source stores
     (the snapshot's own, if there is no full one), unless the request names another.
+
+    Args:
+        request: whose policy it is.
+        sources: oldest first.
+        newest_full: iteration of the newest full checkpoint beside a snapshot, None if there is
+            none; asked only where the request is refused.
 
     Raises:
         UsageError: an override that matches nothing or cannot be done.
@@ -73,7 +80,8 @@ def decide(request: MergeRequest, sources: Sequence[Source]) -> Decisions:
             snapshot and the result is to be resumed from.
     """
     base, policy = sources[-1], request.policy
-    _refuse_unresumable(base, policy)
+    if base.snapshot and not policy.drops_optimizer:
+        raise _unresumable(base, newest_full(Path(base.path)))
     if policy.average != "weights":
         refuse_rounded(sources)
     model = next((s for s in reversed(sources) if not s.snapshot), base)
@@ -105,16 +113,13 @@ def decide(request: MergeRequest, sources: Sequence[Source]) -> Decisions:
     )
 
 
-def _refuse_unresumable(base: Source, policy: Policy) -> None:
-    if not base.snapshot or policy.drops_optimizer:
-        return
-    full = newest_full(Path(base.path))
+def _unresumable(base: Source, full: int | None) -> PlanError:
     end = (
         "the newest full checkpoint"
         if full is None
-        else (f"{given('end_iteration', full)}, the newest full checkpoint")
+        else f"{given('end_iteration', full)}, the newest full checkpoint"
     )
-    raise PlanError(
+    return PlanError(
         f"the newest source, {base.path}, is a snapshot: it has no optimizer state, so training "
         f"could not resume from the result. End at {end}, or make a checkpoint of weights alone "
         f"with {given('optimizer_state', 'drop')} (or {given('average', 'weights')})"
@@ -179,86 +184,93 @@ def _table(entries: Sequence[Entry], rules: Rules) -> tuple[PolicyRow, ...]:
 
 def make_tasks(
     sources: Sequence[Source], active: Sequence[int], decisions: Decisions, layout: OutputLayout
-) -> list[Average | Copy | Keep | Zero | Write]:
+) -> list[Task]:
     """The work that fills `layout`, after a check that every source has what it takes.
 
     Raises:
         PlanError: a source lacks a tensor, or has it in another shape or dtype.
     """
-    base = sources[-1]
     check_same_model(sources)
-    tasks: list[Average | Copy | Keep | Zero | Write] = []
-    covered: dict[Destination, list[tuple[int, int]]] = {}
-    zeroed: dict[Payload, Zero] = {}  # a payload may hold the moments of many parameters
+    builder = _Builder(sources, active, decisions, layout)
     for (state, key), rule in decisions.rules.items():
-        tensor = base.tensor(state, key)
-        if tensor is None or rule.action is Action.ROUND:
-            continue  # rounded weights are a target of their main params' task
-        rounded = state == MAIN and decisions.rules["weight", key].action is Action.ROUND
-        written = _gets_new_bytes(base, state, key, rule)
+        tensor = sources[-1].tensor(state, key)
+        if tensor is not None:
+            builder.add(state, key, rule, tensor)
+    return [*builder.averages, *builder.between(), *builder.zeros.values(), *_untouched(layout)]
+
+
+@dataclass(slots=True)
+class _Builder:
+    """Tasks of the entries that were added, and what they leave open.
+
+    Attributes:
+        covered: place of a payload -> (start, elements) that averages fill.
+        zeros: payload -> its task; one may hold the moments of many parameters.
+    """
+
+    sources: Sequence[Source]
+    active: Sequence[int]
+    decisions: Decisions
+    layout: OutputLayout
+    averages: list[Average] = field(default_factory=list)
+    covered: dict[Destination, list[tuple[int, int]]] = field(default_factory=dict)
+    zeros: dict[Payload, Zero] = field(default_factory=dict)
+
+    def add(self, state: str, key: str, rule: Rule, tensor: Tensor) -> None:
+        """The task of one entry; rounded weights are a target of their main params' task."""
+        rules = self.decisions.rules
+        rounded = state == MAIN and rules["weight", key].action is Action.ROUND
+        written = _gets_new_bytes(self.sources[-1], state, key, rule)
         if rule.action is Action.ZERO:
             for payload in (p.payload for p in (*tensor.pieces, *tensor.replicas)):
-                zeroed[payload] = Zero(layout.places[payload], 0, payload.numel)
-        elif written or rounded:
-            tasks.append(
-                _average(
-                    sources,
-                    active,
-                    decisions,
-                    layout,
-                    state,
-                    tensor,
-                    key,
-                    covered,
-                    written,
-                    rounded,
-                )
-            )
-    payloads = {place: payload for payload, place in layout.places.items()}
-    for place, ranges in covered.items():
-        for start, count in _gaps(ranges, place.numel):
-            keep = layout.keeps_gaps
-            tasks.append(
-                Keep(payloads[place], place, start, count) if keep else Zero(place, start, count)
-            )
-    return [*tasks, *zeroed.values(), *_untouched(layout)]
+                self.zeros[payload] = Zero(self.layout.places[payload], 0, payload.numel)
+        elif rule.action is not Action.ROUND and (written or rounded):
+            self.averages.append(self._average(state, key, tensor, written, rounded))
 
+    def _average(
+        self, state: str, key: str, tensor: Tensor, written: bool, rounded: bool
+    ) -> Average:
+        base = self.sources[-1]
+        kept = self.decisions.rules[state, key].action is Action.NEWEST
+        numbers = (len(self.sources) - 1,) if kept else tuple(self.active)
+        targets, target_bytes = self._placed(tensor) if written else [], 0
+        if written:
+            target_bytes += tensor.dtype.itemsize
+        if rounded:
+            weight = base.space.weights[key]
+            check_covers(base, key, PieceIndex(tensor.pieces), weight.pieces)
+            targets += self._placed(weight)
+            target_bytes += weight.dtype.itemsize
+        return average_task(
+            base,
+            state,
+            key,
+            lead=tensor.pieces,
+            numbers=numbers,
+            tensors=[matching(self.sources[i], base, tensor, state, key) for i in numbers],
+            targets=targets,
+            target_bytes=target_bytes,
+            kept=kept,
+        )
 
-def _average(
-    sources: Sequence[Source],
-    active: Sequence[int],
-    decisions: Decisions,
-    layout: OutputLayout,
-    state: str,
-    tensor: Tensor,
-    key: str,
-    covered: dict[Destination, list[tuple[int, int]]],
-    written: bool,
-    rounded: bool,
-) -> Average:
-    base = sources[-1]
-    newest_only = decisions.rules[state, key].action is Action.NEWEST
-    numbers = (len(sources) - 1,) if newest_only else tuple(active)
-    tensors = [matching(sources[number], base, tensor, state, key) for number in numbers]
-    targets: list[Piece[Destination]] = []
-    if written:
-        targets += _placed(layout, (*tensor.pieces, *tensor.replicas), covered)
-    weight = base.space.weights[key]
-    if rounded:
-        check_covers(base, key, PieceIndex(tensor.pieces), weight.pieces)
-        targets += _placed(layout, (*weight.pieces, *weight.replicas), covered)
-    return average_task(
-        base,
-        state,
-        key,
-        lead=tensor.pieces,
-        numbers=numbers,
-        tensors=tensors,
-        targets=targets,
-        target_bytes=(tensor.dtype.itemsize if written else 0)
-        + (weight.dtype.itemsize if rounded else 0),
-        kept=newest_only,
-    )
+    def _placed(self, tensor: Tensor) -> list[Piece[Destination]]:
+        placed = []
+        for piece in (*tensor.pieces, *tensor.replicas):
+            place = self.layout.places[piece.payload]
+            # A payload of a tensor that is a view of a larger storage is written without the rest.
+            placed.append(Piece(piece.box, place, piece.start))
+            self.covered.setdefault(place, []).append((piece.start, piece.box.numel))
+        return placed
+
+    def between(self) -> Iterator[Keep | Zero]:
+        """What lies between and after the parameters of a payload: as it was, or zero."""
+        payloads = {place: payload for payload, place in self.layout.places.items()}
+        for place, ranges in self.covered.items():
+            for start, count in _gaps(ranges, place.numel):
+                if self.layout.keeps_gaps:
+                    yield Keep(place, start, count, payloads[place])
+                else:
+                    yield Zero(place, start, count)
 
 
 def average_task(
@@ -296,20 +308,6 @@ def average_task(
         proof=proof,
         proof_itemsize=weight.dtype.itemsize if proof else 0,
     )
-
-
-def _placed(
-    layout: OutputLayout,
-    pieces: Iterable[Piece[Payload]],
-    covered: dict[Destination, list[tuple[int, int]]],
-) -> list[Piece[Destination]]:
-    placed = []
-    for piece in pieces:
-        place = layout.places[piece.payload]
-        # A payload of a tensor that is a view of a larger storage is written without the rest.
-        placed.append(Piece(piece.box, place, piece.start))
-        covered.setdefault(place, []).append((piece.start, piece.box.numel))
-    return placed
 
 
 def _gaps(ranges: Sequence[tuple[int, int]], numel: int) -> list[tuple[int, int]]:

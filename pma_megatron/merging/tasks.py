@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
+from isal import isal_zlib
 
 from pma_megatron.base.boxes import Box, Piece, PieceIndex, slices
 from pma_megatron.formats.base import Item, Payload
 from pma_megatron.formats.output import Destination
 from pma_megatron.formats.source import Source
+from pma_megatron.transfer.blocks import BlockReader, BlockWriter
 
 UNIT_ELEMENTS = 8 << 20
 """Elements of one work unit, the grain in which work is split over ranks and threads."""
@@ -67,76 +69,214 @@ class Average:
     proof: PieceIndex[Payload] | None
     proof_itemsize: int
 
+    def units(self) -> Iterator[Unit]:
+        """The cut into units; it depends on the task alone, so results do not on the ranks."""
+        per_element = sum(dtype.itemsize for dtype in self.dtypes) + self.target_bytes
+        for piece in self.lead:
+            for box in slices(piece.box, UNIT_ELEMENTS):
+                yield Unit(self, piece, box, 0, 0, box.numel * per_element)
+
+    def file_order(self, unit: Unit) -> tuple[str, int, int]:
+        """Where the unit begins: file, offset of the item, element."""
+        assert unit.lead is not None
+        item = unit.lead.payload.item
+        return item.file, item.offset, unit.lead.start
+
+    def read_bytes(self, unit: Unit) -> int:
+        """Payload bytes that the unit reads from all its sources."""
+        assert unit.box is not None
+        return unit.box.numel * (sum(d.itemsize for d in self.dtypes) + self.proof_itemsize)
+
+
+class Fill:
+    """A task in which no coefficient has a part: elements that stay, are known, or become zero."""
+
+    __slots__ = ()
+    reads: ClassVar[bool] = False
+    """Whether it reads the newest source."""
+
+    @property
+    def numel(self) -> int:
+        """Elements to be filled."""
+        raise NotImplementedError
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per element."""
+        return 1
+
+    def file_order(self, unit: Unit) -> tuple[str, int, int]:
+        """What to sort units by, so that files are written from their beginnings."""
+        raise NotImplementedError
+
+    def units(self) -> Iterator[Unit]:
+        """The cut into units."""
+        moves = self.itemsize * (2 if self.reads else 1)
+        for first in range(0, self.numel, UNIT_ELEMENTS):
+            count = min(UNIT_ELEMENTS, self.numel - first)
+            yield Unit(self, None, None, first, count, count * moves)
+
+    def read_bytes(self, unit: Unit) -> int:
+        """Payload bytes that the unit reads from the newest source."""
+        return unit.count * self.itemsize if self.reads else 0
+
+    def fill(
+        self, unit: Unit, newest: BlockReader, writers: Sequence[BlockWriter], buffer: memoryview
+    ) -> None:
+        """Do one unit in steps of the buffer's size.
+
+        Raises:
+            CheckpointError, PublishError: see `BlockReader.read` and `BlockWriter.pwrite`.
+        """
+        step = len(buffer) // self.itemsize
+        for at in range(unit.first, unit.first + unit.count, step):
+            count = min(step, unit.first + unit.count - at)
+            self._fill(at, newest, writers, buffer[: count * self.itemsize])
+
+    def _fill(
+        self, at: int, newest: BlockReader, writers: Sequence[BlockWriter], data: memoryview
+    ) -> None:
+        """The elements from `at` on that fit `data`, which may be used for them."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True, slots=True)
-class Copy:
-    """Bytes of an item of the newest source that stay as they are."""
+class Copy(Fill):
+    """Bytes of an item of the newest source that stay as they are.
+
+    Not copied inside the kernel: what is written is what was compared with its checksum.
+    """
 
     item: Item
     source_offset: int
     file: str
     offset: int
     nbytes: int
+    reads: ClassVar[bool] = True
+
+    @property
+    def numel(self) -> int:
+        """Bytes to be copied."""
+        return self.nbytes
+
+    def file_order(self, unit: Unit) -> tuple[str, int, int]:
+        """See `Fill`."""
+        return self.file, self.offset, unit.first
+
+    def _fill(
+        self, at: int, newest: BlockReader, writers: Sequence[BlockWriter], data: memoryview
+    ) -> None:
+        newest.read_item(self.item, self.source_offset + at, data)
+        crc = isal_zlib.crc32(data)
+        for writer in writers:
+            writer.pwrite(self.file, self.offset + at, data)
+            writer.checksums.add_copy(self.file, self.offset + at, len(data), crc)
 
 
 @dataclass(frozen=True, slots=True)
-class Keep:
-    """Elements of a written payload that stay the newest source's: padding, what has no name."""
-
-    payload: Payload
-    place: Destination
-    start: int
-    numel: int
-
-
-@dataclass(frozen=True, slots=True)
-class Zero:
-    """A range of a payload that becomes zero: reset moments, gaps between parameters."""
-
-    place: Destination
-    start: int
-    numel: int
-
-
-@dataclass(frozen=True, slots=True)
-class Write:
+class Write(Fill):
     """Bytes that the plan already made."""
 
     file: str
     offset: int
     data: bytes
 
+    @property
+    def numel(self) -> int:
+        """Bytes to be written."""
+        return len(self.data)
+
+    def file_order(self, unit: Unit) -> tuple[str, int, int]:
+        """See `Fill`."""
+        return self.file, self.offset, unit.first
+
+    def _fill(
+        self, at: int, newest: BlockReader, writers: Sequence[BlockWriter], data: memoryview
+    ) -> None:
+        for writer in writers:
+            made = memoryview(self.data)[at : at + len(data)]
+            writer.pwrite(self.file, self.offset + at, made)
+
+
+@dataclass(frozen=True, slots=True)
+class _Range(Fill):
+    """Elements of a payload of the output, from `start` on."""
+
+    place: Destination
+    start: int
+    count: int
+
+    @property
+    def numel(self) -> int:
+        """Elements in the range."""
+        return self.count
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per element in the output."""
+        return self.place.dtype.itemsize
+
+    def file_order(self, unit: Unit) -> tuple[str, int, int]:
+        """See `Fill`."""
+        return self.place.file, self.place.start, self.start + unit.first
+
+
+@dataclass(frozen=True, slots=True)
+class Zero(_Range):
+    """A range of a payload that becomes zero: reset moments, gaps between parameters."""
+
+    def _fill(
+        self, at: int, newest: BlockReader, writers: Sequence[BlockWriter], data: memoryview
+    ) -> None:
+        data[:] = bytes(len(data))
+        for writer in writers:
+            writer.put(self.place, self.start + at, data)
+
+
+@dataclass(frozen=True, slots=True)
+class Keep(_Range):
+    """Elements of a written payload that stay the newest source's: padding, what has no name."""
+
+    payload: Payload
+    reads: ClassVar[bool] = True
+
+    def _fill(
+        self, at: int, newest: BlockReader, writers: Sequence[BlockWriter], data: memoryview
+    ) -> None:
+        newest.read_bytes(self.payload, self.start + at, data)
+        for writer in writers:
+            writer.put(self.place, self.start + at, data)
+
+
+Task = Average | Fill
+
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """A bounded part of one task; `box` for averages, a byte range `(start, count)` otherwise."""
+    """A bounded part of one task: a box of an average, or `count` elements from `first` on."""
 
-    task: Average | Copy | Keep | Zero | Write
+    task: Task
     lead: Piece[Payload] | None
     box: Box | None
     first: int
     count: int
     cost_bytes: int
 
+    @property
+    def file_order(self) -> tuple[str, int, int]:
+        """What to sort by, so that files are read and written from their beginnings."""
+        return self.task.file_order(self)
 
-def units(task: Average | Copy | Keep | Zero | Write) -> Iterator[Unit]:
-    """Cut a task into units; the cut depends on the task alone, so results do not on the ranks."""
-    if isinstance(task, Average):
-        per_element = sum(d.itemsize for d in task.dtypes) + task.target_bytes
-        for piece in task.lead:
-            for box in slices(piece.box, UNIT_ELEMENTS):
-                yield Unit(task, piece, box, 0, 0, box.numel * per_element)
-        return
-    total = (
-        task.nbytes
-        if isinstance(task, Copy)
-        else (len(task.data) if isinstance(task, Write) else task.numel)
-    )
-    scale = task.place.dtype.itemsize if isinstance(task, (Keep, Zero)) else 1
-    for first in range(0, total, UNIT_ELEMENTS):
-        count = min(UNIT_ELEMENTS, total - first)
-        reads = isinstance(task, (Copy, Keep))
-        yield Unit(task, None, None, first, count, count * scale * (2 if reads else 1))
+    @property
+    def read_bytes(self) -> int:
+        """Payload bytes that the unit reads from all its sources."""
+        return self.task.read_bytes(self)
+
+
+def units(tasks: Iterable[Task]) -> tuple[Unit, ...]:
+    """All units of some tasks, in the order in which files are read from their beginnings."""
+    cut = (unit for task in tasks for unit in task.units())
+    return tuple(sorted(cut, key=lambda unit: unit.file_order))
 
 
 def share(all_units: Sequence[Unit], rank: int, size: int) -> list[Unit]:

@@ -16,7 +16,16 @@ _SHOWN = 4  # unusable checkpoints named in one message
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointRef:
-    """One checkpoint directory, as far as its metadata tells."""
+    """One checkpoint directory, as far as its metadata tells.
+
+    >>> ref = CheckpointRef(
+    ...     path="/ckpts/run/iter_0004000", format="torch_dist", iteration=4000,
+    ...     consumed_samples=4_096_000, consumed_tokens=16_777_216_000,
+    ...     tokens_unknown_because=None, complete=True, incomplete_because=None,
+    ... )
+    >>> ref.describe(), ref.state, ref.holds
+    ('iteration 4000 (16.78B tokens)', 'complete', 'full')
+    """
 
     path: str
     format: str

@@ -57,6 +57,12 @@ class SelectionRequest:
 
     Raises:
         UsageError: a value out of range, or settings that contradict each other.
+
+    The last 6, 8B tokens apart, up to iteration 90000:
+
+    >>> wanted = SelectionRequest(last=6, interval_tokens=8_000_000_000, end_iteration=90_000)
+    >>> wanted.tolerance  # of the interval: how far off its place a checkpoint may lie
+    0.25
     """
 
     last: int | None = setting(None, "how many checkpoints", metavar="N", shown=str(DEFAULT_LAST))
@@ -213,6 +219,18 @@ def select(
             there is a hole where the interval needs one; two have the same iteration; a selection
             by tokens meets token counts that are unknown or cannot be compared; one that would have
             been chosen is damaged, spoiled or not judged, and the request allows no gaps.
+
+    >>> refs = [
+    ...     CheckpointRef(
+    ...         path=f"/ckpts/run/iter_{i:07d}", format="torch_dist", iteration=i,
+    ...         consumed_samples=i, consumed_tokens=i * 1_000_000, tokens_unknown_because=None,
+    ...         complete=True, incomplete_because=None,
+    ...     )
+    ...     for i in range(1000, 9000, 1000)
+    ... ]
+    >>> chosen = select(refs, SelectionRequest(last=3, interval_tokens=2_000_000_000))
+    >>> [ref.iteration for ref in chosen.refs], chosen.position_unit, chosen.spacing.gaps
+    ([4000, 6000, 8000], 'tokens', (2000000000, 2000000000))
     """
     if request.paths is not None:
         return _selection(*_by_paths(refs, request.paths), request)

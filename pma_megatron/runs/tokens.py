@@ -78,6 +78,9 @@ def parse_tokens(text: str | int) -> int:
 
     Raises:
         UsageError: not a count, negative, or not a whole number of tokens.
+
+    >>> parse_tokens("1.5T"), parse_tokens("8_000_000_000")
+    (1500000000000, 8000000000)
     """
     if isinstance(text, int) and not isinstance(text, bool) and text >= 0:
         return text
@@ -97,7 +100,11 @@ def parse_tokens(text: str | int) -> int:
 
 
 def format_tokens(tokens: int) -> str:
-    """Write a token count short enough for a table: `8.39B`, `500M`, `1.4083T`, `42`."""
+    """Write a token count short enough for a table.
+
+    >>> [format_tokens(tokens) for tokens in (8_388_608_000, 500_000_000, 1_408_300_000_000, 42)]
+    ['8.39B', '500M', '1.4083T', '42']
+    """
     sign, size = ("-", -tokens) if tokens < 0 else ("", tokens)
     for unit in ("K", "M", "B", "T"):
         shown = round(size / _UNITS[unit], _DECIMALS[unit])
@@ -224,6 +231,10 @@ def recommend(
 
     Raises:
         UsageError: unknown kind, sizes that are not positive, or more active than total.
+
+    >>> guide = recommend(None, 8_000_000_000, "dense")
+    >>> guide.last, format_tokens(guide.interval_tokens)
+    (10, '15B')
     """
     if kind not in _GUIDE:
         raise UsageError(f"unknown model kind {kind!r}: choose one of {', '.join(_GUIDE)}")

@@ -38,6 +38,10 @@ class RecoveryRequest:
 
     Raises:
         UsageError: neither metrics nor onset, or both.
+
+    >>> request = RecoveryRequest(load="/ckpts/run", save="/ckpts/run-2", metrics="/logs/run.log")
+    >>> request.optimizer_state, request.skip_data
+    ('latest', True)
     """
 
     load: str = field(metadata=needed("the run's folder; only read", metavar="DIR"))

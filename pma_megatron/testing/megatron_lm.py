@@ -141,10 +141,11 @@ def install() -> None:
     """
     from pma_megatron.testing import cpu
 
-    for name in ("triton", "triton.language", "pydantic", "einops"):
-        if importlib.util.find_spec(name.partition(".")[0]) is None:
-            sys.modules.setdefault(name, MagicMock(__version__="0"))
-    cpu.install()
+    cpu.install()  # first: torch looks for a real triton while it is imported
+    for name, inner in (("triton", ("triton.language",)), ("pydantic", ()), ("einops", ())):
+        if name not in sys.modules and importlib.util.find_spec(name) is None:
+            for each in (name, *inner):
+                sys.modules[each] = MagicMock(__version__="0")
     _replace_more_of_cuda()
     _use_the_wheels_data_index()
     with contextlib.suppress(ImportError):  # gone from 0.17 on

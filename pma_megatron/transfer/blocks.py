@@ -353,32 +353,6 @@ class UnitWriter:
                 yield low - first, high - low, place, inside + low - start
 
 
-def copy_item(
-    reader: BlockReader,
-    item: Item,
-    offset: int,
-    nbytes: int,
-    writers: Sequence[BlockWriter],
-    to_file: str,
-    to_offset: int,
-    buffer: memoryview,
-) -> None:
-    """Copy bytes of an item of a source into outputs, which take note of their checksums.
-
-    Not inside the kernel: what is written is what was compared.
-
-    Raises:
-        CheckpointError, PublishError: see `BlockReader.read` and `BlockWriter.pwrite`.
-    """
-    for at in range(0, nbytes, len(buffer)):
-        data = buffer[: min(len(buffer), nbytes - at)]
-        reader.read_item(item, offset + at, data)
-        crc = isal_zlib.crc32(data)
-        for writer in writers:
-            writer.pwrite(to_file, to_offset + at, data)
-            writer.checksums.add_copy(to_file, to_offset + at, len(data), crc)
-
-
 def _is_cached(descriptor: int, offset: int) -> bool:
     """True if the byte at `offset` is in the page cache, so that read-ahead would be idle work."""
     try:

@@ -8,6 +8,7 @@ import logging
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,9 @@ from typing import Any
 import pytest
 
 from conftest import digests, folder_of
-from pma_megatron.cli import main
+from pma_megatron import errors
+from pma_megatron.base.stopping import Stopped
+from pma_megatron.cli import flags, main
 from pma_megatron.cli.flags import parser
 from pma_megatron.formats.marker import OWN_FILES
 from pma_megatron.version import __version__
@@ -133,7 +136,23 @@ FLAGS = {
     "inspect": COMMON | {"path"},
     "verify": COMMON | {"path", "--samples", "--deep", "--files-only", "--timeout"},
 }
-"""What people have in their scripts: adding is a decision, removing breaks them."""
+"""What people have in their scripts, verbs too: adding is a decision, removing breaks them."""
+EXIT_CODES = [
+    (errors.UsageError("x"), 2),
+    (errors.PmaError("x"), 1),
+    (errors.SelectionError("x"), 1),
+    (errors.CheckpointError("x"), 1),
+    (errors.MetricsError("x"), 1),
+    (errors.PlanError("x"), 1),
+    (errors.PublishError("x"), 1),
+    (errors.VerifyError("x"), 1),
+    (errors.RankError("x"), 1),
+    (errors.PoisonedError("x"), 1),
+    (Stopped(signal.SIGHUP), 129),
+    (Stopped(signal.SIGINT), 130),
+    (Stopped(signal.SIGTERM), 143),
+]
+"""What job scripts look at; 0 is for a command that did what it was asked."""
 
 
 @pytest.fixture(autouse=True)
@@ -181,8 +200,9 @@ def payload(folder: Path) -> dict[str, str]:
 # The surface.
 
 
-def verbs() -> dict[str, argparse.ArgumentParser]:
-    action = next(a for a in parser()._actions if isinstance(a, argparse._SubParsersAction))
+def verbs(made: argparse.ArgumentParser | None = None) -> dict[str, argparse.ArgumentParser]:
+    actions = (made or parser())._actions
+    action = next(a for a in actions if isinstance(a, argparse._SubParsersAction))
     return dict(action.choices)
 
 
@@ -192,6 +212,29 @@ def test_flags_are_frozen() -> None:
         for name, verb in verbs().items()
     }
     assert found == FLAGS
+
+
+@pytest.mark.parametrize(("error", "code"), EXIT_CODES, ids=lambda given: type(given).__name__)
+def test_exit_codes_are_frozen(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    code: int,
+) -> None:
+    def fail(_: argparse.Namespace) -> None:
+        raise error
+
+    changed = parser()
+    verbs(changed)["list"].set_defaults(run=fail)
+    monkeypatch.setattr(flags, "parser", lambda: changed)
+    found, out, err = call(capsys, "list", "run")
+    assert (found, out) == (code, "")
+    assert err.startswith("pma: ")
+
+
+def test_every_error_has_an_exit_code() -> None:
+    named = {error for error in vars(errors).values() if isinstance(error, type)}
+    assert {type(error) for error, _ in EXIT_CODES} == (named | {Stopped})
 
 
 @pytest.mark.parametrize("flag", ["--interval-steps", "--interval-iterations"])

@@ -130,7 +130,7 @@ def test_a_mixed_snapshot_is_not_merged(
     folder = damage(run, runs / OTHER / kind)
     with pytest.raises(CheckpointError) as caught:
         merge_all(run, save)
-    assert str(folder) in str(caught.value) and "exclude=" in str(caught.value)
+    assert str(folder) in str(caught.value) and "out of iterations=" in str(caught.value)
     assert not save.exists() or not any(save.iterdir())
 
 

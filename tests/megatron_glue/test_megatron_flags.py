@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import pickle
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pma_megatron
 from pma_megatron.deepspeed.options import Options
 from pma_megatron.errors import UsageError
 from pma_megatron.megatron import flags
-from pma_megatron.megatron.options import NAMES, USED_BY
+from pma_megatron.megatron.options import EXIT_CODE, NAMES, USED_BY
 from pma_megatron.megatron_deepspeed.hooks import _options
 from pma_megatron.merging.request import Method
 from pma_megatron.scores.grid import Grid
@@ -28,6 +29,61 @@ JOB = {
     "use_distributed_optimizer": True,
 }
 """What Megatron's own arguments say in a job that every use works in."""
+
+FROZEN = {
+    "pma-init",
+    "pma-load",
+    "pma-last",
+    "pma-interval-tokens",
+    "pma-interval-iterations",
+    "pma-tolerance",
+    "pma-end-iteration",
+    "pma-iterations",
+    "pma-exclude",
+    "pma-allow-gaps",
+    "pma-method",
+    "pma-alpha",
+    "pma-floor",
+    "pma-coefficients",
+    "pma-optimizer-state",
+    "pma-share",
+    "pma-threads",
+    "pma-check-sources",
+    "pma-save",
+    "pma-save-dir",
+    "pma-window-dir",
+    "pma-eval",
+    "pma-snapshot-interval-tokens",
+    "pma-snapshot-dtype",
+    "pma-snapshot-dir",
+    "pma-keep",
+    "pma-recover",
+    "pma-recover-last",
+    "pma-recover-optimizer-state",
+    "pma-recover-attempts",
+    "pma-recover-margin-iterations",
+    "pma-recover-warmup",
+    "pma-recover-patience",
+    "pma-recover-fatal-rise",
+    "pma-score",
+    "pma-score-methods",
+    "pma-score-lasts",
+    "pma-score-intervals-tokens",
+    "pma-score-intervals-iterations",
+    "pma-score-ends",
+    "pma-score-others",
+    "pma-score-out",
+}
+"""What people have in their job scripts: adding is a decision, removing breaks them."""
+NOT_IN_DEEPSPEED = {
+    name
+    for name in FROZEN
+    if name == "pma-load"
+    or name == "pma-keep"
+    or "snapshot" in name
+    or "recover" in name
+    or "score" in name
+}
 
 
 def parse(text: str, **job: Any) -> argparse.Namespace:
@@ -51,22 +107,6 @@ def test_flags_add_one_group_of_plain_values() -> None:
     assert b"pma_megatron" not in pickle.dumps(args)
 
 
-FROZEN = {
-    "": "init save eval recover score load threads share method alpha floor coefficients last "
-    "interval_tokens interval_iterations tolerance end_iteration iterations exclude allow_gaps "
-    "optimizer_state check_sources save_dir window_dir keep",
-    "snapshot_": "interval_tokens dtype dir",
-    "recover_": "last optimizer_state attempts margin_iterations warmup patience fatal_rise",
-    "score_": "methods lasts intervals_tokens intervals_iterations ends others out",
-}
-"""What checkpoints store and people have in their scripts: removing one breaks them."""
-
-
-def test_names_are_frozen() -> None:
-    frozen = {f"pma_{part}{name}" for part, names in FROZEN.items() for name in names.split()}
-    assert set(NAMES) == frozen
-
-
 def test_a_default_that_is_printed_is_the_one_that_is_used() -> None:
     """Typed, it changes nothing of the settings."""
     job = "--pma-init --pma-save --pma-recover --pma-score --pma-snapshot-interval-tokens 8"
@@ -88,6 +128,17 @@ def test_flags_are_made_of_settings_alone() -> None:
     for folder in ("megatron", "megatron_deepspeed"):
         for path in (Path(pma_megatron.__file__).parent / folder).glob("*.py"):
             assert path.read_text().count(".add_argument(") == (path.name == "flags.py"), path
+
+
+def test_flags_are_frozen() -> None:
+    def added(add: Callable[[argparse.ArgumentParser], object]) -> set[str]:
+        add(parser := argparse.ArgumentParser(add_help=False))
+        return {option for action in parser._actions for option in action.option_strings}
+
+    assert added(flags.add_arguments) == {f"--{name}" for name in FROZEN}
+    deepspeed = {f"--{name}" for name in FROZEN - NOT_IN_DEEPSPEED}
+    assert added(flags.add_deepspeed_arguments) == deepspeed
+    assert EXIT_CODE == 85  # of a job whose attempts to recover are spent
 
 
 def test_nothing_given_is_not_enabled_and_neither_is_a_namespace_without_the_flags() -> None:

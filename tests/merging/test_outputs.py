@@ -68,6 +68,7 @@ def load_common(folder: Path) -> dict[str, Any]:
     return torch.load(folder / "common.pt", weights_only=False)
 
 
+@pytest.mark.megatron
 @pytest.mark.parametrize("name", [NAMED, BUCKETS, GATHERED])
 def test_reset_zeroes_moments_and_steps_and_nothing_else(name: str, unpack: Unpack) -> None:
     root, _ = unpack(name)
@@ -92,6 +93,7 @@ def test_reset_zeroes_moments_and_steps_and_nothing_else(name: str, unpack: Unpa
     assert vars(after["args"]) == vars(before["args"])
 
 
+@pytest.mark.megatron
 @pytest.mark.parametrize("name", [NAMED, BUCKETS, GATHERED])
 def test_drop_writes_rounded_main_params_and_no_optimizer(name: str, unpack: Unpack) -> None:
     root, states = unpack(name)

@@ -20,22 +20,14 @@ import torch.distributed.checkpoint as dcp
 
 import published as harness
 from conftest import digests, folder_of, request_for
-from pma_megatron import (
-    MergeReport,
-    MergeRequest,
-    Policy,
-    SelectionRequest,
-    inspect,
-    intact,
-    merge,
-    verify,
-)
+from pma_megatron import MergeReport, MergeRequest, Policy, SelectionRequest, inspect, merge, verify
 from pma_megatron.cli import main
 from pma_megatron.errors import CheckpointError, PublishError, VerifyError
 from pma_megatron.formats.items import ItemFiles
 from pma_megatron.formats.manifest import seal_of, sum_of_parts
 from pma_megatron.formats.marker import MARKER_FILE, OWN_FILES, SEAL_FILE
 from pma_megatron.formats.torch_dist.source import read_source
+from pma_megatron.merging import intact
 from pma_megatron.runs.discover import pointed
 from pma_megatron.testing import run_ranks
 

@@ -301,7 +301,7 @@ def test_weights_of_other_folders_stand_in_only_unrounded(trained: Run, save: Pa
         merge(request_for(run, save / dtype, selection=thin, policy=drop, dtype=dtype))
     newest = str(folder_of(run, 8))
     plain = SelectionRequest(paths=(str(folder_of(save / "bf16", 4)), newest))
-    words = ("no main params", "rounded to 16 bits", "average='weights'", "exclude=")
+    words = ("no main params", "rounded to 16 bits", "average='weights'", "out of paths=")
     with refused(PlanError, *words, run=run, save=save):
         merge(request_for(run, save / "out", selection=plain))
     unrounded = SelectionRequest(paths=(str(folder_of(save / "fp32", 4)), newest))

@@ -1,0 +1,109 @@
+"""Blocks between files and buffers, against whole tensors that torch itself reads."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import shutil
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from oracle import read_by_torch
+from pma_megatron.base.boxes import Box, Piece, PieceIndex, slices
+from pma_megatron.errors import PublishError
+from pma_megatron.formats.output import Destination
+from pma_megatron.formats.torch_dist.source import read_source
+from pma_megatron.transfer.blocks import BlockReader, BlockWriter, UnitWriter, joined_crc
+from pma_megatron.transfer.buffers import BlockBuffer, BlockBuffers, Rounded
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "0.15.3-fully_reshardable-dense.tar.xz"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("golden")
+    shutil.unpack_archive(GOLDEN, root)
+    return max(root.glob("iter_*"))
+
+
+def some_box(shape: Sequence[int], draw: random.Random) -> Box:
+    low = [draw.randrange(n) for n in shape]
+    return Box(tuple(low), tuple(draw.randint(1, n - o) for n, o in zip(shape, low, strict=True)))
+
+
+def inside(box: Box) -> tuple[slice, ...]:
+    return tuple(slice(o, o + n) for o, n in zip(box.offsets, box.sizes, strict=True))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_box_of_any_tensor_is_what_torch_reads(folder: Path, seed: int) -> None:
+    weights = read_source(str(folder), {}, True).space.weights
+    whole = read_by_torch(folder, weights)
+    draw, buffers = random.Random(seed), BlockBuffers()
+    with BlockReader.of("torch_dist", str(folder)) as reader:
+        for key, tensor in weights.items():
+            box = some_box(tensor.shape, draw)
+            buffer = buffers.buffer(tensor.dtype, box.numel)
+            reader.read(box, PieceIndex(tensor.pieces), buffer.tensor)
+            expected = whole[key][inside(box)].reshape(-1).contiguous()
+            assert torch.equal(buffer.tensor.view(torch.uint8), expected.view(torch.uint8)), key
+
+
+@given(
+    data=st.binary(max_size=60), cuts=st.lists(st.integers(0, 60), max_size=6), seed=st.randoms()
+)
+def test_checksums_of_parts_join_in_any_order(data: bytes, cuts: list[int], seed: Any) -> None:
+    edges = sorted({0, len(data), *(cut for cut in cuts if cut < len(data))})
+    parts = [(a, b - a, zlib.crc32(data[a:b])) for a, b in itertools.pairwise(edges)]
+    seed.shuffle(parts)
+    assert joined_crc(parts, len(data)) == zlib.crc32(data)
+
+
+@pytest.mark.parametrize("parts", [[], [(0, 4, 0)], [(0, 5, 0), (4, 4, 0)], [(0, 9, 0)]])
+def test_parts_that_are_not_the_whole_are_a_bug_that_publishes_nothing(
+    parts: list[tuple[int, int, int]],
+) -> None:
+    with pytest.raises(PublishError, match="Nothing was published"):
+        joined_crc(parts, 8)
+
+
+def test_a_block_is_rounded_once_and_goes_to_every_place(tmp_path: Path) -> None:
+    """Main params in two halves and the 16-bit weights in one piece, written block by block."""
+    values = torch.randn(6, 10, dtype=torch.float32)
+    for name, nbytes in (("main", 4 * 60), ("weight", 2 * 60)):
+        (tmp_path / name).write_bytes(bytes(nbytes))
+    targets = PieceIndex(
+        [
+            Piece(Box((0, 0), (3, 10)), Destination("main", 0, torch.float32, 30, "a", 0)),
+            Piece(Box((3, 0), (3, 10)), Destination("main", 120, torch.float32, 30, "b", 0)),
+            Piece(Box((0, 0), (6, 10)), Destination("weight", 0, torch.bfloat16, 60, "c", 1)),
+        ],
+        disjoint=False,
+    )
+    writer, buffers, unit, first = BlockWriter(tmp_path), BlockBuffers(), Box((0, 0), (6, 10)), 0
+    out = UnitWriter(writer, unit, targets)
+    for block in slices(unit, 16):
+        filled = BlockBuffer(torch.empty(block.numel), block.numel)
+        filled.tensor.copy_(values[inside(block)].flatten())
+        assert out.write(block, first, Rounded(filled, buffers)) == block.numel * (4 + 2)
+        first += block.numel
+    writer.close()
+    main = np.fromfile(tmp_path / "main", np.float32).reshape(6, 10)
+    weight = torch.from_numpy(np.fromfile(tmp_path / "weight", np.int16)).view(torch.bfloat16)
+    assert np.array_equal(main, values.numpy())
+    assert torch.equal(weight.reshape(6, 10), values.to(torch.bfloat16))
+    for (item, record), (file, start, nbytes) in {
+        (0, "a"): ("main", 0, 120),
+        (0, "b"): ("main", 120, 120),
+        (1, "c"): ("weight", 0, 120),
+    }.items():
+        stored = (tmp_path / file).read_bytes()[start : start + nbytes]
+        assert joined_crc(writer.checksums.parts[item, record], nbytes) == zlib.crc32(stored)
