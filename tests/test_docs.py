@@ -30,6 +30,7 @@ from test_cli import verbs
 from test_launch_scripts import known_flags
 
 import pma_megatron
+from pma_megatron.base.settings import declared
 from pma_megatron.cli.flags import parser
 from pma_megatron.testing import TinyTrainer, run_ranks
 from pma_megatron.testing.config import TinyConfig
@@ -401,6 +402,14 @@ def test_public_names_are_in_the_reference(site: Path) -> None:
         assert what.split("\n")[0].split("`")[0].split("'")[0].split('"')[0].strip() in page, name
     for name in pma_megatron.deepspeed.__all__:
         assert f'id="pma_megatron.deepspeed.{name}"' in page, name
+
+
+def test_fields_of_requests_are_in_the_reference(site: Path) -> None:
+    page = article(site / "reference" / "python" / "index.html")
+    for kind in (pma_megatron.MergeRequest, pma_megatron.Method, pma_megatron.SelectionRequest):
+        for each in declared(kind):
+            assert f'id="pma_megatron.{kind.__name__}.{each.field}"' in page, each.field
+    assert "setting(" not in page and "metadata=" not in page
 
 
 def test_no_markup_is_left_on_the_site(site: Path) -> None:

@@ -140,7 +140,8 @@ def declared(kind: type, front_end: str | None = None) -> tuple[Declared, ...]:
 
 @functools.cache
 def _declared(kind: type) -> tuple[Declared, ...]:
-    hints = typing.get_type_hints(kind)
+    said = [each for each in fields(kind) if _KEY in each.metadata]
+    hints = typing.get_type_hints(kind) if said else {}
     return tuple(
         Declared(
             each.name,
@@ -149,8 +150,7 @@ def _declared(kind: type) -> tuple[Declared, ...]:
             *_words(hints[each.name]),
             each.metadata[_KEY],
         )
-        for each in fields(kind)
-        if _KEY in each.metadata
+        for each in said
     )
 
 
