@@ -22,7 +22,6 @@ from pma_megatron.cli.verbs import Files, OnRanks
 from pma_megatron.errors import UsageError
 from pma_megatron.formats import registry
 from pma_megatron.launch import main as run_script
-from pma_megatron.megatron.options import name_of
 from pma_megatron.megatron.score import Scored, score_merges
 from pma_megatron.merging.request import MergeRequest
 from pma_megatron.runs.folders import is_checkpoint
@@ -154,6 +153,8 @@ def _through_megatron(arguments: argparse.Namespace, others: Sequence[str]) -> S
 
 
 def _megatron_flags(arguments: argparse.Namespace, others: Sequence[str], out: Path) -> list[str]:
+    from pma_megatron.megatron.options import name_of  # flags that no other command needs
+
     ours = ["--load", arguments.load, "--use-checkpoint-args", "--skip-train", "--pma-score"]
     for each in declared(Grid, MEGATRON):
         typed = getattr(arguments, each.name)
