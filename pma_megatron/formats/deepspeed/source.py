@@ -12,7 +12,8 @@ import torch
 from pma_megatron.base.boxes import Box, Piece
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.base import ModelSpace, Payload, Schedule, Tensor, least_decay
-from pma_megatron.formats.deepspeed.checkpoint import TIED, DeepSpeedCheckpoint
+from pma_megatron.formats.contract import Common
+from pma_megatron.formats.deepspeed.checkpoint import FORMAT_NAME, TIED, DeepSpeedCheckpoint
 from pma_megatron.formats.deepspeed.completeness import completeness
 from pma_megatron.formats.deepspeed.frozen import frozen_fragments
 from pma_megatron.formats.deepspeed.layers import layer_names
@@ -59,7 +60,7 @@ def read_source(path: str, ranges: FlatMap, main_params: bool, peers: Sequence[s
         weights, frozen, spaces, found = _without_zero(checkpoint, ranges)
     return Source(
         path=path,
-        format="deepspeed",
+        format=FORMAT_NAME,
         space=ModelSpace(weights, states_from_flat(spaces, found, weights), kind(checkpoint)),
         objects=(),
         # float32 without ZeRO: moments have no names, so they stay the newest's in any case.
@@ -255,7 +256,7 @@ def _stored(
         yield key, Tensor(key, ref.storage.dtype, ref.size, (piece,))
 
 
-def read_common(path: Path) -> dict[str, Any]:
+def read_common(path: Path) -> Common:
     """Iteration, samples and training arguments.
 
     Raises:

@@ -23,6 +23,7 @@ from pma_megatron.formats.deepspeed.checkpoint import OPTIM_NAMES, DeepSpeedChec
 from pma_megatron.formats.deepspeed.schema import check_model_states, check_optimizer
 from pma_megatron.formats.pickles import TensorRef
 
+FORMAT_NAME = "deepspeed_universal"
 FOLDER = "zero"
 MASTER = "fp32"
 STEP = "step"

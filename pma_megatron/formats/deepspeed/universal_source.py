@@ -13,6 +13,7 @@ from pma_megatron.formats.deepspeed.saves import refuse_mixed_saves
 from pma_megatron.formats.deepspeed.source import schedule_of, weights_of
 from pma_megatron.formats.deepspeed.steps import most_steps
 from pma_megatron.formats.deepspeed.universal import (
+    FORMAT_NAME,
     GLOBAL_STATE,
     MASTER,
     STEP,
@@ -22,8 +23,6 @@ from pma_megatron.formats.deepspeed.universal import (
 )
 from pma_megatron.formats.flat import FlatMap
 from pma_megatron.formats.source import Source, stamps_of
-
-FORMAT = "deepspeed_universal"
 
 
 def read_source(path: str, ranges: FlatMap, main_params: bool, peers: Sequence[str] = ()) -> Source:
@@ -63,7 +62,7 @@ def read_source(path: str, ranges: FlatMap, main_params: bool, peers: Sequence[s
     zero3 = "ZeRO-3" if checkpoint.partitioned else "ZeRO-1, ZeRO-2 or BF16_Optimizer"
     return Source(
         path=path,
-        format=FORMAT,
+        format=FORMAT_NAME,
         space=ModelSpace(weights, states, f"Universal, from {zero3}"),
         objects=(),
         optimizer_keys=frozenset({GLOBAL_STATE}),
