@@ -1,7 +1,7 @@
 """What a format of checkpoints offers: all that the rest of the package knows of it.
 
 `formats.registry` is the table of the formats that fulfil this contract, and names the format of a
-folder.
+folder. `pma_megatron.testing.conformance` checks a format against it on real checkpoints.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The formats that are read and written, and which of them a folder is in.
 
 A format is chosen by the files of a folder, never by a configuration. What each offers is
-`formats.contract.Format`; a further one is declared as those are, listed in `FORMATS`, and told
-apart in `detect`.
+`formats.contract.Format`; a further one is declared as those are, listed in `FORMATS`, told apart
+in `detect`, and checked by `pma_megatron.testing.conformance`.
 """
 
 from __future__ import annotations
