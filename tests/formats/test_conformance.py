@@ -21,6 +21,7 @@ from pma_megatron.formats.marker import SNAPSHOTS
 from pma_megatron.testing import run_ranks
 from pma_megatron.testing.conformance import WEIGHT, FormatConformance, Key
 from pma_megatron.testing.tiny_deepspeed import DeepSpeedConfig
+from runs import to_universal
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -89,16 +90,18 @@ class TestFullyShardedModelSpaceOfExperts(TorchDist):
 
 
 KINDS = {"zero1": DeepSpeedConfig(stage=1), "zero3": DeepSpeedConfig(stage=3)}
-NATIVE, HELD = "native", "held"
+NATIVE, CONVERTED, HELD = "native", "universal", "held"
 
 
 @pytest.fixture(scope="module")
 def deepspeed_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of each kind, and what its trainer held at every tag."""
+    """A run of each kind, native and Universal, and what its trainer held at every tag."""
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     folder = tmp_path_factory.mktemp("deepspeed")
     roots = {kind: str(folder / NATIVE / kind) for kind in KINDS}
     held = run_ranks(train, 2, {roots[kind]: KINDS[kind] for kind in KINDS}, timeout_s=200)[0]
+    universal = {roots[kind]: str(folder / CONVERTED / kind) for kind in KINDS}
+    run_ranks(to_universal, 1, universal, init=False, timeout_s=200)
     for kind, root in roots.items():
         (folder / HELD / kind).mkdir(parents=True)
         for saved in held[root]:
@@ -142,6 +145,54 @@ class TestDeepSpeedZero1(DeepSpeed):
 
 
 class TestDeepSpeedZero3(DeepSpeed):
+    kind = "zero3"
+
+
+class Universal(DeepSpeed):
+    """The same tags after DeepSpeed's converter.
+
+    DeepSpeed reads no float32 copy of what is not trained: buffers, frozen parameters and the
+    second name of a tied one are in the model states.
+    """
+
+    format = "deepspeed_universal"
+    spare = tuple(f"zero/{name}/fp32.pt" for name in ("calls", "mean", "frozen", "tied.weight"))
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def root(cls, deepspeed_runs: Path) -> Path:
+        return deepspeed_runs / CONVERTED / cls.kind
+
+    def oracle(self, folder: Path) -> Mapping[Key, torch.Tensor]:
+        """What torch.load reads of every file of a trained parameter."""
+        found = dict(super().oracle(folder))
+        for name, master in self.masters(folder).items():
+            for state, file in ((MAIN_PARAM, "fp32"), ("exp_avg", "exp_avg")):
+                saved = torch.load(folder / "zero" / name / f"{file}.pt", weights_only=False)
+                value = saved["param"] if isinstance(saved, dict) else saved
+                found[state, name] = value.detach().reshape(master.shape)
+            assert torch.equal(found[MAIN_PARAM, name], master), name
+        return found
+
+    def hostile(self, folder: Path, outside: Path) -> Iterator[str]:
+        """Also a parameter, which has a folder of its name, called like a folder elsewhere."""
+        yield from super().hostile(folder, outside)
+        for name in (f"../../{outside.name}/zero/first.weight", f"{outside}/zero/first.weight"):
+            for file in folder.glob("*model_states.pt"):
+                state = load(file)
+                groups = [
+                    {name if key == "first.weight" else key: shape for key, shape in group.items()}
+                    for group in state["param_shapes"]
+                ]
+                torch.save({**state, "param_shapes": groups}, file)
+            yield f"a parameter called {name}"
+
+
+class TestUniversalOfZero1(Universal):
+    kind = "zero1"
+
+
+class TestUniversalOfZero3(Universal):
     kind = "zero3"
 
 
