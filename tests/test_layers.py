@@ -41,7 +41,7 @@ INSIDE = {
         pickles
         items
         flat relay
-        fingerprints
+        contract fingerprints
     """,
     "formats.torch_dist": """
         cover chunks registration
@@ -52,6 +52,7 @@ INSIDE = {
         peers
         buckets
         source
+        format
     """,
     "formats.deepspeed": """
         schema
@@ -60,6 +61,7 @@ INSIDE = {
         completeness frozen output saves unsharded
         source universal_output
         universal_source
+        format
     """,
     "runs": """
         folders recovery_log tokens trackers

@@ -45,25 +45,30 @@ def train_deepspeed(rank: int, world_size: int, runs: Mapping[str, DeepSpeedConf
 
 
 def to_universal(rank: int, world_size: int, roots: Mapping[str, str]) -> None:
-    """DeepSpeed's own converter on every tag: root of a run -> root of Universal checkpoints.
+    """Convert every tag: root of a run -> root of Universal checkpoints.
 
     For `run_ranks` with one rank and `init=False`.
     """
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    converter = importlib.import_module("deepspeed.checkpoint.ds_to_universal")
     for source, target in roots.items():
         for tag in sorted(path for path in Path(source).iterdir() if path.is_dir()):
-            converter.main(
-                Namespace(
-                    input_folder=str(tag),
-                    output_folder=str(Path(target) / tag.name),
-                    strict=True,
-                    num_extract_workers=1,
-                    num_merge_workers=1,
-                    keep_temp_folder=False,
-                    inject_missing_state=True,
-                )
-            )
+            convert_tag(tag, Path(target) / tag.name)
+
+
+def convert_tag(tag: Path | str, folder: Path | str) -> None:
+    """DeepSpeed's own converter on one tag, which makes a Universal checkpoint at `folder`."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    converter = importlib.import_module("deepspeed.checkpoint.ds_to_universal")
+    converter.main(
+        Namespace(
+            input_folder=str(tag),
+            output_folder=str(folder),
+            strict=True,
+            num_extract_workers=1,
+            num_merge_workers=1,
+            keep_temp_folder=False,
+            inject_missing_state=True,
+        )
+    )
 
 
 def digests(folder: Path) -> dict[str, str]:

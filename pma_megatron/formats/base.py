@@ -1,8 +1,6 @@
-"""What every format answers: where the bytes are. No format multiplies or adds.
+"""The values in which every format says where the bytes are. No format multiplies or adds.
 
-Call order: `registry.detect` names the format of a folder; `read_source` opens it from metadata and
-expresses it in model space; `lay_out` says how an output after it looks; only then does the engine
-ask `ItemFiles.locate` and read payload bytes.
+Which calls give them, and in what order, is in `formats.contract`.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pickle
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -224,7 +224,7 @@ def _int(value: int) -> bytes:
     return b"\x8a" + bytes([len(data)]) + data
 
 
-_SIMPLE = {
+_SIMPLE: dict[type, Callable[[Any], bytes]] = {
     type(None): lambda value: b"N",
     bool: lambda value: b"\x88" if value else b"\x89",
     int: _int,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -22,7 +22,7 @@ class Source:
 
     Attributes:
         path: folder.
-        format: name of its format in `formats.registry`.
+        format: name of its format, see `formats.contract`.
         space: its tensors in model space.
         objects: keys of its opaque entries.
         optimizer_keys: stored keys, tensors and objects, that belong to the optimizer.
@@ -113,20 +113,3 @@ def stamps_of(folder: Path) -> dict[str, tuple[int, int]]:
             stat = path.stat()
             stamps[path.relative_to(folder).as_posix()] = (stat.st_size, stat.st_mtime_ns)
     return stamps
-
-
-class ReadSource(Protocol):
-    """Open a source.
-
-    `ranges` are those of the newest source, `main_params` says whether main parameters are wanted,
-    `peers` are other checkpoints of the run that can be read here: where one alone does not say
-    which main parameters are whose, they may.
-    """
-
-    def __call__(
-        self,
-        path: str,
-        ranges: Mapping[tuple[str, str], Any],
-        main_params: bool,
-        peers: Sequence[str] = (),
-    ) -> Source: ...

@@ -122,7 +122,7 @@ def _check_surroundings(read_at: ReadAt, entry: _Entry, end: int) -> int:
     """
     fixed = read_at(entry.header, _LOCAL.size + len(entry.name))
     local = _LOCAL.unpack_from(fixed)
-    start = entry.header + _LOCAL.size + local[9] + local[10]
+    start: int = entry.header + _LOCAL.size + local[9] + local[10]
     after = start + entry.nbytes
     if local[0] != b"PK\x03\x04" or local[3] != 0 or fixed[_LOCAL.size :] != entry.name:
         raise ValueError(f"record {entry.name.decode()!r} does not lie where the directory says")

@@ -25,7 +25,7 @@ from pma_megatron.base.boxes import Box, PieceIndex
 from pma_megatron.base.spelling import left_out
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats import registry
-from pma_megatron.formats.base import MAIN_PARAM, Schedule
+from pma_megatron.formats.base import MAIN_PARAM, Payload, Schedule
 from pma_megatron.formats.source import Source
 from pma_megatron.identity.samples import WEIGHT, Stored, file_of, largest, runs, stored
 from pma_megatron.runs.refs import CheckpointRef
@@ -72,7 +72,7 @@ def places_of(source: Source) -> tuple[SampledBox, ...]:
 
 def values_at(source: Source, places: Iterable[SampledBox]) -> Values:
     """What a source holds there."""
-    indexes: dict[tuple[str, str], PieceIndex] = {}
+    indexes: dict[tuple[str, str], PieceIndex[Payload]] = {}
     found: dict[SampledBox, tuple[str, torch.Tensor]] = {}
     with BlockReader.of(source.format, source.path) as reader:
         for place in places:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 
 import torch
 
@@ -43,8 +42,7 @@ class Stored:
 
 def file_of(source: Source, payload: Payload) -> str:
     """What one rank wrote at once: a file, or a parameter's folder in a Universal checkpoint."""
-    file = payload.item.file
-    return str(PurePosixPath(file).parent) if source.format == registry.UNIVERSAL else file
+    return registry.get(source.format, source.path).saved_together(payload.item.file)
 
 
 def stored(source: Source) -> Iterator[Stored]:

@@ -327,7 +327,7 @@ def _exchange(one: Path, other: Path) -> bool:
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None, use_errno=True)
         at, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-        return libc.renameat2(at, os.fsencode(one), at, os.fsencode(other), exchange) == 0
+        return bool(libc.renameat2(at, os.fsencode(one), at, os.fsencode(other), exchange) == 0)
     return False
 
 

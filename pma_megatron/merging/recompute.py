@@ -16,7 +16,7 @@ import torch
 from pma_megatron.base.boxes import Box, Piece, PieceIndex, slices
 from pma_megatron.base.comm import Comm
 from pma_megatron.errors import VerifyError
-from pma_megatron.formats.base import Tensor
+from pma_megatron.formats.base import Payload, Tensor
 from pma_megatron.formats.source import Source
 from pma_megatron.merging.planning import MergePlan
 from pma_megatron.merging.policy import MAIN, Action
@@ -74,9 +74,9 @@ class _State:
     key: str
     action: Action
     stored: Tensor
-    merged: PieceIndex
-    sources: list[tuple[int, float, torch.dtype, PieceIndex]]
-    main: tuple[torch.dtype, PieceIndex] | None
+    merged: PieceIndex[Payload]
+    sources: list[tuple[int, float, torch.dtype, PieceIndex[Payload]]]
+    main: tuple[torch.dtype, PieceIndex[Payload]] | None
 
     @property
     def what(self) -> str:
@@ -114,7 +114,7 @@ class _Readers:
                 count, elements = count + 1, elements + box.numel
         return count, elements, worst
 
-    def _states(self) -> Iterator[tuple[_State, Iterator[tuple[Piece | None, Box]]]]:
+    def _states(self) -> Iterator[tuple[_State, Iterator[tuple[Piece[Payload] | None, Box]]]]:
         """Every stored state of every tensor, with its slices; replicas name their piece."""
         for (state, key), rule in self._plan.rules.items():
             if state == "object" or rule.action is Action.DROP:
@@ -122,7 +122,7 @@ class _Readers:
             found = self._state(state, key, rule.action)
             yield found, self._slices(found.stored)
 
-    def _slices(self, tensor: Tensor) -> Iterator[tuple[Piece | None, Box]]:
+    def _slices(self, tensor: Tensor) -> Iterator[tuple[Piece[Payload] | None, Box]]:
         for copy, pieces in ((False, tensor.pieces), (True, tensor.replicas)):
             for piece in pieces:
                 if piece.box.numel:
@@ -155,7 +155,7 @@ class _Readers:
             None if main is None else (main.dtype, PieceIndex(main.pieces)),
         )
 
-    def _slice(self, state: _State, replica: Piece | None, box: Box) -> float:
+    def _slice(self, state: _State, replica: Piece[Payload] | None, box: Box) -> float:
         got = _read(self._own, state.merged, state.stored.dtype, box)
         if replica is not None:
             copy = _read(self._own, PieceIndex([replica]), state.stored.dtype, box)
@@ -188,7 +188,9 @@ class _Readers:
             )
 
 
-def _read(reader: BlockReader, index: PieceIndex, dtype: torch.dtype, box: Box) -> torch.Tensor:
+def _read(
+    reader: BlockReader, index: PieceIndex[Payload], dtype: torch.dtype, box: Box
+) -> torch.Tensor:
     data = torch.empty(box.numel, dtype=dtype)
     reader.read(box, index, data)
     return data

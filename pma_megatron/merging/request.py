@@ -231,4 +231,4 @@ def in_its_words(
         with listing(request.list_setting):
             return work(request, *args, **settings)
 
-    return speaking
+    return speaking  # type: ignore[return-value]  # `request` may be given by name too

@@ -28,7 +28,8 @@ def bound_of(terms: int, size: np.ndarray, exact: np.ndarray, dtype: torch.dtype
     if dtype.itemsize >= 4:
         return bound
     limits = torch.finfo(dtype)
-    return bound + (np.abs(exact) + bound) * limits.eps / 2 + limits.smallest_normal
+    rounded: np.ndarray = bound + (np.abs(exact) + bound) * limits.eps / 2
+    return rounded + limits.smallest_normal
 
 
 def refuse_beyond(

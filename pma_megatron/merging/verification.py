@@ -225,7 +225,7 @@ def _compare(
 
 def map_notes(merged: Source) -> tuple[str, ...]:
     """What is not checked of the map of flat buffers by names and shapes alone, if anything."""
-    clauses = registry.unchecked_order(merged)
+    clauses = registry.get(merged.format, merged.path).unchecked_order(merged)
     if not clauses:
         return ()
     return (

@@ -178,8 +178,8 @@ def _described(folder: Path, history: recovery_log.History | None) -> Checkpoint
         return _incomplete(folder, "unknown", iteration, Incomplete(begun, unfinished=True))
     try:
         known = registry.get(name, str(folder))
-        if iteration is None and known.iteration:
-            iteration = known.iteration(folder)
+        if iteration is None:
+            iteration = known.iteration_of(folder)
         marker = read_snapshot_marker(folder)
         snapshot = marker is not None
         reason = known.completeness(folder)

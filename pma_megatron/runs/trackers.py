@@ -9,7 +9,7 @@ from pathlib import Path
 from pma_megatron.base.openfiles import is_folder, read_source_file
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats import registry
-from pma_megatron.formats.registry import Tracker
+from pma_megatron.formats.contract import Tracker
 
 _MAX_BYTES = 4096
 

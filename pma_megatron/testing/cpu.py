@@ -42,7 +42,7 @@ def install() -> None:
     _fill_gaps_in_libraries()
     if not on_gpu():
         _replace_cuda()
-        _CudaOnCpu().__enter__()
+        _CudaOnCpu().__enter__()  # type: ignore[no-untyped-call]
         _use_gloo()
     _import_core()
     _replace_in_core()

@@ -297,12 +297,13 @@ OF_A_SCRIPT = {
 """Modules that only a Megatron script with `--pma-*` flags gets into: its dialect is theirs."""
 OF_OTHERS = {
     "base.comm": {"--nproc-per-node"},  # of torchrun
-    "formats.registry": {  # of Megatron and DeepSpeed's converter
+    "formats.registry": {  # of Megatron
         "--ckpt-convert-format",
         "--ckpt-convert-save",
         "--ckpt-format",
-        "--load",
-        "--dist-ckpt-optim-fully-reshardable",
+    },
+    "formats.torch_dist.format": {"--load", "--dist-ckpt-optim-fully-reshardable"},  # of Megatron
+    "formats.deepspeed.format": {  # of DeepSpeed's converter
         "--inject_missing_state",
         "--input_folder",
         "--output_folder",

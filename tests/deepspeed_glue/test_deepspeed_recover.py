@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib
 import json
 import shutil
 from argparse import Namespace
@@ -28,6 +27,7 @@ from pma_megatron.spikes.metrics import read_metrics
 from pma_megatron.spikes.recovery import diagnose
 from pma_megatron.testing import run_ranks
 from pma_megatron.testing.text_deepspeed import TextConfig, TextDeepSpeed
+from runs import convert_tag
 
 pytestmark = pytest.mark.slow
 
@@ -76,7 +76,7 @@ def collapse(rank: int, world_size: int, folder: Path) -> dict[int, Any]:
     run.close()
     if rank == 0:
         as_megatron_schedules(folder / "megatron", config.lr)
-        to_universal(folder / "run" / "global_step30", folder / "universal" / "global_step30")
+        convert_tag(folder / "run" / "global_step30", folder / "universal" / "global_step30")
     return held
 
 
@@ -85,21 +85,6 @@ def as_megatron_schedules(root: Path, lr: float) -> None:
     for file in root.glob("*/*model_states.pt"):
         saved = torch.load(file, weights_only=False)
         torch.save({**saved, "lr_scheduler": {"max_lr": lr, "min_lr": 0.0, "num_steps": 9}}, file)
-
-
-def to_universal(tag: Path, output: Path) -> None:
-    """DeepSpeed's own converter."""
-    importlib.import_module("deepspeed.checkpoint.ds_to_universal").main(
-        Namespace(
-            input_folder=str(tag),
-            output_folder=str(output),
-            num_extract_workers=1,
-            num_merge_workers=1,
-            keep_temp_folder=False,
-            strict=True,
-            inject_missing_state=True,
-        )
-    )
 
 
 def resume(rank: int, world_size: int, config: TextConfig, root: str) -> dict[str, Any]:

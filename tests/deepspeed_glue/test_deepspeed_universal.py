@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import os
 import shutil
-from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +32,7 @@ from pma_megatron.formats.marker import OWN_FILES
 from pma_megatron.merging.policy import Policy
 from pma_megatron.testing import run_ranks
 from pma_megatron.testing.tiny_deepspeed import DeepSpeedConfig
+from runs import convert_tag
 
 KINDS = {
     "zero1": DeepSpeedConfig(stage=1),
@@ -50,20 +49,8 @@ def tools(
     rank: int, world_size: int, conversions: Sequence[tuple[str, str]], roots: Sequence[str]
 ) -> list[dict[str, torch.Tensor]]:
     """DeepSpeed's own converters: tag -> Universal folder, and float32 weights per native root."""
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    to_universal = importlib.import_module("deepspeed.checkpoint.ds_to_universal")
     for source, target in conversions:
-        to_universal.main(
-            Namespace(
-                input_folder=source,
-                output_folder=target,
-                num_extract_workers=1,
-                num_merge_workers=1,
-                keep_temp_folder=False,
-                strict=True,
-                inject_missing_state=True,
-            )
-        )
+        convert_tag(source, target)
     to_fp32 = importlib.import_module("deepspeed.utils.zero_to_fp32")
     return [
         {

@@ -16,8 +16,8 @@ from oracle import assert_average, global_tensors
 from pma_megatron import MergeRequest, Policy, SelectionRequest, merge, verify
 from pma_megatron.errors import PlanError
 from pma_megatron.formats.flat import FlatMap, FlatRange
-from pma_megatron.formats.registry import unchecked_order
 from pma_megatron.formats.torch_dist import assignment, registration
+from pma_megatron.formats.torch_dist.recomputed import unchecked_order
 from pma_megatron.formats.torch_dist.source import read_source
 from pma_megatron.testing import TinyConfig, TinyTrainer, run_ranks
 

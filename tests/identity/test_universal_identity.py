@@ -5,11 +5,8 @@ A Universal checkpoint has one folder per parameter and a file of weights per ra
 
 from __future__ import annotations
 
-import importlib
-import os
 import shutil
-from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +20,7 @@ from pma_megatron import SelectionRequest, list_checkpoints
 from pma_megatron.errors import PmaError
 from pma_megatron.testing import run_ranks
 from pma_megatron.testing.tiny_deepspeed import DeepSpeedConfig, TinyDeepSpeed
+from runs import to_universal
 
 OTHER = "other"
 KINDS = {"zero1": DeepSpeedConfig(stage=1), "zero3": DeepSpeedConfig(stage=3)}
@@ -41,32 +39,14 @@ def train(rank: int, world_size: int, folder: str) -> None:
             trainer.close()
 
 
-def convert(rank: int, world_size: int, tags: Sequence[tuple[str, str]]) -> None:
-    """DeepSpeed's own converter: tag -> Universal folder."""
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    to_universal = importlib.import_module("deepspeed.checkpoint.ds_to_universal")
-    for source, target in tags:
-        to_universal.main(
-            Namespace(
-                input_folder=source,
-                output_folder=target,
-                num_extract_workers=1,
-                num_merge_workers=1,
-                keep_temp_folder=False,
-                strict=True,
-                inject_missing_state=True,
-            )
-        )
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A Universal run per kind, and below `other/` the same with another seed."""
     native, folder = (tmp_path_factory.mktemp(name) for name in ("native", "universal"))
     run_ranks(train, 2, str(native), timeout_s=200)
     roots = [part / kind for kind in KINDS for part in (Path(), Path(OTHER))]
-    wanted = [(str(tag(native / r, n)), str(tag(folder / r, n))) for r in roots for n in TAGS]
-    run_ranks(convert, 1, wanted, init=False, timeout_s=200)
+    wanted = {str(native / root): str(folder / root) for root in roots}
+    run_ranks(to_universal, 1, wanted, init=False, timeout_s=200)
     before = digests(folder)
     yield folder
     assert digests(folder) == before, "a test wrote into a shared run"

@@ -19,6 +19,7 @@ from pma_megatron.formats.deepspeed.schema import check_model_states, check_opti
 from pma_megatron.formats.items import ItemFiles
 from pma_megatron.formats.schema import arguments, dictionary
 
+FORMAT_NAME = "deepspeed"
 MODEL = re.compile(r"^(?:zero_pp_rank_(?P<dp>\d+)_)?mp_rank_(?P<mp>\d+)_model_states\.pt$")
 OPTIM = re.compile(r"^(?:bf16_)?zero_pp_rank_(?P<dp>\d+)_mp_rank_(?P<mp>\d+)_optim_states\.pt$")
 EXPERT = re.compile(r"^layer_(?P<layer>\d+)_expert_(?P<expert>\d+)_mp_rank_00_model_states\.pt$")

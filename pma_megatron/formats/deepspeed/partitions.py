@@ -179,7 +179,7 @@ def _by_group(
             refuse_ragged(len(paddings[number]), len(group.shapes), f"{what} of group {number}")
         found, at = [], 0
         for index, (name, shape) in enumerate(group.shapes.items()):
-            found.append(FlatRange(at, name, _whole(shape)))
+            found.append(FlatRange(at, name, whole_box(shape)))
             at += math.prod(shape) + (int(paddings[number][index]) if paddings else 0)
         _check_length(checkpoint, space, at, exact=False)
         spaces.append(space)
@@ -200,7 +200,7 @@ def _by_parameter(
             numel = math.prod(shape)
             share = -(-numel // len(by_rank))
             low, high = min(rank * share, numel), min((rank + 1) * share, numel)
-            for box, first in flat_range(_whole(shape), low, high):
+            for box, first in flat_range(whole_box(shape), low, high):
                 found.append(FlatRange(at + first - low, name, box))
             at += share
         _check_length(checkpoint, space, at, exact=True)
@@ -209,7 +209,7 @@ def _by_parameter(
     return spaces, ranges
 
 
-def _whole(shape: tuple[int, ...]) -> Box:
+def whole_box(shape: tuple[int, ...]) -> Box:
     return Box((0,) * len(shape), shape)
 
 
@@ -281,6 +281,11 @@ def _moments(state: Mapping[str, Any], number: int) -> Iterator[tuple[str, Tenso
 def payload_of(item: Item, ref: TensorRef) -> Payload:
     """The storage of a tensor of `item`."""
     return Payload(item, ref.storage.dtype, ref.storage.numel, f"data/{ref.storage.key}")
+
+
+def piece_of(item: Item, ref: TensorRef) -> Piece[Payload]:
+    """A contiguous tensor of `item`, all of it."""
+    return Piece(whole_box(ref.size), payload_of(item, ref), ref.offset)
 
 
 def base_state(state: Mapping[str, Any]) -> Any:

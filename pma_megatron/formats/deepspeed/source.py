@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from pma_megatron.base.boxes import Box, Piece
+from pma_megatron.base.boxes import Piece
 from pma_megatron.errors import CheckpointError
-from pma_megatron.formats.base import ModelSpace, Payload, Schedule, Tensor, least_decay
-from pma_megatron.formats.deepspeed.checkpoint import TIED, DeepSpeedCheckpoint
+from pma_megatron.formats.base import Incomplete, ModelSpace, Payload, Schedule, Tensor, least_decay
+from pma_megatron.formats.contract import Common
+from pma_megatron.formats.deepspeed.checkpoint import FORMAT_NAME, TIED, DeepSpeedCheckpoint
 from pma_megatron.formats.deepspeed.completeness import completeness
 from pma_megatron.formats.deepspeed.frozen import frozen_fragments
 from pma_megatron.formats.deepspeed.layers import layer_names
@@ -21,7 +22,7 @@ from pma_megatron.formats.deepspeed.partitions import (
     flat_spaces,
     groups_of,
     kind,
-    payload_of,
+    piece_of,
 )
 from pma_megatron.formats.deepspeed.saves import refuse_mixed_saves
 from pma_megatron.formats.deepspeed.steps import most_steps, refuse_mixed_steps
@@ -44,11 +45,8 @@ def read_source(path: str, ranges: FlatMap, main_params: bool, peers: Sequence[s
     Raises:
         CheckpointError: incomplete, damaged, or of a kind that is not supported.
     """
-    folder = Path(path)
-    reason = completeness(folder)
-    if reason:
-        raise CheckpointError(f"{path} cannot be a source: {reason}. Exclude it, or restore it.")
-    checkpoint = DeepSpeedCheckpoint(folder)
+    refuse_incomplete(path, completeness(Path(path)))
+    checkpoint = DeepSpeedCheckpoint(Path(path))
     refuse_mixed_steps(checkpoint, checkpoint.optimizers())
     refuse_mixed_saves(checkpoint)
     if not checkpoint.is_whole:
@@ -57,17 +55,45 @@ def read_source(path: str, ranges: FlatMap, main_params: bool, peers: Sequence[s
         frozen = _frozen(checkpoint, set(weights))
     else:
         weights, frozen, spaces, found = _without_zero(checkpoint, ranges)
-    return Source(
-        path=path,
-        format="deepspeed",
-        space=ModelSpace(weights, states_from_flat(spaces, found, weights), kind(checkpoint)),
-        objects=(),
+    return source_of(
+        checkpoint,
+        FORMAT_NAME,
+        ModelSpace(weights, states_from_flat(spaces, found, weights), kind(checkpoint)),
         # float32 without ZeRO: moments have no names, so they stay the newest's in any case.
         optimizer_keys=frozenset(checkpoint.optimizers() if found else ()),
-        metadata_digest=checkpoint.metadata_digest(),
-        ranges=found,
         topology=checkpoint.topology,
-        stamps=stamps_of(folder),
+        frozen=frozen,
+        ranges=found,
+    )
+
+
+def refuse_incomplete(path: str, reason: Incomplete | None) -> None:
+    """Raise CheckpointError where there is a `reason` why the tag at `path` is not whole."""
+    if reason is not None:
+        raise CheckpointError(f"{path} cannot be a source: {reason}. Exclude it, or restore it.")
+
+
+def source_of(
+    checkpoint: DeepSpeedCheckpoint,
+    format_name: str,
+    space: ModelSpace,
+    *,
+    optimizer_keys: frozenset[str],
+    topology: str,
+    frozen: Mapping[str, Tensor],
+    ranges: FlatMap,
+) -> Source:
+    """The source that an opened tag is, native or Universal: neither has opaque entries."""
+    return Source(
+        path=str(checkpoint.path),
+        format=format_name,
+        space=space,
+        objects=(),
+        optimizer_keys=optimizer_keys,
+        metadata_digest=checkpoint.metadata_digest(),
+        ranges=ranges,
+        topology=topology,
+        stamps=stamps_of(checkpoint.path),
         frozen=frozen,
     )
 
@@ -250,18 +276,20 @@ def _stored(
         if place in seen:
             continue
         seen.add(place)
-        box = Box((0,) * len(ref.size), ref.size)
-        piece = Piece(box, payload_of(item, ref), ref.offset)
-        yield key, Tensor(key, ref.storage.dtype, ref.size, (piece,))
+        yield key, Tensor(key, ref.storage.dtype, ref.size, (piece_of(item, ref),))
 
 
-def read_common(path: Path) -> dict[str, Any]:
+def read_common(path: Path) -> Common:
     """Iteration, samples and training arguments.
 
     Raises:
         CheckpointError: the tag is damaged.
     """
-    checkpoint = DeepSpeedCheckpoint(path)
+    return common_of(DeepSpeedCheckpoint(path))
+
+
+def common_of(checkpoint: DeepSpeedCheckpoint) -> Common:
+    """See `read_common`."""
     head = checkpoint.head
     return {
         "iteration": int(head["global_steps"]),

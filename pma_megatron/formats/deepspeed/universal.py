@@ -12,22 +12,21 @@ Parameters are whole and go by name, so it is loaded at any data-parallel size, 
 from __future__ import annotations
 
 import math
-import re
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.base import Incomplete
-from pma_megatron.formats.deepspeed.checkpoint import OPTIM_NAMES, DeepSpeedCheckpoint
+from pma_megatron.formats.deepspeed.checkpoint import MODEL, OPTIM_NAMES, DeepSpeedCheckpoint
 from pma_megatron.formats.deepspeed.schema import check_model_states, check_optimizer
 from pma_megatron.formats.pickles import TensorRef
 
+FORMAT_NAME = "deepspeed_universal"
 FOLDER = "zero"
 MASTER = "fp32"
 STEP = "step"
 GLOBAL_STATE = f"{FOLDER}/optimizer_state.pt"
-_MODEL = re.compile(r"^(?:zero_pp_rank_\d+_)?mp_rank_(?P<mp>\d+)_model_states\.pt$")
 _NAMES = OPTIM_NAMES | {("deepspeed.checkpoint.universal_checkpoint", "SubparamShape")}
 _NEEDED = ("param_shapes", "global_steps")
 
@@ -43,7 +42,7 @@ class UniversalCheckpoint(DeepSpeedCheckpoint):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self.stages = sorted(p.name for p in path.glob("*.pt") if _MODEL.match(p.name))
+        self.stages = sorted(p.name for p in path.glob("*.pt") if MODEL.match(p.name))
         self.model = {(0, 0): self.stages[0]} if self.stages else {}
         self.states: dict[str, dict[str, str]] = {}
         for file in sorted((path / FOLDER).glob("*/*.pt")):
@@ -132,7 +131,25 @@ def _incomplete(checkpoint: UniversalCheckpoint) -> str | None:
             return f"{file} has no {missing[0]}: it is not a model states file of a ZeRO optimizer"
         if "module" not in checkpoint.state(file):
             return f"{file} has no module: it is not a model states file of DeepSpeed"
-    return _stray(checkpoint) or _damaged(checkpoint)
+    checkpoint.state(GLOBAL_STATE)  # raises if it is damaged or hostile
+    return _stray(checkpoint) or _lost_ranks(checkpoint) or _damaged(checkpoint)
+
+
+def _lost_ranks(checkpoint: UniversalCheckpoint) -> str | None:
+    """Model states are copied of every rank that saved some: they say how many there are."""
+    head = checkpoint.head
+    matches = (MODEL.match(file) for file in checkpoint.stages)
+    there = {(int(m["mp"]), int(m["dp"] or 0)) for m in matches if m}
+    ranks = range(int(head.get("dp_world_size", 1)) if checkpoint.partitioned else 1)
+    wanted = {(mp, dp) for mp in range(int(head.get("mp_world_size", 1))) for dp in ranks}
+    if there == wanted:
+        return None
+    mp, dp = min(there ^ wanted)
+    how = "missing" if (mp, dp) in wanted else "of another conversion"
+    return (
+        f"model states of data-parallel rank {dp} of model-parallel rank {mp} are {how}: it was "
+        "not copied whole, or over another. Convert the tag again, into a new folder"
+    )
 
 
 def _stray(checkpoint: UniversalCheckpoint) -> str | None:
@@ -167,6 +184,15 @@ def _damaged(checkpoint: UniversalCheckpoint) -> str | None:
             f"{FOLDER}/{lacking[0]}/{MASTER}.pt is missing ({len(lacking)} in all): it was not "
             "copied whole. Convert the tag again"
         )
+    # The converter writes the same states of every parameter (ds_to_universal.py, `flat_state`).
+    every = {state for name in checkpoint.shapes for state in checkpoint.states[name]}
+    for name in sorted(checkpoint.shapes):
+        less = sorted(every - set(checkpoint.states[name]))
+        if less:
+            return (
+                f"{FOLDER}/{name}/{less[0]}.pt is missing, which other parameters have: it was "
+                "not copied whole. Convert the tag again"
+            )
     for file in checkpoint.files:
         checkpoint.records(checkpoint.item(file))
     return None

@@ -6,13 +6,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from pma_megatron.base.boxes import Box, Piece
-from pma_megatron.errors import CheckpointError
+from pma_megatron.base.boxes import Piece
 from pma_megatron.formats.base import MAIN_PARAM, ModelSpace, Payload, Schedule, Tensor
+from pma_megatron.formats.contract import Common
+from pma_megatron.formats.deepspeed.partitions import piece_of, whole_box
 from pma_megatron.formats.deepspeed.saves import refuse_mixed_saves
-from pma_megatron.formats.deepspeed.source import schedule_of, weights_of
+from pma_megatron.formats.deepspeed.source import (
+    common_of,
+    refuse_incomplete,
+    schedule_of,
+    source_of,
+    weights_of,
+)
 from pma_megatron.formats.deepspeed.steps import most_steps
 from pma_megatron.formats.deepspeed.universal import (
+    FORMAT_NAME,
     GLOBAL_STATE,
     MASTER,
     STEP,
@@ -21,9 +29,7 @@ from pma_megatron.formats.deepspeed.universal import (
     refuse_other_shapes,
 )
 from pma_megatron.formats.flat import FlatMap
-from pma_megatron.formats.source import Source, stamps_of
-
-FORMAT = "deepspeed_universal"
+from pma_megatron.formats.source import Source
 
 
 def read_source(path: str, ranges: FlatMap, main_params: bool, peers: Sequence[str] = ()) -> Source:
@@ -38,11 +44,8 @@ def read_source(path: str, ranges: FlatMap, main_params: bool, peers: Sequence[s
     Raises:
         CheckpointError: incomplete, damaged, or of a kind that is not supported.
     """
-    folder = Path(path)
-    reason = completeness(folder)
-    if reason:
-        raise CheckpointError(f"{path} cannot be a source: {reason}. Exclude it, or restore it.")
-    checkpoint = UniversalCheckpoint(folder)
+    refuse_incomplete(path, completeness(Path(path)))
+    checkpoint = UniversalCheckpoint(Path(path))
     refuse_other_shapes(checkpoint)
     refuse_mixed_saves(checkpoint)
     states = _states(checkpoint)
@@ -61,17 +64,14 @@ def read_source(path: str, ranges: FlatMap, main_params: bool, peers: Sequence[s
                 tensors[owner] = replace(found, replicas=(*found.replicas, piece))
                 break
     zero3 = "ZeRO-3" if checkpoint.partitioned else "ZeRO-1, ZeRO-2 or BF16_Optimizer"
-    return Source(
-        path=path,
-        format=FORMAT,
-        space=ModelSpace(weights, states, f"Universal, from {zero3}"),
-        objects=(),
+    return source_of(
+        checkpoint,
+        FORMAT_NAME,
+        ModelSpace(weights, states, f"Universal, from {zero3}"),
         optimizer_keys=frozenset({GLOBAL_STATE}),
-        metadata_digest=checkpoint.metadata_digest(),
-        ranges={},
         topology=f"Universal, from DP{checkpoint.head.get('dp_world_size')}",
-        stamps=stamps_of(folder),
         frozen=frozen,
+        ranges={},
     )
 
 
@@ -83,7 +83,7 @@ def _states(checkpoint: UniversalCheckpoint) -> dict[str, dict[str, Tensor]]:
                 continue
             piece = _piece(checkpoint, file)
             if not checkpoint.vocabulary_cut(name):  # ZeRO-3 stores them flat
-                piece = replace(piece, box=_whole(shape))
+                piece = replace(piece, box=whole_box(shape))
             key = MAIN_PARAM if state == MASTER else state
             tensor = Tensor(name, piece.payload.dtype, piece.box.sizes, (piece,))
             states.setdefault(key, {})[name] = tensor
@@ -91,20 +91,14 @@ def _states(checkpoint: UniversalCheckpoint) -> dict[str, dict[str, Tensor]]:
 
 
 def _piece(checkpoint: UniversalCheckpoint, file: str) -> Piece[Payload]:
-    ref, item = checkpoint.tensor(file), checkpoint.item(file)
-    payload = Payload(item, ref.storage.dtype, ref.storage.numel, f"data/{ref.storage.key}")
-    return Piece(_whole(ref.size), payload, ref.offset)
-
-
-def _whole(shape: tuple[int, ...]) -> Box:
-    return Box((0,) * len(shape), shape)
+    return piece_of(checkpoint.item(file), checkpoint.tensor(file))
 
 
 def _without_padding(weight: Tensor, main: Tensor | None) -> Tensor:
     """The rows of a weight that have main params; what pads the vocabulary stays as it is."""
     if main is None or main.shape == weight.shape:
         return weight
-    pieces = tuple(replace(piece, box=_whole(main.shape)) for piece in weight.pieces)
+    pieces = tuple(replace(piece, box=whole_box(main.shape)) for piece in weight.pieces)
     return replace(weight, shape=main.shape, pieces=pieces)
 
 
@@ -117,6 +111,15 @@ def _copies(checkpoint: UniversalCheckpoint) -> Iterator[tuple[str, Piece[Payloa
 
 def _alike(tensor: Tensor, piece: Piece[Payload]) -> bool:
     return tensor.dtype == piece.payload.dtype and tensor.shape == piece.box.sizes
+
+
+def read_common(path: Path) -> Common:
+    """Iteration, samples and training arguments.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged.
+    """
+    return common_of(UniversalCheckpoint(path))
 
 
 def read_schedule(path: Path) -> Schedule:

@@ -22,6 +22,7 @@ from pma_megatron.formats.torch_dist.metadata import (
 )
 
 __all__ = ["COMMON_FILE", "COMMON_KEY", "CONFIG_FILE", "TorchDistCheckpoint", "completeness"]
+FORMAT_NAME = "torch_dist"
 COMMON_KEY = "common_state/shard_0_1"
 _CLOCKS_APART_S = 10.0  # of nodes that write to one file system
 
@@ -180,6 +181,6 @@ def _not_torch_dist(path: Path) -> Incomplete | None:
     except CheckpointError as error:
         empty = config.stat().st_size == 0
         return Incomplete(f"{CONFIG_FILE} cannot be read ({error}): damaged", empty)
-    if backend != "torch_dist":
-        return Incomplete(f"{CONFIG_FILE} says {backend!r}; only 'torch_dist' is supported")
+    if backend != FORMAT_NAME:
+        return Incomplete(f"{CONFIG_FILE} says {backend!r}; only {FORMAT_NAME!r} is supported")
     return None

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from pma_megatron.formats.flat import FlatMap, FlatRange
+from pma_megatron.formats.source import Source
 from pma_megatron.formats.torch_dist.registration import (
     ALIGNMENT_ELEMENTS,
     Registration,
@@ -47,6 +48,16 @@ def split_name(space: str) -> tuple[str, int | None]:
     match = _BUCKET.match(space)
     assert match is not None
     return match["buffer"], None if match["bucket"] is None else int(match["bucket"])
+
+
+def unchecked_order(source: Source) -> tuple[str, ...]:
+    """Where a source's map of flat buffers is not what names and shapes alone say, or more than
+    they say; a clause each. Empty without such a map, or if they say the same.
+    """
+    if not source.ranges:
+        return ()
+    said = recompute(source.ranges)
+    return (*said.against, *said.open)
 
 
 def recompute(ranges: FlatMap) -> Recomputed:

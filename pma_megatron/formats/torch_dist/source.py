@@ -13,7 +13,12 @@ from pma_megatron.formats.marker import read_snapshot_marker
 from pma_megatron.formats.schema import is_count
 from pma_megatron.formats.source import Source, stamps_of
 from pma_megatron.formats.torch_dist import buckets
-from pma_megatron.formats.torch_dist.checkpoint import COMMON_KEY, TorchDistCheckpoint, completeness
+from pma_megatron.formats.torch_dist.checkpoint import (
+    COMMON_KEY,
+    FORMAT_NAME,
+    TorchDistCheckpoint,
+    completeness,
+)
 from pma_megatron.formats.torch_dist.optimizer import (
     buffers_of,
     flat_spaces,
@@ -66,7 +71,7 @@ def read_source(path: str, ranges: FlatMap, main_params: bool, peers: Sequence[s
             raise PlanError(f"{error} (saved with {topology})") from error
     return Source(
         path=path,
-        format="torch_dist",
+        format=FORMAT_NAME,
         space=model_space(checkpoint, found, spaces),
         objects=tuple(k for k in checkpoint.objects if k != COMMON_KEY),
         optimizer_keys=frozenset(

@@ -1,0 +1,65 @@
+"""DeepSpeed's tags, native and Universal, as two formats: see `formats.contract`."""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath
+
+from pma_megatron.errors import CheckpointError
+from pma_megatron.formats.contract import Format, Tracker
+from pma_megatron.formats.deepspeed import (
+    checkpoint,
+    completeness,
+    output,
+    source,
+    universal,
+    universal_output,
+    universal_source,
+)
+from pma_megatron.formats.names import plain_name
+
+
+def _folder_of(content: str) -> str | None:
+    """The tag that a tracker names: a folder beside it, never another place."""
+    try:
+        return plain_name(content, "latest") if "/" not in content else None
+    except CheckpointError:
+        return None
+
+
+NATIVE = Format(
+    name=checkpoint.FORMAT_NAME,
+    tracker=Tracker("latest", _folder_of, str, 'engine.load_checkpoint("{root}")'),
+    any_folder_name=True,
+    iteration_of=checkpoint.iteration_of,
+    completeness=completeness.completeness,
+    common=source.read_common,
+    schedule=source.read_schedule,
+    read_source=source.read_source,
+    other_layouts="convert each into a root of its own and merge there: python -m "
+    "deepspeed.checkpoint.ds_to_universal --inject_missing_state --input_folder {tag} "
+    "--output_folder NEW_ROOT/TAG; Universal checkpoints merge at any size",
+    lay_out=output.output_layout,
+    folder_name=lambda path, iteration: Path(path).name,
+    named_layouts="train with zero_optimization.stage 1, which stores names",
+    items=lambda path: checkpoint.DeepSpeedCheckpoint(path).items(),
+)
+
+UNIVERSAL = Format(
+    name=universal.FORMAT_NAME,
+    tracker=Tracker(
+        "latest_universal",
+        _folder_of,
+        str,
+        'engine.load_checkpoint("{root}") with {{"checkpoint": {{"load_universal": true}}}}',
+    ),
+    any_folder_name=True,
+    iteration_of=checkpoint.iteration_of,
+    completeness=universal.completeness,
+    common=universal_source.read_common,
+    schedule=universal_source.read_schedule,
+    read_source=universal_source.read_source,
+    saved_together=lambda file: str(PurePosixPath(file).parent),  # a worker's: one parameter's
+    lay_out=universal_output.output_layout,
+    folder_name=lambda path, iteration: Path(path).name,
+    items=lambda path: universal.UniversalCheckpoint(path).items(),
+)

@@ -1,0 +1,80 @@
+"""Megatron's `torch_dist` checkpoints as a format: see `formats.contract`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pma_megatron.formats.base import Payload
+from pma_megatron.formats.contract import Common, Format, Tracker
+from pma_megatron.formats.output import OutputLayout
+from pma_megatron.formats.torch_dist.checkpoint import (
+    FORMAT_NAME,
+    TorchDistCheckpoint,
+    completeness,
+    written_after,
+)
+from pma_megatron.formats.torch_dist.optimizer import is_optimizer_key
+from pma_megatron.formats.torch_dist.output import Changes, output_layout
+from pma_megatron.formats.torch_dist.recomputed import unchecked_order
+from pma_megatron.formats.torch_dist.schedule import read_schedule
+from pma_megatron.formats.torch_dist.source import read_source
+
+RELEASE = "release"
+"""Folder of weights that belong to no iteration."""
+
+
+def _common(path: Path) -> Common:
+    checkpoint = TorchDistCheckpoint(path)
+    keys = (*checkpoint.tensors, *checkpoint.objects)
+    weights_only = "optimizer" not in checkpoint.common and not any(map(is_optimizer_key, keys))
+    return {
+        "iteration": checkpoint.common.get("iteration"),
+        "args": dict(checkpoint.args()),
+        "weights_only": weights_only,
+    }
+
+
+def _lay_out(
+    path: str,
+    *,
+    payloads: Mapping[Payload, torch.dtype],
+    drop: frozenset[str],
+    optimizer: str,
+    note: Mapping[str, Any],
+    lr_factor: float | None,
+) -> OutputLayout:
+    """Megatron hands nothing back: there, `pma.json` alone says where a merge came from."""
+    changes = Changes(payloads=payloads, drop=drop, optimizer=optimizer, lr_factor=lr_factor)
+    return output_layout(TorchDistCheckpoint(Path(path)), changes)
+
+
+def _folder_of(content: str) -> str | None:
+    if content == RELEASE:
+        return content
+    number = content.isascii() and content.isdecimal() and len(content) < 20
+    return f"iter_{int(content):07d}" if number else None
+
+
+def _content_of(folder: str) -> str:
+    return folder if folder == RELEASE else str(int(folder.removeprefix("iter_")))
+
+
+FORMAT = Format(
+    name=FORMAT_NAME,
+    tracker=Tracker("latest_checkpointed_iteration.txt", _folder_of, _content_of, "--load {root}"),
+    completeness=completeness,
+    common=_common,
+    written_after=written_after,
+    schedule=read_schedule,
+    read_source=read_source,
+    weights_alone=True,
+    lay_out=_lay_out,
+    folder_name=lambda path, iteration: RELEASE if iteration is None else f"iter_{iteration:07d}",
+    named_layouts="save with --dist-ckpt-optim-fully-reshardable",
+    unchecked_order=unchecked_order,
+    items=lambda path: TorchDistCheckpoint(path).items(),
+)

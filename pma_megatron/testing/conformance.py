@@ -1,0 +1,517 @@
+"""What every format must satisfy, checked on real checkpoints: a base class for pytest.
+
+The author of a format subclasses it with a small real run of its trainer, what an independent
+reader says of a checkpoint, and what a hostile one may look like:
+
+    class TestMine(FormatConformance):
+        format = "mine"
+
+        @pytest.fixture(scope="class")
+        @classmethod
+        def root(cls, tmp_path_factory):
+            return train_and_save(tmp_path_factory.mktemp("run"))  # two checkpoints or more
+
+        def oracle(self, folder):
+            return {(MAIN_PARAM, n): t for n, t in mine.load(folder)["main_params"].items()}
+
+        def hostile(self, folder, outside):
+            mine.rename_in_metadata(folder, "shard_0", f"{outside}/shard_0")
+            yield "a shard outside of the checkpoint"
+
+Nothing here reads bytes as the engine does, or adds as it does. What a format offers, and when it
+is asked for it, is `formats.contract`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import pytest
+import torch
+
+from pma_megatron import (
+    MergeRequest,
+    Policy,
+    SelectionRequest,
+    list_checkpoints,
+    merge,
+    plan,
+    verify,
+)
+from pma_megatron.errors import PmaError
+from pma_megatron.formats import registry
+from pma_megatron.formats.base import MAIN_PARAM, Tensor
+from pma_megatron.formats.contract import Format
+from pma_megatron.formats.marker import OWN_FILES
+from pma_megatron.merging.planning import MergePlan
+from pma_megatron.merging.policy import Action
+from pma_megatron.runs.discover import describe
+from pma_megatron.runs.trackers import read_pointers
+
+WEIGHT = "weight"
+"""State name of the stored weights, beside those of the optimizer."""
+Key = tuple[str, str]
+"""(state, model key)."""
+CUTS = ("removed", "empty", "half", "one byte short")
+"""How a needed file is damaged."""
+
+
+class Checkpoint:
+    """A checkpoint as a format opens it, and its values by plain means: a seek and a read each.
+
+    Attributes:
+        folder: where it lies.
+        source: it in model space.
+        tensors: every tensor of it, by (state, model key).
+    """
+
+    def __init__(self, known: Format, folder: Path) -> None:
+        self.folder = folder
+        self.source = known.read_source(str(folder), {}, True)
+        self.tensors: dict[Key, Tensor] = {
+            (WEIGHT, key): tensor for key, tensor in self.source.space.weights.items()
+        }
+        for state, tensors in self.source.space.states.items():
+            self.tensors |= {(state, key): tensor for key, tensor in tensors.items()}
+        self._files = known.files(folder)
+
+    def values(self, place: Key) -> torch.Tensor:
+        """A tensor of it, whole; empty if it has no pieces."""
+        return self.read(self.tensors[place])
+
+    def read(self, tensor: Tensor) -> torch.Tensor:
+        """One of its tensors, whole; empty if it has no pieces."""
+        result = torch.zeros(tensor.shape if tensor.pieces else (0,), dtype=tensor.dtype)
+        for piece in tensor.pieces:
+            payload, numel = piece.payload, piece.box.numel
+            assert payload.dtype == tensor.dtype and piece.start + numel <= payload.numel
+            path, offset = self._files.locate(payload)
+            with path.open("rb") as stream:
+                stream.seek(offset + piece.start * payload.dtype.itemsize)
+                data = stream.read(numel * payload.dtype.itemsize)
+            assert len(data) == numel * payload.dtype.itemsize, f"{path} is too short"
+            part = torch.frombuffer(bytearray(data), dtype=payload.dtype) if numel else result[:0]
+            place = tuple(
+                slice(o, o + n) for o, n in zip(piece.box.offsets, piece.box.sizes, strict=True)
+            )
+            result[place] = part.reshape(piece.box.sizes)
+        return result
+
+
+class Opened(NamedTuple):
+    """A file that was opened, and whether to be written."""
+
+    path: str
+    writes: bool
+
+
+@dataclass(frozen=True)
+class Average:
+    """An average that was published.
+
+    Attributes:
+        output: it.
+        plan: what the same request says that it does.
+        opened: what the merge opened outside of the run and of the output.
+    """
+
+    output: Checkpoint
+    plan: MergePlan
+    opened: tuple[Opened, ...]
+
+
+class FormatConformance:
+    """Checks of one format on one run.
+
+    A subclass states `format`, `root`, `oracle` and `hostile`, and overrides what is not as below.
+
+    Attributes:
+        format: name of the format in the registry.
+        optimizer_state: what becomes of moments in averages, see `Policy`.
+        has_tracker: whether the run's root says which checkpoint to resume from.
+        spare: patterns of files that a checkpoint does without.
+    """
+
+    format: ClassVar[str]
+    optimizer_state: ClassVar[str] = "average"
+    has_tracker: ClassVar[bool] = True
+    spare: ClassVar[tuple[str, ...]] = ()
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def root(cls) -> Path:
+        """Root of a real run of at least two checkpoints, which nobody else writes to."""
+        raise NotImplementedError
+
+    def oracle(self, folder: Path) -> Mapping[Key, torch.Tensor]:
+        """Values of tensors of one checkpoint, whole, from anything but this package's formats."""
+        raise NotImplementedError
+
+    def hostile(self, folder: Path, outside: Path) -> Iterator[str]:
+        """Make `folder`, a copy of a checkpoint, hostile; yield what it says now, and do it again.
+
+        After every yield it is a sound copy once more. `outside` is another copy of the checkpoint,
+        none of whose files may be opened, whatever names `folder` says.
+        """
+        raise NotImplementedError
+
+    # What the checks below share.
+
+    @classmethod
+    def known(cls) -> Format:
+        """The format."""
+        return registry.get(cls.format, "")
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def folders(cls, root: Path) -> Iterator[list[Path]]:
+        """The checkpoints of the run, oldest first; no check may change a byte of them."""
+        before = digests(root)
+        yield [Path(ref.path) for ref in list_checkpoints(root)]
+        assert digests(root) == before, "a source was written to"
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def checkpoints(cls, folders: list[Path]) -> list[Checkpoint]:
+        """The checkpoints of the run, opened, oldest first."""
+        return [Checkpoint(cls.known(), folder) for folder in folders]
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def of_one(
+        cls, root: Path, folders: list[Path], tmp_path_factory: pytest.TempPathFactory
+    ) -> Average:
+        """The average of the newest alone."""
+        return cls._averaged(root, 1, tmp_path_factory.mktemp("one"))
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def of_two(
+        cls, root: Path, of_one: Average, tmp_path_factory: pytest.TempPathFactory
+    ) -> Average:
+        """The average of the newest two; by then, whatever is imported late has been."""
+        return cls._averaged(root, 2, tmp_path_factory.mktemp("two"))
+
+    @classmethod
+    def _averaged(cls, root: Path, last: int, save: Path) -> Average:
+        request = MergeRequest(
+            load=str(root),
+            save=str(save / "pma"),
+            selection=SelectionRequest(last=last),
+            policy=Policy(optimizer_state=cls.optimizer_state),
+        )
+        planned = plan(request)
+        with watched([root, save]) as opened:
+            (output,) = merge(request).outputs
+        return Average(Checkpoint(cls.known(), Path(output)), planned, tuple(opened))
+
+    def _refusal(self, folder: Path) -> str | None:
+        """Why a folder is no source, as the format says it; None if it is one."""
+        try:
+            reason = self.known().completeness(folder)
+            if reason is not None:
+                return reason.reason
+            self.known().common(folder)
+            self.known().read_source(str(folder), {}, True)
+        except PmaError as error:
+            return str(error)
+        return None
+
+    # Finding checkpoints.
+
+    def test_each_is_detected_and_taken_for_whole_by_no_other_format(
+        self, folders: list[Path]
+    ) -> None:
+        assert len(folders) >= 2, "the run needs two checkpoints"
+        for folder in folders:
+            assert registry.detect(folder) == self.format, folder
+            whole = [k.name for k in registry.FORMATS if k.completeness(folder) is None]
+            assert whole == [self.format], f"{folder} is whole for {whole}"
+
+    def test_names_of_folders_say_no_more_than_the_format_claims(
+        self, folders: list[Path], tmp_path: Path
+    ) -> None:
+        copy = Path(shutil.copytree(folders[-1], tmp_path / "best"))
+        assert registry.detect(copy) == self.format
+        if self.known().any_folder_name:
+            iteration = self.known().common(folders[-1])["iteration"]
+            assert self.known().iteration_of(copy) == iteration
+
+    def test_the_tracker_names_a_folder_and_nothing_else(
+        self, root: Path, folders: list[Path]
+    ) -> None:
+        tracker = self.known().tracker
+        for folder in folders:
+            name = folder.name
+            assert tracker.folder_of(tracker.content_of(name)) == name
+        for content in ("", ".", "..", "../outside", "/outside", "a/b", "a\0b", "a\nb"):
+            named = tracker.folder_of(content)
+            assert named in (None, ".", ".."), f"{content!r} names {named!r}"
+        if self.has_tracker:
+            assert read_pointers(root)[self.format].folder == folders[-1].name
+
+    def test_iterations_and_samples_grow(self, folders: list[Path]) -> None:
+        refs = [describe(folder) for folder in folders]
+        iterations = [ref.iteration for ref in refs]
+        samples = [ref.consumed_samples for ref in refs]
+        assert all(ref.complete for ref in refs), [ref.incomplete_because for ref in refs]
+        for found in (iterations, samples):
+            numbers = [n for n in found if n is not None]
+            assert len(numbers) == len(folders) and numbers == sorted(set(numbers)), found
+        for folder, ref in zip(folders, refs, strict=True):
+            assert self.known().common(folder)["iteration"] == ref.iteration
+            assert self.known().schedule(folder).samples in (None, ref.consumed_samples)
+            assert self.known().iteration_of(folder) in (None, ref.iteration)
+
+    @pytest.mark.parametrize("how", CUTS)
+    def test_no_part_of_a_checkpoint_is_one(
+        self, folders: list[Path], how: str, tmp_path: Path
+    ) -> None:
+        """Without a needed file, or with a part of it, a folder is refused and nothing crashes."""
+        copy = Path(shutil.copytree(folders[-1], tmp_path / folders[-1].name))
+        taken = []
+        for name in self._needed(copy):
+            file, whole = copy / name, (copy / name).read_bytes()
+            stat = file.stat()
+            if how == "removed":
+                file.unlink()
+            else:
+                keep = {"empty": 0, "half": len(whole) // 2, "one byte short": len(whole) - 1}[how]
+                file.write_bytes(whole[:keep])
+            if self._refusal(copy) is None:
+                taken.append(name)
+            file.write_bytes(whole)
+            os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        assert self._refusal(copy) is None
+        assert not taken, f"{how}, and the checkpoint is still whole: {taken}"
+
+    def _needed(self, folder: Path) -> list[str]:
+        files = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in OWN_FILES)
+        return [
+            p.relative_to(folder).as_posix()
+            for p in files
+            if not any(p.match(pattern) for pattern in self.spare)
+        ]
+
+    # Reading a source.
+
+    def test_model_space_holds_every_element_once(self, checkpoints: list[Checkpoint]) -> None:
+        for each in checkpoints:
+            source = each.source
+            assert (source.path, source.format) == (str(each.folder), self.format)
+            for (state, key), tensor in each.tensors.items():
+                boxes = [piece.box for piece in tensor.pieces]
+                for number, box in enumerate(boxes):
+                    ends = map(sum, zip(box.offsets, box.sizes, strict=True))
+                    fits = all(e <= n for e, n in zip(ends, tensor.shape, strict=True))
+                    assert fits, f"{state} {key}: {box} is beyond {tensor.shape}"
+                    overlap = [other for other in boxes[:number] if box.intersect(other)]
+                    assert not overlap, f"{state} {key}: {box} is stored twice"
+                if boxes or state != WEIGHT:  # a format may store main params and no weights
+                    stored = sum(box.numel for box in boxes)
+                    assert stored == math.prod(tensor.shape), f"{state} {key} is not whole"
+            trained = set(source.space.states.get(MAIN_PARAM, ()))
+            assert all(set(tensors) <= trained for tensors in source.space.states.values())
+
+    def test_bytes_lie_where_the_source_says(self, checkpoints: list[Checkpoint]) -> None:
+        for each in checkpoints:
+            expected = self.oracle(each.folder)
+            mains = {place for place in each.tensors if place[0] == MAIN_PARAM}
+            assert mains <= set(expected), f"no oracle for {sorted(mains - set(expected))[:3]}"
+            assert expected, "the oracle says nothing"
+            for place, values in expected.items():
+                assert place in each.tensors, f"{place} is not in the source"
+                got = each.values(place)
+                assert got.dtype == values.dtype and got.shape == values.shape, place
+                assert same_bytes(got, values), f"{place} differs from what is stored"
+
+    def test_reading_twice_says_the_same(self, checkpoints: list[Checkpoint]) -> None:
+        again = Checkpoint(self.known(), checkpoints[-1].folder)
+        assert again.tensors == checkpoints[-1].tensors
+        assert again.source.metadata_digest == checkpoints[-1].source.metadata_digest
+        others = {each.source.metadata_digest for each in checkpoints}
+        assert len(others) == len(checkpoints), "two checkpoints of a run have one digest"
+
+    def test_items_are_zips_in_files_of_the_folder(self, checkpoints: list[Checkpoint]) -> None:
+        newest = checkpoints[-1]
+        files, items = self.known().files(newest.folder), self.known().items(newest.folder)
+        for item in items:
+            assert files.records(item), item
+        pieces = (piece for tensor in newest.tensors.values() for piece in tensor.pieces)
+        stored = {piece.payload.item for piece in pieces}
+        assert stored <= set(items), "a tensor lies in a zip that `items` does not list"
+
+    def test_what_is_hostile_is_refused_and_opens_nothing(
+        self, folders: list[Path], tmp_path: Path
+    ) -> None:
+        outside = Path(shutil.copytree(folders[-1], tmp_path / "outside"))
+        folder = tmp_path / "run" / folders[-1].name
+        shutil.copytree(folders[-1], folder)
+        before, said = digests(outside), 0
+        for what in self.hostile(folder, outside):
+            said += 1
+            with watched([folder]) as opened:
+                refusal = self._refusal(folder)
+            assert refusal is not None, f"{what} is not refused"
+            assert not opened, f"{what}: opened {opened}"
+            shutil.rmtree(folder)
+            shutil.copytree(folders[-1], folder)
+        assert said, "no hostile name was tried"
+        assert digests(outside) == before
+        assert {p.name for p in tmp_path.iterdir()} == {"outside", "run"}, "something was made"
+
+    # The output.
+
+    def test_an_average_of_two_is_the_float64_sum_rounded_once(
+        self, of_two: Average, checkpoints: list[Checkpoint]
+    ) -> None:
+        output, parts = of_two.output, checkpoints[-2:]
+        assert set(output.tensors) == set(parts[-1].tensors)
+        averaged = 0
+        for (state, key), tensor in output.tensors.items():
+            if not tensor.pieces:
+                continue
+            action, got = of_two.plan.rules[state, key].action, output.values((state, key))
+            if action is Action.NEWEST:
+                assert same_bytes(got, parts[-1].values((state, key))), (state, key)
+            elif action is Action.ROUND and (MAIN_PARAM, key) in output.tensors:
+                main = output.values((MAIN_PARAM, key))
+                assert same_bytes(got, main.to(tensor.dtype)), (state, key)
+            else:
+                assert action in (Action.AVERAGE, Action.ROUND), (state, key, action)
+                exact = [self._averaged_for(each, state, key).double() for each in parts]
+                assert_within_one_rounding(got, exact, f"{state} {key}")
+                averaged += 1
+        assert averaged
+
+    def _averaged_for(self, part: Checkpoint, state: str, key: str) -> torch.Tensor:
+        """What a source gives to the average; weights of a snapshot are main params."""
+        tensor = part.source.tensor(MAIN_PARAM if part.source.snapshot else state, key)
+        assert tensor is not None, (part.folder, state, key)
+        return part.read(tensor)
+
+    def test_an_average_of_one_gives_the_bytes_of_the_source(
+        self, of_one: Average, checkpoints: list[Checkpoint]
+    ) -> None:
+        newest, output = checkpoints[-1], of_one.output
+        assert set(output.tensors) == set(newest.tensors)
+        for place in newest.tensors:
+            assert same_bytes(output.values(place), newest.values(place)), place
+        assert self.known().schedule(output.folder) == self.known().schedule(newest.folder)
+
+    def test_an_output_is_a_checkpoint_of_the_same_format(
+        self, of_two: Average, checkpoints: list[Checkpoint]
+    ) -> None:
+        known, newest, folder = self.known(), checkpoints[-1].folder, of_two.output.folder
+        assert registry.detect(folder) == self.format
+        assert known.completeness(folder) is None
+        assert folder.name == known.folder_name(str(newest), of_two.plan.iteration)
+        assert read_pointers(folder.parent)[self.format].folder == folder.name
+        (ref,) = list_checkpoints(folder.parent)
+        assert (ref.complete, ref.iteration) == (True, of_two.plan.iteration)
+        assert known.common(folder)["args"].keys() == known.common(newest)["args"].keys()
+        unchecked = [known.unchecked_order(c.source) for c in (of_two.output, checkpoints[-1])]
+        assert unchecked[0] == unchecked[1]
+
+    def test_an_output_verifies_and_no_part_of_it_does(
+        self, of_two: Average, tmp_path: Path
+    ) -> None:
+        folder = of_two.output.folder
+        checked = verify(folder, deep=True)
+        assert checked.elements and checked.deep
+        copy = Path(shutil.copytree(folder, tmp_path / folder.name))
+        for name in self._needed(copy):
+            data = (copy / name).read_bytes()
+            (copy / name).write_bytes(data[:-1])
+            with pytest.raises(PmaError):
+                verify(copy, files_only=True)
+            (copy / name).write_bytes(data)
+
+    def test_an_output_is_a_source(self, of_two: Average, tmp_path: Path) -> None:
+        again = self._averaged(of_two.output.folder.parent, 1, tmp_path)
+        for place in of_two.output.tensors:
+            assert same_bytes(again.output.values(place), of_two.output.values(place)), place
+
+    def test_nothing_is_opened_outside_of_the_run_and_the_output(self, of_two: Average) -> None:
+        assert not of_two.opened
+
+
+# Comparing.
+
+
+def same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors have one dtype and shape, and the same bits, NaN and -0 included."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    flat = (each.detach().contiguous().flatten().view(torch.uint8) for each in (one, other))
+    return torch.equal(*flat)
+
+
+def assert_within_one_rounding(got: torch.Tensor, parts: Sequence[torch.Tensor], what: str) -> None:
+    """`got` is the mean of float64 `parts`, rounded once to float32, then once to its own dtype."""
+    exact = torch.stack(list(parts)).sum(0) / len(parts)
+    bound = 2.0**-24 * exact.abs() + 2.0**-149
+    if got.dtype != torch.float32:
+        info = torch.finfo(got.dtype)
+        bound = bound + (info.eps / 2) * exact.abs() + info.tiny * info.eps
+    error = (got.double() - exact).abs()
+    assert bool((error <= bound).all()), f"{what}: off by {float(error.max())}"
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below `folder`."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+# What is opened.
+
+_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+_OF_PYTHON = ("/sys/", "/usr/", sys.prefix, sys.base_prefix, str(Path(__file__).parents[2]))
+"""Where Python's own modules lie, and this package's; what the system says of its processors."""
+
+
+_watches: list[tuple[tuple[str, ...], list[Opened]]] = []
+"""What is watched at the moment: (folders in which anything may be opened, what was elsewhere)."""
+_hooks: list[Callable[[str, tuple[Any, ...]], None]] = []
+
+
+@contextlib.contextmanager
+def watched(allowed: Sequence[Path]) -> Iterator[list[Opened]]:
+    """In the block, what is opened outside of `allowed` folders and of Python's own files.
+
+    Names relative to a folder that is open are not looked at: `open_inside` alone opens such.
+    """
+    if not _hooks:  # an audit hook stays until the process ends
+        _hooks.append(_note)
+        sys.addaudithook(_note)
+    opened: list[Opened] = []
+    _watches.append((tuple(map(str, allowed)), opened))
+    try:
+        yield opened
+    finally:
+        _watches.pop()
+
+
+def _note(event: str, args: tuple[Any, ...]) -> None:
+    if event != "open" or not _watches or isinstance(args[0], int):
+        return
+    path, writes = os.path.normpath(os.fsdecode(args[0])), bool(args[2] & _WRITES)
+    if not path.startswith("/") or path.startswith("/proc/self/"):
+        return
+    allowed, opened = _watches[-1]
+    inside = any(path == folder or path.startswith(f"{folder}/") for folder in allowed)
+    if not inside and (writes or not path.startswith(_OF_PYTHON)):
+        opened.append(Opened(path, writes))
