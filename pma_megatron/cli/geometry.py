@@ -13,6 +13,7 @@ import numpy as np
 
 from pma_megatron.base.comm import Comm, process_group_from_environment
 from pma_megatron.base.settings import add_flags, made, setting
+from pma_megatron.base.spelling import listing
 from pma_megatron.cli import landscape, tables
 from pma_megatron.cli.progress import show
 from pma_megatron.cli.scoring import Scorer, provider_of, refuse_unwritable, write_json
@@ -121,7 +122,7 @@ def run(arguments: argparse.Namespace) -> None:
             "your model and its batches"
         )
     request = made(MergeRequest, vars(arguments), load=root_of(arguments))
-    with process_group_from_environment(arguments.timeout_s):
+    with process_group_from_environment(arguments.timeout_s), listing(request.list_setting):
         comm = Comm()
         measured = measure(request, comm, show(comm))
         spreads, over, curved = measured.spreads(), None, None

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from pma_megatron.base.comm import Comm, Team
 from pma_megatron.base.faults import point
 from pma_megatron.base.log import say
-from pma_megatron.base.spelling import named, speaking
+from pma_megatron.base.spelling import listing, named, speaking
 from pma_megatron.deepspeed.checks import (
     WAY_OUT,
     refuse_modes,
@@ -128,12 +128,14 @@ def load_average(
         return plain(**call)
     at = None if resumed is None else comm.on_main("latest", lambda: iteration_of(resumed))
     share = "slice" if options.live.share == "auto" else options.live.share
-    found = gather_sources(options.request(load, at), comm, everywhere=share == "source")
+    request = options.request(load, at)
+    found = gather_sources(request, comm, everywhere=share == "source")
     comm.agree("plan", lambda: _check(engine, found, options, resumed if tag else None))
     comm.agree("plan", lambda: point("init-plan", comm.rank))
     trainer = _trainer_of(engine, plain)
     path, client_state = _resume(comm, trainer, plain, call, Path(found.sources[-1].path))
-    report = _average(engine, found, options, share, comm, trainer)
+    with listing(request.list_setting):
+        report = _average(engine, found, options, share, comm, trainer)
     say(f"PMA-init: {report}")
     note = origin_note(found)
     record = {**note, "iteration": int(engine.global_steps), "options": options.record()}

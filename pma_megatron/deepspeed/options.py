@@ -69,7 +69,8 @@ class Options:
 
     def record(self) -> dict[str, Any]:
         """Plain values that tell one command from another."""
-        plain = {name: each.default for name, each in KEYWORDS.items()} | self._given
+        given = {name: value for name, value in self._given.items() if value is not None}
+        plain = {name: each.default for name, each in KEYWORDS.items()} | given
         if plain["paths"] is not None:
             plain["paths"] = [_folder(path) for path in plain["paths"]]
         del plain["check_sources"]  # it makes no other average

@@ -27,7 +27,7 @@ from pma_megatron.merging.integrity import checked
 from pma_megatron.merging.job import Show, silent
 from pma_megatron.merging.planning import OpenedSources, gather_sources
 from pma_megatron.merging.policy import MAIN
-from pma_megatron.merging.request import MergeRequest
+from pma_megatron.merging.request import MergeRequest, in_its_words
 from pma_megatron.merging.rules import average_task
 from pma_megatron.merging.tasks import Average, Unit, share, units
 from pma_megatron.transfer.buffers import BLOCK_ELEMENTS
@@ -103,6 +103,7 @@ class Measured:
         return {name: spread(gram, self.coefficients) for name, gram in grams.items()}
 
 
+@in_its_words
 def measure(request: MergeRequest, comm: Comm | None = None, show: Show = silent) -> Measured:
     """Read the selected checkpoints once and take all their inner products.
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from pma_megatron.base.comm import Comm, Team
-from pma_megatron.base.spelling import given, speaking
+from pma_megatron.base.spelling import given, listing, speaking
 from pma_megatron.errors import SelectionError
 from pma_megatron.live.load import (
     ARGUMENTS,
@@ -96,14 +96,14 @@ def merge_into(
     tensors = comm.agree("model", lambda: live_tensors(models, optimizer, metadata))
     plan = LivePlan.of(found, threads)
     states = (MAIN, *_MOMENTS) if optimizer_state == "average" else (MAIN,)
-    jobs = comm.agree("plan", lambda: _jobs(plan, found, tensors, states, share))
 
     def finish() -> None:
         if optimizer_state == "reset":
             reset_moments(optimizer, tensors)
         refresh_weights(models, optimizer)
 
-    with forward_hooks_off(models):
+    with listing(request.list_setting), forward_hooks_off(models):
+        jobs = comm.agree("plan", lambda: _jobs(plan, found, tensors, states, share))
         trainer = trainer_of(models, optimizer)
         fill(plan, jobs, comm, meter, trainer, finish, check_sources=check_sources)
     return meter.report(plan, share, found.selection.passed_over)

@@ -184,6 +184,7 @@ OF_DEEPSPEED = {
 
 def test_keywords_of_deepspeed_calls_are_frozen() -> None:
     assert Options().record() == OF_DEEPSPEED
+    assert Options(method=None, tolerance=None).record() == OF_DEEPSPEED
     assert set(KEYWORDS) == {*OF_DEEPSPEED, "check_sources"}
     given = {"paths": [("/run", "global_step1"), "/other/global_step2"], "exclude": (3,)}
     assert Options(**given).record() == OF_DEEPSPEED | {

@@ -18,6 +18,7 @@ from deepspeed_runs import Harm, load, tag, train
 from oracle import global_tensors, read_by_torch
 from pma_megatron.formats.base import MAIN_PARAM
 from pma_megatron.formats.marker import SNAPSHOTS
+from pma_megatron.runs.discover import describe
 from pma_megatron.testing import run_ranks
 from pma_megatron.testing.conformance import WEIGHT, FormatConformance, Key
 from pma_megatron.testing.tiny_deepspeed import DeepSpeedConfig
@@ -163,6 +164,11 @@ class Universal(DeepSpeed):
     def root(cls, deepspeed_runs: Path) -> Path:
         return deepspeed_runs / CONVERTED / cls.kind
 
+    @pytest.fixture
+    def copy(self, folders: list[Path], tmp_path: Path) -> Path:
+        """One that a test may change."""
+        return Path(shutil.copytree(folders[-1], tmp_path / folders[-1].name))
+
     def oracle(self, folder: Path) -> Mapping[Key, torch.Tensor]:
         """What torch.load reads of every file of a trained parameter."""
         found = dict(super().oracle(folder))
@@ -191,9 +197,25 @@ class Universal(DeepSpeed):
 class TestUniversalOfZero1(Universal):
     kind = "zero1"
 
+    def test_weights_alone_of_a_parameter_without_fragments(self, copy: Path) -> None:
+        """The converter writes no moments of an empty parameter."""
+        for file in ("exp_avg.pt", "exp_avg_sq.pt", "step.pt"):
+            (copy / "zero" / "norm.bias" / file).unlink(missing_ok=True)
+        assert describe(copy).state == "complete"
+
 
 class TestUniversalOfZero3(Universal):
     kind = "zero3"
+
+    @pytest.mark.parametrize(("partitions", "whole"), [(1, True), (2, False), (10**15, False)])
+    def test_ranks_that_hold_no_partition_save_nothing(
+        self, copy: Path, partitions: int, whole: bool
+    ) -> None:
+        """MiCS: the first group of ranks holds all partitions, and saves them alone."""
+        (copy / "zero_pp_rank_1_mp_rank_00_model_states.pt").unlink()
+        state = torch.load(copy / "zero" / "optimizer_state.pt", weights_only=False)
+        torch.save({**state, "partition_count": partitions}, copy / "zero" / "optimizer_state.pt")
+        assert (describe(copy).state == "complete") is whole
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from pma_megatron.cli import main
 from pma_megatron.errors import CheckpointError, PlanError, SelectionError
 from pma_megatron.formats.torch_dist.checkpoint import TorchDistCheckpoint
 from pma_megatron.formats.torch_dist.source import read_source
+from pma_megatron.geometry.gram import measure
 from zips import restamp
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -312,6 +313,8 @@ def test_what_is_listed_is_left_out_of_its_list(
     ):
         with refused(CheckpointError, f"leave this checkpoint out of {name}=", run=run, save=save):
             merge(request_for(run, save, selection=SelectionRequest(**{name: values})))
+        with pytest.raises(CheckpointError, match=f"leave this checkpoint out of {name}="):
+            measure(request_for(run, save, selection=SelectionRequest(**{name: values})))
         for words, code in ((values, 1), (good, 0)):
             load = [] if name == "paths" else ["--load", str(run)]
             flags = [*load, "--save", str(save / name), f"--{name}", *map(str, words)]

@@ -11,6 +11,7 @@ Parameters are whole and go by name, so it is loaded at any data-parallel size, 
 
 from __future__ import annotations
 
+import itertools
 import math
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,7 @@ from pma_megatron.formats.base import Incomplete
 from pma_megatron.formats.deepspeed.checkpoint import MODEL, OPTIM_NAMES, DeepSpeedCheckpoint
 from pma_megatron.formats.deepspeed.schema import check_model_states, check_optimizer
 from pma_megatron.formats.pickles import TensorRef
+from pma_megatron.formats.schema import is_count
 
 FORMAT_NAME = "deepspeed_universal"
 FOLDER = "zero"
@@ -140,16 +142,30 @@ def _lost_ranks(checkpoint: UniversalCheckpoint) -> str | None:
     head = checkpoint.head
     matches = (MODEL.match(file) for file in checkpoint.stages)
     there = {(int(m["mp"]), int(m["dp"] or 0)) for m in matches if m}
-    ranks = range(int(head.get("dp_world_size", 1)) if checkpoint.partitioned else 1)
-    wanted = {(mp, dp) for mp in range(int(head.get("mp_world_size", 1))) for dp in ranks}
-    if there == wanted:
+    counts = [int(head.get("dp_world_size", 1)) if checkpoint.partitioned else 1]
+    group = checkpoint.state(GLOBAL_STATE).get("partition_count")
+    if checkpoint.partitioned and is_count(group):
+        counts.append(group)  # under MiCS one group of ranks has all partitions and saves alone
+    odd = [_odd_rank(there, int(head.get("mp_world_size", 1)), count) for count in counts]
+    if odd[0] is None or None in odd:
         return None
-    mp, dp = min(there ^ wanted)
-    how = "missing" if (mp, dp) in wanted else "of another conversion"
+    (mp, dp), how = odd[0]
     return (
         f"model states of data-parallel rank {dp} of model-parallel rank {mp} are {how}: it was "
         "not copied whole, or over another. Convert the tag again, into a new folder"
     )
+
+
+def _odd_rank(
+    there: set[tuple[int, int]], stages: int, ranks: int
+) -> tuple[tuple[int, int], str] | None:
+    """The first rank that is not there, or is too much, and which; the counts may be anything."""
+    wanted = ((mp, dp) for mp in range(stages if ranks > 0 else 0) for dp in range(ranks))
+    for place in itertools.islice(wanted, len(there) + 1):
+        if place not in there:
+            return place, "missing"
+    more = [place for place in there if place[0] >= stages or place[1] >= ranks]
+    return (min(more), "of another conversion") if more else None
 
 
 def _stray(checkpoint: UniversalCheckpoint) -> str | None:
@@ -184,11 +200,13 @@ def _damaged(checkpoint: UniversalCheckpoint) -> str | None:
             f"{FOLDER}/{lacking[0]}/{MASTER}.pt is missing ({len(lacking)} in all): it was not "
             "copied whole. Convert the tag again"
         )
-    # The converter writes the same states of every parameter (ds_to_universal.py, `flat_state`).
+    # The converter writes the same states of every parameter, and the weights alone of one without
+    # fragments, such as an empty one (ds_to_universal.py, `merge_tp_slices`).
     every = {state for name in checkpoint.shapes for state in checkpoint.states[name]}
     for name in sorted(checkpoint.shapes):
-        less = sorted(every - set(checkpoint.states[name]))
-        if less:
+        found = set(checkpoint.states[name])
+        less = sorted(every - found)
+        if less and found != {MASTER}:
             return (
                 f"{FOLDER}/{name}/{less[0]}.pt is missing, which other parameters have: it was "
                 "not copied whole. Convert the tag again"
