@@ -24,7 +24,7 @@ from pma_megatron.merging.request import MergeRequest, Output, in_its_words
 from pma_megatron.merging.rules import Decisions, PolicyRow, Rules, decide, make_tasks
 from pma_megatron.merging.tasks import Unit, Workload, units
 from pma_megatron.runs.discover import choose, list_checkpoints, newest_full, pointers_of
-from pma_megatron.runs.notices import announce, too_early_notes
+from pma_megatron.runs.notices import announce, changed_settings_notes, too_early_notes
 from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.runs.selection import Selection
 from pma_megatron.runs.trackers import Pointer
@@ -127,11 +127,13 @@ def gather_sources(request: MergeRequest, comm: Comm, *, everywhere: bool = Fals
             list(refs.values()), request.widest(), request.load, pointers, request.resumed
         ),
     )
-    early = comm.on_main("schedule", lambda: too_early_notes(selection))
+    said = comm.on_main(
+        "schedule", lambda: [*too_early_notes(selection), *changed_settings_notes(selection)]
+    )
     selection = replace(
         selection,
         passed_over=(*request.passed_over, *selection.passed_over),
-        notes=(*selection.notes, *early),
+        notes=(*selection.notes, *said),
     )
     if comm.is_main:
         announce(selection)

@@ -4,18 +4,40 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats import registry
 from pma_megatron.formats.base import Schedule
 from pma_megatron.runs.discover import describe
 from pma_megatron.runs.gaps import lines
+from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.runs.selection import Selection
 from pma_megatron.runs.trackers import read_pointers
 
 _EARLY = 0.5
+_OF_ONE_RUN = (
+    "seed",
+    "data_path",
+    "tokenizer_model",
+    "seq_length",
+    "optimizer",
+    "lr",
+    "min_lr",
+    "lr_decay_style",
+    "weight_decay",
+    "clip_grad",
+    "adam_beta1",
+    "adam_beta2",
+    "bf16",
+    "fp16",
+)
+"""Arguments of Megatron that stay while a run goes on, and say so much of the result that an
+average over a change of them should be meant."""
+
+_SHOWN_CHARACTERS = 60
 _log = logging.getLogger(__name__)
 
 
@@ -33,6 +55,39 @@ def too_early_notes(selection: Selection) -> list[str]:
         schedule = registry.get(oldest.format, oldest.path).schedule(Path(oldest.path))
     found = too_early(schedule, selection.positions) if selection.refs[1:] else None
     return [] if found is None else [found]
+
+
+def changed_settings_notes(selection: Selection) -> list[str]:
+    """What to say where training's own arguments change inside the window.
+
+    A person may have resumed with other flags, and averages over that. But each checkpoint's
+    arguments lie in one small file, and one that was restored from another run says so here alone.
+    """
+    before: tuple[CheckpointRef, Mapping[str, Any]] | None = None
+    notes = []
+    for ref in selection.refs:
+        args: Mapping[str, Any] = {}
+        with contextlib.suppress(CheckpointError, OSError):
+            args = registry.get(ref.format, ref.path).common(Path(ref.path))["args"]
+        if before is not None:
+            changed = [
+                f"{name} from {_short(before[1][name])} to {_short(args[name])}"
+                for name in _OF_ONE_RUN
+                if name in args and name in before[1] and args[name] != before[1][name]
+            ]
+            if changed:
+                notes.append(
+                    f"training's arguments change between {before[0].describe()} and "
+                    f"{ref.describe()}: {', '.join(changed)}. If nobody resumed with other flags "
+                    f"there, {ref.path} holds a file of another run"
+                )
+        before = (ref, args) if args else before
+    return notes
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[: _SHOWN_CHARACTERS - 3]}..."
 
 
 def moves_back(name: str, made: Path, now: int | None) -> str | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from conftest import ITERATIONS, digests, folder_of, refused, request_for
 from pma_megatron import SelectionRequest, list_checkpoints, merge, plan
@@ -291,6 +292,25 @@ def test_averages_that_reach_back_too_far_are_warned_of(
     early = plan(request_for(dense_run, tmp_path, selection=SelectionRequest(last=4)))
     assert early.selection.notes == tuple(r.message for r in caplog.records)
     assert "25 %" in early.selection.notes[0]
+
+
+def test_arguments_of_another_run_in_one_small_file_are_said(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two runs that began alike have the same iteration, samples, names and shapes there."""
+    file = folder_of(run, 6) / "common.pt"
+    common = torch.load(file, weights_only=False)
+    common["args"].seed, common["args"].data_path = 4321, ["corpus"] * 100
+    torch.save(common, file)
+    made = plan(request_for(run, tmp_path, selection=SelectionRequest(iterations=(4, 6))))
+    (note,) = made.selection.notes
+    assert "between iteration 4" in note and "to 4321" in note and str(file.parent) in note
+    assert "data_path" not in note, "one that the other checkpoint does not name says nothing"
+    assert note in [record.message for record in caplog.records]
+    there, back = plan(
+        request_for(run, tmp_path, selection=SelectionRequest(last=3))
+    ).selection.notes[-2:]
+    assert "from 1234 to 4321" in there and "from 4321 to 1234" in back
 
 
 @pytest.mark.parametrize(
