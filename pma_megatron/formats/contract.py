@@ -7,18 +7,16 @@ folder. `pma_megatron.testing.conformance` checks a format against it on real ch
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypedDict
 
-import torch
-
 from pma_megatron.base.spelling import left_out, typed
-from pma_megatron.formats.base import Incomplete, Item, Payload, Schedule
+from pma_megatron.formats.base import Incomplete, Item, Schedule
 from pma_megatron.formats.flat import FlatMap
 from pma_megatron.formats.items import ItemFiles
-from pma_megatron.formats.output import OutputLayout
+from pma_megatron.formats.output import Changes, OutputLayout
 from pma_megatron.formats.source import Source
 
 
@@ -55,25 +53,8 @@ class ReadSource(Protocol):
     ) -> Source: ...
 
 
-class LayOut(Protocol):
-    """Lay out an output after the checkpoint at `path`.
-
-    `payloads` are those of its payloads that get new bytes, with their dtype in the output. `drop`
-    names entries that are left out. `optimizer` is `keep`, `reset` (step counters become zero) or
-    `drop`. `note` is what the merge says of itself, for training that gets such things back on
-    resuming. `lr_factor` multiplies all learning rates that the output stores; None leaves them.
-    """
-
-    def __call__(
-        self,
-        path: str,
-        *,
-        payloads: Mapping[Payload, torch.dtype],
-        drop: frozenset[str],
-        optimizer: str,
-        note: Mapping[str, Any],
-        lr_factor: float | None,
-    ) -> OutputLayout: ...
+LayOut = Callable[[str, Changes], OutputLayout]
+"""Lay out an output after the checkpoint at a path."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,12 +4,38 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from pma_megatron.formats.base import Item, Payload
 from pma_megatron.formats.zips import Skeleton
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Changes:
+    """What an output has that its base, the newest source, has not.
+
+    Attributes:
+        payloads: base payloads that get new bytes, with their dtype in the output.
+        drop: entries left out.
+        optimizer: `keep`, `reset` (step counters to zero) or `drop` (no optimizer, no scheduler, as
+            Megatron's --no-save-optim writes).
+        note: what the merge says of itself, for training that gets such things back on resuming.
+        lr_factor: of all learning rates that it stores; None leaves them.
+    """
+
+    payloads: Mapping[Payload, torch.dtype]
+    drop: frozenset[str]
+    optimizer: str
+    note: Mapping[str, Any] = field(default_factory=dict)
+    lr_factor: float | None = None
+
+    @property
+    def edits_optimizer(self) -> bool:
+        """Whether small values of the optimizer change."""
+        return self.optimizer == "reset" or self.lr_factor is not None
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from pma_megatron.base.comm import Comm
 from pma_megatron.base.openfiles import unread
 from pma_megatron.errors import CheckpointError, SelectionError
 from pma_megatron.formats import registry
-from pma_megatron.formats.output import OutputLayout
+from pma_megatron.formats.output import Changes, OutputLayout
 from pma_megatron.formats.source import Source
 from pma_megatron.identity.proof import Evidence, prove, refuse_strangers, unconfirmed
 from pma_megatron.merging.agreement import frozen_notes
@@ -309,19 +309,16 @@ def _layout(
 ) -> OutputLayout:
     """The output's files, laid out by a rank that sees the newest source."""
     ref, owner = found.selection.refs[-1], found.visible[-1][0]
-    known, note = registry.get(ref.format, ref.path), origin_note(found)
-
-    def lay_out() -> OutputLayout:
-        return known.lay_out(
-            ref.path,
-            payloads=decisions.payloads,
-            drop=decisions.dropped,
-            optimizer=decisions.optimizer,
-            note=note,
-            lr_factor=lr_factor,
-        )
-
-    made = comm.agree("layout", lambda: lay_out() if comm.rank == owner else None)
+    known = registry.get(ref.format, ref.path)
+    changes = Changes(
+        payloads=decisions.payloads,
+        drop=decisions.dropped,
+        optimizer=decisions.optimizer,
+        note=origin_note(found),
+        lr_factor=lr_factor,
+    )
+    mine = comm.rank == owner
+    made = comm.agree("layout", lambda: known.lay_out(ref.path, changes) if mine else None)
     made = comm.broadcast(made, owner)
     assert made is not None
     return made

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from pma_megatron.base.openfiles import leads_out, passing
 from pma_megatron.base.spelling import given, named, override
@@ -19,48 +17,33 @@ from pma_megatron.formats.deepspeed.checkpoint import DeepSpeedCheckpoint
 from pma_megatron.formats.deepspeed.partitions import base_state
 from pma_megatron.formats.marker import OWN_FILES
 from pma_megatron.formats.names import plain_name
-from pma_megatron.formats.output import Destination, OutputItem, OutputLayout
+from pma_megatron.formats.output import Changes, Destination, OutputItem, OutputLayout
 from pma_megatron.formats.rates import scale_groups, scale_schedule
 from pma_megatron.formats.relay import relay, reset_steps
 
 
-def output_layout(
-    path: str,
-    *,
-    payloads: Mapping[Payload, torch.dtype],
-    drop: frozenset[str],
-    optimizer: str,
-    note: Mapping[str, Any],
-    lr_factor: float | None,
-) -> OutputLayout:
-    """Lay out a merged tag after the one at `path`.
-
-    Args:
-        path: the newest source.
-        payloads: its payloads that get new bytes, with their dtype in the output.
-        drop: entries left out.
-        optimizer: `keep`, `reset` (step counters to zero) or `drop`.
-        note: what the client state gets as `pma`.
-        lr_factor: of all learning rates that it stores; None leaves them.
+def output_layout(path: str, changes: Changes) -> OutputLayout:
+    """Lay out a merged tag after the one at `path`, the newest source; the client state gets the
+    note as `pma`.
 
     Raises:
         UsageError: something is to be left out or stored in another dtype: DeepSpeed resumes main
             params from the optimizer's files, and expects in every file what it wrote. Or rates are
             to be scaled, and it stores none.
     """
-    refuse_unresumable(path, payloads, drop, optimizer)
+    refuse_unresumable(path, changes)
     checkpoint = DeepSpeedCheckpoint(Path(path))
     edits = {}
-    if optimizer == "reset":
+    if changes.optimizer == "reset":
         for file, state in checkpoint.optimizers().items():
             zero = reset_steps(base_state(state))
             edits[file] = Edit(checkpoint.state(file), frozenset(zero))
-    if lr_factor is not None:
+    if changes.lr_factor is not None:
         optimizers = checkpoint.optimizers()
         groups = {file: base_state(state) for file, state in optimizers.items()}
-        for file in scale_rates(checkpoint, groups, lr_factor):
+        for file in scale_rates(checkpoint, groups, changes.lr_factor):
             edits.setdefault(file, Edit(checkpoint.state(file), frozenset()))
-    return lay_out_after(checkpoint, payloads, edits, note)
+    return lay_out_after(checkpoint, changes, edits)
 
 
 def scale_rates(
@@ -98,19 +81,16 @@ def _no_rates(file: Path, why: str) -> UsageError:
     )
 
 
-def refuse_unresumable(
-    path: str, payloads: Mapping[Payload, torch.dtype], drop: frozenset[str], optimizer: str
-) -> None:
+def refuse_unresumable(path: str, changes: Changes) -> None:
     """See `output_layout`."""
-    if optimizer == "drop" or drop:
+    if changes.optimizer == "drop" or changes.drop:
         raise UsageError(
             f"{path}: a DeepSpeed checkpoint without all of its parts does not resume, because "
             f"main params lie in the optimizer's files. Leave out "
             f"{given('optimizer_state', 'drop')}, {given('average', 'weights')} and "
             f"{override('...', 'drop')}"
         )
-    changed = {dtype for payload, dtype in payloads.items() if dtype != payload.dtype}
-    if changed:
+    if any(dtype != payload.dtype for payload, dtype in changes.payloads.items()):
         raise UsageError(
             f"{named('dtype')}: weights of {path} share storages of one dtype, and DeepSpeed "
             "expects its own. Leave it out; zero_to_fp32.py makes float32 weights of a merged tag"
@@ -126,20 +106,17 @@ class Edit:
 
 
 def lay_out_after(
-    checkpoint: DeepSpeedCheckpoint,
-    payloads: Iterable[Payload],
-    edits: Mapping[str, Edit],
-    note: Mapping[str, Any],
+    checkpoint: DeepSpeedCheckpoint, changes: Changes, edits: Mapping[str, Edit]
 ) -> OutputLayout:
-    """The files of `checkpoint` again, some with new payloads, some edited, `note` in some."""
+    """The files of `checkpoint` again, some with new payloads, some edited, the note in some."""
     new: dict[Item, list[Payload]] = {}
-    for payload in payloads:
+    for payload in changes.payloads:
         new.setdefault(payload.item, []).append(payload)
     items: list[OutputItem] = []
     places: dict[Payload, Destination] = {}
     for file in checkpoint.files:
         base, edit = checkpoint.item(file), edits.get(file)
-        noted = note if file in checkpoint.client_states else None
+        noted = changes.note if file in checkpoint.client_states else None
         if base in new or edit is not None or noted is not None:
             edited, zero = (None, frozenset()) if edit is None else (edit.content, edit.zero)
             relaid = relay(

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from pma_megatron.formats.base import Payload
 from pma_megatron.formats.deepspeed.output import (
     Edit,
     lay_out_after,
@@ -21,33 +16,25 @@ from pma_megatron.formats.deepspeed.universal import (
     UniversalCheckpoint,
     steps_of,
 )
-from pma_megatron.formats.output import OutputLayout
+from pma_megatron.formats.output import Changes, OutputLayout
 from pma_megatron.formats.relay import reset_steps
 
 
-def output_layout(
-    path: str,
-    *,
-    payloads: Mapping[Payload, torch.dtype],
-    drop: frozenset[str],
-    optimizer: str,
-    note: Mapping[str, Any],
-    lr_factor: float | None,
-) -> OutputLayout:
+def output_layout(path: str, changes: Changes) -> OutputLayout:
     """Lay out a merged Universal checkpoint; see `deepspeed.output.output_layout`.
 
     Raises:
         UsageError: see there.
     """
-    refuse_unresumable(path, payloads, drop, optimizer)
+    refuse_unresumable(path, changes)
     checkpoint = UniversalCheckpoint(Path(path))
     edits = {}
-    if optimizer == "reset":
+    if changes.optimizer == "reset":
         for file, content in steps_of(checkpoint).items():
             zero = frozenset(reset_steps(content))
             edits[file] = Edit(content.get(STEP, content), zero)
-    if lr_factor is not None:
+    if changes.lr_factor is not None:
         groups = {GLOBAL_STATE: checkpoint.state(GLOBAL_STATE)}
-        for file in scale_rates(checkpoint, groups, lr_factor):
+        for file in scale_rates(checkpoint, groups, changes.lr_factor):
             edits.setdefault(file, Edit(checkpoint.state(file), frozenset()))
-    return lay_out_after(checkpoint, payloads, edits, note)
+    return lay_out_after(checkpoint, changes, edits)

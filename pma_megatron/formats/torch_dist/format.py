@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from pma_megatron.formats.base import Payload
 from pma_megatron.formats.contract import Common, Format, Tracker
-from pma_megatron.formats.output import OutputLayout
+from pma_megatron.formats.output import Changes, OutputLayout
 from pma_megatron.formats.torch_dist.checkpoint import (
     FORMAT_NAME,
     TorchDistCheckpoint,
@@ -18,7 +13,7 @@ from pma_megatron.formats.torch_dist.checkpoint import (
     written_after,
 )
 from pma_megatron.formats.torch_dist.optimizer import is_optimizer_key
-from pma_megatron.formats.torch_dist.output import Changes, output_layout
+from pma_megatron.formats.torch_dist.output import output_layout
 from pma_megatron.formats.torch_dist.recomputed import unchecked_order
 from pma_megatron.formats.torch_dist.schedule import read_schedule
 from pma_megatron.formats.torch_dist.source import read_source
@@ -38,17 +33,8 @@ def _common(path: Path) -> Common:
     }
 
 
-def _lay_out(
-    path: str,
-    *,
-    payloads: Mapping[Payload, torch.dtype],
-    drop: frozenset[str],
-    optimizer: str,
-    note: Mapping[str, Any],
-    lr_factor: float | None,
-) -> OutputLayout:
-    """Megatron hands nothing back: there, `pma.json` alone says where a merge came from."""
-    changes = Changes(payloads=payloads, drop=drop, optimizer=optimizer, lr_factor=lr_factor)
+def _lay_out(path: str, changes: Changes) -> OutputLayout:
+    """Megatron hands no note back: there, `pma.json` alone says where a merge came from."""
     return output_layout(TorchDistCheckpoint(Path(path)), changes)
 
 

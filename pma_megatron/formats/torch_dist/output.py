@@ -20,7 +20,7 @@ from pma_megatron.base.spelling import named
 from pma_megatron.errors import UsageError
 from pma_megatron.formats.base import Item, Payload
 from pma_megatron.formats.names import plain_name
-from pma_megatron.formats.output import Destination, OutputItem, OutputLayout
+from pma_megatron.formats.output import Changes, Destination, OutputItem, OutputLayout
 from pma_megatron.formats.pickles import dump_inert, new_tensor
 from pma_megatron.formats.rates import scale_groups, scale_schedule
 from pma_megatron.formats.relay import relay, reset_steps
@@ -36,29 +36,6 @@ from pma_megatron.formats.zips import Skeleton, lay_out
 
 _SMALL_STATE = ".optimizer/shard"  # param groups and steps of `dp_reshardable`
 _PER_RUN = ("integrity", "pma.json")  # names of files that describe the source's own bytes
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Changes:
-    """What an output has that its base has not.
-
-    Attributes:
-        payloads: base payloads that get new bytes, with their new dtype.
-        drop: entries left out.
-        optimizer: `keep`, `reset` (step counters to zero) or `drop` (no optimizer, no scheduler, as
-            Megatron's --no-save-optim writes).
-        lr_factor: of all learning rates that it stores; None leaves them.
-    """
-
-    payloads: Mapping[Payload, torch.dtype]
-    drop: frozenset[str]
-    optimizer: str
-    lr_factor: float | None = None
-
-    @property
-    def edits_optimizer(self) -> bool:
-        """Whether small values of the optimizer change."""
-        return self.optimizer == "reset" or self.lr_factor is not None
 
 
 @dataclass(slots=True)
