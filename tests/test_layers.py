@@ -47,7 +47,7 @@ INSIDE = {
         cover chunks registration
         metadata
         checkpoint
-        optimizer recomputed schedule ties
+        completeness optimizer recomputed schedule ties
         assignment output
         peers
         buckets
@@ -85,8 +85,10 @@ INSIDE = {
         accumulate agreement request
         engine rules
         planning
-        integrity publish verification
+        integrity leftovers verification
+        publish
         finishing recompute report
+        provenance
         inspection job published
     """,
     "live": """
@@ -110,7 +112,7 @@ INSIDE = {
         recovery
     """,
     "online": """
-        budget shard snapshot_job swap
+        memory_budget shard snapshot_job swap
         hostcopy snapshots
         window
         origin store

@@ -14,7 +14,7 @@ from pma_megatron.formats import registry
 from pma_megatron.formats.base import Tensor
 from pma_megatron.formats.marker import MARKER_FILE
 from pma_megatron.merging.intact import listing
-from pma_megatron.merging.report import read_provenance
+from pma_megatron.merging.provenance import read_provenance
 from pma_megatron.runs.discover import describe, list_checkpoints, pointed
 from pma_megatron.runs.folders import is_checkpoint, what_is
 from pma_megatron.runs.refs import CheckpointRef

@@ -15,7 +15,7 @@ from pma_megatron.base.faults import point
 from pma_megatron.base.spelling import named
 from pma_megatron.base.stopping import Stopped, having_published
 from pma_megatron.errors import PmaError, UsageError
-from pma_megatron.merging import engine, finishing, publish, report, verification
+from pma_megatron.merging import engine, finishing, provenance, publish, verification
 from pma_megatron.merging.integrity import Compared, checked
 from pma_megatron.merging.planning import MergePlan, make_plan
 from pma_megatron.merging.publish import Target
@@ -182,7 +182,7 @@ def _fill(
     comm.agree("sync", lambda: _sync(writers, comm))
     for number, (output, target) in enumerate(zip(plan.outputs, wanted, strict=True)):
         parts = comm.collect(writers[number].checksums)
-        made = report.provenance(whole, output, comm.size, clock.seconds, found.compared)
+        made = provenance.provenance(whole, output, comm.size, clock.seconds, found.compared)
         comm.on_main("finish", lambda p=parts, t=target, m=made: finishing.finish(plan, t, p, m))  # type: ignore[misc]
     clock.lap("publish")
     comm.agree("verify", lambda: point("verify", comm.rank))

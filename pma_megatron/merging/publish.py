@@ -28,7 +28,7 @@ from pma_megatron.formats import registry
 from pma_megatron.formats.manifest import read_marker
 from pma_megatron.formats.marker import MARKER_FILE, SEAL_FILE, SNAPSHOTS, read_snapshot_marker
 from pma_megatron.merging.intact import listing
-from pma_megatron.merging.locks import STAGING, Target, locked, removed, restored, unfinished
+from pma_megatron.merging.leftovers import STAGING, Target, locked, removed, restored, unfinished
 from pma_megatron.merging.planning import MergePlan
 from pma_megatron.merging.request import Output
 from pma_megatron.runs.folders import holds_checkpoint, is_checkpoint

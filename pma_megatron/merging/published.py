@@ -16,8 +16,8 @@ from pma_megatron.formats.manifest import Marker, read_marker
 from pma_megatron.formats.marker import MARKER_FILE, ONLINE_AVERAGE, SNAPSHOT
 from pma_megatron.merging.intact import Intact, check_files
 from pma_megatron.merging.planning import MergePlan, make_plan
+from pma_megatron.merging.provenance import checked_provenance, request_again
 from pma_megatron.merging.recompute import recompute
-from pma_megatron.merging.report import checked_provenance, request_again
 from pma_megatron.merging.verification import Verification, verify_output
 from pma_megatron.runs.discover import pointed
 

@@ -17,8 +17,8 @@ from pma_megatron.base.comm import Comm
 from pma_megatron.base.locations import refuse_remote
 from pma_megatron.errors import UsageError
 from pma_megatron.merging.request import Method
-from pma_megatron.online.budget import Need, check
 from pma_megatron.online.hostcopy import HostCopy
+from pma_megatron.online.memory_budget import Need, check
 from pma_megatron.online.shard import Shard
 from pma_megatron.online.store import WindowStore
 from pma_megatron.online.window import EMA, Member, WindowAverage, make_window, vectors_needed

@@ -24,7 +24,7 @@ from pma_megatron.base.spelling import named
 from pma_megatron.errors import CheckpointError, PublishError, UsageError
 from pma_megatron.formats.base import Item
 from pma_megatron.formats.marker import SNAPSHOTS, SnapshotMarker, read_snapshot_marker
-from pma_megatron.formats.torch_dist.checkpoint import COMMON_FILE, completeness
+from pma_megatron.formats.torch_dist.checkpoint import COMMON_FILE
 from pma_megatron.formats.torch_dist.chunks import (
     Chunk,
     StoredChunk,
@@ -33,6 +33,7 @@ from pma_megatron.formats.torch_dist.chunks import (
     place,
     stored,
 )
+from pma_megatron.formats.torch_dist.completeness import completeness
 from pma_megatron.online.snapshot_job import REMOVED, STAGING, Data, SnapshotJob, remove
 from pma_megatron.runs.discover import TRACKER_FILE, iteration_of
 

@@ -17,7 +17,7 @@ from deepspeed_runs import Harm, load, merge_run, optim_files, records, tag, tra
 from pma_megatron import SelectionRequest, list_checkpoints, merge
 from pma_megatron.errors import CheckpointError, PlanError, PublishError, SelectionError, UsageError
 from pma_megatron.merging.policy import Policy
-from pma_megatron.merging.report import read_provenance
+from pma_megatron.merging.provenance import read_provenance
 from pma_megatron.testing import run_ranks
 from pma_megatron.testing.tiny_deepspeed import DeepSpeedConfig
 

@@ -20,7 +20,7 @@ from pma_megatron.formats.torch_dist.checkpoint import TorchDistCheckpoint
 from pma_megatron.formats.torch_dist.source import read_source
 from pma_megatron.geometry.gram import measure
 from pma_megatron.merging.planning import gather_sources
-from pma_megatron.merging.report import read_provenance
+from pma_megatron.merging.provenance import read_provenance
 from pma_megatron.testing import run_ranks
 
 WINDOW = (2, 4, 6)

@@ -18,7 +18,7 @@ from pma_megatron import Policy, SelectionRequest, merge, verify
 from pma_megatron.errors import UsageError
 from pma_megatron.formats.torch_dist.checkpoint import TorchDistCheckpoint
 from pma_megatron.formats.torch_dist.schedule import read_schedule
-from pma_megatron.merging.report import read_provenance
+from pma_megatron.merging.provenance import read_provenance
 from pma_megatron.testing import TinyConfig, TinyTrainer, run_ranks
 
 FACTOR = 0.3

@@ -13,7 +13,7 @@ import torch
 from pma_megatron import MergeRequest, Method, SelectionRequest, merge
 from pma_megatron.errors import PmaError, UsageError
 from pma_megatron.megatron.online import OnlineAverage
-from pma_megatron.online import budget
+from pma_megatron.online import memory_budget
 from pma_megatron.testing import TinyConfig, TinyTrainer, run_ranks
 
 BASE = TinyConfig(warmup_iters=2)
@@ -375,10 +375,10 @@ def refusals(rank: int, world_size: int, config: TinyConfig, folder: str) -> lis
 
     attempt(four)
     attempt(Method(name="ema"))
-    there, budget.available_bytes = budget.available_bytes, lambda: 10_000
+    there, memory_budget.available_bytes = memory_budget.available_bytes, lambda: 10_000
     attempt(METHODS["sma"])
-    budget.available_bytes = there
-    budget.shutil = Namespace(disk_usage=lambda _: Namespace(free=1000))
+    memory_budget.available_bytes = there
+    memory_budget.shutil = Namespace(disk_usage=lambda _: Namespace(free=1000))
     attempt(METHODS["sma"], window_dir=folder)
     average = online(trainer, METHODS["custom"])
     train(trainer, 4, average)

@@ -23,7 +23,7 @@ from pma_megatron.base.comm import Comm
 from pma_megatron.cli import main
 from pma_megatron.errors import PlanError, PublishError, UsageError
 from pma_megatron.formats.marker import OWN_FILES, read_snapshot_marker
-from pma_megatron.formats.torch_dist.checkpoint import completeness
+from pma_megatron.formats.torch_dist.completeness import completeness
 from pma_megatron.formats.torch_dist.source import read_source
 from pma_megatron.merging.inspection import inspect
 from pma_megatron.online import snapshot_job

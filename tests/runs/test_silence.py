@@ -21,7 +21,7 @@ from pma_megatron.cli import main
 from pma_megatron.errors import CheckpointError, SelectionError
 from pma_megatron.formats.base import Schedule
 from pma_megatron.megatron.load import merge_into
-from pma_megatron.merging.report import read_provenance
+from pma_megatron.merging.provenance import read_provenance
 from pma_megatron.runs.discover import choose, pointers_of
 from pma_megatron.runs.notices import too_early
 from pma_megatron.testing import TinyConfig, TinyTrainer, run_ranks

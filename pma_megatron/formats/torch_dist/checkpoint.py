@@ -1,4 +1,4 @@
-"""One `torch_dist` checkpoint folder: what is in it, where its bytes are, whether it is whole."""
+"""One `torch_dist` checkpoint folder: what is in it, and where."""
 
 from __future__ import annotations
 
@@ -21,10 +21,9 @@ from pma_megatron.formats.torch_dist.metadata import (
     read_metadata,
 )
 
-__all__ = ["COMMON_FILE", "COMMON_KEY", "CONFIG_FILE", "TorchDistCheckpoint", "completeness"]
+__all__ = ["COMMON_FILE", "COMMON_KEY", "CONFIG_FILE", "TorchDistCheckpoint"]
 FORMAT_NAME = "torch_dist"
 COMMON_KEY = "common_state/shard_0_1"
-_CLOCKS_APART_S = 10.0  # of nodes that write to one file system
 
 
 class TorchDistCheckpoint(ItemFiles):
@@ -37,7 +36,7 @@ class TorchDistCheckpoint(ItemFiles):
     """
 
     def __init__(self, path: Path) -> None:
-        reason = _not_torch_dist(path)
+        reason = not_torch_dist(path)
         if reason:
             raise CheckpointError(f"{path} is not a torch_dist checkpoint: {reason}")
         super().__init__(path)
@@ -100,75 +99,8 @@ class TorchDistCheckpoint(ItemFiles):
         return digest.hexdigest()
 
 
-def completeness(path: Path) -> Incomplete | None:
-    """Why the checkpoint at `path` is not whole, or None if it is.
-
-    The order of a save is files, `.metadata`, `metadata.json`, tracker. Whole means that both
-    metadata files are there, and that in every file the first and the last item lie where
-    `.metadata` says: a file that was cut short, is of another save, or whose end never reached the
-    disk has something else there. Times are not looked at: see `written_after`.
-    """
-    reason = _not_torch_dist(path)
-    if reason:
-        return reason
-    try:
-        checkpoint = TorchDistCheckpoint(path)
-        reason = _other_files(checkpoint)
-    except CheckpointError as error:
-        return Incomplete(str(error))
-    if reason is None and not checkpoint.common_is_entry and not (path / COMMON_FILE).is_file():
-        return Incomplete(f"{COMMON_FILE} is missing")
-    return reason
-
-
-def _other_files(checkpoint: TorchDistCheckpoint) -> Incomplete | None:
-    ends: dict[str, tuple[Item, Item]] = {}
-    pieces = (piece for tensor in checkpoint.tensors.values() for piece in tensor.pieces)
-    for item in (*(piece.payload.item for piece in pieces), *checkpoint.objects.values()):
-        first, last = ends.get(item.file, (item, item))
-        ends[item.file] = (
-            min(first, item, key=lambda each: each.offset),
-            max(last, item, key=lambda each: each.offset),
-        )
-    for file, items in sorted(ends.items()):
-        try:
-            nbytes = (checkpoint.path / file).stat().st_size
-        except OSError:
-            return Incomplete(f"shard file {file} is missing")
-        needed = items[1].offset + items[1].length
-        if nbytes < needed:
-            return Incomplete(
-                f"{file} has {nbytes} bytes, .metadata needs {needed}: truncated, or being written "
-                "over an older save"
-            )
-        for item in items:
-            checkpoint.records(item)
-    return None
-
-
-def written_after(path: Path) -> str | None:
-    """What the times of a whole checkpoint cannot rule out, for a warning; None if nothing.
-
-    A shard that is newer than `metadata.json` was written by a second save into the folder, which
-    may have ended or not, or was copied without its times: where both saves have the same sizes,
-    the content does not tell.
-    """
-    try:
-        finished_s = (path / CONFIG_FILE).stat().st_mtime
-        files = [(p.stat().st_mtime, p.name) for p in path.iterdir() if p.suffix == ".distcp"]
-    except OSError:
-        return None
-    newest_s, file = max(files, default=(finished_s, ""))
-    if newest_s <= finished_s + _CLOCKS_APART_S:
-        return None
-    return (
-        f"{file} is {newest_s - finished_s:.0f} s newer than {CONFIG_FILE}: copied without its "
-        "times, or saved a second time into the same folder; if that save was cut off, its files "
-        "are of two saves"
-    )
-
-
-def _not_torch_dist(path: Path) -> Incomplete | None:
+def not_torch_dist(path: Path) -> Incomplete | None:
+    """Why a folder is not one of this format, or not yet; None if it is."""
     if not path.is_dir():
         return Incomplete(f"{path} is not a folder")
     config = path / CONFIG_FILE

@@ -6,12 +6,8 @@ from pathlib import Path
 
 from pma_megatron.formats.contract import Common, Format, Tracker
 from pma_megatron.formats.output import Changes, OutputLayout
-from pma_megatron.formats.torch_dist.checkpoint import (
-    FORMAT_NAME,
-    TorchDistCheckpoint,
-    completeness,
-    written_after,
-)
+from pma_megatron.formats.torch_dist.checkpoint import FORMAT_NAME, TorchDistCheckpoint
+from pma_megatron.formats.torch_dist.completeness import completeness, written_after
 from pma_megatron.formats.torch_dist.optimizer import is_optimizer_key
 from pma_megatron.formats.torch_dist.output import output_layout
 from pma_megatron.formats.torch_dist.recomputed import unchecked_order

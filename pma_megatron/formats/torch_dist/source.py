@@ -13,12 +13,8 @@ from pma_megatron.formats.marker import read_snapshot_marker
 from pma_megatron.formats.schema import is_count
 from pma_megatron.formats.source import Source, stamps_of
 from pma_megatron.formats.torch_dist import buckets
-from pma_megatron.formats.torch_dist.checkpoint import (
-    COMMON_KEY,
-    FORMAT_NAME,
-    TorchDistCheckpoint,
-    completeness,
-)
+from pma_megatron.formats.torch_dist.checkpoint import COMMON_KEY, FORMAT_NAME, TorchDistCheckpoint
+from pma_megatron.formats.torch_dist.completeness import completeness
 from pma_megatron.formats.torch_dist.optimizer import (
     buffers_of,
     flat_spaces,

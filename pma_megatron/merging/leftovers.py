@@ -1,0 +1,204 @@
+"""Who writes to a target, and what jobs that were cut off have left beside it.
+
+A job holds a lock file per target for as long as it lives. What lies in the root under one of the
+names below belongs to the holder of that name's lock; where nobody holds it, that job is gone, and
+the next one here puts right what it left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pma_megatron.base.spelling import named, typed
+from pma_megatron.base.stopping import shielded
+from pma_megatron.errors import PublishError
+from pma_megatron.formats import registry
+from pma_megatron.merging.locks import CLEANING, LOCK, WRITING, HeldError, held
+
+STAGING = ".pma-staging-"
+_REPLACED = ".pma-replaced-"
+_TRACKER = ".pma-tracker-"
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One output: the folder that Megatron will load and the one in which it is made."""
+
+    root: Path
+    final: Path
+    staging: Path
+
+    @property
+    def replaced(self) -> Path:
+        """Where the checkpoint that is replaced lies meanwhile, if folders cannot be exchanged."""
+        return self.root / f"{_REPLACED}{self.final.name}"
+
+    @property
+    def tracker(self) -> Path:
+        """What the run's tracker will be, until the checkpoint bears its name."""
+        return self.root / f"{_TRACKER}{self.final.name}"
+
+
+@contextlib.contextmanager
+def locked(wanted: Sequence[Target]) -> Iterator[None]:
+    """Hold the targets for one job (rank 0 only); a killed job lets go by itself.
+
+    Raises:
+        PublishError: another job is writing there, or the folder cannot be made.
+    """
+    with contextlib.ExitStack() as stack:
+        for target in wanted:
+            name = target.final.name
+            try:
+                stack.callback(_remove_empty, _made(target.root))
+                sure = stack.enter_context(held(target.root, name, WRITING))
+            except HeldError as holder:
+                raise PublishError(
+                    f"another merge is writing {target.final}{holder}: wait for it, or choose "
+                    f"another {named('save')}"
+                ) from None
+            except OSError as error:
+                raise PublishError(
+                    f"cannot write to {target.root}: {error.strerror}. Choose another "
+                    f"{named('save')}"
+                ) from error
+            _collect(target.root, name, sure=sure)
+        yield
+
+
+def unfinished(target: Target) -> bool:
+    """True if a merge was killed after it named its checkpoint, before the tracker named it too.
+
+    It never reported, so the same command may run again without `overwrite`.
+    """
+    return target.tracker.is_file() and not _staged(target.root, target.final.name)
+
+
+def restored(target: Target) -> bool:
+    """Give a checkpoint that was being replaced its name back, if nothing else has it."""
+    if not target.replaced.exists() or target.final.exists():
+        return False
+    target.replaced.rename(target.final)
+    return True
+
+
+def _made(root: Path) -> list[Path]:
+    """Make a folder; returns those that were not there, the deepest first."""
+    missing = [path for path in (root, *root.parents) if not path.exists()]
+    root.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    with shielded(), contextlib.suppress(OSError):  # the first that holds something ends it
+        for folder in folders:
+            folder.rmdir()
+
+
+def _collect(root: Path, own: str, *, sure: bool) -> None:
+    """Put right what jobs that are gone left in `root`, whatever target they were at."""
+    for name in sorted({own, *_names(root)}):
+        if name == own and sure:
+            _remove_stale(root, name, own=True)
+        elif not sure:
+            left = [path.name for path in _debris(root, name)]
+            if left:
+                _log.warning(
+                    "%s holds %s: left alone, because nothing tells here whether a job still uses "
+                    "it; remove it when no merge is running",
+                    root,
+                    ", ".join(left),
+                )
+        else:
+            # The lock of a job that lives, and files that vanish or cannot be touched, stay.
+            with contextlib.suppress(HeldError, OSError), held(root, name, CLEANING):
+                _remove_stale(root, name, own=False)
+
+
+def _names(root: Path) -> set[str]:
+    found = set()
+    with os.scandir(root) as entries:
+        for entry in entries:
+            for prefix in (_REPLACED, LOCK, _TRACKER):
+                if entry.name.startswith(prefix):
+                    found.add(entry.name.removeprefix(prefix))
+            if entry.name.startswith(STAGING):
+                found.add(entry.name.removeprefix(STAGING).rpartition("-")[0])
+    return found - {""}
+
+
+def _staged(root: Path, name: str) -> list[Path]:
+    return [
+        path
+        for path in root.glob(f"{STAGING}*")
+        if path.name.removeprefix(STAGING).rpartition("-")[0] == name
+    ]
+
+
+def _debris(root: Path, name: str) -> list[Path]:
+    found = [*_staged(root, name), root / f"{_REPLACED}{name}", root / f"{_TRACKER}{name}"]
+    return [path for path in found if path.exists()]
+
+
+def removed(folder: Path) -> bool:
+    """Remove a folder that no checkpoint is in any more; what cannot be removed is said.
+
+    Returns:
+        whether it was there and is gone.
+    """
+    problems: list[tuple[str, OSError]] = []
+
+    def failed(_: object, path: str, raised: tuple[type, BaseException, object]) -> None:
+        if isinstance(raised[1], OSError) and not isinstance(raised[1], FileNotFoundError):
+            problems.append((path, raised[1]))
+
+    there = os.path.lexists(folder)
+    shutil.rmtree(folder, onerror=failed)
+    if not problems:
+        return there
+    name = typed(folder)
+    path, error = problems[0]
+    _log.warning(
+        "%s could not be removed (%s: %s) and takes space: type chmod -R u+rwX %s && rm -r %s",
+        folder,
+        path,
+        error.strerror,
+        name,
+        name,
+    )
+    return False
+
+
+def _remove_stale(root: Path, name: str, *, own: bool) -> None:
+    target = Target(root, root / name, root)
+    for folder in _staged(root, name):
+        if removed(folder):
+            _log.warning("removed %s, left by a merge that was cut off", folder)
+        target.tracker.unlink(missing_ok=True)
+    if restored(target):
+        _log.warning("restored %s, which a cut-off merge was replacing", target.final)
+    removed(target.replaced)
+    # Of the own target it stays: it says that the checkpoint may be made again.
+    if not own and target.tracker.is_file():
+        _finish(target)
+
+
+def _finish(target: Target) -> None:
+    """The last step of a publication that was cut off right before it: the tracker."""
+    if target.final.is_dir():
+        known = registry.get(registry.detect(target.final), str(target.final))
+        target.tracker.replace(target.root / known.tracker.file)
+        _log.warning(
+            "%s now names %s, which a merge that was cut off had published",
+            target.root / known.tracker.file,
+            target.final.name,
+        )
+    else:
+        target.tracker.unlink()

@@ -1,0 +1,122 @@
+"""`pma.json`, which a merge leaves in its output: where it comes from, and how to make it again."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pma_megatron.errors import CheckpointError
+from pma_megatron.formats.manifest import read_marker
+from pma_megatron.formats.marker import ONLINE_AVERAGE
+from pma_megatron.merging.integrity import Compared
+from pma_megatron.merging.planning import MergePlan
+from pma_megatron.merging.policy import Policy
+from pma_megatron.merging.publish import PROVENANCE_FILE
+from pma_megatron.merging.report import describe_output, describe_plan
+from pma_megatron.merging.request import MergeRequest, Method, Output
+from pma_megatron.runs.selection import SelectionRequest
+from pma_megatron.version import __version__
+
+PROVENANCE_VERSION = 1
+
+
+def provenance(
+    plan: MergePlan, output: Output, ranks: int, seconds: Mapping[str, float], compared: Compared
+) -> dict[str, Any]:
+    """What `pma.json` says: where a checkpoint comes from, and all that verifying it takes.
+
+    Paths in it are absolute: it is read from other folders than the one of the merge.
+    """
+    request = asdict(plan.request)
+    paths = tuple(str(Path(source.path).absolute()) for source in plan.sources)
+    request["selection"] = asdict(SelectionRequest(paths=paths))
+    request["load"] = str(Path(request["load"]).absolute())
+    request["save"] = str(Path(request["save"]).absolute())
+    request.pop("passed_over")  # the plan's are all of them
+    described = describe_plan(plan)
+    for source, path in zip(described["sources"], paths, strict=True):
+        source["path"] = path
+    return {
+        "provenance_version": PROVENANCE_VERSION,
+        "pma_megatron": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "ranks": ranks,
+        "seconds": dict(seconds),
+        "checksums": asdict(compared),
+        "output": describe_output(output),
+        "plan": described,
+        "request": request,
+    }
+
+
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """What `pma.json` says of a merge, or of a running average that was saved (`kind`).
+
+    Raises:
+        CheckpointError, VerifyError: there is none, or it cannot be read or is damaged.
+    """
+    return checked_provenance(folder, read_marker(folder).value)
+
+
+def checked_provenance(folder: Path, value: Mapping[str, Any]) -> dict[str, Any]:
+    """`value`, once it is clear that everything is in it that this package reads.
+
+    Raises:
+        CheckpointError: something is not, or another release wrote it.
+    """
+    path, version = folder / PROVENANCE_FILE, value.get("provenance_version")
+    if value.get("kind") == ONLINE_AVERAGE:
+        return dict(value)
+    if version != PROVENANCE_VERSION:
+        raise CheckpointError(
+            f"{path} has provenance version {version}, this release reads "
+            f"{PROVENANCE_VERSION}: use the pma_megatron that wrote it, {value.get('pma_megatron')}"
+        )
+    try:
+        request_again(value)
+        sources, values = value["plan"]["sources"], value["output"]["coefficients"]
+        paths = value["request"]["selection"]["paths"]
+        good = len(sources) == len(values) == len(paths)
+        good &= all(isinstance(source["path"], str) for source in sources)
+        good &= all(isinstance(source["metadata_digest"], str) for source in sources)
+        good &= all(isinstance(source["iteration"], (int, type(None))) for source in sources)
+        good &= isinstance(value["output"]["method"], str) and "created" in value
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} lacks what a merge says ({error!r}): damaged") from error
+    if not good:
+        raise CheckpointError(f"{path} contradicts itself about its sources: damaged")
+    for source, asked in zip(sources, paths, strict=True):
+        if source["path"] != asked:
+            raise CheckpointError(
+                f"{path} says in plan.sources that {source['path']} was averaged, and in "
+                f"request.selection.paths that {asked} was: damaged or edited. Restore it"
+            )
+    return dict(value)
+
+
+def request_again(recorded: Mapping[str, Any]) -> MergeRequest:
+    """The request that made a checkpoint, from its provenance, with the sources by path."""
+    saved = dict(recorded["request"])
+    paths = tuple(str(path) for path in saved["selection"]["paths"])
+    coefficients = tuple(float(value) for value in recorded["output"]["coefficients"])
+    policy = saved["policy"]
+    return MergeRequest(
+        load=saved["load"],
+        selection=SelectionRequest(paths=paths),
+        method=Method(name="custom", values=coefficients, allow_any=True),
+        policy=Policy(
+            optimizer_state=policy["optimizer_state"],
+            average=policy["average"],
+            overrides=tuple((pattern, action) for pattern, action in policy["overrides"]),
+        ),
+        dtype=saved["dtype"],
+        lr_factor=saved.get("lr_factor"),
+    )
