@@ -1,8 +1,11 @@
 """Metadata and dependencies; the settings of the tools are in pyproject.toml."""
 
+import os
+import sys
+import sysconfig
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 HERE = Path(__file__).parent
 VERSION: dict[str, str] = {}
@@ -46,6 +49,22 @@ TEST = [
     "typing_extensions",
 ]
 
+# One build for all Pythons from 3.11 on: before it the limited API has no buffers, and a Python
+# without the GIL has no limited API.
+LIMITED = sys.version_info >= (3, 11) and not sysconfig.get_config_var("Py_GIL_DISABLED")
+KERNEL = Extension(
+    "pma_megatron.merging._kernel",
+    ["pma_megatron/merging/_kernel.c"],
+    # Nothing may be fused, reordered or approximated but what the source says.
+    extra_compile_args=["-std=c11", "-O3", "-ffp-contract=off", "-fno-fast-math"],
+    libraries=["m"],
+    define_macros=[("Py_LIMITED_API", "0x030B0000")] if LIMITED else [],
+    py_limited_api=LIMITED,
+    # Without a compiler the package is installed without it, and sums with torch. A wheel for
+    # others must not come about like that: their builds set this.
+    optional=os.environ.get("PMA_MEGATRON_REQUIRE_KERNEL") != "1",
+)
+
 setup(
     name="pma-megatron",
     version=VERSION["__version__"],
@@ -56,6 +75,8 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["pma_megatron", "pma_megatron.*"]),
     package_data={"pma_megatron": ["py.typed"]},
+    ext_modules=[KERNEL],
+    options={"bdist_wheel": {"py_limited_api": "cp311"}} if LIMITED else {},
     install_requires=[
         "isal>=1.8",  # crc32 at memory speed, crc32_combine
         "numpy>=1.24",

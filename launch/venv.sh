@@ -1,4 +1,5 @@
-# Sourced by the scripts beside it: makes or refreshes a virtual environment of their own.
+# Sourced by the scripts beside it: makes or refreshes a virtual environment of their own, and
+# compiles the kernel.
 # usage: ensure_venv DIR EXTRA   ->  exports VENV_PYTHON
 ensure_venv() {
     local dir=$1 extra=$2 root stamp
@@ -14,6 +15,12 @@ ensure_venv() {
         "$dir/bin/pip" install --quiet --disable-pip-version-check --no-build-isolation \
             --constraint "$root/launch/constraints.txt" --editable "$root[$extra]"
         echo "$stamp" >"$dir/.stamp"
+    fi
+    # The editable package is this tree, so its kernel lies in it, and a tree may be newer than the
+    # environment. Without a compiler this says so and goes on: the package does without.
+    local kernel=$root/pma_megatron/merging/_kernel
+    if ! compgen -G "$kernel*.so" >/dev/null || [[ $(ls -t "$kernel"* | head -1) == *.c ]]; then
+        (cd "$root" && "$dir/bin/python" -W ignore setup.py --quiet build_ext --inplace)
     fi
     export VENV_PYTHON=$dir/bin/python
 }

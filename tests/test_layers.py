@@ -82,7 +82,8 @@ INSIDE = {
     """,
     "merging": """
         coefficients intact locks policy tasks tolerance
-        accumulate agreement request
+        agreement request sums
+        accumulate
         engine rules
         planning
         integrity leftovers verification

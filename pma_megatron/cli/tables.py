@@ -152,7 +152,8 @@ def merged(report: MergeReport) -> None:
     peak = max(report.peak_memory_above_baseline_bytes)
     console.print(
         f"read {_size(report.bytes['read'])}, wrote {_size(report.bytes['written'])} on "
-        f"{report.ranks} rank(s): {seconds}; peak memory {_size(peak)} above the start, per rank"
+        f"{report.ranks} rank(s): {seconds}; peak memory {_size(peak)} above the start, per rank; "
+        f"summed by {' and '.join(report.kernels)}"
     )
     for check in report.verification:
         console.print(

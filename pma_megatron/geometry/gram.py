@@ -241,7 +241,7 @@ def _unit(add: Accumulator, work: Work, space: _Space) -> torch.Tensor:
     for first, block in blocks(work.box, space.limit):
         rows = space.rows[:, : block.numel]
         for each in work.inputs:
-            buffer = space.stored.raw.buffer(each.dtype, block.numel)
+            buffer = space.stored.raw().buffer(each.dtype, block.numel)
             each.reader.read(block, first, buffer)
             if each.number == add.last and work.proof is not None:
                 add.prove(work, block, first, buffer, space.stored)
@@ -250,7 +250,7 @@ def _unit(add: Accumulator, work: Work, space: _Space) -> torch.Tensor:
         products.addmm_(rows, rows.T)
         if not torch.isfinite(products).all():
             for each in work.inputs:
-                buffer = space.stored.raw.buffer(each.dtype, block.numel)
+                buffer = space.stored.raw().buffer(each.dtype, block.numel)
                 each.reader.read(block, first, buffer)
                 add.refuse_nan(work.task, block, each.number, buffer.tensor)
     return products

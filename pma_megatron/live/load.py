@@ -19,7 +19,7 @@ from pma_megatron.base.settings import declared, described, refuse_unknown_words
 from pma_megatron.base.spelling import FrontEnd, fields
 from pma_megatron.live.plan import LivePlan, LiveWriter
 from pma_megatron.live.poison import Trainer, cure, poisoned_on_failure
-from pma_megatron.merging import engine
+from pma_megatron.merging import engine, sums
 from pma_megatron.merging.integrity import Compared, checked
 from pma_megatron.merging.policy import RESUMED_STATES, Policy
 from pma_megatron.merging.request import MergeRequest, Method
@@ -80,6 +80,7 @@ class LiveReport:
         peak_memory_above_baseline_bytes: per rank.
         seconds: from the call to the end.
         compared: how what was read stands to its checksums.
+        kernels: what summed, each once (`MergeReport.kernels`).
         passed_over: what lies in the window and was not used.
     """
 
@@ -90,6 +91,7 @@ class LiveReport:
     peak_memory_above_baseline_bytes: tuple[int, ...]
     seconds: float
     compared: Compared
+    kernels: tuple[str, ...]
     passed_over: tuple[PassedOver, ...] = ()
 
     def __str__(self) -> str:
@@ -97,7 +99,7 @@ class LiveReport:
         said = (
             f"{len(self.sources)} checkpoints, {self.sources[0]} to {self.sources[-1]}, "
             f"coefficients {weights}; {self.read_bytes / 2**30:.2f} GiB read by {self.share} in "
-            f"{self.seconds:.1f} s"
+            f"{self.seconds:.1f} s, summed by {' and '.join(self.kernels)}"
         )
         return "; ".join((said, *self.compared.sentences()))
 
@@ -129,6 +131,7 @@ class Meter:
             peak_memory_above_baseline_bytes=tuple(self._comm.gather(peak_bytes)),
             seconds=time.perf_counter() - self._start_s,
             compared=self.compared,
+            kernels=tuple(dict.fromkeys(self._comm.gather(str(sums.KERNEL)))),
             passed_over=passed_over,
         )
 

@@ -37,7 +37,7 @@ from pma_megatron.live.load import DEFAULTS
 from pma_megatron.megatron.params import MegatronTensor, live_tensors
 from pma_megatron.megatron.score import Scored, average_into
 from pma_megatron.megatron.swap import weights_restored
-from pma_megatron.merging.accumulate import Sum
+from pma_megatron.merging.sums import Sum
 
 STEP = 0.05
 """Of a deviation: how far gradients are taken from the mean, to both sides."""

@@ -1,16 +1,9 @@
-"""The one place that multiplies a weight by a coefficient: one block of one tensor.
-
-Per block: read the same box of every source into a reused buffer, add it times its coefficient to
-an accumulator per output, round once. The accumulator is float32 where the coefficients are exact
-in it (`coefficients.exact_weights`), float64 where they are not, so that the result is always
-within N x 2^-24 x sum |w_i x_i| of the float64 average.
-"""
+"""One block of one tensor: read the same box of every source, average, hand on what is wanted."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,16 +12,14 @@ from pma_megatron.base.boxes import Box
 from pma_megatron.base.spelling import left_out
 from pma_megatron.errors import CheckpointError, PlanError, RankError
 from pma_megatron.formats import registry
-from pma_megatron.merging.coefficients import exact_weights
+from pma_megatron.merging.sums import Sum, average
 from pma_megatron.merging.tasks import Average, Unit, Workload
 from pma_megatron.transfer.blocks import BlockReader, UnitReader, UnitWriter
-from pma_megatron.transfer.buffers import (
-    BLOCK_ELEMENTS,
-    BlockBuffer,
-    BlockBuffers,
-    Rounded,
-    same_bits,
-)
+from pma_megatron.transfer.buffers import BlockBuffer, BlockBuffers, same_bits
+
+Rounded = Mapping[torch.dtype, BlockBuffer]
+"""One block in every dtype that is wanted."""
+_ITSELF = Sum((1.0,), 1.0, torch.float32)
 
 
 class Workspace:
@@ -37,85 +28,32 @@ class Workspace:
     def __init__(self, outputs: int) -> None:
         self.sums = [BlockBuffers() for _ in range(outputs)]
         self.averages = [BlockBuffers() for _ in range(outputs)]
-        self.raw, self.proof, self.rounded = BlockBuffers(), BlockBuffers(), BlockBuffers()
+        self.proof, self.rounded, self.scratch = BlockBuffers(), BlockBuffers(), BlockBuffers()
+        self._raw: list[BlockBuffers] = []
 
-
-@dataclass(frozen=True, slots=True)
-class Sum:
-    """How one output is summed: sum of weight times source, in `dtype`, divided once."""
-
-    weights: tuple[float, ...]
-    divisor: float
-    dtype: torch.dtype
-
-    @staticmethod
-    def of(values: Sequence[float]) -> Sum:
-        """The sum that gives these coefficients."""
-        exact = exact_weights(values)
-        if exact is None:
-            return Sum(tuple(values), 1.0, torch.float64)
-        return Sum(tuple(map(float, exact[0])), float(exact[1]), torch.float32)
-
-    def divide(self, total: torch.Tensor) -> None:
-        """Finish a sum, in place."""
-        if self.divisor != 1.0:
-            total.div_(self.divisor)
-
-    def into(self, out: torch.Tensor, sources: Sequence[torch.Tensor]) -> None:
-        """Average whole float32 tensors of one device, oldest first; all are 1-D.
-
-        Gives the bits that a merge of the same tensors gives.
-        """
-        buffer = torch.empty(min(out.numel(), BLOCK_ELEMENTS), dtype=self.dtype, device=out.device)
-        for first in range(0, out.numel(), BLOCK_ELEMENTS):
-            target = out[first : first + BLOCK_ELEMENTS]
-            total, begun = buffer[: target.numel()], False
-            for source, weight in zip(sources, self.weights, strict=True):
-                begun = add(total, source[first : first + BLOCK_ELEMENTS], weight, begun)
-            if not begun:
-                total.zero_()
-            self.divide(total)
-            target.copy_(total)
-
-
-def add(total: torch.Tensor, block: torch.Tensor, weight: float, begun: bool) -> bool:
-    """Add weight times block to a sum, which it becomes if nothing has `begun` it.
-
-    Returns:
-        Whether the sum has begun now.
-    """
-    if weight == 0.0:
-        return begun
-    if begun:
-        total.add_(block, alpha=weight)
-    elif weight == 1.0:
-        total.copy_(block)
-    else:
-        total.copy_(block).mul_(weight)
-    return True
-
-
-def fold(average: torch.Tensor, member: torch.Tensor, alpha: float) -> None:
-    """One step of an exponential average that runs on, in place (arXiv 2505.12082, eq. 4).
-
-    A member that equals the average leaves it as it is to the bit, whatever alpha is.
-    """
-    average.lerp_(member, alpha)  # average + alpha (member - average)
+    def raw(self, place: int = 0) -> BlockBuffers:
+        """Of the source that is read at this place, counted from 0."""
+        while len(self._raw) <= place:
+            self._raw.append(BlockBuffers())
+        return self._raw[place]
 
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """One source in a unit, and its weight per output."""
+    """One source in a unit."""
 
     number: int
     reader: UnitReader
     dtype: torch.dtype
-    weights: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A unit of averaging, with everything located that its blocks need."""
+    """A unit of averaging, with everything located that its blocks need.
+
+    Attributes:
+        sums: how each output is summed, with a weight per input.
+    """
 
     unit: Unit
     task: Average
@@ -151,17 +89,20 @@ class Accumulator:
         """Find the bytes of a unit in those sources, and in every output."""
         box = unit.box
         assert box is not None
-        inputs, proof = [], None
-        sums = self.sums_of(task)
+        inputs: list[Input] = []
+        proof = None
         for number, index, dtype in zip(task.numbers, task.sources, task.dtypes, strict=True):
             if number in numbers:
                 reader = UnitReader(self.readers[number], box, index)
-                weights = tuple(each.weights[number] for each in sums)
-                inputs.append(Input(number, reader, dtype, weights))
+                inputs.append(Input(number, reader, dtype))
         if task.proof is not None and self.last in numbers:
             dtype = task.proof.touching(box)[0].payload.dtype
             proof = (UnitReader(self.readers[self.last], box, task.proof), dtype)
         outputs = tuple(UnitWriter(writer, box, task.targets) for writer in self.writers)
+        sums = tuple(
+            replace(how, weights=tuple(how.weights[each.number] for each in inputs))
+            for how in self.sums_of(task)
+        )
         return Work(unit, task, box, sums, tuple(inputs), proof, outputs)
 
     def sums_of(self, task: Average) -> tuple[Sum, ...]:
@@ -170,49 +111,79 @@ class Accumulator:
             return (Sum((1.0,) * len(self.plan.sources), 1.0, torch.float32),) * len(self.writers)
         return self.sums
 
-    def weighted(self, work: Work, block: Box, first: int, space: Workspace) -> int:
-        """Sum weight times source over the inputs into `space.sums`, oldest first.
-
-        Returns:
-            bytes read.
+    def read(
+        self, work: Work, block: Box, first: int, space: Workspace
+    ) -> tuple[list[BlockBuffer], int]:
+        """The block in every input, oldest first, and bytes read.
 
         Raises:
             CheckpointError: a source vanished or is damaged.
             PlanError: main parameters are not what the weights say (the map's proof failed).
         """
-        numel, read_bytes = block.numel, 0
-        sums = [r.buffer(s.dtype, numel) for r, s in zip(space.sums, work.sums, strict=True)]
-        begun = [False] * len(sums)
-        for each in work.inputs:
-            buffer = space.raw.buffer(each.dtype, numel)
+        found, read_bytes = [], 0
+        for place, each in enumerate(work.inputs):
+            buffer = space.raw(place).buffer(each.dtype, block.numel)
             each.reader.read(block, first, buffer)
             read_bytes += len(buffer.data)
             if each.number == self.last and work.proof is not None:
                 read_bytes += self.prove(work, block, first, buffer, space)
-            for k, weight in enumerate(each.weights):
-                begun[k] = add(sums[k].tensor, buffer.tensor, weight, begun[k])
-        for done, buffer in zip(begun, sums, strict=True):
-            if not done:
-                buffer.tensor.zero_()
-        return read_bytes
+            found.append(buffer)
+        return found, read_bytes
 
-    def averages(self, work: Work, block: Box, space: Workspace) -> list[BlockBuffer]:
-        """The finished sums as float32 averages, rounded once.
+    def average(
+        self, work: Work, block: Box, first: int, space: Workspace
+    ) -> tuple[list[Rounded], int]:
+        """Per output, the averages of a block in every dtype that is wanted; and bytes read.
 
         Raises:
-            CheckpointError: NaN or Inf in a source, or an overflow.
+            CheckpointError: NaN or Inf in a source, an overflow, or see `read`.
+            PlanError: see `read`.
         """
-        averages = []
-        for how, sums, buffers in zip(work.sums, space.sums, space.averages, strict=True):
-            buffer = sums.buffer(how.dtype, block.numel)
-            how.divide(buffer.tensor)
-            if how.dtype != torch.float32:
-                rounded = buffers.buffer(torch.float32, block.numel)
-                rounded.tensor.copy_(buffer.tensor)
-                buffer = rounded
-            averages.append(buffer)
-        self._refuse_nonfinite(work, block, averages)
-        return averages
+        sources, read_bytes = self.read(work, block, first, space)
+        return self._averaged(work, work.sums, sources, block, space), read_bytes
+
+    def partial(self, work: Work, block: Box, first: int, space: Workspace) -> int:
+        """Sum weight times source over the inputs into `space.sums`; returns bytes read.
+
+        Raises:
+            CheckpointError, PlanError: see `read`.
+        """
+        sources, read_bytes = self.read(work, block, first, space)
+        undivided = [replace(how, divisor=1.0) for how in work.sums]
+        outputs = [
+            [buffers.buffer(how.dtype, block.numel)]
+            for how, buffers in zip(work.sums, space.sums, strict=True)
+        ]
+        average(sources, undivided, outputs, space.scratch)
+        return read_bytes
+
+    def finish(self, work: Work, block: Box, space: Workspace) -> list[Rounded]:
+        """The averages of a block whose sums are in `space.sums`; see `average`."""
+        finished = []
+        for number, (how, buffers) in enumerate(zip(work.sums, space.sums, strict=True)):
+            alone = replace(how, weights=(1.0,))
+            sums = [buffers.buffer(how.dtype, block.numel)]
+            finished += self._averaged(work, [alone], sums, block, space, number)
+        return finished
+
+    def _averaged(
+        self,
+        work: Work,
+        sums: Sequence[Sum],
+        sources: Sequence[BlockBuffer],
+        block: Box,
+        space: Workspace,
+        begin: int = 0,
+    ) -> list[Rounded]:
+        end = begin + len(sums)
+        made: list[Rounded] = [
+            {dtype: buffers.buffer(dtype, block.numel) for dtype in out.dtypes or (torch.float32,)}
+            for out, buffers in zip(work.outputs[begin:end], space.averages[begin:end], strict=True)
+        ]
+        outputs = [tuple(each.values()) for each in made]
+        if not average(sources, sums, outputs, space.scratch):
+            self._refuse_nonfinite(work, block)
+        return made
 
     def prove(self, work: Work, block: Box, first: int, main: BlockBuffer, space: Workspace) -> int:
         """The newest source's rounded main parameters must be its weights, bit for bit.
@@ -228,7 +199,9 @@ class Accumulator:
         reader, dtype = work.proof
         stored = space.proof.buffer(dtype, main.numel)
         reader.read(block, first, stored)
-        if not same_bits(Rounded(main, space.rounded).of(dtype), stored):
+        rounded = space.rounded.buffer(dtype, main.numel)
+        average([main], [_ITSELF], [[rounded]], space.scratch)
+        if not same_bits(rounded, stored):
             self.refuse_nan(work.task, block, self.last, main.tensor)
             for index in (work.task.sources[work.task.numbers.index(self.last)], work.task.proof):
                 assert index is not None
@@ -242,18 +215,13 @@ class Accumulator:
             )
         return len(stored.data)
 
-    def _refuse_nonfinite(self, work: Work, block: Box, sums: Sequence[BlockBuffer]) -> None:
-        # A sum is finite only if all its terms are: one cheap pass, and a close look if it is not.
-        if all(math.isfinite(buffer.tensor.sum().item()) for buffer in sums):
-            return
+    def _refuse_nonfinite(self, work: Work, block: Box) -> None:
         task = work.task
         for each in work.inputs:
             data = torch.empty(block.numel, dtype=each.dtype)
             index = task.sources[task.numbers.index(each.number)]
             self.readers[each.number].read(block, index, data)
             self.refuse_nan(task, block, each.number, data)
-        if all(bool(torch.isfinite(buffer.tensor).all()) for buffer in sums):
-            return
         if len(work.inputs) < len(task.numbers):
             raise RankError(f"{task.key} is not finite in a source that another rank reads")
         raise CheckpointError(
@@ -272,13 +240,11 @@ class Accumulator:
                 f"{left_out('this checkpoint')}"
             )
 
-    def write(
-        self, work: Work, block: Box, first: int, averages: Sequence[BlockBuffer], space: Workspace
-    ) -> int:
+    def write(self, work: Work, block: Box, first: int, averages: Sequence[Rounded]) -> int:
         """Hand the averages to the writers; returns bytes written.
 
         Raises:
             PublishError: no space, no permission, or a failing disk.
         """
         pairs = zip(work.outputs, averages, strict=True)
-        return sum(out.write(block, first, Rounded(buffer, space.rounded)) for out, buffer in pairs)
+        return sum(out.write(block, first, rounded) for out, rounded in pairs)

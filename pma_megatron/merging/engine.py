@@ -23,7 +23,8 @@ from pma_megatron.base.boxes import Box, slices
 from pma_megatron.base.comm import Comm, Team
 from pma_megatron.base.spelling import named
 from pma_megatron.errors import PlanError, RankError
-from pma_megatron.merging.accumulate import Accumulator, Sum, Work, Workspace
+from pma_megatron.merging.accumulate import Accumulator, Work, Workspace
+from pma_megatron.merging.sums import Sum
 from pma_megatron.merging.tasks import Average, Fill, Unit, Workload
 from pma_megatron.transfer.blocks import BlockReader
 from pma_megatron.transfer.buffers import BLOCK_ELEMENTS, as_bytes
@@ -215,12 +216,11 @@ class _Job:
             each.reader.advise()
         for first, block in blocks(work.box):
             self.check()
-            read_bytes = self.add.weighted(work, block, first, space)
-            averages = self.add.averages(work, block, space)
-            self.tally.add(read_bytes, self.add.write(work, block, first, averages, space))
+            averages, read_bytes = self.add.average(work, block, first, space)
+            self.tally.add(read_bytes, self.add.write(work, block, first, averages))
 
     def _fill(self, unit: Unit, task: Fill, space: Workspace) -> None:
-        buffer = as_bytes(space.raw.whole(torch.float32)[:BLOCK_ELEMENTS])
+        buffer = as_bytes(space.raw().whole(torch.float32)[:BLOCK_ELEMENTS])
         task.fill(unit, self.add.readers[self.add.last], self.add.writers, buffer)
         written_bytes = unit.count * task.itemsize * len(self.add.writers)
         self.tally.add(unit.read_bytes, written_bytes)
@@ -248,10 +248,10 @@ class _Job:
                 turn, unit, first, block, future = pending.popleft()
                 space = spaces[turn % len(spaces)]
                 work = self._exchange(turn, unit, future, space, block.numel)
-                finished = self.add.averages(work, block, space)
+                finished = self.add.finish(work, block, space)
                 with self._reported_later():
                     if self.team.all_write or self._has_turn(turn):
-                        self.tally.add(0, self.add.write(work, block, first, finished, space))
+                        self.tally.add(0, self.add.write(work, block, first, finished))
                     self.progress(unit.cost_bytes * block.numel // max(work.box.numel, 1))
                 begin()
         if self.failed is not None:
@@ -292,7 +292,7 @@ class _Job:
                 if self.located is None or self.located.unit is not unit:
                     self.located = self.add.locate(unit, unit.task, numbers)
                 work = self.located
-        self.tally.add(self.add.weighted(work, block, first, space), 0)
+        self.tally.add(self.add.partial(work, block, first, space), 0)
         return work
 
     def _exchange(

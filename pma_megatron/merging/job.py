@@ -15,7 +15,7 @@ from pma_megatron.base.faults import point
 from pma_megatron.base.spelling import named
 from pma_megatron.base.stopping import Stopped, having_published
 from pma_megatron.errors import PmaError, UsageError
-from pma_megatron.merging import engine, finishing, provenance, publish, verification
+from pma_megatron.merging import engine, finishing, provenance, publish, sums, verification
 from pma_megatron.merging.integrity import Compared, checked
 from pma_megatron.merging.planning import MergePlan, make_plan
 from pma_megatron.merging.publish import Target
@@ -69,6 +69,7 @@ def merge(request: MergeRequest, comm: Comm | None = None, show: Show = silent) 
     read, written, compared, checks = _made(made, wanted, comm, show, clock)
     with having_published([str(target.final) for target in wanted]):
         peaks = comm.gather(max(0, memory.peak_resident_bytes() - baseline))
+        kernels = comm.gather(str(sums.KERNEL))
     return MergeReport(
         outputs=tuple(str(target.final) for target in wanted),
         seconds=clock.seconds,
@@ -78,6 +79,7 @@ def merge(request: MergeRequest, comm: Comm | None = None, show: Show = silent) 
         verification=checks,
         ranks=comm.size,
         checksums=asdict(compared),
+        kernels=tuple(dict.fromkeys(kernels)),
     )
 
 

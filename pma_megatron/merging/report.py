@@ -31,6 +31,8 @@ class MergeReport:
         verification: what was checked, per output.
         ranks: number of ranks.
         checksums: how what was read stands to its checksums (`integrity.Compared`).
+        kernels: what summed, each once: the kernel in C with an instruction set, or torch and why
+            (`sums.Kernel`).
     """
 
     outputs: tuple[str, ...]
@@ -41,6 +43,7 @@ class MergeReport:
     verification: tuple[Verification, ...]
     ranks: int
     checksums: Mapping[str, Any]
+    kernels: tuple[str, ...]
 
     @property
     def resume(self) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """What a running average remembers on one rank: a ring of entries, or one exponential average.
 
-Nothing here is collective. The weighting is the offline job's (`accumulate.Sum`), over the same
+Nothing here is collective. The weighting is the offline job's (`sums.Sum`), over the same
 float32 values, so that the average of a window is, bit for bit, the merge of its iterations.
 """
 
@@ -17,9 +17,9 @@ import torch
 
 from pma_megatron.base.spelling import given, named
 from pma_megatron.errors import UsageError
-from pma_megatron.merging.accumulate import Sum, fold
 from pma_megatron.merging.coefficients import Coefficients
 from pma_megatron.merging.request import Method
+from pma_megatron.merging.sums import Sum, fold
 from pma_megatron.online.hostcopy import HostCopy
 from pma_megatron.online.shard import VectorPart
 

@@ -6,7 +6,7 @@ import contextlib
 import os
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +21,7 @@ from pma_megatron.formats import registry
 from pma_megatron.formats.base import Item, Payload, StoredRecord
 from pma_megatron.formats.items import ItemFiles, refuse_other_bytes
 from pma_megatron.formats.output import Destination
-from pma_megatron.transfer.buffers import BLOCK_ELEMENTS, BlockBuffer, Rounded, as_bytes
+from pma_megatron.transfer.buffers import BLOCK_ELEMENTS, BlockBuffer, as_bytes
 from pma_megatron.transfer.reads import Reads, Spans
 
 _COPY_BYTES = 1 << 20
@@ -318,24 +318,34 @@ class BlockWriter:
 
 
 class UnitWriter:
-    """One output's part of a unit: where its elements go is found once, then written by blocks."""
+    """One output's part of a unit: where its elements go is found once, then written by blocks.
+
+    Attributes:
+        dtypes: those in which elements are wanted, each once.
+    """
 
     def __init__(self, writer: Writer, box: Box, targets: PieceIndex[Any]) -> None:
         self._writer, self._targets = writer, targets
         self._runs: list[tuple[int, int, Any, int]] | None = None
         parts = overlaps(box, targets.touching(box))
+        self.dtypes: tuple[torch.dtype, ...] = tuple(dict.fromkeys(p.payload.dtype for p in parts))
         if all(part.is_run for part in parts):
             self._runs = [(p.unit_start, p.numel, p.payload, p.start) for p in parts]
 
-    def write(self, block: Box, first: int, rounded: Rounded) -> int:
+    def write(self, block: Box, first: int, rounded: Mapping[torch.dtype, BlockBuffer]) -> int:
         """Write `block`, which begins at element `first` of the unit; returns bytes written.
+
+        Args:
+            block: a part of the unit.
+            first: number of its first element in the unit.
+            rounded: the block in each of `dtypes`.
 
         Raises:
             PublishError: no space, no permission, or a failing disk.
         """
         written = 0
-        for inside, numel, place, start in self._strips(block, first, rounded.numel):
-            buffer = rounded.of(place.dtype)
+        for inside, numel, place, start in self._strips(block, first, block.numel):
+            buffer = rounded[place.dtype]
             strip = buffer.data[inside * buffer.itemsize : (inside + numel) * buffer.itemsize]
             self._writer.put(place, start, strip)
             written += len(strip)

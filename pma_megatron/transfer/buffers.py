@@ -49,23 +49,6 @@ class BlockBuffers:
         return self._whole[dtype]
 
 
-class Rounded:
-    """A float32 block in each dtype that a target wants, rounded once, on demand."""
-
-    def __init__(self, block: BlockBuffer, buffers: BlockBuffers) -> None:
-        self.numel, self._buffers = block.numel, buffers
-        self._made = {block.tensor.dtype: block}
-        self._block = block.tensor
-
-    def of(self, dtype: torch.dtype) -> BlockBuffer:
-        """The block in `dtype`."""
-        made = self._made.get(dtype)
-        if made is None:
-            made = self._made[dtype] = self._buffers.buffer(dtype, self.numel)
-            made.tensor.copy_(self._block)
-        return made
-
-
 def same_bits(one: BlockBuffer, other: BlockBuffer) -> bool:
     """True if two buffers of one dtype hold the same bytes."""
     kind = f"u{one.itemsize}"  # comparing whole elements beats comparing bytes

@@ -23,6 +23,7 @@ from pma_megatron.base.stopping import Stopped
 from pma_megatron.cli import flags, main
 from pma_megatron.cli.flags import parser
 from pma_megatron.formats.marker import OWN_FILES
+from pma_megatron.merging.sums import KERNEL
 from pma_megatron.version import __version__
 
 ROOT = Path(__file__).parents[2]
@@ -325,6 +326,7 @@ def test_merge_inspect_verify(
     assert report["published"] == [str(final)]
     assert set(report["seconds"]) == {"plan", "merge", "verify", "publish"}
     assert len(report["peak_memory_above_baseline_bytes"]) == report["ranks"] == 1
+    assert report["kernels"] == [str(KERNEL)]
     assert report["outputs"][0]["coefficients"] == [0.2, 0.3, 0.5]
     planned = call_json(capsys, "plan", *flags[1:3], *flags[5:], "--last", 3)
     assert planned["digest"] == report["digest"]

@@ -22,7 +22,7 @@ from pma_megatron.errors import PublishError
 from pma_megatron.formats.output import Destination
 from pma_megatron.formats.torch_dist.source import read_source
 from pma_megatron.transfer.blocks import BlockReader, BlockWriter, UnitWriter, joined_crc
-from pma_megatron.transfer.buffers import BlockBuffer, BlockBuffers, Rounded
+from pma_megatron.transfer.buffers import BlockBuffer, BlockBuffers
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "0.15.3-fully_reshardable-dense.tar.xz"
 
@@ -75,7 +75,7 @@ def test_parts_that_are_not_the_whole_are_a_bug_that_publishes_nothing(
         joined_crc(parts, 8)
 
 
-def test_a_block_is_rounded_once_and_goes_to_every_place(tmp_path: Path) -> None:
+def test_a_block_goes_to_every_place_in_its_dtype(tmp_path: Path) -> None:
     """Main params in two halves and the 16-bit weights in one piece, written block by block."""
     values = torch.randn(6, 10, dtype=torch.float32)
     for name, nbytes in (("main", 4 * 60), ("weight", 2 * 60)):
@@ -88,12 +88,13 @@ def test_a_block_is_rounded_once_and_goes_to_every_place(tmp_path: Path) -> None
         ],
         disjoint=False,
     )
-    writer, buffers, unit, first = BlockWriter(tmp_path), BlockBuffers(), Box((0, 0), (6, 10)), 0
+    writer, unit, first = BlockWriter(tmp_path), Box((0, 0), (6, 10)), 0
     out = UnitWriter(writer, unit, targets)
+    assert out.dtypes == (torch.float32, torch.bfloat16)
     for block in slices(unit, 16):
-        filled = BlockBuffer(torch.empty(block.numel), block.numel)
-        filled.tensor.copy_(values[inside(block)].flatten())
-        assert out.write(block, first, Rounded(filled, buffers)) == block.numel * (4 + 2)
+        part = values[inside(block)].flatten()
+        rounded = {d: BlockBuffer(part.to(d), block.numel) for d in out.dtypes}
+        assert out.write(block, first, rounded) == block.numel * (4 + 2)
         first += block.numel
     writer.close()
     main = np.fromfile(tmp_path / "main", np.float32).reshape(6, 10)

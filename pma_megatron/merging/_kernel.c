@@ -1,0 +1,526 @@
+/* The weighted sum of one block, all sources and all outputs in one pass over the memory.
+ *
+ * `merging/sums.py` calls it, says what it computes, and has the same in torch. What makes the two
+ * equal to the bit, on every instruction set:
+ *   - the first source that counts is multiplied, every other is added by a fused multiply-add;
+ *   - a division is a division, not a product with the reciprocal;
+ *   - rounding is to nearest, ties to even; a NaN stays a NaN, its payload is nobody's promise.
+ * So: no -ffast-math, and -ffp-contract=off (setup.py), that nothing is fused but what says so.
+ *
+ * A block is worked on in chunks whose sums stay in the first-level cache. The loops are plain C for
+ * the compiler to vectorise; they are compiled once per instruction set, by inlining them into a
+ * function that has it (`average_avx2`, ...).
+ */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#define ON_X86 1
+#include <cpuid.h>
+#include <immintrin.h>
+#else
+#define ON_X86 0
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define TARGET_AVX2 "avx2,fma,f16c"
+#define TARGET_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512"
+#define CHUNK 2048
+
+enum set { PORTABLE, AVX2, AVX512, SETS };
+static const char *const SET_NAMES[SETS] = {"portable", "avx2", "avx512"};
+
+/* One output: how it is summed, and where it goes. */
+typedef struct {
+    const double *weights; /* one per source; 0 leaves a source out */
+    double divisor;
+    int wide; /* summed in float64 */
+    Py_ssize_t first_out, outs;
+} Sum;
+
+typedef struct {
+    char kind; /* b bfloat16, h float16, f float32, d float64 */
+    char *data;
+} Array;
+
+typedef struct {
+    Py_ssize_t numel, sources, sums;
+    Array *in, *out;
+    Sum *sum;
+} Job;
+
+/* Bits. */
+
+INLINE float as_float(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+INLINE uint32_t float_bits(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+INLINE float from_bfloat16(uint16_t bits) { return as_float((uint32_t)bits << 16); }
+
+INLINE uint16_t to_bfloat16(float value) {
+    uint32_t bits = float_bits(value);
+    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+}
+
+/* float16 by integers, for processors without an instruction for it. */
+
+INLINE float from_float16(uint16_t half) {
+    uint32_t sign = (uint32_t)(half & 0x8000) << 16, rest = half & 0x7fff;
+    uint32_t normal = (rest << 13) + ((127 - 15) << 23);
+    uint32_t special = (rest << 13) | 0x7f800000;
+    uint32_t small = float_bits((float)(int32_t)rest * 0x1p-24f);
+    uint32_t bits = rest >= 0x7c00 ? special : rest < 0x0400 ? small : normal;
+    return as_float(sign | bits);
+}
+
+INLINE uint16_t to_float16(float value) {
+    uint32_t bits = float_bits(value), sign = (bits >> 16) & 0x8000;
+    uint32_t rest = bits & 0x7fffffff;
+    /* Subnormal: adding 1/2 makes the hardware round at 2^-24, the last bit of a float16 there. */
+    uint32_t small = float_bits(as_float(rest < 0x38800000 ? rest : 0) + 0.5f) - 0x3f000000;
+    uint32_t normal = (rest - 0x38000000 + 0x0fff + ((rest >> 13) & 1)) >> 13;
+    uint32_t half = rest > 0x7f800000    ? 0x7e00
+                    : rest >= 0x477ff000 ? 0x7c00
+                    : rest < 0x38800000  ? small
+                                         : normal;
+    return (uint16_t)(sign | half);
+}
+
+/* Fused multiply-add: x * w + a, rounded once. */
+
+INLINE float fused(float x, float w, float a, int has_fma) {
+#ifdef FP_FAST_FMAF
+    has_fma = 1;
+#endif
+    if (has_fma) return __builtin_fmaf(x, w, a);
+    /* The product of two float32 is exact in float64. Its sum with `a` is rounded to odd: to the
+     * neighbour with an odd last bit unless it is exact. Then rounding to float32, which has less
+     * than 53 - 1 bits, gives what rounding the exact sum would (Boldo and Melquiond, "Emulation of
+     * a FMA and correctly rounded sums: proved algorithms using rounding to odd", 2008). */
+    double product = (double)x * (double)w, sum = product + (double)a;
+    double part = sum - product;
+    double error = (product - (sum - part)) + ((double)a - part);
+    int64_t bits;
+    memcpy(&bits, &sum, sizeof bits);
+    int64_t inexact = (error < 0) | (error > 0), even = ~bits & 1;
+    int64_t step = (error > 0) == (sum > 0) ? 1 : -1;
+    bits += (inexact & even) * step;
+    memcpy(&sum, &bits, sizeof sum);
+    return (float)sum;
+}
+
+INLINE double fused_wide(double x, double w, double a) { return __builtin_fma(x, w, a); }
+
+/* One chunk of one source into a sum. `begun` is 0 for the first, which the sum becomes. */
+
+#define ADD(NAME, REAL, STORED, LOAD, FUSED)                                                      \
+    INLINE void NAME(                                                                             \
+        REAL *restrict sum, const STORED *restrict x, Py_ssize_t n, REAL w, int begun, int fma    \
+    ) {                                                                                           \
+        (void)fma;                                                                                \
+        if (begun)                                                                                \
+            for (Py_ssize_t i = 0; i < n; i++) sum[i] = FUSED;                                    \
+        else                                                                                      \
+            for (Py_ssize_t i = 0; i < n; i++) sum[i] = (REAL)LOAD * w;                           \
+    }
+
+ADD(add_bfloat16, float, uint16_t, from_bfloat16(x[i]), fused(from_bfloat16(x[i]), w, sum[i], fma))
+ADD(add_float32, float, float, x[i], fused(x[i], w, sum[i], fma))
+ADD(add_wide_bfloat16, double, uint16_t, from_bfloat16(x[i]),
+    fused_wide(from_bfloat16(x[i]), w, sum[i]))
+ADD(add_wide_float32, double, float, x[i], fused_wide(x[i], w, sum[i]))
+ADD(add_wide_float64, double, double, x[i], fused_wide(x[i], w, sum[i]))
+
+/* float16 chunks, by the processor's instruction where it has one. */
+
+INLINE void halves_to_floats(float *restrict out, const uint16_t *restrict in, Py_ssize_t n) {
+    for (Py_ssize_t i = 0; i < n; i++) out[i] = from_float16(in[i]);
+}
+
+INLINE void floats_to_halves(uint16_t *restrict out, const float *restrict in, Py_ssize_t n) {
+    for (Py_ssize_t i = 0; i < n; i++) out[i] = to_float16(in[i]);
+}
+
+#if ON_X86
+__attribute__((target(TARGET_AVX2))) static void halves_to_floats_f16c(
+    float *restrict out, const uint16_t *restrict in, Py_ssize_t n
+) {
+    Py_ssize_t i = 0;
+    for (; i + 8 <= n; i += 8)
+        _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(in + i))));
+    for (; i < n; i++) out[i] = _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(in[i])));
+}
+
+__attribute__((target(TARGET_AVX2))) static void floats_to_halves_f16c(
+    uint16_t *restrict out, const float *restrict in, Py_ssize_t n
+) {
+    Py_ssize_t i = 0;
+    for (; i + 8 <= n; i += 8)
+        _mm_storeu_si128(
+            (__m128i *)(out + i),
+            _mm256_cvtps_ph(_mm256_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT)
+        );
+    for (; i < n; i++)
+        out[i] = (uint16_t)_mm_cvtsi128_si32(
+            _mm_cvtps_ph(_mm_set_ss(in[i]), _MM_FROUND_TO_NEAREST_INT)
+        );
+}
+#else
+#define halves_to_floats_f16c halves_to_floats
+#define floats_to_halves_f16c floats_to_halves
+#endif
+
+/* One chunk of one output. Returns whether every average in it is finite. */
+
+INLINE void load_halves(float *out, const Array *in, Py_ssize_t at, Py_ssize_t n, int set) {
+    if (set == PORTABLE)
+        halves_to_floats(out, (const uint16_t *)in->data + at, n);
+    else
+        halves_to_floats_f16c(out, (const uint16_t *)in->data + at, n);
+}
+
+INLINE void add_narrow(
+    float *sum, const Array *in, Py_ssize_t at, Py_ssize_t n, float w, int begun, int set
+) {
+    float loaded[CHUNK];
+    switch (in->kind) {
+    case 'b':
+        add_bfloat16(sum, (const uint16_t *)in->data + at, n, w, begun, set != PORTABLE);
+        break;
+    case 'h':
+        load_halves(loaded, in, at, n, set);
+        add_float32(sum, loaded, n, w, begun, set != PORTABLE);
+        break;
+    default:
+        add_float32(sum, (const float *)in->data + at, n, w, begun, set != PORTABLE);
+    }
+}
+
+INLINE void add_wide(
+    double *sum, const Array *in, Py_ssize_t at, Py_ssize_t n, double w, int begun, int set
+) {
+    float loaded[CHUNK];
+    switch (in->kind) {
+    case 'b':
+        add_wide_bfloat16(sum, (const uint16_t *)in->data + at, n, w, begun, 1);
+        break;
+    case 'h':
+        load_halves(loaded, in, at, n, set);
+        add_wide_float32(sum, loaded, n, w, begun, 1);
+        break;
+    case 'd':
+        add_wide_float64(sum, (const double *)in->data + at, n, w, begun, 1);
+        break;
+    default:
+        add_wide_float32(sum, (const float *)in->data + at, n, w, begun, 1);
+    }
+}
+
+INLINE int all_finite(const float *values, Py_ssize_t n) {
+    uint32_t greatest = 0, bits;
+    for (Py_ssize_t i = 0; i < n; i++) {
+        bits = float_bits(values[i]) & 0x7fffffff;
+        greatest = bits > greatest ? bits : greatest;
+    }
+    return greatest < 0x7f800000;
+}
+
+INLINE void store(
+    const Array *out, const float *values, const double *wide, Py_ssize_t at, Py_ssize_t n, int set
+) {
+    uint16_t *halves = (uint16_t *)out->data + at;
+    switch (out->kind) {
+    case 'b':
+        for (Py_ssize_t i = 0; i < n; i++) halves[i] = to_bfloat16(values[i]);
+        break;
+    case 'h':
+        if (set == PORTABLE)
+            floats_to_halves(halves, values, n);
+        else
+            floats_to_halves_f16c(halves, values, n);
+        break;
+    case 'd':
+        memcpy((double *)out->data + at, wide, n * sizeof(double));
+        break;
+    default:
+        memcpy((float *)out->data + at, values, n * sizeof(float));
+    }
+}
+
+INLINE int chunk(const Job *job, const Sum *how, Py_ssize_t at, Py_ssize_t n, int set) {
+    float values[CHUNK];
+    double wide[CHUNK];
+    int begun = 0;
+    for (Py_ssize_t k = 0; k < job->sources; k++) {
+        if (how->weights[k] == 0.0) continue;
+        if (how->wide)
+            add_wide(wide, job->in + k, at, n, how->weights[k], begun, set);
+        else
+            add_narrow(values, job->in + k, at, n, (float)how->weights[k], begun, set);
+        begun = 1;
+    }
+    if (how->wide) {
+        if (!begun) memset(wide, 0, sizeof wide);
+        for (Py_ssize_t i = 0; i < n; i++) values[i] = (float)(wide[i] /= how->divisor);
+    } else {
+        float divisor = (float)how->divisor;
+        if (!begun) memset(values, 0, sizeof values);
+        if (divisor != 1.0f)
+            for (Py_ssize_t i = 0; i < n; i++) values[i] /= divisor;
+    }
+    for (Py_ssize_t k = how->first_out; k < how->first_out + how->outs; k++)
+        store(job->out + k, values, wide, at, n, set);
+    return all_finite(values, n);
+}
+
+INLINE int average(const Job *job, int set) {
+    int finite = 1;
+    for (Py_ssize_t at = 0; at < job->numel; at += CHUNK) {
+        Py_ssize_t n = job->numel - at < CHUNK ? job->numel - at : CHUNK;
+        for (Py_ssize_t k = 0; k < job->sums; k++) finite &= chunk(job, job->sum + k, at, n, set);
+    }
+    return finite;
+}
+
+static int average_portable(const Job *job) { return average(job, PORTABLE); }
+
+#if ON_X86
+__attribute__((target(TARGET_AVX2))) static int average_avx2(const Job *job) {
+    return average(job, AVX2);
+}
+
+__attribute__((target(TARGET_AVX512))) static int average_avx512(const Job *job) {
+    return average(job, AVX512);
+}
+
+static int (*const AVERAGE[SETS])(const Job *) = {average_portable, average_avx2, average_avx512};
+
+static int supported(int set) {
+    unsigned a, b, c = 0, d;
+    __builtin_cpu_init();
+    if (set == PORTABLE) return 1;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_F16C)) return 0;
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
+    return set == AVX2
+           || (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
+               && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"));
+}
+#else
+static int (*const AVERAGE[SETS])(const Job *) = {average_portable, NULL, NULL};
+
+static int supported(int set) { return set == PORTABLE; }
+#endif
+
+/* Python. */
+
+/* How many sets this processor has, asked once: a virtual machine answers CPUID in microseconds. */
+static int available = 0;
+
+typedef struct {
+    Job job;
+    Py_buffer *views; /* of the sources, then of the outputs */
+    double *weights;
+    Py_ssize_t held;
+} Call;
+
+static Py_ssize_t item_bytes(char kind) {
+    return kind == 'b' || kind == 'h' ? 2 : kind == 'f' ? 4 : kind == 'd' ? 8 : 0;
+}
+
+static int hold(Call *call, PyObject *object, char kind, int flags, Array *array) {
+    Py_buffer *view = call->views + call->held;
+    Py_ssize_t bytes = item_bytes(kind);
+    if (!bytes) {
+        PyErr_Format(PyExc_ValueError, "kind '%c' is none of b, h, f, d", kind);
+        return -1;
+    }
+    if (PyObject_GetBuffer(object, view, flags)) return -1;
+    call->held++;
+    if (view->len / bytes < call->job.numel || (uintptr_t)view->buf % bytes) {
+        PyErr_Format(
+            PyExc_ValueError, "a buffer of %zd bytes is too short, or not aligned, for %zd '%c'",
+            view->len, call->job.numel, kind
+        );
+        return -1;
+    }
+    array->kind = kind;
+    array->data = view->buf;
+    return 0;
+}
+
+/* Buffers of a tuple, with a letter of `kinds` each. */
+static int hold_all(Call *call, PyObject *tuple, const char *kinds, int flags, Array *arrays) {
+    Py_ssize_t count = PyTuple_Size(tuple);
+    if (count < 0) return -1;
+    if ((Py_ssize_t)strlen(kinds) != count) {
+        PyErr_Format(PyExc_ValueError, "%zd buffers, and kinds '%s'", count, kinds);
+        return -1;
+    }
+    for (Py_ssize_t k = 0; k < count; k++)
+        if (hold(call, PyTuple_GetItem(tuple, k), kinds[k], flags, arrays + k)) return -1;
+    return 0;
+}
+
+static int read_sum(Call *call, PyObject *described, Sum *sum, double *weights) {
+    PyObject *given, *outs;
+    const char *kinds;
+    Py_ssize_t sources = call->job.sources;
+    if (!PyArg_ParseTuple(
+            described, "O!dpO!s", &PyTuple_Type, &given, &sum->divisor, &sum->wide, &PyTuple_Type,
+            &outs, &kinds
+        ))
+        return -1;
+    if (PyTuple_Size(given) != sources) {
+        PyErr_Format(
+            PyExc_ValueError, "%zd weights for %zd sources", PyTuple_Size(given), sources
+        );
+        return -1;
+    }
+    for (Py_ssize_t k = 0; k < sources; k++) {
+        weights[k] = PyFloat_AsDouble(PyTuple_GetItem(given, k));
+        if (PyErr_Occurred()) return -1;
+        if (call->job.in[k].kind == 'd' && !sum->wide) {
+            PyErr_SetString(PyExc_ValueError, "float64 is not summed in float32");
+            return -1;
+        }
+    }
+    if (strchr(kinds, 'd') && !sum->wide) {
+        PyErr_SetString(PyExc_ValueError, "a float32 sum has no float64 output");
+        return -1;
+    }
+    sum->weights = weights;
+    sum->first_out = call->held - sources;
+    sum->outs = PyTuple_Size(outs);
+    return hold_all(call, outs, kinds, PyBUF_WRITABLE, call->job.out + sum->first_out);
+}
+
+static Py_ssize_t count_outs(PyObject *sums) {
+    Py_ssize_t total = 0;
+    for (Py_ssize_t k = 0; k < PyTuple_Size(sums); k++) {
+        PyObject *sum = PyTuple_GetItem(sums, k);
+        if (!PyTuple_Check(sum) || PyTuple_Size(sum) != 5 || !PyTuple_Check(PyTuple_GetItem(sum, 3))) {
+            PyErr_SetString(PyExc_TypeError, "a sum is (weights, divisor, wide, outputs, kinds)");
+            return -1;
+        }
+        total += PyTuple_Size(PyTuple_GetItem(sum, 3));
+    }
+    return total;
+}
+
+static void let_go(Call *call) {
+    while (call->held) PyBuffer_Release(call->views + --call->held);
+    PyMem_Free(call->views);
+    PyMem_Free(call->weights);
+    PyMem_Free(call->job.in);
+    PyMem_Free(call->job.out);
+    PyMem_Free(call->job.sum);
+}
+
+static int read_call(Call *call, PyObject *sources, const char *kinds, PyObject *sums) {
+    Job *job = &call->job;
+    Py_ssize_t outs = count_outs(sums);
+    if (outs < 0) return -1;
+    if (job->numel < 0) {
+        PyErr_Format(PyExc_ValueError, "%zd elements", job->numel);
+        return -1;
+    }
+    job->sources = PyTuple_Size(sources);
+    job->sums = PyTuple_Size(sums);
+    call->views = PyMem_Calloc(job->sources + outs + 1, sizeof(Py_buffer));
+    call->weights = PyMem_Calloc(job->sources * job->sums + 1, sizeof(double));
+    job->in = PyMem_Calloc(job->sources + 1, sizeof(Array));
+    job->out = PyMem_Calloc(outs + 1, sizeof(Array));
+    job->sum = PyMem_Calloc(job->sums + 1, sizeof(Sum));
+    if (!call->views || !call->weights || !job->in || !job->out || !job->sum) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    if (hold_all(call, sources, kinds, PyBUF_SIMPLE, job->in)) return -1;
+    for (Py_ssize_t k = 0; k < job->sums; k++)
+        if (read_sum(
+                call, PyTuple_GetItem(sums, k), job->sum + k, call->weights + k * job->sources
+            ))
+            return -1;
+    return 0;
+}
+
+PyDoc_STRVAR(
+    average_doc,
+    "average(set, numel, sources, kinds, sums) -> bool\n\n"
+    "Weighted sums of the first `numel` elements of all sources, oldest first.\n\n"
+    "set: number in INSTRUCTION_SETS. sources: tuple of buffers, aligned to their elements.\n"
+    "kinds: a letter per source: b bfloat16, h float16, f float32, d float64.\n"
+    "sums: a tuple per output: weights (float per source; 0 leaves it out), divisor, whether it\n"
+    "is summed in float64, tuple of writable buffers, and a letter for each of them.\n\n"
+    "Returns whether every average, as float32, is finite. Releases the GIL."
+);
+
+static PyObject *py_average(PyObject *module, PyObject *arguments) {
+    PyObject *sources, *sums, *result = NULL;
+    const char *kinds;
+    int set, finite;
+    Call call = {0};
+    (void)module;
+    if (!PyArg_ParseTuple(
+            arguments, "inO!sO!", &set, &call.job.numel, &PyTuple_Type, &sources, &kinds,
+            &PyTuple_Type, &sums
+        ))
+        return NULL;
+    if (set < 0 || set >= available) {
+        PyErr_Format(PyExc_ValueError, "this processor has no instruction set %d", set);
+        return NULL;
+    }
+    if (!read_call(&call, sources, kinds, sums)) {
+        Py_BEGIN_ALLOW_THREADS
+        finite = AVERAGE[set](&call.job);
+        Py_END_ALLOW_THREADS
+        result = PyBool_FromLong(finite);
+    }
+    let_go(&call);
+    return result;
+}
+
+static int fill_module(PyObject *module) {
+    while (available < SETS && supported(available)) available++;
+    PyObject *names = PyTuple_New(0), *joined, *one;
+    for (int set = 0; names && set < available; set++) {
+        one = Py_BuildValue("(s)", SET_NAMES[set]);
+        joined = one ? PySequence_Concat(names, one) : NULL;
+        Py_XDECREF(one);
+        Py_DECREF(names);
+        names = joined;
+    }
+    if (!names) return -1;
+    int failed = PyModule_AddObjectRef(module, "INSTRUCTION_SETS", names);
+    Py_DECREF(names);
+    return failed;
+}
+
+static PyMethodDef methods[] = {
+    {"average", py_average, METH_VARARGS, average_doc}, {NULL, NULL, 0, NULL}
+};
+
+static PyModuleDef_Slot slots[] = {{Py_mod_exec, fill_module}, {0, NULL}};
+
+static PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "_kernel",
+    .m_doc = "The weighted sum in C; see merging/sums.py.",
+    .m_methods = methods,
+    .m_slots = slots,
+};
+
+PyMODINIT_FUNC PyInit__kernel(void) { return PyModuleDef_Init(&definition); }
