@@ -17,7 +17,7 @@ FOLDERS = [
     ["runs", "transfer"],
     ["identity"],
     ["merging"],
-    ["live", "geometry", "scores", "spikes"],
+    ["live", "geometry", "scores", "spikes", "export"],
     ["online"],
     ["megatron", "deepspeed"],
     ["megatron_deepspeed"],
@@ -93,6 +93,9 @@ INSIDE = {
         param poison
         plan
         load
+    """,
+    "export": """
+        tensors
     """,
     "geometry": """
         spread
