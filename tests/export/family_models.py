@@ -57,6 +57,10 @@ LATENT = {
 }
 
 
+ROTARY = {"rotary_base": 10000, "rotary_percent": 1.0, "use_rope_scaling": False}
+"""What `GPTModel` is told, and no field of its TransformerConfig; TinyTrainer leaves them so."""
+
+
 @dataclass(frozen=True)
 class Case:
     """A run of Megatron, and the `config.json` of the same model."""
@@ -126,6 +130,7 @@ CASES = {
             num_layers=3,
             num_query_groups=None,
             num_experts=8,
+            moe_router_topk=4,
             qk_layernorm=True,
             core={
                 **LATENT,
@@ -133,7 +138,6 @@ CASES = {
                 "moe_ffn_hidden_size": 32,
                 "moe_shared_expert_intermediate_size": 64,
                 "moe_router_dtype": "fp32",
-                "moe_router_topk": 4,
                 "moe_router_num_groups": 4,
                 "moe_router_group_topk": 2,
                 "moe_router_topk_scaling_factor": 2.5,
@@ -164,12 +168,22 @@ CASES = {
 }
 
 
-def trained(rank: int, world_size: int, folder: str, names: list[str]) -> dict[str, torch.Tensor]:
-    """Train each case below `folder`, average its two checkpoints, and return the logits of those.
+@dataclass(frozen=True)
+class Computed:
+    """What Megatron says of one case.
 
-    `[2, 32, vocabulary]` float32, of Megatron's own model with the averaged weights.
+    Attributes:
+        logits: `[2, 32, vocabulary]` float32, of its own model with the averaged weights.
+        settings: its TransformerConfig, which Megatron-LM fills from arguments of the same names.
     """
-    logits = {}
+
+    logits: torch.Tensor
+    settings: dict[str, Any]
+
+
+def trained(rank: int, world_size: int, folder: str, names: list[str]) -> dict[str, Computed]:
+    """Train each case below `folder`, and average its two checkpoints."""
+    computed = {}
     for name in names:
         run = CASES[name].run
         root, save = str(Path(folder) / name), str(Path(folder) / f"{name} merged")
@@ -181,9 +195,14 @@ def trained(rank: int, world_size: int, folder: str, names: list[str]) -> dict[s
         merge(MergeRequest(load=root, save=save, selection=SelectionRequest(last=2)))
         _shake(trainer)
         trainer.load(save)
-        logits[name] = _logits(trainer)
+        settings = {
+            name: value
+            for name, value in vars(trainer.models[0].config).items()
+            if value is None or isinstance(value, (bool, int, float, str, list))
+        }
+        computed[name] = Computed(_logits(trainer), settings)
         trainer.close()
-    return logits
+    return computed
 
 
 def tokens() -> torch.Tensor:

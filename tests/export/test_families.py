@@ -11,14 +11,16 @@ import family_models
 import numpy as np
 import pytest
 import torch
-from family_models import CASES
+from family_models import CASES, Computed
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from oracle import read_by_torch
+from pma_megatron.errors import PlanError
 from pma_megatron.export.families import export_map
 from pma_megatron.export.tensors import ExportTensor
+from pma_megatron.formats.torch_dist.checkpoint import TorchDistCheckpoint
 from pma_megatron.formats.torch_dist.source import read_source
 from pma_megatron.testing import run_ranks
 
@@ -27,21 +29,21 @@ TABLES = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
-    """Folder of the runs and of their averages, and the logits of Megatron with those."""
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Computed]]:
+    """Folder of the runs and of their averages, and what Megatron computes with those."""
     folder = tmp_path_factory.mktemp("families")
     return folder, run_ranks(family_models.trained, 1, str(folder), list(CASES), timeout_s=240)[0]
 
 
 @pytest.fixture(scope="module")
-def weights(runs: tuple[Path, dict[str, torch.Tensor]]) -> dict[str, dict[str, torch.Tensor]]:
+def weights(runs: tuple[Path, dict[str, Computed]]) -> dict[str, dict[str, torch.Tensor]]:
     """Case -> key -> averaged weight, read by torch itself."""
     return {name: weights_of(merged(runs[0], name)) for name in CASES}
 
 
 @pytest.fixture(scope="module")
-def logits(runs: tuple[Path, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    return runs[1]
+def logits(runs: tuple[Path, dict[str, Computed]]) -> dict[str, torch.Tensor]:
+    return {name: computed.logits for name, computed in runs[1].items()}
 
 
 def merged(folder: Path, name: str) -> Path:
@@ -94,6 +96,19 @@ def exported(name: str, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.
 
 def shapes(weights: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
     return {key: tuple(weight.shape) for key, weight in weights.items()}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_arguments_of_the_checkpoint_fit(
+    runs: tuple[Path, dict[str, Computed]], weights: dict[str, dict[str, torch.Tensor]], name: str
+) -> None:
+    stored = TorchDistCheckpoint(merged(runs[0], name)).args()
+    arguments = {**stored, **runs[1][name].settings, **family_models.ROTARY}
+    config, there = CASES[name].config, shapes(weights[name])
+    export_map(config, there, arguments)
+    for field, argument in (("rms_norm_eps", "layernorm_epsilon"), ("rope_theta", "rotary_base")):
+        with pytest.raises(PlanError, match=f"trained with {argument}=.*, and {field} is 0.5"):
+            export_map({**config, field: 0.5}, there, arguments)
 
 
 @pytest.mark.parametrize("name", CASES)
