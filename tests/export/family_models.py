@@ -205,6 +205,37 @@ def trained(rank: int, world_size: int, folder: str, names: list[str]) -> dict[s
     return computed
 
 
+PARALLEL = {
+    "qwen2": {"tensor_model_parallel_size": 2},
+    "llama, tied": {"pipeline_model_parallel_size": 2},
+    "qwen3_moe, dense first": {"expert_model_parallel_size": 2},
+}
+"""Cases that two ranks train in parts."""
+
+
+def trained_in_parts(rank: int, world_size: int, folder: str) -> dict[str, float]:
+    """Train and save `PARALLEL` once; the loss of each on one held-out global batch."""
+    losses = {}
+    for name, sizes in PARALLEL.items():
+        trainer = TinyTrainer(replace(CASES[name].run, **sizes))
+        trainer.train(2)
+        trainer.save(Path(folder) / name)
+        losses[name] = trainer.evaluate(1)
+        trainer.close()
+    return losses
+
+
+def held_out_batch() -> tuple[torch.Tensor, torch.Tensor]:
+    """What `evaluate(1)` takes the loss of: inputs and labels, each `[4, 32]`."""
+    return corpus.batch(
+        list(range(DENSE.global_batch_size)),
+        seq_length=DENSE.seq_length,
+        seed=DENSE.seed,
+        vocab_size=PADDED,
+        held_out=True,
+    )
+
+
 def tokens() -> torch.Tensor:
     """Two held-out samples, `[2, 33]`: inputs, and labels one further."""
     inputs, labels = corpus.batch(

@@ -14,6 +14,7 @@ import torch
 from family_models import CASES, Computed
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from oracle import read_by_torch
@@ -196,3 +197,26 @@ def test_a_wrong_order_would_be_seen(
     changed[f"decoder.layers.{key}"] = torch.stack([change(layer) for layer in stacked])
     theirs = hf_logits(opened(tmp_path, CASES[name].config, exported(name, changed)))
     assert (logits[name][..., : theirs.shape[-1]] - theirs).abs().max() > 100 * TOLERANCE
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
+    """Folder of the runs of two ranks, and the loss of each as Megatron evaluates it."""
+    folder = tmp_path_factory.mktemp("parts")
+    return folder, run_ranks(family_models.trained_in_parts, 2, str(folder))[0]
+
+
+@pytest.mark.parametrize("name", family_models.PARALLEL)
+def test_a_model_that_was_trained_in_parts(
+    parts: tuple[Path, dict[str, float]], name: str, tmp_path: Path
+) -> None:
+    """Tensor, pipeline and expert parallelism; the whole padded vocabulary is exported here."""
+    config = {**CASES[name].config, "vocab_size": family_models.PADDED}
+    weights = weights_of(next((parts[0] / name).glob("iter_*")))
+    found = export_map(config, shapes(weights))
+    assert found.notes == ()
+    model = opened(tmp_path, config, filled(found.tensors, weights))
+    inputs, labels = family_models.held_out_batch()
+    with torch.no_grad():
+        theirs = functional.cross_entropy(model(inputs).logits.flatten(0, 1), labels.flatten())
+    assert abs(parts[1][name] - float(theirs)) < TOLERANCE
