@@ -74,6 +74,55 @@ class Case:
         return {"model_type": self.model_type, **SIZES, **self.fields}
 
 
+DEEPSEEK = Case(
+    replace(
+        DENSE,
+        num_layers=3,
+        num_query_groups=None,
+        num_experts=8,
+        moe_router_topk=4,
+        qk_layernorm=True,
+        core={
+            **LATENT,
+            "moe_layer_freq": [0, 1, 1],
+            "moe_ffn_hidden_size": 32,
+            "moe_shared_expert_intermediate_size": 64,
+            "moe_router_dtype": "fp32",
+            "moe_router_num_groups": 4,
+            "moe_router_group_topk": 2,
+            "moe_router_topk_scaling_factor": 2.5,
+        },
+    ),
+    "deepseek_v3",
+    {
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 4,
+        "head_dim": 8,
+        "rms_norm_eps": 1e-6,
+        "q_lora_rank": 24,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 12,
+        "n_routed_experts": 8,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 4,
+        "n_group": 4,
+        "topk_group": 2,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "moe_intermediate_size": 32,
+        "first_k_dense_replace": 1,
+    },
+)
+YARN = {
+    "rope_type": "yarn",
+    "rotary_scaling_factor": 4.0,
+    "mscale": 0.7,
+    "mscale_all_dim": 0.9,
+    "original_max_position_embeddings": 16,
+}
+
 CASES = {
     "llama": Case(DENSE, "llama"),
     "llama with biases": Case(
@@ -124,45 +173,22 @@ CASES = {
         },
     ),
     "mixtral": Case(SOFTMAX_MOE, "mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
-    "deepseek_v3": Case(
-        replace(
-            DENSE,
-            num_layers=3,
-            num_query_groups=None,
-            num_experts=8,
-            moe_router_topk=4,
-            qk_layernorm=True,
-            core={
-                **LATENT,
-                "moe_layer_freq": [0, 1, 1],
-                "moe_ffn_hidden_size": 32,
-                "moe_shared_expert_intermediate_size": 64,
-                "moe_router_dtype": "fp32",
-                "moe_router_num_groups": 4,
-                "moe_router_group_topk": 2,
-                "moe_router_topk_scaling_factor": 2.5,
+    "deepseek_v3": DEEPSEEK,
+    "deepseek_v3 with yarn": replace(
+        DEEPSEEK,
+        run=replace(DEEPSEEK.run, core={**DEEPSEEK.run.core, **YARN, "q_lora_rank": None}),
+        fields={
+            **DEEPSEEK.fields,
+            "q_lora_rank": None,
+            "rope_scaling": {
+                "type": "yarn",
+                "factor": 4.0,
+                "mscale": 0.7,
+                "mscale_all_dim": 0.9,
+                "beta_fast": 32,
+                "beta_slow": 1,
+                "original_max_position_embeddings": 16,
             },
-        ),
-        "deepseek_v3",
-        {
-            "num_hidden_layers": 3,
-            "num_key_value_heads": 4,
-            "head_dim": 8,
-            "rms_norm_eps": 1e-6,
-            "q_lora_rank": 24,
-            "kv_lora_rank": 32,
-            "qk_nope_head_dim": 16,
-            "qk_rope_head_dim": 8,
-            "v_head_dim": 12,
-            "n_routed_experts": 8,
-            "n_shared_experts": 2,
-            "num_experts_per_tok": 4,
-            "n_group": 4,
-            "topk_group": 2,
-            "norm_topk_prob": True,
-            "routed_scaling_factor": 2.5,
-            "moe_intermediate_size": 32,
-            "first_k_dense_replace": 1,
         },
     ),
 }
@@ -362,6 +388,7 @@ def _grouped(hf: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def _latent(hf: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     names = {
+        "q_proj": "linear_q_proj",
         "q_a_proj": "linear_q_down_proj",
         "q_a_layernorm": "q_layernorm",
         "q_b_proj": "linear_q_up_proj",
@@ -373,4 +400,5 @@ def _latent(hf: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {
         f"self_attention.{ours}.weight": hf[f"self_attn.{theirs}.weight"]
         for theirs, ours in names.items()
+        if f"self_attn.{theirs}.weight" in hf
     }
