@@ -35,8 +35,24 @@ class ExportTensor:
         name: as the other library calls it, such as `model.layers.0.self_attn.q_proj.weight`.
         shape: of the whole tensor.
         filled_by: boxes that cover it, each element once, in the order of their `start`.
+        float32: True where the other library keeps float32 whatever the model's dtype is (the bias
+            that only chooses experts); it must not be rounded to `--dtype`.
     """
 
     name: str
     shape: tuple[int, ...]
     filled_by: tuple[FilledBy, ...]
+    float32: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ExportMap:
+    """All tensors of the exported model, and what of the checkpoint is in none of them.
+
+    Attributes:
+        tensors: in the order of the model: embedding, layers, final norm, output layer.
+        notes: a sentence for the user about everything of the checkpoint that was left out.
+    """
+
+    tensors: tuple[ExportTensor, ...]
+    notes: tuple[str, ...] = ()
