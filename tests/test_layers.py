@@ -17,7 +17,9 @@ FOLDERS = [
     ["runs", "transfer"],
     ["identity"],
     ["merging"],
-    ["live", "geometry", "scores", "spikes", "export"],
+    ["live", "geometry", "scores", "spikes", "export.tensors"],
+    ["export.families"],
+    ["export"],
     ["online"],
     ["megatron", "deepspeed"],
     ["megatron_deepspeed"],
@@ -94,8 +96,10 @@ INSIDE = {
         plan
         load
     """,
-    "export": """
-        tensors
+    "export.families": """
+        config
+        blocks
+        placing deepseek_v3 llama mixtral qwen2 qwen3
     """,
     "geometry": """
         spread
