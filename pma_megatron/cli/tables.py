@@ -187,7 +187,9 @@ def _loading(folder: str) -> str:
     """How an exported model is loaded, where transformers can."""
     if (Path(folder) / "config.json").is_file():
         return pasted(f"transformers.AutoModelForCausalLM.from_pretrained({folder!r})")
-    return pasted(f"safetensors.torch.load_file({str(Path(folder) / 'FILE.safetensors')!r})")
+    files = sorted(map(str, Path(folder).glob("*.safetensors")))
+    more = f" and {len(files) - 1} more" if files[1:] else ""
+    return pasted(f"safetensors.torch.load_file({files[0]!r})") + more
 
 
 def pasted(command: str) -> str:
@@ -234,8 +236,9 @@ def inspected(found: Inspection) -> None:
     ref = found.ref
     said = [ref.format, f"iteration {ref.iteration}", f"{_tokens(ref)} tokens"]
     if found.groups:
-        said += [found.topology, f"optimizer layout {found.optimizer_layout}"]
-        said.append(f"{found.objects} objects")
+        if found.topology:  # an export has none, nor anything but weights
+            said += [found.topology, f"optimizer layout {found.optimizer_layout}"]
+            said.append(f"{found.objects} objects")
     said.append(f"{found.files} files, {_size(found.bytes)}")
     console.print(f"{ref.path}: {', '.join(said)}", soft_wrap=True)
     table = new_table("tensors", "what", "tensors", "elements", "bytes", "dtypes")

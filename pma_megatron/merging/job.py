@@ -17,6 +17,7 @@ from pma_megatron.base.stopping import Stopped, having_published
 from pma_megatron.errors import PmaError, UsageError
 from pma_megatron.formats.output import Folder
 from pma_megatron.merging import engine, exported, finishing, publish, report, targets, verification
+from pma_megatron.merging.exporting import refuse_nested
 from pma_megatron.merging.integrity import Compared, checked
 from pma_megatron.merging.planning import MergePlan, make_plan
 from pma_megatron.merging.publish import Target
@@ -66,7 +67,10 @@ def merge(request: MergeRequest, comm: Comm | None = None, show: Show = silent) 
     baseline = memory.resident_bytes()
     memory.reset_peak()
     clock = _Clock()
-    made = make_plan(request, comm)
+    made = _planned(request, comm)
+    if comm.is_main and made.export is not None:
+        for sentence in made.export.notes:
+            _log.warning(sentence)
     token = comm.broadcast(publish.new_token())
     wanted = targets.targets(made, token)
     comm.on_main("refuse", lambda: targets.refuse(made, wanted))
@@ -143,9 +147,14 @@ def _saying_what_is_published(wanted: Sequence[Target]) -> Iterator[None]:
 def plan(request: MergeRequest, comm: Comm | None = None) -> MergePlan:
     """What `merge` would do; reads metadata, writes nothing. See `merge` for errors."""
     comm = comm or Comm(request.merge_parallel_size)
-    made = make_plan(request, comm)
+    made = _planned(request, comm)
     targets.refuse(made, targets.targets(made, "plan"))
     return made
+
+
+def _planned(request: MergeRequest, comm: Comm) -> MergePlan:
+    comm.agree("export", lambda: refuse_nested(request))
+    return make_plan(request, comm)
 
 
 class _Clock:

@@ -19,7 +19,7 @@ from pma_megatron.formats.output import Folder, OutputLayout
 from pma_megatron.formats.source import Source
 from pma_megatron.identity.proof import Evidence, prove, refuse_strangers, unconfirmed
 from pma_megatron.merging.agreement import frozen_notes
-from pma_megatron.merging.exporting import ModelExport, carried, plan_export, refuse_nested
+from pma_megatron.merging.exporting import ModelExport, carried, plan_export
 from pma_megatron.merging.finding import all_refs, pointers
 from pma_megatron.merging.policy import MAIN
 from pma_megatron.merging.request import MergeRequest, Output, in_its_words
@@ -176,7 +176,6 @@ def make_plan(request: MergeRequest, comm: Comm) -> MergePlan:
         SelectionError, CheckpointError, PlanError, UsageError: on every rank, before any write.
     """
     request = request.settled()
-    comm.agree("export", lambda: refuse_nested(request))
     found = gather_sources(request, comm, everywhere=comm.merge_size > 1)
     decisions = comm.agree("policy", lambda: decide(request, found.sources, newest_full))
     layouts, export = {}, None
@@ -186,9 +185,6 @@ def make_plan(request: MergeRequest, comm: Comm) -> MergePlan:
         base, rules = found.sources[-1], decisions.rules
         export = comm.on_main("export", lambda: plan_export(request, base, rules))
         layouts[Folder.MODEL] = export.layout
-        if comm.is_main:
-            for sentence in export.notes:
-                _log.warning(sentence)
     return comm.agree("plan", lambda: _assemble(request, found, decisions, layouts, export))
 
 
@@ -328,7 +324,7 @@ def _assemble(
         sources=found.sources,
         outputs=found.outputs,
         rules=decisions.rules,
-        table=decisions.table,
+        table=tuple(row for row in decisions.table if export is None or _is_told(row, layouts)),
         layouts=layouts,
         export=export,
         units=work,
@@ -337,6 +333,11 @@ def _assemble(
         read_bytes=sum(unit.read_bytes for unit in work),
         digest=_digest(request, found.sources, found.outputs, decisions.table, export),
     )
+
+
+def _is_told(row: PolicyRow, layouts: Mapping[Folder, OutputLayout]) -> bool:
+    """An export alone has weights, whatever else the sources hold."""
+    return Folder.CHECKPOINT in layouts or row.state in ("weight", "main params")
 
 
 def _digest(

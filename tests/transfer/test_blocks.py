@@ -23,6 +23,7 @@ from pma_megatron.formats.output import Destination
 from pma_megatron.formats.torch_dist.source import read_source
 from pma_megatron.transfer.blocks import BlockReader, BlockWriter, UnitWriter
 from pma_megatron.transfer.buffers import BlockBuffer, BlockBuffers, Rounded
+from pma_megatron.transfer.sums import joined_crc
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "0.15.3-fully_reshardable-dense.tar.xz"
 
