@@ -14,12 +14,12 @@ FOLDERS = [
     ["formats"],
     ["formats.torch_dist", "formats.deepspeed"],
     ["formats.registry"],
-    ["runs", "transfer"],
-    ["identity"],
-    ["merging"],
-    ["live", "geometry", "scores", "spikes", "export.tensors"],
+    ["runs", "transfer", "export.tensors"],
     ["export.families"],
     ["export"],
+    ["identity"],
+    ["merging"],
+    ["live", "geometry", "scores", "spikes"],
     ["online"],
     ["megatron", "deepspeed"],
     ["megatron_deepspeed"],
@@ -31,7 +31,7 @@ FOLDERS = [
 
 INSIDE = {
     "base": """
-        boxes durable durations faults log memory openfiles processes spelling stopping
+        boxes durable durations faults log memory openfiles processes sizes spelling stopping
         locations presence settings
         comm
     """,
@@ -74,7 +74,7 @@ INSIDE = {
         notices
     """,
     "transfer": """
-        buffers reads
+        buffers reads sums
         blocks
     """,
     "identity": """
@@ -85,16 +85,21 @@ INSIDE = {
     "merging": """
         coefficients intact locks policy tasks tolerance
         accumulate agreement request
-        engine rules
+        engine finding rules
+        exporting
         planning
-        integrity publish verification
-        finishing recompute report
+        integrity publish targets verification
+        exported finishing recompute report
         inspection job published
+        export_job
     """,
     "live": """
         param poison
         plan
         load
+    """,
+    "export": """
+        card files maps template
     """,
     "export.families": """
         config

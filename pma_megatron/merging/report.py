@@ -16,7 +16,8 @@ from pma_megatron.base.spelling import as_argument
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats import registry
 from pma_megatron.formats.manifest import read_marker
-from pma_megatron.formats.marker import ONLINE_AVERAGE
+from pma_megatron.formats.marker import EXPORT, ONLINE_AVERAGE
+from pma_megatron.formats.output import Folder
 from pma_megatron.formats.rates import rate_flags
 from pma_megatron.merging.coefficients import implied_decay_weights
 from pma_megatron.merging.integrity import Compared
@@ -37,12 +38,13 @@ class MergeReport:
     """The result of one merge.
 
     Attributes:
-        outputs: published folders, in the order of the plan's outputs.
+        outputs: published checkpoints, in the order of the plan's outputs.
+        exports: published Hugging Face models, in the same order.
         seconds: wall time per stage: plan, merge, verify, publish.
         bytes: `read` and `written`, over all ranks.
         peak_memory_above_baseline_bytes: per rank.
         plan: the plan as plain values (sources, coefficients, policy, digest).
-        verification: what was checked, per output.
+        verification: what was checked, per published folder: checkpoints, then models.
         ranks: number of ranks.
         checksums: how what was read stands to its checksums (`integrity.Compared`).
     """
@@ -55,6 +57,12 @@ class MergeReport:
     verification: tuple[Verification, ...]
     ranks: int
     checksums: Mapping[str, Any]
+    exports: tuple[str, ...] = ()
+
+    @property
+    def published(self) -> tuple[str, ...]:
+        """Every folder that was published."""
+        return (*self.outputs, *self.exports)
 
     @property
     def resume(self) -> tuple[str, ...]:
@@ -64,8 +72,9 @@ class MergeReport:
     def to_json(self) -> dict[str, Any]:
         """Plain values, as `--json` prints them: the plan's, and what came of it."""
         own = asdict(self)
-        published = own.pop("outputs")
-        return {**own.pop("plan"), **own, "published": published, "resume": list(self.resume)}
+        published, exported = own.pop("outputs"), own.pop("exports")
+        plan = {**own.pop("plan"), **own, "published": published, "resume": list(self.resume)}
+        return {**plan, "exported": exported} if exported else plan
 
 
 def how_to_resume(folder: Path, lr_factor: float | None = None) -> str:
@@ -111,6 +120,7 @@ def describe_plan(plan: MergePlan) -> dict[str, Any]:
         "notes": list(plan.selection.notes),
         "bytes": {"read": plan.read_bytes, "written": plan.written_bytes},
         "digest": plan.digest,
+        **({} if plan.export is None else {"export": plan.export.describe()}),
     }
 
 
@@ -126,22 +136,29 @@ def describe_output(output: Output) -> dict[str, Any]:
 
 
 def provenance(
-    plan: MergePlan, output: Output, ranks: int, seconds: Mapping[str, float], compared: Compared
+    plan: MergePlan,
+    output: Output,
+    folder: Folder,
+    ranks: int,
+    seconds: Mapping[str, float],
+    compared: Compared,
 ) -> dict[str, Any]:
-    """What `pma.json` says: where a checkpoint comes from, and all that verifying it takes.
+    """What `pma.json` says: where a folder comes from, and all that verifying it takes.
 
     Paths in it are absolute: it is read from other folders than the one of the merge.
     """
     request = asdict(plan.request)
     paths = tuple(str(Path(source.path).absolute()) for source in plan.sources)
     request["selection"] = asdict(SelectionRequest(paths=paths))
-    request["load"] = str(Path(request["load"]).absolute())
-    request["save"] = str(Path(request["save"]).absolute())
+    for name in ("load", "save", "export", "like"):
+        if request[name] is not None:
+            request[name] = str(Path(request[name]).absolute())
     request.pop("passed_over")  # the plan's are all of them
     described = describe_plan(plan)
     for source, path in zip(described["sources"], paths, strict=True):
         source["path"] = path
     return {
+        **({"kind": EXPORT} if folder is Folder.MODEL else {}),
         "provenance_version": PROVENANCE_VERSION,
         "pma_megatron": __version__,
         "torch": torch.__version__,
@@ -202,7 +219,10 @@ def checked_provenance(folder: Path, value: Mapping[str, Any]) -> dict[str, Any]
 
 
 def request_again(recorded: Mapping[str, Any]) -> MergeRequest:
-    """The request that made a checkpoint, from its provenance, with the sources by path."""
+    """The request that made a folder, from its provenance, with the sources by path.
+
+    Of an export it is one of a checkpoint too: who makes the plan again says what it is to make.
+    """
     saved = dict(recorded["request"])
     paths = tuple(str(path) for path in saved["selection"]["paths"])
     coefficients = tuple(float(value) for value in recorded["output"]["coefficients"])
