@@ -22,13 +22,20 @@ _PART = re.compile(r"@mp\d+$")
 _SHOWN = 4
 
 
-def export_map(config: Mapping[str, Any] | None, weights: Shapes, *, own_names: bool) -> ExportMap:
+def export_map(
+    config: Mapping[str, Any] | None,
+    weights: Shapes,
+    *,
+    own_names: bool,
+    arguments: Mapping[str, Any] | None = None,
+) -> ExportMap:
     """The tensors of the exported model.
 
     Args:
         config: of the model that is to be; None where there is none.
         weights: what the checkpoint holds.
         own_names: the checkpoint calls tensors as the model itself does, so nothing is mapped.
+        arguments: of the training script, which a family compares with `config`.
 
     Raises:
         PlanError: the checkpoint is not a model of that configuration, or cannot be exported.
@@ -39,7 +46,7 @@ def export_map(config: Mapping[str, Any] | None, weights: Shapes, *, own_names: 
         from pma_megatron.export import families
 
         assert config is not None  # who asks has refused
-        made = families.export_map(config, weights)
+        made = families.export_map(config, weights, arguments)
     _refuse_wrong(made.tensors, weights)
     return made
 

@@ -151,7 +151,8 @@ def plan_export(request: MergeRequest, base: Source, rules: Rules) -> ModelExpor
     weights = _weights(base, rules)
     shapes = {key: tensor.shape for key, tensor in weights.items()}
     config = None if template is None else template.config
-    made = export_map(config, shapes, own_names=known.own_names)
+    arguments = known.common(Path(base.path))["args"]
+    made = export_map(config, shapes, own_names=known.own_names, arguments=arguments)
     dtype, notes = _dtype(request, template, base, weights)
     entries = [Entry(t.name, _stored(t, dtype, base, weights), t.shape) for t in made.tensors]
     notes += [*made.notes, *(_without(base) if template is None else template.notes)]

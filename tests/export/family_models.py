@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -208,7 +209,7 @@ class Computed:
 
 
 def trained(rank: int, world_size: int, folder: str, names: list[str]) -> dict[str, Computed]:
-    """Train each case below `folder`, and average its two checkpoints."""
+    """Train each case below `folder`; its two checkpoints become an average and an export."""
     computed = {}
     for name in names:
         run = CASES[name].run
@@ -218,7 +219,16 @@ def trained(rank: int, world_size: int, folder: str, names: list[str]) -> dict[s
         for _ in range(2):
             trainer.train(1)
             trainer.save(root)
-        merge(MergeRequest(load=root, save=save, selection=SelectionRequest(last=2)))
+        merge(
+            MergeRequest(
+                load=root,
+                save=save,
+                export=str(Path(folder) / f"{name} exported"),
+                like=str(_template(Path(folder) / f"{name} template", CASES[name])),
+                dtype="fp32",
+                selection=SelectionRequest(last=2),
+            )
+        )
         _shake(trainer)
         trainer.load(save)
         settings = {
@@ -274,6 +284,12 @@ def loss_of(logits: torch.Tensor) -> float:
     """Mean cross-entropy of `tokens()` over the vocabulary without its padding."""
     labels = tokens()[:, 1:]
     return float(functional.cross_entropy(logits[..., :VOCABULARY].flatten(0, 1), labels.flatten()))
+
+
+def _template(folder: Path, case: Case) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(case.config))
+    return folder
 
 
 def _shake(trainer: TinyTrainer) -> None:

@@ -79,6 +79,10 @@ def opened(folder: Path, config: Mapping[str, Any], tensors: dict[str, torch.Ten
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return loaded(folder)
+
+
+def loaded(folder: Path) -> Any:
     model, told = AutoModelForCausalLM.from_pretrained(
         folder, output_loading_info=True, dtype=torch.float32, attn_implementation="eager"
     )
@@ -114,13 +118,11 @@ def test_the_arguments_of_the_checkpoint_fit(
 
 @pytest.mark.parametrize("name", CASES)
 def test_logits_and_loss_are_megatrons(
-    weights: dict[str, dict[str, torch.Tensor]],
-    logits: dict[str, torch.Tensor],
-    name: str,
-    tmp_path: Path,
+    runs: tuple[Path, dict[str, Computed]], logits: dict[str, torch.Tensor], name: str
 ) -> None:
+    """Of the folder that a merge with `export` wrote, opened by transformers."""
     ours = logits[name]
-    theirs = hf_logits(opened(tmp_path, CASES[name].config, exported(name, weights[name])))
+    theirs = hf_logits(loaded(runs[0] / f"{name} exported"))
     assert ours.std() > 0.3
     assert (ours[..., : theirs.shape[-1]] - theirs).abs().max() < TOLERANCE
     assert abs(family_models.loss_of(ours) - family_models.loss_of(theirs)) < TOLERANCE
