@@ -13,6 +13,7 @@ from pma_megatron.version import __version__
 if TYPE_CHECKING:
     from pma_megatron.errors import PmaError
     from pma_megatron.merging.coefficients import Coefficients
+    from pma_megatron.merging.export_job import export_model
     from pma_megatron.merging.inspection import Inspection, inspect
     from pma_megatron.merging.job import merge, plan
     from pma_megatron.merging.planning import MergePlan
@@ -37,6 +38,7 @@ _HOMES = {
     "Policy": ("merging.policy", "Policy"),
     "RecoveryRequest": ("spikes.recovery", "RecoveryRequest"),
     "SelectionRequest": ("runs.selection", "SelectionRequest"),
+    "export_model": ("merging.export_job", "export_model"),
     "inspect": ("merging.inspection", "inspect"),
     "list_checkpoints": ("runs.discover", "list_checkpoints"),
     "merge": ("merging.job", "merge"),
@@ -58,6 +60,7 @@ __all__ = [
     "RecoveryRequest",
     "SelectionRequest",
     "__version__",
+    "export_model",
     "inspect",
     "list_checkpoints",
     "merge",

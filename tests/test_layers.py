@@ -14,7 +14,9 @@ FOLDERS = [
     ["formats"],
     ["formats.torch_dist", "formats.deepspeed"],
     ["formats.registry"],
-    ["runs", "transfer"],
+    ["runs", "transfer", "export.tensors"],
+    ["export.families"],
+    ["export"],
     ["identity"],
     ["merging"],
     ["live", "geometry", "scores", "spikes"],
@@ -29,7 +31,7 @@ FOLDERS = [
 
 INSIDE = {
     "base": """
-        boxes durable durations faults log memory openfiles processes spelling stopping
+        boxes durable durations faults log memory openfiles processes sizes spelling stopping
         locations presence settings
         comm
     """,
@@ -72,7 +74,7 @@ INSIDE = {
         notices
     """,
     "transfer": """
-        buffers reads
+        buffers checksums reads
         blocks
     """,
     "identity": """
@@ -84,18 +86,29 @@ INSIDE = {
         coefficients intact locks policy tasks tolerance
         agreement request sums
         accumulate
-        engine rules
+        engine finding rules
+        exporting
         planning
         integrity leftovers verification
-        publish
-        finishing recompute report
+        publish targets
+        exported finishing recompute report
         provenance
         inspection job published
+        export_job
     """,
     "live": """
         param poison
         plan
         load
+    """,
+    "export": """
+        card files maps template
+    """,
+    "export.families": """
+        config
+        blocks
+        trained
+        placing deepseek_v3 llama mixtral qwen2 qwen3
     """,
     "geometry": """
         spread

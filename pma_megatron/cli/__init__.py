@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _main(given, rank)
         lost = output.close()
         if lost is not None:
-            done = code != 0 or given[:1] in (["merge"], ["recover"], ["verify"])
+            done = code != 0 or given[:1] in (["merge"], ["export"], ["recover"], ["verify"])
             what = "its exit code says what was done" if done else "nothing else was asked for"
             _failed(rank, f"standard output cannot be written ({lost}); {what}", aloud=True)
             code = code if done else 1
@@ -43,7 +43,7 @@ def _main(given: list[str], rank: int) -> int:
         with stoppable():
             code = _run(given, rank)
     except Stopped as stop:
-        publishes = given[:1] in (["merge"], ["recover"])
+        publishes = given[:1] in (["merge"], ["export"], ["recover"])
         told = told_of(stop.published, stop.unpublished) if publishes else ""
         _failed(rank, f"stopped by {stop}{told and f'; {told}'}", aloud=rank == 0)
         code = 128 + stop.number

@@ -14,7 +14,8 @@ from pma_megatron.base.stopping import having_published
 from pma_megatron.cli import tables
 from pma_megatron.cli.progress import show
 from pma_megatron.cli.verbs import root_of, show_result
-from pma_megatron.errors import CheckpointError, SelectionError
+from pma_megatron.errors import CheckpointError, SelectionError, UsageError
+from pma_megatron.merging.export_job import export_model
 from pma_megatron.merging.inspection import look
 from pma_megatron.merging.job import merge as merge_checkpoints
 from pma_megatron.merging.job import plan as plan_merge
@@ -45,7 +46,23 @@ def merge(arguments: Namespace) -> None:
     with ExitStack() as over, process_group_from_environment(arguments.timeout_s):
         comm = Comm(request.merge_parallel_size)
         report = merge_checkpoints(request, comm, show(comm))
-        over.enter_context(having_published(report.outputs))
+        over.enter_context(having_published(report.published))
+        if comm.is_main:
+            show_result(arguments, report.to_json(), lambda: tables.merged(report))
+
+
+def export(arguments: Namespace) -> None:
+    """`pma export`."""
+    if arguments.export is None:
+        raise UsageError("say where the model goes: --save DIR")
+    names = ("like", "dtype", "max_shard_bytes", "threads", "overwrite", "check_sources")
+    given = {name: getattr(arguments, name) for name in names}
+    with ExitStack() as over, process_group_from_environment(arguments.timeout_s):
+        comm = Comm()
+        report = export_model(
+            arguments.path, save=arguments.export, comm=comm, show=show(comm), **given
+        )
+        over.enter_context(having_published(report.published))
         if comm.is_main:
             show_result(arguments, report.to_json(), lambda: tables.merged(report))
 

@@ -17,6 +17,12 @@ _MERGE_EXAMPLES = """
   pma plan --load /ckpts/run --save /ckpts/run-pma --iterations 8000 9000 10000 --method wma
   torchrun --nproc-per-node 8 -m pma_megatron merge --load /ckpts/run --save /ckpts/sweep \\
       --sweep sma,wma,1-sqrt:3,6,10
+  pma merge --load /ckpts/run --last 10 --export /models/run-sma --like /models/template
+"""
+_EXPORT_EXAMPLES = """
+  pma export /ckpts/run-pma/iter_0100000 --save /models/run-sma --like /models/template
+  torchrun --nproc-per-node 8 -m pma_megatron export /ckpts/run-pma --save /models/run-fp32 \\
+      --like /models/template --dtype fp32 --max-shard-size 10GB
 """
 _OF_A_FOLDER = (
     (
@@ -66,10 +72,13 @@ def parser() -> argparse.ArgumentParser:
         add_flags(group, Method)
         add_flags(group, Policy)
         add_flags(group, MergeRequest, "lr_factor", "dtype", "sweep")
+        group = verb.add_argument_group("a Hugging Face model of the average")
+        add_flags(group, MergeRequest, "export", "like", "max_shard_bytes")
         group = verb.add_argument_group("how to run")
         add_flags(group, MergeRequest, "save", "overwrite", "threads")
         add_flags(group, OnRanks)
         add_flags(group, MergeRequest, "check_sources", "merge_parallel_size")
+    _add_export(verbs)
     for each in (recover, evaluate, forecast, geometry):
         each.add(verbs)
     for name, run, text, where, what, examples in _OF_A_FOLDER:
@@ -78,3 +87,18 @@ def parser() -> argparse.ArgumentParser:
     add_flags(verb, commands.Checks)
     add_flags(verb, OnRanks)
     return top
+
+
+def _add_export(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = "write one checkpoint, merged or not, as a Hugging Face model"
+    verb = new_verb(verbs, "export", commands.export, text, _EXPORT_EXAMPLES)
+    verb.add_argument("path", help="one iter_* folder or DeepSpeed tag, or the root above it")
+    where = {"flag": "save", "help": "folder that becomes the model; it must not exist"}
+    dtype = {"help": "of the weights, as config.json says without it"}
+    group = verb.add_argument_group("the model")
+    add_flags(
+        group, MergeRequest, "export", "like", "dtype", "max_shard_bytes", export=where, dtype=dtype
+    )
+    group = verb.add_argument_group("how to run")
+    add_flags(group, MergeRequest, "overwrite", "threads", "check_sources")
+    add_flags(group, OnRanks)

@@ -12,7 +12,9 @@ from rich.table import Table
 
 from pma_megatron.base.log import visible
 from pma_megatron.formats import registry
-from pma_megatron.formats.marker import ONLINE_AVERAGE
+from pma_megatron.formats.marker import EXPORT, ONLINE_AVERAGE
+from pma_megatron.formats.output import Folder
+from pma_megatron.merging.exporting import ModelExport
 from pma_megatron.merging.inspection import Inspection
 from pma_megatron.merging.planning import MergePlan, read_rate
 from pma_megatron.merging.report import MergeReport, describe_output
@@ -122,14 +124,28 @@ def planned(plan: MergePlan) -> None:
     console.print(table)
     buffers = plan.request.threads * BLOCK_ELEMENTS * 4 * (2 + 2 * len(plan.outputs))
     rate = read_rate(plan)
+    if plan.export is not None:
+        _exported(console, plan.export)
+    kinds = {Folder.CHECKPOINT: "checkpoint(s)", Folder.MODEL: "Hugging Face model(s)"}
+    made = " and ".join(f"{len(plan.outputs)} {kinds[folder]}" for folder in plan.layouts)
     console.print(
         f"reads {_size(plan.read_bytes)}, writes {_size(plan.written_bytes)} in "
-        f"{len(plan.outputs)} checkpoint(s); buffers {_size(buffers)} per rank; about "
+        f"{made}; buffers {_size(buffers)} per rank; about "
         f"{(plan.read_bytes + plan.written_bytes) / rate:.0f} s on one rank at "
         f"{_size(rate)}/s, just measured on the newest source"
     )
     console.print(_guide(plan))
     console.print(f"plan digest {plan.digest[:16]}; nothing was written")
+
+
+def _exported(console: Console, export: ModelExport) -> None:
+    said = export.describe()
+    family = f"{said['model_type']} like {said['like']}" if said["like"] else "no config.json"
+    console.print(
+        f"export: {said['tensors']} tensors, {said['parameters']:,} parameters in {said['dtype']}, "
+        f"{said['files']} safetensors file(s), {_size(said['bytes'])}; {family}",
+        soft_wrap=True,
+    )
 
 
 def _guide(plan: MergePlan) -> str:
@@ -146,7 +162,7 @@ def _guide(plan: MergePlan) -> str:
 def merged(report: MergeReport) -> None:
     """`pma merge`."""
     console = new_console()
-    for folder in report.outputs:
+    for folder in report.published:
         console.print(f"published {folder}", soft_wrap=True)
     seconds = ", ".join(f"{stage} {value:.2f} s" for stage, value in report.seconds.items())
     peak = max(report.peak_memory_above_baseline_bytes)
@@ -164,6 +180,17 @@ def merged(report: MergeReport) -> None:
         console.print(f"resume with: {pasted(how)}", soft_wrap=True)
         if "--no-load-optim" in how:
             console.print(_WEIGHTS_ALONE, soft_wrap=True)
+    for folder in report.exports:
+        console.print(f"load with: {_loading(folder)}", soft_wrap=True)
+
+
+def _loading(folder: str) -> str:
+    """How an exported model is loaded, where transformers can."""
+    if (Path(folder) / "config.json").is_file():
+        return pasted(f"transformers.AutoModelForCausalLM.from_pretrained({folder!r})")
+    files = sorted(map(str, Path(folder).glob("*.safetensors")))
+    more = f" and {len(files) - 1} more" if files[1:] else ""
+    return pasted(f"safetensors.torch.load_file({files[0]!r})") + more
 
 
 def pasted(command: str) -> str:
@@ -209,7 +236,7 @@ def inspected(found: Inspection) -> None:
     console = new_console()
     ref = found.ref
     said = [ref.format, f"iteration {ref.iteration}", f"{_tokens(ref)} tokens"]
-    if found.groups:
+    if found.groups and found.topology:  # an export has none, nor anything but weights
         said += [found.topology, f"optimizer layout {found.optimizer_layout}"]
         said.append(f"{found.objects} objects")
     said.append(f"{found.files} files, {_size(found.bytes)}")
@@ -234,7 +261,8 @@ def _origin(console: Console, made: Mapping[str, Any]) -> None:
     if made.get("kind") == ONLINE_AVERAGE:
         console.print(f"running average, saved by {by} on {on}: {made.get('method')}")
         return
-    console.print(f"merged by {by} on {on}: {made['output']['method']} over")
+    done = "exported" if made.get("kind") == EXPORT else "merged"
+    console.print(f"{done} by {by} on {on}: {made['output']['method']} over")
     rows = zip(made["plan"]["sources"], made["output"]["coefficients"], strict=True)
     table = new_table("sources", "iteration", "coefficient", "path")
     for source, value in rows:

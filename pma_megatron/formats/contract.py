@@ -142,7 +142,9 @@ class Format:
         rank that finds that those without are not their weights; empty where all have names.
     16. `unchecked_order`: where the map of an output's flat buffers is not what names and shapes
         alone say, or more than they say, a clause each. Rank 0 asks. It reads no file.
-    17. `items`: every zip in a folder's files, with the key of what it holds, for messages. Rank 0
+    17. `own_names`: True where tensors are called as the model itself calls them, so that an export
+        for another library renames nothing. Every rank asks.
+    18. `items`: every zip in a folder's files, with the key of what it holds, for messages. Rank 0
         asks when a published folder is verified. It reads what `completeness` reads, and raises
         CheckpointError for a folder that is not whole.
     """
@@ -164,6 +166,7 @@ class Format:
     folder_name: Callable[[str, int | None], str]
     named_layouts: str = ""
     unchecked_order: Callable[[Source], tuple[str, ...]] = lambda source: ()
+    own_names: bool = False
     items: Callable[[Path], dict[Item, str]]
 
     def instead_of_flat(self) -> str:

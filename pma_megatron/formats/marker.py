@@ -26,6 +26,8 @@ SNAPSHOTS = "pma_snapshots"
 """Folder below a run's --save that holds its thin snapshots, `iter_*` each."""
 SNAPSHOT = "snapshot"
 ONLINE_AVERAGE = "online_average"
+EXPORT = "export"
+"""What a Hugging Face model is called that was exported."""
 SNAPSHOT_VERSION = 1
 MAIN_PARAMS = "main_params"
 

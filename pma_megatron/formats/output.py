@@ -3,14 +3,40 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from enum import Enum
+from typing import Any, Protocol
 
 import torch
 
 from pma_megatron.formats.base import Item, Payload
-from pma_megatron.formats.zips import Skeleton
+
+
+class Folder(str, Enum):
+    """What one output of a merge may be written as, each in a folder of its own.
+
+    The value is the setting that says where it goes.
+    """
+
+    CHECKPOINT = "save"
+    MODEL = "export"
+
+
+class Frame(Protocol):
+    """Bytes of a file around payloads, a zip's (`zips.Skeleton`) or a header.
+
+    Attributes:
+        length: bytes of it all.
+        payloads: name -> (start relative to the item, bytes).
+    """
+
+    @property
+    def length(self) -> int: ...
+    @property
+    def payloads(self) -> Mapping[str, tuple[int, int]]: ...
+    def structure(self, crcs: Mapping[str, int]) -> Sequence[tuple[int, bytes]]:
+        """All bytes but the payloads, as (offset, bytes), once the payloads' CRC-32 are known."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +68,8 @@ class Changes:
 class Destination:
     """Where the new bytes of a payload go: byte `start` of `file`, `numel` elements of `dtype`.
 
-    `item` counts in `OutputLayout.items`; `record` is the payload's name in that item's zip.
+    `item` counts in `OutputLayout.items`; `record` is the payload's name in that item's frame.
+    `folder` says in which folder of the output `file` lies.
     """
 
     file: str
@@ -51,19 +78,20 @@ class Destination:
     numel: int
     record: str
     item: int
+    folder: Folder = Folder.CHECKPOINT
 
 
 @dataclass(frozen=True, slots=True)
 class OutputItem:
     """One part of an output file.
 
-    Exactly one of three: a zip to be built (`skeleton`), the bytes of `source` as they are
-    (`skeleton` and `literal` None), or `literal` bytes. `kept` names records of a built zip that
-    come from the base unchanged: record -> (offset in the base's file, CRC-32 or None).
+    Exactly one of three: something to be built around payloads (`skeleton`), the bytes of `source`
+    as they are (`skeleton` and `literal` None), or `literal` bytes. `kept` names records of a built
+    zip that come from the base unchanged: record -> (offset in the base's file, CRC-32 or None).
     """
 
     placed: Item
-    skeleton: Skeleton | None
+    skeleton: Frame | None
     source: Item | None
     kept: Mapping[str, tuple[int, int | None]]
     literal: bytes | None = None
@@ -81,6 +109,7 @@ class OutputLayout:
             folder a checkpoint.
         last_file: name of that marker; None where all files together make it one.
         keeps_gaps: elements of a written payload that no tensor covers stay the base's; else zero.
+        sums_payloads: the files have no checksums of their payloads, so `pma.json` has them.
     """
 
     files: Mapping[str, int]
@@ -89,6 +118,7 @@ class OutputLayout:
     small_files: OrderedDict[str, bytes]
     last_file: str | None
     keeps_gaps: bool = False
+    sums_payloads: bool = False
 
     @property
     def nbytes(self) -> int:

@@ -35,6 +35,7 @@ class Source:
         notes: sentences for the user: what speaks against it, and does not stop the merge.
         frozen: parameters outside of `space` that were not trained when it was saved.
         quantized: True if weights are kept in 8 or 4 bits: they are not rounded main params then.
+        aliases: second name of a tied parameter -> its first, under which it is in `space`.
         unnamed: optimizer buffers by stored key, where main params were not wanted; they tell
             sources apart, and then they are let go.
     """
@@ -54,6 +55,7 @@ class Source:
     unnamed: Mapping[str, Tensor] = field(default_factory=dict)
     frozen: Mapping[str, Tensor] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
     def is_frozen(self, key: str) -> bool:
         """Whether its optimizer trains, and not this parameter: then its weight is its value."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -154,7 +155,7 @@ def weights_alone(source: Source) -> bool:
 
 
 def check_covers(
-    source: Source, key: str, index: PieceIndex[Payload], wanted: Iterable[Piece[Payload]]
+    source: Source, key: str, index: PieceIndex[Payload], wanted: Iterable[Piece[Any]]
 ) -> None:
     missing: Box | None = next((p.box for p in wanted if not index.covers(p.box)), None)
     if missing is not None:

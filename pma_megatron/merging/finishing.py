@@ -12,41 +12,57 @@ from pma_megatron.base.durable import sync
 from pma_megatron.base.faults import point
 from pma_megatron.base.openfiles import Files, write_inside
 from pma_megatron.formats.manifest import FileSum, Part, sum_of, sum_of_parts, write_marker
-from pma_megatron.formats.output import OutputItem
-from pma_megatron.merging.planning import MergePlan
-from pma_megatron.merging.publish import Target, cannot_write
-from pma_megatron.transfer.blocks import Checksums, crc_of, joined_crc
+from pma_megatron.formats.output import OutputItem, OutputLayout
+from pma_megatron.merging.leftovers import Target
+from pma_megatron.merging.publish import cannot_write
+from pma_megatron.transfer.checksums import (
+    Checksums,
+    ScatteredChecksums,
+    crc_of,
+    joined_crc,
+    scattered_crc,
+)
+
+TENSORS = "tensors"
+"""Field of `pma.json` that has the CRC-32 of every payload, where the files have none."""
 
 
 def finish(
-    plan: MergePlan, target: Target, written: Sequence[Checksums], provenance: Mapping[str, Any]
+    layout: OutputLayout,
+    target: Target,
+    written: Sequence[Checksums],
+    provenance: Mapping[str, Any],
+    further: Mapping[str, bytes],
 ) -> None:
     """Write what surrounds the payloads, then the small files, the marker last (rank 0 only).
 
     Args:
-        plan: the plan.
-        target: the output.
-        written: per rank, the checksums of what it wrote into this output.
+        layout: of the folder.
+        target: the folder.
+        written: per rank, the checksums of what it wrote into it.
         provenance: what `pma.json` says beside the checksums of all files.
+        further: small files that are this output's own.
 
     Raises:
         PublishError: bytes of a payload are unaccounted for, or the folder cannot be written.
     """
     try:
-        sums = _write_structure(plan, target, written)
-        small = dict(plan.layout.small_files)
+        sums, payloads = _write_structure(layout, target, written)
+        small = {**layout.small_files, **further}
         sums.update({name: sum_of(data) for name, data in small.items()})
-        last = plan.layout.last_file
+        last = layout.last_file
         marker = small.pop(last) if last is not None else b""
         for name, data in small.items():
             write_inside(target.staging, name, data)
+        if layout.sums_payloads:
+            provenance = {**provenance, TENSORS: {n: f"{crc:08x}" for n, crc in payloads.items()}}
         write_marker(target.staging, provenance, sums)
         point("marker", 0)
         if last is not None:
             write_inside(target.staging, last, marker)
-        for name in plan.layout.files:
+        for name in layout.files:
             sync(target.staging / name)
-        for folder in sorted({(target.staging / name).parent for name in plan.layout.files}):
+        for folder in sorted({(target.staging / name).parent for name in layout.files}):
             sync(folder)
         sync(target.staging)
     except OSError as error:
@@ -54,14 +70,21 @@ def finish(
 
 
 def _write_structure(
-    plan: MergePlan, target: Target, written: Sequence[Checksums]
-) -> dict[str, FileSum]:
-    """Write what the zips have around their payloads; returns the sum of every shard file."""
+    layout: OutputLayout, target: Target, written: Sequence[Checksums]
+) -> tuple[dict[str, FileSum], dict[str, int]]:
+    """Write what files have around their payloads; returns the sum of every file, and the CRC-32 of
+    every payload that was written, by its name."""
     parts = _merged(each.parts for each in written)
+    scattered: dict[tuple[int, str], list[tuple[int, int]]] = {}
+    for each in written:
+        if isinstance(each, ScatteredChecksums):
+            for place, sum_ in each.sums.items():
+                scattered.setdefault(place, []).append(sum_)
     found: dict[str, list[Part]] = _merged(each.copies for each in written)
+    payloads: dict[str, int] = {}
     files = Files(target.staging, os.O_RDWR)
     try:
-        for number, item in enumerate(plan.layout.items):
+        for number, item in enumerate(layout.items):
             ours = found.setdefault(item.placed.file, [])
             if item.literal is not None:
                 crc = isal_zlib.crc32(item.literal)
@@ -69,7 +92,14 @@ def _write_structure(
             if item.skeleton is None:
                 continue
             with files.opened(item.placed.file) as descriptor:
-                crcs = _payloads(item, number, parts, descriptor)
+                if layout.sums_payloads:
+                    crcs = {
+                        record: scattered_crc(scattered.get((number, record), ()), nbytes)
+                        for record, (_, nbytes) in item.skeleton.payloads.items()
+                    }
+                else:
+                    crcs = _payloads(item, number, parts, descriptor)
+                payloads.update(crcs)
                 for record, crc in crcs.items():
                     start, nbytes = item.skeleton.payloads[record]
                     if record not in item.kept:  # those are among the copies
@@ -80,10 +110,10 @@ def _write_structure(
                     ours.append((at, len(data), isal_zlib.crc32(data)))
     finally:
         files.close()
-    return {
-        name: sum_of_parts(found.get(name, ()), nbytes)
-        for name, nbytes in plan.layout.files.items()
+    sums = {
+        name: sum_of_parts(found.get(name, ()), nbytes) for name, nbytes in layout.files.items()
     }
+    return sums, payloads
 
 
 def _payloads(

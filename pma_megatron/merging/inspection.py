@@ -10,9 +10,11 @@ from typing import Any
 from pma_megatron.base.locations import refuse_remote
 from pma_megatron.base.openfiles import is_folder
 from pma_megatron.errors import CheckpointError, PlanError, VerifyError
+from pma_megatron.export.files import stored_in
 from pma_megatron.formats import registry
 from pma_megatron.formats.base import Tensor
-from pma_megatron.formats.marker import MARKER_FILE
+from pma_megatron.formats.json_files import read_json
+from pma_megatron.formats.marker import EXPORT, MARKER_FILE
 from pma_megatron.merging.intact import listing
 from pma_megatron.merging.provenance import read_provenance
 from pma_megatron.runs.discover import describe, list_checkpoints, pointed
@@ -81,9 +83,12 @@ def look(path: str | Path) -> Inspection:
     folder = pointed(Path(path)).absolute()
     if not is_folder(folder):
         raise CheckpointError(what_is(folder))
-    if not is_checkpoint(folder):
+    exported = _is_export(folder)
+    if not (is_checkpoint(folder) or exported):
         _refuse_root(folder)
     sizes = listing(folder)
+    if exported:
+        return _export(folder, sizes)
     found = Inspection(ref=describe(folder), files=len(sizes), bytes=sum(sizes.values()))
     if not found.ref.complete:
         why = found.ref.incomplete_because
@@ -92,6 +97,43 @@ def look(path: str | Path) -> Inspection:
         return _opened(folder, found)
     except (CheckpointError, PlanError, VerifyError) as error:
         return replace(found, problem=f"{folder} cannot be opened: {error}")
+
+
+def _is_export(folder: Path) -> bool:
+    try:
+        return read_json(folder / MARKER_FILE).get("kind") == EXPORT
+    except CheckpointError:
+        return False
+
+
+def _export(folder: Path, sizes: Mapping[str, int]) -> Inspection:
+    """A Hugging Face model that this package wrote."""
+    ref = CheckpointRef(
+        path=str(folder),
+        format="safetensors",
+        iteration=None,
+        consumed_samples=None,
+        consumed_tokens=None,
+        tokens_unknown_because="an export keeps no training arguments",
+        complete=True,
+        incomplete_because=None,
+        weights_only=True,
+    )
+    found = Inspection(ref=ref, files=len(sizes), bytes=sum(sizes.values()))
+    try:
+        made = read_provenance(folder)
+        entries = [stored.entry for stored in stored_in(folder).values()]
+    except (CheckpointError, VerifyError) as error:
+        return replace(found, problem=str(error))
+    newest = made["plan"]["sources"][-1]
+    said = {name: newest.get(name) for name in ("iteration", "consumed_tokens", "consumed_samples")}
+    dtypes = sorted({str(entry.dtype).removeprefix("torch.") for entry in entries})
+    elements = sum(entry.numel for entry in entries)
+    nbytes = sum(entry.nbytes for entry in entries)
+    group = TensorGroup("weight", len(entries), elements, nbytes, tuple(dtypes))
+    return replace(
+        found, ref=replace(ref, **said), groups=(group,), provenance=made, optimizer_layout="none"
+    )
 
 
 def _refuse_root(folder: Path) -> None:

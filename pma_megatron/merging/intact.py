@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TypeVar
 
 from isal import isal_zlib
@@ -83,13 +84,30 @@ def record_sums(folder: Path) -> dict[str, FileSum]:
     return sums
 
 
-def check_files(folder: Path, sums: Sums | None, comm: Comm) -> Intact:
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A part of a file that is no zip: `nbytes` from byte `start` on; `what` names it."""
+
+    what: str
+    start: int
+    nbytes: int
+    crc32: str
+
+
+Records = Mapping[str, Sequence[Record]]
+"""File -> parts of it that have checksums of their own."""
+
+
+def check_files(
+    folder: Path, sums: Sums | None, comm: Comm, records: Records = MappingProxyType({})
+) -> Intact:
     """Compare every file with its sum. Every rank makes this call.
 
     Args:
         folder: a checkpoint.
         sums: what its files must hold; None to compare zips with the checksums inside them.
         comm: the ranks, which share the files.
+        records: parts of files that are no zips, to say which of them is damaged.
 
     Raises:
         VerifyError: files are damaged, missing, or not among those that were written.
@@ -109,15 +127,24 @@ def check_files(folder: Path, sums: Sums | None, comm: Comm) -> Intact:
 
     def check(name: str) -> tuple[str | None, int]:
         if name in changed:
-            return f"{name}: {zips.where(name)}", 0
+            inside = _damaged(folder / name, records.get(name, ()))
+            return f"{name}: {inside or zips.where(name)}", 0
         return _parts(name, found.get(name), None if sums is None else sums[name], zips)
 
     results = _shared(names if trusted else changed, check, comm)
     problems = [problem for problem, _ in results if problem is not None]
     comm.on_main("verify", lambda: _refuse(folder, problems))
     read = items if sums is None else sums
-    records = sum(count for _, count in results)
-    return Intact(len(read), sum(found[name] for name in read), records)
+    count = sum(count for _, count in results) + sum(map(len, records.values()))
+    return Intact(len(read), sum(found[name] for name in read), count)
+
+
+def _damaged(path: Path, records: Sequence[Record]) -> str | None:
+    """The first part of a damaged file whose bytes do not have its checksum."""
+    for each in records:
+        if f"{_crc32(path, each.start, each.nbytes):08x}" != each.crc32:
+            return f"{each.what} is not what was written"
+    return None
 
 
 def _shared(names: Sequence[str], check: Callable[[str], T], comm: Comm) -> list[T]:

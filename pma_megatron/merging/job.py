@@ -12,10 +12,21 @@ from dataclasses import asdict, replace
 from pma_megatron.base import memory
 from pma_megatron.base.comm import Comm
 from pma_megatron.base.faults import point
-from pma_megatron.base.spelling import named
+from pma_megatron.base.spelling import has, named
 from pma_megatron.base.stopping import Stopped, having_published
 from pma_megatron.errors import PmaError, UsageError
-from pma_megatron.merging import engine, finishing, provenance, publish, sums, verification
+from pma_megatron.formats.output import Folder
+from pma_megatron.merging import (
+    engine,
+    exported,
+    finishing,
+    provenance,
+    publish,
+    sums,
+    targets,
+    verification,
+)
+from pma_megatron.merging.exporting import refuse_nested
 from pma_megatron.merging.integrity import Compared, checked
 from pma_megatron.merging.planning import MergePlan, make_plan
 from pma_megatron.merging.publish import Target
@@ -23,7 +34,8 @@ from pma_megatron.merging.report import MergeReport, describe_plan
 from pma_megatron.merging.request import MergeRequest, in_its_words
 from pma_megatron.merging.tasks import share
 from pma_megatron.runs.notices import moves_back
-from pma_megatron.transfer.blocks import BlockWriter
+from pma_megatron.transfer.blocks import BlockWriter, FolderWriters
+from pma_megatron.transfer.checksums import Checksums, ScatteredChecksums
 
 _log = logging.getLogger(__name__)
 
@@ -55,23 +67,30 @@ def merge(request: MergeRequest, comm: Comm | None = None, show: Show = silent) 
     Nothing was published, or what the error's `published` names (outputs of a sweep that came
     before the failure): the same call makes the rest.
     """
-    if request.save is None:
-        raise UsageError(f"merge needs {named('save')}, the folder for the merged checkpoint")
+    if request.save is None and request.export is None:
+        instead = f", or {named('export')}" if has("export") else ""
+        raise UsageError(
+            f"merge needs {named('save')}, the folder for the merged checkpoint{instead}"
+        )
     comm = comm or Comm(request.merge_parallel_size)
     baseline = memory.resident_bytes()
     memory.reset_peak()
     clock = _Clock()
-    made = make_plan(request, comm)
+    made = _planned(request, comm)
+    if comm.is_main and made.export is not None:
+        for sentence in made.export.notes:
+            _log.warning(sentence)
     token = comm.broadcast(publish.new_token())
-    wanted = publish.targets(made, request.save, token)
-    comm.on_main("refuse", lambda: publish.refuse(made, wanted))
+    wanted = targets.targets(made, token)
+    comm.on_main("refuse", lambda: targets.refuse(made, wanted))
     clock.lap("plan")
     read, written, compared, checks = _made(made, wanted, comm, show, clock)
     with having_published([str(target.final) for target in wanted]):
         peaks = comm.gather(max(0, memory.peak_resident_bytes() - baseline))
         kernels = comm.gather(str(sums.KERNEL))
     return MergeReport(
-        outputs=tuple(str(target.final) for target in wanted),
+        outputs=_named(wanted, Folder.CHECKPOINT),
+        exports=_named(wanted, Folder.MODEL),
         seconds=clock.seconds,
         bytes={"read": read, "written": written},
         peak_memory_above_baseline_bytes=tuple(peaks),
@@ -83,6 +102,10 @@ def merge(request: MergeRequest, comm: Comm | None = None, show: Show = silent) 
     )
 
 
+def _named(wanted: Sequence[Target], folder: Folder) -> tuple[str, ...]:
+    return tuple(str(target.final) for target in wanted if target.folder is folder)
+
+
 def _made(
     plan: MergePlan, wanted: tuple[Target, ...], comm: Comm, show: Show, clock: _Clock
 ) -> tuple[int, int, Compared, tuple[verification.Verification, ...]]:
@@ -91,27 +114,30 @@ def _made(
     with contextlib.ExitStack() as stack:
         comm.on_main("lock", lambda: stack.enter_context(publish.locked(wanted)) and None)
         # Again, now that no other job can publish there, and what a killed one left is put right.
-        comm.on_main("refuse", lambda: publish.refuse(plan, wanted))
-        there = comm.on_main("refuse", lambda: publish.already(plan, wanted))
+        comm.on_main("refuse", lambda: targets.refuse(plan, wanted))
+        there = comm.on_main("refuse", lambda: targets.already(plan, wanted))
         stack.enter_context(_saying_what_is_published(wanted))
         stack.callback(_discard, comm, wanted)
         todo = tuple(target for target, same in zip(wanted, there, strict=True) if not same)
-        outputs = tuple(out for out, same in zip(plan.outputs, there, strict=True) if not same)
         for target in wanted:
             if comm.is_main and target not in todo:
                 _log.info("%s is kept: this very request published it before", target.final)
-        read, written, compared = _fill(
-            plan, replace(plan, outputs=outputs), todo, comm, show, clock, stack
-        )
-        folders = [target.staging if target in todo else target.final for target in wanted]
-        checks = tuple(
-            verification.verify_output(plan, output, folder, comm)
-            for output, folder in zip(plan.outputs, folders, strict=True)
-        )
+        read, written, compared = _fill(plan, todo, comm, show, clock, stack)
+        checks = tuple(_checked(plan, target, target in todo, comm) for target in wanted)
         clock.lap("verify")
         comm.on_main("publish", lambda: _publish(plan, todo, comm))
         clock.lap("publish")
     return read, written, compared, checks
+
+
+def _checked(
+    plan: MergePlan, target: Target, made_now: bool, comm: Comm
+) -> verification.Verification:
+    """Compare one folder with the sources, as it is staged or was published before."""
+    output, folder = plan.outputs[target.output], target.staging if made_now else target.final
+    if target.folder is Folder.MODEL:
+        return exported.verify_model(plan, output, folder, comm)
+    return verification.verify_output(plan, output, folder, comm)
 
 
 @contextlib.contextmanager
@@ -132,10 +158,14 @@ def _saying_what_is_published(wanted: Sequence[Target]) -> Iterator[None]:
 def plan(request: MergeRequest, comm: Comm | None = None) -> MergePlan:
     """What `merge` would do; reads metadata, writes nothing. See `merge` for errors."""
     comm = comm or Comm(request.merge_parallel_size)
-    made = make_plan(request, comm)
-    if request.save is not None:
-        publish.refuse(made, publish.targets(made, request.save, "plan"))
+    made = _planned(request, comm)
+    targets.refuse(made, targets.targets(made, "plan"))
     return made
+
+
+def _planned(request: MergeRequest, comm: Comm) -> MergePlan:
+    comm.agree("export", lambda: refuse_nested(request))
+    return make_plan(request, comm)
 
 
 class _Clock:
@@ -151,29 +181,34 @@ class _Clock:
 
 
 def _fill(
-    whole: MergePlan,
     plan: MergePlan,
-    wanted: tuple[Target, ...],
+    todo: tuple[Target, ...],
     comm: Comm,
     show: Show,
     clock: _Clock,
     stack: contextlib.ExitStack,
 ) -> tuple[int, int, Compared]:
-    """Stage and fill the outputs of `plan`, those of `whole` that are not there yet.
+    """Stage and fill the folders of `plan` that are not there yet.
 
     Returns:
         bytes read and written over all ranks, and how sources stand to their checksums.
     """
-    comm.on_main("stage", lambda: publish.stage(plan, wanted))
+    comm.on_main("stage", lambda: publish.stage(plan, todo))
     comm.agree("stage", lambda: point("stage", comm.rank))
+    numbers = sorted({target.output for target in todo})
+    part = replace(plan, outputs=tuple(plan.outputs[number] for number in numbers))
     units = share(plan.units, comm.shard_rank, comm.shard_size)
-    writers = [BlockWriter(target.staging) for target in wanted]
+    single = {target: _writer(target) for target in todo}
+    writers = [
+        FolderWriters({t.folder: writer for t, writer in single.items() if t.output == number})
+        for number in numbers
+    ]
     for writer in writers:
         stack.callback(writer.close)
 
     def run() -> engine.Tally:
         with show("merge", sum(unit.cost_bytes for unit in units)) as progress:
-            return engine.run(plan, units, writers, comm, comm.team, progress, found.reads)
+            return engine.run(part, units, writers, comm, comm.team, progress, found.reads)
 
     comm.agree("merge", lambda: point("merge", comm.rank))
     with checked(plan, comm, whole=plan.request.check_sources) as found:
@@ -182,15 +217,32 @@ def _fill(
     clock.lap("merge")
     comm.agree("sync", lambda: point("sync", comm.rank))
     comm.agree("sync", lambda: _sync(writers, comm))
-    for number, (output, target) in enumerate(zip(plan.outputs, wanted, strict=True)):
-        parts = comm.collect(writers[number].checksums)
-        made = provenance.provenance(whole, output, comm.size, clock.seconds, found.compared)
-        comm.on_main("finish", lambda p=parts, t=target, m=made: finishing.finish(plan, t, p, m))  # type: ignore[misc]
+    for target, own in single.items():
+        _finish(plan, target, own.checksums, comm, clock, found.compared)
     clock.lap("publish")
     comm.agree("verify", lambda: point("verify", comm.rank))
     counts = comm.gather((tally.read_bytes, tally.written_bytes))
     read, written = (sum(column) for column in zip(*counts, strict=True))
     return read, written, found.compared
+
+
+def _writer(target: Target) -> BlockWriter:
+    sums = ScatteredChecksums() if target.folder is Folder.MODEL else Checksums()
+    return BlockWriter(target.staging, sums, setting=target.setting)
+
+
+def _finish(
+    plan: MergePlan, target: Target, own: Checksums, comm: Comm, clock: _Clock, compared: Compared
+) -> None:
+    parts, output = comm.collect(own), plan.outputs[target.output]
+    made = provenance.provenance(plan, output, target.folder, comm.size, clock.seconds, compared)
+    further = {}
+    if target.folder is Folder.MODEL:
+        assert plan.export is not None
+        sources, said = made["plan"]["sources"], made["output"]
+        further = plan.export.card(said["method"], sources, said["coefficients"])
+    layout = plan.layouts[target.folder]
+    comm.on_main("finish", lambda: finishing.finish(layout, target, parts, made, further))
 
 
 def _say(compared: Compared, comm: Comm) -> None:
@@ -199,7 +251,7 @@ def _say(compared: Compared, comm: Comm) -> None:
             _log.warning("%s", sentence)
 
 
-def _sync(writers: list[BlockWriter], comm: Comm) -> None:
+def _sync(writers: Sequence[FolderWriters], comm: Comm) -> None:
     for writer in writers:
         writer.sync(comm.moved)  # no byte that this process moves shows how far a flush is
         writer.close()
@@ -208,7 +260,9 @@ def _sync(writers: list[BlockWriter], comm: Comm) -> None:
 def _publish(plan: MergePlan, wanted: tuple[Target, ...], comm: Comm) -> None:
     point("publish", comm.rank)
     for target in wanted:
-        back = moves_back(plan.sources[-1].format, target.final, plan.iteration)
+        back = None
+        if target.folder is Folder.CHECKPOINT:
+            back = moves_back(plan.sources[-1].format, target.final, plan.iteration)
         publish.publish(plan, target)
         if back is not None:
             _log.warning(back)

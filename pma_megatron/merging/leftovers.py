@@ -19,6 +19,7 @@ from pma_megatron.base.spelling import named, typed
 from pma_megatron.base.stopping import shielded
 from pma_megatron.errors import PublishError
 from pma_megatron.formats import registry
+from pma_megatron.formats.output import Folder
 from pma_megatron.merging.locks import CLEANING, LOCK, WRITING, HeldError, held
 
 STAGING = ".pma-staging-"
@@ -29,11 +30,26 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One output: the folder that Megatron will load and the one in which it is made."""
+    """One folder that is written: the one that will be loaded, and the one in which it is made.
+
+    Attributes:
+        root: what both lie in; of a checkpoint, its tracker too.
+        final: the published folder.
+        staging: where it is made.
+        folder: which of the folders of an output it is.
+        output: number of the output in the plan.
+    """
 
     root: Path
     final: Path
     staging: Path
+    folder: Folder = Folder.CHECKPOINT
+    output: int = 0
+
+    @property
+    def setting(self) -> str:
+        """The setting that says where it goes."""
+        return str(self.folder.value)
 
     @property
     def replaced(self) -> Path:
@@ -62,12 +78,12 @@ def locked(wanted: Sequence[Target]) -> Iterator[None]:
             except HeldError as holder:
                 raise PublishError(
                     f"another merge is writing {target.final}{holder}: wait for it, or choose "
-                    f"another {named('save')}"
+                    f"another {named(target.setting)}"
                 ) from None
             except OSError as error:
                 raise PublishError(
                     f"cannot write to {target.root}: {error.strerror}. Choose another "
-                    f"{named('save')}"
+                    f"{named(target.setting)}"
                 ) from error
             _collect(target.root, name, sure=sure)
         yield

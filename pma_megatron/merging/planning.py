@@ -13,21 +13,22 @@ from typing import Any
 
 from pma_megatron.base.comm import Comm
 from pma_megatron.base.openfiles import unread
-from pma_megatron.errors import CheckpointError, SelectionError
+from pma_megatron.errors import CheckpointError
 from pma_megatron.formats import registry
-from pma_megatron.formats.output import Changes, OutputLayout
+from pma_megatron.formats.output import Changes, Folder, OutputLayout
 from pma_megatron.formats.source import Source
 from pma_megatron.identity.proof import Evidence, prove, refuse_strangers, unconfirmed
 from pma_megatron.merging.agreement import frozen_notes
+from pma_megatron.merging.exporting import ModelExport, carried, plan_export
+from pma_megatron.merging.finding import all_refs, pointers
 from pma_megatron.merging.policy import MAIN
 from pma_megatron.merging.request import MergeRequest, Output, in_its_words
 from pma_megatron.merging.rules import Decisions, PolicyRow, Rules, decide, make_tasks
 from pma_megatron.merging.tasks import Unit, Workload, units
-from pma_megatron.runs.discover import choose, list_checkpoints, newest_full, pointers_of
+from pma_megatron.runs.discover import choose, newest_full
 from pma_megatron.runs.notices import announce, changed_settings_notes, too_early_notes
 from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.runs.selection import Selection
-from pma_megatron.runs.trackers import Pointer
 from pma_megatron.version import __version__
 
 _log = logging.getLogger(__name__)
@@ -44,7 +45,8 @@ class MergePlan:
         outputs: coefficients per output.
         rules: what happens to each entry, (state, key) -> rule.
         table: the rules, grouped for printing.
-        layout: files of each output.
+        layouts: the folders that each output becomes, and the files in them.
+        export: what the Hugging Face model consists of; None where none is made.
         units: the work, in the order of the newest source's files.
         active: numbers of the sources with a coefficient other than zero.
         visible: per source, the ranks that can read it.
@@ -58,7 +60,8 @@ class MergePlan:
     outputs: tuple[Output, ...]
     rules: Rules
     table: tuple[PolicyRow, ...]
-    layout: OutputLayout
+    layouts: Mapping[Folder, OutputLayout]
+    export: ModelExport | None
     units: tuple[Unit, ...]
     active: tuple[int, ...]
     visible: tuple[tuple[int, ...], ...]
@@ -68,7 +71,12 @@ class MergePlan:
     @property
     def written_bytes(self) -> int:
         """Bytes that will be written, over all outputs and ranks."""
-        return self.layout.nbytes * len(self.outputs)
+        return sum(each.nbytes for each in self.layouts.values()) * len(self.outputs)
+
+    @property
+    def layout(self) -> OutputLayout:
+        """Files of the checkpoint that each output becomes, where one is written."""
+        return self.layouts[Folder.CHECKPOINT]
 
     @property
     def coefficients(self) -> tuple[tuple[float, ...], ...]:
@@ -119,13 +127,11 @@ def gather_sources(request: MergeRequest, comm: Comm, *, everywhere: bool = Fals
     Raises:
         SelectionError, CheckpointError, PlanError, UsageError: on every rank.
     """
-    refs, seen = _all_refs(request, comm, everywhere)
-    pointers = _pointers(request, comm, everywhere)
+    refs, seen = all_refs(request, comm, everywhere)
+    found = pointers(request, comm, everywhere)
     selection = comm.agree(
         "select",
-        lambda: choose(
-            list(refs.values()), request.widest(), request.load, pointers, request.resumed
-        ),
+        lambda: choose(list(refs.values()), request.widest(), request.load, found, request.resumed),
     )
     said = comm.on_main(
         "schedule", lambda: [*too_early_notes(selection), *changed_settings_notes(selection)]
@@ -171,56 +177,17 @@ def make_plan(request: MergeRequest, comm: Comm) -> MergePlan:
     Raises:
         SelectionError, CheckpointError, PlanError, UsageError: on every rank, before any write.
     """
+    request = request.settled()
     found = gather_sources(request, comm, everywhere=comm.merge_size > 1)
     decisions = comm.agree("policy", lambda: decide(request, found.sources, newest_full))
-    layout = _layout(found, decisions, request.lr_factor, comm)
-    return comm.agree("plan", lambda: _assemble(request, found, decisions, layout))
-
-
-def _all_refs(
-    request: MergeRequest, comm: Comm, everywhere: bool
-) -> tuple[dict[str, CheckpointRef], dict[str, Any]]:
-    """Checkpoints seen by any rank."""
-    paths = request.selection.paths
-    roots = [request.load] if paths is None else list(paths)
-
-    def look() -> list[CheckpointRef]:
-        try:
-            return [ref for root in roots for ref in list_checkpoints(root)]
-        except SelectionError:
-            if everywhere and not comm.is_main:
-                return []
-            raise
-
-    found = comm.agree("discover", look if everywhere or comm.is_main else list)
-    refs: dict[str, CheckpointRef] = {}
-    seen: dict[str, tuple[int, ...]] = {}
-    for rank, theirs in enumerate(comm.gather(found)):
-        for ref in theirs:
-            if ref.path not in refs or (ref.complete and not refs[ref.path].complete):
-                refs[ref.path] = ref
-            if ref.complete:
-                seen[ref.path] = (*seen.get(ref.path, ()), rank)
-    if not everywhere:
-        seen = {path: tuple(range(comm.size)) for path in refs}
-    ordered = sorted(refs.values(), key=lambda ref: (ref.iteration or 0, ref.path))
-    return {ref.path: ref for ref in ordered}, seen
-
-
-def _pointers(request: MergeRequest, comm: Comm, everywhere: bool) -> dict[str, Pointer] | None:
-    """What the trackers say, of the first rank that sees a root; one answer for all ranks."""
-
-    def look() -> dict[str, Pointer] | None:
-        return pointers_of(request.load) if request.selection.paths is None else None
-
-    mine = comm.agree("trackers", lambda: look() if everywhere or comm.is_main else None)
-    pointers: dict[str, Pointer] = {}
-    for theirs in comm.gather(mine):
-        for name, pointer in (theirs or {}).items():
-            known = pointers.get(name)
-            if known is None or (known.problem is not None and pointer.problem is None):
-                pointers[name] = pointer
-    return pointers or None
+    layouts, export = {}, None
+    if request.writes_checkpoint:
+        layouts[Folder.CHECKPOINT] = _layout(found, decisions, request.lr_factor, comm)
+    if request.export is not None:
+        base, rules = found.sources[-1], decisions.rules
+        export = comm.on_main("export", lambda: plan_export(request, base, rules))
+        layouts[Folder.MODEL] = export.layout
+    return comm.agree("plan", lambda: _assemble(request, found, decisions, layouts, export))
 
 
 def open_sources(
@@ -336,25 +303,40 @@ def origin_note(found: OpenedSources) -> dict[str, Any]:
 
 
 def _assemble(
-    request: MergeRequest, found: OpenedSources, decisions: Decisions, layout: OutputLayout
+    request: MergeRequest,
+    found: OpenedSources,
+    decisions: Decisions,
+    layouts: Mapping[Folder, OutputLayout],
+    export: ModelExport | None,
 ) -> MergePlan:
-    tasks = make_tasks(found.sources, found.active, decisions, layout)
-    work = units(tasks)
+    further = {} if export is None else export.further
+    tasks = make_tasks(
+        found.sources, found.active, decisions, layouts.get(Folder.CHECKPOINT), further
+    )
+    more = [] if export is None else carried(export, found.sources[-1])
+    work = units([*tasks, *more])
     notes = (*found.selection.notes, *frozen_notes(found.sources))
+    notes = notes if export is None else (*notes, *export.notes)
     return MergePlan(
         request=request,
         selection=replace(found.selection, notes=notes),
         sources=found.sources,
         outputs=found.outputs,
         rules=decisions.rules,
-        table=decisions.table,
-        layout=layout,
+        table=tuple(row for row in decisions.table if export is None or _is_told(row, layouts)),
+        layouts=layouts,
+        export=export,
         units=work,
         active=found.active,
         visible=found.visible,
         read_bytes=sum(unit.read_bytes for unit in work),
-        digest=_digest(request, found.sources, found.outputs, decisions.table),
+        digest=_digest(request, found.sources, found.outputs, decisions.table, export),
     )
+
+
+def _is_told(row: PolicyRow, layouts: Mapping[Folder, OutputLayout]) -> bool:
+    """An export alone has weights, whatever else the sources hold."""
+    return Folder.CHECKPOINT in layouts or row.state in ("weight", "main params")
 
 
 def _digest(
@@ -362,6 +344,7 @@ def _digest(
     sources: Sequence[Source],
     outputs: Sequence[Output],
     table: Sequence[PolicyRow],
+    export: ModelExport | None,
 ) -> str:
     """What decides the bytes of the result, and nothing else (not ranks, threads or paths)."""
     decisive = {
@@ -373,6 +356,8 @@ def _digest(
     }
     if request.lr_factor is not None:
         decisive["lr_factor"] = request.lr_factor.hex()
+    if export is not None:
+        decisive["export"] = export.digest
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
@@ -380,7 +365,8 @@ def read_rate(plan: MergePlan, *, limit_bytes: int = 64 << 20, limit_s: float = 
     """Bytes per second at which the newest source's files are read here, from a short try."""
     folder, buffer = Path(plan.sources[-1].path), bytearray(1 << 20)
     done, start_s = 0, time.perf_counter()
-    for name in sorted(plan.layout.files, key=lambda file: -plan.layout.files[file]):
+    stamps = plan.sources[-1].stamps
+    for name in sorted(stamps, key=lambda file: -stamps[file][0]):
         with (folder / name).open("rb", buffering=0) as stream:
             while count := stream.readinto(buffer):
                 done += count

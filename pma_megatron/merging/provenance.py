@@ -13,7 +13,8 @@ import torch
 
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.manifest import read_marker
-from pma_megatron.formats.marker import ONLINE_AVERAGE
+from pma_megatron.formats.marker import EXPORT, ONLINE_AVERAGE
+from pma_megatron.formats.output import Folder
 from pma_megatron.merging.integrity import Compared
 from pma_megatron.merging.planning import MergePlan
 from pma_megatron.merging.policy import Policy
@@ -27,22 +28,29 @@ PROVENANCE_VERSION = 1
 
 
 def provenance(
-    plan: MergePlan, output: Output, ranks: int, seconds: Mapping[str, float], compared: Compared
+    plan: MergePlan,
+    output: Output,
+    folder: Folder,
+    ranks: int,
+    seconds: Mapping[str, float],
+    compared: Compared,
 ) -> dict[str, Any]:
-    """What `pma.json` says: where a checkpoint comes from, and all that verifying it takes.
+    """What `pma.json` says: where a folder comes from, and all that verifying it takes.
 
     Paths in it are absolute: it is read from other folders than the one of the merge.
     """
     request = asdict(plan.request)
     paths = tuple(str(Path(source.path).absolute()) for source in plan.sources)
     request["selection"] = asdict(SelectionRequest(paths=paths))
-    request["load"] = str(Path(request["load"]).absolute())
-    request["save"] = str(Path(request["save"]).absolute())
+    for name in ("load", "save", "export", "like"):
+        if request[name] is not None:
+            request[name] = str(Path(request[name]).absolute())
     request.pop("passed_over")  # the plan's are all of them
     described = describe_plan(plan)
     for source, path in zip(described["sources"], paths, strict=True):
         source["path"] = path
     return {
+        **({"kind": EXPORT} if folder is Folder.MODEL else {}),
         "provenance_version": PROVENANCE_VERSION,
         "pma_megatron": __version__,
         "torch": torch.__version__,
@@ -103,7 +111,10 @@ def checked_provenance(folder: Path, value: Mapping[str, Any]) -> dict[str, Any]
 
 
 def request_again(recorded: Mapping[str, Any]) -> MergeRequest:
-    """The request that made a checkpoint, from its provenance, with the sources by path."""
+    """The request that made a folder, from its provenance, with the sources by path.
+
+    Of an export it is one of a checkpoint too: who makes the plan again says what it is to make.
+    """
     saved = dict(recorded["request"])
     paths = tuple(str(path) for path in saved["selection"]["paths"])
     coefficients = tuple(float(value) for value in recorded["output"]["coefficients"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,16 @@ from pma_megatron.base.locations import refuse_remote
 from pma_megatron.base.openfiles import is_folder
 from pma_megatron.base.spelling import FrontEnd, keywords, speaking, switch
 from pma_megatron.errors import CheckpointError, PmaError, RankError, VerifyError
+from pma_megatron.export.files import stored_in
 from pma_megatron.formats.manifest import Marker, read_marker
-from pma_megatron.formats.marker import MARKER_FILE, ONLINE_AVERAGE, SNAPSHOT
-from pma_megatron.merging.intact import Intact, check_files
+from pma_megatron.formats.marker import EXPORT, MARKER_FILE, ONLINE_AVERAGE, SNAPSHOT
+from pma_megatron.merging.exported import verify_model
+from pma_megatron.merging.finishing import TENSORS
+from pma_megatron.merging.intact import Intact, Record, check_files
 from pma_megatron.merging.planning import MergePlan, make_plan
 from pma_megatron.merging.provenance import checked_provenance, request_again
 from pma_megatron.merging.recompute import recompute
+from pma_megatron.merging.request import MergeRequest
 from pma_megatron.merging.verification import Verification, verify_output
 from pma_megatron.runs.discover import pointed
 
@@ -71,9 +76,10 @@ def verify(
     kind, notes = marker.value.get("kind"), list(_not_covered(marker))
     found = Intact(0, 0, 0)
     if full:
-        found = check_files(folder, marker.sums, comm)
+        records = _tensors(folder, marker) if kind == EXPORT else {}
+        found = check_files(folder, marker.sums, comm, records)
     values = Verification(0, 0, 0, 0.0)
-    if kind is not None:
+    if kind not in (None, EXPORT):
         notes.append(_NO_SOURCES.get(str(kind), f"what a {kind} holds was not looked at"))
     elif files_only:
         notes.append("its values were not compared with its sources, as asked")
@@ -87,6 +93,18 @@ def verify(
         notes=(*values.notes, *notes),
         path=str(folder),
     )
+
+
+def _tensors(folder: Path, marker: Marker) -> dict[str, list[Record]]:
+    """The tensors of an export by file, with their checksums, as far as its headers can be read."""
+    said = marker.value.get(TENSORS)
+    found: dict[str, list[Record]] = {}
+    with contextlib.suppress(VerifyError):
+        for name, each in stored_in(folder).items():
+            crc32 = said.get(name) if isinstance(said, dict) else None
+            record = Record(f"tensor {name}", each.start, each.entry.nbytes, str(crc32))
+            found.setdefault(each.file, []).append(record)
+    return found
 
 
 def published(path: str | Path) -> Path:
@@ -140,6 +158,9 @@ def _against_sources(
     right = f"all {files} files are as they were published" if files else "no file was read"
     try:
         again = _planned_again(folder, value, comm)
+        if again.export is not None:
+            output = again.outputs[0]
+            return verify_model(again, output, folder, comm, samples=samples, deep=deep)
         if deep:
             return recompute(again, again.outputs[0], folder, comm)
         return verify_output(again, again.outputs[0], folder, comm, samples=samples)
@@ -156,6 +177,8 @@ def _planned_again(folder: Path, value: Mapping[str, Any], comm: Comm) -> MergeP
     """The plan of the merge, made again from the same sources."""
     recorded = checked_provenance(folder, value)
     request = request_again(recorded)
+    if value.get("kind") == EXPORT:
+        request = _exported_again(folder, recorded, request)
     comm.on_main("verify", lambda: _refuse_gone(request.selection.paths or ()))
     again = make_plan(request, comm)
     for source, saved in zip(again.sources, recorded["plan"]["sources"], strict=True):
@@ -164,6 +187,24 @@ def _planned_again(folder: Path, value: Mapping[str, Any], comm: Comm) -> MergeP
                 f"{source.path} is not what was merged: its metadata changed since"
             )
     return again
+
+
+def _exported_again(
+    folder: Path, recorded: Mapping[str, Any], request: MergeRequest
+) -> MergeRequest:
+    """The request of an export: its own configuration says what its tensors are."""
+    asked = recorded["request"]
+    try:
+        return replace(
+            request,
+            export=str(folder),
+            like=str(folder) if asked["like"] is not None else None,
+            max_shard_bytes=int(asked["max_shard_bytes"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder / MARKER_FILE} lacks what an export says ({error!r}): damaged"
+        ) from error
 
 
 def _refuse_gone(paths: tuple[str, ...]) -> None:

@@ -23,12 +23,13 @@ class MergeReport:
     """The result of one merge.
 
     Attributes:
-        outputs: published folders, in the order of the plan's outputs.
+        outputs: published checkpoints, in the order of the plan's outputs.
+        exports: published Hugging Face models, in the same order.
         seconds: wall time per stage: plan, merge, verify, publish.
         bytes: `read` and `written`, over all ranks.
         peak_memory_above_baseline_bytes: per rank.
         plan: the plan as plain values (sources, coefficients, policy, digest).
-        verification: what was checked, per output.
+        verification: what was checked, per published folder: checkpoints, then models.
         ranks: number of ranks.
         checksums: how what was read stands to its checksums (`integrity.Compared`).
         kernels: what summed, each once: the kernel in C with an instruction set, or torch and why
@@ -44,6 +45,12 @@ class MergeReport:
     ranks: int
     checksums: Mapping[str, Any]
     kernels: tuple[str, ...]
+    exports: tuple[str, ...] = ()
+
+    @property
+    def published(self) -> tuple[str, ...]:
+        """Every folder that was published."""
+        return (*self.outputs, *self.exports)
 
     @property
     def resume(self) -> tuple[str, ...]:
@@ -53,8 +60,9 @@ class MergeReport:
     def to_json(self) -> dict[str, Any]:
         """Plain values, as `--json` prints them: the plan's, and what came of it."""
         own = asdict(self)
-        published = own.pop("outputs")
-        return {**own.pop("plan"), **own, "published": published, "resume": list(self.resume)}
+        published, exported = own.pop("outputs"), own.pop("exports")
+        plan = {**own.pop("plan"), **own, "published": published, "resume": list(self.resume)}
+        return {**plan, "exported": exported} if exported else plan
 
 
 def how_to_resume(folder: Path, lr_factor: float | None = None) -> str:
@@ -100,6 +108,7 @@ def describe_plan(plan: MergePlan) -> dict[str, Any]:
         "notes": list(plan.selection.notes),
         "bytes": {"read": plan.read_bytes, "written": plan.written_bytes},
         "digest": plan.digest,
+        **({} if plan.export is None else {"export": plan.export.describe()}),
     }
 
 

@@ -13,6 +13,7 @@ import torch
 
 from pma_megatron.base.locations import refuse_remote
 from pma_megatron.base.settings import PMA, described, needed, refuse_unknown_words, setting
+from pma_megatron.base.sizes import parse_size
 from pma_megatron.base.spelling import given, listing, mistyped, named
 from pma_megatron.errors import UsageError
 from pma_megatron.merging.coefficients import DECAYS, METHODS, Coefficients, coefficients
@@ -106,7 +107,10 @@ class MergeRequest:
         metavar="F",
     )
     dtype: str | None = setting(
-        None, "of averaged weights, as stored without it", metavar="D", choices=tuple(_DTYPES)
+        None,
+        "of averaged weights: as stored without it, those of an export as its config.json says",
+        metavar="D",
+        choices=tuple(_DTYPES),
     )
     sweep: tuple[str, ...] = setting(
         (),
@@ -133,6 +137,29 @@ class MergeRequest:
         "otherwise; None for what the run's tracker names",
         of=(),
     )
+    export: str | None = setting(
+        None,
+        "folder that becomes the average as a Hugging Face model: safetensors, configuration, "
+        "tokenizer, from the same pass over the sources; --save may be left out then",
+        metavar="DIR",
+        of=(PMA,),
+    )
+    like: str | None = setting(
+        None,
+        "folder of a Hugging Face model of the same family and sizes, whose config.json and "
+        "tokenizer the export gets; its weights are not needed",
+        metavar="DIR",
+        of=(PMA,),
+    )
+    max_shard_bytes: int = setting(
+        5_000_000_000,
+        "of one safetensors file of the export, e.g. 5GB, 500MiB",
+        metavar="SIZE",
+        read=parse_size,
+        shown="5GB",
+        flag="max_shard_size",
+        of=(PMA,),
+    )
     passed_over: tuple[PassedOver, ...] = setting(
         (), "what was left out by whoever chose the paths of `selection`, for the report", of=()
     )
@@ -140,6 +167,8 @@ class MergeRequest:
     def __post_init__(self) -> None:
         refuse_remote("load", self.load)
         refuse_remote("save", self.save)
+        refuse_remote("export", self.export)
+        refuse_remote("like", self.like)
         refuse_unknown_words(self)
         if self.lr_factor is not None and not 0 < self.lr_factor < math.inf:
             raise UsageError(f"{named('lr_factor')} must be positive, got {self.lr_factor}")
@@ -148,6 +177,7 @@ class MergeRequest:
                 f"{named('lr_factor')} has no effect on a checkpoint of weights alone, which "
                 "stores no learning rates: leave it out"
             )
+        self._refuse_half_an_export()
         if self.threads < 1:
             raise UsageError(f"{named('threads')} must be at least 1, got {self.threads}")
         for text in self.sweep:
@@ -172,6 +202,33 @@ class MergeRequest:
                 f"{named('sweep')} says how many checkpoints each average takes: leave out "
                 f"{given('last', self.selection.last)}"
             )
+
+    def _refuse_half_an_export(self) -> None:
+        if self.max_shard_bytes < 1:
+            raise UsageError(
+                f"{named('max_shard_bytes')} must be at least 1, got {self.max_shard_bytes}"
+            )
+        if self.like is not None and self.export is None:
+            raise UsageError(
+                f"{given('like', self.like)} has no effect without {named('export')}, the folder "
+                "of the export"
+            )
+        if self.lr_factor is not None and not self.writes_checkpoint:
+            raise UsageError(
+                f"{named('lr_factor')} has no effect on an export, which stores no learning rates: "
+                f"leave it out, or give {named('save')} too"
+            )
+
+    @property
+    def writes_checkpoint(self) -> bool:
+        """Whether a checkpoint is made, not an export alone."""
+        return self.save is not None or self.export is None
+
+    def settled(self) -> MergeRequest:
+        """The same without what has no effect: an export has no optimizer."""
+        if self.writes_checkpoint:
+            return self
+        return replace(self, policy=replace(self.policy, optimizer_state="drop"))
 
     @property
     def list_setting(self) -> str | None:

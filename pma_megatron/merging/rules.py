@@ -182,21 +182,45 @@ def _table(entries: Sequence[Entry], rules: Rules) -> tuple[PolicyRow, ...]:
     return tuple(PolicyRow(*group, len(keys), keys[0]) for group, keys in groups.items())
 
 
+Further = Mapping[tuple[str, str], Sequence[Piece[Destination]]]
+"""(state, model key) -> where its elements go beside the checkpoint, in model space."""
+
+
 def make_tasks(
-    sources: Sequence[Source], active: Sequence[int], decisions: Decisions, layout: OutputLayout
+    sources: Sequence[Source],
+    active: Sequence[int],
+    decisions: Decisions,
+    layout: OutputLayout | None,
+    further: Further,
 ) -> list[Task]:
-    """The work that fills `layout`, after a check that every source has what it takes.
+    """The work that fills the output, after a check that every source has what it takes.
+
+    Args:
+        sources: oldest first.
+        active: numbers of those with a coefficient other than zero.
+        decisions: what happens to every entry.
+        layout: of the checkpoint that is written; None where none is.
+        further: what goes elsewhere too, from the same averages.
 
     Raises:
         PlanError: a source lacks a tensor, or has it in another shape or dtype.
     """
     check_same_model(sources)
-    builder = _Builder(sources, active, decisions, layout)
-    for (state, key), rule in decisions.rules.items():
-        tensor = sources[-1].tensor(state, key)
+    builder = _Builder(sources, active, decisions, layout, further)
+    base = sources[-1]
+    frozen = {(state, key) for state, key in further if (state, key) not in decisions.rules}
+    for state, key in (*decisions.rules, *sorted(frozen)):
+        tensor = base.tensor(state, key)
         if tensor is not None:
-            builder.add(state, key, rule, tensor)
-    return [*builder.averages, *builder.between(), *builder.zeros.values(), *_untouched(layout)]
+            builder.add(state, key, tensor)
+    averages = builder.averages
+    if layout is None:
+        return [*averages]
+    return [*averages, *builder.between(layout), *builder.zeros.values(), *_untouched(layout)]
+
+
+_FROZEN = Rule(Action.NEWEST, "it is not trained")
+"""Of parameters that no rule is of, because a checkpoint takes them over as they are."""
 
 
 @dataclass(slots=True)
@@ -211,27 +235,51 @@ class _Builder:
     sources: Sequence[Source]
     active: Sequence[int]
     decisions: Decisions
-    layout: OutputLayout
+    layout: OutputLayout | None
+    further: Further
     averages: list[Average] = field(default_factory=list)
     covered: dict[Destination, list[tuple[int, int]]] = field(default_factory=dict)
     zeros: dict[Payload, Zero] = field(default_factory=dict)
 
-    def add(self, state: str, key: str, rule: Rule, tensor: Tensor) -> None:
+    def add(self, state: str, key: str, tensor: Tensor) -> None:
         """The task of one entry; rounded weights are a target of their main params' task."""
-        rules = self.decisions.rules
-        rounded = state == MAIN and rules["weight", key].action is Action.ROUND
-        written = _gets_new_bytes(self.sources[-1], state, key, rule)
-        if rule.action is Action.ZERO:
+        rules, base = self.decisions.rules, self.sources[-1]
+        rule = rules.get((state, key), _FROZEN)
+        rounded = state == MAIN and self._is_rounded(key)
+        written = self.layout is not None and _gets_new_bytes(base, state, key, rule)
+        further = self.further.get((state, key), ())
+        if written and rule.action is Action.ZERO:
+            assert self.layout is not None
             for payload in (p.payload for p in (*tensor.pieces, *tensor.replicas)):
                 self.zeros[payload] = Zero(self.layout.places[payload], 0, payload.numel)
-        elif rule.action is not Action.ROUND and (written or rounded):
-            self.averages.append(self._average(state, key, tensor, written, rounded))
+        elif rule.action is not Action.ROUND and (written or rounded or further):
+            self.averages.append(self._average(state, key, tensor, written, rounded, further))
+
+    def _is_rounded(self, key: str) -> bool:
+        """Whether the checkpoint that is written stores a weight rounded from its main params."""
+        rule = self.decisions.rules.get(("weight", key), _FROZEN)
+        return self.layout is not None and rule.action is Action.ROUND
+
+    def _stays(self, state: str, key: str) -> bool:
+        """Whether an entry keeps the newest source's values, as its weight does where main params
+        are read for that alone."""
+        rules = self.decisions.rules
+        own = rules.get((state, key), _FROZEN).action
+        if own is Action.DROP:
+            own = rules.get(("weight", key), _FROZEN).action
+        return own is Action.NEWEST
 
     def _average(
-        self, state: str, key: str, tensor: Tensor, written: bool, rounded: bool
+        self,
+        state: str,
+        key: str,
+        tensor: Tensor,
+        written: bool,
+        rounded: bool,
+        further: Sequence[Piece[Destination]],
     ) -> Average:
         base = self.sources[-1]
-        kept = self.decisions.rules[state, key].action is Action.NEWEST
+        kept = self._stays(state, key)
         numbers = (len(self.sources) - 1,) if kept else tuple(self.active)
         targets, target_bytes = self._placed(tensor) if written else [], 0
         if written:
@@ -241,6 +289,10 @@ class _Builder:
             check_covers(base, key, PieceIndex(tensor.pieces), weight.pieces)
             targets += self._placed(weight)
             target_bytes += weight.dtype.itemsize
+        if further:
+            check_covers(base, key, PieceIndex(tensor.pieces), further)
+            targets += further
+            target_bytes += further[0].payload.dtype.itemsize
         return average_task(
             base,
             state,
@@ -255,6 +307,7 @@ class _Builder:
 
     def _placed(self, tensor: Tensor) -> list[Piece[Destination]]:
         placed = []
+        assert self.layout is not None
         for piece in (*tensor.pieces, *tensor.replicas):
             place = self.layout.places[piece.payload]
             # A payload of a tensor that is a view of a larger storage is written without the rest.
@@ -262,12 +315,12 @@ class _Builder:
             self.covered.setdefault(place, []).append((piece.start, piece.box.numel))
         return placed
 
-    def between(self) -> Iterator[Keep | Zero]:
+    def between(self, layout: OutputLayout) -> Iterator[Keep | Zero]:
         """What lies between and after the parameters of a payload: as it was, or zero."""
-        payloads = {place: payload for payload, place in self.layout.places.items()}
+        payloads = {place: payload for payload, place in layout.places.items()}
         for place, ranges in self.covered.items():
             for start, count in _gaps(ranges, place.numel):
-                if self.layout.keeps_gaps:
+                if layout.keeps_gaps:
                     yield Keep(place, start, count, payloads[place])
                 else:
                     yield Zero(place, start, count)
@@ -293,9 +346,9 @@ def average_task(
         key: of the model tensor.
         tensors: per number, the tensor in that source.
     """
-    weight = base.space.weights[key]
-    proved = state == MAIN and bool(weight.pieces) and _is_flat(base, key)
-    proof = PieceIndex(weight.pieces) if proved else None
+    weight = base.space.weights.get(key)
+    proved = state == MAIN and weight is not None and bool(weight.pieces) and _is_flat(base, key)
+    proof = PieceIndex(weight.pieces) if weight is not None and proved else None
     return Average(
         key=key if state in ("weight", MAIN) else f"optimizer.{state}.{key}",
         kept=kept,
@@ -306,7 +359,7 @@ def average_task(
         targets=PieceIndex(targets, disjoint=False),
         target_bytes=target_bytes,
         proof=proof,
-        proof_itemsize=weight.dtype.itemsize if proof else 0,
+        proof_itemsize=weight.dtype.itemsize if weight is not None and proof else 0,
     )
 
 

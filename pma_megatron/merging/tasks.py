@@ -13,7 +13,7 @@ from pma_megatron.base.boxes import Box, Piece, PieceIndex, slices
 from pma_megatron.formats.base import Item, Payload
 from pma_megatron.formats.output import Destination
 from pma_megatron.formats.source import Source
-from pma_megatron.transfer.blocks import BlockReader, BlockWriter
+from pma_megatron.transfer.blocks import BlockReader, FolderWriters
 
 UNIT_ELEMENTS = 8 << 20
 """Elements of one work unit, the grain in which work is split over ranks and threads."""
@@ -121,7 +121,7 @@ class Fill:
         return unit.count * self.itemsize if self.reads else 0
 
     def fill(
-        self, unit: Unit, newest: BlockReader, writers: Sequence[BlockWriter], buffer: memoryview
+        self, unit: Unit, newest: BlockReader, writers: Sequence[FolderWriters], buffer: memoryview
     ) -> None:
         """Do one unit in steps of the buffer's size.
 
@@ -134,7 +134,7 @@ class Fill:
             self._fill(at, newest, writers, buffer[: count * self.itemsize])
 
     def _fill(
-        self, at: int, newest: BlockReader, writers: Sequence[BlockWriter], data: memoryview
+        self, at: int, newest: BlockReader, writers: Sequence[FolderWriters], data: memoryview
     ) -> None:
         """The elements from `at` on that fit `data`, which may be used for them."""
         raise NotImplementedError
@@ -164,13 +164,12 @@ class Copy(Fill):
         return self.file, self.offset, unit.first
 
     def _fill(
-        self, at: int, newest: BlockReader, writers: Sequence[BlockWriter], data: memoryview
+        self, at: int, newest: BlockReader, writers: Sequence[FolderWriters], data: memoryview
     ) -> None:
         newest.read_item(self.item, self.source_offset + at, data)
         crc = isal_zlib.crc32(data)
         for writer in writers:
-            writer.pwrite(self.file, self.offset + at, data)
-            writer.checksums.add_copy(self.file, self.offset + at, len(data), crc)
+            writer.copy(self.file, self.offset + at, data, crc)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +190,7 @@ class Write(Fill):
         return self.file, self.offset, unit.first
 
     def _fill(
-        self, at: int, newest: BlockReader, writers: Sequence[BlockWriter], data: memoryview
+        self, at: int, newest: BlockReader, writers: Sequence[FolderWriters], data: memoryview
     ) -> None:
         for writer in writers:
             made = memoryview(self.data)[at : at + len(data)]
@@ -226,7 +225,7 @@ class Zero(_Range):
     """A range of a payload that becomes zero: reset moments, gaps between parameters."""
 
     def _fill(
-        self, at: int, newest: BlockReader, writers: Sequence[BlockWriter], data: memoryview
+        self, at: int, newest: BlockReader, writers: Sequence[FolderWriters], data: memoryview
     ) -> None:
         data[:] = bytes(len(data))
         for writer in writers:
@@ -241,9 +240,25 @@ class Keep(_Range):
     reads: ClassVar[bool] = True
 
     def _fill(
-        self, at: int, newest: BlockReader, writers: Sequence[BlockWriter], data: memoryview
+        self, at: int, newest: BlockReader, writers: Sequence[FolderWriters], data: memoryview
     ) -> None:
         newest.read_bytes(self.payload, self.start + at, data)
+        for writer in writers:
+            writer.put(self.place, self.start + at, data)
+
+
+@dataclass(frozen=True, slots=True)
+class Carry(_Range):
+    """Elements of the newest source that no average is of, as they are: counters, masks."""
+
+    payload: Payload
+    source_start: int
+    reads: ClassVar[bool] = True
+
+    def _fill(
+        self, at: int, newest: BlockReader, writers: Sequence[FolderWriters], data: memoryview
+    ) -> None:
+        newest.read_bytes(self.payload, self.source_start + at, data)
         for writer in writers:
             writer.put(self.place, self.start + at, data)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,7 +62,9 @@ class Verification:
 
 
 @dataclass(frozen=True, slots=True)
-class _Sample:
+class Sample:
+    """A slice of a tensor that is to be summed again; `kept` if it is the newest source's."""
+
     state: str
     key: str
     box: Box
@@ -86,7 +88,7 @@ def verify_output(
     """
     merged = comm.on_main("verify", lambda: open_merged(plan, folder))
     wanted = list(_samples(plan, samples))
-    mine = comm.agree("verify", lambda: _partial_sums(plan, output, wanted, comm))
+    mine = comm.agree("verify", lambda: list(partial_sums(plan, output, wanted, comm)))
     sums = comm.collect(mine)
     return comm.on_main("verify", lambda: _compare(plan, output, folder, merged, wanted, sums))
 
@@ -121,7 +123,7 @@ def open_merged(plan: MergePlan, folder: Path) -> Source:
     return merged
 
 
-def _samples(plan: MergePlan, count: int) -> Iterator[_Sample]:
+def _samples(plan: MergePlan, count: int) -> Iterator[Sample]:
     """Slices of every averaged tensor, at places that depend on the plan alone."""
     base, draw = plan.sources[-1], random.Random(plan.digest)
     tensors = [
@@ -144,7 +146,7 @@ def _samples(plan: MergePlan, count: int) -> Iterator[_Sample]:
                 if piece.box.numel < 1 << 24
                 else [next(slices(piece.box, SAMPLE_ELEMENTS))]
             )
-            yield _Sample(state, key, draw.choice(boxes), kept)
+            yield Sample(state, key, draw.choice(boxes), kept)
 
 
 def tensor_of(source: Source, state: str, key: str) -> Tensor:
@@ -156,19 +158,22 @@ def tensor_of(source: Source, state: str, key: str) -> Tensor:
 
 def origin_of(plan: MergePlan, state: str, key: str) -> str:
     """The state whose average a stored state must show: rounded weights show main params."""
-    return MAIN if plan.rules[state, key].action is Action.ROUND else state
+    rule = plan.rules.get((state, key))
+    return MAIN if rule is not None and rule.action is Action.ROUND else state
 
 
-def _partial_sums(
-    plan: MergePlan, output: Output, wanted: Sequence[_Sample], comm: Comm
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Per sample, float64 sums of w x and |w x| over the sources this rank answers for."""
-    result = []
+def partial_sums(
+    plan: MergePlan, output: Output, wanted: Iterable[Sample], comm: Comm | None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Per sample, float64 sums of w x and |w x| over the sources this rank answers for.
+
+    Those are all sources where no ranks share them (`comm` None).
+    """
     with contextlib.ExitStack() as stack:
         readers = {
             number: stack.enter_context(BlockReader.of(source.format, source.path))
             for number, source in enumerate(plan.sources)
-            if plan.visible[number][number % len(plan.visible[number])] == comm.rank
+            if comm is None or plan.visible[number][number % len(plan.visible[number])] == comm.rank
         }
         for sample in wanted:
             total, size = np.zeros(sample.box.numel), np.zeros(sample.box.numel)
@@ -183,8 +188,7 @@ def _partial_sums(
                     )
                     total += weight * x
                     size += abs(weight) * np.abs(x)
-            result.append((total, size))
-    return result
+            yield total, size
 
 
 def _read(reader: BlockReader, tensor: Tensor, box: Box) -> np.ndarray:
@@ -198,7 +202,7 @@ def _compare(
     output: Output,
     folder: Path,
     merged: Source,
-    wanted: Sequence[_Sample],
+    wanted: Sequence[Sample],
     sums: Sequence[list[tuple[np.ndarray, np.ndarray]]],
 ) -> Verification:
     count = sum(value != 0 for value in output.values)

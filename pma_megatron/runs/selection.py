@@ -434,7 +434,7 @@ def _selection(
     left: Sequence[PassedOver] = (),
 ) -> Selection:
     positions, unit = _positions(chosen)
-    if unit == "iterations":
+    if unit == "iterations" and len(chosen) > 1:
         notes = [*notes, f"positions are in iterations, not tokens: {why_incomparable(chosen)}"]
     measured, gap_unit = positions, unit
     if request.interval_iterations:

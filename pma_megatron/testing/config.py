@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 OptimFormat = Literal[
     "dp_reshardable", "fully_reshardable", "fully_sharded_model_space", "dp_zero_gather_scatter"
@@ -36,6 +37,9 @@ class TinyConfig:
     position_embedding: Literal["rope", "learned_absolute"] = "rope"
     tie_embeddings: bool = False
     mtp_num_layers: int | None = None
+    core: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Further fields of Megatron's `TransformerConfig`, or of `MLATransformerConfig` where
+    `multi_latent_attention` is one of them; they stand over those that the others give."""
 
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1

@@ -45,7 +45,7 @@ def transformer_config(config: TinyConfig) -> Any:
     """Megatron's `TransformerConfig` for the local (no Transformer Engine) layer spec."""
     import torch.nn.functional as functional
     from megatron.core.transformer.enums import AttnBackend
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     moe = {}
@@ -62,8 +62,10 @@ def transformer_config(config: TinyConfig) -> Any:
             "sequence_parallel": config.tensor_model_parallel_size > 1,
         }
     interleaved = config.virtual_pipeline_model_parallel_size is not None
-    return call(
-        TransformerConfig,
+    latent = config.core.get("multi_latent_attention")
+    made = functools.partial(
+        call,
+        MLATransformerConfig if latent else TransformerConfig,
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
         ffn_hidden_size=config.ffn_hidden_size,
@@ -97,6 +99,7 @@ def transformer_config(config: TinyConfig) -> Any:
         apply_rope_fusion=False,
         **moe,
     )
+    return made(**config.core)
 
 
 def build_model(config: TinyConfig, core_config: Any) -> list[Any]:
@@ -149,8 +152,14 @@ def _gpt(config: TinyConfig, core_config: Any, stage: int | None) -> Any:
         get_gpt_layer_local_spec,
         num_experts=config.num_experts,
         qk_layernorm=config.qk_layernorm,
+        multi_latent_attention=bool(config.core.get("multi_latent_attention")),
         normalization=config.normalization,
     )
+    if "moe_layer_freq" in config.core:
+        layer = _layers_of_two_kinds(core_config, config, stage)
+    if config.core.get("multi_latent_attention"):
+        for each in getattr(layer, "layer_specs", [layer]):
+            _compute_latent_attention_locally(each)
     return call(
         GPTModel,
         core_config,
@@ -164,6 +173,39 @@ def _gpt(config: TinyConfig, core_config: Any, stage: int | None) -> Any:
         mtp_block_spec=_mtp(core_config, layer, stage) if config.mtp_num_layers else None,
         vp_stage=stage,
     )
+
+
+def _layers_of_two_kinds(core_config: Any, config: TinyConfig, stage: int | None) -> Any:
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+
+    return call(
+        get_gpt_decoder_block_spec,
+        core_config,
+        use_transformer_engine=False,
+        normalization=config.normalization,
+        vp_stage=stage,
+    )
+
+
+def _compute_latent_attention_locally(layer: Any) -> None:
+    """Megatron's local attention computes MLA with `kv_channels` equal to `v_head_dim`.
+
+    Only Transformer Engine's class takes the two widths as arguments of their own. And where that
+    package is missing, the module of MLA takes it for installed, and asks for its classes.
+    """
+    from megatron.core.transformer import multi_latent_attention
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    if not isinstance(multi_latent_attention.TELinear, type):
+        multi_latent_attention.HAVE_TE = False
+
+    class LatentDotProductAttention(DotProductAttention):  # type: ignore[misc]
+        def __init__(
+            self, *args: Any, k_channels: int = 0, v_channels: int = 0, **kwargs: Any
+        ) -> None:
+            super().__init__(*args, **kwargs)
+
+    layer.submodules.self_attention.submodules.core_attention = LatentDotProductAttention
 
 
 def _mtp(core_config: Any, layer: Any, stage: int | None) -> Any:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,8 +19,9 @@ from pma_megatron.errors import CheckpointError, PublishError
 from pma_megatron.formats import registry
 from pma_megatron.formats.base import Item, Payload, StoredRecord
 from pma_megatron.formats.items import ItemFiles, refuse_other_bytes
-from pma_megatron.formats.output import Destination
+from pma_megatron.formats.output import Destination, Folder
 from pma_megatron.transfer.buffers import BLOCK_ELEMENTS, BlockBuffer, as_bytes
+from pma_megatron.transfer.checksums import Checksums
 from pma_megatron.transfer.reads import Reads, Spans
 
 _COPY_BYTES = 1 << 20
@@ -204,65 +204,6 @@ class UnitReader:
                 self._reader.pread(record, offset + (low - start) * itemsize, into)
 
 
-class Checksums:
-    """CRC-32 of everything written into payloads, joined in any order.
-
-    Attributes:
-        parts: (item, record) -> [(start in bytes, bytes, crc)].
-        copies: file -> the same of bytes that were copied, counted from the file's beginning.
-    """
-
-    def __init__(self) -> None:
-        self.parts: dict[tuple[int, str], list[tuple[int, int, int]]] = {}
-        self.copies: dict[str, list[tuple[int, int, int]]] = {}
-        self._lock = threading.Lock()
-
-    def add(self, place: Destination, start_bytes: int, data: memoryview) -> None:
-        """Note `data`, written at `start_bytes` of the payload at `place`."""
-        crc = isal_zlib.crc32(data)
-        with self._lock:
-            self.parts.setdefault((place.item, place.record), []).append(
-                (start_bytes, len(data), crc)
-            )
-
-    def add_copy(self, file: str, offset: int, nbytes: int, crc: int) -> None:
-        """Note `nbytes` that were copied to `offset` of `file`."""
-        with self._lock:
-            self.copies.setdefault(file, []).append((offset, nbytes, crc))
-
-    def __getstate__(self) -> tuple[object, ...]:
-        return self.parts, self.copies
-
-    def __setstate__(self, state: tuple[Any, Any]) -> None:
-        (self.parts, self.copies), self._lock = state, threading.Lock()
-
-
-def joined_crc(parts: Sequence[tuple[int, int, int]], nbytes: int) -> int:
-    """CRC-32 of a payload of `nbytes` from its parts (start, bytes, crc).
-
-    Raises:
-        PublishError: the parts do not cover the payload exactly: planned and written differ.
-    """
-    crc, at = 0, 0
-    for start, count, part in [*sorted(parts), (nbytes, 0, 0)]:
-        if start != at:
-            raise PublishError(
-                f"a payload has {start - at} bytes unaccounted for at {at}: this is a bug, please "
-                "report it. Nothing was published"
-            )
-        crc = isal_zlib.crc32_combine(crc, part, count) if count else crc
-        at += count
-    return crc
-
-
-def crc_of(descriptor: int, offset: int, nbytes: int) -> int:
-    """CRC-32 of bytes of an open file."""
-    crc = 0
-    for at in range(offset, offset + nbytes, _COPY_BYTES):
-        crc = isal_zlib.crc32(os.pread(descriptor, min(_COPY_BYTES, offset + nbytes - at), at), crc)
-    return crc
-
-
 class Writer(Protocol):
     """Takes finished elements: files of an output, or tensors of a live model."""
 
@@ -271,11 +212,20 @@ class Writer(Protocol):
 
 
 class BlockWriter:
-    """Writes blocks into the staged files of one output."""
+    """Writes blocks into the staged files of one folder of an output."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.checksums = folder, Checksums()
-        self._files = Files(folder, os.O_RDWR)
+    def __init__(
+        self, folder: Path, sums: Checksums | None = None, *, setting: str = "save"
+    ) -> None:
+        """Write into `folder`.
+
+        Args:
+            folder: its files are there, at their full length.
+            sums: takes note of what is written.
+            setting: the one that says where `folder` lies, for messages.
+        """
+        self.folder, self.checksums = folder, sums or Checksums()
+        self._files, self._setting = Files(folder, os.O_RDWR), setting
 
     def put(self, place: Destination, start: int, data: memoryview) -> None:
         """Write `data` at element `start` of the payload at `place`; see `pwrite` for errors."""
@@ -297,9 +247,14 @@ class BlockWriter:
         except OSError as error:
             raise PublishError(
                 f"cannot write {self.folder / file}: {error.strerror}. Nothing was published and "
-                f"no source was touched; free space or choose another {named('save')}, then run "
-                "again"
+                f"no source was touched; free space or choose another {named(self._setting)}, then "
+                "run again"
             ) from error
+
+    def copy(self, file: str, offset: int, data: memoryview, crc: int) -> None:
+        """Write what was copied from a source; see `pwrite` for errors."""
+        self.pwrite(file, offset, data)
+        self.checksums.add_copy(file, offset, len(data), crc)
 
     def sync(self, moved: Callable[[], None] = lambda: None) -> None:
         """Flush what this rank wrote to stable storage; `moved` is called after each file.
@@ -315,6 +270,44 @@ class BlockWriter:
     def close(self) -> None:
         """Close the files."""
         self._files.close()
+
+
+class FolderWriters:
+    """The folders of one output: a place says in which of them it lies.
+
+    What lies in a folder without a writer is left alone: that one was published before.
+    """
+
+    def __init__(self, writers: Mapping[Folder, BlockWriter]) -> None:
+        self.writers = writers
+
+    def put(self, place: Destination, start: int, data: memoryview) -> None:
+        """See `BlockWriter.put`."""
+        writer = self.writers.get(place.folder)
+        if writer is not None:
+            writer.put(place, start, data)
+
+    def pwrite(self, file: str, offset: int, data: memoryview) -> None:
+        """See `BlockWriter.pwrite`; only checkpoints have bytes that are no elements."""
+        writer = self.writers.get(Folder.CHECKPOINT)
+        if writer is not None:
+            writer.pwrite(file, offset, data)
+
+    def copy(self, file: str, offset: int, data: memoryview, crc: int) -> None:
+        """See `BlockWriter.copy`; the same."""
+        writer = self.writers.get(Folder.CHECKPOINT)
+        if writer is not None:
+            writer.copy(file, offset, data, crc)
+
+    def sync(self, moved: Callable[[], None] = lambda: None) -> None:
+        """See `BlockWriter.sync`."""
+        for writer in self.writers.values():
+            writer.sync(moved)
+
+    def close(self) -> None:
+        """Close the files."""
+        for writer in self.writers.values():
+            writer.close()
 
 
 class UnitWriter:

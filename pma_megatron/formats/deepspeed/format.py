@@ -41,6 +41,7 @@ NATIVE = Format(
     lay_out=output.output_layout,
     folder_name=lambda path, iteration: Path(path).name,
     named_layouts="train with zero_optimization.stage 1, which stores names",
+    own_names=True,
     items=lambda path: checkpoint.DeepSpeedCheckpoint(path).items(),
 )
 
@@ -61,5 +62,6 @@ UNIVERSAL = Format(
     saved_together=lambda file: str(PurePosixPath(file).parent),  # a worker's: one parameter's
     lay_out=universal_output.output_layout,
     folder_name=lambda path, iteration: Path(path).name,
+    own_names=True,
     items=lambda path: universal.UniversalCheckpoint(path).items(),
 )

@@ -95,6 +95,7 @@ def source_of(
         topology=topology,
         stamps=stamps_of(checkpoint.path),
         frozen=frozen,
+        aliases=checkpoint.aliases,
     )
 
 

@@ -1,0 +1,55 @@
+"""Qwen3, dense and MoE: a norm over each head of queries and keys (`--qk-layernorm`), no biases.
+
+Source: transformers `models/qwen3/modeling_qwen3.py`, `models/qwen3_moe/modeling_qwen3_moe.py`.
+"""
+
+from __future__ import annotations
+
+from pma_megatron.export.families import blocks, trained
+from pma_megatron.export.families.blocks import Layout, Stored
+from pma_megatron.export.families.config import Config
+from pma_megatron.export.families.trained import Arguments, Trained
+
+MODEL_TYPES = ("qwen3", "qwen3_moe")
+
+
+def layout(config: Config) -> Layout:
+    """Layers are MoE where `num_experts`, `decoder_sparse_step` and `mlp_only_layers` say so."""
+    config.require("Megatron's gated linear unit is compared for SwiGLU alone", hidden_act="silu")
+    config.axis("head_dim")  # not the hidden size's share of one where it is missing
+    bias, moe = config.flag("attention_bias"), config.model_type == "qwen3_moe"
+    attention = blocks.attention(config, qkv_bias=bias, output_bias=bias, qk_norm=True)
+    ends = (*blocks.norms(config), *attention)
+    hidden = config.axis("hidden_size")
+
+    def layer(number: int) -> tuple[Stored, ...]:
+        if moe and _is_sparse(config, number):
+            return (*ends, *_experts(config))
+        return (*ends, *blocks.gated_mlp(hidden, config.axis("intermediate_size")))
+
+    return blocks.whole_model(config, layer)
+
+
+def arguments(config: Config, given: Arguments) -> tuple[Trained, ...]:
+    """What training must have been told; a window would be in some layers alone."""
+    config.require("Megatron has a window in all layers or none", use_sliding_window=False)
+    found = (*trained.common(config), *trained.grouped_attention(config))
+    if config.model_type == "qwen3":
+        return found
+    return (*found, *trained.softmax_router(config, normalised=config.flag("norm_topk_prob")))
+
+
+def _is_sparse(config: Config, number: int) -> bool:
+    step = config.axis("decoder_sparse_step").size if "decoder_sparse_step" in config else 1
+    return number not in config.numbers("mlp_only_layers") and (number + 1) % step == 0
+
+
+def _experts(config: Config) -> tuple[Stored, ...]:
+    # transformers 5 writes `num_local_experts`, its predecessors and the hub `num_experts`.
+    experts = config.axis("num_experts", "num_local_experts")
+    hidden, inner = config.axis("hidden_size"), config.axis("moe_intermediate_size")
+    prefix = "mlp.experts.{expert}"
+    return (
+        blocks.router("mlp.gate.weight", hidden, experts),
+        *blocks.gated_mlp(hidden, inner, key=blocks.EXPERTS, prefix=prefix, experts=experts),
+    )

@@ -1,0 +1,320 @@
+"""An output as a Hugging Face model: what of the average goes where in its files.
+
+Every tensor of the model is a further target of the averages that the plan makes, so sources are
+read once, and what is written is the average itself rounded once, not a rounded checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pma_megatron.base.boxes import Box, Part, Piece, overlaps
+from pma_megatron.base.spelling import given, named
+from pma_megatron.errors import PlanError, UsageError
+from pma_megatron.export import files
+from pma_megatron.export.card import card
+from pma_megatron.export.files import Entry
+from pma_megatron.export.maps import export_map
+from pma_megatron.export.template import CARD_FILE, CONFIG_FILE, Template, config_of, read_template
+from pma_megatron.export.tensors import ExportTensor
+from pma_megatron.formats import registry
+from pma_megatron.formats.base import Tensor
+from pma_megatron.formats.output import Destination, OutputLayout
+from pma_megatron.formats.source import Source
+from pma_megatron.merging.agreement import AVERAGED
+from pma_megatron.merging.policy import MAIN, Action
+from pma_megatron.merging.request import MergeRequest
+from pma_megatron.merging.rules import Rules
+from pma_megatron.merging.tasks import Carry
+from pma_megatron.version import __version__
+
+_BY_NAME = {str(d).removeprefix("torch."): d for d in AVERAGED if d != torch.float64}
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """One box of a checkpoint's tensor and where it goes: elements of `place` from `start` on.
+
+    `state` and `key` say of what; `averaged` is False for what is carried over as it is.
+    """
+
+    state: str
+    key: str
+    box: Box
+    place: Destination
+    start: int
+    averaged: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelExport:
+    """The Hugging Face model that an output becomes.
+
+    Attributes:
+        layout: its files.
+        filled: what goes into them; `place.record` is the tensor's name.
+        dtype: of the weights, as torch calls it, without `torch.`.
+        config: `config.json` as it will be, parsed; None where there is no template.
+        like: absolute path of the template; None where there is none.
+        parameters: elements of all floating tensors.
+        notes: sentences for the user.
+    """
+
+    layout: OutputLayout
+    filled: tuple[Filled, ...]
+    entries: tuple[Entry, ...]
+    dtype: str
+    config: Mapping[str, Any] | None
+    like: str | None
+    parameters: int
+    notes: tuple[str, ...]
+
+    @property
+    def further(self) -> dict[tuple[str, str], list[Piece[Destination]]]:
+        """(state, model key) -> targets of its average."""
+        found: dict[tuple[str, str], list[Piece[Destination]]] = {}
+        for each in self.filled:
+            if each.averaged:
+                piece = Piece(each.box, each.place, each.start)
+                found.setdefault((each.state, each.key), []).append(piece)
+        return found
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what decides the bytes of its tensors beside the average itself."""
+        sha256 = hashlib.sha256()
+        for item in self.layout.items:
+            assert item.skeleton is not None
+            for _, data in item.skeleton.structure({}):
+                sha256.update(item.placed.file.encode() + b"\0" + data)
+        for each in self.filled:
+            sha256.update(repr((each.place.record, each.start, each.state, each.key)).encode())
+            sha256.update(repr(each.box).encode())
+        return sha256.hexdigest()
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values, for reports and provenance."""
+        return {
+            "dtype": self.dtype,
+            "model_type": None if self.config is None else self.config.get("model_type"),
+            "like": self.like,
+            "tensors": len(self.entries),
+            "parameters": self.parameters,
+            "files": len(self.layout.files),
+            "bytes": self.layout.nbytes,
+        }
+
+    def card(
+        self, method: str, sources: Sequence[Mapping[str, Any]], coefficients: Sequence[float]
+    ) -> dict[str, bytes]:
+        """The model card of one output, by its name."""
+        text = card(
+            config=self.config,
+            method=method,
+            sources=sources,
+            coefficients=coefficients,
+            dtype=self.dtype,
+            parameters=self.parameters,
+            version=__version__,
+        )
+        return {CARD_FILE: text}
+
+
+def plan_export(request: MergeRequest, base: Source, rules: Rules) -> ModelExport:
+    """Lay out the model that the average becomes. One rank, which sees the template, calls.
+
+    Args:
+        request: says like what.
+        base: the newest source.
+        rules: what happens to its entries.
+
+    Raises:
+        UsageError: there is no template, and one is needed; or it is none.
+        PlanError: the checkpoint is not of the template's model, or cannot be exported.
+    """
+    known = registry.get(base.format, base.path)
+    template = None if request.like is None else read_template(request.like)
+    if template is None and not known.own_names:
+        raise UsageError(
+            f"{base.path} calls tensors as Megatron does, so an export needs {named('like')}, the "
+            "folder of a Hugging Face model of the same family and sizes: its config.json says "
+            "what they are called there. Its weights are not needed"
+        )
+    weights = _weights(base, rules)
+    shapes = {key: tensor.shape for key, tensor in weights.items()}
+    config = None if template is None else template.config
+    arguments = known.common(Path(base.path))["args"]
+    made = export_map(config, shapes, own_names=known.own_names, arguments=arguments)
+    dtype, notes = _dtype(request, template, base, weights)
+    entries = [Entry(t.name, _stored(t, dtype, base, weights), t.shape) for t in made.tensors]
+    notes += [*made.notes, *(_without(base) if template is None else template.notes)]
+    small = {}
+    name = str(dtype).removeprefix("torch.")
+    if template is not None:
+        small = {**template.files, CONFIG_FILE: config_of(template.config, name, notes.append)}
+    layout, places = files.lay_out(entries, request.max_shard_bytes, _aliases(base, entries), small)
+    return ModelExport(
+        layout=layout,
+        filled=tuple(_filled(made.tensors, places, base, rules)),
+        entries=tuple(entries),
+        dtype=name,
+        config=config,
+        like=None if template is None else template.path,
+        parameters=sum(entry.numel for entry in entries if entry.dtype.is_floating_point),
+        notes=tuple(notes),
+    )
+
+
+def _weights(base: Source, rules: Rules) -> dict[str, Tensor]:
+    """What the model consists of: all weights that are not dropped, frozen ones included."""
+    kept = {
+        key: tensor
+        for key, tensor in base.space.weights.items()
+        if rules["weight", key].action is not Action.DROP
+    }
+    return {**kept, **{key: t for key, t in base.frozen.items() if key not in kept}}
+
+
+def _without(base: Source) -> list[str]:
+    return [
+        f"the export of {base.path} has no config.json and no tokenizer, for {named('like')} names "
+        "no folder with them: only code that builds the model itself can load it"
+    ]
+
+
+def _dtype(
+    request: MergeRequest, template: Template | None, base: Source, weights: Mapping[str, Tensor]
+) -> tuple[torch.dtype, list[str]]:
+    """The dtype of the export, and what is to be said of the choice."""
+    if request.torch_dtype is not None:
+        return request.torch_dtype, []
+    said = None if template is None else template.dtype
+    if said in _BY_NAME:
+        return _BY_NAME[said], []
+    elements: Counter[torch.dtype] = Counter()
+    for tensor in weights.values():
+        if tensor.dtype in AVERAGED:
+            elements[tensor.dtype] += math.prod(tensor.shape)
+    stored = max(elements, key=lambda dtype: elements[dtype], default=torch.float32)
+    stored = torch.float32 if stored == torch.float64 else stored
+    if said is None:
+        return stored, []
+    kept = given("dtype", next(w for w, d in _WORDS.items() if d == stored))
+    return stored, [
+        f"config.json names the dtype {said[:40]!r}, in which nothing is exported: {kept} is "
+        "taken, as the checkpoint stores its weights"
+    ]
+
+
+_WORDS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def _stored(
+    tensor: ExportTensor, dtype: torch.dtype, base: Source, weights: Mapping[str, Tensor]
+) -> torch.dtype:
+    """The dtype of one tensor in the export.
+
+    What is no number to be averaged stays as it is, and so does what a run of mixed precision does
+    not train and keeps in float32 (buffers): rounding is for weights.
+    """
+    keys = [part.key for part in tensor.filled_by]
+    own = {weights[key].dtype for key in keys}
+    if own - {*AVERAGED}:
+        (only,) = own if len(own) == 1 else (None,)
+        if only not in files.STORABLE:
+            raise PlanError(f"{tensor.name} is stored as {own}, which safetensors cannot hold")
+        assert only is not None
+        return only
+    if tensor.float32:
+        return torch.float32
+    main = base.space.states.get(MAIN, {})
+    untrained = bool(main) and not any(key in main for key in keys)
+    if untrained and own == {torch.float32} and keys:
+        return torch.float32
+    return dtype
+
+
+def _aliases(base: Source, entries: Sequence[Entry]) -> dict[str, str]:
+    names = {entry.name for entry in entries}
+    return {a: o for a, o in base.aliases.items() if o in names and a not in names}
+
+
+def _filled(
+    tensors: Sequence[ExportTensor], places: Mapping[str, Destination], base: Source, rules: Rules
+) -> Iterator[Filled]:
+    for tensor in tensors:
+        place = places[tensor.name]
+        for part in tensor.filled_by:
+            state = _origin(base, rules, part.key, place.dtype)
+            weight = base.tensor(state, part.key)
+            assert weight is not None
+            averaged = weight.dtype in AVERAGED
+            yield Filled(state, part.key, part.box, place, part.start, averaged)
+
+
+def _origin(base: Source, rules: Rules, key: str, dtype: torch.dtype) -> str:
+    """The state whose values an export of a weight has: main params where they are averaged, or
+    where the weight itself is not stored or is rounded further than the export."""
+    weight = base.space.weights.get(key)
+    if weight is None or base.tensor(MAIN, key) is None:
+        return MAIN if weight is None else "weight"
+    if rules["weight", key].action is Action.ROUND or not weight.pieces:
+        return MAIN
+    exact = weight.dtype == dtype or rules["weight", key].action is not Action.NEWEST
+    return "weight" if exact else MAIN
+
+
+def carried(export: ModelExport, base: Source) -> list[Carry]:
+    """The work of what is exported as the newest source has it, bit for bit.
+
+    Raises:
+        PlanError: it is not stored whole.
+    """
+    tasks = []
+    for each in export.filled:
+        if each.averaged:
+            continue
+        tensor = base.tensor(each.state, each.key)
+        assert tensor is not None
+        found = 0
+        for part in overlaps(each.box, tensor.pieces):
+            for run in _runs(part):
+                start = each.start + run.unit_start
+                tasks.append(Carry(each.place, start, run.numel, run.payload, run.start))
+                found += run.numel
+        if found != each.box.numel:
+            raise PlanError(f"{base.path}: {each.key} is not whole: exclude this checkpoint")
+    return tasks
+
+
+def _runs(part: Part[Any]) -> Iterator[Part[Any]]:
+    """A part as parts that are contiguous on both sides."""
+    if part.is_run:
+        yield part
+    else:
+        for half in part.halves():
+            yield from _runs(half)
+
+
+def refuse_nested(request: MergeRequest) -> None:
+    """An export never lies in its own template, nor the other way round.
+
+    Raises:
+        UsageError: it would.
+    """
+    if request.export is None or request.like is None:
+        return
+    made, like = Path(request.export).resolve(), Path(request.like).resolve()
+    if made == like or made in like.parents or like in made.parents:
+        raise UsageError(
+            f"{given('export', request.export)} and {given('like', request.like)} lie in each "
+            "other: what is read is never written to. Give the export a folder of its own"
+        )

@@ -1,0 +1,261 @@
+"""Where outputs go, and what is refused there before the first byte is written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+
+from pma_megatron.base.spelling import given, named, switch
+from pma_megatron.errors import CheckpointError, PublishError, VerifyError
+from pma_megatron.formats import registry
+from pma_megatron.formats.manifest import read_marker
+from pma_megatron.formats.marker import (
+    EXPORT,
+    MARKER_FILE,
+    SEAL_FILE,
+    SNAPSHOTS,
+    read_snapshot_marker,
+)
+from pma_megatron.formats.output import Folder
+from pma_megatron.merging.intact import listing
+from pma_megatron.merging.leftovers import STAGING, Target, unfinished
+from pma_megatron.merging.planning import MergePlan
+from pma_megatron.runs.folders import holds_checkpoint, is_checkpoint
+
+
+def targets(plan: MergePlan, token: str) -> tuple[Target, ...]:
+    """Where the outputs of `plan` go, checkpoints first; `token` tells two jobs' staging apart."""
+    newest, request = plan.sources[-1], plan.request
+    name = registry.get(newest.format, newest.path).folder_name(newest.path, plan.iteration)
+    found = []
+    for number, output in enumerate(plan.outputs):
+        finals = {}
+        if request.save is not None:
+            finals[Folder.CHECKPOINT] = Path(request.save) / output.name / name
+        if request.export is not None:
+            finals[Folder.MODEL] = _real(Path(request.export)) / output.name
+        for folder, final in finals.items():
+            root = final.parent
+            staging = root / f"{STAGING}{final.name}-{token}"
+            found.append(Target(root, final, staging, folder, number))
+    return tuple(sorted(found, key=lambda target: target.folder is Folder.MODEL))
+
+
+def refuse(plan: MergePlan, wanted: Sequence[Target]) -> None:
+    """Check everything that can be known before the first byte is written.
+
+    Raises:
+        PublishError: the output would touch a source, a live run or a foreign checkpoint, exists
+            already, does not fit on the disk, or lies where nothing can be looked at.
+    """
+    for target in wanted:
+        try:
+            _refuse(plan, target)
+        except OSError as error:
+            raise PublishError(
+                f"{given(target.setting, target.root)} cannot be used: {error.filename or 'it'} "
+                f"cannot be looked at ({error.strerror}). "
+                f"{_INSTEAD.get(error.errno or 0, 'Choose another')} {named(target.setting)}"
+            ) from error
+    there = already(plan, wanted)
+    for target, same in zip(wanted, there, strict=True):
+        free = same and not all(there)
+        if target.final.exists() and not (plan.request.overwrite or free or unfinished(target)):
+            raise PublishError(
+                f"{target.final} exists. Use {switch('overwrite')} to replace it (it is kept until "
+                f"the new one is complete), or another {named(target.setting)}"
+            )
+    _refuse_full(plan, [target for target, same in zip(wanted, there, strict=True) if not same])
+
+
+_INSTEAD = {
+    errno.EACCES: "Ask its owner for the right to read, write and enter it (chmod u+rwx), or "
+    "choose another",
+    errno.ENAMETOOLONG: "Choose a shorter",
+    errno.ELOOP: "Its links lead back to themselves: choose another",
+}
+
+
+def _refuse(plan: MergePlan, target: Target) -> None:
+    root, final = _real(target.root), _real(target.final)
+    for source in (_real(Path(source.path)) for source in plan.sources):
+        if final == source or source in final.parents or final in source.parents:
+            raise PublishError(
+                f"the output {final} is or contains the source {source}: refused, sources are "
+                f"never written to. Choose another {named(target.setting)}"
+            )
+        thin = source.parent.name == SNAPSHOTS and root == source.parent.parent
+        if target.folder is Folder.CHECKPOINT and (root == source.parent or thin):
+            raise PublishError(
+                f"{given('save', root)} is the run's own folder: its tracker and retention "
+                "would take the merge for a checkpoint of the run. Use "
+                f"{given('save', f'{root}-pma')} or {root}/pma"
+            )
+    _refuse_long(plan, target)
+    _refuse_odd(plan, target)
+    _refuse_inside(target)
+    _refuse_foreign(target)
+    _refuse_loss(target)
+
+
+def already(plan: MergePlan, wanted: Sequence[Target]) -> tuple[bool, ...]:
+    """Per folder, whether this very request has published it before, where it makes several.
+
+    A job that was killed between two of them is finished by the same command.
+    """
+    if len(wanted) == 1 or plan.request.overwrite:
+        return (False,) * len(wanted)
+    return tuple(_is_of(target, plan) and not unfinished(target) for target in wanted)
+
+
+def _is_of(target: Target, plan: MergePlan) -> bool:
+    try:
+        made = json.loads((target.final / MARKER_FILE).read_text())
+        digest, values = made["plan"]["digest"], made["output"]["coefficients"]
+        exported = made.get("kind") == EXPORT
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+    same = digest == plan.digest and values == list(plan.outputs[target.output].values)
+    return bool(same and exported == (target.folder is Folder.MODEL))
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # `resolve` raises for names that cannot be looked at
+
+
+def _refuse_long(plan: MergePlan, target: Target) -> None:
+    """Names that the file system cannot hold, those of the files in the output included."""
+    names = (*plan.layouts[target.folder].files, SEAL_FILE)
+    longest = target.staging / max(names, key=len)
+    part = max((os.fsencode(each) for each in longest.absolute().parts), key=len)
+    if len(part) > _NAME_BYTES:
+        raise PublishError(
+            f"a folder of the output would have a name of {len(part)} bytes "
+            f"({os.fsdecode(part[:20])}...), and a file system holds {_NAME_BYTES}: choose a "
+            f"shorter {named(target.setting)}"
+        )
+    if len(os.fsencode(longest.absolute())) >= _PATH_BYTES:
+        raise PublishError(
+            f"files of the output would have paths of {len(os.fsencode(longest.absolute()))} "
+            f"bytes, and the system takes {_PATH_BYTES - 1}: choose a shorter "
+            f"{named(target.setting)}"
+        )
+
+
+_NAME_BYTES, _PATH_BYTES = 255, 4096  # NAME_MAX and PATH_MAX of Linux
+
+
+def _refuse_inside(target: Target) -> None:
+    """A checkpoint is not a place to put others: its owner deletes, copies and lists it whole."""
+    asked = _real(target.final if target.folder is Folder.MODEL else target.root)
+    for folder in (asked, *asked.parents):
+        if holds_checkpoint(folder):
+            below = f"lies in {folder}, a checkpoint"
+            below = "is a checkpoint itself" if folder == asked else below
+            raise PublishError(
+                f"{given(target.setting, asked)} {below}: what is kept in it goes when "
+                "it is deleted, and counts as its own. Give merges a folder beside the run's, such "
+                f"as {folder.parent}-pma"
+            )
+
+
+def _refuse_loss(target: Target) -> None:
+    """An output that is replaced may hold what somebody else put there: that is not deleted."""
+    if not target.final.is_dir():
+        return
+    try:
+        sums = read_marker(target.final).sums
+        strangers = sorted(set(listing(target.final)) - set(sums)) if sums is not None else []
+    except (CheckpointError, VerifyError):
+        return  # nothing says what was written with it
+    if strangers:
+        more = f" and {len(strangers) - _SHOWN} more" if strangers[_SHOWN:] else ""
+        raise PublishError(
+            f"{target.final} would be replaced, and holds {', '.join(strangers[:_SHOWN])}{more}, "
+            f"which was not written with it and would be lost. Move what is yours elsewhere, or "
+            f"choose another {named(target.setting)}"
+        )
+
+
+_SHOWN = 4  # files that one message names
+
+
+def _refuse_odd(plan: MergePlan, target: Target) -> None:
+    """Names that are taken by something that a merge can neither replace nor stand beside."""
+    final, elsewhere = target.final, f"Choose another {named(target.setting)}"
+    if os.path.lexists(target.root) and not target.root.is_dir():
+        raise PublishError(
+            f"{given(target.setting, target.root)} is {_kind(target.root)}, no folder. {elsewhere}"
+        )
+    if os.path.lexists(final) and (final.is_symlink() or not final.is_dir()):
+        raise PublishError(
+            f"{final}, the name of the output, is {_kind(final)}. Remove it, or choose another "
+            f"{named(target.setting)}"
+        )
+    if os.path.ismount(final):
+        raise PublishError(
+            f"{final}, the name of the output, is a mount point, which cannot be renamed over. "
+            f"{elsewhere}"
+        )
+    if target.folder is not Folder.CHECKPOINT:
+        return
+    newest = plan.sources[-1]
+    tracker = target.root / registry.get(newest.format, newest.path).tracker.file
+    if os.path.lexists(tracker) and not tracker.is_file():
+        raise PublishError(
+            f"{tracker} is {_kind(tracker)}, and must become the file that names the newest "
+            f"checkpoint. Remove it, or choose another {named('save')}"
+        )
+
+
+def _kind(path: Path) -> str:
+    if path.is_symlink():
+        return f"a symbolic link (to {path.readlink()})"
+    mode = path.stat().st_mode
+    return "a folder" if stat.S_ISDIR(mode) else "a file" if stat.S_ISREG(mode) else "no file"
+
+
+def _refuse_foreign(target: Target) -> None:
+    if not target.root.is_dir():
+        return
+    if target.final.is_dir() and not (target.final / MARKER_FILE).is_file():
+        raise PublishError(
+            f"{given(target.setting, target.root)} holds {target.final.name}, a folder by the name "
+            "of the output which this tool did not write. Give merges a folder of their own"
+        )
+    if target.folder is not Folder.CHECKPOINT:
+        return
+    for folder in target.root.iterdir():
+        if not folder.is_dir() or not (folder.name.startswith("iter_") or is_checkpoint(folder)):
+            continue
+        merged = (folder / MARKER_FILE).is_file() and read_snapshot_marker(folder) is None
+        if not merged:
+            raise PublishError(
+                f"{given('save', target.root)} holds {folder.name}, which this tool did not write: "
+                "it is a training run's folder. Give merges a folder of their own"
+            )
+
+
+def _refuse_full(plan: MergePlan, missing: Sequence[Target]) -> None:
+    """Folders on one file system must fit it together."""
+    needed: dict[int, int] = {}
+    for target in missing:
+        existing = next(p for p in (target.root, *target.root.parents) if p.exists())
+        device = existing.stat().st_dev
+        needed[device] = needed.get(device, 0) + plan.layouts[target.folder].nbytes
+        free = shutil.disk_usage(existing).free
+        if free < needed[device]:
+            raise PublishError(
+                f"{existing} has {free / 2**30:.2f} GiB free, the output needs "
+                f"{needed[device] / 2**30:.2f} GiB. Free space or choose another "
+                f"{named(target.setting)}"
+            )
+        if not os.access(existing, os.W_OK):
+            raise PublishError(
+                f"{existing} is not writable: choose another {named(target.setting)}"
+            )

@@ -1,0 +1,140 @@
+"""Checksums of what is written, put together from parts that many ranks write in any order."""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from isal import isal_zlib
+
+from pma_megatron.errors import PublishError
+from pma_megatron.formats.output import Destination
+
+_COPY_BYTES = 1 << 20
+
+
+class Checksums:
+    """CRC-32 of everything written into payloads, joined in any order.
+
+    Attributes:
+        parts: (item, record) -> [(start in bytes, bytes, crc)].
+        copies: file -> the same of bytes that were copied, counted from the file's beginning.
+    """
+
+    def __init__(self) -> None:
+        self.parts: dict[tuple[int, str], list[tuple[int, int, int]]] = {}
+        self.copies: dict[str, list[tuple[int, int, int]]] = {}
+        self._lock = threading.Lock()
+
+    def add(self, place: Destination, start_bytes: int, data: memoryview) -> None:
+        """Note `data`, written at `start_bytes` of the payload at `place`."""
+        crc = isal_zlib.crc32(data)
+        with self._lock:
+            self.parts.setdefault((place.item, place.record), []).append(
+                (start_bytes, len(data), crc)
+            )
+
+    def add_copy(self, file: str, offset: int, nbytes: int, crc: int) -> None:
+        """Note `nbytes` that were copied to `offset` of `file`."""
+        with self._lock:
+            self.copies.setdefault(file, []).append((offset, nbytes, crc))
+
+    def __getstate__(self) -> tuple[object, ...]:
+        return self.parts, self.copies
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        (self.parts, self.copies), self._lock = state, threading.Lock()
+
+
+def joined_crc(parts: Sequence[tuple[int, int, int]], nbytes: int) -> int:
+    """CRC-32 of a payload of `nbytes` from its parts (start, bytes, crc).
+
+    Raises:
+        PublishError: the parts do not cover the payload exactly: planned and written differ.
+    """
+    crc, at = 0, 0
+    for start, count, part in [*sorted(parts), (nbytes, 0, 0)]:
+        if start != at:
+            raise PublishError(
+                f"a payload has {start - at} bytes unaccounted for at {at}: this is a bug, please "
+                "report it. Nothing was published"
+            )
+        crc = isal_zlib.crc32_combine(crc, part, count) if count else crc
+        at += count
+    return crc
+
+
+def crc_of(descriptor: int, offset: int, nbytes: int) -> int:
+    """CRC-32 of bytes of an open file."""
+    crc = 0
+    for at in range(offset, offset + nbytes, _COPY_BYTES):
+        crc = isal_zlib.crc32(os.pread(descriptor, min(_COPY_BYTES, offset + nbytes - at), at), crc)
+    return crc
+
+
+class ScatteredChecksums(Checksums):
+    """The same where a payload is written in very many short parts: one number per payload.
+
+    CRC-32 is linear: that of a payload is the sum (exclusive or) of what each part gives alone at
+    its place among zeros, in whatever order the parts come.
+
+    Attributes:
+        sums: (item, record) -> (bytes, what they give).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sums: dict[tuple[int, str], tuple[int, int]] = {}
+
+    def add(self, place: Destination, start_bytes: int, data: memoryview) -> None:
+        """See `Checksums.add`."""
+        count = len(data)
+        own = isal_zlib.crc32(data) ^ crc_of_zeros(count)
+        after = place.numel * place.dtype.itemsize - start_bytes - count
+        placed = isal_zlib.crc32_combine(own, 0, after)
+        with self._lock:
+            nbytes, sum_ = self.sums.get((place.item, place.record), (0, 0))
+            self.sums[place.item, place.record] = nbytes + count, sum_ ^ placed
+
+    def __getstate__(self) -> tuple[object, ...]:
+        return (*super().__getstate__(), self.sums)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        super().__setstate__(state[:2])
+        self.sums = state[2]
+
+
+def scattered_crc(sums: Sequence[tuple[int, int]], nbytes: int) -> int:
+    """CRC-32 of a payload of `nbytes` from `ScatteredChecksums.sums` of all who wrote it.
+
+    Raises:
+        PublishError: the parts do not have as many bytes as the payload.
+    """
+    written, crc = 0, crc_of_zeros(nbytes)
+    for count, sum_ in sums:
+        written, crc = written + count, crc ^ sum_
+    if written != nbytes:
+        raise PublishError(
+            f"{written} bytes were written of a tensor of {nbytes}: this is a bug, please report "
+            "it. Nothing was published"
+        )
+    return crc
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def crc_of_zeros(nbytes: int) -> int:
+    """CRC-32 of `nbytes` zeros.
+
+    >>> import zlib
+    >>> crc_of_zeros(1000) == zlib.crc32(bytes(1000))
+    True
+    """
+    if nbytes <= _COPY_BYTES:
+        return isal_zlib.crc32(bytes(nbytes))
+    half, rest = divmod(nbytes, 2)
+    crc = crc_of_zeros(half)
+    crc = isal_zlib.crc32_combine(crc, crc, half)
+    return isal_zlib.crc32(b"\0", crc) if rest else crc

@@ -1,0 +1,420 @@
+"""Tiny models of each family: how Megatron trains one, and the configuration it has elsewhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from pma_megatron import MergeRequest, SelectionRequest, merge
+from pma_megatron.testing import TinyConfig, TinyTrainer, corpus
+from pma_megatron.testing.core_api import evaluating, unwrap
+
+VOCABULARY, PADDED = 96, 128
+DENSE = TinyConfig(
+    num_layers=2,
+    hidden_size=64,
+    ffn_hidden_size=96,
+    num_attention_heads=4,
+    num_query_groups=2,
+    seq_length=32,
+    vocab_size=PADDED,
+    bf16=False,
+    use_distributed_optimizer=False,
+    micro_batch_size=2,
+    global_batch_size=4,
+)
+SIZES = {
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+}
+EXPERTS = {"moe_router_score_function": "softmax", "moe_router_dtype": "fp32"}
+SOFTMAX_MOE = replace(DENSE, num_experts=4, expert_bias=False, core=EXPERTS)
+LATENT = {
+    "multi_latent_attention": True,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_head_dim": 16,
+    "qk_pos_emb_head_dim": 8,
+    "v_head_dim": 12,
+    "kv_channels": 12,
+    "rope_type": "rope",
+    "rotary_scaling_factor": 1.0,
+    "mscale_all_dim": 0.0,
+    "layernorm_epsilon": 1e-6,
+}
+
+
+ROTARY = {"rotary_base": 10000, "rotary_percent": 1.0, "use_rope_scaling": False}
+"""What `GPTModel` is told, and no field of its TransformerConfig; TinyTrainer leaves them so."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run of Megatron, and the `config.json` of the same model."""
+
+    run: TinyConfig
+    model_type: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return {"model_type": self.model_type, **SIZES, **self.fields}
+
+
+DEEPSEEK = Case(
+    replace(
+        DENSE,
+        num_layers=3,
+        num_query_groups=None,
+        num_experts=8,
+        moe_router_topk=4,
+        qk_layernorm=True,
+        core={
+            **LATENT,
+            "moe_layer_freq": [0, 1, 1],
+            "moe_ffn_hidden_size": 32,
+            "moe_shared_expert_intermediate_size": 64,
+            "moe_router_dtype": "fp32",
+            "moe_router_num_groups": 4,
+            "moe_router_group_topk": 2,
+            "moe_router_topk_scaling_factor": 2.5,
+        },
+    ),
+    "deepseek_v3",
+    {
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 4,
+        "head_dim": 8,
+        "rms_norm_eps": 1e-6,
+        "q_lora_rank": 24,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 12,
+        "n_routed_experts": 8,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 4,
+        "n_group": 4,
+        "topk_group": 2,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "moe_intermediate_size": 32,
+        "first_k_dense_replace": 1,
+    },
+)
+YARN = {
+    "rope_type": "yarn",
+    "rotary_scaling_factor": 4.0,
+    "mscale": 0.7,
+    "mscale_all_dim": 0.9,
+    "original_max_position_embeddings": 16,
+}
+
+CASES = {
+    "llama": Case(DENSE, "llama"),
+    "llama with biases": Case(
+        replace(DENSE, core={"add_bias_linear": True}),
+        "llama",
+        {"attention_bias": True, "mlp_bias": True},
+    ),
+    "llama, tied": Case(
+        replace(DENSE, tie_embeddings=True), "llama", {"tie_word_embeddings": True}
+    ),
+    "mistral": Case(
+        replace(DENSE, vocab_size=VOCABULARY, core={"kv_channels": 8}),
+        "mistral",
+        {"head_dim": 8, "sliding_window": None},
+    ),
+    "qwen2": Case(replace(DENSE, core={"add_qkv_bias": True}), "qwen2"),
+    "qwen3": Case(
+        replace(DENSE, qk_layernorm=True, num_layers=3), "qwen3", {"num_hidden_layers": 3}
+    ),
+    "qwen3_moe": Case(
+        replace(SOFTMAX_MOE, qk_layernorm=True, ffn_hidden_size=32),
+        "qwen3_moe",
+        {
+            "num_experts": 4,
+            "moe_intermediate_size": 32,
+            "norm_topk_prob": True,
+            "num_experts_per_tok": 2,
+        },
+    ),
+    "qwen3_moe, dense first": Case(
+        replace(
+            SOFTMAX_MOE,
+            qk_layernorm=True,
+            core={
+                **EXPERTS,
+                "moe_layer_freq": [0, 1],
+                "moe_ffn_hidden_size": 32,
+                "moe_router_pre_softmax": True,
+            },
+        ),
+        "qwen3_moe",
+        {
+            "num_experts": 4,
+            "moe_intermediate_size": 32,
+            "norm_topk_prob": False,
+            "num_experts_per_tok": 2,
+            "mlp_only_layers": [0],
+        },
+    ),
+    "mixtral": Case(SOFTMAX_MOE, "mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "deepseek_v3": DEEPSEEK,
+    "deepseek_v3 with yarn": replace(
+        DEEPSEEK,
+        run=replace(DEEPSEEK.run, core={**DEEPSEEK.run.core, **YARN, "q_lora_rank": None}),
+        fields={
+            **DEEPSEEK.fields,
+            "q_lora_rank": None,
+            "rope_scaling": {
+                "type": "yarn",
+                "factor": 4.0,
+                "mscale": 0.7,
+                "mscale_all_dim": 0.9,
+                "beta_fast": 32,
+                "beta_slow": 1,
+                "original_max_position_embeddings": 16,
+            },
+        },
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Computed:
+    """What Megatron says of one case.
+
+    Attributes:
+        logits: `[2, 32, vocabulary]` float32, of its own model with the averaged weights.
+        settings: its TransformerConfig, which Megatron-LM fills from arguments of the same names.
+    """
+
+    logits: torch.Tensor
+    settings: dict[str, Any]
+
+
+def trained(rank: int, world_size: int, folder: str, names: list[str]) -> dict[str, Computed]:
+    """Train each case below `folder`; its two checkpoints become an average and an export."""
+    computed = {}
+    for name in names:
+        run = CASES[name].run
+        root, save = str(Path(folder) / name), str(Path(folder) / f"{name} merged")
+        trainer = TinyTrainer(run)
+        _shake(trainer)
+        for _ in range(2):
+            trainer.train(1)
+            trainer.save(root)
+        merge(
+            MergeRequest(
+                load=root,
+                save=save,
+                export=str(Path(folder) / f"{name} exported"),
+                like=str(_template(Path(folder) / f"{name} template", CASES[name])),
+                dtype="fp32",
+                selection=SelectionRequest(last=2),
+            )
+        )
+        _shake(trainer)
+        trainer.load(save)
+        settings = {
+            name: value
+            for name, value in vars(trainer.models[0].config).items()
+            if value is None or isinstance(value, (bool, int, float, str, list))
+        }
+        computed[name] = Computed(_logits(trainer), settings)
+        trainer.close()
+    return computed
+
+
+PARALLEL = {
+    "qwen2": {"tensor_model_parallel_size": 2},
+    "llama, tied": {"pipeline_model_parallel_size": 2},
+    "qwen3_moe, dense first": {"expert_model_parallel_size": 2},
+}
+"""Cases that two ranks train in parts."""
+
+
+def trained_in_parts(rank: int, world_size: int, folder: str) -> dict[str, float]:
+    """Train and save `PARALLEL` once; the loss of each on one held-out global batch."""
+    losses = {}
+    for name, sizes in PARALLEL.items():
+        trainer = TinyTrainer(replace(CASES[name].run, **sizes))
+        trainer.train(2)
+        trainer.save(Path(folder) / name)
+        losses[name] = trainer.evaluate(1)
+        trainer.close()
+    return losses
+
+
+def held_out_batch() -> tuple[torch.Tensor, torch.Tensor]:
+    """What `evaluate(1)` takes the loss of: inputs and labels, each `[4, 32]`."""
+    return corpus.batch(
+        list(range(DENSE.global_batch_size)),
+        seq_length=DENSE.seq_length,
+        seed=DENSE.seed,
+        vocab_size=PADDED,
+        held_out=True,
+    )
+
+
+def tokens() -> torch.Tensor:
+    """Two held-out samples, `[2, 33]`: inputs, and labels one further."""
+    inputs, labels = corpus.batch(
+        [0, 1], seq_length=32, seed=1, vocab_size=VOCABULARY, held_out=True
+    )
+    return torch.cat([inputs, labels[:, -1:]], dim=1)
+
+
+def loss_of(logits: torch.Tensor) -> float:
+    """Mean cross-entropy of `tokens()` over the vocabulary without its padding."""
+    labels = tokens()[:, 1:]
+    return float(functional.cross_entropy(logits[..., :VOCABULARY].flatten(0, 1), labels.flatten()))
+
+
+def _template(folder: Path, case: Case) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(case.config))
+    return folder
+
+
+def _shake(trainer: TinyTrainer) -> None:
+    """Move every weight far from where it starts, so that none equals another by accident."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, value in (
+            *trainer.models[0].named_parameters(),
+            *trainer.models[0].named_buffers(),
+        ):
+            noise = torch.randn(value.shape, generator=generator)
+            value.add_(
+                (0.02 if "expert_bias" in name else 0.2 if value.dim() == 1 else 0.1) * noise
+            )
+
+
+def _logits(trainer: TinyTrainer) -> torch.Tensor:
+    inputs = tokens()[:, :-1]
+    positions = torch.arange(inputs.shape[1]).expand_as(inputs)
+    with evaluating(trainer.models):
+        return unwrap(trainer.models[0])(inputs, positions, None).float()
+
+
+def megatron_weights(case: Case, exported: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The checkpoint's tensors put together again, as Megatron's modules would be filled."""
+    numbers = sorted({int(name.split(".")[2]) for name in exported if ".layers." in name})
+    layers = [
+        _megatron_layer(
+            {
+                name.removeprefix(f"model.layers.{number}."): value
+                for name, value in exported.items()
+                if name.startswith(f"model.layers.{number}.")
+            }
+        )
+        for number in numbers
+    ]
+    whole = {
+        "embedding.word_embeddings.weight": exported["model.embed_tokens.weight"],
+        "decoder.final_layernorm.weight": exported["model.norm.weight"],
+    }
+    if "lm_head.weight" in exported:
+        whole["output_layer.weight"] = exported["lm_head.weight"]
+    if "moe_layer_freq" in case.run.core:
+        for number, layer in enumerate(layers):
+            whole |= {f"decoder.layers.{number}.{key}": value for key, value in layer.items()}
+        return whole
+    stacked = {key: torch.stack([layer[key] for layer in layers]) for key in layers[0]}
+    return whole | {f"decoder.layers.{key}": value for key, value in stacked.items()}
+
+
+def _megatron_layer(hf: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    attention = {name: value for name, value in hf.items() if name.startswith("self_attn.")}
+    latent = any("kv_a" in name for name in attention)
+    found = _latent(attention) if latent else _grouped(attention)
+    before, after = hf["input_layernorm.weight"], hf["post_attention_layernorm.weight"]
+    if latent:
+        found |= {"input_layernorm.weight": before, "pre_mlp_layernorm.weight": after}
+    else:
+        found["self_attention.linear_qkv.layer_norm_weight"] = before
+        found["mlp.linear_fc1.layer_norm_weight"] = after
+    mlp = {
+        name.replace("block_sparse_moe", "mlp")
+        .replace(".w1.", ".gate_proj.")
+        .replace(".w3.", ".up_proj.")
+        .replace(".w2.", ".down_proj."): value
+        for name, value in hf.items()
+        if name.startswith(("mlp.", "block_sparse_moe."))
+    }
+    for name, value in mlp.items():
+        module, leaf = name.rsplit(".", 1)
+        if module.endswith("up_proj") and ".experts." not in module:
+            gate = mlp[f"{module.removesuffix('up_proj')}gate_proj.{leaf}"]
+            found[name.replace("up_proj", "linear_fc1")] = torch.cat([gate, value])
+        elif module.endswith("down_proj") and ".experts." not in module:
+            found[name.replace("down_proj", "linear_fc2")] = value
+    if "mlp.gate.weight" in mlp:
+        found |= _experts(mlp)
+    return found
+
+
+def _experts(mlp: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    count = len(mlp["mlp.gate.weight"])
+    gate, up, down = (
+        torch.stack([mlp[f"mlp.experts.{i}.{name}_proj.weight"] for i in range(count)])
+        for name in ("gate", "up", "down")
+    )
+    found = {
+        "mlp.router.weight": mlp["mlp.gate.weight"],
+        "mlp.experts.experts.linear_fc1.weight": torch.cat([gate, up], dim=1),
+        "mlp.experts.experts.linear_fc2.weight": down,
+    }
+    if "mlp.gate.e_score_correction_bias" in mlp:
+        found["mlp.router.expert_bias"] = mlp["mlp.gate.e_score_correction_bias"]
+    return found
+
+
+def _grouped(hf: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Queries, keys and values of each of the two groups, one group after the other."""
+    found = {}
+    for leaf in ("weight", "bias"):
+        if f"self_attn.q_proj.{leaf}" in hf:
+            parts = [hf[f"self_attn.{name}_proj.{leaf}"].chunk(2) for name in "qkv"]
+            grouped = torch.cat([torch.cat(group) for group in zip(*parts, strict=True)])
+            found[f"self_attention.linear_qkv.{leaf}"] = grouped
+        if f"self_attn.o_proj.{leaf}" in hf:
+            found[f"self_attention.linear_proj.{leaf}"] = hf[f"self_attn.o_proj.{leaf}"]
+    for name in "qk":
+        if f"self_attn.{name}_norm.weight" in hf:
+            found[f"self_attention.{name}_layernorm.weight"] = hf[f"self_attn.{name}_norm.weight"]
+    return found
+
+
+def _latent(hf: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    names = {
+        "q_proj": "linear_q_proj",
+        "q_a_proj": "linear_q_down_proj",
+        "q_a_layernorm": "q_layernorm",
+        "q_b_proj": "linear_q_up_proj",
+        "kv_a_proj_with_mqa": "linear_kv_down_proj",
+        "kv_a_layernorm": "kv_layernorm",
+        "kv_b_proj": "linear_kv_up_proj",
+        "o_proj": "linear_proj",
+    }
+    return {
+        f"self_attention.{ours}.weight": hf[f"self_attn.{theirs}.weight"]
+        for theirs, ours in names.items()
+        if f"self_attn.{theirs}.weight" in hf
+    }
