@@ -14,7 +14,7 @@ import os
 import stat
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -179,21 +179,16 @@ class Files:
         self._open: OrderedDict[str, _Opened] = OrderedDict()
         self._lock = threading.Lock()
 
-    @contextlib.contextmanager
-    def opened(self, name: str) -> Iterator[int]:
-        """The descriptor of `name`, which stays open within the block."""
+    def opened(self, name: str) -> _Opened:
+        """The descriptor of `name`, which stays open within a `with` block."""
         with self._lock:
             found = self._open.get(name)
             if found is None:
                 self._make_room()
-                found = self._open[name] = _Opened(self._descriptor(name))
+                found = self._open[name] = _Opened(self._descriptor(name), self._lock)
             self._open.move_to_end(name)
             found.users += 1
-        try:
-            yield found.descriptor
-        finally:
-            with self._lock:
-                found.users -= 1
+            return found
 
     def _descriptor(self, name: str) -> int:
         if self._flags == os.O_RDONLY:
@@ -228,5 +223,15 @@ class Files:
 
 @dataclass(slots=True)
 class _Opened:
+    """A context, not a generator: it is entered for every block of every source."""
+
     descriptor: int
+    lock: threading.Lock
     users: int = 0
+
+    def __enter__(self) -> int:
+        return self.descriptor
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.users -= 1

@@ -124,6 +124,17 @@ INLINE float fused(float x, float w, float a, int has_fma) {
 
 INLINE double fused_wide(double x, double w, double a) { return __builtin_fma(x, w, a); }
 
+/* A power of two has an exact reciprocal, and x times it is x divided, rounded as a division is. */
+
+INLINE void divide(float *values, Py_ssize_t n, float d) {
+    int exact = !(float_bits(d) & 0x7fffff) && d >= 0x1p-64f && d <= 0x1p64f;
+    float reciprocal = 1.0f / d;
+    if (exact)
+        for (Py_ssize_t i = 0; i < n; i++) values[i] *= reciprocal;
+    else
+        for (Py_ssize_t i = 0; i < n; i++) values[i] /= d;
+}
+
 /* One chunk of one source into a sum. `begun` is 0 for the first, which the sum becomes. */
 
 #define ADD(NAME, REAL, STORED, LOAD, FUSED)                                                      \
@@ -278,8 +289,7 @@ INLINE int chunk(const Job *job, const Sum *how, Py_ssize_t at, Py_ssize_t n, in
     } else {
         float divisor = (float)how->divisor;
         if (!begun) memset(values, 0, sizeof values);
-        if (divisor != 1.0f)
-            for (Py_ssize_t i = 0; i < n; i++) values[i] /= divisor;
+        if (divisor != 1.0f) divide(values, n, divisor);
     }
     for (Py_ssize_t k = how->first_out; k < how->first_out + how->outs; k++)
         store(job->out + k, values, wide, at, n, set);

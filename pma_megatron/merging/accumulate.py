@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from pma_megatron.base.boxes import Box
 from pma_megatron.base.spelling import left_out
 from pma_megatron.errors import CheckpointError, PlanError, RankError
 from pma_megatron.formats import registry
-from pma_megatron.merging.sums import Sum, average
+from pma_megatron.merging.sums import Sum, average, prepared
 from pma_megatron.merging.tasks import Average, Unit, Workload
 from pma_megatron.transfer.blocks import BlockReader, UnitReader, UnitWriter
 from pma_megatron.transfer.buffers import BlockBuffer, BlockBuffers, same_bits
@@ -23,12 +23,21 @@ _ITSELF = Sum((1.0,), 1.0, torch.float32)
 
 
 class Workspace:
-    """One thread's buffers, made once."""
+    """One thread's buffers, made once.
+
+    Attributes:
+        sums: per output, what is summed and not yet divided.
+        averages: per output, what is written.
+        proof, proved: the stored weights, and the main params rounded to their dtype.
+        scratch: for `sums.average`.
+        desk: what the thread is at.
+    """
 
     def __init__(self, outputs: int) -> None:
         self.sums = [BlockBuffers() for _ in range(outputs)]
         self.averages = [BlockBuffers() for _ in range(outputs)]
-        self.proof, self.rounded, self.scratch = BlockBuffers(), BlockBuffers(), BlockBuffers()
+        self.proof, self.proved, self.scratch = BlockBuffers(), BlockBuffers(), BlockBuffers()
+        self.desk: Desk | None = None
         self._raw: list[BlockBuffers] = []
 
     def raw(self, place: int = 0) -> BlockBuffers:
@@ -36,6 +45,15 @@ class Workspace:
         while len(self._raw) <= place:
             self._raw.append(BlockBuffers())
         return self._raw[place]
+
+    def sources(self, work: Work, numel: int) -> list[BlockBuffer]:
+        """A buffer for every input."""
+        return [self.raw(i).buffer(each.dtype, numel) for i, each in enumerate(work.inputs)]
+
+    def rounded(self, place: int, dtypes: Sequence[torch.dtype], numel: int) -> Rounded:
+        """Buffers of an output in those dtypes; one of float32 if nobody wants any."""
+        own = self.averages[place]
+        return {dtype: own.buffer(dtype, numel) for dtype in dtypes or (torch.float32,)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +80,23 @@ class Work:
     inputs: tuple[Input, ...]
     proof: tuple[UnitReader, torch.dtype] | None
     outputs: tuple[UnitWriter, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Desk:
+    """What the blocks of one size of a unit have in common, laid out once.
+
+    Attributes:
+        sources: a buffer per input.
+        averages: what `average` makes of them, per output.
+        average: sums, divides and rounds; returns whether all is finite.
+    """
+
+    work: Work
+    numel: int
+    sources: Sequence[BlockBuffer]
+    averages: Sequence[Rounded]
+    average: Callable[[], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,35 +147,47 @@ class Accumulator:
         return self.sums
 
     def read(
-        self, work: Work, block: Box, first: int, space: Workspace
-    ) -> tuple[list[BlockBuffer], int]:
-        """The block in every input, oldest first, and bytes read.
+        self, work: Work, block: Box, first: int, into: Sequence[BlockBuffer], space: Workspace
+    ) -> int:
+        """Read the block of every input, oldest first; returns bytes read.
 
         Raises:
             CheckpointError: a source vanished or is damaged.
             PlanError: main parameters are not what the weights say (the map's proof failed).
         """
-        found, read_bytes = [], 0
-        for place, each in enumerate(work.inputs):
-            buffer = space.raw(place).buffer(each.dtype, block.numel)
+        read_bytes = 0
+        for each, buffer in zip(work.inputs, into, strict=True):
             each.reader.read(block, first, buffer)
             read_bytes += len(buffer.data)
             if each.number == self.last and work.proof is not None:
                 read_bytes += self.prove(work, block, first, buffer, space)
-            found.append(buffer)
-        return found, read_bytes
+        return read_bytes
 
     def average(
         self, work: Work, block: Box, first: int, space: Workspace
-    ) -> tuple[list[Rounded], int]:
+    ) -> tuple[Sequence[Rounded], int]:
         """Per output, the averages of a block in every dtype that is wanted; and bytes read.
 
         Raises:
             CheckpointError: NaN or Inf in a source, an overflow, or see `read`.
             PlanError: see `read`.
         """
-        sources, read_bytes = self.read(work, block, first, space)
-        return self._averaged(work, work.sums, sources, block, space), read_bytes
+        desk = space.desk
+        if desk is None or desk.work is not work or desk.numel != block.numel:
+            desk = space.desk = self._desk(work, block.numel, space)
+        read_bytes = self.read(work, block, first, desk.sources, space)
+        if not desk.average():
+            self._refuse_nonfinite(work, block)
+        return desk.averages, read_bytes
+
+    def _desk(self, work: Work, numel: int, space: Workspace) -> Desk:
+        sources = space.sources(work, numel)
+        averages = [
+            space.rounded(place, out.dtypes, numel) for place, out in enumerate(work.outputs)
+        ]
+        outputs = [tuple(each.values()) for each in averages]
+        call = prepared(sources, work.sums, outputs, space.scratch)
+        return Desk(work, numel, sources, averages, call)
 
     def partial(self, work: Work, block: Box, first: int, space: Workspace) -> int:
         """Sum weight times source over the inputs into `space.sums`; returns bytes read.
@@ -148,7 +195,8 @@ class Accumulator:
         Raises:
             CheckpointError, PlanError: see `read`.
         """
-        sources, read_bytes = self.read(work, block, first, space)
+        sources = space.sources(work, block.numel)
+        read_bytes = self.read(work, block, first, sources, space)
         undivided = [replace(how, divisor=1.0) for how in work.sums]
         outputs = [
             [buffers.buffer(how.dtype, block.numel)]
@@ -157,33 +205,16 @@ class Accumulator:
         average(sources, undivided, outputs, space.scratch)
         return read_bytes
 
-    def finish(self, work: Work, block: Box, space: Workspace) -> list[Rounded]:
+    def finish(self, work: Work, block: Box, space: Workspace) -> Sequence[Rounded]:
         """The averages of a block whose sums are in `space.sums`; see `average`."""
-        finished = []
-        for number, (how, buffers) in enumerate(zip(work.sums, space.sums, strict=True)):
-            alone = replace(how, weights=(1.0,))
-            sums = [buffers.buffer(how.dtype, block.numel)]
-            finished += self._averaged(work, [alone], sums, block, space, number)
-        return finished
-
-    def _averaged(
-        self,
-        work: Work,
-        sums: Sequence[Sum],
-        sources: Sequence[BlockBuffer],
-        block: Box,
-        space: Workspace,
-        begin: int = 0,
-    ) -> list[Rounded]:
-        end = begin + len(sums)
-        made: list[Rounded] = [
-            {dtype: buffers.buffer(dtype, block.numel) for dtype in out.dtypes or (torch.float32,)}
-            for out, buffers in zip(work.outputs[begin:end], space.averages[begin:end], strict=True)
-        ]
-        outputs = [tuple(each.values()) for each in made]
-        if not average(sources, sums, outputs, space.scratch):
-            self._refuse_nonfinite(work, block)
-        return made
+        averages = []
+        for place, (how, out) in enumerate(zip(work.sums, work.outputs, strict=True)):
+            averages.append(space.rounded(place, out.dtypes, block.numel))
+            sums = [space.sums[place].buffer(how.dtype, block.numel)]
+            alone, outputs = replace(how, weights=(1.0,)), tuple(averages[-1].values())
+            if not average(sums, [alone], [outputs], space.scratch):
+                self._refuse_nonfinite(work, block)
+        return averages
 
     def prove(self, work: Work, block: Box, first: int, main: BlockBuffer, space: Workspace) -> int:
         """The newest source's rounded main parameters must be its weights, bit for bit.
@@ -199,7 +230,7 @@ class Accumulator:
         reader, dtype = work.proof
         stored = space.proof.buffer(dtype, main.numel)
         reader.read(block, first, stored)
-        rounded = space.rounded.buffer(dtype, main.numel)
+        rounded = space.proved.buffer(dtype, main.numel)
         average([main], [_ITSELF], [[rounded]], space.scratch)
         if not same_bits(rounded, stored):
             self.refuse_nan(work.task, block, self.last, main.tensor)

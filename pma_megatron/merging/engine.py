@@ -30,6 +30,10 @@ from pma_megatron.transfer.blocks import BlockReader
 from pma_megatron.transfer.buffers import BLOCK_ELEMENTS, as_bytes
 from pma_megatron.transfer.reads import Reads
 
+_SOURCE_BYTES = 4 << 20
+"""A block of all sources at once: it bounds memory, and stays near the cores."""
+_LEAST_ELEMENTS = 1 << 14
+
 S = TypeVar("S")
 Progress = Callable[[int], None]
 """Called with the cost in bytes of each finished unit."""
@@ -135,7 +139,13 @@ def reading(
         torch.set_num_threads(threads)
 
 
-def blocks(box: Box, limit: int = BLOCK_ELEMENTS) -> Iterator[tuple[int, Box]]:
+def block_elements(task: Average) -> int:
+    """The greatest block of a task: it depends on the plan alone, as all members of a team must."""
+    per_element = sum(dtype.itemsize for dtype in task.dtypes)
+    return max(_LEAST_ELEMENTS, min(BLOCK_ELEMENTS, _SOURCE_BYTES // per_element))
+
+
+def blocks(box: Box, limit: int) -> Iterator[tuple[int, Box]]:
     """Blocks of at most `limit` elements of a unit's box, each with its first element's number."""
     first = 0
     for block in slices(box, limit):
@@ -214,7 +224,7 @@ class _Job:
         work = self.add.locate(unit, task, task.numbers)
         for each in work.inputs:
             each.reader.advise()
-        for first, block in blocks(work.box):
+        for first, block in blocks(work.box, block_elements(task)):
             self.check()
             averages, read_bytes = self.add.average(work, block, first, space)
             self.tally.add(read_bytes, self.add.write(work, block, first, averages))
@@ -231,8 +241,12 @@ class _Job:
         """All members go through the same blocks in the same order."""
         mine = self._mine()
         spaces = [Workspace(len(self.add.writers)) for _ in range(self.threads + 1)]
-        averages = [unit for unit in units if isinstance(unit.task, Average)]
-        turns = enumerate((u, *at) for u in averages if u.box for at in blocks(u.box))
+        turns = enumerate(
+            (unit, *at)
+            for unit in units
+            if isinstance(unit.task, Average) and unit.box
+            for at in blocks(unit.box, block_elements(unit.task))
+        )
         pending: deque[tuple[int, Unit, int, Box, Future[Work]]] = deque()
         with ThreadPoolExecutor(self.threads) as pool:
 

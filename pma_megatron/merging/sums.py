@@ -19,7 +19,7 @@ import functools
 import importlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -158,7 +158,6 @@ def average(
     sums: Sequence[Sum],
     outputs: Sequence[Sequence[BlockBuffer]],
     scratch: BlockBuffers,
-    kernel: Kernel | None = None,
 ) -> bool:
     """Sum one block of all sources for every output, divide, and round to every wanted dtype.
 
@@ -168,34 +167,36 @@ def average(
         outputs: per sum, what becomes of its average: a buffer per wanted dtype. A float64 buffer
             gets a float64 sum as it is.
         scratch: what torch needs beside them.
-        kernel: what sums; by default `KERNEL`.
 
     Returns:
         Whether every average, as float32, is finite.
     """
-    chosen = kernel or KERNEL
-    kinds = _kinds(sources, sums, outputs) if chosen.compiled is not None else None
+    return prepared(sources, sums, outputs, scratch)()
+
+
+def prepared(
+    sources: Sequence[BlockBuffer],
+    sums: Sequence[Sum],
+    outputs: Sequence[Sequence[BlockBuffer]],
+    scratch: BlockBuffers,
+) -> Callable[[], bool]:
+    """`average` of these buffers, to be called whenever they have been filled again."""
+    kinds = _kinds(sources, sums, outputs) if KERNEL.compiled is not None else None
     if kinds is None:
-        pairs = zip(sums, outputs, strict=True)
-        return all([_average_by_torch(sources, how, own, scratch) for how, own in pairs])  # noqa: C419
-    return bool(
-        chosen.compiled.average(
-            chosen.number,
-            outputs[0][0].numel,
-            tuple(each.data for each in sources),
-            kinds[0],
-            tuple(
-                (
-                    how.weights,
-                    how.divisor,
-                    how.dtype == torch.float64,
-                    tuple(each.data for each in own),
-                    letters,
-                )
-                for how, own, letters in zip(sums, outputs, kinds[1], strict=True)
-            ),
+        return functools.partial(_average_by_torch, sources, sums, outputs, scratch)
+    asked = tuple(
+        (
+            how.weights,
+            how.divisor,
+            how.dtype == torch.float64,
+            tuple(each.data for each in own),
+            letters,
         )
+        for how, own, letters in zip(sums, outputs, kinds[1], strict=True)
     )
+    data = tuple(each.data for each in sources)
+    numel = outputs[0][0].numel
+    return functools.partial(KERNEL.compiled.average, KERNEL.number, numel, data, kinds[0], asked)
 
 
 def _kinds(
@@ -214,6 +215,18 @@ def _kinds(
 
 
 def _average_by_torch(
+    sources: Sequence[BlockBuffer],
+    sums: Sequence[Sum],
+    outputs: Sequence[Sequence[BlockBuffer]],
+    scratch: BlockBuffers,
+) -> bool:
+    finite = True
+    for how, own in zip(sums, outputs, strict=True):
+        finite &= _one_by_torch(sources, how, own, scratch)
+    return finite
+
+
+def _one_by_torch(
     sources: Sequence[BlockBuffer], how: Sum, own: Sequence[BlockBuffer], scratch: BlockBuffers
 ) -> bool:
     numel = own[0].numel

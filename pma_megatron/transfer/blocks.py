@@ -154,7 +154,8 @@ class BlockReader:
             done = 0
             with self._files.opened(file) as descriptor:
                 while done < len(into):
-                    got = os.preadv(descriptor, [into[done:]], offset + done)
+                    rest = into[done:] if done else into
+                    got = os.preadv(descriptor, (rest,), offset + done)
                     if got == 0:
                         raise CheckpointError(
                             f"{self.path}/{file} ended at byte {offset + done} while it was read: "
@@ -243,7 +244,7 @@ class BlockWriter:
             done = 0
             with self._files.opened(file) as descriptor:
                 while done < len(data):
-                    done += os.pwrite(descriptor, data[done:], offset + done)
+                    done += os.pwrite(descriptor, data[done:] if done else data, offset + done)
         except OSError as error:
             raise PublishError(
                 f"cannot write {self.folder / file}: {error.strerror}. Nothing was published and "
