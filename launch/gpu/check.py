@@ -30,7 +30,7 @@ from gpu.supervise import Supervisor
 _GIB = 1 << 30
 MOST_DISK_BYTES = 20 * _GIB
 """What the files of all parts together stay under; measured, and the check ends above it."""
-_LIMIT_S = 350.0
+_LIMIT_S, _CPU_LIMIT_S, _CPU_PATIENCE = 350.0, 900.0, 3.0
 
 
 class Report:
@@ -119,26 +119,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(parts: Sequence[Part], folder: Path, given: argparse.Namespace, report: Report) -> None:
     """Groups side by side, then those that must be alone."""
-    deadline = time.monotonic() + given.limit_s
+    limit_s = given.limit_s or (_CPU_LIMIT_S if given.cpu else _LIMIT_S)
+    deadline = time.monotonic() + limit_s
     stop = threading.Event()
     watch = threading.Thread(target=_watch_disk, args=(folder, report, stop), daemon=True)
     watch.start()
     supervisor = Supervisor(
-        folder=folder, logs=given.out, deadline=deadline, report=report.add, stop=stop
+        folder=folder,
+        logs=given.out,
+        deadline=deadline,
+        report=report.add,
+        stop=stop,
+        patience=_CPU_PATIENCE if given.cpu else 1.0,
     )
+    jobs = max(1, given.jobs or (1 if given.cpu else 8))
     able = []
     for part in parts:
         if why := part.why_not():
-            report.add(PartResult(part=part.name, findings=[not_here(part.title, why)]))
+            report.add(PartResult(part=part.name, findings=[not_here(part.name, why)]))
         else:
             able.append(part)
     for alone in (False, True):
         groups: dict[str, list[Part]] = {}
         for part in able:
             if part.alone is alone:
-                groups.setdefault(part.group, []).append(part)
-        jobs = 1 if alone else given.jobs
-        with ThreadPoolExecutor(max(1, jobs)) as pool:
+                module = part.function.partition(":")[0].removeprefix("gpu.")
+                groups.setdefault(module if jobs == 1 else part.group, []).append(part)
+        with ThreadPoolExecutor(1 if alone else jobs) as pool:
             for done in [pool.submit(supervisor.run, *each) for each in groups.items()]:
                 done.result()
     stop.set()
@@ -174,10 +181,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--folder", type=Path, help="where checkpoints go (default: $TMPDIR)")
     parser.add_argument(
-        "--jobs", type=int, default=8, help="groups of parts that run side by side (default: 8)"
+        "--jobs", type=int, help="groups of parts that run side by side (default: 8, on the CPU 1)"
     )
     parser.add_argument(
-        "--limit-s", type=float, default=_LIMIT_S, help=f"for all of it (default: {_LIMIT_S:.0f})"
+        "--limit-s",
+        type=float,
+        help=f"for all of it (default: {_LIMIT_S:.0f}, on the CPU {_CPU_LIMIT_S:.0f})",
     )
     return parser
 

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from pma_megatron.testing import TinyConfig
 from pma_megatron.testing.cpu import has_transformer_engine
@@ -89,12 +88,3 @@ def synchronize() -> None:
 
     if cpu.on_gpu():
         torch.cuda.synchronize()
-
-
-def peak_of_part() -> dict[str, Any]:
-    """GPU memory at most, for the report."""
-    import torch
-
-    from pma_megatron.testing import cpu
-
-    return {"gpu_peak_bytes": torch.cuda.max_memory_allocated()} if cpu.on_gpu() else {}

@@ -23,7 +23,9 @@ def about() -> dict[str, Any]:
     return {
         "date": datetime.date.today().isoformat(),
         "pma_megatron": __version__,
-        "commit": _line("git", "-C", str(_ROOT), "rev-parse", "--short=12", "HEAD"),
+        # A copy without its repository is told by whoever made it.
+        "commit": os.environ.get("PMA_COMMIT")
+        or _line("git", "-C", str(_ROOT), "rev-parse", "--short=12", "HEAD"),
         "device": "cuda" if cpu.on_gpu() else "cpu",
         **_card(),
         "cores": os.cpu_count(),

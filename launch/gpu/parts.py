@@ -27,7 +27,8 @@ class Part:
         name: as typed for `--only`.
         title: what it shows, for the page.
         function: `module:name` of what yields its findings.
-        group: parts of one group follow each other in one process, which saves its start.
+        group: parts of one group follow each other in one process, which saves its start. Where
+            few cores are, so do all of one module.
         limit_s: seconds after which it is ended.
         needs: modules without which it is `not here`.
         tree: whether it needs a Megatron-LM tree.
@@ -164,13 +165,15 @@ PARTS = (
         "zero:live",
         "zero",
         needs=_ZERO,
+        limit_s=120.0,
     ),
     _part(
         "deepspeed-online",
         "running average of ZeRO-0 to 3 and with offload, its swaps and its checkpoint",
         "zero:online",
-        "zero",
+        "zero-online",
         needs=_ZERO,
+        limit_s=120.0,
     ),
     _part(
         "two-ranks",

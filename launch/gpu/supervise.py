@@ -34,6 +34,7 @@ class Supervisor:
     deadline: of the whole check, on the monotonic clock.
     report: called with each part that is done.
     stop: set if everything must end.
+    patience: times the limits of the parts, which are those of a GPU with cores for each part.
     """
 
     folder: Path
@@ -41,6 +42,7 @@ class Supervisor:
     deadline: float
     report: Callable[[PartResult], None]
     stop: threading.Event
+    patience: float = 1.0
 
     def run(self, group: str, parts: Sequence[Part]) -> None:
         """All parts of a group; a process that ends early is followed by another for the rest."""
@@ -98,7 +100,7 @@ class _Process:
             now = time.monotonic()
             limit_s = _START_LIMIT_S
             if self._result is not None:
-                limit_s = self._parts[self._done].limit_s
+                limit_s = self._parts[self._done].limit_s * self._owner.patience
             if now > self._owner.deadline:
                 return "ended: the time for the whole check is over"
             if now - self._since_s > limit_s:

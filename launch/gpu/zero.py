@@ -31,9 +31,15 @@ class _Interrupted(Exception):
 
 
 def kinds(job: Job) -> dict[str, TextConfig]:
-    """ZeRO stages by name; 8M weights on a GPU."""
+    """ZeRO stages by name; 8M weights on a GPU.
+
+    Attention is then computed by the way whose gradients are the same each time.
+    """
     base = TextConfig()
     if job.gpu:
+        torch.backends.cuda.enable_flash_sdp(False)
+        torch.backends.cuda.enable_mem_efficient_sdp(False)
+        torch.backends.cuda.enable_cudnn_sdp(False)
         base = TextConfig(layers=4, width=384, seq_length=128, lr=1e-3, warmup_iterations=2)
     gathered = {"stage3_param_persistence_threshold": 0}
     offload = replace(base, stage=3, zero={**gathered, **_OFFLOAD}, settings=_UNFORCED)
