@@ -143,8 +143,8 @@ def _run(parts: Sequence[Part], folder: Path, given: argparse.Namespace, report:
         groups: dict[str, list[Part]] = {}
         for part in able:
             if part.alone is alone:
-                module = part.function.partition(":")[0].removeprefix("gpu.")
-                groups.setdefault(module if jobs == 1 else part.group, []).append(part)
+                group = part.group.partition("-")[0] if jobs == 1 else part.group
+                groups.setdefault(group, []).append(part)
         with ThreadPoolExecutor(1 if alone else jobs) as pool:
             for done in [pool.submit(supervisor.run, *each) for each in groups.items()]:
                 done.result()

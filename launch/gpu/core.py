@@ -1,4 +1,4 @@
-"""Parts that train megatron-core: PMA-init, the running average, snapshots, score, recovery."""
+"""Parts that train megatron-core: PMA-init, the running average, snapshots, score."""
 
 from __future__ import annotations
 
@@ -16,18 +16,14 @@ from pma_megatron import MergeRequest, Method, Policy, SelectionRequest, merge
 from pma_megatron.base.comm import Comm
 from pma_megatron.megatron.load import merge_into
 from pma_megatron.megatron.online import OnlineAverage
-from pma_megatron.megatron.options import RecoverySettings
 from pma_megatron.megatron.params import live_tensors, stepping
-from pma_megatron.megatron.recover import Recovered, Recovery
 from pma_megatron.megatron.score import score_merges
 from pma_megatron.megatron.shard import MegatronShard
 from pma_megatron.megatron.thin import ThinSnapshots
 from pma_megatron.online.hostcopy import HostCopy
 from pma_megatron.online.snapshots import SNAPSHOTS
 from pma_megatron.scores.grid import Grid
-from pma_megatron.spikes.detector import SpikeSettings
 from pma_megatron.testing import TinyConfig, TinyTrainer, core_api, store
-from pma_megatron.testing.breaking import spoil
 
 ITERATIONS = tuple(EVERY * (number + 1) for number in range(SAVES))
 SMA = Method(name="sma")
@@ -363,72 +359,3 @@ def score(job: Job) -> Iterator[Finding]:
         yield found("scores are the losses of the offline merges, to the bit", wrong, losses=got)
         yield found("every bit comes back", differing(state(trainer), before))
         trainer.close()
-
-
-# Recovery.
-
-_SPIKE = SpikeSettings(
-    window=24, warmup=24, settle=4, patience=8, cooldown=4, min_rise=0.3, fatal_rise=0.6
-)
-_BREAK_AT, _SAVE_EVERY, _END = 44, 10, 80
-
-
-def recovery(job: Job) -> Iterator[Finding]:
-    """A run whose weights become far too large, and `Recovery`, which brings it back."""
-    config = replace(job.config(), warmup_iters=5, lr=1e-3 if job.gpu else 3e-3)
-    with job.scratch("recovery") as folder:
-        root, trainer = folder / "run", TinyTrainer(config)
-        watch = Recovery(
-            trainer.models,
-            trainer.optimizer,
-            roots=[root],
-            settings=RecoverySettings(spike=_SPIKE, margin_iterations=2, last=LAST),
-            rollback=lambda ref: trainer.roll_back(Path(ref.path).parent, ref.iteration),
-        )
-        losses: dict[int, float] = {}
-        held: dict[int, Tensors] = {}
-        done: list[tuple[Recovered, Tensors]] = []
-        while trainer.iteration < _END:
-            if trainer.iteration == _BREAK_AT:
-                spoil(trainer.models, trainer.optimizer)
-            (loss,) = trainer.train(1)
-            losses[trainer.iteration] = loss
-            back = watch.step(trainer.iteration, loss, trainer.grad_norm)
-            if back is not None:
-                done.append((back, main_params(trainer)))
-            if trainer.iteration % _SAVE_EVERY == 0 and not done:
-                trainer.save(root)
-                held[trainer.iteration] = main_params(trainer)
-        trainer.close()
-        yield from _recovered(losses, held, done)
-
-
-def _recovered(
-    losses: dict[int, float], held: dict[int, Tensors], done: list[tuple[Recovered, Tensors]]
-) -> Iterator[Finding]:
-    before = max(losses[iteration] for iteration in range(30, _BREAK_AT + 1))
-    name = "a burst is found, and the run goes back once"
-    if len(done) != 1:
-        said = f"{len(done)} recoveries; loss {before:.2f} before, {max(losses.values()):.2f} later"
-        yield found(name, [said])
-        return
-    back, average = done[0]
-    late = not _BREAK_AT < back.onset <= _BREAK_AT + 2
-    yield found(
-        name,
-        [f"the onset is said to be {back.onset}, it was {_BREAK_AT + 1}"] if late else [],
-        onset=back.onset,
-        recovered_after_iteration=back.iteration,
-    )
-    numbers = [int(Path(path).name[5:]) for path in back.sources]
-    weights = (1 / len(numbers),) * len(numbers)
-    sources = [held[number] for number in numbers]
-    yield found(
-        "it goes on from the average of the healthy ones, against float64",
-        beyond(average, sources, weights) or [f"source {n}" for n in numbers if n > _BREAK_AT],
-        sources=numbers,
-    )
-    after = max(losses[iteration] for iteration in range(back.iteration + 1, _END + 1))
-    spoiled = max(losses[iteration] for iteration in range(_BREAK_AT + 1, back.iteration + 1))
-    wrong = [] if after < before + 0.3 else [f"loss {after:.3f} after, {before:.3f} before"]
-    yield found("the loss is healthy again", wrong, before=before, spoiled=spoiled, after=after)

@@ -27,8 +27,8 @@ class Part:
         name: as typed for `--only`.
         title: what it shows, for the page.
         function: `module:name` of what yields its findings.
-        group: parts of one group follow each other in one process, which saves its start. Where
-            few cores are, so do all of one module.
+        group: parts of one group follow each other in one process, which saves its start; with
+            one job at a time, so do those of groups that begin with the same word.
         limit_s: seconds after which it is ended.
         needs: modules without which it is `not here`.
         tree: whether it needs a Megatron-LM tree.
@@ -94,7 +94,7 @@ PARTS = (
     _part(
         "megatron-recovery",
         "recovery from a burst in training, and the loss after it",
-        "core:recovery",
+        "broken:recovery",
         "core",
         needs=_CORE,
     ),
@@ -116,7 +116,7 @@ PARTS = (
         "megatron-online",
         "running average, its swaps and its checkpoint, each optimizer",
         "core:online",
-        "online",
+        "core-online",
         needs=_CORE,
     ),
     _part(
