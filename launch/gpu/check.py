@@ -30,6 +30,7 @@ from gpu.supervise import Supervisor
 _GIB = 1 << 30
 MOST_DISK_BYTES = 20 * _GIB
 """What the files of all parts together stay under; measured, and the check ends above it."""
+_JOBS = 10
 _LIMIT_S, _CPU_LIMIT_S, _CPU_PATIENCE = 350.0, 900.0, 3.0
 
 
@@ -124,15 +125,7 @@ def _run(parts: Sequence[Part], folder: Path, given: argparse.Namespace, report:
     stop = threading.Event()
     watch = threading.Thread(target=_watch_disk, args=(folder, report, stop), daemon=True)
     watch.start()
-    supervisor = Supervisor(
-        folder=folder,
-        logs=given.out,
-        deadline=deadline,
-        report=report.add,
-        stop=stop,
-        patience=_CPU_PATIENCE if given.cpu else 1.0,
-    )
-    jobs = max(1, given.jobs or (1 if given.cpu else 8))
+    jobs = max(1, given.jobs or (1 if given.cpu else _JOBS))
     able = []
     for part in parts:
         if why := part.why_not():
@@ -145,11 +138,26 @@ def _run(parts: Sequence[Part], folder: Path, given: argparse.Namespace, report:
             if part.alone is alone:
                 group = part.group.partition("-")[0] if jobs == 1 else part.group
                 groups.setdefault(group, []).append(part)
+        supervisor = Supervisor(
+            folder=folder,
+            logs=given.out,
+            deadline=deadline,
+            report=report.add,
+            stop=stop,
+            patience=_CPU_PATIENCE if given.cpu else 1.0,
+            environment={} if alone else _share_of_cores(jobs),
+        )
         with ThreadPoolExecutor(1 if alone else jobs) as pool:
             for done in [pool.submit(supervisor.run, *each) for each in groups.items()]:
                 done.result()
     stop.set()
     watch.join()
+
+
+def _share_of_cores(jobs: int) -> dict[str, str]:
+    """Else each process would take all cores for each operation, and wait for the others."""
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
 
 
 def _watch_disk(folder: Path, report: Report, stop: threading.Event) -> None:
@@ -181,7 +189,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--folder", type=Path, help="where checkpoints go (default: $TMPDIR)")
     parser.add_argument(
-        "--jobs", type=int, help="groups of parts that run side by side (default: 8, on the CPU 1)"
+        "--jobs",
+        type=int,
+        help=f"groups of parts that run side by side (default: {_JOBS}, on the CPU 1)",
     )
     parser.add_argument(
         "--limit-s",

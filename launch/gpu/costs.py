@@ -27,7 +27,7 @@ from pma_megatron.merging.planning import make_plan
 from pma_megatron.online.hostcopy import HostCopy
 from pma_megatron.testing import TinyTrainer
 
-_GPU_ROUNDS = {1: (5, 8), 10: (10, 4), 100: (100, 1)}
+_GPU_ROUNDS = {1: (5, 8), 10: (10, 6), 100: (100, 2)}
 _CPU_ROUNDS = {1: (2, 2), 10: (10, 1)}
 """Interval in steps: (steps per round, pairs of rounds with and without)."""
 _REPEATS = 5
@@ -86,8 +86,10 @@ def step(job: Job) -> Iterator[Finding]:
         _round(trainer, steps if interval < 100 else 2, average)  # memory is touched
         average.wait()
         without, with_it, taken = [], [], 0
-        for _ in range(pairs):
-            without.append(_round(trainer, steps, None)[0])
+        for number in range(2 * pairs):
+            if number % 4 in (0, 3):  # whatever drifts, drifts for both
+                without.append(_round(trainer, steps, None)[0])
+                continue
             seconds, entries = _round(trainer, steps, average)
             with_it.append(seconds)
             taken += entries
@@ -250,6 +252,7 @@ def merge_(job: Job) -> Iterator[Finding]:
         rounds.append({name: round(value, 3) for name, value in report.seconds.items()})
         shutil.rmtree(save)
     best, floor = min(merges), min(each[0] for each in floors)
+    averaging = min(each["merge"] for each in rounds)
     read, written = floors[-1][1:]
     yield measured(
         "an offline merge",
@@ -259,7 +262,8 @@ def merge_(job: Job) -> Iterator[Finding]:
         written_bytes=written,
         merge_s=best,
         floor_s=floor,
-        merge_over_floor=best / floor,
+        averaging_s=averaging,
+        averaging_over_floor=averaging / floor,
         read_gb_per_s=read / best / 1e9,
         stages_s=rounds,
     )

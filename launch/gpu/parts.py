@@ -79,7 +79,7 @@ _ZERO = ("deepspeed",)
 
 
 def _part(name: str, title: str, function: str, group: str, **more: object) -> Part:
-    values = {"limit_s": 90.0, **more}
+    values = {"limit_s": 150.0, **more}
     return Part(name=name, title=title, function=f"gpu.{function}", group=group, **values)  # type: ignore[arg-type]
 
 
@@ -95,21 +95,21 @@ PARTS = (
         "megatron-recovery",
         "recovery from a burst in training, and the loss after it",
         "broken:recovery",
-        "core",
+        "core-rest",
         needs=_CORE,
     ),
     _part(
         "megatron-snapshots",
         "thin snapshots, and their merge with full checkpoints",
         "core:snapshots",
-        "core",
+        "core-rest",
         needs=_CORE,
     ),
     _part(
         "megatron-score",
         "a grid of averages scored in a live model",
         "core:score",
-        "core",
+        "core-rest",
         needs=_CORE,
     ),
     _part(
@@ -126,7 +126,7 @@ PARTS = (
         "script-save-eval",
         needs=_CORE,
         tree=True,
-        limit_s=150.0,
+        limit_s=180.0,
         in_group=False,
     ),
     _part(
@@ -136,7 +136,7 @@ PARTS = (
         "script-async-save",
         needs=_CORE,
         tree=True,
-        limit_s=150.0,
+        limit_s=180.0,
         in_group=False,
     ),
     _part(
@@ -146,7 +146,7 @@ PARTS = (
         "script-init",
         needs=_CORE,
         tree=True,
-        limit_s=150.0,
+        limit_s=180.0,
         in_group=False,
     ),
     _part(
@@ -156,7 +156,7 @@ PARTS = (
         "script-recover",
         needs=_CORE,
         tree=True,
-        limit_s=150.0,
+        limit_s=180.0,
         in_group=False,
     ),
     _part(
@@ -165,7 +165,7 @@ PARTS = (
         "zero:live",
         "zero",
         needs=_ZERO,
-        limit_s=120.0,
+        limit_s=180.0,
     ),
     _part(
         "deepspeed-online",
@@ -173,7 +173,7 @@ PARTS = (
         "zero:online",
         "zero-online",
         needs=_ZERO,
-        limit_s=120.0,
+        limit_s=180.0,
     ),
     _part(
         "two-ranks",
@@ -182,7 +182,7 @@ PARTS = (
         "pair",
         needs=_CORE,
         in_group=False,
-        limit_s=120.0,
+        limit_s=180.0,
     ),
     _part(
         "fsdp2",

@@ -11,8 +11,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ class Supervisor:
     deadline: of the whole check, on the monotonic clock.
     report: called with each part that is done.
     stop: set if everything must end.
+    environment: on top of this process's.
     patience: times the limits of the parts, which are those of a GPU with cores for each part.
     """
 
@@ -43,6 +44,7 @@ class Supervisor:
     report: Callable[[PartResult], None]
     stop: threading.Event
     patience: float = 1.0
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     def run(self, group: str, parts: Sequence[Part]) -> None:
         """All parts of a group; a process that ends early is followed by another for the rest."""
@@ -81,7 +83,7 @@ class _Process:
                 ],
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, _MARK: self._mark},
+                env={**os.environ, **self._owner.environment, _MARK: self._mark},
                 start_new_session=True,
             )
         try:

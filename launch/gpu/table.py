@@ -37,6 +37,14 @@ def _times(name: str, key: str, unit: str, digits: int = 1) -> Callable[[Found],
     return show
 
 
+def _gigabytes(name: str, key: str) -> Callable[[Found], str]:
+    def show(found: Found) -> str:
+        value = found.get(name, {}).get(key)
+        return NOT_RUN if value is None else f"{value / _GB:.2f} GB"
+
+    return show
+
+
 def _entry(found: Found) -> str:
     nbytes = found.get("the copy of an entry", {}).get("entry_bytes")
     return (
@@ -76,11 +84,10 @@ COSTS: tuple[tuple[str, Callable[[Found], str]], ...] = (
     ("swap for an evaluation, in and out", _swap("averaged_weights")),
     ("swap for a save, in and out", _swap("averaged_state")),
     ("PMA-init, per GB read", _times("PMA-init", "seconds_per_gb", " s", 2)),
-    ("offline merge, read", _times("an offline merge", "read_gb_per_s", " GB/s", 2)),
-    (
-        "offline merge, times its reads and writes alone",
-        _times("an offline merge", "merge_over_floor", "", 2),
-    ),
+    ("offline merge, bytes read", _gigabytes("an offline merge", "read_bytes")),
+    ("offline merge", _times("an offline merge", "merge_s", " s")),
+    ("of that, averaging", _times("an offline merge", "averaging_s", " s", 2)),
+    ("its reads and writes alone", _times("an offline merge", "floor_s", " s", 2)),
 )
 """Rows of the table of costs."""
 

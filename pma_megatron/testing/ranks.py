@@ -99,8 +99,8 @@ def run_ranks(
 
     `fn` must be a top-level function; results travel by pickle. With `init` each rank joins a gloo
     process group that meets in a file (on GPUs, see `cpu.DEVICE_ENV`, NCCL beside it, and each rank
-    has its own; more ranks than GPUs share them, over gloo alone). The first rank to fail ends the
-    others.
+    has its own; more ranks than GPUs share them, over gloo alone, see `by_host`). The first rank to
+    fail ends the others.
 
     Raises RankFailure for the rank that failed first, RankTimeout when `timeout_s` is over.
     """
@@ -287,6 +287,7 @@ def _child(job: _Job, rank: int, sender: Connection) -> None:
     _end_with_parent()
     _forks_end_with_rank()
     stacks = Path(job.directory, f"stacks{rank}").open("w")  # noqa: SIM115 (open until exit)
+    faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job.world_size))
     try:
@@ -305,13 +306,15 @@ def _call(job: _Job, rank: int) -> Any:
     import torch
     import torch.distributed as dist
 
-    from pma_megatron.testing import cpu
+    from pma_megatron.testing import by_host, cpu
 
     torch.set_num_threads(1)
     if cpu.on_gpu():
         local_rank = rank % torch.cuda.device_count()
         os.environ["LOCAL_RANK"] = str(local_rank)
         torch.cuda.set_device(local_rank)
+        if "nccl" not in backend(job.world_size):
+            by_host.install()
     dist.init_process_group(
         backend(job.world_size),
         init_method=f"file://{job.directory}/rendezvous",

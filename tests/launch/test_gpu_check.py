@@ -20,7 +20,6 @@ from gpu.findings import NOT_HERE, NOT_RUN, OK, WRONG, Finding, PartResult, foun
 from gpu.oracle import beyond, differing  # noqa: E402
 from gpu.parts import BY_NAME, PARTS, TREE_ENV  # noqa: E402
 from gpu.table import COSTS, PAGE, page, read  # noqa: E402
-
 from pma_megatron.testing import FAULT_ENV, Fault  # noqa: E402
 
 
