@@ -104,11 +104,11 @@ class _Process:
             if self._result is not None:
                 limit_s = self._parts[self._done].limit_s * self._owner.patience
             if now > self._owner.deadline:
-                return "ended: the time for the whole check is over"
+                return "the time for the whole check is over"
             if now - self._since_s > limit_s:
-                return f"ended: still running after {limit_s:.0f} s"
+                return f"still running after {limit_s:.0f} s"
             if self._owner.stop.is_set():
-                return "ended: too much disk"
+                return "too much disk is used"
             time.sleep(_LOOK_EVERY_S)
         return ""
 

@@ -108,7 +108,7 @@ def page(results: Sequence[Result]) -> str:
         ("commit", [_joined(e["commit"] for e in r) for r in runs]),
         ("driver", [_joined(e["driver"] for e in r) for r in runs]),
         *(
-            (name, [_joined(e["versions"].get(name) for e in r) for r in runs])
+            (name, [_joined(e["versions"].get(name) or "not installed" for e in r) for r in runs])
             for name in _VERSIONS
         ),
         ("cores of the node", [_joined(e["cores"] for e in r) for r in runs]),
@@ -196,7 +196,7 @@ def _measured(results: Sequence[Result]) -> dict[str, Mapping[str, Any]]:
 
 def _joined(values: Iterable[Any]) -> str:
     """Each once; what is not known or not installed is said."""
-    seen = dict.fromkeys("-" if value is None else str(value) for value in values)
+    seen = dict.fromkeys("not known" if value is None else str(value) for value in values)
     return ", ".join(seen) or NOT_RUN
 
 
