@@ -63,6 +63,46 @@ def _all_reduce(rank: int, world_size: int) -> int:
     return int(total)
 
 
+def _collectives(rank: int) -> list[Any]:
+    """What each collective gives on two ranks; some write into a part of what they read."""
+    import torch
+    import torch.distributed as dist
+
+    def given() -> Any:
+        return torch.arange(4.0) + 10 * rank
+
+    summed, told, scattered, gathered, many = given(), given(), given(), given(), given()
+    dist.all_reduce(summed, op=dist.ReduceOp.MAX)
+    dist.broadcast(told, src=1)
+    dist.reduce_scatter_tensor(scattered[2 * rank :][:2], scattered)
+    work = dist.all_gather_into_tensor(gathered, gathered[2 * rank :][:2].clone(), async_op=True)
+    work.wait()
+    with dist.distributed_c10d._coalescing_manager(dist.group.WORLD, async_ops=True) as both:
+        dist.all_reduce(many[:2])
+        dist.all_reduce(many[2:])
+    both.wait()
+    parts = [torch.empty(4), torch.empty(4)]
+    dist.all_gather(parts, given())
+    mine = scattered[2 * rank :][:2]
+    return [each.tolist() for each in (summed, told, mine, gathered, many, *parts)]
+
+
+def _by_host(rank: int, world_size: int) -> tuple[list[Any], list[Any], int]:
+    import torch
+
+    from pma_megatron.testing import by_host
+
+    plain, staged = _collectives(rank), 0
+
+    def is_staged(_: torch.Tensor) -> bool:
+        nonlocal staged
+        staged += 1
+        return True
+
+    by_host.install(is_staged)
+    return plain, _collectives(rank), staged
+
+
 def _one_fails(rank: int, world_size: int, how: str) -> None:
     if rank == 1 and how == "raise":
         raise ValueError("the cause, as rank one tells it")
@@ -98,6 +138,13 @@ def test_results_come_back_by_rank():
 
 def test_ranks_form_a_process_group():
     assert run_ranks(_all_reduce, 2) == [3, 3]
+
+
+def test_collectives_by_way_of_the_host_are_the_same():
+    for rank, (plain, staged, count) in enumerate(run_ranks(_by_host, 2)):
+        assert plain == staged and count == 7
+        assert plain[0] == [10.0, 11.0, 12.0, 13.0]
+        assert plain[2] == [[10.0, 12.0], [14.0, 16.0]][rank]
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ class MegatronSession(Session):
         self.models, self._scored = models, False
         self._noted: list[tuple[Path, WindowAverage]] = []
         self._recording: list[threading.Thread] = []
-        atexit.register(self._recorded, _AT_EXIT_S)
+        atexit.register(self._at_exit)
         self._comm, metadata = Comm(), _metadata(args)
         counts = settings.save or settings.snapshots
         tokens = tokens_now(args) if counts else 0
@@ -204,6 +204,13 @@ class MegatronSession(Session):
             started = [(each, note_origin(*each)) for each in self._noted]
             self._noted = [each for each, thread in started if thread is None]
             self._recording += [thread for _, thread in started if thread is not None]
+
+    def _at_exit(self) -> None:
+        """Megatron has ended its last save in the background only now."""
+        for folder, average in self._noted if self._comm.is_main else ():
+            if note_origin(folder, average, at_exit=True) is None:
+                say(f"PMA: WARNING: {folder} is not complete: the job ended while it was saved")
+        self._recorded(_AT_EXIT_S)
 
     def _recorded(self, timeout_s: float | None = None) -> None:
         """Wait for the threads that add checksums to saved averages."""

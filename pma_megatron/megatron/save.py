@@ -54,8 +54,15 @@ def save_average(
     return Path(save_dir) / f"iter_{arguments['iteration']:07d}"
 
 
-def note_origin(folder: Path, average: WindowAverage) -> threading.Thread | None:
+def note_origin(
+    folder: Path, average: WindowAverage, *, at_exit: bool = False
+) -> threading.Thread | None:
     """Say in a finished checkpoint what it is an average of; None if it is not finished yet.
+
+    Args:
+        folder: of the checkpoint.
+        average: that it holds.
+        at_exit: do all of it before this returns: a process that ends can begin no thread.
 
     Returns:
         the thread that adds the checksums of its files, which takes some reads per file.
@@ -69,5 +76,8 @@ def note_origin(folder: Path, average: WindowAverage) -> threading.Thread | None
         _log.warning("%s has no %s: %s", folder, MARKER_FILE, error)
     # A daemon: a trainer that exits early must not hang here.
     thread = threading.Thread(target=record, args=(folder, origin), name="pma-sums", daemon=True)
-    thread.start()
+    if at_exit:
+        thread.run()
+    else:
+        thread.start()
     return thread

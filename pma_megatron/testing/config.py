@@ -49,6 +49,8 @@ class TinyConfig:
 
     bf16: bool = True
     use_distributed_optimizer: bool = True
+    precision_aware_optimizer: bool = False
+    """Megatron's `use_precision_aware_optimizer`; needs Transformer Engine and its optimizer."""
     bucket_size: int | None = None
     """Elements per gradient bucket; None is one bucket. A number also overlaps the reduction."""
     overlap_param_gather: bool = False

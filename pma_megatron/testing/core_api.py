@@ -232,6 +232,7 @@ def build_optimizer(config: TinyConfig, models: list[Any]) -> Any:
         bf16=config.bf16,
         params_dtype=torch.bfloat16 if config.bf16 else torch.float32,
         use_distributed_optimizer=config.use_distributed_optimizer,
+        use_precision_aware_optimizer=config.precision_aware_optimizer,
         overlap_param_gather=config.overlap_param_gather,
     )
     return get_megatron_optimizer(optimizer_config, models)

@@ -11,6 +11,7 @@ import contextlib
 import copy
 import functools
 import importlib
+import importlib.util
 import logging
 import multiprocessing
 import os
@@ -35,7 +36,8 @@ def install() -> None:
     """Replace what megatron-core needs of CUDA, NCCL, Apex and Transformer Engine.
 
     Idempotent. Raises ImportError when megatron-core is not installed. With a GPU (`DEVICE_ENV`)
-    only Apex and Transformer Engine are replaced.
+    only Apex and Transformer Engine are replaced, if they are missing, and NCCL if this job's ranks
+    meet without it.
     """
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
@@ -43,6 +45,7 @@ def install() -> None:
     if not on_gpu():
         _replace_cuda()
         _CudaOnCpu().__enter__()  # type: ignore[no-untyped-call]
+    if not on_gpu() or _ranks_meet_without_nccl():
         _use_gloo()
     _import_core()
     _replace_in_core()
@@ -53,6 +56,16 @@ def install() -> None:
 def on_gpu() -> bool:
     """Whether tiny runs are to use CUDA."""
     return os.environ.get(DEVICE_ENV) == "cuda"
+
+
+def device() -> torch.device:
+    """Where tiny runs compute: this process's current GPU, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu() else _CPU
+
+
+def has_transformer_engine() -> bool:
+    """Whether megatron-core can take its optimizer from Transformer Engine."""
+    return importlib.util.find_spec("transformer_engine") is not None
 
 
 class FusedAdam(torch.optim.Optimizer):
@@ -186,6 +199,11 @@ def _replace_cuda() -> None:
         module.set_rng_state = lambda state, *_args, **_kwargs: _nothing(generator.set_state(state))
 
 
+def _ranks_meet_without_nccl() -> bool:
+    """As several ranks on one GPU do, which NCCL refuses (`ranks.backend`)."""
+    return dist.is_initialized() and "nccl" not in str(dist.get_backend_config())
+
+
 def _use_gloo() -> None:
     def new_group(*args: Any, _original: Any = dist.new_group, **kwargs: Any) -> Any:
         if kwargs.get("backend") == "nccl":
@@ -261,11 +279,12 @@ def _replace_in_core() -> None:
     norm = _module(f"{core}.transformer.torch_norm").WrappedTorchNorm
     norm.__new__ = functools.partial(_norm_in_sequence_parallel, norm.__new__)
 
-    optimizer = _module(f"{core}.optimizer")
-    optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER = FusedAdam, False
-    distributed = _module(f"{core}.optimizer.distrib_optimizer")
-    distributed.Adam = FusedAdam
-    distributed.HAVE_APEX_OR_TE = distributed.USING_APEX_OPTIMIZER = True
+    if not (on_gpu() and has_transformer_engine()):
+        optimizer = _module(f"{core}.optimizer")
+        optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER = FusedAdam, False
+        distributed = _module(f"{core}.optimizer.distrib_optimizer")
+        distributed.Adam = FusedAdam
+        distributed.HAVE_APEX_OR_TE = distributed.USING_APEX_OPTIMIZER = True
 
     writer = _module(f"{core}.dist_checkpointing.strategies.filesystem_async")
     for name in ("_get_write_results_queue", "get_write_results_queue"):

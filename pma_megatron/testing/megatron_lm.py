@@ -137,7 +137,8 @@ def run_pretrain(
 def install() -> None:
     """Replace what `megatron.training` needs of CUDA, compilers and packages that are not here.
 
-    Changes the whole process, like `cpu.install`, which it calls.
+    Changes the whole process, like `cpu.install`, which it calls. With a GPU (`cpu.DEVICE_ENV`),
+    CUDA stays as it is.
     """
     from pma_megatron.testing import cpu
 
@@ -146,7 +147,8 @@ def install() -> None:
         if name not in sys.modules and importlib.util.find_spec(name) is None:
             for each in (name, *inner):
                 sys.modules[each] = MagicMock(__version__="0")
-    _replace_more_of_cuda()
+    if not cpu.on_gpu():
+        _replace_more_of_cuda()
     _use_the_wheels_data_index()
     with contextlib.suppress(ImportError):  # gone from 0.17 on
         importlib.import_module("megatron.legacy.fused_kernels").load = lambda _args: None

@@ -99,7 +99,8 @@ def run_ranks(
 
     `fn` must be a top-level function; results travel by pickle. With `init` each rank joins a gloo
     process group that meets in a file (on GPUs, see `cpu.DEVICE_ENV`, NCCL beside it, and each rank
-    has its own). The first rank to fail ends the others.
+    has its own; more ranks than GPUs share them, over gloo alone, see `by_host`). The first rank to
+    fail ends the others.
 
     Raises RankFailure for the rank that failed first, RankTimeout when `timeout_s` is over.
     """
@@ -109,6 +110,17 @@ def run_ranks(
         first = min(failed, key=lambda o: (o.timed_out, not o.signal, o.seconds))
         raise (RankTimeout if first.timed_out else RankFailure)(first, world_size)
     return [outcome.result for outcome in outcomes]
+
+
+def backend(world_size: int) -> str:
+    """What a tiny job's process group is made with: NCCL for CUDA tensors where every rank has a
+    GPU of its own, which NCCL insists on, and gloo for everything else."""
+    import torch
+
+    from pma_megatron.testing import cpu
+
+    own = cpu.on_gpu() and world_size <= torch.cuda.device_count()
+    return "cpu:gloo,cuda:nccl" if own else "gloo"
 
 
 def rank_outcomes(
@@ -275,6 +287,7 @@ def _child(job: _Job, rank: int, sender: Connection) -> None:
     _end_with_parent()
     _forks_end_with_rank()
     stacks = Path(job.directory, f"stacks{rank}").open("w")  # noqa: SIM115 (open until exit)
+    faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job.world_size))
     try:
@@ -293,13 +306,17 @@ def _call(job: _Job, rank: int) -> Any:
     import torch
     import torch.distributed as dist
 
-    from pma_megatron.testing import cpu
+    from pma_megatron.testing import by_host, cpu
 
     torch.set_num_threads(1)
     if cpu.on_gpu():
-        torch.cuda.set_device(rank)
+        local_rank = rank % torch.cuda.device_count()
+        os.environ["LOCAL_RANK"] = str(local_rank)
+        torch.cuda.set_device(local_rank)
+        if "nccl" not in backend(job.world_size):
+            by_host.install()
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if cpu.on_gpu() else "gloo",
+        backend(job.world_size),
         init_method=f"file://{job.directory}/rendezvous",
         rank=rank,
         world_size=job.world_size,

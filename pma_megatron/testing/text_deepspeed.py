@@ -1,4 +1,4 @@
-"""A small GPT trained on text by DeepSpeed on the CPU: losses in nats per byte that mean something.
+"""A small GPT trained on text by DeepSpeed: losses in nats per byte that mean something.
 
 The text and the order of its samples are those of `TinyTrainer` (`testing.corpus`).
 """
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
 
+from pma_megatron.testing import cpu
 from pma_megatron.testing.corpus import batch
 from pma_megatron.testing.tiny_deepspeed import DeepSpeedConfig, TinyDeepSpeed
 
@@ -84,9 +85,9 @@ class TextModel(nn.Module):
     def forward(
         self, inputs: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        places = torch.arange(inputs.shape[1])
+        places = torch.arange(inputs.shape[1], device=inputs.device)
         hidden = self.tokens(inputs) + self.positions(places)
-        balance = torch.zeros(())
+        balance = torch.zeros((), device=inputs.device)
         for layer in self.layers:
             hidden, own = layer(hidden)
             balance = balance + own
@@ -113,7 +114,7 @@ class TextLayer(nn.Module):
         out = self.mlp(self.norm_2(hidden))
         if isinstance(out, tuple):
             return hidden + out[0], out[1].float()
-        return hidden + out, torch.zeros(())
+        return hidden + out, torch.zeros((), device=hidden.device)
 
 
 class TextDeepSpeed(TinyDeepSpeed):
@@ -182,7 +183,8 @@ class TextDeepSpeed(TinyDeepSpeed):
             vocab_size=self.config.vocab_size,
             held_out=held_out,
         )
-        found: tuple[torch.Tensor, torch.Tensor] = self.engine(inputs, labels)
+        device = cpu.device()
+        found: tuple[torch.Tensor, torch.Tensor] = self.engine(inputs.to(device), labels.to(device))
         return found
 
 

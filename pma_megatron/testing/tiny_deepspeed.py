@@ -1,7 +1,8 @@
-"""A tiny real DeepSpeed run on the CPU: an engine with ZeRO, a schedule, checkpoints.
+"""A tiny real DeepSpeed run: an engine with ZeRO, a schedule, checkpoints.
 
 Everything is DeepSpeed's own; only the model and the loop are here. Nothing is compiled: torch's
-AdamW is the optimizer, and the shared-memory operator of DeepSpeed's CPU communication is off.
+AdamW is the optimizer, and the shared-memory operator of DeepSpeed's CPU communication is off. It
+runs on the CPU, or on a GPU (`cpu.DEVICE_ENV`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from pma_megatron.testing import cpu
 from pma_megatron.testing.deepspeed_parallel import WIDTH, ModelParallel, batches, pipeline
 
 _BATCH = 4
@@ -123,7 +125,7 @@ class TinyDeepSpeed:
     """
 
     def __init__(self, config: DeepSpeedConfig, seed: int = 0) -> None:
-        os.environ["DS_ACCELERATOR"] = "cpu"
+        os.environ["DS_ACCELERATOR"] = cpu.device().type
         os.environ.setdefault("LOCAL_RANK", str(dist.get_rank()))
         importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
         self.deepspeed: Any = importlib.import_module("deepspeed")
@@ -164,14 +166,17 @@ class TinyDeepSpeed:
             seed = 1000 * self.engine.global_steps + self._data_rank()
             draw = torch.Generator().manual_seed(seed)
             if self.config.pipeline_stages:
-                x = torch.randn(_BATCH, WIDTH, generator=draw).to(self.config.dtype)
+                x = self._placed(torch.randn(_BATCH, WIDTH, generator=draw))
                 losses.append(float(self.engine.train_batch(batches(x))))
                 continue
-            loss = self.engine(torch.randn(_BATCH, _WIDTH, generator=draw).to(self.config.dtype))
+            loss = self.engine(self._placed(torch.randn(_BATCH, _WIDTH, generator=draw)))
             self.engine.backward(loss)
             self.engine.step()
             losses.append(float(loss.detach()))
         return losses
+
+    def _placed(self, x: torch.Tensor) -> torch.Tensor:
+        return x.to(cpu.device(), self.config.dtype)
 
     def save(self, root: str | Path) -> None:
         """Save a tag below `root`, with a client state that says which."""

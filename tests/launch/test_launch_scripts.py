@@ -48,7 +48,7 @@ def test_scripts_are_valid_bash_with_known_flags(path: Path) -> None:
 
 def test_every_script_of_a_use_is_covered() -> None:
     uses = {path.name for path in LAUNCH.glob("[!q]*_*.s*")}  # all but the quickstarts
-    assert uses == {*TRAINING, *MERGING}
+    assert uses == {*TRAINING, *MERGING, "gpu_check.sh"}
 
 
 @pytest.mark.parametrize("name", TRAINING)

@@ -20,6 +20,7 @@ from test_megatron_flags import parse
 from conftest import DENSE, folder_of
 from pma_megatron import verify
 from pma_megatron.formats.marker import SEAL_FILE
+from pma_megatron.formats.torch_dist.checkpoint import CONFIG_FILE
 from pma_megatron.megatron import hooks, save
 from pma_megatron.megatron.trees import global_vars
 from pma_megatron.testing import TinyTrainer, run_ranks
@@ -47,13 +48,22 @@ def summing() -> int:
     return sum(thread.name == SUMS for thread in threading.enumerate())
 
 
-def train(rank: int, world_size: int, root: str) -> list[tuple[int, int]]:
-    """Saves at iterations 2 and 4: threads at work when Megatron's begins, and after ours."""
+def train(rank: int, world_size: int, root: str, late: bool) -> list[tuple[int, int]]:
+    """Saves at iterations 2 and 4: threads at work when Megatron's begins, and after ours.
+
+    Those of averages are complete at once, or, if `late`, when training has ended.
+    """
     tokens = DENSE.global_batch_size * DENSE.seq_length
     args = parse(FLAGS.format(tokens=tokens), save=root, seq_length=DENSE.seq_length)
     args.consumed_train_samples = 0
     keep(args)
     plain, seen = save.record, []
+    unfinished: list[Path] = []
+
+    def save_average() -> None:
+        metadata = trainer.save(global_vars().get_args().save) / CONFIG_FILE
+        if late:
+            unfinished.append(metadata.rename(metadata.with_suffix(".late")))
 
     def slow(folder: Path, origin: Mapping[str, Any]) -> None:
         time.sleep(2)
@@ -71,18 +81,29 @@ def train(rank: int, world_size: int, root: str) -> list[tuple[int, int]]:
             before = summing()
             trainer.save(root)
             hooks.saved(
-                lambda **_: trainer.save(global_vars().get_args().save),
-                {"iteration": iteration, "optimizer": trainer.optimizer},
+                lambda **_: save_average(), {"iteration": iteration, "optimizer": trainer.optimizer}
             )
             seen.append((before, summing()))
     trainer.close()
+    for path in unfinished:
+        path.rename(path.with_suffix(".json"))
     return seen
 
 
 def test_sums_of_saved_averages_are_waited_for_before_a_save_and_at_the_end(tmp_path: Path) -> None:
-    (seen,) = run_ranks(train, 1, str(tmp_path / "run"))
+    (seen,) = run_ranks(train, 1, str(tmp_path / "run"), False)
     assert seen == [(0, 1), (0, 1)]  # a fork while one is at work would inherit its locks
     for iteration in (2, 4):  # the second was not written yet when training had ended
+        folder = folder_of(tmp_path / "run-pma", iteration)
+        assert (folder / SEAL_FILE).is_file()
+        verify(folder)
+
+
+def test_an_average_whose_save_ends_last_says_what_it_is(tmp_path: Path) -> None:
+    """As with --async-save: Megatron ends the last one when training is over."""
+    (seen,) = run_ranks(train, 1, str(tmp_path / "run"), True)
+    assert seen == [(0, 0), (0, 0)]
+    for iteration in (2, 4):
         folder = folder_of(tmp_path / "run-pma", iteration)
         assert (folder / SEAL_FILE).is_file()
         verify(folder)

@@ -1,0 +1,287 @@
+"""What the package costs on this machine: parts that need it for themselves."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpu.core import SMA
+from gpu.findings import Finding, measured
+from gpu.job import LAST, Job, synchronize
+from pma_megatron import MergeRequest, SelectionRequest, merge
+from pma_megatron.base.comm import Comm
+from pma_megatron.megatron.load import merge_into
+from pma_megatron.megatron.online import OnlineAverage
+from pma_megatron.megatron.params import live_tensors
+from pma_megatron.megatron.shard import MegatronShard
+from pma_megatron.merging.planning import make_plan
+from pma_megatron.online.hostcopy import HostCopy
+from pma_megatron.testing import TinyTrainer
+
+_GPU_ROUNDS = {1: (5, 8), 10: (10, 6), 100: (100, 2)}
+_CPU_ROUNDS = {1: (2, 2), 10: (10, 1)}
+"""Interval in steps: (steps per round, pairs of rounds with and without)."""
+_REPEATS = 5
+_BLOCK_BYTES = 8 << 20
+
+
+@functools.lru_cache(maxsize=1)
+def _trainer(job_is_on_gpu: bool) -> TinyTrainer:
+    """One for all parts, warm."""
+    trainer = TinyTrainer(Job(folder=Path(), gpu=job_is_on_gpu).large())
+    trainer.train(3)
+    return trainer
+
+
+def timed(work: Callable[[], Any]) -> float:
+    """Seconds until it is done, on the GPU too."""
+    synchronize()
+    start_s = time.perf_counter()
+    work()
+    synchronize()
+    return time.perf_counter() - start_s
+
+
+def pinned_copy_s(nbytes: int) -> float:
+    """Seconds of the machine's own copy of so many bytes: GPU to pinned memory, or in memory."""
+    numel = nbytes // 4
+    on_gpu = torch.cuda.is_available() and _is_on_gpu()
+    source = torch.zeros(numel, device="cuda" if on_gpu else "cpu")
+    target = torch.empty(numel, pin_memory=on_gpu)
+    target.copy_(source)
+    return statistics.median(
+        timed(lambda: target.copy_(source, non_blocking=True)) for _ in range(_REPEATS)
+    )
+
+
+def _is_on_gpu() -> bool:
+    from pma_megatron.testing import cpu
+
+    return cpu.on_gpu()
+
+
+# Steps.
+
+
+def step(job: Job) -> Iterator[Finding]:
+    """Rounds of steps with and without an average take turns; medians of both."""
+    trainer = _trainer(job.gpu)
+    tokens = trainer.config.global_batch_size * trainer.config.seq_length
+    copy_s = None
+    for interval, (steps, pairs) in (_GPU_ROUNDS if job.gpu else _CPU_ROUNDS).items():
+        now = trainer.consumed_samples * trainer.config.seq_length
+        average = OnlineAverage(
+            trainer.models, trainer.optimizer, SMA, LAST, interval * tokens, consumed_tokens=now
+        )
+        copy_s = copy_s or pinned_copy_s(average.shard.nbytes)
+        _round(trainer, steps if interval < 100 else 2, average)  # memory is touched
+        average.wait()
+        without, with_it, taken = [], [], 0
+        for number in range(2 * pairs):
+            if number % 4 in (0, 3):  # whatever drifts, drifts for both
+                without.append(_round(trainer, steps, None)[0])
+                continue
+            seconds, entries = _round(trainer, steps, average)
+            with_it.append(seconds)
+            taken += entries
+            average.wait()  # what is still copied must not disturb the next round
+        before, after = statistics.median(without), statistics.median(with_it)
+        per_entry = (after - before) * interval
+        yield measured(
+            f"a step with an entry every {interval}",
+            interval_steps=interval,
+            without_ms=1e3 * before,
+            with_ms=1e3 * after,
+            extra_ms_per_entry=1e3 * per_entry,
+            entry_bytes=average.shard.nbytes,
+            entry_over_pinned_copy=per_entry / copy_s,
+            entries=taken,
+            host_threads=torch.get_num_threads(),
+            rounds_without_ms=[round(1e3 * each, 3) for each in without],
+            rounds_with_ms=[round(1e3 * each, 3) for each in with_it],
+        )
+
+
+def _round(trainer: TinyTrainer, steps: int, average: OnlineAverage | None) -> tuple[float, int]:
+    """(seconds per step, entries taken)."""
+    taken = 0
+
+    def work() -> None:
+        nonlocal taken
+        for _ in range(steps):
+            trainer.train(1)
+            if average is not None:
+                tokens = trainer.consumed_samples * trainer.config.seq_length
+                taken += average.step(trainer.iteration, tokens)
+
+    return timed(work) / steps, taken
+
+
+# Copies and swaps.
+
+
+def copy(job: Job) -> Iterator[Finding]:
+    """The copy of one entry, and the same bytes in one piece."""
+    trainer = _trainer(job.gpu)
+    shard = MegatronShard(live_tensors(trainer.models, trainer.optimizer))
+    to_host = HostCopy(shard, None)
+    target = to_host.buffer()
+
+    def entry() -> None:
+        to_host.start(target)
+        to_host.wait()
+
+    entry()
+    entry_s = statistics.median(timed(entry) for _ in range(_REPEATS))
+    issued_s = statistics.median(_issue(to_host, target) for _ in range(_REPEATS))
+    pinned_s = pinned_copy_s(shard.nbytes)
+    yield measured(
+        "the copy of an entry",
+        entry_bytes=shard.nbytes,
+        tensors=len(shard.slots),
+        entry_gb_per_s=shard.nbytes / entry_s / 1e9,
+        pinned_gb_per_s=shard.nbytes / pinned_s / 1e9,
+        entry_over_pinned=entry_s / pinned_s,
+        issued_in_ms=1e3 * issued_s,
+    )
+
+
+def _issue(to_host: HostCopy, target: torch.Tensor) -> float:
+    """Seconds for which the training process itself is held up by the start of a copy."""
+    synchronize()
+    start_s = time.perf_counter()
+    to_host.start(target)
+    issued_s = time.perf_counter() - start_s
+    to_host.wait()
+    return issued_s
+
+
+def swap(job: Job) -> Iterator[Finding]:
+    """Putting the average in place, and the live values back."""
+    trainer = _trainer(job.gpu)
+    tokens = trainer.config.global_batch_size * trainer.config.seq_length
+    now = trainer.consumed_samples * trainer.config.seq_length
+    average = OnlineAverage(
+        trainer.models, trainer.optimizer, SMA, LAST, tokens, consumed_tokens=now
+    )
+    _round(trainer, LAST, average)
+    average.wait()
+    for name in ("averaged_weights", "averaged_state"):
+        pairs = [_in_and_out(getattr(average, name)) for _ in range(_REPEATS)]
+        entering, leaving = (statistics.median(each) for each in zip(*pairs, strict=True))
+        yield measured(
+            f"a swap, {name}",
+            in_ms=1e3 * entering,
+            out_ms=1e3 * leaving,
+            entry_bytes=average.shard.nbytes,
+            in_gb_per_s=LAST * average.shard.nbytes / entering / 1e9,
+        )
+
+
+def _in_and_out(swapped: Callable[[], AbstractContextManager[None]]) -> tuple[float, float]:
+    block = swapped()
+    return timed(block.__enter__), timed(lambda: block.__exit__(None, None, None))
+
+
+# Checkpoints.
+
+
+def _saved(job: Job, root: Path) -> TinyTrainer:
+    trainer = _trainer(job.gpu)
+    for _ in range(LAST):
+        trainer.train(1)
+        trainer.save(root)
+    return trainer
+
+
+def init(job: Job) -> Iterator[Finding]:
+    """PMA-init from checkpoints that have just been written: the page cache holds them."""
+    root = job.folder / "run"
+    trainer = _saved(job, root)
+    reports = [
+        merge_into(
+            trainer.models,
+            trainer.optimizer,
+            load=str(root),
+            selection=SelectionRequest(last=LAST),
+            threads=_threads(),
+        )
+        for _ in range(2)
+    ]
+    seconds = min(report.seconds for report in reports)
+    read = reports[-1].read_bytes
+    yield measured(
+        "PMA-init",
+        sources=LAST,
+        threads=_threads(),
+        read_bytes=read,
+        seconds=seconds,
+        seconds_per_gb=seconds / (read / 1e9),
+        first_seconds=reports[0].seconds,
+        peak_memory_above_baseline_bytes=max(reports[-1].peak_memory_above_baseline_bytes),
+    )
+
+
+def _threads() -> int:
+    return min(8, os.cpu_count() or 1)
+
+
+def merge_(job: Job) -> Iterator[Finding]:
+    """The merge of the same checkpoints, and its reads and writes alone, in turns, from warm
+    pages."""
+    root, save = job.folder / "run", job.folder / "out"
+    _saved(job, root)
+    request = MergeRequest(
+        load=str(root), save=str(save), selection=SelectionRequest(last=LAST), threads=_threads()
+    )
+    floors, merges, rounds = [], [], []
+    for _ in range(2):
+        floors.append(_floor(request, job.folder / "floor"))
+        start_s = time.perf_counter()
+        report = merge(request)
+        merges.append(time.perf_counter() - start_s)
+        rounds.append({name: round(value, 3) for name, value in report.seconds.items()})
+        shutil.rmtree(save)
+    best, floor = min(merges), min(each[0] for each in floors)
+    averaging = min(each["merge"] for each in rounds)
+    read, written = floors[-1][1:]
+    yield measured(
+        "an offline merge",
+        sources=LAST,
+        threads=_threads(),
+        read_bytes=read,
+        written_bytes=written,
+        merge_s=best,
+        floor_s=floor,
+        averaging_s=averaging,
+        averaging_over_floor=averaging / floor,
+        read_gb_per_s=read / best / 1e9,
+        stages_s=rounds,
+    )
+
+
+def _floor(request: MergeRequest, folder: Path) -> tuple[float, int, int]:
+    """(seconds, bytes read, bytes written)."""
+    from floor import Floor
+
+    plan = make_plan(request, Comm())
+    folder.mkdir()
+    for name, nbytes in plan.layout.files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as stream:
+            stream.truncate(nbytes)
+    floor = Floor(plan, folder, Comm())
+    floor.open()
+    moved = floor.run(request.threads, _BLOCK_BYTES)
+    shutil.rmtree(folder)
+    return floor.wall_s, moved.read, moved.written

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Is the package right on this machine's GPU? Real trainers, every part compared with the offline
+# merge or a float64 sum, and what it costs; one GPU, under six minutes, at most 20 GiB of disk.
+# Installs into .venv-gpu-check from an index, or from a folder of wheels (--wheels DIR, no network:
+# what python3 has already is used). MEGATRON_LM_PATH names a Megatron-LM tree for its script's parts.
+# usage: ./launch/gpu_check.sh [--wheels DIR | --no-install] [--list] [--only A,B] [--cpu] [--out DIR] ...
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=${PYTHON:-python3}
+case ${1:-} in
+--wheels)
+    site=$(mktemp -d)
+    trap 'rm -rf "$site"' EXIT
+    "$python" -m pip install --quiet --disable-pip-version-check --no-index --no-deps --no-compile \
+        --no-cache-dir --target "$site" "${2:?--wheels needs a folder}"/*.whl
+    export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
+    shift 2
+    ;;
+--no-install) shift ;;
+--list | --help | -h) ;;
+*)
+    source "$root/launch/venv.sh"
+    ensure_venv "$root/.venv-gpu-check" megatron,deepspeed
+    python=$VENV_PYTHON
+    ;;
+esac
+export PYTHONPATH=$root:$root/launch:$root/launch/bench${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+export CUDA_DEVICE_MAX_CONNECTIONS=1 GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo}
+"$python" -W ignore -m gpu.check "$@"

@@ -1,0 +1,171 @@
+"""The acceptance check for GPU nodes: its parts on the CPU, what it makes of failures, its page."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "launch"))
+
+from gpu.findings import NOT_HERE, NOT_RUN, OK, WRONG, Finding, PartResult, found, write  # noqa: E402
+from gpu.oracle import beyond, differing  # noqa: E402
+from gpu.parts import BY_NAME, PARTS, TREE_ENV  # noqa: E402
+from gpu.table import COSTS, PAGE, page, read  # noqa: E402
+from pma_megatron.testing import FAULT_ENV, Fault  # noqa: E402
+
+
+def check(out: Path, *arguments: str, **environment: str) -> tuple[int, str, dict[str, Any]]:
+    """Exit code, what was printed, and the JSON file of one call, without a Megatron-LM tree."""
+    inherited = {name: value for name, value in os.environ.items() if name != TREE_ENV}
+    done = subprocess.run(
+        [
+            *("bash", str(ROOT / "launch" / "gpu_check.sh"), "--no-install"),
+            *("--out", str(out), "--folder", str(out), *arguments),
+        ],
+        env={**inherited, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+    )
+    files = list(out.glob("*.json"))
+    return done.returncode, done.stdout + done.stderr, json.loads(files[0].read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="no DeepSpeed")
+def test_every_part_runs_on_the_cpu(tmp_path: Path) -> None:
+    code, said, result = check(tmp_path, "--cpu")
+    assert code == 0, said
+    states = {part["part"]: part["status"] for part in result["parts"]}
+    without_tree = {name for name in BY_NAME if name.startswith("script-")}
+    expected = {name: NOT_HERE if name in {*without_tree, "fsdp2"} else OK for name in BY_NAME}
+    assert states == expected, said
+    assert all(part["reason"] for part in result["parts"] if part["status"] == NOT_HERE)
+    checks = {part["part"]: part["findings"] for part in result["parts"]}
+    assert {f["status"] for findings in checks.values() for f in findings} == {OK, NOT_HERE}
+    for kind in ("distributed optimizer", "Float16 optimizer", "FP32 optimizer"):
+        for share in ("slice", "source"):
+            name = f"{kind}: PMA-init by {share} is the offline merge, bit for bit"
+            assert name in {f["name"] for f in checks["megatron-init"]}
+    assert result["device"] == "cpu" and result["disk_peak_bytes"] > 0
+    measured = {f["name"]: f["measured"] for findings in checks.values() for f in findings}
+    shown = {name: show(measured) for name, show in COSTS}
+    assert NOT_RUN in shown.pop("the same, an entry every 100 steps")
+    assert NOT_RUN not in shown.values(), shown
+    left = {path.suffix for path in tmp_path.iterdir()}
+    assert left == {".json", ".log"}, "checkpoints were left behind"
+
+
+@pytest.mark.slow
+def test_a_part_that_dies_ends_no_other(tmp_path: Path) -> None:
+    """Its process is killed inside PMA-init; what it had found stays, and a new process goes on."""
+    fault = {FAULT_ENV: str(Fault("init", 0, "kill"))}
+    code, said, result = check(
+        tmp_path, "--cpu", "--only", "megatron-init,megatron-snapshots", **fault
+    )
+    dead, alive = result["parts"]
+    assert code == 1
+    assert dead["part"] == "megatron-init" and dead["status"] == WRONG
+    assert "killed by SIGKILL" in dead["reason"] and dead["reason"] in said
+    assert [f["status"] for f in dead["findings"]] == [OK]
+    assert alive["part"] == "megatron-snapshots" and alive["status"] == OK
+
+
+def test_what_takes_too_long_is_ended(tmp_path: Path) -> None:
+    code, _, result = check(tmp_path, "--cpu", "--only", "cost-copy,cost-swap", "--limit-s", "1")
+    assert code == 1
+    first, second = result["parts"]
+    assert first["status"] == WRONG and "the time for the whole check is over" in first["reason"]
+    assert second["status"] == NOT_RUN and second["reason"] == "the check ended before it"
+
+
+def test_bad_commands_are_refused(tmp_path: Path) -> None:
+    script = ["bash", str(ROOT / "launch" / "gpu_check.sh"), "--no-install"]
+    environment = {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run(
+        [*script, "--only", "megatron-inti"], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "no part begins so; there are megatron-init" in done.stderr
+    listed = subprocess.run([*script, "--list"], env=environment, capture_output=True, text=True)
+    assert [line.split()[0] for line in listed.stdout.splitlines()] == list(BY_NAME)
+
+
+def test_the_oracle_sees_one_bit() -> None:
+    one = {"w": torch.tensor([1.0, 2.0, float("nan")]), "empty": torch.empty(0)}
+    other = {name: value.clone() for name, value in one.items()}
+    assert differing(one, other) == []
+    other["w"].view(torch.int32)[1] += 1
+    assert differing(one, other) == ["w differs"]
+    assert differing({}, {}) == ["there is nothing to compare"]
+    assert differing(one, {"w": one["w"]}) == ["empty differs"]
+    sources = [{"w": torch.tensor([1.0])}, {"w": torch.tensor([3.0])}]
+    assert beyond({"w": torch.tensor([2.0])}, sources, (0.5, 0.5)) == []
+    assert beyond({"w": torch.tensor([2.000001])}, sources, (0.5, 0.5)) != []
+
+
+def _result(tmp_path: Path, date: str, parts: list[PartResult]) -> dict[str, Any]:
+    about = {
+        "date": date,
+        "commit": "abc",
+        "device": "cuda",
+        "card": "Card 1",
+        "driver": "1.2",
+        "cores": 16,
+        "versions": {"torch": "2.11.0"},
+    }
+    path = tmp_path / f"{date}.json"
+    write(path, about, parts)
+    return json.loads(path.read_text())
+
+
+def test_the_page_says_what_was_found(tmp_path: Path) -> None:
+    """The newest result of a part counts; nothing that was not run looks as if it had been."""
+    broken = PartResult(part="megatron-init", ended="Traceback\nRuntimeError: a | b")
+    bad = found("Float16 optimizer: PMA-init", ["main w differs"])
+    older = _result(
+        tmp_path, "2026-01-01", [broken, PartResult(part="megatron-online", findings=[bad])]
+    )
+    good = [Finding(name=str(number), status=OK) for number in range(12)]
+    cost = Finding(
+        name="a step with an entry every 1",
+        status=OK,
+        measured={"without_ms": 100.0, "with_ms": 107.25},
+    )
+    skipped = PartResult(part="megatron-online", skipped="the check ended before it")
+    newer = _result(
+        tmp_path,
+        "2026-01-02",
+        [
+            PartResult(part="megatron-init", findings=good),
+            skipped,
+            PartResult(part="cost-step", findings=[cost]),
+        ],
+    )
+    first, both = page([older]).splitlines(), page([older, newer]).splitlines()
+
+    def cell(lines: list[str], start: str) -> str:
+        (line,) = [each for each in lines if each.startswith(f"| {start}")]
+        return line.split(" | ")[-1].removesuffix(" |")
+
+    assert cell(first, "`megatron-init`") == "wrong, see below"
+    assert "- Card 1, `megatron-init`: wrong: RuntimeError: a \\| b" in first
+    assert cell(both, "`megatron-init`") == "ok, 12 checks"
+    assert cell(both, "`megatron-online`") == "wrong, see below"
+    assert any("main w differs" in line for line in both)
+    assert cell(both, "`deepspeed-live`") == NOT_RUN
+    assert cell(both, "a step, without and with") == "100.0 to 107.2 ms"
+    assert cell(both, "PMA-init, per GB read") == NOT_RUN
+    assert cell(both, "date") == "2026-01-01, 2026-01-02"
+
+
+def test_the_page_is_what_the_results_say() -> None:
+    assert PAGE.read_text() == page(read()), "run: python launch/gpu/table.py"
+    assert all(part.title in PAGE.read_text() for part in PARTS if not part.alone)
