@@ -26,6 +26,8 @@ COPIED_SUFFIXES = (".json", ".txt", ".model", ".tiktoken", ".jinja", ".vocab", "
 """Of files beside the weights: configuration, tokenizer, chat template, a model's own code."""
 COPIED_NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")
 """How the names of further files begin that go with a model wherever it goes."""
+OF_A_RUN = ("trainer_state.json", "zero_to_fp32.py", "zero_to_torch.py", "latest")
+"""What trainers write beside a configuration that says nothing of the model."""
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ot")
 """Suffixes of files that hold weights, none of which are copied."""
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
@@ -75,9 +77,9 @@ def read_template(path: str) -> Template:
     files, left, code = {}, [], []
     for each in sorted(folder.iterdir()):
         name = each.name
-        if name.startswith(".") or passing(each) or name in (CONFIG_FILE, CARD_FILE, *OWN_FILES):
+        if name.startswith(".") or passing(each) or _is_weights(name):
             continue
-        if _is_weights(name):
+        if name in (CONFIG_FILE, CARD_FILE, *OWN_FILES, *OF_A_RUN):
             continue
         if not each.is_file() or not _is_copied(name):
             left.append(name)

@@ -90,6 +90,7 @@ FLAGS = {
         "--save",
         "--threads",
         "--timeout",
+        "path",
     },
     "recover": COMMON
     | {
