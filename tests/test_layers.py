@@ -104,6 +104,7 @@ INSIDE = {
     "export.families": """
         config
         blocks
+        trained
         placing deepseek_v3 llama mixtral qwen2 qwen3
     """,
     "geometry": """

@@ -23,13 +23,20 @@ _PART = re.compile(r"@mp\d+$")
 _SHOWN = 4
 
 
-def export_map(config: Mapping[str, Any] | None, weights: Shapes, *, own_names: bool) -> ExportMap:
+def export_map(
+    config: Mapping[str, Any] | None,
+    weights: Shapes,
+    *,
+    own_names: bool,
+    arguments: Mapping[str, Any] | None = None,
+) -> ExportMap:
     """The tensors of the exported model.
 
     Args:
         config: of the model that is to be; None where there is none.
         weights: what the checkpoint holds.
         own_names: the checkpoint calls tensors as the model itself does, so nothing is mapped.
+        arguments: of the training script, which a family compares with `config`.
 
     Raises:
         PlanError: the checkpoint is not a model of that configuration, or cannot be exported.
@@ -38,7 +45,8 @@ def export_map(config: Mapping[str, Any] | None, weights: Shapes, *, own_names: 
         made = _as_named(config, weights)
     else:
         assert config is not None  # who asks has refused
-        made = family_map(config, weights)
+        assert config is not None  # who asks has refused
+        made = family_map(config, weights, arguments)
     _refuse_wrong(made.tensors, weights)
     return made
 

@@ -23,7 +23,14 @@ from pma_megatron.export import files
 from pma_megatron.export.card import Averaged, card
 from pma_megatron.export.files import Entry
 from pma_megatron.export.maps import export_map
-from pma_megatron.export.template import CARD_FILE, CONFIG_FILE, Template, config_of, read_template
+from pma_megatron.export.template import (
+    CARD_FILE,
+    CONFIG_FILE,
+    QUANTIZED_FIELDS,
+    Template,
+    config_of,
+    read_template,
+)
 from pma_megatron.export.tensors import ExportTensor
 from pma_megatron.formats import registry
 from pma_megatron.formats.base import Tensor
@@ -158,15 +165,16 @@ def plan_export(request: MergeRequest, base: Source, rules: Rules) -> ModelExpor
         )
     weights = _weights(base, rules)
     shapes = {key: tensor.shape for key, tensor in weights.items()}
-    config = None if template is None else template.config
-    made = export_map(config, shapes, own_names=known.own_names)
-    dtype, notes = _dtype(request, template, base, weights)
+    config, notes = _plain(template)
+    arguments = known.common(Path(base.path))["args"]
+    made = export_map(config, shapes, own_names=known.own_names, arguments=arguments)
+    dtype, said = _dtype(request, template, base, weights)
     entries = [Entry(t.name, _stored(t, dtype, base, weights), t.shape) for t in made.tensors]
-    notes += [*made.notes, *(_without(base) if template is None else template.notes)]
+    notes += [*said, *made.notes, *(_without(base) if template is None else template.notes)]
     small = {}
     name = str(dtype).removeprefix("torch.")
-    if template is not None:
-        small = {**template.files, CONFIG_FILE: config_of(template.config, name, notes.append)}
+    if template is not None and config is not None:
+        small = {**template.files, CONFIG_FILE: config_of(config, name)}
     layout, places = files.lay_out(entries, request.max_shard_bytes, _aliases(base, entries), small)
     return ModelExport(
         layout=layout,
@@ -178,6 +186,19 @@ def plan_export(request: MergeRequest, base: Source, rules: Rules) -> ModelExpor
         parameters=sum(entry.numel for entry in entries if entry.dtype.is_floating_point),
         notes=tuple(notes),
     )
+
+
+def _plain(template: Template | None) -> tuple[dict[str, Any] | None, list[str]]:
+    """The configuration without what says how the template's own weights were quantized."""
+    if template is None:
+        return None, []
+    gone = [field for field in QUANTIZED_FIELDS if template.config.get(field) is not None]
+    config = {k: v for k, v in template.config.items() if k not in QUANTIZED_FIELDS}
+    note = (
+        f"{', '.join(gone)} of {Path(template.path) / CONFIG_FILE} is left out: what is exported "
+        "is not quantized"
+    )
+    return config, [note] if gone else []
 
 
 def _said(beside: Template) -> Template:

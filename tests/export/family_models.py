@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +15,8 @@ from pma_megatron import MergeRequest, SelectionRequest, merge
 from pma_megatron.testing import TinyConfig, TinyTrainer, corpus
 from pma_megatron.testing.core_api import evaluating, unwrap
 
+TOLERANCE = 1e-4
+"""Between two float32 implementations of one model: of a logit, and of a loss."""
 VOCABULARY, PADDED = 96, 128
 DENSE = TinyConfig(
     num_layers=2,
@@ -57,6 +60,10 @@ LATENT = {
 }
 
 
+ROTARY = {"rotary_base": 10000, "rotary_percent": 1.0, "use_rope_scaling": False}
+"""What `GPTModel` is told, and no field of its TransformerConfig; TinyTrainer leaves them so."""
+
+
 @dataclass(frozen=True)
 class Case:
     """A run of Megatron, and the `config.json` of the same model."""
@@ -69,6 +76,55 @@ class Case:
     def config(self) -> dict[str, Any]:
         return {"model_type": self.model_type, **SIZES, **self.fields}
 
+
+DEEPSEEK = Case(
+    replace(
+        DENSE,
+        num_layers=3,
+        num_query_groups=None,
+        num_experts=8,
+        moe_router_topk=4,
+        qk_layernorm=True,
+        core={
+            **LATENT,
+            "moe_layer_freq": [0, 1, 1],
+            "moe_ffn_hidden_size": 32,
+            "moe_shared_expert_intermediate_size": 64,
+            "moe_router_dtype": "fp32",
+            "moe_router_num_groups": 4,
+            "moe_router_group_topk": 2,
+            "moe_router_topk_scaling_factor": 2.5,
+        },
+    ),
+    "deepseek_v3",
+    {
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 4,
+        "head_dim": 8,
+        "rms_norm_eps": 1e-6,
+        "q_lora_rank": 24,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 12,
+        "n_routed_experts": 8,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 4,
+        "n_group": 4,
+        "topk_group": 2,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "moe_intermediate_size": 32,
+        "first_k_dense_replace": 1,
+    },
+)
+YARN = {
+    "rope_type": "yarn",
+    "rotary_scaling_factor": 4.0,
+    "mscale": 0.7,
+    "mscale_all_dim": 0.9,
+    "original_max_position_embeddings": 16,
+}
 
 CASES = {
     "llama": Case(DENSE, "llama"),
@@ -120,56 +176,43 @@ CASES = {
         },
     ),
     "mixtral": Case(SOFTMAX_MOE, "mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
-    "deepseek_v3": Case(
-        replace(
-            DENSE,
-            num_layers=3,
-            num_query_groups=None,
-            num_experts=8,
-            qk_layernorm=True,
-            core={
-                **LATENT,
-                "moe_layer_freq": [0, 1, 1],
-                "moe_ffn_hidden_size": 32,
-                "moe_shared_expert_intermediate_size": 64,
-                "moe_router_dtype": "fp32",
-                "moe_router_topk": 4,
-                "moe_router_num_groups": 4,
-                "moe_router_group_topk": 2,
-                "moe_router_topk_scaling_factor": 2.5,
+    "deepseek_v3": DEEPSEEK,
+    "deepseek_v3 with yarn": replace(
+        DEEPSEEK,
+        run=replace(DEEPSEEK.run, core={**DEEPSEEK.run.core, **YARN, "q_lora_rank": None}),
+        fields={
+            **DEEPSEEK.fields,
+            "q_lora_rank": None,
+            "rope_scaling": {
+                "type": "yarn",
+                "factor": 4.0,
+                "mscale": 0.7,
+                "mscale_all_dim": 0.9,
+                "beta_fast": 32,
+                "beta_slow": 1,
+                "original_max_position_embeddings": 16,
             },
-        ),
-        "deepseek_v3",
-        {
-            "num_hidden_layers": 3,
-            "num_key_value_heads": 4,
-            "head_dim": 8,
-            "rms_norm_eps": 1e-6,
-            "q_lora_rank": 24,
-            "kv_lora_rank": 32,
-            "qk_nope_head_dim": 16,
-            "qk_rope_head_dim": 8,
-            "v_head_dim": 12,
-            "n_routed_experts": 8,
-            "n_shared_experts": 2,
-            "num_experts_per_tok": 4,
-            "n_group": 4,
-            "topk_group": 2,
-            "norm_topk_prob": True,
-            "routed_scaling_factor": 2.5,
-            "moe_intermediate_size": 32,
-            "first_k_dense_replace": 1,
         },
     ),
 }
 
 
-def trained(rank: int, world_size: int, folder: str, names: list[str]) -> dict[str, torch.Tensor]:
-    """Train each case below `folder`, average its two checkpoints, and return the logits of those.
+@dataclass(frozen=True)
+class Computed:
+    """What Megatron says of one case.
 
-    `[2, 32, vocabulary]` float32, of Megatron's own model with the averaged weights.
+    Attributes:
+        logits: `[2, 32, vocabulary]` float32, of its own model with the averaged weights.
+        settings: its TransformerConfig, which Megatron-LM fills from arguments of the same names.
     """
-    logits = {}
+
+    logits: torch.Tensor
+    settings: dict[str, Any]
+
+
+def trained(rank: int, world_size: int, folder: str, names: list[str]) -> dict[str, Computed]:
+    """Train each case below `folder`; its two checkpoints become an average and an export."""
+    computed = {}
     for name in names:
         run = CASES[name].run
         root, save = str(Path(folder) / name), str(Path(folder) / f"{name} merged")
@@ -178,12 +221,57 @@ def trained(rank: int, world_size: int, folder: str, names: list[str]) -> dict[s
         for _ in range(2):
             trainer.train(1)
             trainer.save(root)
-        merge(MergeRequest(load=root, save=save, selection=SelectionRequest(last=2)))
+        merge(
+            MergeRequest(
+                load=root,
+                save=save,
+                export=str(Path(folder) / f"{name} exported"),
+                like=str(_template(Path(folder) / f"{name} template", CASES[name])),
+                dtype="fp32",
+                selection=SelectionRequest(last=2),
+            )
+        )
         _shake(trainer)
         trainer.load(save)
-        logits[name] = _logits(trainer)
+        settings = {
+            name: value
+            for name, value in vars(trainer.models[0].config).items()
+            if value is None or isinstance(value, (bool, int, float, str, list))
+        }
+        computed[name] = Computed(_logits(trainer), settings)
         trainer.close()
-    return logits
+    return computed
+
+
+PARALLEL = {
+    "qwen2": {"tensor_model_parallel_size": 2},
+    "llama, tied": {"pipeline_model_parallel_size": 2},
+    "qwen3_moe, dense first": {"expert_model_parallel_size": 2},
+}
+"""Cases that two ranks train in parts."""
+
+
+def trained_in_parts(rank: int, world_size: int, folder: str) -> dict[str, float]:
+    """Train and save `PARALLEL` once; the loss of each on one held-out global batch."""
+    losses = {}
+    for name, sizes in PARALLEL.items():
+        trainer = TinyTrainer(replace(CASES[name].run, **sizes))
+        trainer.train(2)
+        trainer.save(Path(folder) / name)
+        losses[name] = trainer.evaluate(1)
+        trainer.close()
+    return losses
+
+
+def held_out_batch() -> tuple[torch.Tensor, torch.Tensor]:
+    """What `evaluate(1)` takes the loss of: inputs and labels, each `[4, 32]`."""
+    return corpus.batch(
+        list(range(DENSE.global_batch_size)),
+        seq_length=DENSE.seq_length,
+        seed=DENSE.seed,
+        vocab_size=PADDED,
+        held_out=True,
+    )
 
 
 def tokens() -> torch.Tensor:
@@ -198,6 +286,12 @@ def loss_of(logits: torch.Tensor) -> float:
     """Mean cross-entropy of `tokens()` over the vocabulary without its padding."""
     labels = tokens()[:, 1:]
     return float(functional.cross_entropy(logits[..., :VOCABULARY].flatten(0, 1), labels.flatten()))
+
+
+def _template(folder: Path, case: Case) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(case.config))
+    return folder
 
 
 def _shake(trainer: TinyTrainer) -> None:
@@ -312,6 +406,7 @@ def _grouped(hf: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def _latent(hf: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     names = {
+        "q_proj": "linear_q_proj",
         "q_a_proj": "linear_q_down_proj",
         "q_a_layernorm": "q_layernorm",
         "q_b_proj": "linear_q_up_proj",
@@ -323,4 +418,5 @@ def _latent(hf: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {
         f"self_attention.{ours}.weight": hf[f"self_attn.{theirs}.weight"]
         for theirs, ours in names.items()
+        if f"self_attn.{theirs}.weight" in hf
     }

@@ -177,6 +177,7 @@ def test_what_is_missing_or_left_out_is_said(
         "has no tokenizer",
         "modeling_own.py",
         "not copied from",
+        "is left out: what is exported is not quantized",
         "chart.png, onnx",
         "quantization_config",
         "names the dtype 'float8_e4m3fn'",

@@ -11,37 +11,39 @@ import family_models
 import numpy as np
 import pytest
 import torch
-from family_models import CASES
+from family_models import CASES, TOLERANCE, Computed
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from oracle import read_by_torch
+from pma_megatron.errors import PlanError
 from pma_megatron.export.families import export_map
 from pma_megatron.export.tensors import ExportTensor
+from pma_megatron.formats.torch_dist.checkpoint import TorchDistCheckpoint
 from pma_megatron.formats.torch_dist.source import read_source
 from pma_megatron.testing import run_ranks
 
-TOLERANCE = 1e-4
 TABLES = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
-    """Folder of the runs and of their averages, and the logits of Megatron with those."""
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Computed]]:
+    """Folder of the runs and of their averages, and what Megatron computes with those."""
     folder = tmp_path_factory.mktemp("families")
     return folder, run_ranks(family_models.trained, 1, str(folder), list(CASES), timeout_s=240)[0]
 
 
 @pytest.fixture(scope="module")
-def weights(runs: tuple[Path, dict[str, torch.Tensor]]) -> dict[str, dict[str, torch.Tensor]]:
+def weights(runs: tuple[Path, dict[str, Computed]]) -> dict[str, dict[str, torch.Tensor]]:
     """Case -> key -> averaged weight, read by torch itself."""
     return {name: weights_of(merged(runs[0], name)) for name in CASES}
 
 
 @pytest.fixture(scope="module")
-def logits(runs: tuple[Path, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    return runs[1]
+def logits(runs: tuple[Path, dict[str, Computed]]) -> dict[str, torch.Tensor]:
+    return {name: computed.logits for name, computed in runs[1].items()}
 
 
 def merged(folder: Path, name: str) -> Path:
@@ -76,6 +78,10 @@ def opened(folder: Path, config: Mapping[str, Any], tensors: dict[str, torch.Ten
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return loaded(folder)
+
+
+def loaded(folder: Path) -> Any:
     model, told = AutoModelForCausalLM.from_pretrained(
         folder, output_loading_info=True, dtype=torch.float32, attn_implementation="eager"
     )
@@ -97,14 +103,25 @@ def shapes(weights: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_logits_and_loss_are_megatrons(
-    weights: dict[str, dict[str, torch.Tensor]],
-    logits: dict[str, torch.Tensor],
-    name: str,
-    tmp_path: Path,
+def test_the_arguments_of_the_checkpoint_fit(
+    runs: tuple[Path, dict[str, Computed]], weights: dict[str, dict[str, torch.Tensor]], name: str
 ) -> None:
+    stored = TorchDistCheckpoint(merged(runs[0], name)).args()
+    arguments = {**stored, **runs[1][name].settings, **family_models.ROTARY}
+    config, there = CASES[name].config, shapes(weights[name])
+    export_map(config, there, arguments)
+    for field, argument in (("rms_norm_eps", "layernorm_epsilon"), ("rope_theta", "rotary_base")):
+        with pytest.raises(PlanError, match=f"trained with {argument}=.*, and {field} is 0.5"):
+            export_map({**config, field: 0.5}, there, arguments)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_and_loss_are_megatrons(
+    runs: tuple[Path, dict[str, Computed]], logits: dict[str, torch.Tensor], name: str
+) -> None:
+    """Of the folder that a merge with `export` wrote, opened by transformers."""
     ours = logits[name]
-    theirs = hf_logits(opened(tmp_path, CASES[name].config, exported(name, weights[name])))
+    theirs = hf_logits(loaded(runs[0] / f"{name} exported"))
     assert ours.std() > 0.3
     assert (ours[..., : theirs.shape[-1]] - theirs).abs().max() < TOLERANCE
     assert abs(family_models.loss_of(ours) - family_models.loss_of(theirs)) < TOLERANCE
@@ -181,3 +198,26 @@ def test_a_wrong_order_would_be_seen(
     changed[f"decoder.layers.{key}"] = torch.stack([change(layer) for layer in stacked])
     theirs = hf_logits(opened(tmp_path, CASES[name].config, exported(name, changed)))
     assert (logits[name][..., : theirs.shape[-1]] - theirs).abs().max() > 100 * TOLERANCE
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
+    """Folder of the runs of two ranks, and the loss of each as Megatron evaluates it."""
+    folder = tmp_path_factory.mktemp("parts")
+    return folder, run_ranks(family_models.trained_in_parts, 2, str(folder))[0]
+
+
+@pytest.mark.parametrize("name", family_models.PARALLEL)
+def test_a_model_that_was_trained_in_parts(
+    parts: tuple[Path, dict[str, float]], name: str, tmp_path: Path
+) -> None:
+    """Tensor, pipeline and expert parallelism; the whole padded vocabulary is exported here."""
+    config = {**CASES[name].config, "vocab_size": family_models.PADDED}
+    weights = weights_of(next((parts[0] / name).glob("iter_*")))
+    found = export_map(config, shapes(weights))
+    assert found.notes == ()
+    model = opened(tmp_path, config, filled(found.tensors, weights))
+    inputs, labels = family_models.held_out_batch()
+    with torch.no_grad():
+        theirs = functional.cross_entropy(model(inputs).logits.flatten(0, 1), labels.flatten())
+    assert abs(parts[1][name] - float(theirs)) < TOLERANCE

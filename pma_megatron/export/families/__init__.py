@@ -7,22 +7,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 from pma_megatron.errors import PlanError
 from pma_megatron.export.families import deepseek_v3, llama, mixtral, qwen2, qwen3
 from pma_megatron.export.families.blocks import Layout
-from pma_megatron.export.families.config import Config
+from pma_megatron.export.families.config import Config, told
 from pma_megatron.export.families.placing import placed
+from pma_megatron.export.families.trained import Arguments, Trained, compare, vocabulary
 from pma_megatron.export.tensors import ExportMap, ExportTensor
 
-KNOWN: Mapping[str, Callable[[Config], Layout]] = {
-    model_type: family.layout
+
+class Family(Protocol):
+    """What a file of this folder offers."""
+
+    MODEL_TYPES: tuple[str, ...]
+
+    def layout(self, config: Config) -> Layout:
+        """What is stored of the model that `config` describes, and what becomes of it."""
+
+    def arguments(self, config: Config, given: Arguments) -> tuple[Trained, ...]:
+        """What the training arguments `given` must be for that model to compute the same."""
+
+
+KNOWN: Mapping[str, Family] = {
+    model_type: family
     for family in (llama, qwen2, qwen3, mixtral, deepseek_v3)
     for model_type in family.MODEL_TYPES
 }
-"""`model_type` of config.json -> the family's layout."""
+"""`model_type` of config.json -> the family."""
 
 _NOT_BY_ROWS = {
     "gpt_oss": "its experts are stored transposed, with the rows of gate and other half by turns, "
@@ -30,7 +44,11 @@ _NOT_BY_ROWS = {
 }
 
 
-def export_map(config: Mapping[str, Any], weights: Mapping[str, tuple[int, ...]]) -> ExportMap:
+def export_map(
+    config: Mapping[str, Any],
+    weights: Mapping[str, tuple[int, ...]],
+    arguments: Mapping[str, Any] | None = None,
+) -> ExportMap:
     """The tensors of the model that `config` describes, filled from `weights`, and what is left.
 
     `config` is a parsed `config.json` and need not be trusted; `weights` are a checkpoint's model
@@ -39,8 +57,12 @@ def export_map(config: Mapping[str, Any], weights: Mapping[str, tuple[int, ...]]
     writes it where dense and MoE layers alternate (`--moe-layer-freq` as a list). Names are those
     of the family's files, as transformers and vLLM read them: an expert has tensors of its own.
 
+    `arguments` are those of training, as the checkpoint keeps them (`Common`'s `args`): what shapes
+    do not show, such as the rotary base, is compared as far as they say it.
+
     Raises PlanError for an unknown `model_type`, a field of the wrong type, an option that the
-    family's map cannot express, and a checkpoint that misses tensors, has others, or other shapes.
+    family's map cannot express, a checkpoint that misses tensors, has others, or other shapes, and
+    arguments of training that contradict `config`.
 
     >>> config = {"model_type": "llama", "num_hidden_layers": 1, "hidden_size": 2,
     ...           "intermediate_size": 3, "num_attention_heads": 1, "vocab_size": 5}
@@ -68,14 +90,25 @@ def export_map(config: Mapping[str, Any], weights: Mapping[str, tuple[int, ...]]
     if family is None:
         why = _NOT_BY_ROWS.get(checked.model_type)
         raise PlanError(
-            f"config.json: model_type {checked.model_type!r} cannot be exported"
-            f"{f' ({why})' if why else ''}. Known are {', '.join(sorted(KNOWN))}"
+            f"config.json: model_type {told(config.get('model_type'))} cannot be exported"
+            f"{f': {why}' if why else ''}. Known are {', '.join(sorted(KNOWN))}"
         )
-    return placed(family(checked), weights)
+    if "quantization_config" in checked:
+        raise PlanError(
+            "config.json: quantization_config describes other weights than an export has, which "
+            "are not quantized: remove that field"
+        )
+    found = placed(family.layout(checked), weights)
+    if arguments:
+        wanted = (*family.arguments(checked, arguments), *vocabulary(checked, arguments))
+        compare(wanted, arguments)
+    return found
 
 
 def tensors_of(
-    config: Mapping[str, Any], weights: Mapping[str, tuple[int, ...]]
+    config: Mapping[str, Any],
+    weights: Mapping[str, tuple[int, ...]],
+    arguments: Mapping[str, Any] | None = None,
 ) -> tuple[ExportTensor, ...]:
     """The tensors of `export_map`, for those who need no notes."""
-    return export_map(config, weights).tensors
+    return export_map(config, weights, arguments).tensors

@@ -152,6 +152,15 @@ def head_dim(config: Config) -> Axis:
     return Axis(hidden.size // heads.size, (*hidden.fields, *heads.fields))
 
 
+def window(config: Config) -> int | None:
+    """Tokens that attention reaches back to, itself included; None if that is no limit."""
+    if "sliding_window" not in config:
+        return None
+    reach = config.axis("sliding_window").size
+    longest = config.axis("max_position_embeddings").size
+    return reach if reach < longest else None
+
+
 def linear(name: str, key: str, axes: tuple[Axis, Axis], *, bias: bool = False) -> list[Stored]:
     """A linear layer, `[out, in]` on both sides."""
     leaves = _leaves(axes, bias=bias)

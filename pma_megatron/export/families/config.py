@@ -52,7 +52,7 @@ class Config:
     def __init__(self, fields: Mapping[str, Any]) -> None:
         if not isinstance(fields, Mapping):
             raise PlanError(
-                f"config.json: expected an object of fields, found {_told(fields)}. "
+                f"config.json: expected an object of fields, found {told(fields)}. "
                 "Give the folder of a model of the wanted family"
             )
         self._fields = fields
@@ -77,7 +77,7 @@ class Config:
         whole = isinstance(value, int) and not isinstance(value, bool)
         if not whole or not least <= value <= LARGEST:
             raise PlanError(
-                f"config.json: {name} must be a whole number from {least} on, found {_told(value)}"
+                f"config.json: {name} must be a whole number from {least} on, found {told(value)}"
             )
         return Axis(value, (f"{name}={value}",))
 
@@ -87,7 +87,7 @@ class Config:
         if value is None:
             return False
         if not isinstance(value, bool):
-            raise PlanError(f"config.json: {name} must be true or false, found {_told(value)}")
+            raise PlanError(f"config.json: {name} must be true or false, found {told(value)}")
         return value
 
     def numbers(self, name: str) -> frozenset[int]:
@@ -96,8 +96,51 @@ class Config:
         if value is None:
             return frozenset()
         if not isinstance(value, list) or not all(type(each) is int for each in value):
-            raise PlanError(f"config.json: {name} must be a list of numbers, found {_told(value)}")
+            raise PlanError(f"config.json: {name} must be a list of numbers, found {told(value)}")
         return frozenset(value)
+
+    def number(self, name: str) -> float | None:
+        """A number of the file itself or of its rotary embedding, None if it is not there."""
+        value = self._fields.get(name)
+        if value is None:
+            value = self._rope.get(name)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise PlanError(f"config.json: {name} must be a number, found {told(value)}")
+        return value
+
+    @property
+    def rope_type(self) -> str:
+        """How the rotary embedding is scaled; `default` if it is not.
+
+        `rope_scaling` holds it, or `rope_parameters` in what transformers 5 writes; `type` is the
+        older name.
+        """
+        value = self._rope.get("rope_type", self._rope.get("type"))
+        if value is not None and not isinstance(value, str):
+            raise PlanError(f"config.json: rope_type must be a name, found {told(value)}")
+        return value or "default"
+
+    @property
+    def _rope(self) -> Mapping[str, Any]:
+        for name in ("rope_parameters", "rope_scaling"):
+            value = self._fields.get(name)
+            if value is not None and not isinstance(value, Mapping):
+                raise PlanError(f"config.json: {name} must be an object, found {told(value)}")
+            if value is not None:
+                return value
+        return {}
+
+    def require_rope(self, why: str, **values: float) -> None:
+        """Refuse the configuration unless these numbers of the rotary embedding are there."""
+        for name, value in values.items():
+            found = self.number(name)
+            if found != value:
+                raise PlanError(
+                    f"config.json: {name} of the rotary embedding is {found}, and this export "
+                    f"needs {value}: {why}"
+                )
 
     def require(self, why: str, **values: Any) -> None:
         """Refuse the configuration unless every field has this value or is not there."""
@@ -105,11 +148,11 @@ class Config:
             found = self._fields.get(name)
             if found is not None and (type(found) is not type(value) or found != value):
                 raise PlanError(
-                    f"config.json: {name} is {_told(found)}, and this export needs {value!r}: {why}"
+                    f"config.json: {name} is {told(found)}, and this export needs {value!r}: {why}"
                 )
 
 
-def _told(value: Any) -> str:
+def told(value: Any) -> str:
     """A value of unknown type and size, short enough for a message."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -8,9 +8,10 @@ as pairs of neighbours, so no row moves.
 
 from __future__ import annotations
 
-from pma_megatron.export.families import blocks
+from pma_megatron.export.families import blocks, trained
 from pma_megatron.export.families.blocks import Layout, Stored, same
 from pma_megatron.export.families.config import Axis, Config
+from pma_megatron.export.families.trained import Arguments, Trained
 
 MODEL_TYPES = ("deepseek_v3",)
 
@@ -23,6 +24,7 @@ def layout(config: Config) -> Layout:
     config.require("the first layers alone are dense", moe_layer_freq=1)
     config.require("the router's bias is that of `noaux_tc`", topk_method="noaux_tc")
     config.require("the router's bias belongs to sigmoid scores", scoring_func="sigmoid")
+    config.require("Megatron's shares of the chosen experts sum to 1", norm_topk_prob=True)
     dense = config.axis("first_k_dense_replace", least=0).size
     hidden = config.axis("hidden_size")
     ends = (*blocks.norms(config), *_latent_attention(config))
@@ -33,6 +35,15 @@ def layout(config: Config) -> Layout:
         return (*ends, *blocks.gated_mlp(hidden, config.axis("intermediate_size")))
 
     return blocks.whole_model(config, layer)
+
+
+def arguments(config: Config, given: Arguments) -> tuple[Trained, ...]:
+    """What training must have been told."""
+    return (
+        *trained.common(config),
+        *trained.sigmoid_router(config),
+        *trained.latent_rope(config, given),
+    )
 
 
 def _latent_attention(config: Config) -> tuple[Stored, ...]:

@@ -5,9 +5,10 @@ Source: transformers `models/llama/modeling_llama.py`, `models/mistral/modeling_
 
 from __future__ import annotations
 
-from pma_megatron.export.families import blocks
+from pma_megatron.export.families import blocks, trained
 from pma_megatron.export.families.blocks import Layout
 from pma_megatron.export.families.config import Config
+from pma_megatron.export.families.trained import Arguments, Trained
 
 MODEL_TYPES = ("llama", "mistral")
 
@@ -24,3 +25,9 @@ def layout(config: Config) -> Layout:
         *blocks.gated_mlp(hidden, inner, bias=config.flag("mlp_bias")),
     )
     return blocks.whole_model(config, lambda number: layer)
+
+
+def arguments(config: Config, given: Arguments) -> tuple[Trained, ...]:
+    """What training must have been told; Mistral alone has a window."""
+    window = blocks.window(config) if config.model_type == "mistral" else None
+    return (*trained.common(config), *trained.grouped_attention(config, window=window))

@@ -7,9 +7,10 @@ and stacks when it loads them.
 
 from __future__ import annotations
 
-from pma_megatron.export.families import blocks
+from pma_megatron.export.families import blocks, trained
 from pma_megatron.export.families.blocks import Layout
 from pma_megatron.export.families.config import Config
+from pma_megatron.export.families.trained import Arguments, Trained
 
 MODEL_TYPES = ("mixtral",)
 
@@ -29,3 +30,12 @@ def layout(config: Config) -> Layout:
         ),
     )
     return blocks.whole_model(config, lambda number: layer)
+
+
+def arguments(config: Config, given: Arguments) -> tuple[Trained, ...]:
+    """What training must have been told; shares of the chosen experts always sum to 1."""
+    return (
+        *trained.common(config),
+        *trained.grouped_attention(config, window=blocks.window(config)),
+        *trained.softmax_router(config, normalised=True),
+    )

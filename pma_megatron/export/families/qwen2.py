@@ -5,9 +5,10 @@ Source: transformers `models/qwen2/modeling_qwen2.py`.
 
 from __future__ import annotations
 
-from pma_megatron.export.families import blocks
+from pma_megatron.export.families import blocks, trained
 from pma_megatron.export.families.blocks import Layout
 from pma_megatron.export.families.config import Config
+from pma_megatron.export.families.trained import Arguments, Trained
 
 MODEL_TYPES = ("qwen2",)
 
@@ -22,3 +23,9 @@ def layout(config: Config) -> Layout:
         *blocks.gated_mlp(hidden, inner),
     )
     return blocks.whole_model(config, lambda number: layer)
+
+
+def arguments(config: Config, given: Arguments) -> tuple[Trained, ...]:
+    """What training must have been told; a window would be in some layers alone."""
+    config.require("Megatron has a window in all layers or none", use_sliding_window=False)
+    return (*trained.common(config), *trained.grouped_attention(config))

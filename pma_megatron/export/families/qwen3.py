@@ -5,9 +5,10 @@ Source: transformers `models/qwen3/modeling_qwen3.py`, `models/qwen3_moe/modelin
 
 from __future__ import annotations
 
-from pma_megatron.export.families import blocks
+from pma_megatron.export.families import blocks, trained
 from pma_megatron.export.families.blocks import Layout, Stored
 from pma_megatron.export.families.config import Config
+from pma_megatron.export.families.trained import Arguments, Trained
 
 MODEL_TYPES = ("qwen3", "qwen3_moe")
 
@@ -27,6 +28,15 @@ def layout(config: Config) -> Layout:
         return (*ends, *blocks.gated_mlp(hidden, config.axis("intermediate_size")))
 
     return blocks.whole_model(config, layer)
+
+
+def arguments(config: Config, given: Arguments) -> tuple[Trained, ...]:
+    """What training must have been told; a window would be in some layers alone."""
+    config.require("Megatron has a window in all layers or none", use_sliding_window=False)
+    found = (*trained.common(config), *trained.grouped_attention(config))
+    if config.model_type == "qwen3":
+        return found
+    return (*found, *trained.softmax_router(config, normalised=config.flag("norm_topk_prob")))
 
 
 def _is_sparse(config: Config, number: int) -> bool:
