@@ -125,6 +125,9 @@ def test_one_pass_gives_what_a_merge_and_then_an_export_give(
     checkpoint, model = made
     export_model(checkpoint, save=tmp_path / "after", like=like)
     assert (tmp_path / "after" / MODEL).read_bytes() == (model / MODEL).read_bytes()
+    card = (tmp_path / "after" / "README.md").read_text()
+    assert f"`{checkpoint}`" in card and "Weighted average (sma):" in card
+    assert all(f"iter_{iteration:07d}`" in card for iteration in (2, 4, 6))
     assert verify(checkpoint, deep=True).deep
 
 

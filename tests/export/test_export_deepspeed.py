@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,21 @@ def test_configuration_and_tokenizer_come_from_a_folder(
     (like / "config.json").write_text(json.dumps({"vocab_size": 9, "hidden_size": 4}))
     with pytest.raises(PlanError, match=r"vocab_size 9 and hidden_size 4"):
         export_model(trained[0] / "zero1", save=tmp_path / "other", like=like)
+
+
+def test_what_a_trainer_saves_beside_its_checkpoint_is_taken(
+    trained: tuple[Path, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "checkpoint-6"
+    shutil.copytree(tag(trained[0] / "zero1"), folder / "global_step6")
+    (folder / "config.json").write_text(json.dumps({"model_type": "own", "dtype": "bfloat16"}))
+    for name in ("tokenizer.json", "trainer_state.json"):
+        (folder / name).write_text("{}")
+    export_model(folder / "global_step6", save=tmp_path / "model")
+    assert "which the trainer saved beside the checkpoint" in caplog.text
+    there = {path.name for path in (tmp_path / "model").iterdir()}
+    assert {"config.json", "tokenizer.json"} <= there and "trainer_state.json" not in there
+    assert verify(tmp_path / "model", deep=True).deep
 
 
 def test_what_model_parallelism_divided_is_refused(
