@@ -57,6 +57,9 @@ MERGE = COMMON | {
     "--timeout",
     "--allow-gaps",
     "--check-sources",
+    "--export",
+    "--like",
+    "--max-shard-size",
 }
 SCORE = COMMON | {
     "--load",
@@ -78,6 +81,18 @@ SCORE = COMMON | {
 FLAGS = {
     "merge": MERGE,
     "plan": MERGE,
+    "export": COMMON
+    | {
+        "--check-sources",
+        "--dtype",
+        "--like",
+        "--max-shard-size",
+        "--overwrite",
+        "--save",
+        "--threads",
+        "--timeout",
+        "path",
+    },
     "recover": COMMON
     | {
         "--alpha",

@@ -15,6 +15,8 @@ from pma_megatron import MergeRequest, SelectionRequest, merge
 from pma_megatron.testing import TinyConfig, TinyTrainer, corpus
 from pma_megatron.testing.core_api import evaluating, unwrap
 
+TOLERANCE = 1e-4
+"""Between two float32 implementations of one model: of a logit, and of a loss."""
 VOCABULARY, PADDED = 96, 128
 DENSE = TinyConfig(
     num_layers=2,

@@ -11,7 +11,7 @@ import family_models
 import numpy as np
 import pytest
 import torch
-from family_models import CASES, Computed
+from family_models import CASES, TOLERANCE, Computed
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn import functional
@@ -25,7 +25,6 @@ from pma_megatron.formats.torch_dist.checkpoint import TorchDistCheckpoint
 from pma_megatron.formats.torch_dist.source import read_source
 from pma_megatron.testing import run_ranks
 
-TOLERANCE = 1e-4
 TABLES = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
