@@ -32,6 +32,7 @@ MIXTRAL = {
     "num_experts_per_tok": 2,
     "sliding_window": None,
 }
+DEEPSEEK = {"model_type": "deepseek_v3", "first_k_dense_replace": 1, "n_routed_experts": 8}
 ARGUMENTS: dict[str, Any] = {
     "normalization": "RMSNorm",
     "swiglu": True,
@@ -208,7 +209,7 @@ BAD_FIELDS: dict[str, tuple[Any, str]] = {
     "hidden_size   ": (True, "hidden_size must be a whole number from 1 on, found True"),
     "hidden_size    ": (0, "hidden_size must be a whole number from 1 on, found 0"),
     "vocab_size": (10**30, "vocab_size must be a whole number"),
-    "num_hidden_layers": (10**9, "the checkpoint has 2 layers, and config.json says num_hidden"),
+    "num_hidden_layers": (10**9, "linear_fc1.layer_norm_weight) than config.json says (num_hidden"),
     "num_attention_heads": (3, "num_attention_heads=3 is not a multiple of num_key_value_heads=2"),
     "tie_word_embeddings": ("no", "tie_word_embeddings must be true or false, found 'no'"),
     "hidden_act": ("gelu", "hidden_act is 'gelu', and this export needs 'silu'"),
@@ -266,7 +267,7 @@ BAD_WEIGHTS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "one layer more": (
         {LAYER + "mlp.linear_fc2.weight": (3, 8, 6)},
-        "the checkpoint has 2 and 3 layers, and config.json says num_hidden_layers=2",
+        "another number of layers (3 by decoder.layers.mlp.linear_fc2.weight) than config.json",
     ),
 }
 
@@ -276,6 +277,18 @@ def test_weights_that_do_not_fit_are_named(wrong: str) -> None:
     changes, words = BAD_WEIGHTS[wrong]
     weights = llama_weights() | changes
     assert words in refusal(LLAMA, {key: shape for key, shape in weights.items() if shape})
+
+
+def test_a_checkpoint_without_layers_is_refused_before_they_are_counted() -> None:
+    config = {**LLAMA, "num_hidden_layers": 1 << 40}
+    assert "none, no decoder.layers.*" in refusal(config, {"output_layer.weight": (16, 8)})
+
+
+def test_a_prefix_of_all_keys_is_kept() -> None:
+    weights = {f"module.{key}": shape for key, shape in llama_weights().items()}
+    without, with_it = exported(LLAMA, llama_weights()), exported(LLAMA, weights)
+    assert without.keys() == with_it.keys()
+    assert all(np.array_equal(without[name], with_it[name]) for name in without)
 
 
 def test_tied_embeddings_have_no_output_layer() -> None:
@@ -370,6 +383,29 @@ def test_new_and_old_ways_to_write_the_rotary_embedding_agree() -> None:
     )
     yarn = {**LLAMA, "rope_scaling": {"type": "yarn", "factor": 4.0}}
     assert "rope_type of config.json is 'yarn'" in refusal(yarn, llama_weights(), ARGUMENTS)
+
+
+def test_a_window_of_some_layers_is_refused() -> None:
+    qwen = {**LLAMA, "model_type": "qwen2"}
+    weights = llama_weights() | {LAYER + "self_attention.linear_qkv.bias": (2, 24)}
+    export_map(qwen | {"layer_types": ["full_attention"] * 2}, weights, ARGUMENTS)
+    for field in (
+        {"use_sliding_window": True, "sliding_window": 16},
+        {"layer_types": ["full_attention", "sliding_attention"]},
+        {"layer_types": 3},
+    ):
+        assert next(iter(field)) in refusal(qwen | field, weights, ARGUMENTS)
+
+
+def test_a_window_that_is_not_spoken_of_is_not_guessed() -> None:
+    """Where Mistral's configuration has none, transformers takes one of 4096 tokens."""
+    mistral = {**LLAMA, "model_type": "mistral"}
+    assert "sliding_window is missing" in refusal(mistral, llama_weights(), ARGUMENTS)
+
+
+def test_groups_of_experts_that_transformers_rates_otherwise_are_refused() -> None:
+    config = {**LLAMA, **DEEPSEEK, "num_experts_per_tok": 8, "n_group": 4, "topk_group": 2}
+    assert "and Megatron by the best 4" in refusal(config, {})
 
 
 def test_a_window_that_is_no_limit_is_none() -> None:
