@@ -60,6 +60,7 @@ setup(
         "isal>=1.8",  # crc32 at memory speed, crc32_combine
         "numpy>=1.24",
         "rich>=13",
+        "safetensors>=0.4.3",  # opens every exported file before it is published
         "torch>=2.4",  # trainers of today ask for more themselves: megatron-core 0.16 for 2.6
     ],
     extras_require={

@@ -273,6 +273,7 @@ FOREIGN = {
     },
     "Megatron-DeepSpeed": {"--deepspeed", "--kd", "--mos", "--universal-checkpoint"},
     "DeepSpeed's converter": {"--inject_missing_state", "--input_folder", "--output_folder"},
+    "hf": {"--local-dir"},
     "lm_eval": {"--device", "--model", "--model_args", "--tasks"},
     "launch/": {"--dry-run", "--list", "--points", "--recipes", "--seeds"},
     "patches/apply.sh": {"--check", "--reverse"},

@@ -31,6 +31,7 @@ PUBLIC = {
         "RecoveryRequest",
         "SelectionRequest",
         "__version__",
+        "export_model",
         "inspect",
         "list_checkpoints",
         "merge",

@@ -235,10 +235,9 @@ def inspected(found: Inspection) -> None:
     console = new_console()
     ref = found.ref
     said = [ref.format, f"iteration {ref.iteration}", f"{_tokens(ref)} tokens"]
-    if found.groups:
-        if found.topology:  # an export has none, nor anything but weights
-            said += [found.topology, f"optimizer layout {found.optimizer_layout}"]
-            said.append(f"{found.objects} objects")
+    if found.groups and found.topology:  # an export has none, nor anything but weights
+        said += [found.topology, f"optimizer layout {found.optimizer_layout}"]
+        said.append(f"{found.objects} objects")
     said.append(f"{found.files} files, {_size(found.bytes)}")
     console.print(f"{ref.path}: {', '.join(said)}", soft_wrap=True)
     table = new_table("tensors", "what", "tensors", "elements", "bytes", "dtypes")

@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 _TAGS = ("merge", "pma")
 
 
+@dataclass(frozen=True, slots=True)
+class Averaged:
+    """What an average is of: `path`, `iteration` and `consumed_tokens` of each source, oldest
+    first, and a coefficient each; `method` says how those were made."""
+
+    method: str
+    sources: Sequence[Mapping[str, Any]]
+    coefficients: Sequence[float]
+
+    @property
+    def used(self) -> list[tuple[Mapping[str, Any], float]]:
+        """The sources that count."""
+        pairs = zip(self.sources, self.coefficients, strict=True)
+        return [(source, value) for source, value in pairs if value != 0]
+
+
 def card(
     *,
     config: Mapping[str, Any] | None,
-    method: str,
-    sources: Sequence[Mapping[str, Any]],
-    coefficients: Sequence[float],
+    averages: Sequence[Averaged],
     dtype: str,
     parameters: int,
     version: str,
@@ -22,38 +37,29 @@ def card(
 
     Args:
         config: of the model; None where the export has none.
-        method: how coefficients were made, in words.
-        sources: `path`, `iteration` and `consumed_tokens` of each, oldest first.
-        coefficients: one per source.
+        averages: what the model is of; then what that is of, where it is a merged checkpoint.
         dtype: of the stored weights.
         parameters: how many there are.
         version: of this package.
     """
-    used = [(s, c) for s, c in zip(sources, coefficients, strict=True) if c != 0]
+    told = [average for average in averages if len(average.used) > 1]
     causal = config is not None and any(
         isinstance(name, str) and name.endswith("ForCausalLM")
         for name in _listed(config.get("architectures"))
     )
     front = ["---", *(["library_name: transformers"] if config is not None else [])]
     front += ["pipeline_tag: text-generation"] if causal else []
-    front += ["tags:", *(f"- {tag}" for tag in (_TAGS if len(used) > 1 else _TAGS[1:])), "---"]
-    what = "Weighted average of checkpoints" if len(used) > 1 else "A checkpoint"
+    front += ["tags:", *(f"- {tag}" for tag in (_TAGS if told else _TAGS[1:])), "---"]
+    what = "Average of checkpoints" if told else "A checkpoint"
     lines = [
         *front,
         "",
         f"# {what} of one pre-training run",
         "",
-        f"{parameters:,} parameters, stored in {dtype}, exported by pma_megatron {version} "
-        f"({method}).",
-        "",
-        "| iteration | tokens | coefficient | source |",
-        "|---:|---:|---:|---|",
+        f"{parameters:,} parameters, stored in {dtype}, exported by pma_megatron {version}.",
     ]
-    for source, value in used:
-        tokens = source.get("consumed_tokens")
-        count = "unknown" if tokens is None else f"{tokens:,}"
-        path = _plain(str(source["path"]))
-        lines.append(f"| {source['iteration']} | {count} | {value:.8g} | `{path}` |")
+    for average in averages:
+        lines += _table(average)
     lines += [
         "",
         "`pma.json` has the exact coefficients and the checksums of every file and tensor;",
@@ -61,6 +67,19 @@ def card(
         "",
     ]
     return "\n".join(lines).encode("utf-8", "replace")
+
+
+def _table(average: Averaged) -> list[str]:
+    rows = []
+    for source, value in average.used:
+        tokens = source.get("consumed_tokens")
+        count = "unknown" if tokens is None else f"{tokens:,}"
+        path = _plain(str(source["path"]))
+        rows.append(f"| {source['iteration']} | {count} | {value:.8g} | `{path}` |")
+    one = len(rows) == 1
+    said = "The weights of one checkpoint:" if one else f"Weighted average ({average.method}):"
+    head = ["| iteration | tokens | coefficient | source |", "|---:|---:|---:|---|"]
+    return ["", said, "", *head, *rows]
 
 
 def _listed(value: Any) -> list[Any]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from pma_megatron.base.boxes import Box
 from pma_megatron.errors import PlanError
+from pma_megatron.export.families import export_map as family_map
 from pma_megatron.export.tensors import ExportMap, ExportTensor, FilledBy
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -43,10 +44,9 @@ def export_map(
     if own_names:
         made = _as_named(config, weights)
     else:
-        from pma_megatron.export import families
-
         assert config is not None  # who asks has refused
-        made = families.export_map(config, weights, arguments)
+        assert config is not None  # who asks has refused
+        made = family_map(config, weights, arguments)
     _refuse_wrong(made.tensors, weights)
     return made
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,15 @@ COPIED_SUFFIXES = (".json", ".txt", ".model", ".tiktoken", ".jinja", ".vocab", "
 """Of files beside the weights: configuration, tokenizer, chat template, a model's own code."""
 COPIED_NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")
 """How the names of further files begin that go with a model wherever it goes."""
+OF_A_RUN = ("trainer_state.json", "zero_to_fp32.py", "zero_to_torch.py", "latest")
+"""What trainers write beside a configuration that says nothing of the model."""
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ot")
 """Suffixes of files that hold weights, none of which are copied."""
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 _MAX_BYTES = 64 << 20
 _HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+$")
+QUANTIZED_FIELDS = ("quantization_config", "compression_config")
+"""Of `config.json`: how weights are stored that are not copied."""
 _DTYPE_FIELDS = ("dtype", "torch_dtype")
 _SHOWN = 6
 
@@ -75,9 +79,9 @@ def read_template(path: str) -> Template:
     files, left, code = {}, [], []
     for each in sorted(folder.iterdir()):
         name = each.name
-        if name.startswith(".") or passing(each) or name in (CONFIG_FILE, CARD_FILE, *OWN_FILES):
+        if name.startswith(".") or passing(each) or _is_weights(name):
             continue
-        if _is_weights(name):
+        if name in (CONFIG_FILE, CARD_FILE, *OWN_FILES, *OF_A_RUN):
             continue
         if not each.is_file() or not _is_copied(name):
             left.append(name)
@@ -168,24 +172,14 @@ def _largest_token(data: bytes | None) -> int | None:
         return None
 
 
-def config_of(
-    config: Mapping[str, Any], dtype: str, say: Callable[[str], None] = lambda note: None
-) -> bytes:
+def config_of(config: Mapping[str, Any], dtype: str) -> bytes:
     """The `config.json` of an export whose weights are stored in `dtype`.
 
-    The dtype is set in whichever field the template has it, and the template's quantization is
-    taken out, for what is written is not quantized; `say` is told.
+    The dtype is set in whichever field the template has it.
 
     >>> config_of({"torch_dtype": "float32", "vocab_size": 8}, "bfloat16")
     b'{\\n  "torch_dtype": "bfloat16",\\n  "vocab_size": 8\\n}\\n'
     """
-    changed = dict(config)
-    fields = [field for field in _DTYPE_FIELDS if field in changed] or ["torch_dtype"]
-    changed.update(dict.fromkeys(fields, dtype))
-    for field in ("quantization_config", "compression_config"):
-        if changed.pop(field, None) is not None:
-            say(
-                f"{field} of the template's {CONFIG_FILE} was left out: what is written is not "
-                "quantized"
-            )
+    fields = [field for field in _DTYPE_FIELDS if field in config] or ["torch_dtype"]
+    changed = {**config, **dict.fromkeys(fields, dtype)}
     return (json.dumps(changed, indent=2, ensure_ascii=False) + "\n").encode()

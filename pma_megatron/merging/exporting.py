@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,17 @@ from pma_megatron.base.boxes import Box, Part, Piece, overlaps
 from pma_megatron.base.spelling import given, named
 from pma_megatron.errors import PlanError, UsageError
 from pma_megatron.export import files
-from pma_megatron.export.card import card
+from pma_megatron.export.card import Averaged, card
 from pma_megatron.export.files import Entry
 from pma_megatron.export.maps import export_map
-from pma_megatron.export.template import CARD_FILE, CONFIG_FILE, Template, config_of, read_template
+from pma_megatron.export.template import (
+    CARD_FILE,
+    CONFIG_FILE,
+    QUANTIZED_FIELDS,
+    Template,
+    config_of,
+    read_template,
+)
 from pma_megatron.export.tensors import ExportTensor
 from pma_megatron.formats import registry
 from pma_megatron.formats.base import Tensor
@@ -112,15 +119,19 @@ class ModelExport:
             "bytes": self.layout.nbytes,
         }
 
-    def card(
-        self, method: str, sources: Sequence[Mapping[str, Any]], coefficients: Sequence[float]
-    ) -> dict[str, bytes]:
-        """The model card of one output, by its name."""
+    def card(self, made: Mapping[str, Any]) -> dict[str, bytes]:
+        """The model card of one output, by its name; `made` is what its `pma.json` says."""
+        origins = [made] if "origin" not in made else [made, made["origin"]]
         text = card(
             config=self.config,
-            method=method,
-            sources=sources,
-            coefficients=coefficients,
+            averages=[
+                Averaged(
+                    each["output"]["method"],
+                    each["plan"]["sources"],
+                    each["output"]["coefficients"],
+                )
+                for each in origins
+            ],
             dtype=self.dtype,
             parameters=self.parameters,
             version=__version__,
@@ -141,7 +152,11 @@ def plan_export(request: MergeRequest, base: Source, rules: Rules) -> ModelExpor
         PlanError: the checkpoint is not of the template's model, or cannot be exported.
     """
     known = registry.get(base.format, base.path)
-    template = None if request.like is None else read_template(request.like)
+    template, beside = None, Path(base.path).parent
+    if request.like is not None:
+        template = read_template(request.like)
+    elif known.own_names and (beside / CONFIG_FILE).is_file():
+        template = _said(read_template(str(beside)))
     if template is None and not known.own_names:
         raise UsageError(
             f"{base.path} calls tensors as Megatron does, so an export needs {named('like')}, the "
@@ -150,16 +165,16 @@ def plan_export(request: MergeRequest, base: Source, rules: Rules) -> ModelExpor
         )
     weights = _weights(base, rules)
     shapes = {key: tensor.shape for key, tensor in weights.items()}
-    config = None if template is None else template.config
+    config, notes = _plain(template)
     arguments = known.common(Path(base.path))["args"]
     made = export_map(config, shapes, own_names=known.own_names, arguments=arguments)
-    dtype, notes = _dtype(request, template, base, weights)
+    dtype, said = _dtype(request, template, base, weights)
     entries = [Entry(t.name, _stored(t, dtype, base, weights), t.shape) for t in made.tensors]
-    notes += [*made.notes, *(_without(base) if template is None else template.notes)]
+    notes += [*said, *made.notes, *(_without(base) if template is None else template.notes)]
     small = {}
     name = str(dtype).removeprefix("torch.")
-    if template is not None:
-        small = {**template.files, CONFIG_FILE: config_of(template.config, name, notes.append)}
+    if template is not None and config is not None:
+        small = {**template.files, CONFIG_FILE: config_of(config, name)}
     layout, places = files.lay_out(entries, request.max_shard_bytes, _aliases(base, entries), small)
     return ModelExport(
         layout=layout,
@@ -171,6 +186,28 @@ def plan_export(request: MergeRequest, base: Source, rules: Rules) -> ModelExpor
         parameters=sum(entry.numel for entry in entries if entry.dtype.is_floating_point),
         notes=tuple(notes),
     )
+
+
+def _plain(template: Template | None) -> tuple[dict[str, Any] | None, list[str]]:
+    """The configuration without what says how the template's own weights were quantized."""
+    if template is None:
+        return None, []
+    gone = [field for field in QUANTIZED_FIELDS if template.config.get(field) is not None]
+    config = {k: v for k, v in template.config.items() if k not in QUANTIZED_FIELDS}
+    note = (
+        f"{', '.join(gone)} of {Path(template.path) / CONFIG_FILE} is left out: what is exported "
+        "is not quantized"
+    )
+    return config, [note] if gone else []
+
+
+def _said(beside: Template) -> Template:
+    """A template that nobody named: a trainer of the library saves one beside its checkpoint."""
+    note = (
+        f"configuration and tokenizer are those of {beside.path}, which the trainer saved beside "
+        f"the checkpoint; {named('like')} would name others"
+    )
+    return replace(beside, notes=(note, *beside.notes))
 
 
 def _weights(base: Source, rules: Rules) -> dict[str, Tensor]:

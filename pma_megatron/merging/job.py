@@ -228,8 +228,7 @@ def _finish(
     further = {}
     if target.folder is Folder.MODEL:
         assert plan.export is not None
-        sources, said = made["plan"]["sources"], made["output"]
-        further = plan.export.card(said["method"], sources, said["coefficients"])
+        further = plan.export.card(made)
     layout = plan.layouts[target.folder]
     comm.on_main("finish", lambda: finishing.finish(layout, target, parts, made, further))
 

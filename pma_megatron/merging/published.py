@@ -14,6 +14,7 @@ from pma_megatron.base.openfiles import is_folder
 from pma_megatron.base.spelling import FrontEnd, keywords, speaking, switch
 from pma_megatron.errors import CheckpointError, PmaError, RankError, VerifyError
 from pma_megatron.export.files import stored_in
+from pma_megatron.export.template import CONFIG_FILE
 from pma_megatron.formats.manifest import Marker, read_marker
 from pma_megatron.formats.marker import EXPORT, MARKER_FILE, ONLINE_AVERAGE, SNAPSHOT
 from pma_megatron.merging.exported import verify_model
@@ -198,7 +199,7 @@ def _exported_again(
         return replace(
             request,
             export=str(folder),
-            like=str(folder) if asked["like"] is not None else None,
+            like=str(folder) if (folder / CONFIG_FILE).is_file() else None,
             max_shard_bytes=int(asked["max_shard_bytes"]),
         )
     except (KeyError, TypeError, ValueError) as error:

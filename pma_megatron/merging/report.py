@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from pma_megatron.base.spelling import as_argument
-from pma_megatron.errors import CheckpointError
+from pma_megatron.errors import CheckpointError, VerifyError
 from pma_megatron.formats import registry
 from pma_megatron.formats.manifest import read_marker
 from pma_megatron.formats.marker import EXPORT, ONLINE_AVERAGE
@@ -155,6 +155,7 @@ def provenance(
             request[name] = str(Path(request[name]).absolute())
     request.pop("passed_over")  # the plan's are all of them
     described = describe_plan(plan)
+    origin = _origin(plan, output) if folder is Folder.MODEL else None
     for source, path in zip(described["sources"], paths, strict=True):
         source["path"] = path
     return {
@@ -170,7 +171,20 @@ def provenance(
         "output": describe_output(output),
         "plan": described,
         "request": request,
+        **({} if origin is None else {"origin": origin}),
     }
+
+
+def _origin(plan: MergePlan, output: Output) -> dict[str, Any] | None:
+    """What the only source of an output was merged from; None for any other output."""
+    used = [s.path for s, value in zip(plan.sources, output.values, strict=True) if value != 0]
+    if len(used) != 1:
+        return None
+    try:
+        made = read_provenance(Path(used[0]))
+        return {"output": made["output"], "plan": {"sources": made["plan"]["sources"]}}
+    except (CheckpointError, VerifyError, KeyError):  # no merge, or nothing that can be said of it
+        return None
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:

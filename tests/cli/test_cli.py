@@ -56,6 +56,9 @@ MERGE = COMMON | {
     "--timeout",
     "--allow-gaps",
     "--check-sources",
+    "--export",
+    "--like",
+    "--max-shard-size",
 }
 SCORE = COMMON | {
     "--load",
@@ -77,6 +80,18 @@ SCORE = COMMON | {
 FLAGS = {
     "merge": MERGE,
     "plan": MERGE,
+    "export": COMMON
+    | {
+        "--check-sources",
+        "--dtype",
+        "--like",
+        "--max-shard-size",
+        "--overwrite",
+        "--save",
+        "--threads",
+        "--timeout",
+        "path",
+    },
     "recover": COMMON
     | {
         "--alpha",

@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 
 from conftest import DENSE
+from pma_megatron import MergeReport, MergeRequest, SelectionRequest, merge
 from pma_megatron.testing import TinyTrainer
 
 HEADS, GROUPS, WIDTH = 4, 2, 8
@@ -44,6 +45,7 @@ CONFIG: dict[str, Any] = {
 }
 TOKENIZER = {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []}, "added_tokens": []}
 MODEL = "model.safetensors"
+SHARD_BYTES = 20_000
 
 
 def template(folder: Path, **changes: Any) -> Path:
@@ -60,15 +62,28 @@ def template(folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def train(rank: int, world_size: int, root: str, saves: int) -> list[dict[str, Any]]:
-    """Train `RUN`, save every second iteration; what this rank held at each save."""
+def train(
+    rank: int, world_size: int, root: str, saves: int, like: str, model: str
+) -> list[dict[str, Any]]:
+    """Train `RUN`, save every second iteration; what this rank held at each save.
+
+    Then both ranks export the average together, into several files.
+    """
     trainer, held = TinyTrainer(RUN), []
     for _ in range(saves):
         trainer.train(2)
         trainer.save(root)
         held.append(trainer.snapshot())
     trainer.close()
+    averaged(Path(root), Path(model), Path(like), max_shard_bytes=SHARD_BYTES)
     return held
+
+
+def averaged(run: Path, save: Path, like: Path | None, **settings: Any) -> MergeReport:
+    """An average of the last three as a model alone."""
+    settings.setdefault("selection", SelectionRequest(last=3))
+    template = None if like is None else str(like)
+    return merge(MergeRequest(load=str(run), export=str(save), like=template, **settings))
 
 
 def as_llama(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -213,7 +213,6 @@ BAD_FIELDS: dict[str, tuple[Any, str]] = {
     "num_attention_heads": (3, "num_attention_heads=3 is not a multiple of num_key_value_heads=2"),
     "tie_word_embeddings": ("no", "tie_word_embeddings must be true or false, found 'no'"),
     "hidden_act": ("gelu", "hidden_act is 'gelu', and this export needs 'silu'"),
-    "quantization_config": ({"quant_method": "fp8"}, "remove that field"),
 }
 
 

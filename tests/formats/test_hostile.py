@@ -408,7 +408,7 @@ def test_the_publisher_makes_no_folder_of_a_link(run: Path, save: Path, tmp_path
     target = publish.Target(save, folder_of(save, 8), save / ".pma-staging-x")
     target.staging.mkdir(parents=True)
     (target.staging / "__0_0.distcp").symlink_to(outside / "x")
-    plan: Any = Namespace(layout=Namespace(files={"__0_0.distcp": 10}))
+    plan: Any = Namespace(layouts={target.folder: Namespace(files={"__0_0.distcp": 10})})
     with pytest.raises(PublishError, match="cannot write"):
         publish.stage(plan, [target])
     assert not list(outside.iterdir())

@@ -23,7 +23,7 @@ from pma_megatron.formats.output import Destination
 from pma_megatron.formats.torch_dist.source import read_source
 from pma_megatron.transfer.blocks import BlockReader, BlockWriter, UnitWriter
 from pma_megatron.transfer.buffers import BlockBuffer, BlockBuffers, Rounded
-from pma_megatron.transfer.sums import joined_crc
+from pma_megatron.transfer.sums import ScatteredChecksums, joined_crc, scattered_crc
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "0.15.3-fully_reshardable-dense.tar.xz"
 
@@ -66,6 +66,14 @@ def test_checksums_of_parts_join_in_any_order(data: bytes, cuts: list[int], seed
     parts = [(a, b - a, zlib.crc32(data[a:b])) for a, b in itertools.pairwise(edges)]
     seed.shuffle(parts)
     assert joined_crc(parts, len(data)) == zlib.crc32(data)
+    place = Destination("file", 0, torch.uint8, len(data), "a", 0)
+    writers = ScatteredChecksums(), ScatteredChecksums()
+    for number, (start, count, _) in enumerate(parts):
+        writers[number % 2].add(place, start, memoryview(data)[start : start + count])
+    sums = [each for writer in writers for each in writer.sums.values()]
+    assert scattered_crc(sums, len(data)) == zlib.crc32(data)
+    with pytest.raises(PublishError, match="Nothing was published"):
+        scattered_crc(sums, len(data) + 1)
 
 
 @pytest.mark.parametrize("parts", [[], [(0, 4, 0)], [(0, 5, 0), (4, 4, 0)], [(0, 9, 0)]])

@@ -95,11 +95,6 @@ def export_map(
             f"config.json: model_type {told(config.get('model_type'))} cannot be exported"
             f"{f': {why}' if why else ''}. Known are {', '.join(sorted(KNOWN))}"
         )
-    if "quantization_config" in checked:
-        raise PlanError(
-            "config.json: quantization_config describes other weights than an export has, which "
-            "are not quantized: remove that field"
-        )
     found = _placed(family.layout(checked), weights)
     if arguments:
         wanted = (*family.arguments(checked, arguments), *vocabulary(checked, arguments))
