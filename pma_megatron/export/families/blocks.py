@@ -161,6 +161,13 @@ def window(config: Config) -> int | None:
     return reach if reach < longest else None
 
 
+def refuse_window(config: Config) -> None:
+    """Refuse a configuration in which some layers alone have a window."""
+    why = "Megatron has a window in all layers or in none"
+    config.require(why, use_sliding_window=False)
+    config.require_each(why, "layer_types", "full_attention")
+
+
 def linear(name: str, key: str, axes: tuple[Axis, Axis], *, bias: bool = False) -> list[Stored]:
     """A linear layer, `[out, in]` on both sides."""
     leaves = _leaves(axes, bias=bias)

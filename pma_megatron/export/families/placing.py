@@ -149,21 +149,23 @@ def _tensor(
 
 def _check_layers(layers: Axis, weights: Shapes) -> None:
     """Refuse another number of layers before anything is counted up to it."""
-    numbers: set[int] = set()
-    stacked: set[int] = set()
-    for key, shape in weights.items():
+    found: dict[int, str] = {}
+    numbered: dict[int, str] = {}
+    for key, shape in sorted(weights.items()):
         if key.startswith(LAYERS):
             name = key[len(LAYERS) :].partition(".")[0]
             if name.isascii() and name.isdecimal() and len(name) < 10:
-                numbers.add(int(name))
-            else:
-                stacked.update(shape[:1])
-    there = {*stacked, *({max(numbers) + 1} if numbers else ())}
-    if there and there != {layers.size}:
-        found = " and ".join(str(count) for count in sorted(there))
+                numbered.setdefault(int(name) + 1, key)
+            elif shape:
+                found.setdefault(shape[0], key)
+    if numbered:
+        found.setdefault(max(numbered), numbered[max(numbered)])
+    wrong = {count: key for count, key in found.items() if count != layers.size}
+    if wrong or not found:
+        told = "; ".join(f"{count} by {key}" for count, key in list(wrong.items())[:TOLD])
         raise PlanError(
-            f"the checkpoint has {found} layers, and config.json says {layers}. "
-            "Give the configuration of this model"
+            f"the checkpoint has another number of layers ({told or f'none, no {LAYERS}*'}) than "
+            f"config.json says ({layers}). Give the configuration of this model"
         )
 
 

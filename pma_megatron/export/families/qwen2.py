@@ -27,5 +27,5 @@ def layout(config: Config) -> Layout:
 
 def arguments(config: Config, given: Arguments) -> tuple[Trained, ...]:
     """What training must have been told; a window would be in some layers alone."""
-    config.require("Megatron has a window in all layers or none", use_sliding_window=False)
+    blocks.refuse_window(config)
     return (*trained.common(config), *trained.grouped_attention(config))
