@@ -15,6 +15,7 @@ MEGATRON = ["megatron-core>=0.12"]
 DEEPSPEED = ["deepspeed>=0.14"]
 PLOTS = ["matplotlib>=3.7"]
 TENSORBOARD = ["tensorboard>=2.12"]
+TRANSFORMERS = ["transformers>=4.45"]  # opens and scores what `pma export` wrote
 DOCS = [
     "mkdocs>=1.6,<2",  # pages generated while it builds; 2 has no plugins
     "mkdocs-material>=9.7,<10",
@@ -41,7 +42,7 @@ TEST = [
     "wheel",
     # resumes of merges by other trainers that drive DeepSpeed
     "accelerate>=1.0",
-    "transformers>=4.45",
+    *TRANSFORMERS,
     # megatron-core imports these without asking for them in every release
     "packaging",
     "pyyaml",
@@ -89,6 +90,7 @@ setup(
         "deepspeed": DEEPSPEED,
         "plots": PLOTS,
         "tensorboard": TENSORBOARD,
+        "transformers": TRANSFORMERS,
         "docs": DOCS,
         "test": TEST,
     },

@@ -1,9 +1,10 @@
-"""Trains a tiny MoE GPT with megatron-core, merges its checkpoints, compares and resumes.
+"""Trains a tiny MoE GPT with megatron-core, merges its checkpoints, compares, resumes, exports.
 
     ./launch/quickstart.sh [--tiny] [--last N] [--lr LR] [--seed SEED]
 
 needs no GPU. Leaves checkpoints, result.json and quickstart.png in ./quickstart; exit code 1 means
-that the run that resumed from the merge did not start from it.
+that the run that resumed from the merge did not start from it, or that the exported average is not
+the model that Megatron evaluated.
 """
 
 from __future__ import annotations
@@ -23,10 +24,13 @@ from rich.table import Table
 import pma_megatron
 from pma_megatron.testing import TinyConfig, run_ranks
 from quickstart_common import REPOSITORY, call, console, renew, shown
+from quickstart_export import held_out_loss, write_template
 from quickstart_plot import plot
 from quickstart_runs import Curve, Settings, compare, train
 
 _RANKS = 2
+_SAME_LOSS = 5e-3
+"""Nats per byte between two implementations in bfloat16."""
 
 
 def main() -> int:
@@ -53,16 +57,26 @@ def main() -> int:
     commands, merged = _merge(settings)
     step("compare", "Loading into Megatron: newest, merges, annealing run, resume")
     by_rank = run_ranks(compare, _RANKS, settings, merged, timeout_s=1800)
+    step("export", "The SMA as a Hugging Face model, opened and scored by transformers")
+    commands.append(_export(settings))
+    exported = held_out_loss(_model(settings), config, settings.eval_batches)
     step("report", "Result")
     compared = by_rank[0]
     checks = {name: all(rank["checks"][name] for rank in by_rank) for name in compared["checks"]}
+    checks["its loss in transformers is Megatron's"] = (
+        abs(exported - compared["losses"]["sma"]) < _SAME_LOSS
+    )
     along = [
         (merged[name][1], loss)
         for name, loss in compared["losses"].items()
         if name.startswith("sma")
     ]
     result: dict[str, Any] = {
-        "losses": {**compared["losses"], "annealed": compared["annealed"][-1][1]},
+        "losses": {
+            **compared["losses"],
+            "annealed": compared["annealed"][-1][1],
+            "sma in transformers": exported,
+        },
         "curve": trained["curve"],
         "sma_along": sorted(along),
         "annealed": compared["annealed"],
@@ -111,6 +125,8 @@ def _settings() -> Settings:
         num_attention_heads=4,
         seq_length=size,
         num_experts=4,
+        expert_bias=False,  # Mixtral, as which it is exported, has none
+        core={"moe_router_score_function": "softmax"},
         expert_model_parallel_size=2,
         global_batch_size=16,
         micro_batch_size=8,
@@ -164,6 +180,18 @@ def _merge(settings: Settings) -> tuple[list[str], dict[str, tuple[Path, int]]]:
     return commands, merged
 
 
+def _model(settings: Settings) -> Path:
+    return settings.out / "sma-hf"
+
+
+def _export(settings: Settings) -> str:
+    """Run the command a user would type; returns it."""
+    template, out = settings.out / "template", shown(settings.out)
+    write_template(template, settings.config)
+    flags = ["--save", shown(_model(settings)), "--like", shown(template)]
+    return call(["pma", "export", f"{out}/sma", *flags])
+
+
 def _show(result: dict[str, Any], settings: Settings) -> None:
     losses, count = result["losses"], settings.last
     newest = losses["newest"]
@@ -181,6 +209,7 @@ def _show(result: dict[str, Any], settings: Settings) -> None:
         ("newest checkpoint", newest),
         (f"best single checkpoint of the last {count}", min(members)),
         (f"SMA of the last {count}", losses["sma"]),
+        ("the same, exported, in transformers", losses["sma in transformers"]),
         (f"WMA of the last {count}", losses["wma"]),
         (f"1-sqrt of the last {count}", losses["1-sqrt"]),
         (f"annealing run, same {window:,} tokens", losses["annealed"]),
@@ -200,7 +229,11 @@ def _show(result: dict[str, Any], settings: Settings) -> None:
         f"Single checkpoints of the last {count} lie {spread:.4f} apart: smaller differences "
         "between single points of a constant-rate run say little."
     )
-    checks = Table(title="A run that resumes from the SMA", title_justify="left", show_header=False)
+    checks = Table(
+        title="The SMA: a run that resumes from it, and its export",
+        title_justify="left",
+        show_header=False,
+    )
     for name, right in result["checks"].items():
         checks.add_row(name, "[green]yes[/green]" if right else "[bold red]NO[/bold red]")
     console.print(checks)

@@ -32,11 +32,12 @@ def test_quickstart_trains_merges_compares_and_resumes(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((out / "result.json").read_text())
     assert result["resume_check"] is True
-    assert len(result["checks"]) == 7 and all(result["checks"].values())
+    assert len(result["checks"]) == 8 and all(result["checks"].values())
     assert {"newest", "sma", "wma", "annealed"} <= set(result["losses"])
     assert result["continued"]["sma"][0] == [result["window"][-1], result["losses"]["sma"]]
     assert result["annealed"][0][0] == result["window"][0]
     assert result["annealed"][-1][0] == result["window"][-1]
+    assert (out / "sma-hf" / "model.safetensors").is_file()
     assert (out / "quickstart.png").read_bytes().startswith(_PNG_SIGNATURE)
     for command in result["commands"]:
         assert f"$ {command}" in done.stdout
