@@ -13,6 +13,7 @@ from rich.table import Table
 from pma_megatron.base.log import visible
 from pma_megatron.formats import registry
 from pma_megatron.formats.marker import ONLINE_AVERAGE
+from pma_megatron.merging.engine import SOURCE_BYTES
 from pma_megatron.merging.inspection import Inspection
 from pma_megatron.merging.planning import MergePlan, read_rate
 from pma_megatron.merging.report import MergeReport, describe_output
@@ -120,7 +121,8 @@ def planned(plan: MergePlan) -> None:
     for row in plan.table:
         table.add_row(row.state, str(row.entries), row.action, row.why, row.example)
     console.print(table)
-    buffers = plan.request.threads * BLOCK_ELEMENTS * 4 * (2 + 2 * len(plan.outputs))
+    per_thread = SOURCE_BYTES + BLOCK_ELEMENTS * 4 * (1 + 2 * len(plan.outputs))
+    buffers = plan.request.threads * per_thread
     rate = read_rate(plan)
     console.print(
         f"reads {_size(plan.read_bytes)}, writes {_size(plan.written_bytes)} in "
