@@ -3,7 +3,7 @@
     python launch/bench/bench.py /tmp/bench/weights --rounds 7 --json result.json
     python launch/bench/bench.py /tmp/bench/training --optimizer-state average
     python launch/bench/bench.py /tmp/bench/weights --peer 'other-merge /tmp/bench/weights {out}'
-    python launch/bench/bench.py /tmp/bench/weights --unchecked
+    python launch/bench/bench.py /tmp/bench/weights --unchecked --torch
     python launch/bench/bench.py /tmp/bench/training --like /tmp/bench/training/like --and-save
 
 One interleaved run: in every round each setting (ranks x threads) runs the floor and the merge, in
@@ -12,8 +12,9 @@ machine disturbs both and neither warms the page cache for the other. The floor 
 (pread into a reused buffer) every byte range that the plan reads, and writes (pwrite) every byte
 range that the plan writes, in the plan's order and with its division over ranks and threads. CPU
 seconds stand beside wall seconds: on a busy machine they say more. `--unchecked` adds a merge that
-compares nothing with the checksums of its sources: what comparing costs. With `--like` the output
-is a Hugging Face model, with `--and-save` a checkpoint too.
+compares nothing with the checksums of its sources: what comparing costs. `--torch` adds one that
+sums with torch: what an installation without a C compiler loses. With `--like` the output is a
+Hugging Face model, with `--and-save` a checkpoint too.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pma_megatron.base.comm import Comm
+from pma_megatron.merging import sums
 from pma_megatron.merging.job import merge
 from pma_megatron.merging.planning import MergePlan, make_plan
 from pma_megatron.merging.policy import Policy
@@ -73,6 +75,8 @@ class Times:
     merge_cpu_s: list[float] = field(default_factory=list)
     unchecked_s: list[float] = field(default_factory=list)
     unchecked_cpu_s: list[float] = field(default_factory=list)
+    torch_s: list[float] = field(default_factory=list)
+    torch_cpu_s: list[float] = field(default_factory=list)
     stages_s: list[dict[str, float]] = field(default_factory=list)
     peak_bytes: list[int] = field(default_factory=list)
 
@@ -111,6 +115,12 @@ def unchecked_on_rank(rank: int, ranks: int, request: MergeRequest) -> Any:
     return merge_on_rank(rank, ranks, request)
 
 
+def by_torch_on_rank(rank: int, ranks: int, request: MergeRequest) -> Any:
+    """The same of a merge that sums with torch."""
+    sums.KERNEL = sums.choose("torch")
+    return merge_on_rank(rank, ranks, request)
+
+
 def warm(plan: MergePlan) -> None:
     """Read every source file, so that all are in the page cache: the kernel drops what idles."""
     for source in plan.sources:
@@ -143,6 +153,7 @@ class Bench:
         self.times = {setting: Times() for setting in chosen.settings}
         self.peer_s: list[float] = []
         self.moved: dict[str, Bytes] = {}
+        self.kernels: list[str] = []
         self.block_bytes = chosen.floor_block
         self.plan = make_plan(self.request(chosen.settings[0], "plan"), Comm())
 
@@ -178,6 +189,8 @@ class Bench:
             lambda: run_ranks(on_rank, setting.ranks, request, timeout_s=TIMEOUT_S)
         )
         report = results[0][0]
+        if on_rank is not by_torch_on_rank:
+            self.kernels = report["kernels"]
         self.moved["merge"] = Bytes(report["bytes"]["read"], report["bytes"]["written"])
         return report, sum(cpu_s for _, cpu_s in results)
 
@@ -218,11 +231,17 @@ class Bench:
         """Floor and merge of every setting once, and the peer; who goes first alternates."""
         for setting, times in self.times.items():
             kinds = ["floor", "merge", *(["unchecked"] if self.chosen.unchecked else [])]
+            kinds += ["torch"] if self.chosen.torch else []
             for kind in kinds if number % 2 == 0 else kinds[::-1]:
                 if kind == "unchecked":
                     report, cpu_s = self.merge(setting, unchecked_on_rank)
                     times.unchecked_s.append(report["seconds"]["merge"])
                     times.unchecked_cpu_s.append(cpu_s)
+                    continue
+                if kind == "torch":
+                    report, cpu_s = self.merge(setting, by_torch_on_rank)
+                    times.torch_s.append(report["seconds"]["merge"])
+                    times.torch_cpu_s.append(cpu_s)
                     continue
                 if kind == "floor":
                     wall_s, cpu_s = self.floor(setting, self.block_bytes)
@@ -242,6 +261,7 @@ class Bench:
         return {
             "command": shlex.join(["python", *sys.argv]),
             "cpus": os.cpu_count(),
+            "kernels": self.kernels,
             "rounds": self.chosen.rounds,
             "floor_block_bytes": self.block_bytes,
             "bytes": {name: asdict(moved) for name, moved in self.moved.items()},
@@ -251,11 +271,11 @@ class Bench:
         }
 
 
-def _cost(checked_s: Sequence[float], unchecked_s: Sequence[float]) -> float | None:
-    """Median over the rounds of what comparing adds, as a share of the merge."""
-    if not unchecked_s:
+def _cost(more_s: Sequence[float], less_s: Sequence[float]) -> float | None:
+    """Median over the rounds of what the first adds to the second, as a share of it."""
+    if not (more_s and less_s):
         return None
-    return statistics.median(c / u for c, u in zip(checked_s, unchecked_s, strict=True)) - 1
+    return statistics.median(m / n for m, n in zip(more_s, less_s, strict=True)) - 1
 
 
 def _summary(times: Times) -> dict[str, Any]:
@@ -275,6 +295,8 @@ def _summary(times: Times) -> dict[str, Any]:
         "cpu_ratio_median": statistics.median(times.cpu_ratios),
         "comparing_adds": _cost(times.merge_s, times.unchecked_s),
         "comparing_adds_cpu": _cost(times.merge_cpu_s, times.unchecked_cpu_s),
+        "torch_adds": _cost(times.torch_s, times.merge_s),
+        "torch_adds_cpu": _cost(times.torch_cpu_s, times.merge_cpu_s),
         "stages_median_s": stages,
         "peak_memory_above_baseline_bytes": max(times.peak_bytes),
         "rounds": asdict(times),
@@ -320,6 +342,12 @@ def show(result: dict[str, Any], console: Console) -> None:
                 f"{name}: comparing checksums adds {row['comparing_adds']:.1%} to the wall time "
                 f"and {row['comparing_adds_cpu']:.1%} to the CPU time of the merge (medians)"
             )
+        if row["torch_adds"] is not None:
+            console.print(
+                f"{name}: summing with torch adds {row['torch_adds']:.1%} to the wall time and "
+                f"{row['torch_adds_cpu']:.1%} to the CPU time of the merge (medians)"
+            )
+    console.print(f"summed by {' and '.join(result['kernels'])}")
     if result["peer_median_s"] is not None:
         console.print(f"peer: {result['peer_median_s']:.2f} s (median, start-up included)")
 
@@ -358,6 +386,9 @@ def main() -> None:
     )
     parser.add_argument("--like", metavar="DIR", help="make a model like the one in this folder")
     parser.add_argument("--and-save", action="store_true", help="with --like: a checkpoint too")
+    parser.add_argument(
+        "--torch", action="store_true", help="also merge without the kernel in C: torch sums"
+    )
     parser.add_argument("--peer", metavar="CMD", help="another program; {out} is an empty folder")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the result here")
     chosen = parser.parse_args()

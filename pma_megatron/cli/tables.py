@@ -14,6 +14,7 @@ from pma_megatron.base.log import visible
 from pma_megatron.formats import registry
 from pma_megatron.formats.marker import EXPORT, ONLINE_AVERAGE
 from pma_megatron.formats.output import Folder
+from pma_megatron.merging.engine import SOURCE_BYTES
 from pma_megatron.merging.exporting import ModelExport
 from pma_megatron.merging.inspection import Inspection
 from pma_megatron.merging.planning import MergePlan, read_rate
@@ -122,7 +123,8 @@ def planned(plan: MergePlan) -> None:
     for row in plan.table:
         table.add_row(row.state, str(row.entries), row.action, row.why, row.example)
     console.print(table)
-    buffers = plan.request.threads * BLOCK_ELEMENTS * 4 * (2 + 2 * len(plan.outputs))
+    per_thread = SOURCE_BYTES + BLOCK_ELEMENTS * 4 * (1 + 2 * len(plan.outputs))
+    buffers = plan.request.threads * per_thread
     rate = read_rate(plan)
     if plan.export is not None:
         _exported(console, plan.export)

@@ -28,7 +28,12 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #define TARGET_AVX2 "avx2,fma,f16c"
-#define TARGET_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512"
+#define AVX512_PARTS "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
+#ifdef __clang__
+#define TARGET_AVX512 AVX512_PARTS
+#else
+#define TARGET_AVX512 AVX512_PARTS ",prefer-vector-width=512" /* clang drops all for this word */
+#endif
 #define CHUNK 2048
 
 enum set { PORTABLE, AVX2, AVX512, SETS };
@@ -318,15 +323,16 @@ __attribute__((target(TARGET_AVX512))) static int average_avx512(const Job *job)
 
 static int (*const AVERAGE[SETS])(const Job *) = {average_portable, average_avx2, average_avx512};
 
+/* By CPUID, not __builtin_cpu_supports: what that links to is missing from some runtimes of clang. */
 static int supported(int set) {
-    unsigned a, b, c = 0, d;
-    __builtin_cpu_init();
+    const unsigned wide = bit_AVX512F | bit_AVX512DQ | bit_AVX512BW | bit_AVX512VL;
+    unsigned a, b, c, d, kept, high, first = bit_FMA | bit_F16C | bit_AVX | bit_OSXSAVE;
     if (set == PORTABLE) return 1;
-    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_F16C)) return 0;
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
-    return set == AVX2
-           || (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
-               && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"));
+    if (!__get_cpuid(1, &a, &b, &c, &d) || (c & first) != first) return 0;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(b & bit_AVX2)) return 0;
+    __asm__("xgetbv" : "=a"(kept), "=d"(high) : "c"(0)); /* registers that the system saves */
+    if (set == AVX2) return (kept & 0x06) == 0x06;
+    return (kept & 0xe6) == 0xe6 && (b & wide) == wide;
 }
 #else
 static int (*const AVERAGE[SETS])(const Job *) = {average_portable, NULL, NULL};

@@ -30,7 +30,7 @@ from pma_megatron.transfer.blocks import BlockReader
 from pma_megatron.transfer.buffers import BLOCK_ELEMENTS, as_bytes
 from pma_megatron.transfer.reads import Reads
 
-_SOURCE_BYTES = 4 << 20
+SOURCE_BYTES = 4 << 20
 """A block of all sources at once: it bounds memory, and stays near the cores."""
 _LEAST_ELEMENTS = 1 << 14
 
@@ -142,7 +142,7 @@ def reading(
 def block_elements(task: Average) -> int:
     """The greatest block of a task: it depends on the plan alone, as all members of a team must."""
     per_element = sum(dtype.itemsize for dtype in task.dtypes)
-    return max(_LEAST_ELEMENTS, min(BLOCK_ELEMENTS, _SOURCE_BYTES // per_element))
+    return max(_LEAST_ELEMENTS, min(BLOCK_ELEMENTS, SOURCE_BYTES // per_element))
 
 
 def blocks(box: Box, limit: int) -> Iterator[tuple[int, Box]]:

@@ -114,7 +114,7 @@ class Sum:
         return Sum(tuple(map(float, exact[0])), float(exact[1]), torch.float32)
 
     def into(self, out: torch.Tensor, sources: Sequence[torch.Tensor]) -> None:
-        """Average whole float32 tensors of one device, oldest first; all are 1-D and contiguous.
+        """Average whole float32 tensors of one device, oldest first; all are 1-D and as long.
 
         Gives the bits that a merge of the same tensors gives.
 
@@ -123,7 +123,11 @@ class Sum:
         >>> out
         tensor([2.0000, 3.5000])
         """
-        if out.device.type == "cpu" and KERNEL.compiled is not None:
+        plain = all(
+            each.device.type == "cpu" and each.dtype == torch.float32 and each.stride() == (1,)
+            for each in (out, *sources)
+        )
+        if plain and out.numel() and KERNEL.compiled is not None:
             self._into_compiled(out, sources)
             return
         total = torch.empty(min(out.numel(), BLOCK_ELEMENTS), dtype=self.dtype, device=out.device)
@@ -134,7 +138,7 @@ class Sum:
             target.copy_(part)
 
     def _into_compiled(self, out: torch.Tensor, sources: Sequence[torch.Tensor]) -> None:
-        whole = [BlockBuffer(each, each.numel()) for each in (*sources, out)]
+        whole = [BlockBuffer(each.detach(), each.numel()) for each in (*sources, out)]
 
         def part(first: int, last: int) -> None:
             *read, written = (each.data[4 * first : 4 * last] for each in whole)
@@ -143,7 +147,7 @@ class Sum:
                 KERNEL.number, last - first, tuple(read), "f" * len(read), (how,)
             )
 
-        # As many threads as torch would use.
+        # No more threads than torch would use.
         threads = max(1, min(torch.get_num_threads(), out.numel() // _THREAD_ELEMENTS))
         edges = [out.numel() * k // threads for k in range(threads + 1)]
         if threads == 1:

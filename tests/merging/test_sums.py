@@ -273,7 +273,7 @@ def test_what_is_not_finite_is_noticed(kernel: sums.Kernel, bad: float, place: i
 
 
 @pytest.mark.parametrize("values", [[0.25] * 4, [0.1, 0.2, 0.3, 0.4], [0.123, 0.377, 0.2, 0.3]])
-@pytest.mark.parametrize("numel", [1, 3_000_017])
+@pytest.mark.parametrize("numel", [0, 1, 3_000_017])
 def test_whole_tensors_are_averaged_as_blocks_are(
     values: list[float], numel: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -283,12 +283,20 @@ def test_whole_tensors_are_averaged_as_blocks_are(
     how.into(out, sources)
     exact = sum(value * each.double() for value, each in zip(values, sources, strict=True))
     assert torch.allclose(out.double(), torch.as_tensor(exact), rtol=0, atol=1e-6)
-    first = slice(0, min(numel, BLOCK_ELEMENTS))
-    ((block,),), _ = averaged(TORCH, [each[first] for each in sources], [how], [[SINGLE]])
-    assert torch.equal(block, out[first])
-    monkeypatch.setattr(sums, "KERNEL", TORCH)
+    if numel:
+        first = slice(0, min(numel, BLOCK_ELEMENTS))
+        ((block,),), _ = averaged(TORCH, [each[first] for each in sources], [how], [[SINGLE]])
+        assert torch.equal(block, out[first])
     again = torch.empty(numel)
-    how.into(again, sources)
+    for threads in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        how.into(again.zero_(), sources)
+        assert torch.equal(out, again)
+    columns = torch.stack(sources, 1)  # not contiguous, so that torch sums
+    how.into(again.zero_(), [columns[:, k] for k in range(len(values))])
+    assert torch.equal(out, again)
+    monkeypatch.setattr(sums, "KERNEL", TORCH)
+    how.into(again.zero_(), sources)
     assert torch.equal(out, again)
 
 
