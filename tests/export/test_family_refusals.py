@@ -163,10 +163,20 @@ def deepseek_weights(config: dict[str, Any], *, transformer_engine: bool) -> Sha
 
 SMALL_DEEPSEEK = {
     **DEEPSEEK,
-    "num_hidden_layers": 3, "hidden_size": 5, "intermediate_size": 7, "vocab_size": 4,
-    "moe_intermediate_size": 2, "num_attention_heads": 2, "q_lora_rank": 3, "kv_lora_rank": 4,
-    "qk_rope_head_dim": 2, "qk_nope_head_dim": 3, "v_head_dim": 1, "n_routed_experts": 8,
-    "first_k_dense_replace": 1, "n_shared_experts": 3,
+    "num_hidden_layers": 3,
+    "hidden_size": 5,
+    "intermediate_size": 7,
+    "vocab_size": 4,
+    "moe_intermediate_size": 2,
+    "num_attention_heads": 2,
+    "q_lora_rank": 3,
+    "kv_lora_rank": 4,
+    "qk_rope_head_dim": 2,
+    "qk_nope_head_dim": 3,
+    "v_head_dim": 1,
+    "n_routed_experts": 8,
+    "first_k_dense_replace": 1,
+    "n_shared_experts": 3,
 }
 
 

@@ -2,7 +2,7 @@
 
 >>> from pma_megatron.export.families import KNOWN
 >>> sorted(KNOWN)
-['deepseek_v3', 'llama', 'mistral', 'mixtral', 'qwen2', 'qwen3', 'qwen3_moe']
+['deepseek_v3', 'llama', 'mistral', 'mixtral', 'qwen2', 'qwen2_moe', 'qwen3', 'qwen3_moe']
 """
 
 from __future__ import annotations
