@@ -91,6 +91,10 @@ def export_map(
     family = KNOWN.get(checked.model_type)
     if family is None:
         why = _NOT_BY_ROWS.get(checked.model_type)
+        if "model_type" not in checked:
+            raise PlanError(
+                f"config.json: model_type is missing. Known are {', '.join(sorted(KNOWN))}"
+            )
         raise PlanError(
             f"config.json: model_type {told(config.get('model_type'))} cannot be exported"
             f"{f': {why}' if why else ''}. Known are {', '.join(sorted(KNOWN))}"
