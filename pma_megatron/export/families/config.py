@@ -110,8 +110,11 @@ class Config:
             value = self._rope.get(name)
         if value is None:
             return None
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not -LARGEST <= value <= LARGEST:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or not -LARGEST <= value <= LARGEST
+        ):
             raise PlanError(f"config.json: {name} must be a finite number, found {told(value)}")
         return value
 
