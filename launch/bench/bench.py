@@ -4,6 +4,7 @@
     python launch/bench/bench.py /tmp/bench/training --optimizer-state average
     python launch/bench/bench.py /tmp/bench/weights --peer 'other-merge /tmp/bench/weights {out}'
     python launch/bench/bench.py /tmp/bench/weights --unchecked
+    python launch/bench/bench.py /tmp/bench/training --like /tmp/bench/training/like --and-save
 
 One interleaved run: in every round each setting (ranks x threads) runs the floor and the merge, in
 turns first, each in processes of its own and after a read of all sources, so that what disturbs the
@@ -11,7 +12,8 @@ machine disturbs both and neither warms the page cache for the other. The floor 
 (pread into a reused buffer) every byte range that the plan reads, and writes (pwrite) every byte
 range that the plan writes, in the plan's order and with its division over ranks and threads. CPU
 seconds stand beside wall seconds: on a busy machine they say more. `--unchecked` adds a merge that
-compares nothing with the checksums of its sources: what comparing costs.
+compares nothing with the checksums of its sources: what comparing costs. With `--like` the output
+is a Hugging Face model, with `--and-save` a checkpoint too.
 """
 
 from __future__ import annotations
@@ -149,7 +151,9 @@ class Bench:
         chosen = self.chosen
         return MergeRequest(
             load=str(chosen.load),
-            save=str(self.out / name),
+            save=None if chosen.like and not chosen.and_save else str(self.out / name),
+            export=str(self.out / f"{name}-model") if chosen.like else None,
+            like=chosen.like,
             selection=SelectionRequest(last=chosen.last),
             policy=Policy(optimizer_state=chosen.optimizer_state, average=chosen.average),
             threads=setting.threads,
@@ -194,7 +198,7 @@ class Bench:
         self.out.mkdir(parents=True)
         os.sync()
         warm(self.plan)
-        touch(sum(self.plan.layout.files.values()))
+        touch(self.plan.written_bytes)
         try:
             return run()
         finally:
@@ -352,6 +356,8 @@ def main() -> None:
     parser.add_argument(
         "--unchecked", action="store_true", help="also merge without comparing checksums"
     )
+    parser.add_argument("--like", metavar="DIR", help="make a model like the one in this folder")
+    parser.add_argument("--and-save", action="store_true", help="with --like: a checkpoint too")
     parser.add_argument("--peer", metavar="CMD", help="another program; {out} is an empty folder")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the result here")
     chosen = parser.parse_args()

@@ -142,10 +142,12 @@ def _pwrite(descriptor: int, buffer: memoryview, offset: int) -> int:
 
 def floor_on_rank(rank: int, ranks: int, request: MergeRequest, block_bytes: int) -> Any:
     """(wall seconds, CPU seconds, bytes) of one rank's part of the floor."""
-    comm, folder = Comm(), Path(request.save or "")
+    comm, folder = Comm(), Path(request.save or request.export or "")
     plan = make_plan(request, comm)
     if comm.is_main:
-        for name, nbytes in plan.layout.files.items():
+        # No file of a checkpoint has the name of one of an export: one folder holds both.
+        files = {name: n for each in plan.layouts.values() for name, n in each.files.items()}
+        for name, nbytes in files.items():
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("wb") as stream:

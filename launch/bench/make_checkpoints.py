@@ -14,6 +14,7 @@ the same of a GPT in a DeepSpeed engine with bf16 and ZeRO, as `save_checkpoint`
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import time
 from argparse import Namespace
@@ -198,6 +199,27 @@ def _tracker(root: Path, number: int) -> None:
         (root / "latest_checkpointed_iteration.txt").write_text(str(number * INTERVAL))
 
 
+def write_like(folder: Path, mib: int) -> None:
+    """The configuration of the same model in `transformers`, for an export."""
+    layers, hidden, ffn = shape(mib)
+    folder.mkdir(exist_ok=True)
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": hidden // 64,
+        "num_key_value_heads": hidden // 64,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": SEQ_LENGTH,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "torch_dtype": "bfloat16",
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+
+
 def main() -> None:
     """Parse the command line and write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -225,6 +247,8 @@ def main() -> None:
         run_ranks(save_deepspeed, chosen.ranks, *common, chosen.zero_stage, timeout_s=3600)
     else:
         run_ranks(save_training, chosen.ranks, *common, chosen.optim_format, timeout_s=3600)
+    if chosen.kind != "deepspeed":
+        write_like(chosen.root / "like", chosen.mib)
     written = sum(path.stat().st_size for path in chosen.root.rglob("*") if path.is_file())
     print(
         f"{chosen.count} checkpoints, {written / 2**30:.2f} GiB in {chosen.root} "

@@ -316,10 +316,12 @@ def test_the_command_line_exports_and_says_so(
 def test_a_plan_says_what_an_export_is_and_writes_nothing(
     run: Path, like: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = plan(MergeRequest(load=str(run), export=str(tmp_path / "m"), like=str(like)))
+    last = SelectionRequest(last=2)
+    save = str(tmp_path / "m")
+    made = plan(MergeRequest(load=str(run), selection=last, export=save, like=str(like)))
     assert made.export is not None and made.export.dtype == "bfloat16"
     assert made.written_bytes == made.export.layout.nbytes
-    command = ["plan", "--load", str(run), "--export", str(tmp_path / "m"), "--like", str(like)]
+    command = ["plan", "--load", str(run), "--last", "2", "--export", save, "--like", str(like)]
     assert main(command) == 0
     said = capsys.readouterr().out
     assert "export: 21 tensors" in said and "exp_avg" not in said
