@@ -139,6 +139,8 @@ def test_names_and_shapes_are_those_that_transformers_writes(
     found = export_map(CASES[name].config, shapes(weights[name])).tensors
     assert {tensor.name: tensor.shape for tensor in found} == theirs
     assert len(found) == len(theirs)
+    kept = [name for name in theirs if name.endswith("e_score_correction_bias")]
+    assert [tensor.name for tensor in found if tensor.float32] == kept
 
 
 @pytest.mark.parametrize("name", CASES)

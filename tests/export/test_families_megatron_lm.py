@@ -5,11 +5,14 @@ Skipped unless MEGATRON_LM_PATH names a Megatron-LM source tree (of any release 
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
 
+from pma_megatron import export_model
 from pma_megatron.errors import PlanError
 from pma_megatron.export.families import export_map
 from pma_megatron.formats.torch_dist.format import FORMAT
@@ -60,6 +63,12 @@ def test_keys_and_arguments_of_a_training_script(tmp_path: Path) -> None:
     config["intermediate_size"] = shapes["decoder.layers.0.mlp.linear_fc1.weight"][0] // 2
     arguments = FORMAT.common(folder)["args"]
     assert export_map(config, shapes, arguments).notes == ()
+    like = tmp_path / "like"
+    like.mkdir()
+    (like / "config.json").write_text(json.dumps(config))
+    export_model(folder, save=tmp_path / "model", like=like)
+    _, told = AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not any(told.values()), told
     wrong = {
         "rope_theta": (10000, "rotary_base=50000, and rope_theta is 10000"),
         "rms_norm_eps": (1e-5, "epsilon=1e-06, and rms_norm_eps is 1e-05"),

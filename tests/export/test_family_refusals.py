@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,33 @@ MIXTRAL = {
     "num_experts_per_tok": 2,
     "sliding_window": None,
 }
+DEEPSEEK: dict[str, Any] = {
+    **LLAMA,
+    "model_type": "deepseek_v3",
+    "num_hidden_layers": 61,
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 128,
+    "v_head_dim": 128,
+    "first_k_dense_replace": 3,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "n_group": 8,
+    "topk_group": 4,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "vocab_size": 129280,
+}
+"""DeepSeek-V3 as it was published."""
 ARGUMENTS: dict[str, Any] = {
     "normalization": "RMSNorm",
     "swiglu": True,
@@ -81,6 +109,77 @@ def mixtral_weights() -> Shapes:
     return {**weights, LAYER + "mlp.router.weight": (2, 3, 8)}
 
 
+def deepseek_weights(config: dict[str, Any], *, transformer_engine: bool) -> Shapes:
+    """Latent attention's up-projections have their norm with them, in Transformer Engine."""
+    sizes = {name: value for name, value in config.items() if type(value) is int}
+    hidden, heads, inner = (
+        sizes[name] for name in ("hidden_size", "num_attention_heads", "moe_intermediate_size")
+    )
+    query, latent, experts = (
+        sizes[name] for name in ("q_lora_rank", "kv_lora_rank", "n_routed_experts")
+    )
+    plain, rotary, value = (
+        sizes[name] for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    )
+    fused = "linear_{}_up_proj.layer_norm_weight" if transformer_engine else "{}_layernorm.weight"
+    attention = {
+        "linear_q_down_proj.weight": (query, hidden),
+        fused.format("q"): (query,),
+        "linear_q_up_proj.weight": (heads * (plain + rotary), query),
+        "linear_kv_down_proj.weight": (latent + rotary, hidden),
+        fused.format("kv"): (latent,),
+        "linear_kv_up_proj.weight": (heads * (plain + value), latent),
+        "linear_proj.weight": (hidden, heads * value),
+    }
+    norm = "mlp.linear_fc1.layer_norm_weight" if transformer_engine else "pre_mlp_layernorm.weight"
+    dense = {
+        norm: (hidden,),
+        "mlp.linear_fc1.weight": (2 * sizes["intermediate_size"], hidden),
+        "mlp.linear_fc2.weight": (hidden, sizes["intermediate_size"]),
+    }
+    shared = inner * sizes["n_shared_experts"]
+    moe = {
+        "pre_mlp_layernorm.weight": (hidden,),
+        "mlp.router.weight": (experts, hidden),
+        "mlp.router.expert_bias": (experts,),
+        "mlp.experts.experts.linear_fc1.weight": (experts, 2 * inner, hidden),
+        "mlp.experts.experts.linear_fc2.weight": (experts, hidden, inner),
+        "mlp.shared_experts.linear_fc1.weight": (2 * shared, hidden),
+        "mlp.shared_experts.linear_fc2.weight": (hidden, shared),
+    }
+    found: Shapes = {
+        "embedding.word_embeddings.weight": (sizes["vocab_size"], hidden),
+        "decoder.final_layernorm.weight": (hidden,),
+        "output_layer.weight": (sizes["vocab_size"], hidden),
+    }
+    for number in range(sizes["num_hidden_layers"]):
+        layer = f"{LAYER}{number}."
+        found[f"{layer}input_layernorm.weight"] = (hidden,)
+        found |= {f"{layer}self_attention.{name}": shape for name, shape in attention.items()}
+        mlp = dense if number < sizes["first_k_dense_replace"] else moe
+        found |= {layer + name: shape for name, shape in mlp.items()}
+    return found
+
+
+SMALL_DEEPSEEK = {
+    **DEEPSEEK,
+    "num_hidden_layers": 3,
+    "hidden_size": 5,
+    "intermediate_size": 7,
+    "vocab_size": 4,
+    "moe_intermediate_size": 2,
+    "num_attention_heads": 2,
+    "q_lora_rank": 3,
+    "kv_lora_rank": 4,
+    "qk_rope_head_dim": 2,
+    "qk_nope_head_dim": 3,
+    "v_head_dim": 1,
+    "n_routed_experts": 8,
+    "first_k_dense_replace": 1,
+    "n_shared_experts": 3,
+}
+
+
 def per_layer(weights: Shapes) -> Shapes:
     """The same model with the number of the layer in the key."""
     found = {key: shape for key, shape in weights.items() if not key.startswith(LAYER)}
@@ -123,6 +222,8 @@ def exported(config: dict[str, Any], weights: Shapes) -> dict[str, np.ndarray]:
         (LLAMA, per_layer(llama_weights())),
         (MIXTRAL, mixtral_weights()),
         (MIXTRAL, per_layer(mixtral_weights())),
+        (SMALL_DEEPSEEK, deepseek_weights(SMALL_DEEPSEEK, transformer_engine=True)),
+        (SMALL_DEEPSEEK, deepseek_weights(SMALL_DEEPSEEK, transformer_engine=False)),
     ],
 )
 def test_every_element_but_padding_is_exported_once(
@@ -139,6 +240,15 @@ def test_every_element_but_padding_is_exported_once(
         for key, value in values.items()
     ]
     assert sorted(elements) == sorted(np.concatenate([value.ravel() for value in wanted]))
+
+
+def test_deepseek_v3_has_its_671_billion_parameters() -> None:
+    """With the names of Transformer Engine, under which it can be trained at that size."""
+    weights = deepseek_weights(DEEPSEEK, transformer_engine=True)
+    tensors = export_map(DEEPSEEK, weights).tensors
+    elements = sum(math.prod(tensor.shape) for tensor in tensors)
+    assert elements == sum(math.prod(shape) for shape in weights.values()) == 671_026_419_200
+    assert len(tensors) == 45_395
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(4, 1), (4, 4), (6, 2), (1, 1)])
@@ -200,6 +310,7 @@ def refusal(config: Any, weights: Shapes, arguments: dict[str, Any] | None = Non
 WITHOUT = object()
 BAD_FIELDS: dict[str, tuple[Any, str]] = {
     "model_type": ("opt", "model_type 'opt' cannot be exported. Known are deepseek_v3, llama"),
+    "model_type    ": (None, "model_type is missing"),
     "model_type ": ("gpt_oss", "stored transposed"),
     "model_type  ": (["llama"], "model_type ['llama'] cannot be exported"),
     "hidden_size": (WITHOUT, "hidden_size is missing"),
@@ -208,11 +319,10 @@ BAD_FIELDS: dict[str, tuple[Any, str]] = {
     "hidden_size   ": (True, "hidden_size must be a whole number from 1 on, found True"),
     "hidden_size    ": (0, "hidden_size must be a whole number from 1 on, found 0"),
     "vocab_size": (10**30, "vocab_size must be a whole number"),
-    "num_hidden_layers": (10**9, "the checkpoint has 2 layers, and config.json says num_hidden"),
+    "num_hidden_layers": (10**9, "linear_fc1.layer_norm_weight) than config.json says (num_hidden"),
     "num_attention_heads": (3, "num_attention_heads=3 is not a multiple of num_key_value_heads=2"),
     "tie_word_embeddings": ("no", "tie_word_embeddings must be true or false, found 'no'"),
     "hidden_act": ("gelu", "hidden_act is 'gelu', and this export needs 'silu'"),
-    "quantization_config": ({"quant_method": "fp8"}, "remove that field"),
 }
 
 
@@ -223,6 +333,14 @@ def test_a_field_that_cannot_be_is_named(field: str) -> None:
     if value is WITHOUT:
         del config[field.strip()]
     assert words in refusal(config, llama_weights())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 10**400, "1e4", True, [1]])
+def test_a_number_must_be_one(value: Any) -> None:
+    config = {**LLAMA, "rope_theta": value}
+    assert "rope_theta must be a finite number" in refusal(config, llama_weights(), ARGUMENTS)
+    arguments = ARGUMENTS | {"rotary_base": value}
+    assert "and rope_theta is 10000.0" in refusal(LLAMA, llama_weights(), arguments)
 
 
 @pytest.mark.parametrize("config", [None, [], "llama", 3])
@@ -243,7 +361,10 @@ BAD_WEIGHTS: dict[str, tuple[dict[str, Any], str]] = {
         {LAYER + "mlp.linear_fc2.weight": None},
         "missing decoder.layers.mlp.linear_fc2.weight",
     ),
-    "tied": ({"output_layer.weight": None}, "missing output_layer.weight"),
+    "tied": (
+        {"output_layer.weight": None},
+        "missing output_layer.weight (or tie_word_embeddings is true)",
+    ),
     "both": (
         {LAYER + "input_layernorm.weight": (2, 8)},
         "both decoder.layers.input_layernorm.weight and "
@@ -266,7 +387,7 @@ BAD_WEIGHTS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "one layer more": (
         {LAYER + "mlp.linear_fc2.weight": (3, 8, 6)},
-        "the checkpoint has 2 and 3 layers, and config.json says num_hidden_layers=2",
+        "another number of layers (3 by decoder.layers.mlp.linear_fc2.weight) than config.json",
     ),
 }
 
@@ -276,6 +397,18 @@ def test_weights_that_do_not_fit_are_named(wrong: str) -> None:
     changes, words = BAD_WEIGHTS[wrong]
     weights = llama_weights() | changes
     assert words in refusal(LLAMA, {key: shape for key, shape in weights.items() if shape})
+
+
+def test_a_checkpoint_without_layers_is_refused_before_they_are_counted() -> None:
+    config = {**LLAMA, "num_hidden_layers": 1 << 40}
+    assert "none, no decoder.layers.*" in refusal(config, {"output_layer.weight": (16, 8)})
+
+
+def test_a_prefix_of_all_keys_is_kept() -> None:
+    weights = {f"module.{key}": shape for key, shape in llama_weights().items()}
+    without, with_it = exported(LLAMA, llama_weights()), exported(LLAMA, weights)
+    assert without.keys() == with_it.keys()
+    assert all(np.array_equal(without[name], with_it[name]) for name in without)
 
 
 def test_tied_embeddings_have_no_output_layer() -> None:
@@ -289,10 +422,29 @@ def test_a_router_bias_is_not_dropped() -> None:
     assert "no place for decoder.layers.mlp.router.expert_bias" in refusal(MIXTRAL, weights)
 
 
-def test_many_unknown_keys_are_counted() -> None:
-    weights = llama_weights() | {f"vision.{number:03}": (1,) for number in range(100)}
+def test_all_unknown_keys_are_told_and_those_of_many_layers_as_one() -> None:
+    many = {f"vision.{number:02}": (1,) for number in range(60)}
+    text = refusal(LLAMA, llama_weights() | many)
+    assert all(key in text for key in many)
+    each = {f"{LAYER}{number}.self_attention.linear_qkv.bias": (24,) for number in range(2)}
+    text = refusal(LLAMA, per_layer(llama_weights()) | each)
+    assert f"no place for {LAYER}N.self_attention.linear_qkv.bias (2 layers)\n" in text
+    assert "and 20 more" in refusal(
+        LLAMA, llama_weights() | {f"vision.{number:03}": (1,) for number in range(120)}
+    )
+
+
+def test_what_is_so_in_many_layers_is_told_once() -> None:
+    weights = per_layer(llama_weights())
+    for number in range(2):
+        weights[f"{LAYER}{number}.mlp.linear_fc2.weight"] = (8, 7)
+        del weights[f"{LAYER}{number}.mlp.linear_fc1.weight"]
     text = refusal(LLAMA, weights)
-    assert "vision.007 and 92 more" in text and "vision.008" not in text
+    assert "missing decoder.layers.mlp.linear_fc1.weight (layers 0, 1)\n" in text
+    assert (
+        "decoder.layers.N.mlp.linear_fc2.weight: expected [8, 6] (intermediate_size=6), "
+        "found [8, 7] (layers 0, 1)\n"
+    ) in text
 
 
 def test_arguments_that_fit_are_taken() -> None:
@@ -370,6 +522,29 @@ def test_new_and_old_ways_to_write_the_rotary_embedding_agree() -> None:
     )
     yarn = {**LLAMA, "rope_scaling": {"type": "yarn", "factor": 4.0}}
     assert "rope_type of config.json is 'yarn'" in refusal(yarn, llama_weights(), ARGUMENTS)
+
+
+def test_a_window_of_some_layers_is_refused() -> None:
+    qwen = {**LLAMA, "model_type": "qwen2"}
+    weights = llama_weights() | {LAYER + "self_attention.linear_qkv.bias": (2, 24)}
+    export_map(qwen | {"layer_types": ["full_attention"] * 2}, weights, ARGUMENTS)
+    for field in (
+        {"use_sliding_window": True, "sliding_window": 16},
+        {"layer_types": ["full_attention", "sliding_attention"]},
+        {"layer_types": 3},
+    ):
+        assert next(iter(field)) in refusal(qwen | field, weights, ARGUMENTS)
+
+
+def test_a_window_that_is_not_spoken_of_is_not_guessed() -> None:
+    """Where Mistral's configuration has none, transformers takes one of 4096 tokens."""
+    mistral = {**LLAMA, "model_type": "mistral"}
+    assert "sliding_window is missing" in refusal(mistral, llama_weights(), ARGUMENTS)
+
+
+def test_groups_of_experts_that_transformers_rates_otherwise_are_refused() -> None:
+    config = {**DEEPSEEK, "topk_group": 2}
+    assert "and Megatron by the best 4" in refusal(config, {})
 
 
 def test_a_window_that_is_no_limit_is_none() -> None:

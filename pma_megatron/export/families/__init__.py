@@ -2,12 +2,13 @@
 
 >>> from pma_megatron.export.families import KNOWN
 >>> sorted(KNOWN)
-['deepseek_v3', 'llama', 'mistral', 'mixtral', 'qwen2', 'qwen3', 'qwen3_moe']
+['deepseek_v3', 'llama', 'mistral', 'mixtral', 'qwen2', 'qwen2_moe', 'qwen3', 'qwen3_moe']
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 from pma_megatron.errors import PlanError
@@ -38,6 +39,7 @@ KNOWN: Mapping[str, Family] = {
 }
 """`model_type` of config.json -> the family."""
 
+_WRAPPED = "module."
 _NOT_BY_ROWS = {
     "gpt_oss": "its experts are stored transposed, with the rows of gate and other half by turns, "
     "and an export moves whole rows"
@@ -89,20 +91,31 @@ def export_map(
     family = KNOWN.get(checked.model_type)
     if family is None:
         why = _NOT_BY_ROWS.get(checked.model_type)
+        if "model_type" not in checked:
+            raise PlanError(
+                f"config.json: model_type is missing. Known are {', '.join(sorted(KNOWN))}"
+            )
         raise PlanError(
             f"config.json: model_type {told(config.get('model_type'))} cannot be exported"
             f"{f': {why}' if why else ''}. Known are {', '.join(sorted(KNOWN))}"
         )
-    if "quantization_config" in checked:
-        raise PlanError(
-            "config.json: quantization_config describes other weights than an export has, which "
-            "are not quantized: remove that field"
-        )
-    found = placed(family.layout(checked), weights)
+    found = _placed(family.layout(checked), weights)
     if arguments:
         wanted = (*family.arguments(checked, arguments), *vocabulary(checked, arguments))
         compare(wanted, arguments)
     return found
+
+
+def _placed(layout: Layout, weights: Mapping[str, tuple[int, ...]]) -> ExportMap:
+    """See `placed`; NeMo 2 writes `module.` before every key."""
+    if not weights or not all(key.startswith(_WRAPPED) for key in weights):
+        return placed(layout, weights)
+    found = placed(layout, {key.removeprefix(_WRAPPED): shape for key, shape in weights.items()})
+    tensors = (
+        replace(t, filled_by=tuple(replace(f, key=_WRAPPED + f.key) for f in t.filled_by))
+        for t in found.tensors
+    )
+    return replace(found, tensors=tuple(tensors))
 
 
 def tensors_of(

@@ -65,6 +65,10 @@ class Config:
     def __contains__(self, name: str) -> bool:
         return self._fields.get(name) is not None
 
+    def states(self, name: str) -> bool:
+        """Whether the field is there, null included."""
+        return name in self._fields
+
     def axis(self, *names: str, least: int = 1) -> Axis:
         """The number under the first of `names` that is there, from `least` to `LARGEST`."""
         name = next((each for each in names if each in self), None)
@@ -106,8 +110,12 @@ class Config:
             value = self._rope.get(name)
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise PlanError(f"config.json: {name} must be a number, found {told(value)}")
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or not -LARGEST <= value <= LARGEST
+        ):
+            raise PlanError(f"config.json: {name} must be a finite number, found {told(value)}")
         return value
 
     @property
@@ -150,6 +158,19 @@ class Config:
                 raise PlanError(
                     f"config.json: {name} is {told(found)}, and this export needs {value!r}: {why}"
                 )
+
+    def require_each(self, why: str, name: str, value: str) -> None:
+        """Refuse the configuration unless a list has this value throughout, or is not there."""
+        found = self._fields.get(name)
+        if found is None:
+            return
+        if not isinstance(found, list):
+            raise PlanError(f"config.json: {name} must be a list, found {told(found)}")
+        other = next((each for each in found if each != value), value)
+        if other != value:
+            raise PlanError(
+                f"config.json: {name} has {told(other)}, and this export needs {value!r}: {why}"
+            )
 
 
 def told(value: Any) -> str:

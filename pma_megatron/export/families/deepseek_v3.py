@@ -8,6 +8,7 @@ as pairs of neighbours, so no row moves.
 
 from __future__ import annotations
 
+from pma_megatron.errors import PlanError
 from pma_megatron.export.families import blocks, trained
 from pma_megatron.export.families.blocks import Layout, Stored, same
 from pma_megatron.export.families.config import Axis, Config
@@ -26,6 +27,7 @@ def layout(config: Config) -> Layout:
     config.require("the router's bias belongs to sigmoid scores", scoring_func="sigmoid")
     config.require("Megatron's shares of the chosen experts sum to 1", norm_topk_prob=True)
     dense = config.axis("first_k_dense_replace", least=0).size
+    _check_groups(config)
     hidden = config.axis("hidden_size")
     ends = (*blocks.norms(config), *_latent_attention(config))
 
@@ -44,6 +46,19 @@ def arguments(config: Config, given: Arguments) -> tuple[Trained, ...]:
         *trained.sigmoid_router(config),
         *trained.latent_rope(config, given),
     )
+
+
+def _check_groups(config: Config) -> None:
+    """Megatron rates a group by its best `topk // group_topk` experts, transformers by two."""
+    chosen = config.axis("num_experts_per_tok").size
+    groups = config.axis("topk_group").size if "topk_group" in config else 1
+    several = "n_group" in config and config.axis("n_group").size > 1
+    if several and chosen // groups != 2:
+        raise PlanError(
+            f"config.json: num_experts_per_tok={chosen} and topk_group={groups}: transformers "
+            "rates a group of experts by its best two, and Megatron by the best "
+            f"{chosen // groups}, so the export would route otherwise than was trained"
+        )
 
 
 def _latent_attention(config: Config) -> tuple[Stored, ...]:

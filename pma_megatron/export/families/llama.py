@@ -5,6 +5,7 @@ Source: transformers `models/llama/modeling_llama.py`, `models/mistral/modeling_
 
 from __future__ import annotations
 
+from pma_megatron.errors import PlanError
 from pma_megatron.export.families import blocks, trained
 from pma_megatron.export.families.blocks import Layout
 from pma_megatron.export.families.config import Config
@@ -29,5 +30,11 @@ def layout(config: Config) -> Layout:
 
 def arguments(config: Config, given: Arguments) -> tuple[Trained, ...]:
     """What training must have been told; Mistral alone has a window."""
-    window = blocks.window(config) if config.model_type == "mistral" else None
+    mistral = config.model_type == "mistral"
+    if mistral and not config.states("sliding_window"):
+        raise PlanError(
+            "config.json: sliding_window is missing, and transformers takes 4096 for Mistral then: "
+            "add it, null for none"
+        )
+    window = blocks.window(config) if mistral else None
     return (*trained.common(config), *trained.grouped_attention(config, window=window))

@@ -15,7 +15,7 @@ from typing import Any
 
 from pma_megatron.errors import PlanError
 from pma_megatron.export.families.blocks import head_dim
-from pma_megatron.export.families.config import Config
+from pma_megatron.export.families.config import LARGEST, Config
 
 Arguments = Mapping[str, Any]
 NEVER = object()
@@ -69,7 +69,7 @@ def _equal(found: Any, value: Any, unset: Any) -> bool:
     if isinstance(found, bool) or isinstance(value, bool):
         return found is value
     if isinstance(found, (int, float)) and isinstance(value, (int, float)):
-        return math.isclose(found, value, rel_tol=1e-6)
+        return abs(found) <= LARGEST and math.isclose(found, value, rel_tol=1e-6)
     if isinstance(found, (list, tuple)) and isinstance(value, tuple):
         return tuple(found) == value
     return type(found) is type(value) and bool(found == value)
@@ -103,6 +103,7 @@ def common(config: Config) -> tuple[Trained, ...]:
         ("moe_apply_probs_on_input",): False,
         ("rotary_interleaved",): False,
     }
+    percent = config.number("partial_rotary_factor") or 1.0
     return (
         *(
             Trained(names, value, f"{config.model_type} needs {names[0]}={value!r}")
@@ -110,6 +111,7 @@ def common(config: Config) -> tuple[Trained, ...]:
         ),
         _field(config, ("layernorm_epsilon", "norm_epsilon"), "rms_norm_eps"),
         _field(config, "rotary_base", "rope_theta"),
+        Trained(("rotary_percent",), percent, f"partial_rotary_factor is {percent}"),
         _field(config, "num_attention_heads", "num_attention_heads"),
     )
 
@@ -142,14 +144,12 @@ def grouped_attention(config: Config, *, window: int | None = None) -> tuple[Tra
         config.require_rope(why, low_freq_factor=1.0, high_freq_factor=4.0)
         config.require_rope(why, original_max_position_embeddings=8192)
     scaled = {"default": False, "llama3": True}.get(kind, NEVER)
-    percent = config.number("partial_rotary_factor") or 1.0
     rope = f"the rope_type of config.json is {kind!r}"
     reach = "no sliding_window" if window is None else f"a sliding_window of {window} tokens"
     found = [
         Trained(("num_query_groups",), groups.size, str(groups)),
         Trained(("kv_channels",), width.size, str(width)),
         Trained(("position_embedding_type",), "rope", f"{config.model_type} has rotary embeddings"),
-        Trained(("rotary_percent",), percent, f"partial_rotary_factor is {percent}"),
         Trained(("use_rope_scaling",), scaled, rope),
         Trained(
             ("window_size",),
