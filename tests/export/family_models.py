@@ -142,6 +142,27 @@ CASES = {
         {"head_dim": 8, "sliding_window": None},
     ),
     "qwen2": Case(replace(DENSE, core={"add_qkv_bias": True}), "qwen2"),
+    "qwen2_moe": Case(
+        replace(
+            SOFTMAX_MOE,
+            core={
+                **EXPERTS,
+                "add_qkv_bias": True,
+                "moe_ffn_hidden_size": 32,
+                "moe_shared_expert_intermediate_size": 48,
+                "moe_shared_expert_gate": True,
+                "moe_router_pre_softmax": True,
+            },
+        ),
+        "qwen2_moe",
+        {
+            "num_experts": 4,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 48,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": False,
+        },
+    ),
     "qwen3": Case(
         replace(DENSE, qk_layernorm=True, num_layers=3), "qwen3", {"num_hidden_layers": 3}
     ),
@@ -354,6 +375,7 @@ def _megatron_layer(hf: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         found["mlp.linear_fc1.layer_norm_weight"] = after
     mlp = {
         name.replace("block_sparse_moe", "mlp")
+        .replace("mlp.shared_expert.", "mlp.shared_experts.")
         .replace(".w1.", ".gate_proj.")
         .replace(".w3.", ".up_proj.")
         .replace(".w2.", ".down_proj."): value
@@ -383,6 +405,8 @@ def _experts(mlp: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         "mlp.experts.experts.linear_fc1.weight": torch.cat([gate, up], dim=1),
         "mlp.experts.experts.linear_fc2.weight": down,
     }
+    if "mlp.shared_expert_gate.weight" in mlp:
+        found["mlp.shared_experts.gate_weight"] = mlp["mlp.shared_expert_gate.weight"]
     if "mlp.gate.e_score_correction_bias" in mlp:
         found["mlp.router.expert_bias"] = mlp["mlp.gate.e_score_correction_bias"]
     return found

@@ -163,10 +163,20 @@ def deepseek_weights(config: dict[str, Any], *, transformer_engine: bool) -> Sha
 
 SMALL_DEEPSEEK = {
     **DEEPSEEK,
-    "num_hidden_layers": 3, "hidden_size": 5, "intermediate_size": 7, "vocab_size": 4,
-    "moe_intermediate_size": 2, "num_attention_heads": 2, "q_lora_rank": 3, "kv_lora_rank": 4,
-    "qk_rope_head_dim": 2, "qk_nope_head_dim": 3, "v_head_dim": 1, "n_routed_experts": 8,
-    "first_k_dense_replace": 1, "n_shared_experts": 3,
+    "num_hidden_layers": 3,
+    "hidden_size": 5,
+    "intermediate_size": 7,
+    "vocab_size": 4,
+    "moe_intermediate_size": 2,
+    "num_attention_heads": 2,
+    "q_lora_rank": 3,
+    "kv_lora_rank": 4,
+    "qk_rope_head_dim": 2,
+    "qk_nope_head_dim": 3,
+    "v_head_dim": 1,
+    "n_routed_experts": 8,
+    "first_k_dense_replace": 1,
+    "n_shared_experts": 3,
 }
 
 
@@ -300,6 +310,7 @@ def refusal(config: Any, weights: Shapes, arguments: dict[str, Any] | None = Non
 WITHOUT = object()
 BAD_FIELDS: dict[str, tuple[Any, str]] = {
     "model_type": ("opt", "model_type 'opt' cannot be exported. Known are deepseek_v3, llama"),
+    "model_type    ": (None, "model_type is missing"),
     "model_type ": ("gpt_oss", "stored transposed"),
     "model_type  ": (["llama"], "model_type ['llama'] cannot be exported"),
     "hidden_size": (WITHOUT, "hidden_size is missing"),
@@ -324,6 +335,14 @@ def test_a_field_that_cannot_be_is_named(field: str) -> None:
     assert words in refusal(config, llama_weights())
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 10**400, "1e4", True, [1]])
+def test_a_number_must_be_one(value: Any) -> None:
+    config = {**LLAMA, "rope_theta": value}
+    assert "rope_theta must be a finite number" in refusal(config, llama_weights(), ARGUMENTS)
+    arguments = ARGUMENTS | {"rotary_base": value}
+    assert "and rope_theta is 10000.0" in refusal(LLAMA, llama_weights(), arguments)
+
+
 @pytest.mark.parametrize("config", [None, [], "llama", 3])
 def test_a_configuration_that_is_no_object_is_refused(config: Any) -> None:
     assert "expected an object of fields" in refusal(config, llama_weights())
@@ -342,7 +361,10 @@ BAD_WEIGHTS: dict[str, tuple[dict[str, Any], str]] = {
         {LAYER + "mlp.linear_fc2.weight": None},
         "missing decoder.layers.mlp.linear_fc2.weight",
     ),
-    "tied": ({"output_layer.weight": None}, "missing output_layer.weight"),
+    "tied": (
+        {"output_layer.weight": None},
+        "missing output_layer.weight (or tie_word_embeddings is true)",
+    ),
     "both": (
         {LAYER + "input_layernorm.weight": (2, 8)},
         "both decoder.layers.input_layernorm.weight and "
@@ -400,10 +422,29 @@ def test_a_router_bias_is_not_dropped() -> None:
     assert "no place for decoder.layers.mlp.router.expert_bias" in refusal(MIXTRAL, weights)
 
 
-def test_many_unknown_keys_are_counted() -> None:
-    weights = llama_weights() | {f"vision.{number:03}": (1,) for number in range(100)}
+def test_all_unknown_keys_are_told_and_those_of_many_layers_as_one() -> None:
+    many = {f"vision.{number:02}": (1,) for number in range(60)}
+    text = refusal(LLAMA, llama_weights() | many)
+    assert all(key in text for key in many)
+    each = {f"{LAYER}{number}.self_attention.linear_qkv.bias": (24,) for number in range(2)}
+    text = refusal(LLAMA, per_layer(llama_weights()) | each)
+    assert f"no place for {LAYER}N.self_attention.linear_qkv.bias (2 layers)\n" in text
+    assert "and 20 more" in refusal(
+        LLAMA, llama_weights() | {f"vision.{number:03}": (1,) for number in range(120)}
+    )
+
+
+def test_what_is_so_in_many_layers_is_told_once() -> None:
+    weights = per_layer(llama_weights())
+    for number in range(2):
+        weights[f"{LAYER}{number}.mlp.linear_fc2.weight"] = (8, 7)
+        del weights[f"{LAYER}{number}.mlp.linear_fc1.weight"]
     text = refusal(LLAMA, weights)
-    assert "vision.007 and 92 more" in text and "vision.008" not in text
+    assert "missing decoder.layers.mlp.linear_fc1.weight (layers 0, 1)\n" in text
+    assert (
+        "decoder.layers.N.mlp.linear_fc2.weight: expected [8, 6] (intermediate_size=6), "
+        "found [8, 7] (layers 0, 1)\n"
+    ) in text
 
 
 def test_arguments_that_fit_are_taken() -> None:

@@ -2,7 +2,7 @@
 
 >>> from pma_megatron.export.families import KNOWN
 >>> sorted(KNOWN)
-['deepseek_v3', 'llama', 'mistral', 'mixtral', 'qwen2', 'qwen3', 'qwen3_moe']
+['deepseek_v3', 'llama', 'mistral', 'mixtral', 'qwen2', 'qwen2_moe', 'qwen3', 'qwen3_moe']
 """
 
 from __future__ import annotations
@@ -91,6 +91,10 @@ def export_map(
     family = KNOWN.get(checked.model_type)
     if family is None:
         why = _NOT_BY_ROWS.get(checked.model_type)
+        if "model_type" not in checked:
+            raise PlanError(
+                f"config.json: model_type is missing. Known are {', '.join(sorted(KNOWN))}"
+            )
         raise PlanError(
             f"config.json: model_type {told(config.get('model_type'))} cannot be exported"
             f"{f': {why}' if why else ''}. Known are {', '.join(sorted(KNOWN))}"

@@ -210,5 +210,24 @@ def router(name: str, hidden: Axis, experts: Axis) -> Stored:
     return same(name, "mlp.router.weight", axes=(experts, hidden))
 
 
+ONE = Axis(1, ("one row",))
 EXPERTS = "mlp.experts.experts"
 """Before `linear_fc1` and `linear_fc2` of all experts, however Megatron computes them."""
+
+
+def is_sparse(config: Config, number: int) -> bool:
+    """Whether a layer of a Qwen MoE model is one, by `decoder_sparse_step` and its exceptions."""
+    step = config.axis("decoder_sparse_step").size if "decoder_sparse_step" in config else 1
+    return number not in config.numbers("mlp_only_layers") and (number + 1) % step == 0
+
+
+def qwen_experts(config: Config) -> tuple[Stored, ...]:
+    """Router and experts of Qwen's MoE layers."""
+    # transformers 5 writes `num_local_experts`, its predecessors and the hub `num_experts`.
+    experts = config.axis("num_experts", "num_local_experts")
+    hidden, inner = config.axis("hidden_size"), config.axis("moe_intermediate_size")
+    prefix = "mlp.experts.{expert}"
+    return (
+        router("mlp.gate.weight", hidden, experts),
+        *gated_mlp(hidden, inner, key=EXPERTS, prefix=prefix, experts=experts),
+    )

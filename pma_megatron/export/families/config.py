@@ -110,8 +110,12 @@ class Config:
             value = self._rope.get(name)
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise PlanError(f"config.json: {name} must be a number, found {told(value)}")
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or not -LARGEST <= value <= LARGEST
+        ):
+            raise PlanError(f"config.json: {name} must be a finite number, found {told(value)}")
         return value
 
     @property

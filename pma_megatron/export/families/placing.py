@@ -13,8 +13,11 @@ from pma_megatron.export.families.config import Axis
 from pma_megatron.export.tensors import ExportMap, ExportTensor, FilledBy
 
 LAYERS = "decoder.layers."
+ANY_LAYER = "decoder.layers.N."
 TOLD = 8
-"""Names in one message; of more, the number is given."""
+"""Things of one kind in a message; of more, the number is given."""
+MOST_UNKNOWN = 100
+"""Unknown keys are all told, those of many layers as one: they say what the model really is."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -37,18 +40,21 @@ def placed(layout: Layout, weights: Shapes) -> ExportMap:
 
 @dataclass
 class _Placing:
-    """What was found so far: elements used of each key, and what speaks against the export."""
+    """What was found so far: elements used of each key, and what speaks against the export.
+
+    `wrong` has the layers of which it is so.
+    """
 
     weights: Shapes
     layers: Axis
     used: dict[str, int] = field(default_factory=dict)
-    wrong: dict[str, None] = field(default_factory=dict)
+    wrong: dict[str, list[int]] = field(default_factory=dict)
     padding: dict[str, int] = field(default_factory=dict)
 
     def whole(self, stored: Iterable[Stored]) -> Iterator[ExportTensor]:
         """Tensors of what belongs to no layer."""
         for each in stored:
-            key = self._one_of(each.keys)
+            key = self._one_of(each.keys, each.keys)
             if key is not None and self._fits(key, each, ()):
                 yield from self._tensors(key, each, (), "")
 
@@ -57,11 +63,12 @@ class _Placing:
         prefix = f"model.layers.{number}."
         for each in stored:
             stacked = [f"{LAYERS}{key}" for key in each.keys]
-            key = self._one_of([*stacked, *(f"{LAYERS}{number}.{key}" for key in each.keys)])
+            keys = [*stacked, *(f"{LAYERS}{number}.{key}" for key in each.keys)]
+            key = self._one_of(keys, stacked, number)
             if key is None:
                 continue
             ahead = (self.layers,) if key in stacked else ()
-            if self._fits(key, each, ahead):
+            if self._fits(key, each, ahead, number):
                 yield from self._tensors(key, each, (number,) if ahead else (), prefix)
 
     def finish(self) -> tuple[str, ...]:
@@ -73,30 +80,33 @@ class _Placing:
                 f"{len(mtp)} tensors of multi-token prediction (`mtp.*`), which transformers has "
                 "no layer for"
             )
-        unknown = sorted(set(self.weights) - set(self.used) - set(mtp))
-        if unknown and not self.wrong:
-            self._say(f"the family has no place for {_list(unknown)}")
-        elif unknown:
-            self._say(f"and it has no place for {_list(unknown)}")
+        unknown = _by_layer(sorted(set(self.weights) - set(self.used) - set(mtp)))
         for key, elements in self.used.items():
             there = math.prod(self.weights[key])
-            if elements != there and not self.wrong:
+            if elements != there and not self.wrong and not unknown:
                 self._say(f"{key}: {there - elements} of {there} elements would be left out")
-        if self.wrong:
-            raise PlanError(_refusal(list(self.wrong)))
+        if self.wrong or unknown:
+            raise PlanError(_refusal(self.wrong, unknown))
         return tuple(f"left out: {note}" for note in notes)
 
-    def _one_of(self, keys: Sequence[str]) -> str | None:
+    def _one_of(
+        self, keys: Sequence[str], told: Sequence[str], number: int | None = None
+    ) -> str | None:
         there = [key for key in keys if key in self.weights]
         if len(there) == 1:
             return there[0]
         if there:
-            self._say(f"both {' and '.join(there)} are there, and one of them is expected")
+            self.used |= {key: math.prod(self.weights[key]) for key in there}
+            names = " and ".join(_by_layer(there))
+            self._say(f"both {names} are there, and one of them is expected", number)
         else:
-            self._say(f"missing {' or '.join(keys)}")
+            tied = " (or tie_word_embeddings is true)" if "output_layer.weight" in keys else ""
+            self._say(f"missing {' or '.join(told)}{tied}", number)
         return None
 
-    def _fits(self, key: str, stored: Stored, ahead: tuple[Axis, ...]) -> bool:
+    def _fits(
+        self, key: str, stored: Stored, ahead: tuple[Axis, ...], number: int | None = None
+    ) -> bool:
         axes = (*ahead, *((stored.experts,) if stored.experts else ()), *stored.axes)
         shape = self.weights[key]
         self.used.setdefault(key, 0)
@@ -113,7 +123,8 @@ class _Placing:
             else [a for a, n in zip(axes, shape, strict=True) if a.size != n]
         )
         why = "; ".join(dict.fromkeys(map(str, differing)))
-        self._say(f"{key}: expected {list(wanted)} ({why}), found {list(shape)}")
+        (name,) = _by_layer([key])
+        self._say(f"{name}: expected {list(wanted)} ({why}), found {list(shape)}", number)
         return False
 
     def _tensors(
@@ -129,8 +140,10 @@ class _Placing:
                 name = prefix + part.name.format(expert=expert)
                 yield ExportTensor(name, tensor.shape, tensor.filled_by, tensor.float32)
 
-    def _say(self, what: str) -> None:
-        self.wrong.setdefault(what)
+    def _say(self, what: str, number: int | None = None) -> None:
+        layers = self.wrong.setdefault(what, [])
+        if number is not None:
+            layers.append(number)
 
 
 def _tensor(
@@ -169,15 +182,34 @@ def _check_layers(layers: Axis, weights: Shapes) -> None:
         )
 
 
-def _list(names: Sequence[str]) -> str:
-    more = f" and {len(names) - TOLD} more" if len(names) > TOLD else ""
-    return ", ".join(names[:TOLD]) + more
+def _by_layer(keys: Sequence[str]) -> dict[str, int]:
+    """Keys with `N` for the number of a layer, and of how many layers each is."""
+    found: dict[str, int] = {}
+    for key in keys:
+        if key.startswith(LAYERS):
+            number, _, rest = key[len(LAYERS) :].partition(".")
+            key = f"{ANY_LAYER}{rest}" if number.isdecimal() else key
+        found[key] = found.get(key, 0) + 1
+    return found
 
 
-def _refusal(wrong: list[str]) -> str:
-    more = [f"and {len(wrong) - TOLD} more"] if len(wrong) > TOLD else []
-    lines = "\n  ".join((*wrong[:TOLD], *more))
+def _refusal(wrong: Mapping[str, list[int]], unknown: Mapping[str, int]) -> str:
+    lines = []
+    if unknown:
+        names = [f"{key} ({count} layers)" if count > 1 else key for key, count in unknown.items()]
+        lines.append(f"the family has no place for {_first(names, MOST_UNKNOWN, ', ')}")
+    told = []
+    for what, layers in wrong.items():
+        where = f" (layers {_first(list(map(str, layers)), TOLD, ', ')})" if layers else ""
+        told.append(what + where)
+    lines += [_first(told, TOLD, "\n  ")] if told else []
+    body = "\n  ".join(lines)
     return (
-        f"the checkpoint's tensors are not those that config.json describes:\n  {lines}\n"
+        f"the checkpoint's tensors are not those that config.json describes:\n  {body}\n"
         "Give the configuration of this model, or of its family"
     )
+
+
+def _first(things: Sequence[str], most: int, between: str) -> str:
+    more = [f"and {len(things) - most} more"] if len(things) > most else []
+    return between.join((*things[:most], *more))

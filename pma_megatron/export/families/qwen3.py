@@ -23,8 +23,8 @@ def layout(config: Config) -> Layout:
     hidden = config.axis("hidden_size")
 
     def layer(number: int) -> tuple[Stored, ...]:
-        if moe and _is_sparse(config, number):
-            return (*ends, *_experts(config))
+        if moe and blocks.is_sparse(config, number):
+            return (*ends, *blocks.qwen_experts(config))
         return (*ends, *blocks.gated_mlp(hidden, config.axis("intermediate_size")))
 
     return blocks.whole_model(config, layer)
@@ -37,19 +37,3 @@ def arguments(config: Config, given: Arguments) -> tuple[Trained, ...]:
     if config.model_type == "qwen3":
         return found
     return (*found, *trained.softmax_router(config, normalised=config.flag("norm_topk_prob")))
-
-
-def _is_sparse(config: Config, number: int) -> bool:
-    step = config.axis("decoder_sparse_step").size if "decoder_sparse_step" in config else 1
-    return number not in config.numbers("mlp_only_layers") and (number + 1) % step == 0
-
-
-def _experts(config: Config) -> tuple[Stored, ...]:
-    # transformers 5 writes `num_local_experts`, its predecessors and the hub `num_experts`.
-    experts = config.axis("num_experts", "num_local_experts")
-    hidden, inner = config.axis("hidden_size"), config.axis("moe_intermediate_size")
-    prefix = "mlp.experts.{expert}"
-    return (
-        blocks.router("mlp.gate.weight", hidden, experts),
-        *blocks.gated_mlp(hidden, inner, key=blocks.EXPERTS, prefix=prefix, experts=experts),
-    )

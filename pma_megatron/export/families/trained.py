@@ -15,7 +15,7 @@ from typing import Any
 
 from pma_megatron.errors import PlanError
 from pma_megatron.export.families.blocks import head_dim
-from pma_megatron.export.families.config import Config
+from pma_megatron.export.families.config import LARGEST, Config
 
 Arguments = Mapping[str, Any]
 NEVER = object()
@@ -69,7 +69,7 @@ def _equal(found: Any, value: Any, unset: Any) -> bool:
     if isinstance(found, bool) or isinstance(value, bool):
         return found is value
     if isinstance(found, (int, float)) and isinstance(value, (int, float)):
-        return math.isclose(found, value, rel_tol=1e-6)
+        return abs(found) <= LARGEST and math.isclose(found, value, rel_tol=1e-6)
     if isinstance(found, (list, tuple)) and isinstance(value, tuple):
         return tuple(found) == value
     return type(found) is type(value) and bool(found == value)
