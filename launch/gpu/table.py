@@ -57,9 +57,16 @@ def _step(interval: int) -> Callable[[Found], str]:
         values = found.get(f"a step with an entry every {interval}")
         if values is None:
             return NOT_RUN
-        return f"{values['without_ms']:.1f} to {values['with_ms']:.1f} ms"
+        return "; ".join(
+            f"{which} {values[f'{which}_ms']:.1f} ms{_range(values[f'rounds_{which}_ms'])}"
+            for which in ("without", "with")
+        )
 
     return show
+
+
+def _range(rounds: Sequence[float]) -> str:
+    return f" ({min(rounds):.1f} to {max(rounds):.1f})" if len(rounds) > 1 else ""
 
 
 def _swap(which: str) -> Callable[[Found], str]:
@@ -72,9 +79,9 @@ def _swap(which: str) -> Callable[[Found], str]:
 
 COSTS: tuple[tuple[str, Callable[[Found], str]], ...] = (
     ("one entry of the window", _entry),
-    ("a step, without and with an entry in every step", _step(1)),
-    ("the same, an entry every 10 steps", _step(10)),
-    ("the same, an entry every 100 steps", _step(100)),
+    ("a step, an entry in every step", _step(1)),
+    ("a step, an entry every 10 steps", _step(10)),
+    ("a step, an entry every 100 steps", _step(100)),
     ("copy of an entry to the host", _times("the copy of an entry", "entry_gb_per_s", " GB/s")),
     ("the card's own pinned copy", _times("the copy of an entry", "pinned_gb_per_s", " GB/s")),
     (

@@ -58,7 +58,7 @@ def test_every_part_runs_on_the_cpu(tmp_path: Path) -> None:
     assert result["device"] == "cpu" and result["disk_peak_bytes"] > 0
     measured = {f["name"]: f["measured"] for findings in checks.values() for f in findings}
     shown = {name: show(measured) for name, show in COSTS}
-    assert NOT_RUN in shown.pop("the same, an entry every 100 steps")
+    assert shown.pop("a step, an entry every 100 steps") == NOT_RUN
     assert NOT_RUN not in shown.values(), shown
     left = {path.suffix for path in tmp_path.iterdir()}
     assert left == {".json", ".log"}, "checkpoints were left behind"
@@ -137,7 +137,12 @@ def test_the_page_says_what_was_found(tmp_path: Path) -> None:
     cost = Finding(
         name="a step with an entry every 1",
         status=OK,
-        measured={"without_ms": 100.0, "with_ms": 107.25},
+        measured={
+            "without_ms": 100.0,
+            "with_ms": 107.25,
+            "rounds_without_ms": [99.0, 101.0],
+            "rounds_with_ms": [107.25],
+        },
     )
     skipped = PartResult(part="megatron-online", skipped="the check ended before it")
     newer = _result(
@@ -161,7 +166,8 @@ def test_the_page_says_what_was_found(tmp_path: Path) -> None:
     assert cell(both, "`megatron-online`") == "wrong, see below"
     assert any("main w differs" in line for line in both)
     assert cell(both, "`deepspeed-live`") == NOT_RUN
-    assert cell(both, "a step, without and with") == "100.0 to 107.2 ms"
+    steps = "without 100.0 ms (99.0 to 101.0); with 107.2 ms"
+    assert cell(both, "a step, an entry in every step") == steps
     assert cell(both, "PMA-init, per GB read") == NOT_RUN
     assert cell(both, "date") == "2026-01-01, 2026-01-02"
 
