@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT / "launch"))
 
 from gpu.findings import NOT_HERE, NOT_RUN, OK, WRONG, Finding, PartResult, found, write  # noqa: E402
 from gpu.oracle import beyond, differing  # noqa: E402
+from gpu.pairs import cost  # noqa: E402
 from gpu.parts import BY_NAME, PARTS, TREE_ENV  # noqa: E402
 from gpu.table import COSTS, PAGE, page, read  # noqa: E402
 from pma_megatron.testing import FAULT_ENV, Fault  # noqa: E402
@@ -140,8 +141,8 @@ def test_the_page_says_what_was_found(tmp_path: Path) -> None:
         measured={
             "without_ms": 100.0,
             "with_ms": 107.25,
-            "rounds_without_ms": [99.0, 101.0],
-            "rounds_with_ms": [107.25],
+            "rounds_without_ms": [99.0, 101.0, 100.0],
+            "rounds_with_ms": [106.0, 108.0, 108.0],
         },
     )
     skipped = PartResult(part="megatron-online", skipped="the check ended before it")
@@ -166,10 +167,16 @@ def test_the_page_says_what_was_found(tmp_path: Path) -> None:
     assert cell(both, "`megatron-online`") == "wrong, see below"
     assert any("main w differs" in line for line in both)
     assert cell(both, "`deepspeed-live`") == NOT_RUN
-    steps = "without 100.0 ms (99.0 to 101.0); with 107.2 ms"
-    assert cell(both, "a step, an entry in every step") == steps
+    assert cell(both, "a step, an entry in every step") == "100.0 ms, plus 7.3 ms (within 0.7 ms)"
     assert cell(both, "PMA-init, per GB read") == NOT_RUN
     assert cell(both, "date") == "2026-01-01, 2026-01-02"
+
+
+def test_a_cost_that_rounds_cannot_tell_is_not_told() -> None:
+    assert cost([50.0, 51.0, 49.0], [55.0, 56.0, 54.0]).is_seen
+    assert not cost([50.0, 60.0, 40.0], [52.0, 55.0, 47.0]).is_seen
+    assert not cost([50.0, 51.0], [48.0, 49.0]).is_seen
+    assert not cost([50.0], [60.0]).is_seen
 
 
 def test_the_page_is_what_the_results_say() -> None:
