@@ -9,9 +9,8 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
 # As launch/venv.sh does for its environments; without a compiler the package does without.
 compile_kernel() {
-    local kernel=$root/pma_megatron/merging/_kernel suffix
-    suffix=$("$python" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
-    if [[ -f $kernel.c && ! $kernel$suffix -nt $kernel.c ]]; then
+    local kernel=$root/pma_megatron/merging/_kernel
+    if [[ -f $kernel.c && $(ls -t "$kernel"* | head -1) == *.c ]]; then
         (cd "$root" && "$python" -W ignore setup.py --quiet build_ext --inplace) ||
             echo "the kernel was not compiled; torch will sum" >&2
     fi

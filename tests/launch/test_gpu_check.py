@@ -41,6 +41,7 @@ def check(out: Path, *arguments: str, **environment: str) -> tuple[int, str, dic
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="no DeepSpeed")
 def test_every_part_runs_on_the_cpu(tmp_path: Path) -> None:
     code, said, result = check(tmp_path, "--cpu")
