@@ -7,6 +7,14 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
+# As launch/venv.sh does for its environments; without a compiler the package does without.
+compile_kernel() {
+    local kernel=$root/pma_megatron/merging/_kernel
+    if [[ -f $kernel.c && $(ls -t "$kernel"* | head -1) == *.c ]]; then
+        (cd "$root" && "$python" -W ignore setup.py --quiet build_ext --inplace) ||
+            echo "the kernel was not compiled; torch will sum" >&2
+    fi
+}
 case ${1:-} in
 --wheels)
     site=$(mktemp -d)
@@ -15,8 +23,12 @@ case ${1:-} in
         --no-cache-dir --target "$site" "${2:?--wheels needs a folder}"/*.whl
     export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
     shift 2
+    compile_kernel
     ;;
---no-install) shift ;;
+--no-install)
+    shift
+    compile_kernel
+    ;;
 --list | --help | -h) ;;
 *)
     source "$root/launch/venv.sh"

@@ -135,9 +135,10 @@ def _run(parts: Sequence[Part], folder: Path, given: argparse.Namespace, report:
     for alone in (False, True):
         groups: dict[str, list[Part]] = {}
         for part in able:
-            if part.alone is alone:
-                group = part.group.partition("-")[0] if jobs == 1 else part.group
-                groups.setdefault(group, []).append(part)
+            if jobs == 1 and not alone:
+                groups.setdefault(part.group.partition("-")[0], []).append(part)
+            elif jobs > 1 and part.alone is alone:
+                groups.setdefault(part.group, []).append(part)
         supervisor = Supervisor(
             folder=folder,
             logs=given.out,

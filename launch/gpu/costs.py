@@ -17,6 +17,7 @@ import torch
 from gpu.core import SMA
 from gpu.findings import Finding, measured
 from gpu.job import LAST, Job, synchronize
+from gpu.pairs import cost
 from pma_megatron import MergeRequest, SelectionRequest, merge
 from pma_megatron.base.comm import Comm
 from pma_megatron.megatron.load import merge_into
@@ -27,7 +28,7 @@ from pma_megatron.merging.planning import make_plan
 from pma_megatron.online.hostcopy import HostCopy
 from pma_megatron.testing import TinyTrainer
 
-_GPU_ROUNDS = {1: (5, 8), 10: (10, 6), 100: (100, 2)}
+_GPU_ROUNDS = {1: (5, 16), 10: (10, 10), 100: (100, 2)}
 _CPU_ROUNDS = {1: (2, 2), 10: (10, 1)}
 """Interval in steps: (steps per round, pairs of rounds with and without)."""
 _REPEATS = 5
@@ -78,52 +79,49 @@ def step(job: Job) -> Iterator[Finding]:
     tokens = trainer.config.global_batch_size * trainer.config.seq_length
     copy_s = None
     for interval, (steps, pairs) in (_GPU_ROUNDS if job.gpu else _CPU_ROUNDS).items():
-        now = trainer.consumed_samples * trainer.config.seq_length
-        average = OnlineAverage(
-            trainer.models, trainer.optimizer, SMA, LAST, interval * tokens, consumed_tokens=now
-        )
+        average = OnlineAverage(trainer.models, trainer.optimizer, SMA, LAST, interval * tokens)
         copy_s = copy_s or pinned_copy_s(average.shard.nbytes)
-        _round(trainer, steps if interval < 100 else 2, average)  # memory is touched
+        watched = _Watched(trainer, average)
+        watched.steps(steps if interval < 100 else interval)  # memory is touched
         average.wait()
-        without, with_it, taken = [], [], 0
+        without, with_it, before_them = [], [], watched.entries
         for number in range(2 * pairs):
             if number % 4 in (0, 3):  # whatever drifts, drifts for both
-                without.append(_round(trainer, steps, None)[0])
+                without.append(timed(lambda n=steps: trainer.train(n)) / steps)  # type: ignore[misc]
                 continue
-            seconds, entries = _round(trainer, steps, average)
-            with_it.append(seconds)
-            taken += entries
+            with_it.append(timed(lambda w=watched, n=steps: w.steps(n)) / steps)  # type: ignore[misc]
             average.wait()  # what is still copied must not disturb the next round
-        before, after = statistics.median(without), statistics.median(with_it)
-        per_entry = (after - before) * interval
+        found = cost(without, with_it)
+        seen = found.extra * interval if found.is_seen else None
         yield measured(
             f"a step with an entry every {interval}",
             interval_steps=interval,
-            without_ms=1e3 * before,
-            with_ms=1e3 * after,
-            extra_ms_per_entry=1e3 * per_entry,
+            without_ms=1e3 * statistics.median(without),
+            with_ms=1e3 * statistics.median(with_it),
+            extra_ms_per_entry=None if seen is None else 1e3 * seen,
+            entry_over_pinned_copy=None if seen is None else seen / copy_s,
             entry_bytes=average.shard.nbytes,
-            entry_over_pinned_copy=per_entry / copy_s,
-            entries=taken,
+            pinned_copy_ms=1e3 * copy_s,
+            entries=watched.entries - before_them,
             host_threads=torch.get_num_threads(),
             rounds_without_ms=[round(1e3 * each, 3) for each in without],
             rounds_with_ms=[round(1e3 * each, 3) for each in with_it],
         )
 
 
-def _round(trainer: TinyTrainer, steps: int, average: OnlineAverage | None) -> tuple[float, int]:
-    """(seconds per step, entries taken)."""
-    taken = 0
+class _Watched:
+    """A trainer with an average, for which only the steps count that are made here."""
 
-    def work() -> None:
-        nonlocal taken
-        for _ in range(steps):
-            trainer.train(1)
-            if average is not None:
-                tokens = trainer.consumed_samples * trainer.config.seq_length
-                taken += average.step(trainer.iteration, tokens)
+    def __init__(self, trainer: TinyTrainer, average: OnlineAverage) -> None:
+        self._trainer, self._average = trainer, average
+        self._per_step = trainer.config.global_batch_size * trainer.config.seq_length
+        self._tokens = self.entries = 0
 
-    return timed(work) / steps, taken
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            self._trainer.train(1)
+            self._tokens += self._per_step
+            self.entries += self._average.step(self._trainer.iteration, self._tokens)
 
 
 # Copies and swaps.
@@ -169,12 +167,15 @@ def swap(job: Job) -> Iterator[Finding]:
     """Putting the average in place, and the live values back."""
     trainer = _trainer(job.gpu)
     tokens = trainer.config.global_batch_size * trainer.config.seq_length
-    now = trainer.consumed_samples * trainer.config.seq_length
-    average = OnlineAverage(
-        trainer.models, trainer.optimizer, SMA, LAST, tokens, consumed_tokens=now
-    )
-    _round(trainer, LAST, average)
+    average = OnlineAverage(trainer.models, trainer.optimizer, SMA, LAST, tokens)
+    _Watched(trainer, average).steps(LAST)
     average.wait()
+    made = average.average()
+    assert made is not None
+    sums_s = [
+        timed(lambda: [made.made(slot) for slot in average.shard.slots]) for _ in range(_REPEATS)
+    ]
+    yield measured("the sums of a swap, on the host", sums_ms=1e3 * statistics.median(sums_s))
     for name in ("averaged_weights", "averaged_state"):
         pairs = [_in_and_out(getattr(average, name)) for _ in range(_REPEATS)]
         entering, leaving = (statistics.median(each) for each in zip(*pairs, strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -31,8 +32,18 @@ def about() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "kernel": platform.release(),
+        "summed_by": _summed_by(),
         "versions": {"python": platform.python_version(), **_versions()},
     }
+
+
+def _summed_by() -> str:
+    """What sums blocks of sources: the kernel in C, where this release has one, or torch."""
+    try:
+        sums = importlib.import_module("pma_megatron.merging.sums")
+    except ModuleNotFoundError:
+        return "torch"
+    return str(sums.KERNEL)
 
 
 def _card() -> dict[str, Any]:

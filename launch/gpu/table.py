@@ -16,6 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from gpu.findings import NOT_RUN, OK
+from gpu.pairs import cost
 from gpu.parts import PARTS
 
 _HERE = Path(__file__).parent
@@ -57,7 +58,11 @@ def _step(interval: int) -> Callable[[Found], str]:
         values = found.get(f"a step with an entry every {interval}")
         if values is None:
             return NOT_RUN
-        return f"{values['without_ms']:.1f} to {values['with_ms']:.1f} ms"
+        seen = cost(values["rounds_without_ms"], values["rounds_with_ms"])
+        each = f"{values['without_ms']:.1f} ms"
+        if not seen.is_seen:
+            return f"{each}, plus less than this run can tell ({seen.margin:.1f} ms)"
+        return f"{each}, plus {seen.extra:.1f} ms (within {seen.margin:.1f} ms)"
 
     return show
 
@@ -72,9 +77,9 @@ def _swap(which: str) -> Callable[[Found], str]:
 
 COSTS: tuple[tuple[str, Callable[[Found], str]], ...] = (
     ("one entry of the window", _entry),
-    ("a step, without and with an entry in every step", _step(1)),
-    ("the same, an entry every 10 steps", _step(10)),
-    ("the same, an entry every 100 steps", _step(100)),
+    ("a step, an entry in every step", _step(1)),
+    ("a step, an entry every 10 steps", _step(10)),
+    ("a step, an entry every 100 steps", _step(100)),
     ("copy of an entry to the host", _times("the copy of an entry", "entry_gb_per_s", " GB/s")),
     ("the card's own pinned copy", _times("the copy of an entry", "pinned_gb_per_s", " GB/s")),
     (
@@ -83,6 +88,7 @@ COSTS: tuple[tuple[str, Callable[[Found], str]], ...] = (
     ),
     ("swap for an evaluation, in and out", _swap("averaged_weights")),
     ("swap for a save, in and out", _swap("averaged_state")),
+    ("of a swap in, the sums", _times("the sums of a swap, on the host", "sums_ms", " ms", 0)),
     ("PMA-init, per GB read", _times("PMA-init", "seconds_per_gb", " s", 2)),
     ("offline merge, bytes read", _gigabytes("an offline merge", "read_bytes")),
     ("offline merge", _times("an offline merge", "merge_s", " s")),
@@ -111,6 +117,7 @@ def page(results: Sequence[Result]) -> str:
             (name, [_joined(e["versions"].get(name) or "not installed" for e in r) for r in runs])
             for name in _VERSIONS
         ),
+        ("summed by", [_joined(e.get("summed_by", "torch") for e in r) for r in runs]),
         ("cores of the node", [_joined(e["cores"] for e in r) for r in runs]),
     ]
     parts = [

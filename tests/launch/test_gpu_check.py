@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT / "launch"))
 
 from gpu.findings import NOT_HERE, NOT_RUN, OK, WRONG, Finding, PartResult, found, write  # noqa: E402
 from gpu.oracle import beyond, differing  # noqa: E402
+from gpu.pairs import cost  # noqa: E402
 from gpu.parts import BY_NAME, PARTS, TREE_ENV  # noqa: E402
 from gpu.table import COSTS, PAGE, page, read  # noqa: E402
 from pma_megatron.testing import FAULT_ENV, Fault  # noqa: E402
@@ -40,6 +41,7 @@ def check(out: Path, *arguments: str, **environment: str) -> tuple[int, str, dic
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="no DeepSpeed")
 def test_every_part_runs_on_the_cpu(tmp_path: Path) -> None:
     code, said, result = check(tmp_path, "--cpu")
@@ -58,7 +60,7 @@ def test_every_part_runs_on_the_cpu(tmp_path: Path) -> None:
     assert result["device"] == "cpu" and result["disk_peak_bytes"] > 0
     measured = {f["name"]: f["measured"] for findings in checks.values() for f in findings}
     shown = {name: show(measured) for name, show in COSTS}
-    assert NOT_RUN in shown.pop("the same, an entry every 100 steps")
+    assert shown.pop("a step, an entry every 100 steps") == NOT_RUN
     assert NOT_RUN not in shown.values(), shown
     left = {path.suffix for path in tmp_path.iterdir()}
     assert left == {".json", ".log"}, "checkpoints were left behind"
@@ -137,7 +139,12 @@ def test_the_page_says_what_was_found(tmp_path: Path) -> None:
     cost = Finding(
         name="a step with an entry every 1",
         status=OK,
-        measured={"without_ms": 100.0, "with_ms": 107.25},
+        measured={
+            "without_ms": 100.0,
+            "with_ms": 107.25,
+            "rounds_without_ms": [99.0, 101.0, 100.0],
+            "rounds_with_ms": [106.0, 108.0, 108.0],
+        },
     )
     skipped = PartResult(part="megatron-online", skipped="the check ended before it")
     newer = _result(
@@ -161,9 +168,16 @@ def test_the_page_says_what_was_found(tmp_path: Path) -> None:
     assert cell(both, "`megatron-online`") == "wrong, see below"
     assert any("main w differs" in line for line in both)
     assert cell(both, "`deepspeed-live`") == NOT_RUN
-    assert cell(both, "a step, without and with") == "100.0 to 107.2 ms"
+    assert cell(both, "a step, an entry in every step") == "100.0 ms, plus 7.3 ms (within 0.7 ms)"
     assert cell(both, "PMA-init, per GB read") == NOT_RUN
     assert cell(both, "date") == "2026-01-01, 2026-01-02"
+
+
+def test_a_cost_that_rounds_cannot_tell_is_not_told() -> None:
+    assert cost([50.0, 51.0, 49.0], [55.0, 56.0, 54.0]).is_seen
+    assert not cost([50.0, 60.0, 40.0], [52.0, 55.0, 47.0]).is_seen
+    assert not cost([50.0, 51.0], [48.0, 49.0]).is_seen
+    assert not cost([50.0], [60.0]).is_seen
 
 
 def test_the_page_is_what_the_results_say() -> None:
