@@ -75,6 +75,16 @@ def read_template(path: str) -> Template:
     """
     folder = Path(path)
     _refuse_no_folder(path, folder)
+    try:
+        return _read(folder)
+    except OSError as error:
+        raise UsageError(
+            f"{given('like', path)} cannot be read: {error.filename or 'it'} ({error.strerror}). "
+            "Ask its owner for the right to, or give another folder"
+        ) from error
+
+
+def _read(folder: Path) -> Template:
     config = _config(folder)
     files, left, code = {}, [], []
     for each in sorted(folder.iterdir()):

@@ -68,6 +68,7 @@ class ModelExport:
     Attributes:
         layout: its files.
         filled: what goes into them; `place.record` is the tensor's name.
+        entries: its tensors, in the order of the model.
         dtype: of the weights, as torch calls it, without `torch.`.
         config: `config.json` as it will be, parsed; None where there is no template.
         like: absolute path of the template; None where there is none.
@@ -96,7 +97,7 @@ class ModelExport:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of what decides the bytes of its tensors beside the average itself."""
+        """SHA-256 of what decides its bytes beside the average itself."""
         sha256 = hashlib.sha256()
         for item in self.layout.items:
             assert item.skeleton is not None
@@ -105,6 +106,8 @@ class ModelExport:
         for each in self.filled:
             sha256.update(repr((each.place.record, each.start, each.state, each.key)).encode())
             sha256.update(repr(each.box).encode())
+        for name, data in self.layout.small_files.items():
+            sha256.update(name.encode() + b"\0" + hashlib.sha256(data).digest())
         return sha256.hexdigest()
 
     def describe(self) -> dict[str, Any]:
