@@ -14,6 +14,7 @@ from conftest import digests
 from pma_megatron import list_checkpoints
 from pma_megatron.base.faults import VARIABLE
 from pma_megatron.runs import recovery_log
+from pma_megatron.testing.breaking import BREAK_ENV
 from pma_megatron.testing.megatron_lm import Pretrained, PretrainFailure, run_pretrain
 
 TREE = os.environ.get("MEGATRON_LM_PATH", "")
@@ -36,45 +37,16 @@ FLAGS = (
     "--pma-recover-margin-iterations",
     "2",
 )
-SPOIL = '''
-"""Makes the weights far too large before one iteration."""
-import torch
-from megatron.training import training
-from megatron.training.global_vars import get_args
-from pma_megatron.megatron.params import live_tensors
-from pma_megatron.megatron.replicas import refresh_weights
-
-original = training.train_step
-
-
-def train_step(*args, **kwargs):
-    values, given = [*args, *kwargs.values()], get_args()
-    if given.consumed_train_samples == {at} * given.global_batch_size:
-        model = next(v for v in values if isinstance(v, list) and hasattr(v[0], "ddp_config"))
-        optimizer = next(v for v in values if hasattr(v, "scale_loss"))
-        for live in live_tensors(model, optimizer):
-            if live.numel and live.part is not None:
-                live.states()["param"].detach().mul_(6.0)
-        refresh_weights(model, optimizer)
-    return original(*args, **kwargs)
-
-
-training.train_step = train_step
-'''
 
 
 def train(folder: Path, *flags: str, environment: dict[str, str] | None = None) -> Pretrained:
-    probe = folder / "probe"
-    probe.mkdir(exist_ok=True)
-    (probe / "spoil_the_weights.py").write_text(SPOIL.format(at=BREAK_AT))
     return run_pretrain(
         TREE,
         ["--save", str(folder / "run"), *FLAGS, *flags],
         ranks=2,
         timeout_s=280,
-        imports="spoil_the_weights",
-        python_path=[probe],
-        environment=environment,
+        imports="pma_megatron.testing.breaking",
+        environment={BREAK_ENV: str(BREAK_AT), **(environment or {})},
     )
 
 

@@ -16,13 +16,11 @@ from pma_megatron import SelectionRequest, list_checkpoints, merge
 from pma_megatron.errors import SelectionError
 from pma_megatron.megatron.load import merge_into
 from pma_megatron.megatron.options import RecoverySettings
-from pma_megatron.megatron.params import live_tensors
 from pma_megatron.megatron.recover import Recovery, RecoverySpentError, agreed
-from pma_megatron.megatron.replicas import refresh_weights
-from pma_megatron.merging.policy import MAIN
 from pma_megatron.runs import recovery_log
 from pma_megatron.spikes.detector import SpikeSettings
 from pma_megatron.testing import RankFailure, TinyConfig, TinyTrainer, inject, run_ranks
+from pma_megatron.testing.breaking import spoil
 
 DENSE = TinyConfig(warmup_iters=5, lr=3e-3)
 PP2 = replace(DENSE, pipeline_model_parallel_size=2)
@@ -62,7 +60,7 @@ class Run:
         trainer = self.trainer
         while trainer.iteration < iteration:
             if trainer.iteration in breaks:
-                self.spoil()
+                spoil(trainer.models, trainer.optimizer)
             loss = trainer.train(1)[0]
             self.losses[trainer.iteration] = loss
             knows = trainer.ranks()["pp"] == trainer.config.pipeline_model_parallel_size - 1
@@ -84,13 +82,6 @@ class Run:
             known = json.loads(path.read_text()) if path.exists() else {}
             known[trainer.iteration] = {**trainer.args, "state": self.recovery.state_dict()}
             path.write_text(json.dumps(known))
-
-    def spoil(self) -> None:
-        """What no optimizer step repairs soon: weights that are far too large."""
-        for live in live_tensors(self.trainer.models, self.trainer.optimizer):
-            if live.numel and live.part is not None:
-                live.states()[MAIN].detach().mul_(6.0)
-        refresh_weights(self.trainer.models, self.trainer.optimizer)
 
 
 def break_and_recover(rank: int, world_size: int, config: TinyConfig, root: str) -> dict[str, Any]:
