@@ -137,7 +137,7 @@ CASES = {
         replace(DENSE, tie_embeddings=True), "llama", {"tie_word_embeddings": True}
     ),
     "mistral": Case(
-        replace(DENSE, vocab_size=VOCABULARY, core={"kv_channels": 8}),
+        replace(DENSE, vocab_size=VOCABULARY, mtp_num_layers=1, core={"kv_channels": 8}),
         "mistral",
         {"head_dim": 8, "sliding_window": None},
     ),
@@ -330,10 +330,16 @@ def _shake(trainer: TinyTrainer) -> None:
 
 
 def _logits(trainer: TinyTrainer) -> torch.Tensor:
-    inputs = tokens()[:, :-1]
+    """What the output layer gives last: with MTP, Megatron's model gives losses alone."""
+    model, given = unwrap(trainer.models[0]), []
+    inputs, labels = tokens()[:, :-1], tokens()[:, 1:].contiguous()
     positions = torch.arange(inputs.shape[1]).expand_as(inputs)
+    keep = lambda *args: given.append(args[-1][0].clone())  # noqa: E731 (the loss overwrites it)
+    hook = model.output_layer.register_forward_hook(keep)
     with evaluating(trainer.models):
-        return unwrap(trainer.models[0])(inputs, positions, None).float()
+        model(inputs, positions, None, labels=labels)
+    hook.remove()
+    return given[-1].transpose(0, 1).contiguous().float()
 
 
 def megatron_weights(case: Case, exported: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
