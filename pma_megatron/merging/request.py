@@ -140,7 +140,7 @@ class MergeRequest:
     export: str | None = setting(
         None,
         "folder that becomes the average as a Hugging Face model: safetensors, configuration, "
-        "tokenizer, from the same pass over the sources; --save may be left out then",
+        "tokenizer, from the same pass over the sources; a merged checkpoint need not be made",
         metavar="DIR",
         of=(PMA,),
     )

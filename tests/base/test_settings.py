@@ -82,7 +82,7 @@ def test_no_flag_of_pma_is_declared_nowhere(verb: str) -> None:
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_default_that_is_printed_is_the_one_that_is_used(verb: str) -> None:
     """Typed, it changes nothing: neither what was parsed nor the request that is made of it."""
-    alone = verb in ("list", "inspect", "verify")
+    alone = verb in ("list", "inspect", "verify", "export")
     words = ["/run"] if alone else ["--load", "/run"]
     kinds = {"recover": RecoveryRequest, "evaluate": Grid, "forecast": Grid}
     onset = {"save": "/new", "onset": 3, "skip": None} if verb == "recover" else {}
@@ -121,7 +121,7 @@ def test_flags_are_made_of_settings_alone() -> None:
         for path in Path(cli.__file__).parent.glob("*.py")
     }
     assert {name: calls for name, calls in found.items() if calls} == {
-        "flags.py": ['"--version"', "where"]
+        "flags.py": ['"--version"', "where", '"path"']
     }
 
 

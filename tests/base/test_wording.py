@@ -297,6 +297,8 @@ OF_A_SCRIPT = {
 """Modules that only a Megatron script with `--pma-*` flags gets into: its dialect is theirs."""
 OF_OTHERS = {
     "base.comm": {"--nproc-per-node"},  # of torchrun
+    "export.template": {"--exclude", "--local-dir"},  # of `hf download`
+    "export.families.trained": {"--use-rope-scaling"},  # of Megatron
     "formats.registry": {  # of Megatron
         "--ckpt-convert-format",
         "--ckpt-convert-save",
