@@ -191,7 +191,7 @@ def _run_and_wait(file: str) -> None:
 
 
 def _assert_gone(pid: int) -> None:
-    for _ in range(50):
+    for _ in range(300):
         state = Path(f"/proc/{pid}/stat")
         if not state.exists() or state.read_text().split()[2] == "Z":
             return

@@ -292,9 +292,13 @@ def _take_over(*streams: Any) -> _Output:
 def _context() -> BaseContext:
     """Forks ranks of a process that has imported the trainer once: that takes longer than a test.
 
-    Nothing else is shared. Spawns them where imports are measured too.
+    Nothing else is shared. Spawns them where imports are measured too, and on GPUs, whose driver
+    does not survive a fork.
     """
-    if "COVERAGE_PROCESS_CONFIG" in os.environ or "COVERAGE_PROCESS_START" in os.environ:
+    from pma_megatron.testing import cpu
+
+    measured = "COVERAGE_PROCESS_CONFIG" in os.environ or "COVERAGE_PROCESS_START" in os.environ
+    if measured or cpu.on_gpu():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
