@@ -199,7 +199,7 @@ __attribute__((target(TARGET_AVX2))) static void floats_to_halves_f16c(
 #define floats_to_halves_f16c floats_to_halves
 #endif
 
-/* One chunk of one output. Returns whether every average in it is finite. */
+/* One chunk of one output. Returns whether every average in it is finite, as it is stored too. */
 
 INLINE void load_halves(float *out, const Array *in, Py_ssize_t at, Py_ssize_t n, int set) {
     if (set == PORTABLE)
@@ -245,13 +245,18 @@ INLINE void add_wide(
     }
 }
 
-INLINE int all_finite(const float *values, Py_ssize_t n) {
+INLINE uint32_t greatest_bits(const float *values, Py_ssize_t n) {
     uint32_t greatest = 0, bits;
     for (Py_ssize_t i = 0; i < n; i++) {
         bits = float_bits(values[i]) & 0x7fffffff;
         greatest = bits > greatest ? bits : greatest;
     }
-    return greatest < 0x7f800000;
+    return greatest;
+}
+
+/* Whether a float32 of these bits, without its sign, is finite when it is rounded to `kind`. */
+INLINE int fits(uint32_t bits, char kind) {
+    return bits < (kind == 'h' ? 0x477ff000 : kind == 'b' ? 0x7f7f8000 : 0x7f800000);
 }
 
 INLINE void store(
@@ -296,9 +301,13 @@ INLINE int chunk(const Job *job, const Sum *how, Py_ssize_t at, Py_ssize_t n, in
         if (!begun) memset(values, 0, sizeof values);
         if (divisor != 1.0f) divide(values, n, divisor);
     }
-    for (Py_ssize_t k = how->first_out; k < how->first_out + how->outs; k++)
+    uint32_t greatest = greatest_bits(values, n);
+    int finite = fits(greatest, 'f');
+    for (Py_ssize_t k = how->first_out; k < how->first_out + how->outs; k++) {
         store(job->out + k, values, wide, at, n, set);
-    return all_finite(values, n);
+        finite &= fits(greatest, job->out[k].kind);
+    }
+    return finite;
 }
 
 INLINE int average(const Job *job, int set) {
@@ -481,7 +490,7 @@ PyDoc_STRVAR(
     "kinds: a letter per source: b bfloat16, h float16, f float32, d float64.\n"
     "sums: a tuple per output: weights (float per source; 0 leaves it out), divisor, whether it\n"
     "is summed in float64, tuple of writable buffers, and a letter for each of them.\n\n"
-    "Returns whether every average, as float32, is finite. Releases the GIL."
+    "Returns whether every average is finite, as float32 and as it is stored. Releases the GIL."
 );
 
 static PyObject *py_average(PyObject *module, PyObject *arguments) {

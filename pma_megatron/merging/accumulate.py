@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pma_megatron.base.boxes import Box
-from pma_megatron.base.spelling import left_out
+from pma_megatron.base.spelling import given, left_out
 from pma_megatron.errors import CheckpointError, PlanError, RankError
 from pma_megatron.formats import registry
 from pma_megatron.merging.sums import Sum, average, prepared
@@ -247,18 +247,36 @@ class Accumulator:
         return len(stored.data)
 
     def _refuse_nonfinite(self, work: Work, block: Box) -> None:
-        task = work.task
+        task, values = work.task, []
         for each in work.inputs:
             data = torch.empty(block.numel, dtype=each.dtype)
             index = task.sources[task.numbers.index(each.number)]
             self.readers[each.number].read(block, index, data)
             self.refuse_nan(task, block, each.number, data)
+            values.append(data)
         if len(work.inputs) < len(task.numbers):
-            raise RankError(f"{task.key} is not finite in a source that another rank reads")
+            raise RankError(
+                f"{task.key} is not finite in a source that another rank reads, or too large there"
+            )
+        for how, out in zip(work.sums, work.outputs, strict=True):
+            self._refuse_too_large(task, block, _largest(how, values), out.dtypes)
         raise CheckpointError(
             f"{task.key} at {block.offsets} overflows float32 with these coefficients, though "
             "every source is finite: use coefficients that sum to 1"
         )
+
+    def _refuse_too_large(
+        self, task: Average, block: Box, largest: float, dtypes: Sequence[torch.dtype]
+    ) -> None:
+        for dtype in dtypes:
+            rounded = torch.tensor(largest, dtype=torch.float64).float().to(dtype)
+            if dtype.itemsize < 4 and bool(torch.isinf(rounded)):
+                raise CheckpointError(
+                    f"the average of {task.key} reaches {largest:g} in the block at "
+                    f"{block.offsets}, and {str(dtype).removeprefix('torch.')} ends at "
+                    f"{torch.finfo(dtype).max:g}: take {given('dtype', 'bf16')} or "
+                    f"{given('dtype', 'fp32')}"
+                )
 
     def refuse_nan(self, task: Average, block: Box, number: int, data: torch.Tensor) -> None:
         count = int((~torch.isfinite(data)).sum())
@@ -279,3 +297,10 @@ class Accumulator:
         """
         pairs = zip(work.outputs, averages, strict=True)
         return sum(out.write(block, first, rounded) for out, rounded in pairs)
+
+
+def _largest(how: Sum, values: Sequence[torch.Tensor]) -> float:
+    """The largest magnitude among some averages, in float64: for a message."""
+    pairs = zip(how.weights, values, strict=True)
+    total = sum(value.double() * weight for weight, value in pairs if weight != 0.0)
+    return float((torch.as_tensor(total) / how.divisor).abs().max())

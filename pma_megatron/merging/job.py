@@ -72,6 +72,7 @@ def merge(request: MergeRequest, comm: Comm | None = None, show: Show = silent) 
         raise UsageError(
             f"merge needs {named('save')}, the folder for the merged checkpoint{instead}"
         )
+    sums.KERNEL.refuse()
     comm = comm or Comm(request.merge_parallel_size)
     baseline = memory.resident_bytes()
     memory.reset_peak()

@@ -45,11 +45,18 @@ class Kernel:
         compiled: the extension module; None for torch.
         instructions: its instruction set: `avx512`, `avx2`, or `portable`; empty for torch.
         why: why it is torch.
+        wrong: what is wrong with what the environment asks for; nothing is summed then.
     """
 
     compiled: Any = None
     instructions: str = ""
     why: str = ""
+    wrong: str = ""
+
+    def refuse(self) -> None:
+        """Raise UsageError where the environment asks for what is not there."""
+        if self.wrong:
+            raise UsageError(self.wrong)
 
     def __str__(self) -> str:
         if self.compiled is None:
@@ -93,7 +100,15 @@ def choose(wanted: str | None = None) -> Kernel:
     return Kernel(compiled, wanted or sets[-1])
 
 
-KERNEL = choose(os.environ.get(CHOICE) or None)
+def _wanted() -> Kernel:
+    """What the environment asks for; importing the package fails for no mistake in it."""
+    try:
+        return choose(os.environ.get(CHOICE) or None)
+    except UsageError as error:
+        return Kernel(wrong=str(error))
+
+
+KERNEL = _wanted()
 """What sums in this process."""
 
 
@@ -127,6 +142,7 @@ class Sum:
             each.device.type == "cpu" and each.dtype == torch.float32 and each.stride() == (1,)
             for each in (out, *sources)
         )
+        KERNEL.refuse()
         if plain and out.numel() and KERNEL.compiled is not None:
             self._into_compiled(out, sources)
             return
@@ -173,7 +189,10 @@ def average(
         scratch: what torch needs beside them.
 
     Returns:
-        Whether every average, as float32, is finite.
+        Whether every average is finite, as float32 and in each dtype that it is rounded to.
+
+    Raises:
+        UsageError: see `Kernel.refuse`.
     """
     return prepared(sources, sums, outputs, scratch)()
 
@@ -185,6 +204,7 @@ def prepared(
     scratch: BlockBuffers,
 ) -> Callable[[], bool]:
     """`average` of these buffers, to be called whenever they have been filled again."""
+    KERNEL.refuse()
     kinds = _kinds(sources, sums, outputs) if KERNEL.compiled is not None else None
     if kinds is None:
         return functools.partial(_average_by_torch, sources, sums, outputs, scratch)
@@ -247,8 +267,15 @@ def _one_by_torch(
     for each in own:
         if each.tensor is not total and each.tensor is not single:
             each.tensor.copy_(single)
+    return _is_finite(single) and all(
+        _is_finite(each.tensor) for each in own if each.tensor.itemsize < single.itemsize
+    )
+
+
+def _is_finite(values: torch.Tensor) -> bool:
     # A sum is finite only if all its terms are: one cheap pass, and a close look if it is not.
-    return math.isfinite(single.sum().item()) or bool(torch.isfinite(single).all())
+    total = values.sum(dtype=torch.float32).item()
+    return math.isfinite(total) or bool(torch.isfinite(values).all())
 
 
 def _sum(total: torch.Tensor, sources: Sequence[torch.Tensor], how: Sum) -> None:

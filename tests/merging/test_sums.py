@@ -23,12 +23,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pma_megatron import MergeRequest, Policy, merge
-from pma_megatron.errors import UsageError
+from pma_megatron import MergeRequest, Method, Policy, SelectionRequest, merge
+from pma_megatron.errors import CheckpointError, UsageError
 from pma_megatron.merging import sums
 from pma_megatron.merging.sums import Sum, average, choose
 from pma_megatron.transfer.buffers import BLOCK_ELEMENTS, BlockBuffer, BlockBuffers
 
+ONE = Sum((1.0,), 1.0, torch.float32)
 GOLDEN = Path(__file__).parents[1] / "golden" / "main-dp_reshardable-dense.tar.xz"
 TORCH = choose("torch")
 BEST = choose()
@@ -191,6 +192,7 @@ def test_torch_gives_what_the_definition_says(case: Any) -> None:
             for half in halves:
                 nearest = rounded(Fraction(expected), half.dtype, expected)
                 assert str(float(half[place])) == str(nearest)
+                all_finite &= math.isfinite(nearest)
     assert finite == all_finite
 
 
@@ -347,6 +349,14 @@ def test_the_environment_chooses_what_sums() -> None:
         assert str(choose(name)) == f"the kernel in C ({name})"
     with pytest.raises(UsageError, match="avx1024"):
         choose("avx1024")
+    wrong = subprocess.run(
+        [sys.executable, "-c", "from pma_megatron.merging.sums import KERNEL; KERNEL.refuse()"],
+        env={**os.environ, sums.CHOICE: "avx1024"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "UsageError: PMA_MEGATRON_KERNEL=avx1024: there is torch" in wrong.stderr
 
 
 def test_without_the_extension_torch_sums_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -355,6 +365,43 @@ def test_without_the_extension_torch_sums_and_says_why(monkeypatch: pytest.Monke
     assert "not compiled" in str(choose())
     with pytest.raises(UsageError, match="there is torch here"):
         choose("avx2")
+
+
+@pytest.mark.parametrize("kernel", [TORCH, *COMPILED], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "fits", "too_large"),
+    [
+        (torch.float16, 65519.0, 65520.0),
+        (torch.bfloat16, 3.3953e38, 3.4e38),
+        (torch.float32, 3.4e38, math.inf),
+    ],
+)
+def test_what_becomes_infinite_only_when_it_is_rounded_is_not_finite(
+    kernel: sums.Kernel, dtype: torch.dtype, fits: float, too_large: float
+) -> None:
+    for sign in (1, -1):
+        for value, finite in ((fits, True), (too_large, False)):
+            source = torch.ones(300)
+            source[177] = sign * value
+            ((out, whole),), said = averaged(kernel, [source], [ONE], [[dtype, SINGLE]])
+            assert said is finite is bool(out.isfinite().all()), (value, dtype)
+            assert torch.equal(whole, source)
+
+
+def test_a_merge_refuses_what_its_dtype_does_not_hold(tmp_path: Path) -> None:
+    root, save = tmp_path / "run", tmp_path / "save"
+    shutil.unpack_archive(GOLDEN, root)
+    method = Method(name="custom", values=(2e6, 2e6), allow_any=True)
+    request = MergeRequest(
+        load=str(root),
+        save=str(save),
+        method=method,
+        dtype="fp16",
+        selection=SelectionRequest(last=2),
+    )
+    with pytest.raises(CheckpointError, match=r"reaches .* float16 ends at 65504: take .*bf16"):
+        merge(request)
+    assert not save.exists()
 
 
 @pytest.mark.parametrize("average", ["main-params", "weights"])
