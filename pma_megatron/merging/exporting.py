@@ -197,7 +197,11 @@ def template_of(request: MergeRequest, base: Source) -> Template | None:
             "what they are called there. Its weights are not needed"
         )
     beside = Path(base.path).parent
-    return _said(read_template(str(beside))) if (beside / CONFIG_FILE).is_file() else None
+    return (
+        _said(read_template(str(beside), implicit=True))
+        if (beside / CONFIG_FILE).is_file()
+        else None
+    )
 
 
 def _plain(template: Template | None) -> tuple[dict[str, Any] | None, list[str]]:
