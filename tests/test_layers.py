@@ -102,7 +102,8 @@ INSIDE = {
         load
     """,
     "export": """
-        card files maps template
+        card files maps side_files
+        template
     """,
     "export.families": """
         config

@@ -101,12 +101,16 @@ def read_source_file(path: Path, limit: int = MAX_SMALL_BYTES) -> bytes:
     """
     try:
         with os.fdopen(open_source(path), "rb") as stream:
-            if os.fstat(stream.fileno()).st_size > limit:
+            size = min(os.fstat(stream.fileno()).st_size, limit)
+            data = stream.read(size + 1)
+            if len(data) > size:  # it is too long, grows, or is one of /proc, which say 0
+                data += stream.read(limit + 1 - len(data))
+            if len(data) > limit:
                 raise CheckpointError(
                     f"{path} is longer than {limit} bytes: not what a trainer writes there. Move "
                     "it out of the checkpoint, or exclude this checkpoint"
                 )
-            return stream.read()
+            return data
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
 

@@ -45,7 +45,6 @@ def export_map(
         made = _as_named(config, weights)
     else:
         assert config is not None  # who asks has refused
-        assert config is not None  # who asks has refused
         made = family_map(config, weights, arguments)
     _refuse_wrong(made.tensors, weights)
     return made

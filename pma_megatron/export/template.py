@@ -13,30 +13,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pma_megatron.base.openfiles import is_folder, passing, read_source_file
+from pma_megatron.base.openfiles import is_folder
 from pma_megatron.base.spelling import given, named
 from pma_megatron.errors import CheckpointError, UsageError
+from pma_megatron.export.side_files import (
+    CARD_FILE,
+    CONFIG_FILE,
+    SideFiles,
+    side_files,
+    stays_inside,
+)
 from pma_megatron.formats.json_files import read_json
-from pma_megatron.formats.marker import OWN_FILES
-from pma_megatron.formats.names import plain_name
 
-CONFIG_FILE = "config.json"
-CARD_FILE = "README.md"
-COPIED_SUFFIXES = (".json", ".txt", ".model", ".tiktoken", ".jinja", ".vocab", ".bpe", ".py")
-"""Of files beside the weights: configuration, tokenizer, chat template, a model's own code."""
-COPIED_NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")
-"""How the names of further files begin that go with a model wherever it goes."""
-OF_A_RUN = ("trainer_state.json", "zero_to_fp32.py", "zero_to_torch.py", "latest")
-"""What trainers write beside a configuration that says nothing of the model."""
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ot")
-"""Suffixes of files that hold weights, none of which are copied."""
+__all__ = ["CARD_FILE", "CONFIG_FILE", "QUANTIZED_FIELDS", "Template", "config_of", "read_template"]
+
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
-_MAX_BYTES = 64 << 20
 _HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+$")
 QUANTIZED_FIELDS = ("quantization_config", "compression_config")
 """Of `config.json`: how weights are stored that are not copied."""
 _DTYPE_FIELDS = ("dtype", "torch_dtype")
-_SHOWN = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,42 +60,31 @@ class Template:
         return None
 
 
-def read_template(path: str) -> Template:
+def read_template(path: str, *, implicit: bool = False) -> Template:
     """Read the folder at `path`.
+
+    Args:
+        path: of the folder.
+        implicit: nobody named it: a checkpoint lies in it (see `side_files`).
 
     Raises:
         UsageError: it is no folder, one without a usable `config.json`, or one with the tokenizer
             of another model.
-        CheckpointError: a file in it cannot be read, or is longer than such files are.
+        CheckpointError: a file in a folder that was named cannot be read, or is longer than
+            such files are.
     """
     folder = Path(path)
     _refuse_no_folder(path, folder)
     try:
-        return _read(folder)
+        config, found = _config(folder), side_files(folder, implicit=implicit)
     except OSError as error:
         raise UsageError(
             f"{given('like', path)} cannot be read: {error.filename or 'it'} ({error.strerror}). "
             "Ask its owner for the right to, or give another folder"
         ) from error
-
-
-def _read(folder: Path) -> Template:
-    config = _config(folder)
-    files, left, code = {}, [], []
-    for each in sorted(folder.iterdir()):
-        name = each.name
-        if name.startswith(".") or passing(each) or _is_weights(name):
-            continue
-        if name in (CONFIG_FILE, CARD_FILE, *OWN_FILES, *OF_A_RUN):
-            continue
-        if not each.is_file() or not _is_copied(name):
-            left.append(name)
-            continue
-        files[plain_name(name, str(folder))] = read_source_file(each, _MAX_BYTES)
-        code += [name] if name.endswith(".py") else []
-    _refuse_other_tokenizer(folder, config, files.get("tokenizer.json"))
-    notes = _notes(folder, files, left, code)
-    return Template(str(folder.absolute()), config, files, tuple(notes))
+    _refuse_other_tokenizer(folder, config, found.files.get("tokenizer.json"))
+    notes = (*_notes(found), *(_code_left(folder, config) if implicit else []))
+    return Template(str(folder.absolute()), config, found.files, notes)
 
 
 def _refuse_no_folder(path: str, folder: Path) -> None:
@@ -127,6 +111,11 @@ def _config(folder: Path) -> dict[str, Any]:
             f"{given('like', folder)} has no {CONFIG_FILE}: give the folder of a Hugging Face "
             "model of the same family and sizes"
         )
+    if not stays_inside(path, folder):
+        raise UsageError(
+            f"{path} is a link that leads out of {given('like', folder)}, and is not followed: "
+            "put a copy of the file there"
+        )
     try:
         config = read_json(path)
     except CheckpointError as error:
@@ -134,30 +123,28 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _is_weights(name: str) -> bool:
-    return name.endswith((*WEIGHTS, ".index.json"))
-
-
-def _is_copied(name: str) -> bool:
-    return name.endswith(COPIED_SUFFIXES) or name.upper().startswith(COPIED_NAMES)
-
-
-def _notes(folder: Path, files: Mapping[str, bytes], left: list[str], code: list[str]) -> list[str]:
-    notes = []
-    if not any(name in files for name in _TOKENIZERS):
+def _notes(found: SideFiles) -> list[str]:
+    notes, code = list(found.notes()), [name for name in found.files if name.endswith(".py")]
+    if not any(name in found.files for name in _TOKENIZERS):
         notes.append(
-            f"{folder} has no tokenizer ({', '.join(_TOKENIZERS)}), so the export has none: copy "
-            "the files of the one that the run was trained with into it"
+            f"{found.folder} has no tokenizer ({', '.join(_TOKENIZERS)}), so the export has none: "
+            "copy the files of the one that the run was trained with into it"
         )
-    if left:
-        more = f" and {len(left) - _SHOWN} more" if left[_SHOWN:] else ""
-        notes.append(f"not copied from {folder}: {', '.join(left[:_SHOWN])}{more}")
     if code:
         notes.append(
-            f"{', '.join(code)} of {folder} is code of the model's own: copied, and not run here; "
-            "who loads the export with trust_remote_code runs it"
+            f"{', '.join(code)} of {found.folder} is code of the model's own: copied, and not run "
+            "here; who loads the export with trust_remote_code runs it"
         )
     return notes
+
+
+def _code_left(folder: Path, config: Mapping[str, Any]) -> list[str]:
+    if not config.get("auto_map"):
+        return []
+    return [
+        f"{folder / CONFIG_FILE} names code of the model's own (auto_map), and code is not copied "
+        f"from beside a checkpoint: {named('like')} with the folder of the model copies it"
+    ]
 
 
 def _refuse_other_tokenizer(folder: Path, config: Mapping[str, Any], data: bytes | None) -> None:

@@ -10,9 +10,9 @@ from pma_megatron.base.locations import refuse_remote
 from pma_megatron.base.openfiles import is_folder
 from pma_megatron.base.spelling import FrontEnd, speaking
 from pma_megatron.errors import CheckpointError
-from pma_megatron.export.template import read_template
 from pma_megatron.formats import registry
 from pma_megatron.merging.agreement import AVERAGED
+from pma_megatron.merging.exporting import dtype_of, template_of
 from pma_megatron.merging.job import Show, merge, silent
 from pma_megatron.merging.policy import Policy
 from pma_megatron.merging.report import MergeReport
@@ -110,8 +110,6 @@ def _stores(folder: Path, request: MergeRequest) -> bool:
         for tensor in source.space.weights.values()
         if tensor.dtype in AVERAGED
     }
-    wanted = request.torch_dtype
-    said = None if request.like is None else read_template(request.like).dtype
-    if wanted is None and said is not None:
-        return {str(dtype).removeprefix("torch.") for dtype in dtypes} == {said}
-    return len(dtypes) == 1 and None not in dtypes and wanted in (None, *dtypes)
+    weights = {**source.frozen, **source.space.weights}
+    dtype, _ = dtype_of(request, template_of(request, source), weights)
+    return dtypes == {dtype}

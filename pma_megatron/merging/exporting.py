@@ -155,23 +155,13 @@ def plan_export(request: MergeRequest, base: Source, rules: Rules) -> ModelExpor
         PlanError: the checkpoint is not of the template's model, or cannot be exported.
     """
     known = registry.get(base.format, base.path)
-    template, beside = None, Path(base.path).parent
-    if request.like is not None:
-        template = read_template(request.like)
-    elif known.own_names and (beside / CONFIG_FILE).is_file():
-        template = _said(read_template(str(beside)))
-    if template is None and not known.own_names:
-        raise UsageError(
-            f"{base.path} calls tensors as Megatron does, so an export needs {named('like')}, the "
-            "folder of a Hugging Face model of the same family and sizes: its config.json says "
-            "what they are called there. Its weights are not needed"
-        )
+    template = template_of(request, base)
     weights = _weights(base, rules)
     shapes = {key: tensor.shape for key, tensor in weights.items()}
     config, notes = _plain(template)
     arguments = known.common(Path(base.path))["args"]
     made = export_map(config, shapes, own_names=known.own_names, arguments=arguments)
-    dtype, said = _dtype(request, template, base, weights)
+    dtype, said = dtype_of(request, template, weights)
     entries = [Entry(t.name, _stored(t, dtype, base, weights), t.shape) for t in made.tensors]
     notes += [*said, *made.notes, *(_without(base) if template is None else template.notes)]
     small = {}
@@ -188,6 +178,29 @@ def plan_export(request: MergeRequest, base: Source, rules: Rules) -> ModelExpor
         like=None if template is None else template.path,
         parameters=sum(entry.numel for entry in entries if entry.dtype.is_floating_point),
         notes=tuple(notes),
+    )
+
+
+def template_of(request: MergeRequest, base: Source) -> Template | None:
+    """What an export of `base` takes its configuration from: the folder of `like`, or the one that
+    a checkpoint lies in whose tensors have the model's own names; None where that has none.
+
+    Raises:
+        UsageError: it is needed and not there, or cannot be used.
+    """
+    if request.like is not None:
+        return read_template(request.like)
+    if not registry.get(base.format, base.path).own_names:
+        raise UsageError(
+            f"{base.path} calls tensors as Megatron does, so an export needs {named('like')}, the "
+            "folder of a Hugging Face model of the same family and sizes: its config.json says "
+            "what they are called there. Its weights are not needed"
+        )
+    beside = Path(base.path).parent
+    return (
+        _said(read_template(str(beside), implicit=True))
+        if (beside / CONFIG_FILE).is_file()
+        else None
     )
 
 
@@ -230,10 +243,10 @@ def _without(base: Source) -> list[str]:
     ]
 
 
-def _dtype(
-    request: MergeRequest, template: Template | None, base: Source, weights: Mapping[str, Tensor]
+def dtype_of(
+    request: MergeRequest, template: Template | None, weights: Mapping[str, Tensor]
 ) -> tuple[torch.dtype, list[str]]:
-    """The dtype of the export, and what is to be said of the choice."""
+    """The dtype of an export of `weights`, and what is to be said of the choice."""
     if request.torch_dtype is not None:
         return request.torch_dtype, []
     said = None if template is None else template.dtype

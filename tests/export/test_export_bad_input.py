@@ -166,11 +166,14 @@ def test_what_is_missing_or_left_out_is_said(
     (like / "chart.png").write_bytes(b"")
     (like / "onnx").mkdir()
     changed(quantization_config={"quant_method": "fp8"}, torch_dtype="float8_e4m3fn")(like)
-    (tmp_path / "cache").mkdir()
+    blobs, snapshot = tmp_path / "cache" / "blobs", tmp_path / "cache" / "snapshots" / "5ca1ab1e"
+    for folder in (blobs, snapshot.parent):
+        folder.mkdir(parents=True)
+    like = like.rename(snapshot)
     for path in like.iterdir():  # as the cache of the Hub has a model: links to blobs
         if path.is_file():
-            path.rename(tmp_path / "cache" / path.name)
-            path.symlink_to(tmp_path / "cache" / path.name)
+            path.rename(blobs / path.name)
+            path.symlink_to(f"../../blobs/{path.name}")
     report = export_model(source, save=tmp_path / "kept", like=like)
     said = caplog.text
     for words in (

@@ -121,6 +121,26 @@ def test_what_a_trainer_saves_beside_its_checkpoint_is_taken(
     assert verify(tmp_path / "model", deep=True).deep
 
 
+def test_the_dtype_beside_a_checkpoint_decides_whether_main_params_are_taken(
+    trained: tuple[Path, Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "checkpoint-6"
+    shutil.copytree(tag(trained[0] / "zero1"), folder / "global_step6")
+    (file,) = (folder / "global_step6").glob("mp_rank*")
+    state = torch.load(file, weights_only=False)
+    del state["module"]["mean"]  # a buffer in float32: without it all is stored in 16 bits
+    torch.save({**state, "buffer_names": ["calls"]}, file)
+    for dtype, kind in (("float32", "masters"), ("bfloat16", "weights")):
+        (folder / "config.json").write_text(json.dumps({"model_type": "own", "dtype": dtype}))
+        export_model(folder / "global_step6", save=tmp_path / dtype)
+        got, held = read(tmp_path / dtype), trained[1]["zero1"][-1]
+        for key in held["masters"]:
+            assert got[key].dtype == getattr(torch, dtype)
+            assert torch.equal(got[key].float(), held[kind][key].float()), key
+        masters = held["masters"].values()
+        assert any(not torch.equal(m, m.bfloat16().float()) for m in masters), "it shows nothing"
+
+
 def test_what_model_parallelism_divided_is_refused(
     trained: tuple[Path, Any], tmp_path: Path
 ) -> None:
