@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -204,6 +205,30 @@ def test_verify_finds_a_flipped_byte_in_every_file(made: tuple[Path, Path], tmp_
         if name == MODEL:
             assert "tensor model.embed_tokens" not in str(caught.value)
             assert "tensor " in str(caught.value)
+
+
+def test_a_pipe_in_an_export_is_refused_and_never_waited_for(
+    made: tuple[Path, Path], tmp_path: Path
+) -> None:
+    jobs = {}
+    for name in ("stray.safetensors", MODEL, "LICENSE", "pma.json"):
+        copy = Path(shutil.copytree(made[1], tmp_path / name))
+        (copy / name).unlink(missing_ok=True)
+        os.mkfifo(copy / name)
+        jobs[name] = copy
+    script = (
+        "import sys\n"
+        "from pma_megatron.cli import main\n"
+        "for folder in sys.argv[1:]:\n"
+        "    print(main(['verify', folder, '--files-only']), main(['inspect', folder]))\n"
+    )
+    # Another process, which can be killed: no signal ends a thread that waits for a pipe.
+    command = [sys.executable, "-c", script, *map(str, jobs.values())]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    codes = [line for line in done.stdout.splitlines() if line[:1].isdigit()]
+    assert [code[0] for code in codes] == ["1"] * len(jobs), done.stdout + done.stderr
+    for name in jobs:
+        assert name in done.stderr
 
 
 def test_verify_finds_a_value_that_its_checksums_hide(
