@@ -34,6 +34,7 @@ from pma_megatron import (
 from pma_megatron.base.faults import InjectedFault
 from pma_megatron.cli import main
 from pma_megatron.errors import CheckpointError, VerifyError
+from pma_megatron.formats.manifest import seal_of
 from pma_megatron.testing import inject, run_ranks
 
 WEIGHTS = (1 / 3, 1 / 3, 1 / 3)
@@ -165,6 +166,30 @@ def test_ranks_threads_and_shards_change_no_byte(
     assert index["metadata"]["total_size"] == sum(2 * t.numel() for t in parts.values())
     assert all((folders[1] / name).stat().st_size < 21_500 for name in one if "-of-" in name)
     assert verify(folders[1], deep=True).elements == sum(t.numel() for t in parts.values())
+
+
+def test_the_newest_may_lie_on_the_disk_of_any_rank(trained: tuple[Path, Any]) -> None:
+    run, held = trained
+    got = read(run.parent / "local")
+    for name, (exact, size) in expected(held, "main_params").items():
+        error = np.abs(got[name].double().numpy() - exact)
+        assert (error <= 3 * UNIT_ROUNDOFF * size).all(), name
+
+
+def test_what_a_source_says_of_its_own_sources_is_told_or_noted(
+    made: tuple[Path, Path], like: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    copy = Path(shutil.copytree(made[0], tmp_path / made[0].name))
+    said = json.loads((copy / "pma.json").read_text())
+    third = {"output": {**said["output"], "coefficients": ["0.5", 0.25, 0.25]}}
+    for number, odd in enumerate(({"plan": []}, third, {"plan": {"sources": [[]] * 3}})):
+        data = (json.dumps({**said, **odd}) + "\n").encode()
+        (copy / "pma.json").write_bytes(data)
+        (copy / "pma.json.sha256").write_bytes(seal_of(data))
+        caplog.clear()
+        export_model(copy, save=tmp_path / f"model{number}", like=like)
+        assert "the model card does not say what" in caplog.text
+        assert "Weighted average" not in (tmp_path / f"model{number}" / "README.md").read_text()
 
 
 def test_transformers_opens_it_and_everything_beside_the_weights_is_there(
