@@ -89,7 +89,7 @@ INSIDE = {
         engine finding rules
         exporting
         planning
-        integrity leftovers verification
+        integrity leftovers rate verification
         publish targets
         exported finishing recompute report
         provenance

@@ -17,7 +17,8 @@ from pma_megatron.formats.output import Folder
 from pma_megatron.merging.engine import SOURCE_BYTES
 from pma_megatron.merging.exporting import ModelExport
 from pma_megatron.merging.inspection import Inspection
-from pma_megatron.merging.planning import MergePlan, read_rate
+from pma_megatron.merging.planning import MergePlan
+from pma_megatron.merging.rate import read_rate
 from pma_megatron.merging.report import MergeReport, describe_output
 from pma_megatron.merging.request import Output
 from pma_megatron.merging.verification import Verification
@@ -130,11 +131,15 @@ def planned(plan: MergePlan) -> None:
         _exported(console, plan.export)
     kinds = {Folder.CHECKPOINT: "checkpoint(s)", Folder.MODEL: "Hugging Face model(s)"}
     made = " and ".join(f"{len(plan.outputs)} {kinds[folder]}" for folder in plan.layouts)
+    taken = "how long that takes is not known, for the newest source could not be read here"
+    if rate:
+        taken = (
+            f"about {(plan.read_bytes + plan.written_bytes) / rate:.0f} s on one rank at "
+            f"{_size(rate)}/s, just measured on the newest source"
+        )
     console.print(
         f"reads {_size(plan.read_bytes)}, writes {_size(plan.written_bytes)} in "
-        f"{made}; buffers {_size(buffers)} per rank; about "
-        f"{(plan.read_bytes + plan.written_bytes) / rate:.0f} s on one rank at "
-        f"{_size(rate)}/s, just measured on the newest source"
+        f"{made}; buffers {_size(buffers)} per rank; {taken}"
     )
     console.print(_guide(plan))
     console.print(f"plan digest {plan.digest[:16]}; nothing was written")

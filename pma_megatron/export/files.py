@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pma_megatron.base.openfiles import open_source
 from pma_megatron.errors import VerifyError
 from pma_megatron.formats.base import Item
 from pma_megatron.formats.output import Destination, Folder, OutputItem, OutputLayout
@@ -185,14 +187,20 @@ class Stored:
     start: int
 
 
-def stored_in(folder: Path) -> dict[str, Stored]:
+def stored_in(folder: Path, files: Collection[str] | None = None) -> dict[str, Stored]:
     """The tensors of every safetensors file in a folder, as the library and the headers say.
 
+    Args:
+        folder: an exported model.
+        files: what was written there, by name; None to take whatever lies there for it.
+
     Raises:
-        VerifyError: a file cannot be opened, has no valid header, or two have the same tensor.
+        VerifyError: a file cannot be opened, is no plain file, has no valid header, or two have the
+            same tensor.
     """
     found: dict[str, Stored] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    there = sorted(folder.glob("*.safetensors"))
+    for path in (path for path in there if files is None or path.name in files):
         for name, stored in _read_header(path).items():
             if name in found:
                 raise VerifyError(f"{folder}: {found[name].file} and {path.name} both have {name}")
@@ -205,9 +213,9 @@ def _read_header(path: Path) -> dict[str, Stored]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="pt") as opened:
-            names = set(opened.keys())
-        with path.open("rb") as stream:
+        with os.fdopen(open_source(path), "rb") as stream:
+            with safe_open(path, framework="pt") as opened:
+                names = set(opened.keys())
             length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
             if length > _MAX_HEADER_BYTES:
                 raise VerifyError(f"{path}: a header of {length} bytes")

@@ -60,7 +60,8 @@ def _as_named(config: Mapping[str, Any] | None, weights: Shapes) -> ExportMap:
             "cannot be exported. Export from a run without model parallelism"
         )
     copies = [key for key in weights if _OTHER_RANK.search(key)]
-    kept = {key: shape for key, shape in weights.items() if key not in set(copies)}
+    left_out = frozenset(copies)
+    kept = {key: shape for key, shape in weights.items() if key not in left_out}
     if config is not None:
         _refuse_other_sizes(config, kept)
     tensors = tuple(

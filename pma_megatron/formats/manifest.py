@@ -18,7 +18,7 @@ from typing import Any
 from isal import isal_zlib
 
 from pma_megatron.base.durable import write_small
-from pma_megatron.base.openfiles import write_inside
+from pma_megatron.base.openfiles import open_source, write_inside
 from pma_megatron.errors import CheckpointError, PublishError, VerifyError
 from pma_megatron.formats.marker import MARKER_FILE, SEAL_FILE
 
@@ -140,7 +140,7 @@ def read_marker(folder: Path) -> Marker:
     """
     path = folder / MARKER_FILE
     try:
-        data = path.read_bytes()
+        data = _content(path)
     except FileNotFoundError:
         raise CheckpointError(
             f"{folder} has no {MARKER_FILE}: it was not written by this tool"
@@ -169,10 +169,15 @@ def read_marker(folder: Path) -> Marker:
     return Marker(value, _parsed(path, value[FILES]))
 
 
+def _content(path: Path) -> bytes:
+    with os.fdopen(open_source(path), "rb") as stream:
+        return stream.read()
+
+
 def _sealed(folder: Path, marker: bytes) -> bool:
     path = folder / SEAL_FILE
     try:
-        seal = path.read_bytes()
+        seal = _content(path)
     except FileNotFoundError:
         return False
     except OSError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -142,20 +143,24 @@ class ModelExport:
         return {CARD_FILE: text}
 
 
-def plan_export(request: MergeRequest, base: Source, rules: Rules) -> ModelExport:
-    """Lay out the model that the average becomes. One rank, which sees the template, calls.
+def plan_export(
+    request: MergeRequest, base: Source, rules: Rules, template: Template | None
+) -> ModelExport:
+    """Lay out the model that the average becomes. One rank, which sees the newest source, calls.
 
     Args:
-        request: says like what.
+        request: says in which dtype and files of what size.
         base: the newest source.
         rules: what happens to its entries.
+        template: what `like` names, read; None without it.
 
     Raises:
         UsageError: there is no template, and one is needed; or it is none.
         PlanError: the checkpoint is not of the template's model, or cannot be exported.
     """
     known = registry.get(base.format, base.path)
-    template = template_of(request, base)
+    if template is None:
+        template = template_of(request, base)
     weights = _weights(base, rules)
     shapes = {key: tensor.shape for key, tensor in weights.items()}
     config, notes = _plain(template)
@@ -279,6 +284,8 @@ def _stored(
     not train and keeps in float32 (buffers): rounding is for weights.
     """
     keys = [part.key for part in tensor.filled_by]
+    if not keys and tensor.name in weights:
+        keys = [tensor.name]  # no elements, so nothing fills it, and its name is the checkpoint's
     own = {weights[key].dtype for key in keys}
     if own - {*AVERAGED}:
         (only,) = own if len(own) == 1 else (None,)
@@ -365,7 +372,8 @@ def refuse_nested(request: MergeRequest) -> None:
     """
     if request.export is None or request.like is None:
         return
-    made, like = Path(request.export).resolve(), Path(request.like).resolve()
+    # `resolve` raises for links that lead back to themselves; what is wrong there is said later.
+    made, like = (Path(os.path.realpath(each)) for each in (request.export, request.like))
     if made == like or made in like.parents or like in made.parents:
         raise UsageError(
             f"{given('export', request.export)} and {given('like', request.like)} lie in each "

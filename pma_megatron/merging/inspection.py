@@ -14,9 +14,10 @@ from pma_megatron.export.files import stored_in
 from pma_megatron.formats import registry
 from pma_megatron.formats.base import Tensor
 from pma_megatron.formats.json_files import read_json
+from pma_megatron.formats.manifest import read_marker
 from pma_megatron.formats.marker import EXPORT, MARKER_FILE
 from pma_megatron.merging.intact import listing
-from pma_megatron.merging.provenance import read_provenance
+from pma_megatron.merging.provenance import checked_provenance, read_provenance
 from pma_megatron.runs.discover import describe, list_checkpoints, pointed
 from pma_megatron.runs.folders import is_checkpoint, what_is
 from pma_megatron.runs.refs import CheckpointRef
@@ -121,8 +122,9 @@ def _export(folder: Path, sizes: Mapping[str, int]) -> Inspection:
     )
     found = Inspection(ref=ref, files=len(sizes), bytes=sum(sizes.values()))
     try:
-        made = read_provenance(folder)
-        entries = [stored.entry for stored in stored_in(folder).values()]
+        marker = read_marker(folder)
+        made = checked_provenance(folder, marker.value)
+        entries = [stored.entry for stored in stored_in(folder, marker.sums).values()]
     except (CheckpointError, VerifyError) as error:
         return replace(found, problem=str(error))
     newest = made["plan"]["sources"][-1]

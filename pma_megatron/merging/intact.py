@@ -19,6 +19,7 @@ from typing import TypeVar
 from isal import isal_zlib
 
 from pma_megatron.base.comm import Comm
+from pma_megatron.base.openfiles import open_source
 from pma_megatron.errors import CheckpointError, VerifyError
 from pma_megatron.formats import registry
 from pma_megatron.formats.base import Item
@@ -297,7 +298,7 @@ def _read(
     take: Callable[[memoryview], object],
 ) -> None:
     try:
-        with path.open("rb", buffering=0) as stream:
+        with os.fdopen(open_source(path), "rb", buffering=0) as stream:
             for start, nbytes in ranges:
                 stream.seek(start)
                 left, buffer = nbytes, memoryview(bytearray(min(nbytes, _BLOCK_BYTES)))

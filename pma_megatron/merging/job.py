@@ -166,7 +166,7 @@ def plan(request: MergeRequest, comm: Comm | None = None) -> MergePlan:
 
 def _planned(request: MergeRequest, comm: Comm) -> MergePlan:
     comm.agree("export", lambda: refuse_nested(request))
-    return make_plan(request, comm)
+    return provenance.with_origins(make_plan(request, comm), comm)
 
 
 class _Clock:
@@ -236,13 +236,18 @@ def _finish(
     plan: MergePlan, target: Target, own: Checksums, comm: Comm, clock: _Clock, compared: Compared
 ) -> None:
     parts, output = comm.collect(own), plan.outputs[target.output]
-    made = provenance.provenance(plan, output, target.folder, comm.size, clock.seconds, compared)
-    further = {}
-    if target.folder is Folder.MODEL:
-        assert plan.export is not None
-        further = plan.export.card(made)
     layout = plan.layouts[target.folder]
-    comm.on_main("finish", lambda: finishing.finish(layout, target, parts, made, further))
+
+    def finish() -> None:
+        size = comm.size
+        made = provenance.provenance(plan, output, target.folder, size, clock.seconds, compared)
+        card = {}
+        if target.folder is Folder.MODEL:
+            assert plan.export is not None
+            card = plan.export.card(made)
+        finishing.finish(layout, target, parts, made, card)
+
+    comm.on_main("finish", finish)
 
 
 def _say(compared: Compared, comm: Comm) -> None:

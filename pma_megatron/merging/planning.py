@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pma_megatron.base.comm import Comm
 from pma_megatron.base.openfiles import unread
 from pma_megatron.errors import CheckpointError
+from pma_megatron.export.template import read_template
 from pma_megatron.formats import registry
 from pma_megatron.formats.output import Changes, Folder, OutputLayout
 from pma_megatron.formats.source import Source
@@ -52,6 +52,7 @@ class MergePlan:
         visible: per source, the ranks that can read it.
         read_bytes: payload bytes that will be read, over all ranks.
         digest: SHA-256 of all that decides the result.
+        origins: name of an output -> what its only source was merged from, for an export's card.
     """
 
     request: MergeRequest
@@ -67,6 +68,7 @@ class MergePlan:
     visible: tuple[tuple[int, ...], ...]
     read_bytes: int
     digest: str
+    origins: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def written_bytes(self) -> int:
@@ -184,8 +186,7 @@ def make_plan(request: MergeRequest, comm: Comm) -> MergePlan:
     if request.writes_checkpoint:
         layouts[Folder.CHECKPOINT] = _layout(found, decisions, request.lr_factor, comm)
     if request.export is not None:
-        base, rules = found.sources[-1], decisions.rules
-        export = comm.on_main("export", lambda: plan_export(request, base, rules))
+        export = _export(request, found, decisions, comm)
         layouts[Folder.MODEL] = export.layout
     return comm.agree("plan", lambda: _assemble(request, found, decisions, layouts, export))
 
@@ -291,6 +292,21 @@ def _layout(
     return made
 
 
+def _export(
+    request: MergeRequest, found: OpenedSources, decisions: Decisions, comm: Comm
+) -> ModelExport:
+    """The model, laid out by a rank that sees the newest source; rank 0 reads the template."""
+    like, owner, base = request.like, found.visible[-1][0], found.sources[-1]
+    template = comm.on_main("template", lambda: None if like is None else read_template(like))
+    mine = comm.rank == owner
+    made = comm.agree(
+        "export", lambda: plan_export(request, base, decisions.rules, template) if mine else None
+    )
+    made = comm.broadcast(made, owner)
+    assert made is not None
+    return made
+
+
 def origin_note(found: OpenedSources) -> dict[str, Any]:
     """Where a merge comes from, in a few plain values; in a sweep, coefficients by its names."""
     values = {output.name: list(output.values) for output in found.outputs}
@@ -359,17 +375,3 @@ def _digest(
     if export is not None:
         decisive["export"] = export.digest
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
-
-
-def read_rate(plan: MergePlan, *, limit_bytes: int = 64 << 20, limit_s: float = 1.0) -> float:
-    """Bytes per second at which the newest source's files are read here, from a short try."""
-    folder, buffer = Path(plan.sources[-1].path), bytearray(1 << 20)
-    done, start_s = 0, time.perf_counter()
-    stamps = plan.sources[-1].stamps
-    for name in sorted(stamps, key=lambda file: -stamps[file][0]):
-        with (folder / name).open("rb", buffering=0) as stream:
-            while count := stream.readinto(buffer):
-                done += count
-                if done >= limit_bytes or time.perf_counter() - start_s > limit_s:
-                    break
-    return done / max(time.perf_counter() - start_s, 1e-6)

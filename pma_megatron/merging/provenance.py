@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pma_megatron.errors import CheckpointError, VerifyError
+from pma_megatron.base.comm import Comm
+from pma_megatron.errors import CheckpointError, PmaError
 from pma_megatron.formats.manifest import read_marker
 from pma_megatron.formats.marker import EXPORT, ONLINE_AVERAGE
 from pma_megatron.formats.output import Folder
@@ -47,7 +49,7 @@ def provenance(
             request[name] = str(Path(request[name]).absolute())
     request.pop("passed_over")  # the plan's are all of them
     described = describe_plan(plan)
-    origin = _origin(plan, output) if folder is Folder.MODEL else None
+    origin = plan.origins.get(output.name) if folder is Folder.MODEL else None
     for source, path in zip(described["sources"], paths, strict=True):
         source["path"] = path
     return {
@@ -67,16 +69,67 @@ def provenance(
     }
 
 
-def _origin(plan: MergePlan, output: Output) -> dict[str, Any] | None:
-    """What the only source of an output was merged from; None for any other output."""
-    used = [s.path for s, value in zip(plan.sources, output.values, strict=True) if value != 0]
-    if len(used) != 1:
-        return None
+def with_origins(plan: MergePlan, comm: Comm) -> MergePlan:
+    """The plan of an export, with what the only source of each output was merged from.
+
+    A rank that sees the source reads its `pma.json`. Every rank makes this call.
+    """
+    if plan.export is None:
+        return plan
+
+    def read() -> dict[str, tuple[dict[str, Any] | None, str | None]]:
+        found = {}
+        for output in plan.outputs:
+            used = [number for number, value in enumerate(output.values) if value != 0]
+            if len(used) == 1 and plan.visible[used[0]][0] == comm.rank:
+                found[output.name] = _origin(Path(plan.sources[used[0]].path))
+        return found
+
+    parts = comm.gather(comm.agree("origin", read))
+    said = {name: each for part in parts for name, each in part.items()}
+    notes = tuple(dict.fromkeys(note for _, note in said.values() if note is not None))
+    return replace(
+        plan,
+        origins={name: made for name, (made, _) in said.items() if made is not None},
+        export=replace(plan.export, notes=(*plan.export.notes, *notes)),
+        selection=replace(plan.selection, notes=(*plan.selection.notes, *notes)),
+    )
+
+
+def _origin(folder: Path) -> tuple[dict[str, Any] | None, str | None]:
+    """What a merged source was merged from; or a note, where that cannot be said."""
+    if not os.path.lexists(folder / PROVENANCE_FILE):
+        return None, None
     try:
-        made = read_provenance(Path(used[0]))
-        return {"output": made["output"], "plan": {"sources": made["plan"]["sources"]}}
-    except (CheckpointError, VerifyError, KeyError):  # no merge, or nothing that can be said of it
-        return None
+        value = read_marker(folder).value
+        if value.get("kind") is not None:
+            return None, None
+        return _told(checked_provenance(folder, value)), None
+    except (PmaError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        note = (
+            f"the model card does not say what {folder} was merged from, for its {PROVENANCE_FILE} "
+            f"does not: {str(error)[:200] or type(error).__name__}"
+        )
+        return None, note
+
+
+def _told(made: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model card has of a merge, each of the type that it is formatted as.
+
+    Raises:
+        KeyError, TypeError, ValueError, OverflowError: something is not.
+    """
+    sources = made["plan"]["sources"]
+    for source in sources:
+        if not isinstance(source["path"], str) or not all(
+            type(source.get(name)) in (int, type(None)) for name in ("iteration", "consumed_tokens")
+        ):
+            raise TypeError(f"a source is {str(source)[:100]}")
+    values = made["output"]["coefficients"]
+    if not all(type(value) in (int, float) for value in values):
+        raise TypeError(f"its coefficients are {str(values)[:100]}")
+    output = {**made["output"], "coefficients": [float(value) for value in values]}
+    return {"output": output, "plan": {"sources": sources}}
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:

@@ -101,7 +101,7 @@ def _tensors(folder: Path, marker: Marker) -> dict[str, list[Record]]:
     said = marker.value.get(TENSORS)
     found: dict[str, list[Record]] = {}
     with contextlib.suppress(VerifyError):
-        for name, each in stored_in(folder).items():
+        for name, each in stored_in(folder, marker.sums).items():
             crc32 = said.get(name) if isinstance(said, dict) else None
             record = Record(f"tensor {name}", each.start, each.entry.nbytes, str(crc32))
             found.setdefault(each.file, []).append(record)

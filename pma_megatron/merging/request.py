@@ -219,6 +219,13 @@ class MergeRequest:
                 f"leave it out, or give {named('save')} too"
             )
 
+        state = self.policy.optimizer_state
+        if state in ("average", "reset") and not self.writes_checkpoint:
+            raise UsageError(
+                f"{given('optimizer_state', state)} has no effect on an export, which stores no "
+                f"optimizer: leave it out, or give {named('save')} too"
+            )
+
     @property
     def writes_checkpoint(self) -> bool:
         """Whether a checkpoint is made, not an export alone."""

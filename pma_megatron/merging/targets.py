@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -53,6 +54,7 @@ def refuse(plan: MergePlan, wanted: Sequence[Target]) -> None:
         PublishError: the output would touch a source, a live run or a foreign checkpoint, exists
             already, does not fit on the disk, or lies where nothing can be looked at.
     """
+    _refuse_nested(wanted)
     for target in wanted:
         try:
             _refuse(plan, target)
@@ -79,6 +81,18 @@ _INSTEAD = {
     errno.ENAMETOOLONG: "Choose a shorter",
     errno.ELOOP: "Its links lead back to themselves: choose another",
 }
+
+
+def _refuse_nested(wanted: Sequence[Target]) -> None:
+    """No output is, or lies in, another: what replaces or deletes one would take the other."""
+    for one, other in itertools.combinations(wanted, 2):
+        first, second = _real(one.final), _real(other.final)
+        if first == second or first in second.parents or second in first.parents:
+            raise PublishError(
+                f"the outputs {first} and {second} are one folder, or lie in each other. Choose "
+                f"another {named(one.setting)} or {named(other.setting)}: folders beside each "
+                "other"
+            )
 
 
 def _refuse(plan: MergePlan, target: Target) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +14,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from conftest import DENSE
+from conftest import DENSE, folder_of
 from pma_megatron import MergeReport, MergeRequest, SelectionRequest, merge
 from pma_megatron.testing import TinyTrainer
 
@@ -67,7 +69,8 @@ def train(
 ) -> list[dict[str, Any]]:
     """Train `RUN`, save every second iteration; what this rank held at each save.
 
-    Then both ranks export the average together, into several files.
+    Then both ranks export the average together, into several files, and once more from disks of
+    their own, the newest on the second rank's.
     """
     trainer, held = TinyTrainer(RUN), []
     for _ in range(saves):
@@ -76,6 +79,14 @@ def train(
         held.append(trainer.snapshot())
     trainer.close()
     averaged(Path(root), Path(model), Path(like), max_shard_bytes=SHARD_BYTES)
+    node, here = Path(model).parent / f"node{rank}", Path.cwd()
+    folders = [folder_of(Path(root), 2 * number) for number in range(1, saves + 1)]
+    for folder in folders[-1:] if rank else folders[:-1]:
+        shutil.copytree(folder, node / "run" / folder.name)
+    os.chdir(node)
+    save = Path(model).parent / "local"
+    averaged(Path("run"), save, Path(like), merge_parallel_size=world_size, dtype="fp32")
+    os.chdir(here)
     return held
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -33,6 +34,7 @@ from pma_megatron import (
 from pma_megatron.base.faults import InjectedFault
 from pma_megatron.cli import main
 from pma_megatron.errors import CheckpointError, VerifyError
+from pma_megatron.formats.manifest import seal_of
 from pma_megatron.testing import inject, run_ranks
 
 WEIGHTS = (1 / 3, 1 / 3, 1 / 3)
@@ -166,6 +168,30 @@ def test_ranks_threads_and_shards_change_no_byte(
     assert verify(folders[1], deep=True).elements == sum(t.numel() for t in parts.values())
 
 
+def test_the_newest_may_lie_on_the_disk_of_any_rank(trained: tuple[Path, Any]) -> None:
+    run, held = trained
+    got = read(run.parent / "local")
+    for name, (exact, size) in expected(held, "main_params").items():
+        error = np.abs(got[name].double().numpy() - exact)
+        assert (error <= 3 * UNIT_ROUNDOFF * size).all(), name
+
+
+def test_what_a_source_says_of_its_own_sources_is_told_or_noted(
+    made: tuple[Path, Path], like: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    copy = Path(shutil.copytree(made[0], tmp_path / made[0].name))
+    said = json.loads((copy / "pma.json").read_text())
+    third = {"output": {**said["output"], "coefficients": ["0.5", 0.25, 0.25]}}
+    for number, odd in enumerate(({"plan": []}, third, {"plan": {"sources": [[]] * 3}})):
+        data = (json.dumps({**said, **odd}) + "\n").encode()
+        (copy / "pma.json").write_bytes(data)
+        (copy / "pma.json.sha256").write_bytes(seal_of(data))
+        caplog.clear()
+        export_model(copy, save=tmp_path / f"model{number}", like=like)
+        assert "the model card does not say what" in caplog.text
+        assert "Weighted average" not in (tmp_path / f"model{number}" / "README.md").read_text()
+
+
 def test_transformers_opens_it_and_everything_beside_the_weights_is_there(
     made: tuple[Path, Path], like: Path
 ) -> None:
@@ -204,6 +230,30 @@ def test_verify_finds_a_flipped_byte_in_every_file(made: tuple[Path, Path], tmp_
         if name == MODEL:
             assert "tensor model.embed_tokens" not in str(caught.value)
             assert "tensor " in str(caught.value)
+
+
+def test_a_pipe_in_an_export_is_refused_and_never_waited_for(
+    made: tuple[Path, Path], tmp_path: Path
+) -> None:
+    jobs = {}
+    for name in ("stray.safetensors", MODEL, "LICENSE", "pma.json"):
+        copy = Path(shutil.copytree(made[1], tmp_path / name))
+        (copy / name).unlink(missing_ok=True)
+        os.mkfifo(copy / name)
+        jobs[name] = copy
+    script = (
+        "import sys\n"
+        "from pma_megatron.cli import main\n"
+        "for folder in sys.argv[1:]:\n"
+        "    print(main(['verify', folder, '--files-only']), main(['inspect', folder]))\n"
+    )
+    # Another process, which can be killed: no signal ends a thread that waits for a pipe.
+    command = [sys.executable, "-c", script, *map(str, jobs.values())]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    codes = [line for line in done.stdout.splitlines() if line[:1].isdigit()]
+    assert [code[0] for code in codes] == ["1"] * len(jobs), done.stdout + done.stderr
+    for name in jobs:
+        assert name in done.stderr
 
 
 def test_verify_finds_a_value_that_its_checksums_hide(

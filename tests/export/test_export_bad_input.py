@@ -12,12 +12,15 @@ import pytest
 from exports import CONFIG, TOKENIZER, averaged, template
 
 from conftest import digests, folder_of
-from pma_megatron import MergeRequest, PmaError, export_model, merge
+from pma_megatron import MergeRequest, PmaError, Policy, SelectionRequest, export_model, merge, plan
 from pma_megatron.cli import main
 from pma_megatron.errors import CheckpointError, PlanError, PublishError, UsageError
 
 FITTING = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 256}
 """The sizes of the dense run that tests share."""
+
+
+AVERAGED = Policy(optimizer_state="average")
 
 
 @pytest.fixture
@@ -112,12 +115,37 @@ def test_a_megatron_checkpoint_needs_a_template(source: Path, tmp_path: Path) ->
         export_model(source, save=tmp_path / "model")
 
 
+def test_outputs_and_links_that_lead_into_each_other_are_refused(
+    dense_run: Path, like: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    out = tmp_path / "out"
+    for save, export, words in (
+        (out, out, "lie in each other"),
+        (out, out / "iter_0000008" / "hf", "lie in each other"),
+        (out / "merged", out, "lie in each other"),
+        (None, tmp_path / "loop" / "model", "is a symbolic link"),
+    ):
+        request = MergeRequest(
+            load=str(dense_run),
+            save=None if save is None else str(save),
+            export=str(export),
+            like=str(like),
+            selection=SelectionRequest(last=2),
+        )
+        for job in (plan, merge):
+            with pytest.raises(PublishError, match=words):
+                job(request)
+    assert not out.exists()
+
+
 def test_what_has_no_effect_is_refused(dense_run: Path, like: Path, tmp_path: Path) -> None:
     model = str(tmp_path / "model")
     for settings, words in (
         ({"save": model, "like": str(like)}, "has no effect without export="),
         ({"export": model, "like": str(like), "lr_factor": 0.5}, "lr_factor= has no effect"),
         ({"export": model, "like": str(like), "max_shard_bytes": 0}, "at least 1"),
+        ({"export": model, "like": str(like), "policy": AVERAGED}, "'average' has no effect"),
     ):
         with pytest.raises(UsageError, match=words):
             merge(MergeRequest(load=str(dense_run), **settings))

@@ -62,6 +62,20 @@ def test_an_export_is_what_deepspeed_converts(
     assert verify(tmp_path / "model", deep=True).deep
 
 
+def test_a_tensor_without_elements_keeps_its_dtype(
+    trained: tuple[Path, Any], tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(trained[0] / "zero1", tmp_path / "run"))
+    for file in tag(copy).glob("mp_rank*"):
+        state = torch.load(file, weights_only=False)
+        state["module"]["empty"] = torch.zeros(0, 3, dtype=torch.int64)
+        state["buffer_names"].append("empty")
+        torch.save(state, file)
+    export_model(copy, save=tmp_path / "model", dtype="bf16")
+    empty = read(tmp_path / "model")["empty"]
+    assert empty.dtype == torch.int64 and tuple(empty.shape) == (0, 3)
+
+
 def test_a_model_loads_it_with_its_tied_weights(trained: tuple[Path, Any], tmp_path: Path) -> None:
     export_model(trained[0] / "zero3", save=tmp_path / "model")
     model = TinyModel()

@@ -13,6 +13,7 @@ import pytest
 from pma_megatron import MergePlan, MergeRequest, Method, Policy, SelectionRequest, plan
 from pma_megatron.merging import tasks
 from pma_megatron.merging.engine import over_threads
+from pma_megatron.merging.rate import read_rate
 from pma_megatron.merging.tasks import Average, Fill, Unit, share
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -46,6 +47,17 @@ def test_the_digest_says_whether_the_result_is_the_same(run: Path, tmp_path: Pat
         planned(run, lr_factor=0.5),
     )
     assert len({first.digest, *(other.digest for other in others)}) == 1 + len(others)
+
+
+def test_the_rate_is_that_of_payloads_and_its_try_never_fails(run: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
+    newest = max(copy.glob("iter_*"))
+    (newest / "stray").write_bytes(b"x" * (1 << 20))
+    made = planned(copy)
+    (newest / "stray").unlink()
+    assert read_rate(made) > 0
+    shutil.rmtree(newest)
+    assert read_rate(made) == 0
 
 
 @pytest.mark.parametrize("state", ["latest", "average", "reset", "drop"])
