@@ -73,6 +73,7 @@ class ModelExport:
         config: `config.json` as it will be, parsed; None where there is no template.
         like: absolute path of the template; None where there is none.
         parameters: elements of all floating tensors.
+        names_compared: tensors are called as the library that opens the model looks for them.
         notes: sentences for the user.
     """
 
@@ -83,6 +84,7 @@ class ModelExport:
     config: Mapping[str, Any] | None
     like: str | None
     parameters: int
+    names_compared: bool
     notes: tuple[str, ...]
 
     @property
@@ -118,6 +120,7 @@ class ModelExport:
             "like": self.like,
             "tensors": len(self.entries),
             "parameters": self.parameters,
+            "names_compared": self.names_compared,
             "files": len(self.layout.files),
             "bytes": self.layout.nbytes,
         }
@@ -160,7 +163,14 @@ def plan_export(request: MergeRequest, base: Source, rules: Rules) -> ModelExpor
     shapes = {key: tensor.shape for key, tensor in weights.items()}
     config, notes = _plain(template)
     arguments = known.common(Path(base.path))["args"]
-    made = export_map(config, shapes, own_names=known.own_names, arguments=arguments)
+    made = export_map(
+        config,
+        shapes,
+        own_names=known.own_names,
+        arguments=arguments,
+        aliases=base.aliases,
+        listed=None if template is None else template.weight_names,
+    )
     dtype, said = dtype_of(request, template, weights)
     entries = [Entry(t.name, _stored(t, dtype, base, weights), t.shape) for t in made.tensors]
     notes += [*said, *made.notes, *(_without(base) if template is None else template.notes)]
@@ -177,6 +187,7 @@ def plan_export(request: MergeRequest, base: Source, rules: Rules) -> ModelExpor
         config=config,
         like=None if template is None else template.path,
         parameters=sum(entry.numel for entry in entries if entry.dtype.is_floating_point),
+        names_compared=made.compared,
         notes=tuple(notes),
     )
 
