@@ -102,8 +102,8 @@ INSIDE = {
         load
     """,
     "export": """
-        card files maps side_files
-        template
+        card files own_names side_files
+        maps template
     """,
     "export.families": """
         config

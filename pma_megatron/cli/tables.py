@@ -187,13 +187,14 @@ def merged(report: MergeReport) -> None:
         console.print(f"resume with: {pasted(how)}", soft_wrap=True)
         if "--no-load-optim" in how:
             console.print(_WEIGHTS_ALONE, soft_wrap=True)
+    compared = (report.plan.get("export") or {}).get("names_compared", False)
     for folder in report.exports:
-        console.print(f"load with: {_loading(folder)}", soft_wrap=True)
+        console.print(f"load with: {_loading(folder, compared)}", soft_wrap=True)
 
 
-def _loading(folder: str) -> str:
-    """How an exported model is loaded, where transformers can."""
-    if (Path(folder) / "config.json").is_file():
+def _loading(folder: str, compared: bool) -> str:
+    """How an exported model is loaded: by transformers where it is known to find its tensors."""
+    if compared and (Path(folder) / "config.json").is_file():
         return pasted(f"transformers.AutoModelForCausalLM.from_pretrained({folder!r})")
     files = sorted(map(str, Path(folder).glob("*.safetensors")))
     more = f" and {len(files) - 1} more" if files[1:] else ""

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from pma_megatron.base.boxes import Box
 from pma_megatron.errors import PlanError
 from pma_megatron.export.families import export_map as family_map
+from pma_megatron.export.own_names import compare_names
 from pma_megatron.export.tensors import ExportMap, ExportTensor, FilledBy
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -29,6 +30,8 @@ def export_map(
     *,
     own_names: bool,
     arguments: Mapping[str, Any] | None = None,
+    aliases: Mapping[str, str] | None = None,
+    listed: Collection[str] | None = None,
 ) -> ExportMap:
     """The tensors of the exported model.
 
@@ -37,12 +40,15 @@ def export_map(
         weights: what the checkpoint holds.
         own_names: the checkpoint calls tensors as the model itself does, so nothing is mapped.
         arguments: of the training script, which a family compares with `config`.
+        aliases: second name of a tied tensor -> its name in `weights`.
+        listed: names of the model's tensors, by the index of its own weights; None without one.
+            These two are for a checkpoint with its model's own names (see `compare_names`).
 
     Raises:
         PlanError: the checkpoint is not a model of that configuration, or cannot be exported.
     """
     if own_names:
-        made = _as_named(config, weights)
+        made = _as_named(config, weights, aliases or {}, listed)
     else:
         assert config is not None  # who asks has refused
         made = family_map(config, weights, arguments)
@@ -50,7 +56,12 @@ def export_map(
     return made
 
 
-def _as_named(config: Mapping[str, Any] | None, weights: Shapes) -> ExportMap:
+def _as_named(
+    config: Mapping[str, Any] | None,
+    weights: Shapes,
+    aliases: Mapping[str, str],
+    listed: Collection[str] | None,
+) -> ExportMap:
     """Names are the model's own; of a buffer that each rank keeps, that of the first."""
     parts = [key for key in weights if _PART.search(key)]
     if parts:
@@ -62,18 +73,22 @@ def _as_named(config: Mapping[str, Any] | None, weights: Shapes) -> ExportMap:
     copies = [key for key in weights if _OTHER_RANK.search(key)]
     left_out = frozenset(copies)
     kept = {key: shape for key, shape in weights.items() if key not in left_out}
+    compared = False
+    notes: list[str] = []
     if config is not None:
         _refuse_other_sizes(config, kept)
+        compared, notes = compare_names(config, kept, listed, aliases)
     tensors = tuple(
         ExportTensor(
             key, shape, (FilledBy(key, Box((0,) * len(shape), shape), 0),) if _numel(shape) else ()
         )
         for key, shape in kept.items()
     )
-    if not copies:
-        return ExportMap(tensors)
-    note = f"left out: {len(copies)} buffers of other ranks than the first ({copies[0]}, ...)"
-    return ExportMap(tensors, (note,))
+    if copies:
+        notes.append(
+            f"left out: {len(copies)} buffers of other ranks than the first ({copies[0]}, ...)"
+        )
+    return ExportMap(tensors, tuple(notes), compared)
 
 
 def _refuse_other_sizes(config: Mapping[str, Any], weights: Shapes) -> None:

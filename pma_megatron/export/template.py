@@ -16,6 +16,7 @@ from typing import Any
 from pma_megatron.base.openfiles import is_folder
 from pma_megatron.base.spelling import given, named
 from pma_megatron.errors import CheckpointError, UsageError
+from pma_megatron.export.files import INDEX_FILE
 from pma_megatron.export.side_files import (
     CARD_FILE,
     CONFIG_FILE,
@@ -42,12 +43,15 @@ class Template:
         path: of the folder.
         config: its `config.json`.
         files: the files that are copied as they are, by name.
+        weight_names: of its own weights, by their index; None where that is not there, or they are
+            quantized.
         notes: sentences for the user: what is missing, what was left out.
     """
 
     path: str
     config: Mapping[str, Any]
     files: Mapping[str, bytes]
+    weight_names: frozenset[str] | None
     notes: tuple[str, ...]
 
     @property
@@ -84,7 +88,9 @@ def read_template(path: str, *, implicit: bool = False) -> Template:
         ) from error
     _refuse_other_tokenizer(folder, config, found.files.get("tokenizer.json"))
     notes = (*_notes(found), *(_code_left(folder, config) if implicit else []))
-    return Template(str(folder.absolute()), config, found.files, notes)
+    return Template(
+        str(folder.absolute()), config, found.files, _weight_names(folder, config), notes
+    )
 
 
 def _refuse_no_folder(path: str, folder: Path) -> None:
@@ -121,6 +127,19 @@ def _config(folder: Path) -> dict[str, Any]:
     except CheckpointError as error:
         raise UsageError(f"{named('like')}: {error}. Give another folder") from error
     return config
+
+
+def _weight_names(folder: Path, config: Mapping[str, Any]) -> frozenset[str] | None:
+    path = folder / INDEX_FILE
+    if any(config.get(field) is not None for field in QUANTIZED_FIELDS):
+        return None  # scales are tensors too
+    if not path.is_file() or not stays_inside(path, folder):
+        return None
+    try:
+        names = read_json(path).get("weight_map")
+    except CheckpointError:
+        return None
+    return frozenset(names) if isinstance(names, dict) and names else None
 
 
 def _notes(found: SideFiles) -> list[str]:

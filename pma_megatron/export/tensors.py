@@ -52,7 +52,10 @@ class ExportMap:
     Attributes:
         tensors: in the order of the model: embedding, layers, final norm, output layer.
         notes: a sentence for the user about everything of the checkpoint that was left out.
+        compared: names and shapes are those that the model's configuration says, or the names those
+            of its own weights; False where they are the checkpoint's, whatever those are.
     """
 
     tensors: tuple[ExportTensor, ...]
     notes: tuple[str, ...] = ()
+    compared: bool = True

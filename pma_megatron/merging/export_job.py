@@ -49,8 +49,8 @@ def export_model(
         path: a checkpoint's folder, or a root whose tracker names one.
         save: the folder that becomes the model; it must not exist.
         like: folder of a Hugging Face model of the same family and sizes, for its `config.json` and
-            tokenizer. A DeepSpeed checkpoint of a model that has the names of its library can do
-            without, and the export has no configuration then.
+            tokenizer. A DeepSpeed checkpoint can do without: what lies beside it is taken then, and
+            where nothing does, the export has no configuration.
         dtype: `bf16`, `fp16` or `fp32`; None for what `config.json` says.
         max_shard_bytes: of one file.
         threads: reader threads per rank.

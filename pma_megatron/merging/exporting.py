@@ -74,6 +74,7 @@ class ModelExport:
         config: `config.json` as it will be, parsed; None where there is no template.
         like: absolute path of the template; None where there is none.
         parameters: elements of all floating tensors.
+        names_compared: tensors are called as the library that opens the model looks for them.
         notes: sentences for the user.
     """
 
@@ -84,6 +85,7 @@ class ModelExport:
     config: Mapping[str, Any] | None
     like: str | None
     parameters: int
+    names_compared: bool
     notes: tuple[str, ...]
 
     @property
@@ -119,6 +121,7 @@ class ModelExport:
             "like": self.like,
             "tensors": len(self.entries),
             "parameters": self.parameters,
+            "names_compared": self.names_compared,
             "files": len(self.layout.files),
             "bytes": self.layout.nbytes,
         }
@@ -165,7 +168,14 @@ def plan_export(
     shapes = {key: tensor.shape for key, tensor in weights.items()}
     config, notes = _plain(template)
     arguments = known.common(Path(base.path))["args"]
-    made = export_map(config, shapes, own_names=known.own_names, arguments=arguments)
+    made = export_map(
+        config,
+        shapes,
+        own_names=known.own_names,
+        arguments=arguments,
+        aliases=base.aliases,
+        listed=None if template is None else template.weight_names,
+    )
     dtype, said = dtype_of(request, template, weights)
     entries = [Entry(t.name, _stored(t, dtype, base, weights), t.shape) for t in made.tensors]
     notes += [*said, *made.notes, *(_without(base) if template is None else template.notes)]
@@ -182,6 +192,7 @@ def plan_export(
         config=config,
         like=None if template is None else template.path,
         parameters=sum(entry.numel for entry in entries if entry.dtype.is_floating_point),
+        names_compared=made.compared,
         notes=tuple(notes),
     )
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from exports import averaged, read
+from exports import MODEL, averaged, read, template
 from safetensors.torch import load_model
 
 import deepspeed_runs
@@ -19,6 +19,7 @@ from conftest import digests
 from deepspeed_runs import WEIGHTS, tag
 from oracle import assert_average
 from pma_megatron import export_model, verify
+from pma_megatron.cli import main
 from pma_megatron.errors import PlanError
 from pma_megatron.testing import run_ranks
 from pma_megatron.testing.tiny_deepspeed import DeepSpeedConfig, TinyModel
@@ -118,6 +119,26 @@ def test_configuration_and_tokenizer_come_from_a_folder(
     (like / "config.json").write_text(json.dumps({"vocab_size": 9, "hidden_size": 4}))
     with pytest.raises(PlanError, match=r"vocab_size 9 and hidden_size 4"):
         export_model(trained[0] / "zero1", save=tmp_path / "other", like=like)
+
+
+def test_a_model_that_transformers_would_not_find_is_refused_or_not_promised(
+    trained: tuple[Path, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, save = template(tmp_path / "like", vocab_size=7, hidden_size=7), tmp_path / "model"
+    command = ["export", str(trained[0] / "zero1"), "--save", str(save), "--like", str(folder)]
+    assert main(command) == 1
+    said = capsys.readouterr().err
+    assert "missing: model.embed_tokens.weight" in said and "not of the model: " in said
+    assert not save.exists()
+    (folder / "config.json").write_text(json.dumps({"model_type": "own"}))
+    assert main([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["export"]["names_compared"] is False
+    assert main([*command, "--overwrite"]) == 0
+    assert "from_pretrained" not in capsys.readouterr().out
+    names = dict.fromkeys(read(save), MODEL)
+    (folder / f"{MODEL}.index.json").write_text(json.dumps({"weight_map": names}))
+    assert main([*command, "--overwrite"]) == 0
+    assert "from_pretrained" in capsys.readouterr().out
 
 
 def test_what_a_trainer_saves_beside_its_checkpoint_is_taken(

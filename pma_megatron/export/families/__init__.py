@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -15,7 +15,7 @@ from pma_megatron.errors import PlanError
 from pma_megatron.export.families import deepseek_v3, llama, mixtral, qwen2, qwen3
 from pma_megatron.export.families.blocks import Layout
 from pma_megatron.export.families.config import Config, told
-from pma_megatron.export.families.placing import placed
+from pma_megatron.export.families.placing import placed, shapes_of
 from pma_megatron.export.families.trained import Arguments, Trained, compare, vocabulary
 from pma_megatron.export.tensors import ExportMap, ExportTensor
 
@@ -116,6 +116,20 @@ def _placed(layout: Layout, weights: Mapping[str, tuple[int, ...]]) -> ExportMap
         for t in found.tensors
     )
     return replace(found, tensors=tuple(tensors))
+
+
+def model_shapes(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of each tensor of the model that `config` describes, without a checkpoint.
+
+    Its `model_type` is one of `KNOWN`. Raises PlanError as `export_map` does for `config`.
+
+    >>> config = {"model_type": "llama", "num_hidden_layers": 1, "hidden_size": 2,
+    ...           "intermediate_size": 3, "num_attention_heads": 1, "vocab_size": 5}
+    >>> next(model_shapes(config))
+    ('model.embed_tokens.weight', (5, 2))
+    """
+    checked = Config(config)
+    return shapes_of(KNOWN[checked.model_type].layout(checked))
 
 
 def tensors_of(

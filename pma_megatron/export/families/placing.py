@@ -38,6 +38,26 @@ def placed(layout: Layout, weights: Shapes) -> ExportMap:
     return ExportMap(tuple(tensors), notes)
 
 
+def shapes_of(layout: Layout) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of each exported tensor of `layout`, in the order of the model.
+
+    One after the other: how many there are is a number in a file that need not be trusted.
+    """
+    yield from _shapes(layout.before, "")
+    for number in range(layout.layers.size):
+        yield from _shapes(layout.layer(number), f"model.layers.{number}.")
+    yield from _shapes(layout.after, "")
+
+
+def _shapes(stored: Iterable[Stored], prefix: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for each in stored:
+        for expert in range(each.experts.size if each.experts else 1):
+            for part in each.parts:
+                rows = part.rows or Rows(0, each.axes[0].size)
+                shape = (rows.count * rows.times, *(axis.size for axis in each.axes[1:]))
+                yield prefix + part.name.format(expert=expert), shape
+
+
 @dataclass
 class _Placing:
     """What was found so far: elements used of each key, and what speaks against the export.
