@@ -104,6 +104,7 @@ def run_ranks(
     *args: Any,
     timeout_s: float = 120.0,
     init: bool = True,
+    preloaded: bool = True,
     **kwargs: Any,
 ) -> list[Any]:
     """Call `fn(rank, world_size, *args, **kwargs)` on every rank and return the results by rank.
@@ -113,9 +114,12 @@ def run_ranks(
     has its own; more ranks than GPUs share them, over gloo alone, see `by_host`). The first rank to
     fail ends the others.
 
+    Ranks are forked from a process that has imported torch and megatron-core, and end without exit
+    handlers; with `preloaded=False` each is a new interpreter that ends as any program does.
+
     Raises RankFailure for the rank that failed first, RankTimeout when `timeout_s` is over.
     """
-    outcomes = _run(fn, world_size, args, kwargs, timeout_s, init, stop_at_failure=True)
+    outcomes = _run(fn, world_size, args, kwargs, timeout_s, init, preloaded, stop_at_failure=True)
     failed = [outcome for outcome in outcomes if not outcome.ok]
     if failed:
         first = min(failed, key=lambda o: (o.timed_out, not o.signal, o.seconds))
@@ -140,6 +144,7 @@ def rank_outcomes(
     *args: Any,
     timeout_s: float = 120.0,
     init: bool = True,
+    preloaded: bool = True,
     **kwargs: Any,
 ) -> list[Outcome]:
     """Like `run_ranks`, but lets every rank end by itself and reports how each one did.
@@ -147,7 +152,7 @@ def rank_outcomes(
     For tests of what the other ranks do when one dies. Ranks that are still there after
     `timeout_s` are killed and marked `timed_out`. Never raises for what a rank did.
     """
-    return _run(fn, world_size, args, kwargs, timeout_s, init, stop_at_failure=False)
+    return _run(fn, world_size, args, kwargs, timeout_s, init, preloaded, stop_at_failure=False)
 
 
 def _run(
@@ -157,9 +162,10 @@ def _run(
     kwargs: dict[str, Any],
     timeout_s: float,
     init: bool,
+    preloaded: bool,
     stop_at_failure: bool,
 ) -> list[Outcome]:
-    context = _context()
+    context = _context(preloaded)
     processes: list[BaseProcess] = []
     pipes: list[Connection] = []
     with tempfile.TemporaryDirectory(prefix="pma_ranks_") as directory:
@@ -236,6 +242,7 @@ def _stacks(process: BaseProcess, path: Path) -> str:
     until = time.monotonic() + 10 * _GRACE_S
     while not path.read_text() and time.monotonic() < until:
         time.sleep(_GRACE_S / 3)
+    time.sleep(_GRACE_S)  # it is written line by line
     return path.read_text()
 
 
@@ -289,7 +296,7 @@ def _take_over(*streams: Any) -> _Output:
     return _Output()
 
 
-def _context() -> BaseContext:
+def _context(preloaded: bool) -> BaseContext:
     """Forks ranks of a process that has imported the trainer once: that takes longer than a test.
 
     Nothing else is shared. Spawns them where imports are measured too, and on GPUs, whose driver
@@ -298,7 +305,7 @@ def _context() -> BaseContext:
     from pma_megatron.testing import cpu
 
     measured = "COVERAGE_PROCESS_CONFIG" in os.environ or "COVERAGE_PROCESS_START" in os.environ
-    if measured or cpu.on_gpu():
+    if measured or not preloaded or cpu.on_gpu():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)

@@ -91,7 +91,7 @@ def train(rank: int, world_size: int, root: str, late: bool) -> list[tuple[int, 
 
 
 def test_sums_of_saved_averages_are_waited_for_before_a_save_and_at_the_end(tmp_path: Path) -> None:
-    (seen,) = run_ranks(train, 1, str(tmp_path / "run"), False)
+    (seen,) = run_ranks(train, 1, str(tmp_path / "run"), False, preloaded=False)
     assert seen == [(0, 1), (0, 1)]  # a fork while one is at work would inherit its locks
     for iteration in (2, 4):  # the second was not written yet when training had ended
         folder = folder_of(tmp_path / "run-pma", iteration)
@@ -101,7 +101,7 @@ def test_sums_of_saved_averages_are_waited_for_before_a_save_and_at_the_end(tmp_
 
 def test_an_average_whose_save_ends_last_says_what_it_is(tmp_path: Path) -> None:
     """As with --async-save: Megatron ends the last one when training is over."""
-    (seen,) = run_ranks(train, 1, str(tmp_path / "run"), True)
+    (seen,) = run_ranks(train, 1, str(tmp_path / "run"), True, preloaded=False)
     assert seen == [(0, 0), (0, 0)]
     for iteration in (2, 4):
         folder = folder_of(tmp_path / "run-pma", iteration)
