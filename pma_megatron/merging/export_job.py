@@ -67,7 +67,6 @@ def export_model(
             written.
         VerifyError: the result is not what it must be.
         RankError: another rank failed.
-
     """
     refuse_remote("path", path)
     comm = comm or Comm()

@@ -228,8 +228,9 @@ def _fill(
 
 
 def _writer(target: Target) -> BlockWriter:
-    sums = ScatteredChecksums() if target.folder is Folder.MODEL else Checksums()
-    return BlockWriter(target.staging, sums, setting=target.setting)
+    scattered = target.folder is Folder.MODEL
+    checksums = ScatteredChecksums() if scattered else Checksums()
+    return BlockWriter(target.staging, checksums, setting=target.setting)
 
 
 def _finish(
