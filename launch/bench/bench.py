@@ -46,7 +46,7 @@ from pma_megatron.merging.job import merge
 from pma_megatron.merging.planning import MergePlan, make_plan
 from pma_megatron.merging.policy import Policy
 from pma_megatron.merging.request import MergeRequest
-from pma_megatron.runs.selection import SelectionRequest
+from pma_megatron.runs.selection_request import SelectionRequest
 from pma_megatron.testing import run_ranks
 from pma_megatron.transfer.blocks import BlockReader
 

@@ -17,7 +17,7 @@ from pma_megatron.megatron.score import scored_refs
 from pma_megatron.runs.discover import choose, list_checkpoints, pointers_of
 from pma_megatron.runs.notices import announce
 from pma_megatron.runs.refs import CheckpointRef
-from pma_megatron.runs.selection import SelectionRequest
+from pma_megatron.runs.selection_request import SelectionRequest
 from pma_megatron.runs.tokens import format_tokens
 from pma_megatron.scores.forecast import Agreement, Annealed, Forecast, Series, forecast
 from pma_megatron.scores.scores import Scores, read_scores

@@ -25,7 +25,7 @@ from pma_megatron.merging.policy import RESUMED_STATES, Policy
 from pma_megatron.merging.request import MergeRequest, Method
 from pma_megatron.merging.tasks import Unit
 from pma_megatron.runs.gaps import PassedOver
-from pma_megatron.runs.selection import SelectionRequest
+from pma_megatron.runs.selection_request import SelectionRequest
 from pma_megatron.transfer.reads import Reads
 
 

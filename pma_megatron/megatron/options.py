@@ -16,7 +16,7 @@ from pma_megatron.base.spelling import FrontEnd, as_flag, speaking
 from pma_megatron.errors import UsageError
 from pma_megatron.live.load import Live
 from pma_megatron.merging.request import MergeRequest, Method
-from pma_megatron.runs.selection import DEFAULT_LAST, SelectionRequest
+from pma_megatron.runs.selection_request import DEFAULT_LAST, SelectionRequest
 from pma_megatron.runs.tokens import consumed_tokens_of, parse_tokens
 from pma_megatron.scores.grid import Grid
 from pma_megatron.spikes.detector import SpikeSettings

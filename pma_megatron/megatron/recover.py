@@ -43,7 +43,7 @@ from pma_megatron.runs import recovery_log
 from pma_megatron.runs.discover import list_checkpoints
 from pma_megatron.runs.gaps import lines
 from pma_megatron.runs.refs import CheckpointRef
-from pma_megatron.runs.selection import SelectionRequest
+from pma_megatron.runs.selection_request import SelectionRequest
 from pma_megatron.spikes.detector import SpikeDetector, Verdict
 from pma_megatron.spikes.healthy import Healthy, HealthyRequest, Span, choose_healthy
 

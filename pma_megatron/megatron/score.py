@@ -33,7 +33,7 @@ from pma_megatron.runs.discover import choose, list_checkpoints, pointers_of
 from pma_megatron.runs.gaps import PassedOver
 from pma_megatron.runs.notices import announce
 from pma_megatron.runs.refs import CheckpointRef
-from pma_megatron.runs.selection import SelectionRequest
+from pma_megatron.runs.selection_request import SelectionRequest
 from pma_megatron.scores.grid import Grid, GridPoint
 from pma_megatron.scores.scores import Checkpoint, Other, Score, Scores
 

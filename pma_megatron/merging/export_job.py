@@ -19,7 +19,7 @@ from pma_megatron.merging.report import MergeReport
 from pma_megatron.merging.request import MergeRequest, Method
 from pma_megatron.runs.discover import pointed
 from pma_megatron.runs.folders import is_checkpoint, what_is
-from pma_megatron.runs.selection import SelectionRequest
+from pma_megatron.runs.selection_request import SelectionRequest
 
 _NAMES = ("like", "dtype", "max_shard_bytes", "threads", "overwrite", "check_sources")
 KEYWORDS = FrontEnd({**{name: f"{name}=" for name in _NAMES}, "export": "save=", "path": "path="})

@@ -23,7 +23,7 @@ from pma_megatron.merging.policy import Policy
 from pma_megatron.merging.publish import PROVENANCE_FILE
 from pma_megatron.merging.report import describe_output, describe_plan
 from pma_megatron.merging.request import MergeRequest, Method, Output
-from pma_megatron.runs.selection import SelectionRequest
+from pma_megatron.runs.selection_request import SelectionRequest
 from pma_megatron.version import __version__
 
 PROVENANCE_VERSION = 1

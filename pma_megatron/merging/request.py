@@ -19,7 +19,8 @@ from pma_megatron.errors import UsageError
 from pma_megatron.merging.coefficients import DECAYS, METHODS, Coefficients, coefficients
 from pma_megatron.merging.policy import Policy
 from pma_megatron.runs.gaps import PassedOver
-from pma_megatron.runs.selection import Selection, SelectionRequest
+from pma_megatron.runs.selection import Selection
+from pma_megatron.runs.selection_request import SelectionRequest
 
 P = ParamSpec("P")
 R = TypeVar("R")

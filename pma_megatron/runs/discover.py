@@ -19,7 +19,8 @@ from pma_megatron.formats.schema import is_count
 from pma_megatron.runs import recovery_log
 from pma_megatron.runs.folders import ITERATION, is_checkpoint, what_is
 from pma_megatron.runs.refs import CheckpointRef
-from pma_megatron.runs.selection import Selection, SelectionRequest, select
+from pma_megatron.runs.selection import Selection, select
+from pma_megatron.runs.selection_request import SelectionRequest
 from pma_megatron.runs.tokens import consumed_tokens_of
 from pma_megatron.runs.trackers import Pointer, read_pointers
 

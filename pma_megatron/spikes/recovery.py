@@ -22,7 +22,7 @@ from pma_megatron.merging.report import MergeReport
 from pma_megatron.merging.request import MergeRequest, Method
 from pma_megatron.runs.discover import list_checkpoints
 from pma_megatron.runs.refs import CheckpointRef
-from pma_megatron.runs.selection import SelectionRequest
+from pma_megatron.runs.selection_request import SelectionRequest
 from pma_megatron.spikes.detector import Kind, SpikeSettings, Verdict, detect
 from pma_megatron.spikes.healthy import Healthy, HealthyRequest, Span, choose_healthy
 from pma_megatron.spikes.metrics import Metrics, read_metrics

@@ -22,7 +22,7 @@ from pma_megatron.live.load import Live
 from pma_megatron.megatron.options import RecoverySettings, Settings
 from pma_megatron.merging.policy import Policy
 from pma_megatron.merging.request import MergeRequest, Method
-from pma_megatron.runs.selection import SelectionRequest
+from pma_megatron.runs.selection_request import SelectionRequest
 from pma_megatron.scores.grid import Grid
 from pma_megatron.spikes.healthy import HealthyRequest, Span
 from pma_megatron.spikes.recovery import RecoveryRequest

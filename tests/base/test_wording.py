@@ -38,7 +38,8 @@ from pma_megatron.live.load import ARGUMENTS
 from pma_megatron.megatron import flags
 from pma_megatron.megatron.options import FLAGS
 from pma_megatron.merging.request import Method
-from pma_megatron.runs.selection import SelectionRequest, select
+from pma_megatron.runs.selection import select
+from pma_megatron.runs.selection_request import SelectionRequest
 from pma_megatron.runs.tokens import given_tokens
 from pma_megatron.scores.grid import Grid
 from pma_megatron.spikes.healthy import HealthyRequest, choose_healthy
