@@ -68,7 +68,7 @@ INSIDE = {
     "runs": """
         folders recovery_log tokens trackers
         refs
-        gaps selection_request spacing
+        describe gaps selection_request spacing
         selection
         discover
         notices

@@ -18,7 +18,8 @@ from pma_megatron.formats.manifest import read_marker
 from pma_megatron.formats.marker import EXPORT, MARKER_FILE
 from pma_megatron.merging.intact import listing
 from pma_megatron.merging.provenance import checked_provenance, read_provenance
-from pma_megatron.runs.discover import describe, list_checkpoints, pointed
+from pma_megatron.runs.describe import describe
+from pma_megatron.runs.discover import list_checkpoints, pointed
 from pma_megatron.runs.folders import is_checkpoint, what_is
 from pma_megatron.runs.refs import CheckpointRef
 

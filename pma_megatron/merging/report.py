@@ -15,7 +15,7 @@ from pma_megatron.merging.coefficients import implied_decay_weights
 from pma_megatron.merging.planning import MergePlan
 from pma_megatron.merging.request import Output
 from pma_megatron.merging.verification import Verification
-from pma_megatron.runs.discover import describe
+from pma_megatron.runs.describe import describe
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -35,7 +35,8 @@ from pma_megatron.formats.torch_dist.chunks import (
 )
 from pma_megatron.formats.torch_dist.completeness import completeness
 from pma_megatron.online.snapshot_job import REMOVED, STAGING, Data, SnapshotJob, remove
-from pma_megatron.runs.discover import TRACKER_FILE, iteration_of
+from pma_megatron.runs.describe import iteration_of
+from pma_megatron.runs.discover import TRACKER_FILE
 
 __all__ = ["SNAPSHOTS", "Chunk", "SnapshotWriter", "prune"]
 

@@ -54,7 +54,7 @@ from pma_megatron.formats.contract import Format
 from pma_megatron.formats.marker import OWN_FILES
 from pma_megatron.merging.planning import MergePlan
 from pma_megatron.merging.policy import Action
-from pma_megatron.runs.discover import describe
+from pma_megatron.runs.describe import describe
 from pma_megatron.runs.trackers import read_pointers
 
 WEIGHT = "weight"
