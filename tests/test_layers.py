@@ -32,7 +32,7 @@ FOLDERS = [
 INSIDE = {
     "base": """
         boxes durable durations faults log memory openfiles processes sizes spelling stopping
-        locations presence settings
+        presence remote_paths settings
         comm
     """,
     "formats": """
@@ -78,18 +78,18 @@ INSIDE = {
         blocks
     """,
     "identity": """
-        samples stands
+        consumed_samples samples
         copies lineage rounded
         proof
     """,
     "merging": """
-        coefficients intact locks policy tasks tolerance
+        coefficients folder_checksums locks policy tasks tolerance
         agreement request sums
         accumulate
         engine finding rules
         exporting
         planning
-        integrity leftovers rate verification
+        leftovers rate source_checksums verification
         publish targets
         exported finishing recompute report
         provenance
@@ -117,7 +117,7 @@ INSIDE = {
     """,
     "scores": """
         grid
-        scores
+        results
         cautions
         forecast
     """,
@@ -134,11 +134,11 @@ INSIDE = {
         average
     """,
     "megatron": """
-        installing options params trees
+        params settings tree_functions trees
         checks evaluate replicas thin
         flags load rollback shard swap
-        decorating init online recover score session
-        contour curvature decorators save scoring watch
+        init online recover score session tree_decorators
+        contour curvature decorators evaluate_grid save watch
         hooks install
     """,
     "deepspeed": """
@@ -153,7 +153,7 @@ INSIDE = {
     """,
     "cli": """
         charts landscape progress streams tables verbs
-        commands recover scoring
+        commands recover score_grid
         evaluate forecast geometry
         flags
     """,

@@ -28,7 +28,7 @@ from typing import Any
 import torch.distributed as dist
 
 from pma_megatron.base.comm import Comm
-from pma_megatron.base.locations import refuse_remote
+from pma_megatron.base.remote_paths import refuse_remote
 from pma_megatron.base.spelling import named, speaking
 from pma_megatron.deepspeed.shard import EngineShard
 from pma_megatron.deepspeed.swap import averaged_state, weights

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from pma_megatron.base.locations import refuse_remote
+from pma_megatron.base.remote_paths import refuse_remote
 from pma_megatron.base.settings import DEEPSPEED, Declared, declared, made
 from pma_megatron.base.spelling import FrontEnd, keywords
 from pma_megatron.live.load import Live, live_request

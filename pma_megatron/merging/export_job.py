@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from pma_megatron.base.comm import Comm
-from pma_megatron.base.locations import refuse_remote
 from pma_megatron.base.openfiles import is_folder
+from pma_megatron.base.remote_paths import refuse_remote
 from pma_megatron.base.spelling import FrontEnd, speaking
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats import registry

@@ -11,7 +11,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 
-from pma_megatron.base.locations import refuse_remote
+from pma_megatron.base.remote_paths import refuse_remote
 from pma_megatron.base.settings import PMA, described, needed, refuse_unknown_words, setting
 from pma_megatron.base.sizes import parse_size
 from pma_megatron.base.spelling import given, listing, mistyped, named

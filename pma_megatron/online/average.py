@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pma_megatron.base.comm import Comm
-from pma_megatron.base.locations import refuse_remote
+from pma_megatron.base.remote_paths import refuse_remote
 from pma_megatron.errors import UsageError
 from pma_megatron.merging.request import Method
 from pma_megatron.online.hostcopy import HostCopy

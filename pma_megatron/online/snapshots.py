@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from pma_megatron.base.comm import Comm
-from pma_megatron.base.locations import refuse_remote
+from pma_megatron.base.remote_paths import refuse_remote
 from pma_megatron.base.spelling import named
 from pma_megatron.errors import CheckpointError, PublishError, UsageError
 from pma_megatron.formats.base import Item

@@ -24,9 +24,9 @@ from pma_megatron.errors import CheckpointError, PublishError
 from pma_megatron.formats import registry
 from pma_megatron.formats.source import Source
 from pma_megatron.live.plan import LivePlan
-from pma_megatron.merging.integrity import checked
 from pma_megatron.merging.planning import open_sources
 from pma_megatron.merging.request import MergeRequest
+from pma_megatron.merging.source_checksums import checked
 from pma_megatron.online.shard import Shard
 from pma_megatron.online.snapshots import SnapshotWriter, prune
 from pma_megatron.online.window import ExponentialAverage, Member, Window

@@ -7,8 +7,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from pma_megatron.base.locations import refuse_remote
 from pma_megatron.base.openfiles import folders_in, is_folder
+from pma_megatron.base.remote_paths import refuse_remote
 from pma_megatron.base.spelling import among, given, has, named, switch
 from pma_megatron.errors import CheckpointError, SelectionError
 from pma_megatron.formats import registry

@@ -5,7 +5,7 @@ from __future__ import annotations
 import posixpath
 from dataclasses import dataclass
 
-from pma_megatron.base.locations import refuse_remote
+from pma_megatron.base.remote_paths import refuse_remote
 from pma_megatron.base.settings import DEEPSPEED, PMA, described, setting
 from pma_megatron.base.spelling import among, given, named
 from pma_megatron.errors import UsageError

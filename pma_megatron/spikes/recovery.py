@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pma_megatron.base.comm import Comm
-from pma_megatron.base.locations import refuse_remote
+from pma_megatron.base.remote_paths import refuse_remote
 from pma_megatron.base.settings import declared, described, made, needed, same, setting, values
 from pma_megatron.base.spelling import FrontEnd, fields, given, hint, mistyped, named, speaking
 from pma_megatron.errors import CheckpointError, MetricsError, SelectionError, UsageError

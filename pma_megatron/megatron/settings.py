@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
-from pma_megatron.base.locations import refuse_remote, refuse_remote_values
+from pma_megatron.base.remote_paths import refuse_remote, refuse_remote_values
 from pma_megatron.base.settings import MEGATRON, Declared, declared, described, made, same, setting
 from pma_megatron.base.spelling import FrontEnd, as_flag, speaking
 from pma_megatron.errors import UsageError
