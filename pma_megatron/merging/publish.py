@@ -67,13 +67,14 @@ def publish(plan: MergePlan, target: Target) -> None:
         PublishError: a rename failed; a checkpoint that was to be replaced is still there.
     """
     known = registry.get(plan.sources[-1].format, plan.sources[-1].path).tracker
-    tracked = target.folder is Folder.CHECKPOINT
+    content = known.content_of(target.final.name)
+    tracked = target.folder is Folder.CHECKPOINT and content is not None
     try:
         with shielded():
-            if tracked:
+            if content is not None and tracked:
                 # Written first: a disk that is full by now must not leave a checkpoint without a
                 # tracker.
-                write_small(target.tracker, known.content_of(target.final.name).encode())
+                write_small(target.tracker, content.encode())
             _rename(target)
             if tracked:
                 point("tracker", 0)

@@ -93,7 +93,8 @@ def _described(folder: Path, history: recovery_log.History | None) -> Checkpoint
             wrong = _wrong_iteration(iteration, marker.iteration)
         if wrong is not None:
             return _incomplete(folder, name, iteration, Incomplete(wrong), snapshot=snapshot)
-        tokens, unknown = consumed_tokens_of(args)
+        counted = common.get("tokens")
+        tokens, unknown = consumed_tokens_of(args) if counted is None else (counted, None)
     except CheckpointError as error:
         return _incomplete(folder, name, iteration, Incomplete(str(error)))
     doubt = (history or recovery_log.History(())).doubt(iteration, args)

@@ -34,8 +34,13 @@ class Pointer:
 
 
 def read_pointers(root: Path) -> dict[str, Pointer]:
-    """By format, what the tracker of `root` says: a root may hold those of several trainers."""
-    return {known.name: _read(root, known.tracker) for known in registry.FORMATS}
+    """By format, what the tracker of `root` says: a root may hold those of several trainers.
+
+    A format whose trainers may do without is not in it where there is none.
+    """
+    found = {known.name: _read(root, known.tracker) for known in registry.FORMATS}
+    optional = {known.name for known in registry.FORMATS if known.tracker.optional}
+    return {n: p for n, p in found.items() if not (p.missing and n in optional)}
 
 
 def _read(root: Path, tracker: Tracker) -> Pointer:
