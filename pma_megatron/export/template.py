@@ -17,22 +17,24 @@ from pma_megatron.base.openfiles import is_folder
 from pma_megatron.base.spelling import given, named
 from pma_megatron.errors import CheckpointError, UsageError
 from pma_megatron.export.files import INDEX_FILE
-from pma_megatron.export.side_files import (
-    CARD_FILE,
+from pma_megatron.formats.json_files import read_json
+from pma_megatron.formats.safetensors.config import (
     CONFIG_FILE,
+    DTYPE_FIELDS,
+    QUANTIZED_FIELDS,
+    config_of,
+)
+from pma_megatron.formats.safetensors.side_files import (
+    CARD_FILE,
     SideFiles,
     side_files,
     stays_inside,
 )
-from pma_megatron.formats.json_files import read_json
 
 __all__ = ["CARD_FILE", "CONFIG_FILE", "QUANTIZED_FIELDS", "Template", "config_of", "read_template"]
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 _HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+$")
-QUANTIZED_FIELDS = ("quantization_config", "compression_config")
-"""Of `config.json`: how weights are stored that are not copied."""
-_DTYPE_FIELDS = ("dtype", "torch_dtype")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,7 @@ class Template:
     @property
     def dtype(self) -> str | None:
         """The dtype that `config.json` names, without `torch.`; None if it names none."""
-        for field in _DTYPE_FIELDS:
+        for field in DTYPE_FIELDS:
             value = self.config.get(field)
             if isinstance(value, str):
                 return value.removeprefix("torch.")
@@ -186,16 +188,3 @@ def _largest_token(data: bytes | None) -> int | None:
         return max((n for n in (*entries, *added) if type(n) is int), default=None)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
-
-
-def config_of(config: Mapping[str, Any], dtype: str) -> bytes:
-    """The `config.json` of an export whose weights are stored in `dtype`.
-
-    The dtype is set in whichever field the template has it.
-
-    >>> config_of({"torch_dtype": "float32", "vocab_size": 8}, "bfloat16")
-    b'{\\n  "torch_dtype": "bfloat16",\\n  "vocab_size": 8\\n}\\n'
-    """
-    fields = [field for field in _DTYPE_FIELDS if field in config] or ["torch_dtype"]
-    changed = {**config, **dict.fromkeys(fields, dtype)}
-    return (json.dumps(changed, indent=2, ensure_ascii=False) + "\n").encode()

@@ -97,6 +97,21 @@ class OutputItem:
     literal: bytes | None = None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Described:
+    """What the card of a model says beside where it comes from.
+
+    Attributes:
+        config: its `config.json`; None where it has none.
+        dtype: of its weights, as torch calls it, without `torch.`.
+        parameters: elements of all floating tensors.
+    """
+
+    config: Mapping[str, Any] | None
+    dtype: str
+    parameters: int
+
+
 @dataclass(frozen=True, slots=True)
 class OutputLayout:
     """Files of an output.
@@ -110,6 +125,8 @@ class OutputLayout:
         last_file: name of that marker; None where all files together make it one.
         keeps_gaps: elements of a written payload that no tensor covers stay the base's; else zero.
         sums_payloads: the files have no checksums of their payloads, so `pma.json` has them.
+        described: what its model card says; None for what has no such card.
+        notes: sentences for the user: what is carried, and what is not.
     """
 
     files: Mapping[str, int]
@@ -119,6 +136,8 @@ class OutputLayout:
     last_file: str | None
     keeps_gaps: bool = False
     sums_payloads: bool = False
+    described: Described | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:

@@ -23,7 +23,7 @@ from pma_megatron.runs.selection import Selection, SelectionRequest, select
 from pma_megatron.runs.tokens import consumed_tokens_of
 from pma_megatron.runs.trackers import Pointer, read_pointers
 
-TRACKER_FILE = registry.get(registry.TORCH_DIST, "").tracker.file
+TRACKER_FILE = registry.get(registry.TORCH_DIST, "").tracker.file or ""
 _STEP = re.compile(r"^global_step(\d+)(?:_universal)?$")
 """What DeepSpeed calls a tag by itself (engine.py, `save_checkpoint`), and how it is converted."""
 _SHORT = re.compile(r"^iter_(\d{1,6})$")
@@ -154,7 +154,7 @@ def describe(folder: Path, history: recovery_log.History | None = None) -> Check
 def _why_none(folder: Path) -> Incomplete | None:
     """Why what has a checkpoint's name cannot even be looked into; None if it can."""
     short = _SHORT.match(folder.name)
-    if short:
+    if short and registry.detect(folder) not in registry.UNTRACKED:
         return Incomplete(
             f"Megatron would call it iter_{int(short[1]):07d} and does not find it under this "
             "name: give it that name, or move it elsewhere"
@@ -193,6 +193,8 @@ def _described(folder: Path, history: recovery_log.History | None) -> Checkpoint
         if wrong is not None:
             return _incomplete(folder, name, iteration, Incomplete(wrong), snapshot=snapshot)
         tokens, unknown = consumed_tokens_of(args)
+        if "tokens" in common:
+            tokens, unknown = common["tokens"], common.get("tokens_unknown")
     except CheckpointError as error:
         return _incomplete(folder, name, iteration, Incomplete(str(error)))
     doubt = (history or recovery_log.History(())).doubt(iteration, args)
@@ -391,7 +393,7 @@ def _checkpoint_folders(root: Path, named: Collection[str] = ()) -> list[Path]:
 
 def _tags_named(pointers: Mapping[str, Pointer]) -> set[str]:
     """Names that trackers of DeepSpeed say: those of tags may be any."""
-    names = (pointers[name].named for name in registry.TAGS)
+    names = (pointers[name].named for name in registry.TAGS if name in pointers)
     return {name for name in names if name is not None}
 
 

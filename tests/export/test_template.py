@@ -11,8 +11,8 @@ from exports import template
 
 from pma_megatron.base.openfiles import read_source_file
 from pma_megatron.errors import CheckpointError, UsageError
-from pma_megatron.export import side_files
 from pma_megatron.export.template import Template, read_template
+from pma_megatron.formats.safetensors import side_files
 
 
 @pytest.fixture

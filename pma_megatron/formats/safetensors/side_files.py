@@ -18,8 +18,8 @@ from pma_megatron.base.openfiles import passing, read_source_file
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.marker import OWN_FILES
 from pma_megatron.formats.names import plain_name
+from pma_megatron.formats.safetensors.config import CONFIG_FILE
 
-CONFIG_FILE = "config.json"
 CARD_FILE = "README.md"
 COPIED_SUFFIXES = (".json", ".txt", ".model", ".tiktoken", ".jinja", ".vocab", ".bpe", ".py")
 """Of files beside the weights: configuration, tokenizer, chat template, a model's own code."""

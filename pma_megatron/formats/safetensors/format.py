@@ -1,0 +1,39 @@
+"""Folders of Hugging Face models as a format: see `formats.contract`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from pma_megatron.formats.base import Item
+from pma_megatron.formats.contract import Format, Tracker
+from pma_megatron.formats.safetensors import model, output, source
+
+
+def _items(path: Path) -> dict[Item, str]:
+    found = model.Model(path)
+    return {found.item(file): "" for file in found.files}
+
+
+def _loaded(path: Path) -> str:
+    """There is nothing to resume: what opens the model."""
+    return f"transformers.AutoModelForCausalLM.from_pretrained({json.dumps(str(path))})"
+
+
+FORMAT = Format(
+    name=model.FORMAT_NAME,
+    tracker=Tracker(None, lambda content: None, lambda name: None, ""),
+    any_folder_name=True,
+    iteration_of=source.iteration_of,
+    completeness=model.completeness,
+    common=source.read_common,
+    schedule=source.read_schedule,
+    read_source=source.read_source,
+    files=model.Model,
+    lay_out=output.output_layout,
+    folder_name=lambda path, iteration: Path(path).name,
+    resumed=_loaded,
+    own_names=True,
+    own_config=True,
+    items=_items,
+)
