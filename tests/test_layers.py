@@ -12,7 +12,7 @@ FOLDERS = [
     ["version", "errors"],
     ["base"],
     ["formats"],
-    ["formats.torch_dist", "formats.deepspeed"],
+    ["formats.torch_dist", "formats.deepspeed", "formats.safetensors"],
     ["formats.registry"],
     ["runs", "transfer", "export.tensors"],
     ["export.families"],
@@ -65,6 +65,13 @@ INSIDE = {
         universal_source
         format
     """,
+    "formats.safetensors": """
+        config headers progress
+        model_files
+        model
+        output source
+        format
+    """,
     "runs": """
         folders recovery_log tokens trackers
         refs
@@ -83,7 +90,7 @@ INSIDE = {
         proof
     """,
     "merging": """
-        coefficients folder_checksums locks policy tasks tolerance
+        cards coefficients folder_checksums locks policy tasks tolerance
         agreement request sums
         accumulate
         engine finding rules
@@ -102,7 +109,7 @@ INSIDE = {
         load
     """,
     "export": """
-        card files own_names side_files
+        card files own_names
         maps template
     """,
     "export.families": """

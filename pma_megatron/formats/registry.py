@@ -19,6 +19,8 @@ from pma_megatron.formats.contract import Format
 from pma_megatron.formats.deepspeed import format as deepspeed
 from pma_megatron.formats.deepspeed import universal
 from pma_megatron.formats.json_files import read_json
+from pma_megatron.formats.safetensors import format as safetensors
+from pma_megatron.formats.safetensors.model import holds_model, holds_pickled_model
 from pma_megatron.formats.torch_dist import format as torch_dist
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
@@ -49,11 +51,17 @@ def _guarded(known: Format) -> Format:
     )
 
 
-FORMATS = tuple(map(_guarded, (torch_dist.FORMAT, deepspeed.NATIVE, deepspeed.UNIVERSAL)))
-TORCH_DIST, DEEPSPEED, UNIVERSAL = (known.name for known in FORMATS)
+FORMATS = tuple(
+    map(_guarded, (torch_dist.FORMAT, deepspeed.NATIVE, deepspeed.UNIVERSAL, safetensors.FORMAT))
+)
+TORCH_DIST, DEEPSPEED, UNIVERSAL, SAFETENSORS = (known.name for known in FORMATS)
 LEGACY = "torch (legacy)"
+PICKLED = "pytorch_model.bin (pickled)"
 TAGS = tuple(known.name for known in FORMATS if known.any_folder_name)
 """Formats whose folders may have any name."""
+
+UNTRACKED = tuple(known.name for known in FORMATS if known.tracker.file is None)
+"""Formats whose folders stand alone: no file beside them names the one that counts."""
 
 _CONVERTED = {
     "torch (legacy)": "Megatron converts it: load it with --ckpt-convert-format torch_dist "
@@ -63,6 +71,9 @@ _CONVERTED = {
     "torch_dcp or fsdp_dtensor": "train on with --ckpt-format torch_dist, without FSDP",
     "torch_dcp": "train on with --ckpt-format torch_dist, without FSDP",
     "fsdp_dtensor": "train on with --ckpt-format torch_dist, without FSDP",
+    PICKLED: "save it as safetensors, once for each folder, in Python: from transformers import "
+    "AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained(FOLDER, torch_dtype='auto')"
+    ".save_pretrained(NEW_FOLDER, safe_serialization=True)",
     "unknown": "wait, if it is still being written; else exclude it",
 }
 """What to do about checkpoints in a format that is not read."""
@@ -93,7 +104,9 @@ def _detect(path: Path) -> str:
         return DEEPSPEED
     if any(path.glob("*.distcp")) or (path / "common.pt").is_file():
         return TORCH_DIST if (path / "common.pt").is_file() else "torch_dcp or fsdp_dtensor"
-    return "unknown"
+    if holds_model(path):
+        return SAFETENSORS
+    return PICKLED if holds_pickled_model(path) else "unknown"
 
 
 def get(name: str, path: str) -> Format:

@@ -47,6 +47,7 @@ class Entry:
         floating: True for a floating dtype that is at least 16 bits wide.
         has_main: True for a weight whose main parameters are stored.
         optimizer: True for an object that belongs to the optimizer.
+        buffer: True for a weight that is known not to be trained.
     """
 
     key: str
@@ -54,6 +55,7 @@ class Entry:
     floating: bool = True
     has_main: bool = False
     optimizer: bool = False
+    buffer: bool = False
 
     @property
     def label(self) -> str:
@@ -168,6 +170,8 @@ class Policy:
             return Rule(Action.NEWEST, "opaque")
         if not entry.floating:
             return Rule(Action.NEWEST, "not a floating tensor")
+        if entry.buffer:
+            return Rule(Action.NEWEST, "a buffer, which is not trained")
         if entry.state == "weight":
             if entry.has_main and self.average == "main-params":
                 return Rule(Action.ROUND, "follows its main params")

@@ -21,7 +21,7 @@ from pma_megatron.runs.selection import Selection, select
 from pma_megatron.runs.selection_request import SelectionRequest
 from pma_megatron.runs.trackers import Pointer, read_pointers
 
-TRACKER_FILE = registry.get(registry.TORCH_DIST, "").tracker.file
+TRACKER_FILE = registry.get(registry.TORCH_DIST, "").tracker.file or ""
 _OWN_ROOT = re.compile(r"^checkpoint[-_]\d+$")
 """transformers/trainer_utils.py, PREFIX_CHECKPOINT_DIR; accelerate/accelerator.py, save_state."""
 
@@ -260,7 +260,7 @@ def _checkpoint_folders(root: Path, named: Collection[str] = ()) -> list[Path]:
 
 def _tags_named(pointers: Mapping[str, Pointer]) -> set[str]:
     """Names that trackers of DeepSpeed say: those of tags may be any."""
-    names = (pointers[name].named for name in registry.TAGS)
+    names = (pointers[name].named for name in registry.TAGS if name in pointers)
     return {name for name in names if name is not None}
 
 

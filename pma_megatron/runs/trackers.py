@@ -35,11 +35,12 @@ class Pointer:
 
 def read_pointers(root: Path) -> dict[str, Pointer]:
     """By format, what the tracker of `root` says: a root may hold those of several trainers."""
-    return {known.name: _read(root, known.tracker) for known in registry.FORMATS}
+    named = ((known.name, known.tracker, known.tracker.file) for known in registry.FORMATS)
+    return {name: _read(root, tracker, file) for name, tracker, file in named if file is not None}
 
 
-def _read(root: Path, tracker: Tracker) -> Pointer:
-    path, file = root / tracker.file, tracker.file
+def _read(root: Path, tracker: Tracker, file: str) -> Pointer:
+    path = root / file
     try:
         content = read_source_file(path, _MAX_BYTES).decode().strip()
     except UnicodeDecodeError:

@@ -92,12 +92,14 @@ class FormatConformance:
         optimizer_state: what becomes of moments in averages, see `Policy`.
         has_tracker: whether the run's root says which checkpoint to resume from.
         spare: patterns of files that a checkpoint does without.
+        counts_samples: whether a checkpoint says how many samples it was trained on.
     """
 
     format: ClassVar[str]
     optimizer_state: ClassVar[str] = "average"
     has_tracker: ClassVar[bool] = True
     spare: ClassVar[tuple[str, ...]] = ()
+    counts_samples: ClassVar[bool] = True
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -203,9 +205,9 @@ class FormatConformance:
         self, root: Path, folders: list[Path]
     ) -> None:
         tracker = self.known().tracker
-        for folder in folders:
-            name = folder.name
-            assert tracker.folder_of(tracker.content_of(name)) == name
+        for name in (folder.name for folder in folders):
+            content = tracker.content_of(name)
+            assert content is None or tracker.folder_of(content) == name
         for content in ("", ".", "..", "../outside", "/outside", "a/b", "a\0b", "a\nb"):
             named = tracker.folder_of(content)
             assert named in (None, ".", ".."), f"{content!r} names {named!r}"
@@ -217,7 +219,7 @@ class FormatConformance:
         iterations = [ref.iteration for ref in refs]
         samples = [ref.consumed_samples for ref in refs]
         assert all(ref.complete for ref in refs), [ref.incomplete_because for ref in refs]
-        for found in (iterations, samples):
+        for found in (iterations, samples) if self.counts_samples else (iterations,):
             numbers = [n for n in found if n is not None]
             assert len(numbers) == len(folders) and numbers == sorted(set(numbers)), found
         for folder, ref in zip(folders, refs, strict=True):
@@ -368,7 +370,8 @@ class FormatConformance:
         assert registry.detect(folder) == self.format
         assert known.completeness(folder) is None
         assert folder.name == known.folder_name(str(newest), of_two.plan.iteration)
-        assert read_pointers(folder.parent)[self.format].folder == folder.name
+        if known.tracker.content_of(folder.name) is not None:
+            assert read_pointers(folder.parent)[self.format].folder == folder.name
         (ref,) = list_checkpoints(folder.parent)
         assert (ref.complete, ref.iteration) == (True, of_two.plan.iteration)
         assert known.common(folder)["args"].keys() == known.common(newest)["args"].keys()
