@@ -13,7 +13,7 @@ FOLDERS = [
     ["base"],
     ["formats"],
     ["formats.dcp"],
-    ["formats.torch_dist", "formats.deepspeed"],
+    ["formats.torch_dist", "formats.deepspeed", "formats.safetensors"],
     ["formats.registry"],
     ["runs", "transfer", "export.tensors"],
     ["export.families"],
@@ -73,6 +73,13 @@ INSIDE = {
         universal_source
         format
     """,
+    "formats.safetensors": """
+        config headers progress
+        model_files
+        model
+        output source
+        format
+    """,
     "runs": """
         folders recovery_log tokens trackers
         refs
@@ -91,7 +98,7 @@ INSIDE = {
         proof
     """,
     "merging": """
-        coefficients folder_checksums locks policy tasks tolerance
+        cards coefficients folder_checksums locks policy tasks tolerance
         agreement request sums
         accumulate
         engine finding rules
@@ -110,7 +117,7 @@ INSIDE = {
         load
     """,
     "export": """
-        card files own_names side_files
+        card files own_names
         maps template
     """,
     "export.families": """

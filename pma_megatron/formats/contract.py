@@ -33,12 +33,14 @@ class Common(_Required, total=False):
         iteration: at which it was saved; None if it does not say.
         args: arguments of the training script, {} if it keeps none.
         samples: that training had consumed, where `args` do not say it.
-        tokens: that training had consumed, where the checkpoint counts them.
+        tokens: that it was trained on, where `args` do not say it; `tokens_unknown` where that is
+            None: why, to complete "tokens are unknown because ...".
         weights_only: whether it was saved without an optimizer.
     """
 
     samples: Any
-    tokens: int
+    tokens: int | None
+    tokens_unknown: str | None
     weights_only: bool
 
 
@@ -65,7 +67,7 @@ class Tracker:
     """The file of a root that names the checkpoint to resume from.
 
     Attributes:
-        file: its name.
+        file: its name; None for a format that has no such file: its folders are named one by one.
         folder_of: content -> name of the checkpoint's folder; None if it makes no sense.
         content_of: name of the folder -> content; None where trainers that give such names write
             no tracker, and go by the names.
@@ -73,7 +75,7 @@ class Tracker:
         optional: True where a root without one is as it should be.
     """
 
-    file: str
+    file: str | None
     folder_of: Callable[[str], str | None]
     content_of: Callable[[str], str | None]
     resume: str
@@ -153,7 +155,8 @@ class Format:
     18. `unchecked_order`: where the map of an output's flat buffers is not what names and shapes
         alone say, or more than they say, a clause each. Rank 0 asks. It reads no file.
     19. `own_names`: True where tensors are called as the model itself calls them, so that an export
-        for another library renames nothing. Every rank asks.
+        for another library renames nothing. `own_config`: True where the model's configuration and
+        tokenizer lie in the checkpoint's folder. Every rank asks.
     20. `items`: every zip in a folder's files, with the key of what it holds, for messages. Rank 0
         asks when a published folder is verified. It reads what `completeness` reads, and raises
         CheckpointError for a folder that is not whole.
@@ -179,6 +182,7 @@ class Format:
     named_layouts: str = ""
     unchecked_order: Callable[[Source], tuple[str, ...]] = lambda source: ()
     own_names: bool = False
+    own_config: bool = False
     items: Callable[[Path], dict[Item, str]]
 
     def instead_of_flat(self) -> str:

@@ -21,6 +21,8 @@ from pma_megatron.formats.dcp.checkpoint import parts_of
 from pma_megatron.formats.deepspeed import format as deepspeed
 from pma_megatron.formats.deepspeed import universal
 from pma_megatron.formats.json_files import read_json
+from pma_megatron.formats.safetensors import format as safetensors
+from pma_megatron.formats.safetensors.model import holds_model, holds_pickled_model
 from pma_megatron.formats.torch_dist import format as torch_dist
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
@@ -52,12 +54,19 @@ def _guarded(known: Format) -> Format:
 
 
 FORMATS = tuple(
-    map(_guarded, (torch_dist.FORMAT, deepspeed.NATIVE, deepspeed.UNIVERSAL, dcp.FORMAT))
+    map(
+        _guarded,
+        (torch_dist.FORMAT, deepspeed.NATIVE, deepspeed.UNIVERSAL, dcp.FORMAT, safetensors.FORMAT),
+    )
 )
-TORCH_DIST, DEEPSPEED, UNIVERSAL, TORCH_DCP = (known.name for known in FORMATS)
+TORCH_DIST, DEEPSPEED, UNIVERSAL, TORCH_DCP, SAFETENSORS = (known.name for known in FORMATS)
 LEGACY = "torch (legacy)"
+PICKLED = "pytorch_model.bin (pickled)"
 TAGS = tuple(known.name for known in FORMATS if known.any_folder_name)
 """Formats whose folders may have any name."""
+
+UNTRACKED = tuple(known.name for known in FORMATS if known.tracker.file is None)
+"""Formats whose folders stand alone: no file beside them names the one that counts."""
 
 _PLAIN_DCP = ("torch_dcp", "fsdp_dtensor")
 """What Megatron calls checkpoints that torch.distributed.checkpoint alone has written."""
@@ -66,6 +75,9 @@ _CONVERTED = {
     "--ckpt-convert-save NEW_FOLDER; or train on with --ckpt-format torch_dist",
     "zarr": "Megatron before core 0.16 converts it: load it with --ckpt-convert-format torch_dist "
     "--ckpt-convert-save NEW_FOLDER",
+    PICKLED: "save it as safetensors, once for each folder, in Python: from transformers import "
+    "AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained(FOLDER, torch_dtype='auto')"
+    ".save_pretrained(NEW_FOLDER, safe_serialization=True)",
     "unknown": "wait, if it is still being written; else exclude it",
 }
 """What to do about checkpoints in a format that is not read."""
@@ -98,7 +110,11 @@ def _detect(path: Path) -> str:
         return DEEPSPEED
     if (path / "common.pt").is_file():
         return TORCH_DIST
-    return TORCH_DCP if parts_of(path) else "unknown"
+    if parts_of(path):
+        return TORCH_DCP
+    if holds_model(path):
+        return SAFETENSORS
+    return PICKLED if holds_pickled_model(path) else "unknown"
 
 
 def get(name: str, path: str) -> Format:

@@ -90,6 +90,12 @@ class MergePlan:
         return tuple(output.values for output in self.outputs)
 
     @property
+    def told(self) -> tuple[str, ...]:
+        """What is said of the files that are written: what is carried, and what is not."""
+        of_files = tuple(note for each in self.layouts.values() for note in each.notes)
+        return of_files if self.export is None else (*of_files, *self.export.notes)
+
+    @property
     def threads(self) -> int:
         """Threads per rank."""
         return self.request.threads
@@ -354,9 +360,10 @@ def _assemble(
     )
     more = [] if export is None else carried(export, found.sources[-1])
     work = units([*tasks, *more])
+    told = [*(note for each in layouts.values() for note in each.notes)]
+    told += [] if export is None else export.notes
     said = (*found.selection.notes, *frozen_notes(found.sources))
-    said = (*said, *notes(found.sources[-1].path, beside))
-    said = said if export is None else (*said, *export.notes)
+    said = (*said, *notes(found.sources[-1].path, beside), *told)
     return MergePlan(
         request=request,
         selection=replace(found.selection, notes=said),

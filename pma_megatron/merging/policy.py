@@ -48,6 +48,7 @@ class Entry:
         has_main: True for a weight whose main parameters are stored.
         exact: True for a weight that is stored in float32, and was rounded from nothing.
         optimizer: True for an object that belongs to the optimizer.
+        buffer: True for a weight that is known not to be trained.
     """
 
     key: str
@@ -56,6 +57,7 @@ class Entry:
     has_main: bool = False
     exact: bool = False
     optimizer: bool = False
+    buffer: bool = False
 
     @property
     def label(self) -> str:
@@ -170,6 +172,8 @@ class Policy:
             return Rule(Action.NEWEST, "opaque")
         if not entry.floating:
             return Rule(Action.NEWEST, "not a floating tensor")
+        if entry.buffer:
+            return Rule(Action.NEWEST, "a buffer, which is not trained")
         if entry.state == "weight":
             if entry.has_main and self.average == "main-params":
                 return Rule(Action.ROUND, "follows its main params")

@@ -21,7 +21,7 @@ from pma_megatron.runs.selection import Selection, select
 from pma_megatron.runs.selection_request import SelectionRequest
 from pma_megatron.runs.trackers import Pointer, read_pointers
 
-TRACKER_FILE = registry.get(registry.TORCH_DIST, "").tracker.file
+TRACKER_FILE = registry.get(registry.TORCH_DIST, "").tracker.file or ""
 _OWN_ROOT = re.compile(r"^checkpoint[-_]\d+$")
 """transformers/trainer_utils.py, PREFIX_CHECKPOINT_DIR; accelerate/accelerator.py, save_state."""
 

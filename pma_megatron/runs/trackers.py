@@ -36,15 +36,15 @@ class Pointer:
 def read_pointers(root: Path) -> dict[str, Pointer]:
     """By format, what the tracker of `root` says: a root may hold those of several trainers.
 
-    A format whose trainers may do without is not in it where there is none.
+    A format whose trainers do without is not in it where there is none.
     """
-    found = {known.name: _read(root, known.tracker) for known in registry.FORMATS}
-    optional = {known.name for known in registry.FORMATS if known.tracker.optional}
-    return {n: p for n, p in found.items() if not (p.missing and n in optional)}
+    named = ((known.name, known.tracker, known.tracker.file) for known in registry.FORMATS)
+    read = {name: (_read(root, t, file), t) for name, t, file in named if file is not None}
+    return {name: p for name, (p, t) in read.items() if not (p.missing and t.optional)}
 
 
-def _read(root: Path, tracker: Tracker) -> Pointer:
-    path, file = root / tracker.file, tracker.file
+def _read(root: Path, tracker: Tracker, file: str) -> Pointer:
+    path = root / file
     try:
         content = read_source_file(path, _MAX_BYTES).decode().strip()
     except UnicodeDecodeError:
