@@ -49,6 +49,7 @@ from pma_megatron.formats import registry
 from pma_megatron.formats.base import MAIN_PARAM
 from pma_megatron.formats.contract import Format
 from pma_megatron.formats.marker import OWN_FILES
+from pma_megatron.formats.side_files import Fate
 from pma_megatron.formats.source import Source
 from pma_megatron.merging.planning import MergePlan
 from pma_megatron.merging.policy import Action
@@ -96,6 +97,9 @@ class FormatConformance:
         names_moments: whether moments are stored with the name of their parameter.
         spare: patterns of files that a checkpoint does without.
         counts_samples: whether a checkpoint says how many samples it was trained on.
+        beside: further files that a folder may hold -> whether an output gets them.
+        left: names of files of the run that no output gets.
+        made: names of files that an output has and a source need not have.
     """
 
     format: ClassVar[str]
@@ -105,6 +109,14 @@ class FormatConformance:
     names_moments: ClassVar[bool] = True
     spare: ClassVar[tuple[str, ...]] = ()
     counts_samples: ClassVar[bool] = True
+    beside: ClassVar[Mapping[str, bool]] = {
+        "ours/rank0/sampler.bin": True,
+        "ours.pt": True,
+        "ours.json": True,
+        "model.safetensors": False,
+    }
+    left: ClassVar[tuple[str, ...]] = ()
+    made: ClassVar[tuple[str, ...]] = ()
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -413,20 +425,20 @@ class FormatConformance:
         folder = Path(shutil.copytree(folders[-1], run / folders[-1].name))
         outside.write_text("secret")
         (folder / "ours" / "rank0").mkdir(parents=True)
-        kept = {"ours/rank0/sampler.bin": b"\0\1", "ours.pt": b"no zip", "ours.json": b"{}"}
-        for name, content in kept.items():
-            (folder / name).write_bytes(content)
+        for name in self.beside:
+            (folder / name).write_bytes(name.encode())
+        kept = {name for name, carried in self.beside.items() if carried}
         (folder / "leak").symlink_to(outside)
         os.mkfifo(folder / "pipe")
-        (folder / "model.safetensors").write_bytes(b"stale")
         assert self._refusal(folder) is None
         average = self._averaged(run, 1, tmp_path / "save")
         output, before = average.output.folder, set(digests(folders[-1]))
-        for name, content in kept.items():
-            assert (output / name).read_bytes() == content, name
-        assert set(digests(output)) == {*before, *kept, *OWN_FILES}
-        notes = "\n".join(average.plan.selection.notes)
-        assert all(name in notes for name in ("ours.pt", "leak", "pipe", "model.safetensors"))
+        for name in kept:
+            assert (output / name).read_bytes() == name.encode(), name
+        assert {*digests(output)} - {*self.made} == {*before, *kept, *OWN_FILES} - {*self.left}
+        said = {file.name for file in average.plan.side_files if file.fate is Fate.LEFT_OUT}
+        assert said == {"leak", "pipe", *self.beside, *before & {*self.left}} - kept
+        assert any("left out of the result" in note for note in average.plan.selection.notes)
         assert not average.opened
         verify(output)
         (output / "ours.json").write_bytes(b"[]")

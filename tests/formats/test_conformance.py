@@ -276,6 +276,20 @@ class Models(FormatConformance):
     has_tracker = False
     counts_samples = False
     optimizer_state = "latest"
+    beside: ClassVar[Mapping[str, bool]] = {
+        "ours/rank0/sampler.bin": False,
+        "ours.json": True,
+        "adapter_config.json": False,
+        "global_step6.pth": False,
+    }
+    left = (
+        "trainer_state.json",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "training_args.bin",
+    )
+    made = ("README.md",)
     spare = (
         "generation_config.json",
         "trainer_state.json",
