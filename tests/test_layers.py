@@ -22,7 +22,7 @@ FOLDERS = [
     ["merging"],
     ["live", "geometry", "scores", "spikes"],
     ["online"],
-    ["megatron", "deepspeed"],
+    ["megatron", "deepspeed", "fsdp"],
     ["megatron_deepspeed"],
     ["launch"],
     ["cli"],
@@ -161,6 +161,10 @@ INSIDE = {
         params
         load shard swap
         online
+    """,
+    "fsdp": """
+        params
+        load
     """,
     "megatron_deepspeed": """
         decorators hooks
