@@ -30,7 +30,7 @@ SPIKE = SpikeSettings(
 )
 SETTINGS = RecoverySettings(spike=SPIKE, margin_iterations=2)
 BREAK_AT, SAVE_EVERY = 44, 10
-STAGES = ("recover-choose", "recover-rollback", "recover-merge", "recover-done")
+STAGES = ("choose", "rollback", "plan", f"recovery log ({recovery_log.DONE})")
 
 
 class Run:
@@ -171,7 +171,7 @@ def go_on(rank: int, world_size: int, root: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("stage", "rank"),
     [
-        pytest.param(stage, place % 2, marks=() if "merge" in stage else pytest.mark.thorough)
+        pytest.param(stage, place % 2, marks=() if stage == "plan" else pytest.mark.thorough)
         for place, stage in enumerate(STAGES)
     ],
 )
