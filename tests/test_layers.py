@@ -32,7 +32,7 @@ FOLDERS = [
 INSIDE = {
     "base": """
         boxes durable durations faults log memory openfiles processes sizes spelling stopping
-        locations presence settings
+        presence remote_paths settings
         comm
     """,
     "formats": """
@@ -75,7 +75,7 @@ INSIDE = {
     "runs": """
         folders recovery_log tokens trackers
         refs
-        gaps spacing
+        describe gaps selection_request spacing
         selection
         discover
         notices
@@ -85,18 +85,18 @@ INSIDE = {
         blocks
     """,
     "identity": """
-        samples stands
+        consumed_samples samples
         copies lineage rounded
         proof
     """,
     "merging": """
-        cards coefficients intact locks policy tasks tolerance
+        cards coefficients folder_checksums locks policy tasks tolerance
         agreement request sums
         accumulate
         engine finding rules
         exporting
         planning
-        integrity leftovers rate verification
+        leftovers rate source_checksums verification
         publish targets
         exported finishing recompute report
         provenance
@@ -124,7 +124,7 @@ INSIDE = {
     """,
     "scores": """
         grid
-        scores
+        results
         cautions
         forecast
     """,
@@ -141,11 +141,11 @@ INSIDE = {
         average
     """,
     "megatron": """
-        installing options params trees
+        params settings tree_functions trees
         checks evaluate replicas thin
         flags load rollback shard swap
-        decorating init online recover score session
-        contour curvature decorators save scoring watch
+        init online recover score session tree_decorators
+        contour curvature decorators evaluate_grid save watch
         hooks install
     """,
     "deepspeed": """
@@ -160,7 +160,7 @@ INSIDE = {
     """,
     "cli": """
         charts landscape progress streams tables verbs
-        commands recover scoring
+        commands recover score_grid
         evaluate forecast geometry
         flags
     """,

@@ -30,7 +30,7 @@ from pma_megatron import (
 from pma_megatron.base.comm import Comm
 from pma_megatron.cli import main
 from pma_megatron.errors import CheckpointError, PlanError, PmaError, SelectionError, UsageError
-from pma_megatron.runs.discover import describe
+from pma_megatron.runs.describe import describe
 from pma_megatron.testing import run_ranks
 from pma_megatron.testing.conformance import assert_within_one_rounding
 
