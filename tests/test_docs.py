@@ -267,6 +267,7 @@ FOREIGN = {
         "--save-interval",
         "--skip-train",
         "--use-checkpoint-args",
+        "--verify-integrity",
     },
     "Megatron-DeepSpeed": {"--deepspeed", "--kd", "--mos", "--universal-checkpoint"},
     "DeepSpeed's converter": {"--inject_missing_state", "--input_folder", "--output_folder"},

@@ -38,7 +38,7 @@ INSIDE = {
     "formats": """
         base inert json_files zips
         bounds names output pickle_writer rates schema source
-        marker opcode_reader
+        marker opcode_reader side_files
         manifest opcodes
         pickles
         items
@@ -46,7 +46,7 @@ INSIDE = {
         contract fingerprints
     """,
     "formats.torch_dist": """
-        cover chunks registration
+        cover chunks integrity registration
         metadata
         checkpoint
         completeness optimizer recomputed schedule ties
@@ -98,7 +98,7 @@ INSIDE = {
         planning
         leftovers rate source_checksums verification
         publish targets
-        exported finishing recompute report
+        carrying exported finishing recompute report
         provenance
         inspection job published
         export_job

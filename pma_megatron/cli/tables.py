@@ -14,6 +14,7 @@ from pma_megatron.base.log import visible
 from pma_megatron.formats import registry
 from pma_megatron.formats.marker import EXPORT, ONLINE_AVERAGE
 from pma_megatron.formats.output import Folder
+from pma_megatron.formats.side_files import table as side_table
 from pma_megatron.merging.engine import SOURCE_BYTES
 from pma_megatron.merging.exporting import ModelExport
 from pma_megatron.merging.inspection import Inspection
@@ -64,7 +65,15 @@ def new_table(title: str, *columns: str) -> Table:
         title=visible(title), title_justify="left", box=None, pad_edge=False, header_style="bold"
     )
     for column in columns:
-        right = column in ("entries", "bytes", "elements", "tensors", "coefficient", "iteration")
+        right = column in (
+            "entries",
+            "files",
+            "bytes",
+            "elements",
+            "tensors",
+            "coefficient",
+            "iteration",
+        )
         table.add_column(column, justify="right" if right else "left", overflow="fold")
     return table
 
@@ -124,6 +133,8 @@ def planned(plan: MergePlan) -> None:
     for row in plan.table:
         table.add_row(row.state, str(row.entries), row.action, row.why, row.example)
     console.print(table)
+    if plan.side_files:
+        console.print(_side_files(plan))
     per_thread = SOURCE_BYTES + BLOCK_ELEMENTS * 4 * (1 + 2 * len(plan.outputs))
     buffers = plan.request.threads * per_thread
     rate = read_rate(plan)
@@ -143,6 +154,13 @@ def planned(plan: MergePlan) -> None:
     )
     console.print(_guide(plan))
     console.print(f"plan digest {plan.digest[:16]}; nothing was written")
+
+
+def _side_files(plan: MergePlan) -> Table:
+    table = new_table("files beside the shards", "action", "files", "bytes", "why", "for instance")
+    for row in side_table(plan.side_files):
+        table.add_row(row.action, str(row.files), _size(row.bytes), row.why, row.example)
+    return table
 
 
 def _exported(console: Console, export: ModelExport) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol
@@ -113,6 +113,30 @@ class Described:
 
 
 @dataclass(frozen=True, slots=True)
+class Carried:
+    """A file that an output gets as it is: where its bytes are, and how many."""
+
+    path: str
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Digests:
+    """A small file that lists the SHA-256 of others, which a trainer compares before it loads.
+
+    Attributes:
+        file: its name.
+        covers: whether it lists a file, by its name.
+        content: (file -> SHA-256 in hexadecimal digits) -> what it says. Both are functions of a
+            module, for a layout is sent to other ranks.
+    """
+
+    file: str
+    covers: Callable[[str], bool]
+    content: Callable[[Mapping[str, str]], bytes]
+
+
+@dataclass(frozen=True, slots=True)
 class OutputLayout:
     """Files of an output.
 
@@ -127,6 +151,8 @@ class OutputLayout:
         sums_payloads: the files have no checksums of their payloads, so `pma.json` has them.
         described: what its model card says; None for what has no such card.
         notes: sentences for the user: what is carried, and what is not.
+        carried: files that are copied as they are, by their names in the output.
+        digests: a file of checksums that is made once the others are there; None for none.
     """
 
     files: Mapping[str, int]
@@ -138,8 +164,11 @@ class OutputLayout:
     sums_payloads: bool = False
     described: Described | None = None
     notes: tuple[str, ...] = ()
+    carried: Mapping[str, Carried] = field(default_factory=dict)
+    digests: Digests | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of the whole output."""
-        return sum(self.files.values()) + sum(map(len, self.small_files.values()))
+        carried = sum(each.nbytes for each in self.carried.values())
+        return sum(self.files.values()) + sum(map(len, self.small_files.values())) + carried

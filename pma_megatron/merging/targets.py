@@ -144,7 +144,8 @@ def _real(path: Path) -> Path:
 
 def _refuse_long(plan: MergePlan, target: Target) -> None:
     """Names that the file system cannot hold, those of the files in the output included."""
-    names = (*plan.layouts[target.folder].files, SEAL_FILE)
+    layout = plan.layouts[target.folder]
+    names = (*layout.files, *layout.carried, SEAL_FILE)
     longest = target.staging / max(names, key=len)
     part = max((os.fsencode(each) for each in longest.absolute().parts), key=len)
     if len(part) > _NAME_BYTES:

@@ -392,6 +392,34 @@ class FormatConformance:
                 verify(copy, files_only=True)
             (copy / name).write_bytes(data)
 
+    def test_what_lies_beside_the_shards_is_carried_or_left_out(
+        self, root: Path, folders: list[Path], tmp_path: Path
+    ) -> None:
+        """Files of user code come along; nothing outside is opened, no stale weights are kept."""
+        run, outside = tmp_path / "run", tmp_path / "outside"
+        folder = Path(shutil.copytree(folders[-1], run / folders[-1].name))
+        outside.write_text("secret")
+        (folder / "ours" / "rank0").mkdir(parents=True)
+        kept = {"ours/rank0/sampler.bin": b"\0\1", "ours.pt": b"no zip", "ours.json": b"{}"}
+        for name, content in kept.items():
+            (folder / name).write_bytes(content)
+        (folder / "leak").symlink_to(outside)
+        os.mkfifo(folder / "pipe")
+        (folder / "model.safetensors").write_bytes(b"stale")
+        assert self._refusal(folder) is None
+        average = self._averaged(run, 1, tmp_path / "save")
+        output, before = average.output.folder, set(digests(folders[-1]))
+        for name, content in kept.items():
+            assert (output / name).read_bytes() == content, name
+        assert set(digests(output)) == {*before, *kept, *OWN_FILES}
+        notes = "\n".join(average.plan.selection.notes)
+        assert all(name in notes for name in ("ours.pt", "leak", "pipe", "model.safetensors"))
+        assert not average.opened
+        verify(output)
+        (output / "ours.json").write_bytes(b"[]")
+        with pytest.raises(PmaError):
+            verify(output, files_only=True)
+
     def test_an_output_is_a_source(self, of_two: Average, tmp_path: Path) -> None:
         again = self._averaged(of_two.output.folder.parent, 1, tmp_path)
         for place in of_two.output.tensors:

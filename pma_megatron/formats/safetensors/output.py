@@ -13,14 +13,11 @@ from pma_megatron.base.spelling import named, override
 from pma_megatron.errors import CheckpointError, UsageError
 from pma_megatron.formats.base import Item, Payload
 from pma_megatron.formats.json_files import read_json
-from pma_megatron.formats.marker import OWN_FILES
 from pma_megatron.formats.output import Changes, Described, Destination, OutputItem, OutputLayout
 from pma_megatron.formats.safetensors.config import CONFIG_FILE, config_of
 from pma_megatron.formats.safetensors.headers import Entry, header_of
 from pma_megatron.formats.safetensors.model import INDEX_FILE, Model
-from pma_megatron.formats.safetensors.side_files import CARD_FILE, side_files
-
-_SHOWN = 8
+from pma_megatron.formats.safetensors.side_files import side_files
 
 
 def output_layout(path: str, changes: Changes) -> OutputLayout:
@@ -89,21 +86,8 @@ def _small_files(
         small[CONFIG_FILE] = config_of(model.config, dtype) if changed else own
     if model.index is not None:
         small[INDEX_FILE] = _index(model, stored)
-    skipped = sorted(
-        each.name
-        for each in model.path.iterdir()
-        if each.name not in (*small, *model.files, *beside.left, *beside.foreign, *OWN_FILES)
-        and not each.name.startswith(".")
-        and each.name != CARD_FILE
-    )
-    notes = list(beside.notes())
-    if skipped:
-        more = f" and {len(skipped) - _SHOWN} more" if skipped[_SHOWN:] else ""
-        notes.append(
-            f"not carried from {model.path}: {', '.join(skipped[:_SHOWN])}{more}, for the result "
-            "is weights alone: nothing that a training run resumes from"
-        )
-    return small, tuple(notes)
+    said = f"carried from {model.path}: {', '.join(beside.files)}"
+    return small, (said,) if beside.files else ()
 
 
 def _index(model: Model, stored: dict[str, tuple[str, Entry]]) -> bytes:

@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from pma_megatron.base.openfiles import leads_out, passing, read_source_file
+from pma_megatron.base.openfiles import read_source_file
 from pma_megatron.base.spelling import named
 from pma_megatron.errors import UsageError
 from pma_megatron.formats.base import Item, Payload
-from pma_megatron.formats.names import plain_name
 from pma_megatron.formats.output import Changes, Destination, OutputItem, OutputLayout
 from pma_megatron.formats.pickles import dump_inert, new_tensor
 from pma_megatron.formats.rates import scale_groups, scale_schedule
@@ -30,12 +29,12 @@ from pma_megatron.formats.torch_dist.checkpoint import (
     CONFIG_FILE,
     TorchDistCheckpoint,
 )
+from pma_megatron.formats.torch_dist.integrity import INTEGRITY
 from pma_megatron.formats.torch_dist.metadata import METADATA_FILE, dump_metadata
 from pma_megatron.formats.torch_dist.optimizer import is_optimizer_key
 from pma_megatron.formats.zips import Skeleton, lay_out
 
 _SMALL_STATE = ".optimizer/shard"  # param groups and steps of `dp_reshardable`
-_PER_RUN = ("integrity", "pma.json")  # names of files that describe the source's own bytes
 
 
 @dataclass(slots=True)
@@ -74,6 +73,7 @@ def output_layout(base: TorchDistCheckpoint, changes: Changes) -> OutputLayout:
         places=build.places,
         small_files=small,
         last_file=CONFIG_FILE,
+        digests=INTEGRITY if (base.path / INTEGRITY.file).is_file() else None,
     )
 
 
@@ -214,14 +214,6 @@ def _small_files(build: _Build, places: Mapping[MetadataIndex, Item]) -> Ordered
     if not base.common_is_entry:
         edited = _edited_common(base, changes)
         small[COMMON_FILE] = edited or base.read_small(COMMON_FILE)
-    known = {COMMON_FILE, METADATA_FILE, CONFIG_FILE, *(e.item.file for e in _entries(base))}
-    for path in sorted(base.path.rglob("*")):
-        name = path.relative_to(base.path).as_posix()
-        unwanted = name in known or passing(path) or any(mark in name for mark in _PER_RUN)
-        if unwanted or not path.is_file():
-            continue
-        if not leads_out(path, base.path):
-            small[plain_name(name, str(base.path))] = base.read_small(name)
     dtypes: dict[str, torch.dtype] = {}
     for key, tensor in base.tensors.items():
         changed = (changes.payloads.get(p.payload) for p in tensor.pieces)
