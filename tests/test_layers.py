@@ -67,7 +67,7 @@ INSIDE = {
     """,
     "formats.safetensors": """
         config headers progress
-        side_files
+        model_files
         model
         output source
         format

@@ -24,10 +24,10 @@ from pma_megatron.formats.safetensors.config import (
     QUANTIZED_FIELDS,
     config_of,
 )
-from pma_megatron.formats.safetensors.side_files import (
+from pma_megatron.formats.safetensors.model_files import (
     CARD_FILE,
-    SideFiles,
-    side_files,
+    ModelFiles,
+    model_files,
     stays_inside,
 )
 
@@ -71,7 +71,7 @@ def read_template(path: str, *, implicit: bool = False) -> Template:
 
     Args:
         path: of the folder.
-        implicit: nobody named it: a checkpoint lies in it (see `side_files`).
+        implicit: nobody named it: a checkpoint lies in it (see `model_files`).
 
     Raises:
         UsageError: it is no folder, one without a usable `config.json`, or one with the tokenizer
@@ -82,7 +82,7 @@ def read_template(path: str, *, implicit: bool = False) -> Template:
     folder = Path(path)
     _refuse_no_folder(path, folder)
     try:
-        config, found = _config(folder), side_files(folder, implicit=implicit)
+        config, found = _config(folder), model_files(folder, implicit=implicit)
     except OSError as error:
         raise UsageError(
             f"{given('like', path)} cannot be read: {error.filename or 'it'} ({error.strerror}). "
@@ -144,7 +144,7 @@ def _weight_names(folder: Path, config: Mapping[str, Any]) -> frozenset[str] | N
     return frozenset(names) if isinstance(names, dict) and names else None
 
 
-def _notes(found: SideFiles) -> list[str]:
+def _notes(found: ModelFiles) -> list[str]:
     notes, code = list(found.notes()), [name for name in found.files if name.endswith(".py")]
     if not any(name in found.files for name in _TOKENIZERS):
         notes.append(

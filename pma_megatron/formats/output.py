@@ -149,10 +149,10 @@ class OutputLayout:
         last_file: name of that marker; None where all files together make it one.
         keeps_gaps: elements of a written payload that no tensor covers stay the base's; else zero.
         sums_payloads: the files have no checksums of their payloads, so `pma.json` has them.
-        described: what its model card says; None for what has no such card.
-        notes: sentences for the user: what is carried, and what is not.
         carried: files that are copied as they are, by their names in the output.
         digests: a file of checksums that is made once the others are there; None for none.
+        described: what its model card says; None for what has no such card.
+        notes: sentences for the user: what is carried, and what is not.
     """
 
     files: Mapping[str, int]
@@ -162,10 +162,10 @@ class OutputLayout:
     last_file: str | None
     keeps_gaps: bool = False
     sums_payloads: bool = False
-    described: Described | None = None
-    notes: tuple[str, ...] = ()
     carried: Mapping[str, Carried] = field(default_factory=dict)
     digests: Digests | None = None
+    described: Described | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:

@@ -359,10 +359,10 @@ def _assemble(
     )
     more = [] if export is None else carried(export, found.sources[-1])
     work = units([*tasks, *more])
+    told = [*(note for each in layouts.values() for note in each.notes)]
+    told += [] if export is None else export.notes
     said = (*found.selection.notes, *frozen_notes(found.sources))
-    said = (*said, *notes(found.sources[-1].path, beside))
-    said += tuple(note for each in layouts.values() for note in each.notes)
-    said = said if export is None else (*said, *export.notes)
+    said = (*said, *notes(found.sources[-1].path, beside), *told)
     return MergePlan(
         request=request,
         selection=replace(found.selection, notes=said),

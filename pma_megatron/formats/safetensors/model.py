@@ -26,7 +26,7 @@ from pma_megatron.formats.marker import MARKER_FILE
 from pma_megatron.formats.names import plain_name
 from pma_megatron.formats.safetensors.config import CONFIG_FILE, QUANTIZED_FIELDS
 from pma_megatron.formats.safetensors.headers import Entry, FileHeader, read_header
-from pma_megatron.formats.safetensors.side_files import stays_inside
+from pma_megatron.formats.safetensors.model_files import stays_inside
 from pma_megatron.formats.zips import ZipRecord
 
 FORMAT_NAME = "safetensors"

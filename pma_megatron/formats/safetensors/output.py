@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, OrderedDict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from pma_megatron.formats.output import Changes, Described, Destination, OutputI
 from pma_megatron.formats.safetensors.config import CONFIG_FILE, config_of
 from pma_megatron.formats.safetensors.headers import Entry, header_of
 from pma_megatron.formats.safetensors.model import INDEX_FILE, Model
-from pma_megatron.formats.safetensors.side_files import side_files
+from pma_megatron.formats.safetensors.model_files import model_files
 
 
 def output_layout(path: str, changes: Changes) -> OutputLayout:
@@ -77,7 +78,7 @@ def _small_files(
     model: Model, stored: dict[str, tuple[str, Entry]], changes: Changes
 ) -> tuple[OrderedDict[str, bytes], tuple[str, ...]]:
     """The other files, and what is to be said of them."""
-    beside = side_files(model.path, implicit=False)
+    beside = model_files(model.path, implicit=False)
     small = OrderedDict(beside.files)
     if (model.path / CONFIG_FILE).is_file():
         dtype = _most([entry for _, entry in stored.values()])
@@ -86,8 +87,8 @@ def _small_files(
         small[CONFIG_FILE] = config_of(model.config, dtype) if changed else own
     if model.index is not None:
         small[INDEX_FILE] = _index(model, stored)
-    said = f"carried from {model.path}: {', '.join(beside.files)}"
-    return small, (said,) if beside.files else ()
+    # The table of files beside the shards says what is left out.
+    return small, tuple(replace(beside, left=[], foreign=[]).notes())
 
 
 def _index(model: Model, stored: dict[str, tuple[str, Entry]]) -> bytes:
