@@ -12,6 +12,7 @@ FOLDERS = [
     ["version", "errors"],
     ["base"],
     ["formats"],
+    ["formats.dcp"],
     ["formats.torch_dist", "formats.deepspeed", "formats.safetensors"],
     ["formats.registry"],
     ["runs", "transfer", "export.tensors"],
@@ -45,9 +46,16 @@ INSIDE = {
         flat relay
         contract fingerprints
     """,
-    "formats.torch_dist": """
-        cover chunks integrity registration
+    "formats.dcp": """
+        building cover keys
         metadata
+        checkpoint
+        completeness output
+        source
+        format
+    """,
+    "formats.torch_dist": """
+        chunks integrity registration
         checkpoint
         completeness optimizer recomputed schedule ties
         assignment output

@@ -72,12 +72,14 @@ class Tracker:
         content_of: name of the folder -> content; None where trainers that give such names write
             no tracker, and go by the names.
         resume: how training is told to resume from `{root}`.
+        optional: True where a root without one is as it should be.
     """
 
     file: str | None
     folder_of: Callable[[str], str | None]
     content_of: Callable[[str], str | None]
     resume: str
+    optional: bool = False
 
     def resumed(self, root: Path | str) -> str:
         """`resume` with a root in it, as a shell or Python takes it."""

@@ -238,7 +238,8 @@ def open_sources(
         doubt = None
         if not main_params and known.weights_alone:
             doubt = unconfirmed(source, lambda: known.read_source(ref.path, {}, True, peers))
-        source = replace(source, unnamed={}, notes=() if doubt is None else (doubt,))
+        notes = source.notes if doubt is None else (*source.notes, doubt)
+        source = replace(source, unnamed={}, notes=notes)
         return source if number == last else _trimmed(source, request, end=number in ends)
 
     mine = comm.rank == owners[last]
