@@ -244,6 +244,7 @@ _FLAG = re.compile(r"(?<![\w-])--[a-z](?:[\w-]*\w)?(?!\w|-?\*)")
 FOREIGN = {
     "launch/gpu_check.sh": {"--cpu", "--list", "--only", "--wheels"},
     "torchrun": {"--nnodes", "--nproc-per-node"},
+    "torchtitan": {"--checkpoint"},
     "Megatron": {
         "--async-save",
         "--check-for-nan-in-loss-and-grad",
@@ -267,6 +268,7 @@ FOREIGN = {
         "--save-interval",
         "--skip-train",
         "--use-checkpoint-args",
+        "--verify-integrity",
     },
     "Megatron-DeepSpeed": {"--deepspeed", "--kd", "--mos", "--universal-checkpoint"},
     "DeepSpeed's converter": {"--inject_missing_state", "--input_folder", "--output_folder"},

@@ -12,7 +12,8 @@ FOLDERS = [
     ["version", "errors"],
     ["base"],
     ["formats"],
-    ["formats.torch_dist", "formats.deepspeed"],
+    ["formats.dcp"],
+    ["formats.torch_dist", "formats.deepspeed", "formats.safetensors"],
     ["formats.registry"],
     ["runs", "transfer", "export.tensors"],
     ["export.families"],
@@ -38,16 +39,23 @@ INSIDE = {
     "formats": """
         base inert json_files zips
         bounds names output pickle_writer rates schema source
-        marker opcode_reader
+        marker opcode_reader side_files
         manifest opcodes
         pickles
         items
         flat relay
         contract fingerprints
     """,
-    "formats.torch_dist": """
-        cover chunks registration
+    "formats.dcp": """
+        building cover keys
         metadata
+        checkpoint
+        completeness output
+        source
+        format
+    """,
+    "formats.torch_dist": """
+        chunks integrity registration
         checkpoint
         completeness optimizer recomputed schedule ties
         assignment output
@@ -63,6 +71,13 @@ INSIDE = {
         completeness frozen output saves unsharded
         source universal_output
         universal_source
+        format
+    """,
+    "formats.safetensors": """
+        config headers progress
+        model_files
+        model
+        output source
         format
     """,
     "runs": """
@@ -83,7 +98,7 @@ INSIDE = {
         proof
     """,
     "merging": """
-        coefficients folder_checksums locks policy tasks tolerance
+        cards coefficients folder_checksums locks policy tasks tolerance
         agreement request sums
         accumulate
         engine finding rules
@@ -91,7 +106,7 @@ INSIDE = {
         planning
         leftovers rate source_checksums verification
         publish targets
-        exported finishing recompute report
+        carrying exported finishing recompute report
         provenance
         inspection job published
         export_job
@@ -102,7 +117,7 @@ INSIDE = {
         load
     """,
     "export": """
-        card files own_names side_files
+        card files own_names
         maps template
     """,
     "export.families": """

@@ -15,6 +15,7 @@ from pma_megatron.base.sizes import sized
 from pma_megatron.formats import registry
 from pma_megatron.formats.marker import EXPORT, ONLINE_AVERAGE
 from pma_megatron.formats.output import Folder
+from pma_megatron.formats.side_files import table as side_table
 from pma_megatron.merging.engine import SOURCE_BYTES
 from pma_megatron.merging.exporting import ModelExport
 from pma_megatron.merging.inspection import Inspection
@@ -57,7 +58,15 @@ def new_table(title: str, *columns: str) -> Table:
         title=visible(title), title_justify="left", box=None, pad_edge=False, header_style="bold"
     )
     for column in columns:
-        right = column in ("entries", "bytes", "elements", "tensors", "coefficient", "iteration")
+        right = column in (
+            "entries",
+            "files",
+            "bytes",
+            "elements",
+            "tensors",
+            "coefficient",
+            "iteration",
+        )
         table.add_column(column, justify="right" if right else "left", overflow="fold")
     return table
 
@@ -117,6 +126,8 @@ def planned(plan: MergePlan) -> None:
     for row in plan.table:
         table.add_row(row.state, str(row.entries), row.action, row.why, row.example)
     console.print(table)
+    if plan.side_files:
+        console.print(_side_files(plan))
     per_thread = SOURCE_BYTES + BLOCK_ELEMENTS * 4 * (1 + 2 * len(plan.outputs))
     buffers = plan.request.threads * per_thread
     rate = read_rate(plan)
@@ -136,6 +147,13 @@ def planned(plan: MergePlan) -> None:
     )
     console.print(_guide(plan))
     console.print(f"plan digest {plan.digest[:16]}; nothing was written")
+
+
+def _side_files(plan: MergePlan) -> Table:
+    table = new_table("files beside the shards", "action", "files", "bytes", "why", "for instance")
+    for row in side_table(plan.side_files):
+        table.add_row(row.action, str(row.files), sized(row.bytes), row.why, row.example)
+    return table
 
 
 def _exported(console: Console, export: ModelExport) -> None:
@@ -177,7 +195,8 @@ def merged(report: MergeReport) -> None:
             f"largest error {check.worst:.2f} of the bound"
         )
     for how in report.resume:
-        console.print(f"resume with: {pasted(how)}", soft_wrap=True)
+        what = "load" if "from_pretrained(" in how else "resume"
+        console.print(f"{what} with: {pasted(how)}", soft_wrap=True)
         if "--no-load-optim" in how:
             console.print(_WEIGHTS_ALONE, soft_wrap=True)
     compared = (report.plan.get("export") or {}).get("names_compared", False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol
@@ -97,6 +97,45 @@ class OutputItem:
     literal: bytes | None = None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Described:
+    """What the card of a model says beside where it comes from.
+
+    Attributes:
+        config: its `config.json`; None where it has none.
+        dtype: of its weights, as torch calls it, without `torch.`.
+        parameters: elements of all floating tensors.
+    """
+
+    config: Mapping[str, Any] | None
+    dtype: str
+    parameters: int
+
+
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """A file that an output gets as it is: where its bytes are, and how many."""
+
+    path: str
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Digests:
+    """A small file that lists the SHA-256 of others, which a trainer compares before it loads.
+
+    Attributes:
+        file: its name.
+        covers: whether it lists a file, by its name.
+        content: (file -> SHA-256 in hexadecimal digits) -> what it says. Both are functions of a
+            module, for a layout is sent to other ranks.
+    """
+
+    file: str
+    covers: Callable[[str], bool]
+    content: Callable[[Mapping[str, str]], bytes]
+
+
 @dataclass(frozen=True, slots=True)
 class OutputLayout:
     """Files of an output.
@@ -110,6 +149,10 @@ class OutputLayout:
         last_file: name of that marker; None where all files together make it one.
         keeps_gaps: elements of a written payload that no tensor covers stay the base's; else zero.
         sums_payloads: the files have no checksums of their payloads, so `pma.json` has them.
+        carried: files that are copied as they are, by their names in the output.
+        digests: a file of checksums that is made once the others are there; None for none.
+        described: what its model card says; None for what has no such card.
+        notes: sentences for the user: what is carried, and what is not.
     """
 
     files: Mapping[str, int]
@@ -119,8 +162,13 @@ class OutputLayout:
     last_file: str | None
     keeps_gaps: bool = False
     sums_payloads: bool = False
+    carried: Mapping[str, Carried] = field(default_factory=dict)
+    digests: Digests | None = None
+    described: Described | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
         """Bytes of the whole output."""
-        return sum(self.files.values()) + sum(map(len, self.small_files.values()))
+        carried = sum(each.nbytes for each in self.carried.values())
+        return sum(self.files.values()) + sum(map(len, self.small_files.values())) + carried

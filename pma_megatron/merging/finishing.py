@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from isal import isal_zlib
@@ -13,6 +14,7 @@ from pma_megatron.base.faults import point
 from pma_megatron.base.openfiles import Files, write_inside
 from pma_megatron.formats.manifest import FileSum, Part, sum_of, sum_of_parts, write_marker
 from pma_megatron.formats.output import OutputItem, OutputLayout
+from pma_megatron.formats.safetensors.model import TENSORS
 from pma_megatron.merging.leftovers import Target
 from pma_megatron.merging.publish import cannot_write
 from pma_megatron.transfer.checksums import (
@@ -23,33 +25,66 @@ from pma_megatron.transfer.checksums import (
     scattered_crc,
 )
 
-TENSORS = "tensors"
-"""Field of `pma.json` that has the CRC-32 of every payload, where the files have none."""
+
+@dataclass(frozen=True, slots=True)
+class Structured:
+    """A folder whose shards are whole.
+
+    Attributes:
+        sums: of every file in it.
+        payloads: CRC-32 of every payload that was written, by its name.
+    """
+
+    sums: Mapping[str, FileSum]
+    payloads: Mapping[str, int]
 
 
-def finish(
-    layout: OutputLayout,
-    target: Target,
-    written: Sequence[Checksums],
-    provenance: Mapping[str, Any],
-    further: Mapping[str, bytes],
-) -> None:
-    """Write what surrounds the payloads, then the small files, the marker last (rank 0 only).
+def structure(layout: OutputLayout, target: Target, written: Sequence[Checksums]) -> Structured:
+    """Write what surrounds the payloads (rank 0 only).
 
     Args:
         layout: of the folder.
         target: the folder.
         written: per rank, the checksums of what it wrote into it.
-        provenance: what `pma.json` says beside the checksums of all files.
-        further: small files that are this output's own.
 
     Raises:
         PublishError: bytes of a payload are unaccounted for, or the folder cannot be written.
     """
     try:
-        sums, payloads = _write_structure(layout, target, written)
+        return Structured(*_write_structure(layout, target, written))
+    except OSError as error:
+        raise cannot_write(target, error) from error
+
+
+def finish(
+    layout: OutputLayout,
+    target: Target,
+    made: Structured,
+    provenance: Mapping[str, Any],
+    further: Mapping[str, bytes],
+    sha256_of: Mapping[str, str],
+) -> None:
+    """Write the small files, the marker last (rank 0 only).
+
+    Args:
+        layout: of the folder.
+        target: the folder.
+        made: what is in it, files that were carried too.
+        provenance: what `pma.json` says beside the checksums of all files.
+        further: small files that are this output's own.
+        sha256_of: file -> SHA-256 of those that `layout.digests` lists, small ones aside.
+
+    Raises:
+        PublishError: the folder cannot be written.
+    """
+    try:
+        sums, payloads = dict(made.sums), made.payloads
         small = {**layout.small_files, **further}
         sums.update({name: sum_of(data) for name, data in small.items()})
+        if layout.digests is not None:
+            listed = {n: s.sha256 for n, s in sums.items() if s.sha256 and layout.digests.covers(n)}
+            content = layout.digests.content({**listed, **sha256_of})
+            small[layout.digests.file], sums[layout.digests.file] = content, sum_of(content)
         last = layout.last_file
         marker = small.pop(last) if last is not None else b""
         for name, data in small.items():
@@ -62,7 +97,7 @@ def finish(
             write_inside(target.staging, last, marker)
         for name in layout.files:
             sync(target.staging / name)
-        for folder in sorted({(target.staging / name).parent for name in layout.files}):
+        for folder in sorted({(target.staging / name).parent for name in sums}):
             sync(folder)
         sync(target.staging)
     except OSError as error:
@@ -76,6 +111,7 @@ def _write_structure(
     every payload that was written, by its name."""
     parts = _merged(each.parts for each in written)
     scattered: dict[tuple[int, str], list[tuple[int, int]]] = {}
+    is_scattered = any(isinstance(each, ScatteredChecksums) for each in written)
     for each in written:
         if isinstance(each, ScatteredChecksums):
             for place, sum_ in each.sums.items():
@@ -92,7 +128,7 @@ def _write_structure(
             if item.skeleton is None:
                 continue
             with files.opened(item.placed.file) as descriptor:
-                if layout.sums_payloads:
+                if is_scattered:
                     crcs = {
                         record: scattered_crc(scattered.get((number, record), ()), nbytes)
                         for record, (_, nbytes) in item.skeleton.payloads.items()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 
@@ -15,6 +15,7 @@ from pma_megatron.base.faults import point
 from pma_megatron.base.spelling import has, named
 from pma_megatron.base.stopping import Stopped, having_published
 from pma_megatron.errors import PmaError, UsageError
+from pma_megatron.formats.manifest import FileSum
 from pma_megatron.formats.output import Folder
 from pma_megatron.merging import (
     engine,
@@ -26,6 +27,8 @@ from pma_megatron.merging import (
     targets,
     verification,
 )
+from pma_megatron.merging.cards import cards
+from pma_megatron.merging.carrying import carry, sha256_of
 from pma_megatron.merging.exporting import refuse_nested
 from pma_megatron.merging.planning import MergePlan, make_plan
 from pma_megatron.merging.publish import Target
@@ -78,8 +81,8 @@ def merge(request: MergeRequest, comm: Comm | None = None, show: Show = silent) 
     memory.reset_peak()
     clock = _Clock()
     made = _planned(request, comm)
-    if comm.is_main and made.export is not None:
-        for sentence in made.export.notes:
+    if comm.is_main:
+        for sentence in made.told:
             _log.warning(sentence)
     token = comm.broadcast(publish.new_token())
     wanted = targets.targets(made, token)
@@ -215,8 +218,12 @@ def _fill(
     _say(found.compared, comm)
     clock.lap("merge")
     comm.agree("sync", lambda: _sync(writers, comm))
+    checkpoints = [target for target in todo if target.folder is Folder.CHECKPOINT]
+    files = plan.layout.carried if checkpoints else {}
+    beside = carry(files, checkpoints, plan.visible[-1], comm)
     for target, own in single.items():
-        _finish(plan, target, own.checksums, comm, clock, found.compared)
+        carried = beside if target.folder is Folder.CHECKPOINT else {}
+        _finish(plan, target, own.checksums, comm, clock, found.compared, carried)
     clock.lap("publish")
     counts = comm.gather((tally.read_bytes, tally.written_bytes))
     read, written = (sum(column) for column in zip(*counts, strict=True))
@@ -230,19 +237,32 @@ def _writer(target: Target) -> BlockWriter:
 
 
 def _finish(
-    plan: MergePlan, target: Target, own: Checksums, comm: Comm, clock: _Clock, compared: Compared
+    plan: MergePlan,
+    target: Target,
+    own: Checksums,
+    comm: Comm,
+    clock: _Clock,
+    compared: Compared,
+    carried: Mapping[str, FileSum],
 ) -> None:
     parts, output = comm.collect(own), plan.outputs[target.output]
     layout = plan.layouts[target.folder]
+    whole: list[finishing.Structured] = []  # of rank 0, which alone has use for it
+
+    def structure() -> None:
+        found = finishing.structure(layout, target, parts)
+        whole.append(replace(found, sums={**found.sums, **carried}))
+
+    comm.on_main("structure", structure)
+    listed: dict[str, str] = {}
+    if layout.digests is not None:
+        names = [name for name in sorted(layout.files) if layout.digests.covers(name)]
+        listed = sha256_of(target.staging, names, comm)
 
     def finish() -> None:
         size = comm.size
         made = provenance.provenance(plan, output, target.folder, size, clock.seconds, compared)
-        card = {}
-        if target.folder is Folder.MODEL:
-            assert plan.export is not None
-            card = plan.export.card(made)
-        finishing.finish(layout, target, parts, made, card)
+        finishing.finish(layout, target, whole[0], made, cards(layout, made), listed)
 
     comm.on_main("finish", finish)
 

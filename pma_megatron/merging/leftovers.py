@@ -208,12 +208,14 @@ def _remove_stale(root: Path, name: str, *, own: bool) -> None:
 
 def _finish(target: Target) -> None:
     """The last step of a publication that was cut off right before it: the tracker."""
+    file = None
     if target.final.is_dir():
-        known = registry.get(registry.detect(target.final), str(target.final))
-        target.tracker.replace(target.root / known.tracker.file)
+        file = registry.get(registry.detect(target.final), str(target.final)).tracker.file
+    if file is not None:
+        target.tracker.replace(target.root / file)
         _log.warning(
             "%s now names %s, which a merge that was cut off had published",
-            target.root / known.tracker.file,
+            target.root / file,
             target.final.name,
         )
     else:

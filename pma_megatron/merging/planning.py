@@ -15,7 +15,8 @@ from pma_megatron.base.openfiles import unread
 from pma_megatron.errors import CheckpointError
 from pma_megatron.export.template import read_template
 from pma_megatron.formats import registry
-from pma_megatron.formats.output import Changes, Folder, OutputLayout
+from pma_megatron.formats.output import Carried, Changes, Folder, OutputLayout
+from pma_megatron.formats.side_files import Fate, SideFile, notes, side_files
 from pma_megatron.formats.source import Source
 from pma_megatron.identity.proof import Evidence, prove, refuse_strangers, unconfirmed
 from pma_megatron.merging.agreement import frozen_notes
@@ -52,6 +53,8 @@ class MergePlan:
         visible: per source, the ranks that can read it.
         read_bytes: payload bytes that will be read, over all ranks.
         digest: SHA-256 of all that decides the result.
+        side_files: what lies beside the newest source's shards, and what becomes of it; () where no
+            checkpoint is written.
         origins: name of an output -> what its only source was merged from, for an export's card.
     """
 
@@ -68,6 +71,7 @@ class MergePlan:
     visible: tuple[tuple[int, ...], ...]
     read_bytes: int
     digest: str
+    side_files: tuple[SideFile, ...] = ()
     origins: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
@@ -84,6 +88,12 @@ class MergePlan:
     def coefficients(self) -> tuple[tuple[float, ...], ...]:
         """Per output, one coefficient per source, oldest first."""
         return tuple(output.values for output in self.outputs)
+
+    @property
+    def told(self) -> tuple[str, ...]:
+        """What is said of the files that are written: what is carried, and what is not."""
+        of_files = tuple(note for each in self.layouts.values() for note in each.notes)
+        return of_files if self.export is None else (*of_files, *self.export.notes)
 
     @property
     def threads(self) -> int:
@@ -183,12 +193,13 @@ def make_plan(request: MergeRequest, comm: Comm) -> MergePlan:
     found = gather_sources(request, comm, everywhere=comm.merge_size > 1)
     decisions = comm.agree("policy", lambda: decide(request, found.sources, newest_full))
     layouts, export = {}, None
+    beside: tuple[SideFile, ...] = ()
     if request.writes_checkpoint:
-        layouts[Folder.CHECKPOINT] = _layout(found, decisions, request.lr_factor, comm)
+        layouts[Folder.CHECKPOINT], beside = _layout(found, decisions, request.lr_factor, comm)
     if request.export is not None:
         export = _export(request, found, decisions, comm)
         layouts[Folder.MODEL] = export.layout
-    return comm.agree("plan", lambda: _assemble(request, found, decisions, layouts, export))
+    return comm.agree("plan", lambda: _assemble(request, found, decisions, layouts, export, beside))
 
 
 def open_sources(
@@ -227,7 +238,8 @@ def open_sources(
         doubt = None
         if not main_params and known.weights_alone:
             doubt = unconfirmed(source, lambda: known.read_source(ref.path, {}, True, peers))
-        source = replace(source, unnamed={}, notes=() if doubt is None else (doubt,))
+        notes = source.notes if doubt is None else (*source.notes, doubt)
+        source = replace(source, unnamed={}, notes=notes)
         return source if number == last else _trimmed(source, request, end=number in ends)
 
     newest = comm.on(owners[last], "open", lambda: read(last, {}))
@@ -271,8 +283,8 @@ def _trimmed(source: Source, request: MergeRequest, *, end: bool) -> Source:
 
 def _layout(
     found: OpenedSources, decisions: Decisions, lr_factor: float | None, comm: Comm
-) -> OutputLayout:
-    """The output's files, laid out by a rank that sees the newest source."""
+) -> tuple[OutputLayout, tuple[SideFile, ...]]:
+    """The output's files, laid out by a rank that sees the newest source, and what lies beside."""
     ref, owner = found.selection.refs[-1], found.visible[-1][0]
     known = registry.get(ref.format, ref.path)
     changes = Changes(
@@ -282,7 +294,24 @@ def _layout(
         note=origin_note(found),
         lr_factor=lr_factor,
     )
-    return comm.on(owner, "layout", lambda: known.lay_out(ref.path, changes))
+
+    def lay_out() -> tuple[OutputLayout, tuple[SideFile, ...]]:
+        path, layout = Path(ref.path), known.lay_out(ref.path, changes)
+        shards = {item.file for item in known.items(path)}
+        beside = side_files(path, shards | set(layout.small_files), known.side_files)
+        carried = {
+            file.name: Carried(file.path, file.nbytes)
+            for file in beside
+            if file.fate is Fate.CARRIED
+        }
+        return replace(layout, carried=carried), beside
+
+    made = comm.on(owner, "layout", lay_out)
+    said = list(notes(ref.path, made[1]))
+    if comm.is_main:
+        for sentence in said:
+            _log.warning(sentence)
+    return made
 
 
 def _export(
@@ -311,6 +340,7 @@ def _assemble(
     decisions: Decisions,
     layouts: Mapping[Folder, OutputLayout],
     export: ModelExport | None,
+    beside: tuple[SideFile, ...],
 ) -> MergePlan:
     further = {} if export is None else export.further
     tasks = make_tasks(
@@ -318,11 +348,13 @@ def _assemble(
     )
     more = [] if export is None else carried(export, found.sources[-1])
     work = units([*tasks, *more])
-    notes = (*found.selection.notes, *frozen_notes(found.sources))
-    notes = notes if export is None else (*notes, *export.notes)
+    told = [*(note for each in layouts.values() for note in each.notes)]
+    told += [] if export is None else export.notes
+    said = (*found.selection.notes, *frozen_notes(found.sources))
+    said = (*said, *notes(found.sources[-1].path, beside), *told)
     return MergePlan(
         request=request,
-        selection=replace(found.selection, notes=notes),
+        selection=replace(found.selection, notes=said),
         sources=found.sources,
         outputs=found.outputs,
         rules=decisions.rules,
@@ -333,7 +365,8 @@ def _assemble(
         active=found.active,
         visible=found.visible,
         read_bytes=sum(unit.read_bytes for unit in work),
-        digest=_digest(request, found.sources, found.outputs, decisions.table, export),
+        digest=_digest(request, found.sources, found.outputs, decisions.table, export, beside),
+        side_files=beside,
     )
 
 
@@ -348,6 +381,7 @@ def _digest(
     outputs: Sequence[Output],
     table: Sequence[PolicyRow],
     export: ModelExport | None,
+    beside: Sequence[SideFile],
 ) -> str:
     """What decides the bytes of the result, and nothing else (not ranks, threads or paths)."""
     decisive = {
@@ -356,6 +390,7 @@ def _digest(
         # Not why: that is in the words of the front end, and a sweep may be finished from another.
         "table": [(row.state, row.action, row.entries, row.example) for row in table],
         "dtype": request.dtype,
+        "side files": [(file.name, file.nbytes, file.fate) for file in beside],
     }
     if request.lr_factor is not None:
         decisive["lr_factor"] = request.lr_factor.hex()

@@ -67,17 +67,18 @@ def publish(plan: MergePlan, target: Target) -> None:
         PublishError: a rename failed; a checkpoint that was to be replaced is still there.
     """
     known = registry.get(plan.sources[-1].format, plan.sources[-1].path).tracker
-    tracked = target.folder is Folder.CHECKPOINT
+    file = known.file if target.folder is Folder.CHECKPOINT else None
+    content = None if file is None else known.content_of(target.final.name)
     try:
         with shielded():
-            if tracked:
+            if file is not None and content is not None:
                 # Written first: a disk that is full by now must not leave a checkpoint without a
                 # tracker.
-                write_small(target.tracker, known.content_of(target.final.name).encode())
+                write_small(target.tracker, content.encode())
             _rename(target)
-            if tracked:
+            if file is not None and content is not None:
                 point("tracker", 0)
-                target.tracker.replace(target.root / known.file)
+                target.tracker.replace(target.root / file)
                 sync(target.root)
     except OSError as error:
         raise PublishError(

@@ -17,8 +17,8 @@ from pma_megatron.export.files import stored_in
 from pma_megatron.export.template import CONFIG_FILE
 from pma_megatron.formats.manifest import Marker, read_marker
 from pma_megatron.formats.marker import EXPORT, MARKER_FILE, ONLINE_AVERAGE, SNAPSHOT
+from pma_megatron.formats.safetensors.model import TENSORS
 from pma_megatron.merging.exported import verify_model
-from pma_megatron.merging.finishing import TENSORS
 from pma_megatron.merging.folder_checksums import Intact, Record, check_files
 from pma_megatron.merging.planning import MergePlan, make_plan
 from pma_megatron.merging.provenance import checked_provenance, request_again
@@ -77,7 +77,7 @@ def verify(
     kind, notes = marker.value.get("kind"), list(_not_covered(marker))
     found = Intact(0, 0, 0)
     if full:
-        records = _tensors(folder, marker) if kind == EXPORT else {}
+        records = _tensors(folder, marker) if TENSORS in marker.value else {}
         found = check_files(folder, marker.sums, comm, records)
     values = Verification(0, 0, 0, 0.0)
     if kind not in (None, EXPORT):
@@ -97,7 +97,7 @@ def verify(
 
 
 def _tensors(folder: Path, marker: Marker) -> dict[str, list[Record]]:
-    """The tensors of an export by file, with their checksums, as far as its headers can be read."""
+    """The tensors of a model by file, with their checksums, as far as its headers can be read."""
     said = marker.value.get(TENSORS)
     found: dict[str, list[Record]] = {}
     with contextlib.suppress(VerifyError):

@@ -11,6 +11,7 @@ from typing import Any
 from pma_megatron.base.spelling import as_argument
 from pma_megatron.formats import registry
 from pma_megatron.formats.rates import rate_flags
+from pma_megatron.formats.side_files import table
 from pma_megatron.merging.coefficients import implied_decay_weights
 from pma_megatron.merging.planning import MergePlan
 from pma_megatron.merging.request import Output
@@ -76,7 +77,7 @@ def how_to_resume(folder: Path, lr_factor: float | None = None) -> str:
     known = registry.get(ref.format, str(folder))
     args = known.common(folder)["args"]
     if "consumed_train_samples" not in args:
-        return known.tracker.resumed(folder.parent)
+        return known.resumed(folder) or known.tracker.resumed(folder.parent)
     flags: dict[str, tuple[str, ...]] = {"--load": (as_argument(folder.parent),)}
     if ref.weights_only:
         flags["--no-load-optim"] = ()
@@ -103,6 +104,7 @@ def describe_plan(plan: MergePlan) -> dict[str, Any]:
         ],
         "outputs": [describe_output(output) for output in plan.outputs],
         "policy": [asdict(row) for row in plan.table],
+        "side_files": [asdict(row) for row in table(plan.side_files)],
         "lr_factor": plan.request.lr_factor,
         "passed_over": [asdict(each) for each in plan.selection.passed_over],
         "notes": list(plan.selection.notes),

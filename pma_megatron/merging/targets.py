@@ -144,7 +144,8 @@ def _real(path: Path) -> Path:
 
 def _refuse_long(plan: MergePlan, target: Target) -> None:
     """Names that the file system cannot hold, those of the files in the output included."""
-    names = (*plan.layouts[target.folder].files, SEAL_FILE)
+    layout = plan.layouts[target.folder]
+    names = (*layout.files, *layout.carried, SEAL_FILE)
     longest = target.staging / max(names, key=len)
     part = max((os.fsencode(each) for each in longest.absolute().parts), key=len)
     if len(part) > _NAME_BYTES:
@@ -168,6 +169,8 @@ def _refuse_inside(target: Target) -> None:
     """A checkpoint is not a place to put others: its owner deletes, copies and lists it whole."""
     asked = _real(target.final if target.folder is Folder.MODEL else target.root)
     for folder in (asked, *asked.parents):
+        if target.folder is Folder.MODEL and folder == asked and _is_model(folder):
+            continue  # whether it may be replaced is another question
         if holds_checkpoint(folder):
             below = f"lies in {folder}, a checkpoint"
             below = "is a checkpoint itself" if folder == asked else below
@@ -176,6 +179,10 @@ def _refuse_inside(target: Target) -> None:
                 "it is deleted, and counts as its own. Give merges a folder beside the run's, such "
                 f"as {folder.parent}-pma"
             )
+
+
+def _is_model(folder: Path) -> bool:
+    return registry.detect(folder) in registry.UNTRACKED
 
 
 def _refuse_loss(target: Target) -> None:
@@ -219,8 +226,9 @@ def _refuse_odd(plan: MergePlan, target: Target) -> None:
     if target.folder is not Folder.CHECKPOINT:
         return
     newest = plan.sources[-1]
-    tracker = target.root / registry.get(newest.format, newest.path).tracker.file
-    if os.path.lexists(tracker) and not tracker.is_file():
+    file = registry.get(newest.format, newest.path).tracker.file
+    tracker = target.root / (file or "")
+    if file is not None and os.path.lexists(tracker) and not tracker.is_file():
         raise PublishError(
             f"{tracker} is {_kind(tracker)}, and must become the file that names the newest "
             f"checkpoint. Remove it, or choose another {named('save')}"
@@ -247,6 +255,8 @@ def _refuse_foreign(target: Target) -> None:
     for folder in target.root.iterdir():
         if not folder.is_dir() or not (folder.name.startswith("iter_") or is_checkpoint(folder)):
             continue
+        if _is_model(folder):
+            continue  # no tracker ever points at the one or the other
         merged = (folder / MARKER_FILE).is_file() and read_snapshot_marker(folder) is None
         if not merged:
             raise PublishError(

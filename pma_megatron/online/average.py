@@ -132,7 +132,10 @@ class RunningAverage(ABC):
             return False
         for store in self._stores.values():
             store.wait()  # the oldest entry's memory is about to be used again
-        self._window.capture(Member(iteration=iteration, tokens=position, args=copy.copy(args)))
+        rate = self._window.copy.learning_rate
+        self._window.capture(
+            Member(iteration=iteration, tokens=position, args=copy.copy(args), learning_rate=rate)
+        )
         self._await_after(position)
         return True
 

@@ -20,6 +20,7 @@ import torch
 from pma_megatron.base.comm import Comm
 from pma_megatron.base.spelling import renamed
 from pma_megatron.errors import CheckpointError, PublishError
+from pma_megatron.formats.rates import LEARNING_RATE
 from pma_megatron.formats.source import Source
 from pma_megatron.live.plan import LivePlan
 from pma_megatron.merging.planning import open_sources
@@ -28,7 +29,7 @@ from pma_megatron.merging.source_checksums import checked
 from pma_megatron.online.shard import Shard
 from pma_megatron.online.snapshots import SnapshotWriter, prune
 from pma_megatron.online.window import ExponentialAverage, Member, Window
-from pma_megatron.runs.describe import common_args
+from pma_megatron.runs.describe import common_args, schedule_of
 from pma_megatron.runs.discover import list_checkpoints
 from pma_megatron.runs.refs import CheckpointRef
 
@@ -154,7 +155,12 @@ class WindowStore:
         taken = 1 if isinstance(self.window, ExponentialAverage) else len(refs)
         for (ref, members), source in list(zip(found, sources, strict=True))[-taken:]:
             assert ref.iteration is not None and ref.consumed_tokens is not None
-            entry = Member(iteration=ref.iteration, tokens=ref.consumed_tokens, members=members)
+            entry = Member(
+                iteration=ref.iteration,
+                tokens=ref.consumed_tokens,
+                learning_rate=schedule_of(ref).learning_rate,
+                members=members,
+            )
             self._take(entry, source)
 
     def _take(self, entry: Member, source: Source) -> None:
@@ -195,6 +201,7 @@ def _args(entry: Member) -> Namespace:
         given = Namespace(consumed_train_samples=entry.tokens, seq_length=1)
     given = copy.copy(given)
     setattr(given, _MEMBERS, entry.members)
+    setattr(given, LEARNING_RATE, entry.learning_rate)
     return given
 
 

@@ -233,6 +233,12 @@ def _resume(request: RecoveryRequest, chosen: Sequence[CheckpointRef], skip: Spa
             f"from those. Give the folder that training saves to{hint('load')}, or merge "
             f"iterations {', '.join(str(ref.iteration) for ref in chosen)} without a recovery"
         )
+    if newest.format in registry.UNTRACKED:
+        raise SelectionError(
+            f"{newest.path} is a model without an optimizer, and training cannot go on from it. "
+            f"Give the folder that training saves its own checkpoints to{hint('load')}, or average "
+            "the models with pma merge"
+        )
     args, schedule = known.common(Path(newest.path))["args"], known.schedule(Path(newest.path))
     if not known.tracker.by_flag and "consumed_train_samples" not in args:
         return resume_script(

@@ -192,7 +192,7 @@ def test_names_in_a_client_state_are_copied_and_never_resolved(run: Path, save: 
         ("layer_01-model_states.pt", "layer_01-model_states.pt is a pipeline's"),
         ("layer_01-model_01-model_states.pt", "a tensor-parallel part of a layer"),
         ("mp_rank_01_model_states.pt", "stray, for a data-parallel size of 2"),
-        ("backup.pt", "not a file that DeepSpeed writes"),
+        ("backup_optim_states.pt", "not a file that DeepSpeed writes"),
         ("zero_pp_rank_0_mp_rank_00_optim_states.pt", "two saves in one folder"),
         ("zero/fp32.pt", "Universal"),
         ("offloaded_tensors/rank0/x.pt", "NVMe"),

@@ -32,6 +32,9 @@ _FOLDERS = {
     "zero": "parameters of a Universal checkpoint beside rank files",
     "offloaded_tensors": "states offloaded to NVMe",
 }
+_KINDS = (MODEL, OPTIM, EXPERT, WHOLE, LAYER)
+_STATES = ("model_states.pt", "optim_states.pt")
+"""How the names of DeepSpeed's own files end; others are of the script that trains."""
 _EXPERT_GROUP = re.compile(r"^ep_size_(\d{1,6})$")
 _NEEDED = ("module", "param_shapes", "buffer_names", "global_steps", "dp_world_size")
 
@@ -58,7 +61,8 @@ def _all_ended(path: Path) -> bool:
     checkpoint = ItemFiles(path)
     try:
         for name in file_names(path):
-            checkpoint.records(Item(name, 0, (path / name).stat().st_size))
+            if name.endswith(_STATES):
+                checkpoint.records(Item(name, 0, (path / name).stat().st_size))
     except (CheckpointError, OSError):
         return False
     return True
@@ -75,7 +79,7 @@ def _unsupported(path: Path) -> str | None:
                     f"{name} holds {what}, which is not supported: train pipelines and experts "
                     "without tensor parallelism"
                 )
-        if not any(pattern.match(name) for pattern in (MODEL, OPTIM, EXPERT, WHOLE, LAYER)):
+        if name.endswith(_STATES) and not any(kind.match(name) for kind in _KINDS):
             return f"{name} is not a file that DeepSpeed writes: move it out of this folder"
     return None
 
@@ -88,6 +92,7 @@ def _incomplete(checkpoint: DeepSpeedCheckpoint) -> str | None:
         if reason:
             return reason
     stray = set(file_names(checkpoint.path)) - set(checkpoint.files)
+    stray = {name for name in stray if name.endswith(_STATES)}
     if stray:
         return f"{min(stray)} is a second file of its rank: two saves in one folder"
     for name in checkpoint.files:
@@ -189,7 +194,8 @@ def _whole(checkpoint: DeepSpeedCheckpoint, has_experts: bool) -> str | None:
     Param groups of experts are named after its size (deepspeed/moe/utils.py,
     `split_params_into_different_moe_groups_for_optimizer`).
     """
-    groups = (base_state(checkpoint.optimizer(0)) or {}).get("param_groups", ())
+    base = base_state(checkpoint.optimizer(0))
+    groups = base.get("param_groups") or () if isinstance(base, dict) else ()
     names = (_EXPERT_GROUP.match(str(group.get("name"))) for group in groups)
     sizes = {int(match[1]) for match in names if match}
     if len(sizes) > 1 or bool(sizes) != has_experts:

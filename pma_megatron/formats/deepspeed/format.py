@@ -16,6 +16,7 @@ from pma_megatron.formats.deepspeed import (
     universal_source,
 )
 from pma_megatron.formats.names import plain_name
+from pma_megatron.formats.side_files import Fate, SideRule
 
 
 def _folder_of(content: str) -> str | None:
@@ -25,6 +26,8 @@ def _folder_of(content: str) -> str | None:
     except CheckpointError:
         return None
 
+
+_SIDE_FILES = (SideRule("zero_to_*.py", Fate.CARRIED, "a script of DeepSpeed"),)
 
 NATIVE = Format(
     name=checkpoint.FORMAT_NAME,
@@ -39,6 +42,7 @@ NATIVE = Format(
     "deepspeed.checkpoint.ds_to_universal --inject_missing_state --input_folder {tag} "
     "--output_folder NEW_ROOT/TAG; Universal checkpoints merge at any size",
     lay_out=output.output_layout,
+    side_files=_SIDE_FILES,
     folder_name=lambda path, iteration: Path(path).name,
     named_layouts="train with zero_optimization.stage 1, which stores names",
     own_names=True,
@@ -61,6 +65,7 @@ UNIVERSAL = Format(
     read_source=universal_source.read_source,
     saved_together=lambda file: str(PurePosixPath(file).parent),  # a worker's: one parameter's
     lay_out=universal_output.output_layout,
+    side_files=_SIDE_FILES,
     folder_name=lambda path, iteration: Path(path).name,
     own_names=True,
     items=lambda path: universal.UniversalCheckpoint(path).items(),

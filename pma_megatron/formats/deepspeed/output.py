@@ -9,14 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pma_megatron.base.openfiles import leads_out, passing
 from pma_megatron.base.spelling import given, named, override
 from pma_megatron.errors import UsageError
 from pma_megatron.formats.base import Item, Payload
 from pma_megatron.formats.deepspeed.checkpoint import DeepSpeedCheckpoint
 from pma_megatron.formats.deepspeed.partitions import base_state
-from pma_megatron.formats.marker import OWN_FILES
-from pma_megatron.formats.names import plain_name
 from pma_megatron.formats.output import Changes, Destination, OutputItem, OutputLayout
 from pma_megatron.formats.rates import scale_groups, scale_schedule
 from pma_megatron.formats.relay import relay, reset_steps
@@ -138,19 +135,7 @@ def lay_out_after(
         files=sizes,
         items=tuple(items),
         places=places,
-        small_files=_small_files(checkpoint),
+        small_files=OrderedDict(),
         last_file=None,
         keeps_gaps=True,
-    )
-
-
-def _small_files(checkpoint: DeepSpeedCheckpoint) -> OrderedDict[str, bytes]:
-    """What else lies in the folder, as it is."""
-    return OrderedDict(
-        (plain_name(path.name, str(checkpoint.path)), checkpoint.read_small(path.name))
-        for path in sorted(checkpoint.path.iterdir())
-        if path.is_file()
-        and not passing(path)
-        and path.name not in (*checkpoint.files, *OWN_FILES)
-        and not leads_out(path, checkpoint.path)
     )

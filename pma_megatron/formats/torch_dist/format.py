@@ -6,8 +6,10 @@ from pathlib import Path
 
 from pma_megatron.formats.contract import Common, Format, Tracker
 from pma_megatron.formats.output import Changes, OutputLayout
+from pma_megatron.formats.side_files import Fate, SideRule
 from pma_megatron.formats.torch_dist.checkpoint import FORMAT_NAME, TorchDistCheckpoint
 from pma_megatron.formats.torch_dist.completeness import completeness, written_after
+from pma_megatron.formats.torch_dist.integrity import INTEGRITY
 from pma_megatron.formats.torch_dist.optimizer import is_optimizer_key
 from pma_megatron.formats.torch_dist.output import output_layout
 from pma_megatron.formats.torch_dist.recomputed import unchecked_order
@@ -45,6 +47,16 @@ def _content_of(folder: str) -> str:
     return folder if folder == RELEASE else str(int(folder.removeprefix("iter_")))
 
 
+_OTHER_WEIGHTS = "shards of another save or format, which are not averaged"
+_SIDE_FILES = (
+    SideRule(INTEGRITY.file, Fate.REMADE, "SHA-256 of files, which --verify-integrity compares"),
+    SideRule("*.distcp", Fate.LEFT_OUT, _OTHER_WEIGHTS),
+    SideRule("mp_rank_*/model_optim_rng.pt", Fate.LEFT_OUT, _OTHER_WEIGHTS),
+    SideRule("mp_rank_*/distrib_optim.pt", Fate.LEFT_OUT, _OTHER_WEIGHTS),
+    SideRule("tokenizer/*", Fate.CARRIED, "tokenizer, as --save-tokenizer-assets writes it"),
+    SideRule("*train_dataloader_dprank*.pt", Fate.CARRIED, "state of a data loader, per rank"),
+)
+
 FORMAT = Format(
     name=FORMAT_NAME,
     tracker=Tracker("latest_checkpointed_iteration.txt", _folder_of, _content_of, "--load {root}"),
@@ -55,6 +67,7 @@ FORMAT = Format(
     read_source=read_source,
     weights_alone=True,
     lay_out=_lay_out,
+    side_files=_SIDE_FILES,
     folder_name=lambda path, iteration: RELEASE if iteration is None else f"iter_{iteration:07d}",
     named_layouts="save with --dist-ckpt-optim-fully-reshardable",
     unchecked_order=unchecked_order,
