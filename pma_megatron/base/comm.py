@@ -185,11 +185,7 @@ class Comm:
         return result  # type: ignore[return-value]
 
     def on(self, owner: int, stage: str, work: Callable[[], T]) -> T:
-        """Run `work` on one rank only and return its result on every rank, or raise on every rank.
-
-        Raises:
-            as `agree`.
-        """
+        """Run `work` on one rank and return its result on every rank; raises as `agree`."""
         made = self.agree(stage, lambda: work() if self.rank == owner else None)
         return self.broadcast(made, owner)  # type: ignore[return-value]
 

@@ -212,7 +212,8 @@ def test_attempts_go_further_back_and_are_bounded(
     assert results[0][0] == results[1][0] < 400 and "2 attempts" in results[0][1]
     newest = [Path(done.sources[-1]).name for done in results[0][2]]
     assert newest == [folder_of(root, end).name for end in ends]
-    assert recovery_log.read(root).spent and recovery_log.read(root).events[-1]["number"] == 3
+    last = recovery_log.read(root).events[-1]
+    assert last["event"] == recovery_log.SPENT and last["number"] == 3
 
 
 SLOW_TO_JUDGE = replace(SETTINGS, spike=replace(SPIKE, cooldown=12))
