@@ -39,8 +39,8 @@ def test_what_lies_there_and_what_to_type(
     one, empty, model = folder_of(run, 4), tmp_path / "empty", tmp_path / "hf"
     empty.mkdir()
     model.mkdir()
-    (model / "config.json").write_text("{}")
-    (model / "model.safetensors").write_bytes(b"x")
+    (model / "adapter_config.json").write_text("{}")
+    (model / "adapter_model.safetensors").write_bytes(b"x")
     alone = tmp_path / "weights.pt"
     alone.write_bytes(b"x")
     odd = Path(shutil.copytree(one, tmp_path / "other" / "step4"))
@@ -50,7 +50,7 @@ def test_what_lies_there_and_what_to_type(
         (run / "iter_000004", f"Did you mean {one}?"),
         (tmp_path / "xyz" / "deep", "does not exist"),
         (empty, "found: nothing"),
-        (model, "Hugging Face"),
+        (model, "no whole model"),
         (alone, "is a file, and checkpoints are folders"),
         (run / "latest_checkpointed_iteration.txt", f"Give its folder, {run}"),
         (shard, f"is a file of one checkpoint, {one}"),
