@@ -2,7 +2,7 @@
 
     python launch/attack/flips.py --flips 500 --work /tmp/flips
 
-Real runs of a few thousand weights, of every layout that Megatron and DeepSpeed save here. For each
+Real tiny runs, of every layout that Megatron, DeepSpeed and FSDP2 save here. For each
 flip one record of one source is drawn, by its bytes or (every other time) each alike, one of its
 bits is turned, and the merge of all sources is made in this process; then the bit is put back.
 Files and records are found by `.metadata` as torch reads it and by `zipfile`, not by the package.
@@ -20,7 +20,7 @@ import shutil
 import sys
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,7 +30,8 @@ from pma_megatron import MergeRequest, Policy, SelectionRequest, merge
 from pma_megatron.errors import PmaError
 from pma_megatron.testing import TinyConfig, run_ranks
 from pma_megatron.testing.tiny_deepspeed import DeepSpeedConfig
-from runs import digests, flipped, report, to_universal, train_deepspeed, train_megatron
+from pma_megatron.testing.tiny_fsdp import STYLES, FsdpConfig
+from runs import digests, flipped, report, to_universal, train_deepspeed, train_fsdp, train_megatron
 
 _DENSE = TinyConfig()
 _MOE = replace(_DENSE, num_experts=4)
@@ -54,6 +55,7 @@ DEEPSPEED = {
     "ZeRO-2": DeepSpeedConfig(stage=2),
     "ZeRO-3": DeepSpeedConfig(stage=3),
 }
+FSDP = {f"FSDP2 as {style} saves": FsdpConfig(style=style) for style in STYLES}
 UNIVERSAL = ("ZeRO-1", "ZeRO-3")
 MIXED = ("tensor parallel", "dp_reshardable")
 """Sources of two layouts: parts of rows are read of the first."""
@@ -86,8 +88,11 @@ class Place:
     nbytes: int
 
 
-def make_cases(folder: Path) -> list[Case]:
-    """Train everything below `folder`."""
+def make_cases(folder: Path, fsdp_alone: bool) -> list[Case]:
+    """Train everything below `folder`, or what FSDP2 trains."""
+    run_ranks(train_fsdp, 2, {str(folder / name): c for name, c in FSDP.items()}, timeout_s=900)
+    if fsdp_alone:
+        return _with_moments(folder, FSDP)
     run_ranks(
         train_megatron, 2, {str(folder / name): c for name, c in MEGATRON.items()}, timeout_s=900
     )
@@ -99,14 +104,18 @@ def make_cases(folder: Path) -> list[Case]:
     for name in GOLDEN:
         archive = Path(__file__).parents[2] / "tests" / "golden" / f"{name}.tar.xz"
         shutil.unpack_archive(archive, folder / name)
-    roots = [*MEGATRON, *GOLDEN, *DEEPSPEED, *(f"Universal of {name}" for name in UNIVERSAL)]
-    cases = [
+    converted = (f"Universal of {name}" for name in UNIVERSAL)
+    cases = _with_moments(folder, [*MEGATRON, *GOLDEN, *DEEPSPEED, *converted, *FSDP])
+    older, newest = (sources_of(folder / name) for name in MIXED)
+    return [*cases, Case(" then ".join(MIXED), (older[0], newest[1]), "latest")]
+
+
+def _with_moments(folder: Path, roots: Iterable[str]) -> list[Case]:
+    return [
         Case(name, tuple(sources_of(folder / name)), state)
         for name in roots
         for state in ("latest", "average")
     ]
-    older, newest = (sources_of(folder / name) for name in MIXED)
-    return [*cases, Case(" then ".join(MIXED), (older[0], newest[1]), "latest")]
 
 
 def sources_of(root: Path) -> list[Path]:
@@ -119,10 +128,10 @@ def sources_of(root: Path) -> list[Path]:
 def places_of(source: Path) -> list[Place]:
     """Every record of every zip of a checkpoint."""
     found = []
-    if (source / ".metadata").is_file():
-        metadata = dcp.FileSystemReader(source).read_metadata()
+    for part in (file.parent for file in sorted(source.rglob(".metadata"))):
+        metadata = dcp.FileSystemReader(part).read_metadata()
         for info in metadata.storage_data.values():
-            found += _records(source / info.relative_path, info.offset, info.length)
+            found += _records(part / info.relative_path, info.offset, info.length)
     for file in sorted(source.rglob("*.pt")):
         found += _records(file, 0, file.stat().st_size)
     return found
@@ -180,9 +189,10 @@ def main() -> int:
     parser.add_argument("--flips", type=int, default=500, help="in all (default 500)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, required=True, help="folder for runs; removed first")
+    parser.add_argument("--fsdp", action="store_true", help="runs of FSDP2 alone")
     chosen = parser.parse_args()
     shutil.rmtree(chosen.work, ignore_errors=True)
-    cases, draw = make_cases(chosen.work / "runs"), random.Random(chosen.seed)
+    cases, draw = make_cases(chosen.work / "runs", chosen.fsdp), random.Random(chosen.seed)
     total: Counter[str] = Counter()
     for number, case in enumerate(cases):
         share = chosen.flips * (number + 1) // len(cases) - chosen.flips * number // len(cases)

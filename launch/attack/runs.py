@@ -1,7 +1,7 @@
 """Runs to attack, and what every attack does with their files: digest them, flip a bit, report.
 
-The trainings are small and real: Megatron-core and DeepSpeed on the CPU, a few thousand weights,
-two iterations between checkpoints.
+The trainings are small and real: Megatron-core, DeepSpeed and FSDP2 on the CPU, at most a few
+thousand weights, two iterations between checkpoints.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 
 from pma_megatron.testing import TinyConfig, TinyTrainer
 from pma_megatron.testing.tiny_deepspeed import DeepSpeedConfig, TinyDeepSpeed
+from pma_megatron.testing.tiny_fsdp import FsdpConfig, TinyFsdp
 
 SAVES, EVERY = 3, 2
 """Checkpoints of a run, and iterations from one to the next."""
@@ -42,6 +43,15 @@ def train_deepspeed(rank: int, world_size: int, runs: Mapping[str, DeepSpeedConf
             trainer.train(EVERY)
             trainer.save(root)
         trainer.close()
+
+
+def train_fsdp(rank: int, world_size: int, runs: Mapping[str, FsdpConfig]) -> None:
+    """`SAVES` checkpoints below each root, by its config; for `run_ranks`."""
+    for root, config in runs.items():
+        run = TinyFsdp(config)
+        for _ in range(SAVES):
+            run.train(EVERY)
+            run.save(root)
 
 
 def to_universal(rank: int, world_size: int, roots: Mapping[str, str]) -> None:
