@@ -12,6 +12,7 @@ FOLDERS = [
     ["version", "errors"],
     ["base"],
     ["formats"],
+    ["formats.dcp"],
     ["formats.torch_dist", "formats.deepspeed", "formats.safetensors"],
     ["formats.registry"],
     ["runs", "transfer", "export.tensors"],
@@ -21,7 +22,7 @@ FOLDERS = [
     ["merging"],
     ["live", "geometry", "scores", "spikes"],
     ["online"],
-    ["megatron", "deepspeed"],
+    ["megatron", "deepspeed", "fsdp"],
     ["megatron_deepspeed"],
     ["launch"],
     ["cli"],
@@ -45,9 +46,16 @@ INSIDE = {
         flat relay
         contract fingerprints
     """,
-    "formats.torch_dist": """
-        cover chunks integrity registration
+    "formats.dcp": """
+        building cover keys
         metadata
+        checkpoint
+        completeness output
+        source
+        format
+    """,
+    "formats.torch_dist": """
+        chunks integrity registration
         checkpoint
         completeness optimizer recomputed schedule ties
         assignment output
@@ -154,6 +162,10 @@ INSIDE = {
         params
         load shard swap
         online
+    """,
+    "fsdp": """
+        params
+        load
     """,
     "megatron_deepspeed": """
         decorators hooks

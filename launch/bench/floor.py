@@ -17,7 +17,7 @@ from pma_megatron.base.comm import Comm
 from pma_megatron.formats import registry
 from pma_megatron.merging.planning import MergePlan, make_plan
 from pma_megatron.merging.request import MergeRequest
-from pma_megatron.merging.tasks import Average, Copy, Keep, Unit, Write, Zero, share
+from pma_megatron.merging.tasks import AverageUnit, Copy, Keep, Unit, Write, Zero, share
 
 Range = tuple[str, int, int]
 """(file, offset, bytes)."""
@@ -53,7 +53,7 @@ class Floor:
             path, start = self._files[-1].locate(task.payload)
             size = task.payload.dtype.itemsize
             yield str(path), start + (task.start + unit.first) * size, unit.count * size
-        if not isinstance(task, Average) or unit.box is None:
+        if not isinstance(unit, AverageUnit):
             return
         wanted = list(zip(task.numbers, task.sources, strict=True))
         if task.proof is not None:
@@ -72,7 +72,7 @@ class Floor:
             size, place = task.place.dtype.itemsize, task.place
             start = place.start + (task.start + unit.first) * size
             yield str(self._folder / place.file), start, unit.count * size
-        elif unit.box is not None:
+        elif isinstance(unit, AverageUnit):
             for part in overlaps(unit.box, task.targets.touching(unit.box)):
                 place, size = part.payload, part.payload.dtype.itemsize
                 start = place.start + part.start * size

@@ -11,7 +11,7 @@ import itertools
 import math
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 P = TypeVar("P")
@@ -104,30 +104,14 @@ class Part(Generic[P]):
         """Two parts cut along the first axis longer than one."""
         axis = next(i for i, size in enumerate(self.sizes) if size > 1)
         half = self.sizes[axis] // 2
-        sizes = list(self.sizes)
-        sizes[axis] = half
-        rest = list(self.sizes)
-        rest[axis] -= half
-        unit_start = self.unit_start + half * self.unit_strides[axis]
-        start = self.start + half * self.strides[axis]
+        before, after = self.sizes[:axis], self.sizes[axis + 1 :]
         return (
-            Part(
-                self.payload,
-                tuple(sizes),
-                self.unit_start,
-                self.unit_strides,
-                self.start,
-                self.strides,
-                self.origin,
-            ),
-            Part(
-                self.payload,
-                tuple(rest),
-                unit_start,
-                self.unit_strides,
-                start,
-                self.strides,
-                self.origin,
+            replace(self, sizes=(*before, half, *after)),
+            replace(
+                self,
+                sizes=(*before, self.sizes[axis] - half, *after),
+                unit_start=self.unit_start + half * self.unit_strides[axis],
+                start=self.start + half * self.strides[axis],
             ),
         )
 

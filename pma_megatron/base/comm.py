@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from pma_megatron.base.durations import format_duration
+from pma_megatron.base.faults import point
 from pma_megatron.base.presence import Presence, kept_by_torchrun
 from pma_megatron.base.spelling import given, named
 from pma_megatron.base.stopping import Stopped
@@ -154,15 +155,20 @@ class Comm:
     def agree(self, stage: str, work: Callable[[], T]) -> T:
         """Run `work` on every rank and return its result, or raise on every rank.
 
+        Tests may make a rank fail at `stage`, when its work is done: see `faults`.
+
         Raises:
             PmaError: this rank's own error, if it failed; RankError naming the others' if not.
         """
-        if self._presence is None:
-            return work()
         result, error = None, None
+        if self._presence is None:
+            result = work()
+            point(stage, self.rank)
+            return result
         with self._presence.at(stage), self._leaving(stage):
             try:
                 result = work()
+                point(stage, self.rank)
             except Exception as caught:  # it is raised below, after every rank knows of it
                 if isinstance(caught, RankError) and caught.lost:
                     raise
@@ -178,10 +184,14 @@ class Comm:
             raise RankError(f"rank {rank} failed in stage {stage!r}: {cause}")
         return result  # type: ignore[return-value]
 
+    def on(self, owner: int, stage: str, work: Callable[[], T]) -> T:
+        """Run `work` on one rank and return its result on every rank; raises as `agree`."""
+        made = self.agree(stage, lambda: work() if self.rank == owner else None)
+        return self.broadcast(made, owner)  # type: ignore[return-value]
+
     def on_main(self, stage: str, work: Callable[[], T]) -> T:
-        """Run `work` on rank 0 only and return its result on every rank, or raise on every rank."""
-        made = self.agree(stage, lambda: work() if self.is_main else None)
-        return self.broadcast(made)  # type: ignore[return-value]
+        """`on` rank 0."""
+        return self.on(0, stage, work)
 
     def gather(self, value: T) -> list[T]:
         """The value of every rank, on every rank."""

@@ -1,6 +1,7 @@
 """Places where a test may make a rank fail: `PMA_MEGATRON_FAULT=stage:rank:action`.
 
-Without the variable a point costs one dictionary look-up. `pma_megatron.testing.faults` sets it.
+Every stage that ranks agree on is one (`Comm.agree`), and what else calls `point`. Without the
+variable a point costs one dictionary look-up. `pma_megatron.testing.faults` sets it.
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import os
 import stat
 import threading
@@ -22,7 +21,6 @@ from pma_megatron.errors import CheckpointError, SelectionError
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
-_log = logging.getLogger(__name__)
 OPEN_FILES = 32
 """Files of one folder that are kept open; a merge has a few tens of folders."""
 MAX_SMALL_BYTES = 1 << 30
@@ -135,14 +133,6 @@ _REASONS = {
     errno.ENFILE: _MANY,
 }
 _ITS = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.EACCES, errno.EPERM, errno.EIO})
-
-
-def leads_out(path: Path, folder: Path) -> bool:
-    """True, with a warning, for a link in `folder` to a file that lies elsewhere."""
-    out = not path.resolve().is_relative_to(folder.resolve())
-    if out:
-        _log.warning("%s is a link out of the checkpoint: it is not copied into the output", path)
-    return out
 
 
 def passing(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Sizes in bytes as typed."""
+"""Sizes in bytes, as typed and as shown."""
 
 from __future__ import annotations
 
@@ -28,3 +28,16 @@ def parse_size(text: str) -> int:
     if nbytes <= 0:
         raise UsageError(f"{text!r} is not a size: give bytes, or 500MB, 5GB, 2GiB")
     return nbytes
+
+
+def sized(nbytes: float) -> str:
+    """A size as messages show it.
+
+    >>> sized(100), sized(1536), sized(3 << 40)
+    ('100 B', '1.50 KiB', '3.00 TiB')
+    """
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if nbytes < 1024:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.2f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.2f} TiB"

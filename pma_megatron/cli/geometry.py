@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from pma_megatron.base.settings import add_flags, made, setting
 from pma_megatron.base.spelling import listing
 from pma_megatron.cli import landscape, tables
 from pma_megatron.cli.progress import show
-from pma_megatron.cli.score_grid import Scorer, provider_of, refuse_unwritable, write_json
+from pma_megatron.cli.score_grid import Scorer, provided, refuse_unwritable, write_json
 from pma_megatron.cli.verbs import Files, OnRanks, add_selection, new_verb, root_of, show_result
 from pma_megatron.errors import UsageError
 from pma_megatron.geometry.gram import Measured, measure
@@ -127,7 +126,9 @@ def run(arguments: argparse.Namespace) -> None:
         measured = measure(request, comm, show(comm))
         spreads, over, curved = measured.spreads(), None, None
         if wants_loss:
-            with _provided(arguments, request.load, comm) as scored:
+            with provided(arguments, request.load, comm) as scored:
+                if arguments.curvature:
+                    _refuse_without_gradients(scored, arguments.provider)
                 if arguments.contour:
                     over = contour(
                         scored,
@@ -150,19 +151,12 @@ def run(arguments: argparse.Namespace) -> None:
     show_result(arguments, found.to_json(), lambda: _print(found))
 
 
-@contextmanager
-def _provided(arguments: argparse.Namespace, load: str, comm: Comm) -> Iterator[Scored]:
-    provider = comm.agree("provider", lambda: provider_of(arguments.provider))
-    scored = comm.agree("provider", lambda: provider(load, list(arguments.rest)))
-    try:
-        if arguments.curvature and not isinstance(scored, Differentiable):
-            raise UsageError(
-                f"--curvature: {arguments.provider} returns a {type(scored).__name__}, which gives "
-                "losses but no gradients: return a pma_megatron.megatron.curvature.Differentiable"
-            )
-        yield scored
-    finally:
-        scored.close()
+def _refuse_without_gradients(scored: Scored, provider: str) -> None:
+    if not isinstance(scored, Differentiable):
+        raise UsageError(
+            f"--curvature: {provider} returns a {type(scored).__name__}, which gives losses but no "
+            "gradients: return a pma_megatron.megatron.curvature.Differentiable"
+        )
 
 
 def _print(found: Geometry) -> None:

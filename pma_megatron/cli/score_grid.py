@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import importlib.util
 import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,9 +104,7 @@ def score(arguments: argparse.Namespace, others: Sequence[str] = ()) -> Scores |
         return _through_megatron(arguments, others)
     with process_group_from_environment(arguments.timeout_s):
         comm = Comm()
-        provider = comm.agree("provider", lambda: provider_of(arguments.provider))
-        scored = comm.agree("provider", lambda: provider(arguments.load, list(arguments.rest)))
-        try:
+        with provided(arguments, arguments.load, comm) as scored:
             scores = score_merges(
                 scored.models,
                 arguments.load,
@@ -116,9 +115,18 @@ def score(arguments: argparse.Namespace, others: Sequence[str] = ()) -> Scores |
                 others=others,
                 comm=comm,
             )
-        finally:
-            scored.close()
         return scores if comm.is_main else None
+
+
+@contextlib.contextmanager
+def provided(arguments: argparse.Namespace, load: str, comm: Comm) -> Iterator[Scored]:
+    """What `--provider` builds for the checkpoints at `load`; closed at the end of the block."""
+    provider = comm.agree("provider", lambda: provider_of(arguments.provider))
+    scored = comm.agree("provider", lambda: provider(load, list(arguments.rest)))
+    try:
+        yield scored
+    finally:
+        scored.close()
 
 
 def _refuse_other_trainers(root: Path) -> None:

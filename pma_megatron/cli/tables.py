@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pma_megatron.base.log import visible
+from pma_megatron.base.sizes import sized
 from pma_megatron.formats import registry
 from pma_megatron.formats.marker import EXPORT, ONLINE_AVERAGE
 from pma_megatron.formats.output import Folder
@@ -50,14 +51,6 @@ def new_console(*, soft_wrap: bool = False) -> Console:
     if not console.is_terminal:
         console.width = 160  # a pipe has no width; wrapped cells would be hard to read or grep
     return console
-
-
-def _size(nbytes: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if nbytes < 1024:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.2f} {unit}"
-        nbytes /= 1024
-    return f"{nbytes:.2f} TiB"
 
 
 def new_table(title: str, *columns: str) -> Table:
@@ -146,11 +139,11 @@ def planned(plan: MergePlan) -> None:
     if rate:
         taken = (
             f"about {(plan.read_bytes + plan.written_bytes) / rate:.0f} s on one rank at "
-            f"{_size(rate)}/s, just measured on the newest source"
+            f"{sized(rate)}/s, just measured on the newest source"
         )
     console.print(
-        f"reads {_size(plan.read_bytes)}, writes {_size(plan.written_bytes)} in "
-        f"{made}; buffers {_size(buffers)} per rank; {taken}"
+        f"reads {sized(plan.read_bytes)}, writes {sized(plan.written_bytes)} in "
+        f"{made}; buffers {sized(buffers)} per rank; {taken}"
     )
     console.print(_guide(plan))
     console.print(f"plan digest {plan.digest[:16]}; nothing was written")
@@ -159,7 +152,7 @@ def planned(plan: MergePlan) -> None:
 def _side_files(plan: MergePlan) -> Table:
     table = new_table("files beside the shards", "action", "files", "bytes", "why", "for instance")
     for row in side_table(plan.side_files):
-        table.add_row(row.action, str(row.files), _size(row.bytes), row.why, row.example)
+        table.add_row(row.action, str(row.files), sized(row.bytes), row.why, row.example)
     return table
 
 
@@ -168,7 +161,7 @@ def _exported(console: Console, export: ModelExport) -> None:
     family = f"{said['model_type']} like {said['like']}" if said["like"] else "no config.json"
     console.print(
         f"export: {said['tensors']} tensors, {said['parameters']:,} parameters in {said['dtype']}, "
-        f"{said['files']} safetensors file(s), {_size(said['bytes'])}; {family}",
+        f"{said['files']} safetensors file(s), {sized(said['bytes'])}; {family}",
         soft_wrap=True,
     )
 
@@ -192,8 +185,8 @@ def merged(report: MergeReport) -> None:
     seconds = ", ".join(f"{stage} {value:.2f} s" for stage, value in report.seconds.items())
     peak = max(report.peak_memory_above_baseline_bytes)
     console.print(
-        f"read {_size(report.bytes['read'])}, wrote {_size(report.bytes['written'])} on "
-        f"{report.ranks} rank(s): {seconds}; peak memory {_size(peak)} above the start, per rank; "
+        f"read {sized(report.bytes['read'])}, wrote {sized(report.bytes['written'])} on "
+        f"{report.ranks} rank(s): {seconds}; peak memory {sized(peak)} above the start, per rank; "
         f"summed by {' and '.join(report.kernels)}"
     )
     for check in report.verification:
@@ -244,7 +237,7 @@ def verified(check: Verification) -> None:
     console = new_console()
     said = []
     if check.files:
-        said.append(f"{check.files} files ({_size(check.bytes)}) are what was written")
+        said.append(f"{check.files} files ({sized(check.bytes)}) are what was written")
     if check.records:
         said.append(f"{check.records} checksums inside them are right")
     if check.samples:
@@ -266,7 +259,7 @@ def inspected(found: Inspection) -> None:
     if found.groups and found.topology:  # an export has none, nor anything but weights
         said += [found.topology, f"optimizer layout {found.optimizer_layout}"]
         said.append(f"{found.objects} objects")
-    said.append(f"{found.files} files, {_size(found.bytes)}")
+    said.append(f"{found.files} files, {sized(found.bytes)}")
     console.print(f"{ref.path}: {', '.join(said)}", soft_wrap=True)
     table = new_table("tensors", "what", "tensors", "elements", "bytes", "dtypes")
     for group in found.groups:
@@ -274,7 +267,7 @@ def inspected(found: Inspection) -> None:
             group.name,
             str(group.tensors),
             f"{group.elements:,}",
-            _size(group.nbytes),
+            sized(group.nbytes),
             ", ".join(group.dtypes),
         )
     if found.groups:

@@ -22,7 +22,6 @@ import torch
 import torch.distributed as dist
 
 from pma_megatron.base.comm import Comm, Team
-from pma_megatron.base.faults import point
 from pma_megatron.base.log import say
 from pma_megatron.base.spelling import listing, named, speaking
 from pma_megatron.deepspeed.checks import (
@@ -131,7 +130,6 @@ def load_average(
     request = options.request(load, at)
     found = gather_sources(request, comm, everywhere=share == "source")
     comm.agree("plan", lambda: _check(engine, found, options, resumed if tag else None))
-    comm.agree("plan", lambda: point("init-plan", comm.rank))
     trainer = _trainer_of(engine, plain)
     path, client_state = _resume(comm, trainer, plain, call, Path(found.sources[-1].path))
     with listing(request.list_setting):

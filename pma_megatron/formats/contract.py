@@ -72,16 +72,23 @@ class Tracker:
         content_of: name of the folder -> content; None where trainers that give such names write
             no tracker, and go by the names.
         resume: how training is told to resume from `{root}`.
+        optional: True where a root without one is as it should be.
     """
 
     file: str | None
     folder_of: Callable[[str], str | None]
     content_of: Callable[[str], str | None]
     resume: str
+    optional: bool = False
+
+    @property
+    def by_flag(self) -> bool:
+        """Whether `resume` is a flag of the launch command; a call in the script if not."""
+        return self.resume.startswith("-")
 
     def resumed(self, root: Path | str) -> str:
         """`resume` with a root in it, as a shell or Python takes it."""
-        if self.resume.startswith("-"):
+        if self.by_flag:
             return self.resume.format(root=typed(root))
         return self.resume.format(root=json.dumps(str(root), ensure_ascii=False)[1:-1])
 
@@ -158,6 +165,11 @@ class Format:
     20. `items`: every zip in a folder's files, with the key of what it holds, for messages. Rank 0
         asks when a published folder is verified. It reads what `completeness` reads, and raises
         CheckpointError for a folder that is not whole.
+
+    Recovering a run from a spike.
+
+    19. `converted`: what a folder is that no training saved, because another was converted to it;
+        empty where training itself saves them, so that a run goes on from one.
     """
 
     name: str
@@ -182,6 +194,7 @@ class Format:
     own_names: bool = False
     own_config: bool = False
     items: Callable[[Path], dict[Item, str]]
+    converted: str = ""
 
     def instead_of_flat(self) -> str:
         """What to do about main params that are not their weights: no average of those, for files

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from typing import Any
 
 from pma_megatron.formats.bounds import MAX_DEPTH, PickleError
@@ -66,24 +67,9 @@ class Reader:
         if self._number(_U8) > self._end - self._at:
             raise PickleError("a frame of it is cut off")
 
-    def _none(self) -> None:
-        self._stack.append(None)
-
-    def _true(self) -> None:
-        self._stack.append(True)
-
-    def _false(self) -> None:
-        self._stack.append(False)
-
     def _int1(self) -> None:
         self._stack.append(self._data[self._at])
         self._at += 1
-
-    def _int2(self) -> None:
-        self._stack.append(self._number(_U2))
-
-    def _int4(self) -> None:
-        self._stack.append(self._number(_I4))
 
     def _long(self, count: int) -> None:
         if not 0 <= count <= _MAX_INTEGER_BYTES:
@@ -91,15 +77,6 @@ class Reader:
                 f"an integer has {count} bytes, expected {_MAX_INTEGER_BYTES} or less"
             )
         self._stack.append(int.from_bytes(self._take(count), "little", signed=True))
-
-    def _long1(self) -> None:
-        self._long(self._number(_U1))
-
-    def _long4(self) -> None:
-        self._long(self._number(_I4))
-
-    def _float(self) -> None:
-        self._stack.append(self._number(_F8))
 
     def _text1(self) -> None:
         data, at = self._data, self._at
@@ -111,24 +88,6 @@ class Reader:
             self._stack.append(str(data[at + 1 : end], "utf-8"))
         except UnicodeDecodeError as error:
             raise PickleError(f"a text is not UTF-8 ({error.reason})") from None
-
-    def _text4(self) -> None:
-        self._stack.append(self._text(self._number(_U4)))
-
-    def _text8(self) -> None:
-        self._stack.append(self._text(self._number(_U8)))
-
-    def _bytes1(self) -> None:
-        self._stack.append(self._take(self._number(_U1)))
-
-    def _bytes4(self) -> None:
-        self._stack.append(self._take(self._number(_U4)))
-
-    def _bytes8(self) -> None:
-        self._stack.append(self._take(self._number(_U8)))
-
-    def _bytearray(self) -> None:
-        self._stack.append(bytearray(self._take(self._number(_U8))))
 
     # Stack and memo.
 
@@ -153,9 +112,6 @@ class Reader:
         else:
             self._since_mark()
 
-    def _dup(self) -> None:
-        self._stack.append(self._stack[-1])
-
     def _put(self, index: int) -> None:
         memo = self._memo
         if index == len(memo):
@@ -165,18 +121,38 @@ class Reader:
         else:
             raise PickleError(f"it remembers value {index} before value {len(memo)}")
 
-    def _put1(self) -> None:
-        self._put(self._number(_U1))
-
-    def _put4(self) -> None:
-        self._put(self._number(_U4))
-
-    def _memoize(self) -> None:
-        self._memo.append(self._stack[-1])
-
     def _get1(self) -> None:
         self._stack.append(self._memo[self._data[self._at]])
         self._at += 1
 
-    def _get4(self) -> None:
-        self._stack.append(self._memo[self._number(_U4)])
+
+VALUES: dict[bytes, Callable[[Reader], None]] = {
+    b"\x80": Reader._proto,
+    b"\x95": Reader._frame,
+    b"N": lambda r: r._stack.append(None),
+    b"\x88": lambda r: r._stack.append(True),
+    b"\x89": lambda r: r._stack.append(False),
+    b"K": Reader._int1,
+    b"M": lambda r: r._stack.append(r._number(_U2)),
+    b"J": lambda r: r._stack.append(r._number(_I4)),
+    b"\x8a": lambda r: r._long(r._number(_U1)),
+    b"\x8b": lambda r: r._long(r._number(_I4)),
+    b"G": lambda r: r._stack.append(r._number(_F8)),
+    b"\x8c": Reader._text1,
+    b"X": lambda r: r._stack.append(r._text(r._number(_U4))),
+    b"\x8d": lambda r: r._stack.append(r._text(r._number(_U8))),
+    b"C": lambda r: r._stack.append(r._take(r._number(_U1))),
+    b"B": lambda r: r._stack.append(r._take(r._number(_U4))),
+    b"\x8e": lambda r: r._stack.append(r._take(r._number(_U8))),
+    b"\x96": lambda r: r._stack.append(bytearray(r._take(r._number(_U8)))),
+    b"(": Reader._mark,
+    b"0": Reader._pop,
+    b"1": Reader._pop_mark,
+    b"2": lambda r: r._stack.append(r._stack[-1]),
+    b"q": lambda r: r._put(r._number(_U1)),
+    b"r": lambda r: r._put(r._number(_U4)),
+    b"\x94": lambda r: r._memo.append(r._stack[-1]),
+    b"h": Reader._get1,
+    b"j": lambda r: r._stack.append(r._memo[r._number(_U4)]),
+}
+"""Opcode -> what it does, of those that know plain values, the stack and the memo alone."""

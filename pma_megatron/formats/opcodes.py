@@ -18,7 +18,7 @@ import torch
 
 from pma_megatron.formats.bounds import SCALARS, PickleError
 from pma_megatron.formats.inert import CALL, NEW, Name, Ordered, Record, Size
-from pma_megatron.formats.opcode_reader import Reader
+from pma_megatron.formats.opcode_reader import VALUES, Reader
 
 _MAX_ODD_KEYS = 4096
 """Keys whose hashes can be chosen to be equal: so many of them, compared with each other, are
@@ -81,9 +81,6 @@ class Machine(Reader):
 
     # Containers.
 
-    def _empty_tuple(self) -> None:
-        self._stack.append(())
-
     def _tuple1(self) -> None:
         self._charge("tuple")
         self._stack[-1] = (self._stack[-1],)
@@ -137,9 +134,6 @@ class Machine(Reader):
         else:
             self._extend([item])
 
-    def _appends(self) -> None:
-        self._extend(self._since_mark())
-
     def _assign(self, found: list[Any]) -> None:
         if len(found) % 2:
             raise PickleError("a dictionary has a key without a value")
@@ -161,9 +155,6 @@ class Machine(Reader):
         value = self._stack.pop()
         key = self._stack.pop()
         self._assign([key, value])
-
-    def _setitems(self) -> None:
-        self._assign(self._since_mark())
 
     def _additems(self) -> None:
         found = self._since_mark()
@@ -238,12 +229,6 @@ class Machine(Reader):
             found = self._convert(name, args)
         self._stack.append(Record(name, how, args, kwargs) if found is NOT_PLAIN else found)
 
-    def _reduce(self) -> None:
-        self._built(CALL, self._stack.pop())
-
-    def _newobj(self) -> None:
-        self._built(NEW, self._stack.pop())
-
     def _newobj_ex(self) -> None:
         kwargs = self._stack.pop()
         if type(kwargs) is not dict or not all(type(key) is str for key in kwargs):
@@ -262,60 +247,31 @@ class Machine(Reader):
             raise PickleError("it sets the state of one object twice")
         target.state = state
 
-    def _persistent_id(self) -> None:
-        self._stack[-1] = self._persistent(self._stack[-1])
-
 
 _STOP = ord(".")
-_KNOWN: dict[bytes, Callable[[Machine], None]] = {
-    b"\x80": Machine._proto,
-    b"\x95": Machine._frame,
-    b"N": Machine._none,
-    b"\x88": Machine._true,
-    b"\x89": Machine._false,
-    b"K": Machine._int1,
-    b"M": Machine._int2,
-    b"J": Machine._int4,
-    b"\x8a": Machine._long1,
-    b"\x8b": Machine._long4,
-    b"G": Machine._float,
-    b"\x8c": Machine._text1,
-    b"X": Machine._text4,
-    b"\x8d": Machine._text8,
-    b"C": Machine._bytes1,
-    b"B": Machine._bytes4,
-    b"\x8e": Machine._bytes8,
-    b"\x96": Machine._bytearray,
-    b"(": Machine._mark,
-    b"0": Machine._pop,
-    b"1": Machine._pop_mark,
-    b"2": Machine._dup,
-    b"q": Machine._put1,
-    b"r": Machine._put4,
-    b"\x94": Machine._memoize,
-    b"h": Machine._get1,
-    b"j": Machine._get4,
-    b")": Machine._empty_tuple,
+_KNOWN: dict[bytes, Callable[[Any], None]] = {
+    **VALUES,
+    b")": lambda m: m._stack.append(()),
     b"\x85": Machine._tuple1,
     b"\x86": Machine._tuple2,
     b"\x87": Machine._tuple3,
     b"t": Machine._tuple,
     b"]": Machine._empty_list,
     b"a": Machine._append,
-    b"e": Machine._appends,
+    b"e": lambda m: m._extend(m._since_mark()),
     b"}": Machine._empty_dict,
     b"s": Machine._setitem,
-    b"u": Machine._setitems,
+    b"u": lambda m: m._assign(m._since_mark()),
     b"\x8f": Machine._empty_set,
     b"\x90": Machine._additems,
     b"\x91": Machine._frozenset,
     b"c": Machine._global,
     b"\x93": Machine._stack_global,
-    b"R": Machine._reduce,
-    b"\x81": Machine._newobj,
+    b"R": lambda m: m._built(CALL, m._stack.pop()),
+    b"\x81": lambda m: m._built(NEW, m._stack.pop()),
     b"\x92": Machine._newobj_ex,
     b"b": Machine._build,
-    b"Q": Machine._persistent_id,
+    b"Q": lambda m: m._stack.append(m._persistent(m._stack.pop())),
 }
 
 

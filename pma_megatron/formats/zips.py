@@ -18,6 +18,9 @@ from pma_megatron.errors import CheckpointError
 ALIGNMENT_BYTES = 64
 _LOCAL = struct.Struct("<4s5H3I2H")
 _CENTRAL = struct.Struct("<4s6H3I5H2I")
+# The same as they are written: no flags, no compression, no times, no comments.
+_NEW_LOCAL = struct.Struct("<4sH8x3I2H")
+_NEW_CENTRAL = struct.Struct("<4s2H8x3I2H10xI")
 _DESCRIPTOR = struct.Struct("<4s3I")
 _DESCRIPTOR64 = struct.Struct("<4sI2Q")
 _HAS_DESCRIPTOR = 0x8
@@ -179,21 +182,9 @@ class Skeleton:
             crc = crcs[name] if data is None else isal_zlib.crc32(data)
             full = f"archive/{name}".encode()
             local_extra = _extra(header, start, len(full), nbytes)
-            wide = nbytes >= _LIMIT
-            size = _LIMIT if wide else nbytes
-            local = _LOCAL.pack(
-                b"PK\x03\x04",
-                45 if wide else 20,
-                0,
-                0,
-                0,
-                0,
-                crc,
-                size,
-                size,
-                len(full),
-                len(local_extra),
-            )
+            size, version = min(nbytes, _LIMIT), 45 if nbytes >= _LIMIT else 20
+            lengths = len(full), len(local_extra)
+            local = _NEW_LOCAL.pack(b"PK\x03\x04", version, crc, size, size, *lengths)
             pieces.append((header, local + full + local_extra + (data or b"")))
             directory += _central_entry(full, crc, nbytes, header)
         end = _end_records(len(self._records), len(directory), self._directory_start)
@@ -253,25 +244,8 @@ def _central_entry(name: bytes, crc: int, nbytes: int, header: int) -> bytes:
     extra = struct.pack(f"<2H{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
     size, at = min(nbytes, _LIMIT), min(header, _LIMIT)
     version = 45 if wide else 20
-    entry = _CENTRAL.pack(
-        b"PK\x01\x02",
-        version,
-        version,
-        0,
-        0,
-        0,
-        0,
-        crc,
-        size,
-        size,
-        len(name),
-        len(extra),
-        0,
-        0,
-        0,
-        0,
-        at,
-    )
+    lengths = len(name), len(extra)
+    entry = _NEW_CENTRAL.pack(b"PK\x01\x02", version, version, crc, size, size, *lengths, at)
     return entry + name + extra
 
 

@@ -29,7 +29,7 @@ from pma_megatron.merging.policy import MAIN
 from pma_megatron.merging.request import MergeRequest, in_its_words
 from pma_megatron.merging.rules import average_task
 from pma_megatron.merging.source_checksums import checked
-from pma_megatron.merging.tasks import Average, Unit, share, units
+from pma_megatron.merging.tasks import AverageUnit, share, units
 from pma_megatron.transfer.buffers import BLOCK_ELEMENTS
 from pma_megatron.transfer.reads import Reads
 
@@ -67,7 +67,7 @@ class GramPlan:
     visible: tuple[tuple[int, ...], ...]
     coefficients: tuple[tuple[float, ...], ...]
     threads: int
-    units: tuple[Unit, ...]
+    units: tuple[AverageUnit, ...]
     state: str
 
 
@@ -207,7 +207,11 @@ class _Space:
 
 
 def _products(
-    plan: GramPlan, mine: Sequence[Unit], comm: Comm, progress: Progress, reads: Mapping[int, Reads]
+    plan: GramPlan,
+    mine: Sequence[AverageUnit],
+    comm: Comm,
+    progress: Progress,
+    reads: Mapping[int, Reads],
 ) -> np.ndarray:
     """[units, N, N] inner products of this rank's units, laid out as `spread.Gram`'s."""
     count = len(plan.sources)
@@ -216,10 +220,9 @@ def _products(
     with reading(plan, comm.rank, reads) as readers, comm.watched("read") as check:
         add = Accumulator(plan, readers, (), ())
 
-        def do(unit: Unit, space: _Space) -> None:
+        def do(unit: AverageUnit, space: _Space) -> None:
             check()
-            assert isinstance(unit.task, Average)
-            work = add.locate(unit, unit.task, unit.task.numbers)
+            work = add.locate(unit, unit.task.numbers)
             for each in work.inputs:
                 each.reader.advise()
             result[places[id(unit)]] = _unit(add, work, space).numpy()
@@ -260,8 +263,7 @@ def _sums(plan: GramPlan, products: np.ndarray) -> dict[str, Gram]:
     """The units' inner products added up per group, in the order of the plan."""
     parts: dict[str, list[tuple[int, Box]]] = {name: [] for name, _ in (*GROUPS, (OTHER, ""))}
     for number, unit in enumerate(plan.units):
-        if isinstance(unit.task, Average) and unit.box is not None:
-            parts[group_of(unit.task.key)].append((number, unit.box))
+        parts[group_of(unit.task.key)].append((number, unit.box))
     groups = {}
     for name, own in parts.items():
         if own:

@@ -113,7 +113,7 @@ class Spread:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; None where a number is not defined."""
-        return {name: plain(value) for name, value in asdict(self).items()}
+        return dict(plain(asdict(self)))
 
 
 def spread(gram: Gram, coefficients: Sequence[float]) -> Spread:
@@ -174,6 +174,8 @@ def principal_plane(gram: Gram) -> Plane:
 
 def plain(value: Any) -> Any:
     """numpy values as JSON has them: lists, and None for NaN."""
+    if isinstance(value, Mapping):
+        return {name: plain(item) for name, item in value.items()}
     if isinstance(value, (np.ndarray, list, tuple)):
         return [plain(item) for item in value]
     if isinstance(value, (float, np.floating)):

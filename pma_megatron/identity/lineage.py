@@ -17,17 +17,16 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 
 from pma_megatron.base.boxes import Box, PieceIndex
 from pma_megatron.base.spelling import left_out
 from pma_megatron.errors import CheckpointError
-from pma_megatron.formats import registry
-from pma_megatron.formats.base import MAIN_PARAM, Payload, Schedule
+from pma_megatron.formats.base import MAIN_PARAM, Payload
 from pma_megatron.formats.source import Source
 from pma_megatron.identity.samples import WEIGHT, Stored, file_of, largest, runs, stored
+from pma_megatron.runs.describe import schedule_of
 from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.transfer.blocks import BlockReader
 
@@ -81,10 +80,8 @@ def values_at(source: Source, places: Iterable[SampledBox]) -> Values:
                 continue
             index = indexes.setdefault((place.state, place.key), PieceIndex(tensor.pieces))
             if index.covers(place.box):
-                data = torch.empty(place.box.numel, dtype=tensor.dtype)
-                reader.read(place.box, index, data)
                 file = file_of(source, index.touching(place.box)[0].payload)
-                found[place] = file, data
+                found[place] = file, reader.values(place.box, index, tensor.dtype)
     return found
 
 
@@ -186,14 +183,6 @@ def _least(older: CheckpointRef, newer: CheckpointRef) -> float | None:
     if not 0 <= missing <= distance // _STEPS_PER_SKIP:
         return None
     return float(min(then.second_moment_decay, now.second_moment_decay) ** distance)
-
-
-def schedule_of(ref: CheckpointRef) -> Schedule:
-    """Where a checkpoint stood in its schedule; nothing where it cannot be read here."""
-    try:
-        return registry.get(ref.format, ref.path).schedule(Path(ref.path))
-    except (CheckpointError, OSError):
-        return Schedule()
 
 
 def _unlike(before: Values, after: Values) -> tuple[str, str] | None:

@@ -16,10 +16,10 @@ from pma_megatron.identity.lineage import (
     other_runs,
     places_of,
     refuse_other_runs,
-    schedule_of,
     values_at,
 )
 from pma_megatron.identity.rounded import refuse_foreign_weights
+from pma_megatron.runs.describe import schedule_of
 from pma_megatron.runs.refs import CheckpointRef
 
 

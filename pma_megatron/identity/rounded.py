@@ -18,7 +18,7 @@ import torch
 from pma_megatron.base.boxes import Box, PieceIndex
 from pma_megatron.base.spelling import left_out
 from pma_megatron.errors import CheckpointError
-from pma_megatron.formats.base import MAIN_PARAM, Payload, Tensor
+from pma_megatron.formats.base import MAIN_PARAM, Payload
 from pma_megatron.formats.flat import rounds_to
 from pma_megatron.formats.source import Source
 from pma_megatron.identity.samples import FLOATING, WEIGHT, Stored, chosen, file_of, runs, stored
@@ -52,8 +52,8 @@ def _compare(source: Source, reader: BlockReader) -> None:
         for box in runs(each.piece, source.metadata_digest):
             if not (ours.covers(box) and theirs.covers(box)):
                 continue  # the plan names what is missing
-            rounded = _read(reader, box, theirs, main)
-            if not _agree(rounded, _read(reader, box, ours, weight)):
+            rounded = reader.values(box, theirs, main.dtype)
+            if not _agree(rounded, reader.values(box, ours, weight.dtype)):
                 raise _mixed(source, each.key, box, theirs, ours)
 
 
@@ -65,14 +65,6 @@ def _comparable(source: Source) -> Iterator[Stored]:
             alike = weight is not None and weight.shape == mains[each.key].shape
             if alike and weight is not None and weight.pieces and weight.dtype in FLOATING:
                 yield each
-
-
-def _read(
-    reader: BlockReader, box: Box, index: PieceIndex[Payload], tensor: Tensor
-) -> torch.Tensor:
-    data = torch.empty(box.numel, dtype=tensor.dtype)
-    reader.read(box, index, data)
-    return data
 
 
 def _agree(main: torch.Tensor, weight: torch.Tensor) -> bool:

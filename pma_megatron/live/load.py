@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 from pma_megatron.base import memory
 from pma_megatron.base.comm import Comm, Team
-from pma_megatron.base.faults import point
 from pma_megatron.base.settings import declared, described, refuse_unknown_words, same, setting
 from pma_megatron.base.spelling import FrontEnd, fields
 from pma_megatron.live.plan import LivePlan, LiveWriter
@@ -23,7 +22,7 @@ from pma_megatron.merging import engine, sums
 from pma_megatron.merging.policy import RESUMED_STATES, Policy
 from pma_megatron.merging.request import MergeRequest, Method
 from pma_megatron.merging.source_checksums import Compared, checked
-from pma_megatron.merging.tasks import Unit
+from pma_megatron.merging.tasks import AverageUnit
 from pma_megatron.runs.gaps import PassedOver
 from pma_megatron.runs.selection_request import SelectionRequest
 from pma_megatron.transfer.reads import Reads
@@ -64,7 +63,7 @@ ARGUMENTS = FrontEnd(
     | fields(["load", "window_dir", "save_dir", "keep"])
 )
 """Settings as Python calls with a `SelectionRequest` and a `Method` spell them."""
-Job = tuple[list[Unit], Team]
+Job = tuple[list[AverageUnit], Team]
 """Units, and the ranks that do them together."""
 
 
@@ -181,14 +180,12 @@ def fill(
         CheckpointError, PlanError: on every rank.
         RankError: another rank failed.
     """
-    comm.agree("init", lambda: point("init", comm.rank))
     with poisoned_on_failure(trainer, "averaging checkpoints into it"):
         with checked(plan, comm, whole=check_sources) as found:
             for job in jobs:
                 tally = comm.agree("init", functools.partial(run, plan, job, comm, found.reads))
                 meter.read_bytes += tally.read_bytes
         meter.compared = found.compared
-        comm.agree("init", lambda: point("init-refresh", comm.rank))
         comm.agree("refresh", finish)
     cure(trainer)
 

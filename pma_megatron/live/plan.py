@@ -23,7 +23,7 @@ from pma_megatron.live.param import LiveTensor
 from pma_megatron.merging.planning import OpenedSources
 from pma_megatron.merging.policy import MAIN
 from pma_megatron.merging.rules import average_task
-from pma_megatron.merging.tasks import Average, Unit
+from pma_megatron.merging.tasks import Average, AverageUnit
 
 WEIGHT = "weight"
 
@@ -101,7 +101,7 @@ def average_units(
     *,
     whole: bool,
     rounded: bool = False,
-) -> list[Unit]:
+) -> list[AverageUnit]:
     """The units that average `states` of `tensors` into their live storage.
 
     Args:
@@ -129,7 +129,7 @@ def average_units(
                 own = [] if slot is None else _owned(live, place.box, place.start, slot)
                 targets += own
                 lead += [Piece(place.box, None)] if whole else own
-    result: list[Unit] = []
+    result: list[AverageUnit] = []
     for (state, key), (lead, targets) in wanted.items():
         if lead:
             task = _task(plan, active, state, key, lead, targets)

@@ -7,7 +7,7 @@ negative. It is made in the live model like any merge, shard by shard, and score
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -52,16 +52,7 @@ class Contour:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; None where a loss is not finite."""
-        return {
-            "xs": plain(self.xs),
-            "ys": plain(self.ys),
-            "losses": {name: plain(values) for name, values in self.losses.items()},
-            "members": plain(self.members),
-            "off": plain(self.off),
-            "member_losses": {name: plain(values) for name, values in self.member_losses.items()},
-            "mean": plain(self.mean),
-            "mean_losses": {name: plain(value) for name, value in self.mean_losses.items()},
-        }
+        return dict(plain(asdict(self)))
 
 
 def contour(

@@ -119,13 +119,9 @@ class Curvature:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, with both sides of eq. 15 and both gains."""
-        own = {name: plain(value) for name, value in asdict(self).items()}
-        derived = ("left", "right", "predicted_losses", "predicted_gain", "measured_gain")
-        return {
-            **own,
-            **{name: plain(getattr(self, name)) for name in derived},
-            "eq15_holds": self.left < self.right,
-        }
+        names = ("left", "right", "predicted_losses", "predicted_gain", "measured_gain")
+        derived = {name: getattr(self, name) for name in names}
+        return {**plain(asdict(self) | derived), "eq15_holds": self.left < self.right}
 
 
 def curvature(

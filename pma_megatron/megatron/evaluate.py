@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from pma_megatron.base.log import say
-from pma_megatron.megatron.trees import global_vars
+from pma_megatron.megatron.trees import current_args, global_vars
 
 
 @dataclass(slots=True)
@@ -83,7 +83,7 @@ def again(
     Returns:
         Its losses, empty on ranks that compute none; None if it was cut off by the time limit.
     """
-    args = global_vars().get_args()
+    args = current_args()
     seen = args.consumed_valid_samples
     # What else is collected from a pass (attention maps, ...) is the trainer's.
     others = ("process_non_loss_data_func", "non_loss_data_func")
@@ -179,7 +179,7 @@ def _same_randomness() -> Iterator[None]:
 
 def suffix(number: int) -> str:
     """What Megatron's log adds to the names of losses of one of several data sets."""
-    args = global_vars().get_args()
+    args = current_args()
     if not getattr(args, "multiple_validation_sets", False):
         return ""
     names: Sequence[str] = getattr(args, "validation_set_names", None) or ()

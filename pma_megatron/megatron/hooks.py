@@ -37,6 +37,7 @@ from pma_megatron.megatron.session import (
 from pma_megatron.megatron.settings import tokens_now
 from pma_megatron.megatron.shard import MegatronShard
 from pma_megatron.megatron.thin import ThinSnapshots
+from pma_megatron.megatron.trees import current_args
 from pma_megatron.megatron.watch import Watch
 from pma_megatron.online.hostcopy import HostCopy
 from pma_megatron.online.store import FOLDER
@@ -59,7 +60,7 @@ def validate(args: Any) -> None:
 
 def ready(model: Sequence[Any], optimizer: Any, opt_param_scheduler: Any) -> None:
     """Model and optimizer are built and loaded: start from an average, continue one."""
-    args = _args()
+    args = current_args()
     settings = flags.settings(args)
     if settings.init:
         init(args, settings, model, optimizer, _metadata(args))
@@ -128,7 +129,7 @@ class MegatronSession(Session):
 
     def stepped(self, arguments: Mapping[str, Any]) -> None:
         """Recover if the loss is lost; take an entry or begin a snapshot if it is time."""
-        args, iteration = _args(), arguments["iteration"]
+        args, iteration = current_args(), arguments["iteration"]
         if self.watch is not None:
             self._forget(self.watch.stepped(args, arguments))
         tokens = tokens_now(args) if self.online or self.thin else 0
@@ -147,7 +148,7 @@ class MegatronSession(Session):
         refuse_poisoned(self.models[0])
         self._recorded()
         if self.watch is not None:
-            self.watch.saving(_args())
+            self.watch.saving(current_args())
         if self.online is not None:
             self.online.wait()
         if self.thin is not None:
@@ -166,7 +167,9 @@ class MegatronSession(Session):
             say(f"PMA: no average is saved while the loss is off (since iteration {off})")
         else:
             self._save(self.online, average, fn, arguments)
-        self.online.save_state(self._state_dir, wait=not getattr(_args(), "async_save", False))
+        self.online.save_state(
+            self._state_dir, wait=not getattr(current_args(), "async_save", False)
+        )
 
     def _save(
         self,
@@ -190,7 +193,7 @@ class MegatronSession(Session):
                 yield
             return
         self._scored = True
-        args = _args()
+        args = current_args()
         with self.during(GridEvaluation(self.models, args.load, self.settings, _metadata(args))):
             yield
 
@@ -217,12 +220,6 @@ class MegatronSession(Session):
         for thread in self._recording:
             thread.join(timeout_s)
         self._recording = []
-
-
-def _args() -> Any:
-    from megatron.training.global_vars import get_args
-
-    return get_args()
 
 
 def _metadata(args: Any) -> dict[str, Any] | None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pma_megatron.megatron import decorators
-from pma_megatron.megatron.tree_functions import TreeFunction, install_all
+from pma_megatron.megatron.tree_functions import TreeFunction, install_all, shared
 
 KNOWN = "core_v0.12 to core_v0.19 and main of 2026-08"
 
 TARGETS = (
+    *shared(decorators),
     TreeFunction("arguments", "add_megatron_arguments", decorators.arguments, ("parser",)),
-    TreeFunction("training", "setup_model_and_optimizer", decorators.setup),
     TreeFunction(
         "training", "training_log", decorators.training_log, ("iteration", "loss_dict", "grad_norm")
     ),
@@ -29,12 +29,6 @@ TARGETS = (
         also=("training",),
     ),
     TreeFunction("training", "evaluate", decorators.evaluate, ("data_iterator", "model", "config")),
-    TreeFunction(
-        "training",
-        "evaluate_and_print_results",
-        decorators.evaluate_and_print_results,
-        ("prefix", "iteration", "model", "write_to_tensorboard"),
-    ),
 )
 
 

@@ -31,7 +31,6 @@ import torch
 import torch.distributed as dist
 
 from pma_megatron.base.comm import Comm
-from pma_megatron.base.faults import point
 from pma_megatron.base.log import say
 from pma_megatron.base.remote_paths import refuse_remote
 from pma_megatron.errors import PmaError, SelectionError
@@ -212,7 +211,6 @@ class Recovery:
             self._unjudged_since = None
 
     def _recover(self, spike: recovery_log.Spike, iteration: int) -> Recovered:
-        self._point("recover-choose")
         try:
             chosen, attempt = self._comm.on_main("choose", lambda: self._choose(spike))
         except PmaError as error:
@@ -236,12 +234,10 @@ class Recovery:
         say(f"PMA: recovery, attempt {attempt} of {self.settings.attempts}, from {names}")
         for line in lines(chosen.passed_over, refs[-1]):
             say(f"PMA: {line}")
-        self._point("recover-rollback")
         whole = trainer_of(self._models, self._optimizer)
         with forward_hooks_off(self._models), poisoned_on_failure(whole, "going back"):
             self._comm.agree("rollback", lambda: self._rollback(refs[-1]))
         cure(whole)
-        self._point("recover-merge")
         merge_into(
             self._models,
             self._optimizer,
@@ -252,7 +248,6 @@ class Recovery:
             threads=self.settings.threads,
             metadata=self._metadata,
         )
-        self._point("recover-done")
         self._log(recovery_log.DONE, number=spike.number, iteration=iteration)
         self.recoveries = max(self.recoveries, spike.number)
         self._detector.restart(iteration)
@@ -302,11 +297,8 @@ class Recovery:
 
     def _log(self, event: str, **fields: Any) -> None:
         self._comm.on_main(
-            "recovery log", lambda: recovery_log.append(self._roots[0], event, **fields)
+            f"recovery log ({event})", lambda: recovery_log.append(self._roots[0], event, **fields)
         )
-
-    def _point(self, stage: str) -> None:
-        self._comm.agree(stage, lambda: point(stage, self._comm.rank))
 
 
 _NONE, _FINITE, _INF, _NAN = 0.0, 1.0, 2.0, 3.0

@@ -11,7 +11,7 @@ from typing import Any
 from pma_megatron.formats.marker import MARKER_FILE
 from pma_megatron.formats.torch_dist.checkpoint import CONFIG_FILE
 from pma_megatron.megatron.online import OnlineAverage
-from pma_megatron.megatron.trees import changed_arguments, global_vars
+from pma_megatron.megatron.trees import changed_arguments, current_args
 from pma_megatron.online.origin import mark, origin_of, record
 from pma_megatron.online.window import WindowAverage
 
@@ -40,7 +40,7 @@ def save_average(
     Returns:
         the checkpoint's folder, which may still be being written with --async-save.
     """
-    args = global_vars().get_args()
+    args = current_args()
     changes: dict[str, Any] = {"save": save_dir}
     # An async save copies GPU tensors to the host before it returns. Tensors on the CPU it may
     # share with its writer process, who would see the live weights come back.

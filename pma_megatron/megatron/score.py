@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pma_megatron.base.comm import Comm, Team
+from pma_megatron.base.comm import Comm
 from pma_megatron.errors import UsageError
 from pma_megatron.formats import registry
 from pma_megatron.formats.source import Source
-from pma_megatron.live.load import DEFAULTS, run
+from pma_megatron.live.load import DEFAULTS, Job, run
 from pma_megatron.live.plan import LivePlan, average_units
 from pma_megatron.megatron.load import replicas
 from pma_megatron.megatron.params import MegatronTensor, live_tensors
@@ -28,7 +28,6 @@ from pma_megatron.merging.planning import open_sources
 from pma_megatron.merging.policy import MAIN
 from pma_megatron.merging.request import MergeRequest
 from pma_megatron.merging.source_checksums import checked
-from pma_megatron.merging.tasks import Unit
 from pma_megatron.runs.discover import choose, list_checkpoints, pointers_of
 from pma_megatron.runs.gaps import PassedOver
 from pma_megatron.runs.notices import announce
@@ -220,7 +219,7 @@ def average_into(
             comm.agree("average", functools.partial(run, plan, job, comm, found.reads))
 
 
-def _jobs(plan: LivePlan, tensors: Sequence[MegatronTensor]) -> list[tuple[list[Unit], Team]]:
+def _jobs(plan: LivePlan, tensors: Sequence[MegatronTensor]) -> list[Job]:
     """Units per team of replicas, in one order on all ranks."""
     refuse_rounded(plan.sources)
     active = [number for number, value in enumerate(plan.coefficients[0]) if value != 0]

@@ -31,6 +31,17 @@ class TreeFunction:
     also: tuple[str, ...] = ()
 
 
+def shared(decorators: Any) -> tuple[TreeFunction, ...]:
+    """Functions that all training trees have, alike, with those decorators on."""
+    shown = ("prefix", "iteration", "model", "write_to_tensorboard")
+    return (
+        TreeFunction("training", "setup_model_and_optimizer", decorators.setup),
+        TreeFunction(
+            "training", "evaluate_and_print_results", decorators.evaluate_and_print_results, shown
+        ),
+    )
+
+
 def install_all(package: str, targets: Sequence[TreeFunction], what: str, known: str) -> None:
     """Replace every target by its decorated self, in each module that calls it.
 

@@ -17,6 +17,11 @@ def global_vars() -> Any:
         return importlib.import_module("megatron.global_vars")
 
 
+def current_args() -> Any:
+    """Megatron's arguments."""
+    return global_vars().get_args()
+
+
 @contextlib.contextmanager
 def changed_arguments(args: Any, changes: Mapping[str, Any]) -> Iterator[None]:
     """Megatron works with a changed copy of its arguments inside the block.

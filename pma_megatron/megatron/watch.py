@@ -14,6 +14,7 @@ from pma_megatron.base.log import say
 from pma_megatron.megatron.recover import Recovered, Recovery, RecoverySpentError
 from pma_megatron.megatron.rollback import load_again
 from pma_megatron.megatron.settings import EXIT_CODE, RecoverySettings
+from pma_megatron.megatron.trees import current_args
 from pma_megatron.runs import recovery_log
 from pma_megatron.runs.describe import common_args
 
@@ -37,7 +38,7 @@ class Watch:
             models,
             optimizer,
             roots=[args.save, *([load] if load else [])],
-            rollback=lambda ref: load_again(ref, _args(), models, optimizer, scheduler),
+            rollback=lambda ref: load_again(ref, current_args(), models, optimizer, scheduler),
             settings=settings,
             metadata=metadata,
             every=max(1, int(getattr(args, "log_interval", 1) or 1)),
@@ -95,9 +96,3 @@ def _finish_saves() -> None:
     from megatron.training.async_utils import maybe_finalize_async_save
 
     maybe_finalize_async_save(blocking=True)
-
-
-def _args() -> Any:
-    from megatron.training.global_vars import get_args
-
-    return get_args()

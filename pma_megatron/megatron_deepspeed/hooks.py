@@ -26,7 +26,7 @@ from pma_megatron.megatron.session import (
     stepped,
 )
 from pma_megatron.megatron.settings import Settings, tokens_now
-from pma_megatron.megatron.trees import changed_arguments, global_vars
+from pma_megatron.megatron.trees import changed_arguments, current_args
 from pma_megatron.online.store import FOLDER
 
 __all__ = ["evaluate", "evaluation", "load", "ready", "saved", "saving", "stepped", "validate"]
@@ -63,7 +63,7 @@ def load(fn: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
     Raises:
         PmaError: see `pma_init`.
     """
-    chosen = flags.settings(_args())
+    chosen = flags.settings(current_args())
     if not chosen.init or arguments["load_arg"] != "load":
         return fn(**arguments)
     with pma_init(arguments["model"][0], **_options(chosen)):
@@ -72,9 +72,9 @@ def load(fn: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
 
 def ready(model: Sequence[Any], optimizer: Any, opt_param_scheduler: Any) -> None:
     """Model and optimizer are built and loaded: continue a running average."""
-    settings = flags.settings(_args())
+    settings = flags.settings(current_args())
     if settings.save and optimizer is not None:
-        begin(EngineSession(_args(), settings, model[0]))
+        begin(EngineSession(current_args(), settings, model[0]))
 
 
 class EngineSession(Session):
@@ -98,7 +98,7 @@ class EngineSession(Session):
 
     def stepped(self, arguments: Mapping[str, Any]) -> None:
         """Take an entry if it is time."""
-        self.online.step(tokens_now(_args()), _args())
+        self.online.step(tokens_now(current_args()), current_args())
 
     def saving(self) -> None:
         """Have no copy of ours under way."""
@@ -112,7 +112,7 @@ class EngineSession(Session):
         else:
             say(f"PMA: saving {average.describe()}")
             changes = {"save": str(self._root)}
-            with self.online.saving(self._root), changed_arguments(_args(), changes):
+            with self.online.saving(self._root), changed_arguments(current_args(), changes):
                 fn(**arguments)
         self.online.save_state(self._root / FOLDER)
 
@@ -123,7 +123,3 @@ def _options(settings: Settings) -> dict[str, Any]:
         **values(settings.method, MEGATRON_DEEPSPEED),
         **{each.name: getattr(settings, each.field) for each in declared(Live)},
     }
-
-
-def _args() -> Any:
-    return global_vars().get_args()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from pma_megatron.megatron.tree_functions import TreeFunction, install_all
+from pma_megatron.megatron.tree_functions import TreeFunction, install_all, shared
 from pma_megatron.megatron_deepspeed import decorators
 
 KNOWN = "main of 2025 (4efb479d)"
 
 TARGETS = (
+    *shared(decorators),
     TreeFunction(
         "arguments",
         "parse_args",
@@ -15,7 +16,6 @@ TARGETS = (
         ("extra_args_provider",),
         also=("initialize",),
     ),
-    TreeFunction("training", "setup_model_and_optimizer", decorators.setup),
     TreeFunction(
         "checkpointing",
         "load_checkpoint",
@@ -32,12 +32,6 @@ TARGETS = (
         also=("training",),
     ),
     TreeFunction("training", "evaluate", decorators.evaluate, ("data_iterator", "model")),
-    TreeFunction(
-        "training",
-        "evaluate_and_print_results",
-        decorators.evaluate_and_print_results,
-        ("prefix", "iteration", "model", "write_to_tensorboard"),
-    ),
 )
 
 

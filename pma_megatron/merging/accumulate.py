@@ -13,7 +13,7 @@ from pma_megatron.base.spelling import given, left_out
 from pma_megatron.errors import CheckpointError, PlanError, RankError
 from pma_megatron.formats import registry
 from pma_megatron.merging.sums import Sum, average, prepared
-from pma_megatron.merging.tasks import Average, Unit, Workload
+from pma_megatron.merging.tasks import Average, AverageUnit, Workload
 from pma_megatron.transfer.blocks import BlockReader, UnitReader, UnitWriter
 from pma_megatron.transfer.buffers import BlockBuffer, BlockBuffers, same_bits
 
@@ -73,13 +73,21 @@ class Work:
         sums: how each output is summed, with a weight per input.
     """
 
-    unit: Unit
-    task: Average
-    box: Box
+    unit: AverageUnit
     sums: tuple[Sum, ...]
     inputs: tuple[Input, ...]
     proof: tuple[UnitReader, torch.dtype] | None
     outputs: tuple[UnitWriter, ...]
+
+    @property
+    def task(self) -> Average:
+        """What the unit is a part of."""
+        return self.unit.task
+
+    @property
+    def box(self) -> Box:
+        """Of the tensor."""
+        return self.unit.box
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,10 +128,9 @@ class Accumulator:
         """Number of the newest source."""
         return len(self.plan.sources) - 1
 
-    def locate(self, unit: Unit, task: Average, numbers: Sequence[int]) -> Work:
+    def locate(self, unit: AverageUnit, numbers: Sequence[int]) -> Work:
         """Find the bytes of a unit in those sources, and in every output."""
-        box = unit.box
-        assert box is not None
+        task, box = unit.task, unit.box
         inputs: list[Input] = []
         proof = None
         for number, index, dtype in zip(task.numbers, task.sources, task.dtypes, strict=True):
@@ -138,7 +145,7 @@ class Accumulator:
             replace(how, weights=tuple(how.weights[each.number] for each in inputs))
             for how in self.sums_of(task)
         )
-        return Work(unit, task, box, sums, tuple(inputs), proof, outputs)
+        return Work(unit, sums, tuple(inputs), proof, outputs)
 
     def sums_of(self, task: Average) -> tuple[Sum, ...]:
         """How each output sums this task."""
@@ -249,9 +256,8 @@ class Accumulator:
     def _refuse_nonfinite(self, work: Work, block: Box) -> None:
         task, values = work.task, []
         for each in work.inputs:
-            data = torch.empty(block.numel, dtype=each.dtype)
             index = task.sources[task.numbers.index(each.number)]
-            self.readers[each.number].read(block, index, data)
+            data = self.readers[each.number].values(block, index, each.dtype)
             self.refuse_nan(task, block, each.number, data)
             values.append(data)
         if len(work.inputs) < len(task.numbers):

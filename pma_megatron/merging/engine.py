@@ -25,8 +25,8 @@ from pma_megatron.base.spelling import named
 from pma_megatron.errors import PlanError, RankError
 from pma_megatron.merging.accumulate import Accumulator, Work, Workspace
 from pma_megatron.merging.sums import Sum
-from pma_megatron.merging.tasks import Average, Fill, Unit, Workload
-from pma_megatron.transfer.blocks import BlockReader
+from pma_megatron.merging.tasks import Average, AverageUnit, FillUnit, Unit, Workload, parted
+from pma_megatron.transfer.blocks import BlockReader, readers
 from pma_megatron.transfer.buffers import BLOCK_ELEMENTS, as_bytes
 from pma_megatron.transfer.reads import Reads
 
@@ -35,6 +35,7 @@ SOURCE_BYTES = 4 << 20
 _LEAST_ELEMENTS = 1 << 14
 
 S = TypeVar("S")
+U = TypeVar("U")
 Progress = Callable[[int], None]
 """Called with the cost in bytes of each finished unit."""
 
@@ -85,9 +86,9 @@ def run(
         PublishError: the output cannot be written.
         RankError: another rank failed.
     """
-    with reading(plan, comm.rank, reads) as readers, comm.watched("merge") as check:
+    with reading(plan, comm.rank, reads) as opened, comm.watched("merge") as check:
         sums = tuple(Sum.of(values) for values in plan.coefficients)
-        add = Accumulator(plan, readers, writers, sums)
+        add = Accumulator(plan, opened, writers, sums)
         job = _Job(add, team, comm, progress, check)
         if team.size > 1:
             job.run_shared(units)
@@ -127,14 +128,9 @@ def reading(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the threads here are the parallelism; torch's would get in the way
     try:
-        with contextlib.ExitStack() as stack:
-            yield {
-                number: stack.enter_context(
-                    BlockReader.of(source.format, source.path, reads[number])
-                )
-                for number, source in enumerate(plan.sources)
-                if rank in plan.visible[number]
-            }
+        seen = ((n, s) for n, s in enumerate(plan.sources) if rank in plan.visible[n])
+        with readers(seen, reads) as opened:
+            yield opened
     finally:
         torch.set_num_threads(threads)
 
@@ -154,7 +150,7 @@ def blocks(box: Box, limit: int) -> Iterator[tuple[int, Box]]:
 
 
 def over_threads(
-    units: Sequence[Unit], threads: int, do: Callable[[Unit, S], None], space: Callable[[], S]
+    units: Sequence[U], threads: int, do: Callable[[U, S], None], space: Callable[[], S]
 ) -> None:
     """Threads take units from one list until it is empty or something fails.
 
@@ -214,25 +210,25 @@ class _Job:
 
     def _do(self, unit: Unit, space: Workspace) -> None:
         self.check()
-        if isinstance(unit.task, Average):
-            self._average(unit, unit.task, space)
+        if isinstance(unit, AverageUnit):
+            self._average(unit, space)
         else:
-            self._fill(unit, unit.task, space)
+            self._fill(unit, space)
         self.progress(unit.cost_bytes)
 
-    def _average(self, unit: Unit, task: Average, space: Workspace) -> None:
-        work = self.add.locate(unit, task, task.numbers)
+    def _average(self, unit: AverageUnit, space: Workspace) -> None:
+        work = self.add.locate(unit, unit.task.numbers)
         for each in work.inputs:
             each.reader.advise()
-        for first, block in blocks(work.box, block_elements(task)):
+        for first, block in blocks(unit.box, block_elements(unit.task)):
             self.check()
             averages, read_bytes = self.add.average(work, block, first, space)
             self.tally.add(read_bytes, self.add.write(work, block, first, averages))
 
-    def _fill(self, unit: Unit, task: Fill, space: Workspace) -> None:
+    def _fill(self, unit: FillUnit, space: Workspace) -> None:
         buffer = as_bytes(space.raw().whole(torch.float32)[:BLOCK_ELEMENTS])
-        task.fill(unit, self.add.readers[self.add.last], self.add.writers, buffer)
-        written_bytes = unit.count * task.itemsize * len(self.add.writers)
+        unit.fill(self.add.readers[self.add.last], self.add.writers, buffer)
+        written_bytes = unit.count * unit.task.itemsize * len(self.add.writers)
         self.tally.add(unit.read_bytes, written_bytes)
 
     # A team: the same blocks in the same order on every member.
@@ -240,14 +236,12 @@ class _Job:
     def run_shared(self, units: Sequence[Unit]) -> None:
         """All members go through the same blocks in the same order."""
         mine = self._mine()
+        averages, fills = parted(units)
         spaces = [Workspace(len(self.add.writers)) for _ in range(self.threads + 1)]
         turns = enumerate(
-            (unit, *at)
-            for unit in units
-            if isinstance(unit.task, Average) and unit.box
-            for at in blocks(unit.box, block_elements(unit.task))
+            (unit, *at) for unit in averages for at in blocks(unit.box, block_elements(unit.task))
         )
-        pending: deque[tuple[int, Unit, int, Box, Future[Work]]] = deque()
+        pending: deque[tuple[int, AverageUnit, int, Box, Future[Work]]] = deque()
         with ThreadPoolExecutor(self.threads) as pool:
 
             def begin() -> None:
@@ -271,9 +265,8 @@ class _Job:
         if self.failed is not None:
             raise self.failed
         if assign(self.add.plan, self.team)[self.add.last] == self.team.place:
-            for unit in units:
-                if not isinstance(unit.task, Average):
-                    self._do(unit, spaces[0])
+            for fill in fills:
+                self._do(fill, spaces[0])
 
     def _mine(self) -> Callable[[int], Sequence[int]]:
         """turn -> numbers of the sources that this member reads for it."""
@@ -296,21 +289,20 @@ class _Job:
             self.failed = self.failed or error
 
     def _partial(
-        self, unit: Unit, numbers: Sequence[int], first: int, block: Box, space: Workspace
+        self, unit: AverageUnit, numbers: Sequence[int], first: int, block: Box, space: Workspace
     ) -> Work:
-        assert isinstance(unit.task, Average)
         if not self.team.by_source:
-            work = self.add.locate(unit, unit.task, numbers)
+            work = self.add.locate(unit, numbers)
         else:
             with self.located_lock:
                 if self.located is None or self.located.unit is not unit:
-                    self.located = self.add.locate(unit, unit.task, numbers)
+                    self.located = self.add.locate(unit, numbers)
                 work = self.located
         self.tally.add(self.add.partial(work, block, first, space), 0)
         return work
 
     def _exchange(
-        self, turn: int, unit: Unit, part: Future[Work], space: Workspace, numel: int
+        self, turn: int, unit: AverageUnit, part: Future[Work], space: Workspace, numel: int
     ) -> Work:
         """Make a block whole on every member; one's error reaches the others with a block."""
         error, work = self.failed, None
@@ -319,10 +311,8 @@ class _Job:
             self.check()
         except Exception as caught:  # raised below, once the others know
             error = error or caught
-        assert isinstance(unit.task, Average)
-        for k, (how, buffers) in enumerate(
-            zip(self.add.sums_of(unit.task), space.sums, strict=True)
-        ):
+        sums = zip(self.add.sums_of(unit.task), space.sums, strict=True)
+        for k, (how, buffers) in enumerate(sums):
             block = buffers.whole(how.dtype)[: numel + 1]
             block[numel] = 0.0 if error is None else 1.0
             if error is not None:
@@ -335,7 +325,7 @@ class _Job:
                 raise error or RankError("another rank of the team failed")
         if error is not None and work is None:  # its block was another's; it is told at its turn
             self.failed = error
-            work = self.add.locate(unit, unit.task, ())
+            work = self.add.locate(unit, ())
         assert work is not None
         return work
 

@@ -184,9 +184,9 @@ class _Check:
         with BlockReader.of(newest.format, newest.path) as reader:
             for sample, filled in wanted:
                 tensor = tensor_of(newest, sample.state, sample.key)
-                data = torch.empty(sample.box.numel, dtype=tensor.dtype)
-                reader.read(sample.box, PieceIndex(tensor.pieces), data)
-                if not torch.equal(data.view(torch.uint8), _raw(self._read(filled, sample.box))):
+                data = reader.values(sample.box, PieceIndex(tensor.pieces), tensor.dtype)
+                own = self._read(filled, sample.box)
+                if not torch.equal(data.view(torch.uint8), own.view(torch.uint8)):
                     raise VerifyError(
                         f"{self._folder}: {filled.place.record} is not the newest source's, bit "
                         "for bit. Do not use this export: make it again"
@@ -212,7 +212,3 @@ def _position(box: Box, whole: Box) -> int:
     strides = row_major_strides(whole.sizes)
     pairs: Any = zip(box.offsets, whole.offsets, strides, strict=True)
     return sum((o - b) * s for o, b, s in pairs)
-
-
-def _raw(data: torch.Tensor) -> torch.Tensor:
-    return data.view(torch.uint8)

@@ -114,11 +114,8 @@ def _export(folder: Path, sizes: Mapping[str, int]) -> Inspection:
         path=str(folder),
         format="safetensors",
         iteration=None,
-        consumed_samples=None,
-        consumed_tokens=None,
         tokens_unknown_because="an export keeps no training arguments",
         complete=True,
-        incomplete_because=None,
         weights_only=True,
     )
     found = Inspection(ref=ref, files=len(sizes), bytes=sum(sizes.values()))

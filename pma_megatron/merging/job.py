@@ -198,7 +198,6 @@ def _fill(
         bytes read and written over all ranks, and how sources stand to their checksums.
     """
     comm.on_main("stage", lambda: publish.stage(plan, todo))
-    comm.agree("stage", lambda: point("stage", comm.rank))
     numbers = sorted({target.output for target in todo})
     part = replace(plan, outputs=tuple(plan.outputs[number] for number in numbers))
     units = share(plan.units, comm.shard_rank, comm.shard_size)
@@ -214,12 +213,10 @@ def _fill(
         with show("merge", sum(unit.cost_bytes for unit in units)) as progress:
             return engine.run(part, units, writers, comm, comm.team, progress, found.reads)
 
-    comm.agree("merge", lambda: point("merge", comm.rank))
     with checked(plan, comm, whole=plan.request.check_sources) as found:
         tally = comm.agree("merge", run)
     _say(found.compared, comm)
     clock.lap("merge")
-    comm.agree("sync", lambda: point("sync", comm.rank))
     comm.agree("sync", lambda: _sync(writers, comm))
     checkpoints = [target for target in todo if target.folder is Folder.CHECKPOINT]
     files = plan.layout.carried if checkpoints else {}
@@ -228,7 +225,6 @@ def _fill(
         carried = beside if target.folder is Folder.CHECKPOINT else {}
         _finish(plan, target, own.checksums, comm, clock, found.compared, carried)
     clock.lap("publish")
-    comm.agree("verify", lambda: point("verify", comm.rank))
     counts = comm.gather((tally.read_bytes, tally.written_bytes))
     read, written = (sum(column) for column in zip(*counts, strict=True))
     return read, written, found.compared

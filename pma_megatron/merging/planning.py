@@ -238,14 +238,12 @@ def open_sources(
         doubt = None
         if not main_params and known.weights_alone:
             doubt = unconfirmed(source, lambda: known.read_source(ref.path, {}, True, peers))
-        source = replace(source, unnamed={}, notes=() if doubt is None else (doubt,))
+        notes = source.notes if doubt is None else (*source.notes, doubt)
+        source = replace(source, unnamed={}, notes=notes)
         return source if number == last else _trimmed(source, request, end=number in ends)
 
-    mine = comm.rank == owners[last]
-    newest = comm.agree("open", lambda: read(last, {}) if mine else None)
-    newest = comm.broadcast(newest, owners[last])
+    newest = comm.on(owners[last], "open", lambda: read(last, {}))
     proved.update(comm.broadcast(dict(proved), owners[last]))
-    assert newest is not None
     others = comm.agree(
         "open", lambda: {n: read(n, newest.ranges) for n in range(last) if owners[n] == comm.rank}
     )
@@ -308,10 +306,7 @@ def _layout(
         }
         return replace(layout, carried=carried), beside
 
-    mine = comm.rank == owner
-    made = comm.agree("layout", lambda: lay_out() if mine else None)
-    made = comm.broadcast(made, owner)
-    assert made is not None
+    made = comm.on(owner, "layout", lay_out)
     said = list(notes(ref.path, made[1]))
     if comm.is_main:
         for sentence in said:
@@ -325,13 +320,7 @@ def _export(
     """The model, laid out by a rank that sees the newest source; rank 0 reads the template."""
     like, owner, base = request.like, found.visible[-1][0], found.sources[-1]
     template = comm.on_main("template", lambda: None if like is None else read_template(like))
-    mine = comm.rank == owner
-    made = comm.agree(
-        "export", lambda: plan_export(request, base, decisions.rules, template) if mine else None
-    )
-    made = comm.broadcast(made, owner)
-    assert made is not None
-    return made
+    return comm.on(owner, "export", lambda: plan_export(request, base, decisions.rules, template))
 
 
 def origin_note(found: OpenedSources) -> dict[str, Any]:

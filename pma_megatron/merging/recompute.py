@@ -6,7 +6,7 @@ be the newest source's bits, what it resets must be zero, and copies must be equ
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from pma_megatron.merging.verification import (
     origin_of,
     tensor_of,
 )
-from pma_megatron.transfer.blocks import BlockReader
+from pma_megatron.transfer.blocks import BlockReader, readers
 
 SLICE_ELEMENTS = 1 << 20
 """Elements recomputed at once: some 40 MiB of buffers."""
@@ -51,8 +51,13 @@ def recompute(plan: MergePlan, output: Output, folder: Path, comm: Comm) -> Veri
     merged = comm.on_main("verify", lambda: open_merged(plan, folder))
 
     def work() -> tuple[int, int, float]:
-        with _Readers(plan, output, folder, merged) as readers:
-            return readers.check(comm)
+        last = len(plan.sources) - 1
+        wanted = {n for n, value in enumerate(output.values) if value != 0} | {last}
+        with (
+            readers((n, plan.sources[n]) for n in sorted(wanted)) as sources,
+            BlockReader.of(merged.format, str(folder)) as own,
+        ):
+            return _Check(plan, output, folder, merged, sources, own).check(comm)
 
     parts = comm.gather(comm.agree("verify", work))
     kept = sum(rule.action is not Action.DROP for rule in plan.rules.values())
@@ -83,24 +88,16 @@ class _State:
         return self.key if self.state in ("weight", MAIN) else f"{self.state} of {self.key}"
 
 
-class _Readers:
+@dataclass(frozen=True, slots=True)
+class _Check:
     """The sources and the output, open."""
 
-    def __init__(self, plan: MergePlan, output: Output, folder: Path, merged: Source) -> None:
-        self._plan, self._output, self._folder, self._merged = plan, output, folder, merged
-        last = len(plan.sources) - 1
-        wanted = {n for n, value in enumerate(output.values) if value != 0} | {last}
-        sources = {n: plan.sources[n] for n in wanted}
-        self._sources = {n: BlockReader.of(s.format, s.path) for n, s in sources.items()}
-        self._own = BlockReader.of(merged.format, str(folder))
-        self._terms = sum(value != 0 for value in output.values)
-
-    def __enter__(self) -> _Readers:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for reader in (*self._sources.values(), self._own):
-            reader.close()
+    plan: MergePlan
+    output: Output
+    folder: Path
+    merged: Source
+    sources: Mapping[int, BlockReader]
+    own: BlockReader
 
     def check(self, comm: Comm) -> tuple[int, int, float]:
         """This rank's slices: how many, elements in them, the largest error in them."""
@@ -116,7 +113,7 @@ class _Readers:
 
     def _states(self) -> Iterator[tuple[_State, Iterator[tuple[Piece[Payload] | None, Box]]]]:
         """Every stored state of every tensor, with its slices; replicas name their piece."""
-        for (state, key), rule in self._plan.rules.items():
+        for (state, key), rule in self.plan.rules.items():
             if state == "object" or rule.action is Action.DROP:
                 continue
             found = self._state(state, key, rule.action)
@@ -130,15 +127,15 @@ class _Readers:
                         yield (piece if copy else None), box
 
     def _state(self, state: str, key: str, action: Action) -> _State:
-        plan, last = self._plan, len(self._plan.sources) - 1
-        stored = tensor_of(self._merged, state, key)
+        plan, last = self.plan, len(self.plan.sources) - 1
+        stored = tensor_of(self.merged, state, key)
         origin = origin_of(plan, state, key)
-        mains = self._merged.space.states.get(MAIN, {})
+        mains = self.merged.space.states.get(MAIN, {})
         main = mains.get(key) if state == "weight" and origin == MAIN else None
         kept = action is Action.NEWEST or (
             action is Action.ROUND and plan.rules[MAIN, key].action is Action.NEWEST
         )
-        values = [(last, 1.0)] if kept else [(n, w) for n, w in enumerate(self._output.values) if w]
+        values = [(last, 1.0)] if kept else [(n, w) for n, w in enumerate(self.output.values) if w]
         if action is Action.ZERO:
             values = []
         sources = []
@@ -156,49 +153,39 @@ class _Readers:
         )
 
     def _slice(self, state: _State, replica: Piece[Payload] | None, box: Box) -> float:
-        got = _read(self._own, state.merged, state.stored.dtype, box)
+        got = self.own.values(box, state.merged, state.stored.dtype)
         if replica is not None:
-            copy = _read(self._own, PieceIndex([replica]), state.stored.dtype, box)
+            copy = self.own.values(box, PieceIndex([replica]), state.stored.dtype)
             self._refuse_other_bits(state, box, copy, got, "a copy differs from the other")
             return 0.0
         if state.action is Action.NEWEST:
             ((number, _, dtype, index),) = state.sources
-            newest = _read(self._sources[number], index, dtype, box)
+            newest = self.sources[number].values(box, index, dtype)
             self._refuse_other_bits(state, box, got, newest, "is not the newest source's")
             return 0.0
         if state.main is not None:
             dtype, index = state.main
-            rounded = _read(self._own, index, dtype, box).float().to(state.stored.dtype)
-            refuse_unrounded(_exact(got), _exact(rounded), self._folder, state.what, box)
+            rounded = self.own.values(box, index, dtype).float().to(state.stored.dtype)
+            refuse_unrounded(_exact(got), _exact(rounded), self.folder, state.what, box)
         total, size = np.zeros(box.numel), np.zeros(box.numel)
         for number, weight, dtype, index in state.sources:
-            x = _exact(_read(self._sources[number], index, dtype, box))
+            x = _exact(self.sources[number].values(box, index, dtype))
             total += weight * x
             size += abs(weight) * np.abs(x)
-        bound = bound_of(self._terms, size, total, state.stored.dtype)
-        return refuse_beyond(_exact(got), total, bound, self._folder, state.what, box)
+        terms = sum(value != 0 for value in self.output.values)
+        bound = bound_of(terms, size, total, state.stored.dtype)
+        return refuse_beyond(_exact(got), total, bound, self.folder, state.what, box)
 
     def _refuse_other_bits(
         self, state: _State, box: Box, one: torch.Tensor, other: torch.Tensor, why: str
     ) -> None:
-        if one.dtype != other.dtype or not torch.equal(_bytes(one), _bytes(other)):
+        same = one.dtype == other.dtype
+        if not same or not torch.equal(one.view(torch.uint8), other.view(torch.uint8)):
             raise VerifyError(
-                f"{self._folder}: {state.what} at {box.offsets} {why}, bit for bit. Do not use "
+                f"{self.folder}: {state.what} at {box.offsets} {why}, bit for bit. Do not use "
                 "this checkpoint: merge again"
             )
 
 
-def _read(
-    reader: BlockReader, index: PieceIndex[Payload], dtype: torch.dtype, box: Box
-) -> torch.Tensor:
-    data = torch.empty(box.numel, dtype=dtype)
-    reader.read(box, index, data)
-    return data
-
-
 def _exact(data: torch.Tensor) -> np.ndarray:
     return data.double().numpy()
-
-
-def _bytes(data: torch.Tensor) -> torch.Tensor:
-    return data.view(torch.uint8)

@@ -166,10 +166,8 @@ class MergeRequest:
     )
 
     def __post_init__(self) -> None:
-        refuse_remote("load", self.load)
-        refuse_remote("save", self.save)
-        refuse_remote("export", self.export)
-        refuse_remote("like", self.like)
+        for name in ("load", "save", "export", "like"):
+            refuse_remote(name, getattr(self, name))
         refuse_unknown_words(self)
         if self.lr_factor is not None and not 0 < self.lr_factor < math.inf:
             raise UsageError(f"{named('lr_factor')} must be positive, got {self.lr_factor}")

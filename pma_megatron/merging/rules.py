@@ -141,6 +141,7 @@ def _entries(sources: Sequence[Source]) -> Iterable[Entry]:
             state="weight",
             floating=floating,
             has_main=key in main,
+            exact=tensor.dtype == torch.float32,
             buffer=key in base.buffers,
         )
     for state, tensors in base.space.states.items():

@@ -17,7 +17,7 @@ from pma_megatron.base.spelling import has, switch
 from pma_megatron.formats.base import StoredRecord
 from pma_megatron.merging.planning import refuse_changed
 from pma_megatron.merging.tasks import Workload
-from pma_megatron.transfer.blocks import BlockReader
+from pma_megatron.transfer.blocks import readers
 from pma_megatron.transfer.reads import SPANS, Reads, Spans, joined
 
 _SHOWN = 3  # sources that one message names
@@ -178,13 +178,9 @@ def _compare(plan: Workload, places: Mapping[Place, Spans]) -> None:
     def compare(entry: tuple[Place, Spans]) -> None:
         (number, record), known = entry
         room = min(_BLOCK_BYTES, max(1, record.nbytes))
-        readers[number].compare(record, known, memoryview(bytearray(room)))
+        opened[number].compare(record, known, memoryview(bytearray(room)))
 
-    with contextlib.ExitStack() as stack:
-        readers = {
-            number: stack.enter_context(BlockReader.of(source.format, source.path))
-            for number, source in enumerate(plan.sources)
-            if any(number == of for of, _ in places)
-        }
-        with ThreadPoolExecutor(plan.threads) as pool:
-            list(pool.map(compare, places.items()))
+    numbers = sorted({number for number, _ in places})
+    wanted = ((number, plan.sources[number]) for number in numbers)
+    with readers(wanted) as opened, ThreadPoolExecutor(plan.threads) as pool:
+        list(pool.map(compare, places.items()))

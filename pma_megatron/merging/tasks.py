@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar, overload
 
 import torch
 from isal import isal_zlib
@@ -69,23 +69,12 @@ class Average:
     proof: PieceIndex[Payload] | None
     proof_itemsize: int
 
-    def units(self) -> Iterator[Unit]:
+    def units(self) -> Iterator[AverageUnit]:
         """The cut into units; it depends on the task alone, so results do not on the ranks."""
         per_element = sum(dtype.itemsize for dtype in self.dtypes) + self.target_bytes
         for piece in self.lead:
             for box in slices(piece.box, UNIT_ELEMENTS):
-                yield Unit(self, piece, box, 0, 0, box.numel * per_element)
-
-    def file_order(self, unit: Unit) -> tuple[str, int, int]:
-        """Where the unit begins: file, offset of the item, element."""
-        assert unit.lead is not None
-        item = unit.lead.payload.item
-        return item.file, item.offset, unit.lead.start
-
-    def read_bytes(self, unit: Unit) -> int:
-        """Payload bytes that the unit reads from all its sources."""
-        assert unit.box is not None
-        return unit.box.numel * (sum(d.itemsize for d in self.dtypes) + self.proof_itemsize)
+                yield AverageUnit(self, piece, box, box.numel * per_element)
 
 
 class Fill:
@@ -105,38 +94,25 @@ class Fill:
         """Bytes per element."""
         return 1
 
-    def file_order(self, unit: Unit) -> tuple[str, int, int]:
-        """What to sort units by, so that files are written from their beginnings."""
+    def file_order(self, first: int) -> tuple[str, int, int]:
+        """Where the element `first` is written: file, offset, element."""
         raise NotImplementedError
 
-    def units(self) -> Iterator[Unit]:
+    def units(self) -> Iterator[FillUnit]:
         """The cut into units."""
         moves = self.itemsize * (2 if self.reads else 1)
         for first in range(0, self.numel, UNIT_ELEMENTS):
             count = min(UNIT_ELEMENTS, self.numel - first)
-            yield Unit(self, None, None, first, count, count * moves)
-
-    def read_bytes(self, unit: Unit) -> int:
-        """Payload bytes that the unit reads from the newest source."""
-        return unit.count * self.itemsize if self.reads else 0
+            yield FillUnit(self, first, count, count * moves)
 
     def fill(
-        self, unit: Unit, newest: BlockReader, writers: Sequence[FolderWriters], buffer: memoryview
+        self, at: int, newest: BlockReader, writers: Sequence[FolderWriters], data: memoryview
     ) -> None:
-        """Do one unit in steps of the buffer's size.
+        """The elements from `at` on that fit `data`, which may be used for them.
 
         Raises:
             CheckpointError, PublishError: see `BlockReader.read` and `BlockWriter.pwrite`.
         """
-        step = len(buffer) // self.itemsize
-        for at in range(unit.first, unit.first + unit.count, step):
-            count = min(step, unit.first + unit.count - at)
-            self._fill(at, newest, writers, buffer[: count * self.itemsize])
-
-    def _fill(
-        self, at: int, newest: BlockReader, writers: Sequence[FolderWriters], data: memoryview
-    ) -> None:
-        """The elements from `at` on that fit `data`, which may be used for them."""
         raise NotImplementedError
 
 
@@ -159,11 +135,11 @@ class Copy(Fill):
         """Bytes to be copied."""
         return self.nbytes
 
-    def file_order(self, unit: Unit) -> tuple[str, int, int]:
+    def file_order(self, first: int) -> tuple[str, int, int]:
         """See `Fill`."""
-        return self.file, self.offset, unit.first
+        return self.file, self.offset, first
 
-    def _fill(
+    def fill(
         self, at: int, newest: BlockReader, writers: Sequence[FolderWriters], data: memoryview
     ) -> None:
         newest.read_item(self.item, self.source_offset + at, data)
@@ -185,11 +161,11 @@ class Write(Fill):
         """Bytes to be written."""
         return len(self.data)
 
-    def file_order(self, unit: Unit) -> tuple[str, int, int]:
+    def file_order(self, first: int) -> tuple[str, int, int]:
         """See `Fill`."""
-        return self.file, self.offset, unit.first
+        return self.file, self.offset, first
 
-    def _fill(
+    def fill(
         self, at: int, newest: BlockReader, writers: Sequence[FolderWriters], data: memoryview
     ) -> None:
         for writer in writers:
@@ -215,21 +191,30 @@ class _Range(Fill):
         """Bytes per element in the output."""
         return self.place.dtype.itemsize
 
-    def file_order(self, unit: Unit) -> tuple[str, int, int]:
+    def file_order(self, first: int) -> tuple[str, int, int]:
         """See `Fill`."""
-        return self.place.file, self.place.start, self.start + unit.first
+        return self.place.file, self.place.start, self.start + first
+
+    def read(self, at: int, newest: BlockReader, into: memoryview) -> None:
+        """The elements from `at` of the range on, as many as fit."""
+        raise NotImplementedError
+
+    def fill(
+        self, at: int, newest: BlockReader, writers: Sequence[FolderWriters], data: memoryview
+    ) -> None:
+        """See `Fill`."""
+        self.read(at, newest, data)
+        for writer in writers:
+            writer.put(self.place, self.start + at, data)
 
 
 @dataclass(frozen=True, slots=True)
 class Zero(_Range):
     """A range of a payload that becomes zero: reset moments, gaps between parameters."""
 
-    def _fill(
-        self, at: int, newest: BlockReader, writers: Sequence[FolderWriters], data: memoryview
-    ) -> None:
-        data[:] = bytes(len(data))
-        for writer in writers:
-            writer.put(self.place, self.start + at, data)
+    def read(self, at: int, newest: BlockReader, into: memoryview) -> None:
+        """See `_Range`."""
+        into[:] = bytes(len(into))
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,12 +224,9 @@ class Keep(_Range):
     payload: Payload
     reads: ClassVar[bool] = True
 
-    def _fill(
-        self, at: int, newest: BlockReader, writers: Sequence[FolderWriters], data: memoryview
-    ) -> None:
-        newest.read_bytes(self.payload, self.start + at, data)
-        for writer in writers:
-            writer.put(self.place, self.start + at, data)
+    def read(self, at: int, newest: BlockReader, into: memoryview) -> None:
+        """See `_Range`."""
+        newest.read_bytes(self.payload, self.start + at, into)
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,49 +237,96 @@ class Carry(_Range):
     source_start: int
     reads: ClassVar[bool] = True
 
-    def _fill(
-        self, at: int, newest: BlockReader, writers: Sequence[FolderWriters], data: memoryview
-    ) -> None:
-        newest.read_bytes(self.payload, self.source_start + at, data)
-        for writer in writers:
-            writer.put(self.place, self.start + at, data)
+    def read(self, at: int, newest: BlockReader, into: memoryview) -> None:
+        """See `_Range`."""
+        newest.read_bytes(self.payload, self.source_start + at, into)
 
 
 Task = Average | Fill
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
-    """A bounded part of one task: a box of an average, or `count` elements from `first` on."""
+class AverageUnit:
+    """A bounded part of an average: a box of its tensor, which lies in the piece `lead`."""
 
-    task: Task
-    lead: Piece[Payload] | None
-    box: Box | None
+    task: Average
+    lead: Piece[Payload]
+    box: Box
+    cost_bytes: int
+
+    @property
+    def file_order(self) -> tuple[str, int, int]:
+        """What to sort by, so that files are read from their beginnings: file, offset, element."""
+        item = self.lead.payload.item
+        return item.file, item.offset, self.lead.start
+
+    @property
+    def read_bytes(self) -> int:
+        """Payload bytes that it reads from all its sources."""
+        task = self.task
+        return self.box.numel * (sum(d.itemsize for d in task.dtypes) + task.proof_itemsize)
+
+
+@dataclass(frozen=True, slots=True)
+class FillUnit:
+    """A bounded part of what is filled: `count` elements from `first` on."""
+
+    task: Fill
     first: int
     count: int
     cost_bytes: int
 
     @property
     def file_order(self) -> tuple[str, int, int]:
-        """What to sort by, so that files are read and written from their beginnings."""
-        return self.task.file_order(self)
+        """What to sort by, so that files are written from their beginnings."""
+        return self.task.file_order(self.first)
 
     @property
     def read_bytes(self) -> int:
-        """Payload bytes that the unit reads from all its sources."""
-        return self.task.read_bytes(self)
+        """Payload bytes that it reads from the newest source."""
+        return self.count * self.task.itemsize if self.task.reads else 0
+
+    def fill(
+        self, newest: BlockReader, writers: Sequence[FolderWriters], buffer: memoryview
+    ) -> None:
+        """Do it in steps of the buffer's size; raises as `Fill.fill`."""
+        size, end = self.task.itemsize, self.first + self.count
+        step = len(buffer) // size
+        for at in range(self.first, end, step):
+            self.task.fill(at, newest, writers, buffer[: min(step, end - at) * size])
 
 
+Unit = AverageUnit | FillUnit
+SomeUnit = TypeVar("SomeUnit", AverageUnit, FillUnit, Unit)
+
+
+@overload
+def units(tasks: Iterable[Average]) -> tuple[AverageUnit, ...]: ...
+@overload
+def units(tasks: Iterable[Task]) -> tuple[Unit, ...]: ...
 def units(tasks: Iterable[Task]) -> tuple[Unit, ...]:
     """All units of some tasks, in the order in which files are read from their beginnings."""
     cut = (unit for task in tasks for unit in task.units())
     return tuple(sorted(cut, key=lambda unit: unit.file_order))
 
 
-def share(all_units: Sequence[Unit], rank: int, size: int) -> list[Unit]:
+def parted(every: Iterable[Unit]) -> tuple[list[AverageUnit], list[FillUnit]]:
+    """The units of averages, and the others, each in the order given."""
+    averages: list[AverageUnit] = []
+    fills: list[FillUnit] = []
+    for unit in every:
+        if isinstance(unit, AverageUnit):
+            averages.append(unit)
+        else:
+            fills.append(unit)
+    return averages, fills
+
+
+def share(all_units: Sequence[SomeUnit], rank: int, size: int) -> list[SomeUnit]:
     """This rank's contiguous part of the units, split by bytes so that all finish together."""
     total = sum(unit.cost_bytes for unit in all_units) or 1
-    mine, before = [], 0
+    mine: list[SomeUnit] = []
+    before = 0
     for unit in all_units:
         middle = before + unit.cost_bytes / 2
         if min(int(middle * size / total), size - 1) == rank:

@@ -8,7 +8,6 @@ checkpoint, and samples of every averaged tensor are summed again in float64.
 
 from __future__ import annotations
 
-import contextlib
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from pma_megatron.merging.planning import MergePlan
 from pma_megatron.merging.policy import MAIN, Action
 from pma_megatron.merging.request import Output
 from pma_megatron.merging.tolerance import bound_of, refuse_beyond, refuse_unrounded
-from pma_megatron.transfer.blocks import BlockReader
+from pma_megatron.transfer.blocks import BlockReader, readers
 
 SAMPLE_ELEMENTS = 1024
 
@@ -169,15 +168,15 @@ def partial_sums(
 
     Those are all sources where no ranks share them (`comm` None).
     """
-    with contextlib.ExitStack() as stack:
-        readers = {
-            number: stack.enter_context(BlockReader.of(source.format, source.path))
-            for number, source in enumerate(plan.sources)
-            if comm is None or plan.visible[number][number % len(plan.visible[number])] == comm.rank
-        }
+    mine = (
+        (number, source)
+        for number, source in enumerate(plan.sources)
+        if comm is None or plan.visible[number][number % len(plan.visible[number])] == comm.rank
+    )
+    with readers(mine) as opened:
         for sample in wanted:
             total, size = np.zeros(sample.box.numel), np.zeros(sample.box.numel)
-            for number, reader in readers.items():
+            for number, reader in opened.items():
                 weight = output.values[number]
                 if sample.kept:
                     weight = float(number == len(plan.sources) - 1)
@@ -192,9 +191,7 @@ def partial_sums(
 
 
 def _read(reader: BlockReader, tensor: Tensor, box: Box) -> np.ndarray:
-    data = torch.empty(box.numel, dtype=tensor.dtype)
-    reader.read(box, PieceIndex(tensor.pieces), data)
-    return data.double().numpy()
+    return reader.values(box, PieceIndex(tensor.pieces), tensor.dtype).double().numpy()
 
 
 def _compare(

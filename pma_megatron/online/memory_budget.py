@@ -10,10 +10,9 @@ from pathlib import Path
 
 from pma_megatron.base.comm import Comm
 from pma_megatron.base.memory import available_bytes
+from pma_megatron.base.sizes import sized
 from pma_megatron.base.spelling import given, named
 from pma_megatron.errors import UsageError
-
-_MIB, _GIB = 1 << 20, 1 << 30
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,10 +51,10 @@ def check(need: Need, comm: Comm) -> str:
     largest = max((theirs for _, theirs in told), key=lambda theirs: theirs.memory)
     where = f"in {need.folder}" if need.folder else "in host memory"
     return (
-        f"PMA: the running average takes up to {_size(largest.memory)} of host memory per rank "
-        f"(window {_size(largest.window)} {where}, staging and backups {_size(largest.working)}); "
-        f"{len(here)} ranks on {node} together {_size(sum(n.memory for n in here))} of "
-        f"{_size(available_bytes())} available"
+        f"PMA: the running average takes up to {sized(largest.memory)} of host memory per rank "
+        f"(window {sized(largest.window)} {where}, staging and backups {sized(largest.working)}); "
+        f"{len(here)} ranks on {node} together {sized(sum(n.memory for n in here))} of "
+        f"{sized(available_bytes())} available"
     )
 
 
@@ -69,8 +68,8 @@ def _refuse(node: str, here: Sequence[Need]) -> None:
             "node-local disk"
         )
         raise UsageError(
-            f"the running average needs {_size(memory)} of host memory on {node} ({len(here)} "
-            f"ranks), {_size(there)} are available: {way_out}"
+            f"the running average needs {sized(memory)} of host memory on {node} ({len(here)} "
+            f"ranks), {sized(there)} are available: {way_out}"
         )
     folder = here[0].folder
     if folder is None:
@@ -79,11 +78,7 @@ def _refuse(node: str, here: Sequence[Need]) -> None:
     window, free = sum(need.window for need in here), shutil.disk_usage(folder).free
     if window > free:
         raise UsageError(
-            f"the running average needs {_size(window)} in {given('window_dir', folder)} on {node} "
-            f"({len(here)} ranks), {_size(free)} are free: use a smaller "
+            f"the running average needs {sized(window)} in {given('window_dir', folder)} on {node} "
+            f"({len(here)} ranks), {sized(free)} are free: use a smaller "
             f"{named('last')} or another disk"
         )
-
-
-def _size(count: int) -> str:
-    return f"{count / _GIB:.2f} GiB" if count >= _GIB else f"{count / _MIB:.1f} MiB"

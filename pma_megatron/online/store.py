@@ -7,7 +7,6 @@ parallelism may change in between, and Megatron's own checkpoints stay as they a
 from __future__ import annotations
 
 import atexit
-import contextlib
 import copy
 import logging
 import threading
@@ -21,10 +20,8 @@ import torch
 from pma_megatron.base.comm import Comm
 from pma_megatron.base.spelling import renamed
 from pma_megatron.errors import CheckpointError, PublishError
-from pma_megatron.formats import registry
 from pma_megatron.formats.rates import LEARNING_RATE
 from pma_megatron.formats.source import Source
-from pma_megatron.identity.lineage import schedule_of
 from pma_megatron.live.plan import LivePlan
 from pma_megatron.merging.planning import open_sources
 from pma_megatron.merging.request import MergeRequest
@@ -32,6 +29,7 @@ from pma_megatron.merging.source_checksums import checked
 from pma_megatron.online.shard import Shard
 from pma_megatron.online.snapshots import SnapshotWriter, prune
 from pma_megatron.online.window import ExponentialAverage, Member, Window
+from pma_megatron.runs.describe import common_args, schedule_of
 from pma_megatron.runs.discover import list_checkpoints
 from pma_megatron.runs.refs import CheckpointRef
 
@@ -208,7 +206,4 @@ def _args(entry: Member) -> Namespace:
 
 
 def _members(ref: CheckpointRef) -> int:
-    with contextlib.suppress(CheckpointError):
-        args = registry.get(ref.format, ref.path).common(Path(ref.path))["args"]
-        return int(args.get(_MEMBERS, 1))
-    return 1
+    return int(common_args(Path(ref.path)).get(_MEMBERS, 1))

@@ -8,7 +8,7 @@ from typing import Any
 
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats import registry
-from pma_megatron.formats.base import Incomplete
+from pma_megatron.formats.base import Incomplete, Schedule
 from pma_megatron.formats.marker import read_snapshot_marker
 from pma_megatron.formats.schema import is_count
 from pma_megatron.runs import recovery_log
@@ -107,7 +107,6 @@ def _described(folder: Path, history: recovery_log.History | None) -> Checkpoint
         consumed_tokens=tokens,
         tokens_unknown_because=unknown,
         complete=True,
-        incomplete_because=None,
         snapshot=snapshot,
         weights_only=bool(common.get("weights_only")),
         unhealthy_because=doubt.reason if doubt else None,
@@ -123,8 +122,6 @@ def _incomplete(
         path=str(folder),
         format=name,
         iteration=iteration,
-        consumed_samples=None,
-        consumed_tokens=None,
         tokens_unknown_because="the checkpoint is not complete",
         complete=False,
         incomplete_because=why.reason,
@@ -147,6 +144,14 @@ def common_args(folder: Path) -> dict[str, Any]:
     except (CheckpointError, OSError):
         return {}
     return dict(found)
+
+
+def schedule_of(ref: CheckpointRef) -> Schedule:
+    """Where it stood in its learning-rate schedule; nothing is known of one that is damaged."""
+    try:
+        return registry.get(ref.format, ref.path).schedule(Path(ref.path))
+    except (CheckpointError, OSError):
+        return Schedule()
 
 
 def _wrong_iteration(named: int | None, saved: Any) -> str | None:

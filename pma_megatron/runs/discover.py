@@ -231,6 +231,8 @@ def _refuse_one_checkpoint(root: Path, request: SelectionRequest) -> None:
 def pointed(root: Path) -> Path:
     """The checkpoint that the tracker in `root` names, or `root` itself without a tracker.
 
+    Where trainers go by the names of folders, it is the newest whole one, which they resume from.
+
     Raises:
         CheckpointError: the tracker makes no sense.
     """
@@ -239,7 +241,17 @@ def pointed(root: Path) -> Path:
             return root / pointer.folder
         if not pointer.missing:
             raise CheckpointError(f"{root} {pointer.problem}. Name one checkpoint's folder")
-    return root
+    return _newest_by_name(root) or root
+
+
+def _newest_by_name(root: Path) -> Path | None:
+    """The newest whole checkpoint of a root in which none has a tracker; None where some have."""
+    if not is_folder(root) or is_checkpoint(root):
+        return None
+    refs = list_checkpoints(root, problem=lambda _: None)
+    whole = [ref for ref in refs if ref.complete and ref.iteration is not None]
+    named = (registry.get(r.format, r.path).tracker.content_of(Path(r.path).name) for r in whole)
+    return Path(whole[-1].path) if whole and all(name is None for name in named) else None
 
 
 def _checkpoint_folders(root: Path, named: Collection[str] = ()) -> list[Path]:

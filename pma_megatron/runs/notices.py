@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pma_megatron.errors import CheckpointError
-from pma_megatron.formats import registry
 from pma_megatron.formats.base import Schedule
-from pma_megatron.runs.describe import describe
+from pma_megatron.runs.describe import common_args, describe, schedule_of
 from pma_megatron.runs.gaps import lines
 from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.runs.selection import Selection
@@ -50,10 +47,7 @@ def announce(selection: Selection) -> None:
 def too_early_notes(selection: Selection) -> list[str]:
     """A caution where averages hurt, if this rank can read the oldest checkpoint's schedule."""
     oldest = selection.refs[0]
-    schedule = Schedule()
-    with contextlib.suppress(CheckpointError, OSError):
-        schedule = registry.get(oldest.format, oldest.path).schedule(Path(oldest.path))
-    found = too_early(schedule, selection.positions) if selection.refs[1:] else None
+    found = too_early(schedule_of(oldest), selection.positions) if selection.refs[1:] else None
     return [] if found is None else [found]
 
 
@@ -66,9 +60,7 @@ def changed_settings_notes(selection: Selection) -> list[str]:
     before: tuple[CheckpointRef, Mapping[str, Any]] | None = None
     notes = []
     for ref in selection.refs:
-        args: Mapping[str, Any] = {}
-        with contextlib.suppress(CheckpointError, OSError):
-            args = registry.get(ref.format, ref.path).common(Path(ref.path))["args"]
+        args = common_args(Path(ref.path))
         if before is not None:
             changed = [
                 f"{name} from {_short(before[1][name])} to {_short(args[name])}"

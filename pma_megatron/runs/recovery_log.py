@@ -63,11 +63,6 @@ class History:
         found = [event for event in self.events if event["event"] == DETECTED]
         return tuple(Spike(int(event["number"]), int(event["onset"])) for event in found)
 
-    @property
-    def spent(self) -> bool:
-        """Whether the run gave up: its last event says so."""
-        return bool(self.events) and self.events[-1]["event"] == SPENT
-
     def attempts_from(self, newest_healthy: int) -> int:
         """Recoveries begun while this was the newest healthy checkpoint."""
         begun = (event for event in self.events if event["event"] == BEGUN)

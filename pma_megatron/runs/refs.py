@@ -20,8 +20,7 @@ class CheckpointRef:
 
     >>> ref = CheckpointRef(
     ...     path="/ckpts/run/iter_0004000", format="torch_dist", iteration=4000,
-    ...     consumed_samples=4_096_000, consumed_tokens=16_777_216_000,
-    ...     tokens_unknown_because=None, complete=True, incomplete_because=None,
+    ...     consumed_samples=4_096_000, consumed_tokens=16_777_216_000, complete=True,
     ... )
     >>> ref.describe(), ref.state, ref.holds
     ('iteration 4000 (16.78B tokens)', 'complete', 'full')
@@ -32,14 +31,14 @@ class CheckpointRef:
     """Name of the format that recognised it, for instance `torch_dist`."""
     iteration: int | None
     """None where neither name nor content carries one (a `release` directory)."""
-    consumed_samples: int | None
-    consumed_tokens: int | None
+    consumed_samples: int | None = None
+    consumed_tokens: int | None = None
     """Tokens that the weights were trained on (`consumed_tokens_of`)."""
-    tokens_unknown_because: str | None
+    tokens_unknown_because: str | None = None
     """Why `consumed_tokens` is None, to complete "tokens are unknown because ..."."""
     complete: bool
     """False while it is being written, or if a write was cut off."""
-    incomplete_because: str | None
+    incomplete_because: str | None = None
     snapshot: bool = False
     """True for a thin snapshot (main params only): a source, but not one to resume from."""
     weights_only: bool = False

@@ -97,8 +97,7 @@ def select(
     >>> refs = [
     ...     CheckpointRef(
     ...         path=f"/ckpts/run/iter_{i:07d}", format="torch_dist", iteration=i,
-    ...         consumed_samples=i, consumed_tokens=i * 1_000_000, tokens_unknown_because=None,
-    ...         complete=True, incomplete_because=None,
+    ...         consumed_samples=i, consumed_tokens=i * 1_000_000, complete=True,
     ...     )
     ...     for i in range(1000, 9000, 1000)
     ... ]

@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol, TypeVar
 
 from pma_megatron.base.spelling import among, given, in_python, named
 from pma_megatron.errors import SelectionError, UsageError
+from pma_megatron.formats.schema import is_count
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _COUNT = re.compile(r"([0-9]+(?:_[0-9]+)*(?:\.[0-9]+)?)\s*([KMBT]?)", re.IGNORECASE)
@@ -152,13 +153,13 @@ def consumed_tokens_of(args: Mapping[str, Any]) -> tuple[int | None, str | None]
         if value is None:
             what = f"its saved training arguments have no {name}"
             return None, what if args else "it holds no training arguments"
-        if not _is_count(value) or value == 0:
+        if not is_count(value) or value == 0:
             return None, (
                 f"its saved training arguments say {name} = {value!r}, not a positive integer"
             )
         sizes[name] = value
     samples, skipped = sizes["consumed_train_samples"], args.get("skipped_train_samples") or 0
-    if not _is_count(skipped):
+    if not is_count(skipped):
         return None, f"its saved training arguments say skipped_train_samples = {skipped!r}"
     if skipped and args.get("decrease_batch_size_if_needed"):
         if args.get("iterations_to_skip"):
@@ -282,7 +283,3 @@ def _tokens(ref: Counted) -> int:
 
 def _short(parameters: float) -> str:
     return format_tokens(round(parameters))
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -34,9 +34,13 @@ class Pointer:
 
 
 def read_pointers(root: Path) -> dict[str, Pointer]:
-    """By format, what the tracker of `root` says: a root may hold those of several trainers."""
+    """By format, what the tracker of `root` says: a root may hold those of several trainers.
+
+    A format whose trainers do without is not in it where there is none.
+    """
     named = ((known.name, known.tracker, known.tracker.file) for known in registry.FORMATS)
-    return {name: _read(root, tracker, file) for name, tracker, file in named if file is not None}
+    read = {name: (_read(root, t, file), t) for name, t, file in named if file is not None}
+    return {name: p for name, (p, t) in read.items() if not (p.missing and t.optional)}
 
 
 def _read(root: Path, tracker: Tracker, file: str) -> Pointer:

@@ -13,7 +13,7 @@ from pma_megatron.base.settings import described, needed, same, setting
 from pma_megatron.base.spelling import named
 from pma_megatron.errors import SelectionError, UsageError
 from pma_megatron.runs.gaps import Kind, PassedOver
-from pma_megatron.runs.refs import CheckpointRef
+from pma_megatron.runs.refs import CheckpointRef, iteration_of
 from pma_megatron.runs.selection import Selection, select
 from pma_megatron.runs.selection_request import SelectionRequest
 
@@ -108,7 +108,7 @@ class Healthy:
     @property
     def passed_over(self) -> tuple[PassedOver, ...]:
         """What is not used and lies after the oldest of those chosen, by iteration."""
-        oldest = _iteration(self.selection.refs[0])
+        oldest = iteration_of(self.selection.refs[0])
         found = [
             each.passed_over
             for each in reversed(self.rejected)
@@ -139,7 +139,7 @@ def choose_healthy(
             usable.append(ref)
         else:
             rejected.append(Rejected(ref, reason, ref.iteration in request.exclude))
-    usable.sort(key=_iteration)
+    usable.sort(key=iteration_of)
     full = [ref for ref in usable if not ref.snapshot]
     if not full:
         raise SelectionError(_nothing_left(refs, rejected, request))
@@ -151,7 +151,7 @@ def choose_healthy(
             "earlier backup"
         )
     end = full[-1 - request.further_back]
-    kept = [ref for ref in usable if _iteration(ref) <= _iteration(end)]
+    kept = [ref for ref in usable if iteration_of(ref) <= iteration_of(end)]
     rejected += [
         Rejected(
             ref,
@@ -160,7 +160,7 @@ def choose_healthy(
             else "a snapshot has no optimizer state to resume with, and no full one is newer",
         )
         for ref in usable
-        if _iteration(ref) > _iteration(end)
+        if iteration_of(ref) > iteration_of(end)
     ]
     count, notes = _count(request, kept, most)
     chosen = select(
@@ -175,7 +175,7 @@ def choose_healthy(
     return Healthy(
         selection=chosen,
         rejected=tuple(rejected),
-        newest=_iteration(full[-1]),
+        newest=iteration_of(full[-1]),
         notes=(*notes, *chosen.notes),
     )
 
@@ -230,8 +230,3 @@ def _nothing_left(
         f"no healthy full checkpoint lies before the onset at iteration {request.onset}: "
         f"{reasons or 'only snapshots, which have no optimizer state'}. {ways}"
     )
-
-
-def _iteration(ref: CheckpointRef) -> int:
-    assert ref.iteration is not None
-    return ref.iteration

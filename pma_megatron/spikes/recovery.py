@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,7 +13,7 @@ from pma_megatron.base.comm import Comm
 from pma_megatron.base.remote_paths import refuse_remote
 from pma_megatron.base.settings import declared, described, made, needed, same, setting, values
 from pma_megatron.base.spelling import FrontEnd, fields, given, hint, mistyped, named, speaking
-from pma_megatron.errors import CheckpointError, MetricsError, SelectionError, UsageError
+from pma_megatron.errors import MetricsError, SelectionError, UsageError
 from pma_megatron.formats import registry
 from pma_megatron.merging.job import Show, merge, plan, silent
 from pma_megatron.merging.policy import RESUMED_STATES, Policy
@@ -236,9 +235,9 @@ def _resume(request: RecoveryRequest, chosen: Sequence[CheckpointRef], skip: Spa
     """
     newest = chosen[-1]
     known = registry.get(newest.format, newest.path)
-    if newest.format == registry.UNIVERSAL:
+    if known.converted:
         raise SelectionError(
-            f"{newest.path} is a Universal checkpoint, converted from a run's own: a run goes on "
+            f"{newest.path} is {known.converted}, converted from a run's own: a run goes on "
             f"from those. Give the folder that training saves to{hint('load')}, or merge "
             f"iterations {', '.join(str(ref.iteration) for ref in chosen)} without a recovery"
         )
@@ -249,7 +248,7 @@ def _resume(request: RecoveryRequest, chosen: Sequence[CheckpointRef], skip: Spa
             "the models with pma merge"
         )
     args, schedule = known.common(Path(newest.path))["args"], known.schedule(Path(newest.path))
-    if newest.format == registry.DEEPSPEED and "consumed_train_samples" not in args:
+    if not known.tracker.by_flag and "consumed_train_samples" not in args:
         return resume_script(
             known.tracker.resumed(request.save),
             request.save,
@@ -269,15 +268,9 @@ def _resume(request: RecoveryRequest, chosen: Sequence[CheckpointRef], skip: Spa
 
 
 def _batch_samples(refs: Sequence[CheckpointRef]) -> int | None:
-    """Samples per iteration of a DeepSpeed run, None where its checkpoints do not agree on one."""
+    """Samples per iteration of a run, None where its checkpoints do not agree on one."""
     saved = [ref for ref in refs if ref.complete and ref.iteration]
-    if {ref.format for ref in saved} != {registry.DEEPSPEED}:
-        return None
-    sizes = set()
-    for ref in saved:
-        with contextlib.suppress(CheckpointError):  # a damaged one is refused where it is merged
-            samples = registry.get(ref.format, ref.path).schedule(Path(ref.path)).samples
-            sizes.add((samples or 0) / (ref.iteration or 1))
+    sizes = {(ref.consumed_samples or 0) / (ref.iteration or 1) for ref in saved}
     size = sizes.pop() if len(sizes) == 1 else 0.0
     return int(size) if size and size.is_integer() else None
 

@@ -53,12 +53,10 @@ def transformer_config(config: TinyConfig) -> Any:
         moe = {
             "num_moe_experts": config.num_experts,
             "moe_ffn_hidden_size": config.ffn_hidden_size,
-            "moe_router_topk": config.moe_router_topk,
             "moe_router_score_function": "sigmoid",
             "moe_router_enable_expert_bias": config.expert_bias,
             "moe_router_load_balancing_type": "none",
             "moe_token_dispatcher_type": "allgather",
-            "expert_model_parallel_size": config.expert_model_parallel_size,
             "sequence_parallel": config.tensor_model_parallel_size > 1,
         }
     interleaved = config.virtual_pipeline_model_parallel_size is not None
@@ -66,27 +64,16 @@ def transformer_config(config: TinyConfig) -> Any:
     made = functools.partial(
         call,
         MLATransformerConfig if latent else TransformerConfig,
-        num_layers=config.num_layers,
-        hidden_size=config.hidden_size,
-        ffn_hidden_size=config.ffn_hidden_size,
-        num_attention_heads=config.num_attention_heads,
-        num_query_groups=config.num_query_groups,
-        qk_layernorm=config.qk_layernorm,
-        mtp_num_layers=config.mtp_num_layers,
-        tensor_model_parallel_size=config.tensor_model_parallel_size,
-        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
+        **vars(config),  # what Megatron knows by the same name
         # With two stages a batch of sends and receives would mix up both directions.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
-        bf16=config.bf16,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         autocast_dtype=dtype,
         use_cpu_initialization=True,
         gated_linear_unit=config.swiglu,
         activation_func=functional.silu if config.swiglu else functional.gelu,
-        normalization=config.normalization,
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -123,9 +110,7 @@ def build_model(config: TinyConfig, core_config: Any) -> list[Any]:
         DistributedDataParallelConfig,
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=config.bucket_size is not None,
-        overlap_param_gather=config.overlap_param_gather,
-        use_distributed_optimizer=config.use_distributed_optimizer,
-        bucket_size=config.bucket_size,
+        **vars(config),
     )
     wrapped = [
         DistributedDataParallel(core_config, ddp_config, model, disable_bucketing=False)
@@ -224,16 +209,11 @@ def build_optimizer(config: TinyConfig, models: list[Any]) -> Any:
     optimizer_config = call(
         OptimizerConfig,
         optimizer="adam",
-        lr=config.lr,
         min_lr=0.0,
-        weight_decay=config.weight_decay,
         adam_beta2=0.95,
-        clip_grad=config.clip_grad,
-        bf16=config.bf16,
         params_dtype=torch.bfloat16 if config.bf16 else torch.float32,
-        use_distributed_optimizer=config.use_distributed_optimizer,
         use_precision_aware_optimizer=config.precision_aware_optimizer,
-        overlap_param_gather=config.overlap_param_gather,
+        **vars(config),
     )
     return get_megatron_optimizer(optimizer_config, models)
 

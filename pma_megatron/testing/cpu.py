@@ -162,7 +162,8 @@ def _module(name: str) -> Any:
     return importlib.import_module(name)
 
 
-def _constant(value: Any) -> Callable[..., Any]:
+def constant(value: Any) -> Callable[..., Any]:
+    """A function of anything that returns `value`."""
     return lambda *_args, **_kwargs: value
 
 
@@ -185,7 +186,7 @@ def _replace_cuda() -> None:
         "default_stream": _Stream(),
     }
     for name, value in constants.items():
-        setattr(cuda, name, _constant(value))
+        setattr(cuda, name, constant(value))
     for name in ("set_device", "synchronize", "empty_cache", "_lazy_init"):
         setattr(cuda, name, _nothing)
     cuda.Stream = cuda.Event = _Stream
@@ -291,7 +292,7 @@ def _replace_in_core() -> None:
         if hasattr(writer, name):
             setattr(writer, name, _results_queue)
     if hasattr(writer, "_process_memory"):  # a log line that would need psutil
-        writer._process_memory = _constant(0)
+        writer._process_memory = constant(0)
 
 
 def _norm_in_sequence_parallel(original: Any, cls: Any, config: Any, *args: Any, **kw: Any) -> Any:

@@ -158,12 +158,9 @@ def _replace_more_of_cuda() -> None:
     import torch
     from torch import distributed
 
-    def nothing(*_args: Any, **_kwargs: Any) -> None:
-        return None
+    from pma_megatron.testing import cpu
 
-    def zero(*_args: Any, **_kwargs: Any) -> int:
-        return 0
-
+    nothing, zero = cpu.constant(None), cpu.constant(0)
     cuda: Any = torch.cuda
     for name in ("set_stream", "ipc_collect", "reset_peak_memory_stats", "check_error", "cudart"):
         setattr(cuda, name, nothing)

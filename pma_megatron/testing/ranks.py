@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing import forkserver
@@ -28,6 +28,7 @@ from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 _ENV = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
 _PRELOAD = [
@@ -98,28 +99,15 @@ class Outcome:
         return f"{phrase}:\n{self.traceback}" if self.traceback else phrase
 
 
-def run_ranks(
-    fn: Callable[..., Any],
-    world_size: int,
-    *args: Any,
-    timeout_s: float = 120.0,
-    init: bool = True,
-    preloaded: bool = True,
-    **kwargs: Any,
-) -> list[Any]:
+def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, **asked: Any) -> list[Any]:
     """Call `fn(rank, world_size, *args, **kwargs)` on every rank and return the results by rank.
 
-    `fn` must be a top-level function; results travel by pickle. With `init` each rank joins a gloo
-    process group that meets in a file (on GPUs, see `cpu.DEVICE_ENV`, NCCL beside it, and each rank
-    has its own; more ranks than GPUs share them, over gloo alone, see `by_host`). The first rank to
-    fail ends the others.
-
-    Ranks are forked from a process that has imported torch and megatron-core, and end without exit
-    handlers; with `preloaded=False` each is a new interpreter that ends as any program does.
+    The first rank to fail ends the others. `asked` may hold `timeout_s`, `init` and `preloaded`,
+    see `rank_outcomes`; the rest of it is for `fn`.
 
     Raises RankFailure for the rank that failed first, RankTimeout when `timeout_s` is over.
     """
-    outcomes = _run(fn, world_size, args, kwargs, timeout_s, init, preloaded, stop_at_failure=True)
+    outcomes = rank_outcomes(fn, world_size, *args, stop_at_failure=True, **asked)
     failed = [outcome for outcome in outcomes if not outcome.ok]
     if failed:
         first = min(failed, key=lambda o: (o.timed_out, not o.signal, o.seconds))
@@ -145,32 +133,27 @@ def rank_outcomes(
     timeout_s: float = 120.0,
     init: bool = True,
     preloaded: bool = True,
+    stop_at_failure: bool = False,
     **kwargs: Any,
 ) -> list[Outcome]:
     """Like `run_ranks`, but lets every rank end by itself and reports how each one did.
 
     For tests of what the other ranks do when one dies. Ranks that are still there after
     `timeout_s` are killed and marked `timed_out`. Never raises for what a rank did.
+
+    `fn` must be a top-level function; results travel by pickle. With `init` each rank joins a gloo
+    process group that meets in a file (on GPUs, see `cpu.DEVICE_ENV`, NCCL beside it, and each rank
+    has its own; more ranks than GPUs share them, over gloo alone, see `by_host`).
+
+    Ranks are forked from a process that has imported torch and megatron-core, and end without exit
+    handlers; with `preloaded=False` each is a new interpreter that ends as any program does.
     """
-    return _run(fn, world_size, args, kwargs, timeout_s, init, preloaded, stop_at_failure=False)
-
-
-def _run(
-    fn: Callable[..., Any],
-    world_size: int,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    timeout_s: float,
-    init: bool,
-    preloaded: bool,
-    stop_at_failure: bool,
-) -> list[Outcome]:
     context = _context(preloaded)
     processes: list[BaseProcess] = []
     pipes: list[Connection] = []
     with tempfile.TemporaryDirectory(prefix="pma_ranks_") as directory:
         try:
-            with _environment():
+            with mock.patch.dict(os.environ, _ENV):
                 environment = dict(os.environ)
                 job = _Job(fn, world_size, args, kwargs, directory, timeout_s, init, environment)
                 for rank in range(world_size):
@@ -252,20 +235,6 @@ def _kill_session(process: BaseProcess) -> None:
             os.killpg(process.pid, signal.SIGKILL)
         process.kill()
         process.join()
-
-
-@contextlib.contextmanager
-def _environment() -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in _ENV}
-    os.environ.update(_ENV)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 @dataclass(frozen=True)

@@ -203,10 +203,7 @@ class TinyTrainer:
         self._microbatches = config.global_batch_size // per_step
         core_api.call(
             parallel_state.initialize_model_parallel,
-            tensor_model_parallel_size=config.tensor_model_parallel_size,
-            pipeline_model_parallel_size=config.pipeline_model_parallel_size,
-            virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
-            expert_model_parallel_size=config.expert_model_parallel_size,
+            **vars(config),
             expert_tensor_parallel_size=1 if config.num_experts else None,
         )
         destroy_num_microbatches_calculator()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ from pma_megatron.formats import registry
 from pma_megatron.formats.base import Item, Payload, StoredRecord
 from pma_megatron.formats.items import ItemFiles, refuse_other_bytes
 from pma_megatron.formats.output import Destination, Folder
+from pma_megatron.formats.source import Source
 from pma_megatron.transfer.buffers import BLOCK_ELEMENTS, BlockBuffer, as_bytes
 from pma_megatron.transfer.checksums import Checksums
 from pma_megatron.transfer.reads import Reads, Spans
@@ -65,6 +66,12 @@ class BlockReader:
         """
         for part in overlaps(box, index.touching(box)):
             self._read_part(part, out)
+
+    def values(self, box: Box, index: PieceIndex[Payload], dtype: torch.dtype) -> torch.Tensor:
+        """`box` as a new 1-D tensor of `dtype`, which is the stored one; see `read` for errors."""
+        out = torch.empty(box.numel, dtype=dtype)
+        self.read(box, index, out)
+        return out
 
     def place(self, payload: Payload, start: int) -> tuple[StoredRecord, int]:
         """The record of `payload`, and the byte of it at which element `start` lies."""
@@ -169,6 +176,25 @@ class BlockReader:
     def close(self) -> None:
         """Close the files."""
         self._files.close()
+
+
+@contextlib.contextmanager
+def readers(
+    sources: Iterable[tuple[int, Source]], reads: Mapping[int, Reads] | None = None
+) -> Iterator[dict[int, BlockReader]]:
+    """Readers of numbered sources, open in the block.
+
+    Args:
+        sources: number and source.
+        reads: number -> takes note of what is read; by default each reader has its own.
+    """
+    with contextlib.ExitStack() as stack:
+        yield {
+            number: stack.enter_context(
+                BlockReader.of(source.format, source.path, reads[number] if reads else None)
+            )
+            for number, source in sources
+        }
 
 
 class UnitReader:

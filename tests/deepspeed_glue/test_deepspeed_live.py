@@ -253,7 +253,7 @@ def refusals(rank: int, world_size: int, root: str, other: str) -> list[str]:
     attempt({}, last=9)
     attempt({}, optimizer_state="drop")
     attempt({"load_dir": other})
-    attempt({}, inject("init-plan", rank=1, action="raise"))
+    attempt({}, inject("plan", rank=1, action="raise"))
     try:
         with pma_init(trainer.engine):
             pass
@@ -285,7 +285,7 @@ def test_refused_on_every_rank_before_anything_is_touched(runs: tuple[Path, Any]
         ("9", "3"),
         ("'drop' is unknown",),
         ("saved by ZeRO-3", "ZeRO-1 or ZeRO-2"),
-        ("injected at init-plan",),
+        ("injected at plan",),
         ("was not called",),
         ("load_universal is on", "pma merge"),
         ("PipelineModule without ZeRO", "no bf16"),

@@ -15,13 +15,11 @@ from hf_models import tensors, train_and_save, train_with_trainer
 from test_snapshots import DTYPES, SAVES
 from test_snapshots import train as train_with_snapshots
 
-from conftest import DENSE, digests, folder_of
+from conftest import DENSE, folder_of
 from deepspeed_runs import Harm, load, tag, train
 from oracle import global_tensors, read_by_torch
-from pma_megatron import verify
 from pma_megatron.formats.base import MAIN_PARAM
 from pma_megatron.formats.marker import SNAPSHOTS
-from pma_megatron.formats.side_files import Fate
 from pma_megatron.runs.describe import describe
 from pma_megatron.testing import run_ranks
 from pma_megatron.testing.conformance import FormatConformance
@@ -278,6 +276,20 @@ class Models(FormatConformance):
     has_tracker = False
     counts_samples = False
     optimizer_state = "latest"
+    beside: ClassVar[Mapping[str, bool]] = {
+        "ours/rank0/sampler.bin": False,
+        "ours.json": True,
+        "adapter_config.json": False,
+        "global_step6.pth": False,
+    }
+    left = (
+        "trainer_state.json",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "training_args.bin",
+    )
+    made = ("README.md",)
     spare = (
         "generation_config.json",
         "trainer_state.json",
@@ -331,28 +343,6 @@ class Models(FormatConformance):
         for length in (0, 1 << 40, (1 << 64) - 1):
             file.write_bytes(length.to_bytes(8, "little") + data[8:])
             yield f"a header of {length} bytes"
-
-    def test_what_lies_beside_the_shards_is_carried_or_left_out(
-        self, root: Path, folders: list[Path], tmp_path: Path
-    ) -> None:
-        """Of a model goes along what opens it, and nothing of anybody else's."""
-        run, outside = tmp_path / "run", tmp_path / "outside"
-        folder = Path(shutil.copytree(folders[-1], run / folders[-1].name))
-        outside.write_text("secret")
-        kept = {"merges.txt": b"a b", "chat_template.jinja": b"{{ a }}", "ours.json": b"{}"}
-        left = ("original/consolidated.00.pth", "tf_model.h5", "optimizer.pt", ".cache/x", "leak")
-        for name, content in {**kept, **dict.fromkeys(left[:-1], b"x")}.items():
-            (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).write_bytes(content)
-        (folder / "leak").symlink_to(outside)
-        average = self._averaged(run, 1, tmp_path / "save")
-        output, notes = average.output.folder, "\n".join(average.plan.selection.notes)
-        for name, content in kept.items():
-            assert (output / name).read_bytes() == content, name
-        found = {file.name for file in average.plan.side_files if file.fate is Fate.LEFT_OUT}
-        assert set(left) <= found and not set(digests(output)) & set(left)
-        assert "left out of the result" in notes and not average.opened
-        verify(output)
 
 
 class TestModelsOfTrainer(Models):

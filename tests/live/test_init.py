@@ -311,7 +311,7 @@ def start(rank: int, world_size: int, config: TinyConfig, root: str, remove: str
     merge_into(trainer.models, trainer.optimizer, load=root, selection=SelectionRequest(last=3))
 
 
-@pytest.mark.parametrize("stage", ["init", "init-refresh"])
+@pytest.mark.parametrize("stage", ["init", "refresh"])
 def test_a_failing_rank_fails_all(stage: str, trained: Any) -> None:
     config, ranks = CASES["dense-dp2"]
     with inject(stage, rank=1, action="raise"):

@@ -54,16 +54,16 @@ def megatron(rank: int, world_size: int, root: str) -> None:
     def average() -> None:
         merge_into(trainer.models, trainer.optimizer, load=root, selection=selection)
 
-    with inject("init", rank=1, action="raise"), pytest.raises(FAILURES):
+    with inject("plan", rank=1, action="raise"), pytest.raises(FAILURES):
         average()
     assert hooks_of(chunks, holders) == untouched  # nothing was written yet
     trainer.train(1)
     for cure in (average, lambda: trainer.load(root)):
         trainer.load(root)
-        with inject("init-refresh", rank=1, action="raise"), pytest.raises(FAILURES):
+        with inject("refresh", rank=1, action="raise"), pytest.raises(FAILURES):
             average()
         text = refused(lambda: trainer.train(1))
-        assert "injected at init-refresh on rank 1" in text and "optimizer included" in text
+        assert "injected at refresh on rank 1" in text and "optimizer included" in text
         refused(lambda: trainer.optimizer.step())
         refused(lambda: trainer.models[0](None))
         with pytest.raises(CheckpointingException):
@@ -151,14 +151,14 @@ def deepspeed(rank: int, world_size: int, root: str, stage: int) -> None:
             engine.load_checkpoint(root)
 
     ways = (lambda: load_merged(engine, root, last=2), through_script)
-    with inject("init-plan", rank=1, action="raise"), pytest.raises(FAILURES):
+    with inject("plan", rank=1, action="raise"), pytest.raises(FAILURES):
         ways[0]()
     assert hooks_of([engine, engine.module], owners) == untouched
     for way in ways:
         for cure in (way, lambda: trainer.load(root)):
-            with inject("init-refresh", rank=1, action="raise"), pytest.raises(FAILURES):
+            with inject("refresh", rank=1, action="raise"), pytest.raises(FAILURES):
                 way()
-            assert "injected at init-refresh on rank 1" in refused(lambda: trainer.train(1))
+            assert "injected at refresh on rank 1" in refused(lambda: trainer.train(1))
             refused(engine.step)
             refused(lambda: engine.save_checkpoint(root))
             assert engine.load_checkpoint(f"{root}-is-not-there")[0] is None

@@ -171,9 +171,11 @@ def test_every_fault_point_is_here() -> None:
     training = {"megatron", "deepspeed", "online", "live"}
     offline = [path for path in source.rglob("*.py") if training.isdisjoint(path.parts[-2:])]
     text = "".join(path.read_text() for path in offline)
-    stages = set(re.findall(r"\bpoint\(\"(\w+)\"", text))
+    between = set(re.findall(r"\bpoint\(\"(\w+)\"", text))
+    agreed = set(re.findall(r"\.(?:agree|on_main)\(\s*\"(\w+)\"", text))
+    assert agreed >= {*EVERY_RANK}
     # Between two publications of a sweep: test_failures.
-    assert stages == {*EVERY_RANK, *MAIN_ONLY, "replace", "published"}
+    assert between == {*MAIN_ONLY, "replace", "published"}
 
 
 # Killed at a known place.

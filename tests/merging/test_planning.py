@@ -14,7 +14,7 @@ from pma_megatron import MergePlan, MergeRequest, Method, Policy, SelectionReque
 from pma_megatron.merging import tasks
 from pma_megatron.merging.engine import over_threads
 from pma_megatron.merging.rate import read_rate
-from pma_megatron.merging.tasks import Average, Fill, Unit, share
+from pma_megatron.merging.tasks import Average, Fill, FillUnit, Unit, share
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 LAYOUTS = (
@@ -82,7 +82,7 @@ def written(unit: Unit) -> list[tuple[str, int, int]]:
         size = task.place.dtype.itemsize
         start = task.place.start + (task.start + unit.first) * size
         return [(task.place.file, start, unit.count * size)]
-    assert isinstance(task, Average) and unit.box is not None
+    assert isinstance(task, Average)
     found = []
     for piece in task.targets.touching(unit.box):
         place, strides, step = piece.payload, [], 1
@@ -125,12 +125,12 @@ def test_units_are_cut_by_the_task_alone_and_shared_without_a_rest(
 
 def test_every_unit_is_done_once_and_the_first_error_ends_all() -> None:
     task = dataclasses.make_dataclass("Nothing", [])()
-    every = [Unit(task, None, None, number, 1, 1) for number in range(50)]
+    every = [FillUnit(task, number, 1, 1) for number in range(50)]
     done: list[int] = []
     over_threads(every, 4, lambda unit, space: done.append(unit.first), object)
     assert sorted(done) == list(range(50))
 
-    def fails(unit: Unit, space: object) -> None:
+    def fails(unit: FillUnit, space: object) -> None:
         done.append(unit.first)
         if unit.first == 7:
             raise ValueError("seven")

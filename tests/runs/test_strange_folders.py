@@ -77,17 +77,17 @@ def test_one_checkpoint_where_its_run_is_wanted(
 
 
 def test_formats_that_are_not_read(capsys: pytest.CaptureFixture[str], run: Path) -> None:
-    legacy, dcp = folder_of(run, 10), folder_of(run, 12)
+    legacy, zarr = folder_of(run, 10), folder_of(run, 12)
     (legacy / "mp_rank_00").mkdir(parents=True)
     (legacy / "mp_rank_00" / "model_optim_rng.pt").write_bytes(b"x")
-    dcp.mkdir()
-    (dcp / "metadata.json").write_text('{"sharded_backend": "fsdp_dtensor"}')
+    zarr.mkdir()
+    (zarr / "metadata.json").write_text('{"sharded_backend": "zarr"}')
     assert main(["list", str(run)]) == 0
     shown = capsys.readouterr().out
     assert shown.count("NOT supported") == 2 and "NOT complete" not in shown
     reasons = {ref.iteration: str(ref.incomplete_because) for ref in list_checkpoints(run)}
     assert "--ckpt-convert-format torch_dist" in reasons[10]
-    assert "--ckpt-format torch_dist, without FSDP" in reasons[12]
+    assert "Megatron before core 0.16 converts it" in reasons[12]
     code, error = told(capsys, "inspect", legacy)
     assert code == 1 and "torch (legacy)" in error and "--ckpt-convert-save" in error
 

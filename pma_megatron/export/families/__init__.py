@@ -17,7 +17,7 @@ from pma_megatron.export.families.blocks import Layout
 from pma_megatron.export.families.config import Config, told
 from pma_megatron.export.families.placing import placed, shapes_of
 from pma_megatron.export.families.trained import Arguments, Trained, compare, vocabulary
-from pma_megatron.export.tensors import ExportMap, ExportTensor
+from pma_megatron.export.tensors import ExportMap
 
 
 class Family(Protocol):
@@ -130,12 +130,3 @@ def model_shapes(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ..
     """
     checked = Config(config)
     return shapes_of(KNOWN[checked.model_type].layout(checked))
-
-
-def tensors_of(
-    config: Mapping[str, Any],
-    weights: Mapping[str, tuple[int, ...]],
-    arguments: Mapping[str, Any] | None = None,
-) -> tuple[ExportTensor, ...]:
-    """The tensors of `export_map`, for those who need no notes."""
-    return export_map(config, weights, arguments).tensors

@@ -69,4 +69,5 @@ UNIVERSAL = Format(
     folder_name=lambda path, iteration: Path(path).name,
     own_names=True,
     items=lambda path: universal.UniversalCheckpoint(path).items(),
+    converted="a Universal checkpoint",
 )
