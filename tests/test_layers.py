@@ -137,7 +137,8 @@ INSIDE = {
         forecast
     """,
     "spikes": """
-        healthy readers settings
+        consoles healthy settings textfiles
+        readers
         detector metrics relaunch
         recovery
     """,

@@ -47,14 +47,19 @@ class RecoveryRequest:
     save: str = field(
         metadata=needed("a new folder, for the merge and the run as it goes on", metavar="DIR")
     )
-    metrics: str | None = setting(
-        None, "the run's log, TensorBoard file or folder, CSV or JSONL", metavar="PATH"
+    metrics: tuple[str, ...] | None = setting(
+        None,
+        "the run's log, TensorBoard file or folder, CSV, JSONL or trainer_state.json; several are "
+        "parts of one run, in the order in which they were written",
+        metavar="PATH",
     )
     onset: int | None = setting(
         None, "or the first iteration that was off, where it is known", metavar="I"
     )
     loss: str | None = setting(
-        None, "column, key or tag of the loss in the metrics, if unusual", metavar="NAME"
+        None,
+        "column, key or tag of the loss in the metrics, if unusual; or one of several runs in them",
+        metavar="NAME",
     )
     grad_norm: str | None = setting(None, "the same of the gradient norm", metavar="NAME")
     spike: SpikeSettings = field(default_factory=SpikeSettings)
@@ -90,8 +95,11 @@ class RecoveryRequest:
     overwrite: bool = setting(False, "replace an earlier recovery in the same folder")
 
     def __post_init__(self) -> None:
-        for name in ("load", "save", "metrics"):
+        if isinstance(self.metrics, str | Path):
+            object.__setattr__(self, "metrics", (str(self.metrics),))
+        for name in ("load", "save"):
             refuse_remote(name, getattr(self, name))
+        refuse_remote("metrics", *(self.metrics or ()))
         if (self.metrics is None) == (self.onset is None):
             raise UsageError(
                 f"say where the run went wrong: {given('metrics', 'FILE')} (its log, TensorBoard "
