@@ -14,6 +14,7 @@ FOLDERS = [
     ["formats"],
     ["formats.torch_dist", "formats.deepspeed"],
     ["formats.registry"],
+    ["formats.trainers"],
     ["runs", "transfer", "export.tensors"],
     ["export.families"],
     ["export"],
@@ -64,6 +65,11 @@ INSIDE = {
         source universal_output
         universal_source
         format
+    """,
+    "formats.trainers": """
+        trainer
+        hugging_face nvidia
+        saves
     """,
     "runs": """
         folders recovery_log tokens trackers

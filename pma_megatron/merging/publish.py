@@ -24,7 +24,7 @@ from pma_megatron.errors import PublishError
 from pma_megatron.formats import registry
 from pma_megatron.formats.marker import MARKER_FILE
 from pma_megatron.formats.output import Folder
-from pma_megatron.merging.leftovers import Target, locked, removed, restored
+from pma_megatron.merging.leftovers import Target, locked, point_to, removed, restored
 from pma_megatron.merging.planning import MergePlan
 
 __all__ = ["Target", "locked"]
@@ -67,7 +67,7 @@ def publish(plan: MergePlan, target: Target) -> None:
         PublishError: a rename failed; a checkpoint that was to be replaced is still there.
     """
     known = registry.get(plan.sources[-1].format, plan.sources[-1].path).tracker
-    tracked = target.folder is Folder.CHECKPOINT
+    tracked = target.folder is Folder.CHECKPOINT and not plan.save.inside
     try:
         with shielded():
             if tracked:
@@ -77,8 +77,7 @@ def publish(plan: MergePlan, target: Target) -> None:
             _rename(target)
             if tracked:
                 point("tracker", 0)
-                target.tracker.replace(target.root / known.file)
-                sync(target.root)
+                point_to(target)
     except OSError as error:
         raise PublishError(
             f"cannot publish {target.final}: {error.strerror}. Free space or choose another "

@@ -16,6 +16,13 @@ from pma_megatron.formats import registry
 from pma_megatron.formats.base import Incomplete
 from pma_megatron.formats.marker import SNAPSHOTS, read_snapshot_marker
 from pma_megatron.formats.schema import is_count
+from pma_megatron.formats.trainers.saves import (
+    checkpoint_in,
+    common_of,
+    save_of,
+    saved_below,
+    unfinished,
+)
 from pma_megatron.runs import recovery_log
 from pma_megatron.runs.folders import ITERATION, is_checkpoint, what_is
 from pma_megatron.runs.refs import CheckpointRef
@@ -40,8 +47,9 @@ def list_checkpoints(
     Thin snapshots below it (`pma_snapshots`) count too. Where a snapshot and a full checkpoint have
     one iteration, the full one is listed, unless it alone is incomplete.
 
-    Hugging Face's Trainer and Accelerate give every tag of DeepSpeed a root of its own: where
-    `root` holds no checkpoint but folders `checkpoint-N`, the tags in those are listed.
+    Some trainers save a folder around each checkpoint (`formats.trainers`): the checkpoints in
+    those are listed. Where `root` holds no checkpoint but folders `checkpoint-N`, so are the tags
+    of DeepSpeed in those.
 
     Args:
         root: the folder given to Megatron's --save or DeepSpeed's save_checkpoint, Trainer's
@@ -57,8 +65,9 @@ def list_checkpoints(
     root = Path(root)
     if not is_folder(root):
         raise SelectionError(what_is(root))
-    if is_checkpoint(root):
-        return [describe(root, _history(root.parent, problem))]
+    alone = root if is_checkpoint(root) else checkpoint_in(root)
+    if alone is not None:
+        return [describe(alone, _history(root.parent, problem))]
     history = _history(root, problem)
     pointers = read_pointers(root)
     folders = _checkpoint_folders(root, _tags_named(pointers))
@@ -69,8 +78,8 @@ def list_checkpoints(
             thin = describe(folder, history)
             if full is None or thin.complete:
                 refs[folder.name] = thin
-    if not refs:
-        refs = {str(folder): describe(folder, history) for folder in _tags_with_own_roots(root)}
+    around = dict.fromkeys([*saved_below(root), *(() if refs else _tags_with_own_roots(root))])
+    refs |= {str(folder): describe(folder, history) for folder in around}
     ordered = sorted(
         refs.values(), key=lambda ref: (ref.iteration is None, ref.iteration or 0, ref.path)
     )
@@ -185,7 +194,12 @@ def _described(folder: Path, history: recovery_log.History | None) -> Checkpoint
         reason = known.completeness(folder)
         if reason is not None:
             return _incomplete(folder, name, iteration, reason, snapshot=snapshot)
-        common = known.common(folder)
+        common = common_of(folder, known)
+        if iteration is None and folder.name != "release" and is_count(common["iteration"]):
+            iteration = common["iteration"]
+        busy = unfinished(folder, known)
+        if busy is not None:
+            return _incomplete(folder, name, iteration, Incomplete(busy, unfinished=True))
         args = common["args"]
         wrong = _wrong_iteration(iteration, common["iteration"])
         if wrong is None and marker is not None:
@@ -210,6 +224,7 @@ def _described(folder: Path, history: recovery_log.History | None) -> Checkpoint
         unhealthy_because=doubt.reason if doubt else None,
         judged=doubt is None or doubt.judged,
         warning=known.written_after(folder),
+        saved_in=_saved_in(folder, name),
     )
 
 
@@ -227,7 +242,13 @@ def _incomplete(
         incomplete_because=why.reason,
         snapshot=snapshot,
         writing=why.unfinished,
+        saved_in=_saved_in(folder, name),
     )
+
+
+def _saved_in(folder: Path, name: str) -> str | None:
+    save = save_of(folder, name)
+    return str(save.folder) if save.inside else None
 
 
 def _may_be_begun(folder: Path) -> bool:
@@ -240,7 +261,7 @@ def _may_be_begun(folder: Path) -> bool:
 def common_args(folder: Path) -> dict[str, Any]:
     """Megatron's arguments in a checkpoint; {} where there is none or it cannot be read."""
     try:
-        found = registry.get(registry.detect(folder), str(folder)).common(folder)["args"]
+        found = common_of(folder, registry.get(registry.detect(folder), str(folder)))["args"]
     except (CheckpointError, OSError):
         return {}
     return dict(found)
@@ -286,7 +307,8 @@ def choose(
     selection = select(refs, request, resumed)
     if request.iterations is None and request.paths is None:
         _refuse_mixed(selection.refs)
-    own_root = _OWN_ROOT.match(Path(selection.refs[-1].path).parent.name)
+    newest = selection.refs[-1]
+    own_root = newest.saved_in or _OWN_ROOT.match(Path(newest.path).parent.name)
     if pointer is None or pointer.problem is None or own_root:
         return selection
     note = (
@@ -350,7 +372,8 @@ def pointers_of(root: str | Path) -> dict[str, Pointer] | None:
 
 def _refuse_one_checkpoint(root: Path, request: SelectionRequest) -> None:
     """A checkpoint's folder where the run's is wanted."""
-    if request.paths is None and request.last != 1 and is_checkpoint(root):
+    alone = is_checkpoint(root) or checkpoint_in(root) is not None
+    if request.paths is None and request.last != 1 and alone:
         end = iteration_of(root)
         up_to = "" if end is None else f", with {given('end_iteration', end)} to end there"
         raise SelectionError(

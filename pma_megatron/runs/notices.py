@@ -11,7 +11,7 @@ from typing import Any
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats import registry
 from pma_megatron.formats.base import Schedule
-from pma_megatron.runs.discover import describe
+from pma_megatron.runs.discover import common_args, describe
 from pma_megatron.runs.gaps import lines
 from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.runs.selection import Selection
@@ -68,7 +68,7 @@ def changed_settings_notes(selection: Selection) -> list[str]:
     for ref in selection.refs:
         args: Mapping[str, Any] = {}
         with contextlib.suppress(CheckpointError, OSError):
-            args = registry.get(ref.format, ref.path).common(Path(ref.path))["args"]
+            args = common_args(Path(ref.path))
         if before is not None:
             changed = [
                 f"{name} from {_short(before[1][name])} to {_short(args[name])}"

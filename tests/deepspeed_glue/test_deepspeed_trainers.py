@@ -13,8 +13,10 @@ import torch
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 
+from conftest import digests
 from deepspeed_runs import check_masters, merge_run, records, tag, train
-from pma_megatron import list_checkpoints
+from pma_megatron import list_checkpoints, verify
+from pma_megatron.merging.report import how_to_resume
 from pma_megatron.testing import run_ranks
 from pma_megatron.testing.tiny_deepspeed import DeepSpeedConfig
 
@@ -107,12 +109,19 @@ def trainer_on(rank: int, world_size: int, out: str, stage: int, **settings: Any
 def test_hugging_face_trainer_resumes_from_the_average(tmp_path: Path, stage: int) -> None:
     pytest.importorskip("transformers", reason="transformers is not installed")
     pytest.importorskip("accelerate", reason="accelerate is not installed")
-    out, merged = tmp_path / "out", tmp_path / "merged" / "checkpoint-6"
+    out = tmp_path / "out"
     held = run_ranks(trainer_on, 2, str(out), stage, max_steps=6, timeout_s=280)[0][0][1:]
-    merge_run(out, merged)
-    for pattern in ("trainer_state.json", "rng_state_*.pth"):  # what docs/deepspeed.md copies
-        for file in (out / "checkpoint-6").glob(pattern):
-            shutil.copy(file, merged)
+    whole = digests(out)
+    merged = merge_run(out, tmp_path / "merged")
+    assert merged == tmp_path / "merged" / "checkpoint-6" and digests(out) == whole
+    theirs = {p.name for p in (out / "checkpoint-6").iterdir()}
+    ours = {p.name for p in merged.iterdir()}
+    stale = {name for name in theirs if name.startswith("model") or "pytorch_model" in name}
+    assert (stage == 3) is not bool(stale), "ZeRO-2 saves the model's weights beside the tag"
+    assert ours == theirs - stale | {"pma.json", "pma.json.sha256"}
+    assert (merged / "latest").read_text() == "global_step6"
+    assert how_to_resume(merged) == f'trainer.train(resume_from_checkpoint="{merged}")'
+    verify(tmp_path / "merged")
     again = str(tmp_path / "again")
     (before, *_), step = run_ranks(
         trainer_on, 2, again, stage, resume=str(merged), max_steps=8, seed=1, timeout_s=280

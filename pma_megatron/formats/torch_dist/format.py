@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pma_megatron.formats.contract import Common, Format, Tracker
 from pma_megatron.formats.output import Changes, OutputLayout
+from pma_megatron.formats.schema import is_count
 from pma_megatron.formats.side_files import Fate, SideRule
 from pma_megatron.formats.torch_dist.checkpoint import FORMAT_NAME, TorchDistCheckpoint
 from pma_megatron.formats.torch_dist.completeness import completeness, written_after
@@ -24,8 +25,9 @@ def _common(path: Path) -> Common:
     checkpoint = TorchDistCheckpoint(path)
     keys = (*checkpoint.tensors, *checkpoint.objects)
     weights_only = "optimizer" not in checkpoint.common and not any(map(is_optimizer_key, keys))
+    steps = checkpoint.common.get("global_step")  # of Lightning, which writes no iteration
     return {
-        "iteration": checkpoint.common.get("iteration"),
+        "iteration": checkpoint.common.get("iteration", steps if is_count(steps) else None),
         "args": dict(checkpoint.args()),
         "weights_only": weights_only,
     }
