@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-_CONSTANT, _MERGED, _ANNEALED = "#5b6573", "#d1495b", "#2a7f9e"
+_CONSTANT, _MERGED, _ANNEALED, _WEIGHTED = "#5b6573", "#d1495b", "#2a7f9e", "#6a2c8c"
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
@@ -18,10 +19,6 @@ def plot(result: dict[str, Any], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(9, 5.2), constrained_layout=True)
     per_iteration = result["tokens_per_iteration"] / 1e3
     window = result["window"]
-
-    def line(curve: list[tuple[int, float]], **style: Any) -> None:
-        axes.plot([i * per_iteration for i, _ in curve], [loss for _, loss in curve], **style)
-
     axes.axvspan(
         window[0] * per_iteration,
         window[-1] * per_iteration,
@@ -30,57 +27,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
         lw=0,
         label=f"merge window: {len(window)} checkpoints",
     )
-    line(
-        result["curve"], color=_CONSTANT, lw=1.6, marker="o", ms=3.5, label="constant learning rate"
-    )
-    line(
-        result["continued"]["newest"],
-        color=_CONSTANT,
-        lw=1.6,
-        ls="--",
-        marker="o",
-        ms=3.5,
-        mfc="white",
-        label="... continued from the newest checkpoint",
-    )
-    line(
-        result["annealed"],
-        color=_ANNEALED,
-        lw=1.6,
-        marker="s",
-        ms=3.5,
-        label="annealing run (rate to 0 over the window)",
-    )
-    line(
-        result["sma_along"],
-        color=_MERGED,
-        lw=1.0,
-        ls=":",
-        marker="D",
-        ms=6,
-        label=f"merged: SMA of the last {len(window)}, and at earlier points",
-    )
-    line(
-        result["continued"]["sma"],
-        color=_MERGED,
-        lw=1.6,
-        ls="--",
-        marker="o",
-        ms=3.5,
-        mfc="white",
-        markevery=slice(1, None),
-        label="PMA-init: continued from the merge",
-    )
-    axes.plot(
-        window[-1] * per_iteration,
-        result["losses"]["wma"],
-        "^",
-        ms=9,
-        mfc="none",
-        mew=1.6,
-        color="#6a2c8c",
-        label=f"merged: WMA of the last {len(window)}",
-    )
+    for curve, style in _curves(result):
+        axes.plot([i * per_iteration for i, _ in curve], [loss for _, loss in curve], **style)
     axes.set_title("Held-out loss of a tiny MoE GPT: constant rate, merged, annealed", loc="left")
     axes.set_xlabel("training tokens (thousands)")
     axes.set_ylabel("held-out loss (nats per byte)")
@@ -89,3 +37,22 @@ def plot(result: dict[str, Any], path: Path) -> None:
     axes.legend(frameon=False, fontsize=9)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+
+
+def _curves(result: dict[str, Any]) -> Iterator[tuple[list[tuple[int, float]], dict[str, Any]]]:
+    """(iteration, loss) of each curve, and how it is drawn, in the order of the legend."""
+    window, continued = result["window"], result["continued"]
+    run = {"color": _CONSTANT, "lw": 1.6, "marker": "o", "ms": 3.5}
+    hollow = {**run, "ls": "--", "mfc": "white"}
+    yield result["curve"], dict(run, label="constant learning rate")
+    yield continued["newest"], dict(hollow, label="... continued from the newest checkpoint")
+    annealed = "annealing run (rate to 0 over the window)"
+    yield result["annealed"], dict(run, color=_ANNEALED, marker="s", label=annealed)
+    merged = f"merged: SMA of the last {len(window)}, and at earlier points"
+    dotted = {"color": _MERGED, "lw": 1.0, "ls": ":", "marker": "D", "ms": 6}
+    yield result["sma_along"], dict(dotted, label=merged)
+    init = "PMA-init: continued from the merge"
+    yield continued["sma"], dict(hollow, color=_MERGED, markevery=slice(1, None), label=init)
+    triangle = {"color": _WEIGHTED, "ls": "", "marker": "^", "ms": 9, "mfc": "none", "mew": 1.6}
+    weighted = f"merged: WMA of the last {len(window)}"
+    yield [(window[-1], result["losses"]["wma"])], dict(triangle, label=weighted)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pma_megatron.merging.request import MergeRequest, Method
     from pma_megatron.runs.discover import list_checkpoints
     from pma_megatron.runs.refs import CheckpointRef
-    from pma_megatron.runs.selection import SelectionRequest
+    from pma_megatron.runs.selection_request import SelectionRequest
     from pma_megatron.spikes.recovery import RecoveryRequest, recover
 
 _HOMES = {
@@ -37,7 +37,7 @@ _HOMES = {
     "PmaError": ("errors", "PmaError"),
     "Policy": ("merging.policy", "Policy"),
     "RecoveryRequest": ("spikes.recovery", "RecoveryRequest"),
-    "SelectionRequest": ("runs.selection", "SelectionRequest"),
+    "SelectionRequest": ("runs.selection_request", "SelectionRequest"),
     "export_model": ("merging.export_job", "export_model"),
     "inspect": ("merging.inspection", "inspect"),
     "list_checkpoints": ("runs.discover", "list_checkpoints"),

@@ -8,7 +8,8 @@ import pytest
 
 from pma_megatron.errors import SelectionError
 from pma_megatron.runs.refs import CheckpointRef
-from pma_megatron.runs.selection import SelectionRequest, select
+from pma_megatron.runs.selection import select
+from pma_megatron.runs.selection_request import SelectionRequest
 
 B = 10**9
 SEQ = 4096

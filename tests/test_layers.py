@@ -33,7 +33,7 @@ FOLDERS = [
 INSIDE = {
     "base": """
         boxes durable durations faults log memory openfiles processes sizes spelling stopping
-        locations presence settings
+        presence remote_paths settings
         comm
     """,
     "formats": """
@@ -74,7 +74,7 @@ INSIDE = {
     "runs": """
         folders recovery_log tokens trackers
         refs
-        gaps spacing
+        describe gaps selection_request spacing
         selection
         discover
         notices
@@ -84,18 +84,18 @@ INSIDE = {
         blocks
     """,
     "identity": """
-        samples stands
+        consumed_samples samples
         copies lineage rounded
         proof
     """,
     "merging": """
-        coefficients intact locks policy tasks tolerance
+        coefficients folder_checksums locks policy tasks tolerance
         agreement request sums
         accumulate
         engine finding rules
         exporting
         planning
-        integrity leftovers rate verification
+        leftovers rate source_checksums verification
         publish targets
         carrying exported finishing recompute report
         provenance
@@ -123,7 +123,7 @@ INSIDE = {
     """,
     "scores": """
         grid
-        scores
+        results
         cautions
         forecast
     """,
@@ -140,11 +140,11 @@ INSIDE = {
         average
     """,
     "megatron": """
-        installing options params trees
+        params settings tree_functions trees
         checks evaluate replicas thin
         flags load rollback shard swap
-        decorating init online recover score session
-        contour curvature decorators save scoring watch
+        init online recover score session tree_decorators
+        contour curvature decorators evaluate_grid save watch
         hooks install
     """,
     "deepspeed": """
@@ -159,7 +159,7 @@ INSIDE = {
     """,
     "cli": """
         charts landscape progress streams tables verbs
-        commands recover scoring
+        commands recover score_grid
         evaluate forecast geometry
         flags
     """,

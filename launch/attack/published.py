@@ -29,7 +29,7 @@ from pma_megatron.megatron.params import live_tensors, stepping
 from pma_megatron.megatron.save import note_origin
 from pma_megatron.megatron.shard import MegatronShard
 from pma_megatron.megatron.thin import ThinSnapshots
-from pma_megatron.merging import intact
+from pma_megatron.merging import folder_checksums
 from pma_megatron.merging.inspection import look
 from pma_megatron.online.hostcopy import HostCopy
 from pma_megatron.online.snapshots import SNAPSHOTS
@@ -45,7 +45,7 @@ TRAINED: dict[str, TinyConfig] = {
 }
 END = SAVES * EVERY
 FOUND, CALLED_RIGHT, TRACEBACK = "found", "called right", "traceback"
-intact._SMALL_BYTES = 1024  # in every rank: what a large shard would be treated like
+folder_checksums._SMALL_BYTES = 1024  # in every rank: what a large shard would be treated like
 
 
 def train_megatron(rank: int, world_size: int, roots: Mapping[str, str]) -> None:

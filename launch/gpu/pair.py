@@ -58,7 +58,7 @@ def megatron(
     from gpu import core
     from pma_megatron.megatron.load import merge_into
     from pma_megatron.megatron.online import OnlineAverage
-    from pma_megatron.runs.selection import SelectionRequest
+    from pma_megatron.runs.selection_request import SelectionRequest
     from pma_megatron.testing import TinyTrainer
 
     root, merged = Path(folder) / "run", Path(folder) / "merged"

@@ -57,7 +57,7 @@ def _main(given: list[str], rank: int) -> int:
 
 def _run(given: list[str], rank: int) -> int:
     from pma_megatron.base import log
-    from pma_megatron.base.locations import refuse_remote_values
+    from pma_megatron.base.remote_paths import refuse_remote_values
     from pma_megatron.base.spelling import speaking
     from pma_megatron.cli.flags import parser
     from pma_megatron.cli.verbs import front_end

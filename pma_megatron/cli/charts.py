@@ -9,7 +9,7 @@ from typing import Any
 from pma_megatron.runs.tokens import format_tokens
 from pma_megatron.scores.forecast import Forecast
 from pma_megatron.scores.grid import UNMERGED
-from pma_megatron.scores.scores import Score, Scores
+from pma_megatron.scores.results import Score, Scores
 
 _UNMERGED = "#5b6573"
 _TOKENS = "training tokens"

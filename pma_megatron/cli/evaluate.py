@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 
 from pma_megatron.cli import charts, tables
-from pma_megatron.cli.scoring import add_scoring, refuse_unwritable, score, write_json
+from pma_megatron.cli.score_grid import add_scoring, refuse_unwritable, score, write_json
 from pma_megatron.cli.verbs import new_verb, show_result
 from pma_megatron.runs.tokens import format_tokens
 from pma_megatron.scores.grid import UNMERGED, Skipped
-from pma_megatron.scores.scores import Score, Scores
+from pma_megatron.scores.results import Score, Scores
 
 _EXAMPLES = """
   torchrun --nproc-per-node 8 -m pma_megatron evaluate --load /ckpts/run --ends every:4 \\

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pma_megatron.base.settings import add_flags, setting
 from pma_megatron.cli import charts, tables
-from pma_megatron.cli.scoring import add_scoring, grid_of, refuse_unwritable, score, write_json
+from pma_megatron.cli.score_grid import add_scoring, grid_of, refuse_unwritable, score, write_json
 from pma_megatron.cli.verbs import file_path, new_verb, show_result
 from pma_megatron.errors import UsageError
 from pma_megatron.formats import registry
@@ -17,10 +17,10 @@ from pma_megatron.megatron.score import scored_refs
 from pma_megatron.runs.discover import choose, list_checkpoints, pointers_of
 from pma_megatron.runs.notices import announce
 from pma_megatron.runs.refs import CheckpointRef
-from pma_megatron.runs.selection import SelectionRequest
+from pma_megatron.runs.selection_request import SelectionRequest
 from pma_megatron.runs.tokens import format_tokens
 from pma_megatron.scores.forecast import Agreement, Annealed, Forecast, Series, forecast
-from pma_megatron.scores.scores import Scores, read_scores
+from pma_megatron.scores.results import Scores, read_scores
 
 _EXAMPLES = """
   torchrun --nproc-per-node 8 -m pma_megatron forecast --load /ckpts/run --ends every:4 \\

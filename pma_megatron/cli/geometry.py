@@ -16,7 +16,7 @@ from pma_megatron.base.settings import add_flags, made, setting
 from pma_megatron.base.spelling import listing
 from pma_megatron.cli import landscape, tables
 from pma_megatron.cli.progress import show
-from pma_megatron.cli.scoring import Scorer, provider_of, refuse_unwritable, write_json
+from pma_megatron.cli.score_grid import Scorer, provider_of, refuse_unwritable, write_json
 from pma_megatron.cli.verbs import Files, OnRanks, add_selection, new_verb, root_of, show_result
 from pma_megatron.errors import UsageError
 from pma_megatron.geometry.gram import Measured, measure

@@ -17,7 +17,7 @@ from pma_megatron.base.settings import add_flags, setting
 from pma_megatron.base.spelling import FrontEnd
 from pma_megatron.errors import UsageError
 from pma_megatron.merging.request import MergeRequest
-from pma_megatron.runs.selection import SelectionRequest
+from pma_megatron.runs.selection_request import SelectionRequest
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

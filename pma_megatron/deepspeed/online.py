@@ -28,7 +28,8 @@ from typing import Any
 import torch.distributed as dist
 
 from pma_megatron.base.comm import Comm
-from pma_megatron.base.locations import refuse_remote
+from pma_megatron.base.openfiles import folders_in, is_folder
+from pma_megatron.base.remote_paths import refuse_remote
 from pma_megatron.base.spelling import named, speaking
 from pma_megatron.deepspeed.shard import EngineShard
 from pma_megatron.deepspeed.swap import averaged_state, weights
@@ -260,8 +261,7 @@ def _refuse_background(engine: Any) -> None:
 
 
 def _refuse_other_tags(root: Path) -> None:
-    folders = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
-    for folder in folders:
+    for folder in sorted(folders_in(root)) if is_folder(root) else ():
         if registry.detect(folder) == registry.DEEPSPEED and not (folder / MARKER_FILE).is_file():
             raise PublishError(
                 f"{folder} is a tag that is not an average (it has no {MARKER_FILE}): an average "

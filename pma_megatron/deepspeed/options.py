@@ -8,12 +8,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from pma_megatron.base.locations import refuse_remote
+from pma_megatron.base.remote_paths import refuse_remote
 from pma_megatron.base.settings import DEEPSPEED, Declared, declared, made
 from pma_megatron.base.spelling import FrontEnd, keywords
 from pma_megatron.live.load import Live, live_request
 from pma_megatron.merging.request import MergeRequest, Method
-from pma_megatron.runs.selection import SelectionRequest
+from pma_megatron.runs.selection_request import SelectionRequest
 
 KEYWORDS: Mapping[str, Declared] = MappingProxyType(
     {

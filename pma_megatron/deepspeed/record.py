@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pma_megatron.base.openfiles import is_folder
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats import registry
 from pma_megatron.formats.deepspeed.checkpoint import DeepSpeedCheckpoint
@@ -30,7 +31,7 @@ def resumed_tag(load: Path, tag: str | None) -> Path | None:
     if tag is None:
         folder = read_pointers(load)[registry.DEEPSPEED].folder
         return None if folder is None else load / folder
-    if not (load / tag).is_dir():
+    if not is_folder(load / tag):
         raise CheckpointError(f"{load} has no tag {tag}: name one that is there, or none")
     return load / tag
 

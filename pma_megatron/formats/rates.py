@@ -12,6 +12,9 @@ from typing import Any
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.base import Schedule
 
+LEARNING_RATE = "pma_learning_rate"
+"""In the arguments that a snapshot stores: the rate that training went on with, which is nowhere
+else without an optimizer."""
 _FLAGS = ("lr", "min_lr", "decoupled_lr", "decoupled_min_lr", "lr_warmup_init")
 _GROUPS = "param_groups"
 _OF_GROUP = ("lr", "max_lr", "min_lr", "initial_lr")

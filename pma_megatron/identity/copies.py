@@ -92,7 +92,7 @@ def refuse_copies(contents: Sequence[Contents], rate_of: Callable[[int], float |
         same = [f for f, places in newer.trained.items() if _same(places, older.trained.get(f))]
         if same and not _has_moments(newer, same) and rate_of(a) == 0.0:
             continue  # main params rest while the learning rate is zero
-        if not same and newer.weights:
+        if not same and newer.weights and rate_of(a) != 0.0:
             same = _same_weights(contents, older, newer)
         if same:
             raise _copied(older, newer, same)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from pma_megatron.errors import CheckpointError, PlanError
 from pma_megatron.formats.source import Source
+from pma_megatron.identity.consumed_samples import refuse_contradictions
 from pma_megatron.identity.copies import Contents, contents_of, refuse_copies
 from pma_megatron.identity.lineage import (
     SampledBox,
@@ -19,7 +20,6 @@ from pma_megatron.identity.lineage import (
     values_at,
 )
 from pma_megatron.identity.rounded import refuse_foreign_weights
-from pma_megatron.identity.stands import refuse_contradictions
 from pma_megatron.runs.refs import CheckpointRef
 
 

@@ -20,12 +20,12 @@ from pma_megatron.base.spelling import FrontEnd, fields
 from pma_megatron.live.plan import LivePlan, LiveWriter
 from pma_megatron.live.poison import Trainer, cure, poisoned_on_failure
 from pma_megatron.merging import engine, sums
-from pma_megatron.merging.integrity import Compared, checked
 from pma_megatron.merging.policy import RESUMED_STATES, Policy
 from pma_megatron.merging.request import MergeRequest, Method
+from pma_megatron.merging.source_checksums import Compared, checked
 from pma_megatron.merging.tasks import Unit
 from pma_megatron.runs.gaps import PassedOver
-from pma_megatron.runs.selection import SelectionRequest
+from pma_megatron.runs.selection_request import SelectionRequest
 from pma_megatron.transfer.reads import Reads
 
 

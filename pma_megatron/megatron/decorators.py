@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pma_megatron.megatron import flags
-from pma_megatron.megatron.decorating import Decorators, Function, finished, is_decorated
+from pma_megatron.megatron.tree_decorators import Decorators, Function, finished, is_decorated
 
 __all__ = [
     "arguments",

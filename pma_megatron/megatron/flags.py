@@ -14,7 +14,7 @@ from pma_megatron.base.settings import MEGATRON_DEEPSPEED, argument
 from pma_megatron.base.spelling import as_flag, speaking
 from pma_megatron.errors import UsageError
 from pma_megatron.megatron import checks
-from pma_megatron.megatron.options import BY_NAME, FLAGS, NAMES, USED_BY, Settings, given, settings
+from pma_megatron.megatron.settings import BY_NAME, FLAGS, NAMES, USED_BY, Settings, given, settings
 
 __all__ = [
     "Settings",

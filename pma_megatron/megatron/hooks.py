@@ -19,13 +19,12 @@ from pma_megatron.base.comm import Comm
 from pma_megatron.base.log import say
 from pma_megatron.live.poison import refuse_poisoned
 from pma_megatron.megatron import flags
+from pma_megatron.megatron.evaluate_grid import GridEvaluation
 from pma_megatron.megatron.init import init
 from pma_megatron.megatron.online import OnlineAverage
-from pma_megatron.megatron.options import tokens_now
 from pma_megatron.megatron.params import live_tensors, stepping
 from pma_megatron.megatron.recover import Recovered
 from pma_megatron.megatron.save import note_origin, save_average
-from pma_megatron.megatron.scoring import Scoring
 from pma_megatron.megatron.session import (
     Session,
     begin,
@@ -35,6 +34,7 @@ from pma_megatron.megatron.session import (
     saving,
     stepped,
 )
+from pma_megatron.megatron.settings import tokens_now
 from pma_megatron.megatron.shard import MegatronShard
 from pma_megatron.megatron.thin import ThinSnapshots
 from pma_megatron.megatron.watch import Watch
@@ -191,7 +191,7 @@ class MegatronSession(Session):
             return
         self._scored = True
         args = _args()
-        with self.during(Scoring(self.models, args.load, self.settings, _metadata(args))):
+        with self.during(GridEvaluation(self.models, args.load, self.settings, _metadata(args))):
             yield
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pma_megatron.megatron import decorators
-from pma_megatron.megatron.installing import TreeFunction, install_all
+from pma_megatron.megatron.tree_functions import TreeFunction, install_all
 
 KNOWN = "core_v0.12 to core_v0.19 and main of 2026-08"
 

@@ -33,7 +33,7 @@ from pma_megatron.megatron.replicas import forward_hooks_off, refresh_weights, r
 from pma_megatron.merging.planning import OpenedSources, gather_sources
 from pma_megatron.merging.policy import MAIN
 from pma_megatron.merging.request import MergeRequest, Method
-from pma_megatron.runs.selection import SelectionRequest
+from pma_megatron.runs.selection_request import SelectionRequest
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -32,18 +32,18 @@ import torch.distributed as dist
 
 from pma_megatron.base.comm import Comm
 from pma_megatron.base.faults import point
-from pma_megatron.base.locations import refuse_remote
 from pma_megatron.base.log import say
+from pma_megatron.base.remote_paths import refuse_remote
 from pma_megatron.errors import PmaError, SelectionError
 from pma_megatron.live.poison import cure, poisoned_on_failure
 from pma_megatron.megatron.load import merge_into, trainer_of
-from pma_megatron.megatron.options import RecoverySettings
 from pma_megatron.megatron.replicas import forward_hooks_off
+from pma_megatron.megatron.settings import RecoverySettings
 from pma_megatron.runs import recovery_log
 from pma_megatron.runs.discover import list_checkpoints
 from pma_megatron.runs.gaps import lines
 from pma_megatron.runs.refs import CheckpointRef
-from pma_megatron.runs.selection import SelectionRequest
+from pma_megatron.runs.selection_request import SelectionRequest
 from pma_megatron.spikes.detector import SpikeDetector, Verdict
 from pma_megatron.spikes.healthy import Healthy, HealthyRequest, Span, choose_healthy
 

@@ -24,18 +24,18 @@ from pma_megatron.megatron.load import replicas
 from pma_megatron.megatron.params import MegatronTensor, live_tensors
 from pma_megatron.megatron.swap import weights_restored
 from pma_megatron.merging.agreement import refuse_rounded
-from pma_megatron.merging.integrity import checked
 from pma_megatron.merging.planning import open_sources
 from pma_megatron.merging.policy import MAIN
 from pma_megatron.merging.request import MergeRequest
+from pma_megatron.merging.source_checksums import checked
 from pma_megatron.merging.tasks import Unit
 from pma_megatron.runs.discover import choose, list_checkpoints, pointers_of
 from pma_megatron.runs.gaps import PassedOver
 from pma_megatron.runs.notices import announce
 from pma_megatron.runs.refs import CheckpointRef
-from pma_megatron.runs.selection import SelectionRequest
+from pma_megatron.runs.selection_request import SelectionRequest
 from pma_megatron.scores.grid import Grid, GridPoint
-from pma_megatron.scores.scores import Checkpoint, Other, Score, Scores
+from pma_megatron.scores.results import Checkpoint, Other, Score, Scores
 
 Losses = float | Mapping[str, float]
 LOSS = "loss"
@@ -99,45 +99,50 @@ def score_merges(
     request = comm.agree("request", lambda: MergeRequest(load=load, threads=threads))
     refs = comm.on_main("discover", lambda: scored_refs(load, grid))
     points, skipped = comm.agree("grid", lambda: grid.points(refs))
-    left = _passed_over(points)
-    for line in (str(each) for each in left if comm.is_main):
-        _log.warning(line)
-    single = Grid(lasts=(1,))
-    ends = [
-        comm.on_main("discover", lambda r=root: single.points(scored_refs(r, single))[0][0])  # type: ignore[misc]
-        for root in others
-    ]
+    left = _passed_over(points, aloud=comm.is_main)
+    ends = [comm.on_main("discover", functools.partial(_newest, root)) for root in others]
     tensors = comm.agree("model", lambda: live_tensors(models, None, metadata))
-    run = _open(request, points, comm)
-    places = comm.on_main("schedule", lambda: _checkpoints([*points, *ends]))
+    members = _open(request, points, comm)
+    stored = comm.on_main("schedule", lambda: _checkpoints([*points, *ends]))
 
     def scored(point: GridPoint, opened: Mapping[str, Source]) -> dict[str, float]:
         sources = [opened[ref.path] for ref in point.selection.refs]
         average_into(tensors, sources, point.coefficients, comm, threads)
         losses = losses_of(score, comm)
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
-        what = f"{point.label}, N = {len(point.coefficients)}, up to {point.end.path}"
-        _log.info("%s: %s", what, shown)
+        _tell(point, losses)
         return losses
 
     with weights_restored(models, tensors):
-        made = [Score.of(point, scored(point, run)) for point in points]
+        made = [Score.of(point, scored(point, members)) for point in points]
         apart = [scored(end, _open(request, [end], comm)) for end in ends]
-    newest = run[points[-1].end.path]
+    newest = members[points[-1].end.path]
     return Scores(
         load=load,
         parameters=newest.parameters,
         active_parameters=newest.active_parameters,
         moe=newest.is_moe,
-        checkpoints=tuple(places[ref.path] for ref in _members(points)),
+        checkpoints=tuple(stored[ref.path] for ref in _members(points)),
         points=tuple(made),
         skipped=tuple(skipped),
         passed_over=left,
         others=tuple(
-            Other(root=root, checkpoint=places[end.end.path], losses=losses)
+            Other(root=root, checkpoint=stored[end.end.path], losses=losses)
             for root, end, losses in zip(others, ends, apart, strict=True)
         ),
     )
+
+
+def _newest(root: str) -> GridPoint:
+    """The newest checkpoint of a run as it is."""
+    alone = Grid(lasts=(1,))
+    points, _ = alone.points(scored_refs(root, alone))
+    return points[0]
+
+
+def _tell(point: GridPoint, losses: Mapping[str, float]) -> None:
+    shown = ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
+    what = f"{point.label}, N = {len(point.coefficients)}, up to {point.end.path}"
+    _log.info("%s: %s", what, shown)
 
 
 def _members(points: Sequence[GridPoint]) -> list[CheckpointRef]:
@@ -165,11 +170,14 @@ def scored_refs(root: str, grid: Grid, *, aloud: bool = True) -> list[Checkpoint
     return [ref for ref in refs if ref.path not in newer]
 
 
-def _passed_over(points: Sequence[GridPoint]) -> tuple[PassedOver, ...]:
+def _passed_over(points: Sequence[GridPoint], *, aloud: bool) -> tuple[PassedOver, ...]:
     """What lies in the window of any of them, and cannot be used; by iteration."""
     found = {each.path: each for point in points for each in point.selection.passed_over}
     bad = (e for e in found.values() if e.kind in ("damaged", "spoiled", "not judged"))
-    return tuple(sorted(bad, key=lambda each: each.iteration or 0))
+    left = tuple(sorted(bad, key=lambda each: each.iteration or 0))
+    for each in left if aloud else ():
+        _log.warning(str(each))
+    return left
 
 
 def _open(request: MergeRequest, points: Sequence[GridPoint], comm: Comm) -> dict[str, Source]:

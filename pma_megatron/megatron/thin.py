@@ -13,6 +13,7 @@ import torch
 
 from pma_megatron.base.comm import Comm
 from pma_megatron.errors import PublishError
+from pma_megatron.formats.rates import LEARNING_RATE
 from pma_megatron.megatron.params import unwrap
 from pma_megatron.online.hostcopy import HostCopy
 from pma_megatron.online.snapshots import SnapshotWriter, prune
@@ -71,7 +72,9 @@ class ThinSnapshots:
         self.finish()
         self._copy.start(self._vector)
         objects = _objects(self._models, self._metadata)
-        self._writer.write(iteration, self._part, copy.copy(args), objects)
+        stored = copy.copy(args)
+        setattr(stored, LEARNING_RATE, self._copy.learning_rate)
+        self._writer.write(iteration, self._part, stored, objects)
         self._await_after(consumed_tokens)
         return True
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pma_megatron.megatron import flags
-from pma_megatron.megatron.decorating import Decorators, Function, finished
+from pma_megatron.megatron.tree_decorators import Decorators, Function, finished
 
 _of = Decorators("megatron.global_vars", "pma_megatron.megatron_deepspeed.hooks")
 setup = _of.setup

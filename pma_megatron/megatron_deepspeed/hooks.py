@@ -16,7 +16,6 @@ from pma_megatron.deepspeed.online import OnlineAverage
 from pma_megatron.errors import UsageError
 from pma_megatron.live.load import Live
 from pma_megatron.megatron import flags
-from pma_megatron.megatron.options import Settings, tokens_now
 from pma_megatron.megatron.session import (
     Session,
     begin,
@@ -26,6 +25,7 @@ from pma_megatron.megatron.session import (
     saving,
     stepped,
 )
+from pma_megatron.megatron.settings import Settings, tokens_now
 from pma_megatron.megatron.trees import changed_arguments, global_vars
 from pma_megatron.online.store import FOLDER
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pma_megatron.megatron.installing import TreeFunction, install_all
+from pma_megatron.megatron.tree_functions import TreeFunction, install_all
 from pma_megatron.megatron_deepspeed import decorators
 
 KNOWN = "main of 2025 (4efb479d)"

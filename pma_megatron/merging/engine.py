@@ -77,7 +77,7 @@ def run(
         comm: all ranks; a failure of any of them stops this one.
         team: the ranks that this one works with.
         progress: told of every finished unit.
-        reads: number of a source -> takes note of what is read of it (`integrity.checked`).
+        reads: number of a source -> takes note of what is read of it (`source_checksums.checked`).
 
     Raises:
         CheckpointError: a source vanished, is damaged, or has NaN or Inf.

@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from pma_megatron.base.comm import Comm
-from pma_megatron.base.locations import refuse_remote
 from pma_megatron.base.openfiles import is_folder
+from pma_megatron.base.remote_paths import refuse_remote
 from pma_megatron.base.spelling import FrontEnd, speaking
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats import registry
@@ -19,7 +19,7 @@ from pma_megatron.merging.report import MergeReport
 from pma_megatron.merging.request import MergeRequest, Method
 from pma_megatron.runs.discover import pointed
 from pma_megatron.runs.folders import is_checkpoint, what_is
-from pma_megatron.runs.selection import SelectionRequest
+from pma_megatron.runs.selection_request import SelectionRequest
 
 _NAMES = ("like", "dtype", "max_shard_bytes", "threads", "overwrite", "check_sources")
 KEYWORDS = FrontEnd({**{name: f"{name}=" for name in _NAMES}, "export": "save=", "path": "path="})

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pma_megatron.base.locations import refuse_remote
 from pma_megatron.base.openfiles import is_folder
+from pma_megatron.base.remote_paths import refuse_remote
 from pma_megatron.errors import CheckpointError, PlanError, VerifyError
 from pma_megatron.export.files import stored_in
 from pma_megatron.formats import registry
@@ -17,9 +17,10 @@ from pma_megatron.formats.json_files import read_json
 from pma_megatron.formats.manifest import read_marker
 from pma_megatron.formats.marker import EXPORT, MARKER_FILE
 from pma_megatron.formats.trainers.saves import checkpoint_in, save_of
-from pma_megatron.merging.intact import listing
+from pma_megatron.merging.folder_checksums import listing
 from pma_megatron.merging.provenance import checked_provenance, read_provenance
-from pma_megatron.runs.discover import describe, list_checkpoints, pointed
+from pma_megatron.runs.describe import describe
+from pma_megatron.runs.discover import list_checkpoints, pointed
 from pma_megatron.runs.folders import is_checkpoint, what_is
 from pma_megatron.runs.refs import CheckpointRef
 

@@ -29,11 +29,11 @@ from pma_megatron.merging import (
 )
 from pma_megatron.merging.carrying import carry, sha256_of
 from pma_megatron.merging.exporting import refuse_nested
-from pma_megatron.merging.integrity import Compared, checked
 from pma_megatron.merging.planning import MergePlan, make_plan
 from pma_megatron.merging.publish import Target
 from pma_megatron.merging.report import MergeReport, describe_plan
 from pma_megatron.merging.request import MergeRequest, in_its_words
+from pma_megatron.merging.source_checksums import Compared, checked
 from pma_megatron.merging.tasks import share
 from pma_megatron.runs.notices import moves_back
 from pma_megatron.transfer.blocks import BlockWriter, FolderWriters

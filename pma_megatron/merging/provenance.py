@@ -17,13 +17,13 @@ from pma_megatron.errors import CheckpointError, PmaError
 from pma_megatron.formats.manifest import read_marker
 from pma_megatron.formats.marker import EXPORT, ONLINE_AVERAGE
 from pma_megatron.formats.output import Folder
-from pma_megatron.merging.integrity import Compared
 from pma_megatron.merging.planning import MergePlan
 from pma_megatron.merging.policy import Policy
 from pma_megatron.merging.publish import PROVENANCE_FILE
 from pma_megatron.merging.report import describe_output, describe_plan
 from pma_megatron.merging.request import MergeRequest, Method, Output
-from pma_megatron.runs.selection import SelectionRequest
+from pma_megatron.merging.source_checksums import Compared
+from pma_megatron.runs.selection_request import SelectionRequest
 from pma_megatron.version import __version__
 
 PROVENANCE_VERSION = 1

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pma_megatron.base.comm import Comm
-from pma_megatron.base.locations import refuse_remote
 from pma_megatron.base.openfiles import is_folder
+from pma_megatron.base.remote_paths import refuse_remote
 from pma_megatron.base.spelling import FrontEnd, keywords, speaking, switch
 from pma_megatron.errors import CheckpointError, PmaError, RankError, VerifyError
 from pma_megatron.export.files import stored_in
@@ -21,7 +21,7 @@ from pma_megatron.formats.marker import EXPORT, MARKER_FILE, ONLINE_AVERAGE, SNA
 from pma_megatron.formats.trainers.saves import save_of
 from pma_megatron.merging.exported import verify_model
 from pma_megatron.merging.finishing import TENSORS
-from pma_megatron.merging.intact import Intact, Record, check_files
+from pma_megatron.merging.folder_checksums import Intact, Record, check_files
 from pma_megatron.merging.planning import MergePlan, make_plan
 from pma_megatron.merging.provenance import checked_provenance, request_again
 from pma_megatron.merging.recompute import recompute

@@ -17,7 +17,7 @@ from pma_megatron.merging.coefficients import implied_decay_weights
 from pma_megatron.merging.planning import MergePlan
 from pma_megatron.merging.request import Output
 from pma_megatron.merging.verification import Verification
-from pma_megatron.runs.discover import describe
+from pma_megatron.runs.describe import describe
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,7 +33,7 @@ class MergeReport:
         plan: the plan as plain values (sources, coefficients, policy, digest).
         verification: what was checked, per published folder: checkpoints, then models.
         ranks: number of ranks.
-        checksums: how what was read stands to its checksums (`integrity.Compared`).
+        checksums: how what was read stands to its checksums (`source_checksums.Compared`).
         kernels: what summed, each once: the kernel in C with an instruction set, or torch and why
             (`sums.Kernel`).
     """

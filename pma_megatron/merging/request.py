@@ -11,7 +11,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 
-from pma_megatron.base.locations import refuse_remote
+from pma_megatron.base.remote_paths import refuse_remote
 from pma_megatron.base.settings import PMA, described, needed, refuse_unknown_words, setting
 from pma_megatron.base.sizes import parse_size
 from pma_megatron.base.spelling import given, listing, mistyped, named
@@ -19,7 +19,8 @@ from pma_megatron.errors import UsageError
 from pma_megatron.merging.coefficients import DECAYS, METHODS, Coefficients, coefficients
 from pma_megatron.merging.policy import Policy
 from pma_megatron.runs.gaps import PassedOver
-from pma_megatron.runs.selection import Selection, SelectionRequest
+from pma_megatron.runs.selection import Selection
+from pma_megatron.runs.selection_request import SelectionRequest
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -24,7 +24,7 @@ from pma_megatron.formats.marker import (
 )
 from pma_megatron.formats.output import Folder
 from pma_megatron.formats.trainers.saves import checkpoint_in, output_name
-from pma_megatron.merging.intact import listing
+from pma_megatron.merging.folder_checksums import listing
 from pma_megatron.merging.leftovers import STAGING, Target, unfinished
 from pma_megatron.merging.planning import MergePlan
 from pma_megatron.runs.folders import holds_checkpoint, is_checkpoint

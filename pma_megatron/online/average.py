@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pma_megatron.base.comm import Comm
-from pma_megatron.base.locations import refuse_remote
+from pma_megatron.base.remote_paths import refuse_remote
 from pma_megatron.errors import UsageError
 from pma_megatron.merging.request import Method
 from pma_megatron.online.hostcopy import HostCopy
@@ -132,7 +132,10 @@ class RunningAverage(ABC):
             return False
         for store in self._stores.values():
             store.wait()  # the oldest entry's memory is about to be used again
-        self._window.capture(Member(iteration=iteration, tokens=position, args=copy.copy(args)))
+        rate = self._window.copy.learning_rate
+        self._window.capture(
+            Member(iteration=iteration, tokens=position, args=copy.copy(args), learning_rate=rate)
+        )
         self._await_after(position)
         return True
 

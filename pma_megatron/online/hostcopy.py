@@ -26,6 +26,7 @@ class HostCopy:
                 Python (a captured graph), so that nothing can wait but what is queued next.
         """
         self.shard = shard
+        self._stepping = stepping
         self.on_gpu = shard.device.type == "cuda"
         self._done: Any = None
         self._stream: Any = torch.cuda.Stream(shard.device) if self.on_gpu else None
@@ -34,6 +35,16 @@ class HostCopy:
             and stepping is not None
             and all(_hook(optimizer, self._hold) for optimizer in stepping)
         )
+
+    @property
+    def learning_rate(self) -> float | None:
+        """The largest that training goes on with; None if that is not known.
+
+        At zero main params rest, so that two copies may be equal.
+        """
+        groups = [group for each in self._stepping or () for group in _param_groups(each)]
+        rates = [float(group["lr"]) for group in groups if "lr" in group]
+        return max(rates, default=None)
 
     def buffer(self) -> torch.Tensor:
         """Memory for one vector, pinned where that makes the copy asynchronous."""
@@ -68,6 +79,10 @@ class HostCopy:
         """Have the GPU not go past this point before the copy is done."""
         if self._done is not None:
             torch.cuda.current_stream(self.shard.device).wait_event(self._done)
+
+
+def _param_groups(optimizer: Any) -> Sequence[dict[str, Any]]:
+    return getattr(optimizer, "param_groups", None) or ()
 
 
 def _hook(optimizer: Any, before: Any) -> bool:

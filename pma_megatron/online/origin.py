@@ -14,7 +14,7 @@ from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.manifest import replace_marker
 from pma_megatron.formats.marker import MARKER_FILE, ONLINE_AVERAGE, SEAL_FILE
 from pma_megatron.merging.coefficients import implied_decay_weights
-from pma_megatron.merging.intact import record_sums
+from pma_megatron.merging.folder_checksums import record_sums
 from pma_megatron.online.window import WindowAverage
 from pma_megatron.version import __version__
 

@@ -91,7 +91,7 @@ class Shard(ABC, Generic[Tensor]):
         Args:
             source: the checkpoint.
             vector: of this rank.
-            reads: takes note of what is read (`integrity.checked`).
+            reads: takes note of what is read (`source_checksums.checked`).
 
         Raises:
             CheckpointError: a tensor is missing, of another shape, or not float32; or damage.

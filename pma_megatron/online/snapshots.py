@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from pma_megatron.base.comm import Comm
-from pma_megatron.base.locations import refuse_remote
+from pma_megatron.base.openfiles import is_folder
+from pma_megatron.base.remote_paths import refuse_remote
 from pma_megatron.base.spelling import named
 from pma_megatron.errors import CheckpointError, PublishError, UsageError
 from pma_megatron.formats.base import Item
@@ -35,7 +36,8 @@ from pma_megatron.formats.torch_dist.chunks import (
 )
 from pma_megatron.formats.torch_dist.completeness import completeness
 from pma_megatron.online.snapshot_job import REMOVED, STAGING, Data, SnapshotJob, remove
-from pma_megatron.runs.discover import TRACKER_FILE, iteration_of
+from pma_megatron.runs.describe import iteration_of
+from pma_megatron.runs.discover import TRACKER_FILE
 
 __all__ = ["SNAPSHOTS", "Chunk", "SnapshotWriter", "prune"]
 
@@ -123,7 +125,7 @@ class SnapshotWriter:
             )
         self._count += 1
         target = self.root / f"iter_{iteration:07d}"
-        if target.is_dir() and completeness(target) is None:
+        if is_folder(target) and completeness(target) is None:
             _log.info("%s is there already and whole: kept", target)
             return
         if self._comm.is_main:
@@ -173,7 +175,7 @@ class SnapshotWriter:
                 _log.warning("removed %s, left by a run that was cut off", folder)
 
     def _refuse_unseen(self) -> None:
-        if not self.root.is_dir():
+        if not is_folder(self.root):
             raise PublishError(
                 f"{self.root}, made by rank 0, is not there on rank {self._comm.rank}: snapshots "
                 "need a folder that all ranks share"
@@ -218,7 +220,7 @@ def prune(root: str | Path, keep: int, needed: Collection[int]) -> list[Path]:
     if keep < 0:
         raise UsageError(f"{named('keep')} must be 0 or more, got {keep}")
     root = Path(root)
-    if not root.is_dir():
+    if not is_folder(root):
         return []
     for rest in root.glob(f"{REMOVED}*"):  # a deletion that was cut off
         shutil.rmtree(rest, ignore_errors=True)
@@ -237,7 +239,7 @@ def prune(root: str | Path, keep: int, needed: Collection[int]) -> list[Path]:
 
 
 def _is_snapshot(folder: Path) -> bool:
-    if folder.is_symlink() or not folder.is_dir() or iteration_of(folder) is None:
+    if folder.is_symlink() or not is_folder(folder) or iteration_of(folder) is None:
         return False
     try:
         return read_snapshot_marker(folder) is not None

@@ -22,11 +22,13 @@ from pma_megatron.base.comm import Comm
 from pma_megatron.base.spelling import renamed
 from pma_megatron.errors import CheckpointError, PublishError
 from pma_megatron.formats import registry
+from pma_megatron.formats.rates import LEARNING_RATE
 from pma_megatron.formats.source import Source
+from pma_megatron.identity.lineage import schedule_of
 from pma_megatron.live.plan import LivePlan
-from pma_megatron.merging.integrity import checked
 from pma_megatron.merging.planning import open_sources
 from pma_megatron.merging.request import MergeRequest
+from pma_megatron.merging.source_checksums import checked
 from pma_megatron.online.shard import Shard
 from pma_megatron.online.snapshots import SnapshotWriter, prune
 from pma_megatron.online.window import ExponentialAverage, Member, Window
@@ -155,7 +157,12 @@ class WindowStore:
         taken = 1 if isinstance(self.window, ExponentialAverage) else len(refs)
         for (ref, members), source in list(zip(found, sources, strict=True))[-taken:]:
             assert ref.iteration is not None and ref.consumed_tokens is not None
-            entry = Member(iteration=ref.iteration, tokens=ref.consumed_tokens, members=members)
+            entry = Member(
+                iteration=ref.iteration,
+                tokens=ref.consumed_tokens,
+                learning_rate=schedule_of(ref).learning_rate,
+                members=members,
+            )
             self._take(entry, source)
 
     def _take(self, entry: Member, source: Source) -> None:
@@ -196,6 +203,7 @@ def _args(entry: Member) -> Namespace:
         given = Namespace(consumed_train_samples=entry.tokens, seq_length=1)
     given = copy.copy(given)
     setattr(given, _MEMBERS, entry.members)
+    setattr(given, LEARNING_RATE, entry.learning_rate)
     return given
 
 

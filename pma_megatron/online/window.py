@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,14 @@ class Member:
         iteration: of the run.
         tokens: consumed until then.
         args: Megatron's arguments as of then, to be stored with it.
+        learning_rate: that training went on with, None if unknown; to be stored with it.
         members: how many members it stands for (more than 1 for an exponential average).
     """
 
     iteration: int
     tokens: int
     args: Any = None
+    learning_rate: float | None = None
     members: int = 1
 
 
@@ -198,10 +200,7 @@ class ExponentialAverage(Window):
         self.copy.start(self._staging)
         take = self._fold if members else self._take
         self._taking = self._pool.submit(take, self._vectors[0], self._staging)
-        newest = Member(
-            iteration=entry.iteration, tokens=entry.tokens, args=entry.args, members=members + 1
-        )
-        self._held = [(newest, 0)]
+        self._held = [(replace(entry, members=members + 1), 0)]
 
     def average(self) -> WindowAverage | None:
         """The average of all entries so far; None before the second."""

@@ -11,7 +11,7 @@ from typing import Any
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats import registry
 from pma_megatron.formats.base import Schedule
-from pma_megatron.runs.discover import common_args, describe
+from pma_megatron.runs.describe import common_args, describe
 from pma_megatron.runs.gaps import lines
 from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.runs.selection import Selection

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from pma_megatron.runs.tokens import format_tokens, recommend
 from pma_megatron.scores.grid import UNMERGED
-from pma_megatron.scores.scores import Checkpoint, Score, Scores
+from pma_megatron.scores.results import Checkpoint, Score, Scores
 
 _SAME_RATE = 1e-6
 _FAR_COUNT, _FAR_INTERVAL, _FAR_HORIZON = 2, 4, 2

@@ -16,7 +16,7 @@ import numpy as np
 from pma_megatron.base.spelling import hint, mistyped
 from pma_megatron.errors import UsageError
 from pma_megatron.scores.cautions import cautions
-from pma_megatron.scores.scores import Score, Scores
+from pma_megatron.scores.results import Score, Scores
 
 _FEWEST = 3  # two points always lie on a line
 

@@ -18,7 +18,8 @@ from pma_megatron.errors import SelectionError, UsageError
 from pma_megatron.merging.coefficients import DECAYS, MEANS, METHODS
 from pma_megatron.merging.request import Method
 from pma_megatron.runs.refs import CheckpointRef
-from pma_megatron.runs.selection import DEFAULT_LAST, Selection, SelectionRequest, select
+from pma_megatron.runs.selection import Selection, select
+from pma_megatron.runs.selection_request import DEFAULT_LAST, SelectionRequest
 from pma_megatron.runs.tokens import parse_tokens
 
 UNMERGED = "unmerged"

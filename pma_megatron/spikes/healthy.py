@@ -14,7 +14,8 @@ from pma_megatron.base.spelling import named
 from pma_megatron.errors import SelectionError, UsageError
 from pma_megatron.runs.gaps import Kind, PassedOver
 from pma_megatron.runs.refs import CheckpointRef
-from pma_megatron.runs.selection import Selection, SelectionRequest, select
+from pma_megatron.runs.selection import Selection, select
+from pma_megatron.runs.selection_request import SelectionRequest
 
 # Three, from before the collapse: arXiv 2505.12082. In docs/results.md 1 or 5, and other margins,
 # made no difference.

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-from pma_megatron.base.locations import refuse_remote
+from pma_megatron.base.remote_paths import refuse_remote
 from pma_megatron.base.spelling import hint
 from pma_megatron.errors import MetricsError
 from pma_megatron.spikes.readers import (

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pma_megatron.base.comm import Comm
-from pma_megatron.base.locations import refuse_remote
+from pma_megatron.base.remote_paths import refuse_remote
 from pma_megatron.base.settings import declared, described, made, needed, same, setting, values
 from pma_megatron.base.spelling import FrontEnd, fields, given, hint, mistyped, named, speaking
 from pma_megatron.errors import CheckpointError, MetricsError, SelectionError, UsageError
@@ -22,7 +22,7 @@ from pma_megatron.merging.report import MergeReport
 from pma_megatron.merging.request import MergeRequest, Method
 from pma_megatron.runs.discover import list_checkpoints
 from pma_megatron.runs.refs import CheckpointRef
-from pma_megatron.runs.selection import SelectionRequest
+from pma_megatron.runs.selection_request import SelectionRequest
 from pma_megatron.spikes.detector import Kind, SpikeSettings, Verdict, detect
 from pma_megatron.spikes.healthy import Healthy, HealthyRequest, Span, choose_healthy
 from pma_megatron.spikes.metrics import Metrics, read_metrics

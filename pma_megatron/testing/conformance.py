@@ -18,22 +18,19 @@ reader says of a checkpoint, and what a hostile one may look like:
             mine.rename_in_metadata(folder, "shard_0", f"{outside}/shard_0")
             yield "a shard outside of the checkpoint"
 
-Nothing here reads bytes as the engine does, or adds as it does. What a format offers, and when it
-is asked for it, is `formats.contract`.
+Nothing here reads bytes as the engine does, or adds as it does (`plain_reads`). What a format
+offers, and when it is asked for it, is `formats.contract`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import math
 import os
 import shutil
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar
 
 import pytest
 import torch
@@ -49,69 +46,25 @@ from pma_megatron import (
 )
 from pma_megatron.errors import PmaError
 from pma_megatron.formats import registry
-from pma_megatron.formats.base import MAIN_PARAM, Tensor
+from pma_megatron.formats.base import MAIN_PARAM
 from pma_megatron.formats.contract import Format
 from pma_megatron.formats.marker import OWN_FILES
 from pma_megatron.merging.planning import MergePlan
 from pma_megatron.merging.policy import Action
-from pma_megatron.runs.discover import describe
+from pma_megatron.runs.describe import describe
 from pma_megatron.runs.trackers import read_pointers
+from pma_megatron.testing.plain_reads import (
+    WEIGHT,
+    Checkpoint,
+    Key,
+    assert_within_one_rounding,
+    digests,
+    same_bytes,
+)
+from pma_megatron.testing.watching import Opened, watched
 
-WEIGHT = "weight"
-"""State name of the stored weights, beside those of the optimizer."""
-Key = tuple[str, str]
-"""(state, model key)."""
 CUTS = ("removed", "empty", "half", "one byte short")
 """How a needed file is damaged."""
-
-
-class Checkpoint:
-    """A checkpoint as a format opens it, and its values by plain means: a seek and a read each.
-
-    Attributes:
-        folder: where it lies.
-        source: it in model space.
-        tensors: every tensor of it, by (state, model key).
-    """
-
-    def __init__(self, known: Format, folder: Path) -> None:
-        self.folder = folder
-        self.source = known.read_source(str(folder), {}, True)
-        self.tensors: dict[Key, Tensor] = {
-            (WEIGHT, key): tensor for key, tensor in self.source.space.weights.items()
-        }
-        for state, tensors in self.source.space.states.items():
-            self.tensors |= {(state, key): tensor for key, tensor in tensors.items()}
-        self._files = known.files(folder)
-
-    def values(self, place: Key) -> torch.Tensor:
-        """A tensor of it, whole; empty if it has no pieces."""
-        return self.read(self.tensors[place])
-
-    def read(self, tensor: Tensor) -> torch.Tensor:
-        """One of its tensors, whole; empty if it has no pieces."""
-        result = torch.zeros(tensor.shape if tensor.pieces else (0,), dtype=tensor.dtype)
-        for piece in tensor.pieces:
-            payload, numel = piece.payload, piece.box.numel
-            assert payload.dtype == tensor.dtype and piece.start + numel <= payload.numel
-            path, offset = self._files.locate(payload)
-            with path.open("rb") as stream:
-                stream.seek(offset + piece.start * payload.dtype.itemsize)
-                data = stream.read(numel * payload.dtype.itemsize)
-            assert len(data) == numel * payload.dtype.itemsize, f"{path} is too short"
-            part = torch.frombuffer(bytearray(data), dtype=payload.dtype) if numel else result[:0]
-            place = tuple(
-                slice(o, o + n) for o, n in zip(piece.box.offsets, piece.box.sizes, strict=True)
-            )
-            result[place] = part.reshape(piece.box.sizes)
-        return result
-
-
-class Opened(NamedTuple):
-    """A file that was opened, and whether to be written."""
-
-    path: str
-    writes: bool
 
 
 @dataclass(frozen=True)
@@ -471,75 +424,3 @@ class FormatConformance:
 
     def test_nothing_is_opened_outside_of_the_run_and_the_output(self, of_two: Average) -> None:
         assert not of_two.opened
-
-
-# Comparing.
-
-
-def same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors have one dtype and shape, and the same bits, NaN and -0 included."""
-    if one.dtype != other.dtype or one.shape != other.shape:
-        return False
-    flat = (each.detach().contiguous().flatten().view(torch.uint8) for each in (one, other))
-    return torch.equal(*flat)
-
-
-def assert_within_one_rounding(got: torch.Tensor, parts: Sequence[torch.Tensor], what: str) -> None:
-    """`got` is the mean of float64 `parts`, rounded once to float32, then once to its own dtype."""
-    exact = torch.stack(list(parts)).sum(0) / len(parts)
-    bound = 2.0**-24 * exact.abs() + 2.0**-149
-    if got.dtype != torch.float32:
-        info = torch.finfo(got.dtype)
-        bound = bound + (info.eps / 2) * exact.abs() + info.tiny * info.eps
-    error = (got.double() - exact).abs()
-    assert bool((error <= bound).all()), f"{what}: off by {float(error.max())}"
-
-
-def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file below `folder`."""
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
-# What is opened.
-
-_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-_OF_PYTHON = ("/sys/", "/usr/", sys.prefix, sys.base_prefix, str(Path(__file__).parents[2]))
-"""Where Python's own modules lie, and this package's; what the system says of its processors."""
-
-
-_watches: list[tuple[tuple[str, ...], list[Opened]]] = []
-"""What is watched at the moment: (folders in which anything may be opened, what was elsewhere)."""
-_hooks: list[Callable[[str, tuple[Any, ...]], None]] = []
-
-
-@contextlib.contextmanager
-def watched(allowed: Sequence[Path]) -> Iterator[list[Opened]]:
-    """In the block, what is opened outside of `allowed` folders and of Python's own files.
-
-    Names relative to a folder that is open are not looked at: `open_inside` alone opens such.
-    """
-    if not _hooks:  # an audit hook stays until the process ends
-        _hooks.append(_note)
-        sys.addaudithook(_note)
-    opened: list[Opened] = []
-    _watches.append((tuple(map(str, allowed)), opened))
-    try:
-        yield opened
-    finally:
-        _watches.pop()
-
-
-def _note(event: str, args: tuple[Any, ...]) -> None:
-    if event != "open" or not _watches or isinstance(args[0], int):
-        return
-    path, writes = os.path.normpath(os.fsdecode(args[0])), bool(args[2] & _WRITES)
-    if not path.startswith("/") or path.startswith("/proc/self/"):
-        return
-    allowed, opened = _watches[-1]
-    inside = any(path == folder or path.startswith(f"{folder}/") for folder in allowed)
-    if not inside and (writes or not path.startswith(_OF_PYTHON)):
-        opened.append(Opened(path, writes))

@@ -17,7 +17,7 @@ from pma_megatron.formats import registry
 from pma_megatron.megatron.curvature import Differentiable
 from pma_megatron.megatron.score import Scored
 from pma_megatron.runs.discover import choose, list_checkpoints
-from pma_megatron.runs.selection import SelectionRequest
+from pma_megatron.runs.selection_request import SelectionRequest
 from pma_megatron.testing.config import TinyConfig
 
 _SAVED = (

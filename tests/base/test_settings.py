@@ -13,16 +13,16 @@ import pytest
 
 from pma_megatron import cli
 from pma_megatron.base.settings import PMA, declared, made, nested
-from pma_megatron.cli import commands, forecast, geometry, recover, scoring
+from pma_megatron.cli import commands, forecast, geometry, recover, score_grid
 from pma_megatron.cli.flags import parser
 from pma_megatron.cli.verbs import Common, Files, OnRanks
 from pma_megatron.deepspeed.options import KEYWORDS, Options
 from pma_megatron.errors import UsageError
 from pma_megatron.live.load import Live
-from pma_megatron.megatron.options import RecoverySettings, Settings
+from pma_megatron.megatron.settings import RecoverySettings, Settings
 from pma_megatron.merging.policy import Policy
 from pma_megatron.merging.request import MergeRequest, Method
-from pma_megatron.runs.selection import SelectionRequest
+from pma_megatron.runs.selection_request import SelectionRequest
 from pma_megatron.scores.grid import Grid
 from pma_megatron.spikes.healthy import HealthyRequest, Span
 from pma_megatron.spikes.recovery import RecoveryRequest
@@ -46,7 +46,7 @@ OTHERS: tuple[type, ...] = (
     forecast.Compared,
     geometry.Loss,
     recover.Modes,
-    scoring.Scorer,
+    score_grid.Scorer,
     Live,
     RecoverySettings,
     Settings,

@@ -36,9 +36,10 @@ from pma_megatron.deepspeed.options import OPTIONS
 from pma_megatron.errors import PmaError
 from pma_megatron.live.load import ARGUMENTS
 from pma_megatron.megatron import flags
-from pma_megatron.megatron.options import FLAGS
+from pma_megatron.megatron.settings import FLAGS
 from pma_megatron.merging.request import Method
-from pma_megatron.runs.selection import SelectionRequest, select
+from pma_megatron.runs.selection import select
+from pma_megatron.runs.selection_request import SelectionRequest
 from pma_megatron.runs.tokens import given_tokens
 from pma_megatron.scores.grid import Grid
 from pma_megatron.spikes.healthy import HealthyRequest, choose_healthy
@@ -290,8 +291,8 @@ OF_A_SCRIPT = {
     "megatron.checks",
     "megatron.flags",
     "megatron.init",
-    "megatron.options",
-    "megatron.scoring",
+    "megatron.settings",
+    "megatron.evaluate_grid",
     "megatron_deepspeed.hooks",
 }
 """Modules that only a Megatron script with `--pma-*` flags gets into: its dialect is theirs."""

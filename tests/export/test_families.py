@@ -11,6 +11,7 @@ import family_models
 import numpy as np
 import pytest
 import torch
+from family_inverse import megatron_weights
 from family_models import CASES, TOLERANCE, Computed
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -148,7 +149,7 @@ def test_the_way_back_gives_the_checkpoint(
     weights: dict[str, dict[str, torch.Tensor]], name: str
 ) -> None:
     """Bit by bit, by an inverse that shares nothing with the map; what is lost was said."""
-    back = family_models.megatron_weights(CASES[name], exported(name, weights[name]))
+    back = megatron_weights(CASES[name], exported(name, weights[name]))
     further = {key for key in weights[name] if key.startswith("mtp.")}
     notes = export_map(CASES[name].config, shapes(weights[name])).notes
     assert bool(further) == bool(CASES[name].run.mtp_num_layers)

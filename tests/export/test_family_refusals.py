@@ -2,64 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 import pytest
+from family_shapes import (
+    DEEPSEEK,
+    LAYER,
+    LLAMA,
+    MIXTRAL,
+    Shapes,
+    exported,
+    llama_weights,
+    mixtral_weights,
+    per_layer,
+)
 
 from pma_megatron.errors import PlanError
 from pma_megatron.export.families import KNOWN, export_map
 
-Shapes = dict[str, tuple[int, ...]]
-LAYER = "decoder.layers."
-LLAMA: dict[str, Any] = {
-    "model_type": "llama",
-    "num_hidden_layers": 2,
-    "hidden_size": 8,
-    "intermediate_size": 6,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 3,
-    "vocab_size": 10,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-    "max_position_embeddings": 64,
-}
-MIXTRAL = {
-    **LLAMA,
-    "model_type": "mixtral",
-    "num_local_experts": 3,
-    "num_experts_per_tok": 2,
-    "sliding_window": None,
-}
-DEEPSEEK: dict[str, Any] = {
-    **LLAMA,
-    "model_type": "deepseek_v3",
-    "num_hidden_layers": 61,
-    "hidden_size": 7168,
-    "intermediate_size": 18432,
-    "moe_intermediate_size": 2048,
-    "num_attention_heads": 128,
-    "num_key_value_heads": 128,
-    "q_lora_rank": 1536,
-    "kv_lora_rank": 512,
-    "qk_rope_head_dim": 64,
-    "qk_nope_head_dim": 128,
-    "v_head_dim": 128,
-    "first_k_dense_replace": 3,
-    "n_routed_experts": 256,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 8,
-    "n_group": 8,
-    "topk_group": 4,
-    "norm_topk_prob": True,
-    "routed_scaling_factor": 2.5,
-    "scoring_func": "sigmoid",
-    "topk_method": "noaux_tc",
-    "vocab_size": 129280,
-}
-"""DeepSeek-V3 as it was published."""
 ARGUMENTS: dict[str, Any] = {
     "normalization": "RMSNorm",
     "swiglu": True,
@@ -85,220 +46,6 @@ ARGUMENTS: dict[str, Any] = {
     "tensor_model_parallel_size": 1,
     "softmax_type": "vanilla",
 }
-
-
-def llama_weights() -> Shapes:
-    return {
-        "embedding.word_embeddings.weight": (16, 8),
-        LAYER + "self_attention.linear_qkv.layer_norm_weight": (2, 8),
-        LAYER + "self_attention.linear_qkv.weight": (2, 24, 8),
-        LAYER + "self_attention.linear_proj.weight": (2, 8, 12),
-        LAYER + "mlp.linear_fc1.layer_norm_weight": (2, 8),
-        LAYER + "mlp.linear_fc1.weight": (2, 12, 8),
-        LAYER + "mlp.linear_fc2.weight": (2, 8, 6),
-        "decoder.final_layernorm.weight": (8,),
-        "output_layer.weight": (16, 8),
-    }
-
-
-def mixtral_weights() -> Shapes:
-    weights = llama_weights()
-    for name in ("fc1", "fc2"):
-        layers, *shape = weights.pop(f"{LAYER}mlp.linear_{name}.weight")
-        weights[f"{LAYER}mlp.experts.experts.linear_{name}.weight"] = (layers, 3, *shape)
-    return {**weights, LAYER + "mlp.router.weight": (2, 3, 8)}
-
-
-def deepseek_weights(config: dict[str, Any], *, transformer_engine: bool) -> Shapes:
-    """Latent attention's up-projections have their norm with them, in Transformer Engine."""
-    sizes = {name: value for name, value in config.items() if type(value) is int}
-    hidden, heads, inner = (
-        sizes[name] for name in ("hidden_size", "num_attention_heads", "moe_intermediate_size")
-    )
-    query, latent, experts = (
-        sizes[name] for name in ("q_lora_rank", "kv_lora_rank", "n_routed_experts")
-    )
-    plain, rotary, value = (
-        sizes[name] for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-    )
-    fused = "linear_{}_up_proj.layer_norm_weight" if transformer_engine else "{}_layernorm.weight"
-    attention = {
-        "linear_q_down_proj.weight": (query, hidden),
-        fused.format("q"): (query,),
-        "linear_q_up_proj.weight": (heads * (plain + rotary), query),
-        "linear_kv_down_proj.weight": (latent + rotary, hidden),
-        fused.format("kv"): (latent,),
-        "linear_kv_up_proj.weight": (heads * (plain + value), latent),
-        "linear_proj.weight": (hidden, heads * value),
-    }
-    norm = "mlp.linear_fc1.layer_norm_weight" if transformer_engine else "pre_mlp_layernorm.weight"
-    dense = {
-        norm: (hidden,),
-        "mlp.linear_fc1.weight": (2 * sizes["intermediate_size"], hidden),
-        "mlp.linear_fc2.weight": (hidden, sizes["intermediate_size"]),
-    }
-    shared = inner * sizes["n_shared_experts"]
-    moe = {
-        "pre_mlp_layernorm.weight": (hidden,),
-        "mlp.router.weight": (experts, hidden),
-        "mlp.router.expert_bias": (experts,),
-        "mlp.experts.experts.linear_fc1.weight": (experts, 2 * inner, hidden),
-        "mlp.experts.experts.linear_fc2.weight": (experts, hidden, inner),
-        "mlp.shared_experts.linear_fc1.weight": (2 * shared, hidden),
-        "mlp.shared_experts.linear_fc2.weight": (hidden, shared),
-    }
-    found: Shapes = {
-        "embedding.word_embeddings.weight": (sizes["vocab_size"], hidden),
-        "decoder.final_layernorm.weight": (hidden,),
-        "output_layer.weight": (sizes["vocab_size"], hidden),
-    }
-    for number in range(sizes["num_hidden_layers"]):
-        layer = f"{LAYER}{number}."
-        found[f"{layer}input_layernorm.weight"] = (hidden,)
-        found |= {f"{layer}self_attention.{name}": shape for name, shape in attention.items()}
-        mlp = dense if number < sizes["first_k_dense_replace"] else moe
-        found |= {layer + name: shape for name, shape in mlp.items()}
-    return found
-
-
-SMALL_DEEPSEEK = {
-    **DEEPSEEK,
-    "num_hidden_layers": 3,
-    "hidden_size": 5,
-    "intermediate_size": 7,
-    "vocab_size": 4,
-    "moe_intermediate_size": 2,
-    "num_attention_heads": 2,
-    "q_lora_rank": 3,
-    "kv_lora_rank": 4,
-    "qk_rope_head_dim": 2,
-    "qk_nope_head_dim": 3,
-    "v_head_dim": 1,
-    "n_routed_experts": 8,
-    "first_k_dense_replace": 1,
-    "n_shared_experts": 3,
-}
-
-
-def per_layer(weights: Shapes) -> Shapes:
-    """The same model with the number of the layer in the key."""
-    found = {key: shape for key, shape in weights.items() if not key.startswith(LAYER)}
-    for key, (layers, *shape) in ((k, s) for k, s in weights.items() if k.startswith(LAYER)):
-        for number in range(layers):
-            found[f"{LAYER}{number}.{key.removeprefix(LAYER)}"] = tuple(shape)
-    return found
-
-
-def arrays(weights: Shapes) -> dict[str, np.ndarray]:
-    """Each element of the checkpoint with a number of its own."""
-    found, first = {}, 0
-    for key, shape in weights.items():
-        size = int(np.prod(shape))
-        found[key] = np.arange(first, first + size).reshape(shape)
-        first += size
-    return found
-
-
-def exported(config: dict[str, Any], weights: Shapes) -> dict[str, np.ndarray]:
-    values, found = arrays(weights), {}
-    for tensor in export_map(config, weights).tensors:
-        flat = np.full(int(np.prod(tensor.shape)), -1)
-        for part in tensor.filled_by:
-            index = tuple(
-                slice(o, o + n) for o, n in zip(part.box.offsets, part.box.sizes, strict=True)
-            )
-            flat[part.start : part.start + part.box.numel] = values[part.key][index].ravel()
-        assert [part.start for part in tensor.filled_by] == sorted(
-            part.start for part in tensor.filled_by
-        )
-        found[tensor.name] = flat.reshape(tensor.shape)
-    return found
-
-
-@pytest.mark.parametrize(
-    ("config", "weights"),
-    [
-        (LLAMA, llama_weights()),
-        (LLAMA, per_layer(llama_weights())),
-        (MIXTRAL, mixtral_weights()),
-        (MIXTRAL, per_layer(mixtral_weights())),
-        (SMALL_DEEPSEEK, deepseek_weights(SMALL_DEEPSEEK, transformer_engine=True)),
-        (SMALL_DEEPSEEK, deepseek_weights(SMALL_DEEPSEEK, transformer_engine=False)),
-    ],
-)
-def test_every_element_but_padding_is_exported_once(
-    config: dict[str, Any], weights: Shapes
-) -> None:
-    elements = np.concatenate([value.ravel() for value in exported(config, weights).values()])
-    values = arrays(weights)
-    wanted = [
-        (
-            value[:10]
-            if key in ("embedding.word_embeddings.weight", "output_layer.weight")
-            else value
-        )
-        for key, value in values.items()
-    ]
-    assert sorted(elements) == sorted(np.concatenate([value.ravel() for value in wanted]))
-
-
-def test_deepseek_v3_has_its_671_billion_parameters() -> None:
-    """With the names of Transformer Engine, under which it can be trained at that size."""
-    weights = deepseek_weights(DEEPSEEK, transformer_engine=True)
-    tensors = export_map(DEEPSEEK, weights).tensors
-    elements = sum(math.prod(tensor.shape) for tensor in tensors)
-    assert elements == sum(math.prod(shape) for shape in weights.values()) == 671_026_419_200
-    assert len(tensors) == 45_395
-
-
-@pytest.mark.parametrize(("heads", "groups"), [(4, 1), (4, 4), (6, 2), (1, 1)])
-def test_queries_of_a_group_lie_before_its_key_and_value(heads: int, groups: int) -> None:
-    config = {**LLAMA, "num_attention_heads": heads, "num_key_value_heads": groups}
-    weights = llama_weights() | {
-        LAYER + "self_attention.linear_qkv.weight": (2, (heads + 2 * groups) * 3, 8),
-        LAYER + "self_attention.linear_proj.weight": (2, 8, heads * 3),
-    }
-    found = exported(config, weights)
-    stored = arrays(weights)[LAYER + "self_attention.linear_qkv.weight"]
-    grouped = stored.reshape(2, groups, heads // groups + 2, 3, 8)
-    wanted = {"q": grouped[:, :, :-2], "k": grouped[:, :, -2], "v": grouped[:, :, -1]}
-    for layer in range(2):
-        for name, value in wanted.items():
-            tensor = found[f"model.layers.{layer}.self_attn.{name}_proj.weight"]
-            assert np.array_equal(tensor, value[layer].reshape(-1, 8)), name
-
-
-@pytest.mark.parametrize("names", ["alone", "per layer"])
-def test_norms_that_are_stored_alone_are_the_same_norms(names: str) -> None:
-    """Transformer Engine stores a norm with the layer after it, an MoE layer's norm alone."""
-    alone = {
-        "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-        "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
-    }
-    weights = llama_weights()
-    renamed = {
-        LAYER + alone.get(key.removeprefix(LAYER), key.removeprefix(LAYER))
-        if key.startswith(LAYER)
-        else key: s
-        for key, s in weights.items()
-    }
-    if names == "per layer":
-        weights, renamed = per_layer(weights), per_layer(renamed)
-    assert weights != renamed
-    before, after = exported(LLAMA, weights), exported(LLAMA, renamed)
-    assert before.keys() == after.keys()
-    assert all(np.array_equal(before[name], after[name]) for name in before)
-
-
-def test_what_is_left_out_is_said() -> None:
-    weights = llama_weights() | {"mtp.layers.0.eh_proj.weight": (8, 16), "mtp.layers.0.x": (8,)}
-    notes = export_map(LLAMA, weights).notes
-    assert notes == (
-        "left out: 6 rows of padding of embedding.word_embeddings.weight",
-        "left out: 6 rows of padding of output_layer.weight",
-        "left out: 2 tensors of multi-token prediction (`mtp.*`), which transformers has no layer "
-        "for",
-    )
 
 
 def refusal(config: Any, weights: Shapes, arguments: dict[str, Any] | None = None) -> str:

@@ -18,9 +18,10 @@ from deepspeed_runs import Harm, load, tag, train
 from oracle import global_tensors, read_by_torch
 from pma_megatron.formats.base import MAIN_PARAM
 from pma_megatron.formats.marker import SNAPSHOTS
-from pma_megatron.runs.discover import describe
+from pma_megatron.runs.describe import describe
 from pma_megatron.testing import run_ranks
-from pma_megatron.testing.conformance import WEIGHT, FormatConformance, Key
+from pma_megatron.testing.conformance import FormatConformance
+from pma_megatron.testing.plain_reads import WEIGHT, Key
 from pma_megatron.testing.tiny_deepspeed import DeepSpeedConfig
 from runs import to_universal
 

@@ -18,7 +18,7 @@ from pma_megatron.formats.base import MAIN_PARAM, Payload
 from pma_megatron.formats.contract import Format
 from pma_megatron.formats.items import ItemFiles
 from pma_megatron.formats.source import Source
-from pma_megatron.testing.conformance import Checkpoint
+from pma_megatron.testing.plain_reads import Checkpoint
 
 RIGHT = registry.get("torch_dist", "")
 OTHERS = tuple(known for known in registry.FORMATS if known.name != "torch_dist")

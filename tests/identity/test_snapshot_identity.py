@@ -161,6 +161,31 @@ def test_good_snapshots_merge(runs: Path, kind: str, tmp_path: Path) -> None:
     merge_all(runs / kind, tmp_path / "merged")
 
 
+# A learning rate of zero: main params rest, so equal snapshots are no copies.
+
+
+def train_at_zero(rank: int, world_size: int, folder: str) -> list[int]:
+    """The last two of three snapshots are equal; a resume takes all three back."""
+    trainer = TinyTrainer(replace(CONFIG, decay="linear", decay_start_iter=2, decay_iters=2))
+    average = online(trainer, SMA)
+    for iteration in WINDOW:
+        trainer.train(2)
+        assert average.step(iteration, iteration * TOKENS)
+    average.save_state(folder)
+    resumed = online(trainer, SMA)
+    assert resumed.load_state(folder, WINDOW[-1], WINDOW[-1] * TOKENS) == []
+    trainer.close()
+    return [entry.iteration for entry in resumed.entries]
+
+
+def test_equal_snapshots_at_learning_rate_zero_are_no_copies(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert run_ranks(train_at_zero, 2, str(run), timeout_s=200) == [list(WINDOW)] * 2
+    shards = [(folder_of(run, n) / "__0_0.distcp").read_bytes() for n in WINDOW]
+    assert shards[1] == shards[2] != shards[0], "the rate was not zero in between"
+    merge_all(run, tmp_path / "merged")
+
+
 # Running averages.
 
 

@@ -15,7 +15,7 @@ import pma_megatron
 from pma_megatron.deepspeed.options import Options
 from pma_megatron.errors import UsageError
 from pma_megatron.megatron import flags
-from pma_megatron.megatron.options import EXIT_CODE, NAMES, USED_BY
+from pma_megatron.megatron.settings import EXIT_CODE, NAMES, USED_BY
 from pma_megatron.megatron_deepspeed.hooks import _options
 from pma_megatron.merging.request import Method
 from pma_megatron.scores.grid import Grid

@@ -19,7 +19,7 @@ import torch.distributed.checkpoint as dcp
 from conftest import digests
 from oracle import read_by_torch
 from pma_megatron.megatron.install import TARGETS
-from pma_megatron.megatron.installing import TreeFunction
+from pma_megatron.megatron.tree_functions import TreeFunction
 from pma_megatron.megatron_deepspeed.install import TARGETS as DEEPSPEED_TARGETS
 from pma_megatron.testing.megatron_lm import Through, run_pretrain
 

@@ -13,7 +13,7 @@ from pma_megatron import MergeRequest, Method, Policy, SelectionRequest, merge
 from pma_megatron.errors import RankError, SelectionError, UsageError
 from pma_megatron.megatron.score import score_merges
 from pma_megatron.scores.grid import Grid
-from pma_megatron.scores.scores import Scores
+from pma_megatron.scores.results import Scores
 from pma_megatron.testing import TinyConfig, TinyTrainer, run_ranks
 from pma_megatron.testing.core_api import unwrap
 

@@ -28,7 +28,7 @@ from pma_megatron.formats.base import StoredRecord
 from pma_megatron.formats.items import ItemFiles
 from pma_megatron.geometry.gram import measure
 from pma_megatron.megatron.load import merge_into
-from pma_megatron.merging import integrity, tasks
+from pma_megatron.merging import source_checksums, tasks
 from pma_megatron.testing import TinyTrainer, run_ranks
 from pma_megatron.testing.tiny_deepspeed import DeepSpeedConfig, TinyDeepSpeed
 from pma_megatron.transfer.reads import Reads, joined
@@ -242,7 +242,7 @@ def test_records_read_in_part_are_said_or_read_whole(
 ) -> None:
     """Layers that stay the newest's are not read in older sources; their buffer is, in part."""
     shutil.unpack_archive(ROOT / f"tests/golden/{GOLDEN[0]}.tar.xz", tmp_path / "run")
-    monkeypatch.setattr(integrity, "_FILL_BYTES", 0)
+    monkeypatch.setattr(source_checksums, "_FILL_BYTES", 0)
     root = next((tmp_path / "run").rglob("iter_*")).parent
     policy, save = Policy(overrides=(("*linear_fc*", "newest"),)), tmp_path / "merged"
     with caplog.at_level(logging.WARNING):

@@ -27,7 +27,7 @@ from pma_megatron.formats.items import ItemFiles
 from pma_megatron.formats.manifest import seal_of, sum_of_parts
 from pma_megatron.formats.marker import MARKER_FILE, OWN_FILES, SEAL_FILE
 from pma_megatron.formats.torch_dist.source import read_source
-from pma_megatron.merging import intact
+from pma_megatron.merging import folder_checksums
 from pma_megatron.runs.discover import pointed
 from pma_megatron.testing import run_ranks
 
@@ -235,13 +235,13 @@ def test_zips_of_a_trainer_without_checksums_are_read_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of others only what lies around the records is read."""
-    monkeypatch.setattr(intact, "_SMALL_BYTES", 0)
+    monkeypatch.setattr(folder_checksums, "_SMALL_BYTES", 0)
     file = tmp_path / "mp_rank_00_model_states.pt"
     before = torch.serialization.get_crc32_options()
     for compute in (True, False):
         torch.serialization.set_crc32_options(compute)
         torch.save({"module": {"weight": torch.arange(1000.0)}}, file)
-        said = intact.record_sums(tmp_path)[file.name]
+        said = folder_checksums.record_sums(tmp_path)[file.name]
         assert (said.structure_sha256 is not None) == compute
         whole = hashlib.sha256(file.read_bytes()).hexdigest()
         assert said.sha256 == (None if compute else whole)

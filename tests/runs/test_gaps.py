@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from checkpoint_refs import WRITING, B, chosen, every, ref, refusal, untold
 from pma_megatron.errors import SelectionError
 from pma_megatron.runs.gaps import lines
-from pma_megatron.runs.selection import SelectionRequest, select
+from pma_megatron.runs.selection import select
+from pma_megatron.runs.selection_request import SelectionRequest
 
 CUT, SPOILED = "__0_0.distcp is cut short", "saved in a spike"
 BAD = {

@@ -9,7 +9,8 @@ import pytest
 from checkpoint_refs import WRITING, B, chosen, every, ref, refusal, untold
 from pma_megatron.errors import UsageError
 from pma_megatron.runs.gaps import lines
-from pma_megatron.runs.selection import SelectionRequest, select
+from pma_megatron.runs.selection import select
+from pma_megatron.runs.selection_request import SelectionRequest
 
 
 def test_last_n_end_at_the_newest_complete_one() -> None:

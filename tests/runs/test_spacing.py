@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from checkpoint_refs import SEQ, WRITING, B, chosen, every, ref, refusal, untold
 from pma_megatron.errors import SelectionError
-from pma_megatron.runs.selection import SelectionRequest, select
+from pma_megatron.runs.selection import select
+from pma_megatron.runs.selection_request import SelectionRequest
 
 
 def test_interval_takes_the_nearest_to_each_place() -> None:

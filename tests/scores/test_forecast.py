@@ -13,7 +13,7 @@ import pytest
 from pma_megatron.errors import UsageError
 from pma_megatron.formats.base import Schedule
 from pma_megatron.scores.forecast import Annealed, Prediction, agreement, forecast
-from pma_megatron.scores.scores import Checkpoint, Score, Scores, read_scores
+from pma_megatron.scores.results import Checkpoint, Score, Scores, read_scores
 
 TRAINED = {10: 2.50, 20: 2.40, 30: 2.38, 40: 2.37}
 MERGED = {30: 2.30, 40: 2.26}

@@ -16,7 +16,7 @@ from lab.text import cache
 from lab.trainer import LabTrainer, Rate
 from pma_megatron.base.durable import write_small
 from pma_megatron.megatron.load import merge_into
-from pma_megatron.runs.selection import SelectionRequest
+from pma_megatron.runs.selection_request import SelectionRequest
 from pma_megatron.testing import TinyConfig
 
 BATCHES = 8

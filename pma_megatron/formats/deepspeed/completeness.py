@@ -194,7 +194,8 @@ def _whole(checkpoint: DeepSpeedCheckpoint, has_experts: bool) -> str | None:
     Param groups of experts are named after its size (deepspeed/moe/utils.py,
     `split_params_into_different_moe_groups_for_optimizer`).
     """
-    groups = (base_state(checkpoint.optimizer(0)) or {}).get("param_groups", ())
+    base = base_state(checkpoint.optimizer(0))
+    groups = base.get("param_groups") or () if isinstance(base, dict) else ()
     names = (_EXPERT_GROUP.match(str(group.get("name"))) for group in groups)
     sizes = {int(match[1]) for match in names if match}
     if len(sizes) > 1 or bool(sizes) != has_experts:

@@ -79,9 +79,13 @@ def _module(value: Any, what: str) -> None:
 
 def _shapes(value: Any, what: str) -> None:
     for group in a_list(value, what):
-        for name, shape in dictionary(group, what).items():
-            if not is_shape(shape):
-                raise wrong(f"{what} of {name}", "a shape", shape)
+        _shapes_of(group, what)
+
+
+def _shapes_of(value: Any, what: str) -> None:
+    for name, shape in dictionary(value, what).items():
+        if not is_shape(shape):
+            raise wrong(f"{what} of {name}", "a shape", shape)
 
 
 def _names(value: Any, what: str) -> None:
@@ -153,9 +157,11 @@ def _stage(value: Any, what: str) -> None:
         raise wrong(what, "a stage of ZeRO", said)
 
 
-_OF_MODEL: dict[str, Callable[[Any, str], None]] = {
+_OF_MODEL: dict[str, Callable[[Any, str], Any]] = {
     "module": _module,
     "param_shapes": _shapes,
+    "frozen_param_shapes": _shapes_of,
+    "frozen_param_fragments": dictionary,
     "buffer_names": _names,
     "shared_params": _aliases,
     "num_experts": _experts,

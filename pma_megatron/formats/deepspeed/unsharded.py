@@ -127,7 +127,7 @@ def _spaces(
 ) -> Iterator[tuple[FlatSpace, tuple[int, ...] | None, int]]:
     """Each tensor of main params, with its shape where it is one parameter, and its param group."""
     flat = _GROUPS_FLAT in state
-    groups = state.get(_GROUPS_FLAT if flat else _GROUPS, ())
+    groups = state.get(_GROUPS_FLAT if flat else _GROUPS) or ()
     masters = groups if flat else [master for group in groups for master in group]
     group_of = [n for n, group in enumerate(groups) for _ in ([group] if flat else group)]
     moments = _moments(checkpoint, file, state) if masters else {}

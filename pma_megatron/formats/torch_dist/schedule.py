@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pma_megatron.formats.base import Schedule, least_decay
+from pma_megatron.formats.rates import LEARNING_RATE
 from pma_megatron.formats.schema import LIMIT
 from pma_megatron.formats.torch_dist.checkpoint import TorchDistCheckpoint
 
@@ -30,8 +31,9 @@ def read_schedule(path: Path) -> Schedule:
     found = checkpoint.common.get("opt_param_scheduler")
     state: Mapping[str, Any] = found if isinstance(found, dict) else {}
     groups, style = list(_param_groups(checkpoint)), state.get("lr_decay_style")
+    of_snapshot = {"lr": checkpoint.args().get(LEARNING_RATE)}
     return Schedule(
-        learning_rate=max(_rates_of(groups), default=None),
+        learning_rate=max(_rates_of([*groups, of_snapshot]), default=None),
         second_moment_decay=least_decay(groups),
         optimizer_steps=max(_steps_of(groups), default=None),
         samples=_count(state.get("num_steps")),

@@ -16,7 +16,7 @@ from typing import Any
 
 from pma_megatron.base.spelling import speaking
 from pma_megatron.megatron import flags
-from pma_megatron.megatron.options import FLAGS
+from pma_megatron.megatron.settings import FLAGS
 
 Function = Callable[..., Any]
 

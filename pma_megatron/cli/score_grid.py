@@ -26,7 +26,7 @@ from pma_megatron.megatron.score import Scored, score_merges
 from pma_megatron.merging.request import MergeRequest
 from pma_megatron.runs.folders import is_checkpoint
 from pma_megatron.scores.grid import Grid
-from pma_megatron.scores.scores import Scores
+from pma_megatron.scores.results import Scores
 
 Provider = Callable[[str, list[str]], Scored]
 
@@ -153,7 +153,7 @@ def _through_megatron(arguments: argparse.Namespace, others: Sequence[str]) -> S
 
 
 def _megatron_flags(arguments: argparse.Namespace, others: Sequence[str], out: Path) -> list[str]:
-    from pma_megatron.megatron.options import name_of  # flags that no other command needs
+    from pma_megatron.megatron.settings import name_of  # flags that no other command needs
 
     ours = ["--load", arguments.load, "--use-checkpoint-args", "--skip-train", "--pma-score"]
     for each in declared(Grid, MEGATRON):

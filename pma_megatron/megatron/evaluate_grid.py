@@ -12,12 +12,12 @@ from pma_megatron.base.comm import Comm
 from pma_megatron.base.log import say
 from pma_megatron.errors import PmaError
 from pma_megatron.megatron.evaluate import Recorded, again, suffix
-from pma_megatron.megatron.options import Settings
 from pma_megatron.megatron.score import score_merges
-from pma_megatron.scores.scores import Scores
+from pma_megatron.megatron.settings import Settings
+from pma_megatron.scores.results import Scores
 
 
-class Scoring:
+class GridEvaluation:
     """One call of `evaluate_and_print_results`, in which every average is scored.
 
     Attributes:

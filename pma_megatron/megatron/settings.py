@@ -10,13 +10,13 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
-from pma_megatron.base.locations import refuse_remote, refuse_remote_values
+from pma_megatron.base.remote_paths import refuse_remote, refuse_remote_values
 from pma_megatron.base.settings import MEGATRON, Declared, declared, described, made, same, setting
 from pma_megatron.base.spelling import FrontEnd, as_flag, speaking
 from pma_megatron.errors import UsageError
 from pma_megatron.live.load import Live
 from pma_megatron.merging.request import MergeRequest, Method
-from pma_megatron.runs.selection import DEFAULT_LAST, SelectionRequest
+from pma_megatron.runs.selection_request import DEFAULT_LAST, SelectionRequest
 from pma_megatron.runs.tokens import consumed_tokens_of, parse_tokens
 from pma_megatron.scores.grid import Grid
 from pma_megatron.spikes.detector import SpikeSettings

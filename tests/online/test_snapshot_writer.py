@@ -1,0 +1,216 @@
+"""Thin snapshots are written by ranks that do not communicate, whole or not at all, and pruned."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_snapshots import DTYPES
+
+from conftest import digests, folder_of
+from oracle import read_by_torch
+from pma_megatron.base.boxes import Box
+from pma_megatron.base.comm import Comm
+from pma_megatron.errors import PlanError, PublishError, UsageError
+from pma_megatron.formats.torch_dist.completeness import completeness
+from pma_megatron.formats.torch_dist.source import read_source
+from pma_megatron.online import snapshot_job
+from pma_megatron.online.snapshots import Chunk, SnapshotWriter, prune
+from pma_megatron.testing import FAULT_ENV, inject, rank_outcomes, run_ranks
+
+SHAPES = {"layers.w": (4, 6), "layers.b": (5,), "scale": ()}
+
+
+def simple_chunks(rank: int, size: int) -> list[Chunk]:
+    rows = [Chunk("layers.w", (4, 6), Box((r, 0), (1, 6))) for r in range(rank, 4, size)]
+    rest = [Chunk("layers.b", (5,), Box((0,), (5,))), Chunk("scale", (), Box((), ()))]
+    return rows + (rest if rank == 0 else [])
+
+
+def simple_data(chunks: Sequence[Chunk], iteration: int) -> list[torch.Tensor]:
+    made = []
+    for chunk in chunks:
+        start = sum(o * 6 for o in chunk.box.offsets[:1]) + len(chunk.key)
+        made.append(iteration + torch.arange(start, start + chunk.box.numel).float() / 7)
+    return made
+
+
+def new_writer(root: Path, dtype: torch.dtype = torch.float32) -> tuple[SnapshotWriter, Any]:
+    chunks = simple_chunks(0, 1)
+    return SnapshotWriter(root, chunks, dtype, Comm()), chunks
+
+
+def write(root: Path, *iterations: int) -> None:
+    writer, chunks = new_writer(root)
+    for iteration in iterations:
+        writer.write(iteration, simple_data(chunks, iteration), {})
+        writer.wait(30)
+
+
+def assert_whole(folder: Path, iteration: int) -> None:
+    """`folder` holds exactly `simple_data` of `iteration`."""
+    assert completeness(folder) is None
+    chunks = simple_chunks(0, 1)
+    for chunk, value in zip(chunks, simple_data(chunks, iteration), strict=True):
+        index = tuple(
+            slice(o, o + n) for o, n in zip(chunk.box.offsets, chunk.box.sizes, strict=True)
+        )
+        got = read_by_torch(folder, [chunk.key])[chunk.key][index]
+        assert torch.equal(got.flatten(), value), chunk
+
+
+def write_in_ranks(rank: int, world_size: int, root: str, timeout_s: float) -> Any:
+    """Write iteration 1; with a fault, again without. Returns the error and how long it took."""
+    chunks, comm = simple_chunks(rank, world_size), Comm()
+    writer = SnapshotWriter(root, chunks, torch.float32, comm)
+
+    def forbidden(*_: Any, **__: Any) -> None:
+        raise AssertionError("write and wait must not communicate")
+
+    for name in ("all_gather_object", "gather_object", "broadcast_object_list", "barrier"):
+        setattr(dist, name, forbidden)
+    start_s, said = time.monotonic(), None
+    writer.write(1, simple_data(chunks, 1), {})
+    try:
+        writer.wait(timeout_s)
+    except PublishError as error:
+        said = str(error)
+    seconds = time.monotonic() - start_s
+    left = sorted(path.name for path in Path(root).glob("iter_*"))
+    if said is not None:
+        time.sleep(0.5)  # both have looked before the next one is written
+        os.environ.pop(FAULT_ENV, None)
+        writer.write(1, simple_data(chunks, 1), {})
+        try:
+            writer.wait(2)
+        except PublishError as error:
+            return said, seconds, left, str(error)
+    return said, seconds, left, None
+
+
+def test_ranks_write_without_communication(tmp_path: Path) -> None:
+    for said, _, left, _ in run_ranks(write_in_ranks, 2, str(tmp_path), 20.0):
+        assert said is None and left == ["iter_0000001"]
+    assert_whole(folder_of(tmp_path, 1), 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["iter_0000001"]
+
+
+@pytest.mark.parametrize("stage", ["snapshot", "snapshot-publish"])
+def test_a_rank_that_fails_is_named_on_all(tmp_path: Path, stage: str) -> None:
+    rank = 1 if stage == "snapshot" else 0
+    with inject(stage, rank=rank, action="raise"):
+        ends = run_ranks(write_in_ranks, 2, str(tmp_path), 20.0)
+    for said, seconds, left, again in ends:
+        assert f"rank {rank} failed" in said and "injected" in said
+        assert seconds < 5 and left == [] and again is None
+    assert_whole(folder_of(tmp_path, 1), 1)
+
+
+def test_a_killed_rank(tmp_path: Path) -> None:
+    with inject("snapshot", rank=1, action="kill"):
+        alive, dead = rank_outcomes(write_in_ranks, 2, str(tmp_path), 2.0, timeout_s=30)
+    assert dead.signal == "SIGKILL" and alive.ok
+    said, seconds, left, again = alive.result
+    assert "nothing came from rank 1" in said and "nothing came from rank 1" in again
+    assert seconds < 5 and left == []
+    assert not list(tmp_path.glob("iter_*")) and list(tmp_path.glob(".pma-snapshot-*"))
+    write(tmp_path, 1)  # the job starts again
+    assert_whole(folder_of(tmp_path, 1), 1)
+    assert not list(tmp_path.glob(".pma-*"))
+
+
+@pytest.mark.parametrize("stage", ["snapshot-marker", "snapshot-publish"])
+def test_rank_0_is_killed(tmp_path: Path, stage: str) -> None:
+    with inject(stage, rank=0, action="kill"):
+        (end,) = rank_outcomes(write_in_ranks, 1, str(tmp_path), 2.0, init=False, timeout_s=30)
+    assert end.signal == "SIGKILL" and not list(tmp_path.glob("iter_*"))
+    write(tmp_path, 1)
+    assert_whole(folder_of(tmp_path, 1), 1)
+
+
+def test_a_whole_snapshot_is_kept_and_a_damaged_one_replaced(tmp_path: Path) -> None:
+    write(tmp_path, 3)
+    before = digests(tmp_path)
+    write(tmp_path, 3)
+    assert digests(tmp_path) == before
+    (folder_of(tmp_path, 3) / "__0_0.distcp").write_bytes(b"cut")
+    write(tmp_path, 3)
+    assert_whole(folder_of(tmp_path, 3), 3)
+    assert [path.name for path in tmp_path.iterdir()] == ["iter_0000003"]
+    (folder_of(tmp_path, 3) / "pma.json").unlink()
+    (folder_of(tmp_path, 3) / "metadata.json").unlink()
+    with pytest.raises(PublishError, match="is no snapshot"):
+        write(tmp_path, 3)
+
+
+def test_blocks_and_rounding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(snapshot_job, "_BLOCK_ELEMENTS", 4)
+    for name, dtype in DTYPES.items():
+        writer, chunks = new_writer(tmp_path / name, dtype)
+        data = simple_data(chunks, 1)
+        writer.write(1, lambda number, data=data: data[number], {}, {"extra/shard_0_1": b"x"})
+        with pytest.raises(PublishError, match=r"call wait\(\)"):
+            writer.write(2, data, {})
+        writer.wait(30)
+        folder = folder_of(tmp_path / name, 1)
+        got = read_by_torch(folder, ["layers.b"])["layers.b"]
+        assert torch.equal(got, data[4].to(dtype)) and got.dtype == dtype
+        read_source(str(folder), {}, True)
+
+
+@pytest.mark.parametrize(
+    ("chunks", "word"),
+    [
+        ([("w", (4,), (0,), (3,))], "3 of 4 elements"),
+        ([("w", (4,), (0,), (3,)), ("w", (4,), (2,), (2,))], "both write"),
+        ([("w", (4,), (0,), (4,)), ("w", (4,), (0,), (4,))], "both write"),
+        ([("w", (4,), (2,), (3,))], "outside shape"),
+        ([("w", (4,), (0,), (4,)), ("w", (5,), (4,), (1,))], "must agree"),
+    ],
+)
+def test_chunks_must_cover(tmp_path: Path, chunks: list[Any], word: str) -> None:
+    made = [Chunk(key, shape, Box(offsets, sizes)) for key, shape, offsets, sizes in chunks]
+    with pytest.raises(PlanError, match=word) as caught:
+        SnapshotWriter(tmp_path, made, torch.float32, Comm())
+    assert "snapshot of w" in str(caught.value)
+
+
+def test_refusals(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="fp32 or bf16"):
+        new_writer(tmp_path, torch.float16)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("1")
+    with pytest.raises(PublishError, match="Megatron's own folder"):
+        new_writer(tmp_path / "run")
+    writer, chunks = new_writer(tmp_path / "ours")
+    writer.write(1, [value.double() for value in simple_data(chunks, 1)], {})
+    with pytest.raises(PublishError, match=r"layers\.w.*expected 6 contiguous float32"):
+        writer.wait(30)
+    assert not list((tmp_path / "ours").glob("iter_*"))
+
+
+def test_prune_spares_what_is_needed_and_what_is_not_ours(tmp_path: Path) -> None:
+    write(tmp_path, 1, 2, 3, 4, 5, 6)
+    foreign = folder_of(tmp_path, 7)
+    shutil.copytree(folder_of(tmp_path, 1), foreign)
+    (foreign / "pma.json").unlink()
+    elsewhere = Path(shutil.move(folder_of(tmp_path, 2), tmp_path / "elsewhere"))
+    folder_of(tmp_path, 2).symlink_to(elsewhere)
+    (tmp_path / ".pma-removed-iter_0000000-1-1").mkdir()
+    assert prune(tmp_path, 2, {3}) == [folder_of(tmp_path, 1), folder_of(tmp_path, 4)]
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {*(folder_of(tmp_path, i).name for i in (2, 3, 5, 6, 7)), "elsewhere"}
+    assert prune(tmp_path, 2, {3}) == []
+    assert prune(tmp_path, 5, set()) == []  # fewer than it may keep
+    assert prune(tmp_path, 0, set()) == [folder_of(tmp_path, i) for i in (3, 5, 6)]
+    assert elsewhere.is_dir() and foreign.is_dir()
+    assert prune(tmp_path / "nowhere", 1, set()) == []
+    with pytest.raises(UsageError, match="keep="):
+        prune(tmp_path, -1, set())
