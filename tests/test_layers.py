@@ -97,7 +97,7 @@ INSIDE = {
         planning
         leftovers rate source_checksums verification
         publish targets
-        carrying exported finishing recompute report
+        carrying exported finishing listing recompute report
         provenance
         inspection job published
         export_job

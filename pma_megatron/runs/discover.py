@@ -66,7 +66,7 @@ def list_checkpoints(
             thin = describe(folder, history)
             if full is None or thin.complete:
                 refs[folder.name] = thin
-    around = dict.fromkeys([*saved_below(root), *(() if refs else _tags_with_own_roots(root))])
+    around = [*saved_below(root, refs), *(() if refs else _tags_with_own_roots(root))]
     refs |= {str(folder): describe(folder, history) for folder in around}
     ordered = sorted(
         refs.values(), key=lambda ref: (ref.iteration is None, ref.iteration or 0, ref.path)

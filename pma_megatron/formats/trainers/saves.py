@@ -5,7 +5,7 @@ A further trainer is declared as those in `nvidia` and `hugging_face` are, and l
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -78,14 +78,21 @@ def checkpoint_in(folder: Path) -> Path | None:
     return None
 
 
-def saved_below(root: Path) -> list[Path]:
+def saved_below(root: Path, known: Collection[str]) -> list[Path]:
     """The checkpoints in those folders of a root that trainers saved around them.
 
     NeMo's `...-last` is not listed where the save of which it is a copy is there.
+
+    Args:
+        root: a run's folder.
+        known: names of folders in it that are checkpoints themselves.
+
+    Raises:
+        OSError: the root cannot be read.
     """
     found = {}
     for folder in sorted(root.iterdir()):
-        if not folder.name.startswith(".") and is_folder(folder):
+        if not folder.name.startswith(".") and folder.name not in known and is_folder(folder):
             inside = checkpoint_in(folder)
             if inside is not None and inside != folder:
                 found[folder.name] = inside
