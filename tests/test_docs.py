@@ -244,6 +244,7 @@ _FLAG = re.compile(r"(?<![\w-])--[a-z](?:[\w-]*\w)?(?!\w|-?\*)")
 FOREIGN = {
     "launch/gpu_check.sh": {"--cpu", "--list", "--only", "--wheels"},
     "torchrun": {"--nnodes", "--nproc-per-node"},
+    "torchtitan": {"--checkpoint"},
     "Megatron": {
         "--async-save",
         "--check-for-nan-in-loss-and-grad",

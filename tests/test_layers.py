@@ -12,7 +12,8 @@ FOLDERS = [
     ["version", "errors"],
     ["base"],
     ["formats"],
-    ["formats.torch_dist", "formats.deepspeed"],
+    ["formats.dcp"],
+    ["formats.torch_dist", "formats.deepspeed", "formats.safetensors"],
     ["formats.registry"],
     ["formats.trainers"],
     ["runs", "transfer", "export.tensors"],
@@ -46,9 +47,16 @@ INSIDE = {
         flat relay
         contract fingerprints
     """,
-    "formats.torch_dist": """
-        cover chunks integrity registration
+    "formats.dcp": """
+        building cover keys
         metadata
+        checkpoint
+        completeness output
+        source
+        format
+    """,
+    "formats.torch_dist": """
+        chunks integrity registration
         checkpoint
         completeness optimizer recomputed schedule ties
         assignment output
@@ -64,6 +72,13 @@ INSIDE = {
         completeness frozen output saves unsharded
         source universal_output
         universal_source
+        format
+    """,
+    "formats.safetensors": """
+        config headers progress
+        model_files
+        model
+        output source
         format
     """,
     "formats.trainers": """
@@ -89,7 +104,7 @@ INSIDE = {
         proof
     """,
     "merging": """
-        coefficients folder_checksums locks policy tasks tolerance
+        cards coefficients folder_checksums locks policy tasks tolerance
         agreement request sums
         accumulate
         engine finding rules
@@ -108,7 +123,7 @@ INSIDE = {
         load
     """,
     "export": """
-        card files own_names side_files
+        card files own_names
         maps template
     """,
     "export.families": """

@@ -92,7 +92,7 @@ def score(arguments: argparse.Namespace, others: Sequence[str] = ()) -> Scores |
     """
     if arguments.load is None:
         raise UsageError("say where the checkpoints are: --load DIR")
-    _refuse_deepspeed(Path(arguments.load))
+    _refuse_other_trainers(Path(arguments.load))
     grid = grid_of(arguments)
     if (arguments.provider is None) == (arguments.megatron is None):
         raise UsageError(
@@ -121,8 +121,8 @@ def score(arguments: argparse.Namespace, others: Sequence[str] = ()) -> Scores |
         return scores if comm.is_main else None
 
 
-def _refuse_deepspeed(root: Path) -> None:
-    """Averages are scored in a live Megatron model, which DeepSpeed's tags do not fit."""
+def _refuse_other_trainers(root: Path) -> None:
+    """Averages are scored in a live Megatron model, which other trainers' folders do not fit."""
     folders = [path for path in (root, *root.glob("*")) if is_folder(path) and is_checkpoint(path)]
     formats = {registry.detect(folder) for folder in folders}
     if registry.TORCH_DIST not in formats and any(
@@ -132,6 +132,12 @@ def _refuse_deepspeed(root: Path) -> None:
             f"{root} holds DeepSpeed checkpoints, and averages are scored in a live Megatron "
             "model. Write them with pma merge --load ... --save ... --sweep METHODS:NUMBERS, and "
             "evaluate each in your own script after engine.load_checkpoint"
+        )
+    if formats == {registry.SAFETENSORS}:
+        raise UsageError(
+            f"{root} holds Hugging Face models, and averages are scored in a live Megatron model. "
+            "Write them with pma merge --load ... --save ... --sweep METHODS:NUMBERS, and evaluate "
+            "each as any model, for instance with lm_eval --model hf --model_args pretrained=FOLDER"
         )
 
 

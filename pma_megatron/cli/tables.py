@@ -217,7 +217,8 @@ def merged(report: MergeReport) -> None:
             f"largest error {check.worst:.2f} of the bound"
         )
     for how in report.resume:
-        console.print(f"resume with: {pasted(how)}", soft_wrap=True)
+        what = "load" if "from_pretrained(" in how else "resume"
+        console.print(f"{what} with: {pasted(how)}", soft_wrap=True)
         if "--no-load-optim" in how:
             console.print(_WEIGHTS_ALONE, soft_wrap=True)
     compared = (report.plan.get("export") or {}).get("names_compared", False)

@@ -75,7 +75,8 @@ def _table(average: Averaged) -> list[str]:
         tokens = source.get("consumed_tokens")
         count = "unknown" if tokens is None else f"{tokens:,}"
         path = _plain(str(source["path"]))
-        rows.append(f"| {source['iteration']} | {count} | {value:.8g} | `{path}` |")
+        at = "unknown" if source["iteration"] is None else source["iteration"]
+        rows.append(f"| {at} | {count} | {value:.8g} | `{path}` |")
     one = len(rows) == 1
     said = "The weights of one checkpoint:" if one else f"Weighted average ({average.method}):"
     head = ["| iteration | tokens | coefficient | source |", "|---:|---:|---:|---|"]

@@ -1,115 +1,29 @@
-"""Safetensors files: laid out before a byte is written, and read again by what they say.
+"""The safetensors files of an export: laid out before a byte is written, and read again.
 
-The library writes whole tensors from memory, so headers are made here; it is what opens the
-finished files, before they are published and when they are verified. Format:
-https://github.com/huggingface/safetensors#format
+The library opens the finished files, before they are published and when they are verified.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import os
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from pma_megatron.base.openfiles import open_source
-from pma_megatron.errors import VerifyError
+from pma_megatron.errors import CheckpointError, VerifyError
 from pma_megatron.formats.base import Item
 from pma_megatron.formats.output import Destination, Folder, OutputItem, OutputLayout
+from pma_megatron.formats.safetensors.headers import STORABLE, Entry, header_of, read_header
+from pma_megatron.formats.safetensors.model import INDEX_FILE, ONE_FILE
 
-INDEX_FILE = "model.safetensors.index.json"
-_ONE_FILE = "model.safetensors"
-_LENGTH_BYTES = 8
-_MAX_HEADER_BYTES = 100_000_000  # the library refuses longer ones
-_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-}
-STORABLE = frozenset(_NAMES)
-"""Dtypes that the files can hold."""
-_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A tensor of an exported model, as a file has it."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def numel(self) -> int:
-        """Its elements."""
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Its bytes."""
-        return self.numel * self.dtype.itemsize
-
-
-@dataclass(frozen=True, slots=True)
-class Header:
-    """What a safetensors file begins with; see `formats.output.Frame`."""
-
-    data: bytes
-    length: int
-    payloads: Mapping[str, tuple[int, int]]
-
-    def structure(self, crcs: Mapping[str, int]) -> list[tuple[int, bytes]]:
-        """The header; it has no checksums."""
-        return [(0, self.data)]
-
-
-def header_of(entries: Sequence[Entry], metadata: Mapping[str, str]) -> Header:
-    """Lay out one file of `entries`.
-
-    Wider elements come first, so that each lies where its dtype may lie in memory.
-
-    >>> made = header_of([Entry("a", torch.bfloat16, (3,)), Entry("b", torch.float32, (2,))], {})
-    >>> made.payloads["b"][0] % 8, made.payloads["a"][0] - made.payloads["b"][0]
-    (0, 8)
-    """
-    fields: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
-    at = 0
-    ordered = sorted(entries, key=lambda entry: -entry.dtype.itemsize)
-    for entry in ordered:
-        fields[entry.name] = {
-            "dtype": _NAMES[entry.dtype],
-            "shape": list(entry.shape),
-            "data_offsets": [at, at + entry.nbytes],
-        }
-        at += entry.nbytes
-    text = json.dumps(fields, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    data = len(text).to_bytes(_LENGTH_BYTES, "little") + text
-    payloads = {
-        entry.name: (len(data) + fields[entry.name]["data_offsets"][0], entry.nbytes)
-        for entry in ordered
-    }
-    return Header(data, len(data) + at, payloads)
+__all__ = ["INDEX_FILE", "STORABLE", "Entry", "Stored", "lay_out", "shards", "stored_in"]
 
 
 def shards(entries: Iterable[Entry], max_bytes: int) -> list[list[Entry]]:
     """The tensors of each file, in order; a file goes beyond `max_bytes` for one tensor alone.
 
+    >>> import torch
     >>> one = Entry("a", torch.float32, (10,))
     >>> [len(shard) for shard in shards([one, one, one], 80)]
     [2, 1]
@@ -145,7 +59,7 @@ def lay_out(
     places: dict[str, Destination] = {}
     weight_map: dict[str, str] = {}
     for number, part in enumerate(parts):
-        name = _ONE_FILE
+        name = ONE_FILE
         if len(parts) > 1:
             name = f"model-{number + 1:05d}-of-{len(parts):05d}.safetensors"
         names = {entry.name for entry in part}
@@ -213,28 +127,18 @@ def _read_header(path: Path) -> dict[str, Stored]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with os.fdopen(open_source(path), "rb") as stream:
-            with safe_open(path, framework="pt") as opened:
-                names = set(opened.keys())
-            length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
-            if length > _MAX_HEADER_BYTES:
-                raise VerifyError(f"{path}: a header of {length} bytes")
-            fields = json.loads(stream.read(length))
-        fields.pop("__metadata__", None)
-        if set(fields) != names:
-            raise VerifyError(f"{path}: its header names tensors that safetensors does not open")
-        return {
-            name: Stored(
-                Entry(name, _DTYPES[each["dtype"]], tuple(each["shape"])),
-                path.name,
-                _LENGTH_BYTES + length + each["data_offsets"][0],
-            )
-            for name, each in fields.items()
-        }
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        header = read_header(path)
+        with safe_open(path, framework="pt") as opened:
+            names = set(opened.keys())
+    except CheckpointError as error:
+        raise VerifyError(str(error)) from error
+    except (SafetensorError, OSError, ValueError) as error:
         raise VerifyError(
             f"{path} is no safetensors file that can be read ({error}): damaged"
         ) from error
+    if set(header.starts) != names:
+        raise VerifyError(f"{path}: its header names tensors that safetensors does not open")
+    return {e.name: Stored(e, path.name, header.starts[e.name]) for e in header.entries}
 
 
 def _refuse_other_index(folder: Path, found: Mapping[str, Stored]) -> None:

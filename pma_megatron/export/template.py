@@ -17,22 +17,24 @@ from pma_megatron.base.openfiles import is_folder
 from pma_megatron.base.spelling import given, named
 from pma_megatron.errors import CheckpointError, UsageError
 from pma_megatron.export.files import INDEX_FILE
-from pma_megatron.export.side_files import (
-    CARD_FILE,
+from pma_megatron.formats.json_files import read_json
+from pma_megatron.formats.safetensors.config import (
     CONFIG_FILE,
-    SideFiles,
-    side_files,
+    DTYPE_FIELDS,
+    QUANTIZED_FIELDS,
+    config_of,
+)
+from pma_megatron.formats.safetensors.model_files import (
+    CARD_FILE,
+    ModelFiles,
+    model_files,
     stays_inside,
 )
-from pma_megatron.formats.json_files import read_json
 
 __all__ = ["CARD_FILE", "CONFIG_FILE", "QUANTIZED_FIELDS", "Template", "config_of", "read_template"]
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 _HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+$")
-QUANTIZED_FIELDS = ("quantization_config", "compression_config")
-"""Of `config.json`: how weights are stored that are not copied."""
-_DTYPE_FIELDS = ("dtype", "torch_dtype")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,7 @@ class Template:
     @property
     def dtype(self) -> str | None:
         """The dtype that `config.json` names, without `torch.`; None if it names none."""
-        for field in _DTYPE_FIELDS:
+        for field in DTYPE_FIELDS:
             value = self.config.get(field)
             if isinstance(value, str):
                 return value.removeprefix("torch.")
@@ -69,7 +71,7 @@ def read_template(path: str, *, implicit: bool = False) -> Template:
 
     Args:
         path: of the folder.
-        implicit: nobody named it: a checkpoint lies in it (see `side_files`).
+        implicit: nobody named it: a checkpoint lies in it (see `model_files`).
 
     Raises:
         UsageError: it is no folder, one without a usable `config.json`, or one with the tokenizer
@@ -80,7 +82,7 @@ def read_template(path: str, *, implicit: bool = False) -> Template:
     folder = Path(path)
     _refuse_no_folder(path, folder)
     try:
-        config, found = _config(folder), side_files(folder, implicit=implicit)
+        config, found = _config(folder), model_files(folder, implicit=implicit)
     except OSError as error:
         raise UsageError(
             f"{given('like', path)} cannot be read: {error.filename or 'it'} ({error.strerror}). "
@@ -142,7 +144,7 @@ def _weight_names(folder: Path, config: Mapping[str, Any]) -> frozenset[str] | N
     return frozenset(names) if isinstance(names, dict) and names else None
 
 
-def _notes(found: SideFiles) -> list[str]:
+def _notes(found: ModelFiles) -> list[str]:
     notes, code = list(found.notes()), [name for name in found.files if name.endswith(".py")]
     if not any(name in found.files for name in _TOKENIZERS):
         notes.append(
@@ -186,16 +188,3 @@ def _largest_token(data: bytes | None) -> int | None:
         return max((n for n in (*entries, *added) if type(n) is int), default=None)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
-
-
-def config_of(config: Mapping[str, Any], dtype: str) -> bytes:
-    """The `config.json` of an export whose weights are stored in `dtype`.
-
-    The dtype is set in whichever field the template has it.
-
-    >>> config_of({"torch_dtype": "float32", "vocab_size": 8}, "bfloat16")
-    b'{\\n  "torch_dtype": "bfloat16",\\n  "vocab_size": 8\\n}\\n'
-    """
-    fields = [field for field in _DTYPE_FIELDS if field in config] or ["torch_dtype"]
-    changed = {**config, **dict.fromkeys(fields, dtype)}
-    return (json.dumps(changed, indent=2, ensure_ascii=False) + "\n").encode()

@@ -33,10 +33,14 @@ class Common(_Required, total=False):
         iteration: at which it was saved; None if it does not say.
         args: arguments of the training script, {} if it keeps none.
         samples: that training had consumed, where `args` do not say it.
+        tokens: that it was trained on, where `args` do not say it; `tokens_unknown` where that is
+            None: why, to complete "tokens are unknown because ...".
         weights_only: whether it was saved without an optimizer.
     """
 
     samples: Any
+    tokens: int | None
+    tokens_unknown: str | None
     weights_only: bool
 
 
@@ -63,16 +67,19 @@ class Tracker:
     """The file of a root that names the checkpoint to resume from.
 
     Attributes:
-        file: its name.
+        file: its name; None for a format that has no such file: its folders are named one by one.
         folder_of: content -> name of the checkpoint's folder; None if it makes no sense.
-        content_of: name of the folder -> content.
+        content_of: name of the folder -> content; None where trainers that give such names write
+            no tracker, and go by the names.
         resume: how training is told to resume from `{root}`.
+        optional: True where a root without one is as it should be.
     """
 
-    file: str
+    file: str | None
     folder_of: Callable[[str], str | None]
-    content_of: Callable[[str], str]
+    content_of: Callable[[str], str | None]
     resume: str
+    optional: bool = False
 
     def resumed(self, root: Path | str) -> str:
         """`resume` with a root in it, as a shell or Python takes it."""
@@ -137,17 +144,20 @@ class Format:
         of `lay_out` name, row by row: `formats.side_files` looks for them, after `lay_out`.
     15. `folder_name`: (path of the newest source, its iteration) -> what the output is called.
         Every rank asks; it looks at the two arguments alone.
+    16. `resumed`: how training is told to go on from one folder, where that depends on the trainer
+        that wrote it; None where `Tracker.resume` says it. It raises as `common` does.
 
     Averaging, checking and publishing. The output is opened by `read_source` and `files` like any
     checkpoint before it gets its name; then rank 0 writes what `Tracker.content_of` says.
 
-    16. `named_layouts`: how a run is saved so that main params have names, for the message of a
+    17. `named_layouts`: how a run is saved so that main params have names, for the message of a
         rank that finds that those without are not their weights; empty where all have names.
-    17. `unchecked_order`: where the map of an output's flat buffers is not what names and shapes
+    18. `unchecked_order`: where the map of an output's flat buffers is not what names and shapes
         alone say, or more than they say, a clause each. Rank 0 asks. It reads no file.
-    18. `own_names`: True where tensors are called as the model itself calls them, so that an export
-        for another library renames nothing. Every rank asks.
-    19. `items`: every zip in a folder's files, with the key of what it holds, for messages. Rank 0
+    19. `own_names`: True where tensors are called as the model itself calls them, so that an export
+        for another library renames nothing. `own_config`: True where the model's configuration and
+        tokenizer lie in the checkpoint's folder. Every rank asks.
+    20. `items`: every zip in a folder's files, with the key of what it holds, for messages. Rank 0
         asks when a published folder is verified. It reads what `completeness` reads, and raises
         CheckpointError for a folder that is not whole.
     """
@@ -168,9 +178,11 @@ class Format:
     lay_out: LayOut
     side_files: tuple[SideRule, ...] = ()
     folder_name: Callable[[str, int | None], str]
+    resumed: Callable[[Path], str | None] = lambda folder: None
     named_layouts: str = ""
     unchecked_order: Callable[[Source], tuple[str, ...]] = lambda source: ()
     own_names: bool = False
+    own_config: bool = False
     items: Callable[[Path], dict[Item, str]]
 
     def instead_of_flat(self) -> str:

@@ -97,6 +97,21 @@ class OutputItem:
     literal: bytes | None = None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Described:
+    """What the card of a model says beside where it comes from.
+
+    Attributes:
+        config: its `config.json`; None where it has none.
+        dtype: of its weights, as torch calls it, without `torch.`.
+        parameters: elements of all floating tensors.
+    """
+
+    config: Mapping[str, Any] | None
+    dtype: str
+    parameters: int
+
+
 @dataclass(frozen=True, slots=True)
 class Carried:
     """A file that an output gets as it is: where its bytes are, and how many."""
@@ -149,6 +164,8 @@ class OutputLayout:
         carried: files that are copied as they are, by their names in the output.
         digests: a file of checksums that is made once the others are there; None for none.
         checkpoint: the folder in it that a format reads as a checkpoint; "" for itself.
+        described: what its model card says; None for what has no such card.
+        notes: sentences for the user: what is carried, and what is not.
     """
 
     files: Mapping[str, int]
@@ -161,6 +178,8 @@ class OutputLayout:
     carried: Mapping[str, Carried] = field(default_factory=dict)
     digests: Digests | None = None
     checkpoint: str = ""
+    described: Described | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:

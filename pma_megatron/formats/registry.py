@@ -16,9 +16,13 @@ from typing import Any, TypeVar, cast
 from pma_megatron.base.openfiles import unread
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.contract import Format
+from pma_megatron.formats.dcp import format as dcp
+from pma_megatron.formats.dcp.checkpoint import parts_of
 from pma_megatron.formats.deepspeed import format as deepspeed
 from pma_megatron.formats.deepspeed import universal
 from pma_megatron.formats.json_files import read_json
+from pma_megatron.formats.safetensors import format as safetensors
+from pma_megatron.formats.safetensors.model import holds_model, holds_pickled_model
 from pma_megatron.formats.torch_dist import format as torch_dist
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
@@ -49,20 +53,31 @@ def _guarded(known: Format) -> Format:
     )
 
 
-FORMATS = tuple(map(_guarded, (torch_dist.FORMAT, deepspeed.NATIVE, deepspeed.UNIVERSAL)))
-TORCH_DIST, DEEPSPEED, UNIVERSAL = (known.name for known in FORMATS)
+FORMATS = tuple(
+    map(
+        _guarded,
+        (torch_dist.FORMAT, deepspeed.NATIVE, deepspeed.UNIVERSAL, dcp.FORMAT, safetensors.FORMAT),
+    )
+)
+TORCH_DIST, DEEPSPEED, UNIVERSAL, TORCH_DCP, SAFETENSORS = (known.name for known in FORMATS)
 LEGACY = "torch (legacy)"
+PICKLED = "pytorch_model.bin (pickled)"
 TAGS = tuple(known.name for known in FORMATS if known.any_folder_name)
 """Formats whose folders may have any name."""
 
+UNTRACKED = tuple(known.name for known in FORMATS if known.tracker.file is None)
+"""Formats whose folders stand alone: no file beside them names the one that counts."""
+
+_PLAIN_DCP = ("torch_dcp", "fsdp_dtensor")
+"""What Megatron calls checkpoints that torch.distributed.checkpoint alone has written."""
 _CONVERTED = {
     "torch (legacy)": "Megatron converts it: load it with --ckpt-convert-format torch_dist "
     "--ckpt-convert-save NEW_FOLDER; or train on with --ckpt-format torch_dist",
     "zarr": "Megatron before core 0.16 converts it: load it with --ckpt-convert-format torch_dist "
     "--ckpt-convert-save NEW_FOLDER",
-    "torch_dcp or fsdp_dtensor": "train on with --ckpt-format torch_dist, without FSDP",
-    "torch_dcp": "train on with --ckpt-format torch_dist, without FSDP",
-    "fsdp_dtensor": "train on with --ckpt-format torch_dist, without FSDP",
+    PICKLED: "save it as safetensors, once for each folder, in Python: from transformers import "
+    "AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained(FOLDER, torch_dtype='auto')"
+    ".save_pretrained(NEW_FOLDER, safe_serialization=True)",
     "unknown": "wait, if it is still being written; else exclude it",
 }
 """What to do about checkpoints in a format that is not read."""
@@ -83,6 +98,8 @@ def _detect(path: Path) -> str:
             backend = read_json(config).get("sharded_backend")
         except CheckpointError:
             backend = None
+        if backend in _PLAIN_DCP:
+            return TORCH_DCP
         return backend if isinstance(backend, str) else TORCH_DIST  # its completeness says damaged
     if any(path.glob("mp_rank_*/model_optim_rng.pt")):
         return LEGACY
@@ -91,9 +108,13 @@ def _detect(path: Path) -> str:
         return UNIVERSAL
     if any(path.glob("*model_states.pt")) or has_ranks:
         return DEEPSPEED
-    if any(path.glob("*.distcp")) or (path / "common.pt").is_file():
-        return TORCH_DIST if (path / "common.pt").is_file() else "torch_dcp or fsdp_dtensor"
-    return "unknown"
+    if (path / "common.pt").is_file():
+        return TORCH_DIST
+    if parts_of(path):
+        return TORCH_DCP
+    if holds_model(path):
+        return SAFETENSORS
+    return PICKLED if holds_pickled_model(path) else "unknown"
 
 
 def get(name: str, path: str) -> Format:

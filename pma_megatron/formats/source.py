@@ -36,6 +36,8 @@ class Source:
         frozen: parameters outside of `space` that were not trained when it was saved.
         quantized: True if weights are kept in 8 or 4 bits: they are not rounded main params then.
         aliases: second name of a tied parameter -> its first, under which it is in `space`.
+        buffers: weights that are not trained: an average keeps the newest's.
+        settings: of the model's configuration, what all sources must agree in, as text.
         unnamed: optimizer buffers by stored key, where main params were not wanted; they tell
             sources apart, and then they are let go.
     """
@@ -56,6 +58,8 @@ class Source:
     frozen: Mapping[str, Tensor] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)
+    buffers: frozenset[str] = frozenset()
+    settings: Mapping[str, str] = field(default_factory=dict)
 
     def is_frozen(self, key: str) -> bool:
         """Whether its optimizer trains, and not this parameter: then its weight is its value."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -26,10 +26,11 @@ from pma_megatron.formats.base import MAIN_PARAM, Item, Payload
 from pma_megatron.formats.items import ItemFiles
 from pma_megatron.formats.source import Source
 from pma_megatron.formats.zips import ZipRecord
-from pma_megatron.identity.samples import WEIGHT, Stored, largest, stored
+from pma_megatron.identity.samples import WEIGHT, Stored, largest, largest_first, stored
 
 _SMALLEST_BYTES = 32
 _SAMPLES, _SAMPLE_BYTES = 16, 256
+_LARGEST = 8
 _ZEROS = bytes(1 << 20)
 
 Place = tuple[str, str, tuple[int, ...]]
@@ -47,12 +48,15 @@ class Contents:
         trained: of moments and main params that are in motion.
         weights: of weights, in a source without an optimizer.
         exact: True if those are float32, which the smallest step changes.
+        whole: of the largest weights of all files together, where they lie whole in them: a copy
+            may have been cut into other files.
     """
 
     path: str
     trained: Checksums
     weights: Checksums
     exact: bool
+    whole: Mapping[Place, int] = field(default_factory=dict)
 
 
 def contents_of(source: Source) -> Contents:
@@ -73,7 +77,7 @@ def contents_of(source: Source) -> Contents:
         return Contents(source.path, trained, {}, exact=True)
     weights = reader.checksums(every)
     exact = all(each.piece.payload.dtype == torch.float32 for each in every)
-    return Contents(source.path, {}, weights, exact)
+    return Contents(source.path, {}, weights, exact, reader.of_all(every))
 
 
 def refuse_copies(contents: Sequence[Contents], rate_of: Callable[[int], float | None]) -> None:
@@ -94,6 +98,9 @@ def refuse_copies(contents: Sequence[Contents], rate_of: Callable[[int], float |
             continue  # main params rest while the learning rate is zero
         if not same and newer.weights and rate_of(a) != 0.0:
             same = _same_weights(contents, older, newer)
+            others = newer.weights.keys() != older.weights.keys()
+            if not same and others and newer.whole and newer.whole == older.whole:
+                same = list(newer.weights)
         if same:
             raise _copied(older, newer, same)
 
@@ -169,6 +176,14 @@ class _Reader:
                 if self._moves(s)
             }
             for file, found in largest(self._source, pieces).items()
+        }
+
+    def of_all(self, pieces: Iterable[Stored]) -> dict[Place, int]:
+        """Place -> checksum of the largest pieces, whatever files they are in."""
+        found = sorted(pieces, key=largest_first)[:_LARGEST]
+        return {
+            (s.state, s.key, s.piece.box.offsets): self._checksums.of(s.piece.payload)[0]
+            for s in found
         }
 
     def _moves(self, each: Stored) -> bool:

@@ -65,8 +65,7 @@ def largest(source: Source, found: Iterable[Stored]) -> dict[str, list[Stored]]:
     for each in found:
         files.setdefault(file_of(source, each.piece.payload), []).append(each)
     return {
-        file: sorted(pieces, key=_largest_first)[:_PIECES_PER_FILE]
-        for file, pieces in files.items()
+        file: sorted(pieces, key=largest_first)[:_PIECES_PER_FILE] for file, pieces in files.items()
     }
 
 
@@ -92,5 +91,6 @@ def runs(piece: Piece[Payload], seed: str, length: int = _RUN, count: int = _RUN
         yield from (box for box, _ in flat_range(piece.box, start, start + length))
 
 
-def _largest_first(each: Stored) -> tuple[int, str, str, tuple[int, ...]]:
+def largest_first(each: Stored) -> tuple[int, str, str, tuple[int, ...]]:
+    """What to sort by, so that the largest come first, and always in the same order."""
     return -each.nbytes, each.state, each.key, each.piece.box.offsets

@@ -46,6 +46,7 @@ def check_same_model(sources: Sequence[Source]) -> None:
     """
     base = sources[-1]
     for source in sources[:-1]:
+        _refuse_other_settings(source, base)
         _refuse_frozen_since(source, base)
         for what, theirs, ours in (
             ("has tensors that the newest does not have", source, base),
@@ -59,6 +60,23 @@ def check_same_model(sources: Sequence[Source]) -> None:
                     f"({len(extra)} in all). They are not checkpoints of one model: exclude the "
                     f"ones that differ{_converted(source, base)}"
                 )
+
+
+def _refuse_other_settings(source: Source, base: Source) -> None:
+    """Tensors of one shape may be of two models: heads, rotary embedding, activation."""
+    names = sorted({*source.settings, *base.settings})
+    others = [n for n in names if source.settings.get(n) != base.settings.get(n)]
+    if others:
+        told = "; ".join(
+            f"{name} is {source.settings.get(name, 'not there')[:80]}, and "
+            f"{base.settings.get(name, 'not there')[:80]} in the newest"
+            for name in others[:3]
+        )
+        raise PlanError(
+            f"config.json of {source.path} and of the newest source, {base.path}, are of two "
+            f"models: {told} ({len(others)} in all). Exclude what is of another model; if it is "
+            "the same one, and a release of the library wrote it otherwise, make the files agree"
+        )
 
 
 def _refuse_frozen_since(source: Source, base: Source) -> None:

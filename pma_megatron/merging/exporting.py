@@ -21,11 +21,9 @@ from pma_megatron.base.boxes import Box, Part, Piece, overlaps
 from pma_megatron.base.spelling import given, named
 from pma_megatron.errors import PlanError, UsageError
 from pma_megatron.export import files
-from pma_megatron.export.card import Averaged, card
 from pma_megatron.export.files import Entry
 from pma_megatron.export.maps import export_map
 from pma_megatron.export.template import (
-    CARD_FILE,
     CONFIG_FILE,
     QUANTIZED_FIELDS,
     Template,
@@ -35,14 +33,13 @@ from pma_megatron.export.template import (
 from pma_megatron.export.tensors import ExportTensor
 from pma_megatron.formats import registry
 from pma_megatron.formats.base import Tensor
-from pma_megatron.formats.output import Destination, OutputLayout
+from pma_megatron.formats.output import Described, Destination, OutputLayout
 from pma_megatron.formats.source import Source
 from pma_megatron.merging.agreement import AVERAGED
 from pma_megatron.merging.policy import MAIN, Action
 from pma_megatron.merging.request import MergeRequest
 from pma_megatron.merging.rules import Rules
 from pma_megatron.merging.tasks import Carry
-from pma_megatron.version import __version__
 
 _BY_NAME = {str(d).removeprefix("torch."): d for d in AVERAGED if d != torch.float64}
 
@@ -126,25 +123,6 @@ class ModelExport:
             "bytes": self.layout.nbytes,
         }
 
-    def card(self, made: Mapping[str, Any]) -> dict[str, bytes]:
-        """The model card of one output, by its name; `made` is what its `pma.json` says."""
-        origins = [made] if "origin" not in made else [made, made["origin"]]
-        text = card(
-            config=self.config,
-            averages=[
-                Averaged(
-                    each["output"]["method"],
-                    each["plan"]["sources"],
-                    each["output"]["coefficients"],
-                )
-                for each in origins
-            ],
-            dtype=self.dtype,
-            parameters=self.parameters,
-            version=__version__,
-        )
-        return {CARD_FILE: text}
-
 
 def plan_export(
     request: MergeRequest, base: Source, rules: Rules, template: Template | None
@@ -184,29 +162,35 @@ def plan_export(
     if template is not None and config is not None:
         small = {**template.files, CONFIG_FILE: config_of(config, name)}
     layout, places = files.lay_out(entries, request.max_shard_bytes, _aliases(base, entries), small)
+    parameters = sum(entry.numel for entry in entries if entry.dtype.is_floating_point)
+    described = Described(config=config, dtype=name, parameters=parameters)
     return ModelExport(
-        layout=layout,
+        layout=replace(layout, described=described),
         filled=tuple(_filled(made.tensors, places, base, rules)),
         entries=tuple(entries),
         dtype=name,
         config=config,
         like=None if template is None else template.path,
-        parameters=sum(entry.numel for entry in entries if entry.dtype.is_floating_point),
+        parameters=parameters,
         names_compared=made.compared,
         notes=tuple(notes),
     )
 
 
 def template_of(request: MergeRequest, base: Source) -> Template | None:
-    """What an export of `base` takes its configuration from: the folder of `like`, or the one that
-    a checkpoint lies in whose tensors have the model's own names; None where that has none.
+    """What an export of `base` takes its configuration from: the folder of `like`, or, where
+    tensors have the model's own names, that of the checkpoint or the one around it; None where
+    that has none.
 
     Raises:
         UsageError: it is needed and not there, or cannot be used.
     """
     if request.like is not None:
         return read_template(request.like)
-    if not registry.get(base.format, base.path).own_names:
+    known = registry.get(base.format, base.path)
+    if known.own_config:
+        return read_template(base.path) if (Path(base.path) / CONFIG_FILE).is_file() else None
+    if not known.own_names:
         raise UsageError(
             f"{base.path} calls tensors as Megatron does, so an export needs {named('like')}, the "
             "folder of a Hugging Face model of the same family and sizes: its config.json says "

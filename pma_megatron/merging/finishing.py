@@ -14,6 +14,7 @@ from pma_megatron.base.faults import point
 from pma_megatron.base.openfiles import Files, write_inside
 from pma_megatron.formats.manifest import FileSum, Part, sum_of, sum_of_parts, write_marker
 from pma_megatron.formats.output import OutputItem, OutputLayout
+from pma_megatron.formats.safetensors.model import TENSORS
 from pma_megatron.merging.leftovers import Target
 from pma_megatron.merging.publish import cannot_write
 from pma_megatron.transfer.checksums import (
@@ -23,9 +24,6 @@ from pma_megatron.transfer.checksums import (
     joined_crc,
     scattered_crc,
 )
-
-TENSORS = "tensors"
-"""Field of `pma.json` that has the CRC-32 of every payload, where the files have none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +111,7 @@ def _write_structure(
     every payload that was written, by its name."""
     parts = _merged(each.parts for each in written)
     scattered: dict[tuple[int, str], list[tuple[int, int]]] = {}
+    is_scattered = any(isinstance(each, ScatteredChecksums) for each in written)
     for each in written:
         if isinstance(each, ScatteredChecksums):
             for place, sum_ in each.sums.items():
@@ -129,7 +128,7 @@ def _write_structure(
             if item.skeleton is None:
                 continue
             with files.opened(item.placed.file) as descriptor:
-                if layout.sums_payloads:
+                if is_scattered:
                     crcs = {
                         record: scattered_crc(scattered.get((number, record), ()), nbytes)
                         for record, (_, nbytes) in item.skeleton.payloads.items()

@@ -74,7 +74,7 @@ def record_sums(folder: Path) -> dict[str, FileSum]:
     Raises:
         CheckpointError: a file cannot be read, or is not what its metadata says.
     """
-    zips = _Zips(ItemFiles(folder), _items(folder))
+    zips = _Zips(_files(folder), _items(folder))
     sums = {}
     for name, nbytes in listing(folder).items():
         if nbytes <= _SMALL_BYTES or not zips.covered(name):
@@ -123,7 +123,7 @@ def check_files(
     trusted = sums is None or not any(sums[name].sha256 for name in changed)
     needed = sums is None
     items = comm.on_main("verify", lambda: _items(folder, needed=needed) if trusted else {})
-    zips = _Zips(ItemFiles(folder), items)
+    zips = _Zips(_files(folder), items)
     parted = items if sums is None else [n for n, each in sums.items() if each.structure_sha256]
     names = sorted({*parted, *changed}, key=lambda name: -found.get(name, 0))
 
@@ -229,6 +229,13 @@ def _items(folder: Path, *, needed: bool = True) -> dict[str, list[tuple[Item, s
             placed = replace(item, file=within + item.file)
             found.setdefault(placed.file, []).append((placed, key))
     return found
+
+
+def _files(folder: Path) -> ItemFiles:
+    """The zips of a folder, or what stands for them in its format."""
+    name = registry.detect(folder)
+    known = next((each for each in registry.FORMATS if each.name == name), None)
+    return ItemFiles(folder) if known is None else known.files(folder)
 
 
 @dataclass(slots=True)

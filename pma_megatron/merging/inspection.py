@@ -150,7 +150,7 @@ def _refuse_root(folder: Path) -> None:
             f"{folder} is a root of {len(below)} checkpoints without a tracker: inspect one of "
             f"them, for instance {folder / below[-1]} (`pma list {folder}` has all)"
         )
-    if registry.detect(folder) == "unknown":
+    if registry.detect(folder) in ("unknown", registry.PICKLED):
         raise CheckpointError(what_is(folder))
 
 

@@ -27,6 +27,7 @@ from pma_megatron.merging import (
     targets,
     verification,
 )
+from pma_megatron.merging.cards import cards
 from pma_megatron.merging.carrying import carry, sha256_of
 from pma_megatron.merging.exporting import refuse_nested
 from pma_megatron.merging.planning import MergePlan, make_plan
@@ -80,8 +81,8 @@ def merge(request: MergeRequest, comm: Comm | None = None, show: Show = silent) 
     memory.reset_peak()
     clock = _Clock()
     made = _planned(request, comm)
-    if comm.is_main and made.export is not None:
-        for sentence in made.export.notes:
+    if comm.is_main:
+        for sentence in made.told:
             _log.warning(sentence)
     token = comm.broadcast(publish.new_token())
     wanted = targets.targets(made, token)
@@ -265,11 +266,7 @@ def _finish(
     def finish() -> None:
         size = comm.size
         made = provenance.provenance(plan, output, target.folder, size, clock.seconds, compared)
-        card = {}
-        if target.folder is Folder.MODEL:
-            assert plan.export is not None
-            card = plan.export.card(made)
-        finishing.finish(layout, target, whole[0], made, card, listed)
+        finishing.finish(layout, target, whole[0], made, cards(layout, made), listed)
 
     comm.on_main("finish", finish)
 

@@ -197,19 +197,18 @@ def removed(folder: Path) -> bool:
     return False
 
 
-def point_to(target: Target) -> Path:
-    """Have the root say to resume from a published checkpoint; returns the tracker.
+def point_to(target: Target, file: str) -> Path:
+    """Have the root's tracker, `file`, say to resume from a published checkpoint; returns it.
 
     Where the trainer has more files in the root, which copy the checkpoint's, they come first: the
     draft of the tracker says until the end that this is still to be done.
     """
-    known = registry.get(registry.detect(target.final), str(target.final))
-    trainer = save_of(target.final, known.name).trainer
+    trainer = save_of(target.final, registry.detect(target.final)).trainer
     for name, original in () if trainer is None else trainer.root_copies:
         draft = target.root / f"{_COPY}{target.final.name}"
         write_small(draft, read_source_file(target.final / original))
         draft.replace(target.root / name)
-    tracker = target.root / known.tracker.file
+    tracker = target.root / file
     target.tracker.replace(tracker)
     sync(target.root)
     return tracker
@@ -232,10 +231,13 @@ def _remove_stale(root: Path, name: str, *, own: bool) -> None:
 
 def _finish(target: Target) -> None:
     """The last step of a publication that was cut off right before it: the tracker."""
+    file = None
     if target.final.is_dir():
+        file = registry.get(registry.detect(target.final), str(target.final)).tracker.file
+    if file is not None:
         _log.warning(
             "%s now names %s, which a merge that was cut off had published",
-            point_to(target),
+            point_to(target, file),
             target.final.name,
         )
     else:

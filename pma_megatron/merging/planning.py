@@ -93,6 +93,12 @@ class MergePlan:
         return tuple(output.values for output in self.outputs)
 
     @property
+    def told(self) -> tuple[str, ...]:
+        """What is said of the files that are written: what is carried, and what is not."""
+        of_files = tuple(note for each in self.layouts.values() for note in each.notes)
+        return of_files if self.export is None else (*of_files, *self.export.notes)
+
+    @property
     def threads(self) -> int:
         """Threads per rank."""
         return self.request.threads
@@ -238,7 +244,8 @@ def open_sources(
         doubt = None
         if not main_params and known.weights_alone:
             doubt = unconfirmed(source, lambda: known.read_source(ref.path, {}, True, peers))
-        source = replace(source, unnamed={}, notes=() if doubt is None else (doubt,))
+        notes = source.notes if doubt is None else (*source.notes, doubt)
+        source = replace(source, unnamed={}, notes=notes)
         return source if number == last else _trimmed(source, request, end=number in ends)
 
     mine = comm.rank == owners[last]
@@ -353,9 +360,10 @@ def _assemble(
     )
     more = [] if export is None else carried(export, found.sources[-1])
     work = units([*tasks, *more])
+    told = [*(note for each in layouts.values() for note in each.notes)]
+    told += [] if export is None else export.notes
     said = (*found.selection.notes, *frozen_notes(found.sources))
-    said = (*said, *notes(str(save.folder), beside))
-    said = said if export is None else (*said, *export.notes)
+    said = (*said, *notes(str(save.folder), beside), *told)
     return MergePlan(
         request=request,
         selection=replace(found.selection, notes=said),

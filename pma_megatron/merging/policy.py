@@ -46,14 +46,18 @@ class Entry:
         state: `weight`, `param` (main parameters), another optimizer state, or `object`.
         floating: True for a floating dtype that is at least 16 bits wide.
         has_main: True for a weight whose main parameters are stored.
+        exact: True for a weight that is stored in float32, and was rounded from nothing.
         optimizer: True for an object that belongs to the optimizer.
+        buffer: True for a weight that is known not to be trained.
     """
 
     key: str
     state: str
     floating: bool = True
     has_main: bool = False
+    exact: bool = False
     optimizer: bool = False
+    buffer: bool = False
 
     @property
     def label(self) -> str:
@@ -168,14 +172,18 @@ class Policy:
             return Rule(Action.NEWEST, "opaque")
         if not entry.floating:
             return Rule(Action.NEWEST, "not a floating tensor")
+        if entry.buffer:
+            return Rule(Action.NEWEST, "a buffer, which is not trained")
         if entry.state == "weight":
             if entry.has_main and self.average == "main-params":
                 return Rule(Action.ROUND, "follows its main params")
             return Rule(
                 Action.AVERAGE,
-                "no main params are stored for it"
-                if self.average == "main-params"
-                else given("average", "weights"),
+                given("average", "weights")
+                if self.average == "weights"
+                else "float32, which is its own main params"
+                if entry.exact
+                else "no main params are stored for it",
             )
         if entry.state == MAIN:
             return Rule(Action.AVERAGE, "float32 main params")

@@ -68,16 +68,18 @@ def publish(plan: MergePlan, target: Target) -> None:
     """
     known = registry.get(plan.sources[-1].format, plan.sources[-1].path).tracker
     tracked = target.folder is Folder.CHECKPOINT and not plan.save.inside
+    file = known.file if tracked else None
+    content = None if file is None else known.content_of(target.final.name)
     try:
         with shielded():
-            if tracked:
+            if file is not None and content is not None:
                 # Written first: a disk that is full by now must not leave a checkpoint without a
                 # tracker.
-                write_small(target.tracker, known.content_of(target.final.name).encode())
+                write_small(target.tracker, content.encode())
             _rename(target)
-            if tracked:
+            if file is not None and content is not None:
                 point("tracker", 0)
-                point_to(target)
+                point_to(target, file)
     except OSError as error:
         raise PublishError(
             f"cannot publish {target.final}: {error.strerror}. Free space or choose another "

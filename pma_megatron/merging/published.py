@@ -18,9 +18,9 @@ from pma_megatron.export.template import CONFIG_FILE
 from pma_megatron.formats import registry
 from pma_megatron.formats.manifest import Marker, read_marker
 from pma_megatron.formats.marker import EXPORT, MARKER_FILE, ONLINE_AVERAGE, SNAPSHOT
-from pma_megatron.formats.trainers.saves import save_of
+from pma_megatron.formats.safetensors.model import TENSORS
+from pma_megatron.formats.trainers.saves import published_as, save_of
 from pma_megatron.merging.exported import verify_model
-from pma_megatron.merging.finishing import TENSORS
 from pma_megatron.merging.folder_checksums import Intact, Record, check_files
 from pma_megatron.merging.planning import MergePlan, make_plan
 from pma_megatron.merging.provenance import checked_provenance, request_again
@@ -79,7 +79,7 @@ def verify(
     kind, notes = marker.value.get("kind"), list(_not_covered(marker))
     found = Intact(0, 0, 0)
     if full:
-        records = _tensors(folder, marker) if kind == EXPORT else {}
+        records = _tensors(folder, marker) if TENSORS in marker.value else {}
         found = check_files(folder, marker.sums, comm, records)
     values = Verification(0, 0, 0, 0.0)
     if kind not in (None, EXPORT):
@@ -99,7 +99,7 @@ def verify(
 
 
 def _tensors(folder: Path, marker: Marker) -> dict[str, list[Record]]:
-    """The tensors of an export by file, with their checksums, as far as its headers can be read."""
+    """The tensors of a model by file, with their checksums, as far as its headers can be read."""
     said = marker.value.get(TENSORS)
     found: dict[str, list[Record]] = {}
     with contextlib.suppress(VerifyError):
@@ -124,8 +124,8 @@ def published(path: str | Path) -> Path:
         )
     if not (folder / MARKER_FILE).is_file():
         below = sorted(child.parent.name for child in folder.glob(f"*/{MARKER_FILE}"))
-        if len(below) == 1:
-            return folder / below[0]
+        if len(below) == 1 and published_as(folder / below[0]).inside:
+            return folder / below[0]  # its trainer has no tracker
         if below:
             raise CheckpointError(
                 f"{folder} has no tracker that names one of {', '.join(below[:_SHOWN])} "
@@ -134,14 +134,21 @@ def published(path: str | Path) -> Path:
     return folder
 
 
+def _is_marked(folder: Path) -> bool:
+    try:
+        return (folder / MARKER_FILE).is_file()
+    except OSError:  # it may not be looked into
+        return False
+
+
 def _marked(path: Path) -> Path:
     """The folder that `path` is, or that its tracker names: the one that was published at once."""
-    if (path / MARKER_FILE).is_file():
+    if _is_marked(path):
         return path
     folder = pointed(path)
-    if not (folder / MARKER_FILE).is_file() and is_folder(folder):
-        return save_of(folder, registry.detect(folder)).folder
-    return folder
+    if _is_marked(folder) or not is_folder(folder):
+        return folder
+    return save_of(folder, registry.detect(folder)).folder
 
 
 def _not_covered(marker: Marker) -> Iterator[str]:

@@ -81,7 +81,7 @@ def how_to_resume(folder: Path, lr_factor: float | None = None) -> str:
     known = registry.get(ref.format, str(folder))
     args = known.common(folder)["args"]
     if "consumed_train_samples" not in args:
-        return known.tracker.resumed(folder.parent)
+        return known.resumed(folder) or known.tracker.resumed(folder.parent)
     flags: dict[str, tuple[str, ...]] = {"--load": (as_argument(folder.parent),)}
     if ref.weights_only:
         flags["--no-load-optim"] = ()

@@ -136,7 +136,14 @@ def _entries(sources: Sequence[Source]) -> Iterable[Entry]:
                 yield Entry(key=key, state=MAIN)
     for key, tensor in base.space.weights.items():
         floating = tensor.dtype in AVERAGED
-        yield Entry(key=key, state="weight", floating=floating, has_main=key in main)
+        yield Entry(
+            key=key,
+            state="weight",
+            floating=floating,
+            has_main=key in main,
+            exact=tensor.dtype == torch.float32,
+            buffer=key in base.buffers,
+        )
     for state, tensors in base.space.states.items():
         for key, tensor in tensors.items():
             yield Entry(key=key, state=state, floating=tensor.dtype in AVERAGED)

@@ -20,6 +20,7 @@ from pma_megatron.merging.tasks import Workload
 from pma_megatron.transfer.blocks import BlockReader
 from pma_megatron.transfer.reads import SPANS, Reads, Spans, joined
 
+_SHOWN = 3  # sources that one message names
 _FILL_BYTES = 1 << 16
 _FILL_PART = 8  # a record is read whole if at most 1/8 of it, or 64 KiB, is unread
 _BLOCK_BYTES = 1 << 20
@@ -43,10 +44,14 @@ class Compared:
 
     def sentences(self) -> tuple[str, ...]:
         """What a user must know, a line each."""
-        said = [
-            f"{path} was saved without checksums: damage in it cannot be noticed"
-            for path in self.without_checksums
-        ]
+        said = []
+        if self.without_checksums:
+            count, names = len(self.without_checksums), self.without_checksums[:_SHOWN]
+            more = f" and {count - _SHOWN} more" if count > _SHOWN else ""
+            said.append(
+                f"saved without checksums, so that damage cannot be noticed in them: "
+                f"{', '.join(names)}{more}"
+            )
         if self.partial_records:
             said.append(
                 f"{self.partial_records} records of {self.partial_bytes} bytes were read in part, "

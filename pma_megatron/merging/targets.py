@@ -170,6 +170,8 @@ def _refuse_inside(target: Target) -> None:
     """A checkpoint is not a place to put others: its owner deletes, copies and lists it whole."""
     asked = _real(target.final if target.folder is Folder.MODEL else target.root)
     for folder in (asked, *asked.parents):
+        if target.folder is Folder.MODEL and folder == asked and _is_model(folder):
+            continue  # whether it may be replaced is another question
         if holds_checkpoint(folder) or _is_save(folder):
             below = f"lies in {folder}, a checkpoint"
             below = "is a checkpoint itself" if folder == asked else below
@@ -178,6 +180,10 @@ def _refuse_inside(target: Target) -> None:
                 "it is deleted, and counts as its own. Give merges a folder beside the run's, such "
                 f"as {folder.parent}-pma"
             )
+
+
+def _is_model(folder: Path) -> bool:
+    return registry.detect(folder) in registry.UNTRACKED
 
 
 def _refuse_loss(target: Target) -> None:
@@ -221,8 +227,9 @@ def _refuse_odd(plan: MergePlan, target: Target) -> None:
     if target.folder is not Folder.CHECKPOINT or plan.save.inside:
         return
     newest = plan.sources[-1]
-    tracker = target.root / registry.get(newest.format, newest.path).tracker.file
-    if os.path.lexists(tracker) and not tracker.is_file():
+    file = registry.get(newest.format, newest.path).tracker.file
+    tracker = target.root / (file or "")
+    if file is not None and os.path.lexists(tracker) and not tracker.is_file():
         raise PublishError(
             f"{tracker} is {_kind(tracker)}, and must become the file that names the newest "
             f"checkpoint. Remove it, or choose another {named('save')}"
@@ -257,6 +264,8 @@ def _refuse_foreign(target: Target) -> None:
             continue
         if not (folder.name.startswith("iter_") or is_checkpoint(folder) or _is_save(folder)):
             continue
+        if _is_model(folder):
+            continue  # no tracker ever points at the one or the other
         merged = (folder / MARKER_FILE).is_file() and read_snapshot_marker(folder) is None
         if not merged:
             raise PublishError(

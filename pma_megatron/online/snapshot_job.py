@@ -31,11 +31,11 @@ from pma_megatron.base.durable import sync, write_small
 from pma_megatron.base.faults import point
 from pma_megatron.errors import PlanError, PublishError
 from pma_megatron.formats.base import Item
+from pma_megatron.formats.dcp.metadata import METADATA_FILE
 from pma_megatron.formats.manifest import FileSum, Part, sum_of, sum_of_parts, write_marker
 from pma_megatron.formats.marker import read_snapshot_marker
 from pma_megatron.formats.torch_dist.checkpoint import CONFIG_FILE
 from pma_megatron.formats.torch_dist.chunks import CONFIG, PlacedChunk
-from pma_megatron.formats.torch_dist.metadata import METADATA_FILE
 
 STAGING = ".pma-snapshot-"
 REMOVED = ".pma-removed-"

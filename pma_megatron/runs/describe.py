@@ -56,7 +56,7 @@ def describe(folder: Path, history: recovery_log.History | None = None) -> Check
 def _why_none(folder: Path) -> Incomplete | None:
     """Why what has a checkpoint's name cannot even be looked into; None if it can."""
     short = SHORT.match(folder.name)
-    if short:
+    if short and registry.detect(folder) not in registry.UNTRACKED:
         return Incomplete(
             f"Megatron would call it iter_{int(short[1]):07d} and does not find it under this "
             "name: give it that name, or move it elsewhere"
@@ -100,6 +100,8 @@ def _described(folder: Path, history: recovery_log.History | None) -> Checkpoint
         if wrong is not None:
             return _incomplete(folder, name, iteration, Incomplete(wrong), snapshot=snapshot)
         tokens, unknown = consumed_tokens_of(args)
+        if "tokens" in common:
+            tokens, unknown = common["tokens"], common.get("tokens_unknown")
     except CheckpointError as error:
         return _incomplete(folder, name, iteration, Incomplete(str(error)))
     doubt = (history or recovery_log.History(())).doubt(iteration, args)

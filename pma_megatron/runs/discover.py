@@ -22,7 +22,7 @@ from pma_megatron.runs.selection import Selection, select
 from pma_megatron.runs.selection_request import SelectionRequest
 from pma_megatron.runs.trackers import Pointer, read_pointers
 
-TRACKER_FILE = registry.get(registry.TORCH_DIST, "").tracker.file
+TRACKER_FILE = registry.get(registry.TORCH_DIST, "").tracker.file or ""
 _OWN_ROOT = re.compile(r"^checkpoint[-_]\d+$")
 """transformers/trainer_utils.py, PREFIX_CHECKPOINT_DIR; accelerate/accelerator.py, save_state."""
 
@@ -236,6 +236,8 @@ def _refuse_one_checkpoint(root: Path, request: SelectionRequest) -> None:
 def pointed(root: Path) -> Path:
     """The checkpoint that the tracker in `root` names, or `root` itself without a tracker.
 
+    Where trainers go by the names of folders, it is the newest whole one, which they resume from.
+
     Raises:
         CheckpointError: the tracker makes no sense.
     """
@@ -244,7 +246,17 @@ def pointed(root: Path) -> Path:
             return root / pointer.folder
         if not pointer.missing:
             raise CheckpointError(f"{root} {pointer.problem}. Name one checkpoint's folder")
-    return root
+    return _newest_by_name(root) or root
+
+
+def _newest_by_name(root: Path) -> Path | None:
+    """The newest whole checkpoint of a root in which none has a tracker; None where some have."""
+    if not is_folder(root) or is_checkpoint(root):
+        return None
+    refs = list_checkpoints(root, problem=lambda _: None)
+    whole = [ref for ref in refs if ref.complete and ref.iteration is not None]
+    named = (registry.get(r.format, r.path).tracker.content_of(Path(r.path).name) for r in whole)
+    return Path(whole[-1].path) if whole and all(name is None for name in named) else None
 
 
 def _checkpoint_folders(root: Path, named: Collection[str] = ()) -> list[Path]:
@@ -265,7 +277,7 @@ def _checkpoint_folders(root: Path, named: Collection[str] = ()) -> list[Path]:
 
 def _tags_named(pointers: Mapping[str, Pointer]) -> set[str]:
     """Names that trackers of DeepSpeed say: those of tags may be any."""
-    names = (pointers[name].named for name in registry.TAGS)
+    names = (pointers[name].named for name in registry.TAGS if name in pointers)
     return {name for name in names if name is not None}
 
 

@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from pma_megatron.base.openfiles import is_folder
+from pma_megatron.errors import CheckpointError
 from pma_megatron.formats import registry
 from pma_megatron.formats.marker import SNAPSHOTS
 
 ITERATION = re.compile(r"^iter_(\d{7,})$")
-_TRACKERS = {known.tracker.file for known in registry.FORMATS}
+_TRACKERS = {known.tracker.file for known in registry.FORMATS} - {None}
 _NAMED = 5  # entries of a folder that a message names
 
 
@@ -73,10 +74,17 @@ def _file(path: Path) -> str:
 
 
 def _folder(path: Path) -> str:
-    if _has(path, "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin"):
+    pickled = [each for each in (path, *_entries(path)) if _is_pickled(each)]
+    if pickled:
+        try:
+            registry.get(registry.PICKLED, str(pickled[0]))
+        except CheckpointError as error:
+            return f"{pickled[0]} cannot be averaged: {error}"
+    if _has(path, "*.safetensors", "*.safetensors.index.json"):
         return (
-            f"{path} is a model for Hugging Face: weights alone, which say nothing of the run. "
-            "Give the folder that training saved its own checkpoints to"
+            f"{path} holds safetensors files and no whole model (model.safetensors, or "
+            "model.safetensors.index.json and what it names), or a run's checkpoints beside them "
+            f"(found: {_some(path)}). Give the folder of a model, or the one that training saves to"
         )
     inside = next((each for each in path.parents if is_checkpoint(each)), None)
     if inside is not None:
@@ -96,6 +104,10 @@ def _folder(path: Path) -> str:
         f"{path} holds no iter_* checkpoint and no DeepSpeed tag (found: {_some(path)}). Give the "
         "folder that training saves to"
     )
+
+
+def _is_pickled(path: Path) -> bool:
+    return is_folder(path) and registry.detect(path) == registry.PICKLED
 
 
 def _below(path: Path, wanted: Callable[[Path], bool]) -> list[Path]:

@@ -34,12 +34,17 @@ class Pointer:
 
 
 def read_pointers(root: Path) -> dict[str, Pointer]:
-    """By format, what the tracker of `root` says: a root may hold those of several trainers."""
-    return {known.name: _read(root, known.tracker) for known in registry.FORMATS}
+    """By format, what the tracker of `root` says: a root may hold those of several trainers.
+
+    A format whose trainers do without is not in it where there is none.
+    """
+    named = ((known.name, known.tracker, known.tracker.file) for known in registry.FORMATS)
+    read = {name: (_read(root, t, file), t) for name, t, file in named if file is not None}
+    return {name: p for name, (p, t) in read.items() if not (p.missing and t.optional)}
 
 
-def _read(root: Path, tracker: Tracker) -> Pointer:
-    path, file = root / tracker.file, tracker.file
+def _read(root: Path, tracker: Tracker, file: str) -> Pointer:
+    path = root / file
     try:
         content = read_source_file(path, _MAX_BYTES).decode().strip()
     except UnicodeDecodeError:

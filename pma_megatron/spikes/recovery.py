@@ -16,6 +16,7 @@ from pma_megatron.base.settings import declared, described, made, needed, same, 
 from pma_megatron.base.spelling import FrontEnd, fields, given, hint, mistyped, named, speaking
 from pma_megatron.errors import CheckpointError, MetricsError, SelectionError, UsageError
 from pma_megatron.formats import registry
+from pma_megatron.formats.trainers.saves import output_name, save_of
 from pma_megatron.merging.job import Show, merge, plan, silent
 from pma_megatron.merging.policy import RESUMED_STATES, Policy
 from pma_megatron.merging.report import MergeReport
@@ -234,10 +235,22 @@ def _resume(request: RecoveryRequest, chosen: Sequence[CheckpointRef], skip: Spa
             f"from those. Give the folder that training saves to{hint('load')}, or merge "
             f"iterations {', '.join(str(ref.iteration) for ref in chosen)} without a recovery"
         )
+    if newest.format in registry.UNTRACKED:
+        raise SelectionError(
+            f"{newest.path} is a model without an optimizer, and training cannot go on from it. "
+            f"Give the folder that training saves its own checkpoints to{hint('load')}, or average "
+            "the models with pma merge"
+        )
     args, schedule = known.common(Path(newest.path))["args"], known.schedule(Path(newest.path))
-    if newest.format == registry.DEEPSPEED and "consumed_train_samples" not in args:
+    save, how = save_of(Path(newest.path), newest.format), None
+    if save.trainer is not None:
+        made = Path(request.save).absolute() / output_name(save, known, newest.iteration)
+        how = save.trainer.resumed(made)
+    elif newest.format == registry.DEEPSPEED and "consumed_train_samples" not in args:
+        how = known.tracker.resumed(request.save)
+    if how is not None:
         return resume_script(
-            known.tracker.resumed(request.save),
+            how,
             request.save,
             newest.iteration,
             skip=skip,

@@ -11,8 +11,8 @@ from exports import template
 
 from pma_megatron.base.openfiles import read_source_file
 from pma_megatron.errors import CheckpointError, UsageError
-from pma_megatron.export import side_files
 from pma_megatron.export.template import Template, read_template
+from pma_megatron.formats.safetensors import model_files
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_of_what_lies_around_a_checkpoint_only_the_model_is_copied(
     assert noted(found, "auto_map")
     with pytest.raises(CheckpointError, match="longer than"):
         read_template(str(like))
-    monkeypatch.setattr(side_files, "MAX_TOTAL_BYTES", len(found.files["chat_template.jinja"]))
+    monkeypatch.setattr(model_files, "MAX_TOTAL_BYTES", len(found.files["chat_template.jinja"]))
     found = read_template(str(like), implicit=True)
     assert set(found.files) == {"chat_template.jinja"}
     assert noted(found, "generation_config.json, for all that is copied", "tokenizer.json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import shutil
 from collections.abc import Iterator, Mapping
@@ -10,6 +11,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from hf_models import tensors, train_and_save, train_with_trainer
 from test_snapshots import DTYPES, SAVES
 from test_snapshots import train as train_with_snapshots
 
@@ -258,3 +260,108 @@ class TestSnapshotsInFloat32(Snapshots):
 
 class TestSnapshotsInBfloat16(Snapshots):
     dtype = "bfloat16"
+
+
+def without_last_newlines(root: Path) -> Path:
+    """A JSON file without its last newline says the same: every other byte is needed."""
+    for path in root.rglob("*.json"):
+        path.write_bytes(path.read_bytes().rstrip())
+    return root
+
+
+class Models(FormatConformance):
+    """Folders of a Hugging Face model, which transformers saved in the course of a training."""
+
+    format = "safetensors"
+    has_tracker = False
+    counts_samples = False
+    optimizer_state = "latest"
+    beside: ClassVar[Mapping[str, bool]] = {
+        "ours/rank0/sampler.bin": False,
+        "ours.json": True,
+        "adapter_config.json": False,
+        "global_step6.pth": False,
+    }
+    left = (
+        "trainer_state.json",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "training_args.bin",
+    )
+    made = ("README.md",)
+    spare = (
+        "generation_config.json",
+        "trainer_state.json",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "training_args.bin",
+    )
+
+    def oracle(self, folder: Path) -> Mapping[Key, torch.Tensor]:
+        """What the safetensors library reads."""
+        return {(WEIGHT, name): value for name, value in tensors(folder)}
+
+    def hostile(self, folder: Path, outside: Path) -> Iterator[str]:
+        """An index that names files of another folder, and headers that lie."""
+        file = next(folder.glob("*.safetensors"))
+        names = [name for name, _ in tensors(folder)]
+        for place in (f"../../{outside.name}/{file.name}", f"{outside}/{file.name}", "/dev/zero"):
+            index = {"metadata": {}, "weight_map": dict.fromkeys(names, place)}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+            yield f"tensors in {place}"
+        data = file.read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        fields, rest = json.loads(data[8 : 8 + length]), data[8 + length :]
+        first, second = [name for name in fields if name != "__metadata__"][:2]
+        begin, end = fields[first]["data_offsets"]
+        for what, changed in {
+            "negative offsets": {"data_offsets": [begin - (1 << 40), end - (1 << 40)]},
+            "huge offsets": {"data_offsets": [begin + (1 << 70), end + (1 << 70)]},
+            "offsets of another tensor": {"data_offsets": fields[second]["data_offsets"]},
+            "a shape of nothing": {"shape": [-1, -1]},
+            "a shape beyond all memory": {"shape": [1 << 62, 1 << 62]},
+            "true for a number": {"shape": [True]},
+            "no dtype": {"dtype": None},
+            "a dtype of no one": {"dtype": "F7"},
+        }.items():
+            text = json.dumps({**fields, first: {**fields[first], **changed}}).encode()
+            file.write_bytes(len(text).to_bytes(8, "little") + text + rest)
+            yield what
+        text = json.dumps(fields).encode()
+        twice = text[:-1] + b"," + json.dumps({first: fields[first]}).encode()[1:]
+        for what, header in {
+            "a name that is there twice": twice,
+            "no JSON": b"{" + b"x" * 100,
+            "nested lists without end": b'{"a":' + b"[" * 100_000,
+            "a list": b"[]",
+            "a number of so many digits": b'{"a":' + b"9" * 10_000 + b"}",
+        }.items():
+            file.write_bytes(len(header).to_bytes(8, "little") + header + rest)
+            yield what
+        for length in (0, 1 << 40, (1 << 64) - 1):
+            file.write_bytes(length.to_bytes(8, "little") + data[8:])
+            yield f"a header of {length} bytes"
+
+
+class TestModelsOfTrainer(Models):
+    """In one file, tied embeddings stored once, beside what the Trainer resumes from."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def root(cls, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        return without_last_newlines(
+            train_with_trainer(tmp_path_factory.mktemp("trainer") / "run", 3)
+        )
+
+
+class TestModelsInShards(Models):
+    """In several files, other ones in each folder, in bfloat16."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def root(cls, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        names = [f"checkpoint-{2 * number}" for number in (1, 2, 3)]
+        root = tmp_path_factory.mktemp("shards")
+        return without_last_newlines(train_and_save(root, names, ("5KB", "1GB", "8KB")))

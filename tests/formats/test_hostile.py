@@ -32,12 +32,12 @@ from mutations import LIMIT_BYTES, Watch
 from pma_megatron.base.boxes import Box
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.base import Item
+from pma_megatron.formats.dcp.cover import cover
+from pma_megatron.formats.dcp.metadata import parse
 from pma_megatron.formats.inert import Record, fields_of
 from pma_megatron.formats.names import plain_name
 from pma_megatron.formats.pickles import dump_inert, load_inert
 from pma_megatron.formats.torch_dist.chunks import StoredChunk, metadata_bytes
-from pma_megatron.formats.torch_dist.cover import cover
-from pma_megatron.formats.torch_dist.metadata import parse
 
 OFTEN = settings(
     max_examples=700, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None

@@ -31,8 +31,8 @@ from conftest import folder_of, request_for
 from deepspeed_runs import load, merge_run, optim_files, records, resume, train
 from pma_megatron import inspect, list_checkpoints, merge, verify
 from pma_megatron.errors import CheckpointError
+from pma_megatron.formats.dcp.metadata import parse
 from pma_megatron.formats.pickles import Name, load_inert
-from pma_megatron.formats.torch_dist.metadata import parse
 from pma_megatron.merging.policy import Policy
 from pma_megatron.testing import TinyConfig, TinyTrainer, run_ranks
 from pma_megatron.testing.tiny_deepspeed import DeepSpeedConfig

@@ -39,8 +39,8 @@ def test_what_lies_there_and_what_to_type(
     one, empty, model = folder_of(run, 4), tmp_path / "empty", tmp_path / "hf"
     empty.mkdir()
     model.mkdir()
-    (model / "config.json").write_text("{}")
-    (model / "model.safetensors").write_bytes(b"x")
+    (model / "adapter_config.json").write_text("{}")
+    (model / "adapter_model.safetensors").write_bytes(b"x")
     alone = tmp_path / "weights.pt"
     alone.write_bytes(b"x")
     odd = Path(shutil.copytree(one, tmp_path / "other" / "step4"))
@@ -50,7 +50,7 @@ def test_what_lies_there_and_what_to_type(
         (run / "iter_000004", f"Did you mean {one}?"),
         (tmp_path / "xyz" / "deep", "does not exist"),
         (empty, "found: nothing"),
-        (model, "Hugging Face"),
+        (model, "no whole model"),
         (alone, "is a file, and checkpoints are folders"),
         (run / "latest_checkpointed_iteration.txt", f"Give its folder, {run}"),
         (shard, f"is a file of one checkpoint, {one}"),
@@ -62,9 +62,8 @@ def test_what_lies_there_and_what_to_type(
     assert told(capsys, "list", odd)[0] == 0, "a checkpoint under another name"
     code, error = told(capsys, "plan", "--load", odd, "--last", 2)
     assert code == 1 and f"{odd} is one checkpoint" in error
-    (odd / "metadata.json").unlink()
-    (odd / "common.pt").unlink()
-    code, error = told(capsys, "list", odd)
+    (tmp_path / "step9" / "mp_rank_00").mkdir(parents=True)
+    code, error = told(capsys, "list", tmp_path / "step9")
     assert code == 1 and "Give it its name back" in error
     code, error = told(capsys, "list", tmp_path)
     assert code == 1 and f"but {run} does" in error and "Give that" in error
@@ -83,17 +82,17 @@ def test_one_checkpoint_where_its_run_is_wanted(
 
 
 def test_formats_that_are_not_read(capsys: pytest.CaptureFixture[str], run: Path) -> None:
-    legacy, dcp = folder_of(run, 10), folder_of(run, 12)
+    legacy, zarr = folder_of(run, 10), folder_of(run, 12)
     (legacy / "mp_rank_00").mkdir(parents=True)
     (legacy / "mp_rank_00" / "model_optim_rng.pt").write_bytes(b"x")
-    dcp.mkdir()
-    (dcp / "metadata.json").write_text('{"sharded_backend": "fsdp_dtensor"}')
+    zarr.mkdir()
+    (zarr / "metadata.json").write_text('{"sharded_backend": "zarr"}')
     assert main(["list", str(run)]) == 0
     shown = capsys.readouterr().out
     assert shown.count("NOT supported") == 2 and "NOT complete" not in shown
     reasons = {ref.iteration: str(ref.incomplete_because) for ref in list_checkpoints(run)}
     assert "--ckpt-convert-format torch_dist" in reasons[10]
-    assert "--ckpt-format torch_dist, without FSDP" in reasons[12]
+    assert "Megatron before core 0.16 converts it" in reasons[12]
     code, error = told(capsys, "inspect", legacy)
     assert code == 1 and "torch (legacy)" in error and "--ckpt-convert-save" in error
 

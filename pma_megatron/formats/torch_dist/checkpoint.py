@@ -11,15 +11,10 @@ from typing import Any
 from pma_megatron.base.openfiles import read_source_file
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.base import Incomplete, Item
+from pma_megatron.formats.dcp.metadata import COMMON_FILE, CONFIG_FILE, METADATA_FILE, read_metadata
 from pma_megatron.formats.items import ItemFiles
 from pma_megatron.formats.json_files import read_json
 from pma_megatron.formats.schema import arguments, dictionary, is_count, wrong
-from pma_megatron.formats.torch_dist.metadata import (
-    COMMON_FILE,
-    CONFIG_FILE,
-    METADATA_FILE,
-    read_metadata,
-)
 
 __all__ = ["COMMON_FILE", "COMMON_KEY", "CONFIG_FILE", "TorchDistCheckpoint"]
 FORMAT_NAME = "torch_dist"

@@ -45,8 +45,12 @@ def _folder_of(content: str) -> str | None:
     return f"iter_{int(content):07d}" if number else None
 
 
-def _content_of(folder: str) -> str:
-    return folder if folder == RELEASE else str(int(folder.removeprefix("iter_")))
+def _content_of(folder: str) -> str | None:
+    """NeMo gives its folders other names, and has no tracker."""
+    number = folder.removeprefix("iter_")
+    if folder == RELEASE or not (number.isascii() and number.isdecimal()):
+        return folder if folder == RELEASE else None
+    return str(int(number))
 
 
 _OTHER_WEIGHTS = "shards of another save or format, which are not averaged"

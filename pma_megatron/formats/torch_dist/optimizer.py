@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from pma_megatron.base.boxes import Box, Piece, flat_range
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.base import MAIN_PARAM, ModelSpace, Payload, Tensor
+from pma_megatron.formats.dcp.metadata import original_shape
 from pma_megatron.formats.flat import FlatMap, FlatSpace, states_from_flat
 from pma_megatron.formats.pickles import TensorRef
 from pma_megatron.formats.schema import is_count, pairs_of, wrong
 from pma_megatron.formats.torch_dist.checkpoint import TorchDistCheckpoint
-from pma_megatron.formats.torch_dist.metadata import original_shape
 
 _NAMED = re.compile(r"^(?:chained_\d+\.)?optimizer\.state\.(?P<state>[^.]+)\.(?P<key>.+)$")
 _BUCKET = re.compile(

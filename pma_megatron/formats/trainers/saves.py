@@ -69,13 +69,11 @@ def checkpoint_in(folder: Path) -> Path | None:
 
     A folder that holds several, such as a run's, is none.
     """
-    if registry.detect(folder) in _KNOWN:
-        return folder
     for trainer in TRAINERS.values():
         found = _inside(folder, trainer)
         if len(found) == 1:
             return found[0]
-    return None
+    return folder if registry.detect(folder) in _KNOWN else None
 
 
 def saved_below(root: Path, known: Collection[str]) -> list[Path]:
@@ -163,8 +161,10 @@ def _inside_of(save: Save, known: Format, layout: OutputLayout) -> OutputLayout:
         return f"{save.inside}/{name}"
 
     small = type(layout.small_files)((moved(n), data) for n, data in layout.small_files.items())
-    if save.trainer is not None and save.trainer.names_inside:
-        small[known.tracker.file] = known.tracker.content_of(save.inside).encode()
+    pointer = known.tracker.file
+    if save.trainer is not None and save.trainer.names_inside and pointer is not None:
+        content = known.tracker.content_of(save.inside)
+        small[pointer] = (content or "").encode()
     items = tuple(
         replace(item, placed=replace(item.placed, file=moved(item.placed.file)))
         for item in layout.items

@@ -18,8 +18,8 @@ from pma_megatron.base.openfiles import passing, read_source_file
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.marker import OWN_FILES
 from pma_megatron.formats.names import plain_name
+from pma_megatron.formats.safetensors.config import CONFIG_FILE
 
-CONFIG_FILE = "config.json"
 CARD_FILE = "README.md"
 COPIED_SUFFIXES = (".json", ".txt", ".model", ".tiktoken", ".jinja", ".vocab", ".bpe", ".py")
 """Of files beside the weights: configuration, tokenizer, chat template, a model's own code."""
@@ -61,7 +61,7 @@ _SHOWN = 6
 
 
 @dataclass(slots=True)
-class SideFiles:
+class ModelFiles:
     """What was found in a folder.
 
     Attributes:
@@ -94,7 +94,7 @@ class SideFiles:
             yield f"not copied from {self.folder}: {'; '.join(self.skipped)}"
 
 
-def side_files(folder: Path, *, implicit: bool) -> SideFiles:
+def model_files(folder: Path, *, implicit: bool) -> ModelFiles:
     """The files of `folder` that go with a model, without its `config.json`.
 
     Args:
@@ -106,7 +106,7 @@ def side_files(folder: Path, *, implicit: bool) -> SideFiles:
         CheckpointError: a file of a named folder cannot be read, or is longer than `MAX_BYTES`.
         OSError: the folder cannot be read.
     """
-    found, total = SideFiles(folder), 0
+    found, total = ModelFiles(folder), 0
     for path in sorted(folder.iterdir()):
         if not _is_looked_at(path, implicit=implicit):
             continue

@@ -29,6 +29,7 @@ from pma_megatron.base.boxes import Box, Piece
 from pma_megatron.base.openfiles import read_source_file
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.base import Item, Payload, Tensor
+from pma_megatron.formats.dcp.cover import cover, refuse_shared
 from pma_megatron.formats.inert import Name, Record, brief, fields_of
 from pma_megatron.formats.marker import MARKER_FILE, SEAL_FILE
 from pma_megatron.formats.names import plain_name
@@ -43,7 +44,6 @@ from pma_megatron.formats.schema import (
     record_fields,
     wrong,
 )
-from pma_megatron.formats.torch_dist.cover import cover, refuse_shared
 
 METADATA_FILE = ".metadata"
 CONFIG_FILE = "metadata.json"
@@ -134,22 +134,27 @@ class DcpMetadata:
     original_shapes: Mapping[str, tuple[int, ...] | None] | None
 
 
-def read_metadata(folder: Path) -> DcpMetadata:
-    """Read `.metadata` of a checkpoint folder.
+def read_metadata(folder: Path, below: str = "") -> DcpMetadata:
+    """Read `.metadata` of a checkpoint folder, or of a part of one.
+
+    Args:
+        folder: of the checkpoint.
+        below: folder of the part in it, with a `/` at its end.
 
     Raises:
         CheckpointError: missing, damaged, hostile, or not a DCP `Metadata`.
     """
-    path = folder / METADATA_FILE
-    return parse(read_source_file(path), str(path))
+    path = folder / below / METADATA_FILE
+    return parse(read_source_file(path), str(path), below)
 
 
-def parse(data: bytes, what: str) -> DcpMetadata:
+def parse(data: bytes, what: str, below: str = "") -> DcpMetadata:
     """The content of a `.metadata`.
 
     Args:
         data: the file's bytes.
         what: the file, for messages.
+        below: goes before the names of files that it says.
 
     Raises:
         CheckpointError: an entry is not of the kind or type that it has to be, has no storage, is
@@ -161,10 +166,10 @@ def parse(data: bytes, what: str) -> DcpMetadata:
     if fields is None or value.name not in _METADATA:
         raise CheckpointError(
             f"{what} holds {brief(value)}, expected torch.distributed.checkpoint Metadata: not a "
-            "torch_dist checkpoint, or damaged"
+            "checkpoint of torch, or damaged"
         )
     entries = dictionary(fields.get("state_dict_metadata"), f"{what}: state_dict_metadata")
-    storage = _storage(fields.get("storage_data"), what)
+    storage = _storage(fields.get("storage_data"), what, below)
     tensors, objects, properties = {}, {}, {}
     for key, entry in entries.items():
         if len(key) > _MAX_KEY or not key.isprintable():
@@ -198,8 +203,12 @@ def dump_metadata(
     places: Mapping[MetadataIndex, Item],
     drop: Collection[str],
     dtypes: Mapping[str, torch.dtype],
+    below: str = "",
 ) -> bytes:
-    """`.metadata` of an output: `base` with other places, without `drop`, with other `dtypes`."""
+    """`.metadata` of an output: `base` with other places, without `drop`, with other `dtypes`.
+
+    `below` is what goes before the names of files in `places`, and is not said here.
+    """
     entries: dict[str, Any] = {}
     for key in base.order:
         if key in drop:
@@ -228,7 +237,8 @@ def dump_metadata(
             if key not in drop
         }
     output.storage_data = {
-        index: _StorageInfo(item.file, item.offset, item.length) for index, item in places.items()
+        index: _StorageInfo(item.file.removeprefix(below), item.offset, item.length)
+        for index, item in places.items()
     }
     return pickle.dumps(output)
 
@@ -236,7 +246,7 @@ def dump_metadata(
 # Parts of the file.
 
 
-def _storage(value: Any, what: str) -> dict[_Index, Item]:
+def _storage(value: Any, what: str, below: str) -> dict[_Index, Item]:
     """Where entries are stored, as far as anything can ask for them: the file may list others."""
     found: dict[_Index, Item] = {}
     names: dict[str, str] = {}
@@ -262,7 +272,7 @@ def _storage(value: Any, what: str) -> dict[_Index, Item]:
             name = plain_name(path, f"{at}: relative_path")
             if name in _RESERVED:
                 raise wrong(f"{at}: relative_path", "a file of payload", path)
-            names[name] = name
+            names[name] = below + name
         if not (is_count(start) and is_count(length) and start + length < LIMIT):
             raise wrong(f"{at}: offset and length", "bytes of a file", (start, length))
         found[key, None if offset is None else tuple(offset)] = Item(names[path], start, length)

@@ -1,0 +1,1 @@
+"""What torch.distributed.checkpoint writes: read for every format that uses it, and as its own."""

@@ -1,0 +1,198 @@
+"""One checkpoint of torch.distributed.checkpoint: one folder that it wrote, or a few in one.
+
+Accelerate and Hugging Face's Trainer save the model and the optimizer of a checkpoint one after the
+other, each into a folder of its own (accelerate/utils/fsdp_utils.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pma_megatron.base.openfiles import read_source_file
+from pma_megatron.errors import CheckpointError
+from pma_megatron.formats.base import Item, Tensor
+from pma_megatron.formats.dcp import keys
+from pma_megatron.formats.dcp.metadata import METADATA_FILE, DcpMetadata, read_metadata
+from pma_megatron.formats.items import ItemFiles
+from pma_megatron.formats.schema import arguments, dictionary, is_count, wrong
+
+FORMAT_NAME = "torch_dcp"
+LIGHTNING_FILE = "meta.pt"
+_PARTS = re.compile(r"^(pytorch_model_fsdp|optimizer)_\d+$")
+_NAMED = re.compile(
+    r"(?:^|[-_=.])(?:global_?step|step|iteration|iter|checkpoint|ckpt)[-_=]?(\d+)(?=$|[-_=.])"
+)
+"""Folders of torchtitan, Hugging Face, Lightning, Megatron, and what people write themselves."""
+
+
+def parts_of(path: Path) -> list[str]:
+    """Folders in a checkpoint that DCP wrote, with a `/` at the end; "" for the checkpoint's own.
+
+    Those that are begun count; none where nothing in it is DCP's.
+    """
+    if _is_part(path):
+        return [""]
+    try:
+        below = sorted(each for each in path.iterdir() if _PARTS.match(each.name))
+    except OSError:
+        return []
+    return [f"{each.name}/" for each in below if _is_part(each)]
+
+
+def _is_part(path: Path) -> bool:
+    return (path / METADATA_FILE).is_file() or any(path.glob("*.distcp"))
+
+
+class DcpCheckpoint(ItemFiles):
+    """A checkpoint opened from its metadata alone.
+
+    Attributes:
+        path: its folder.
+        parts: folder of DCP in it, "" or with a `/` at its end -> what its `.metadata` says.
+        tensors: every stored tensor, by key; in several parts, after the name of the part.
+        objects: every other entry, likewise.
+        paths: of every entry in the state dict that was saved.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.parts: dict[str, DcpMetadata] = {p: read_metadata(path, p) for p in parts_of(path)}
+        if not self.parts:
+            raise CheckpointError(f"{path} holds nothing that torch.distributed.checkpoint wrote")
+        self.tensors: dict[str, Tensor] = {}
+        self.objects: dict[str, Item] = {}
+        self.paths: dict[str, keys.Path] = {}
+        for part, metadata in self.parts.items():
+            paths = metadata.planner_data or {}
+            for key in metadata.order:
+                self.paths[part + key] = paths.get(key, (key,))
+            self.tensors |= {
+                part + key: Tensor(part + key, t.dtype, t.shape, t.pieces)
+                for key, t in metadata.tensors.items()
+            }
+            self.objects |= {part + key: item for key, item in metadata.objects.items()}
+
+    @cached_property
+    def names(self) -> keys.Names:
+        """Which entries are the model, and which the optimizer."""
+        return keys.names_of(self.paths, {key: t.shape for key, t in self.tensors.items()})
+
+    def items(self) -> dict[Item, str]:
+        """Every zip in its files -> the key of what it holds."""
+        tensors = self.tensors.items()
+        found = {piece.payload.item: key for key, tensor in tensors for piece in tensor.pieces}
+        return {**found, **{item: key for key, item in self.objects.items()}}
+
+    def value(self, key: str) -> Any:
+        """What a small entry says: an object, or the number that a tensor of one element holds.
+
+        None for a larger tensor, and for a key that is not there.
+
+        Raises:
+            CheckpointError: it is damaged or hostile.
+        """
+        if key in self.objects:
+            return self.decode(self.objects[key], f"{self.path}: {key}")
+        tensor = self.tensors.get(key)
+        if tensor is None or len(tensor.pieces) != 1 or tensor.pieces[0].box.numel != 1:
+            return None
+        path, offset = self.locate(tensor.pieces[0].payload)
+        data = self.read(path.relative_to(self.path).as_posix(), offset, tensor.dtype.itemsize)
+        return torch.frombuffer(bytearray(data), dtype=tensor.dtype).item()
+
+    def at(self, *path: str | int) -> Any:
+        """`value` of the entry that has this path in the state dict; None if there is none."""
+        key = self._keys.get(path)
+        return None if key is None else self.value(key)
+
+    @cached_property
+    def _keys(self) -> dict[keys.Path, str]:
+        return {path: key for key, path in self.paths.items()}
+
+    @cached_property
+    def args(self) -> dict[str, Any]:
+        """Megatron's arguments, {} for a checkpoint of any other trainer.
+
+        Raises:
+            CheckpointError: they are damaged.
+        """
+        return arguments(self.at("args"), f"{self.path}: args")
+
+    @cached_property
+    def saved_iteration(self) -> int | None:
+        """At which it was saved, as far as a trainer says it in the checkpoint.
+
+        Raises:
+            CheckpointError: it is no number.
+        """
+        if self._keys.keys() & {("args",)}:  # Megatron's own
+            found = self.at("iteration")
+        else:
+            found = self.at("train_state", "step")  # torchtitan/trainer.py, `state_dict`
+        if found is None:
+            found = self._lightning.get("global_step")
+        if not (found is None or is_count(found)):
+            raise wrong(f"{self.path}: iteration", "a number of iterations", found)
+        return found
+
+    @cached_property
+    def _lightning(self) -> dict[str, Any]:
+        """What Lightning saves beside the shards (`ModelParallelStrategy`), {} if it did not."""
+        file = self.path / LIGHTNING_FILE
+        if not file.is_file():
+            return {}
+        what, item = str(file), Item(LIGHTNING_FILE, 0, file.stat().st_size)
+        return dictionary(self.decode(item, what), what)
+
+    @property
+    def tokens(self) -> int | None:
+        """That training had consumed, where it says so: torchtitan does."""
+        found = self.at("train_state", "ntokens_seen")
+        return found if is_count(found) and found else None
+
+    @property
+    def is_torchtitan(self) -> bool:
+        """True for a checkpoint of torchtitan's trainer."""
+        return ("train_state", "step") in self._keys
+
+    def counted_steps(self) -> Iterator[int]:
+        """What the optimizer has counted: the first few of its parameters."""
+        for state, tensors in self.names.states.items():
+            if state == keys.STEP:
+                for key in list(tensors.values())[:_LOOKED_AT]:
+                    found = self.value(key)
+                    if isinstance(found, (int, float)) and 0 <= found < 1 << 62:
+                        yield int(found)
+
+    def settings(self, name: str) -> Iterator[tuple[str, Any]]:
+        """A setting of every param group, by its key: `lr`, `betas`."""
+        for key in self.names.optimizer & self.objects.keys():
+            path = self.paths[key]
+            if str(path[-1]).rpartition(".")[2] == name and "param_groups" in ".".join(
+                map(str, path)
+            ):
+                yield key, self.value(key)
+
+    def metadata_digest(self) -> str:
+        """SHA-256 over every `.metadata` and the counters of the optimizer."""
+        digest = hashlib.sha256()
+        for part in self.parts:
+            digest.update(read_source_file(self.path / part / METADATA_FILE))
+        digest.update(repr((self.saved_iteration, list(self.counted_steps()))).encode())
+        return digest.hexdigest()
+
+
+_LOOKED_AT = 8  # parameters whose counters are read: they are all stepped together
+
+
+def named_iteration(path: Path) -> int | None:
+    """The iteration in a folder's name, None where it says none."""
+    found = _NAMED.findall(path.name.lower())
+    return int(found[-1]) if found else None

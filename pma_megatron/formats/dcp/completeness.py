@@ -1,0 +1,119 @@
+"""Whether a folder that DCP wrote is a whole checkpoint, by its content alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from pma_megatron.errors import CheckpointError
+from pma_megatron.formats.base import Incomplete, Item
+from pma_megatron.formats.dcp.checkpoint import DcpCheckpoint, parts_of
+from pma_megatron.formats.dcp.metadata import CONFIG_FILE, METADATA_FILE
+from pma_megatron.formats.items import ItemFiles
+
+_COMMON = "common_state/"
+_CLOCKS_APART_S = 10.0  # of nodes that write to one file system
+
+
+def completeness(path: Path) -> Incomplete | None:
+    """Why the checkpoint at `path` is not whole, or None if it is.
+
+    A save writes the ranks' files, then `.metadata`, by a rename. Whole means that `.metadata` is
+    there, and that in every file the first and the last item lie where it says. Where model and
+    optimizer have folders of their own, the model's is written first.
+    """
+    if not path.is_dir():
+        return Incomplete(f"{path} is not a folder")
+    parts = parts_of(path)
+    if not parts:
+        return Incomplete(f"no {METADATA_FILE}: no checkpoint of torch.distributed.checkpoint")
+    for part in parts:
+        if not (path / part / METADATA_FILE).is_file():
+            return Incomplete(
+                f"no {part}{METADATA_FILE}, which is written last: still being written, or cut off",
+                unfinished=True,
+            )
+    try:
+        checkpoint = DcpCheckpoint(path)
+        if _is_torch_dist(checkpoint):
+            there = (path / CONFIG_FILE).is_file()
+            return Incomplete(
+                "shards of Megatron's torch_dist"
+                + ("" if there else f", and no {CONFIG_FILE}: still being written, or cut off"),
+                unfinished=not there,
+            )
+        reason = damaged_files(checkpoint, checkpoint.items())
+        if reason is None and not checkpoint.names.weights:
+            some = ", ".join([*checkpoint.paths][:3])
+            reason = Incomplete(f"none of its entries is a tensor of a model ({some}, ...)")
+    except CheckpointError as error:
+        return Incomplete(str(error))
+    return reason
+
+
+def _is_torch_dist(checkpoint: DcpCheckpoint) -> bool:
+    """Whether Megatron's dist_checkpointing called DCP, and writes more than DCP does."""
+    return any(
+        metadata.original_shapes is not None
+        or any(key.startswith(_COMMON) for key in metadata.order)
+        for metadata in checkpoint.parts.values()
+    )
+
+
+def damaged_files(files: ItemFiles, items: Iterable[Item]) -> Incomplete | None:
+    """Why a file of shards is not the one that `.metadata` describes; None if all may be.
+
+    A file that was cut short, is of another save, or whose end never reached the disk has something
+    else where its first and its last item should be. Times are not looked at.
+
+    Raises:
+        CheckpointError: one of those is not there.
+    """
+    ends: dict[str, tuple[Item, Item]] = {}
+    for item in items:
+        first, last = ends.get(item.file, (item, item))
+        ends[item.file] = (
+            min(first, item, key=lambda each: each.offset),
+            max(last, item, key=lambda each: each.offset),
+        )
+    for file, both in sorted(ends.items()):
+        try:
+            nbytes = (files.path / file).stat().st_size
+        except OSError:
+            return Incomplete(f"shard file {file} is missing")
+        needed = both[1].offset + both[1].length
+        if nbytes < needed:
+            return Incomplete(
+                f"{file} has {nbytes} bytes, .metadata needs {needed}: truncated, or being written "
+                "over an older save"
+            )
+        for item in both:
+            files.records(item)
+    return None
+
+
+def written_after(path: Path) -> str | None:
+    """What the times of a whole checkpoint cannot rule out, for a warning; None if nothing."""
+    found = (newer_shard(path / part, METADATA_FILE) for part in parts_of(path))
+    return next((said for said in found if said is not None), None)
+
+
+def newer_shard(folder: Path, last_file: str) -> str | None:
+    """What a shard that is newer than the file that a save writes last may mean.
+
+    It was written by a second save into the folder, which may have ended or not, or was copied
+    without its times: where both saves have the same sizes, the content does not tell.
+    """
+    try:
+        finished_s = (folder / last_file).stat().st_mtime
+        files = [(p.stat().st_mtime, p.name) for p in folder.iterdir() if p.suffix == ".distcp"]
+    except OSError:
+        return None
+    newest_s, file = max(files, default=(finished_s, ""))
+    if newest_s <= finished_s + _CLOCKS_APART_S:
+        return None
+    return (
+        f"{file} is {newest_s - finished_s:.0f} s newer than {last_file}: copied without its "
+        "times, or saved a second time into the same folder; if that save was cut off, its files "
+        "are of two saves"
+    )

@@ -1,0 +1,157 @@
+"""Which entries of a DCP checkpoint are the model, which the optimizer, by their names alone.
+
+`torch.distributed.checkpoint.save` flattens the state dict that it is given and keeps the path of
+every entry in it (`planner_data`). Trainers name the parts of that dictionary as they like; inside,
+names are torch's (torch/distributed/checkpoint/state_dict.py):
+
+* an optimizer is `{"state": {parameter: {state: tensor}}, "param_groups": [...]}`, or, flattened
+  by `StateDictOptions(flatten_optimizer_state_dict=True)`, has keys `state.<parameter>.<state>` and
+  `param_groups.<parameter>.<setting>`. `Optimizer.state_dict()` itself has numbers for parameters;
+* a model is a dictionary of those parameters, and of buffers.
+
+So the optimizer is where `state` and `param_groups` are, and the model is the dictionary in which
+the optimizer's parameters are found, wherever either lies.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from pma_megatron.formats.base import MAIN_PARAM
+
+Path = tuple[str | int, ...]
+"""Where an entry lies in the state dict that was saved."""
+
+STEP = "step"
+_STATE, _GROUPS = "state", "param_groups"
+_MODELS = ("model", "module", "state_dict", "model_state_dict")
+"""What trainers call the model in what they save, where no optimizer tells."""
+_MAIN = ("fp32_param", "master_param", "master_params", "master_weight", "param")
+"""How optimizers call float32 copies of 16-bit parameters that they keep in their state."""
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """What the entries of a checkpoint are.
+
+    Attributes:
+        weights: the model's own name of a parameter or buffer -> key under which it is stored.
+        states: optimizer state -> name of the parameter -> stored key. A parameter that the
+            optimizer knows by its number alone has that for its name.
+        optimizer: stored keys of all that belongs to optimizers.
+        numbered: whether parameters have numbers there.
+        unnamed: stored keys of tensors of an optimizer that are no state of a parameter.
+    """
+
+    weights: Mapping[str, str]
+    states: Mapping[str, Mapping[str, str]]
+    optimizer: frozenset[str]
+    numbered: bool
+    unnamed: tuple[str, ...]
+
+
+def names_of(paths: Mapping[str, Path], shapes: Mapping[str, tuple[int, ...]]) -> Names:
+    """Tell the model from the optimizer.
+
+    Args:
+        paths: of every entry, by stored key.
+        shapes: of every tensor, by stored key.
+
+    >>> paths = {
+    ...     "model.out.bias": ("model", "out.bias"),
+    ...     "optimizer.state.out.bias.exp_avg": ("optimizer", "state", "out.bias", "exp_avg"),
+    ...     "optimizer.param_groups.0.lr": ("optimizer", "param_groups", 0, "lr"),
+    ... }
+    >>> names = names_of(paths, {key: (4,) for key in list(paths)[:2]})
+    >>> names.weights, names.states
+    ({'out.bias': 'model.out.bias'}, {'exp_avg': {'out.bias': 'optimizer.state.out.bias.exp_avg'}})
+    """
+    places = {key: place for key, path in paths.items() if (place := _in_optimizer(path))}
+    roots = {_root(place[0]) for place in places.values() if place[1] == _GROUPS}
+    named = {_root(c) for c, _, _ in places.values() if _is_optimizer(c)}
+    roots = roots - {()} | named if named else roots  # modules may be called `state`, too
+    optimizer = {
+        key
+        for key, path in paths.items()
+        if any(path[: len(root)] == root for root in roots if root)
+        or (() in roots and key in places and places[key][0] == ())
+    }
+    states: dict[str, dict[str, str]] = {}
+    unnamed, numbered = [], False
+    for key in shapes:
+        if key not in optimizer:
+            continue
+        _, kind, rest = places.get(key, ((), "", ()))
+        if kind != _STATE or len(rest) < 2:
+            unnamed.append(key)
+            continue
+        numbered = numbered or isinstance(rest[0], int)
+        states.setdefault(_state_name(rest), {}).setdefault(str(rest[0]), key)
+    trained = {name for tensors in states.values() for name in tensors}
+    rest_of = {key: paths[key] for key in shapes if key not in optimizer}
+    return Names(_weights(rest_of, trained), states, frozenset(optimizer), numbered, tuple(unnamed))
+
+
+def _state_name(rest: Path) -> str:
+    name = ".".join(map(str, rest[1:]))
+    return MAIN_PARAM if name in _MAIN else name
+
+
+def _in_optimizer(path: Path) -> tuple[Path, str, Path] | None:
+    """(where the optimizer is, `state` or `param_groups`, the path from there); None if nowhere."""
+    for number, part in enumerate(path):
+        if part in (_STATE, _GROUPS) and path[number + 1 :]:
+            return path[:number], str(part), path[number + 1 :]
+        for kind in (_STATE, _GROUPS):
+            if isinstance(part, str) and part.startswith(f"{kind}.") and not path[number + 1 :]:
+                name, _, last = part.removeprefix(f"{kind}.").rpartition(".")
+                return (path[:number], kind, (name, last)) if name else None
+    return None
+
+
+def _is_optimizer(container: Path) -> bool:
+    return any("optim" in str(part).lower() for part in container)
+
+
+def _root(container: Path) -> Path:
+    """The outermost dictionary that is called an optimizer: main params may lie beside states."""
+    for number, part in enumerate(container):
+        if _is_optimizer((part,)):
+            return container[: number + 1]
+    return container
+
+
+def _weights(paths: Mapping[str, Path], trained: Iterable[str]) -> dict[str, str]:
+    """The model's tensors: those beside the optimizer's parameters, else by customary names."""
+    known = set(trained)
+    found = Counter(path[:-1] for path in paths.values() if path[-1:] and path[-1] in known)
+    containers = [c for c, _ in found.most_common()] or _customary(paths.values())
+    weights: dict[str, str] = {}
+    taken: set[str] = set()
+    for container in sorted(containers, key=lambda c: not _is_model(c)):
+        for key, path in paths.items():
+            inside = path[: len(container)] == container and path[len(container) :]
+            if inside and key not in taken and (container or len(path) == 1):
+                name = ".".join(map(str, inside))
+                weights[key if name in weights else name] = key  # a second model: an average of it
+                taken.add(key)
+    return weights
+
+
+def _is_model(container: Path) -> bool:
+    return any(part in _MODELS for part in container)
+
+
+def _customary(paths: Iterable[Path]) -> list[Path]:
+    """Dictionaries that hold a model by their name; else the outermost one."""
+    prefixes = (
+        path[: number + 1]
+        for path in paths
+        for number, part in enumerate(path[:-1])
+        if part in _MODELS
+    )
+    models = list(dict.fromkeys(prefixes))
+    outer = [p for p in models if not any(p[: len(o)] == o for o in models if o != p)]
+    return outer or [()]

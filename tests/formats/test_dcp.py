@@ -1,0 +1,287 @@
+"""Plain DCP checkpoints of real FSDP2 runs, as each trainer writes them, against the contract."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+import torch.distributed.fsdp
+
+from pma_megatron import MergeRequest, Policy, SelectionRequest, list_checkpoints, merge, plan
+from pma_megatron.errors import CheckpointError, PlanError, SelectionError
+from pma_megatron.formats import registry
+from pma_megatron.formats.base import MAIN_PARAM
+from pma_megatron.formats.dcp.checkpoint import named_iteration
+from pma_megatron.formats.dcp.keys import names_of
+from pma_megatron.testing import run_ranks
+from pma_megatron.testing.conformance import WEIGHT, FormatConformance, Key
+from pma_megatron.testing.tiny_fsdp import (
+    ACCELERATE,
+    NUMBERED,
+    STATE_DICT,
+    TORCHTITAN,
+    FsdpConfig,
+    TinyFsdp,
+)
+
+if not hasattr(torch.distributed.fsdp, "fully_shard"):
+    pytest.skip("this torch has no FSDP2", allow_module_level=True)
+
+SAVES = 2
+PARTS = {"pytorch_model_fsdp_0": "", "optimizer_0": ""}
+
+
+def train(rank: int, world_size: int, roots: Mapping[str, str]) -> dict[str, Any]:
+    """A run per style; what it holds at every save."""
+    held: dict[str, Any] = {}
+    for style, root in roots.items():
+        run = TinyFsdp(FsdpConfig(style=style))
+        for _ in range(SAVES):
+            run.train(2)
+            folder = run.save(root)
+            held[str(folder)] = run.snapshot()
+    return held
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Checkpoints of two ranks, and what they held."""
+    folder = tmp_path_factory.mktemp("fsdp")
+    roots = {style: str(folder / style) for style in (TORCHTITAN, ACCELERATE, STATE_DICT, NUMBERED)}
+    return folder, run_ranks(train, 2, roots)[0]
+
+
+class Dcp(FormatConformance):
+    """One way to name what is saved."""
+
+    format = "torch_dcp"
+    has_tracker = False
+    counts_samples = False
+    weights_are_main_params = True
+    style: ClassVar[str]
+    _held: ClassVar[dict[str, Any]]
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def root(cls, runs: tuple[Path, dict[str, Any]]) -> Path:
+        cls._held = runs[1]
+        return runs[0] / cls.style
+
+    def oracle(self, folder: Path) -> Mapping[Key, torch.Tensor]:
+        """What the model and the optimizer held."""
+        held = self._held[str(folder)]
+        found = {(WEIGHT, name): value for name, value in held["weight"].items()}
+        for state in ("exp_avg", "exp_avg_sq"):
+            found |= {(state, name): value for name, value in held[state].items()}
+        return found
+
+    def hostile(self, folder: Path, outside: Path) -> Iterator[str]:
+        """Shards of another folder, by relative and by absolute names."""
+        for name in (f"../../{outside.name}/__0_0.distcp", f"{outside}/__0_0.distcp", "/dev/zero"):
+            for file in folder.rglob(".metadata"):
+                metadata = pickle.loads(file.read_bytes())
+                for stored in metadata.storage_data.values():
+                    stored.relative_path = name
+                file.write_bytes(pickle.dumps(metadata))
+            yield f"shards in {name}"
+
+
+class TestTorchtitan(Dcp):
+    style = TORCHTITAN
+
+
+class TestAccelerate(Dcp):
+    style = ACCELERATE
+
+
+class TestStateDict(Dcp):
+    style = STATE_DICT
+
+
+class TestNumbered(Dcp):
+    """Parameters of the optimizer are numbers: moments are averaged all the same."""
+
+    style = NUMBERED
+    names_moments = False
+
+    def oracle(self, folder: Path) -> Mapping[Key, torch.Tensor]:
+        return {
+            place: value for place, value in super().oracle(folder).items() if place[0] == WEIGHT
+        }
+
+
+# What is not as it should be.
+
+
+@pytest.fixture
+def run(runs: tuple[Path, dict[str, Any]], tmp_path: Path) -> Path:
+    """A run of torchtitan's naming that a test may change."""
+    return Path(shutil.copytree(runs[0] / TORCHTITAN, tmp_path / "run"))
+
+
+def request(run: Path, last: int = 2, **settings: Any) -> MergeRequest:
+    return MergeRequest(
+        load=str(run),
+        save=str(run.with_name("merged")),
+        selection=SelectionRequest(last=last),
+        **settings,
+    )
+
+
+def test_one_flipped_bit_is_named_and_nothing_is_published(run: Path) -> None:
+    source = registry.get("torch_dcp", "").read_source(str(run / "step-2"), {}, True)
+    piece = source.space.weights["layers.0.weight"].pieces[0]
+    path, offset = registry.get("torch_dcp", "").files(run / "step-2").locate(piece.payload)
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=path.name):
+        merge(request(run))
+    assert not list(run.with_name("merged").glob("*"))
+
+
+def test_a_renamed_checkpoint_does_not_pass_for_another(run: Path) -> None:
+    (run / "step-4").rename(run / "step-9")
+    ref = list_checkpoints(run)[-1]
+    assert not ref.complete and "iteration 9" in str(ref.incomplete_because)
+
+
+def test_a_copy_is_no_second_checkpoint(runs: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """Where nothing inside says an iteration, the bytes tell."""
+    run = Path(shutil.copytree(runs[0] / STATE_DICT, tmp_path / "run"))
+    shutil.copytree(run / "step_4", run / "step_6")
+    with pytest.raises(CheckpointError, match="is a copy"):
+        plan(request(run))
+
+
+def test_an_unfinished_save_is_being_written(run: Path) -> None:
+    (run / "step-4" / ".metadata").unlink()
+    ref = list_checkpoints(run)[-1]
+    assert ref.state == "being written" and ref.iteration == 4
+
+
+def test_formats_are_not_mixed(run: Path, tmp_path: Path) -> None:
+    """A root in which two trainers saved."""
+    archive = Path(__file__).parents[1] / "golden" / "main-fully_reshardable-dense.tar.xz"
+    shutil.unpack_archive(archive, tmp_path / "other")
+    shutil.move(tmp_path / "other" / "iter_0000002", run / "iter_0000002")
+    shutil.rmtree(run / "step-2")
+    with pytest.raises(SelectionError, match="mixes checkpoint formats"):
+        plan(request(run, last=len(list_checkpoints(run))))
+
+
+# What others save.
+
+
+def save(folder: Path, state: dict[str, Any]) -> None:
+    dcp.save(state, checkpoint_id=str(folder), no_dist=True)
+
+
+def steps(root: Path, make: Any) -> Path:
+    """Two checkpoints of what `make` says of an iteration."""
+    for iteration in (1, 2):
+        save(root / f"step_{iteration}", make(iteration))
+    return root
+
+
+def rounded(iteration: int, main: str) -> dict[str, Any]:
+    """16-bit weights, and main params by name in the state of an optimizer."""
+    exact = torch.arange(12.0).reshape(4, 3) / 7 + iteration / 5
+    state = {"layer.weight": {main: exact, "exp_avg": exact / 10, "step": torch.tensor(1.0)}}
+    optimizer = {"state": state, "param_groups": [{"lr": 0.1, "params": ["layer.weight"]}]}
+    return {"model": {"layer.weight": exact.bfloat16()}, "optim": optimizer}
+
+
+@pytest.mark.parametrize("main", ["master_param", "fp32_param"])
+def test_16_bit_weights_follow_the_main_params_of_their_optimizer(
+    tmp_path: Path, main: str
+) -> None:
+    (output,) = merge(request(steps(tmp_path / "run", lambda i: rounded(i, main)))).outputs
+    loaded = rounded(0, main)
+    dcp.load(loaded, checkpoint_id=output, no_dist=True)
+    exact = torch.arange(12.0).double().reshape(4, 3) / 7 + 1.5 / 5
+    value = loaded["optim"]["state"]["layer.weight"][main]
+    assert bool(((value.double() - exact).abs() <= 2.0**-22 * exact.abs()).all())
+    assert torch.equal(loaded["model"]["layer.weight"], value.bfloat16())
+
+
+def test_16_bit_weights_without_main_params_are_told(tmp_path: Path) -> None:
+    def make(iteration: int) -> dict[str, Any]:
+        state = rounded(iteration, "master_param")
+        del state["optim"]["state"]["layer.weight"]["master_param"]
+        return state
+
+    planned = plan(request(steps(tmp_path / "run", make)))
+    assert any("16 bits and no main params" in note for note in planned.selection.notes)
+    assert planned.rules["weight", "layer.weight"].why == "no main params are stored for it"
+
+
+def test_main_params_that_do_not_say_whose_they_are_stop_a_merge(tmp_path: Path) -> None:
+    """Megatron's Float16OptimizerWithFloat16Params under `--ckpt-format torch_dcp`."""
+
+    def make(iteration: int) -> dict[str, Any]:
+        state = rounded(iteration, "exp_avg_sq")
+        state["optim"]["fp32_from_fp16_params"] = [[torch.ones(4, 3) * iteration]]
+        return state
+
+    run = steps(tmp_path / "run", make)
+    with pytest.raises(PlanError, match="do not say which parameter"):
+        plan(request(run))
+    assert plan(request(run, policy=Policy(average="weights"))).rules
+
+
+def test_a_second_copy_of_the_model_is_averaged_under_its_own_name(tmp_path: Path) -> None:
+    def make(iteration: int) -> dict[str, Any]:
+        value = torch.full((2,), float(iteration))
+        state = {"w": {"exp_avg": value}}
+        groups = [{"lr": 0.1, "params": ["w"]}]
+        optimizer = {"state": state, "param_groups": groups}
+        return {"ema": {"w": value * 10}, "model": {"w": value}, "optimizer": optimizer}
+
+    (output,) = merge(request(steps(tmp_path / "run", make))).outputs
+    loaded = {"ema": {"w": torch.zeros(2)}, "model": {"w": torch.zeros(2)}}
+    dcp.load(loaded, checkpoint_id=output, no_dist=True)
+    assert loaded["model"]["w"].tolist() == [1.5, 1.5] and loaded["ema"]["w"].tolist() == [15, 15]
+    source = registry.get("torch_dcp", "").read_source(output, {}, True)
+    assert set(source.space.weights) == {"w", "ema.w"} and MAIN_PARAM not in source.space.states
+
+
+def test_a_module_may_be_called_as_an_optimizer_calls_its_parts() -> None:
+    """A model with modules `state` and `param_groups`, saved flat beside its optimizer."""
+    paths: dict[str, tuple[str | int, ...]] = {
+        "state.out.weight": ("state.out.weight",),
+        "param_groups.out.weight": ("param_groups.out.weight",),
+        "optimizer.state.state.out.weight.exp_avg": ("optimizer", "state.state.out.weight.exp_avg"),
+        "optimizer.param_groups.state.out.weight.lr": (
+            "optimizer",
+            "param_groups.state.out.weight.lr",
+        ),
+    }
+    names = names_of(paths, dict.fromkeys(list(paths)[:3], (2,)))
+    assert names.states == {
+        "exp_avg": {"state.out.weight": "optimizer.state.state.out.weight.exp_avg"}
+    }
+    assert names.weights["state.out.weight"] == "state.out.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "iteration"),
+    [
+        ("step-1000", 1000),
+        ("checkpoint-20", 20),
+        ("epoch=1-step=300.ckpt", 300),
+        ("iter_0000100", 100),
+        ("global_step400", 400),
+        ("best", None),
+        ("v2", None),
+        ("epoch-3", None),
+    ],
+)
+def test_iterations_in_names(name: str, iteration: int | None) -> None:
+    assert named_iteration(Path(name)) == iteration
