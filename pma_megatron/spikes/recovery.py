@@ -15,6 +15,7 @@ from pma_megatron.base.settings import declared, described, made, needed, same, 
 from pma_megatron.base.spelling import FrontEnd, fields, given, hint, mistyped, named, speaking
 from pma_megatron.errors import MetricsError, SelectionError, UsageError
 from pma_megatron.formats import registry
+from pma_megatron.formats.trainers.saves import output_name, save_of
 from pma_megatron.merging.job import Show, merge, plan, silent
 from pma_megatron.merging.policy import RESUMED_STATES, Policy
 from pma_megatron.merging.report import MergeReport
@@ -248,9 +249,15 @@ def _resume(request: RecoveryRequest, chosen: Sequence[CheckpointRef], skip: Spa
             "the models with pma merge"
         )
     args, schedule = known.common(Path(newest.path))["args"], known.schedule(Path(newest.path))
-    if not known.tracker.by_flag and "consumed_train_samples" not in args:
+    save, how = save_of(Path(newest.path), newest.format), None
+    if save.trainer is not None:
+        made = Path(request.save).absolute() / output_name(save, known, newest.iteration)
+        how = save.trainer.resumed(made)
+    elif not known.tracker.by_flag and "consumed_train_samples" not in args:
+        how = known.tracker.resumed(request.save)
+    if how is not None:
         return resume_script(
-            known.tracker.resumed(request.save),
+            how,
             request.save,
             newest.iteration,
             skip=skip,
