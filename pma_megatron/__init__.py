@@ -70,9 +70,13 @@ __all__ = [
 ]
 
 
+_GLUE = ("deepspeed", "fsdp")
+"""Folders that are imported when they are named."""
+
+
 def __getattr__(name: str) -> Any:
-    if name == "deepspeed":
-        return importlib.import_module(f"{__name__}.deepspeed")
+    if name in _GLUE:
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, attribute = _HOMES[name]
@@ -81,4 +85,4 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     """The public names, for completion: not what this module imports for itself."""
-    return sorted([*__all__, "deepspeed"])
+    return sorted([*__all__, *_GLUE])

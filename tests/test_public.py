@@ -40,6 +40,7 @@ PUBLIC = {
         "verify",
     },
     "pma_megatron.deepspeed": {"OnlineAverage", "load_merged", "pma_init"},
+    "pma_megatron.fsdp": {"load_merged"},
     "pma_megatron.testing": {
         "FAULT_ENV",
         "Fault",
@@ -79,7 +80,7 @@ def test_every_public_name_is_there_and_documented() -> None:
 
 
 def test_completion_shows_the_public_names_alone() -> None:
-    assert dir(pma_megatron) == sorted(PUBLIC["pma_megatron"] | {"deepspeed"})
+    assert dir(pma_megatron) == sorted(PUBLIC["pma_megatron"] | {"deepspeed", "fsdp"})
     assert pma_megatron.deepspeed.pma_init
 
 

@@ -5,6 +5,7 @@ Nothing is sorted or judged here; `metrics.read_metrics` does that.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import itertools
 import json
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pma_megatron.errors import MetricsError, UsageError
+from pma_megatron.spikes import consoles, textfiles
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +44,14 @@ class Written:
 
 
 # Names as they are compared: lower case, words apart by one space.
-_ITERATION = ("iteration", "iter", "global step", "trainer global step", "step")
+_ITERATION = (
+    "iteration",
+    "iter",
+    "global step",
+    "trainer global step",
+    "train global step",
+    "step",
+)
 _LOSS = (
     "lm loss",
     "loss",
@@ -52,13 +61,18 @@ _LOSS = (
     "train ce loss",
     "lm loss training lm loss",
     "train samples train loss",  # Megatron-DeepSpeed, DeepSpeed
+    "reduced train loss",  # NeMo
+    "train reduced train loss",
+    "loss metrics global avg loss",  # torchtitan
 )
 _GRAD_NORM = ("grad norm", "gradient norm", "train grad norm", "optim total grad norm")
 _SAMPLES = ("consumed samples", "consumed train samples", "samples")
 
 # Of a line's fields only what may be of use is kept: a long run has millions of lines.
 _LOG_KEYS = re.compile(r"loss|norm|consumed samples|number of (skipped|nan) iterations")
-_LOG_START = re.compile(r"iteration\s+(\d+)/\s*\d+\s*\|")
+_FIELD = re.compile(r"([A-Za-z][\w./-]*)['\"]?\s*[:=]")
+_LOOKED_AT = 1000  # lines of a file that is not understood
+_LOG_START = re.compile(r"(?<!, )iteration\s+(\d+)/\s*\d+\s*\|")
 # deepspeed/runtime/pipe/engine.py, `train_batch`
 _PIPELINE = re.compile(r"steps: (\d+) loss: (\S+) .*iter time \(s\): ")
 # deepspeed/monitor: the step of everything under this name is `global_samples`
@@ -68,15 +82,16 @@ _MONITOR = "train samples "
 def read_log(path: Path, loss: str | None, grad_norm: str | None) -> Written:
     """Points of Megatron-LM's training lines (`training_log`), whatever stands between them.
 
-    Without any, points of the lines that DeepSpeed's PipelineEngine prints.
+    Without any, points of the lines that DeepSpeed's PipelineEngine prints, or of `consoles`.
 
     A line has `iteration N/ M | key: value | ...` after any prefix. Megatron leaves out a loss that
     is not above 0 (below 0 from core 0.19 on), so a complete line without one had NaN, unless its
     iterations were skipped for the loss scale.
     """
-    lines = [fields for text in _lines(path) for fields in _log_lines(text)]
+    lines = [fields for text in textfiles.lines(path) for fields in _log_lines(text)]
     if not lines:
-        return Written(points=_pipeline_points(path), notes=[])
+        points = _pipeline_points(path)
+        return Written(points=points, notes=[]) if points else _read_console(path, loss, grad_norm)
     named = dict.fromkeys(key for fields in lines for key in fields)
     losses = [key for key in named if "loss" in key and key != "loss scale"]
     key = loss or ("lm loss" if "lm loss" in named or not losses else None)
@@ -113,16 +128,42 @@ def read_log(path: Path, loss: str | None, grad_norm: str | None) -> Written:
 
 
 def _pipeline_points(path: Path) -> list[MetricsPoint]:
-    matches = (_PIPELINE.search(text) for text in _lines(path) if "steps: " in text)
+    matches = (_PIPELINE.search(text) for text in textfiles.lines(path) if "steps: " in text)
     found = [(int(m[1]), _number(m[2])) for m in matches if m]
-    points = [MetricsPoint(iteration=step, loss=loss) for step, loss in found if loss is not None]
-    if not points:
-        raise MetricsError(
-            f"{path}: no line of Megatron's training log (`iteration N/ M | ... |`), none of "
-            "DeepSpeed's PipelineEngine (`steps: N loss: X iter time ...`), no CSV header with an "
-            "iteration, no JSON lines; give a log, CSV, JSONL or TensorBoard file"
-        )
-    return points
+    return [MetricsPoint(iteration=step, loss=loss) for step, loss in found if loss is not None]
+
+
+def _read_console(path: Path, loss: str | None, grad_norm: str | None) -> Written:
+    """Points of what other trainers print."""
+    for form in consoles.FORMS:
+
+        def rows(form: Callable[..., Iterator[Mapping[str, Any]]] = form) -> Any:
+            return form(textfiles.lines(path))
+
+        first = next(iter(rows()), None)
+        if first is None:
+            continue
+        if form is consoles.trainer_rows and not any(consoles.STEP in row for row in rows()):
+            raise MetricsError(
+                f"{path}: the dictionaries of transformers' Trainer say epochs and no steps (they "
+                f"have {_list(first)}), and no progress bar (`N/M [`) follows them. Give "
+                "trainer_state.json of the newest checkpoint, which has both"
+            )
+        return _read_table(path, rows, loss, grad_norm)
+    seen = (
+        name for text in itertools.islice(textfiles.lines(path), _LOOKED_AT) for name in _keys(text)
+    )
+    raise MetricsError(
+        f"{path}: no line has an iteration and a loss as Megatron (`iteration N/ M | ... |`), "
+        "DeepSpeed's PipelineEngine (`steps: N loss: X iter time ...`), torchtitan, OLMo-core, "
+        "NeMo or transformers' Trainer print them (`step N/M ... loss: X`), and it is no CSV with "
+        "a header, JSON lines or trainer_state.json. What looks like fields at its beginning: "
+        f"{_list(dict.fromkeys(seen)) or 'nothing'}"
+    )
+
+
+def _keys(text: str) -> list[str]:
+    return [key.strip() for key in _FIELD.findall(text)]
 
 
 def _log_lines(text: str) -> Iterator[dict[str, float]]:
@@ -154,9 +195,9 @@ def read_csv(path: Path, loss: str | None, grad_norm: str | None) -> Written:
     """Points of a CSV file with a header, such as a W&B or TensorBoard export."""
 
     def rows() -> Iterator[Mapping[str, Any]]:
-        with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        with contextlib.closing(textfiles.lines(path, newline="")) as text:
             try:
-                yield from csv.DictReader(line.replace("\0", "") for line in file)
+                yield from csv.DictReader(line.replace("\0", "") for line in text)
             except csv.Error as error:
                 raise MetricsError(f"{path}: is not CSV ({error})") from error
 
@@ -167,7 +208,7 @@ def read_jsonl(path: Path, loss: str | None, grad_norm: str | None) -> Written:
     """Points of a file with one JSON object per line."""
 
     def rows() -> Iterator[Mapping[str, Any]]:
-        for line in _lines(path):
+        for line in textfiles.lines(path):
             try:
                 row = json.loads(line) if line.strip() else {}
             except ValueError:
@@ -175,6 +216,19 @@ def read_jsonl(path: Path, loss: str | None, grad_norm: str | None) -> Written:
             yield row if isinstance(row, dict) else {}
 
     return _read_table(path, rows, loss, grad_norm)
+
+
+def read_trainer_state(path: Path, loss: str | None, grad_norm: str | None) -> Written | None:
+    """Points of `trainer_state.json` of transformers' Trainer; None where it is no such file."""
+    try:
+        history = json.loads("".join(textfiles.lines(path)))["log_history"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    rows = [row for row in history if isinstance(row, dict)] if isinstance(history, list) else []
+    if not rows:
+        raise MetricsError(f"{path}: its log_history is empty; log a loss (logging_steps)")
+    trained = [row for row in rows if (loss or "loss") in row]  # others are of evaluations
+    return _read_table(path, lambda: trained or rows, loss, grad_norm)
 
 
 def _read_table(
@@ -194,11 +248,13 @@ def _read_table(
     loss_column = pick(path, "loss", names, _LOSS, loss)
     if loss_column is None:
         raise MetricsError(f"{path}: no column for the loss; name one with loss=: {_list(names)}")
-    norm_column = pick(path, "grad_norm", names, _GRAD_NORM, grad_norm)
+    run = _run_of(loss_column)
+    same = names if run is None else [name for name in names if _run_of(name) in (run, None)]
+    norm_column = pick(path, "grad_norm", same, _GRAD_NORM, grad_norm)
     samples_column = next(iter(_named(names, _SAMPLES)), None)
     points, left_out = [], 0
     for row in rows():
-        iteration, value = _number(row.get(step)), _number(row.get(loss_column))
+        iteration, value = _number(_done(row.get(step))), _number(row.get(loss_column))
         if iteration is None or value is None or not iteration.is_integer():
             left_out += 1
             continue
@@ -216,20 +272,43 @@ def _read_table(
     return Written(points=points, notes=notes, in_samples=in_samples)
 
 
-def read_tensorboard(files: list[Path], loss: str | None, grad_norm: str | None) -> Written:
+Scalars = dict[str, list[tuple[float, int, float]]]
+"""Tag -> (wall time in seconds, step, value)."""
+
+
+def read_tensorboard(
+    folders: Mapping[Path, list[Path]], loss: str | None, grad_norm: str | None
+) -> Written:
     """Points of event files, by wall time; the step is the iteration.
 
     A gradient norm belongs to the loss of the same step that was written nearest before or after
-    it. Raises UsageError when tensorboard is not installed.
+    it. Folders that were written one after another are one run that was restarted.
+
+    Args:
+        folders: folder -> event files in it.
+        loss: tag of the loss; None for a usual one.
+        grad_norm: the same.
+
+    Raises:
+        MetricsError: no loss, or those of several runs at once.
+        UsageError: tensorboard is not installed.
     """
-    series = _scalars(files)
-    names = [*series]
-    loss_tag = pick(files[0], "loss", names, _LOSS, loss)
+    each = {folder: _scalars(files) for folder, files in folders.items()}
+    names = [*dict.fromkeys(tag for series in each.values() for tag in series)]
+    where = next(iter(folders))
+    loss_tag = pick(where, "loss", names, _LOSS, loss)
     if loss_tag is None:
         raise MetricsError(
-            f"{files[0]}: no tag for the loss; name one with loss=: {_list(names) or 'no scalars'}"
+            f"{where}: no tag for the loss; name one with loss=: {_list(names) or 'no scalars'}"
         )
-    norm_tag = pick(files[0], "grad_norm", names, _GRAD_NORM, grad_norm)
+    each = {folder: series for folder, series in each.items() if loss_tag in series}
+    notes = _one_after_another(each, loss_tag)
+    series: Scalars = {}
+    for part in each.values():
+        for tag, events in part.items():
+            series.setdefault(tag, []).extend(events)
+    names = [*series]
+    norm_tag = pick(where, "grad_norm", names, _GRAD_NORM, grad_norm)
     norms: dict[int, list[tuple[float, float]]] = {}
     for wall_s, step, value in series[norm_tag] if norm_tag else []:
         norms.setdefault(step, []).append((wall_s, value))
@@ -237,15 +316,38 @@ def read_tensorboard(files: list[Path], loss: str | None, grad_norm: str | None)
     for wall_s, step, value in sorted(series[loss_tag], key=lambda event: event[0]):
         near = min(norms.get(step, []), key=lambda event: abs(event[0] - wall_s), default=None)
         points.append(MetricsPoint(iteration=step, loss=value, grad_norm=near[1] if near else None))
-    return Written(points=points, notes=[], in_samples=_is_monitor(loss_tag))
+    return Written(points=points, notes=notes, in_samples=_is_monitor(loss_tag))
+
+
+def _one_after_another(each: Mapping[Path, Scalars], tag: str) -> list[str]:
+    """A note where several folders are one run.
+
+    Raises:
+        MetricsError: they were written at one time, so they are several runs.
+    """
+    spans = sorted((min(s[tag])[0], max(s[tag])[0], folder) for folder, s in each.items())
+    for one, other in itertools.pairwise(spans):
+        if other[0] < one[1]:
+            several = ", ".join(str(folder) for _, _, folder in spans[:10])
+            raise MetricsError(
+                f"event files of several runs, written at the same time: give one of {several}"
+            )
+    if len(spans) < 2:
+        return []
+    return [f"Joined, in the order of their times: {', '.join(str(f) for _, _, f in spans)}."]
+
+
+def _done(value: Any) -> Any:
+    """`N` of `N/M`."""
+    return value.partition("/")[0] if isinstance(value, str) else value
 
 
 def _is_monitor(name: str) -> bool:
     return _plain(name).startswith(_MONITOR)
 
 
-def _scalars(files: list[Path]) -> dict[str, list[tuple[float, int, float]]]:
-    """(wall time in seconds, step, value) of every scalar, by tag."""
+def _scalars(files: list[Path]) -> Scalars:
+    """Every scalar of some event files."""
     try:
         from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
         from tensorboard.util.tensor_util import make_ndarray
@@ -254,7 +356,7 @@ def _scalars(files: list[Path]) -> dict[str, list[tuple[float, int, float]]]:
             f"{files[0]} is a TensorBoard file, and reading it needs the package tensorboard: "
             "pip install 'pma-megatron[tensorboard]', or export the run as CSV"
         ) from error
-    series: dict[str, list[tuple[float, int, float]]] = {}
+    series: Scalars = {}
     for file in files:
         for event in LegacyEventFileLoader(str(file)).Load():
             for value in event.summary.value:
@@ -279,10 +381,18 @@ def pick(
     Raises MetricsError when the explicit one is missing, or several would do.
     """
     if explicit is not None:
-        if explicit not in names:
+        if explicit in names:
+            return explicit
+        of_run = _named([name for name in names if _run_of(name) == explicit], known)
+        if len(of_run) != 1:
             raise _missing(path, what, explicit, names)
-        return explicit
+        return of_run[0]
     found = _named(names, known)
+    runs = [run for run in map(_run_of, found) if run is not None]
+    if len(found) > 1 and len(set(runs)) == len(found):
+        raise MetricsError(
+            f"{path}: has the {what} of {len(found)} runs, {_list(runs)}; choose one with {what}="
+        )
     if len(found) > 1:
         raise _ambiguous(path, what, found)
     return found[0] if found else None
@@ -295,6 +405,12 @@ def has_iteration(header: str) -> bool:
 
 def _named(names: Iterable[str], known: tuple[str, ...]) -> list[str]:
     return [name for name in names if _plain(name) in known]
+
+
+def _run_of(name: str) -> str | None:
+    """The run in the name of a column as W&B exports it, `run - key`; None in any other."""
+    run, dash, _ = name.rpartition(" - ")
+    return run if dash else None
 
 
 def _plain(name: str) -> str:
@@ -312,11 +428,6 @@ def _number(value: Any) -> float | None:
         return float(value)
     except (ValueError, OverflowError):
         return None
-
-
-def _lines(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
-        yield from file
 
 
 def _list(names: Iterable[str]) -> str:

@@ -23,8 +23,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 from pma_megatron.testing import cpu
 
@@ -85,6 +83,8 @@ class TinyFsdp:
     """
 
     def __init__(self, config: FsdpConfig, seed: int = 0) -> None:
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
         self.config = config
         torch.manual_seed(seed)
         mesh = init_device_mesh(cpu.device().type, (dist.get_world_size(),))
@@ -199,5 +199,5 @@ class TinyFsdp:
 
 
 def _whole(value: Any) -> torch.Tensor:
-    whole = value.full_tensor() if isinstance(value, DTensor) else value
+    whole = value.full_tensor() if hasattr(value, "full_tensor") else value
     return whole.detach().clone()

@@ -30,9 +30,6 @@ from pma_megatron.testing.tiny_fsdp import (
     TinyFsdp,
 )
 
-if not hasattr(torch.distributed.fsdp, "fully_shard"):
-    pytest.skip("this torch has no FSDP2", allow_module_level=True)
-
 SAVES = 2
 PARTS = {"pytorch_model_fsdp_0": "", "optimizer_0": ""}
 
@@ -52,6 +49,8 @@ def train(rank: int, world_size: int, roots: Mapping[str, str]) -> dict[str, Any
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """Checkpoints of two ranks, and what they held."""
+    if not hasattr(torch.distributed.fsdp, "fully_shard"):
+        pytest.skip("this torch has no FSDP2")
     folder = tmp_path_factory.mktemp("fsdp")
     roots = {style: str(folder / style) for style in (TORCHTITAN, ACCELERATE, STATE_DICT, NUMBERED)}
     return folder, run_ranks(train, 2, roots)[0]

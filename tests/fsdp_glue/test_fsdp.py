@@ -5,16 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed.fsdp
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+import pma_megatron
 from oracle import assert_average
 from pma_megatron import MergeRequest, Policy, SelectionRequest, list_checkpoints, merge, verify
-from pma_megatron.testing import run_ranks
+from pma_megatron.base.faults import InjectedFault
+from pma_megatron.errors import PmaError, PoisonedError
+from pma_megatron.live import load as live_load
+from pma_megatron.testing import inject, run_ranks
 from pma_megatron.testing.conformance import same_bytes
-from pma_megatron.testing.tiny_fsdp import ACCELERATE, STATE_DICT, TORCHTITAN, FsdpConfig, TinyFsdp
+from pma_megatron.testing.tiny_fsdp import (
+    ACCELERATE,
+    NUMBERED,
+    STATE_DICT,
+    TORCHTITAN,
+    FsdpConfig,
+    TinyFsdp,
+)
 
 Held = dict[str, dict[str, torch.Tensor]]
 STYLES = (TORCHTITAN, ACCELERATE, STATE_DICT)
@@ -38,6 +51,8 @@ def train(rank: int, world_size: int, roots: Mapping[str, str], first: bool) -> 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Held]]:
     """Two checkpoints of two ranks and one of three, in every style."""
+    if not hasattr(torch.distributed.fsdp, "fully_shard"):
+        pytest.skip("this torch has no FSDP2")
     folder = tmp_path_factory.mktemp("fsdp")
     roots = {style: str(folder / style) for style in STYLES}
     held = run_ranks(train, 2, roots, True)[0]
@@ -76,6 +91,7 @@ def resume(
             run.train(1)  # the optimizer has a state to be loaded into
             run.load(output)
             loaded = run.snapshot()
+            run.iteration = 6  # which data comes next
             run.stop_learning()
             run.train(1)
             still = run.snapshot()
@@ -86,9 +102,10 @@ def resume(
     return found
 
 
-@pytest.fixture(scope="module", params=[1, 2, 3])
-def resumed(request: pytest.FixtureRequest, merges: Any) -> Any:
-    return run_ranks(resume, request.param, merges)[0]
+@pytest.fixture(scope="module")
+def resumed(merges: Any) -> dict[int, Any]:
+    """By the number of ranks."""
+    return {ranks: run_ranks(resume, ranks, merges)[0] for ranks in (1, 2, 3)}
 
 
 def near(got: torch.Tensor, parts: Sequence[torch.Tensor], what: str) -> None:
@@ -101,10 +118,11 @@ def sources(runs: tuple[Path, dict[str, Held]], style: str) -> list[Held]:
     return [held for folder, held in runs[1].items() if Path(folder).parent.name == style]
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_a_live_model_and_optimizer_get_the_average_on_any_number_of_ranks(
-    runs: tuple[Path, dict[str, Held]], resumed: Any
+    runs: tuple[Path, dict[str, Held]], resumed: Any, ranks: int
 ) -> None:
-    for (style, state), (loaded, _, _) in resumed.items():
+    for (style, state), (loaded, _, _) in resumed[ranks].items():
         parts = sources(runs, style)
         assert len(parts) == 3
         for name, value in loaded["weight"].items():
@@ -127,7 +145,7 @@ def test_a_live_model_and_optimizer_get_the_average_on_any_number_of_ranks(
 
 
 def test_a_step_without_learning_changes_no_parameter_and_training_goes_on(resumed: Any) -> None:
-    for loaded, still, after in resumed.values():
+    for loaded, still, after in (each for found in resumed.values() for each in found.values()):
         for name in loaded["exp_avg"]:
             assert same_bytes(still["weight"][name], loaded["weight"][name]), name
             assert not torch.equal(after["weight"][name], still["weight"][name]), name
@@ -180,3 +198,131 @@ def test_weights_alone_have_no_optimizer(
         for name, value in parts[-1]["weight"].items():
             if value.is_floating_point():
                 near(named[name], [part["weight"][name] for part in parts], name)
+
+
+# Live.
+
+
+def load_live(
+    rank: int, world_size: int, roots: Mapping[str, Mapping[str, str]]
+) -> dict[tuple[str, str], tuple[Held, Held, Held]]:
+    """As `resume`, from the runs themselves, into models that a forward pass has gathered."""
+    found = {}
+    for style, states in roots.items():
+        for state, root in states.items():
+            run = TinyFsdp(FsdpConfig(style=style), seed=9)
+            with torch.no_grad():
+                run.model(torch.zeros(8, dtype=torch.int64))
+            report = pma_megatron.fsdp.load_merged(
+                run.model,
+                run.optimizer,
+                root,
+                selection=SelectionRequest(last=3),
+                optimizer_state=state,
+            )
+            assert Path(report.sources[-1]).name.endswith("6")
+            loaded = run.snapshot()
+            run.iteration = 6  # which data comes next
+            run.stop_learning()
+            run.train(1)
+            still = run.snapshot()
+            for group in run.optimizer.param_groups:
+                group["lr"] = 1e-3
+            run.train(1)
+            found[style, state] = loaded, still, run.snapshot()
+    return found
+
+
+@pytest.fixture(scope="module")
+def live(runs: tuple[Path, dict[str, Held]], merges: Any, resumed: Any) -> Any:
+    """Averages in live models on two ranks, and the offline merges that those must equal."""
+    roots = {s: dict.fromkeys(states, str(runs[0] / s)) for s, states in merges.items()}
+    return run_ranks(load_live, 2, roots)[0], resumed[2]
+
+
+def test_a_live_average_is_the_offline_merge_bit_for_bit(live: Any) -> None:
+    """Which in turn is compared with the float64 average above."""
+    for place, (loaded, _, _) in live[0].items():
+        offline = live[1][place][0]
+        assert loaded.keys() == offline.keys()
+        for state, tensors in loaded.items():
+            assert tensors.keys() == offline[state].keys()
+            for name, value in tensors.items():
+                assert same_bytes(value, offline[state][name]), (place, state, name)
+
+
+def test_a_live_model_trains_on_from_its_average(live: Any) -> None:
+    """The forward pass sees it: what it had gathered before is let go of."""
+    for place, (_, still, after) in live[0].items():
+        for name in still["exp_avg"]:
+            assert same_bytes(still["exp_avg"][name], live[1][place][1]["exp_avg"][name]), name
+            assert same_bytes(after["weight"][name], live[1][place][2]["weight"][name]), name
+
+
+def fail(rank: int, world_size: int, root: str) -> list[str]:
+    """A load that fails half-way, what the model says then, and what heals it."""
+    run = TinyFsdp(FsdpConfig(style=STATE_DICT), seed=9)
+
+    def load(**changed: Any) -> None:
+        pma_megatron.fsdp.load_merged(
+            run.model, run.optimizer, root, selection=SelectionRequest(last=3), **changed
+        )
+
+    said = []
+    with pytest.raises((PmaError, InjectedFault)) as failed:
+        load()
+    said.append(str(failed.value))
+    for use in (lambda: run.train(1), run.optimizer.step):
+        with pytest.raises(PoisonedError) as poisoned:
+            use()
+        said.append(str(poisoned.value))
+    with mock.patch.object(live_load, "point"):
+        load()
+    run.train(1)
+    return said
+
+
+def test_a_load_that_failed_half_way_stops_the_model_until_a_whole_one(
+    runs: tuple[Path, dict[str, Held]],
+) -> None:
+    with inject("init-refresh", rank=1, action="raise"):
+        every = run_ranks(fail, 2, str(runs[0] / STATE_DICT))
+    for said in every:
+        assert "injected at init-refresh" in said[0]
+        assert all("mixture of two states" in each for each in said[1:])
+
+
+def refuse(rank: int, world_size: int, root: str, foreign: str) -> dict[str, str]:
+    """What is refused, and that nothing live was touched."""
+    said: dict[str, str] = {}
+    for what, config, load in (
+        ("16 bits", FsdpConfig(bf16=True), root),
+        ("numbers", FsdpConfig(), foreign),
+    ):
+        run = TinyFsdp(config, seed=9)
+        run.train(1)
+        before = run.snapshot()["weight"]
+        with pytest.raises(PmaError) as refused:
+            pma_megatron.fsdp.load_merged(
+                run.model, run.optimizer, load, selection=SelectionRequest(last=1)
+            )
+        said[what] = str(refused.value)
+        after = run.snapshot()["weight"]
+        assert all(same_bytes(value, before[name]) for name, value in after.items())
+        run.train(1)
+    return said
+
+
+def numbered(rank: int, world_size: int, root: str) -> None:
+    run = TinyFsdp(FsdpConfig(style=NUMBERED))
+    run.train(1)
+    run.save(root)
+
+
+def test_what_a_live_model_cannot_take_is_refused_before_it_is_touched(
+    runs: tuple[Path, dict[str, Held]], tmp_path: Path
+) -> None:
+    run_ranks(numbered, 1, str(tmp_path))
+    said = run_ranks(refuse, 2, str(runs[0] / STATE_DICT), str(tmp_path))[0]
+    assert "is trained in torch.bfloat16" in said["16 bits"]
+    assert "has numbers for parameters" in said["numbers"]

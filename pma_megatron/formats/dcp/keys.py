@@ -79,7 +79,7 @@ def names_of(paths: Mapping[str, Path], shapes: Mapping[str, tuple[int, ...]]) -
         or (() in roots and key in places and places[key][0] == ())
     }
     states: dict[str, dict[str, str]] = {}
-    unnamed, numbered = [], False
+    unnamed = []
     for key in shapes:
         if key not in optimizer:
             continue
@@ -87,11 +87,12 @@ def names_of(paths: Mapping[str, Path], shapes: Mapping[str, tuple[int, ...]]) -
         if kind != _STATE or len(rest) < 2:
             unnamed.append(key)
             continue
-        numbered = numbered or isinstance(rest[0], int)
         states.setdefault(_state_name(rest), {}).setdefault(str(rest[0]), key)
     trained = {name for tensors in states.values() for name in tensors}
     rest_of = {key: paths[key] for key in shapes if key not in optimizer}
-    return Names(_weights(rest_of, trained), states, frozenset(optimizer), numbered, tuple(unnamed))
+    weights = _weights(rest_of, trained)
+    numbered = bool(trained) and all(n.isdecimal() and n not in weights for n in trained)
+    return Names(weights, states, frozenset(optimizer), numbered, tuple(unnamed))
 
 
 def _state_name(rest: Path) -> str:

@@ -1,0 +1,243 @@
+"""PMA-init: an average of checkpoints straight into a live FSDP2 model and its optimizer.
+
+torch's own `dcp.load` takes the newest source's optimizer (moments, steps, param groups) and
+buffers that are no floating ones; then all sources are averaged into the float32 shards where they
+lie, each rank reading the parts that it holds. The result is bit for bit what `pma merge` of the
+same checkpoints loads.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from pma_megatron.base.comm import Comm, Team
+from pma_megatron.base.faults import point
+from pma_megatron.base.log import say
+from pma_megatron.base.spelling import listing, speaking
+from pma_megatron.errors import CheckpointError, PlanError, UsageError
+from pma_megatron.formats import registry
+from pma_megatron.formats.dcp.checkpoint import DcpCheckpoint
+from pma_megatron.fsdp.params import FsdpTensor, live_tensors
+from pma_megatron.live.load import ARGUMENTS, DEFAULTS, Live, LiveReport, Meter, fill, live_request
+from pma_megatron.live.plan import LivePlan, average_units, refuse_other_model
+from pma_megatron.live.poison import Trainer, chain, poisoned_on_failure
+from pma_megatron.merging.planning import OpenedSources, gather_sources
+from pma_megatron.merging.policy import MAIN
+from pma_megatron.merging.request import Method
+from pma_megatron.runs.selection_request import SelectionRequest
+
+
+@speaking(ARGUMENTS)
+def load_merged(
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    load: str | Path,
+    *,
+    selection: SelectionRequest | None = None,
+    method: Method | None = None,
+    optimizer_state: str = DEFAULTS.optimizer_state,
+    threads: int = DEFAULTS.threads,
+    check_sources: bool = False,
+) -> LiveReport:
+    """Start from an average of the checkpoints in `load`. Every rank makes this call.
+
+    Schedulers, data loaders and counters of the script are not touched: load those from the newest
+    source, `report.sources[-1]`, as after any resume.
+
+    Args:
+        model: after `fully_shard`, with float32 parameters.
+        optimizer: one, of its parameters.
+        load: root of checkpoints that torch.distributed.checkpoint wrote (format `torch_dcp`).
+        selection: which (default: the last 10).
+        method: how they are weighted (default: SMA).
+        optimizer_state: moments become the `latest`, their `average`, or zero (`reset`, and the
+            step count with them). Param groups are the newest's.
+        threads: reader threads per rank.
+        check_sources: read records whole that this reads in part, to compare their checksums.
+
+    Returns:
+        what was averaged; `sources[-1]` is the folder that training goes on from.
+
+    Raises:
+        UsageError, SelectionError, CheckpointError, PlanError: refused on every rank. Unless it
+            happened while values were read, no live tensor was touched; if it did, they are a
+            mixture, and the next forward pass or step raises `PoisonedError` until a whole load
+            has ended well.
+        RankError: another rank failed.
+    """
+    comm = Comm()
+    meter = Meter(comm)
+    live = Live(optimizer_state=optimizer_state, threads=threads, check_sources=check_sources)
+    request = comm.agree("request", lambda: live_request(str(load), selection, method, live))
+    found = gather_sources(request, comm)
+    plan = LivePlan.of(found, threads)
+    trainer = _trainer_of(model, optimizer)
+    comm.agree("plan", lambda: _refuse_foreign(found))
+    _reshard(model)
+    states = _states(found, optimizer_state)
+    tensors = comm.agree("model", lambda: live_tensors(model, optimizer))
+    comm.agree("plan", lambda: _refuse_other_tensors(plan, found, tensors, states))
+    comm.agree("plan", lambda: point("init-plan", comm.rank))
+    with poisoned_on_failure(trainer, f"loading {plan.sources[-1].path}"):
+        base = Path(plan.sources[-1].path)
+        comm.agree("load", lambda: _load_newest(model, optimizer, base))
+    tensors = comm.agree("model", lambda: live_tensors(model, optimizer))  # its state is new
+
+    def finish() -> None:
+        if optimizer_state == "reset":
+            _reset(optimizer)
+        _reshard(model)
+
+    with listing(request.list_setting):
+        alone = Team((dist.get_rank() if dist.is_initialized() else 0,), 0)
+        units = comm.agree(
+            "plan", lambda: average_units(plan, found.active, tensors, states, whole=False)
+        )
+        fill(plan, [(units, alone)], comm, meter, trainer, finish, check_sources=check_sources)
+    report = meter.report(plan, "slice", found.selection.passed_over)
+    say(f"PMA-init: {report}")
+    return report
+
+
+def _states(found: OpenedSources, optimizer_state: str) -> tuple[str, ...]:
+    if optimizer_state != "average":
+        return (MAIN,)
+    return (MAIN, *sorted(set(found.sources[-1].space.states) - {MAIN}))
+
+
+def _refuse_foreign(found: OpenedSources) -> None:
+    """Refuse sources that torch cannot load into this optimizer, before it does.
+
+    Raises:
+        PlanError: another format, or an optimizer without names.
+    """
+    base = found.sources[-1]
+    for source in found.sources:
+        if source.format != registry.TORCH_DCP:
+            raise PlanError(
+                f"{source.path} is in format {source.format}, expected {registry.TORCH_DCP}: a "
+                "live FSDP2 model averages nothing else. Merge offline"
+            )
+    if not base.optimizer_keys:
+        raise PlanError(
+            f"{base.path} holds no optimizer: let the average end at a checkpoint that does, or "
+            "merge offline with optimizer_state='drop' and load the weights"
+        )
+    if base.space.kind != "by name":
+        raise PlanError(
+            f"the optimizer in {base.path} has numbers for parameters, and a live one is filled by "
+            "name: save it by get_optimizer_state_dict, or merge offline"
+        )
+
+
+def _refuse_other_tensors(
+    plan: LivePlan, found: OpenedSources, tensors: list[FsdpTensor], states: tuple[str, ...]
+) -> None:
+    refuse_other_model(plan, found.active, tensors, states)
+    names = {tensor.name for tensor in tensors}
+    stored = plan.sources[-1].space.weights.items()
+    more = sorted(key for key, t in stored if t.dtype.is_floating_point and key not in names)
+    if more:
+        raise PlanError(
+            f"{plan.sources[-1].path} has {more[0]} ({len(more)} in all), which the live model has "
+            "not: it is a checkpoint of another model"
+        )
+
+
+def _trainer_of(model: Any, optimizer: Any) -> Trainer:
+    """What a live load writes into; whole again when model and optimizer have been loaded."""
+    return Trainer(
+        modules=chain([model]),
+        methods=((optimizer, "step"),),
+        loads=tuple(
+            (each, "load_state_dict", each.load_state_dict, lambda *_: True)
+            for each in (model, optimizer)
+        ),
+    )
+
+
+def _load_newest(model: Any, optimizer: Any, base: Path) -> None:
+    """What no average replaces, by torch: the optimizer, and buffers that are no floating ones.
+
+    Collective.
+
+    Raises:
+        CheckpointError: torch did not load it.
+    """
+    checkpoint = DcpCheckpoint(base)
+    container, flat = _optimizer_in(checkpoint)
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    state: Any = get_optimizer_state_dict(model, optimizer, options=options)
+    inner, names = state, checkpoint.names
+    for name in reversed(container):
+        inner = {name: inner}
+    wanted: list[tuple[str, dict[str, Any]]] = [
+        (_part_of(checkpoint, next(iter(names.optimizer))), inner)
+    ]
+    for name, value in get_model_state_dict(model).items():
+        key = names.weights.get(name)
+        if key is not None and isinstance(value, torch.Tensor) and not value.is_floating_point():
+            below = _part_of(checkpoint, key)
+            wanted.append((below, {key.removeprefix(below): value}))
+    for below, each in wanted:
+        try:
+            dcp.load(each, checkpoint_id=str(base / below))
+        except CheckpointException as error:
+            raise CheckpointError(
+                f"{base / below} could not be loaded by torch.distributed.checkpoint: "
+                f"{next(iter(error.failures.values()))[0]}. Its optimizer is not that of this run"
+            ) from error
+    set_optimizer_state_dict(model, optimizer, state, options=options)
+
+
+def _optimizer_in(checkpoint: DcpCheckpoint) -> tuple[tuple[Any, ...], bool]:
+    """Where the optimizer is in the state dict that was saved, and whether it was flattened.
+
+    Raises:
+        UsageError: there are several.
+    """
+    found = set()
+    for tensors in checkpoint.names.states.values():
+        for key in tensors.values():
+            path = checkpoint.paths[key]
+            flat = str(path[-1]).startswith("state.")
+            found.add((path[:-1] if flat else path[: path.index("state")], flat))
+    if len(found) != 1:
+        raise UsageError(
+            f"{checkpoint.path} holds {len(found)} optimizers, and one is filled here: merge "
+            "offline, and load the result"
+        )
+    return found.pop()
+
+
+def _part_of(checkpoint: DcpCheckpoint, key: str) -> str:
+    return next(part for part in checkpoint.parts if key.startswith(part))
+
+
+def _reset(optimizer: Any) -> None:
+    """Moments and step count become zero; param groups and their learning rates stay."""
+    for state in optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, torch.Tensor):
+                value.zero_()
+
+
+def _reshard(model: Any) -> None:
+    """Let go of parameters that a forward pass has gathered: they would hide the shards."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
