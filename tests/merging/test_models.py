@@ -41,7 +41,7 @@ from pma_megatron.base.comm import Comm
 from pma_megatron.errors import PmaError, SelectionError
 from pma_megatron.runs.discover import describe
 from pma_megatron.testing import run_ranks
-from pma_megatron.testing.conformance import assert_within_one_rounding
+from pma_megatron.testing.plain_reads import assert_within_one_rounding
 
 
 @pytest.fixture(scope="module")
