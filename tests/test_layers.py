@@ -15,6 +15,7 @@ FOLDERS = [
     ["formats.dcp"],
     ["formats.torch_dist", "formats.deepspeed", "formats.safetensors"],
     ["formats.registry"],
+    ["formats.trainers"],
     ["runs", "transfer", "export.tensors"],
     ["export.families"],
     ["export"],
@@ -80,6 +81,11 @@ INSIDE = {
         output source
         format
     """,
+    "formats.trainers": """
+        trainer
+        hugging_face nvidia
+        saves
+    """,
     "runs": """
         folders recovery_log tokens trackers
         refs
@@ -106,7 +112,7 @@ INSIDE = {
         planning
         leftovers rate source_checksums verification
         publish targets
-        carrying exported finishing recompute report
+        carrying exported finishing listing recompute report
         provenance
         inspection job published
         export_job
@@ -137,7 +143,8 @@ INSIDE = {
         forecast
     """,
     "spikes": """
-        healthy readers settings
+        consoles healthy settings textfiles
+        readers
         detector metrics relaunch
         recovery
     """,

@@ -19,6 +19,7 @@ from pma_megatron.merging.export_job import export_model
 from pma_megatron.merging.inspection import look
 from pma_megatron.merging.job import merge as merge_checkpoints
 from pma_megatron.merging.job import plan as plan_merge
+from pma_megatron.merging.listing import listed
 from pma_megatron.merging.published import SAMPLES
 from pma_megatron.merging.published import verify as verify_published
 from pma_megatron.merging.report import describe_plan
@@ -79,8 +80,12 @@ def list_(arguments: Namespace) -> None:
     refs = list_checkpoints(arguments.root, problem=_log.warning)
     if not refs:
         raise SelectionError(what_is(Path(arguments.root)))
-    rows = [{**asdict(ref), "state": ref.state} for ref in refs]
-    show_result(arguments, rows, lambda: tables.listed(arguments.root, refs))
+    found = listed(refs)
+    rows = [
+        {**asdict(each.ref), "state": each.ref.state, "bytes": each.bytes, "origin": each.origin}
+        for each in found
+    ]
+    show_result(arguments, rows, lambda: tables.listed(arguments.root, found))
 
 
 def inspect(arguments: Namespace) -> None:

@@ -19,6 +19,7 @@ from pma_megatron.formats.side_files import table as side_table
 from pma_megatron.merging.engine import SOURCE_BYTES
 from pma_megatron.merging.exporting import ModelExport
 from pma_megatron.merging.inspection import Inspection
+from pma_megatron.merging.listing import Listed
 from pma_megatron.merging.planning import MergePlan
 from pma_megatron.merging.rate import read_rate
 from pma_megatron.merging.report import MergeReport, describe_output
@@ -62,6 +63,7 @@ def new_table(title: str, *columns: str) -> Table:
             "entries",
             "files",
             "bytes",
+            "size",
             "elements",
             "tensors",
             "coefficient",
@@ -75,11 +77,16 @@ def _tokens(ref: CheckpointRef) -> str:
     return "unknown" if ref.consumed_tokens is None else format_tokens(ref.consumed_tokens)
 
 
-def listed(root: str, refs: Sequence[CheckpointRef]) -> None:
-    """`pma list`."""
-    title = f"{root}: {len(refs)} checkpoints"
-    table = new_table(title, "iteration", "tokens", "holds", "format", "state")
-    for ref in refs:
+def listed(root: str, found: Sequence[Listed]) -> None:
+    """`pma list`: names of folders where iterations do not tell the checkpoints apart."""
+    title = f"{root}: {len(found)} checkpoints"
+    numbers = [each.ref.iteration for each in found]
+    told_apart = len(set(numbers)) == len(numbers) and not any(e.ref.saved_in for e in found)
+    averages = any(each.origin for each in found)
+    further = [*(() if told_apart else ["folder"]), *(["average"] if averages else ())]
+    table = new_table(title, "iteration", "tokens", "holds", "size", "format", *further, "state")
+    for each in found:
+        ref = each.ref
         supported = ref.complete or ref.format in _READ
         state: str = ref.state if supported else "NOT supported"
         if ref.complete and ref.tokens_unknown_because:
@@ -89,8 +96,16 @@ def listed(root: str, refs: Sequence[CheckpointRef]) -> None:
             state += f": {more}" if more else ""
         name = Path(ref.path).name if ref.iteration is None else str(ref.iteration)
         holds = ref.holds if ref.complete else ""
-        table.add_row(name, _tokens(ref), holds, ref.format, state)
+        size = "" if each.bytes is None else sized(each.bytes)
+        shown = [*(() if told_apart else [_below(root, ref)]), *([each.origin or ""] * averages)]
+        table.add_row(name, _tokens(ref), holds, size, ref.format, *shown, state)
     new_console().print(table)
+
+
+def _below(root: str, ref: CheckpointRef) -> str:
+    """The folder of a checkpoint as its run's folder has it."""
+    folder = Path(ref.folder)
+    return str(folder.relative_to(root)) if folder.is_relative_to(root) else str(folder)
 
 
 _READ = {"unknown", *(each.name for each in registry.FORMATS)}

@@ -129,11 +129,23 @@ class Digests:
         covers: whether it lists a file, by its name.
         content: (file -> SHA-256 in hexadecimal digits) -> what it says. Both are functions of a
             module, for a layout is sent to other ranks.
+        folder: in which it lies, "" or with a `/` at its end; names of files are below that.
     """
 
     file: str
     covers: Callable[[str], bool]
     content: Callable[[Mapping[str, str]], bytes]
+    folder: str = ""
+
+    def lists(self, name: str) -> bool:
+        """Whether it lists a file of the output."""
+        below = name.removeprefix(self.folder)
+        return name.startswith(self.folder) and below != self.file and self.covers(below)
+
+    def made(self, sha256_of: Mapping[str, str]) -> tuple[str, bytes]:
+        """Its name in the output, and what it says of the files of the output that it lists."""
+        below = {name.removeprefix(self.folder): each for name, each in sha256_of.items()}
+        return self.folder + self.file, self.content(below)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +163,7 @@ class OutputLayout:
         sums_payloads: the files have no checksums of their payloads, so `pma.json` has them.
         carried: files that are copied as they are, by their names in the output.
         digests: a file of checksums that is made once the others are there; None for none.
+        checkpoint: the folder in it that a format reads as a checkpoint; "" for itself.
         described: what its model card says; None for what has no such card.
         notes: sentences for the user: what is carried, and what is not.
     """
@@ -164,6 +177,7 @@ class OutputLayout:
     sums_payloads: bool = False
     carried: Mapping[str, Carried] = field(default_factory=dict)
     digests: Digests | None = None
+    checkpoint: str = ""
     described: Described | None = None
     notes: tuple[str, ...] = ()
 

@@ -11,6 +11,7 @@ from pma_megatron.base.remote_paths import refuse_remote
 from pma_megatron.base.spelling import FrontEnd, speaking
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats import registry
+from pma_megatron.formats.trainers.saves import checkpoint_in
 from pma_megatron.merging.agreement import AVERAGED
 from pma_megatron.merging.exporting import dtype_of, template_of
 from pma_megatron.merging.job import Show, merge, silent
@@ -91,9 +92,12 @@ def export_model(
 
 def _chosen(path: Path) -> Path:
     folder = pointed(path).absolute()
-    if not is_folder(folder) or not is_checkpoint(folder):
+    if is_folder(folder) and is_checkpoint(folder):
+        return folder
+    inside = checkpoint_in(folder) if is_folder(folder) else None
+    if inside is None:
         raise CheckpointError(what_is(folder))
-    return folder
+    return inside
 
 
 def _stores(folder: Path, request: MergeRequest) -> bool:

@@ -82,9 +82,9 @@ def finish(
         small = {**layout.small_files, **further}
         sums.update({name: sum_of(data) for name, data in small.items()})
         if layout.digests is not None:
-            listed = {n: s.sha256 for n, s in sums.items() if s.sha256 and layout.digests.covers(n)}
-            content = layout.digests.content({**listed, **sha256_of})
-            small[layout.digests.file], sums[layout.digests.file] = content, sum_of(content)
+            listed = {n: s.sha256 for n, s in sums.items() if s.sha256 and layout.digests.lists(n)}
+            name, content = layout.digests.made({**listed, **sha256_of})
+            small[name], sums[name] = content, sum_of(content)
         last = layout.last_file
         marker = small.pop(last) if last is not None else b""
         for name, data in small.items():

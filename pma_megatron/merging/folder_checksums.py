@@ -11,7 +11,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TypeVar
@@ -26,6 +26,7 @@ from pma_megatron.formats.base import Item
 from pma_megatron.formats.items import ItemFiles
 from pma_megatron.formats.manifest import FileSum, Sums
 from pma_megatron.formats.marker import OWN_FILES
+from pma_megatron.formats.trainers.saves import published_as
 
 T = TypeVar("T")
 _BLOCK_BYTES = 4 << 20
@@ -221,9 +222,12 @@ def _items(folder: Path, *, needed: bool = True) -> dict[str, list[tuple[Item, s
     """The zips by file, with the key of each; without `needed`, none where they cannot be read."""
     found: dict[str, list[tuple[Item, str]]] = {}
     with contextlib.nullcontext() if needed else contextlib.suppress(CheckpointError, OSError):
-        known = registry.get(registry.detect(folder), str(folder))
-        for item, key in known.items(folder).items():
-            found.setdefault(item.file, []).append((item, key))
+        save = published_as(folder)
+        within = f"{save.inside}/" if save.inside else ""
+        known = registry.get(registry.detect(save.checkpoint), str(folder))
+        for item, key in known.items(save.checkpoint).items():
+            placed = replace(item, file=within + item.file)
+            found.setdefault(placed.file, []).append((placed, key))
     return found
 
 

@@ -16,6 +16,7 @@ from pma_megatron.formats.base import Tensor
 from pma_megatron.formats.json_files import read_json
 from pma_megatron.formats.manifest import read_marker
 from pma_megatron.formats.marker import EXPORT, MARKER_FILE
+from pma_megatron.formats.trainers.saves import checkpoint_in, save_of
 from pma_megatron.merging.folder_checksums import listing
 from pma_megatron.merging.provenance import checked_provenance, read_provenance
 from pma_megatron.runs.describe import describe
@@ -86,9 +87,12 @@ def look(path: str | Path) -> Inspection:
     if not is_folder(folder):
         raise CheckpointError(what_is(folder))
     exported = _is_export(folder)
-    if not (is_checkpoint(folder) or exported):
+    inside = None if exported else checkpoint_in(folder)
+    if not (is_checkpoint(folder) or exported or inside):
         _refuse_root(folder)
-    sizes = listing(folder)
+    folder = inside or folder
+    around = save_of(folder, registry.detect(folder)).folder
+    sizes = listing(around)
     if exported:
         return _export(folder, sizes)
     found = Inspection(ref=describe(folder), files=len(sizes), bytes=sum(sizes.values()))
@@ -96,7 +100,7 @@ def look(path: str | Path) -> Inspection:
         why = found.ref.incomplete_because
         return replace(found, problem=f"{folder} is not a whole checkpoint: {why}")
     try:
-        return _opened(folder, found)
+        return _opened(around, found)
     except (CheckpointError, PlanError, VerifyError) as error:
         return replace(found, problem=f"{folder} cannot be opened: {error}")
 

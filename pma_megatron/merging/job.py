@@ -256,7 +256,7 @@ def _finish(
     comm.on_main("structure", structure)
     listed: dict[str, str] = {}
     if layout.digests is not None:
-        names = [name for name in sorted(layout.files) if layout.digests.covers(name)]
+        names = [name for name in sorted(layout.files) if layout.digests.lists(name)]
         listed = sha256_of(target.staging, names, comm)
 
     def finish() -> None:

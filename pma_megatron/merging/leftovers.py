@@ -15,16 +15,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pma_megatron.base.durable import sync, write_small
+from pma_megatron.base.openfiles import read_source_file
 from pma_megatron.base.spelling import named, typed
 from pma_megatron.base.stopping import shielded
 from pma_megatron.errors import PublishError
 from pma_megatron.formats import registry
 from pma_megatron.formats.output import Folder
+from pma_megatron.formats.trainers.saves import save_of
 from pma_megatron.merging.locks import CLEANING, LOCK, WRITING, HeldError, held
 
 STAGING = ".pma-staging-"
 _REPLACED = ".pma-replaced-"
 _TRACKER = ".pma-tracker-"
+_COPY = ".pma-copy-"
 _log = logging.getLogger(__name__)
 
 
@@ -142,7 +146,7 @@ def _names(root: Path) -> set[str]:
     found = set()
     with os.scandir(root) as entries:
         for entry in entries:
-            for prefix in (_REPLACED, LOCK, _TRACKER):
+            for prefix in (_REPLACED, LOCK, _TRACKER, _COPY):
                 if entry.name.startswith(prefix):
                     found.add(entry.name.removeprefix(prefix))
             if entry.name.startswith(STAGING):
@@ -159,7 +163,8 @@ def _staged(root: Path, name: str) -> list[Path]:
 
 
 def _debris(root: Path, name: str) -> list[Path]:
-    found = [*_staged(root, name), root / f"{_REPLACED}{name}", root / f"{_TRACKER}{name}"]
+    beside = (root / f"{prefix}{name}" for prefix in (_REPLACED, _TRACKER, _COPY))
+    found = [*_staged(root, name), *beside]
     return [path for path in found if path.exists()]
 
 
@@ -192,6 +197,23 @@ def removed(folder: Path) -> bool:
     return False
 
 
+def point_to(target: Target, file: str) -> Path:
+    """Have the root's tracker, `file`, say to resume from a published checkpoint; returns it.
+
+    Where the trainer has more files in the root, which copy the checkpoint's, they come first: the
+    draft of the tracker says until the end that this is still to be done.
+    """
+    trainer = save_of(target.final, registry.detect(target.final)).trainer
+    for name, original in () if trainer is None else trainer.root_copies:
+        draft = target.root / f"{_COPY}{target.final.name}"
+        write_small(draft, read_source_file(target.final / original))
+        draft.replace(target.root / name)
+    tracker = target.root / file
+    target.tracker.replace(tracker)
+    sync(target.root)
+    return tracker
+
+
 def _remove_stale(root: Path, name: str, *, own: bool) -> None:
     target = Target(root, root / name, root)
     for folder in _staged(root, name):
@@ -201,6 +223,7 @@ def _remove_stale(root: Path, name: str, *, own: bool) -> None:
     if restored(target):
         _log.warning("restored %s, which a cut-off merge was replacing", target.final)
     removed(target.replaced)
+    (root / f"{_COPY}{name}").unlink(missing_ok=True)
     # Of the own target it stays: it says that the checkpoint may be made again.
     if not own and target.tracker.is_file():
         _finish(target)
@@ -212,10 +235,9 @@ def _finish(target: Target) -> None:
     if target.final.is_dir():
         file = registry.get(registry.detect(target.final), str(target.final)).tracker.file
     if file is not None:
-        target.tracker.replace(target.root / file)
         _log.warning(
             "%s now names %s, which a merge that was cut off had published",
-            target.root / file,
+            point_to(target, file),
             target.final.name,
         )
     else:

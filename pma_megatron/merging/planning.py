@@ -15,9 +15,10 @@ from pma_megatron.base.openfiles import unread
 from pma_megatron.errors import CheckpointError
 from pma_megatron.export.template import read_template
 from pma_megatron.formats import registry
-from pma_megatron.formats.output import Carried, Changes, Folder, OutputLayout
-from pma_megatron.formats.side_files import Fate, SideFile, notes, side_files
+from pma_megatron.formats.output import Changes, Folder, OutputLayout
+from pma_megatron.formats.side_files import SideFile, notes
 from pma_megatron.formats.source import Source
+from pma_megatron.formats.trainers.saves import Save, laid_out, save_of
 from pma_megatron.identity.proof import Evidence, prove, refuse_strangers, unconfirmed
 from pma_megatron.merging.agreement import frozen_notes
 from pma_megatron.merging.exporting import ModelExport, carried, plan_export
@@ -53,6 +54,7 @@ class MergePlan:
         visible: per source, the ranks that can read it.
         read_bytes: payload bytes that will be read, over all ranks.
         digest: SHA-256 of all that decides the result.
+        save: what the newest source was saved as, and each checkpoint that is written is.
         side_files: what lies beside the newest source's shards, and what becomes of it; () where no
             checkpoint is written.
         origins: name of an output -> what its only source was merged from, for an export's card.
@@ -71,6 +73,7 @@ class MergePlan:
     visible: tuple[tuple[int, ...], ...]
     read_bytes: int
     digest: str
+    save: Save
     side_files: tuple[SideFile, ...] = ()
     origins: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -193,13 +196,16 @@ def make_plan(request: MergeRequest, comm: Comm) -> MergePlan:
     found = gather_sources(request, comm, everywhere=comm.merge_size > 1)
     decisions = comm.agree("policy", lambda: decide(request, found.sources, newest_full))
     layouts, export = {}, None
-    beside: tuple[SideFile, ...] = ()
+    save, beside = Save(Path(found.sources[-1].path)), tuple[SideFile, ...]()
     if request.writes_checkpoint:
-        layouts[Folder.CHECKPOINT], beside = _layout(found, decisions, request.lr_factor, comm)
+        layout, save, beside = _layout(found, decisions, request.lr_factor, comm)
+        layouts[Folder.CHECKPOINT] = layout
     if request.export is not None:
         export = _export(request, found, decisions, comm)
         layouts[Folder.MODEL] = export.layout
-    return comm.agree("plan", lambda: _assemble(request, found, decisions, layouts, export, beside))
+    return comm.agree(
+        "plan", lambda: _assemble(request, found, decisions, layouts, export, (save, beside))
+    )
 
 
 def open_sources(
@@ -283,7 +289,7 @@ def _trimmed(source: Source, request: MergeRequest, *, end: bool) -> Source:
 
 def _layout(
     found: OpenedSources, decisions: Decisions, lr_factor: float | None, comm: Comm
-) -> tuple[OutputLayout, tuple[SideFile, ...]]:
+) -> tuple[OutputLayout, Save, tuple[SideFile, ...]]:
     """The output's files, laid out by a rank that sees the newest source, and what lies beside."""
     ref, owner = found.selection.refs[-1], found.visible[-1][0]
     known = registry.get(ref.format, ref.path)
@@ -295,21 +301,14 @@ def _layout(
         lr_factor=lr_factor,
     )
 
-    def lay_out() -> tuple[OutputLayout, tuple[SideFile, ...]]:
-        path, layout = Path(ref.path), known.lay_out(ref.path, changes)
-        shards = {item.file for item in known.items(path)}
-        beside = side_files(path, shards | set(layout.small_files), known.side_files)
-        carried = {
-            file.name: Carried(file.path, file.nbytes)
-            for file in beside
-            if file.fate is Fate.CARRIED
-        }
-        return replace(layout, carried=carried), beside
+    def lay_out() -> tuple[OutputLayout, Save, tuple[SideFile, ...]]:
+        save = save_of(Path(ref.path), known.name)
+        layout, beside = laid_out(save, known, known.lay_out(ref.path, changes))
+        return layout, save, beside
 
     made = comm.on(owner, "layout", lay_out)
-    said = list(notes(ref.path, made[1]))
     if comm.is_main:
-        for sentence in said:
+        for sentence in notes(str(made[1].folder), made[2]):
             _log.warning(sentence)
     return made
 
@@ -340,8 +339,9 @@ def _assemble(
     decisions: Decisions,
     layouts: Mapping[Folder, OutputLayout],
     export: ModelExport | None,
-    beside: tuple[SideFile, ...],
+    saved: tuple[Save, tuple[SideFile, ...]],
 ) -> MergePlan:
+    save, beside = saved
     further = {} if export is None else export.further
     tasks = make_tasks(
         found.sources, found.active, decisions, layouts.get(Folder.CHECKPOINT), further
@@ -351,7 +351,7 @@ def _assemble(
     told = [*(note for each in layouts.values() for note in each.notes)]
     told += [] if export is None else export.notes
     said = (*found.selection.notes, *frozen_notes(found.sources))
-    said = (*said, *notes(found.sources[-1].path, beside), *told)
+    said = (*said, *notes(str(save.folder), beside), *told)
     return MergePlan(
         request=request,
         selection=replace(found.selection, notes=said),
@@ -366,6 +366,7 @@ def _assemble(
         visible=found.visible,
         read_bytes=sum(unit.read_bytes for unit in work),
         digest=_digest(request, found.sources, found.outputs, decisions.table, export, beside),
+        save=save,
         side_files=beside,
     )
 

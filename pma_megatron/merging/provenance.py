@@ -82,7 +82,7 @@ def with_origins(plan: MergePlan, comm: Comm) -> MergePlan:
         for output in plan.outputs:
             used = [number for number, value in enumerate(output.values) if value != 0]
             if len(used) == 1 and plan.visible[used[0]][0] == comm.rank:
-                found[output.name] = _origin(Path(plan.sources[used[0]].path))
+                found[output.name] = _origin(Path(plan.selection.refs[used[0]].folder))
         return found
 
     parts = comm.gather(comm.agree("origin", read))

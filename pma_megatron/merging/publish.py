@@ -24,7 +24,7 @@ from pma_megatron.errors import PublishError
 from pma_megatron.formats import registry
 from pma_megatron.formats.marker import MARKER_FILE
 from pma_megatron.formats.output import Folder
-from pma_megatron.merging.leftovers import Target, locked, removed, restored
+from pma_megatron.merging.leftovers import Target, locked, point_to, removed, restored
 from pma_megatron.merging.planning import MergePlan
 
 __all__ = ["Target", "locked"]
@@ -67,7 +67,8 @@ def publish(plan: MergePlan, target: Target) -> None:
         PublishError: a rename failed; a checkpoint that was to be replaced is still there.
     """
     known = registry.get(plan.sources[-1].format, plan.sources[-1].path).tracker
-    file = known.file if target.folder is Folder.CHECKPOINT else None
+    tracked = target.folder is Folder.CHECKPOINT and not plan.save.inside
+    file = known.file if tracked else None
     content = None if file is None else known.content_of(target.final.name)
     try:
         with shielded():
@@ -78,8 +79,7 @@ def publish(plan: MergePlan, target: Target) -> None:
             _rename(target)
             if file is not None and content is not None:
                 point("tracker", 0)
-                target.tracker.replace(target.root / file)
-                sync(target.root)
+                point_to(target, file)
     except OSError as error:
         raise PublishError(
             f"cannot publish {target.final}: {error.strerror}. Free space or choose another "

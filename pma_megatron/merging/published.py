@@ -15,9 +15,11 @@ from pma_megatron.base.spelling import FrontEnd, keywords, speaking, switch
 from pma_megatron.errors import CheckpointError, PmaError, RankError, VerifyError
 from pma_megatron.export.files import stored_in
 from pma_megatron.export.template import CONFIG_FILE
+from pma_megatron.formats import registry
 from pma_megatron.formats.manifest import Marker, read_marker
 from pma_megatron.formats.marker import EXPORT, MARKER_FILE, ONLINE_AVERAGE, SNAPSHOT
 from pma_megatron.formats.safetensors.model import TENSORS
+from pma_megatron.formats.trainers.saves import published_as, save_of
 from pma_megatron.merging.exported import verify_model
 from pma_megatron.merging.folder_checksums import Intact, Record, check_files
 from pma_megatron.merging.planning import MergePlan, make_plan
@@ -114,7 +116,7 @@ def published(path: str | Path) -> Path:
     Raises:
         CheckpointError: there is no such folder, or it is not clear which one is meant.
     """
-    folder = pointed(Path(path)).absolute()
+    folder = _marked(Path(path)).absolute()
     if not is_folder(folder):
         raise CheckpointError(
             f"{folder} is not a folder: give a merge (iter_* or a DeepSpeed tag), or the folder "
@@ -122,12 +124,31 @@ def published(path: str | Path) -> Path:
         )
     if not (folder / MARKER_FILE).is_file():
         below = sorted(child.parent.name for child in folder.glob(f"*/{MARKER_FILE}"))
+        if len(below) == 1 and published_as(folder / below[0]).inside:
+            return folder / below[0]  # its trainer has no tracker
         if below:
             raise CheckpointError(
                 f"{folder} has no tracker that names one of {', '.join(below[:_SHOWN])} "
                 f"({len(below)} in all): give the folder of one"
             )
     return folder
+
+
+def _is_marked(folder: Path) -> bool:
+    try:
+        return (folder / MARKER_FILE).is_file()
+    except OSError:  # it may not be looked into
+        return False
+
+
+def _marked(path: Path) -> Path:
+    """The folder that `path` is, or that its tracker names: the one that was published at once."""
+    if _is_marked(path):
+        return path
+    folder = pointed(path)
+    if _is_marked(folder) or not is_folder(folder):
+        return folder
+    return save_of(folder, registry.detect(folder)).folder
 
 
 def _not_covered(marker: Marker) -> Iterator[str]:

@@ -48,6 +48,7 @@ def recompute(plan: MergePlan, output: Output, folder: Path, comm: Comm) -> Veri
         VerifyError: an entry is missing, a value is not what it must be.
         CheckpointError: a source cannot be read.
     """
+    folder = folder / plan.layout.checkpoint
     merged = comm.on_main("verify", lambda: open_merged(plan, folder))
 
     def work() -> tuple[int, int, float]:

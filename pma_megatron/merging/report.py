@@ -12,6 +12,7 @@ from pma_megatron.base.spelling import as_argument
 from pma_megatron.formats import registry
 from pma_megatron.formats.rates import rate_flags
 from pma_megatron.formats.side_files import table
+from pma_megatron.formats.trainers.saves import published_as
 from pma_megatron.merging.coefficients import implied_decay_weights
 from pma_megatron.merging.planning import MergePlan
 from pma_megatron.merging.request import Output
@@ -73,6 +74,9 @@ def how_to_resume(folder: Path, lr_factor: float | None = None) -> str:
         folder: named by its root's tracker.
         lr_factor: of the learning rates in it; None if they are the run's.
     """
+    save = published_as(folder)
+    if save.trainer is not None:
+        return save.trainer.resumed(folder)
     ref = describe(folder)
     known = registry.get(ref.format, str(folder))
     args = known.common(folder)["args"]

@@ -23,6 +23,7 @@ from pma_megatron.formats.marker import (
     read_snapshot_marker,
 )
 from pma_megatron.formats.output import Folder
+from pma_megatron.formats.trainers.saves import checkpoint_in, output_name
 from pma_megatron.merging.folder_checksums import listing
 from pma_megatron.merging.leftovers import STAGING, Target, unfinished
 from pma_megatron.merging.planning import MergePlan
@@ -32,7 +33,7 @@ from pma_megatron.runs.folders import holds_checkpoint, is_checkpoint
 def targets(plan: MergePlan, token: str) -> tuple[Target, ...]:
     """Where the outputs of `plan` go, checkpoints first; `token` tells two jobs' staging apart."""
     newest, request = plan.sources[-1], plan.request
-    name = registry.get(newest.format, newest.path).folder_name(newest.path, plan.iteration)
+    name = output_name(plan.save, registry.get(newest.format, newest.path), plan.iteration)
     found = []
     for number, output in enumerate(plan.outputs):
         finals = {}
@@ -97,7 +98,7 @@ def _refuse_nested(wanted: Sequence[Target]) -> None:
 
 def _refuse(plan: MergePlan, target: Target) -> None:
     root, final = _real(target.root), _real(target.final)
-    for source in (_real(Path(source.path)) for source in plan.sources):
+    for source in (_real(Path(ref.folder)) for ref in plan.selection.refs):
         if final == source or source in final.parents or final in source.parents:
             raise PublishError(
                 f"the output {final} is or contains the source {source}: refused, sources are "
@@ -171,7 +172,7 @@ def _refuse_inside(target: Target) -> None:
     for folder in (asked, *asked.parents):
         if target.folder is Folder.MODEL and folder == asked and _is_model(folder):
             continue  # whether it may be replaced is another question
-        if holds_checkpoint(folder):
+        if holds_checkpoint(folder) or _is_save(folder):
             below = f"lies in {folder}, a checkpoint"
             below = "is a checkpoint itself" if folder == asked else below
             raise PublishError(
@@ -223,7 +224,7 @@ def _refuse_odd(plan: MergePlan, target: Target) -> None:
             f"{final}, the name of the output, is a mount point, which cannot be renamed over. "
             f"{elsewhere}"
         )
-    if target.folder is not Folder.CHECKPOINT:
+    if target.folder is not Folder.CHECKPOINT or plan.save.inside:
         return
     newest = plan.sources[-1]
     file = registry.get(newest.format, newest.path).tracker.file
@@ -233,6 +234,12 @@ def _refuse_odd(plan: MergePlan, target: Target) -> None:
             f"{tracker} is {_kind(tracker)}, and must become the file that names the newest "
             f"checkpoint. Remove it, or choose another {named('save')}"
         )
+
+
+def _is_save(folder: Path) -> bool:
+    """Whether a trainer saved it around a checkpoint."""
+    inside = checkpoint_in(folder)
+    return inside is not None and inside != folder
 
 
 def _kind(path: Path) -> str:
@@ -253,7 +260,9 @@ def _refuse_foreign(target: Target) -> None:
     if target.folder is not Folder.CHECKPOINT:
         return
     for folder in target.root.iterdir():
-        if not folder.is_dir() or not (folder.name.startswith("iter_") or is_checkpoint(folder)):
+        if not folder.is_dir() or folder.name.startswith(STAGING):
+            continue
+        if not (folder.name.startswith("iter_") or is_checkpoint(folder) or _is_save(folder)):
             continue
         if _is_model(folder):
             continue  # no tracker ever points at the one or the other

@@ -85,6 +85,7 @@ def verify_output(
     Raises:
         VerifyError: an entry is missing, a value is not what it must be.
     """
+    folder = folder / plan.layout.checkpoint
     merged = comm.on_main("verify", lambda: open_merged(plan, folder))
     wanted = list(_samples(plan, samples))
     mine = comm.agree("verify", lambda: list(partial_sums(plan, output, wanted, comm)))

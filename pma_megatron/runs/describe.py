@@ -11,6 +11,7 @@ from pma_megatron.formats import registry
 from pma_megatron.formats.base import Incomplete, Schedule
 from pma_megatron.formats.marker import read_snapshot_marker
 from pma_megatron.formats.schema import is_count
+from pma_megatron.formats.trainers.saves import common_of, save_of, unfinished
 from pma_megatron.runs import recovery_log
 from pma_megatron.runs.folders import ITERATION
 from pma_megatron.runs.refs import CheckpointRef
@@ -86,7 +87,12 @@ def _described(folder: Path, history: recovery_log.History | None) -> Checkpoint
         reason = known.completeness(folder)
         if reason is not None:
             return _incomplete(folder, name, iteration, reason, snapshot=snapshot)
-        common = known.common(folder)
+        common = common_of(folder, known)
+        if iteration is None and folder.name != "release" and is_count(common["iteration"]):
+            iteration = common["iteration"]
+        busy = unfinished(folder, known)
+        if busy is not None:
+            return _incomplete(folder, name, iteration, Incomplete(busy, unfinished=True))
         args = common["args"]
         wrong = _wrong_iteration(iteration, common["iteration"])
         if wrong is None and marker is not None:
@@ -112,6 +118,7 @@ def _described(folder: Path, history: recovery_log.History | None) -> Checkpoint
         unhealthy_because=doubt.reason if doubt else None,
         judged=doubt is None or doubt.judged,
         warning=known.written_after(folder),
+        saved_in=_saved_in(folder, name),
     )
 
 
@@ -127,7 +134,13 @@ def _incomplete(
         incomplete_because=why.reason,
         snapshot=snapshot,
         writing=why.unfinished,
+        saved_in=_saved_in(folder, name),
     )
+
+
+def _saved_in(folder: Path, name: str) -> str | None:
+    save = save_of(folder, name)
+    return str(save.folder) if save.inside else None
 
 
 def _may_be_begun(folder: Path) -> bool:
@@ -140,7 +153,7 @@ def _may_be_begun(folder: Path) -> bool:
 def common_args(folder: Path) -> dict[str, Any]:
     """Megatron's arguments in a checkpoint; {} where there is none or it cannot be read."""
     try:
-        found = registry.get(registry.detect(folder), str(folder)).common(folder)["args"]
+        found = common_of(folder, registry.get(registry.detect(folder), str(folder)))["args"]
     except (CheckpointError, OSError):
         return {}
     return dict(found)

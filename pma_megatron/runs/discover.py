@@ -13,6 +13,7 @@ from pma_megatron.base.spelling import among, given, has, named, switch
 from pma_megatron.errors import CheckpointError, SelectionError
 from pma_megatron.formats import registry
 from pma_megatron.formats.marker import SNAPSHOTS
+from pma_megatron.formats.trainers.saves import checkpoint_in, saved_below
 from pma_megatron.runs import recovery_log
 from pma_megatron.runs.describe import SHORT, STEP, describe, iteration_of
 from pma_megatron.runs.folders import ITERATION, is_checkpoint, what_is
@@ -34,8 +35,9 @@ def list_checkpoints(
     Thin snapshots below it (`pma_snapshots`) count too. Where a snapshot and a full checkpoint have
     one iteration, the full one is listed, unless it alone is incomplete.
 
-    Hugging Face's Trainer and Accelerate give every tag of DeepSpeed a root of its own: where
-    `root` holds no checkpoint but folders `checkpoint-N`, the tags in those are listed.
+    Some trainers save a folder around each checkpoint (`formats.trainers`): the checkpoints in
+    those are listed. Where `root` holds no checkpoint but folders `checkpoint-N`, so are the tags
+    of DeepSpeed in those.
 
     Args:
         root: the folder given to Megatron's --save or DeepSpeed's save_checkpoint, Trainer's
@@ -51,8 +53,9 @@ def list_checkpoints(
     root = Path(root)
     if not is_folder(root):
         raise SelectionError(what_is(root))
-    if is_checkpoint(root):
-        return [describe(root, _history(root.parent, problem))]
+    alone = root if is_checkpoint(root) else checkpoint_in(root)
+    if alone is not None:
+        return [describe(alone, _history(root.parent, problem))]
     history = _history(root, problem)
     pointers = read_pointers(root)
     folders = _checkpoint_folders(root, _tags_named(pointers))
@@ -63,8 +66,8 @@ def list_checkpoints(
             thin = describe(folder, history)
             if full is None or thin.complete:
                 refs[folder.name] = thin
-    if not refs:
-        refs = {str(folder): describe(folder, history) for folder in _tags_with_own_roots(root)}
+    around = [*saved_below(root, refs), *(() if refs else _tags_with_own_roots(root))]
+    refs |= {str(folder): describe(folder, history) for folder in around}
     ordered = sorted(
         refs.values(), key=lambda ref: (ref.iteration is None, ref.iteration or 0, ref.path)
     )
@@ -155,7 +158,8 @@ def choose(
     selection = select(refs, request, resumed)
     if request.iterations is None and request.paths is None:
         _refuse_mixed(selection.refs)
-    own_root = _OWN_ROOT.match(Path(selection.refs[-1].path).parent.name)
+    newest = selection.refs[-1]
+    own_root = newest.saved_in or _OWN_ROOT.match(Path(newest.path).parent.name)
     if pointer is None or pointer.problem is None or own_root:
         return selection
     note = (
@@ -219,7 +223,8 @@ def pointers_of(root: str | Path) -> dict[str, Pointer] | None:
 
 def _refuse_one_checkpoint(root: Path, request: SelectionRequest) -> None:
     """A checkpoint's folder where the run's is wanted."""
-    if request.paths is None and request.last != 1 and is_checkpoint(root):
+    alone = is_checkpoint(root) or checkpoint_in(root) is not None
+    if request.paths is None and request.last != 1 and alone:
         end = iteration_of(root)
         up_to = "" if end is None else f", with {given('end_iteration', end)} to end there"
         raise SelectionError(

@@ -51,6 +51,13 @@ class CheckpointRef:
     """False if it was saved after a recovery, before the loss was known to be well again."""
     warning: str | None = None
     """What cannot be ruled out of a complete one, by the times of its files."""
+    saved_in: str | None = None
+    """The folder that its trainer saved around it and resumes from; None where that is `path`."""
+
+    @property
+    def folder(self) -> str:
+        """The folder that its trainer saved at once."""
+        return self.saved_in or self.path
 
     @property
     def state(self) -> State:

@@ -175,7 +175,8 @@ def _refuse_duplicates(ordered: Sequence[CheckpointRef], way: str) -> None:
 def _by_paths(
     refs: Sequence[CheckpointRef], paths: tuple[str, ...]
 ) -> tuple[list[CheckpointRef], list[str]]:
-    found = {posixpath.normpath(ref.path): ref for ref in refs}
+    found = {posixpath.normpath(ref.folder): ref for ref in refs}
+    found |= {posixpath.normpath(ref.path): ref for ref in refs}
     chosen = []
     for path in paths:
         ref = found.get(posixpath.normpath(path))

@@ -1,13 +1,15 @@
 """Loss and gradient norm of a run, from the files that a team already has.
 
-Megatron-LM's log, that of DeepSpeed's PipelineEngine, TensorBoard event files, CSV (a W&B export
-too) and JSON lines, told apart by content and name.
+What Megatron-LM, DeepSpeed's PipelineEngine, torchtitan, OLMo-core, NeMo and transformers' Trainer
+print, TensorBoard event files, CSV (a W&B export too), JSON lines and trainer_state.json, told
+apart by content and name; text may be gzipped.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -15,15 +17,17 @@ from pathlib import Path
 from pma_megatron.base.remote_paths import refuse_remote
 from pma_megatron.base.spelling import hint
 from pma_megatron.errors import MetricsError
+from pma_megatron.spikes.columns import has_iteration
 from pma_megatron.spikes.readers import (
     MetricsPoint,
     Written,
-    has_iteration,
     read_csv,
     read_jsonl,
     read_log,
     read_tensorboard,
+    read_trainer_state,
 )
+from pma_megatron.spikes.textfiles import lines, suffix
 
 _EVENTS = "tfevents"
 # A table in no order is told from a run that went back by how often its iterations fall.
@@ -43,13 +47,16 @@ class Metrics:
 
 
 def read_metrics(
-    path: str | Path,
+    path: str | Path | Sequence[str | Path],
     *,
     loss: str | None = None,
     grad_norm: str | None = None,
     batch_samples: int | None = None,
 ) -> Metrics:
     """Read the metrics at `path`: a log, a CSV or JSONL file, an event file, or a folder of these.
+
+    Several paths are parts of one run, in the order in which they were written: what a later one
+    says of an iteration counts.
 
     `loss` and `grad_norm` name the column, key or tag where the usual names are not used. Files of
     DeepSpeed's monitors (`Train/Samples/...`) count samples: `batch_samples` is how many an
@@ -58,8 +65,22 @@ def read_metrics(
     Raises MetricsError when the file cannot be read, has no loss, or several; UsageError when it
     needs tensorboard and that is not installed.
     """
-    refuse_remote("metrics", path)
-    path = Path(path)
+    paths = [Path(path)] if isinstance(path, str | Path) else [Path(each) for each in path]
+    refuse_remote("metrics", *paths)
+    parts = [_part(each, loss, grad_norm, batch_samples) for each in paths]
+    _refuse_overwritten(paths, parts)
+    written = Written(points=[point for points, _ in parts for point in points], notes=[])
+    points, notes = _as_it_went(written) if parts[1:] else (tuple(parts[0][0]), [])
+    said = [note for _, notes in parts for note in notes]
+    source = ", ".join(map(str, paths))
+    return Metrics(points=points, notes=(*said, *notes, *_gaps(points)), source=source)
+
+
+Part = tuple[Sequence[MetricsPoint], list[str]]
+"""Points of one path, as they went in the end, and what is to be said of them."""
+
+
+def _part(path: Path, loss: str | None, grad_norm: str | None, batch_samples: int | None) -> Part:
     try:
         written = _read(path, loss, grad_norm)
     except OSError as error:
@@ -70,7 +91,22 @@ def read_metrics(
     if written.in_samples:
         written = replace(written, points=_in_iterations(path, written.points, batch_samples))
     points, notes = _as_it_went(written)
-    return Metrics(points=points, notes=(*written.notes, *notes, *_gaps(points)), source=str(path))
+    return points, [*written.notes, *notes]
+
+
+def _refuse_overwritten(paths: Sequence[Path], parts: Sequence[Part]) -> None:
+    """A part of which nothing is left was given in the wrong place.
+
+    Raises:
+        MetricsError: a later one begins before it.
+    """
+    for (one, (points, _)), (other, (later, _)) in pairwise(zip(paths, parts, strict=True)):
+        if later[0].iteration <= points[0].iteration:
+            raise MetricsError(
+                f"{other} begins at iteration {later[0].iteration}, {one} at "
+                f"{points[0].iteration}, so nothing of the latter would be left: give them in the "
+                "order in which they were written, or leave that one out"
+            )
 
 
 def _in_iterations(
@@ -101,32 +137,32 @@ def _read(path: Path, loss: str | None, grad_norm: str | None) -> Written:
     if path.is_dir():
         return read_tensorboard(_event_files(path), loss, grad_norm)
     if _EVENTS in path.name:
-        return read_tensorboard([path], loss, grad_norm)
+        return read_tensorboard({path.parent: [path]}, loss, grad_norm)
     first = _first_line(path)
-    if path.suffix in (".jsonl", ".ndjson") or _is_json_object(first):
+    if suffix(path) == ".json" or first.strip() == "{":
+        found = read_trainer_state(path, loss, grad_norm)
+        if found is not None:
+            return found
+    if suffix(path) in (".jsonl", ".ndjson") or _is_json_object(first):
         return read_jsonl(path, loss, grad_norm)
-    if path.suffix == ".csv" or ("," in first and has_iteration(first)):
+    if suffix(path) == ".csv" or ("," in first and has_iteration(first)):
         return read_csv(path, loss, grad_norm)
     return read_log(path, loss, grad_norm)
 
 
-def _event_files(folder: Path) -> list[Path]:
-    """The event files of one run: those in `folder`, or in its only subfolder that has any."""
+def _event_files(folder: Path) -> dict[Path, list[Path]]:
+    """The event files in `folder` itself, or in its subfolders where it has none; by folder."""
     files = sorted(file for file in folder.rglob("*") if _EVENTS in file.name and file.is_file())
-    folders = sorted({file.parent for file in files})
-    if not folders:
+    found: dict[Path, list[Path]] = {}
+    for file in files:
+        found.setdefault(file.parent, []).append(file)
+    if not found:
         raise MetricsError(f"{folder}: no TensorBoard event file (*{_EVENTS}*) in this folder")
-    if folder in folders:
-        folders = [folder]
-    if len(folders) > 1:
-        several = ", ".join(str(other) for other in folders[:10])
-        raise MetricsError(f"{folder}: event files of several runs; give one of {several}")
-    return [file for file in files if file.parent == folders[0]]
+    return {folder: found[folder]} if folder in found else found
 
 
 def _first_line(path: Path) -> str:
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
-        return next((line for line in file if line.strip()), "")
+    return next((line for line in lines(path) if line.strip()), "")
 
 
 def _is_json_object(line: str) -> bool:

@@ -5,6 +5,7 @@ Nothing is sorted or judged here; `metrics.read_metrics` does that.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import itertools
 import json
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pma_megatron.errors import MetricsError, UsageError
+from pma_megatron.spikes import columns, consoles, textfiles
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,52 +43,38 @@ class Written:
     """Whether `MetricsPoint.iteration` counts samples, as in the files of DeepSpeed's monitors."""
 
 
-# Names as they are compared: lower case, words apart by one space.
-_ITERATION = ("iteration", "iter", "global step", "trainer global step", "step")
-_LOSS = (
-    "lm loss",
-    "loss",
-    "train loss",
-    "training loss",
-    "train lm loss",
-    "train ce loss",
-    "lm loss training lm loss",
-    "train samples train loss",  # Megatron-DeepSpeed, DeepSpeed
-)
-_GRAD_NORM = ("grad norm", "gradient norm", "train grad norm", "optim total grad norm")
-_SAMPLES = ("consumed samples", "consumed train samples", "samples")
-
 # Of a line's fields only what may be of use is kept: a long run has millions of lines.
 _LOG_KEYS = re.compile(r"loss|norm|consumed samples|number of (skipped|nan) iterations")
-_LOG_START = re.compile(r"iteration\s+(\d+)/\s*\d+\s*\|")
+_FIELD = re.compile(r"([A-Za-z][\w./-]*)['\"]?\s*[:=]")
+_LOOKED_AT = 1000  # lines of a file that is not understood
+_LOG_START = re.compile(r"(?<!, )iteration\s+(\d+)/\s*\d+\s*\|")
 # deepspeed/runtime/pipe/engine.py, `train_batch`
 _PIPELINE = re.compile(r"steps: (\d+) loss: (\S+) .*iter time \(s\): ")
-# deepspeed/monitor: the step of everything under this name is `global_samples`
-_MONITOR = "train samples "
 
 
 def read_log(path: Path, loss: str | None, grad_norm: str | None) -> Written:
     """Points of Megatron-LM's training lines (`training_log`), whatever stands between them.
 
-    Without any, points of the lines that DeepSpeed's PipelineEngine prints.
+    Without any, points of the lines that DeepSpeed's PipelineEngine prints, or of `consoles`.
 
     A line has `iteration N/ M | key: value | ...` after any prefix. Megatron leaves out a loss that
     is not above 0 (below 0 from core 0.19 on), so a complete line without one had NaN, unless its
     iterations were skipped for the loss scale.
     """
-    lines = [fields for text in _lines(path) for fields in _log_lines(text)]
+    lines = [fields for text in textfiles.lines(path) for fields in _log_lines(text)]
     if not lines:
-        return Written(points=_pipeline_points(path), notes=[])
+        points = _pipeline_points(path)
+        return Written(points=points, notes=[]) if points else _read_console(path, loss, grad_norm)
     named = dict.fromkeys(key for fields in lines for key in fields)
     losses = [key for key in named if "loss" in key and key != "loss scale"]
     key = loss or ("lm loss" if "lm loss" in named or not losses else None)
     if key is None and len(losses) > 1:
-        raise _ambiguous(path, "loss", losses)
+        raise columns.ambiguous(path, "loss", losses)
     key = key or losses[0]
     if loss is not None and loss not in named:
-        raise _missing(path, "loss", loss, named)
+        raise columns.missing(path, "loss", loss, named)
     if grad_norm is not None and grad_norm not in named:
-        raise _missing(path, "grad_norm", grad_norm, named)
+        raise columns.missing(path, "grad_norm", grad_norm, named)
 
     points, skipped, torn = [], 0, 0
     for fields in lines:
@@ -113,16 +101,42 @@ def read_log(path: Path, loss: str | None, grad_norm: str | None) -> Written:
 
 
 def _pipeline_points(path: Path) -> list[MetricsPoint]:
-    matches = (_PIPELINE.search(text) for text in _lines(path) if "steps: " in text)
+    matches = (_PIPELINE.search(text) for text in textfiles.lines(path) if "steps: " in text)
     found = [(int(m[1]), _number(m[2])) for m in matches if m]
-    points = [MetricsPoint(iteration=step, loss=loss) for step, loss in found if loss is not None]
-    if not points:
-        raise MetricsError(
-            f"{path}: no line of Megatron's training log (`iteration N/ M | ... |`), none of "
-            "DeepSpeed's PipelineEngine (`steps: N loss: X iter time ...`), no CSV header with an "
-            "iteration, no JSON lines; give a log, CSV, JSONL or TensorBoard file"
-        )
-    return points
+    return [MetricsPoint(iteration=step, loss=loss) for step, loss in found if loss is not None]
+
+
+def _read_console(path: Path, loss: str | None, grad_norm: str | None) -> Written:
+    """Points of what other trainers print."""
+    for form in consoles.FORMS:
+
+        def rows(form: Callable[..., Iterator[Mapping[str, Any]]] = form) -> Any:
+            return form(textfiles.lines(path))
+
+        first = next(iter(rows()), None)
+        if first is None:
+            continue
+        if form is consoles.trainer_rows and not any(consoles.STEP in row for row in rows()):
+            raise MetricsError(
+                f"{path}: the dictionaries of transformers' Trainer say epochs and no steps (they "
+                f"have {columns.listed(first)}), and no progress bar (`N/M [`) follows them. Give "
+                "trainer_state.json of the newest checkpoint, which has both"
+            )
+        return _read_table(path, rows, loss, grad_norm)
+    seen = (
+        name for text in itertools.islice(textfiles.lines(path), _LOOKED_AT) for name in _keys(text)
+    )
+    raise MetricsError(
+        f"{path}: no line has an iteration and a loss as Megatron (`iteration N/ M | ... |`), "
+        "DeepSpeed's PipelineEngine (`steps: N loss: X iter time ...`), torchtitan, OLMo-core, "
+        "NeMo or transformers' Trainer print them (`step N/M ... loss: X`), and it is no CSV with "
+        "a header, JSON lines or trainer_state.json. What looks like fields at its beginning: "
+        f"{columns.listed(dict.fromkeys(seen)) or 'nothing'}"
+    )
+
+
+def _keys(text: str) -> list[str]:
+    return [key.strip() for key in _FIELD.findall(text)]
 
 
 def _log_lines(text: str) -> Iterator[dict[str, float]]:
@@ -154,9 +168,9 @@ def read_csv(path: Path, loss: str | None, grad_norm: str | None) -> Written:
     """Points of a CSV file with a header, such as a W&B or TensorBoard export."""
 
     def rows() -> Iterator[Mapping[str, Any]]:
-        with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        with contextlib.closing(textfiles.lines(path, newline="")) as text:
             try:
-                yield from csv.DictReader(line.replace("\0", "") for line in file)
+                yield from csv.DictReader(line.replace("\0", "") for line in text)
             except csv.Error as error:
                 raise MetricsError(f"{path}: is not CSV ({error})") from error
 
@@ -167,7 +181,7 @@ def read_jsonl(path: Path, loss: str | None, grad_norm: str | None) -> Written:
     """Points of a file with one JSON object per line."""
 
     def rows() -> Iterator[Mapping[str, Any]]:
-        for line in _lines(path):
+        for line in textfiles.lines(path):
             try:
                 row = json.loads(line) if line.strip() else {}
             except ValueError:
@@ -175,6 +189,19 @@ def read_jsonl(path: Path, loss: str | None, grad_norm: str | None) -> Written:
             yield row if isinstance(row, dict) else {}
 
     return _read_table(path, rows, loss, grad_norm)
+
+
+def read_trainer_state(path: Path, loss: str | None, grad_norm: str | None) -> Written | None:
+    """Points of `trainer_state.json` of transformers' Trainer; None where it is no such file."""
+    try:
+        history = json.loads("".join(textfiles.lines(path)))["log_history"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    rows = [row for row in history if isinstance(row, dict)] if isinstance(history, list) else []
+    if not rows:
+        raise MetricsError(f"{path}: its log_history is empty; log a loss (logging_steps)")
+    trained = [row for row in rows if (loss or "loss") in row]  # others are of evaluations
+    return _read_table(path, lambda: trained or rows, loss, grad_norm)
 
 
 def _read_table(
@@ -186,19 +213,26 @@ def _read_table(
     names = [*dict.fromkeys(key for row in rows() for key in row if isinstance(key, str))]
     if not names:
         raise MetricsError(f"{path}: no rows; it needs columns for the iteration and the loss")
-    step = next((found[0] for name in _ITERATION if (found := _named(names, (name,)))), None)
+    step = next(
+        (found[0] for name in columns.ITERATION if (found := columns.named(names, (name,)))), None
+    )
     if step is None:
         raise MetricsError(
-            f"{path}: no column for the iteration ({', '.join(_ITERATION)}); it has {_list(names)}"
+            f"{path}: no column for the iteration ({', '.join(columns.ITERATION)}); it has "
+            f"{columns.listed(names)}"
         )
-    loss_column = pick(path, "loss", names, _LOSS, loss)
+    loss_column = columns.pick(path, "loss", names, columns.LOSS, loss)
     if loss_column is None:
-        raise MetricsError(f"{path}: no column for the loss; name one with loss=: {_list(names)}")
-    norm_column = pick(path, "grad_norm", names, _GRAD_NORM, grad_norm)
-    samples_column = next(iter(_named(names, _SAMPLES)), None)
+        raise MetricsError(
+            f"{path}: no column for the loss; name one with loss=: {columns.listed(names)}"
+        )
+    run = columns.run_of(loss_column)
+    same = names if run is None else [name for name in names if columns.run_of(name) in (run, None)]
+    norm_column = columns.pick(path, "grad_norm", same, columns.GRAD_NORM, grad_norm)
+    samples_column = next(iter(columns.named(names, columns.SAMPLES)), None)
     points, left_out = [], 0
     for row in rows():
-        iteration, value = _number(row.get(step)), _number(row.get(loss_column))
+        iteration, value = _number(_done(row.get(step))), _number(row.get(loss_column))
         if iteration is None or value is None or not iteration.is_integer():
             left_out += 1
             continue
@@ -212,24 +246,48 @@ def _read_table(
             )
         )
     notes = [f"{left_out} row(s) left out: no iteration or no loss."] if left_out else []
-    in_samples = _is_monitor(loss_column) or _is_monitor(path.name)
+    in_samples = columns.is_monitor(loss_column) or columns.is_monitor(path.name)
     return Written(points=points, notes=notes, in_samples=in_samples)
 
 
-def read_tensorboard(files: list[Path], loss: str | None, grad_norm: str | None) -> Written:
+Scalars = dict[str, list[tuple[float, int, float]]]
+"""Tag -> (wall time in seconds, step, value)."""
+
+
+def read_tensorboard(
+    folders: Mapping[Path, list[Path]], loss: str | None, grad_norm: str | None
+) -> Written:
     """Points of event files, by wall time; the step is the iteration.
 
     A gradient norm belongs to the loss of the same step that was written nearest before or after
-    it. Raises UsageError when tensorboard is not installed.
+    it. Folders that were written one after another are one run that was restarted.
+
+    Args:
+        folders: folder -> event files in it.
+        loss: tag of the loss; None for a usual one.
+        grad_norm: the same.
+
+    Raises:
+        MetricsError: no loss, or those of several runs at once.
+        UsageError: tensorboard is not installed.
     """
-    series = _scalars(files)
-    names = [*series]
-    loss_tag = pick(files[0], "loss", names, _LOSS, loss)
+    each = {folder: _scalars(files) for folder, files in folders.items()}
+    names = [*dict.fromkeys(tag for series in each.values() for tag in series)]
+    where = next(iter(folders))
+    loss_tag = columns.pick(where, "loss", names, columns.LOSS, loss)
     if loss_tag is None:
         raise MetricsError(
-            f"{files[0]}: no tag for the loss; name one with loss=: {_list(names) or 'no scalars'}"
+            f"{where}: no tag for the loss; name one with loss=: "
+            f"{columns.listed(names) or 'no scalars'}"
         )
-    norm_tag = pick(files[0], "grad_norm", names, _GRAD_NORM, grad_norm)
+    each = {folder: series for folder, series in each.items() if loss_tag in series}
+    notes = _one_after_another(each, loss_tag)
+    series: Scalars = {}
+    for part in each.values():
+        for tag, events in part.items():
+            series.setdefault(tag, []).extend(events)
+    names = [*series]
+    norm_tag = columns.pick(where, "grad_norm", names, columns.GRAD_NORM, grad_norm)
     norms: dict[int, list[tuple[float, float]]] = {}
     for wall_s, step, value in series[norm_tag] if norm_tag else []:
         norms.setdefault(step, []).append((wall_s, value))
@@ -237,15 +295,34 @@ def read_tensorboard(files: list[Path], loss: str | None, grad_norm: str | None)
     for wall_s, step, value in sorted(series[loss_tag], key=lambda event: event[0]):
         near = min(norms.get(step, []), key=lambda event: abs(event[0] - wall_s), default=None)
         points.append(MetricsPoint(iteration=step, loss=value, grad_norm=near[1] if near else None))
-    return Written(points=points, notes=[], in_samples=_is_monitor(loss_tag))
+    return Written(points=points, notes=notes, in_samples=columns.is_monitor(loss_tag))
 
 
-def _is_monitor(name: str) -> bool:
-    return _plain(name).startswith(_MONITOR)
+def _one_after_another(each: Mapping[Path, Scalars], tag: str) -> list[str]:
+    """A note where several folders are one run.
+
+    Raises:
+        MetricsError: they were written at one time, so they are several runs.
+    """
+    spans = sorted((min(s[tag])[0], max(s[tag])[0], folder) for folder, s in each.items())
+    for one, other in itertools.pairwise(spans):
+        if other[0] < one[1]:
+            several = ", ".join(str(folder) for _, _, folder in spans[:10])
+            raise MetricsError(
+                f"event files of several runs, written at the same time: give one of {several}"
+            )
+    if len(spans) < 2:
+        return []
+    return [f"Joined, in the order of their times: {', '.join(str(f) for _, _, f in spans)}."]
 
 
-def _scalars(files: list[Path]) -> dict[str, list[tuple[float, int, float]]]:
-    """(wall time in seconds, step, value) of every scalar, by tag."""
+def _done(value: Any) -> Any:
+    """`N` of `N/M`."""
+    return value.partition("/")[0] if isinstance(value, str) else value
+
+
+def _scalars(files: list[Path]) -> Scalars:
+    """Every scalar of some event files."""
     try:
         from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
         from tensorboard.util.tensor_util import make_ndarray
@@ -254,7 +331,7 @@ def _scalars(files: list[Path]) -> dict[str, list[tuple[float, int, float]]]:
             f"{files[0]} is a TensorBoard file, and reading it needs the package tensorboard: "
             "pip install 'pma-megatron[tensorboard]', or export the run as CSV"
         ) from error
-    series: dict[str, list[tuple[float, int, float]]] = {}
+    series: Scalars = {}
     for file in files:
         for event in LegacyEventFileLoader(str(file)).Load():
             for value in event.summary.value:
@@ -271,40 +348,6 @@ def _scalars(files: list[Path]) -> dict[str, list[tuple[float, int, float]]]:
     return series
 
 
-def pick(
-    path: Path, what: str, names: list[str], known: tuple[str, ...], explicit: str | None
-) -> str | None:
-    """The one of `names` to use: the explicit one, or the one that means what is `known`.
-
-    Raises MetricsError when the explicit one is missing, or several would do.
-    """
-    if explicit is not None:
-        if explicit not in names:
-            raise _missing(path, what, explicit, names)
-        return explicit
-    found = _named(names, known)
-    if len(found) > 1:
-        raise _ambiguous(path, what, found)
-    return found[0] if found else None
-
-
-def has_iteration(header: str) -> bool:
-    """Whether a CSV header has a column for the iteration."""
-    return bool(_named(next(csv.reader([header]), []), _ITERATION))
-
-
-def _named(names: Iterable[str], known: tuple[str, ...]) -> list[str]:
-    return [name for name in names if _plain(name) in known]
-
-
-def _plain(name: str) -> str:
-    """`run 7 - train/lm_loss` (as W&B exports it) becomes `train lm loss`; so does `lm-loss`."""
-    last = name.rsplit(" - ", 1)[-1]
-    if last.endswith(("__MIN", "__MAX")):
-        return ""
-    return re.sub(r"[\s_/-]+", " ", last).strip().lower()
-
-
 def _number(value: Any) -> float | None:
     if value is None or isinstance(value, bool | list | dict):
         return None
@@ -312,21 +355,3 @@ def _number(value: Any) -> float | None:
         return float(value)
     except (ValueError, OverflowError):
         return None
-
-
-def _lines(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
-        yield from file
-
-
-def _list(names: Iterable[str]) -> str:
-    names = [*names]
-    return ", ".join(repr(name[:60]) for name in names[:20]) + (", ..." if len(names) > 20 else "")
-
-
-def _ambiguous(path: Path, what: str, found: list[str]) -> MetricsError:
-    return MetricsError(f"{path}: {_list(found)} could each be the {what}; name it with {what}=")
-
-
-def _missing(path: Path, what: str, name: str, names: Iterable[str]) -> MetricsError:
-    return MetricsError(f"{path}: {what}={name!r} is not there; it has {_list(names)}")

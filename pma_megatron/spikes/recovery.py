@@ -15,6 +15,7 @@ from pma_megatron.base.settings import declared, described, made, needed, same, 
 from pma_megatron.base.spelling import FrontEnd, fields, given, hint, mistyped, named, speaking
 from pma_megatron.errors import MetricsError, SelectionError, UsageError
 from pma_megatron.formats import registry
+from pma_megatron.formats.trainers.saves import output_name, save_of
 from pma_megatron.merging.job import Show, merge, plan, silent
 from pma_megatron.merging.policy import RESUMED_STATES, Policy
 from pma_megatron.merging.report import MergeReport
@@ -47,14 +48,19 @@ class RecoveryRequest:
     save: str = field(
         metadata=needed("a new folder, for the merge and the run as it goes on", metavar="DIR")
     )
-    metrics: str | None = setting(
-        None, "the run's log, TensorBoard file or folder, CSV or JSONL", metavar="PATH"
+    metrics: tuple[str, ...] | None = setting(
+        None,
+        "the run's log, TensorBoard file or folder, CSV, JSONL or trainer_state.json; several are "
+        "parts of one run, in the order in which they were written",
+        metavar="PATH",
     )
     onset: int | None = setting(
         None, "or the first iteration that was off, where it is known", metavar="I"
     )
     loss: str | None = setting(
-        None, "column, key or tag of the loss in the metrics, if unusual", metavar="NAME"
+        None,
+        "column, key or tag of the loss in the metrics, if unusual; or one of several runs in them",
+        metavar="NAME",
     )
     grad_norm: str | None = setting(None, "the same of the gradient norm", metavar="NAME")
     spike: SpikeSettings = field(default_factory=SpikeSettings)
@@ -90,8 +96,11 @@ class RecoveryRequest:
     overwrite: bool = setting(False, "replace an earlier recovery in the same folder")
 
     def __post_init__(self) -> None:
-        for name in ("load", "save", "metrics"):
+        if isinstance(self.metrics, str | Path):
+            object.__setattr__(self, "metrics", (str(self.metrics),))
+        for name in ("load", "save"):
             refuse_remote(name, getattr(self, name))
+        refuse_remote("metrics", *(self.metrics or ()))
         if (self.metrics is None) == (self.onset is None):
             raise UsageError(
                 f"say where the run went wrong: {given('metrics', 'FILE')} (its log, TensorBoard "
@@ -240,9 +249,15 @@ def _resume(request: RecoveryRequest, chosen: Sequence[CheckpointRef], skip: Spa
             "the models with pma merge"
         )
     args, schedule = known.common(Path(newest.path))["args"], known.schedule(Path(newest.path))
-    if not known.tracker.by_flag and "consumed_train_samples" not in args:
+    save, how = save_of(Path(newest.path), newest.format), None
+    if save.trainer is not None:
+        made = Path(request.save).absolute() / output_name(save, known, newest.iteration)
+        how = save.trainer.resumed(made)
+    elif not known.tracker.by_flag and "consumed_train_samples" not in args:
+        how = known.tracker.resumed(request.save)
+    if how is not None:
         return resume_script(
-            known.tracker.resumed(request.save),
+            how,
             request.save,
             newest.iteration,
             skip=skip,

@@ -13,8 +13,10 @@ import torch
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 
+from conftest import digests
 from deepspeed_runs import check_masters, merge_run, records, tag, train
-from pma_megatron import list_checkpoints
+from pma_megatron import list_checkpoints, verify
+from pma_megatron.merging.report import how_to_resume
 from pma_megatron.testing import run_ranks
 from pma_megatron.testing.tiny_deepspeed import DeepSpeedConfig
 
@@ -40,8 +42,8 @@ def test_tags_below_numbered_folders_are_one_run(tmp_path: Path) -> None:
     assert (ours.parent / "latest").read_text() == "global_step6"
 
 
-def trainer_on(rank: int, world_size: int, out: str, stage: int, **settings: Any) -> Any:
-    """Train with Hugging Face's Trainer; returns main params at every save, steps, and the end."""
+def set_up(rank: int, world_size: int) -> None:
+    """What launchers of these trainers set, for ranks that have met already."""
     os.environ |= {
         "DS_ACCELERATOR": "cpu",
         "LOCAL_RANK": str(rank),
@@ -52,6 +54,11 @@ def trainer_on(rank: int, world_size: int, out: str, stage: int, **settings: Any
         "MASTER_PORT": "1",
     }
     importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def trainer_on(rank: int, world_size: int, out: str, stage: int, **settings: Any) -> Any:
+    """Train with Hugging Face's Trainer; returns main params at every save, steps, and the end."""
+    set_up(rank, world_size)
     hf, get = importlib.import_module("transformers"), importlib.import_module("deepspeed.utils")
     torch.manual_seed(settings.pop("seed", 0))
     config = hf.LlamaConfig(
@@ -107,15 +114,94 @@ def trainer_on(rank: int, world_size: int, out: str, stage: int, **settings: Any
 def test_hugging_face_trainer_resumes_from_the_average(tmp_path: Path, stage: int) -> None:
     pytest.importorskip("transformers", reason="transformers is not installed")
     pytest.importorskip("accelerate", reason="accelerate is not installed")
-    out, merged = tmp_path / "out", tmp_path / "merged" / "checkpoint-6"
+    out = tmp_path / "out"
     held = run_ranks(trainer_on, 2, str(out), stage, max_steps=6, timeout_s=280)[0][0][1:]
-    merge_run(out, merged)
-    for pattern in ("trainer_state.json", "rng_state_*.pth"):  # what docs/deepspeed.md copies
-        for file in (out / "checkpoint-6").glob(pattern):
-            shutil.copy(file, merged)
+    whole = digests(out)
+    merged = merge_run(out, tmp_path / "merged")
+    assert merged == tmp_path / "merged" / "checkpoint-6" and digests(out) == whole
+    theirs = {p.name for p in (out / "checkpoint-6").iterdir()}
+    ours = {p.name for p in merged.iterdir()}
+    stale = {name for name in theirs if name.startswith("model") or "pytorch_model" in name}
+    assert (stage == 3) is not bool(stale), "ZeRO-2 saves the model's weights beside the tag"
+    assert ours == theirs - stale | {"pma.json", "pma.json.sha256"}
+    assert (merged / "latest").read_text() == "global_step6"
+    assert how_to_resume(merged) == f'trainer.train(resume_from_checkpoint="{merged}")'
+    verify(tmp_path / "merged")
     again = str(tmp_path / "again")
     (before, *_), step = run_ranks(
         trainer_on, 2, again, stage, resume=str(merged), max_steps=8, seed=1, timeout_s=280
     )[0]
     check_masters(before["masters"], held, "Trainer")
     assert step == 8
+
+
+STEPS = (2, 4, 6)
+
+
+def accelerate_on(rank: int, world_size: int, out: str, resume: str = "") -> list[Any]:
+    """Train with Accelerate under ZeRO-2; at every save also what Lightning's strategy writes.
+
+    Lightning is not installed: its `DeepSpeedStrategy.save_checkpoint` calls the engine as here.
+    Returns main params at every save, or what each of two loads gave.
+    """
+    set_up(rank, world_size)
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    accelerate = importlib.import_module("accelerate")
+    get = importlib.import_module("deepspeed.utils")
+    zero = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 1,
+        "zero_optimization": {"stage": 2},
+        "bf16": {"enabled": True},
+        "zero_allow_untested_optimizer": True,
+    }
+    plugin = accelerate.DeepSpeedPlugin(hf_ds_config=zero)
+    accelerator = accelerate.Accelerator(deepspeed_plugin=plugin, mixed_precision="bf16")
+    torch.manual_seed(1 if resume else 0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    engine, optimizer = accelerator.prepare(model, optimizer)
+
+    def look() -> dict[str, Any]:
+        named = engine.module.named_parameters()
+        values = {n: get.safe_get_full_fp32_param(p).detach().clone() for n, p in named}
+        return {"masters": values}
+
+    if resume:
+        accelerator.load_state(f"{resume}/accelerate/step_6")
+        found = [look()]
+        with torch.no_grad():
+            for param in engine.module.parameters():
+                param.zero_()
+        engine.load_checkpoint(f"{resume}/lightning/epoch=0-step=6.ckpt")
+        return [*found, look()]
+    held, draw = [], torch.Generator().manual_seed(rank)
+    for step in range(1, STEPS[-1] + 1):
+        loss = engine(torch.randn(2, 5, generator=draw).bfloat16()).float().square().mean()
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step in STEPS:
+            accelerator.save_state(f"{out}/accelerate/step_{step}")
+            engine.save_checkpoint(f"{out}/lightning/epoch=0-step={step}.ckpt", tag="checkpoint")
+            held.append(look())
+    return held
+
+
+@pytest.mark.slow
+def test_accelerate_and_what_lightning_writes_resume_from_averages(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    out, merged = tmp_path / "out", tmp_path / "merged"
+    held = run_ranks(accelerate_on, 2, str(out), timeout_s=280)[0]
+    names = {"accelerate": "step_6", "lightning": "epoch=0-step=6.ckpt"}
+    for trainer, name in names.items():
+        assert [ref.iteration for ref in list_checkpoints(out / trainer)] == list(STEPS)
+        assert merge_run(out / trainer, merged / trainer) == merged / trainer / name
+        theirs = {p.name for p in (out / trainer / name).iterdir()}
+        ours = {p.name for p in (merged / trainer / name).iterdir()}
+        assert ours == theirs | {"pma.json", "pma.json.sha256"}
+        verify(merged / trainer)
+        assert str(merged / trainer / name) in how_to_resume(merged / trainer / name)
+    found = run_ranks(accelerate_on, 2, "", str(merged), timeout_s=280)[0]
+    for each, what in zip(found, names, strict=True):
+        check_masters(each["masters"], held, what)

@@ -21,7 +21,8 @@ from pma_megatron.formats.base import MAIN_PARAM
 from pma_megatron.formats.dcp.checkpoint import named_iteration
 from pma_megatron.formats.dcp.keys import names_of
 from pma_megatron.testing import run_ranks
-from pma_megatron.testing.conformance import WEIGHT, FormatConformance, Key
+from pma_megatron.testing.conformance import FormatConformance
+from pma_megatron.testing.plain_reads import WEIGHT, Key
 from pma_megatron.testing.tiny_fsdp import (
     ACCELERATE,
     NUMBERED,

@@ -54,12 +54,17 @@ def test_what_lies_there_and_what_to_type(
         (alone, "is a file, and checkpoints are folders"),
         (run / "latest_checkpointed_iteration.txt", f"Give its folder, {run}"),
         (shard, f"is a file of one checkpoint, {one}"),
-        (odd, "Give it its name back"),
     ):
         for command in (("list", given), ("plan", "--load", given, "--last", 2)):
             code, error = told(capsys, *command)
             assert code == 1 and words in error, (command, error)
             assert "Traceback" not in error and error.count("\n") == 1
+    assert told(capsys, "list", odd)[0] == 0, "a checkpoint under another name"
+    code, error = told(capsys, "plan", "--load", odd, "--last", 2)
+    assert code == 1 and f"{odd} is one checkpoint" in error
+    (tmp_path / "step9" / "mp_rank_00").mkdir(parents=True)
+    code, error = told(capsys, "list", tmp_path / "step9")
+    assert code == 1 and "Give it its name back" in error
     code, error = told(capsys, "list", tmp_path)
     assert code == 1 and f"but {run} does" in error and "Give that" in error
 

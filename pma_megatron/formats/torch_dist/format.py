@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pma_megatron.formats.contract import Common, Format, Tracker
 from pma_megatron.formats.output import Changes, OutputLayout
+from pma_megatron.formats.schema import is_count
 from pma_megatron.formats.side_files import Fate, SideRule
 from pma_megatron.formats.torch_dist.checkpoint import FORMAT_NAME, TorchDistCheckpoint
 from pma_megatron.formats.torch_dist.completeness import completeness, written_after
@@ -24,8 +25,9 @@ def _common(path: Path) -> Common:
     checkpoint = TorchDistCheckpoint(path)
     keys = (*checkpoint.tensors, *checkpoint.objects)
     weights_only = "optimizer" not in checkpoint.common and not any(map(is_optimizer_key, keys))
+    steps = checkpoint.common.get("global_step")  # of Lightning, which writes no iteration
     return {
-        "iteration": checkpoint.common.get("iteration"),
+        "iteration": checkpoint.common.get("iteration", steps if is_count(steps) else None),
         "args": dict(checkpoint.args()),
         "weights_only": weights_only,
     }
@@ -43,8 +45,12 @@ def _folder_of(content: str) -> str | None:
     return f"iter_{int(content):07d}" if number else None
 
 
-def _content_of(folder: str) -> str:
-    return folder if folder == RELEASE else str(int(folder.removeprefix("iter_")))
+def _content_of(folder: str) -> str | None:
+    """NeMo gives its folders other names, and has no tracker."""
+    number = folder.removeprefix("iter_")
+    if folder == RELEASE or not (number.isascii() and number.isdecimal()):
+        return folder if folder == RELEASE else None
+    return str(int(number))
 
 
 _OTHER_WEIGHTS = "shards of another save or format, which are not averaged"

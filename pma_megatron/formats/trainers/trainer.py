@@ -1,0 +1,58 @@
+"""What a trainer writes at once: one folder, and in it, or as it, the checkpoint of a format.
+
+A format says where the bytes of tensors are. Around them trainers keep how far training had come,
+the tokenizer, random states and files that say what to resume from: in the checkpoint's folder
+(Megatron-Bridge), or in one around it (NeMo 2, Hugging Face Trainer, Accelerate, Lightning).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pma_megatron.base.spelling import typed
+from pma_megatron.formats.contract import Common
+from pma_megatron.formats.side_files import SideRule
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trainer:
+    """One trainer. Its members look at nothing but the folder that it saves, and at what stands
+    beside that under the same name; they write nothing, and open files by `base.openfiles` alone.
+
+    Attributes:
+        name: for messages.
+        formats: names of the formats whose checkpoints it saves.
+        inside: names of the checkpoint's folder in the one that is saved; None where they are one.
+        is_its: (folder that was saved, checkpoint in it) -> whether this trainer saved it.
+        common: (folder, what the format says) -> the same and what the trainer's files say.
+        unfinished: (folder) -> why its save has not ended, None if it has.
+        side_files: what becomes of the files around the checkpoint, before the format's own rows.
+        names_inside: whether a file in the folder names the checkpoint in it, as the format's
+            tracker does.
+        root_copies: (file of the root, file of the newest folder of which it is a copy).
+        output_name: name of the newest folder -> what an output is called.
+        resume: how training is told to resume from `{folder}`, which lies in `{root}`.
+    """
+
+    name: str
+    formats: tuple[str, ...]
+    inside: re.Pattern[str] | None = None
+    is_its: Callable[[Path, Path], bool]
+    common: Callable[[Path, Common], Common] = lambda folder, common: common
+    unfinished: Callable[[Path], str | None] = lambda folder: None
+    side_files: tuple[SideRule, ...] = ()
+    names_inside: bool = False
+    root_copies: tuple[tuple[str, str], ...] = ()
+    output_name: Callable[[str], str] = str
+    resume: str
+
+    def resumed(self, folder: Path) -> str:
+        """`resume` with a folder in it, as a shell or Python takes it."""
+        if self.resume.startswith("-"):
+            return self.resume.format(folder=typed(folder), root=typed(folder.parent))
+        quoted = (json.dumps(str(p), ensure_ascii=False)[1:-1] for p in (folder, folder.parent))
+        return self.resume.format(**dict(zip(("folder", "root"), quoted, strict=True)))

@@ -1,0 +1,69 @@
+"""What a listing says of each checkpoint beside what a selection needs: size and origin."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from pma_megatron.base.openfiles import is_folder
+from pma_megatron.errors import PmaError
+from pma_megatron.formats.manifest import read_marker
+from pma_megatron.formats.marker import MARKER_FILE, ONLINE_AVERAGE
+from pma_megatron.runs.refs import CheckpointRef
+
+_THREADS = 8  # a network file system answers several at once
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """One checkpoint of a listing.
+
+    Attributes:
+        ref: it.
+        bytes: of all files in the folder that its trainer saved; None where there is no folder.
+        origin: what an average was made from, in words; None for what a trainer saved.
+    """
+
+    ref: CheckpointRef
+    bytes: int | None
+    origin: str | None
+
+
+def listed(refs: Sequence[CheckpointRef]) -> list[Listed]:
+    """The size and the origin of each; what cannot be read is left open, not an error."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(_listed, refs))
+
+
+def _listed(ref: CheckpointRef) -> Listed:
+    folder = Path(ref.folder)
+    return Listed(ref, _nbytes(folder) if is_folder(folder) else None, _origin(folder))
+
+
+def _nbytes(folder: Path) -> int:
+    """Bytes of what is in a folder, as far as it can be looked at."""
+    nbytes = 0
+    for here, _, files in os.walk(folder):
+        for name in files:
+            with contextlib.suppress(OSError):
+                nbytes += (Path(here) / name).stat().st_size
+    return nbytes
+
+
+def _origin(folder: Path) -> str | None:
+    if not (folder / MARKER_FILE).is_file():
+        return None
+    try:
+        made = read_marker(folder).value
+        if made.get("kind") == ONLINE_AVERAGE:
+            return f"running average, {made.get('method')}"
+        if made.get("kind") is not None:
+            return None
+        sources = [source["iteration"] for source in made["plan"]["sources"]]
+        return f"{made['output']['method']} of {len(sources)}: {sources[0]} to {sources[-1]}"
+    except (PmaError, OSError, KeyError, TypeError, IndexError, ValueError, AttributeError):
+        return "an average; its pma.json cannot be read"

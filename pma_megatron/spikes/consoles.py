@@ -1,0 +1,125 @@
+"""Rows of the lines that trainers print: a step, and numbers by name.
+
+Where each form comes from stands at its function. A file has rows of one form: that of the first
+function that finds any.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+Row = dict[str, Any]
+STEP = "step"
+"""What a row calls its iteration."""
+_NUMBER = r"[-+]?(?:\d[\d,]*\.?\d*(?:[eE][-+]?\d+)?|\.\d+|nan|inf|NaN|Infinity)"
+_COLORS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+_TITAN = re.compile(r"(?<!validate )\bstep:\s*(\d+)\s+(.*\bloss:.*)")
+_NEMO = re.compile(r"Training epoch \d+, iteration (\d+)/\d+ \| (.*)")
+_OLMO = re.compile(r"\[step=(\d+)/(?:\d+|\?\?\?),epoch=[^\]]*\]")
+_OLMO_METRIC = re.compile(rf"^\s+([A-Za-z][^=]*?)=({_NUMBER})\s*$")
+_BAR = re.compile(r"^\s*\d+%\|[^|]*\|\s*(\d+)/(\d+) \[")
+_DICT = re.compile(r"\{'[^{}]*\}")
+_BARE = re.compile(r"(?<=: )(-?)(nan|inf)(?=[,}])")
+_ANY_STEP = re.compile(
+    r"\b(?:global[ _]step|step|iter|iteration)s?\b\s*[:=]?\s*\[?\s*(\d+)(?:\.0*)?\s*(?:/\s*\d+)?\b",
+    re.IGNORECASE,
+)
+_PAIR = re.compile(rf"([A-Za-z][\w./ -]*?)\s*[:=]\s*({_NUMBER})(?![\w.])")
+_WORD_PAIR = re.compile(rf"\b([A-Za-z]\w*(?:loss|norm)|loss)\s+({_NUMBER})(?![\w.])")
+
+
+def titan_rows(lines: Iterable[str]) -> Iterator[Row]:
+    """torchtitan: `step: N  loss: X  grad_norm: Y  memory: ...` (components/metrics.py, `log`)."""
+    for line in lines:
+        found = _TITAN.search(_COLORS.sub("", line)) if "step:" in line else None
+        if found:
+            yield {STEP: found[1], **dict(_pairs(found[2]))}
+
+
+def nemo_rows(lines: Iterable[str]) -> Iterator[Row]:
+    """NeMo 2: `Training epoch E, iteration N/M | key: value | ...` (progress_printer.py).
+
+    Its iterations count from 0, as its checkpoints' names do.
+    """
+    for line in lines:
+        found = _NEMO.search(line) if "Training epoch" in line else None
+        if found:
+            pairs = (part.rpartition(":") for part in found[2].split("|"))
+            yield {STEP: found[1], **{key.strip(): value.strip() for key, _, value in pairs}}
+
+
+def olmo_rows(lines: Iterable[str]) -> Iterator[Row]:
+    """OLMo-core: `[step=N/M,epoch=E]`, then a line `    name=value` each (console_logger.py)."""
+    row: Row | None = None
+    for line in lines:
+        found = _OLMO.search(line)
+        if found:
+            yield from [row] if row and len(row) > 1 else []
+            row = {STEP: found[1]}
+        elif row is not None:
+            metric = _OLMO_METRIC.match(line)
+            if metric:
+                row[metric[1]] = metric[2].replace(",", "")
+            elif line.strip():
+                yield from [row] if len(row) > 1 else []
+                row = None
+    yield from [row] if row and len(row) > 1 else []
+
+
+def trainer_rows(lines: Iterable[str]) -> Iterator[Row]:
+    """transformers' Trainer: `{'loss': X, ..., 'epoch': E}`, and the step in the progress bar that
+    is drawn again after it (trainer_callback.py, `ProgressCallback`).
+
+    A row without a bar has no step.
+    """
+    row: Row | None = None
+    for line in lines:
+        bar = _BAR.match(line)
+        if bar and row is not None:
+            yield {STEP: bar[1], **row}
+            row = None
+        found = _DICT.search(line) if "{'" in line and "loss'" in line else None
+        values = _literal(found[0]) if found else None
+        if values is not None:
+            yield from [row] if row is not None else []
+            row = values
+    yield from [row] if row is not None else []
+
+
+def other_rows(lines: Iterable[str]) -> Iterator[Row]:
+    """Whatever has a step and a loss in one line: `step 10/1000 | loss 2.5`, a bar of Lightning."""
+    for line in lines:
+        if "loss" not in line.lower():
+            continue
+        text = _COLORS.sub("", line)
+        step = _ANY_STEP.search(text)
+        pairs = dict([*_WORD_PAIR.findall(text), *_pairs(text)])
+        if step and any("loss" in key.lower() for key in pairs):
+            yield {**pairs, STEP: step[1]}
+
+
+FORMS: tuple[Callable[[Iterable[str]], Iterator[Row]], ...] = (
+    titan_rows,
+    nemo_rows,
+    olmo_rows,
+    trainer_rows,
+    other_rows,
+)
+"""In the order in which they are tried."""
+
+
+def _pairs(text: str) -> Iterator[tuple[str, str]]:
+    for key, value in _PAIR.findall(text):
+        yield key.strip(" -"), value.replace(",", "")
+
+
+def _literal(text: str) -> Row | None:
+    """The numbers of a printed dictionary; None if it is none, or none of a training step."""
+    try:
+        value = ast.literal_eval(_BARE.sub(r"'\1\2'", text))
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return None
+    return value if isinstance(value, dict) and "loss" in value else None

@@ -1,0 +1,39 @@
+"""Text files of metrics, line by line, gzipped ones too."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import zlib
+from collections.abc import Generator
+from pathlib import Path
+
+from pma_megatron.errors import MetricsError
+
+_GZIPPED = (".gz", ".gzip")
+
+
+def suffix(path: Path) -> str:
+    """The suffix that says what is in a file, whether it is gzipped or not.
+
+    >>> suffix(Path("run.csv.gz")), suffix(Path("run.log"))
+    ('.csv', '.log')
+    """
+    return Path(path.stem).suffix if path.suffix in _GZIPPED else path.suffix
+
+
+def lines(path: Path, newline: str | None = None) -> Generator[str, None, None]:
+    """The lines of a text file, with their ends; progress bars end theirs too (`newline` None).
+
+    Raises:
+        MetricsError: it is called gzipped and is not, or is cut off.
+        OSError: it cannot be read.
+    """
+    try:
+        zipped = path.suffix in _GZIPPED
+        with gzip.open(path) if zipped else path.open("rb") as raw:
+            yield from io.TextIOWrapper(raw, "utf-8-sig", errors="replace", newline=newline)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise MetricsError(f"{path}: is no whole gzip file ({error}); unpack what there is") from (
+            error
+        )
