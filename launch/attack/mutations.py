@@ -206,11 +206,13 @@ def _outcome(root: Path, target: Path, how: int) -> str:
 
 
 def make_runs(folder: Path) -> None:
-    """Three checkpoints each of Megatron in three layouts, DeepSpeed in two stages, Universal."""
+    """Three checkpoints each of Megatron in three layouts, DeepSpeed in two stages, Universal,
+    FSDP2 as two trainers save it."""
     # Trainers are imported here alone: the attacked process must be as small as a user's.
     from pma_megatron.testing import TinyConfig, run_ranks
     from pma_megatron.testing.tiny_deepspeed import DeepSpeedConfig
-    from runs import to_universal, train_deepspeed, train_megatron
+    from pma_megatron.testing.tiny_fsdp import ACCELERATE, TORCHTITAN, FsdpConfig
+    from runs import to_universal, train_deepspeed, train_fsdp, train_megatron
 
     layouts = ("dp_reshardable", "fully_reshardable", "dp_zero_gather_scatter")
     run_ranks(
@@ -228,6 +230,8 @@ def make_runs(folder: Path) -> None:
     )
     roots = {str(folder / "zero1"): str(folder / "universal")}
     run_ranks(to_universal, 1, roots, init=False)
+    styles = (TORCHTITAN, ACCELERATE)
+    run_ranks(train_fsdp, 2, {str(folder / style): FsdpConfig(style=style) for style in styles})
 
 
 def main() -> int:
