@@ -184,13 +184,7 @@ PARTS = (
         in_group=False,
         limit_s=180.0,
     ),
-    _part(
-        "fsdp2",
-        "live start of FSDP2",
-        "",
-        "fsdp2",
-        absent="the package has no glue on FSDP2 in this release",
-    ),
+    _part("fsdp2", "live start of FSDP2", "fsdp:live", "fsdp2"),
     _part(
         "cost-step",
         "a training step with a running average and without, interleaved",

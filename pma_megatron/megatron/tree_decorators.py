@@ -71,13 +71,7 @@ class Decorators:
 
     def load_checkpoint(self, fn: Function) -> Function:
         """For `load_checkpoint` of a tree that loads into an engine: `hooks.load` in its place."""
-
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            if self._enabled_args() is None:
-                return fn(*args, **kwargs)
-            return self._call("load", fn, _named(fn, args, kwargs))
-
-        return finished(wrapper, fn)
+        return self._in_place(fn, "load")
 
     def save_checkpoint(self, fn: Function) -> Function:
         """For `save_checkpoint`: `hooks.saving` before it, and `hooks.saved` after it, with the
@@ -95,13 +89,7 @@ class Decorators:
 
     def evaluate(self, fn: Function) -> Function:
         """For `evaluate`: `hooks.evaluate` in its place."""
-
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            if self._enabled_args() is None:
-                return fn(*args, **kwargs)
-            return self._call("evaluate", fn, _named(fn, args, kwargs))
-
-        return finished(wrapper, fn)
+        return self._in_place(fn, "evaluate")
 
     def evaluate_and_print_results(self, fn: Function) -> Function:
         """For `evaluate_and_print_results`: inside `hooks.evaluation`."""
@@ -113,6 +101,14 @@ class Decorators:
             where = (named[name] for name in ("prefix", "iteration", "write_to_tensorboard"))
             with speaking(FLAGS), self._hooks.evaluation(*where):
                 return fn(*args, **kwargs)
+
+        return finished(wrapper, fn)
+
+    def _in_place(self, fn: Function, hook: str) -> Function:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            if self._enabled_args() is None:
+                return fn(*args, **kwargs)
+            return self._call(hook, fn, _named(fn, args, kwargs))
 
         return finished(wrapper, fn)
 

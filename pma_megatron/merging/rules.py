@@ -25,7 +25,7 @@ from pma_megatron.merging.agreement import (
 )
 from pma_megatron.merging.policy import MAIN, Action, Entry, Rule, unmatched
 from pma_megatron.merging.request import MergeRequest
-from pma_megatron.merging.tasks import Average, Copy, Keep, Task, Write, Zero
+from pma_megatron.merging.tasks import Average, Keep, Task, Zero, untouched
 
 Rules = Mapping[tuple[str, str], Rule]
 
@@ -223,7 +223,7 @@ def make_tasks(
     averages = builder.averages
     if layout is None:
         return [*averages]
-    return [*averages, *builder.between(layout), *builder.zeros.values(), *_untouched(layout)]
+    return [*averages, *builder.between(layout), *builder.zeros.values(), *untouched(layout)]
 
 
 _FROZEN = Rule(Action.NEWEST, "it is not trained")
@@ -377,27 +377,3 @@ def _gaps(ranges: Sequence[tuple[int, int]], numel: int) -> list[tuple[int, int]
             gaps.append((at, start - at))
         at = max(at, start + count)
     return [*gaps, (at, numel - at)] if at < numel else gaps
-
-
-def _untouched(layout: OutputLayout) -> list[Copy | Write]:
-    tasks: list[Copy | Write] = []
-    for item in layout.items:
-        if item.literal is not None:
-            tasks.append(Write(item.placed.file, item.placed.offset, item.literal))
-        elif item.skeleton is None and item.source is not None:
-            tasks.append(
-                Copy(
-                    item.source,
-                    item.source.offset,
-                    item.placed.file,
-                    item.placed.offset,
-                    item.source.length,
-                )
-            )
-        elif item.skeleton is not None and item.source is not None:
-            for record, (offset, _) in item.kept.items():
-                start, nbytes = item.skeleton.payloads[record]
-                tasks.append(
-                    Copy(item.source, offset, item.placed.file, item.placed.offset + start, nbytes)
-                )
-    return tasks

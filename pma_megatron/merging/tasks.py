@@ -11,7 +11,7 @@ from isal import isal_zlib
 
 from pma_megatron.base.boxes import Box, Piece, PieceIndex, slices
 from pma_megatron.formats.base import Item, Payload
-from pma_megatron.formats.output import Destination
+from pma_megatron.formats.output import Destination, OutputLayout
 from pma_megatron.formats.source import Source
 from pma_megatron.transfer.blocks import BlockReader, FolderWriters
 
@@ -333,3 +333,28 @@ def share(all_units: Sequence[SomeUnit], rank: int, size: int) -> list[SomeUnit]
             mine.append(unit)
         before += unit.cost_bytes
     return mine
+
+
+def untouched(layout: OutputLayout) -> list[Copy | Write]:
+    """The tasks of all bytes of an output that are no average: written as laid out, or copied."""
+    tasks: list[Copy | Write] = []
+    for item in layout.items:
+        if item.literal is not None:
+            tasks.append(Write(item.placed.file, item.placed.offset, item.literal))
+        elif item.skeleton is None and item.source is not None:
+            tasks.append(
+                Copy(
+                    item.source,
+                    item.source.offset,
+                    item.placed.file,
+                    item.placed.offset,
+                    item.source.length,
+                )
+            )
+        elif item.skeleton is not None and item.source is not None:
+            for record, (offset, _) in item.kept.items():
+                start, nbytes = item.skeleton.payloads[record]
+                tasks.append(
+                    Copy(item.source, offset, item.placed.file, item.placed.offset + start, nbytes)
+                )
+    return tasks

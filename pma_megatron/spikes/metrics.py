@@ -17,10 +17,10 @@ from pathlib import Path
 from pma_megatron.base.remote_paths import refuse_remote
 from pma_megatron.base.spelling import hint
 from pma_megatron.errors import MetricsError
+from pma_megatron.spikes.columns import has_iteration
 from pma_megatron.spikes.readers import (
     MetricsPoint,
     Written,
-    has_iteration,
     read_csv,
     read_jsonl,
     read_log,

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pma_megatron.errors import MetricsError, UsageError
-from pma_megatron.spikes import consoles, textfiles
+from pma_megatron.spikes import columns, consoles, textfiles
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,31 +43,6 @@ class Written:
     """Whether `MetricsPoint.iteration` counts samples, as in the files of DeepSpeed's monitors."""
 
 
-# Names as they are compared: lower case, words apart by one space.
-_ITERATION = (
-    "iteration",
-    "iter",
-    "global step",
-    "trainer global step",
-    "train global step",
-    "step",
-)
-_LOSS = (
-    "lm loss",
-    "loss",
-    "train loss",
-    "training loss",
-    "train lm loss",
-    "train ce loss",
-    "lm loss training lm loss",
-    "train samples train loss",  # Megatron-DeepSpeed, DeepSpeed
-    "reduced train loss",  # NeMo
-    "train reduced train loss",
-    "loss metrics global avg loss",  # torchtitan
-)
-_GRAD_NORM = ("grad norm", "gradient norm", "train grad norm", "optim total grad norm")
-_SAMPLES = ("consumed samples", "consumed train samples", "samples")
-
 # Of a line's fields only what may be of use is kept: a long run has millions of lines.
 _LOG_KEYS = re.compile(r"loss|norm|consumed samples|number of (skipped|nan) iterations")
 _FIELD = re.compile(r"([A-Za-z][\w./-]*)['\"]?\s*[:=]")
@@ -75,8 +50,6 @@ _LOOKED_AT = 1000  # lines of a file that is not understood
 _LOG_START = re.compile(r"(?<!, )iteration\s+(\d+)/\s*\d+\s*\|")
 # deepspeed/runtime/pipe/engine.py, `train_batch`
 _PIPELINE = re.compile(r"steps: (\d+) loss: (\S+) .*iter time \(s\): ")
-# deepspeed/monitor: the step of everything under this name is `global_samples`
-_MONITOR = "train samples "
 
 
 def read_log(path: Path, loss: str | None, grad_norm: str | None) -> Written:
@@ -96,12 +69,12 @@ def read_log(path: Path, loss: str | None, grad_norm: str | None) -> Written:
     losses = [key for key in named if "loss" in key and key != "loss scale"]
     key = loss or ("lm loss" if "lm loss" in named or not losses else None)
     if key is None and len(losses) > 1:
-        raise _ambiguous(path, "loss", losses)
+        raise columns.ambiguous(path, "loss", losses)
     key = key or losses[0]
     if loss is not None and loss not in named:
-        raise _missing(path, "loss", loss, named)
+        raise columns.missing(path, "loss", loss, named)
     if grad_norm is not None and grad_norm not in named:
-        raise _missing(path, "grad_norm", grad_norm, named)
+        raise columns.missing(path, "grad_norm", grad_norm, named)
 
     points, skipped, torn = [], 0, 0
     for fields in lines:
@@ -146,7 +119,7 @@ def _read_console(path: Path, loss: str | None, grad_norm: str | None) -> Writte
         if form is consoles.trainer_rows and not any(consoles.STEP in row for row in rows()):
             raise MetricsError(
                 f"{path}: the dictionaries of transformers' Trainer say epochs and no steps (they "
-                f"have {_list(first)}), and no progress bar (`N/M [`) follows them. Give "
+                f"have {columns.listed(first)}), and no progress bar (`N/M [`) follows them. Give "
                 "trainer_state.json of the newest checkpoint, which has both"
             )
         return _read_table(path, rows, loss, grad_norm)
@@ -158,7 +131,7 @@ def _read_console(path: Path, loss: str | None, grad_norm: str | None) -> Writte
         "DeepSpeed's PipelineEngine (`steps: N loss: X iter time ...`), torchtitan, OLMo-core, "
         "NeMo or transformers' Trainer print them (`step N/M ... loss: X`), and it is no CSV with "
         "a header, JSON lines or trainer_state.json. What looks like fields at its beginning: "
-        f"{_list(dict.fromkeys(seen)) or 'nothing'}"
+        f"{columns.listed(dict.fromkeys(seen)) or 'nothing'}"
     )
 
 
@@ -240,18 +213,23 @@ def _read_table(
     names = [*dict.fromkeys(key for row in rows() for key in row if isinstance(key, str))]
     if not names:
         raise MetricsError(f"{path}: no rows; it needs columns for the iteration and the loss")
-    step = next((found[0] for name in _ITERATION if (found := _named(names, (name,)))), None)
+    step = next(
+        (found[0] for name in columns.ITERATION if (found := columns.named(names, (name,)))), None
+    )
     if step is None:
         raise MetricsError(
-            f"{path}: no column for the iteration ({', '.join(_ITERATION)}); it has {_list(names)}"
+            f"{path}: no column for the iteration ({', '.join(columns.ITERATION)}); it has "
+            f"{columns.listed(names)}"
         )
-    loss_column = pick(path, "loss", names, _LOSS, loss)
+    loss_column = columns.pick(path, "loss", names, columns.LOSS, loss)
     if loss_column is None:
-        raise MetricsError(f"{path}: no column for the loss; name one with loss=: {_list(names)}")
-    run = _run_of(loss_column)
-    same = names if run is None else [name for name in names if _run_of(name) in (run, None)]
-    norm_column = pick(path, "grad_norm", same, _GRAD_NORM, grad_norm)
-    samples_column = next(iter(_named(names, _SAMPLES)), None)
+        raise MetricsError(
+            f"{path}: no column for the loss; name one with loss=: {columns.listed(names)}"
+        )
+    run = columns.run_of(loss_column)
+    same = names if run is None else [name for name in names if columns.run_of(name) in (run, None)]
+    norm_column = columns.pick(path, "grad_norm", same, columns.GRAD_NORM, grad_norm)
+    samples_column = next(iter(columns.named(names, columns.SAMPLES)), None)
     points, left_out = [], 0
     for row in rows():
         iteration, value = _number(_done(row.get(step))), _number(row.get(loss_column))
@@ -268,7 +246,7 @@ def _read_table(
             )
         )
     notes = [f"{left_out} row(s) left out: no iteration or no loss."] if left_out else []
-    in_samples = _is_monitor(loss_column) or _is_monitor(path.name)
+    in_samples = columns.is_monitor(loss_column) or columns.is_monitor(path.name)
     return Written(points=points, notes=notes, in_samples=in_samples)
 
 
@@ -296,10 +274,11 @@ def read_tensorboard(
     each = {folder: _scalars(files) for folder, files in folders.items()}
     names = [*dict.fromkeys(tag for series in each.values() for tag in series)]
     where = next(iter(folders))
-    loss_tag = pick(where, "loss", names, _LOSS, loss)
+    loss_tag = columns.pick(where, "loss", names, columns.LOSS, loss)
     if loss_tag is None:
         raise MetricsError(
-            f"{where}: no tag for the loss; name one with loss=: {_list(names) or 'no scalars'}"
+            f"{where}: no tag for the loss; name one with loss=: "
+            f"{columns.listed(names) or 'no scalars'}"
         )
     each = {folder: series for folder, series in each.items() if loss_tag in series}
     notes = _one_after_another(each, loss_tag)
@@ -308,7 +287,7 @@ def read_tensorboard(
         for tag, events in part.items():
             series.setdefault(tag, []).extend(events)
     names = [*series]
-    norm_tag = pick(where, "grad_norm", names, _GRAD_NORM, grad_norm)
+    norm_tag = columns.pick(where, "grad_norm", names, columns.GRAD_NORM, grad_norm)
     norms: dict[int, list[tuple[float, float]]] = {}
     for wall_s, step, value in series[norm_tag] if norm_tag else []:
         norms.setdefault(step, []).append((wall_s, value))
@@ -316,7 +295,7 @@ def read_tensorboard(
     for wall_s, step, value in sorted(series[loss_tag], key=lambda event: event[0]):
         near = min(norms.get(step, []), key=lambda event: abs(event[0] - wall_s), default=None)
         points.append(MetricsPoint(iteration=step, loss=value, grad_norm=near[1] if near else None))
-    return Written(points=points, notes=notes, in_samples=_is_monitor(loss_tag))
+    return Written(points=points, notes=notes, in_samples=columns.is_monitor(loss_tag))
 
 
 def _one_after_another(each: Mapping[Path, Scalars], tag: str) -> list[str]:
@@ -340,10 +319,6 @@ def _one_after_another(each: Mapping[Path, Scalars], tag: str) -> list[str]:
 def _done(value: Any) -> Any:
     """`N` of `N/M`."""
     return value.partition("/")[0] if isinstance(value, str) else value
-
-
-def _is_monitor(name: str) -> bool:
-    return _plain(name).startswith(_MONITOR)
 
 
 def _scalars(files: list[Path]) -> Scalars:
@@ -373,54 +348,6 @@ def _scalars(files: list[Path]) -> Scalars:
     return series
 
 
-def pick(
-    path: Path, what: str, names: list[str], known: tuple[str, ...], explicit: str | None
-) -> str | None:
-    """The one of `names` to use: the explicit one, or the one that means what is `known`.
-
-    Raises MetricsError when the explicit one is missing, or several would do.
-    """
-    if explicit is not None:
-        if explicit in names:
-            return explicit
-        of_run = _named([name for name in names if _run_of(name) == explicit], known)
-        if len(of_run) != 1:
-            raise _missing(path, what, explicit, names)
-        return of_run[0]
-    found = _named(names, known)
-    runs = [run for run in map(_run_of, found) if run is not None]
-    if len(found) > 1 and len(set(runs)) == len(found):
-        raise MetricsError(
-            f"{path}: has the {what} of {len(found)} runs, {_list(runs)}; choose one with {what}="
-        )
-    if len(found) > 1:
-        raise _ambiguous(path, what, found)
-    return found[0] if found else None
-
-
-def has_iteration(header: str) -> bool:
-    """Whether a CSV header has a column for the iteration."""
-    return bool(_named(next(csv.reader([header]), []), _ITERATION))
-
-
-def _named(names: Iterable[str], known: tuple[str, ...]) -> list[str]:
-    return [name for name in names if _plain(name) in known]
-
-
-def _run_of(name: str) -> str | None:
-    """The run in the name of a column as W&B exports it, `run - key`; None in any other."""
-    run, dash, _ = name.rpartition(" - ")
-    return run if dash else None
-
-
-def _plain(name: str) -> str:
-    """`run 7 - train/lm_loss` (as W&B exports it) becomes `train lm loss`; so does `lm-loss`."""
-    last = name.rsplit(" - ", 1)[-1]
-    if last.endswith(("__MIN", "__MAX")):
-        return ""
-    return re.sub(r"[\s_/-]+", " ", last).strip().lower()
-
-
 def _number(value: Any) -> float | None:
     if value is None or isinstance(value, bool | list | dict):
         return None
@@ -428,16 +355,3 @@ def _number(value: Any) -> float | None:
         return float(value)
     except (ValueError, OverflowError):
         return None
-
-
-def _list(names: Iterable[str]) -> str:
-    names = [*names]
-    return ", ".join(repr(name[:60]) for name in names[:20]) + (", ..." if len(names) > 20 else "")
-
-
-def _ambiguous(path: Path, what: str, found: list[str]) -> MetricsError:
-    return MetricsError(f"{path}: {_list(found)} could each be the {what}; name it with {what}=")
-
-
-def _missing(path: Path, what: str, name: str, names: Iterable[str]) -> MetricsError:
-    return MetricsError(f"{path}: {what}={name!r} is not there; it has {_list(names)}")

@@ -27,176 +27,37 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 import torch
 
-from pma_megatron import (
-    MergeRequest,
-    Policy,
-    SelectionRequest,
-    list_checkpoints,
-    merge,
-    plan,
-    verify,
-)
+from pma_megatron import list_checkpoints, verify
 from pma_megatron.errors import PmaError
 from pma_megatron.formats import registry
 from pma_megatron.formats.base import MAIN_PARAM
-from pma_megatron.formats.contract import Format
 from pma_megatron.formats.marker import OWN_FILES
 from pma_megatron.formats.side_files import Fate
 from pma_megatron.formats.source import Source
-from pma_megatron.merging.planning import MergePlan
 from pma_megatron.merging.policy import Action
 from pma_megatron.runs.describe import describe
 from pma_megatron.runs.trackers import read_pointers
+from pma_megatron.testing.conformance_run import Average, ConformanceRun
 from pma_megatron.testing.plain_reads import (
     WEIGHT,
     Checkpoint,
-    Key,
     assert_within_one_rounding,
     digests,
     same_bytes,
 )
-from pma_megatron.testing.watching import Opened, watched
+from pma_megatron.testing.watching import watched
 
 CUTS = ("removed", "empty", "half", "one byte short")
 """How a needed file is damaged."""
 
 
-@dataclass(frozen=True)
-class Average:
-    """An average that was published.
-
-    Attributes:
-        output: it.
-        plan: what the same request says that it does.
-        opened: what the merge opened outside of the run and of the output.
-    """
-
-    output: Checkpoint
-    plan: MergePlan
-    opened: tuple[Opened, ...]
-
-
-class FormatConformance:
-    """Checks of one format on one run.
-
-    A subclass states `format`, `root`, `oracle` and `hostile`, and overrides what is not as below.
-
-    Attributes:
-        format: name of the format in the registry.
-        optimizer_state: what becomes of moments in averages, see `Policy`.
-        has_tracker: whether the run's root says which checkpoint to resume from.
-        weights_are_main_params: whether float32 weights stand for main params.
-        names_moments: whether moments are stored with the name of their parameter.
-        spare: patterns of files that a checkpoint does without.
-        counts_samples: whether a checkpoint says how many samples it was trained on.
-        beside: further files that a folder may hold -> whether an output gets them.
-        left: names of files of the run that no output gets.
-        made: names of files that an output has and a source need not have.
-    """
-
-    format: ClassVar[str]
-    optimizer_state: ClassVar[str] = "average"
-    has_tracker: ClassVar[bool] = True
-    weights_are_main_params: ClassVar[bool] = False
-    names_moments: ClassVar[bool] = True
-    spare: ClassVar[tuple[str, ...]] = ()
-    counts_samples: ClassVar[bool] = True
-    beside: ClassVar[Mapping[str, bool]] = {
-        "ours/rank0/sampler.bin": True,
-        "ours.pt": True,
-        "ours.json": True,
-        "model.safetensors": False,
-    }
-    left: ClassVar[tuple[str, ...]] = ()
-    made: ClassVar[tuple[str, ...]] = ()
-
-    @pytest.fixture(scope="class")
-    @classmethod
-    def root(cls) -> Path:
-        """Root of a real run of at least two checkpoints, which nobody else writes to."""
-        raise NotImplementedError
-
-    def oracle(self, folder: Path) -> Mapping[Key, torch.Tensor]:
-        """Values of tensors of one checkpoint, whole, from anything but this package's formats."""
-        raise NotImplementedError
-
-    def hostile(self, folder: Path, outside: Path) -> Iterator[str]:
-        """Make `folder`, a copy of a checkpoint, hostile; yield what it says now, and do it again.
-
-        After every yield it is a sound copy once more. `outside` is another copy of the checkpoint,
-        none of whose files may be opened, whatever names `folder` says.
-        """
-        raise NotImplementedError
-
-    # What the checks below share.
-
-    @classmethod
-    def known(cls) -> Format:
-        """The format."""
-        return registry.get(cls.format, "")
-
-    @pytest.fixture(scope="class")
-    @classmethod
-    def folders(cls, root: Path) -> Iterator[list[Path]]:
-        """The checkpoints of the run, oldest first; no check may change a byte of them."""
-        before = digests(root)
-        yield [Path(ref.path) for ref in list_checkpoints(root)]
-        assert digests(root) == before, "a source was written to"
-
-    @pytest.fixture(scope="class")
-    @classmethod
-    def checkpoints(cls, folders: list[Path]) -> list[Checkpoint]:
-        """The checkpoints of the run, opened, oldest first."""
-        return [Checkpoint(cls.known(), folder) for folder in folders]
-
-    @pytest.fixture(scope="class")
-    @classmethod
-    def of_one(
-        cls, root: Path, folders: list[Path], tmp_path_factory: pytest.TempPathFactory
-    ) -> Average:
-        """The average of the newest alone."""
-        return cls._averaged(root, 1, tmp_path_factory.mktemp("one"))
-
-    @pytest.fixture(scope="class")
-    @classmethod
-    def of_two(
-        cls, root: Path, of_one: Average, tmp_path_factory: pytest.TempPathFactory
-    ) -> Average:
-        """The average of the newest two; by then, whatever is imported late has been."""
-        return cls._averaged(root, 2, tmp_path_factory.mktemp("two"))
-
-    @classmethod
-    def _averaged(cls, root: Path, last: int, save: Path) -> Average:
-        request = MergeRequest(
-            load=str(root),
-            save=str(save / "pma"),
-            selection=SelectionRequest(last=last),
-            policy=Policy(optimizer_state=cls.optimizer_state),
-        )
-        planned = plan(request)
-        with watched([root, save]) as opened:
-            (output,) = merge(request).outputs
-        return Average(Checkpoint(cls.known(), Path(output)), planned, tuple(opened))
-
-    def _refusal(self, folder: Path) -> str | None:
-        """Why a folder is no source, as the format says it; None if it is one."""
-        try:
-            reason = self.known().completeness(folder)
-            if reason is not None:
-                return reason.reason
-            self.known().common(folder)
-            self.known().read_source(str(folder), {}, True)
-        except PmaError as error:
-            return str(error)
-        return None
+class FormatConformance(ConformanceRun):
+    """Checks of one format on one run; what a subclass states is in `ConformanceRun`."""
 
     # Finding checkpoints.
 
@@ -267,14 +128,6 @@ class FormatConformance:
             os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
         assert self._refusal(copy) is None
         assert not taken, f"{how}, and the checkpoint is still whole: {taken}"
-
-    def _needed(self, folder: Path) -> list[str]:
-        files = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in OWN_FILES)
-        return [
-            p.relative_to(folder).as_posix()
-            for p in files
-            if not any(p.match(pattern) for pattern in self.spare)
-        ]
 
     # Reading a source.
 

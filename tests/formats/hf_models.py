@@ -10,6 +10,11 @@ import torch
 from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerState, TrainingArguments
 
+from pma_megatron import MergeRequest, SelectionRequest, merge
+
+NAMES = ("step2-tokens16K", "step4-tokens32K", "step6-tokens48K")
+INDEX, ONE = "model.safetensors.index.json", "model.safetensors"
+GATE = "model.layers.0.mlp.gate_proj.weight"
 VOCABULARY, LENGTH = 64, 8
 STEPS = 2
 """Between two saves."""
@@ -76,3 +81,21 @@ def tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
         with safe_open(path, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 (it is no mapping)
                 yield name, opened.get_tensor(name)
+
+
+def revisions(root: Path) -> Path:
+    """Three revisions in other numbers of files, the newest with what goes with a model."""
+    train_and_save(root, NAMES, ("5KB", "1GB", "8KB"))
+    newest = root / NAMES[-1]
+    (newest / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')
+    (newest / "LICENSE").write_text("free\n")
+    (newest / "README.md").write_text("of one revision\n")
+    (newest / "optimizer.pt").write_bytes(b"of the trainer")
+    return root
+
+
+def averaged(root: Path, save: Path, **settings: object) -> Path:
+    """The output of a merge, of all three revisions unless `settings` say otherwise."""
+    settings.setdefault("selection", SelectionRequest(last=3))
+    report = merge(MergeRequest(load=str(root), save=str(save), **settings))  # type: ignore[arg-type]
+    return Path(report.outputs[0])

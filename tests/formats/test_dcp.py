@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import shutil
+from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,7 +21,8 @@ from pma_megatron.formats.base import MAIN_PARAM
 from pma_megatron.formats.dcp.checkpoint import named_iteration
 from pma_megatron.formats.dcp.keys import names_of
 from pma_megatron.testing import run_ranks
-from pma_megatron.testing.conformance import WEIGHT, FormatConformance, Key
+from pma_megatron.testing.conformance import FormatConformance
+from pma_megatron.testing.plain_reads import WEIGHT, Key
 from pma_megatron.testing.tiny_fsdp import (
     ACCELERATE,
     NUMBERED,
@@ -249,6 +251,59 @@ def test_a_second_copy_of_the_model_is_averaged_under_its_own_name(tmp_path: Pat
     assert loaded["model"]["w"].tolist() == [1.5, 1.5] and loaded["ema"]["w"].tolist() == [15, 15]
     source = registry.get("torch_dcp", "").read_source(output, {}, True)
     assert set(source.space.weights) == {"w", "ema.w"} and MAIN_PARAM not in source.space.states
+
+
+# What Megatron writes by DCP alone: `--ckpt-format torch_dcp` and `fsdp_dtensor`.
+
+
+def megatron_fsdp(iteration: int) -> dict[str, Any]:
+    """Names and nesting of `fsdp_dtensor` (megatron/training/checkpointing.py); Megatron-FSDP
+    itself needs CUDA."""
+    weight = torch.arange(6.0).reshape(3, 2) * iteration
+    moments = {"exp_avg": weight / 10, "exp_avg_sq": weight**2}
+    args = Namespace(consumed_train_samples=8 * iteration, seq_length=4, ckpt_format="fsdp_dtensor")
+    return {
+        "args": args,
+        "iteration": iteration,
+        "model": {"module.linear_fc1.weight_w": weight, "module.norm.weight": weight[0]},
+        "optimizer": {
+            "state": {"module.linear_fc1.weight_w": moments},
+            "param_to_group_meta": {"module.linear_fc1.weight_w": {"lr": 0.1, "step": iteration}},
+        },
+        "opt_param_scheduler": {"max_lr": 0.1, "num_steps": 8 * iteration},
+    }
+
+
+def test_megatrons_own_dcp_checkpoints(tmp_path: Path) -> None:
+    for iteration in (1, 2):
+        save(tmp_path / "run" / f"iter_{iteration:07d}", megatron_fsdp(iteration))
+    (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("2")
+    refs = list_checkpoints(tmp_path / "run")
+    assert [(r.iteration, r.consumed_tokens, r.state) for r in refs] == [
+        (1, 32, "complete"),
+        (2, 64, "complete"),
+    ]
+    report = merge(request(tmp_path / "run", policy=Policy(optimizer_state="reset")))
+    assert report.resume == (f"--load {tmp_path / 'merged'}",)
+    assert (tmp_path / "merged" / "latest_checkpointed_iteration.txt").read_text() == "2"
+    loaded = megatron_fsdp(0)
+    dcp.load(loaded, checkpoint_id=report.outputs[0], no_dist=True)
+    for name, value in megatron_fsdp(3)["model"].items():
+        assert torch.equal(loaded["model"][name], value / 2), name
+    optimizer = loaded["optimizer"]
+    assert not any(t.any() for t in optimizer["state"]["module.linear_fc1.weight_w"].values())
+    assert optimizer["param_to_group_meta"]["module.linear_fc1.weight_w"] == {"lr": 0.1, "step": 0}
+    assert loaded["iteration"] == 2 and loaded["opt_param_scheduler"]["num_steps"] == 16
+
+
+def test_rates_are_scaled_where_groups_and_schedulers_have_them(tmp_path: Path) -> None:
+    for iteration in (1, 2):
+        save(tmp_path / "run" / f"iter_{iteration:07d}", megatron_fsdp(iteration))
+    (output,) = merge(request(tmp_path / "run", lr_factor=0.5)).outputs
+    loaded = megatron_fsdp(0)
+    dcp.load(loaded, checkpoint_id=output, no_dist=True)
+    meta = loaded["optimizer"]["param_to_group_meta"]["module.linear_fc1.weight_w"]
+    assert meta == {"lr": 0.05, "step": 2} and loaded["opt_param_scheduler"]["max_lr"] == 0.05
 
 
 def test_a_module_may_be_called_as_an_optimizer_calls_its_parts() -> None:

@@ -19,7 +19,7 @@ from pma_megatron.base.faults import InjectedFault
 from pma_megatron.errors import PmaError, PoisonedError
 from pma_megatron.live import load as live_load
 from pma_megatron.testing import inject, run_ranks
-from pma_megatron.testing.conformance import same_bytes
+from pma_megatron.testing.plain_reads import same_bytes
 from pma_megatron.testing.tiny_fsdp import (
     ACCELERATE,
     NUMBERED,

@@ -10,6 +10,7 @@ import hashlib
 import re
 from collections.abc import Iterator
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -164,20 +165,17 @@ class DcpCheckpoint(ItemFiles):
 
     def counted_steps(self) -> Iterator[int]:
         """What the optimizer has counted: the first few of its parameters."""
-        for state, tensors in self.names.states.items():
-            if state == keys.STEP:
-                for key in list(tensors.values())[:_LOOKED_AT]:
-                    found = self.value(key)
-                    if isinstance(found, (int, float)) and 0 <= found < 1 << 62:
-                        yield int(found)
+        counters = [*self.names.states.get(keys.STEP, {}).values()][:_LOOKED_AT]
+        groups = islice((step for _, step in self.settings(keys.STEP)), _LOOKED_AT)
+        for found in (*map(self.value, counters), *groups):
+            if isinstance(found, (int, float)) and 0 <= found < 1 << 62:
+                yield int(found)
 
     def settings(self, name: str) -> Iterator[tuple[str, Any]]:
         """A setting of every param group, by its key: `lr`, `betas`."""
-        for key in self.names.optimizer & self.objects.keys():
-            path = self.paths[key]
-            if str(path[-1]).rpartition(".")[2] == name and "param_groups" in ".".join(
-                map(str, path)
-            ):
+        for key in sorted(self.names.optimizer & self.objects.keys()):
+            parts = [part for each in self.paths[key] for part in str(each).split(".")]
+            if parts[-1] == name and any(group in parts for group in keys.GROUPS):
                 yield key, self.value(key)
 
     def metadata_digest(self) -> str:

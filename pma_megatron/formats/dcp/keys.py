@@ -25,7 +25,8 @@ Path = tuple[str | int, ...]
 """Where an entry lies in the state dict that was saved."""
 
 STEP = "step"
-_STATE, _GROUPS = "state", "param_groups"
+_STATE, GROUPS = "state", ("param_groups", "param_to_group_meta")
+"""The latter, by parameter, is what Megatron-FSDP saves (`sharded_param_state_fsdp_dtensor`)."""
 _MODELS = ("model", "module", "state_dict", "model_state_dict")
 """What trainers call the model in what they save, where no optimizer tells."""
 _MAIN = ("fp32_param", "master_param", "master_params", "master_weight", "param")
@@ -69,7 +70,7 @@ def names_of(paths: Mapping[str, Path], shapes: Mapping[str, tuple[int, ...]]) -
     ({'out.bias': 'model.out.bias'}, {'exp_avg': {'out.bias': 'optimizer.state.out.bias.exp_avg'}})
     """
     places = {key: place for key, path in paths.items() if (place := _in_optimizer(path))}
-    roots = {_root(place[0]) for place in places.values() if place[1] == _GROUPS}
+    roots = {_root(place[0]) for place in places.values() if place[1] in GROUPS}
     named = {_root(c) for c, _, _ in places.values() if _is_optimizer(c)}
     roots = roots - {()} | named if named else roots  # modules may be called `state`, too
     optimizer = {
@@ -103,9 +104,9 @@ def _state_name(rest: Path) -> str:
 def _in_optimizer(path: Path) -> tuple[Path, str, Path] | None:
     """(where the optimizer is, `state` or `param_groups`, the path from there); None if nowhere."""
     for number, part in enumerate(path):
-        if part in (_STATE, _GROUPS) and path[number + 1 :]:
+        if part in (_STATE, *GROUPS) and path[number + 1 :]:
             return path[:number], str(part), path[number + 1 :]
-        for kind in (_STATE, _GROUPS):
+        for kind in (_STATE, *GROUPS):
             if isinstance(part, str) and part.startswith(f"{kind}.") and not path[number + 1 :]:
                 name, _, last = part.removeprefix(f"{kind}.").rpartition(".")
                 return (path[:number], kind, (name, last)) if name else None

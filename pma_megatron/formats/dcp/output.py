@@ -53,6 +53,9 @@ def _edits(base: DcpCheckpoint, changes: Changes) -> dict[str, bytes]:
                 ref = base.decode(piece.payload.item, f"{base.path}: {key}")
                 zero = {ref.storage.key} if isinstance(ref, TensorRef) else set()
                 edits[key] = saved(base, piece.payload.item, ref, zero)
+        for key, step in base.settings(keys.STEP):
+            if isinstance(step, (int, float)):
+                edits[key] = saved(base, base.objects[key], type(step)(0), set())
     if changes.lr_factor is not None:
         edits |= _scaled(base, changes.lr_factor)
     return edits

@@ -1,0 +1,101 @@
+"""Names of columns, tags and fields: which is the iteration, which the loss, which is neither."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from pma_megatron.errors import MetricsError
+
+# Names as they are compared: lower case, words apart by one space.
+ITERATION = ("iteration", "iter", "global step", "trainer global step", "train global step", "step")
+LOSS = (
+    "lm loss",
+    "loss",
+    "train loss",
+    "training loss",
+    "train lm loss",
+    "train ce loss",
+    "lm loss training lm loss",
+    "train samples train loss",  # Megatron-DeepSpeed, DeepSpeed
+    "reduced train loss",  # NeMo
+    "train reduced train loss",
+    "loss metrics global avg loss",  # torchtitan
+)
+GRAD_NORM = ("grad norm", "gradient norm", "train grad norm", "optim total grad norm")
+SAMPLES = ("consumed samples", "consumed train samples", "samples")
+
+# deepspeed/monitor: the step of everything under this name is `global_samples`
+_MONITOR = "train samples "
+
+
+def pick(
+    path: Path, what: str, names: list[str], known: tuple[str, ...], explicit: str | None
+) -> str | None:
+    """The one of `names` to use: the explicit one, or the one that means what is `known`.
+
+    Raises MetricsError when the explicit one is missing, or several would do.
+    """
+    if explicit is not None:
+        if explicit in names:
+            return explicit
+        of_run = named([name for name in names if run_of(name) == explicit], known)
+        if len(of_run) != 1:
+            raise missing(path, what, explicit, names)
+        return of_run[0]
+    found = named(names, known)
+    runs = [run for run in map(run_of, found) if run is not None]
+    if len(found) > 1 and len(set(runs)) == len(found):
+        raise MetricsError(
+            f"{path}: has the {what} of {len(found)} runs, {listed(runs)}; choose one with {what}="
+        )
+    if len(found) > 1:
+        raise ambiguous(path, what, found)
+    return found[0] if found else None
+
+
+def has_iteration(header: str) -> bool:
+    """Whether a CSV header has a column for the iteration."""
+    return bool(named(next(csv.reader([header]), []), ITERATION))
+
+
+def named(names: Iterable[str], known: tuple[str, ...]) -> list[str]:
+    """Those of `names` that mean one of what is `known`."""
+    return [name for name in names if _plain(name) in known]
+
+
+def is_monitor(name: str) -> bool:
+    """Whether a name is of DeepSpeed's monitors, whose steps count samples."""
+    return _plain(name).startswith(_MONITOR)
+
+
+def run_of(name: str) -> str | None:
+    """The run in the name of a column as W&B exports it, `run - key`; None in any other."""
+    run, dash, _ = name.rpartition(" - ")
+    return run if dash else None
+
+
+def _plain(name: str) -> str:
+    """`run 7 - train/lm_loss` (as W&B exports it) becomes `train lm loss`; so does `lm-loss`."""
+    last = name.rsplit(" - ", 1)[-1]
+    if last.endswith(("__MIN", "__MAX")):
+        return ""
+    return re.sub(r"[\s_/-]+", " ", last).strip().lower()
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first of some names, for a message."""
+    names = [*names]
+    return ", ".join(repr(name[:60]) for name in names[:20]) + (", ..." if len(names) > 20 else "")
+
+
+def ambiguous(path: Path, what: str, found: list[str]) -> MetricsError:
+    """The error that several columns would do."""
+    return MetricsError(f"{path}: {listed(found)} could each be the {what}; name it with {what}=")
+
+
+def missing(path: Path, what: str, name: str, names: Iterable[str]) -> MetricsError:
+    """The error that a named column is not there."""
+    return MetricsError(f"{path}: {what}={name!r} is not there; it has {listed(names)}")
