@@ -143,7 +143,7 @@ INSIDE = {
         forecast
     """,
     "spikes": """
-        consoles healthy settings textfiles
+        columns consoles healthy settings textfiles
         readers
         detector metrics relaunch
         recovery
