@@ -250,6 +250,7 @@ FOREIGN = {
         "--check-for-nan-in-loss-and-grad",
         "--ckpt-format",
         "--ckpt-step",
+        "--dataloader-save",
         "--eval-iters",
         "--finetune",
         "--iterations-to-skip",

@@ -143,7 +143,8 @@ INSIDE = {
         forecast
     """,
     "spikes": """
-        consoles healthy settings textfiles
+        columns healthy settings textfiles
+        consoles
         readers
         detector metrics relaunch
         recovery

@@ -1,7 +1,8 @@
 """What a format of checkpoints offers: all that the rest of the package knows of it.
 
 `formats.registry` is the table of the formats that fulfil this contract, and names the format of a
-folder. `pma_megatron.testing.conformance` checks a format against it on real checkpoints.
+folder. `pma_megatron.testing.conformance` checks a format against it on real checkpoints. A folder
+that a trainer saves around a checkpoint is no format's business: see `formats.trainers`.
 """
 
 from __future__ import annotations
