@@ -72,16 +72,15 @@ def read_source(path: str, ranges: FlatMap, main_params: bool, peers: Sequence[s
 def _states(
     checkpoint: DcpCheckpoint, weights: Mapping[str, Tensor]
 ) -> dict[str, dict[str, Tensor]]:
-    """Moments and main params; what has but one element, such as `step`, is a counter."""
+    """Moments and main params. What has but one element of every parameter is a counter, as `step`
+    is: where parameters have numbers, nothing else tells those from moments."""
     states: dict[str, dict[str, Tensor]] = {}
     for state, stored in checkpoint.names.states.items():
-        for name, key in stored.items():
-            tensor, weight = checkpoint.tensors[key], weights.get(name)
-            of_weight = weight is not None and weight.shape == tensor.shape
-            counter = state == keys.STEP or (tensor.shape in ((), (1,)) and not of_weight)
-            if not counter:
-                states.setdefault(state, {})[name] = tensor
-    return states
+        tensors = {name: checkpoint.tensors[key] for name, key in stored.items()}
+        larger = any(tensor.shape not in ((), (1,)) for tensor in tensors.values())
+        if state != keys.STEP:
+            states[state] = tensors if larger else alike(tensors, weights)
+    return {state: tensors for state, tensors in states.items() if tensors}
 
 
 def _refuse_unnamed(checkpoint: DcpCheckpoint, rounded: Sequence[str]) -> None:
