@@ -56,7 +56,7 @@ def describe(folder: Path, history: recovery_log.History | None = None) -> Check
 def _why_none(folder: Path) -> Incomplete | None:
     """Why what has a checkpoint's name cannot even be looked into; None if it can."""
     short = SHORT.match(folder.name)
-    if short and registry.detect(folder) not in registry.UNTRACKED:
+    if short and registry.detect(folder) not in (*registry.UNTRACKED, registry.TORCH_DCP):
         return Incomplete(
             f"Megatron would call it iter_{int(short[1]):07d} and does not find it under this "
             "name: give it that name, or move it elsewhere"

@@ -324,6 +324,14 @@ def test_a_module_may_be_called_as_an_optimizer_calls_its_parts() -> None:
     assert names.weights["state.out.weight"] == "state.out.weight"
 
 
+def test_short_names_of_scripts_are_good_names(tmp_path: Path) -> None:
+    """Megatron alone pads iterations to seven digits, and looks for such names."""
+    for iteration in (5, 10):
+        save(tmp_path / "run" / f"iter_{iteration}", rounded(iteration, "master_param"))
+    refs = list_checkpoints(tmp_path / "run")
+    assert [(ref.iteration, ref.state) for ref in refs] == [(5, "complete"), (10, "complete")]
+
+
 @pytest.mark.parametrize(
     ("name", "iteration"),
     [
