@@ -107,7 +107,7 @@ INSIDE = {
         cards coefficients folder_checksums locks policy tasks tolerance
         agreement request sums
         accumulate
-        engine finding rules
+        engine entry_rules finding
         exporting
         planning
         leftovers rate source_checksums verification
@@ -124,7 +124,7 @@ INSIDE = {
     """,
     "export": """
         card files own_names
-        maps template
+        matching template
     """,
     "export.families": """
         config
@@ -157,9 +157,9 @@ INSIDE = {
         average
     """,
     "megatron": """
-        params settings tree_functions trees
+        flags params tree_functions trees
         checks evaluate replicas thin
-        flags load rollback shard swap
+        argument_parser load rollback shard swap
         init online recover score session tree_decorators
         contour curvature decorators evaluate_grid save watch
         hooks install

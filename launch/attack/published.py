@@ -2,8 +2,8 @@
 
     python launch/attack/published.py --count 200 --work /tmp/attack
 
-Real runs of Megatron and DeepSpeed on the CPU, merged in several layouts, a snapshot, and running
-averages that the trainers saved. Half of the flips fall on a file drawn by chance, so that small
+Real runs of Megatron, DeepSpeed and FSDP2 on the CPU, merged in several layouts, a snapshot, and
+running averages that the trainers saved. Half of the flips fall on a file drawn by chance, so that small
 files get their share, half on a byte drawn by chance. Ends with 1 unless every flip was found, and
 `pma inspect` never failed but by an error of this package. Trainings are kept in `--work`.
 """
@@ -35,7 +35,8 @@ from pma_megatron.online.hostcopy import HostCopy
 from pma_megatron.online.snapshots import SNAPSHOTS
 from pma_megatron.runs.discover import pointed
 from pma_megatron.testing import TinyConfig, TinyTrainer, run_ranks
-from runs import EVERY, SAVES, flipped, report, to_universal
+from pma_megatron.testing.tiny_fsdp import STYLES, FsdpConfig
+from runs import EVERY, SAVES, flipped, report, to_universal, train_fsdp
 
 BASE = TinyConfig(warmup_iters=2)
 TRAINED: dict[str, TinyConfig] = {
@@ -43,6 +44,7 @@ TRAINED: dict[str, TinyConfig] = {
     "fully_reshardable": replace(BASE, optim_format="fully_reshardable"),
     "moe": replace(BASE, num_experts=4, expert_model_parallel_size=2),
 }
+FSDP = {f"fsdp2 as {style} saves": FsdpConfig(style=style) for style in STYLES}
 END = SAVES * EVERY
 FOUND, CALLED_RIGHT, TRACEBACK = "found", "called right", "traceback"
 folder_checksums._SMALL_BYTES = 1024  # in every rank: what a large shard would be treated like
@@ -118,9 +120,10 @@ def published(work: Path) -> dict[str, Path]:
         run_ranks(train_deepspeed, 2, zero, timeout_s=280)
         universal = {zero["zero2"]: str(runs / "universal")}
         run_ranks(to_universal, 1, universal, init=False, timeout_s=200)
+        run_ranks(train_fsdp, 2, {str(runs / n): FSDP[n] for n in FSDP}, timeout_s=280)
         (work / "trained").touch()
     found = {}
-    for name in (*TRAINED, "zero2", "zero3", "universal"):
+    for name in (*TRAINED, "zero2", "zero3", "universal", *FSDP):
         found[f"merge of {name}"] = merged(runs / name, work / "merged" / name)
     weights = Policy(optimizer_state="drop")
     found["merge to weights"] = merged(
@@ -145,7 +148,8 @@ def drawn(target: Path, draw: random.Random) -> tuple[Path, int, int]:
     """A bit of a file of `target`, by chance: file, byte, bit."""
     folder = pointed(target)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    trackers = {target / known.tracker.file for known in registry.FORMATS}
+    named = [known.tracker.file for known in registry.FORMATS]
+    trackers = {target / name for name in named if name is not None}
     files += sorted(path for path in trackers if path.is_file())  # no other file there is ours
     files = [path for path in files if path.stat().st_size]
     sizes = [path.stat().st_size for path in files]

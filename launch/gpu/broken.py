@@ -10,8 +10,8 @@ from gpu.core import main_params
 from gpu.findings import Finding, found
 from gpu.job import LAST, Job
 from gpu.oracle import Tensors, beyond
+from pma_megatron.megatron.flags import RecoverySettings
 from pma_megatron.megatron.recover import Recovered, Recovery
-from pma_megatron.megatron.settings import RecoverySettings
 from pma_megatron.spikes.detector import SpikeSettings
 from pma_megatron.testing import TinyTrainer
 from pma_megatron.testing.breaking import spoil

@@ -20,7 +20,7 @@ from mkdocs.structure.pages import Page
 
 from pma_megatron.cli.flags import parser
 from pma_megatron.megatron import flags
-from pma_megatron.megatron.settings import USED_BY
+from pma_megatron.megatron.flags import USED_BY
 
 ROOT = Path(__file__).parents[2]
 PAGES = {

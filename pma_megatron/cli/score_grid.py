@@ -167,7 +167,7 @@ def _through_megatron(arguments: argparse.Namespace, others: Sequence[str]) -> S
 
 
 def _megatron_flags(arguments: argparse.Namespace, others: Sequence[str], out: Path) -> list[str]:
-    from pma_megatron.megatron.settings import name_of  # flags that no other command needs
+    from pma_megatron.megatron.flags import name_of  # flags that no other command needs
 
     ours = ["--load", arguments.load, "--use-checkpoint-args", "--skip-train", "--pma-score"]
     for each in declared(Grid, MEGATRON):

@@ -39,7 +39,8 @@ class SideRule:
     """One row of the table.
 
     Attributes:
-        pattern: of names below the folder, parts separated by `/`, which `*` matches too.
+        pattern: of names below the folder, in lower case or as they are, parts separated by `/`,
+            which `*` matches too.
         fate: of the files that it names.
         why: in words for the table.
         known: False for the row of what nobody knows.
@@ -52,14 +53,20 @@ class SideRule:
 
 
 _OF_WEIGHTS = "weights of the newest source, which are not the average"
+_OF_OPTIMIZER = "an optimizer of the newest source, which does not belong to the average"
+_WEIGHTS = (
+    *("*.safetensors", "*.safetensors.index.json"),
+    *("*pytorch_model*.bin", "*pytorch_model*.bin.index.json"),
+    *("*model*.pt", "*model*.pth", "*weights*.pt", "*weights*.pth", "*consolidated*.pth"),
+    *("*.ckpt", "*.nemo", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot"),
+)
+_OPTIMIZERS = ("*optimizer*.pt", "*optimizer*.pth", "*optimizer*.bin")
 _STRANGER = SideRule("*", Fate.CARRIED, "nothing here knows what it is", known=False)
 EVERYWHERE = (
     SideRule("pma.json", Fate.REMADE, "what describes the files of a folder"),
     SideRule("pma.json.sha256", Fate.REMADE, "what describes the files of a folder"),
-    SideRule("*.safetensors", Fate.LEFT_OUT, _OF_WEIGHTS),
-    SideRule("*.safetensors.index.json", Fate.LEFT_OUT, _OF_WEIGHTS),
-    SideRule("*pytorch_model*.bin", Fate.LEFT_OUT, _OF_WEIGHTS),
-    SideRule("*pytorch_model*.bin.index.json", Fate.LEFT_OUT, _OF_WEIGHTS),
+    *(SideRule(pattern, Fate.LEFT_OUT, _OF_WEIGHTS) for pattern in _WEIGHTS),
+    *(SideRule(pattern, Fate.LEFT_OUT, _OF_OPTIMIZER) for pattern in _OPTIMIZERS),
 )
 """Rows that count in every format, after its own."""
 
@@ -115,7 +122,9 @@ def side_files(
         if name in shards or passing(path):
             continue
         rule = next(
-            each for each in (*rules, *EVERYWHERE, _STRANGER) if fnmatchcase(name, each.pattern)
+            each
+            for each in (*rules, *EVERYWHERE, _STRANGER)
+            if fnmatchcase(name, each.pattern) or fnmatchcase(name.lower(), each.pattern)
         )
         unknown += not rule.known
         found.append(_judged(folder, path, name, rule, unknown))
@@ -141,13 +150,17 @@ def notes(folder: str, files: Sequence[SideFile]) -> Iterator[str]:
         files: of it.
     """
     for action, why in dict.fromkeys((file.fate, file.why) for file in files):
-        names = [file.name for file in files if (file.fate, file.why) == (action, why)]
+        names = [_shown(file.name) for file in files if (file.fate, file.why) == (action, why)]
         more = f" and {len(names) - _SHOWN} more" if names[_SHOWN:] else ""
         listed = f"{', '.join(names[:_SHOWN])}{more}"
         if action is Fate.LEFT_OUT:
             yield f"{folder}: {listed} left out of the result ({why})"
         elif why == _STRANGER.why:
             yield f"{folder}: {listed} carried into the result, although {why}"
+
+
+def _shown(name: str) -> str:
+    return name if name.isprintable() else ascii(name)
 
 
 def _walked(folder: Path) -> Iterator[Path]:

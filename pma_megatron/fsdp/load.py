@@ -23,7 +23,6 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from pma_megatron.base.comm import Comm, Team
-from pma_megatron.base.faults import point
 from pma_megatron.base.log import say
 from pma_megatron.base.spelling import listing, speaking
 from pma_megatron.errors import CheckpointError, PlanError, UsageError
@@ -90,7 +89,6 @@ def load_merged(
     states = _states(found, optimizer_state)
     tensors = comm.agree("model", lambda: live_tensors(model, optimizer))
     comm.agree("plan", lambda: _refuse_other_tensors(plan, found, tensors, states))
-    comm.agree("plan", lambda: point("init-plan", comm.rank))
     with poisoned_on_failure(trainer, f"loading {plan.sources[-1].path}"):
         base = Path(plan.sources[-1].path)
         comm.agree("load", lambda: _load_newest(model, optimizer, base))

@@ -23,11 +23,11 @@ from pma_megatron.geometry.spread import TOTAL, Gram, Spread, spread, total
 from pma_megatron.merging.accumulate import Accumulator, Work, Workspace
 from pma_megatron.merging.agreement import check_same_model, matching, refuse_rounded
 from pma_megatron.merging.engine import Progress, blocks, over_threads, reading
+from pma_megatron.merging.entry_rules import average_task
 from pma_megatron.merging.job import Show, silent
 from pma_megatron.merging.planning import OpenedSources, gather_sources
 from pma_megatron.merging.policy import MAIN
 from pma_megatron.merging.request import MergeRequest, in_its_words
-from pma_megatron.merging.rules import average_task
 from pma_megatron.merging.source_checksums import checked
 from pma_megatron.merging.tasks import AverageUnit, share, units
 from pma_megatron.transfer.buffers import BLOCK_ELEMENTS

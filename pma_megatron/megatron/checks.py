@@ -7,7 +7,7 @@ from itertools import combinations
 from typing import Any
 
 from pma_megatron.errors import UsageError
-from pma_megatron.megatron.settings import RecoverySettings, Settings
+from pma_megatron.megatron.flags import RecoverySettings, Settings
 
 _OWN_LAYOUT = "it keeps weights and main params in a layout of its own, which is not averaged"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pma_megatron.megatron import flags
+from pma_megatron.megatron import argument_parser
 from pma_megatron.megatron.tree_decorators import Decorators, Function, finished, is_decorated
 
 __all__ = [
@@ -29,6 +29,6 @@ def arguments(fn: Function) -> Function:
     """For `add_megatron_arguments(parser)`: adds the `--pma-*` flags after Megatron's."""
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        return flags.add_arguments(fn(*args, **kwargs))
+        return argument_parser.add_arguments(fn(*args, **kwargs))
 
     return finished(wrapper, fn)

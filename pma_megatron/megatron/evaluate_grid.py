@@ -12,8 +12,8 @@ from pma_megatron.base.comm import Comm
 from pma_megatron.base.log import say
 from pma_megatron.errors import PmaError
 from pma_megatron.megatron.evaluate import Recorded, again, suffix
+from pma_megatron.megatron.flags import Settings
 from pma_megatron.megatron.score import score_merges
-from pma_megatron.megatron.settings import Settings
 from pma_megatron.scores.results import Scores
 
 

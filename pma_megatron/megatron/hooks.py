@@ -18,8 +18,9 @@ import torch
 from pma_megatron.base.comm import Comm
 from pma_megatron.base.log import say
 from pma_megatron.live.poison import refuse_poisoned
-from pma_megatron.megatron import flags
+from pma_megatron.megatron import argument_parser
 from pma_megatron.megatron.evaluate_grid import GridEvaluation
+from pma_megatron.megatron.flags import tokens_now
 from pma_megatron.megatron.init import init
 from pma_megatron.megatron.online import OnlineAverage
 from pma_megatron.megatron.params import live_tensors, stepping
@@ -34,7 +35,6 @@ from pma_megatron.megatron.session import (
     saving,
     stepped,
 )
-from pma_megatron.megatron.settings import tokens_now
 from pma_megatron.megatron.shard import MegatronShard
 from pma_megatron.megatron.thin import ThinSnapshots
 from pma_megatron.megatron.trees import current_args
@@ -53,15 +53,15 @@ def validate(args: Any) -> None:
     """Refuse what cannot work, before the model is built.
 
     Raises:
-        UsageError: see `flags.validate`.
+        UsageError: see `argument_parser.validate`.
     """
-    flags.validate(args)
+    argument_parser.validate(args)
 
 
 def ready(model: Sequence[Any], optimizer: Any, opt_param_scheduler: Any) -> None:
     """Model and optimizer are built and loaded: start from an average, continue one."""
     args = current_args()
-    settings = flags.settings(args)
+    settings = argument_parser.settings(args)
     if settings.init:
         init(args, settings, model, optimizer, _metadata(args))
     begin(MegatronSession(args, settings, model, optimizer, opt_param_scheduler))
@@ -73,7 +73,7 @@ class MegatronSession(Session):
     def __init__(
         self,
         args: Any,
-        settings: flags.Settings,
+        settings: argument_parser.Settings,
         models: Sequence[Any],
         optimizer: Any,
         scheduler: Any,

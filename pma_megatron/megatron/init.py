@@ -14,8 +14,8 @@ from typing import Any
 from pma_megatron.base.comm import Comm
 from pma_megatron.base.log import say
 from pma_megatron.errors import UsageError
+from pma_megatron.megatron.flags import USED_BY, Settings, given
 from pma_megatron.megatron.load import merge_into
-from pma_megatron.megatron.settings import USED_BY, Settings, given
 from pma_megatron.runs.describe import common_args
 
 RECORD = "pma_init_record"

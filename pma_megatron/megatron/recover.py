@@ -35,9 +35,9 @@ from pma_megatron.base.log import say
 from pma_megatron.base.remote_paths import refuse_remote
 from pma_megatron.errors import PmaError, SelectionError
 from pma_megatron.live.poison import cure, poisoned_on_failure
+from pma_megatron.megatron.flags import RecoverySettings
 from pma_megatron.megatron.load import merge_into, trainer_of
 from pma_megatron.megatron.replicas import forward_hooks_off
-from pma_megatron.megatron.settings import RecoverySettings
 from pma_megatron.runs import recovery_log
 from pma_megatron.runs.discover import list_checkpoints
 from pma_megatron.runs.gaps import lines

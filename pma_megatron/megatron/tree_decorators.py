@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pma_megatron.base.spelling import speaking
-from pma_megatron.megatron import flags
-from pma_megatron.megatron.settings import FLAGS
+from pma_megatron.megatron import argument_parser
+from pma_megatron.megatron.flags import FLAGS
 
 Function = Callable[..., Any]
 
@@ -127,7 +127,7 @@ class Decorators:
             args = importlib.import_module(self.global_vars).get_args()
         except AssertionError:  # Megatron's word for "not initialized yet"
             return None
-        return args if flags.enabled(args) else None
+        return args if argument_parser.enabled(args) else None
 
 
 def finished(wrapper: Function, fn: Function) -> Function:

@@ -11,9 +11,9 @@ from typing import Any
 
 from pma_megatron.base.comm import Comm
 from pma_megatron.base.log import say
+from pma_megatron.megatron.flags import EXIT_CODE, RecoverySettings
 from pma_megatron.megatron.recover import Recovered, Recovery, RecoverySpentError
 from pma_megatron.megatron.rollback import load_again
-from pma_megatron.megatron.settings import EXIT_CODE, RecoverySettings
 from pma_megatron.megatron.trees import current_args
 from pma_megatron.runs import recovery_log
 from pma_megatron.runs.describe import common_args

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pma_megatron.megatron import flags
+from pma_megatron.megatron import argument_parser
 from pma_megatron.megatron.tree_decorators import Decorators, Function, finished
 
 _of = Decorators("megatron.global_vars", "pma_megatron.megatron_deepspeed.hooks")
@@ -22,7 +22,7 @@ def arguments(fn: Function) -> Function:
     def wrapper(extra_args_provider: Any = None, *args: Any, **kwargs: Any) -> Any:
         def provider(parser: Any) -> Any:
             own = parser if extra_args_provider is None else extra_args_provider(parser)
-            return flags.add_deepspeed_arguments(own)
+            return argument_parser.add_deepspeed_arguments(own)
 
         return fn(provider, *args, **kwargs)
 

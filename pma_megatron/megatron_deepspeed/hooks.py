@@ -15,7 +15,8 @@ from pma_megatron.deepspeed.load import pma_init
 from pma_megatron.deepspeed.online import OnlineAverage
 from pma_megatron.errors import UsageError
 from pma_megatron.live.load import Live
-from pma_megatron.megatron import flags
+from pma_megatron.megatron import argument_parser
+from pma_megatron.megatron.flags import Settings, tokens_now
 from pma_megatron.megatron.session import (
     Session,
     begin,
@@ -25,7 +26,6 @@ from pma_megatron.megatron.session import (
     saving,
     stepped,
 )
-from pma_megatron.megatron.settings import Settings, tokens_now
 from pma_megatron.megatron.trees import changed_arguments, current_args
 from pma_megatron.online.store import FOLDER
 
@@ -46,9 +46,9 @@ def validate(args: Any) -> None:
     """Refuse what cannot work, before the model is built.
 
     Raises:
-        UsageError: see `flags.validate`; no DeepSpeed; a use of it that is not supported.
+        UsageError: see `argument_parser.validate`; no DeepSpeed; a use of it that is not supported.
     """
-    flags.validate(args)
+    argument_parser.validate(args)
     if not getattr(args, "deepspeed", False):
         raise UsageError("--pma-* flags work on a DeepSpeed engine here: add --deepspeed")
     for name, why in _UNSUPPORTED:
@@ -63,7 +63,7 @@ def load(fn: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
     Raises:
         PmaError: see `pma_init`.
     """
-    chosen = flags.settings(current_args())
+    chosen = argument_parser.settings(current_args())
     if not chosen.init or arguments["load_arg"] != "load":
         return fn(**arguments)
     with pma_init(arguments["model"][0], **_options(chosen)):
@@ -72,7 +72,7 @@ def load(fn: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
 
 def ready(model: Sequence[Any], optimizer: Any, opt_param_scheduler: Any) -> None:
     """Model and optimizer are built and loaded: continue a running average."""
-    settings = flags.settings(current_args())
+    settings = argument_parser.settings(current_args())
     if settings.save and optimizer is not None:
         begin(EngineSession(current_args(), settings, model[0]))
 

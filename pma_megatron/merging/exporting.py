@@ -22,7 +22,7 @@ from pma_megatron.base.spelling import given, named
 from pma_megatron.errors import PlanError, UsageError
 from pma_megatron.export import files
 from pma_megatron.export.files import Entry
-from pma_megatron.export.maps import export_map
+from pma_megatron.export.matching import export_map
 from pma_megatron.export.template import (
     CONFIG_FILE,
     QUANTIZED_FIELDS,
@@ -36,9 +36,9 @@ from pma_megatron.formats.base import Tensor
 from pma_megatron.formats.output import Described, Destination, OutputLayout
 from pma_megatron.formats.source import Source
 from pma_megatron.merging.agreement import AVERAGED
+from pma_megatron.merging.entry_rules import Rules
 from pma_megatron.merging.policy import MAIN, Action
 from pma_megatron.merging.request import MergeRequest
-from pma_megatron.merging.rules import Rules
 from pma_megatron.merging.tasks import Carry
 
 _BY_NAME = {str(d).removeprefix("torch."): d for d in AVERAGED if d != torch.float64}

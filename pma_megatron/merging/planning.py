@@ -21,11 +21,11 @@ from pma_megatron.formats.source import Source
 from pma_megatron.formats.trainers.saves import Save, laid_out, save_of
 from pma_megatron.identity.proof import Evidence, prove, refuse_strangers, unconfirmed
 from pma_megatron.merging.agreement import frozen_notes
+from pma_megatron.merging.entry_rules import Decisions, PolicyRow, Rules, decide, make_tasks
 from pma_megatron.merging.exporting import ModelExport, carried, plan_export
 from pma_megatron.merging.finding import all_refs, pointers
 from pma_megatron.merging.policy import MAIN
 from pma_megatron.merging.request import MergeRequest, Output, in_its_words
-from pma_megatron.merging.rules import Decisions, PolicyRow, Rules, decide, make_tasks
 from pma_megatron.merging.tasks import Unit, Workload, units
 from pma_megatron.runs.discover import choose, newest_full
 from pma_megatron.runs.notices import announce, changed_settings_notes, too_early_notes

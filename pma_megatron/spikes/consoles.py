@@ -42,7 +42,7 @@ def titan_rows(lines: Iterable[str]) -> Iterator[Row]:
 def nemo_rows(lines: Iterable[str]) -> Iterator[Row]:
     """NeMo 2: `Training epoch E, iteration N/M | key: value | ...` (progress_printer.py).
 
-    Its iterations count from 0, as its checkpoints' names do.
+    Its iterations count from 0 as printed.
     """
     for line in lines:
         found = _NEMO.search(line) if "Training epoch" in line else None

@@ -65,8 +65,9 @@ def read_metrics(
     Raises MetricsError when the file cannot be read, has no loss, or several; UsageError when it
     needs tensorboard and that is not installed.
     """
-    paths = [Path(path)] if isinstance(path, str | Path) else [Path(each) for each in path]
-    refuse_remote("metrics", *paths)
+    asked = [path] if isinstance(path, str | Path) else [*path]
+    refuse_remote("metrics", *asked)
+    paths = [Path(each) for each in asked]
     parts = [_part(each, loss, grad_norm, batch_samples) for each in paths]
     _refuse_overwritten(paths, parts)
     written = Written(points=[point for points, _ in parts for point in points], notes=[])

@@ -19,7 +19,7 @@ from pma_megatron.cli.verbs import Common, Files, OnRanks
 from pma_megatron.deepspeed.options import KEYWORDS, Options
 from pma_megatron.errors import UsageError
 from pma_megatron.live.load import Live
-from pma_megatron.megatron.settings import RecoverySettings, Settings
+from pma_megatron.megatron.flags import RecoverySettings, Settings
 from pma_megatron.merging.policy import Policy
 from pma_megatron.merging.request import MergeRequest, Method
 from pma_megatron.runs.selection_request import SelectionRequest

@@ -35,8 +35,8 @@ from pma_megatron.cli.verbs import front_end
 from pma_megatron.deepspeed.options import OPTIONS
 from pma_megatron.errors import PmaError
 from pma_megatron.live.load import ARGUMENTS
-from pma_megatron.megatron import flags
-from pma_megatron.megatron.settings import FLAGS
+from pma_megatron.megatron import argument_parser
+from pma_megatron.megatron.flags import FLAGS
 from pma_megatron.merging.request import Method
 from pma_megatron.runs.selection import select
 from pma_megatron.runs.selection_request import SelectionRequest
@@ -226,7 +226,7 @@ def test_one_mistake_is_told_in_the_words_of_whoever_made_it(
     why = {row.why for row in plan(request_for(dense_run, save, overwrite=True)).table}
     assert "optimizer_state='latest'" in why
     with pytest.raises(PmaError, match=r"--pma-alpha 2.0 must lie in"):
-        flags.settings(parse("--pma-init --pma-method ema --pma-alpha 2"))
+        argument_parser.settings(parse("--pma-init --pma-method ema --pma-alpha 2"))
 
 
 def test_values_are_typed_as_the_front_end_takes_them() -> None:
@@ -288,10 +288,10 @@ def test_the_first_front_end_speaks_in_all_threads_until_it_ends() -> None:
 
 OF_A_SCRIPT = {
     "launch",
+    "megatron.argument_parser",
     "megatron.checks",
     "megatron.flags",
     "megatron.init",
-    "megatron.settings",
     "megatron.evaluate_grid",
     "megatron_deepspeed.hooks",
 }
@@ -305,7 +305,13 @@ OF_OTHERS = {
         "--ckpt-convert-save",
         "--ckpt-format",
     },
-    "formats.torch_dist.format": {"--load", "--dist-ckpt-optim-fully-reshardable"},  # of Megatron
+    "formats.dcp.format": {"--load", "--checkpoint"},  # of Megatron and torchtitan
+    "formats.torch_dist.format": {  # of Megatron
+        "--load",
+        "--dist-ckpt-optim-fully-reshardable",
+        "--save-tokenizer-assets",
+        "--verify-integrity",
+    },
     "formats.deepspeed.format": {  # of DeepSpeed's converter
         "--inject_missing_state",
         "--input_folder",

@@ -11,7 +11,7 @@ from exports import CONFIG
 
 from pma_megatron.errors import PlanError
 from pma_megatron.export.families import KNOWN
-from pma_megatron.export.maps import export_map
+from pma_megatron.export.matching import export_map
 from pma_megatron.export.own_names import compare_names
 
 Shapes = dict[str, tuple[int, ...]]

@@ -17,9 +17,9 @@ from pma_megatron import CheckpointRef, SelectionRequest
 from pma_megatron.base.faults import InjectedFault
 from pma_megatron.deepspeed import load_merged, pma_init
 from pma_megatron.errors import PmaError, PoisonedError, RankError
+from pma_megatron.megatron.flags import RecoverySettings
 from pma_megatron.megatron.load import merge_into
 from pma_megatron.megatron.recover import Recovery
-from pma_megatron.megatron.settings import RecoverySettings
 from pma_megatron.runs import recovery_log
 from pma_megatron.testing import TinyTrainer, inject, run_ranks
 from pma_megatron.testing.tiny_deepspeed import DeepSpeedConfig, TinyDeepSpeed

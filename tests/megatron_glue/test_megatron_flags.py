@@ -14,8 +14,8 @@ import pytest
 import pma_megatron
 from pma_megatron.deepspeed.options import Options
 from pma_megatron.errors import UsageError
-from pma_megatron.megatron import flags
-from pma_megatron.megatron.settings import EXIT_CODE, NAMES, USED_BY
+from pma_megatron.megatron import argument_parser
+from pma_megatron.megatron.flags import EXIT_CODE, NAMES, USED_BY
 from pma_megatron.megatron_deepspeed.hooks import _options
 from pma_megatron.merging.request import Method
 from pma_megatron.scores.grid import Grid
@@ -88,14 +88,14 @@ NOT_IN_DEEPSPEED = {
 
 def parse(text: str, **job: Any) -> argparse.Namespace:
     """Megatron's namespace after `text`, with `job` on top of `JOB`."""
-    parser = flags.add_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    parser = argument_parser.add_arguments(argparse.ArgumentParser(allow_abbrev=False))
     return parser.parse_args(text.split(), argparse.Namespace(**{**JOB, **job}))
 
 
 def test_flags_add_one_group_of_plain_values() -> None:
     parser = argparse.ArgumentParser()
     before = len(parser._action_groups)
-    assert flags.add_arguments(parser) is parser
+    assert argument_parser.add_arguments(parser) is parser
     assert [group.title for group in parser._action_groups[before:]] == ["PMA (pma_megatron)"]
     given = ["--pma-init", "--pma-interval-tokens", "8B", "--pma-exclude", "1", "2"]
     args = vars(parser.parse_args(given))
@@ -111,15 +111,17 @@ def test_a_default_that_is_printed_is_the_one_that_is_used() -> None:
     """Typed, it changes nothing of the settings."""
     job = "--pma-init --pma-save --pma-recover --pma-score --pma-snapshot-interval-tokens 8"
     printed = set()
-    for action in flags.add_arguments(argparse.ArgumentParser(add_help=False))._actions:
+    for action in argument_parser.add_arguments(argparse.ArgumentParser(add_help=False))._actions:
         assert action.help is not None and action.dest in NAMES
         found = re.search(r"\(default: ([^)]*)\)", action.help)
         if found is not None and action.dest != "pma_last":
             printed.add(action.dest)
             typed = f"{job} {action.option_strings[0]} {found[1]}"
-            assert flags.settings(parse(typed)) == flags.settings(parse(job)), typed
+            assert argument_parser.settings(parse(typed)) == argument_parser.settings(parse(job)), (
+                typed
+            )
         elif found is not None:
-            assert int(found[1]) == flags.settings(parse(job)).window
+            assert int(found[1]) == argument_parser.settings(parse(job)).window
     assert len(printed) >= 15
 
 
@@ -127,7 +129,9 @@ def test_flags_are_made_of_settings_alone() -> None:
     """Whoever adds a flag by hand types its help and its default a second time."""
     for folder in ("megatron", "megatron_deepspeed"):
         for path in (Path(pma_megatron.__file__).parent / folder).glob("*.py"):
-            assert path.read_text().count(".add_argument(") == (path.name == "flags.py"), path
+            assert path.read_text().count(".add_argument(") == (
+                path.name == "argument_parser.py"
+            ), path
 
 
 def test_flags_are_frozen() -> None:
@@ -135,20 +139,22 @@ def test_flags_are_frozen() -> None:
         add(parser := argparse.ArgumentParser(add_help=False))
         return {option for action in parser._actions for option in action.option_strings}
 
-    assert added(flags.add_arguments) == {f"--{name}" for name in FROZEN}
+    assert added(argument_parser.add_arguments) == {f"--{name}" for name in FROZEN}
     deepspeed = {f"--{name}" for name in FROZEN - NOT_IN_DEEPSPEED}
-    assert added(flags.add_deepspeed_arguments) == deepspeed
+    assert added(argument_parser.add_deepspeed_arguments) == deepspeed
     assert EXIT_CODE == 85  # of a job whose attempts to recover are spent
 
 
 def test_nothing_given_is_not_enabled_and_neither_is_a_namespace_without_the_flags() -> None:
-    assert not flags.enabled(parse(""))
-    assert not flags.enabled(argparse.Namespace())
-    assert all(flags.enabled(argparse.Namespace(**{name: 0.0})) for name in NAMES)
+    assert not argument_parser.enabled(parse(""))
+    assert not argument_parser.enabled(argparse.Namespace())
+    assert all(argument_parser.enabled(argparse.Namespace(**{name: 0.0})) for name in NAMES)
 
 
 def test_settings_fill_in_the_defaults() -> None:
-    made = flags.settings(parse("--pma-init --pma-save --pma-interval-tokens 8B", save="/a/run/"))
+    made = argument_parser.settings(
+        parse("--pma-init --pma-save --pma-interval-tokens 8B", save="/a/run/")
+    )
     assert (made.init, made.save, made.eval_, made.snapshots) == (True, True, False, False)
     assert (made.load, made.save_dir) == ("/ckpts/run", "/a/run-pma")
     assert made.snapshot_dir == "/a/run/pma_snapshots"
@@ -159,7 +165,7 @@ def test_settings_fill_in_the_defaults() -> None:
 
 
 def test_settings_take_every_option() -> None:
-    made = flags.settings(
+    made = argument_parser.settings(
         parse(
             "--pma-init --pma-load /src --pma-last 4 --pma-interval-tokens 1B --pma-tolerance 0 "
             "--pma-end-iteration 90 --pma-exclude 70 80 --pma-method ema --pma-alpha 0.2 "
@@ -180,7 +186,7 @@ def test_settings_take_every_option() -> None:
 
 def test_listed_sources_do_not_contradict_the_window_of_the_running_average() -> None:
     window = "--pma-save --pma-last 4 --pma-interval-tokens 1B"
-    made = flags.settings(parse(f"--pma-init --pma-iterations 10 20 {window}"))
+    made = argument_parser.settings(parse(f"--pma-init --pma-iterations 10 20 {window}"))
     assert made.selection.iterations == (10, 20)
     assert (made.window, made.interval_tokens) == (4, 1_000_000_000)
 
@@ -198,7 +204,7 @@ def test_listed_sources_do_not_contradict_the_window_of_the_running_average() ->
     ],
 )
 def test_what_works_is_not_refused(text: str) -> None:
-    flags.validate(parse(text))
+    argument_parser.validate(parse(text))
 
 
 def test_the_grid_to_score() -> None:
@@ -208,8 +214,8 @@ def test_the_grid_to_score() -> None:
         "--pma-threads 3 --pma-score-others /decay --pma-score-out /out.json"
     )
     args = parse(text, skip_train=True)
-    flags.validate(args)
-    made = flags.settings(args)
+    argument_parser.validate(args)
+    made = argument_parser.settings(args)
     assert made.score == Grid(
         methods=(Method(), Method(name="ema", alpha=0.2)),
         lasts=(3, 6),
@@ -219,7 +225,7 @@ def test_the_grid_to_score() -> None:
         tolerance=0.1,
     )
     assert (made.score_others, made.score_out, made.threads) == (("/decay",), "/out.json", 3)
-    assert flags.settings(parse("--pma-init")).score is None
+    assert argument_parser.settings(parse("--pma-init")).score is None
 
 
 INIT = "--pma-init"
@@ -283,7 +289,7 @@ SCORE = {"skip_train": True}
 )
 def test_what_cannot_work_is_refused(text: str, job: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError) as caught:
-        flags.validate(parse(text, **job))
+        argument_parser.validate(parse(text, **job))
     assert words in str(caught.value)
 
 
@@ -291,9 +297,9 @@ def test_what_cannot_work_is_refused(text: str, job: dict[str, Any], words: str)
 def test_an_option_without_its_flag_is_refused(name: str) -> None:
     args = parse("")
     setattr(args, name, 1)
-    assert flags.enabled(args), "or nobody would look"
+    assert argument_parser.enabled(args), "or nobody would look"
     with pytest.raises(UsageError, match="has no effect without"):
-        flags.validate(args)
+        argument_parser.validate(args)
 
 
 @pytest.mark.parametrize(
@@ -313,8 +319,10 @@ def test_the_parser_refuses_unknown_words(text: str, capsys: pytest.CaptureFixtu
 
 
 def test_recover_has_settings_only_where_it_is_asked_for() -> None:
-    assert flags.settings(parse("--pma-init")).recover is None
-    made = flags.settings(parse("--pma-recover --pma-recover-last 5 --pma-recover-patience 40"))
+    assert argument_parser.settings(parse("--pma-init")).recover is None
+    made = argument_parser.settings(
+        parse("--pma-recover --pma-recover-last 5 --pma-recover-patience 40")
+    )
     assert made.recover is not None
     assert (made.recover.last, made.recover.spike.patience) == (5, 40)
     assert made.recover.optimizer_state == "latest"
@@ -336,16 +344,18 @@ def test_recover_has_settings_only_where_it_is_asked_for() -> None:
 def test_recover_refuses(text: str, job: dict[str, Any], words: str) -> None:
     args = parse(text, **{"save_interval": 10, **job})
     with pytest.raises(UsageError, match=words):
-        flags.validate(args)
+        argument_parser.validate(args)
 
 
 def test_recover_is_accepted() -> None:
-    flags.validate(parse("--pma-recover --pma-recover-margin-iterations 0", save_interval=10))
+    argument_parser.validate(
+        parse("--pma-recover --pma-recover-margin-iterations 0", save_interval=10)
+    )
 
 
 def test_every_flag_of_a_selection_reaches_a_deepspeed_engine() -> None:
     """One that is parsed and then lost on the way would pass over checkpoints in silence."""
-    parser = flags.add_deepspeed_arguments(argparse.ArgumentParser())
+    parser = argument_parser.add_deepspeed_arguments(argparse.ArgumentParser())
     args = parser.parse_args(
         [
             "--pma-init",
@@ -363,6 +373,8 @@ def test_every_flag_of_a_selection_reaches_a_deepspeed_engine() -> None:
             "--pma-allow-gaps",
         ]
     )
-    wanted = flags.settings(args).selection
+    wanted = argument_parser.settings(args).selection
     assert wanted.allow_gaps and wanted.exclude == (5, 7)
-    assert Options(**_options(flags.settings(args))).request("/run", 8).selection == wanted
+    assert (
+        Options(**_options(argument_parser.settings(args))).request("/run", 8).selection == wanted
+    )

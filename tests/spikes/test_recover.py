@@ -14,9 +14,9 @@ import torch
 from conftest import digests, folder_of, request_for
 from pma_megatron import SelectionRequest, list_checkpoints, merge
 from pma_megatron.errors import SelectionError
+from pma_megatron.megatron.flags import RecoverySettings
 from pma_megatron.megatron.load import merge_into
 from pma_megatron.megatron.recover import Recovery, RecoverySpentError, agreed
-from pma_megatron.megatron.settings import RecoverySettings
 from pma_megatron.runs import recovery_log
 from pma_megatron.spikes.detector import SpikeSettings
 from pma_megatron.testing import RankFailure, TinyConfig, TinyTrainer, inject, run_ranks

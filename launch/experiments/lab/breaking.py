@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pma_megatron.megatron.flags import RecoverySettings
 from pma_megatron.megatron.recover import Recovery, RecoverySpentError
-from pma_megatron.megatron.settings import RecoverySettings
 from pma_megatron.runs import recovery_log
 from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.spikes.detector import SpikeSettings
