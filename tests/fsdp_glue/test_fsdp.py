@@ -30,6 +30,12 @@ from pma_megatron.testing.tiny_fsdp import (
 
 Held = dict[str, dict[str, torch.Tensor]]
 STYLES = (TORCHTITAN, ACCELERATE, STATE_DICT)
+ALONE = {
+    TORCHTITAN: "--checkpoint.initial_load_model_only",
+    ACCELERATE: "load_fsdp_model(accelerator.state.fsdp_plugin, accelerator, model, ",
+    STATE_DICT: "where state holds the model alone",
+}
+"""How weights alone are loaded."""
 
 
 def train(rank: int, world_size: int, roots: Mapping[str, str], first: bool) -> dict[str, Held]:
@@ -175,14 +181,16 @@ def test_an_average_is_listed_verified_and_says_how_to_resume(merges: Any) -> No
 def test_weights_alone_have_no_optimizer(
     runs: tuple[Path, dict[str, Held]], tmp_path: Path
 ) -> None:
-    for style in (ACCELERATE, TORCHTITAN):
+    for style in (ACCELERATE, TORCHTITAN, STATE_DICT):
         request = MergeRequest(
             load=str(runs[0] / style),
             save=str(tmp_path / style),
             selection=SelectionRequest(last=3),
             policy=Policy(optimizer_state="drop"),
         )
-        (output,) = merge(request).outputs
+        report = merge(request)
+        (output,), (resume,) = report.outputs, report.resume
+        assert ALONE[style] in resume and "load_state(" not in resume
         (ref,) = list_checkpoints(tmp_path / style)
         assert ref.weights_only and ref.iteration == 6
         assert {path.name for path in Path(output).iterdir() if path.is_dir()} == (
@@ -191,7 +199,7 @@ def test_weights_alone_have_no_optimizer(
         whole = Path(output) / "pytorch_model_fsdp_0" if style == ACCELERATE else Path(output)
         dcp_to_torch_save(whole, tmp_path / "whole.pt")
         saved = torch.load(tmp_path / "whole.pt", weights_only=False)
-        named = saved["model"] if style == ACCELERATE else saved
+        named = saved if style == TORCHTITAN else saved["model"]
         parts = sources(runs, style)
         assert "optimizer" not in saved
         for name, value in parts[-1]["weight"].items():

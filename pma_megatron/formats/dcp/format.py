@@ -30,21 +30,26 @@ def _content_of(folder: str) -> str | None:
 
 def _resumed(folder: Path) -> str:
     """As the trainer that wrote it resumes; a script's own `dcp.load` where that is not known."""
-    checkpoint = DcpCheckpoint(folder)
+    checkpoint, quoted = DcpCheckpoint(folder), json.dumps(str(folder))
+    alone = not checkpoint.names.optimizer
     if checkpoint.is_torchtitan:
         # torchtitan/components/checkpointer: it resumes from the highest step in its folder.
         return (
             f"--checkpoint.initial_load_path {typed(folder.absolute())} "
-            "--checkpoint.no_initial_load_model_only, with a checkpoint.folder that holds no step"
+            f"--checkpoint.{'' if alone else 'no_'}initial_load_model_only, with a "
+            "checkpoint.folder that holds no step"
         )
     if any(checkpoint.parts):
-        return (
-            f"resume_from_checkpoint={json.dumps(str(folder))} (Trainer), or "
-            f"accelerator.load_state({json.dumps(str(folder))})"
-        )
-    if (folder / LIGHTNING_FILE).is_file():
-        return f"trainer.fit(model, ckpt_path={json.dumps(str(folder))})"
-    return f"torch.distributed.checkpoint.load(state, checkpoint_id={json.dumps(str(folder))})"
+        if alone:
+            return (
+                "accelerate.utils.load_fsdp_model(accelerator.state.fsdp_plugin, accelerator, "
+                f"model, {quoted})"
+            )
+        return f"resume_from_checkpoint={quoted} (Trainer), or accelerator.load_state({quoted})"
+    if (folder / LIGHTNING_FILE).is_file() and not alone:
+        return f"trainer.fit(model, ckpt_path={quoted})"
+    of_model = ", where state holds the model alone" if alone else ""
+    return f"torch.distributed.checkpoint.load(state, checkpoint_id={quoted}){of_model}"
 
 
 _OTHER = "shards of another save, which are not averaged"
