@@ -51,7 +51,7 @@ INSIDE = {
         building cover keys
         metadata
         checkpoint
-        completeness output
+        completeness main_params output
         source
         format
     """,

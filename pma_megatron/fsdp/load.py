@@ -28,6 +28,7 @@ from pma_megatron.base.spelling import listing, speaking
 from pma_megatron.errors import CheckpointError, PlanError, UsageError
 from pma_megatron.formats import registry
 from pma_megatron.formats.dcp.checkpoint import DcpCheckpoint
+from pma_megatron.formats.dcp.keys import STEP
 from pma_megatron.fsdp.params import FsdpTensor, live_tensors
 from pma_megatron.live.load import ARGUMENTS, DEFAULTS, Live, LiveReport, Meter, fill, live_request
 from pma_megatron.live.plan import LivePlan, average_units, refuse_other_model
@@ -226,10 +227,13 @@ def _part_of(checkpoint: DcpCheckpoint, key: str) -> str:
 
 def _reset(optimizer: Any) -> None:
     """Moments and step count become zero; param groups and their learning rates stay."""
-    for state in optimizer.state.values():
-        for value in state.values():
-            if isinstance(value, torch.Tensor):
+    for state in (*optimizer.state.values(), *optimizer.param_groups):
+        in_group = "params" in state
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and (name == STEP or not in_group):
                 value.zero_()
+            elif name == STEP and isinstance(value, (int, float)):
+                state[name] = type(value)(0)
 
 
 def _reshard(model: Any) -> None:

@@ -38,6 +38,23 @@ def refuse_rounded(sources: Sequence[Source]) -> None:
             )
 
 
+def refuse_lost_optimizer(sources: Sequence[Source]) -> None:
+    """A save that writes the optimizer last, and was cut off before it, looks like weights alone.
+
+    Raises:
+        PlanError: the newest source has no optimizer, and another one has.
+    """
+    base = sources[-1]
+    full = [s for s in sources if s.optimizer_keys]
+    if full and not (base.optimizer_keys or base.space.states or base.snapshot):
+        raise PlanError(
+            f"the newest source, {base.path}, has no optimizer state, and {full[-1].path} has: its "
+            "save was cut off, or is still under way, or left the optimizer out. Training could "
+            f"not resume from the result: {left_out(Path(base.path).name)}, or make a checkpoint "
+            f"of weights alone with {given('optimizer_state', 'drop')}"
+        )
+
+
 def check_same_model(sources: Sequence[Source]) -> None:
     """All sources must have the weights of the newest.
 

@@ -20,6 +20,7 @@ from pma_megatron.merging.agreement import (
     check_covers,
     check_same_model,
     matching,
+    refuse_lost_optimizer,
     refuse_rounded,
     weights_alone,
 )
@@ -76,12 +77,14 @@ def decide(
 
     Raises:
         UsageError: an override that matches nothing or cannot be done.
-        PlanError: main parameters that the policy needs are not stored, or the newest source is a
-            snapshot and the result is to be resumed from.
+        PlanError: main parameters that the policy needs are not stored, or the result is to be
+            resumed from, and the newest source is a snapshot or lost its optimizer.
     """
     base, policy = sources[-1], request.policy
     if base.snapshot and not policy.drops_optimizer:
         raise _unresumable(base, newest_full(Path(base.path)))
+    if not policy.drops_optimizer:
+        refuse_lost_optimizer(sources)
     if policy.average != "weights":
         refuse_rounded(sources)
     model = next((s for s in reversed(sources) if not s.snapshot), base)

@@ -167,6 +167,17 @@ def test_an_unfinished_save_is_being_written(run: Path) -> None:
     assert ref.state == "being written" and ref.iteration == 4
 
 
+def test_a_save_that_was_cut_off_before_its_optimizer_is_no_newest_source(
+    runs: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    """Accelerate and Trainer begin the optimizer's folder after the model's."""
+    run = Path(shutil.copytree(runs[0] / ACCELERATE, tmp_path / "run"))
+    shutil.rmtree(run / "checkpoint-4" / "optimizer_0")
+    with pytest.raises(PlanError, match=r"has no optimizer state, and .*checkpoint-2 has"):
+        plan(request(run))
+    assert plan(request(run, policy=Policy(optimizer_state="drop"))).rules
+
+
 def test_formats_are_not_mixed(run: Path, tmp_path: Path) -> None:
     """A root in which two trainers saved."""
     archive = Path(__file__).parents[1] / "golden" / "main-fully_reshardable-dense.tar.xz"

@@ -163,19 +163,31 @@ class DcpCheckpoint(ItemFiles):
         """True for a checkpoint of torchtitan's trainer."""
         return ("train_state", "step") in self._keys
 
+    @cached_property
+    def counters(self) -> tuple[str, ...]:
+        """Keys under which the optimizer counts its steps: tensors and numbers, of parameters and
+        of groups."""
+        found = []
+        for key in sorted(self.names.optimizer):
+            *parts, last = (part for each in self.paths[key] for part in str(each).split("."))
+            if last == keys.STEP and not {keys.STATE, *keys.GROUPS}.isdisjoint(parts):
+                found.append(key)
+        return tuple(found)
+
     def counted_steps(self) -> Iterator[int]:
-        """What the optimizer has counted: the first few of its parameters."""
-        counters = [*self.names.states.get(keys.STEP, {}).values()][:_LOOKED_AT]
-        groups = islice((step for _, step in self.settings(keys.STEP)), _LOOKED_AT)
-        for found in (*map(self.value, counters), *groups):
+        """What the optimizer has counted: the first few of its parameters and of its groups."""
+        groups = {key for key in self.counters if keys.in_group(self.paths[key])}
+        states = (key for key in self.counters if key not in groups)
+        looked_at = (*islice(states, _LOOKED_AT), *islice(sorted(groups), _LOOKED_AT))
+        for found in map(self.value, looked_at):
             if isinstance(found, (int, float)) and 0 <= found < 1 << 62:
                 yield int(found)
 
     def settings(self, name: str) -> Iterator[tuple[str, Any]]:
         """A setting of every param group, by its key: `lr`, `betas`."""
         for key in sorted(self.names.optimizer & self.objects.keys()):
-            parts = [part for each in self.paths[key] for part in str(each).split(".")]
-            if parts[-1] == name and any(group in parts for group in keys.GROUPS):
+            last = str(self.paths[key][-1]).rpartition(".")[2]
+            if last == name and keys.in_group(self.paths[key]):
                 yield key, self.value(key)
 
     def metadata_digest(self) -> str:

@@ -25,7 +25,7 @@ Path = tuple[str | int, ...]
 """Where an entry lies in the state dict that was saved."""
 
 STEP = "step"
-_STATE, GROUPS = "state", ("param_groups", "param_to_group_meta")
+STATE, GROUPS = "state", ("param_groups", "param_to_group_meta")
 """The latter, by parameter, is what Megatron-FSDP saves (`sharded_param_state_fsdp_dtensor`)."""
 _MODELS = ("model", "module", "state_dict", "model_state_dict")
 """What trainers call the model in what they save, where no optimizer tells."""
@@ -85,7 +85,7 @@ def names_of(paths: Mapping[str, Path], shapes: Mapping[str, tuple[int, ...]]) -
         if key not in optimizer:
             continue
         _, kind, rest = places.get(key, ((), "", ()))
-        if kind != _STATE or len(rest) < 2:
+        if kind != STATE or len(rest) < 2:
             unnamed.append(key)
             continue
         states.setdefault(_state_name(rest), {}).setdefault(str(rest[0]), key)
@@ -104,13 +104,19 @@ def _state_name(rest: Path) -> str:
 def _in_optimizer(path: Path) -> tuple[Path, str, Path] | None:
     """(where the optimizer is, `state` or `param_groups`, the path from there); None if nowhere."""
     for number, part in enumerate(path):
-        if part in (_STATE, *GROUPS) and path[number + 1 :]:
+        if part in (STATE, *GROUPS) and path[number + 1 :]:
             return path[:number], str(part), path[number + 1 :]
-        for kind in (_STATE, *GROUPS):
+        for kind in (STATE, *GROUPS):
             if isinstance(part, str) and part.startswith(f"{kind}.") and not path[number + 1 :]:
                 name, _, last = part.removeprefix(f"{kind}.").rpartition(".")
                 return (path[:number], kind, (name, last)) if name else None
     return None
+
+
+def in_group(path: Path) -> bool:
+    """Whether an entry is a setting of a param group."""
+    found = _in_optimizer(path)
+    return found is not None and found[1] in GROUPS
 
 
 def _is_optimizer(container: Path) -> bool:

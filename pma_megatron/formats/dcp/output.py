@@ -12,7 +12,6 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from pma_megatron.base.spelling import named
 from pma_megatron.errors import UsageError
 from pma_megatron.formats.base import Item
-from pma_megatron.formats.dcp import keys
 from pma_megatron.formats.dcp.building import Build, Entry, entries_of, new_dtypes, saved
 from pma_megatron.formats.dcp.checkpoint import DcpCheckpoint
 from pma_megatron.formats.dcp.metadata import METADATA_FILE, dump_metadata
@@ -48,16 +47,24 @@ def _edits(base: DcpCheckpoint, changes: Changes) -> dict[str, bytes]:
     """Small entries of the optimizer that the policy changes -> their new bytes."""
     edits: dict[str, bytes] = {}
     if changes.optimizer == "reset":
-        for key in base.names.states.get(keys.STEP, {}).values():
-            for piece in base.tensors[key].pieces:
-                ref = base.decode(piece.payload.item, f"{base.path}: {key}")
-                zero = {ref.storage.key} if isinstance(ref, TensorRef) else set()
-                edits[key] = saved(base, piece.payload.item, ref, zero)
-        for key, step in base.settings(keys.STEP):
-            if isinstance(step, (int, float)):
-                edits[key] = saved(base, base.objects[key], type(step)(0), set())
+        for key in base.counters:
+            edits |= _restarted(base, key)
     if changes.lr_factor is not None:
         edits |= _scaled(base, changes.lr_factor)
+    return edits
+
+
+def _restarted(base: DcpCheckpoint, key: str) -> dict[str, bytes]:
+    """A counter of steps at zero."""
+    if key in base.objects:
+        step, item = base.value(key), base.objects[key]
+        number = isinstance(step, (int, float))
+        return {key: saved(base, item, type(step)(0), set())} if number else {}
+    edits = {}
+    for piece in base.tensors[key].pieces:
+        ref = base.decode(piece.payload.item, f"{base.path}: {key}")
+        zero = {ref.storage.key} if isinstance(ref, TensorRef) else set()
+        edits[key] = saved(base, piece.payload.item, ref, zero)
     return edits
 
 

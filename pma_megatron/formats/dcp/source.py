@@ -15,11 +15,11 @@ from pma_megatron.formats.contract import Common
 from pma_megatron.formats.dcp import keys
 from pma_megatron.formats.dcp.checkpoint import FORMAT_NAME, DcpCheckpoint, named_iteration
 from pma_megatron.formats.dcp.completeness import completeness
+from pma_megatron.formats.dcp.main_params import ROUNDED, alike, with_main_params
 from pma_megatron.formats.flat import FlatMap
 from pma_megatron.formats.source import Source, stamps_of
 
 _RANK = re.compile(r"__(\d+)_\d+\.distcp$")
-_ROUNDED = (torch.bfloat16, torch.float16)
 
 
 def read_source(path: str, ranges: FlatMap, main_params: bool, peers: Sequence[str] = ()) -> Source:
@@ -36,7 +36,7 @@ def read_source(path: str, ranges: FlatMap, main_params: bool, peers: Sequence[s
 
     Raises:
         CheckpointError: incomplete, damaged or hostile.
-        PlanError: it keeps main params that do not say whose they are.
+        PlanError: it keeps main params of 16-bit weights that do not say whose they are.
     """
     reason = completeness(Path(path))
     if reason:
@@ -44,10 +44,13 @@ def read_source(path: str, ranges: FlatMap, main_params: bool, peers: Sequence[s
     checkpoint = DcpCheckpoint(Path(path))
     names = checkpoint.names
     weights = {name: checkpoint.tensors[key] for name, key in names.weights.items()}
-    rounded = sorted(name for name, tensor in weights.items() if tensor.dtype in _ROUNDED)
+    rounded = sorted(name for name, tensor in weights.items() if tensor.dtype in ROUNDED)
+    states = _states(checkpoint, weights)
     if main_params and rounded:
         _refuse_unnamed(checkpoint, rounded)
-    states = _states(checkpoint, weights)
+        states = with_main_params(checkpoint, weights, states)
+    elif MAIN_PARAM in states:
+        states[MAIN_PARAM] = alike(states[MAIN_PARAM], weights)
     placed = {tensor.key for tensors in (weights, *states.values()) for tensor in tensors.values()}
     kind = "by number" if names.numbered else "by name" if names.optimizer else "none"
     source = Source(
@@ -69,16 +72,15 @@ def read_source(path: str, ranges: FlatMap, main_params: bool, peers: Sequence[s
 def _states(
     checkpoint: DcpCheckpoint, weights: Mapping[str, Tensor]
 ) -> dict[str, dict[str, Tensor]]:
-    """Moments and main params; what has but one element, such as `step`, is a counter."""
+    """Moments and main params. What has but one element of every parameter is a counter, as `step`
+    is: where parameters have numbers, nothing else tells those from moments."""
     states: dict[str, dict[str, Tensor]] = {}
     for state, stored in checkpoint.names.states.items():
-        for name, key in stored.items():
-            tensor, weight = checkpoint.tensors[key], weights.get(name)
-            alike = weight is not None and weight.shape == tensor.shape
-            counter = state == keys.STEP or (tensor.shape in ((), (1,)) and not alike)
-            if not counter and (alike or state != MAIN_PARAM):
-                states.setdefault(state, {})[name] = tensor
-    return states
+        tensors = {name: checkpoint.tensors[key] for name, key in stored.items()}
+        larger = any(tensor.shape not in ((), (1,)) for tensor in tensors.values())
+        if state != keys.STEP:
+            states[state] = tensors if larger else alike(tensors, weights)
+    return {state: tensors for state, tensors in states.items() if tensors}
 
 
 def _refuse_unnamed(checkpoint: DcpCheckpoint, rounded: Sequence[str]) -> None:
