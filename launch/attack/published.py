@@ -3,9 +3,10 @@
     python launch/attack/published.py --count 200 --work /tmp/attack
 
 Real runs of Megatron, DeepSpeed and FSDP2 on the CPU, merged in several layouts, a snapshot, and
-running averages that the trainers saved. Half of the flips fall on a file drawn by chance, so that small
-files get their share, half on a byte drawn by chance. Ends with 1 unless every flip was found, and
-`pma inspect` never failed but by an error of this package. Trainings are kept in `--work`.
+running averages that the trainers saved. Half of the flips fall on a file drawn by chance, so that
+small files get their share, half on a byte drawn by chance. Ends with 1 unless every flip was
+found, and `pma inspect` never failed but by an error of this package. Trainings are kept in
+`--work`.
 """
 
 from __future__ import annotations
