@@ -99,7 +99,7 @@ INSIDE = {
         blocks
     """,
     "identity": """
-        consumed_samples samples
+        consumed_samples optimizer_steps samples
         copies lineage rounded
         proof
     """,

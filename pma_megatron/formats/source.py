@@ -38,6 +38,8 @@ class Source:
         aliases: second name of a tied parameter -> its first, under which it is in `space`.
         buffers: weights that are not trained: an average keeps the newest's.
         settings: of the model's configuration, what all sources must agree in, as text.
+        counted_steps: stored key of a counter of the optimizer's -> what it says, where there is
+            one by parameter.
         unnamed: optimizer buffers by stored key, where main params were not wanted; they tell
             sources apart, and then they are let go.
     """
@@ -60,6 +62,7 @@ class Source:
     aliases: Mapping[str, str] = field(default_factory=dict)
     buffers: frozenset[str] = frozenset()
     settings: Mapping[str, str] = field(default_factory=dict)
+    counted_steps: Mapping[str, int] = field(default_factory=dict)
 
     def is_frozen(self, key: str) -> bool:
         """Whether its optimizer trains, and not this parameter: then its weight is its value."""

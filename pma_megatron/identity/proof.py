@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pma_megatron.errors import CheckpointError, PlanError
 from pma_megatron.formats.source import Source
@@ -18,6 +18,7 @@ from pma_megatron.identity.lineage import (
     refuse_other_runs,
     values_at,
 )
+from pma_megatron.identity.optimizer_steps import Steps, refuse_other_steps
 from pma_megatron.identity.rounded import refuse_foreign_weights
 from pma_megatron.runs.describe import schedule_of
 from pma_megatron.runs.refs import CheckpointRef
@@ -32,12 +33,14 @@ class Evidence:
         contents: checksums of its files.
         places: where all sources are looked at.
         values: what it holds there.
+        steps: what its optimizer has counted.
     """
 
     model: str
     contents: Contents
     places: tuple[SampledBox, ...]
     values: Values
+    steps: Steps = field(default_factory=dict)
 
 
 def prove(source: Source, newest: Evidence | None, *, main_params: bool) -> Evidence:
@@ -54,7 +57,9 @@ def prove(source: Source, newest: Evidence | None, *, main_params: bool) -> Evid
     if main_params:
         refuse_foreign_weights(source)
     places = places_of(source) if newest is None else newest.places
-    return Evidence(_model(source), contents_of(source), places, values_at(source, places))
+    return Evidence(
+        _model(source), contents_of(source), places, values_at(source, places), source.counted_steps
+    )
 
 
 def unconfirmed(source: Source, with_main_params: Callable[[], Source]) -> str | None:
@@ -82,7 +87,8 @@ def refuse_strangers(
     """Compare the sources with each other.
 
     Returns:
-        number of a source -> that it looks like one of another run than the source before it.
+        number of a source -> that it looks like one of another run than the source before it, or
+        like one of two saves.
 
     Args:
         refs: oldest first.
@@ -96,10 +102,11 @@ def refuse_strangers(
     refuse_copies(
         [e.contents for e in each], lambda number: schedule_of(refs[number]).learning_rate
     )
+    counted = refuse_other_steps(refs, [e.steps for e in each])
     # Files of another model differ for another reason, which the plan names.
     values = [e.values if e.model == each[-1].model else {} for e in each]
     refuse_other_runs(refs, values)
-    return other_runs(refs, values)
+    return {**counted, **other_runs(refs, values)}
 
 
 def _model(source: Source) -> str:

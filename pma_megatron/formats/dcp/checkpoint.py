@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -174,20 +174,32 @@ class DcpCheckpoint(ItemFiles):
                 found.append(key)
         return tuple(found)
 
+    @cached_property
+    def counted(self) -> dict[str, int]:
+        """Key of a parameter's counter -> steps that it says."""
+        return dict(self._counted(key for key in self.counters if not self._in_group(key)))
+
     def counted_steps(self) -> Iterator[int]:
         """What the optimizer has counted: the first few of its parameters and of its groups."""
-        groups = {key for key in self.counters if keys.in_group(self.paths[key])}
-        states = (key for key in self.counters if key not in groups)
-        looked_at = (*islice(states, _LOOKED_AT), *islice(sorted(groups), _LOOKED_AT))
-        for found in map(self.value, looked_at):
+        groups = [key for key in self.counters if self._in_group(key)]
+        states = (key for key in self.counters if not self._in_group(key))
+        looked_at = (*islice(states, _LOOKED_AT), *groups[:_LOOKED_AT])
+        yield from (steps for _, steps in self._counted(looked_at))
+
+    def _counted(self, counters: Iterable[str]) -> Iterator[tuple[str, int]]:
+        for key in counters:
+            found = self.value(key)
             if isinstance(found, (int, float)) and 0 <= found < 1 << 62:
-                yield int(found)
+                yield key, int(found)
+
+    def _in_group(self, key: str) -> bool:
+        return keys.in_group(self.paths[key])
 
     def settings(self, name: str) -> Iterator[tuple[str, Any]]:
         """A setting of every param group, by its key: `lr`, `betas`."""
         for key in sorted(self.names.optimizer & self.objects.keys()):
             last = str(self.paths[key][-1]).rpartition(".")[2]
-            if last == name and keys.in_group(self.paths[key]):
+            if last == name and self._in_group(key):
                 yield key, self.value(key)
 
     def metadata_digest(self) -> str:

@@ -63,6 +63,7 @@ def read_source(path: str, ranges: FlatMap, main_params: bool, peers: Sequence[s
         ranges={},
         topology=_topology(checkpoint),
         stamps=stamps_of(checkpoint.path),
+        counted_steps=checkpoint.counted,
     )
     exact = {name for name in rounded if name in states.get(MAIN_PARAM, {})}
     note = _note(path, [name for name in rounded if name not in exact])
