@@ -248,15 +248,20 @@ def test_main_params_that_do_not_say_whose_they_are_stop_a_merge(tmp_path: Path)
     assert plan(request(run, policy=Policy(average="weights"))).rules
 
 
-def test_a_second_copy_of_the_model_is_averaged_under_its_own_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["w", 0])
+def test_a_second_copy_of_the_model_is_averaged_under_its_own_name(
+    tmp_path: Path, name: str | int
+) -> None:
     def make(iteration: int) -> dict[str, Any]:
         value = torch.full((2,), float(iteration))
-        state = {"w": {"exp_avg": value}}
-        groups = [{"lr": 0.1, "params": ["w"]}]
+        state = {name: {"exp_avg": value}}
+        groups = [{"lr": 0.1, "params": [name]}]
         optimizer = {"state": state, "param_groups": groups}
         return {"ema": {"w": value * 10}, "model": {"w": value}, "optimizer": optimizer}
 
-    (output,) = merge(request(steps(tmp_path / "run", make))).outputs
+    asked = request(steps(tmp_path / "run", make))
+    assert any("ema.w" in note for note in plan(asked).selection.notes)
+    (output,) = merge(asked).outputs
     loaded = {"ema": {"w": torch.zeros(2)}, "model": {"w": torch.zeros(2)}}
     dcp.load(loaded, checkpoint_id=output, no_dist=True)
     assert loaded["model"]["w"].tolist() == [1.5, 1.5] and loaded["ema"]["w"].tolist() == [15, 15]

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from pma_megatron.formats.base import MAIN_PARAM
@@ -134,8 +135,11 @@ def _root(container: Path) -> Path:
 def _weights(paths: Mapping[str, Path], trained: Iterable[str]) -> dict[str, str]:
     """The model's tensors: those beside the optimizer's parameters, else by customary names."""
     known = set(trained)
-    found = Counter(path[:-1] for path in paths.values() if path[-1:] and path[-1] in known)
-    containers = [c for c, _ in found.most_common()] or _customary(paths.values())
+    containers = _holding(known, paths.values())
+    if not containers:  # parameters have numbers there: the model is known by its customary name
+        models = _customary(paths.values())
+        entries = (p for p in paths.values() if len(p) > 1 and p[:-1] in models)
+        containers = [*models, *_holding({p[-1] for p in entries}, paths.values())]
     weights: dict[str, str] = {}
     taken: set[str] = set()
     for container in sorted(containers, key=lambda c: not _is_model(c)):
@@ -146,6 +150,12 @@ def _weights(paths: Mapping[str, Path], trained: Iterable[str]) -> dict[str, str
                 weights[key if name in weights else name] = key  # a second model: an average of it
                 taken.add(key)
     return weights
+
+
+def _holding(names: AbstractSet[str | int], paths: Iterable[Path]) -> list[Path]:
+    """Dictionaries that hold entries of these names, the fullest one first."""
+    found = Counter(path[:-1] for path in paths if path[-1:] and path[-1] in names)
+    return [container for container, _ in found.most_common()]
 
 
 def _is_model(container: Path) -> bool:

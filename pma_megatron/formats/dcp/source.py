@@ -65,9 +65,23 @@ def read_source(path: str, ranges: FlatMap, main_params: bool, peers: Sequence[s
         stamps=stamps_of(checkpoint.path),
         counted_steps=checkpoint.counted,
     )
-    exact = {name for name in rounded if name in states.get(MAIN_PARAM, {})}
-    note = _note(path, [name for name in rounded if name not in exact])
-    return replace(source, notes=(note,)) if note and main_params else source
+    exact = states.get(MAIN_PARAM, {})
+    told = [_second_model(checkpoint)]
+    if main_params:
+        told.append(_note(path, [name for name in rounded if name not in exact]))
+    return replace(source, notes=tuple(note for note in told if note))
+
+
+def _second_model(checkpoint: DcpCheckpoint) -> str | None:
+    """Of tensors that keep the name of their dictionary, for another has such names too."""
+    weights, paths = checkpoint.names.weights, checkpoint.paths
+    second = [name for name, key in weights.items() if name == key and len(paths[key]) > 1]
+    if not second:
+        return None
+    return (
+        f"{checkpoint.path} holds a second model ({second[0]}, {len(second)} in all): it is "
+        "averaged as the first is, under its own name"
+    )
 
 
 def _states(
