@@ -148,10 +148,13 @@ class Accumulator:
         return Work(unit, sums, tuple(inputs), proof, outputs)
 
     def sums_of(self, task: Average) -> tuple[Sum, ...]:
-        """How each output sums this task."""
+        """How each output sums this task: what is stored in float64 in float64."""
+        sums = self.sums
         if task.kept:
-            return (Sum((1.0,) * len(self.plan.sources), 1.0, torch.float32),) * len(self.writers)
-        return self.sums
+            sums = (Sum((1.0,) * len(self.plan.sources), 1.0, torch.float32),) * len(self.writers)
+        if torch.float64 in task.dtypes:
+            return tuple(replace(how, dtype=torch.float64) for how in sums)
+        return sums
 
     def read(
         self, work: Work, block: Box, first: int, into: Sequence[BlockBuffer], space: Workspace

@@ -9,8 +9,9 @@ not know, with torch. Both give the same bits, and so does every instruction set
     average  the sum divided by the divisor, unless that is 1; as float32
     output   the average in each wanted dtype, to nearest, ties to even
 
-Sums are float32, or float64 where the coefficients are not exact in float32. A NaN stays a NaN, but
-which one is not defined (torch writes another bfloat16 with AVX2 than without).
+Sums are float32, or float64 where a tensor is, or where the coefficients are not exact in float32.
+A NaN stays a NaN, but which one is not defined (torch writes another bfloat16 with AVX2 than
+without).
 """
 
 from __future__ import annotations

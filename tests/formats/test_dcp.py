@@ -269,6 +269,25 @@ def test_a_second_copy_of_the_model_is_averaged_under_its_own_name(
     assert set(source.space.weights) == {"w", "ema.w"} and MAIN_PARAM not in source.space.states
 
 
+def test_float64_is_averaged_in_float64(tmp_path: Path) -> None:
+    def make(iteration: int) -> dict[str, Any]:
+        exact = torch.arange(5, dtype=torch.float64) / 7 + 2.0**24 + iteration
+        return {"model": {"count": exact, "w": torch.ones(3) * iteration}}
+
+    for ranks in (1, 2):
+        asked = request(steps(tmp_path / f"{ranks}" / "run", make))
+        (output,) = run_ranks(_merged, ranks, asked)[0]
+        loaded = make(7)
+        dcp.load(loaded, checkpoint_id=output, no_dist=True)
+        mean = (make(1)["model"]["count"] + make(2)["model"]["count"]) / 2
+        error = (loaded["model"]["count"] - mean).abs()
+        assert bool((error <= 2.0**-51 * mean).all()), error
+
+
+def _merged(rank: int, world_size: int, asked: MergeRequest) -> tuple[str, ...]:
+    return merge(asked).outputs
+
+
 # What Megatron writes by DCP alone: `--ckpt-format torch_dcp` and `fsdp_dtensor`.
 
 
