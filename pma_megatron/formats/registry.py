@@ -18,6 +18,7 @@ from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.contract import Format
 from pma_megatron.formats.dcp import format as dcp
 from pma_megatron.formats.dcp.checkpoint import parts_of
+from pma_megatron.formats.dcp.metadata import METADATA_FILE
 from pma_megatron.formats.deepspeed import format as deepspeed
 from pma_megatron.formats.deepspeed import universal
 from pma_megatron.formats.json_files import read_json
@@ -106,15 +107,22 @@ def _detect(path: Path) -> str:
     has_ranks = any(path.glob("*optim_states.pt"))
     if not has_ranks and any((path / universal.FOLDER).glob(f"*/{universal.MASTER}.pt")):
         return UNIVERSAL
+    has_common = (path / "common.pt").is_file()
+    if not (has_ranks or has_common) and any(_is_whole_part(path / p) for p in parts_of(path)):
+        return TORCH_DCP  # whatever else lies there
     if any(path.glob("*model_states.pt")) or has_ranks:
         return DEEPSPEED
-    if (path / "common.pt").is_file():
+    if has_common:
         return TORCH_DIST
     if parts_of(path):
         return TORCH_DCP
     if holds_model(path):
         return SAFETENSORS
     return PICKLED if holds_pickled_model(path) else "unknown"
+
+
+def _is_whole_part(folder: Path) -> bool:
+    return (folder / METADATA_FILE).is_file() and any(folder.glob("*.distcp"))
 
 
 def get(name: str, path: str) -> Format:

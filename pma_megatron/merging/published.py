@@ -119,8 +119,8 @@ def published(path: str | Path) -> Path:
     folder = _marked(Path(path)).absolute()
     if not is_folder(folder):
         raise CheckpointError(
-            f"{folder} is not a folder: give a merge (iter_* or a DeepSpeed tag), or the folder "
-            "above it, which it was saved in"
+            f"{folder} is not a folder: give a merge (iter_*, a DeepSpeed tag, step-*, "
+            "checkpoint-*, a model), or the folder above it, which it was saved in"
         )
     if not (folder / MARKER_FILE).is_file():
         below = sorted(child.parent.name for child in folder.glob(f"*/{MARKER_FILE}"))

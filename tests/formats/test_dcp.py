@@ -178,6 +178,16 @@ def test_a_save_that_was_cut_off_before_its_optimizer_is_no_newest_source(
     assert plan(request(run, policy=Policy(optimizer_state="drop"))).rules
 
 
+def test_one_foreign_file_does_not_decide_the_format(
+    runs: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(runs[0] / ACCELERATE / "checkpoint-4", tmp_path / "checkpoint-4"))
+    (folder / "mp_rank_00_model_states.pt").write_bytes(b"of another trainer")
+    assert registry.detect(folder) == "torch_dcp"
+    (ref,) = list_checkpoints(tmp_path)
+    assert ref.complete
+
+
 def test_formats_are_not_mixed(run: Path, tmp_path: Path) -> None:
     """A root in which two trainers saved."""
     archive = Path(__file__).parents[1] / "golden" / "main-fully_reshardable-dense.tar.xz"
