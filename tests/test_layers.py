@@ -105,6 +105,7 @@ INSIDE = {
     """,
     "merging": """
         cards coefficients folder_checksums locks policy tasks tolerance
+        padding
         agreement request sums
         accumulate
         engine entry_rules finding

@@ -19,6 +19,38 @@ if TYPE_CHECKING:
 MAIN_PARAM = "param"
 """State name of the float32 main parameters."""
 
+_VOCABULARY = ("word_embeddings.weight", "output_layer.weight")
+
+
+def is_vocabulary(key: str) -> bool:
+    """True for Megatron's tensors with a row per token: embedding and output layer.
+
+    >>> is_vocabulary("embedding.word_embeddings.weight"), is_vocabulary("decoder.norm.weight")
+    (True, False)
+    """
+    return key.endswith(_VOCABULARY)
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """How a checkpoint's arguments say that its vocabulary was padded.
+
+    Attributes:
+        padded_size: rows of its embedding.
+        multiple: of what that is one: `make_vocab_size_divisible_by` times the tensor parallel
+            size.
+        told: arguments that must be alike where tokens are, as text: `vocab_size`, the tokenizer.
+    """
+
+    padded_size: int
+    multiple: int
+    told: Mapping[str, str]
+
+    @property
+    def fewest(self) -> int:
+        """Fewest tokens that are padded to that size."""
+        return self.padded_size - self.multiple + 1
+
 
 @dataclass(frozen=True, slots=True)
 class Incomplete:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from pma_megatron.base.openfiles import passing
-from pma_megatron.formats.base import MAIN_PARAM, ModelSpace, Tensor
+from pma_megatron.formats.base import MAIN_PARAM, ModelSpace, Tensor, Vocabulary
 
 _EXPERTS = ".experts."
 
@@ -40,6 +40,7 @@ class Source:
         settings: of the model's configuration, what all sources must agree in, as text.
         counted_steps: stored key of a counter of the optimizer's -> what it says, where there is
             one by parameter.
+        vocabulary: how its arguments say that its vocabulary was padded; None if they do not.
         unnamed: optimizer buffers by stored key, where main params were not wanted; they tell
             sources apart, and then they are let go.
     """
@@ -63,6 +64,7 @@ class Source:
     buffers: frozenset[str] = frozenset()
     settings: Mapping[str, str] = field(default_factory=dict)
     counted_steps: Mapping[str, int] = field(default_factory=dict)
+    vocabulary: Vocabulary | None = None
 
     def is_frozen(self, key: str) -> bool:
         """Whether its optimizer trains, and not this parameter: then its weight is its value."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pma_megatron.errors import CheckpointError, PlanError
+from pma_megatron.formats.base import is_vocabulary
 from pma_megatron.formats.source import Source
 from pma_megatron.identity.consumed_samples import refuse_contradictions
 from pma_megatron.identity.copies import Contents, contents_of, refuse_copies
@@ -29,7 +30,8 @@ class Evidence:
     """What one source shows to be compared with the others; small enough to be sent around.
 
     Attributes:
-        model: SHA-256 of the names and shapes of its weights.
+        model: SHA-256 of the names and shapes of its weights; rows that may pad the vocabulary do
+            not count.
         contents: checksums of its files.
         places: where all sources are looked at.
         values: what it holds there.
@@ -110,5 +112,8 @@ def refuse_strangers(
 
 
 def _model(source: Source) -> str:
-    shapes = sorted((key, tensor.shape) for key, tensor in source.space.weights.items())
+    shapes = sorted(
+        (key, tensor.shape[1:] if is_vocabulary(key) else tensor.shape)
+        for key, tensor in source.space.weights.items()
+    )
     return hashlib.sha256(repr(shapes).encode()).hexdigest()

@@ -150,7 +150,7 @@ def refuse_other_model(
         for state in states if live.trained else [WEIGHT]:
             for place in live.places:
                 for number in active:
-                    _stored(plan.sources[number], state, place.key)
+                    _check_shape(plan.sources[number], state, place.key, place.global_shape)
                 _check_shape(plan.sources[-1], state, place.key, place.global_shape)
 
 
@@ -249,7 +249,8 @@ def _check_shape(source: Source, state: str, key: str, shape: tuple[int, ...]) -
     padded = vocabulary and found[1:] == shape[1:]
     hint = (
         "the vocabulary is padded otherwise: set --make-vocab-size-divisible-by (and the tensor "
-        "parallel size it depends on) as in the run that wrote it"
+        "parallel size it depends on) as in the run that wrote it, or average offline, where "
+        "sources may be padded otherwise than each other, and load the result"
         if padded
         else "it is a checkpoint of another model"
     )

@@ -14,6 +14,7 @@ from pma_megatron.errors import PlanError
 from pma_megatron.formats import registry
 from pma_megatron.formats.base import Payload, Tensor
 from pma_megatron.formats.source import Source
+from pma_megatron.merging.padding import between
 from pma_megatron.merging.policy import MAIN
 
 _ROUNDED = (torch.bfloat16, torch.float16)
@@ -129,8 +130,18 @@ def _converted(source: Source, base: Source) -> str:
     return f". If they are of one model, {hint.format(tag=source.path)}" if hint else ""
 
 
-def matching(source: Source, base: Source, wanted: Tensor, state: str, key: str) -> Tensor:
+def matching(
+    source: Source, base: Source, wanted: Tensor, state: str, key: str, *, rows: int | None = None
+) -> Tensor:
     """The same tensor in another source. Only a snapshot may hold it in another dtype.
+
+    Args:
+        source: the other one.
+        base: the newest.
+        wanted: the tensor in the newest, its first `rows` rows where that is given.
+        state: `weight`, `param` or a moment.
+        key: of the model tensor.
+        rows: which all sources have of it, see `padding.common_rows`.
 
     Raises:
         PlanError: it is not there, differs in shape or dtype, or is not whole.
@@ -143,6 +154,8 @@ def matching(source: Source, base: Source, wanted: Tensor, state: str, key: str)
             f"{source.path} ({source.topology}, optimizer layout {source.space.kind}) has no "
             f"{label} {key}. " + _instead(source, state, key)
         )
+    if rows is not None and found.shape[0] > rows:
+        found = between(found, 0, rows)
     stands_in = source.snapshot or base.snapshot or (state == MAIN and source.is_frozen(key))
     either_dtype = stands_in and {found.dtype, wanted.dtype} <= {*AVERAGED}
     for what, theirs, ours in (

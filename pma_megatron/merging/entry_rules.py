@@ -24,6 +24,7 @@ from pma_megatron.merging.agreement import (
     refuse_rounded,
     weights_alone,
 )
+from pma_megatron.merging.padding import common_rows, explained, parts
 from pma_megatron.merging.policy import MAIN, Action, Entry, Rule, unmatched
 from pma_megatron.merging.request import MergeRequest
 from pma_megatron.merging.tasks import Average, Keep, Task, Zero, untouched
@@ -90,7 +91,8 @@ def decide(
     model = next((s for s in reversed(sources) if not s.snapshot), base)
     entries = list(_entries(sources))
     unmatched(policy, entries)
-    rules = {(entry.state, entry.key): policy.decide(entry) for entry in entries}
+    decided = {(entry.state, entry.key): policy.decide(entry) for entry in entries}
+    rules = explained(sources, decided)
     if policy.optimizer_state in ("average", "reset") and not base.optimizer_keys:
         raise UsageError(
             f"{given('optimizer_state', policy.optimizer_state)}: {base.path} holds no optimizer "
@@ -263,7 +265,7 @@ class _Builder:
             for payload in (p.payload for p in (*tensor.pieces, *tensor.replicas)):
                 self.zeros[payload] = Zero(self.layout.places[payload], 0, payload.numel)
         elif rule.action is not Action.ROUND and (written or rounded or further):
-            self.averages.append(self._average(state, key, tensor, written, rounded, further))
+            self.averages += self._averages(state, key, tensor, written, rounded, further)
 
     def _is_rounded(self, key: str) -> bool:
         """Whether the checkpoint that is written stores a weight rounded from its main params."""
@@ -279,7 +281,7 @@ class _Builder:
             own = rules.get(("weight", key), _FROZEN).action
         return own is Action.NEWEST
 
-    def _average(
+    def _averages(
         self,
         state: str,
         key: str,
@@ -287,10 +289,9 @@ class _Builder:
         written: bool,
         rounded: bool,
         further: Sequence[Piece[Destination]],
-    ) -> Average:
+    ) -> Iterator[Average]:
         base = self.sources[-1]
         kept = self._stays(state, key)
-        numbers = (len(self.sources) - 1,) if kept else tuple(self.active)
         targets, target_bytes = self._placed(tensor) if written else [], 0
         if written:
             target_bytes += tensor.dtype.itemsize
@@ -303,17 +304,29 @@ class _Builder:
             check_covers(base, key, PieceIndex(tensor.pieces), further)
             targets += further
             target_bytes += further[0].payload.dtype.itemsize
-        return average_task(
-            base,
-            state,
-            key,
-            lead=tensor.pieces,
-            numbers=numbers,
-            tensors=[matching(self.sources[i], base, tensor, state, key) for i in numbers],
-            targets=targets,
-            target_bytes=target_bytes,
-            kept=kept,
-        )
+        rows = None if kept else common_rows(self.sources, state, key)
+        for part, beyond in parts(tensor, rows):
+            stays = kept or beyond
+            numbers = (len(self.sources) - 1,) if stays else tuple(self.active)
+            found = (
+                [tensor]
+                if beyond
+                else [
+                    matching(self.sources[number], base, part, state, key, rows=rows)
+                    for number in numbers
+                ]
+            )
+            yield average_task(
+                base,
+                state,
+                key,
+                lead=part.pieces,
+                numbers=numbers,
+                tensors=found,
+                targets=targets,
+                target_bytes=target_bytes,
+                kept=stays,
+            )
 
     def _placed(self, tensor: Tensor) -> list[Piece[Destination]]:
         placed = []

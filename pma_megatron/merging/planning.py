@@ -24,6 +24,7 @@ from pma_megatron.merging.agreement import frozen_notes
 from pma_megatron.merging.entry_rules import Decisions, PolicyRow, Rules, decide, make_tasks
 from pma_megatron.merging.exporting import ModelExport, carried, plan_export
 from pma_megatron.merging.finding import all_refs, pointers
+from pma_megatron.merging.padding import padding_notes
 from pma_megatron.merging.policy import MAIN
 from pma_megatron.merging.request import MergeRequest, Output, in_its_words
 from pma_megatron.merging.tasks import Unit, Workload, units
@@ -343,15 +344,14 @@ def _assemble(
 ) -> MergePlan:
     save, beside = saved
     further = {} if export is None else export.further
-    tasks = make_tasks(
-        found.sources, found.active, decisions, layouts.get(Folder.CHECKPOINT), further
-    )
+    checkpoint = layouts.get(Folder.CHECKPOINT)
+    tasks = make_tasks(found.sources, found.active, decisions, checkpoint, further)
     more = [] if export is None else carried(export, found.sources[-1])
     work = units([*tasks, *more])
     told = [*(note for each in layouts.values() for note in each.notes)]
     told += [] if export is None else export.notes
-    said = (*found.selection.notes, *frozen_notes(found.sources))
-    said = (*said, *notes(str(save.folder), beside), *told)
+    of_sources = (*frozen_notes(found.sources), *padding_notes(found.sources, decisions.rules))
+    said = (*found.selection.notes, *of_sources, *notes(str(save.folder), beside), *told)
     return MergePlan(
         request=request,
         selection=replace(found.selection, notes=said),

@@ -18,6 +18,7 @@ from pma_megatron.base.comm import Comm
 from pma_megatron.errors import VerifyError
 from pma_megatron.formats.base import Payload, Tensor
 from pma_megatron.formats.source import Source
+from pma_megatron.merging.padding import parts
 from pma_megatron.merging.planning import MergePlan
 from pma_megatron.merging.policy import MAIN, Action
 from pma_megatron.merging.request import Output
@@ -27,6 +28,7 @@ from pma_megatron.merging.verification import (
     map_notes,
     open_merged,
     origin_of,
+    rows_averaged,
     tensor_of,
 )
 from pma_megatron.transfer.blocks import BlockReader, readers
@@ -117,8 +119,9 @@ class _Check:
         for (state, key), rule in self.plan.rules.items():
             if state == "object" or rule.action is Action.DROP:
                 continue
-            found = self._state(state, key, rule.action)
-            yield found, self._slices(found.stored)
+            stored = tensor_of(self.merged, state, key)
+            for part, padding in parts(stored, rows_averaged(self.plan, state, key)):
+                yield self._state(state, key, rule.action, padding), self._slices(part)
 
     def _slices(self, tensor: Tensor) -> Iterator[tuple[Piece[Payload] | None, Box]]:
         for copy, pieces in ((False, tensor.pieces), (True, tensor.replicas)):
@@ -127,14 +130,16 @@ class _Check:
                     for box in slices(piece.box, SLICE_ELEMENTS):
                         yield (piece if copy else None), box
 
-    def _state(self, state: str, key: str, action: Action) -> _State:
+    def _state(self, state: str, key: str, action: Action, padding: bool) -> _State:
         plan, last = self.plan, len(self.plan.sources) - 1
         stored = tensor_of(self.merged, state, key)
         origin = origin_of(plan, state, key)
         mains = self.merged.space.states.get(MAIN, {})
         main = mains.get(key) if state == "weight" and origin == MAIN else None
-        kept = action is Action.NEWEST or (
-            action is Action.ROUND and plan.rules[MAIN, key].action is Action.NEWEST
+        kept = (
+            padding
+            or action is Action.NEWEST
+            or (action is Action.ROUND and plan.rules[MAIN, key].action is Action.NEWEST)
         )
         values = [(last, 1.0)] if kept else [(n, w) for n, w in enumerate(self.output.values) if w]
         if action is Action.ZERO:

@@ -22,6 +22,7 @@ from pma_megatron.errors import CheckpointError, PlanError, VerifyError
 from pma_megatron.formats import registry
 from pma_megatron.formats.base import Tensor
 from pma_megatron.formats.source import Source
+from pma_megatron.merging.padding import common_rows, parts
 from pma_megatron.merging.planning import MergePlan
 from pma_megatron.merging.policy import MAIN, Action
 from pma_megatron.merging.request import Output
@@ -136,17 +137,30 @@ def _samples(plan: MergePlan, count: int) -> Iterator[Sample]:
     per_tensor = max(1, count // max(len(tensors), 1))
     for state, key, _ in tensors:
         tensor = tensor_of(base, "weight" if state == "weight" else state, key)
-        pieces = [piece for piece in tensor.pieces if piece.box.numel]
+        rows = rows_averaged(plan, state, key)
+        pieces = [
+            (piece, padding)
+            for part, padding in parts(tensor, rows)
+            for piece in part.pieces
+            if piece.box.numel
+        ]
         kept = plan.rules.get((MAIN, key)) is not None and (
             plan.rules[MAIN, key].action is Action.NEWEST
         )
-        for piece in draw.sample(pieces, min(per_tensor, len(pieces))):
+        for piece, padding in draw.sample(pieces, min(per_tensor, len(pieces))):
             boxes = (
                 list(slices(piece.box, SAMPLE_ELEMENTS))
                 if piece.box.numel < 1 << 24
                 else [next(slices(piece.box, SAMPLE_ELEMENTS))]
             )
-            yield Sample(state, key, draw.choice(boxes), kept)
+            yield Sample(state, key, draw.choice(boxes), kept or padding)
+
+
+def rows_averaged(plan: MergePlan, state: str, key: str) -> int | None:
+    """How many first rows of a tensor are averaged; None for all of them."""
+    rule = plan.rules[state, key]
+    averaged = rule.action in (Action.AVERAGE, Action.ROUND)
+    return common_rows(plan.sources, state, key) if averaged else None
 
 
 def tensor_of(source: Source, state: str, key: str) -> Tensor:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pma_megatron.errors import CheckpointError, PlanError
+from pma_megatron.formats.base import Vocabulary
 from pma_megatron.formats.fingerprints import holds
 from pma_megatron.formats.flat import FlatMap
 from pma_megatron.formats.marker import read_snapshot_marker
@@ -81,7 +82,29 @@ def read_source(path: str, ranges: FlatMap, main_params: bool, peers: Sequence[s
         snapshot=read_snapshot_marker(folder) is not None,
         quantized=any(args.get(name) for name in buckets.QUANTIZED),
         unnamed={} if main_params else buffers_of(checkpoint),
+        vocabulary=_vocabulary(args),
     )
+
+
+_TOKENS = (
+    "vocab_size",
+    "vocab_extra_ids",
+    "tokenizer_type",
+    "tokenizer_model",
+    "vocab_file",
+    "merge_file",
+    "tiktoken_num_special_tokens",
+)
+"""Arguments of Megatron that decide which tokens there are."""
+
+
+def _vocabulary(args: Mapping[str, Any]) -> Vocabulary | None:
+    names = "padded_vocab_size", "make_vocab_size_divisible_by", "tensor_model_parallel_size"
+    padded, divisor, ranks = (args.get(name) for name in names)
+    if not (is_count(padded) and is_count(divisor) and is_count(ranks)):
+        return None
+    told = {name: str(args.get(name))[:200] for name in _TOKENS}
+    return Vocabulary(padded, divisor * ranks, told)
 
 
 def _topology(args: Mapping[str, Any]) -> str:
