@@ -14,7 +14,7 @@ import pytest
 
 from pma_megatron import list_checkpoints
 from pma_megatron.cli.flags import parser
-from pma_megatron.megatron import flags
+from pma_megatron.megatron import argument_parser
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 TRAINING = ("megatron_pma_init.sh", "megatron_pma_save_eval.sh", "megatron_recover.sh")
@@ -36,7 +36,7 @@ def dry_run(name: str, *arguments: str) -> list[list[str]]:
 
 def known_flags() -> set[str]:
     """Every flag that is added to Megatron's."""
-    made = flags.add_arguments(argparse.ArgumentParser(add_help=False))
+    made = argument_parser.add_arguments(argparse.ArgumentParser(add_help=False))
     return {option for action in made._actions for option in action.option_strings}
 
 
@@ -62,7 +62,7 @@ def test_training_scripts_start_the_launcher_with_flags_that_work(name: str) -> 
     for flag in ("--save", "--load", "--save-interval"):
         megatron.add_argument(flag)
     megatron.add_argument("--use-distributed-optimizer", action="store_true")
-    args, _ = flags.add_arguments(megatron).parse_known_args(command[start + 2 :])
+    args, _ = argument_parser.add_arguments(megatron).parse_known_args(command[start + 2 :])
     assert flags.enabled(args)
     flags.validate(args)
 
