@@ -19,7 +19,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 from pma_megatron.cli.flags import parser
-from pma_megatron.megatron import flags
+from pma_megatron.megatron import argument_parser
 from pma_megatron.megatron.flags import USED_BY
 
 ROOT = Path(__file__).parents[2]
@@ -110,7 +110,7 @@ def verbs() -> dict[str, argparse.ArgumentParser]:
 
 def megatron_flags() -> str:
     """The page of the flags that a Megatron script gets."""
-    made = flags.add_arguments(argparse.ArgumentParser(add_help=False))._actions
+    made = argument_parser.add_arguments(argparse.ArgumentParser(add_help=False))._actions
     others = flags.add_deepspeed_arguments(argparse.ArgumentParser(add_help=False))._actions
     shared = {action.dest for action in others}
     lines = [

@@ -281,12 +281,12 @@ def test_the_scripts_own_exit_and_errors_are_its_own(tree: Path, tmp_path: Path)
 _LOGGING_HOOKS = """
 import contextlib, json, os, sys
 import pma_megatron.megatron
-from pma_megatron.megatron import flags
+from pma_megatron.megatron import argument_parser
 def _say(*event):
     with open(os.environ["EVENTS"] + os.environ["RANK"], "a") as file:
         file.write(json.dumps(event) + "\\n")
 def validate(args):
-    flags.validate(args)
+    argument_parser.validate(args)
     _say("validate")
 def ready(model, optimizer, opt_param_scheduler):
     _say("ready", len(model), hasattr(optimizer, "step"), hasattr(opt_param_scheduler, "step"))
@@ -343,9 +343,9 @@ def test_pretrain_gpt_calls_every_hook(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(TREE is None, reason="MEGATRON_LM_PATH names no Megatron-LM tree")
 def test_pretrain_gpt_says_what_is_refused_before_it_builds_a_model(tmp_path: Path) -> None:
-    hooks = "def validate(args):\n    flags.validate(args)\n"
+    hooks = "def validate(args):\n    argument_parser.validate(args)\n"
     (tmp_path / "refusing_hooks.py").write_text(
-        "import sys\nimport pma_megatron.megatron\nfrom pma_megatron.megatron import flags\n"
+        "import sys\nimport pma_megatron.megatron\nfrom pma_megatron.megatron import argument_parser\n"
         f"{hooks}pma_megatron.megatron.hooks = sys.modules[__name__]\n"
     )
     with pytest.raises(PretrainFailure) as caught:

@@ -63,8 +63,8 @@ def test_training_scripts_start_the_launcher_with_flags_that_work(name: str) -> 
         megatron.add_argument(flag)
     megatron.add_argument("--use-distributed-optimizer", action="store_true")
     args, _ = argument_parser.add_arguments(megatron).parse_known_args(command[start + 2 :])
-    assert flags.enabled(args)
-    flags.validate(args)
+    assert argument_parser.enabled(args)
+    argument_parser.validate(args)
 
 
 @pytest.mark.parametrize("name", MERGING)

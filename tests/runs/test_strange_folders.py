@@ -22,7 +22,7 @@ from pma_megatron import (
 from pma_megatron.cli import main
 from pma_megatron.deepspeed.options import Options
 from pma_megatron.errors import UsageError
-from pma_megatron.megatron import flags
+from pma_megatron.megatron import argument_parser
 from pma_megatron.spikes.metrics import read_metrics
 
 ADDRESS = "s3://bucket/run"
@@ -98,7 +98,7 @@ def test_formats_that_are_not_read(capsys: pytest.CaptureFixture[str], run: Path
 
 
 def settings_of(text: str) -> Callable[[], object]:
-    return lambda: flags.settings(parse(text))
+    return lambda: argument_parser.settings(parse(text))
 
 
 @pytest.mark.parametrize("address", [ADDRESS, "gs://b", "msc://profile/run", "file:///ckpts/run"])
@@ -183,7 +183,7 @@ def test_nothing_is_no_folder(
         lambda: read_metrics(""),
         lambda: Options(paths=["", ("", "global_step1")]).request(run, None),
         lambda: Options(last=2).request("", None),
-        lambda: flags.settings(parse("--pma-save --pma-save-dir=")),
+        lambda: argument_parser.settings(parse("--pma-save --pma-save-dir=")),
     ):
         with pytest.raises(UsageError, match="is empty"):
             call()
