@@ -248,6 +248,7 @@ FOREIGN = {
     "Megatron": {
         "--async-save",
         "--check-for-nan-in-loss-and-grad",
+        "--make-vocab-size-divisible-by",
         "--ckpt-format",
         "--ckpt-step",
         "--dataloader-save",

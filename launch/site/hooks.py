@@ -110,8 +110,8 @@ def verbs() -> dict[str, argparse.ArgumentParser]:
 
 def megatron_flags() -> str:
     """The page of the flags that a Megatron script gets."""
-    made = argument_parser.add_arguments(argparse.ArgumentParser(add_help=False))._actions
-    others = flags.add_deepspeed_arguments(argparse.ArgumentParser(add_help=False))._actions
+    both = argument_parser.add_arguments, argument_parser.add_deepspeed_arguments
+    made, others = (add(argparse.ArgumentParser(add_help=False))._actions for add in both)
     shared = {action.dest for action in others}
     lines = [
         "# Megatron flags",

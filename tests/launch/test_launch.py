@@ -345,7 +345,8 @@ def test_pretrain_gpt_calls_every_hook(tmp_path: Path) -> None:
 def test_pretrain_gpt_says_what_is_refused_before_it_builds_a_model(tmp_path: Path) -> None:
     hooks = "def validate(args):\n    argument_parser.validate(args)\n"
     (tmp_path / "refusing_hooks.py").write_text(
-        "import sys\nimport pma_megatron.megatron\nfrom pma_megatron.megatron import argument_parser\n"
+        "import sys\nimport pma_megatron.megatron\n"
+        "from pma_megatron.megatron import argument_parser\n"
         f"{hooks}pma_megatron.megatron.hooks = sys.modules[__name__]\n"
     )
     with pytest.raises(PretrainFailure) as caught:
