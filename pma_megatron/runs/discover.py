@@ -20,6 +20,7 @@ from pma_megatron.runs.folders import ITERATION, is_checkpoint, what_is
 from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.runs.selection import Selection, select
 from pma_megatron.runs.selection_request import SelectionRequest
+from pma_megatron.runs.torn import torn_saves
 from pma_megatron.runs.trackers import Pointer, read_pointers
 
 TRACKER_FILE = registry.get(registry.TORCH_DIST, "").tracker.file or ""
@@ -68,6 +69,9 @@ def list_checkpoints(
                 refs[folder.name] = thin
     around = [*saved_below(root, refs), *(() if refs else _tags_with_own_roots(root))]
     refs |= {str(folder): describe(folder, history) for folder in around}
+    at = {ref.path: key for key, ref in refs.items()}
+    torn = list(torn_saves(root, refs.values()))
+    refs |= {at.get(ref.path, ref.path): ref for ref in torn}
     ordered = sorted(
         refs.values(), key=lambda ref: (ref.iteration is None, ref.iteration or 0, ref.path)
     )

@@ -21,9 +21,15 @@ from pma_megatron.testing import run_ranks
 from pma_megatron.testing.tiny_deepspeed import DeepSpeedConfig
 
 
-def test_tags_below_numbered_folders_are_one_run(tmp_path: Path) -> None:
-    flat, out = tmp_path / "flat", tmp_path / "out"
-    run_ranks(train, 2, {str(flat): DeepSpeedConfig(stage=2)}, timeout_s=200)
+@pytest.fixture(scope="module")
+def flat(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("flat") / "run"
+    run_ranks(train, 2, {str(root): DeepSpeedConfig(stage=2)}, timeout_s=200)
+    return root
+
+
+def test_tags_below_numbered_folders_are_one_run(flat: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
     for number, name in ((2, "checkpoint-2"), (4, "checkpoint_4"), (6, "checkpoint-6")):
         shutil.copytree(tag(flat, number), tag(out / name, number))
         (out / name / "latest").write_text(f"global_step{number}")
@@ -40,6 +46,50 @@ def test_tags_below_numbered_folders_are_one_run(tmp_path: Path) -> None:
         assert {n for n in flat_file if mine[n] != flat_file[n]} <= {"data.pkl"}  # sources' paths
         assert set(mine) == set(flat_file)
     assert (ours.parent / "latest").read_text() == "global_step6"
+
+
+AROUND = {
+    "trainer": ("checkpoint-{}", "global_step{}", "trainer_state.json"),
+    "accelerate": ("checkpoint_{}", "pytorch_model", "random_states_0.pkl"),
+    "lightning": ("epoch=0-step={}.ckpt", "checkpoint", "latest"),
+}
+
+
+def surrounded(flat: Path, root: Path, kind: str) -> dict[int, Path]:
+    """Tags in the folders of a trainer, with the files by which that is known."""
+    folder, inside, marker = AROUND[kind]
+    found = {}
+    for number in (2, 4, 6):
+        # Accelerate counts its saves from 0 where it names them itself.
+        called = number // 2 - 1 if kind == "accelerate" else number
+        found[number] = root / folder.format(called)
+        shutil.copytree(tag(flat, number), found[number] / inside.format(number))
+        (found[number] / "latest").write_text(inside.format(number))
+        if marker != "latest":
+            (found[number] / marker).write_text(f'{{"global_step": {number}}}')
+    return found
+
+
+@pytest.mark.parametrize("kind", AROUND)
+@pytest.mark.parametrize("lost", ["marker", "files of the checkpoint", "all"])
+def test_a_torn_newest_save_is_listed_by_number(
+    flat: Path, tmp_path: Path, kind: str, lost: str
+) -> None:
+    newest = surrounded(flat, tmp_path / "run", kind)[6]
+    inside = newest / AROUND[kind][1].format(6)
+    if lost == "marker":
+        (newest / AROUND[kind][2]).unlink()
+    elif lost == "all":
+        shutil.rmtree(newest)
+        newest.mkdir()
+    else:
+        for file in inside.iterdir():
+            file.unlink()
+    refs = list_checkpoints(tmp_path / "run")
+    assert [(ref.iteration, ref.complete) for ref in refs] == [(2, True), (4, True), (6, False)]
+    assert refs[-1].writing and newest in (Path(refs[-1].path), Path(refs[-1].path).parent)
+    why = str(refs[-1].incomplete_because)
+    assert AROUND[kind][2] in why if lost == "marker" else "cut off" in why
 
 
 def set_up(rank: int, world_size: int) -> None:

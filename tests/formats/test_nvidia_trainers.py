@@ -252,6 +252,31 @@ def test_copies_called_last_and_saves_that_have_not_ended(
         merge(request_for(run, run / five.name / "pma"))
 
 
+def test_a_torn_newest_save_is_listed_and_said(
+    trained: tuple[Path, list[list[dict[str, Any]]]], tmp_path: Path
+) -> None:
+    nemo = Path(shutil.copytree(trained[0] / "nemo", tmp_path / "nemo"))
+    (five,) = nemo.glob("*step=5*")
+    for name in ("metadata.json", "common.pt"):
+        (five / "weights" / name).unlink()
+    bridge = Path(shutil.copytree(trained[0] / "bridge", tmp_path / "bridge"))
+    (bridge / "iter_0000006" / "train_state.pt").unlink()
+    (bridge / store.TRACKER).write_text("4")
+    for root in (nemo, bridge):
+        refs = list_checkpoints(root)
+        assert [(ref.iteration, ref.complete) for ref in refs] == [(2, True), (4, True), (6, False)]
+        assert refs[-1].writing and "cut off" in str(refs[-1].incomplete_because)
+        assert refs[-1].consumed_tokens is None
+        report = merge(request_for(root, tmp_path / "out" / root.name))
+        assert report.plan["iteration"] == 4
+        assert refs[-1].path in json.dumps(report.plan)
+    shutil.rmtree(five / "weights")
+    assert [ref.iteration for ref in list_checkpoints(nemo)] == [2, 4, 6]
+    (bridge / store.TRACKER).write_text("6")
+    with pytest.raises(SelectionError, match=r"iter_0000006.*train_state\.pt"):
+        merge(request_for(bridge, tmp_path / "out" / "again"))
+
+
 def test_killed_between_the_files_of_a_root(
     trained: tuple[Path, list[list[dict[str, Any]]]], tmp_path: Path
 ) -> None:

@@ -51,6 +51,7 @@ TRAINER = Trainer(
     name="Hugging Face Trainer",
     formats=(FORMAT_NAME,),
     inside=re.compile(r"^global_step\d+$"),
+    leaves="trainer_state.json",
     is_its=lambda folder, checkpoint: (folder / "trainer_state.json").is_file(),
     side_files=(
         _POINTER,
@@ -67,6 +68,7 @@ ACCELERATE = Trainer(
     name="Accelerate",
     formats=(FORMAT_NAME,),
     inside=re.compile(r"^pytorch_model(?:_\d+)?$"),
+    leaves="random_states_0.pkl",
     is_its=_has_random_states,
     side_files=(
         _POINTER,
@@ -87,6 +89,7 @@ LIGHTNING = Trainer(
     name="Lightning",
     formats=(FORMAT_NAME,),
     inside=re.compile(r"^checkpoint$"),
+    leaves="latest",
     is_its=_is_lightning,
     side_files=(_POINTER, SideRule("zero_to_*.py", Fate.CARRIED, "a script of DeepSpeed")),
     names_inside=True,
