@@ -13,6 +13,7 @@ import torch
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 
+
 from conftest import digests
 from deepspeed_runs import check_masters, merge_run, records, tag, train
 from pma_megatron import list_checkpoints, verify
@@ -90,6 +91,35 @@ def test_a_torn_newest_save_is_listed_by_number(
     assert refs[-1].writing and newest in (Path(refs[-1].path), Path(refs[-1].path).parent)
     why = str(refs[-1].incomplete_because)
     assert AROUND[kind][2] in why if lost == "marker" else "cut off" in why
+
+
+@pytest.mark.parametrize(
+    ("state", "name", "said"),
+    [
+        ('{"global_step": 4}', "checkpoint-6", "says iteration 6, trainer_state.json in it 4"),
+        ('{"global_step": 4}', "six", "trainer_state.json says iteration 4, the tag beside it 6"),
+        ('{"global_step": 6}', "checkpoint-8", "says iteration 8, trainer_state.json in it 6"),
+        ('{"global_st', "checkpoint-6", "trainer_state.json"),
+        ('{"global_step": "six"}', "checkpoint-6", "global_step"),
+    ],
+)
+def test_state_of_another_save_than_the_tag(
+    flat: Path, tmp_path: Path, state: str, name: str, said: str
+) -> None:
+    newest = surrounded(flat, tmp_path / "run", "trainer")[6]
+    (newest / "trainer_state.json").write_text(state)
+    newest.rename(newest.with_name(name))
+    refs = list_checkpoints(tmp_path / "run")
+    assert [(ref.iteration, ref.complete) for ref in refs] == [(2, True), (4, True), (6, False)]
+    assert said in str(refs[-1].incomplete_because)
+
+
+def test_engines_count_may_lag_behind_the_trainers(flat: Path, tmp_path: Path) -> None:
+    newest = surrounded(flat, tmp_path / "run", "trainer")[6]
+    (newest / "trainer_state.json").write_text('{"global_step": 7}')
+    newest.rename(newest.with_name("checkpoint-7"))
+    refs = list_checkpoints(tmp_path / "run")
+    assert [(ref.iteration, ref.complete) for ref in refs] == [(2, True), (4, True), (6, True)]
 
 
 def set_up(rank: int, world_size: int) -> None:
