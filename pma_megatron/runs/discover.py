@@ -27,6 +27,9 @@ TRACKER_FILE = registry.get(registry.TORCH_DIST, "").tracker.file or ""
 _OWN_ROOT = re.compile(r"^checkpoint[-_]\d+$")
 """transformers/trainer_utils.py, PREFIX_CHECKPOINT_DIR; accelerate/accelerator.py, save_state."""
 
+_LAST = re.compile(r"^last(-v\d+)?\.ckpt$")
+"""lightning/pytorch/callbacks/model_checkpoint.py, CHECKPOINT_NAME_LAST and its versions."""
+
 
 def list_checkpoints(
     root: str | Path, *, problem: Callable[[str], None] | None = None
@@ -73,9 +76,35 @@ def list_checkpoints(
     torn = list(torn_saves(root, refs.values()))
     refs |= {at.get(ref.path, ref.path): ref for ref in torn}
     ordered = sorted(
-        refs.values(), key=lambda ref: (ref.iteration is None, ref.iteration or 0, ref.path)
+        _each_once(refs.values(), pointers),
+        key=lambda ref: (ref.iteration is None, ref.iteration or 0, ref.path),
     )
     return _only_newest_writing(ordered, pointers)
+
+
+def _each_once(
+    refs: Collection[CheckpointRef], pointers: Mapping[str, Pointer]
+) -> list[CheckpointRef]:
+    """Without links to others that are listed, unless a tracker names them, and Lightning's last.
+
+    Lightning copies its newest save, or links to it, as `last.ckpt`.
+    """
+    named = {pointer.named for pointer in pointers.values()}
+    links = {
+        ref.folder for ref in refs if Path(ref.folder).is_symlink() and _name(ref) not in named
+    }
+    real = {Path(ref.folder).resolve() for ref in refs if ref.folder not in links}
+    numbered = {ref.iteration for ref in refs if ref.complete and not _LAST.match(_name(ref))}
+    return [
+        ref
+        for ref in refs
+        if not (ref.folder in links and Path(ref.folder).resolve() in real)
+        and not (ref.complete and _LAST.match(_name(ref)) and ref.iteration in numbered)
+    ]
+
+
+def _name(ref: CheckpointRef) -> str:
+    return Path(ref.folder).name
 
 
 def _history(root: Path, problem: Callable[[str], None] | None) -> recovery_log.History:

@@ -13,6 +13,7 @@ import torch
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 
+from safetensors.torch import save_file
 
 from conftest import digests
 from deepspeed_runs import check_masters, merge_run, records, tag, train
@@ -120,6 +121,33 @@ def test_engines_count_may_lag_behind_the_trainers(flat: Path, tmp_path: Path) -
     newest.rename(newest.with_name("checkpoint-7"))
     refs = list_checkpoints(tmp_path / "run")
     assert [(ref.iteration, ref.complete) for ref in refs] == [(2, True), (4, True), (6, True)]
+
+
+@pytest.mark.parametrize("kind", AROUND)
+def test_a_final_model_beside_them_does_not_hide_the_saves(
+    flat: Path, tmp_path: Path, kind: str
+) -> None:
+    root = tmp_path / "run"
+    surrounded(flat, root, kind)
+    save_file({"w": torch.zeros(3)}, root / "model.safetensors")
+    (root / "config.json").write_text("{}")
+    found = [(ref.iteration, ref.complete) for ref in list_checkpoints(root)]
+    assert found == [(2, True), (4, True), (6, True)]
+
+
+@pytest.mark.parametrize("kind", AROUND)
+def test_links_and_copies_of_a_save_are_not_listed_twice(
+    flat: Path, tmp_path: Path, kind: str
+) -> None:
+    saves = surrounded(flat, tmp_path / "run", kind)
+    (tmp_path / "run" / "best").symlink_to(saves[4].name)
+    if kind == "lightning":
+        shutil.copytree(saves[6], tmp_path / "run" / "last.ckpt")
+    refs = list_checkpoints(tmp_path / "run")
+    assert [ref.folder for ref in refs] == [str(saves[n]) for n in (2, 4, 6)]
+    if kind == "lightning":
+        shutil.rmtree(saves[6])
+        assert [ref.iteration for ref in list_checkpoints(tmp_path / "run")] == [2, 4, 6]
 
 
 def set_up(rank: int, world_size: int) -> None:
