@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 
 from conftest import digests
 from deepspeed_runs import check_masters, merge_run, records, tag, train
-from pma_megatron import list_checkpoints, verify
+from pma_megatron import inspect, list_checkpoints, verify
+from pma_megatron.errors import CheckpointError
 from pma_megatron.merging.report import how_to_resume
 from pma_megatron.testing import run_ranks
 from pma_megatron.testing.tiny_deepspeed import DeepSpeedConfig
@@ -148,6 +149,13 @@ def test_links_and_copies_of_a_save_are_not_listed_twice(
     if kind == "lightning":
         shutil.rmtree(saves[6])
         assert [ref.iteration for ref in list_checkpoints(tmp_path / "run")] == [2, 4, 6]
+
+
+def test_inspect_names_a_folder_that_is_there(flat: Path, tmp_path: Path) -> None:
+    newest = surrounded(flat, tmp_path / "run", "trainer")[6]
+    with pytest.raises(CheckpointError, match=rf"for instance {newest} \("):
+        inspect(tmp_path / "run")
+    assert inspect(newest).ref.iteration == 6
 
 
 def set_up(rank: int, world_size: int) -> None:

@@ -25,7 +25,7 @@ from conftest import digests, request_for
 from oracle import assert_average, global_tensors
 from pma_megatron import MergeRequest, SelectionRequest, inspect, list_checkpoints, merge, verify
 from pma_megatron.cli import main
-from pma_megatron.errors import PublishError, SelectionError
+from pma_megatron.errors import PublishError, SelectionError, VerifyError
 from pma_megatron.merging.report import how_to_resume
 from pma_megatron.testing import TinyConfig, TinyTrainer, core_api, inject, run_ranks, store
 
@@ -288,6 +288,16 @@ def test_killed_between_the_files_of_a_root(
     assert not (tmp_path / "latest_train_state.pt").exists()
     merge(one)
     newest = root / "iter_0000004" / "train_state.pt"
+    copy = tmp_path / "latest_train_state.pt"
+    whole = copy.read_bytes()
+    copy.write_bytes((root / "iter_0000006" / "train_state.pt").read_bytes())
+    with pytest.raises(VerifyError, match=r"latest_train_state\.pt is not the same"):
+        verify(tmp_path)
+    copy.unlink()
+    with pytest.raises(VerifyError, match=r"latest_train_state\.pt is not there"):
+        verify(tmp_path / "iter_0000004")
+    copy.write_bytes(whole)
+    verify(tmp_path)
     assert (tmp_path / "latest_train_state.pt").read_bytes() == newest.read_bytes()
     assert not list(tmp_path.glob(".pma-*"))
 
