@@ -30,6 +30,9 @@ _OWN_ROOT = re.compile(r"^checkpoint[-_]\d+$")
 _LAST = re.compile(r"^last(-v\d+)?\.ckpt$")
 """lightning/pytorch/callbacks/model_checkpoint.py, CHECKPOINT_NAME_LAST and its versions."""
 
+_STAGE = re.compile(r"^(.*?stage[-_]?\d+(?:[-_]ingredient[-_]?\d+)?)[-_]", re.IGNORECASE)
+"""What comes before `stepN` where a model is trained in stages (`stage2-ingredient1-step1000`)."""
+
 
 def list_checkpoints(
     root: str | Path, *, problem: Callable[[str], None] | None = None
@@ -177,6 +180,8 @@ def choose(
     if not refs:
         raise SelectionError(what_is(root))
     _refuse_one_checkpoint(root, request)
+    if request.iterations is None and request.paths is None:
+        _refuse_stages(refs, request)
     pointer = _pointer(refs, request, pointers or {})
     named = None if pointer is None else pointer.named
     at = next((ref for ref in refs if Path(ref.path).name == named), None)
@@ -245,6 +250,21 @@ def _refuse_mixed(chosen: Sequence[CheckpointRef]) -> None:
             f"the average of {chosen[0].describe()} to {chosen[-1].describe()} mixes checkpoint "
             f"formats ({found}). Take one of them with {among('iterations', 'paths')}, or leave "
             f"the others out with {named('exclude')}"
+        )
+
+
+def _refuse_stages(refs: Sequence[CheckpointRef], request: SelectionRequest) -> None:
+    """Models of several stages of a run, as their folders are called: each counts from 0."""
+    stages: dict[str, str] = {}
+    for ref in refs:
+        stage = _STAGE.match(_name(ref))
+        if ref.format == registry.SAFETENSORS and stage and ref.iteration not in request.exclude:
+            stages.setdefault(stage[1], ref.folder)
+    if len(stages) > 1:
+        raise SelectionError(
+            f"there are checkpoints of several stages ({', '.join(stages.values())}), and steps "
+            "do not tell which is newer, for each stage counts anew. Name those of one with "
+            f"{among('paths', 'iterations')}, or move each stage to a folder of its own"
         )
 
 
