@@ -90,7 +90,7 @@ INSIDE = {
         folders recovery_log tokens trackers
         refs
         describe gaps selection_request spacing
-        selection
+        selection torn
         discover
         notices
     """,

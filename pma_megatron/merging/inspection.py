@@ -141,11 +141,11 @@ def _export(folder: Path, sizes: Mapping[str, int]) -> Inspection:
 
 
 def _refuse_root(folder: Path) -> None:
-    below = [Path(ref.path).name for ref in list_checkpoints(folder)]
+    below = [ref.folder for ref in list_checkpoints(folder)]
     if below:
         raise CheckpointError(
             f"{folder} is a root of {len(below)} checkpoints without a tracker: inspect one of "
-            f"them, for instance {folder / below[-1]} (`pma list {folder}` has all)"
+            f"them, for instance {below[-1]} (`pma list {folder}` has all)"
         )
     if registry.detect(folder) in ("unknown", registry.PICKLED):
         raise CheckpointError(what_is(folder))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pma_megatron.base.comm import Comm
-from pma_megatron.base.openfiles import is_folder
+from pma_megatron.base.openfiles import is_folder, read_source_file
 from pma_megatron.base.remote_paths import refuse_remote
 from pma_megatron.base.spelling import FrontEnd, keywords, speaking, switch
 from pma_megatron.errors import CheckpointError, PmaError, RankError, VerifyError
@@ -81,6 +81,7 @@ def verify(
     if full:
         records = _tensors(folder, marker) if TENSORS in marker.value else {}
         found = check_files(folder, marker.sums, comm, records)
+    comm.on_main("verify", lambda: _refuse_other_copies(folder))
     values = Verification(0, 0, 0, 0.0)
     if kind not in (None, EXPORT):
         notes.append(_NO_SOURCES.get(str(kind), f"what a {kind} holds was not looked at"))
@@ -132,6 +133,31 @@ def published(path: str | Path) -> Path:
                 f"({len(below)} in all): give the folder of one"
             )
     return folder
+
+
+def _refuse_other_copies(folder: Path) -> None:
+    """Compare the files of a root that copy files of the checkpoint which its tracker names.
+
+    Raises:
+        VerifyError: training would resume from the checkpoint with the state of another.
+    """
+    trainer = save_of(folder, registry.detect(folder)).trainer
+    if trainer is None or not trainer.root_copies:
+        return
+    try:
+        if pointed(folder.parent).absolute() != folder:
+            return
+    except CheckpointError:
+        return  # its tracker names none
+    for name, original in trainer.root_copies:
+        copy, own = folder.parent / name, folder / original
+        if copy.is_file() and read_source_file(copy) == read_source_file(own):
+            continue
+        found = f"is not the same as {own}" if copy.is_file() else "is not there"
+        raise VerifyError(
+            f"{copy} {found}, and {trainer.name} reads it to resume from {folder.name}, which the "
+            f"tracker beside it names. Copy {own} to it"
+        )
 
 
 def _is_marked(folder: Path) -> bool:

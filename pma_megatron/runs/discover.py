@@ -20,11 +20,18 @@ from pma_megatron.runs.folders import ITERATION, is_checkpoint, what_is
 from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.runs.selection import Selection, select
 from pma_megatron.runs.selection_request import SelectionRequest
+from pma_megatron.runs.torn import torn_saves
 from pma_megatron.runs.trackers import Pointer, read_pointers
 
 TRACKER_FILE = registry.get(registry.TORCH_DIST, "").tracker.file or ""
 _OWN_ROOT = re.compile(r"^checkpoint[-_]\d+$")
 """transformers/trainer_utils.py, PREFIX_CHECKPOINT_DIR; accelerate/accelerator.py, save_state."""
+
+_LAST = re.compile(r"^last(-v\d+)?\.ckpt$")
+"""lightning/pytorch/callbacks/model_checkpoint.py, CHECKPOINT_NAME_LAST and its versions."""
+
+_STAGE = re.compile(r"^(.*?stage[-_]?\d+(?:[-_]ingredient[-_]?\d+)?)[-_]", re.IGNORECASE)
+"""What comes before `stepN` where a model is trained in stages (`stage2-ingredient1-step1000`)."""
 
 
 def list_checkpoints(
@@ -68,10 +75,39 @@ def list_checkpoints(
                 refs[folder.name] = thin
     around = [*saved_below(root, refs), *(() if refs else _tags_with_own_roots(root))]
     refs |= {str(folder): describe(folder, history) for folder in around}
+    at = {ref.path: key for key, ref in refs.items()}
+    torn = list(torn_saves(root, refs.values()))
+    refs |= {at.get(ref.path, ref.path): ref for ref in torn}
     ordered = sorted(
-        refs.values(), key=lambda ref: (ref.iteration is None, ref.iteration or 0, ref.path)
+        _each_once(refs.values(), pointers),
+        key=lambda ref: (ref.iteration is None, ref.iteration or 0, ref.path),
     )
     return _only_newest_writing(ordered, pointers)
+
+
+def _each_once(
+    refs: Collection[CheckpointRef], pointers: Mapping[str, Pointer]
+) -> list[CheckpointRef]:
+    """Without links to others that are listed, unless a tracker names them, and Lightning's last.
+
+    Lightning copies its newest save, or links to it, as `last.ckpt`.
+    """
+    named = {pointer.named for pointer in pointers.values()}
+    links = {
+        ref.folder for ref in refs if Path(ref.folder).is_symlink() and _name(ref) not in named
+    }
+    real = {Path(ref.folder).resolve() for ref in refs if ref.folder not in links}
+    numbered = {ref.iteration for ref in refs if ref.complete and not _LAST.match(_name(ref))}
+    return [
+        ref
+        for ref in refs
+        if not (ref.folder in links and Path(ref.folder).resolve() in real)
+        and not (ref.complete and _LAST.match(_name(ref)) and ref.iteration in numbered)
+    ]
+
+
+def _name(ref: CheckpointRef) -> str:
+    return Path(ref.folder).name
 
 
 def _history(root: Path, problem: Callable[[str], None] | None) -> recovery_log.History:
@@ -144,6 +180,8 @@ def choose(
     if not refs:
         raise SelectionError(what_is(root))
     _refuse_one_checkpoint(root, request)
+    if request.iterations is None and request.paths is None:
+        _refuse_stages(refs, request)
     pointer = _pointer(refs, request, pointers or {})
     named = None if pointer is None else pointer.named
     at = next((ref for ref in refs if Path(ref.path).name == named), None)
@@ -212,6 +250,21 @@ def _refuse_mixed(chosen: Sequence[CheckpointRef]) -> None:
             f"the average of {chosen[0].describe()} to {chosen[-1].describe()} mixes checkpoint "
             f"formats ({found}). Take one of them with {among('iterations', 'paths')}, or leave "
             f"the others out with {named('exclude')}"
+        )
+
+
+def _refuse_stages(refs: Sequence[CheckpointRef], request: SelectionRequest) -> None:
+    """Models of several stages of a run, as their folders are called: each counts from 0."""
+    stages: dict[str, str] = {}
+    for ref in refs:
+        stage = _STAGE.match(_name(ref))
+        if ref.format == registry.SAFETENSORS and stage and ref.iteration not in request.exclude:
+            stages.setdefault(stage[1], ref.folder)
+    if len(stages) > 1:
+        raise SelectionError(
+            f"there are checkpoints of several stages ({', '.join(stages.values())}), and steps "
+            "do not tell which is newer, for each stage counts anew. Name those of one with "
+            f"{among('paths', 'iterations')}, or move each stage to a folder of its own"
         )
 
 

@@ -13,17 +13,26 @@ import torch
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 
+from safetensors.torch import save_file
+
 from conftest import digests
 from deepspeed_runs import check_masters, merge_run, records, tag, train
-from pma_megatron import list_checkpoints, verify
+from pma_megatron import inspect, list_checkpoints, verify
+from pma_megatron.errors import CheckpointError
 from pma_megatron.merging.report import how_to_resume
 from pma_megatron.testing import run_ranks
 from pma_megatron.testing.tiny_deepspeed import DeepSpeedConfig
 
 
-def test_tags_below_numbered_folders_are_one_run(tmp_path: Path) -> None:
-    flat, out = tmp_path / "flat", tmp_path / "out"
-    run_ranks(train, 2, {str(flat): DeepSpeedConfig(stage=2)}, timeout_s=200)
+@pytest.fixture(scope="module")
+def flat(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("flat") / "run"
+    run_ranks(train, 2, {str(root): DeepSpeedConfig(stage=2)}, timeout_s=200)
+    return root
+
+
+def test_tags_below_numbered_folders_are_one_run(flat: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
     for number, name in ((2, "checkpoint-2"), (4, "checkpoint_4"), (6, "checkpoint-6")):
         shutil.copytree(tag(flat, number), tag(out / name, number))
         (out / name / "latest").write_text(f"global_step{number}")
@@ -40,6 +49,113 @@ def test_tags_below_numbered_folders_are_one_run(tmp_path: Path) -> None:
         assert {n for n in flat_file if mine[n] != flat_file[n]} <= {"data.pkl"}  # sources' paths
         assert set(mine) == set(flat_file)
     assert (ours.parent / "latest").read_text() == "global_step6"
+
+
+AROUND = {
+    "trainer": ("checkpoint-{}", "global_step{}", "trainer_state.json"),
+    "accelerate": ("checkpoint_{}", "pytorch_model", "random_states_0.pkl"),
+    "lightning": ("epoch=0-step={}.ckpt", "checkpoint", "latest"),
+}
+
+
+def surrounded(flat: Path, root: Path, kind: str) -> dict[int, Path]:
+    """Tags in the folders of a trainer, with the files by which that is known."""
+    folder, inside, marker = AROUND[kind]
+    found = {}
+    for number in (2, 4, 6):
+        # Accelerate counts its saves from 0 where it names them itself.
+        called = number // 2 - 1 if kind == "accelerate" else number
+        found[number] = root / folder.format(called)
+        shutil.copytree(tag(flat, number), found[number] / inside.format(number))
+        (found[number] / "latest").write_text(inside.format(number))
+        if marker != "latest":
+            (found[number] / marker).write_text(f'{{"global_step": {number}}}')
+    return found
+
+
+@pytest.mark.parametrize("kind", AROUND)
+@pytest.mark.parametrize("lost", ["marker", "files of the checkpoint", "all"])
+def test_a_torn_newest_save_is_listed_by_number(
+    flat: Path, tmp_path: Path, kind: str, lost: str
+) -> None:
+    newest = surrounded(flat, tmp_path / "run", kind)[6]
+    inside = newest / AROUND[kind][1].format(6)
+    if lost == "marker":
+        (newest / AROUND[kind][2]).unlink()
+    elif lost == "all":
+        shutil.rmtree(newest)
+        newest.mkdir()
+    else:
+        for file in inside.iterdir():
+            file.unlink()
+    refs = list_checkpoints(tmp_path / "run")
+    assert [(ref.iteration, ref.complete) for ref in refs] == [(2, True), (4, True), (6, False)]
+    assert refs[-1].writing and newest in (Path(refs[-1].path), Path(refs[-1].path).parent)
+    why = str(refs[-1].incomplete_because)
+    assert AROUND[kind][2] in why if lost == "marker" else "cut off" in why
+
+
+@pytest.mark.parametrize(
+    ("state", "name", "said"),
+    [
+        ('{"global_step": 4}', "checkpoint-6", "says iteration 6, trainer_state.json in it 4"),
+        ('{"global_step": 4}', "six", "trainer_state.json says iteration 4, the tag beside it 6"),
+        ('{"global_step": 6}', "checkpoint-8", "says iteration 8, trainer_state.json in it 6"),
+        ('{"global_st', "checkpoint-6", "trainer_state.json"),
+        ('{"global_step": "six"}', "checkpoint-6", "global_step"),
+    ],
+)
+def test_state_of_another_save_than_the_tag(
+    flat: Path, tmp_path: Path, state: str, name: str, said: str
+) -> None:
+    newest = surrounded(flat, tmp_path / "run", "trainer")[6]
+    (newest / "trainer_state.json").write_text(state)
+    newest.rename(newest.with_name(name))
+    refs = list_checkpoints(tmp_path / "run")
+    assert [(ref.iteration, ref.complete) for ref in refs] == [(2, True), (4, True), (6, False)]
+    assert said in str(refs[-1].incomplete_because)
+
+
+def test_engines_count_may_lag_behind_the_trainers(flat: Path, tmp_path: Path) -> None:
+    newest = surrounded(flat, tmp_path / "run", "trainer")[6]
+    (newest / "trainer_state.json").write_text('{"global_step": 7}')
+    newest.rename(newest.with_name("checkpoint-7"))
+    refs = list_checkpoints(tmp_path / "run")
+    assert [(ref.iteration, ref.complete) for ref in refs] == [(2, True), (4, True), (6, True)]
+
+
+@pytest.mark.parametrize("kind", AROUND)
+def test_a_final_model_beside_them_does_not_hide_the_saves(
+    flat: Path, tmp_path: Path, kind: str
+) -> None:
+    root = tmp_path / "run"
+    surrounded(flat, root, kind)
+    save_file({"w": torch.zeros(3)}, root / "model.safetensors")
+    (root / "config.json").write_text("{}")
+    found = [(ref.iteration, ref.complete) for ref in list_checkpoints(root)]
+    assert found == [(2, True), (4, True), (6, True)]
+
+
+@pytest.mark.parametrize("kind", AROUND)
+def test_links_and_copies_of_a_save_are_not_listed_twice(
+    flat: Path, tmp_path: Path, kind: str
+) -> None:
+    saves = surrounded(flat, tmp_path / "run", kind)
+    (tmp_path / "run" / "best").symlink_to(saves[4].name)
+    if kind == "lightning":
+        shutil.copytree(saves[6], tmp_path / "run" / "last.ckpt")
+    refs = list_checkpoints(tmp_path / "run")
+    assert [ref.folder for ref in refs] == [str(saves[n]) for n in (2, 4, 6)]
+    if kind == "lightning":
+        shutil.rmtree(saves[6])
+        assert [ref.iteration for ref in list_checkpoints(tmp_path / "run")] == [2, 4, 6]
+
+
+def test_inspect_names_a_folder_that_is_there(flat: Path, tmp_path: Path) -> None:
+    newest = surrounded(flat, tmp_path / "run", "trainer")[6]
+    with pytest.raises(CheckpointError, match=rf"for instance {newest} \("):
+        inspect(tmp_path / "run")
+    assert inspect(newest).ref.iteration == 6
 
 
 def set_up(rank: int, world_size: int) -> None:

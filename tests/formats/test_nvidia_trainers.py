@@ -25,7 +25,7 @@ from conftest import digests, request_for
 from oracle import assert_average, global_tensors
 from pma_megatron import MergeRequest, SelectionRequest, inspect, list_checkpoints, merge, verify
 from pma_megatron.cli import main
-from pma_megatron.errors import PublishError, SelectionError
+from pma_megatron.errors import PublishError, SelectionError, VerifyError
 from pma_megatron.merging.report import how_to_resume
 from pma_megatron.testing import TinyConfig, TinyTrainer, core_api, inject, run_ranks, store
 
@@ -252,6 +252,31 @@ def test_copies_called_last_and_saves_that_have_not_ended(
         merge(request_for(run, run / five.name / "pma"))
 
 
+def test_a_torn_newest_save_is_listed_and_said(
+    trained: tuple[Path, list[list[dict[str, Any]]]], tmp_path: Path
+) -> None:
+    nemo = Path(shutil.copytree(trained[0] / "nemo", tmp_path / "nemo"))
+    (five,) = nemo.glob("*step=5*")
+    for name in ("metadata.json", "common.pt"):
+        (five / "weights" / name).unlink()
+    bridge = Path(shutil.copytree(trained[0] / "bridge", tmp_path / "bridge"))
+    (bridge / "iter_0000006" / "train_state.pt").unlink()
+    (bridge / store.TRACKER).write_text("4")
+    for root in (nemo, bridge):
+        refs = list_checkpoints(root)
+        assert [(ref.iteration, ref.complete) for ref in refs] == [(2, True), (4, True), (6, False)]
+        assert refs[-1].writing and "cut off" in str(refs[-1].incomplete_because)
+        assert refs[-1].consumed_tokens is None
+        report = merge(request_for(root, tmp_path / "out" / root.name))
+        assert report.plan["iteration"] == 4
+        assert refs[-1].path in json.dumps(report.plan)
+    shutil.rmtree(five / "weights")
+    assert [ref.iteration for ref in list_checkpoints(nemo)] == [2, 4, 6]
+    (bridge / store.TRACKER).write_text("6")
+    with pytest.raises(SelectionError, match=r"iter_0000006.*train_state\.pt"):
+        merge(request_for(bridge, tmp_path / "out" / "again"))
+
+
 def test_killed_between_the_files_of_a_root(
     trained: tuple[Path, list[list[dict[str, Any]]]], tmp_path: Path
 ) -> None:
@@ -263,6 +288,16 @@ def test_killed_between_the_files_of_a_root(
     assert not (tmp_path / "latest_train_state.pt").exists()
     merge(one)
     newest = root / "iter_0000004" / "train_state.pt"
+    copy = tmp_path / "latest_train_state.pt"
+    whole = copy.read_bytes()
+    copy.write_bytes((root / "iter_0000006" / "train_state.pt").read_bytes())
+    with pytest.raises(VerifyError, match=r"latest_train_state\.pt is not the same"):
+        verify(tmp_path)
+    copy.unlink()
+    with pytest.raises(VerifyError, match=r"latest_train_state\.pt is not there"):
+        verify(tmp_path / "iter_0000004")
+    copy.write_bytes(whole)
+    verify(tmp_path)
     assert (tmp_path / "latest_train_state.pt").read_bytes() == newest.read_bytes()
     assert not list(tmp_path.glob(".pma-*"))
 

@@ -7,7 +7,8 @@ import random
 import pytest
 
 from checkpoint_refs import WRITING, B, chosen, every, ref, refusal, untold
-from pma_megatron.errors import UsageError
+from pma_megatron.errors import SelectionError, UsageError
+from pma_megatron.runs.discover import choose
 from pma_megatron.runs.gaps import lines
 from pma_megatron.runs.selection import select
 from pma_megatron.runs.selection_request import SelectionRequest
@@ -173,3 +174,14 @@ def test_last_n_falls_back_to_iterations_and_says_so() -> None:
 def test_contradictory_requests_are_refused(request_of: dict, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         SelectionRequest(**request_of)
+
+
+def test_steps_of_several_stages_are_not_one_order():
+    names = {8000: "stage1-step8000", 9000: "stage1-step9000", 1000: "stage2-ingredient1-step1000"}
+    refs = [ref(n, path=f"/run/{name}", format="safetensors") for n, name in names.items()]
+    with pytest.raises(SelectionError, match=r"stage1-step8000, /run/stage2-ingredient1-step1000"):
+        choose(refs, SelectionRequest(last=2), "/run")
+    named = choose(refs, SelectionRequest(iterations=(8000, 9000)), "/run")
+    assert [each.iteration for each in named.refs] == [8000, 9000]
+    one = choose(refs[:2], SelectionRequest(last=2), "/run")
+    assert one.refs == named.refs

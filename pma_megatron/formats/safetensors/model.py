@@ -41,6 +41,13 @@ _OF_A_RUN = re.compile(
     r"|checkpoint[-_]\d+|pytorch_model_fsdp_\d+)$"
 )
 """What lies beside a model where a trainer keeps whole checkpoints, which say more than it does."""
+_OF_A_RUN_BELOW = (
+    "*/*/*model_states.pt",
+    "*/*/.metadata",
+    "*/random_states_*.pkl",
+    "*/trainer_state.json",
+)
+"""The same where trainers save folders of any name: DeepSpeed, torch.distributed, Accelerate."""
 _ACCELERATE = "random_states_0.pkl"
 """What `Accelerator.save_state` leaves; it knows no configuration (checkpointing.py)."""
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -51,7 +58,9 @@ def holds_model(path: Path) -> bool:
     """Whether a folder holds a model of safetensors files, and no run's checkpoints."""
     names = {each.name for each in path.iterdir()}
     found = names & {ONE_FILE, INDEX_FILE} or any(map(_SHARD.match, names))
-    return bool(found) and not any(map(_OF_A_RUN.match, names))
+    if not found or any(map(_OF_A_RUN.match, names)):
+        return False
+    return not any(any(path.glob(pattern)) for pattern in _OF_A_RUN_BELOW)
 
 
 def holds_pickled_model(path: Path) -> bool:

@@ -10,10 +10,16 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from pma_megatron.errors import CheckpointError
+from pma_megatron.formats.contract import Common
 from pma_megatron.formats.deepspeed.checkpoint import FORMAT_NAME
+from pma_megatron.formats.json_files import read_json
+from pma_megatron.formats.schema import is_count, wrong
 from pma_megatron.formats.side_files import Fate, SideRule
 from pma_megatron.formats.trainers.trainer import Trainer
 
+TRAINER_STATE = "trainer_state.json"
+_NUMBERED = re.compile(r"^checkpoint-(\d{1,18})$")
 _POINTER = SideRule("latest", Fate.REMADE, "names the checkpoint in the folder")
 _CONFIGURATION = "configuration, tokenizer"
 _OF_A_MODEL = tuple(
@@ -47,16 +53,38 @@ def _is_lightning(folder: Path, checkpoint: Path) -> bool:
     return folder.suffix == ".ckpt" and (folder / "latest").is_file()
 
 
+def _trainer_common(folder: Path, common: Common) -> Common:
+    """The same, once `trainer_state.json` is of the save that the folder and the tag are of.
+
+    The engine's count may lag behind the Trainer's, which also counts a last step of an epoch that
+    has fewer micro-batches than others; it is never ahead.
+    """
+    step = read_json(folder / TRAINER_STATE).get("global_step")
+    if not is_count(step):
+        raise wrong(f"{folder / TRAINER_STATE}: global_step", "a count", step)
+    named, saved = _NUMBERED.match(folder.name), common["iteration"]
+    if named is not None and int(named[1]) != step:
+        raise CheckpointError(
+            f"its folder says iteration {int(named[1])}, {TRAINER_STATE} in it {step}: renamed or "
+            "overwritten"
+        )
+    if saved is not None and int(saved) > step:
+        raise CheckpointError(
+            f"{TRAINER_STATE} says iteration {step}, the tag beside it {saved}: of two saves"
+        )
+    return common
+
+
 TRAINER = Trainer(
     name="Hugging Face Trainer",
     formats=(FORMAT_NAME,),
     inside=re.compile(r"^global_step\d+$"),
-    is_its=lambda folder, checkpoint: (folder / "trainer_state.json").is_file(),
+    leaves=TRAINER_STATE,
+    is_its=lambda folder, checkpoint: (folder / TRAINER_STATE).is_file(),
+    common=_trainer_common,
     side_files=(
         _POINTER,
-        *_state(
-            "trainer_state.json", "scheduler.pt", "rng_state*.pth", "scaler.pt", "training_args.bin"
-        ),
+        *_state(TRAINER_STATE, "scheduler.pt", "rng_state*.pth", "scaler.pt", "training_args.bin"),
         SideRule("zero_to_*.py", Fate.CARRIED, "a script of DeepSpeed"),
         *_OF_A_MODEL,
     ),
@@ -67,6 +95,7 @@ ACCELERATE = Trainer(
     name="Accelerate",
     formats=(FORMAT_NAME,),
     inside=re.compile(r"^pytorch_model(?:_\d+)?$"),
+    leaves="random_states_0.pkl",
     is_its=_has_random_states,
     side_files=(
         _POINTER,
@@ -87,6 +116,7 @@ LIGHTNING = Trainer(
     name="Lightning",
     formats=(FORMAT_NAME,),
     inside=re.compile(r"^checkpoint$"),
+    leaves="latest",
     is_its=_is_lightning,
     side_files=(_POINTER, SideRule("zero_to_*.py", Fate.CARRIED, "a script of DeepSpeed")),
     names_inside=True,

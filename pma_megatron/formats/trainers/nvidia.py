@@ -125,6 +125,7 @@ def is_copy(folder: Path, others: Mapping[str, Path]) -> bool:
 BRIDGE = Trainer(
     name="Megatron-Bridge",
     formats=(FORMAT_NAME,),
+    leaves=TRAIN_STATE,
     is_its=lambda folder, checkpoint: (folder / TRAIN_STATE).is_file(),
     common=_bridge_common,
     side_files=(
@@ -140,6 +141,7 @@ NEMO = Trainer(
     name="NeMo 2",
     formats=(FORMAT_NAME,),
     inside=re.compile(r"^weights$"),
+    leaves=_CONTEXT,
     is_its=lambda folder, checkpoint: (
         (folder / _CONTEXT).is_dir() or _NAMED.search(folder.name) is not None
     ),

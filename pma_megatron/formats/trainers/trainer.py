@@ -27,6 +27,7 @@ class Trainer:
         name: for messages.
         formats: names of the formats whose checkpoints it saves.
         inside: names of the checkpoint's folder in the one that is saved; None where they are one.
+        leaves: a file or folder that each of its saves has, for messages.
         is_its: (folder that was saved, checkpoint in it) -> whether this trainer saved it.
         common: (folder, what the format says) -> the same and what the trainer's files say.
         unfinished: (folder) -> why its save has not ended, None if it has.
@@ -41,6 +42,7 @@ class Trainer:
     name: str
     formats: tuple[str, ...]
     inside: re.Pattern[str] | None = None
+    leaves: str
     is_its: Callable[[Path, Path], bool]
     common: Callable[[Path, Common], Common] = lambda folder, common: common
     unfinished: Callable[[Path], str | None] = lambda folder: None
