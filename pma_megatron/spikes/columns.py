@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -26,6 +27,8 @@ LOSS = (
 )
 GRAD_NORM = ("grad norm", "gradient norm", "train grad norm", "optim total grad norm")
 SAMPLES = ("consumed samples", "consumed train samples", "samples")
+_TRAINING = {"train", "training"}
+_EVALUATION = {"eval", "evaluation", "val", "valid", "validation", "validate", "dev", "test"}
 
 # deepspeed/monitor: the step of everything under this name is `global_samples`
 _MONITOR = "train samples "
@@ -69,6 +72,31 @@ def named(names: Iterable[str], known: tuple[str, ...]) -> list[str]:
 def is_monitor(name: str) -> bool:
     """Whether a name is of DeepSpeed's monitors, whose steps count samples."""
     return _plain(name).startswith(_MONITOR)
+
+
+def is_split(word: str) -> bool:
+    """Whether a word says of which data a loss is: `train`, `val`.
+
+    >>> is_split("Val"), is_split("lm")
+    (True, False)
+    """
+    return word.lower() in _TRAINING | _EVALUATION
+
+
+def numbered(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Values by name; a name that has several values is numbered, since none of them is the one.
+
+    >>> numbered([("loss", "2.5"), ("lr", "1e-3"), ("loss", "2.6"), ("lr", "1e-3")])
+    {'lr': '1e-3', 'loss [1]': '2.5', 'loss [2]': '2.6'}
+    """
+    different = [*dict.fromkeys(pairs)]
+    several = Counter(name for name, _ in different)
+    single = {name: value for name, value in different if several[name] == 1}
+    for name in several:
+        values = [value for each, value in different if each == name]
+        if len(values) > 1:
+            single |= {f"{name} [{i}]": value for i, value in enumerate(values, 1)}
+    return single
 
 
 def run_of(name: str) -> str | None:

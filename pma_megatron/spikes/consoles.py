@@ -11,10 +11,12 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from pma_megatron.spikes import columns
+
 Row = dict[str, Any]
 STEP = "step"
 """What a row calls its iteration."""
-_NUMBER = r"[-+]?(?:\d[\d,]*\.?\d*(?:[eE][-+]?\d+)?|\.\d+|nan|inf|NaN|Infinity)"
+_NUMBER = r"[-+]?(?:\d[\d,]{0,40}\.?\d{0,40}(?:[eE][-+]?\d{1,9})?|\.\d{1,40}|nan|inf|NaN|Infinity)"
 _COLORS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _TITAN = re.compile(r"(?<!validate )\bstep:\s*(\d+)\s+(.*\bloss:.*)")
 _NEMO = re.compile(r"Training epoch \d+, iteration (\d+)/\d+ \| (.*)")
@@ -27,8 +29,12 @@ _ANY_STEP = re.compile(
     r"\b(?:global[ _]step|step|iter|iteration)s?\b\s*[:=]?\s*\[?\s*(\d+)(?:\.0*)?\s*(?:/\s*\d+)?\b",
     re.IGNORECASE,
 )
-_PAIR = re.compile(rf"([A-Za-z][\w./ -]*?)\s*[:=]\s*({_NUMBER})(?![\w.])")
-_WORD_PAIR = re.compile(rf"\b([A-Za-z]\w*(?:loss|norm)|loss)\s+({_NUMBER})(?![\w.])")
+# A number after `:` or `=`, and one after a word. Their names are looked for backwards, which takes
+# a time in proportion to the line; one pattern for both would try each letter of it as a beginning.
+_VALUE = re.compile(rf"[:=]\s*({_NUMBER})(?![\w.])")
+_WORD_VALUE = re.compile(rf"(?<=\w)\s+({_NUMBER})(?![\w.])")
+_NO_NAME = re.compile(r"[^\w./ -]")
+_LETTER = re.compile(r"[A-Za-z]")
 
 
 def titan_rows(lines: Iterable[str]) -> Iterator[Row]:
@@ -96,7 +102,7 @@ def other_rows(lines: Iterable[str]) -> Iterator[Row]:
             continue
         text = _COLORS.sub("", line)
         step = _ANY_STEP.search(text)
-        pairs = dict([*_WORD_PAIR.findall(text), *_pairs(text)])
+        pairs = columns.numbered([*_word_pairs(text), *_pairs(text)])
         if step and any("loss" in key.lower() for key in pairs):
             yield {**pairs, STEP: step[1]}
 
@@ -112,8 +118,26 @@ FORMS: tuple[Callable[[Iterable[str]], Iterator[Row]], ...] = (
 
 
 def _pairs(text: str) -> Iterator[tuple[str, str]]:
-    for key, value in _PAIR.findall(text):
-        yield key.strip(" -"), value.replace(",", "")
+    """What has a name, `:` or `=`, and a number."""
+    return ((key, value) for key, value in _named(_VALUE, text) if key)
+
+
+def _word_pairs(text: str) -> Iterator[tuple[str, str]]:
+    """`loss 2.5` and `grad_norm 0.5`; of `train loss 2.5` and `val loss 2.6` both words."""
+    for key, value in _named(_WORD_VALUE, text):
+        before, word = ["", "", *key.split()][-2:]
+        if re.search(r"loss$|\wnorm$", word):
+            yield f"{before} {word}" if columns.is_split(before) else word, value
+
+
+def _named(value: re.Pattern[str], text: str) -> Iterator[tuple[str, str]]:
+    """Each number and what stands before it back to the one before, or to a punctuation mark."""
+    start = 0
+    for found in value.finditer(text):
+        name = _NO_NAME.split(text[start : found.start()])[-1]
+        letter = _LETTER.search(name)
+        yield name[letter.start() :].strip(" -") if letter else "", found[1].replace(",", "")
+        start = found.end()
 
 
 def _literal(text: str) -> Row | None:

@@ -122,6 +122,32 @@ def test_iterations_of_how_many_in_tables(tmp_path: Path) -> None:
     assert curve(read_metrics(written(tmp_path, "a.csv", text))) == {10: 1, 20: 2}
 
 
+@pytest.mark.parametrize(
+    "form",
+    [
+        "step {i}: train loss {train}, val loss {val}\n",  # nanoGPT
+        "step {i}: val loss {val} train loss {train}\n",
+        "step {i} train/loss {train} val/loss {val}\n",
+        "step {i} | Train loss: {train} | Validation loss: {val}\n",
+    ],
+)
+def test_loss_of_training_is_told_from_that_of_validation(tmp_path: Path, form: str) -> None:
+    text = "".join(form.format(i=i, train=train, val=2.6) for i, train in ((1, 2.5), (2, 8.0)))
+    assert curve(read_metrics(written(tmp_path, "run.log", text))) == {1: 2.5, 2: 8.0}
+
+
+def test_two_losses_of_one_name_in_a_line_are_refused_and_can_be_named(tmp_path: Path) -> None:
+    text = "step 1 train: loss 2.5 val: loss 2.6\nstep 2 train: loss 8.0 val: loss 2.7\n"
+    path = written(tmp_path, "run.log", text)
+    with pytest.raises(MetricsError, match=r"name one with loss=.*'loss \[1\]', 'loss \[2\]'"):
+        read_metrics(path)
+    assert curve(read_metrics(path, loss="loss [1]")) == {1: 2.5, 2: 8.0}
+    nano = "step 0: train loss 4.2, val loss 4.3\niter 0: loss 4.25, time 90ms\n"
+    with pytest.raises(MetricsError, match="'train loss', 'loss' could each be the loss"):
+        read_metrics(written(tmp_path, "nano.log", nano))
+    assert curve(read_metrics(tmp_path / "nano.log", loss="loss")) == {0: 4.25}
+
+
 # --- gzipped files, several files, several runs ---
 
 
