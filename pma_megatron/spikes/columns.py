@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from pma_megatron.errors import MetricsError
 
@@ -29,6 +30,8 @@ GRAD_NORM = ("grad norm", "gradient norm", "train grad norm", "optim total grad 
 SAMPLES = ("consumed samples", "consumed train samples", "samples")
 _TRAINING = {"train", "training"}
 _EVALUATION = {"eval", "evaluation", "val", "valid", "validation", "validate", "dev", "test"}
+# Names of columns whose values are names that people gave; a run may well be called "test".
+_GIVEN = {"run", "run name", "run id", "experiment", "project", "group", "job", "user", "host"}
 
 # deepspeed/monitor: the step of everything under this name is `global_samples`
 _MONITOR = "train samples "
@@ -81,6 +84,36 @@ def is_split(word: str) -> bool:
     (True, False)
     """
     return word.lower() in _TRAINING | _EVALUATION
+
+
+def of_evaluation(row: Mapping[str, Any]) -> bool:
+    """Whether a row says that it is of an evaluation: `split: val`, `eval: true`.
+
+    >>> of_evaluation({"step": 5, "split": "val", "loss": 2.6})
+    True
+    >>> of_evaluation({"step": 5, "run": "test", "val_loss": 2.6})
+    False
+    """
+    for name, value in row.items():
+        if value is True or (isinstance(value, str) and value.strip().lower() == "true"):
+            says = str(name)
+        elif isinstance(value, str) and len(value) <= 40 and _plain(str(name)) not in _GIVEN:
+            says = value
+        else:
+            continue
+        if says_evaluation(says):
+            return True
+    return False
+
+
+def says_evaluation(text: str) -> bool:
+    """Whether words of an evaluation are in a text, and none of training.
+
+    >>> says_evaluation("[Eval] step 50"), says_evaluation("training, test=train")
+    (True, False)
+    """
+    words = set(re.findall("[a-z]+", text.lower()))
+    return bool(words & _EVALUATION) and not words & _TRAINING
 
 
 def numbered(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:

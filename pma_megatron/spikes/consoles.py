@@ -16,6 +16,8 @@ from pma_megatron.spikes import columns
 Row = dict[str, Any]
 STEP = "step"
 """What a row calls its iteration."""
+SPLIT = "split"
+"""What a row calls the data of which its loss is, where its line has a word for it."""
 _NUMBER = r"[-+]?(?:\d[\d,]{0,40}\.?\d{0,40}(?:[eE][-+]?\d{1,9})?|\.\d{1,40}|nan|inf|NaN|Infinity)"
 _COLORS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _TITAN = re.compile(r"(?<!validate )\bstep:\s*(\d+)\s+(.*\bloss:.*)")
@@ -34,6 +36,7 @@ _ANY_STEP = re.compile(
 _VALUE = re.compile(rf"[:=]\s*({_NUMBER})(?![\w.])")
 _WORD_VALUE = re.compile(rf"(?<=\w)\s+({_NUMBER})(?![\w.])")
 _NO_NAME = re.compile(r"[^\w./ -]")
+_NUMBER_OF = re.compile(r"\b[A-Za-z]{1,40}[\s:=]{0,4}\d{0,40}\.\d")  # `val 2.6`
 _LETTER = re.compile(r"[A-Za-z]")
 
 
@@ -102,9 +105,12 @@ def other_rows(lines: Iterable[str]) -> Iterator[Row]:
             continue
         text = _COLORS.sub("", line)
         step = _ANY_STEP.search(text)
+        if step is None:
+            continue
+        text = f"{text[: step.start()]}|{text[step.end() :]}"
         pairs = columns.numbered([*_word_pairs(text), *_pairs(text)])
-        if step and any("loss" in key.lower() for key in pairs):
-            yield {**pairs, STEP: step[1]}
+        if any("loss" in key.lower() for key in pairs):
+            yield {**pairs, **_split_of(text), STEP: step[1]}
 
 
 FORMS: tuple[Callable[[Iterable[str]], Iterator[Row]], ...] = (
@@ -115,6 +121,18 @@ FORMS: tuple[Callable[[Iterable[str]], Iterator[Row]], ...] = (
     other_rows,
 )
 """In the order in which they are tried."""
+
+
+def _split_of(text: str) -> dict[str, str]:
+    """That a line is of an evaluation: a word for it stands outside of names, values and paths."""
+    rest, start = [], 0
+    for found in _VALUE.finditer(text):
+        name = _NO_NAME.split(text[start : found.start()])[-1]
+        rest.append(text[start : found.start() - len(name)])
+        start = found.end()
+    words = _NUMBER_OF.sub(" ", "|".join([*rest, text[start:]])).split()
+    said = " ".join(word for word in words if word.count("/") < 2)
+    return {SPLIT: "evaluation"} if columns.says_evaluation(said) else {}
 
 
 def _pairs(text: str) -> Iterator[tuple[str, str]]:

@@ -230,8 +230,11 @@ def _read_table(
     same = names if run is None else [name for name in names if columns.run_of(name) in (run, None)]
     norm_column = columns.pick(path, "grad_norm", same, columns.GRAD_NORM, grad_norm)
     samples_column = next(iter(columns.named(names, columns.SAMPLES)), None)
-    points, left_out = [], 0
+    points, left_out, evaluated = [], 0, 0
     for row in rows():
+        if loss_column in row and columns.of_evaluation(row):
+            evaluated += 1
+            continue
         iteration, value = _number(_done(row.get(step))), _number(row.get(loss_column))
         if iteration is None or value is None or not iteration.is_integer():
             left_out += 1
@@ -246,6 +249,8 @@ def _read_table(
             )
         )
     notes = [f"{left_out} row(s) left out: no iteration or no loss."] if left_out else []
+    if evaluated:
+        notes.append(f"{evaluated} row(s) left out: they say that they are of an evaluation.")
     in_samples = columns.is_monitor(loss_column) or columns.is_monitor(path.name)
     return Written(points=points, notes=notes, in_samples=in_samples)
 

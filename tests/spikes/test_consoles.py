@@ -148,6 +148,44 @@ def test_two_losses_of_one_name_in_a_line_are_refused_and_can_be_named(tmp_path:
     assert curve(read_metrics(tmp_path / "nano.log", loss="loss")) == {0: 4.25}
 
 
+@pytest.mark.parametrize(
+    ("train", "evaluation"),
+    [
+        ("step {i}/1000 | train | loss: {loss}\n", "step {i}/1000 | eval | loss: {loss}\n"),
+        ("step {i}: loss {loss}\n", "Validation step {i}: loss {loss}\n"),
+        ("iter {i}, loss={loss}\n", "iter {i}, mode=test, loss={loss}\n"),
+        ("step {i} loss: {loss} val: 2.6\n", "[val] step {i} loss: {loss} acc: 0.5\n"),
+        ("step {i} loss: {loss} data: /c4/test/7\n", "step {i} valid: loss: {loss}\n"),
+    ],
+)
+def test_lines_of_an_evaluation_are_no_training(
+    tmp_path: Path, train: str, evaluation: str
+) -> None:
+    text = "".join(
+        train.format(i=i, loss=2.5) + evaluation.format(i=i, loss=9.5) for i in (1, 2, 3)
+    )
+    metrics = read_metrics(written(tmp_path, "run.log", text))
+    assert curve(metrics) == dict.fromkeys((1, 2, 3), 2.5)
+    assert "3 row(s) left out: they say that they are of an evaluation." in metrics.notes
+    with pytest.raises(MetricsError, match="of an evaluation"):
+        read_metrics(written(tmp_path, "only.log", evaluation.format(i=1, loss=9.5)))
+
+
+@pytest.mark.parametrize(
+    "mark", [{"split": "val"}, {"mode": "Eval"}, {"name": "c4-validation"}, {"is_eval": True}]
+)
+def test_rows_of_an_evaluation_are_no_training(tmp_path: Path, mark: dict[str, object]) -> None:
+    rows: list[dict[str, object]] = []
+    for i in (1, 2):
+        rows += [{"step": i, "loss": 2.5}, {"step": i, "loss": 9.5, **mark}]
+    rows += [{"step": 3, "loss": 2.25, "run": "test", "split": "train"}]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    assert curve(read_metrics(written(tmp_path, "a.jsonl", text))) == {1: 2.5, 2: 2.5, 3: 2.25}
+    (name, value), *_ = mark.items()
+    table = f"step,{name},loss\n1,,2.5\n1,{value},9.5\n2,,2.25\n2,{value},9.5\n"
+    assert curve(read_metrics(written(tmp_path, "a.csv", table))) == {1: 2.5, 2: 2.25}
+
+
 # --- gzipped files, several files, several runs ---
 
 
