@@ -106,6 +106,13 @@ def of_evaluation(row: Mapping[str, Any]) -> bool:
     return False
 
 
+def is_empty(value: Any) -> bool:
+    """Whether a value is what writers of tables put for NaN: nothing, or a word for it."""
+    return value is None or (
+        isinstance(value, str) and value.strip().lower() in ("", "none", "null", "n/a", "<na>")
+    )
+
+
 def says_evaluation(text: str) -> bool:
     """Whether words of an evaluation are in a text, and none of training.
 

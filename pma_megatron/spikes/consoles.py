@@ -18,7 +18,11 @@ STEP = "step"
 """What a row calls its iteration."""
 SPLIT = "split"
 """What a row calls the data of which its loss is, where its line has a word for it."""
-_NUMBER = r"[-+]?(?:\d[\d,]{0,40}\.?\d{0,40}(?:[eE][-+]?\d{1,9})?|\.\d{1,40}|nan|inf|NaN|Infinity)"
+_NUMBER = (
+    r"[-+]?(?:\d[\d,]{0,40}\.?\d{0,40}(?:[eE][-+]?\d{1,9})?|\.\d{1,40}"
+    r"|(?i:nan|inf|infinity|none|null))"
+)
+"""NaN and Inf however they are spelled, and what is printed for them."""
 _COLORS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _TITAN = re.compile(r"(?<!validate )\bstep:\s*(\d+)\s+(.*\bloss:.*)")
 _NEMO = re.compile(r"Training epoch \d+, iteration (\d+)/\d+ \| (.*)")
