@@ -64,7 +64,10 @@ def pick(
 
 def has_iteration(header: str) -> bool:
     """Whether a CSV header has a column for the iteration."""
-    return bool(named(next(csv.reader([header]), []), ITERATION))
+    try:
+        return bool(named(next(csv.reader([header]), []), ITERATION))
+    except csv.Error:  # a field that is too long
+        return False
 
 
 def named(names: Iterable[str], known: tuple[str, ...]) -> list[str]:

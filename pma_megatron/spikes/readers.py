@@ -181,7 +181,7 @@ def read_jsonl(path: Path, loss: str | None, grad_norm: str | None) -> Written:
         for line in textfiles.lines(path):
             try:
                 row = json.loads(line) if line.strip() else {}
-            except ValueError:
+            except (ValueError, RecursionError):
                 row = {}
             yield row if isinstance(row, dict) else {}
 

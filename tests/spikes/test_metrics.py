@@ -291,6 +291,16 @@ def test_refused(tmp_path: Path, name: str, text: str, words: str) -> None:
     assert words in str(caught.value) and name in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a"])
+@pytest.mark.parametrize("deep", [200_000 * "[", '{"a":' + 200_000 * '{"a":'])
+def test_a_line_that_is_no_row_is_no_traceback(tmp_path: Path, name: str, deep: str) -> None:
+    row = '{"step": 1, "loss": 2.5}'
+    with pytest.raises(MetricsError, match=name):
+        read_metrics(written(tmp_path, name, deep + "\n"))
+    metrics = read_metrics(written(tmp_path, "rows.jsonl", f"{row}\n{deep}\n"))
+    assert curve(metrics) == {1: 2.5} and "1 row(s) left out" in metrics.notes[0]
+
+
 def test_binary_and_missing_files_are_refused(tmp_path: Path) -> None:
     binary = tmp_path / "weights.bin"
     binary.write_bytes(bytes(range(256)) * 50)
