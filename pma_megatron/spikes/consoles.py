@@ -24,15 +24,16 @@ _NUMBER = (
 )
 """NaN and Inf however they are spelled, and what is printed for them."""
 _COLORS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
-_TITAN = re.compile(r"(?<!validate )\bstep:\s*(\d+)\s+(.*\bloss:.*)")
+_TITAN = re.compile(r"(?<!validate )\bstep:\s*(\d+)\s+(?=\S)")
 _NEMO = re.compile(r"Training epoch \d+, iteration (\d+)/\d+ \| (.*)")
-_OLMO = re.compile(r"\[step=(\d+)/(?:\d+|\?\?\?),epoch=[^\]]*\]")
+_OLMO = re.compile(r"\[step=(\d+)/(?:\d+|\?\?\?),epoch=[^][]*\]")
 _OLMO_METRIC = re.compile(rf"^\s+([A-Za-z][^=]*?)=({_NUMBER})\s*$")
 _BAR = re.compile(r"^\s*\d+%\|[^|]*\|\s*(\d+)/(\d+) \[")
 _DICT = re.compile(r"\{'[^{}]*\}")
 _BARE = re.compile(r"(?<=: )(-?)(nan|inf)(?=[,}])")
 _ANY_STEP = re.compile(
-    r"\b(?:global[ _]step|step|iter|iteration)s?\b\s*[:=]?\s*\[?\s*(\d+)(?:\.0*)?\s*(?:/\s*\d+)?\b",
+    r"\b(?:global[ _]step|step|iter|iteration)s?\b[\s:=\[]{0,30}(\d+)(?:\.0*)?"
+    r"(?:\s{0,9}/\s{0,9}\d+)?\b",
     re.IGNORECASE,
 )
 # A number after `:` or `=`, and one after a word. Their names are looked for backwards, which takes
@@ -47,9 +48,11 @@ _LETTER = re.compile(r"[A-Za-z]")
 def titan_rows(lines: Iterable[str]) -> Iterator[Row]:
     """torchtitan: `step: N  loss: X  grad_norm: Y  memory: ...` (components/metrics.py, `log`)."""
     for line in lines:
-        found = _TITAN.search(_COLORS.sub("", line)) if "step:" in line else None
-        if found:
-            yield {STEP: found[1], **dict(_pairs(found[2]))}
+        text = _COLORS.sub("", line) if "step:" in line and "loss:" in line else ""
+        found = _TITAN.search(text)
+        pairs = dict(_pairs(text[found.end() :])) if found else {}
+        if found and "loss" in pairs:
+            yield {STEP: found[1], **pairs}
 
 
 def nemo_rows(lines: Iterable[str]) -> Iterator[Row]:

@@ -34,11 +34,11 @@ class Written:
 
 # Of a line's fields only what may be of use is kept: a long run has millions of lines.
 _LOG_KEYS = re.compile(r"loss|norm|consumed samples|number of (skipped|nan) iterations")
-_FIELD = re.compile(r"([A-Za-z][\w./-]*)['\"]?\s*[:=]")
+_FIELD = re.compile(r"(?<![\w./-])([A-Za-z][\w./-]*)['\"]?\s*[:=]")
 _LOOKED_AT = 1000  # lines of a file that is not understood
 _LOG_START = re.compile(r"(?<!, )iteration\s+(\d+)/\s*\d+\s*\|")
 # deepspeed/runtime/pipe/engine.py, `train_batch`
-_PIPELINE = re.compile(r"steps: (\d+) loss: (\S+) .*iter time \(s\): ")
+_PIPELINE = re.compile(r"steps: (\d+) loss: (\S+) (?=[^:]*iter time \(s\): )")
 
 
 def read_log(path: Path, loss: str | None, grad_norm: str | None) -> Written:
@@ -50,7 +50,7 @@ def read_log(path: Path, loss: str | None, grad_norm: str | None) -> Written:
     is not above 0 (below 0 from core 0.19 on), so a complete line without one had NaN, unless its
     iterations were skipped for the loss scale.
     """
-    lines = [fields for text in textfiles.lines(path) for fields in _log_lines(text)]
+    lines = [fields for text in textfiles.printed(path) for fields in _log_lines(text)]
     if not lines:
         points = _pipeline_points(path)
         return Written(points=points, notes=[]) if points else _read_console(path, loss, grad_norm)
@@ -90,7 +90,7 @@ def read_log(path: Path, loss: str | None, grad_norm: str | None) -> Written:
 
 
 def _pipeline_points(path: Path) -> list[MetricsPoint]:
-    matches = (_PIPELINE.search(text) for text in textfiles.lines(path) if "steps: " in text)
+    matches = (_PIPELINE.search(text) for text in textfiles.printed(path) if "steps: " in text)
     found = [(int(m[1]), as_number(m[2])) for m in matches if m]
     return [MetricsPoint(iteration=step, loss=loss) for step, loss in found if loss is not None]
 
@@ -100,7 +100,7 @@ def _read_console(path: Path, loss: str | None, grad_norm: str | None) -> Writte
     for form in consoles.FORMS:
 
         def rows(form: Callable[..., Iterator[Mapping[str, Any]]] = form) -> Any:
-            return form(textfiles.lines(path))
+            return form(textfiles.printed(path))
 
         first = next(iter(rows()), None)
         if first is None:
@@ -113,7 +113,9 @@ def _read_console(path: Path, loss: str | None, grad_norm: str | None) -> Writte
             )
         return _read_table(path, rows, loss, grad_norm)
     seen = (
-        name for text in itertools.islice(textfiles.lines(path), _LOOKED_AT) for name in _keys(text)
+        name
+        for text in itertools.islice(textfiles.printed(path), _LOOKED_AT)
+        for name in _keys(text)
     )
     raise MetricsError(
         f"{path}: no line has an iteration and a loss as Megatron (`iteration N/ M | ... |`), "

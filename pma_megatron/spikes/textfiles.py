@@ -11,6 +11,7 @@ from pathlib import Path
 from pma_megatron.errors import MetricsError
 
 _GZIPPED = (".gz", ".gzip")
+_LONGEST_PRINTED = 16_384  # characters; what a trainer prints per iteration is far below
 
 
 def suffix(path: Path) -> str:
@@ -37,3 +38,8 @@ def lines(path: Path, newline: str | None = None) -> Generator[str, None, None]:
         raise MetricsError(f"{path}: is no whole gzip file ({error}); unpack what there is") from (
             error
         )
+
+
+def printed(path: Path) -> Generator[str, None, None]:
+    """The lines of a text file that a trainer may have printed: without the endless ones."""
+    return (line for line in lines(path) if len(line) <= _LONGEST_PRINTED)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -184,6 +185,27 @@ def test_rows_of_an_evaluation_are_no_training(tmp_path: Path, mark: dict[str, o
     (name, value), *_ = mark.items()
     table = f"step,{name},loss\n1,,2.5\n1,{value},9.5\n2,,2.25\n2,{value},9.5\n"
     assert curve(read_metrics(written(tmp_path, "a.csv", table))) == {1: 2.5, 2: 2.25}
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        "loss " + 10_000 * "a",
+        "loss step 1" + 10_000 * " ",
+        "loss step" + 10_000 * " ",
+        "loss step 1 : " + 10_000 * "1" + "x",
+        "step: 1 loss:" * 1000,
+        "[step=1/1,epoch=" * 1000,
+        "steps: 1 loss: 1 " * 800,
+        100_000 * "step 1 loss ",
+    ],
+    ids=range(8),
+)
+def test_a_long_line_takes_no_time(tmp_path: Path, hostile: str) -> None:
+    text = f"{hostile}\nstep 1 | loss: 2.5\n{hostile}\nstep 2 | loss: 2.5\n"
+    start_s = time.process_time()
+    assert {1, 2} <= set(curve(read_metrics(written(tmp_path, "run.log", text), loss="loss")))
+    assert time.process_time() - start_s < 1.0
 
 
 # --- gzipped files, several files, several runs ---
