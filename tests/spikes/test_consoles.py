@@ -6,6 +6,7 @@ import gzip
 import json
 import math
 import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -223,6 +224,19 @@ def test_gzipped_files(tmp_path: Path) -> None:
     for name in ("cut.log.gz", "no.log.gz"):
         with pytest.raises(MetricsError, match=f"{name}: is no whole gzip file"):
             read_metrics(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["run.log.gz", "a.jsonl.gz", "a.csv.gz", "a.json.gz"])
+def test_a_line_without_an_end_is_refused_and_not_kept(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(b"step 1 | loss: 2.5\n" + bytes(1 << 26), compresslevel=1))
+    tracemalloc.start()
+    try:
+        with pytest.raises(MetricsError, match=rf"{name}: has a line of more than 16,777,216"):
+            read_metrics(path)
+        assert tracemalloc.get_traced_memory()[1] < 60_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_several_files_are_parts_of_one_run(tmp_path: Path) -> None:
