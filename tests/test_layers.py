@@ -145,7 +145,7 @@ INSIDE = {
     """,
     "spikes": """
         columns healthy settings textfiles
-        consoles
+        consoles points
         readers
         detector metrics relaunch
         recovery

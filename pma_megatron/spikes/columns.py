@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from pma_megatron.errors import MetricsError
 
@@ -26,6 +28,10 @@ LOSS = (
 )
 GRAD_NORM = ("grad norm", "gradient norm", "train grad norm", "optim total grad norm")
 SAMPLES = ("consumed samples", "consumed train samples", "samples")
+_TRAINING = {"train", "training"}
+_EVALUATION = {"eval", "evaluation", "val", "valid", "validation", "validate", "dev", "test"}
+# Names of columns whose values are names that people gave; a run may well be called "test".
+_GIVEN = {"run", "run name", "run id", "experiment", "project", "group", "job", "user", "host"}
 
 # deepspeed/monitor: the step of everything under this name is `global_samples`
 _MONITOR = "train samples "
@@ -58,7 +64,10 @@ def pick(
 
 def has_iteration(header: str) -> bool:
     """Whether a CSV header has a column for the iteration."""
-    return bool(named(next(csv.reader([header]), []), ITERATION))
+    try:
+        return bool(named(next(csv.reader([header]), []), ITERATION))
+    except csv.Error:  # a field that is too long
+        return False
 
 
 def named(names: Iterable[str], known: tuple[str, ...]) -> list[str]:
@@ -69,6 +78,68 @@ def named(names: Iterable[str], known: tuple[str, ...]) -> list[str]:
 def is_monitor(name: str) -> bool:
     """Whether a name is of DeepSpeed's monitors, whose steps count samples."""
     return _plain(name).startswith(_MONITOR)
+
+
+def is_split(word: str) -> bool:
+    """Whether a word says of which data a loss is: `train`, `val`.
+
+    >>> is_split("Val"), is_split("lm")
+    (True, False)
+    """
+    return word.lower() in _TRAINING | _EVALUATION
+
+
+def of_evaluation(row: Mapping[str, Any]) -> bool:
+    """Whether a row says that it is of an evaluation: `split: val`, `eval: true`.
+
+    >>> of_evaluation({"step": 5, "split": "val", "loss": 2.6})
+    True
+    >>> of_evaluation({"step": 5, "run": "test", "val_loss": 2.6})
+    False
+    """
+    for name, value in row.items():
+        if value is True or (isinstance(value, str) and value.strip().lower() == "true"):
+            says = str(name)
+        elif isinstance(value, str) and len(value) <= 40 and _plain(str(name)) not in _GIVEN:
+            says = value
+        else:
+            continue
+        if says_evaluation(says):
+            return True
+    return False
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a value is what writers of tables put for NaN: nothing, or a word for it."""
+    return value is None or (
+        isinstance(value, str) and value.strip().lower() in ("", "none", "null", "n/a", "<na>")
+    )
+
+
+def says_evaluation(text: str) -> bool:
+    """Whether words of an evaluation are in a text, and none of training.
+
+    >>> says_evaluation("[Eval] step 50"), says_evaluation("training, test=train")
+    (True, False)
+    """
+    words = set(re.findall("[a-z]+", text.lower()))
+    return bool(words & _EVALUATION) and not words & _TRAINING
+
+
+def numbered(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Values by name; a name that has several values is numbered, since none of them is the one.
+
+    >>> numbered([("loss", "2.5"), ("lr", "1e-3"), ("loss", "2.6"), ("lr", "1e-3")])
+    {'lr': '1e-3', 'loss [1]': '2.5', 'loss [2]': '2.6'}
+    """
+    different = [*dict.fromkeys(pairs)]
+    several = Counter(name for name, _ in different)
+    single = {name: value for name, value in different if several[name] == 1}
+    for name in several:
+        values = [value for each, value in different if each == name]
+        if len(values) > 1:
+            single |= {f"{name} [{i}]": value for i, value in enumerate(values, 1)}
+    return single
 
 
 def run_of(name: str) -> str | None:

@@ -11,32 +11,48 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from pma_megatron.spikes import columns
+
 Row = dict[str, Any]
 STEP = "step"
 """What a row calls its iteration."""
-_NUMBER = r"[-+]?(?:\d[\d,]*\.?\d*(?:[eE][-+]?\d+)?|\.\d+|nan|inf|NaN|Infinity)"
+SPLIT = "split"
+"""What a row calls the data of which its loss is, where its line has a word for it."""
+_NUMBER = (
+    r"[-+]?(?:\d[\d,]{0,40}\.?\d{0,40}(?:[eE][-+]?\d{1,9})?|\.\d{1,40}"
+    r"|(?i:nan|inf|infinity|none|null))"
+)
+"""NaN and Inf however they are spelled, and what is printed for them."""
 _COLORS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
-_TITAN = re.compile(r"(?<!validate )\bstep:\s*(\d+)\s+(.*\bloss:.*)")
+_TITAN = re.compile(r"(?<!validate )\bstep:\s*(\d+)\s+(?=\S)")
 _NEMO = re.compile(r"Training epoch \d+, iteration (\d+)/\d+ \| (.*)")
-_OLMO = re.compile(r"\[step=(\d+)/(?:\d+|\?\?\?),epoch=[^\]]*\]")
+_OLMO = re.compile(r"\[step=(\d+)/(?:\d+|\?\?\?),epoch=[^][]*\]")
 _OLMO_METRIC = re.compile(rf"^\s+([A-Za-z][^=]*?)=({_NUMBER})\s*$")
 _BAR = re.compile(r"^\s*\d+%\|[^|]*\|\s*(\d+)/(\d+) \[")
 _DICT = re.compile(r"\{'[^{}]*\}")
 _BARE = re.compile(r"(?<=: )(-?)(nan|inf)(?=[,}])")
 _ANY_STEP = re.compile(
-    r"\b(?:global[ _]step|step|iter|iteration)s?\b\s*[:=]?\s*\[?\s*(\d+)(?:\.0*)?\s*(?:/\s*\d+)?\b",
+    r"\b(?:global[ _]step|step|iter|iteration)s?\b[\s:=\[]{0,30}(\d+)(?:\.0*)?"
+    r"(?:\s{0,9}/\s{0,9}\d+)?\b",
     re.IGNORECASE,
 )
-_PAIR = re.compile(rf"([A-Za-z][\w./ -]*?)\s*[:=]\s*({_NUMBER})(?![\w.])")
-_WORD_PAIR = re.compile(rf"\b([A-Za-z]\w*(?:loss|norm)|loss)\s+({_NUMBER})(?![\w.])")
+# A number after `:` or `=`, and one after a word. Their names are looked for backwards, which takes
+# a time in proportion to the line; one pattern for both would try each letter of it as a beginning.
+_VALUE = re.compile(rf"[:=]\s*({_NUMBER})(?![\w.])")
+_WORD_VALUE = re.compile(rf"(?<=\w)\s+({_NUMBER})(?![\w.])")
+_NO_NAME = re.compile(r"[^\w./ -]")
+_NUMBER_OF = re.compile(r"\b[A-Za-z]{1,40}[\s:=]{0,4}\d{0,40}\.\d")  # `val 2.6`
+_LETTER = re.compile(r"[A-Za-z]")
 
 
 def titan_rows(lines: Iterable[str]) -> Iterator[Row]:
     """torchtitan: `step: N  loss: X  grad_norm: Y  memory: ...` (components/metrics.py, `log`)."""
     for line in lines:
-        found = _TITAN.search(_COLORS.sub("", line)) if "step:" in line else None
-        if found:
-            yield {STEP: found[1], **dict(_pairs(found[2]))}
+        text = _COLORS.sub("", line) if "step:" in line and "loss:" in line else ""
+        found = _TITAN.search(text)
+        pairs = dict(_pairs(text[found.end() :])) if found else {}
+        if found and "loss" in pairs:
+            yield {STEP: found[1], **pairs}
 
 
 def nemo_rows(lines: Iterable[str]) -> Iterator[Row]:
@@ -96,9 +112,12 @@ def other_rows(lines: Iterable[str]) -> Iterator[Row]:
             continue
         text = _COLORS.sub("", line)
         step = _ANY_STEP.search(text)
-        pairs = dict([*_WORD_PAIR.findall(text), *_pairs(text)])
-        if step and any("loss" in key.lower() for key in pairs):
-            yield {**pairs, STEP: step[1]}
+        if step is None:
+            continue
+        text = f"{text[: step.start()]}|{text[step.end() :]}"
+        pairs = columns.numbered([*_word_pairs(text), *_pairs(text)])
+        if any("loss" in key.lower() for key in pairs):
+            yield {**pairs, **_split_of(text), STEP: step[1]}
 
 
 FORMS: tuple[Callable[[Iterable[str]], Iterator[Row]], ...] = (
@@ -111,9 +130,39 @@ FORMS: tuple[Callable[[Iterable[str]], Iterator[Row]], ...] = (
 """In the order in which they are tried."""
 
 
+def _split_of(text: str) -> dict[str, str]:
+    """That a line is of an evaluation: a word for it stands outside of names, values and paths."""
+    rest, start = [], 0
+    for found in _VALUE.finditer(text):
+        name = _NO_NAME.split(text[start : found.start()])[-1]
+        rest.append(text[start : found.start() - len(name)])
+        start = found.end()
+    words = _NUMBER_OF.sub(" ", "|".join([*rest, text[start:]])).split()
+    said = " ".join(word for word in words if word.count("/") < 2)
+    return {SPLIT: "evaluation"} if columns.says_evaluation(said) else {}
+
+
 def _pairs(text: str) -> Iterator[tuple[str, str]]:
-    for key, value in _PAIR.findall(text):
-        yield key.strip(" -"), value.replace(",", "")
+    """What has a name, `:` or `=`, and a number."""
+    return ((key, value) for key, value in _named(_VALUE, text) if key)
+
+
+def _word_pairs(text: str) -> Iterator[tuple[str, str]]:
+    """`loss 2.5` and `grad_norm 0.5`; of `train loss 2.5` and `val loss 2.6` both words."""
+    for key, value in _named(_WORD_VALUE, text):
+        before, word = ["", "", *key.split()][-2:]
+        if re.search(r"loss$|\wnorm$", word):
+            yield f"{before} {word}" if columns.is_split(before) else word, value
+
+
+def _named(value: re.Pattern[str], text: str) -> Iterator[tuple[str, str]]:
+    """Each number and what stands before it back to the one before, or to a punctuation mark."""
+    start = 0
+    for found in value.finditer(text):
+        name = _NO_NAME.split(text[start : found.start()])[-1]
+        letter = _LETTER.search(name)
+        yield name[letter.start() :].strip(" -") if letter else "", found[1].replace(",", "")
+        start = found.end()
 
 
 def _literal(text: str) -> Row | None:

@@ -19,18 +19,7 @@ from typing import Any
 
 from pma_megatron.errors import MetricsError, UsageError
 from pma_megatron.spikes import columns, consoles, textfiles
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MetricsPoint:
-    """One logged iteration."""
-
-    iteration: int
-    loss: float
-    """Nats; may be NaN or Inf. With `--log-interval k` the mean of k iterations."""
-    grad_norm: float | None = None
-    """Global norm before clipping; None where it was not logged."""
-    consumed_samples: int | None = None
+from pma_megatron.spikes.points import MetricsPoint, as_number, of_rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,11 +34,11 @@ class Written:
 
 # Of a line's fields only what may be of use is kept: a long run has millions of lines.
 _LOG_KEYS = re.compile(r"loss|norm|consumed samples|number of (skipped|nan) iterations")
-_FIELD = re.compile(r"([A-Za-z][\w./-]*)['\"]?\s*[:=]")
+_FIELD = re.compile(r"(?<![\w./-])([A-Za-z][\w./-]*)['\"]?\s*[:=]")
 _LOOKED_AT = 1000  # lines of a file that is not understood
 _LOG_START = re.compile(r"(?<!, )iteration\s+(\d+)/\s*\d+\s*\|")
 # deepspeed/runtime/pipe/engine.py, `train_batch`
-_PIPELINE = re.compile(r"steps: (\d+) loss: (\S+) .*iter time \(s\): ")
+_PIPELINE = re.compile(r"steps: (\d+) loss: (\S+) (?=[^:]*iter time \(s\): )")
 
 
 def read_log(path: Path, loss: str | None, grad_norm: str | None) -> Written:
@@ -61,7 +50,7 @@ def read_log(path: Path, loss: str | None, grad_norm: str | None) -> Written:
     is not above 0 (below 0 from core 0.19 on), so a complete line without one had NaN, unless its
     iterations were skipped for the loss scale.
     """
-    lines = [fields for text in textfiles.lines(path) for fields in _log_lines(text)]
+    lines = [fields for text in textfiles.printed(path) for fields in _log_lines(text)]
     if not lines:
         points = _pipeline_points(path)
         return Written(points=points, notes=[]) if points else _read_console(path, loss, grad_norm)
@@ -101,8 +90,8 @@ def read_log(path: Path, loss: str | None, grad_norm: str | None) -> Written:
 
 
 def _pipeline_points(path: Path) -> list[MetricsPoint]:
-    matches = (_PIPELINE.search(text) for text in textfiles.lines(path) if "steps: " in text)
-    found = [(int(m[1]), _number(m[2])) for m in matches if m]
+    matches = (_PIPELINE.search(text) for text in textfiles.printed(path) if "steps: " in text)
+    found = [(int(m[1]), as_number(m[2])) for m in matches if m]
     return [MetricsPoint(iteration=step, loss=loss) for step, loss in found if loss is not None]
 
 
@@ -111,7 +100,7 @@ def _read_console(path: Path, loss: str | None, grad_norm: str | None) -> Writte
     for form in consoles.FORMS:
 
         def rows(form: Callable[..., Iterator[Mapping[str, Any]]] = form) -> Any:
-            return form(textfiles.lines(path))
+            return form(textfiles.printed(path))
 
         first = next(iter(rows()), None)
         if first is None:
@@ -124,7 +113,9 @@ def _read_console(path: Path, loss: str | None, grad_norm: str | None) -> Writte
             )
         return _read_table(path, rows, loss, grad_norm)
     seen = (
-        name for text in itertools.islice(textfiles.lines(path), _LOOKED_AT) for name in _keys(text)
+        name
+        for text in itertools.islice(textfiles.printed(path), _LOOKED_AT)
+        for name in _keys(text)
     )
     raise MetricsError(
         f"{path}: no line has an iteration and a loss as Megatron (`iteration N/ M | ... |`), "
@@ -147,7 +138,7 @@ def _log_lines(text: str) -> Iterator[dict[str, float]]:
         # What no bar ends was cut off.
         for part in rest.split("|")[:-1]:
             key, _, value = part.rpartition(":")
-            number = _number(value) if _LOG_KEYS.search(key) else None
+            number = as_number(value) if _LOG_KEYS.search(key) else None
             if number is not None:
                 fields[sys.intern(key.strip())] = number
         yield fields
@@ -170,11 +161,19 @@ def read_csv(path: Path, loss: str | None, grad_norm: str | None) -> Written:
     def rows() -> Iterator[Mapping[str, Any]]:
         with contextlib.closing(textfiles.lines(path, newline="")) as text:
             try:
-                yield from csv.DictReader(line.replace("\0", "") for line in text)
+                for row in csv.DictReader(_whole(text)):
+                    yield {key: value for key, value in row.items() if value is not None}
             except csv.Error as error:
                 raise MetricsError(f"{path}: is not CSV ({error})") from error
 
     return _read_table(path, rows, loss, grad_norm)
+
+
+def _whole(lines: Iterable[str]) -> Iterator[str]:
+    """Lines of CSV without one that was cut off, or is being written, before its last cell."""
+    for line in lines:
+        if not line.endswith(","):
+            yield line.replace("\0", "")
 
 
 def read_jsonl(path: Path, loss: str | None, grad_norm: str | None) -> Written:
@@ -184,7 +183,7 @@ def read_jsonl(path: Path, loss: str | None, grad_norm: str | None) -> Written:
         for line in textfiles.lines(path):
             try:
                 row = json.loads(line) if line.strip() else {}
-            except ValueError:
+            except (ValueError, RecursionError):
                 row = {}
             yield row if isinstance(row, dict) else {}
 
@@ -230,22 +229,7 @@ def _read_table(
     same = names if run is None else [name for name in names if columns.run_of(name) in (run, None)]
     norm_column = columns.pick(path, "grad_norm", same, columns.GRAD_NORM, grad_norm)
     samples_column = next(iter(columns.named(names, columns.SAMPLES)), None)
-    points, left_out = [], 0
-    for row in rows():
-        iteration, value = _number(_done(row.get(step))), _number(row.get(loss_column))
-        if iteration is None or value is None or not iteration.is_integer():
-            left_out += 1
-            continue
-        samples = _number(row.get(samples_column)) if samples_column else None
-        points.append(
-            MetricsPoint(
-                iteration=int(iteration),
-                loss=value,
-                grad_norm=_number(row.get(norm_column)) if norm_column else None,
-                consumed_samples=int(samples) if samples and math.isfinite(samples) else None,
-            )
-        )
-    notes = [f"{left_out} row(s) left out: no iteration or no loss."] if left_out else []
+    points, notes = of_rows(rows(), step, loss_column, norm_column, samples_column)
     in_samples = columns.is_monitor(loss_column) or columns.is_monitor(path.name)
     return Written(points=points, notes=notes, in_samples=in_samples)
 
@@ -316,11 +300,6 @@ def _one_after_another(each: Mapping[Path, Scalars], tag: str) -> list[str]:
     return [f"Joined, in the order of their times: {', '.join(str(f) for _, _, f in spans)}."]
 
 
-def _done(value: Any) -> Any:
-    """`N` of `N/M`."""
-    return value.partition("/")[0] if isinstance(value, str) else value
-
-
 def _scalars(files: list[Path]) -> Scalars:
     """Every scalar of some event files."""
     try:
@@ -346,12 +325,3 @@ def _scalars(files: list[Path]) -> Scalars:
                     continue
                 series.setdefault(value.tag, []).append((event.wall_time, event.step, number))
     return series
-
-
-def _number(value: Any) -> float | None:
-    if value is None or isinstance(value, bool | list | dict):
-        return None
-    try:
-        return float(value)
-    except (ValueError, OverflowError):
-        return None

@@ -11,6 +11,8 @@ from pathlib import Path
 from pma_megatron.errors import MetricsError
 
 _GZIPPED = (".gz", ".gzip")
+_LONGEST = 1 << 24  # characters; a row of any table is far below
+_LONGEST_PRINTED = 16_384  # characters; what a trainer prints per iteration is far below
 
 
 def suffix(path: Path) -> str:
@@ -26,14 +28,26 @@ def lines(path: Path, newline: str | None = None) -> Generator[str, None, None]:
     """The lines of a text file, with their ends; progress bars end theirs too (`newline` None).
 
     Raises:
-        MetricsError: it is called gzipped and is not, or is cut off.
+        MetricsError: it is called gzipped and is not, or is cut off; or a line has no end.
         OSError: it cannot be read.
     """
     try:
         zipped = path.suffix in _GZIPPED
         with gzip.open(path) if zipped else path.open("rb") as raw:
-            yield from io.TextIOWrapper(raw, "utf-8-sig", errors="replace", newline=newline)
+            text = io.TextIOWrapper(raw, "utf-8-sig", errors="replace", newline=newline)
+            while line := text.readline(_LONGEST):
+                if len(line) == _LONGEST:
+                    raise MetricsError(
+                        f"{path}: has a line of more than {_LONGEST:,} characters: it is no file "
+                        "of metrics by iteration; give the log itself, or a table with a row each"
+                    )
+                yield line
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise MetricsError(f"{path}: is no whole gzip file ({error}); unpack what there is") from (
             error
         )
+
+
+def printed(path: Path) -> Generator[str, None, None]:
+    """The lines of a text file that a trainer may have printed: without the endless ones."""
+    return (line for line in lines(path) if len(line) <= _LONGEST_PRINTED)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -122,6 +124,91 @@ def test_iterations_of_how_many_in_tables(tmp_path: Path) -> None:
     assert curve(read_metrics(written(tmp_path, "a.csv", text))) == {10: 1, 20: 2}
 
 
+@pytest.mark.parametrize(
+    "form",
+    [
+        "step {i}: train loss {train}, val loss {val}\n",  # nanoGPT
+        "step {i}: val loss {val} train loss {train}\n",
+        "step {i} train/loss {train} val/loss {val}\n",
+        "step {i} | Train loss: {train} | Validation loss: {val}\n",
+    ],
+)
+def test_loss_of_training_is_told_from_that_of_validation(tmp_path: Path, form: str) -> None:
+    text = "".join(form.format(i=i, train=train, val=2.6) for i, train in ((1, 2.5), (2, 8.0)))
+    assert curve(read_metrics(written(tmp_path, "run.log", text))) == {1: 2.5, 2: 8.0}
+
+
+def test_two_losses_of_one_name_in_a_line_are_refused_and_can_be_named(tmp_path: Path) -> None:
+    text = "step 1 train: loss 2.5 val: loss 2.6\nstep 2 train: loss 8.0 val: loss 2.7\n"
+    path = written(tmp_path, "run.log", text)
+    with pytest.raises(MetricsError, match=r"name one with loss=.*'loss \[1\]', 'loss \[2\]'"):
+        read_metrics(path)
+    assert curve(read_metrics(path, loss="loss [1]")) == {1: 2.5, 2: 8.0}
+    nano = "step 0: train loss 4.2, val loss 4.3\niter 0: loss 4.25, time 90ms\n"
+    with pytest.raises(MetricsError, match="'train loss', 'loss' could each be the loss"):
+        read_metrics(written(tmp_path, "nano.log", nano))
+    assert curve(read_metrics(tmp_path / "nano.log", loss="loss")) == {0: 4.25}
+
+
+@pytest.mark.parametrize(
+    ("train", "evaluation"),
+    [
+        ("step {i}/1000 | train | loss: {loss}\n", "step {i}/1000 | eval | loss: {loss}\n"),
+        ("step {i}: loss {loss}\n", "Validation step {i}: loss {loss}\n"),
+        ("iter {i}, loss={loss}\n", "iter {i}, mode=test, loss={loss}\n"),
+        ("step {i} loss: {loss} val: 2.6\n", "[val] step {i} loss: {loss} acc: 0.5\n"),
+        ("step {i} loss: {loss} data: /c4/test/7\n", "step {i} valid: loss: {loss}\n"),
+    ],
+)
+def test_lines_of_an_evaluation_are_no_training(
+    tmp_path: Path, train: str, evaluation: str
+) -> None:
+    text = "".join(
+        train.format(i=i, loss=2.5) + evaluation.format(i=i, loss=9.5) for i in (1, 2, 3)
+    )
+    metrics = read_metrics(written(tmp_path, "run.log", text))
+    assert curve(metrics) == dict.fromkeys((1, 2, 3), 2.5)
+    assert "3 row(s) left out: they say that they are of an evaluation." in metrics.notes
+    with pytest.raises(MetricsError, match="of an evaluation"):
+        read_metrics(written(tmp_path, "only.log", evaluation.format(i=1, loss=9.5)))
+
+
+@pytest.mark.parametrize(
+    "mark", [{"split": "val"}, {"mode": "Eval"}, {"name": "c4-validation"}, {"is_eval": True}]
+)
+def test_rows_of_an_evaluation_are_no_training(tmp_path: Path, mark: dict[str, object]) -> None:
+    rows: list[dict[str, object]] = []
+    for i in (1, 2):
+        rows += [{"step": i, "loss": 2.5}, {"step": i, "loss": 9.5, **mark}]
+    rows += [{"step": 3, "loss": 2.25, "run": "test", "split": "train"}]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    assert curve(read_metrics(written(tmp_path, "a.jsonl", text))) == {1: 2.5, 2: 2.5, 3: 2.25}
+    (name, value), *_ = mark.items()
+    table = f"step,{name},loss\n1,,2.5\n1,{value},9.5\n2,,2.25\n2,{value},9.5\n"
+    assert curve(read_metrics(written(tmp_path, "a.csv", table))) == {1: 2.5, 2: 2.25}
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        "loss " + 10_000 * "a",
+        "loss step 1" + 10_000 * " ",
+        "loss step" + 10_000 * " ",
+        "loss step 1 : " + 10_000 * "1" + "x",
+        "step: 1 loss:" * 1000,
+        "[step=1/1,epoch=" * 1000,
+        "steps: 1 loss: 1 " * 800,
+        100_000 * "step 1 loss ",
+    ],
+    ids=range(8),
+)
+def test_a_long_line_takes_no_time(tmp_path: Path, hostile: str) -> None:
+    text = f"{hostile}\nstep 1 | loss: 2.5\n{hostile}\nstep 2 | loss: 2.5\n"
+    start_s = time.process_time()
+    assert {1, 2} <= set(curve(read_metrics(written(tmp_path, "run.log", text), loss="loss")))
+    assert time.process_time() - start_s < 1.0
+
+
 # --- gzipped files, several files, several runs ---
 
 
@@ -137,6 +224,19 @@ def test_gzipped_files(tmp_path: Path) -> None:
     for name in ("cut.log.gz", "no.log.gz"):
         with pytest.raises(MetricsError, match=f"{name}: is no whole gzip file"):
             read_metrics(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["run.log.gz", "a.jsonl.gz", "a.csv.gz", "a.json.gz"])
+def test_a_line_without_an_end_is_refused_and_not_kept(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(b"step 1 | loss: 2.5\n" + bytes(1 << 26), compresslevel=1))
+    tracemalloc.start()
+    try:
+        with pytest.raises(MetricsError, match=rf"{name}: has a line of more than 16,777,216"):
+            read_metrics(path)
+        assert tracemalloc.get_traced_memory()[1] < 60_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_several_files_are_parts_of_one_run(tmp_path: Path) -> None:

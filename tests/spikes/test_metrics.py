@@ -173,6 +173,43 @@ def test_named_columns(tmp_path: Path) -> None:
         read_metrics(path, loss="loss", grad_norm="norm")
 
 
+@pytest.mark.parametrize(
+    ("name", "form", "nan"),
+    [
+        ("a.jsonl", '{{"step": {i}, "loss": {loss}}}', "null"),
+        ("a.jsonl", '{{"step": {i}, "loss": {loss}, "loss_scale": 65536}}', '""'),
+        ("a.csv", "{i},{loss},0.5", ""),
+        ("a.csv", "{i},{loss},0.5", "None"),
+        *(("a.log", "step {i} | loss: {loss}", n) for n in ("NAN", "Inf", "-inf", "None", "null")),
+        ("a.log", "step {i}: loss {loss}", "NULL"),
+    ],
+)
+def test_a_loss_that_ends_in_nothing_is_nan(tmp_path: Path, name: str, form: str, nan: str) -> None:
+    losses = {1: "2.5", 2: "2.5", **dict.fromkeys((3, 4, 5), nan)}
+    rows = [form.format(i=i, loss=loss) for i, loss in losses.items()]
+    head = ["step,loss,lr"] if name == "a.csv" else []
+    metrics = read_metrics(written(tmp_path, name, "\n".join(head + rows) + "\n"))
+    assert list(curve(metrics)) == [1, 2, 3, 4, 5]
+    assert [math.isfinite(point.loss) for point in metrics.points] == [True, True] + 3 * [False]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "step,loss,val_acc\n1,2.5,\n2,2.5,\n3,,0.5\n",
+        "step,loss,val_loss\n1,2.5,\n2,2.5,\n3,,2.6\n",  # an evaluation at the end
+        "step,loss,lr\n1,2.5,1\n2,,1\n3,2.5,1\n4,,1\n",  # logged every second row
+        "step,loss,lr\n1,2.5,1\n2,2.5,1\n3,",  # being written
+        "step,loss,lr\n1,2.5,1\n2,2.5,1\n3",
+        "Step,a - loss,b - loss\n1,2.5,2.5\n2,2.5,2.5\n3,,2.5\n",  # run a is over
+    ],
+)
+def test_a_row_without_a_loss_for_a_good_reason_is_not_nan(tmp_path: Path, text: str) -> None:
+    loss = "a" if "a - loss" in text else "loss"
+    metrics = read_metrics(written(tmp_path, "a.csv", text), loss=loss)
+    assert set(curve(metrics).values()) == {2.5}
+
+
 # --- what a run did ---
 
 
@@ -252,6 +289,16 @@ def test_refused(tmp_path: Path, name: str, text: str, words: str) -> None:
     with pytest.raises(MetricsError) as caught:
         read_metrics(written(tmp_path, name, text))
     assert words in str(caught.value) and name in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a"])
+@pytest.mark.parametrize("deep", [200_000 * "[", '{"a":' + 200_000 * '{"a":'])
+def test_a_line_that_is_no_row_is_no_traceback(tmp_path: Path, name: str, deep: str) -> None:
+    row = '{"step": 1, "loss": 2.5}'
+    with pytest.raises(MetricsError, match=name):
+        read_metrics(written(tmp_path, name, deep + "\n"))
+    metrics = read_metrics(written(tmp_path, "rows.jsonl", f"{row}\n{deep}\n"))
+    assert curve(metrics) == {1: 2.5} and "1 row(s) left out" in metrics.notes[0]
 
 
 def test_binary_and_missing_files_are_refused(tmp_path: Path) -> None:
