@@ -142,6 +142,19 @@ def numbered(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
     return single
 
 
+def unlike(names: list[str]) -> list[str]:
+    """Names of columns, numbered where several have the same.
+
+    >>> unlike(["step", "loss", "loss"])
+    ['step', 'loss [1]', 'loss [2]']
+    """
+    several = Counter(names)
+    return [
+        f"{name} [{names[: i + 1].count(name)}]" if several[name] > 1 else name
+        for i, name in enumerate(names)
+    ]
+
+
 def run_of(name: str) -> str | None:
     """The run in the name of a column as W&B exports it, `run - key`; None in any other."""
     run, dash, _ = name.rpartition(" - ")

@@ -32,8 +32,8 @@ _BAR = re.compile(r"^\s*\d+%\|[^|]*\|\s*(\d+)/(\d+) \[")
 _DICT = re.compile(r"\{'[^{}]*\}")
 _BARE = re.compile(r"(?<=: )(-?)(nan|inf)(?=[,}])")
 _ANY_STEP = re.compile(
-    r"\b(?:global[ _]step|step|iter|iteration)s?\b[\s:=\[]{0,30}(\d+)(?:\.0*)?"
-    r"(?:\s{0,9}/\s{0,9}\d+)?\b",
+    r"\b(?:global[ _]step|step|iter|iteration)s?\b[\s:=\[]{0,30}(\d{1,3}(?:,\d{3}){1,4}|\d+)"
+    r"(?:\.0*)?(?:\s{0,9}/\s{0,9}\d[\d,]*)?\b",
     re.IGNORECASE,
 )
 # A number after `:` or `=`, and one after a word. Their names are looked for backwards, which takes
@@ -117,7 +117,7 @@ def other_rows(lines: Iterable[str]) -> Iterator[Row]:
         text = f"{text[: step.start()]}|{text[step.end() :]}"
         pairs = columns.numbered([*_word_pairs(text), *_pairs(text)])
         if any("loss" in key.lower() for key in pairs):
-            yield {**pairs, **_split_of(text), STEP: step[1]}
+            yield {**pairs, **_split_of(text), STEP: step[1].replace(",", "")}
 
 
 FORMS: tuple[Callable[[Iterable[str]], Iterator[Row]], ...] = (

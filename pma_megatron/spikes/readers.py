@@ -161,7 +161,10 @@ def read_csv(path: Path, loss: str | None, grad_norm: str | None) -> Written:
     def rows() -> Iterator[Mapping[str, Any]]:
         with contextlib.closing(textfiles.lines(path, newline="")) as text:
             try:
-                for row in csv.DictReader(_whole(text)):
+                table = csv.DictReader(_whole(text))
+                header = [*(table.fieldnames or [])]
+                table.fieldnames = columns.unlike(header)
+                for row in table:
                     yield {key: value for key, value in row.items() if value is not None}
             except csv.Error as error:
                 raise MetricsError(f"{path}: is not CSV ({error})") from error

@@ -239,6 +239,16 @@ def test_a_line_without_an_end_is_refused_and_not_kept(tmp_path: Path, name: str
         tracemalloc.stop()
 
 
+def test_steps_with_thousands_and_columns_of_one_name(tmp_path: Path) -> None:
+    text = "step 999: loss 2.5\nstep 1,001/10,000: loss 2.25\n"
+    metrics = read_metrics(written(tmp_path, "run.log", text))
+    assert curve(metrics) == {999: 2.5, 1001: 2.25}
+    table = written(tmp_path, "a.csv", "step,loss,loss\n1,2.5,9.5\n")
+    with pytest.raises(MetricsError, match=r"'loss \[1\]', 'loss \[2\]'"):
+        read_metrics(table)
+    assert curve(read_metrics(table, loss="loss [1]")) == {1: 2.5}
+
+
 def test_several_files_are_parts_of_one_run(tmp_path: Path) -> None:
     def part(name: str, first: int, last: int, loss: float) -> Path:
         text = "".join(line(i, f" lm loss: {loss + i} |") for i in range(first, last))
