@@ -23,6 +23,8 @@ from pma_megatron.errors import CheckpointError, PublishError, VerifyError
 from pma_megatron.formats.marker import MARKER_FILE, SEAL_FILE
 
 FILES = "files"
+TENSORS = "tensors"
+"""Field of `pma.json` that has the CRC-32 of every tensor, where the files have no checksums."""
 _ZEROS = bytes(1 << 16)
 _HEX = frozenset("0123456789abcdef")
 

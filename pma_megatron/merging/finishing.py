@@ -12,9 +12,8 @@ from isal import isal_zlib
 from pma_megatron.base.durable import sync
 from pma_megatron.base.faults import point
 from pma_megatron.base.openfiles import Files, write_inside
-from pma_megatron.formats.manifest import FileSum, Part, sum_of, sum_of_parts, write_marker
+from pma_megatron.formats.manifest import TENSORS, FileSum, Part, sum_of, sum_of_parts, write_marker
 from pma_megatron.formats.output import OutputItem, OutputLayout
-from pma_megatron.formats.safetensors.model import TENSORS
 from pma_megatron.merging.leftovers import Target
 from pma_megatron.merging.publish import cannot_write
 from pma_megatron.transfer.checksums import (

@@ -16,9 +16,8 @@ from pma_megatron.errors import CheckpointError, PmaError, RankError, VerifyErro
 from pma_megatron.export.files import stored_in
 from pma_megatron.export.template import CONFIG_FILE
 from pma_megatron.formats import registry
-from pma_megatron.formats.manifest import Marker, read_marker
+from pma_megatron.formats.manifest import TENSORS, Marker, read_marker
 from pma_megatron.formats.marker import EXPORT, MARKER_FILE, ONLINE_AVERAGE, SNAPSHOT
-from pma_megatron.formats.safetensors.model import TENSORS
 from pma_megatron.formats.trainers.saves import published_as, save_of
 from pma_megatron.merging.exported import verify_model
 from pma_megatron.merging.folder_checksums import Intact, Record, check_files

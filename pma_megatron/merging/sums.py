@@ -6,12 +6,12 @@ not know, with torch. Both give the same bits, and so does every instruction set
 
     sum      the first source whose weight is not 0, times its weight; every other one is added by a
              fused multiply-add, oldest first: weight times element plus sum, rounded once
-    average  the sum divided by the divisor, unless that is 1; as float32
+    average  the sum divided by the divisor, unless that is 1
     output   the average in each wanted dtype, to nearest, ties to even
 
-Sums are float32, or float64 where a tensor is, or where the coefficients are not exact in float32.
-A NaN stays a NaN, but which one is not defined (torch writes another bfloat16 with AVX2 than
-without).
+Sums are float32, or float64 where a tensor is stored so, or where the coefficients are not exact in
+float32. A NaN stays a NaN, but which one is not defined (torch writes another bfloat16 with AVX2
+than without).
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from pma_megatron.spikes.readers import (
     read_tensorboard,
     read_trainer_state,
 )
-from pma_megatron.spikes.textfiles import lines, suffix
+from pma_megatron.spikes.textfiles import lines, not_printed, suffix
 
 _EVENTS = "tfevents"
 # A table in no order is told from a run that went back by how often its iterations fall.
@@ -148,7 +148,8 @@ def _read(path: Path, loss: str | None, grad_norm: str | None) -> Written:
         return read_jsonl(path, loss, grad_norm)
     if suffix(path) == ".csv" or ("," in first and has_iteration(first)):
         return read_csv(path, loss, grad_norm)
-    return read_log(path, loss, grad_norm)
+    found = read_log(path, loss, grad_norm)
+    return replace(found, notes=[*found.notes, *not_printed(path)])
 
 
 def _event_files(folder: Path) -> dict[Path, list[Path]]:

@@ -51,3 +51,10 @@ def lines(path: Path, newline: str | None = None) -> Generator[str, None, None]:
 def printed(path: Path) -> Generator[str, None, None]:
     """The lines of a text file that a trainer may have printed: without the endless ones."""
     return (line for line in lines(path) if len(line) <= _LONGEST_PRINTED)
+
+
+def not_printed(path: Path) -> list[str]:
+    """What to say of the lines that `printed` leaves out: a sentence, or none."""
+    count = sum(len(line) > _LONGEST_PRINTED for line in lines(path))
+    said = f"{count} line(s) of more than {_LONGEST_PRINTED:,} characters were not looked at."
+    return [said] if count else []

@@ -85,6 +85,19 @@ def merges(
     return made
 
 
+def gone_on(run: TinyFsdp) -> tuple[Held, Held, Held]:
+    """What is held now, after a step without learning, and after another."""
+    loaded = run.snapshot()
+    run.iteration = 6  # which data comes next
+    run.stop_learning()
+    run.train(1)
+    still = run.snapshot()
+    for group in run.optimizer.param_groups:
+        group["lr"] = 1e-3
+    run.train(1)
+    return loaded, still, run.snapshot()
+
+
 def resume(
     rank: int, world_size: int, merged: Mapping[str, Mapping[str, str]]
 ) -> dict[tuple[str, str], tuple[Held, Held, Held]]:
@@ -95,15 +108,7 @@ def resume(
             run = TinyFsdp(FsdpConfig(style=style), seed=9)
             run.train(1)  # the optimizer has a state to be loaded into
             run.load(output)
-            loaded = run.snapshot()
-            run.iteration = 6  # which data comes next
-            run.stop_learning()
-            run.train(1)
-            still = run.snapshot()
-            for group in run.optimizer.param_groups:
-                group["lr"] = 1e-3
-            run.train(1)
-            found[style, state] = loaded, still, run.snapshot()
+            found[style, state] = gone_on(run)
     return found
 
 
@@ -228,15 +233,7 @@ def load_live(
                 optimizer_state=state,
             )
             assert Path(report.sources[-1]).name.endswith("6")
-            loaded = run.snapshot()
-            run.iteration = 6  # which data comes next
-            run.stop_learning()
-            run.train(1)
-            still = run.snapshot()
-            for group in run.optimizer.param_groups:
-                group["lr"] = 1e-3
-            run.train(1)
-            found[style, state] = loaded, still, run.snapshot()
+            found[style, state] = gone_on(run)
     return found
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import math
-import time
 import tracemalloc
 from pathlib import Path
 
@@ -202,11 +201,13 @@ def test_rows_of_an_evaluation_are_no_training(tmp_path: Path, mark: dict[str, o
     ],
     ids=range(8),
 )
-def test_a_long_line_takes_no_time(tmp_path: Path, hostile: str) -> None:
+@pytest.mark.timeout(60)  # where time grows with the square of the length, it takes minutes
+def test_a_long_line_does_not_hold_the_reader_up(tmp_path: Path, hostile: str) -> None:
     text = f"{hostile}\nstep 1 | loss: 2.5\n{hostile}\nstep 2 | loss: 2.5\n"
-    start_s = time.process_time()
-    assert {1, 2} <= set(curve(read_metrics(written(tmp_path, "run.log", text), loss="loss")))
-    assert time.process_time() - start_s < 1.0
+    found = read_metrics(written(tmp_path, "run.log", text), loss="loss")
+    assert {1, 2} <= set(curve(found))
+    left_out = any("2 line(s) of more than" in note for note in found.notes)
+    assert left_out == (len(hostile) > 16_384)
 
 
 # --- gzipped files, several files, several runs ---

@@ -21,7 +21,7 @@ from pma_megatron.formats.base import Incomplete, Item
 from pma_megatron.formats.inert import brief
 from pma_megatron.formats.items import ItemFiles, size_of
 from pma_megatron.formats.json_files import read_json
-from pma_megatron.formats.manifest import read_marker
+from pma_megatron.formats.manifest import TENSORS, read_marker
 from pma_megatron.formats.marker import MARKER_FILE
 from pma_megatron.formats.names import plain_name
 from pma_megatron.formats.safetensors.config import CONFIG_FILE, QUANTIZED_FIELDS
@@ -32,8 +32,6 @@ from pma_megatron.formats.zips import ZipRecord
 FORMAT_NAME = "safetensors"
 ONE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-TENSORS = "tensors"
-"""Field of `pma.json` that has the CRC-32 of every tensor: the files have no checksums."""
 _SHARD = re.compile(r"^model-\d+-of-\d+\.safetensors$")
 _PICKLED = re.compile(r"^pytorch_model(-\d+-of-\d+)?\.bin$")
 _OF_A_RUN = re.compile(

@@ -21,6 +21,7 @@ from pma_megatron.formats.trainers.trainer import Trainer
 TRAINER_STATE = "trainer_state.json"
 _NUMBERED = re.compile(r"^checkpoint-(\d{1,18})$")
 _POINTER = SideRule("latest", Fate.REMADE, "names the checkpoint in the folder")
+_SCRIPT = SideRule("zero_to_*.py", Fate.CARRIED, "a script of DeepSpeed")
 _CONFIGURATION = "configuration, tokenizer"
 _OF_A_MODEL = tuple(
     SideRule(pattern, Fate.CARRIED, _CONFIGURATION)
@@ -56,8 +57,8 @@ def _is_lightning(folder: Path, checkpoint: Path) -> bool:
 def _trainer_common(folder: Path, common: Common) -> Common:
     """The same, once `trainer_state.json` is of the save that the folder and the tag are of.
 
-    The engine's count may lag behind the Trainer's, which also counts a last step of an epoch that
-    has fewer micro-batches than others; it is never ahead.
+    A tag that counts fewer steps than the Trainer is let through: the two may count a last step of
+    an epoch with fewer micro-batches differently (not seen here).
     """
     step = read_json(folder / TRAINER_STATE).get("global_step")
     if not is_count(step):
@@ -85,7 +86,7 @@ TRAINER = Trainer(
     side_files=(
         _POINTER,
         *_state(TRAINER_STATE, "scheduler.pt", "rng_state*.pth", "scaler.pt", "training_args.bin"),
-        SideRule("zero_to_*.py", Fate.CARRIED, "a script of DeepSpeed"),
+        _SCRIPT,
         *_OF_A_MODEL,
     ),
     names_inside=True,
@@ -107,7 +108,7 @@ ACCELERATE = Trainer(
             "custom_checkpoint_*.pkl",
             "scaler.pt",
         ),
-        SideRule("zero_to_*.py", Fate.CARRIED, "a script of DeepSpeed"),
+        _SCRIPT,
     ),
     names_inside=True,
     resume='accelerator.load_state("{folder}")',
@@ -118,7 +119,7 @@ LIGHTNING = Trainer(
     inside=re.compile(r"^checkpoint$"),
     leaves="latest",
     is_its=_is_lightning,
-    side_files=(_POINTER, SideRule("zero_to_*.py", Fate.CARRIED, "a script of DeepSpeed")),
+    side_files=(_POINTER, _SCRIPT),
     names_inside=True,
     resume='trainer.fit(model, ckpt_path="{folder}")',
 )
