@@ -1,7 +1,7 @@
 """What lies in a checkpoint's folder and is none of its shards: carried, made anew, or left out.
 
 One table decides, first match first: the rows of the format (`contract.Format.side_files`), then
-`EVERYWHERE`. `pma plan` prints what it says of the newest source, whose files an output gets.
+`EVERYWHERE`, then names that are certainly weights. `pma plan` prints what it says of the newest source, whose files an output gets.
 Nothing is opened here, and no link is followed out of the folder.
 """
 
@@ -39,8 +39,7 @@ class SideRule:
     """One row of the table.
 
     Attributes:
-        pattern: of names below the folder, in lower case or as they are, parts separated by `/`,
-            which `*` matches too.
+        pattern: of names below the folder, parts separated by `/`, which `*` matches too.
         fate: of the files that it names.
         why: in words for the table.
         known: False for the row of what nobody knows.
@@ -52,21 +51,19 @@ class SideRule:
     known: bool = True
 
 
-_OF_WEIGHTS = "weights of the newest source, which are not the average"
-_OF_OPTIMIZER = "an optimizer of the newest source, which does not belong to the average"
 _WEIGHTS = (
     *("*.safetensors", "*.safetensors.index.json"),
-    *("*pytorch_model*.bin", "*pytorch_model*.bin.index.json"),
-    *("*model*.pt", "*model*.pth", "*weights*.pt", "*weights*.pth", "*consolidated*.pth"),
-    *("*.ckpt", "*.nemo", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot"),
+    *("pytorch_model*.bin", "pytorch_model*.bin.index.json"),
+    *("consolidated*.pth", "tf_model*.h5", "flax_model*.msgpack", "*.gguf"),
 )
-_OPTIMIZERS = ("*optimizer*.pt", "*optimizer*.pth", "*optimizer*.bin")
+"""Of the last part of a name, in lower case. What is not certainly weights is not here: a script
+may need it to resume."""
+_NOT_THE_AVERAGE = "weights of the newest source, which are not the average"
+_STALE = SideRule("*", Fate.LEFT_OUT, _NOT_THE_AVERAGE)
 _STRANGER = SideRule("*", Fate.CARRIED, "nothing here knows what it is", known=False)
 EVERYWHERE = (
     SideRule("pma.json", Fate.REMADE, "what describes the files of a folder"),
     SideRule("pma.json.sha256", Fate.REMADE, "what describes the files of a folder"),
-    *(SideRule(pattern, Fate.LEFT_OUT, _OF_WEIGHTS) for pattern in _WEIGHTS),
-    *(SideRule(pattern, Fate.LEFT_OUT, _OF_OPTIMIZER) for pattern in _OPTIMIZERS),
 )
 """Rows that count in every format, after its own."""
 
@@ -121,11 +118,7 @@ def side_files(
         name = path.relative_to(folder).as_posix()
         if name in shards or passing(path):
             continue
-        rule = next(
-            each
-            for each in (*rules, *EVERYWHERE, _STRANGER)
-            if fnmatchcase(name, each.pattern) or fnmatchcase(name.lower(), each.pattern)
-        )
+        rule = _rule_for(name, rules)
         unknown += not rule.known
         found.append(_judged(folder, path, name, rule, unknown))
     return tuple(found)
@@ -157,6 +150,14 @@ def notes(folder: str, files: Sequence[SideFile]) -> Iterator[str]:
             yield f"{folder}: {listed} left out of the result ({why})"
         elif why == _STRANGER.why:
             yield f"{folder}: {listed} carried into the result, although {why}"
+
+
+def _rule_for(name: str, rules: Sequence[SideRule]) -> SideRule:
+    last = name.rpartition("/")[2].lower()
+    return next(
+        (rule for rule in (*rules, *EVERYWHERE) if fnmatchcase(name, rule.pattern)),
+        _STALE if any(fnmatchcase(last, pattern) for pattern in _WEIGHTS) else _STRANGER,
+    )
 
 
 def _shown(name: str) -> str:

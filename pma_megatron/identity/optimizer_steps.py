@@ -8,6 +8,7 @@ steps than there were iterations.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from itertools import pairwise
 
 from pma_megatron.base.spelling import left_out
@@ -33,20 +34,33 @@ def refuse_other_steps(refs: Sequence[CheckpointRef], steps: Sequence[Steps]) ->
     """
     said: dict[int, str] = {}
     known = [n for n, ref in enumerate(refs) if ref.iteration is not None and steps[n]]
+    judged = not _several_per_iteration([refs[n] for n in known], [steps[n] for n in known])
     for older, newer in pairwise(known):
-        sentence = _compare(refs[older], steps[older], refs[newer], steps[newer])
+        sentence = _compare(refs[older], steps[older], refs[newer], steps[newer], judged)
         if sentence is not None:
             said[newer] = sentence
     return said
 
 
-def _compare(older: CheckpointRef, before: Steps, newer: CheckpointRef, after: Steps) -> str | None:
+def _several_per_iteration(refs: Sequence[CheckpointRef], steps: Sequence[Steps]) -> bool:
+    """Whether all counters grow by the same number per iteration, more than one, throughout."""
+    rates = set()
+    for (older, before), (newer, after) in pairwise(zip(refs, steps, strict=True)):
+        iterations = (newer.iteration or 0) - (older.iteration or 0)
+        grown = {after[key] - before[key] for key in after if key in before}
+        rates |= {Fraction(each, iterations) if iterations else Fraction(0) for each in grown}
+    return len(refs) > 2 and len(rates) == 1 and min(rates) > 1
+
+
+def _compare(
+    older: CheckpointRef, before: Steps, newer: CheckpointRef, after: Steps, judged: bool
+) -> str | None:
     assert older.iteration is not None and newer.iteration is not None
     iterations = newer.iteration - older.iteration
     both = [key for key in after if key in before]
     if iterations <= 0 or not both:
         return None
-    if _at_most_one(older, before) or _at_most_one(newer, after):
+    if judged and (_at_most_one(older, before) or _at_most_one(newer, after)):
         _refuse(older, before, newer, after, both, iterations)
     less = [key for key in both if after[key] < before[key]]
     if less:
@@ -71,7 +85,7 @@ def _refuse(
     both: Sequence[str],
     most: int,
 ) -> None:
-    """No counter grows by more than `most`; what shrank began anew since; and some move."""
+    """No counter grows by more than `most`; what shrank began anew since; some move, or begin."""
     for key in both:
         if not (0 <= after[key] - before[key] <= most or after[key] <= most):
             raise CheckpointError(
@@ -80,7 +94,8 @@ def _refuse(
                 f"{older.iteration}): expected 0 to {most} more. Files of two saves lie in one of "
                 f"them, or one is of another run: {left_out('it')}"
             )
-    if all(after[key] == before[key] > most for key in both):
+    begun = any(0 < after[key] <= most for key in after if key not in before)
+    if not begun and all(after[key] == before[key] > most for key in both):
         raise CheckpointError(
             f"the optimizer has counted as many steps in {newer.path} (iteration "
             f"{newer.iteration}) as in {older.path} (iteration {older.iteration}): {both[0]} says "

@@ -52,8 +52,15 @@ def refuse_lost_optimizer(sources: Sequence[Source]) -> None:
             f"the newest source, {base.path}, has no optimizer state, and {full[-1].path} has: its "
             "save was cut off, or is still under way, or left the optimizer out. Training could "
             f"not resume from the result: {left_out(Path(base.path).name)}, or make a checkpoint "
-            f"of weights alone with {given('optimizer_state', 'drop')}"
+            f"of weights alone with {given(*_alone(full[-1]))}"
         )
+
+
+def _alone(source: Source) -> tuple[str, str]:
+    """The setting that averages weights alone, of sources of which one has main params."""
+    if source.space.states.get(MAIN):
+        return "average", "weights"
+    return "optimizer_state", "drop"
 
 
 def check_same_model(sources: Sequence[Source]) -> None:

@@ -11,12 +11,14 @@ import torch
 from pma_megatron.base.boxes import Box
 from pma_megatron.errors import VerifyError
 
-_UNIT_ROUNDOFF = 2.0**-24
+_UNIT_ROUNDOFF = {torch.float64: 2.0**-52}  # of the sum, and of the float64 one it is compared to
 _SMALLEST = 2.0**-149  # of float32: results that are subnormal have no relative error bound
 
 
 def bound_of(terms: int, size: np.ndarray, exact: np.ndarray, dtype: torch.dtype) -> np.ndarray:
-    """The largest error of a sum of `terms` products, formed in float32 and stored in `dtype`.
+    """The largest error of a sum of `terms` products that is stored in `dtype`.
+
+    It is formed in float64 where that is the dtype, in float32 otherwise.
 
     Args:
         terms: how many sources count.
@@ -24,7 +26,7 @@ def bound_of(terms: int, size: np.ndarray, exact: np.ndarray, dtype: torch.dtype
         exact: sum of w x, per element.
         dtype: what the average is rounded to, once.
     """
-    bound: np.ndarray = terms * (_UNIT_ROUNDOFF * size + _SMALLEST)
+    bound: np.ndarray = terms * (_UNIT_ROUNDOFF.get(dtype, 2.0**-24) * size + _SMALLEST)
     if dtype.itemsize >= 4:
         return bound
     limits = torch.finfo(dtype)

@@ -73,7 +73,7 @@ def _below(
         if hidden or folder.name in taken or not is_folder(folder) or is_copy(folder, folders):
             continue
         inside = _named_inside(folder, trainer)
-        alike = _NUMBER.sub("#", folder.name) in shapes
+        alike = _NUMBER.sub("#", folder.name) in shapes and _is_begun(folder, inside, trainer)
         if not alike and not any(trainer.is_its(folder, path) for path in inside):
             continue
         ref = describe(inside[0] if len(inside) == 1 else folder)
@@ -82,6 +82,11 @@ def _below(
         if inside:
             ref = replace(ref, saved_in=str(folder))
         yield _without(ref, trainer)
+
+
+def _is_begun(folder: Path, inside: Sequence[Path], trainer: Trainer) -> bool:
+    """Whether something of a trainer's save is there, or nothing at all yet: others use numbers."""
+    return bool(inside) or (folder / trainer.leaves).exists() or not any(folder.iterdir())
 
 
 def _named_inside(folder: Path, trainer: Trainer) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,20 @@ import torch.distributed.checkpoint as dcp
 from pma_megatron import MergeRequest, SelectionRequest, plan
 from pma_megatron.errors import CheckpointError
 
-RUNS: dict[str, tuple[dict[int, tuple[int, int]], str | None]] = {
+RUNS: dict[str, tuple[dict[int, tuple[int, int | None]], str | None]] = {
     "as it should be": ({200: (200, 200), 400: (400, 400), 600: (600, 600)}, None),
     "after a reset long ago": ({200: (90, 90), 400: (290, 290)}, None),
     "accumulated gradients": ({200: (50, 50), 400: (100, 100)}, None),
     "steps skipped": ({200: (190, 190), 400: (385, 385)}, None),
     "several steps per iteration": ({2: (200, 200), 4: (900, 900)}, None),
+    "several steps per iteration of an optimizer that began late": (
+        {1010: (40, 40), 1020: (80, 80), 1030: (120, 120)},
+        None,
+    ),
+    "others trained than before": (
+        {400: (400, None), 600: (400, 200)},
+        "was not trained in between",
+    ),
     "reset in between": ({200: (200, 200), 400: (150, 150)}, "was reset in between"),
     "one frozen since": ({200: (200, 200), 400: (400, 200)}, "was not trained in between"),
 }
@@ -30,13 +39,14 @@ MIXED: dict[str, dict[int, tuple[int, int]]] = {
 }
 
 
-def saved(root: Path, counted: dict[int, tuple[int, int]]) -> MergeRequest:
+def saved(root: Path, counted: Mapping[int, tuple[int, int | None]]) -> MergeRequest:
     for iteration, steps in counted.items():
         draw = torch.Generator().manual_seed(iteration)
         model = {name: torch.randn(4, 3, generator=draw) for name in ("a", "b")}
         state: dict[str, Any] = {
             name: {"step": torch.tensor(float(step)), "exp_avg": model[name] / 8}
             for name, step in zip(model, steps, strict=True)
+            if step is not None
         }
         groups = [{"lr": 0.1, "params": list(model)}]
         dcp.save(

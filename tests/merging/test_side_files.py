@@ -29,12 +29,11 @@ STALE = (
     "Model.SAFETENSORS",
     "hf/pytorch_model-00001.bin",
     "consolidated.00.pth",
-    "ema_model.pt",
-    "last.ckpt",
     "tf_model.h5",
-    "optimizer.bin",
+    "flax_model.msgpack",
+    "model-q4.gguf",
 )
-"""What other savers leave, and holds other weights or other moments than the average."""
+"""What other savers leave: weights that are not the average."""
 KEPT = {
     "tokenizer/tokenizer.json": b'{"model": 1}',
     "tokenizer/merges/words.txt": b"a b\n",
@@ -95,6 +94,21 @@ def test_tokenizer_rank_files_and_what_nobody_knows_are_carried(run: Path, save:
     (save / "iter_0000004" / "tokenizer" / "tokenizer.json").write_bytes(b'{"model": 2}')
     with pytest.raises(VerifyError, match="tokenizer"):
         verify(save, files_only=True)
+
+
+def test_what_a_script_may_need_is_carried_whatever_it_is_called(run: Path, save: Path) -> None:
+    """A folder is not split, and its name says nothing of the files in it."""
+    names = (
+        *("modelopt_state/common.pt", "modelopt_state/metadata.json", "pytorch_model/extra.bin"),
+        *("optimizer_extra.pt", "critic_optimizer.bin", "model_ema.pt", "rng_model_parallel_0.pt"),
+        *("tokenizer.model.pt", "weights/ours.pt", "ours/pma.json"),
+    )
+    for name in names:
+        (folder_of(run, 4) / name).parent.mkdir(exist_ok=True)
+        (folder_of(run, 4) / name).write_bytes(name.encode())
+    (output,) = merge(request_for(run, save)).outputs
+    got = files_of(Path(output))
+    assert [got.get(name) for name in names] == [name.encode() for name in names]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -170,7 +184,7 @@ def test_what_is_no_part_of_it_is_left_out_and_said(
     said = "\n".join(r.getMessage() for r in caplog.records if "left out of the result" in r.msg)
     for name in names:
         assert name not in got and (name if name.isprintable() else ascii(name)) in said, name
-    assert set(STALE).isdisjoint(got) and f"and {len(STALE) - 5} more left out" in said
+    assert set(STALE).isdisjoint(got) and f"and {len(STALE) - 4} more left out" in said
     assert "secret" not in "".join(got)
     assert set(json.loads(got[MANIFEST])["files"]).isdisjoint(names)
 
