@@ -1,8 +1,9 @@
 """What lies in a checkpoint's folder and is none of its shards: carried, made anew, or left out.
 
 One table decides, first match first: the rows of the format (`contract.Format.side_files`), then
-`EVERYWHERE`, then names that are certainly weights. `pma plan` prints what it says of the newest source, whose files an output gets.
-Nothing is opened here, and no link is followed out of the folder.
+`EVERYWHERE`, then names that are certainly weights. `pma plan` prints what it says of the newest
+source, whose files an output gets. Nothing is opened here, and no link is followed out of the
+folder.
 """
 
 from __future__ import annotations
