@@ -7,7 +7,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from argparse import Namespace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pma_megatron.base.log import visible
@@ -77,9 +78,10 @@ def _work(given: list[str], rank: int) -> int:
             refuse_remote_values({k: v for k, v in vars(arguments).items() if k != "rest"})
             arguments.request = arguments.request_of(arguments)
             work = work_of(arguments)
-            if not arguments.only_looks:
-                unwinding()
-            work(arguments)
+            if arguments.only_looks:
+                work(arguments)
+            else:
+                _with_progress(work, arguments, rank)
     except PmaError as error:
         told = told_of(error.published, error.unpublished) if error.published else ""
         # The rank whose own error it is prints it; one also says what stopped the others.
@@ -88,6 +90,15 @@ def _work(given: list[str], rank: int) -> int:
         _failed(rank, f"error: {where}{error}{told and f'. {told}'}", aloud=aloud)
         return 2 if isinstance(error, UsageError) else 1
     return 0
+
+
+def _with_progress(work: Callable[[Namespace], None], arguments: Namespace, rank: int) -> None:
+    from pma_megatron.base.steps import shown_by
+    from pma_megatron.cli.progress import stages
+
+    unwinding()
+    with shown_by(stages) if rank == 0 else contextlib.nullcontext():
+        work(arguments)
 
 
 def told_of(published: Sequence[str], unpublished: Sequence[str]) -> str:
