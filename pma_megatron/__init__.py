@@ -11,6 +11,8 @@ TYPE_CHECKING = False  # that of `typing` takes longer to import than all of thi
 if TYPE_CHECKING:
     from typing import Any
 
+    from pma_megatron.comparison.compare import compare
+    from pma_megatron.comparison.differences import Comparison
     from pma_megatron.errors import PmaError
     from pma_megatron.merging.coefficients import Coefficients
     from pma_megatron.merging.export_job import export_model
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "CheckpointRef": ("runs.refs", "CheckpointRef"),
     "Coefficients": ("merging.coefficients", "Coefficients"),
+    "Comparison": ("comparison.differences", "Comparison"),
     "Inspection": ("merging.inspection", "Inspection"),
     "MergePlan": ("merging.planning", "MergePlan"),
     "MergeReport": ("merging.report", "MergeReport"),
@@ -39,6 +42,7 @@ _HOMES = {
     "Policy": ("merging.policy", "Policy"),
     "RecoveryRequest": ("spikes.request", "RecoveryRequest"),
     "SelectionRequest": ("runs.selection_request", "SelectionRequest"),
+    "compare": ("comparison.compare", "compare"),
     "export_model": ("merging.export_job", "export_model"),
     "inspect": ("merging.inspection", "inspect"),
     "list_checkpoints": ("runs.discover", "list_checkpoints"),
@@ -51,6 +55,7 @@ _HOMES = {
 __all__ = [
     "CheckpointRef",
     "Coefficients",
+    "Comparison",
     "Inspection",
     "MergePlan",
     "MergeReport",
@@ -61,6 +66,7 @@ __all__ = [
     "RecoveryRequest",
     "SelectionRequest",
     "__version__",
+    "compare",
     "export_model",
     "inspect",
     "list_checkpoints",

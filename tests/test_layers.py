@@ -21,7 +21,7 @@ FOLDERS = [
     ["export"],
     ["identity"],
     ["merging"],
-    ["live", "geometry", "scores", "spikes"],
+    ["live", "geometry", "comparison", "scores", "spikes"],
     ["online"],
     ["megatron", "deepspeed", "fsdp"],
     ["megatron_deepspeed"],
@@ -138,6 +138,10 @@ INSIDE = {
         defaults spread
         gram
     """,
+    "comparison": """
+        differences
+        compare
+    """,
     "scores": """
         grid
         results
@@ -183,7 +187,7 @@ INSIDE = {
     "cli": """
         asked charts landscape progress streams tables verbs
         commands recover score_flags score_grid
-        evaluate flags forecast geometry
+        compare evaluate flags forecast geometry
         command completion
     """,
 }

@@ -1,6 +1,7 @@
 """The `pma` command: flags in, one verb of the package, tables or JSON out.
 
 Exit codes: 0 done, 1 refused or failed (the message says why and what to do), 2 wrong usage,
+3 compared and not the same (`pma compare`),
 128 + n stopped by signal n (130 for SIGINT, 143 for SIGTERM, 129 for SIGHUP). What was done
 decides, not whether somebody was there to read of it: a reader that went away (`| head -1`) changes
 no code, and a full disk under standard output only that of commands that do nothing but print.

@@ -95,6 +95,11 @@ def geometry_of(arguments: argparse.Namespace) -> MergeRequest:
     return made(MergeRequest, vars(arguments), load=_root_of(arguments))
 
 
+def comparison_of(arguments: argparse.Namespace) -> None:
+    """Refuse a `pma compare` whose outcome could not be written."""
+    _refuse_unwritable(arguments)
+
+
 def _root_of(arguments: argparse.Namespace) -> str:
     """The folder that `--load` names, or that the first of `--paths` lies in."""
     if arguments.load is None and not arguments.paths:
@@ -113,10 +118,11 @@ def _span(text: str | None) -> Span | None:
 
 def _refuse_unwritable(arguments: argparse.Namespace) -> None:
     """Refuse outputs that could not be written at the end."""
-    for flag, path in (("--out", arguments.out), ("--plot", arguments.plot)):
+    plot = getattr(arguments, "plot", None)  # not every verb draws
+    for flag, path in (("--out", arguments.out), ("--plot", plot)):
         if path is not None and not is_folder(path.absolute().parent):
             raise UsageError(f"{flag} {path}: the folder {path.parent} does not exist: make it")
-    if arguments.plot is not None and importlib.util.find_spec("matplotlib") is None:
+    if plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise UsageError(
             "--plot needs matplotlib, which is not installed: pip install 'pma-megatron[plots]'"
         )

@@ -79,9 +79,9 @@ def _work(given: list[str], rank: int) -> int:
             arguments.request = arguments.request_of(arguments)
             work = work_of(arguments)
             if arguments.only_looks:
-                work(arguments)
+                code = work(arguments)
             else:
-                _with_progress(work, arguments, rank)
+                code = _with_progress(work, arguments, rank)
     except PmaError as error:
         told = told_of(error.published, error.unpublished) if error.published else ""
         # The rank whose own error it is prints it; one also says what stopped the others.
@@ -89,16 +89,18 @@ def _work(given: list[str], rank: int) -> int:
         where = f"[rank {rank}] " if rank else ""
         _failed(rank, f"error: {where}{error}{told and f'. {told}'}", aloud=aloud)
         return 2 if isinstance(error, UsageError) else 1
-    return 0
+    return code or 0
 
 
-def _with_progress(work: Callable[[Namespace], None], arguments: Namespace, rank: int) -> None:
+def _with_progress(
+    work: Callable[[Namespace], int | None], arguments: Namespace, rank: int
+) -> int | None:
     from pma_megatron.base.steps import shown_by
     from pma_megatron.cli.progress import stages
 
     unwinding()
     with shown_by(stages) if rank == 0 else contextlib.nullcontext():
-        work(arguments)
+        return work(arguments)
 
 
 def told_of(published: Sequence[str], unpublished: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pma_megatron.base.settings import add_flags, setting
 from pma_megatron.cli import asked
 from pma_megatron.cli.score_flags import add_evaluate, add_forecast, add_geometry
-from pma_megatron.cli.verbs import OnRanks, Parser, add_selection, new_verb
+from pma_megatron.cli.verbs import Files, OnRanks, Parser, add_selection, new_verb
 from pma_megatron.merging.policy import Policy
 from pma_megatron.merging.request import SAMPLES, MergeRequest, Method
 from pma_megatron.spikes.request import RecoveryRequest
@@ -34,6 +34,11 @@ _RECOVER_EXAMPLES = """
   torchrun --nproc-per-node 8 -m pma_megatron recover --load /ckpts/run --onset 81234 \\
       --save /ckpts/run-2 --skip 81234:81300 -- torchrun ... pretrain_gpt.py <all flags of the run>
   pma recover --load /ckpts/run --history          # what --pma-recover did in training
+"""
+_COMPARE_EXAMPLES = """
+  pma compare /ckpts/run/iter_0090000 /backup/run/iter_0090000
+  torchrun --nproc-per-node 8 -m pma_megatron compare /ckpts/run-pma /ckpts/other-pma \\
+      --weights-only --rtol 1e-3 --out differences.json
 """
 _COMPLETION_EXAMPLES = """
   eval "$(pma completion bash)"                                  # in ~/.bashrc
@@ -89,6 +94,20 @@ class Modes:
     history: bool = setting(False, "print the log of recoveries in training")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sameness:
+    """What `pma compare` compares, and what counts as the same."""
+
+    weights_only: bool = setting(False, "leave out main params and the states of the optimizer")
+    atol: float = setting(
+        0.0, "absolute difference up to which two values count as equal", metavar="X"
+    )
+    rtol: float = setting(
+        0.0, "the same as a multiple of the first value; both are added", metavar="X"
+    )
+    most: int = setting(20, "tensors to show, those that differ most first", metavar="N")
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of `pma`."""
     top = Parser(
@@ -121,6 +140,7 @@ def parser() -> argparse.ArgumentParser:
     add_evaluate(verbs)
     add_forecast(verbs)
     add_geometry(verbs)
+    _add_compare(verbs)
     for name, run, text, where, what, examples in _OF_A_FOLDER:
         only_looks = name in ("list", "inspect")
         verb = new_verb(verbs, name, run, text, examples, only_looks=only_looks)
@@ -145,6 +165,18 @@ def parsed(words: Sequence[str]) -> argparse.Namespace:
     if unknown:
         known.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     return known
+
+
+def _add_compare(verbs: argparse._SubParsersAction[Parser]) -> None:
+    text = "say how two checkpoints of any layouts differ; exits with 3 if they do"
+    verb = new_verb(verbs, "compare", "compare:run", text, _COMPARE_EXAMPLES, asked.comparison_of)
+    verb.add_argument("first", help="a checkpoint's folder, or the root above it: the reference")
+    verb.add_argument("second", help="the one that is compared with it")
+    add_flags(verb, Sameness)
+    group = verb.add_argument_group("how to run")
+    add_flags(group, MergeRequest, "threads")
+    add_flags(group, OnRanks)
+    add_flags(group, Files, "out")
 
 
 def _add_completion(verbs: argparse._SubParsersAction[Parser]) -> None:

@@ -146,10 +146,11 @@ def new_verb(
     return verb
 
 
-def work_of(arguments: argparse.Namespace) -> Callable[[argparse.Namespace], None]:
-    """The function that does what a verb is for, which takes seconds to import."""
+def work_of(arguments: argparse.Namespace) -> Callable[[argparse.Namespace], int | None]:
+    """The function that does what a verb is for, which takes seconds to import; it may return an
+    exit code."""
     module, _, function = arguments.run.partition(":")
-    found: Callable[[argparse.Namespace], None] = getattr(
+    found: Callable[[argparse.Namespace], int | None] = getattr(
         importlib.import_module(f"{__package__}.{module}"), function
     )
     return found
