@@ -67,7 +67,7 @@ def _work(given: list[str], rank: int) -> int:
     from pma_megatron.base.remote_paths import refuse_remote_values
     from pma_megatron.base.spelling import speaking
     from pma_megatron.cli.flags import parsed
-    from pma_megatron.cli.verbs import front_end, work_of
+    from pma_megatron.cli.verbs import NOT_THE_SAME, front_end, work_of
     from pma_megatron.errors import PmaError, RankError, UsageError
 
     arguments = parsed(given)
@@ -89,6 +89,8 @@ def _work(given: list[str], rank: int) -> int:
         where = f"[rank {rank}] " if rank else ""
         _failed(rank, f"error: {where}{error}{told and f'. {told}'}", aloud=aloud)
         return 2 if isinstance(error, UsageError) else 1
+    if code == NOT_THE_SAME:  # no failure, but torchrun takes every other code than 0 for one
+        _failed(rank, "the two checkpoints are not the same", aloud=False)
     return code or 0
 
 

@@ -11,12 +11,9 @@ from pma_megatron.base.comm import Comm, process_group_from_environment
 from pma_megatron.cli import tables
 from pma_megatron.cli.progress import show
 from pma_megatron.cli.score_grid import write_json
-from pma_megatron.cli.verbs import show_result
+from pma_megatron.cli.verbs import NOT_THE_SAME, show_result
 from pma_megatron.comparison.compare import compare
 from pma_megatron.comparison.differences import Comparison, Difference, TensorComparison
-
-NOT_THE_SAME = 3
-"""Exit code: apart from those of errors, so that a script can tell them."""
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -67,6 +67,8 @@ class Files:
     plot: Path | None = setting(None, "loss against tokens", metavar="FILE.png", read=file_path)
 
 
+NOT_THE_SAME = 3
+"""Exit code of a comparison: apart from those of errors, so that a script can tell them."""
 _NEGATIVE = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
 
 
