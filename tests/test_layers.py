@@ -33,9 +33,8 @@ FOLDERS = [
 
 INSIDE = {
     "base": """
-        boxes durable durations faults log memory openfiles processes sizes spelling steps
-        stopping
-        presence remote_paths settings
+        boxes durable durations faults log memory openfiles processes sizes spelling stopping
+        presence remote_paths settings steps
         comm
     """,
     "formats": """
