@@ -15,6 +15,7 @@ MEGATRON = ["megatron-core>=0.12"]
 DEEPSPEED = ["deepspeed>=0.14"]
 PLOTS = ["matplotlib>=3.7"]
 TENSORBOARD = ["tensorboard>=2.12"]
+COMPLETION = ["shtab>=1.9"]  # the first that speaks fish
 TRANSFORMERS = ["transformers>=4.45"]  # opens and scores what `pma export` wrote
 DOCS = [
     "mkdocs>=1.6,<2",  # pages generated while it builds; 2 has no plugins
@@ -27,6 +28,7 @@ TEST = [
     *DEEPSPEED,
     *PLOTS,
     *TENSORBOARD,
+    *COMPLETION,
     *DOCS,
     "build>=1.2",
     "coverage>=7.10",  # the first that follows subprocesses by itself
@@ -90,6 +92,7 @@ setup(
         "deepspeed": DEEPSPEED,
         "plots": PLOTS,
         "tensorboard": TENSORBOARD,
+        "completion": COMPLETION,
         "transformers": TRANSFORMERS,
         "docs": DOCS,
         "test": TEST,

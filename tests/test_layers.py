@@ -21,7 +21,7 @@ FOLDERS = [
     ["export"],
     ["identity"],
     ["merging"],
-    ["live", "geometry", "scores", "spikes"],
+    ["live", "geometry", "comparison", "scores", "spikes"],
     ["online"],
     ["megatron", "deepspeed", "fsdp"],
     ["megatron_deepspeed"],
@@ -134,8 +134,12 @@ INSIDE = {
         placing deepseek_v3 llama mixtral qwen2 qwen3
     """,
     "geometry": """
-        spread
+        defaults spread
         gram
+    """,
+    "comparison": """
+        differences
+        compare
     """,
     "scores": """
         grid
@@ -145,7 +149,7 @@ INSIDE = {
     """,
     "spikes": """
         columns healthy settings textfiles
-        consoles points
+        consoles points request
         readers
         detector metrics relaunch
         recovery
@@ -180,10 +184,10 @@ INSIDE = {
         install
     """,
     "cli": """
-        charts landscape progress streams tables verbs
-        commands recover score_grid
-        evaluate forecast geometry
-        flags
+        asked charts landscape progress streams tables verbs
+        commands recover score_flags score_grid
+        compare evaluate flags forecast geometry
+        command completion
     """,
 }
 """Modules of each folder: one imports only those of the lines above its own."""
