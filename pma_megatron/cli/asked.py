@@ -96,8 +96,13 @@ def geometry_of(arguments: argparse.Namespace) -> MergeRequest:
 
 
 def comparison_of(arguments: argparse.Namespace) -> None:
-    """Refuse a `pma compare` whose outcome could not be written."""
+    """Refuse a `pma compare` whose outcome could not be written, or into what it compares."""
     _refuse_unwritable(arguments)
+    if arguments.most < 0:
+        raise UsageError(f"--most {arguments.most}: expected a number of at least 0")
+    for each in (arguments.first, arguments.second):
+        if arguments.out is not None and Path(each).resolve() in arguments.out.resolve().parents:
+            raise UsageError(f"--out {arguments.out} lies in {each}, which is compared: elsewhere")
 
 
 def _root_of(arguments: argparse.Namespace) -> str:
@@ -122,6 +127,8 @@ def _refuse_unwritable(arguments: argparse.Namespace) -> None:
     for flag, path in (("--out", arguments.out), ("--plot", plot)):
         if path is not None and not is_folder(path.absolute().parent):
             raise UsageError(f"{flag} {path}: the folder {path.parent} does not exist: make it")
+        if path is not None and is_folder(path):
+            raise UsageError(f"{flag} {path} is a folder: name a file")
     if plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise UsageError(
             "--plot needs matplotlib, which is not installed: pip install 'pma-megatron[plots]'"

@@ -31,8 +31,8 @@ def run(arguments: argparse.Namespace) -> int:
             show=show(comm),
         )
         if comm.is_main:
-            write_json(arguments.out, found.to_json())
             show_result(arguments, found.to_json(), lambda: _print(found, arguments.most))
+            write_json(arguments.out, found.to_json())
     return 0 if found.same else NOT_THE_SAME
 
 
@@ -44,7 +44,7 @@ def _print(found: Comparison, most: int) -> None:
         console.print(f"{name}: {side.path} ({', '.join(filter(None, said))})", soft_wrap=True)
     console.print(_states(found))
     worst = sorted(filter(_is_shown, found.tensors), key=_how_far, reverse=True)
-    if worst:
+    if worst and most:
         shown = f"the {most} that differ most of {len(worst)}" if len(worst) > most else "tensors"
         console.print(_tensors(worst[:most], f"{shown}: what differs"))
     for line in _lines(found):
@@ -116,9 +116,9 @@ def _lines(found: Comparison) -> Iterator[str]:
     )
     if found.same:
         equal = total.different == 0
-        yield f"the same{'' if equal else limit}: {total.elements:,} elements" + (
-            ", bit for bit where they have one dtype" if equal else f", {total.different:,} differ"
-        )
+        how = "bit for bit where they have one dtype" if equal else f"{total.different:,} differ"
+        size = f"{total.elements:,} elements of {len(found.tensors)} tensors"
+        yield f"the same{'' if equal else limit}: {size}, {how}"
     else:
         count = sum(not tensor.same for tensor in found.tensors)
         yield f"not the same{limit}: {count} of {len(found.tensors)} tensors"

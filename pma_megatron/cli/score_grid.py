@@ -160,6 +160,13 @@ def _from_file(path: Path) -> Any:
 
 
 def write_json(path: Path | None, value: Any) -> None:
-    """Write a result where `--out` says, if it does."""
+    """Write a result where `--out` says, if it does.
+
+    Raises:
+        UsageError: it cannot be written there.
+    """
     if path is not None:
-        path.write_text(json.dumps(value, indent=1) + "\n")
+        try:
+            path.write_text(json.dumps(value, indent=1) + "\n")
+        except OSError as error:
+            raise UsageError(f"--out {path} cannot be written: {error.strerror}") from error

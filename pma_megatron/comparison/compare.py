@@ -18,7 +18,7 @@ import torch
 from pma_megatron.base.boxes import Box, Piece, PieceIndex
 from pma_megatron.base.comm import Comm
 from pma_megatron.base.remote_paths import refuse_remote
-from pma_megatron.base.spelling import FrontEnd, given, keywords, speaking
+from pma_megatron.base.spelling import FrontEnd, given, keywords, speaking, switch
 from pma_megatron.comparison.differences import (
     COLUMNS,
     Comparison,
@@ -121,7 +121,7 @@ def compare(
         raise UsageError(f"{given('threads', threads)}: expected at least 1")
     comm = comm or Comm()
     refs = comm.agree("open", lambda: _found(first, second))
-    sources = comm.on_main("open", lambda: [_opened(ref, weights_only) for ref in refs])
+    sources = comm.on_main("open", lambda: _opened(refs, weights_only))
     plan = comm.agree("plan", lambda: _plan(sources, comm.size, threads, weights_only))
     mine = share(plan.units, comm.rank, comm.size)
     with checked(plan, comm) as what_is_read:
@@ -137,7 +137,7 @@ def compare(
         tensors=tensors,
         atol=atol,
         rtol=rtol,
-        notes=what_is_read.compared.sentences(),
+        notes=(*_left_out(sources), *what_is_read.compared.sentences()),
     )
 
 
@@ -158,16 +158,27 @@ def _found(first: str | Path, second: str | Path) -> list[CheckpointRef]:
     return refs
 
 
-def _opened(ref: CheckpointRef, weights_only: bool) -> Source:
-    return registry.get(ref.format, ref.path).read_source(ref.path, {}, not weights_only)
+def _opened(refs: Sequence[CheckpointRef], weights_only: bool) -> list[Source]:
+    """Both, with main params where they are wanted, or are the only weights that are stored."""
+    known = [registry.get(ref.format, ref.path) for ref in refs]
+    pairs = list(zip(known, refs, strict=True))
+    if weights_only:
+        sources = [each.read_source(ref.path, {}, False) for each, ref in pairs]
+        thin = any(source.snapshot for source in sources)
+        if not thin and all(map(_stored, (t for s in sources for t in s.space.weights.values()))):
+            return sources
+    try:
+        return [each.read_source(ref.path, {}, True) for each, ref in pairs]
+    except PlanError as error:
+        raise PlanError(
+            f"{error}. Weights alone can be compared with {switch('weights_only')}"
+        ) from error
 
 
 def _plan(sources: Sequence[Source], size: int, threads: int, weights_only: bool) -> ComparisonPlan:
     tensors, tasks = [], []
     for state, key in _entries(sources, weights_only):
-        pair = [_stored(source.tensor(state, key)) for source in sources]
-        if pair == [None, None]:
-            continue
+        pair = [_held(source, state, key) for source in sources]
         tensors.append(TensorComparison.of(state, key, pair))
         one, other = pair
         if one is not None and other is not None and one.shape == other.shape:
@@ -198,11 +209,6 @@ def _plan(sources: Sequence[Source], size: int, threads: int, weights_only: bool
     )
 
 
-def _stored(tensor: Tensor | None) -> Tensor | None:
-    """None too for weights that are known by name alone, as in tags of ZeRO-3."""
-    return tensor if tensor is not None and (tensor.pieces or 0 in tensor.shape) else None
-
-
 def _some(source: Source) -> str:
     names = list(source.space.weights)
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
@@ -211,26 +217,63 @@ def _some(source: Source) -> str:
 def _entries(sources: Sequence[Source], weights_only: bool) -> Iterator[tuple[str, str]]:
     """Every state of every tensor of either, each once; weights first.
 
-    A snapshot's weights are main params: against a full checkpoint they are compared as such.
+    Where one of the two stores main params and no weights (a snapshot, whose weights are main
+    params; ZeRO-3), main params stand for the weights of both. A snapshot has no moments to lack.
     """
-    one_is_thin = sources[0].snapshot != sources[1].snapshot
-    for key in _either([source.space.weights for source in sources]):
-        mains = [source.tensor(MAIN, key) for source in sources]
-        if one_is_thin and not weights_only and None not in mains:
-            yield MAIN, key
+    thin = sources[0].snapshot != sources[1].snapshot
+    mains: dict[str, None] = {}
+    for key in _either([{**source.space.weights, **source.frozen} for source in sources]):
+        weights = [
+            None if thin and source.snapshot else _held(source, _WEIGHT, key) for source in sources
+        ]
+        exact = [_held(source, MAIN, key) for source in sources]
+        if None in weights and (None not in exact or weights == [None, None]):
+            mains[key] = None
         else:
             yield _WEIGHT, key
-    if weights_only:
-        return
-    for state in _either([source.space.states for source in sources]):
+    for state in _either([{MAIN: None}, *(source.space.states for source in sources)]):
         for key in _either([source.space.states.get(state, {}) for source in sources]):
-            in_weights = any(key in source.space.weights for source in sources)
-            if not (one_is_thin and state == MAIN and in_weights):
+            if state == MAIN and not (weights_only or thin):
+                mains[key] = None
+            elif state != MAIN and not (weights_only or thin):
                 yield state, key
+        if state == MAIN:
+            for key in mains:
+                if any(_held(source, MAIN, key) is not None for source in sources):
+                    yield MAIN, key
+
+
+def _held(source: Source, state: str, key: str) -> Tensor | None:
+    """A state of a tensor that has values there; a frozen parameter's weight is its value."""
+    found = source.tensor(state, key)
+    if found is None and state == _WEIGHT:
+        found = source.frozen.get(key)
+    return found if found is not None and _stored(found) else None
+
+
+def _stored(tensor: Tensor) -> bool:
+    """Weights of tags of ZeRO-3 are known by name alone."""
+    return bool(tensor.pieces) or 0 in tensor.shape
 
 
 def _either(both: Sequence[Mapping[str, object]]) -> list[str]:
     return list(dict.fromkeys(name for each in both for name in each))
+
+
+def _left_out(sources: Sequence[Source]) -> Iterator[str]:
+    """What is stored and was not compared, a sentence each."""
+    for which, source in zip(("first", "second"), sources, strict=True):
+        others = [*source.objects, *source.unnamed, *source.aliases]
+        copies = sum(
+            len(tensor.replicas)
+            for tensors in (source.space.weights, *source.space.states.values())
+            for tensor in tensors.values()
+        )
+        if others:
+            more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+            yield f"not compared: other entries of the {which}, {', '.join(others[:3])}{more}"
+        if copies:
+            yield f"not compared: {copies} further copies of parts of tensors in the {which}"
 
 
 class _Space:
@@ -302,13 +345,13 @@ def _block(
     else:
         differs = (first != second) & ~(first.isnan() & second.isnan())
     distance = (second - first).abs_()
+    beyond = torch.zeros_like(differs)
     if not math.isfinite(float(distance.sum())):
-        strange = differs & ~(first.isfinite() & second.isfinite())
-        row[5] += float(strange.sum())
-        distance.nan_to_num_(0.0, 0.0, 0.0)
-        beyond = strange
-    else:
-        beyond = torch.zeros_like(differs)
+        strange = ~(first.isfinite() & second.isfinite())
+        distance[strange] = 0.0
+        distance.nan_to_num_()  # two numbers that lie farther apart than float64 reaches
+        beyond = differs & (strange | (distance == torch.finfo(torch.float64).max))
+        row[5] += float((differs & strange).sum())
     atol, rtol = tolerances
     beyond |= differs & (distance > first.abs().mul_(rtol).add_(atol)) if atol or rtol else differs
     row[0] += float(differs.sum())

@@ -59,7 +59,8 @@ class Difference:
         different: of them, not equal: in bits where both have one dtype, in value where not.
         beyond: of them, farther apart than the tolerances allow.
         max_difference: largest |second - first|.
-        relative_difference: norm of second - first over the norm of first.
+        relative_difference: norm of second - first over the norm of first; infinite where that is
+            0, NaN where float64 does not hold their squares.
         not_finite: different elements of which one is NaN or Inf; no other number has them.
     """
 
@@ -155,6 +156,7 @@ class Comparison:
         tensors = [asdict(tensor) for tensor in self.tensors]
         for values, tensor in zip(tensors, self.tensors, strict=True):
             del values["_squares"]
+            values["values"] = _plain(tensor.values)
             values["same"] = tensor.same
         return {
             "first": asdict(self.sides[0]),
@@ -162,8 +164,8 @@ class Comparison:
             "same": self.same,
             "atol": self.atol,
             "rtol": self.rtol,
-            "total": asdict(self.total),
-            "states": {state: asdict(found) for state, found in self.by_state().items()},
+            "total": _plain(self.total),
+            "states": {state: _plain(found) for state, found in self.by_state().items()},
             "tensors": tensors,
             "notes": list(self.notes),
         }
@@ -197,7 +199,7 @@ def _with_values(tensor: TensorComparison, row: np.ndarray) -> TensorComparison:
         different=int(different),
         beyond=int(beyond),
         max_difference=largest,
-        relative_difference=_ratio(distances, squares),
+        relative_difference=_ratio(distances, squares, largest),
         not_finite=int(not_finite),
     )
     return replace(tensor, values=found, _squares=(distances, squares))
@@ -205,21 +207,32 @@ def _with_values(tensor: TensorComparison, row: np.ndarray) -> TensorComparison:
 
 def _together(tensors: Sequence[TensorComparison]) -> Difference:
     values = [tensor.values for tensor in tensors]
-    distances, squares = (math.fsum(t._squares[n] for t in tensors) for n in (0, 1))
+    distances, squares = (sum(t._squares[n] for t in tensors) for n in (0, 1))
+    largest = max((v.max_difference for v in values), default=0.0)
     return Difference(
         elements=sum(v.elements for v in values),
         different=sum(v.different for v in values),
         beyond=sum(v.beyond for v in values),
-        max_difference=max((v.max_difference for v in values), default=0.0),
-        relative_difference=_ratio(distances, squares),
+        max_difference=largest,
+        relative_difference=_ratio(distances, squares, largest),
         not_finite=sum(v.not_finite for v in values),
     )
 
 
-def _ratio(distances: float, squares: float) -> float:
+def _ratio(distances: float, squares: float, largest: float) -> float:
     if distances == 0:
-        return 0.0
+        return 0.0 if largest == 0 else math.nan
+    if not (math.isfinite(distances) and math.isfinite(squares)):
+        return math.nan
     return math.sqrt(distances / squares) if squares else math.inf
+
+
+def _plain(found: Difference) -> dict[str, Any]:
+    """With None for what JSON has no number for."""
+    said = asdict(found)
+    if not math.isfinite(found.relative_difference):
+        said["relative_difference"] = None
+    return said
 
 
 def _dtype(tensor: Tensor | None) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from conftest import DENSE, folder_of, request_for, train
+import deepspeed_runs
+from conftest import DENSE, digests, folder_of, request_for, train
 from pma_megatron import compare, merge
 from pma_megatron.cli import main
 from pma_megatron.cli.verbs import NOT_THE_SAME
@@ -24,6 +25,7 @@ from pma_megatron.errors import CheckpointError, PlanError, UsageError
 from pma_megatron.formats import registry
 from pma_megatron.testing import run_ranks
 from pma_megatron.testing.plain_reads import WEIGHT, Checkpoint
+from pma_megatron.testing.tiny_deepspeed import DeepSpeedConfig
 from zips import restamp
 
 MAIN, SHOWN = "param", "main params"
@@ -171,6 +173,82 @@ def test_what_only_one_has_other_shapes_and_other_dtypes(tmp_path: Path) -> None
     assert tensors[WEIGHT, "bits"].values.different == 1  # float64 does not tell them apart
 
 
+FAR = {
+    "beyond float64": ([1.7e308, 1.0], [-1.7e308, 1.0]),
+    "squares beyond float64": ([1e200, 1.0], [2e200, 1.0]),
+    "squares too small for it": ([1e-200, 0.0], [2e-200, 0.0]),
+    "from nothing": ([0.0, 0.0], [1.0, 1.0]),
+}
+
+
+@pytest.mark.parametrize("name", FAR)
+def test_what_float64_cannot_hold_is_never_the_same(tmp_path: Path, name: str) -> None:
+    one, other = (torch.tensor(values, dtype=torch.float64) for values in FAR[name])
+    found = compare(saved(tmp_path / "a", x=one), saved(tmp_path / "b", x=other), rtol=1e-3)
+    assert not found.same and found.total.different >= 1 and found.total.max_difference > 0
+    text = json.dumps(found.to_json(), allow_nan=False)
+    assert json.loads(text)["total"]["relative_difference"] is None
+
+
+def test_what_is_not_compared_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    x = torch.ones(3)
+    for name, value in (("a", x), ("b", x * 2)):
+        state = {"model": {"w": x}, "extra": {"q": value}}
+        dcp.save(state, checkpoint_id=str(tmp_path / name), no_dist=True)
+    found = compare(tmp_path / "a", tmp_path / "b")
+    assert [note for note in found.notes if "extra.q" in note] == list(found.notes[:2])
+    code, out, _ = told(capsys, tmp_path / "a", tmp_path / "b")
+    assert code == 0 and "3 elements of 1 tensors" in out and "extra.q" in out
+
+
+@pytest.fixture(scope="module")
+def tags(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Stage of ZeRO -> a tag of the same training."""
+    folder = tmp_path_factory.mktemp("zero")
+    runs = {str(folder / str(stage)): DeepSpeedConfig(stage=stage) for stage in (1, 3)}
+    run_ranks(deepspeed_runs.train, 2, runs)
+    return {stage: deepspeed_runs.tag(folder / str(stage)) for stage in (1, 3)}
+
+
+def changed(tag: Path, folder: Path, files: str, change: Callable[[Any], None]) -> Path:
+    copy = Path(shutil.copytree(tag, folder / tag.name))
+    for file in copy.glob(files):
+        state = torch.load(file, weights_only=False)
+        change(state)
+        torch.save(state, file)
+    return copy
+
+
+def add_to_main_params(state: Any) -> None:
+    for group in state["optimizer_state_dict"]["fp32_flat_groups"]:
+        group.data.add_(7)
+
+
+def add_to_frozen(state: Any) -> None:
+    for name in ("module", "frozen_param_fragments"):
+        if "frozen" in (state.get(name) or {}):
+            state[name]["frozen"].data.add_(5)
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_values_that_are_stored_elsewhere_than_as_weights(
+    tags: dict[int, Path], tmp_path: Path, weights_only: bool
+) -> None:
+    """ZeRO-3 stores main params alone; what is frozen lies apart from what is trained."""
+    changes = {
+        "main": (3, "*optim_states.pt", add_to_main_params, SHOWN),
+        "frozen3": (3, "*model_states.pt", add_to_frozen, WEIGHT),
+        "frozen1": (1, "mp_rank*model_states.pt", add_to_frozen, WEIGHT),
+    }
+    for name, (stage, files, change, state) in changes.items():
+        other = changed(tags[stage], tmp_path / name, files, change)
+        found = compare(tags[stage], other, weights_only=weights_only)
+        assert {t.state for t in found.tensors if not t.same} == {state}, name
+    found = compare(tags[1], tags[3], weights_only=weights_only)
+    assert found.total.different == 0
+    assert all("@1" in t.key for t in found.tensors if not t.same)  # buffers of the other rank
+
+
 @pytest.mark.parametrize(
     ("atol", "rtol", "beyond"), [(0, 0, 3), (0.1, 0, 2), (0, 0.1, 2), (0.1, 0.1, 1), (1, 1, 0)]
 )
@@ -207,6 +285,12 @@ def test_the_command(
     code, out, _ = told(capsys, one, other, "--most", 2)
     assert code == NOT_THE_SAME and "the 2 that differ most of" in out
     assert told(capsys, one, other, "--atol", 1e9)[0] == 0
+    before = digests(one)
+    for out in (one / "metadata.json", one / "new.json", tmp_path):
+        assert told(capsys, one, other, "--out", out)[0] == 2
+    assert digests(one) == before
+    assert told(capsys, one, other, "--most", -1)[0] == 2
+    assert "differ most" not in told(capsys, one, other, "--most", 0)[1]
     said = tmp_path / "elastic.json"  # what torchrun prints of a rank that ends with another code
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(said))
     assert told(capsys, one, other)[0] == NOT_THE_SAME and "not the same" in said.read_text()
