@@ -160,9 +160,9 @@ INSIDE = {
     "megatron": """
         flags params tree_functions trees
         checks evaluate replicas thin
-        argument_parser load rollback shard swap
-        init online recover score session tree_decorators
-        contour curvature decorators evaluate_grid save watch
+        argument_parser load rollback session shard swap
+        init online recover score tree_decorators
+        contour curvature decorators evaluate_geometry evaluate_grid save watch
         hooks install
     """,
     "deepspeed": """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,25 @@ from pma_megatron.base.settings import add_flags, made, setting
 from pma_megatron.base.spelling import listing
 from pma_megatron.cli import landscape, tables
 from pma_megatron.cli.progress import show
-from pma_megatron.cli.score_grid import Scorer, provided, refuse_unwritable, write_json
+from pma_megatron.cli.score_grid import (
+    Scorer,
+    did_not_evaluate,
+    provided,
+    refuse_other_trainers,
+    refuse_unwritable,
+    run_megatron,
+    with_megatron,
+    write_json,
+)
 from pma_megatron.cli.verbs import Files, OnRanks, add_selection, new_verb, root_of, show_result
 from pma_megatron.errors import UsageError
 from pma_megatron.geometry.gram import Measured, measure
 from pma_megatron.geometry.spread import TOTAL, Spread
 from pma_megatron.megatron.contour import MARGIN, SIZE, Contour, contour
-from pma_megatron.megatron.curvature import Curvature, Differentiable, curvature
+from pma_megatron.megatron.curvature import Curvature, WithGradients, curvature
+from pma_megatron.megatron.evaluate_geometry import GeometryEvaluation
 from pma_megatron.megatron.score import Scored
+from pma_megatron.megatron.session import taking_part
 from pma_megatron.merging.coefficients import MEANS
 from pma_megatron.merging.policy import Policy
 from pma_megatron.merging.request import MergeRequest, Method
@@ -31,6 +43,8 @@ _EXAMPLES = """
   torchrun --nproc-per-node 8 -m pma_megatron geometry --load /ckpts/run --last 10
   pma geometry --load /ckpts/run --iterations 8000 9000 10000 --contour --plot contour.png \\
       --provider my_eval.py:build -- --batches 64
+  torchrun --nproc-per-node 8 -m pma_megatron geometry --load /ckpts/run --last 10 --contour \\
+      --megatron Megatron-LM/pretrain_gpt.py -- DATA AND PARALLEL FLAGS OF THE RUN --eval-iters 64
 """
 _MOST_SHOWN = 12
 
@@ -50,8 +64,9 @@ class Loss:
     )
     curvature: bool = setting(
         False,
-        "Hessian along the deviations: eq. 15 and the predicted gain; one process, float32; "
-        "the provider returns a pma_megatron.megatron.curvature.Differentiable",
+        "Hessian along the deviations: eq. 15 and the predicted gain; one process, float32 (in "
+        "Megatron no --bf16); a provider returns a "
+        "pma_megatron.megatron.curvature.Differentiable",
     )
 
 
@@ -103,9 +118,9 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     add_flags(group, Policy, "average")
     add_flags(group, MergeRequest, "threads")
     add_flags(group, OnRanks)
-    group = verb.add_argument_group("the loss; what follows -- is passed on to the provider")
+    group = verb.add_argument_group("the loss; what follows -- is passed on to what gives it")
     add_flags(group, Loss)
-    add_flags(group, Scorer, "provider")
+    add_flags(group, Scorer)
     group = verb.add_argument_group("output")
     add_flags(group, Files, plot={"help": "the members in the plane, on the contour"})
     verb.set_defaults(passes_on=True)
@@ -114,49 +129,110 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """`pma geometry`."""
     refuse_unwritable(arguments)
-    wants_loss = arguments.contour or arguments.curvature
-    if wants_loss and arguments.provider is None:
-        raise UsageError(
-            "--contour and --curvature need what gives the loss: --provider MODULE:FUNCTION builds "
-            "your model and its batches"
-        )
+    _refuse_models(arguments)
     request = made(MergeRequest, vars(arguments), load=root_of(arguments))
-    with process_group_from_environment(arguments.timeout_s), listing(request.list_setting):
-        comm = Comm()
-        measured = measure(request, comm, show(comm))
-        spreads, over, curved = measured.spreads(), None, None
-        if wants_loss:
-            with provided(arguments, request.load, comm) as scored:
-                if arguments.curvature:
-                    _refuse_without_gradients(scored, arguments.provider)
-                if arguments.contour:
-                    over = contour(
-                        scored,
-                        measured,
-                        size=arguments.grid,
-                        margin=arguments.margin,
-                        threads=arguments.threads,
-                        comm=comm,
-                        show=show(comm),
-                    )
-                if arguments.curvature:
-                    assert isinstance(scored, Differentiable)
-                    curved = curvature(scored, measured, threads=arguments.threads)
-        if not comm.is_main:
-            return
-    found = Geometry(measured=measured, spreads=spreads, contour=over, curvature=curved)
+    if arguments.megatron is not None:
+        found = _in_megatron(arguments, request)
+    else:
+        with process_group_from_environment(arguments.timeout_s):
+            found = _with_provider(arguments, request, Comm())
+    if found is None:
+        return
     write_json(arguments.out, found.to_json())
     if arguments.plot is not None:
-        landscape.draw(measured, spreads[TOTAL], over, arguments.plot)
+        landscape.draw(found.measured, found.spreads[TOTAL], found.contour, arguments.plot)
     show_result(arguments, found.to_json(), lambda: _print(found))
 
 
-def _refuse_without_gradients(scored: Scored, provider: str) -> None:
-    if not isinstance(scored, Differentiable):
+def _refuse_models(arguments: argparse.Namespace) -> None:
+    """What gives the loss is there if and only if a loss is looked at."""
+    given = [name for name in ("provider", "megatron") if getattr(arguments, name) is not None]
+    if len(given) > 1:
+        raise UsageError("--provider and --megatron both give the loss: leave out one of the two")
+    wanted = arguments.contour or arguments.curvature
+    if wanted and not given:
         raise UsageError(
-            f"--curvature: {provider} returns a {type(scored).__name__}, which gives losses but no "
-            "gradients: return a pma_megatron.megatron.curvature.Differentiable"
+            "--contour and --curvature need what gives the loss: --megatron SCRIPT runs your "
+            "Megatron-LM script for it, --provider MODULE:FUNCTION builds your model and its "
+            "batches"
         )
+    if given and not wanted:
+        raise UsageError(
+            f"--{given[0]} gives a loss, and nothing that was asked for has one: add --contour or "
+            f"--curvature, or leave out --{given[0]}"
+        )
+    ours = [word for word in arguments.rest if word.startswith("--pma-")]
+    if arguments.megatron is not None and ours:
+        raise UsageError(
+            f"{ours[0]} is a flag of training with averages, and here the script only evaluates: "
+            "leave the --pma-* flags out after --"
+        )
+
+
+def _with_provider(
+    arguments: argparse.Namespace, request: MergeRequest, comm: Comm
+) -> Geometry | None:
+    """What is found; None on all ranks but 0."""
+    if arguments.provider is None:
+        return _found(arguments, request, comm, None)
+    return _found(arguments, request, comm, provided(arguments, request.load, comm))
+
+
+def _in_megatron(arguments: argparse.Namespace, request: MergeRequest) -> Geometry | None:
+    """The same inside the evaluation of Megatron's script, whose process group is the one."""
+    refuse_other_trainers(Path(request.load))
+    evaluation = GeometryEvaluation(
+        lambda scored, comm: (_found(arguments, request, comm, nullcontext(scored)),)
+    )
+    with taking_part(evaluation):
+        run_megatron(arguments.megatron, [*with_megatron(request.load), *arguments.rest])
+    if evaluation.found is None:
+        raise did_not_evaluate(arguments.megatron)
+    return evaluation.found[0]
+
+
+def _found(
+    arguments: argparse.Namespace,
+    request: MergeRequest,
+    comm: Comm,
+    model: AbstractContextManager[Scored] | None,
+) -> Geometry | None:
+    """Measure, and look at the loss of the model, if there is one. Every rank makes this call."""
+    over, curved = None, None
+    with listing(request.list_setting):
+        measured = measure(request, comm, show(comm))
+        spreads = measured.spreads()
+        if model is not None:
+            with model as scored:
+                over, curved = _losses(arguments, measured, scored, comm)
+    if not comm.is_main:
+        return None
+    return Geometry(measured=measured, spreads=spreads, contour=over, curvature=curved)
+
+
+def _losses(
+    arguments: argparse.Namespace, measured: Measured, scored: Scored, comm: Comm
+) -> tuple[Contour | None, Curvature | None]:
+    over, curved = None, None
+    if arguments.curvature and not isinstance(scored, WithGradients):
+        raise UsageError(
+            f"--curvature: {arguments.provider} returns a {type(scored).__name__}, which gives "
+            "losses but no gradients: return a pma_megatron.megatron.curvature.Differentiable"
+        )
+    if arguments.contour:
+        over = contour(
+            scored,
+            measured,
+            size=arguments.grid,
+            margin=arguments.margin,
+            threads=arguments.threads,
+            comm=comm,
+            show=show(comm),
+        )
+    if arguments.curvature:
+        assert isinstance(scored, WithGradients)
+        curved = curvature(scored, measured, threads=arguments.threads)
+    return over, curved
 
 
 def _print(found: Geometry) -> None:
