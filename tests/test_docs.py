@@ -267,6 +267,7 @@ FOREIGN = {
         "--no-gradient-accumulation-fusion",
         "--no-load-optim",
         "--no-load-rng",
+        "--optimizer",
         "--override-opt_param-scheduler",
         "--save",
         "--save-interval",

@@ -20,6 +20,7 @@ TREE = os.environ.get("MEGATRON_LM_PATH", "")
 pytestmark = [
     pytest.mark.skipif(not TREE, reason="MEGATRON_LM_PATH names no Megatron-LM tree"),
     pytest.mark.slow,
+    pytest.mark.timeout(900),
 ]
 EVALUATE = ["--train-iters", "20", "--eval-iters", "2", "--skip-train"]
 SAVES = (6, 12, 18)
