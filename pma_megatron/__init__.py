@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from pma_megatron.version import __version__
 
 if TYPE_CHECKING:
+    from pma_megatron.comparison.compare import compare
+    from pma_megatron.comparison.differences import Comparison
     from pma_megatron.errors import PmaError
     from pma_megatron.merging.coefficients import Coefficients
     from pma_megatron.merging.export_job import export_model
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "CheckpointRef": ("runs.refs", "CheckpointRef"),
     "Coefficients": ("merging.coefficients", "Coefficients"),
+    "Comparison": ("comparison.differences", "Comparison"),
     "Inspection": ("merging.inspection", "Inspection"),
     "MergePlan": ("merging.planning", "MergePlan"),
     "MergeReport": ("merging.report", "MergeReport"),
@@ -38,6 +41,7 @@ _HOMES = {
     "Policy": ("merging.policy", "Policy"),
     "RecoveryRequest": ("spikes.recovery", "RecoveryRequest"),
     "SelectionRequest": ("runs.selection_request", "SelectionRequest"),
+    "compare": ("comparison.compare", "compare"),
     "export_model": ("merging.export_job", "export_model"),
     "inspect": ("merging.inspection", "inspect"),
     "list_checkpoints": ("runs.discover", "list_checkpoints"),
@@ -50,6 +54,7 @@ _HOMES = {
 __all__ = [
     "CheckpointRef",
     "Coefficients",
+    "Comparison",
     "Inspection",
     "MergePlan",
     "MergeReport",
@@ -60,6 +65,7 @@ __all__ = [
     "RecoveryRequest",
     "SelectionRequest",
     "__version__",
+    "compare",
     "export_model",
     "inspect",
     "list_checkpoints",
