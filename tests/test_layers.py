@@ -110,6 +110,7 @@ INSIDE = {
         accumulate
         engine entry_rules finding
         exporting
+        saved_folder
         planning
         leftovers rate source_checksums verification
         publish targets
