@@ -12,62 +12,29 @@ from typing import Any
 import numpy as np
 
 from pma_megatron.base.comm import Comm, process_group_from_environment
-from pma_megatron.base.settings import add_flags, made, setting
 from pma_megatron.base.spelling import listing
 from pma_megatron.cli import landscape, tables
 from pma_megatron.cli.progress import show
 from pma_megatron.cli.score_grid import (
-    Scorer,
     did_not_evaluate,
     provided,
     refuse_other_trainers,
-    refuse_unwritable,
     run_megatron,
     with_megatron,
     write_json,
 )
-from pma_megatron.cli.verbs import Files, OnRanks, add_selection, new_verb, root_of, show_result
+from pma_megatron.cli.verbs import show_result
 from pma_megatron.errors import UsageError
 from pma_megatron.geometry.gram import Measured, measure
 from pma_megatron.geometry.spread import TOTAL, Spread
-from pma_megatron.megatron.contour import MARGIN, SIZE, Contour, contour
+from pma_megatron.megatron.contour import Contour, contour
 from pma_megatron.megatron.curvature import Curvature, WithGradients, curvature
 from pma_megatron.megatron.evaluate_geometry import GeometryEvaluation
 from pma_megatron.megatron.score import Scored
 from pma_megatron.megatron.session import taking_part
-from pma_megatron.merging.coefficients import MEANS
-from pma_megatron.merging.policy import Policy
-from pma_megatron.merging.request import MergeRequest, Method
+from pma_megatron.merging.request import MergeRequest
 
-_EXAMPLES = """
-  torchrun --nproc-per-node 8 -m pma_megatron geometry --load /ckpts/run --last 10
-  pma geometry --load /ckpts/run --iterations 8000 9000 10000 --contour --plot contour.png \\
-      --provider my_eval.py:build -- --batches 64
-  torchrun --nproc-per-node 8 -m pma_megatron geometry --load /ckpts/run --last 10 --contour \\
-      --megatron Megatron-LM/pretrain_gpt.py -- DATA AND PARALLEL FLAGS OF THE RUN --eval-iters 64
-"""
 _MOST_SHOWN = 12
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Loss:
-    """What is measured with a model."""
-
-    contour: bool = setting(
-        False,
-        "score a grid in the plane of the first two principal directions; with three "
-        "checkpoints, the plane through them",
-    )
-    grid: int = setting(SIZE, "R x R points", metavar="R")
-    margin: float = setting(
-        MARGIN, "how far the grid goes beyond the members, of their extent", metavar="F"
-    )
-    curvature: bool = setting(
-        False,
-        "Hessian along the deviations: eq. 15 and the predicted gain; one process, float32 (in "
-        "Megatron no --bf16); a provider returns a "
-        "pma_megatron.megatron.curvature.Differentiable",
-    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,34 +70,9 @@ class Geometry:
         }
 
 
-def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the verb."""
-    verb = new_verb(
-        verbs,
-        "geometry",
-        run,
-        "measure distances and angles between checkpoints, and the loss around them",
-        _EXAMPLES,
-    )
-    add_selection(verb)
-    group = verb.add_argument_group("what is measured")
-    add_flags(group, Method, "method", "alpha", method={"choices": MEANS})
-    add_flags(group, Policy, "average")
-    add_flags(group, MergeRequest, "threads")
-    add_flags(group, OnRanks)
-    group = verb.add_argument_group("the loss; what follows -- is passed on to what gives it")
-    add_flags(group, Loss)
-    add_flags(group, Scorer)
-    group = verb.add_argument_group("output")
-    add_flags(group, Files, plot={"help": "the members in the plane, on the contour"})
-    verb.set_defaults(passes_on=True)
-
-
 def run(arguments: argparse.Namespace) -> None:
     """`pma geometry`."""
-    refuse_unwritable(arguments)
-    _refuse_models(arguments)
-    request = made(MergeRequest, vars(arguments), load=root_of(arguments))
+    request = arguments.request
     if arguments.megatron is not None:
         found = _in_megatron(arguments, request)
     else:
@@ -142,31 +84,6 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.plot is not None:
         landscape.draw(found.measured, found.spreads[TOTAL], found.contour, arguments.plot)
     show_result(arguments, found.to_json(), lambda: _print(found))
-
-
-def _refuse_models(arguments: argparse.Namespace) -> None:
-    """What gives the loss is there if and only if a loss is looked at."""
-    given = [name for name in ("provider", "megatron") if getattr(arguments, name) is not None]
-    if len(given) > 1:
-        raise UsageError("--provider and --megatron both give the loss: leave out one of the two")
-    wanted = arguments.contour or arguments.curvature
-    if wanted and not given:
-        raise UsageError(
-            "--contour and --curvature need what gives the loss: --megatron SCRIPT runs your "
-            "Megatron-LM script for it, --provider MODULE:FUNCTION builds your model and its "
-            "batches"
-        )
-    if given and not wanted:
-        raise UsageError(
-            f"--{given[0]} gives a loss, and nothing that was asked for has one: add --contour or "
-            f"--curvature, or leave out --{given[0]}"
-        )
-    ours = [word for word in arguments.rest if word.startswith("--pma-")]
-    if arguments.megatron is not None and ours:
-        raise UsageError(
-            f"{ours[0]} is a flag of training with averages, and here the script only evaluates: "
-            "leave the --pma-* flags out after --"
-        )
 
 
 def _with_provider(

@@ -15,6 +15,7 @@ from test_cli import spawn
 
 from conftest import MOE, train
 from pma_megatron.cli import geometry
+from pma_megatron.cli.flags import parsed
 from pma_megatron.errors import UsageError
 from pma_megatron.testing import run_ranks
 
@@ -22,9 +23,7 @@ PROVIDER = "pma_megatron.testing.provider:tiny"
 
 
 def parse(*given: Any) -> argparse.Namespace:
-    top = argparse.ArgumentParser()
-    geometry.add(top.add_subparsers())
-    return top.parse_args(["geometry", *map(str, given)], argparse.Namespace(rest=[]))
+    return parsed(["geometry", *map(str, given)])
 
 
 def command(*given: Any) -> subprocess.CompletedProcess[str]:
@@ -115,19 +114,21 @@ def test_refused(dense_run: Path, tmp_path: Path) -> None:
     ):
         arguments = parse(*given)
         with pytest.raises(UsageError, match=word):
-            arguments.run(arguments)
+            arguments.request = arguments.request_of(arguments)
+            geometry.run(arguments)
     arguments = parse("--load", dense_run, "--contour", "--megatron", "x.py")
     arguments.rest = ["--bf16", "--pma-init"]
     with pytest.raises(UsageError, match="--pma-init is a flag of training"):
-        arguments.run(arguments)
+        arguments.request_of(arguments)
 
 
 def test_models_of_other_trainers_are_no_megatron_models(tmp_path: Path) -> None:
     """Before the script is looked for."""
     revisions(tmp_path)
     arguments = parse("--load", tmp_path, "--contour", "--megatron", "x.py")
+    arguments.request = arguments.request_of(arguments)
     with pytest.raises(UsageError, match="holds Hugging Face models"):
-        arguments.run(arguments)
+        geometry.run(arguments)
 
 
 def bare(load: str, provider_args: list[str]) -> Any:
