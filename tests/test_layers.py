@@ -110,6 +110,7 @@ INSIDE = {
         accumulate
         engine entry_rules finding
         exporting
+        saved_folder
         planning
         leftovers rate source_checksums verification
         publish targets
@@ -164,9 +165,9 @@ INSIDE = {
     "megatron": """
         flags params tree_functions trees
         checks evaluate replicas thin
-        argument_parser load rollback shard swap
-        init online recover score session tree_decorators
-        contour curvature decorators evaluate_grid save watch
+        argument_parser load rollback session shard swap
+        init online recover score tree_decorators
+        contour curvature decorators evaluate_geometry evaluate_grid save watch
         hooks install
     """,
     "deepspeed": """

@@ -87,12 +87,33 @@ def refuse_no_scorer(arguments: argparse.Namespace) -> None:
 def geometry_of(arguments: argparse.Namespace) -> MergeRequest:
     """What `pma geometry` measures."""
     _refuse_unwritable(arguments)
-    if (arguments.contour or arguments.curvature) and arguments.provider is None:
-        raise UsageError(
-            "--contour and --curvature need what gives the loss: --provider MODULE:FUNCTION builds "
-            "your model and its batches"
-        )
+    _refuse_models(arguments)
     return made(MergeRequest, vars(arguments), load=_root_of(arguments))
+
+
+def _refuse_models(arguments: argparse.Namespace) -> None:
+    """What gives the loss is there if and only if a loss is looked at."""
+    given = [name for name in ("provider", "megatron") if getattr(arguments, name) is not None]
+    if len(given) > 1:
+        raise UsageError("--provider and --megatron both give the loss: leave out one of the two")
+    wanted = arguments.contour or arguments.curvature
+    if wanted and not given:
+        raise UsageError(
+            "--contour and --curvature need what gives the loss: --megatron SCRIPT runs your "
+            "Megatron-LM script for it, --provider MODULE:FUNCTION builds your model and its "
+            "batches"
+        )
+    if given and not wanted:
+        raise UsageError(
+            f"--{given[0]} gives a loss, and nothing that was asked for has one: add --contour or "
+            f"--curvature, or leave out --{given[0]}"
+        )
+    ours = [word for word in arguments.rest if word.startswith("--pma-")]
+    if arguments.megatron is not None and ours:
+        raise UsageError(
+            f"{ours[0]} is a flag of training with averages, and here the script only evaluates: "
+            "leave the --pma-* flags out after --"
+        )
 
 
 def comparison_of(arguments: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,24 @@ from pma_megatron.base.comm import Comm, process_group_from_environment
 from pma_megatron.base.spelling import listing
 from pma_megatron.cli import landscape, tables
 from pma_megatron.cli.progress import show
-from pma_megatron.cli.score_grid import provided, write_json
+from pma_megatron.cli.score_grid import (
+    did_not_evaluate,
+    provided,
+    refuse_other_trainers,
+    run_megatron,
+    with_megatron,
+    write_json,
+)
 from pma_megatron.cli.verbs import show_result
 from pma_megatron.errors import UsageError
 from pma_megatron.geometry.gram import Measured, measure
 from pma_megatron.geometry.spread import TOTAL, Spread
 from pma_megatron.megatron.contour import Contour, contour
-from pma_megatron.megatron.curvature import Curvature, Differentiable, curvature
+from pma_megatron.megatron.curvature import Curvature, WithGradients, curvature
+from pma_megatron.megatron.evaluate_geometry import GeometryEvaluation
 from pma_megatron.megatron.score import Scored
+from pma_megatron.megatron.session import taking_part
+from pma_megatron.merging.request import MergeRequest
 
 _MOST_SHOWN = 12
 
@@ -61,43 +72,84 @@ class Geometry:
 
 def run(arguments: argparse.Namespace) -> None:
     """`pma geometry`."""
-    wants_loss, request = arguments.contour or arguments.curvature, arguments.request
-    with process_group_from_environment(arguments.timeout_s), listing(request.list_setting):
-        comm = Comm()
-        measured = measure(request, comm, show(comm))
-        spreads, over, curved = measured.spreads(), None, None
-        if wants_loss:
-            with provided(arguments, request.load, comm) as scored:
-                if arguments.curvature:
-                    _refuse_without_gradients(scored, arguments.provider)
-                if arguments.contour:
-                    over = contour(
-                        scored,
-                        measured,
-                        size=arguments.grid,
-                        margin=arguments.margin,
-                        threads=arguments.threads,
-                        comm=comm,
-                        show=show(comm),
-                    )
-                if arguments.curvature:
-                    assert isinstance(scored, Differentiable)
-                    curved = curvature(scored, measured, threads=arguments.threads)
-        if not comm.is_main:
-            return
-    found = Geometry(measured=measured, spreads=spreads, contour=over, curvature=curved)
+    request = arguments.request
+    if arguments.megatron is not None:
+        found = _in_megatron(arguments, request)
+    else:
+        with process_group_from_environment(arguments.timeout_s):
+            found = _with_provider(arguments, request, Comm())
+    if found is None:
+        return
     write_json(arguments.out, found.to_json())
     if arguments.plot is not None:
-        landscape.draw(measured, spreads[TOTAL], over, arguments.plot)
+        landscape.draw(found.measured, found.spreads[TOTAL], found.contour, arguments.plot)
     show_result(arguments, found.to_json(), lambda: _print(found))
 
 
-def _refuse_without_gradients(scored: Scored, provider: str) -> None:
-    if not isinstance(scored, Differentiable):
+def _with_provider(
+    arguments: argparse.Namespace, request: MergeRequest, comm: Comm
+) -> Geometry | None:
+    """What is found; None on all ranks but 0."""
+    if arguments.provider is None:
+        return _found(arguments, request, comm, None)
+    return _found(arguments, request, comm, provided(arguments, request.load, comm))
+
+
+def _in_megatron(arguments: argparse.Namespace, request: MergeRequest) -> Geometry | None:
+    """The same inside the evaluation of Megatron's script, whose process group is the one."""
+    refuse_other_trainers(Path(request.load))
+    evaluation = GeometryEvaluation(
+        lambda scored, comm: (_found(arguments, request, comm, nullcontext(scored)),)
+    )
+    with taking_part(evaluation):
+        run_megatron(arguments.megatron, [*with_megatron(request.load), *arguments.rest])
+    if evaluation.found is None:
+        raise did_not_evaluate(arguments.megatron)
+    return evaluation.found[0]
+
+
+def _found(
+    arguments: argparse.Namespace,
+    request: MergeRequest,
+    comm: Comm,
+    model: AbstractContextManager[Scored] | None,
+) -> Geometry | None:
+    """Measure, and look at the loss of the model, if there is one. Every rank makes this call."""
+    over, curved = None, None
+    with listing(request.list_setting):
+        measured = measure(request, comm, show(comm))
+        spreads = measured.spreads()
+        if model is not None:
+            with model as scored:
+                over, curved = _losses(arguments, measured, scored, comm)
+    if not comm.is_main:
+        return None
+    return Geometry(measured=measured, spreads=spreads, contour=over, curvature=curved)
+
+
+def _losses(
+    arguments: argparse.Namespace, measured: Measured, scored: Scored, comm: Comm
+) -> tuple[Contour | None, Curvature | None]:
+    over, curved = None, None
+    if arguments.curvature and not isinstance(scored, WithGradients):
         raise UsageError(
-            f"--curvature: {provider} returns a {type(scored).__name__}, which gives losses but no "
-            "gradients: return a pma_megatron.megatron.curvature.Differentiable"
+            f"--curvature: {arguments.provider} returns a {type(scored).__name__}, which gives "
+            "losses but no gradients: return a pma_megatron.megatron.curvature.Differentiable"
         )
+    if arguments.contour:
+        over = contour(
+            scored,
+            measured,
+            size=arguments.grid,
+            margin=arguments.margin,
+            threads=arguments.threads,
+            comm=comm,
+            show=show(comm),
+        )
+    if arguments.curvature:
+        assert isinstance(scored, WithGradients)
+        curved = curvature(scored, measured, threads=arguments.threads)
+    return over, curved
 
 
 def _print(found: Geometry) -> None:

@@ -38,6 +38,8 @@ _GEOMETRY_EXAMPLES = """
   torchrun --nproc-per-node 8 -m pma_megatron geometry --load /ckpts/run --last 10
   pma geometry --load /ckpts/run --iterations 8000 9000 10000 --contour --plot contour.png \\
       --provider my_eval.py:build -- --batches 64
+  torchrun --nproc-per-node 8 -m pma_megatron geometry --load /ckpts/run --last 10 --contour \\
+      --megatron Megatron-LM/pretrain_gpt.py -- DATA AND PARALLEL FLAGS OF THE RUN --eval-iters 64
 """
 
 
@@ -95,8 +97,9 @@ class Loss:
     )
     curvature: bool = setting(
         False,
-        "Hessian along the deviations: eq. 15 and the predicted gain; one process, float32; "
-        "the provider returns a pma_megatron.megatron.curvature.Differentiable",
+        "Hessian along the deviations: eq. 15 and the predicted gain; one process, float32 (in "
+        "Megatron no --bf16); a provider returns a "
+        "pma_megatron.megatron.curvature.Differentiable",
     )
 
 
@@ -145,9 +148,9 @@ def add_geometry(verbs: argparse._SubParsersAction[Parser]) -> None:
     add_flags(group, MergeRequest, "threads")
     add_flags(group, OnRanks)
     add_flags(group, Written)
-    group = verb.add_argument_group("the loss; what follows -- is passed on to the provider")
+    group = verb.add_argument_group("the loss; what follows -- is passed on to what gives it")
     add_flags(group, Loss)
-    add_flags(group, Scorer, "provider")
+    add_flags(group, Scorer)
     group = verb.add_argument_group("output")
     add_flags(group, Files, plot={"help": "the members in the plane, on the contour"})
     verb.set_defaults(passes_on=True)

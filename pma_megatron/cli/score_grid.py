@@ -39,7 +39,7 @@ def score(arguments: argparse.Namespace, others: Sequence[str] = ()) -> Scores |
     """
     if arguments.load is None:
         raise UsageError("say where the checkpoints are: --load DIR")
-    _refuse_other_trainers(Path(arguments.load))
+    refuse_other_trainers(Path(arguments.load))
     grid = grid_of(arguments)
     refuse_no_scorer(arguments)
     if arguments.megatron is not None:
@@ -71,8 +71,12 @@ def provided(arguments: argparse.Namespace, load: str, comm: Comm) -> Iterator[S
         scored.close()
 
 
-def _refuse_other_trainers(root: Path) -> None:
-    """Averages are scored in a live Megatron model, which other trainers' folders do not fit."""
+def refuse_other_trainers(root: Path) -> None:
+    """Averages are scored in a live Megatron model, which other trainers' folders do not fit.
+
+    Raises:
+        UsageError: the checkpoints below `root` are of another trainer.
+    """
     folders = [path for path in (root, *root.glob("*")) if is_folder(path) and is_checkpoint(path)]
     formats = {registry.detect(folder) for folder in folders}
     if registry.TORCH_DIST not in formats and any(
@@ -95,23 +99,42 @@ def _through_megatron(arguments: argparse.Namespace, others: Sequence[str]) -> S
     """Run Megatron's script with `--pma-score`, on every rank; rank 0 gets the scores."""
     with tempfile.TemporaryDirectory(prefix="pma_evaluate_") as folder:
         out = Path(folder) / "scores.json"
-        code = run_script([arguments.megatron, *_megatron_flags(arguments, others, out)])
-        if code:
-            raise SystemExit(code)
+        run_megatron(arguments.megatron, _megatron_flags(arguments, others, out))
         if os.environ.get("RANK", "0") != "0":
             return None
         if not out.is_file():
-            raise UsageError(
-                f"{arguments.megatron} did not evaluate: give it validation data and "
-                "--eval-iters after --, as in training"
-            )
+            raise did_not_evaluate(arguments.megatron)
         return Scores.from_json(json.loads(out.read_text()))
+
+
+def run_megatron(script: str, flags: Sequence[str]) -> None:
+    """Run a script of Megatron's in this process, with the hooks of `pma_megatron.launch`.
+
+    Raises:
+        SystemExit: it could not be started; the message has been printed.
+    """
+    code = run_script([script, *flags])
+    if code:
+        raise SystemExit(code)
+
+
+def did_not_evaluate(script: str) -> UsageError:
+    """What to say of a script that ended without an evaluation."""
+    return UsageError(
+        f"{script} did not evaluate: give it validation data and --eval-iters after --, as in "
+        "training"
+    )
+
+
+def with_megatron(load: str) -> list[str]:
+    """The flags with which a script of Megatron's builds the model of a run and evaluates it."""
+    return ["--load", load, "--use-checkpoint-args", "--skip-train"]
 
 
 def _megatron_flags(arguments: argparse.Namespace, others: Sequence[str], out: Path) -> list[str]:
     from pma_megatron.megatron.flags import name_of  # flags that no other command needs
 
-    ours = ["--load", arguments.load, "--use-checkpoint-args", "--skip-train", "--pma-score"]
+    ours = [*with_megatron(arguments.load), "--pma-score"]
     for each in declared(Grid, MEGATRON):
         typed = getattr(arguments, each.name)
         if typed is not None and typed is not False and typed != []:

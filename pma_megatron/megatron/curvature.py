@@ -20,10 +20,10 @@ with d_i from their mean the left side is -sum_i d_i' H d_i, negative wherever e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ from pma_megatron.geometry.gram import Measured
 from pma_megatron.geometry.spread import plain
 from pma_megatron.live.load import DEFAULTS
 from pma_megatron.megatron.params import MegatronTensor, live_tensors
-from pma_megatron.megatron.score import Scored, average_into
+from pma_megatron.megatron.score import EachLoss, Scored, average_into
 from pma_megatron.megatron.swap import weights_restored
 from pma_megatron.merging.sums import Sum
 
@@ -52,6 +52,22 @@ Batches = Callable[[], Iterable[torch.Tensor]]
 """() -> one differentiable scalar per batch, the same batches each time; their mean is the loss."""
 
 
+@runtime_checkable
+class WithGradients(Protocol):
+    """A model and a loss that gradients can be taken of."""
+
+    @property
+    def models(self) -> Sequence[Any]:
+        """The model chunks; of one process, with float32 weights."""
+
+    @property
+    def metadata(self) -> Mapping[str, Any] | None:
+        """What the model's `sharded_state_dict` gets; None for its default."""
+
+    def each_loss(self, see: Callable[[torch.Tensor], None]) -> None:
+        """The loss batch by batch, in evaluation mode: see `EachLoss`."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Differentiable(Scored):
     """A model and a loss that gradients can be taken of: what a provider returns for `--curvature`.
@@ -61,6 +77,11 @@ class Differentiable(Scored):
     """
 
     batches: Batches
+
+    def each_loss(self, see: Callable[[torch.Tensor], None]) -> None:
+        """Call `see` with the loss of each batch."""
+        for loss in self.batches():
+            see(loss)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,7 +146,7 @@ class Curvature:
 
 
 def curvature(
-    scored: Differentiable, measured: Measured, *, threads: int = DEFAULTS.threads
+    scored: WithGradients, measured: Measured, *, threads: int = DEFAULTS.threads
 ) -> Curvature:
     """Expand the loss of a live model around the average of the measured checkpoints.
 
@@ -154,20 +175,21 @@ def curvature(
             average_into(tensors, measured.found.sources, one_hot, comm, threads)
             members.append(torch.cat([p.detach().reshape(-1) for p in parameters]))
         average_into(tensors, measured.found.sources, measured.coefficients, comm, threads)
-        return expand(parameters, members, measured.coefficients, scored.batches)
+        return expand(parameters, members, measured.coefficients, scored.each_loss)
 
 
-def _refuse_parts(comm: Comm, scored: Differentiable) -> None:
+def _refuse_parts(comm: Comm, scored: WithGradients) -> None:
     if comm.size > 1 or len(scored.models) > 1:
         raise UsageError(
             f"curvature takes gradients in one process that holds the whole model, not in "
-            f"{comm.size} with {len(scored.models)} model chunks: start it without torchrun, all "
-            "parallel sizes 1"
+            f"{comm.size} with {len(scored.models)} model chunks: start it without torchrun, "
+            "or with torchrun --nproc-per-node 1, all parallel sizes 1"
         )
     if getattr(getattr(scored.models[0], "config", None), "gradient_accumulation_fusion", False):
         raise UsageError(
             "no curvature: gradient_accumulation_fusion adds gradients to buffers of the trainer's "
-            "and returns none: let the provider build the model without it"
+            "and returns none: let the provider build the model without it (Megatron's "
+            "--no-gradient-accumulation-fusion)"
         )
 
 
@@ -176,7 +198,8 @@ def _refuse_rounded_or_large(trained: Sequence[MegatronTensor], count: int) -> N
     if rounded is not None:
         raise UsageError(
             f"no curvature: {rounded.name} is {rounded.tensor.dtype}, and differences of gradients "
-            "would drown in its rounding: let the provider build the model in float32"
+            "would drown in its rounding: let the provider build the model in float32 (for a "
+            "Megatron script, leave out --bf16 and --fp16)"
         )
     nbytes = 4 * sum(live.tensor.numel() for live in trained) * (count + _MORE_VECTORS)
     if nbytes > MOST_BYTES:
@@ -191,7 +214,7 @@ def expand(
     parameters: Sequence[torch.Tensor],
     members: Sequence[torch.Tensor],
     coefficients: Sequence[float],
-    batches: Batches,
+    each_loss: EachLoss,
     *,
     step: float = STEP,
 ) -> Curvature:
@@ -207,13 +230,13 @@ def expand(
         members: [elements] float32 each, the flattened parameters one after the other, oldest
             first. They become deviations from the mean: what they held is lost.
         coefficients: [N] of the mean; they sum to 1.
-        batches: the loss.
+        each_loss: the loss.
         step: e.
 
     Raises:
         CheckpointError: a loss or a product is not finite.
     """
-    point = _Point(parameters, batches)
+    point = _Point(parameters, each_loss)
     losses = []
     with point.restored():
         for member in members:
@@ -252,8 +275,8 @@ def expand(
 class _Point:
     """Where a model is in parameter space, as one vector."""
 
-    def __init__(self, parameters: Sequence[torch.Tensor], batches: Batches) -> None:
-        self._parameters, self._batches = parameters, batches
+    def __init__(self, parameters: Sequence[torch.Tensor], each_loss: EachLoss) -> None:
+        self._parameters, self._each_loss = parameters, each_loss
 
     @contextmanager
     def restored(self) -> Iterator[None]:
@@ -281,15 +304,18 @@ class _Point:
 
     def loss(self) -> float:
         """Mean over the batches."""
+        losses: list[float] = []
         with torch.no_grad():
-            losses = [float(loss) for loss in self._batches()]
+            self._each_loss(lambda loss: losses.append(float(loss)))
         return float(np.mean(losses))
 
     def gradient(self) -> torch.Tensor:
         """[elements] float32, of the mean over the batches; zero where nothing depends on it."""
         total = torch.zeros(sum(p.numel() for p in self._parameters), device=self._device)
         count = 0
-        for loss in self._batches():
+
+        def see(loss: torch.Tensor) -> None:
+            nonlocal count
             found = torch.autograd.grad(loss, self._parameters, allow_unused=True)
             start = 0
             for parameter, gradient in zip(self._parameters, found, strict=True):
@@ -298,6 +324,8 @@ class _Point:
                     total[start:end].add_(gradient.reshape(-1))
                 start = end
             count += 1
+
+        self._each_loss(see)
         return total.div_(count)
 
     def hessian_times(self, vector: torch.Tensor, at: torch.Tensor, step: float) -> torch.Tensor:

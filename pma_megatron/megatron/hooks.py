@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -37,7 +36,7 @@ from pma_megatron.megatron.session import (
 )
 from pma_megatron.megatron.shard import MegatronShard
 from pma_megatron.megatron.thin import ThinSnapshots
-from pma_megatron.megatron.trees import current_args
+from pma_megatron.megatron.trees import current_args, sharded_metadata
 from pma_megatron.megatron.watch import Watch
 from pma_megatron.online.hostcopy import HostCopy
 from pma_megatron.online.store import FOLDER
@@ -63,7 +62,7 @@ def ready(model: Sequence[Any], optimizer: Any, opt_param_scheduler: Any) -> Non
     args = current_args()
     settings = argument_parser.settings(args)
     if settings.init:
-        init(args, settings, model, optimizer, _metadata(args))
+        init(args, settings, model, optimizer, sharded_metadata(args))
     begin(MegatronSession(args, settings, model, optimizer, opt_param_scheduler))
 
 
@@ -84,7 +83,7 @@ class MegatronSession(Session):
         self._noted: list[tuple[Path, WindowAverage]] = []
         self._recording: list[threading.Thread] = []
         atexit.register(self._at_exit)
-        self._comm, metadata = Comm(), _metadata(args)
+        self._comm, metadata = Comm(), sharded_metadata(args)
         counts = settings.save or settings.snapshots
         tokens = tokens_now(args) if counts else 0
         iteration = int(getattr(args, "iteration", 0) or 0)
@@ -194,7 +193,9 @@ class MegatronSession(Session):
             return
         self._scored = True
         args = current_args()
-        with self.during(GridEvaluation(self.models, args.load, self.settings, _metadata(args))):
+        with self.during(
+            GridEvaluation(self.models, args.load, self.settings, sharded_metadata(args))
+        ):
             yield
 
     @property
@@ -220,14 +221,3 @@ class MegatronSession(Session):
         for thread in self._recording:
             thread.join(timeout_s)
         self._recording = []
-
-
-def _metadata(args: Any) -> dict[str, Any] | None:
-    """What Megatron's saves pass to `sharded_state_dict`; None in releases before 0.13."""
-    from megatron.training import checkpointing
-
-    build = getattr(checkpointing, "_build_sharded_state_dict_metadata", None)
-    if build is None:
-        return None
-    inspect.signature(build).bind(args)  # a release that wants more must be looked at
-    return dict(build(args))

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pma_megatron.base.comm import Comm
 from pma_megatron.errors import UsageError
 from pma_megatron.formats import registry
@@ -37,6 +39,9 @@ from pma_megatron.scores.grid import Grid, GridPoint
 from pma_megatron.scores.results import Checkpoint, Other, Score, Scores
 
 Losses = float | Mapping[str, float]
+EachLoss = Callable[[Callable[[torch.Tensor], None]], None]
+"""Calls what it is given with one differentiable scalar per batch, the same batches each time;
+their mean is the loss. Where gradients are off, the scalars need not be differentiable."""
 LOSS = "loss"
 """Name of the loss where `score` returns a bare number."""
 

@@ -15,6 +15,9 @@ from pma_megatron.base.log import say
 from pma_megatron.megatron.evaluate import Evaluation
 
 _session: Session | None = None
+_guest: Running | None = None
+"""Of a command that runs a script for its evaluation."""
+_visited = False
 
 
 class Running(Protocol):
@@ -89,6 +92,23 @@ class Session(ABC):
             say(f"PMA: WARNING: {note}")
 
 
+@contextlib.contextmanager
+def taking_part(running: Running) -> Iterator[None]:
+    """In the block, `running` takes part in the first evaluation of a script of Megatron's that
+    this process runs, whatever its flags."""
+    global _guest, _visited
+    _guest, _visited = running, False
+    try:
+        yield
+    finally:
+        _guest = None
+
+
+def is_visited() -> bool:
+    """Whether a command runs the script for its evaluation."""
+    return _guest is not None
+
+
 def begin(session: Session) -> None:
     """From now on the hooks below talk to `session`."""
     global _session
@@ -116,8 +136,14 @@ def saved(fn: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
 @contextlib.contextmanager
 def evaluation(prefix: str, iteration: int, write_to_tensorboard: bool) -> Iterator[None]:
     """Around Megatron's evaluation and its report, which those of the average follow."""
+    global _visited
     if _session is None:
         yield
+        return
+    if _guest is not None and not _visited:
+        _visited = True
+        with _session.during(_guest):
+            yield
         return
     with _session.evaluation(prefix, iteration, write_to_tensorboard):
         yield

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pma_megatron.base.spelling import speaking
-from pma_megatron.megatron import argument_parser
+from pma_megatron.megatron import argument_parser, session
 from pma_megatron.megatron.flags import FLAGS
 
 Function = Callable[..., Any]
@@ -122,12 +122,14 @@ class Decorators:
         return importlib.import_module(self.hooks)
 
     def _enabled_args(self) -> Any:
-        """Megatron's arguments if they exist and any `--pma-*` flag was given, else None."""
+        """Megatron's arguments if they exist and anything was asked for (a `--pma-*` flag, or a
+        command that runs the script for its evaluation), else None."""
         try:
             args = importlib.import_module(self.global_vars).get_args()
         except AssertionError:  # Megatron's word for "not initialized yet"
             return None
-        return args if argument_parser.enabled(args) else None
+        asked = argument_parser.enabled(args) or session.is_visited()
+        return args if asked else None
 
 
 def finished(wrapper: Function, fn: Function) -> Function:

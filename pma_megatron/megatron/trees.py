@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -20,6 +21,17 @@ def global_vars() -> Any:
 def current_args() -> Any:
     """Megatron's arguments."""
     return global_vars().get_args()
+
+
+def sharded_metadata(args: Any) -> dict[str, Any] | None:
+    """What Megatron's saves pass to `sharded_state_dict`; None in releases before 0.13."""
+    from megatron.training import checkpointing
+
+    build = getattr(checkpointing, "_build_sharded_state_dict_metadata", None)
+    if build is None:
+        return None
+    inspect.signature(build).bind(args)  # a release that wants more must be looked at
+    return dict(build(args))
 
 
 @contextlib.contextmanager

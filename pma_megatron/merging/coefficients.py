@@ -292,7 +292,7 @@ def _decay_derived(
     if tokens is None and number > 1:
         raise UsageError(
             f"method {method!r} needs the token position of every checkpoint: use sma, ema or wma, "
-            "which need only their order, or give positions in iterations"
+            f"which need only their order{_said_tokens()}"
         )
     formula, mean = _DECAYS[method]
     weights = [1.0]
@@ -307,6 +307,10 @@ def _decay_derived(
         parameters=(("floor", floor),),
         source=f"arXiv 2507.17634 theorem 3.1, interval means of {formula}",
     )
+
+
+def _said_tokens() -> str:
+    return f", or say what each was trained on ({named('tokens')})" if has("tokens") else ""
 
 
 def _progress(tokens: Sequence[int]) -> list[float]:

@@ -10,7 +10,7 @@ import hashlib
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -84,16 +84,6 @@ class ModelExport:
     parameters: int
     names_compared: bool
     notes: tuple[str, ...]
-
-    @property
-    def further(self) -> dict[tuple[str, str], list[Piece[Destination]]]:
-        """(state, model key) -> targets of its average."""
-        found: dict[tuple[str, str], list[Piece[Destination]]] = {}
-        for each in self.filled:
-            if each.averaged:
-                piece = Piece(each.box, each.place, each.start)
-                found.setdefault((each.state, each.key), []).append(piece)
-        return found
 
     @property
     def digest(self) -> str:
@@ -308,14 +298,14 @@ def _filled(
     for tensor in tensors:
         place = places[tensor.name]
         for part in tensor.filled_by:
-            state = _origin(base, rules, part.key, place.dtype)
+            state = origin(base, rules, part.key, place.dtype)
             weight = base.tensor(state, part.key)
             assert weight is not None
             averaged = weight.dtype in AVERAGED
             yield Filled(state, part.key, part.box, place, part.start, averaged)
 
 
-def _origin(base: Source, rules: Rules, key: str, dtype: torch.dtype) -> str:
+def origin(base: Source, rules: Rules, key: str, dtype: torch.dtype) -> str:
     """The state whose values an export of a weight has: main params where they are averaged, or
     where the weight itself is not stored or is rounded further than the export."""
     weight = base.space.weights.get(key)
@@ -327,14 +317,24 @@ def _origin(base: Source, rules: Rules, key: str, dtype: torch.dtype) -> str:
     return "weight" if exact else MAIN
 
 
-def carried(export: ModelExport, base: Source) -> list[Carry]:
-    """The work of what is exported as the newest source has it, bit for bit.
+def further_targets(filled: Iterable[Filled]) -> dict[tuple[str, str], list[Piece[Destination]]]:
+    """(state, model key) -> further targets of its average."""
+    found: dict[tuple[str, str], list[Piece[Destination]]] = {}
+    for each in filled:
+        if each.averaged:
+            piece = Piece(each.box, each.place, each.start)
+            found.setdefault((each.state, each.key), []).append(piece)
+    return found
+
+
+def carried(filled: Iterable[Filled], base: Source) -> list[Carry]:
+    """The work of what is written as the newest source has it, bit for bit.
 
     Raises:
         PlanError: it is not stored whole.
     """
     tasks = []
-    for each in export.filled:
+    for each in filled:
         if each.averaged:
             continue
         tensor = base.tensor(each.state, each.key)

@@ -19,15 +19,22 @@ from pma_megatron.formats import registry
 from pma_megatron.formats.output import Changes, Folder, OutputLayout
 from pma_megatron.formats.side_files import SideFile, notes
 from pma_megatron.formats.source import Source
-from pma_megatron.formats.trainers.saves import Save, laid_out, save_of
+from pma_megatron.formats.trainers.saves import Save
 from pma_megatron.identity.proof import Evidence, prove, refuse_strangers, unconfirmed
 from pma_megatron.merging.agreement import frozen_notes
 from pma_megatron.merging.entry_rules import Decisions, PolicyRow, Rules, decide, make_tasks
-from pma_megatron.merging.exporting import ModelExport, carried, plan_export
+from pma_megatron.merging.exporting import (
+    Filled,
+    ModelExport,
+    carried,
+    further_targets,
+    plan_export,
+)
 from pma_megatron.merging.finding import all_refs, pointers
 from pma_megatron.merging.padding import padding_notes
 from pma_megatron.merging.policy import MAIN
 from pma_megatron.merging.request import MergeRequest, Output, in_its_words
+from pma_megatron.merging.saved_folder import SavedFolder, lay_out_folder
 from pma_megatron.merging.tasks import Unit, Workload, units
 from pma_megatron.runs.discover import choose, newest_full
 from pma_megatron.runs.notices import announce, changed_settings_notes, too_early_notes
@@ -196,17 +203,12 @@ def make_plan(request: MergeRequest, comm: Comm) -> MergePlan:
     request = request.settled()
     found = gather_sources(request, comm, everywhere=comm.merge_size > 1)
     decisions = comm.agree("policy", lambda: decide(request, found.sources, newest_full))
-    layouts, export, beside = {}, None, tuple[SideFile, ...]()
-    save = Save(Path(found.sources[-1].path))
+    saved = export = None
     if request.writes_checkpoint:
-        layout, save, beside = _layout(found, decisions, request.lr_factor, comm)
-        layouts[Folder.CHECKPOINT] = layout
+        saved = _layout(found, decisions, request.lr_factor, comm)
     if request.export is not None:
         export = _export(request, found, decisions, comm)
-        layouts[Folder.MODEL] = export.layout
-    return comm.agree(
-        "plan", lambda: _assemble(request, found, decisions, layouts, export, (save, beside))
-    )
+    return comm.agree("plan", lambda: _assemble(request, found, decisions, saved, export))
 
 
 @once_each()
@@ -290,10 +292,9 @@ def _trimmed(source: Source, request: MergeRequest, *, end: bool) -> Source:
 
 def _layout(
     found: OpenedSources, decisions: Decisions, lr_factor: float | None, comm: Comm
-) -> tuple[OutputLayout, Save, tuple[SideFile, ...]]:
+) -> SavedFolder:
     """The output's files, laid out by a rank that sees the newest source, and what lies beside."""
-    ref, owner = found.selection.refs[-1], found.visible[-1][0]
-    known = registry.get(ref.format, ref.path)
+    base, owner = found.sources[-1], found.visible[-1][0]
     changes = Changes(
         payloads=decisions.payloads,
         drop=decisions.dropped,
@@ -302,14 +303,9 @@ def _layout(
         lr_factor=lr_factor,
     )
 
-    def lay_out() -> tuple[OutputLayout, Save, tuple[SideFile, ...]]:
-        save = save_of(Path(ref.path), known.name)
-        layout, beside = laid_out(save, known, known.lay_out(ref.path, changes))
-        return layout, save, beside
-
-    made = comm.on(owner, "layout", lay_out)
+    made = comm.on(owner, "layout", lambda: lay_out_folder(base, decisions.rules, changes))
     if comm.is_main:
-        for sentence in notes(str(made[1].folder), made[2]):
+        for sentence in notes(str(made.save.folder), made.side_files):
             _log.warning(sentence)
     return made
 
@@ -338,15 +334,19 @@ def _assemble(
     request: MergeRequest,
     found: OpenedSources,
     decisions: Decisions,
-    layouts: Mapping[Folder, OutputLayout],
+    saved: SavedFolder | None,
     export: ModelExport | None,
-    saved: tuple[Save, tuple[SideFile, ...]],
 ) -> MergePlan:
-    save, beside = saved
-    further = {} if export is None else export.further
-    checkpoint = layouts.get(Folder.CHECKPOINT)
+    save, beside = Save(Path(found.sources[-1].path)), tuple[SideFile, ...]()
+    layouts, filled = {}, tuple[Filled, ...]()
+    if saved is not None:
+        layouts[Folder.CHECKPOINT], filled = saved.layout, saved.filled
+        save, beside = saved.save, saved.side_files
+    if export is not None:
+        layouts[Folder.MODEL], filled = export.layout, (*filled, *export.filled)
+    checkpoint, further = layouts.get(Folder.CHECKPOINT), further_targets(filled)
     tasks = make_tasks(found.sources, found.active, decisions, checkpoint, further)
-    more = [] if export is None else carried(export, found.sources[-1])
+    more = carried(filled, found.sources[-1])
     work = units([*tasks, *more])
     told = [*(note for each in layouts.values() for note in each.notes)]
     told += [] if export is None else export.notes

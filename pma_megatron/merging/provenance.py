@@ -17,6 +17,7 @@ from pma_megatron.errors import CheckpointError, PmaError
 from pma_megatron.formats.manifest import read_marker
 from pma_megatron.formats.marker import EXPORT, ONLINE_AVERAGE
 from pma_megatron.formats.output import Folder
+from pma_megatron.formats.schema import is_count
 from pma_megatron.merging.planning import MergePlan
 from pma_megatron.merging.policy import Policy
 from pma_megatron.merging.publish import PROVENANCE_FILE
@@ -43,7 +44,8 @@ def provenance(
     """
     request = asdict(plan.request)
     paths = tuple(str(Path(source.path).absolute()) for source in plan.sources)
-    request["selection"] = asdict(SelectionRequest(paths=paths))
+    said = plan.request.selection.tokens
+    request["selection"] = asdict(SelectionRequest(paths=paths, tokens=said))
     for name in ("load", "save", "export", "like"):
         if request[name] is not None:
             request[name] = str(Path(request[name]).absolute())
@@ -188,7 +190,7 @@ def request_again(recorded: Mapping[str, Any]) -> MergeRequest:
     policy = saved["policy"]
     return MergeRequest(
         load=saved["load"],
-        selection=SelectionRequest(paths=paths),
+        selection=SelectionRequest(paths=paths, tokens=_said_tokens(saved["selection"])),
         method=Method(name="custom", values=coefficients, allow_any=True),
         policy=Policy(
             optimizer_state=policy["optimizer_state"],
@@ -198,3 +200,17 @@ def request_again(recorded: Mapping[str, Any]) -> MergeRequest:
         dtype=saved["dtype"],
         lr_factor=saved.get("lr_factor"),
     )
+
+
+def _said_tokens(selection: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """What the user said of each source; releases before had no such setting.
+
+    Raises:
+        TypeError: they are no counts.
+    """
+    said = selection.get("tokens")
+    if said is None:
+        return None
+    if not all(is_count(value) for value in said):
+        raise TypeError(f"selection.tokens is {str(said)[:100]}")
+    return tuple(said)

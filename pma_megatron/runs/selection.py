@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from pma_megatron.base.spelling import given, has, named
@@ -37,8 +37,9 @@ from pma_megatron.runs.refs import (
 )
 from pma_megatron.runs.selection_request import DEFAULT_LAST, SelectionRequest
 from pma_megatron.runs.spacing import Places, hole
-from pma_megatron.runs.tokens import comparable_run, given_tokens, why_incomparable
+from pma_megatron.runs.tokens import comparable_run, format_tokens, given_tokens, why_incomparable
 
+_SHOWN = 4  # checkpoints named in one note
 _UNEVEN = 1.5  # largest gap over smallest, from which on the user is told
 
 
@@ -106,7 +107,10 @@ def select(
     ([4000, 6000, 8000], 'tokens', (2000000000, 2000000000))
     """
     if request.paths is not None:
-        return _selection(*_by_paths(refs, request.paths), request)
+        found = _listed(refs, request.paths)
+        if request.tokens is not None:
+            return _selection(*_with_tokens(found, request.tokens), request)
+        return _selection(*_in_order(found), request)
     pool = _pool(refs, request.exclude)
     if request.iterations is not None:
         chosen = [_existing(pool, wanted, "iterations") for wanted in sorted(request.iterations)]
@@ -172,9 +176,8 @@ def _refuse_duplicates(ordered: Sequence[CheckpointRef], way: str) -> None:
             )
 
 
-def _by_paths(
-    refs: Sequence[CheckpointRef], paths: tuple[str, ...]
-) -> tuple[list[CheckpointRef], list[str]]:
+def _listed(refs: Sequence[CheckpointRef], paths: tuple[str, ...]) -> list[CheckpointRef]:
+    """The checkpoints that paths name, in that order."""
     found = {posixpath.normpath(ref.folder): ref for ref in refs}
     found |= {posixpath.normpath(ref.path): ref for ref in refs}
     chosen = []
@@ -189,6 +192,40 @@ def _by_paths(
                 f"{named('paths')} names {path}, which is incomplete: {why_incomplete(ref)}"
             )
         chosen.append(ref)
+    return chosen
+
+
+def _with_tokens(
+    chosen: Sequence[CheckpointRef], tokens: tuple[int, ...]
+) -> tuple[list[CheckpointRef], list[str]]:
+    """Listed checkpoints with counts that the user says, which order them; and what to tell."""
+    notes = []
+    others = [
+        f"{ref.folder} says {format_tokens(ref.consumed_tokens)}"
+        for ref, said in zip(chosen, tokens, strict=True)
+        if ref.consumed_tokens not in (None, said)
+    ]
+    if others:
+        notes.append(f"{named('tokens')} counts where {', '.join(others[:_SHOWN])}{_more(others)}")
+    numbers = [ref.iteration for ref in chosen if ref.iteration is not None]
+    if any(older >= newer for older, newer in pairwise(numbers)):
+        notes.append(
+            f"iterations do not grow with the tokens given ({', '.join(map(str, numbers))}): "
+            f"{named('tokens')} decides the order"
+        )
+    told = [
+        replace(ref, consumed_tokens=said, tokens_unknown_because=None)
+        for ref, said in zip(chosen, tokens, strict=True)
+    ]
+    return told, notes
+
+
+def _more(named_ones: Sequence[str]) -> str:
+    return f", and {len(named_ones) - _SHOWN} more" if len(named_ones) > _SHOWN else ""
+
+
+def _in_order(chosen: list[CheckpointRef]) -> tuple[list[CheckpointRef], list[str]]:
+    """Listed checkpoints oldest first, as far as they say which is; and what to tell."""
     if all(ref.iteration is not None for ref in chosen):
         chosen.sort(key=iteration_of)
         _refuse_duplicates(chosen, f"leave one of the two out of {named('paths')}")
@@ -196,7 +233,9 @@ def _by_paths(
     by_tokens = sorted(chosen, key=lambda ref: ref.consumed_tokens or 0)
     if why_incomparable(by_tokens) is None:
         return by_tokens, ["not every path has an iteration: they are ordered by consumed tokens"]
-    return chosen, ["neither iterations nor tokens order the paths: the order given was kept"]
+    say = f"; {named('tokens')} can say them" if has("tokens") else ""
+    note = f"neither iterations nor tokens order the paths: the order given was kept{say}"
+    return chosen, [note]
 
 
 def _existing(pool: Sequence[CheckpointRef], wanted: int, setting: str) -> CheckpointRef:
@@ -307,7 +346,7 @@ def _selection(
     request: SelectionRequest,
     left: Sequence[PassedOver] = (),
 ) -> Selection:
-    positions, unit = _positions(chosen)
+    positions, unit = _positions(chosen, request.tokens)
     if unit == "iterations" and len(chosen) > 1:
         notes = [*notes, f"positions are in iterations, not tokens: {why_incomparable(chosen)}"]
     measured, gap_unit = positions, unit
@@ -333,7 +372,11 @@ def _selection(
     )
 
 
-def _positions(chosen: Sequence[CheckpointRef]) -> tuple[tuple[int, ...], Unit]:
+def _positions(
+    chosen: Sequence[CheckpointRef], said_tokens: tuple[int, ...] | None
+) -> tuple[tuple[int, ...], Unit]:
+    if said_tokens is not None:
+        return said_tokens, "tokens"
     if why_incomparable(chosen) is None:
         return tuple(map(tokens_of, chosen)), "tokens"
     if all(ref.iteration is not None for ref in chosen):

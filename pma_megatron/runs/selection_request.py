@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import posixpath
 from dataclasses import dataclass
+from itertools import pairwise
 
 from pma_megatron.base.remote_paths import refuse_remote
 from pma_megatron.base.settings import DEEPSPEED, PMA, described, setting
 from pma_megatron.base.spelling import among, given, named
 from pma_megatron.errors import UsageError
-from pma_megatron.runs.tokens import format_tokens, given_tokens, parse_tokens
+from pma_megatron.runs.tokens import (
+    flat,
+    format_tokens,
+    given_tokens,
+    parse_token_list,
+    parse_tokens,
+)
 
 DEFAULT_LAST = 10  # arXiv 2505.12082, and docs/defaults.md: 6 to 15 are level late in a run
 
@@ -74,6 +81,15 @@ class SelectionRequest:
     paths: tuple[str, ...] | None = setting(
         None, "exactly these checkpoint folders, in any order", metavar="DIR", of=(PMA, DEEPSPEED)
     )
+    tokens: tuple[int, ...] | None = setting(
+        None,
+        "what each of the folders listed was trained on, e.g. 1B 2B 3B or 1B,2B,3B: one count for "
+        "each, oldest first, instead of what they say themselves",
+        metavar="V",
+        read=parse_token_list,
+        make=flat,
+        of=(PMA,),
+    )
 
     def __post_init__(self) -> None:
         for name in ("last", "interval_tokens", "interval_iterations", "window_tokens"):
@@ -89,6 +105,8 @@ class SelectionRequest:
         self._refuse_contradictions()
         for name in ("iterations", "paths"):
             self._refuse_bad_list(name)
+        if self.tokens is not None:
+            self._refuse_bad_tokens(self.tokens)
 
     def _refuse_contradictions(self) -> None:
         for one, other, why in (
@@ -116,7 +134,7 @@ class SelectionRequest:
         others = [
             other
             for other in self.__slots__
-            if other not in (name, "tolerance")
+            if other not in (name, "tolerance", "tokens")
             and getattr(self, other) is not False
             and getattr(self, other) not in (None, ())
         ]
@@ -130,3 +148,25 @@ class SelectionRequest:
         if repeated or not keys:
             found = f"names {', '.join(map(str, repeated))} twice" if keys else "is empty"
             raise UsageError(f"{named(name)} {found}: name each checkpoint once")
+
+    def _refuse_bad_tokens(self, tokens: tuple[int, ...]) -> None:
+        paths = self.paths
+        if paths is None:
+            raise UsageError(
+                f"{named('tokens')} says what listed checkpoints were trained on, and none is "
+                f"listed: name them with {named('paths')}, oldest first"
+            )
+        if len(tokens) != len(paths):
+            raise UsageError(
+                f"{named('tokens')} has {len(tokens)} count(s) and {named('paths')} "
+                f"{len(paths)} checkpoint(s): give one count for each, in the same order"
+            )
+        for (older, before), (newer, after) in pairwise(zip(paths, tokens, strict=True)):
+            if before >= after:
+                raise UsageError(
+                    f"{named('tokens')} does not grow from {older} ({format_tokens(before)}) to "
+                    f"{newer} ({format_tokens(after)}): list the checkpoints oldest first, and "
+                    "their counts in the same order"
+                )
+        if tokens[0] < 0:
+            raise UsageError(f"{named('tokens')} must not be negative, got {tokens[0]}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
@@ -98,6 +98,27 @@ def parse_tokens(text: str | int) -> int:
             f"as in {found[1]}B"
         )
     return int(count)
+
+
+def parse_token_list(text: str) -> list[int]:
+    """Read token counts with commas between them.
+
+    Raises:
+        UsageError: one is no count.
+
+    >>> parse_token_list("1B,2B"), parse_token_list("500M")
+    ([1000000000, 2000000000], [500000000])
+    """
+    return [parse_tokens(word) for word in text.split(",")]
+
+
+def flat(counts: Iterable[int | Iterable[int]]) -> tuple[int, ...]:
+    """Counts, and lists of them, as one list.
+
+    >>> flat([[1, 2], 3])
+    (1, 2, 3)
+    """
+    return tuple(n for each in counts for n in ([each] if isinstance(each, int) else each))
 
 
 def format_tokens(tokens: int) -> str:

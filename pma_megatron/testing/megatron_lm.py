@@ -28,7 +28,8 @@ from types import SimpleNamespace
 from typing import Any, Literal
 from unittest.mock import MagicMock
 
-Through = Literal["plain", "launcher", "evaluate"]
+Through = Literal["plain", "launcher", "evaluate", "geometry"]
+_VERBS = ("evaluate", "geometry")
 
 TINY: tuple[str, ...] = tuple(
     shlex.split("""
@@ -74,6 +75,7 @@ def run_pretrain(
     *,
     ranks: int = 1,
     through: Through = "launcher",
+    omit: Sequence[str] = (),
     script: str = "pretrain_gpt.py",
     imports: str | None = None,
     python_path: Sequence[Path | str] = (),
@@ -86,8 +88,10 @@ def run_pretrain(
         tree: a Megatron-LM source tree, patched or not.
         arguments: of the script, after `TINY`; the last of two equal flags counts.
         ranks: processes on this machine.
-        through: `launcher` starts it with `pma_megatron.launch`, `plain` as it is; `evaluate` with
-            `pma evaluate --megatron`, whose flags come first in `arguments`, up to a `--`.
+        through: `launcher` starts it with `pma_megatron.launch`, `plain` as it is; `evaluate` and
+            `geometry` with that verb of `pma` and `--megatron`, whose flags come first in
+            `arguments`, up to a `--`.
+        omit: words of `TINY` that are left out, for instance `--bf16`.
         script: relative to `tree`.
         imports: a module that every rank imports before the script runs.
         python_path: folders in front of the import path, for `imports`.
@@ -101,6 +105,11 @@ def run_pretrain(
     old = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
     paths = [*map(str, python_path), str(tree), str(root), *old]
     job = secrets.token_hex(8)
+    own, rest = [], list(arguments)
+    if through in _VERBS:
+        end = rest.index("--") + 1
+        own, rest = rest[:end], rest[end:]
+    tiny = [word for word in TINY if word not in omit]
     environ = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -113,8 +122,7 @@ def run_pretrain(
         *(sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"),
         *("--local-addr", "localhost", "--nproc-per-node", str(ranks)),
         *("-m", "pma_megatron.testing.megatron_lm", through, str(Path(tree) / script)),
-        *TINY,
-        *arguments,
+        *(*own, *tiny, *rest),
     ]
     # Not a pipe: what a killed rank leaves behind (checkpoint writers) would hold it open.
     with tempfile.TemporaryFile("w+") as log:
@@ -229,12 +237,10 @@ def _main(argv: list[str]) -> int:
         from pma_megatron.launch import main
 
         return main([script, *arguments])
-    if through == "evaluate":
+    if through in _VERBS:
         from pma_megatron.cli import main as pma
 
-        end = arguments.index("--")
-        own, tiny, rest = arguments[len(TINY) : end], arguments[: len(TINY)], arguments[end + 1 :]
-        return pma(["evaluate", "--megatron", script, *own, "--", *tiny, *rest])
+        return pma([through, "--megatron", script, *arguments])
     sys.argv[:] = [script, *arguments]
     sys.path[0] = str(Path(script).resolve().parent)
     runpy.run_path(script, run_name="__main__")

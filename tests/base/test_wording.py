@@ -320,6 +320,16 @@ OF_OTHERS = {
     "formats.rates": {"--"},  # before the names of Megatron's settings
     "formats.torch_dist.buckets": {"--dist-ckpt-optim-fully-reshardable"},  # of Megatron
     "live.plan": {"--make-vocab-size-divisible-by"},  # of Megatron
+    "megatron.curvature": {  # of Megatron and torchrun
+        "--bf16",
+        "--fp16",
+        "--no-gradient-accumulation-fusion",
+        "--nproc-per-node",
+    },
+    "megatron.evaluate_geometry": {  # of Megatron
+        "--exit-duration-in-mins",
+        "--multiple-validation-sets",
+    },
     "megatron.load": {"--ckpt-step"},  # of Megatron
     "megatron.params": {"--optimizer-cpu-offload"},  # of Megatron
     "merging.report": {"--load", "--no-load-optim"},  # of Megatron, which resumes with them

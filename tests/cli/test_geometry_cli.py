@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hf_models import revisions
 from test_cli import spawn
 
 from conftest import MOE, train
@@ -89,6 +90,13 @@ def test_refused(dense_run: Path, tmp_path: Path) -> None:
     for given, word in (
         ((), "--load DIR"),
         (("--load", dense_run, "--contour"), "--provider MODULE:FUNCTION"),
+        (("--load", dense_run, "--contour"), "--megatron SCRIPT"),
+        (("--load", dense_run, "--provider", PROVIDER), "add --contour or --curvature"),
+        (("--load", dense_run, "--megatron", "x.py"), "or leave out --megatron"),
+        (
+            ("--load", dense_run, "--contour", "--megatron", "x.py", "--provider", PROVIDER),
+            "leave out one of the two",
+        ),
         (("--load", dense_run, "--plot", tmp_path / "no" / "x.png"), "does not exist"),
         (("--load", dense_run, "--last", 2, "--contour", "--provider", "nowhere:x"), "imported"),
         (
@@ -108,6 +116,19 @@ def test_refused(dense_run: Path, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=word):
             arguments.request = arguments.request_of(arguments)
             geometry.run(arguments)
+    arguments = parse("--load", dense_run, "--contour", "--megatron", "x.py")
+    arguments.rest = ["--bf16", "--pma-init"]
+    with pytest.raises(UsageError, match="--pma-init is a flag of training"):
+        arguments.request_of(arguments)
+
+
+def test_models_of_other_trainers_are_no_megatron_models(tmp_path: Path) -> None:
+    """Before the script is looked for."""
+    revisions(tmp_path)
+    arguments = parse("--load", tmp_path, "--contour", "--megatron", "x.py")
+    arguments.request = arguments.request_of(arguments)
+    with pytest.raises(UsageError, match="holds Hugging Face models"):
+        geometry.run(arguments)
 
 
 def bare(load: str, provider_args: list[str]) -> Any:

@@ -14,11 +14,17 @@ import torch
 from pma_megatron import MergeRequest, SelectionRequest
 from pma_megatron.errors import CheckpointError, UsageError
 from pma_megatron.geometry.gram import measure
-from pma_megatron.megatron.curvature import Curvature, Differentiable, curvature, expand
+from pma_megatron.megatron.curvature import Batches, Curvature, Differentiable, curvature, expand
+from pma_megatron.megatron.score import EachLoss
 from pma_megatron.testing import TinyConfig, TinyTrainer, run_ranks
 from pma_megatron.testing.core_api import unwrap
 
 SIZE = 12
+
+
+def each(batches: Batches) -> EachLoss:
+    """The losses of a provider, as they are gone through."""
+    return Differentiable(models=[], score=lambda: 0.0, batches=batches).each_loss
 
 
 def quadratic(seed: int, *, sign: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
@@ -43,7 +49,7 @@ def test_a_quadratic_is_predicted_exactly(sign: float, weights: tuple[float, ...
         yield 2 * slope @ whole
 
     members = [torch.from_numpy(row).float() for row in x]
-    found = expand(parameters, members, weights, batches)
+    found = expand(parameters, members, weights, each(batches))
     w = np.asarray(weights)
     mean = w @ x
     d = x - mean
@@ -88,7 +94,7 @@ def test_not_finite() -> None:
     parameter = torch.zeros(2, requires_grad=True)
     members = [torch.ones(2), torch.tensor([1.0, float("inf")])]
     with pytest.raises(CheckpointError, match="not finite"):
-        expand([parameter], members, (0.5, 0.5), lambda: [(parameter**2).sum()])
+        expand([parameter], members, (0.5, 0.5), each(lambda: [(parameter**2).sum()]))
 
 
 TRAINED = TinyConfig(warmup_iters=2)

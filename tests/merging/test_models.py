@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM
 from conftest import digests
 from pma_megatron import (
     MergeRequest,
+    Method,
     Policy,
     SelectionRequest,
     inspect,
@@ -38,6 +39,7 @@ from pma_megatron import (
     verify,
 )
 from pma_megatron.base.comm import Comm
+from pma_megatron.cli import main
 from pma_megatron.errors import PmaError, SelectionError
 from pma_megatron.runs.discover import describe
 from pma_megatron.testing import run_ranks
@@ -147,6 +149,68 @@ def test_folders_without_numbers_are_taken_in_the_order_given(copy: Path, tmp_pa
     )
     assert [source.path for source in plan(request).sources] == paths
     assert Path(merge(request).outputs[0]).name == "best"
+
+
+BY_TOKENS = (0.125, 0.5, 0.375)
+"""Linear decay over 1B, 2B and 5B tokens: c_j = w_j - w_(j+1) of its means .875 over the first
+interval and .375 over the second (arXiv 2507.17634, theorem 3.1)."""
+
+
+def test_tokens_that_the_user_says(
+    copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They order the folders, place them for a decay, and are what the result says of itself."""
+    paths = []
+    for name, new in zip(NAMES, ("main", "another", "best"), strict=True):
+        (copy / name / "trainer_state.json").unlink()
+        paths.append(str((copy / name).rename(copy / new)))
+    listed = ["--paths", *paths, "--method", "linear", "--save", str(tmp_path / "out")]
+    assert main(["merge", *listed]) == 2
+    assert "--tokens" in capsys.readouterr().err  # the way out is named
+    assert main(["merge", *listed, "--tokens", "1B,2B"]) == 2
+    assert "--tokens has 2 count(s) and --paths 3" in capsys.readouterr().err
+    assert main(["merge", *listed, "--tokens", "1B", "5B", "2B"]) == 2
+    assert "does not grow from" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+    assert main(["merge", *listed, "--tokens", "1B,2B", "5B"]) == 0
+    folder = tmp_path / "out" / "best"
+    parts, got = [dict(tensors(Path(path))) for path in paths], dict(tensors(folder))
+    for name, value in got.items():
+        exact = sum(c * part[name].double() for c, part in zip(BY_TOKENS, parts, strict=True))
+        if value.dtype.is_floating_point:
+            error = (value.double() - exact).abs()
+            assert (error <= torch.finfo(value.dtype).eps * exact.abs()).all(), name
+    made = json.loads((folder / "pma.json").read_text())
+    assert made["output"]["coefficients"] == list(BY_TOKENS)
+    assert made["request"]["selection"]["tokens"] == [10**9, 2 * 10**9, 5 * 10**9]
+    assert [source["consumed_tokens"] for source in made["plan"]["sources"]] == [
+        10**9,
+        2 * 10**9,
+        5 * 10**9,
+    ]
+    assert "5,000,000,000" in (folder / "README.md").read_text()
+    assert inspect(folder).ref.consumed_tokens == 5 * 10**9
+    verify(folder, deep=True)
+
+
+def test_stages_that_count_steps_anew_are_placed_by_their_tokens(
+    copy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Against the numbers in the names, which order listed folders otherwise; verified so too."""
+    names = ("stage1-step9", "stage1-step10", "stage2-step3")
+    paths = []
+    for name, new in zip(NAMES, names, strict=True):
+        (copy / name / "trainer_state.json").unlink()
+        paths.append(str((copy / name).rename(copy / new)))
+    tokens = (10**9, 2 * 10**9, 5 * 10**9)
+    selection = SelectionRequest(paths=tuple(paths), tokens=tokens)
+    with caplog.at_level(logging.WARNING):
+        folder = averaged(copy, tmp_path / "out", selection=selection, method=Method(name="linear"))
+    assert folder.name == names[-1] and "decides the order" in caplog.text
+    made = json.loads((folder / "pma.json").read_text())
+    assert [Path(source["path"]).name for source in made["plan"]["sources"]] == list(names)
+    verify(folder, deep=True)
 
 
 def test_a_model_beside_checkpoints_does_not_hide_them(copy: Path) -> None:

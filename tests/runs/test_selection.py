@@ -122,6 +122,23 @@ def test_named_ones_are_ordered_by_iteration_then_tokens_then_as_given() -> None
     assert any("the order given was kept" in note for note in as_given.notes)
 
 
+def test_tokens_said_of_listed_ones_order_and_place_them() -> None:
+    """Whatever the checkpoints say themselves: here stages that each count steps anew."""
+    paths, tokens = ("/x/one", "/x/two", "/x/three"), (B, 2 * B, 5 * B)
+    refs = [ref(9, 7 * B, path="/x/one"), ref(3, path="/x/two"), untold(None, path="/x/three")]
+    found = select(refs, SelectionRequest(paths=paths, tokens=tokens))
+    assert [r.path for r in found.refs] == list(paths)
+    assert (found.positions, found.position_unit) == (tokens, "tokens")
+    assert [r.consumed_tokens for r in found.refs] == list(tokens)
+    assert found.spacing.gaps == (B, 3 * B)
+    said = " ".join(found.notes)
+    assert "tokens= counts where /x/one says 7B, /x/two says" in said
+    assert "iterations do not grow with the tokens given (9, 3)" in said
+    bare = [untold(None, path=path) for path in paths]
+    quiet = select(bare, SelectionRequest(paths=paths, tokens=(B, 2 * B, 3 * B)))
+    assert quiet.notes == () and quiet.positions == (B, 2 * B, 3 * B)
+
+
 def test_paths_must_exist_be_complete_and_differ_in_iteration() -> None:
     refs = [ref(1000), ref(2000, incomplete=WRITING), ref(1000, path="/other/iter_0001000")]
     assert "names /run/nope, which is not a checkpoint" in refusal(refs, paths=("/run/nope",))
@@ -169,6 +186,11 @@ def test_last_n_falls_back_to_iterations_and_says_so() -> None:
         ({"iterations": (3, 1, 3)}, r"iterations= names 3 twice"),
         ({"iterations": ()}, r"iterations= is empty"),
         ({"paths": ("/a/b", "/a/b/")}, r"paths= names /a/b twice"),
+        ({"tokens": (1, 2)}, r"none is listed: name them with paths="),
+        ({"tokens": (1, 2), "last": 2}, r"none is listed: name them with paths="),
+        ({"paths": ("a", "b"), "tokens": (1,)}, r"1 count\(s\) and paths= 2 checkpoint"),
+        ({"paths": ("a", "b"), "tokens": (2, 2)}, r"does not grow from a \(2\) to b \(2\)"),
+        ({"paths": ("a", "b"), "tokens": (-1, 2)}, r"not be negative"),
     ],
 )
 def test_contradictory_requests_are_refused(request_of: dict, message: str) -> None:

@@ -90,6 +90,7 @@ TRAINER = Trainer(
         *_OF_A_MODEL,
     ),
     names_inside=True,
+    keeps_model=True,
     resume='trainer.train(resume_from_checkpoint="{folder}")',
 )
 ACCELERATE = Trainer(

@@ -34,6 +34,8 @@ class Trainer:
         side_files: what becomes of the files around the checkpoint, before the format's own rows.
         names_inside: whether a file in the folder names the checkpoint in it, as the format's
             tracker does.
+        keeps_model: whether it keeps the weights beside the checkpoint too, as the files of a
+            Hugging Face model, under the names that the model itself gives them.
         root_copies: (file of the root, file of the newest folder of which it is a copy).
         output_name: name of the newest folder -> what an output is called.
         resume: how training is told to resume from `{folder}`, which lies in `{root}`.
@@ -48,6 +50,7 @@ class Trainer:
     unfinished: Callable[[Path], str | None] = lambda folder: None
     side_files: tuple[SideRule, ...] = ()
     names_inside: bool = False
+    keeps_model: bool = False
     root_copies: tuple[tuple[str, str], ...] = ()
     output_name: Callable[[str], str] = str
     resume: str
