@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from pma_megatron.base import steps
 from pma_megatron.base.durations import format_duration
 from pma_megatron.base.faults import point
 from pma_megatron.base.presence import TIMEOUT_S, Presence, kept_by_torchrun
@@ -153,6 +154,7 @@ class Comm:
             PmaError: this rank's own error, if it failed; RankError naming the others' if not.
         """
         result, error = None, None
+        steps.at(stage)
         if self._presence is None:
             result = work()
             point(stage, self.rank)

@@ -7,7 +7,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from argparse import Namespace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pma_megatron.base.log import visible
@@ -66,6 +67,7 @@ def _work(given: list[str], rank: int) -> int:
     from pma_megatron.base.remote_paths import refuse_remote_values
     from pma_megatron.base.spelling import speaking
     from pma_megatron.cli.flags import parsed
+    from pma_megatron.cli.request_files import dumped
     from pma_megatron.cli.verbs import NOT_THE_SAME, front_end, work_of
     from pma_megatron.errors import PmaError, RankError, UsageError
 
@@ -76,10 +78,14 @@ def _work(given: list[str], rank: int) -> int:
         with speaking(front_end(arguments.parser, own)):
             refuse_remote_values({k: v for k, v in vars(arguments).items() if k != "rest"})
             arguments.request = arguments.request_of(arguments)
+            if getattr(arguments, "dump_request", False):
+                sys.stdout.write(dumped(arguments))
+                return 0
             work = work_of(arguments)
-            if not arguments.only_looks:
-                unwinding()
-            code = work(arguments)
+            if arguments.only_looks:
+                code = work(arguments)
+            else:
+                code = _with_progress(work, arguments, rank)
     except PmaError as error:
         told = told_of(error.published, error.unpublished) if error.published else ""
         # The rank whose own error it is prints it; one also says what stopped the others.
@@ -90,6 +96,17 @@ def _work(given: list[str], rank: int) -> int:
     if code == NOT_THE_SAME:  # no failure, but torchrun takes every other code than 0 for one
         _failed(rank, "the two checkpoints are not the same", aloud=False)
     return code or 0
+
+
+def _with_progress(
+    work: Callable[[Namespace], int | None], arguments: Namespace, rank: int
+) -> int | None:
+    from pma_megatron.base.steps import shown_by
+    from pma_megatron.cli.progress import stages
+
+    unwinding()
+    with shown_by(stages) if rank == 0 else contextlib.nullcontext():
+        return work(arguments)
 
 
 def told_of(published: Sequence[str], unpublished: Sequence[str]) -> str:

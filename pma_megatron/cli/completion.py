@@ -16,7 +16,7 @@ from pma_megatron.errors import UsageError
 
 _FOLDERS = ("DIR", "DIR[@START]")
 _FILES = ("FILE", "FILE.png", "PATH", "SCRIPT")
-_OF_FOLDER = ("root", "path")
+_OF_FOLDER = ("root", "path", "first", "second")
 """Arguments without a flag that are folders of checkpoints."""
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 
-from pma_megatron.base import memory
+from pma_megatron.base import memory, steps
 from pma_megatron.base.comm import Comm
 from pma_megatron.base.faults import point
 from pma_megatron.base.stopping import Stopped, having_published
@@ -163,8 +163,9 @@ def plan(request: MergeRequest, comm: Comm | None = None) -> MergePlan:
 
 
 def _planned(request: MergeRequest, comm: Comm) -> MergePlan:
-    comm.agree("export", lambda: refuse_nested(request))
-    return provenance.with_origins(make_plan(request, comm), comm)
+    with steps.stage("plan"):
+        comm.agree("export", lambda: refuse_nested(request))
+        return provenance.with_origins(make_plan(request, comm), comm)
 
 
 class _Clock:

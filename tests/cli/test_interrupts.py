@@ -5,7 +5,9 @@ What a killed merge leaves, and signals between two publications, are in test_fa
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -33,12 +35,12 @@ def _nothing_goes_on() -> Iterator[None]:
     _JOBS.clear()
 
 
-def start(*words: str) -> subprocess.Popen[str]:
+def start(*words: str, stderr: int = subprocess.PIPE) -> subprocess.Popen[str]:
     """A command as a terminal starts it: in a process group of its own, signals heeded."""
     job = subprocess.Popen(
         [sys.executable, *words],
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=stderr,
         text=True,
         start_new_session=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -48,8 +50,8 @@ def start(*words: str) -> subprocess.Popen[str]:
     return job
 
 
-def pma(*words: object) -> subprocess.Popen[str]:
-    return start("-m", "pma_megatron", *map(str, words))
+def pma(*words: object, stderr: int = subprocess.PIPE) -> subprocess.Popen[str]:
+    return start("-m", "pma_megatron", *map(str, words), stderr=stderr)
 
 
 def wait_until_it_imports(job: subprocess.Popen[str]) -> None:
@@ -98,6 +100,29 @@ def test_while_ranks_merge(dense_run: Path, tmp_path: Path) -> None:
     assert ours == ["pma: stopped by SIGINT; nothing was published"]
     assert job.returncode != 0
     assert not save.exists()
+
+
+def test_while_it_plans(dense_run: Path) -> None:
+    """At a terminal: what is done is shown as it goes on, and goes away, the cursor is back."""
+    ours, its = pty.openpty()
+    plan = ("plan", "--load", dense_run, "--last", 3)
+    with inject("policy", rank=0, action="hang"):
+        job = pma(*plan, stderr=its)
+    os.close(its)
+    shown, until_s = "", time.monotonic() + PATIENCE_S
+    while "plan: policy" not in shown:
+        assert time.monotonic() < until_s, shown
+        shown += os.read(ours, 4096).decode()
+    for what in ("look at iter_0000002", "open iter_0000008, 1 of 3", "open iter_0000006, 3 of 3"):
+        assert f"plan: {what}" in shown
+    os.killpg(job.pid, signal.SIGINT)
+    assert job.wait(PATIENCE_S) == 130
+    with contextlib.suppress(OSError):  # its end is closed
+        while more := os.read(ours, 4096).decode():
+            shown += more
+    os.close(ours)
+    assert shown.endswith("pma: stopped by SIGINT\r\n")
+    assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")
 
 
 class Interrupting:

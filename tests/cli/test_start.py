@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
 from test_cli import FLAGS, call, spawn
+
+from pma_megatron.cli import progress
 
 HEAVY = ("torch", "numpy", "rich", "isal", "safetensors", "megatron", "deepspeed", "transformers")
 WRONG = (
@@ -98,6 +101,18 @@ def test_a_word_that_is_like_none(capsys: pytest.CaptureFixture[str], words: tup
     code, _, err = call(capsys, *words)
     assert code == 2
     assert "-: did you mean" not in err and ": did you mean -" not in err
+
+
+def test_planning_tells_a_log_what_it_is_at(
+    capsys: pytest.CaptureFixture[str], dense_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no terminal is: a line every few seconds, here every time."""
+    monkeypatch.setattr(progress, "_LINE_EVERY_S", 0.0)
+    code, out, err = call(capsys, "plan", "--load", dense_run, "--last", 2, "--json")
+    assert code == 0 and json.loads(out)["digest"]
+    assert re.search(r"^pma: plan: open iter_0000006, 2 of 2, after \d+ s$", err, re.MULTILINE)
+    monkeypatch.setattr(progress, "_LINE_EVERY_S", 60.0)
+    assert "pma: plan: " not in call(capsys, "plan", "--load", dense_run, "--last", 2)[2]
 
 
 COMPLETED = {
