@@ -27,8 +27,7 @@ from pma_megatron.base.stopping import Stopped
 from pma_megatron.errors import PmaError, RankError, UsageError
 
 T = TypeVar("T")
-# Of collectives, which are entered when all ranks are there. What they fail with says less than
-# `presence` does, so that must have had its time.
+# Of collectives: what they fail with says less than `presence`, which must have had its time.
 _LEAST_TIMEOUT_S = 1800.0
 _OF_THE_GROUP = "the time allowed is that of the process group"
 _entangled = False
@@ -295,8 +294,7 @@ def _leave(presence: Presence, stop: KeyboardInterrupt, where: str) -> None:
 
 
 def entangled() -> bool:
-    """True if a collective is still under way that will never end: nothing but the end of the
-    process takes it back."""
+    """True if a collective is under way that nothing but the end of the process takes back."""
     return _entangled
 
 
