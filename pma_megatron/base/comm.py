@@ -27,9 +27,9 @@ from pma_megatron.base.stopping import Stopped
 from pma_megatron.errors import PmaError, RankError, UsageError
 
 T = TypeVar("T")
-# Of collectives, which are entered when all ranks are there. What they fail with says less than
-# `presence` does, so that must have had its time.
+# Of collectives: what they fail with says less than `presence`, which must have had its time.
 _LEAST_TIMEOUT_S = 1800.0
+_OF_THE_GROUP = "the time allowed is that of the process group"
 _entangled = False
 
 
@@ -95,11 +95,9 @@ class Team:
 
 
 class Comm:
-    """The ranks of this job.
+    """The `size` ranks of this job, of which this process is `rank`.
 
     Attributes:
-        rank: this process.
-        size: number of processes.
         merge_size: ranks that share the sources of one slice.
         team: those of them that this rank works with.
     """
@@ -138,11 +136,7 @@ class Comm:
         self._presence = None
         if self.size > 1:
             limit_s = _timeout_s() if timeout_s is None else timeout_s
-            hint = (
-                "the time allowed is that of the process group"
-                if limit_s != _given_timeout_s
-                else _hint()
-            )
+            hint = _hint() if limit_s == _given_timeout_s else _OF_THE_GROUP
             self._presence = Presence(_default_store(), self.rank, self.size, limit_s, hint)
 
     @property
@@ -208,6 +202,20 @@ class Comm:
         self._together(lambda: dist.gather_object(value, values))
         return values or []
 
+    def hand_over(self, value: T | None, source: int) -> list[T]:
+        """The value of global rank `source`, alone in a list on rank 0; no other rank gets it."""
+        box: list[Any] = [value]
+
+        def move() -> None:
+            if self.rank == source:
+                dist.send_object_list(box, dst=0)
+            elif self.is_main:
+                dist.recv_object_list(box, src=source)
+
+        if source:
+            self._together(move)
+        return box if self.is_main else []
+
     def broadcast(self, value: T, source: int = 0) -> T:
         """The value of global rank `source`, on every rank."""
         if self.size == 1:
@@ -217,11 +225,7 @@ class Comm:
         return box[0]
 
     def wait_for(self, work: Any, mates: Collection[int]) -> None:
-        """Wait for a collective of some ranks.
-
-        Raises:
-            RankError: one of them is gone, or has stood still for too long.
-        """
+        """Wait for a collective of some ranks; raises as `Team.reduce`."""
         global _entangled
         assert self._presence is not None
         try:
@@ -234,9 +238,8 @@ class Comm:
 
     @contextlib.contextmanager
     def watched(self, stage: str) -> Iterator[Callable[[], None]]:
-        """A stage without collectives: yields a check that raises soon after another rank failed.
-
-        The check also tells the others that this rank moves.
+        """A stage without collectives: yields a check that raises soon after another rank failed,
+        and tells the others that this rank moves.
 
         Raises:
             RankError: from the yielded check, naming the failed rank and its cause.
@@ -291,8 +294,7 @@ def _leave(presence: Presence, stop: KeyboardInterrupt, where: str) -> None:
 
 
 def entangled() -> bool:
-    """True if a collective is still under way that will never end: nothing but the end of the
-    process takes it back."""
+    """True if a collective is under way that nothing but the end of the process takes back."""
     return _entangled
 
 

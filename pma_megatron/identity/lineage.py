@@ -23,10 +23,9 @@ import torch
 from pma_megatron.base.boxes import Box, PieceIndex
 from pma_megatron.base.spelling import left_out
 from pma_megatron.errors import CheckpointError
-from pma_megatron.formats.base import MAIN_PARAM, Payload
+from pma_megatron.formats.base import MAIN_PARAM, Payload, Schedule
 from pma_megatron.formats.source import Source
 from pma_megatron.identity.samples import WEIGHT, Stored, file_of, largest, runs, stored
-from pma_megatron.runs.describe import schedule_of
 from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.transfer.blocks import BlockReader
 
@@ -85,19 +84,23 @@ def values_at(source: Source, places: Iterable[SampledBox]) -> Values:
     return found
 
 
-def refuse_other_runs(refs: Sequence[CheckpointRef], values: Sequence[Values]) -> None:
+def refuse_other_runs(
+    refs: Sequence[CheckpointRef], values: Sequence[Values], schedules: Sequence[Schedule]
+) -> None:
     """Compare every source with the one before it, file by file.
 
     Args:
         refs: oldest first.
         values: of each, at the places of the newest.
+        schedules: of each.
 
     Raises:
         CheckpointError: some files go on from the older source, and one does not.
     """
     for number, (older, newer) in enumerate(pairwise(refs)):
         before, after = values[number], values[number + 1]
-        for signs in (_shrunk(before, after, (older, newer)), _unlike(before, after)):
+        left = _least(older, newer, (schedules[number], schedules[number + 1]))
+        for signs in (_shrunk(before, after, left), _unlike(before, after)):
             if signs:
                 raise CheckpointError(
                     f"{signs[0]} of {older.path} and that of {newer.path} are not of one run, as "
@@ -139,13 +142,16 @@ def _wide(each: Stored) -> bool:
     return each.state == SECOND_MOMENT or len(each.piece.box.sizes) > 1
 
 
-def _shrunk(
-    before: Values, after: Values, refs: tuple[CheckpointRef, CheckpointRef]
-) -> tuple[str, str] | None:
-    """The file whose second moments shrank by more than is possible, while others' did not."""
+def _shrunk(before: Values, after: Values, left: float | None) -> tuple[str, str] | None:
+    """The file whose second moments shrank by more than is possible, while others' did not.
+
+    Args:
+        before, after: of two neighbours.
+        left: what is left of a second moment from one to the other, see `_least`.
+    """
     pairs = {p: (before[p], after[p]) for p in after if p in before and p.state == SECOND_MOMENT}
     exact = all(x.dtype == torch.float32 for pair in pairs.values() for _, x in pair)
-    bound = _least(*refs) if pairs and exact else None
+    bound = left if pairs and exact else None
     if bound is None or bound < _LEAST_DECAY:
         return None
     counts: dict[str, list[int]] = {}
@@ -165,7 +171,9 @@ def _shrunk(
     )
 
 
-def _least(older: CheckpointRef, newer: CheckpointRef) -> float | None:
+def _least(
+    older: CheckpointRef, newer: CheckpointRef, schedules: tuple[Schedule, Schedule]
+) -> float | None:
     """What is left of a second moment after the steps between two checkpoints, at least.
 
     None if Adam did not count on in between: its moments were zeroed, and those of a parameter
@@ -173,7 +181,7 @@ def _least(older: CheckpointRef, newer: CheckpointRef) -> float | None:
     """
     if older.iteration is None or newer.iteration is None:
         return None
-    then, now = schedule_of(older), schedule_of(newer)
+    then, now = schedules
     if then.second_moment_decay is None or now.second_moment_decay is None:
         return None
     if then.optimizer_steps is None or now.optimizer_steps is None:

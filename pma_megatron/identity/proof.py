@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pma_megatron.errors import CheckpointError, PlanError
-from pma_megatron.formats.base import is_vocabulary
+from pma_megatron.formats.base import Schedule, is_vocabulary
 from pma_megatron.formats.source import Source
 from pma_megatron.identity.consumed_samples import refuse_contradictions
 from pma_megatron.identity.copies import Contents, contents_of, refuse_copies
@@ -36,6 +36,7 @@ class Evidence:
         places: where all sources are looked at.
         values: what it holds there.
         steps: what its optimizer has counted.
+        schedule: where it stood in its learning-rate schedule.
     """
 
     model: str
@@ -43,6 +44,7 @@ class Evidence:
     places: tuple[SampledBox, ...]
     values: Values
     steps: Steps = field(default_factory=dict)
+    schedule: Schedule = field(default_factory=Schedule)
 
 
 def prove(source: Source, newest: Evidence | None, *, main_params: bool) -> Evidence:
@@ -60,7 +62,12 @@ def prove(source: Source, newest: Evidence | None, *, main_params: bool) -> Evid
         refuse_foreign_weights(source)
     places = places_of(source) if newest is None else newest.places
     return Evidence(
-        _model(source), contents_of(source), places, values_at(source, places), source.counted_steps
+        _model(source),
+        contents_of(source),
+        places,
+        values_at(source, places),
+        source.counted_steps,
+        schedule_of(source),
     )
 
 
@@ -101,13 +108,11 @@ def refuse_strangers(
     """
     refuse_contradictions(refs)
     each = [evidence[number] for number in range(len(refs))]
-    refuse_copies(
-        [e.contents for e in each], lambda number: schedule_of(refs[number]).learning_rate
-    )
+    refuse_copies([e.contents for e in each], lambda n: each[n].schedule.learning_rate)
     counted = refuse_other_steps(refs, [e.steps for e in each])
     # Files of another model differ for another reason, which the plan names.
     values = [e.values if e.model == each[-1].model else {} for e in each]
-    refuse_other_runs(refs, values)
+    refuse_other_runs(refs, values, [e.schedule for e in each])
     return {**counted, **other_runs(refs, values)}
 
 

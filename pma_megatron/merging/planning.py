@@ -30,14 +30,14 @@ from pma_megatron.merging.exporting import (
     further_targets,
     plan_export,
 )
-from pma_megatron.merging.finding import all_refs, pointers
+from pma_megatron.merging.finding import all_refs, owners_of, pointers, schedule_notes
 from pma_megatron.merging.padding import padding_notes
 from pma_megatron.merging.policy import MAIN
 from pma_megatron.merging.request import MergeRequest, Output, in_its_words
 from pma_megatron.merging.saved_folder import SavedFolder, lay_out_folder
 from pma_megatron.merging.tasks import Unit, Workload, units
 from pma_megatron.runs.discover import choose, newest_full
-from pma_megatron.runs.notices import announce, changed_settings_notes, too_early_notes
+from pma_megatron.runs.notices import announce
 from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.runs.selection import Selection
 from pma_megatron.version import __version__
@@ -155,9 +155,8 @@ def gather_sources(request: MergeRequest, comm: Comm, *, everywhere: bool = Fals
         "select",
         lambda: choose(list(refs.values()), request.widest(), request.load, found, request.resumed),
     )
-    said = comm.on_main(
-        "schedule", lambda: [*too_early_notes(selection), *changed_settings_notes(selection)]
-    )
+    visible = tuple(seen[ref.path] for ref in selection.refs)
+    said = schedule_notes(selection, visible, comm)
     selection = replace(
         selection,
         passed_over=(*request.passed_over, *selection.passed_over),
@@ -166,7 +165,6 @@ def gather_sources(request: MergeRequest, comm: Comm, *, everywhere: bool = Fals
     if comm.is_main:
         announce(selection)
     outputs = comm.agree("coefficients", lambda: request.outputs(selection))
-    visible = tuple(seen[ref.path] for ref in selection.refs)
     sources = open_sources(request, selection.refs, visible, comm)
     said = [sentence for source in sources for sentence in source.notes]
     selection = replace(selection, notes=(*selection.notes, *said))
@@ -235,7 +233,7 @@ def open_sources(
     """
     main_params = request.policy.average == "main-params"
     last = len(refs) - 1
-    owners = [ranks[number % len(ranks)] for number, ranks in enumerate(visible)]
+    owners = owners_of(visible)
     proved: dict[int, Evidence] = {}
 
     def read(number: int, ranges: Mapping[tuple[str, str], Any]) -> Source:
@@ -247,8 +245,7 @@ def open_sources(
         doubt = None
         if not main_params and known.weights_alone:
             doubt = unconfirmed(source, lambda: known.read_source(ref.path, {}, True, peers))
-        notes = source.notes if doubt is None else (*source.notes, doubt)
-        source = replace(source, unnamed={}, notes=notes)
+        source = replace(source, unnamed={}, notes=(*source.notes, *filter(None, [doubt])))
         return source if number == last else _trimmed(source, request, end=number in ends)
 
     newest = comm.on(owners[last], "open", lambda: read(last, {}))
@@ -257,10 +254,11 @@ def open_sources(
         "open", lambda: {n: read(n, newest.ranges) for n in range(last) if owners[n] == comm.rank}
     )
     opened: dict[int, Source] = {last: newest}
-    for part in comm.gather(others):
-        opened.update(part)
-    evidence = {number: each for part in comm.collect(proved) for number, each in part.items()}
-    said = comm.on_main("compare sources", lambda: refuse_strangers(refs, evidence))
+    for number, owner in enumerate(owners[:last]):
+        opened[number] = comm.broadcast(others.get(number, newest), owner)  # the owner's
+        for shown in comm.hand_over(proved.get(number), owner):
+            proved[number] = shown
+    said = comm.on_main("compare sources", lambda: refuse_strangers(refs, proved))
     for number, sentence in said.items():
         opened[number] = replace(opened[number], notes=(*opened[number].notes, sentence))
     if comm.is_main:
@@ -294,7 +292,7 @@ def _layout(
     found: OpenedSources, decisions: Decisions, lr_factor: float | None, comm: Comm
 ) -> SavedFolder:
     """The output's files, laid out by a rank that sees the newest source, and what lies beside."""
-    base, owner = found.sources[-1], found.visible[-1][0]
+    base, owner = found.sources[-1], found.visible[-1][-1]  # who has opened it
     changes = Changes(
         payloads=decisions.payloads,
         drop=decisions.dropped,

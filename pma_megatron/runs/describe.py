@@ -12,6 +12,7 @@ from pma_megatron.formats import registry
 from pma_megatron.formats.base import Incomplete, Schedule
 from pma_megatron.formats.marker import read_snapshot_marker
 from pma_megatron.formats.schema import is_count
+from pma_megatron.formats.source import Source
 from pma_megatron.formats.trainers.saves import common_of, save_of, unfinished
 from pma_megatron.runs import recovery_log
 from pma_megatron.runs.folders import ITERATION
@@ -161,7 +162,7 @@ def common_args(folder: Path) -> dict[str, Any]:
     return dict(found)
 
 
-def schedule_of(ref: CheckpointRef) -> Schedule:
+def schedule_of(ref: CheckpointRef | Source) -> Schedule:
     """Where it stood in its learning-rate schedule; nothing is known of one that is damaged."""
     try:
         return registry.get(ref.format, ref.path).schedule(Path(ref.path))

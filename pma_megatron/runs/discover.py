@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 from pma_megatron.base.once import once_each
 from pma_megatron.base.openfiles import folders_in, is_folder
@@ -37,7 +38,10 @@ _STAGE = re.compile(r"^(.*?stage[-_]?\d+(?:[-_]ingredient[-_]?\d+)?)[-_]", re.IG
 
 @once_each()
 def list_checkpoints(
-    root: str | Path, *, problem: Callable[[str], None] | None = None
+    root: str | Path,
+    *,
+    problem: Callable[[str], None] | None = None,
+    known: Mapping[str, CheckpointRef] = MappingProxyType({}),
 ) -> list[CheckpointRef]:
     """Every checkpoint of the run at `root`, oldest first, whole or not.
 
@@ -53,6 +57,7 @@ def list_checkpoints(
             output_dir, or one checkpoint's folder in it.
         problem: is told why the log of recoveries cannot be used; every checkpoint is then not
             judged. Without it that is an error.
+        known: folder -> what `describe` says of it, where another rank has looked already.
 
     Raises:
         SelectionError: there is no such folder, or it cannot be read.
@@ -66,17 +71,21 @@ def list_checkpoints(
     if alone is not None:
         return [describe(alone, _history(root.parent, problem))]
     history = _history(root, problem)
+
+    def look(folder: Path) -> CheckpointRef:
+        return known.get(str(folder)) or describe(folder, history)
+
     pointers = read_pointers(root)
     folders = _checkpoint_folders(root, _tags_named(pointers))
-    refs = {folder.name: describe(folder, history) for folder in folders}
+    refs = {folder.name: look(folder) for folder in folders}
     for folder in _checkpoint_folders(root / SNAPSHOTS):
         full = refs.get(folder.name)
         if full is None or not full.complete:
-            thin = describe(folder, history)
+            thin = look(folder)
             if full is None or thin.complete:
                 refs[folder.name] = thin
     around = [*saved_below(root, refs), *(() if refs else _tags_with_own_roots(root))]
-    refs |= {str(folder): describe(folder, history) for folder in around}
+    refs |= {str(folder): look(folder) for folder in around}
     at = {ref.path: key for key, ref in refs.items()}
     torn = list(torn_saves(root, refs.values()))
     refs |= {at.get(ref.path, ref.path): ref for ref in torn}
@@ -85,6 +94,20 @@ def list_checkpoints(
         key=lambda ref: (ref.iteration is None, ref.iteration or 0, ref.path),
     )
     return _only_newest_writing(ordered, pointers)
+
+
+def looked_at(root: str | Path) -> tuple[list[Path], recovery_log.History]:
+    """Folders that `list_checkpoints` describes, oldest first, as far as names tell, and the
+    history that it judges them by; none where it describes one or raises."""
+    root = Path(root)
+    try:
+        if not is_folder(root) or is_checkpoint(root) or checkpoint_in(root) is not None:
+            return [], recovery_log.History(())
+        history = _history(root, None)
+        folders = _checkpoint_folders(root, _tags_named(read_pointers(root)))
+    except (SelectionError, CheckpointError, OSError):
+        return [], recovery_log.History(())
+    return sorted(folders, key=lambda f: (iteration_of(f) or 0, f.name)), history
 
 
 def _each_once(

@@ -56,16 +56,28 @@ def too_early_notes(selection: Selection) -> list[str]:
     return [] if found is None else [found]
 
 
-def changed_settings_notes(selection: Selection) -> list[str]:
+def settings_of(ref: CheckpointRef) -> dict[str, Any]:
+    """The arguments that stay while a run goes on, as far as a checkpoint has them."""
+    args = common_args(Path(ref.path))
+    return {name: args[name] for name in _OF_ONE_RUN if name in args}
+
+
+def changed_settings_notes(
+    selection: Selection, settings: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
     """What to say where training's own arguments change inside the window.
 
     A person may have resumed with other flags, and averages over that. But each checkpoint's
     arguments lie in one small file, and one that was restored from another run says so here alone.
+
+    Args:
+        selection: the window.
+        settings: path of each of its checkpoints -> `settings_of` it.
     """
     before: tuple[CheckpointRef, Mapping[str, Any]] | None = None
     notes = []
     for ref in selection.refs:
-        args = common_args(Path(ref.path))
+        args = settings[ref.path]
         if before is not None:
             changed = [
                 f"{name} from {_short(before[1][name])} to {_short(args[name])}"

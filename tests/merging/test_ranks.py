@@ -29,7 +29,11 @@ from pma_megatron import (
     merge,
     verify,
 )
+from pma_megatron.base import once
+from pma_megatron.base.comm import Comm
+from pma_megatron.formats.dcp import metadata
 from pma_megatron.formats.marker import OWN_FILES
+from pma_megatron.merging.planning import make_plan
 from pma_megatron.testing import run_ranks
 
 THREADS = (1, 2, 5)
@@ -247,3 +251,26 @@ def test_size_that_does_not_divide(results: Results, saves: Path) -> None:
             assert str(error).startswith(said)
             assert "torchrun --nproc-per-node" in str(error)
     assert not (saves / "dense/3-2").exists()
+
+
+def count_parses(rank: int, world_size: int, root: str) -> list[str]:
+    """Names of the checkpoints whose `.metadata` this rank parsed for a plan."""
+    found: list[str] = []
+    parse = metadata.parse
+
+    def counted(data: bytes, what: str, below: str = "") -> Any:
+        found.append(Path(what).parent.name)
+        return parse(data, what, below)
+
+    metadata.parse, once.SETTLED_NS = counted, -1
+    make_plan(MergeRequest(load=root, save="out", selection=SelectionRequest(last=2)), Comm())
+    return found
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_every_metadata_is_parsed_by_one_rank_once(dense_run: Path, ranks: int) -> None:
+    parsed = run_ranks(count_parses, ranks, str(dense_run), timeout_s=200)
+    assert sorted(name for each in parsed for name in each) == [
+        f"iter_{iteration:07d}" for iteration in ITERATIONS
+    ]
+    assert {len(each) for each in parsed} == {len(ITERATIONS) // ranks}
