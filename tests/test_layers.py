@@ -33,7 +33,7 @@ FOLDERS = [
 
 INSIDE = {
     "base": """
-        boxes durable durations faults log memory openfiles processes sizes spelling stopping
+        boxes durable durations faults log memory once openfiles processes sizes spelling stopping
         presence remote_paths settings steps
         comm
     """,
@@ -184,7 +184,7 @@ INSIDE = {
         install
     """,
     "cli": """
-        asked charts landscape progress streams tables verbs
+        asked charts landscape progress request_files streams tables verbs
         commands recover score_flags score_grid
         compare evaluate flags forecast geometry
         command completion

@@ -67,6 +67,7 @@ def _work(given: list[str], rank: int) -> int:
     from pma_megatron.base.remote_paths import refuse_remote_values
     from pma_megatron.base.spelling import speaking
     from pma_megatron.cli.flags import parsed
+    from pma_megatron.cli.request_files import dumped
     from pma_megatron.cli.verbs import NOT_THE_SAME, front_end, work_of
     from pma_megatron.errors import PmaError, RankError, UsageError
 
@@ -77,6 +78,9 @@ def _work(given: list[str], rank: int) -> int:
         with speaking(front_end(arguments.parser, own)):
             refuse_remote_values({k: v for k, v in vars(arguments).items() if k != "rest"})
             arguments.request = arguments.request_of(arguments)
+            if getattr(arguments, "dump_request", False):
+                sys.stdout.write(dumped(arguments))
+                return 0
             work = work_of(arguments)
             if arguments.only_looks:
                 code = work(arguments)

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 from pma_megatron.base.settings import add_flags, setting
 from pma_megatron.cli import asked
+from pma_megatron.cli.request_files import expanded
 from pma_megatron.cli.score_flags import add_evaluate, add_forecast, add_geometry
-from pma_megatron.cli.verbs import Files, OnRanks, Parser, add_selection, new_verb
+from pma_megatron.cli.verbs import Files, OnRanks, Parser, Written, add_selection, new_verb
+from pma_megatron.errors import UsageError
 from pma_megatron.merging.policy import Policy
 from pma_megatron.merging.request import SAMPLES, MergeRequest, Method
 from pma_megatron.spikes.request import RecoveryRequest
@@ -135,6 +137,7 @@ def parser() -> argparse.ArgumentParser:
         add_flags(group, MergeRequest, "save", "overwrite", "threads")
         add_flags(group, OnRanks)
         add_flags(group, MergeRequest, "check_sources", "merge_parallel_size")
+        add_flags(group, Written)
     _add_export(verbs)
     _add_recover(verbs)
     add_evaluate(verbs)
@@ -157,8 +160,13 @@ def parsed(words: Sequence[str]) -> argparse.Namespace:
     Raises:
         SystemExit: it is wrong (2), or help was asked for (0), and that was printed.
     """
-    end = words.index("--") if "--" in words else len(words)
     top = parser()
+    verbs = next(a.choices for a in top._actions if isinstance(a, argparse._SubParsersAction))
+    try:
+        words = expanded(words, verbs)
+    except UsageError as error:
+        verbs[words[0]].error(str(error))
+    end = words.index("--") if "--" in words else len(words)
     known, unknown = top.parse_known_args(words[:end], argparse.Namespace(rest=words[end + 1 :]))
     if known.rest and not hasattr(known, "passes_on"):
         unknown = [*unknown, *words[end:]]
@@ -216,6 +224,7 @@ def _add_recover(verbs: argparse._SubParsersAction[Parser]) -> None:
     add_flags(verb, Modes)
     add_flags(verb, RecoveryRequest, "overwrite", "threads")
     add_flags(verb, OnRanks)
+    add_flags(verb, Written)
     group = verb.add_argument_group("where the run went wrong")
     add_flags(group, RecoveryRequest, "metrics", "onset", "loss", "grad_norm")
     add_flags(group, SpikeSettings)

@@ -8,7 +8,15 @@ from pathlib import Path
 
 from pma_megatron.base.settings import add_flags, setting
 from pma_megatron.cli import asked
-from pma_megatron.cli.verbs import Files, OnRanks, Parser, add_selection, file_path, new_verb
+from pma_megatron.cli.verbs import (
+    Files,
+    OnRanks,
+    Parser,
+    Written,
+    add_selection,
+    file_path,
+    new_verb,
+)
 from pma_megatron.geometry.defaults import MARGIN, SIZE
 from pma_megatron.merging.coefficients import MEANS
 from pma_megatron.merging.policy import Policy
@@ -136,6 +144,7 @@ def add_geometry(verbs: argparse._SubParsersAction[Parser]) -> None:
     add_flags(group, Policy, "average")
     add_flags(group, MergeRequest, "threads")
     add_flags(group, OnRanks)
+    add_flags(group, Written)
     group = verb.add_argument_group("the loss; what follows -- is passed on to the provider")
     add_flags(group, Loss)
     add_flags(group, Scorer, "provider")
@@ -158,5 +167,6 @@ def _add_scoring(verb: argparse.ArgumentParser, **changes: dict[str, str]) -> No
     add_flags(group, Scorer)
     add_flags(group, MergeRequest, "threads")
     add_flags(group, OnRanks)
+    add_flags(group, Written)
     add_flags(verb.add_argument_group("output"), Files)
     verb.set_defaults(passes_on=True)

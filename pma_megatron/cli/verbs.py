@@ -67,6 +67,23 @@ class Files:
     plot: Path | None = setting(None, "loss against tokens", metavar="FILE.png", read=file_path)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Written:
+    """A request that lies in a file."""
+
+    from_file: Path | None = setting(
+        None,
+        "take settings from a YAML or JSON file, or those of an earlier merge from its pma.json; "
+        "what is typed takes the place of what the file says",
+        metavar="FILE",
+        read=file_path,
+        flag="from",
+    )
+    dump_request: bool = setting(
+        False, "print what is asked for as such a file, and do nothing else"
+    )
+
+
 NOT_THE_SAME = 3
 """Exit code of a comparison: apart from those of errors, so that a script can tell them."""
 _NEGATIVE = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")

@@ -15,7 +15,7 @@ from pma_megatron import cli
 from pma_megatron.base.settings import PMA, declared, made, nested
 from pma_megatron.cli.flags import Checks, Modes, Sameness, parser
 from pma_megatron.cli.score_flags import Compared, Loss, Scorer
-from pma_megatron.cli.verbs import Common, Files, OnRanks
+from pma_megatron.cli.verbs import Common, Files, OnRanks, Written
 from pma_megatron.deepspeed.options import KEYWORDS, Options
 from pma_megatron.errors import UsageError
 from pma_megatron.live.load import Live
@@ -41,6 +41,7 @@ REQUESTS: tuple[type, ...] = (
 OTHERS: tuple[type, ...] = (
     Common,
     OnRanks,
+    Written,
     Files,
     Checks,
     Compared,

@@ -51,11 +51,15 @@ MERGE = COMMON | {
     "--timeout",
     "--allow-gaps",
     "--check-sources",
+    "--dump-request",
     "--export",
+    "--from",
     "--like",
     "--max-shard-size",
 }
 SCORE = COMMON | {
+    "--dump-request",
+    "--from",
     "--load",
     "--ends",
     "--exclude",
@@ -89,6 +93,8 @@ FLAGS = {
     },
     "recover": COMMON
     | {
+        "--dump-request",
+        "--from",
         "--alpha",
         "--dry-run",
         "--exclude",
@@ -130,6 +136,8 @@ FLAGS = {
     },
     "geometry": COMMON
     | {
+        "--dump-request",
+        "--from",
         "--alpha",
         "--average",
         "--contour",
