@@ -55,7 +55,7 @@ class EngineTensor:
     @property
     def places(self) -> tuple[Place, ...]:
         """The whole tensor: DeepSpeed stores no parameter in parts of its own shape."""
-        return (Place(self.name, self.shape, _whole(self.shape), 0, first_replica=True),)
+        return (Place(self.name, self.shape, Box.whole(self.shape), 0, first_replica=True),)
 
     @property
     def expert(self) -> bool:
@@ -288,10 +288,6 @@ def _buffers(engine: Any, optimizer: Any) -> Iterator[EngineTensor]:
 
 def _shape_of(parameter: Any) -> tuple[int, ...]:
     return tuple(parameter.ds_shape if hasattr(parameter, "ds_shape") else parameter.shape)
-
-
-def _whole(shape: tuple[int, ...]) -> Box:
-    return Box((0,) * len(shape), shape)
 
 
 def _is_moment(name: str, value: Any, live: EngineTensor) -> bool:

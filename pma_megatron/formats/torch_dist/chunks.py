@@ -120,7 +120,7 @@ def check_cover(chunks: Iterable[StoredChunk]) -> None:
                     f"snapshot of {key}: {part.item.file} has shape {part.shape} and {part.dtype}, "
                     f"{parts[0].item.file} has {shape} and {dtype}: ranks must agree on both"
                 )
-            whole = Box((0,) * len(shape), shape)
+            whole = Box.whole(shape)
             if len(part.box.sizes) != len(shape) or whole.intersect(part.box) != part.box:
                 raise PlanError(
                     f"snapshot of {key}: {part.item.file} has {part.box}, outside shape {shape}"
