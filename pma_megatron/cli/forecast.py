@@ -7,9 +7,9 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pma_megatron.base.settings import add_flags, setting
+from pma_megatron.base.settings import add_flags, made, setting
 from pma_megatron.cli import charts, tables
-from pma_megatron.cli.score_grid import add_scoring, grid_of, refuse_unwritable, score, write_json
+from pma_megatron.cli.score_grid import add_scoring, refuse_unwritable, score, write_json
 from pma_megatron.cli.verbs import file_path, new_verb, show_result
 from pma_megatron.errors import UsageError
 from pma_megatron.formats import registry
@@ -19,7 +19,8 @@ from pma_megatron.runs.notices import announce
 from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.runs.selection_request import SelectionRequest
 from pma_megatron.runs.tokens import format_tokens
-from pma_megatron.scores.forecast import Agreement, Annealed, Forecast, Series, forecast
+from pma_megatron.scores.forecast import Agreement, Annealed, Forecast, forecast
+from pma_megatron.scores.grid import Grid
 from pma_megatron.scores.results import Scores, read_scores
 
 _EXAMPLES = """
@@ -103,7 +104,7 @@ def show(made: Forecast) -> None:
     """The forecast of every series, its errors, and what speaks against it."""
     console = tables.new_console()
     for series in made.series[1:]:
-        title = f"{_name(series)}: forecast of the annealed {made.metric}"
+        title = f"{series}: forecast of the annealed {made.metric}"
         table = tables.new_table(title, "iteration", "tokens", "trained", "forecast", "difference")
         rows = zip(series.iterations, series.tokens, series.trained, series.merged, strict=True)
         for iteration, tokens, trained, merged in rows:
@@ -130,7 +131,7 @@ def _show_errors(made: Forecast) -> None:
             table.add_row(
                 str(p.start_iteration),
                 str(p.iteration),
-                _name(series),
+                str(series),
                 f"{p.trained:.4f}",
                 f"{p.merged:.4f}",
                 f"{p.annealed:.4f}",
@@ -146,7 +147,7 @@ def _show_errors(made: Forecast) -> None:
             ("where they end", series.agreement_at_end),
         ):
             if found is not None:
-                table.add_row(where, _name(series), *_agreement(found))
+                table.add_row(where, str(series), *_agreement(found))
     console.print(table)
 
 
@@ -155,12 +156,6 @@ def _agreement(found: Agreement) -> list[str]:
     correlations = (found.pearson, found.spearman, found.gain_pearson)
     shown = ["" if value is None else f"{value:.3f}" for value in correlations]
     return [str(found.n), f"{found.mean_error:+.4f}", f"{found.rmse:.4f}", *shown]
-
-
-def _name(series: Series) -> str:
-    return charts.series_name(
-        series.method, series.last, series.interval_tokens, series.interval_iterations
-    )
 
 
 def _given(text: str) -> Annealed:
@@ -213,7 +208,7 @@ def _add_ends(
             )
     reached = {_newest(folder).consumed_tokens for folder in folders} - {None}
     ends = {i for i, tokens in complete.items() if i is not None and tokens in reached}
-    grid = grid_of(arguments)
+    grid = made(Grid, vars(arguments))
     asked = grid.end_iterations(scored_refs(arguments.load, grid, aloud=False))
     arguments.ends = [str(i) for i in sorted({*asked, *starts, *ends})]
 

@@ -94,7 +94,7 @@ def score(arguments: argparse.Namespace, others: Sequence[str] = ()) -> Scores |
     if arguments.load is None:
         raise UsageError("say where the checkpoints are: --load DIR")
     _refuse_other_trainers(Path(arguments.load))
-    grid = grid_of(arguments)
+    grid = made(Grid, vars(arguments))
     if (arguments.provider is None) == (arguments.megatron is None):
         raise UsageError(
             "say what scores them: either --megatron SCRIPT, or --provider MODULE:FUNCTION, which "
@@ -178,15 +178,6 @@ def _megatron_flags(arguments: argparse.Namespace, others: Sequence[str], out: P
     ours += ["--pma-score-others", *others] if others else []
     ours += ["--pma-threads", str(arguments.threads), "--pma-score-out", str(out)]
     return [*ours, *arguments.rest]
-
-
-def grid_of(arguments: argparse.Namespace) -> Grid:
-    """The grid that the flags ask for.
-
-    Raises:
-        UsageError: a flag out of range.
-    """
-    return made(Grid, vars(arguments))
 
 
 def provider_of(text: str) -> Provider:
