@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pma_megatron.base.spelling import first_few
 from pma_megatron.errors import PlanError
 from pma_megatron.export.families.blocks import head_dim
 from pma_megatron.export.families.config import LARGEST, Config
@@ -50,8 +51,7 @@ def compare(wanted: Iterable[Trained], arguments: Arguments) -> None:
         and not _equal(found := _argument(name, arguments), each.value, each.unset)
     ]
     if wrong:
-        more = [f"and {len(wrong) - _MOST_TOLD} more"] if len(wrong) > _MOST_TOLD else []
-        lines = "\n  ".join((*wrong[:_MOST_TOLD], *more))
+        lines = first_few(wrong, _MOST_TOLD, "\n  ", "\n  ")
         raise PlanError(
             f"the exported model would not compute what was trained:\n  {lines}\n"
             "Correct config.json in the template, or choose the family that fits"
