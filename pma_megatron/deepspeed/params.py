@@ -40,6 +40,7 @@ class EngineTensor:
         flat: what holds the main params, and is the optimizer's key of its state, as stored.
         start: element of the flattened `flat` at which they begin.
         inner: torch's optimizer; None for buffers.
+        by_copy: False, because `states` are views.
     """
 
     name: str
@@ -51,6 +52,7 @@ class EngineTensor:
     flat: torch.Tensor
     start: int
     inner: Any
+    by_copy: bool = False
 
     @property
     def places(self) -> tuple[Place, ...]:
@@ -66,11 +68,6 @@ class EngineTensor:
     def trained(self) -> bool:
         """False for buffers."""
         return self.inner is not None
-
-    @property
-    def by_copy(self) -> bool:
-        """False: `states` are views."""
-        return False
 
     def states(self) -> dict[str, torch.Tensor]:
         """`param` (main params) and moments: 1-D views of `numel` elements, without padding.
