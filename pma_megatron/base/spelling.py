@@ -165,6 +165,12 @@ def _literal(value: object) -> str:
     return repr(str(value) if isinstance(value, Path) else value)
 
 
+def told(value: object) -> str:
+    """A value of unknown type and size, short enough for a message."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 def first_few(things: Iterable[object], most: int, between: str = ", ", last: str = " ") -> str:
     """The first of many things, and how many more there are.
 
