@@ -254,11 +254,11 @@ def _refuse_mixed(chosen: Sequence[CheckpointRef]) -> None:
 
 
 def _refuse_stages(refs: Sequence[CheckpointRef], request: SelectionRequest) -> None:
-    """Models of several stages of a run, as their folders are called: each counts from 0."""
+    """Several stages of a run, as the folders are called: each counts from 0."""
     stages: dict[str, str] = {}
     for ref in refs:
         stage = _STAGE.match(_name(ref))
-        if ref.format == registry.SAFETENSORS and stage and ref.iteration not in request.exclude:
+        if stage and ref.iteration not in request.exclude:
             stages.setdefault(stage[1], ref.folder)
     if len(stages) > 1:
         raise SelectionError(

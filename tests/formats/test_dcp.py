@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import shutil
+import zlib
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,8 +15,16 @@ import torch
 import torch.distributed.checkpoint as dcp
 import torch.distributed.fsdp
 
-from pma_megatron import MergeRequest, Policy, SelectionRequest, list_checkpoints, merge, plan
-from pma_megatron.errors import CheckpointError, PlanError, SelectionError
+from pma_megatron import (
+    MergeRequest,
+    Policy,
+    SelectionRequest,
+    list_checkpoints,
+    merge,
+    plan,
+    verify,
+)
+from pma_megatron.errors import CheckpointError, PlanError, SelectionError, VerifyError
 from pma_megatron.formats import registry
 from pma_megatron.formats.base import MAIN_PARAM
 from pma_megatron.formats.dcp.checkpoint import named_iteration
@@ -233,6 +242,28 @@ def test_16_bit_weights_follow_the_main_params_of_their_optimizer(
     assert torch.equal(loaded["model"]["layer.weight"], value.bfloat16())
 
 
+def test_a_reference_of_the_weights_is_not_their_main_params(tmp_path: Path) -> None:
+    """What training stays near equals the weights where they were not trained yet."""
+
+    def make(iteration: int) -> dict[str, Any]:
+        state, anchor = rounded(iteration, "master_param"), torch.arange(6.0) / 7
+        frozen = {"master_param": anchor, "anchor": anchor, "exp_avg": anchor / 10}
+        states = state["optim"]["state"]
+        states["layer.weight"]["anchor"] = torch.arange(12.0).reshape(4, 3)
+        state["model"]["frozen"], states["frozen"] = anchor.bfloat16(), frozen
+        state["optim"]["param_groups"][0]["params"].append("frozen")
+        return state
+
+    (output,) = merge(request(steps(tmp_path / "run", make))).outputs
+    loaded = make(0)
+    dcp.load(loaded, checkpoint_id=output, no_dist=True)
+    value = loaded["optim"]["state"]["layer.weight"]
+    exact = torch.arange(12.0).double().reshape(4, 3) / 7 + 1.5 / 5
+    assert bool(((value["master_param"].double() - exact).abs() <= 2.0**-22 * exact.abs()).all())
+    assert torch.equal(value["anchor"], torch.arange(12.0).reshape(4, 3))
+    assert torch.equal(loaded["model"]["layer.weight"], value["master_param"].bfloat16())
+
+
 def test_16_bit_weights_without_main_params_are_told(tmp_path: Path) -> None:
     def make(iteration: int) -> dict[str, Any]:
         state = rounded(iteration, "master_param")
@@ -292,6 +323,31 @@ def test_float64_is_averaged_in_float64(tmp_path: Path) -> None:
         mean = (make(1)["model"]["count"] + make(2)["model"]["count"]) / 2
         error = (loaded["model"]["count"] - mean).abs()
         assert bool((error <= 2.0**-51 * mean).all()), error
+        assert verify(output, deep=True).deep
+
+
+def test_float64_that_was_summed_in_float32_is_found(tmp_path: Path) -> None:
+    def make(iteration: int) -> dict[str, Any]:
+        return {"model": {"count": torch.arange(5, dtype=torch.float64) / 7 + iteration}}
+
+    (output,) = merge(request(steps(tmp_path / "run", make))).outputs
+    loaded = make(0)
+    dcp.load(loaded, checkpoint_id=output, no_dist=True)
+    exact = loaded["model"]["count"]
+    (file,) = Path(output).glob("*.distcp")
+    data, held = file.read_bytes(), exact.numpy().tobytes()
+    assert data.count(held) == 1 and verify(output, full=False, deep=True).deep
+    narrow = exact.float().double().numpy().tobytes()
+    for old, new in ((held, narrow), (_crc(held), _crc(narrow))):  # of both headers of the record
+        assert old in data
+        data = data.replace(old, new)
+    file.write_bytes(data)
+    with pytest.raises(VerifyError, match="count"):
+        verify(output, full=False, deep=True)
+
+
+def _crc(data: bytes) -> bytes:
+    return zlib.crc32(data).to_bytes(4, "little")
 
 
 def _merged(rank: int, world_size: int, asked: MergeRequest) -> tuple[str, ...]:
