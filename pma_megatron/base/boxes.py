@@ -34,6 +34,11 @@ class Box:
         """Number of elements."""
         return math.prod(self.sizes)
 
+    def lies_in(self, shape: Sequence[int]) -> bool:
+        """Whether it is a part of a tensor of that shape, with elements."""
+        whole = Box.whole(shape)
+        return len(self.sizes) == len(shape) and whole.intersect(self) == self
+
     def intersect(self, other: Box) -> Box | None:
         """The common box, or None."""
         offsets, sizes = [], []

@@ -121,8 +121,8 @@ def _refuse_wrong(tensors: tuple[ExportTensor, ...], weights: Shapes) -> None:
             raise PlanError(f"{tensor.name!r} cannot be the name of a tensor in safetensors files")
         at = 0
         for part in tensor.filled_by:
-            inside = part.key in weights and _inside(part.box, weights[part.key])
-            if part.start != at or not inside or not part.box.numel:
+            inside = part.key in weights and part.box.lies_in(weights[part.key])
+            if part.start != at or not inside:
                 raise PlanError(f"{tensor.name} is filled by {part}, and should be at {at}: {_BUG}")
             at += part.box.numel
         numel = math.prod(tensor.shape)
@@ -131,13 +131,6 @@ def _refuse_wrong(tensors: tuple[ExportTensor, ...], weights: Shapes) -> None:
 
 
 _BUG = "this is a bug in the map of the family, please report it. Nothing was written"
-
-
-def _inside(box: Box, shape: tuple[int, ...]) -> bool:
-    return len(box.offsets) == len(shape) and all(
-        low >= 0 and low + size <= whole
-        for low, size, whole in zip(box.offsets, box.sizes, shape, strict=True)
-    )
 
 
 def _encodes(name: str) -> bool:

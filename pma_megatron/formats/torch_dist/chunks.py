@@ -112,8 +112,7 @@ def check_cover(chunks: Iterable[StoredChunk]) -> None:
                     f"snapshot of {key}: {part.item.file} has shape {part.shape} and {part.dtype}, "
                     f"{parts[0].item.file} has {shape} and {dtype}: ranks must agree on both"
                 )
-            whole = Box.whole(shape)
-            if len(part.box.sizes) != len(shape) or whole.intersect(part.box) != part.box:
+            if not part.box.lies_in(shape):
                 raise PlanError(
                     f"snapshot of {key}: {part.item.file} has {part.box}, outside shape {shape}"
                 )
