@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from pma_megatron.version import __version__
 
 if TYPE_CHECKING:
+    from pma_megatron.comparison.compare import compare
+    from pma_megatron.comparison.differences import Comparison
     from pma_megatron.errors import PmaError
     from pma_megatron.merging.coefficients import Coefficients
     from pma_megatron.merging.export_job import export_model
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "CheckpointRef": "runs.refs",
     "Coefficients": "merging.coefficients",
+    "Comparison": "comparison.differences",
     "Inspection": "merging.inspection",
     "MergePlan": "merging.planning",
     "MergeReport": "merging.report",
@@ -38,6 +41,7 @@ _HOMES = {
     "Policy": "merging.policy",
     "RecoveryRequest": "spikes.recovery",
     "SelectionRequest": "runs.selection_request",
+    "compare": "comparison.compare",
     "export_model": "merging.export_job",
     "inspect": "merging.inspection",
     "list_checkpoints": "runs.discover",
@@ -50,6 +54,7 @@ _HOMES = {
 __all__ = [
     "CheckpointRef",
     "Coefficients",
+    "Comparison",
     "Inspection",
     "MergePlan",
     "MergeReport",
@@ -60,6 +65,7 @@ __all__ = [
     "RecoveryRequest",
     "SelectionRequest",
     "__version__",
+    "compare",
     "export_model",
     "inspect",
     "list_checkpoints",

@@ -21,7 +21,7 @@ FOLDERS = [
     ["export"],
     ["identity"],
     ["merging"],
-    ["live", "geometry", "scores", "spikes"],
+    ["live", "geometry", "comparison", "scores", "spikes"],
     ["online"],
     ["megatron", "deepspeed", "fsdp"],
     ["megatron_deepspeed"],
@@ -137,6 +137,10 @@ INSIDE = {
         spread
         gram
     """,
+    "comparison": """
+        differences
+        compare
+    """,
     "scores": """
         grid
         results
@@ -182,7 +186,7 @@ INSIDE = {
     "cli": """
         charts landscape progress streams tables verbs
         commands recover score_grid
-        evaluate forecast geometry
+        compare evaluate forecast geometry
         flags
     """,
 }

@@ -21,6 +21,7 @@ PUBLIC = {
     "pma_megatron": {
         "CheckpointRef",
         "Coefficients",
+        "Comparison",
         "Inspection",
         "MergePlan",
         "MergeReport",
@@ -31,6 +32,7 @@ PUBLIC = {
         "RecoveryRequest",
         "SelectionRequest",
         "__version__",
+        "compare",
         "export_model",
         "inspect",
         "list_checkpoints",

@@ -1,6 +1,7 @@
 """The `pma` command: flags in, one verb of the package, tables or JSON out.
 
 Exit codes: 0 done, 1 refused or failed (the message says why and what to do), 2 wrong usage,
+3 compared and not the same (`pma compare`),
 128 + n stopped by signal n (130 for SIGINT, 143 for SIGTERM, 129 for SIGHUP). What was done
 decides, not whether somebody was there to read of it: a reader that went away (`| head -1`) changes
 no code, and a full disk under standard output only that of commands that do nothing but print.
@@ -72,7 +73,7 @@ def _run(given: list[str], rank: int) -> int:
     try:
         with speaking(front_end(arguments.parser, given[:end])):
             refuse_remote_values({k: v for k, v in vars(arguments).items() if k != "rest"})
-            arguments.run(arguments)
+            code: int | None = arguments.run(arguments)
     except PmaError as error:
         told = told_of(error.published, error.unpublished) if error.published else ""
         # The rank whose own error it is prints it; one also says what stopped the others.
@@ -80,7 +81,7 @@ def _run(given: list[str], rank: int) -> int:
         where = f"[rank {rank}] " if rank else ""
         _failed(rank, f"error: {where}{error}{told and f'. {told}'}", aloud=aloud)
         return 2 if isinstance(error, UsageError) else 1
-    return 0
+    return code or 0
 
 
 def told_of(published: Sequence[str], unpublished: Sequence[str]) -> str:

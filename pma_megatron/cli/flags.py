@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from pma_megatron.base.settings import add_flags
-from pma_megatron.cli import commands, evaluate, forecast, geometry, recover
+from pma_megatron.cli import commands, compare, evaluate, forecast, geometry, recover
 from pma_megatron.cli.verbs import OnRanks, add_selection, new_verb
 from pma_megatron.merging.policy import Policy
 from pma_megatron.merging.request import MergeRequest, Method
@@ -79,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
         add_flags(group, OnRanks)
         add_flags(group, MergeRequest, "check_sources", "merge_parallel_size")
     _add_export(verbs)
-    for each in (recover, evaluate, forecast, geometry):
+    for each in (recover, evaluate, forecast, geometry, compare):
         each.add(verbs)
     for name, run, text, where, what, examples in _OF_A_FOLDER:
         verb = new_verb(verbs, name, run, text, examples)

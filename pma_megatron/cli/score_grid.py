@@ -75,10 +75,11 @@ def refuse_unwritable(arguments: argparse.Namespace) -> None:
     Raises:
         UsageError: no such folder, or no matplotlib.
     """
-    for flag, path in (("--out", arguments.out), ("--plot", arguments.plot)):
+    plot = getattr(arguments, "plot", None)  # not every verb draws
+    for flag, path in (("--out", arguments.out), ("--plot", plot)):
         if path is not None and not is_folder(path.absolute().parent):
             raise UsageError(f"{flag} {path}: the folder {path.parent} does not exist: make it")
-    if arguments.plot is not None and importlib.util.find_spec("matplotlib") is None:
+    if plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise UsageError(
             "--plot needs matplotlib, which is not installed: pip install 'pma-megatron[plots]'"
         )

@@ -112,7 +112,8 @@ def _has_moments(contents: Contents, files: Sequence[str]) -> bool:
 
 
 def _same(places: Mapping[Place, int], others: Mapping[Place, int] | None) -> bool:
-    return others is not None and places.items() <= others.items()
+    """Whether all that moves in a file is the other's too; where nothing does, nothing says so."""
+    return bool(places) and others is not None and places.items() <= others.items()
 
 
 def _same_weights(contents: Sequence[Contents], older: Contents, newer: Contents) -> list[str]:

@@ -32,7 +32,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pma_megatron import list_checkpoints, verify
+from pma_megatron import compare, list_checkpoints, verify
 from pma_megatron.errors import PmaError
 from pma_megatron.formats import registry
 from pma_megatron.formats.base import MAIN_PARAM
@@ -173,6 +173,22 @@ class FormatConformance(ConformanceRun):
         assert again.source.metadata_digest == checkpoints[-1].source.metadata_digest
         others = {each.source.metadata_digest for each in checkpoints}
         assert len(others) == len(checkpoints), "two checkpoints of a run have one digest"
+
+    def test_two_side_by_side_differ_as_their_values_do(
+        self, checkpoints: list[Checkpoint]
+    ) -> None:
+        one, other = checkpoints[-2:]
+        found = compare(one.folder, other.folder)
+        stored = {p for each in (one, other) for p, t in each.tensors.items() if t.pieces}
+        places = {(t.state.replace("main params", MAIN_PARAM), t.key): t for t in found.tensors}
+        assert set(places) == stored
+        for place, tensor in places.items():
+            if not tensor.compared:
+                continue
+            first, second = one.values(place).double(), other.values(place).double()
+            assert tensor.values.different == int((first != second).sum()), place
+            largest = float((second - first).abs().max()) if first.numel() else 0.0
+            assert tensor.values.max_difference == largest, place
 
     def test_items_are_zips_in_files_of_the_folder(self, checkpoints: list[Checkpoint]) -> None:
         newest = checkpoints[-1]

@@ -116,6 +116,18 @@ FLAGS = {
     },
     "evaluate": SCORE,
     "forecast": SCORE | {"--annealed", "--annealed-loss", "--metric", "--scores"},
+    "compare": COMMON
+    | {
+        "--atol",
+        "--most",
+        "--out",
+        "--rtol",
+        "--threads",
+        "--timeout",
+        "--weights-only",
+        "first",
+        "second",
+    },
     "geometry": COMMON
     | {
         "--alpha",

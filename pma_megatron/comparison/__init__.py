@@ -1,0 +1,1 @@
+"""How two checkpoints differ, tensor by tensor, read shard by shard."""
