@@ -18,7 +18,7 @@ import torch
 from pma_megatron.base.boxes import Box, Piece, PieceIndex
 from pma_megatron.base.comm import Comm
 from pma_megatron.base.remote_paths import refuse_remote
-from pma_megatron.base.spelling import FrontEnd, given, keywords, speaking
+from pma_megatron.base.spelling import FrontEnd, first_few, given, keywords, speaking
 from pma_megatron.comparison.differences import (
     COLUMNS,
     Comparison,
@@ -171,7 +171,7 @@ def _plan(sources: Sequence[Source], size: int, threads: int, weights_only: bool
         tensors.append(TensorComparison.of(state, key, pair))
         one, other = pair
         if one is not None and other is not None and one.shape == other.shape:
-            whole = Piece(Box((0,) * len(one.shape), one.shape), None)
+            whole = Piece(Box.whole(one.shape), None)
             for source, tensor in zip(sources, (one, other), strict=True):
                 check_covers(source, key, PieceIndex(tensor.pieces), [whole])
             task = average_task(
@@ -179,12 +179,13 @@ def _plan(sources: Sequence[Source], size: int, threads: int, weights_only: bool
             )
             tasks.append((len(tensors) - 1, task))
     if not tasks:
+        names = [first_few(source.space.weights, 3) for source in sources]
         raise PlanError(
             f"{sources[0].path} ({sources[0].format}) and {sources[1].path} "
             f"({sources[1].format}) have no tensor of one name and shape: they are of two models, "
             "or of two trainers, which call parameters otherwise. Export both (`pma export`) to "
-            f"compare them as Hugging Face models. Names in the first: {_some(sources[0])}; in "
-            f"the second: {_some(sources[1])}"
+            f"compare them as Hugging Face models. Names in the first: {names[0]}; in the "
+            f"second: {names[1]}"
         )
     number_of = {id(task): number for number, task in tasks}
     cut = units(task for _, task in tasks)
@@ -201,11 +202,6 @@ def _plan(sources: Sequence[Source], size: int, threads: int, weights_only: bool
 def _stored(tensor: Tensor | None) -> Tensor | None:
     """None too for weights that are known by name alone, as in tags of ZeRO-3."""
     return tensor if tensor is not None and (tensor.pieces or 0 in tensor.shape) else None
-
-
-def _some(source: Source) -> str:
-    names = list(source.space.weights)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _entries(sources: Sequence[Source], weights_only: bool) -> Iterator[tuple[str, str]]:
