@@ -15,6 +15,8 @@ MEGATRON = ["megatron-core>=0.12"]
 DEEPSPEED = ["deepspeed>=0.14"]
 PLOTS = ["matplotlib>=3.7"]
 TENSORBOARD = ["tensorboard>=2.12"]
+YAML = ["pyyaml>=6"]  # files for `--from`; JSON needs nothing
+COMPLETION = ["shtab>=1.9"]  # the first that speaks fish
 TRANSFORMERS = ["transformers>=4.45"]  # opens and scores what `pma export` wrote
 DOCS = [
     "mkdocs>=1.6,<2",  # pages generated while it builds; 2 has no plugins
@@ -27,6 +29,8 @@ TEST = [
     *DEEPSPEED,
     *PLOTS,
     *TENSORBOARD,
+    *COMPLETION,
+    *YAML,
     *DOCS,
     "build>=1.2",
     "coverage>=7.10",  # the first that follows subprocesses by itself
@@ -45,7 +49,6 @@ TEST = [
     *TRANSFORMERS,
     # megatron-core imports these without asking for them in every release
     "packaging",
-    "pyyaml",
     "six",  # of Megatron-LM's tokenizers
     "typing_extensions",
 ]
@@ -90,6 +93,8 @@ setup(
         "deepspeed": DEEPSPEED,
         "plots": PLOTS,
         "tensorboard": TENSORBOARD,
+        "completion": COMPLETION,
+        "yaml": YAML,
         "transformers": TRANSFORMERS,
         "docs": DOCS,
         "test": TEST,

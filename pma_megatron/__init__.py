@@ -5,12 +5,12 @@ The verbs of the command line as functions; importing the package loads neither 
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
-
 from pma_megatron.version import __version__
 
+TYPE_CHECKING = False  # that of `typing` takes longer to import than all of this
 if TYPE_CHECKING:
+    from typing import Any
+
     from pma_megatron.comparison.compare import compare
     from pma_megatron.comparison.differences import Comparison
     from pma_megatron.errors import PmaError
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from pma_megatron.runs.discover import list_checkpoints
     from pma_megatron.runs.refs import CheckpointRef
     from pma_megatron.runs.selection_request import SelectionRequest
-    from pma_megatron.spikes.recovery import RecoveryRequest, recover
+    from pma_megatron.spikes.recovery import recover
+    from pma_megatron.spikes.request import RecoveryRequest
 
 _HOMES = {
     "CheckpointRef": "runs.refs",
@@ -39,7 +40,7 @@ _HOMES = {
     "Method": "merging.request",
     "PmaError": "errors",
     "Policy": "merging.policy",
-    "RecoveryRequest": "spikes.recovery",
+    "RecoveryRequest": "spikes.request",
     "SelectionRequest": "runs.selection_request",
     "compare": "comparison.compare",
     "export_model": "merging.export_job",
@@ -81,6 +82,8 @@ _GLUE = ("deepspeed", "fsdp")
 
 
 def __getattr__(name: str) -> Any:
+    import importlib
+
     if name in _GLUE:
         return importlib.import_module(f"{__name__}.{name}")
     if name not in _HOMES:

@@ -296,7 +296,7 @@ def commands(path: Path) -> Iterator[tuple[str, str]]:
         for found in re.finditer(r"(?:\bpma|-m pma_megatron) ([a-z]+)\b([^`]*)", line):
             if found[1] == "validation":  # ` pma validation loss`: a line of Megatron's log
                 continue
-            rest = re.split(r"(?:^| )-- |\s#\s|\s\s+#|, `?pma ", found[2])[0]
+            rest = re.split(r"(?:^| )-- |\s#\s|\s\s+#|, `?pma | > | \| |\)\"", found[2])[0]
             yield found[1], rest
 
 

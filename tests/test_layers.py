@@ -34,7 +34,7 @@ FOLDERS = [
 INSIDE = {
     "base": """
         boxes durable durations faults log memory openfiles processes sizes spelling stopping
-        presence remote_paths settings
+        presence remote_paths settings steps
         comm
     """,
     "formats": """
@@ -134,7 +134,7 @@ INSIDE = {
         placing deepseek_v3 llama mixtral qwen2 qwen3
     """,
     "geometry": """
-        spread
+        defaults spread
         gram
     """,
     "comparison": """
@@ -149,7 +149,7 @@ INSIDE = {
     """,
     "spikes": """
         columns healthy settings textfiles
-        consoles points
+        consoles points request
         readers
         detector metrics relaunch
         recovery
@@ -184,10 +184,10 @@ INSIDE = {
         install
     """,
     "cli": """
-        charts landscape progress streams tables verbs
-        commands recover score_grid
-        compare evaluate forecast geometry
-        flags
+        asked charts landscape progress request_files streams tables verbs
+        commands recover score_flags score_grid
+        compare evaluate flags forecast geometry
+        command completion
     """,
 }
 """Modules of each folder: one imports only those of the lines above its own."""

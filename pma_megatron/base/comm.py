@@ -18,17 +18,15 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from pma_megatron.base import steps
 from pma_megatron.base.durations import format_duration
 from pma_megatron.base.faults import point
-from pma_megatron.base.presence import Presence, kept_by_torchrun
+from pma_megatron.base.presence import TIMEOUT_S, Presence, kept_by_torchrun
 from pma_megatron.base.spelling import given, named
 from pma_megatron.base.stopping import Stopped
 from pma_megatron.errors import PmaError, RankError, UsageError
 
 T = TypeVar("T")
-TIMEOUT_S = 300.0
-"""How long another rank may stand still, unless the user says otherwise."""
-
 # Of collectives, which are entered when all ranks are there. What they fail with says less than
 # `presence` does, so that must have had its time.
 _LEAST_TIMEOUT_S = 1800.0
@@ -161,6 +159,7 @@ class Comm:
             PmaError: this rank's own error, if it failed; RankError naming the others' if not.
         """
         result, error = None, None
+        steps.at(stage)
         if self._presence is None:
             result = work()
             point(stage, self.rank)

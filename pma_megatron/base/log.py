@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
+from collections.abc import Iterator
 
 
 def visible(text: str) -> str:
@@ -47,6 +49,20 @@ def configure(rank: int, *, verbose: bool = False) -> None:
     logger.handlers[:] = [handler]
     logger.setLevel(logging.DEBUG if verbose else logging.INFO)
     logger.propagate = False
+
+
+@contextlib.contextmanager
+def written_above() -> Iterator[None]:
+    """In the block messages go to what `sys.stderr` is now: a display that prints above itself."""
+    handlers = logging.getLogger("pma_megatron").handlers
+    mine = [each for each in handlers if isinstance(each, logging.StreamHandler)]
+    before = [each.setStream(sys.stderr) for each in mine]
+    try:
+        yield
+    finally:
+        for each, stream in zip(mine, before, strict=True):
+            if stream is not None:
+                each.setStream(stream)
 
 
 def say(text: str, *, rank: int = 0) -> None:

@@ -23,6 +23,9 @@ from pma_megatron.base.processes import is_gone, moved_bytes, this_process
 from pma_megatron.base.spelling import first_few
 from pma_megatron.errors import RankError
 
+TIMEOUT_S = 300.0
+"""How long another rank may stand still, unless the user says otherwise."""
+
 _ROOT = "pma_megatron"
 _BEAT_S = 1.0
 _LOOK_EVERY_S = 0.5

@@ -16,13 +16,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from typing import Any, TypeVar
 
-from pma_megatron.base.spelling import FIELDS, as_flag, mistyped
+from pma_megatron.base.spelling import FIELDS, as_flag, mistyped, one_of
 from pma_megatron.errors import UsageError
 
 PMA, MEGATRON, MEGATRON_DEEPSPEED, DEEPSPEED = "pma", "megatron", "megatron-deepspeed", "deepspeed"
 """Front ends: the command, scripts of either Megatron, keywords of calls on a DeepSpeed engine."""
 
-_KEY = "setting"
+_KEY, _WORDS = "setting", "words"
 _NAMES = {name: setting for setting, name in FIELDS.items()}
 T = TypeVar("T")
 
@@ -203,9 +203,7 @@ def refuse_unknown_words(request: Any) -> None:
     for each in declared(type(request)):
         value, choices = getattr(request, each.field), each.setting.choices
         if choices and value is not None and not each.many and value not in choices:
-            raise UsageError(
-                f"{mistyped(each.name, value)} is unknown; choose one of {', '.join(choices)}"
-            )
+            raise UsageError(f"{mistyped(each.name, value)} is unknown; {one_of(value, choices)}")
 
 
 def values(request: Any, front_end: str | None = None) -> dict[str, Any]:
@@ -237,7 +235,16 @@ def add_flags(
         if each.word is not bool and known.make is None and default is not MISSING:
             how["default"] = list(default) if isinstance(default, tuple) else default
         added[each.name] = group.add_argument(*flags, dest=each.name, **how)
+        setattr(added[each.name], _WORDS, known.choices)
     return added
+
+
+def words_of(flag: argparse.Action) -> tuple[str, ...]:
+    """The words that the value of a flag may be, () where it is no such value.
+
+    argparse does not know of them, since requests are made in other ways too: those refuse.
+    """
+    return tuple(getattr(flag, _WORDS, ()))
 
 
 def argument(each: Declared) -> dict[str, Any]:

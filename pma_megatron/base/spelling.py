@@ -10,8 +10,9 @@ does, a Python program has made the call: keywords then.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -157,6 +158,25 @@ def as_argument(path: str | Path) -> str:
 def mistyped(name: str, text: object) -> str:
     """A setting with a text that it cannot have: in quotes, however it is typed."""
     return f"{named(name)}{text!r}" if in_python(name) else f"{named(name)} {text!r}"
+
+
+def nearest(word: object, known: Iterable[str]) -> str | None:
+    """The word that an unknown one was probably meant to be; None where none is like it.
+
+    >>> nearest("1-sqr", ("sma", "wma", "1-sqrt")), nearest("best", ("sma", "wma"))
+    ('1-sqrt', None)
+    """
+    return next(iter(difflib.get_close_matches(str(word).lower(), list(known), n=1)), None)
+
+
+def one_of(word: object, known: Sequence[str]) -> str:
+    """What to do about a word that is none of those that are known.
+
+    >>> one_of("wmaa", ("sma", "wma")), one_of("best", ("sma", "wma"))
+    ('did you mean wma? There are sma, wma', 'choose one of sma, wma')
+    """
+    near, there = nearest(word, known), ", ".join(known)
+    return f"choose one of {there}" if near is None else f"did you mean {near}? There are {there}"
 
 
 def _literal(value: object) -> str:

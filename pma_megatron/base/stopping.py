@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from pma_megatron.errors import PmaError
@@ -15,6 +16,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _UNLESS_TAKEN = (signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 """Schedulers warn with them (Slurm's `--signal=USR1`), and debuggers take them for their own."""
 _LATER = b"pma: already stopping, cleaning up\n"
+_AGAIN_S = 0.01
 
 
 class Stopped(KeyboardInterrupt):
@@ -35,22 +37,38 @@ class Stopped(KeyboardInterrupt):
 
 
 class _State:
-    def __init__(self) -> None:
+    """
+    Attributes:
+        number: of the first signal that came.
+        raised: whether it has been raised, and is on its way to who asked for it.
+        lost: whether it was raised where nobody could pass it on.
+        shields: how many `shielded` blocks are open.
+        tell: ends the process by a line, as long as there is nothing to clean up.
+    """
+
+    def __init__(self, tell: Callable[[int], None] | None = None) -> None:
         self.number: int | None = None
         self.raised = False
+        self.lost = False
         self.shields = 0
+        self.tell = tell
 
 
 _state = _State()
 
 
 @contextlib.contextmanager
-def stoppable() -> Iterator[None]:
+def stoppable(tell: Callable[[int], None] | None = None) -> Iterator[None]:
     """Inside the block the first signal that asks to end raises, later ones say a line.
 
     Those are SIGINT, SIGTERM, SIGHUP, and, where nothing handles them yet, SIGQUIT, SIGUSR1 and
     SIGUSR2. What is ignored already (SIGHUP under nohup) stays ignored. Only the main
     thread can do this; in others the block is as without.
+
+    Args:
+        tell: called with the number of a signal that comes before `unwinding` is, and then the
+            process ends: while modules are imported an exception may be swallowed, or be made
+            another one, by whoever imports them. None to raise from the start.
 
     Raises:
         Stopped: in the main thread, outside of every `shielded` block.
@@ -59,7 +77,9 @@ def stoppable() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _state = _State()
+    _state = _State(tell)
+    ignored = sys.unraisablehook
+    sys.unraisablehook = _caught_by_nobody(ignored)
     before = {number: signal.getsignal(number) for number in (*_SIGNALS, *_UNLESS_TAKEN)}
     for number, handler in tuple(before.items()):
         taken = number in _UNLESS_TAKEN and handler is not signal.SIG_DFL
@@ -72,6 +92,12 @@ def stoppable() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        sys.unraisablehook = ignored
+
+
+def unwinding() -> None:
+    """From here on there may be something to clean up: a signal raises."""
+    _state.tell = None
 
 
 @contextlib.contextmanager
@@ -98,10 +124,41 @@ def having_published(folders: Sequence[str]) -> Iterator[None]:
 
 
 def _arrived(number: int, frame: Any) -> None:
-    if _state.number is not None:
+    if _state.number is not None and not _state.lost:
         os.write(2, _LATER)
         return
-    _state.number = number
+    _state.number, _state.lost = _state.number or number, False
+    if _state.tell is not None:
+        end_by(number, _state.tell)
     if not _state.shields:
         _state.raised = True
-        raise Stopped(number)
+        raise Stopped(_state.number)
+
+
+def end_by(number: int, tell: Callable[[int], None]) -> None:
+    """End this process as `tell(number)` says, whatever becomes of what it says."""
+    try:
+        tell(number)
+    finally:
+        os._exit(128 + number)
+
+
+def _caught_by_nobody(otherwise: Callable[[Any], Any]) -> Callable[[Any], None]:
+    """A hook for exceptions in destructors and callbacks, where one of ours may have come up: it
+    would be printed and forgotten. It is raised again, when that has ended."""
+
+    def hook(lost: Any) -> None:
+        if not isinstance(lost.exc_value, Stopped):
+            otherwise(lost)
+        elif _state.raised:
+            _state.raised, _state.lost = False, True
+            again = threading.Timer(_AGAIN_S, _arrive_again, (_state,))
+            again.daemon = True
+            again.start()
+
+    return hook
+
+
+def _arrive_again(state: _State) -> None:
+    if state is _state and state.lost and state.number is not None:
+        signal.pthread_kill(threading.main_thread().ident or 0, state.number)

@@ -9,98 +9,51 @@ no code, and a full disk under standard output only that of commands that do not
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
+import signal
 import sys
-import time
-from argparse import Namespace
-from collections.abc import Sequence
-from pathlib import Path
 
-from pma_megatron.base.stopping import Stopped, stoppable
-from pma_megatron.cli.streams import forgiving
+TYPE_CHECKING = False  # that of `typing` takes longer to import than all of this
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code."""
-    # Torch's own words on a connection that broke; ours name the rank.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    given = list(sys.argv[1:] if argv is None else argv)
-    rank = int(os.environ.get("RANK", "0"))
-    with forgiving() as output:
-        code = _main(given, rank)
-        lost = output.close()
-        if lost is not None:
-            done = code != 0 or given[:1] in (["merge"], ["export"], ["recover"], ["verify"])
-            what = "its exit code says what was done" if done else "nothing else was asked for"
-            _failed(rank, f"standard output cannot be written ({lost}); {what}", aloud=True)
-            code = code if done else 1
+    """Run one command and return its exit code.
+
+    Args:
+        argv: its words; None where this process is the command, started with them.
+    """
+    if argv is None:
+        return _alone(sys.argv[1:])
+    from pma_megatron.cli.command import run
+
+    return run(argv)
+
+
+def _alone(words: Sequence[str]) -> int:
+    """Run the command that this process is: Ctrl-C is one line, from here to the very end."""
+    heeded = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if heeded:
+        signal.signal(signal.SIGINT, _too_early)
+    code = 1
+    try:
+        from pma_megatron.cli.command import run
+
+        code = run(words, alone=True)
+    except SystemExit as end:  # argparse's way out
+        code = end.code if isinstance(end.code, int) else code
+        raise
+    finally:
+        if heeded:  # all is done and said; the interpreter has yet to end
+            signal.signal(signal.SIGINT, lambda *_: os._exit(code))
     return code
 
 
-def _main(given: list[str], rank: int) -> int:
+def _too_early(number: int, frame: Any) -> None:
     try:
-        with stoppable():
-            code = _run(given, rank)
-    except Stopped as stop:
-        publishes = given[:1] in (["merge"], ["export"], ["recover"])
-        told = told_of(stop.published, stop.unpublished) if publishes else ""
-        _failed(rank, f"stopped by {stop}{told and f'; {told}'}", aloud=rank == 0)
-        code = 128 + stop.number
-    comm = sys.modules.get("pma_megatron.base.comm")
-    if comm is not None and comm.entangled():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    return code
-
-
-def _run(given: list[str], rank: int) -> int:
-    from pma_megatron.base import log
-    from pma_megatron.base.remote_paths import refuse_remote_values
-    from pma_megatron.base.spelling import speaking
-    from pma_megatron.cli.flags import parser
-    from pma_megatron.cli.verbs import front_end
-    from pma_megatron.errors import PmaError, RankError, UsageError
-
-    end = given.index("--") if "--" in given else len(given)
-    flags = parser()
-    arguments = flags.parse_args(given[:end], Namespace(rest=given[end + 1 :]))
-    if arguments.rest and not hasattr(arguments, "passes_on"):
-        flags.error(f"unrecognized arguments: {' '.join(given[end:])}")
-    log.configure(rank, verbose=arguments.verbose)
-    try:
-        with speaking(front_end(arguments.parser, given[:end])):
-            refuse_remote_values({k: v for k, v in vars(arguments).items() if k != "rest"})
-            code: int | None = arguments.run(arguments)
-    except PmaError as error:
-        told = told_of(error.published, error.unpublished) if error.published else ""
-        # The rank whose own error it is prints it; one also says what stopped the others.
-        aloud = not isinstance(error, RankError) or error.speaker == rank
-        where = f"[rank {rank}] " if rank else ""
-        _failed(rank, f"error: {where}{error}{told and f'. {told}'}", aloud=aloud)
-        return 2 if isinstance(error, UsageError) else 1
-    return code or 0
-
-
-def told_of(published: Sequence[str], unpublished: Sequence[str]) -> str:
-    """What a command that failed has published, as far as it got."""
-    if not published:
-        return "nothing was published"
-    rest = f"; not {', '.join(unpublished)}: the same command makes the rest" if unpublished else ""
-    return f"published {', '.join(published)}{rest}"
-
-
-def _failed(rank: int, text: str, *, aloud: bool) -> None:
-    """Say why this process ends, to the user and to torchrun, which prints it in its summary."""
-    from pma_megatron.base.log import visible
-
-    if aloud:
-        sys.stderr.write(f"pma: {visible(text)}\n")
-        sys.stderr.flush()
-    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if file:
-        extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
-        with contextlib.suppress(OSError):
-            Path(file).write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))
+        if os.environ.get("RANK", "0") == "0":
+            os.write(2, b"pma: stopped by SIGINT\n")
+    finally:
+        os._exit(128 + number)

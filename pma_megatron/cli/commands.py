@@ -5,45 +5,31 @@ from __future__ import annotations
 import logging
 from argparse import Namespace
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from pma_megatron.base.comm import Comm, process_group_from_environment
-from pma_megatron.base.settings import made, setting
 from pma_megatron.base.stopping import having_published
 from pma_megatron.cli import tables
 from pma_megatron.cli.progress import show
-from pma_megatron.cli.verbs import root_of, show_result
-from pma_megatron.errors import CheckpointError, SelectionError, UsageError
+from pma_megatron.cli.verbs import show_result
+from pma_megatron.errors import CheckpointError, SelectionError
 from pma_megatron.merging.export_job import export_model
 from pma_megatron.merging.inspection import look
 from pma_megatron.merging.job import merge as merge_checkpoints
 from pma_megatron.merging.job import plan as plan_merge
 from pma_megatron.merging.listing import listed
-from pma_megatron.merging.published import SAMPLES
 from pma_megatron.merging.published import verify as verify_published
 from pma_megatron.merging.report import describe_plan
-from pma_megatron.merging.request import MergeRequest, Method
 from pma_megatron.runs.discover import list_checkpoints
 from pma_megatron.runs.folders import what_is
 
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Checks:
-    """What `pma verify` takes."""
-
-    samples: int = setting(SAMPLES, "slices to recompute in float64", metavar="N")
-    deep: bool = setting(
-        False, "recompute every element in float64, with torchrun on several ranks"
-    )
-    files_only: bool = setting(False, "check the files alone; the sources may be gone")
-
-
 def merge(arguments: Namespace) -> None:
     """`pma merge`."""
-    request = _request(arguments)
+    request = arguments.request
     with ExitStack() as over, process_group_from_environment(arguments.timeout_s):
         comm = Comm(request.merge_parallel_size)
         report = merge_checkpoints(request, comm, show(comm))
@@ -54,8 +40,6 @@ def merge(arguments: Namespace) -> None:
 
 def export(arguments: Namespace) -> None:
     """`pma export`."""
-    if arguments.export is None:
-        raise UsageError("say where the model goes: --save DIR")
     names = ("like", "dtype", "max_shard_bytes", "threads", "overwrite", "check_sources")
     given = {name: getattr(arguments, name) for name in names}
     with ExitStack() as over, process_group_from_environment(arguments.timeout_s):
@@ -70,8 +54,7 @@ def export(arguments: Namespace) -> None:
 
 def plan(arguments: Namespace) -> None:
     """`pma plan`."""
-    request = _request(arguments)
-    found = plan_merge(request)
+    found = plan_merge(arguments.request)
     show_result(arguments, describe_plan(found), lambda: tables.planned(found))
 
 
@@ -109,10 +92,3 @@ def verify(arguments: Namespace) -> None:
         )
         if comm.is_main:
             show_result(arguments, asdict(checked), lambda: tables.verified(checked))
-
-
-def _request(arguments: Namespace) -> MergeRequest:
-    typed = vars(arguments)
-    if arguments.coefficients and arguments.method == Method().name:
-        typed = {**typed, "method": "custom"}
-    return made(MergeRequest, typed, load=root_of(arguments))

@@ -4,60 +4,21 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from rich.table import Table
 
 from pma_megatron.base.comm import Comm, process_group_from_environment
-from pma_megatron.base.settings import add_flags, setting
 from pma_megatron.base.spelling import first_few
 from pma_megatron.cli import tables
 from pma_megatron.cli.progress import show
-from pma_megatron.cli.score_grid import refuse_unwritable, write_json
-from pma_megatron.cli.verbs import Files, OnRanks, new_verb, show_result
+from pma_megatron.cli.score_grid import write_json
+from pma_megatron.cli.verbs import NOT_THE_SAME, show_result
 from pma_megatron.comparison.compare import compare
 from pma_megatron.comparison.differences import Comparison, Difference, TensorComparison
-from pma_megatron.merging.request import MergeRequest
-
-NOT_THE_SAME = 3
-"""Exit code: apart from those of errors, so that a script can tell them."""
-_EXAMPLES = """
-  pma compare /ckpts/run/iter_0090000 /backup/run/iter_0090000
-  torchrun --nproc-per-node 8 -m pma_megatron compare /ckpts/run-pma /ckpts/other-pma \\
-      --weights-only --rtol 1e-3 --out differences.json
-"""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Compared:
-    """What is compared, and what counts as equal."""
-
-    weights_only: bool = setting(False, "leave out main params and the states of the optimizer")
-    atol: float = setting(
-        0.0, "absolute difference up to which two values count as equal", metavar="X"
-    )
-    rtol: float = setting(
-        0.0, "the same as a multiple of the first value; both are added", metavar="X"
-    )
-    most: int = setting(20, "tensors to show, those that differ most first", metavar="N")
-
-
-def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the verb."""
-    text = "say how two checkpoints of any layouts differ; exits with 3 if they do"
-    verb = new_verb(verbs, "compare", run, text, _EXAMPLES)
-    verb.add_argument("first", help="a checkpoint's folder, or the root above it: the reference")
-    verb.add_argument("second", help="the one that is compared with it")
-    add_flags(verb, Compared)
-    group = verb.add_argument_group("how to run")
-    add_flags(group, MergeRequest, "threads")
-    add_flags(group, OnRanks)
-    add_flags(group, Files, "out")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """`pma compare`: 0 if both are the same, else `NOT_THE_SAME`."""
-    refuse_unwritable(arguments)
     with process_group_from_environment(arguments.timeout_s):
         comm = Comm()
         found = compare(

@@ -5,34 +5,15 @@ from __future__ import annotations
 import argparse
 
 from pma_megatron.cli import charts, tables
-from pma_megatron.cli.score_grid import add_scoring, refuse_unwritable, score, write_json
-from pma_megatron.cli.verbs import new_verb, show_result
+from pma_megatron.cli.score_grid import score, write_json
+from pma_megatron.cli.verbs import show_result
 from pma_megatron.runs.tokens import format_tokens
 from pma_megatron.scores.grid import UNMERGED
 from pma_megatron.scores.results import Score, Scores
 
-_EXAMPLES = """
-  torchrun --nproc-per-node 8 -m pma_megatron evaluate --load /ckpts/run --ends every:4 \\
-      --methods sma wma ema:0.2 1-sqrt --lasts 3 6 10 --intervals-tokens 4B 8B \\
-      --provider my_eval.py:build -- --batches 64
-"""
-
-
-def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the verb."""
-    verb = new_verb(
-        verbs,
-        "evaluate",
-        run,
-        "score many averages with your model, without writing any; start it with torchrun",
-        _EXAMPLES,
-    )
-    add_scoring(verb)
-
 
 def run(arguments: argparse.Namespace) -> None:
     """`pma evaluate`."""
-    refuse_unwritable(arguments)
     scores = score(arguments)
     if scores is None:
         return

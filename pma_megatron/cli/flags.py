@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from pma_megatron.base.settings import add_flags
-from pma_megatron.cli import commands, compare, evaluate, forecast, geometry, recover
-from pma_megatron.cli.verbs import OnRanks, add_selection, new_verb
+from pma_megatron.base.settings import add_flags, setting
+from pma_megatron.cli import asked
+from pma_megatron.cli.request_files import expanded
+from pma_megatron.cli.score_flags import add_evaluate, add_forecast, add_geometry
+from pma_megatron.cli.verbs import Files, OnRanks, Parser, Written, add_selection, new_verb
+from pma_megatron.errors import UsageError
 from pma_megatron.merging.policy import Policy
-from pma_megatron.merging.request import MergeRequest, Method
+from pma_megatron.merging.request import SAMPLES, MergeRequest, Method
+from pma_megatron.spikes.request import RecoveryRequest
+from pma_megatron.spikes.settings import SpikeSettings
 from pma_megatron.version import __version__
 
 _MERGE_EXAMPLES = """
@@ -24,10 +31,27 @@ _EXPORT_EXAMPLES = """
   torchrun --nproc-per-node 8 -m pma_megatron export /ckpts/run-pma --save /models/run-fp32 \\
       --like /models/template --dtype fp32 --max-shard-size 10GB
 """
+_RECOVER_EXAMPLES = """
+  pma recover --load /ckpts/run --metrics /ckpts/run/tensorboard --save /ckpts/run-2 --dry-run
+  torchrun --nproc-per-node 8 -m pma_megatron recover --load /ckpts/run --onset 81234 \\
+      --save /ckpts/run-2 --skip 81234:81300 -- torchrun ... pretrain_gpt.py <all flags of the run>
+  pma recover --load /ckpts/run --history          # what --pma-recover did in training
+"""
+_COMPARE_EXAMPLES = """
+  pma compare /ckpts/run/iter_0090000 /backup/run/iter_0090000
+  torchrun --nproc-per-node 8 -m pma_megatron compare /ckpts/run-pma /ckpts/other-pma \\
+      --weights-only --rtol 1e-3 --out differences.json
+"""
+_COMPLETION_EXAMPLES = """
+  eval "$(pma completion bash)"                                  # in ~/.bashrc
+  eval "$(pma completion zsh)"                                   # in ~/.zshrc, after compinit
+  pma completion fish > ~/.config/fish/completions/pma.fish
+"""
+SHELLS = ("bash", "zsh", "fish")
 _OF_A_FOLDER = (
     (
         "list",
-        commands.list_,
+        "commands:list_",
         "list a run's checkpoints: tokens, complete or not",
         "root",
         "the folder that training saves to",
@@ -35,7 +59,7 @@ _OF_A_FOLDER = (
     ),
     (
         "inspect",
-        commands.inspect,
+        "commands:inspect",
         "say what is in one checkpoint",
         "path",
         "one iter_* folder, or the --save folder above it",
@@ -43,7 +67,7 @@ _OF_A_FOLDER = (
     ),
     (
         "verify",
-        commands.verify,
+        "commands:verify",
         "check every byte of what was published, and a merge against its sources",
         "path",
         "one merged iter_* folder, or the --save folder above it",
@@ -53,20 +77,55 @@ _OF_A_FOLDER = (
 """Verbs that take one folder: name, function, what it does, argument, what that is, examples."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checks:
+    """What `pma verify` takes."""
+
+    samples: int = setting(SAMPLES, "slices to recompute in float64", metavar="N")
+    deep: bool = setting(
+        False, "recompute every element in float64, with torchrun on several ranks"
+    )
+    files_only: bool = setting(False, "check the files alone; the sources may be gone")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Modes:
+    """What `pma recover` does instead of a merge."""
+
+    dry_run: bool = setting(False, "find and choose; write nothing")
+    history: bool = setting(False, "print the log of recoveries in training")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sameness:
+    """What `pma compare` compares, and what counts as the same."""
+
+    weights_only: bool = setting(False, "leave out main params and the states of the optimizer")
+    atol: float = setting(
+        0.0, "absolute difference up to which two values count as equal", metavar="X"
+    )
+    rtol: float = setting(
+        0.0, "the same as a multiple of the first value; both are added", metavar="X"
+    )
+    most: int = setting(20, "tensors to show, those that differ most first", metavar="N")
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of `pma`."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="pma",
         description="Average checkpoints of one pre-training run, shard by shard, into one that "
         "training resumes from.",
     )
     top.add_argument("--version", action="version", version=f"pma_megatron {__version__}")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for name, run, text in (
-        ("merge", commands.merge, "merge checkpoints into a new one; start it with torchrun"),
-        ("plan", commands.plan, "say what merge would do with the same flags; writes nothing"),
+    merging = "merge checkpoints into a new one; start it with torchrun"
+    planning = "say what merge would do with the same flags; writes nothing"
+    for name, text, request in (
+        ("merge", merging, asked.merge_of),
+        ("plan", planning, asked.plan_of),
     ):
-        verb = new_verb(verbs, name, run, text, _MERGE_EXAMPLES)
+        verb = new_verb(verbs, name, f"commands:{name}", text, _MERGE_EXAMPLES, request)
         add_selection(verb)
         group = verb.add_argument_group("how to average")
         add_flags(group, Method)
@@ -78,20 +137,66 @@ def parser() -> argparse.ArgumentParser:
         add_flags(group, MergeRequest, "save", "overwrite", "threads")
         add_flags(group, OnRanks)
         add_flags(group, MergeRequest, "check_sources", "merge_parallel_size")
+        add_flags(group, Written)
     _add_export(verbs)
-    for each in (recover, evaluate, forecast, geometry, compare):
-        each.add(verbs)
+    _add_recover(verbs)
+    add_evaluate(verbs)
+    add_forecast(verbs)
+    add_geometry(verbs)
+    _add_compare(verbs)
     for name, run, text, where, what, examples in _OF_A_FOLDER:
-        verb = new_verb(verbs, name, run, text, examples)
+        only_looks = name in ("list", "inspect")
+        verb = new_verb(verbs, name, run, text, examples, only_looks=only_looks)
         verb.add_argument(where, help=what)
-    add_flags(verb, commands.Checks)
+    add_flags(verb, Checks)
     add_flags(verb, OnRanks)
+    _add_completion(verbs)
     return top
 
 
-def _add_export(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def parsed(words: Sequence[str]) -> argparse.Namespace:
+    """What was typed, and `rest`: what follows a `--`.
+
+    Raises:
+        SystemExit: it is wrong (2), or help was asked for (0), and that was printed.
+    """
+    top = parser()
+    verbs = next(a.choices for a in top._actions if isinstance(a, argparse._SubParsersAction))
+    try:
+        words = expanded(words, verbs)
+    except UsageError as error:
+        verbs[words[0]].error(str(error))
+    end = words.index("--") if "--" in words else len(words)
+    known, unknown = top.parse_known_args(words[:end], argparse.Namespace(rest=words[end + 1 :]))
+    if known.rest and not hasattr(known, "passes_on"):
+        unknown = [*unknown, *words[end:]]
+    if unknown:
+        known.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return known
+
+
+def _add_compare(verbs: argparse._SubParsersAction[Parser]) -> None:
+    text = "say how two checkpoints of any layouts differ; exits with 3 if they do"
+    verb = new_verb(verbs, "compare", "compare:run", text, _COMPARE_EXAMPLES, asked.comparison_of)
+    verb.add_argument("first", help="a checkpoint's folder, or the root above it: the reference")
+    verb.add_argument("second", help="the one that is compared with it")
+    add_flags(verb, Sameness)
+    group = verb.add_argument_group("how to run")
+    add_flags(group, MergeRequest, "threads")
+    add_flags(group, OnRanks)
+    add_flags(group, Files, "out")
+
+
+def _add_completion(verbs: argparse._SubParsersAction[Parser]) -> None:
+    text = "print what a shell needs to complete commands, flags and paths"
+    run, examples = "completion:run", _COMPLETION_EXAMPLES
+    verb = new_verb(verbs, "completion", run, text, examples, only_looks=True, common=False)
+    verb.add_argument("shell", choices=SHELLS, help="which shell: " + ", ".join(SHELLS))
+
+
+def _add_export(verbs: argparse._SubParsersAction[Parser]) -> None:
     text = "write one checkpoint, merged or not, as a Hugging Face model"
-    verb = new_verb(verbs, "export", commands.export, text, _EXPORT_EXAMPLES)
+    verb = new_verb(verbs, "export", "commands:export", text, _EXPORT_EXAMPLES, asked.export_of)
     verb.add_argument("path", help="one iter_* folder or DeepSpeed tag, or the root above it")
     where = {"flag": "save", "help": "folder that becomes the model; it must not exist"}
     dtype = {"help": "of the weights, as config.json says without it"}
@@ -102,3 +207,32 @@ def _add_export(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     group = verb.add_argument_group("how to run")
     add_flags(group, MergeRequest, "overwrite", "threads", "check_sources")
     add_flags(group, OnRanks)
+
+
+def _add_recover(verbs: argparse._SubParsersAction[Parser]) -> None:
+    verb = new_verb(
+        verbs,
+        "recover",
+        "recover:run",
+        "merge healthy checkpoints from before a loss spike, and print the resume command; what "
+        "follows -- is the run's own launch command, printed again with the changes",
+        _RECOVER_EXAMPLES,
+        asked.recovery_of,
+    )
+    add_flags(verb, RecoveryRequest, "load")["load"].required = True
+    add_flags(verb, RecoveryRequest, "save")
+    add_flags(verb, Modes)
+    add_flags(verb, RecoveryRequest, "overwrite", "threads")
+    add_flags(verb, OnRanks)
+    add_flags(verb, Written)
+    group = verb.add_argument_group("where the run went wrong")
+    add_flags(group, RecoveryRequest, "metrics", "onset", "loss", "grad_norm")
+    add_flags(group, SpikeSettings)
+    group = verb.add_argument_group("what to merge")
+    add_flags(group, RecoveryRequest, "last", "interval_tokens", "interval_iterations")
+    add_flags(group, RecoveryRequest, "margin_iterations", "further_back", "exclude")
+    add_flags(group, Method, "method", "alpha")
+    add_flags(group, RecoveryRequest, "optimizer_state")
+    group = verb.add_argument_group("how to go on")
+    add_flags(group, RecoveryRequest, "skip", "lr_factor")
+    verb.set_defaults(passes_on=True)

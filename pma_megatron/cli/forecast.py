@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-from pma_megatron.base.settings import add_flags, made, setting
 from pma_megatron.cli import charts, tables
-from pma_megatron.cli.score_grid import add_scoring, refuse_unwritable, score, write_json
-from pma_megatron.cli.verbs import file_path, new_verb, show_result
+from pma_megatron.cli.asked import grid_of
+from pma_megatron.cli.score_grid import score, write_json
+from pma_megatron.cli.verbs import show_result
 from pma_megatron.errors import UsageError
 from pma_megatron.formats import registry
 from pma_megatron.megatron.score import scored_refs
@@ -20,54 +20,11 @@ from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.runs.selection_request import SelectionRequest
 from pma_megatron.runs.tokens import format_tokens
 from pma_megatron.scores.forecast import Agreement, Annealed, Forecast, forecast
-from pma_megatron.scores.grid import Grid
 from pma_megatron.scores.results import Scores, read_scores
-
-_EXAMPLES = """
-  torchrun --nproc-per-node 8 -m pma_megatron forecast --load /ckpts/run --ends every:4 \\
-      --methods sma --lasts 6 10 --intervals-tokens 8B --annealed /ckpts/decay-from-90000@90000 \\
-      --plot forecast.png --provider my_eval.py:build
-  pma forecast --scores scores.json --annealed-loss 90000:2.131
-"""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Compared:
-    """What a forecast is made of, and compared with."""
-
-    scores: Path | None = setting(
-        None, "of pma evaluate --out, instead of scoring", metavar="FILE", read=file_path
-    )
-    metric: str | None = setting(None, "which loss; without it, the first scored", metavar="NAME")
-    annealed: tuple[str, ...] = setting(
-        (),
-        "a real annealing run that left the run at iteration START (without it, where its own "
-        "schedule begins to decay); its newest checkpoint is scored, or DIR is an iter_* folder",
-        metavar="DIR[@START]",
-        repeated=True,
-    )
-    annealed_loss: tuple[str, ...] = setting(
-        (), "the same where only the loss is known", metavar="START:LOSS", repeated=True
-    )
-
-
-def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the verb."""
-    verb = new_verb(
-        verbs,
-        "forecast",
-        run,
-        "forecast the loss that annealing would reach, from merged checkpoints",
-        _EXAMPLES,
-    )
-    add_scoring(verb, ends={"shown": "all"})
-    verb.set_defaults(ends=["all"])
-    add_flags(verb.add_argument_group("what to compare"), Compared)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """`pma forecast`."""
-    refuse_unwritable(arguments)
     given = [_given(text) for text in arguments.annealed_loss]
     scores = None if arguments.scores is None else read_scores(arguments.scores)
     if scores is not None and arguments.load is None:
@@ -208,7 +165,7 @@ def _add_ends(
             )
     reached = {_newest(folder).consumed_tokens for folder in folders} - {None}
     ends = {i for i, tokens in complete.items() if i is not None and tokens in reached}
-    grid = made(Grid, vars(arguments))
+    grid = grid_of(arguments)
     asked = grid.end_iterations(scored_refs(arguments.load, grid, aloud=False))
     arguments.ends = [str(i) for i in sorted({*asked, *starts, *ends})]
 

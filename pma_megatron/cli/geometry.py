@@ -11,48 +11,19 @@ from typing import Any
 import numpy as np
 
 from pma_megatron.base.comm import Comm, process_group_from_environment
-from pma_megatron.base.settings import add_flags, made, setting
 from pma_megatron.base.spelling import listing
 from pma_megatron.cli import landscape, tables
 from pma_megatron.cli.progress import show
-from pma_megatron.cli.score_grid import Scorer, provided, refuse_unwritable, write_json
-from pma_megatron.cli.verbs import Files, OnRanks, add_selection, new_verb, root_of, show_result
+from pma_megatron.cli.score_grid import provided, write_json
+from pma_megatron.cli.verbs import show_result
 from pma_megatron.errors import UsageError
 from pma_megatron.geometry.gram import Measured, measure
 from pma_megatron.geometry.spread import TOTAL, Spread
-from pma_megatron.megatron.contour import MARGIN, SIZE, Contour, contour
+from pma_megatron.megatron.contour import Contour, contour
 from pma_megatron.megatron.curvature import Curvature, Differentiable, curvature
 from pma_megatron.megatron.score import Scored
-from pma_megatron.merging.coefficients import MEANS
-from pma_megatron.merging.policy import Policy
-from pma_megatron.merging.request import MergeRequest, Method
 
-_EXAMPLES = """
-  torchrun --nproc-per-node 8 -m pma_megatron geometry --load /ckpts/run --last 10
-  pma geometry --load /ckpts/run --iterations 8000 9000 10000 --contour --plot contour.png \\
-      --provider my_eval.py:build -- --batches 64
-"""
 _MOST_SHOWN = 12
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Loss:
-    """What is measured with a model."""
-
-    contour: bool = setting(
-        False,
-        "score a grid in the plane of the first two principal directions; with three "
-        "checkpoints, the plane through them",
-    )
-    grid: int = setting(SIZE, "R x R points", metavar="R")
-    margin: float = setting(
-        MARGIN, "how far the grid goes beyond the members, of their extent", metavar="F"
-    )
-    curvature: bool = setting(
-        False,
-        "Hessian along the deviations: eq. 15 and the predicted gain; one process, float32; "
-        "the provider returns a pma_megatron.megatron.curvature.Differentiable",
-    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,39 +59,9 @@ class Geometry:
         }
 
 
-def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the verb."""
-    verb = new_verb(
-        verbs,
-        "geometry",
-        run,
-        "measure distances and angles between checkpoints, and the loss around them",
-        _EXAMPLES,
-    )
-    add_selection(verb)
-    group = verb.add_argument_group("what is measured")
-    add_flags(group, Method, "method", "alpha", method={"choices": MEANS})
-    add_flags(group, Policy, "average")
-    add_flags(group, MergeRequest, "threads")
-    add_flags(group, OnRanks)
-    group = verb.add_argument_group("the loss; what follows -- is passed on to the provider")
-    add_flags(group, Loss)
-    add_flags(group, Scorer, "provider")
-    group = verb.add_argument_group("output")
-    add_flags(group, Files, plot={"help": "the members in the plane, on the contour"})
-    verb.set_defaults(passes_on=True)
-
-
 def run(arguments: argparse.Namespace) -> None:
     """`pma geometry`."""
-    refuse_unwritable(arguments)
-    wants_loss = arguments.contour or arguments.curvature
-    if wants_loss and arguments.provider is None:
-        raise UsageError(
-            "--contour and --curvature need what gives the loss: --provider MODULE:FUNCTION builds "
-            "your model and its batches"
-        )
-    request = made(MergeRequest, vars(arguments), load=root_of(arguments))
+    wants_loss, request = arguments.contour or arguments.curvature, arguments.request
     with process_group_from_environment(arguments.timeout_s), listing(request.list_setting):
         comm = Comm()
         measured = measure(request, comm, show(comm))

@@ -13,12 +13,16 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
+    SpinnerColumn,
     TextColumn,
+    TimeElapsedColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
 
 from pma_megatron.base.comm import Comm
+from pma_megatron.base.log import visible, written_above
+from pma_megatron.base.steps import Tell
 from pma_megatron.merging import engine
 from pma_megatron.merging.job import Show, silent
 
@@ -42,7 +46,7 @@ def _bar(stage: str, total_bytes: int) -> Iterator[engine.Progress]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as display:
+    with Progress(*columns, console=Console(stderr=True)) as display, written_above():
         task = display.add_task(stage, total=total_bytes)
         yield lambda nbytes: display.advance(task, nbytes)
 
@@ -70,3 +74,31 @@ def _lines(stage: str, total_bytes: int) -> Iterator[engine.Progress]:
             )
 
     yield advance
+
+
+@contextlib.contextmanager
+def stages(stage: str) -> Iterator[Tell]:
+    """A display of a stage that counts no bytes: what it is at, and for how long."""
+    start_s = last_s = time.monotonic()
+
+    def line(what: str) -> None:
+        nonlocal last_s
+        now_s = time.monotonic()
+        if now_s - last_s >= _LINE_EVERY_S:
+            last_s = now_s
+            _log.info("%s: %s, after %.0f s", stage, what, now_s - start_s)
+
+    if not sys.stderr.isatty():
+        yield line
+        return
+    columns = (
+        SpinnerColumn("line"),
+        TextColumn("{task.description}", markup=False),
+        TimeElapsedColumn(),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True) as display, written_above():
+        task = display.add_task(stage, total=None)
+        yield lambda what: display.update(
+            task, description=visible(f"{stage}: {what}"), refresh=True
+        )

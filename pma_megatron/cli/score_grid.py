@@ -11,78 +11,23 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pma_megatron.base.comm import Comm, process_group_from_environment
 from pma_megatron.base.openfiles import is_folder
-from pma_megatron.base.settings import MEGATRON, add_flags, declared, made, setting
+from pma_megatron.base.settings import MEGATRON, declared
 from pma_megatron.base.spelling import as_flag
-from pma_megatron.cli.verbs import Files, OnRanks
+from pma_megatron.cli.asked import grid_of, refuse_no_scorer
 from pma_megatron.errors import UsageError
 from pma_megatron.formats import registry
 from pma_megatron.launch import main as run_script
 from pma_megatron.megatron.score import Scored, score_merges
-from pma_megatron.merging.request import MergeRequest
 from pma_megatron.runs.folders import is_checkpoint
 from pma_megatron.scores.grid import Grid
 from pma_megatron.scores.results import Scores
 
 Provider = Callable[[str, list[str]], Scored]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Scorer:
-    """What scores them."""
-
-    provider: str | None = setting(
-        None,
-        "or FILE.py:FUNCTION; called with --load and the list of arguments after --, returns a "
-        "pma_megatron.megatron.score.Scored",
-        metavar="MODULE:FUNCTION",
-    )
-    megatron: str | None = setting(
-        None,
-        "pretrain_gpt.py of a Megatron-LM tree, or your own: Megatron builds model and data from "
-        "the checkpoint's arguments and the flags after --, and evaluates as it does in training "
-        "(--eval-iters batches)",
-        metavar="SCRIPT",
-    )
-
-
-def add_scoring(verb: argparse.ArgumentParser, **changes: dict[str, str]) -> None:
-    """Add the flags that say which averages are scored, and with what model.
-
-    Args:
-        verb: where to.
-        changes: setting of the grid -> what its `Setting` says otherwise here.
-    """
-    group = verb.add_argument_group("which averages")
-    add_flags(group, MergeRequest, "load")
-    add_flags(group, Grid, **changes)
-    group = verb.add_argument_group("which model; what follows -- is passed on to it")
-    add_flags(group, Scorer)
-    add_flags(group, MergeRequest, "threads")
-    add_flags(group, OnRanks)
-    add_flags(verb.add_argument_group("output"), Files)
-    verb.set_defaults(passes_on=True)
-
-
-def refuse_unwritable(arguments: argparse.Namespace) -> None:
-    """Refuse outputs that could not be written at the end.
-
-    Raises:
-        UsageError: no such folder, or no matplotlib.
-    """
-    plot = getattr(arguments, "plot", None)  # not every verb draws
-    for flag, path in (("--out", arguments.out), ("--plot", plot)):
-        if path is not None and not is_folder(path.absolute().parent):
-            raise UsageError(f"{flag} {path}: the folder {path.parent} does not exist: make it")
-    if plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise UsageError(
-            "--plot needs matplotlib, which is not installed: pip install 'pma-megatron[plots]'"
-        )
 
 
 def score(arguments: argparse.Namespace, others: Sequence[str] = ()) -> Scores | None:
@@ -95,12 +40,8 @@ def score(arguments: argparse.Namespace, others: Sequence[str] = ()) -> Scores |
     if arguments.load is None:
         raise UsageError("say where the checkpoints are: --load DIR")
     _refuse_other_trainers(Path(arguments.load))
-    grid = made(Grid, vars(arguments))
-    if (arguments.provider is None) == (arguments.megatron is None):
-        raise UsageError(
-            "say what scores them: either --megatron SCRIPT, or --provider MODULE:FUNCTION, which "
-            "builds your model and its batches"
-        )
+    grid = grid_of(arguments)
+    refuse_no_scorer(arguments)
     if arguments.megatron is not None:
         return _through_megatron(arguments, others)
     with process_group_from_environment(arguments.timeout_s):

@@ -1,20 +1,25 @@
-"""What the verbs of the command line share."""
+"""What the verbs of the command line share: their flags in common, and how each is made.
+
+Nothing here, and nothing that this imports, loads torch: help and completion answer at once.
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import itertools
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from pma_megatron.base.comm import TIMEOUT_S
 from pma_megatron.base.durations import parse_duration
+from pma_megatron.base.presence import TIMEOUT_S
 from pma_megatron.base.settings import add_flags, setting
-from pma_megatron.base.spelling import FrontEnd
+from pma_megatron.base.spelling import FrontEnd, nearest, one_of
 from pma_megatron.errors import UsageError
 from pma_megatron.merging.request import MergeRequest
 from pma_megatron.runs.selection_request import SelectionRequest
@@ -62,24 +67,87 @@ class Files:
     plot: Path | None = setting(None, "loss against tokens", metavar="FILE.png", read=file_path)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Written:
+    """A request that lies in a file."""
+
+    from_file: Path | None = setting(
+        None,
+        "take settings from a YAML or JSON file, or those of an earlier merge from its pma.json; "
+        "what is typed takes the place of what the file says",
+        metavar="FILE",
+        read=file_path,
+        flag="from",
+    )
+    dump_request: bool = setting(
+        False, "print what is asked for as such a file, and do nothing else"
+    )
+
+
+NOT_THE_SAME = 3
+"""Exit code of a comparison: apart from those of errors, so that a script can tell them."""
 _NEGATIVE = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors say what an unknown word was probably meant to be."""
+
+    _words: Sequence[str] = ()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As everybody's; every way in comes through here."""
+        self._words = tuple(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Print the usage and what is wrong, and end with exit code 2."""
+        near = [f"{word}: did you mean {meant}?" for word, meant in self._mistyped()]
+        super().error("; ".join([message, *near]))
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = tuple(map(str, action.choices))
+            raise argparse.ArgumentError(
+                action, f"invalid choice: {value!r}; {one_of(value, known)}"
+            )
+
+    def _mistyped(self) -> Iterator[tuple[str, str]]:
+        """Words that look like flags and are none, with a flag that is like them."""
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        of_verb = self._subparsers is not None  # what follows a verb are its own flags
+        own = itertools.takewhile(lambda word: not of_verb or word.startswith("-"), self._words)
+        for word in own:
+            name = word.partition("=")[0]
+            is_flag = name.startswith("-") and not _NEGATIVE.match(name)
+            if is_flag and not any(flag.startswith(name) for flag in flags):
+                meant = nearest(name, flags)
+                if meant is not None:
+                    yield name, meant
+
+
 def new_verb(
-    verbs: argparse._SubParsersAction[argparse.ArgumentParser],
+    verbs: argparse._SubParsersAction[Parser],
     name: str,
-    run: object,
+    run: str,
     text: str,
     examples: str,
+    request: Callable[[argparse.Namespace], Any] = lambda arguments: None,
+    *,
+    only_looks: bool = False,
+    common: bool = True,
 ) -> argparse.ArgumentParser:
-    """Add a verb that calls `run(arguments)`; it gets --json and --verbose.
+    """Add a verb.
 
     Args:
         verbs: where to.
         name: what is typed.
-        run: what it calls.
+        run: `module:function` of this folder that it calls with its arguments, imported then.
         text: what it does.
         examples: commands, indented, each on a line of its own after the first newline.
+        request: makes a request of what was typed, or refuses it, before that: it becomes
+            `arguments.request`.
+        only_looks: whether it can be ended where it stands: one process that writes nothing.
+        common: whether it gets --json and --verbose.
     """
     verb = verbs.add_parser(
         name,
@@ -89,9 +157,22 @@ def new_verb(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verb._negative_number_matcher = _NEGATIVE  # argparse's own takes -1e-1 for a flag
-    add_flags(verb, Common)
-    verb.set_defaults(run=run, parser=verb)
+    if common:
+        add_flags(verb, Common)
+    verb.set_defaults(
+        verbose=False, run=run, request_of=request, parser=verb, only_looks=only_looks
+    )
     return verb
+
+
+def work_of(arguments: argparse.Namespace) -> Callable[[argparse.Namespace], int | None]:
+    """The function that does what a verb is for, which takes seconds to import; it may return an
+    exit code."""
+    module, _, function = arguments.run.partition(":")
+    found: Callable[[argparse.Namespace], int | None] = getattr(
+        importlib.import_module(f"{__package__}.{module}"), function
+    )
+    return found
 
 
 def front_end(verb: argparse.ArgumentParser, typed: Sequence[str]) -> FrontEnd:
@@ -110,17 +191,6 @@ def add_selection(verb: argparse.ArgumentParser) -> None:
     group = verb.add_argument_group("which checkpoints")
     add_flags(group, MergeRequest, "load")
     add_flags(group, SelectionRequest)
-
-
-def root_of(arguments: argparse.Namespace) -> str:
-    """The folder that `--load` names, or that the first of `--paths` lies in.
-
-    Raises:
-        UsageError: neither is given.
-    """
-    if arguments.load is None and not arguments.paths:
-        raise UsageError("say where the checkpoints are: --load DIR, or --paths DIR DIR ...")
-    return str(arguments.load or Path(arguments.paths[0]).parent)
 
 
 def show_result(arguments: argparse.Namespace, value: Any, table: Callable[[], None]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -10,7 +9,7 @@ from typing import Any
 
 from pma_megatron.base.remote_paths import refuse_remote
 from pma_megatron.base.settings import DEEPSPEED, Declared, declared, made
-from pma_megatron.base.spelling import FrontEnd, keywords
+from pma_megatron.base.spelling import FrontEnd, keywords, nearest
 from pma_megatron.live.load import Live, live_request
 from pma_megatron.merging.request import MergeRequest, Method
 from pma_megatron.runs.selection_request import SelectionRequest
@@ -39,10 +38,10 @@ class Options:
         """Values are looked at in `request`."""
         for name in given:
             if name not in KEYWORDS:
-                near = difflib.get_close_matches(name, KEYWORDS, n=1)
+                near = nearest(name, KEYWORDS)
                 raise TypeError(
                     f"load_merged() and pma_init() have no keyword argument {name!r}: "
-                    + (f"did you mean {near[0]}?" if near else f"they have {', '.join(KEYWORDS)}")
+                    + (f"did you mean {near}?" if near else f"they have {', '.join(KEYWORDS)}")
                 )
         self._given = given
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from pma_megatron.base import steps
 from pma_megatron.base.openfiles import unread
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.contract import Format
@@ -42,6 +43,17 @@ def _reads(verb: Verb) -> Verb:
     return cast(Verb, reads)
 
 
+def _opens(read: Verb) -> Verb:
+    """`read` of a folder, which says that this is done."""
+
+    @functools.wraps(read)
+    def opens(path: Any, *args: Any, **kwargs: Any) -> Any:
+        steps.opening(Path(path).name)
+        return read(path, *args, **kwargs)
+
+    return cast(Verb, opens)
+
+
 def _guarded(known: Format) -> Format:
     """`known`, whose members raise CheckpointError where a file cannot be read."""
     return replace(
@@ -49,7 +61,7 @@ def _guarded(known: Format) -> Format:
         completeness=_reads(known.completeness),
         common=_reads(known.common),
         schedule=_reads(known.schedule),
-        read_source=_reads(known.read_source),
+        read_source=_reads(_opens(known.read_source)),
         lay_out=_reads(known.lay_out),
     )
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from pma_megatron.base import steps
 from pma_megatron.base.boxes import Box
 from pma_megatron.base.comm import Comm
 from pma_megatron.base.spelling import hint
@@ -122,8 +123,9 @@ def measure(request: MergeRequest, comm: Comm | None = None, show: Show = silent
         RankError: another rank failed.
     """
     comm = comm or Comm()
-    found = gather_sources(request, comm)
-    plan = comm.agree("plan", lambda: _plan(request, found))
+    with steps.stage("plan"):
+        found = gather_sources(request, comm)
+        plan = comm.agree("plan", lambda: _plan(request, found))
     mine = share(plan.units, comm.rank, comm.size)
 
     def run() -> np.ndarray:

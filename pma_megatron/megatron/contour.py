@@ -14,6 +14,7 @@ import numpy as np
 
 from pma_megatron.base.comm import Comm
 from pma_megatron.errors import UsageError
+from pma_megatron.geometry.defaults import MARGIN, SIZE
 from pma_megatron.geometry.gram import Measured
 from pma_megatron.geometry.spread import Plane, plain, principal_plane
 from pma_megatron.live.load import DEFAULTS
@@ -21,9 +22,6 @@ from pma_megatron.megatron.params import live_tensors
 from pma_megatron.megatron.score import Scored, average_into, losses_of
 from pma_megatron.megatron.swap import weights_restored
 from pma_megatron.merging.job import Show, silent
-
-SIZE, MARGIN = 11, 0.5
-"""Points per axis of the grid, and how far it goes beyond the members, of their extent."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,7 +21,7 @@ from pma_megatron.runs.tokens import consumed_tokens_of, parse_tokens
 from pma_megatron.scores.grid import Grid
 from pma_megatron.spikes.detector import SpikeSettings
 from pma_megatron.spikes.healthy import LAST, HealthyRequest
-from pma_megatron.spikes.recovery import RecoveryRequest
+from pma_megatron.spikes.request import RecoveryRequest
 
 EXIT_CODE = 85
 """Of a job whose attempts to recover are spent; nothing in Megatron uses it."""

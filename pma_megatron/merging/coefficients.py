@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 
-from pma_megatron.base.spelling import has, named, switch
+from pma_megatron.base.spelling import has, named, one_of, switch
 from pma_megatron.errors import UsageError
 
 DEFAULT_ALPHA = 0.2  # the better of the two values that arXiv 2505.12082 tried
@@ -153,7 +153,7 @@ def coefficients(
     [0.333, 0.276, 0.18, 0.145, 0.065]
     """
     if method not in METHODS:
-        raise UsageError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
+        raise UsageError(f"unknown method {method!r}: {one_of(method, METHODS)}")
     tokens = None if tokens is None else tuple(tokens)
     _refuse_foreign(method, alpha=alpha, floor=floor, values=values, allow_any=allow_any)
     number = _number_of_checkpoints(tokens, count, values)

@@ -9,12 +9,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 
-from pma_megatron.base import memory
+from pma_megatron.base import memory, steps
 from pma_megatron.base.comm import Comm
 from pma_megatron.base.faults import point
-from pma_megatron.base.spelling import has, named
 from pma_megatron.base.stopping import Stopped, having_published
-from pma_megatron.errors import PmaError, UsageError
+from pma_megatron.errors import PmaError
 from pma_megatron.formats.manifest import FileSum
 from pma_megatron.formats.output import Folder
 from pma_megatron.merging import (
@@ -70,11 +69,7 @@ def merge(request: MergeRequest, comm: Comm | None = None, show: Show = silent) 
     Nothing was published, or what the error's `published` names (outputs of a sweep that came
     before the failure): the same call makes the rest.
     """
-    if request.save is None and request.export is None:
-        instead = f", or {named('export')}" if has("export") else ""
-        raise UsageError(
-            f"merge needs {named('save')}, the folder for the merged checkpoint{instead}"
-        )
+    request.refuse_no_output()
     sums.KERNEL.refuse()
     comm = comm or Comm(request.merge_parallel_size)
     baseline = memory.resident_bytes()
@@ -168,8 +163,9 @@ def plan(request: MergeRequest, comm: Comm | None = None) -> MergePlan:
 
 
 def _planned(request: MergeRequest, comm: Comm) -> MergePlan:
-    comm.agree("export", lambda: refuse_nested(request))
-    return provenance.with_origins(make_plan(request, comm), comm)
+    with steps.stage("plan"):
+        comm.agree("export", lambda: refuse_nested(request))
+        return provenance.with_origins(make_plan(request, comm), comm)
 
 
 class _Clock:

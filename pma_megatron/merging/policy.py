@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from pma_megatron.base.settings import described, refuse_unknown_words, setting
-from pma_megatron.base.spelling import given, mistyped, override
+from pma_megatron.base.spelling import given, mistyped, one_of, override
 from pma_megatron.errors import UsageError
 
 RESUMED_STATES = ("latest", "average", "reset")
@@ -133,7 +133,7 @@ class Policy:
         for _, action in self.overrides:
             if action not in ACTIONS:
                 raise UsageError(
-                    f"{mistyped('policy', action)} is unknown; choose one of {', '.join(ACTIONS)}"
+                    f"{mistyped('policy', action)} is unknown; {one_of(action, ACTIONS)}"
                 )
 
     @property

@@ -24,7 +24,7 @@ from pma_megatron.merging.folder_checksums import Intact, Record, check_files
 from pma_megatron.merging.planning import MergePlan, make_plan
 from pma_megatron.merging.provenance import checked_provenance, request_again
 from pma_megatron.merging.recompute import recompute
-from pma_megatron.merging.request import MergeRequest
+from pma_megatron.merging.request import SAMPLES, MergeRequest
 from pma_megatron.merging.verification import Verification, verify_output
 from pma_megatron.runs.discover import pointed
 
@@ -34,8 +34,6 @@ _NO_SOURCES = {
     "from",
 }
 _SHOWN = 4
-SAMPLES = 256
-"""Slices that a check recomputes, unless it is told otherwise."""
 KEYWORDS = FrontEnd(keywords(["path", "samples", "deep", "files_only", "full"]))
 """Settings as Python calls of `verify` spell them."""
 

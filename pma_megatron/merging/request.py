@@ -7,14 +7,12 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Concatenate, ParamSpec, TypeVar
-
-import torch
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 from pma_megatron.base.remote_paths import refuse_remote
 from pma_megatron.base.settings import PMA, described, needed, refuse_unknown_words, setting
 from pma_megatron.base.sizes import parse_size
-from pma_megatron.base.spelling import given, listing, mistyped, named
+from pma_megatron.base.spelling import given, has, listing, mistyped, named
 from pma_megatron.errors import UsageError
 from pma_megatron.merging.coefficients import DECAYS, METHODS, Coefficients, coefficients
 from pma_megatron.merging.policy import Policy
@@ -22,9 +20,15 @@ from pma_megatron.runs.gaps import PassedOver
 from pma_megatron.runs.selection import Selection
 from pma_megatron.runs.selection_request import SelectionRequest
 
+if TYPE_CHECKING:
+    import torch
+
 P = ParamSpec("P")
 R = TypeVar("R")
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SAMPLES = 256
+"""Slices of an output that `verify` recomputes, unless the user says otherwise."""
+
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _SWEEP = re.compile(r"^(?P<methods>[^:]+):(?P<lasts>\d+(?:,\d+)*)$")
 
 
@@ -202,6 +206,18 @@ class MergeRequest:
                 f"{given('last', self.selection.last)}"
             )
 
+    def refuse_no_output(self) -> None:
+        """Refuse what a plan can do without: a place for what is merged.
+
+        Raises:
+            UsageError: there is none.
+        """
+        if self.save is None and self.export is None:
+            instead = f", or {named('export')}" if has("export") else ""
+            raise UsageError(
+                f"merge needs {named('save')}, the folder for the merged checkpoint{instead}"
+            )
+
     def _refuse_half_an_export(self) -> None:
         if self.max_shard_bytes < 1:
             raise UsageError(
@@ -247,7 +263,9 @@ class MergeRequest:
     @property
     def torch_dtype(self) -> torch.dtype | None:
         """`dtype` as torch names it."""
-        return None if self.dtype is None else _DTYPES[self.dtype]
+        import torch  # not above: the flags of the command line are made of this module
+
+        return None if self.dtype is None else getattr(torch, _DTYPES[self.dtype])
 
     def widest(self) -> SelectionRequest:
         """The selection that feeds every output of the job."""

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from pma_megatron.base import steps
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats import registry
 from pma_megatron.formats.base import Incomplete, Schedule
@@ -42,6 +43,7 @@ def describe(folder: Path, history: recovery_log.History | None = None) -> Check
         folder: `iter_*`, `release`, or a tag of DeepSpeed, or what lies under such a name.
         history: the run's spike recoveries.
     """
+    steps.at(f"look at {folder.name}")
     try:
         none = _why_none(folder)
         if none is None:

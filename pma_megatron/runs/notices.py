@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pma_megatron.base import steps
 from pma_megatron.base.spelling import told
 from pma_megatron.formats.base import Schedule
 from pma_megatron.runs.describe import common_args, describe, schedule_of
@@ -40,6 +43,8 @@ _log = logging.getLogger(__name__)
 
 def announce(selection: Selection) -> None:
     """Say on the log what is passed over or assumed, a warning each; one rank calls it."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    steps.to_open(math.ceil(len(selection.refs) / ranks))  # ranks share them
     for line in (*lines(selection.passed_over, selection.refs[-1]), *selection.notes):
         _log.warning(line)
 

@@ -10,7 +10,7 @@ from fractions import Fraction
 from itertools import pairwise
 from typing import Any, Literal, Protocol, TypeVar
 
-from pma_megatron.base.spelling import among, given, in_python, named
+from pma_megatron.base.spelling import among, given, in_python, named, one_of
 from pma_megatron.errors import SelectionError, UsageError
 from pma_megatron.formats.schema import is_count
 
@@ -238,7 +238,7 @@ def recommend(
     (10, '15B')
     """
     if kind not in _GUIDE:
-        raise UsageError(f"unknown model kind {kind!r}: choose one of {', '.join(_GUIDE)}")
+        raise UsageError(f"unknown model kind {kind!r}: {one_of(kind, tuple(_GUIDE))}")
     if parameters_total < 1 or (parameters_active is not None and parameters_active < 1):
         raise UsageError("numbers of parameters must be positive")
     if parameters_active is not None and parameters_active > parameters_total:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pma_megatron.base.spelling import hint, mistyped
+from pma_megatron.base.spelling import hint, mistyped, one_of
 from pma_megatron.errors import UsageError
 from pma_megatron.scores.cautions import cautions
 from pma_megatron.scores.grid import Averaging
@@ -162,8 +162,8 @@ def forecast(scores: Scores, annealed: Sequence[Annealed], metric: str) -> Forec
         UsageError: no such metric, or no score at the iteration that an annealing run starts from.
     """
     if metric not in scores.metrics:
-        known = ", ".join(scores.metrics)
-        raise UsageError(f"{mistyped('metric', metric)} was not scored; choose from {known}")
+        instead = one_of(metric, scores.metrics)
+        raise UsageError(f"{mistyped('metric', metric)} was not scored; {instead}")
     trained = scores.unmerged(metric)
     for run in annealed:
         if run.start_iteration not in trained:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from pma_megatron.base.settings import described, same, setting
-from pma_megatron.base.spelling import given, mistyped, named, renamed
+from pma_megatron.base.spelling import given, mistyped, named, one_of, renamed
 from pma_megatron.errors import SelectionError, UsageError
 from pma_megatron.merging.coefficients import DECAYS, MEANS, METHODS
 from pma_megatron.merging.request import Method
@@ -114,9 +114,7 @@ def parse_method(text: str) -> Method:
     """
     name, colon, number = text.partition(":")
     if name not in METHODS:
-        raise UsageError(
-            f"{mistyped('methods', text)} is unknown: choose from {', '.join(METHODS)}"
-        )
+        raise UsageError(f"{mistyped('methods', text)} is unknown; {one_of(name, METHODS)}")
     if not colon:
         return Method(name=name)
     if name in MEANS and name not in ("ema", *DECAYS):

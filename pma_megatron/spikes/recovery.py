@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from pma_megatron.base.comm import Comm
-from pma_megatron.base.remote_paths import refuse_remote
-from pma_megatron.base.settings import declared, described, made, needed, same, setting, values
-from pma_megatron.base.spelling import FrontEnd, fields, given, hint, mistyped, named, speaking
-from pma_megatron.errors import MetricsError, SelectionError, UsageError
+from pma_megatron.base.settings import made, values
+from pma_megatron.base.spelling import hint, named, speaking
+from pma_megatron.errors import MetricsError, SelectionError
 from pma_megatron.formats import registry
 from pma_megatron.formats.trainers.saves import output_name, save_of
 from pma_megatron.merging.job import Show, merge, plan, silent
-from pma_megatron.merging.policy import RESUMED_STATES, Policy
+from pma_megatron.merging.policy import Policy
 from pma_megatron.merging.report import MergeReport
-from pma_megatron.merging.request import MergeRequest, Method
+from pma_megatron.merging.request import MergeRequest
 from pma_megatron.runs.discover import list_checkpoints
 from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.runs.selection_request import SelectionRequest
@@ -27,101 +26,7 @@ from pma_megatron.spikes.detector import Kind, SpikeSettings, Verdict, detect
 from pma_megatron.spikes.healthy import Healthy, HealthyRequest, Span, choose_healthy
 from pma_megatron.spikes.metrics import Metrics, read_metrics
 from pma_megatron.spikes.relaunch import Resume, resume, resume_script
-
-MOST_SKIPPED = 500  # PaLM (arXiv 2204.02311, section 5.1) skipped 200 to 500 batches
-
-
-@described
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RecoveryRequest:
-    """A recovery from a loss spike.
-
-    Raises:
-        UsageError: neither metrics nor onset, or both.
-
-    >>> request = RecoveryRequest(load="/ckpts/run", save="/ckpts/run-2", metrics="/logs/run.log")
-    >>> request.optimizer_state, request.skip_data
-    ('latest', True)
-    """
-
-    load: str = field(metadata=needed("the run's folder; only read", metavar="DIR"))
-    save: str = field(
-        metadata=needed("a new folder, for the merge and the run as it goes on", metavar="DIR")
-    )
-    metrics: tuple[str, ...] | None = setting(
-        None,
-        "the run's log, TensorBoard file or folder, CSV, JSONL or trainer_state.json; several are "
-        "parts of one run, in the order in which they were written",
-        metavar="PATH",
-    )
-    onset: int | None = setting(
-        None, "or the first iteration that was off, where it is known", metavar="I"
-    )
-    loss: str | None = setting(
-        None,
-        "column, key or tag of the loss in the metrics, if unusual; or one of several runs in them",
-        metavar="NAME",
-    )
-    grad_norm: str | None = setting(None, "the same of the gradient norm", metavar="NAME")
-    spike: SpikeSettings = field(default_factory=SpikeSettings)
-    last: int | None = same(HealthyRequest, "last")
-    interval_tokens: int | None = same(HealthyRequest, "interval_tokens")
-    interval_iterations: int | None = same(HealthyRequest, "interval_iterations")
-    margin_iterations: int = same(HealthyRequest, "margin_iterations")
-    further_back: int = same(HealthyRequest, "further_back")
-    exclude: tuple[int, ...] = same(HealthyRequest, "exclude")
-    method: Method = field(default_factory=Method)
-    optimizer_state: str = same(
-        Policy,
-        "optimizer_state",
-        help="moments and step, the latest being those of the newest healthy checkpoint",
-        choices=RESUMED_STATES,
-    )
-    skip: Span | None = setting(
-        None,
-        "iterations whose data is not trained on again, or `none`; without it, those from the "
-        f"onset to where the spike was known, at most {MOST_SKIPPED}",
-        metavar="A:B",
-    )
-    skip_data: bool = setting(True, "False to train on all data again", of=())
-    lr_factor: float | None = setting(
-        None,
-        "of all learning rates, in the result and in the printed command, in (0, 1]",
-        metavar="F",
-    )
-    command: tuple[str, ...] = setting(
-        (), "the run's launch command, to be printed with the changes made", of=()
-    )
-    threads: int = same(MergeRequest, "threads")
-    overwrite: bool = setting(False, "replace an earlier recovery in the same folder")
-
-    def __post_init__(self) -> None:
-        if isinstance(self.metrics, str | Path):
-            object.__setattr__(self, "metrics", (str(self.metrics),))
-        for name in ("load", "save"):
-            refuse_remote(name, getattr(self, name))
-        refuse_remote("metrics", *(self.metrics or ()))
-        if (self.metrics is None) == (self.onset is None):
-            raise UsageError(
-                f"say where the run went wrong: {given('metrics', 'FILE')} (its log, TensorBoard "
-                f"folder, CSV or JSONL), or {named('onset')}, its first iteration "
-                "that was off, one of the two"
-            )
-        if self.lr_factor is not None and not 0 < self.lr_factor <= 1:
-            raise UsageError(f"{given('lr_factor', self.lr_factor)} must lie in (0, 1]")
-        if self.optimizer_state not in RESUMED_STATES:
-            raise UsageError(
-                f"{mistyped('optimizer_state', self.optimizer_state)} cannot resume: choose one of "
-                f"{', '.join(RESUMED_STATES)}"
-            )
-
-
-KEYWORDS = FrontEnd(
-    fields(
-        each.name for kind in (RecoveryRequest, SpikeSettings, Method) for each in declared(kind)
-    )
-)
-"""Settings as Python calls with a `RecoveryRequest` spell them."""
+from pma_megatron.spikes.request import KEYWORDS, MOST_SKIPPED, RecoveryRequest
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,9 +13,9 @@ import pytest
 
 from pma_megatron import cli
 from pma_megatron.base.settings import PMA, declared, made, nested
-from pma_megatron.cli import commands, forecast, geometry, recover, score_grid
-from pma_megatron.cli.flags import parser
-from pma_megatron.cli.verbs import Common, Files, OnRanks
+from pma_megatron.cli.flags import Checks, Modes, Sameness, parser
+from pma_megatron.cli.score_flags import Compared, Loss, Scorer
+from pma_megatron.cli.verbs import Common, Files, OnRanks, Written
 from pma_megatron.deepspeed.options import KEYWORDS, Options
 from pma_megatron.errors import UsageError
 from pma_megatron.live.load import Live
@@ -25,7 +25,7 @@ from pma_megatron.merging.request import MergeRequest, Method
 from pma_megatron.runs.selection_request import SelectionRequest
 from pma_megatron.scores.grid import Grid
 from pma_megatron.spikes.healthy import HealthyRequest, Span
-from pma_megatron.spikes.recovery import RecoveryRequest
+from pma_megatron.spikes.request import RecoveryRequest
 from pma_megatron.spikes.settings import SpikeSettings
 
 REQUESTS: tuple[type, ...] = (
@@ -41,12 +41,14 @@ REQUESTS: tuple[type, ...] = (
 OTHERS: tuple[type, ...] = (
     Common,
     OnRanks,
+    Written,
     Files,
-    commands.Checks,
-    forecast.Compared,
-    geometry.Loss,
-    recover.Modes,
-    score_grid.Scorer,
+    Checks,
+    Compared,
+    Loss,
+    Modes,
+    Sameness,
+    Scorer,
     Live,
     RecoverySettings,
     Settings,
@@ -82,8 +84,9 @@ def test_no_flag_of_pma_is_declared_nowhere(verb: str) -> None:
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_default_that_is_printed_is_the_one_that_is_used(verb: str) -> None:
     """Typed, it changes nothing: neither what was parsed nor the request that is made of it."""
-    alone = verb in ("list", "inspect", "verify", "export")
-    words = ["/run"] if alone else ["--load", "/run"]
+    alone = verb in ("list", "inspect", "verify", "export", "completion", "compare")
+    given = {"completion": ["zsh"], "compare": ["/run", "/other"]}
+    words = given.get(verb, ["/run"] if alone else ["--load", "/run"])
     kinds = {"recover": RecoveryRequest, "evaluate": Grid, "forecast": Grid}
     onset = {"save": "/new", "onset": 3, "skip": None} if verb == "recover" else {}
 
@@ -121,7 +124,7 @@ def test_flags_are_made_of_settings_alone() -> None:
         for path in Path(cli.__file__).parent.glob("*.py")
     }
     assert {name: calls for name, calls in found.items() if calls} == {
-        "flags.py": ['"--version"', "where", '"path"']
+        "flags.py": ['"--version"', "where", '"first"', '"second"', '"shell"', '"path"']
     }
 
 

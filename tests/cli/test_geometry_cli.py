@@ -14,6 +14,7 @@ from test_cli import spawn
 
 from conftest import MOE, train
 from pma_megatron.cli import geometry
+from pma_megatron.cli.flags import parsed
 from pma_megatron.errors import UsageError
 from pma_megatron.testing import run_ranks
 
@@ -21,9 +22,7 @@ PROVIDER = "pma_megatron.testing.provider:tiny"
 
 
 def parse(*given: Any) -> argparse.Namespace:
-    top = argparse.ArgumentParser()
-    geometry.add(top.add_subparsers())
-    return top.parse_args(["geometry", *map(str, given)], argparse.Namespace(rest=[]))
+    return parsed(["geometry", *map(str, given)])
 
 
 def command(*given: Any) -> subprocess.CompletedProcess[str]:
@@ -107,7 +106,8 @@ def test_refused(dense_run: Path, tmp_path: Path) -> None:
     ):
         arguments = parse(*given)
         with pytest.raises(UsageError, match=word):
-            arguments.run(arguments)
+            arguments.request = arguments.request_of(arguments)
+            geometry.run(arguments)
 
 
 def bare(load: str, provider_args: list[str]) -> Any:

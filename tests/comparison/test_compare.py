@@ -18,7 +18,7 @@ import torch.distributed.checkpoint as dcp
 from conftest import DENSE, folder_of, request_for, train
 from pma_megatron import compare, merge
 from pma_megatron.cli import main
-from pma_megatron.cli.compare import NOT_THE_SAME
+from pma_megatron.cli.verbs import NOT_THE_SAME
 from pma_megatron.comparison.differences import Comparison, TensorComparison
 from pma_megatron.errors import CheckpointError, PlanError, UsageError
 from pma_megatron.formats import registry
@@ -190,7 +190,12 @@ def told(capsys: pytest.CaptureFixture[str], *words: Any) -> tuple[int, str, str
     return code, *capsys.readouterr()
 
 
-def test_the_command(dense_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(
+    dense_run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     one, other = folder_of(dense_run, 4), folder_of(dense_run, 8)
     copy = Path(shutil.copytree(one, tmp_path / one.name))
     code, out, _ = told(capsys, one, copy)
@@ -202,6 +207,9 @@ def test_the_command(dense_run: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     code, out, _ = told(capsys, one, other, "--most", 2)
     assert code == NOT_THE_SAME and "the 2 that differ most of" in out
     assert told(capsys, one, other, "--atol", 1e9)[0] == 0
+    said = tmp_path / "elastic.json"  # what torchrun prints of a rank that ends with another code
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(said))
+    assert told(capsys, one, other)[0] == NOT_THE_SAME and "not the same" in said.read_text()
 
 
 def refusals(run: Path, tmp_path: Path) -> Iterable[tuple[type[Exception], str, tuple[Any, ...]]]:

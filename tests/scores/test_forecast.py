@@ -145,7 +145,7 @@ def test_refused() -> None:
         UsageError, match=r"starts at iteration 35, where nothing .*score averages .*ends="
     ):
         forecast(scores(), [Annealed(start_iteration=35, loss=2.0)], "lm")
-    with pytest.raises(UsageError, match="choose from lm, other"):
+    with pytest.raises(UsageError, match="choose one of lm, other"):
         forecast(scores(), [], "loss")
 
 

@@ -17,8 +17,8 @@ from pma_megatron.runs import recovery_log
 from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.runs.selection import select
 from pma_megatron.spikes.healthy import HealthyRequest, Span, choose_healthy
-from pma_megatron.spikes.recovery import RecoveryRequest
 from pma_megatron.spikes.relaunch import resume
+from pma_megatron.spikes.request import RecoveryRequest
 
 
 def ref(iteration: int | None, **changes: Any) -> CheckpointRef:

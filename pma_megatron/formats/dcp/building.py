@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from pma_megatron.formats.base import Item, Payload, Tensor
 from pma_megatron.formats.items import ItemFiles
@@ -19,6 +18,9 @@ from pma_megatron.formats.output import Changes, Destination, OutputItem
 from pma_megatron.formats.pickles import dump_inert, new_tensor
 from pma_megatron.formats.relay import relay
 from pma_megatron.formats.zips import Skeleton, lay_out
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import MetadataIndex
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,8 @@ class Entry:
 
 def entries_of(tensors: Mapping[str, Tensor], objects: Mapping[str, Item]) -> list[Entry]:
     """Every chunk and every object of a checkpoint."""
+    from torch.distributed.checkpoint.metadata import MetadataIndex  # as slow as torch to import
+
     result = []
     for key, tensor in tensors.items():
         for piece in tensor.pieces:

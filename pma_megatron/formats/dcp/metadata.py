@@ -12,18 +12,9 @@ import pickle
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
 from pma_megatron.base.boxes import Box, Piece
 from pma_megatron.base.openfiles import read_source_file
@@ -44,6 +35,9 @@ from pma_megatron.formats.schema import (
     record_fields,
     wrong,
 )
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import MetadataIndex
 
 METADATA_FILE = ".metadata"
 CONFIG_FILE = "metadata.json"
@@ -209,6 +203,16 @@ def dump_metadata(
 
     `below` is what goes before the names of files in `places`, and is not said here.
     """
+    # Not above: they take as long to import as torch, and who only reads needs none of them.
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import (
+        BytesStorageMetadata,
+        ChunkStorageMetadata,
+        Metadata,
+        TensorProperties,
+        TensorStorageMetadata,
+    )
+
     entries: dict[str, Any] = {}
     for key in base.order:
         if key in drop:

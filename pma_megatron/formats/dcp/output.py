@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from torch.distributed.checkpoint.metadata import MetadataIndex
+from typing import TYPE_CHECKING, Any
 
 from pma_megatron.base.spelling import named
 from pma_megatron.errors import UsageError
@@ -18,6 +16,9 @@ from pma_megatron.formats.dcp.metadata import METADATA_FILE, dump_metadata
 from pma_megatron.formats.output import Changes, OutputLayout
 from pma_megatron.formats.pickles import TensorRef
 from pma_megatron.formats.rates import scale_groups, scale_schedule
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import MetadataIndex
 
 _RATES = ("lr", "initial_lr", "max_lr", "min_lr")
 
@@ -97,6 +98,8 @@ def _small_files(
     build: Build, base: DcpCheckpoint, entries: list[Entry]
 ) -> OrderedDict[str, bytes]:
     """What a save writes last, part by part."""
+    from torch.distributed.checkpoint.metadata import MetadataIndex  # as slow as torch to import
+
     small: OrderedDict[str, bytes] = OrderedDict()
     dtypes = new_dtypes(base.tensors, build.changes)
     for part, metadata in base.parts.items():

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any
-
-from torch.distributed.checkpoint.metadata import MetadataIndex
+from typing import TYPE_CHECKING, Any
 
 from pma_megatron.base.openfiles import read_source_file
 from pma_megatron.base.spelling import named
@@ -30,6 +28,9 @@ from pma_megatron.formats.torch_dist.checkpoint import (
 )
 from pma_megatron.formats.torch_dist.integrity import INTEGRITY
 from pma_megatron.formats.torch_dist.optimizer import is_optimizer_key
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import MetadataIndex
 
 _SMALL_STATE = ".optimizer/shard"  # param groups and steps of `dp_reshardable`
 

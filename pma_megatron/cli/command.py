@@ -1,0 +1,129 @@
+"""One `pma` command, from its words to its exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from pma_megatron.base.log import visible
+from pma_megatron.base.stopping import Stopped, stoppable, unwinding
+from pma_megatron.cli.streams import forgiving
+
+_PUBLISH = ("merge", "export", "recover")
+_DO_MORE_THAN_PRINT = (*_PUBLISH, "verify")
+
+
+def run(words: Sequence[str], *, alone: bool = False) -> int:
+    """Run one command and return its exit code.
+
+    Args:
+        words: what was typed.
+        alone: whether this process is the command, and may be ended by a signal where it stands.
+    """
+    # Torch's own words on a connection that broke; ours name the rank.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    given = list(words)
+    rank = int(os.environ.get("RANK", "0"))
+    with forgiving() as output:
+        code = _run(given, rank, alone)
+        lost = output.close()
+        if lost is not None:
+            done = code != 0 or given[:1] in ([verb] for verb in _DO_MORE_THAN_PRINT)
+            what = "its exit code says what was done" if done else "nothing else was asked for"
+            _failed(rank, f"standard output cannot be written ({lost}); {what}", aloud=True)
+            code = code if done else 1
+    return code
+
+
+def _run(given: list[str], rank: int, alone: bool) -> int:
+    publishes = bool(given) and given[0] in _PUBLISH
+
+    def stopped(stop: Stopped) -> None:
+        told = told_of(stop.published, stop.unpublished) if publishes else ""
+        _failed(rank, f"stopped by {stop}{told and f'; {told}'}", aloud=rank == 0)
+
+    try:
+        with stoppable((lambda number: stopped(Stopped(number))) if alone else None):
+            code = _work(given, rank)
+    except Stopped as stop:
+        stopped(stop)
+        code = 128 + stop.number
+    comm = sys.modules.get("pma_megatron.base.comm")
+    if comm is not None and comm.entangled():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _work(given: list[str], rank: int) -> int:
+    from pma_megatron.base import log
+    from pma_megatron.base.remote_paths import refuse_remote_values
+    from pma_megatron.base.spelling import speaking
+    from pma_megatron.cli.flags import parsed
+    from pma_megatron.cli.request_files import dumped
+    from pma_megatron.cli.verbs import NOT_THE_SAME, front_end, work_of
+    from pma_megatron.errors import PmaError, RankError, UsageError
+
+    arguments = parsed(given)
+    log.configure(rank, verbose=arguments.verbose)
+    try:
+        own = given[: len(given) - len(arguments.rest)]
+        with speaking(front_end(arguments.parser, own)):
+            refuse_remote_values({k: v for k, v in vars(arguments).items() if k != "rest"})
+            arguments.request = arguments.request_of(arguments)
+            if getattr(arguments, "dump_request", False):
+                sys.stdout.write(dumped(arguments))
+                return 0
+            work = work_of(arguments)
+            if arguments.only_looks:
+                code = work(arguments)
+            else:
+                code = _with_progress(work, arguments, rank)
+    except PmaError as error:
+        told = told_of(error.published, error.unpublished) if error.published else ""
+        # The rank whose own error it is prints it; one also says what stopped the others.
+        aloud = not isinstance(error, RankError) or error.speaker == rank
+        where = f"[rank {rank}] " if rank else ""
+        _failed(rank, f"error: {where}{error}{told and f'. {told}'}", aloud=aloud)
+        return 2 if isinstance(error, UsageError) else 1
+    if code == NOT_THE_SAME:  # no failure, but torchrun takes every other code than 0 for one
+        _failed(rank, "the two checkpoints are not the same", aloud=False)
+    return code or 0
+
+
+def _with_progress(
+    work: Callable[[Namespace], int | None], arguments: Namespace, rank: int
+) -> int | None:
+    from pma_megatron.base.steps import shown_by
+    from pma_megatron.cli.progress import stages
+
+    unwinding()
+    with shown_by(stages) if rank == 0 else contextlib.nullcontext():
+        return work(arguments)
+
+
+def told_of(published: Sequence[str], unpublished: Sequence[str]) -> str:
+    """What a command that failed has published, as far as it got."""
+    if not published:
+        return "nothing was published"
+    rest = f"; not {', '.join(unpublished)}: the same command makes the rest" if unpublished else ""
+    return f"published {', '.join(published)}{rest}"
+
+
+def _failed(rank: int, text: str, *, aloud: bool) -> None:
+    """Say why this process ends, to the user and to torchrun, which prints it in its summary."""
+    if aloud:
+        sys.stderr.write(f"pma: {visible(text)}\n")
+        sys.stderr.flush()
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        with contextlib.suppress(OSError):
+            Path(file).write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))

@@ -1,0 +1,161 @@
+"""Ctrl-C: one line and exit code 130, whatever the command was doing. Real signals, real commands.
+
+What a killed merge leaves, and signals between two publications, are in test_failures.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pma_megatron.base.stopping import Stopped, stoppable, unwinding
+from pma_megatron.testing import inject
+
+PATIENCE_S = 200.0
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
+_JOBS: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def _nothing_goes_on() -> Iterator[None]:
+    yield
+    for job in _JOBS:
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
+            job.wait()
+    _JOBS.clear()
+
+
+def start(*words: str, stderr: int = subprocess.PIPE) -> subprocess.Popen[str]:
+    """A command as a terminal starts it: in a process group of its own, signals heeded."""
+    job = subprocess.Popen(
+        [sys.executable, *words],
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
+    )
+    _JOBS.append(job)
+    return job
+
+
+def pma(*words: object, stderr: int = subprocess.PIPE) -> subprocess.Popen[str]:
+    return start("-m", "pma_megatron", *map(str, words), stderr=stderr)
+
+
+def wait_until_it_imports(job: subprocess.Popen[str]) -> None:
+    """Torch's library is mapped when a second or more of its import is still to come."""
+    until_s = time.monotonic() + PATIENCE_S
+    while "libtorch" not in Path(f"/proc/{job.pid}/maps").read_text():
+        assert job.poll() is None and time.monotonic() < until_s, job.communicate()
+        time.sleep(0.005)
+
+
+def interrupted(job: subprocess.Popen[str]) -> tuple[str, str]:
+    os.killpg(job.pid, signal.SIGINT)
+    return job.communicate(timeout=PATIENCE_S)
+
+
+def test_while_it_imports(dense_run: Path, tmp_path: Path) -> None:
+    """At several moments of it, and with what a verb would have done said as always."""
+    merge = ("merge", "--load", dense_run, "--last", 2, "--save", tmp_path / "save")
+    for words, pause_s, more in (
+        (("list", dense_run), 0.0, ""),
+        (("verify", dense_run), 0.1, ""),
+        (merge, 0.2, "; nothing was published"),
+        (("plan", "--load", dense_run), 0.4, ""),
+    ):
+        job = pma(*words)
+        wait_until_it_imports(job)
+        time.sleep(pause_s)
+        out, err = interrupted(job)
+        assert (out, err) == ("", f"pma: stopped by SIGINT{more}\n"), words
+        assert job.returncode == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_while_ranks_merge(dense_run: Path, tmp_path: Path) -> None:
+    """torchrun tells of itself; the ranks say one line between them, and leave nothing."""
+    save = tmp_path / "save"
+    merge = ("-m", "pma_megatron", "merge", "--load", str(dense_run), "--last", "2")
+    with inject("merge", rank=0, action="hang"):
+        job = start(*TORCHRUN, *merge, "--save", str(save))
+    until_s = time.monotonic() + PATIENCE_S
+    while not list(save.glob(".pma-staging-*")):
+        assert job.poll() is None and time.monotonic() < until_s, job.communicate()
+        time.sleep(0.01)
+    out, err = interrupted(job)
+    ours = [line for line in (out + err).splitlines() if line.startswith("pma: ")]
+    assert ours == ["pma: stopped by SIGINT; nothing was published"]
+    assert job.returncode != 0
+    assert not save.exists()
+
+
+def test_while_it_plans(dense_run: Path) -> None:
+    """At a terminal: what is done is shown as it goes on, and goes away, the cursor is back."""
+    ours, its = pty.openpty()
+    plan = ("plan", "--load", dense_run, "--last", 3)
+    with inject("policy", rank=0, action="hang"):
+        job = pma(*plan, stderr=its)
+    os.close(its)
+    shown, until_s = "", time.monotonic() + PATIENCE_S
+    while "plan: policy" not in shown:
+        assert time.monotonic() < until_s, shown
+        shown += os.read(ours, 4096).decode()
+    for what in ("look at iter_0000002", "open iter_0000008, 1 of 3", "open iter_0000006, 3 of 3"):
+        assert f"plan: {what}" in shown
+    os.killpg(job.pid, signal.SIGINT)
+    assert job.wait(PATIENCE_S) == 130
+    with contextlib.suppress(OSError):  # its end is closed
+        while more := os.read(ours, 4096).decode():
+            shown += more
+    os.close(ours)
+    assert shown.endswith("pma: stopped by SIGINT\r\n")
+    assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")
+
+
+class Interrupting:
+    """What is interrupted where it is destroyed, where no exception gets out."""
+
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_where_an_exception_would_be_swallowed(capsys: pytest.CaptureFixture[str]) -> None:
+    with stoppable(), pytest.raises(Stopped) as stop:
+        held = Interrupting()
+        del held
+        time.sleep(PATIENCE_S)
+    assert stop.value.number == signal.SIGINT
+    assert capsys.readouterr().err == ""
+
+
+def test_from_when_on_it_unwinds() -> None:
+    """Before `unwinding` the process ends there and then; after it, what is open is closed."""
+    ended: list[int] = []
+
+    def end(number: int) -> None:
+        ended.append(number)
+        raise RuntimeError
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "_exit", lambda code: ended.append(code))
+        with stoppable(end), pytest.raises(RuntimeError):
+            signal.raise_signal(signal.SIGTERM)
+    assert ended == [signal.SIGTERM, 143]
+    with stoppable(end):
+        unwinding()
+        with pytest.raises(Stopped):
+            signal.raise_signal(signal.SIGTERM)
+    assert ended == [signal.SIGTERM, 143]
