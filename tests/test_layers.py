@@ -33,7 +33,7 @@ FOLDERS = [
 
 INSIDE = {
     "base": """
-        boxes durable durations faults log memory openfiles processes sizes spelling stopping
+        boxes durable durations faults log memory once openfiles processes sizes spelling stopping
         presence remote_paths settings steps
         comm
     """,

@@ -202,29 +202,56 @@ class PieceIndex(Generic[P]):
     """Finds the pieces that touch a box without looking at all of them.
 
     A stacked MoE tensor has layers x experts pieces, and every one of them is asked for once per
-    source: an exact match is a dictionary look-up, anything else a search along the first axis.
+    source: each question is a search in the pieces sorted by their offsets, along the first axes
+    that are cut into single elements and the one after them. They are sorted when first asked for.
     """
 
     def __init__(self, pieces: Iterable[Piece[P]], *, disjoint: bool = True) -> None:
         """Index `pieces`; `disjoint` False where they may overlap (replicas, several targets)."""
-        self._pieces = sorted(pieces, key=lambda piece: piece.box.offsets)
-        self._exact = {piece.box: piece for piece in self._pieces} if disjoint else {}
-        self._starts = [piece.box.offsets[0] if piece.box.offsets else 0 for piece in self._pieces]
-        self._longest = max((p.box.sizes[0] for p in self._pieces if p.box.sizes), default=1)
+        self._given: Iterable[Piece[P]] = pieces if isinstance(pieces, tuple) else tuple(pieces)
+        self._disjoint = disjoint
+        self._sorted: list[Piece[P]] | None = None
+        self._offsets: list[tuple[int, ...]] = []
+        self._longest: tuple[int, ...] = ()
+
+    def _ready(self) -> list[Piece[P]]:
+        if self._sorted is None:
+            found = sorted(self._given, key=_offsets)
+            self._offsets = [piece.box.offsets for piece in found]
+            self._longest = tuple(map(max, zip(*(p.box.sizes for p in found), strict=True)))
+            self._sorted = found  # the last: threads may share an index
+        return self._sorted
 
     def touching(self, box: Box) -> list[Piece[P]]:
         """Pieces that overlap `box`."""
-        if box in self._exact:
-            return [self._exact[box]]
-        if not box.offsets:
-            return list(self._pieces)
-        low = bisect_left(self._starts, box.offsets[0] - self._longest + 1)
-        high = bisect_left(self._starts, box.offsets[0] + box.sizes[0])
-        return [p for p in self._pieces[low:high] if p.box.intersect(box) is not None]
+        pieces = self._ready()
+        if not box.offsets or not pieces:
+            return list(pieces)
+        if self._disjoint:
+            at = bisect_left(self._offsets, box.offsets)
+            if at < len(pieces) and pieces[at].box == box:
+                return [pieces[at]]
+        low, high = self._between(box)
+        return [p for p in pieces[low:high] if p.box.intersect(box) is not None]
+
+    def _between(self, box: Box) -> tuple[int, int]:
+        """First and end of the sorted pieces that may overlap `box`."""
+        axis, last = 0, len(self._longest) - 1
+        while axis < last and self._longest[axis] == box.sizes[axis] == 1:
+            axis += 1
+        head, first = box.offsets[:axis], box.offsets[axis]
+        return (
+            bisect_left(self._offsets, (*head, first - self._longest[axis] + 1)),
+            bisect_left(self._offsets, (*head, first + box.sizes[axis])),
+        )
 
     def covers(self, box: Box) -> bool:
         """True if every element of `box` lies in a piece (pieces must not overlap each other)."""
         return sum(part.numel for part in overlaps(box, self.touching(box))) == box.numel
+
+
+def _offsets(piece: Piece[P]) -> tuple[int, ...]:
+    return piece.box.offsets
 
 
 def _dot(offsets: Sequence[int], base: Sequence[int], strides: Sequence[int]) -> int:

@@ -14,7 +14,7 @@ _BYTES_PER_BYTE = 24
 _MAX_INTEGER_BYTES = 64
 _COST = {"list": 64, "dict": 96, "set": 232, "tuple": 56, "record": 128, "name": 400, "pair": 104}
 """Bytes that one of them takes, with its place on the stack."""
-_U1, _U2, _U4, _U8 = (struct.Struct(f"<{kind}") for kind in "BHIQ")
+_U1, _U2, U4, _U8 = (struct.Struct(f"<{kind}") for kind in "BHIQ")
 _I4, _F8 = struct.Struct("<i"), struct.Struct(">d")
 
 
@@ -67,10 +67,6 @@ class Reader:
         if self._number(_U8) > self._end - self._at:
             raise PickleError("a frame of it is cut off")
 
-    def _int1(self) -> None:
-        self._stack.append(self._data[self._at])
-        self._at += 1
-
     def _long(self, count: int) -> None:
         if not 0 <= count <= _MAX_INTEGER_BYTES:
             raise PickleError(
@@ -121,10 +117,6 @@ class Reader:
         else:
             raise PickleError(f"it remembers value {index} before value {len(memo)}")
 
-    def _get1(self) -> None:
-        self._stack.append(self._memo[self._data[self._at]])
-        self._at += 1
-
 
 VALUES: dict[bytes, Callable[[Reader], None]] = {
     b"\x80": Reader._proto,
@@ -132,17 +124,16 @@ VALUES: dict[bytes, Callable[[Reader], None]] = {
     b"N": lambda r: r._stack.append(None),
     b"\x88": lambda r: r._stack.append(True),
     b"\x89": lambda r: r._stack.append(False),
-    b"K": Reader._int1,
     b"M": lambda r: r._stack.append(r._number(_U2)),
     b"J": lambda r: r._stack.append(r._number(_I4)),
     b"\x8a": lambda r: r._long(r._number(_U1)),
     b"\x8b": lambda r: r._long(r._number(_I4)),
     b"G": lambda r: r._stack.append(r._number(_F8)),
     b"\x8c": Reader._text1,
-    b"X": lambda r: r._stack.append(r._text(r._number(_U4))),
+    b"X": lambda r: r._stack.append(r._text(r._number(U4))),
     b"\x8d": lambda r: r._stack.append(r._text(r._number(_U8))),
     b"C": lambda r: r._stack.append(r._take(r._number(_U1))),
-    b"B": lambda r: r._stack.append(r._take(r._number(_U4))),
+    b"B": lambda r: r._stack.append(r._take(r._number(U4))),
     b"\x8e": lambda r: r._stack.append(r._take(r._number(_U8))),
     b"\x96": lambda r: r._stack.append(bytearray(r._take(r._number(_U8)))),
     b"(": Reader._mark,
@@ -150,9 +141,7 @@ VALUES: dict[bytes, Callable[[Reader], None]] = {
     b"1": Reader._pop_mark,
     b"2": lambda r: r._stack.append(r._stack[-1]),
     b"q": lambda r: r._put(r._number(_U1)),
-    b"r": lambda r: r._put(r._number(_U4)),
-    b"\x94": lambda r: r._memo.append(r._stack[-1]),
-    b"h": Reader._get1,
-    b"j": lambda r: r._stack.append(r._memo[r._number(_U4)]),
+    b"r": lambda r: r._put(r._number(U4)),
 }
-"""Opcode -> what it does, of those that know plain values, the stack and the memo alone."""
+"""Opcode -> what it does, of those that know plain values, the stack and the memo alone; four of
+these, the most frequent, are in `opcodes.Machine.run` itself."""

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from pma_megatron.base.boxes import row_major_strides
+from pma_megatron.base.memory import collector_at_rest
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.bounds import PickleError, check_bounded
 from pma_megatron.formats.inert import (
@@ -121,7 +122,8 @@ def load_inert(
         persistent=functools.partial(_storage, sizes),
     )
     try:
-        value = machine.run()
+        with collector_at_rest():
+            value = machine.run()
         if walked:
             check_bounded(value, len(data))
     except PickleError as error:
@@ -162,6 +164,8 @@ def _named(what: str, known: Set[tuple[str, str]] | None, module: str, name: str
 
 def _plain(what: str, known: Set[tuple[str, str]] | None, name: Name, args: tuple[Any, ...]) -> Any:
     """The plain value that a call stands for; a record for what is called otherwise."""
+    if name.module == "torch" and name.name == "Size":  # half of all calls in a `.metadata`
+        return _size(args)
     module = _OTHER_MODULES.get(name.module, name.module)
     if (module, name.name) == _GETATTR and known is not None:
         of_class = len(args) == 2 and type(args[0]) is Name and type(args[1]) is str

@@ -24,9 +24,9 @@ def is_shape(value: Any) -> bool:
         return False
     numel = 1
     for extent in value:
-        if not is_count(extent):
+        if type(extent) is not int or not 0 <= extent < LIMIT:  # `is_count`, without a call each
             return False
-        numel *= max(extent, 1)
+        numel *= extent or 1
     return numel < LIMIT
 
 

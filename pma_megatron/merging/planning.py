@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pma_megatron.base.comm import Comm
+from pma_megatron.base.once import once_each
 from pma_megatron.base.openfiles import unread
 from pma_megatron.errors import CheckpointError
 from pma_megatron.export.template import read_template
@@ -112,10 +113,7 @@ class MergePlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OpenedSources:
-    """The sources of a merge, whatever becomes of their average.
-
-    Attributes: see `MergePlan`.
-    """
+    """The sources of a merge, whatever becomes of their average; see `MergePlan`."""
 
     selection: Selection
     sources: tuple[Source, ...]
@@ -130,6 +128,7 @@ class OpenedSources:
 
 
 @in_its_words
+@once_each()
 def gather_sources(request: MergeRequest, comm: Comm, *, everywhere: bool = False) -> OpenedSources:
     """Find, select and open the sources. Every rank makes this call.
 
@@ -185,6 +184,7 @@ def refuse_changed(plan: Workload, comm: Comm) -> None:
                 )
 
 
+@once_each()
 def make_plan(request: MergeRequest, comm: Comm) -> MergePlan:
     """Find, select, open and compare the sources; decide what happens to every entry.
 
@@ -196,8 +196,8 @@ def make_plan(request: MergeRequest, comm: Comm) -> MergePlan:
     request = request.settled()
     found = gather_sources(request, comm, everywhere=comm.merge_size > 1)
     decisions = comm.agree("policy", lambda: decide(request, found.sources, newest_full))
-    layouts, export = {}, None
-    save, beside = Save(Path(found.sources[-1].path)), tuple[SideFile, ...]()
+    layouts, export, beside = {}, None, tuple[SideFile, ...]()
+    save = Save(Path(found.sources[-1].path))
     if request.writes_checkpoint:
         layout, save, beside = _layout(found, decisions, request.lr_factor, comm)
         layouts[Folder.CHECKPOINT] = layout
@@ -209,6 +209,7 @@ def make_plan(request: MergeRequest, comm: Comm) -> MergePlan:
     )
 
 
+@once_each()
 def open_sources(
     request: MergeRequest,
     refs: Sequence[CheckpointRef],
@@ -233,7 +234,6 @@ def open_sources(
     main_params = request.policy.average == "main-params"
     last = len(refs) - 1
     owners = [ranks[number % len(ranks)] for number, ranks in enumerate(visible)]
-
     proved: dict[int, Evidence] = {}
 
     def read(number: int, ranges: Mapping[tuple[str, str], Any]) -> Source:
@@ -325,7 +325,7 @@ def _export(
 
 def origin_note(found: OpenedSources) -> dict[str, Any]:
     """Where a merge comes from, in a few plain values; in a sweep, coefficients by its names."""
-    values = {output.name: list(output.values) for output in found.outputs}
+    values = {each.name: list(each.values) for each in found.outputs}
     return {
         "pma_megatron": __version__,
         "sources": [str(Path(source.path).absolute()) for source in found.sources],

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from pma_megatron.base.once import once_each
 from pma_megatron.base.openfiles import folders_in, is_folder
 from pma_megatron.base.remote_paths import refuse_remote
 from pma_megatron.base.spelling import among, given, has, named, switch
@@ -34,6 +35,7 @@ _STAGE = re.compile(r"^(.*?stage[-_]?\d+(?:[-_]ingredient[-_]?\d+)?)[-_]", re.IG
 """What comes before `stepN` where a model is trained in stages (`stage2-ingredient1-step1000`)."""
 
 
+@once_each()
 def list_checkpoints(
     root: str | Path, *, problem: Callable[[str], None] | None = None
 ) -> list[CheckpointRef]:

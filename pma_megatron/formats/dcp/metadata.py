@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pma_megatron.base.boxes import Box, Piece
+from pma_megatron.base.memory import collector_at_rest
+from pma_megatron.base.once import once
 from pma_megatron.base.openfiles import read_source_file
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.base import Item, Payload, Tensor
@@ -129,7 +131,7 @@ class DcpMetadata:
 
 
 def read_metadata(folder: Path, below: str = "") -> DcpMetadata:
-    """Read `.metadata` of a checkpoint folder, or of a part of one.
+    """Read `.metadata` of a checkpoint folder, or of a part of one; once a job (`base.once`).
 
     Args:
         folder: of the checkpoint.
@@ -139,7 +141,7 @@ def read_metadata(folder: Path, below: str = "") -> DcpMetadata:
         CheckpointError: missing, damaged, hostile, or not a DCP `Metadata`.
     """
     path = folder / below / METADATA_FILE
-    return parse(read_source_file(path), str(path), below)
+    return once(f"metadata {below}", path, lambda: parse(read_source_file(path), str(path), below))
 
 
 def parse(data: bytes, what: str, below: str = "") -> DcpMetadata:
@@ -155,7 +157,11 @@ def parse(data: bytes, what: str, below: str = "") -> DcpMetadata:
             stored compressed, or names a file outside the folder; chunks of a tensor overlap or do
             not cover it; two entries share bytes.
     """
-    value = load_inert(data, what=what, known=_ALLOWED, walked=False)
+    with collector_at_rest():
+        return _checked(load_inert(data, what=what, known=_ALLOWED, walked=False), what, below)
+
+
+def _checked(value: Any, what: str, below: str) -> DcpMetadata:
     fields = fields_of(value)
     if fields is None or value.name not in _METADATA:
         raise CheckpointError(

@@ -8,10 +8,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pma_megatron.base.once import once
 from pma_megatron.base.openfiles import read_source_file
 from pma_megatron.errors import CheckpointError
-from pma_megatron.formats.base import Incomplete, Item
-from pma_megatron.formats.dcp.metadata import COMMON_FILE, CONFIG_FILE, METADATA_FILE, read_metadata
+from pma_megatron.formats.base import Incomplete, Item, Tensor
+from pma_megatron.formats.dcp.metadata import (
+    COMMON_FILE,
+    CONFIG_FILE,
+    METADATA_FILE,
+    DcpMetadata,
+    read_metadata,
+)
 from pma_megatron.formats.items import ItemFiles
 from pma_megatron.formats.json_files import read_json
 from pma_megatron.formats.schema import arguments, dictionary, is_count, wrong
@@ -19,6 +26,8 @@ from pma_megatron.formats.schema import arguments, dictionary, is_count, wrong
 __all__ = ["COMMON_FILE", "COMMON_KEY", "CONFIG_FILE", "TorchDistCheckpoint"]
 FORMAT_NAME = "torch_dist"
 COMMON_KEY = "common_state/shard_0_1"
+_OBJECTS = 1 / 16
+"""Of a `.metadata`, what its objects take: they are kept longer than all that it says."""
 
 
 class TorchDistCheckpoint(ItemFiles):
@@ -26,8 +35,6 @@ class TorchDistCheckpoint(ItemFiles):
 
     Attributes:
         path: the `iter_*` folder.
-        tensors: every stored tensor by key, in the order in which the trainer listed them.
-        objects: every opaque entry (`_extra_state`, `rng_state`, optimizer objects) by key.
     """
 
     def __init__(self, path: Path) -> None:
@@ -35,8 +42,26 @@ class TorchDistCheckpoint(ItemFiles):
         if reason:
             raise CheckpointError(f"{path} is not a torch_dist checkpoint: {reason}")
         super().__init__(path)
-        self.metadata = read_metadata(path)
-        self.tensors, self.objects = self.metadata.tensors, self.metadata.objects
+
+    @cached_property
+    def metadata(self) -> DcpMetadata:
+        """What `.metadata` says, read when it is first asked for.
+
+        Raises:
+            CheckpointError: it is damaged or hostile; so do all that need it.
+        """
+        return read_metadata(self.path)
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Every stored tensor by key, in the order in which the trainer listed them."""
+        return self.metadata.tensors
+
+    @cached_property
+    def objects(self) -> Mapping[str, Item]:
+        """Every opaque entry (`_extra_state`, `rng_state`, optimizer objects) by key."""
+        path = self.path / METADATA_FILE
+        return once("objects", path, lambda: self.metadata.objects, part=_OBJECTS)
 
     def items(self) -> dict[Item, str]:
         """Every zip in its files -> the key of what it holds."""
