@@ -113,9 +113,22 @@ class Machine(Reader):
         last, middle = stack.pop(), stack.pop()
         stack[-1] = (stack[-1], middle, last)
 
-    def _new(self, what: str, value: Any) -> None:
-        self._charge(what)
-        self._stack.append(value)
+    def _tuple(self) -> None:
+        found = tuple(self._since_mark())
+        self._charge("tuple")
+        self._stack.append(found)
+
+    def _empty_list(self) -> None:
+        self._charge("list")
+        self._stack.append([])
+
+    def _empty_dict(self) -> None:
+        self._charge("dict")
+        self._stack.append({})
+
+    def _empty_set(self) -> None:
+        self._charge("set")
+        self._stack.append(set())
 
     def _extend(self, found: list[Any]) -> None:
         target = self._stack[-1]
@@ -258,14 +271,14 @@ _KNOWN: dict[bytes, Callable[[Any], None]] = {
     b"\x85": Machine._tuple1,
     b"\x86": Machine._tuple2,
     b"\x87": Machine._tuple3,
-    b"t": lambda m: m._new("tuple", tuple(m._since_mark())),
-    b"]": lambda m: m._new("list", []),
+    b"t": Machine._tuple,
+    b"]": Machine._empty_list,
     b"a": Machine._append,
     b"e": lambda m: m._extend(m._since_mark()),
-    b"}": lambda m: m._new("dict", {}),
+    b"}": Machine._empty_dict,
     b"s": Machine._setitem,
     b"u": lambda m: m._assign(m._since_mark()),
-    b"\x8f": lambda m: m._new("set", set()),
+    b"\x8f": Machine._empty_set,
     b"\x90": Machine._additems,
     b"\x91": Machine._frozenset,
     b"c": Machine._global,
