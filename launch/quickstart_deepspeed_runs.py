@@ -141,5 +141,5 @@ def _main_params(
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Of the merged tags, loaded one by one, named as this rank does. The newest stays loaded."""
     for iteration in settings.window:
-        run.load_tag(settings.run(kind), f"global_step{iteration}")
+        run.load(settings.run(kind), f"global_step{iteration}")
         yield run.snapshot()["masters"]

@@ -30,26 +30,26 @@ if TYPE_CHECKING:
     from pma_megatron.spikes.request import RecoveryRequest
 
 _HOMES = {
-    "CheckpointRef": ("runs.refs", "CheckpointRef"),
-    "Coefficients": ("merging.coefficients", "Coefficients"),
-    "Comparison": ("comparison.differences", "Comparison"),
-    "Inspection": ("merging.inspection", "Inspection"),
-    "MergePlan": ("merging.planning", "MergePlan"),
-    "MergeReport": ("merging.report", "MergeReport"),
-    "MergeRequest": ("merging.request", "MergeRequest"),
-    "Method": ("merging.request", "Method"),
-    "PmaError": ("errors", "PmaError"),
-    "Policy": ("merging.policy", "Policy"),
-    "RecoveryRequest": ("spikes.request", "RecoveryRequest"),
-    "SelectionRequest": ("runs.selection_request", "SelectionRequest"),
-    "compare": ("comparison.compare", "compare"),
-    "export_model": ("merging.export_job", "export_model"),
-    "inspect": ("merging.inspection", "inspect"),
-    "list_checkpoints": ("runs.discover", "list_checkpoints"),
-    "merge": ("merging.job", "merge"),
-    "plan": ("merging.job", "plan"),
-    "recover": ("spikes.recovery", "recover"),
-    "verify": ("merging.published", "verify"),
+    "CheckpointRef": "runs.refs",
+    "Coefficients": "merging.coefficients",
+    "Comparison": "comparison.differences",
+    "Inspection": "merging.inspection",
+    "MergePlan": "merging.planning",
+    "MergeReport": "merging.report",
+    "MergeRequest": "merging.request",
+    "Method": "merging.request",
+    "PmaError": "errors",
+    "Policy": "merging.policy",
+    "RecoveryRequest": "spikes.request",
+    "SelectionRequest": "runs.selection_request",
+    "compare": "comparison.compare",
+    "export_model": "merging.export_job",
+    "inspect": "merging.inspection",
+    "list_checkpoints": "runs.discover",
+    "merge": "merging.job",
+    "plan": "merging.job",
+    "recover": "spikes.recovery",
+    "verify": "merging.published",
 }
 
 __all__ = [
@@ -88,8 +88,7 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"{__name__}.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, attribute = _HOMES[name]
-    return getattr(importlib.import_module(f"{__name__}.{module}"), attribute)
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:

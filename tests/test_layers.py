@@ -70,7 +70,7 @@ INSIDE = {
         checkpoint
         layers partitions steps universal
         completeness frozen output saves unsharded
-        source universal_output
+        source
         universal_source
         format
     """,

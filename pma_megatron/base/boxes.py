@@ -24,10 +24,20 @@ class Box:
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
 
+    @staticmethod
+    def whole(shape: Sequence[int]) -> Box:
+        """All of a tensor of that shape."""
+        return Box((0,) * len(shape), tuple(shape))
+
     @property
     def numel(self) -> int:
         """Number of elements."""
         return math.prod(self.sizes)
+
+    def lies_in(self, shape: Sequence[int]) -> bool:
+        """Whether it is a part of a tensor of that shape, with elements."""
+        whole = Box.whole(shape)
+        return len(self.sizes) == len(shape) and whole.intersect(self) == self
 
     def intersect(self, other: Box) -> Box | None:
         """The common box, or None."""
@@ -73,11 +83,6 @@ class Part(Generic[P]):
         return _span(self.sizes, self.strides)
 
     @property
-    def unit_span(self) -> int:
-        """The same in the wanted box's buffer."""
-        return _span(self.sizes, self.unit_strides)
-
-    @property
     def numel(self) -> int:
         """Number of elements of the overlap."""
         return math.prod(self.sizes)
@@ -98,7 +103,7 @@ class Part(Generic[P]):
     @property
     def is_run(self) -> bool:
         """True if the overlap has no gaps on either side: one copy of bytes moves it."""
-        return self.unit_span == self.numel == self.span
+        return _span(self.sizes, self.unit_strides) == self.numel == self.span
 
     def halves(self) -> tuple[Part[P], Part[P]]:
         """Two parts cut along the first axis longer than one."""

@@ -20,6 +20,7 @@ from typing import Any
 
 from pma_megatron.base.durations import format_duration
 from pma_megatron.base.processes import is_gone, moved_bytes, this_process
+from pma_megatron.base.spelling import first_few
 from pma_megatron.errors import RankError
 
 TIMEOUT_S = 300.0
@@ -382,9 +383,7 @@ def _stood_still(ranks: list[int], where: dict[int, str], limit_s: float, hint: 
 
 
 def _named(ranks: Collection[int]) -> str:
-    listed = ", ".join(str(rank) for rank in sorted(ranks)[:8])
-    more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
-    return f"rank{'s' if len(ranks) > 1 else ''} {listed}{more}"
+    return f"rank{'s' if len(ranks) > 1 else ''} {first_few(sorted(ranks), 8)}"
 
 
 def kept_by_torchrun() -> bool:

@@ -185,6 +185,23 @@ def _literal(value: object) -> str:
     return repr(str(value) if isinstance(value, Path) else value)
 
 
+def told(value: object) -> str:
+    """A value of unknown type and size, short enough for a message."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def first_few(things: Iterable[object], most: int, between: str = ", ", last: str = " ") -> str:
+    """The first of many things, and how many more there are.
+
+    >>> first_few(range(9), 3)
+    '0, 1, 2 and 6 more'
+    """
+    texts = [*map(str, things)]
+    more = f"{last}and {len(texts) - most} more" if len(texts) > most else ""
+    return between.join(texts[:most]) + more
+
+
 def among(*names: str) -> str:
     """Those of some settings that the front end has: `--exclude or --paths`; "" for none."""
     return " or ".join(named(name) for name in names if has(name))

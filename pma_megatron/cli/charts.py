@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pma_megatron.runs.tokens import format_tokens
 from pma_megatron.scores.forecast import Forecast
 from pma_megatron.scores.grid import UNMERGED
 from pma_megatron.scores.results import Score, Scores
@@ -31,8 +30,7 @@ def forecasted(scores: Scores, made: Forecast, path: Path) -> None:
     figure, axes = new_figure(scores, made.metric)
     for number, each in enumerate(made.series):
         xs = [position(scores, iteration) for iteration in each.iterations]
-        name = series_name(each.method, each.last, each.interval_tokens, each.interval_iterations)
-        style = {"label": f"forecast: {name}", "color": f"C{number}", "lw": 1.2}
+        style = {"label": f"forecast: {each}", "color": f"C{number}", "lw": 1.2}
         if each.method == UNMERGED:
             style = {"label": "trained, constant LR", "color": _UNMERGED, "lw": 2}
         axes.plot(xs, each.merged, marker="o", ms=3, **style)
@@ -52,18 +50,8 @@ def series(scores: Scores) -> dict[str, list[Score]]:
     """Points by what stays the same along the run, in the order of the ends."""
     found: dict[str, list[Score]] = {}
     for point in scores.points:
-        found.setdefault(series_name(*point.series), []).append(point)
+        found.setdefault(str(point), []).append(point)
     return found
-
-
-def series_name(method: str, last: int, tokens: int | None, iterations: int | None) -> str:
-    """A series in a few words."""
-    if method == UNMERGED:
-        return method
-    spacing = (
-        f" V={format_tokens(tokens)}" if tokens else (f" V={iterations} it" if iterations else "")
-    )
-    return f"{method} N={last}{spacing}"
 
 
 def new_figure(scores: Scores, metric: str) -> tuple[Any, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from rich.table import Table
 
 from pma_megatron.base.comm import Comm, process_group_from_environment
+from pma_megatron.base.spelling import first_few
 from pma_megatron.cli import tables
 from pma_megatron.cli.progress import show
 from pma_megatron.cli.score_grid import write_json
@@ -125,5 +126,4 @@ def _lines(found: Comparison) -> Iterator[str]:
 
 
 def _named(tensors: list[TensorComparison]) -> str:
-    names = [f"{t.state} {t.key}" for t in tensors[:3]]
-    return ", ".join(names) + (f" and {len(tensors) - 3} more" if len(tensors) > 3 else "")
+    return first_few((f"{t.state} {t.key}" for t in tensors), 3)

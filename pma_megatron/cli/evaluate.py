@@ -8,7 +8,7 @@ from pma_megatron.cli import charts, tables
 from pma_megatron.cli.score_grid import score, write_json
 from pma_megatron.cli.verbs import show_result
 from pma_megatron.runs.tokens import format_tokens
-from pma_megatron.scores.grid import UNMERGED, Skipped
+from pma_megatron.scores.grid import UNMERGED
 from pma_megatron.scores.results import Score, Scores
 
 
@@ -41,13 +41,13 @@ def show(scores: Scores) -> None:
             "unknown" if tokens is None else format_tokens(tokens),
             point.method,
             str(point.last),
-            interval(point),
+            point.spacing,
             *cells,
         )
     console.print(table)
     left_out: dict[tuple[int, str], dict[int, str]] = {}
     for skipped in scores.skipped:
-        reasons = left_out.setdefault((skipped.last, interval(skipped)), {})
+        reasons = left_out.setdefault((skipped.last, skipped.spacing), {})
         reasons[skipped.end_iteration] = skipped.reason
     for (last, spacing), reasons in left_out.items():
         iteration, reason = list(reasons.items())[-1]
@@ -56,15 +56,6 @@ def show(scores: Scores) -> None:
             f"left out: {name} at {len(reasons)} ends; at iteration {iteration}: {reason}",
             soft_wrap=True,
         )
-
-
-def interval(point: Score | Skipped) -> str:
-    """The spacing asked for, as a cell."""
-    if point.interval_tokens is not None:
-        return format_tokens(point.interval_tokens)
-    if point.interval_iterations is not None:
-        return f"{point.interval_iterations} it"
-    return ""
 
 
 def _cells(scores: Scores, point: Score, metric: str) -> tuple[str, str]:

@@ -19,7 +19,7 @@ from pma_megatron.runs.notices import announce
 from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.runs.selection_request import SelectionRequest
 from pma_megatron.runs.tokens import format_tokens
-from pma_megatron.scores.forecast import Agreement, Annealed, Forecast, Series, forecast
+from pma_megatron.scores.forecast import Agreement, Annealed, Forecast, forecast
 from pma_megatron.scores.results import Scores, read_scores
 
 
@@ -61,7 +61,7 @@ def show(made: Forecast) -> None:
     """The forecast of every series, its errors, and what speaks against it."""
     console = tables.new_console()
     for series in made.series[1:]:
-        title = f"{_name(series)}: forecast of the annealed {made.metric}"
+        title = f"{series}: forecast of the annealed {made.metric}"
         table = tables.new_table(title, "iteration", "tokens", "trained", "forecast", "difference")
         rows = zip(series.iterations, series.tokens, series.trained, series.merged, strict=True)
         for iteration, tokens, trained, merged in rows:
@@ -88,7 +88,7 @@ def _show_errors(made: Forecast) -> None:
             table.add_row(
                 str(p.start_iteration),
                 str(p.iteration),
-                _name(series),
+                str(series),
                 f"{p.trained:.4f}",
                 f"{p.merged:.4f}",
                 f"{p.annealed:.4f}",
@@ -104,7 +104,7 @@ def _show_errors(made: Forecast) -> None:
             ("where they end", series.agreement_at_end),
         ):
             if found is not None:
-                table.add_row(where, _name(series), *_agreement(found))
+                table.add_row(where, str(series), *_agreement(found))
     console.print(table)
 
 
@@ -113,12 +113,6 @@ def _agreement(found: Agreement) -> list[str]:
     correlations = (found.pearson, found.spearman, found.gain_pearson)
     shown = ["" if value is None else f"{value:.3f}" for value in correlations]
     return [str(found.n), f"{found.mean_error:+.4f}", f"{found.rmse:.4f}", *shown]
-
-
-def _name(series: Series) -> str:
-    return charts.series_name(
-        series.method, series.last, series.interval_tokens, series.interval_iterations
-    )
 
 
 def _given(text: str) -> Annealed:

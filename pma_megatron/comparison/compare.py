@@ -18,7 +18,7 @@ import torch
 from pma_megatron.base.boxes import Box, Piece, PieceIndex
 from pma_megatron.base.comm import Comm
 from pma_megatron.base.remote_paths import refuse_remote
-from pma_megatron.base.spelling import FrontEnd, given, keywords, speaking, switch
+from pma_megatron.base.spelling import FrontEnd, first_few, given, keywords, speaking, switch
 from pma_megatron.comparison.differences import (
     COLUMNS,
     Comparison,
@@ -182,7 +182,7 @@ def _plan(sources: Sequence[Source], size: int, threads: int, weights_only: bool
         tensors.append(TensorComparison.of(state, key, pair))
         one, other = pair
         if one is not None and other is not None and one.shape == other.shape:
-            whole = Piece(Box((0,) * len(one.shape), one.shape), None)
+            whole = Piece(Box.whole(one.shape), None)
             for source, tensor in zip(sources, (one, other), strict=True):
                 check_covers(source, key, PieceIndex(tensor.pieces), [whole])
             task = average_task(
@@ -190,12 +190,13 @@ def _plan(sources: Sequence[Source], size: int, threads: int, weights_only: bool
             )
             tasks.append((len(tensors) - 1, task))
     if not tasks:
+        names = [first_few(source.space.weights, 3) for source in sources]
         raise PlanError(
             f"{sources[0].path} ({sources[0].format}) and {sources[1].path} "
             f"({sources[1].format}) have no tensor of one name and shape: they are of two models, "
             "or of two trainers, which call parameters otherwise. Export both (`pma export`) to "
-            f"compare them as Hugging Face models. Names in the first: {_some(sources[0])}; in "
-            f"the second: {_some(sources[1])}"
+            f"compare them as Hugging Face models. Names in the first: {names[0]}; in the "
+            f"second: {names[1]}"
         )
     number_of = {id(task): number for number, task in tasks}
     cut = units(task for _, task in tasks)
@@ -207,11 +208,6 @@ def _plan(sources: Sequence[Source], size: int, threads: int, weights_only: bool
         units=cut,
         tensor_of=tuple(number_of[id(unit.task)] for unit in cut),
     )
-
-
-def _some(source: Source) -> str:
-    names = list(source.space.weights)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _entries(sources: Sequence[Source], weights_only: bool) -> Iterator[tuple[str, str]]:
@@ -270,8 +266,7 @@ def _left_out(sources: Sequence[Source]) -> Iterator[str]:
             for tensor in tensors.values()
         )
         if others:
-            more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-            yield f"not compared: other entries of the {which}, {', '.join(others[:3])}{more}"
+            yield f"not compared: other entries of the {which}, {first_few(others, 3)}"
         if copies:
             yield f"not compared: {copies} further copies of parts of tensors in the {which}"
 

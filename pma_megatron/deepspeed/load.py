@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from pma_megatron.base.comm import Comm, Team
 from pma_megatron.base.log import say
@@ -36,11 +35,10 @@ from pma_megatron.deepspeed.record import RECORD, record_in_saves, record_of, re
 from pma_megatron.errors import CheckpointError, PlanError, UsageError
 from pma_megatron.formats import registry
 from pma_megatron.formats.deepspeed.checkpoint import iteration_of
-from pma_megatron.live.load import Job, LiveReport, Meter, fill
+from pma_megatron.live.load import Job, LiveReport, Meter, averaged_states, fill
 from pma_megatron.live.plan import LivePlan, average_units, refuse_other_model
 from pma_megatron.live.poison import Trainer, chain, poisoned_on_failure, replaced
 from pma_megatron.merging.planning import OpenedSources, gather_sources, origin_note
-from pma_megatron.merging.policy import MAIN
 
 NOTE = "pma"
 """Key in the returned client state: what was averaged, as in that of an offline merge."""
@@ -184,61 +182,30 @@ def _average(
     tensors = _averaged(engine, found)
     labels = {(live.sharded, live.replicas) for live in tensors}
     every = sorted({label for theirs in comm.gather(labels) for label in theirs}, key=str)
-    states = _states(found, options)
+    states = averaged_states(found, options.live.optimizer_state)
 
-    def jobs() -> list[Job]:
-        return [
-            _job(
-                engine,
-                plan,
-                found,
-                [t for t in tensors if (t.sharded, t.replicas) == label],
-                states,
-                share,
-            )
-            for label in every
-        ]
+    def job(label: tuple[bool, str | None]) -> Job:
+        """The units of tensors that the same ranks hold, and those ranks."""
+        (sharded, replicas), team = label, comm.team
+        own = [live for live in tensors if (live.sharded, live.replicas) == label]
+        if own and replicas is not None and not (sharded and share == "slice"):
+            team = Team.of(replica_group(engine, replicas), by_source=share == "source")
+        return average_units(plan, found.active, own, states, whole=team.size > 1), team
 
     def finish() -> None:
         if options.live.optimizer_state == "reset":
             _reset_moments(tensors)
         refresh_weights(engine)
 
-    made = comm.agree("plan", jobs)
+    made = comm.agree("plan", lambda: [job(label) for label in every])
     fill(plan, made, comm, meter, trainer, finish, check_sources=options.live.check_sources)
     return meter.report(plan, share, found.selection.passed_over)
-
-
-def _job(
-    engine: Any,
-    plan: LivePlan,
-    found: OpenedSources,
-    tensors: Sequence[EngineTensor],
-    states: Sequence[str],
-    share: str,
-) -> Job:
-    """The units of tensors that the same ranks hold, and those ranks."""
-    team = Team((dist.get_rank(),), 0)
-    if (
-        tensors
-        and tensors[0].replicas is not None
-        and not (tensors[0].sharded and share == "slice")
-    ):
-        group = replica_group(engine, tensors[0].replicas)
-        team = Team.of(group, by_source=share == "source")
-    return average_units(plan, found.active, tensors, states, whole=team.size > 1), team
 
 
 def _averaged(engine: Any, found: OpenedSources) -> list[EngineTensor]:
     """Live tensors whose average the offline merge makes too."""
     saved = found.sources[-1].space.weights
     return [live for live in live_tensors(engine) if live.trained or live.name in saved]
-
-
-def _states(found: OpenedSources, options: Options) -> tuple[str, ...]:
-    if options.live.optimizer_state != "average":
-        return (MAIN,)
-    return (MAIN, *sorted(set(found.sources[-1].space.states) - {MAIN}))
 
 
 def _check(engine: Any, found: OpenedSources, options: Options, named: Path | None) -> None:
@@ -256,7 +223,7 @@ def _check(engine: Any, found: OpenedSources, options: Options, named: Path | No
             f"{base.path}. Leave tag out, or let the average end there"
         )
     refuse_unresumable(engine, base.path, base.space.kind)
-    states = _states(found, options)
+    states = averaged_states(found, options.live.optimizer_state)
     if options.live.optimizer_state == "average" and len(states) == 1:
         raise PlanError(
             f"{base.path} holds no moments by name: use optimizer_state 'latest' or 'reset'"

@@ -40,6 +40,7 @@ class EngineTensor:
         flat: what holds the main params, and is the optimizer's key of its state, as stored.
         start: element of the flattened `flat` at which they begin.
         inner: torch's optimizer; None for buffers.
+        by_copy: False, because `states` are views.
     """
 
     name: str
@@ -51,11 +52,12 @@ class EngineTensor:
     flat: torch.Tensor
     start: int
     inner: Any
+    by_copy: bool = False
 
     @property
     def places(self) -> tuple[Place, ...]:
         """The whole tensor: DeepSpeed stores no parameter in parts of its own shape."""
-        return (Place(self.name, self.shape, _whole(self.shape), 0, first_replica=True),)
+        return (Place(self.name, self.shape, Box.whole(self.shape), 0, first_replica=True),)
 
     @property
     def expert(self) -> bool:
@@ -66,11 +68,6 @@ class EngineTensor:
     def trained(self) -> bool:
         """False for buffers."""
         return self.inner is not None
-
-    @property
-    def by_copy(self) -> bool:
-        """False: `states` are views."""
-        return False
 
     def states(self) -> dict[str, torch.Tensor]:
         """`param` (main params) and moments: 1-D views of `numel` elements, without padding.
@@ -288,10 +285,6 @@ def _buffers(engine: Any, optimizer: Any) -> Iterator[EngineTensor]:
 
 def _shape_of(parameter: Any) -> tuple[int, ...]:
     return tuple(parameter.ds_shape if hasattr(parameter, "ds_shape") else parameter.shape)
-
-
-def _whole(shape: tuple[int, ...]) -> Box:
-    return Box((0,) * len(shape), shape)
 
 
 def _is_moment(name: str, value: Any, live: EngineTensor) -> bool:

@@ -79,9 +79,7 @@ def _as_named(
         _refuse_other_sizes(config, kept)
         compared, notes = compare_names(config, kept, listed, aliases)
     tensors = tuple(
-        ExportTensor(
-            key, shape, (FilledBy(key, Box((0,) * len(shape), shape), 0),) if _numel(shape) else ()
-        )
+        ExportTensor(key, shape, (FilledBy(key, Box.whole(shape), 0),) if math.prod(shape) else ())
         for key, shape in kept.items()
     )
     if copies:
@@ -123,26 +121,16 @@ def _refuse_wrong(tensors: tuple[ExportTensor, ...], weights: Shapes) -> None:
             raise PlanError(f"{tensor.name!r} cannot be the name of a tensor in safetensors files")
         at = 0
         for part in tensor.filled_by:
-            inside = part.key in weights and _inside(part.box, weights[part.key])
-            if part.start != at or not inside or not part.box.numel:
+            inside = part.key in weights and part.box.lies_in(weights[part.key])
+            if part.start != at or not inside:
                 raise PlanError(f"{tensor.name} is filled by {part}, and should be at {at}: {_BUG}")
             at += part.box.numel
-        if at != _numel(tensor.shape):
-            raise PlanError(f"{tensor.name} has {_numel(tensor.shape)} elements, {at} are: {_BUG}")
+        numel = math.prod(tensor.shape)
+        if at != numel:
+            raise PlanError(f"{tensor.name} has {numel} elements, {at} are: {_BUG}")
 
 
 _BUG = "this is a bug in the map of the family, please report it. Nothing was written"
-
-
-def _inside(box: Box, shape: tuple[int, ...]) -> bool:
-    return len(box.offsets) == len(shape) and all(
-        low >= 0 and low + size <= whole
-        for low, size, whole in zip(box.offsets, box.sizes, shape, strict=True)
-    )
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    return math.prod(shape)
 
 
 def _encodes(name: str) -> bool:

@@ -7,10 +7,11 @@ the export would find none of the names, warn, and make up weights of its own.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from itertools import islice
 from typing import Any
 
+from pma_megatron.base.spelling import first_few
 from pma_megatron.errors import PlanError
 from pma_megatron.export.families import KNOWN, model_shapes
 
@@ -107,9 +108,9 @@ def _refuse_others(
             shapes.append(f"{name} is {list(found[name])} and should be {list(shape)}")
     if not (missing or others or shapes):
         return
-    told = [f"missing: {_first(missing)}"] if missing else []
-    told += [f"not of the model: {_first(others)}"] if others else []
-    told += [f"of another shape: {_first(shapes)}"] if shapes else []
+    told = [f"missing: {first_few(missing, _SHOWN)}"] if missing else []
+    told += [f"not of the model: {first_few(others, _SHOWN)}"] if others else []
+    told += [f"of another shape: {first_few(shapes, _SHOWN)}"] if shapes else []
     wrapper = next((w for w in WRAPPERS if any(w + name in found for name in missing)), None)
     if wrapper is not None:
         told.append(
@@ -121,9 +122,3 @@ def _refuse_others(
         "Give the folder of the model that was trained. Where no configuration is given, and no "
         "config.json lies beside the checkpoint, tensors are exported under the names they have"
     )
-
-
-def _first(things: Iterable[str]) -> str:
-    listed = list(things)
-    more = f" and {len(listed) - _SHOWN} more" if listed[_SHOWN:] else ""
-    return ", ".join(listed[:_SHOWN]) + more

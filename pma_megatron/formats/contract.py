@@ -89,9 +89,15 @@ class Tracker:
 
     def resumed(self, root: Path | str) -> str:
         """`resume` with a root in it, as a shell or Python takes it."""
-        if self.by_flag:
-            return self.resume.format(root=typed(root))
-        return self.resume.format(root=json.dumps(str(root), ensure_ascii=False)[1:-1])
+        return resume_call(self.resume, root=root)
+
+
+def resume_call(text: str, **paths: Path | str) -> str:
+    """Paths in what resumes, as a shell takes those of a flag and Python those of a call."""
+    if text.startswith("-"):
+        return text.format(**{name: typed(path) for name, path in paths.items()})
+    quoted = {name: json.dumps(str(path), ensure_ascii=False) for name, path in paths.items()}
+    return text.format(**{name: path[1:-1] for name, path in quoted.items()})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+from pma_megatron.base.boxes import row_major_strides
+
 
 @dataclass(frozen=True, slots=True)
 class Name:
@@ -111,12 +113,8 @@ class TensorRef:
 
     def is_contiguous(self) -> bool:
         """True if the elements lie in row-major order without gaps."""
-        expected = 1
-        for size, stride in zip(reversed(self.size), reversed(self.stride), strict=True):
-            if size != 1 and stride != expected:
-                return False
-            expected *= size
-        return True
+        places = zip(self.size, self.stride, row_major_strides(self.size), strict=True)
+        return all(size == 1 or stride == expected for size, stride, expected in places)
 
     def __repr__(self) -> str:
         return f"a tensor of shape {tuple(self.size)}, strides {tuple(self.stride)}"

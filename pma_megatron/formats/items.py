@@ -12,6 +12,7 @@ from typing import Any
 
 from isal import isal_zlib
 
+from pma_megatron.base.boxes import Box, Piece
 from pma_megatron.base.openfiles import MAX_COPIED_BYTES, open_source, unread
 from pma_megatron.base.spelling import left_out
 from pma_megatron.errors import CheckpointError
@@ -191,6 +192,16 @@ def refuse_other_bytes(folder: Path | str, record: StoredRecord, crc32: int) -> 
             f"{record.nbytes} bytes with CRC-32 {crc32:08x}, the file says {record.crc32:08x}. "
             f"Restore the file from a copy, or {left_out(str(folder))}"
         )
+
+
+def payload_of(item: Item, ref: TensorRef) -> Payload:
+    """The storage of a tensor of `item`."""
+    return Payload(item, ref.storage.dtype, ref.storage.numel, f"data/{ref.storage.key}")
+
+
+def piece_of(item: Item, ref: TensorRef) -> Piece[Payload]:
+    """A contiguous tensor of `item`, all of it."""
+    return Piece(Box.whole(ref.size), payload_of(item, ref), ref.offset)
 
 
 def size_of(path: Path) -> int:

@@ -12,6 +12,20 @@ from pma_megatron.errors import CheckpointError
 _MAX_BYTES = 64 << 20
 
 
+def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `object_pairs_hook`.
+
+    Raises:
+        ValueError: a name stands in an object twice.
+    """
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name[:60]!r} is there twice")
+        found[name] = value
+    return found
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in the file at `path`.
 

@@ -9,12 +9,14 @@ never the bytes), and a `Record` for everything else, which is written back as i
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Set
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from pma_megatron.base.boxes import row_major_strides
 from pma_megatron.base.memory import collector_at_rest
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.bounds import PickleError, check_bounded
@@ -137,13 +139,9 @@ def new_tensor(size: tuple[int, ...], dtype: torch.dtype, *, key: str = "0") -> 
     names = [n for n, kept in _STORAGE_DTYPES.items() if kept == dtype]
     if not names:
         raise CheckpointError(f"cannot store a tensor of {dtype}: no storage type for it")
-    numel, stride = 1, []
-    for extent in reversed(size):
-        stride.append(numel)
-        numel *= max(extent, 1)
-    count = 0 if 0 in size else numel
-    storage = StorageRef(key, dtype, count, "cpu", Name("torch", names[0]))
-    return TensorRef(storage, 0, size, tuple(reversed(stride)))
+    storage = StorageRef(key, dtype, math.prod(size), "cpu", Name("torch", names[0]))
+    stride = row_major_strides([max(extent, 1) for extent in size])  # of an empty tensor too
+    return TensorRef(storage, 0, size, stride)
 
 
 def _named(what: str, known: Set[tuple[str, str]] | None, module: str, name: str) -> Any:

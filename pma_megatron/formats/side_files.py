@@ -17,6 +17,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from pma_megatron.base.openfiles import passing
+from pma_megatron.base.spelling import first_few
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.names import plain_name
 
@@ -145,8 +146,7 @@ def notes(folder: str, files: Sequence[SideFile]) -> Iterator[str]:
     """
     for action, why in dict.fromkeys((file.fate, file.why) for file in files):
         names = [_shown(file.name) for file in files if (file.fate, file.why) == (action, why)]
-        more = f" and {len(names) - _SHOWN} more" if names[_SHOWN:] else ""
-        listed = f"{', '.join(names[:_SHOWN])}{more}"
+        listed = first_few(names, _SHOWN)
         if action is Fate.LEFT_OUT:
             yield f"{folder}: {listed} left out of the result ({why})"
         elif why == _STRANGER.why:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
@@ -22,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from pma_megatron.base.comm import Comm, Team
+from pma_megatron.base.comm import Comm
 from pma_megatron.base.log import say
 from pma_megatron.base.spelling import listing, speaking
 from pma_megatron.errors import CheckpointError, PlanError, UsageError
@@ -30,11 +29,19 @@ from pma_megatron.formats import registry
 from pma_megatron.formats.dcp.checkpoint import DcpCheckpoint
 from pma_megatron.formats.dcp.keys import STEP
 from pma_megatron.fsdp.params import FsdpTensor, live_tensors
-from pma_megatron.live.load import ARGUMENTS, DEFAULTS, Live, LiveReport, Meter, fill, live_request
+from pma_megatron.live.load import (
+    ARGUMENTS,
+    DEFAULTS,
+    Live,
+    LiveReport,
+    Meter,
+    averaged_states,
+    fill,
+    live_request,
+)
 from pma_megatron.live.plan import LivePlan, average_units, refuse_other_model
-from pma_megatron.live.poison import Trainer, chain, poisoned_on_failure
+from pma_megatron.live.poison import Trainer, chain, poisoned_on_failure, state_loads
 from pma_megatron.merging.planning import OpenedSources, gather_sources
-from pma_megatron.merging.policy import MAIN
 from pma_megatron.merging.request import Method
 from pma_megatron.runs.selection_request import SelectionRequest
 
@@ -86,7 +93,7 @@ def load_merged(
     trainer = _trainer_of(model, optimizer)
     comm.agree("plan", lambda: _refuse_foreign(found))
     _reshard(model)
-    states = _states(found, optimizer_state)
+    states = averaged_states(found, optimizer_state)
     tensors = comm.agree("model", lambda: live_tensors(model, optimizer))
     comm.agree("plan", lambda: _refuse_other_tensors(plan, found, tensors, states))
     with poisoned_on_failure(trainer, f"loading {plan.sources[-1].path}"):
@@ -100,20 +107,13 @@ def load_merged(
         _reshard(model)
 
     with listing(request.list_setting):
-        alone = Team((dist.get_rank() if dist.is_initialized() else 0,), 0)
         units = comm.agree(
             "plan", lambda: average_units(plan, found.active, tensors, states, whole=False)
         )
-        fill(plan, [(units, alone)], comm, meter, trainer, finish, check_sources=check_sources)
+        fill(plan, [(units, comm.team)], comm, meter, trainer, finish, check_sources=check_sources)
     report = meter.report(plan, "slice", found.selection.passed_over)
     say(f"PMA-init: {report}")
     return report
-
-
-def _states(found: OpenedSources, optimizer_state: str) -> tuple[str, ...]:
-    if optimizer_state != "average":
-        return (MAIN,)
-    return (MAIN, *sorted(set(found.sources[-1].space.states) - {MAIN}))
 
 
 def _refuse_foreign(found: OpenedSources) -> None:
@@ -160,10 +160,7 @@ def _trainer_of(model: Any, optimizer: Any) -> Trainer:
     return Trainer(
         modules=chain([model]),
         methods=((optimizer, "step"),),
-        loads=tuple(
-            (each, "load_state_dict", each.load_state_dict, lambda *_: True)
-            for each in (model, optimizer)
-        ),
+        loads=state_loads((model, optimizer)),
     )
 
 

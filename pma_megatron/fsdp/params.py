@@ -101,7 +101,7 @@ def _local(value: torch.Tensor, name: str) -> torch.Tensor:
 def _box(value: torch.Tensor) -> Box:
     """The part of the tensor that this rank holds, as DCP would save it."""
     if not isinstance(value, DTensor):
-        return Box((0,) * value.ndim, tuple(value.shape))
+        return Box.whole(value.shape)
     chunks = value.__create_chunk_list__()
     held = [chunk for chunk in chunks if 0 not in chunk.sizes]
     if len(held) > 1:

@@ -170,21 +170,17 @@ class _Reader:
 
     def checksums(self, pieces: Iterable[Stored]) -> dict[str, dict[Place, int]]:
         """File -> place -> checksum of the largest pieces there that training moves."""
-        return {
-            file: {
-                (s.state, s.key, s.piece.box.offsets): self._checksums.of(s.piece.payload)[0]
-                for s in found
-                if self._moves(s)
-            }
-            for file, found in largest(self._source, pieces).items()
-        }
+        by_file = largest(self._source, pieces).items()
+        return {file: self._sums(s for s in found if self._moves(s)) for file, found in by_file}
 
     def of_all(self, pieces: Iterable[Stored]) -> dict[Place, int]:
         """Place -> checksum of the largest pieces, whatever files they are in."""
-        found = sorted(pieces, key=largest_first)[:_LARGEST]
+        return self._sums(sorted(pieces, key=largest_first)[:_LARGEST])
+
+    def _sums(self, pieces: Iterable[Stored]) -> dict[Place, int]:
         return {
             (s.state, s.key, s.piece.box.offsets): self._checksums.of(s.piece.payload)[0]
-            for s in found
+            for s in pieces
         }
 
     def _moves(self, each: Stored) -> bool:

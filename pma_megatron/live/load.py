@@ -19,7 +19,8 @@ from pma_megatron.base.spelling import FrontEnd, fields
 from pma_megatron.live.plan import LivePlan, LiveWriter
 from pma_megatron.live.poison import Trainer, cure, poisoned_on_failure
 from pma_megatron.merging import engine, sums
-from pma_megatron.merging.policy import RESUMED_STATES, Policy
+from pma_megatron.merging.planning import OpenedSources
+from pma_megatron.merging.policy import MAIN, RESUMED_STATES, Policy
 from pma_megatron.merging.request import MergeRequest, Method
 from pma_megatron.merging.source_checksums import Compared, checked
 from pma_megatron.merging.tasks import AverageUnit
@@ -133,6 +134,13 @@ class Meter:
             kernels=tuple(dict.fromkeys(self._comm.gather(str(sums.KERNEL)))),
             passed_over=passed_over,
         )
+
+
+def averaged_states(found: OpenedSources, optimizer_state: str) -> tuple[str, ...]:
+    """Main params, and where moments are averaged those that the newest source has."""
+    if optimizer_state != "average":
+        return (MAIN,)
+    return (MAIN, *sorted(set(found.sources[-1].space.states) - {MAIN}))
 
 
 def live_request(

@@ -23,7 +23,7 @@ from pma_megatron.live.param import LiveTensor
 from pma_megatron.merging.entry_rules import average_task
 from pma_megatron.merging.planning import OpenedSources
 from pma_megatron.merging.policy import MAIN
-from pma_megatron.merging.tasks import Average, AverageUnit
+from pma_megatron.merging.tasks import AverageUnit
 
 WEIGHT = "weight"
 
@@ -132,7 +132,16 @@ def average_units(
     result: list[AverageUnit] = []
     for (state, key), (lead, targets) in wanted.items():
         if lead:
-            task = _task(plan, active, state, key, lead, targets)
+            task = average_task(
+                plan.sources[-1],
+                state,
+                key,
+                lead=lead,
+                numbers=active,
+                tensors=[_stored(plan.sources[number], state, key) for number in active],
+                targets=targets,
+                target_bytes=4,
+            )
             _check_shape(plan.sources[-1], state, key, _shape_of(tensors, key))
             result += task.units()
     return result
@@ -203,27 +212,6 @@ def _owned(live: LiveTensor, box: Box, start: int, slot: Slot) -> list[Piece[Slo
         Piece(part, slot, start + at - live.first)
         for part, at in flat_range(box, low - start, high - start)
     ]
-
-
-def _task(
-    plan: LivePlan,
-    active: Sequence[int],
-    state: str,
-    key: str,
-    lead: Sequence[Piece[Any]],
-    targets: Sequence[Piece[Slot]],
-) -> Average:
-    found = [_stored(plan.sources[number], state, key) for number in active]
-    return average_task(
-        plan.sources[-1],
-        state,
-        key,
-        lead=lead,
-        numbers=active,
-        tensors=found,
-        targets=targets,
-        target_bytes=4,
-    )
 
 
 def _stored(source: Source, state: str, key: str) -> Tensor:

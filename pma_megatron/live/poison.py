@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -20,6 +20,7 @@ from pma_megatron.errors import PoisonedError
 
 IsWhole = Callable[[Any, tuple[Any, ...], dict[str, Any]], bool]
 """(result, arguments, named arguments) of a load -> whether model and optimizer were loaded."""
+Load = tuple[Any, str, Callable[..., Any], IsWhole]
 _NOTHING = object()
 
 
@@ -36,7 +37,12 @@ class Trainer:
 
     modules: tuple[Any, ...]
     methods: tuple[tuple[Any, str], ...]
-    loads: tuple[tuple[Any, str, Callable[..., Any], IsWhole], ...]
+    loads: tuple[Load, ...]
+
+
+def state_loads(holders: Iterable[Any]) -> tuple[Load, ...]:
+    """The loads of a trainer that hands each of `holders` its whole state."""
+    return tuple((h, "load_state_dict", h.load_state_dict, lambda *_: True) for h in holders)
 
 
 @contextlib.contextmanager

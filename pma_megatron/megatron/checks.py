@@ -3,44 +3,37 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from itertools import combinations
 from typing import Any
 
+from pma_megatron.base.spelling import as_flag
 from pma_megatron.errors import UsageError
 from pma_megatron.megatron.flags import RecoverySettings, Settings
 
 _OWN_LAYOUT = "it keeps weights and main params in a layout of its own, which is not averaged"
 
-_UNSUPPORTED: tuple[tuple[str, str, str], ...] = (
-    ("use_megatron_fsdp", "--use-megatron-fsdp", _OWN_LAYOUT),
-    ("use_custom_fsdp", "--use-custom-fsdp", _OWN_LAYOUT),
-    ("use_torch_fsdp2", "--use-torch-fsdp2", _OWN_LAYOUT),
-    ("use_layer_wise_distributed_optimizer", "the layer-wise (dist_muon) optimizer", _OWN_LAYOUT),
-    (
-        "optimizer_cpu_offload",
-        "--optimizer-cpu-offload",
-        "its main params are split between host and device",
-    ),
-    (
-        "fp8_param_gather",
-        "--fp8-param-gather",
-        "weights are stored in 8 bits and would have to be quantized again from the average",
-    ),
-    (
-        "fp4_param",
-        "--fp4-param-gather",
-        "weights are stored in 4 bits and would have to be quantized again from the average",
-    ),
-    ("perform_rl_step", "--perform-rl-step", "a second copy of the weights does the rollouts"),
-    ("ckpt_convert_format", "--ckpt-convert-format", "Megatron exits once it has converted"),
-    (
-        "moe_use_upcycling",
-        "--moe-use-upcycling",
-        "Megatron saves a new model while it sets up, "
-        "which no earlier checkpoint can be averaged with",
-    ),
-)
-"""Attribute of Megatron's arguments, how to call it in a message, why it does not work."""
+_QUANTIZED = " and would have to be quantized again from the average"
+
+_UNSUPPORTED: Mapping[str, str] = {
+    "use_megatron_fsdp": _OWN_LAYOUT,
+    "use_custom_fsdp": _OWN_LAYOUT,
+    "use_torch_fsdp2": _OWN_LAYOUT,
+    "use_layer_wise_distributed_optimizer": _OWN_LAYOUT,
+    "optimizer_cpu_offload": "its main params are split between host and device",
+    "fp8_param_gather": "weights are stored in 8 bits" + _QUANTIZED,
+    "fp4_param": "weights are stored in 4 bits" + _QUANTIZED,
+    "perform_rl_step": "a second copy of the weights does the rollouts",
+    "ckpt_convert_format": "Megatron exits once it has converted",
+    "moe_use_upcycling": "Megatron saves a new model while it sets up, which no earlier checkpoint "
+    "can be averaged with",
+}
+"""Attribute of Megatron's arguments -> why it does not work."""
+_CALLED = {
+    "use_layer_wise_distributed_optimizer": "the layer-wise (dist_muon) optimizer",
+    "fp4_param": "--fp4-param-gather",
+}
+"""Attributes that are not the name of their flag."""
 
 _SIZES = (
     ("TP", "tensor_model_parallel_size"),
@@ -73,23 +66,28 @@ def refuse(args: Any, settings: Settings) -> None:
     _refuse_method(settings)
 
 
+def refuse_beside(args: Any, ours: str, others: Mapping[str, str]) -> None:
+    """Raise UsageError where `ours` is asked for beside one of `others`, attribute -> why not."""
+    for name, why in others.items():
+        if getattr(args, name, None):
+            raise UsageError(f"{ours} cannot be used with {as_flag(name)}: {why}")
+
+
 def sizes(args: Any) -> str:
     """The parallel sizes of the job, for messages: `TP 2, PP 1, CP 1, EP 8, DP 16`."""
     return ", ".join(f"{short} {getattr(args, name, 1)}" for short, name in _SIZES)
 
 
 def _refuse_unsupported(args: Any) -> None:
-    found = [(flag, why) for name, flag, why in _UNSUPPORTED if getattr(args, name, None)]
+    used = (name for name in _UNSUPPORTED if getattr(args, name, None))
+    found = [(_CALLED.get(name, as_flag(name)), _UNSUPPORTED[name]) for name in used]
     if str(getattr(args, "optimizer", "")).startswith("dist_"):
         found.append((f"--optimizer {args.optimizer}", _OWN_LAYOUT))
     shards = getattr(args, "gtp_weight_remat_size", None) or 1
     expert_shards = getattr(args, "expert_gtp_weight_remat_size", None) or 1
     if shards > 1 or expert_shards > 1:
-        flag = (
-            "--tensor-parallel-num-weight-shards"
-            if shards > 1
-            else ("--expert-tensor-parallel-num-weight-shards")
-        )
+        which = "" if shards > 1 else "expert-"
+        flag = f"--{which}tensor-parallel-num-weight-shards"
         found.append((flag, f"its weight shards are not averaged (found {sizes(args)})"))
     for flag, why in found:
         raise UsageError(
@@ -127,25 +125,15 @@ def _refuse_init(args: Any, settings: Settings) -> None:
             f"RNG from there, then its weights become the average. {also}Add --load with the "
             "run's own --save"
         )
-    for name, why in (
-        (
-            "skip_train",
-            "Megatron builds or loads no optimizer under --skip-train, so there are no "
-            "main params to average into; merge with `pma merge` and evaluate that checkpoint",
-        ),
-        (
-            "finetune",
-            "--finetune starts at iteration 0 with fresh data, LR schedule and "
-            "optimizer, while --pma-init continues one run; leave out one of the two",
-        ),
-        (
-            "no_load_optim",
-            "the optimizer state and LR schedule of the newest source would be lost; leave out "
-            "--no-load-optim, and use --pma-optimizer-state reset for fresh moments",
-        ),
-    ):
-        if getattr(args, name, False):
-            raise UsageError(f"--pma-init cannot be used with --{name.replace('_', '-')}: {why}")
+    others = {
+        "skip_train": "Megatron builds or loads no optimizer under --skip-train, so there are no "
+        "main params to average into; merge with `pma merge` and evaluate that checkpoint",
+        "finetune": "--finetune starts at iteration 0 with fresh data, LR schedule and optimizer, "
+        "while --pma-init continues one run; leave out one of the two",
+        "no_load_optim": "the optimizer state and LR schedule of the newest source would be lost; "
+        "leave out --no-load-optim, and use --pma-optimizer-state reset for fresh moments",
+    }
+    refuse_beside(args, "--pma-init", others)
 
 
 def _refuse_save(args: Any, settings: Settings) -> None:
@@ -185,13 +173,11 @@ def _refuse_recover(args: Any, recover: RecoverySettings) -> None:
             "--pma-recover needs --save and --save-interval: it goes back to checkpoints of this "
             "run"
         )
-    for name, why in (
-        ("no_save_optim", "checkpoints without optimizer state cannot be gone back to"),
-        ("skip_train", "nothing is trained"),
-    ):
-        if getattr(args, name, None):
-            flag = name.replace("_", "-")
-            raise UsageError(f"--pma-recover cannot be used with --{flag}: {why}")
+    others = {
+        "no_save_optim": "checkpoints without optimizer state cannot be gone back to",
+        "skip_train": "nothing is trained",
+    }
+    refuse_beside(args, "--pma-recover", others)
     for name in ("last", "attempts"):
         if getattr(recover, name) < 1:
             raise UsageError(
@@ -207,7 +193,7 @@ def _refuse_score(args: Any, settings: Settings) -> None:
     for name in ("load", "skip_train"):
         if not getattr(args, name, None):
             raise UsageError(
-                f"--pma-score needs --{name.replace('_', '-')}: it scores averages of saved "
+                f"--pma-score needs {as_flag(name)}: it scores averages of saved "
                 "checkpoints in Megatron's evaluation, and does not train"
             )
     for flag, used in (

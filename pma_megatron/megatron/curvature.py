@@ -20,8 +20,7 @@ with d_i from their mean the left side is -sum_i d_i' H d_i, negative wherever e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -38,6 +37,7 @@ from pma_megatron.megatron.params import MegatronTensor, live_tensors
 from pma_megatron.megatron.score import EachLoss, Scored, average_into
 from pma_megatron.megatron.swap import weights_restored
 from pma_megatron.merging.sums import Sum
+from pma_megatron.online.swap import contents_restored
 
 STEP = 0.05
 """Of a deviation: how far gradients are taken from the mean, to both sides."""
@@ -238,7 +238,7 @@ def expand(
     """
     point = _Point(parameters, each_loss)
     losses = []
-    with point.restored():
+    with contents_restored(parameters):
         for member in members:
             point.move_to(member)
             losses.append(point.loss())
@@ -277,17 +277,6 @@ class _Point:
 
     def __init__(self, parameters: Sequence[torch.Tensor], each_loss: EachLoss) -> None:
         self._parameters, self._each_loss = parameters, each_loss
-
-    @contextmanager
-    def restored(self) -> Iterator[None]:
-        """At the end of the block the model is where it was."""
-        before = [parameter.detach().clone() for parameter in self._parameters]
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for parameter, value in zip(self._parameters, before, strict=True):
-                    parameter.copy_(value)
 
     def move_to(
         self, vector: torch.Tensor, along: torch.Tensor | None = None, step: float = 0.0

@@ -105,17 +105,13 @@ def _renamed(scores: Scores, ending: str) -> Scores:
 
 def _joined(results: Sequence[Scores]) -> Scores:
     """The losses of several data sets in one."""
+
+    def both(ones: Sequence[Any], others: Sequence[Any]) -> tuple[Any, ...]:
+        pairs = zip(ones, others, strict=True)
+        return tuple(replace(p, losses={**p.losses, **q.losses}) for p, q in pairs)
+
     first, *rest = results
     for more in rest:
-        first = replace(
-            first,
-            points=tuple(
-                replace(p, losses={**p.losses, **q.losses})
-                for p, q in zip(first.points, more.points, strict=True)
-            ),
-            others=tuple(
-                replace(o, losses={**o.losses, **q.losses})
-                for o, q in zip(first.others, more.others, strict=True)
-            ),
-        )
+        points, others = both(first.points, more.points), both(first.others, more.others)
+        first = replace(first, points=points, others=others)
     return first

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from pma_megatron.base.comm import Comm, Team
 from pma_megatron.base.spelling import given, listing, speaking
@@ -27,7 +26,7 @@ from pma_megatron.live.load import (
     live_request,
 )
 from pma_megatron.live.plan import LivePlan, average_units
-from pma_megatron.live.poison import Trainer, chain
+from pma_megatron.live.poison import Trainer, chain, state_loads
 from pma_megatron.megatron.params import MegatronTensor, live_tensors, parts
 from pma_megatron.megatron.replicas import forward_hooks_off, refresh_weights, replica_group
 from pma_megatron.merging.planning import OpenedSources, gather_sources
@@ -103,7 +102,7 @@ def merge_into(
         refresh_weights(models, optimizer)
 
     with listing(request.list_setting), forward_hooks_off(models):
-        jobs = comm.agree("plan", lambda: _jobs(plan, found, tensors, states, share))
+        jobs = comm.agree("plan", lambda: _jobs(plan, found, tensors, states, share, comm))
         trainer = trainer_of(models, optimizer)
         fill(plan, jobs, comm, meter, trainer, finish, check_sources=check_sources)
     return meter.report(plan, share, found.selection.passed_over)
@@ -134,9 +133,7 @@ def trainer_of(models: Sequence[Any], optimizer: Any) -> Trainer:
     return Trainer(
         modules=chain(models),
         methods=tuple((part, "step") for part in dict.fromkeys(holders)),
-        loads=tuple(
-            (each, "load_state_dict", each.load_state_dict, lambda *_: True) for each in loaded
-        ),
+        loads=state_loads(loaded),
     )
 
 
@@ -146,16 +143,13 @@ def _jobs(
     tensors: Sequence[MegatronTensor],
     states: Sequence[str],
     share: str,
+    comm: Comm,
 ) -> list[Job]:
     """Units per team, in one order on all ranks."""
     jobs = []
     for (sharded, expert), group in by_group(tensors).items():
         alone = sharded and share == "slice"
-        team = (
-            Team((dist.get_rank() if dist.is_initialized() else 0,), 0)
-            if alone
-            else (replicas(expert, by_source=share == "source"))
-        )
+        team = comm.team if alone else replicas(expert, by_source=share == "source")
         jobs.append((average_units(plan, found.active, group, states, whole=team.size > 1), team))
     return jobs
 

@@ -157,7 +157,7 @@ def _places(
     starts = [address for address, _ in ordered]
     found: dict[str, dict[Place, None]] = {}
     for model in models:
-        state = _sharded(unwrap(model), metadata)
+        state = sharded_state(unwrap(model), metadata)
         apply_factories(state)
         for entry in nested_values(state):
             if not isinstance(entry, ShardedTensor) or entry.data is None:
@@ -171,7 +171,8 @@ def _places(
     return {name: sorted(places, key=lambda p: p.start) for name, places in found.items()}
 
 
-def _sharded(model: Any, metadata: Mapping[str, Any] | None) -> dict[str, Any]:
+def sharded_state(model: Any, metadata: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The model's own description of its shards, of the layout that `metadata` asks for."""
     takes = "metadata" in inspect.signature(model.sharded_state_dict).parameters
     return model.sharded_state_dict(**({"metadata": dict(metadata)} if metadata and takes else {}))
 

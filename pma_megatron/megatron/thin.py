@@ -14,7 +14,7 @@ import torch
 from pma_megatron.base.comm import Comm
 from pma_megatron.errors import PublishError
 from pma_megatron.formats.rates import LEARNING_RATE
-from pma_megatron.megatron.params import unwrap
+from pma_megatron.megatron.params import sharded_state, unwrap
 from pma_megatron.online.hostcopy import HostCopy
 from pma_megatron.online.snapshots import SnapshotWriter, prune
 
@@ -107,8 +107,7 @@ def _objects(models: Sequence[Any], metadata: Mapping[str, Any] | None) -> dict[
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedObject, is_main_replica
 
-    given = {"metadata": dict(metadata)} if metadata else {}
-    entries = [e for m in models for e in nested_values(unwrap(m).sharded_state_dict(**given))]
+    entries = [e for m in models for e in nested_values(sharded_state(unwrap(m), metadata))]
     return {
         e.unique_key: e.data
         for e in entries

@@ -16,6 +16,7 @@ from pma_megatron.deepspeed.online import OnlineAverage
 from pma_megatron.errors import UsageError
 from pma_megatron.live.load import Live
 from pma_megatron.megatron import argument_parser
+from pma_megatron.megatron.checks import refuse_beside
 from pma_megatron.megatron.flags import Settings, tokens_now
 from pma_megatron.megatron.session import (
     Session,
@@ -31,15 +32,12 @@ from pma_megatron.online.store import FOLDER
 
 __all__ = ["evaluate", "evaluation", "load", "ready", "saved", "saving", "stepped", "validate"]
 
-_UNSUPPORTED = (
-    (
-        "universal_checkpoint",
-        "Universal checkpoints are not averaged in a live engine; use "
-        "`pma merge`, and load its result",
-    ),
-    ("kd", "a teacher is loaded beside the model"),
-    ("mos", "a teacher is loaded beside the model"),
-)
+_UNSUPPORTED = {
+    "universal_checkpoint": "Universal checkpoints are not averaged in a live engine; use "
+    "`pma merge`, and load its result",
+    "kd": "a teacher is loaded beside the model",
+    "mos": "a teacher is loaded beside the model",
+}
 
 
 def validate(args: Any) -> None:
@@ -51,10 +49,7 @@ def validate(args: Any) -> None:
     argument_parser.validate(args)
     if not getattr(args, "deepspeed", False):
         raise UsageError("--pma-* flags work on a DeepSpeed engine here: add --deepspeed")
-    for name, why in _UNSUPPORTED:
-        if getattr(args, name, False):
-            flag = name.replace("_", "-")
-            raise UsageError(f"--pma-* flags cannot be used with --{flag}: {why}")
+    refuse_beside(args, "--pma-* flags", _UNSUPPORTED)
 
 
 def load(fn: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pma_megatron.base.boxes import Box, Piece, PieceIndex
-from pma_megatron.base.spelling import given, has, left_out, override
+from pma_megatron.base.spelling import first_few, given, has, left_out, override
 from pma_megatron.errors import PlanError
 from pma_megatron.formats import registry
 from pma_megatron.formats.base import Payload, Tensor
@@ -121,10 +121,9 @@ def frozen_notes(sources: Sequence[Source]) -> list[str]:
         trained = sources[-1].space.states.get(MAIN, {})
         frozen = [key for key in trained if source.is_frozen(key)]
         if frozen:
-            names = ", ".join(frozen[:3]) + (f" and {len(frozen) - 3} more" if frozen[3:] else "")
             notes.append(
-                f"{names}: frozen in {source.path}, trained later; its stored weights are taken "
-                "there, which are its values"
+                f"{first_few(frozen, 3)}: frozen in {source.path}, trained later; its stored "
+                "weights are taken there, which are its values"
             )
     return notes
 

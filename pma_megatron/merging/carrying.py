@@ -21,7 +21,7 @@ from pma_megatron.formats.items import ItemFiles, refuse_other_bytes
 from pma_megatron.formats.manifest import FileSum
 from pma_megatron.formats.output import Carried
 from pma_megatron.merging.leftovers import Target
-from pma_megatron.merging.publish import cannot_write
+from pma_megatron.merging.publish import writing
 from pma_megatron.transfer.checksums import crc_of
 
 _STEP_BYTES = 4 << 20
@@ -79,24 +79,18 @@ def _copied(name: str, file: Carried, into: Sequence[Target], comm: Comm) -> Fil
     with ExitStack() as stack:
         streams = []
         for target in into:
-            try:
+            with writing(target):
                 descriptor = open_inside(target.staging, name, _CREATE)
-            except OSError as error:
-                raise cannot_write(target, error) from error
             streams.append((target, stack.enter_context(os.fdopen(descriptor, "wb", 0))))
         for data in _read(path, comm):
             digest.update(data)
             nbytes += len(data)
             for target, stream in streams:
-                try:
+                with writing(target):
                     stream.write(data)
-                except OSError as error:
-                    raise cannot_write(target, error) from error
         for target, stream in streams:
-            try:
+            with writing(target):
                 os.fsync(stream.fileno())
-            except OSError as error:
-                raise cannot_write(target, error) from error
     if nbytes != file.nbytes:
         raise CheckpointError(
             f"{path} changed while it was merged ({file.nbytes} bytes, then {nbytes}): the run is "

@@ -15,7 +15,7 @@ from pma_megatron.base.openfiles import Files, write_inside
 from pma_megatron.formats.manifest import TENSORS, FileSum, Part, sum_of, sum_of_parts, write_marker
 from pma_megatron.formats.output import OutputItem, OutputLayout
 from pma_megatron.merging.leftovers import Target
-from pma_megatron.merging.publish import cannot_write
+from pma_megatron.merging.publish import writing
 from pma_megatron.transfer.checksums import (
     Checksums,
     ScatteredChecksums,
@@ -49,10 +49,8 @@ def structure(layout: OutputLayout, target: Target, written: Sequence[Checksums]
     Raises:
         PublishError: bytes of a payload are unaccounted for, or the folder cannot be written.
     """
-    try:
+    with writing(target):
         return Structured(*_write_structure(layout, target, written))
-    except OSError as error:
-        raise cannot_write(target, error) from error
 
 
 def finish(
@@ -76,7 +74,7 @@ def finish(
     Raises:
         PublishError: the folder cannot be written.
     """
-    try:
+    with writing(target):
         sums, payloads = dict(made.sums), made.payloads
         small = {**layout.small_files, **further}
         sums.update({name: sum_of(data) for name, data in small.items()})
@@ -99,8 +97,6 @@ def finish(
         for folder in sorted({(target.staging / name).parent for name in sums}):
             sync(folder)
         sync(target.staging)
-    except OSError as error:
-        raise cannot_write(target, error) from error
 
 
 def _write_structure(

@@ -12,7 +12,7 @@ import ctypes
 import logging
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pma_megatron.base.durable import sync, write_small
@@ -44,20 +44,26 @@ def stage(plan: MergePlan, wanted: Sequence[Target]) -> None:
     Raises:
         PublishError: the folder cannot be written.
     """
-    try:
-        for target in wanted:
+    for target in wanted:
+        with writing(target):
             for name, nbytes in plan.layouts[target.folder].files.items():
                 create_inside(target.staging, name, nbytes)
+
+
+@contextlib.contextmanager
+def writing(target: Target) -> Iterator[None]:
+    """What is written into a staged folder.
+
+    Raises:
+        PublishError: the storage refuses.
+    """
+    try:
+        yield
     except OSError as error:
-        raise cannot_write(target, error) from error
-
-
-def cannot_write(target: Target, error: OSError) -> PublishError:
-    """What to say when the storage refuses."""
-    return PublishError(
-        f"cannot write to {target.staging}: {error.strerror}. Nothing was published; free space or "
-        f"choose another {named(target.setting)}, then run again"
-    )
+        raise PublishError(
+            f"cannot write to {target.staging}: {error.strerror}. Nothing was published; free "
+            f"space or choose another {named(target.setting)}, then run again"
+        ) from error
 
 
 def publish(plan: MergePlan, target: Target) -> None:

@@ -11,7 +11,7 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-from pma_megatron.base.spelling import given, named, switch
+from pma_megatron.base.spelling import first_few, given, named, switch
 from pma_megatron.errors import CheckpointError, PublishError, VerifyError
 from pma_megatron.formats import registry
 from pma_megatron.formats.manifest import read_marker
@@ -196,9 +196,8 @@ def _refuse_loss(target: Target) -> None:
     except (CheckpointError, VerifyError):
         return  # nothing says what was written with it
     if strangers:
-        more = f" and {len(strangers) - _SHOWN} more" if strangers[_SHOWN:] else ""
         raise PublishError(
-            f"{target.final} would be replaced, and holds {', '.join(strangers[:_SHOWN])}{more}, "
+            f"{target.final} would be replaced, and holds {first_few(strangers, _SHOWN)}, "
             f"which was not written with it and would be lost. Move what is yours elsewhere, or "
             f"choose another {named(target.setting)}"
         )

@@ -29,6 +29,7 @@ from isal import isal_zlib
 
 from pma_megatron.base.durable import sync, write_small
 from pma_megatron.base.faults import point
+from pma_megatron.base.spelling import first_few
 from pma_megatron.errors import PlanError, PublishError
 from pma_megatron.formats.base import Item
 from pma_megatron.formats.dcp.metadata import METADATA_FILE
@@ -227,8 +228,11 @@ class SnapshotJob:
 
     def _late(self) -> _Late:
         missing = self._missing()
-        names = ", ".join(map(str, missing[:8])) + (" and more" if len(missing) > 8 else "")
-        who = f"nothing came from rank {names}" if missing else "rank 0 did not publish it"
+        who = (
+            f"nothing came from rank {first_few(missing, 8)}"
+            if missing
+            else "rank 0 did not publish it"
+        )
         return _Late(
             f"{self.target} was not published within {self.given_s:.0f} s: {who}. The rank has "
             "died, or its storage is slow, or its folder is not the one that the others see"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pma_megatron.base import steps
+from pma_megatron.base.spelling import told
 from pma_megatron.formats.base import Schedule
 from pma_megatron.runs.describe import common_args, describe, schedule_of
 from pma_megatron.runs.gaps import lines
@@ -37,7 +38,6 @@ _OF_ONE_RUN = (
 """Arguments of Megatron that stay while a run goes on, and say so much of the result that an
 average over a change of them should be meant."""
 
-_SHOWN_CHARACTERS = 60
 _log = logging.getLogger(__name__)
 
 
@@ -80,7 +80,7 @@ def changed_settings_notes(
         args = settings[ref.path]
         if before is not None:
             changed = [
-                f"{name} from {_short(before[1][name])} to {_short(args[name])}"
+                f"{name} from {told(before[1][name])} to {told(args[name])}"
                 for name in _OF_ONE_RUN
                 if name in args and name in before[1] and args[name] != before[1][name]
             ]
@@ -92,11 +92,6 @@ def changed_settings_notes(
                 )
         before = (ref, args) if args else before
     return notes
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[: _SHOWN_CHARACTERS - 3]}..."
 
 
 def moves_back(name: str, made: Path, now: int | None) -> str | None:

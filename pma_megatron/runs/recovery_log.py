@@ -20,6 +20,7 @@ from typing import Any
 
 from pma_megatron.base.openfiles import read_source_file
 from pma_megatron.errors import CheckpointError
+from pma_megatron.formats.json_files import without_repeats
 
 FILE = "pma_recovery.jsonl"
 RECORD = "pma_recoveries"
@@ -192,7 +193,7 @@ def _event(line: bytes, before: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """
     try:
         event = json.loads(
-            line.decode(), parse_constant=_no_number, object_pairs_hook=_without_repeats
+            line.decode(), parse_constant=_no_number, object_pairs_hook=without_repeats
         )
     except UnicodeDecodeError:
         raise ValueError("its bytes are not UTF-8") from None
@@ -215,13 +216,6 @@ def _event(line: bytes, before: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _no_number(text: str) -> None:
     raise ValueError(f"{text} is no number")
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name stands in it twice")
-    return found
 
 
 def _brief(value: Any) -> str:

@@ -123,12 +123,6 @@ def iteration_of(ref: CheckpointRef) -> int:
     return ref.iteration
 
 
-def tokens_of(ref: CheckpointRef) -> int:
-    """Its consumed tokens, where a selection has made sure that they are known."""
-    assert ref.consumed_tokens is not None, ref
-    return ref.consumed_tokens
-
-
 def shown(value: int, unit: Unit) -> str:
     """A distance or position as messages say it."""
     return f"{format_tokens(value)} tokens" if unit == "tokens" else f"{value} iterations"

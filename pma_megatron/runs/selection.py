@@ -31,13 +31,18 @@ from pma_megatron.runs.refs import (
     iteration_of,
     nearest,
     shown,
-    tokens_of,
     unusable_list,
     why_incomplete,
 )
 from pma_megatron.runs.selection_request import DEFAULT_LAST, SelectionRequest
 from pma_megatron.runs.spacing import Places, hole
-from pma_megatron.runs.tokens import comparable_run, format_tokens, given_tokens, why_incomparable
+from pma_megatron.runs.tokens import (
+    comparable_run,
+    format_tokens,
+    given_tokens,
+    tokens_of,
+    why_incomparable,
+)
 
 _SHOWN = 4  # checkpoints named in one note
 _UNEVEN = 1.5  # largest gap over smallest, from which on the user is told

@@ -208,11 +208,11 @@ def why_incomparable(ordered: Sequence[Counted]) -> str | None:
             return f"those of {ref.describe()} are unknown because {because}"
     for older, newer in pairwise(ordered):
         pair = f"from {older.describe()} to {newer.describe()}"
-        if _tokens(older) >= _tokens(newer):
+        if tokens_of(older) >= tokens_of(newer):
             return f"they do not grow {pair}: counters were reset, or seq_length was lowered"
         if older.consumed_samples and newer.consumed_samples:
-            before = _tokens(older) / older.consumed_samples
-            after = _tokens(newer) / newer.consumed_samples
+            before = tokens_of(older) / older.consumed_samples
+            after = tokens_of(newer) / newer.consumed_samples
             if max(before, after) > _SAME_SEQUENCE_LENGTH * min(before, after):
                 return (
                     f"seq_length changed {pair}, about {before:.0f} then {after:.0f}, and each "
@@ -234,7 +234,7 @@ def comparable_run(ordered: Sequence[CountedT], reach_tokens: int, setting: str)
     while first > 0 and why_incomparable(ordered[first - 1 : first + 1]) is None:
         first -= 1
     run, problem = ordered[first:], why_incomparable(ordered[max(first - 1, 0) :])
-    if problem and (why_incomparable(run) or _tokens(run[-1]) - _tokens(run[0]) < reach_tokens):
+    if problem and (why_incomparable(run) or tokens_of(run[-1]) - tokens_of(run[0]) < reach_tokens):
         raise SelectionError(
             f"{named(setting)} needs token counts that can be compared: {problem}; use "
             f"{among('interval_iterations', 'last')} alone, which need none"
@@ -297,7 +297,8 @@ def _interpolate(table: tuple[tuple[int, int, int], ...], size: float) -> tuple[
     raise AssertionError(f"{size} was not clamped to the table")
 
 
-def _tokens(ref: Counted) -> int:
+def tokens_of(ref: Counted) -> int:
+    """Its consumed tokens, where they have been made sure to be known."""
     assert ref.consumed_tokens is not None, ref
     return ref.consumed_tokens
 

@@ -17,7 +17,7 @@ from pma_megatron.errors import CheckpointError
 from pma_megatron.formats import registry
 from pma_megatron.formats.marker import SNAPSHOTS
 from pma_megatron.formats.trainers.nvidia import is_copy
-from pma_megatron.formats.trainers.saves import TRAINERS, Save, save_of
+from pma_megatron.formats.trainers.saves import TRAINERS, Save, named_inside, save_of
 from pma_megatron.formats.trainers.trainer import Trainer
 from pma_megatron.runs.describe import describe
 from pma_megatron.runs.refs import CheckpointRef
@@ -72,7 +72,7 @@ def _below(
         hidden = folder.name.startswith(".") or folder.name == SNAPSHOTS
         if hidden or folder.name in taken or not is_folder(folder) or is_copy(folder, folders):
             continue
-        inside = _named_inside(folder, trainer)
+        inside = named_inside(folder, trainer)
         alike = _NUMBER.sub("#", folder.name) in shapes and _is_begun(folder, inside, trainer)
         if not alike and not any(trainer.is_its(folder, path) for path in inside):
             continue
@@ -87,14 +87,6 @@ def _below(
 def _is_begun(folder: Path, inside: Sequence[Path], trainer: Trainer) -> bool:
     """Whether something of a trainer's save is there, or nothing at all yet: others use numbers."""
     return bool(inside) or (folder / trainer.leaves).exists() or not any(folder.iterdir())
-
-
-def _named_inside(folder: Path, trainer: Trainer) -> list[Path]:
-    try:
-        there = sorted(folder.iterdir())
-    except OSError:
-        return []
-    return [path for path in there if trainer.inside and trainer.inside.match(path.name)]
 
 
 def _without(ref: CheckpointRef, trainer: Trainer) -> CheckpointRef:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+from pma_megatron.base.spelling import first_few
 from pma_megatron.runs.tokens import format_tokens, recommend
 from pma_megatron.scores.grid import UNMERGED
 from pma_megatron.scores.results import Checkpoint, Score, Scores
@@ -134,6 +135,4 @@ def _size(scores: Scores, newest: Score) -> Iterator[str]:
 
 
 def _listed(iterations: Sequence[int]) -> str:
-    shown = ", ".join(map(str, iterations[:4]))
-    more = f" and {len(iterations) - 4} more" if len(iterations) > 4 else ""
-    return f"iteration{'s' if len(iterations) > 1 else ''} {shown}{more}"
+    return f"iteration{'s' if len(iterations) > 1 else ''} {first_few(iterations, 4)}"

@@ -16,6 +16,7 @@ import numpy as np
 from pma_megatron.base.spelling import hint, mistyped, one_of
 from pma_megatron.errors import UsageError
 from pma_megatron.scores.cautions import cautions
+from pma_megatron.scores.grid import Averaging
 from pma_megatron.scores.results import Score, Scores
 
 _FEWEST = 3  # two points always lie on a line
@@ -103,11 +104,10 @@ class Agreement:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Series:
+class Series(Averaging):
     """One way to average, along the run.
 
     Attributes:
-        method, last, interval_tokens, interval_iterations: as in `scores.Score`.
         iterations: ends, oldest first.
         tokens: consumed at each; None where unknown.
         trained: loss of the single checkpoint at each.
@@ -120,10 +120,6 @@ class Series:
         cautions: what speaks against the forecast here, in sentences.
     """
 
-    method: str
-    last: int
-    interval_tokens: int | None
-    interval_iterations: int | None
     iterations: tuple[int, ...]
     tokens: tuple[int | None, ...]
     trained: tuple[float, ...]

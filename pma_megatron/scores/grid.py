@@ -20,7 +20,7 @@ from pma_megatron.merging.request import Method
 from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.runs.selection import Selection, select
 from pma_megatron.runs.selection_request import DEFAULT_LAST, SelectionRequest
-from pma_megatron.runs.tokens import parse_tokens
+from pma_megatron.runs.tokens import format_tokens, parse_tokens
 
 UNMERGED = "unmerged"
 _EVERY = "every:"
@@ -54,14 +54,43 @@ class GridPoint:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Skipped:
-    """A point that cannot be met."""
+class Averaging:
+    """One way to average, the same from one end to the next.
 
-    end_iteration: int
+    Attributes:
+        method: as typed, or `unmerged`.
+        last: checkpoints in the average.
+        interval_tokens: spacing asked for, if in tokens.
+        interval_iterations: spacing asked for, if in iterations.
+    """
+
     method: str
     last: int
     interval_tokens: int | None
     interval_iterations: int | None
+
+    @property
+    def series(self) -> tuple[str, int, int | None, int | None]:
+        """All of it, as the key of a dictionary."""
+        return self.method, self.last, self.interval_tokens, self.interval_iterations
+
+    @property
+    def spacing(self) -> str:
+        """The spacing asked for in a few characters, none where it was not."""
+        if self.interval_tokens is not None:
+            return format_tokens(self.interval_tokens)
+        return "" if self.interval_iterations is None else f"{self.interval_iterations} it"
+
+    def __str__(self) -> str:
+        spacing = f" V={self.spacing}" if self.spacing else ""
+        return self.method if self.method == UNMERGED else f"{self.method} N={self.last}{spacing}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Skipped(Averaging):
+    """A point that cannot be met."""
+
+    end_iteration: int
     reason: str
 
 

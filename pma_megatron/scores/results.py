@@ -11,7 +11,7 @@ from typing import Any
 from pma_megatron.errors import UsageError
 from pma_megatron.formats.base import Schedule
 from pma_megatron.runs.gaps import PassedOver
-from pma_megatron.scores.grid import UNMERGED, GridPoint, Skipped
+from pma_megatron.scores.grid import UNMERGED, Averaging, GridPoint, Skipped
 
 SCORES_VERSION = 1
 
@@ -27,33 +27,20 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Score:
+class Score(Averaging):
     """One point of a grid and its losses.
 
     Attributes:
         end_iteration: of the newest checkpoint in the average.
-        method: as typed, or `unmerged`.
-        last: checkpoints in the average.
-        interval_tokens: spacing asked for, if in tokens.
-        interval_iterations: spacing asked for, if in iterations.
         iterations: of the checkpoints, oldest first.
         coefficients: one per checkpoint.
         losses: by the name that the caller's score gave them.
     """
 
     end_iteration: int
-    method: str
-    last: int
-    interval_tokens: int | None
-    interval_iterations: int | None
     iterations: tuple[int, ...]
     coefficients: tuple[float, ...]
     losses: Mapping[str, float]
-
-    @property
-    def series(self) -> tuple[str, int, int | None, int | None]:
-        """What stays the same from one end to the next."""
-        return self.method, self.last, self.interval_tokens, self.interval_iterations
 
     @staticmethod
     def of(point: GridPoint, losses: Mapping[str, float]) -> Score:
@@ -165,11 +152,7 @@ class Scores:
                 points=tuple(_made(Score, each) for each in value["points"]),
                 skipped=tuple(_made(Skipped, each) for each in value["skipped"]),
                 others=tuple(
-                    Other(
-                        root=each["root"],
-                        checkpoint=_checkpoint(each["checkpoint"]),
-                        losses=each["losses"],
-                    )
+                    _made(Other, {**each, "checkpoint": _checkpoint(each["checkpoint"])})
                     for each in value["others"]
                 ),
                 passed_over=tuple(PassedOver(**each) for each in value.get("passed_over", ())),

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pma_megatron.base.spelling import first_few
 from pma_megatron.errors import MetricsError
 
 # Names as they are compared: lower case, words apart by one space.
@@ -171,8 +172,7 @@ def _plain(name: str) -> str:
 
 def listed(names: Iterable[str]) -> str:
     """The first of some names, for a message."""
-    names = [*names]
-    return ", ".join(repr(name[:60]) for name in names[:20]) + (", ..." if len(names) > 20 else "")
+    return first_few((repr(name[:60]) for name in names), 20)
 
 
 def ambiguous(path: Path, what: str, found: list[str]) -> MetricsError:

@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from pma_megatron.base.remote_paths import refuse_remote
-from pma_megatron.base.spelling import hint
+from pma_megatron.base.spelling import first_few, hint
 from pma_megatron.errors import MetricsError
 from pma_megatron.spikes.columns import has_iteration
 from pma_megatron.spikes.readers import (
@@ -198,7 +198,7 @@ def _as_it_went(written: Written) -> tuple[tuple[MetricsPoint, ...], list[str]]:
     notes = []
     if restarts:
         notes.append(
-            f"The run went back {len(restarts)} time(s), to iteration {_few(restarts)}: "
+            f"The run went back {len(restarts)} time(s), to iteration {first_few(restarts, 5)}: "
             f"{dropped} overwritten point(s) left out."
         )
     if repeated:
@@ -219,8 +219,4 @@ def _gaps(points: tuple[MetricsPoint, ...]) -> list[str]:
     ]
     if not gaps:
         return []
-    return [f"{len(gaps)} gap(s) in points every {usual} iteration(s): {_few(gaps)}."]
-
-
-def _few(things: list[int] | list[str]) -> str:
-    return ", ".join(map(str, things[:5])) + (", ..." if len(things) > 5 else "")
+    return [f"{len(gaps)} gap(s) in points every {usual} iteration(s): {first_few(gaps, 5)}."]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
 
@@ -179,13 +179,9 @@ class State:
     rising_since: int | None = None
     suspicion: Suspicion | None = None
 
-    def as_dict(self) -> dict[str, Any]:
-        """All fields, nested ones as dicts."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> State:
-        """The inverse of `as_dict`, also after JSON made lists of tuples."""
+        """The inverse of `asdict`, also after JSON made lists of tuples."""
         made: State = _from_dict(cls, {"judged": not state.get("cooldown"), **state})
         made.losses = _from_dict(Streak, state["losses"])
         made.grad_norms = _from_dict(Streak, state["grad_norms"])

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from pma_megatron.megatron.params import unwrap
 from pma_megatron.testing.config import TinyConfig
 
 
@@ -298,13 +299,6 @@ def _rerun_machine() -> Any:
     # The mode that training has unless it is told otherwise.
     mode = RerunMode.DISABLED if release() < (0, 14) else RerunMode.VALIDATE_RESULTS
     return RerunStateMachine(mode=mode)
-
-
-def unwrap(model: Any) -> Any:
-    """The GPTModel inside DDP and Float16Module."""
-    while hasattr(model, "module"):
-        model = model.module
-    return model
 
 
 def is_last_stage() -> bool:

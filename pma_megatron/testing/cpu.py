@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import importlib
 import importlib.util
 import logging
 import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterable
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
@@ -158,10 +158,6 @@ def _nothing(*_args: Any, **_kwargs: Any) -> None:
     return None
 
 
-def _module(name: str) -> Any:
-    return importlib.import_module(name)
-
-
 def constant(value: Any) -> Callable[..., Any]:
     """A function of anything that returns `value`."""
     return lambda *_args, **_kwargs: value
@@ -169,7 +165,7 @@ def constant(value: Any) -> Callable[..., Any]:
 
 def _replace_cuda() -> None:
     # torch looks its own functions up once, by identity: let it do so before they are replaced.
-    _module("torch._dynamo.trace_rules").get_torch_obj_rule_map()
+    import_module("torch._dynamo.trace_rules").get_torch_obj_rule_map()
     cuda: Any = torch.cuda
     generator = torch.default_generator
     properties = SimpleNamespace(
@@ -219,8 +215,8 @@ def _use_gloo() -> None:
 
 def _fill_gaps_in_libraries() -> None:
     """Names that some megatron-core expects of another Python, numpy or torch than is here."""
-    typing, numpy = _module("typing"), _module("numpy")
-    filesystem = _module("torch.distributed.checkpoint.filesystem")
+    typing, numpy = import_module("typing"), import_module("numpy")
+    filesystem = import_module("torch.distributed.checkpoint.filesystem")
     if not hasattr(typing, "override"):  # core >= 0.18 before Python 3.12
         typing.override = lambda method: method
     if not hasattr(numpy, "product"):  # core <= 0.15 with numpy 2
@@ -239,7 +235,7 @@ def _write_item(original: Any, serialization: Any, *args: Any, **kwargs: Any) ->
 
 def _import_core() -> None:
     try:
-        _module("megatron.core.models.gpt")
+        import_module("megatron.core.models.gpt")
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
@@ -247,15 +243,15 @@ def _import_core() -> None:
         # is done the stand-in goes away, so that nobody else takes it for the real one.
         stand_in = MagicMock(__version__="0")
         sys.modules.update(dict.fromkeys(_TRITON, stand_in))
-        _module("megatron.core.models.gpt")
-        _module("megatron.core.optimizer")
+        import_module("megatron.core.models.gpt")
+        import_module("megatron.core.optimizer")
         for name in _TRITON:
             del sys.modules[name]
 
 
 def _replace_generator() -> None:
     generator = torch.default_generator
-    random = _module("megatron.core.tensor_parallel.random")
+    random = import_module("megatron.core.tensor_parallel.random")
     random._get_cuda_rng_state = lambda *_args, **_kwargs: generator.get_state()
     random._set_cuda_rng_state = lambda state, *_args, **_kwargs: generator.set_state(state)
     logging.getLogger(random.__name__).addFilter(
@@ -265,29 +261,29 @@ def _replace_generator() -> None:
 
 def _replace_in_core() -> None:
     core = "megatron.core"
-    utils = _module(f"{core}.utils")
+    utils = import_module(f"{core}.utils")
     try:
         utils.get_te_version()
     except ImportError:  # core 0.12 cannot do without an answer
-        utils._te_version = _module("packaging.version").Version("0.0.0")
-    fp8 = _module(f"{core}.fp8_utils")
+        utils._te_version = import_module("packaging.version").Version("0.0.0")
+    fp8 = import_module(f"{core}.fp8_utils")
     if hasattr(fp8, "_quantize_param_shard_impl"):  # core 0.12
         fp8._quantize_param_shard_impl = _nothing
-    moe = _module(f"{core}.transformer.moe.moe_utils")
+    moe = import_module(f"{core}.transformer.moe.moe_utils")
     if not hasattr(moe, "te_general_gemm"):
         moe.te_general_gemm = None
 
-    norm = _module(f"{core}.transformer.torch_norm").WrappedTorchNorm
+    norm = import_module(f"{core}.transformer.torch_norm").WrappedTorchNorm
     norm.__new__ = functools.partial(_norm_in_sequence_parallel, norm.__new__)
 
     if not (on_gpu() and has_transformer_engine()):
-        optimizer = _module(f"{core}.optimizer")
+        optimizer = import_module(f"{core}.optimizer")
         optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER = FusedAdam, False
-        distributed = _module(f"{core}.optimizer.distrib_optimizer")
+        distributed = import_module(f"{core}.optimizer.distrib_optimizer")
         distributed.Adam = FusedAdam
         distributed.HAVE_APEX_OR_TE = distributed.USING_APEX_OPTIMIZER = True
 
-    writer = _module(f"{core}.dist_checkpointing.strategies.filesystem_async")
+    writer = import_module(f"{core}.dist_checkpointing.strategies.filesystem_async")
     for name in ("_get_write_results_queue", "get_write_results_queue"):
         if hasattr(writer, name):
             setattr(writer, name, _results_queue)

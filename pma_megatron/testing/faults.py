@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, get_args
+from unittest import mock
 
 FAULT_ENV = "PMA_MEGATRON_FAULT"
 Action = Literal["raise", "kill", "hang"]
@@ -44,12 +45,5 @@ class Fault:
 def inject(stage: str, *, rank: int, action: Action) -> Iterator[Fault]:
     """Set the fault for processes started inside the block, and restore what was there before."""
     fault = Fault(stage, rank, action)
-    before = os.environ.get(FAULT_ENV)
-    os.environ[FAULT_ENV] = str(fault)
-    try:
+    with mock.patch.dict(os.environ, {FAULT_ENV: str(fault)}):
         yield fault
-    finally:
-        if before is None:
-            del os.environ[FAULT_ENV]
-        else:
-            os.environ[FAULT_ENV] = before

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +21,6 @@ from pma_megatron.runs.discover import choose, list_checkpoints
 from pma_megatron.runs.selection_request import SelectionRequest
 from pma_megatron.testing.config import TinyConfig
 
-_SAVED = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "seq_length",
-    "swiglu",
-    "num_experts",
-    "moe_router_topk",
-    "bf16",
-    "seed",
-    "micro_batch_size",
-    "global_batch_size",
-)
 _SIZES = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
@@ -102,14 +89,14 @@ def _config(saved: Mapping[str, Any], given: argparse.Namespace) -> TinyConfig:
     experts = sizes["pipeline_model_parallel_size"] * sizes["expert_model_parallel_size"]
     if world % dense or world % experts:
         sizes, dense = dict.fromkeys(_SIZES, 1), 1
-    values = {name: saved[name] for name in _SAVED}
+    values = {each.name: saved[each.name] for each in fields(TinyConfig) if each.name in saved}
+    values |= {**sizes, "virtual_pipeline_model_parallel_size": None}
+    values["use_distributed_optimizer"] = False  # nothing is trained
     values["bf16"] = values["bf16"] and not given.float32
     per_rank = values["global_batch_size"] // (world // dense)
     values["micro_batch_size"] = min(values["micro_batch_size"], per_rank)
     return TinyConfig(
         **values,
-        **sizes,
         vocab_size=saved["padded_vocab_size"],
         expert_bias=bool(saved["moe_router_enable_expert_bias"]),
-        use_distributed_optimizer=False,
     )

@@ -6,6 +6,7 @@ rank gets the whole of what belongs to its model shard.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,16 +32,21 @@ class StoredPiece:
     start: int
 
 
+def _chunks(models: list[Any]) -> Iterator[tuple[str, Any]]:
+    """What the names of each chunk begin with, and its GPTModel."""
+    for index, model in enumerate(models):
+        yield f"model{index}." if len(models) > 1 else "", unwrap(model)
+
+
 def named_parameters(models: list[Any]) -> dict[str, torch.nn.Parameter]:
     """Parameters of this rank by name; layers count from this chunk's first.
 
     With several chunks, names begin with `model0.`, `model1.` and so on.
     """
-    many = len(models) > 1
     return {
-        (f"model{index}." if many else "") + name: parameter
-        for index, model in enumerate(models)
-        for name, parameter in unwrap(model).named_parameters()
+        prefix + name: parameter
+        for prefix, model in _chunks(models)
+        for name, parameter in model.named_parameters()
     }
 
 
@@ -51,13 +57,10 @@ def model_params(models: list[Any]) -> dict[str, torch.Tensor]:
 
 def buffers(models: list[Any]) -> dict[str, torch.Tensor]:
     """Copies of the buffers that checkpoints hold (`expert_bias`), by name."""
-    many = len(models) > 1
-    found = {}
-    for index, model in enumerate(models):
-        kept = unwrap(model).state_dict()
-        for name, buffer in unwrap(model).named_buffers():
-            if name in kept:
-                found[(f"model{index}." if many else "") + name] = buffer.detach().clone()
+    found: dict[str, torch.Tensor] = {}
+    for prefix, model in _chunks(models):
+        kept = model.state_dict()
+        found |= {prefix + n: b.detach().clone() for n, b in model.named_buffers() if n in kept}
     return found
 
 
@@ -90,9 +93,8 @@ def places(models: list[Any], metadata: dict[str, Any] | None) -> dict[str, list
     from megatron.core.dist_checkpointing.mapping import apply_factories
 
     tensors = {**named_parameters(models)}
-    for index, model in enumerate(models):
-        prefix = f"model{index}." if len(models) > 1 else ""
-        tensors.update((prefix + name, b) for name, b in unwrap(model).named_buffers())
+    for prefix, model in _chunks(models):
+        tensors.update((prefix + name, b) for name, b in model.named_buffers())
     result: dict[str, list[StoredPiece]] = {}
     for model in models:
         state = sharded_model(model, metadata)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -167,11 +166,6 @@ class TextDeepSpeed(TinyDeepSpeed):
         """Train with this rate from here on."""
         self.scheduler.max_lrs = [lr] * len(self.scheduler.max_lrs)
         self.scheduler.delta_lrs = [lr] * len(self.scheduler.max_lrs)
-
-    def load_tag(self, root: str | Path, tag: str) -> None:
-        """Load one tag of `root`."""
-        path, _ = self.engine.load_checkpoint(str(root), tag=tag)
-        assert path is not None, f"DeepSpeed loaded nothing from {root}, tag {tag}"
 
     def _loss(self, first: int, held_out: bool) -> tuple[torch.Tensor, torch.Tensor]:
         own = self.config.batch_size // dist.get_world_size()

@@ -183,10 +183,10 @@ class TinyDeepSpeed:
         state = {"note": f"saved after {self.engine.global_steps}"}
         self.engine.save_checkpoint(str(root), client_state=state)
 
-    def load(self, root: str | Path) -> dict[str, Any]:
+    def load(self, root: str | Path, tag: str | None = None) -> dict[str, Any]:
         """Resume from `root`, as any script does; returns the client state."""
-        path, client_state = self.engine.load_checkpoint(str(root))
-        assert path is not None, f"DeepSpeed loaded nothing from {root}"
+        path, client_state = self.engine.load_checkpoint(str(root), tag=tag)
+        assert path is not None, f"DeepSpeed loaded nothing from {root}, tag {tag}"
         return dict(client_state)
 
     def stop_learning(self) -> None:

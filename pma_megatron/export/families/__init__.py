@@ -11,10 +11,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
+from pma_megatron.base.spelling import told
 from pma_megatron.errors import PlanError
 from pma_megatron.export.families import deepseek_v3, llama, mixtral, qwen2, qwen3
 from pma_megatron.export.families.blocks import Layout
-from pma_megatron.export.families.config import Config, told
+from pma_megatron.export.families.config import Config
 from pma_megatron.export.families.placing import placed, shapes_of
 from pma_megatron.export.families.trained import Arguments, Trained, compare, vocabulary
 from pma_megatron.export.tensors import ExportMap

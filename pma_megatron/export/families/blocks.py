@@ -82,7 +82,12 @@ def same(name: str, *keys: str, axes: tuple[Axis, ...], float32: bool = False) -
 
 
 def whole_model(config: Config, layer: Callable[[int], tuple[Stored, ...]]) -> Layout:
-    """Embedding, `layer` for each layer, final norm, and an output layer unless it is tied."""
+    """Embedding, `layer` for each layer, final norm, and an output layer unless it is tied.
+
+    Raises:
+        PlanError: another activation than that of SwiGLU, or a size that is missing.
+    """
+    config.require("Megatron's gated linear unit is compared for SwiGLU alone", hidden_act="silu")
     hidden, vocabulary = config.axis("hidden_size"), config.axis("vocab_size")
     after = [same("model.norm.weight", "decoder.final_layernorm.weight", axes=(hidden,))]
     if not config.flag("tie_word_embeddings"):

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pma_megatron.base.spelling import told
 from pma_megatron.errors import PlanError
 
 LARGEST = 1 << 40
@@ -171,9 +172,3 @@ class Config:
             raise PlanError(
                 f"config.json: {name} has {told(other)}, and this export needs {value!r}: {why}"
             )
-
-
-def told(value: Any) -> str:
-    """A value of unknown type and size, short enough for a message."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

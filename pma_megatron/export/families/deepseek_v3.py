@@ -19,7 +19,6 @@ MODEL_TYPES = ("deepseek_v3",)
 
 def layout(config: Config) -> Layout:
     """The first `first_k_dense_replace` layers are dense, all others MoE."""
-    config.require("Megatron's gated linear unit is compared for SwiGLU alone", hidden_act="silu")
     config.require("Megatron turns neighbours in the rotary part", rope_interleave=True)
     config.require("Megatron has no biases in latent attention", attention_bias=False)
     config.require("the first layers alone are dense", moe_layer_freq=1)

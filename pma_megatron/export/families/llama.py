@@ -17,7 +17,6 @@ MODEL_TYPES = ("llama", "mistral")
 def layout(config: Config) -> Layout:
     """`attention_bias` is on all four projections, `mlp_bias` on all three, as Megatron's
     `--add-bias-linear` (its default) has them together."""
-    config.require("Megatron's gated linear unit is compared for SwiGLU alone", hidden_act="silu")
     bias = config.flag("attention_bias")
     hidden, inner = config.axis("hidden_size"), config.axis("intermediate_size")
     layer = (

@@ -17,7 +17,6 @@ MODEL_TYPES = ("mixtral",)
 
 def layout(config: Config) -> Layout:
     """All layers are MoE; `intermediate_size` is that of one expert."""
-    config.require("Megatron's gated linear unit is compared for SwiGLU alone", hidden_act="silu")
     hidden, inner = config.axis("hidden_size"), config.axis("intermediate_size")
     experts = config.axis("num_local_experts")
     prefix, names = "block_sparse_moe.experts.{expert}", ("w1", "w3", "w2")

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pma_megatron.base.boxes import Box
+from pma_megatron.base.spelling import first_few
 from pma_megatron.errors import PlanError
 from pma_megatron.export.families.blocks import Layout, Part, Rows, Stored
 from pma_megatron.export.families.config import Axis
@@ -217,19 +218,14 @@ def _refusal(wrong: Mapping[str, list[int]], unknown: Mapping[str, int]) -> str:
     lines = []
     if unknown:
         names = [f"{key} ({count} layers)" if count > 1 else key for key, count in unknown.items()]
-        lines.append(f"the family has no place for {_first(names, MOST_UNKNOWN, ', ')}")
+        lines.append(f"the family has no place for {first_few(names, MOST_UNKNOWN)}")
     told = []
     for what, layers in wrong.items():
-        where = f" (layers {_first(list(map(str, layers)), TOLD, ', ')})" if layers else ""
+        where = f" (layers {first_few(layers, TOLD)})" if layers else ""
         told.append(what + where)
-    lines += [_first(told, TOLD, "\n  ")] if told else []
+    lines += [first_few(told, TOLD, "\n  ", "\n  ")] if told else []
     body = "\n  ".join(lines)
     return (
         f"the checkpoint's tensors are not those that config.json describes:\n  {body}\n"
         "Give the configuration of this model, or of its family"
     )
-
-
-def _first(things: Sequence[str], most: int, between: str) -> str:
-    more = [f"and {len(things) - most} more"] if len(things) > most else []
-    return between.join((*things[:most], *more))

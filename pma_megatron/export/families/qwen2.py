@@ -9,14 +9,12 @@ from __future__ import annotations
 from pma_megatron.export.families import blocks, trained
 from pma_megatron.export.families.blocks import Layout, Stored, same
 from pma_megatron.export.families.config import Config
-from pma_megatron.export.families.trained import Arguments, Trained
 
 MODEL_TYPES = ("qwen2", "qwen2_moe")
 
 
 def layout(config: Config) -> Layout:
     """The biases have no field in the configuration: every Qwen2 has them."""
-    config.require("Megatron's gated linear unit is compared for SwiGLU alone", hidden_act="silu")
     config.require("every Qwen2 has these biases", qkv_bias=True)
     hidden, moe = config.axis("hidden_size"), config.model_type == "qwen2_moe"
     ends = (*blocks.norms(config), *blocks.attention(config, qkv_bias=True))
@@ -29,13 +27,7 @@ def layout(config: Config) -> Layout:
     return blocks.whole_model(config, layer)
 
 
-def arguments(config: Config, given: Arguments) -> tuple[Trained, ...]:
-    """What training must have been told; a window would be in some layers alone."""
-    blocks.refuse_window(config)
-    found = (*trained.common(config), *trained.grouped_attention(config))
-    if config.model_type == "qwen2":
-        return found
-    return (*found, *trained.softmax_router(config, normalised=config.flag("norm_topk_prob")))
+arguments = trained.qwen
 
 
 def _shared_expert(config: Config) -> tuple[Stored, ...]:

@@ -8,14 +8,12 @@ from __future__ import annotations
 from pma_megatron.export.families import blocks, trained
 from pma_megatron.export.families.blocks import Layout, Stored
 from pma_megatron.export.families.config import Config
-from pma_megatron.export.families.trained import Arguments, Trained
 
 MODEL_TYPES = ("qwen3", "qwen3_moe")
 
 
 def layout(config: Config) -> Layout:
     """Layers are MoE where `num_experts`, `decoder_sparse_step` and `mlp_only_layers` say so."""
-    config.require("Megatron's gated linear unit is compared for SwiGLU alone", hidden_act="silu")
     config.axis("head_dim")  # not the hidden size's share of one where it is missing
     bias, moe = config.flag("attention_bias"), config.model_type == "qwen3_moe"
     attention = blocks.attention(config, qkv_bias=bias, output_bias=bias, qk_norm=True)
@@ -30,10 +28,4 @@ def layout(config: Config) -> Layout:
     return blocks.whole_model(config, layer)
 
 
-def arguments(config: Config, given: Arguments) -> tuple[Trained, ...]:
-    """What training must have been told; a window would be in some layers alone."""
-    blocks.refuse_window(config)
-    found = (*trained.common(config), *trained.grouped_attention(config))
-    if config.model_type == "qwen3":
-        return found
-    return (*found, *trained.softmax_router(config, normalised=config.flag("norm_topk_prob")))
+arguments = trained.qwen

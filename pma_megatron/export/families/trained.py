@@ -13,8 +13,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pma_megatron.base.spelling import first_few
 from pma_megatron.errors import PlanError
-from pma_megatron.export.families.blocks import head_dim
+from pma_megatron.export.families.blocks import head_dim, refuse_window
 from pma_megatron.export.families.config import LARGEST, Config
 
 Arguments = Mapping[str, Any]
@@ -50,8 +51,7 @@ def compare(wanted: Iterable[Trained], arguments: Arguments) -> None:
         and not _equal(found := _argument(name, arguments), each.value, each.unset)
     ]
     if wrong:
-        more = [f"and {len(wrong) - _MOST_TOLD} more"] if len(wrong) > _MOST_TOLD else []
-        lines = "\n  ".join((*wrong[:_MOST_TOLD], *more))
+        lines = first_few(wrong, _MOST_TOLD, "\n  ", "\n  ")
         raise PlanError(
             f"the exported model would not compute what was trained:\n  {lines}\n"
             "Correct config.json in the template, or choose the family that fits"
@@ -162,6 +162,15 @@ def grouped_attention(config: Config, *, window: int | None = None) -> tuple[Tra
     if kind == "llama3":
         found.append(_field(config, "rope_scaling_factor", "factor"))
     return tuple(found)
+
+
+def qwen(config: Config, given: Arguments) -> tuple[Trained, ...]:
+    """Of every Qwen, dense or of experts (`qwen3_moe`); a window would be in some layers alone."""
+    refuse_window(config)
+    found = (*common(config), *grouped_attention(config))
+    if not config.model_type.endswith("_moe"):
+        return found
+    return (*found, *softmax_router(config, normalised=config.flag("norm_topk_prob")))
 
 
 def softmax_router(config: Config, *, normalised: bool) -> tuple[Trained, ...]:

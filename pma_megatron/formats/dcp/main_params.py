@@ -170,7 +170,7 @@ class _Samples:
         if place not in self._read:
             result = torch.zeros(stop - start, dtype=tensor.dtype)
             index = self._indexes.setdefault(tensor.key, PieceIndex(tensor.pieces))
-            for box, first in flat_range(Box((0,) * len(tensor.shape), tensor.shape), start, stop):
+            for box, first in flat_range(Box.whole(tensor.shape), start, stop):
                 target = result[first - start : first - start + box.numel]
                 for piece in index.touching(box):
                     for part in overlaps(box, [piece]):

@@ -12,7 +12,6 @@ from pma_megatron.formats.deepspeed import (
     output,
     source,
     universal,
-    universal_output,
     universal_source,
 )
 from pma_megatron.formats.names import plain_name
@@ -35,7 +34,7 @@ NATIVE = Format(
     any_folder_name=True,
     iteration_of=checkpoint.iteration_of,
     completeness=completeness.completeness,
-    common=source.read_common,
+    common=lambda path: source.common_of(checkpoint.DeepSpeedCheckpoint(path)),
     schedule=source.read_schedule,
     read_source=source.read_source,
     other_layouts="convert each into a root of its own and merge there: python -m "
@@ -60,11 +59,11 @@ UNIVERSAL = Format(
     any_folder_name=True,
     iteration_of=checkpoint.iteration_of,
     completeness=universal.completeness,
-    common=universal_source.read_common,
+    common=lambda path: source.common_of(universal.UniversalCheckpoint(path)),
     schedule=universal_source.read_schedule,
     read_source=universal_source.read_source,
     saved_together=lambda file: str(PurePosixPath(file).parent),  # a worker's: one parameter's
-    lay_out=universal_output.output_layout,
+    lay_out=output.universal_layout,
     side_files=_SIDE_FILES,
     folder_name=lambda path, iteration: Path(path).name,
     own_names=True,

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 
-from pma_megatron.base.boxes import Box, Piece, flat_range
+from pma_megatron.base.boxes import Piece
 from pma_megatron.formats.base import Tensor
 from pma_megatron.formats.deepspeed.checkpoint import DeepSpeedCheckpoint
-from pma_megatron.formats.deepspeed.partitions import payload_of
+from pma_megatron.formats.deepspeed.partitions import share_of
+from pma_megatron.formats.items import payload_of
 from pma_megatron.formats.pickles import TensorRef
 
 _SHAPES, _FRAGMENTS = "frozen_param_shapes", "frozen_param_fragments"
@@ -25,14 +26,12 @@ def frozen_fragments(checkpoint: DeepSpeedCheckpoint) -> dict[str, Tensor]:
         fragments = state.get(_FRAGMENTS) or {}
         for name, saved in (state.get(_SHAPES) or {}).items():
             ref, shape = fragments.get(name), tuple(saved)
-            numel = math.prod(shape)
-            share = -(-numel // checkpoint.data_parallel_size)
-            low, high = min(rank * share, numel), min((rank + 1) * share, numel)
-            if not isinstance(ref, TensorRef) or math.prod(ref.size) < high - low:
+            _, boxes = share_of(shape, rank, checkpoint.data_parallel_size)
+            held = sum(box.numel for box, _ in boxes)
+            if not isinstance(ref, TensorRef) or math.prod(ref.size) < held:
                 continue  # then it is not whole, which is refused where it is wanted
             key, payload = checkpoint.key(name, mp), payload_of(checkpoint.item(file), ref)
-            parts = flat_range(Box((0,) * len(shape), shape), low, high)
-            pieces = [Piece(box, payload, ref.offset + first - low) for box, first in parts]
+            pieces = [Piece(box, payload, ref.offset + first) for box, first in boxes]
             there = found[key].pieces if key in found else ()
             found[key] = Tensor(key, ref.storage.dtype, shape, (*there, *pieces))
     return found

@@ -1,4 +1,4 @@
-"""The layout of a merged tag: the newest source's files, with new payloads in them."""
+"""The layout of a merged tag, native or Universal: files of the newest source, new payloads."""
 
 from __future__ import annotations
 
@@ -14,6 +14,12 @@ from pma_megatron.errors import UsageError
 from pma_megatron.formats.base import Item, Payload
 from pma_megatron.formats.deepspeed.checkpoint import DeepSpeedCheckpoint
 from pma_megatron.formats.deepspeed.partitions import base_state
+from pma_megatron.formats.deepspeed.universal import (
+    GLOBAL_STATE,
+    STEP,
+    UniversalCheckpoint,
+    steps_of,
+)
 from pma_megatron.formats.output import Changes, Destination, OutputItem, OutputLayout
 from pma_megatron.formats.rates import scale_groups, scale_schedule
 from pma_megatron.formats.relay import relay, reset_steps
@@ -28,22 +34,48 @@ def output_layout(path: str, changes: Changes) -> OutputLayout:
             params from the optimizer's files, and expects in every file what it wrote. Or rates are
             to be scaled, and it stores none.
     """
-    refuse_unresumable(path, changes)
+    _refuse_unresumable(path, changes)
     checkpoint = DeepSpeedCheckpoint(Path(path))
+    optimizers = checkpoint.optimizers() if changes.edits_optimizer else {}
+    states = {file: base_state(state) for file, state in optimizers.items()}
+    counted = {file: (checkpoint.state(file), state) for file, state in states.items()}
+    return _lay_out_after(checkpoint, changes, _edits(checkpoint, changes, counted, states))
+
+
+def universal_layout(path: str, changes: Changes) -> OutputLayout:
+    """Lay out a merged Universal checkpoint after the one at `path`; see `output_layout`.
+
+    Raises:
+        UsageError: see there.
+    """
+    _refuse_unresumable(path, changes)
+    checkpoint = UniversalCheckpoint(Path(path))
+    steps = steps_of(checkpoint) if changes.optimizer == "reset" else {}
+    counted = {file: (said.get(STEP, said), said) for file, said in steps.items()}
+    rated = {GLOBAL_STATE: checkpoint.state(GLOBAL_STATE)}
+    return _lay_out_after(checkpoint, changes, _edits(checkpoint, changes, counted, rated))
+
+
+def _edits(
+    checkpoint: DeepSpeedCheckpoint,
+    changes: Changes,
+    counted: Mapping[str, tuple[Any, Any]],
+    rated: Mapping[str, Any],
+) -> dict[str, _Edit]:
+    """What changes in files: `counted` has (all that a file says, what has step counters in it),
+    `rated` what has param groups in it.
+    """
     edits = {}
     if changes.optimizer == "reset":
-        for file, state in checkpoint.optimizers().items():
-            zero = reset_steps(base_state(state))
-            edits[file] = Edit(checkpoint.state(file), frozenset(zero))
+        for file, (content, state) in counted.items():
+            edits[file] = _Edit(content, frozenset(reset_steps(state)))
     if changes.lr_factor is not None:
-        optimizers = checkpoint.optimizers()
-        groups = {file: base_state(state) for file, state in optimizers.items()}
-        for file in scale_rates(checkpoint, groups, changes.lr_factor):
-            edits.setdefault(file, Edit(checkpoint.state(file), frozenset()))
-    return lay_out_after(checkpoint, changes, edits)
+        for file in _scale_rates(checkpoint, rated, changes.lr_factor):
+            edits.setdefault(file, _Edit(checkpoint.state(file), frozenset()))
+    return edits
 
 
-def scale_rates(
+def _scale_rates(
     checkpoint: DeepSpeedCheckpoint, groups: Mapping[str, Any], factor: float
 ) -> list[str]:
     """Multiply the learning rates in what the files of a tag say; returns which files changed.
@@ -78,8 +110,7 @@ def _no_rates(file: Path, why: str) -> UsageError:
     )
 
 
-def refuse_unresumable(path: str, changes: Changes) -> None:
-    """See `output_layout`."""
+def _refuse_unresumable(path: str, changes: Changes) -> None:
     if changes.optimizer == "drop" or changes.drop:
         raise UsageError(
             f"{path}: a DeepSpeed checkpoint without all of its parts does not resume, because "
@@ -95,15 +126,15 @@ def refuse_unresumable(path: str, changes: Changes) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Edit:
+class _Edit:
     """What a file's pickle says now, and which of its small storages become zero."""
 
     content: Any
     zero: frozenset[str]
 
 
-def lay_out_after(
-    checkpoint: DeepSpeedCheckpoint, changes: Changes, edits: Mapping[str, Edit]
+def _lay_out_after(
+    checkpoint: DeepSpeedCheckpoint, changes: Changes, edits: Mapping[str, _Edit]
 ) -> OutputLayout:
     """The files of `checkpoint` again, some with new payloads, some edited, the note in some."""
     new: dict[Item, list[Payload]] = {}

@@ -21,10 +21,11 @@ from typing import Any
 
 from pma_megatron.base.boxes import Box, Piece, flat_range
 from pma_megatron.errors import CheckpointError
-from pma_megatron.formats.base import MAIN_PARAM, Item, Payload
+from pma_megatron.formats.base import MAIN_PARAM, Payload
 from pma_megatron.formats.deepspeed.checkpoint import DeepSpeedCheckpoint
 from pma_megatron.formats.deepspeed.schema import refuse_ragged
 from pma_megatron.formats.flat import FlatMap, FlatRange, FlatSpace
+from pma_megatron.formats.items import payload_of
 from pma_megatron.formats.pickles import Record, TensorRef
 
 _MASTERS = "single_partition_of_fp32_groups"
@@ -179,7 +180,7 @@ def _by_group(
             refuse_ragged(len(paddings[number]), len(group.shapes), f"{what} of group {number}")
         found, at = [], 0
         for index, (name, shape) in enumerate(group.shapes.items()):
-            found.append(FlatRange(at, name, whole_box(shape)))
+            found.append(FlatRange(at, name, Box.whole(shape)))
             at += math.prod(shape) + (int(paddings[number][index]) if paddings else 0)
         _check_length(checkpoint, space, at, exact=False)
         spaces.append(space)
@@ -197,11 +198,8 @@ def _by_parameter(
         space = _join(checkpoint, f"model-parallel rank {groups[0].mp}", f"rank {rank}", partitions)
         found, at = [], 0
         for name, shape in (pair for group in groups for pair in group.shapes.items()):
-            numel = math.prod(shape)
-            share = -(-numel // len(by_rank))
-            low, high = min(rank * share, numel), min((rank + 1) * share, numel)
-            for box, first in flat_range(whole_box(shape), low, high):
-                found.append(FlatRange(at + first - low, name, box))
+            share, boxes = share_of(shape, rank, len(by_rank))
+            found += [FlatRange(at + first, name, box) for box, first in boxes]
             at += share
         _check_length(checkpoint, space, at, exact=True)
         spaces.append(space)
@@ -209,8 +207,14 @@ def _by_parameter(
     return spaces, ranges
 
 
-def whole_box(shape: tuple[int, ...]) -> Box:
-    return Box((0,) * len(shape), shape)
+def share_of(shape: Sequence[int], rank: int, ranks: int) -> tuple[int, list[tuple[Box, int]]]:
+    """A parameter's share of one rank under ZeRO-3: its elements, ceil(numel / ranks) but for the
+    last ranks, and the boxes in it with where each begins.
+    """
+    numel = math.prod(shape)
+    share = -(-numel // ranks)
+    low, high = min(rank * share, numel), min((rank + 1) * share, numel)
+    return share, [(box, at - low) for box, at in flat_range(Box.whole(shape), low, high)]
 
 
 def _join(
@@ -276,16 +280,6 @@ def _moments(state: Mapping[str, Any], number: int) -> Iterator[tuple[str, Tenso
     for name, value in ((by_number or {}).get(number) or {}).items():
         if _is_flat(value):
             yield name, value
-
-
-def payload_of(item: Item, ref: TensorRef) -> Payload:
-    """The storage of a tensor of `item`."""
-    return Payload(item, ref.storage.dtype, ref.storage.numel, f"data/{ref.storage.key}")
-
-
-def piece_of(item: Item, ref: TensorRef) -> Piece[Payload]:
-    """A contiguous tensor of `item`, all of it."""
-    return Piece(whole_box(ref.size), payload_of(item, ref), ref.offset)
 
 
 def base_state(state: Mapping[str, Any]) -> Any:

@@ -106,10 +106,6 @@ def _experts(value: Any, what: str) -> None:
         raise wrong(what, f"counts of experts, {MAX_RANKS} in all or less", counts)
 
 
-def _arguments(value: Any, what: str) -> None:
-    arguments(value, what)
-
-
 def _lists(value: Any, what: str) -> None:
     for inner in a_list(value, what):
         a_list(inner, what)
@@ -166,7 +162,7 @@ _OF_MODEL: dict[str, Callable[[Any, str], Any]] = {
     "shared_params": _aliases,
     "num_experts": _experts,
     "optimizer": check_optimizer,
-    "args": _arguments,
+    "args": arguments,
 }
 _OF_OPTIMIZER: dict[str, Callable[[Any, str], Any]] = {
     "fp32_groups": _lists,

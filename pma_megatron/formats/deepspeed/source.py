@@ -17,17 +17,12 @@ from pma_megatron.formats.deepspeed.checkpoint import FORMAT_NAME, TIED, DeepSpe
 from pma_megatron.formats.deepspeed.completeness import completeness
 from pma_megatron.formats.deepspeed.frozen import frozen_fragments
 from pma_megatron.formats.deepspeed.layers import layer_names
-from pma_megatron.formats.deepspeed.partitions import (
-    base_state,
-    flat_spaces,
-    groups_of,
-    kind,
-    piece_of,
-)
+from pma_megatron.formats.deepspeed.partitions import base_state, flat_spaces, groups_of, kind
 from pma_megatron.formats.deepspeed.saves import refuse_mixed_saves
 from pma_megatron.formats.deepspeed.steps import most_steps, refuse_mixed_steps
 from pma_megatron.formats.deepspeed.unsharded import name_main_params, trained_shapes
 from pma_megatron.formats.flat import FlatMap, FlatSpace, states_from_flat
+from pma_megatron.formats.items import piece_of
 from pma_megatron.formats.pickles import TensorRef
 from pma_megatron.formats.schema import is_count
 from pma_megatron.formats.source import Source, stamps_of
@@ -280,17 +275,12 @@ def _stored(
         yield key, Tensor(key, ref.storage.dtype, ref.size, (piece_of(item, ref),))
 
 
-def read_common(path: Path) -> Common:
+def common_of(checkpoint: DeepSpeedCheckpoint) -> Common:
     """Iteration, samples and training arguments.
 
     Raises:
         CheckpointError: the tag is damaged.
     """
-    return common_of(DeepSpeedCheckpoint(path))
-
-
-def common_of(checkpoint: DeepSpeedCheckpoint) -> Common:
-    """See `read_common`."""
     head = checkpoint.head
     return {
         "iteration": int(head["global_steps"]),

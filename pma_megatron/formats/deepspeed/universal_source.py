@@ -6,13 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from pma_megatron.base.boxes import Piece
+from pma_megatron.base.boxes import Box, Piece
 from pma_megatron.formats.base import MAIN_PARAM, ModelSpace, Payload, Schedule, Tensor
-from pma_megatron.formats.contract import Common
-from pma_megatron.formats.deepspeed.partitions import piece_of, whole_box
 from pma_megatron.formats.deepspeed.saves import refuse_mixed_saves
 from pma_megatron.formats.deepspeed.source import (
-    common_of,
     refuse_incomplete,
     schedule_of,
     source_of,
@@ -29,6 +26,7 @@ from pma_megatron.formats.deepspeed.universal import (
     refuse_other_shapes,
 )
 from pma_megatron.formats.flat import FlatMap
+from pma_megatron.formats.items import piece_of
 from pma_megatron.formats.source import Source
 
 
@@ -83,7 +81,7 @@ def _states(checkpoint: UniversalCheckpoint) -> dict[str, dict[str, Tensor]]:
                 continue
             piece = _piece(checkpoint, file)
             if not checkpoint.vocabulary_cut(name):  # ZeRO-3 stores them flat
-                piece = replace(piece, box=whole_box(shape))
+                piece = replace(piece, box=Box.whole(shape))
             key = MAIN_PARAM if state == MASTER else state
             tensor = Tensor(name, piece.payload.dtype, piece.box.sizes, (piece,))
             states.setdefault(key, {})[name] = tensor
@@ -98,7 +96,7 @@ def _without_padding(weight: Tensor, main: Tensor | None) -> Tensor:
     """The rows of a weight that have main params; what pads the vocabulary stays as it is."""
     if main is None or main.shape == weight.shape:
         return weight
-    pieces = tuple(replace(piece, box=whole_box(main.shape)) for piece in weight.pieces)
+    pieces = tuple(replace(piece, box=Box.whole(main.shape)) for piece in weight.pieces)
     return replace(weight, shape=main.shape, pieces=pieces)
 
 
@@ -111,15 +109,6 @@ def _copies(checkpoint: UniversalCheckpoint) -> Iterator[tuple[str, Piece[Payloa
 
 def _alike(tensor: Tensor, piece: Piece[Payload]) -> bool:
     return tensor.dtype == piece.payload.dtype and tensor.shape == piece.box.sizes
-
-
-def read_common(path: Path) -> Common:
-    """Iteration, samples and training arguments.
-
-    Raises:
-        CheckpointError: the checkpoint is damaged.
-    """
-    return common_of(UniversalCheckpoint(path))
 
 
 def read_schedule(path: Path) -> Schedule:

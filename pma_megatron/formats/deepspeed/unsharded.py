@@ -25,9 +25,10 @@ from pma_megatron.base.boxes import Box, Piece
 from pma_megatron.errors import CheckpointError, PlanError
 from pma_megatron.formats.base import MAIN_PARAM, Payload, Tensor
 from pma_megatron.formats.deepspeed.checkpoint import DeepSpeedCheckpoint
-from pma_megatron.formats.deepspeed.partitions import base_state, payload_of
+from pma_megatron.formats.deepspeed.partitions import base_state
 from pma_megatron.formats.fingerprints import FINGERPRINT_ELEMENTS, Fingerprints, holds
 from pma_megatron.formats.flat import FlatMap, FlatRange, FlatSpace, read_elements, read_flat
+from pma_megatron.formats.items import payload_of
 from pma_megatron.formats.pickles import TensorRef
 from pma_megatron.formats.schema import wrong
 

@@ -19,6 +19,7 @@ import torch
 from pma_megatron.base.openfiles import open_source, unread
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.inert import brief
+from pma_megatron.formats.json_files import without_repeats
 from pma_megatron.formats.schema import is_count, is_shape
 
 LENGTH_BYTES = 8
@@ -168,7 +169,7 @@ def _parsed(path: Path, text: bytes) -> tuple[tuple[Entry, ...], dict[str, int],
     if not text.startswith(b"{"):
         raise _wrong(path, "a header that is no JSON object")
     try:
-        fields = json.loads(text, object_pairs_hook=_once)
+        fields = json.loads(text, object_pairs_hook=without_repeats)
     except (ValueError, RecursionError) as error:
         raise _wrong(path, f"a header that cannot be read ({str(error)[:100]})") from error
     metadata = fields.pop(_METADATA, {})
@@ -177,15 +178,6 @@ def _parsed(path: Path, text: bytes) -> tuple[tuple[Entry, ...], dict[str, int],
     found = [_entry(path, name, value) for name, value in fields.items()]
     found.sort(key=lambda each: each[1])
     return tuple(entry for entry, _ in found), {e.name: begin for e, begin in found}, metadata
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise ValueError(f"{name[:60]!r} is there twice")
-        found[name] = value
-    return found
 
 
 def _entry(path: Path, name: str, value: Any) -> tuple[Entry, int]:

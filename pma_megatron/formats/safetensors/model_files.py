@@ -15,6 +15,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from pma_megatron.base.openfiles import passing, read_source_file
+from pma_megatron.base.spelling import first_few
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.marker import OWN_FILES
 from pma_megatron.formats.names import plain_name
@@ -83,8 +84,7 @@ class ModelFiles:
         if self.files:
             yield f"copied from {self.folder}: {', '.join(self.files)}"
         if self.left:
-            more = f" and {len(self.left) - _SHOWN} more" if self.left[_SHOWN:] else ""
-            yield f"not copied from {self.folder}: {', '.join(self.left[:_SHOWN])}{more}"
+            yield f"not copied from {self.folder}: {first_few(self.left, _SHOWN)}"
         if self.foreign:
             yield (
                 f"not copied from {self.folder}: {', '.join(self.foreign)}, for the export is "

@@ -67,8 +67,8 @@ def read_source(path: str, ranges: FlatMap, main_params: bool, peers: Sequence[s
 
 def _tensor(model: Model, file: str, entry: Entry) -> Tensor:
     payload = Payload(model.item(file), entry.dtype, entry.numel, entry.name)
-    box = Box((0,) * len(entry.shape), entry.shape)
-    return Tensor(entry.name, entry.dtype, entry.shape, (Piece(box, payload, 0),))
+    piece = Piece(Box.whole(entry.shape), payload)
+    return Tensor(entry.name, entry.dtype, entry.shape, (piece,))
 
 
 def _digest(model: Model) -> str:

@@ -7,25 +7,17 @@ list of chunks, and one rank that was told all lists can write `.metadata` for e
 from __future__ import annotations
 
 import math
-import pickle
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
 from pma_megatron.base.boxes import Box, Piece, PieceIndex
 from pma_megatron.errors import PlanError
-from pma_megatron.formats.base import Item
+from pma_megatron.formats.base import Item, Payload, Tensor
+from pma_megatron.formats.dcp.building import entries_of
+from pma_megatron.formats.dcp.metadata import DcpMetadata, Properties, dump_metadata
 from pma_megatron.formats.pickles import dump_inert, new_tensor
 from pma_megatron.formats.zips import Skeleton, lay_out
 
@@ -120,8 +112,7 @@ def check_cover(chunks: Iterable[StoredChunk]) -> None:
                     f"snapshot of {key}: {part.item.file} has shape {part.shape} and {part.dtype}, "
                     f"{parts[0].item.file} has {shape} and {dtype}: ranks must agree on both"
                 )
-            whole = Box((0,) * len(shape), shape)
-            if len(part.box.sizes) != len(shape) or whole.intersect(part.box) != part.box:
+            if not part.box.lies_in(shape):
                 raise PlanError(
                     f"snapshot of {key}: {part.item.file} has {part.box}, outside shape {shape}"
                 )
@@ -143,31 +134,17 @@ def check_cover(chunks: Iterable[StoredChunk]) -> None:
 
 def metadata_bytes(chunks: Iterable[StoredChunk], objects: Mapping[str, Item]) -> bytes:
     """`.metadata` of a checkpoint made of these chunks and torch-saved `objects`."""
-    entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
-    storage = {}
+    tensors, properties = {}, {}
     for key, parts in _by_key(chunks).items():
-        entries[key] = TensorStorageMetadata(
-            TensorProperties(dtype=parts[0].dtype),
-            torch.Size(parts[0].shape),
-            [
-                ChunkStorageMetadata(torch.Size(p.box.offsets), torch.Size(p.box.sizes))
-                for p in parts
-            ],
-        )
-        for part in parts:
-            index = MetadataIndex(key, torch.Size(part.box.offsets))
-            storage[index] = _info(part.item)
-    for key, item in objects.items():
-        entries[key] = BytesStorageMetadata()
-        storage[MetadataIndex(key)] = _info(item)
-    # dict() because Metadata's field is invariant; mcore_data marks what Megatron <= 0.14 reshaped.
-    metadata = Metadata(dict(entries), storage_data=storage)
-    metadata.mcore_data = {key: {} for key in entries}  # type: ignore[attr-defined]
-    return pickle.dumps(metadata)
-
-
-def _info(item: Item) -> _StorageInfo:
-    return _StorageInfo(item.file, item.offset, item.length)
+        dtype = parts[0].dtype
+        pieces = (Piece(p.box, Payload(p.item, dtype, p.box.numel)) for p in parts)
+        tensors[key] = Tensor(key, dtype, parts[0].shape, tuple(pieces))
+        properties[key] = Properties(dtype, False, torch.contiguous_format, False)
+    order = (*tensors, *objects)
+    # An original shape, though None, marks what Megatron <= 0.14 reshaped.
+    metadata = DcpMetadata(tensors, objects, order, properties, None, dict.fromkeys(order))
+    places = {entry.index: entry.item for entry in entries_of(tensors, objects)}
+    return dump_metadata(metadata, places, (), {})
 
 
 def _irregular(parts: Sequence[StoredChunk]) -> list[StoredChunk]:

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 
 from pma_megatron.base.boxes import Box, Piece, flat_range
 from pma_megatron.errors import CheckpointError
-from pma_megatron.formats.base import MAIN_PARAM, ModelSpace, Payload, Tensor
+from pma_megatron.formats.base import MAIN_PARAM, ModelSpace, Tensor
 from pma_megatron.formats.dcp.metadata import original_shape
 from pma_megatron.formats.flat import FlatMap, FlatSpace, states_from_flat
+from pma_megatron.formats.items import piece_of
 from pma_megatron.formats.pickles import TensorRef
 from pma_megatron.formats.schema import is_count, pairs_of, wrong
 from pma_megatron.formats.torch_dist.checkpoint import TorchDistCheckpoint
@@ -125,10 +126,7 @@ def _gathered_spaces(checkpoint: TorchDistCheckpoint, key: str, group: str) -> l
             for name, ref in refs.items():
                 if ref.size != (numel,) or not ref.is_contiguous():
                     continue  # a scalar step, or something that is not a flat state
-                payload = Payload(
-                    item, ref.storage.dtype, ref.storage.numel, f"data/{ref.storage.key}"
-                )
-                space.states[name] = (Piece(Box((0,), (numel,)), payload, ref.offset),)
+                space.states[name] = (piece_of(item, ref),)
             spaces.append(space)
     return spaces
 

@@ -15,7 +15,7 @@ from pma_megatron.base.openfiles import read_source_file
 from pma_megatron.base.spelling import named
 from pma_megatron.errors import UsageError
 from pma_megatron.formats.base import Item
-from pma_megatron.formats.dcp.building import Build, Entry, entries_of, new_dtypes, saved
+from pma_megatron.formats.dcp.building import Build, entries_of, new_dtypes, saved
 from pma_megatron.formats.dcp.metadata import METADATA_FILE, dump_metadata
 from pma_megatron.formats.output import Changes, OutputLayout
 from pma_megatron.formats.rates import scale_groups, scale_schedule
@@ -42,7 +42,9 @@ def output_layout(base: TorchDistCheckpoint, changes: Changes) -> OutputLayout:
         UsageError: rates are to be scaled, and it stores none.
     """
     build = Build(base, changes)
-    entries = [entry for entry in _entries(base) if entry.key not in changes.drop]
+    entries = [
+        entry for entry in entries_of(base.tensors, base.objects) if entry.key not in changes.drop
+    ]
     build.place(entries, lambda entry: _edited(base, entry.key, changes))
     small = _small_files(build, base, {e.index: build.moved[e.item] for e in entries})
     return OutputLayout(
@@ -53,10 +55,6 @@ def output_layout(base: TorchDistCheckpoint, changes: Changes) -> OutputLayout:
         last_file=CONFIG_FILE,
         digests=INTEGRITY if (base.path / INTEGRITY.file).is_file() else None,
     )
-
-
-def _entries(base: TorchDistCheckpoint) -> list[Entry]:
-    return entries_of(base.tensors, base.objects)
 
 
 def _edited(base: TorchDistCheckpoint, key: str, changes: Changes) -> bytes | None:

@@ -46,14 +46,6 @@ def _state(*patterns: str) -> tuple[SideRule, ...]:
     return tuple(SideRule(pattern, Fate.CARRIED, why) for pattern in patterns)
 
 
-def _has_random_states(folder: Path, checkpoint: Path) -> bool:
-    return any(folder.glob("random_states_*.pkl"))
-
-
-def _is_lightning(folder: Path, checkpoint: Path) -> bool:
-    return folder.suffix == ".ckpt" and (folder / "latest").is_file()
-
-
 def _trainer_common(folder: Path, common: Common) -> Common:
     """The same, once `trainer_state.json` is of the save that the folder and the tag are of.
 
@@ -98,7 +90,7 @@ ACCELERATE = Trainer(
     formats=(FORMAT_NAME,),
     inside=re.compile(r"^pytorch_model(?:_\d+)?$"),
     leaves="random_states_0.pkl",
-    is_its=_has_random_states,
+    is_its=lambda folder, checkpoint: any(folder.glob("random_states_*.pkl")),
     side_files=(
         _POINTER,
         *_state(
@@ -119,7 +111,7 @@ LIGHTNING = Trainer(
     formats=(FORMAT_NAME,),
     inside=re.compile(r"^checkpoint$"),
     leaves="latest",
-    is_its=_is_lightning,
+    is_its=lambda folder, checkpoint: folder.suffix == ".ckpt" and (folder / "latest").is_file(),
     side_files=(_POINTER, _SCRIPT),
     names_inside=True,
     resume='trainer.fit(model, ckpt_path="{folder}")',

@@ -97,15 +97,20 @@ def saved_below(root: Path, known: Collection[str]) -> list[Path]:
     return [inside for inside in found.values() if not is_copy(inside.parent, found)]
 
 
-def _inside(folder: Path, trainer: Trainer) -> list[Path]:
+def named_inside(folder: Path, trainer: Trainer) -> list[Path]:
+    """What has the name of a trainer's checkpoint in a folder; nothing where it cannot be read."""
     if trainer.inside is None or not is_folder(folder):
         return []
     try:
-        named = [path for path in folder.iterdir() if trainer.inside.match(path.name)]
+        return sorted(path for path in folder.iterdir() if trainer.inside.match(path.name))
     except OSError:
         return []
+
+
+def _inside(folder: Path, trainer: Trainer) -> list[Path]:
+    named = named_inside(folder, trainer)
     whole = [path for path in named if registry.detect(path) in trainer.formats]
-    return sorted(path for path in whole if trainer.is_its(folder, path))
+    return [path for path in whole if trainer.is_its(folder, path)]
 
 
 def common_of(checkpoint: Path, known: Format) -> Common:

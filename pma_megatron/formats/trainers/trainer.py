@@ -7,14 +7,12 @@ the tokenizer, random states and files that say what to resume from: in the chec
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pma_megatron.base.spelling import typed
-from pma_megatron.formats.contract import Common
+from pma_megatron.formats.contract import Common, resume_call
 from pma_megatron.formats.side_files import SideRule
 
 
@@ -57,7 +55,4 @@ class Trainer:
 
     def resumed(self, folder: Path) -> str:
         """`resume` with a folder in it, as a shell or Python takes it."""
-        if self.resume.startswith("-"):
-            return self.resume.format(folder=typed(folder), root=typed(folder.parent))
-        quoted = (json.dumps(str(p), ensure_ascii=False)[1:-1] for p in (folder, folder.parent))
-        return self.resume.format(**dict(zip(("folder", "root"), quoted, strict=True)))
+        return resume_call(self.resume, folder=folder, root=folder.parent)
