@@ -48,6 +48,7 @@ from pma_megatron.transfer.reads import Reads
 
 _WEIGHT = "weight"
 _KEYWORDS = FrontEnd(keywords(["first", "second", "weights_only", "atol", "rtol", "threads"]))
+_DIFFERENT, _BEYOND, _LARGEST, _SQUARES, _DISTANCES, _NOT_FINITE = range(len(COLUMNS))
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -329,7 +330,7 @@ def _block(
     squares = float(torch.dot(first, first))
     if not math.isfinite(squares):
         squares = float(first.nan_to_num(0.0, 0.0, 0.0).square().sum())
-    row[3] += squares
+    row[_SQUARES] += squares
     alike = one.tensor.dtype == other.tensor.dtype
     if alike and same_bits(one, other):
         return
@@ -346,10 +347,10 @@ def _block(
         distance[strange] = 0.0
         distance.nan_to_num_()  # two numbers that lie farther apart than float64 reaches
         beyond = differs & (strange | (distance == torch.finfo(torch.float64).max))
-        row[5] += float((differs & strange).sum())
+        row[_NOT_FINITE] += float((differs & strange).sum())
     atol, rtol = tolerances
     beyond |= differs & (distance > first.abs().mul_(rtol).add_(atol)) if atol or rtol else differs
-    row[0] += float(differs.sum())
-    row[1] += float(beyond.sum())
-    row[2] = max(row[2], float(distance.max()))
-    row[4] += float(torch.dot(distance, distance))
+    row[_DIFFERENT] += float(differs.sum())
+    row[_BEYOND] += float(beyond.sum())
+    row[_LARGEST] = max(row[_LARGEST], float(distance.max()))
+    row[_DISTANCES] += float(torch.dot(distance, distance))

@@ -182,11 +182,13 @@ class SpikeDetector:
         alone = loss - baseline > max(settings.threshold * sigma, settings.min_rise)
         if not alone and _median(recent) - baseline <= limit:
             return None
-        onset = iteration
-        for place, value in reversed(recent):
-            if value <= baseline + limit / 2 and place != iteration:
+        onset = None
+        for place, value in reversed(recent):  # it may be over when it can be judged at last
+            if value > baseline + limit / 2:
+                onset = place
+            elif onset is not None:
                 break
-            onset = place
+        assert onset is not None  # one alone, or their median, lies above the limit
         if state.norm_off is not None and state.norm_off >= recent[0][0]:
             onset = min(onset, state.norm_off)
         for point in state.recent:

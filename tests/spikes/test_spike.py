@@ -290,6 +290,13 @@ def test_units_of_the_loss_do_not_matter(rows: Series) -> None:
     ]
 
 
+def test_a_rise_that_was_over_before_anything_was_judged() -> None:
+    fine = SpikeSettings(window=40, warmup=30, settle=5, patience=20)
+    rows = [(i, 4.0 if i in (27, 28, 29) else 2.0, None) for i in range(1, 80)]
+    (verdict,) = detect(rows, fine)
+    assert (verdict.kind, verdict.onset, verdict.peak) == (Kind.RECOVERED, 27, 4.0)
+
+
 @settings(max_examples=60, deadline=None)
 @given(rows=eventful())
 def test_verdicts_are_consistent(rows: Series) -> None:
