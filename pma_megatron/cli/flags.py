@@ -168,6 +168,8 @@ def parsed(words: Sequence[str]) -> argparse.Namespace:
         verbs[words[0]].error(str(error))
     end = words.index("--") if "--" in words else len(words)
     known, unknown = top.parse_known_args(words[:end], argparse.Namespace(rest=words[end + 1 :]))
+    if getattr(known, "from_file", None) is not None:
+        known.parser.error("--from is written out: it is read before all others")
     if known.rest and not hasattr(known, "passes_on"):
         unknown = [*unknown, *words[end:]]
     if unknown:

@@ -28,7 +28,8 @@ _WINDOW = {"last", "interval_tokens", "interval_iterations", "window_tokens", "e
 _WEIGHTING = {"method", "alpha", "floor", "coefficients", "sweep"}
 _INSTEAD = (
     ({"paths", "iterations"}, _LISTED | _WINDOW | {"tolerance", "exclude", "allow_gaps"}),
-    ({"load"} | _WINDOW, _LISTED),
+    ({"load"}, {"paths", "tokens"}),
+    (_WINDOW, _LISTED),
     ({"interval_tokens"}, {"interval_iterations"}),
     ({"interval_iterations"}, {"interval_tokens", "window_tokens"}),
     ({"window_tokens"}, {"last", "interval_iterations"}),
@@ -43,7 +44,7 @@ _NOT_ASKED = ("help", "from_file", "dump_request")
 
 
 def expanded(words: Sequence[str], verbs: Mapping[str, argparse.ArgumentParser]) -> list[str]:
-    """What was typed, with the words of a `--from FILE` after the verb.
+    """What was typed, with the words of a `--from FILE` after it.
 
     Args:
         words: what was typed.
@@ -63,12 +64,19 @@ def expanded(words: Sequence[str], verbs: Mapping[str, argparse.ArgumentParser])
     replaced = typed.union(*(instead for those, instead in _INSTEAD if those & typed))
     value = _read(path)
     if "provenance_version" in value:
+        if words[0] not in ("merge", "plan"):
+            raise UsageError(f"{FLAG} {path}: it is of a merge, and pma {words[0]} does not merge")
         asked = _recorded(path, value, verb, with_export="export" in typed)
+        if "paths" in replaced and not typed & {"last", "window_tokens", "iterations", "paths"}:
+            raise UsageError(
+                f"{FLAG} {path}: it names its sources, and others are wanted: say which, with "
+                "--last, --window-tokens, --iterations or --paths"
+            )
     else:
         asked = _asked(path, value, words[0], verbs)
     rest = list(words[end:]) or ([REST, *_many(REST, asked[REST])] if REST in asked else [])
     kept = {key: each for key, each in asked.items() if key != REST and key not in replaced}
-    return [own[0], *(w for key in kept for w in _words(verb, key, kept[key])), *own[1:], *rest]
+    return [*own, *(w for key in kept for w in _words(verb, key, kept[key])), *rest]
 
 
 def dumped(arguments: argparse.Namespace) -> str:
@@ -78,7 +86,7 @@ def dumped(arguments: argparse.Namespace) -> str:
     for action in verb._actions:
         value = getattr(arguments, action.dest, None)
         known = action.option_strings and action.dest not in (*_NOT_ASKED, "json", "verbose")
-        if known and value is not None and value not in (action.default, False):
+        if known and value is not None and value is not False and value != action.default:
             lines.append(f"{_key(action)}: {json.dumps(_plain(value))}")
     if arguments.rest:
         lines.append(f"{json.dumps(REST)}: {json.dumps(list(arguments.rest))}")
@@ -87,7 +95,8 @@ def dumped(arguments: argparse.Namespace) -> str:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
+        plain = [_plain(each) for each in value]
+        return [one for each in plain for one in (each if isinstance(each, list) else [each])]
     return value if isinstance(value, (bool, int, float, str)) else str(value)
 
 
@@ -116,7 +125,9 @@ def _typed(words: Sequence[str], verb: argparse.ArgumentParser) -> Iterator[str]
     """Settings of which a flag was typed, cut short or not."""
     for word in words:
         name = word.partition("=")[0]
-        if name.startswith("--"):
+        if name in verb._option_string_actions:
+            yield verb._option_string_actions[name].dest
+        elif name.startswith("--"):
             for flag, action in verb._option_string_actions.items():
                 if flag.startswith(name):
                     yield action.dest
@@ -209,6 +220,10 @@ def _recorded(
             if each.field == "overrides" and isinstance(said, list):
                 said = ["=".join(map(str, pair)) for pair in said if isinstance(pair, list)]
             found[each.name] = said
+    if "sweep" in found:
+        raise UsageError(
+            f"{FLAG} {path}: it is of a sweep, which made several: type what is wanted"
+        )
     if "load" not in found:
         raise UsageError(f"{FLAG} {path}: it is not of a merge, or damaged: it has no request")
     return found

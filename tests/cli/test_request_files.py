@@ -84,6 +84,17 @@ def test_what_is_typed_takes_its_place(
         assert request_of(*words)
 
 
+def test_other_sources_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder elsewhere keeps the iterations; a flag cut short is no way past the file."""
+    path = file(tmp_path, "load: /r\niterations: [2, 4]\nexclude: [6]\n")
+    found = asked("merge", "--from", path, "--load", "/mirror")
+    assert (found["load"], found["iterations"], found["exclude"]) == ("/mirror", [2, 4], [6])
+    for words in (("--fro", path), ("--from", path, "200")):
+        with pytest.raises(SystemExit):
+            asked("merge", *words)
+    capsys.readouterr()
+
+
 def test_one_file_for_several_commands(tmp_path: Path) -> None:
     text = "load: /ckpts/run\nexclude: [200]\nmerge:\n  last: 6\nevaluate:\n  lasts: [3, 6]\n"
     path = file(tmp_path, text + "  provider: my.py:build\n  --: [--batches, 8]\n")
@@ -140,6 +151,8 @@ def test_one_file_for_several_commands(tmp_path: Path) -> None:
             "x.py",
             "--a",
         ),
+        ("merge", "--load", "/r", "--tolerance", "0", "--end-iteration", "0"),
+        ("plan", "--paths", "/a", "/b", "--tokens", "1B", "2B"),
         ("geometry", "--load", "/r", "--curvature", "--provider", "x.py:y", "--margin", "0.5"),
     ],
 )
@@ -217,6 +230,9 @@ def test_a_merge_is_repeated_from_its_own_record(dense_run: Path, tmp_path: Path
     assert main(["merge", "--from", record]) == 2  # it does not go where the first one went
     assert main(["merge", "--from", record, "--save", str(again)]) == 0
     assert compare(folder_of(first, 8), folder_of(again, 8)).same
+    for words in (("merge", "--load", "/other"), ("evaluate",), ("recover", "--load", "/other")):
+        with pytest.raises(SystemExit):
+            main([words[0], "--from", record, *words[1:]])
     ends = ("--load", str(dense_run), "--end-iteration", "6", "--last", "2")
     assert main(["merge", "--from", record, "--save", str(other), *ends]) == 0
     made = json.loads((folder_of(other, 6) / "pma.json").read_text())

@@ -239,6 +239,17 @@ def test_moments_average_or_start_again(made: dict[str, Any], tmp_path: Path, ki
         assert all(each["step"] == 0 for each in state["optimizer_state_dict"]["state"].values())
 
 
+def test_steps_that_an_optimizer_counts_in_ints_start_again(
+    made: dict[str, Any], tmp_path: Path
+) -> None:
+    """FusedAdam and DeepSpeedCPUAdam: moments of zero beside an old step would be magnified."""
+    run = Path(shutil.copytree(made["folder"] / "universal" / "zero1", tmp_path / "run"))
+    for file in run.glob("*/zero/*/step.pt"):
+        torch.save(int(torch.load(file)), file)
+    reset = merge_run(run, tmp_path / "r", policy=Policy(optimizer_state="reset"))
+    assert [torch.load(reset / "zero" / name / "step.pt") for name in TRAINED] == [0] * len(TRAINED)
+
+
 @pytest.mark.parametrize("form", ["native", "universal"])
 def test_client_states_say_where_a_merge_came_from(
     made: dict[str, Any], tmp_path: Path, form: str

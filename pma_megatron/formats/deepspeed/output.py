@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ def output_layout(path: str, changes: Changes) -> OutputLayout:
     checkpoint = DeepSpeedCheckpoint(Path(path))
     optimizers = checkpoint.optimizers() if changes.edits_optimizer else {}
     states = {file: base_state(state) for file, state in optimizers.items()}
-    counted = {file: (checkpoint.state(file), state) for file, state in states.items()}
+    counted = {file: (partial(checkpoint.state, file), state) for file, state in states.items()}
     return _lay_out_after(checkpoint, changes, _edits(checkpoint, changes, counted, states))
 
 
@@ -51,7 +51,8 @@ def universal_layout(path: str, changes: Changes) -> OutputLayout:
     _refuse_unresumable(path, changes)
     checkpoint = UniversalCheckpoint(Path(path))
     steps = steps_of(checkpoint) if changes.optimizer == "reset" else {}
-    counted = {file: (said.get(STEP, said), said) for file, said in steps.items()}
+    # An int is another object once it is set back, so it is taken out afterwards.
+    counted = {file: (partial(said.get, STEP, said), said) for file, said in steps.items()}
     rated = {GLOBAL_STATE: checkpoint.state(GLOBAL_STATE)}
     return _lay_out_after(checkpoint, changes, _edits(checkpoint, changes, counted, rated))
 
@@ -59,7 +60,7 @@ def universal_layout(path: str, changes: Changes) -> OutputLayout:
 def _edits(
     checkpoint: DeepSpeedCheckpoint,
     changes: Changes,
-    counted: Mapping[str, tuple[Any, Any]],
+    counted: Mapping[str, tuple[Callable[[], Any], Any]],
     rated: Mapping[str, Any],
 ) -> dict[str, _Edit]:
     """What changes in files: `counted` has (all that a file says, what has step counters in it),
@@ -68,7 +69,8 @@ def _edits(
     edits = {}
     if changes.optimizer == "reset":
         for file, (content, state) in counted.items():
-            edits[file] = _Edit(content, frozenset(reset_steps(state)))
+            zero = frozenset(reset_steps(state))
+            edits[file] = _Edit(content(), zero)
     if changes.lr_factor is not None:
         for file in _scale_rates(checkpoint, rated, changes.lr_factor):
             edits.setdefault(file, _Edit(checkpoint.state(file), frozenset()))
@@ -152,7 +154,7 @@ def _lay_out_after(
                 base,
                 new.get(base, ()),
                 len(items),
-                functools.partial(Item, file, 0),
+                partial(Item, file, 0),
                 edited,
                 zero,
                 noted,
