@@ -74,6 +74,8 @@ def contents_of(source: Source) -> Contents:
         trained = {
             file: {**moments.get(file, {}), **mains.get(file, {})} for file in {*moments, *mains}
         }
+        if not any(trained.values()):  # moments that began again: all main params, or nothing
+            return Contents(source.path, {}, reader.at_rest(filter(reader.is_main, every)), True)
         return Contents(source.path, trained, {}, exact=True)
     weights = reader.checksums(every)
     exact = all(each.piece.payload.dtype == torch.float32 for each in every)
@@ -172,6 +174,15 @@ class _Reader:
         """File -> place -> checksum of the largest pieces there that training moves."""
         by_file = largest(self._source, pieces).items()
         return {file: self._sums(s for s in found if self._moves(s)) for file, found in by_file}
+
+    def at_rest(self, pieces: Iterable[Stored]) -> dict[str, dict[Place, int]]:
+        """The same of the largest pieces that are not zero, whether or not training moves them."""
+        by_file = largest(self._source, pieces).items()
+        sums = {
+            file: self._sums(s for s in found if not self._is_zero(s.piece.payload))
+            for file, found in by_file
+        }
+        return {file: places for file, places in sums.items() if places}
 
     def of_all(self, pieces: Iterable[Stored]) -> dict[Place, int]:
         """Place -> checksum of the largest pieces, whatever files they are in."""

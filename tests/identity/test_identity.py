@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from conftest import DENSE, MOE, digests, folder_of, request_for, train
-from pma_megatron import Policy, SelectionRequest, merge, verify
+from pma_megatron import Policy, SelectionRequest, merge, plan, verify
 from pma_megatron.base.comm import Comm
 from pma_megatron.errors import CheckpointError, PlanError, PmaError
 from pma_megatron.formats.torch_dist.checkpoint import TorchDistCheckpoint
@@ -308,3 +308,18 @@ def test_weights_of_an_older_source_that_were_edited(runs: Path, tmp_path: Path)
     assert "output_layer.weight" in message
     weights = Policy(average="weights")
     merge(request_for(run, tmp_path / "merged", policy=weights))
+
+
+def test_copies_of_a_merge_whose_moments_began_again(dense_run: Path, tmp_path: Path) -> None:
+    """Zeros tell no checkpoint from another one; main params do."""
+    reset = Policy(optimizer_state="reset")
+    for name, end in (("first", 8), ("other", 6)):
+        selection = SelectionRequest(last=2, end_iteration=end)
+        merge(request_for(dense_run, tmp_path / name, selection=selection, policy=reset))
+    shutil.copytree(tmp_path / "first", tmp_path / "again")
+    paths = [str(folder_of(tmp_path / name, 8)) for name in ("first", "again")]
+    copies = SelectionRequest(paths=tuple(paths), tokens=(1, 2))
+    with pytest.raises(CheckpointError, match="hold the same content"):
+        plan(request_for(tmp_path, tmp_path / "out", selection=copies))
+    others = SelectionRequest(paths=(str(folder_of(tmp_path / "other", 6)), paths[0]))
+    assert len(plan(request_for(tmp_path, tmp_path / "out", selection=others)).sources) == 2
