@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -97,3 +98,25 @@ class Harm:
 
     def __reduce__(self) -> Any:
         return os.mkdir, (str(self.path),)
+
+
+AROUND = {
+    "trainer": ("checkpoint-{}", "global_step{}", "trainer_state.json"),
+    "accelerate": ("checkpoint_{}", "pytorch_model", "random_states_0.pkl"),
+    "lightning": ("epoch=0-step={}.ckpt", "checkpoint", "latest"),
+}
+
+
+def surrounded(flat: Path, root: Path, kind: str) -> dict[int, Path]:
+    """Tags in the folders of a trainer, with the files by which that is known."""
+    folder, inside, marker = AROUND[kind]
+    found = {}
+    for number in (2, 4, 6):
+        # Accelerate counts its saves from 0 where it names them itself.
+        called = number // 2 - 1 if kind == "accelerate" else number
+        found[number] = root / folder.format(called)
+        shutil.copytree(tag(flat, number), found[number] / inside.format(number))
+        (found[number] / "latest").write_text(inside.format(number))
+        if marker != "latest":
+            (found[number] / marker).write_text(f'{{"global_step": {number}}}')
+    return found

@@ -1,4 +1,5 @@
-"""An exported model, checked: its tensors where they belong, its values against the sources.
+"""An exported model, checked: its tensors where they belong, its values against the sources. So are
+the weights that a trainer keeps beside its shards as such a model (`saved_folder`).
 
 Nothing is taken from the plan's layout: the files are opened with the safetensors library, and what
 their headers say decides which bytes are compared. The sums are numpy's, in float64.
@@ -8,7 +9,8 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from pma_megatron.base.comm import Comm
 from pma_megatron.base.openfiles import open_source
 from pma_megatron.errors import VerifyError
 from pma_megatron.export.files import Stored, stored_in
+from pma_megatron.formats.safetensors.headers import Entry
 from pma_megatron.merging.exporting import Filled
 from pma_megatron.merging.planning import MergePlan
 from pma_megatron.merging.policy import Action
@@ -60,39 +63,64 @@ def verify_model(
     Raises:
         VerifyError: a tensor is missing, or a value is not what it must be.
     """
-    stored = comm.on_main("verify", lambda: _opened(plan, folder))
-    check = _Check(plan, output, folder, stored)
-    if deep:
-        wanted = list(_every(plan))[comm.rank :: comm.size]
-        parts = comm.gather(comm.agree("verify", lambda: check.alone(wanted)))
-    else:
-        wanted = list(_some(plan, samples))
-        summed = [(sample, filled) for sample, filled in wanted if filled.averaged]
-        mine = comm.agree("verify", lambda: check.sums([s for s, _ in summed], comm))
-        sums = comm.collect(mine)
-        worst = comm.on_main("verify", lambda: check.compare(summed, sums))
-        carried = [each for each in wanted if not each[1].averaged]
-        sees = comm.rank == plan.visible[-1][0]
-        comm.agree("verify", lambda: check.carried(carried) if sees else None)
-        parts = [(len(wanted), sum(sample.box.numel for sample, _ in wanted), worst)]
-    counts, elements, worsts = zip(*parts, strict=True)
-    return Verification(len(stored), sum(counts), sum(elements), max(worsts), deep=deep)
-
-
-def _opened(plan: MergePlan, folder: Path) -> dict[str, Stored]:
-    """What the files say, once it is clear that it is what was planned."""
     assert plan.export is not None
+    entries = {entry.name: entry for entry in plan.export.entries}
+    stored = comm.on_main("verify", lambda: _opened(folder, entries))
+    check = _Check(plan, output, folder, stored)
+    return check.all(plan.export.filled, comm, samples, deep)
+
+
+def with_weights_beside(
+    comm: Comm,
+    found: Verification,
+    plan: MergePlan,
+    output: Output,
+    folder: Path,
+    *,
+    deep: bool = False,
+    samples: int = 64,
+) -> Verification:
+    """What was found of an output's shards, and the same of the weights beside them, if any.
+
+    Arguments and errors are those of `verify_model`.
+    """
+    if not plan.beside:
+        return found
+    names = {each.place.record for each in plan.beside}
+    files = {each.place.file for each in plan.beside}
+
+    def opened() -> dict[str, Stored]:
+        stored = stored_in(folder, files)
+        _refuse_other_names(folder, stored, names)
+        return stored
+
+    check = _Check(plan, output, folder, comm.on_main("verify", opened))
+    more = check.all(plan.beside, comm, samples, deep)
+    return replace(
+        found,
+        entries=found.entries + more.entries,
+        samples=found.samples + more.samples,
+        elements=found.elements + more.elements,
+        worst=max(found.worst, more.worst),
+    )
+
+
+def _opened(folder: Path, entries: Mapping[str, Entry]) -> dict[str, Stored]:
+    """What the files say, once it is clear that it is what was planned."""
     found = stored_in(folder)
-    wanted = {entry.name: entry for entry in plan.export.entries}
+    _refuse_other_names(folder, found, entries)
+    for name, each in found.items():
+        if each.entry != entries[name]:
+            raise VerifyError(f"{folder}: {name} is {each.entry}, expected {entries[name]}")
+    return found
+
+
+def _refuse_other_names(folder: Path, found: Collection[str], wanted: Collection[str]) -> None:
     if set(found) != set(wanted):
         raise VerifyError(
             f"{folder} has tensors {sorted(set(found) - set(wanted))[:3]} too many and lacks "
             f"{sorted(set(wanted) - set(found))[:3]}"
         )
-    for name, each in found.items():
-        if each.entry != wanted[name]:
-            raise VerifyError(f"{folder}: {name} is {each.entry}, expected {wanted[name]}")
-    return found
 
 
 Wanted = tuple[Sample, Filled]
@@ -104,11 +132,9 @@ def _sample(plan: MergePlan, filled: Filled, box: Box) -> Sample:
     return Sample(filled.state, filled.key, box, kept)
 
 
-def _some(plan: MergePlan, count: int) -> Iterator[Wanted]:
+def _some(plan: MergePlan, filled: Sequence[Filled], count: int) -> Iterator[Wanted]:
     """Slices at places that depend on the plan alone."""
-    assert plan.export is not None
     draw = random.Random(plan.digest)
-    filled = plan.export.filled
     chosen = draw.sample(filled, count) if len(filled) > count else filled
     for each in chosen:
         for _ in range(max(1, count // len(chosen))):
@@ -126,11 +152,10 @@ def _somewhere(box: Box, draw: random.Random) -> Box:
     return Box(tuple(offsets), tuple(sizes))
 
 
-def _every(plan: MergePlan) -> Iterator[Wanted]:
-    assert plan.export is not None
-    for filled in plan.export.filled:
-        for box in slices(filled.box, SLICE_ELEMENTS):
-            yield _sample(plan, filled, box), filled
+def _every(plan: MergePlan, filled: Sequence[Filled]) -> Iterator[Wanted]:
+    for each in filled:
+        for box in slices(each.box, SLICE_ELEMENTS):
+            yield _sample(plan, each, box), each
 
 
 class _Check:
@@ -140,6 +165,25 @@ class _Check:
         self, plan: MergePlan, output: Output, folder: Path, stored: Mapping[str, Stored]
     ) -> None:
         self._plan, self._output, self._folder, self._stored = plan, output, folder, stored
+
+    def all(self, filled: Sequence[Filled], comm: Comm, samples: int, deep: bool) -> Verification:
+        """Check all that was filled, or `samples` slices of it. Every rank makes this call."""
+        plan = self._plan
+        if deep:
+            wanted = list(_every(plan, filled))[comm.rank :: comm.size]
+            parts = comm.gather(comm.agree("verify", lambda: self.alone(wanted)))
+        else:
+            wanted = list(_some(plan, filled, samples))
+            summed = [(sample, each) for sample, each in wanted if each.averaged]
+            mine = comm.agree("verify", lambda: self.sums([s for s, _ in summed], comm))
+            sums = comm.collect(mine)
+            worst = comm.on_main("verify", lambda: self.compare(summed, sums))
+            kept = [each for each in wanted if not each[1].averaged]
+            sees = comm.rank == plan.visible[-1][0]
+            comm.agree("verify", lambda: self.carried(kept) if sees else None)
+            parts = [(len(wanted), sum(sample.box.numel for sample, _ in wanted), worst)]
+        counts, elements, worsts = zip(*parts, strict=True)
+        return Verification(len(self._stored), sum(counts), sum(elements), max(worsts), deep=deep)
 
     def sums(self, samples: Sequence[Sample], comm: Comm) -> list[tuple[np.ndarray, np.ndarray]]:
         """This rank's part of the sums of some slices."""
@@ -189,7 +233,7 @@ class _Check:
                 if not torch.equal(data.view(torch.uint8), own.view(torch.uint8)):
                     raise VerifyError(
                         f"{self._folder}: {filled.place.record} is not the newest source's, bit "
-                        "for bit. Do not use this export: make it again"
+                        "for bit. Do not use this folder: make it again"
                     )
 
     def _read(self, filled: Filled, box: Box) -> torch.Tensor:

@@ -136,7 +136,8 @@ def _checked(
     output, folder = plan.outputs[target.output], target.staging if made_now else target.final
     if target.folder is Folder.MODEL:
         return exported.verify_model(plan, output, folder, comm)
-    return verification.verify_output(plan, output, folder, comm)
+    found = verification.verify_output(plan, output, folder, comm)
+    return exported.with_weights_beside(comm, found, plan, output, folder)
 
 
 @contextlib.contextmanager

@@ -64,8 +64,8 @@ class MergePlan:
         read_bytes: payload bytes that will be read, over all ranks.
         digest: SHA-256 of all that decides the result.
         save: what the newest source was saved as, and each checkpoint that is written is.
-        side_files: what lies beside the newest source's shards, and what becomes of it; () where no
-            checkpoint is written.
+        side_files: what lies beside its shards, and what becomes of it; () without a checkpoint.
+        beside: what is filled of those (`saved_folder`).
         origins: name of an output -> what its only source was merged from, for an export's card.
     """
 
@@ -84,6 +84,7 @@ class MergePlan:
     digest: str
     save: Save
     side_files: tuple[SideFile, ...] = ()
+    beside: tuple[Filled, ...] = ()
     origins: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
@@ -366,6 +367,7 @@ def _assemble(
         digest=_digest(request, found.sources, found.outputs, decisions.table, export, beside),
         save=save,
         side_files=beside,
+        beside=() if saved is None else saved.filled,
     )
 
 

@@ -19,7 +19,7 @@ from pma_megatron.formats import registry
 from pma_megatron.formats.manifest import TENSORS, Marker, read_marker
 from pma_megatron.formats.marker import EXPORT, MARKER_FILE, ONLINE_AVERAGE, SNAPSHOT
 from pma_megatron.formats.trainers.saves import published_as, save_of
-from pma_megatron.merging.exported import verify_model
+from pma_megatron.merging.exported import verify_model, with_weights_beside
 from pma_megatron.merging.folder_checksums import Intact, Record, check_files
 from pma_megatron.merging.planning import MergePlan, make_plan
 from pma_megatron.merging.provenance import checked_provenance, request_again
@@ -203,12 +203,14 @@ def _against_sources(
     right = f"all {files} files are as they were published" if files else "no file was read"
     try:
         again = _planned_again(folder, value, comm)
+        output = again.outputs[0]
         if again.export is not None:
-            output = again.outputs[0]
             return verify_model(again, output, folder, comm, samples=samples, deep=deep)
         if deep:
-            return recompute(again, again.outputs[0], folder, comm)
-        return verify_output(again, again.outputs[0], folder, comm, samples=samples)
+            found = recompute(again, output, folder, comm)
+        else:
+            found = verify_output(again, output, folder, comm, samples=samples)
+        return with_weights_beside(comm, found, again, output, folder, deep=deep, samples=samples)
     except (VerifyError, RankError):
         raise
     except PmaError as error:

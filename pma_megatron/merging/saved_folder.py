@@ -7,11 +7,15 @@ once. Names, dtypes, files and index are those of the newest source.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pma_megatron.base.boxes import Box
+import torch
+
+from pma_megatron.base.boxes import Box, PieceIndex, flat_range
+from pma_megatron.base.openfiles import open_source
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats import registry
 from pma_megatron.formats.base import Item
@@ -25,8 +29,12 @@ from pma_megatron.formats.trainers.saves import Save, laid_out, save_of
 from pma_megatron.merging.agreement import AVERAGED
 from pma_megatron.merging.entry_rules import Rules
 from pma_megatron.merging.exporting import Filled, origin
-from pma_megatron.merging.policy import Action
+from pma_megatron.merging.policy import MAIN, Action
+from pma_megatron.transfer.blocks import BlockReader
+from pma_megatron.transfer.buffers import as_bytes
 
+_COMPARED = 64
+"""Elements of each tensor that are compared with the checkpoint's."""
 _OF_MODEL = ".safetensors"
 _WHY = "weights of the model, averaged in the same pass"
 
@@ -80,7 +88,7 @@ def _with_weights(made: SavedFolder, base: Source, rules: Rules) -> SavedFolder:
                 raise CheckpointError(f"{name} is a link that leads out of the folder")
             if name != INDEX_FILE:
                 headers[name] = read_header(folder / name)
-        reason = _why_not(headers.values(), base, rules)
+        reason = _why_not(headers.values(), base, rules) or _other_values(folder, headers, base)
     except CheckpointError as error:
         reason = str(error)
     if reason is not None:
@@ -110,6 +118,36 @@ def _why_not(headers: Iterable[FileHeader], base: Source, rules: Rules) -> str |
         if rule is not None and rule.action is Action.DROP:
             return f"{entry.name} is dropped"
     return None
+
+
+def _other_values(folder: Path, headers: Mapping[str, FileHeader], base: Source) -> str | None:
+    """Why the files are not the checkpoint's weights, by the first elements of every tensor; None
+    if they are. An average of other weights (EMA, merged adapters) may have the same names."""
+    with BlockReader.of(base.format, base.path) as reader:
+        for name, header in headers.items():
+            descriptor = open_source(folder / name)
+            try:
+                for entry in header.entries:
+                    count = min(entry.numel, _COMPARED)
+                    nbytes = count * entry.dtype.itemsize
+                    data = os.pread(descriptor, nbytes, header.starts[entry.name])
+                    if count and data not in _values(entry, count, base, reader):
+                        return f"{entry.name} has other values than the checkpoint"
+            finally:
+                os.close(descriptor)
+    return None
+
+
+def _values(entry: Entry, count: int, base: Source, reader: BlockReader) -> Iterator[bytes]:
+    """The first elements of a tensor as it is stored: its weight, and its main params."""
+    key = _key(entry, base)
+    whole = Box((0,) * len(entry.shape), entry.shape)
+    for tensor in (base.tensor("weight", key), base.frozen.get(key), base.tensor(MAIN, key)):
+        if tensor is not None and tensor.pieces:
+            index = PieceIndex(tensor.pieces)
+            boxes = (box for box, _ in flat_range(whole, 0, count))
+            parts = [reader.values(box, index, tensor.dtype) for box in boxes]
+            yield bytes(as_bytes(torch.cat(parts).to(entry.dtype).contiguous()))
 
 
 def _key(entry: Entry, base: Source) -> str:

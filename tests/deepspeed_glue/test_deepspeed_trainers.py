@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import shutil
 from pathlib import Path
@@ -17,30 +16,12 @@ pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 from safetensors.torch import load_file, save_file
 
 from conftest import digests
-from deepspeed_runs import check_masters, merge_run, records, tag, train
-from oracle import assert_average
-from pma_megatron import (
-    MergeRequest,
-    SelectionRequest,
-    inspect,
-    list_checkpoints,
-    merge,
-    plan,
-    verify,
-)
-from pma_megatron.base.comm import Comm
-from pma_megatron.errors import CheckpointError, PmaError
+from deepspeed_runs import AROUND, check_masters, merge_run, records, surrounded, tag
+from pma_megatron import inspect, list_checkpoints, verify
+from pma_megatron.errors import CheckpointError
 from pma_megatron.merging.report import how_to_resume
 from pma_megatron.testing import run_ranks
 from pma_megatron.testing.plain_reads import assert_within_one_rounding
-from pma_megatron.testing.tiny_deepspeed import DeepSpeedConfig
-
-
-@pytest.fixture(scope="module")
-def flat(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("flat") / "run"
-    run_ranks(train, 2, {str(root): DeepSpeedConfig(stage=2)}, timeout_s=200)
-    return root
 
 
 def test_tags_below_numbered_folders_are_one_run(flat: Path, tmp_path: Path) -> None:
@@ -61,28 +42,6 @@ def test_tags_below_numbered_folders_are_one_run(flat: Path, tmp_path: Path) -> 
         assert {n for n in flat_file if mine[n] != flat_file[n]} <= {"data.pkl"}  # sources' paths
         assert set(mine) == set(flat_file)
     assert (ours.parent / "latest").read_text() == "global_step6"
-
-
-AROUND = {
-    "trainer": ("checkpoint-{}", "global_step{}", "trainer_state.json"),
-    "accelerate": ("checkpoint_{}", "pytorch_model", "random_states_0.pkl"),
-    "lightning": ("epoch=0-step={}.ckpt", "checkpoint", "latest"),
-}
-
-
-def surrounded(flat: Path, root: Path, kind: str) -> dict[int, Path]:
-    """Tags in the folders of a trainer, with the files by which that is known."""
-    folder, inside, marker = AROUND[kind]
-    found = {}
-    for number in (2, 4, 6):
-        # Accelerate counts its saves from 0 where it names them itself.
-        called = number // 2 - 1 if kind == "accelerate" else number
-        found[number] = root / folder.format(called)
-        shutil.copytree(tag(flat, number), found[number] / inside.format(number))
-        (found[number] / "latest").write_text(inside.format(number))
-        if marker != "latest":
-            (found[number] / marker).write_text(f'{{"global_step": {number}}}')
-    return found
 
 
 @pytest.mark.parametrize("kind", AROUND)
@@ -161,112 +120,6 @@ def test_links_and_copies_of_a_save_are_not_listed_twice(
     if kind == "lightning":
         shutil.rmtree(saves[6])
         assert [ref.iteration for ref in list_checkpoints(tmp_path / "run")] == [2, 4, 6]
-
-
-def with_models(flat: Path, root: Path) -> tuple[Path, list[dict[str, torch.Tensor]]]:
-    """Saves of Trainer with the model's weights beside the tag, in two files with an index; the
-    newest folder, and what DeepSpeed itself says that each tag holds, in float32."""
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    held = []
-    for number, folder in surrounded(flat, root, "trainer").items():
-        state = get_fp32_state_dict_from_zero_checkpoint(str(folder), f"global_step{number}")
-        held.append({name: value.detach().clone() for name, value in state.items()})
-        names = sorted(held[-1])
-        files = {}
-        for part, own in enumerate((names[:2], names[2:]), 1):
-            file = f"model-{part:05d}-of-00002.safetensors"
-            # One file in 16 bits, one in 32: each keeps its dtype.
-            dtype = torch.bfloat16 if part == 1 else torch.float32
-            tensors = {name: in_dtype(held[-1][name], dtype) for name in own}
-            save_file(tensors, folder / file, metadata={"format": "pt"})
-            files |= dict.fromkeys(own, file)
-        index = {"metadata": {"total_size": 1}, "weight_map": files}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return folder, held
-
-
-def in_dtype(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return (value.to(dtype) if value.dtype.is_floating_point else value).clone()
-
-
-def loaded(folder: Path) -> dict[str, torch.Tensor]:
-    files = sorted(folder.glob("model-*.safetensors"))
-    return {name: value for file in files for name, value in load_file(file).items()}
-
-
-def merge_here(rank: int, world_size: int, root: str, save: str) -> None:
-    merge(MergeRequest(load=root, save=save, selection=SelectionRequest(last=3)), Comm())
-
-
-def test_weights_beside_the_tag_are_averaged_in_the_same_pass(flat: Path, tmp_path: Path) -> None:
-    """Each in its own dtype and file, by any number of ranks, with checksums; one read."""
-    newest, held = with_models(flat, tmp_path / "run")
-    last = SelectionRequest(last=3)
-    planned = plan(MergeRequest(load=str(tmp_path / "run"), save="x", selection=last))
-    for file in newest.glob("model*"):
-        if file.suffix == ".safetensors":
-            assert planned.layout.files[file.name] == file.stat().st_size
-    merged = merge_run(tmp_path / "run", tmp_path / "merged").parent / "checkpoint-6"
-    run_ranks(merge_here, 2, str(tmp_path / "run"), str(tmp_path / "two"), timeout_s=100)
-    old, new = loaded(newest), loaded(merged)
-    dtypes = {value.dtype for value in new.values()}
-    assert list(old) == list(new) and dtypes == {torch.bfloat16, torch.float32, torch.int64}
-    for name, value in new.items():
-        assert value.dtype == old[name].dtype
-        if value.dtype == torch.int64:
-            assert torch.equal(value, old[name]), "a counter is the newest's"
-            continue
-        parts = [each[name].double() for each in held]
-        if value.dtype == torch.float32:
-            assert_average(value.double().numpy(), [p.numpy() for p in parts], [1 / 3] * 3, name)
-        else:
-            assert_within_one_rounding(value, parts, name)
-    index = "model.safetensors.index.json"
-    assert (merged / index).read_bytes() == (newest / index).read_bytes()
-    for file in merged.glob("model*"):
-        assert file.read_bytes() == (tmp_path / "two" / merged.name / file.name).read_bytes()
-    without = plan(MergeRequest(load=str(flat), save="x", selection=last))
-    # Nothing is read again, but a counter and a frozen parameter of the newest, for their copies.
-    assert 0 <= planned.read_bytes - without.read_bytes < 16
-    verify(merged, deep=True)
-    victim = merged / "model-00002-of-00002.safetensors"
-    data = bytearray(victim.read_bytes())
-    data[-1] ^= 1
-    victim.write_bytes(data)
-    with pytest.raises(PmaError, match=victim.name):
-        verify(merged)
-
-
-@pytest.mark.parametrize("wrong", ["name", "shape", "cut", "lost", "link"])
-def test_weights_that_are_not_the_tags_are_left_out_and_said(
-    flat: Path, tmp_path: Path, wrong: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    newest, held = with_models(flat, tmp_path / "run")
-    file = newest / "model-00002-of-00002.safetensors"
-    names = sorted(held[-1])[2:]
-    tensors = {name: held[-1][name] for name in names}
-    said = {
-        "name": "the checkpoint has no another",
-        "shape": f"{names[0]} is [3] there",
-        "cut": "model-00002-of-00002.safetensors",
-        "lost": "model-00002-of-00002.safetensors",
-        "link": "a link that leads out of the folder",
-    }[wrong]
-    if wrong == "name":
-        save_file({"another": torch.zeros(2), **tensors}, file)
-    elif wrong == "shape":
-        save_file({**tensors, names[0]: torch.zeros(3)}, file)
-    elif wrong == "cut":
-        file.write_bytes(file.read_bytes()[:-1])
-    else:
-        (tmp_path / "cache").mkdir()
-        elsewhere = file.rename(tmp_path / "cache" / "blob")
-        if wrong == "link":
-            file.symlink_to(elsewhere)
-    merged = merge_run(tmp_path / "run", tmp_path / "merged").parent / "checkpoint-6"
-    assert not list(merged.glob("model*"))
-    assert "left out of the result" in caplog.text and said in caplog.text
 
 
 def test_inspect_names_a_folder_that_is_there(flat: Path, tmp_path: Path) -> None:
