@@ -202,20 +202,6 @@ class Comm:
         self._together(lambda: dist.gather_object(value, values))
         return values or []
 
-    def hand_over(self, value: T | None, source: int) -> list[T]:
-        """The value of global rank `source`, alone in a list on rank 0; no other rank gets it."""
-        box: list[Any] = [value]
-
-        def move() -> None:
-            if self.rank == source:
-                dist.send_object_list(box, dst=0)
-            elif self.is_main:
-                dist.recv_object_list(box, src=source)
-
-        if source:
-            self._together(move)
-        return box if self.is_main else []
-
     def broadcast(self, value: T, source: int = 0) -> T:
         """The value of global rank `source`, on every rank."""
         if self.size == 1:

@@ -44,6 +44,8 @@ class _Kept:
         return (found[2],)
 
     def put(self, key: tuple[str, str], mark: _Mark, cost_bytes: int, value: Any) -> None:
+        if cost_bytes > LIMIT_BYTES:
+            return
         if key in self.values:
             self.nbytes -= self.values.pop(key)[1]
         self.values[key] = (mark, cost_bytes, value)

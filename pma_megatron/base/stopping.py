@@ -93,6 +93,7 @@ def stoppable(tell: Callable[[int], None] | None = None) -> Iterator[None]:
         for number, handler in before.items():
             signal.signal(number, handler)
         sys.unraisablehook = ignored
+        _state = _State()  # what comes again too late is of no use
 
 
 def unwinding() -> None:

@@ -14,9 +14,10 @@ from typing import Any
 
 from pma_megatron.base.openfiles import read_source_file
 from pma_megatron.base.settings import Declared, declared, nested
-from pma_megatron.base.spelling import nearest
-from pma_megatron.errors import CheckpointError, UsageError
+from pma_megatron.base.spelling import first_few, nearest
+from pma_megatron.errors import CheckpointError, UsageError, VerifyError
 from pma_megatron.formats.json_files import read_json
+from pma_megatron.formats.marker import MARKER_FILE, PROVENANCE_VERSION, SEAL_FILE
 from pma_megatron.merging.request import MergeRequest
 
 FLAG = "--from"
@@ -157,13 +158,8 @@ def _unknown(path: Path, key: str, name: str, verbs: Mapping[str, argparse.Argum
     meant = nearest(own, list(_settings(verbs[name])))
     hint = "" if meant is None else f": did you mean {meant}?"
     if users:
-        hint = f", which {_among(users)} have: put it below `{users[0]}:`"
+        hint = f", but of {first_few(users, 3)}: put it below `{users[0]}:`"
     return f"{FLAG} {path}: {key} is no setting of pma {name}{hint}"
-
-
-def _among(names: Sequence[str]) -> str:
-    """A few names, in words."""
-    return ", ".join(f"pma {name}" for name in names[:3])
 
 
 def _spelled(key: Any) -> str:
@@ -186,10 +182,14 @@ def _read(path: Path) -> dict[str, Any]:
         UsageError: there is none, or it is neither.
     """
     try:
+        if path.name == MARKER_FILE and (path.parent / SEAL_FILE).is_file():
+            from pma_megatron.formats.manifest import read_marker
+
+            return dict(read_marker(path.parent).value)
         if path.suffix == ".json":
             return read_json(path)
         text = read_source_file(path, _MAX_BYTES).decode()
-    except (CheckpointError, UnicodeDecodeError) as error:
+    except (CheckpointError, VerifyError, UnicodeDecodeError) as error:
         raise UsageError(f"{FLAG}: {error}") from error
     try:
         import yaml
@@ -199,6 +199,7 @@ def _read(path: Path) -> dict[str, Any]:
             "'pma-megatron[yaml]', or write the same as JSON in a file called *.json"
         ) from None
     try:
+        _refuse_repeats(path, yaml.compose(text, Loader=yaml.BaseLoader))
         value = yaml.load(text, Loader=yaml.BaseLoader)  # text as it stands: 1-sqrt, 8B, 1e-3
     except yaml.YAMLError as error:
         where = " ".join(str(error).split())[:200]
@@ -208,10 +209,26 @@ def _read(path: Path) -> dict[str, Any]:
     return value
 
 
+def _refuse_repeats(path: Path, node: Any) -> None:
+    """Of two settings of one name, YAML takes the later without a word."""
+    pairs = node.value if node is not None and node.id == "mapping" else []
+    names = [_spelled(key.value) for key, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"{FLAG} {path}: {name} is there twice: which one is meant?")
+    for _, below in pairs:
+        _refuse_repeats(path, below)
+
+
 def _recorded(
     path: Path, value: Mapping[str, Any], verb: argparse.ArgumentParser, *, with_export: bool
 ) -> dict[str, Any]:
     """What a `pma.json` says that a merge was asked for, but for where its result went."""
+    if value["provenance_version"] != PROVENANCE_VERSION:
+        raise UsageError(
+            f"{FLAG} {path}: version {value['provenance_version']!r}, expected "
+            f"{PROVENANCE_VERSION}: another release wrote it"
+        )
     left_out = {*_OF_ONE_RUN, *(() if with_export else _OF_EXPORT)}
     known = {action.dest for action in verb._actions} - left_out
     found = {}

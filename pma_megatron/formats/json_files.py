@@ -35,7 +35,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     data = read_source_file(path, _MAX_BYTES)
     try:
-        value = json.loads(data)
+        value = json.loads(data, object_pairs_hook=without_repeats)
         json.dumps(value, ensure_ascii=False).encode()  # lone surrogates could not be printed
     except (ValueError, RecursionError) as error:
         raise CheckpointError(

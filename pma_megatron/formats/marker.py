@@ -81,3 +81,7 @@ def read_snapshot_marker(folder: Path) -> SnapshotMarker | None:
     if not is_count(iteration) or type(dtype) is not str:
         raise wrong(f"{folder / MARKER_FILE}: iteration and dtype", "both", (iteration, dtype))
     return SnapshotMarker(iteration=iteration, dtype=dtype)
+
+
+PROVENANCE_VERSION = 1
+"""Of what `pma.json` says of a merge (`merging.provenance`)."""

@@ -56,11 +56,11 @@ def _described(roots: Sequence[str], comm: Comm) -> dict[str, CheckpointRef]:
     found = comm.on_main("discover", lambda: [looked_at(root) for root in roots])
 
     def look() -> dict[str, CheckpointRef]:
+        every = [(folder, history) for folders, history in found for folder in folders]
         refs = {
             str(folder): describe(folder, history)
-            for folders, history in found
-            for number, folder in enumerate(folders)
-            if (number - len(folders)) % comm.size == comm.rank
+            for number, (folder, history) in enumerate(every)
+            if (number - len(every)) % comm.size == comm.rank
         }
         return {folder: ref for folder, ref in refs.items() if ref.complete}
 

@@ -33,7 +33,7 @@ from pma_megatron.merging.exporting import (
 from pma_megatron.merging.finding import all_refs, owners_of, pointers, schedule_notes
 from pma_megatron.merging.padding import padding_notes
 from pma_megatron.merging.policy import MAIN
-from pma_megatron.merging.request import MergeRequest, Output, in_its_words
+from pma_megatron.merging.request import MergeRequest, Output, in_its_words, refuse_other_plans
 from pma_megatron.merging.saved_folder import SavedFolder, lay_out_folder
 from pma_megatron.merging.tasks import Unit, Workload, units
 from pma_megatron.runs.discover import choose, newest_full
@@ -207,7 +207,9 @@ def make_plan(request: MergeRequest, comm: Comm) -> MergePlan:
         saved = _layout(found, decisions, request.lr_factor, comm)
     if request.export is not None:
         export = _export(request, found, decisions, comm)
-    return comm.agree("plan", lambda: _assemble(request, found, decisions, saved, export))
+    plan = comm.agree("plan", lambda: _assemble(request, found, decisions, saved, export))
+    refuse_other_plans(comm.gather(plan.digest))
+    return plan
 
 
 @once_each()
@@ -256,16 +258,14 @@ def open_sources(
     )
     opened: dict[int, Source] = {last: newest}
     for number, owner in enumerate(owners[:last]):
-        opened[number] = comm.broadcast(others.get(number, newest), owner)  # the owner's
-        for shown in comm.hand_over(proved.get(number), owner):
-            proved[number] = shown
+        own = others.get(number, newest), proved.get(number)
+        opened[number], shown = comm.broadcast(own, owner)
+        proved |= {number: shown} if comm.is_main and shown else {}
     said = comm.on_main("compare sources", lambda: refuse_strangers(refs, proved))
     for number, sentence in said.items():
         opened[number] = replace(opened[number], notes=(*opened[number].notes, sentence))
-    if comm.is_main:
-        for number in sorted(opened):
-            for sentence in opened[number].notes:
-                _log.warning(sentence)
+    for sentence in (note for n in sorted(opened) for note in opened[n].notes if comm.is_main):
+        _log.warning(sentence)
     return tuple(opened[number] for number in range(len(refs)))
 
 

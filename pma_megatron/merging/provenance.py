@@ -15,7 +15,7 @@ import torch
 from pma_megatron.base.comm import Comm
 from pma_megatron.errors import CheckpointError, PmaError
 from pma_megatron.formats.manifest import read_marker
-from pma_megatron.formats.marker import EXPORT, ONLINE_AVERAGE
+from pma_megatron.formats.marker import EXPORT, ONLINE_AVERAGE, PROVENANCE_VERSION
 from pma_megatron.formats.output import Folder
 from pma_megatron.formats.schema import is_count
 from pma_megatron.merging.planning import MergePlan
@@ -26,8 +26,6 @@ from pma_megatron.merging.request import MergeRequest, Method, Output
 from pma_megatron.merging.source_checksums import Compared
 from pma_megatron.runs.selection_request import SelectionRequest
 from pma_megatron.version import __version__
-
-PROVENANCE_VERSION = 1
 
 
 def provenance(

@@ -301,6 +301,23 @@ class MergeRequest:
         return list(pairs)
 
 
+def refuse_other_plans(digests: Sequence[str]) -> None:
+    """Ranks of one job that were asked for other merges, as by another file of `--from`.
+
+    Args:
+        digests: of each rank's plan.
+
+    Raises:
+        UsageError: they differ.
+    """
+    others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    if others:
+        raise UsageError(
+            f"rank {others[0]} ({len(others)} in all) was asked for another merge than rank 0, by "
+            "its arguments or by a file that they name: start all ranks alike"
+        )
+
+
 def in_its_words(
     work: Callable[Concatenate[MergeRequest, P], R],
 ) -> Callable[Concatenate[MergeRequest, P], R]:

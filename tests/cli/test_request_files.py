@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +175,7 @@ def test_a_dump_writes_nothing_and_asks_no_disk(
 
 BAD = {
     "lsat: 3": "lsat is no setting of pma merge: did you mean last?",
-    "lasts: [3]": "put it below `evaluate:`",
+    "lasts: [3]": "but of evaluate, forecast: put it below `evaluate:`",
     "merge:\n  lasts: [3]": "merge.lasts is no setting of pma merge",
     "merge: 3": "merge is a command",
     "last: [3, 4]": "last has 2 values",
@@ -187,7 +188,10 @@ BAD = {
     "- last": "expected settings",
     "a: [": "is no YAML",
     "\x00": "is no YAML",
-    "provenance_version: 1": "no request",
+    "provenance_version: 99": "another release",
+    "last: 5\nlast: 10": "last is there twice",
+    "interval-tokens: 1B\ninterval_tokens: 2B": "interval_tokens is there twice",
+    "merge:\n  last: 3\n  last: 4": "last is there twice",
 }
 
 
@@ -207,12 +211,14 @@ def test_files_that_are_none_are_refused(
 ) -> None:
     (tmp_path / "bytes.yaml").write_bytes(b"last: \xff")
     (tmp_path / "list.json").write_text("[1]")
+    (tmp_path / "twice.json").write_text('{"last": 1, "last": 2}')
     path = file(tmp_path, YAML)
     for words in (
         ("--from", tmp_path / "none.yaml"),
         ("--from", tmp_path),
         ("--from", tmp_path / "bytes.yaml"),
         ("--from", tmp_path / "list.json"),
+        ("--from", tmp_path / "twice.json"),
         ("--from",),
         ("--from", path, "--from", path),
     ):
@@ -230,6 +236,16 @@ def test_a_merge_is_repeated_from_its_own_record(dense_run: Path, tmp_path: Path
     assert main(["merge", "--from", record]) == 2  # it does not go where the first one went
     assert main(["merge", "--from", record, "--save", str(again)]) == 0
     assert compare(folder_of(first, 8), folder_of(again, 8)).same
+    swept = ("--load", str(dense_run), "--save", str(tmp_path / "swept"), "--sweep", "sma,wma:2")
+    assert main(["merge", *swept]) == 0
+    (of_sweep,) = (tmp_path / "swept").glob("sma*/iter*/pma.json")
+    with pytest.raises(SystemExit):
+        main(["merge", "--from", str(of_sweep), "--save", str(again)])
+    edited = Path(shutil.copytree(folder_of(first, 8), tmp_path / "edited" / "iter_0000008"))
+    text = (edited / "pma.json").read_text()
+    (edited / "pma.json").write_text(text.replace('"ema"', '"sma"'))
+    with pytest.raises(SystemExit):
+        main(["merge", "--from", str(edited / "pma.json"), "--save", str(again)])
     for words in (("merge", "--load", "/other"), ("evaluate",), ("recover", "--load", "/other")):
         with pytest.raises(SystemExit):
             main([words[0], "--from", record, *words[1:]])
