@@ -105,10 +105,8 @@ def run_pretrain(
     old = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
     paths = [*map(str, python_path), str(tree), str(root), *old]
     job = secrets.token_hex(8)
-    own, rest = [], list(arguments)
-    if through in _VERBS:
-        end = rest.index("--") + 1
-        own, rest = rest[:end], rest[end:]
+    end = [*arguments].index("--") + 1 if through in _VERBS else 0
+    own, rest = arguments[:end], arguments[end:]
     tiny = [word for word in TINY if word not in omit]
     environ = {
         **os.environ,

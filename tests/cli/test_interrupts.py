@@ -12,27 +12,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from jobs import JOBS, nothing_goes_on  # noqa: F401
 from pma_megatron.base.stopping import Stopped, stoppable, unwinding
 from pma_megatron.testing import inject
 
 PATIENCE_S = 200.0
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
-_JOBS: list[subprocess.Popen[str]] = []
-
-
-@pytest.fixture(autouse=True)
-def _nothing_goes_on() -> Iterator[None]:
-    yield
-    for job in _JOBS:
-        if job.poll() is None:
-            os.killpg(job.pid, signal.SIGKILL)
-            job.wait()
-    _JOBS.clear()
 
 
 def start(*words: str, stderr: int = subprocess.PIPE) -> subprocess.Popen[str]:
@@ -46,7 +35,7 @@ def start(*words: str, stderr: int = subprocess.PIPE) -> subprocess.Popen[str]:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
     )
-    _JOBS.append(job)
+    JOBS.append(job)
     return job
 
 

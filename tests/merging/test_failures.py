@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import pytest
 
 import kills
 from conftest import digests
+from jobs import JOBS, nothing_goes_on  # noqa: F401
 from pma_megatron.base.stopping import Stopped, stoppable
 from pma_megatron.testing import inject
 
@@ -34,20 +35,6 @@ ENDING = (
     signal.SIGUSR1,
     signal.SIGUSR2,
 )
-
-
-_JOBS: list[subprocess.Popen[str]] = []
-
-
-@pytest.fixture(autouse=True)
-def _nothing_goes_on() -> Iterator[None]:
-    """What a failed test left running ends with it."""
-    yield
-    for job in _JOBS:
-        if job.poll() is None:
-            os.killpg(job.pid, signal.SIGKILL)
-            job.wait()
-    _JOBS.clear()
 
 
 def heed_signals() -> None:
@@ -68,7 +55,7 @@ def start(*flags: str, ranks: bool = False, **environment: str) -> subprocess.Po
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         preexec_fn=heed_signals,
     )
-    _JOBS.append(job)
+    JOBS.append(job)
     return job
 
 
