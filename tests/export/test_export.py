@@ -25,6 +25,7 @@ from pma_megatron import (
     MergeRequest,
     Policy,
     SelectionRequest,
+    compare,
     export_model,
     inspect,
     merge,
@@ -265,6 +266,19 @@ def test_verify_finds_a_value_that_its_checksums_hide(
     (copy / MODEL).write_bytes(data)
     with pytest.raises(VerifyError, match="from the float64 average"):
         verify(copy, full=False, deep=True)
+
+
+def test_two_exports_side_by_side(made: tuple[Path, Path], like: Path, tmp_path: Path) -> None:
+    """That of a merge, and that of the same pass as the merge; damage is no difference."""
+    export_model(made[0], save=tmp_path / "again", like=like)
+    found = compare(made[1], tmp_path / "again")
+    assert found.same and found.total.elements > found.total.different == 0
+    copy = Path(shutil.copytree(made[1], tmp_path / "copy"))
+    data = bytearray((copy / MODEL).read_bytes())
+    data[-1] ^= 0x40
+    (copy / MODEL).write_bytes(data)
+    with pytest.raises(CheckpointError, match="damaged"):
+        compare(made[1], copy)
 
 
 def test_an_export_without_its_configuration_is_damaged(
