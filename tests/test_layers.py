@@ -39,7 +39,7 @@ INSIDE = {
     """,
     "formats": """
         base inert json_files zips
-        bounds names output pickle_writer rates schema source
+        alike bounds names output pickle_writer pieces rates schema source
         marker opcode_reader side_files
         manifest opcodes
         pickles
@@ -49,6 +49,7 @@ INSIDE = {
     """,
     "formats.dcp": """
         building cover keys
+        stored
         metadata
         checkpoint
         completeness main_params output
