@@ -97,6 +97,7 @@ INSIDE = {
     "transfer": """
         buffers checksums reads
         blocks
+        readback
     """,
     "identity": """
         consumed_samples optimizer_steps samples
@@ -114,8 +115,8 @@ INSIDE = {
         planning
         leftovers rate source_checksums verification
         publish targets
-        carrying exported finishing listing recompute report
-        provenance
+        carrying exported finishing journal listing recompute report
+        provenance resuming
         inspection job published
         export_job
     """,
