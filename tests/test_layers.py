@@ -23,6 +23,7 @@ FOLDERS = [
     ["merging"],
     ["live", "geometry", "comparison", "scores", "spikes"],
     ["online"],
+    ["retention"],
     ["megatron", "deepspeed", "fsdp"],
     ["megatron_deepspeed"],
     ["launch"],
@@ -39,7 +40,7 @@ INSIDE = {
     """,
     "formats": """
         base inert json_files zips
-        bounds names output pickle_writer rates schema source
+        bounds holding names output pickle_writer rates schema source
         marker opcode_reader side_files
         manifest opcodes
         pickles
@@ -163,9 +164,15 @@ INSIDE = {
         origin store
         average
     """,
+    "retention": """
+        request unfinished
+        keeping
+        decision
+        pruning
+    """,
     "megatron": """
         flags params tree_functions trees
-        checks evaluate replicas thin
+        checks evaluate replicas retained thin
         argument_parser load rollback session shard swap
         init online recover score tree_decorators
         contour curvature decorators evaluate_geometry evaluate_grid save watch
@@ -188,7 +195,7 @@ INSIDE = {
     "cli": """
         asked charts landscape progress request_files streams tables verbs
         commands recover score_flags score_grid
-        compare evaluate flags forecast geometry
+        compare evaluate flags forecast geometry prune
         command completion
     """,
 }

@@ -15,6 +15,7 @@ from pma_megatron.base.comm import Comm
 from pma_megatron.base.faults import point
 from pma_megatron.base.stopping import Stopped, having_published
 from pma_megatron.errors import PmaError, RankError
+from pma_megatron.formats.holding import holding
 from pma_megatron.formats.manifest import FileSum
 from pma_megatron.formats.output import Folder
 from pma_megatron.merging import (
@@ -53,6 +54,7 @@ def silent(stage: str, total_bytes: int) -> Iterator[engine.Progress]:
     yield lambda _: None
 
 
+@holding()
 @in_its_words
 def merge(request: MergeRequest, comm: Comm | None = None, show: Show = silent) -> MergeReport:
     """Merge checkpoints into new ones that Megatron resumes from. Every rank makes this call.
@@ -186,6 +188,7 @@ def _saying_what_is_published(wanted: Sequence[Target]) -> Iterator[None]:
         raise
 
 
+@holding()
 @in_its_words
 def plan(request: MergeRequest, comm: Comm | None = None) -> MergePlan:
     """What `merge` would do; reads metadata, writes nothing. See `merge` for errors."""
