@@ -78,10 +78,11 @@ def how_to_resume(folder: Path, lr_factor: float | None = None) -> str:
         lr_factor: of the learning rates in it; None if they are the run's.
     """
     save = published_as(folder)
+    ref = describe(save.checkpoint)
+    known = registry.get(ref.format, str(save.checkpoint))
     if save.trainer is not None:
-        return save.trainer.resumed(folder)
-    ref = describe(folder)
-    known = registry.get(ref.format, str(folder))
+        alone = known.resumed(save.checkpoint) if ref.weights_only else None
+        return alone or save.trainer.resumed(folder)
     args = known.common(folder)["args"]
     if "consumed_train_samples" not in args:
         return known.resumed(folder) or known.tracker.resumed(folder.parent)
