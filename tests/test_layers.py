@@ -40,7 +40,7 @@ INSIDE = {
     """,
     "formats": """
         base inert json_files zips
-        bounds holding names output pickle_writer rates schema source
+        alike bounds holding names output pickle_writer pieces rates schema source
         marker opcode_reader side_files
         manifest opcodes
         pickles
@@ -50,6 +50,7 @@ INSIDE = {
     """,
     "formats.dcp": """
         building cover keys
+        stored
         metadata
         checkpoint
         completeness main_params output
