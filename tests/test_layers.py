@@ -97,6 +97,7 @@ INSIDE = {
     "transfer": """
         buffers checksums reads
         blocks
+        units
     """,
     "identity": """
         consumed_samples optimizer_steps samples
@@ -108,6 +109,7 @@ INSIDE = {
         padding
         agreement request sums
         accumulate
+        streaming
         engine entry_rules finding
         exporting
         saved_folder

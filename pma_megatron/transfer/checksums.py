@@ -31,11 +31,12 @@ class Checksums:
 
     def add(self, place: Destination, start_bytes: int, data: memoryview) -> None:
         """Note `data`, written at `start_bytes` of the payload at `place`."""
-        crc = isal_zlib.crc32(data)
+        self.add_sum(place, start_bytes, len(data), isal_zlib.crc32(data))
+
+    def add_sum(self, place: Destination, start_bytes: int, nbytes: int, crc: int) -> None:
+        """Note `nbytes` whose CRC-32 is known; see `add`."""
         with self._lock:
-            self.parts.setdefault((place.item, place.record), []).append(
-                (start_bytes, len(data), crc)
-            )
+            self.parts.setdefault((place.item, place.record), []).append((start_bytes, nbytes, crc))
 
     def add_copy(self, file: str, offset: int, nbytes: int, crc: int) -> None:
         """Note `nbytes` that were copied to `offset` of `file`."""
@@ -89,15 +90,14 @@ class ScatteredChecksums(Checksums):
         super().__init__()
         self.sums: dict[tuple[int, str], tuple[int, int]] = {}
 
-    def add(self, place: Destination, start_bytes: int, data: memoryview) -> None:
-        """See `Checksums.add`."""
-        count = len(data)
-        own = isal_zlib.crc32(data) ^ crc_of_zeros(count)
-        after = place.numel * place.dtype.itemsize - start_bytes - count
+    def add_sum(self, place: Destination, start_bytes: int, nbytes: int, crc: int) -> None:
+        """See `Checksums.add_sum`."""
+        own = crc ^ crc_of_zeros(nbytes)
+        after = place.numel * place.dtype.itemsize - start_bytes - nbytes
         placed = isal_zlib.crc32_combine(own, 0, after)
         with self._lock:
-            nbytes, sum_ = self.sums.get((place.item, place.record), (0, 0))
-            self.sums[place.item, place.record] = nbytes + count, sum_ ^ placed
+            before, sum_ = self.sums.get((place.item, place.record), (0, 0))
+            self.sums[place.item, place.record] = before + nbytes, sum_ ^ placed
 
     def __getstate__(self) -> tuple[object, ...]:
         return (*super().__getstate__(), self.sums)
