@@ -23,6 +23,7 @@ FOLDERS = [
     ["merging"],
     ["live", "geometry", "comparison", "scores", "spikes"],
     ["online"],
+    ["retention"],
     ["megatron", "deepspeed", "fsdp"],
     ["megatron_deepspeed"],
     ["launch"],
@@ -39,7 +40,7 @@ INSIDE = {
     """,
     "formats": """
         base inert json_files zips
-        alike bounds names output pickle_writer pieces rates schema source
+        alike bounds holding names output pickle_writer pieces rates schema source
         marker opcode_reader side_files
         manifest opcodes
         pickles
@@ -98,6 +99,7 @@ INSIDE = {
     "transfer": """
         buffers checksums reads
         blocks
+        readback units
     """,
     "identity": """
         consumed_samples optimizer_steps samples
@@ -109,14 +111,15 @@ INSIDE = {
         padding
         agreement request sums
         accumulate
+        streaming
         engine entry_rules finding
         exporting
         saved_folder
         planning
         leftovers rate source_checksums verification
         publish targets
-        carrying exported finishing listing recompute report
-        provenance
+        carrying exported finishing journal listing recompute report
+        provenance resuming
         inspection job published
         export_job
     """,
@@ -163,9 +166,15 @@ INSIDE = {
         origin store
         average
     """,
+    "retention": """
+        request unfinished
+        keeping
+        decision
+        pruning
+    """,
     "megatron": """
         flags params tree_functions trees
-        checks evaluate replicas thin
+        checks evaluate replicas retained thin
         argument_parser load rollback session shard swap
         init online recover score tree_decorators
         contour curvature decorators evaluate_geometry evaluate_grid save watch
@@ -188,7 +197,7 @@ INSIDE = {
     "cli": """
         asked charts landscape progress request_files streams tables verbs
         commands recover score_flags score_grid
-        compare evaluate flags forecast geometry
+        compare evaluate flags forecast geometry prune
         command completion
     """,
 }
