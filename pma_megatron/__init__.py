@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from pma_megatron.merging.published import verify
     from pma_megatron.merging.report import MergeReport
     from pma_megatron.merging.request import MergeRequest, Method
+    from pma_megatron.retention.pruning import PruneReport, prune
+    from pma_megatron.retention.request import PruneRequest
     from pma_megatron.runs.discover import list_checkpoints
     from pma_megatron.runs.refs import CheckpointRef
     from pma_megatron.runs.selection_request import SelectionRequest
@@ -40,6 +42,8 @@ _HOMES = {
     "Method": "merging.request",
     "PmaError": "errors",
     "Policy": "merging.policy",
+    "PruneReport": "retention.pruning",
+    "PruneRequest": "retention.request",
     "RecoveryRequest": "spikes.request",
     "SelectionRequest": "runs.selection_request",
     "compare": "comparison.compare",
@@ -48,6 +52,7 @@ _HOMES = {
     "list_checkpoints": "runs.discover",
     "merge": "merging.job",
     "plan": "merging.job",
+    "prune": "retention.pruning",
     "recover": "spikes.recovery",
     "verify": "merging.published",
 }
@@ -63,6 +68,8 @@ __all__ = [
     "Method",
     "PmaError",
     "Policy",
+    "PruneReport",
+    "PruneRequest",
     "RecoveryRequest",
     "SelectionRequest",
     "__version__",
@@ -72,6 +79,7 @@ __all__ = [
     "list_checkpoints",
     "merge",
     "plan",
+    "prune",
     "recover",
     "verify",
 ]

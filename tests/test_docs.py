@@ -271,6 +271,7 @@ FOREIGN = {
         "--override-opt_param-scheduler",
         "--save",
         "--save-interval",
+        "--save-retain-interval",
         "--sft",
         "--skip-train",
         "--use-checkpoint-args",

@@ -23,6 +23,7 @@ FOLDERS = [
     ["merging"],
     ["live", "geometry", "comparison", "scores", "spikes"],
     ["online"],
+    ["retention"],
     ["megatron", "deepspeed", "fsdp"],
     ["megatron_deepspeed"],
     ["launch"],
@@ -39,7 +40,7 @@ INSIDE = {
     """,
     "formats": """
         base inert json_files zips
-        bounds names output pickle_writer rates schema source
+        alike bounds holding names output pickle_writer pieces rates schema source
         marker opcode_reader side_files
         manifest opcodes
         pickles
@@ -49,6 +50,7 @@ INSIDE = {
     """,
     "formats.dcp": """
         building cover keys
+        stored
         metadata
         checkpoint
         completeness main_params output
@@ -97,6 +99,7 @@ INSIDE = {
     "transfer": """
         buffers checksums reads
         blocks
+        readback
     """,
     "identity": """
         consumed_samples optimizer_steps samples
@@ -114,8 +117,8 @@ INSIDE = {
         planning
         leftovers rate source_checksums verification
         publish targets
-        carrying exported finishing listing recompute report
-        provenance
+        carrying exported finishing journal listing recompute report
+        provenance resuming
         inspection job published
         export_job
     """,
@@ -162,9 +165,15 @@ INSIDE = {
         origin store
         average
     """,
+    "retention": """
+        request unfinished
+        keeping
+        decision
+        pruning
+    """,
     "megatron": """
         flags params tree_functions trees
-        checks evaluate replicas thin
+        checks evaluate replicas retained thin
         argument_parser load rollback session shard swap
         init online recover score tree_decorators
         contour curvature decorators evaluate_geometry evaluate_grid save watch
@@ -187,7 +196,7 @@ INSIDE = {
     "cli": """
         asked charts landscape progress request_files streams tables verbs
         commands recover score_flags score_grid
-        compare evaluate flags forecast geometry
+        compare evaluate flags forecast geometry prune
         command completion
     """,
 }

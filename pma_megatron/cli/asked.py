@@ -10,6 +10,7 @@ from pma_megatron.base.openfiles import is_folder
 from pma_megatron.base.settings import made
 from pma_megatron.errors import UsageError
 from pma_megatron.merging.request import MergeRequest, Method
+from pma_megatron.retention.request import PruneRequest
 from pma_megatron.scores.grid import Grid
 from pma_megatron.spikes.healthy import Span
 from pma_megatron.spikes.request import RecoveryRequest
@@ -124,6 +125,13 @@ def comparison_of(arguments: argparse.Namespace) -> None:
     for each in (arguments.first, arguments.second):
         if arguments.out is not None and Path(each).resolve() in arguments.out.resolve().parents:
             raise UsageError(f"--out {arguments.out} lies in {each}, which is compared: elsewhere")
+
+
+def pruning_of(arguments: argparse.Namespace) -> PruneRequest:
+    """What `pma prune` keeps."""
+    if arguments.yes and arguments.dry_run:
+        raise UsageError("--yes deletes and --dry-run does not: leave out one of the two")
+    return made(PruneRequest, vars(arguments), root=arguments.root)
 
 
 def _root_of(arguments: argparse.Namespace) -> str:

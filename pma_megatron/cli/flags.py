@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pma_megatron.base.settings import add_flags, setting
+from pma_megatron.base.settings import add_flags, declared, setting
 from pma_megatron.cli import asked
 from pma_megatron.cli.request_files import expanded
 from pma_megatron.cli.score_flags import add_evaluate, add_forecast, add_geometry
@@ -14,6 +14,7 @@ from pma_megatron.cli.verbs import Files, OnRanks, Parser, Written, add_selectio
 from pma_megatron.errors import UsageError
 from pma_megatron.merging.policy import Policy
 from pma_megatron.merging.request import SAMPLES, MergeRequest, Method
+from pma_megatron.retention.request import PruneRequest
 from pma_megatron.spikes.request import RecoveryRequest
 from pma_megatron.spikes.settings import SpikeSettings
 from pma_megatron.version import __version__
@@ -41,6 +42,11 @@ _COMPARE_EXAMPLES = """
   pma compare /ckpts/run/iter_0090000 /backup/run/iter_0090000
   torchrun --nproc-per-node 8 -m pma_megatron compare /ckpts/run-pma /ckpts/other-pma \\
       --weights-only --rtol 1e-3 --out differences.json
+"""
+_PRUNE_EXAMPLES = """
+  pma prune /ckpts/run --keep-window last=10,interval-tokens=8B --keep-last 3
+  pma prune /ckpts/run --keep-window last=10,interval-tokens=8B --keep-every-tokens 100B --yes
+  pma prune /ckpts/run-pma --keep-last 2 --yes          # old averages
 """
 _COMPLETION_EXAMPLES = """
   eval "$(pma completion bash)"                                  # in ~/.bashrc
@@ -97,6 +103,14 @@ class Modes:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Deletion:
+    """Whether `pma prune` deletes."""
+
+    yes: bool = setting(False, "delete what may go; without it nothing is deleted")
+    dry_run: bool = setting(False, "delete nothing, as without --yes")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Sameness:
     """What `pma compare` compares, and what counts as the same."""
 
@@ -144,6 +158,7 @@ def parser() -> argparse.ArgumentParser:
     add_forecast(verbs)
     add_geometry(verbs)
     _add_compare(verbs)
+    _add_prune(verbs)
     for name, run, text, where, what, examples in _OF_A_FOLDER:
         only_looks = name in ("list", "inspect")
         verb = new_verb(verbs, name, run, text, examples, only_looks=only_looks)
@@ -187,6 +202,20 @@ def _add_compare(verbs: argparse._SubParsersAction[Parser]) -> None:
     add_flags(group, MergeRequest, "threads")
     add_flags(group, OnRanks)
     add_flags(group, Files, "out")
+
+
+def _add_prune(verbs: argparse._SubParsersAction[Parser]) -> None:
+    text = "say which checkpoints of a run may go, and delete them with --yes"
+    verb = new_verb(verbs, "prune", "prune:run", text, _PRUNE_EXAMPLES, asked.pruning_of)
+    verb.add_argument("root", help="the folder that training saves to, or one of merges")
+    add_flags(verb, Deletion)
+    group = verb.add_argument_group("what stays")
+    kept = [each.name for each in declared(PruneRequest) if each.name.startswith("keep_")]
+    add_flags(group, PruneRequest, *kept)
+    group = verb.add_argument_group("recoveries that stay possible")
+    add_flags(group, PruneRequest, "recovery_last", "recovery_attempts", "margin_iterations")
+    group = verb.add_argument_group("what else is looked at")
+    add_flags(group, PruneRequest, "averages", "damaged", "without_locks")
 
 
 def _add_completion(verbs: argparse._SubParsersAction[Parser]) -> None:

@@ -29,6 +29,7 @@ from pma_megatron.comparison.differences import (
 from pma_megatron.errors import CheckpointError, PlanError, UsageError
 from pma_megatron.formats import registry
 from pma_megatron.formats.base import Tensor
+from pma_megatron.formats.holding import holding
 from pma_megatron.formats.source import Source
 from pma_megatron.formats.trainers.saves import checkpoint_in
 from pma_megatron.merging.accumulate import Accumulator, Workspace
@@ -72,6 +73,7 @@ class ComparisonPlan:
     coefficients: tuple[tuple[float, ...], ...] = ()
 
 
+@holding()
 @speaking(_KEYWORDS)
 def compare(
     first: str | Path,

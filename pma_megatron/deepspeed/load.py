@@ -35,6 +35,7 @@ from pma_megatron.deepspeed.record import RECORD, record_in_saves, record_of, re
 from pma_megatron.errors import CheckpointError, PlanError, UsageError
 from pma_megatron.formats import registry
 from pma_megatron.formats.deepspeed.checkpoint import iteration_of
+from pma_megatron.formats.holding import holding
 from pma_megatron.live.load import Job, LiveReport, Meter, averaged_states, fill
 from pma_megatron.live.plan import LivePlan, average_units, refuse_other_model
 from pma_megatron.live.poison import Trainer, chain, poisoned_on_failure, replaced
@@ -94,6 +95,7 @@ def pma_init(engine: Any, **options: Any) -> Iterator[None]:
         )
 
 
+@holding()
 @speaking(OPTIONS)
 def load_average(
     engine: Any, plain: Callable[..., Loaded], call: Mapping[str, Any], options: Options

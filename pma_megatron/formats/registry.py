@@ -22,6 +22,7 @@ from pma_megatron.formats.dcp.checkpoint import parts_of
 from pma_megatron.formats.dcp.metadata import METADATA_FILE
 from pma_megatron.formats.deepspeed import format as deepspeed
 from pma_megatron.formats.deepspeed import universal
+from pma_megatron.formats.holding import hold
 from pma_megatron.formats.json_files import read_json
 from pma_megatron.formats.safetensors import format as safetensors
 from pma_megatron.formats.safetensors.model import holds_model, holds_pickled_model
@@ -44,11 +45,12 @@ def _reads(verb: Verb) -> Verb:
 
 
 def _opens(read: Verb) -> Verb:
-    """`read` of a folder, which says that this is done."""
+    """`read` of a folder, which says that this is done, and that somebody reads there now."""
 
     @functools.wraps(read)
     def opens(path: Any, *args: Any, **kwargs: Any) -> Any:
         steps.opening(Path(path).name)
+        hold(path)
         return read(path, *args, **kwargs)
 
     return cast(Verb, opens)

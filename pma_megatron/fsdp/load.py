@@ -28,6 +28,7 @@ from pma_megatron.errors import CheckpointError, PlanError, UsageError
 from pma_megatron.formats import registry
 from pma_megatron.formats.dcp.checkpoint import DcpCheckpoint
 from pma_megatron.formats.dcp.keys import STEP
+from pma_megatron.formats.holding import holding
 from pma_megatron.fsdp.params import FsdpTensor, live_tensors
 from pma_megatron.live.load import (
     ARGUMENTS,
@@ -46,6 +47,7 @@ from pma_megatron.merging.request import Method
 from pma_megatron.runs.selection_request import SelectionRequest
 
 
+@holding()
 @speaking(ARGUMENTS)
 def load_merged(
     model: Any,

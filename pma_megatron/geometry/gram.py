@@ -19,6 +19,7 @@ from pma_megatron.base.boxes import Box
 from pma_megatron.base.comm import Comm
 from pma_megatron.base.spelling import hint
 from pma_megatron.errors import PlanError, UsageError
+from pma_megatron.formats.holding import holding
 from pma_megatron.formats.source import Source
 from pma_megatron.geometry.spread import TOTAL, Gram, Spread, spread, total
 from pma_megatron.merging.accumulate import Accumulator, Work, Workspace
@@ -104,6 +105,7 @@ class Measured:
         return {name: spread(gram, self.coefficients) for name, gram in grams.items()}
 
 
+@holding()
 @in_its_words
 def measure(request: MergeRequest, comm: Comm | None = None, show: Show = silent) -> Measured:
     """Read the selected checkpoints once and take all their inner products.

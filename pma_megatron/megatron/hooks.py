@@ -24,6 +24,7 @@ from pma_megatron.megatron.init import init
 from pma_megatron.megatron.online import OnlineAverage
 from pma_megatron.megatron.params import live_tensors, stepping
 from pma_megatron.megatron.recover import Recovered
+from pma_megatron.megatron.retained import warnings
 from pma_megatron.megatron.save import note_origin, save_average
 from pma_megatron.megatron.session import (
     Session,
@@ -61,6 +62,8 @@ def ready(model: Sequence[Any], optimizer: Any, opt_param_scheduler: Any) -> Non
     """Model and optimizer are built and loaded: start from an average, continue one."""
     args = current_args()
     settings = argument_parser.settings(args)
+    for sentence in warnings(args, settings):
+        say(f"PMA: WARNING: {sentence}")
     if settings.init:
         init(args, settings, model, optimizer, sharded_metadata(args))
     begin(MegatronSession(args, settings, model, optimizer, opt_param_scheduler))

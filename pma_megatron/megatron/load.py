@@ -15,6 +15,7 @@ import torch
 from pma_megatron.base.comm import Comm, Team
 from pma_megatron.base.spelling import given, listing, speaking
 from pma_megatron.errors import SelectionError
+from pma_megatron.formats.holding import holding
 from pma_megatron.live.load import (
     ARGUMENTS,
     DEFAULTS,
@@ -37,6 +38,7 @@ from pma_megatron.runs.selection_request import SelectionRequest
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+@holding()
 @speaking(ARGUMENTS)
 def merge_into(
     models: Sequence[Any],

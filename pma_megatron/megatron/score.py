@@ -19,6 +19,7 @@ import torch
 from pma_megatron.base.comm import Comm
 from pma_megatron.errors import UsageError
 from pma_megatron.formats import registry
+from pma_megatron.formats.holding import holding
 from pma_megatron.formats.source import Source
 from pma_megatron.live.load import DEFAULTS, Job, run
 from pma_megatron.live.plan import LivePlan, average_units
@@ -65,6 +66,7 @@ class Scored:
     close: Callable[[], None] = field(default=lambda: None)
 
 
+@holding()
 def score_merges(
     models: Sequence[Any],
     load: str,

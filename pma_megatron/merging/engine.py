@@ -68,6 +68,7 @@ def run(
     team: Team,
     progress: Progress,
     reads: Mapping[int, Reads],
+    finished: Callable[[Unit], None] | None = None,
 ) -> Tally:
     """Do this rank's units, alone or with its team.
 
@@ -79,6 +80,7 @@ def run(
         team: the ranks that this one works with.
         progress: told of every finished unit.
         reads: number of a source -> takes note of what is read of it (`source_checksums.checked`).
+        finished: called with each unit that a rank has done alone, by the thread that did it.
 
     Raises:
         CheckpointError: a source vanished, is damaged, or has NaN or Inf.
@@ -89,7 +91,7 @@ def run(
     with reading(plan, comm.rank, reads) as opened, comm.watched("merge") as check:
         sums = tuple(Sum.of(values) for values in plan.coefficients)
         add = Accumulator(plan, opened, writers, sums)
-        job = _Job(add, team, comm, progress, check)
+        job = _Job(add, team, comm, progress, check, finished)
         if team.size > 1:
             job.run_shared(units)
         else:
@@ -192,6 +194,7 @@ class _Job:
     comm: Comm
     progress: Progress
     check: Callable[[], None]
+    finished: Callable[[Unit], None] | None
     tally: Tally = field(default_factory=Tally)
     failed: Exception | None = None
     located: Work | None = None
@@ -214,6 +217,8 @@ class _Job:
             self._average(unit, space)
         else:
             self._fill(unit, space)
+        if self.finished is not None:
+            self.finished(unit)
         self.progress(unit.cost_bytes)
 
     def _average(self, unit: AverageUnit, space: Workspace) -> None:

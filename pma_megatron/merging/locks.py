@@ -45,6 +45,23 @@ def held(root: Path, name: str, purpose: str) -> Iterator[bool]:
             os.close(descriptor)
 
 
+def is_held(root: Path, name: str) -> bool:
+    """Whether a job holds the lock of `name`; nothing is written to find out."""
+    try:
+        descriptor = os.open(root / f"{LOCK}{name}", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def _locked_file(path: Path, *, wait: bool) -> tuple[int, bool]:
     """Open and lock; `wait` for a job that only cleans up, which takes moments."""
     before = None

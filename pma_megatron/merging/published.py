@@ -16,6 +16,7 @@ from pma_megatron.errors import CheckpointError, PmaError, RankError, VerifyErro
 from pma_megatron.export.files import stored_in
 from pma_megatron.export.template import CONFIG_FILE
 from pma_megatron.formats import registry
+from pma_megatron.formats.holding import holding
 from pma_megatron.formats.manifest import TENSORS, Marker, read_marker
 from pma_megatron.formats.marker import EXPORT, MARKER_FILE, ONLINE_AVERAGE, SNAPSHOT
 from pma_megatron.formats.trainers.saves import published_as, save_of
@@ -38,6 +39,7 @@ KEYWORDS = FrontEnd(keywords(["path", "samples", "deep", "files_only", "full"]))
 """Settings as Python calls of `verify` spell them."""
 
 
+@holding()
 @speaking(KEYWORDS)
 def verify(
     path: str | Path,

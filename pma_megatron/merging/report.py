@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ class MergeReport:
         checksums: how what was read stands to its checksums (`source_checksums.Compared`).
         kernels: what summed, each once: the kernel in C with an instruction set, or torch and why
             (`sums.Kernel`).
+        reused: `units` and `bytes` of work that a merge which was cut off had done: they were read
+            back, and not done again.
     """
 
     outputs: tuple[str, ...]
@@ -48,6 +50,7 @@ class MergeReport:
     checksums: Mapping[str, Any]
     kernels: tuple[str, ...]
     exports: tuple[str, ...] = ()
+    reused: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def published(self) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ class Checksums:
         self.parts: dict[tuple[int, str], list[tuple[int, int, int]]] = {}
         self.copies: dict[str, list[tuple[int, int, int]]] = {}
         self._lock = threading.Lock()
+        self._chains: dict[int, int] = {}
 
     def add(self, place: Destination, start_bytes: int, data: memoryview) -> None:
         """Note `data`, written at `start_bytes` of the payload at `place`."""
@@ -36,17 +37,39 @@ class Checksums:
             self.parts.setdefault((place.item, place.record), []).append(
                 (start_bytes, len(data), crc)
             )
+            self._chain(crc)
 
     def add_copy(self, file: str, offset: int, nbytes: int, crc: int) -> None:
         """Note `nbytes` that were copied to `offset` of `file`."""
         with self._lock:
             self.copies.setdefault(file, []).append((offset, nbytes, crc))
+            self._chain(crc)
+
+    def told(self) -> int:
+        """A checksum of what this thread noted since it last asked, in the order in which it did.
+
+        0 if it noted nothing.
+        """
+        return self._chains.pop(threading.get_ident(), 0)
+
+    def join(self, other: Checksums) -> None:
+        """Take over what `other`, of the same kind, has noted."""
+        with self._lock:
+            for place, parts in other.parts.items():
+                self.parts.setdefault(place, []).extend(parts)
+            for file, copies in other.copies.items():
+                self.copies.setdefault(file, []).extend(copies)
+
+    def _chain(self, crc: int) -> None:
+        thread = threading.get_ident()
+        before = self._chains.get(thread, 0)
+        self._chains[thread] = isal_zlib.crc32(crc.to_bytes(4, "little"), before)
 
     def __getstate__(self) -> tuple[object, ...]:
         return self.parts, self.copies
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        (self.parts, self.copies), self._lock = state, threading.Lock()
+        (self.parts, self.copies), self._lock, self._chains = state, threading.Lock(), {}
 
 
 def joined_crc(parts: Sequence[tuple[int, int, int]], nbytes: int) -> int:
@@ -92,12 +115,23 @@ class ScatteredChecksums(Checksums):
     def add(self, place: Destination, start_bytes: int, data: memoryview) -> None:
         """See `Checksums.add`."""
         count = len(data)
-        own = isal_zlib.crc32(data) ^ crc_of_zeros(count)
+        alone = isal_zlib.crc32(data)
+        own = alone ^ crc_of_zeros(count)
         after = place.numel * place.dtype.itemsize - start_bytes - count
         placed = isal_zlib.crc32_combine(own, 0, after)
         with self._lock:
             nbytes, sum_ = self.sums.get((place.item, place.record), (0, 0))
             self.sums[place.item, place.record] = nbytes + count, sum_ ^ placed
+            self._chain(alone)
+
+    def join(self, other: Checksums) -> None:
+        """See `Checksums.join`."""
+        assert isinstance(other, ScatteredChecksums)
+        super().join(other)
+        with self._lock:
+            for place, (count, placed) in other.sums.items():
+                nbytes, sum_ = self.sums.get(place, (0, 0))
+                self.sums[place] = nbytes + count, sum_ ^ placed
 
     def __getstate__(self) -> tuple[object, ...]:
         return (*super().__getstate__(), self.sums)

@@ -19,6 +19,9 @@ from pma_megatron.formats.items import refuse_other_bytes
 Span = tuple[int, int, int]
 """(first byte, byte after the last, CRC-32) of a part of a record."""
 
+Noted = tuple[StoredRecord, int, int, int]
+"""A part of a record, as `Span`."""
+
 SPANS = 1 << 16
 """Spans that are kept of one source."""
 
@@ -99,8 +102,8 @@ class Reads:
         unsummed: files with records that carry no checksum.
     """
 
-    def __init__(self, path: str, limit: int = SPANS) -> None:
-        """Keep at most `limit` spans."""
+    def __init__(self, path: str, limit: int = SPANS, *, telling: bool = False) -> None:
+        """Keep at most `limit` spans; with `telling`, each thread must ask for its own (`told`)."""
         self.path = path
         self.open: dict[StoredRecord, Spans] = {}
         self.whole: set[StoredRecord] = set()
@@ -108,6 +111,7 @@ class Reads:
         self._limit, self._count = limit, 0
         self._lock = threading.Lock()
         self._runs: dict[int, _Run] = {}
+        self._told: dict[int, list[Noted]] | None = {} if telling else None
 
     def note(self, record: StoredRecord, start: int, data: memoryview) -> None:
         """Take note of `data`, the bytes of `record` from its byte `start` on.
@@ -132,6 +136,23 @@ class Reads:
             del self._runs[thread]
             self._add(record, run.start, run.end, run.crc)
 
+    def told(self) -> list[Noted]:
+        """What this thread read since it last asked, but for records that it read in one go.
+
+        Raises:
+            CheckpointError: see `note`.
+        """
+        thread = threading.get_ident()
+        run = self._runs.pop(thread, None)
+        if run is not None:
+            self._add(run.record, run.start, run.end, run.crc)
+        return [] if self._told is None else self._told.pop(thread, [])
+
+    def recall(self, noted: Iterable[Noted]) -> None:
+        """Take note of what an earlier job read; raises as `note`."""
+        for record, start, end, crc in noted:
+            self._add(record, start, end, crc)
+
     def settle(self) -> None:
         """Put together what threads have read; none of them reads any more.
 
@@ -149,6 +170,9 @@ class Reads:
             if start == 0 and end == record.nbytes:
                 self._close(record, crc)
                 return
+            if self._told is not None:
+                noted = (record, start, end, crc)
+                self._told.setdefault(threading.get_ident(), []).append(noted)
             found = self.open.get(record)
             if found is None:
                 found = self.open[record] = Spans()

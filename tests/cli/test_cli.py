@@ -135,6 +135,24 @@ FLAGS = {
         "first",
         "second",
     },
+    "prune": COMMON
+    | {
+        "--averages",
+        "--damaged",
+        "--dry-run",
+        "--keep-every-iterations",
+        "--keep-every-tokens",
+        "--keep-iterations",
+        "--keep-last",
+        "--keep-recovery-iterations",
+        "--keep-window",
+        "--margin-iterations",
+        "--recovery-attempts",
+        "--recovery-last",
+        "--without-locks",
+        "--yes",
+        "root",
+    },
     "geometry": COMMON
     | {
         "--dump-request",
@@ -266,7 +284,7 @@ def test_help(capsys: pytest.CaptureFixture[str], verb: str) -> None:
     code, out, _ = call(capsys, verb, "--help")
     assert code == 0
     assert all(flag in out for flag in FLAGS[verb])
-    alone = ("list", "inspect", "verify", "completion")
+    alone = ("list", "inspect", "verify", "completion", "prune")
     assert ("torchrun --nproc-per-node" in out) == (verb not in alone)
 
 

@@ -1,0 +1,196 @@
+"""Every checkpoint of a run with the reasons why it stays, as things stand at this moment."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pma_megatron.errors import SelectionError
+from pma_megatron.formats.holding import lock_file
+from pma_megatron.formats.trainers.saves import checkpoint_in
+from pma_megatron.retention.keeping import needed
+from pma_megatron.retention.request import PruneRequest
+from pma_megatron.retention.unfinished import unfinished
+from pma_megatron.runs import recovery_log
+from pma_megatron.runs.discover import choose, list_checkpoints, pointers_of
+from pma_megatron.runs.folders import is_checkpoint, what_is
+from pma_megatron.runs.refs import CheckpointRef
+from pma_megatron.runs.selection_request import SelectionRequest
+from pma_megatron.runs.trackers import read_pointers
+
+SETTLED_S = 3600.0
+"""Age from which a damaged checkpoint is not one that a save writes again right now."""
+_Stamp = tuple[object, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One checkpoint.
+
+    Attributes:
+        ref: it.
+        kept: why it stays, a clause each; () if it may go.
+    """
+
+    ref: CheckpointRef
+    kept: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """A run.
+
+    Attributes:
+        verdicts: oldest first.
+        notes: sentences for the user.
+        stamps: path -> what tells whether it has changed since.
+    """
+
+    verdicts: tuple[Verdict, ...]
+    notes: tuple[str, ...]
+    stamps: Mapping[str, _Stamp]
+
+    def of(self, path: str) -> Verdict | None:
+        """What was found out about one checkpoint; None if it is not there."""
+        return next((each for each in self.verdicts if each.ref.path == path), None)
+
+
+def decide(request: PruneRequest, before: Decision | None = None, anew: str = "") -> Decision:
+    """Look at a run, and decide.
+
+    Args:
+        request: what is to stay.
+        before: an earlier look; checkpoints that are as they were are not opened again.
+        anew: path of one that is opened in any case.
+
+    Raises:
+        SelectionError: no run, or one of which it is not clear what training resumes from.
+        CheckpointError: its log of recoveries is damaged.
+    """
+    root = Path(request.root)
+    if is_checkpoint(root) or checkpoint_in(root) is not None:
+        raise SelectionError(f"{root} is one checkpoint: give the folder above it, {root.parent}")
+    refs = list_checkpoints(root, known=_unchanged(root, before, anew))
+    if not refs:
+        raise SelectionError(what_is(root))
+    newest = SelectionRequest(last=1, allow_gaps=True)
+    end = choose(refs, newest, root, pointers_of(root)).refs[-1]
+    if end.iteration is None:
+        raise SelectionError(f"{end.path} has no iteration: nothing tells which is the newest")
+    rules = needed(refs, end, request)
+    states = _states(refs, end, request)
+    merges = unfinished(root, request.averages)
+    verdicts = []
+    for ref in sorted(refs, key=lambda ref: (ref.iteration is None, ref.iteration or 0, ref.path)):
+        own = {Path(ref.path).resolve(), Path(ref.folder).resolve()}
+        needs = [f"{m.left} needs it" for m in merges if m.sources and own & m.sources]
+        needs += [f"{m.left} may need it" for m in merges if m.sources is None]
+        reasons = (*states[ref.path], *rules.reasons.get(ref.path, ()))
+        cut_off = [f"a merge that was cut off, {each}: finish it, or remove that" for each in needs]
+        verdicts.append(Verdict(ref, (*reasons, *cut_off)))
+    return Decision(tuple(verdicts), rules.notes, {ref.path: _stamp(root, ref) for ref in refs})
+
+
+def _unchanged(root: Path, before: Decision | None, anew: str) -> dict[str, CheckpointRef]:
+    if before is None:
+        return {}
+    refs = (each.ref for each in before.verdicts if each.ref.path != anew)
+    return {ref.path: ref for ref in refs if _stamp(root, ref) == before.stamps[ref.path]}
+
+
+def _stamp(root: Path, ref: CheckpointRef) -> _Stamp:
+    """Its folder and its metadata, and the log that says whether it is healthy."""
+    paths = (Path(ref.folder), Path(ref.path), lock_file(Path(ref.path)), root / recovery_log.FILE)
+    found: list[object] = []
+    for path in paths:
+        try:
+            stat = None if path is None else path.stat()
+        except OSError:
+            stat = None
+        found.append(None if stat is None else (stat.st_ino, stat.st_size, stat.st_mtime_ns))
+    return tuple(found)
+
+
+def _states(
+    refs: Sequence[CheckpointRef], end: CheckpointRef, request: PruneRequest
+) -> dict[str, list[str]]:
+    """Why some stay whatever the rules say."""
+    trackers = _named({Path(ref.folder).parent for ref in refs})
+    newest = _newest(refs)
+    found: dict[str, list[str]] = {}
+    for ref in refs:
+        folder = Path(ref.folder)
+        why = found[ref.path] = [f"{trackers[folder]} names it"] if folder in trackers else []
+        if ref.path in newest:
+            why.append("the newest")
+        if ref.iteration is None:
+            why.append("it has no iteration number")
+        elif end.iteration is not None and ref.iteration > end.iteration:
+            why.append(f"newer than iteration {end.iteration}, which training resumes from")
+        if folder.is_symlink():
+            why.append("it is a link")
+        if ref.state == "being written":
+            why.append("it is being written")
+        elif ref.state == "not judged":
+            why.append("not judged yet after a recovery")
+        elif ref.state == "damaged":
+            why += _damaged(folder, request)
+    return found
+
+
+def _named(parents: Iterable[Path]) -> dict[Path, str]:
+    """Folder -> the tracker that names it.
+
+    Raises:
+        SelectionError: a tracker cannot be read, or names what is not there.
+    """
+    found = {}
+    for parent in parents:
+        for pointer in read_pointers(parent).values():
+            if pointer.problem is not None and not pointer.missing:
+                raise SelectionError(
+                    f"{parent} {pointer.problem}: it may be written at this moment. Try again, or "
+                    "correct it"
+                )
+            if pointer.folder is not None:
+                found[parent / pointer.folder] = pointer.file
+    return found
+
+
+def _newest(refs: Sequence[CheckpointRef]) -> set[str]:
+    """The newest of each kind, whole or not, and the newest whole one."""
+    found = set()
+    for snapshot in (False, True):
+        for complete in (False, True):
+            kind = [r for r in refs if r.snapshot is snapshot and (r.complete or not complete)]
+            numbered = [ref for ref in kind if ref.iteration is not None]
+            top = max((ref.iteration or 0 for ref in numbered), default=None)
+            found |= {ref.path for ref in numbered if ref.iteration == top}
+    return found
+
+
+def _damaged(folder: Path, request: PruneRequest) -> list[str]:
+    if not request.damaged:
+        return ["damaged: look at it"]
+    if not folder.is_dir():
+        return ["it is no folder"]
+    changed_s = max(path.lstat().st_mtime for path in (folder, *folder.rglob("*")))
+    if time.time() - changed_s < SETTLED_S:
+        return ["it changed within the last hour: it may be written again"]
+    return []
+
+
+def freed_bytes(folder: Path) -> int:
+    """Bytes that are free once a folder is deleted; files with further names stay."""
+    found = 0
+    for here, _, files in os.walk(folder):
+        for name in files:
+            try:
+                stat = (Path(here) / name).lstat()
+            except OSError:
+                continue
+            found += stat.st_size if stat.st_nlink == 1 else 0
+    return found

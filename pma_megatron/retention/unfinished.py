@@ -1,0 +1,93 @@
+"""What merges that were cut off still need: the same command makes the rest of them.
+
+A merge that is at work holds its sources (`formats.holding`). One that was killed has left its
+staging folder, and beside that a journal which names them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pma_megatron.base.openfiles import is_folder
+from pma_megatron.errors import CheckpointError
+from pma_megatron.formats.json_files import read_json
+from pma_megatron.merging.leftovers import STAGING
+from pma_megatron.merging.locks import is_held
+from pma_megatron.runs.folders import ITERATION
+
+_JOURNAL, _JOB = ".pma-journal-", "job.json"
+_SWEPT = re.compile(r"-last\d+$")
+"""How the folders of a sweep are called, in which its outputs lie."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unfinished:
+    """A merge that was cut off.
+
+    Attributes:
+        left: what it has left behind.
+        sources: folders, real paths; None where it does not say.
+    """
+
+    left: Path
+    sources: frozenset[Path] | None
+
+
+def unfinished(root: Path, further: Iterable[str]) -> list[Unfinished]:
+    """Merges that were cut off, as far as they may be of the run at `root`.
+
+    Folders in and beside the run's are looked at for journals. What says nothing of its sources
+    counts where it lies in the run's folder, in one beside it that is called after it (`RUN-pma`),
+    or in one of `further`.
+    """
+    root = root.absolute()
+    own = [root, *_folders(root), *(Path(each) for each in further)]
+    beside = [each for each in _folders(root.parent) if each != root]
+    own += [each for each in beside if each.name.startswith(f"{root.name}-")]
+    found: dict[Path, Unfinished] = {}
+    for folder, is_own in (*((f, True) for f in own), *((f, False) for f in beside)):
+        swept = (each for each in _folders(folder) if _SWEPT.search(each.name))
+        for place in (folder, *swept):
+            for each in _left_in(place):
+                if each.sources is not None or is_own:
+                    found.setdefault(each.left, each)
+    return list(found.values())
+
+
+def _folders(root: Path) -> list[Path]:
+    try:
+        below = sorted(root.iterdir())
+    except OSError:
+        return []
+    return [p for p in below if not ITERATION.match(p.name) and p.name[0] != "." and is_folder(p)]
+
+
+def _left_in(folder: Path) -> Iterator[Unfinished]:
+    try:
+        names = sorted(path.name for path in folder.iterdir() if path.name.startswith(".pma-"))
+    except OSError:
+        return
+    told = set()
+    for name in names:
+        if name.startswith(_JOURNAL):
+            sources = _sources(folder / name / _JOB)
+            if sources is not None:
+                told.add(name.removeprefix(_JOURNAL))
+                yield Unfinished(folder / name, sources)
+    for name in names:
+        if name.startswith(STAGING):
+            target = name.removeprefix(STAGING).rpartition("-")[0]
+            if target not in told and not is_held(folder, target):
+                yield Unfinished(folder / name, None)
+
+
+def _sources(path: Path) -> frozenset[Path] | None:
+    with contextlib.suppress(CheckpointError, OSError):
+        said = read_json(path).get("sources")
+        if isinstance(said, list) and all(isinstance(each, str) for each in said):
+            return frozenset(Path(each).resolve() for each in said)
+    return None
