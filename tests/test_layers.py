@@ -99,7 +99,7 @@ INSIDE = {
     "transfer": """
         buffers checksums reads
         blocks
-        readback
+        readback units
     """,
     "identity": """
         consumed_samples optimizer_steps samples
@@ -111,6 +111,7 @@ INSIDE = {
         padding
         agreement request sums
         accumulate
+        streaming
         engine entry_rules finding
         exporting
         saved_folder

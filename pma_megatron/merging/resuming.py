@@ -15,11 +15,12 @@ from pma_megatron.merging.accumulate import Workspace
 from pma_megatron.merging.engine import block_elements, blocks, over_threads
 from pma_megatron.merging.journal import Done, named
 from pma_megatron.merging.tasks import AverageUnit, Unit, share
-from pma_megatron.transfer.blocks import BlockWriter, FolderWriters, UnitWriter
+from pma_megatron.transfer.blocks import BlockWriter, FolderWriters
 from pma_megatron.transfer.buffers import BLOCK_ELEMENTS, as_bytes
 from pma_megatron.transfer.checksums import Checksums
 from pma_megatron.transfer.readback import NoReader, ReadBack
 from pma_megatron.transfer.reads import Reads
+from pma_megatron.transfer.units import UnitWriter
 
 Writers = Mapping[int, Mapping[Folder, BlockWriter]]
 """Number of an output -> folder -> who writes into it."""

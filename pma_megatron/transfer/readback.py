@@ -30,7 +30,7 @@ class ReadBack(BlockWriter):
         """
         try:
             done = 0
-            with self._files.opened(file) as descriptor:
+            with self.files.opened(file) as descriptor:
                 while done < len(data):
                     got = os.preadv(descriptor, [data[done:]], offset + done)
                     if not got:

@@ -122,19 +122,40 @@ class Reads:
         if record.crc32 is None:
             self.unsummed.add(record.file)
             return
-        thread = threading.get_ident()
-        run = self._runs.get(thread)
+        run = self._runs.get(threading.get_ident())
         if run is not None and run.record is record and run.end == start:
             run.crc = isal_zlib.crc32(data, run.crc)
             run.end += len(data)
+            self._ended(run)
         else:
-            self._runs[thread] = _Run(record, start, start + len(data), isal_zlib.crc32(data))
-            if run is not None:
-                self._add(run.record, run.start, run.end, run.crc)
-            run = self._runs[thread]
-        if run.end == record.nbytes:
-            del self._runs[thread]
-            self._add(record, run.start, run.end, run.crc)
+            self._begin(_Run(record, start, start + len(data), isal_zlib.crc32(data)))
+
+    def note_sum(self, record: StoredRecord, start: int, nbytes: int, crc: int) -> None:
+        """Take note of `nbytes` whose CRC-32 is known; see `note`."""
+        if record.crc32 is None:
+            self.unsummed.add(record.file)
+            return
+        run = self._runs.get(threading.get_ident())
+        if run is not None and run.record is record and run.end == start:
+            run.crc = isal_zlib.crc32_combine(run.crc, crc, nbytes)
+            run.end += nbytes
+            self._ended(run)
+        else:
+            self._begin(_Run(record, start, start + nbytes, crc))
+
+    def _begin(self, run: _Run) -> None:
+        thread = threading.get_ident()
+        last = self._runs.get(thread)
+        self._runs[thread] = run
+        if last is not None:
+            self._add(last.record, last.start, last.end, last.crc)
+        self._ended(run)
+
+    def _ended(self, run: _Run) -> None:
+        """Tell the others, if the record ends here."""
+        if run.end == run.record.nbytes:
+            del self._runs[threading.get_ident()]
+            self._add(run.record, run.start, run.end, run.crc)
 
     def told(self) -> list[Noted]:
         """What this thread read since it last asked, but for records that it read in one go.
