@@ -16,7 +16,7 @@ from pma_megatron.base.stopping import Stopped, stoppable, unwinding
 from pma_megatron.cli.streams import forgiving
 
 _PUBLISH = ("merge", "export", "recover")
-_DO_MORE_THAN_PRINT = (*_PUBLISH, "verify", "prune")
+_DO_MORE_THAN_PRINT = (*_PUBLISH, "verify", "prune", "watch")
 
 
 def run(words: Sequence[str], *, alone: bool = False) -> int:
