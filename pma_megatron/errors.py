@@ -12,6 +12,7 @@ class PmaError(Exception):
     Attributes:
         published: folders that the command had published before it failed.
         unpublished: those that it had not, if there are any of the first kind.
+        kept: the folder of what it had done, with which the same command goes on; None if nothing.
 
     >>> from pma_megatron import SelectionRequest
     >>> try:
@@ -23,6 +24,7 @@ class PmaError(Exception):
 
     published: tuple[str, ...] = ()
     unpublished: tuple[str, ...] = ()
+    kept: str | None = None
 
 
 class UsageError(PmaError, ValueError):

@@ -41,7 +41,7 @@ INSIDE = {
     """,
     "formats": """
         base inert json_files zips
-        bounds holding names output pickle_writer rates schema source
+        alike bounds holding names output pickle_writer pieces rates schema source
         marker opcode_reader side_files
         manifest opcodes
         pickles
@@ -51,6 +51,7 @@ INSIDE = {
     """,
     "formats.dcp": """
         building cover keys
+        stored
         metadata
         checkpoint
         completeness main_params output
@@ -99,6 +100,7 @@ INSIDE = {
     "transfer": """
         buffers checksums reads
         blocks
+        readback units
     """,
     "identity": """
         consumed_samples optimizer_steps samples
@@ -110,14 +112,15 @@ INSIDE = {
         padding
         agreement request sums
         accumulate
+        streaming
         engine entry_rules finding
         exporting
         saved_folder
         planning
         leftovers rate source_checksums verification
         publish targets
-        carrying exported finishing listing recompute report
-        provenance
+        carrying exported finishing journal listing recompute report
+        provenance resuming
         inspection job published
         export_job
     """,

@@ -68,10 +68,7 @@ def merge_on_rank(rank: int, ranks: int, request: MergeRequest) -> Any:
 def unchecked_on_rank(rank: int, ranks: int, request: MergeRequest) -> Any:
     """The same of a merge that takes no note of what it reads."""
 
-    def pread(self: BlockReader, record: Any, start: int, into: memoryview) -> None:
-        self.fill(record.file, record.start + start, into)
-
-    BlockReader.pread = pread
+    BlockReader.compares = False
     BlockReader.read_item = lambda self, item, offset, into: self.fill(item.file, offset, into)
     return merge_on_rank(rank, ranks, request)
 

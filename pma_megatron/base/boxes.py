@@ -208,7 +208,7 @@ class PieceIndex(Generic[P]):
 
     def __init__(self, pieces: Iterable[Piece[P]], *, disjoint: bool = True) -> None:
         """Index `pieces`; `disjoint` False where they may overlap (replicas, several targets)."""
-        self._given: Iterable[Piece[P]] = pieces if isinstance(pieces, tuple) else tuple(pieces)
+        self._given: Iterable[Piece[P]] = pieces if isinstance(pieces, Sequence) else tuple(pieces)
         self._disjoint = disjoint
         self._sorted: list[Piece[P]] | None = None
         self._offsets: list[tuple[int, ...]] = []

@@ -275,7 +275,7 @@ def _leave(presence: Presence, stop: KeyboardInterrupt, where: str) -> None:
     by = str(stop) or "its keyboard"
     presence.leave(f"rank {dist.get_rank()} was stopped by {by}{where}", asked=True)
     if why is not None and isinstance(stop, Stopped):
-        why.published, why.unpublished = stop.published, stop.unpublished
+        why.published, why.unpublished, why.kept = stop.published, stop.unpublished, stop.kept
         raise why from stop
 
 

@@ -29,7 +29,7 @@ MAX_COPIED_BYTES = 128 << 20
 """More than any file that lies beside the payload of a checkpoint and is copied with it."""
 
 
-def open_source(path: Path) -> int:
+def open_source(path: Path | str) -> int:
     """A descriptor to read the plain file at `path`; nothing is ever created by this.
 
     Raises:

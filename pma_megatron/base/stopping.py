@@ -26,10 +26,12 @@ class Stopped(KeyboardInterrupt):
         number: of the signal.
         published: folders that this command had published by then.
         unpublished: those that it had not.
+        kept: the folder of what it had done, with which the same command goes on; None if nothing.
     """
 
     published: tuple[str, ...] = ()
     unpublished: tuple[str, ...] = ()
+    kept: str | None = None
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)

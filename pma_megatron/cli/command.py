@@ -14,6 +14,7 @@ from pathlib import Path
 from pma_megatron.base.log import visible
 from pma_megatron.base.stopping import Stopped, stoppable, unwinding
 from pma_megatron.cli.streams import forgiving
+from pma_megatron.errors import PmaError
 
 _PUBLISH = ("merge", "export", "recover")
 _DO_MORE_THAN_PRINT = (*_PUBLISH, "verify", "prune", "watch")
@@ -45,7 +46,7 @@ def _run(given: list[str], rank: int, alone: bool) -> int:
     publishes = bool(given) and given[0] in _PUBLISH
 
     def stopped(stop: Stopped) -> None:
-        told = told_of(stop.published, stop.unpublished) if publishes else ""
+        told = told_of(stop) if publishes else ""
         _failed(rank, f"stopped by {stop}{told and f'; {told}'}", aloud=rank == 0)
 
     try:
@@ -69,7 +70,7 @@ def _work(given: list[str], rank: int) -> int:
     from pma_megatron.cli.flags import parsed
     from pma_megatron.cli.request_files import dumped
     from pma_megatron.cli.verbs import NOT_THE_SAME, front_end, work_of
-    from pma_megatron.errors import PmaError, RankError, UsageError
+    from pma_megatron.errors import RankError, UsageError
 
     arguments = parsed(given)
     log.configure(rank, verbose=arguments.verbose)
@@ -87,7 +88,7 @@ def _work(given: list[str], rank: int) -> int:
             else:
                 code = _with_progress(work, arguments, rank)
     except PmaError as error:
-        told = told_of(error.published, error.unpublished) if error.published else ""
+        told = told_of(error) if error.published or error.kept else ""
         # The rank whose own error it is prints it; one also says what stopped the others.
         aloud = not isinstance(error, RankError) or error.speaker == rank
         where = f"[rank {rank}] " if rank else ""
@@ -109,12 +110,18 @@ def _with_progress(
         return work(arguments)
 
 
-def told_of(published: Sequence[str], unpublished: Sequence[str]) -> str:
-    """What a command that failed has published, as far as it got."""
-    if not published:
-        return "nothing was published"
-    rest = f"; not {', '.join(unpublished)}: the same command makes the rest" if unpublished else ""
-    return f"published {', '.join(published)}{rest}"
+def told_of(end: PmaError | Stopped) -> str:
+    """What a command that did not reach its end has done, as far as it got."""
+    told = "nothing was published"
+    if end.published:
+        told = f"published {', '.join(end.published)}"
+        if end.unpublished:
+            told += f"; not {', '.join(end.unpublished)}: the same command makes the rest"
+    if end.kept is None:
+        return told
+    if end.published and end.unpublished:
+        return f"{told}, and goes on with what is kept in {end.kept}"
+    return f"{told}; what is done is kept in {end.kept}, and the same command goes on from there"
 
 
 def _failed(rank: int, text: str, *, aloud: bool) -> None:

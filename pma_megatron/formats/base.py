@@ -13,7 +13,7 @@ import torch
 from pma_megatron.base.boxes import Piece
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
 
 MAIN_PARAM = "param"
@@ -111,7 +111,7 @@ class StoredRecord:
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A global tensor: shape, dtype, and the pieces that hold it.
+    """A global tensor: shape, dtype, and the pieces that hold it (a tuple, or `StoredPieces`).
 
     `replicas` are further copies of some pieces: optimizer buckets of tensor-parallel ranks each
     hold the main parameters of a replicated norm. They are written, and never needed for reading.
@@ -120,7 +120,7 @@ class Tensor:
     key: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    pieces: tuple[Piece[Payload], ...]
+    pieces: Sequence[Piece[Payload]]
     replicas: tuple[Piece[Payload], ...] = ()
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import threading
-from collections.abc import Set
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Set
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.base import Item, Payload, StoredRecord
 from pma_megatron.formats.pickles import TensorRef, load_inert
 from pma_megatron.formats.schema import LIMIT
-from pma_megatron.formats.zips import ZipRecord, read_records
+from pma_megatron.formats.zips import ReadAt, ZipRecord, read_records
 
 _WINDOW_BYTES = 4096  # headers of small records share one read
+_PICKLE_BYTES, _PICKLES = 4096, 1024
+"""Pickles of one tensor whose values are kept: tensors of one shape have the same bytes there."""
 
 
 class ItemFiles:
@@ -38,12 +41,20 @@ class ItemFiles:
         """Index of the zip at `item`, read once; `content` is all of it, where that is at hand."""
         found = self._indexes.get(item)
         if found is None:
-            what = f"{self.path / item.file} at {item.offset}"
-            read_at = self._reader(item) if content is None else partial(_cut, content)
-            found = read_records(read_at, item.length, what=what)
+            if content is None:
+                with self._opened(item) as read_at:
+                    found = read_records(read_at, item.length, what=self._at(item))
+            else:
+                found = read_records(partial(_cut, content), item.length, what=self._at(item))
             with self._lock:
                 self._indexes[item] = found
         return found
+
+    def check(self, item: Item) -> None:
+        """There is a zip at `item`; nothing of it is kept. Raises as `records`."""
+        if item not in self._indexes:
+            with self._opened(item) as read_at:
+                read_records(read_at, item.length, what=self._at(item))
 
     def stored(self, item: Item, content: memoryview | None = None) -> tuple[StoredRecord, ...]:
         """The records of the zip at `item` by place in its file, in that order; see `records`."""
@@ -122,24 +133,45 @@ class ItemFiles:
     def _find(self, payload: Payload) -> tuple[StoredRecord, int]:
         item, name, skip = payload.item, payload.record, 0
         if name is None:
-            what = f"{self.path / item.file} at {item.offset}"
-            ref = self.decode(item, what)
-            if not isinstance(ref, TensorRef) or not ref.is_contiguous():
-                raise CheckpointError(f"{what} holds {ref!r}, expected one contiguous tensor")
+            ref, records = self._tensor(item)
             numel = math.prod(ref.size)
             if numel != payload.numel or ref.storage.dtype != payload.dtype:
                 raise CheckpointError(
-                    f"{what} holds {numel} elements of {ref.storage.dtype}, .metadata says "
-                    f"{payload.numel} of {payload.dtype}: damaged, exclude this checkpoint"
+                    f"{self._at(item)} holds {numel} elements of {ref.storage.dtype}, .metadata "
+                    f"says {payload.numel} of {payload.dtype}: damaged, exclude this checkpoint"
                 )
             name, skip = f"data/{ref.storage.key}", ref.offset * payload.dtype.itemsize
-        record = self.records(item).get(name)
+        else:
+            records = self.records(item)
+        record = records.get(name)
         if record is None or record.nbytes < skip + payload.nbytes:
             raise CheckpointError(
-                f"{self.path / item.file} at {item.offset}: record {name} is missing or shorter "
+                f"{self._at(item)}: record {name} is missing or shorter "
                 f"than {skip + payload.nbytes} bytes: damaged, exclude this checkpoint"
             )
         return _placed(item, record), skip
+
+    def _tensor(self, item: Item) -> tuple[TensorRef, Mapping[str, ZipRecord]]:
+        """The one tensor of `item`, and its records, which are not kept: items are many."""
+        ref = None
+        with self._opened(item) as read_at:
+            records = self._indexes.get(item)
+            if records is None:
+                records = read_records(read_at, item.length, what=self._at(item))
+            said = records.get("data.pkl")
+            if said is not None and said.nbytes <= _PICKLE_BYTES:
+                data = read_at(said.start, said.nbytes)
+                refuse_other_bytes(self.path, _placed(item, said), isal_zlib.crc32(data))
+                with contextlib.suppress(CheckpointError):  # said again below, with a place
+                    ref = _decoded(data, tuple((r.name, r.nbytes) for r in records.values()))
+        if ref is None:
+            ref = self.decode(item, self._at(item))
+        if not isinstance(ref, TensorRef) or not ref.is_contiguous():
+            raise CheckpointError(f"{self._at(item)} holds {ref!r}, expected one contiguous tensor")
+        return ref, records
+
+    def _at(self, item: Item) -> str:
+        return f"{self.path}/{item.file} at {item.offset}"
 
     def read(self, file: str, offset: int, nbytes: int) -> bytes:
         """`nbytes` of `file` at `offset`.
@@ -147,32 +179,63 @@ class ItemFiles:
         Raises:
             CheckpointError: the file is missing or too short.
         """
-        path = self.path / file
-        try:
-            with os.fdopen(open_source(path), "rb", buffering=0) as stream:
-                left = max(os.fstat(stream.fileno()).st_size - offset, 0)  # before it is allocated
-                stream.seek(min(offset, LIMIT - 1))
-                data = stream.read(min(nbytes, left))
-        except OSError as error:
-            raise unread(path, error) from error
-        if len(data) != nbytes:
-            raise CheckpointError(
-                f"{path} ends at byte {offset + len(data)}, {offset + nbytes} are needed: it was "
-                "truncated or replaced. Run `pma list`, then merge again without it"
-            )
-        return data
+        with self._open(file) as read:
+            return read(offset, nbytes)
 
-    def _reader(self, item: Item) -> Any:
+    @contextlib.contextmanager
+    def _opened(self, item: Item) -> Iterator[ReadAt]:
+        """Reads of `item`, whose file is open in the block; those that lie together are one."""
         first, window = 0, b""
 
         def read_at(offset: int, nbytes: int) -> bytes:
             nonlocal first, window
             if offset < first or offset + nbytes > first + len(window):
                 wanted = max(nbytes, min(_WINDOW_BYTES, item.length - offset))
-                first, window = offset, self.read(item.file, item.offset + offset, wanted)
+                first, window = offset, read(item.offset + offset, wanted)
             return window[offset - first : offset - first + nbytes]
 
-        return read_at
+        with self._open(item.file) as read:
+            yield read_at
+
+    @contextlib.contextmanager
+    def _open(self, file: str) -> Iterator[Callable[[int, int], bytes]]:
+        """Reads of `file`, (offset, bytes) -> bytes, which is open in the block; see `read`."""
+        path = f"{self.path}/{file}"
+
+        def read(offset: int, nbytes: int) -> bytes:
+            left = max(os.fstat(descriptor).st_size - offset, 0)  # before it is allocated
+            data = _pread(descriptor, min(offset, LIMIT - 1), min(nbytes, left))
+            if len(data) != nbytes:
+                raise CheckpointError(
+                    f"{path} ends at byte {offset + len(data)}, {offset + nbytes} are needed: it "
+                    "was truncated or replaced. Run `pma list`, then merge again without it"
+                )
+            return data
+
+        try:
+            descriptor = open_source(path)
+            try:
+                yield read
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise unread(path, error) from error
+
+
+def _pread(descriptor: int, offset: int, nbytes: int) -> bytes:
+    """As many of `nbytes` as there are; a system call moves at most 2 GiB."""
+    data = os.pread(descriptor, nbytes, offset)
+    while len(data) < nbytes and (
+        more := os.pread(descriptor, nbytes - len(data), offset + len(data))
+    ):
+        data += more
+    return data
+
+
+@lru_cache(maxsize=_PICKLES)
+def _decoded(data: bytes, sizes: tuple[tuple[str, int], ...]) -> Any:
+    """What a small pickle says, in a zip with records of these sizes."""
+    return load_inert(data, what="an item", sizes=dict(sizes))
 
 
 def refuse_other_bytes(folder: Path | str, record: StoredRecord, crc32: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,7 @@ class Reader:
         self._stack: list[Any] = []
         self._marked: list[list[Any]] = []
         self._memo: list[Any] = []
+        self._listed = sys.maxsize  # values from this number on may not be in the list
         self._left = _FREE_BYTES + _BYTES_PER_BYTE * len(data)
 
     # Reading.
@@ -110,6 +112,8 @@ class Reader:
 
     def _put(self, index: int) -> None:
         memo = self._memo
+        if self._listed != sys.maxsize:
+            raise PickleError("it numbers some of what it remembers, and some not")
         if index == len(memo):
             memo.append(self._stack[-1])
         elif index < len(memo):

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from pma_megatron.formats.alike import Alike, Rows
 from pma_megatron.formats.bounds import SCALARS, PickleError
 from pma_megatron.formats.inert import CALL, NEW, Name, Ordered, Record, Size
 from pma_megatron.formats.opcode_reader import U4, VALUES, Reader
@@ -25,7 +26,7 @@ _MAX_ODD_KEYS = 4096
 still fast."""
 _HASHED_AS_THEMSELVES = 1 << 60
 _DOTTED = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*")
-_PLAIN_KEYS = frozenset({str, bytes, bool, type(None), float, torch.dtype, Name, Record})
+_PLAIN_KEYS = frozenset({str, bytes, bool, type(None), float, torch.dtype, Name, Record, Rows})
 
 Convert = Callable[[Name, tuple[Any, ...]], Any]
 """(name, arguments) -> the plain value that a call of the name stands for, or NOT_PLAIN."""
@@ -42,6 +43,7 @@ class Machine(Reader):
         named: Callable[[str, str], Any],
         convert: Convert,
         persistent: Callable[[Any], Any],
+        alike: Alike | None = None,
     ) -> None:
         """Prepare to decode `data`.
 
@@ -50,8 +52,11 @@ class Machine(Reader):
             named: (module, name) -> `Name`, or a plain value that the name stands for.
             convert: plain values that known calls stand for.
             persistent: the value that a persistent id stands for (`torch.save` has storages).
+            alike: elements that become `Rows` where they lie in a list or a dictionary.
         """
         super().__init__(data)
+        self._alike = alike
+        self._learning: tuple[Name, int, int, int] | None = None
         self._named, self._convert, self._persistent = named, convert, persistent
         self._names: dict[tuple[str, str], Any] = {}
         self._odd_keys = 0
@@ -63,7 +68,7 @@ class Machine(Reader):
             PickleError: see there.
         """
         data, handlers, memo, at = self._data, _HANDLERS, self._memo, self._at
-        stack = self._stack
+        stack, listed = self._stack, self._listed
         try:
             while True:
                 code = data[at]
@@ -72,10 +77,12 @@ class Machine(Reader):
                     memo.append(stack[-1])
                     at += 1
                 elif code == _LONG_BINGET:
-                    stack.append(memo[U4.unpack_from(data, at + 1)[0]])
+                    number = U4.unpack_from(data, at + 1)[0]
+                    stack.append(memo[number] if number < listed else self._value(number))
                     at += 5
                 elif code == _BINGET:
-                    stack.append(memo[data[at + 1]])
+                    number = data[at + 1]
+                    stack.append(memo[number] if number < listed else self._value(number))
                     at += 2
                 elif code == _BININT1:
                     stack.append(data[at + 1])
@@ -85,7 +92,7 @@ class Machine(Reader):
                 else:
                     self._at = at + 1
                     handlers[code](self)
-                    at, stack = self._at, self._stack
+                    at, stack, listed = self._at, self._stack, self._listed
         except IndexError:
             at = max(at, self._at)
             raise PickleError(f"it ends early, or its stack does, at byte {at}") from None
@@ -245,6 +252,61 @@ class Machine(Reader):
             found = self._convert(name, args)
         self._stack.append(Record(name, how, args, kwargs) if found is NOT_PLAIN else found)
 
+    def _newobj(self) -> None:
+        args = self._stack.pop()
+        if self._alike is None or not self._is_row():
+            self._built(NEW, args)
+
+    def _is_row(self) -> bool:
+        """Whether the object that is being made, an element, begins rows, which were taken then."""
+        alike, stack, at = self._alike, self._stack, self._at
+        name = stack[-1] if stack else None
+        if alike is None or type(name) is not Name or not self._marked or not self._marked[-1]:
+            return False
+        place, into = len(stack) - 1, type(self._marked[-1][-1])
+        if not alike.may_begin(name, into, place):
+            return False
+        begins = (at - 7, b"j"), (at - 4, b"h")
+        for start, code in begins:
+            got = int.from_bytes(self._data[start + 1 : at - 2], "little")
+            plain = self._data[start : start + 1] == code and self._data[at - 2 : at] == b")\x81"
+            if plain and got < self._count and self._value(got) is name:
+                break
+        else:
+            return False
+        again = self._data[start:at]
+        found = alike.rows(name, again, self._data, at, self._count, self._value)
+        if found is None:
+            self._learning = name, at, len(self._marked), place
+            return False
+        rows, self._at = found
+        self._listed = alike.memo.first
+        stack[place:] = [rows] if into is list else [rows, rows]
+        return True
+
+    def _learn(self) -> None:
+        """Make a pattern of the element that began last, where it has just ended."""
+        assert self._alike is not None and self._learning is not None
+        name, start, depth, place = self._learning
+        last = place + 1 if self._alike.is_pair(name) else place
+        if len(self._marked) < depth or len(self._stack) - 1 > last:
+            self._learning = None
+        elif len(self._marked) == depth and len(self._stack) - 1 == last:
+            values = self._stack[place:]
+            self._alike.learn(name, self._data, start, self._at, values, self._value)
+            self._learning = None
+
+    @property
+    def _count(self) -> int:
+        """Values that were remembered so far."""
+        return len(self._memo) + (0 if self._alike is None else self._alike.memo.passed)
+
+    def _value(self, number: int) -> Any:
+        """A remembered value."""
+        if self._alike is None or number < self._listed:
+            return self._memo[number]
+        return self._alike.memo.recall(number, self._memo)
+
     def _newobj_ex(self) -> None:
         kwargs = self._stack.pop()
         if type(kwargs) is not dict or not all(type(key) is str for key in kwargs):
@@ -262,6 +324,8 @@ class Machine(Reader):
         if target.state is not None:
             raise PickleError("it sets the state of one object twice")
         target.state = state
+        if self._learning is not None:
+            self._learn()
 
 
 _STOP, _BINGET, _LONG_BINGET, _BININT1, _MEMOIZE = b".hjK\x94"
@@ -284,7 +348,7 @@ _KNOWN: dict[bytes, Callable[[Any], None]] = {
     b"c": Machine._global,
     b"\x93": Machine._stack_global,
     b"R": lambda m: m._built(CALL, m._stack.pop()),
-    b"\x81": lambda m: m._built(NEW, m._stack.pop()),
+    b"\x81": Machine._newobj,
     b"\x92": Machine._newobj_ex,
     b"b": Machine._build,
     b"Q": lambda m: m._stack.append(m._persistent(m._stack.pop())),

@@ -19,6 +19,7 @@ import torch
 from pma_megatron.base.boxes import row_major_strides
 from pma_megatron.base.memory import collector_at_rest
 from pma_megatron.errors import CheckpointError
+from pma_megatron.formats.alike import Alike
 from pma_megatron.formats.bounds import PickleError, check_bounded
 from pma_megatron.formats.inert import (
     Defaulting,
@@ -98,6 +99,7 @@ def load_inert(
     known: Set[tuple[str, str]] | None = None,
     walked: bool = True,
     sizes: Mapping[str, int] | None = None,
+    alike: Alike | None = None,
 ) -> Any:
     """Decode a pickle: plain values, a `Record` of what it names otherwise, tensors `TensorRef`.
 
@@ -110,6 +112,8 @@ def load_inert(
             one of them. None where nothing is known of it.
         walked: refuse also what no recursive walk would finish: cycles, deep nesting, and a few
             objects that are held very many times over. False for a caller that never walks.
+        alike: elements of lists and dictionaries that are taken as `Rows`, for a caller that knows
+            them.
 
     Raises:
         CheckpointError: the pickle is damaged, asks for more memory than a checkpoint of its length
@@ -120,6 +124,7 @@ def load_inert(
         named=functools.partial(_named, what, known),
         convert=functools.partial(_plain, what, known),
         persistent=functools.partial(_storage, sizes),
+        alike=alike,
     )
     try:
         with collector_at_rest():

@@ -13,7 +13,6 @@ import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 from isal import isal_zlib
@@ -21,11 +20,9 @@ from isal import isal_zlib
 from pma_megatron.base.boxes import PieceIndex
 from pma_megatron.base.spelling import left_out
 from pma_megatron.errors import CheckpointError
-from pma_megatron.formats import registry
-from pma_megatron.formats.base import MAIN_PARAM, Item, Payload
+from pma_megatron.formats.base import MAIN_PARAM, Payload, StoredRecord
 from pma_megatron.formats.items import ItemFiles
 from pma_megatron.formats.source import Source
-from pma_megatron.formats.zips import ZipRecord
 from pma_megatron.identity.samples import WEIGHT, Stored, largest, largest_first, stored
 
 _SMALLEST_BYTES = 32
@@ -59,13 +56,12 @@ class Contents:
     whole: Mapping[Place, int] = field(default_factory=dict)
 
 
-def contents_of(source: Source) -> Contents:
+def contents_of(source: Source, files: ItemFiles) -> Contents:
     """Look up the checksums of the largest tensors in every file.
 
     Raises:
         CheckpointError: the source is damaged.
     """
-    files = registry.get(source.format, source.path).files(Path(source.path))
     reader = _Reader(source, _Checksums(files))
     every = [each for each in stored(source) if each.nbytes >= _SMALLEST_BYTES]
     if reader.has_optimizer:
@@ -230,24 +226,18 @@ class _Checksums:
         return self._known[payload]
 
     def _look_up(self, payload: Payload) -> tuple[int, bool]:
-        start = self._files.locate(payload)[1] - payload.item.offset
-        record = next(
-            r
-            for r in self._files.records(payload.item).values()
-            if r.start <= start < r.start + r.nbytes
-        )
+        record, _ = self._files.find(payload)
         if record.crc32:
             return record.crc32, record.crc32 == _crc_of_zeros(record.nbytes)
-        return self._by_samples(payload.item, record)
+        return self._by_samples(record)
 
-    def _by_samples(self, item: Item, record: ZipRecord) -> tuple[int, bool]:
+    def _by_samples(self, record: StoredRecord) -> tuple[int, bool]:
         """A zip that was written without checksums says zero for all of them."""
         count = min(_SAMPLE_BYTES, record.nbytes)
         last = record.nbytes - count
         starts = sorted({last * number // (_SAMPLES - 1) for number in range(_SAMPLES)})
         data = b"".join(
-            self._files.read(item.file, item.offset + record.start + start, count)
-            for start in starts
+            self._files.read(record.file, record.start + start, count) for start in starts
         )
         return isal_zlib.crc32(data), not any(data)
 

@@ -68,19 +68,20 @@ def places_of(source: Source) -> tuple[SampledBox, ...]:
     return tuple(found)
 
 
-def values_at(source: Source, places: Iterable[SampledBox]) -> Values:
-    """What a source holds there."""
+def values_at(source: Source, places: Iterable[SampledBox], reader: BlockReader) -> Values:
+    """What a source holds there, as its `reader` reads it."""
     indexes: dict[tuple[str, str], PieceIndex[Payload]] = {}
     found: dict[SampledBox, tuple[str, torch.Tensor]] = {}
-    with BlockReader.of(source.format, source.path) as reader:
-        for place in places:
-            tensor = source.tensor(place.state, place.key)
-            if tensor is None:
-                continue
-            index = indexes.setdefault((place.state, place.key), PieceIndex(tensor.pieces))
-            if index.covers(place.box):
-                file = file_of(source, index.touching(place.box)[0].payload)
-                found[place] = file, reader.values(place.box, index, tensor.dtype)
+    for place in places:
+        tensor = source.tensor(place.state, place.key)
+        if tensor is None:
+            continue
+        index = indexes.get((place.state, place.key))
+        if index is None:
+            index = indexes[place.state, place.key] = PieceIndex(tensor.pieces)
+        if index.covers(place.box):
+            file = file_of(source, index.touching(place.box)[0].payload)
+            found[place] = file, reader.values(place.box, index, tensor.dtype)
     return found
 
 

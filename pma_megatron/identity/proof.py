@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from pma_megatron.errors import CheckpointError, PlanError
+from pma_megatron.formats import registry
 from pma_megatron.formats.base import Schedule, is_vocabulary
 from pma_megatron.formats.source import Source
 from pma_megatron.identity.consumed_samples import refuse_contradictions
@@ -23,6 +25,7 @@ from pma_megatron.identity.optimizer_steps import Steps, refuse_other_steps
 from pma_megatron.identity.rounded import refuse_foreign_weights
 from pma_megatron.runs.describe import schedule_of
 from pma_megatron.runs.refs import CheckpointRef
+from pma_megatron.transfer.blocks import BlockReader
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,17 +61,19 @@ def prove(source: Source, newest: Evidence | None, *, main_params: bool) -> Evid
     Raises:
         CheckpointError: it is a mixture of two checkpoints; names the files.
     """
-    if main_params:
-        refuse_foreign_weights(source)
-    places = places_of(source) if newest is None else newest.places
-    return Evidence(
-        _model(source),
-        contents_of(source),
-        places,
-        values_at(source, places),
-        source.counted_steps,
-        schedule_of(source),
-    )
+    items = registry.get(source.format, source.path).files(Path(source.path))
+    with BlockReader(source.path, items) as reader:  # one for all: where an item lies is known then
+        if main_params:
+            refuse_foreign_weights(source, reader)
+        places = places_of(source) if newest is None else newest.places
+        return Evidence(
+            _model(source),
+            contents_of(source, items),
+            places,
+            values_at(source, places, reader),
+            source.counted_steps,
+            schedule_of(source),
+        )
 
 
 def unconfirmed(source: Source, with_main_params: Callable[[], Source]) -> str | None:
@@ -81,7 +86,8 @@ def unconfirmed(source: Source, with_main_params: Callable[[], Source]) -> str |
     if source.snapshot or source.quantized or not source.optimizer_keys:
         return None
     try:
-        refuse_foreign_weights(with_main_params())
+        with BlockReader.of(source.format, source.path) as reader:
+            refuse_foreign_weights(with_main_params(), reader)
     except (CheckpointError, PlanError) as error:
         return (
             f"the weights of {source.path} are averaged as they are, and its own main params do "

@@ -25,8 +25,8 @@ from pma_megatron.identity.samples import FLOATING, WEIGHT, Stored, chosen, file
 from pma_megatron.transfer.blocks import BlockReader
 
 
-def refuse_foreign_weights(source: Source) -> None:
-    """Compare samples of the weights with those of the main params.
+def refuse_foreign_weights(source: Source, reader: BlockReader) -> None:
+    """Compare samples of the weights with those of the main params, as its `reader` reads them.
 
     What has no main params (frozen layers, buffers, checkpoints of weights alone) proves nothing,
     nor do weights that a checkpoint keeps in 8 bits.
@@ -36,11 +36,6 @@ def refuse_foreign_weights(source: Source) -> None:
     """
     if source.quantized:
         return
-    with BlockReader.of(source.format, source.path) as reader:
-        _compare(source, reader)
-
-
-def _compare(source: Source, reader: BlockReader) -> None:
     weights: dict[str, PieceIndex[Payload]] = {}
     mains: dict[str, PieceIndex[Payload]] = {}
     for each in chosen(source, _comparable(source)):
@@ -69,6 +64,8 @@ def _comparable(source: Source) -> Iterator[Stored]:
 
 def _agree(main: torch.Tensor, weight: torch.Tensor) -> bool:
     """True if every finite main param rounds to its weight; the merge names those that are not."""
+    if rounds_to(main, weight):
+        return True
     finite = torch.isfinite(main)
     return rounds_to(main[finite], weight[finite])
 

@@ -14,9 +14,11 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <errno.h>
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#include <unistd.h>
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #define ON_X86 1
@@ -35,6 +37,7 @@
 #define TARGET_AVX512 AVX512_PARTS ",prefer-vector-width=512" /* clang drops all for this word */
 #endif
 #define CHUNK 2048
+#define MAX_FAST 64 /* sources that the short way below takes */
 
 enum set { PORTABLE, AVX2, AVX512, SETS };
 static const char *const SET_NAMES[SETS] = {"portable", "avx2", "avx512"};
@@ -131,10 +134,13 @@ INLINE double fused_wide(double x, double w, double a) { return __builtin_fma(x,
 
 /* A power of two has an exact reciprocal, and x times it is x divided, rounded as a division is. */
 
+INLINE int has_exact_reciprocal(float d) {
+    return !(float_bits(d) & 0x7fffff) && d >= 0x1p-64f && d <= 0x1p64f;
+}
+
 INLINE void divide(float *values, Py_ssize_t n, float d) {
-    int exact = !(float_bits(d) & 0x7fffff) && d >= 0x1p-64f && d <= 0x1p64f;
     float reciprocal = 1.0f / d;
-    if (exact)
+    if (has_exact_reciprocal(d))
         for (Py_ssize_t i = 0; i < n; i++) values[i] *= reciprocal;
     else
         for (Py_ssize_t i = 0; i < n; i++) values[i] /= d;
@@ -310,10 +316,105 @@ INLINE int chunk(const Job *job, const Sum *how, Py_ssize_t at, Py_ssize_t n, in
     return finite;
 }
 
+/* The short way where all sources and the one output are bfloat16: sums stay in registers, and a
+ * vector is taken apart into its even and its odd elements, which costs one instruction each.
+ *
+ * It gives the bits of `chunk`, unless the greatest magnitude that it returns is not finite as a
+ * bfloat16: then `chunk` does it again, which knows NaN and Inf. */
+
+typedef struct {
+    Py_ssize_t count;
+    const uint16_t *data[MAX_FAST];
+    float weights[MAX_FAST];
+    float divisor, reciprocal; /* 0 where it is not exact */
+    uint16_t *out;
+} Fast;
+
+#if ON_X86
+#define FAST(NAME, TARGET, V, F, VECTOR, PS)                                                       \
+    __attribute__((target(TARGET))) static uint32_t NAME(                                          \
+        const Fast *job, Py_ssize_t at, Py_ssize_t n                                               \
+    ) {                                                                                            \
+        const Py_ssize_t wide = (Py_ssize_t)(sizeof(V) / sizeof(uint16_t));                        \
+        const V high = PS(set1_epi32)((int)0xffff0000), half = PS(set1_epi32)(0x7fff);             \
+        const V one = PS(set1_epi32)(1), sign = PS(set1_epi32)(0x7fffffff);                        \
+        const F reciprocal = PS(set1_ps)(job->reciprocal), divisor = PS(set1_ps)(job->divisor);    \
+        V greatest = PS(setzero_##VECTOR)();                                                       \
+        for (Py_ssize_t i = at; i < at + n; i += 2 * wide) {                                       \
+            F sum[4] = {PS(setzero_ps)(), PS(setzero_ps)(), PS(setzero_ps)(), PS(setzero_ps)()};   \
+            for (Py_ssize_t k = 0; k < job->count; k++) {                                          \
+                const uint16_t *from = job->data[k] + i;                                           \
+                const F w = PS(set1_ps)(job->weights[k]);                                          \
+                V a = PS(loadu_##VECTOR)((const void *)from);                                      \
+                V b = PS(loadu_##VECTOR)((const void *)(from + wide));                             \
+                F x[4] = {                                                                         \
+                    (F)PS(slli_epi32)(a, 16), (F)(a & high), (F)PS(slli_epi32)(b, 16),             \
+                    (F)(b & high)                                                                  \
+                };                                                                                 \
+                for (int j = 0; j < 4; j++)                                                        \
+                    sum[j] = k ? PS(fmadd_ps)(x[j], w, sum[j]) : PS(mul_ps)(x[j], w);              \
+            }                                                                                      \
+            V bits[4];                                                                             \
+            for (int j = 0; j < 4; j++) {                                                          \
+                if (job->divisor != 1.0f)                                                          \
+                    sum[j] = job->reciprocal != 0.0f ? PS(mul_ps)(sum[j], reciprocal)              \
+                                                     : PS(div_ps)(sum[j], divisor);                \
+                V all = (V)sum[j];                                                                 \
+                greatest = PS(max_epu32)(greatest, (V)(all & sign));                               \
+                bits[j] = PS(add_epi32)(                                                           \
+                    PS(add_epi32)(all, half), (V)(PS(srli_epi32)(all, 16) & one)                   \
+                );                                                                                 \
+            }                                                                                      \
+            V a = PS(srli_epi32)(bits[0], 16) | (bits[1] & high);                                  \
+            V b = PS(srli_epi32)(bits[2], 16) | (bits[3] & high);                                  \
+            PS(storeu_##VECTOR)((void *)(job->out + i), a);                                        \
+            PS(storeu_##VECTOR)((void *)(job->out + i + wide), b);                                 \
+        }                                                                                          \
+        uint32_t each[sizeof(V) / sizeof(uint32_t)], most = 0;                                     \
+        PS(storeu_##VECTOR)((void *)each, greatest);                                               \
+        for (size_t j = 0; j < sizeof(V) / sizeof(uint32_t); j++)                                  \
+            most = each[j] > most ? each[j] : most;                                                \
+        return most;                                                                               \
+    }
+
+#define PS256(NAME) _mm256_##NAME
+#define PS512(NAME) _mm512_##NAME
+FAST(fast_avx2, TARGET_AVX2, __m256i, __m256, si256, PS256)
+FAST(fast_avx512, TARGET_AVX512, __m512i, __m512, si512, PS512)
+
+/* Whether the short way takes this call, and what it needs. */
+static int prepare_fast(const Job *job, int set, Fast *fast) {
+    const Sum *how = job->sum;
+    if (set == PORTABLE || job->sums != 1 || how->wide || how->outs != 1) return 0;
+    if (job->out[how->first_out].kind != 'b') return 0;
+    fast->count = 0;
+    for (Py_ssize_t k = 0; k < job->sources; k++) {
+        if (how->weights[k] == 0.0) continue;
+        if (job->in[k].kind != 'b' || fast->count == MAX_FAST) return 0;
+        fast->data[fast->count] = (const uint16_t *)job->in[k].data;
+        fast->weights[fast->count++] = (float)how->weights[k];
+    }
+    fast->divisor = (float)how->divisor;
+    fast->reciprocal = has_exact_reciprocal(fast->divisor) ? 1.0f / fast->divisor : 0.0f;
+    fast->out = (uint16_t *)job->out[how->first_out].data;
+    return fast->count > 0;
+}
+#endif
+
 INLINE int average(const Job *job, int set) {
     int finite = 1;
+#if ON_X86
+    Fast fast;
+    const int short_way = prepare_fast(job, set, &fast);
+#endif
     for (Py_ssize_t at = 0; at < job->numel; at += CHUNK) {
         Py_ssize_t n = job->numel - at < CHUNK ? job->numel - at : CHUNK;
+#if ON_X86
+        if (short_way && n == CHUNK) {
+            uint32_t most = (set == AVX512 ? fast_avx512 : fast_avx2)(&fast, at, n);
+            if (fits(most, 'b')) continue;
+        }
+#endif
         for (Py_ssize_t k = 0; k < job->sums; k++) finite &= chunk(job, job->sum + k, at, n, set);
     }
     return finite;
@@ -349,6 +450,232 @@ static int (*const AVERAGE[SETS])(const Job *) = {average_portable, NULL, NULL};
 static int supported(int set) { return set == PORTABLE; }
 #endif
 
+static Py_ssize_t item_bytes(char kind) {
+    return kind == 'b' || kind == 'h' ? 2 : kind == 'f' ? 4 : kind == 'd' ? 8 : 0;
+}
+
+/* CRC-32 of zips, by carry-less multiplication: V. Gopal et al., "Fast CRC Computation for Generic
+ * Polynomials Using PCLMULQDQ Instruction", Intel, 2009. Bits are reflected: bit 31 is x^0. */
+
+#define POLYNOMIAL 0xEDB88320u
+
+static uint32_t crc_table[256];
+
+/* x^n modulo the polynomial. */
+static uint32_t power_of_x(int n) {
+    uint32_t power = 0x80000000u;
+    while (n--) power = power >> 1 ^ (power & 1 ? POLYNOMIAL : 0);
+    return power;
+}
+
+static uint32_t crc_of_bytes(uint32_t crc, const unsigned char *data, size_t n) {
+    while (n--) crc = crc >> 8 ^ crc_table[(crc ^ *data++) & 255];
+    return crc;
+}
+
+#if ON_X86
+/* What moves 128 bits of a message 128, 512 or 2048 bits on: for its first and its last 64. */
+static uint64_t by_128[2], by_512[2], by_2048[2];
+
+static void fill_fold(uint64_t fold[2], int bits) {
+    fold[0] = (uint64_t)power_of_x(bits + 32) << 1;
+    fold[1] = (uint64_t)power_of_x(bits - 32) << 1;
+}
+
+#define CLMUL "pclmul,sse4.1"
+
+__attribute__((target(CLMUL))) static inline __m128i folded(__m128i x, __m128i by, __m128i next) {
+    __m128i first = _mm_clmulepi64_si128(x, by, 0x00), last = _mm_clmulepi64_si128(x, by, 0x11);
+    return _mm_xor_si128(_mm_xor_si128(first, last), next);
+}
+
+__attribute__((target(CLMUL))) static inline __m128i loaded(const unsigned char *data) {
+    return _mm_loadu_si128((const void *)data);
+}
+
+/* The CRC of 16 bytes that stand for all before them, and of what follows. */
+__attribute__((target(CLMUL))) static uint32_t crc_tail(
+    __m128i x, const unsigned char *data, size_t n
+) {
+    unsigned char last[16];
+    __m128i by = loaded((const unsigned char *)by_128);
+    for (; n >= 16; data += 16, n -= 16) x = folded(x, by, loaded(data));
+    _mm_storeu_si128((void *)last, x);
+    return crc_of_bytes(crc_of_bytes(0, last, sizeof last), data, n);
+}
+
+__attribute__((target(CLMUL))) static uint32_t crc_sse(
+    uint32_t crc, const unsigned char *data, size_t n
+) {
+    if (n < 64) return crc_of_bytes(crc, data, n);
+    __m128i x[4], by = loaded((const unsigned char *)by_512);
+    for (int k = 0; k < 4; k++) x[k] = loaded(data + 16 * k);
+    x[0] = _mm_xor_si128(x[0], _mm_cvtsi32_si128((int)crc));
+    for (data += 64, n -= 64; n >= 64; data += 64, n -= 64)
+        for (int k = 0; k < 4; k++) x[k] = folded(x[k], by, loaded(data + 16 * k));
+    by = loaded((const unsigned char *)by_128);
+    for (int k = 1; k < 4; k++) x[k] = folded(x[k - 1], by, x[k]);
+    return crc_tail(x[3], data, n);
+}
+
+#define WIDE_CLMUL AVX512_PARTS ",vpclmulqdq,pclmul"
+
+__attribute__((target(WIDE_CLMUL))) static inline __m512i folded_wide(
+    __m512i x, __m512i by, __m512i next
+) {
+    __m512i first = _mm512_clmulepi64_epi128(x, by, 0x00);
+    __m512i last = _mm512_clmulepi64_epi128(x, by, 0x11);
+    return _mm512_ternarylogic_epi64(first, last, next, 0x96);
+}
+
+__attribute__((target(WIDE_CLMUL))) static uint32_t crc_avx512(
+    uint32_t crc, const unsigned char *data, size_t n
+) {
+    if (n < 256) return crc_sse(crc, data, n);
+    __m512i x[4], by = _mm512_broadcast_i32x4(loaded((const unsigned char *)by_2048));
+    for (int k = 0; k < 4; k++) x[k] = _mm512_loadu_si512((const void *)(data + 64 * k));
+    x[0] = _mm512_xor_si512(x[0], _mm512_zextsi128_si512(_mm_cvtsi32_si128((int)crc)));
+    for (data += 256, n -= 256; n >= 256; data += 256, n -= 256)
+        for (int k = 0; k < 4; k++)
+            x[k] = folded_wide(x[k], by, _mm512_loadu_si512((const void *)(data + 64 * k)));
+    by = _mm512_broadcast_i32x4(loaded((const unsigned char *)by_512));
+    for (int k = 1; k < 4; k++) x[k] = folded_wide(x[k - 1], by, x[k]);
+    for (; n >= 64; data += 64, n -= 64)
+        x[3] = folded_wide(x[3], by, _mm512_loadu_si512((const void *)data));
+    __m128i narrow = loaded((const unsigned char *)by_128);
+    __m128i y = _mm512_castsi512_si128(x[3]);
+    y = folded(y, narrow, _mm512_extracti32x4_epi32(x[3], 1));
+    y = folded(y, narrow, _mm512_extracti32x4_epi32(x[3], 2));
+    y = folded(y, narrow, _mm512_extracti32x4_epi32(x[3], 3));
+    return crc_tail(y, data, n);
+}
+#endif
+
+typedef uint32_t (*Crc)(uint32_t, const unsigned char *, size_t);
+static Crc fast_crc = NULL; /* of this processor; NULL where there is none */
+
+static void choose_crc(int wide_vectors) {
+    for (int byte = 0; byte < 256; byte++) {
+        uint32_t crc = (uint32_t)byte;
+        for (int bit = 0; bit < 8; bit++) crc = crc >> 1 ^ (crc & 1 ? POLYNOMIAL : 0);
+        crc_table[byte] = crc;
+    }
+#if ON_X86
+    unsigned a, b, c, d;
+    fill_fold(by_128, 128);
+    fill_fold(by_512, 512);
+    fill_fold(by_2048, 2048);
+    if (__get_cpuid(1, &a, &b, &c, &d) && (c & bit_PCLMUL) && (c & bit_SSE4_1)) fast_crc = crc_sse;
+    if (fast_crc && wide_vectors && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (c & 1u << 10))
+        fast_crc = crc_avx512; /* VPCLMULQDQ */
+#else
+    (void)wide_vectors;
+#endif
+}
+
+static uint32_t crc32(uint32_t crc, const char *data, size_t n) {
+    return ~fast_crc(~crc, (const unsigned char *)data, n);
+}
+
+/* A range of elements from files to files: read, compared, summed, rounded, written, step by step,
+ * each step of a size that stays in a core's cache from the first of these to the last. */
+
+enum outcome { DONE, NOT_READ, NOT_FINITE, NOT_PROVED, NOT_WRITTEN };
+
+/* Bytes in a row of an open file, and their CRC-32. */
+typedef struct {
+    int descriptor;
+    long long offset;
+    uint32_t crc;
+} Place;
+
+typedef struct {
+    Job job; /* of a step; its arrays are in the caller's buffer */
+    Place *from, *to;
+    Py_ssize_t outs;
+    int set, proofs, compares; /* whether CRC-32 of what is read are wanted */
+    Job proof; /* one source, rounded to what is stored beside it */
+    Array stored;
+    Place stored_at;
+    Py_ssize_t numel, step;
+    /* What came of it: the number of a source (the stored one is the one after the last) or of an
+     * output, and why; 0 if the file ended. */
+    enum outcome outcome;
+    Py_ssize_t at, which;
+    int error;
+} Stream;
+
+static int read_all(Place *place, Py_ssize_t at, char *into, size_t bytes, int compares) {
+    for (size_t done = 0; done < bytes;) {
+        ssize_t got = pread(place->descriptor, into + done, bytes - done, place->offset + at + done);
+        if (got < 0 && errno == EINTR) continue;
+        if (got <= 0) {
+            if (got == 0) errno = 0;
+            return -1;
+        }
+        done += (size_t)got;
+    }
+    if (compares) place->crc = crc32(place->crc, into, bytes);
+    return 0;
+}
+
+static int write_all(Place *place, Py_ssize_t at, const char *data, size_t bytes) {
+    place->crc = crc32(place->crc, data, bytes);
+    for (size_t done = 0; done < bytes;) {
+        ssize_t got = pwrite(place->descriptor, data + done, bytes - done, place->offset + at + done);
+        if (got < 0 && errno == EINTR) continue;
+        if (got <= 0) {
+            if (got == 0) errno = ENOSPC;
+            return -1;
+        }
+        done += (size_t)got;
+    }
+    return 0;
+}
+
+static void stopped(Stream *stream, enum outcome outcome, Py_ssize_t which) {
+    stream->error = outcome == NOT_READ || outcome == NOT_WRITTEN ? errno : 0;
+    stream->outcome = outcome;
+    stream->which = which;
+}
+
+static int stream_step(Stream *stream, Py_ssize_t n) {
+    Job *job = &stream->job;
+    Py_ssize_t at = stream->at, bytes;
+    job->numel = stream->proof.numel = n;
+    for (Py_ssize_t k = 0; k < job->sources; k++) {
+        bytes = item_bytes(job->in[k].kind);
+        if (read_all(
+                stream->from + k, at * bytes, job->in[k].data, n * bytes, stream->compares
+            ))
+            return stopped(stream, NOT_READ, k), -1;
+    }
+    if (stream->proofs) {
+        bytes = item_bytes(stream->stored.kind);
+        if (read_all(
+                &stream->stored_at, at * bytes, stream->stored.data, n * bytes, stream->compares
+            ))
+            return stopped(stream, NOT_READ, job->sources), -1;
+        AVERAGE[stream->set](&stream->proof);
+        if (memcmp(stream->proof.out->data, stream->stored.data, n * bytes))
+            return stopped(stream, NOT_PROVED, 0), -1;
+    }
+    if (!AVERAGE[stream->set](job)) return stopped(stream, NOT_FINITE, 0), -1;
+    for (Py_ssize_t k = 0; k < stream->outs; k++) {
+        bytes = item_bytes(job->out[k].kind);
+        if (write_all(stream->to + k, at * bytes, job->out[k].data, n * bytes))
+            return stopped(stream, NOT_WRITTEN, k), -1;
+    }
+    return 0;
+}
+
+static void stream_all(Stream *stream) {
+    for (stream->at = 0; stream->at < stream->numel; stream->at += stream->step) {
+        Py_ssize_t left = stream->numel - stream->at;
+        if (stream_step(stream, left < stream->step ? left : stream->step)) return;
+    }
+}
+
 /* Python. */
 
 /* How many sets this processor has, asked once: a virtual machine answers CPUID in microseconds. */
@@ -360,10 +687,6 @@ typedef struct {
     double *weights;
     Py_ssize_t held;
 } Call;
-
-static Py_ssize_t item_bytes(char kind) {
-    return kind == 'b' || kind == 'h' ? 2 : kind == 'f' ? 4 : kind == 'd' ? 8 : 0;
-}
 
 static int hold(Call *call, PyObject *object, char kind, int flags, Array *array) {
     Py_buffer *view = call->views + call->held;
@@ -518,8 +841,128 @@ static PyObject *py_average(PyObject *module, PyObject *arguments) {
     return result;
 }
 
+/* (descriptor, offset) of every source, then of every output. */
+static int read_places(PyObject *tuple, Place *places, Py_ssize_t count) {
+    if (PyTuple_Size(tuple) != count) {
+        PyErr_Format(PyExc_ValueError, "%zd places for %zd buffers", PyTuple_Size(tuple), count);
+        return -1;
+    }
+    for (Py_ssize_t k = 0; k < count; k++)
+        if (!PyArg_ParseTuple(
+                PyTuple_GetItem(tuple, k), "iL", &places[k].descriptor, &places[k].offset
+            ))
+            return -1;
+    return 0;
+}
+
+/* What of the job is compared with what is stored beside it: (source, kind, buffer for what is
+ * stored, buffer for what it should be, (descriptor, offset)). */
+static int read_proof(Stream *stream, Call *call, Call *own, PyObject *described) {
+    static const double one = 1.0;
+    static Sum itself = {&one, 1.0, 0, 0, 1};
+    PyObject *stored, *rounded;
+    Py_ssize_t number;
+    int kind;
+    Array *arrays = own->job.out;
+    if (!PyArg_ParseTuple(
+            described, "nCOO(iL)", &number, &kind, &stored, &rounded,
+            &stream->stored_at.descriptor, &stream->stored_at.offset
+        ))
+        return -1;
+    if (number < 0 || number >= call->job.sources || call->job.in[number].kind == 'd') {
+        PyErr_Format(PyExc_ValueError, "source %zd is not one to prove", number);
+        return -1;
+    }
+    own->job.numel = call->job.numel;
+    if (hold(own, stored, (char)kind, PyBUF_WRITABLE, arrays)) return -1;
+    if (hold(own, rounded, (char)kind, PyBUF_WRITABLE, arrays + 1)) return -1;
+    stream->proofs = 1;
+    stream->stored = arrays[0];
+    stream->proof = (Job){call->job.numel, 1, 1, call->job.in + number, arrays + 1, &itself};
+    return 0;
+}
+
+static PyObject *crcs_of(const Place *places, Py_ssize_t count) {
+    PyObject *list = PyList_New(0);
+    for (Py_ssize_t k = 0; list && k < count; k++) {
+        PyObject *crc = PyLong_FromUnsignedLong(places[k].crc);
+        int failed = !crc || PyList_Append(list, crc);
+        Py_XDECREF(crc);
+        if (failed) Py_CLEAR(list);
+    }
+    return list;
+}
+
+PyDoc_STRVAR(
+    stream_doc,
+    "stream(set, numel, step, sources, kinds, sums, places, proof, compares)\n"
+    "    -> (outcome, at, which, errno, crcs, crc)\n\n"
+    "`average` of `numel` elements, `step` at a time, from files to files.\n\n"
+    "sources, kinds, sums: as for `average`; the buffers have room for `step` elements.\n"
+    "places: tuple of (descriptor, offset in bytes), one per source, then one per output.\n"
+    "proof: None, or (number of a source, letter of a dtype, two writable buffers of that dtype,\n"
+    "(descriptor, offset)): the source, rounded to that dtype, must be what is stored there.\n"
+    "compares: whether CRC-32 of what is read are wanted.\n\n"
+    "outcome: 0 done; 1 source `which` could not be read (errno, 0 if its file ended; the number\n"
+    "after the last is the proof's); 2 not finite; 3 not proved; 4 output `which` could not be\n"
+    "written; `at` is the first element of the step that was not done. crcs: CRC-32 of all that\n"
+    "was read and written, a number per place; crc: of what proves. Releases the GIL."
+);
+
+static PyObject *py_stream(PyObject *module, PyObject *arguments) {
+    PyObject *sources, *sums, *places, *proof, *result = NULL, *crcs;
+    const char *kinds;
+    Call call = {0}, own = {0};
+    Stream stream = {0};
+    Py_buffer views[3] = {{0}};
+    Array arrays[2] = {{0}};
+    Place *all = NULL;
+    (void)module;
+    if (!PyArg_ParseTuple(
+            arguments, "innO!sO!O!Op", &stream.set, &stream.numel, &stream.step, &PyTuple_Type,
+            &sources, &kinds, &PyTuple_Type, &sums, &PyTuple_Type, &places, &proof,
+            &stream.compares
+        ))
+        return NULL;
+    if (stream.set < 0 || stream.set >= available || !fast_crc || stream.step <= 0) {
+        PyErr_SetString(PyExc_ValueError, "no such instruction set or step, or no fast CRC-32");
+        return NULL;
+    }
+    call.job.numel = stream.step;
+    own.views = views;
+    own.job.out = arrays;
+    if (read_call(&call, sources, kinds, sums)) goto end;
+    Py_ssize_t outs = call.held - call.job.sources;
+    all = PyMem_Calloc(call.held + 1, sizeof(Place));
+    if (!all) {
+        PyErr_NoMemory();
+        goto end;
+    }
+    if (read_places(places, all, call.held)) goto end;
+    if (proof != Py_None && read_proof(&stream, &call, &own, proof)) goto end;
+    stream.job = call.job;
+    stream.outs = outs;
+    stream.from = all;
+    stream.to = all + call.job.sources;
+    Py_BEGIN_ALLOW_THREADS
+    stream_all(&stream);
+    Py_END_ALLOW_THREADS
+    crcs = crcs_of(all, call.held);
+    if (crcs)
+        result = Py_BuildValue(
+            "inniNk", (int)stream.outcome, stream.at, stream.which, stream.error, crcs,
+            (unsigned long)stream.stored_at.crc
+        );
+end:
+    while (own.held) PyBuffer_Release(views + --own.held);
+    PyMem_Free(all);
+    let_go(&call);
+    return result;
+}
+
 static int fill_module(PyObject *module) {
     while (available < SETS && supported(available)) available++;
+    choose_crc(available > AVX512);
     PyObject *names = PyTuple_New(0), *joined, *one;
     for (int set = 0; names && set < available; set++) {
         one = Py_BuildValue("(s)", SET_NAMES[set]);
@@ -531,11 +974,13 @@ static int fill_module(PyObject *module) {
     if (!names) return -1;
     int failed = PyModule_AddObjectRef(module, "INSTRUCTION_SETS", names);
     Py_DECREF(names);
-    return failed;
+    return failed || PyModule_AddIntConstant(module, "STREAMS", fast_crc != NULL);
 }
 
 static PyMethodDef methods[] = {
-    {"average", py_average, METH_VARARGS, average_doc}, {NULL, NULL, 0, NULL}
+    {"average", py_average, METH_VARARGS, average_doc},
+    {"stream", py_stream, METH_VARARGS, stream_doc},
+    {NULL, NULL, 0, NULL},
 };
 
 static PyModuleDef_Slot slots[] = {{Py_mod_exec, fill_module}, {0, NULL}};

@@ -14,8 +14,9 @@ from pma_megatron.errors import CheckpointError, PlanError, RankError
 from pma_megatron.formats import registry
 from pma_megatron.merging.sums import Sum, average, prepared
 from pma_megatron.merging.tasks import Average, AverageUnit, Workload
-from pma_megatron.transfer.blocks import BlockReader, UnitReader, UnitWriter
-from pma_megatron.transfer.buffers import BlockBuffer, BlockBuffers, same_bits
+from pma_megatron.transfer.blocks import BlockReader
+from pma_megatron.transfer.buffers import BlockBuffer, BlockBuffers, Room, same_bits
+from pma_megatron.transfer.units import UnitReader, UnitWriter
 
 Rounded = Mapping[torch.dtype, BlockBuffer]
 """One block in every dtype that is wanted."""
@@ -31,6 +32,7 @@ class Workspace:
         proof, proved: the stored weights, and the main params rounded to their dtype.
         scratch: for `sums.average`.
         desk: what the thread is at.
+        room: for `streaming`.
     """
 
     def __init__(self, outputs: int) -> None:
@@ -38,6 +40,7 @@ class Workspace:
         self.averages = [BlockBuffers() for _ in range(outputs)]
         self.proof, self.proved, self.scratch = BlockBuffers(), BlockBuffers(), BlockBuffers()
         self.desk: Desk | None = None
+        self.room = Room()
         self._raw: list[BlockBuffers] = []
 
     def raw(self, place: int = 0) -> BlockBuffers:

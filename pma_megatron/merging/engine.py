@@ -15,14 +15,15 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
 from pma_megatron.base.boxes import Box, slices
 from pma_megatron.base.comm import Comm, Team
 from pma_megatron.base.spelling import named
-from pma_megatron.errors import PlanError, RankError
+from pma_megatron.errors import CheckpointError, PlanError, RankError
+from pma_megatron.merging import streaming
 from pma_megatron.merging.accumulate import Accumulator, Work, Workspace
 from pma_megatron.merging.sums import Sum
 from pma_megatron.merging.tasks import Average, AverageUnit, FillUnit, Unit, Workload, parted
@@ -68,6 +69,7 @@ def run(
     team: Team,
     progress: Progress,
     reads: Mapping[int, Reads],
+    finished: Callable[[Unit], None] | None = None,
 ) -> Tally:
     """Do this rank's units, alone or with its team.
 
@@ -79,6 +81,7 @@ def run(
         team: the ranks that this one works with.
         progress: told of every finished unit.
         reads: number of a source -> takes note of what is read of it (`source_checksums.checked`).
+        finished: called with each unit that a rank has done alone, by the thread that did it.
 
     Raises:
         CheckpointError: a source vanished, is damaged, or has NaN or Inf.
@@ -89,7 +92,7 @@ def run(
     with reading(plan, comm.rank, reads) as opened, comm.watched("merge") as check:
         sums = tuple(Sum.of(values) for values in plan.coefficients)
         add = Accumulator(plan, opened, writers, sums)
-        job = _Job(add, team, comm, progress, check)
+        job = _Job(add, team, comm, progress, check, finished)
         if team.size > 1:
             job.run_shared(units)
         else:
@@ -192,6 +195,7 @@ class _Job:
     comm: Comm
     progress: Progress
     check: Callable[[], None]
+    finished: Callable[[Unit], None] | None
     tally: Tally = field(default_factory=Tally)
     failed: Exception | None = None
     located: Work | None = None
@@ -214,16 +218,42 @@ class _Job:
             self._average(unit, space)
         else:
             self._fill(unit, space)
+        if self.finished is not None:
+            self.finished(unit)
         self.progress(unit.cost_bytes)
 
     def _average(self, unit: AverageUnit, space: Workspace) -> None:
         work = self.add.locate(unit, unit.task.numbers)
         for each in work.inputs:
             each.reader.advise()
+        streamed = streaming.ranges(work)
+        for part in streamed:
+            self._stream(work, part, space)
+        if streamed:
+            return
         for first, block in blocks(unit.box, block_elements(unit.task)):
             self.check()
             averages, read_bytes = self.add.average(work, block, first, space)
             self.tally.add(read_bytes, self.add.write(work, block, first, averages))
+
+    def _stream(self, work: Work, each: streaming.Range, space: Workspace) -> None:
+        for first, numel in streaming.calls(each):
+            self.check()
+            outcome = streaming.stream(work, each, first, numel, space.room)
+            if outcome != streaming.Outcome.DONE:
+                self._refuse(work, each.first + first, each.first + first + numel, space)
+            self.tally.add(*(size * numel for size in each.itemsizes))
+
+    def _refuse(self, work: Work, begin: int, end: int, space: Workspace) -> NoReturn:
+        """Say what is wrong with elements of a unit: block by block that is known precisely."""
+        for first, block in blocks(work.box, block_elements(work.task)):
+            if first < end and begin < first + block.numel:
+                self.add.average(work, block, first, space)
+        raise CheckpointError(
+            f"{work.task.key} at {work.box.offsets} was not finite, or not what the weights say, "
+            "and is when it is read again: something writes to the sources. Merge again once that "
+            "has ended"
+        )
 
     def _fill(self, unit: FillUnit, space: Workspace) -> None:
         buffer = as_bytes(space.raw().whole(torch.float32)[:BLOCK_ELEMENTS])

@@ -7,13 +7,14 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 from pma_megatron.base import memory, steps
 from pma_megatron.base.comm import Comm
 from pma_megatron.base.faults import point
 from pma_megatron.base.stopping import Stopped, having_published
-from pma_megatron.errors import PmaError
+from pma_megatron.errors import PmaError, RankError
 from pma_megatron.formats.holding import holding
 from pma_megatron.formats.manifest import FileSum
 from pma_megatron.formats.output import Folder
@@ -21,8 +22,10 @@ from pma_megatron.merging import (
     engine,
     exported,
     finishing,
+    journal,
     provenance,
     publish,
+    resuming,
     sums,
     targets,
     verification,
@@ -35,7 +38,6 @@ from pma_megatron.merging.publish import Target
 from pma_megatron.merging.report import MergeReport, describe_plan
 from pma_megatron.merging.request import MergeRequest, in_its_words
 from pma_megatron.merging.source_checksums import Compared, checked
-from pma_megatron.merging.tasks import share
 from pma_megatron.runs.notices import moves_back
 from pma_megatron.transfer.blocks import BlockWriter, FolderWriters
 from pma_megatron.transfer.checksums import Checksums, ScatteredChecksums
@@ -85,7 +87,7 @@ def merge(request: MergeRequest, comm: Comm | None = None, show: Show = silent) 
     wanted = targets.targets(made, token)
     comm.on_main("refuse", lambda: targets.refuse(made, wanted))
     clock.lap("plan")
-    read, written, compared, checks = _made(made, wanted, comm, show, clock)
+    filled, checks = _made(made, wanted, comm, show, clock)
     with having_published([str(target.final) for target in wanted]):
         peaks = comm.gather(max(0, memory.peak_resident_bytes() - baseline))
         kernels = comm.gather(str(sums.KERNEL))
@@ -93,13 +95,14 @@ def merge(request: MergeRequest, comm: Comm | None = None, show: Show = silent) 
         outputs=_named(wanted, Folder.CHECKPOINT),
         exports=_named(wanted, Folder.MODEL),
         seconds=clock.seconds,
-        bytes={"read": read, "written": written},
+        bytes={"read": filled.read_bytes, "written": filled.written_bytes},
         peak_memory_above_baseline_bytes=tuple(peaks),
         plan=describe_plan(made),
         verification=checks,
         ranks=comm.size,
-        checksums=asdict(compared),
+        checksums=asdict(filled.compared),
         kernels=tuple(dict.fromkeys(kernels)),
+        reused=filled.reused,
     )
 
 
@@ -107,28 +110,57 @@ def _named(wanted: Sequence[Target], folder: Folder) -> tuple[str, ...]:
     return tuple(str(target.final) for target in wanted if target.folder is folder)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Filled:
+    """Staging folders that are whole: see `MergeReport`, and how sources stand to checksums."""
+
+    read_bytes: int
+    written_bytes: int
+    compared: Compared
+    reused: Mapping[str, int]
+
+
 def _made(
     plan: MergePlan, wanted: tuple[Target, ...], comm: Comm, show: Show, clock: _Clock
-) -> tuple[int, int, Compared, tuple[verification.Verification, ...]]:
-    """Make and publish every output; returns bytes read and written, and what was checked of
-    sources and outputs."""
+) -> tuple[_Filled, tuple[verification.Verification, ...]]:
+    """Make and publish every output; returns what that took, and what was checked of outputs."""
     with contextlib.ExitStack() as stack:
-        comm.on_main("lock", lambda: stack.enter_context(publish.locked(wanted)) and None)
+        before = comm.on_main("lock", lambda: _locked(plan, wanted, comm, stack))
+        wanted = wanted if before is None else before.stagings(wanted)
         # Again, now that no other job can publish there, and what a killed one left is put right.
         comm.on_main("refuse", lambda: targets.refuse(plan, wanted))
         there = comm.on_main("refuse", lambda: targets.already(plan, wanted))
         stack.enter_context(_saying_what_is_published(wanted))
-        stack.callback(_discard, comm, wanted)
+        stack.push(lambda kind, error, _: _leave(comm, wanted, error))
         todo = tuple(target for target, same in zip(wanted, there, strict=True) if not same)
         for target in wanted:
             if comm.is_main and target not in todo:
                 _log.info("%s is kept: this very request published it before", target.final)
-        read, written, compared = _fill(plan, todo, comm, show, clock, stack)
+        done = None
+        if comm.merge_size == 1:  # each rank does units of its own
+            done = comm.on_main("journal", lambda: journal.opened(plan, wanted, before))
+        filled = _fill(plan, todo, comm, show, clock, stack, done)
         checks = tuple(_checked(plan, target, target in todo, comm) for target in wanted)
         clock.lap("verify")
         comm.on_main("publish", lambda: _publish(plan, todo, comm))
         clock.lap("publish")
-    return read, written, compared, checks
+    return filled, checks
+
+
+def _locked(
+    plan: MergePlan, wanted: Sequence[Target], comm: Comm, stack: contextlib.ExitStack
+) -> journal.Begun | None:
+    """Hold the targets; returns the merge that was cut off there, and can be gone on with."""
+    found: list[journal.Begun] = []
+
+    def keep() -> list[Path]:
+        before = journal.begun(plan, wanted) if comm.merge_size == 1 else None
+        found.extend([] if before is None else [before])
+        staged = () if before is None else before.stagings(wanted)
+        return [path for each in staged for path in (each.staging, each.journal)]
+
+    stack.enter_context(publish.locked(wanted, keep))
+    return found[0] if found else None
 
 
 def _checked(
@@ -191,29 +223,40 @@ def _fill(
     show: Show,
     clock: _Clock,
     stack: contextlib.ExitStack,
-) -> tuple[int, int, Compared]:
-    """Stage and fill the folders of `plan` that are not there yet.
-
-    Returns:
-        bytes read and written over all ranks, and how sources stand to their checksums.
-    """
+    done: journal.Found | None,
+) -> _Filled:
+    """Stage and fill the folders of `plan` that are not there yet; `done` is without, or noted."""
     comm.on_main("stage", lambda: publish.stage(plan, todo))
     numbers = sorted({target.output for target in todo})
     part = replace(plan, outputs=tuple(plan.outputs[number] for number in numbers))
-    units = share(plan.units, comm.shard_rank, comm.shard_size)
     single = {target: _writer(target) for target in todo}
-    writers = [
-        FolderWriters({t.folder: writer for t, writer in single.items() if t.output == number})
+    folders = {
+        number: {t.folder: writer for t, writer in single.items() if t.output == number}
         for number in numbers
-    ]
+    }
+    writers = [FolderWriters(each) for each in folders.values()]
     for writer in writers:
         stack.callback(writer.close)
 
-    def run() -> engine.Tally:
-        with show("merge", sum(unit.cost_bytes for unit in units)) as progress:
-            return engine.run(part, units, writers, comm, comm.team, progress, found.reads)
+    def split() -> resuming.Split:
+        lines = done.lines if done is not None else {}
+        return resuming.split(plan.units, lines, folders, found.reads, comm, plan.threads)
 
-    with checked(plan, comm, whole=plan.request.check_sources) as found:
+    def run() -> engine.Tally:
+        todo_bytes = sum(unit.cost_bytes for unit in mine.todo)
+        with show("merge", todo_bytes) as progress, contextlib.ExitStack() as over:
+            note = None
+            if done is not None:
+                sums = resuming.sums_of(folders)
+                note = over.enter_context(done.noting(comm.rank, sums, found.reads))
+            return engine.run(
+                part, mine.todo, writers, comm, comm.team, progress, found.reads, note
+            )
+
+    whole = plan.request.check_sources
+    with checked(plan, comm, whole=whole, telling=done is not None) as found:
+        mine = comm.agree("split", split)
+        reused = _say_reused(plan, mine, comm)
         tally = comm.agree("merge", run)
     _say(found.compared, comm)
     clock.lap("merge")
@@ -227,7 +270,22 @@ def _fill(
     clock.lap("publish")
     counts = comm.gather((tally.read_bytes, tally.written_bytes))
     read, written = (sum(column) for column in zip(*counts, strict=True))
-    return read, written, found.compared
+    return _Filled(read_bytes=read, written_bytes=written, compared=found.compared, reused=reused)
+
+
+def _say_reused(plan: MergePlan, mine: resuming.Split, comm: Comm) -> dict[str, int]:
+    """How much of a merge that was cut off counts, over all ranks."""
+    units, nbytes = (sum(c) for c in zip(*comm.gather((mine.there, mine.there_bytes)), strict=True))
+    if units and comm.is_main:
+        total = sum(unit.cost_bytes for unit in plan.units)
+        _log.info(
+            "going on with a merge that was cut off: %d of %d units are there, read back and as "
+            "they were written (%d %% of the work)",
+            units,
+            len(plan.units),
+            100 * nbytes // max(total, 1),
+        )
+    return {"units": units, "bytes": nbytes}
 
 
 def _writer(target: Target) -> BlockWriter:
@@ -292,6 +350,16 @@ def _publish(plan: MergePlan, wanted: tuple[Target, ...], comm: Comm) -> None:
         point("published", comm.rank)
 
 
-def _discard(comm: Comm, wanted: tuple[Target, ...]) -> None:
-    if comm.is_main:
+def _leave(comm: Comm, wanted: tuple[Target, ...], error: BaseException | None) -> None:
+    """Remove what is left, unless the same command can go on with it: then say that.
+
+    Whoever was stopped, or lost another rank, will ask for the same again; not who was refused.
+    """
+    if not comm.is_main:
+        return
+    cut_off = isinstance(error, KeyboardInterrupt) or (isinstance(error, RankError) and error.lost)
+    left = next((t.staging for t in wanted if t.staging.exists()), None)
+    if not cut_off or left is None or not journal.has_lines(wanted[0].journal):
         publish.discard(wanted)
+    elif isinstance(error, (PmaError, Stopped)):
+        error.kept = str(left)

@@ -2,7 +2,7 @@
 
 A job holds a lock file per target for as long as it lives. What lies in the root under one of the
 names below belongs to the holder of that name's lock; where nobody holds it, that job is gone, and
-the next one here puts right what it left.
+the next one here puts right what it left, or goes on with it (`journal`).
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import contextlib
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pma_megatron.base.durable import sync, write_small
@@ -29,6 +29,7 @@ STAGING = ".pma-staging-"
 _REPLACED = ".pma-replaced-"
 _TRACKER = ".pma-tracker-"
 _COPY = ".pma-copy-"
+JOURNAL = ".pma-journal-"
 _log = logging.getLogger(__name__)
 
 
@@ -61,18 +62,35 @@ class Target:
         return self.root / f"{_REPLACED}{self.final.name}"
 
     @property
+    def journal(self) -> Path:
+        """Where a job whose first target this is notes what it has finished (`journal`)."""
+        return self.root / f"{JOURNAL}{self.final.name}"
+
+    def staged_as(self, token: str) -> Target:
+        """The same, made in the folder that `token` tells from those of other jobs."""
+        return replace(self, staging=self.root / f"{STAGING}{self.final.name}-{token}")
+
+    @property
     def tracker(self) -> Path:
         """What the run's tracker will be, until the checkpoint bears its name."""
         return self.root / f"{_TRACKER}{self.final.name}"
 
 
 @contextlib.contextmanager
-def locked(wanted: Sequence[Target]) -> Iterator[None]:
+def locked(
+    wanted: Sequence[Target], keep: Callable[[], Collection[Path]] = tuple
+) -> Iterator[None]:
     """Hold the targets for one job (rank 0 only); a killed job lets go by itself.
+
+    Args:
+        wanted: the targets.
+        keep: called once the first of them is held: what is left here, and is to stay. Where the
+            file system has no locks, nothing tells whether its owner is gone, and it is not asked.
 
     Raises:
         PublishError: another job is writing there, or the folder cannot be made.
     """
+    kept: Collection[Path] | None = None
     with contextlib.ExitStack() as stack:
         for target in wanted:
             name = target.final.name
@@ -89,7 +107,9 @@ def locked(wanted: Sequence[Target]) -> Iterator[None]:
                     f"cannot write to {target.root}: {error.strerror}. Choose another "
                     f"{named(target.setting)}"
                 ) from error
-            _collect(target.root, name, sure=sure)
+            if kept is None:
+                kept = keep() if sure else ()
+            _collect(target.root, name, kept, sure=sure)
         yield
 
 
@@ -122,11 +142,11 @@ def _remove_empty(folders: Sequence[Path]) -> None:
             folder.rmdir()
 
 
-def _collect(root: Path, own: str, *, sure: bool) -> None:
+def _collect(root: Path, own: str, kept: Collection[Path], *, sure: bool) -> None:
     """Put right what jobs that are gone left in `root`, whatever target they were at."""
     for name in sorted({own, *_names(root)}):
         if name == own and sure:
-            _remove_stale(root, name, own=True)
+            _remove_stale(root, name, kept, own=True)
         elif not sure:
             left = [path.name for path in _debris(root, name)]
             if left:
@@ -139,14 +159,14 @@ def _collect(root: Path, own: str, *, sure: bool) -> None:
         else:
             # The lock of a job that lives, and files that vanish or cannot be touched, stay.
             with contextlib.suppress(HeldError, OSError), held(root, name, CLEANING):
-                _remove_stale(root, name, own=False)
+                _remove_stale(root, name, kept, own=False)
 
 
 def _names(root: Path) -> set[str]:
     found = set()
     with os.scandir(root) as entries:
         for entry in entries:
-            for prefix in (_REPLACED, LOCK, _TRACKER, _COPY):
+            for prefix in (_REPLACED, LOCK, _TRACKER, _COPY, JOURNAL):
                 if entry.name.startswith(prefix):
                     found.add(entry.name.removeprefix(prefix))
             if entry.name.startswith(STAGING):
@@ -162,8 +182,18 @@ def _staged(root: Path, name: str) -> list[Path]:
     ]
 
 
+def staged_bytes(target: Target) -> int:
+    """Bytes of disk that jobs which are gone took for this target: they are freed, or used."""
+    files = (path for folder in _staged(target.root, target.final.name) for path in _files(folder))
+    return sum(path.stat().st_blocks * 512 for path in files)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+
+
 def _debris(root: Path, name: str) -> list[Path]:
-    beside = (root / f"{prefix}{name}" for prefix in (_REPLACED, _TRACKER, _COPY))
+    beside = (root / f"{prefix}{name}" for prefix in (_REPLACED, _TRACKER, _COPY, JOURNAL))
     found = [*_staged(root, name), *beside]
     return [path for path in found if path.exists()]
 
@@ -214,15 +244,17 @@ def point_to(target: Target, file: str) -> Path:
     return tracker
 
 
-def _remove_stale(root: Path, name: str, *, own: bool) -> None:
+def _remove_stale(root: Path, name: str, kept: Collection[Path], *, own: bool) -> None:
     target = Target(root, root / name, root)
     for folder in _staged(root, name):
-        if removed(folder):
+        if folder not in kept and removed(folder):
             _log.warning("removed %s, left by a merge that was cut off", folder)
         target.tracker.unlink(missing_ok=True)
     if restored(target):
         _log.warning("restored %s, which a cut-off merge was replacing", target.final)
     removed(target.replaced)
+    if target.journal not in kept:
+        removed(target.journal)
     (root / f"{_COPY}{name}").unlink(missing_ok=True)
     # Of the own target it stays: it says that the checkpoint may be made again.
     if not own and target.tracker.is_file():

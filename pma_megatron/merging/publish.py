@@ -1,8 +1,8 @@
 """From a staging folder to a published one: nothing half-done ever bears the final name.
 
 Order: refuse what cannot work (`targets`), lock, stage beside the target, fill, flush, verify,
-rename, tracker. A kill at any moment leaves a staging folder (removed by the next run) or a whole
-checkpoint or exported model.
+rename, tracker. A kill at any moment leaves a staging folder or a whole checkpoint or exported
+model. The same command goes on with that staging folder (`journal`); another merge removes it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import ctypes
 import logging
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from pma_megatron.base.durable import sync, write_small
@@ -41,13 +41,31 @@ def new_token() -> str:
 def stage(plan: MergePlan, wanted: Sequence[Target]) -> None:
     """Make the staging folders with every shard file at its full length (rank 0 only).
 
+    Of a folder that is there, files of the right length stay, and no others.
+
     Raises:
         PublishError: the folder cannot be written.
     """
     for target in wanted:
         with writing(target):
-            for name, nbytes in plan.layouts[target.folder].files.items():
-                create_inside(target.staging, name, nbytes)
+            files = plan.layouts[target.folder].files
+            there = _only(target.staging, files)
+            for name, nbytes in files.items():
+                if name not in there:
+                    create_inside(target.staging, name, nbytes)
+
+
+def _only(folder: Path, files: Mapping[str, int]) -> set[str]:
+    """Remove what is not one of these files at its length; returns the names that are left."""
+    left = set()
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink() or not path.is_dir():
+            if path.is_symlink() or not path.is_file() or path.stat().st_size != files.get(name):
+                path.unlink()
+            else:
+                left.add(name)
+    return left
 
 
 @contextlib.contextmanager
@@ -129,6 +147,7 @@ def discard(wanted: Sequence[Target]) -> None:
             if target.staging not in _kept and target.staging.exists():
                 target.tracker.unlink(missing_ok=True)
                 removed(target.staging)
+            removed(target.journal)
 
 
 Stamp = tuple[int, int]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ class MergeReport:
         checksums: how what was read stands to its checksums (`source_checksums.Compared`).
         kernels: what summed, each once: the kernel in C with an instruction set, or torch and why
             (`sums.Kernel`).
+        reused: `units` and `bytes` of work that a merge which was cut off had done: they were read
+            back, and not done again.
     """
 
     outputs: tuple[str, ...]
@@ -48,6 +50,7 @@ class MergeReport:
     checksums: Mapping[str, Any]
     kernels: tuple[str, ...]
     exports: tuple[str, ...] = ()
+    reused: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def published(self) -> tuple[str, ...]:
@@ -75,10 +78,11 @@ def how_to_resume(folder: Path, lr_factor: float | None = None) -> str:
         lr_factor: of the learning rates in it; None if they are the run's.
     """
     save = published_as(folder)
+    ref = describe(save.checkpoint)
+    known = registry.get(ref.format, str(save.checkpoint))
     if save.trainer is not None:
-        return save.trainer.resumed(folder)
-    ref = describe(folder)
-    known = registry.get(ref.format, str(folder))
+        alone = known.resumed(save.checkpoint) if ref.weights_only else None
+        return alone or save.trainer.resumed(folder)
     args = known.common(folder)["args"]
     if "consumed_train_samples" not in args:
         return known.resumed(folder) or known.tracker.resumed(folder.parent)

@@ -80,13 +80,16 @@ class Checked:
 
 
 @contextlib.contextmanager
-def checked(plan: Workload, comm: Comm, *, whole: bool = False) -> Iterator[Checked]:
+def checked(
+    plan: Workload, comm: Comm, *, whole: bool = False, telling: bool = False
+) -> Iterator[Checked]:
     """Compare what is read of the sources inside the block. Every rank enters and leaves it.
 
     Args:
         plan: the sources.
         comm: the ranks.
         whole: read whole what the block reads in part.
+        telling: threads ask what they have read (`Reads.told`).
 
     Raises:
         CheckpointError: on leaving: a record is damaged, or a source changed in the meantime.
@@ -94,7 +97,7 @@ def checked(plan: Workload, comm: Comm, *, whole: bool = False) -> Iterator[Chec
     limit = max(1 << 8, SPANS // comm.size)
     found = Checked(
         {
-            number: Reads(source.path, limit)
+            number: Reads(source.path, limit, telling=telling)
             for number, source in enumerate(plan.sources)
             if comm.rank in plan.visible[number]
         }

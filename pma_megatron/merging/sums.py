@@ -34,7 +34,8 @@ from pma_megatron.transfer.buffers import BLOCK_ELEMENTS, BlockBuffer, BlockBuff
 CHOICE = "PMA_MEGATRON_KERNEL"
 """Environment variable that forces what sums: `avx512`, `avx2`, `portable`, or `torch`."""
 
-_KINDS = {torch.bfloat16: "b", torch.float16: "h", torch.float32: "f", torch.float64: "d"}
+LETTERS = {torch.bfloat16: "b", torch.float16: "h", torch.float32: "f", torch.float64: "d"}
+"""What the extension calls the dtypes that it knows."""
 _THREAD_ELEMENTS = 1 << 20  # fewer are not worth a thread
 
 
@@ -206,7 +207,10 @@ def prepared(
 ) -> Callable[[], bool]:
     """`average` of these buffers, to be called whenever they have been filled again."""
     KERNEL.refuse()
-    kinds = _kinds(sources, sums, outputs) if KERNEL.compiled is not None else None
+    kinds = None
+    if KERNEL.compiled is not None:
+        wanted = [[each.tensor.dtype for each in own] for own in outputs]
+        kinds = letters_of([each.tensor.dtype for each in sources], sums, wanted)
     if kinds is None:
         return functools.partial(_average_by_torch, sources, sums, outputs, scratch)
     asked = tuple(
@@ -224,19 +228,19 @@ def prepared(
     return functools.partial(KERNEL.compiled.average, KERNEL.number, numel, data, kinds[0], asked)
 
 
-def _kinds(
-    sources: Sequence[BlockBuffer], sums: Sequence[Sum], outputs: Sequence[Sequence[BlockBuffer]]
+def letters_of(
+    sources: Sequence[torch.dtype], sums: Sequence[Sum], outputs: Sequence[Sequence[torch.dtype]]
 ) -> tuple[str, list[str]] | None:
     """What the extension calls the dtypes of sources and outputs; None if it does not know them."""
-    known = {each.tensor.dtype for each in sources}
+    known = set(sources)
     for how, own in zip(sums, outputs, strict=True):
-        known |= {each.tensor.dtype for each in own}
+        known |= set(own)
         if how.dtype == torch.float32 and torch.float64 in known:
             return None
-    if not known <= _KINDS.keys() or not outputs or not outputs[0]:
+    if not known <= LETTERS.keys() or not outputs or not outputs[0]:
         return None
-    letters = ["".join(_KINDS[each.tensor.dtype] for each in own) for own in outputs]
-    return "".join(_KINDS[each.tensor.dtype] for each in sources), letters
+    letters = ["".join(LETTERS[each] for each in own) for own in outputs]
+    return "".join(LETTERS[each] for each in sources), letters
 
 
 def _average_by_torch(

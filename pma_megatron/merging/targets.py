@@ -25,7 +25,7 @@ from pma_megatron.formats.marker import (
 from pma_megatron.formats.output import Folder
 from pma_megatron.formats.trainers.saves import checkpoint_in, output_name
 from pma_megatron.merging.folder_checksums import listing
-from pma_megatron.merging.leftovers import STAGING, Target, unfinished
+from pma_megatron.merging.leftovers import STAGING, Target, staged_bytes, unfinished
 from pma_megatron.merging.planning import MergePlan
 from pma_megatron.runs.folders import holds_checkpoint, is_checkpoint
 
@@ -43,8 +43,7 @@ def targets(plan: MergePlan, token: str) -> tuple[Target, ...]:
             finals[Folder.MODEL] = _real(Path(request.export)) / output.name
         for folder, final in finals.items():
             root = final.parent
-            staging = root / f"{STAGING}{final.name}-{token}"
-            found.append(Target(root, final, staging, folder, number))
+            found.append(Target(root, final, root, folder, number).staged_as(token))
     return tuple(sorted(found, key=lambda target: target.folder is Folder.MODEL))
 
 
@@ -280,7 +279,8 @@ def _refuse_full(plan: MergePlan, missing: Sequence[Target]) -> None:
     for target in missing:
         existing = next(p for p in (target.root, *target.root.parents) if p.exists())
         device = existing.stat().st_dev
-        needed[device] = needed.get(device, 0) + plan.layouts[target.folder].nbytes
+        own = plan.layouts[target.folder].nbytes
+        needed[device] = needed.get(device, 0) + own - min(own, staged_bytes(target))
         free = shutil.disk_usage(existing).free
         if free < needed[device]:
             raise PublishError(

@@ -11,7 +11,7 @@ from isal import isal_zlib
 
 from pma_megatron.base.boxes import Box, Piece, PieceIndex, slices
 from pma_megatron.formats.base import Item, Payload
-from pma_megatron.formats.output import Destination, OutputLayout
+from pma_megatron.formats.output import Destination, Folder, OutputLayout
 from pma_megatron.formats.source import Source
 from pma_megatron.transfer.blocks import BlockReader, FolderWriters
 
@@ -83,6 +83,11 @@ class Fill:
     __slots__ = ()
     reads: ClassVar[bool] = False
     """Whether it reads the newest source."""
+
+    @property
+    def folder(self) -> Folder:
+        """In which folder of an output it writes."""
+        return Folder.CHECKPOINT
 
     @property
     def numel(self) -> int:
@@ -182,6 +187,11 @@ class _Range(Fill):
     count: int
 
     @property
+    def folder(self) -> Folder:
+        """See `Fill`."""
+        return self.place.folder
+
+    @property
     def numel(self) -> int:
         """Elements in the range."""
         return self.count
@@ -261,6 +271,13 @@ class AverageUnit:
         return item.file, item.offset, self.lead.start
 
     @property
+    def identity(self) -> tuple[object, ...]:
+        """What tells it from the other units of its plan, in every job that makes this plan."""
+        payload = self.lead.payload
+        place = (payload.item.file, payload.item.offset, payload.record, self.lead.start)
+        return self.task.key, self.task.kept, *place, self.box.offsets, self.box.sizes
+
+    @property
     def read_bytes(self) -> int:
         """Payload bytes that it reads from all its sources."""
         task = self.task
@@ -280,6 +297,11 @@ class FillUnit:
     def file_order(self) -> tuple[str, int, int]:
         """What to sort by, so that files are written from their beginnings."""
         return self.task.file_order(self.first)
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """See `AverageUnit.identity`."""
+        return type(self.task).__name__, self.task.folder.value, *self.file_order, self.count
 
     @property
     def read_bytes(self) -> int:

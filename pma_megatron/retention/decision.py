@@ -84,11 +84,9 @@ def decide(request: PruneRequest, before: Decision | None = None, anew: str = ""
     verdicts = []
     for ref in sorted(refs, key=lambda ref: (ref.iteration is None, ref.iteration or 0, ref.path)):
         own = {Path(ref.path).resolve(), Path(ref.folder).resolve()}
-        needs = [f"{m.left} needs it" for m in merges if m.sources and own & m.sources]
-        needs += [f"{m.left} may need it" for m in merges if m.sources is None]
-        reasons = (*states[ref.path], *rules.reasons.get(ref.path, ()))
-        cut_off = [f"a merge that was cut off, {each}: finish it, or remove that" for each in needs]
-        verdicts.append(Verdict(ref, (*reasons, *cut_off)))
+        needs = filter(None, (each.why_kept(own) for each in merges))
+        reasons = (*states[ref.path], *rules.reasons.get(ref.path, ()), *needs)
+        verdicts.append(Verdict(ref, reasons))
     return Decision(tuple(verdicts), rules.notes, {ref.path: mark(root, ref) for ref in refs})
 
 

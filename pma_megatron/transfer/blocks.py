@@ -21,7 +21,7 @@ from pma_megatron.formats.base import Item, Payload, StoredRecord
 from pma_megatron.formats.items import ItemFiles, refuse_other_bytes
 from pma_megatron.formats.output import Destination, Folder
 from pma_megatron.formats.source import Source
-from pma_megatron.transfer.buffers import BLOCK_ELEMENTS, BlockBuffer, as_bytes
+from pma_megatron.transfer.buffers import BLOCK_ELEMENTS, as_bytes
 from pma_megatron.transfer.checksums import Checksums
 from pma_megatron.transfer.reads import Reads, Spans
 
@@ -33,7 +33,14 @@ class BlockReader:
     """Reads boxes of one source's tensors. Threads may share it; buffers are the caller's.
 
     Every byte that comes through it counts towards the checksum of its record.
+
+    Attributes:
+        path: the source.
+        files: its open files; who reads with them says so to `noted`.
+        compares: False to take no note of what is read, to measure what that costs.
     """
+
+    compares = True
 
     def __init__(self, path: str, items: ItemFiles, reads: Reads | None = None) -> None:
         """Open `path`.
@@ -45,7 +52,7 @@ class BlockReader:
         """
         self.path, self._items = path, items
         self._reads = reads or Reads(path)
-        self._files = Files(Path(path), os.O_RDONLY)
+        self.files = Files(Path(path), os.O_RDONLY)
 
     @classmethod
     def of(cls, kind: str, path: str, reads: Reads | None = None) -> BlockReader:
@@ -129,7 +136,7 @@ class BlockReader:
         record, first = self.place(part.payload, part.start)
         first, count = record.start + first, part.span * part.payload.dtype.itemsize
         # Advice only: `read` reports what is wrong.
-        with contextlib.suppress(OSError), self._files.opened(record.file) as descriptor:
+        with contextlib.suppress(OSError), self.files.opened(record.file) as descriptor:
             if not _is_cached(descriptor, first + count - 1):
                 os.posix_fadvise(descriptor, first, count, os.POSIX_FADV_WILLNEED)
 
@@ -153,29 +160,44 @@ class BlockReader:
     def pread(self, record: StoredRecord, start: int, into: memoryview) -> None:
         """Fill `into` from byte `start` of `record` on; see `read` for errors."""
         self.fill(record.file, record.start + start, into)
-        self._reads.note(record, start, into)
+        if self.compares:
+            self._reads.note(record, start, into)
 
     def fill(self, file: str, offset: int, into: memoryview) -> None:
         """Fill `into` from `file` at `offset` without taking note of it; see `read` for errors."""
         try:
             done = 0
-            with self._files.opened(file) as descriptor:
+            with self.files.opened(file) as descriptor:
                 while done < len(into):
                     rest = into[done:] if done else into
                     got = os.preadv(descriptor, (rest,), offset + done)
                     if got == 0:
-                        raise CheckpointError(
-                            f"{self.path}/{file} ended at byte {offset + done} while it was read: "
-                            "it was truncated or replaced. Run `pma list`, then merge again "
-                            "without it"
-                        )
+                        raise self.refusal(file, OSError(0, f"it ends at byte {offset + done}"))
                     done += got
         except OSError as error:
-            raise unread(f"{self.path}/{file}", error) from error
+            raise self.refusal(file, error) from error
+
+    def refusal(self, file: str, error: OSError) -> CheckpointError:
+        """What is raised where `file` could not be read; no number means that it ended early."""
+        if error.errno:
+            return unread(f"{self.path}/{file}", error)
+        return CheckpointError(
+            f"{self.path}/{file} was read, and {error.strerror}: it was truncated or replaced. Run "
+            "`pma list`, then merge again without it"
+        )
+
+    def noted(self, record: StoredRecord, start: int, nbytes: int, crc: int) -> None:
+        """Somebody read `nbytes` of a record from its byte `start` on, with this CRC-32.
+
+        Raises:
+            CheckpointError: all of a record has been read now, and it is damaged.
+        """
+        if self.compares:
+            self._reads.note_sum(record, start, nbytes, crc)
 
     def close(self) -> None:
         """Close the files."""
-        self._files.close()
+        self.files.close()
 
 
 @contextlib.contextmanager
@@ -197,40 +219,6 @@ def readers(
         }
 
 
-class UnitReader:
-    """One source's part of a unit: its bytes are found once, then read block by block."""
-
-    def __init__(self, reader: BlockReader, box: Box, index: PieceIndex[Payload]) -> None:
-        self._reader, self._index = reader, index
-        self._parts = overlaps(box, index.touching(box))
-        self._runs: list[tuple[int, int, StoredRecord, int]] | None = None
-        if all(part.is_run for part in self._parts):
-            self._runs = [
-                (p.unit_start, p.numel, *reader.place(p.payload, p.start)) for p in self._parts
-            ]
-
-    def advise(self) -> None:
-        """Have the kernel read ahead of `read`."""
-        for part in self._parts:
-            self._reader.advise(part)
-
-    def read(self, block: Box, first: int, buffer: BlockBuffer) -> None:
-        """Fill `buffer` with `block`, which begins at element `first` of the unit.
-
-        Raises:
-            CheckpointError: a file vanished, ended early, could not be read, or is damaged.
-        """
-        if self._runs is None:
-            self._reader.read(block, self._index, buffer.tensor)
-            return
-        itemsize, last = buffer.itemsize, first + buffer.numel
-        for start, numel, record, offset in self._runs:
-            low, high = max(first, start), min(last, start + numel)
-            if low < high:
-                into = buffer.data[(low - first) * itemsize : (high - first) * itemsize]
-                self._reader.pread(record, offset + (low - start) * itemsize, into)
-
-
 class Writer(Protocol):
     """Takes finished elements: files of an output, or tensors of a live model."""
 
@@ -239,7 +227,13 @@ class Writer(Protocol):
 
 
 class BlockWriter:
-    """Writes blocks into the staged files of one folder of an output."""
+    """Writes blocks into the staged files of one folder of an output.
+
+    Attributes:
+        folder: where.
+        checksums: of what was written.
+        files: its open files; who writes with them says so to `checksums`.
+    """
 
     def __init__(
         self, folder: Path, sums: Checksums | None = None, *, setting: str = "save"
@@ -252,7 +246,7 @@ class BlockWriter:
             setting: the one that says where `folder` lies, for messages.
         """
         self.folder, self.checksums = folder, sums or Checksums()
-        self._files, self._setting = Files(folder, os.O_RDWR), setting
+        self.files, self._setting = Files(folder, os.O_RDWR), setting
 
     def put(self, place: Destination, start: int, data: memoryview) -> None:
         """Write `data` at element `start` of the payload at `place`; see `pwrite` for errors."""
@@ -268,15 +262,19 @@ class BlockWriter:
         """
         try:
             done = 0
-            with self._files.opened(file) as descriptor:
+            with self.files.opened(file) as descriptor:
                 while done < len(data):
                     done += os.pwrite(descriptor, data[done:] if done else data, offset + done)
         except OSError as error:
-            raise PublishError(
-                f"cannot write {self.folder / file}: {error.strerror}. Nothing was published and "
-                f"no source was touched; free space or choose another {named(self._setting)}, then "
-                "run again"
-            ) from error
+            raise self.refusal(file, error) from error
+
+    def refusal(self, file: str, error: OSError) -> PublishError:
+        """What is raised where `file` could not be written."""
+        return PublishError(
+            f"cannot write {self.folder / file}: {error.strerror}. Nothing was published and "
+            f"no source was touched; free space or choose another {named(self._setting)}, then "
+            "run again"
+        )
 
     def copy(self, file: str, offset: int, data: memoryview, crc: int) -> None:
         """Write what was copied from a source; see `pwrite` for errors."""
@@ -290,13 +288,13 @@ class BlockWriter:
             PublishError: the storage reports an error late.
         """
         try:
-            self._files.sync(moved)
+            self.files.sync(moved)
         except OSError as error:
             raise PublishError(f"cannot flush {self.folder}: {error.strerror}") from error
 
     def close(self) -> None:
         """Close the files."""
-        self._files.close()
+        self.files.close()
 
 
 class FolderWriters:
@@ -337,64 +335,9 @@ class FolderWriters:
             writer.close()
 
 
-class UnitWriter:
-    """One output's part of a unit: where its elements go is found once, then written by blocks.
-
-    Attributes:
-        dtypes: those in which elements are wanted, each once.
-    """
-
-    def __init__(self, writer: Writer, box: Box, targets: PieceIndex[Any]) -> None:
-        self._writer, self._targets = writer, targets
-        self._runs: list[tuple[int, int, Any, int]] | None = None
-        parts = overlaps(box, targets.touching(box))
-        self.dtypes: tuple[torch.dtype, ...] = tuple(dict.fromkeys(p.payload.dtype for p in parts))
-        if all(part.is_run for part in parts):
-            self._runs = [(p.unit_start, p.numel, p.payload, p.start) for p in parts]
-
-    def write(self, block: Box, first: int, rounded: Mapping[torch.dtype, BlockBuffer]) -> int:
-        """Write `block`, which begins at element `first` of the unit; returns bytes written.
-
-        Args:
-            block: a part of the unit.
-            first: number of its first element in the unit.
-            rounded: the block in each of `dtypes`.
-
-        Raises:
-            PublishError: no space, no permission, or a failing disk.
-        """
-        written = 0
-        for inside, numel, place, start in self._strips(block, first, block.numel):
-            buffer = rounded[place.dtype]
-            strip = buffer.data[inside * buffer.itemsize : (inside + numel) * buffer.itemsize]
-            self._writer.put(place, start, strip)
-            written += len(strip)
-        return written
-
-    def _strips(self, block: Box, first: int, count: int) -> Iterator[tuple[int, int, Any, int]]:
-        """(start in the block, elements, place, start in the payload) of what `block` fills."""
-        if self._runs is None:
-            for part in overlaps(block, self._targets.touching(block)):
-                yield from _strips(part)
-            return
-        for start, numel, place, inside in self._runs:
-            low, high = max(first, start), min(first + count, start + numel)
-            if low < high:
-                yield low - first, high - low, place, inside + low - start
-
-
 def _is_cached(descriptor: int, offset: int) -> bool:
     """True if the byte at `offset` is in the page cache, so that read-ahead would be idle work."""
     try:
         return os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
     except (AttributeError, OSError):
         return False
-
-
-def _strips(part: Part[Destination]) -> Iterator[tuple[int, int, Any, int]]:
-    """The part as runs that are contiguous on both sides."""
-    if part.is_run:
-        yield part.unit_start, part.numel, part.payload, part.start
-    else:
-        for half in part.halves():
-            yield from _strips(half)

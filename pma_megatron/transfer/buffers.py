@@ -6,11 +6,14 @@ and the kernel calls release the GIL, so threads overlap reading, adding and wri
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
 BLOCK_ELEMENTS = 1 << 18
 """Elements added at once: a float32 block of 1 MiB stays in a core's cache."""
+_GAP_BYTES = 576  # buffers at equal places of their pages would wait for each other
 
 
 def as_bytes(block: torch.Tensor) -> memoryview:
@@ -47,6 +50,25 @@ class BlockBuffers:
         if dtype not in self._whole:
             self._whole[dtype] = torch.empty(BLOCK_ELEMENTS + 1, dtype=dtype)
         return self._whole[dtype]
+
+
+class Room:
+    """One thread's buffers for a step, made once and made larger where a unit needs it."""
+
+    def __init__(self) -> None:
+        self._whole = torch.empty(0, dtype=torch.uint8)
+
+    def buffers(self, dtypes: Sequence[torch.dtype], elements: int) -> list[memoryview]:
+        """A buffer for so many elements of each dtype; what they held before is lost."""
+        sizes = [elements * dtype.itemsize for dtype in dtypes]
+        needed = sum(size + -size % 64 + _GAP_BYTES for size in sizes)
+        if needed > self._whole.numel():
+            self._whole = torch.empty(needed, dtype=torch.uint8)
+        data, at, found = as_bytes(self._whole), 0, []
+        for size in sizes:
+            found.append(data[at : at + size])
+            at += size + -size % 64 + _GAP_BYTES
+        return found
 
 
 def same_bits(one: BlockBuffer, other: BlockBuffer) -> bool:

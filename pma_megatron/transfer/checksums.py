@@ -14,6 +14,7 @@ from pma_megatron.errors import PublishError
 from pma_megatron.formats.output import Destination
 
 _COPY_BYTES = 1 << 20
+_LONGEST = 1 << 60  # bytes of a file
 
 
 class Checksums:
@@ -28,25 +29,50 @@ class Checksums:
         self.parts: dict[tuple[int, str], list[tuple[int, int, int]]] = {}
         self.copies: dict[str, list[tuple[int, int, int]]] = {}
         self._lock = threading.Lock()
+        self._told: dict[int, dict[Any, tuple[int, int]]] = {}
 
     def add(self, place: Destination, start_bytes: int, data: memoryview) -> None:
         """Note `data`, written at `start_bytes` of the payload at `place`."""
-        crc = isal_zlib.crc32(data)
+        self.add_sum(place, start_bytes, len(data), isal_zlib.crc32(data))
+
+    def add_sum(self, place: Destination, start_bytes: int, nbytes: int, crc: int) -> None:
+        """Note `nbytes` whose CRC-32 is known; see `add`."""
         with self._lock:
-            self.parts.setdefault((place.item, place.record), []).append(
-                (start_bytes, len(data), crc)
-            )
+            self.parts.setdefault((place.item, place.record), []).append((start_bytes, nbytes, crc))
+            self._tell((place.item, place.record), nbytes, placed(place, start_bytes, nbytes, crc))
 
     def add_copy(self, file: str, offset: int, nbytes: int, crc: int) -> None:
         """Note `nbytes` that were copied to `offset` of `file`."""
         with self._lock:
             self.copies.setdefault(file, []).append((offset, nbytes, crc))
+            self._tell(file, nbytes, _shifted(nbytes, crc, _LONGEST - offset - nbytes))
+
+    def told(self) -> int:
+        """A checksum of what this thread noted since it last asked, in whatever parts it did.
+
+        0 if it noted nothing.
+        """
+        noted = self._told.pop(threading.get_ident(), {})
+        return isal_zlib.crc32(repr(sorted(noted.items(), key=str)).encode()) if noted else 0
+
+    def join(self, other: Checksums) -> None:
+        """Take over what `other`, of the same kind, has noted."""
+        with self._lock:
+            for place, parts in other.parts.items():
+                self.parts.setdefault(place, []).extend(parts)
+            for file, copies in other.copies.items():
+                self.copies.setdefault(file, []).extend(copies)
+
+    def _tell(self, where: Any, nbytes: int, part: int) -> None:
+        own = self._told.setdefault(threading.get_ident(), {})
+        before, sum_ = own.get(where, (0, 0))
+        own[where] = before + nbytes, sum_ ^ part
 
     def __getstate__(self) -> tuple[object, ...]:
         return self.parts, self.copies
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        (self.parts, self.copies), self._lock = state, threading.Lock()
+        (self.parts, self.copies), self._lock, self._told = state, threading.Lock(), {}
 
 
 def joined_crc(parts: Sequence[tuple[int, int, int]], nbytes: int) -> int:
@@ -89,15 +115,22 @@ class ScatteredChecksums(Checksums):
         super().__init__()
         self.sums: dict[tuple[int, str], tuple[int, int]] = {}
 
-    def add(self, place: Destination, start_bytes: int, data: memoryview) -> None:
-        """See `Checksums.add`."""
-        count = len(data)
-        own = isal_zlib.crc32(data) ^ crc_of_zeros(count)
-        after = place.numel * place.dtype.itemsize - start_bytes - count
-        placed = isal_zlib.crc32_combine(own, 0, after)
+    def add_sum(self, place: Destination, start_bytes: int, nbytes: int, crc: int) -> None:
+        """See `Checksums.add_sum`."""
+        part = placed(place, start_bytes, nbytes, crc)
         with self._lock:
-            nbytes, sum_ = self.sums.get((place.item, place.record), (0, 0))
-            self.sums[place.item, place.record] = nbytes + count, sum_ ^ placed
+            before, sum_ = self.sums.get((place.item, place.record), (0, 0))
+            self.sums[place.item, place.record] = before + nbytes, sum_ ^ part
+            self._tell((place.item, place.record), nbytes, part)
+
+    def join(self, other: Checksums) -> None:
+        """See `Checksums.join`."""
+        assert isinstance(other, ScatteredChecksums)
+        super().join(other)
+        with self._lock:
+            for place, (count, part) in other.sums.items():
+                nbytes, sum_ = self.sums.get(place, (0, 0))
+                self.sums[place] = nbytes + count, sum_ ^ part
 
     def __getstate__(self) -> tuple[object, ...]:
         return (*super().__getstate__(), self.sums)
@@ -105,6 +138,16 @@ class ScatteredChecksums(Checksums):
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         super().__setstate__(state[:2])
         self.sums = state[2]
+
+
+def placed(place: Destination, start_bytes: int, nbytes: int, crc: int) -> int:
+    """What `nbytes` with that CRC-32 give to the one of their payload, alone among zeros."""
+    after = place.numel * place.dtype.itemsize - start_bytes - nbytes
+    return _shifted(nbytes, crc, after)
+
+
+def _shifted(nbytes: int, crc: int, after: int) -> int:
+    return isal_zlib.crc32_combine(crc ^ crc_of_zeros(nbytes), 0, after)
 
 
 def scattered_crc(sums: Sequence[tuple[int, int]], nbytes: int) -> int:

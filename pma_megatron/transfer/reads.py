@@ -19,6 +19,9 @@ from pma_megatron.formats.items import refuse_other_bytes
 Span = tuple[int, int, int]
 """(first byte, byte after the last, CRC-32) of a part of a record."""
 
+Noted = tuple[StoredRecord, int, int, int]
+"""A part of a record, as `Span`."""
+
 SPANS = 1 << 16
 """Spans that are kept of one source."""
 
@@ -99,8 +102,8 @@ class Reads:
         unsummed: files with records that carry no checksum.
     """
 
-    def __init__(self, path: str, limit: int = SPANS) -> None:
-        """Keep at most `limit` spans."""
+    def __init__(self, path: str, limit: int = SPANS, *, telling: bool = False) -> None:
+        """Keep at most `limit` spans; with `telling`, each thread must ask for its own (`told`)."""
         self.path = path
         self.open: dict[StoredRecord, Spans] = {}
         self.whole: set[StoredRecord] = set()
@@ -108,6 +111,7 @@ class Reads:
         self._limit, self._count = limit, 0
         self._lock = threading.Lock()
         self._runs: dict[int, _Run] = {}
+        self._told: dict[int, list[Noted]] | None = {} if telling else None
 
     def note(self, record: StoredRecord, start: int, data: memoryview) -> None:
         """Take note of `data`, the bytes of `record` from its byte `start` on.
@@ -118,19 +122,57 @@ class Reads:
         if record.crc32 is None:
             self.unsummed.add(record.file)
             return
-        thread = threading.get_ident()
-        run = self._runs.get(thread)
+        run = self._runs.get(threading.get_ident())
         if run is not None and run.record is record and run.end == start:
             run.crc = isal_zlib.crc32(data, run.crc)
             run.end += len(data)
+            self._ended(run)
         else:
-            self._runs[thread] = _Run(record, start, start + len(data), isal_zlib.crc32(data))
-            if run is not None:
-                self._add(run.record, run.start, run.end, run.crc)
-            run = self._runs[thread]
-        if run.end == record.nbytes:
-            del self._runs[thread]
-            self._add(record, run.start, run.end, run.crc)
+            self._begin(_Run(record, start, start + len(data), isal_zlib.crc32(data)))
+
+    def note_sum(self, record: StoredRecord, start: int, nbytes: int, crc: int) -> None:
+        """Take note of `nbytes` whose CRC-32 is known; see `note`."""
+        if record.crc32 is None:
+            self.unsummed.add(record.file)
+            return
+        run = self._runs.get(threading.get_ident())
+        if run is not None and run.record is record and run.end == start:
+            run.crc = isal_zlib.crc32_combine(run.crc, crc, nbytes)
+            run.end += nbytes
+            self._ended(run)
+        else:
+            self._begin(_Run(record, start, start + nbytes, crc))
+
+    def _begin(self, run: _Run) -> None:
+        thread = threading.get_ident()
+        last = self._runs.get(thread)
+        self._runs[thread] = run
+        if last is not None:
+            self._add(last.record, last.start, last.end, last.crc)
+        self._ended(run)
+
+    def _ended(self, run: _Run) -> None:
+        """Tell the others, if the record ends here."""
+        if run.end == run.record.nbytes:
+            del self._runs[threading.get_ident()]
+            self._add(run.record, run.start, run.end, run.crc)
+
+    def told(self) -> list[Noted]:
+        """What this thread read since it last asked, but for records that it read in one go.
+
+        Raises:
+            CheckpointError: see `note`.
+        """
+        thread = threading.get_ident()
+        run = self._runs.pop(thread, None)
+        if run is not None:
+            self._add(run.record, run.start, run.end, run.crc)
+        return [] if self._told is None else self._told.pop(thread, [])
+
+    def recall(self, noted: Iterable[Noted]) -> None:
+        """Take note of what an earlier job read; raises as `note`."""
+        for record, start, end, crc in noted:
+            self._add(record, start, end, crc)
 
     def settle(self) -> None:
         """Put together what threads have read; none of them reads any more.
@@ -149,6 +191,9 @@ class Reads:
             if start == 0 and end == record.nbytes:
                 self._close(record, crc)
                 return
+            if self._told is not None:
+                noted = (record, start, end, crc)
+                self._told.setdefault(threading.get_ident(), []).append(noted)
             found = self.open.get(record)
             if found is None:
                 found = self.open[record] = Spans()

@@ -78,7 +78,7 @@ def test_while_ranks_merge(dense_run: Path, tmp_path: Path) -> None:
     """torchrun tells of itself; the ranks say one line between them, and leave nothing."""
     save = tmp_path / "save"
     merge = ("-m", "pma_megatron", "merge", "--load", str(dense_run), "--last", "2")
-    with inject("merge", rank=0, action="hang"):
+    with inject("split", rank=0, action="hang"):
         job = start(*TORCHRUN, *merge, "--save", str(save))
     until_s = time.monotonic() + PATIENCE_S
     while not list(save.glob(".pma-staging-*")):

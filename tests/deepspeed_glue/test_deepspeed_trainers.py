@@ -70,7 +70,7 @@ def test_a_torn_newest_save_is_listed_by_number(
     ("state", "name", "said"),
     [
         ('{"global_step": 4}', "checkpoint-6", "says iteration 6, trainer_state.json in it 4"),
-        ('{"global_step": 4}', "six", "trainer_state.json says iteration 4, the tag beside it 6"),
+        ('{"global_step": 4}', "six", "says iteration 4, the checkpoint beside it 6: of two saves"),
         ('{"global_step": 6}', "checkpoint-8", "says iteration 8, trainer_state.json in it 6"),
         ('{"global_st', "checkpoint-6", "trainer_state.json"),
         ('{"global_step": "six"}', "checkpoint-6", "global_step"),

@@ -243,9 +243,17 @@ def test_copies_called_last_and_saves_that_have_not_ended(
     three.rename(run / f"{three.name}-last")
     (run / f"{five.name}-unfinished").write_text("")
     found = {ref.iteration: ref for ref in list_checkpoints(run) if ref.complete}
-    assert sorted(k for k in found if k is not None) == [2, 4]
+    assert sorted(k for k in found if k is not None) == [2, 4, 6]
+    assert found[6].folder == str(run / f"{five.name}-last"), "whole, and the other has not ended"
     (busy,) = (ref for ref in list_checkpoints(run) if not ref.complete)
     assert busy.writing and "unfinished" in str(busy.incomplete_because)
+    report = merge(request_for(run, tmp_path / "out"))
+    assert [Path(source["path"]).parent.name for source in report.plan["sources"]] == [
+        f"{three.name}-last",
+        f"{five.name}-last",
+    ]
+    (run / f"{five.name}-unfinished").unlink()
+    assert [Path(ref.folder).name for ref in list_checkpoints(run)][-1] == five.name
     with pytest.raises(PublishError, match="run's own folder"):
         merge(request_for(run, run))
     with pytest.raises((PublishError, SelectionError)):
@@ -317,10 +325,9 @@ def definitions(tree: Path, wanted: dict[str, list[str]]) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.skipif(not BRIDGE, reason="MEGATRON_BRIDGE_PATH names no tree of Megatron-Bridge")
-def test_bridges_own_functions_find_and_read_the_merge(
-    trained: tuple[Path, list[list[dict[str, Any]]]], tmp_path: Path
-) -> None:
+def bridge_finds(root: Path) -> tuple[Any, Any]:
+    """By Megatron-Bridge's own functions: which checkpoint a root says to resume from, and how far
+    training had come in it."""
     training = Path(BRIDGE) / "src" / "megatron" / "bridge" / "training"
     utils = ["TRAIN_STATE_FILE", "TRACKER_PREFIX", "CONFIG_FILE", "_ITERATION_DIR_MARKERS"]
     utils += ["file_exists", "join_paths", "get_checkpoint_name", "checkpoint_exists"]
@@ -334,11 +341,21 @@ def test_bridges_own_functions_find_and_read_the_merge(
             "checkpointing.py": ["_resolve_checkpoint_iteration", "_DIRECT_ITERATION_DIR_SENTINEL"],
         },
     )
-    (output,) = merge(request_for(trained[0] / "bridge", tmp_path)).outputs
+    assert theirs["checkpoint_exists"](str(root))
     resolve: Callable[..., Any] = theirs["_resolve_checkpoint_iteration"]
-    assert theirs["checkpoint_exists"](str(tmp_path))
-    assert resolve(str(tmp_path), None) == (6, False)
-    state = theirs["read_train_state"](str(Path(output) / "train_state.pt"))
+    iteration, release = resolve(str(root), None)
+    assert not release
+    folder = root / f"iter_{iteration:07d}"
+    return iteration, theirs["read_train_state"](str(folder / "train_state.pt"))
+
+
+@pytest.mark.skipif(not BRIDGE, reason="MEGATRON_BRIDGE_PATH names no tree of Megatron-Bridge")
+def test_bridges_own_functions_find_and_read_the_merge(
+    trained: tuple[Path, list[list[dict[str, Any]]]], tmp_path: Path
+) -> None:
+    (output,) = merge(request_for(trained[0] / "bridge", tmp_path)).outputs
+    iteration, state = bridge_finds(tmp_path)
+    assert iteration == 6
     assert (state.step, state.consumed_train_samples) == (6, 6 * CONFIG.global_batch_size)
     made = json.loads((Path(output) / "pma.json").read_text())
     assert made["plan"]["iteration"] == 6

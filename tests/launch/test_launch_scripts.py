@@ -85,7 +85,7 @@ def test_watches_print_commands_that_parse() -> None:
     start = command.index("pma")
     arguments = parsed(command[start + 1 :])
     assert command[0] == "srun" and arguments.request_of(arguments).keep == 3
-    unit = (LAUNCH / "systemd" / "pma-watch@.service").read_text()
+    unit = (LAUNCH / "systemd" / "pma-watch.service").read_text()
     (started,) = re.findall(r"^ExecStart=\S+/pma (.*)$", unit, re.M)
     arguments = parser().parse_args(shlex.split(started))
     assert arguments.verb == "watch" and arguments.events and arguments.from_file

@@ -82,9 +82,12 @@ def said(job: subprocess.Popen[str]) -> list[str]:
 
 
 def test_signals(dense_run: Path, tmp_path: Path) -> None:
-    """Each signal that asks to end, followed by another one: clean, with the shell's codes."""
+    """Each signal that asks to end, followed by another one: clean, with the shell's codes.
+
+    Nothing is done yet that could be kept; what is, see `test_restart`.
+    """
     jobs = {}
-    with inject("merge", rank=0, action="hang"):
+    with inject("split", rank=0, action="hang"):
         for number in ENDING:
             jobs[number] = merging(dense_run, tmp_path / number.name)
     for number, job in jobs.items():
@@ -106,16 +109,21 @@ def test_a_signal_between_two_publications(dense_run: Path, tmp_path: Path) -> N
     wait_for(f"*/{TRACKER}", save, job)
     job.send_signal(signal.SIGTERM)
     first, second = (save / name / "iter_0000008" for name in ("sma-last2", "wma-last2"))
-    assert said(job) == [
-        f"pma: stopped by SIGTERM; published {first}; not {second}: the same command makes the rest"
-    ]
+    (line,) = said(job)
+    (staging,) = save.rglob(".pma-staging-*")
+    assert line == (
+        f"pma: stopped by SIGTERM; published {first}; not {second}: the same command makes the "
+        f"rest, and goes on with what is kept in {staging}"
+    )
     assert job.returncode == 143
-    assert sorted(path.name for path in save.rglob("*pma-*")) == []
     before = digests(first)
     again = merging(dense_run, save, "--sweep", "sma,wma:2")
-    assert said(again) == [f"pma: {first} is kept: this very request published it before"]
+    kept, going_on = said(again)
+    assert kept == f"pma: {first} is kept: this very request published it before"
+    assert "going on with a merge that was cut off" in going_on and "(100 %" in going_on
     assert again.returncode == 0
     assert digests(first) == before and second.is_dir()
+    assert sorted(path.name for path in save.rglob("*pma-*")) == []
 
 
 CASES: dict[str, tuple[str, Sequence[str], str]] = {
@@ -140,8 +148,8 @@ def test_a_rank_is_lost(dense_run: Path, tmp_path: Path, case: str) -> None:
     lines = said(job)
     assert len(lines) == 1 and lines[0].startswith(words), lines
     assert job.returncode != 0
-    if case != "main is killed":
-        assert not save.exists()
+    kept = "the same command goes on from there" in lines[0]
+    assert kept == (case != "main is killed") and list(save.glob(".pma-staging-*"))
     again = merging(dense_run, save)
     assert again.communicate(timeout=PATIENCE_S) and again.returncode == 0
     assert sorted(path.name for path in save.iterdir()) == ["iter_0000008", TRACKER]

@@ -21,9 +21,10 @@ from pma_megatron.base.boxes import Box, Piece, PieceIndex, slices
 from pma_megatron.errors import PublishError
 from pma_megatron.formats.output import Destination
 from pma_megatron.formats.torch_dist.source import read_source
-from pma_megatron.transfer.blocks import BlockReader, BlockWriter, UnitWriter
+from pma_megatron.transfer.blocks import BlockReader, BlockWriter
 from pma_megatron.transfer.buffers import BlockBuffer, BlockBuffers
 from pma_megatron.transfer.checksums import ScatteredChecksums, joined_crc, scattered_crc
+from pma_megatron.transfer.units import UnitWriter
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "0.15.3-fully_reshardable-dense.tar.xz"
 

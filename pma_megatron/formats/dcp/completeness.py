@@ -88,7 +88,7 @@ def damaged_files(files: ItemFiles, items: Iterable[Item]) -> Incomplete | None:
                 "over an older save"
             )
         for item in both:
-            files.records(item)
+            files.check(item)
     return None
 
 

@@ -1,14 +1,11 @@
-"""Entries of a checkpoint against each other: chunks tile their tensor, and no two share bytes."""
+"""Whether chunks tile their tensor."""
 
 from __future__ import annotations
 
-import itertools
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from pma_megatron.base.boxes import Box
-from pma_megatron.errors import CheckpointError
-from pma_megatron.formats.base import Item
 
 
 def cover(boxes: Iterable[Box], shape: tuple[int, ...]) -> bool:
@@ -39,13 +36,3 @@ def cover(boxes: Iterable[Box], shape: tuple[int, ...]) -> bool:
 
 
 _PRIME = (1 << 61) - 1
-
-
-def refuse_shared(of_tensors: list[Item], objects: Mapping[str, Item], what: str) -> None:
-    items = sorted([*of_tensors, *objects.values()], key=lambda i: (i.file, i.offset, i.length))
-    for one, other in itertools.pairwise(items):
-        if one.file == other.file and other.offset < one.offset + one.length:
-            raise CheckpointError(
-                f"{what}: two entries share bytes of {one.file} from {other.offset}: damaged. "
-                "Exclude this checkpoint"
-            )

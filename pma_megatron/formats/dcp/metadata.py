@@ -3,7 +3,8 @@
 Source: torch/distributed/checkpoint/metadata.py and filesystem.py; Megatron adds the attribute
 `mcore_data` (megatron/core/dist_checkpointing/strategies/torch.py) and, in some releases, keeps all
 save plans in `all_local_plans`, which no reader needs. Nothing of the file itself is used before
-every field that is read has been checked.
+every field that is read has been checked. What it says a hundred thousand times is read as columns
+(`formats.alike`, `stored`).
 """
 
 from __future__ import annotations
@@ -16,27 +17,26 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pma_megatron.base.boxes import Box, Piece
 from pma_megatron.base.memory import collector_at_rest
 from pma_megatron.base.once import once
 from pma_megatron.base.openfiles import read_source_file
 from pma_megatron.errors import CheckpointError
-from pma_megatron.formats.base import Item, Payload, Tensor
-from pma_megatron.formats.dcp.cover import cover, refuse_shared
+from pma_megatron.formats.alike import Alike
+from pma_megatron.formats.base import Item, Tensor
+from pma_megatron.formats.dcp.stored import (
+    CHUNK,
+    INDEX,
+    INFO,
+    Storage,
+    boxes_of,
+    refuse_shared,
+    refuse_too_long,
+)
 from pma_megatron.formats.inert import Name, Record, brief, fields_of
 from pma_megatron.formats.marker import MARKER_FILE, SEAL_FILE
-from pma_megatron.formats.names import plain_name
 from pma_megatron.formats.pickles import load_inert
-from pma_megatron.formats.schema import (
-    LIMIT,
-    a_list,
-    dictionary,
-    is_count,
-    is_shape,
-    pairs_of,
-    record_fields,
-    wrong,
-)
+from pma_megatron.formats.pieces import StoredPieces
+from pma_megatron.formats.schema import dictionary, is_shape, record_fields, wrong
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import MetadataIndex
@@ -50,11 +50,10 @@ _MCORE = "megatron.core.dist_checkpointing.strategies.torch"
 _METADATA = {Name(f"{_DCP}.metadata", "Metadata"), Name(_MCORE, "MCoreMetadata")}
 _TENSOR = Name(f"{_DCP}.metadata", "TensorStorageMetadata")
 _BYTES = Name(f"{_DCP}.metadata", "BytesStorageMetadata")
-_CHUNK = Name(f"{_DCP}.metadata", "ChunkStorageMetadata")
 _PROPERTIES = Name(f"{_DCP}.metadata", "TensorProperties")
-_INDEX = Name(f"{_DCP}.metadata", "MetadataIndex")
 _FORMATS = Name(f"{_DCP}.metadata", "_MEM_FORMAT_ENCODING")
-_INFO = Name(f"{_DCP}.filesystem", "_StorageInfo")
+_PASSED = frozenset({Name(f"{_DCP}.planner", "WriteItem")})
+"""Of the plans of a save, which no reader needs."""
 _LAYOUT = Name("torch.serialization", "_get_layout")
 _ALLOWED = frozenset(
     {
@@ -93,8 +92,6 @@ _MEMORY_FORMATS = (
 """Members of `_MEM_FORMAT_ENCODING`, by their value."""
 _MAX_KEY = 4096
 _ORIGINAL_SHAPE = "nd_reformulated_orig_global_shape"
-_Index = tuple[str, "tuple[int, ...] | None"]
-"""Key of an entry and offsets of a chunk of it, as `MetadataIndex`; None for an object."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +154,19 @@ def parse(data: bytes, what: str, below: str = "") -> DcpMetadata:
             stored compressed, or names a file outside the folder; chunks of a tensor overlap or do
             not cover it; two entries share bytes.
     """
+    alike = Alike({CHUNK: None, INDEX: INFO}, _PASSED)
     with collector_at_rest():
-        return _checked(load_inert(data, what=what, known=_ALLOWED, walked=False), what, below)
+        try:
+            return _checked(_decoded(data, what, alike), what, below)
+        except CheckpointError:
+            if not alike.used:
+                raise
+        # Record by record: it is said of the very one what is wrong with it.
+        return _checked(_decoded(data, what, None), what, below)
+
+
+def _decoded(data: bytes, what: str, alike: Alike | None) -> Any:
+    return load_inert(data, what=what, known=_ALLOWED, walked=False, alike=alike)
 
 
 def _checked(value: Any, what: str, below: str) -> DcpMetadata:
@@ -169,20 +177,24 @@ def _checked(value: Any, what: str, below: str) -> DcpMetadata:
             "checkpoint of torch, or damaged"
         )
     entries = dictionary(fields.get("state_dict_metadata"), f"{what}: state_dict_metadata")
-    storage = _storage(fields.get("storage_data"), what, below)
+    storage = Storage(fields.get("storage_data"), what, below, _RESERVED)
     tensors, objects, properties = {}, {}, {}
+    of_tensors: list[StoredPieces] = []
     for key, entry in entries.items():
         if len(key) > _MAX_KEY or not key.isprintable():
             raise wrong(f"{what}: state_dict_metadata", "names of parameters", key)
         where = f"{what}: {key}"
         kind = entry.name if type(entry) is Record else None
         if kind == _BYTES:
-            objects[key] = _stored(storage, (key, None), what)
+            objects[key] = storage.object(key)
         elif kind == _TENSOR:
-            properties[key], tensors[key] = _tensor(key, record_fields(entry, where), storage, what)
+            said = record_fields(entry, where)
+            properties[key], shape, pieces = _tensor(key, said, storage, what)
+            tensors[key] = Tensor(key, pieces.dtype, shape, pieces)
+            of_tensors.append(pieces)
         else:
             raise wrong(where, "a tensor or an object of DCP", entry)
-    refuse_shared([p.payload.item for t in tensors.values() for p in t.pieces], objects, what)
+    refuse_shared(of_tensors, [*objects.values()], what)
     return DcpMetadata(
         tensors,
         objects,
@@ -256,80 +268,16 @@ def dump_metadata(
 # Parts of the file.
 
 
-def _storage(value: Any, what: str, below: str) -> dict[_Index, Item]:
-    """Where entries are stored, as far as anything can ask for them: the file may list others."""
-    found: dict[_Index, Item] = {}
-    names: dict[str, str] = {}
-    where = f"{what}: storage_data"
-    if type(value) is Record:  # an index is a record, so the keys of a dictionary are its own
-        raise wrong(where, "a dictionary", value)
-    for index, info in pairs_of(value, where):
-        said = record_fields(index, f"{where} has a key that is no MetadataIndex;", _INDEX)
-        key, offset = said.get("fqn"), said.get("offset")
-        if type(key) is not str or not (offset is None or is_shape(offset)):
-            raise wrong(f"{where}: an index", "a name and offsets", (key, offset))
-        at = f"{where} of {brief(key)}"
-        said = record_fields(info, at, _INFO)
-        if said.get("transform_descriptors"):
-            raise CheckpointError(
-                f"{at} goes through {brief(said['transform_descriptors'])}; only plain torch.save "
-                "items are supported: re-save the checkpoint without compression"
-            )
-        path: Any = said.get("relative_path")
-        start: Any = said.get("offset")
-        length: Any = said.get("length")
-        if type(path) is not str or path not in names:
-            name = plain_name(path, f"{at}: relative_path")
-            if name in _RESERVED:
-                raise wrong(f"{at}: relative_path", "a file of payload", path)
-            names[name] = below + name
-        if not (is_count(start) and is_count(length) and start + length < LIMIT):
-            raise wrong(f"{at}: offset and length", "bytes of a file", (start, length))
-        found[key, None if offset is None else tuple(offset)] = Item(names[path], start, length)
-    return found
-
-
-def _stored(storage: Mapping[_Index, Item], index: _Index, what: str) -> Item:
-    item = storage.get(index)
-    if item is None:
-        raise CheckpointError(f"{what}: {index[0]} at {index[1]} has no storage: damaged")
-    return item
-
-
 def _tensor(
-    key: str, said: Mapping[str, Any], storage: Mapping[_Index, Item], what: str
-) -> tuple[Properties, Tensor]:
+    key: str, said: Mapping[str, Any], storage: Storage, what: str
+) -> tuple[Properties, tuple[int, ...], StoredPieces]:
     where = f"{what}: {key}"
     properties = _properties(said.get("properties"), f"{where}: properties")
     shape = _shape(said.get("size"), f"{where}: size", properties.dtype)
-    pieces = []
-    for chunk in a_list(said.get("chunks"), f"{where}: chunks"):
-        parts = record_fields(chunk, f"{where}: a chunk", _CHUNK)
-        offsets: Any = parts.get("offsets")
-        sizes: Any = parts.get("sizes")
-        inside = (
-            is_shape(sizes)
-            and isinstance(offsets, tuple)
-            and len(sizes) == len(offsets) == len(shape)
-            and all(map(is_count, offsets))
-            and all(o + n <= d for o, n, d in zip(offsets, sizes, shape, strict=True))
-        )
-        if not inside:
-            found = f"offsets {brief(offsets)} and sizes {brief(sizes)}"
-            raise CheckpointError(
-                f"{where} has a chunk with {found}, expected a part of its shape {shape}: damaged"
-            )
-        box = Box(tuple(offsets), tuple(sizes))
-        item = _stored(storage, (key, box.offsets), what)
-        if box.numel * properties.dtype.itemsize > item.length:
-            raise wrong(f"{where}: {brief(sizes)}", f"at most {item.length} bytes, as stored", box)
-        pieces.append(Piece(box, Payload(item, properties.dtype, box.numel)))
-    if not cover([piece.box for piece in pieces], shape):
-        raise CheckpointError(
-            f"{where} has {len(pieces)} chunks that do not cover each element of its shape {shape} "
-            "exactly once: damaged. Exclude this checkpoint"
-        )
-    return properties, Tensor(key, properties.dtype, shape, tuple(pieces))
+    offsets, sizes = boxes_of(said.get("chunks"), shape, where)
+    pieces = storage.pieces(key, properties.dtype, offsets, sizes)
+    refuse_too_long(pieces, where)
+    return properties, shape, pieces
 
 
 def _properties(value: Any, what: str) -> Properties:

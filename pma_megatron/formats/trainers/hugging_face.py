@@ -1,18 +1,21 @@
-"""Trainers that save a tag of DeepSpeed in a folder of their own: Trainer, Accelerate, Lightning.
+"""Trainer, Accelerate and Lightning: a tag of DeepSpeed, or folders of DCP, in a folder of theirs.
 
 transformers/trainer.py, `_save_checkpoint`; accelerate/accelerator.py, `save_state`, and
 checkpointing.py, `save_accelerator_state`; lightning/pytorch/strategies/deepspeed.py,
-`save_checkpoint`.
+`save_checkpoint`. Under FSDP the first two save model and optimizer by
+accelerate/utils/fsdp_utils.py into folders of DCP, whose parent is the checkpoint itself.
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.contract import Common
-from pma_megatron.formats.deepspeed.checkpoint import FORMAT_NAME
+from pma_megatron.formats.dcp.checkpoint import FORMAT_NAME as TORCH_DCP
+from pma_megatron.formats.deepspeed.checkpoint import FORMAT_NAME as DEEPSPEED
 from pma_megatron.formats.json_files import read_json
 from pma_megatron.formats.schema import is_count, wrong
 from pma_megatron.formats.side_files import Fate, SideRule
@@ -47,12 +50,14 @@ def _state(*patterns: str) -> tuple[SideRule, ...]:
 
 
 def _trainer_common(folder: Path, common: Common) -> Common:
-    """The same, once `trainer_state.json` is of the save that the folder and the tag are of.
+    """The same, once `trainer_state.json` is of the save that the folder and the checkpoint are of.
 
     A tag that counts fewer steps than the Trainer is let through: the two may count a last step of
-    an epoch with fewer micro-batches differently (not seen here).
+    an epoch with fewer micro-batches differently (not seen here). A Trainer that counts its tokens
+    (`include_num_input_tokens_seen`) says them in that file.
     """
-    step = read_json(folder / TRAINER_STATE).get("global_step")
+    state = read_json(folder / TRAINER_STATE)
+    step, tokens = state.get("global_step"), state.get("num_input_tokens_seen")
     if not is_count(step):
         raise wrong(f"{folder / TRAINER_STATE}: global_step", "a count", step)
     named, saved = _NUMBERED.match(folder.name), common["iteration"]
@@ -63,14 +68,17 @@ def _trainer_common(folder: Path, common: Common) -> Common:
         )
     if saved is not None and int(saved) > step:
         raise CheckpointError(
-            f"{TRAINER_STATE} says iteration {step}, the tag beside it {saved}: of two saves"
+            f"{TRAINER_STATE} says iteration {step}, the checkpoint beside it {saved}: of two saves"
         )
-    return common
+    found: Common = {**common, "iteration": step if saved is None else saved}
+    if is_count(tokens) and tokens:
+        found["tokens"] = tokens
+    return found
 
 
 TRAINER = Trainer(
     name="Hugging Face Trainer",
-    formats=(FORMAT_NAME,),
+    formats=(DEEPSPEED,),
     inside=re.compile(r"^global_step\d+$"),
     leaves=TRAINER_STATE,
     is_its=lambda folder, checkpoint: (folder / TRAINER_STATE).is_file(),
@@ -87,7 +95,7 @@ TRAINER = Trainer(
 )
 ACCELERATE = Trainer(
     name="Accelerate",
-    formats=(FORMAT_NAME,),
+    formats=(DEEPSPEED,),
     inside=re.compile(r"^pytorch_model(?:_\d+)?$"),
     leaves="random_states_0.pkl",
     is_its=lambda folder, checkpoint: any(folder.glob("random_states_*.pkl")),
@@ -106,9 +114,25 @@ ACCELERATE = Trainer(
     names_inside=True,
     resume='accelerator.load_state("{folder}")',
 )
+FSDP_TRAINER = replace(
+    TRAINER,
+    name="Hugging Face Trainer (FSDP)",
+    formats=(TORCH_DCP,),
+    inside=None,
+    side_files=tuple(rule for rule in TRAINER.side_files if rule not in (_POINTER, _SCRIPT)),
+    names_inside=False,
+)
+FSDP_ACCELERATE = replace(
+    ACCELERATE,
+    name="Accelerate (FSDP)",
+    formats=(TORCH_DCP,),
+    inside=None,
+    side_files=tuple(rule for rule in ACCELERATE.side_files if rule not in (_POINTER, _SCRIPT)),
+    names_inside=False,
+)
 LIGHTNING = Trainer(
     name="Lightning",
-    formats=(FORMAT_NAME,),
+    formats=(DEEPSPEED,),
     inside=re.compile(r"^checkpoint$"),
     leaves="latest",
     is_its=lambda folder, checkpoint: folder.suffix == ".ckpt" and (folder / "latest").is_file(),

@@ -3,6 +3,7 @@
 Megatron-Bridge (src/megatron/bridge/training/checkpointing.py, `save_checkpoint`; read at 067f987d)
 writes `iter_*` with `train_state.pt`, a dictionary of tensors, and `run_config.yaml`; the root has
 a copy of the newest as `latest_train_state.pt`, which its loader reads before Megatron's tracker.
+With `ckpt_format: fsdp_dtensor` the shards in it are torch's own DCP; all around them is the same.
 
 NeMo 2 (nemo/lightning/io/pl.py, pytorch/callbacks/model_checkpoint.py; read at 8cfedd72) writes
 `NAME--...step=N-consumed_samples=S[-last]/` with the shards in `weights/` and the configuration in
@@ -21,11 +22,13 @@ from pma_megatron.base.openfiles import read_source_file
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.base import Item
 from pma_megatron.formats.contract import Common
+from pma_megatron.formats.dcp.checkpoint import FORMAT_NAME as TORCH_DCP
 from pma_megatron.formats.items import ItemFiles
 from pma_megatron.formats.pickles import TensorRef
 from pma_megatron.formats.schema import dictionary, is_count
 from pma_megatron.formats.side_files import Fate, SideRule
-from pma_megatron.formats.torch_dist.checkpoint import FORMAT_NAME, TorchDistCheckpoint
+from pma_megatron.formats.torch_dist.checkpoint import FORMAT_NAME as TORCH_DIST
+from pma_megatron.formats.torch_dist.checkpoint import TorchDistCheckpoint
 from pma_megatron.formats.trainers.trainer import Trainer
 
 TRAIN_STATE = "train_state.pt"
@@ -44,12 +47,28 @@ _EXPORTED = "weights of the newest source for other libraries, which are not the
 def _bridge_common(folder: Path, common: Common) -> Common:
     """Step and samples of `train_state.pt`, sequence length of `run_config.yaml`."""
     state = scalars(folder / TRAIN_STATE)
-    args = {"consumed_train_samples": state.get("consumed_train_samples")}
-    args["skipped_train_samples"] = state.get("skipped_train_samples") or 0
-    args["seq_length"] = _sequence_length(folder / RUN_CONFIG, "model")
-    known = {name: value for name, value in args.items() if value is not None}
-    step = state.get("step")
-    return {**common, "iteration": step, "args": {**known, **common["args"]}}
+    step, saved = state.get("step"), common["iteration"]
+    if step is not None and saved is not None and int(saved) != step:
+        raise CheckpointError(
+            f"{TRAIN_STATE} says iteration {step}, the checkpoint beside it {saved}: of two saves"
+        )
+    samples = state.get("consumed_train_samples")
+    skipped = state.get("skipped_train_samples") or 0
+    args = {"consumed_train_samples": samples, "skipped_train_samples": skipped}
+    return _with_sequence(common, step, args, folder / RUN_CONFIG, "model")
+
+
+def _with_sequence(
+    common: Common, iteration: int | None, args: dict[str, Any], file: Path, section: str
+) -> Common:
+    """`common` with what a trainer's files say, and the sequence length of a YAML file."""
+    length, several = _sequence_length(file, section)
+    said = {"seq_length": length, **args, **common["args"]}
+    known = {name: value for name, value in said.items() if value is not None}
+    found: Common = {**common, "iteration": iteration, "args": known}
+    if several is not None and "seq_length" not in known:
+        found["tokens"], found["tokens_unknown"] = None, several
+    return found
 
 
 def scalars(path: Path) -> dict[str, int]:
@@ -83,31 +102,38 @@ def _nemo_common(folder: Path, common: Common) -> Common:
     named = _NAMED.search(folder.name)
     if samples is None and named is not None:
         samples = int(named[1])
-    args: dict[str, Any] = {"consumed_train_samples": samples}
-    args["seq_length"] = _sequence_length(folder / _CONTEXT / "model.yaml", "config")
-    known = {name: value for name, value in args.items() if value is not None}
-    return {**common, "args": {**known, **common["args"]}}
+    args = {"consumed_train_samples": samples}
+    return _with_sequence(
+        common, common["iteration"], args, folder / _CONTEXT / "model.yaml", "config"
+    )
 
 
-def _sequence_length(path: Path, section: str) -> int | None:
-    """`seq_length` of a YAML file: that of a section, or the only one that there is.
+def _sequence_length(path: Path, section: str) -> tuple[int | None, str | None]:
+    """`seq_length` of a YAML file: the outermost of a section, or the only one that there is.
 
     One number is wanted, of files that PyYAML wrote, so a reader of all YAML is not needed.
+
+    Returns:
+        the number, None if there is none; and why it is not known where there are several.
     """
     try:
         lines = read_source_file(path, _MAX_BYTES).decode().splitlines()
     except (CheckpointError, UnicodeDecodeError):
-        return None
-    here, found = "", dict[str, set[int]]()
+        return None, None
+    here, found = "", list[tuple[str, int, int]]()
     for line in lines:
         top = _SECTION.match(line)
         here = top[1] if top else here
         match = _SEQUENCE.match(line)
         if match is not None and int(match[3]) > 0:
-            found.setdefault(here if match[1] else "", set()).add(int(match[3]))
-    own = found.get(section, set())
-    every = own if len(own) == 1 else set().union(*found.values())
-    return every.pop() if len(every) == 1 else None
+            found.append((here if match[1] else "", len(match[1]), int(match[3])))
+    depth = min((at for name, at, _ in found if name == section), default=0)
+    own = {length for name, at, length in found if (name, at) == (section, depth)}
+    every = own or {length for _, _, length in found}
+    if len(every) == 1:
+        return every.pop(), None
+    several = ", ".join(map(str, sorted(every)))
+    return None, f"its {path.name} has several seq_length ({several})" if several else None
 
 
 def _nemo_unfinished(folder: Path) -> str | None:
@@ -118,13 +144,16 @@ def _nemo_unfinished(folder: Path) -> str | None:
 
 
 def is_copy(folder: Path, others: Mapping[str, Path]) -> bool:
-    """Whether NeMo's `...-last` has a twin without it among folders by name: the same save."""
-    return folder.name.endswith(LAST) and folder.name.removesuffix(LAST) in others
+    """Whether NeMo's `...-last` has a twin without it among folders by name: the same save, unless
+    that of the twin has not ended."""
+    name = folder.name.removesuffix(LAST)
+    copied = folder.name.endswith(LAST) and name in others
+    return copied and _nemo_unfinished(folder.with_name(name)) is None
 
 
 BRIDGE = Trainer(
     name="Megatron-Bridge",
-    formats=(FORMAT_NAME,),
+    formats=(TORCH_DIST, TORCH_DCP),
     leaves=TRAIN_STATE,
     is_its=lambda folder, checkpoint: (folder / TRAIN_STATE).is_file(),
     common=_bridge_common,
@@ -139,7 +168,7 @@ BRIDGE = Trainer(
 )
 NEMO = Trainer(
     name="NeMo 2",
-    formats=(FORMAT_NAME,),
+    formats=(TORCH_DIST,),
     inside=re.compile(r"^weights$"),
     leaves=_CONTEXT,
     is_its=lambda folder, checkpoint: (

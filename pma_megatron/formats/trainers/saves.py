@@ -15,12 +15,19 @@ from pma_megatron.formats import registry
 from pma_megatron.formats.contract import Common, Format
 from pma_megatron.formats.output import Carried, Digests, OutputLayout
 from pma_megatron.formats.side_files import Fate, SideFile, SideRule, side_files
-from pma_megatron.formats.trainers.hugging_face import ACCELERATE, LIGHTNING, TRAINER
+from pma_megatron.formats.trainers.hugging_face import (
+    ACCELERATE,
+    FSDP_ACCELERATE,
+    FSDP_TRAINER,
+    LIGHTNING,
+    TRAINER,
+)
 from pma_megatron.formats.trainers.nvidia import BRIDGE, NEMO, is_copy
 from pma_megatron.formats.trainers.trainer import Trainer
 
 TRAINERS: Mapping[str, Trainer] = {
-    each.name: each for each in (BRIDGE, NEMO, TRAINER, ACCELERATE, LIGHTNING)
+    each.name: each
+    for each in (BRIDGE, NEMO, TRAINER, ACCELERATE, LIGHTNING, FSDP_TRAINER, FSDP_ACCELERATE)
 }
 _KNOWN = tuple(known.name for known in registry.FORMATS)
 

@@ -1,0 +1,366 @@
+"""Records of a pickle that differ in numbers and texts alone, read as columns.
+
+A `.metadata` says some hundred thousand times the same with other numbers. Where `opcodes.Machine`
+has decoded one element of a list or a dictionary, its opcodes become a pattern; elements after it
+that fit are taken as `Rows` of numbers and texts instead of an object each. What does not fit is
+decoded as ever. Nothing here is trusted more for it: `Rows` are checked by who uses them, as
+records are.
+"""
+
+from __future__ import annotations
+
+import re
+from array import array
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pma_megatron.formats.inert import Name, Record, fields_of
+
+_GET, _LONG_GET, _TEXT, _MEMOIZE = b"hj\x8c\x94"
+_PLAIN = frozenset(b"})](\x81\x85\x86\x87tRubN\x88\x89")
+"""Opcodes without an argument that a pattern may have."""
+_NUMBERS = {ord("K"): 1, ord("M"): 2, ord("J"): 4}
+"""Opcode of a number -> bytes of it."""
+_LONG = 0x8A
+_A_NUMBER = rb"(K.|M..|J.{4}|\x8a(?:\x04.{4}|\x05.{5}|\x06.{6}|\x07.{7}|\x08.{8}))"
+_A_TEXT = rb"(\x8c.[ -~]*)\x94"
+_A_REFERENCE = rb"(h.|j.{4})"
+_MOST_BYTES = 4096
+_PATTERNS = 16
+"""That are kept of one class, those that fitted last."""
+_MISSES = 64
+"""Elements of a class that fit none, one after the other, before it is not tried again."""
+_SMALL = {bytes((ord("K"), n)): n for n in range(256)}
+
+
+class Passed:
+    """Something in a row that is not kept, where a pickle refers to it once more."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "a part of another record"
+
+
+PASSED = Passed()
+
+
+@dataclass(eq=False, slots=True)
+class Rows:
+    """Elements of a list, or pairs of a dictionary, that fit one pattern, one after the other.
+
+    Attributes:
+        fields: (class, field, kind, how many) of each value in a row; `kind` is `number`, `text`,
+            `none` or `shape`, a shape being so many numbers.
+        count: rows.
+        numbers: of all rows, row by row.
+        texts: likewise.
+    """
+
+    fields: tuple[tuple[Name, str, str, int], ...]
+    count: int = 0
+    numbers: array[int] = field(default_factory=lambda: array("q"))
+    texts: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pattern:
+    """The opcodes of one element, after that which makes its (first) object.
+
+    Attributes:
+        regex: of those; groups are numbers, texts and references to earlier texts.
+        kinds: a letter per group: `n`, `t`, `r`.
+        memoized: values that it remembers.
+        text_places: per inline text, the place of its memo among those.
+        fields: see `Rows`; None where nothing of it is kept.
+    """
+
+    regex: re.Pattern[bytes]
+    kinds: str
+    memoized: int
+    text_places: tuple[int, ...]
+    fields: tuple[tuple[Name, str, str, int], ...] | None
+
+
+class Memo:
+    """Which values of a memo are in rows, and so in no list: their numbers go on all the same."""
+
+    def __init__(self) -> None:
+        self.passed = 0  # values
+        self.referred = False  # whether one that is not kept was asked for
+        self._begins, self._ends, self._before = array("q"), array("q"), array("q")
+        self._text_at, self._texts = array("q"), list[str]()
+        self._known: dict[bytes, str] = {}
+
+    @property
+    def first(self) -> int:
+        """The number of the first such value."""
+        return self._begins[0]
+
+    def pass_over(self, begin: int, count: int) -> None:
+        """Values `begin` to `begin + count` are in rows."""
+        if self._ends and self._ends[-1] == begin:
+            self._ends[-1] += count
+        else:
+            self._begins.append(begin)
+            self._ends.append(begin + count)
+            self._before.append(self.passed)
+        self.passed += count
+
+    def text(self, data: bytes) -> str:
+        """A text, after its opcode and length."""
+        text = self._known.get(data)
+        if text is None:
+            text = self._known[data] = str(data[2:], "ascii")
+        return text
+
+    def keep(self, places: Sequence[int], begin: int, said: Sequence[bytes]) -> None:
+        """Texts that may be asked for: at `places` from value `begin` on."""
+        for place, data in zip(places, said, strict=True):
+            self._text_at.append(begin + place)
+            self._texts.append(self._known[data])
+
+    def recall(self, number: int, memo: Sequence[Any]) -> Any:
+        """Value `number`, which is not before `first`."""
+        at = bisect_right(self._begins, number) - 1
+        if number >= self._ends[at]:
+            return memo[number - self._before[at] - (self._ends[at] - self._begins[at])]
+        place = bisect_left(self._text_at, number)
+        if place < len(self._text_at) and self._text_at[place] == number:
+            return self._texts[place]
+        self.referred = True
+        return PASSED
+
+
+class Alike:
+    """Patterns of the elements of one pickle, by the class of the object that each begins with."""
+
+    def __init__(self, kept: dict[Name, Name | None], passed: frozenset[Name]) -> None:
+        """Look for elements of these classes.
+
+        Args:
+            kept: class -> None, or that of the values, where those are keys of a dictionary.
+            passed: classes of elements of which nothing is used.
+        """
+        self.memo = Memo()
+        self.kept, self.passed = kept, passed
+        self._patterns: dict[Name, list[_Pattern]] = {}
+        self._misses: dict[Name, int] = {}
+
+    @property
+    def used(self) -> bool:
+        """Whether any rows were taken."""
+        return self.memo.passed > 0
+
+    def is_pair(self, name: Name) -> bool:
+        """Whether an element is a key and a value."""
+        return self.kept.get(name) is not None
+
+    def may_begin(self, name: Name, into: type, place: int) -> bool:
+        """Whether an object of this class, at this place of a container, begins an element."""
+        if name in self.passed:
+            return into is list
+        if name not in self.kept:
+            return False
+        return into is dict and place % 2 == 0 if self.is_pair(name) else into is list
+
+    def rows(
+        self, name: Name, again: bytes, data: bytes, at: int, count: int, recall: Callable[..., Any]
+    ) -> tuple[Rows, int] | None:
+        """Elements from byte `at` on, as many as fit one pattern; None if not even one does.
+
+        Args:
+            name: the class that the first of them begins with; `at` is after its opcode.
+            again: the bytes of that beginning.
+            data: the pickle.
+            at: where.
+            count: values that were remembered so far.
+            recall: number of a remembered value -> it; raises IndexError.
+
+        Returns:
+            the rows, and the byte after them.
+        """
+        patterns = self._patterns.get(name, ())
+        for place, pattern in enumerate(patterns):
+            found = self._fitting(pattern, again, data, at, count, recall)
+            if found is not None:
+                self._misses[name] = 0
+                if place:
+                    patterns.insert(0, patterns.pop(place))  # type: ignore[union-attr]
+                return found
+        return None
+
+    def _fitting(
+        self,
+        pattern: _Pattern,
+        again: bytes,
+        data: bytes,
+        at: int,
+        count: int,
+        recall: Callable[..., Any],
+    ) -> tuple[Rows, int] | None:
+        rows = Rows(pattern.fields or ())
+        match, kinds, memoized = pattern.regex.match, pattern.kinds, pattern.memoized
+        keeps = pattern.fields is not None
+        begin, end = count, at
+        while (found := match(data, at)) is not None:
+            numbers, texts, said = [], [], []
+            for kind, group in zip(kinds, found.groups(), strict=True):
+                if kind == "n":
+                    numbers.append(_SMALL.get(group) or _number(group))
+                elif kind == "t":
+                    if group[1] != len(group) - 2:
+                        break
+                    said.append(group)
+                    texts.append(self.memo.text(group))
+                else:
+                    number = int.from_bytes(group[1:], "little")
+                    if number >= count:
+                        break
+                    if keeps:
+                        text = recall(number)
+                        if type(text) is not str:
+                            break
+                        texts.append(text)
+            else:
+                self.memo.keep(pattern.text_places, count, said)
+                rows.count += 1
+                count += memoized
+                if keeps:
+                    rows.numbers.extend(numbers)
+                    rows.texts += texts
+                end = found.end()
+                if not data.startswith(again, end):
+                    break
+                at = end + len(again)
+                continue
+            break
+        if not rows.count:
+            return None
+        self.memo.pass_over(begin, count - begin)
+        return rows, end
+
+    def learn(
+        self,
+        name: Name,
+        data: bytes,
+        start: int,
+        end: int,
+        values: Sequence[Any],
+        recall: Callable[..., Any],
+    ) -> None:
+        """Make a pattern of the element that was decoded of bytes `start` to `end`.
+
+        Args:
+            name: its class; `start` is after the opcode that made the object.
+            data: the pickle.
+            start, end: where.
+            values: the object, and the value that belongs to it in a dictionary.
+            recall: see `rows`.
+        """
+        misses = self._misses[name] = self._misses.get(name, 0) + 1
+        if misses > _MISSES or end - start > _MOST_BYTES:
+            return
+        fields = None if name in self.passed else _fields(values)
+        made = _pattern(data, start, end, values, recall, fields, keeps=name not in self.passed)
+        if made is None:
+            return
+        patterns = self._patterns.setdefault(name, [])
+        patterns.insert(0, made)
+        del patterns[_PATTERNS:]
+
+
+def _number(group: bytes) -> int:
+    skip = 2 if group[0] == _LONG else 1
+    return int.from_bytes(group[skip:], "little", signed=group[0] in b"J\x8a")
+
+
+def _fields(values: Sequence[Any]) -> tuple[tuple[Name, str, str, int], ...] | None:
+    """What the fields of plain records hold; None where it is nothing that rows can."""
+    found: list[tuple[Name, str, str, int]] = []
+    for record in values:
+        fields = fields_of(record)
+        if fields is None or type(record.name) is not Name:
+            return None
+        for key, value in fields.items():
+            if type(value) is int:
+                found.append((record.name, key, "number", 1))
+            elif type(value) is str:
+                found.append((record.name, key, "text", 1))
+            elif value is None:
+                found.append((record.name, key, "none", 0))
+            elif isinstance(value, tuple) and all(type(each) is int for each in value):
+                found.append((record.name, key, "shape", len(value)))
+            else:
+                return None
+    return tuple(found)
+
+
+def _pattern(
+    data: bytes,
+    start: int,
+    end: int,
+    values: Sequence[Any],
+    recall: Callable[..., Any],
+    fields: tuple[tuple[Name, str, str, int], ...] | None,
+    *,
+    keeps: bool,
+) -> _Pattern | None:
+    """The pattern of some bytes; None where they hold more than a pattern can tell."""
+    if keeps and fields is None:
+        return None
+    names = _names_of(values)
+    regex, kinds, places, memoized, at = [], [], [], 0, start
+    while at < end:
+        code = data[at]
+        size = 1
+        if code in (_GET, _LONG_GET):
+            size = 2 if code == _GET else 5
+            value = recall(int.from_bytes(data[at + 1 : at + size], "little"))
+            literal = type(value) is Name or (type(value) is str and value in names)
+            if not (literal or type(value) is str or not keeps):
+                return None
+            regex.append(re.escape(data[at : at + size]) if literal else _A_REFERENCE)
+            kinds += [] if literal else ["r"]
+        elif code in _NUMBERS or (code == _LONG and 4 <= data[at + 1] <= 8):
+            size = 1 + _NUMBERS[code] if code in _NUMBERS else 2 + data[at + 1]
+            regex.append(_A_NUMBER)
+            kinds.append("n")
+        elif code == _TEXT:
+            size = 3 + data[at + 1]  # the text, and that it is remembered
+            if data[at + size - 1] != _MEMOIZE:
+                return None
+            regex.append(_A_TEXT)
+            kinds.append("t")
+            places.append(memoized)
+            memoized += 1
+        elif code == _MEMOIZE or code in _PLAIN:
+            memoized += code == _MEMOIZE
+            regex.append(re.escape(data[at : at + 1]))
+        else:
+            return None
+        at += size
+    if fields is not None:
+        numbers = sum(many for _, _, kind, many in fields if kind in ("number", "shape"))
+        texts = sum(kind == "text" for _, _, kind, _ in fields)
+        if (kinds.count("n"), len(kinds) - kinds.count("n")) != (numbers, texts):
+            return None
+    whole = re.compile(b"".join(regex), re.DOTALL)
+    return _Pattern(whole, "".join(kinds), memoized, tuple(places), fields)
+
+
+def _names_of(values: Any) -> set[str]:
+    """Names of the fields of records, and of those in them."""
+    found: set[str] = set()
+    waiting = [*values]
+    while waiting:
+        value = waiting.pop()
+        fields = fields_of(value)
+        if fields is not None:
+            found.update(fields)
+            waiting += fields.values()
+        elif type(value) is Record:
+            waiting += value.args
+    return found

@@ -1,0 +1,93 @@
+"""The pieces of a tensor as columns: a checkpoint has hundreds of thousands of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, overload
+
+import numpy as np
+import torch
+
+from pma_megatron.base.boxes import Box, Piece
+from pma_megatron.formats.base import Item, Payload
+
+
+class StoredPieces(Sequence[Piece[Payload]]):
+    """Pieces that each have an item of their own, made when they are asked for.
+
+    A sequence like a tuple of `Piece`s, in some 40 bytes for each, however it is sent or kept.
+
+    Attributes:
+        dtype: of all of them.
+        offsets, sizes: of their boxes, integers of shape `[pieces, dimensions]`.
+        files: names of files.
+        file: per piece, the number of its file in `files`.
+        starts, lengths: per piece, where in that file its item lies, in bytes.
+
+    >>> columns = [np.array([[0], [2]]), np.array([[2], [2]])]
+    >>> items = [np.array([0, 0]), np.array([0, 300]), np.array([300, 300])]
+    >>> pieces = StoredPieces(torch.float32, *columns, ("__0_0.distcp",), *items)
+    >>> pieces[1].box, pieces[1].payload.item.offset
+    (Box(offsets=(2,), sizes=(2,)), 300)
+    """
+
+    __slots__ = ("dtype", "file", "files", "lengths", "offsets", "sizes", "starts")
+
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        offsets: np.ndarray,
+        sizes: np.ndarray,
+        files: tuple[str, ...],
+        file: np.ndarray,
+        starts: np.ndarray,
+        lengths: np.ndarray,
+    ) -> None:
+        self.dtype, self.files = dtype, files
+        columns = (offsets, sizes, file, starts, lengths)
+        self.offsets, self.sizes, self.file, self.starts, self.lengths = map(narrow, columns)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @overload
+    def __getitem__(self, place: int) -> Piece[Payload]: ...
+    @overload
+    def __getitem__(self, place: slice) -> tuple[Piece[Payload], ...]: ...
+    def __getitem__(self, place: int | slice) -> Any:
+        if isinstance(place, slice):
+            return tuple(self._made(place))
+        if not -len(self) <= place < len(self):
+            raise IndexError(place)
+        place %= len(self)
+        return next(self._made(slice(place, place + 1)))
+
+    def __iter__(self) -> Iterator[Piece[Payload]]:
+        return self._made(slice(None))
+
+    def _made(self, places: slice) -> Iterator[Piece[Payload]]:
+        columns = (self.offsets, self.sizes, self.file, self.starts, self.lengths)
+        for offsets, sizes, file, start, length in zip(
+            *(column[places].tolist() for column in columns), strict=True
+        ):
+            box = Box(tuple(offsets), tuple(sizes))
+            yield Piece(box, Payload(Item(self.files[file], start, length), self.dtype, box.numel))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, (StoredPieces, tuple)):
+            return NotImplemented
+        return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        columns = (self.offsets, self.sizes)
+        items = (self.file, self.starts, self.lengths)
+        return StoredPieces, (self.dtype, *columns, self.files, *items)
+
+
+def narrow(column: np.ndarray) -> np.ndarray:
+    """Counts in the smallest type that holds them all."""
+    most = int(column.max(initial=0))
+    return column.astype(np.min_scalar_type(most), copy=False)

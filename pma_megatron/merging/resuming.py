@@ -1,0 +1,155 @@
+"""Go on with a merge that was cut off: which of its units are there, bit for bit."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from pma_megatron.base.comm import Comm
+from pma_megatron.formats.output import Folder
+from pma_megatron.merging.accumulate import Workspace
+from pma_megatron.merging.engine import block_elements, blocks, over_threads
+from pma_megatron.merging.journal import Done, named
+from pma_megatron.merging.tasks import AverageUnit, Unit, share
+from pma_megatron.transfer.blocks import BlockWriter, FolderWriters
+from pma_megatron.transfer.buffers import BLOCK_ELEMENTS, as_bytes
+from pma_megatron.transfer.checksums import Checksums
+from pma_megatron.transfer.readback import NoReader, ReadBack
+from pma_megatron.transfer.reads import Reads
+from pma_megatron.transfer.units import UnitWriter
+
+Writers = Mapping[int, Mapping[Folder, BlockWriter]]
+"""Number of an output -> folder -> who writes into it."""
+
+
+@dataclass(slots=True)
+class Split:
+    """The units of this rank.
+
+    Attributes:
+        todo: what it has to do.
+        there: how many units are there already, of those that it looked at.
+        there_bytes: what they would have cost.
+    """
+
+    todo: list[Unit]
+    there: int = 0
+    there_bytes: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def keep(self, unit: Unit) -> None:
+        """Count a unit that is there."""
+        with self._lock:
+            self.there += 1
+            self.there_bytes += unit.cost_bytes
+
+    def redo(self, unit: Unit) -> None:
+        """A unit is not what its line says."""
+        with self._lock:
+            self.todo.append(unit)
+
+
+def sums_of(writers: Writers) -> dict[str, Checksums]:
+    """What takes note of what is written, by the names that a journal has for outputs."""
+    return {
+        f"{number}-{folder.value}": writer.checksums
+        for number, each in writers.items()
+        for folder, writer in each.items()
+    }
+
+
+def split(
+    units: Sequence[Unit],
+    done: Mapping[str, Done],
+    writers: Writers,
+    reads: Mapping[int, Reads],
+    comm: Comm,
+    threads: int,
+) -> Split:
+    """This rank's part of the units: what is there is read back, and taken note of.
+
+    Args:
+        units: all of the plan.
+        done: what a journal says of some of them.
+        writers: of the outputs; theirs are the checksums.
+        reads: number of a source -> takes note of what was read of it.
+        comm: the ranks; every one makes this call.
+        threads: of this rank.
+
+    Raises:
+        CheckpointError: what was read of a source is damaged.
+        PublishError: a staging folder cannot be read.
+    """
+    if not done:
+        return Split(share(units, comm.shard_rank, comm.shard_size))
+    keys, names = set(sums_of(writers)), list(named(units))
+    twice = len({name for name, _ in names}) < len(names)
+    promised: dict[int, Done] = {
+        id(unit): done[name]
+        for name, unit in names
+        if name in done and done[name].wrote.keys() >= keys and not twice
+    }
+    rest = [unit for unit in units if id(unit) not in promised]
+    found = Split(share(rest, comm.shard_rank, comm.shard_size))
+    there = [unit for unit in units if id(unit) in promised]
+    mine = share(there, comm.shard_rank, comm.shard_size)
+    with _readers(writers) as folders:
+
+        def look(unit: Unit, space: Workspace) -> None:
+            line = promised[id(unit)]
+            fresh = _read_back(unit, folders, space)
+            if any(each.told() != line.wrote[name] for name, each in fresh.items()):
+                found.redo(unit)
+                return
+            for name, own in sums_of(writers).items():
+                own.join(fresh[name])
+            for number, noted in line.read.items():
+                reads[number].recall(noted)
+            found.keep(unit)
+            comm.moved()
+
+        over_threads(mine, threads, look, lambda: Workspace(len(writers)))
+    return found
+
+
+@contextmanager
+def _readers(writers: Writers) -> Iterator[Mapping[int, Mapping[Folder, ReadBack]]]:
+    """Readers of the staging folders. What they looked at is on the disk when the block ends."""
+    found = {
+        number: {
+            folder: ReadBack(writer.folder, type(writer.checksums)(), setting=folder.value)
+            for folder, writer in each.items()
+        }
+        for number, each in writers.items()
+    }
+    with ExitStack() as stack:
+        every = [reader for each in found.values() for reader in each.values()]
+        for reader in every:
+            stack.callback(reader.close)
+        yield found
+        for reader in every:
+            reader.sync()
+
+
+def _read_back(
+    unit: Unit, folders: Mapping[int, Mapping[Folder, ReadBack]], space: Workspace
+) -> dict[str, Checksums]:
+    """What the folders hold where the unit writes, by the names of outputs."""
+    own = {
+        number: {folder: reader.alone() for folder, reader in each.items()}
+        for number, each in folders.items()
+    }
+    writers = [FolderWriters(each) for each in own.values()]
+    if isinstance(unit, AverageUnit):
+        outputs = [UnitWriter(writer, unit.box, unit.task.targets) for writer in writers]
+        for first, block in blocks(unit.box, block_elements(unit.task)):
+            for place, out in enumerate(outputs):
+                out.write(block, first, space.rounded(place, out.dtypes, block.numel))
+    else:
+        buffer = as_bytes(space.raw().whole(torch.float32)[:BLOCK_ELEMENTS])
+        unit.fill(NoReader(), writers, buffer)
+    return sums_of(own)
