@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pma_megatron.base.durations import parse_duration
-from pma_megatron.base.settings import described, setting
+from pma_megatron.base.settings import described, needed, setting
 from pma_megatron.base.spelling import given, named
 from pma_megatron.errors import UsageError
 from pma_megatron.merging.request import MergeRequest
@@ -29,8 +29,9 @@ class WatchRequest:
     (60.0, None)
     """
 
-    merge: MergeRequest = field()
-    """The average: its selection ends wherever the run is."""
+    merge: MergeRequest = field(
+        metadata=needed("the average, whose selection ends wherever the run is", of=())
+    )
     poll_s: float = setting(
         60.0,
         "how long to wait between two looks at the run, e.g. 30, 5m",
