@@ -94,7 +94,7 @@ INSIDE = {
         refs
         describe gaps marks selection_request spacing
         selection torn
-        discover
+        discover trainer_retention
         notices
     """,
     "transfer": """
