@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -142,7 +143,13 @@ def _skeleton(sizes: tuple[int, ...], dtype: torch.dtype, numel: int) -> Skeleto
     return lay_out(dump_inert(new_tensor(sizes, dtype)), [("0", numel * dtype.itemsize)])
 
 
-def saved(files: ItemFiles, item: Item, value: Any, zero: set[str]) -> bytes:
+def saved(
+    files: ItemFiles,
+    item: Item,
+    value: Any,
+    zero: set[str],
+    filled: Mapping[str, bytes] = MappingProxyType({}),
+) -> bytes:
     """The whole zip of a small edited object.
 
     Args:
@@ -150,10 +157,13 @@ def saved(files: ItemFiles, item: Item, value: Any, zero: set[str]) -> bytes:
         item: the object there.
         value: what it says now (`load_inert`, changed).
         zero: keys of its storages that become zero.
+        filled: key of a storage -> an element, of which all in it become copies.
     """
     records = files.records(item)
     data = {n: files.read_record(item, n) for n in records if n.startswith("data/")}
     data = {n: bytes(len(b)) if n.partition("/")[2] in zero else b for n, b in data.items()}
+    for key, element in filled.items():
+        data[f"data/{key}"] = element * (len(data[f"data/{key}"]) // len(element))
     skeleton = lay_out(dump_inert(value), [(n.partition("/")[2], len(b)) for n, b in data.items()])
     return fill(skeleton, data)
 
