@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from pma_megatron.runs.selection_request import SelectionRequest
     from pma_megatron.spikes.recovery import recover
     from pma_megatron.spikes.request import RecoveryRequest
+    from pma_megatron.watching.follow import watch
+    from pma_megatron.watching.request import WatchRequest
 
 _HOMES = {
     "CheckpointRef": "runs.refs",
@@ -46,6 +48,7 @@ _HOMES = {
     "PruneRequest": "retention.request",
     "RecoveryRequest": "spikes.request",
     "SelectionRequest": "runs.selection_request",
+    "WatchRequest": "watching.request",
     "compare": "comparison.compare",
     "export_model": "merging.export_job",
     "inspect": "merging.inspection",
@@ -55,6 +58,7 @@ _HOMES = {
     "prune": "retention.pruning",
     "recover": "spikes.recovery",
     "verify": "merging.published",
+    "watch": "watching.follow",
 }
 
 __all__ = [
@@ -72,6 +76,7 @@ __all__ = [
     "PruneRequest",
     "RecoveryRequest",
     "SelectionRequest",
+    "WatchRequest",
     "__version__",
     "compare",
     "export_model",
@@ -82,6 +87,7 @@ __all__ = [
     "prune",
     "recover",
     "verify",
+    "watch",
 ]
 
 

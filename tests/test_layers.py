@@ -24,6 +24,7 @@ FOLDERS = [
     ["live", "geometry", "comparison", "scores", "spikes"],
     ["online"],
     ["retention"],
+    ["watching"],
     ["megatron", "deepspeed", "fsdp"],
     ["megatron_deepspeed"],
     ["launch"],
@@ -91,7 +92,7 @@ INSIDE = {
     "runs": """
         folders recovery_log tokens trackers
         refs
-        describe gaps selection_request spacing
+        describe gaps marks selection_request spacing
         selection torn
         discover
         notices
@@ -173,6 +174,10 @@ INSIDE = {
         decision
         pruning
     """,
+    "watching": """
+        commands events request state
+        follow
+    """,
     "megatron": """
         flags params tree_functions trees
         checks evaluate replicas retained thin
@@ -196,9 +201,10 @@ INSIDE = {
         install
     """,
     "cli": """
-        asked charts landscape progress request_files streams tables verbs
+        charts landscape progress request_files streams tables verbs
+        asked
         commands recover score_flags score_grid
-        compare evaluate flags forecast geometry prune
+        compare evaluate flags forecast geometry prune watch
         command completion
     """,
 }

@@ -7,13 +7,15 @@ import importlib.util
 from pathlib import Path
 
 from pma_megatron.base.openfiles import is_folder
-from pma_megatron.base.settings import made
+from pma_megatron.base.settings import declared, made
+from pma_megatron.cli.request_files import words_of
 from pma_megatron.errors import UsageError
 from pma_megatron.merging.request import MergeRequest, Method
 from pma_megatron.retention.request import PruneRequest
 from pma_megatron.scores.grid import Grid
 from pma_megatron.spikes.healthy import Span
 from pma_megatron.spikes.request import RecoveryRequest
+from pma_megatron.watching.request import WatchRequest
 
 
 def plan_of(arguments: argparse.Namespace) -> MergeRequest:
@@ -132,6 +134,20 @@ def pruning_of(arguments: argparse.Namespace) -> PruneRequest:
     if arguments.yes and arguments.dry_run:
         raise UsageError("--yes deletes and --dry-run does not: leave out one of the two")
     return made(PruneRequest, vars(arguments), root=arguments.root)
+
+
+def watching_of(arguments: argparse.Namespace) -> WatchRequest:
+    """What `pma watch` follows."""
+    if arguments.load is None:
+        raise UsageError("say which run is followed: --load DIR")
+    typed = vars(arguments)
+    if arguments.coefficients and arguments.method == Method().name:
+        typed = {**typed, "method": "custom"}
+    words = tuple(words_of(arguments, _OF_WATCH))
+    return made(WatchRequest, typed, merge=made(MergeRequest, typed), words=words)
+
+
+_OF_WATCH = {each.name for each in declared(WatchRequest)}
 
 
 def _root_of(arguments: argparse.Namespace) -> str:

@@ -15,9 +15,11 @@ from pma_megatron.errors import UsageError
 from pma_megatron.merging.policy import Policy
 from pma_megatron.merging.request import SAMPLES, MergeRequest, Method
 from pma_megatron.retention.request import PruneRequest
+from pma_megatron.runs.selection_request import SelectionRequest
 from pma_megatron.spikes.request import RecoveryRequest
 from pma_megatron.spikes.settings import SpikeSettings
 from pma_megatron.version import __version__
+from pma_megatron.watching.request import WatchRequest
 
 _MERGE_EXAMPLES = """
   torchrun --nproc-per-node 8 -m pma_megatron merge --load /ckpts/run --save /ckpts/run-pma \\
@@ -47,6 +49,12 @@ _PRUNE_EXAMPLES = """
   pma prune /ckpts/run --keep-window last=10,interval-tokens=8B --keep-last 3
   pma prune /ckpts/run --keep-window last=10,interval-tokens=8B --keep-every-tokens 100B --yes
   pma prune /ckpts/run-pma --keep-last 2 --yes          # old averages
+"""
+_WATCH_EXAMPLES = """
+  pma watch --load /ckpts/run --save /ckpts/run-pma --last 10 --interval-tokens 8B --keep 3
+  pma watch --load /ckpts/run --save /ckpts/run-pma --last 10 \\
+      --launch 'torchrun --nproc-per-node 8' --evaluate './eval.sh "$PMA_AVERAGE"' --events w.jsonl
+  pma watch --from average.yaml --once          # from cron
 """
 _COMPLETION_EXAMPLES = """
   eval "$(pma completion bash)"                                  # in ~/.bashrc
@@ -141,12 +149,7 @@ def parser() -> argparse.ArgumentParser:
     ):
         verb = new_verb(verbs, name, f"commands:{name}", text, _MERGE_EXAMPLES, request)
         add_selection(verb)
-        group = verb.add_argument_group("how to average")
-        add_flags(group, Method)
-        add_flags(group, Policy)
-        add_flags(group, MergeRequest, "lr_factor", "dtype", "sweep")
-        group = verb.add_argument_group("a Hugging Face model of the average")
-        add_flags(group, MergeRequest, "export", "like", "max_shard_bytes")
+        _add_averaging(verb)
         group = verb.add_argument_group("how to run")
         add_flags(group, MergeRequest, "save", "overwrite", "threads")
         add_flags(group, OnRanks)
@@ -159,6 +162,7 @@ def parser() -> argparse.ArgumentParser:
     add_geometry(verbs)
     _add_compare(verbs)
     _add_prune(verbs)
+    _add_watch(verbs)
     for name, run, text, where, what, examples in _OF_A_FOLDER:
         only_looks = name in ("list", "inspect")
         verb = new_verb(verbs, name, run, text, examples, only_looks=only_looks)
@@ -216,6 +220,32 @@ def _add_prune(verbs: argparse._SubParsersAction[Parser]) -> None:
     add_flags(group, PruneRequest, "recovery_last", "recovery_attempts", "margin_iterations")
     group = verb.add_argument_group("what else is looked at")
     add_flags(group, PruneRequest, "averages", "damaged", "without_locks")
+
+
+def _add_watch(verbs: argparse._SubParsersAction[Parser]) -> None:
+    text = "keep an average of a run current while the run goes on"
+    verb = new_verb(verbs, "watch", "watch:run", text, _WATCH_EXAMPLES, asked.watching_of)
+    group = verb.add_argument_group("which checkpoints")
+    add_flags(group, MergeRequest, "load")
+    add_flags(group, SelectionRequest, "last", "interval_tokens", "interval_iterations")
+    add_flags(group, SelectionRequest, "tolerance", "window_tokens", "exclude", "allow_gaps")
+    _add_averaging(verb)
+    group = verb.add_argument_group("what is done with each")
+    add_flags(group, MergeRequest, "save")
+    add_flags(group, WatchRequest, "keep", "evaluate", "events")
+    group = verb.add_argument_group("how to run")
+    add_flags(group, WatchRequest, "poll_s", "once", "until_iteration", "launch")
+    add_flags(group, MergeRequest, "threads", "check_sources")
+    add_flags(group, Written)
+
+
+def _add_averaging(verb: argparse.ArgumentParser) -> None:
+    group = verb.add_argument_group("how to average")
+    add_flags(group, Method)
+    add_flags(group, Policy)
+    add_flags(group, MergeRequest, "lr_factor", "dtype", "sweep")
+    group = verb.add_argument_group("a Hugging Face model of the average")
+    add_flags(group, MergeRequest, "export", "like", "max_shard_bytes")
 
 
 def _add_completion(verbs: argparse._SubParsersAction[Parser]) -> None:

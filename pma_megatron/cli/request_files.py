@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,10 @@ _INSTEAD = (
 """(what is typed, what it takes the place of in a file beside itself)."""
 _OF_ONE_RUN = ("save", "export", "overwrite")
 _OF_EXPORT = ("like", "max_shard_bytes")
+_ALSO = {"watch": "merge"}
+"""A command whose settings are those of another, too, and may lie below that one's name."""
+_OF_ONE_MERGE = ("overwrite", "timeout", "merge_parallel_size")
+"""What a watch decides for itself."""
 _NOT_ASKED = ("help", "from_file", "dump_request")
 
 
@@ -65,7 +69,12 @@ def expanded(words: Sequence[str], verbs: Mapping[str, argparse.ArgumentParser])
     replaced = typed.union(*(instead for those, instead in _INSTEAD if those & typed))
     value = _read(path)
     if "provenance_version" in value:
-        if words[0] not in ("merge", "plan"):
+        if words[0] == "watch" and not typed & {"last", "window_tokens"}:
+            raise UsageError(
+                f"{FLAG} {path}: it names its sources, and others follow: say how many, with "
+                "--last or --window-tokens"
+            )
+        if words[0] not in ("merge", "plan", "watch"):
             raise UsageError(f"{FLAG} {path}: it is of a merge, and pma {words[0]} does not merge")
         asked = _recorded(path, value, verb, with_export="export" in typed)
         if "paths" in replaced and not typed & {"last", "window_tokens", "iterations", "paths"}:
@@ -82,16 +91,31 @@ def expanded(words: Sequence[str], verbs: Mapping[str, argparse.ArgumentParser])
 
 def dumped(arguments: argparse.Namespace) -> str:
     """What was typed, as a file for `--from`: every setting that is not its default, as YAML."""
+    lines = [f"# pma {arguments.parser.prog.split()[-1]} {FLAG} THIS_FILE"]
+    for action, value in _not_defaults(arguments):
+        lines.append(f"{_key(action)}: {json.dumps(_plain(value))}")
+    if arguments.rest:
+        lines.append(f"{json.dumps(REST)}: {json.dumps(list(arguments.rest))}")
+    return "\n".join(lines) + "\n"
+
+
+def words_of(arguments: argparse.Namespace, left_out: Collection[str]) -> list[str]:
+    """What was typed or asked for by a file, as words, without some settings."""
+    found = ((a, v) for a, v in _not_defaults(arguments) if a.dest not in left_out)
+    return [word for a, v in found for word in _words(arguments.parser, a.dest, _typed_value(v))]
+
+
+def _typed_value(value: Any) -> Any:
+    return str(value) if isinstance(value, bool) else _plain(value)
+
+
+def _not_defaults(arguments: argparse.Namespace) -> Iterator[tuple[argparse.Action, Any]]:
     verb: argparse.ArgumentParser = arguments.parser
-    lines = [f"# pma {verb.prog.split()[-1]} {FLAG} THIS_FILE"]
     for action in verb._actions:
         value = getattr(arguments, action.dest, None)
         known = action.option_strings and action.dest not in (*_NOT_ASKED, "json", "verbose")
         if known and value is not None and value is not False and value != action.default:
-            lines.append(f"{_key(action)}: {json.dumps(_plain(value))}")
-    if arguments.rest:
-        lines.append(f"{json.dumps(REST)}: {json.dumps(list(arguments.rest))}")
-    return "\n".join(lines) + "\n"
+            yield action, value
 
 
 def _plain(value: Any) -> Any:
@@ -139,15 +163,26 @@ def _asked(
 ) -> dict[str, Any]:
     """Setting -> what the file says of it for one verb: for all, or below the verb's name."""
     settings, found = _settings(verbs[name]), {}
-    below = {key: each for key, each in value.items() if key in verbs}
+    below = {
+        key: each  # `evaluate` is a command, and a setting of watch
+        for key, each in value.items()
+        if key in verbs and (isinstance(each, dict) or _spelled(key) not in settings)
+    }
     for key, each in below.items():
         if not isinstance(each, dict):
             raise UsageError(f"{FLAG} {path}: {key} is a command: its settings follow below it")
-    for prefix, said in (("", value), (f"{name}.", below.get(name, {}))):
+    blocks = [("", value), (f"{name}.", below.get(name, {}))]
+    if name in _ALSO:
+        also = below.get(_ALSO[name], {})
+        theirs = {k: v for k, v in also.items() if _spelled(k) not in _OF_ONE_MERGE}
+        blocks.insert(1, (f"{_ALSO[name]}.", theirs))
+    for prefix, said in blocks:
         for key, each in said.items():
+            if not prefix and key in below:
+                continue
             if key == REST or _spelled(key) in settings:
                 found[settings.get(_spelled(key), key)] = each
-            elif prefix or key not in below:
+            else:
                 raise UsageError(_unknown(path, f"{prefix}{key}", name, verbs))
     return found
 

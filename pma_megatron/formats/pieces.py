@@ -88,6 +88,8 @@ class StoredPieces(Sequence[Piece[Payload]]):
 
 
 def narrow(column: np.ndarray) -> np.ndarray:
-    """Counts in the smallest type that holds them all."""
+    """Counts in the smallest type that holds them all; never uint64, which becomes a float beside
+    other integers."""
     most = int(column.max(initial=0))
-    return column.astype(np.min_scalar_type(most), copy=False)
+    kind = np.dtype(np.int64) if most >= 1 << 32 else np.min_scalar_type(most)
+    return column.astype(kind, copy=False)

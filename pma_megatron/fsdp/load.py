@@ -27,7 +27,7 @@ from pma_megatron.base.spelling import listing, speaking
 from pma_megatron.errors import CheckpointError, PlanError, UsageError
 from pma_megatron.formats import registry
 from pma_megatron.formats.dcp.checkpoint import DcpCheckpoint
-from pma_megatron.formats.dcp.keys import STEP
+from pma_megatron.formats.dcp.keys import FIRST, STEP
 from pma_megatron.formats.holding import holding
 from pma_megatron.fsdp.params import FsdpTensor, live_tensors
 from pma_megatron.live.load import (
@@ -93,7 +93,7 @@ def load_merged(
     found = gather_sources(request, comm)
     plan = LivePlan.of(found, threads)
     trainer = _trainer_of(model, optimizer)
-    comm.agree("plan", lambda: _refuse_foreign(found))
+    comm.agree("plan", lambda: _refuse_foreign(found, optimizer_state))
     _reshard(model)
     states = averaged_states(found, optimizer_state)
     tensors = comm.agree("model", lambda: live_tensors(model, optimizer))
@@ -118,11 +118,12 @@ def load_merged(
     return report
 
 
-def _refuse_foreign(found: OpenedSources) -> None:
+def _refuse_foreign(found: OpenedSources, optimizer_state: str) -> None:
     """Refuse sources that torch cannot load into this optimizer, before it does.
 
     Raises:
         PlanError: another format, or an optimizer without names.
+        UsageError: an optimizer that cannot begin anew, and shall.
     """
     base = found.sources[-1]
     for source in found.sources:
@@ -141,6 +142,8 @@ def _refuse_foreign(found: OpenedSources) -> None:
             f"the optimizer in {base.path} has numbers for parameters, and a live one is filled by "
             "name: save it by get_optimizer_state_dict, or merge offline"
         )
+    if optimizer_state == "reset":
+        DcpCheckpoint(Path(base.path)).refuse_reset()
 
 
 def _refuse_other_tensors(
@@ -225,12 +228,12 @@ def _part_of(checkpoint: DcpCheckpoint, key: str) -> str:
 
 
 def _reset(optimizer: Any) -> None:
-    """Moments and step count become zero; param groups and their learning rates stay."""
+    """Moments become zero, and counts what they begin at; param groups and their rates stay."""
     for state in (*optimizer.state.values(), *optimizer.param_groups):
         in_group = "params" in state
         for name, value in state.items():
             if isinstance(value, torch.Tensor) and (name == STEP or not in_group):
-                value.zero_()
+                value.fill_(FIRST.get(name, 0.0) if value.numel() == 1 else 0.0)
             elif name == STEP and isinstance(value, (int, float)):
                 state[name] = type(value)(0)
 

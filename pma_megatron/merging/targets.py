@@ -124,10 +124,11 @@ def already(plan: MergePlan, wanted: Sequence[Target]) -> tuple[bool, ...]:
     """
     if len(wanted) == 1 or plan.request.overwrite:
         return (False,) * len(wanted)
-    return tuple(_is_of(target, plan) and not unfinished(target) for target in wanted)
+    return tuple(is_of(target, plan) and not unfinished(target) for target in wanted)
 
 
-def _is_of(target: Target, plan: MergePlan) -> bool:
+def is_of(target: Target, plan: MergePlan) -> bool:
+    """Whether a published folder is what this plan makes, as far as its `pma.json` says."""
     try:
         made = json.loads((target.final / MARKER_FILE).read_text())
         digest, values = made["plan"]["digest"], made["output"]["coefficients"]

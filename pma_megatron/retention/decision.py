@@ -9,21 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pma_megatron.errors import SelectionError
-from pma_megatron.formats.holding import lock_file
 from pma_megatron.formats.trainers.saves import checkpoint_in
 from pma_megatron.retention.keeping import needed
 from pma_megatron.retention.request import PruneRequest
 from pma_megatron.retention.unfinished import unfinished
-from pma_megatron.runs import recovery_log
 from pma_megatron.runs.discover import choose, list_checkpoints, pointers_of
 from pma_megatron.runs.folders import is_checkpoint, what_is
+from pma_megatron.runs.marks import Mark, mark, unchanged
 from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.runs.selection_request import SelectionRequest
 from pma_megatron.runs.trackers import read_pointers
 
 SETTLED_S = 3600.0
 """Age from which a damaged checkpoint is not one that a save writes again right now."""
-_Stamp = tuple[object, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +44,12 @@ class Decision:
     Attributes:
         verdicts: oldest first.
         notes: sentences for the user.
-        stamps: path -> what tells whether it has changed since.
+        marks: path -> what tells whether it has changed since.
     """
 
     verdicts: tuple[Verdict, ...]
     notes: tuple[str, ...]
-    stamps: Mapping[str, _Stamp]
+    marks: Mapping[str, Mark]
 
     def of(self, path: str) -> Verdict | None:
         """What was found out about one checkpoint; None if it is not there."""
@@ -86,32 +84,17 @@ def decide(request: PruneRequest, before: Decision | None = None, anew: str = ""
     verdicts = []
     for ref in sorted(refs, key=lambda ref: (ref.iteration is None, ref.iteration or 0, ref.path)):
         own = {Path(ref.path).resolve(), Path(ref.folder).resolve()}
-        needs = [f"{m.left} needs it" for m in merges if m.sources and own & m.sources]
-        needs += [f"{m.left} may need it" for m in merges if m.sources is None]
-        reasons = (*states[ref.path], *rules.reasons.get(ref.path, ()))
-        cut_off = [f"a merge that was cut off, {each}: finish it, or remove that" for each in needs]
-        verdicts.append(Verdict(ref, (*reasons, *cut_off)))
-    return Decision(tuple(verdicts), rules.notes, {ref.path: _stamp(root, ref) for ref in refs})
+        needs = filter(None, (each.why_kept(own) for each in merges))
+        reasons = (*states[ref.path], *rules.reasons.get(ref.path, ()), *needs)
+        verdicts.append(Verdict(ref, reasons))
+    return Decision(tuple(verdicts), rules.notes, {ref.path: mark(root, ref) for ref in refs})
 
 
 def _unchanged(root: Path, before: Decision | None, anew: str) -> dict[str, CheckpointRef]:
     if before is None:
         return {}
-    refs = (each.ref for each in before.verdicts if each.ref.path != anew)
-    return {ref.path: ref for ref in refs if _stamp(root, ref) == before.stamps[ref.path]}
-
-
-def _stamp(root: Path, ref: CheckpointRef) -> _Stamp:
-    """Its folder and its metadata, and the log that says whether it is healthy."""
-    paths = (Path(ref.folder), Path(ref.path), lock_file(Path(ref.path)), root / recovery_log.FILE)
-    found: list[object] = []
-    for path in paths:
-        try:
-            stat = None if path is None else path.stat()
-        except OSError:
-            stat = None
-        found.append(None if stat is None else (stat.st_ino, stat.st_size, stat.st_mtime_ns))
-    return tuple(found)
+    refs = [each.ref for each in before.verdicts if each.ref.path != anew]
+    return unchanged(root, refs, before.marks)
 
 
 def _states(

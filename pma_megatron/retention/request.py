@@ -43,7 +43,7 @@ def parse_window(text: str) -> SelectionRequest:
     values = {}
     for part in text.split(","):
         name, _, said = part.strip().partition("=")
-        setting_name = name.removeprefix("--").replace("-", "_")
+        setting_name = name.replace("-", "_")
         if setting_name not in known or setting_name in values:
             words = tuple(each.replace("_", "-") for each in known)
             why = "is there twice" if setting_name in values else one_of(name, words)

@@ -1,4 +1,4 @@
-"""What merges that were cut off still need: the same command makes the rest of them.
+"""What merges need that are not at their end: the same command goes on with one that was cut off.
 
 A merge that is at work holds its sources (`formats.holding`). One that was killed has left its
 staging folder, and beside that a journal which names them.
@@ -9,36 +9,48 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterable, Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 
 from pma_megatron.base.openfiles import is_folder
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.json_files import read_json
-from pma_megatron.merging.leftovers import STAGING
+from pma_megatron.merging.leftovers import JOURNAL, STAGING
 from pma_megatron.merging.locks import is_held
 from pma_megatron.runs.folders import ITERATION
 
-_JOURNAL, _JOB = ".pma-journal-", "job.json"
+_JOB = "job.json"
 _SWEPT = re.compile(r"-last\d+$")
 """How the folders of a sweep are called, in which its outputs lie."""
 
 
 @dataclass(frozen=True, slots=True)
 class Unfinished:
-    """A merge that was cut off.
+    """A merge that is at work, or was cut off.
 
     Attributes:
-        left: what it has left behind.
+        left: what of it lies there.
         sources: folders, real paths; None where it does not say.
+        at_work: whether a job holds its target.
     """
 
     left: Path
     sources: frozenset[Path] | None
+    at_work: bool = False
+
+    def why_kept(self, folders: AbstractSet[Path]) -> str | None:
+        """Why a checkpoint, which lies in these folders, stays; None if this merge needs it not."""
+        if self.sources is not None and not folders & self.sources:
+            return None
+        if self.at_work:
+            return f"a merge at work needs it ({self.left})"
+        needs = "needs it" if self.sources is not None else "may need it"
+        return f"a merge that was cut off {needs}: finish it, or remove {self.left}"
 
 
 def unfinished(root: Path, further: Iterable[str]) -> list[Unfinished]:
-    """Merges that were cut off, as far as they may be of the run at `root`.
+    """Merges that are not at their end, as far as they may be of the run at `root`.
 
     Folders in and beside the run's are looked at for journals. What says nothing of its sources
     counts where it lies in the run's folder, in one beside it that is called after it (`RUN-pma`),
@@ -73,11 +85,12 @@ def _left_in(folder: Path) -> Iterator[Unfinished]:
         return
     told = set()
     for name in names:
-        if name.startswith(_JOURNAL):
+        if name.startswith(JOURNAL):
             sources = _sources(folder / name / _JOB)
             if sources is not None:
-                told.add(name.removeprefix(_JOURNAL))
-                yield Unfinished(folder / name, sources)
+                target = name.removeprefix(JOURNAL)
+                told.add(target)
+                yield Unfinished(folder / name, sources, is_held(folder, target))
     for name in names:
         if name.startswith(STAGING):
             target = name.removeprefix(STAGING).rpartition("-")[0]

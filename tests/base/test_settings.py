@@ -13,7 +13,7 @@ import pytest
 
 from pma_megatron import cli
 from pma_megatron.base.settings import PMA, declared, made, nested
-from pma_megatron.cli.flags import Checks, Modes, Sameness, parser
+from pma_megatron.cli.flags import Checks, Deletion, Modes, Sameness, parser
 from pma_megatron.cli.score_flags import Compared, Loss, Scorer
 from pma_megatron.cli.verbs import Common, Files, OnRanks, Written
 from pma_megatron.deepspeed.options import KEYWORDS, Options
@@ -22,11 +22,13 @@ from pma_megatron.live.load import Live
 from pma_megatron.megatron.flags import RecoverySettings, Settings
 from pma_megatron.merging.policy import Policy
 from pma_megatron.merging.request import MergeRequest, Method
+from pma_megatron.retention.request import PruneRequest
 from pma_megatron.runs.selection_request import SelectionRequest
 from pma_megatron.scores.grid import Grid
 from pma_megatron.spikes.healthy import HealthyRequest, Span
 from pma_megatron.spikes.request import RecoveryRequest
 from pma_megatron.spikes.settings import SpikeSettings
+from pma_megatron.watching.request import WatchRequest
 
 REQUESTS: tuple[type, ...] = (
     MergeRequest,
@@ -37,6 +39,8 @@ REQUESTS: tuple[type, ...] = (
     HealthyRequest,
     SpikeSettings,
     Grid,
+    PruneRequest,
+    WatchRequest,
 )
 OTHERS: tuple[type, ...] = (
     Common,
@@ -45,6 +49,7 @@ OTHERS: tuple[type, ...] = (
     Files,
     Checks,
     Compared,
+    Deletion,
     Loss,
     Modes,
     Sameness,
@@ -84,7 +89,7 @@ def test_no_flag_of_pma_is_declared_nowhere(verb: str) -> None:
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_default_that_is_printed_is_the_one_that_is_used(verb: str) -> None:
     """Typed, it changes nothing: neither what was parsed nor the request that is made of it."""
-    alone = verb in ("list", "inspect", "verify", "export", "completion", "compare")
+    alone = verb in ("list", "inspect", "verify", "export", "completion", "compare", "prune")
     given = {"completion": ["zsh"], "compare": ["/run", "/other"]}
     words = given.get(verb, ["/run"] if alone else ["--load", "/run"])
     kinds = {"recover": RecoveryRequest, "evaluate": Grid, "forecast": Grid}
@@ -94,7 +99,8 @@ def test_a_default_that_is_printed_is_the_one_that_is_used(verb: str) -> None:
         values = {**vars(VERBS[verb].parse_args([*words, *typed])), **onset}
         if alone:
             return values
-        return values["timeout_s"], made(kinds.get(verb, MergeRequest), values)
+        own = {name: values.get(name) for name in ("timeout_s", "poll_s")}
+        return own, made(kinds.get(verb, MergeRequest), values)
 
     printed = 0
     for action in VERBS[verb]._actions:
@@ -124,7 +130,7 @@ def test_flags_are_made_of_settings_alone() -> None:
         for path in Path(cli.__file__).parent.glob("*.py")
     }
     assert {name: calls for name, calls in found.items() if calls} == {
-        "flags.py": ['"--version"', "where", '"first"', '"second"', '"shell"', '"path"']
+        "flags.py": ['"--version"', "where", '"first"', '"second"', '"root"', '"shell"', '"path"']
     }
 
 

@@ -293,6 +293,7 @@ OF_A_SCRIPT = {
     "megatron.flags",
     "megatron.init",
     "megatron.evaluate_grid",
+    "megatron.retained",
     "megatron_deepspeed.hooks",
 }
 """Modules that only a Megatron script with `--pma-*` flags gets into: its dialect is theirs."""
@@ -349,6 +350,9 @@ OF_OTHERS = {
         "--last",
         "--lr-factor",
     },
+    "watching.commands": {"--end-iteration", "--json", "--overwrite"},  # of a `pma merge`
+    "watching.follow": {"--nproc-per-node"},  # of torchrun
+    "watching.request": {"--nproc-per-node"},  # of torchrun
     "runs.tokens": {"--iterations-to-skip", "--decrease-batch-size-if-needed"},  # of Megatron
 }
 """Flags that modules may spell, for they are no settings of this package."""

@@ -153,6 +153,17 @@ FLAGS = {
         "--yes",
         "root",
     },
+    "watch": MERGE
+    - {
+        "--end-iteration",
+        "--iterations",
+        "--merge-parallel-size",
+        "--overwrite",
+        "--paths",
+        "--timeout",
+        "--tokens",
+    }
+    | {"--evaluate", "--events", "--keep", "--launch", "--once", "--poll-s", "--until-iteration"},
     "geometry": COMMON
     | {
         "--dump-request",

@@ -262,4 +262,5 @@ def test_every_setting_of_a_request_can_lie_in_a_file() -> None:
     top = parser()
     (verbs,) = (a.choices for a in top._actions if isinstance(a.choices, dict))
     having = {name for name, verb in verbs.items() if "--from" in verb._option_string_actions}
-    assert having == {"merge", "plan", "recover", "evaluate", "forecast", "geometry"}
+    of_merges = {"merge", "plan", "recover", "watch"}
+    assert having == {*of_merges, "evaluate", "forecast", "geometry"}

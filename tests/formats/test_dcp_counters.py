@@ -1,4 +1,4 @@
-"""Counters of steps and moments of one element, whatever the optimizer stores them as."""
+"""What optimizers count and keep, whichever they are and whatever they store it as."""
 
 from __future__ import annotations
 
@@ -8,8 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
+from oracle import assert_average
 from pma_megatron import MergeRequest, Policy, SelectionRequest, merge
+from pma_megatron.errors import UsageError
 
 State = dict[str, Any]
 
@@ -58,3 +64,106 @@ def test_counters_and_moments_of_one_element(
     assert optimizer["param_groups"][0]["step"] == counted
     assert optimizer["param_groups"][0]["lr"] == 0.5
     assert loaded["model"]["gate"].item() == 1.5
+
+
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "NAdam": {},
+    "RAdam": {},
+    "Adamax": {},
+    "Adagrad": {},
+    "Adadelta": {},
+    "RMSprop": {"momentum": 0.5},
+    "SGD": {"momentum": 0.9},
+    "ASGD": {},
+    "Rprop": {},
+}
+NO_RESET = {"ASGD": "eta", "Rprop": "step_size"}
+
+
+class Run:
+    """A model of a weight and of a single number, and one of torch's optimizers."""
+
+    def __init__(self, kind: str) -> None:
+        torch.manual_seed(3)
+        self.model = torch.nn.Linear(3, 2)
+        self.model.register_parameter("gate", torch.nn.Parameter(torch.tensor(0.5)))
+        self.optimizer = getattr(torch.optim, kind)(
+            self.model.parameters(), lr=0.01, **OPTIMIZERS[kind]
+        )
+
+    def train(self, number: int) -> None:
+        draw = torch.Generator().manual_seed(number)
+        hidden = self.model(torch.randn(4, 3, generator=draw)) * self.model.gate
+        (hidden - 1).square().sum().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def state(self) -> State:
+        optimizer = get_optimizer_state_dict(self.model, self.optimizer)
+        return {"model": self.model.state_dict(), "optimizer": optimizer}
+
+    def load(self, folder: str) -> None:
+        self.train(7)  # it has a state to be loaded into
+        state = self.state()
+        dcp.load(state, checkpoint_id=folder, no_dist=True)
+        self.model.load_state_dict(state["model"])
+        set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
+
+    def held(self) -> dict[tuple[str, str], torch.Tensor]:
+        states = self.state()["optimizer"]["state"]
+        found = {(n, s): v for n, each in states.items() for s, v in each.items() if v is not None}
+        return {place: torch.as_tensor(v).detach().clone() for place, v in found.items()}
+
+
+def merged_run(kind: str, root: Path, moments: str) -> tuple[Run, list[Any]]:
+    """A run that has loaded an average of three saves, and what another held at each."""
+    run, held = Run(kind), []
+    for number in range(1, 7):
+        run.train(number)
+        if number % 2 == 0:
+            folder = root / f"run/step_{number}"
+            if not folder.exists():
+                dcp.save(run.state(), checkpoint_id=str(folder), no_dist=True)
+            held.append(run.held())
+    asked = MergeRequest(
+        load=str(root / "run"),
+        save=str(root / moments),
+        selection=SelectionRequest(last=3),
+        policy=Policy(optimizer_state=moments),
+    )
+    loaded = Run(kind)
+    loaded.load(merge(asked).outputs[0])
+    return loaded, held
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_states_of_torchs_optimizers(tmp_path: Path, kind: str) -> None:
+    """Numbers that are counted are the newest's; what is kept of every element is averaged."""
+    for moments in ("latest", "average"):
+        loaded, held = merged_run(kind, tmp_path, moments)
+        got = loaded.held()
+        assert got.keys() == held[-1].keys() and got
+        counted = {"step", "mu_product", "mu", "eta"}
+        for place, value in got.items():
+            if moments == "latest" or place[1] in counted:
+                assert torch.equal(value, held[-1][place]), (place, moments)
+            else:
+                parts = [each[place].double().numpy() for each in held]
+                assert_average(value.numpy(), parts, (1 / 3,) * 3, str(place))
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_an_optimizer_that_was_reset_steps_as_a_new_one(tmp_path: Path, kind: str) -> None:
+    if kind in NO_RESET:
+        with pytest.raises(UsageError, match=rf"keeps {NO_RESET[kind]} of every parameter"):
+            merged_run(kind, tmp_path, "reset")
+        assert not (tmp_path / "reset").exists()
+        return
+    loaded, _ = merged_run(kind, tmp_path, "reset")
+    new = Run(kind)
+    new.model.load_state_dict(loaded.model.state_dict())
+    for number in (8, 9):
+        loaded.train(number)
+        new.train(number)
+        for name, value in loaded.model.state_dict().items():
+            assert torch.allclose(value, new.model.state_dict()[name], rtol=0, atol=1e-7), name

@@ -29,6 +29,7 @@ from pma_megatron.testing.tiny_fsdp import (
 )
 
 Held = dict[str, dict[str, torch.Tensor]]
+LAST = SelectionRequest(last=2)
 STYLES = (TORCHTITAN, ACCELERATE, STATE_DICT)
 ALONE = {
     TORCHTITAN: "--checkpoint.initial_load_model_only",
@@ -330,3 +331,41 @@ def test_what_a_live_model_cannot_take_is_refused_before_it_is_touched(
     said = run_ranks(refuse, 2, str(runs[0] / STATE_DICT), str(tmp_path))[0]
     assert "is trained in torch.bfloat16" in said["16 bits"]
     assert "has numbers for parameters" in said["numbers"]
+
+
+def with_nadam(rank: int, world_size: int, root: str, merged: str) -> Any:
+    """Two saves under NAdam, or what a fresh run holds after a live reset and after a load."""
+    run = TinyFsdp(FsdpConfig(style=STATE_DICT), seed=1 if merged else 0)
+    trained = [p for p in run.model.parameters() if p.requires_grad]
+    run.optimizer = torch.optim.NAdam(trained, lr=1e-2)
+    if not merged:
+        for _ in range(2):
+            run.train(2)
+            run.save(root)
+        return run.snapshot()["mu_product"]
+    run.train(1)
+    found = []
+    for live in (True, False):
+        if live:
+            pma_megatron.fsdp.load_merged(
+                run.model, run.optimizer, root, optimizer_state="reset", selection=LAST
+            )
+        else:
+            run.load(merged)
+        found.append(run.snapshot())
+    return found
+
+
+def test_a_live_reset_begins_as_a_new_optimizer_does(tmp_path: Path) -> None:
+    root = str(tmp_path / "run")
+    before = run_ranks(with_nadam, 2, root, "")[0]
+    reset = Policy(optimizer_state="reset")
+    asked = MergeRequest(load=root, save=str(tmp_path / "out"), selection=LAST, policy=reset)
+    live, offline = run_ranks(with_nadam, 2, root, merge(asked).outputs[0])[0]
+    assert all(0 < float(value) < 1 for value in before.values())
+    for held in (live, offline):
+        assert {float(value) for value in held["mu_product"].values()} == {1.0}
+        assert {float(value) for value in held["step"].values()} == {0.0}
+        assert not any(value.any() for value in held["exp_avg"].values())
+    for name, value in live["weight"].items():
+        assert same_bytes(value, offline["weight"][name]), name

@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from conftest import request_for
 from fsdp_runs import averaged, launched, merged, moments_of, the_newest, weights_of
-from pma_megatron import Policy, list_checkpoints, merge
+from pma_megatron import Policy, export_model, list_checkpoints, merge
 from pma_megatron.merging.report import how_to_resume
 from pma_megatron.testing import run_ranks
-from pma_megatron.testing.plain_reads import assert_within_one_rounding
+from pma_megatron.testing.plain_reads import assert_within_one_rounding, same_bytes
 
 pytestmark = pytest.mark.slow
 STATE = "state of the trainer: schedule, random states, progress"
@@ -106,6 +106,7 @@ def trainer_on(rank: int, world_size: int, root: str, resume: str | None = None)
     sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2}
     config = hf.LlamaConfig(vocab_size=31, num_attention_heads=2, **sizes)
     model, held = hf.LlamaForCausalLM(config), []
+    model.config.save_pretrained(f"{root}.config")
 
     def look() -> Any:
         live, optimizer = trainer.model_wrapped, trainer.optimizer
@@ -165,6 +166,7 @@ def test_hugging_face_trainer_goes_on_from_an_average_under_fsdp2(tmp_path: Path
     averaged(weights, [each[0] for each in held])
     the_newest(moments, held[-1][1])
     assert (rate, step) == (held[-1][2], 8)
+    opened_by_transformers(output, tmp_path, weights)
 
     stale = {name: value.bfloat16() for name, value in held[-1][0].items()}
     save_file(stale, newest / "model.safetensors")
@@ -180,6 +182,16 @@ def test_hugging_face_trainer_goes_on_from_an_average_under_fsdp2(tmp_path: Path
     assert torn.writing and "trainer_state.json" in str(torn.incomplete_because)
     (newest / "trainer_state.json").write_text('{"global_step": 4}')
     assert "trainer_state.json in it 4" in str(list_checkpoints(root)[-1].incomplete_because)
+
+
+def opened_by_transformers(output: Path, tmp_path: Path, weights: Any) -> None:
+    """The average as a model for others: those of the trainer, to the bit."""
+    model = tmp_path / "model"
+    export_model(output, save=model, like=tmp_path / "run.config", dtype="fp32")
+    auto = importlib.import_module("transformers").AutoModelForCausalLM
+    opened, problems = auto.from_pretrained(model, output_loading_info=True)
+    assert not any(problems.values())
+    assert all(same_bytes(value, weights[name]) for name, value in opened.state_dict().items())
 
 
 # Lightning.

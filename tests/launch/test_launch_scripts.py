@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pma_megatron import list_checkpoints
-from pma_megatron.cli.flags import parser
+from pma_megatron.cli.flags import parsed, parser
 from pma_megatron.megatron import argument_parser
 
 LAUNCH = Path(__file__).parents[2] / "launch"
@@ -48,7 +48,7 @@ def test_scripts_are_valid_bash_with_known_flags(path: Path) -> None:
 
 def test_every_script_of_a_use_is_covered() -> None:
     uses = {path.name for path in LAUNCH.glob("[!q]*_*.s*")}  # all but the quickstarts
-    assert uses == {*TRAINING, *MERGING, "gpu_check.sh"}
+    assert uses == {*TRAINING, *MERGING, "gpu_check.sh", "slurm_watch.sbatch"}
 
 
 @pytest.mark.parametrize("name", TRAINING)
@@ -78,6 +78,18 @@ def test_merge_scripts_print_a_command_that_parses(name: str) -> None:
     ranks = nodes * int(command[command.index("--nproc-per-node") + 1])
     local = "node_local" in name
     assert arguments.merge_parallel_size == (ranks if local else 1)
+
+
+def test_watches_print_commands_that_parse() -> None:
+    (command,) = dry_run("slurm_watch.sbatch")
+    start = command.index("pma")
+    arguments = parsed(command[start + 1 :])
+    assert command[0] == "srun" and arguments.request_of(arguments).keep == 3
+    unit = (LAUNCH / "systemd" / "pma-watch.service").read_text()
+    (started,) = re.findall(r"^ExecStart=\S+/pma (.*)$", unit, re.M)
+    arguments = parser().parse_args(shlex.split(started))
+    assert arguments.verb == "watch" and arguments.events and arguments.from_file
+    assert "SuccessExitStatus=143" in unit
 
 
 TORCHRUN = """#!/usr/bin/env bash

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -138,7 +139,13 @@ class Build:
         self.places.update(relaid.places)
 
 
-def saved(files: ItemFiles, item: Item, value: Any, zero: set[str]) -> bytes:
+def saved(
+    files: ItemFiles,
+    item: Item,
+    value: Any,
+    zero: set[str],
+    filled: Mapping[str, bytes] = MappingProxyType({}),
+) -> bytes:
     """The whole zip of a small edited object.
 
     Args:
@@ -146,10 +153,13 @@ def saved(files: ItemFiles, item: Item, value: Any, zero: set[str]) -> bytes:
         item: the object there.
         value: what it says now (`load_inert`, changed).
         zero: keys of its storages that become zero.
+        filled: key of a storage -> an element, of which all in it become copies.
     """
     records = files.records(item)
     data = {n: files.read_record(item, n) for n in records if n.startswith("data/")}
     data = {n: bytes(len(b)) if n.partition("/")[2] in zero else b for n, b in data.items()}
+    for key, element in filled.items():
+        data[f"data/{key}"] = element * (len(data[f"data/{key}"]) // len(element))
     skeleton = lay_out(dump_inert(value), [(n.partition("/")[2], len(b)) for n, b in data.items()])
     return fill(skeleton, data)
 

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from pma_megatron.base.openfiles import read_source_file
-from pma_megatron.errors import CheckpointError
+from pma_megatron.base.spelling import given
+from pma_megatron.errors import CheckpointError, UsageError
 from pma_megatron.formats.base import Item, Tensor
 from pma_megatron.formats.dcp import keys
 from pma_megatron.formats.dcp.metadata import METADATA_FILE, DcpMetadata, read_metadata
@@ -173,6 +174,39 @@ class DcpCheckpoint(ItemFiles):
             if last == keys.STEP and not {keys.STATE, *keys.GROUPS}.isdisjoint(parts):
                 found.append(key)
         return tuple(found)
+
+    @cached_property
+    def begun(self) -> dict[str, float]:
+        """Key of everything that the optimizer counts -> where that begins."""
+        found = dict.fromkeys(self.counters, keys.FIRST[keys.STEP])
+        for state, first in keys.FIRST.items():
+            stored = self.names.states.get(state, {}).values()
+            if state != keys.STEP and self.is_counted(stored):
+                found |= dict.fromkeys(stored, first)
+        return found
+
+    def refuse_reset(self) -> None:
+        """Refuse to begin an optimizer anew whose states do not all begin at a known number.
+
+        Raises:
+            UsageError: it has one of `keys.NOT_RESET`, of parameters that it does not round.
+        """
+        for state in keys.NOT_RESET:
+            if any(self._is_exact(name) for name in self.names.states.get(state, {})):
+                raise UsageError(
+                    f"{given('optimizer_state', 'reset')}: the optimizer in {self.path} keeps "
+                    f"{state} of every parameter, which does not begin at zero: a rate (Rprop, "
+                    f"ASGD) or weights (schedule-free). Take {given('optimizer_state', 'latest')} "
+                    f"or {given('optimizer_state', 'average')}"
+                )
+
+    def _is_exact(self, name: str) -> bool:
+        key = self.names.weights.get(name)
+        return key is None or self.tensors[key].dtype.itemsize >= torch.float32.itemsize
+
+    def is_counted(self, stored: Iterable[str]) -> bool:
+        """Whether a state of parameters is one number each."""
+        return all(self.tensors[key].shape in ((), (1,)) for key in stored)
 
     @cached_property
     def counted(self) -> dict[str, int]:

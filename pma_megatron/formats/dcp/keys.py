@@ -26,6 +26,14 @@ Path = tuple[str | int, ...]
 """Where an entry lies in the state dict that was saved."""
 
 STEP = "step"
+FIRST: Mapping[str, float] = {STEP: 0.0, "mu_product": 1.0, "mu": 1.0}
+"""What an optimizer counts along with its steps, one number for a parameter, and where it begins:
+NAdam's product of momenta, ASGD's weight of the newest iterate (torch/optim)."""
+COUNTED = frozenset({*FIRST, "eta"})
+"""Those, and the rate that ASGD counts down: of one number for a parameter, none is a moment."""
+NOT_RESET = ("step_size", "eta", "z")
+"""States that begin neither at zero nor at a number that is the same in all runs: rates of Rprop
+and of ASGD, and the weights that schedule-free optimizers keep."""
 STATE, GROUPS = "state", ("param_groups", "param_to_group_meta")
 """The latter, by parameter, is what Megatron-FSDP saves (`sharded_param_state_fsdp_dtensor`)."""
 _MODELS = ("model", "module", "state_dict", "model_state_dict")

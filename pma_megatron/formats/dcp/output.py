@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from pma_megatron.base.spelling import named
 from pma_megatron.errors import UsageError
 from pma_megatron.formats.base import Item
@@ -27,7 +29,7 @@ def output_layout(path: str, changes: Changes) -> OutputLayout:
     """Lay out a merged checkpoint after the one at `path`.
 
     Raises:
-        UsageError: rates are to be scaled, and it stores none.
+        UsageError: rates are to be scaled, and it stores none; its optimizer cannot begin anew.
     """
     base = DcpCheckpoint(Path(path))
     build = Build(base, changes)
@@ -48,24 +50,27 @@ def _edits(base: DcpCheckpoint, changes: Changes) -> dict[str, bytes]:
     """Small entries of the optimizer that the policy changes -> their new bytes."""
     edits: dict[str, bytes] = {}
     if changes.optimizer == "reset":
-        for key in base.counters:
-            edits |= _restarted(base, key)
+        base.refuse_reset()
+        for key, first in base.begun.items():
+            edits |= _restarted(base, key, first)
     if changes.lr_factor is not None:
         edits |= _scaled(base, changes.lr_factor)
     return edits
 
 
-def _restarted(base: DcpCheckpoint, key: str) -> dict[str, bytes]:
-    """A counter of steps at zero."""
+def _restarted(base: DcpCheckpoint, key: str, first: float) -> dict[str, bytes]:
+    """A counter where it begins."""
     if key in base.objects:
         step, item = base.value(key), base.objects[key]
         number = isinstance(step, (int, float))
-        return {key: saved(base, item, type(step)(0), set())} if number else {}
+        return {key: saved(base, item, type(step)(first), set())} if number else {}
     edits = {}
     for piece in base.tensors[key].pieces:
         ref = base.decode(piece.payload.item, f"{base.path}: {key}")
-        zero = {ref.storage.key} if isinstance(ref, TensorRef) else set()
-        edits[key] = saved(base, piece.payload.item, ref, zero)
+        element = torch.tensor([first], dtype=base.tensors[key].dtype)
+        content = element.view(torch.uint8).numpy().tobytes()
+        filled = {ref.storage.key: content} if isinstance(ref, TensorRef) else {}
+        edits[key] = saved(base, piece.payload.item, ref, set(), filled)
     return edits
 
 

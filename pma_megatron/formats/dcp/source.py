@@ -92,9 +92,9 @@ def _states(
     states: dict[str, dict[str, Tensor]] = {}
     for state, stored in checkpoint.names.states.items():
         tensors = {name: checkpoint.tensors[key] for name, key in stored.items()}
-        larger = any(tensor.shape not in ((), (1,)) for tensor in tensors.values())
-        if state != keys.STEP:
-            states[state] = tensors if larger else alike(tensors, weights)
+        alone = checkpoint.is_counted(stored.values())
+        if state != keys.STEP and not (alone and state in keys.COUNTED):
+            states[state] = alike(tensors, weights) if alone else tensors
     return {state: tensors for state, tensors in states.items() if tensors}
 
 

@@ -345,7 +345,8 @@ def refuse_shared(of_tensors: Sequence[StoredPieces], objects: Sequence[Item], w
     translated = np.array([files[name] for name in of_tensors[0].files] if of_tensors else [0])
     columns += [(translated[p.file], p.starts, p.lengths) for p in of_tensors]
     file, start, length = (
-        np.concatenate(each).astype(np.int64) for each in zip(*columns, strict=True)
+        np.concatenate([column.astype(np.int64) for column in each])
+        for each in zip(*columns, strict=True)
     )
     order = np.lexsort((length, start, file))
     file, start, end = file[order], start[order], (start + length)[order]

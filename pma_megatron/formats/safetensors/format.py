@@ -22,6 +22,15 @@ def _loaded(path: Path) -> str:
     return f"transformers.AutoModelForCausalLM.from_pretrained({json.dumps(str(path))})"
 
 
+_OF_TRAINING = (
+    *("trainer_state.json", "training_args.bin", "optimizer.pt", "optimizer*.bin", "scaler.pt"),
+    *("scheduler*.pt", "scheduler*.bin", "sampler*.bin", "rng_state*.pth", "random_states_*.pkl"),
+)
+"""What Trainer and Accelerate keep beside a model where neither DeepSpeed nor FSDP shards it."""
+_NO_RESUME = (
+    "state of training: the result is a model alone, which can be opened and trained anew; "
+    "training does not resume from it"
+)
 _SIDE_FILES = (
     SideRule(CARD_FILE, Fate.REMADE, "the model card says what is averaged"),
     SideRule("pma.json*", Fate.REMADE, "what describes the files of a folder"),
@@ -29,6 +38,7 @@ _SIDE_FILES = (
         SideRule(pattern, Fate.LEFT_OUT, "says how other weights are loaded")
         for pattern in OF_OTHER_WEIGHTS
     ),
+    *(SideRule(pattern, Fate.LEFT_OUT, _NO_RESUME) for pattern in _OF_TRAINING),
     SideRule("*", Fate.LEFT_OUT, "not of a model: no weights, configuration or tokenizer"),
 )
 

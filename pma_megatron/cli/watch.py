@@ -1,0 +1,23 @@
+"""`pma watch`: an average that follows a run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from pma_megatron.base.comm import Comm
+from pma_megatron.cli.progress import show
+from pma_megatron.watching.follow import watch
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """`pma watch`: 0, or 1 if the last merge failed."""
+
+    def tell(event: dict[str, Any]) -> None:
+        if arguments.json:
+            sys.stdout.write(json.dumps(event) + "\n")
+            sys.stdout.flush()
+
+    return int(watch(arguments.request, tell=tell, show=show(Comm())).failed is not None)

@@ -1,0 +1,1 @@
+"""An average that follows a run: made again whenever the run has another checkpoint."""

@@ -1,0 +1,92 @@
+"""Commands that a watch starts: they end with it, and what they are is said where they fail."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pma_megatron.base.stopping import Stopped
+from pma_megatron.errors import PmaError
+
+_GRACE_S = 60.0
+
+
+class CommandError(PmaError):
+    """A command that makes an average ended with another exit code than 0."""
+
+
+def run(command: str | Sequence[str], environment: Mapping[str, str], *, read: bool) -> Any:
+    """Run a command to its end; a string goes through the shell.
+
+    Args:
+        command: it.
+        environment: what it finds in its environment, beside this process's.
+        read: True to return what it prints too, instead of passing it on.
+
+    Returns:
+        its exit code, and what it printed.
+
+    Raises:
+        OSError: it cannot be started.
+        Stopped: this process was asked to end; the command was too, and has.
+    """
+    job = subprocess.Popen(
+        command,
+        shell=isinstance(command, str),
+        env={**os.environ, **environment},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE if read else None,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        out, _ = job.communicate()
+    except BaseException as error:
+        _end(job, error.number if isinstance(error, Stopped) else signal.SIGTERM)
+        raise
+    return job.returncode, out
+
+
+def _end(job: subprocess.Popen[str], number: int) -> None:
+    """Ask a command and all that it started to end, then make it."""
+    for each in (number, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(job.pid, each)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            job.communicate(timeout=_GRACE_S)
+            return
+
+
+def merged_by(launch: str, words: Sequence[str], end_iteration: int) -> tuple[str, ...]:
+    """Merge by a command that starts the ranks; returns the folders that it published.
+
+    Raises:
+        CommandError: it failed.
+    """
+    merge = ["-m", "pma_megatron", "merge", *words, "--overwrite", "--json"]
+    command = [*shlex.split(launch), *merge, "--end-iteration", str(end_iteration)]
+    try:
+        code, out = run(command, {}, read=True)
+    except OSError as error:
+        raise CommandError(f"{shlex.join(command)} cannot be started: {error}") from error
+    if code != 0:
+        raise CommandError(f"{shlex.join(command)} ended with exit code {code}: see above")
+    return _published(out)
+
+
+def _published(out: str) -> tuple[str, ...]:
+    """The folders in a merge's report, among whatever else a launcher prints."""
+    decoder = json.JSONDecoder()
+    for found in re.finditer(r"^\{", out, re.MULTILINE):
+        with contextlib.suppress(ValueError):
+            said = decoder.raw_decode(out, found.start())[0]
+            if "published" in said:
+                return (*said["published"], *said.get("exported", ()))
+    return ()

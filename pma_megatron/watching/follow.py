@@ -1,0 +1,247 @@
+"""Keep an average current while its run goes on.
+
+Look, merge if the sources are others than those of the average that is there, wait, look again.
+Every average is made by the merge job of `pma merge`, from the sources.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pma_megatron.base.faults import point
+from pma_megatron.base.log import visible
+from pma_megatron.base.spelling import named
+from pma_megatron.base.stopping import Stopped
+from pma_megatron.errors import PmaError, PublishError, UsageError
+from pma_megatron.formats.json_files import read_json
+from pma_megatron.formats.marker import EXPORT, MARKER_FILE
+from pma_megatron.formats.source import stamps_of
+from pma_megatron.merging.job import Show, merge, silent
+from pma_megatron.merging.locks import WRITING, HeldError, held
+from pma_megatron.retention.pruning import prune
+from pma_megatron.retention.request import PruneRequest
+from pma_megatron.watching import events as said
+from pma_megatron.watching.commands import merged_by, run
+from pma_megatron.watching.events import Events, Tell
+from pma_megatron.watching.request import WatchRequest
+from pma_megatron.watching.state import Looks, Seen, current, pinned
+
+_RETRY_S = 600.0
+"""After a failure; any change of the run comes first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Where a watch that has ended stands.
+
+    Attributes:
+        iteration: of the average that is current; None if none is.
+        published: the folders of that average.
+        failed: what the last merge failed with; None if it did not.
+        waiting: why no average could be made at the last look; None if one could.
+    """
+
+    iteration: int | None
+    published: tuple[str, ...]
+    failed: str | None
+    waiting: str | None
+
+
+def watch(
+    request: WatchRequest, *, tell: Tell = lambda event: None, show: Show = silent
+) -> Outcome:
+    """Follow a run until it is told to stop, or as far as the request says.
+
+    A merge that fails is an event, and is tried again when the run has changed.
+
+    Args:
+        request: what to follow.
+        tell: is told every event.
+        show: shows the progress of merges.
+
+    Raises:
+        UsageError: it was started with several ranks.
+        PublishError: another watch has charge of this average, or its folder cannot be made.
+        Stopped: this process was asked to end; no average is half made.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError(
+            "a watch is one process, and starts the ranks of each merge itself: start it without "
+            f"torchrun, with {named('launch')} 'torchrun --nproc-per-node 8'"
+        )
+    spoken = Events(request.events, tell)
+    with _in_charge(request):
+        follower = _Follower(request, spoken, show)
+        load = request.merge.load
+        spoken.say(said.STARTED, f"follows {load}, process {os.getpid()}", load=load)
+        try:
+            return follower.follow()
+        except Stopped as stop:
+            spoken.say(said.STOPPED, f"by {stop}")
+            raise
+
+
+@contextlib.contextmanager
+def _in_charge(request: WatchRequest) -> Iterator[None]:
+    root, name = request.place
+    with contextlib.ExitStack() as stack:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(held(root, name, WRITING))
+        except HeldError as holder:
+            raise PublishError(
+                f"another watch keeps an average in {root} current{holder}: end it, or choose "
+                f"another {named('save')}"
+            ) from None
+        except OSError as error:
+            raise PublishError(f"cannot write to {root}: {error.strerror}") from error
+        yield
+
+
+class _Follower:
+    def __init__(self, request: WatchRequest, spoken: Events, show: Show) -> None:
+        self._request, self._events, self._show = request, spoken, show
+        self._looks = Looks(request.merge)
+        self._made: tuple[object, ...] | None = None
+        self._failed: tuple[object, ...] | None = None
+        self._failed_s = 0.0
+        self._outcome = Outcome(None, (), None, None)
+
+    def follow(self) -> Outcome:
+        while True:
+            self._step(self._looks.look())
+            if self._request.once or self._is_far_enough():
+                return self._outcome
+            time.sleep(self._request.poll_s)
+
+    def _is_far_enough(self) -> bool:
+        until, at = self._request.until_iteration, self._outcome.iteration
+        failed = self._outcome.failed or self._outcome.waiting
+        return until is not None and at is not None and at >= until and not failed
+
+    def _step(self, seen: Seen) -> None:
+        if seen.waiting is not None:
+            self._wait(seen.waiting)
+            return
+        if self._made == self._fingerprint(seen):
+            self._stands(waiting=None)
+            return
+        too_soon = time.monotonic() - self._failed_s < _RETRY_S
+        if self._failed is not None and too_soon and self._failed == _every_file(seen):
+            return
+        try:
+            self._make_current(seen)
+        except Exception as error:  # the run goes on, and so does this
+            self._fail(seen, error)
+
+    def _fingerprint(self, seen: Seen) -> tuple[object, ...]:
+        """The sources, and whether what was made of them is there."""
+        return (seen.sources, *(_stamp(Path(each)) for each in self._outcome.published))
+
+    def _make_current(self, seen: Seen) -> None:
+        request = pinned(self._request.merge, seen)
+        first, self._made = self._made is None and self._failed is None, None
+        published = current(request) if first else None
+        sources = [ref.iteration for ref in seen.refs]
+        numbers = {"iteration": seen.end, "sources": sources}
+        if published is not None:
+            text = f"{', '.join(published)} is of iterations {_named(sources)} already"
+            self._events.say(said.CURRENT, text, published=published, **numbers)
+        else:
+            start_s = time.monotonic()
+            published = self._merged(seen)
+            seconds = time.monotonic() - start_s
+            text = f"{', '.join(published)} of iterations {_named(sources)}, in {seconds:.1f} s"
+            self._events.say(
+                said.PUBLISHED, text, published=published, seconds=round(seconds, 3), **numbers
+            )
+        self._outcome = Outcome(seen.end, published, None, None)
+        self._made, self._failed = self._fingerprint(seen), None
+        point("watched", 0)
+        try:
+            self._evaluate(seen.end, published)
+            self._delete_old(published)
+        except (PmaError, OSError) as error:  # the average is there
+            self._events.say(said.FAILED, f"after the merge: {error}", error=str(error))
+
+    def _merged(self, seen: Seen) -> tuple[str, ...]:
+        launch = self._request.launch
+        if launch is not None:
+            return merged_by(launch, self._request.words, seen.end)
+        return merge(pinned(self._request.merge, seen), show=self._show).published
+
+    def _wait(self, why: str) -> None:
+        if why != self._outcome.waiting:
+            self._events.say(said.WAITING, why)
+        self._stands(waiting=why)
+
+    def _stands(self, *, waiting: str | None) -> None:
+        at = self._outcome
+        self._outcome = Outcome(at.iteration, at.published, at.failed if waiting else None, waiting)
+
+    def _fail(self, seen: Seen, error: Exception) -> None:
+        self._failed, self._failed_s = _every_file(seen), time.monotonic()
+        text = f"{type(error).__name__}: {error}"
+        numbers = {"iteration": seen.end, "sources": [ref.iteration for ref in seen.refs]}
+        self._events.say(said.FAILED, text, error=text, **numbers)
+        self._outcome = Outcome(self._outcome.iteration, self._outcome.published, text, None)
+
+    def _evaluate(self, iteration: int, published: Sequence[str]) -> None:
+        """Run the command, unless the file of events says that it was run for this very average."""
+        command = self._request.evaluate
+        if command is None:
+            return
+        stamps = [list(_stamp(Path(each)) or ()) for each in published]
+        done = (e for e in self._events.earlier() if e.get("event") == said.EVALUATED)
+        if any(e.get("stamps") == stamps and e.get("command") == command for e in done):
+            return
+        environment = {"PMA_ITERATION": str(iteration)}
+        for each in published:
+            exported = _is_export(Path(each))
+            environment.setdefault("PMA_EXPORT" if exported else "PMA_AVERAGE", each)
+        code, _ = run(command, environment, read=False)
+        text = f"{command}: exit code {code} for iteration {iteration}"
+        fields = {"command": command, "code": code, "iteration": iteration, "stamps": stamps}
+        self._events.say(said.EVALUATED, text, **fields)
+
+    def _delete_old(self, published: Sequence[str]) -> None:
+        if self._request.keep is None:
+            return
+        for root in dict.fromkeys(Path(p).parent for p in published if not _is_export(Path(p))):
+            wanted = PruneRequest(root=str(root), keep_last=self._request.keep)
+            for row in prune(wanted, delete=True).rows:
+                if row.deleted:
+                    folder = row.ref.folder
+                    text = f"{folder}, an old average"
+                    self._events.say(said.DELETED, text, folder=folder, bytes=row.bytes)
+
+
+def _every_file(seen: Seen) -> tuple[object, ...]:
+    """The run, and every file of the sources: one that was damaged may have been restored."""
+    found: list[object] = [seen.run]
+    for ref in seen.refs:
+        with contextlib.suppress(OSError):
+            found.append(stamps_of(Path(ref.folder)))
+    return tuple(found)
+
+
+def _named(iterations: Sequence[int | None]) -> str:
+    return visible(", ".join(map(str, iterations)))
+
+
+def _is_export(folder: Path) -> bool:
+    return read_json(folder / MARKER_FILE).get("kind") == EXPORT
+
+
+def _stamp(folder: Path) -> tuple[int, int] | None:
+    """What tells one average of a name from another."""
+    try:
+        stat = (folder / MARKER_FILE).stat()
+    except OSError:
+        return None
+    return stat.st_ino, stat.st_mtime_ns

@@ -1,0 +1,110 @@
+"""What a watch follows, and what it does with each average."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pma_megatron.base.durations import parse_duration
+from pma_megatron.base.settings import described, needed, setting
+from pma_megatron.base.spelling import given, named
+from pma_megatron.errors import UsageError
+from pma_megatron.merging.request import MergeRequest
+
+_FIXED = ("paths", "iterations", "tokens", "end_iteration")
+
+
+@described
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WatchRequest:
+    """An average that follows a run.
+
+    Raises:
+        UsageError: values out of range, or an average that cannot follow a run.
+
+    >>> request = WatchRequest(merge=MergeRequest(load="/ckpts/run", save="/ckpts/run-pma"))
+    >>> request.poll_s, request.keep
+    (60.0, None)
+    """
+
+    merge: MergeRequest = field(
+        metadata=needed("the average, whose selection ends wherever the run is", of=())
+    )
+    poll_s: float = setting(
+        60.0,
+        "how long to wait between two looks at the run, e.g. 30, 5m",
+        metavar="S",
+        read=parse_duration,
+        shown="60",
+    )
+    once: bool = setting(False, "look once, make the average current, and end")
+    until_iteration: int | None = setting(
+        None, "end when the average of this iteration or a later one is current", metavar="I"
+    )
+    keep: int | None = setting(None, "delete old averages, all but the newest so many", metavar="K")
+    evaluate: str | None = setting(
+        None,
+        "shell command for each average: PMA_AVERAGE is its folder, PMA_EXPORT that of the model, "
+        "PMA_ITERATION its iteration",
+        metavar="CMD",
+    )
+    events: Path | None = setting(
+        None, "file to which every event is added, a line of JSON each", metavar="FILE", read=Path
+    )
+    launch: str | None = setting(
+        None,
+        "what starts the ranks of a merge, e.g. 'torchrun --nproc-per-node 8'; without it this "
+        "process merges",
+        metavar="CMD",
+    )
+    words: tuple[str, ...] = setting(
+        (), "the merge as it was typed, for the command of `launch`", of=()
+    )
+
+    def __post_init__(self) -> None:
+        self.merge.refuse_no_output()
+        for name in _FIXED:
+            if getattr(self.merge.selection, name) is not None:
+                raise UsageError(
+                    f"{named(name)} says where an average ends for good, and this one follows the "
+                    "run: leave it out, or use pma merge"
+                )
+        for name in ("keep", "until_iteration"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{named(name)} must be at least 1, got {value}")
+        if self.poll_s <= 0:
+            raise UsageError(f"{named('poll_s')} must be more than 0, got {self.poll_s}")
+        if self.keep is not None and self.merge.save is None:
+            raise UsageError(
+                f"{given('keep', self.keep)} has no effect on an export, of which there is one: "
+                f"leave it out, or give {named('save')}"
+            )
+        for name in ("evaluate", "launch"):
+            if getattr(self, name) is not None and not getattr(self, name).strip():
+                raise UsageError(f"{named(name)} is empty: say which command, or leave it out")
+        if self.launch is not None:
+            _refuse_half_a_word(self.launch)
+        folders = self.merge.load, self.merge.save
+        if folders[1] is not None and len({os.path.realpath(each) for each in folders if each}) < 2:
+            raise UsageError(
+                f"{given('save', folders[1])} is the run's own folder: its tracker and retention "
+                f"would take the average for a checkpoint of the run. Use {folders[1]}-pma"
+            )
+
+    @property
+    def place(self) -> tuple[Path, str]:
+        """The folder of which one watch at a time has charge, and a name for its lock."""
+        if self.merge.save is not None:
+            return Path(self.merge.save), "watch"
+        export = Path(str(self.merge.export)).absolute()
+        return export.parent, f"watch-{export.name}"
+
+
+def _refuse_half_a_word(launch: str) -> None:
+    try:
+        shlex.split(launch)
+    except ValueError as error:
+        raise UsageError(f"{named('launch')} {launch!r} is no command: {error}") from error

@@ -1,0 +1,142 @@
+"""What lies there: which checkpoints the average takes now, and whether it has been made of them.
+
+Nothing is remembered but what was seen: a watch that starts anew finds the average by its
+`pma.json`, compares it with the plan of the moment, and its age with that of its sources.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from pma_megatron.base.comm import Comm
+from pma_megatron.base.once import once_each
+from pma_megatron.errors import PmaError, SelectionError
+from pma_megatron.formats import registry
+from pma_megatron.formats.json_files import read_json
+from pma_megatron.formats.marker import MARKER_FILE
+from pma_megatron.formats.output import Folder
+from pma_megatron.merging.job import plan
+from pma_megatron.merging.leftovers import Target, unfinished
+from pma_megatron.merging.planning import MergePlan
+from pma_megatron.merging.request import MergeRequest
+from pma_megatron.merging.targets import is_of, targets
+from pma_megatron.runs.discover import choose, list_checkpoints, pointers_of
+from pma_megatron.runs.marks import Mark, mark, unchanged
+from pma_megatron.runs.refs import CheckpointRef, iteration_of
+from pma_megatron.runs.trackers import read_pointers
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A run at one moment.
+
+    Attributes:
+        refs: the sources of the average, oldest first; () if it cannot be made.
+        waiting: why it cannot.
+        sources: what tells them from those of another moment.
+        run: the same of all checkpoints of the run.
+    """
+
+    refs: tuple[CheckpointRef, ...]
+    waiting: str | None
+    sources: tuple[tuple[str, Mark], ...]
+    run: tuple[tuple[str, str, Mark], ...]
+
+    @property
+    def end(self) -> int:
+        """Iteration of the average."""
+        return iteration_of(self.refs[-1])
+
+
+class Looks:
+    """Looks at one run; what has not changed is not opened again."""
+
+    def __init__(self, request: MergeRequest) -> None:
+        self._request, self._root = request, Path(request.load)
+        self._refs: list[CheckpointRef] = []
+        self._marks: dict[str, Mark] = {}
+
+    @once_each()
+    def look(self) -> Seen:
+        """Which checkpoints the average takes now."""
+        try:
+            known = unchanged(self._root, self._refs, self._marks)
+            refs = list_checkpoints(self._root, known=known)
+            self._refs, self._marks = refs, {ref.path: mark(self._root, ref) for ref in refs}
+            chosen = self._chosen(refs)
+            waiting = None
+        except (PmaError, OSError) as error:
+            chosen, waiting = (), str(error)
+        return Seen(
+            refs=chosen,
+            waiting=waiting,
+            sources=tuple((ref.path, self._marks[ref.path]) for ref in chosen),
+            run=tuple((ref.path, ref.state, self._marks[ref.path]) for ref in self._refs),
+        )
+
+    def _chosen(self, refs: list[CheckpointRef]) -> tuple[CheckpointRef, ...]:
+        found = pointers_of(self._root)
+        for pointer in (found or {}).values():
+            if pointer.problem is not None and not pointer.missing:
+                # Training may be writing it: what it said before, or will say, decides the end.
+                raise SelectionError(f"{self._root} {pointer.problem}")
+        selection = choose(refs, self._request.widest(), self._root, found)
+        if any(ref.iteration is None for ref in selection.refs):
+            raise SelectionError(f"{selection.refs[-1].path} has no iteration to follow")
+        return selection.refs
+
+
+def pinned(request: MergeRequest, seen: Seen) -> MergeRequest:
+    """The merge of what was seen, wherever the run has gone meanwhile; it replaces an earlier."""
+    selection = replace(request.selection, end_iteration=seen.end)
+    return replace(request, selection=selection, overwrite=True)
+
+
+def current(request: MergeRequest) -> tuple[str, ...] | None:
+    """The folders that this merge would make, if all of them are there as it would make them.
+
+    Raises:
+        PmaError: the merge would be refused.
+    """
+    made = plan(request, Comm())
+    wanted = targets(made, "plan")
+    whole = all(_is_current(each, made) for each in wanted)
+    return tuple(str(each.final) for each in wanted) if whole else None
+
+
+def _is_current(target: Target, made: MergePlan) -> bool:
+    if not is_of(target, made) or unfinished(target) or not _is_named(target, made):
+        return False
+    begun_ns = _begun_ns(read_json(target.final / MARKER_FILE))
+    return all(_is_older(Path(source.path), source.stamps, begun_ns) for source in made.sources)
+
+
+def _is_named(target: Target, made: MergePlan) -> bool:
+    """Whether the tracker beside a checkpoint, if its trainer has one, names it."""
+    if target.folder is not Folder.CHECKPOINT or made.save.inside:
+        return True
+    newest = made.sources[-1]
+    tracker = registry.get(newest.format, newest.path).tracker
+    if tracker.file is None or tracker.content_of(target.final.name) is None:
+        return True
+    pointer = read_pointers(target.root).get(newest.format)
+    return pointer is not None and pointer.folder == target.final.name
+
+
+def _begun_ns(said: dict[str, Any]) -> int:
+    """When the merge began, or a little before; sources that are newer were not what it read."""
+    created = datetime.fromisoformat(str(said["created"])).timestamp()
+    return int((created - sum(said["seconds"].values()) - 1) * 10**9)
+
+
+def _is_older(folder: Path, names: Iterable[str], begun_ns: int) -> bool:
+    """Whether no file of a source was written since; a copy with old times was written anew too."""
+    for name in names:
+        stat = (folder / name).stat()
+        if max(stat.st_mtime_ns, stat.st_ctime_ns) >= begun_ns:
+            return False
+    return True
