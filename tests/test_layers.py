@@ -119,6 +119,7 @@ INSIDE = {
         planning
         leftovers rate source_checksums verification
         publish targets
+        structure
         carrying exported finishing journal listing recompute report
         provenance resuming
         inspection job published

@@ -39,6 +39,7 @@ from pma_megatron.merging.publish import Target
 from pma_megatron.merging.report import MergeReport, describe_plan
 from pma_megatron.merging.request import MergeRequest, in_its_words
 from pma_megatron.merging.source_checksums import Compared, checked
+from pma_megatron.merging.structure import structure
 from pma_megatron.runs.notices import moves_back
 from pma_megatron.transfer.blocks import BlockWriter, FolderWriters
 from pma_megatron.transfer.checksums import Checksums, ScatteredChecksums
@@ -309,15 +310,8 @@ def _finish(
     compared: Compared,
     carried: Mapping[str, FileSum],
 ) -> None:
-    parts, output = comm.collect(own), plan.outputs[target.output]
-    layout = plan.layouts[target.folder]
-    whole: list[finishing.Structured] = []  # of rank 0, which alone has use for it
-
-    def structure() -> None:
-        found = finishing.structure(layout, target, parts)
-        whole.append(replace(found, sums={**found.sums, **carried}))
-
-    comm.on_main("structure", structure)
+    layout, output = plan.layouts[target.folder], plan.outputs[target.output]
+    found = structure(layout, target, own, comm)
     listed: dict[str, str] = {}
     if layout.digests is not None:
         names = [name for name in sorted(layout.files) if layout.digests.lists(name)]
@@ -326,7 +320,9 @@ def _finish(
     def finish() -> None:
         size = comm.size
         made = provenance.provenance(plan, output, target.folder, size, clock.seconds, compared)
-        finishing.finish(layout, target, whole[0], made, cards(layout, made), listed)
+        assert found is not None
+        whole = replace(found, sums={**found.sums, **carried})
+        finishing.finish(layout, target, whole, made, cards(layout, made), listed)
 
     comm.on_main("finish", finish)
 
