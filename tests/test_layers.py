@@ -168,8 +168,8 @@ INSIDE = {
         average
     """,
     "retention": """
-        request unfinished
-        keeping
+        freed request surroundings
+        keeping unfinished
         decision
         pruning
     """,
