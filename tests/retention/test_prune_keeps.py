@@ -191,7 +191,8 @@ def test_models_of_others_stay_and_are_not_what_training_resumes_from(run: Path)
 
 def test_an_iteration_that_is_there_twice(run: Path) -> None:
     """A window counts it once, and both stay."""
-    shutil.copytree(folder_of(run, 6), run / "iter_6")
+    shutil.copytree(folder_of(run, 6), run / "iter_00000006")
+    assert [ref.state for ref in list_checkpoints(run)] == ["complete"] * 5
     deleted_ones = deleted(run, keep_window=(parse_window("last=3"),))
     assert deleted_ones == [2]
     assert left(run) == [4, 6, 6, 8]
