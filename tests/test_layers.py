@@ -94,7 +94,7 @@ INSIDE = {
         refs
         describe gaps marks selection_request spacing
         selection torn
-        discover
+        discover trainer_retention
         notices
     """,
     "transfer": """
@@ -119,6 +119,7 @@ INSIDE = {
         planning
         leftovers rate source_checksums verification
         publish targets
+        structure
         carrying exported finishing journal listing recompute report
         provenance resuming
         inspection job published

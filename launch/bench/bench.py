@@ -24,6 +24,7 @@ import contextlib
 import json
 import mmap
 import os
+import re
 import shlex
 import shutil
 import statistics
@@ -110,6 +111,7 @@ class Bench:
         self.out = Path(chosen.work or f"{str(chosen.load).rstrip('/')}-out")
         self.times = {setting: Times() for setting in chosen.settings}
         self.peer_s: list[float] = []
+        self.peer_stage_s: list[float] = []
         self.moved: dict[str, Bytes] = {}
         self.kernels: list[str] = []
         self.block_bytes = chosen.floor_block
@@ -158,8 +160,14 @@ class Bench:
 
         def run() -> float:
             start_s = time.perf_counter()
-            subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
-            return time.perf_counter() - start_s
+            done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
+            whole_s = time.perf_counter() - start_s
+            if self.chosen.peer_says:
+                said = re.search(self.chosen.peer_says, done.stdout)
+                if said is None:
+                    raise SystemExit(f"the peer did not say {self.chosen.peer_says}")
+                self.peer_stage_s.append(float(said[1]))
+            return whole_s
 
         return self._clean(run)
 
@@ -225,6 +233,7 @@ class Bench:
             "bytes": {name: asdict(moved) for name, moved in self.moved.items()},
             "settings": {str(s): summary(times) for s, times in self.times.items()},
             "peer_s": self.peer_s,
+            "peer_stage_s": self.peer_stage_s,
             "peer_median_s": statistics.median(self.peer_s) if self.peer_s else None,
         }
 
@@ -267,6 +276,9 @@ def main() -> None:
         "--torch", action="store_true", help="also merge without the kernel in C: torch sums"
     )
     parser.add_argument("--peer", metavar="CMD", help="another program; {out} is an empty folder")
+    parser.add_argument(
+        "--peer-says", metavar="REGEX", help="finds the seconds of its merge in what it prints"
+    )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the result here")
     chosen = parser.parse_args()
     bench, console = Bench(chosen), Console()

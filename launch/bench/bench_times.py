@@ -130,3 +130,12 @@ def show(result: dict[str, Any], console: Console) -> None:
     console.print(f"summed by {' and '.join(result['kernels'])}")
     if result["peer_median_s"] is not None:
         console.print(f"peer: {result['peer_median_s']:.2f} s (median, start-up included)")
+    if result["peer_stage_s"]:
+        stage_s = statistics.median(result["peer_stage_s"])
+        for name, row in result["settings"].items():
+            times = zip(result["peer_stage_s"], row["rounds"]["merge_s"], strict=True)
+            ratios = [peer / ours for peer, ours in times]
+            console.print(
+                f"{name}: the peer's merge takes {statistics.median(ratios):.1f} times as long "
+                f"({min(ratios):.1f} to {max(ratios):.1f}); its median is {stage_s:.2f} s"
+            )

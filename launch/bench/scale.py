@@ -2,6 +2,7 @@
 
     python launch/bench/scale.py /tmp/scale --model 70b --ranks 2
     python launch/bench/scale.py /tmp/scale --model 671b --ranks 8 --json result.json
+    python launch/bench/scale.py /tmp/scale --model 671b --stages plan simulate --latency-ms 2
 
 Writes a run of `--count` checkpoints of true metadata and sparse payload (`scale_models`,
 `scale_files`), unless DIR has it, then lists it, plans the average of the last `--last` and merges
@@ -21,16 +22,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import scale_simulation
 import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 from scale_files import write_run
 from scale_models import MODELS, save_tiny
+from scale_simulation import Storage
 from torch.distributed import distributed_c10d as c10d
 
 from pma_megatron.base import memory
@@ -49,7 +52,8 @@ from pma_megatron.transfer.checksums import Checksums
 
 TIMEOUT_S = 3 * 3600
 MIB = 1 << 20
-STAGES = ("list", "plan", "merge")
+SIMULATED = [8, 64, 512, 4096]
+STAGES = ("list", "plan", "merge", "simulate")
 
 
 @dataclass
@@ -142,9 +146,13 @@ def measure(
     if "list" in stages and rank == 0:
         with meter.stage("list"):
             list_checkpoints(request.load)
-    if "plan" in stages or "merge" in stages:
+    found: dict[str, Any] = {}
+    if {"plan", "merge", "simulate"} & set(stages):
         with meter.stage("plan"):
             plan = make_plan(request, comm)
+    if "simulate" in stages and rank == 0:
+        found["work"] = scale_simulation.work_of(plan)
+        found["finish_s"] = scale_simulation.finish_s(plan.layout)
     if "merge" in stages:
         mine = share(plan.units, comm.rank, comm.size)
         averages = [unit for unit in mine if isinstance(unit, AverageUnit)][:units]
@@ -156,7 +164,7 @@ def measure(
                 writer = FolderWriters({Folder.CHECKPOINT: BlockWriter(Path(out), Checksums())})
                 engine.run(plan, averages, [writer], comm, comm.team, lambda _: None, {})
                 writer.close()
-    return {name: asdict(cost) for name, cost in meter.costs.items()}
+    return found | {name: asdict(cost) for name, cost in meter.costs.items()}
 
 
 def make_run(folder: Path, model: str, layout: str, count: int) -> Path:
@@ -184,7 +192,7 @@ def show(model: str, results: list[dict[str, Any]]) -> None:
     for column in ("stage", "cpu s", "all ranks", "wall s", "peak", "received", "opens", "reads"):
         table.add_column(column, justify="left" if column == "stage" else "right")
     for stage in STAGES:
-        costs = [Cost(**each[stage]) for each in results if stage in each]
+        costs = [Cost(**each[stage]) for each in results if stage in each and stage != "simulate"]
         if costs:
             table.add_row(
                 stage,
@@ -211,6 +219,11 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=["list", "plan"])
     parser.add_argument("--units", type=int, default=4, help="that each rank merges, at most")
     parser.add_argument("--json", type=Path, help="file for the figures")
+    simulated = parser.add_argument_group("what the stage `simulate` is given")
+    simulated.add_argument("--simulated-ranks", type=int, nargs="+", default=SIMULATED)
+    for each in fields(Storage):
+        flag = f"--{each.name.replace('_', '-')}"
+        simulated.add_argument(flag, type=type(each.default), default=each.default)
     chosen = parser.parse_args()
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # megatron-core's, about missing CUDA parts
     chosen.folder.mkdir(parents=True, exist_ok=True)
@@ -225,6 +238,13 @@ def main() -> None:
     settings = (request, tuple(chosen.stages), chosen.units)
     results = run_ranks(measure, chosen.ranks, *settings, timeout_s=TIMEOUT_S)
     show(chosen.model, results)
+    if "simulate" in chosen.stages:
+        storage = Storage(**{each.name: getattr(chosen, each.name) for each in fields(Storage)})
+        work, finish_s = results[0].pop("work"), results[0].pop("finish_s")
+        plan_s = max(each["plan"]["cpu_s"] for each in results)
+        ranks = chosen.simulated_ranks
+        rows = scale_simulation.show(work, storage, ranks, plan_s, finish_s)
+        results[0]["simulate"] = rows
     if chosen.json is not None:
         chosen.json.write_text(json.dumps(results, indent=1))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
@@ -210,6 +210,10 @@ class PieceIndex(Generic[P]):
         """Index `pieces`; `disjoint` False where they may overlap (replicas, several targets)."""
         self._given: Iterable[Piece[P]] = pieces if isinstance(pieces, Sequence) else tuple(pieces)
         self._disjoint = disjoint
+        # Some sequences (`formats.pieces`) find them by themselves.
+        self._touching: Callable[[Box], list[Piece[P]]] | None = getattr(
+            self._given, "touching", None
+        )
         self._sorted: list[Piece[P]] | None = None
         self._offsets: list[tuple[int, ...]] = []
         self._longest: tuple[int, ...] = ()
@@ -224,6 +228,8 @@ class PieceIndex(Generic[P]):
 
     def touching(self, box: Box) -> list[Piece[P]]:
         """Pieces that overlap `box`."""
+        if self._touching is not None:
+            return self._touching(box)
         pieces = self._ready()
         if not box.offsets or not pieces:
             return list(pieces)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from isal import isal_zlib
 
 from pma_megatron.base import steps
 from pma_megatron.base.durations import format_duration
@@ -29,6 +31,7 @@ from pma_megatron.errors import PmaError, RankError, UsageError
 T = TypeVar("T")
 # Of collectives: what they fail with says less than `presence`, which must have had its time.
 _LEAST_TIMEOUT_S = 1800.0
+_LARGE_BYTES = 1 << 16
 _OF_THE_GROUP = "the time allowed is that of the process group"
 _entangled = False
 
@@ -206,9 +209,10 @@ class Comm:
         """The value of global rank `source`, on every rank."""
         if self.size == 1:
             return value
-        box = [value]
+        is_source = self.rank == source
+        box = [_packed(value) if is_source else None]
         self._together(lambda: dist.broadcast_object_list(box, src=source))
-        return box[0]
+        return value if is_source else _unpacked(box[0])
 
     def wait_for(self, work: Any, mates: Collection[int]) -> None:
         """Wait for a collective of some ranks; raises as `Team.reduce`."""
@@ -263,6 +267,19 @@ class Comm:
             assert self._presence is not None
             _leave(self._presence, stop, f" in stage {stage!r}")
             raise
+
+
+def _packed(value: Any) -> tuple[bool, Any]:
+    """A value as it is broadcast: compressed where it is large, as plans of large models are."""
+    data = pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
+    if len(data) < _LARGE_BYTES:
+        return False, value
+    return True, isal_zlib.compress(data, 1)
+
+
+def _unpacked(packed: Any) -> Any:
+    large, content = packed
+    return pickle.loads(isal_zlib.decompress(content)) if large else content
 
 
 def _leave(presence: Presence, stop: KeyboardInterrupt, where: str) -> None:

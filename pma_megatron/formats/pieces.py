@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, overload
 
@@ -31,7 +33,7 @@ class StoredPieces(Sequence[Piece[Payload]]):
     (Box(offsets=(2,), sizes=(2,)), 300)
     """
 
-    __slots__ = ("dtype", "file", "files", "lengths", "offsets", "sizes", "starts")
+    __slots__ = ("_grid", "dtype", "file", "files", "lengths", "offsets", "sizes", "starts")
 
     def __init__(
         self,
@@ -44,6 +46,7 @@ class StoredPieces(Sequence[Piece[Payload]]):
         lengths: np.ndarray,
     ) -> None:
         self.dtype, self.files = dtype, files
+        self._grid: tuple[Any] | None = None
         columns = (offsets, sizes, file, starts, lengths)
         self.offsets, self.sizes, self.file, self.starts, self.lengths = map(narrow, columns)
 
@@ -59,8 +62,10 @@ class StoredPieces(Sequence[Piece[Payload]]):
             return tuple(self._made(place))
         if not -len(self) <= place < len(self):
             raise IndexError(place)
-        place %= len(self)
-        return next(self._made(slice(place, place + 1)))
+        box = Box(tuple(self.offsets[place].tolist()), tuple(self.sizes[place].tolist()))
+        file = self.files[self.file[place]]
+        item = Item(file, int(self.starts[place]), int(self.lengths[place]))
+        return Piece(box, Payload(item, self.dtype, box.numel))
 
     def __iter__(self) -> Iterator[Piece[Payload]]:
         return self._made(slice(None))
@@ -72,6 +77,49 @@ class StoredPieces(Sequence[Piece[Payload]]):
         ):
             box = Box(tuple(offsets), tuple(sizes))
             yield Piece(box, Payload(Item(self.files[file], start, length), self.dtype, box.numel))
+
+    def touching(self, box: Box) -> list[Piece[Payload]]:
+        """Pieces that overlap `box`."""
+        cells = self._cells()
+        if cells is None:
+            low, sizes = self.offsets.astype(np.int64), self.sizes.astype(np.int64)
+            at, extent = np.array(box.offsets, np.int64), np.array(box.sizes, np.int64)
+            common = np.maximum(low, at) < np.minimum(low + sizes, at + extent)
+            return [self[int(number)] for number in np.flatnonzero(common.all(axis=1))]
+        size, counts, at_cell = cells
+        ranges = [
+            range(o // s, min((o + n - 1) // s + 1, count))
+            for o, n, s, count in zip(box.offsets, box.sizes, size, counts, strict=True)
+        ]
+        found = []
+        for place in itertools.product(*ranges):
+            cell = 0
+            for index, count in zip(place, counts, strict=True):
+                cell = cell * count + index
+            if at_cell[cell] >= 0:
+                found.append(self[int(at_cell[cell])])
+        return found
+
+    def _cells(self) -> tuple[tuple[int, ...], tuple[int, ...], np.ndarray] | None:
+        """Where all pieces are of one size, and lie at multiples of it: that size, how many there
+        are along each axis, and the number of the piece in each place, -1 for none."""
+        if self._grid is None:
+            self._grid = (self._find_cells(),)
+        return self._grid[0]
+
+    def _find_cells(self) -> tuple[tuple[int, ...], tuple[int, ...], np.ndarray] | None:
+        if not len(self) or not self.sizes.shape[1] or (self.sizes != self.sizes[0]).any():
+            return None
+        size = self.sizes[0].astype(np.int64)
+        if not size.all():
+            return None
+        places, beside = np.divmod(self.offsets.astype(np.int64), size)
+        counts = tuple((places.max(axis=0) + 1).tolist())
+        if beside.any() or math.prod(counts) > 2 * len(self):
+            return None
+        cells = np.full(math.prod(counts), -1, dtype=np.int64)
+        cells[np.ravel_multi_index(tuple(places.T), counts)] = np.arange(len(self))
+        return tuple(size.tolist()), counts, cells
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, (StoredPieces, tuple)):

@@ -20,10 +20,10 @@ from isal import isal_zlib
 from pma_megatron.base.boxes import PieceIndex
 from pma_megatron.base.spelling import left_out
 from pma_megatron.errors import CheckpointError
-from pma_megatron.formats.base import MAIN_PARAM, Payload, StoredRecord
+from pma_megatron.formats.base import MAIN_PARAM, Payload, StoredRecord, Tensor
 from pma_megatron.formats.items import ItemFiles
 from pma_megatron.formats.source import Source
-from pma_megatron.identity.samples import WEIGHT, Stored, largest, largest_first, stored
+from pma_megatron.identity.samples import WEIGHT, Inventory, Stored, Wanted
 
 _SMALLEST_BYTES = 32
 _SAMPLES, _SAMPLE_BYTES = 16, 256
@@ -56,26 +56,28 @@ class Contents:
     whole: Mapping[Place, int] = field(default_factory=dict)
 
 
-def contents_of(source: Source, files: ItemFiles) -> Contents:
+def contents_of(source: Source, pieces: Inventory, files: ItemFiles) -> Contents:
     """Look up the checksums of the largest tensors in every file.
+
+    Args:
+        source: which.
+        pieces: all that it stores.
+        files: its items.
 
     Raises:
         CheckpointError: the source is damaged.
     """
-    reader = _Reader(source, _Checksums(files))
-    every = [each for each in stored(source) if each.nbytes >= _SMALLEST_BYTES]
+    reader = _Reader(source, pieces, _Checksums(files))
     if reader.has_optimizer:
-        moments = reader.checksums(each for each in every if _is_moment(each))
-        mains = reader.checksums(each for each in every if reader.is_main(each))
+        moments, mains = reader.checksums(_is_moment), reader.checksums(reader.is_main)
         trained = {
             file: {**moments.get(file, {}), **mains.get(file, {})} for file in {*moments, *mains}
         }
         if not any(trained.values()):  # moments that began again: all main params, or nothing
-            return Contents(source.path, {}, reader.at_rest(filter(reader.is_main, every)), True)
+            return Contents(source.path, {}, reader.at_rest(reader.is_main), True)
         return Contents(source.path, trained, {}, exact=True)
-    weights = reader.checksums(every)
-    exact = all(each.piece.payload.dtype == torch.float32 for each in every)
-    return Contents(source.path, {}, weights, exact, reader.of_all(every))
+    exact = pieces.holds_only(torch.float32, least_bytes=_SMALLEST_BYTES)
+    return Contents(source.path, {}, reader.checksums(_any), exact, reader.of_all())
 
 
 def refuse_copies(contents: Sequence[Contents], rate_of: Callable[[int], float | None]) -> None:
@@ -140,15 +142,19 @@ def _copied(older: Contents, newer: Contents, same: Sequence[str]) -> Checkpoint
     )
 
 
-def _is_moment(each: Stored) -> bool:
-    return each.state not in (WEIGHT, MAIN_PARAM)
+def _is_moment(state: str, key: str, tensor: Tensor) -> bool:
+    return state not in (WEIGHT, MAIN_PARAM)
+
+
+def _any(state: str, key: str, tensor: Tensor) -> bool:
+    return True
 
 
 class _Reader:
     """What moves in one source, file by file."""
 
-    def __init__(self, source: Source, checksums: _Checksums) -> None:
-        self._source, self._checksums = source, checksums
+    def __init__(self, source: Source, pieces: Inventory, checksums: _Checksums) -> None:
+        self._source, self._pieces, self._checksums = source, pieces, checksums
         states = source.space.states
         self._moments = {state: t for state, t in states.items() if state != MAIN_PARAM}
         self._has_mains = bool(states.get(MAIN_PARAM))
@@ -159,30 +165,29 @@ class _Reader:
         """True unless only weights were saved."""
         return bool(self._source.space.states or self._source.optimizer_keys)
 
-    def is_main(self, each: Stored) -> bool:
+    def is_main(self, state: str, key: str, tensor: Tensor) -> bool:
         """True for main params, and for float32 weights where those are the main params."""
-        if each.state == MAIN_PARAM:
+        if state == MAIN_PARAM:
             return True
-        exact = each.piece.payload.dtype == torch.float32
-        return each.state == WEIGHT and exact and not self._has_mains
+        return state == WEIGHT and tensor.dtype == torch.float32 and not self._has_mains
 
-    def checksums(self, pieces: Iterable[Stored]) -> dict[str, dict[Place, int]]:
+    def checksums(self, wanted: Wanted) -> dict[str, dict[Place, int]]:
         """File -> place -> checksum of the largest pieces there that training moves."""
-        by_file = largest(self._source, pieces).items()
+        by_file = self._pieces.largest(wanted, least_bytes=_SMALLEST_BYTES).items()
         return {file: self._sums(s for s in found if self._moves(s)) for file, found in by_file}
 
-    def at_rest(self, pieces: Iterable[Stored]) -> dict[str, dict[Place, int]]:
+    def at_rest(self, wanted: Wanted) -> dict[str, dict[Place, int]]:
         """The same of the largest pieces that are not zero, whether or not training moves them."""
-        by_file = largest(self._source, pieces).items()
+        by_file = self._pieces.largest(wanted, least_bytes=_SMALLEST_BYTES).items()
         sums = {
             file: self._sums(s for s in found if not self._is_zero(s.piece.payload))
             for file, found in by_file
         }
         return {file: places for file, places in sums.items() if places}
 
-    def of_all(self, pieces: Iterable[Stored]) -> dict[Place, int]:
+    def of_all(self) -> dict[Place, int]:
         """Place -> checksum of the largest pieces, whatever files they are in."""
-        return self._sums(sorted(pieces, key=largest_first)[:_LARGEST])
+        return self._sums(self._pieces.first(_any, _LARGEST, least_bytes=_SMALLEST_BYTES))
 
     def _sums(self, pieces: Iterable[Stored]) -> dict[Place, int]:
         return {
@@ -191,7 +196,7 @@ class _Reader:
         }
 
     def _moves(self, each: Stored) -> bool:
-        if _is_moment(each):
+        if each.state not in (WEIGHT, MAIN_PARAM):
             return not self._is_zero(each.piece.payload)
         if not self._moments:
             return True

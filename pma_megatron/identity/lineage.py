@@ -23,9 +23,9 @@ import torch
 from pma_megatron.base.boxes import Box, PieceIndex
 from pma_megatron.base.spelling import left_out
 from pma_megatron.errors import CheckpointError
-from pma_megatron.formats.base import MAIN_PARAM, Payload, Schedule
+from pma_megatron.formats.base import MAIN_PARAM, Payload, Schedule, Tensor
 from pma_megatron.formats.source import Source
-from pma_megatron.identity.samples import WEIGHT, Stored, file_of, largest, runs, stored
+from pma_megatron.identity.samples import WEIGHT, Inventory, file_of, runs
 from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.transfer.blocks import BlockReader
 
@@ -54,17 +54,20 @@ Values = Mapping[SampledBox, tuple[str, torch.Tensor]]
 """SampledBox -> the file that holds it in a source, and what it holds."""
 
 
-def places_of(source: Source) -> tuple[SampledBox, ...]:
+def places_of(source: Source, pieces: Inventory) -> tuple[SampledBox, ...]:
     """Where to look: in the largest tensors of every file of the newest source."""
     found: list[SampledBox] = []
     mains = source.space.states.get(MAIN_PARAM, {})
-    state = MAIN_PARAM if mains else WEIGHT
-    for wanted in (state, SECOND_MOMENT):
-        named = (s for s in stored(source) if s.key in source.space.weights)
-        pieces = (each for each in named if each.state == wanted and _wide(each))
-        for each in (s for file in largest(source, pieces).values() for s in file[:_PIECES]):
-            boxes = runs(each.piece, source.metadata_digest, _RUN, _RUNS)
-            found += [SampledBox(wanted, each.key, box) for box in boxes]
+    for wanted in (MAIN_PARAM if mains else WEIGHT, SECOND_MOMENT):
+
+        def looked_at(state: str, key: str, tensor: Tensor, wanted: str = wanted) -> bool:
+            wide = state == SECOND_MOMENT or len(tensor.shape) > 1
+            return state == wanted and wide and key in source.space.weights
+
+        for file in pieces.largest(looked_at, most=_PIECES).values():
+            for each in file:
+                boxes = runs(each.piece, source.metadata_digest, _RUN, _RUNS)
+                found += [SampledBox(wanted, each.key, box) for box in boxes]
     return tuple(found)
 
 
@@ -137,10 +140,6 @@ def other_runs(refs: Sequence[CheckpointRef], values: Sequence[Values]) -> dict[
             "average of two runs is of no use"
         )
     return found
-
-
-def _wide(each: Stored) -> bool:
-    return each.state == SECOND_MOMENT or len(each.piece.box.sizes) > 1
 
 
 def _shrunk(before: Values, after: Values, left: float | None) -> tuple[str, str] | None:

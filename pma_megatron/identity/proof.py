@@ -23,6 +23,7 @@ from pma_megatron.identity.lineage import (
 )
 from pma_megatron.identity.optimizer_steps import Steps, refuse_other_steps
 from pma_megatron.identity.rounded import refuse_foreign_weights
+from pma_megatron.identity.samples import Inventory
 from pma_megatron.runs.describe import schedule_of
 from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.transfer.blocks import BlockReader
@@ -62,13 +63,14 @@ def prove(source: Source, newest: Evidence | None, *, main_params: bool) -> Evid
         CheckpointError: it is a mixture of two checkpoints; names the files.
     """
     items = registry.get(source.format, source.path).files(Path(source.path))
+    pieces = Inventory(source)
     with BlockReader(source.path, items) as reader:  # one for all: where an item lies is known then
         if main_params:
-            refuse_foreign_weights(source, reader)
-        places = places_of(source) if newest is None else newest.places
+            refuse_foreign_weights(source, pieces, reader)
+        places = places_of(source, pieces) if newest is None else newest.places
         return Evidence(
             _model(source),
-            contents_of(source, items),
+            contents_of(source, pieces, items),
             places,
             values_at(source, places, reader),
             source.counted_steps,
@@ -87,7 +89,8 @@ def unconfirmed(source: Source, with_main_params: Callable[[], Source]) -> str |
         return None
     try:
         with BlockReader.of(source.format, source.path) as reader:
-            refuse_foreign_weights(with_main_params(), reader)
+            opened = with_main_params()
+            refuse_foreign_weights(opened, Inventory(opened), reader)
     except (CheckpointError, PlanError) as error:
         return (
             f"the weights of {source.path} are averaged as they are, and its own main params do "

@@ -11,22 +11,21 @@ them would cost a second read of the newest source's weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
 from pma_megatron.base.boxes import Box, PieceIndex
 from pma_megatron.base.spelling import left_out
 from pma_megatron.errors import CheckpointError
-from pma_megatron.formats.base import MAIN_PARAM, Payload
+from pma_megatron.formats.base import MAIN_PARAM, Payload, Tensor
 from pma_megatron.formats.flat import rounds_to
 from pma_megatron.formats.source import Source
-from pma_megatron.identity.samples import FLOATING, WEIGHT, Stored, chosen, file_of, runs, stored
+from pma_megatron.identity.samples import FLOATING, WEIGHT, Inventory, Wanted, file_of, runs
 from pma_megatron.transfer.blocks import BlockReader
 
 
-def refuse_foreign_weights(source: Source, reader: BlockReader) -> None:
-    """Compare samples of the weights with those of the main params, as its `reader` reads them.
+def refuse_foreign_weights(source: Source, pieces: Inventory, reader: BlockReader) -> None:
+    """Compare samples of the weights with those of the main params: of the `pieces` of a source, as
+    its `reader` reads them.
 
     What has no main params (frozen layers, buffers, checkpoints of weights alone) proves nothing,
     nor do weights that a checkpoint keeps in 8 bits.
@@ -38,7 +37,7 @@ def refuse_foreign_weights(source: Source, reader: BlockReader) -> None:
         return
     weights: dict[str, PieceIndex[Payload]] = {}
     mains: dict[str, PieceIndex[Payload]] = {}
-    for each in chosen(source, _comparable(source)):
+    for each in pieces.chosen(comparable(source)):
         weight, main = source.space.weights[each.key], source.space.states[MAIN_PARAM][each.key]
         if each.key not in weights:
             weights[each.key] = PieceIndex(weight.pieces)
@@ -52,14 +51,18 @@ def refuse_foreign_weights(source: Source, reader: BlockReader) -> None:
                 raise _mixed(source, each.key, box, theirs, ours)
 
 
-def _comparable(source: Source) -> Iterator[Stored]:
+def comparable(source: Source) -> Wanted:
+    """Weights and main params of what has both, in one shape."""
     mains = source.space.states.get(MAIN_PARAM, {})
-    for each in stored(source):
-        if each.state in (WEIGHT, MAIN_PARAM) and each.key in mains:
-            weight = source.space.weights.get(each.key)
-            alike = weight is not None and weight.shape == mains[each.key].shape
-            if alike and weight is not None and weight.pieces and weight.dtype in FLOATING:
-                yield each
+
+    def wanted(state: str, key: str, _: Tensor) -> bool:
+        weight = source.space.weights.get(key)
+        if weight is None or state not in (WEIGHT, MAIN_PARAM) or key not in mains:
+            return False
+        stored = bool(weight.pieces) and weight.dtype in FLOATING
+        return stored and weight.shape == mains[key].shape
+
+    return wanted
 
 
 def _agree(main: torch.Tensor, weight: torch.Tensor) -> bool:

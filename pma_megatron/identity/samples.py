@@ -6,15 +6,18 @@ A checkpoint is mixed file by file, so every file is sampled, its largest tensor
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from pma_megatron.base.boxes import Box, Piece, flat_range
 from pma_megatron.formats import registry
-from pma_megatron.formats.base import MAIN_PARAM, Payload
+from pma_megatron.formats.base import MAIN_PARAM, Payload, Tensor
+from pma_megatron.formats.pieces import StoredPieces
 from pma_megatron.formats.source import Source
 
 WEIGHT = "weight"
@@ -23,6 +26,7 @@ _UNNAMED = "moment"
 _RUN = 512
 _RUNS = 3
 _PIECES_PER_FILE = 3
+_PIECES = 4096
 _TENSORS = 1024
 
 
@@ -34,51 +38,135 @@ class Stored:
     key: str
     piece: Piece[Payload]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the piece."""
-        return self.piece.box.numel * self.piece.payload.dtype.itemsize
-
 
 def file_of(source: Source, payload: Payload) -> str:
     """What one rank wrote at once: a file, or a parameter's folder in a Universal checkpoint."""
     return registry.get(source.format, source.path).saved_together(payload.item.file)
 
 
-def stored(source: Source) -> Iterator[Stored]:
-    """Every floating piece of a source: weights, main params, moments."""
+def stored(source: Source) -> Iterator[tuple[str, str, Tensor]]:
+    """State, key and tensor of every floating tensor of a source: weights, main params, moments."""
     states: dict[str, Mapping[str, object]] = {WEIGHT: source.space.weights, **source.space.states}
     for state, tensors in states.items():
         for key in tensors:
             tensor = source.tensor(state, key)
             if tensor is not None and tensor.dtype in FLOATING:
-                yield from (Stored(state, key, piece) for piece in tensor.pieces)
+                yield state, key, tensor
     for key, tensor in source.unnamed.items():
         if tensor.dtype in FLOATING:
-            state = MAIN_PARAM if key.endswith(".param") else _UNNAMED
-            yield from (Stored(state, key, piece) for piece in tensor.pieces)
+            yield MAIN_PARAM if key.endswith(".param") else _UNNAMED, key, tensor
 
 
-def largest(source: Source, found: Iterable[Stored]) -> dict[str, list[Stored]]:
-    """The largest pieces of every file."""
-    files: dict[str, list[Stored]] = {}
-    for each in found:
-        files.setdefault(file_of(source, each.piece.payload), []).append(each)
-    return {
-        file: sorted(pieces, key=largest_first)[:_PIECES_PER_FILE] for file, pieces in files.items()
-    }
+Wanted = Callable[[str, str, Tensor], bool]
+"""(state, key, tensor) -> whether its pieces are looked at."""
 
 
-def chosen(source: Source, found: Iterable[Stored]) -> list[Stored]:
-    """Pieces of every file, and of every tensor up to a bound."""
-    every = list(found)
-    picked = {id(s): s for pieces in largest(source, every).values() for s in pieces}
-    tensors: dict[tuple[str, str], Stored] = {}
-    for each in every:
-        tensors.setdefault((each.state, each.key), each)
-    for each in list(tensors.values())[:_TENSORS]:
-        picked.setdefault(id(each), each)
-    return list(picked.values())
+class Inventory:
+    """Every floating piece of a source as columns, of which a few are made.
+
+    The more files there are, the fewer pieces of each are looked at, but of each there is one.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.tensors = [*stored(source)]
+        files = _Files(source)
+        rows = [_columns(tensor.pieces, files) for _, _, tensor in self.tensors]
+        none = np.empty(0, dtype=np.int64)
+        counts = [len(nbytes) for _, nbytes, _ in rows]
+        self._file, self._nbytes, rank = (
+            np.concatenate([none, *(row[axis] for row in rows)]) for axis in range(3)
+        )
+        self._tensor = np.repeat(np.arange(len(rows)), counts)
+        self._place = np.arange(len(self._file)) - np.repeat(np.cumsum([0, *counts])[:-1], counts)
+        named = sorted(range(len(rows)), key=lambda number: self.tensors[number][:2])
+        rank_of = np.empty(len(rows), dtype=np.int64)
+        rank_of[named] = np.arange(len(rows))
+        self._order = np.lexsort((rank, rank_of[self._tensor], -self._nbytes))
+        self._files = [*files.names]
+        self.per_file = max(1, min(_PIECES_PER_FILE, _PIECES // max(1, len(self._files))))
+
+    def largest(
+        self, wanted: Wanted, *, least_bytes: int = 0, most: int | None = None
+    ) -> dict[str, list[Stored]]:
+        """The largest pieces of every file, at most `most` of each."""
+        rows = self._rows(wanted, least_bytes)
+        files = self._file[rows]
+        order = np.argsort(files, kind="stable")
+        first = np.searchsorted(files[order], files[order])
+        rows = rows[
+            order[np.arange(len(order)) - first < min(most or self.per_file, self.per_file)]
+        ]
+        found: dict[str, list[Stored]] = {}
+        for row in rows:
+            found.setdefault(self._files[self._file[row]], []).append(self._made(row))
+        return found
+
+    def first(self, wanted: Wanted, most: int, *, least_bytes: int = 0) -> list[Stored]:
+        """The largest pieces of all files together."""
+        return [self._made(row) for row in self._rows(wanted, least_bytes)[:most]]
+
+    def chosen(self, wanted: Wanted) -> list[Stored]:
+        """Pieces of every file, and of every tensor up to a bound."""
+        picked = [each for pieces in self.largest(wanted).values() for each in pieces]
+        known = {(each.state, each.key, each.piece.box.offsets) for each in picked}
+        named = (each for each in self.tensors if len(each[2].pieces) and wanted(*each))
+        for state, key, tensor in itertools.islice(named, _TENSORS):
+            each = Stored(state, key, tensor.pieces[0])
+            if (state, key, each.piece.box.offsets) not in known:
+                picked.append(each)
+        return picked
+
+    def holds_only(self, dtype: torch.dtype, *, least_bytes: int) -> bool:
+        """Whether all pieces, but short ones, are of this dtype."""
+        return not len(self._rows(lambda _, __, tensor: tensor.dtype != dtype, least_bytes))
+
+    def _rows(self, wanted: Wanted, least_bytes: int) -> np.ndarray:
+        """Rows that are wanted, the largest first."""
+        taken = np.array([wanted(*each) for each in self.tensors], dtype=bool)
+        if not len(taken):
+            return np.empty(0, dtype=np.int64)
+        mask = taken[self._tensor] & (self._nbytes >= least_bytes)
+        rows: np.ndarray = self._order[mask[self._order]]
+        return rows
+
+    def _made(self, row: int) -> Stored:
+        state, key, tensor = self.tensors[self._tensor[row]]
+        return Stored(state, key, tensor.pieces[int(self._place[row])])
+
+
+class _Files:
+    """Numbers of what was written at once."""
+
+    def __init__(self, source: Source) -> None:
+        self._together = registry.get(source.format, source.path).saved_together
+        self.names: dict[str, int] = {}
+
+    def number(self, file: str) -> int:
+        return self.names.setdefault(self._together(file), len(self.names))
+
+
+def _columns(
+    pieces: Sequence[Piece[Payload]], files: _Files
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Per piece: number of its file, bytes, rank by its offsets."""
+    if isinstance(pieces, StoredPieces):
+        used = {number: files.number(pieces.files[number]) for number in np.unique(pieces.file)}
+        table = np.zeros(max(used, default=0) + 1, dtype=np.int64)
+        for number, known in used.items():
+            table[number] = known
+        nbytes = pieces.sizes.astype(np.int64).prod(axis=1) * pieces.dtype.itemsize
+        offsets = pieces.offsets
+        order = np.lexsort(offsets.T[::-1]) if offsets.shape[1] else np.arange(len(pieces))
+        file = table[pieces.file]
+    else:
+        file = np.array([files.number(p.payload.item.file) for p in pieces], dtype=np.int64)
+        sizes = [p.box.numel * p.payload.dtype.itemsize for p in pieces]
+        nbytes = np.array(sizes, dtype=np.int64)
+        boxes = [p.box.offsets for p in pieces]
+        order = np.array(sorted(range(len(boxes)), key=boxes.__getitem__), dtype=np.int64)
+    rank = np.empty(len(order), dtype=np.int64)
+    rank[order] = np.arange(len(order))
+    return file, nbytes, rank
 
 
 def runs(piece: Piece[Payload], seed: str, length: int = _RUN, count: int = _RUNS) -> Iterator[Box]:
@@ -89,8 +177,3 @@ def runs(piece: Piece[Payload], seed: str, length: int = _RUN, count: int = _RUN
     starts = {0, *(draw.randrange(numel - length + 1) for _ in range(count - 1))}
     for start in sorted(starts):
         yield from (box for box, _ in flat_range(piece.box, start, start + length))
-
-
-def largest_first(each: Stored) -> tuple[int, str, str, tuple[int, ...]]:
-    """What to sort by, so that the largest come first, and always in the same order."""
-    return -each.nbytes, each.state, each.key, each.piece.box.offsets

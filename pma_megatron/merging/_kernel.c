@@ -287,6 +287,12 @@ INLINE void store(
     }
 }
 
+INLINE int all_finite(const double *values, Py_ssize_t n) {
+    int finite = 1;
+    for (Py_ssize_t i = 0; i < n; i++) finite &= values[i] - values[i] == 0.0;
+    return finite;
+}
+
 INLINE int chunk(const Job *job, const Sum *how, Py_ssize_t at, Py_ssize_t n, int set) {
     float values[CHUNK];
     double wide[CHUNK];
@@ -308,10 +314,10 @@ INLINE int chunk(const Job *job, const Sum *how, Py_ssize_t at, Py_ssize_t n, in
         if (divisor != 1.0f) divide(values, n, divisor);
     }
     uint32_t greatest = greatest_bits(values, n);
-    int finite = fits(greatest, 'f');
+    int finite = how->wide ? all_finite(wide, n) : fits(greatest, 'f');
     for (Py_ssize_t k = how->first_out; k < how->first_out + how->outs; k++) {
         store(job->out + k, values, wide, at, n, set);
-        finite &= fits(greatest, job->out[k].kind);
+        finite &= job->out[k].kind == 'd' || fits(greatest, job->out[k].kind);
     }
     return finite;
 }
@@ -813,7 +819,8 @@ PyDoc_STRVAR(
     "kinds: a letter per source: b bfloat16, h float16, f float32, d float64.\n"
     "sums: a tuple per output: weights (float per source; 0 leaves it out), divisor, whether it\n"
     "is summed in float64, tuple of writable buffers, and a letter for each of them.\n\n"
-    "Returns whether every average is finite, as float32 and as it is stored. Releases the GIL."
+    "Returns whether every average is finite, as it is summed and as it is stored. Releases the "
+    "GIL."
 );
 
 static PyObject *py_average(PyObject *module, PyObject *arguments) {

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pma_megatron.base.boxes import Box
-from pma_megatron.base.spelling import given, left_out
+from pma_megatron.base.spelling import given, left_out, named, override
 from pma_megatron.errors import CheckpointError, PlanError, RankError
 from pma_megatron.formats import registry
 from pma_megatron.merging.sums import Sum, average, prepared
@@ -271,24 +271,11 @@ class Accumulator:
                 f"{task.key} is not finite in a source that another rank reads, or too large there"
             )
         for how, out in zip(work.sums, work.outputs, strict=True):
-            self._refuse_too_large(task, block, _largest(how, values), out.dtypes)
+            _refuse_too_large(task, block, _largest(how, values), out.dtypes)
         raise CheckpointError(
-            f"{task.key} at {block.offsets} overflows float32 with these coefficients, though "
-            "every source is finite: use coefficients that sum to 1"
+            f"the sum of {task.key} at {block.offsets} over all sources leaves float32, though "
+            f"each is finite: keep the newest's with {override(task.key, 'newest')}"
         )
-
-    def _refuse_too_large(
-        self, task: Average, block: Box, largest: float, dtypes: Sequence[torch.dtype]
-    ) -> None:
-        for dtype in dtypes:
-            rounded = torch.tensor(largest, dtype=torch.float64).float().to(dtype)
-            if dtype.itemsize < 4 and bool(torch.isinf(rounded)):
-                raise CheckpointError(
-                    f"the average of {task.key} reaches {largest:g} in the block at "
-                    f"{block.offsets}, and {str(dtype).removeprefix('torch.')} ends at "
-                    f"{torch.finfo(dtype).max:g}: take {given('dtype', 'bf16')} or "
-                    f"{given('dtype', 'fp32')}"
-                )
 
     def refuse_nan(self, task: Average, block: Box, number: int, data: torch.Tensor) -> None:
         count = int((~torch.isfinite(data)).sum())
@@ -309,6 +296,25 @@ class Accumulator:
         """
         pairs = zip(work.outputs, averages, strict=True)
         return sum(out.write(block, first, rounded) for out, rounded in pairs)
+
+
+def _refuse_too_large(
+    task: Average, block: Box, largest: float, dtypes: Sequence[torch.dtype]
+) -> None:
+    for dtype in dtypes:
+        ends = torch.finfo(dtype).max
+        if torch.isinf(torch.tensor(largest, dtype=torch.float64).to(dtype)):
+            wider = f"{given('dtype', 'bf16')} or {given('dtype', 'fp32')}"
+            instead = (
+                f"take {wider}"
+                if largest <= torch.finfo(torch.bfloat16).max
+                else f"leave out {named('dtype')}, so that a checkpoint keeps it in float64, which "
+                f"no exported model has, or leave it out with {override(task.key, 'drop')}"
+            )
+            raise CheckpointError(
+                f"the average of {task.key} reaches {largest:g} in the block at {block.offsets}, "
+                f"and {str(dtype).removeprefix('torch.')} ends at {ends:g}: {instead}"
+            )
 
 
 def _largest(how: Sum, values: Sequence[torch.Tensor]) -> float:

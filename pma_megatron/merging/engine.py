@@ -12,8 +12,8 @@ import contextlib
 import itertools
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar
 
@@ -153,7 +153,7 @@ def blocks(box: Box, limit: int) -> Iterator[tuple[int, Box]]:
 
 
 def over_threads(
-    units: Sequence[U], threads: int, do: Callable[[U, S], None], space: Callable[[], S]
+    units: Iterable[U], threads: int, do: Callable[[U, S], None], space: Callable[[], S]
 ) -> None:
     """Threads take units from one list until it is empty or something fails.
 
@@ -188,6 +188,15 @@ def over_threads(
     _raise_first(futures)
 
 
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A unit whose bytes are found, and on their way."""
+
+    work: Work
+    streamed: Sequence[streaming.Range]
+    is_cold: bool
+
+
 @dataclass(slots=True)
 class _Job:
     add: Accumulator
@@ -210,36 +219,57 @@ class _Job:
 
     def run_alone(self, units: Sequence[Unit]) -> None:
         """Every unit, by any thread."""
-        over_threads(units, self.threads, self._do, lambda: Workspace(len(self.add.writers)))
 
-    def _do(self, unit: Unit, space: Workspace) -> None:
+        def do(each: tuple[Unit, Future[_Found] | None], space: Workspace) -> None:
+            self._do(*each, space)
+
+        with ThreadPoolExecutor(self.threads) as scouts:
+            queue = self._found(units, scouts)
+            over_threads(queue, self.threads, do, lambda: Workspace(len(self.add.writers)))
+
+    def _found(
+        self, units: Sequence[Unit], scouts: Executor
+    ) -> Iterator[tuple[Unit, Future[_Found] | None]]:
+        """The units, some of them looked for ahead of need: storage has not to be waited for."""
+        ahead: deque[tuple[Unit, Future[_Found] | None]] = deque()
+        for unit in units:
+            found = scouts.submit(self._find, unit) if isinstance(unit, AverageUnit) else None
+            ahead.append((unit, found))
+            if len(ahead) > self.threads:
+                yield ahead.popleft()
+        yield from ahead
+
+    def _find(self, unit: AverageUnit) -> _Found:
+        work = self.add.locate(unit, unit.task.numbers)
+        is_cold = sum(each.reader.advise() for each in work.inputs) > 0
+        return _Found(work, streaming.ranges(work), is_cold)
+
+    def _do(self, unit: Unit, found: Future[_Found] | None, space: Workspace) -> None:
         self.check()
         if isinstance(unit, AverageUnit):
-            self._average(unit, space)
+            assert found is not None
+            self._average(unit, found.result(), space)
         else:
             self._fill(unit, space)
         if self.finished is not None:
             self.finished(unit)
         self.progress(unit.cost_bytes)
 
-    def _average(self, unit: AverageUnit, space: Workspace) -> None:
-        work = self.add.locate(unit, unit.task.numbers)
-        for each in work.inputs:
-            each.reader.advise()
-        streamed = streaming.ranges(work)
-        for part in streamed:
-            self._stream(work, part, space)
-        if streamed:
+    def _average(self, unit: AverageUnit, found: _Found, space: Workspace) -> None:
+        work = found.work
+        for part in found.streamed:
+            self._stream(work, part, space, found.is_cold)
+        if found.streamed:
             return
         for first, block in blocks(unit.box, block_elements(unit.task)):
             self.check()
             averages, read_bytes = self.add.average(work, block, first, space)
             self.tally.add(read_bytes, self.add.write(work, block, first, averages))
 
-    def _stream(self, work: Work, each: streaming.Range, space: Workspace) -> None:
+    def _stream(self, work: Work, each: streaming.Range, space: Workspace, is_cold: bool) -> None:
         for first, numel in streaming.calls(each):
             self.check()
-            outcome = streaming.stream(work, each, first, numel, space.room)
+            outcome = streaming.stream(work, each, first, numel, space.room, is_cold=is_cold)
             if outcome != streaming.Outcome.DONE:
                 self._refuse(work, each.first + first, each.first + first + numel, space)
             self.tally.add(*(size * numel for size in each.itemsizes))
@@ -296,7 +326,7 @@ class _Job:
             raise self.failed
         if assign(self.add.plan, self.team)[self.add.last] == self.team.place:
             for fill in fills:
-                self._do(fill, spaces[0])
+                self._do(fill, None, spaces[0])
 
     def _mine(self) -> Callable[[int], Sequence[int]]:
         """turn -> numbers of the sources that this member reads for it."""

@@ -157,7 +157,20 @@ def _entries(sources: Sequence[Source]) -> Iterable[Entry]:
 
 
 def _is_flat(source: Source, key: str) -> bool:
-    return any(found.key == key for space in source.ranges.values() for found in space)
+    return key in _flat_keys(source.ranges)
+
+
+_last: tuple[Any, frozenset[str]] = ({}, frozenset())
+
+
+def _flat_keys(ranges: Mapping[tuple[str, str], Any]) -> frozenset[str]:
+    """Keys that lie in flat buffers; those of one map are asked for many times in a row."""
+    global _last
+    known, keys = _last
+    if known is not ranges:
+        keys = frozenset(found.key for space in ranges.values() for found in space)
+        _last = ranges, keys
+    return keys
 
 
 def _gets_new_bytes(base: Source, state: str, key: str, rule: Rule) -> bool:

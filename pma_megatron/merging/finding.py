@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from pma_megatron.base.comm import Comm
@@ -11,6 +13,7 @@ from pma_megatron.merging.request import MergeRequest
 from pma_megatron.runs.describe import describe
 from pma_megatron.runs.discover import list_checkpoints, looked_at, pointers_of
 from pma_megatron.runs.notices import changed_settings_notes, settings_of, too_early_notes
+from pma_megatron.runs.recovery_log import History
 from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.runs.selection import Selection
 from pma_megatron.runs.trackers import Pointer
@@ -23,7 +26,7 @@ def all_refs(
     paths = request.selection.paths
     roots = [request.load] if paths is None else list(paths)
 
-    known = {} if everywhere else _described(roots, comm)
+    known = _described_by_view(roots, comm) if everywhere else _described(roots, comm)
 
     def look() -> list[CheckpointRef]:
         try:
@@ -55,27 +58,71 @@ def _described(roots: Sequence[str], comm: Comm) -> dict[str, CheckpointRef]:
         return {}
     found = comm.on_main("discover", lambda: [looked_at(root) for root in roots])
 
-    def look() -> dict[str, CheckpointRef]:
-        every = [(folder, history) for folders, history in found for folder in folders]
-        refs = {
-            str(folder): describe(folder, history)
-            for number, (folder, history) in enumerate(every)
-            if (number - len(every)) % comm.size == comm.rank
-        }
-        return {folder: ref for folder, ref in refs.items() if ref.complete}
-
-    shares = comm.collect(comm.agree("discover", look))
+    shares = comm.collect(comm.agree("discover", lambda: _share(found, comm.rank, comm.size)))
     return {folder: ref for share in shares for folder, ref in share.items()}
 
 
+def _described_by_view(roots: Sequence[str], comm: Comm) -> dict[str, CheckpointRef]:
+    """The same where roots may be disks of single nodes: ranks that see the same folders, by their
+    inodes and times, share the looking; each rank gets what it would see itself."""
+    if comm.size == 1:
+        return {}
+    found = comm.agree("discover", lambda: [looked_at(root) for root in roots])
+    view = _view(folder for folders, _ in found for folder in folders)
+    views = comm.gather(view)
+    like = [rank for rank, other in enumerate(views) if other == view]
+    place = like.index(comm.rank)
+    mine = comm.agree("discover", lambda: _share(found, place, len(like)))
+    shares = comm.gather(mine)
+    return {folder: ref for rank in like for folder, ref in shares[rank].items()}
+
+
+def _share(
+    found: Sequence[tuple[Sequence[Path], History]], rank: int, size: int
+) -> dict[str, CheckpointRef]:
+    """Whole checkpoints of those whose turn it is; folder -> what it is."""
+    every = [(folder, history) for folders, history in found for folder in folders]
+    refs = {
+        str(folder): describe(folder, history)
+        for number, (folder, history) in enumerate(every)
+        if _turn(len(every) - 1 - number, size) == rank
+    }
+    return {folder: ref for folder, ref in refs.items() if ref.complete}
+
+
+def _view(folders: Iterable[Path]) -> str:
+    """What tells these very folders from others of the same names, on another disk."""
+    digest = hashlib.sha256()
+    for folder in folders:
+        try:
+            stat = folder.stat()
+            said = stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns
+        except OSError as error:
+            said = (error.errno or 0, 0, 0)
+        digest.update(repr((str(folder), said)).encode())
+    return digest.hexdigest()
+
+
 def owners_of(visible: Sequence[Sequence[int]]) -> list[int]:
-    """Per source, the rank that opens it; counted from the newest, as `_described` counts, so that
-    who has described one need not parse it again.
+    """Per source, the rank that opens it: taken in turns as `_described` takes them, so that who
+    has described one need not parse it again.
 
     Args:
         visible: per source, oldest first, the ranks that can read it.
     """
-    return [ranks[(n - len(visible)) % len(ranks)] for n, ranks in enumerate(visible)]
+    last = len(visible) - 1
+    return [ranks[_turn(last - n, len(ranks))] for n, ranks in enumerate(visible)]
+
+
+def _turn(number: int, ranks: int) -> int:
+    """Whose turn it is with the checkpoint that comes `number` before the newest: down from the
+    last rank, which lays out the output after the newest, then up again from rank 0.
+
+    >>> [_turn(number, 4) for number in range(10)]
+    [3, 2, 1, 0, 0, 1, 2, 3, 3, 2]
+    """
+    rounds, place = divmod(number, ranks)
+    return place if rounds % 2 else ranks - 1 - place
 
 
 def schedule_notes(selection: Selection, visible: Sequence[Sequence[int]], comm: Comm) -> list[str]:

@@ -33,11 +33,13 @@ from pma_megatron.merging import (
 from pma_megatron.merging.cards import cards
 from pma_megatron.merging.carrying import carry, sha256_of
 from pma_megatron.merging.exporting import refuse_nested
+from pma_megatron.merging.leftovers import removed
 from pma_megatron.merging.planning import MergePlan, make_plan
 from pma_megatron.merging.publish import Target
 from pma_megatron.merging.report import MergeReport, describe_plan
 from pma_megatron.merging.request import MergeRequest, in_its_words
 from pma_megatron.merging.source_checksums import Compared, checked
+from pma_megatron.merging.structure import structure
 from pma_megatron.runs.notices import moves_back
 from pma_megatron.transfer.blocks import BlockWriter, FolderWriters
 from pma_megatron.transfer.checksums import Checksums, ScatteredChecksums
@@ -125,19 +127,20 @@ def _made(
 ) -> tuple[_Filled, tuple[verification.Verification, ...]]:
     """Make and publish every output; returns what that took, and what was checked of outputs."""
     with contextlib.ExitStack() as stack:
-        before = comm.on_main("lock", lambda: _locked(plan, wanted, comm, stack))
+        locks, before = comm.on_main("lock", lambda: _locked(plan, wanted, comm, stack))
         wanted = wanted if before is None else before.stagings(wanted)
         # Again, now that no other job can publish there, and what a killed one left is put right.
         comm.on_main("refuse", lambda: targets.refuse(plan, wanted))
         there = comm.on_main("refuse", lambda: targets.already(plan, wanted))
         stack.enter_context(_saying_what_is_published(wanted))
-        stack.push(lambda kind, error, _: _leave(comm, wanted, error))
+        stamps = publish.stamps(wanted)
+        stack.push(lambda kind, error, _: _leave(comm, wanted, stamps, error))
         todo = tuple(target for target, same in zip(wanted, there, strict=True) if not same)
         for target in wanted:
             if comm.is_main and target not in todo:
                 _log.info("%s is kept: this very request published it before", target.final)
         done = None
-        if comm.merge_size == 1:  # each rank does units of its own
+        if locks and comm.merge_size == 1:  # each rank does units of its own
             done = comm.on_main("journal", lambda: journal.opened(plan, wanted, before))
         filled = _fill(plan, todo, comm, show, clock, stack, done)
         checks = tuple(_checked(plan, target, target in todo, comm) for target in wanted)
@@ -149,18 +152,22 @@ def _made(
 
 def _locked(
     plan: MergePlan, wanted: Sequence[Target], comm: Comm, stack: contextlib.ExitStack
-) -> journal.Begun | None:
-    """Hold the targets; returns the merge that was cut off there, and can be gone on with."""
-    found: list[journal.Begun] = []
+) -> tuple[bool, journal.Begun | None]:
+    """Hold the targets.
+
+    Returns:
+        whether there are locks here, and the merge that was cut off and can be gone on with.
+    """
+    found: list[journal.Begun | None] = []
 
     def keep() -> list[Path]:
         before = journal.begun(plan, wanted) if comm.merge_size == 1 else None
-        found.extend([] if before is None else [before])
+        found.append(before)
         staged = () if before is None else before.stagings(wanted)
         return [path for each in staged for path in (each.staging, each.journal)]
 
     stack.enter_context(publish.locked(wanted, keep))
-    return found[0] if found else None
+    return bool(found), found[0] if found else None
 
 
 def _checked(
@@ -303,15 +310,8 @@ def _finish(
     compared: Compared,
     carried: Mapping[str, FileSum],
 ) -> None:
-    parts, output = comm.collect(own), plan.outputs[target.output]
-    layout = plan.layouts[target.folder]
-    whole: list[finishing.Structured] = []  # of rank 0, which alone has use for it
-
-    def structure() -> None:
-        found = finishing.structure(layout, target, parts)
-        whole.append(replace(found, sums={**found.sums, **carried}))
-
-    comm.on_main("structure", structure)
+    layout, output = plan.layouts[target.folder], plan.outputs[target.output]
+    found = structure(layout, target, own, comm)
     listed: dict[str, str] = {}
     if layout.digests is not None:
         names = [name for name in sorted(layout.files) if layout.digests.lists(name)]
@@ -320,7 +320,9 @@ def _finish(
     def finish() -> None:
         size = comm.size
         made = provenance.provenance(plan, output, target.folder, size, clock.seconds, compared)
-        finishing.finish(layout, target, whole[0], made, cards(layout, made), listed)
+        assert found is not None
+        whole = replace(found, sums={**found.sums, **carried})
+        finishing.finish(layout, target, whole, made, cards(layout, made), listed)
 
     comm.on_main("finish", finish)
 
@@ -350,7 +352,12 @@ def _publish(plan: MergePlan, wanted: tuple[Target, ...], comm: Comm) -> None:
         point("published", comm.rank)
 
 
-def _leave(comm: Comm, wanted: tuple[Target, ...], error: BaseException | None) -> None:
+def _leave(
+    comm: Comm,
+    wanted: Sequence[Target],
+    before: Sequence[publish.Stamp | None],
+    error: BaseException | None,
+) -> None:
     """Remove what is left, unless the same command can go on with it: then say that.
 
     Whoever was stopped, or lost another rank, will ask for the same again; not who was refused.
@@ -358,8 +365,12 @@ def _leave(comm: Comm, wanted: tuple[Target, ...], error: BaseException | None) 
     if not comm.is_main:
         return
     cut_off = isinstance(error, KeyboardInterrupt) or (isinstance(error, RankError) and error.lost)
-    left = next((t.staging for t in wanted if t.staging.exists()), None)
-    if not cut_off or left is None or not journal.has_lines(wanted[0].journal):
-        publish.discard(wanted)
+    pending: list[Target] = []
+    if cut_off and journal.has_lines(wanted[0].journal):
+        both = zip(wanted, before, publish.stamps(wanted), strict=True)
+        pending = [t for t, old, new in both if old == new and t.staging.exists()]
+    publish.discard([target for target in wanted if target not in pending])
+    if not pending:
+        removed(wanted[0].journal)
     elif isinstance(error, (PmaError, Stopped)):
-        error.kept = str(left)
+        error.kept = str(pending[0].staging)

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
+import logging
+import os
 import secrets
+import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,16 +27,15 @@ from pma_megatron.base.durable import sync
 from pma_megatron.base.openfiles import read_source_file, write_inside
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.base import StoredRecord
-from pma_megatron.merging.leftovers import Target
+from pma_megatron.merging.leftovers import Target, journals
 from pma_megatron.merging.planning import MergePlan
-from pma_megatron.merging.publish import writing
 from pma_megatron.merging.tasks import Unit, Write
 from pma_megatron.transfer.checksums import Checksums
 from pma_megatron.transfer.reads import Noted, Reads
 from pma_megatron.version import __version__
 
 _JOB, _RANK = "job.json", "rank-{}-{}.jsonl"
-_TOKEN = re.compile(r"[0-9a-f]{8}")
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +45,12 @@ class Done:
     Attributes:
         wrote: per output and folder, the sum of what was written there (`Checksums.told`).
         read: number of a source -> what was read of records that other units read too.
+        unsummed: number of a source -> a file of it in which records carry no checksum.
     """
 
     wrote: Mapping[str, int]
     read: Mapping[int, Sequence[Noted]]
+    unsummed: Mapping[int, Sequence[str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +58,9 @@ class Begun:
     """A merge that was cut off, and that this job goes on with.
 
     Attributes:
-        folder: its journal.
-        token: of its staging folders.
+        token: of its journal, and of its staging folders.
     """
 
-    folder: Path
     token: str
 
     def stagings(self, wanted: Sequence[Target]) -> tuple[Target, ...]:
@@ -72,15 +73,26 @@ def begun(plan: MergePlan, wanted: Sequence[Target]) -> Begun | None:
 
     Whoever asks holds the lock of the first target.
     """
-    folder = wanted[0].journal
+    first = wanted[0]
+    for folder in journals(first.root, first.final.name):
+        token = folder.name.rpartition("-")[2]
+        with suppress(CheckpointError, ValueError):
+            staged = [target.staged_as(token) for target in wanted]
+            ours = _is_ours(folder) and all(_is_ours(each.staging) for each in staged)
+            if ours and json.loads(read_source_file(folder / _JOB)) == _job(plan, staged):
+                return Begun(token)
+    return None
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder is this user's own and no link, or is not there."""
     try:
-        said = json.loads(read_source_file(folder / _JOB))
-    except (CheckpointError, ValueError):
-        return None
-    token = said.get("token") if isinstance(said, dict) else None
-    if not isinstance(token, str) or not _TOKEN.fullmatch(token):
-        return None
-    return Begun(folder, token) if said == _job(plan, wanted, token) else None
+        status = folder.lstat()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +100,11 @@ class Found:
     """The journal beside a target, and what it said when it was opened.
 
     Attributes:
-        target: the first that is made.
+        target: the first that is made; None where no journal can be kept.
         lines: of units that an earlier job noted, by their names.
     """
 
-    target: Target
+    target: Target | None
     lines: Mapping[str, Done]
 
     @contextmanager
@@ -100,7 +112,7 @@ class Found:
         self, rank: int, sums: Mapping[str, Checksums], reads: Mapping[int, Reads]
     ) -> Iterator[Callable[[Unit], None]]:
         """In the block a rank can note each unit that it has finished; see `Journal`."""
-        own = Journal(self.target, rank, sums, reads)
+        own = Journal(self.target, rank, sums, reads, broken=self.target is None)
         try:
             yield own.note
         finally:
@@ -108,23 +120,29 @@ class Found:
 
 
 def opened(plan: MergePlan, wanted: Sequence[Target], before: Begun | None) -> Found:
-    """Say beside the first target what is being made, or read what was (rank 0 only).
-
-    Raises:
-        PublishError: it cannot be written.
-    """
+    """Say beside the first target what is being made, or read what was (rank 0 only)."""
     target = wanted[0]
     if before is not None:
         return Found(target, _lines(target.journal))
-    with writing(target):
-        target.journal.mkdir(exist_ok=True)
-        said = _job(plan, wanted, target.staging.name.rpartition("-")[2])
-        write_inside(target.journal, _JOB, json.dumps(said).encode())
+    try:
+        target.journal.mkdir()
+        write_inside(target.journal, _JOB, json.dumps(_job(plan, wanted)).encode())
         sync(target.journal)
+    except OSError as error:
+        _warn(target, error)
+        return Found(None, {})
     return Found(target, {})
 
 
-def _job(plan: MergePlan, wanted: Sequence[Target], token: str) -> dict[str, Any]:
+def _warn(target: Target, error: OSError) -> None:
+    _log.warning(
+        "%s cannot be written (%s): if this merge is cut off, the next one begins at the start",
+        target.journal,
+        error.strerror,
+    )
+
+
+def _job(plan: MergePlan, wanted: Sequence[Target]) -> dict[str, Any]:
     """What must be the same for one job's units to be another's."""
     stamps = [sorted(source.stamps.items()) for source in plan.sources]
     layouts = [
@@ -134,11 +152,10 @@ def _job(plan: MergePlan, wanted: Sequence[Target], token: str) -> dict[str, Any
     return {
         "pma_megatron": __version__,
         "digest": plan.digest,
-        "sources": [str(Path(source.path).absolute()) for source in plan.sources],
+        "sources": [os.path.realpath(source.path) for source in plan.sources],
         "layouts": hashlib.sha256(repr(layouts).encode()).hexdigest(),
         "stamps": hashlib.sha256(json.dumps(stamps).encode()).hexdigest(),
-        "targets": [[str(t.final.absolute()), t.folder.value, t.output] for t in wanted],
-        "token": token,
+        "targets": [[os.path.realpath(t.final), t.folder.value, t.output] for t in wanted],
     }
 
 
@@ -183,31 +200,34 @@ class Journal:
         rank: this one.
         sums: name of an output and folder -> what takes note of what is written there.
         reads: number of a source -> what takes note of what is read of it.
+        broken: whether no line can be written any more.
     """
 
-    target: Target
+    target: Target | None
     rank: int
     sums: Mapping[str, Checksums]
     reads: Mapping[int, Reads]
+    broken: bool = False
     _stream: BinaryIO | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def note(self, unit: Unit) -> None:
-        """The thread that asks has finished a unit.
-
-        Raises:
-            PublishError: the line cannot be written.
-        """
+        """The thread that asks has finished a unit. A line that cannot be written is the last."""
         wrote = {name: each.told() for name, each in self.sums.items()}
         read = {number: noted for number, each in self.reads.items() if (noted := each.told())}
-        if isinstance(unit.task, Write):
+        if isinstance(unit.task, Write) or self.target is None or self.broken:
             return
-        line = _written(name_of(unit), Done(wrote, read))
-        with self._lock, writing(self.target):
-            if self._stream is None:  # attempts with other ranks may have left theirs
-                name = _RANK.format(self.rank, secrets.token_hex(4))
-                self._stream = (self.target.journal / name).open("ab", buffering=0)
-            self._stream.write(line)
+        bare = {n: sorted(each.unsummed)[:1] for n, each in self.reads.items() if each.unsummed}
+        line = _written(name_of(unit), Done(wrote, read, bare))
+        with self._lock:
+            try:
+                if self._stream is None:  # attempts with other ranks may have left theirs
+                    name = _RANK.format(self.rank, secrets.token_hex(4))
+                    self._stream = (self.target.journal / name).open("xb", buffering=0)
+                self._stream.write(line)
+            except OSError as error:
+                self.broken = True
+                _warn(self.target, error)
 
     def close(self) -> None:
         """Close the file."""
@@ -221,7 +241,7 @@ def _written(name: str, done: Done) -> bytes:
         str(number): [[r.file, r.start, r.nbytes, r.name, r.crc32, *span] for r, *span in noted]
         for number, noted in done.read.items()
     }
-    data = json.dumps([name, done.wrote, read], separators=(",", ":")).encode()
+    data = json.dumps([name, done.wrote, read, done.unsummed], separators=(",", ":")).encode()
     return b"%08x %s\n" % (isal_zlib.crc32(data), data)
 
 
@@ -229,9 +249,11 @@ def _read(line: bytes) -> tuple[str, Done] | None:
     crc, _, data = line.partition(b" ")
     if crc != b"%08x" % isal_zlib.crc32(data):
         return None
-    name, wrote, read = json.loads(data)
-    noted = {
-        int(number): [(StoredRecord(*span[:5]), *span[5:]) for span in spans]
-        for number, spans in read.items()
-    }
-    return name, Done(wrote, noted)
+    with suppress(ValueError, TypeError, AttributeError):
+        name, wrote, read, unsummed = json.loads(data)
+        noted = {
+            int(number): [(StoredRecord(*span[:5]), *span[5:]) for span in spans]
+            for number, spans in read.items()
+        }
+        return name, Done(wrote, noted, {int(n): files for n, files in unsummed.items()})
+    return None

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +30,7 @@ STAGING = ".pma-staging-"
 _REPLACED = ".pma-replaced-"
 _TRACKER = ".pma-tracker-"
 _COPY = ".pma-copy-"
+_FRESH_S = 86_400.0
 JOURNAL = ".pma-journal-"
 _log = logging.getLogger(__name__)
 
@@ -64,7 +66,7 @@ class Target:
     @property
     def journal(self) -> Path:
         """Where a job whose first target this is notes what it has finished (`journal`)."""
-        return self.root / f"{JOURNAL}{self.final.name}"
+        return self.root / f"{JOURNAL}{self.staging.name.removeprefix(STAGING)}"
 
     def staged_as(self, token: str) -> Target:
         """The same, made in the folder that `token` tells from those of other jobs."""
@@ -118,7 +120,12 @@ def unfinished(target: Target) -> bool:
 
     It never reported, so the same command may run again without `overwrite`.
     """
-    return target.tracker.is_file() and not _staged(target.root, target.final.name)
+    with contextlib.suppress(OSError):
+        drafted_ns = target.tracker.stat().st_mtime_ns
+        # One that is older has not got its name; what is newer is to be made again.
+        staged = _staged(target.root, target.final.name)
+        return all(folder.stat().st_mtime_ns > drafted_ns for folder in staged)
+    return False
 
 
 def restored(target: Target) -> bool:
@@ -166,20 +173,38 @@ def _names(root: Path) -> set[str]:
     found = set()
     with os.scandir(root) as entries:
         for entry in entries:
-            for prefix in (_REPLACED, LOCK, _TRACKER, _COPY, JOURNAL):
+            for prefix in (_REPLACED, LOCK, _TRACKER, _COPY):
                 if entry.name.startswith(prefix):
                     found.add(entry.name.removeprefix(prefix))
-            if entry.name.startswith(STAGING):
-                found.add(entry.name.removeprefix(STAGING).rpartition("-")[0])
+            for prefix in (STAGING, JOURNAL):
+                if entry.name.startswith(prefix):
+                    found.add(entry.name.removeprefix(prefix).rpartition("-")[0])
     return found - {""}
 
 
-def _staged(root: Path, name: str) -> list[Path]:
+def _staged(root: Path, name: str, prefix: str = STAGING) -> list[Path]:
     return [
         path
-        for path in root.glob(f"{STAGING}*")
-        if path.name.removeprefix(STAGING).rpartition("-")[0] == name
+        for path in root.glob(f"{prefix}*")
+        if path.name.removeprefix(prefix).rpartition("-")[0] == name
     ]
+
+
+def journals(root: Path, name: str) -> list[Path]:
+    """The journals of jobs whose first target is `name`."""
+    return _staged(root, name, JOURNAL)
+
+
+def _may_go_on(root: Path, name: str) -> list[Path]:
+    """What its own command may still go on with: another one leaves it alone for a day."""
+    found = []
+    for folder in journals(root, name):
+        with contextlib.suppress(OSError):
+            newest_s = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+            if time.time() - newest_s < _FRESH_S:
+                token = folder.name.rpartition("-")[2]
+                found += [folder, *root.glob(f"{STAGING}*-{token}")]
+    return found
 
 
 def staged_bytes(target: Target) -> int:
@@ -193,8 +218,8 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _debris(root: Path, name: str) -> list[Path]:
-    beside = (root / f"{prefix}{name}" for prefix in (_REPLACED, _TRACKER, _COPY, JOURNAL))
-    found = [*_staged(root, name), *beside]
+    beside = (root / f"{prefix}{name}" for prefix in (_REPLACED, _TRACKER, _COPY))
+    found = [*_staged(root, name), *journals(root, name), *beside]
     return [path for path in found if path.exists()]
 
 
@@ -211,6 +236,10 @@ def removed(folder: Path) -> bool:
             problems.append((path, raised[1]))
 
     there = os.path.lexists(folder)
+    if folder.is_symlink():
+        with contextlib.suppress(OSError):
+            folder.unlink()
+        return not os.path.lexists(folder)
     shutil.rmtree(folder, onerror=failed)
     if not problems:
         return there
@@ -246,15 +275,20 @@ def point_to(target: Target, file: str) -> Path:
 
 def _remove_stale(root: Path, name: str, kept: Collection[Path], *, own: bool) -> None:
     target = Target(root, root / name, root)
-    for folder in _staged(root, name):
+    staged = _staged(root, name)
+    if staged and not unfinished(target):
+        target.tracker.unlink(missing_ok=True)
+    if not own:
+        kept = {*kept, *_may_go_on(root, name)}
+    for folder in staged:
         if folder not in kept and removed(folder):
             _log.warning("removed %s, left by a merge that was cut off", folder)
-        target.tracker.unlink(missing_ok=True)
     if restored(target):
         _log.warning("restored %s, which a cut-off merge was replacing", target.final)
     removed(target.replaced)
-    if target.journal not in kept:
-        removed(target.journal)
+    for folder in journals(root, name):
+        if folder not in kept:
+            removed(folder)
     (root / f"{_COPY}{name}").unlink(missing_ok=True)
     # Of the own target it stays: it says that the checkpoint may be made again.
     if not own and target.tracker.is_file():

@@ -12,6 +12,7 @@ import ctypes
 import logging
 import os
 import secrets
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from pma_megatron.errors import PublishError
 from pma_megatron.formats import registry
 from pma_megatron.formats.marker import MARKER_FILE
 from pma_megatron.formats.output import Folder
-from pma_megatron.merging.leftovers import Target, locked, point_to, removed, restored
+from pma_megatron.merging.leftovers import Target, locked, point_to, removed, restored, unfinished
 from pma_megatron.merging.planning import MergePlan
 
 __all__ = ["Target", "locked"]
@@ -61,10 +62,12 @@ def _only(folder: Path, files: Mapping[str, int]) -> set[str]:
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
         if path.is_symlink() or not path.is_dir():
-            if path.is_symlink() or not path.is_file() or path.stat().st_size != files.get(name):
-                path.unlink()
-            else:
+            status = path.lstat()
+            alone = stat.S_ISREG(status.st_mode) and status.st_nlink == 1
+            if alone and status.st_size == files.get(name):
                 left.add(name)
+            else:
+                path.unlink()
     return left
 
 
@@ -145,9 +148,9 @@ def discard(wanted: Sequence[Target]) -> None:
     with shielded():
         for target in wanted:
             if target.staging not in _kept and target.staging.exists():
-                target.tracker.unlink(missing_ok=True)
+                if not unfinished(target):
+                    target.tracker.unlink(missing_ok=True)
                 removed(target.staging)
-            removed(target.journal)
 
 
 Stamp = tuple[int, int]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -87,11 +88,11 @@ def split(
     if not done:
         return Split(share(units, comm.shard_rank, comm.shard_size))
     keys, names = set(sums_of(writers)), list(named(units))
-    twice = len({name for name, _ in names}) < len(names)
+    often = Counter(name for name, _ in names)
     promised: dict[int, Done] = {
         id(unit): done[name]
         for name, unit in names
-        if name in done and done[name].wrote.keys() >= keys and not twice
+        if name in done and done[name].wrote.keys() >= keys and often[name] == 1
     }
     rest = [unit for unit in units if id(unit) not in promised]
     found = Split(share(rest, comm.shard_rank, comm.shard_size))
@@ -107,8 +108,8 @@ def split(
                 return
             for name, own in sums_of(writers).items():
                 own.join(fresh[name])
-            for number, noted in line.read.items():
-                reads[number].recall(noted)
+            for number, each in reads.items():
+                each.recall(line.read.get(number, ()), line.unsummed.get(number, ()))
             found.keep(unit)
             comm.moved()
 

@@ -31,7 +31,8 @@ class Compared:
     """How what was read stands to its checksums; nothing that differs comes this far.
 
     Attributes:
-        records: records that were compared, counted by each rank that read them.
+        records: records that were compared, counted by each rank that read them, without those of
+            an attempt that was cut off before.
         partial_records: records that were read in part, and so not compared.
         partial_bytes: bytes of those, read or not.
         without_checksums: sources in which zips carry none.

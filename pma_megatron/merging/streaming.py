@@ -28,13 +28,35 @@ from pma_megatron.transfer.units import UnitReader
 
 CALL_ELEMENTS = 2 << 20
 """Elements of one call, after which a failure elsewhere is noticed."""
-STEP_BYTES = 1 << 20
-"""All buffers of one step: they stay in a core's second cache."""
-_STEPS = 1 << 14, 1 << 17  # elements, at least and at most
 _LEAST_ROW = 1 << 15  # elements on average: shorter rows are better put together in a block
 
 Rows = list[tuple[int, int, Any, int]]
 """(first element of the unit, elements, where, element or byte of that)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """How much is read at once.
+
+    Attributes:
+        room_bytes: all buffers of a step.
+        least, most: elements.
+    """
+
+    room_bytes: int
+    least: int
+    most: int
+
+    def elements(self, dtypes: Sequence[torch.dtype]) -> int:
+        """Elements of a step, given the dtypes of all its buffers."""
+        fit = self.room_bytes // sum(dtype.itemsize for dtype in dtypes)
+        return max(self.least, min(self.most, 1 << fit.bit_length() - 1))
+
+
+WARM = Step(1 << 20, 1 << 14, 1 << 17)
+"""It stays in a core's second cache."""
+COLD = Step(8 << 20, 1 << 16, 1 << 21)
+"""Longer reads, within what a rank may take."""
 
 
 class Outcome(IntEnum):
@@ -108,8 +130,12 @@ def ranges(work: Work) -> list[Range]:
     return found
 
 
-def stream(work: Work, each: Range, first: int, numel: int, room: Room) -> Outcome:
+def stream(
+    work: Work, each: Range, first: int, numel: int, room: Room, *, is_cold: bool = False
+) -> Outcome:
     """Average `numel` elements of a range from its element `first` on, and write them.
+
+    What is cold, not in the page cache, is read in longer steps: then storage is what takes time.
 
     Returns:
         DONE; or NOT_FINITE or NOT_PROVED, which `Accumulator.average` of the same elements says
@@ -134,7 +160,7 @@ def stream(work: Work, each: Range, first: int, numel: int, room: Room) -> Outco
             opened = _opened(stack, target.writer, target.place.file)
             start = (target.start + first) * target.place.dtype.itemsize
             places.append((opened, target.place.start + start))
-        found = _call(work, each, numel, places, room)
+        found = _call(work, each, numel, places, room, COLD if is_cold else WARM)
     outcome, _, which, error, crcs, crc = found
     if outcome == Outcome.NOT_READ:
         (record, _), (_, start) = at[which], places[which]
@@ -163,15 +189,14 @@ def calls(each: Range) -> Iterator[tuple[int, int]]:
 
 
 def _call(
-    work: Work, each: Range, numel: int, places: list[tuple[int, int]], room: Room
+    work: Work, each: Range, numel: int, places: list[tuple[int, int]], room: Room, size: Step
 ) -> tuple[int, int, int, int, list[int], int]:
     """Call the kernel; see `stream` there for what it gives."""
     kernel, inputs = sums.KERNEL, len(work.inputs)
     dtypes = [dtype for _, dtype in _readers(work)]
     dtypes += [dtype for _, dtype in _readers(work)[inputs:]]  # what is proved, rounded
     dtypes += [target.place.dtype for target in itertools.chain(*each.targets)]
-    step = STEP_BYTES // sum(dtype.itemsize for dtype in dtypes)
-    step = max(_STEPS[0], min(_STEPS[1], 1 << step.bit_length() - 1))
+    step = size.elements(dtypes)
     buffers = room.buffers(dtypes, step)
     letters = _letters(work, each.targets)
     assert letters is not None

@@ -191,7 +191,7 @@ def average(
         scratch: what torch needs beside them.
 
     Returns:
-        Whether every average is finite, as float32 and in each dtype that it is rounded to.
+        Whether every average is finite, in the dtype of its sum and in each that it is rounded to.
 
     Raises:
         UsageError: see `Kernel.refuse`.
@@ -272,9 +272,8 @@ def _one_by_torch(
     for each in own:
         if each.tensor is not total and each.tensor is not single:
             each.tensor.copy_(single)
-    return _is_finite(single) and all(
-        _is_finite(each.tensor) for each in own if each.tensor.itemsize < single.itemsize
-    )
+    rounded = (each.tensor for each in own if each.tensor.itemsize < total.itemsize)
+    return _is_finite(total) and all(map(_is_finite, rounded))
 
 
 def _is_finite(values: torch.Tensor) -> bool:

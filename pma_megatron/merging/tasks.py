@@ -17,6 +17,8 @@ from pma_megatron.transfer.blocks import BlockReader, FolderWriters
 
 UNIT_ELEMENTS = 8 << 20
 """Elements of one work unit, the grain in which work is split over ranks and threads."""
+_FILL_BYTES = 8
+"""Bytes that are copied or zeroed for each of those: 64 MiB in one unit, where nothing is added."""
 
 
 class Workload(Protocol):
@@ -106,8 +108,9 @@ class Fill:
     def units(self) -> Iterator[FillUnit]:
         """The cut into units."""
         moves = self.itemsize * (2 if self.reads else 1)
-        for first in range(0, self.numel, UNIT_ELEMENTS):
-            count = min(UNIT_ELEMENTS, self.numel - first)
+        most = max(1, UNIT_ELEMENTS * _FILL_BYTES // self.itemsize)
+        for first in range(0, self.numel, most):
+            count = min(most, self.numel - first)
             yield FillUnit(self, first, count, count * moves)
 
     def fill(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pma_megatron.base.spelling import named
 from pma_megatron.errors import SelectionError
 from pma_megatron.formats.trainers.saves import checkpoint_in, save_of
 from pma_megatron.retention.keeping import needed
@@ -19,6 +20,7 @@ from pma_megatron.runs.marks import Mark, mark, unchanged
 from pma_megatron.runs.refs import CheckpointRef, iteration_of
 from pma_megatron.runs.selection_request import SelectionRequest
 from pma_megatron.runs.trackers import read_pointers
+from pma_megatron.runs.trainer_retention import recovers_by_itself, trainer_retention
 
 SETTLED_S = 3600.0
 """Age from which a damaged checkpoint is not one that a save writes again right now."""
@@ -90,7 +92,20 @@ def decide(request: PruneRequest, before: Decision | None = None, anew: str = ""
         reasons = [*states[ref.path], *rules.reasons.get(ref.path, ()), *needs]
         verdicts.append(Verdict(ref, (*reasons, *_by_links(ref, root, links))))
     marks = {ref.path: mark(root, ref) for ref in refs}
-    return Decision(tuple(verdicts), rules.notes, marks, between)
+    notes = (*rules.notes, *_further(end, request))
+    return Decision(tuple(verdicts), notes, marks, between)
+
+
+def _further(end: CheckpointRef, request: PruneRequest) -> Iterator[str]:
+    """What else is at work on the run's checkpoints."""
+    deletes = trainer_retention(end)
+    if deletes is not None:
+        yield f"{deletes}: what stays here may go there"
+    if request.keep_recovery_iterations is None and recovers_by_itself(end):
+        yield (
+            "the run recovers from loss spikes by itself (pma_recover), and nothing says that what "
+            f"it needs for that is to stay: {named('keep_recovery_iterations')}"
+        )
 
 
 def _end(refs: list[CheckpointRef], root: Path) -> CheckpointRef:

@@ -80,13 +80,13 @@ def _left_in(folder: Path) -> Iterator[Unfinished]:
         if name.startswith(JOURNAL):
             sources = _sources(folder / name / _JOB)
             if sources is not None:
-                target = name.removeprefix(JOURNAL)
-                told.add(target)
+                target, _, token = name.removeprefix(JOURNAL).rpartition("-")
+                told.add(token)
                 yield Unfinished(folder / name, sources, is_held(folder, target))
     for name in names:
         if name.startswith(STAGING):
-            target = name.removeprefix(STAGING).rpartition("-")[0]
-            if target not in told and not is_held(folder, target):
+            target, _, token = name.removeprefix(STAGING).rpartition("-")
+            if token not in told and not is_held(folder, target):
                 yield Unfinished(folder / name, None)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,6 +27,7 @@ from pma_megatron.transfer.checksums import Checksums
 from pma_megatron.transfer.reads import Reads, Spans
 
 _COPY_BYTES = 1 << 20
+_LEAST_AHEAD_BYTES = 128 << 10  # Linux's own, where a mount says nothing else
 _MIN_DENSITY = 4  # read a whole span if at least 1/4 of it is wanted
 
 
@@ -131,14 +133,23 @@ class BlockReader:
         for piece in index.touching(box):
             self.compare(self._items.find(piece.payload)[0], Spans(), buffer)
 
-    def advise(self, part: Part[Payload]) -> None:
-        """Tell the kernel that `part` is about to be read, so that reading runs ahead of adding."""
+    def advise(self, part: Part[Payload]) -> bool:
+        """Tell the kernel that `part` is about to be read, so that reading runs ahead of adding.
+
+        Returns:
+            Whether it has to be fetched: it is not in the page cache.
+        """
         record, first = self.place(part.payload, part.start)
         first, count = record.start + first, part.span * part.payload.dtype.itemsize
         # Advice only: `read` reports what is wrong.
         with contextlib.suppress(OSError), self.files.opened(record.file) as descriptor:
             if not _is_cached(descriptor, first + count - 1):
-                os.posix_fadvise(descriptor, first, count, os.POSIX_FADV_WILLNEED)
+                step = _read_ahead_bytes(os.fstat(descriptor).st_dev)
+                for at in range(first, first + count, step):
+                    ahead = min(step, first + count - at)
+                    os.posix_fadvise(descriptor, at, ahead, os.POSIX_FADV_WILLNEED)
+                return True
+        return False
 
     def _read_part(self, part: Part[Payload], out: torch.Tensor) -> None:
         numel = part.numel
@@ -333,6 +344,15 @@ class FolderWriters:
         """Close the files."""
         for writer in self.writers.values():
             writer.close()
+
+
+@functools.cache
+def _read_ahead_bytes(device: int) -> int:
+    """What the kernel reads ahead of a file there: a longer advice is cut off after as much."""
+    bdi = f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb"
+    with contextlib.suppress(OSError, ValueError):
+        return max(int(Path(bdi).read_text()) << 10, _LEAST_AHEAD_BYTES)
+    return _LEAST_AHEAD_BYTES
 
 
 def _is_cached(descriptor: int, offset: int) -> bool:

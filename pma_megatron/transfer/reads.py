@@ -169,10 +169,12 @@ class Reads:
             self._add(run.record, run.start, run.end, run.crc)
         return [] if self._told is None else self._told.pop(thread, [])
 
-    def recall(self, noted: Iterable[Noted]) -> None:
-        """Take note of what an earlier job read; raises as `note`."""
+    def recall(self, noted: Iterable[Noted], unsummed: Iterable[str]) -> None:
+        """Take note of what an earlier job read, and has told; raises as `note`."""
+        with self._lock:
+            self.unsummed.update(unsummed)
         for record, start, end, crc in noted:
-            self._add(record, start, end, crc)
+            self._add(record, start, end, crc, tell=False)
 
     def settle(self) -> None:
         """Put together what threads have read; none of them reads any more.
@@ -184,14 +186,16 @@ class Reads:
             _, run = self._runs.popitem()
             self._add(run.record, run.start, run.end, run.crc)
 
-    def _add(self, record: StoredRecord, start: int, end: int, crc: int) -> None:
+    def _add(
+        self, record: StoredRecord, start: int, end: int, crc: int, *, tell: bool = True
+    ) -> None:
         with self._lock:
             if record in self.whole:
                 return
             if start == 0 and end == record.nbytes:
                 self._close(record, crc)
                 return
-            if self._told is not None:
+            if tell and self._told is not None:
                 noted = (record, start, end, crc)
                 self._told.setdefault(threading.get_ident(), []).append(noted)
             found = self.open.get(record)

@@ -32,10 +32,9 @@ class UnitReader:
                 (p.unit_start, p.numel, *reader.place(p.payload, p.start)) for p in self._parts
             ]
 
-    def advise(self) -> None:
-        """Have the kernel read ahead of `read`."""
-        for part in self._parts:
-            self.reader.advise(part)
+    def advise(self) -> bool:
+        """Have the kernel read ahead of `read`; whether there is something to be fetched."""
+        return sum(self.reader.advise(part) for part in self._parts) > 0
 
     def read(self, block: Box, first: int, buffer: BlockBuffer) -> None:
         """Fill `buffer` with `block`, which begins at element `first` of the unit.

@@ -28,6 +28,7 @@ from pma_megatron.runs.discover import choose, list_checkpoints, pointers_of
 from pma_megatron.runs.marks import Mark, mark, unchanged
 from pma_megatron.runs.refs import CheckpointRef, iteration_of
 from pma_megatron.runs.trackers import read_pointers
+from pma_megatron.runs.trainer_retention import trainer_retention
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,9 @@ class Looks:
             waiting = None
         except (PmaError, OSError) as error:
             chosen, waiting = (), str(error)
+            whole = [ref for ref in self._refs if ref.complete]
+            deletes = trainer_retention(whole[-1]) if whole else None
+            waiting += f". And {deletes}" if deletes is not None else ""
         return Seen(
             refs=chosen,
             waiting=waiting,

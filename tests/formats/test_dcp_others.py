@@ -14,12 +14,14 @@ import torch.distributed.fsdp
 from test_dcp import request
 
 from pma_megatron import MergeRequest, Policy, list_checkpoints, merge, plan, verify
-from pma_megatron.errors import PlanError, VerifyError
+from pma_megatron.errors import CheckpointError, PlanError, VerifyError
 from pma_megatron.formats import registry
 from pma_megatron.formats.base import MAIN_PARAM
 from pma_megatron.formats.dcp.checkpoint import named_iteration
 from pma_megatron.formats.dcp.keys import names_of
 from pma_megatron.testing import run_ranks
+
+WEIGHT = torch.arange(4.0)
 
 
 def save(folder: Path, state: dict[str, Any]) -> None:
@@ -136,6 +138,34 @@ def test_float64_is_averaged_in_float64(tmp_path: Path) -> None:
         error = (loaded["model"]["count"] - mean).abs()
         assert bool((error <= 2.0**-51 * mean).all()), error
         assert verify(output, deep=True).deep
+
+
+def test_float64_may_be_larger_than_any_float32(tmp_path: Path) -> None:
+    def make(iteration: int) -> dict[str, Any]:
+        count = torch.tensor([1e39, -3.0, 1e300], dtype=torch.float64) * iteration
+        return {"model": {"count": count, "w": torch.ones(3) * iteration}}
+
+    run = steps(tmp_path / "run", make)
+    (output,) = merge(request(run)).outputs
+    loaded = make(7)
+    dcp.load(loaded, checkpoint_id=output, no_dist=True)
+    assert torch.equal(loaded["model"]["count"], make(1)["model"]["count"] * 1.5)
+    assert verify(output, deep=True).deep
+    with pytest.raises(
+        CheckpointError, match=r"reaches 1.5e\+300 .*float32 ends at 3.4.*leave out"
+    ):
+        merge(request(run, dtype="fp32", overwrite=True))
+    assert verify(output).elements, "what was there is there"
+
+
+def test_a_sum_that_leaves_float32_says_what_to_do(tmp_path: Path) -> None:
+    run = steps(
+        tmp_path / "run", lambda i: {"model": {"w": torch.full((3,), 2e38), "b": WEIGHT * i}}
+    )
+    with pytest.raises(CheckpointError, match=r"sum of w .* leaves float32.*\('w', 'newest'\)"):
+        merge(request(run))
+    overrides = (("w", "newest"),)
+    assert merge(request(run, policy=Policy(overrides=overrides))).outputs
 
 
 def test_float64_that_was_summed_in_float32_is_found(tmp_path: Path) -> None:

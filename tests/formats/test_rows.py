@@ -5,9 +5,9 @@ The oracle is Python's own pickle with torch's own classes, and the decoder with
 
 from __future__ import annotations
 
+import itertools
 import math
 import pickle
-from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from hostile import variant_of
-from pma_megatron.base.boxes import Box, Piece
+from pma_megatron.base.boxes import Box, Piece, PieceIndex
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.alike import Alike, Rows
 from pma_megatron.formats.base import Item, Payload
@@ -166,7 +166,7 @@ def test_any_byte_that_differs_is_read_or_refused_as_one_by_one(
     assert told(bytes(data), lambda each: parse(each, "a file")) == told(bytes(data), one_by_one)
 
 
-def test_pieces_are_a_sequence_like_a_tuple(tmp_path: Path) -> None:
+def test_pieces_are_a_sequence_like_a_tuple() -> None:
     offsets = np.array([[0, 0], [0, 4], [2, 0]])
     sizes = np.array([[2, 4], [2, 3], [1, 7]])
     starts, lengths = np.array([0, 1 << 40, 0]), np.array([64, 48, 1 << 33])
@@ -189,3 +189,32 @@ def test_pieces_are_a_sequence_like_a_tuple(tmp_path: Path) -> None:
         pieces[3]
     assert pickle.loads(pickle.dumps(pieces)) == expected
     assert pieces != expected[:2] and pieces != (*expected[:2], expected[0])
+
+
+@OFTEN
+@given(data=st.data())
+def test_pieces_that_touch_a_box_are_those_that_overlap_it(data: st.DataObject) -> None:
+    shape = data.draw(st.lists(st.integers(1, 7), min_size=0, max_size=3))
+    size = [data.draw(st.integers(1, n)) for n in shape]
+    steps = [range(0, n, s) for n, s in zip(shape, size, strict=True)]
+    boxes = [
+        Box(at, tuple(min(s, n - o) for o, s, n in zip(at, size, shape, strict=True)))
+        for at in itertools.product(*steps)
+    ]
+    boxes = data.draw(st.permutations(boxes))[: data.draw(st.integers(1, len(boxes)))]
+    columns = [
+        np.array([getattr(box, name) for box in boxes]).reshape(len(boxes), len(shape))
+        for name in ("offsets", "sizes")
+    ]
+    numbers = np.arange(len(boxes))
+    pieces = StoredPieces(torch.float32, *columns, ("a",), 0 * numbers, 64 * numbers, numbers + 64)
+    low = [data.draw(st.integers(0, n - 1)) for n in shape]
+    wanted = Box(
+        tuple(low), tuple(data.draw(st.integers(1, n - o)) for n, o in zip(shape, low, strict=True))
+    )
+    expected = [piece for piece in pieces if piece.box.intersect(wanted) is not None]
+    found = PieceIndex(pieces).touching(wanted)
+    assert sorted(found, key=lambda p: p.box.offsets) == sorted(
+        expected, key=lambda p: p.box.offsets
+    )
+    assert PieceIndex(pieces).covers(wanted) == PieceIndex(tuple(pieces)).covers(wanted)

@@ -5,11 +5,13 @@ Bits are flipped by the harness of `launch/attack`, which finds records without 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import random
 import shutil
 import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -269,6 +271,20 @@ def train_without(rank: int, world_size: int, megatron: str, deepspeed: str) -> 
         trainer.close()
 
 
+@contextlib.contextmanager
+def after_last_unit(stage: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
+    """A display that is interrupted when all is done."""
+    left = total_bytes
+
+    def progress(nbytes: int) -> None:
+        nonlocal left
+        left -= nbytes
+        if left <= 0:
+            raise KeyboardInterrupt
+
+    yield progress
+
+
 def test_sources_without_checksums_are_used_with_a_note(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -276,8 +292,12 @@ def test_sources_without_checksums_are_used_with_a_note(
     run_ranks(train_without, 1, *map(str, roots))
     for root in roots:
         caplog.clear()
+        request = request_for(root, root.parent / f"{root.name}-pma")
+        with pytest.raises(KeyboardInterrupt):  # what an attempt that was cut off read counts too
+            merge(request, show=after_last_unit)
         with caplog.at_level(logging.WARNING):
-            report = merge(request_for(root, root.parent / f"{root.name}-pma"))
+            report = merge(request)
+        assert report.bytes["read"] == 0
         sources = [source["path"] for source in report.plan["sources"]]
         assert list(report.checksums["without_checksums"]) == sources
         (said,) = [r.message for r in caplog.records if "without checksums" in r.message]

@@ -112,7 +112,8 @@ def test_units_are_cut_by_the_task_alone_and_shared_without_a_rest(
 ) -> None:
     monkeypatch.setattr(tasks, "UNIT_ELEMENTS", 100)
     made = planned(run)
-    assert any(unit.count == 100 for unit in made.units if isinstance(unit.task, Fill))
+    fills = [unit for unit in made.units if isinstance(unit.task, Fill)]
+    assert any(unit.count * unit.task.itemsize == 800 for unit in fills)
     assert len(made.units) > len({id(unit.task) for unit in made.units})
     for size in (1, 2, 3, 7, len(made.units) + 1):
         parts = [share(made.units, rank, size) for rank in range(size)]

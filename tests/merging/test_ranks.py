@@ -33,7 +33,7 @@ from pma_megatron.base import once
 from pma_megatron.base.comm import Comm
 from pma_megatron.formats.dcp import metadata
 from pma_megatron.formats.marker import OWN_FILES
-from pma_megatron.merging.planning import make_plan
+from pma_megatron.merging.planning import gather_sources, make_plan
 from pma_megatron.testing import run_ranks
 
 THREADS = (1, 2, 5)
@@ -253,8 +253,8 @@ def test_size_that_does_not_divide(results: Results, saves: Path) -> None:
     assert not (saves / "dense/3-2").exists()
 
 
-def count_parses(rank: int, world_size: int, root: str) -> list[str]:
-    """Names of the checkpoints whose `.metadata` this rank parsed for a plan."""
+def counted_parses() -> list[str]:
+    """Gets the name of every checkpoint whose `.metadata` this process parses from now on."""
     found: list[str] = []
     parse = metadata.parse
 
@@ -263,8 +263,41 @@ def count_parses(rank: int, world_size: int, root: str) -> list[str]:
         return parse(data, what, below)
 
     metadata.parse, once.SETTLED_NS = counted, -1
+    return found
+
+
+def count_parses(rank: int, world_size: int, root: str) -> list[str]:
+    """Names of the checkpoints whose `.metadata` this rank parsed for a plan."""
+    found = counted_parses()
     make_plan(MergeRequest(load=root, save="out", selection=SelectionRequest(last=2)), Comm())
     return found
+
+
+def count_parses_of_nodes(rank: int, world_size: int, nodes: list[str]) -> tuple[list[str], Any]:
+    """The same where the root may be another disk on each of `nodes`; and who sees what."""
+    found = counted_parses()
+    os.chdir(nodes[rank * len(nodes) // world_size])
+    request = MergeRequest(load="run", save="out", selection=SelectionRequest(last=2))
+    opened = gather_sources(request, Comm(), everywhere=True)
+    return found, opened.visible
+
+
+def test_ranks_that_see_one_disk_share_the_looking(dense_run: Path, tmp_path: Path) -> None:
+    nodes = [tmp_path / name for name in "ab"]
+    for node in nodes:
+        shutil.copytree(dense_run, node / "run")
+    one = run_ranks(count_parses_of_nodes, 4, [str(nodes[0])], timeout_s=200)
+    assert sorted(name for parsed, _ in one for name in parsed) == [
+        f"iter_{iteration:07d}" for iteration in ITERATIONS
+    ]
+    two = run_ranks(count_parses_of_nodes, 4, [str(node) for node in nodes], timeout_s=200)
+    for first in (0, 2):  # the ranks of a node; who opens a source may not have looked at it
+        parsed = [name for part, _ in two[first : first + 2] for name in part]
+        assert len({*parsed}) == len(ITERATIONS) and len(parsed) <= len(ITERATIONS) + 2
+    assert {visible for _, visible in (*one, *two)} == {((0, 1, 2, 3),) * 2}
+    shutil.rmtree(nodes[1] / "run" / f"iter_{ITERATIONS[-1]:07d}")
+    for _, visible in run_ranks(count_parses_of_nodes, 4, [str(n) for n in nodes], timeout_s=200):
+        assert visible == ((0, 1, 2, 3), (0, 1))
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

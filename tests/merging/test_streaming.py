@@ -21,6 +21,7 @@ from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.marker import OWN_FILES
 from pma_megatron.merging import streaming, sums
 from pma_megatron.merging.sums import LETTERS, Sum, average, choose
+from pma_megatron.transfer import blocks
 from pma_megatron.transfer.buffers import BlockBuffer, BlockBuffers, Room
 
 BEST, TORCH = choose(), choose("torch")
@@ -251,19 +252,19 @@ def test_a_merge_is_the_same_by_streams_and_by_blocks(
     run: str, request: pytest.FixtureRequest, tmp_path: Path, by_blocks: list[int]
 ) -> None:
     root = request.getfixturevalue(run)
-    blocks = merge(request_for(root, tmp_path / "blocks", selection=SelectionRequest(last=3)))
+    plain = merge(request_for(root, tmp_path / "blocks", selection=SelectionRequest(last=3)))
     by_blocks.append(0)
     streams = merge(request_for(root, tmp_path / "streams", selection=SelectionRequest(last=3)))
     assert by_blocks[0] > 10
-    (one,), (other,) = blocks.outputs, streams.outputs
+    (one,), (other,) = plain.outputs, streams.outputs
     mine, theirs = (
         {name: digest for name, digest in digests(Path(made)).items() if name not in OWN_FILES}
         for made in (one, other)
     )
     assert mine == theirs
     assert len(mine) > 3
-    assert blocks.bytes == streams.bytes
-    assert blocks.checksums == streams.checksums
+    assert plain.bytes == streams.bytes
+    assert plain.checksums == streams.checksums
 
 
 def test_a_source_that_ends_while_it_is_streamed(
@@ -274,12 +275,42 @@ def test_a_source_that_ends_while_it_is_streamed(
     shutil.copytree(dense_run, root)
     stream, shards = streaming.stream, sorted(folder_of(root, 6).glob("*.distcp"))
 
-    def cut(*args: Any) -> Any:
+    def cut(*args: Any, **rest: Any) -> Any:
         for shard in shards:
             os.truncate(shard, 10)
-        return stream(*args)
+        return stream(*args, **rest)
 
     monkeypatch.setattr(streaming, "stream", cut)
     with pytest.raises(CheckpointError, match=r"iter_0000006.*truncated or replaced"):
         merge(request_for(root, tmp_path / "out", selection=SelectionRequest(last=2)))
     assert not list((tmp_path / "out").glob("iter*"))
+
+
+def test_what_is_not_in_the_page_cache_is_asked_for_ahead_in_calls_that_count(
+    dense_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linux reads no more for one advice than the device's read-ahead; steps are longer then."""
+    last = SelectionRequest(last=2)
+    (warm,) = merge(request_for(dense_run, tmp_path / "warm", selection=last)).outputs
+    sizes, steps, advise, call = [], set(), os.posix_fadvise, streaming._call
+
+    def advised(descriptor: int, at: int, nbytes: int, advice: int) -> None:
+        sizes.append(nbytes)
+        advise(descriptor, at, nbytes, advice)
+
+    def called(*args: Any) -> Any:
+        steps.add(args[-1])
+        return call(*args)
+
+    monkeypatch.setattr(os, "posix_fadvise", advised)
+    monkeypatch.setattr(streaming, "_call", called)
+    monkeypatch.setattr(blocks, "_is_cached", lambda *_: False)
+    monkeypatch.setattr(blocks, "_read_ahead_bytes", lambda _: 1000)
+    report = merge(request_for(dense_run, tmp_path / "cold", selection=last))
+    assert steps == {streaming.COLD}
+    assert max(sizes) <= 1000 and sum(sizes) > report.bytes["read"] // 4
+    mine, theirs = (
+        {name: digest for name, digest in digests(Path(made)).items() if name not in OWN_FILES}
+        for made in (warm, *report.outputs)
+    )
+    assert mine == theirs

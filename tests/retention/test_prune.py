@@ -177,17 +177,19 @@ def test_sources_of_a_merge_stay_while_it_runs_and_when_it_was_killed(
     """A real merge that hangs; then one of which only the staging folder is left."""
     save = tmp_path / "run-pma"
     request = request_for(run, save, selection=SelectionRequest(iterations=(2, 4)))
-    with inject("merge", rank=0, action="hang"):
-        started = at_work(lambda: merge(request), lambda: bool(list(save.glob(".pma-staging-*"))))
-        journal, aside = save / ".pma-journal-iter_0000004", tmp_path / "journal"
-        with started:
-            until(lambda: (journal / "job.json").is_file())
-            found = reasons(run, **NEWEST)
-            assert "at work" in found[2] and "at work" in found[4] and found[6] == ""
-            journal.rename(aside)
-            found = reasons(run, **NEWEST)
-            assert "being read" in found[2] and "being read" in found[4] and found[6] == ""
-            aside.rename(journal)
+    with (
+        inject("merge", rank=0, action="hang"),
+        at_work(lambda: merge(request), lambda: bool(list(save.glob(".pma-journal-*")))),
+    ):
+        (journal,) = save.glob(".pma-journal-iter_0000004-*")
+        aside = tmp_path / "journal"
+        until(lambda: (journal / "job.json").is_file())
+        found = reasons(run, **NEWEST)
+        assert "at work" in found[2] and "at work" in found[4] and found[6] == ""
+        journal.rename(aside)
+        found = reasons(run, **NEWEST)
+        assert "being read" in found[2] and "being read" in found[4] and found[6] == ""
+        aside.rename(journal)
     found = reasons(run, **NEWEST)
     assert "cut off" in found[2] and str(journal) in found[4] and found[6] == ""
     journal.rename(aside)

@@ -172,7 +172,7 @@ def test_sources_of_a_cut_off_merge_stay_however_the_run_is_spelled(run: Path, w
     if way == "link":
         places[6] = elsewhere / "averages"
     for iteration, place in places.items():
-        journal = place / ".pma-journal-iter_0000004"
+        journal = place / ".pma-journal-iter_0000004-token"
         journal.mkdir(parents=True)
         (journal / "job.json").write_text(json.dumps({"sources": [str(folder_of(run, iteration))]}))
     assert deleted(spelled, **NEWEST) == [i for i in (2, 4, 6) if i not in places]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -117,10 +118,7 @@ class Build:
         """An item with new payloads: a tensor of its own, or one object holding many."""
         if payloads[0].record is None and entry.sizes is not None:
             dtype = self.changes.payloads[payloads[0]]
-            skeleton = lay_out(
-                dump_inert(new_tensor(entry.sizes, dtype)),
-                [("0", payloads[0].numel * dtype.itemsize)],
-            )
+            skeleton = _skeleton(entry.sizes, dtype, payloads[0].numel)
             placed = self._reserve(entry.item, skeleton.length)
             start = placed.offset + skeleton.payloads["data/0"][0]
             self.places[payloads[0]] = Destination(
@@ -137,6 +135,12 @@ class Build:
         )
         self.items.append(relaid.item)
         self.places.update(relaid.places)
+
+
+@lru_cache(maxsize=4096)
+def _skeleton(sizes: tuple[int, ...], dtype: torch.dtype, numel: int) -> Skeleton:
+    """The zip of a tensor: one for all tensors of a shape."""
+    return lay_out(dump_inert(new_tensor(sizes, dtype)), [("0", numel * dtype.itemsize)])
 
 
 def saved(

@@ -1,0 +1,56 @@
+"""What a run's own trainer deletes of its checkpoints, as far as the newest one says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from pma_megatron.base.openfiles import read_source_file
+from pma_megatron.errors import CheckpointError
+from pma_megatron.formats.schema import is_count
+from pma_megatron.formats.trainers.nvidia import RUN_CONFIG
+from pma_megatron.runs.describe import common_args
+from pma_megatron.runs.refs import CheckpointRef
+
+_MAX_BYTES = 16 << 20
+_OF_BRIDGE = re.compile(r"^checkpoint:\n(?:[ #].*\n|\n)*? +most_recent_k: *(\d{1,9}) *$", re.M)
+"""In `run_config.yaml`, as PyYAML writes it; -1 keeps all."""
+
+
+def trainer_retention(newest: CheckpointRef) -> str | None:
+    """A sentence on checkpoints that the trainer deletes; None if it says nothing of any.
+
+    Megatron-LM keeps its arguments in each checkpoint (`save_retain_interval`), Megatron-Bridge its
+    configuration beside it (`checkpoint.most_recent_k`).
+    """
+    args = common_args(Path(newest.path))
+    every = args.get("save_retain_interval")
+    if is_count(every) and every > 0:
+        return (
+            f"training deletes checkpoints by itself: save_retain_interval = {every} leaves "
+            "multiples of it, and the newest"
+        )
+    most = _most_recent(Path(newest.folder) / RUN_CONFIG, args)
+    if most is not None:
+        return (
+            f"training deletes checkpoints by itself: most_recent_k = {most} leaves so many of "
+            "the newest"
+        )
+    return None
+
+
+def recovers_by_itself(newest: CheckpointRef) -> bool:
+    """Whether the run goes back to its own checkpoints after a loss spike (`pma_recover`)."""
+    return common_args(Path(newest.path)).get("pma_recover") is True
+
+
+def _most_recent(path: Path, args: dict[str, Any]) -> int | None:
+    said = args.get("most_recent_k")
+    if is_count(said):
+        return int(said)
+    try:
+        found = _OF_BRIDGE.search(read_source_file(path, _MAX_BYTES).decode())
+    except (CheckpointError, UnicodeDecodeError):
+        return None
+    return None if found is None else int(found[1])

@@ -1,0 +1,50 @@
+"""A model that is always the newest average: replaced at once, and equal to that of `pma merge`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import exports
+import pytest
+from test_watch import TRACKER, kinds, payload
+
+from pma_megatron import MergeRequest, SelectionRequest, WatchRequest, merge, verify, watch
+from pma_megatron.testing import run_ranks
+
+
+@pytest.mark.parametrize("with_checkpoint", [True, False])
+def test_a_model_follows(tmp_path: Path, with_checkpoint: bool) -> None:
+    run, model, log = tmp_path / "run", tmp_path / "models" / "newest", tmp_path / "log"
+    like = exports.template(tmp_path / "like")
+    run_ranks(exports.train, 2, str(run), 3, str(like), str(tmp_path / "trained"))
+    save = str(tmp_path / "averages") if with_checkpoint else None
+    wanted = MergeRequest(
+        load=str(run),
+        save=save,
+        export=str(model),
+        like=str(like),
+        selection=SelectionRequest(last=2),
+    )
+    command = f'echo "$PMA_EXPORT $PMA_AVERAGE" >> {log}'
+
+    def looked() -> list[str]:
+        found: list[dict[str, Any]] = []
+        watch(WatchRequest(merge=wanted, once=True, evaluate=command), tell=found.append)
+        return kinds(found)
+
+    before: dict[str, str] = {}
+    for end in (4, 6):
+        (run / TRACKER).write_text(str(end))
+        assert looked() == ["started", "published", "evaluated"]
+        other = tmp_path / f"other-{end}"
+        alone = MergeRequest(
+            load=str(run), export=str(other), like=str(like), selection=SelectionRequest(last=2)
+        )
+        merge(alone)
+        assert payload(model) == payload(other) != before
+        before = payload(model)
+        verify(model)
+    average = f"{tmp_path}/averages/iter_000000{{}}" if with_checkpoint else ""
+    assert log.read_text().splitlines() == [f"{model} {average.format(end)}" for end in (4, 6)]
+    assert sorted(path.name for path in model.parent.iterdir()) == ["newest"]
