@@ -169,8 +169,8 @@ INSIDE = {
         average
     """,
     "retention": """
-        request unfinished
-        keeping
+        freed request surroundings
+        keeping unfinished
         decision
         pruning
     """,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,14 +9,15 @@ from pathlib import Path
 
 from pma_megatron.base.spelling import named
 from pma_megatron.errors import SelectionError
-from pma_megatron.formats.trainers.saves import checkpoint_in
+from pma_megatron.formats.trainers.saves import checkpoint_in, save_of
 from pma_megatron.retention.keeping import needed
 from pma_megatron.retention.request import PruneRequest
+from pma_megatron.retention.surroundings import leading_to, links_between, links_into, real
 from pma_megatron.retention.unfinished import unfinished
 from pma_megatron.runs.discover import choose, list_checkpoints, pointers_of
 from pma_megatron.runs.folders import is_checkpoint, what_is
 from pma_megatron.runs.marks import Mark, mark, unchanged
-from pma_megatron.runs.refs import CheckpointRef
+from pma_megatron.runs.refs import CheckpointRef, iteration_of
 from pma_megatron.runs.selection_request import SelectionRequest
 from pma_megatron.runs.trackers import read_pointers
 from pma_megatron.runs.trainer_retention import recovers_by_itself, trainer_retention
@@ -47,11 +47,13 @@ class Decision:
         verdicts: oldest first.
         notes: sentences for the user.
         marks: path -> what tells whether it has changed since.
+        between: links from one checkpoint into another, as they were at the first look.
     """
 
     verdicts: tuple[Verdict, ...]
     notes: tuple[str, ...]
     marks: Mapping[str, Mark]
+    between: Mapping[Path, Path]
 
     def of(self, path: str) -> Verdict | None:
         """What was found out about one checkpoint; None if it is not there."""
@@ -76,21 +78,22 @@ def decide(request: PruneRequest, before: Decision | None = None, anew: str = ""
     refs = list_checkpoints(root, known=_unchanged(root, before, anew))
     if not refs:
         raise SelectionError(what_is(root))
-    newest = SelectionRequest(last=1, allow_gaps=True)
-    end = choose(refs, newest, root, pointers_of(root)).refs[-1]
-    if end.iteration is None:
-        raise SelectionError(f"{end.path} has no iteration: nothing tells which is the newest")
+    end = _end(refs, root)
     rules = needed(refs, end, request)
     states = _states(refs, end, request)
     merges = unfinished(root, request.averages)
+    folders = [Path(ref.folder) for ref in refs]
+    between = links_between(folders) if before is None else before.between
+    links = {**links_into(root), **between}
     verdicts = []
     for ref in sorted(refs, key=lambda ref: (ref.iteration is None, ref.iteration or 0, ref.path)):
-        own = {Path(ref.path).resolve(), Path(ref.folder).resolve()}
+        own = {real(ref.path), real(ref.folder)}
         needs = filter(None, (each.why_kept(own) for each in merges))
-        reasons = (*states[ref.path], *rules.reasons.get(ref.path, ()), *needs)
-        verdicts.append(Verdict(ref, reasons))
+        reasons = [*states[ref.path], *rules.reasons.get(ref.path, ()), *needs]
+        verdicts.append(Verdict(ref, (*reasons, *_by_links(ref, root, links))))
+    marks = {ref.path: mark(root, ref) for ref in refs}
     notes = (*rules.notes, *_further(end, request))
-    return Decision(tuple(verdicts), notes, {ref.path: mark(root, ref) for ref in refs})
+    return Decision(tuple(verdicts), notes, marks, between)
 
 
 def _further(end: CheckpointRef, request: PruneRequest) -> Iterator[str]:
@@ -103,6 +106,37 @@ def _further(end: CheckpointRef, request: PruneRequest) -> Iterator[str]:
             "the run recovers from loss spikes by itself (pma_recover), and nothing says that what "
             f"it needs for that is to stay: {named('keep_recovery_iterations')}"
         )
+
+
+def _end(refs: list[CheckpointRef], root: Path) -> CheckpointRef:
+    """What training resumes from: if no tracker tells, the newest that it can resume from.
+
+    Raises:
+        SelectionError: it is not clear which one that is.
+    """
+    newest = SelectionRequest(last=1, allow_gaps=True)
+    pointers = pointers_of(root)
+    end = choose(refs, newest, root, pointers).refs[-1]
+    named = {pointer.named for pointer in (pointers or {}).values()}
+    if (end.snapshot or end.weights_only) and Path(end.path).name not in named:
+        full = [r for r in refs if r.complete and not r.snapshot and not r.weights_only]
+        full = [r for r in full if r.iteration is not None and r.unusable_because is None]
+        if full:
+            end = choose(full, newest, root, pointers).refs[-1]
+    if end.iteration is None:
+        raise SelectionError(f"{end.path} has no iteration: nothing tells which is the newest")
+    return end
+
+
+def _by_links(ref: CheckpointRef, root: Path, links: Mapping[Path, Path]) -> list[str]:
+    """Why one stays to which links lead, or which lies behind one."""
+    folder = Path(ref.folder)
+    if folder.is_symlink():
+        return ["it is a link"]
+    if any(real(path) != real(root) / path.relative_to(root) for path in (folder, Path(ref.path))):
+        return ["it lies behind a link, perhaps in another run"]
+    link = leading_to(real(folder), links)
+    return [] if link is None else [f"{link} leads to it"]
 
 
 def _unchanged(root: Path, before: Decision | None, anew: str) -> dict[str, CheckpointRef]:
@@ -118,6 +152,7 @@ def _states(
     """Why some stay whatever the rules say."""
     trackers = _named({Path(ref.folder).parent for ref in refs})
     newest = _newest(refs)
+    kind = _kind(end)
     found: dict[str, list[str]] = {}
     for ref in refs:
         folder = Path(ref.folder)
@@ -128,8 +163,8 @@ def _states(
             why.append("it has no iteration number")
         elif end.iteration is not None and ref.iteration > end.iteration:
             why.append(f"newer than iteration {end.iteration}, which training resumes from")
-        if folder.is_symlink():
-            why.append("it is a link")
+        if not ref.snapshot and ref.format != "unknown" and _kind(ref) != kind:
+            why.append(f"saved in another way ({_named_kind(ref)}) than iteration {end.iteration}")
         if ref.state == "being written":
             why.append("it is being written")
         elif ref.state == "not judged":
@@ -160,14 +195,27 @@ def _named(parents: Iterable[Path]) -> dict[Path, str]:
 
 def _newest(refs: Sequence[CheckpointRef]) -> set[str]:
     """The newest of each kind, whole or not, and the newest whole one."""
+    kinds: dict[tuple[object, ...], list[CheckpointRef]] = {}
+    for ref in refs:
+        if ref.iteration is not None:
+            kinds.setdefault((ref.snapshot,), []).append(ref)
+            if ref.complete:
+                whole = (ref.snapshot, ref.weights_only, ref.format)
+                kinds.setdefault(whole, []).append(ref)
     found = set()
-    for snapshot in (False, True):
-        for complete in (False, True):
-            kind = [r for r in refs if r.snapshot is snapshot and (r.complete or not complete)]
-            numbered = [ref for ref in kind if ref.iteration is not None]
-            top = max((ref.iteration or 0 for ref in numbered), default=None)
-            found |= {ref.path for ref in numbered if ref.iteration == top}
+    for kind in kinds.values():
+        top = max(iteration_of(ref) for ref in kind)
+        found |= {ref.path for ref in kind if ref.iteration == top}
     return found
+
+
+def _kind(ref: CheckpointRef) -> tuple[str, str | None]:
+    """Format and trainer: an export, or what another program left, is not the run's to delete."""
+    return ref.format, save_of(Path(ref.path), ref.format).by
+
+
+def _named_kind(ref: CheckpointRef) -> str:
+    return " of ".join(filter(None, _kind(ref)))
 
 
 def _damaged(folder: Path, request: PruneRequest) -> list[str]:
@@ -175,20 +223,11 @@ def _damaged(folder: Path, request: PruneRequest) -> list[str]:
         return ["damaged: look at it"]
     if not folder.is_dir():
         return ["it is no folder"]
-    changed_s = max(path.lstat().st_mtime for path in (folder, *folder.rglob("*")))
+    try:
+        stats = [path.lstat() for path in (folder, *folder.rglob("*"))]
+    except OSError:
+        return ["it changes at this moment"]
+    changed_s = max(max(stat.st_mtime, stat.st_ctime) for stat in stats)
     if time.time() - changed_s < SETTLED_S:
         return ["it changed within the last hour: it may be written again"]
     return []
-
-
-def freed_bytes(folder: Path) -> int:
-    """Bytes that are free once a folder is deleted; files with further names stay."""
-    found = 0
-    for here, _, files in os.walk(folder):
-        for name in files:
-            try:
-                stat = (Path(here) / name).lstat()
-            except OSError:
-                continue
-            found += stat.st_size if stat.st_nlink == 1 else 0
-    return found

@@ -39,7 +39,8 @@ def needed(refs: Sequence[CheckpointRef], end: CheckpointRef, request: PruneRequ
     """What the rules of `request` need of a run.
 
     Args:
-        refs: all there are.
+        refs: all there are. Of those that have one iteration, all stay if one does; those of
+            another format than `end` are not counted.
         end: the one that training resumes from.
         request: the rules.
 
@@ -47,14 +48,18 @@ def needed(refs: Sequence[CheckpointRef], end: CheckpointRef, request: PruneRequ
         SelectionError: a rule names what is not there, or measures tokens that cannot be compared.
     """
     numbered = [ref for ref in refs if ref.iteration is not None]
-    usable = _usable(numbered, iteration_of(end))
-    resumable = [r for r in usable if not r.snapshot and not r.weights_only] or usable
+    own = [ref for ref in numbered if ref.format in (end.format, "unknown")]
+    twins = _usable(own, iteration_of(end))
+    resumable = _each_once([r for r in twins if not r.snapshot and not r.weights_only] or twins)
+    usable = _each_once(twins)
     reasons: dict[str, list[str]] = {}
     notes: list[str] = []
 
     def keep(found: Iterable[CheckpointRef], why: str) -> None:
-        for ref in found:
-            reasons.setdefault(ref.path, []).append(why)
+        chosen = {ref.iteration for ref in found}
+        for ref in numbered:
+            if ref.iteration in chosen:
+                reasons.setdefault(ref.path, []).append(why)
 
     if request.keep_last is not None:
         keep(resumable[-request.keep_last :], f"one of the newest {request.keep_last}")
@@ -74,7 +79,7 @@ def needed(refs: Sequence[CheckpointRef], end: CheckpointRef, request: PruneRequ
         keep(named_ones, named("keep_iterations"))
     for window in request.keep_window:
         text = f"the window {window_text(window)}"
-        keep(_of_window(numbered, usable, window, notes), text)
+        keep(_of_window(own, usable, window, notes), text)
     if request.keep_recovery_iterations is not None:
         keep(_of_recoveries(usable, end, request, notes), "recoveries from a spike")
     return Needed({path: tuple(each) for path, each in reasons.items()}, tuple(notes))
@@ -84,6 +89,14 @@ def _usable(numbered: Sequence[CheckpointRef], end: int) -> list[CheckpointRef]:
     """Complete and healthy, up to the end, by iteration."""
     found = [r for r in numbered if r.unusable_because is None and iteration_of(r) <= end]
     return sorted(found, key=lambda ref: (iteration_of(ref), ref.path))
+
+
+def _each_once(refs: Iterable[CheckpointRef]) -> list[CheckpointRef]:
+    """The first of each iteration."""
+    found: dict[int, CheckpointRef] = {}
+    for ref in refs:
+        found.setdefault(iteration_of(ref), ref)
+    return list(found.values())
 
 
 def _every_tokens(ordered: Sequence[CheckpointRef], step: int) -> Iterator[CheckpointRef]:
@@ -114,16 +127,41 @@ def _of_window(
     window: SelectionRequest,
     notes: list[str],
 ) -> list[CheckpointRef]:
-    """The members of the window today, and what those of tomorrow need."""
+    """The members of the window today, and what those of tomorrow need.
+
+    Where there are too few today, everything stays that it can be made of once there are more.
+
+    Raises:
+        SelectionError: it cannot be made for another reason: what it needs is not known.
+    """
+    tomorrow = [] if window.end_iteration is not None else _tomorrow(usable, window)
+    known = {iteration_of(ref) for ref in usable}
+    others = [ref for ref in refs if iteration_of(ref) not in known]
     try:
         end = iteration_of(usable[-1])
-        today = [*select(refs, replace(window, allow_gaps=True), resumed=end).refs]
+        pool = [*usable, *_each_once(others)]
+        return [*select(pool, replace(window, allow_gaps=True), resumed=end).refs, *tomorrow]
     except SelectionError as error:
         if window.end_iteration is not None:
             raise
-        today = []
         notes.append(f"the window {window_text(window)} cannot be made now: {error}")
-    return today if window.end_iteration is not None else [*today, *_tomorrow(usable, window)]
+        return _in_reach(usable, window)
+
+
+def _in_reach(usable: Sequence[CheckpointRef], window: SelectionRequest) -> list[CheckpointRef]:
+    """All that lies no further back than the window; all there is, where that is not known."""
+    by_tokens = window.interval_tokens is not None or window.window_tokens is not None
+    interval = window.interval_tokens or window.interval_iterations
+    if interval is None and window.window_tokens is None:
+        return list(usable)
+    reach = window.window_tokens or (window.last or DEFAULT_LAST) * (interval or 0)
+    if not by_tokens:
+        return [r for r in usable if iteration_of(r) >= iteration_of(usable[-1]) - reach]
+    try:
+        run = comparable_run(usable, reach, "window_tokens")
+    except SelectionError:
+        return list(usable)
+    return [ref for ref in run if tokens_of(ref) >= tokens_of(run[-1]) - reach]
 
 
 def _tomorrow(usable: Sequence[CheckpointRef], window: SelectionRequest) -> list[CheckpointRef]:

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,8 @@ from pma_megatron.formats.marker import SNAPSHOTS
 from pma_megatron.merging.leftovers import removed
 from pma_megatron.merging.locks import CLEANING, LOCK, HeldError, held
 from pma_megatron.online.snapshot_job import REMOVED
-from pma_megatron.retention.decision import Decision, decide, freed_bytes
+from pma_megatron.retention.decision import Decision, decide
+from pma_megatron.retention.freed import freed_bytes
 from pma_megatron.retention.request import KEYWORDS, PruneRequest
 from pma_megatron.runs.refs import CheckpointRef
 
@@ -98,7 +99,8 @@ def prune(request: PruneRequest, *, delete: bool = False) -> PruneReport:
     """Say what of a run may go, and delete it if asked to.
 
     Never deleted are: the newest checkpoints, what a tracker names, what is newer than that, what
-    is being written or read, links, and what a merge that was cut off needs.
+    is being written or read, links and what they lead to, what was saved in another way than the
+    newest, and what a merge that was cut off needs.
 
     Args:
         request: what is to stay.
@@ -113,10 +115,12 @@ def prune(request: PruneRequest, *, delete: bool = False) -> PruneReport:
     left = _leftovers(root)
     decision = decide(request)
     rows = [
-        Row(ref=each.ref, kept=each.kept, bytes=freed_bytes(Path(each.ref.folder)))
+        Row(ref=each.ref, kept=each.kept, bytes=freed_bytes([Path(each.ref.folder)])[0])
         for each in decision.verdicts
     ]
     rows = [_if_alone(row, request) if row.may_go else row for row in rows]
+    sizes = iter(freed_bytes(Path(row.ref.folder) for row in rows if row.may_go))
+    rows = [replace(row, bytes=next(sizes)) if row.may_go else row for row in rows]
     if delete:
         left = _cleared(left, root)
         for number, row in enumerate(rows):
@@ -127,18 +131,32 @@ def prune(request: PruneRequest, *, delete: bool = False) -> PruneReport:
     )
 
 
+def _places(root: Path) -> Iterator[Path]:
+    """Where checkpoints are deleted: what lies behind a link is of another run."""
+    yield root
+    if not (root / SNAPSHOTS).is_symlink():
+        yield root / SNAPSHOTS
+
+
 def _leftovers(root: Path) -> list[Path]:
-    return [path for place in (root, root / SNAPSHOTS) for path in place.glob(f"{REMOVED}*")]
+    found = (path for place in _places(root) for path in place.glob(f"{REMOVED}*"))
+    return [path for path in found if not path.is_symlink()]
 
 
 def _cleared(left: Sequence[Path], root: Path) -> list[Path]:
     """Remove what deletions that were cut off left; returns what is still there."""
-    for place in (root, root / SNAPSHOTS):
+    for place in _places(root):
         for lock in place.glob(f"{LOCK}*"):
             name = lock.name.removeprefix(LOCK)
             with contextlib.suppress(HeldError, OSError), held(place, name, CLEANING):
                 pass  # it is removed on leaving
-    return [folder for folder in left if not removed(folder)]
+    return [folder for folder in left if not _gone(folder)]
+
+
+def _gone(folder: Path) -> bool:
+    """Remove a folder, perhaps together with somebody else; whether nothing is left of it."""
+    removed(folder)
+    return not os.path.lexists(folder)
 
 
 def _if_alone(row: Row, request: PruneRequest) -> Row:
@@ -175,12 +193,16 @@ def _deleted(row: Row, request: PruneRequest, before: Decision) -> tuple[Row, De
     except HeldError as holder:
         return replace(row, kept=(f"another job is writing it{holder}",)), before
     except OSError as error:
+        if not os.path.lexists(folder):
+            return replace(row, kept=("somebody else has moved or deleted it",)), before
         problem = f"{error.filename or folder}: {error.strerror}"
         _log.warning("%s could not be deleted (%s)", folder, problem)
         return replace(row, problem=problem), before
     point("pruned", 0)
-    if not removed(hidden):
-        return replace(row, deleted=True, problem=f"{hidden} is not removed altogether"), now
+    if not _gone(hidden):
+        freed = max(0, row.bytes - freed_bytes([hidden])[0])
+        problem = f"{hidden} is not removed altogether"
+        return replace(row, deleted=True, bytes=freed, problem=problem), now
     _log.info("deleted %s, %s", folder, sized(row.bytes))
     return replace(row, deleted=True), now
 
@@ -193,7 +215,13 @@ def _hidden(folder: Path, checkpoint: Path) -> Path:
         folder.rename(hidden)
         sync(folder.parent)
         point("hidden", 0)
-        for marker in (*(inside / name for name in MARKERS), lock_file(inside)):
-            if marker is not None:
-                marker.unlink(missing_ok=True)
+        whole = [
+            Path(here, name)
+            for here, _, names in os.walk(hidden)
+            for name in names
+            if name in MARKERS
+        ]
+        for marker in filter(None, (*whole, lock_file(inside))):
+            with contextlib.suppress(OSError):  # said where the rest is removed
+                marker.unlink()
     return hidden

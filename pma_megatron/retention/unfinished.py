@@ -13,12 +13,11 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 
-from pma_megatron.base.openfiles import is_folder
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.json_files import read_json
 from pma_megatron.merging.leftovers import JOURNAL, STAGING
 from pma_megatron.merging.locks import is_held
-from pma_megatron.runs.folders import ITERATION
+from pma_megatron.retention.surroundings import beside, folders_below, real, spellings
 
 _JOB = "job.json"
 _SWEPT = re.compile(r"-last\d+$")
@@ -52,30 +51,23 @@ class Unfinished:
 def unfinished(root: Path, further: Iterable[str]) -> list[Unfinished]:
     """Merges that are not at their end, as far as they may be of the run at `root`.
 
-    Folders in and beside the run's are looked at for journals. What says nothing of its sources
-    counts where it lies in the run's folder, in one beside it that is called after it (`RUN-pma`),
-    or in one of `further`.
+    Folders beside the run's, and in it down to two levels, are looked at for journals, however
+    `root` is spelled. What says nothing of its sources counts where it lies in the run's folder, in
+    one beside it that is called after it (`RUN-pma`), or in one of `further`.
     """
-    root = root.absolute()
-    own = [root, *_folders(root), *(Path(each) for each in further)]
-    beside = [each for each in _folders(root.parent) if each != root]
-    own += [each for each in beside if each.name.startswith(f"{root.name}-")]
+    ways = spellings(root)
+    near, names = beside(root), tuple(f"{way.name}-" for way in ways)
+    own = [*ways, *map(Path, further), *(each for each in near if each.name.startswith(names))]
+    for _ in range(2):
+        own = list(dict.fromkeys((*own, *(p for each in own for p in folders_below(each)))))
     found: dict[Path, Unfinished] = {}
-    for folder, is_own in (*((f, True) for f in own), *((f, False) for f in beside)):
-        swept = (each for each in _folders(folder) if _SWEPT.search(each.name))
+    for folder, is_own in (*((f, True) for f in own), *((f, False) for f in near)):
+        swept = (each for each in folders_below(folder) if _SWEPT.search(each.name))
         for place in (folder, *swept):
             for each in _left_in(place):
                 if each.sources is not None or is_own:
-                    found.setdefault(each.left, each)
+                    found.setdefault(real(each.left), each)
     return list(found.values())
-
-
-def _folders(root: Path) -> list[Path]:
-    try:
-        below = sorted(root.iterdir())
-    except OSError:
-        return []
-    return [p for p in below if not ITERATION.match(p.name) and p.name[0] != "." and is_folder(p)]
 
 
 def _left_in(folder: Path) -> Iterator[Unfinished]:
@@ -102,5 +94,5 @@ def _sources(path: Path) -> frozenset[Path] | None:
     with contextlib.suppress(CheckpointError, OSError):
         said = read_json(path).get("sources")
         if isinstance(said, list) and all(isinstance(each, str) for each in said):
-            return frozenset(Path(each).resolve() for each in said)
+            return frozenset(map(real, said))
     return None

@@ -83,6 +83,34 @@ def test_a_window_with_an_end_is_its_members() -> None:
         pruned(every(1000, 4000), keep_window=(window,))
 
 
+def test_a_window_that_is_not_known_is_refused_and_too_few_all_stay() -> None:
+    """Only what it lacks today may be missing: nothing tells what else it would take."""
+    untold = [*every(1000, 5000), ref(6000, tokens=500 * B), ref(7000)]
+    for text in ("last=3,interval-tokens=2B", "window-tokens=3B"):
+        with pytest.raises(SelectionError, match="compared"):
+            pruned(untold, keep_window=(parse_window(text),))
+    refs = every(1000, 7000)
+    for text in ("last=9", "last=9,interval-tokens=2B", "last=9,interval-iterations=2000"):
+        assert pruned(refs, keep_window=(parse_window(text),)) == refs
+    gap = [each for each in every(1000, 20_000) if each.iteration not in (15_000, 16_000, 17_000)]
+    left = pruned(gap, keep_window=(parse_window("last=5,interval-iterations=2000"),))
+    assert numbers(left) == [*range(10_000, 15_000, 1000), 18_000, 19_000, 20_000]
+
+
+def test_all_of_one_iteration_stay_and_count_once() -> None:
+    twin = ref(6000, path="/run/iter_6000")
+    refs = [*every(1000, 8000), twin]
+    for rules in ({"keep_last": 3}, {"keep_window": (parse_window("last=3"),)}):
+        stays = needed(refs, refs[-2], PruneRequest(root="/run", **rules)).reasons
+        assert sorted(stays) == sorted([twin.path, *(each.path for each in refs[5:8])])
+
+
+def test_what_a_window_cannot_be_made_of_is_not_counted() -> None:
+    export = ref(7500, format="safetensors", path="/run/export")
+    left = pruned([*every(1000, 7000), export, ref(8000)], keep_window=(parse_window("last=3"),))
+    assert numbers(left) == [6000, 7000, 8000]
+
+
 def test_milestones_stay_the_same_as_the_run_goes_on() -> None:
     draw, iteration, left = random.Random(1), 0, list[CheckpointRef]()
     firsts: dict[int, int] = {}

@@ -18,9 +18,10 @@ from test_cli import _logging_as_it_was, call  # noqa: F401 (a fixture of every 
 from conftest import digests, folder_of, request_for
 from pma_megatron import PruneRequest, SelectionRequest, list_checkpoints, merge, prune
 from pma_megatron.errors import CheckpointError, SelectionError
+from pma_megatron.formats import holding as locks
 from pma_megatron.formats import registry
 from pma_megatron.formats.holding import alone_with, holding
-from pma_megatron.retention import pruning
+from pma_megatron.retention import decision, pruning
 from pma_megatron.retention.decision import SETTLED_S
 from pma_megatron.retention.request import parse_window
 from pma_megatron.testing import inject
@@ -90,7 +91,7 @@ def test_what_training_needs_stays(run: Path) -> None:
     assert left(run) == [4, 6, 8]
 
 
-def test_a_save_at_work_stays(run: Path) -> None:
+def test_a_save_at_work_stays(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The newest one that lacks its end; and one that a resumed run writes anew, behind others."""
     (folder_of(run, 8) / "metadata.json").unlink()
     (run / TRACKER).write_text("6")
@@ -100,8 +101,10 @@ def test_a_save_at_work_stays(run: Path) -> None:
     assert "within the last hour" in reasons(run, **NEWEST, damaged=True)[2]
     long_ago = time.time() - SETTLED_S - 60
     for path in (*folder_of(run, 2).iterdir(), folder_of(run, 2)):
-        os.utime(path, (long_ago, long_ago))
+        os.utime(path, (long_ago, long_ago))  # as a copy that keeps the times does
     assert deleted(run, **NEWEST) == [4]
+    assert deleted(run, **NEWEST, damaged=True) == []
+    monkeypatch.setattr(decision, "SETTLED_S", 0)
     assert deleted(run, **NEWEST, damaged=True) == [2]
     assert left(run) == [6, 8]
 
@@ -114,7 +117,7 @@ def test_links_stay(run: Path, tmp_path: Path) -> None:
     assert (elsewhere / "metadata.json").is_file()
 
 
-def test_what_is_being_read_stays(run: Path) -> None:
+def test_what_is_being_read_stays(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever has opened a source holds it, and only for as long as it reads."""
 
     def read(iteration: int) -> None:
@@ -131,6 +134,7 @@ def test_what_is_being_read_stays(run: Path) -> None:
         for name, digest in before.items()
         if name.startswith("iter_0000004/")
     }
+    monkeypatch.setattr(locks, "_PATIENCE_S", 0.2)
     with alone_with(folder_of(run, 4)), holding(), pytest.raises(CheckpointError, match="deleted"):
         read(4)
     read(4)
