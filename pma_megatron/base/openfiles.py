@@ -197,7 +197,7 @@ class Files:
         if idle is not None:
             descriptor = self._open.pop(idle).descriptor
             try:
-                if self._flags & os.O_RDWR:
+                if self._flags != os.O_RDONLY:
                     os.fsync(descriptor)
             finally:
                 os.close(descriptor)
@@ -209,10 +209,16 @@ class Files:
             moved()
 
     def close(self) -> None:
-        """Close all; harmless if called twice."""
-        while self._open:
-            _, found = self._open.popitem()
-            os.close(found.descriptor)
+        """Close all, what is in use as soon as it is not; harmless if called twice.
+
+        A descriptor that a thread still uses must not become that of another file.
+        """
+        with self._lock:
+            while self._open:
+                _, found = self._open.popitem()
+                found.ended = True
+                if not found.users:
+                    os.close(found.descriptor)
 
 
 @dataclass(slots=True)
@@ -222,6 +228,7 @@ class _Opened:
     descriptor: int
     lock: threading.Lock
     users: int = 0
+    ended: bool = False
 
     def __enter__(self) -> int:
         return self.descriptor
@@ -229,3 +236,5 @@ class _Opened:
     def __exit__(self, *_: object) -> None:
         with self.lock:
             self.users -= 1
+            if self.ended and not self.users:
+                os.close(self.descriptor)

@@ -33,6 +33,7 @@ from pma_megatron.transfer.reads import Reads
 
 SOURCE_BYTES = 4 << 20
 """A block of all sources at once: it bounds memory, and stays near the cores."""
+AHEAD_BYTES = 512 << 20  # asked of storage before its time; more might leave the cache unused
 _LEAST_ELEMENTS = 1 << 14
 
 S = TypeVar("S")
@@ -179,8 +180,9 @@ def over_threads(
                 raise
 
     with ThreadPoolExecutor(threads) as pool:
-        futures = [pool.submit(work) for _ in range(threads)]
+        futures: list[Future[None]] = []
         try:
+            futures += (pool.submit(work) for _ in range(threads))
             wait(futures)
         except BaseException:  # a signal; what the threads use must outlast them
             stop.set()
@@ -232,10 +234,13 @@ class _Job:
     ) -> Iterator[tuple[Unit, Future[_Found] | None]]:
         """The units, some of them looked for ahead of need: storage has not to be waited for."""
         ahead: deque[tuple[Unit, Future[_Found] | None]] = deque()
+        nbytes = 0
         for unit in units:
             found = scouts.submit(self._find, unit) if isinstance(unit, AverageUnit) else None
             ahead.append((unit, found))
-            if len(ahead) > self.threads:
+            nbytes += unit.read_bytes
+            while len(ahead) > self.threads or (len(ahead) > 1 and nbytes > AHEAD_BYTES):
+                nbytes -= ahead[0][0].read_bytes
                 yield ahead.popleft()
         yield from ahead
 

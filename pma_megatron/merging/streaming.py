@@ -55,7 +55,7 @@ class Step:
 
 WARM = Step(1 << 20, 1 << 14, 1 << 17)
 """It stays in a core's second cache."""
-COLD = Step(8 << 20, 1 << 16, 1 << 21)
+COLD = Step(8 << 20, 1 << 14, 1 << 21)
 """Longer reads, within what a rank may take."""
 
 

@@ -7,6 +7,7 @@ stretch of a file, not one per item, and puts the checksum of every file togethe
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -179,8 +180,10 @@ def _write(
     layout: OutputLayout, target: Target, numbers: Sequence[int], crc: _Crc, own: Checksums
 ) -> _Made:
     """Finish some items; what lies together in a file is one write."""
-    made, pending = _Made(), _Pending(Files(target.staging, os.O_RDWR))
-    with writing(target), pending:
+    # Written as blocks are (`BlockWriter`); what is read has files of its own.
+    made, pending = _Made(), _Pending(Files(target.staging, os.O_WRONLY))
+    readable = Files(target.staging, os.O_RDWR)
+    with writing(target), pending, contextlib.closing(readable):
         for number in numbers:
             item = layout.items[number]
             file, offset = item.placed.file, item.placed.offset
@@ -189,7 +192,7 @@ def _write(
             made.items += item.literal is not None or item.skeleton is not None
             if item.skeleton is None:
                 continue
-            crcs = _payloads(item, number, crc, pending.files)
+            crcs = _payloads(item, number, crc, readable)
             if layout.sums_payloads:
                 made.payloads.update(crcs)
             for record, (start, nbytes) in item.skeleton.payloads.items():

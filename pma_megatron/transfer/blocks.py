@@ -145,6 +145,8 @@ class BlockReader:
         with contextlib.suppress(OSError), self.files.opened(record.file) as descriptor:
             if not _is_cached(descriptor, first + count - 1):
                 step = _read_ahead_bytes(os.fstat(descriptor).st_dev)
+                if part.numel * _MIN_DENSITY < part.span:  # only some of it is read
+                    count = min(count, step)
                 for at in range(first, first + count, step):
                     ahead = min(step, first + count - at)
                     os.posix_fadvise(descriptor, at, ahead, os.POSIX_FADV_WILLNEED)
@@ -257,7 +259,9 @@ class BlockWriter:
             setting: the one that says where `folder` lies, for messages.
         """
         self.folder, self.checksums = folder, sums or Checksums()
-        self.files, self._setting = Files(folder, os.O_RDWR), setting
+        # Not for reading too: a client of NFS would read the rest of each page that ranks share,
+        # and write it back over what another rank has written there.
+        self.files, self._setting = Files(folder, os.O_WRONLY), setting
 
     def put(self, place: Destination, start: int, data: memoryview) -> None:
         """Write `data` at element `start` of the payload at `place`; see `pwrite` for errors."""

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import copy
 import os
+from pathlib import Path
 
 from isal import isal_zlib
 
+from pma_megatron.base.openfiles import Files
 from pma_megatron.base.spelling import named
 from pma_megatron.errors import PublishError
 from pma_megatron.formats.base import Item, Payload
 from pma_megatron.transfer.blocks import BlockReader, BlockWriter
+from pma_megatron.transfer.checksums import Checksums
 
 
 class ReadBack(BlockWriter):
     """Fills what it is given to write with what its folder holds there, and takes note of that."""
+
+    def __init__(
+        self, folder: Path, sums: Checksums | None = None, *, setting: str = "save"
+    ) -> None:
+        """See `BlockWriter`."""
+        super().__init__(folder, sums, setting=setting)
+        self.files = Files(folder, os.O_RDWR)
 
     def alone(self) -> ReadBack:
         """A reader of the same open files that takes note for itself."""
