@@ -175,7 +175,8 @@ INSIDE = {
         pruning
     """,
     "watching": """
-        commands events request state
+        events own request
+        commands state
         follow
     """,
     "megatron": """

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 from argparse import Namespace
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from pma_megatron.base.comm import Comm, process_group_from_environment
@@ -23,13 +24,14 @@ from pma_megatron.merging.published import verify as verify_published
 from pma_megatron.merging.report import describe_plan
 from pma_megatron.runs.discover import list_checkpoints
 from pma_megatron.runs.folders import what_is
+from pma_megatron.watching.own import WATCHED
 
 _log = logging.getLogger(__name__)
 
 
 def merge(arguments: Namespace) -> None:
     """`pma merge`."""
-    request = arguments.request
+    request = replace(arguments.request, watched=os.environ.get(WATCHED))
     with ExitStack() as over, process_group_from_environment(arguments.timeout_s):
         comm = Comm(request.merge_parallel_size)
         report = merge_checkpoints(request, comm, show(comm))

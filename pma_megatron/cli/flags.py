@@ -51,8 +51,8 @@ _PRUNE_EXAMPLES = """
   pma prune /ckpts/run-pma --keep-last 2 --yes          # old averages
 """
 _WATCH_EXAMPLES = """
-  pma watch --load /ckpts/run --save /ckpts/run-pma --last 10 --interval-tokens 8B --keep 3
-  pma watch --load /ckpts/run --save /ckpts/run-pma --last 10 \\
+  pma watch --load /ckpts/run --save /ckpts/run-watch --last 10 --interval-tokens 8B --keep 3
+  pma watch --load /ckpts/run --save /ckpts/run-watch --last 10 \\
       --launch 'torchrun --nproc-per-node 8' --evaluate './eval.sh "$PMA_AVERAGE"' --events w.jsonl
   pma watch --from average.yaml --once          # from cron
 """

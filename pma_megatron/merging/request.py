@@ -168,6 +168,9 @@ class MergeRequest:
     passed_over: tuple[PassedOver, ...] = setting(
         (), "what was left out by whoever chose the paths of `selection`, for the report", of=()
     )
+    watched: str | None = setting(
+        None, "settings of the watch that makes this average, by which it knows its own", of=()
+    )
 
     def __post_init__(self) -> None:
         for name in ("load", "save", "export", "like"):

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from pma_megatron.retention.request import KEYWORDS, PruneRequest
 from pma_megatron.runs.refs import CheckpointRef
 
 _log = logging.getLogger(__name__)
+Only = Callable[[CheckpointRef], bool]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,7 +96,9 @@ class PruneReport:
 
 
 @speaking(KEYWORDS)
-def prune(request: PruneRequest, *, delete: bool = False) -> PruneReport:
+def prune(
+    request: PruneRequest, *, delete: bool = False, only: Only = lambda ref: True
+) -> PruneReport:
     """Say what of a run may go, and delete it if asked to.
 
     Never deleted are: the newest checkpoints, what a tracker names, what is newer than that, what
@@ -105,6 +108,7 @@ def prune(request: PruneRequest, *, delete: bool = False) -> PruneReport:
     Args:
         request: what is to stay.
         delete: True deletes the rest.
+        only: of the rest, what may be deleted at all; asked again right before each deletion.
 
     Raises:
         UsageError: an address, or nothing that is to stay.
@@ -118,6 +122,7 @@ def prune(request: PruneRequest, *, delete: bool = False) -> PruneReport:
         Row(ref=each.ref, kept=each.kept, bytes=freed_bytes([Path(each.ref.folder)])[0])
         for each in decision.verdicts
     ]
+    rows = [row if only(row.ref) else replace(row, kept=(*row.kept, _NOT_MEANT)) for row in rows]
     rows = [_if_alone(row, request) if row.may_go else row for row in rows]
     sizes = iter(freed_bytes(Path(row.ref.folder) for row in rows if row.may_go))
     rows = [replace(row, bytes=next(sizes)) if row.may_go else row for row in rows]
@@ -125,7 +130,7 @@ def prune(request: PruneRequest, *, delete: bool = False) -> PruneReport:
         left = _cleared(left, root)
         for number, row in enumerate(rows):
             if row.may_go:
-                rows[number], decision = _deleted(row, request, decision)
+                rows[number], decision = _deleted(row, request, decision, only)
     return PruneReport(
         root=request.root, rows=tuple(rows), notes=decision.notes, leftovers=tuple(map(str, left))
     )
@@ -173,7 +178,10 @@ def _if_alone(row: Row, request: PruneRequest) -> Row:
     return replace(row, kept=(f"no locks here tell whether it is being read ({way} goes on)",))
 
 
-def _deleted(row: Row, request: PruneRequest, before: Decision) -> tuple[Row, Decision]:
+_NOT_MEANT = "it is none of those that are to be deleted"
+
+
+def _deleted(row: Row, request: PruneRequest, before: Decision, only: Only) -> tuple[Row, Decision]:
     """Look at the run again, and delete one checkpoint if it may still go."""
     ref, folder = row.ref, Path(row.ref.folder)
     try:
@@ -182,6 +190,8 @@ def _deleted(row: Row, request: PruneRequest, before: Decision) -> tuple[Row, De
             verdict = now.of(ref.path)
             if verdict is None:
                 return replace(row, kept=("somebody else has moved or deleted it",)), now
+            if not only(ref):
+                return replace(row, kept=(_NOT_MEANT,)), now
             if verdict.kept or not (sure or request.without_locks):
                 why = verdict.kept or ("the file system has lost its locks",)
                 _log.warning("%s stays after all: %s", folder, "; ".join(why))

@@ -14,8 +14,12 @@ from typing import Any
 
 from pma_megatron.base.stopping import Stopped
 from pma_megatron.errors import PmaError
+from pma_megatron.merging.request import MergeRequest
+from pma_megatron.watching.own import WATCHED
 
 _GRACE_S = 60.0
+_STDERR = 2  # what a command prints is none of the events, which go to stdout
+_OWN_VARIABLES = ("PMA_AVERAGE", "PMA_EXPORT", "PMA_ITERATION", WATCHED)
 
 
 class CommandError(PmaError):
@@ -37,12 +41,14 @@ def run(command: str | Sequence[str], environment: Mapping[str, str], *, read: b
         OSError: it cannot be started.
         Stopped: this process was asked to end; the command was too, and has.
     """
+    inherited = {k: v for k, v in os.environ.items() if k not in _OWN_VARIABLES}
     job = subprocess.Popen(
         command,
         shell=isinstance(command, str),
-        env={**os.environ, **environment},
+        env={**inherited, **environment},
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE if read else None,
+        stdout=subprocess.PIPE if read else _STDERR,
+        errors="replace",
         text=True,
         start_new_session=True,
     )
@@ -64,21 +70,35 @@ def _end(job: subprocess.Popen[str], number: int) -> None:
             return
 
 
-def merged_by(launch: str, words: Sequence[str], end_iteration: int) -> tuple[str, ...]:
+def merged_by(launch: str, words: Sequence[str], request: MergeRequest) -> tuple[str, ...]:
     """Merge by a command that starts the ranks; returns the folders that it published.
 
+    Args:
+        launch: the command.
+        words: the merge as it was typed.
+        request: the same merge, with what a watch decides.
+
     Raises:
-        CommandError: it failed.
+        CommandError: it failed, or does not say what it published.
     """
-    merge = ["-m", "pma_megatron", "merge", *words, "--overwrite", "--json"]
-    command = [*shlex.split(launch), *merge, "--end-iteration", str(end_iteration)]
+    end = ["--end-iteration", str(request.selection.end_iteration)]
+    over = ["--overwrite"] if request.overwrite else []
+    typed = [word for word in words if word != "--overwrite"]
+    merge = ["-m", "pma_megatron", "merge", *typed, *end, *over, "--json"]
+    command = [*shlex.split(launch), *merge]
     try:
-        code, out = run(command, {}, read=True)
+        code, out = run(command, {WATCHED: request.watched or ""}, read=True)
     except OSError as error:
         raise CommandError(f"{shlex.join(command)} cannot be started: {error}") from error
     if code != 0:
         raise CommandError(f"{shlex.join(command)} ended with exit code {code}: see above")
-    return _published(out)
+    published = _published(out)
+    if not published:
+        raise CommandError(
+            f"{shlex.join(command)} ended well, and its output has no report of a merge: does "
+            "the launch command pass stdout on, without a prefix to each line?"
+        )
+    return published
 
 
 def _published(out: str) -> tuple[str, ...]:

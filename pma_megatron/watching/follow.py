@@ -10,8 +10,10 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from pma_megatron.base.faults import point
 from pma_megatron.base.log import visible
@@ -23,13 +25,16 @@ from pma_megatron.formats.marker import EXPORT, MARKER_FILE
 from pma_megatron.formats.source import stamps_of
 from pma_megatron.merging.job import Show, merge, silent
 from pma_megatron.merging.locks import WRITING, HeldError, held
-from pma_megatron.retention.pruning import prune
+from pma_megatron.merging.request import MergeRequest
+from pma_megatron.retention.pruning import Row, prune
 from pma_megatron.retention.request import PruneRequest
+from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.watching import events as said
 from pma_megatron.watching.commands import merged_by, run
 from pma_megatron.watching.events import Events, Tell
+from pma_megatron.watching.own import is_own, marked, old_of_own
 from pma_megatron.watching.request import WatchRequest
-from pma_megatron.watching.state import Looks, Seen, current, pinned
+from pma_megatron.watching.state import Looks, Seen, pinned, wanted_of
 
 _RETRY_S = 600.0
 """After a failure; any change of the run comes first."""
@@ -106,6 +111,7 @@ def _in_charge(request: WatchRequest) -> Iterator[None]:
 class _Follower:
     def __init__(self, request: WatchRequest, spoken: Events, show: Show) -> None:
         self._request, self._events, self._show = request, spoken, show
+        self._merge = marked(request.merge)
         self._looks = Looks(request.merge)
         self._made: tuple[object, ...] | None = None
         self._failed: tuple[object, ...] | None = None
@@ -114,7 +120,7 @@ class _Follower:
 
     def follow(self) -> Outcome:
         while True:
-            self._step(self._looks.look())
+            self._step()
             if self._request.once or self._is_far_enough():
                 return self._outcome
             time.sleep(self._request.poll_s)
@@ -124,7 +130,15 @@ class _Follower:
         failed = self._outcome.failed or self._outcome.waiting
         return until is not None and at is not None and at >= until and not failed
 
-    def _step(self, seen: Seen) -> None:
+    def _step(self) -> None:
+        seen = None
+        try:
+            seen = self._looks.look()
+            self._act(seen)
+        except Exception as error:  # the run goes on, and so does this
+            self._fail(seen, error)
+
+    def _act(self, seen: Seen) -> None:
         if seen.waiting is not None:
             self._wait(seen.waiting)
             return
@@ -134,27 +148,28 @@ class _Follower:
         too_soon = time.monotonic() - self._failed_s < _RETRY_S
         if self._failed is not None and too_soon and self._failed == _every_file(seen):
             return
-        try:
-            self._make_current(seen)
-        except Exception as error:  # the run goes on, and so does this
-            self._fail(seen, error)
+        self._make_current(seen)
 
     def _fingerprint(self, seen: Seen) -> tuple[object, ...]:
         """The sources, and whether what was made of them is there."""
         return (seen.sources, *(_stamp(Path(each)) for each in self._outcome.published))
 
     def _make_current(self, seen: Seen) -> None:
-        request = pinned(self._request.merge, seen)
+        request = pinned(self._merge, seen)
         first, self._made = self._made is None and self._failed is None, None
-        published = current(request) if first else None
+        wanted = wanted_of(request)
+        known = first and wanted.current
+        published = wanted.folders
         sources = [ref.iteration for ref in seen.refs]
         numbers = {"iteration": seen.end, "sources": sources}
-        if published is not None:
+        if known:
             text = f"{', '.join(published)} is of iterations {_named(sources)} already"
             self._events.say(said.CURRENT, text, published=published, **numbers)
         else:
+            if wanted.unsafe is not None:
+                raise wanted.unsafe
             start_s = time.monotonic()
-            published = self._merged(seen)
+            published = self._merged(replace(request, overwrite=wanted.replaces))
             seconds = time.monotonic() - start_s
             text = f"{', '.join(published)} of iterations {_named(sources)}, in {seconds:.1f} s"
             self._events.say(
@@ -164,16 +179,17 @@ class _Follower:
         self._made, self._failed = self._fingerprint(seen), None
         point("watched", 0)
         try:
-            self._evaluate(seen.end, published)
-            self._delete_old(published)
+            if not known or self._request.events is not None:
+                self._evaluate(seen.end, published)
+            self._delete_old(seen.end, published)
         except (PmaError, OSError) as error:  # the average is there
             self._events.say(said.FAILED, f"after the merge: {error}", error=str(error))
 
-    def _merged(self, seen: Seen) -> tuple[str, ...]:
+    def _merged(self, request: MergeRequest) -> tuple[str, ...]:
         launch = self._request.launch
         if launch is not None:
-            return merged_by(launch, self._request.words, seen.end)
-        return merge(pinned(self._request.merge, seen), show=self._show).published
+            return merged_by(launch, self._request.words, request)
+        return merge(request, show=self._show).published
 
     def _wait(self, why: str) -> None:
         if why != self._outcome.waiting:
@@ -184,11 +200,14 @@ class _Follower:
         at = self._outcome
         self._outcome = Outcome(at.iteration, at.published, at.failed if waiting else None, waiting)
 
-    def _fail(self, seen: Seen, error: Exception) -> None:
-        self._failed, self._failed_s = _every_file(seen), time.monotonic()
+    def _fail(self, seen: Seen | None, error: Exception) -> None:
+        numbers: dict[str, Any] = {}
+        if seen is not None and seen.refs:
+            self._failed, self._failed_s = _every_file(seen), time.monotonic()
+            numbers = {"iteration": seen.end, "sources": [ref.iteration for ref in seen.refs]}
         text = f"{type(error).__name__}: {error}"
-        numbers = {"iteration": seen.end, "sources": [ref.iteration for ref in seen.refs]}
-        self._events.say(said.FAILED, text, error=text, **numbers)
+        if numbers or text != self._outcome.failed:
+            self._events.say(said.FAILED, text, error=text, **numbers)
         self._outcome = Outcome(self._outcome.iteration, self._outcome.published, text, None)
 
     def _evaluate(self, iteration: int, published: Sequence[str]) -> None:
@@ -197,8 +216,9 @@ class _Follower:
         if command is None:
             return
         stamps = [list(_stamp(Path(each)) or ()) for each in published]
+        known = bool(stamps) and all(stamps)
         done = (e for e in self._events.earlier() if e.get("event") == said.EVALUATED)
-        if any(e.get("stamps") == stamps and e.get("command") == command for e in done):
+        if known and any(e.get("stamps") == stamps and e.get("command") == command for e in done):
             return
         environment = {"PMA_ITERATION": str(iteration)}
         for each in published:
@@ -209,16 +229,32 @@ class _Follower:
         fields = {"command": command, "code": code, "iteration": iteration, "stamps": stamps}
         self._events.say(said.EVALUATED, text, **fields)
 
-    def _delete_old(self, published: Sequence[str]) -> None:
-        if self._request.keep is None:
+    def _delete_old(self, end: int, published: Sequence[str]) -> None:
+        """Of the averages up to `end` that this watch made, delete all but the newest few."""
+        keep = self._request.keep
+        if keep is None:
             return
-        for root in dict.fromkeys(Path(p).parent for p in published if not _is_export(Path(p))):
-            wanted = PruneRequest(root=str(root), keep_last=self._request.keep)
-            for row in prune(wanted, delete=True).rows:
-                if row.deleted:
-                    folder = row.ref.folder
-                    text = f"{folder}, an old average"
-                    self._events.say(said.DELETED, text, folder=folder, bytes=row.bytes)
+        for folder in (Path(each) for each in published if not _is_export(Path(each))):
+            old = old_of_own(folder.parent, self._merge, end=end, keep=keep)
+            if not old:
+                continue
+            wanted = PruneRequest(root=str(folder.parent), keep_iterations=(end,))
+            mine = partial(_is_one_of, old, self._merge)
+            for row in prune(wanted, delete=True, only=mine).rows:
+                self._say_deleted(row, row.ref.folder in old)
+
+    def _say_deleted(self, row: Row, wanted: bool) -> None:
+        folder, why = row.ref.folder, row.problem or "; ".join(row.kept)
+        if row.deleted:
+            text = f"{folder}, an old average"
+            self._events.say(said.DELETED, text, folder=folder, bytes=row.bytes)
+        if wanted and why:
+            text = f"{folder}, an old average, could not be deleted: {why}"
+            self._events.say(said.FAILED, text, error=why, folder=folder)
+
+
+def _is_one_of(folders: frozenset[str], request: MergeRequest, ref: CheckpointRef) -> bool:
+    return ref.folder in folders and is_own(Path(ref.folder), request)
 
 
 def _every_file(seen: Seen) -> tuple[object, ...]:

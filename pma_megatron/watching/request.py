@@ -24,7 +24,7 @@ class WatchRequest:
     Raises:
         UsageError: values out of range, or an average that cannot follow a run.
 
-    >>> request = WatchRequest(merge=MergeRequest(load="/ckpts/run", save="/ckpts/run-pma"))
+    >>> request = WatchRequest(merge=MergeRequest(load="/ckpts/run", save="/ckpts/avg"))
     >>> request.poll_s, request.keep
     (60.0, None)
     """
@@ -91,7 +91,7 @@ class WatchRequest:
         if folders[1] is not None and len({os.path.realpath(each) for each in folders if each}) < 2:
             raise UsageError(
                 f"{given('save', folders[1])} is the run's own folder: its tracker and retention "
-                f"would take the average for a checkpoint of the run. Use {folders[1]}-pma"
+                f"would take the average for a checkpoint of the run. Use {folders[1]}-watch"
             )
 
     @property

@@ -14,14 +14,13 @@ from typing import Any
 
 from pma_megatron.base.comm import Comm
 from pma_megatron.base.once import once_each
-from pma_megatron.errors import PmaError, SelectionError
+from pma_megatron.errors import PmaError, PublishError, SelectionError
 from pma_megatron.formats import registry
 from pma_megatron.formats.json_files import read_json
 from pma_megatron.formats.marker import MARKER_FILE
 from pma_megatron.formats.output import Folder
-from pma_megatron.merging.job import plan
 from pma_megatron.merging.leftovers import Target, unfinished
-from pma_megatron.merging.planning import MergePlan
+from pma_megatron.merging.planning import MergePlan, make_plan
 from pma_megatron.merging.request import MergeRequest
 from pma_megatron.merging.targets import is_of, targets
 from pma_megatron.runs.discover import choose, list_checkpoints, pointers_of
@@ -29,6 +28,7 @@ from pma_megatron.runs.marks import Mark, mark, unchanged
 from pma_megatron.runs.refs import CheckpointRef, iteration_of
 from pma_megatron.runs.trackers import read_pointers
 from pma_megatron.runs.trainer_retention import trainer_retention
+from pma_megatron.watching.own import replaces
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,21 +95,43 @@ class Looks:
 
 
 def pinned(request: MergeRequest, seen: Seen) -> MergeRequest:
-    """The merge of what was seen, wherever the run has gone meanwhile; it replaces an earlier."""
+    """The merge of what was seen, wherever the run has gone meanwhile; it replaces nothing."""
     selection = replace(request.selection, end_iteration=seen.end)
-    return replace(request, selection=selection, overwrite=True)
+    return replace(request, selection=selection, overwrite=False)
 
 
-def current(request: MergeRequest) -> tuple[str, ...] | None:
-    """The folders that this merge would make, if all of them are there as it would make them.
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What is to become of one merge.
+
+    Attributes:
+        folders: that it makes.
+        current: whether all of them are there as it would make them.
+        unsafe: why it would replace what this watch did not make; None if it would not.
+        replaces: whether an average of this watch is to be replaced.
+    """
+
+    folders: tuple[str, ...]
+    current: bool
+    unsafe: PublishError | None
+    replaces: bool
+
+
+@once_each()
+def wanted_of(request: MergeRequest) -> Wanted:
+    """What lies where this merge would publish; whether there is room is another question.
 
     Raises:
-        PmaError: the merge would be refused.
+        PmaError: no plan of it can be made.
     """
-    made = plan(request, Comm())
+    made = make_plan(request, Comm())
     wanted = targets(made, "plan")
-    whole = all(_is_current(each, made) for each in wanted)
-    return tuple(str(each.final) for each in wanted) if whole else None
+    folders = tuple(str(each.final) for each in wanted)
+    current = all(_is_current(each, made) for each in wanted)
+    try:
+        return Wanted(folders, current, None, replaces(wanted, made.request))
+    except PublishError as error:
+        return Wanted(folders, current, error, replaces=False)
 
 
 def _is_current(target: Target, made: MergePlan) -> bool:

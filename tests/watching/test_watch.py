@@ -18,7 +18,7 @@ from test_cli import _logging_as_it_was, call  # noqa: F401 (a fixture of every 
 
 from conftest import digests, folder_of
 from jobs import JOBS, nothing_goes_on  # noqa: F401
-from pma_megatron import MergeRequest, SelectionRequest, WatchRequest, merge, verify, watch
+from pma_megatron import MergeRequest, Method, SelectionRequest, WatchRequest, merge, verify, watch
 from pma_megatron.cli.flags import parsed
 from pma_megatron.errors import PublishError, UsageError
 from pma_megatron.formats.marker import OWN_FILES
@@ -304,3 +304,43 @@ def test_ranks_that_it_launches(run: Path, tmp_path: Path) -> None:
     report = json.loads((folder_of(tmp_path / "a", 8) / "pma.json").read_text())
     assert report["ranks"] == 2
     assert payload(folder_of(tmp_path / "a", 8)) == merged(run, tmp_path / "other")
+
+
+def by_hand(run: Path, save: Path, end: int, method: str = "sma") -> dict[str, str]:
+    """An average that somebody else keeps in the folder of a watch."""
+    wanted = SelectionRequest(last=2, end_iteration=end)
+    merge(MergeRequest(load=str(run), save=str(save), selection=wanted, method=Method(name=method)))
+    return digests(folder_of(save, end))
+
+
+def test_only_what_it_made_is_replaced_or_deleted(run: Path, tmp_path: Path) -> None:
+    """Averages of others stay, of the same settings too, and with names that it wants."""
+    save = tmp_path / "averages"
+    first, last = by_hand(run, save, 4), by_hand(run, save, 8, "wma")
+    (run / TRACKER).write_text("6")
+    assert kinds(looked(run, save, keep=1)[1]) == ["started", "published"]
+    (run / TRACKER).write_text("8")
+    outcome, found = looked(run, save, keep=1)
+    assert kinds(found) == ["started", "failed"] and "move it" in str(outcome.failed)
+    assert digests(folder_of(save, 4)) == first and digests(folder_of(save, 8)) == last
+    shutil.rmtree(folder_of(save, 8))
+    assert kinds(looked(run, save, keep=1)[1]) == ["started", "published", "deleted"]
+    assert digests(folder_of(save, 4)) == first and not folder_of(save, 6).exists()
+
+
+def test_what_was_just_made_stays_after_a_rollback(run: Path, tmp_path: Path) -> None:
+    """No tracker says which average is meant, and newer ones of a given-up branch are there."""
+    save = tmp_path / "averages"
+    for end in (6, 8):
+        (run / TRACKER).write_text(str(end))
+        looked(run, save)
+    (run / TRACKER).write_text("4")
+    (save / TRACKER).unlink()
+    looked(run, save, keep=1)
+    (save / TRACKER).unlink()
+    request = follow.marked(request_of(run, save).merge)
+    assert follow.old_of_own(save, request, end=4, keep=1) == frozenset()
+    assert follow.old_of_own(save, request, end=8, keep=1) == {
+        str(folder_of(save, end)) for end in (4, 6)
+    }
+    assert sorted(path.name[-1] for path in save.glob("iter_*")) == ["4", "6", "8"]

@@ -1,0 +1,83 @@
+"""Which averages are the watch's own: only those are replaced, and only those are deleted.
+
+Every merge of a watch writes into `pma.json` the settings by which the watch selects (`watched`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from pma_megatron.base.spelling import named
+from pma_megatron.errors import CheckpointError, PublishError, VerifyError
+from pma_megatron.formats.manifest import read_marker
+from pma_megatron.merging.leftovers import Target, unfinished
+from pma_megatron.merging.request import MergeRequest
+from pma_megatron.runs.discover import list_checkpoints
+
+WATCHED = "PMA_WATCHED"
+"""Environment variable that hands `watched` to the merge of a launch command."""
+_DECIDE = ("watched", "load", "method", "policy", "lr_factor", "dtype", "sweep")
+
+
+def marked(request: MergeRequest) -> MergeRequest:
+    """The request of a watch, by whose `watched` its averages are known."""
+    return replace(request, watched=json.dumps(asdict(request.selection), sort_keys=True))
+
+
+def is_own(folder: Path, request: MergeRequest) -> bool:
+    """Whether a watch with the settings of `request` (`marked`) made what lies in `folder`.
+
+    What cannot be read, what another command made, and what a watch with other settings made is not
+    its own.
+    """
+    if folder.is_symlink():
+        return False
+    try:
+        said = read_marker(folder).value
+    except (CheckpointError, VerifyError, OSError):
+        return False
+    made = said.get("request")
+    if request.watched is None or said.get("kind") not in (None, "export"):
+        return False
+    return isinstance(made, dict) and _decisive(made) == _decisive(_plain(request))
+
+
+def _plain(request: MergeRequest) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(json.dumps(asdict(request)))
+    return {**found, "load": str(Path(request.load).absolute())}
+
+
+def _decisive(request: dict[str, Any]) -> list[Any]:
+    return [request.get(name) for name in _DECIDE]
+
+
+def replaces(wanted: Iterable[Target], request: MergeRequest) -> bool:
+    """Whether an average of this watch lies where the merge of `request` is to go.
+
+    Raises:
+        PublishError: something else does, which is never replaced.
+    """
+    there = [each for each in wanted if each.final.exists() or each.final.is_symlink()]
+    own = [each for each in there if is_own(each.final, request)]
+    for each in there:
+        if each not in own and not unfinished(each):
+            raise PublishError(
+                f"{each.final} was not made by this watch with these settings, and is not "
+                f"replaced: move it elsewhere, or choose another {named(each.setting)}"
+            )
+    return bool(own)
+
+
+def old_of_own(root: Path, request: MergeRequest, *, end: int, keep: int) -> frozenset[str]:
+    """Folders of the averages of this watch up to `end`, but for the newest `keep` of them.
+
+    Those of iterations past `end` are of a branch that the run has given up: they stay.
+    """
+    refs = [ref for ref in list_checkpoints(root) if is_own(Path(ref.folder), request)]
+    numbered = sorted((ref.iteration, ref.folder) for ref in refs if ref.iteration is not None)
+    upto = [(iteration, folder) for iteration, folder in numbered if iteration <= end]
+    return frozenset(folder for iteration, folder in upto[:-keep] if iteration != end)
