@@ -21,7 +21,7 @@ def mark(root: Path, ref: CheckpointRef) -> Mark:
         ref: one of its checkpoints.
     """
     folder = Path(ref.path)
-    last = (*(folder / name for name in MARKERS), lock_file(folder))
+    last = (*(folder / name for name in MARKERS), _lock_of(folder))
     return tuple(map(_mark, (Path(ref.folder), folder, *last, root / recovery_log.FILE)))
 
 
@@ -34,6 +34,14 @@ def unchanged(
     """
     whole = (ref for ref in refs if ref.complete)
     return {ref.path: ref for ref in whole if mark(root, ref) == marks[ref.path]}
+
+
+def _lock_of(folder: Path) -> Path | None:
+    """None too of a folder that cannot be looked at, whose other marks are None then."""
+    try:
+        return lock_file(folder)
+    except OSError:
+        return None
 
 
 def _mark(path: Path | None) -> tuple[int, int, int] | None:

@@ -9,15 +9,17 @@ import re
 import shlex
 import signal
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pma_megatron.base.stopping import Stopped
+from pma_megatron.base.stopping import Stopped, shielded
 from pma_megatron.errors import PmaError
 from pma_megatron.merging.request import MergeRequest
 from pma_megatron.watching.own import WATCHED
 
-_GRACE_S = 60.0
+_GRACE_S, _KILLED_S = 60.0, 10.0
+_LOOK_S = 0.05
 _STDERR = 2  # what a command prints is none of the events, which go to stdout
 _OWN_VARIABLES = ("PMA_AVERAGE", "PMA_EXPORT", "PMA_ITERATION", WATCHED)
 
@@ -42,32 +44,43 @@ def run(command: str | Sequence[str], environment: Mapping[str, str], *, read: b
         Stopped: this process was asked to end; the command was too, and has.
     """
     inherited = {k: v for k, v in os.environ.items() if k not in _OWN_VARIABLES}
-    job = subprocess.Popen(
-        command,
-        shell=isinstance(command, str),
-        env={**inherited, **environment},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE if read else _STDERR,
-        errors="replace",
-        text=True,
-        start_new_session=True,
-    )
+    job = None
     try:
+        with shielded():  # a job that was started and is not known could not be ended
+            job = subprocess.Popen(
+                command,
+                shell=isinstance(command, str),
+                env={**inherited, **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE if read else _STDERR,
+                errors="replace",
+                text=True,
+                start_new_session=True,
+            )
         out, _ = job.communicate()
     except BaseException as error:
-        _end(job, error.number if isinstance(error, Stopped) else signal.SIGTERM)
+        if job is not None:
+            _end(job, error.number if isinstance(error, Stopped) else signal.SIGTERM)
         raise
     return job.returncode, out
 
 
 def _end(job: subprocess.Popen[str], number: int) -> None:
     """Ask a command and all that it started to end, then make it."""
-    for each in (number, signal.SIGKILL):
+    for each, patience_s in ((number, _GRACE_S), (signal.SIGKILL, _KILLED_S)):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(job.pid, each)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            job.communicate(timeout=_GRACE_S)
-            return
+        end_s = time.monotonic() + patience_s
+        while time.monotonic() < end_s:
+            # What it still prints is read, lest it blocks; a closed pipe is a ValueError.
+            with contextlib.suppress(subprocess.TimeoutExpired, ValueError):
+                job.communicate(timeout=_LOOK_S)
+            job.poll()
+            try:
+                os.killpg(job.pid, 0)
+            except ProcessLookupError:
+                return
+            time.sleep(_LOOK_S)
 
 
 def merged_by(launch: str, words: Sequence[str], request: MergeRequest) -> tuple[str, ...]:

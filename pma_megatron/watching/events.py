@@ -59,7 +59,7 @@ class Events:
 
 def _append(path: Path, line: str) -> None:
     """In one write: a kill leaves all of it or, at worst, a line without an end."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         end = os.lseek(descriptor, 0, os.SEEK_END)
         torn = end > 0 and _last_byte(path) != b"\n"

@@ -36,8 +36,8 @@ from pma_megatron.watching.own import is_own, marked, old_of_own
 from pma_megatron.watching.request import WatchRequest
 from pma_megatron.watching.state import Looks, Seen, pinned, wanted_of
 
-_RETRY_S = 600.0
-"""After a failure; any change of the run comes first."""
+_RETRY_S, _LONGEST_S = 600.0, 3600.0
+"""After a failure, and doubled by each up to the longest; any change of the run comes first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +80,13 @@ def watch(
             f"torchrun, with {named('launch')} 'torchrun --nproc-per-node 8'"
         )
     spoken = Events(request.events, tell)
-    with _in_charge(request):
+    with _in_charge(request) as sure:
         follower = _Follower(request, spoken, show)
         load = request.merge.load
         spoken.say(said.STARTED, f"follows {load}, process {os.getpid()}", load=load)
+        if not sure:
+            text = "the file system has no locks: nothing keeps a second watch out, see to that"
+            spoken.say(said.FAILED, text, error=text)
         try:
             return follower.follow()
         except Stopped as stop:
@@ -92,20 +95,22 @@ def watch(
 
 
 @contextlib.contextmanager
-def _in_charge(request: WatchRequest) -> Iterator[None]:
-    root, name = request.place
+def _in_charge(request: WatchRequest) -> Iterator[bool]:
+    """Keep other watches out; yields False where a file system has no locks for that."""
+    sure = True
     with contextlib.ExitStack() as stack:
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(held(root, name, WRITING))
-        except HeldError as holder:
-            raise PublishError(
-                f"another watch keeps an average in {root} current{holder}: end it, or choose "
-                f"another {named('save')}"
-            ) from None
-        except OSError as error:
-            raise PublishError(f"cannot write to {root}: {error.strerror}") from error
-        yield
+        for root, name in request.places:
+            try:
+                root.mkdir(parents=True, exist_ok=True)
+                sure &= stack.enter_context(held(root, name, WRITING))
+            except HeldError as holder:
+                raise PublishError(
+                    f"another watch keeps an average in {root} current{holder}: end it, or choose "
+                    f"another {named('save' if name == 'watch' else 'export')}"
+                ) from None
+            except OSError as error:
+                raise PublishError(f"cannot write to {root}: {error.strerror}") from error
+        yield sure
 
 
 class _Follower:
@@ -115,7 +120,7 @@ class _Follower:
         self._looks = Looks(request.merge)
         self._made: tuple[object, ...] | None = None
         self._failed: tuple[object, ...] | None = None
-        self._failed_s = 0.0
+        self._failed_s, self._retry_s = 0.0, _RETRY_S / 2
         self._outcome = Outcome(None, (), None, None)
 
     def follow(self) -> Outcome:
@@ -145,7 +150,7 @@ class _Follower:
         if self._made == self._fingerprint(seen):
             self._stands(waiting=None)
             return
-        too_soon = time.monotonic() - self._failed_s < _RETRY_S
+        too_soon = time.monotonic() - self._failed_s < self._retry_s
         if self._failed is not None and too_soon and self._failed == _every_file(seen):
             return
         self._make_current(seen)
@@ -177,6 +182,7 @@ class _Follower:
             )
         self._outcome = Outcome(seen.end, published, None, None)
         self._made, self._failed = self._fingerprint(seen), None
+        self._retry_s = _RETRY_S / 2
         point("watched", 0)
         try:
             if not known or self._request.events is not None:
@@ -204,6 +210,7 @@ class _Follower:
         numbers: dict[str, Any] = {}
         if seen is not None and seen.refs:
             self._failed, self._failed_s = _every_file(seen), time.monotonic()
+            self._retry_s = min(2 * self._retry_s, _LONGEST_S)
             numbers = {"iteration": seen.end, "sources": [ref.iteration for ref in seen.refs]}
         text = f"{type(error).__name__}: {error}"
         if numbers or text != self._outcome.failed:

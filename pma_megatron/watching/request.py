@@ -85,6 +85,11 @@ class WatchRequest:
         for name in ("evaluate", "launch"):
             if getattr(self, name) is not None and not getattr(self, name).strip():
                 raise UsageError(f"{named(name)} is empty: say which command, or leave it out")
+        if self.evaluate is not None and self.merge.sweep:
+            raise UsageError(
+                f"{named('evaluate')} is for one average, and {named('sweep')} makes several: "
+                "leave out one of the two"
+            )
         if self.launch is not None:
             _refuse_half_a_word(self.launch)
         folders = self.merge.load, self.merge.save
@@ -95,12 +100,13 @@ class WatchRequest:
             )
 
     @property
-    def place(self) -> tuple[Path, str]:
-        """The folder of which one watch at a time has charge, and a name for its lock."""
-        if self.merge.save is not None:
-            return Path(self.merge.save), "watch"
-        export = Path(str(self.merge.export)).absolute()
-        return export.parent, f"watch-{export.name}"
+    def places(self) -> tuple[tuple[Path, str], ...]:
+        """Folders of which one watch at a time has charge, each with a name for its lock."""
+        found = [] if self.merge.save is None else [(Path(self.merge.save), "watch")]
+        if self.merge.export is not None:
+            export = Path(os.path.realpath(self.merge.export))
+            found.append((export.parent, f"watch-{export.name}"))
+        return tuple(found)
 
 
 def _refuse_half_a_word(launch: str) -> None:

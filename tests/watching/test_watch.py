@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from pma_megatron.cli.flags import parsed
 from pma_megatron.errors import PublishError, UsageError
 from pma_megatron.formats.marker import OWN_FILES
 from pma_megatron.testing import inject
-from pma_megatron.watching import follow
+from pma_megatron.watching import commands, follow
 from pma_megatron.watching.follow import Outcome
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -217,6 +219,12 @@ def test_one_at_a_time_and_of_what_follows(run: Path, tmp_path: Path) -> None:
     save = tmp_path / "averages"
     with follow._in_charge(request_of(run, save)), pytest.raises(PublishError, match="watch"):
         looked(run, save)
+    wanted = MergeRequest(load=str(run), export=str(tmp_path / "m"), like=str(run))
+    both = replace(wanted, save=str(save))
+    with follow._in_charge(WatchRequest(merge=wanted)), pytest.raises(PublishError, match="watch"):
+        watch(WatchRequest(merge=both, once=True))
+    with pytest.raises(UsageError, match="several"):
+        WatchRequest(merge=replace(both, sweep=("sma:2,3",)), evaluate="true")
     with pytest.raises(UsageError, match="own folder"):
         request_of(run, run)
     for selection in ({"iterations": (2, 4)}, {"end_iteration": 4}, {"paths": ("a",)}):
@@ -244,6 +252,32 @@ def test_one_file_for_merge_and_watch(run: Path, tmp_path: Path) -> None:
     assert of_watch.merge.method.name == "wma" and of_watch.merge.selection.last == 3
     again = parsed(["merge", *of_watch.words])
     assert again.request_of(again) == of_watch.merge
+
+
+def test_a_command_ends_with_all_that_it_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also with what does not hear of it."""
+    monkeypatch.setattr(commands, "_GRACE_S", 0.5)
+    pids = tmp_path / "pids"
+    command = (
+        f"(trap '' TERM; echo $BASHPID >> {pids}; sleep 77 & echo $! >> {pids}; wait; wait) & "
+    )
+    command = f"exec bash -c {shlex.quote(command + 'wait')}"
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 1.0)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            commands.run(command, {}, read=False)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    for pid in map(int, pids.read_text().split()):
+        state = Path(f"/proc/{pid}/stat")
+        assert not state.exists() or " Z " in state.read_text()
 
 
 def pma(*words: object) -> subprocess.Popen[str]:
