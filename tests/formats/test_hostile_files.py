@@ -79,8 +79,14 @@ def test_a_name_that_leaves_the_folder_is_refused_before_anything_is_made(
     assert folder_of(save, 6).is_dir() and not (tmp_path / "escaped").exists()
 
 
-def test_the_publisher_makes_no_folder_of_a_link(run: Path, save: Path, tmp_path: Path) -> None:
-    """Another user of a shared folder waits for the staging folder, and puts a link into it."""
+@pytest.mark.parametrize("late", [False, True])
+def test_the_publisher_makes_no_folder_of_a_link(
+    save: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    """Another user of a shared folder waits for the staging folder, and puts a link into it.
+
+    One that is there already is removed; one that comes once that was looked at is refused.
+    """
     from pma_megatron.merging import publish
 
     outside = tmp_path / "outside"
@@ -89,8 +95,14 @@ def test_the_publisher_makes_no_folder_of_a_link(run: Path, save: Path, tmp_path
     target.staging.mkdir(parents=True)
     (target.staging / "__0_0.distcp").symlink_to(outside / "x")
     plan: Any = Namespace(layouts={target.folder: Namespace(files={"__0_0.distcp": 10})})
-    with pytest.raises(PublishError, match="cannot write"):
+    if late:
+        monkeypatch.setattr(publish, "_only", lambda folder, files: set())
+        with pytest.raises(PublishError, match="cannot write"):
+            publish.stage(plan, [target])
+    else:
         publish.stage(plan, [target])
+        made = target.staging / "__0_0.distcp"
+        assert not made.is_symlink() and made.stat().st_size == 10
     assert not list(outside.iterdir())
 
 
