@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,8 @@ from pma_megatron.base.stopping import Stopped, stoppable, unwinding
 from pma_megatron.testing import inject
 
 PATIENCE_S = 200.0
+SLOW = re.compile(r"plan: .*, after \d+ s")
+"""What a command says of itself on a machine that is busy."""
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
 
 
@@ -85,7 +88,11 @@ def test_while_ranks_merge(dense_run: Path, tmp_path: Path) -> None:
         assert job.poll() is None and time.monotonic() < until_s, job.communicate()
         time.sleep(0.01)
     out, err = interrupted(job)
-    ours = [line for line in (out + err).splitlines() if line.startswith("pma: ")]
+    ours = [
+        line
+        for line in (out + err).splitlines()
+        if line.startswith("pma: ") and not SLOW.search(line)
+    ]
     assert ours == ["pma: stopped by SIGINT; nothing was published"]
     assert job.returncode != 0
     assert not save.exists()
