@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from pma_megatron import MergeRequest, SelectionRequest
+from pma_megatron import MergeReport, MergeRequest, SelectionRequest, merge
 from pma_megatron.errors import PmaError
 from pma_megatron.testing import TinyConfig, TinyTrainer, run_ranks
 
@@ -125,6 +125,13 @@ def _dense_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def dense_run(_dense_runs: Path) -> Path:
     """Root of a dense run on DP 2, layout `dp_reshardable`."""
     return _dense_runs / "run"
+
+
+@pytest.fixture(scope="session")
+def whole(dense_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, MergeReport]:
+    """A merge of three checkpoints in one go: where it is, and what it reported."""
+    save = tmp_path_factory.mktemp("whole") / "save"
+    return save, merge(request_for(dense_run, save, selection=SelectionRequest(last=3)))
 
 
 @pytest.fixture(scope="session")

@@ -209,10 +209,9 @@ class Comm:
         """The value of global rank `source`, on every rank."""
         if self.size == 1:
             return value
-        is_source = self.rank == source
-        box = [_packed(value) if is_source else None]
+        box = [_packed(value) if self.rank == source else None]
         self._together(lambda: dist.broadcast_object_list(box, src=source))
-        return value if is_source else _unpacked(box[0])
+        return value if self.rank == source else _unpacked(box[0])
 
     def wait_for(self, work: Any, mates: Collection[int]) -> None:
         """Wait for a collective of some ranks; raises as `Team.reduce`."""
@@ -272,14 +271,12 @@ class Comm:
 def _packed(value: Any) -> tuple[bool, Any]:
     """A value as it is broadcast: compressed where it is large, as plans of large models are."""
     data = pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
-    if len(data) < _LARGE_BYTES:
-        return False, value
-    return True, isal_zlib.compress(data, 1)
+    large = len(data) >= _LARGE_BYTES
+    return large, isal_zlib.compress(data, 1) if large else value
 
 
 def _unpacked(packed: Any) -> Any:
-    large, content = packed
-    return pickle.loads(isal_zlib.decompress(content)) if large else content
+    return pickle.loads(isal_zlib.decompress(packed[1])) if packed[0] else packed[1]
 
 
 def _leave(presence: Presence, stop: KeyboardInterrupt, where: str) -> None:

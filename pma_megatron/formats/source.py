@@ -43,6 +43,7 @@ class Source:
         vocabulary: how its arguments say that its vocabulary was padded; None if they do not.
         unnamed: optimizer buffers by stored key, where main params were not wanted; they tell
             sources apart, and then they are let go.
+        flat_keys: keys of the parameters in `ranges`.
     """
 
     path: str
@@ -65,6 +66,11 @@ class Source:
     settings: Mapping[str, str] = field(default_factory=dict)
     counted_steps: Mapping[str, int] = field(default_factory=dict)
     vocabulary: Vocabulary | None = None
+    flat_keys: frozenset[str] = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        flat = frozenset(found.key for space in self.ranges.values() for found in space)
+        object.__setattr__(self, "flat_keys", flat)
 
     def is_frozen(self, key: str) -> bool:
         """Whether its optimizer trains, and not this parameter: then its weight is its value."""

@@ -38,6 +38,7 @@ _LEAST_DECAY = 1e-3  # moments that may shrink further than this say nothing
 _SHRUNK = 0.05
 _EXPECTED = 8  # elements that would have shrunk in the other files too, if all were alike
 _ALIKE, _UNLIKE, _ENOUGH = 0.9, 0.15, 24
+_CHANCE = 3.0  # standard deviations of a correlation of what has nothing in common
 _MANY = 128  # elements of which chance makes no correlation of `_UNLIKE` from one of 0.9
 
 
@@ -130,9 +131,13 @@ def other_runs(refs: Sequence[CheckpointRef], values: Sequence[Values]) -> dict[
     for number, (older, newer) in enumerate(pairwise(refs), 1):
         known = _correlations(values[number - 1], values[number])
         total = sum(count for _, _, count in known.values())
-        if total < _MANY or max(abs(value) for value, _, _ in known.values()) >= _UNLIKE:
+        if total < _MANY:
             continue
         mean = sum(value * count for value, _, count in known.values()) / total
+        # Of a few elements of one file chance alone makes more.
+        above = (abs(value) - _CHANCE / math.sqrt(count) for value, _, count in known.values())
+        if max(abs(mean), *above) >= _UNLIKE:
+            continue
         found[number] = (
             f"{older.path} and {newer.path} look like checkpoints of two different runs: their "
             f"weights are uncorrelated ({mean:.2f}) in all files, and those of neighbours in one "

@@ -221,13 +221,13 @@ class _Job:
 
     def run_alone(self, units: Sequence[Unit]) -> None:
         """Every unit, by any thread."""
-
-        def do(each: tuple[Unit, Future[_Found] | None], space: Workspace) -> None:
-            self._do(*each, space)
-
         with ThreadPoolExecutor(self.threads) as scouts:
-            queue = self._found(units, scouts)
-            over_threads(queue, self.threads, do, lambda: Workspace(len(self.add.writers)))
+            over_threads(
+                self._found(units, scouts),
+                self.threads,
+                lambda each, space: self._do(*each, space),
+                lambda: Workspace(len(self.add.writers)),
+            )
 
     def _found(
         self, units: Sequence[Unit], scouts: Executor
@@ -246,8 +246,8 @@ class _Job:
 
     def _find(self, unit: AverageUnit) -> _Found:
         work = self.add.locate(unit, unit.task.numbers)
-        is_cold = sum(each.reader.advise() for each in work.inputs) > 0
-        return _Found(work, streaming.ranges(work), is_cold)
+        cold = [each.reader.advise() for each in work.inputs]  # all: it asks storage for them
+        return _Found(work, streaming.ranges(work), any(cold))
 
     def _do(self, unit: Unit, found: Future[_Found] | None, space: Workspace) -> None:
         self.check()

@@ -156,28 +156,11 @@ def _entries(sources: Sequence[Source]) -> Iterable[Entry]:
         yield Entry(key=key, state="object", optimizer=key in base.optimizer_keys)
 
 
-def _is_flat(source: Source, key: str) -> bool:
-    return key in _flat_keys(source.ranges)
-
-
-_last: tuple[Any, frozenset[str]] = ({}, frozenset())
-
-
-def _flat_keys(ranges: Mapping[tuple[str, str], Any]) -> frozenset[str]:
-    """Keys that lie in flat buffers; those of one map are asked for many times in a row."""
-    global _last
-    known, keys = _last
-    if known is not ranges:
-        keys = frozenset(found.key for space in ranges.values() for found in space)
-        _last = ranges, keys
-    return keys
-
-
 def _gets_new_bytes(base: Source, state: str, key: str, rule: Rule) -> bool:
     if rule.action in (Action.AVERAGE, Action.ROUND, Action.ZERO):
         return True
     # A record may hold many parameters: one that stays as it is goes through the same path.
-    return rule.action is Action.NEWEST and state == MAIN and _is_flat(base, key)
+    return rule.action is Action.NEWEST and state == MAIN and key in base.flat_keys
 
 
 def _dropped(base: Source, rules: Rules, drops_optimizer: bool) -> frozenset[str]:
@@ -187,7 +170,7 @@ def _dropped(base: Source, rules: Rules, drops_optimizer: bool) -> frozenset[str
             drops_optimizer and state not in ("weight", "object")
         ):
             continue
-        if state != "object" and _is_flat(base, key):
+        if state != "object" and key in base.flat_keys:
             raise UsageError(
                 f"{override('...', 'drop')} matches {key}, whose optimizer state lies in a "
                 "buffer shared with other parameters: it cannot be dropped alone. Use "
@@ -383,7 +366,7 @@ def average_task(
         tensors: per number, the tensor in that source.
     """
     weight = base.space.weights.get(key)
-    proved = state == MAIN and weight is not None and bool(weight.pieces) and _is_flat(base, key)
+    proved = state == MAIN and weight is not None and bool(weight.pieces) and key in base.flat_keys
     proof = PieceIndex(weight.pieces) if weight is not None and proved else None
     return Average(
         key=key if state in ("weight", MAIN) else f"optimizer.{state}.{key}",
