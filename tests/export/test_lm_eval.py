@@ -20,6 +20,8 @@ import pytest
 from family_models import DENSE, SIZES
 
 from pma_megatron import MergeRequest, SelectionRequest, merge
+from pma_megatron.megatron.score import score_merges
+from pma_megatron.scores.grid import Grid
 from pma_megatron.testing import TinyTrainer, corpus, run_ranks
 from pma_megatron.testing.core_api import evaluating, unwrap
 
@@ -56,8 +58,9 @@ def windows() -> list[bytes]:
     return found[:WINDOWS]
 
 
-def trained(rank: int, world_size: int, folder: str) -> float:
-    """Train and average; Megatron's own loss of the average on the windows."""
+def trained(rank: int, world_size: int, folder: str) -> tuple[float, float]:
+    """Train and average; the loss on the windows: Megatron's own of the merge that it loaded, and
+    what `pma evaluate` says of that average."""
     import torch
 
     root, like = Path(folder) / "run", Path(folder) / "like"
@@ -74,13 +77,23 @@ def trained(rank: int, world_size: int, folder: str) -> float:
         selection=SelectionRequest(last=2),
     )
     merge(request)
-    trainer.load(Path(folder) / "merged")
     tokens = torch.tensor([list(window) for window in windows()])
     inputs, labels = tokens[:, :-1], tokens[:, 1:].contiguous()
     positions = torch.arange(32).expand_as(inputs)
-    with evaluating(trainer.models):
-        losses = unwrap(trainer.models[0])(inputs, positions, None, labels=labels)
-    return float(losses.double().mean())
+
+    def loss() -> float:
+        with evaluating(trainer.models):
+            losses = unwrap(trainer.models[0])(inputs, positions, None, labels=labels)
+        return float(losses.double().mean())
+
+    grid = Grid(lasts=(2,), ends=(8,))
+    (point,) = (
+        each
+        for each in score_merges([unwrap(m) for m in trainer.models], str(root), grid, loss).points
+        if each.last == 2
+    )
+    trainer.load(Path(folder) / "merged")
+    return loss(), point.losses["loss"]
 
 
 def template(folder: Path) -> None:
@@ -121,9 +134,10 @@ def scored(folder: Path) -> dict[str, Any]:
     return dict(result["results"]["held_out"])
 
 
-def test_lm_eval_gives_the_loss_that_megatron_gives(tmp_path: Path) -> None:
+def test_lm_eval_gives_the_loss_that_megatron_and_pma_evaluate_give(tmp_path: Path) -> None:
     assert len(windows()) == WINDOWS
     template(tmp_path / "like")
-    [loss] = run_ranks(trained, 1, str(tmp_path))
+    [losses] = run_ranks(trained, 1, str(tmp_path))
     perplexity = scored(tmp_path)["perplexity,none"]  # of windows, each of 32 tokens
-    assert abs(math.log(perplexity) / 32 - loss) < family_models.TOLERANCE
+    for loss in losses:
+        assert abs(math.log(perplexity) / 32 - loss) < family_models.TOLERANCE
