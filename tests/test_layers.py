@@ -46,14 +46,15 @@ INSIDE = {
         manifest opcodes
         pickles
         items
-        flat relay
+        flat placed relay
         contract fingerprints
     """,
     "formats.dcp": """
-        building cover keys
+        cover keys
         stored
         metadata
-        checkpoint
+        metadata_writer
+        building checkpoint
         completeness main_params output
         source
         format
@@ -109,8 +110,8 @@ INSIDE = {
     """,
     "merging": """
         cards coefficients folder_checksums locks policy tasks tolerance
-        padding
-        agreement request sums
+        bulk padding
+        agreement cut request sums
         accumulate
         streaming
         engine entry_rules finding

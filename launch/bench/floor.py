@@ -15,9 +15,10 @@ import torch.distributed as dist
 from pma_megatron.base.boxes import overlaps
 from pma_megatron.base.comm import Comm
 from pma_megatron.formats import registry
+from pma_megatron.merging.cut import share
 from pma_megatron.merging.planning import MergePlan, make_plan
 from pma_megatron.merging.request import MergeRequest
-from pma_megatron.merging.tasks import AverageUnit, Copy, Keep, Unit, Write, Zero, share
+from pma_megatron.merging.tasks import AverageUnit, Copy, Keep, Unit, Write, Zero
 
 Range = tuple[str, int, int]
 """(file, offset, bytes)."""

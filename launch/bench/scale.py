@@ -40,10 +40,11 @@ from pma_megatron.base import memory
 from pma_megatron.base.comm import Comm
 from pma_megatron.formats.output import Folder
 from pma_megatron.merging import engine
+from pma_megatron.merging.cut import share
 from pma_megatron.merging.planning import make_plan
 from pma_megatron.merging.policy import Policy
 from pma_megatron.merging.request import MergeRequest
-from pma_megatron.merging.tasks import AverageUnit, share
+from pma_megatron.merging.tasks import AverageUnit
 from pma_megatron.runs.discover import list_checkpoints
 from pma_megatron.runs.selection_request import SelectionRequest
 from pma_megatron.testing import run_ranks

@@ -253,6 +253,9 @@ class PieceIndex(Generic[P]):
 
     def covers(self, box: Box) -> bool:
         """True if every element of `box` lies in a piece (pieces must not overlap each other)."""
+        whole: Callable[[Box], bool] | None = getattr(self._given, "covers", None)
+        if whole is not None:
+            return whole(box)
         return sum(part.numel for part in overlaps(box, self.touching(box))) == box.numel
 
 

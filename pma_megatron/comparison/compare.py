@@ -34,12 +34,13 @@ from pma_megatron.formats.source import Source
 from pma_megatron.formats.trainers.saves import checkpoint_in
 from pma_megatron.merging.accumulate import Accumulator, Workspace
 from pma_megatron.merging.agreement import check_covers
+from pma_megatron.merging.cut import Units, share, units
 from pma_megatron.merging.engine import Progress, blocks, over_threads, reading
 from pma_megatron.merging.entry_rules import average_task
 from pma_megatron.merging.job import Show, silent
 from pma_megatron.merging.policy import MAIN
 from pma_megatron.merging.source_checksums import checked
-from pma_megatron.merging.tasks import AverageUnit, share, units
+from pma_megatron.merging.tasks import AverageUnit
 from pma_megatron.runs.describe import describe
 from pma_megatron.runs.discover import pointed
 from pma_megatron.runs.folders import is_checkpoint, what_is
@@ -68,7 +69,7 @@ class ComparisonPlan:
     visible: tuple[tuple[int, ...], ...]
     threads: int
     tensors: tuple[TensorComparison, ...]
-    units: tuple[AverageUnit, ...]
+    units: Units[AverageUnit]
     tensor_of: tuple[int, ...]
     coefficients: tuple[tuple[float, ...], ...] = ()
 
@@ -130,8 +131,8 @@ def compare(
     with checked(plan, comm) as what_is_read:
 
         def run() -> np.ndarray:
-            with show("read", sum(unit.cost_bytes for unit in mine)) as progress:
-                return _measured(plan, mine, comm, progress, what_is_read.reads, (atol, rtol))
+            with show("read", mine.cost_bytes) as progress:
+                return _measured(plan, [*mine], comm, progress, what_is_read.reads, (atol, rtol))
 
         rows = np.concatenate(comm.gather(comm.agree("read", run)))
     tensors = combined(plan.tensors, plan.tensor_of, rows)

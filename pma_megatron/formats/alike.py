@@ -25,6 +25,7 @@ _NUMBERS = {ord("K"): 1, ord("M"): 2, ord("J"): 4}
 """Opcode of a number -> bytes of it."""
 _LONG = 0x8A
 _A_NUMBER = rb"(K.|M..|J.{4}|\x8a(?:\x04.{4}|\x05.{5}|\x06.{6}|\x07.{7}|\x08.{8}))"
+_ANY_NUMBER = _A_NUMBER.replace(b"(K", b"(?:K")
 _A_TEXT = rb"(\x8c.[ -~]*)\x94"
 _A_REFERENCE = rb"(h.|j.{4})"
 _MOST_BYTES = 4096
@@ -326,8 +327,8 @@ def _pattern(
             kinds += [] if literal else ["r"]
         elif code in _NUMBERS or (code == _LONG and 4 <= data[at + 1] <= 8):
             size = 1 + _NUMBERS[code] if code in _NUMBERS else 2 + data[at + 1]
-            regex.append(_A_NUMBER)
-            kinds.append("n")
+            regex.append(_A_NUMBER if keeps else _ANY_NUMBER)
+            kinds += ["n"] if keeps else []
         elif code == _TEXT:
             size = 3 + data[at + 1]  # the text, and that it is remembered
             if data[at + size - 1] != _MEMOIZE:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 
+from pma_megatron.base.boxes import Piece
 from pma_megatron.formats.base import Item, Payload
 
 
@@ -39,6 +41,31 @@ class Frame(Protocol):
         """All bytes but the payloads, as (offset, bytes), once the payloads' CRC-32 are known."""
 
 
+class NewPayloads(Mapping[Payload, torch.dtype]):
+    """Base payloads that get new bytes -> their dtype in the output.
+
+    Attributes:
+        groups: pieces that lie in such payloads, and the dtype that those get. A format that has
+            very many looks at these, and makes no mapping.
+    """
+
+    def __init__(self, groups: Sequence[tuple[Sequence[Piece[Payload]], torch.dtype]]) -> None:
+        self.groups = tuple(groups)
+
+    @cached_property
+    def _each(self) -> dict[Payload, torch.dtype]:
+        return {piece.payload: dtype for pieces, dtype in self.groups for piece in pieces}
+
+    def __getitem__(self, payload: Payload) -> torch.dtype:
+        return self._each[payload]
+
+    def __iter__(self) -> Iterator[Payload]:
+        return iter(self._each)
+
+    def __len__(self) -> int:
+        return len(self._each)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Changes:
     """What an output has that its base, the newest source, has not.
@@ -52,7 +79,7 @@ class Changes:
         lr_factor: of all learning rates that it stores; None leaves them.
     """
 
-    payloads: Mapping[Payload, torch.dtype]
+    payloads: NewPayloads
     drop: frozenset[str]
     optimizer: str
     note: Mapping[str, Any] = field(default_factory=dict)
@@ -148,16 +175,22 @@ class Digests:
         return self.folder + self.file, self.content(below)
 
 
+class Placing(Protocol):
+    """Base payload -> where its new bytes go; a dictionary, or `placed.Places`."""
+
+    def __getitem__(self, payload: Payload, /) -> Destination: ...
+
+
 @dataclass(frozen=True, slots=True)
 class OutputLayout:
     """Files of an output.
 
     Attributes:
         files: shard file -> bytes.
-        items: every item, by file and offset.
+        items: every item, by file and offset: a tuple, or `placed.PlacedItems`.
         places: base payload -> where its new bytes go.
         small_files: files written whole, in this order, `last_file` being the marker that makes the
-            folder a checkpoint.
+            folder a checkpoint. Only the rank that writes them has them.
         last_file: name of that marker; None where all files together make it one.
         keeps_gaps: elements of a written payload that no tensor covers stay the base's; else zero.
         sums_payloads: the files have no checksums of their payloads, so `pma.json` has them.
@@ -166,11 +199,12 @@ class OutputLayout:
         checkpoint: the folder in it that a format reads as a checkpoint; "" for itself.
         described: what its model card says; None for what has no such card.
         notes: sentences for the user: what is carried, and what is not.
+        absent_bytes: of small files that this rank has not.
     """
 
     files: Mapping[str, int]
-    items: tuple[OutputItem, ...]
-    places: Mapping[Payload, Destination]
+    items: Sequence[OutputItem]
+    places: Placing
     small_files: OrderedDict[str, bytes]
     last_file: str | None
     keeps_gaps: bool = False
@@ -180,9 +214,18 @@ class OutputLayout:
     checkpoint: str = ""
     described: Described | None = None
     notes: tuple[str, ...] = ()
+    absent_bytes: int = 0
 
     @property
     def nbytes(self) -> int:
         """Bytes of the whole output."""
         carried = sum(each.nbytes for each in self.carried.values())
-        return sum(self.files.values()) + sum(map(len, self.small_files.values())) + carried
+        return sum(self.files.values()) + self._small_bytes + carried
+
+    @property
+    def _small_bytes(self) -> int:
+        return sum(map(len, self.small_files.values())) + self.absent_bytes
+
+    def without_small_files(self) -> OutputLayout:
+        """The same for a rank that does not write them."""
+        return replace(self, small_files=OrderedDict(), absent_bytes=self._small_bytes)

@@ -10,12 +10,12 @@ from typing import Any, overload
 import numpy as np
 import torch
 
-from pma_megatron.base.boxes import Box, Piece
+from pma_megatron.base.boxes import Box, Piece, PieceIndex
 from pma_megatron.formats.base import Item, Payload
 
 
 class StoredPieces(Sequence[Piece[Payload]]):
-    """Pieces that each have an item of their own, made when they are asked for.
+    """Pieces that each have an item of their own, made when they are asked for; all of a tensor.
 
     A sequence like a tuple of `Piece`s, in some 40 bytes for each, however it is sent or kept.
 
@@ -33,7 +33,17 @@ class StoredPieces(Sequence[Piece[Payload]]):
     (Box(offsets=(2,), sizes=(2,)), 300)
     """
 
-    __slots__ = ("_grid", "dtype", "file", "files", "lengths", "offsets", "sizes", "starts")
+    __slots__ = (
+        "_ends",
+        "_grid",
+        "dtype",
+        "file",
+        "files",
+        "lengths",
+        "offsets",
+        "sizes",
+        "starts",
+    )
 
     def __init__(
         self,
@@ -47,6 +57,7 @@ class StoredPieces(Sequence[Piece[Payload]]):
     ) -> None:
         self.dtype, self.files = dtype, files
         self._grid: tuple[Any] | None = None
+        self._ends: tuple[int, ...] | None = None
         columns = (offsets, sizes, file, starts, lengths)
         self.offsets, self.sizes, self.file, self.starts, self.lengths = map(narrow, columns)
 
@@ -100,6 +111,22 @@ class StoredPieces(Sequence[Piece[Payload]]):
                 found.append(self[int(at_cell[cell])])
         return found
 
+    def covers(self, box: Box) -> bool:
+        """Whether `box` lies in the tensor, of which they are all."""
+        whole = self.extent.sizes
+        return len(whole) == len(box.sizes) and all(
+            low >= 0 and low + size <= end
+            for low, size, end in zip(box.offsets, box.sizes, whole, strict=True)
+        )
+
+    @property
+    def extent(self) -> Box:
+        """All of the tensor."""
+        if self._ends is None:
+            ends = (self.offsets.astype(np.int64) + self.sizes).max(axis=0, initial=0)
+            self._ends = tuple(ends.tolist())
+        return Box.whole(self._ends)
+
     def _cells(self) -> tuple[tuple[int, ...], tuple[int, ...], np.ndarray] | None:
         """Where all pieces are of one size, and lie at multiples of it: that size, how many there
         are along each axis, and the number of the piece in each place, -1 for none."""
@@ -133,6 +160,66 @@ class StoredPieces(Sequence[Piece[Payload]]):
         columns = (self.offsets, self.sizes)
         items = (self.file, self.starts, self.lengths)
         return StoredPieces, (self.dtype, *columns, self.files, *items)
+
+
+class Together(Sequence[Piece[Any]]):
+    """Several sequences of pieces as one that finds them by their boxes."""
+
+    def __init__(self, parts: Sequence[Sequence[Piece[Any]]]) -> None:
+        self._parts = tuple(parts)
+        self._indexes = tuple(PieceIndex(part, disjoint=False) for part in parts)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._parts))
+
+    @overload
+    def __getitem__(self, place: int) -> Piece[Any]: ...
+    @overload
+    def __getitem__(self, place: slice) -> tuple[Piece[Any], ...]: ...
+    def __getitem__(self, place: int | slice) -> Any:
+        return tuple(self)[place]
+
+    def __iter__(self) -> Iterator[Piece[Any]]:
+        return itertools.chain.from_iterable(self._parts)
+
+    def touching(self, box: Box) -> list[Piece[Any]]:
+        """Pieces that overlap `box`."""
+        return [piece for index in self._indexes for piece in index.touching(box)]
+
+
+def together(parts: Sequence[Sequence[Piece[Any]]]) -> Sequence[Piece[Any]]:
+    """The pieces of all parts."""
+    return parts[0] if len(parts) == 1 else Together(parts)
+
+
+class ItemNumbers:
+    """Finds items by where they lie, very many at once.
+
+    >>> known = ItemNumbers(np.array([0, 0, 1]), np.array([0, 300, 0]))
+    >>> known.find(np.array([1, 0, 0]), np.array([0, 300, 7])).tolist()
+    [2, 1, -1]
+    """
+
+    def __init__(self, file: np.ndarray, starts: np.ndarray) -> None:
+        """Know items that are sorted by the numbers of their files, then by where they begin."""
+        self._starts = np.unique(starts).astype(np.int64)
+        self._keys = self._key(file, np.searchsorted(self._starts, starts))
+
+    def find(self, file: np.ndarray, starts: np.ndarray) -> np.ndarray:
+        """The number of each of some items, -1 for one that is not known."""
+        if not len(self._keys):
+            return np.full(len(starts), -1, dtype=np.int64)
+        wanted = np.searchsorted(self._starts, starts.astype(np.int64))
+        wanted = np.minimum(wanted, len(self._starts) - 1)
+        keys = self._key(file, wanted)
+        at = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
+        known = (self._starts[wanted] == starts) & (self._keys[at] == keys)
+        found: np.ndarray = np.where(known, at, -1)
+        return found
+
+    def _key(self, file: np.ndarray, start: np.ndarray) -> np.ndarray:
+        key: np.ndarray = file.astype(np.int64) * len(self._starts) + start
+        return key
 
 
 def narrow(column: np.ndarray) -> np.ndarray:

@@ -24,6 +24,7 @@ from pma_megatron.formats.source import Source
 from pma_megatron.geometry.spread import TOTAL, Gram, Spread, spread, total
 from pma_megatron.merging.accumulate import Accumulator, Work, Workspace
 from pma_megatron.merging.agreement import check_same_model, matching, refuse_rounded
+from pma_megatron.merging.cut import Units, share, units
 from pma_megatron.merging.engine import Progress, blocks, over_threads, reading
 from pma_megatron.merging.entry_rules import average_task
 from pma_megatron.merging.job import Show, silent
@@ -31,7 +32,7 @@ from pma_megatron.merging.planning import OpenedSources, gather_sources
 from pma_megatron.merging.policy import MAIN
 from pma_megatron.merging.request import MergeRequest, in_its_words
 from pma_megatron.merging.source_checksums import checked
-from pma_megatron.merging.tasks import AverageUnit, share, units
+from pma_megatron.merging.tasks import AverageUnit
 from pma_megatron.transfer.buffers import BLOCK_ELEMENTS
 from pma_megatron.transfer.reads import Reads
 
@@ -69,7 +70,7 @@ class GramPlan:
     visible: tuple[tuple[int, ...], ...]
     coefficients: tuple[tuple[float, ...], ...]
     threads: int
-    units: tuple[AverageUnit, ...]
+    units: Units[AverageUnit]
     state: str
 
 
@@ -131,18 +132,13 @@ def measure(request: MergeRequest, comm: Comm | None = None, show: Show = silent
     mine = share(plan.units, comm.rank, comm.size)
 
     def run() -> np.ndarray:
-        with show("read", sum(unit.cost_bytes for unit in mine)) as progress:
-            return _products(plan, mine, comm, progress, what_is_read.reads)
+        with show("read", mine.cost_bytes) as progress:
+            return _products(plan, [*mine], comm, progress, what_is_read.reads)
 
     with checked(plan, comm, whole=request.check_sources) as what_is_read:
         products = comm.collect(comm.agree("read", run))
     groups = comm.on_main("sum", lambda: _sums(plan, np.concatenate(products)))
-    return Measured(
-        found=found,
-        groups=groups,
-        state=plan.state,
-        read_bytes=sum(unit.read_bytes for unit in plan.units),
-    )
+    return Measured(found=found, groups=groups, state=plan.state, read_bytes=plan.units.read_bytes)
 
 
 def group_of(key: str) -> str:

@@ -25,7 +25,7 @@ from pma_megatron.base.spelling import left_out
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.base import MAIN_PARAM, Payload, Schedule, Tensor
 from pma_megatron.formats.source import Source
-from pma_megatron.identity.samples import WEIGHT, Inventory, file_of, runs
+from pma_megatron.identity.samples import WEIGHT, Inventory, file_of
 from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.transfer.blocks import BlockReader
 
@@ -67,7 +67,7 @@ def places_of(source: Source, pieces: Inventory) -> tuple[SampledBox, ...]:
 
         for file in pieces.largest(looked_at, most=_PIECES).values():
             for each in file:
-                boxes = runs(each.piece, source.metadata_digest, _RUN, _RUNS)
+                boxes = pieces.runs(each.piece, source.metadata_digest, _RUN, _RUNS)
                 found += [SampledBox(wanted, each.key, box) for box in boxes]
     return tuple(found)
 

@@ -19,7 +19,7 @@ from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.base import MAIN_PARAM, Payload, Tensor
 from pma_megatron.formats.flat import rounds_to
 from pma_megatron.formats.source import Source
-from pma_megatron.identity.samples import FLOATING, WEIGHT, Inventory, Wanted, file_of, runs
+from pma_megatron.identity.samples import FLOATING, WEIGHT, Inventory, Wanted, file_of
 from pma_megatron.transfer.blocks import BlockReader
 
 
@@ -43,7 +43,7 @@ def refuse_foreign_weights(source: Source, pieces: Inventory, reader: BlockReade
             weights[each.key] = PieceIndex(weight.pieces)
             mains[each.key] = PieceIndex(main.pieces)
         ours, theirs = weights[each.key], mains[each.key]
-        for box in runs(each.piece, source.metadata_digest):
+        for box in pieces.runs(each.piece, source.metadata_digest):
             if not (ours.covers(box) and theirs.covers(box)):
                 continue  # the plan names what is missing
             rounded = reader.values(box, theirs, main.dtype)

@@ -85,6 +85,14 @@ class Inventory:
         self._files = [*files.names]
         self.per_file = max(1, min(_PIECES_PER_FILE, _PIECES // max(1, len(self._files))))
 
+    def runs(
+        self, piece: Piece[Payload], seed: str, length: int = _RUN, count: int = _RUNS
+    ) -> Iterator[Box]:
+        """`runs` of a piece; as many elements in one run where there are very many files."""
+        if self.per_file == 1:
+            length, count = length * count, 1
+        return runs(piece, seed, length, count)
+
     def largest(
         self, wanted: Wanted, *, least_bytes: int = 0, most: int | None = None
     ) -> dict[str, list[Stored]]:
@@ -169,11 +177,13 @@ def _columns(
     return file, nbytes, rank
 
 
-def runs(piece: Piece[Payload], seed: str, length: int = _RUN, count: int = _RUNS) -> Iterator[Box]:
-    """A few short boxes of a piece, each without gaps in it: its start, and others by chance."""
+def runs(piece: Piece[Payload], seed: str, length: int, count: int) -> Iterator[Box]:
+    """A few short boxes of a piece, each without gaps in it: its start, and others by chance; by
+    chance too where it is one alone."""
     numel = piece.box.numel
     length = min(length, numel)
     draw = random.Random(f"{seed} {piece.box.offsets} {piece.payload.item.offset}")
-    starts = {0, *(draw.randrange(numel - length + 1) for _ in range(count - 1))}
+    starts = {draw.randrange(numel - length + 1) for _ in range(max(1, count - 1))}
+    starts |= {0} if count > 1 else set()
     for start in sorted(starts):
         yield from (box for box, _ in flat_range(piece.box, start, start + length))

@@ -139,7 +139,7 @@ def average_units(
                 lead=lead,
                 numbers=active,
                 tensors=[_stored(plan.sources[number], state, key) for number in active],
-                targets=targets,
+                targets=[targets],
                 target_bytes=4,
             )
             _check_shape(plan.sources[-1], state, key, _shape_of(tensors, key))

@@ -13,7 +13,9 @@ from pma_megatron.base.boxes import Piece, PieceIndex
 from pma_megatron.base.spelling import given, override
 from pma_megatron.errors import PlanError, UsageError
 from pma_megatron.formats.base import Payload, Tensor
-from pma_megatron.formats.output import Destination, OutputLayout
+from pma_megatron.formats.output import Destination, NewPayloads, OutputLayout
+from pma_megatron.formats.pieces import StoredPieces, together
+from pma_megatron.formats.placed import Places
 from pma_megatron.formats.source import Source
 from pma_megatron.merging.agreement import (
     AVERAGED,
@@ -24,10 +26,11 @@ from pma_megatron.merging.agreement import (
     refuse_rounded,
     weights_alone,
 )
+from pma_megatron.merging.bulk import Fills, Zeros, untouched
 from pma_megatron.merging.padding import common_rows, explained, parts
 from pma_megatron.merging.policy import MAIN, Action, Entry, Rule, unmatched
 from pma_megatron.merging.request import MergeRequest
-from pma_megatron.merging.tasks import Average, Keep, Task, Zero, untouched
+from pma_megatron.merging.tasks import Average, Keep, Task, Zero
 
 Rules = Mapping[tuple[str, str], Rule]
 
@@ -49,14 +52,14 @@ class Decisions:
 
     Attributes:
         rules: (state, key) -> rule.
-        payloads: payloads of the newest source that get new bytes, with their dtype in the output.
+        payloads: of the newest source that get new bytes, with their dtype in the output.
         dropped: stored keys that the output does not have.
         optimizer: `keep`, `reset` or `drop`, for the small objects around the optimizer.
         table: the rules, grouped for printing.
     """
 
     rules: Rules
-    payloads: Mapping[Payload, torch.dtype]
+    payloads: NewPayloads
     dropped: frozenset[str]
     optimizer: str
     table: tuple[PolicyRow, ...]
@@ -99,7 +102,7 @@ def decide(
             "state that says which parameter it is of. Leave it out"
             f"{', or use drop' if weights_alone(base) else ''}"
         )
-    payloads: dict[Payload, torch.dtype] = {}
+    payloads: list[tuple[Sequence[Piece[Payload]], torch.dtype]] = []
     for (state, key), rule in rules.items():
         tensor = base.tensor(state, key)
         if tensor is None or not _gets_new_bytes(base, state, key, rule):
@@ -107,11 +110,11 @@ def decide(
         rounded = state == "weight" and rule.action in (Action.AVERAGE, Action.ROUND)
         stored = model.space.weights.get(key, tensor) if rounded else tensor
         dtype = (request.torch_dtype if rounded else None) or stored.dtype
-        payloads.update((p.payload, dtype) for p in (*tensor.pieces, *tensor.replicas))
+        payloads += [(tensor.pieces, dtype), (tensor.replicas, dtype)]
     optimizer = "reset" if policy.optimizer_state == "reset" else "keep"
     return Decisions(
         rules=rules,
-        payloads=payloads,
+        payloads=NewPayloads(payloads),
         dropped=_dropped(base, rules, policy.drops_optimizer),
         optimizer="drop" if policy.drops_optimizer else optimizer,
         table=_table(entries, rules),
@@ -200,7 +203,7 @@ def make_tasks(
     decisions: Decisions,
     layout: OutputLayout | None,
     further: Further,
-) -> list[Task]:
+) -> list[Task | Fills]:
     """The work that fills the output, after a check that every source has what it takes.
 
     Args:
@@ -224,7 +227,7 @@ def make_tasks(
     averages = builder.averages
     if layout is None:
         return [*averages]
-    return [*averages, *builder.between(layout), *builder.zeros.values(), *untouched(layout)]
+    return [*averages, *builder.between(), *builder.zeroed(), *untouched(layout)]
 
 
 _FROZEN = Rule(Action.NEWEST, "it is not trained")
@@ -236,8 +239,9 @@ class _Builder:
     """Tasks of the entries that were added, and what they leave open.
 
     Attributes:
-        covered: place of a payload -> (start, elements) that averages fill.
+        covered: payload -> (start, elements) that averages fill, unless it has one tensor alone.
         zeros: payload -> its task; one may hold the moments of many parameters.
+        zero_pieces: pieces that have payloads of their own.
     """
 
     sources: Sequence[Source]
@@ -246,8 +250,9 @@ class _Builder:
     layout: OutputLayout | None
     further: Further
     averages: list[Average] = field(default_factory=list)
-    covered: dict[Destination, list[tuple[int, int]]] = field(default_factory=dict)
+    covered: dict[Payload, list[tuple[int, int]]] = field(default_factory=dict)
     zeros: dict[Payload, Zero] = field(default_factory=dict)
+    zero_pieces: list[StoredPieces] = field(default_factory=list)
 
     def add(self, state: str, key: str, tensor: Tensor) -> None:
         """The task of one entry; rounded weights are a target of their main params' task."""
@@ -257,11 +262,19 @@ class _Builder:
         written = self.layout is not None and _gets_new_bytes(base, state, key, rule)
         further = self.further.get((state, key), ())
         if written and rule.action is Action.ZERO:
-            assert self.layout is not None
-            for payload in (p.payload for p in (*tensor.pieces, *tensor.replicas)):
-                self.zeros[payload] = Zero(self.layout.places[payload], 0, payload.numel)
+            self._zero(tensor)
         elif rule.action is not Action.ROUND and (written or rounded or further):
             self.averages += self._averages(state, key, tensor, written, rounded, further)
+
+    def _zero(self, tensor: Tensor) -> None:
+        assert self.layout is not None
+        pieces: Sequence[Piece[Payload]] = tensor.replicas
+        if isinstance(tensor.pieces, StoredPieces) and isinstance(self.layout.places, Places):
+            self.zero_pieces.append(tensor.pieces)
+        else:
+            pieces = (*tensor.pieces, *tensor.replicas)
+        for payload in (p.payload for p in pieces):
+            self.zeros[payload] = Zero(self.layout.places[payload], 0, payload.numel)
 
     def _is_rounded(self, key: str) -> bool:
         """Whether the checkpoint that is written stores a weight rounded from its main params."""
@@ -288,8 +301,10 @@ class _Builder:
     ) -> Iterator[Average]:
         base = self.sources[-1]
         kept = self._stays(state, key)
-        targets, target_bytes = self._placed(tensor) if written else [], 0
+        targets: list[Sequence[Piece[Destination]]] = []
+        target_bytes = 0
         if written:
+            targets += self._placed(tensor)
             target_bytes += tensor.dtype.itemsize
         if rounded:
             weight = base.space.weights[key]
@@ -298,7 +313,7 @@ class _Builder:
             target_bytes += weight.dtype.itemsize
         if further:
             check_covers(base, key, PieceIndex(tensor.pieces), further)
-            targets += further
+            targets.append(further)
             target_bytes += further[0].payload.dtype.itemsize
         rows = None if kept else common_rows(self.sources, state, key)
         for part, beyond in parts(tensor, rows):
@@ -324,25 +339,38 @@ class _Builder:
                 kept=stays,
             )
 
-    def _placed(self, tensor: Tensor) -> list[Piece[Destination]]:
-        placed = []
+    def _placed(self, tensor: Tensor) -> Iterator[Sequence[Piece[Destination]]]:
         assert self.layout is not None
-        for piece in (*tensor.pieces, *tensor.replicas):
-            place = self.layout.places[piece.payload]
+        pieces: Sequence[Piece[Payload]] = tensor.replicas
+        if isinstance(tensor.pieces, StoredPieces) and isinstance(self.layout.places, Places):
+            yield self.layout.places.of(tensor.pieces)  # each is all of its payload
+        else:
+            pieces = (*tensor.pieces, *tensor.replicas)
+        placed = []
+        for piece in pieces:
             # A payload of a tensor that is a view of a larger storage is written without the rest.
-            placed.append(Piece(piece.box, place, piece.start))
-            self.covered.setdefault(place, []).append((piece.start, piece.box.numel))
-        return placed
+            placed.append(Piece(piece.box, self.layout.places[piece.payload], piece.start))
+            self.covered.setdefault(piece.payload, []).append((piece.start, piece.box.numel))
+        if placed:
+            yield placed
 
-    def between(self, layout: OutputLayout) -> Iterator[Keep | Zero]:
+    def between(self) -> Iterator[Keep | Zero]:
         """What lies between and after the parameters of a payload: as it was, or zero."""
-        payloads = {place: payload for payload, place in layout.places.items()}
-        for place, ranges in self.covered.items():
+        assert self.layout is not None
+        for payload, ranges in self.covered.items():
+            place = self.layout.places[payload]
             for start, count in _gaps(ranges, place.numel):
-                if layout.keeps_gaps:
-                    yield Keep(place, start, count, payloads[place])
+                if self.layout.keeps_gaps:
+                    yield Keep(place, start, count, payload)
                 else:
                     yield Zero(place, start, count)
+
+    def zeroed(self) -> Iterator[Zero | Zeros]:
+        """What becomes zero."""
+        yield from self.zeros.values()
+        for pieces in self.zero_pieces:
+            assert self.layout is not None and isinstance(self.layout.places, Places)
+            yield Zeros(self.layout.places, pieces)
 
 
 def average_task(
@@ -350,10 +378,10 @@ def average_task(
     state: str,
     key: str,
     *,
-    lead: Iterable[Piece[Any]],
+    lead: Sequence[Piece[Any]],
     numbers: Sequence[int],
     tensors: Sequence[Tensor],
-    targets: Iterable[Piece[Any]] = (),
+    targets: Sequence[Sequence[Piece[Any]]] = (),
     target_bytes: int = 0,
     kept: bool = False,
 ) -> Average:
@@ -371,11 +399,11 @@ def average_task(
     return Average(
         key=key if state in ("weight", MAIN) else f"optimizer.{state}.{key}",
         kept=kept,
-        lead=tuple(lead),
+        lead=lead,
         numbers=tuple(numbers),
         sources=tuple(PieceIndex(found.pieces) for found in tensors),
         dtypes=tuple(found.dtype for found in tensors),
-        targets=PieceIndex(targets, disjoint=False),
+        targets=PieceIndex(together(targets), disjoint=False),
         target_bytes=target_bytes,
         proof=proof,
         proof_itemsize=weight.dtype.itemsize if weight is not None and proof else 0,

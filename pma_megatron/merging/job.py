@@ -284,13 +284,12 @@ def _say_reused(plan: MergePlan, mine: resuming.Split, comm: Comm) -> dict[str, 
     """How much of a merge that was cut off counts, over all ranks."""
     units, nbytes = (sum(c) for c in zip(*comm.gather((mine.there, mine.there_bytes)), strict=True))
     if units and comm.is_main:
-        total = sum(unit.cost_bytes for unit in plan.units)
         _log.info(
             "going on with a merge that was cut off: %d of %d units are there, read back and as "
             "they were written (%d %% of the work)",
             units,
             len(plan.units),
-            100 * nbytes // max(total, 1),
+            100 * nbytes // max(plan.units.cost_bytes, 1),
         )
     return {"units": units, "bytes": nbytes}
 

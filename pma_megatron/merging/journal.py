@@ -184,11 +184,11 @@ def name_of(unit: Unit) -> str:
     return hashlib.blake2b(repr(unit.identity).encode(), digest_size=12).hexdigest()
 
 
-def named(units: Iterable[Unit]) -> Iterator[tuple[str, Unit]]:
-    """The units of which a journal keeps account, with their names."""
-    for unit in units:
+def named(units: Iterable[Unit]) -> Iterator[tuple[int, str]]:
+    """The units of which a journal keeps account: their numbers, and their names."""
+    for number, unit in enumerate(units):
         if not isinstance(unit.task, Write):  # small, and it reads nothing
-            yield name_of(unit), unit
+            yield number, name_of(unit)
 
 
 @dataclass(slots=True)

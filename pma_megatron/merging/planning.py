@@ -22,6 +22,7 @@ from pma_megatron.formats.source import Source
 from pma_megatron.formats.trainers.saves import Save
 from pma_megatron.identity.proof import Evidence, prove, refuse_strangers, unconfirmed
 from pma_megatron.merging.agreement import frozen_notes
+from pma_megatron.merging.cut import Units, units
 from pma_megatron.merging.entry_rules import Decisions, PolicyRow, Rules, decide, make_tasks
 from pma_megatron.merging.exporting import (
     Filled,
@@ -35,7 +36,7 @@ from pma_megatron.merging.padding import padding_notes
 from pma_megatron.merging.policy import MAIN
 from pma_megatron.merging.request import MergeRequest, Output, in_its_words, refuse_other_plans
 from pma_megatron.merging.saved_folder import SavedFolder, lay_out_folder
-from pma_megatron.merging.tasks import Unit, Workload, units
+from pma_megatron.merging.tasks import Unit, Workload
 from pma_megatron.runs.discover import choose, newest_full
 from pma_megatron.runs.notices import announce
 from pma_megatron.runs.refs import CheckpointRef
@@ -77,7 +78,7 @@ class MergePlan:
     table: tuple[PolicyRow, ...]
     layouts: Mapping[Folder, OutputLayout]
     export: ModelExport | None
-    units: tuple[Unit, ...]
+    units: Units[Unit]
     active: tuple[int, ...]
     visible: tuple[tuple[int, ...], ...]
     read_bytes: int
@@ -363,7 +364,7 @@ def _assemble(
         units=work,
         active=found.active,
         visible=found.visible,
-        read_bytes=sum(unit.read_bytes for unit in work),
+        read_bytes=work.read_bytes,
         digest=_digest(request, found.sources, found.outputs, decisions.table, export, beside),
         save=save,
         side_files=beside,

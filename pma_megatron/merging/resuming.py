@@ -8,14 +8,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from pma_megatron.base.comm import Comm
 from pma_megatron.formats.output import Folder
 from pma_megatron.merging.accumulate import Workspace
+from pma_megatron.merging.cut import Units, share
 from pma_megatron.merging.engine import block_elements, blocks, over_threads
-from pma_megatron.merging.journal import Done, named
-from pma_megatron.merging.tasks import AverageUnit, Unit, share
+from pma_megatron.merging.journal import Done, name_of, named
+from pma_megatron.merging.tasks import AverageUnit, Unit
 from pma_megatron.transfer.blocks import BlockWriter, FolderWriters
 from pma_megatron.transfer.buffers import BLOCK_ELEMENTS, as_bytes
 from pma_megatron.transfer.checksums import Checksums
@@ -37,7 +39,7 @@ class Split:
         there_bytes: what they would have cost.
     """
 
-    todo: list[Unit]
+    todo: Sequence[Unit]
     there: int = 0
     there_bytes: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -51,7 +53,7 @@ class Split:
     def redo(self, unit: Unit) -> None:
         """A unit is not what its line says."""
         with self._lock:
-            self.todo.append(unit)
+            self.todo = [*self.todo, unit]
 
 
 def sums_of(writers: Writers) -> dict[str, Checksums]:
@@ -64,7 +66,7 @@ def sums_of(writers: Writers) -> dict[str, Checksums]:
 
 
 def split(
-    units: Sequence[Unit],
+    units: Units[Unit],
     done: Mapping[str, Done],
     writers: Writers,
     reads: Mapping[int, Reads],
@@ -87,21 +89,21 @@ def split(
     """
     if not done:
         return Split(share(units, comm.shard_rank, comm.shard_size))
-    keys, names = set(sums_of(writers)), list(named(units))
-    often = Counter(name for name, _ in names)
-    promised: dict[int, Done] = {
-        id(unit): done[name]
-        for name, unit in names
+    keys, names = set(sums_of(writers)), [*named(units)]
+    often = Counter(name for _, name in names)
+    promised = [
+        number
+        for number, name in names
         if name in done and done[name].wrote.keys() >= keys and often[name] == 1
-    }
-    rest = [unit for unit in units if id(unit) not in promised]
-    found = Split(share(rest, comm.shard_rank, comm.shard_size))
-    there = [unit for unit in units if id(unit) in promised]
-    mine = share(there, comm.shard_rank, comm.shard_size)
+    ]
+    rest = np.ones(len(units), dtype=bool)
+    rest[promised] = False
+    found = Split(share(units.part(np.flatnonzero(rest)), comm.shard_rank, comm.shard_size))
+    mine = share(units.part(np.array(promised, dtype=np.int64)), comm.shard_rank, comm.shard_size)
     with _readers(writers) as folders:
 
         def look(unit: Unit, space: Workspace) -> None:
-            line = promised[id(unit)]
+            line = done[name_of(unit)]
             fresh = _read_back(unit, folders, space)
             if any(each.told() != line.wrote[name] for name, each in fresh.items()):
                 found.redo(unit)

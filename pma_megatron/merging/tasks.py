@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeVar, overload
+from typing import Any, ClassVar, Protocol
 
 import torch
 from isal import isal_zlib
 
 from pma_megatron.base.boxes import Box, Piece, PieceIndex, slices
 from pma_megatron.formats.base import Item, Payload
-from pma_megatron.formats.output import Destination, Folder, OutputLayout
+from pma_megatron.formats.output import Destination, Folder
 from pma_megatron.formats.source import Source
 from pma_megatron.transfer.blocks import BlockReader, FolderWriters
 
@@ -19,6 +20,16 @@ UNIT_ELEMENTS = 8 << 20
 """Elements of one work unit, the grain in which work is split over ranks and threads."""
 _FILL_BYTES = 8
 """Bytes that are copied or zeroed for each of those: 64 MiB in one unit, where nothing is added."""
+
+
+def most_filled(itemsize: int) -> int:
+    """Elements of so many bytes that one unit fills, at most."""
+    return max(1, UNIT_ELEMENTS * _FILL_BYTES // itemsize)
+
+
+def moved_bytes(itemsize: int, *, reads: bool) -> int:
+    """That filling an element moves."""
+    return itemsize * (2 if reads else 1)
 
 
 class Workload(Protocol):
@@ -62,7 +73,7 @@ class Average:
 
     key: str
     kept: bool
-    lead: tuple[Piece[Payload], ...]
+    lead: Sequence[Piece[Payload]]
     numbers: tuple[int, ...]
     sources: tuple[PieceIndex[Payload], ...]
     dtypes: tuple[torch.dtype, ...]
@@ -71,12 +82,28 @@ class Average:
     proof: PieceIndex[Payload] | None
     proof_itemsize: int
 
+    @property
+    def bytes_per_element(self) -> int:
+        """That are read and written, to share the work evenly."""
+        return sum(dtype.itemsize for dtype in self.dtypes) + self.target_bytes
+
+    @property
+    def read_bytes_per_element(self) -> int:
+        """That are read of all its sources."""
+        return sum(dtype.itemsize for dtype in self.dtypes) + self.proof_itemsize
+
     def units(self) -> Iterator[AverageUnit]:
-        """The cut into units; it depends on the task alone, so results do not on the ranks."""
-        per_element = sum(dtype.itemsize for dtype in self.dtypes) + self.target_bytes
+        """All units, piece by piece; see `cut` for those of many tasks in the order of files."""
         for piece in self.lead:
             for box in slices(piece.box, UNIT_ELEMENTS):
-                yield AverageUnit(self, piece, box, box.numel * per_element)
+                yield AverageUnit(self, piece, box, box.numel * self.bytes_per_element)
+
+    def unit(self, number: int, nth: int) -> AverageUnit:
+        """The `nth` unit of piece `number`; the cut depends on the task alone, so results do not on
+        the ranks."""
+        piece = self.lead[number]
+        box = next(itertools.islice(slices(piece.box, UNIT_ELEMENTS), nth, None))
+        return AverageUnit(self, piece, box, box.numel * self.bytes_per_element)
 
 
 class Fill:
@@ -105,13 +132,16 @@ class Fill:
         """Where the element `first` is written: file, offset, element."""
         raise NotImplementedError
 
-    def units(self) -> Iterator[FillUnit]:
-        """The cut into units."""
-        moves = self.itemsize * (2 if self.reads else 1)
-        most = max(1, UNIT_ELEMENTS * _FILL_BYTES // self.itemsize)
-        for first in range(0, self.numel, most):
-            count = min(most, self.numel - first)
-            yield FillUnit(self, first, count, count * moves)
+    @property
+    def unit_numel(self) -> int:
+        """Elements of a unit, but the last."""
+        return most_filled(self.itemsize)
+
+    def unit(self, nth: int) -> FillUnit:
+        """The `nth` unit."""
+        first = nth * self.unit_numel
+        count = min(self.unit_numel, self.numel - first)
+        return FillUnit(self, first, count, count * moved_bytes(self.itemsize, reads=self.reads))
 
     def fill(
         self, at: int, newest: BlockReader, writers: Sequence[FolderWriters], data: memoryview
@@ -283,8 +313,7 @@ class AverageUnit:
     @property
     def read_bytes(self) -> int:
         """Payload bytes that it reads from all its sources."""
-        task = self.task
-        return self.box.numel * (sum(d.itemsize for d in task.dtypes) + task.proof_itemsize)
+        return self.box.numel * self.task.read_bytes_per_element
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,17 +351,6 @@ class FillUnit:
 
 
 Unit = AverageUnit | FillUnit
-SomeUnit = TypeVar("SomeUnit", AverageUnit, FillUnit, Unit)
-
-
-@overload
-def units(tasks: Iterable[Average]) -> tuple[AverageUnit, ...]: ...
-@overload
-def units(tasks: Iterable[Task]) -> tuple[Unit, ...]: ...
-def units(tasks: Iterable[Task]) -> tuple[Unit, ...]:
-    """All units of some tasks, in the order in which files are read from their beginnings."""
-    cut = (unit for task in tasks for unit in task.units())
-    return tuple(sorted(cut, key=lambda unit: unit.file_order))
 
 
 def parted(every: Iterable[Unit]) -> tuple[list[AverageUnit], list[FillUnit]]:
@@ -345,41 +363,3 @@ def parted(every: Iterable[Unit]) -> tuple[list[AverageUnit], list[FillUnit]]:
         else:
             fills.append(unit)
     return averages, fills
-
-
-def share(all_units: Sequence[SomeUnit], rank: int, size: int) -> list[SomeUnit]:
-    """This rank's contiguous part of the units, split by bytes so that all finish together."""
-    total = sum(unit.cost_bytes for unit in all_units) or 1
-    mine: list[SomeUnit] = []
-    before = 0
-    for unit in all_units:
-        middle = before + unit.cost_bytes / 2
-        if min(int(middle * size / total), size - 1) == rank:
-            mine.append(unit)
-        before += unit.cost_bytes
-    return mine
-
-
-def untouched(layout: OutputLayout) -> list[Copy | Write]:
-    """The tasks of all bytes of an output that are no average: written as laid out, or copied."""
-    tasks: list[Copy | Write] = []
-    for item in layout.items:
-        if item.literal is not None:
-            tasks.append(Write(item.placed.file, item.placed.offset, item.literal))
-        elif item.skeleton is None and item.source is not None:
-            tasks.append(
-                Copy(
-                    item.source,
-                    item.source.offset,
-                    item.placed.file,
-                    item.placed.offset,
-                    item.source.length,
-                )
-            )
-        elif item.skeleton is not None and item.source is not None:
-            for record, (offset, _) in item.kept.items():
-                start, nbytes = item.skeleton.payloads[record]
-                tasks.append(
-                    Copy(item.source, offset, item.placed.file, item.placed.offset + start, nbytes)
-                )
-    return tasks

@@ -12,9 +12,10 @@ import pytest
 
 from pma_megatron import MergePlan, MergeRequest, Method, Policy, SelectionRequest, plan
 from pma_megatron.merging import tasks
+from pma_megatron.merging.cut import share
 from pma_megatron.merging.engine import over_threads
 from pma_megatron.merging.rate import read_rate
-from pma_megatron.merging.tasks import Average, Fill, FillUnit, Unit, share
+from pma_megatron.merging.tasks import Average, Fill, FillUnit, Unit
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 LAYOUTS = (
@@ -68,9 +69,15 @@ def test_every_byte_of_every_payload_has_exactly_one_task(run: Path, state: str)
         for file, start, count in written(unit):
             filled.update((file, byte) for byte in range(start, start + count))
     assert set(filled.values()) == {1}
-    for place in made.layout.places.values():
-        last = place.start + place.numel * place.dtype.itemsize
-        assert all((place.file, byte) in filled for byte in range(place.start, last))
+    payloads = 0
+    for item in made.layout.items:
+        if item.skeleton is not None:
+            for start, nbytes in item.skeleton.payloads.values():
+                first = item.placed.offset + start
+                payloads += nbytes
+                file = item.placed.file
+                assert all((file, byte) in filled for byte in range(first, first + nbytes))
+    assert payloads
 
 
 def written(unit: Unit) -> list[tuple[str, int, int]]:

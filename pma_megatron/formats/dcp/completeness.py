@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+
+from pma_megatron.base.boxes import Piece
 from pma_megatron.errors import CheckpointError
-from pma_megatron.formats.base import Incomplete, Item
+from pma_megatron.formats.base import Incomplete, Item, Payload, Tensor
 from pma_megatron.formats.dcp.checkpoint import DcpCheckpoint, parts_of
 from pma_megatron.formats.dcp.metadata import CONFIG_FILE, METADATA_FILE
 from pma_megatron.formats.items import ItemFiles
+from pma_megatron.formats.pieces import StoredPieces
 
 _COMMON = "common_state/"
 _CLOCKS_APART_S = 10.0  # of nodes that write to one file system
@@ -42,7 +46,8 @@ def completeness(path: Path) -> Incomplete | None:
                 + ("" if there else f", and no {CONFIG_FILE}: still being written, or cut off"),
                 unfinished=not there,
             )
-        reason = damaged_files(checkpoint, checkpoint.items())
+        tensors, objects = checkpoint.tensors.values(), checkpoint.objects.values()
+        reason = damaged_files(checkpoint, tensors, objects)
         if reason is None and not checkpoint.names.weights:
             some = ", ".join([*checkpoint.paths][:3])
             reason = Incomplete(f"none of its entries is a tensor of a model ({some}, ...)")
@@ -60,7 +65,9 @@ def _is_torch_dist(checkpoint: DcpCheckpoint) -> bool:
     )
 
 
-def damaged_files(files: ItemFiles, items: Iterable[Item]) -> Incomplete | None:
+def damaged_files(
+    files: ItemFiles, tensors: Iterable[Tensor], objects: Iterable[Item]
+) -> Incomplete | None:
     """Why a file of shards is not the one that `.metadata` describes; None if all may be.
 
     A file that was cut short, is of another save, or whose end never reached the disk has something
@@ -70,7 +77,8 @@ def damaged_files(files: ItemFiles, items: Iterable[Item]) -> Incomplete | None:
         CheckpointError: one of those is not there.
     """
     ends: dict[str, tuple[Item, Item]] = {}
-    for item in items:
+    of_tensors = (item for tensor in tensors for item in _ends(tensor.pieces))
+    for item in (*of_tensors, *objects):
         first, last = ends.get(item.file, (item, item))
         ends[item.file] = (
             min(first, item, key=lambda each: each.offset),
@@ -90,6 +98,18 @@ def damaged_files(files: ItemFiles, items: Iterable[Item]) -> Incomplete | None:
         for item in both:
             files.check(item)
     return None
+
+
+def _ends(pieces: Sequence[Piece[Payload]]) -> Iterator[Item]:
+    """The first and the last item of some pieces in each of their files."""
+    if not isinstance(pieces, StoredPieces):
+        yield from (piece.payload.item for piece in pieces)
+        return
+    order = np.lexsort((pieces.starts, pieces.file))
+    file = pieces.file[order]
+    begins = np.flatnonzero(np.diff(file, prepend=-1))
+    for place in np.unique([*begins, *(np.append(begins[1:], len(file)) - 1)]):
+        yield pieces[int(order[place])].payload.item
 
 
 def written_after(path: Path) -> str | None:

@@ -9,11 +9,10 @@ every field that is read has been checked. What it says a hundred thousand times
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -37,9 +36,6 @@ from pma_megatron.formats.marker import MARKER_FILE, SEAL_FILE
 from pma_megatron.formats.pickles import load_inert
 from pma_megatron.formats.pieces import StoredPieces
 from pma_megatron.formats.schema import dictionary, is_shape, record_fields, wrong
-
-if TYPE_CHECKING:
-    from torch.distributed.checkpoint.metadata import MetadataIndex
 
 METADATA_FILE = ".metadata"
 CONFIG_FILE = "metadata.json"
@@ -91,7 +87,7 @@ _MEMORY_FORMATS = (
 )
 """Members of `_MEM_FORMAT_ENCODING`, by their value."""
 _MAX_KEY = 4096
-_ORIGINAL_SHAPE = "nd_reformulated_orig_global_shape"
+ORIGINAL_SHAPE = "nd_reformulated_orig_global_shape"
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,61 +206,6 @@ def original_shape(metadata: DcpMetadata, key: str) -> tuple[int, ...] | None:
     return (metadata.original_shapes or {}).get(key)
 
 
-def dump_metadata(
-    base: DcpMetadata,
-    places: Mapping[MetadataIndex, Item],
-    drop: Collection[str],
-    dtypes: Mapping[str, torch.dtype],
-    below: str = "",
-) -> bytes:
-    """`.metadata` of an output: `base` with other places, without `drop`, with other `dtypes`.
-
-    `below` is what goes before the names of files in `places`, and is not said here.
-    """
-    # Not above: they take as long to import as torch, and who only reads needs none of them.
-    from torch.distributed.checkpoint.filesystem import _StorageInfo
-    from torch.distributed.checkpoint.metadata import (
-        BytesStorageMetadata,
-        ChunkStorageMetadata,
-        Metadata,
-        TensorProperties,
-        TensorStorageMetadata,
-    )
-
-    entries: dict[str, Any] = {}
-    for key in base.order:
-        if key in drop:
-            continue
-        entries[key] = BytesStorageMetadata()
-        if key in base.tensors:
-            tensor, said = base.tensors[key], base.properties[key]
-            properties = TensorProperties(
-                dtype=dtypes.get(key, said.dtype),
-                requires_grad=said.requires_grad,
-                memory_format=said.memory_format,
-                pin_memory=said.pin_memory,
-            )
-            boxes = [piece.box for piece in tensor.pieces]
-            chunks = [
-                ChunkStorageMetadata(torch.Size(b.offsets), torch.Size(b.sizes)) for b in boxes
-            ]
-            entries[key] = TensorStorageMetadata(properties, torch.Size(tensor.shape), chunks)
-    output = Metadata(entries)
-    if base.planner_data is not None:
-        output.planner_data = {k: v for k, v in base.planner_data.items() if k not in drop}
-    if base.original_shapes is not None:
-        output.mcore_data = {  # type: ignore[attr-defined]
-            key: {} if shape is None else {_ORIGINAL_SHAPE: shape}
-            for key, shape in base.original_shapes.items()
-            if key not in drop
-        }
-    output.storage_data = {
-        index: _StorageInfo(item.file.removeprefix(below), item.offset, item.length)
-        for index, item in places.items()
-    }
-    return pickle.dumps(output)
-
-
 # Parts of the file.
 
 
@@ -321,7 +262,7 @@ def _original_shapes(value: Any, what: str) -> dict[str, tuple[int, ...] | None]
         return None
     result: dict[str, tuple[int, ...] | None] = {}
     for key, said in dictionary(value, what).items():
-        shape = dictionary(said, f"{what} of {brief(key)}").get(_ORIGINAL_SHAPE)
+        shape = dictionary(said, f"{what} of {brief(key)}").get(ORIGINAL_SHAPE)
         if shape is not None and not is_shape(shape):
             raise wrong(f"{what} of {brief(key)}", "a shape", shape)
         result[key] = None if shape is None else tuple(shape)

@@ -5,22 +5,21 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
 
 from pma_megatron.base.spelling import named
 from pma_megatron.errors import UsageError
-from pma_megatron.formats.base import Item
-from pma_megatron.formats.dcp.building import Build, Entry, entries_of, new_dtypes, saved
+from pma_megatron.formats.dcp.building import Shards, lay_out_shards, saved
 from pma_megatron.formats.dcp.checkpoint import DcpCheckpoint
-from pma_megatron.formats.dcp.metadata import METADATA_FILE, dump_metadata
+from pma_megatron.formats.dcp.metadata import METADATA_FILE
+from pma_megatron.formats.dcp.metadata_writer import dump_metadata
 from pma_megatron.formats.output import Changes, OutputLayout
 from pma_megatron.formats.pickles import TensorRef
 from pma_megatron.formats.rates import scale_groups, scale_schedule
 
-if TYPE_CHECKING:
-    from torch.distributed.checkpoint.metadata import MetadataIndex
+T = TypeVar("T")
 
 _RATES = ("lr", "initial_lr", "max_lr", "min_lr")
 
@@ -32,15 +31,13 @@ def output_layout(path: str, changes: Changes) -> OutputLayout:
         UsageError: rates are to be scaled, and it stores none; its optimizer cannot begin anew.
     """
     base = DcpCheckpoint(Path(path))
-    build = Build(base, changes)
     edits = _edits(base, changes)
-    entries = [e for e in entries_of(base.tensors, base.objects) if e.key not in changes.drop]
-    build.place(entries, lambda entry: edits.get(entry.key))
-    small = _small_files(build, base, entries)
+    shards = lay_out_shards(base, base.tensors, base.objects, changes, edits.get)
+    small = _small_files(base, changes, shards)
     return OutputLayout(
-        files=dict(build.sizes),
-        items=tuple(build.items),
-        places=build.places,
+        files=shards.sizes,
+        items=shards.items,
+        places=shards.places,
         small_files=small,
         last_file=next(reversed(small)),
     )
@@ -99,29 +96,18 @@ def _scaled(base: DcpCheckpoint, factor: float) -> dict[str, bytes]:
     return edits
 
 
-def _small_files(
-    build: Build, base: DcpCheckpoint, entries: list[Entry]
-) -> OrderedDict[str, bytes]:
+def _small_files(base: DcpCheckpoint, changes: Changes, shards: Shards) -> OrderedDict[str, bytes]:
     """What a save writes last, part by part."""
-    from torch.distributed.checkpoint.metadata import MetadataIndex  # as slow as torch to import
-
     small: OrderedDict[str, bytes] = OrderedDict()
-    dtypes = new_dtypes(base.tensors, build.changes)
     for part, metadata in base.parts.items():
-        written = {
-            MetadataIndex(e.key.removeprefix(part), e.index.offset): build.moved[e.item]
-            for e in entries
-            if e.key.startswith(part)
-        }
-        if part and not written:
+
+        def inside(values: Mapping[str, T], part: str = part) -> dict[str, T]:
+            return {k.removeprefix(part): v for k, v in values.items() if k.startswith(part)}
+
+        stored = inside(shards.stored)
+        if part and not stored:
             continue  # nothing is left of it: an optimizer that was dropped
-        small[f"{part}{METADATA_FILE}"] = _metadata(part, metadata, written, build, dtypes)
+        drop = {key.removeprefix(part) for key in changes.drop if key.startswith(part)}
+        dtypes = inside(shards.dtypes)
+        small[f"{part}{METADATA_FILE}"] = dump_metadata(metadata, stored, drop, dtypes, part)
     return small
-
-
-def _metadata(
-    part: str, metadata: Any, written: Mapping[MetadataIndex, Item], build: Build, dtypes: Any
-) -> bytes:
-    inside = {key.removeprefix(part): dtype for key, dtype in dtypes.items()}
-    drop = {key.removeprefix(part) for key in build.changes.drop if key.startswith(part)}
-    return dump_metadata(metadata, written, drop, inside, part)

@@ -16,8 +16,8 @@ import torch
 from pma_megatron.base.boxes import Box, Piece, PieceIndex
 from pma_megatron.errors import PlanError
 from pma_megatron.formats.base import Item, Payload, Tensor
-from pma_megatron.formats.dcp.building import entries_of
-from pma_megatron.formats.dcp.metadata import DcpMetadata, Properties, dump_metadata
+from pma_megatron.formats.dcp.metadata import DcpMetadata, Properties
+from pma_megatron.formats.dcp.metadata_writer import dump_metadata, stored_of
 from pma_megatron.formats.pickles import dump_inert, new_tensor
 from pma_megatron.formats.zips import Skeleton, lay_out
 
@@ -143,8 +143,7 @@ def metadata_bytes(chunks: Iterable[StoredChunk], objects: Mapping[str, Item]) -
     order = (*tensors, *objects)
     # An original shape, though None, marks what Megatron <= 0.14 reshaped.
     metadata = DcpMetadata(tensors, objects, order, properties, None, dict.fromkeys(order))
-    places = {entry.index: entry.item for entry in entries_of(tensors, objects)}
-    return dump_metadata(metadata, places, (), {})
+    return dump_metadata(metadata, stored_of(tensors, objects), (), {})
 
 
 def _irregular(parts: Sequence[StoredChunk]) -> list[StoredChunk]:

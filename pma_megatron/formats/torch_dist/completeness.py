@@ -37,9 +37,7 @@ def completeness(path: Path) -> Incomplete | None:
 
 
 def _other_files(checkpoint: TorchDistCheckpoint) -> Incomplete | None:
-    pieces = (piece for tensor in checkpoint.tensors.values() for piece in tensor.pieces)
-    items = (*(piece.payload.item for piece in pieces), *checkpoint.objects.values())
-    return damaged_files(checkpoint, items)
+    return damaged_files(checkpoint, checkpoint.tensors.values(), checkpoint.objects.values())
 
 
 def written_after(path: Path) -> str | None:

@@ -8,15 +8,14 @@ what goes where.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pma_megatron.base.openfiles import read_source_file
 from pma_megatron.base.spelling import named
 from pma_megatron.errors import UsageError
-from pma_megatron.formats.base import Item
-from pma_megatron.formats.dcp.building import Build, entries_of, new_dtypes, saved
-from pma_megatron.formats.dcp.metadata import METADATA_FILE, dump_metadata
+from pma_megatron.formats.dcp.building import Shards, lay_out_shards, saved
+from pma_megatron.formats.dcp.metadata import METADATA_FILE
+from pma_megatron.formats.dcp.metadata_writer import dump_metadata
 from pma_megatron.formats.output import Changes, OutputLayout
 from pma_megatron.formats.rates import scale_groups, scale_schedule
 from pma_megatron.formats.relay import reset_steps
@@ -29,9 +28,6 @@ from pma_megatron.formats.torch_dist.checkpoint import (
 from pma_megatron.formats.torch_dist.integrity import INTEGRITY
 from pma_megatron.formats.torch_dist.optimizer import is_optimizer_key
 
-if TYPE_CHECKING:
-    from torch.distributed.checkpoint.metadata import MetadataIndex
-
 _SMALL_STATE = ".optimizer/shard"  # param groups and steps of `dp_reshardable`
 
 
@@ -41,17 +37,14 @@ def output_layout(base: TorchDistCheckpoint, changes: Changes) -> OutputLayout:
     Raises:
         UsageError: rates are to be scaled, and it stores none.
     """
-    build = Build(base, changes)
-    entries = [
-        entry for entry in entries_of(base.tensors, base.objects) if entry.key not in changes.drop
-    ]
-    build.place(entries, lambda entry: _edited(base, entry.key, changes))
-    small = _small_files(build, base, {e.index: build.moved[e.item] for e in entries})
+    shards = lay_out_shards(
+        base, base.tensors, base.objects, changes, lambda key: _edited(base, key, changes)
+    )
     return OutputLayout(
-        files=dict(build.sizes),
-        items=tuple(build.items),
-        places=build.places,
-        small_files=small,
+        files=shards.sizes,
+        items=shards.items,
+        places=shards.places,
+        small_files=_small_files(base, changes, shards),
         last_file=CONFIG_FILE,
         digests=INTEGRITY if (base.path / INTEGRITY.file).is_file() else None,
     )
@@ -101,16 +94,13 @@ def _scale_common(base: TorchDistCheckpoint, common: Any, factor: float) -> None
 
 
 def _small_files(
-    build: Build, base: TorchDistCheckpoint, places: Mapping[MetadataIndex, Item]
+    base: TorchDistCheckpoint, changes: Changes, shards: Shards
 ) -> OrderedDict[str, bytes]:
     """Files beside the shards, in the order in which a save writes them: markers last."""
-    changes = build.changes
     small: OrderedDict[str, bytes] = OrderedDict()
     if not base.common_is_entry:
         edited = _edited_common(base, changes)
         small[COMMON_FILE] = edited or base.read_small(COMMON_FILE)
-    small[METADATA_FILE] = dump_metadata(
-        base.metadata, places, set(changes.drop), new_dtypes(base.tensors, changes)
-    )
+    small[METADATA_FILE] = dump_metadata(base.metadata, shards.stored, changes.drop, shards.dtypes)
     small[CONFIG_FILE] = read_source_file(base.path / CONFIG_FILE)
     return small

@@ -5,15 +5,17 @@ A further trainer is declared as those in `nvidia` and `hugging_face` are, and l
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from pma_megatron.base.openfiles import is_folder
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats import registry
 from pma_megatron.formats.contract import Common, Format
 from pma_megatron.formats.output import Carried, Digests, OutputLayout
+from pma_megatron.formats.placed import Places
 from pma_megatron.formats.side_files import Fate, SideFile, SideRule, side_files
 from pma_megatron.formats.trainers.hugging_face import (
     ACCELERATE,
@@ -177,21 +179,30 @@ def _inside_of(save: Save, known: Format, layout: OutputLayout) -> OutputLayout:
     if save.trainer is not None and save.trainer.names_inside and pointer is not None:
         content = known.tracker.content_of(save.inside)
         small[pointer] = (content or "").encode()
-    items = tuple(
-        replace(item, placed=replace(item.placed, file=moved(item.placed.file)))
-        for item in layout.items
-    )
     digests: Digests | None = layout.digests
     return replace(
         layout,
         files={moved(name): nbytes for name, nbytes in layout.files.items()},
-        items=items,
-        places={p: replace(place, file=moved(place.file)) for p, place in layout.places.items()},
+        **_renamed(layout, moved),
         small_files=small,
         last_file=None if layout.last_file is None else moved(layout.last_file),
         digests=None if digests is None else replace(digests, folder=f"{save.inside}/"),
         checkpoint=save.inside,
     )
+
+
+def _renamed(layout: OutputLayout, moved: Callable[[str], str]) -> dict[str, Any]:
+    """Items and places in files of other names."""
+    if isinstance(layout.places, Places):
+        places = layout.places.renamed(moved)
+        return {"items": places.items, "places": places}
+    assert isinstance(layout.places, Mapping)
+    items = tuple(
+        replace(item, placed=replace(item.placed, file=moved(item.placed.file)))
+        for item in layout.items
+    )
+    renamed = {p: replace(place, file=moved(place.file)) for p, place in layout.places.items()}
+    return {"items": items, "places": renamed}
 
 
 def output_name(save: Save, known: Format, iteration: int | None) -> str:
