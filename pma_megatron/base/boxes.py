@@ -214,6 +214,7 @@ class PieceIndex(Generic[P]):
         self._touching: Callable[[Box], list[Piece[P]]] | None = getattr(
             self._given, "touching", None
         )
+        self._covers: Callable[[Box], bool | None] | None = getattr(self._given, "covers", None)
         self._sorted: list[Piece[P]] | None = None
         self._offsets: list[tuple[int, ...]] = []
         self._longest: tuple[int, ...] = ()
@@ -253,9 +254,9 @@ class PieceIndex(Generic[P]):
 
     def covers(self, box: Box) -> bool:
         """True if every element of `box` lies in a piece (pieces must not overlap each other)."""
-        whole: Callable[[Box], bool] | None = getattr(self._given, "covers", None)
-        if whole is not None:
-            return whole(box)
+        known = self._covers(box) if self._covers is not None else None
+        if known is not None:
+            return known
         return sum(part.numel for part in overlaps(box, self.touching(box))) == box.numel
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import mmap
 import os
 import stat
 import threading
@@ -16,6 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pma_megatron.errors import CheckpointError, SelectionError
 
@@ -109,6 +111,57 @@ def read_source_file(path: Path, limit: int = MAX_SMALL_BYTES) -> bytes:
                     "it out of the checkpoint, or exclude this checkpoint"
                 )
             return data
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+
+
+class OnceBytes(mmap.mmap):
+    """The content of a large file for who goes through it once, from its beginning.
+
+    It is a copy in memory: a file that is cut short while it is looked at does no harm.
+    """
+
+    _gone = 0
+
+    def let_go(self, at: int) -> None:
+        """Give back the memory of what lies well before byte `at`, which becomes zeros."""
+        end = max(0, at - _BEHIND_BYTES) // _BEHIND_BYTES * _BEHIND_BYTES
+        if end > self._gone:
+            self.madvise(mmap.MADV_DONTNEED, self._gone, end - self._gone)
+            self._gone = end
+
+
+_BEHIND_BYTES = 4 << 20
+Content = bytes | OnceBytes
+
+
+def read_source_once(path: Path, limit: int = MAX_SMALL_BYTES) -> Content:
+    """`read_source_file` for who goes through it once; raises as that does."""
+    try:
+        descriptor = open_source(path)
+        with os.fdopen(descriptor, "rb", buffering=0) as stream:
+            nbytes = os.fstat(descriptor).st_size
+            if not _BEHIND_BYTES < nbytes <= limit:
+                return read_source_file(path, limit)
+            content = OnceBytes(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            with memoryview(content) as view:
+                done = 0
+                while done < nbytes and (count := stream.readinto(view[done : done + _READ_BYTES])):
+                    done += count
+            return content if done == nbytes else content[:done]
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+
+
+_READ_BYTES = 8 << 20
+
+
+def digest_source_file(path: Path, digest: Any) -> None:
+    """Update `digest`, of hashlib, by a file of any length; raises as `read_source_file`."""
+    try:
+        with os.fdopen(open_source(path), "rb") as stream:
+            while data := stream.read(_READ_BYTES):
+                digest.update(data)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pma_megatron.base.openfiles import Content
 from pma_megatron.formats.inert import Name, Record, fields_of
 
 _GET, _LONG_GET, _TEXT, _MEMOIZE = b"hj\x8c\x94"
@@ -119,6 +120,10 @@ class Memo:
 
     def keep(self, places: Sequence[int], begin: int, said: Sequence[bytes]) -> None:
         """Texts that may be asked for: at `places` from value `begin` on."""
+        if len(places) == 1:  # as nearly all have
+            self._text_at.append(begin + places[0])
+            self._texts.append(self._known[said[0]])
+            return
         for place, data in zip(places, said, strict=True):
             self._text_at.append(begin + place)
             self._texts.append(self._known[data])
@@ -168,7 +173,13 @@ class Alike:
         return into is dict and place % 2 == 0 if self.is_pair(name) else into is list
 
     def rows(
-        self, name: Name, again: bytes, data: bytes, at: int, count: int, recall: Callable[..., Any]
+        self,
+        name: Name,
+        again: bytes,
+        data: Content,
+        at: int,
+        count: int,
+        recall: Callable[..., Any],
     ) -> tuple[Rows, int] | None:
         """Elements from byte `at` on, as many as fit one pattern; None if not even one does.
 
@@ -197,15 +208,15 @@ class Alike:
         self,
         pattern: _Pattern,
         again: bytes,
-        data: bytes,
+        data: Content,
         at: int,
         count: int,
         recall: Callable[..., Any],
     ) -> tuple[Rows, int] | None:
         rows = Rows(pattern.fields or ())
         match, kinds, memoized = pattern.regex.match, pattern.kinds, pattern.memoized
-        keeps = pattern.fields is not None
-        begin, end = count, at
+        keeps, keep, text_of = pattern.fields is not None, self.memo.keep, self.memo.text
+        begin, end, step = count, at, len(again)
         while (found := match(data, at)) is not None:
             numbers, texts, said = [], [], []
             for kind, group in zip(kinds, found.groups(), strict=True):
@@ -215,7 +226,7 @@ class Alike:
                     if group[1] != len(group) - 2:
                         break
                     said.append(group)
-                    texts.append(self.memo.text(group))
+                    texts.append(text_of(group))
                 else:
                     number = int.from_bytes(group[1:], "little")
                     if number >= count:
@@ -226,16 +237,17 @@ class Alike:
                             break
                         texts.append(text)
             else:
-                self.memo.keep(pattern.text_places, count, said)
+                if said:
+                    keep(pattern.text_places, count, said)
                 rows.count += 1
                 count += memoized
                 if keeps:
                     rows.numbers.extend(numbers)
                     rows.texts += texts
                 end = found.end()
-                if not data.startswith(again, end):
+                if data[end : end + step] != again:
                     break
-                at = end + len(again)
+                at = end + step
                 continue
             break
         if not rows.count:
@@ -246,7 +258,7 @@ class Alike:
     def learn(
         self,
         name: Name,
-        data: bytes,
+        data: Content,
         start: int,
         end: int,
         values: Sequence[Any],
@@ -300,7 +312,7 @@ def _fields(values: Sequence[Any]) -> tuple[tuple[Name, str, str, int], ...] | N
 
 
 def _pattern(
-    data: bytes,
+    data: Content,
     start: int,
     end: int,
     values: Sequence[Any],

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from pma_megatron.base.openfiles import Content
 from pma_megatron.formats.bounds import MAX_DEPTH, PickleError
 
 _FREE_BYTES = 64 << 20
@@ -22,7 +23,7 @@ _I4, _F8 = struct.Struct("<i"), struct.Struct(">d")
 class Reader:
     """Reads plain values of one pickle onto a stack."""
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: Content) -> None:
         self._data, self._at, self._end = data, 0, len(data)
         self._stack: list[Any] = []
         self._marked: list[list[Any]] = []

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from pma_megatron.base.openfiles import Content, OnceBytes
 from pma_megatron.formats.alike import Alike, Rows
 from pma_megatron.formats.bounds import SCALARS, PickleError
 from pma_megatron.formats.inert import CALL, NEW, Name, Ordered, Record, Size
@@ -38,7 +39,7 @@ class Machine(Reader):
 
     def __init__(
         self,
-        data: bytes,
+        data: Content,
         *,
         named: Callable[[str, str], Any],
         convert: Convert,
@@ -280,6 +281,8 @@ class Machine(Reader):
             self._learning = name, at, len(self._marked), place
             return False
         rows, self._at = found
+        if isinstance(self._data, OnceBytes):
+            self._data.let_go(self._at)
         self._listed = alike.memo.first
         stack[place:] = [rows] if into is list else [rows, rows]
         return True

@@ -18,6 +18,7 @@ import torch
 
 from pma_megatron.base.boxes import row_major_strides
 from pma_megatron.base.memory import collector_at_rest
+from pma_megatron.base.openfiles import Content
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.alike import Alike
 from pma_megatron.formats.bounds import PickleError, check_bounded
@@ -93,7 +94,7 @@ _STORAGE_DTYPES = {
 
 
 def load_inert(
-    data: bytes,
+    data: Content,
     *,
     what: str,
     known: Set[tuple[str, str]] | None = None,

@@ -15,9 +15,10 @@ from pma_megatron.formats.base import Item, Payload
 
 
 class StoredPieces(Sequence[Piece[Payload]]):
-    """Pieces that each have an item of their own, made when they are asked for; all of a tensor.
+    """Pieces that each have an item of their own, made when they are asked for.
 
-    A sequence like a tuple of `Piece`s, in some 40 bytes for each, however it is sent or kept.
+    A sequence like a tuple of `Piece`s, in some 40 bytes for each, however it is sent or kept. No
+    two overlap.
 
     Attributes:
         dtype: of all of them.
@@ -34,8 +35,9 @@ class StoredPieces(Sequence[Piece[Payload]]):
     """
 
     __slots__ = (
-        "_ends",
+        "_extent",
         "_grid",
+        "_is_whole",
         "dtype",
         "file",
         "files",
@@ -57,7 +59,8 @@ class StoredPieces(Sequence[Piece[Payload]]):
     ) -> None:
         self.dtype, self.files = dtype, files
         self._grid: tuple[Any] | None = None
-        self._ends: tuple[int, ...] | None = None
+        self._extent: Box | None = None
+        self._is_whole = False
         columns = (offsets, sizes, file, starts, lengths)
         self.offsets, self.sizes, self.file, self.starts, self.lengths = map(narrow, columns)
 
@@ -111,21 +114,25 @@ class StoredPieces(Sequence[Piece[Payload]]):
                 found.append(self[int(at_cell[cell])])
         return found
 
-    def covers(self, box: Box) -> bool:
-        """Whether `box` lies in the tensor, of which they are all."""
-        whole = self.extent.sizes
-        return len(whole) == len(box.sizes) and all(
+    def covers(self, box: Box) -> bool | None:
+        """Whether all of `box` lies in pieces; None where each of those has to be looked at."""
+        whole = self.extent
+        if not self._is_whole or len(whole.sizes) != len(box.sizes):
+            return None
+        return all(
             low >= 0 and low + size <= end
-            for low, size, end in zip(box.offsets, box.sizes, whole, strict=True)
+            for low, size, end in zip(box.offsets, box.sizes, whole.sizes, strict=True)
         )
 
     @property
     def extent(self) -> Box:
-        """All of the tensor."""
-        if self._ends is None:
-            ends = (self.offsets.astype(np.int64) + self.sizes).max(axis=0, initial=0)
-            self._ends = tuple(ends.tolist())
-        return Box.whole(self._ends)
+        """From the beginning of the tensor to the end of the last pieces."""
+        if self._extent is None:
+            sizes = self.sizes.astype(np.int64)
+            ends = (self.offsets + sizes).max(axis=0, initial=0)
+            self._extent = Box.whole(ends.tolist())
+            self._is_whole = int(sizes.prod(axis=1).sum()) == self._extent.numel
+        return self._extent
 
     def _cells(self) -> tuple[tuple[int, ...], tuple[int, ...], np.ndarray] | None:
         """Where all pieces are of one size, and lie at multiples of it: that size, how many there

@@ -115,14 +115,14 @@ def owners_of(visible: Sequence[Sequence[int]]) -> list[int]:
 
 
 def _turn(number: int, ranks: int) -> int:
-    """Whose turn it is with the checkpoint that comes `number` before the newest: down from the
-    last rank, which lays out the output after the newest, then up again from rank 0.
+    """Whose turn it is with the checkpoint that comes `number` before the newest: up from rank 0,
+    which lays out the output after the newest, then down again from the last rank.
 
     >>> [_turn(number, 4) for number in range(10)]
-    [3, 2, 1, 0, 0, 1, 2, 3, 3, 2]
+    [0, 1, 2, 3, 3, 2, 1, 0, 0, 1]
     """
     rounds, place = divmod(number, ranks)
-    return place if rounds % 2 else ranks - 1 - place
+    return ranks - 1 - place if rounds % 2 else place
 
 
 def schedule_notes(selection: Selection, visible: Sequence[Sequence[int]], comm: Comm) -> list[str]:

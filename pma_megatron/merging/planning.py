@@ -294,7 +294,7 @@ def _layout(
     found: OpenedSources, decisions: Decisions, lr_factor: float | None, comm: Comm
 ) -> SavedFolder:
     """The output's files, laid out by a rank that sees the newest source, and what lies beside."""
-    base, owner = found.sources[-1], found.visible[-1][-1]  # who has opened it
+    base, owner = found.sources[-1], found.visible[-1][0]  # who has opened it
     changes = Changes(
         payloads=decisions.payloads,
         drop=decisions.dropped,
@@ -303,7 +303,15 @@ def _layout(
         lr_factor=lr_factor,
     )
 
-    made = comm.on(owner, "layout", lambda: lay_out_folder(base, decisions.rules, changes))
+    whole: list[SavedFolder] = []
+
+    def lay_out() -> SavedFolder:
+        whole.append(lay_out_folder(base, decisions.rules, changes))
+        return whole[0].without_small_files() if comm.is_main else whole[0]
+
+    made = comm.on(owner, "layout", lay_out)
+    # Who writes what is small has it; a large `.metadata` is for nobody else.
+    made = next(iter(whole), made) if comm.is_main else made.without_small_files()
     if comm.is_main:
         for sentence in notes(str(made.save.folder), made.side_files):
             _log.warning(sentence)

@@ -55,6 +55,10 @@ class SavedFolder:
     side_files: tuple[SideFile, ...]
     filled: tuple[Filled, ...] = ()
 
+    def without_small_files(self) -> SavedFolder:
+        """The same for a rank that does not write them."""
+        return replace(self, layout=self.layout.without_small_files())
+
 
 def lay_out_folder(base: Source, rules: Rules, changes: Changes) -> SavedFolder:
     """Lay out an output after the newest source. One rank, which sees it, calls.

@@ -46,9 +46,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def looked_at(source: Source, piece: Piece[Payload]) -> set[int]:
     """Elements of a piece of `KEY` that the samples cover."""
     found: set[int] = set()
-    for each in samples.Inventory(source).chosen(rounded.comparable(source)):
+    pieces = samples.Inventory(source)
+    for each in pieces.chosen(rounded.comparable(source)):
         if each.key == KEY:
-            for box in samples.runs(each.piece, source.metadata_digest):
+            for box in pieces.runs(each.piece, source.metadata_digest):
                 first, last = box.offsets[0], box.offsets[0] + box.sizes[0]
                 found |= {
                     row * piece.box.sizes[1] + column

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from pma_megatron.base.openfiles import read_source_file
+from pma_megatron.base.openfiles import digest_source_file
 from pma_megatron.base.spelling import given
 from pma_megatron.errors import CheckpointError, UsageError
 from pma_megatron.formats.base import Item, Tensor
@@ -240,7 +240,7 @@ class DcpCheckpoint(ItemFiles):
         """SHA-256 over every `.metadata` and the counters of the optimizer."""
         digest = hashlib.sha256()
         for part in self.parts:
-            digest.update(read_source_file(self.path / part / METADATA_FILE))
+            digest_source_file(self.path / part / METADATA_FILE, digest)
         digest.update(repr((self.saved_iteration, list(self.counted_steps()))).encode())
         return digest.hexdigest()
 

@@ -77,8 +77,7 @@ def damaged_files(
         CheckpointError: one of those is not there.
     """
     ends: dict[str, tuple[Item, Item]] = {}
-    of_tensors = (item for tensor in tensors for item in _ends(tensor.pieces))
-    for item in (*of_tensors, *objects):
+    for item in (*_ends([tensor.pieces for tensor in tensors]), *objects):
         first, last = ends.get(item.file, (item, item))
         ends[item.file] = (
             min(first, item, key=lambda each: each.offset),
@@ -100,16 +99,23 @@ def damaged_files(
     return None
 
 
-def _ends(pieces: Sequence[Piece[Payload]]) -> Iterator[Item]:
+def _ends(every: Sequence[Sequence[Piece[Payload]]]) -> Iterator[Item]:
     """The first and the last item of some pieces in each of their files."""
-    if not isinstance(pieces, StoredPieces):
-        yield from (piece.payload.item for piece in pieces)
-        return
-    order = np.lexsort((pieces.starts, pieces.file))
-    file = pieces.file[order]
-    begins = np.flatnonzero(np.diff(file, prepend=-1))
-    for place in np.unique([*begins, *(np.append(begins[1:], len(file)) - 1)]):
-        yield pieces[int(order[place])].payload.item
+    of_list: dict[int, list[StoredPieces]] = {}  # all of one `.metadata` share their names of files
+    for pieces in every:
+        if isinstance(pieces, StoredPieces):
+            of_list.setdefault(id(pieces.files), []).append(pieces)
+        else:
+            yield from (piece.payload.item for piece in pieces)
+    for found in of_list.values():
+        file = np.concatenate([pieces.file.astype(np.int64) for pieces in found])
+        order = np.lexsort((np.concatenate([p.starts.astype(np.int64) for p in found]), file))
+        begins = np.flatnonzero(np.diff(file[order], prepend=-1))
+        ends = np.append(begins[1:], len(order)) - 1
+        bounds = np.cumsum([0, *map(len, found)])
+        for row in order[np.unique([*begins, *ends])].tolist():
+            number = int(np.searchsorted(bounds, row, side="right")) - 1
+            yield found[number][row - int(bounds[number])].payload.item
 
 
 def written_after(path: Path) -> str | None:

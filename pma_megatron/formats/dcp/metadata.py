@@ -9,7 +9,7 @@ every field that is read has been checked. What it says a hundred thousand times
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 
 from pma_megatron.base.memory import collector_at_rest
 from pma_megatron.base.once import once
-from pma_megatron.base.openfiles import read_source_file
+from pma_megatron.base.openfiles import Content, read_source_once
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.alike import Alike
 from pma_megatron.formats.base import Item, Tensor
@@ -134,14 +134,16 @@ def read_metadata(folder: Path, below: str = "") -> DcpMetadata:
         CheckpointError: missing, damaged, hostile, or not a DCP `Metadata`.
     """
     path = folder / below / METADATA_FILE
-    return once(f"metadata {below}", path, lambda: parse(read_source_file(path), str(path), below))
+    return once(
+        f"metadata {below}", path, lambda: parse(lambda: read_source_once(path), str(path), below)
+    )
 
 
-def parse(data: bytes, what: str, below: str = "") -> DcpMetadata:
+def parse(data: bytes | Callable[[], Content], what: str, below: str = "") -> DcpMetadata:
     """The content of a `.metadata`.
 
     Args:
-        data: the file's bytes.
+        data: the file's bytes, or what reads them.
         what: the file, for messages.
         below: goes before the names of files that it says.
 
@@ -151,17 +153,18 @@ def parse(data: bytes, what: str, below: str = "") -> DcpMetadata:
             not cover it; two entries share bytes.
     """
     alike = Alike({CHUNK: None, INDEX: INFO}, _PASSED)
+    read = data if callable(data) else lambda: data
     with collector_at_rest():
         try:
-            return _checked(_decoded(data, what, alike), what, below)
+            return _checked(_decoded(read(), what, alike), what, below)
         except CheckpointError:
             if not alike.used:
                 raise
         # Record by record: it is said of the very one what is wrong with it.
-        return _checked(_decoded(data, what, None), what, below)
+        return _checked(_decoded(read(), what, None), what, below)
 
 
-def _decoded(data: bytes, what: str, alike: Alike | None) -> Any:
+def _decoded(data: Content, what: str, alike: Alike | None) -> Any:
     return load_inert(data, what=what, known=_ALLOWED, walked=False, alike=alike)
 
 

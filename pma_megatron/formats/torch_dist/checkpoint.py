@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pma_megatron.base.once import once
-from pma_megatron.base.openfiles import read_source_file
+from pma_megatron.base.openfiles import digest_source_file
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.base import Incomplete, Item, Tensor
 from pma_megatron.formats.dcp.metadata import (
@@ -114,7 +114,7 @@ class TorchDistCheckpoint(ItemFiles):
         """SHA-256 over `.metadata`, `metadata.json` and the common state's pickle."""
         digest = hashlib.sha256()
         for name in (METADATA_FILE, CONFIG_FILE):
-            digest.update(read_source_file(self.path / name))
+            digest_source_file(self.path / name, digest)
         digest.update(self.common_pickle())
         return digest.hexdigest()
 
