@@ -205,6 +205,18 @@ class Comm:
         self._together(lambda: dist.gather_object(value, values))
         return values or []
 
+    def told_main(self, value: T | None, source: int) -> T | None:
+        """The value of rank `source` on rank 0, None elsewhere.
+
+        Not `collect`, which pads what every rank sends to the longest.
+        """
+        if self.size == 1 or source == 0:
+            return value if self.is_main else None
+        box = [_packed(value) if self.rank == source else None]
+        self._together(lambda: dist.broadcast_object_list(box, src=source))
+        made: T | None = _unpacked(box[0]) if self.is_main else None
+        return made
+
     def broadcast(self, value: T, source: int = 0) -> T:
         """The value of global rank `source`, on every rank."""
         if self.size == 1:

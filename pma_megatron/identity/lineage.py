@@ -14,10 +14,11 @@ reason to refuse one. Runs that began with the same weights are told apart by th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
 import torch
 
 from pma_megatron.base.boxes import Box, PieceIndex
@@ -51,8 +52,50 @@ class SampledBox:
     box: Box
 
 
-Values = Mapping[SampledBox, tuple[str, torch.Tensor]]
-"""SampledBox -> the file that holds it in a source, and what it holds."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Values(Mapping[int, tuple[str, torch.Tensor]]):
+    """Number of a place -> the file that holds it in a source, and what it holds there.
+
+    Attributes:
+        numbers: of the places that the source has, in order.
+        moments: per place, whether it is one of second moments.
+        files: names of files.
+        file: per place, the number of its file in `files`.
+        ends: per place, where its elements end in `data`.
+        data: float32 `[elements]`.
+        exact: whether all second moments are stored as float32.
+    """
+
+    numbers: np.ndarray
+    moments: np.ndarray
+    files: tuple[str, ...]
+    file: np.ndarray
+    ends: np.ndarray
+    data: torch.Tensor
+    exact: bool
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.numbers.tolist())
+
+    def __getitem__(self, number: int) -> tuple[str, torch.Tensor]:
+        at = int(np.searchsorted(self.numbers, number))
+        if at == len(self.numbers) or self.numbers[at] != number:
+            raise KeyError(number)
+        begin = int(self.ends[at - 1]) if at else 0
+        return self.files[self.file[at]], self.data[begin : int(self.ends[at])]
+
+    def of(self, *, moments: bool) -> Iterator[int]:
+        """Numbers of places of second moments, or of the others."""
+        return iter(self.numbers[self.moments == moments].tolist())
+
+    @classmethod
+    def none(cls) -> Values:
+        """Of a source that is not compared."""
+        none = np.empty(0, dtype=np.int64)
+        return cls(none, none.astype(bool), (), none, none, torch.empty(0), False)
 
 
 def places_of(source: Source, pieces: Inventory) -> tuple[SampledBox, ...]:
@@ -72,11 +115,11 @@ def places_of(source: Source, pieces: Inventory) -> tuple[SampledBox, ...]:
     return tuple(found)
 
 
-def values_at(source: Source, places: Iterable[SampledBox], reader: BlockReader) -> Values:
+def values_at(source: Source, places: Sequence[SampledBox], reader: BlockReader) -> Values:
     """What a source holds there, as its `reader` reads it."""
     indexes: dict[tuple[str, str], PieceIndex[Payload]] = {}
-    found: dict[SampledBox, tuple[str, torch.Tensor]] = {}
-    for place in places:
+    found: dict[int, tuple[str, torch.Tensor]] = {}
+    for number, place in enumerate(places):
         tensor = source.tensor(place.state, place.key)
         if tensor is None:
             continue
@@ -85,8 +128,20 @@ def values_at(source: Source, places: Iterable[SampledBox], reader: BlockReader)
             index = indexes[place.state, place.key] = PieceIndex(tensor.pieces)
         if index.covers(place.box):
             file = file_of(source, index.touching(place.box)[0].payload)
-            found[place] = file, reader.values(place.box, index, tensor.dtype)
-    return found
+            found[number] = file, reader.values(place.box, index, tensor.dtype)
+    files = tuple(dict.fromkeys(file for file, _ in found.values()))
+    number_of = {file: number for number, file in enumerate(files)}
+    moments = [places[number].state == SECOND_MOMENT for number in found]
+    held = [values for _, values in found.values()]
+    return Values(
+        np.array([*found], dtype=np.int64),
+        np.array(moments, dtype=bool),
+        files,
+        np.array([number_of[file] for file, _ in found.values()], dtype=np.int64),
+        np.cumsum([values.numel() for values in held], dtype=np.int64),
+        torch.cat([torch.empty(0), *(values.flatten().float() for values in held)]),
+        all(v.dtype == torch.float32 for v, m in zip(held, moments, strict=True) if m),
+    )
 
 
 def refuse_other_runs(
@@ -154,9 +209,8 @@ def _shrunk(before: Values, after: Values, left: float | None) -> tuple[str, str
         before, after: of two neighbours.
         left: what is left of a second moment from one to the other, see `_least`.
     """
-    pairs = {p: (before[p], after[p]) for p in after if p in before and p.state == SECOND_MOMENT}
-    exact = all(x.dtype == torch.float32 for pair in pairs.values() for _, x in pair)
-    bound = left if pairs and exact else None
+    pairs = {p: (before[p], after[p]) for p in after.of(moments=True) if p in before}
+    bound = left if pairs and before.exact and after.exact else None
     if bound is None or bound < _LEAST_DECAY:
         return None
     counts: dict[str, list[int]] = {}
@@ -219,8 +273,8 @@ def _unlike(before: Values, after: Values) -> tuple[str, str] | None:
 def _correlations(before: Values, after: Values) -> dict[str, tuple[float, float, float]]:
     """File -> (correlation of its weights with those before, ratio of their squares, elements)."""
     sums: dict[str, torch.Tensor] = {}
-    for place in after:
-        if place in before and place.state != SECOND_MOMENT:
+    for place in after.of(moments=False):
+        if place in before:
             (_, old), (file, new) = before[place], after[place]
             a, b = (x.double() - x.double().mean() for x in (old, new))
             found = torch.stack([a @ b, a @ a, b @ b, torch.tensor(float(a.numel())).double()])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pma_megatron.errors import CheckpointError, PlanError
@@ -49,6 +49,11 @@ class Evidence:
     values: Values
     steps: Steps = field(default_factory=dict)
     schedule: Schedule = field(default_factory=Schedule)
+
+    def of_places(self) -> Evidence:
+        """Where to look alone, which is all that opens the other sources."""
+        nothing = Contents(self.contents.path, {}, {}, exact=False)
+        return replace(self, contents=nothing, values=Values.none(), steps={})
 
 
 def prove(source: Source, newest: Evidence | None, *, main_params: bool) -> Evidence:
@@ -120,7 +125,7 @@ def refuse_strangers(
     refuse_copies([e.contents for e in each], lambda n: each[n].schedule.learning_rate)
     counted = refuse_other_steps(refs, [e.steps for e in each])
     # Files of another model differ for another reason, which the plan names.
-    values = [e.values if e.model == each[-1].model else {} for e in each]
+    values = [e.values if e.model == each[-1].model else Values.none() for e in each]
     refuse_other_runs(refs, values, [e.schedule for e in each])
     return {**counted, **other_runs(refs, values)}
 

@@ -253,16 +253,17 @@ def open_sources(
         return source if number == last else _trimmed(source, request, end=number in ends)
 
     newest = comm.on(owners[last], "open", lambda: read(last, {}))
-    proved.update(comm.broadcast(dict(proved), owners[last]))
+    own = {n: evidence.of_places() for n, evidence in proved.items()}
+    proved = {**comm.broadcast(own, owners[last]), **proved}
     others = comm.agree(
         "open", lambda: {n: read(n, newest.ranges) for n in range(last) if owners[n] == comm.rank}
     )
     opened: dict[int, Source] = {last: newest}
     for number, owner in enumerate(owners[:last]):
-        own = others.get(number, newest), proved.get(number)
-        opened[number], shown = comm.broadcast(own, owner)
-        proved |= {number: shown} if comm.is_main and shown else {}
-    said = comm.on_main("compare sources", lambda: refuse_strangers(refs, proved))
+        opened[number] = comm.broadcast(others.get(number, newest), owner)
+    told = (comm.told_main(proved.get(number), owner) for number, owner in enumerate(owners))
+    shown = {number: evidence for number, evidence in enumerate(told) if evidence is not None}
+    said = comm.on_main("compare sources", lambda: refuse_strangers(refs, shown))
     for number, sentence in said.items():
         opened[number] = replace(opened[number], notes=(*opened[number].notes, sentence))
     for sentence in (note for n in sorted(opened) for note in opened[n].notes if comm.is_main):

@@ -23,14 +23,14 @@ from pma_megatron.formats.base import Item, Tensor
 from pma_megatron.formats.dcp.metadata import ORIGINAL_SHAPE, DcpMetadata
 from pma_megatron.formats.pieces import StoredPieces
 
-_NUMBER, _WIDE_NUMBER = 0x40000000, 1 << 62
-"""Stand for the numbers of a template, counted from here: of four bytes, or of eight."""
+_NUMBER = 0x40000000
+"""Stands for the first number of a template; the others are counted from here."""
 _TEXT = "\0text "
 _CHUNKS, _STORAGE = "\0chunks ", "\0storage"
 _MARK = re.compile(rb"X\x10\0\0\0\0chunks (\d{8})|X\x08\0\0\0\0storage")
-_WIDTHS = {4: "<i4", 8: "<i8"}
-_FROM = {4: _NUMBER, 8: _WIDE_NUMBER}
-_OPCODE = {4: b"J", 8: b"\x8a\x08"}
+_TYPES = {1: "u1", 2: "<u2", 4: "<i4", 8: "<i8"}
+_OPCODES = {1: b"K", 2: b"M", 4: b"J", 8: b"\x8a\x08"}
+_LIMITS = {1: 1 << 8, 2: 1 << 16, 4: 1 << 31, 8: 1 << 63}
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,8 @@ def dump_metadata(
     keys = [key for key in base.order if key not in drop]
     boxes = {key: _boxes(base.tensors[key]) for key in keys if key in base.tensors}
     lists = {id(where.files): where.files for where in stored.values()}.values()
-    writer = _Writer(keys, {name.removeprefix(below) for files in lists for name in files})
+    names = {name.removeprefix(below) for files in lists for name in files}
+    writer = _Writer(keys, names, {offsets.shape[1] for offsets, _ in boxes.values()})
     for part in _parts(_outer(base, keys, dtypes)):
         if isinstance(part, bytes):
             writer.stream.write(part)
@@ -161,43 +162,57 @@ def _parts(outer: bytes) -> Iterator[bytes | int | None]:
 
 @dataclass(frozen=True, slots=True)
 class _Template:
-    """The opcodes of one object.
+    """The opcodes of one object around its numbers.
 
     Attributes:
-        code: them, with gaps for numbers.
-        gaps: (first byte, bytes) of each number, in the order of the stand-ins.
+        around: them, before the first number, between two, and after the last.
+        columns: of each number, which column it is of; those of references come first.
+        references: how many columns those are.
     """
 
-    code: bytes
-    gaps: tuple[tuple[int, int], ...]
+    around: tuple[bytes, ...]
+    columns: tuple[int, ...]
+    references: int
 
-    def filled(self, columns: list[np.ndarray]) -> np.ndarray:
-        """The opcodes of many, one row of bytes each; a column per gap."""
+    def filled(self, columns: list[np.ndarray]) -> bytes:
+        """The opcodes of many objects, of which each column has the numbers."""
+        widths = [4] * self.references + [_width(c) for c in columns[self.references :]]
+        code, gaps = bytearray(self.around[0]), []
+        for column, following in zip(self.columns, self.around[1:], strict=True):
+            code += b"j" if column < self.references else _OPCODES[widths[column]]
+            gaps.append((len(code), widths[column], columns[column]))
+            code += bytes(widths[column]) + following
         count = len(columns[0])
-        rows = np.tile(np.frombuffer(self.code, dtype=np.uint8), (count, 1))
-        for (first, size), column in zip(self.gaps, columns, strict=True):
-            numbers = np.ascontiguousarray(column, dtype=_WIDTHS[size])
-            rows[:, first : first + size] = numbers.view(np.uint8).reshape(count, size)
-        return rows
+        rows = np.tile(np.frombuffer(bytes(code), dtype=np.uint8), (count, 1))
+        for first, width, values in gaps:
+            numbers = np.ascontiguousarray(values, dtype=_TYPES[width])
+            rows[:, first : first + width] = numbers.view(np.uint8).reshape(count, width)
+        return rows.tobytes()
+
+
+def _width(column: np.ndarray) -> int:
+    """Bytes that the largest number of a column takes, as pickles have them."""
+    most = int(column.max(initial=0))
+    return next(width for width, limit in _LIMITS.items() if most < limit)
 
 
 class _Writer:
     """A pickle in the making, of which classes, keys and names of files are remembered first."""
 
-    def __init__(self, keys: list[str], files: set[str]) -> None:
+    def __init__(self, keys: list[str], files: set[str], dimensions: set[int]) -> None:
         self.stream = io.BytesIO()
         self.stream.write(pickle.PROTO + b"\x04")
         self._memo: dict[tuple[str, str], int] = {}
         self._files: dict[int, np.ndarray] = {}
-        self._templates: dict[tuple[int | None, int], tuple[_Template, _Template]] = {}
+        # The first that are remembered are short to refer to.
+        self._templates = {many: self._made(many) for many in (None, *sorted(dimensions))}
         for text in (*keys, *sorted(files)):
             self._remembered("text", text)
 
     def chunks(self, offsets: np.ndarray, sizes: np.ndarray) -> None:
         """The list of a tensor's chunks, of shape `[chunks, dimensions]`."""
-        columns = [*offsets.T, *sizes.T]
-        template = self._template(offsets.shape[1], columns)[0]
-        self._batches(b"]", b"e", template, columns, len(offsets))
+        template = self._templates[offsets.shape[1]][0]
+        self._batches(b"]", b"e", template, [*offsets.T, *sizes.T], len(offsets))
 
     def storage(
         self,
@@ -213,13 +228,13 @@ class _Writer:
             if key not in boxes:
                 objects.append([*texts, where.starts, where.lengths])
                 continue
-            columns = [*boxes[key][0].T, where.starts, where.lengths]
-            template = self._template(boxes[key][0].shape[1], columns)[1]
-            self._batches(b"", b"u", template, [*texts, *columns], len(where.file))
+            offsets = boxes[key][0].T
+            columns = [*texts, *offsets, where.starts, where.lengths]
+            template = self._templates[len(offsets)][1]
+            self._batches(b"", b"u", template, columns, len(where.file))
         if objects:
             columns = [np.concatenate(column) for column in zip(*objects, strict=True)]
-            template = self._template(None, columns[2:])[1]
-            self._batches(b"", b"u", template, columns, len(columns[0]))
+            self._batches(b"", b"u", self._templates[None][1], columns, len(columns[0]))
 
     def _named(self, where: Stored, below: str) -> np.ndarray:
         """The number of what is remembered of the file of each chunk."""
@@ -236,58 +251,49 @@ class _Writer:
     ) -> None:
         self.stream.write(before)
         if not columns:  # a scalar is one chunk without offsets
-            self.stream.write(b"(" + template.code * count + after)
+            self.stream.write(b"(" + template.around[0] * count + after)
             return
         for first in range(0, count, _BATCH):
             rows = template.filled([column[first : first + _BATCH] for column in columns])
-            self.stream.write(b"(" + rows.tobytes() + after)
+            self.stream.write(b"(" + rows + after)
 
-    def _template(
-        self, dimensions: int | None, columns: list[np.ndarray]
-    ) -> tuple[_Template, _Template]:
+    def _made(self, dimensions: int | None) -> tuple[_Template, _Template]:
         """Of a chunk, and of an index with where it is; `dimensions` None for an object."""
         from torch.distributed.checkpoint.filesystem import _StorageInfo
         from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
-        width = 4 if all(c.max(initial=0) < _NUMBER for c in columns) else 8
-        found = self._templates.get((dimensions, width))
-        if found is not None:
-            return found
-        first, many = _FROM[width], dimensions or 0
-        low = torch.Size(range(first, first + many))
-        high = torch.Size(range(first + many, first + 2 * many))
+        many = dimensions or 0
+        low = torch.Size(range(_NUMBER, _NUMBER + many))
+        high = torch.Size(range(_NUMBER + many, _NUMBER + 2 * many))
         index = MetadataIndex(_TEXT + "0", None if dimensions is None else low)
-        info = _StorageInfo(_TEXT + "1", first + many, first + many + 1)
-        pair = self._gapped(_plain(index) + _plain(info), width)
-        made = self._gapped(_plain(ChunkStorageMetadata(low, high)), width), pair
-        self._templates[dimensions, width] = made
-        return made
+        info = _StorageInfo(_TEXT + "1", _NUMBER + many, _NUMBER + many + 1)
+        chunk = self._template(_plain(ChunkStorageMetadata(low, high)), 0)
+        return chunk, self._template(_plain(index) + _plain(info), 2)
 
-    def _gapped(self, code: bytes, width: int) -> _Template:
+    def _template(self, code: bytes, references: int) -> _Template:
         """A template of some opcodes: what is remembered is referred to, stand-ins are gaps."""
-        found = bytearray()
-        texts: list[tuple[str, int, int]] = []
-        numbers: list[tuple[int, int, int]] = []
-        ops = [*pickletools.genops(code + pickle.STOP)]
-        for (op, value, at), (_, _, following) in itertools.pairwise(ops):
-            place, end = int(at or 0), int(following or 0)
+        around, columns = [bytearray()], []
+        for (op, value, at), (_, _, following) in itertools.pairwise(
+            pickletools.genops(code + pickle.STOP)
+        ):
             if op.name == "GLOBAL":
-                module, name = str(value).split(" ")
-                found += b"j" + self._remembered(module, name).to_bytes(4, "little")
+                around[-1] += self._reference(*str(value).split(" "))
             elif op.name == "BINUNICODE" and str(value).startswith(_TEXT):
-                found += b"j"
-                texts.append((str(value), len(found), 4))
-                found += bytes(4)
+                columns.append(int(str(value).removeprefix(_TEXT)))
+                around.append(bytearray())
             elif op.name == "BINUNICODE":
-                found += b"j" + self._remembered("text", str(value)).to_bytes(4, "little")
-            elif isinstance(value, int) and value >= _FROM[width]:
-                found += _OPCODE[width]
-                numbers.append((value, len(found), width))
-                found += bytes(width)
+                around[-1] += self._reference("text", str(value))
+            elif isinstance(value, int) and value >= _NUMBER:
+                columns.append(references + value - _NUMBER)
+                around.append(bytearray())
             else:
-                found += code[place:end]
-        gaps = [(first, size) for _, first, size in (*sorted(texts), *sorted(numbers))]
-        return _Template(bytes(found), tuple(gaps))
+                around[-1] += code[at:following]
+        return _Template(tuple(map(bytes, around)), tuple(columns), references)
+
+    def _reference(self, module: str, name: str) -> bytes:
+        """The opcode that asks for a class, or a `text`."""
+        number = self._remembered(module, name)
+        return b"h" + bytes([number]) if number < 256 else b"j" + number.to_bytes(4, "little")
 
     def _remembered(self, module: str, name: str) -> int:
         """The number of a class, or of a `text`."""
