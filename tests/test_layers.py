@@ -35,7 +35,8 @@ FOLDERS = [
 
 INSIDE = {
     "base": """
-        boxes durable durations faults log memory once openfiles processes sizes spelling stopping
+        boxes durable durations faults log memory once openfiles packing processes sizes spelling
+        stopping
         presence remote_paths settings steps
         comm
     """,
@@ -115,7 +116,7 @@ INSIDE = {
         accumulate
         streaming
         engine entry_rules finding
-        exporting
+        exporting opening
         saved_folder
         planning
         leftovers rate source_checksums verification

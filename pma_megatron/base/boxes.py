@@ -206,17 +206,14 @@ class PieceIndex(Generic[P]):
     that are cut into single elements and the one after them. They are sorted when first asked for.
     """
 
+    __slots__ = ("_disjoint", "_given", "_longest", "_offsets", "_sorted")
+
     def __init__(self, pieces: Iterable[Piece[P]], *, disjoint: bool = True) -> None:
         """Index `pieces`; `disjoint` False where they may overlap (replicas, several targets)."""
         self._given: Iterable[Piece[P]] = pieces if isinstance(pieces, Sequence) else tuple(pieces)
         self._disjoint = disjoint
-        # Some sequences (`formats.pieces`) find them by themselves.
-        self._touching: Callable[[Box], list[Piece[P]]] | None = getattr(
-            self._given, "touching", None
-        )
-        self._covers: Callable[[Box], bool | None] | None = getattr(self._given, "covers", None)
         self._sorted: list[Piece[P]] | None = None
-        self._offsets: list[tuple[int, ...]] = []
+        self._offsets: Sequence[tuple[int, ...]] = ()
         self._longest: tuple[int, ...] = ()
 
     def _ready(self) -> list[Piece[P]]:
@@ -229,8 +226,10 @@ class PieceIndex(Generic[P]):
 
     def touching(self, box: Box) -> list[Piece[P]]:
         """Pieces that overlap `box`."""
-        if self._touching is not None:
-            return self._touching(box)
+        # Some sequences (`formats.pieces`) find them by themselves.
+        own: Callable[[Box], list[Piece[P]]] | None = getattr(self._given, "touching", None)
+        if own is not None:
+            return own(box)
         pieces = self._ready()
         if not box.offsets or not pieces:
             return list(pieces)
@@ -254,7 +253,8 @@ class PieceIndex(Generic[P]):
 
     def covers(self, box: Box) -> bool:
         """True if every element of `box` lies in a piece (pieces must not overlap each other)."""
-        known = self._covers(box) if self._covers is not None else None
+        own: Callable[[Box], bool | None] | None = getattr(self._given, "covers", None)
+        known = own(box) if own is not None else None
         if known is not None:
             return known
         return sum(part.numel for part in overlaps(box, self.touching(box))) == box.numel

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,11 +17,11 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from isal import isal_zlib
 
 from pma_megatron.base import steps
 from pma_megatron.base.durations import format_duration
 from pma_megatron.base.faults import point
+from pma_megatron.base.packing import packed, unpacked
 from pma_megatron.base.presence import TIMEOUT_S, Presence, kept_by_torchrun
 from pma_megatron.base.spelling import given, named
 from pma_megatron.base.stopping import Stopped
@@ -31,7 +30,6 @@ from pma_megatron.errors import PmaError, RankError, UsageError
 T = TypeVar("T")
 # Of collectives: what they fail with says less than `presence`, which must have had its time.
 _LEAST_TIMEOUT_S = 1800.0
-_LARGE_BYTES = 1 << 16
 _OF_THE_GROUP = "the time allowed is that of the process group"
 _entangled = False
 
@@ -212,18 +210,18 @@ class Comm:
         """
         if self.size == 1 or source == 0:
             return value if self.is_main else None
-        box = [_packed(value) if self.rank == source else None]
+        box = [packed(value) if self.rank == source else None]
         self._together(lambda: dist.broadcast_object_list(box, src=source))
-        made: T | None = _unpacked(box[0]) if self.is_main else None
+        made: T | None = unpacked(box[0]) if self.is_main else None
         return made
 
     def broadcast(self, value: T, source: int = 0) -> T:
         """The value of global rank `source`, on every rank."""
         if self.size == 1:
             return value
-        box = [_packed(value) if self.rank == source else None]
+        box = [packed(value) if self.rank == source else None]
         self._together(lambda: dist.broadcast_object_list(box, src=source))
-        return value if self.rank == source else _unpacked(box[0])
+        return value if self.rank == source else unpacked(box[0])
 
     def wait_for(self, work: Any, mates: Collection[int]) -> None:
         """Wait for a collective of some ranks; raises as `Team.reduce`."""
@@ -278,17 +276,6 @@ class Comm:
             assert self._presence is not None
             _leave(self._presence, stop, f" in stage {stage!r}")
             raise
-
-
-def _packed(value: Any) -> tuple[bool, Any]:
-    """A value as it is broadcast: compressed where it is large, as plans of large models are."""
-    data = pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
-    large = len(data) >= _LARGE_BYTES
-    return large, isal_zlib.compress(data, 1) if large else value
-
-
-def _unpacked(packed: Any) -> Any:
-    return pickle.loads(isal_zlib.decompress(packed[1])) if packed[0] else packed[1]
 
 
 def _leave(presence: Presence, stop: KeyboardInterrupt, where: str) -> None:

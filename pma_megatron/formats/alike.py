@@ -30,6 +30,8 @@ _ANY_NUMBER = _A_NUMBER.replace(b"(K", b"(?:K")
 _A_TEXT = rb"(\x8c.[ -~]*)\x94"
 _A_REFERENCE = rb"(h.|j.{4})"
 _MOST_BYTES = 4096
+Recall = Callable[[int], Any]
+"""Number of a remembered value -> it; raises IndexError."""
 _PATTERNS = 16
 """That are kept of one class, those that fitted last."""
 _MISSES = 64
@@ -173,13 +175,7 @@ class Alike:
         return into is dict and place % 2 == 0 if self.is_pair(name) else into is list
 
     def rows(
-        self,
-        name: Name,
-        again: bytes,
-        data: Content,
-        at: int,
-        count: int,
-        recall: Callable[..., Any],
+        self, name: Name, again: bytes, data: Content, at: int, count: int, recall: Recall
     ) -> tuple[Rows, int] | None:
         """Elements from byte `at` on, as many as fit one pattern; None if not even one does.
 
@@ -205,13 +201,7 @@ class Alike:
         return None
 
     def _fitting(
-        self,
-        pattern: _Pattern,
-        again: bytes,
-        data: Content,
-        at: int,
-        count: int,
-        recall: Callable[..., Any],
+        self, pattern: _Pattern, again: bytes, data: Content, at: int, count: int, recall: Recall
     ) -> tuple[Rows, int] | None:
         rows = Rows(pattern.fields or ())
         match, kinds, memoized = pattern.regex.match, pattern.kinds, pattern.memoized
@@ -256,13 +246,7 @@ class Alike:
         return rows, end
 
     def learn(
-        self,
-        name: Name,
-        data: Content,
-        start: int,
-        end: int,
-        values: Sequence[Any],
-        recall: Callable[..., Any],
+        self, name: Name, data: Content, start: int, end: int, values: Sequence[Any], recall: Recall
     ) -> None:
         """Make a pattern of the element that was decoded of bytes `start` to `end`.
 
@@ -316,7 +300,7 @@ def _pattern(
     start: int,
     end: int,
     values: Sequence[Any],
-    recall: Callable[..., Any],
+    recall: Recall,
     fields: tuple[tuple[Name, str, str, int], ...] | None,
     *,
     keeps: bool,

@@ -27,7 +27,7 @@ from pma_megatron.megatron.load import replicas
 from pma_megatron.megatron.params import MegatronTensor, live_tensors
 from pma_megatron.megatron.swap import weights_restored
 from pma_megatron.merging.agreement import refuse_rounded
-from pma_megatron.merging.planning import open_sources
+from pma_megatron.merging.opening import open_sources
 from pma_megatron.merging.policy import MAIN
 from pma_megatron.merging.request import MergeRequest
 from pma_megatron.merging.source_checksums import checked

@@ -14,9 +14,9 @@ import numpy as np
 
 from pma_megatron.base.boxes import Box, slices
 from pma_megatron.formats.pieces import StoredPieces, narrow
+from pma_megatron.merging import tasks
 from pma_megatron.merging.bulk import FillColumns, Fills
 from pma_megatron.merging.tasks import (
-    UNIT_ELEMENTS,
     Average,
     AverageUnit,
     Fill,
@@ -202,14 +202,14 @@ class _Cut:
 def _sliced(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The slices of some boxes: number of the box, which of its slices, elements."""
     numel = sizes.prod(axis=1)
-    whole = (numel > 0) & (numel <= UNIT_ELEMENTS)
+    whole = (numel > 0) & (numel <= tasks.UNIT_ELEMENTS)
     known: dict[tuple[int, ...], list[int]] = {}
     pieces, nths, counts = [np.flatnonzero(whole)], [np.zeros(whole.sum(), int)], [numel[whole]]
     for number in np.flatnonzero(~whole).tolist():
         size = tuple(sizes[number].tolist())
         if size not in known:
             box = Box((0,) * len(size), size)
-            known[size] = [math.prod(part.sizes) for part in slices(box, UNIT_ELEMENTS)]
+            known[size] = [math.prod(part.sizes) for part in slices(box, tasks.UNIT_ELEMENTS)]
         cut = known[size]
         pieces.append(np.full(len(cut), number))
         nths.append(np.arange(len(cut)))

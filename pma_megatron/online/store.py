@@ -23,7 +23,7 @@ from pma_megatron.errors import CheckpointError, PublishError
 from pma_megatron.formats.rates import LEARNING_RATE
 from pma_megatron.formats.source import Source
 from pma_megatron.live.plan import LivePlan
-from pma_megatron.merging.planning import open_sources
+from pma_megatron.merging.opening import open_sources
 from pma_megatron.merging.request import MergeRequest
 from pma_megatron.merging.source_checksums import checked
 from pma_megatron.online.shard import Shard

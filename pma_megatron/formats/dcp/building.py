@@ -6,7 +6,7 @@ Items that keep all their bytes are copied as they are; items with new payloads 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from pma_megatron.formats.base import Item, Payload, Tensor
-from pma_megatron.formats.dcp.metadata_writer import Stored
+from pma_megatron.formats.dcp.metadata_writer import Stored, StoredRows
 from pma_megatron.formats.items import ItemFiles
 from pma_megatron.formats.output import Changes, Destination, OutputItem
 from pma_megatron.formats.pickles import dump_inert, new_tensor
@@ -210,16 +210,12 @@ class _Build:
         )
         nbytes = np.add.reduceat(inside, first) if len(inside) else inside
         sizes = {name: int(count) for name, count in zip(self.names, nbytes, strict=True)}
-        stored = dict(self._stored(starts, lengths))
+        rows = {
+            k: (int(self.bounds[n]), int(self.bounds[n + 1])) for n, k in enumerate(self.tensors)
+        }
+        rows |= {key: (row, row + 1) for row, key in enumerate(self.objects, int(self.bounds[-1]))}
+        stored = StoredRows(Stored(self.names, self.file, starts, lengths), rows)
         return Shards(sizes, items, Places(items, places), stored, self._dtypes())
-
-    def _stored(self, starts: np.ndarray, lengths: np.ndarray) -> Iterator[tuple[str, Stored]]:
-        for number, key in enumerate(self.tensors):
-            rows = slice(int(self.bounds[number]), int(self.bounds[number + 1]))
-            yield key, Stored(self.names, self.file[rows], starts[rows], lengths[rows])
-        for row, key in enumerate(self.objects, int(self.bounds[-1])):
-            rows = slice(row, row + 1)
-            yield key, Stored(self.names, self.file[rows], starts[rows], lengths[rows])
 
     def _dtypes(self) -> dict[str, torch.dtype]:
         keys = [*self.tensors]

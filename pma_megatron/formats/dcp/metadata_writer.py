@@ -12,6 +12,7 @@ import itertools
 import pickle
 import pickletools
 import re
+from array import array
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -59,6 +60,30 @@ class Stored:
             [item.length for item in every],
         )
         return cls(files, *(np.array(column, dtype=np.int64) for column in columns))
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRows(Mapping[str, Stored]):
+    """Where the chunks of a tensor are stored, or an object, by its key.
+
+    Attributes:
+        every: all chunks and objects.
+        rows: key -> the first row of its own there, and the row after the last.
+    """
+
+    every: Stored
+    rows: Mapping[str, tuple[int, int]]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.rows)
+
+    def __getitem__(self, key: str) -> Stored:
+        own = slice(*self.rows[key])
+        every = self.every
+        return Stored(every.files, every.file[own], every.starts[own], every.lengths[own])
 
 
 def stored_of(tensors: Mapping[str, Tensor], objects: Mapping[str, Item]) -> dict[str, Stored]:
@@ -111,10 +136,9 @@ def _outer(base: DcpMetadata, keys: list[str], dtypes: Mapping[str, torch.dtype]
         TensorStorageMetadata,
     )
 
-    entries: dict[str, Any] = {}
+    entries: dict[str, Any] = dict.fromkeys(keys, BytesStorageMetadata())
     for number, key in enumerate(keys):
         if key not in base.tensors:
-            entries[key] = BytesStorageMetadata()
             continue
         tensor, said = base.tensors[key], base.properties[key]
         properties = TensorProperties(
@@ -222,18 +246,20 @@ class _Writer:
     ) -> None:
         """The dictionary that says where everything is."""
         self.stream.write(b"}")
-        objects: list[list[np.ndarray]] = []
+        objects = [array("q") for _ in range(4)]
         for key, where in stored.items():
             texts = [np.full(len(where.file), self._memo["text", key]), self._named(where, below)]
             if key not in boxes:
-                objects.append([*texts, where.starts, where.lengths])
+                of_one = (*texts, where.starts, where.lengths)
+                for column, numbers in zip(objects, of_one, strict=True):
+                    column.append(int(numbers[0]))
                 continue
             offsets = boxes[key][0].T
             columns = [*texts, *offsets, where.starts, where.lengths]
             template = self._templates[len(offsets)][1]
             self._batches(b"", b"u", template, columns, len(where.file))
-        if objects:
-            columns = [np.concatenate(column) for column in zip(*objects, strict=True)]
+        if objects[0]:
+            columns = [np.frombuffer(column, dtype=np.int64) for column in objects]
             self._batches(b"", b"u", self._templates[None][1], columns, len(columns[0]))
 
     def _named(self, where: Stored, below: str) -> np.ndarray:
@@ -315,7 +341,7 @@ def _boxes(tensor: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Offsets and sizes of its chunks, of shape `[chunks, dimensions]`."""
     pieces, dimensions = tensor.pieces, len(tensor.shape)
     if isinstance(pieces, StoredPieces):
-        return pieces.offsets.astype(np.int64), pieces.sizes.astype(np.int64)
+        return pieces.offsets, pieces.sizes
     boxes = [piece.box for piece in pieces]
     offsets, sizes = (
         np.array(each, dtype=np.int64).reshape(len(boxes), dimensions)
