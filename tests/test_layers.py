@@ -202,8 +202,8 @@ INSIDE = {
         install
     """,
     "cli": """
-        charts landscape progress request_files streams tables verbs
-        asked
+        charts consoles landscape progress request_files streams verbs
+        asked listing tables
         commands recover score_flags score_grid
         compare evaluate flags forecast geometry prune watch
         command completion

@@ -201,11 +201,14 @@ class Alike:
         count: int,
         recall: Callable[..., Any],
     ) -> tuple[Rows, int] | None:
-        rows = Rows(pattern.fields or ())
         match, kinds, memoized = pattern.regex.match, pattern.kinds, pattern.memoized
+        found = match(data, at)
+        if found is None:  # as most of several patterns do: nothing is made for them
+            return None
+        rows = Rows(pattern.fields or ())
         keeps = pattern.fields is not None
         begin, end = count, at
-        while (found := match(data, at)) is not None:
+        while found is not None:
             numbers, texts, said = [], [], []
             for kind, group in zip(kinds, found.groups(), strict=True):
                 if kind == "n":
@@ -234,7 +237,7 @@ class Alike:
                 end = found.end()
                 if not data.startswith(again, end):
                     break
-                at = end + len(again)
+                found = match(data, end + len(again))
                 continue
             break
         if not rows.count:
