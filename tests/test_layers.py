@@ -40,7 +40,7 @@ INSIDE = {
         comm
     """,
     "formats": """
-        base inert json_files zips
+        base inert json_files memo zips
         alike bounds holding names output pickle_writer pieces rates schema source
         marker opcode_reader side_files
         manifest opcodes
