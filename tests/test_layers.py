@@ -128,6 +128,7 @@ INSIDE = {
     "live": """
         param poison
         plan
+        cost
         load
     """,
     "export": """
