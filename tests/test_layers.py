@@ -41,7 +41,7 @@ INSIDE = {
         comm
     """,
     "formats": """
-        base inert json_files zips
+        base inert json_files memo zips
         alike bounds holding names output pickle_writer pieces rates schema source
         marker opcode_reader side_files
         manifest opcodes
@@ -130,6 +130,7 @@ INSIDE = {
     "live": """
         param poison
         plan
+        cost
         load
     """,
     "export": """
@@ -204,8 +205,8 @@ INSIDE = {
         install
     """,
     "cli": """
-        charts landscape progress request_files streams tables verbs
-        asked
+        charts consoles landscape progress request_files streams verbs
+        asked listing tables
         commands recover score_flags score_grid
         compare evaluate flags forecast geometry prune watch
         command completion

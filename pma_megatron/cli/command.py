@@ -51,7 +51,7 @@ def _run(given: list[str], rank: int, alone: bool) -> int:
 
     try:
         with stoppable((lambda number: stopped(Stopped(number))) if alone else None):
-            code = _work(given, rank)
+            code = _work(given, rank, alone)
     except Stopped as stop:
         stopped(stop)
         code = 128 + stop.number
@@ -63,8 +63,9 @@ def _run(given: list[str], rank: int, alone: bool) -> int:
     return code
 
 
-def _work(given: list[str], rank: int) -> int:
+def _work(given: list[str], rank: int, alone: bool) -> int:
     from pma_megatron.base import log
+    from pma_megatron.base.memory import imported_for_good
     from pma_megatron.base.remote_paths import refuse_remote_values
     from pma_megatron.base.spelling import speaking
     from pma_megatron.cli.flags import parsed
@@ -82,7 +83,8 @@ def _work(given: list[str], rank: int) -> int:
             if getattr(arguments, "dump_request", False):
                 sys.stdout.write(dumped(arguments))
                 return 0
-            work = work_of(arguments)
+            with imported_for_good() if alone else contextlib.nullcontext():
+                work = work_of(arguments)
             if arguments.only_looks:
                 code = work(arguments)
             else:

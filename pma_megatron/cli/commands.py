@@ -7,23 +7,19 @@ import os
 from argparse import Namespace
 from contextlib import ExitStack
 from dataclasses import asdict, replace
-from pathlib import Path
 
 from pma_megatron.base.comm import Comm, process_group_from_environment
 from pma_megatron.base.stopping import having_published
 from pma_megatron.cli import tables
 from pma_megatron.cli.progress import show
 from pma_megatron.cli.verbs import show_result
-from pma_megatron.errors import CheckpointError, SelectionError
+from pma_megatron.errors import CheckpointError
 from pma_megatron.merging.export_job import export_model
 from pma_megatron.merging.inspection import look
 from pma_megatron.merging.job import merge as merge_checkpoints
 from pma_megatron.merging.job import plan as plan_merge
-from pma_megatron.merging.listing import listed
 from pma_megatron.merging.published import verify as verify_published
 from pma_megatron.merging.report import describe_plan
-from pma_megatron.runs.discover import list_checkpoints
-from pma_megatron.runs.folders import what_is
 from pma_megatron.watching.own import WATCHED
 
 _log = logging.getLogger(__name__)
@@ -58,19 +54,6 @@ def plan(arguments: Namespace) -> None:
     """`pma plan`."""
     found = plan_merge(arguments.request)
     show_result(arguments, describe_plan(found), lambda: tables.planned(found))
-
-
-def list_(arguments: Namespace) -> None:
-    """`pma list`."""
-    refs = list_checkpoints(arguments.root, problem=_log.warning)
-    if not refs:
-        raise SelectionError(what_is(Path(arguments.root)))
-    found = listed(refs)
-    rows = [
-        {**asdict(each.ref), "state": each.ref.state, "bytes": each.bytes, "origin": each.origin}
-        for each in found
-    ]
-    show_result(arguments, rows, lambda: tables.listed(arguments.root, found))
 
 
 def inspect(arguments: Namespace) -> None:

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from pma_megatron.base.comm import Comm, process_group_from_environment
 from pma_megatron.base.spelling import first_few
-from pma_megatron.cli import tables
+from pma_megatron.cli.consoles import new_console, new_table
 from pma_megatron.cli.progress import show
 from pma_megatron.cli.score_grid import write_json
 from pma_megatron.cli.verbs import NOT_THE_SAME, show_result
@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _print(found: Comparison, most: int) -> None:
-    console = tables.new_console()
+    console = new_console()
     for name, side in zip(("first", "second"), found.sides, strict=True):
         said = [side.format, f"iteration {side.iteration}", side.topology]
         said.append(f"optimizer layout {side.optimizer_layout}")
@@ -63,7 +63,7 @@ def _how_far(tensor: TensorComparison) -> tuple[bool, int, float]:
 
 def _states(found: Comparison) -> Table:
     columns = ("what", "tensors", "elements", "different", "max difference", "relative")
-    table = tables.new_table("by state", *columns)
+    table = new_table("by state", *columns)
     for state, values in found.by_state().items():
         count = sum(tensor.state == state for tensor in found.tensors)
         table.add_row(state, str(count), f"{values.elements:,}", *_numbers(values))
@@ -72,7 +72,7 @@ def _states(found: Comparison) -> Table:
 
 def _tensors(worst: list[TensorComparison], title: str) -> Table:
     columns = ("what", "tensor", "shape", "dtype", "different", "max difference", "relative")
-    table = tables.new_table(title, *columns)
+    table = new_table(title, *columns)
     for tensor in worst:
         numbers = _numbers(tensor.values) if tensor.compared else ("", "", "")
         shape, dtype = _of_both(*tensor.shapes), _of_both(*tensor.dtypes)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from pma_megatron.cli import charts, tables
+from pma_megatron.cli import charts
+from pma_megatron.cli.consoles import new_console, new_table
 from pma_megatron.cli.score_grid import score, write_json
 from pma_megatron.cli.verbs import show_result
 from pma_megatron.runs.tokens import format_tokens
@@ -25,10 +26,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 def show(scores: Scores) -> None:
     """The scores as a table, and what was left out."""
-    console = tables.new_console()
+    console = new_console()
     losses = [column for name in scores.metrics for column in (name, "minus unmerged")]
     title = f"{scores.load}: {len(scores.points)} averages scored"
-    table = tables.new_table(title, "iteration", "tokens", "method", "N", "V", *losses)
+    table = new_table(title, "iteration", "tokens", "method", "N", "V", *losses)
     end = None
     for point in scores.points:
         if end not in (None, point.end_iteration):

@@ -65,7 +65,7 @@ SHELLS = ("bash", "zsh", "fish")
 _OF_A_FOLDER = (
     (
         "list",
-        "commands:list_",
+        "listing:run",
         "list a run's checkpoints: tokens, complete or not",
         "root",
         "the folder that training saves to",

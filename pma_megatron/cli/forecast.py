@@ -7,8 +7,9 @@ from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
-from pma_megatron.cli import charts, tables
+from pma_megatron.cli import charts
 from pma_megatron.cli.asked import grid_of
+from pma_megatron.cli.consoles import new_console, new_table
 from pma_megatron.cli.score_grid import score, write_json
 from pma_megatron.cli.verbs import show_result
 from pma_megatron.errors import UsageError
@@ -59,10 +60,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 def show(made: Forecast) -> None:
     """The forecast of every series, its errors, and what speaks against it."""
-    console = tables.new_console()
+    console = new_console()
     for series in made.series[1:]:
         title = f"{series}: forecast of the annealed {made.metric}"
-        table = tables.new_table(title, "iteration", "tokens", "trained", "forecast", "difference")
+        table = new_table(title, "iteration", "tokens", "trained", "forecast", "difference")
         rows = zip(series.iterations, series.tokens, series.trained, series.merged, strict=True)
         for iteration, tokens, trained, merged in rows:
             shown = "unknown" if tokens is None else format_tokens(tokens)
@@ -79,9 +80,9 @@ def show(made: Forecast) -> None:
 
 
 def _show_errors(made: Forecast) -> None:
-    console = tables.new_console()
+    console = new_console()
     columns = ("from", "merged at", "by", "trained", "merged", "annealed", "error", "of the gain")
-    table = tables.new_table("merged against real annealing runs", *columns)
+    table = new_table("merged against real annealing runs", *columns)
     for series in made.series:
         for p in (*series.predictions, *series.at_end):
             share = "" if p.relative_error is None else f"{p.relative_error:+.0%}"
@@ -97,7 +98,7 @@ def _show_errors(made: Forecast) -> None:
             )
     console.print(table)
     columns = ("merged", "by", "n", "mean error", "RMSE", "Pearson", "Spearman", "Pearson of gains")
-    table = tables.new_table("over all annealing runs", *columns)
+    table = new_table("over all annealing runs", *columns)
     for series in made.series:
         for where, found in (
             ("where they begin", series.agreement),

@@ -13,7 +13,8 @@ import numpy as np
 
 from pma_megatron.base.comm import Comm, process_group_from_environment
 from pma_megatron.base.spelling import listing
-from pma_megatron.cli import landscape, tables
+from pma_megatron.cli import landscape
+from pma_megatron.cli.consoles import new_console, new_table
 from pma_megatron.cli.progress import show
 from pma_megatron.cli.score_grid import (
     did_not_evaluate,
@@ -153,7 +154,7 @@ def _losses(
 
 
 def _print(found: Geometry) -> None:
-    console = tables.new_console()
+    console = new_console()
     measured = found.measured
     names = [str(ref.iteration or Path(ref.path).name) for ref in measured.found.selection.refs]
     what = "main params" if measured.state == "param" else "weights"
@@ -192,7 +193,7 @@ def _groups(spreads: dict[str, Spread], title: str) -> Any:
         "along 1st",
         "along 2nd",
     )
-    table = tables.new_table(title, *columns)
+    table = new_table(title, *columns)
     for name, spread in spreads.items():
         following = np.diagonal(spread.step_cosines, 1)
         shares = (f"{100 * share:.0f}%" for share in spread.variance_shares)
@@ -210,7 +211,7 @@ def _groups(spreads: dict[str, Spread], title: str) -> Any:
 
 
 def _matrix(title: str, names: Sequence[str], values: np.ndarray, form: str) -> Any:
-    table = tables.new_table(title, "", *names)
+    table = new_table(title, "", *names)
     for number, (name, row) in enumerate(zip(names, values, strict=True)):
         cells = (format(v, form) if k != number else "" for k, v in enumerate(row))
         table.add_row(name, *cells)
@@ -229,9 +230,7 @@ def _contour_lines(over: Contour) -> Iterator[str]:
 
 
 def _curvature_table(curved: Curvature, names: Sequence[str]) -> Any:
-    table = tables.new_table(
-        "expansion around the mean", "", "loss", "predicted", "d' H d", "g . d"
-    )
+    table = new_table("expansion around the mean", "", "loss", "predicted", "d' H d", "g . d")
     second = np.diagonal(curved.products)
     rows = zip(names, curved.losses, curved.predicted_losses, second, curved.slopes, strict=True)
     for name, *values in rows:

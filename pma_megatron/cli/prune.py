@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from pma_megatron.base.sizes import sized
-from pma_megatron.cli import tables
+from pma_megatron.cli.consoles import new_console, new_table
 from pma_megatron.cli.verbs import show_result
 from pma_megatron.retention.pruning import PruneReport, Row, prune
 from pma_megatron.runs.tokens import format_tokens
@@ -21,9 +21,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _print(report: PruneReport, *, deleting: bool) -> None:
-    console = tables.new_console()
+    console = new_console()
     title = f"{report.root}: {len(report.rows)} checkpoints"
-    table = tables.new_table(title, "iteration", "tokens", "state", "size", "verdict")
+    table = new_table(title, "iteration", "tokens", "state", "size", "verdict")
     for row in report.rows:
         ref = row.ref
         name = Path(ref.path).name if ref.iteration is None else str(ref.iteration)

@@ -7,8 +7,8 @@ from contextlib import ExitStack
 
 from pma_megatron.base.comm import Comm, process_group_from_environment
 from pma_megatron.base.stopping import having_published
+from pma_megatron.cli.consoles import new_console, new_table, pasted
 from pma_megatron.cli.progress import show
-from pma_megatron.cli.tables import new_console, new_table, pasted
 from pma_megatron.cli.verbs import show_result
 from pma_megatron.merging.report import MergeReport
 from pma_megatron.runs import recovery_log

@@ -2,113 +2,29 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from pma_megatron.base.log import visible
 from pma_megatron.base.sizes import sized
-from pma_megatron.formats import registry
+from pma_megatron.cli.consoles import new_console, new_table, pasted, tokens_of
 from pma_megatron.formats.marker import EXPORT, ONLINE_AVERAGE
 from pma_megatron.formats.output import Folder
 from pma_megatron.formats.side_files import table as side_table
 from pma_megatron.merging.engine import SOURCE_BYTES
 from pma_megatron.merging.exporting import ModelExport
 from pma_megatron.merging.inspection import Inspection
-from pma_megatron.merging.listing import Listed
 from pma_megatron.merging.planning import MergePlan
 from pma_megatron.merging.rate import read_rate
 from pma_megatron.merging.report import MergeReport, describe_output
 from pma_megatron.merging.request import Output
 from pma_megatron.merging.verification import Verification
 from pma_megatron.runs.gaps import lines
-from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.runs.tokens import format_tokens, recommend
 from pma_megatron.transfer.buffers import BLOCK_ELEMENTS
-
-
-class _Console(Console):
-    """A console on which a name cannot steer the terminal."""
-
-    def print(self, *objects: Any, **how: Any) -> None:
-        shown = (visible(each) if isinstance(each, str) else each for each in objects)
-        super().print(*shown, **how)
-
-
-class _Table(Table):
-    def add_row(self, *cells: Any, **how: Any) -> None:
-        shown = (visible(each) if isinstance(each, str) else each for each in cells)
-        super().add_row(*shown, **how)
-
-
-def new_console(*, soft_wrap: bool = False) -> Console:
-    console = _Console(  # names are no markup
-        highlight=False, markup=False, emoji=False, soft_wrap=soft_wrap
-    )
-    if not console.is_terminal:
-        console.width = 160  # a pipe has no width; wrapped cells would be hard to read or grep
-    return console
-
-
-def new_table(title: str, *columns: str) -> Table:
-    table = _Table(
-        title=visible(title), title_justify="left", box=None, pad_edge=False, header_style="bold"
-    )
-    for column in columns:
-        right = column in (
-            "entries",
-            "files",
-            "bytes",
-            "size",
-            "elements",
-            "tensors",
-            "coefficient",
-            "iteration",
-        )
-        table.add_column(column, justify="right" if right else "left", overflow="fold")
-    return table
-
-
-def _tokens(ref: CheckpointRef) -> str:
-    return "unknown" if ref.consumed_tokens is None else format_tokens(ref.consumed_tokens)
-
-
-def listed(root: str, found: Sequence[Listed]) -> None:
-    """`pma list`: names of folders where iterations do not tell the checkpoints apart."""
-    title = f"{root}: {len(found)} checkpoints"
-    numbers = [each.ref.iteration for each in found]
-    told_apart = len(set(numbers)) == len(numbers) and not any(e.ref.saved_in for e in found)
-    averages = any(each.origin for each in found)
-    further = [*(() if told_apart else ["folder"]), *(["average"] if averages else ())]
-    table = new_table(title, "iteration", "tokens", "holds", "size", "format", *further, "state")
-    for each in found:
-        ref = each.ref
-        supported = ref.complete or ref.format in _READ
-        state: str = ref.state if supported else "NOT supported"
-        if ref.complete and ref.tokens_unknown_because:
-            state += f" (tokens unknown: {ref.tokens_unknown_because})"
-        because = ref.unhealthy_because if ref.complete else ref.incomplete_because
-        for more in (because, ref.warning):
-            state += f": {more}" if more else ""
-        name = Path(ref.path).name if ref.iteration is None else str(ref.iteration)
-        holds = ref.holds if ref.complete else ""
-        size = "" if each.bytes is None else sized(each.bytes)
-        shown = [*(() if told_apart else [_below(root, ref)]), *([each.origin or ""] * averages)]
-        table.add_row(name, _tokens(ref), holds, size, ref.format, *shown, state)
-    new_console().print(table)
-
-
-def _below(root: str, ref: CheckpointRef) -> str:
-    """The folder of a checkpoint as its run's folder has it."""
-    folder = Path(ref.folder)
-    return str(folder.relative_to(root)) if folder.is_relative_to(root) else str(folder)
-
-
-_READ = {"unknown", *(each.name for each in registry.FORMATS)}
 
 
 def _coefficients(plan: MergePlan, output: Output) -> Table:
@@ -118,7 +34,7 @@ def _coefficients(plan: MergePlan, output: Output) -> Table:
     weights = [*(f"{w:.6g}" for w in described["implied_decay_weights"]), ""]
     rows = zip(plan.selection.refs, output.values, weights, strict=True)
     for ref, value, weight in rows:
-        table.add_row(str(ref.iteration), _tokens(ref), f"{value:.8g}", weight)
+        table.add_row(str(ref.iteration), tokens_of(ref), f"{value:.8g}", weight)
     return table
 
 
@@ -228,19 +144,6 @@ def _loading(folder: str, compared: bool) -> str:
     return pasted(f"safetensors.torch.load_file({files[0]!r})") + more
 
 
-def pasted(command: str) -> str:
-    """A command that can be copied from the screen, or that it cannot be."""
-    try:
-        command.encode(sys.stdout.encoding or "utf-8")
-    except UnicodeEncodeError:
-        return _UNPRINTABLE
-    return command if visible(command) == command else _UNPRINTABLE
-
-
-_UNPRINTABLE = (
-    "the path cannot be printed here (bytes that are no text of this terminal, or control "
-    "characters): give its folder another name, or complete it in the shell after --load"
-)
 _WEIGHTS_ALONE = (
     "note: weights only: the LR schedule restarts and Adam is empty; --finetune also resets "
     "iteration and samples"
@@ -270,7 +173,7 @@ def inspected(found: Inspection) -> None:
     """`pma inspect`."""
     console = new_console()
     ref = found.ref
-    said = [ref.format, f"iteration {ref.iteration}", f"{_tokens(ref)} tokens"]
+    said = [ref.format, f"iteration {ref.iteration}", f"{tokens_of(ref)} tokens"]
     if found.groups and found.topology:  # an export has none, nor anything but weights
         said += [found.topology, f"optimizer layout {found.optimizer_layout}"]
         said.append(f"{found.objects} objects")

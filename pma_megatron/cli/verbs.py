@@ -169,9 +169,8 @@ def work_of(arguments: argparse.Namespace) -> Callable[[argparse.Namespace], int
     """The function that does what a verb is for, which takes seconds to import; it may return an
     exit code."""
     module, _, function = arguments.run.partition(":")
-    found: Callable[[argparse.Namespace], int | None] = getattr(
-        importlib.import_module(f"{__package__}.{module}"), function
-    )
+    imported = importlib.import_module(f"{__package__}.{module}")
+    found: Callable[[argparse.Namespace], int | None] = getattr(imported, function)
     return found
 
 

@@ -114,11 +114,24 @@ def refuse_modes(call: Mapping[str, Any]) -> None:
             )
 
 
-def refuse_unresumable(engine: Any, path: str, kind: str) -> None:
+def saved_sizes(path: str) -> tuple[int, int]:
+    """Model-parallel and data-parallel size that a tag was saved at, by one rank for all: it lists
+    a folder of as many files as there were ranks."""
+    saved = DeepSpeedCheckpoint(Path(path))
+    return saved.model_parallel_size, saved.data_parallel_size
+
+
+def refuse_unresumable(engine: Any, path: str, kind: str, sizes: tuple[int, int]) -> None:
     """A tag that DeepSpeed's own load would refuse halfway, or take for another.
 
+    Args:
+        engine: that is to load it.
+        path: the tag.
+        kind: what it was saved by.
+        sizes: of it, see `saved_sizes`.
+
     Raises:
-        PlanError: the tag at `path`, saved by `kind`, is of another stage or of other sizes.
+        PlanError: it is of another stage or of other sizes.
     """
     kinds = _KINDS.get(type(engine.optimizer).__name__, ("ZeRO-0",))
     if kind not in kinds:
@@ -126,10 +139,9 @@ def refuse_unresumable(engine: Any, path: str, kind: str) -> None:
             f"{path} was saved by {kind}, and the engine runs {' or '.join(kinds)}: DeepSpeed does "
             "not resume it. Keep zero_optimization.stage and data_types as they were"
         )
-    saved = DeepSpeedCheckpoint(Path(path))
     for what, size, now in (
-        ("model-parallel", saved.model_parallel_size, engine.mp_world_size),
-        ("data-parallel", saved.data_parallel_size, engine.seq_dp_world_size),
+        ("model-parallel", sizes[0], engine.mp_world_size),
+        ("data-parallel", sizes[1], engine.seq_dp_world_size),
     ):
         if size != now and (what == "model-parallel" or kind != "ZeRO-0"):
             raise PlanError(

@@ -28,6 +28,7 @@ from pma_megatron.deepspeed.checks import (
     refuse_modes,
     refuse_universal,
     refuse_unresumable,
+    saved_sizes,
 )
 from pma_megatron.deepspeed.options import OPTIONS, Options
 from pma_megatron.deepspeed.params import EngineTensor, live_tensors, refresh_weights, replica_group
@@ -36,6 +37,7 @@ from pma_megatron.errors import CheckpointError, PlanError, UsageError
 from pma_megatron.formats import registry
 from pma_megatron.formats.deepspeed.checkpoint import iteration_of
 from pma_megatron.formats.holding import holding
+from pma_megatron.formats.source import Source
 from pma_megatron.live.load import Job, LiveReport, Meter, averaged_states, fill
 from pma_megatron.live.plan import LivePlan, average_units, refuse_other_model
 from pma_megatron.live.poison import Trainer, chain, poisoned_on_failure, replaced
@@ -129,7 +131,9 @@ def load_average(
     share = "slice" if options.live.share == "auto" else options.live.share
     request = options.request(load, at)
     found = gather_sources(request, comm, everywhere=share == "source")
-    comm.agree("plan", lambda: _check(engine, found, options, resumed if tag else None))
+    asked = resumed if tag else None
+    sizes = comm.on(found.visible[-1][0], "plan", lambda: _sizes(found.sources[-1]))
+    comm.agree("plan", lambda: _check(engine, found, options, asked, sizes))
     trainer = _trainer_of(engine, plain)
     path, client_state = _resume(comm, trainer, plain, call, Path(found.sources[-1].path))
     with listing(request.list_setting):
@@ -210,7 +214,17 @@ def _averaged(engine: Any, found: OpenedSources) -> list[EngineTensor]:
     return [live for live in live_tensors(engine) if live.trained or live.name in saved]
 
 
-def _check(engine: Any, found: OpenedSources, options: Options, named: Path | None) -> None:
+def _sizes(source: Source) -> tuple[int, int] | None:
+    return saved_sizes(source.path) if source.format == registry.DEEPSPEED else None
+
+
+def _check(
+    engine: Any,
+    found: OpenedSources,
+    options: Options,
+    named: Path | None,
+    sizes: tuple[int, int] | None,
+) -> None:
     """Refuse sources that this engine cannot load, before it loads."""
     base = found.sources[-1]
     for source in found.sources:
@@ -224,7 +238,8 @@ def _check(engine: Any, found: OpenedSources, options: Options, named: Path | No
             f"load_checkpoint was asked for {named}, and the options say that the newest source is "
             f"{base.path}. Leave tag out, or let the average end there"
         )
-    refuse_unresumable(engine, base.path, base.space.kind)
+    if sizes is not None:
+        refuse_unresumable(engine, base.path, base.space.kind, sizes)
     states = averaged_states(found, options.live.optimizer_state)
     if options.live.optimizer_state == "average" and len(states) == 1:
         raise PlanError(

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import re
 from array import array
-from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from pma_megatron.base.openfiles import Content
 from pma_megatron.formats.inert import Name, Record, fields_of
+from pma_megatron.formats.memo import Memo, row_by_row
 
 _GET, _LONG_GET, _TEXT, _MEMOIZE = b"hj\x8c\x94"
 _PLAIN = frozenset(b"})](\x81\x85\x86\x87tRubN\x88\x89")
@@ -36,19 +36,9 @@ _PATTERNS = 16
 """That are kept of one class, those that fitted last."""
 _MISSES = 64
 """Elements of a class that fit none, one after the other, before it is not tried again."""
+_BATCH = 4096
+"""Rows that are worked on at a time."""
 _SMALL = {bytes((ord("K"), n)): n for n in range(256)}
-
-
-class Passed:
-    """Something in a row that is not kept, where a pickle refers to it once more."""
-
-    __slots__ = ()
-
-    def __repr__(self) -> str:
-        return "a part of another record"
-
-
-PASSED = Passed()
 
 
 @dataclass(eq=False, slots=True)
@@ -86,60 +76,6 @@ class _Pattern:
     memoized: int
     text_places: tuple[int, ...]
     fields: tuple[tuple[Name, str, str, int], ...] | None
-
-
-class Memo:
-    """Which values of a memo are in rows, and so in no list: their numbers go on all the same."""
-
-    def __init__(self) -> None:
-        self.passed = 0  # values
-        self.referred = False  # whether one that is not kept was asked for
-        self._begins, self._ends, self._before = array("q"), array("q"), array("q")
-        self._text_at, self._texts = array("q"), list[str]()
-        self._known: dict[bytes, str] = {}
-
-    @property
-    def first(self) -> int:
-        """The number of the first such value."""
-        return self._begins[0]
-
-    def pass_over(self, begin: int, count: int) -> None:
-        """Values `begin` to `begin + count` are in rows."""
-        if self._ends and self._ends[-1] == begin:
-            self._ends[-1] += count
-        else:
-            self._begins.append(begin)
-            self._ends.append(begin + count)
-            self._before.append(self.passed)
-        self.passed += count
-
-    def text(self, data: bytes) -> str:
-        """A text, after its opcode and length."""
-        text = self._known.get(data)
-        if text is None:
-            text = self._known[data] = str(data[2:], "ascii")
-        return text
-
-    def keep(self, places: Sequence[int], begin: int, said: Sequence[bytes]) -> None:
-        """Texts that may be asked for: at `places` from value `begin` on."""
-        if len(places) == 1:  # as nearly all have
-            self._text_at.append(begin + places[0])
-            self._texts.append(self._known[said[0]])
-            return
-        for place, data in zip(places, said, strict=True):
-            self._text_at.append(begin + place)
-            self._texts.append(self._known[data])
-
-    def recall(self, number: int, memo: Sequence[Any]) -> Any:
-        """Value `number`, which is not before `first`."""
-        at = bisect_right(self._begins, number) - 1
-        if number >= self._ends[at]:
-            return memo[number - self._before[at] - (self._ends[at] - self._begins[at])]
-        place = bisect_left(self._text_at, number)
-        if place < len(self._text_at) and self._text_at[place] == number:
-            return self._texts[place]
-        self.referred = True
-        return PASSED
 
 
 class Alike:
@@ -203,47 +139,77 @@ class Alike:
     def _fitting(
         self, pattern: _Pattern, again: bytes, data: Content, at: int, count: int, recall: Recall
     ) -> tuple[Rows, int] | None:
-        rows = Rows(pattern.fields or ())
-        match, kinds, memoized = pattern.regex.match, pattern.kinds, pattern.memoized
-        keeps, keep, text_of = pattern.fields is not None, self.memo.keep, self.memo.text
-        begin, end, step = count, at, len(again)
-        while (found := match(data, at)) is not None:
-            numbers, texts, said = [], [], []
-            for kind, group in zip(kinds, found.groups(), strict=True):
-                if kind == "n":
-                    numbers.append(_SMALL.get(group) or _number(group))
-                elif kind == "t":
-                    if group[1] != len(group) - 2:
-                        break
-                    said.append(group)
-                    texts.append(text_of(group))
-                else:
-                    number = int.from_bytes(group[1:], "little")
-                    if number >= count:
-                        break
-                    if keeps:
-                        text = recall(number)
-                        if type(text) is not str:
-                            break
-                        texts.append(text)
-            else:
-                if said:
-                    keep(pattern.text_places, count, said)
-                rows.count += 1
-                count += memoized
-                if keeps:
-                    rows.numbers.extend(numbers)
-                    rows.texts += texts
-                end = found.end()
-                if data[end : end + step] != again:
-                    break
-                at = end + step
-                continue
-            break
+        match, found = pattern.regex.match, pattern.regex.match(data, at)
+        if found is None:  # as most of several patterns do: nothing is made for them
+            return None
+        rows, begin, end = Rows(pattern.fields or ()), count, at
+        while found is not None:
+            groups: list[bytes] = []
+            ends: list[int] = []
+            while found is not None and len(ends) < _BATCH:
+                groups += found.groups()
+                ends.append(found.end())
+                following = ends[-1] + len(again)
+                more = data[ends[-1] : following] == again
+                found = match(data, following) if more else None
+            fit = self._take(pattern, groups, len(ends), begin, count, rows, recall)
+            count += fit * pattern.memoized
+            if fit:
+                end = ends[fit - 1]
+            if fit < len(ends):
+                break
         if not rows.count:
             return None
         self.memo.pass_over(begin, count - begin)
         return rows, end
+
+    def _take(
+        self,
+        pattern: _Pattern,
+        groups: list[bytes],
+        many: int,
+        begin: int,
+        count: int,
+        rows: Rows,
+        recall: Recall,
+    ) -> int:
+        """Add as many of `many` matches to `rows` as hold what they seem to; returns how many.
+
+        Args:
+            pattern: that they match.
+            groups: theirs, match by match.
+            many: matches.
+            begin, count: values that were remembered before `rows`, and before these matches.
+            rows: where to.
+            recall: see `rows`.
+        """
+        kinds, keeps, fit = pattern.kinds, pattern.fields is not None, many
+        columns = [groups[place :: len(kinds)] for place in range(len(kinds))]
+        said = [c for c, kind in zip(columns, kinds, strict=True) if kind == "t"]
+        for column in said:
+            wrong = (n for n, text in enumerate(column) if text[1] != len(text) - 2)
+            fit = min(fit, next(wrong, many))
+        numbers: list[list[int]] = []
+        texts: list[list[str]] = []
+        for column, kind in zip(columns, kinds, strict=True):
+            if kind == "r" and not keeps:
+                asked = (int.from_bytes(each[1:], "little") for each in column)
+                wrong = (n for n, m in enumerate(asked) if m >= count + n * pattern.memoized)
+                fit = min(fit, next(wrong, many))
+            elif kind == "r":
+                texts.append(_recalled(column, begin, recall))
+                fit = min(fit, len(texts[-1]))
+            elif kind == "n":
+                numbers.append([_SMALL.get(each) or _number(each) for each in column])
+            elif kind == "t" and keeps:
+                texts.append([self.memo.text(each) for each in column[:fit]])
+        self.memo.keep(
+            pattern.text_places, pattern.memoized, count, [column[:fit] for column in said]
+        )
+        rows.count += fit
+        rows.numbers.extend(row_by_row(numbers, fit))
+        rows.texts += row_by_row(texts, fit)
+        return fit
 
     def learn(
         self, name: Name, data: Content, start: int, end: int, values: Sequence[Any], recall: Recall
@@ -267,6 +233,22 @@ class Alike:
         patterns = self._patterns.setdefault(name, [])
         patterns.insert(0, made)
         del patterns[_PATTERNS:]
+
+
+def _recalled(references: Sequence[bytes], begin: int, recall: Recall) -> list[str]:
+    """The texts that are referred to, up to one that is none, or comes after value `begin`."""
+    known: dict[bytes, str] = {}
+    found: list[str] = []
+    for each in references:
+        text = known.get(each)
+        if text is None:
+            number = int.from_bytes(each[1:], "little")
+            value = recall(number) if number < begin else None
+            if type(value) is not str:
+                break
+            text = known[each] = value
+        found.append(text)
+    return found
 
 
 def _number(group: bytes) -> int:

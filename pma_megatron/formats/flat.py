@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from pma_megatron.base.boxes import Box, Piece, flat_range, overlaps
+from pma_megatron.base.boxes import Box, Part, Piece, flat_range, overlaps
 from pma_megatron.formats.base import Payload, Tensor
 from pma_megatron.formats.items import ItemFiles
 
@@ -66,14 +66,18 @@ def states_from_flat(
 
 def _cut(found: FlatRange, stored: Sequence[Piece[Payload]]) -> list[Piece[Payload]]:
     """The stored chunks under one parameter, as boxes of its model tensor."""
-    wanted = Box((found.start,), (found.box.numel,))
-    first_chunk = bisect_right(stored, found.start, key=_start) - 1  # chunks lie in order
-    end_chunk = bisect_left(stored, found.start + found.box.numel, key=_start)
     result = []
-    for part in overlaps(wanted, stored[max(first_chunk, 0) : end_chunk]):
+    for part in _under(stored, found.start, found.box.numel):
         for box, first in flat_range(found.box, part.unit_start, part.unit_start + part.numel):
             result.append(Piece(box, part.payload, part.start + first - part.unit_start))
     return result
+
+
+def _under(stored: Sequence[Piece[Payload]], start: int, count: int) -> list[Part[Payload]]:
+    """Overlaps of elements `[start, start + count)` with stored chunks, which lie in order."""
+    first = bisect_right(stored, start, key=_start) - 1
+    end = bisect_left(stored, start + count, key=_start)
+    return overlaps(Box((start,), (count,)), stored[max(first, 0) : end])
 
 
 def _start(piece: Piece[Payload]) -> int:
@@ -94,7 +98,7 @@ def read_flat(
 ) -> torch.Tensor:
     """Elements `[start, start + count)` of a flat space, zero where nothing is stored."""
     result = torch.zeros(count, dtype=stored[0].payload.dtype)
-    for part in overlaps(Box((start,), (count,)), stored):
+    for part in _under(stored, start, count):
         piece = Piece(Box((0,), (part.payload.numel,)), part.payload)
         data = read_elements(files, piece, part.start, part.numel)
         result[part.unit_start : part.unit_start + part.numel] = data

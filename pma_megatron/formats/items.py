@@ -20,9 +20,12 @@ from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.base import Item, Payload, StoredRecord
 from pma_megatron.formats.pickles import TensorRef, load_inert
 from pma_megatron.formats.schema import LIMIT
-from pma_megatron.formats.zips import ReadAt, ZipRecord, read_records
+from pma_megatron.formats.zips import Mould, ReadAt, ZipRecord, read_records
 
 _WINDOW_BYTES = 4096  # headers of small records share one read
+_MOULDS, _LIKE = 256, 4
+"""Lengths of zips of a tensor of which some are known, and how many of one length: a tensor of
+other dimensions has as many bytes."""
 _PICKLE_BYTES, _PICKLES = 4096, 1024
 """Pickles of one tensor whose values are kept: tensors of one shape have the same bytes there."""
 
@@ -35,6 +38,7 @@ class ItemFiles:
         self._indexes: dict[Item, dict[str, ZipRecord]] = {}
         self._stored: dict[Item, tuple[StoredRecord, ...]] = {}
         self._found: dict[Payload, tuple[StoredRecord, int]] = {}
+        self._moulds: dict[int, tuple[tuple[Mould, Any], ...]] = {}
         self._lock = threading.Lock()
 
     def records(self, item: Item, content: memoryview | None = None) -> dict[str, ZipRecord]:
@@ -155,20 +159,36 @@ class ItemFiles:
         """The one tensor of `item`, and its records, which are not kept: items are many."""
         ref = None
         with self._opened(item) as read_at:
-            records = self._indexes.get(item)
+            records: Mapping[str, ZipRecord] | None = self._indexes.get(item)
+            known = self._moulds.get(item.length, ())
+            for mould, like in known if records is None else ():
+                records = mould.fits(read_at, item.length)
+                if records is not None:
+                    ref = like
+                    break
             if records is None:
                 records = read_records(read_at, item.length, what=self._at(item))
             said = records.get("data.pkl")
-            if said is not None and said.nbytes <= _PICKLE_BYTES:
+            if ref is None and said is not None and said.nbytes <= _PICKLE_BYTES:
                 data = read_at(said.start, said.nbytes)
                 refuse_other_bytes(self.path, _placed(item, said), isal_zlib.crc32(data))
                 with contextlib.suppress(CheckpointError):  # said again below, with a place
                     ref = _decoded(data, tuple((r.name, r.nbytes) for r in records.values()))
+                    if len(known) < _LIKE:
+                        self._keep(Mould.of(read_at, item.length, records), ref, item.length)
         if ref is None:
             ref = self.decode(item, self._at(item))
         if not isinstance(ref, TensorRef) or not ref.is_contiguous():
             raise CheckpointError(f"{self._at(item)} holds {ref!r}, expected one contiguous tensor")
         return ref, records
+
+    def _keep(self, mould: Mould | None, ref: Any, length: int) -> None:
+        """What a zip of a tensor is like, for others of as many bytes."""
+        if mould is None:
+            return
+        with self._lock:
+            if length in self._moulds or len(self._moulds) < _MOULDS:
+                self._moulds[length] = (*self._moulds.get(length, ()), (mould, ref))
 
     def _at(self, item: Item) -> str:
         return f"{self.path}/{item.file} at {item.offset}"

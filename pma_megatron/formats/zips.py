@@ -24,6 +24,8 @@ _NEW_CENTRAL = struct.Struct("<4s2H8x3I2H10xI")
 _DESCRIPTOR = struct.Struct("<4s3I")
 _DESCRIPTOR64 = struct.Struct("<4sI2Q")
 _HAS_DESCRIPTOR = 0x8
+_AFTER = b"PK\x07\x08"  # of a descriptor, which follows a record's bytes
+_ID = ".data/serialization_id"  # digits made of all checksums
 _END = struct.Struct("<4s4H2IH")
 _END64 = struct.Struct("<4sQ2H2I4Q")
 _LOCATOR64 = struct.Struct("<4sIQI")
@@ -61,6 +63,79 @@ def read_records(read_at: ReadAt, length: int, *, what: str) -> dict[str, ZipRec
             f"{what} is not a readable torch.save item ({error}): the file is truncated or "
             "damaged. Exclude this checkpoint or restore the file."
         ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class Mould:
+    """What surrounds the records of a zip that was read: zips of tensors of a shape share it.
+
+    A zip that has the same bytes there, but for checksums that are the same in both of their
+    places, has the same records at the same places: nothing else would be found by reading it.
+
+    Attributes:
+        head: bytes before those of its large record, `data.pkl` among them.
+        tail_bytes: how many come after them.
+        fixed: ranges of those that must be `said`; between them lie checksums and an id.
+        said: their bytes, one after the other.
+        sums: per record that varies, its name and the two places of its checksum.
+        records: all of them.
+    """
+
+    head: bytes
+    tail_bytes: int
+    fixed: tuple[slice, ...]
+    said: bytes
+    sums: tuple[tuple[str, slice, slice], ...]
+    records: Mapping[str, ZipRecord]
+
+    @staticmethod
+    def of(read_at: ReadAt, length: int, records: Mapping[str, ZipRecord]) -> Mould | None:
+        """The mould of a zip with one large record; None where others may not be like it.
+
+        Args:
+            read_at, length: see `read_records`.
+            records: what that returned.
+        """
+        large = max(records.values(), key=lambda record: record.nbytes)
+        end = large.start + large.nbytes
+        pickle = records.get("data.pkl")
+        if pickle is None or not pickle.crc32 or large.name in (pickle.name, _ID):
+            return None  # without a checksum there, others may mean something else
+        if pickle.start > large.start or max(large.start, length - end) > _TAIL_BYTES:
+            return None
+        tail, free, sums = read_at(end, length - end), [], []
+        for record in (large, *(records[name] for name in (_ID,) if name in records)):
+            after = record.start + record.nbytes - end
+            said = struct.pack("<I", record.crc32 or 0)
+            at = tail.rfind(said)
+            if after < 0 or tail[after : after + 8] != _AFTER + said or tail.count(said) != 2:
+                return None
+            sums.append((record.name, slice(after + 4, after + 8), slice(at, at + 4)))
+            content = slice(max(record.start - end, 0), after)
+            free += [content, *sums[-1][1:]]
+        free.sort(key=lambda part: part.start)
+        edges = [0, *(edge for part in free for edge in (part.start, part.stop)), len(tail)]
+        if edges != sorted(edges):
+            return None
+        fixed = tuple(slice(*pair) for pair in zip(edges[::2], edges[1::2], strict=True))
+        said = b"".join([tail[part] for part in fixed])
+        return Mould(read_at(0, large.start), len(tail), fixed, said, tuple(sums), records)
+
+    def fits(self, read_at: ReadAt, length: int) -> Mapping[str, ZipRecord] | None:
+        """The records of another zip, as long as this one was; None if it is not like it."""
+        if read_at(0, len(self.head)) != self.head:
+            return None
+        tail = read_at(length - self.tail_bytes, self.tail_bytes)
+        if b"".join([tail[part] for part in self.fixed]) != self.said:
+            return None
+        found = dict(self.records)
+        for name, one, other in self.sums:
+            if tail[one] != tail[other]:
+                return None
+            old = found[name]
+            crc = int.from_bytes(tail[one], "little")
+            found[name] = ZipRecord(name, old.start, old.nbytes, crc)
+        return found
 
 
 def _read_records(read_at: ReadAt, length: int) -> dict[str, ZipRecord]:
@@ -133,7 +208,7 @@ def _check_surroundings(read_at: ReadAt, entry: _Entry, end: int) -> int:
         raise ValueError(f"record {entry.name.decode()!r} reaches into the next one")
     if local[2] & _HAS_DESCRIPTOR:  # sizes and checksum follow the bytes
         tail = read_at(after, min(_DESCRIPTOR64.size, end - after))
-        said = (b"PK\x07\x08", entry.crc32, entry.nbytes, entry.nbytes)
+        said = (_AFTER, entry.crc32, entry.nbytes, entry.nbytes)
         narrow = entry.nbytes <= _LIMIT and tail.startswith(_DESCRIPTOR.pack(*said))
         right = narrow or tail == _DESCRIPTOR64.pack(*said)
     else:

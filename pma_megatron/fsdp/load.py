@@ -8,6 +8,8 @@ same checkpoints loads.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -93,14 +95,15 @@ def load_merged(
     found = gather_sources(request, comm)
     plan = LivePlan.of(found, threads)
     trainer = _trainer_of(model, optimizer)
-    comm.agree("plan", lambda: _refuse_foreign(found, optimizer_state))
+    comm.agree("plan", lambda: _refuse_foreign(found, optimizer_state, comm))
     _reshard(model)
     states = averaged_states(found, optimizer_state)
     tensors = comm.agree("model", lambda: live_tensors(model, optimizer))
     comm.agree("plan", lambda: _refuse_other_tensors(plan, found, tensors, states))
     with poisoned_on_failure(trainer, f"loading {plan.sources[-1].path}"):
         base = Path(plan.sources[-1].path)
-        comm.agree("load", lambda: _load_newest(model, optimizer, base))
+        newest = comm.on_main("load", lambda: _newest_in(DcpCheckpoint(base)))
+        comm.agree("load", lambda: _load_newest(model, optimizer, base, newest))
     tensors = comm.agree("model", lambda: live_tensors(model, optimizer))  # its state is new
 
     def finish() -> None:
@@ -118,7 +121,7 @@ def load_merged(
     return report
 
 
-def _refuse_foreign(found: OpenedSources, optimizer_state: str) -> None:
+def _refuse_foreign(found: OpenedSources, optimizer_state: str, comm: Comm) -> None:
     """Refuse sources that torch cannot load into this optimizer, before it does.
 
     Raises:
@@ -142,7 +145,7 @@ def _refuse_foreign(found: OpenedSources, optimizer_state: str) -> None:
             f"the optimizer in {base.path} has numbers for parameters, and a live one is filled by "
             "name: save it by get_optimizer_state_dict, or merge offline"
         )
-    if optimizer_state == "reset":
+    if optimizer_state == "reset" and comm.is_main:
         DcpCheckpoint(Path(base.path)).refuse_reset()
 
 
@@ -169,7 +172,39 @@ def _trainer_of(model: Any, optimizer: Any) -> Trainer:
     )
 
 
-def _load_newest(model: Any, optimizer: Any, base: Path) -> None:
+@dataclass(frozen=True, slots=True)
+class _Newest:
+    """Where in a checkpoint the optimizer and the weights are.
+
+    Attributes:
+        container: path of the optimizer in the state dict that was saved.
+        flat: whether the optimizer's state was flattened.
+        part: folder of the part that holds it, with a `/` at its end, or "".
+        weights: name of a weight -> (folder of its part, its key there).
+    """
+
+    container: tuple[Any, ...]
+    flat: bool
+    part: str
+    weights: Mapping[str, tuple[str, str]]
+
+
+def _newest_in(checkpoint: DcpCheckpoint) -> _Newest:
+    """Looked for by one rank for all.
+
+    Raises:
+        UsageError: there are several optimizers.
+    """
+    container, flat = _optimizer_in(checkpoint)
+    weights = {}
+    for name, key in checkpoint.names.weights.items():
+        below = _part_of(checkpoint, key)
+        weights[name] = below, key.removeprefix(below)
+    part = _part_of(checkpoint, next(iter(checkpoint.names.optimizer)))
+    return _Newest(container, flat, part, weights)
+
+
+def _load_newest(model: Any, optimizer: torch.optim.Optimizer, base: Path, newest: _Newest) -> None:
     """What no average replaces, by torch: the optimizer, and buffers that are no floating ones.
 
     Collective.
@@ -177,21 +212,16 @@ def _load_newest(model: Any, optimizer: Any, base: Path) -> None:
     Raises:
         CheckpointError: torch did not load it.
     """
-    checkpoint = DcpCheckpoint(base)
-    container, flat = _optimizer_in(checkpoint)
-    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    options = StateDictOptions(flatten_optimizer_state_dict=newest.flat)
     state: Any = get_optimizer_state_dict(model, optimizer, options=options)
-    inner, names = state, checkpoint.names
-    for name in reversed(container):
+    inner = state
+    for name in reversed(newest.container):
         inner = {name: inner}
-    wanted: list[tuple[str, dict[str, Any]]] = [
-        (_part_of(checkpoint, next(iter(names.optimizer))), inner)
-    ]
+    wanted: list[tuple[str, dict[str, Any]]] = [(newest.part, inner)]
     for name, value in get_model_state_dict(model).items():
-        key = names.weights.get(name)
-        if key is not None and isinstance(value, torch.Tensor) and not value.is_floating_point():
-            below = _part_of(checkpoint, key)
-            wanted.append((below, {key.removeprefix(below): value}))
+        found = newest.weights.get(name)
+        if found and isinstance(value, torch.Tensor) and not value.is_floating_point():
+            wanted.append((found[0], {found[1]: value}))
     for below, each in wanted:
         try:
             dcp.load(each, checkpoint_id=str(base / below))

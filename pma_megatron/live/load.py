@@ -14,8 +14,10 @@ from dataclasses import dataclass
 
 from pma_megatron.base import memory
 from pma_megatron.base.comm import Comm, Team
+from pma_megatron.base.log import say
 from pma_megatron.base.settings import declared, described, refuse_unknown_words, same, setting
 from pma_megatron.base.spelling import FrontEnd, fields
+from pma_megatron.live.cost import cost, said
 from pma_megatron.live.plan import LivePlan, LiveWriter
 from pma_megatron.live.poison import Trainer, cure, poisoned_on_failure
 from pma_megatron.merging import engine, sums
@@ -188,6 +190,8 @@ def fill(
         CheckpointError, PlanError: on every rank.
         RankError: another rank failed.
     """
+    own = comm.agree("cost", lambda: cost(plan, jobs))
+    say(said(plan, own, comm))
     with poisoned_on_failure(trainer, "averaging checkpoints into it"):
         with checked(plan, comm, whole=check_sources) as found:
             for job in jobs:

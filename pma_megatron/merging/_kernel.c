@@ -40,7 +40,7 @@
 #define MAX_FAST 64 /* sources that the short way below takes */
 
 enum set { PORTABLE, AVX2, AVX512, SETS };
-static const char *const SET_NAMES[SETS] = {"portable", "avx2", "avx512"};
+static const char *SET_NAMES[SETS] = {"portable", "avx2", "avx512"};
 
 /* One output: how it is summed, and where it goes. */
 typedef struct {
@@ -558,9 +558,10 @@ __attribute__((target(WIDE_CLMUL))) static uint32_t crc_avx512(
 #endif
 
 typedef uint32_t (*Crc)(uint32_t, const unsigned char *, size_t);
-static Crc fast_crc = NULL; /* of this processor; NULL where there is none */
+static Crc crc_of[SETS]; /* by the instructions of each set; NULL where there is no fast one */
+static const char *crc_names[SETS];
 
-static void choose_crc(int wide_vectors) {
+static void choose_crc(void) {
     for (int byte = 0; byte < 256; byte++) {
         uint32_t crc = (uint32_t)byte;
         for (int bit = 0; bit < 8; bit++) crc = crc >> 1 ^ (crc & 1 ? POLYNOMIAL : 0);
@@ -571,16 +572,20 @@ static void choose_crc(int wide_vectors) {
     fill_fold(by_128, 128);
     fill_fold(by_512, 512);
     fill_fold(by_2048, 2048);
-    if (__get_cpuid(1, &a, &b, &c, &d) && (c & bit_PCLMUL) && (c & bit_SSE4_1)) fast_crc = crc_sse;
-    if (fast_crc && wide_vectors && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (c & 1u << 10))
-        fast_crc = crc_avx512; /* VPCLMULQDQ */
-#else
-    (void)wide_vectors;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_PCLMUL) || !(c & bit_SSE4_1)) return;
+    for (int set = 0; set < SETS; set++) {
+        crc_of[set] = crc_sse;
+        crc_names[set] = "sse";
+    }
+    if (__get_cpuid_count(7, 0, &a, &b, &c, &d) && (c & 1u << 10)) { /* VPCLMULQDQ */
+        crc_of[AVX512] = crc_avx512;
+        crc_names[AVX512] = "avx512";
+    }
 #endif
 }
 
-static uint32_t crc32(uint32_t crc, const char *data, size_t n) {
-    return ~fast_crc(~crc, (const unsigned char *)data, n);
+static uint32_t crc32(Crc crc_by, uint32_t crc, const char *data, size_t n) {
+    return ~crc_by(~crc, (const unsigned char *)data, n);
 }
 
 /* A range of elements from files to files: read, compared, summed, rounded, written, step by step,
@@ -599,6 +604,7 @@ typedef struct {
     Job job; /* of a step; its arrays are in the caller's buffer */
     Place *from, *to;
     Py_ssize_t outs;
+    Crc crc;
     int set, proofs, compares; /* whether CRC-32 of what is read are wanted */
     Job proof; /* one source, rounded to what is stored beside it */
     Array stored;
@@ -611,7 +617,7 @@ typedef struct {
     int error;
 } Stream;
 
-static int read_all(Place *place, Py_ssize_t at, char *into, size_t bytes, int compares) {
+static int read_all(Place *place, Py_ssize_t at, char *into, size_t bytes, Crc crc) {
     for (size_t done = 0; done < bytes;) {
         ssize_t got = pread(place->descriptor, into + done, bytes - done, place->offset + at + done);
         if (got < 0 && errno == EINTR) continue;
@@ -621,12 +627,12 @@ static int read_all(Place *place, Py_ssize_t at, char *into, size_t bytes, int c
         }
         done += (size_t)got;
     }
-    if (compares) place->crc = crc32(place->crc, into, bytes);
+    if (crc) place->crc = crc32(crc, place->crc, into, bytes);
     return 0;
 }
 
-static int write_all(Place *place, Py_ssize_t at, const char *data, size_t bytes) {
-    place->crc = crc32(place->crc, data, bytes);
+static int write_all(Place *place, Py_ssize_t at, const char *data, size_t bytes, Crc crc) {
+    place->crc = crc32(crc, place->crc, data, bytes);
     for (size_t done = 0; done < bytes;) {
         ssize_t got = pwrite(place->descriptor, data + done, bytes - done, place->offset + at + done);
         if (got < 0 && errno == EINTR) continue;
@@ -648,19 +654,16 @@ static void stopped(Stream *stream, enum outcome outcome, Py_ssize_t which) {
 static int stream_step(Stream *stream, Py_ssize_t n) {
     Job *job = &stream->job;
     Py_ssize_t at = stream->at, bytes;
+    const Crc wanted = stream->compares ? stream->crc : NULL;
     job->numel = stream->proof.numel = n;
     for (Py_ssize_t k = 0; k < job->sources; k++) {
         bytes = item_bytes(job->in[k].kind);
-        if (read_all(
-                stream->from + k, at * bytes, job->in[k].data, n * bytes, stream->compares
-            ))
+        if (read_all(stream->from + k, at * bytes, job->in[k].data, n * bytes, wanted))
             return stopped(stream, NOT_READ, k), -1;
     }
     if (stream->proofs) {
         bytes = item_bytes(stream->stored.kind);
-        if (read_all(
-                &stream->stored_at, at * bytes, stream->stored.data, n * bytes, stream->compares
-            ))
+        if (read_all(&stream->stored_at, at * bytes, stream->stored.data, n * bytes, wanted))
             return stopped(stream, NOT_READ, job->sources), -1;
         AVERAGE[stream->set](&stream->proof);
         if (memcmp(stream->proof.out->data, stream->stored.data, n * bytes))
@@ -669,7 +672,7 @@ static int stream_step(Stream *stream, Py_ssize_t n) {
     if (!AVERAGE[stream->set](job)) return stopped(stream, NOT_FINITE, 0), -1;
     for (Py_ssize_t k = 0; k < stream->outs; k++) {
         bytes = item_bytes(job->out[k].kind);
-        if (write_all(stream->to + k, at * bytes, job->out[k].data, n * bytes))
+        if (write_all(stream->to + k, at * bytes, job->out[k].data, n * bytes, stream->crc))
             return stopped(stream, NOT_WRITTEN, k), -1;
     }
     return 0;
@@ -694,15 +697,24 @@ typedef struct {
     Py_ssize_t held;
 } Call;
 
-static int hold(Call *call, PyObject *object, char kind, int flags, Array *array) {
+enum use { LOOKED_AT, FILLED };
+
+static int hold(Call *call, PyObject *object, char kind, enum use use, Array *array) {
     Py_buffer *view = call->views + call->held;
     Py_ssize_t bytes = item_bytes(kind);
     if (!bytes) {
         PyErr_Format(PyExc_ValueError, "kind '%c' is none of b, h, f, d", kind);
         return -1;
     }
-    if (PyObject_GetBuffer(object, view, flags)) return -1;
+    if (PyObject_GetBuffer(object, view, PyBUF_SIMPLE)) return -1;
     call->held++;
+    if (use == FILLED && view->readonly) {
+        PyErr_Format(
+            PyExc_TypeError, "a buffer of %zd bytes is read-only, and it is to be written to",
+            view->len
+        );
+        return -1;
+    }
     if (view->len / bytes < call->job.numel || (uintptr_t)view->buf % bytes) {
         PyErr_Format(
             PyExc_ValueError, "a buffer of %zd bytes is too short, or not aligned, for %zd '%c'",
@@ -716,7 +728,7 @@ static int hold(Call *call, PyObject *object, char kind, int flags, Array *array
 }
 
 /* Buffers of a tuple, with a letter of `kinds` each. */
-static int hold_all(Call *call, PyObject *tuple, const char *kinds, int flags, Array *arrays) {
+static int hold_all(Call *call, PyObject *tuple, const char *kinds, enum use use, Array *arrays) {
     Py_ssize_t count = PyTuple_Size(tuple);
     if (count < 0) return -1;
     if ((Py_ssize_t)strlen(kinds) != count) {
@@ -724,7 +736,7 @@ static int hold_all(Call *call, PyObject *tuple, const char *kinds, int flags, A
         return -1;
     }
     for (Py_ssize_t k = 0; k < count; k++)
-        if (hold(call, PyTuple_GetItem(tuple, k), kinds[k], flags, arrays + k)) return -1;
+        if (hold(call, PyTuple_GetItem(tuple, k), kinds[k], use, arrays + k)) return -1;
     return 0;
 }
 
@@ -758,7 +770,7 @@ static int read_sum(Call *call, PyObject *described, Sum *sum, double *weights) 
     sum->weights = weights;
     sum->first_out = call->held - sources;
     sum->outs = PyTuple_Size(outs);
-    return hold_all(call, outs, kinds, PyBUF_WRITABLE, call->job.out + sum->first_out);
+    return hold_all(call, outs, kinds, FILLED, call->job.out + sum->first_out);
 }
 
 static Py_ssize_t count_outs(PyObject *sums) {
@@ -783,7 +795,9 @@ static void let_go(Call *call) {
     PyMem_Free(call->job.sum);
 }
 
-static int read_call(Call *call, PyObject *sources, const char *kinds, PyObject *sums) {
+static int read_call(
+    Call *call, PyObject *sources, const char *kinds, enum use of_sources, PyObject *sums
+) {
     Job *job = &call->job;
     Py_ssize_t outs = count_outs(sums);
     if (outs < 0) return -1;
@@ -802,7 +816,7 @@ static int read_call(Call *call, PyObject *sources, const char *kinds, PyObject 
         PyErr_NoMemory();
         return -1;
     }
-    if (hold_all(call, sources, kinds, PyBUF_SIMPLE, job->in)) return -1;
+    if (hold_all(call, sources, kinds, of_sources, job->in)) return -1;
     for (Py_ssize_t k = 0; k < job->sums; k++)
         if (read_sum(
                 call, PyTuple_GetItem(sums, k), job->sum + k, call->weights + k * job->sources
@@ -838,7 +852,7 @@ static PyObject *py_average(PyObject *module, PyObject *arguments) {
         PyErr_Format(PyExc_ValueError, "this processor has no instruction set %d", set);
         return NULL;
     }
-    if (!read_call(&call, sources, kinds, sums)) {
+    if (!read_call(&call, sources, kinds, LOOKED_AT, sums)) {
         Py_BEGIN_ALLOW_THREADS
         finite = AVERAGE[set](&call.job);
         Py_END_ALLOW_THREADS
@@ -854,11 +868,14 @@ static int read_places(PyObject *tuple, Place *places, Py_ssize_t count) {
         PyErr_Format(PyExc_ValueError, "%zd places for %zd buffers", PyTuple_Size(tuple), count);
         return -1;
     }
-    for (Py_ssize_t k = 0; k < count; k++)
-        if (!PyArg_ParseTuple(
-                PyTuple_GetItem(tuple, k), "iL", &places[k].descriptor, &places[k].offset
-            ))
+    for (Py_ssize_t k = 0; k < count; k++) {
+        PyObject *place = PyTuple_GetItem(tuple, k);
+        if (!PyTuple_Check(place)) {
+            PyErr_SetString(PyExc_TypeError, "a place is (descriptor, offset)");
             return -1;
+        }
+        if (!PyArg_ParseTuple(place, "iL", &places[k].descriptor, &places[k].offset)) return -1;
+    }
     return 0;
 }
 
@@ -871,6 +888,10 @@ static int read_proof(Stream *stream, Call *call, Call *own, PyObject *described
     Py_ssize_t number;
     int kind;
     Array *arrays = own->job.out;
+    if (!PyTuple_Check(described)) {
+        PyErr_SetString(PyExc_TypeError, "a proof is (source, kind, stored, rounded, place)");
+        return -1;
+    }
     if (!PyArg_ParseTuple(
             described, "nCOO(iL)", &number, &kind, &stored, &rounded,
             &stream->stored_at.descriptor, &stream->stored_at.offset
@@ -880,9 +901,13 @@ static int read_proof(Stream *stream, Call *call, Call *own, PyObject *described
         PyErr_Format(PyExc_ValueError, "source %zd is not one to prove", number);
         return -1;
     }
+    if (kind == 'd' || kind > 127) { /* rounded from a float32 sum, which has no float64 */
+        PyErr_SetString(PyExc_ValueError, "what proves a source is of kind b, h or f");
+        return -1;
+    }
     own->job.numel = call->job.numel;
-    if (hold(own, stored, (char)kind, PyBUF_WRITABLE, arrays)) return -1;
-    if (hold(own, rounded, (char)kind, PyBUF_WRITABLE, arrays + 1)) return -1;
+    if (hold(own, stored, (char)kind, FILLED, arrays)) return -1;
+    if (hold(own, rounded, (char)kind, FILLED, arrays + 1)) return -1;
     stream->proofs = 1;
     stream->stored = arrays[0];
     stream->proof = (Job){call->job.numel, 1, 1, call->job.in + number, arrays + 1, &itself};
@@ -905,10 +930,11 @@ PyDoc_STRVAR(
     "stream(set, numel, step, sources, kinds, sums, places, proof, compares)\n"
     "    -> (outcome, at, which, errno, crcs, crc)\n\n"
     "`average` of `numel` elements, `step` at a time, from files to files.\n\n"
-    "sources, kinds, sums: as for `average`; the buffers have room for `step` elements.\n"
+    "sources, kinds, sums: as for `average`; all buffers are written to, and have room for `step`\n"
+    "elements.\n"
     "places: tuple of (descriptor, offset in bytes), one per source, then one per output.\n"
-    "proof: None, or (number of a source, letter of a dtype, two writable buffers of that dtype,\n"
-    "(descriptor, offset)): the source, rounded to that dtype, must be what is stored there.\n"
+    "proof: None, or (number of a source, letter of a dtype: b, h or f, two writable buffers of\n"
+    "that dtype, (descriptor, offset)): the source, rounded to it, must be what is stored there.\n"
     "compares: whether CRC-32 of what is read are wanted.\n\n"
     "outcome: 0 done; 1 source `which` could not be read (errno, 0 if its file ended; the number\n"
     "after the last is the proof's); 2 not finite; 3 not proved; 4 output `which` could not be\n"
@@ -931,14 +957,22 @@ static PyObject *py_stream(PyObject *module, PyObject *arguments) {
             &stream.compares
         ))
         return NULL;
-    if (stream.set < 0 || stream.set >= available || !fast_crc || stream.step <= 0) {
-        PyErr_SetString(PyExc_ValueError, "no such instruction set or step, or no fast CRC-32");
+    if (stream.set < 0 || stream.set >= available || !crc_of[stream.set]) {
+        PyErr_Format(
+            PyExc_ValueError, "this processor has no instruction set %d, or no fast CRC-32",
+            stream.set
+        );
         return NULL;
     }
+    if (stream.step <= 0 || stream.numel < 0) {
+        PyErr_Format(PyExc_ValueError, "%zd elements, %zd at a time", stream.numel, stream.step);
+        return NULL;
+    }
+    stream.crc = crc_of[stream.set];
     call.job.numel = stream.step;
     own.views = views;
     own.job.out = arrays;
-    if (read_call(&call, sources, kinds, sums)) goto end;
+    if (read_call(&call, sources, kinds, FILLED, sums)) goto end;
     Py_ssize_t outs = call.held - call.job.sources;
     all = PyMem_Calloc(call.held + 1, sizeof(Place));
     if (!all) {
@@ -967,21 +1001,28 @@ end:
     return result;
 }
 
-static int fill_module(PyObject *module) {
-    while (available < SETS && supported(available)) available++;
-    choose_crc(available > AVX512);
+/* A tuple of the sets that this processor has: their own names, or of what else is known by set. */
+static int add_names(PyObject *module, const char *what, const char *const *names_of) {
     PyObject *names = PyTuple_New(0), *joined, *one;
     for (int set = 0; names && set < available; set++) {
-        one = Py_BuildValue("(s)", SET_NAMES[set]);
+        one = Py_BuildValue("(z)", names_of[set]);
         joined = one ? PySequence_Concat(names, one) : NULL;
         Py_XDECREF(one);
         Py_DECREF(names);
         names = joined;
     }
     if (!names) return -1;
-    int failed = PyModule_AddObjectRef(module, "INSTRUCTION_SETS", names);
+    int failed = PyModule_AddObjectRef(module, what, names);
     Py_DECREF(names);
-    return failed || PyModule_AddIntConstant(module, "STREAMS", fast_crc != NULL);
+    return failed;
+}
+
+static int fill_module(PyObject *module) {
+    while (available < SETS && supported(available)) available++;
+    choose_crc();
+    if (add_names(module, "INSTRUCTION_SETS", SET_NAMES)) return -1;
+    if (add_names(module, "CHECKSUMS", crc_names)) return -1;
+    return PyModule_AddIntConstant(module, "STREAMS", crc_of[PORTABLE] != NULL);
 }
 
 static PyMethodDef methods[] = {

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import socket
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pma_megatron.base.comm import Comm
 from pma_megatron.errors import SelectionError
+from pma_megatron.formats.marker import SNAPSHOTS
 from pma_megatron.merging.request import MergeRequest
 from pma_megatron.runs.describe import describe
 from pma_megatron.runs.discover import list_checkpoints, looked_at, pointers_of
@@ -19,24 +23,95 @@ from pma_megatron.runs.selection import Selection
 from pma_megatron.runs.trackers import Pointer
 
 
-def all_refs(
-    request: MergeRequest, comm: Comm, everywhere: bool
-) -> tuple[dict[str, CheckpointRef], dict[str, Any]]:
-    """Checkpoints seen by any rank."""
-    paths = request.selection.paths
-    roots = [request.load] if paths is None else list(paths)
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """Which ranks see the same sources, so that one of them lists them for all.
 
-    known = _described_by_view(roots, comm) if everywhere else _described(roots, comm)
+    Attributes:
+        rank: this one.
+        lookers: per rank, the first rank that sees what it sees.
+        one: whether all ranks see one storage, without having compared what they see.
+    """
+
+    rank: int
+    lookers: tuple[int, ...]
+    one: bool
+
+    @property
+    def looks(self) -> bool:
+        """Whether this rank looks for those that see the same."""
+        return self.lookers[self.rank] == self.rank
+
+    def like(self, rank: int) -> tuple[int, ...]:
+        """The ranks that see what `rank` sees, itself included, in order."""
+        looker = self.lookers[rank]
+        return tuple(other for other, theirs in enumerate(self.lookers) if theirs == looker)
+
+
+def who_looks(request: MergeRequest, comm: Comm, everywhere: bool) -> Sight:
+    """Compare what the ranks see. Every rank makes this call.
+
+    Processes of one system with one mount table see the same files, and of those one looks at the
+    folders that rank 0 has found: nodes that see these very folders, by inodes and times, see one
+    storage. So a job of 1,000 ranks on shared storage lists it once, and looks at the folders once
+    a node.
+
+    Args:
+        request: names the roots.
+        comm: the ranks.
+        everywhere: roots may be disks of single nodes; otherwise rank 0 sees what all see.
+    """
+    if comm.size == 1 or not everywhere:
+        return Sight(comm.rank, (0,) * comm.size, one=True)
+    roots = _roots(request)
+    places = comm.gather(_place(roots))
+    first = [places.index(place) for place in places]
+
+    def list_() -> list[str]:
+        return [str(folder) for root in roots for folder in looked_at(root)[0]]
+
+    folders = comm.on_main("discover", list_)
+
+    def view() -> str:
+        inside = [str(Path(root) / SNAPSHOTS) for root in roots]
+        return _view(map(Path, [*roots, *inside, *(folders or list_())]))
+
+    views = comm.gather(
+        comm.agree("discover", lambda: view() if first[comm.rank] == comm.rank else "")
+    )
+    of_ranks = [views[leader] for leader in first]
+    return Sight(comm.rank, tuple(of_ranks.index(view) for view in of_ranks), one=False)
+
+
+def look_around(
+    request: MergeRequest, comm: Comm, everywhere: bool
+) -> tuple[dict[str, CheckpointRef], dict[str, tuple[int, ...]], dict[str, Pointer] | None]:
+    """Checkpoints seen by any rank, path -> the ranks that see it whole, and what trackers say.
+
+    Every rank makes this call; see `who_looks` for what `everywhere` is.
+
+    Raises:
+        SelectionError: on every rank: rank 0 sees no such root.
+    """
+    sight = who_looks(request, comm, everywhere)
+    return *_all_refs(request, comm, sight), _pointers(request, comm, sight)
+
+
+def _all_refs(
+    request: MergeRequest, comm: Comm, sight: Sight
+) -> tuple[dict[str, CheckpointRef], dict[str, tuple[int, ...]]]:
+    roots = _roots(request)
+    known = _described(roots, comm) if sight.one else _described_by_view(roots, comm, sight)
 
     def look() -> list[CheckpointRef]:
         try:
             return [ref for root in roots for ref in list_checkpoints(root, known=known)]
         except SelectionError:
-            if everywhere and not comm.is_main:
+            if not comm.is_main:
                 return []
             raise
 
-    found = comm.agree("discover", look if everywhere or comm.is_main else list)
+    found = comm.agree("discover", look if sight.looks else list)
     refs: dict[str, CheckpointRef] = {}
     seen: dict[str, tuple[int, ...]] = {}
     for rank, theirs in enumerate(comm.gather(found)):
@@ -44,11 +119,16 @@ def all_refs(
             if ref.path not in refs or (ref.complete and not refs[ref.path].complete):
                 refs[ref.path] = ref
             if ref.complete:
-                seen[ref.path] = (*seen.get(ref.path, ()), rank)
-    if not everywhere:
+                seen[ref.path] = tuple(sorted({*seen.get(ref.path, ()), *sight.like(rank)}))
+    if sight.one:
         seen = {path: tuple(range(comm.size)) for path in refs}
     ordered = sorted(refs.values(), key=lambda ref: (ref.iteration or 0, ref.path))
     return {ref.path: ref for ref in ordered}, seen
+
+
+def _roots(request: MergeRequest) -> list[str]:
+    paths = request.selection.paths
+    return [request.load] if paths is None else list(paths)
 
 
 def _described(roots: Sequence[str], comm: Comm) -> dict[str, CheckpointRef]:
@@ -62,17 +142,13 @@ def _described(roots: Sequence[str], comm: Comm) -> dict[str, CheckpointRef]:
     return {folder: ref for share in shares for folder, ref in share.items()}
 
 
-def _described_by_view(roots: Sequence[str], comm: Comm) -> dict[str, CheckpointRef]:
-    """The same where roots may be disks of single nodes: ranks that see the same folders, by their
-    inodes and times, share the looking; each rank gets what it would see itself."""
-    if comm.size == 1:
-        return {}
-    found = comm.agree("discover", lambda: [looked_at(root) for root in roots])
-    view = _view(folder for folders, _ in found for folder in folders)
-    views = comm.gather(view)
-    like = [rank for rank, other in enumerate(views) if other == view]
-    place = like.index(comm.rank)
-    mine = comm.agree("discover", lambda: _share(found, place, len(like)))
+def _described_by_view(roots: Sequence[str], comm: Comm, sight: Sight) -> dict[str, CheckpointRef]:
+    """The same where roots may be disks of single nodes: ranks that see the same folders share the
+    looking; who looks for them gets what it would see itself."""
+    found = comm.agree("discover", lambda: [looked_at(r) for r in roots] if sight.looks else [])
+    found = comm.gather(found)[sight.lookers[comm.rank]]
+    like = sight.like(comm.rank)
+    mine = comm.agree("discover", lambda: _share(found, like.index(comm.rank), len(like)))
     shares = comm.gather(mine)
     return {folder: ref for rank in like for folder, ref in shares[rank].items()}
 
@@ -88,6 +164,19 @@ def _share(
         if _turn(len(every) - 1 - number, size) == rank
     }
     return {folder: ref for folder, ref in refs.items() if ref.complete}
+
+
+def _place(roots: Sequence[str]) -> str:
+    """What tells the processes that see the same files by the same names from all others."""
+    try:
+        root = Path("/").stat()
+        system = Path("/proc/sys/kernel/random/boot_id").read_text()
+        mounts = Path("/proc/self/ns/mnt").readlink()
+        said = (system, str(mounts), root.st_dev, root.st_ino, os.geteuid(), os.getgroups())
+    except OSError:  # not Linux: each process looks by itself
+        said = (socket.gethostname(), str(os.getpid()), 0, 0, 0, [])
+    digest = hashlib.sha256(repr((said, [str(Path.cwd() / root) for root in roots])).encode())
+    return digest.hexdigest()
 
 
 def _view(folders: Iterable[Path]) -> str:
@@ -144,13 +233,13 @@ def schedule_notes(selection: Selection, visible: Sequence[Sequence[int]], comm:
     return comm.on_main("schedule", notes)
 
 
-def pointers(request: MergeRequest, comm: Comm, everywhere: bool) -> dict[str, Pointer] | None:
+def _pointers(request: MergeRequest, comm: Comm, sight: Sight) -> dict[str, Pointer] | None:
     """What the trackers say, of the first rank that sees a root; one answer for all ranks."""
 
     def look() -> dict[str, Pointer] | None:
         return pointers_of(request.load) if request.selection.paths is None else None
 
-    mine = comm.agree("trackers", lambda: look() if everywhere or comm.is_main else None)
+    mine = comm.agree("trackers", lambda: look() if sight.looks else None)
     found: dict[str, Pointer] = {}
     for theirs in comm.gather(mine):
         for name, pointer in (theirs or {}).items():

@@ -206,7 +206,7 @@ def plan(request: MergeRequest, comm: Comm | None = None) -> MergePlan:
 
 
 def _planned(request: MergeRequest, comm: Comm) -> MergePlan:
-    with steps.stage("plan"):
+    with steps.stage("plan"), memory.collector_at_rest():
         comm.agree("export", lambda: refuse_nested(request))
         return provenance.with_origins(make_plan(request, comm), comm)
 

@@ -29,7 +29,7 @@ from pma_megatron.merging.exporting import (
     further_targets,
     plan_export,
 )
-from pma_megatron.merging.finding import all_refs, pointers, schedule_notes
+from pma_megatron.merging.finding import look_around, schedule_notes
 from pma_megatron.merging.opening import open_sources
 from pma_megatron.merging.padding import padding_notes
 from pma_megatron.merging.request import MergeRequest, Output, in_its_words, refuse_other_plans
@@ -143,14 +143,14 @@ def gather_sources(request: MergeRequest, comm: Comm, *, everywhere: bool = Fals
     Args:
         request: what is asked.
         comm: the ranks.
-        everywhere: look for sources on every rank (node-local disks), not on rank 0 alone.
+        everywhere: ranks may see different sources (node-local disks): one of each that see the
+            same looks for them, not rank 0 alone.
 
     Raises:
         SelectionError, CheckpointError, PlanError, UsageError: on every rank.
     """
-    refs, seen = all_refs(request, comm, everywhere)
-    found = pointers(request, comm, everywhere)
-    selection = comm.agree(
+    refs, seen, found = look_around(request, comm, everywhere)
+    selection = comm.on_main(
         "select",
         lambda: choose(list(refs.values()), request.widest(), request.load, found, request.resumed),
     )

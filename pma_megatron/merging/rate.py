@@ -9,10 +9,10 @@ from pathlib import Path
 
 from pma_megatron.base.openfiles import open_source
 from pma_megatron.formats.source import Source
-from pma_megatron.merging.planning import MergePlan
+from pma_megatron.merging.tasks import Workload
 
 
-def read_rate(plan: MergePlan, *, limit_bytes: int = 64 << 20, limit_s: float = 1.0) -> float:
+def read_rate(plan: Workload, *, limit_bytes: int = 64 << 20, limit_s: float = 1.0) -> float:
     """Bytes per second at which the newest source's payloads are read here, from a short try.
 
     0 where none of them can be read here: its speed is told, and never why a plan fails.

@@ -16,7 +16,7 @@ import pytest
 
 from pma_megatron import errors
 from pma_megatron.base.stopping import Stopped
-from pma_megatron.cli import commands, main
+from pma_megatron.cli import listing, main
 from pma_megatron.cli.flags import parser
 from pma_megatron.version import __version__
 
@@ -272,7 +272,7 @@ def test_exit_codes_are_frozen(
     def fail(_: argparse.Namespace) -> None:
         raise error
 
-    monkeypatch.setattr(commands, "list_", fail)
+    monkeypatch.setattr(listing, "run", fail)
     found, out, err = call(capsys, "list", "run")
     assert (found, out) == (code, "")
     assert err.startswith("pma: ")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +12,14 @@ import pytest
 import torch
 
 from pma_megatron import MergeRequest, Policy, SelectionRequest, merge
+from pma_megatron.base.sizes import parse_size, sized
 from pma_megatron.errors import PlanError, PmaError, SelectionError, UsageError
 from pma_megatron.formats import registry
 from pma_megatron.live import load as live_load
 from pma_megatron.megatron.load import merge_into
 from pma_megatron.megatron.replicas import forward_hooks_off
 from pma_megatron.testing import TinyConfig, TinyTrainer, inject, rank_outcomes, run_ranks
+from pma_megatron.transfer import buffers
 
 UNIT_ROUNDOFF = 2.0**-24
 BASE = TinyConfig(warmup_iters=2)
@@ -189,6 +192,59 @@ def test_every_byte_is_read_once(case: str, trained: Any, tmp_path: Path) -> Non
             compare, ranks, config, str(root), str(tmp_path / "pma"), share, "latest", str(root)
         ):
             assert result["report"].read_bytes == 3 * main_bytes + weight_bytes
+
+
+def told(rank: int, world_size: int, config: TinyConfig, root: str, share: str) -> dict[str, Any]:
+    """What is said before it starts; what this rank then read, and the buffers that it filled."""
+    trainer = TinyTrainer(config)
+    trainer.load(root)
+    lines: list[str] = []
+    meters: list[live_load.Meter] = []
+    held: dict[int, tuple[buffers.BlockBuffers, dict[torch.dtype, int]]] = {}
+    report, plain = live_load.Meter.report, buffers.BlockBuffers.buffer
+
+    def noted(own: buffers.BlockBuffers, dtype: torch.dtype, numel: int) -> buffers.BlockBuffer:
+        sizes = held.setdefault(id(own), (own, {}))[1]
+        sizes[dtype] = max(sizes.get(dtype, 0), numel * dtype.itemsize)
+        return plain(own, dtype, numel)
+
+    def ended(meter: live_load.Meter, *args: Any) -> Any:
+        meters.append(meter)
+        return report(meter, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(live_load, "say", lines.append)
+        patch.setattr(live_load.Meter, "report", ended)
+        patch.setattr(buffers.BlockBuffers, "buffer", noted)
+        merge_into(
+            trainer.models,
+            trainer.optimizer,
+            load=root,
+            selection=SelectionRequest(last=3),
+            share=share,
+        )
+    filled = sum(sum(sizes.values()) for _, sizes in held.values())
+    return {"said": lines, "read": meters[0].read_bytes, "buffers": filled}
+
+
+@pytest.mark.parametrize("case", ["dense-tp2-dp2", "dense-dp2-float16"])
+@pytest.mark.parametrize("share", ["slice", "source"])
+def test_what_is_said_before_it_starts_is_what_it_takes(
+    case: str, share: str, trained: Any
+) -> None:
+    root, (config, ranks) = trained(case), CASES[case]
+    results = run_ranks(told, ranks, config, str(root), share)
+    (line,) = {line for result in results for line in result["said"]}
+    read = [result["read"] for result in results]
+    assert max(read) > 0
+    assert (
+        f"a rank reads up to {sized(max(read))}, all {ranks} together {sized(sum(read))};" in line
+    )
+    said = re.search(r"buffers take up to ([0-9.]+ \w+) of host memory per rank", line)
+    assert said is not None
+    filled = max(result["buffers"] for result in results)
+    assert filled <= parse_size(said[1]) * 1.01 <= 3 * filled, (filled, line)
+    assert re.search(r"about \d+ s if each rank reads [0-9.]+ [MG]iB/s", line)
 
 
 @pytest.mark.slow

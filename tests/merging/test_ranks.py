@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -33,6 +35,7 @@ from pma_megatron.base import once
 from pma_megatron.base.comm import Comm
 from pma_megatron.formats.dcp import metadata
 from pma_megatron.formats.marker import OWN_FILES
+from pma_megatron.merging import finding
 from pma_megatron.merging.planning import gather_sources, make_plan
 from pma_megatron.testing import run_ranks
 
@@ -298,6 +301,44 @@ def test_ranks_that_see_one_disk_share_the_looking(dense_run: Path, tmp_path: Pa
     shutil.rmtree(nodes[1] / "run" / f"iter_{ITERATIONS[-1]:07d}")
     for _, visible in run_ranks(count_parses_of_nodes, 4, [str(n) for n in nodes], timeout_s=200):
         assert visible == ((0, 1, 2, 3), (0, 1))
+
+
+def count_looks(rank: int, world_size: int, root: str, apart: bool) -> tuple[Counter[str], Any]:
+    """How often this rank lists or opens anything in a run's folder; and who sees what.
+
+    `apart`: every rank is a system of its own, as on as many nodes.
+    """
+    if apart:
+        finding._place = lambda _: str(rank)  # type: ignore[assignment]
+    once.SETTLED_NS = -1
+    looks: Counter[str] = Counter()
+
+    def note(event: str, args: tuple[Any, ...]) -> None:
+        if event in ("open", "os.listdir", "os.scandir") and isinstance(args[0], (str, Path)):
+            path = Path(args[0])
+            if path.is_relative_to(root):
+                looks[f"{event} {path.relative_to(root)}"] += 1
+
+    sys.addaudithook(note)
+    request = MergeRequest(load=root, save="out", selection=SelectionRequest(last=2))
+    return looks, gather_sources(request, Comm(), everywhere=True).visible
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_one_rank_lists_what_all_see_and_a_few_parse_it(dense_run: Path, apart: bool) -> None:
+    made = run_ranks(count_looks, 4, str(dense_run), apart, timeout_s=200)
+    assert {visible for _, visible in made} == {((0, 1, 2, 3),) * 2}
+    listed = [sum(n for what, n in looks.items() if what.endswith(" .")) for looks, _ in made]
+    assert listed[0] > 0 and listed[1:] == [0, 0, 0]
+    beside = [
+        {what for what in looks if what.startswith("open ") and "/" not in what}
+        for looks, _ in made
+    ]
+    assert beside[0] and not any(beside[1:]), beside
+    total = sum((looks for looks, _ in made), Counter())
+    parsed = {what: n for what, n in total.items() if what.endswith("/.metadata")}
+    # By who lists it; the newest once more for the digest of its bytes, as each that is opened.
+    assert len(parsed) == len(ITERATIONS) and max(parsed.values()) <= 2, parsed
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import zlib
@@ -214,20 +215,68 @@ def test_what_cannot_be_read_written_or_proved_is_said(tmp_path: Path) -> None:
     assert end(whole, raw(infinite))[:2] == (NOT_FINITE, 300)
 
 
+def test_every_checksum_of_every_size_and_alignment_is_that_of_zlib(tmp_path: Path) -> None:
+    """Of what is read and of what is written, by the instructions that each set has."""
+    room = memoryview(bytearray(3 << 20))
+    base = -torch.frombuffer(room, dtype=torch.uint8).data_ptr() % 64
+    content = raw(random_bits((1 << 19) + 64, HALF, 1, finite=True))
+    sizes = [*range(1, 300), 511, 512, 513, 1000, 4095, 8193, 262_143, 1 << 18]
+    with Files(tmp_path) as files:
+        source, out = files.add(content), files.add(b"")
+        for number, numel in itertools.product(range(len(COMPILED.INSTRUCTION_SETS)), sizes):
+            for shift, step in ((0, numel), (2, numel), (14, numel), (34, -(-numel // 3))):
+                into = room[base + shift : base + shift + 2 * numel]
+                made = room[(2 << 20) + 62 - shift :][: 2 * numel]
+                start = 2 * (numel + shift)
+                found = COMPILED.stream(
+                    number,
+                    numel,
+                    step,
+                    (into,),
+                    "b",
+                    (((1.0,), 1.0, False, (made,), "b"),),
+                    ((source, start), (out, 0)),
+                    None,
+                    True,
+                )
+                right = zlib.crc32(content[start : start + 2 * numel])
+                assert found == (DONE, found[1], 0, 0, [right, right], 0), (number, numel, shift)
+
+
+def test_a_set_has_a_checksum_of_its_own() -> None:
+    """Those of narrow vectors too where the processor has wide ones: they are tested above."""
+    named = dict(zip(COMPILED.INSTRUCTION_SETS, COMPILED.CHECKSUMS, strict=True))
+    assert named.pop("avx512", None) in (None, "sse", "avx512")
+    assert {*named.values()} == {"sse"}
+
+
 def test_nonsense_is_refused() -> None:
-    room = memoryview(bytearray(64))
+    room, fixed = memoryview(bytearray(64)), bytes(64)
     asked = ((1.0,), 1.0, False, (room,), "f")
+    wide = ((1.0,), 1.0, True, (room,), "d")
     good = (0, 8, 8, (room,), "f", (asked,), ((0, 0), (0, 0)), None, True)
-    for place, bad in (
-        (0, 99),
-        (2, 0),
-        (2, 64),
-        (4, "x"),
-        (6, ((0, 0),)),
-        (7, (5, "b", room, room, (0, 0))),
-    ):
-        with pytest.raises(ValueError):
-            COMPILED.stream(*good[:place], bad, *good[place + 1 :])
+
+    def refused(error: type[Exception], place: int, bad: Any, *more: Any) -> None:
+        with pytest.raises(error):
+            COMPILED.stream(*good[:place], bad, *more, *good[place + 1 + len(more) :])
+
+    refused(ValueError, 0, 99)
+    refused(ValueError, 1, -1)
+    refused(ValueError, 2, 0)
+    refused(ValueError, 2, 64)
+    refused(ValueError, 4, "x")
+    refused(ValueError, 6, ((0, 0),))
+    refused(ValueError, 7, (5, "b", room, room, (0, 0)))
+    for kind in "dx\u0162":  # float64 is no proof: its room would be half of what is written
+        refused(ValueError, 7, (0, kind, room, room, (0, 0)))
+    refused(ValueError, 3, (room,), "d", (wide,), ((0, 0), (0, 0)), (0, "f", room, room, (0, 0)))
+    refused(TypeError, 3, (fixed,))
+    refused(TypeError, 5, (((1.0,), 1.0, False, (fixed,), "f"),))
+    refused(TypeError, 6, (0, (0, 0)))
+    refused(TypeError, 7, 3)
+    refused(TypeError, 7, (0, "b", fixed, room, (0, 0)))
+    refused(TypeError, 7, (0, "b", room, fixed, (0, 0)))
+    assert fixed == bytes(64)
 
 
 @pytest.fixture

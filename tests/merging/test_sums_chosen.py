@@ -48,7 +48,7 @@ def test_the_kernel_refuses_what_would_read_or_write_beside_a_buffer() -> None:
     ):
         with pytest.raises(TypeError):
             kernel(*odd)
-    with pytest.raises(BufferError):
+    with pytest.raises(TypeError, match="read-only"):
         kernel(0, 4, (four,), "f", (((1.0,), 1.0, False, (bytes(16),), "f"),))
     assert kernel(0, 4, (four,), "f", (how,)) is True
 
