@@ -16,14 +16,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import torch
 
 from pma_megatron.base.boxes import Box, PieceIndex
 from pma_megatron.base.spelling import left_out
-from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.base import MAIN_PARAM, Payload, Schedule, Tensor
 from pma_megatron.formats.source import Source
 from pma_megatron.identity.samples import WEIGHT, Inventory, file_of
@@ -144,62 +142,44 @@ def values_at(source: Source, places: Sequence[SampledBox], reader: BlockReader)
     )
 
 
-def refuse_other_runs(
-    refs: Sequence[CheckpointRef], values: Sequence[Values], schedules: Sequence[Schedule]
-) -> None:
-    """Compare every source with the one before it, file by file.
+def of_one_run(
+    older: CheckpointRef, newer: CheckpointRef, before: Values, after: Values, left: float | None
+) -> tuple[str | None, str | None]:
+    """Compare a source with the one before it, file by file.
 
     Args:
-        refs: oldest first.
-        values: of each, at the places of the newest.
-        schedules: of each.
-
-    Raises:
-        CheckpointError: some files go on from the older source, and one does not.
-    """
-    for number, (older, newer) in enumerate(pairwise(refs)):
-        before, after = values[number], values[number + 1]
-        left = _least(older, newer, (schedules[number], schedules[number + 1]))
-        for signs in (_shrunk(before, after, left), _unlike(before, after)):
-            if signs:
-                raise CheckpointError(
-                    f"{signs[0]} of {older.path} and that of {newer.path} are not of one run, as "
-                    f"their other files are: {signs[1]}. One of the two was overwritten: restore "
-                    f"it, or {left_out('that checkpoint')}"
-                )
-
-
-def other_runs(refs: Sequence[CheckpointRef], values: Sequence[Values]) -> dict[int, str]:
-    """Sources whose weights, in every file, have nothing to do with those of the one before.
-
-    Another run looks so, as a whole; a run whose weights were all turned over may, so it is said
-    and not refused.
-
-    Args:
-        refs: oldest first.
-        values: of each, at the places of the newest.
+        older, newer: two neighbours.
+        before, after: what they hold at the places of the newest source.
+        left: what is left of a second moment from one to the other, see `least_left`.
 
     Returns:
-        number of the newer source -> a sentence.
+        why they are refused: some files go on from the older one, and one does not; and what is
+        said of them where weights have nothing to do with each other in any file. Another run looks
+        so, as a whole; a run whose weights were all turned over may, so it is not refused. Each is
+        a sentence, or None.
     """
-    found = {}
-    for number, (older, newer) in enumerate(pairwise(refs), 1):
-        known = _correlations(values[number - 1], values[number])
-        total = sum(count for _, _, count in known.values())
-        if total < _MANY:
-            continue
-        mean = sum(value * count for value, _, count in known.values()) / total
-        # Of a few elements of one file chance alone makes more.
-        above = (abs(value) - _CHANCE / math.sqrt(count) for value, _, count in known.values())
-        if max(abs(mean), *above) >= _UNLIKE:
-            continue
-        found[number] = (
-            f"{older.path} and {newer.path} look like checkpoints of two different runs: their "
-            f"weights are uncorrelated ({mean:.2f}) in all files, and those of neighbours in one "
-            f"run are nearly the same. If they are, {left_out('those of the other run')}: the "
-            "average of two runs is of no use"
-        )
-    return found
+    for signs in (_shrunk(before, after, left), _unlike(before, after)):
+        if signs:
+            return (
+                f"{signs[0]} of {older.path} and that of {newer.path} are not of one run, as "
+                f"their other files are: {signs[1]}. One of the two was overwritten: restore "
+                f"it, or {left_out('that checkpoint')}"
+            ), None
+    known = _correlations(before, after)
+    total = sum(count for _, _, count in known.values())
+    if total < _MANY:
+        return None, None
+    mean = sum(value * count for value, _, count in known.values()) / total
+    # Of a few elements of one file chance alone makes more.
+    above = (abs(value) - _CHANCE / math.sqrt(count) for value, _, count in known.values())
+    if max(abs(mean), *above) >= _UNLIKE:
+        return None, None
+    return None, (
+        f"{older.path} and {newer.path} look like checkpoints of two different runs: their "
+        f"weights are uncorrelated ({mean:.2f}) in all files, and those of neighbours in one "
+        f"run are nearly the same. If they are, {left_out('those of the other run')}: the "
+        "average of two runs is of no use"
+    )
 
 
 def _shrunk(before: Values, after: Values, left: float | None) -> tuple[str, str] | None:
@@ -207,7 +187,7 @@ def _shrunk(before: Values, after: Values, left: float | None) -> tuple[str, str
 
     Args:
         before, after: of two neighbours.
-        left: what is left of a second moment from one to the other, see `_least`.
+        left: what is left of a second moment from one to the other, see `least_left`.
     """
     pairs = {p: (before[p], after[p]) for p in after.of(moments=True) if p in before}
     bound = left if pairs and before.exact and after.exact else None
@@ -230,7 +210,7 @@ def _shrunk(before: Values, after: Values, left: float | None) -> tuple[str, str
     )
 
 
-def _least(
+def least_left(
     older: CheckpointRef, newer: CheckpointRef, schedules: tuple[Schedule, Schedule]
 ) -> float | None:
     """What is left of a second moment after the steps between two checkpoints, at least.

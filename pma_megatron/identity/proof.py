@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,9 +16,9 @@ from pma_megatron.identity.copies import Contents, contents_of, refuse_copies
 from pma_megatron.identity.lineage import (
     SampledBox,
     Values,
-    other_runs,
+    least_left,
+    of_one_run,
     places_of,
-    refuse_other_runs,
     values_at,
 )
 from pma_megatron.identity.optimizer_steps import Steps, refuse_other_steps
@@ -104,30 +104,55 @@ def unconfirmed(source: Source, with_main_params: Callable[[], Source]) -> str |
     return None
 
 
-def refuse_strangers(
-    refs: Sequence[CheckpointRef], evidence: Mapping[int, Evidence]
-) -> dict[int, str]:
-    """Compare the sources with each other.
+@dataclass(slots=True)
+class Strangers:
+    """Compares the sources of a merge with each other, one after the other: of what they hold, two
+    at a time are kept.
 
-    Returns:
-        number of a source -> that it looks like one of another run than the source before it, or
-        like one of two saves.
-
-    Args:
+    Attributes:
         refs: oldest first.
-        evidence: of each, by its number.
-
-    Raises:
-        CheckpointError: two contradict each other, or are one; names both.
+        evidence: of each that was added, without what it holds.
     """
-    refuse_contradictions(refs)
-    each = [evidence[number] for number in range(len(refs))]
-    refuse_copies([e.contents for e in each], lambda n: each[n].schedule.learning_rate)
-    counted = refuse_other_steps(refs, [e.steps for e in each])
-    # Files of another model differ for another reason, which the plan names.
-    values = [e.values if e.model == each[-1].model else Values.none() for e in each]
-    refuse_other_runs(refs, values, [e.schedule for e in each])
-    return {**counted, **other_runs(refs, values)}
+
+    refs: Sequence[CheckpointRef]
+    evidence: list[Evidence] = field(default_factory=list)
+    _held: Values = field(default_factory=Values.none)
+    _signs: list[tuple[str | None, str | None]] = field(default_factory=list)
+
+    def add(self, evidence: Evidence) -> None:
+        """The next one, from the oldest on."""
+        number = len(self.evidence)
+        # Files of another model differ for another reason, which the plan names.
+        alike = number > 0 and evidence.model == self.evidence[-1].model
+        if number and alike:
+            older, newer = self.refs[number - 1], self.refs[number]
+            schedules = self.evidence[-1].schedule, evidence.schedule
+            left = least_left(older, newer, schedules)
+            self._signs.append(of_one_run(older, newer, self._held, evidence.values, left))
+        elif number:
+            self._signs.append((None, None))
+        self._held = evidence.values
+        self.evidence.append(replace(evidence, values=Values.none(), places=()))
+
+    def refuse(self) -> dict[int, str]:
+        """Compare all that were added.
+
+        Returns:
+            number of a source -> that it looks like one of another run than the source before it,
+            or like one of two saves.
+
+        Raises:
+            CheckpointError: two contradict each other, or are one; names both.
+        """
+        refuse_contradictions(self.refs)
+        each = self.evidence
+        refuse_copies([e.contents for e in each], lambda n: each[n].schedule.learning_rate)
+        counted = refuse_other_steps(self.refs, [e.steps for e in each])
+        for error, _ in self._signs:
+            if error is not None:
+                raise CheckpointError(error)
+        said = {n: sentence for n, (_, sentence) in enumerate(self._signs, 1) if sentence}
+        return {**counted, **said}
 
 
 def _model(source: Source) -> str:

@@ -11,7 +11,7 @@ from pma_megatron.base.comm import Comm
 from pma_megatron.base.once import once_each
 from pma_megatron.formats import registry
 from pma_megatron.formats.source import Source
-from pma_megatron.identity.proof import Evidence, prove, refuse_strangers, unconfirmed
+from pma_megatron.identity.proof import Evidence, Strangers, prove, unconfirmed
 from pma_megatron.merging.finding import owners_of
 from pma_megatron.merging.policy import MAIN
 from pma_megatron.merging.request import MergeRequest
@@ -68,9 +68,12 @@ def open_sources(
     opened: dict[int, Source] = {last: newest}
     for number, owner in enumerate(owners[:last]):
         opened[number] = comm.broadcast(others.get(number, newest), owner)
-    told = (comm.told_main(proved.get(number), owner) for number, owner in enumerate(owners))
-    shown = {number: evidence for number, evidence in enumerate(told) if evidence is not None}
-    said = comm.on_main("compare sources", lambda: refuse_strangers(refs, shown))
+    strangers = Strangers(refs)
+    for number, owner in enumerate(owners):
+        evidence = comm.told_main(proved.pop(number, None), owner)
+        if evidence is not None:
+            strangers.add(evidence)
+    said = comm.on_main("compare sources", strangers.refuse)
     for number, sentence in said.items():
         opened[number] = replace(opened[number], notes=(*opened[number].notes, sentence))
     for sentence in (note for n in sorted(opened) for note in opened[n].notes if comm.is_main):
