@@ -15,7 +15,7 @@ from pma_megatron.errors import SelectionError
 from pma_megatron.formats.marker import SNAPSHOTS
 from pma_megatron.merging.request import MergeRequest
 from pma_megatron.runs.describe import describe
-from pma_megatron.runs.discover import list_checkpoints, looked_at, pointers_of
+from pma_megatron.runs.discover import choose, list_checkpoints, looked_at, pointers_of
 from pma_megatron.runs.notices import changed_settings_notes, settings_of, too_early_notes
 from pma_megatron.runs.recovery_log import History
 from pma_megatron.runs.refs import CheckpointRef
@@ -212,6 +212,27 @@ def _turn(number: int, ranks: int) -> int:
     """
     rounds, place = divmod(number, ranks)
     return ranks - 1 - place if rounds % 2 else place
+
+
+def chosen(
+    refs: list[CheckpointRef], request: MergeRequest, found: dict[str, Pointer] | None, comm: Comm
+) -> Selection:
+    """What rank 0 selects: that looks into the root too.
+
+    Raises:
+        SelectionError: on every rank.
+    """
+
+    def select() -> Selection | str:
+        try:
+            return choose(refs, request.widest(), request.load, found, request.resumed)
+        except SelectionError as error:
+            return str(error)
+
+    made = comm.on_main("select", select)
+    if isinstance(made, str):
+        raise SelectionError(made)
+    return made
 
 
 def schedule_notes(selection: Selection, visible: Sequence[Sequence[int]], comm: Comm) -> list[str]:

@@ -29,13 +29,13 @@ from pma_megatron.merging.exporting import (
     further_targets,
     plan_export,
 )
-from pma_megatron.merging.finding import look_around, schedule_notes
+from pma_megatron.merging.finding import chosen, look_around, schedule_notes
 from pma_megatron.merging.opening import open_sources
 from pma_megatron.merging.padding import padding_notes
 from pma_megatron.merging.request import MergeRequest, Output, in_its_words, refuse_other_plans
 from pma_megatron.merging.saved_folder import SavedFolder, lay_out_folder
 from pma_megatron.merging.tasks import Unit, Workload
-from pma_megatron.runs.discover import choose, newest_full
+from pma_megatron.runs.discover import newest_full
 from pma_megatron.runs.notices import announce
 from pma_megatron.runs.selection import Selection
 from pma_megatron.version import __version__
@@ -150,10 +150,7 @@ def gather_sources(request: MergeRequest, comm: Comm, *, everywhere: bool = Fals
         SelectionError, CheckpointError, PlanError, UsageError: on every rank.
     """
     refs, seen, found = look_around(request, comm, everywhere)
-    selection = comm.on_main(
-        "select",
-        lambda: choose(list(refs.values()), request.widest(), request.load, found, request.resumed),
-    )
+    selection = chosen(list(refs.values()), request, found, comm)
     visible = tuple(seen[ref.path] for ref in selection.refs)
     said = schedule_notes(selection, visible, comm)
     selection = replace(
