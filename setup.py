@@ -15,6 +15,8 @@ MEGATRON = ["megatron-core>=0.12"]
 DEEPSPEED = ["deepspeed>=0.14"]
 PLOTS = ["matplotlib>=3.7"]
 TENSORBOARD = ["tensorboard>=2.12"]
+WANDB = ["wandb>=0.16"]
+MLFLOW = ["mlflow-skinny>=2.9"]  # the client alone; a whole mlflow that is there does as well
 YAML = ["pyyaml>=6"]  # files for `--from`; JSON needs nothing
 COMPLETION = ["shtab>=1.9"]  # the first that speaks fish
 TRANSFORMERS = ["transformers>=4.45"]  # opens and scores what `pma export` wrote
@@ -29,6 +31,8 @@ TEST = [
     *DEEPSPEED,
     *PLOTS,
     *TENSORBOARD,
+    *WANDB,
+    *MLFLOW,
     *COMPLETION,
     *YAML,
     *DOCS,
@@ -93,6 +97,8 @@ setup(
         "deepspeed": DEEPSPEED,
         "plots": PLOTS,
         "tensorboard": TENSORBOARD,
+        "wandb": WANDB,
+        "mlflow": MLFLOW,
         "completion": COMPLETION,
         "yaml": YAML,
         "transformers": TRANSFORMERS,

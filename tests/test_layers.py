@@ -24,7 +24,7 @@ FOLDERS = [
     ["live", "geometry", "comparison", "scores", "spikes"],
     ["online"],
     ["retention"],
-    ["watching"],
+    ["watching", "writers"],
     ["megatron", "deepspeed", "fsdp"],
     ["megatron_deepspeed"],
     ["launch"],
@@ -179,9 +179,14 @@ INSIDE = {
         commands state
         follow
     """,
+    "writers": """
+        places records
+        destinations
+    """,
     "megatron": """
         flags params tree_functions trees
-        checks evaluate replicas retained thin
+        checks replicas retained thin writers
+        evaluate
         argument_parser load rollback session shard swap
         init online recover score tree_decorators
         contour curvature decorators evaluate_geometry evaluate_grid save watch
@@ -204,7 +209,8 @@ INSIDE = {
     "cli": """
         charts landscape progress request_files streams tables verbs
         asked
-        commands recover score_flags score_grid
+        curves score_flags score_grid
+        commands recover
         compare evaluate flags forecast geometry prune watch
         command completion
     """,

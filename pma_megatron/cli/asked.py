@@ -16,6 +16,7 @@ from pma_megatron.scores.grid import Grid
 from pma_megatron.spikes.healthy import Span
 from pma_megatron.spikes.request import RecoveryRequest
 from pma_megatron.watching.request import WatchRequest
+from pma_megatron.writers.places import refuse_unusable
 
 
 def plan_of(arguments: argparse.Namespace) -> MergeRequest:
@@ -32,6 +33,7 @@ def plan_of(arguments: argparse.Namespace) -> MergeRequest:
 
 def merge_of(arguments: argparse.Namespace) -> MergeRequest:
     """What `pma merge` merges."""
+    _refuse_log(arguments)
     request = plan_of(arguments)
     request.refuse_no_output()
     return request
@@ -45,6 +47,7 @@ def export_of(arguments: argparse.Namespace) -> None:
 
 def recovery_of(arguments: argparse.Namespace) -> RecoveryRequest | None:
     """What `pma recover` recovers from; None where it tells what was done before."""
+    _refuse_log(arguments)
     if arguments.history:
         return None
     if arguments.save is None:
@@ -61,6 +64,7 @@ def recovery_of(arguments: argparse.Namespace) -> RecoveryRequest | None:
 def evaluation_of(arguments: argparse.Namespace) -> Grid:
     """What `pma evaluate` scores."""
     _refuse_unwritable(arguments)
+    _refuse_log(arguments)
     if arguments.load is None:
         raise UsageError("say where the checkpoints are: --load DIR")
     refuse_no_scorer(arguments)
@@ -70,6 +74,7 @@ def evaluation_of(arguments: argparse.Namespace) -> Grid:
 def forecast_of(arguments: argparse.Namespace) -> Grid:
     """What `pma forecast` scores, as far as that is typed."""
     _refuse_unwritable(arguments)
+    _refuse_log(arguments)
     return grid_of(arguments)
 
 
@@ -138,6 +143,7 @@ def pruning_of(arguments: argparse.Namespace) -> PruneRequest:
 
 def watching_of(arguments: argparse.Namespace) -> WatchRequest:
     """What `pma watch` follows."""
+    _refuse_log(arguments)
     if arguments.load is None:
         raise UsageError("say which run is followed: --load DIR")
     typed = vars(arguments)
@@ -147,7 +153,7 @@ def watching_of(arguments: argparse.Namespace) -> WatchRequest:
     return made(WatchRequest, typed, merge=made(MergeRequest, typed), words=words)
 
 
-_OF_WATCH = {each.name for each in declared(WatchRequest)}
+_OF_WATCH = {"log_to", *(each.name for each in declared(WatchRequest))}
 
 
 def _root_of(arguments: argparse.Namespace) -> str:
@@ -164,6 +170,11 @@ def _span(text: str | None) -> Span | None:
     if not (colon and first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
         raise UsageError(f"--skip {text!r} is not FIRST:LAST, two iterations, nor `none`")
     return Span(int(first), int(last))
+
+
+def _refuse_log(arguments: argparse.Namespace) -> None:
+    """Refuse places that what is found could not be written to at the end."""
+    refuse_unusable("log_to", arguments.log_to)
 
 
 def _refuse_unwritable(arguments: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from pma_megatron.base.comm import Comm, process_group_from_environment
 from pma_megatron.base.stopping import having_published
 from pma_megatron.cli import tables
+from pma_megatron.cli.curves import writers_of
 from pma_megatron.cli.progress import show
 from pma_megatron.cli.verbs import show_result
 from pma_megatron.errors import CheckpointError, SelectionError
@@ -25,6 +26,7 @@ from pma_megatron.merging.report import describe_plan
 from pma_megatron.runs.discover import list_checkpoints
 from pma_megatron.runs.folders import what_is
 from pma_megatron.watching.own import WATCHED
+from pma_megatron.writers.records import of_merge
 
 _log = logging.getLogger(__name__)
 
@@ -34,9 +36,11 @@ def merge(arguments: Namespace) -> None:
     request = replace(arguments.request, watched=os.environ.get(WATCHED))
     with ExitStack() as over, process_group_from_environment(arguments.timeout_s):
         comm = Comm(request.merge_parallel_size)
+        writers = over.enter_context(writers_of(arguments, comm))
         report = merge_checkpoints(request, comm, show(comm))
         over.enter_context(having_published(report.published))
         if comm.is_main:
+            writers.write(of_merge(report))
             show_result(arguments, report.to_json(), lambda: tables.merged(report))
 
 

@@ -10,7 +10,7 @@ from pma_megatron.base.settings import add_flags, declared, setting
 from pma_megatron.cli import asked
 from pma_megatron.cli.request_files import expanded
 from pma_megatron.cli.score_flags import add_evaluate, add_forecast, add_geometry
-from pma_megatron.cli.verbs import Files, OnRanks, Parser, Written, add_selection, new_verb
+from pma_megatron.cli.verbs import Files, Logged, OnRanks, Parser, Written, add_selection, new_verb
 from pma_megatron.errors import UsageError
 from pma_megatron.merging.policy import Policy
 from pma_megatron.merging.request import SAMPLES, MergeRequest, Method
@@ -155,6 +155,7 @@ def parser() -> argparse.ArgumentParser:
         add_flags(group, OnRanks)
         add_flags(group, MergeRequest, "check_sources", "merge_parallel_size")
         add_flags(group, Written)
+        add_flags(group, Logged)
     _add_export(verbs)
     _add_recover(verbs)
     add_evaluate(verbs)
@@ -237,6 +238,7 @@ def _add_watch(verbs: argparse._SubParsersAction[Parser]) -> None:
     add_flags(group, WatchRequest, "poll_s", "once", "until_iteration", "launch")
     add_flags(group, MergeRequest, "threads", "check_sources")
     add_flags(group, Written)
+    add_flags(group, Logged)
 
 
 def _add_averaging(verb: argparse.ArgumentParser) -> None:
@@ -286,6 +288,7 @@ def _add_recover(verbs: argparse._SubParsersAction[Parser]) -> None:
     add_flags(verb, RecoveryRequest, "overwrite", "threads")
     add_flags(verb, OnRanks)
     add_flags(verb, Written)
+    add_flags(verb, Logged)
     group = verb.add_argument_group("where the run went wrong")
     add_flags(group, RecoveryRequest, "metrics", "onset", "loss", "grad_norm")
     add_flags(group, SpikeSettings)

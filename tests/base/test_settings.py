@@ -15,7 +15,7 @@ from pma_megatron import cli
 from pma_megatron.base.settings import PMA, declared, made, nested
 from pma_megatron.cli.flags import Checks, Deletion, Modes, Sameness, parser
 from pma_megatron.cli.score_flags import Compared, Loss, Scorer
-from pma_megatron.cli.verbs import Common, Files, OnRanks, Written
+from pma_megatron.cli.verbs import Common, Files, Logged, OnRanks, Written
 from pma_megatron.deepspeed.options import KEYWORDS, Options
 from pma_megatron.errors import UsageError
 from pma_megatron.live.load import Live
@@ -50,6 +50,7 @@ OTHERS: tuple[type, ...] = (
     Checks,
     Compared,
     Deletion,
+    Logged,
     Loss,
     Modes,
     Sameness,

@@ -56,12 +56,14 @@ MERGE = COMMON | {
     "--export",
     "--from",
     "--like",
+    "--log-to",
     "--max-shard-size",
 }
 SCORE = COMMON | {
     "--dump-request",
     "--from",
     "--load",
+    "--log-to",
     "--ends",
     "--exclude",
     "--intervals-iterations",
@@ -107,6 +109,7 @@ FLAGS = {
         "--interval-tokens",
         "--last",
         "--load",
+        "--log-to",
         "--loss",
         "--lr-factor",
         "--margin-iterations",
