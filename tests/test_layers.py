@@ -24,7 +24,7 @@ FOLDERS = [
     ["live", "geometry", "comparison", "scores", "spikes"],
     ["online"],
     ["retention"],
-    ["watching", "writers"],
+    ["watching", "writers", "pages"],
     ["megatron", "deepspeed", "fsdp"],
     ["megatron_deepspeed"],
     ["launch"],
@@ -179,6 +179,12 @@ INSIDE = {
         commands state
         follow
     """,
+    "pages": """
+        charts section
+        pictures
+        merged recovered scored
+        page
+    """,
     "writers": """
         places records
         destinations
@@ -207,11 +213,11 @@ INSIDE = {
         install
     """,
     "cli": """
-        charts landscape progress request_files streams tables verbs
+        landscape progress request_files streams tables verbs
         asked
         curves score_flags score_grid
         commands recover
-        compare evaluate flags forecast geometry prune watch
+        compare evaluate flags forecast geometry prune report watch
         command completion
     """,
 }

@@ -10,6 +10,7 @@ from pma_megatron.base.openfiles import is_folder
 from pma_megatron.base.settings import declared, made
 from pma_megatron.cli.request_files import words_of
 from pma_megatron.errors import UsageError
+from pma_megatron.formats.marker import MARKER_FILE
 from pma_megatron.merging.request import MergeRequest, Method
 from pma_megatron.retention.request import PruneRequest
 from pma_megatron.scores.grid import Grid
@@ -132,6 +133,24 @@ def comparison_of(arguments: argparse.Namespace) -> None:
     for each in (arguments.first, arguments.second):
         if arguments.out is not None and Path(each).resolve() in arguments.out.resolve().parents:
             raise UsageError(f"--out {arguments.out} lies in {each}, which is compared: elsewhere")
+
+
+def report_of(arguments: argparse.Namespace) -> None:
+    """Refuse a `pma report` that could not be written, or into what it is about."""
+    _refuse_unwritable(arguments)
+    out = arguments.out.resolve()
+    for each in map(Path, arguments.path):
+        if out == each.resolve():
+            raise UsageError(f"--out {arguments.out} is what the page is about: another file")
+    if any((folder / MARKER_FILE).is_file() for folder in out.parents):
+        raise UsageError(
+            f"--out {arguments.out} lies in what pma wrote, where no other file may be: elsewhere"
+        )
+    if importlib.util.find_spec("jinja2") is None or importlib.util.find_spec("matplotlib") is None:
+        raise UsageError(
+            "pma report needs matplotlib and jinja2, and one is not installed: "
+            "pip install 'pma-megatron[plots]'"
+        )
 
 
 def pruning_of(arguments: argparse.Namespace) -> PruneRequest:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 
-from pma_megatron.cli import charts, tables
+from pma_megatron.cli import tables
 from pma_megatron.cli.curves import writers_of
 from pma_megatron.cli.score_grid import score, write_json
 from pma_megatron.cli.verbs import show_result
+from pma_megatron.pages import charts
 from pma_megatron.runs.tokens import format_tokens
 from pma_megatron.scores.grid import UNMERGED
 from pma_megatron.scores.results import Score, Scores

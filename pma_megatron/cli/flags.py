@@ -56,6 +56,10 @@ _WATCH_EXAMPLES = """
       --launch 'torchrun --nproc-per-node 8' --evaluate './eval.sh "$PMA_AVERAGE"' --events w.jsonl
   pma watch --from average.yaml --once          # from cron
 """
+_REPORT_EXAMPLES = """
+  pma report /ckpts/run-pma --out merge.html
+  pma report /ckpts/run-pma/iter_0100000 forecast.json /ckpts/run --verify --out run.html
+"""
 _COMPLETION_EXAMPLES = """
   eval "$(pma completion bash)"                                  # in ~/.bashrc
   eval "$(pma completion zsh)"                                   # in ~/.zshrc, after compinit
@@ -119,6 +123,18 @@ class Deletion:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Paged:
+    """How `pma report` looks at folders."""
+
+    check: bool = setting(
+        False,
+        "read every byte of each folder and compare it with its pma.json; without it, sizes alone "
+        "are looked at",
+        flag="verify",
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Sameness:
     """What `pma compare` compares, and what counts as the same."""
 
@@ -164,6 +180,7 @@ def parser() -> argparse.ArgumentParser:
     _add_compare(verbs)
     _add_prune(verbs)
     _add_watch(verbs)
+    _add_report(verbs)
     for name, run, text, where, what, examples in _OF_A_FOLDER:
         only_looks = name in ("list", "inspect")
         verb = new_verb(verbs, name, run, text, examples, only_looks=only_looks)
@@ -239,6 +256,20 @@ def _add_watch(verbs: argparse._SubParsersAction[Parser]) -> None:
     add_flags(group, MergeRequest, "threads", "check_sources")
     add_flags(group, Written)
     add_flags(group, Logged)
+
+
+def _add_report(verbs: argparse._SubParsersAction[Parser]) -> None:
+    text = "write a page of HTML about merges, scores, forecasts and recoveries, in one file"
+    verb = new_verb(verbs, "report", "report:run", text, _REPORT_EXAMPLES, asked.report_of)
+    verb.add_argument(
+        "path",
+        nargs="+",
+        help="a folder that pma wrote, a run's folder with a log of recoveries, or a file that "
+        "--out or --json of evaluate, forecast, merge or recover gave",
+    )
+    where = {"help": "the page", "metavar": "FILE.html"}
+    add_flags(verb, Files, "out", out=where)["out"].required = True
+    add_flags(verb, Paged)
 
 
 def _add_averaging(verb: argparse.ArgumentParser) -> None:

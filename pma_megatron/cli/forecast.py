@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
-from pma_megatron.cli import charts, tables
+from pma_megatron.cli import tables
 from pma_megatron.cli.asked import grid_of
 from pma_megatron.cli.curves import writers_of
 from pma_megatron.cli.score_grid import score, write_json
@@ -15,6 +15,7 @@ from pma_megatron.cli.verbs import show_result
 from pma_megatron.errors import UsageError
 from pma_megatron.formats import registry
 from pma_megatron.megatron.score import scored_refs
+from pma_megatron.pages import charts
 from pma_megatron.runs.discover import choose, list_checkpoints, pointers_of
 from pma_megatron.runs.notices import announce
 from pma_megatron.runs.refs import CheckpointRef

@@ -321,6 +321,9 @@ OF_OTHERS = {
     "formats.rates": {"--"},  # before the names of Megatron's settings
     "formats.torch_dist.buckets": {"--dist-ckpt-optim-fully-reshardable"},  # of Megatron
     "live.plan": {"--make-vocab-size-divisible-by"},  # of Megatron
+    "pages.merged": {"--export", "--from", "--save"},  # commands on a page that people read
+    "pages.page": {"--json", "--out"},
+    "pages.recovered": {"--dry-run", "--load", "--metrics", "--save"},
     "megatron.curvature": {  # of Megatron and torchrun
         "--bf16",
         "--fp16",

@@ -197,6 +197,7 @@ FLAGS = {
         "--window-tokens",
         "--allow-gaps",
     },
+    "report": COMMON | {"path", "--out", "--verify"},
     "list": COMMON | {"root"},
     "inspect": COMMON | {"path"},
     "verify": COMMON | {"path", "--samples", "--deep", "--files-only", "--timeout"},
@@ -298,7 +299,7 @@ def test_help(capsys: pytest.CaptureFixture[str], verb: str) -> None:
     code, out, _ = call(capsys, verb, "--help")
     assert code == 0
     assert all(flag in out for flag in FLAGS[verb])
-    alone = ("list", "inspect", "verify", "completion", "prune")
+    alone = ("list", "inspect", "verify", "completion", "prune", "report")
     assert ("torchrun --nproc-per-node" in out) == (verb not in alone)
 
 
