@@ -240,7 +240,8 @@ def _summary(output: Mapping[str, Any], plan: Mapping[str, Any]) -> str:
     used = sum(float(each) != 0 for each in output["coefficients"])
     newest = shown(plan.get("iteration"))
     at = f", up to iteration {newest}" if newest else ""
-    return f"{shown(output['method'])} of {used} of {len(sources)} checkpoints{at}"
+    count = f"{used}" if used == len(sources) else f"{used} of {len(sources)}"
+    return f"{shown(output['method'])} of {count} checkpoints{at}"
 
 
 def _warnings(plan: Mapping[str, Any], told: Mapping[str, Any]) -> list[str]:

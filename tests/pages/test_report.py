@@ -101,7 +101,7 @@ def merge_in(whole: tuple[Path, MergeReport], tmp_path: Path) -> Path:
 def test_a_merge(merge_in: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = folder_of(merge_in, 8)
     made = page(capsys, tmp_path / "a.html", merge_in)
-    assert made.of("h1") == [f"sma of 3 of 3 checkpoints, up to iteration 8: {folder}"]
+    assert made.of("h1") == [f"sma of 3 checkpoints, up to iteration 8: {folder}"]
     ((level, answer),) = made.answers
     assert level == "neutral" and "checked against its sources before" in answer
     commands = made.of("pre")
