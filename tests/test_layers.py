@@ -108,7 +108,7 @@ INSIDE = {
         proof
     """,
     "merging": """
-        cards coefficients folder_checksums locks policy tasks tolerance
+        cards coefficients folder_checksums locks policy rolling tasks tolerance
         padding
         agreement request sums
         accumulate
@@ -177,6 +177,7 @@ INSIDE = {
     "watching": """
         events own request
         commands state
+        rolling
         follow
     """,
     "pages": """

@@ -13,6 +13,7 @@ from pma_megatron.errors import UsageError
 from pma_megatron.formats.marker import MARKER_FILE
 from pma_megatron.merging.request import MergeRequest, Method
 from pma_megatron.retention.request import PruneRequest
+from pma_megatron.runs.selection_request import SelectionRequest
 from pma_megatron.scores.grid import Grid
 from pma_megatron.spikes.healthy import Span
 from pma_megatron.spikes.request import RecoveryRequest
@@ -168,11 +169,17 @@ def watching_of(arguments: argparse.Namespace) -> WatchRequest:
     typed = vars(arguments)
     if arguments.coefficients and arguments.method == Method().name:
         typed = {**typed, "method": "custom"}
-    words = tuple(words_of(arguments, _OF_WATCH))
-    return made(WatchRequest, typed, merge=made(MergeRequest, typed), words=words)
+    return made(
+        WatchRequest,
+        typed,
+        merge=made(MergeRequest, typed),
+        words=tuple(words_of(arguments, _OF_WATCH)),
+        unchosen_words=tuple(words_of(arguments, _OF_WATCH | _CHOICE)),
+    )
 
 
 _OF_WATCH = {"log_to", *(each.name for each in declared(WatchRequest))}
+_CHOICE = {each.name for kind in (SelectionRequest, Method) for each in declared(kind)}
 
 
 def _root_of(arguments: argparse.Namespace) -> str:

@@ -25,7 +25,7 @@ from pma_megatron.merging.published import verify as verify_published
 from pma_megatron.merging.report import describe_plan
 from pma_megatron.runs.discover import list_checkpoints
 from pma_megatron.runs.folders import what_is
-from pma_megatron.watching.own import WATCHED
+from pma_megatron.watching.own import ROLLED, WATCHED
 from pma_megatron.writers.records import of_merge
 
 _log = logging.getLogger(__name__)
@@ -33,7 +33,8 @@ _log = logging.getLogger(__name__)
 
 def merge(arguments: Namespace) -> None:
     """`pma merge`."""
-    request = replace(arguments.request, watched=os.environ.get(WATCHED))
+    handed = {"watched": os.environ.get(WATCHED), "rolling": os.environ.get(ROLLED)}
+    request = replace(arguments.request, **handed)
     with ExitStack() as over, process_group_from_environment(arguments.timeout_s):
         comm = Comm(request.merge_parallel_size)
         writers = over.enter_context(writers_of(arguments, comm))

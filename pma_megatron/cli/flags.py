@@ -247,7 +247,7 @@ def _add_watch(verbs: argparse._SubParsersAction[Parser]) -> None:
     add_flags(group, MergeRequest, "load")
     add_flags(group, SelectionRequest, "last", "interval_tokens", "interval_iterations")
     add_flags(group, SelectionRequest, "tolerance", "window_tokens", "exclude", "allow_gaps")
-    _add_averaging(verb)
+    add_flags(_add_averaging(verb), WatchRequest, "rolling")
     group = verb.add_argument_group("what is done with each")
     add_flags(group, MergeRequest, "save")
     add_flags(group, WatchRequest, "keep", "evaluate", "events")
@@ -272,13 +272,14 @@ def _add_report(verbs: argparse._SubParsersAction[Parser]) -> None:
     add_flags(verb, Paged)
 
 
-def _add_averaging(verb: argparse.ArgumentParser) -> None:
-    group = verb.add_argument_group("how to average")
-    add_flags(group, Method)
-    add_flags(group, Policy)
-    add_flags(group, MergeRequest, "lr_factor", "dtype", "sweep")
+def _add_averaging(verb: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    averaging = verb.add_argument_group("how to average")
+    add_flags(averaging, Method)
+    add_flags(averaging, Policy)
+    add_flags(averaging, MergeRequest, "lr_factor", "dtype", "sweep")
     group = verb.add_argument_group("a Hugging Face model of the average")
     add_flags(group, MergeRequest, "export", "like", "max_shard_bytes")
+    return averaging
 
 
 def _add_completion(verbs: argparse._SubParsersAction[Parser]) -> None:

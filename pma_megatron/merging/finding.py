@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,24 @@ from pma_megatron.base.comm import Comm
 from pma_megatron.errors import SelectionError
 from pma_megatron.merging.request import MergeRequest
 from pma_megatron.runs.describe import describe
-from pma_megatron.runs.discover import list_checkpoints, looked_at, pointers_of
+from pma_megatron.runs.discover import choose, list_checkpoints, looked_at, pointers_of
 from pma_megatron.runs.notices import changed_settings_notes, settings_of, too_early_notes
 from pma_megatron.runs.recovery_log import History
 from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.runs.selection import Selection
 from pma_megatron.runs.trackers import Pointer
+
+
+def chosen(
+    request: MergeRequest, refs: list[CheckpointRef], found: Mapping[str, Pointer] | None
+) -> Selection:
+    """The checkpoints that a merge takes of those that were found.
+
+    Of an update of a rolling average nothing is noted: its sources are no window of the run, and of
+    the window that the average is of, the plan from all its checkpoints says what there is to say.
+    """
+    selection = choose(refs, request.widest(), request.load, found, request.resumed)
+    return selection if request.rolling is None else replace(selection, notes=())
 
 
 def all_refs(

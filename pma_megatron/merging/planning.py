@@ -30,13 +30,13 @@ from pma_megatron.merging.exporting import (
     further_targets,
     plan_export,
 )
-from pma_megatron.merging.finding import all_refs, owners_of, pointers, schedule_notes
+from pma_megatron.merging.finding import all_refs, chosen, owners_of, pointers, schedule_notes
 from pma_megatron.merging.padding import padding_notes
 from pma_megatron.merging.policy import MAIN
 from pma_megatron.merging.request import MergeRequest, Output, in_its_words, refuse_other_plans
 from pma_megatron.merging.saved_folder import SavedFolder, lay_out_folder
 from pma_megatron.merging.tasks import Unit, Workload, units
-from pma_megatron.runs.discover import choose, newest_full
+from pma_megatron.runs.discover import newest_full
 from pma_megatron.runs.notices import announce
 from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.runs.selection import Selection
@@ -152,12 +152,9 @@ def gather_sources(request: MergeRequest, comm: Comm, *, everywhere: bool = Fals
     """
     refs, seen = all_refs(request, comm, everywhere)
     found = pointers(request, comm, everywhere)
-    selection = comm.agree(
-        "select",
-        lambda: choose(list(refs.values()), request.widest(), request.load, found, request.resumed),
-    )
+    selection = comm.agree("select", lambda: chosen(request, list(refs.values()), found))
     visible = tuple(seen[ref.path] for ref in selection.refs)
-    said = schedule_notes(selection, visible, comm)
+    said = [] if request.rolling else schedule_notes(selection, visible, comm)
     selection = replace(
         selection,
         passed_over=(*request.passed_over, *selection.passed_over),

@@ -17,6 +17,7 @@ from pma_megatron.formats.marker import EXPORT, ONLINE_AVERAGE
 from pma_megatron.merging.provenance import checked_provenance
 from pma_megatron.merging.published import published
 from pma_megatron.merging.report import how_to_resume
+from pma_megatron.merging.rolling import ROLLING, read
 from pma_megatron.pages.pictures import coefficients, stages, svg_of
 from pma_megatron.pages.section import Level, Part, Picture, Row, Section, Table, shown
 from pma_megatron.runs.tokens import format_tokens
@@ -246,6 +247,10 @@ def _summary(output: Mapping[str, Any], plan: Mapping[str, Any]) -> str:
 
 def _warnings(plan: Mapping[str, Any], told: Mapping[str, Any]) -> list[str]:
     said = [str(note) for note in plan.get("notes", ())]
+    rolled = read(told.get(ROLLING))
+    if rolled is not None:
+        names = ", ".join(str(each.iteration) for each in rolled.members)
+        said.insert(0, f"A rolling average of iterations {names}, {rolled.sentence()}.")
     for each in plan.get("passed_over", ()):
         if each.get("kind") not in _ASKED_FOR:
             said.append(f"{each.get('path')} is passed over: {each.get('reason')}")

@@ -353,7 +353,15 @@ OF_OTHERS = {
         "--last",
         "--lr-factor",
     },
-    "watching.commands": {"--end-iteration", "--json", "--overwrite"},  # of a `pma merge`
+    "watching.commands": {  # of a `pma merge`
+        "--allow-any-coefficients",
+        "--coefficients",
+        "--end-iteration",
+        "--json",
+        "--method",
+        "--overwrite",
+        "--paths",
+    },
     "watching.follow": {"--nproc-per-node"},  # of torchrun
     "watching.request": {"--nproc-per-node"},  # of torchrun
     "runs.tokens": {"--iterations-to-skip", "--decrease-batch-size-if-needed"},  # of Megatron

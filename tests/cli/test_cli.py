@@ -166,7 +166,16 @@ FLAGS = {
         "--timeout",
         "--tokens",
     }
-    | {"--evaluate", "--events", "--keep", "--launch", "--once", "--poll-s", "--until-iteration"},
+    | {
+        "--evaluate",
+        "--events",
+        "--keep",
+        "--launch",
+        "--once",
+        "--poll-s",
+        "--rolling",
+        "--until-iteration",
+    },
     "geometry": COMMON
     | {
         "--dump-request",
