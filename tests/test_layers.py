@@ -108,8 +108,8 @@ INSIDE = {
         proof
     """,
     "merging": """
-        cards coefficients folder_checksums locks policy rolling tasks tolerance
-        padding
+        coefficients folder_checksums locks policy rolling tasks tolerance
+        cards padding
         agreement request sums
         accumulate
         streaming

@@ -112,13 +112,23 @@ def read(value: Any) -> Rolling | None:
         )
     except (KeyError, TypeError, ValueError):
         return None
-    return made if is_count(made.updates) and made.updates and 0 < made.bound <= LIMIT else None
+    good = is_count(made.updates) and made.updates and 0 < made.bound <= LIMIT and members
+    return made if good else None
 
 
 def is_update_of(said: Mapping[str, Any], exact_digest: str) -> bool:
     """Whether a `pma.json` is of the rolling average of the very checkpoints of another plan."""
     made = read(said.get(ROLLING))
     return made is not None and made.exact_digest == exact_digest
+
+
+def rolled_in_words(said: Mapping[str, Any]) -> str | None:
+    """What the rolling average of a `pma.json` is of; None where it is of no such one."""
+    made = read(said.get(ROLLING))
+    if made is None:
+        return None
+    first, last = made.members[0].iteration, made.members[-1].iteration
+    return f"rolling {made.method.get('name')} of {len(made.members)}: {first} to {last}"
 
 
 def dumped(made: Rolling) -> str:

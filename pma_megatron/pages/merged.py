@@ -17,7 +17,7 @@ from pma_megatron.formats.marker import EXPORT, ONLINE_AVERAGE
 from pma_megatron.merging.provenance import checked_provenance
 from pma_megatron.merging.published import published
 from pma_megatron.merging.report import how_to_resume
-from pma_megatron.merging.rolling import ROLLING, read
+from pma_megatron.merging.rolling import ROLLING, read, rolled_in_words
 from pma_megatron.pages.pictures import coefficients, stages, svg_of
 from pma_megatron.pages.section import Level, Part, Picture, Row, Section, Table, shown
 from pma_megatron.runs.tokens import format_tokens
@@ -63,7 +63,7 @@ def of_folder(path: Path, prefix: str, compared: str | None = None) -> Section:
         ("plan digest", shown(said.get("digest"))),
     ]
     return _section(
-        f"{_summary(value['output'], said)}: {folder}",
+        f"{rolled_in_words(value) or _summary(value['output'], said)}: {folder}",
         verdict,
         level,
         commands,

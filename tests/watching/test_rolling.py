@@ -8,9 +8,11 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import exports
 import numpy as np
 import pytest
 from test_cli import _logging_as_it_was, call  # noqa: F401 (a fixture of every test)
@@ -257,9 +259,26 @@ def test_it_is_said_wherever_the_average_is_looked_at(
         watched.at(end)
     code, out, _ = call(capsys, "inspect", save)
     assert code == 0 and "a rolling average: not exact: 1 update since" in out
+    code, out, _ = call(capsys, "list", save)
+    assert code == 0 and "rolling sma of 5: 4 to 12" in out and "sma of 5: 2 to 10" in out
     page = tmp_path / "a.html"
     assert call(capsys, "report", save, "--out", page)[0] == 0
     assert "A rolling average of iterations 4, 6, 8, 10, 12, not exact" in page.read_text()
+    assert f"<h1>rolling sma of 5: 4 to 12: {folder_of(save, 12)}</h1>" in page.read_text()
+
+
+def test_an_export_of_it_says_it_too(tmp_path: Path) -> None:
+    run, save, model = tmp_path / "run", tmp_path / "averages", tmp_path / "model"
+    like = exports.template(tmp_path / "like")
+    run_ranks(exports.train, 2, str(run), LAST + 1, str(like), str(tmp_path / "trained"))
+    time.sleep(_MARGIN_S)
+    watched = Watched(run, save)
+    merge = replace(watched.request.merge, export=str(model), like=str(like))
+    watched.request = replace(watched.request, merge=merge)
+    for end, updates in ((10, 0), (12, 1)):
+        assert watched.at(end)["updates"] == updates
+        assert ("not exact" in (model / "README.md").read_text()) == bool(updates)
+        verify(model)
 
 
 def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
