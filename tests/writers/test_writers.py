@@ -143,6 +143,7 @@ def test_a_watch_that_waits_begins_no_run(
     run: Path, places: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Else cron makes one at every look."""
+    pytest.importorskip("wandb")
     words = ("--save", places / "b", "--last", 9, "--once", "--log-to", places / "board", "wandb")
     assert call(capsys, "watch", "--load", run, *words)[0] == 0
     assert not (places / "board").exists() and not (places / "wandb").exists()
