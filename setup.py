@@ -13,8 +13,10 @@ exec((HERE / "pma_megatron" / "version.py").read_text(), VERSION)
 
 MEGATRON = ["megatron-core>=0.12"]
 DEEPSPEED = ["deepspeed>=0.14"]
-PLOTS = ["matplotlib>=3.7"]
+PLOTS = ["matplotlib>=3.7", "jinja2>=3"]  # jinja2: the page of `pma report`
 TENSORBOARD = ["tensorboard>=2.12"]
+WANDB = ["wandb>=0.16"]
+MLFLOW = ["mlflow-skinny>=2.9"]  # the client alone; a whole mlflow that is there does as well
 YAML = ["pyyaml>=6"]  # files for `--from`; JSON needs nothing
 COMPLETION = ["shtab>=1.9"]  # the first that speaks fish
 TRANSFORMERS = ["transformers>=4.45"]  # opens and scores what `pma export` wrote
@@ -29,6 +31,8 @@ TEST = [
     *DEEPSPEED,
     *PLOTS,
     *TENSORBOARD,
+    *WANDB,
+    *MLFLOW,
     *COMPLETION,
     *YAML,
     *DOCS,
@@ -78,7 +82,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["pma_megatron", "pma_megatron.*"]),
-    package_data={"pma_megatron": ["py.typed"]},
+    package_data={"pma_megatron": ["py.typed", "pages/page.html"]},
     ext_modules=[KERNEL],
     options={"bdist_wheel": {"py_limited_api": "cp311"}} if LIMITED else {},
     install_requires=[
@@ -93,6 +97,8 @@ setup(
         "deepspeed": DEEPSPEED,
         "plots": PLOTS,
         "tensorboard": TENSORBOARD,
+        "wandb": WANDB,
+        "mlflow": MLFLOW,
         "completion": COMPLETION,
         "yaml": YAML,
         "transformers": TRANSFORMERS,

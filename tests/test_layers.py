@@ -24,7 +24,7 @@ FOLDERS = [
     ["live", "geometry", "comparison", "scores", "spikes"],
     ["online"],
     ["retention"],
-    ["watching"],
+    ["watching", "writers", "pages"],
     ["megatron", "deepspeed", "fsdp"],
     ["megatron_deepspeed"],
     ["launch"],
@@ -110,8 +110,8 @@ INSIDE = {
         proof
     """,
     "merging": """
-        cards coefficients folder_checksums locks policy tasks tolerance
-        bulk padding
+        coefficients folder_checksums locks policy rolling tasks tolerance
+        bulk cards padding
         agreement cut request sums
         accumulate
         streaming
@@ -180,11 +180,23 @@ INSIDE = {
     "watching": """
         events own request
         commands state
+        rolling
         follow
+    """,
+    "pages": """
+        charts section
+        pictures
+        merged recovered scored
+        page
+    """,
+    "writers": """
+        places records
+        destinations
     """,
     "megatron": """
         flags params tree_functions trees
-        checks evaluate replicas retained thin
+        checks replicas retained thin writers
+        evaluate
         argument_parser load rollback session shard swap
         init online recover score tree_decorators
         contour curvature decorators evaluate_geometry evaluate_grid save watch
@@ -205,10 +217,11 @@ INSIDE = {
         install
     """,
     "cli": """
-        charts consoles landscape progress request_files streams verbs
+        consoles landscape progress request_files streams verbs
         asked listing tables
-        commands recover score_flags score_grid
-        compare evaluate flags forecast geometry prune watch
+        curves score_flags score_grid
+        commands recover
+        compare evaluate flags forecast geometry prune report watch
         command completion
     """,
 }

@@ -156,6 +156,7 @@ def test_an_installed_wheel_runs(built: Path, tmp_path: Path) -> None:
     into = installed(wheel_in(built), tmp_path / "installed")
     where = "import pma_megatron; print(pma_megatron.__file__)"
     assert run(tmp_path, "-c", where, PYTHONPATH=str(into)).startswith(f"{into}/pma_megatron/")
+    assert (into / "pma_megatron" / "pages" / "page.html").is_file()
     said = run(tmp_path, "-m", "pma_megatron", "--version", PYTHONPATH=str(into))
     assert said == f"pma_megatron {__version__}\n"
     if shutil.which(os.environ.get("CC", "cc")) is not None:

@@ -10,12 +10,15 @@ from pma_megatron.base.openfiles import is_folder
 from pma_megatron.base.settings import declared, made
 from pma_megatron.cli.request_files import words_of
 from pma_megatron.errors import UsageError
+from pma_megatron.formats.marker import MARKER_FILE
 from pma_megatron.merging.request import MergeRequest, Method
 from pma_megatron.retention.request import PruneRequest
+from pma_megatron.runs.selection_request import SelectionRequest
 from pma_megatron.scores.grid import Grid
 from pma_megatron.spikes.healthy import Span
 from pma_megatron.spikes.request import RecoveryRequest
 from pma_megatron.watching.request import WatchRequest
+from pma_megatron.writers.places import refuse_unusable
 
 
 def plan_of(arguments: argparse.Namespace) -> MergeRequest:
@@ -32,6 +35,7 @@ def plan_of(arguments: argparse.Namespace) -> MergeRequest:
 
 def merge_of(arguments: argparse.Namespace) -> MergeRequest:
     """What `pma merge` merges."""
+    _refuse_log(arguments)
     request = plan_of(arguments)
     request.refuse_no_output()
     return request
@@ -45,6 +49,7 @@ def export_of(arguments: argparse.Namespace) -> None:
 
 def recovery_of(arguments: argparse.Namespace) -> RecoveryRequest | None:
     """What `pma recover` recovers from; None where it tells what was done before."""
+    _refuse_log(arguments)
     if arguments.history:
         return None
     if arguments.save is None:
@@ -61,6 +66,7 @@ def recovery_of(arguments: argparse.Namespace) -> RecoveryRequest | None:
 def evaluation_of(arguments: argparse.Namespace) -> Grid:
     """What `pma evaluate` scores."""
     _refuse_unwritable(arguments)
+    _refuse_log(arguments)
     if arguments.load is None:
         raise UsageError("say where the checkpoints are: --load DIR")
     refuse_no_scorer(arguments)
@@ -70,6 +76,7 @@ def evaluation_of(arguments: argparse.Namespace) -> Grid:
 def forecast_of(arguments: argparse.Namespace) -> Grid:
     """What `pma forecast` scores, as far as that is typed."""
     _refuse_unwritable(arguments)
+    _refuse_log(arguments)
     return grid_of(arguments)
 
 
@@ -129,6 +136,24 @@ def comparison_of(arguments: argparse.Namespace) -> None:
             raise UsageError(f"--out {arguments.out} lies in {each}, which is compared: elsewhere")
 
 
+def report_of(arguments: argparse.Namespace) -> None:
+    """Refuse a `pma report` that could not be written, or into what it is about."""
+    _refuse_unwritable(arguments)
+    out = arguments.out.resolve()
+    for each in map(Path, arguments.path):
+        if out == each.resolve():
+            raise UsageError(f"--out {arguments.out} is what the page is about: another file")
+    if any((folder / MARKER_FILE).is_file() for folder in out.parents):
+        raise UsageError(
+            f"--out {arguments.out} lies in what pma wrote, where no other file may be: elsewhere"
+        )
+    if importlib.util.find_spec("jinja2") is None or importlib.util.find_spec("matplotlib") is None:
+        raise UsageError(
+            "pma report needs matplotlib and jinja2, and one is not installed: "
+            "pip install 'pma-megatron[plots]'"
+        )
+
+
 def pruning_of(arguments: argparse.Namespace) -> PruneRequest:
     """What `pma prune` keeps."""
     if arguments.yes and arguments.dry_run:
@@ -138,16 +163,23 @@ def pruning_of(arguments: argparse.Namespace) -> PruneRequest:
 
 def watching_of(arguments: argparse.Namespace) -> WatchRequest:
     """What `pma watch` follows."""
+    _refuse_log(arguments)
     if arguments.load is None:
         raise UsageError("say which run is followed: --load DIR")
     typed = vars(arguments)
     if arguments.coefficients and arguments.method == Method().name:
         typed = {**typed, "method": "custom"}
-    words = tuple(words_of(arguments, _OF_WATCH))
-    return made(WatchRequest, typed, merge=made(MergeRequest, typed), words=words)
+    return made(
+        WatchRequest,
+        typed,
+        merge=made(MergeRequest, typed),
+        words=tuple(words_of(arguments, _OF_WATCH)),
+        unchosen_words=tuple(words_of(arguments, _OF_WATCH | _CHOICE)),
+    )
 
 
-_OF_WATCH = {each.name for each in declared(WatchRequest)}
+_OF_WATCH = {"log_to", *(each.name for each in declared(WatchRequest))}
+_CHOICE = {each.name for kind in (SelectionRequest, Method) for each in declared(kind)}
 
 
 def _root_of(arguments: argparse.Namespace) -> str:
@@ -164,6 +196,11 @@ def _span(text: str | None) -> Span | None:
     if not (colon and first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
         raise UsageError(f"--skip {text!r} is not FIRST:LAST, two iterations, nor `none`")
     return Span(int(first), int(last))
+
+
+def _refuse_log(arguments: argparse.Namespace) -> None:
+    """Refuse places that what is found could not be written to at the end."""
+    refuse_unusable("log_to", arguments.log_to)
 
 
 def _refuse_unwritable(arguments: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ from pma_megatron.cli.streams import forgiving
 from pma_megatron.errors import PmaError
 
 _PUBLISH = ("merge", "export", "recover")
-_DO_MORE_THAN_PRINT = (*_PUBLISH, "verify", "prune", "watch")
+_DO_MORE_THAN_PRINT = (*_PUBLISH, "verify", "prune", "watch", "report")
 
 
 def run(words: Sequence[str], *, alone: bool = False) -> int:

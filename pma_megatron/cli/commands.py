@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from pma_megatron.base.comm import Comm, process_group_from_environment
 from pma_megatron.base.stopping import having_published
 from pma_megatron.cli import tables
+from pma_megatron.cli.curves import writers_of
 from pma_megatron.cli.progress import show
 from pma_megatron.cli.verbs import show_result
 from pma_megatron.errors import CheckpointError
@@ -20,19 +21,23 @@ from pma_megatron.merging.job import merge as merge_checkpoints
 from pma_megatron.merging.job import plan as plan_merge
 from pma_megatron.merging.published import verify as verify_published
 from pma_megatron.merging.report import describe_plan
-from pma_megatron.watching.own import WATCHED
+from pma_megatron.watching.own import ROLLED, WATCHED
+from pma_megatron.writers.records import of_merge
 
 _log = logging.getLogger(__name__)
 
 
 def merge(arguments: Namespace) -> None:
     """`pma merge`."""
-    request = replace(arguments.request, watched=os.environ.get(WATCHED))
+    handed = {"watched": os.environ.get(WATCHED), "rolling": os.environ.get(ROLLED)}
+    request = replace(arguments.request, **handed)
     with ExitStack() as over, process_group_from_environment(arguments.timeout_s):
         comm = Comm(request.merge_parallel_size)
+        writers = over.enter_context(writers_of(arguments, comm))
         report = merge_checkpoints(request, comm, show(comm))
         over.enter_context(having_published(report.published))
         if comm.is_main:
+            writers.write(of_merge(report))
             show_result(arguments, report.to_json(), lambda: tables.merged(report))
 
 

@@ -15,7 +15,7 @@ from pma_megatron.cli.flags import parser
 from pma_megatron.errors import UsageError
 
 _FOLDERS = ("DIR", "DIR[@START]")
-_FILES = ("FILE", "FILE.png", "PATH", "SCRIPT")
+_FILES = ("FILE", "FILE.html", "FILE.png", "PATH", "SCRIPT")
 _OF_FOLDER = ("root", "path", "first", "second")
 """Arguments without a flag that are folders of checkpoints."""
 
@@ -42,13 +42,13 @@ def completable() -> argparse.ArgumentParser:
             action.choices = words_of(action)
         elif action.metavar in _FOLDERS or (not action.option_strings and _is_folder(action)):
             action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
-        elif action.metavar in _FILES:
+        elif action.metavar in _FILES or (not action.option_strings and action.nargs == "+"):
             action.complete = shtab.FILE  # type: ignore[attr-defined]
     return top
 
 
 def _is_folder(action: argparse.Action) -> bool:
-    return action.dest in _OF_FOLDER
+    return action.dest in _OF_FOLDER and action.nargs is None
 
 
 def _actions(of: argparse.ArgumentParser) -> list[argparse.Action]:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import argparse
 
-from pma_megatron.cli import charts
 from pma_megatron.cli.consoles import new_console, new_table
+from pma_megatron.cli.curves import writers_of
 from pma_megatron.cli.score_grid import score, write_json
 from pma_megatron.cli.verbs import show_result
+from pma_megatron.pages import charts
 from pma_megatron.runs.tokens import format_tokens
 from pma_megatron.scores.grid import UNMERGED
 from pma_megatron.scores.results import Score, Scores
+from pma_megatron.writers.records import of_scores
 
 
 def run(arguments: argparse.Namespace) -> None:
     """`pma evaluate`."""
-    scores = score(arguments)
-    if scores is None:
-        return
+    with writers_of(arguments) as writers:
+        scores = score(arguments)
+        if scores is None:
+            return
+        writers.write(of_scores(scores))
     write_json(arguments.out, scores.to_json())
     if arguments.plot is not None:
         charts.scored(scores, scores.metrics[0], arguments.plot)

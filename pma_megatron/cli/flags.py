@@ -10,7 +10,7 @@ from pma_megatron.base.settings import add_flags, declared, setting
 from pma_megatron.cli import asked
 from pma_megatron.cli.request_files import expanded
 from pma_megatron.cli.score_flags import add_evaluate, add_forecast, add_geometry
-from pma_megatron.cli.verbs import Files, OnRanks, Parser, Written, add_selection, new_verb
+from pma_megatron.cli.verbs import Files, Logged, OnRanks, Parser, Written, add_selection, new_verb
 from pma_megatron.errors import UsageError
 from pma_megatron.merging.policy import Policy
 from pma_megatron.merging.request import SAMPLES, MergeRequest, Method
@@ -55,6 +55,10 @@ _WATCH_EXAMPLES = """
   pma watch --load /ckpts/run --save /ckpts/run-watch --last 10 \\
       --launch 'torchrun --nproc-per-node 8' --evaluate './eval.sh "$PMA_AVERAGE"' --events w.jsonl
   pma watch --from average.yaml --once          # from cron
+"""
+_REPORT_EXAMPLES = """
+  pma report /ckpts/run-pma --out merge.html
+  pma report /ckpts/run-pma/iter_0100000 forecast.json /ckpts/run --verify --out run.html
 """
 _COMPLETION_EXAMPLES = """
   eval "$(pma completion bash)"                                  # in ~/.bashrc
@@ -119,6 +123,18 @@ class Deletion:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Paged:
+    """How `pma report` looks at folders."""
+
+    check: bool = setting(
+        False,
+        "read every byte of each folder and compare it with its pma.json; without it, sizes alone "
+        "are looked at",
+        flag="verify",
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Sameness:
     """What `pma compare` compares, and what counts as the same."""
 
@@ -155,6 +171,7 @@ def parser() -> argparse.ArgumentParser:
         add_flags(group, OnRanks)
         add_flags(group, MergeRequest, "check_sources", "merge_parallel_size")
         add_flags(group, Written)
+        add_flags(group, Logged)
     _add_export(verbs)
     _add_recover(verbs)
     add_evaluate(verbs)
@@ -163,6 +180,7 @@ def parser() -> argparse.ArgumentParser:
     _add_compare(verbs)
     _add_prune(verbs)
     _add_watch(verbs)
+    _add_report(verbs)
     for name, run, text, where, what, examples in _OF_A_FOLDER:
         only_looks = name in ("list", "inspect")
         verb = new_verb(verbs, name, run, text, examples, only_looks=only_looks)
@@ -229,7 +247,7 @@ def _add_watch(verbs: argparse._SubParsersAction[Parser]) -> None:
     add_flags(group, MergeRequest, "load")
     add_flags(group, SelectionRequest, "last", "interval_tokens", "interval_iterations")
     add_flags(group, SelectionRequest, "tolerance", "window_tokens", "exclude", "allow_gaps")
-    _add_averaging(verb)
+    add_flags(_add_averaging(verb), WatchRequest, "rolling")
     group = verb.add_argument_group("what is done with each")
     add_flags(group, MergeRequest, "save")
     add_flags(group, WatchRequest, "keep", "evaluate", "events")
@@ -237,15 +255,31 @@ def _add_watch(verbs: argparse._SubParsersAction[Parser]) -> None:
     add_flags(group, WatchRequest, "poll_s", "once", "until_iteration", "launch")
     add_flags(group, MergeRequest, "threads", "check_sources")
     add_flags(group, Written)
+    add_flags(group, Logged)
 
 
-def _add_averaging(verb: argparse.ArgumentParser) -> None:
-    group = verb.add_argument_group("how to average")
-    add_flags(group, Method)
-    add_flags(group, Policy)
-    add_flags(group, MergeRequest, "lr_factor", "dtype", "sweep")
+def _add_report(verbs: argparse._SubParsersAction[Parser]) -> None:
+    text = "write a page of HTML about merges, scores, forecasts and recoveries, in one file"
+    verb = new_verb(verbs, "report", "report:run", text, _REPORT_EXAMPLES, asked.report_of)
+    verb.add_argument(
+        "path",
+        nargs="+",
+        help="a folder that pma wrote, a run's folder with a log of recoveries, or a file that "
+        "--out or --json of evaluate, forecast, merge or recover gave",
+    )
+    where = {"help": "the page", "metavar": "FILE.html"}
+    add_flags(verb, Files, "out", out=where)["out"].required = True
+    add_flags(verb, Paged)
+
+
+def _add_averaging(verb: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    averaging = verb.add_argument_group("how to average")
+    add_flags(averaging, Method)
+    add_flags(averaging, Policy)
+    add_flags(averaging, MergeRequest, "lr_factor", "dtype", "sweep")
     group = verb.add_argument_group("a Hugging Face model of the average")
     add_flags(group, MergeRequest, "export", "like", "max_shard_bytes")
+    return averaging
 
 
 def _add_completion(verbs: argparse._SubParsersAction[Parser]) -> None:
@@ -286,6 +320,7 @@ def _add_recover(verbs: argparse._SubParsersAction[Parser]) -> None:
     add_flags(verb, RecoveryRequest, "overwrite", "threads")
     add_flags(verb, OnRanks)
     add_flags(verb, Written)
+    add_flags(verb, Logged)
     group = verb.add_argument_group("where the run went wrong")
     add_flags(group, RecoveryRequest, "metrics", "onset", "loss", "grad_norm")
     add_flags(group, SpikeSettings)

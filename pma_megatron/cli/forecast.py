@@ -7,14 +7,15 @@ from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
-from pma_megatron.cli import charts
 from pma_megatron.cli.asked import grid_of
 from pma_megatron.cli.consoles import new_console, new_table
+from pma_megatron.cli.curves import writers_of
 from pma_megatron.cli.score_grid import score, write_json
 from pma_megatron.cli.verbs import show_result
 from pma_megatron.errors import UsageError
 from pma_megatron.formats import registry
 from pma_megatron.megatron.score import scored_refs
+from pma_megatron.pages import charts
 from pma_megatron.runs.discover import choose, list_checkpoints, pointers_of
 from pma_megatron.runs.notices import announce
 from pma_megatron.runs.refs import CheckpointRef
@@ -22,10 +23,17 @@ from pma_megatron.runs.selection_request import SelectionRequest
 from pma_megatron.runs.tokens import format_tokens
 from pma_megatron.scores.forecast import Agreement, Annealed, Forecast, forecast
 from pma_megatron.scores.results import Scores, read_scores
+from pma_megatron.writers.destinations import Writers
+from pma_megatron.writers.records import of_forecast
 
 
 def run(arguments: argparse.Namespace) -> None:
     """`pma forecast`."""
+    with writers_of(arguments) as writers:
+        _forecast(arguments, writers)
+
+
+def _forecast(arguments: argparse.Namespace, writers: Writers) -> None:
     given = [_given(text) for text in arguments.annealed_loss]
     scores = None if arguments.scores is None else read_scores(arguments.scores)
     if scores is not None and arguments.load is None:
@@ -51,6 +59,7 @@ def run(arguments: argparse.Namespace) -> None:
         if other.root in starts and metric in other.losses
     ]
     made = forecast(scores, [*runs, *given], metric)
+    writers.write(of_forecast(scores, made))
     value = {"forecast": made.to_json(), "scores": scores.to_json()}
     write_json(arguments.out, value)
     if arguments.plot is not None:

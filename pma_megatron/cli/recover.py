@@ -8,11 +8,13 @@ from contextlib import ExitStack
 from pma_megatron.base.comm import Comm, process_group_from_environment
 from pma_megatron.base.stopping import having_published
 from pma_megatron.cli.consoles import new_console, new_table, pasted
+from pma_megatron.cli.curves import writers_of
 from pma_megatron.cli.progress import show
 from pma_megatron.cli.verbs import show_result
 from pma_megatron.merging.report import MergeReport
 from pma_megatron.runs import recovery_log
 from pma_megatron.spikes.recovery import Diagnosis, recover, rehearse
+from pma_megatron.writers.records import of_recovery
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -24,6 +26,7 @@ def run(arguments: argparse.Namespace) -> None:
     request = arguments.request
     with ExitStack() as over, process_group_from_environment(arguments.timeout_s):
         comm = Comm()
+        writers = over.enter_context(writers_of(arguments, comm))
         report = None
         if arguments.dry_run:
             found = comm.on_main("diagnose", lambda: rehearse(request))
@@ -31,6 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
             found, report = recover(request, comm, show(comm))
             over.enter_context(having_published(report.outputs))
         if comm.is_main:
+            writers.write(of_recovery(found))
             merged = None if report is None else report.to_json()
             show_result(
                 arguments, {**found.to_json(), "merge": merged}, lambda: _shown(found, report)

@@ -10,6 +10,7 @@ from pma_megatron.base.settings import add_flags, setting
 from pma_megatron.cli import asked
 from pma_megatron.cli.verbs import (
     Files,
+    Logged,
     OnRanks,
     Parser,
     Written,
@@ -171,5 +172,7 @@ def _add_scoring(verb: argparse.ArgumentParser, **changes: dict[str, str]) -> No
     add_flags(group, MergeRequest, "threads")
     add_flags(group, OnRanks)
     add_flags(group, Written)
-    add_flags(verb.add_argument_group("output"), Files)
+    group = verb.add_argument_group("output")
+    add_flags(group, Files)
+    add_flags(group, Logged)
     verb.set_defaults(passes_on=True)

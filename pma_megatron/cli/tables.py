@@ -21,6 +21,8 @@ from pma_megatron.merging.planning import MergePlan
 from pma_megatron.merging.rate import read_rate
 from pma_megatron.merging.report import MergeReport, describe_output
 from pma_megatron.merging.request import Output
+from pma_megatron.merging.rolling import ROLLING
+from pma_megatron.merging.rolling import read as rolling_of
 from pma_megatron.merging.verification import Verification
 from pma_megatron.runs.gaps import lines
 from pma_megatron.runs.tokens import format_tokens, recommend
@@ -206,3 +208,7 @@ def _origin(console: Console, made: Mapping[str, Any]) -> None:
     for source, value in rows:
         table.add_row(str(source["iteration"]), f"{value:.8g}", source["path"])
     console.print(table)
+    if ROLLING in made:
+        rolled = rolling_of(made[ROLLING])
+        said = "damaged" if rolled is None else rolled.sentence()
+        console.print(f"a rolling average: {said}", soft_wrap=True)

@@ -68,6 +68,18 @@ class Files:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Logged:
+    """Where verbs write what they found, for those who look at the run's curves."""
+
+    log_to: tuple[str, ...] = setting(
+        (),
+        "write it where the run's curves are, too: a folder for TensorBoard, wandb, mlflow, or "
+        "several of them; where those two keep it, their own environment variables say",
+        metavar="DIR",
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Written:
     """A request that lies in a file."""
 

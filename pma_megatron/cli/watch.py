@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 from pma_megatron.base.comm import Comm
+from pma_megatron.cli.curves import events_of
 from pma_megatron.cli.progress import show
 from pma_megatron.watching.follow import watch
 
@@ -15,9 +16,13 @@ from pma_megatron.watching.follow import watch
 def run(arguments: argparse.Namespace) -> int:
     """`pma watch`: 0, or 1 if the last merge failed."""
 
-    def tell(event: dict[str, Any]) -> None:
-        if arguments.json:
-            sys.stdout.write(json.dumps(event) + "\n")
-            sys.stdout.flush()
+    with events_of(arguments) as written:
 
-    return int(watch(arguments.request, tell=tell, show=show(Comm())).failed is not None)
+        def tell(event: dict[str, Any]) -> None:
+            if arguments.json:
+                sys.stdout.write(json.dumps(event) + "\n")
+                sys.stdout.flush()
+            written(event)
+
+        outcome = watch(arguments.request, tell=tell, show=show(Comm()))
+    return int(outcome.failed is not None)

@@ -150,6 +150,21 @@ class OnlineAverage(RunningAverage):
         """
         return averaged_state(self._engine, self.shard, self._some())
 
+    def log_losses(self, losses: Mapping[str, float]) -> None:
+        """Write losses of the average to the engine's monitor, which it writes its own to.
+
+        They are `Eval/Samples/<name>_pma`, against `global_samples`. Nothing is written where
+        DeepSpeed's configuration has no monitor. Any rank may make this call; rank 0 writes.
+
+        Args:
+            losses: by name, as they were found inside `averaged_weights`.
+        """
+        monitor, samples = self._engine.monitor, self._engine.global_samples
+        if monitor.enabled and dist.get_rank() == 0:
+            monitor.write_events(
+                [(f"Eval/Samples/{name}_pma", value, samples) for name, value in losses.items()]
+            )
+
     def save_average(
         self,
         save_dir: str | Path,

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from pma_megatron.base.log import say
-from pma_megatron.megatron.trees import current_args, global_vars
+from pma_megatron.megatron.trees import current_args
+from pma_megatron.megatron.writers import tensorboard, write_losses
 
 
 @dataclass(slots=True)
@@ -50,29 +51,35 @@ class Evaluation:
 
     def report(self) -> None:
         """Print and write the results as Megatron does its own, called `pma` (last rank)."""
+        written: dict[str, float] = {}
         for number, losses in enumerate(self.results):
             ending = suffix(number)
             text = f" pma validation{ending} loss at {self.prefix} | "
             for key, value in losses.items():
-                ppl = math.exp(min(20, value))
-                text += f"{key} value: {value:.6E} | {key} PPL: {ppl:.6E} | "
-                if self.write_to_tensorboard:
-                    self._write(f"{key} validation{ending}", value, ppl)
+                text += f"{key} value: {value:.6E} | {key} PPL: {_perplexity(value):.6E} | "
+                written[f"{key} validation{ending}"] = value
             line = "-" * (len(text) + 1)
             say(f"{line}\n{text}\n{line}", rank=-1)
+        if self.write_to_tensorboard and written:
+            write_losses(written, self.iteration)
+            _write_again(written, self.iteration)
 
-    def _write(self, name: str, value: float, ppl: float) -> None:
-        held = global_vars()
-        args, writer = held.get_args(), held.get_tensorboard_writer()
-        if writer:
-            writer.add_scalar(f"{name} pma", value, self.iteration)
-            writer.add_scalar(f"{name} pma vs samples", value, args.consumed_train_samples)
-            if getattr(args, "log_validation_ppl_to_tensorboard", False):
-                writer.add_scalar(f"{name} pma ppl", ppl, self.iteration)
-                writer.add_scalar(f"{name} pma ppl vs samples", ppl, args.consumed_train_samples)
-        wandb = held.get_wandb_writer()
-        if wandb and torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
-            wandb.log({f"{name} pma": value}, self.iteration)
+
+def _write_again(losses: Mapping[str, float], iteration: int) -> None:
+    """What else Megatron's own report has in TensorBoard alone."""
+    args, writer = current_args(), tensorboard()
+    if not writer:
+        return
+    for name, value in losses.items():
+        writer.add_scalar(f"{name} pma vs samples", value, args.consumed_train_samples)
+        if getattr(args, "log_validation_ppl_to_tensorboard", False):
+            ppl = _perplexity(value)
+            writer.add_scalar(f"{name} pma ppl", ppl, iteration)
+            writer.add_scalar(f"{name} pma ppl vs samples", ppl, args.consumed_train_samples)
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(min(20, loss))
 
 
 def again(

@@ -14,7 +14,9 @@ from pma_megatron.errors import PmaError
 from pma_megatron.megatron.evaluate import Recorded, again, suffix
 from pma_megatron.megatron.flags import Settings
 from pma_megatron.megatron.score import score_merges
+from pma_megatron.megatron.writers import write
 from pma_megatron.scores.results import Scores
+from pma_megatron.writers.records import of_scores
 
 
 class GridEvaluation:
@@ -30,11 +32,12 @@ class GridEvaluation:
         load: str,
         settings: Settings,
         metadata: Mapping[str, Any] | None,
+        iteration: int,
     ) -> None:
-        """Remember what is needed; nothing is read yet."""
+        """Remember what is needed; nothing is read yet. `iteration` is what Megatron evaluates."""
         self.results: list[Scores] = []
         self._models, self._settings, self._metadata = models, settings, metadata
-        self._load = settings.load or load
+        self._load, self._iteration = settings.load or load, iteration
         self._comm = Comm()
 
     def run(self, fn: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
@@ -70,7 +73,8 @@ class GridEvaluation:
         return result
 
     def report(self) -> None:
-        """Print the scores, and write them where they were asked for (rank 0)."""
+        """Print the scores, and write them where they were asked for (rank 0), and with the writers
+        that Megatron has (last rank)."""
         if not self.results:
             return
         scores = _joined(self.results)
@@ -85,6 +89,7 @@ class GridEvaluation:
                 f"PMA: left out {skipped.method} of {skipped.last} up to iteration "
                 f"{skipped.end_iteration}: {skipped.reason}"
             )
+        write(of_scores(scores), self._iteration)
         out = self._settings.score_out
         if out is not None and self._comm.is_main:
             Path(out).write_text(json.dumps(scores.to_json(), indent=1) + "\n")

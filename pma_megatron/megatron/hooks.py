@@ -196,8 +196,9 @@ class MegatronSession(Session):
             return
         self._scored = True
         args = current_args()
+        metadata = sharded_metadata(args)
         with self.during(
-            GridEvaluation(self.models, args.load, self.settings, sharded_metadata(args))
+            GridEvaluation(self.models, args.load, self.settings, metadata, iteration)
         ):
             yield
 

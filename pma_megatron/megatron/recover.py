@@ -48,6 +48,8 @@ from pma_megatron.spikes.healthy import Healthy, HealthyRequest, Span, choose_he
 
 Rollback = Callable[[CheckpointRef], Any]
 """Loads one full checkpoint into model and optimizer, and leaves everything else as it is."""
+Told = Callable[[Mapping[str, Any]], None]
+"""Gets every event of the recovery log when it is in there."""
 
 
 class RecoverySpentError(PmaError):
@@ -95,6 +97,7 @@ class Recovery:
         metadata: Mapping[str, Any] | None = None,
         every: int = 1,
         comm: Comm | None = None,
+        told: Told = lambda event: None,
     ) -> None:
         """Read the log. Collective.
 
@@ -108,12 +111,13 @@ class Recovery:
             every: iterations whose losses are exchanged at once, so that the job waits for the GPU
                 no more often than its own log does.
             comm: the ranks, by default all.
+            told: every rank calls it with each event, for the curves that a run is followed by.
         """
         refuse_remote("roots", *roots)
         self.settings = settings or RecoverySettings()
         self._models, self._optimizer, self._metadata = models, optimizer, metadata
         self._roots = tuple(dict.fromkeys(Path(root) for root in roots))
-        self._rollback, self._every = rollback, every
+        self._rollback, self._every, self._told = rollback, every, told
         self._comm = Comm() if comm is None else comm
         self._detector = SpikeDetector(self.settings.spike)
         self._pending: list[tuple[int, Any, Any]] = []
@@ -299,6 +303,7 @@ class Recovery:
         self._comm.on_main(
             f"recovery log ({event})", lambda: recovery_log.append(self._roots[0], event, **fields)
         )
+        self._told({"event": event, **fields})
 
 
 _NONE, _FINITE, _INF, _NAN = 0.0, 1.0, 2.0, 3.0

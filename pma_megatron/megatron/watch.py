@@ -15,8 +15,10 @@ from pma_megatron.megatron.flags import EXIT_CODE, RecoverySettings
 from pma_megatron.megatron.recover import Recovered, Recovery, RecoverySpentError
 from pma_megatron.megatron.rollback import load_again
 from pma_megatron.megatron.trees import current_args
+from pma_megatron.megatron.writers import write
 from pma_megatron.runs import recovery_log
 from pma_megatron.runs.describe import common_args
+from pma_megatron.writers.records import of_event
 
 
 class Watch:
@@ -43,6 +45,7 @@ class Watch:
             metadata=metadata,
             every=max(1, int(getattr(args, "log_interval", 1) or 1)),
             comm=comm,
+            told=_written,
         )
         self._comm = comm
 
@@ -79,6 +82,12 @@ class Watch:
         """Megatron is about to save: what a resume must know goes into its arguments."""
         setattr(args, recovery_log.RECORD, self._recovery.recoveries)
         setattr(args, recovery_log.STATE, json.dumps(self._recovery.state_dict()))
+
+
+def _written(event: Mapping[str, Any]) -> None:
+    """An event goes to where people look at the run's curves."""
+    iteration = int(event["iteration"])
+    write(of_event("recovery", event, iteration), iteration)
 
 
 @contextlib.contextmanager

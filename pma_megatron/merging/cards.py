@@ -8,6 +8,7 @@ from typing import Any
 from pma_megatron.export.card import Averaged, card
 from pma_megatron.export.template import CARD_FILE
 from pma_megatron.formats.output import OutputLayout
+from pma_megatron.merging.rolling import ROLLING, read, rolled_in_words
 from pma_megatron.version import __version__
 
 
@@ -24,9 +25,7 @@ def cards(layout: OutputLayout, made: Mapping[str, Any]) -> dict[str, bytes]:
     text = card(
         config=layout.described.config,
         averages=[
-            Averaged(
-                each["output"]["method"], each["plan"]["sources"], each["output"]["coefficients"]
-            )
+            Averaged(_method(each), each["plan"]["sources"], each["output"]["coefficients"])
             for each in origins
         ],
         dtype=layout.described.dtype,
@@ -34,3 +33,8 @@ def cards(layout: OutputLayout, made: Mapping[str, Any]) -> dict[str, bytes]:
         version=__version__,
     )
     return {CARD_FILE: text}
+
+
+def _method(made: Mapping[str, Any]) -> str:
+    rolled, method = read(made.get(ROLLING)), str(made["output"]["method"])
+    return method if rolled is None else f"{rolled_in_words(made)}; {rolled.sentence()}"

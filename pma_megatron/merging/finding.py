@@ -6,7 +6,7 @@ import hashlib
 import os
 import socket
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -219,13 +219,17 @@ def chosen(
 ) -> Selection:
     """What rank 0 selects: that looks into the root too.
 
+    Of an update of a rolling average nothing is noted: its sources are no window of the run, and of
+    the window that the average is of, the plan from all its checkpoints says what there is to say.
+
     Raises:
         SelectionError: on every rank.
     """
 
     def select() -> Selection | str:
         try:
-            return choose(refs, request.widest(), request.load, found, request.resumed)
+            selection = choose(refs, request.widest(), request.load, found, request.resumed)
+            return selection if request.rolling is None else replace(selection, notes=())
         except SelectionError as error:
             return str(error)
 

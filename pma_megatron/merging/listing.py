@@ -13,6 +13,7 @@ from pma_megatron.base.openfiles import is_folder
 from pma_megatron.errors import PmaError
 from pma_megatron.formats.manifest import read_marker
 from pma_megatron.formats.marker import MARKER_FILE, ONLINE_AVERAGE
+from pma_megatron.merging.rolling import rolled_in_words
 from pma_megatron.runs.refs import CheckpointRef
 
 _THREADS = 8  # a network file system answers several at once
@@ -63,6 +64,9 @@ def _origin(folder: Path) -> str | None:
             return f"running average, {made.get('method')}"
         if made.get("kind") is not None:
             return None
+        rolled = rolled_in_words(made)
+        if rolled is not None:
+            return rolled
         sources = [source["iteration"] for source in made["plan"]["sources"]]
         return f"{made['output']['method']} of {len(sources)}: {sources[0]} to {sources[-1]}"
     except (PmaError, OSError, KeyError, TypeError, IndexError, ValueError, AttributeError):

@@ -152,7 +152,7 @@ def gather_sources(request: MergeRequest, comm: Comm, *, everywhere: bool = Fals
     refs, seen, found = look_around(request, comm, everywhere)
     selection = chosen(list(refs.values()), request, found, comm)
     visible = tuple(seen[ref.path] for ref in selection.refs)
-    said = schedule_notes(selection, visible, comm)
+    said = [] if request.rolling else schedule_notes(selection, visible, comm)
     selection = replace(
         selection,
         passed_over=(*request.passed_over, *selection.passed_over),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from pma_megatron.merging.policy import Policy
 from pma_megatron.merging.publish import PROVENANCE_FILE
 from pma_megatron.merging.report import describe_output, describe_plan
 from pma_megatron.merging.request import MergeRequest, Method, Output
+from pma_megatron.merging.rolling import ROLLING
 from pma_megatron.merging.source_checksums import Compared
 from pma_megatron.runs.selection_request import SelectionRequest
 from pma_megatron.version import __version__
@@ -48,6 +50,7 @@ def provenance(
         if request[name] is not None:
             request[name] = str(Path(request[name]).absolute())
     request.pop("passed_over")  # the plan's are all of them
+    rolling = request.pop("rolling")
     described = describe_plan(plan)
     origin = plan.origins.get(output.name) if folder is Folder.MODEL else None
     for source, path in zip(described["sources"], paths, strict=True):
@@ -65,6 +68,7 @@ def provenance(
         "output": describe_output(output),
         "plan": described,
         "request": request,
+        **({} if rolling is None else {ROLLING: json.loads(rolling)}),
         **({} if origin is None else {"origin": origin}),
     }
 

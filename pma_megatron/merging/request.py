@@ -16,6 +16,7 @@ from pma_megatron.base.spelling import given, has, listing, mistyped, named
 from pma_megatron.errors import UsageError
 from pma_megatron.merging.coefficients import DECAYS, METHODS, Coefficients, coefficients
 from pma_megatron.merging.policy import Policy
+from pma_megatron.merging.rolling import loaded
 from pma_megatron.runs.gaps import PassedOver
 from pma_megatron.runs.selection import Selection
 from pma_megatron.runs.selection_request import SelectionRequest
@@ -171,6 +172,9 @@ class MergeRequest:
     watched: str | None = setting(
         None, "settings of the watch that makes this average, by which it knows its own", of=()
     )
+    rolling: str | None = setting(
+        None, "what a rolling average says of itself (`rolling.Rolling`), as JSON", of=()
+    )
 
     def __post_init__(self) -> None:
         for name in ("load", "save", "export", "like"):
@@ -184,6 +188,11 @@ class MergeRequest:
                 "stores no learning rates: leave it out"
             )
         self._refuse_half_an_export()
+        if self.rolling is not None and loaded(self.rolling) is None:
+            raise UsageError(
+                "what a watch hands on of a rolling average (PMA_ROLLING) cannot be read: only a "
+                "watch sets it, unset it"
+            )
         if self.threads < 1:
             raise UsageError(f"{named('threads')} must be at least 1, got {self.threads}")
         for text in self.sweep:

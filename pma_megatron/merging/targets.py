@@ -104,7 +104,9 @@ def _refuse(plan: MergePlan, target: Target) -> None:
                 f"never written to. Choose another {named(target.setting)}"
             )
         thin = source.parent.name == SNAPSHOTS and root == source.parent.parent
-        if target.folder is Folder.CHECKPOINT and (root == source.parent or thin):
+        # An update reads the average before, which lies among those that a watch makes.
+        updated = plan.request.rolling is not None and (source / MARKER_FILE).is_file()
+        if target.folder is Folder.CHECKPOINT and (root == source.parent or thin) and not updated:
             raise PublishError(
                 f"{given('save', root)} is the run's own folder: its tracker and retention "
                 "would take the merge for a checkpoint of the run. Use "

@@ -16,12 +16,12 @@ from typing import Any
 from pma_megatron.base.stopping import Stopped, shielded
 from pma_megatron.errors import PmaError
 from pma_megatron.merging.request import MergeRequest
-from pma_megatron.watching.own import WATCHED
+from pma_megatron.watching.own import ROLLED, WATCHED
 
 _GRACE_S, _KILLED_S = 60.0, 10.0
 _LOOK_S = 0.05
 _STDERR = 2  # what a command prints is none of the events, which go to stdout
-_OWN_VARIABLES = ("PMA_AVERAGE", "PMA_EXPORT", "PMA_ITERATION", WATCHED)
+_OWN_VARIABLES = ("PMA_AVERAGE", "PMA_EXPORT", "PMA_ITERATION", WATCHED, ROLLED)
 
 
 class CommandError(PmaError):
@@ -88,19 +88,26 @@ def merged_by(launch: str, words: Sequence[str], request: MergeRequest) -> tuple
 
     Args:
         launch: the command.
-        words: the merge as it was typed.
+        words: the merge as it was typed; of an update, without which checkpoints it takes.
         request: the same merge, with what a watch decides.
 
     Raises:
         CommandError: it failed, or does not say what it published.
     """
     end = ["--end-iteration", str(request.selection.end_iteration)]
+    environment = {WATCHED: request.watched or ""}
+    if request.rolling is not None:
+        end = ["--paths", *(request.selection.paths or ()), "--method", request.method.name]
+        # Bare digits of a float64, which come back as the same number.
+        end += ["--coefficients", *map(repr, request.method.values or ())]
+        end += ["--allow-any-coefficients"]
+        environment[ROLLED] = request.rolling
     over = ["--overwrite"] if request.overwrite else []
     typed = [word for word in words if word != "--overwrite"]
     merge = ["-m", "pma_megatron", "merge", *typed, *end, *over, "--json"]
     command = [*shlex.split(launch), *merge]
     try:
-        code, out = run(command, {WATCHED: request.watched or ""}, read=True)
+        code, out = run(command, environment, read=True)
     except OSError as error:
         raise CommandError(f"{shlex.join(command)} cannot be started: {error}") from error
     if code != 0:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from pma_megatron.formats.marker import EXPORT, MARKER_FILE
 from pma_megatron.formats.source import stamps_of
 from pma_megatron.merging.job import Show, merge, silent
 from pma_megatron.merging.locks import WRITING, HeldError, held
+from pma_megatron.merging.planning import MergePlan
 from pma_megatron.merging.request import MergeRequest
 from pma_megatron.retention.pruning import Row, prune
 from pma_megatron.retention.request import PruneRequest
@@ -34,6 +35,7 @@ from pma_megatron.watching.commands import merged_by, run
 from pma_megatron.watching.events import Events, Tell
 from pma_megatron.watching.own import is_own, marked, old_of_own
 from pma_megatron.watching.request import WatchRequest
+from pma_megatron.watching.rolling import ExactError, update_of
 from pma_megatron.watching.state import Looks, Seen, pinned, wanted_of
 
 _RETRY_S, _LONGEST_S = 600.0, 3600.0
@@ -113,6 +115,14 @@ def _in_charge(request: WatchRequest) -> Iterator[bool]:
         yield sure
 
 
+@dataclass(frozen=True, slots=True)
+class How:
+    """What is said of how an average was made, where a rolling one was asked for."""
+
+    text: str = ""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
 class _Follower:
     def __init__(self, request: WatchRequest, spoken: Events, show: Show) -> None:
         self._request, self._events, self._show = request, spoken, show
@@ -162,11 +172,11 @@ class _Follower:
     def _make_current(self, seen: Seen) -> None:
         request = pinned(self._merge, seen)
         first, self._made = self._made is None and self._failed is None, None
-        wanted = wanted_of(request)
+        wanted = wanted_of(request, rolling=self._request.rolling is not None)
         known = first and wanted.current
         published = wanted.folders
         sources = [ref.iteration for ref in seen.refs]
-        numbers = {"iteration": seen.end, "sources": sources}
+        numbers: dict[str, Any] = {"iteration": seen.end, "sources": sources}
         if known:
             text = f"{', '.join(published)} is of iterations {_named(sources)} already"
             self._events.say(said.CURRENT, text, published=published, **numbers)
@@ -174,12 +184,11 @@ class _Follower:
             if wanted.unsafe is not None:
                 raise wanted.unsafe
             start_s = time.monotonic()
-            published = self._merged(replace(request, overwrite=wanted.replaces))
+            published, how = self._merged(replace(request, overwrite=wanted.replaces), wanted.plan)
             seconds = time.monotonic() - start_s
             text = f"{', '.join(published)} of iterations {_named(sources)}, in {seconds:.1f} s"
-            self._events.say(
-                said.PUBLISHED, text, published=published, seconds=round(seconds, 3), **numbers
-            )
+            numbers |= {"published": published, "seconds": round(seconds, 3), **how.fields}
+            self._events.say(said.PUBLISHED, text + how.text, **numbers)
         self._outcome = Outcome(seen.end, published, None, None)
         self._made, self._failed = self._fingerprint(seen), None
         self._retry_s = _RETRY_S / 2
@@ -191,10 +200,32 @@ class _Follower:
         except (PmaError, OSError) as error:  # the average is there
             self._events.say(said.FAILED, f"after the merge: {error}", error=str(error))
 
-    def _merged(self, request: MergeRequest) -> tuple[str, ...]:
+    def _merged(self, request: MergeRequest, exact: MergePlan) -> tuple[tuple[str, ...], How]:
+        """Update the average that is there if that was asked for and can be, else read all."""
+        most = self._request.rolling
+        if most is None:
+            return self._made_by(request, self._request.words), How()
+        try:
+            update = update_of(request, exact, most)
+            wanted = replace(update.request, overwrite=request.overwrite)
+            published = self._made_by(wanted, self._request.unchosen_words)
+        except ExactError as reason:
+            why = str(reason)
+        except (PmaError, OSError) as error:
+            if getattr(error, "published", ()):
+                raise  # what is missing of it is made when it is tried again
+            why = f"the update failed: {type(error).__name__}: {error}"
+        else:
+            made = update.made
+            fields = {"rolling": {"updates": made.updates, "bound": made.bound}}
+            return published, How(f", {update.text}; {made.sentence()}", fields)
+        how = How(f", from all its checkpoints: {why}", {"exact_because": why})
+        return self._made_by(request, self._request.words), how
+
+    def _made_by(self, request: MergeRequest, words: Sequence[str]) -> tuple[str, ...]:
         launch = self._request.launch
         if launch is not None:
-            return merged_by(launch, self._request.words, request)
+            return merged_by(launch, words, request)
         return merge(request, show=self._show).published
 
     def _wait(self, why: str) -> None:

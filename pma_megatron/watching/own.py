@@ -16,10 +16,12 @@ from pma_megatron.errors import CheckpointError, PublishError, VerifyError
 from pma_megatron.formats.manifest import read_marker
 from pma_megatron.merging.leftovers import Target, unfinished
 from pma_megatron.merging.request import MergeRequest
+from pma_megatron.merging.rolling import ROLLING, read
 from pma_megatron.runs.discover import list_checkpoints
 
 WATCHED = "PMA_WATCHED"
-"""Environment variable that hands `watched` to the merge of a launch command."""
+ROLLED = "PMA_ROLLING"
+"""Environment variables that hand `watched` and `rolling` to the merge of a launch command."""
 _DECIDE = ("watched", "load", "method", "policy", "lr_factor", "dtype", "sweep")
 
 
@@ -43,7 +45,12 @@ def is_own(folder: Path, request: MergeRequest) -> bool:
     made = said.get("request")
     if request.watched is None or said.get("kind") not in (None, "export"):
         return False
-    return isinstance(made, dict) and _decisive(made) == _decisive(_plain(request))
+    if not isinstance(made, dict):
+        return False
+    if ROLLING in said:  # it was asked for by the method that its members are weighted by
+        rolled = read(said[ROLLING])
+        made = {**made, "method": None if rolled is None else rolled.method}
+    return _decisive(made) == _decisive(_plain(request))
 
 
 def _plain(request: MergeRequest) -> dict[str, Any]:

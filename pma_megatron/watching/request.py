@@ -59,8 +59,17 @@ class WatchRequest:
         "process merges",
         metavar="CMD",
     )
+    rolling: int | None = setting(
+        None,
+        "update the average that is there, in float32, by what joins and what leaves, up to K "
+        "times before one is computed from all checkpoints again; without it, each is",
+        metavar="K",
+    )
     words: tuple[str, ...] = setting(
         (), "the merge as it was typed, for the command of `launch`", of=()
+    )
+    unchosen_words: tuple[str, ...] = setting(
+        (), "the same without which checkpoints it takes and how they are weighted", of=()
     )
 
     def __post_init__(self) -> None:
@@ -71,7 +80,7 @@ class WatchRequest:
                     f"{named(name)} says where an average ends for good, and this one follows the "
                     "run: leave it out, or use pma merge"
                 )
-        for name in ("keep", "until_iteration"):
+        for name in ("keep", "until_iteration", "rolling"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{named(name)} must be at least 1, got {value}")
@@ -82,6 +91,8 @@ class WatchRequest:
                 f"{given('keep', self.keep)} has no effect on an export, of which there is one: "
                 f"leave it out, or give {named('save')}"
             )
+        if self.rolling is not None:
+            self._refuse_no_sum()
         for name in ("evaluate", "launch"):
             if getattr(self, name) is not None and not getattr(self, name).strip():
                 raise UsageError(f"{named(name)} is empty: say which command, or leave it out")
@@ -97,6 +108,29 @@ class WatchRequest:
             raise UsageError(
                 f"{given('save', folders[1])} is the run's own folder: its tracker and retention "
                 f"would take the average for a checkpoint of the run. Use {folders[1]}-watch"
+            )
+
+    def _refuse_no_sum(self) -> None:
+        """Refuse what cannot be gone on with by adding and taking off.
+
+        Raises:
+            UsageError: naming it.
+        """
+        asked, why = self.merge, None
+        if asked.method.name != "sma":
+            why = f"{given('method', asked.method.name)}, whose coefficients all change"
+        elif asked.sweep:
+            why = f"{named('sweep')}, which makes several averages"
+        elif asked.save is None:
+            why = f"{named('export')} alone, which keeps no float32 main params"
+        elif asked.policy.optimizer_state == "average":
+            why = f"{given('optimizer_state', 'average')}: second moments could become negative"
+        elif asked.policy.drops_optimizer:
+            why = "weights alone, which are rounded"
+        if why is not None:
+            raise UsageError(
+                f"{given('rolling', self.rolling)} needs a float32 sum that goes on, and cannot be "
+                f"combined with {why}: leave out one of the two"
             )
 
     @property

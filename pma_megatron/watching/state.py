@@ -6,7 +6,7 @@ Nothing is remembered but what was seen: a watch that starts anew finds the aver
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 
 from pma_megatron.base.comm import Comm
 from pma_megatron.base.once import once_each
-from pma_megatron.errors import PmaError, PublishError, SelectionError
+from pma_megatron.errors import CheckpointError, PmaError, PublishError, SelectionError
 from pma_megatron.formats import registry
 from pma_megatron.formats.json_files import read_json
 from pma_megatron.formats.marker import MARKER_FILE
@@ -22,6 +22,7 @@ from pma_megatron.formats.output import Folder
 from pma_megatron.merging.leftovers import Target, unfinished
 from pma_megatron.merging.planning import MergePlan, make_plan
 from pma_megatron.merging.request import MergeRequest
+from pma_megatron.merging.rolling import is_update_of
 from pma_megatron.merging.targets import is_of, targets
 from pma_megatron.runs.discover import choose, list_checkpoints, pointers_of
 from pma_megatron.runs.marks import Mark, mark, unchanged
@@ -109,17 +110,23 @@ class Wanted:
         current: whether all of them are there as it would make them.
         unsafe: why it would replace what this watch did not make; None if it would not.
         replaces: whether an average of this watch is to be replaced.
+        plan: of the merge of all checkpoints.
     """
 
     folders: tuple[str, ...]
     current: bool
     unsafe: PublishError | None
     replaces: bool
+    plan: MergePlan
 
 
 @once_each()
-def wanted_of(request: MergeRequest) -> Wanted:
+def wanted_of(request: MergeRequest, *, rolling: bool = False) -> Wanted:
     """What lies where this merge would publish; whether there is room is another question.
+
+    Args:
+        request: it.
+        rolling: whether an average of the same checkpoints that was made by updates will do.
 
     Raises:
         PmaError: no plan of it can be made.
@@ -127,18 +134,27 @@ def wanted_of(request: MergeRequest) -> Wanted:
     made = make_plan(request, Comm())
     wanted = targets(made, "plan")
     folders = tuple(str(each.final) for each in wanted)
-    current = all(_is_current(each, made) for each in wanted)
+    current = all(_is_current(each, made, rolling) for each in wanted)
     try:
-        return Wanted(folders, current, None, replaces(wanted, made.request))
+        return Wanted(folders, current, None, replaces(wanted, made.request), made)
     except PublishError as error:
-        return Wanted(folders, current, error, replaces=False)
+        return Wanted(folders, current, error, False, made)
 
 
-def _is_current(target: Target, made: MergePlan) -> bool:
-    if not is_of(target, made) or unfinished(target) or not _is_named(target, made):
+def _is_current(target: Target, made: MergePlan, rolling: bool) -> bool:
+    same = is_of(target, made) or (rolling and _is_update(target, made))
+    if not same or unfinished(target) or not _is_named(target, made):
         return False
-    begun_ns = _begun_ns(read_json(target.final / MARKER_FILE))
-    return all(_is_older(Path(source.path), source.stamps, begun_ns) for source in made.sources)
+    began_ns = begun_ns(read_json(target.final / MARKER_FILE))
+    return all(is_older(Path(source.path), source.stamps, began_ns) for source in made.sources)
+
+
+def _is_update(target: Target, made: MergePlan) -> bool:
+    """Whether it is the rolling average of the same checkpoints."""
+    try:
+        return is_update_of(read_json(target.final / MARKER_FILE), made.digest)
+    except CheckpointError:
+        return False
 
 
 def _is_named(target: Target, made: MergePlan) -> bool:
@@ -153,16 +169,16 @@ def _is_named(target: Target, made: MergePlan) -> bool:
     return pointer is not None and pointer.folder == target.final.name
 
 
-def _begun_ns(said: dict[str, Any]) -> int:
+def begun_ns(said: Mapping[str, Any]) -> int:
     """When the merge began, or a little before; sources that are newer were not what it read."""
     created = datetime.fromisoformat(str(said["created"])).timestamp()
     return int((created - sum(said["seconds"].values()) - 1) * 10**9)
 
 
-def _is_older(folder: Path, names: Iterable[str], begun_ns: int) -> bool:
+def is_older(folder: Path, names: Iterable[str], began_ns: int) -> bool:
     """Whether no file of a source was written since; a copy with old times was written anew too."""
     for name in names:
         stat = (folder / name).stat()
-        if max(stat.st_mtime_ns, stat.st_ctime_ns) >= begun_ns:
+        if max(stat.st_mtime_ns, stat.st_ctime_ns) >= began_ns:
             return False
     return True

@@ -13,9 +13,9 @@ import pytest
 
 from pma_megatron import cli
 from pma_megatron.base.settings import PMA, declared, made, nested
-from pma_megatron.cli.flags import Checks, Deletion, Modes, Sameness, parser
+from pma_megatron.cli.flags import Checks, Deletion, Modes, Paged, Sameness, parser
 from pma_megatron.cli.score_flags import Compared, Loss, Scorer
-from pma_megatron.cli.verbs import Common, Files, OnRanks, Written
+from pma_megatron.cli.verbs import Common, Files, Logged, OnRanks, Written
 from pma_megatron.deepspeed.options import KEYWORDS, Options
 from pma_megatron.errors import UsageError
 from pma_megatron.live.load import Live
@@ -50,8 +50,10 @@ OTHERS: tuple[type, ...] = (
     Checks,
     Compared,
     Deletion,
+    Logged,
     Loss,
     Modes,
+    Paged,
     Sameness,
     Scorer,
     Live,
@@ -89,8 +91,9 @@ def test_no_flag_of_pma_is_declared_nowhere(verb: str) -> None:
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_default_that_is_printed_is_the_one_that_is_used(verb: str) -> None:
     """Typed, it changes nothing: neither what was parsed nor the request that is made of it."""
-    alone = verb in ("list", "inspect", "verify", "export", "completion", "compare", "prune")
-    given = {"completion": ["zsh"], "compare": ["/run", "/other"]}
+    of_folders = ("list", "inspect", "verify", "export", "compare", "prune", "report")
+    alone = verb in ("completion", *of_folders)
+    given = {"completion": ["zsh"], "compare": ["/run", "/other"], "report": ["/run", "--out", "x"]}
     words = given.get(verb, ["/run"] if alone else ["--load", "/run"])
     kinds = {"recover": RecoveryRequest, "evaluate": Grid, "forecast": Grid}
     onset = {"save": "/new", "onset": 3, "skip": None} if verb == "recover" else {}
@@ -130,7 +133,18 @@ def test_flags_are_made_of_settings_alone() -> None:
         for path in Path(cli.__file__).parent.glob("*.py")
     }
     assert {name: calls for name, calls in found.items() if calls} == {
-        "flags.py": ['"--version"', "where", '"first"', '"second"', '"root"', '"shell"', '"path"']
+        "flags.py": [
+            *(
+                '"--version"',
+                "where",
+                '"first"',
+                '"second"',
+                '"root"',
+                '"path"',
+                '"shell"',
+                '"path"',
+            )
+        ]
     }
 
 

@@ -321,6 +321,9 @@ OF_OTHERS = {
     "formats.rates": {"--"},  # before the names of Megatron's settings
     "formats.torch_dist.buckets": {"--dist-ckpt-optim-fully-reshardable"},  # of Megatron
     "live.plan": {"--make-vocab-size-divisible-by"},  # of Megatron
+    "pages.merged": {"--export", "--from", "--save"},  # commands on a page that people read
+    "pages.page": {"--json", "--out"},
+    "pages.recovered": {"--dry-run", "--load", "--metrics", "--save"},
     "megatron.curvature": {  # of Megatron and torchrun
         "--bf16",
         "--fp16",
@@ -350,7 +353,15 @@ OF_OTHERS = {
         "--last",
         "--lr-factor",
     },
-    "watching.commands": {"--end-iteration", "--json", "--overwrite"},  # of a `pma merge`
+    "watching.commands": {  # of a `pma merge`
+        "--allow-any-coefficients",
+        "--coefficients",
+        "--end-iteration",
+        "--json",
+        "--method",
+        "--overwrite",
+        "--paths",
+    },
     "watching.follow": {"--nproc-per-node"},  # of torchrun
     "watching.request": {"--nproc-per-node"},  # of torchrun
     "runs.tokens": {"--iterations-to-skip", "--decrease-batch-size-if-needed"},  # of Megatron

@@ -56,12 +56,14 @@ MERGE = COMMON | {
     "--export",
     "--from",
     "--like",
+    "--log-to",
     "--max-shard-size",
 }
 SCORE = COMMON | {
     "--dump-request",
     "--from",
     "--load",
+    "--log-to",
     "--ends",
     "--exclude",
     "--intervals-iterations",
@@ -107,6 +109,7 @@ FLAGS = {
         "--interval-tokens",
         "--last",
         "--load",
+        "--log-to",
         "--loss",
         "--lr-factor",
         "--margin-iterations",
@@ -163,7 +166,16 @@ FLAGS = {
         "--timeout",
         "--tokens",
     }
-    | {"--evaluate", "--events", "--keep", "--launch", "--once", "--poll-s", "--until-iteration"},
+    | {
+        "--evaluate",
+        "--events",
+        "--keep",
+        "--launch",
+        "--once",
+        "--poll-s",
+        "--rolling",
+        "--until-iteration",
+    },
     "geometry": COMMON
     | {
         "--dump-request",
@@ -194,6 +206,7 @@ FLAGS = {
         "--window-tokens",
         "--allow-gaps",
     },
+    "report": COMMON | {"path", "--out", "--verify"},
     "list": COMMON | {"root"},
     "inspect": COMMON | {"path"},
     "verify": COMMON | {"path", "--samples", "--deep", "--files-only", "--timeout"},
@@ -295,7 +308,7 @@ def test_help(capsys: pytest.CaptureFixture[str], verb: str) -> None:
     code, out, _ = call(capsys, verb, "--help")
     assert code == 0
     assert all(flag in out for flag in FLAGS[verb])
-    alone = ("list", "inspect", "verify", "completion", "prune")
+    alone = ("list", "inspect", "verify", "completion", "prune", "report")
     assert ("torchrun --nproc-per-node" in out) == (verb not in alone)
 
 

@@ -43,11 +43,13 @@ class Run:
         self.losses: dict[int, float] = {}
         self.snapshots: dict[int, dict[str, Any]] = {}
         self.done: list[Any] = []
+        self.told: list[Any] = []
         self.recovery = Recovery(
             self.trainer.models,
             self.trainer.optimizer,
             roots=[root],
             settings=settings,
+            told=self.told.append,
             rollback=lambda ref: self.trainer.roll_back(Path(ref.path).parent, ref.iteration),
         )
 
@@ -91,6 +93,7 @@ def break_and_recover(rank: int, world_size: int, config: TinyConfig, root: str)
     return {
         "losses": run.losses,
         "done": run.done,
+        "told": run.told,
         "snapshots": kept,
         "lr": run.trainer.learning_rate(),
         "samples": run.trainer.consumed_samples,
@@ -154,6 +157,8 @@ def test_recovers_to_the_average_of_healthy_checkpoints(
         recovery_log.JUDGED,
     ]
     assert done.iteration < events[-1]["iteration"] <= done.iteration + 10
+    plain = [{name: value for name, value in event.items() if name != "time"} for event in events]
+    assert all(result["told"] == plain for result in results)
 
 
 def crash(rank: int, world_size: int, root: str) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pma_megatron.runs.tokens import format_tokens
 from pma_megatron.scores.forecast import Forecast
 from pma_megatron.scores.grid import UNMERGED
 from pma_megatron.scores.results import Score, Scores
@@ -15,6 +16,11 @@ _TOKENS = "training tokens"
 
 
 def scored(scores: Scores, metric: str, path: Path) -> None:
+    """Loss against tokens as a picture in a file; see `of_scores`."""
+    save(of_scores(scores, metric), path)
+
+
+def of_scores(scores: Scores, metric: str) -> Any:
     """Loss against tokens: the single checkpoints, and a line per method, N and V."""
     figure, axes = new_figure(scores, metric)
     for name, points in series(scores).items():
@@ -22,10 +28,16 @@ def scored(scores: Scores, metric: str, path: Path) -> None:
         style = {"color": _UNMERGED, "lw": 2} if unmerged else {"lw": 1.2}
         xs = [position(scores, point.end_iteration) for point in points]
         axes.plot(xs, [p.losses[metric] for p in points], marker="o", ms=3, label=name, **style)
-    save(figure, axes, path)
+    axes.legend(frameon=False, fontsize=8)
+    return figure
 
 
 def forecasted(scores: Scores, made: Forecast, path: Path) -> None:
+    """A forecast as a picture in a file; see `of_forecast`."""
+    save(of_forecast(scores, made), path)
+
+
+def of_forecast(scores: Scores, made: Forecast) -> Any:
     """Trained and merged loss along the run, and where real annealing runs ended."""
     figure, axes = new_figure(scores, made.metric)
     for number, each in enumerate(made.series):
@@ -43,7 +55,8 @@ def forecasted(scores: Scores, made: Forecast, path: Path) -> None:
         axes.plot(end, run.loss, "k*", ms=9)
     if made.annealed:
         axes.plot([], [], "k*:", label="annealed, from the start of its decay")
-    save(figure, axes, path)
+    axes.legend(frameon=False, fontsize=8)
+    return figure
 
 
 def series(scores: Scores) -> dict[str, list[Score]]:
@@ -57,13 +70,12 @@ def series(scores: Scores) -> dict[str, list[Score]]:
 def new_figure(scores: Scores, metric: str) -> tuple[Any, Any]:
     """A figure with its axes named."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter
 
     figure = Figure(figsize=(8, 4.8), layout="constrained")
     axes = figure.subplots()
     axes.set_xlabel(_unit(scores))
     if _unit(scores) == _TOKENS:
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_major_formatter(lambda value, _: format_tokens(round(value)))
     axes.set_ylabel(metric)
     axes.grid(alpha=0.25, lw=0.6)
     axes.spines[["top", "right"]].set_visible(False)
@@ -76,9 +88,8 @@ def position(scores: Scores, iteration: int) -> float:
     return iteration if tokens is None or _unit(scores) != _TOKENS else tokens
 
 
-def save(figure: Any, axes: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
     """Write the figure, its format by the name's ending."""
-    axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=110)
 
 

@@ -1,0 +1,47 @@
+"""`pma report`: a page about what other commands left."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from pma_megatron.base.sizes import sized
+from pma_megatron.cli.tables import new_console
+from pma_megatron.cli.verbs import show_result
+from pma_megatron.errors import UsageError
+from pma_megatron.merging.published import verify
+from pma_megatron.pages.page import rendered, section_of
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """`pma report`."""
+    check = _compared if arguments.check else None
+    sections = [
+        section_of(Path(path), f"s{number}", check) for number, path in enumerate(arguments.path, 1)
+    ]
+    page = rendered(sections)
+    try:
+        arguments.out.write_bytes(page)
+    except OSError as error:
+        raise UsageError(f"--out {arguments.out} cannot be written: {error.strerror}") from error
+    value = {
+        "out": str(arguments.out),
+        "bytes": len(page),
+        "sections": [
+            {"title": s.title, "level": s.level.value, "answer": s.answer} for s in sections
+        ],
+    }
+
+    def told() -> None:
+        console = new_console(soft_wrap=True)
+        for section in sections:
+            console.print(f"{section.title}\n  {section.answer}")
+        console.print(f"wrote {arguments.out}, {sized(len(page))}")
+
+    show_result(arguments, value, told)
+
+
+def _compared(folder: Path) -> str:
+    """Every byte of a folder, compared with its `pma.json`."""
+    found = verify(folder, files_only=True)
+    return f"all {found.files} files ({sized(found.bytes)}) are what was written"

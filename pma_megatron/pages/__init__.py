@@ -1,0 +1,1 @@
+"""A page of HTML about a merge, scores, a forecast or recoveries; needs the `plots` extra."""

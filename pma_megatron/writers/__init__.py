@@ -1,0 +1,1 @@
+"""Where people look at their runs: TensorBoard, Weights & Biases, MLflow, DeepSpeed's monitor."""

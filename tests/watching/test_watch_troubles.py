@@ -1,0 +1,115 @@
+"""What a watch does where something around it is amiss: it says so once, and goes on or refuses."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from test_watch import TRACKER, kinds, looked, merged, payload, request_of
+
+from conftest import folder_of
+from pma_megatron import watch
+from pma_megatron.errors import CheckpointError, PublishError
+from pma_megatron.merging import locks
+from pma_megatron.watching import follow
+
+
+def test_once_without_events_evaluates_what_it_made_and_nothing_else(
+    run: Path, tmp_path: Path
+) -> None:
+    """Nothing says what was evaluated before, so cron's looks do not do it again and again."""
+    save, log = tmp_path / "averages", tmp_path / "log"
+    command = f'echo "$PMA_ITERATION" >> {log}'
+    time.sleep(2.5)  # sources that are hardly older than their average are taken for newer
+    for _ in range(3):
+        looked(run, save, evaluate=command)
+    assert log.read_text().splitlines() == ["8"]
+    (run / TRACKER).write_text("6")
+    looked(run, save, evaluate=command)
+    assert log.read_text().splitlines() == ["8", "6"]
+
+
+def test_a_disk_that_is_full_at_the_start(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No room for the lock is refused in words; none for the events is said, and stops nothing."""
+    save = tmp_path / "averages"
+
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(locks.os, "pwrite", full)
+        with pytest.raises(PublishError, match=f"cannot write to {save}: No space left"):
+            looked(run, save)
+    assert not list(save.iterdir()), "nor is anything left of it"
+    outcome, found = looked(run, save, events=Path("/dev/full"))
+    assert kinds(found) == ["started", "published"] and outcome.failed is None
+    assert "/dev/full cannot be written (No space left on device)" in caplog.text
+    assert payload(folder_of(save, 8)) == merged(run, tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("echo '{broken'; echo '{\"published\": '; echo '[0]: {}'", "no report of a merge"),
+        ('echo \'{"published": [], "note": 1}\'', "no report of a merge"),
+        ("printf '\\377\\376{\\n'", "no report of a merge"),
+        ("exit 7", "exit code 7"),
+        (None, "cannot be started"),
+    ],
+)
+def test_a_launch_command_whose_report_cannot_be_read(
+    run: Path, tmp_path: Path, script: str | None, words: str
+) -> None:
+    launch = tmp_path / "launch"
+    if script is not None:
+        launch.write_text(f"#!/bin/sh\n{script}\n")
+        launch.chmod(0o755)
+    outcome, found = looked(run, tmp_path / "averages", launch=str(launch))
+    assert kinds(found) == ["started", "failed"] and words in str(outcome.failed)
+    assert found[1]["iteration"] == 8 and outcome.iteration is None
+
+
+def test_it_tries_again_less_and_less_often_until_the_run_changes(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s, tried_s, limit_s = 0.0, [], 12_000.0
+
+    def sleep(seconds: float) -> None:
+        nonlocal now_s
+        now_s += seconds
+        if now_s == limit_s:
+            (folder_of(run, 2) / "note").write_text("a change")  # no source, but of the run
+            os.utime(folder_of(run, 2) / ".metadata")
+        if now_s > limit_s + 120:
+            raise KeyboardInterrupt
+
+    def fail(*_: Any, **__: Any) -> None:
+        tried_s.append(now_s)
+        raise CheckpointError("damaged")
+
+    monkeypatch.setattr(follow, "time", SimpleNamespace(sleep=sleep, monotonic=lambda: now_s))
+    monkeypatch.setattr(follow, "merge", fail)
+    found: list[dict[str, Any]] = []
+    with pytest.raises(KeyboardInterrupt):
+        watch(request_of(run, tmp_path / "averages", once=False), tell=found.append)
+    assert tried_s == [0, 600, 1800, 4200, 7800, 11400, limit_s]
+    assert kinds(found) == ["started", *["failed"] * 7]
+
+
+def test_where_there_are_no_locks_it_says_so_and_works(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(locks.fcntl, "flock", none)
+    outcome, found = looked(run, tmp_path / "averages")
+    assert kinds(found) == ["started", "failed", "published"]
+    assert "no locks" in found[1]["error"] and outcome.failed is None
