@@ -17,6 +17,7 @@ PLOTS = ["matplotlib>=3.7"]
 TENSORBOARD = ["tensorboard>=2.12"]
 YAML = ["pyyaml>=6"]  # files for `--from`; JSON needs nothing
 COMPLETION = ["shtab>=1.9"]  # the first that speaks fish
+STORES = ["obstore>=0.7"]  # s3://, gs://, az://
 TRANSFORMERS = ["transformers>=4.45"]  # opens and scores what `pma export` wrote
 DOCS = [
     "mkdocs>=1.6,<2",  # pages generated while it builds; 2 has no plugins
@@ -31,7 +32,9 @@ TEST = [
     *TENSORBOARD,
     *COMPLETION,
     *YAML,
+    *STORES,
     *DOCS,
+    "moto[s3,server]>=5.1",  # a real S3 server on loopback, and boto3, which looks into it
     "build>=1.2",
     "coverage>=7.10",  # the first that follows subprocesses by itself
     "hypothesis>=6.100",
@@ -96,6 +99,7 @@ setup(
         "completion": COMPLETION,
         "yaml": YAML,
         "transformers": TRANSFORMERS,
+        "stores": STORES,
         "docs": DOCS,
         "test": TEST,
     },

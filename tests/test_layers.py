@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "pma_megatron"
 
 FOLDERS = [
     ["version", "errors"],
+    ["storage"],
     ["base"],
     ["formats"],
     ["formats.dcp"],
@@ -38,6 +39,13 @@ INSIDE = {
         boxes durable durations faults log memory once openfiles processes sizes spelling stopping
         presence remote_paths settings steps
         comm
+    """,
+    "storage": """
+        protocol
+        contents object_store posix
+        addresses
+        spool
+        paths
     """,
     "formats": """
         base inert json_files zips

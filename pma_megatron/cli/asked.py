@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-from pathlib import Path
 
 from pma_megatron.base.openfiles import is_folder
 from pma_megatron.base.settings import declared, made
@@ -15,6 +14,7 @@ from pma_megatron.retention.request import PruneRequest
 from pma_megatron.scores.grid import Grid
 from pma_megatron.spikes.healthy import Span
 from pma_megatron.spikes.request import RecoveryRequest
+from pma_megatron.storage.paths import path_of
 from pma_megatron.watching.request import WatchRequest
 
 
@@ -125,7 +125,7 @@ def comparison_of(arguments: argparse.Namespace) -> None:
     if arguments.most < 0:
         raise UsageError(f"--most {arguments.most}: expected a number of at least 0")
     for each in (arguments.first, arguments.second):
-        if arguments.out is not None and Path(each).resolve() in arguments.out.resolve().parents:
+        if arguments.out is not None and path_of(each).resolve() in arguments.out.resolve().parents:
             raise UsageError(f"--out {arguments.out} lies in {each}, which is compared: elsewhere")
 
 
@@ -154,7 +154,7 @@ def _root_of(arguments: argparse.Namespace) -> str:
     """The folder that `--load` names, or that the first of `--paths` lies in."""
     if arguments.load is None and not arguments.paths:
         raise UsageError("say where the checkpoints are: --load DIR, or --paths DIR DIR ...")
-    return str(arguments.load or Path(arguments.paths[0]).parent)
+    return str(arguments.load or path_of(arguments.paths[0]).parent)
 
 
 def _span(text: str | None) -> Span | None:

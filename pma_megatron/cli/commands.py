@@ -7,7 +7,6 @@ import os
 from argparse import Namespace
 from contextlib import ExitStack
 from dataclasses import asdict, replace
-from pathlib import Path
 
 from pma_megatron.base.comm import Comm, process_group_from_environment
 from pma_megatron.base.stopping import having_published
@@ -24,6 +23,7 @@ from pma_megatron.merging.published import verify as verify_published
 from pma_megatron.merging.report import describe_plan
 from pma_megatron.runs.discover import list_checkpoints
 from pma_megatron.runs.folders import what_is
+from pma_megatron.storage.paths import path_of
 from pma_megatron.watching.own import WATCHED
 
 _log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def list_(arguments: Namespace) -> None:
     """`pma list`."""
     refs = list_checkpoints(arguments.root, problem=_log.warning)
     if not refs:
-        raise SelectionError(what_is(Path(arguments.root)))
+        raise SelectionError(what_is(path_of(arguments.root)))
     found = listed(refs)
     rows = [
         {**asdict(each.ref), "state": each.ref.state, "bytes": each.bytes, "origin": each.origin}

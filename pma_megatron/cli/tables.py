@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -28,6 +27,7 @@ from pma_megatron.merging.verification import Verification
 from pma_megatron.runs.gaps import lines
 from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.runs.tokens import format_tokens, recommend
+from pma_megatron.storage.paths import path_of
 from pma_megatron.transfer.buffers import BLOCK_ELEMENTS
 
 
@@ -94,7 +94,7 @@ def listed(root: str, found: Sequence[Listed]) -> None:
         because = ref.unhealthy_because if ref.complete else ref.incomplete_because
         for more in (because, ref.warning):
             state += f": {more}" if more else ""
-        name = Path(ref.path).name if ref.iteration is None else str(ref.iteration)
+        name = path_of(ref.path).name if ref.iteration is None else str(ref.iteration)
         holds = ref.holds if ref.complete else ""
         size = "" if each.bytes is None else sized(each.bytes)
         shown = [*(() if told_apart else [_below(root, ref)]), *([each.origin or ""] * averages)]
@@ -104,8 +104,9 @@ def listed(root: str, found: Sequence[Listed]) -> None:
 
 def _below(root: str, ref: CheckpointRef) -> str:
     """The folder of a checkpoint as its run's folder has it."""
-    folder = Path(ref.folder)
-    return str(folder.relative_to(root)) if folder.is_relative_to(root) else str(folder)
+    folder = path_of(ref.folder)
+    above = path_of(root)
+    return str(folder.relative_to(above)) if folder.is_relative_to(above) else str(folder)
 
 
 _READ = {"unknown", *(each.name for each in registry.FORMATS)}
@@ -221,9 +222,9 @@ def merged(report: MergeReport) -> None:
 
 def _loading(folder: str, compared: bool) -> str:
     """How an exported model is loaded: by transformers where it is known to find its tensors."""
-    if compared and (Path(folder) / "config.json").is_file():
+    if compared and (path_of(folder) / "config.json").is_file():
         return pasted(f"transformers.AutoModelForCausalLM.from_pretrained({folder!r})")
-    files = sorted(map(str, Path(folder).glob("*.safetensors")))
+    files = sorted(map(str, path_of(folder).glob("*.safetensors")))
     more = f" and {len(files) - 1} more" if files[1:] else ""
     return pasted(f"safetensors.torch.load_file({files[0]!r})") + more
 

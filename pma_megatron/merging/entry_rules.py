@@ -28,6 +28,7 @@ from pma_megatron.merging.padding import common_rows, explained, parts
 from pma_megatron.merging.policy import MAIN, Action, Entry, Rule, unmatched
 from pma_megatron.merging.request import MergeRequest
 from pma_megatron.merging.tasks import Average, Keep, Task, Zero, untouched
+from pma_megatron.storage.paths import path_of
 
 Rules = Mapping[tuple[str, str], Rule]
 
@@ -83,7 +84,7 @@ def decide(
     """
     base, policy = sources[-1], request.policy
     if base.snapshot and not policy.drops_optimizer:
-        raise _unresumable(base, newest_full(Path(base.path)))
+        raise _unresumable(base, newest_full(path_of(base.path)))
     if not policy.drops_optimizer:
         refuse_lost_optimizer(sources)
     if policy.average != "weights":

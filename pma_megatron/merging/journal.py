@@ -30,6 +30,7 @@ from pma_megatron.formats.base import StoredRecord
 from pma_megatron.merging.leftovers import Target, journals
 from pma_megatron.merging.planning import MergePlan
 from pma_megatron.merging.tasks import Unit, Write
+from pma_megatron.storage.paths import real
 from pma_megatron.transfer.checksums import Checksums
 from pma_megatron.transfer.reads import Noted, Reads
 from pma_megatron.version import __version__
@@ -152,7 +153,7 @@ def _job(plan: MergePlan, wanted: Sequence[Target]) -> dict[str, Any]:
     return {
         "pma_megatron": __version__,
         "digest": plan.digest,
-        "sources": [os.path.realpath(source.path) for source in plan.sources],
+        "sources": [real(source.path) for source in plan.sources],
         "layouts": hashlib.sha256(repr(layouts).encode()).hexdigest(),
         "stamps": hashlib.sha256(json.dumps(stamps).encode()).hexdigest(),
         "targets": [[os.path.realpath(t.final), t.folder.value, t.output] for t in wanted],

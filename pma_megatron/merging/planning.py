@@ -7,7 +7,6 @@ import json
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from pma_megatron.base.comm import Comm
@@ -40,6 +39,7 @@ from pma_megatron.runs.discover import choose, newest_full
 from pma_megatron.runs.notices import announce
 from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.runs.selection import Selection
+from pma_megatron.storage.paths import absolute, in_store, path_of
 from pma_megatron.version import __version__
 
 _log = logging.getLogger(__name__)
@@ -177,8 +177,9 @@ def refuse_changed(plan: Workload, comm: Comm) -> None:
     for number, source in enumerate(plan.sources):
         if comm.rank != plan.visible[number][0]:
             continue
+        folder = path_of(source.path, again=in_store(source.path))
         for name, (nbytes, mtime_ns) in source.stamps.items():
-            path = Path(source.path) / name
+            path = folder / name
             try:
                 stat = path.stat()
             except OSError as error:
@@ -323,7 +324,7 @@ def origin_note(found: OpenedSources) -> dict[str, Any]:
     values = {each.name: list(each.values) for each in found.outputs}
     return {
         "pma_megatron": __version__,
-        "sources": [str(Path(source.path).absolute()) for source in found.sources],
+        "sources": [absolute(source.path) for source in found.sources],
         "iterations": [ref.iteration for ref in found.selection.refs],
         "coefficients": values if len(values) > 1 else next(iter(values.values())),
     }
@@ -336,7 +337,7 @@ def _assemble(
     saved: SavedFolder | None,
     export: ModelExport | None,
 ) -> MergePlan:
-    save, beside = Save(Path(found.sources[-1].path)), tuple[SideFile, ...]()
+    save, beside = Save(path_of(found.sources[-1].path)), tuple[SideFile, ...]()
     layouts, filled = {}, tuple[Filled, ...]()
     if saved is not None:
         layouts[Folder.CHECKPOINT], filled = saved.layout, saved.filled

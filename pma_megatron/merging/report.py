@@ -18,6 +18,7 @@ from pma_megatron.merging.planning import MergePlan
 from pma_megatron.merging.request import Output
 from pma_megatron.merging.verification import Verification
 from pma_megatron.runs.describe import describe
+from pma_megatron.storage.paths import path_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +61,7 @@ class MergeReport:
     @property
     def resume(self) -> tuple[str, ...]:
         """How training is told to go on from each output: Megatron's flags, or a call."""
-        return tuple(how_to_resume(Path(f), self.plan["lr_factor"]) for f in self.outputs)
+        return tuple(how_to_resume(path_of(f), self.plan["lr_factor"]) for f in self.outputs)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as `--json` prints them: the plan's, and what came of it."""

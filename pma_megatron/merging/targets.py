@@ -28,6 +28,7 @@ from pma_megatron.merging.folder_checksums import listing
 from pma_megatron.merging.leftovers import STAGING, Target, staged_bytes, unfinished
 from pma_megatron.merging.planning import MergePlan
 from pma_megatron.runs.folders import holds_checkpoint, is_checkpoint
+from pma_megatron.storage.paths import path_of
 
 
 def targets(plan: MergePlan, token: str) -> tuple[Target, ...]:
@@ -38,9 +39,9 @@ def targets(plan: MergePlan, token: str) -> tuple[Target, ...]:
     for number, output in enumerate(plan.outputs):
         finals = {}
         if request.save is not None:
-            finals[Folder.CHECKPOINT] = Path(request.save) / output.name / name
+            finals[Folder.CHECKPOINT] = path_of(request.save) / output.name / name
         if request.export is not None:
-            finals[Folder.MODEL] = _real(Path(request.export)) / output.name
+            finals[Folder.MODEL] = _real(path_of(request.export)) / output.name
         for folder, final in finals.items():
             root = final.parent
             found.append(Target(root, final, root, folder, number).staged_as(token))
@@ -97,7 +98,7 @@ def _refuse_nested(wanted: Sequence[Target]) -> None:
 
 def _refuse(plan: MergePlan, target: Target) -> None:
     root, final = _real(target.root), _real(target.final)
-    for source in (_real(Path(ref.folder)) for ref in plan.selection.refs):
+    for source in (_real(path_of(ref.folder)) for ref in plan.selection.refs):
         if final == source or source in final.parents or final in source.parents:
             raise PublishError(
                 f"the output {final} is or contains the source {source}: refused, sources are "
@@ -140,7 +141,7 @@ def is_of(target: Target, plan: MergePlan) -> bool:
 
 
 def _real(path: Path) -> Path:
-    return Path(os.path.realpath(path))  # `resolve` raises for names that cannot be looked at
+    return path_of(os.path.realpath(path))  # `resolve` raises for names that cannot be looked at
 
 
 def _refuse_long(plan: MergePlan, target: Target) -> None:

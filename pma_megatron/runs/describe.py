@@ -18,6 +18,7 @@ from pma_megatron.runs import recovery_log
 from pma_megatron.runs.folders import ITERATION
 from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.runs.tokens import consumed_tokens_of
+from pma_megatron.storage.paths import path_of
 
 STEP = re.compile(r"^global_step(\d+)(?:_universal)?$")
 """What DeepSpeed calls a tag by itself (engine.py, `save_checkpoint`), and how it is converted."""
@@ -165,7 +166,7 @@ def common_args(folder: Path) -> dict[str, Any]:
 def schedule_of(ref: CheckpointRef | Source) -> Schedule:
     """Where it stood in its learning-rate schedule; nothing is known of one that is damaged."""
     try:
-        return registry.get(ref.format, ref.path).schedule(Path(ref.path))
+        return registry.get(ref.format, ref.path).schedule(path_of(ref.path))
     except (CheckpointError, OSError):
         return Schedule()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +17,7 @@ from pma_megatron.formats.dcp.metadata import METADATA_FILE, dump_metadata
 from pma_megatron.formats.output import Changes, OutputLayout
 from pma_megatron.formats.pickles import TensorRef
 from pma_megatron.formats.rates import scale_groups, scale_schedule
+from pma_megatron.storage.paths import path_of
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import MetadataIndex
@@ -31,7 +31,7 @@ def output_layout(path: str, changes: Changes) -> OutputLayout:
     Raises:
         UsageError: rates are to be scaled, and it stores none; its optimizer cannot begin anew.
     """
-    base = DcpCheckpoint(Path(path))
+    base = DcpCheckpoint(path_of(path))
     build = Build(base, changes)
     edits = _edits(base, changes)
     entries = [e for e in entries_of(base.tensors, base.objects) if e.key not in changes.drop]
