@@ -127,6 +127,7 @@ INSIDE = {
         planning
         leftovers rate source_checksums verification
         publish targets
+        uploading
         structure
         carrying exported finishing journal listing recompute report
         provenance resuming

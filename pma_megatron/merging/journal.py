@@ -75,7 +75,7 @@ def begun(plan: MergePlan, wanted: Sequence[Target]) -> Begun | None:
     Whoever asks holds the lock of the first target.
     """
     first = wanted[0]
-    for folder in journals(first.root, first.final.name):
+    for folder in journals(first.work, first.final.name):
         token = folder.name.rpartition("-")[2]
         with suppress(CheckpointError, ValueError):
             staged = [target.staged_as(token) for target in wanted]
@@ -156,7 +156,7 @@ def _job(plan: MergePlan, wanted: Sequence[Target]) -> dict[str, Any]:
         "sources": [real(source.path) for source in plan.sources],
         "layouts": hashlib.sha256(repr(layouts).encode()).hexdigest(),
         "stamps": hashlib.sha256(json.dumps(stamps).encode()).hexdigest(),
-        "targets": [[os.path.realpath(t.final), t.folder.value, t.output] for t in wanted],
+        "targets": [[real(t.final), t.folder.value, t.output] for t in wanted],
     }
 
 

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 SAMPLES = 256
-_ON_DISKS = ("save", "export")
 """Slices of an output that `verify` recomputes, unless the user says otherwise."""
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -175,7 +174,7 @@ class MergeRequest:
 
     def __post_init__(self) -> None:
         for name in ("load", "save", "export", "like"):
-            refuse_remote(name, getattr(self, name), stores=name not in _ON_DISKS)
+            refuse_remote(name, getattr(self, name), stores=True)
         refuse_unknown_words(self)
         if self.lr_factor is not None and not 0 < self.lr_factor < math.inf:
             raise UsageError(f"{named('lr_factor')} must be positive, got {self.lr_factor}")

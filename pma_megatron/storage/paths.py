@@ -15,7 +15,8 @@ from typing import IO, Any
 
 from pma_megatron.errors import SelectionError
 from pma_megatron.storage import spool
-from pma_megatron.storage.addresses import Address
+from pma_megatron.storage.addresses import Address, opened
+from pma_megatron.storage.protocol import Store
 
 
 class StorePath(type(Path())):  # type: ignore[misc]
@@ -106,6 +107,29 @@ def path_of(text: str | os.PathLike[str], *, again: bool = False) -> Path:
             "credentials and endpoint in the environment (for s3: AWS_ACCESS_KEY_ID, AWS_REGION, "
             "AWS_ENDPOINT_URL, ...)"
         ) from error
+
+
+def place_of(text: str | os.PathLike[str]) -> Path:
+    """`path_of` for an output: what lies there is not looked at."""
+    address = Address.of(str(text))
+    return path_of(text) if address is None else StorePath(spool.spool().path(address))
+
+
+def workplace(path: Path) -> Path:
+    """The folder in which something for a folder is made: itself, or one on a disk."""
+    address = Address.of(str(path))
+    return path if address is None else spool.workplace(address)
+
+
+def stored(path: Path) -> tuple[Store, str]:
+    """The store of a path in one, and its key there.
+
+    Raises:
+        OSError: the store cannot be opened.
+    """
+    address = Address.of(str(path))
+    assert address is not None
+    return opened(address.scheme, address.bucket), address.key
 
 
 def in_store(path: str | os.PathLike[str]) -> bool:

@@ -32,6 +32,7 @@ from pma_megatron.storage.protocol import Object, Store
 VARIABLE = "PMA_MEGATRON_SPOOL"
 """Environment variable: the folder in which spools are made."""
 _OF_PROCESS = "sources-"
+_OUTPUTS = "outputs"
 _NAME_BYTES = 255
 _ABOVE = 2  # folders above the one asked for: snapshots lie two below their run's
 _SECOND_NS = 1_000_000_000
@@ -44,6 +45,11 @@ def spool_folder() -> Path:
     base = Path(said) if said else Path(tempfile.gettempdir()) / f"pma-megatron-{os.getuid()}"
     base.mkdir(parents=True, exist_ok=True, mode=0o700)
     return Path(os.path.realpath(base))
+
+
+def workplace(address: Address) -> Path:
+    """Where outputs for an address are made, the same for all processes of this user here."""
+    return spool_folder() / _OUTPUTS / address.scheme / address.bucket / address.key
 
 
 @dataclass(slots=True)
