@@ -46,6 +46,11 @@ def _refuse_address(where: str, address: Address, *, stores: bool) -> None:
     if library is None or not stores:
         known = ", ".join(f"{scheme}://" for scheme in LIBRARIES if scheme != "memory")
         only = f"{known} and folders" if stores else "only folders"
+        if stores and address.scheme == "msc":
+            raise UsageError(
+                f"{where}: give the address that its profile stands for ({known}), with "
+                "credentials in the environment"
+            )
         raise UsageError(
             f"{where} is an address in {address.scheme}:// storage, and {only} of mounted file "
             "systems can be given there. Mount it (s3fs, gcsfuse, blobfuse2, ...), or copy the "

@@ -27,12 +27,14 @@ from pma_megatron.merging import streaming
 from pma_megatron.merging.accumulate import Accumulator, Work, Workspace
 from pma_megatron.merging.sums import Sum
 from pma_megatron.merging.tasks import Average, AverageUnit, FillUnit, Unit, Workload, parted
+from pma_megatron.storage.spool import active
 from pma_megatron.transfer.blocks import BlockReader, readers
 from pma_megatron.transfer.buffers import BLOCK_ELEMENTS, as_bytes
 from pma_megatron.transfer.reads import Reads
 
 SOURCE_BYTES = 4 << 20
 """A block of all sources at once: it bounds memory, and stays near the cores."""
+_OF_STORES = 8  # times as many units are looked for where each request takes its time
 AHEAD_BYTES = 512 << 20  # asked of storage before its time; more might leave the cache unused
 _LEAST_ELEMENTS = 1 << 14
 
@@ -234,12 +236,12 @@ class _Job:
     ) -> Iterator[tuple[Unit, Future[_Found] | None]]:
         """The units, some of them looked for ahead of need: storage has not to be waited for."""
         ahead: deque[tuple[Unit, Future[_Found] | None]] = deque()
-        nbytes = 0
+        most, nbytes = self.threads if active() is None else _OF_STORES * self.threads, 0
         for unit in units:
             found = scouts.submit(self._find, unit) if isinstance(unit, AverageUnit) else None
             ahead.append((unit, found))
             nbytes += unit.read_bytes
-            while len(ahead) > self.threads or (len(ahead) > 1 and nbytes > AHEAD_BYTES):
+            while len(ahead) > most or (len(ahead) > 1 and nbytes > AHEAD_BYTES):
                 nbytes -= ahead[0][0].read_bytes
                 yield ahead.popleft()
         yield from ahead

@@ -13,7 +13,7 @@ import ctypes
 import errno
 import os
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,6 +25,8 @@ PAGE_BYTES = 128 << 10
 """What is fetched at least: records of a zip are described next to each other."""
 KEPT_BYTES = 256 << 20
 """Of a process, beside what is being read at the moment."""
+_FIRST_PAGES = 4
+_LATELY = 64  # reads that tell how many files are read at once
 _PUNCH = 0x1 | 0x2  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -88,6 +90,8 @@ class Contents:
         self._unread: OrderedDict[_Key, Content] = OrderedDict()
         self._coming: dict[_Key, Future[None]] = {}
         self._pins: dict[_Key, int] = {}
+        self._lately: deque[int] = deque(maxlen=_LATELY)
+        self._begun: set[int] = set()
         self._pool: ThreadPoolExecutor | None = None
 
     @property
@@ -145,21 +149,63 @@ class Contents:
     def _begin(self, content: Content, start: int, end: int, *, pinned: bool) -> set[Future[None]]:
         """Ask for what is not there; returns what has to be waited for."""
         awaited, missing = set(), list[int]()
-        for page in _pages(start, min(end, content.nbytes)):
+        pages = _pages(start, min(end, content.nbytes))
+        for page in pages:
             key = content.number, page
             if pinned:
                 self._pins[key] = self._pins.get(key, 0) + 1
             if key in self._coming:
                 awaited.add(self._coming[key])
-            elif key not in self._read and key not in self._unread:
+            elif not self._is_here(key):
                 missing.append(page)
-        for first, last in _runs(missing, PART_BYTES // PAGE_BYTES):
+        further = self._further(content, pages, pinned=pinned) if pages else []
+        if missing and further and missing[-1] + 1 == further[0]:  # one request for both
+            for future in self._ask(content, missing + further):
+                awaited.add(future)
+            return awaited
+        awaited |= self._ask(content, missing)
+        self._ask(content, further)
+        return awaited
+
+    def _ask(self, content: Content, pages: list[int]) -> set[Future[None]]:
+        asked = set()
+        for first, last in _runs(pages, PART_BYTES // PAGE_BYTES):
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="pma-store")
             future = self._pool.submit(self._fetched, content, first, last)
             self._coming.update({(content.number, p): future for p in range(first, last + 1)})
-            awaited.add(future)
-        return awaited
+            asked.add(future)
+        return asked
+
+    def _is_here(self, key: _Key) -> bool:
+        return key in self._read or key in self._unread or key in self._coming
+
+    def _further(self, content: Content, pages: range, *, pinned: bool) -> list[int]:
+        """What is probably needed next: more than lies before it, where all of that was read.
+
+        So one who reads all of a file in small steps has large requests under way before they are
+        needed, and one who reads here and there gets no more than what was asked for.
+        """
+        self._lately.append(content.number)
+        most = min(
+            PART_BYTES // PAGE_BYTES, KEPT_BYTES // PAGE_BYTES // (4 * len(set(self._lately)))
+        )
+        before = len(pages)
+        while before < most and self._is_here((content.number, pages[-1] - before)):
+            before += 1
+        if before == len(pages) and (pinned or content.number in self._begun):
+            return []
+        self._begun.add(content.number)
+        before = max(before, _FIRST_PAGES)
+        end = min(pages[-1] + 1 + min(4 * before, most), -(-content.nbytes // PAGE_BYTES))
+        first = pages[-1] + 1
+        while first < end and self._is_here((content.number, first)):
+            first += 1
+        enough = min(before, most // 2)  # not a request per step
+        wanted = [p for p in range(first, end) if not self._is_here((content.number, p))]
+        if len(wanted) < enough and end * PAGE_BYTES < content.nbytes:
+            return []
+        return wanted if wanted and self._make_room(len(wanted) * PAGE_BYTES) else []
 
     def _fetched(self, content: Content, first: int, last: int) -> None:
         keys = [(content.number, page) for page in range(first, last + 1)]

@@ -6,14 +6,14 @@ import contextlib
 import functools
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from isal import isal_zlib
 
-from pma_megatron.base.boxes import Box, Part, PieceIndex, overlaps
+from pma_megatron.base.boxes import Box, Part, Piece, PieceIndex, overlaps
 from pma_megatron.base.openfiles import Files, read_at, unread
 from pma_megatron.base.spelling import named
 from pma_megatron.errors import CheckpointError, PublishError
@@ -22,7 +22,7 @@ from pma_megatron.formats.base import Item, Payload, StoredRecord
 from pma_megatron.formats.items import ItemFiles, refuse_other_bytes
 from pma_megatron.formats.output import Destination, Folder
 from pma_megatron.formats.source import Source
-from pma_megatron.storage.paths import path_of
+from pma_megatron.storage.paths import in_store, path_of
 from pma_megatron.storage.spool import ahead
 from pma_megatron.transfer.buffers import BLOCK_ELEMENTS, as_bytes
 from pma_megatron.transfer.checksums import Checksums
@@ -83,6 +83,12 @@ class BlockReader:
         out = torch.empty(box.numel, dtype=dtype)
         self.read(box, index, out)
         return out
+
+    def look_ahead(self, box: Box, pieces: Sequence[Piece[Payload]]) -> None:
+        """`box` is read soon: of an object of a store it is asked for now; see `read`."""
+        if in_store(self.path):
+            for part in overlaps(box, PieceIndex(pieces).touching(box)):
+                self.advise(part)
 
     def place(self, payload: Payload, start: int) -> tuple[StoredRecord, int]:
         """The record of `payload`, and the byte of it at which element `start` lies."""
