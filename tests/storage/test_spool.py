@@ -18,6 +18,7 @@ from pma_megatron.base.openfiles import Files, SourceStream, open_source, read_s
 from pma_megatron.storage import contents, spool
 from pma_megatron.storage.addresses import Address, opened
 from pma_megatron.storage.contents import PAGE_BYTES
+from pma_megatron.storage.object_store import ObjectStore
 from pma_megatron.storage.paths import StorePath, absolute, in_store, path_of, real
 from pma_megatron.storage.protocol import Object, Store
 
@@ -132,6 +133,43 @@ def test_the_spool_is_bounded_and_what_is_in_use_stays(
             with spool.present([(descriptor, 30 * PAGE_BYTES, PAGE_BYTES)]):
                 pass
             assert used_bytes() <= 8 * PAGE_BYTES
+
+
+def read_in_steps(order: list[int], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Bytes of every request, where pages of a file are read in some order."""
+    asked: list[int] = []
+    read = ObjectStore.read
+
+    def noted(
+        self: ObjectStore, key: str, start: int, nbytes: int, version: str = ""
+    ) -> memoryview:
+        asked.append(nbytes)
+        return read(self, key, start, nbytes, version)
+
+    monkeypatch.setattr(ObjectStore, "read", noted)
+    with contextlib.closing(Files(path_of(RUN), os.O_RDONLY)) as files:
+        for page in order:
+            opened = files.opened("big")
+            with opened as at, spool.present([(at, page * PAGE_BYTES, PAGE_BYTES)]):
+                pass
+    return asked
+
+
+def test_one_who_reads_on_in_small_steps_makes_large_requests(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.put("runs/7b/big", bytes(256 * PAGE_BYTES))
+    asked = read_in_steps(list(range(256)), monkeypatch)
+    assert sum(asked) == 256 * PAGE_BYTES
+    assert len(asked) < 24 and max(asked) > 16 * PAGE_BYTES
+
+
+def test_one_who_reads_here_and_there_gets_what_was_asked_for(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.put("runs/7b/big", bytes(256 * PAGE_BYTES))
+    order = list(range(0, 256, 5))[::-1]
+    assert read_in_steps(order, monkeypatch) == [PAGE_BYTES] * len(order)
 
 
 def test_a_file_that_is_kept_whole_is_let_go_once_it_is_closed(

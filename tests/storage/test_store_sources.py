@@ -171,6 +171,7 @@ def refusals(address: str) -> Iterator[tuple[str, str]]:
     yield "s3://no-such-bucket/run", "the bucket does not exist"
     yield "s3://", "names no bucket"
     yield "abc://bucket/run", "s3://, gs://, az://"
+    yield "msc://profile/run", "the address that its profile stands for"
 
 
 def test_what_cannot_be_read_is_one_clear_sentence(
