@@ -30,6 +30,7 @@ from pma_megatron.storage.contents import PAGE_BYTES
 from pma_megatron.testing import run_ranks
 
 Put = Callable[[Path, str], str]
+Got = Callable[[str, Path], Path]
 OWN = ("pma.json", "pma.json.sha256", "common.pt", ".metadata")
 
 
@@ -73,6 +74,20 @@ def test_a_merge_from_a_store_is_the_merge_from_a_disk(
     assert made["request"]["load"] == address
     assert str(spools) not in json.dumps(made)
     assert verify(tmp_path / "made").samples
+
+
+def test_deepspeed_from_a_store_to_a_store(
+    flat: Path, put: Put, got: Got, bucket: str, tmp_path: Path
+) -> None:
+    address = put(flat, "runs/flat")
+    merge(_request(str(flat), str(tmp_path / "disk")))
+    save = f"s3://{bucket}/averages"
+    merge(_request(address, save))
+    copy, disk = payloads(got("averages", tmp_path / "copy")), payloads(tmp_path / "disk")
+    differing = {Path(name).name for name in disk if copy.get(name) != disk[name]}
+    assert copy.keys() == disk.keys() and differing == {"mp_rank_00_model_states.pt"}  # names them
+    assert compare(save, tmp_path / "disk").same
+    assert verify(save).files
 
 
 def test_what_lies_in_a_store_is_listed_looked_at_and_compared(dense_run: Path, put: Put) -> None:
