@@ -19,6 +19,7 @@ WANDB = ["wandb>=0.16"]
 MLFLOW = ["mlflow-skinny>=2.9"]  # the client alone; a whole mlflow that is there does as well
 YAML = ["pyyaml>=6"]  # files for `--from`; JSON needs nothing
 COMPLETION = ["shtab>=1.9"]  # the first that speaks fish
+STORES = ["obstore>=0.7"]  # s3://, gs://, az://
 TRANSFORMERS = ["transformers>=4.45"]  # opens and scores what `pma export` wrote
 DOCS = [
     "mkdocs>=1.6,<2",  # pages generated while it builds; 2 has no plugins
@@ -35,7 +36,9 @@ TEST = [
     *MLFLOW,
     *COMPLETION,
     *YAML,
+    *STORES,
     *DOCS,
+    "moto[s3,server]>=5.1",  # a real S3 server on loopback, and boto3, which looks into it
     "build>=1.2",
     "coverage>=7.10",  # the first that follows subprocesses by itself
     "hypothesis>=6.100",
@@ -102,6 +105,7 @@ setup(
         "completion": COMPLETION,
         "yaml": YAML,
         "transformers": TRANSFORMERS,
+        "stores": STORES,
         "docs": DOCS,
         "test": TEST,
     },

@@ -22,6 +22,8 @@ from pma_megatron import MergeReport, MergeRequest, SelectionRequest, merge
 from pma_megatron.errors import PmaError
 from pma_megatron.testing import TinyConfig, TinyTrainer, run_ranks
 
+pytest_plugins = ["s3"]
+
 ITERATIONS = (2, 4, 6, 8)
 DENSE = TinyConfig(warmup_iters=2)
 MOE = replace(DENSE, num_experts=4, expert_model_parallel_size=2)

@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "pma_megatron"
 
 FOLDERS = [
     ["version", "errors"],
+    ["storage"],
     ["base"],
     ["formats"],
     ["formats.dcp"],
@@ -39,6 +40,13 @@ INSIDE = {
         stopping
         presence remote_paths settings steps
         comm
+    """,
+    "storage": """
+        protocol
+        contents object_store posix
+        addresses
+        spool
+        paths
     """,
     "formats": """
         base inert json_files memo zips
@@ -110,17 +118,18 @@ INSIDE = {
         proof
     """,
     "merging": """
-        coefficients folder_checksums locks policy rolling tasks tolerance
+        coefficients folder_checksums locks policy rolling tasks threads tolerance
         bulk cards padding
         agreement cut request sums
         accumulate
         streaming
         engine entry_rules finding
-        exporting opening
+        exporting opening task_making
         saved_folder
         planning
         leftovers rate source_checksums verification
         publish targets
+        uploading
         structure
         carrying exported finishing journal listing recompute report
         provenance resuming

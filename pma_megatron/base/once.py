@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pma_megatron.storage.spool import listing_once
+
 T = TypeVar("T")
 LIMIT_BYTES = 256 << 20
 """Bytes of files of which values are kept; those that were used longest ago go first."""
@@ -66,7 +68,8 @@ def once_each() -> Iterator[None]:
         return
     token = _KEPT.set(_Kept())
     try:
-        yield
+        with listing_once():
+            yield
     finally:
         _KEPT.reset(token)
 

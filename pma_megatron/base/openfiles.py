@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import mmap
 import os
 import stat
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from pma_megatron.errors import CheckpointError, SelectionError
+from pma_megatron.storage.paths import open_content
+from pma_megatron.storage.spool import active, present
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
@@ -31,17 +34,90 @@ MAX_COPIED_BYTES = 128 << 20
 """More than any file that lies beside the payload of a checkpoint and is copied with it."""
 
 
-def open_source(path: Path | str) -> int:
+def open_source(path: Path | str, *, whole: bool = True) -> int:
     """A descriptor to read the plain file at `path`; nothing is ever created by this.
+
+    Args:
+        path: of a disk, or what stands for an object of a store.
+        whole: False for one who reads some of it, with `read_at` or within `storage.spool.present`;
+            then the rest of an object is not fetched.
 
     Raises:
         OSError: there is no such file, it is no plain file, or it may not be read.
     """
+    content = open_content(os.fspath(path), whole=whole)
+    if content is not None:
+        return content
     descriptor = os.open(path, _READ)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(errno.EINVAL, "not a plain file", str(path))
     return descriptor
+
+
+def read_at(descriptor: int, into: memoryview, offset: int) -> int:
+    """Fill `into` from byte `offset` of a source's file; returns how much there is of it.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    if active() is None:
+        return _filled(descriptor, into, offset)
+    with present([(descriptor, offset, len(into))]):
+        return _filled(descriptor, into, offset)
+
+
+def _filled(descriptor: int, into: memoryview, offset: int) -> int:
+    done = 0
+    while done < len(into):
+        got = os.preadv(descriptor, (into[done:] if done else into,), offset + done)
+        if not got:
+            break
+        done += got
+    return done
+
+
+class SourceStream(io.RawIOBase):
+    """A file of a source from its beginning on, of which no more is fetched than was read."""
+
+    def __init__(self, path: Path | str) -> None:
+        """Open it; see `open_source` for errors."""
+        self._descriptor, self._at = open_source(path, whole=False), 0
+
+    def readable(self) -> bool:
+        """Always."""
+        return True
+
+    def seekable(self) -> bool:
+        """Always."""
+        return True
+
+    def fileno(self) -> int:
+        """Its descriptor."""
+        return self._descriptor
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Go to a byte."""
+        size = os.fstat(self._descriptor).st_size
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: size}[whence]
+        self._at = max(0, base + offset)
+        return self._at
+
+    def tell(self) -> int:
+        """The byte that is read next."""
+        return self._at
+
+    def readinto(self, into: Any) -> int:
+        """Fill a buffer, at the end of the file less of it."""
+        got = read_at(self._descriptor, memoryview(into).cast("B"), self._at)
+        self._at += got
+        return got
+
+    def close(self) -> None:
+        """Close it; harmless if called twice."""
+        if not self.closed:
+            os.close(self._descriptor)
+        super().close()
 
 
 def open_inside(folder: Path, name: str, flags: int) -> int:
@@ -239,7 +315,7 @@ class Files:
 
     def _descriptor(self, name: str) -> int:
         if self._flags == os.O_RDONLY:
-            return open_source(self._folder / name)
+            return open_source(self._folder / name, whole=False)
         return open_inside(self._folder, name, self._flags)
 
     def _make_room(self) -> None:

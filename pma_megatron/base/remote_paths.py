@@ -1,20 +1,18 @@
-"""Where files may lie: in folders of a mounted file system, and nowhere without a name."""
+"""Where files may lie: in folders of a mounted file system, and some in object stores."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
+import importlib.util
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from pma_megatron.base.spelling import given, named
 from pma_megatron.errors import UsageError
-
-# One slash, because `Path` makes one of two.
-_ADDRESS = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):/+")
+from pma_megatron.storage.addresses import LIBRARIES, Address
 
 
-def refuse_remote(setting: str, *paths: str | Path | None) -> None:
+def refuse_remote(setting: str, *paths: str | Path | None, stores: bool = False) -> None:
     """Refuse addresses such as `s3://bucket/run`, and nothing at all: no path, no NUL byte in one.
 
     Taken for a path, an address would be a local folder, and an empty text the working directory.
@@ -22,9 +20,10 @@ def refuse_remote(setting: str, *paths: str | Path | None) -> None:
     Args:
         setting: where they were given, for the message.
         paths: what was given; None for nothing.
+        stores: True where addresses are taken: then those are refused that nothing here can open.
 
     Raises:
-        UsageError: one has a scheme, is empty, or holds a NUL byte.
+        UsageError: one is an address that cannot be used there, is empty, or holds a NUL byte.
     """
     for path in paths:
         if isinstance(path, str) and (not path or "\0" in path):
@@ -34,26 +33,50 @@ def refuse_remote(setting: str, *paths: str | Path | None) -> None:
                 else ("is empty (a shell variable that is not set leaves nothing)")
             )
             raise UsageError(f"{named(setting) if setting else 'the path'} {what}: say which")
-        match = _ADDRESS.match(str(path)) if isinstance(path, (str, Path)) else None
-        if match is None:
-            continue
-        where = given(setting, str(path)) if setting else str(path)
-        if match[1] == "file":
-            raise UsageError(f"{where}: give a plain path, without file://")
+        address = Address.of(str(path)) if isinstance(path, (str, Path)) else None
+        if address is not None:
+            where = given(setting, str(path)) if setting else str(path)
+            _refuse_address(where, address, stores=stores)
+
+
+def _refuse_address(where: str, address: Address, *, stores: bool) -> None:
+    library = LIBRARIES.get(address.scheme)
+    if address.scheme == "file":
+        raise UsageError(f"{where}: give a plain path, without file://")
+    if library is None or not stores:
+        known = ", ".join(f"{scheme}://" for scheme in LIBRARIES if scheme != "memory")
+        only = f"{known} and folders" if stores else "only folders"
+        if stores and address.scheme == "msc":
+            raise UsageError(
+                f"{where}: give the address that its profile stands for ({known}), with "
+                "credentials in the environment"
+            )
         raise UsageError(
-            f"{where} is an address in {match[1]}:// storage, and only folders of mounted file "
-            f"systems are read and written. Mount it (s3fs, gcsfuse, blobfuse2, ...), or copy the "
+            f"{where} is an address in {address.scheme}:// storage, and {only} of mounted file "
+            "systems can be given there. Mount it (s3fs, gcsfuse, blobfuse2, ...), or copy the "
             "checkpoints to a disk, and give that folder"
+        )
+    if not address.bucket:
+        raise UsageError(f"{where} names no bucket: it looks like {address.scheme}://bucket/folder")
+    if importlib.util.find_spec(library.module) is None:
+        raise UsageError(
+            f"{where} is read by {library.package}, which is not installed: "
+            f"pip install 'pma-megatron[{library.extra}]'"
         )
 
 
-def refuse_remote_values(values: Mapping[str, Any]) -> None:
+def refuse_remote_values(values: Mapping[str, Any], stores: Collection[str] = ()) -> None:
     """`refuse_remote` of every text in some settings, and in their lists.
 
+    Args:
+        values: setting -> what was given.
+        stores: settings that take addresses.
+
     Raises:
-        UsageError: one has a scheme, is empty, or holds a NUL byte.
+        UsageError: one is an address that cannot be used there, is empty, or holds a NUL byte.
     """
     for setting, value in values.items():
         texts = [value] if isinstance(value, (str, Path)) else value
         if isinstance(texts, Iterable):
-            refuse_remote(setting, *(each for each in texts if isinstance(each, (str, Path))))
+            asked = (each for each in texts if isinstance(each, (str, Path)))
+            refuse_remote(setting, *asked, stores=setting in stores)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-from pathlib import Path
 
 from pma_megatron.base.openfiles import is_folder
 from pma_megatron.base.settings import declared, made
@@ -17,6 +16,7 @@ from pma_megatron.runs.selection_request import SelectionRequest
 from pma_megatron.scores.grid import Grid
 from pma_megatron.spikes.healthy import Span
 from pma_megatron.spikes.request import RecoveryRequest
+from pma_megatron.storage.paths import path_of
 from pma_megatron.watching.request import WatchRequest
 from pma_megatron.writers.places import refuse_unusable
 
@@ -132,7 +132,7 @@ def comparison_of(arguments: argparse.Namespace) -> None:
     if arguments.most < 0:
         raise UsageError(f"--most {arguments.most}: expected a number of at least 0")
     for each in (arguments.first, arguments.second):
-        if arguments.out is not None and Path(each).resolve() in arguments.out.resolve().parents:
+        if arguments.out is not None and path_of(each).resolve() in arguments.out.resolve().parents:
             raise UsageError(f"--out {arguments.out} lies in {each}, which is compared: elsewhere")
 
 
@@ -140,7 +140,7 @@ def report_of(arguments: argparse.Namespace) -> None:
     """Refuse a `pma report` that could not be written, or into what it is about."""
     _refuse_unwritable(arguments)
     out = arguments.out.resolve()
-    for each in map(Path, arguments.path):
+    for each in map(path_of, arguments.path):
         if out == each.resolve():
             raise UsageError(f"--out {arguments.out} is what the page is about: another file")
     if any((folder / MARKER_FILE).is_file() for folder in out.parents):
@@ -186,7 +186,7 @@ def _root_of(arguments: argparse.Namespace) -> str:
     """The folder that `--load` names, or that the first of `--paths` lies in."""
     if arguments.load is None and not arguments.paths:
         raise UsageError("say where the checkpoints are: --load DIR, or --paths DIR DIR ...")
-    return str(arguments.load or Path(arguments.paths[0]).parent)
+    return str(arguments.load or path_of(arguments.paths[0]).parent)
 
 
 def _span(text: str | None) -> Span | None:

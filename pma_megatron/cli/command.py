@@ -70,7 +70,7 @@ def _work(given: list[str], rank: int, alone: bool) -> int:
     from pma_megatron.base.spelling import speaking
     from pma_megatron.cli.flags import parsed
     from pma_megatron.cli.request_files import dumped
-    from pma_megatron.cli.verbs import NOT_THE_SAME, front_end, work_of
+    from pma_megatron.cli.verbs import NOT_THE_SAME, STORES, front_end, work_of
     from pma_megatron.errors import RankError, UsageError
 
     arguments = parsed(given)
@@ -78,7 +78,8 @@ def _work(given: list[str], rank: int, alone: bool) -> int:
     try:
         own = given[: len(given) - len(arguments.rest)]
         with speaking(front_end(arguments.parser, own)):
-            refuse_remote_values({k: v for k, v in vars(arguments).items() if k != "rest"})
+            typed = {k: v for k, v in vars(arguments).items() if k != "rest"}
+            refuse_remote_values(typed, STORES.get(arguments.verb, ()))
             arguments.request = arguments.request_of(arguments)
             if getattr(arguments, "dump_request", False):
                 sys.stdout.write(dumped(arguments))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Collection
 from dataclasses import replace
-from pathlib import Path
 
 from pma_megatron.cli.asked import grid_of
 from pma_megatron.cli.consoles import new_console, new_table
@@ -23,6 +22,7 @@ from pma_megatron.runs.selection_request import SelectionRequest
 from pma_megatron.runs.tokens import format_tokens
 from pma_megatron.scores.forecast import Agreement, Annealed, Forecast, forecast
 from pma_megatron.scores.results import Scores, read_scores
+from pma_megatron.storage.paths import path_of
 from pma_megatron.writers.destinations import Writers
 from pma_megatron.writers.records import of_forecast
 
@@ -144,7 +144,9 @@ def _start(text: str, load: str | None) -> int:
     if start is not None:
         return start
     newest = _newest(folder)
-    begin = registry.get(newest.format, newest.path).schedule(Path(newest.path)).decay_start_samples
+    begin = (
+        registry.get(newest.format, newest.path).schedule(path_of(newest.path)).decay_start_samples
+    )
     for ref in list_checkpoints(load) if load is not None and begin is not None else ():
         if ref.consumed_samples == begin and ref.iteration is not None:
             return ref.iteration

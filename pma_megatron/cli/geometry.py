@@ -6,7 +6,6 @@ import argparse
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,6 +33,7 @@ from pma_megatron.megatron.evaluate_geometry import GeometryEvaluation
 from pma_megatron.megatron.score import Scored
 from pma_megatron.megatron.session import taking_part
 from pma_megatron.merging.request import MergeRequest
+from pma_megatron.storage.paths import path_of
 
 _MOST_SHOWN = 12
 
@@ -98,7 +98,7 @@ def _with_provider(
 
 def _in_megatron(arguments: argparse.Namespace, request: MergeRequest) -> Geometry | None:
     """The same inside the evaluation of Megatron's script, whose process group is the one."""
-    refuse_other_trainers(Path(request.load))
+    refuse_other_trainers(path_of(request.load))
     evaluation = GeometryEvaluation(
         lambda scored, comm: (_found(arguments, request, comm, nullcontext(scored)),)
     )
@@ -156,7 +156,7 @@ def _losses(
 def _print(found: Geometry) -> None:
     console = new_console()
     measured = found.measured
-    names = [str(ref.iteration or Path(ref.path).name) for ref in measured.found.selection.refs]
+    names = [str(ref.iteration or path_of(ref.path).name) for ref in measured.found.selection.refs]
     what = "main params" if measured.state == "param" else "weights"
     method = measured.found.outputs[0].coefficients.describe()
     title = f"{len(names)} checkpoints, {what}, {names[0]} to {names[-1]}; mean by {method}"

@@ -9,6 +9,7 @@ import numpy as np
 from pma_megatron.geometry.gram import Measured
 from pma_megatron.geometry.spread import Spread
 from pma_megatron.megatron.contour import Contour
+from pma_megatron.storage.paths import path_of
 
 _MEMBER, _MEAN = "#1f4e79", "#c0392b"
 
@@ -36,7 +37,7 @@ def draw(measured: Measured, whole: Spread, over: Contour | None, path: Path) ->
     axes.plot(*members.T, "-o", color=_MEMBER, lw=1.0, ms=6, mec="white", label="checkpoints")
     axes.plot(*mean, "*", color=_MEAN, ms=16, mec="white", ls="", label="average")
     for ref, at in zip(measured.found.selection.refs, members, strict=True):
-        name = str(ref.iteration or Path(ref.path).name)
+        name = str(ref.iteration or path_of(ref.path).name)
         axes.annotate(name, at, xytext=(5, 5), textcoords="offset points", fontsize=8)
     shares = (f"{100 * share:.0f}% of the variance" for share in whole.variance_shares)
     axes.set_xlabel(f"first principal direction, {next(shares)}")

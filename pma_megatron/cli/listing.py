@@ -10,7 +10,6 @@ import logging
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 from pma_megatron.base.sizes import sized
 from pma_megatron.cli.consoles import new_console, new_table, tokens_of
@@ -21,6 +20,7 @@ from pma_megatron.merging.listing import Listed, listed
 from pma_megatron.runs.discover import list_checkpoints
 from pma_megatron.runs.folders import what_is
 from pma_megatron.runs.refs import CheckpointRef
+from pma_megatron.storage.paths import path_of
 
 _log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ def run(arguments: Namespace) -> None:
     """`pma list`."""
     refs = list_checkpoints(arguments.root, problem=_log.warning)
     if not refs:
-        raise SelectionError(what_is(Path(arguments.root)))
+        raise SelectionError(what_is(path_of(arguments.root)))
     found = listed(refs)
     rows = [
         {**asdict(each.ref), "state": each.ref.state, "bytes": each.bytes, "origin": each.origin}
@@ -55,7 +55,7 @@ def _print(root: str, found: Sequence[Listed]) -> None:
         because = ref.unhealthy_because if ref.complete else ref.incomplete_because
         for more in (because, ref.warning):
             state += f": {more}" if more else ""
-        name = Path(ref.path).name if ref.iteration is None else str(ref.iteration)
+        name = path_of(ref.path).name if ref.iteration is None else str(ref.iteration)
         holds = ref.holds if ref.complete else ""
         size = "" if each.bytes is None else sized(each.bytes)
         shown = [*(() if told_apart else [_below(root, ref)]), *([each.origin or ""] * averages)]
@@ -65,8 +65,8 @@ def _print(root: str, found: Sequence[Listed]) -> None:
 
 def _below(root: str, ref: CheckpointRef) -> str:
     """The folder of a checkpoint as its run's folder has it."""
-    folder = Path(ref.folder)
-    return str(folder.relative_to(root)) if folder.is_relative_to(root) else str(folder)
+    folder, above = path_of(ref.folder), path_of(root)
+    return str(folder.relative_to(above)) if folder.is_relative_to(above) else str(folder)
 
 
 _READ = {"unknown", *(each.name for each in registry.FORMATS)}

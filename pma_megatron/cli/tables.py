@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -26,6 +25,7 @@ from pma_megatron.merging.rolling import read as rolling_of
 from pma_megatron.merging.verification import Verification
 from pma_megatron.runs.gaps import lines
 from pma_megatron.runs.tokens import format_tokens, recommend
+from pma_megatron.storage.paths import path_of
 from pma_megatron.transfer.buffers import BLOCK_ELEMENTS
 
 
@@ -139,9 +139,9 @@ def merged(report: MergeReport) -> None:
 
 def _loading(folder: str, compared: bool) -> str:
     """How an exported model is loaded: by transformers where it is known to find its tensors."""
-    if compared and (Path(folder) / "config.json").is_file():
+    if compared and (path_of(folder) / "config.json").is_file():
         return pasted(f"transformers.AutoModelForCausalLM.from_pretrained({folder!r})")
-    files = sorted(map(str, Path(folder).glob("*.safetensors")))
+    files = sorted(map(str, path_of(folder).glob("*.safetensors")))
     more = f" and {len(files) - 1} more" if files[1:] else ""
     return pasted(f"safetensors.torch.load_file({files[0]!r})") + more
 

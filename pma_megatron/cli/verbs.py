@@ -96,6 +96,19 @@ class Written:
     )
 
 
+_SOURCES = ("load", "paths", "like")
+STORES: dict[str, tuple[str, ...]] = {
+    "list": ("root",),
+    "inspect": ("path",),
+    "verify": ("path",),
+    "compare": ("first", "second"),
+    "plan": (*_SOURCES, "save", "export"),
+    "merge": (*_SOURCES, "save", "export"),
+    "export": ("path", "like", "export"),
+    "geometry": ("load", "paths"),
+    "recover": ("metrics",),
+}
+"""Verb -> what may be an address of an object store; nothing else may."""
 NOT_THE_SAME = 3
 """Exit code of a comparison: apart from those of errors, so that a script can tell them."""
 _NEGATIVE = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")

@@ -35,16 +35,18 @@ from pma_megatron.formats.trainers.saves import checkpoint_in
 from pma_megatron.merging.accumulate import Accumulator, Workspace
 from pma_megatron.merging.agreement import check_covers
 from pma_megatron.merging.cut import Units, share, units
-from pma_megatron.merging.engine import Progress, blocks, over_threads, reading
-from pma_megatron.merging.entry_rules import average_task
+from pma_megatron.merging.engine import Progress, blocks, reading
 from pma_megatron.merging.job import Show, silent
 from pma_megatron.merging.policy import MAIN
 from pma_megatron.merging.source_checksums import checked
+from pma_megatron.merging.task_making import average_task
 from pma_megatron.merging.tasks import AverageUnit
+from pma_megatron.merging.threads import over_threads
 from pma_megatron.runs.describe import describe
 from pma_megatron.runs.discover import pointed
 from pma_megatron.runs.folders import is_checkpoint, what_is
 from pma_megatron.runs.refs import CheckpointRef
+from pma_megatron.storage.paths import path_of
 from pma_megatron.transfer.buffers import BLOCK_ELEMENTS, BlockBuffer, BlockBuffers, same_bits
 from pma_megatron.transfer.reads import Reads
 
@@ -148,8 +150,8 @@ def compare(
 def _found(first: str | Path, second: str | Path) -> list[CheckpointRef]:
     refs = []
     for path in (first, second):
-        refuse_remote("", path)
-        folder = pointed(Path(path)).absolute()
+        refuse_remote("", path, stores=True)
+        folder = pointed(path_of(path)).absolute()
         folder = folder if is_checkpoint(folder) else checkpoint_in(folder) or folder
         if not is_checkpoint(folder):
             raise CheckpointError(what_is(folder))
@@ -157,7 +159,7 @@ def _found(first: str | Path, second: str | Path) -> list[CheckpointRef]:
         if not ref.complete:
             raise CheckpointError(f"{folder} is not a whole checkpoint: {ref.incomplete_because}")
         refs.append(ref)
-    if Path(refs[0].path).samefile(refs[1].path):
+    if path_of(refs[0].path).samefile(path_of(refs[1].path)):
         raise UsageError(f"{first} and {second} are one checkpoint, {refs[0].path}: give two")
     return refs
 

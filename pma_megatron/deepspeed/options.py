@@ -60,6 +60,7 @@ class Options:
         Raises:
             UsageError: values out of range, or that contradict each other.
         """
+        refuse_remote("load", load)
         plain = dict(self._given)
         if plain.get("paths") is not None:
             plain["paths"] = [_folder(path) for path in plain["paths"]]

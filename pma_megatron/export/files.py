@@ -16,6 +16,7 @@ from pma_megatron.formats.base import Item
 from pma_megatron.formats.output import Destination, Folder, OutputItem, OutputLayout
 from pma_megatron.formats.safetensors.headers import STORABLE, Entry, header_of, read_header
 from pma_megatron.formats.safetensors.model import INDEX_FILE, ONE_FILE
+from pma_megatron.storage.paths import content_of
 
 __all__ = ["INDEX_FILE", "STORABLE", "Entry", "Stored", "lay_out", "shards", "stored_in"]
 
@@ -128,7 +129,7 @@ def _read_header(path: Path) -> dict[str, Stored]:
 
     try:
         header = read_header(path)
-        with safe_open(path, framework="pt") as opened:
+        with content_of(path) as name, safe_open(name, framework="pt") as opened:
             names = set(opened.keys())
     except CheckpointError as error:
         raise VerifyError(str(error)) from error

@@ -30,6 +30,7 @@ from pma_megatron.formats.safetensors.model_files import (
     model_files,
     stays_inside,
 )
+from pma_megatron.storage.paths import path_of
 
 __all__ = ["CARD_FILE", "CONFIG_FILE", "QUANTIZED_FIELDS", "Template", "config_of", "read_template"]
 
@@ -79,7 +80,7 @@ def read_template(path: str, *, implicit: bool = False) -> Template:
         CheckpointError: a file in a folder that was named cannot be read, or is longer than
             such files are.
     """
-    folder = Path(path)
+    folder = path_of(path)
     _refuse_no_folder(path, folder)
     try:
         config, found = _config(folder), model_files(folder, implicit=implicit)

@@ -20,6 +20,8 @@ from pathlib import Path
 
 from pma_megatron.base.openfiles import open_source, unread
 from pma_megatron.errors import CheckpointError
+from pma_megatron.storage.paths import in_store, path_of
+from pma_megatron.storage.spool import listing_once
 
 MARKERS = (".metadata", "metadata.json")
 """Files without which no checkpoint of torch.distributed.checkpoint is whole, if it has them."""
@@ -71,7 +73,8 @@ def holding() -> Iterator[None]:
     token = _HELD.set(held)
     _BLOCKS.append(token)
     try:
-        yield
+        with listing_once():
+            yield
     finally:
         _HELD.reset(token)
         _BLOCKS.remove(token)
@@ -103,11 +106,13 @@ def hold(checkpoint: str | Path) -> None:
         CheckpointError: it is being deleted, or is gone.
     """
     held, path = _HELD.get(), str(checkpoint)
+    if in_store(path):  # no store has locks
+        return
     if held is None and _BLOCKS:
         held = _OF_THREADS
     if held is None or path in held:
         return
-    file = lock_file(Path(path))
+    file = lock_file(path_of(path))
     until_s = time.monotonic() + _PATIENCE_S
     while file is not None:
         try:

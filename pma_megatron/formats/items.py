@@ -14,7 +14,7 @@ from typing import Any
 from isal import isal_zlib
 
 from pma_megatron.base.boxes import Box, Piece
-from pma_megatron.base.openfiles import MAX_COPIED_BYTES, open_source, unread
+from pma_megatron.base.openfiles import MAX_COPIED_BYTES, open_source, read_at, unread
 from pma_megatron.base.spelling import left_out
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.base import Item, Payload, StoredRecord
@@ -220,36 +220,27 @@ class ItemFiles:
     @contextlib.contextmanager
     def _open(self, file: str) -> Iterator[Callable[[int, int], bytes]]:
         """Reads of `file`, (offset, bytes) -> bytes, which is open in the block; see `read`."""
-        path = f"{self.path}/{file}"
+        path = self.path / file
 
         def read(offset: int, nbytes: int) -> bytes:
             left = max(os.fstat(descriptor).st_size - offset, 0)  # before it is allocated
-            data = _pread(descriptor, min(offset, LIMIT - 1), min(nbytes, left))
-            if len(data) != nbytes:
+            data = bytearray(min(nbytes, left))
+            got = read_at(descriptor, memoryview(data), min(offset, LIMIT - 1))
+            if got != nbytes:
                 raise CheckpointError(
-                    f"{path} ends at byte {offset + len(data)}, {offset + nbytes} are needed: it "
+                    f"{path} ends at byte {offset + got}, {offset + nbytes} are needed: it "
                     "was truncated or replaced. Run `pma list`, then merge again without it"
                 )
-            return data
+            return bytes(data)
 
         try:
-            descriptor = open_source(path)
+            descriptor = open_source(path, whole=False)
             try:
                 yield read
             finally:
                 os.close(descriptor)
         except OSError as error:
             raise unread(path, error) from error
-
-
-def _pread(descriptor: int, offset: int, nbytes: int) -> bytes:
-    """As many of `nbytes` as there are; a system call moves at most 2 GiB."""
-    data = os.pread(descriptor, nbytes, offset)
-    while len(data) < nbytes and (
-        more := os.pread(descriptor, nbytes - len(data), offset + len(data))
-    ):
-        data += more
-    return data
 
 
 @lru_cache(maxsize=_PICKLES)

@@ -31,6 +31,7 @@ class Memo:
         self._begins, self._ends, self._before = array("q"), array("q"), array("q")
         self._text_at, self._texts = array("q"), list[bytes]()
         self._known: dict[bytes, str] = {}
+        self._one: dict[bytes, bytes] = {}
 
     @property
     def first(self) -> int:
@@ -69,7 +70,8 @@ class Memo:
         last = begin + many * memoized
         numbers = [range(begin + place, last + place, memoized) for place in places]
         self._text_at.extend(row_by_row(numbers, many))
-        self._texts += row_by_row(said, many)
+        one = self._one.setdefault  # what is said again is not held again
+        self._texts += [one(text, text) for text in row_by_row(said, many)]
 
     def recall(self, number: int, memo: Sequence[Any]) -> Any:
         """Value `number`, which is not before `first`."""

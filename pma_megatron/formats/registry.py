@@ -27,6 +27,7 @@ from pma_megatron.formats.json_files import read_json
 from pma_megatron.formats.safetensors import format as safetensors
 from pma_megatron.formats.safetensors.model import holds_model, holds_pickled_model
 from pma_megatron.formats.torch_dist import format as torch_dist
+from pma_megatron.storage.paths import path_of
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 
@@ -49,7 +50,7 @@ def _opens(read: Verb) -> Verb:
 
     @functools.wraps(read)
     def opens(path: Any, *args: Any, **kwargs: Any) -> Any:
-        steps.opening(Path(path).name)
+        steps.opening(path_of(path).name)
         hold(path)
         return read(path, *args, **kwargs)
 

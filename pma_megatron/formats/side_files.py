@@ -20,6 +20,7 @@ from pma_megatron.base.openfiles import passing
 from pma_megatron.base.spelling import first_few
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.names import plain_name
+from pma_megatron.storage.paths import path_of
 
 MAX_UNKNOWN_BYTES = 1 << 30
 """Of a file that no row names: a longer one is more likely a dump than part of a resume."""
@@ -173,9 +174,9 @@ def _walked(folder: Path) -> Iterator[Path]:
 
     for here, folders, files in os.walk(folder, onerror=raised):
         folders.sort()
-        links = [name for name in folders if (Path(here) / name).is_symlink()]
+        links = [name for name in folders if (path_of(here) / name).is_symlink()]
         for name in sorted((*files, *links)):
-            yield Path(here) / name
+            yield path_of(here) / name
 
 
 def _judged(folder: Path, path: Path, name: str, rule: SideRule, unknown: int) -> SideFile:

@@ -25,14 +25,15 @@ from pma_megatron.geometry.spread import TOTAL, Gram, Spread, spread, total
 from pma_megatron.merging.accumulate import Accumulator, Work, Workspace
 from pma_megatron.merging.agreement import check_same_model, matching, refuse_rounded
 from pma_megatron.merging.cut import Units, share, units
-from pma_megatron.merging.engine import Progress, blocks, over_threads, reading
-from pma_megatron.merging.entry_rules import average_task
+from pma_megatron.merging.engine import Progress, blocks, reading
 from pma_megatron.merging.job import Show, silent
 from pma_megatron.merging.planning import OpenedSources, gather_sources
 from pma_megatron.merging.policy import MAIN
 from pma_megatron.merging.request import MergeRequest, in_its_words
 from pma_megatron.merging.source_checksums import checked
+from pma_megatron.merging.task_making import average_task
 from pma_megatron.merging.tasks import AverageUnit
+from pma_megatron.merging.threads import over_threads
 from pma_megatron.transfer.buffers import BLOCK_ELEMENTS
 from pma_megatron.transfer.reads import Reads
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from pma_megatron.errors import CheckpointError, PlanError
 from pma_megatron.formats import registry
@@ -26,6 +25,7 @@ from pma_megatron.identity.rounded import refuse_foreign_weights
 from pma_megatron.identity.samples import Inventory
 from pma_megatron.runs.describe import schedule_of
 from pma_megatron.runs.refs import CheckpointRef
+from pma_megatron.storage.paths import path_of
 from pma_megatron.transfer.blocks import BlockReader
 
 
@@ -67,7 +67,7 @@ def prove(source: Source, newest: Evidence | None, *, main_params: bool) -> Evid
     Raises:
         CheckpointError: it is a mixture of two checkpoints; names the files.
     """
-    items = registry.get(source.format, source.path).files(Path(source.path))
+    items = registry.get(source.format, source.path).files(path_of(source.path))
     pieces = Inventory(source)
     with BlockReader(source.path, items) as reader:  # one for all: where an item lies is known then
         if main_params:

@@ -20,9 +20,9 @@ from pma_megatron.errors import PlanError, UsageError
 from pma_megatron.formats.base import Tensor
 from pma_megatron.formats.source import Source
 from pma_megatron.live.param import LiveTensor
-from pma_megatron.merging.entry_rules import average_task
 from pma_megatron.merging.planning import OpenedSources
 from pma_megatron.merging.policy import MAIN
+from pma_megatron.merging.task_making import average_task
 from pma_megatron.merging.tasks import AverageUnit
 
 WEIGHT = "weight"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from pma_megatron.formats.pieces import StoredPieces
 from pma_megatron.formats.source import Source
 from pma_megatron.merging.padding import between
 from pma_megatron.merging.policy import MAIN
+from pma_megatron.storage.paths import path_of
 
 _ROUNDED = (torch.bfloat16, torch.float16)
 AVERAGED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -36,7 +36,7 @@ def refuse_rounded(sources: Sequence[Source]) -> None:
             raise PlanError(
                 f"{source.path} has no main params, only weights rounded to 16 bits, and "
                 f"{exact[-1].path} has main params: they do not mix: "
-                f"{left_out(Path(source.path).name)}{or_weights(source)}"
+                f"{left_out(path_of(source.path).name)}{or_weights(source)}"
             )
 
 
@@ -52,8 +52,8 @@ def refuse_lost_optimizer(sources: Sequence[Source]) -> None:
         raise PlanError(
             f"the newest source, {base.path}, has no optimizer state, and {full[-1].path} has: its "
             "save was cut off, or is still under way, or left the optimizer out. Training could "
-            f"not resume from the result: {left_out(Path(base.path).name)}, or make a checkpoint "
-            f"of weights alone with {given(*_alone(full[-1]))}"
+            f"not resume from the result: {left_out(path_of(base.path).name)}, or make a "
+            f"checkpoint of weights alone with {given(*_alone(full[-1]))}"
         )
 
 
@@ -154,7 +154,7 @@ def matching(
         PlanError: it is not there, differs in shape or dtype, or is not whole.
     """
     found = source.tensor(state, key)
-    name = Path(source.path).name
+    name = path_of(source.path).name
     label = {"weight": "model weight", MAIN: "main params of"}.get(state, f"optimizer {state} of")
     if found is None:
         raise PlanError(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pma_megatron.base.comm import Comm
 from pma_megatron.base.faults import point
-from pma_megatron.base.openfiles import open_inside, open_source, unread
+from pma_megatron.base.openfiles import SourceStream, open_inside, open_source, unread
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.base import Item
 from pma_megatron.formats.items import ItemFiles, refuse_other_bytes
@@ -22,6 +22,7 @@ from pma_megatron.formats.manifest import FileSum
 from pma_megatron.formats.output import Carried
 from pma_megatron.merging.leftovers import Target
 from pma_megatron.merging.publish import writing
+from pma_megatron.storage.paths import path_of
 from pma_megatron.transfer.checksums import crc_of
 
 _STEP_BYTES = 4 << 20
@@ -75,7 +76,7 @@ def sha256_of(folder: Path, names: Sequence[str], comm: Comm) -> dict[str, str]:
 
 
 def _copied(name: str, file: Carried, into: Sequence[Target], comm: Comm) -> FileSum:
-    path, digest, nbytes = Path(file.path), hashlib.sha256(), 0
+    path, digest, nbytes = path_of(file.path), hashlib.sha256(), 0
     with ExitStack() as stack:
         streams = []
         for target in into:
@@ -121,7 +122,7 @@ def _read(path: Path, comm: Comm) -> Iterator[memoryview]:
     """A file in steps; the same buffer each time."""
     buffer = memoryview(bytearray(_STEP_BYTES))
     try:
-        with os.fdopen(open_source(path), "rb", buffering=0) as stream:
+        with SourceStream(path) as stream:
             while got := stream.readinto(buffer):
                 yield buffer[:got]
                 comm.moved()

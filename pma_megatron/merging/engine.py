@@ -12,8 +12,8 @@ import contextlib
 import itertools
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar
 
@@ -27,12 +27,15 @@ from pma_megatron.merging import streaming
 from pma_megatron.merging.accumulate import Accumulator, Work, Workspace
 from pma_megatron.merging.sums import Sum
 from pma_megatron.merging.tasks import Average, AverageUnit, FillUnit, Unit, Workload, parted
+from pma_megatron.merging.threads import over_threads
+from pma_megatron.storage.spool import active
 from pma_megatron.transfer.blocks import BlockReader, readers
 from pma_megatron.transfer.buffers import BLOCK_ELEMENTS, as_bytes
 from pma_megatron.transfer.reads import Reads
 
 SOURCE_BYTES = 4 << 20
 """A block of all sources at once: it bounds memory, and stays near the cores."""
+_OF_STORES = 8  # times as many units are looked for where each request takes its time
 AHEAD_BYTES = 512 << 20  # asked of storage before its time; more might leave the cache unused
 _LEAST_ELEMENTS = 1 << 14
 
@@ -153,43 +156,6 @@ def blocks(box: Box, limit: int) -> Iterator[tuple[int, Box]]:
         first += block.numel
 
 
-def over_threads(
-    units: Iterable[U], threads: int, do: Callable[[U, S], None], space: Callable[[], S]
-) -> None:
-    """Threads take units from one list until it is empty or something fails.
-
-    Args:
-        units: the work.
-        threads: how many.
-        do: one unit, with the buffers of its thread.
-        space: makes them.
-    """
-    queue, lock, stop = iter(units), threading.Lock(), threading.Event()
-
-    def work() -> None:
-        own = space()
-        while not stop.is_set():
-            with lock:
-                unit = next(queue, None)
-            if unit is None:
-                return
-            try:
-                do(unit, own)
-            except BaseException:
-                stop.set()
-                raise
-
-    with ThreadPoolExecutor(threads) as pool:
-        futures: list[Future[None]] = []
-        try:
-            futures += (pool.submit(work) for _ in range(threads))
-            wait(futures)
-        except BaseException:  # a signal; what the threads use must outlast them
-            stop.set()
-            raise
-    _raise_first(futures)
-
-
 @dataclass(frozen=True, slots=True)
 class _Found:
     """A unit whose bytes are found, and on their way."""
@@ -234,12 +200,12 @@ class _Job:
     ) -> Iterator[tuple[Unit, Future[_Found] | None]]:
         """The units, some of them looked for ahead of need: storage has not to be waited for."""
         ahead: deque[tuple[Unit, Future[_Found] | None]] = deque()
-        nbytes = 0
+        most, nbytes = self.threads if active() is None else _OF_STORES * self.threads, 0
         for unit in units:
             found = scouts.submit(self._find, unit) if isinstance(unit, AverageUnit) else None
             ahead.append((unit, found))
             nbytes += unit.read_bytes
-            while len(ahead) > self.threads or (len(ahead) > 1 and nbytes > AHEAD_BYTES):
+            while len(ahead) > most or (len(ahead) > 1 and nbytes > AHEAD_BYTES):
                 nbytes -= ahead[0][0].read_bytes
                 yield ahead.popleft()
         yield from ahead
@@ -393,9 +359,3 @@ class _Job:
             work = self.add.locate(unit, ())
         assert work is not None
         return work
-
-
-def _raise_first(futures: Sequence[Future[None]]) -> None:
-    errors = [e for e in (future.exception() for future in futures) if e is not None]
-    for error in itertools.chain((e for e in errors if not isinstance(e, RankError)), errors):
-        raise error

@@ -21,6 +21,7 @@ from pma_megatron.merging.request import MergeRequest, Method
 from pma_megatron.runs.discover import pointed
 from pma_megatron.runs.folders import is_checkpoint, what_is
 from pma_megatron.runs.selection_request import SelectionRequest
+from pma_megatron.storage.paths import path_of
 
 _NAMES = ("like", "dtype", "max_shard_bytes", "threads", "overwrite", "check_sources")
 KEYWORDS = FrontEnd({**{name: f"{name}=" for name in _NAMES}, "export": "save=", "path": "path="})
@@ -69,9 +70,9 @@ def export_model(
         VerifyError: the result is not what it must be.
         RankError: another rank failed.
     """
-    refuse_remote("path", path)
+    refuse_remote("path", path, stores=True)
     comm = comm or Comm()
-    folder = comm.on_main("export", lambda: _chosen(Path(path)))
+    folder = comm.on_main("export", lambda: _chosen(path_of(path)))
     request = MergeRequest(
         load=str(folder.parent),
         selection=SelectionRequest(paths=(str(folder),)),

@@ -19,7 +19,7 @@ import torch
 
 from pma_megatron.base.boxes import Box, PieceIndex, row_major_strides, slices
 from pma_megatron.base.comm import Comm
-from pma_megatron.base.openfiles import open_source
+from pma_megatron.base.openfiles import open_source, read_at
 from pma_megatron.errors import VerifyError
 from pma_megatron.export.files import Stored, stored_in
 from pma_megatron.formats.safetensors.headers import Entry
@@ -242,9 +242,9 @@ class _Check:
         at = filled.start + _position(box, filled.box)
         itemsize = stored.entry.dtype.itemsize
         data = bytearray(box.numel * itemsize)
-        descriptor = open_source(self._folder / stored.file)
+        descriptor = open_source(self._folder / stored.file, whole=False)
         try:
-            got = os.preadv(descriptor, [data], stored.start + at * itemsize)
+            got = read_at(descriptor, memoryview(data), stored.start + at * itemsize)
         finally:
             os.close(descriptor)
         if got != len(data):

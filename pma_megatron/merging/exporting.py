@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,6 +38,7 @@ from pma_megatron.merging.entry_rules import Rules
 from pma_megatron.merging.policy import MAIN, Action
 from pma_megatron.merging.request import MergeRequest
 from pma_megatron.merging.tasks import Carry
+from pma_megatron.storage.paths import path_of, real
 
 _BY_NAME = {str(d).removeprefix("torch."): d for d in AVERAGED if d != torch.float64}
 
@@ -135,7 +134,7 @@ def plan_export(
     weights = _weights(base, rules)
     shapes = {key: tensor.shape for key, tensor in weights.items()}
     config, notes = _plain(template)
-    arguments = known.common(Path(base.path))["args"]
+    arguments = known.common(path_of(base.path))["args"]
     made = export_map(
         config,
         shapes,
@@ -179,14 +178,14 @@ def template_of(request: MergeRequest, base: Source) -> Template | None:
         return read_template(request.like)
     known = registry.get(base.format, base.path)
     if known.own_config:
-        return read_template(base.path) if (Path(base.path) / CONFIG_FILE).is_file() else None
+        return read_template(base.path) if (path_of(base.path) / CONFIG_FILE).is_file() else None
     if not known.own_names:
         raise UsageError(
             f"{base.path} calls tensors as Megatron does, so an export needs {named('like')}, the "
             "folder of a Hugging Face model of the same family and sizes: its config.json says "
             "what they are called there. Its weights are not needed"
         )
-    beside = Path(base.path).parent
+    beside = path_of(base.path).parent
     return (
         _said(read_template(str(beside), implicit=True))
         if (beside / CONFIG_FILE).is_file()
@@ -201,8 +200,8 @@ def _plain(template: Template | None) -> tuple[dict[str, Any] | None, list[str]]
     gone = [field for field in QUANTIZED_FIELDS if template.config.get(field) is not None]
     config = {k: v for k, v in template.config.items() if k not in QUANTIZED_FIELDS}
     note = (
-        f"{', '.join(gone)} of {Path(template.path) / CONFIG_FILE} is left out: what is exported "
-        "is not quantized"
+        f"{', '.join(gone)} of {path_of(template.path) / CONFIG_FILE} is left out: what is "
+        "exported is not quantized"
     )
     return config, [note] if gone else []
 
@@ -368,7 +367,7 @@ def refuse_nested(request: MergeRequest) -> None:
     if request.export is None or request.like is None:
         return
     # `resolve` raises for links that lead back to themselves; what is wrong there is said later.
-    made, like = (Path(os.path.realpath(each)) for each in (request.export, request.like))
+    made, like = (path_of(real(each)) for each in (request.export, request.like))
     if made == like or made in like.parents or like in made.parents:
         raise UsageError(
             f"{given('export', request.export)} and {given('like', request.like)} lie in each "

@@ -21,6 +21,7 @@ from pma_megatron.runs.recovery_log import History
 from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.runs.selection import Selection
 from pma_megatron.runs.trackers import Pointer
+from pma_megatron.storage.paths import path_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +74,8 @@ def who_looks(request: MergeRequest, comm: Comm, everywhere: bool) -> Sight:
     folders = comm.on_main("discover", list_)
 
     def view() -> str:
-        inside = [str(Path(root) / SNAPSHOTS) for root in roots]
-        return _view(map(Path, [*roots, *inside, *(folders or list_())]))
+        inside = [str(path_of(root) / SNAPSHOTS) for root in roots]
+        return _view(map(path_of, [*roots, *inside, *(folders or list_())]))
 
     views = comm.gather(
         comm.agree("discover", lambda: view() if first[comm.rank] == comm.rank else "")
@@ -169,7 +170,7 @@ def _share(
 def _place(roots: Sequence[str]) -> str:
     """What tells the processes that see the same files by the same names from all others."""
     try:
-        root = Path("/").stat()
+        root = Path("/proc/self/root/").stat()
         system = Path("/proc/sys/kernel/random/boot_id").read_text()
         mounts = Path("/proc/self/ns/mnt").readlink()
         said = (system, str(mounts), root.st_dev, root.st_ino, os.geteuid(), os.getgroups())

@@ -19,7 +19,7 @@ from typing import TypeVar
 from isal import isal_zlib
 
 from pma_megatron.base.comm import Comm
-from pma_megatron.base.openfiles import open_source
+from pma_megatron.base.openfiles import SourceStream
 from pma_megatron.errors import CheckpointError, VerifyError
 from pma_megatron.formats import registry
 from pma_megatron.formats.base import Item
@@ -27,6 +27,7 @@ from pma_megatron.formats.items import ItemFiles
 from pma_megatron.formats.manifest import FileSum, Sums
 from pma_megatron.formats.marker import OWN_FILES
 from pma_megatron.formats.trainers.saves import published_as
+from pma_megatron.storage.paths import path_of
 
 T = TypeVar("T")
 _BLOCK_BYTES = 4 << 20
@@ -55,8 +56,8 @@ def listing(folder: Path) -> dict[str, int]:
     """
     found = {}
     for here, folders, files in os.walk(folder):
-        for name in (*files, *(f for f in folders if (Path(here) / f).is_symlink())):
-            path = Path(here) / name
+        for name in (*files, *(f for f in folders if (path_of(here) / f).is_symlink())):
+            path = path_of(here) / name
             relative = path.relative_to(folder).as_posix()
             if relative not in OWN_FILES:
                 try:
@@ -309,7 +310,7 @@ def _read(
     take: Callable[[memoryview], object],
 ) -> None:
     try:
-        with os.fdopen(open_source(path), "rb", buffering=0) as stream:
+        with SourceStream(path) as stream:
             for start, nbytes in ranges:
                 stream.seek(start)
                 left, buffer = nbytes, memoryview(bytearray(min(nbytes, _BLOCK_BYTES)))

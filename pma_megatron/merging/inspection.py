@@ -23,6 +23,7 @@ from pma_megatron.runs.describe import describe
 from pma_megatron.runs.discover import list_checkpoints, pointed
 from pma_megatron.runs.folders import is_checkpoint, what_is
 from pma_megatron.runs.refs import CheckpointRef
+from pma_megatron.storage.paths import path_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +83,8 @@ def look(path: str | Path) -> Inspection:
     Raises:
         CheckpointError: there is no such folder, or it is not clear which checkpoint is meant.
     """
-    refuse_remote("", path)
-    folder = pointed(Path(path)).absolute()
+    refuse_remote("", path, stores=True)
+    folder = pointed(path_of(path)).absolute()
     if not is_folder(folder):
         raise CheckpointError(what_is(folder))
     exported = _is_export(folder)

@@ -28,6 +28,7 @@ from pma_megatron.merging import (
     resuming,
     sums,
     targets,
+    uploading,
     verification,
 )
 from pma_megatron.merging.cards import cards
@@ -41,6 +42,7 @@ from pma_megatron.merging.request import MergeRequest, in_its_words
 from pma_megatron.merging.source_checksums import Compared, checked
 from pma_megatron.merging.structure import structure
 from pma_megatron.runs.notices import moves_back
+from pma_megatron.storage.paths import in_store, path_of
 from pma_megatron.transfer.blocks import BlockWriter, FolderWriters
 from pma_megatron.transfer.checksums import Checksums, ScatteredChecksums
 
@@ -134,7 +136,8 @@ def _made(
         there = comm.on_main("refuse", lambda: targets.already(plan, wanted))
         stack.enter_context(_saying_what_is_published(wanted))
         stamps = publish.stamps(wanted)
-        stack.push(lambda kind, error, _: _leave(comm, wanted, stamps, error))
+        verified: list[Target] = []
+        stack.push(lambda kind, error, _: _leave(comm, wanted, stamps, error, verified))
         todo = tuple(target for target, same in zip(wanted, there, strict=True) if not same)
         for target in wanted:
             if comm.is_main and target not in todo:
@@ -145,6 +148,8 @@ def _made(
         filled = _fill(plan, todo, comm, show, clock, stack, done)
         checks = tuple(_checked(plan, target, target in todo, comm) for target in wanted)
         clock.lap("verify")
+        verified += [target for target in todo if in_store(target.final)]
+        uploading.upload(plan, todo, comm, show)
         comm.on_main("publish", lambda: _publish(plan, todo, comm))
         clock.lap("publish")
     return filled, checks
@@ -174,7 +179,8 @@ def _checked(
     plan: MergePlan, target: Target, made_now: bool, comm: Comm
 ) -> verification.Verification:
     """Compare one folder with the sources, as it is staged or was published before."""
-    output, folder = plan.outputs[target.output], target.staging if made_now else target.final
+    output = plan.outputs[target.output]
+    folder = target.staging if made_now else path_of(str(target.final))
     if target.folder is Folder.MODEL:
         return exported.verify_model(plan, output, folder, comm)
     found = verification.verify_output(plan, output, folder, comm)
@@ -234,6 +240,7 @@ def _fill(
 ) -> _Filled:
     """Stage and fill the folders of `plan` that are not there yet; `done` is without, or noted."""
     comm.on_main("stage", lambda: publish.stage(plan, todo))
+    uploading.refuse_unseen(todo, comm)
     numbers = sorted({target.output for target in todo})
     part = replace(plan, outputs=tuple(plan.outputs[number] for number in numbers))
     single = {target: _writer(target) for target in todo}
@@ -344,7 +351,7 @@ def _publish(plan: MergePlan, wanted: tuple[Target, ...], comm: Comm) -> None:
         back = None
         if target.folder is Folder.CHECKPOINT:
             back = moves_back(plan.sources[-1].format, target.final, plan.iteration)
-        publish.publish(plan, target)
+        (uploading.complete if in_store(target.final) else publish.publish)(plan, target)
         if back is not None:
             _log.warning(back)
         _log.debug("published %s", target.final)
@@ -356,14 +363,17 @@ def _leave(
     wanted: Sequence[Target],
     before: Sequence[publish.Stamp | None],
     error: BaseException | None,
+    verified: Sequence[Target],
 ) -> None:
     """Remove what is left, unless the same command can go on with it: then say that.
 
-    Whoever was stopped, or lost another rank, will ask for the same again; not who was refused.
+    Whoever was stopped, lost another rank, or has it all but uploaded, will ask for the same again;
+    not who was refused.
     """
     if not comm.is_main:
         return
-    cut_off = isinstance(error, KeyboardInterrupt) or (isinstance(error, RankError) and error.lost)
+    lost = isinstance(error, RankError) and error.lost
+    cut_off = verified or lost or isinstance(error, KeyboardInterrupt)
     pending: list[Target] = []
     if cut_off and journal.has_lines(wanted[0].journal):
         both = zip(wanted, before, publish.stamps(wanted), strict=True)

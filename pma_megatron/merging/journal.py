@@ -30,6 +30,7 @@ from pma_megatron.formats.base import StoredRecord
 from pma_megatron.merging.leftovers import Target, journals
 from pma_megatron.merging.planning import MergePlan
 from pma_megatron.merging.tasks import Unit, Write
+from pma_megatron.storage.paths import real
 from pma_megatron.transfer.checksums import Checksums
 from pma_megatron.transfer.reads import Noted, Reads
 from pma_megatron.version import __version__
@@ -74,7 +75,7 @@ def begun(plan: MergePlan, wanted: Sequence[Target]) -> Begun | None:
     Whoever asks holds the lock of the first target.
     """
     first = wanted[0]
-    for folder in journals(first.root, first.final.name):
+    for folder in journals(first.work, first.final.name):
         token = folder.name.rpartition("-")[2]
         with suppress(CheckpointError, ValueError):
             staged = [target.staged_as(token) for target in wanted]
@@ -152,10 +153,10 @@ def _job(plan: MergePlan, wanted: Sequence[Target]) -> dict[str, Any]:
     return {
         "pma_megatron": __version__,
         "digest": plan.digest,
-        "sources": [os.path.realpath(source.path) for source in plan.sources],
+        "sources": [real(source.path) for source in plan.sources],
         "layouts": hashlib.sha256(repr(layouts).encode()).hexdigest(),
         "stamps": hashlib.sha256(json.dumps(stamps).encode()).hexdigest(),
-        "targets": [[os.path.realpath(t.final), t.folder.value, t.output] for t in wanted],
+        "targets": [[real(t.final), t.folder.value, t.output] for t in wanted],
     }
 
 

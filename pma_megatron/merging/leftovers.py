@@ -22,9 +22,11 @@ from pma_megatron.base.spelling import named, typed
 from pma_megatron.base.stopping import shielded
 from pma_megatron.errors import PublishError
 from pma_megatron.formats import registry
+from pma_megatron.formats.marker import UPLOADING_FILE
 from pma_megatron.formats.output import Folder
 from pma_megatron.formats.trainers.saves import save_of
 from pma_megatron.merging.locks import CLEANING, LOCK, WRITING, HeldError, held
+from pma_megatron.storage.paths import in_store, workplace
 
 STAGING = ".pma-staging-"
 _REPLACED = ".pma-replaced-"
@@ -59,23 +61,28 @@ class Target:
         return str(self.folder.value)
 
     @property
+    def work(self) -> Path:
+        """Where it is made and locked: the root, or a folder on a disk for one in a store."""
+        return workplace(self.root)
+
+    @property
     def replaced(self) -> Path:
         """Where the checkpoint that is replaced lies meanwhile, if folders cannot be exchanged."""
-        return self.root / f"{_REPLACED}{self.final.name}"
+        return self.work / f"{_REPLACED}{self.final.name}"
 
     @property
     def journal(self) -> Path:
         """Where a job whose first target this is notes what it has finished (`journal`)."""
-        return self.root / f"{JOURNAL}{self.staging.name.removeprefix(STAGING)}"
+        return self.work / f"{JOURNAL}{self.staging.name.removeprefix(STAGING)}"
 
     def staged_as(self, token: str) -> Target:
         """The same, made in the folder that `token` tells from those of other jobs."""
-        return replace(self, staging=self.root / f"{STAGING}{self.final.name}-{token}")
+        return replace(self, staging=self.work / f"{STAGING}{self.final.name}-{token}")
 
     @property
     def tracker(self) -> Path:
         """What the run's tracker will be, until the checkpoint bears its name."""
-        return self.root / f"{_TRACKER}{self.final.name}"
+        return self.work / f"{_TRACKER}{self.final.name}"
 
 
 @contextlib.contextmanager
@@ -97,8 +104,8 @@ def locked(
         for target in wanted:
             name = target.final.name
             try:
-                stack.callback(_remove_empty, _made(target.root))
-                sure = stack.enter_context(held(target.root, name, WRITING))
+                stack.callback(_remove_empty, _made(target.work))
+                sure = stack.enter_context(held(target.work, name, WRITING))
             except HeldError as holder:
                 raise PublishError(
                     f"another merge is writing {target.final}{holder}: wait for it, or choose "
@@ -106,12 +113,12 @@ def locked(
                 ) from None
             except OSError as error:
                 raise PublishError(
-                    f"cannot write to {target.root}: {error.strerror}. Choose another "
+                    f"cannot write to {target.work}: {error.strerror}. Choose another "
                     f"{named(target.setting)}"
                 ) from error
             if kept is None:
                 kept = keep() if sure else ()
-            _collect(target.root, name, kept, sure=sure)
+            _collect(target.work, name, kept, sure=sure)
         yield
 
 
@@ -120,10 +127,12 @@ def unfinished(target: Target) -> bool:
 
     It never reported, so the same command may run again without `overwrite`.
     """
+    if in_store(target.final):
+        return (target.final / UPLOADING_FILE).is_file()
     with contextlib.suppress(OSError):
         drafted_ns = target.tracker.stat().st_mtime_ns
         # One that is older has not got its name; what is newer is to be made again.
-        staged = _staged(target.root, target.final.name)
+        staged = _staged(target.work, target.final.name)
         return all(folder.stat().st_mtime_ns > drafted_ns for folder in staged)
     return False
 
@@ -209,7 +218,7 @@ def _may_go_on(root: Path, name: str) -> list[Path]:
 
 def staged_bytes(target: Target) -> int:
     """Bytes of disk that jobs which are gone took for this target: they are freed, or used."""
-    files = (path for folder in _staged(target.root, target.final.name) for path in _files(folder))
+    files = (path for folder in _staged(target.work, target.final.name) for path in _files(folder))
     return sum(path.stat().st_blocks * 512 for path in files)
 
 

@@ -15,6 +15,7 @@ from pma_megatron.formats.manifest import read_marker
 from pma_megatron.formats.marker import MARKER_FILE, ONLINE_AVERAGE
 from pma_megatron.merging.rolling import rolled_in_words
 from pma_megatron.runs.refs import CheckpointRef
+from pma_megatron.storage.paths import path_of
 
 _THREADS = 8  # a network file system answers several at once
 
@@ -41,7 +42,7 @@ def listed(refs: Sequence[CheckpointRef]) -> list[Listed]:
 
 
 def _listed(ref: CheckpointRef) -> Listed:
-    folder = Path(ref.folder)
+    folder = path_of(ref.folder)
     return Listed(ref, _nbytes(folder) if is_folder(folder) else None, _origin(folder))
 
 
@@ -51,7 +52,7 @@ def _nbytes(folder: Path) -> int:
     for here, _, files in os.walk(folder):
         for name in files:
             with contextlib.suppress(OSError):
-                nbytes += (Path(here) / name).stat().st_size
+                nbytes += (path_of(here) / name).stat().st_size
     return nbytes
 
 

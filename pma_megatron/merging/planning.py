@@ -7,7 +7,6 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from pma_megatron.base.comm import Comm
@@ -21,7 +20,7 @@ from pma_megatron.formats.source import Source
 from pma_megatron.formats.trainers.saves import Save
 from pma_megatron.merging.agreement import frozen_notes
 from pma_megatron.merging.cut import Units, units
-from pma_megatron.merging.entry_rules import Decisions, PolicyRow, Rules, decide, make_tasks
+from pma_megatron.merging.entry_rules import Decisions, PolicyRow, Rules, decide
 from pma_megatron.merging.exporting import (
     Filled,
     ModelExport,
@@ -34,10 +33,12 @@ from pma_megatron.merging.opening import open_sources
 from pma_megatron.merging.padding import padding_notes
 from pma_megatron.merging.request import MergeRequest, Output, in_its_words, refuse_other_plans
 from pma_megatron.merging.saved_folder import SavedFolder, lay_out_folder
+from pma_megatron.merging.task_making import make_tasks
 from pma_megatron.merging.tasks import Unit, Workload
 from pma_megatron.runs.discover import newest_full
 from pma_megatron.runs.notices import announce
 from pma_megatron.runs.selection import Selection
+from pma_megatron.storage.paths import absolute, in_store, path_of
 from pma_megatron.version import __version__
 
 _log = logging.getLogger(__name__)
@@ -172,8 +173,9 @@ def refuse_changed(plan: Workload, comm: Comm) -> None:
     for number, source in enumerate(plan.sources):
         if comm.rank != plan.visible[number][0]:
             continue
+        folder = path_of(source.path, again=in_store(source.path))
         for name, (nbytes, mtime_ns) in source.stamps.items():
-            path = Path(source.path) / name
+            path = folder / name
             try:
                 stat = path.stat()
             except OSError as error:
@@ -249,7 +251,7 @@ def origin_note(found: OpenedSources) -> dict[str, Any]:
     values = {each.name: list(each.values) for each in found.outputs}
     return {
         "pma_megatron": __version__,
-        "sources": [str(Path(source.path).absolute()) for source in found.sources],
+        "sources": [absolute(source.path) for source in found.sources],
         "iterations": [ref.iteration for ref in found.selection.refs],
         "coefficients": values if len(values) > 1 else next(iter(values.values())),
     }
@@ -262,7 +264,7 @@ def _assemble(
     saved: SavedFolder | None,
     export: ModelExport | None,
 ) -> MergePlan:
-    save, beside = Save(Path(found.sources[-1].path)), tuple[SideFile, ...]()
+    save, beside = Save(path_of(found.sources[-1].path)), tuple[SideFile, ...]()
     layouts, filled = {}, tuple[Filled, ...]()
     if saved is not None:
         layouts[Folder.CHECKPOINT], filled = saved.layout, saved.filled

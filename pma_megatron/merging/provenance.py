@@ -27,6 +27,7 @@ from pma_megatron.merging.request import MergeRequest, Method, Output
 from pma_megatron.merging.rolling import ROLLING
 from pma_megatron.merging.source_checksums import Compared
 from pma_megatron.runs.selection_request import SelectionRequest
+from pma_megatron.storage.paths import absolute, path_of
 from pma_megatron.version import __version__
 
 
@@ -43,12 +44,12 @@ def provenance(
     Paths in it are absolute: it is read from other folders than the one of the merge.
     """
     request = asdict(plan.request)
-    paths = tuple(str(Path(source.path).absolute()) for source in plan.sources)
+    paths = tuple(absolute(source.path) for source in plan.sources)
     said = plan.request.selection.tokens
     request["selection"] = asdict(SelectionRequest(paths=paths, tokens=said))
     for name in ("load", "save", "export", "like"):
         if request[name] is not None:
-            request[name] = str(Path(request[name]).absolute())
+            request[name] = absolute(request[name])
     request.pop("passed_over")  # the plan's are all of them
     rolling = request.pop("rolling")
     described = describe_plan(plan)
@@ -86,7 +87,7 @@ def with_origins(plan: MergePlan, comm: Comm) -> MergePlan:
         for output in plan.outputs:
             used = [number for number, value in enumerate(output.values) if value != 0]
             if len(used) == 1 and plan.visible[used[0]][0] == comm.rank:
-                found[output.name] = _origin(Path(plan.selection.refs[used[0]].folder))
+                found[output.name] = _origin(path_of(plan.selection.refs[used[0]].folder))
         return found
 
     parts = comm.gather(comm.agree("origin", read))

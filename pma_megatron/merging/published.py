@@ -28,6 +28,7 @@ from pma_megatron.merging.recompute import recompute
 from pma_megatron.merging.request import SAMPLES, MergeRequest
 from pma_megatron.merging.verification import Verification, verify_output
 from pma_megatron.runs.discover import pointed
+from pma_megatron.storage.paths import path_of
 
 _NO_SOURCES = {
     SNAPSHOT: "a snapshot has no sources: what training held is gone, so its values stand alone",
@@ -71,7 +72,7 @@ def verify(
         VerifyError: a file or a value is not what it must be.
         UsageError: `path` is empty, or an address.
     """
-    refuse_remote("path", path)
+    refuse_remote("path", path, stores=True)
     comm = comm or Comm()
     folder = comm.on_main("verify", lambda: published(path))
     marker = comm.on_main("verify", lambda: read_marker(folder))
@@ -116,7 +117,7 @@ def published(path: str | Path) -> Path:
     Raises:
         CheckpointError: there is no such folder, or it is not clear which one is meant.
     """
-    folder = _marked(Path(path)).absolute()
+    folder = _marked(path_of(path)).absolute()
     if not is_folder(folder):
         raise CheckpointError(
             f"{folder} is not a folder: give a merge (iter_*, a DeepSpeed tag, step-*, "
@@ -257,12 +258,12 @@ def _exported_again(
 
 
 def _refuse_gone(paths: tuple[str, ...]) -> None:
-    gone = [path for path in paths if not is_folder(Path(path))]
+    gone = [path for path in paths if not is_folder(path_of(path))]
     if not gone:
         return
     relative = (
         ""
-        if Path(gone[0]).is_absolute()
+        if path_of(gone[0]).is_absolute()
         else (", which is relative to the folder in which the merge was run: verify from there")
     )
     raise CheckpointError(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
-from pathlib import Path
 
-from pma_megatron.base.openfiles import open_source
+from pma_megatron.base.openfiles import SourceStream
 from pma_megatron.formats.source import Source
 from pma_megatron.merging.tasks import Workload
+from pma_megatron.storage.paths import path_of
+from pma_megatron.storage.spool import ahead
 
 
 def read_rate(plan: Workload, *, limit_bytes: int = 64 << 20, limit_s: float = 1.0) -> float:
@@ -17,13 +17,11 @@ def read_rate(plan: Workload, *, limit_bytes: int = 64 << 20, limit_s: float = 1
 
     0 where none of them can be read here: its speed is told, and never why a plan fails.
     """
-    folder, buffer = Path(plan.sources[-1].path), bytearray(1 << 20)
+    folder, buffer = path_of(plan.sources[-1].path), bytearray(1 << 20)
     done, start_s = 0, time.perf_counter()
     for name in _payload_files(plan.sources[-1]):
-        with (
-            contextlib.suppress(OSError),
-            os.fdopen(open_source(folder / name), "rb", buffering=0) as stream,
-        ):
+        with contextlib.suppress(OSError), SourceStream(folder / name) as stream:
+            ahead(stream.fileno(), 0, limit_bytes - done)
             while done < limit_bytes and (count := stream.readinto(buffer)):
                 done += count
                 if time.perf_counter() - start_s > limit_s:

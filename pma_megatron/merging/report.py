@@ -18,6 +18,7 @@ from pma_megatron.merging.planning import MergePlan
 from pma_megatron.merging.request import Output
 from pma_megatron.merging.verification import Verification
 from pma_megatron.runs.describe import describe
+from pma_megatron.storage.paths import in_store, path_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +61,7 @@ class MergeReport:
     @property
     def resume(self) -> tuple[str, ...]:
         """How training is told to go on from each output: Megatron's flags, or a call."""
-        return tuple(how_to_resume(Path(f), self.plan["lr_factor"]) for f in self.outputs)
+        return tuple(how_to_resume(path_of(f), self.plan["lr_factor"]) for f in self.outputs)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as `--json` prints them: the plan's, and what came of it."""
@@ -77,6 +78,8 @@ def how_to_resume(folder: Path, lr_factor: float | None = None) -> str:
         folder: named by its root's tracker.
         lr_factor: of the learning rates in it; None if they are the run's.
     """
+    if in_store(folder):
+        return _from_a_copy(folder)
     save = published_as(folder)
     ref = describe(save.checkpoint)
     known = registry.get(ref.format, str(save.checkpoint))
@@ -92,6 +95,11 @@ def how_to_resume(folder: Path, lr_factor: float | None = None) -> str:
     if lr_factor is not None:
         flags |= rate_flags(args, known.schedule(folder))
     return shlex.join(word for flag, values in flags.items() for word in (flag, *values))
+
+
+def _from_a_copy(folder: Path) -> str:
+    """Trainers read folders."""
+    return f"the trainer's own way, from a copy of {folder.parent} on a disk (or a mount of it)"
 
 
 def describe_plan(plan: MergePlan) -> dict[str, Any]:

@@ -15,9 +15,10 @@ from pma_megatron.base.comm import Comm
 from pma_megatron.formats.output import Folder
 from pma_megatron.merging.accumulate import Workspace
 from pma_megatron.merging.cut import Units, share
-from pma_megatron.merging.engine import block_elements, blocks, over_threads
+from pma_megatron.merging.engine import block_elements, blocks
 from pma_megatron.merging.journal import Done, name_of, named
 from pma_megatron.merging.tasks import AverageUnit, Unit
+from pma_megatron.merging.threads import over_threads
 from pma_megatron.transfer.blocks import BlockWriter, FolderWriters
 from pma_megatron.transfer.buffers import BLOCK_ELEMENTS, as_bytes
 from pma_megatron.transfer.checksums import Checksums

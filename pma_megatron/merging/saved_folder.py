@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from pma_megatron.base.boxes import Box, PieceIndex, flat_range
-from pma_megatron.base.openfiles import open_source
+from pma_megatron.base.openfiles import open_source, read_at
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats import registry
 from pma_megatron.formats.base import Item
@@ -30,6 +30,7 @@ from pma_megatron.merging.agreement import AVERAGED
 from pma_megatron.merging.entry_rules import Rules
 from pma_megatron.merging.exporting import Filled, origin
 from pma_megatron.merging.policy import MAIN, Action
+from pma_megatron.storage.paths import path_of
 from pma_megatron.transfer.blocks import BlockReader
 from pma_megatron.transfer.buffers import as_bytes
 
@@ -73,7 +74,7 @@ def lay_out_folder(base: Source, rules: Rules, changes: Changes) -> SavedFolder:
         OSError: its folder cannot be read.
     """
     known = registry.get(base.format, base.path)
-    save = save_of(Path(base.path), known.name)
+    save = save_of(path_of(base.path), known.name)
     layout, beside = laid_out(save, known, known.lay_out(base.path, changes))
     made = SavedFolder(layout=layout, save=save, side_files=beside)
     if not (save.trainer is not None and save.trainer.keeps_model and known.own_names):
@@ -129,13 +130,14 @@ def _other_values(folder: Path, headers: Mapping[str, FileHeader], base: Source)
     if they are. An average of other weights (EMA, merged adapters) may have the same names."""
     with BlockReader.of(base.format, base.path) as reader:
         for name, header in headers.items():
-            descriptor = open_source(folder / name)
+            descriptor = open_source(folder / name, whole=False)
             try:
                 for entry in header.entries:
                     count = min(entry.numel, _COMPARED)
                     nbytes = count * entry.dtype.itemsize
-                    data = os.pread(descriptor, nbytes, header.starts[entry.name])
-                    if count and data not in _values(entry, count, base, reader):
+                    data = bytearray(nbytes)
+                    read_at(descriptor, memoryview(data), header.starts[entry.name])
+                    if count and bytes(data) not in _values(entry, count, base, reader):
                         return f"{entry.name} has other values than the checkpoint"
             finally:
                 os.close(descriptor)

@@ -22,6 +22,8 @@ from pma_megatron.formats.base import StoredRecord
 from pma_megatron.formats.output import Destination
 from pma_megatron.merging import sums
 from pma_megatron.merging.accumulate import Work
+from pma_megatron.storage.paths import in_store
+from pma_megatron.storage.spool import active, present
 from pma_megatron.transfer.blocks import BlockReader, BlockWriter, FolderWriters
 from pma_megatron.transfer.buffers import Room
 from pma_megatron.transfer.units import UnitReader
@@ -156,6 +158,8 @@ def stream(
         for (reader, _), (record, start) in zip(every, at, strict=True):
             opened = _opened(stack, reader.reader, record.file)
             places.append((opened, record.start + start))
+        if active() is not None:
+            _fetch(stack, every, places, [numel * size for size in sizes])
         for target in targets:
             opened = _opened(stack, target.writer, target.place.file)
             start = (target.start + first) * target.place.dtype.itemsize
@@ -228,6 +232,21 @@ def _opened(stack: contextlib.ExitStack, owner: BlockReader | BlockWriter, file:
         return stack.enter_context(owner.files.opened(file))
     except OSError as error:
         raise owner.refusal(file, error) from error
+
+
+def _fetch(
+    stack: contextlib.ExitStack,
+    every: Sequence[tuple[UnitReader, torch.dtype]],
+    places: Sequence[tuple[int, int]],
+    nbytes: Sequence[int],
+) -> None:
+    """What is read of objects of a store is there until `stack` is closed."""
+    asked = [(*place, count) for place, count in zip(places, nbytes, strict=True)]
+    try:
+        stack.enter_context(present(asked))
+    except OSError as error:
+        reader = next((r.reader for r, _ in every if in_store(r.reader.path)), every[0][0].reader)
+        raise reader.refusal(error.filename or "", error) from error
 
 
 def _readers(work: Work) -> list[tuple[UnitReader, torch.dtype]]:

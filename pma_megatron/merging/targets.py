@@ -20,6 +20,7 @@ from pma_megatron.formats.marker import (
     MARKER_FILE,
     SEAL_FILE,
     SNAPSHOTS,
+    UPLOADING_FILE,
     read_snapshot_marker,
 )
 from pma_megatron.formats.output import Folder
@@ -28,6 +29,7 @@ from pma_megatron.merging.folder_checksums import listing
 from pma_megatron.merging.leftovers import STAGING, Target, staged_bytes, unfinished
 from pma_megatron.merging.planning import MergePlan
 from pma_megatron.runs.folders import holds_checkpoint, is_checkpoint
+from pma_megatron.storage.paths import in_store, path_of, place_of
 
 
 def targets(plan: MergePlan, token: str) -> tuple[Target, ...]:
@@ -38,9 +40,9 @@ def targets(plan: MergePlan, token: str) -> tuple[Target, ...]:
     for number, output in enumerate(plan.outputs):
         finals = {}
         if request.save is not None:
-            finals[Folder.CHECKPOINT] = Path(request.save) / output.name / name
+            finals[Folder.CHECKPOINT] = place_of(request.save) / output.name / name
         if request.export is not None:
-            finals[Folder.MODEL] = _real(Path(request.export)) / output.name
+            finals[Folder.MODEL] = _real(place_of(request.export)) / output.name
         for folder, final in finals.items():
             root = final.parent
             found.append(Target(root, final, root, folder, number).staged_as(token))
@@ -55,6 +57,7 @@ def refuse(plan: MergePlan, wanted: Sequence[Target]) -> None:
             already, does not fit on the disk, or lies where nothing can be looked at.
     """
     _refuse_nested(wanted)
+    _look(wanted)
     for target in wanted:
         try:
             _refuse(plan, target)
@@ -68,9 +71,12 @@ def refuse(plan: MergePlan, wanted: Sequence[Target]) -> None:
     for target, same in zip(wanted, there, strict=True):
         free = same and not all(there)
         if target.final.exists() and not (plan.request.overwrite or free or unfinished(target)):
+            kept = "it is kept until the new one is complete"
+            if in_store(target.final):
+                kept = "no store can do that at once: it goes before the new one comes"
             raise PublishError(
-                f"{target.final} exists. Use {switch('overwrite')} to replace it (it is kept until "
-                f"the new one is complete), or another {named(target.setting)}"
+                f"{target.final} exists. Use {switch('overwrite')} to replace it ({kept}), or "
+                f"another {named(target.setting)}"
             )
     _refuse_full(plan, [target for target, same in zip(wanted, there, strict=True) if not same])
 
@@ -81,6 +87,13 @@ _INSTEAD = {
     errno.ENAMETOOLONG: "Choose a shorter",
     errno.ELOOP: "Its links lead back to themselves: choose another",
 }
+
+
+def _look(wanted: Sequence[Target]) -> None:
+    """See what stores hold now where something is to be put."""
+    for target in wanted:
+        if in_store(target.final):
+            path_of(target.final if target.folder is Folder.MODEL else target.root, again=True)
 
 
 def _refuse_nested(wanted: Sequence[Target]) -> None:
@@ -97,7 +110,7 @@ def _refuse_nested(wanted: Sequence[Target]) -> None:
 
 def _refuse(plan: MergePlan, target: Target) -> None:
     root, final = _real(target.root), _real(target.final)
-    for source in (_real(Path(ref.folder)) for ref in plan.selection.refs):
+    for source in (_real(path_of(ref.folder)) for ref in plan.selection.refs):
         if final == source or source in final.parents or final in source.parents:
             raise PublishError(
                 f"the output {final} is or contains the source {source}: refused, sources are "
@@ -142,7 +155,7 @@ def is_of(target: Target, plan: MergePlan) -> bool:
 
 
 def _real(path: Path) -> Path:
-    return Path(os.path.realpath(path))  # `resolve` raises for names that cannot be looked at
+    return path_of(os.path.realpath(path))  # `resolve` raises for names that cannot be looked at
 
 
 def _refuse_long(plan: MergePlan, target: Target) -> None:
@@ -253,7 +266,8 @@ def _kind(path: Path) -> str:
 def _refuse_foreign(target: Target) -> None:
     if not target.root.is_dir():
         return
-    if target.final.is_dir() and not (target.final / MARKER_FILE).is_file():
+    begun = unfinished(target) and in_store(target.final)
+    if target.final.is_dir() and not begun and not (target.final / MARKER_FILE).is_file():
         raise PublishError(
             f"{given(target.setting, target.root)} holds {target.final.name}, a folder by the name "
             "of the output which this tool did not write. Give merges a folder of their own"
@@ -267,7 +281,8 @@ def _refuse_foreign(target: Target) -> None:
             continue
         if _is_model(folder):
             continue  # no tracker ever points at the one or the other
-        merged = (folder / MARKER_FILE).is_file() and read_snapshot_marker(folder) is None
+        ours = any((folder / name).is_file() for name in (MARKER_FILE, UPLOADING_FILE))
+        merged = ours and read_snapshot_marker(folder) is None
         if not merged:
             raise PublishError(
                 f"{given('save', target.root)} holds {folder.name}, which this tool did not write: "
@@ -279,7 +294,7 @@ def _refuse_full(plan: MergePlan, missing: Sequence[Target]) -> None:
     """Folders on one file system must fit it together."""
     needed: dict[int, int] = {}
     for target in missing:
-        existing = next(p for p in (target.root, *target.root.parents) if p.exists())
+        existing = next(p for p in (target.work, *target.work.parents) if p.exists())
         device = existing.stat().st_dev
         own = plan.layouts[target.folder].nbytes
         needed[device] = needed.get(device, 0) + own - min(own, staged_bytes(target))

@@ -27,6 +27,7 @@ from pma_megatron.merging.planning import MergePlan
 from pma_megatron.merging.policy import MAIN, Action
 from pma_megatron.merging.request import Output
 from pma_megatron.merging.tolerance import bound_of, refuse_beyond, refuse_unrounded
+from pma_megatron.storage.spool import active
 from pma_megatron.transfer.blocks import BlockReader, readers
 
 SAMPLE_ELEMENTS = 1024
@@ -189,6 +190,12 @@ def partial_sums(
         if comm is None or plan.visible[number][number % len(plan.visible[number])] == comm.rank
     )
     with readers(mine) as opened:
+        wanted = list(wanted)
+        for sample in wanted if active() is not None else ():
+            for number, reader in opened.items():
+                state = origin_of(plan, sample.state, sample.key)
+                tensor = tensor_of(plan.sources[number], state, sample.key)
+                reader.look_ahead(sample.box, tensor.pieces)
         for sample in wanted:
             total, size = np.zeros(sample.box.numel), np.zeros(sample.box.numel)
             for number, reader in opened.items():

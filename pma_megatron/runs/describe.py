@@ -10,7 +10,7 @@ from pma_megatron.base import steps
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats import registry
 from pma_megatron.formats.base import Incomplete, Schedule
-from pma_megatron.formats.marker import read_snapshot_marker
+from pma_megatron.formats.marker import UPLOADING_FILE, read_snapshot_marker
 from pma_megatron.formats.schema import is_count
 from pma_megatron.formats.source import Source
 from pma_megatron.formats.trainers.saves import common_of, save_of, unfinished
@@ -18,6 +18,7 @@ from pma_megatron.runs import recovery_log
 from pma_megatron.runs.folders import ITERATION
 from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.runs.tokens import consumed_tokens_of
+from pma_megatron.storage.paths import in_store, path_of
 
 STEP = re.compile(r"^global_step(\d+)(?:_universal)?$")
 """What DeepSpeed calls a tag by itself (engine.py, `save_checkpoint`), and how it is converted."""
@@ -85,6 +86,9 @@ def _described(folder: Path, history: recovery_log.History | None) -> Checkpoint
         known = registry.get(name, str(folder))
         if iteration is None:
             iteration = known.iteration_of(folder)
+        signs = (at / UPLOADING_FILE for at in (folder, folder.parent))
+        if in_store(folder) and any(sign.is_file() for sign in signs):
+            return _incomplete(folder, name, iteration, Incomplete(_UPLOADING, unfinished=True))
         marker = read_snapshot_marker(folder)
         snapshot = marker is not None
         reason = known.completeness(folder)
@@ -123,6 +127,9 @@ def _described(folder: Path, history: recovery_log.History | None) -> Checkpoint
         warning=known.written_after(folder),
         saved_in=_saved_in(folder, name),
     )
+
+
+_UPLOADING = "it is being uploaded, or that was cut off: then run the same merge again"
 
 
 def _incomplete(
@@ -165,7 +172,7 @@ def common_args(folder: Path) -> dict[str, Any]:
 def schedule_of(ref: CheckpointRef | Source) -> Schedule:
     """Where it stood in its learning-rate schedule; nothing is known of one that is damaged."""
     try:
-        return registry.get(ref.format, ref.path).schedule(Path(ref.path))
+        return registry.get(ref.format, ref.path).schedule(path_of(ref.path))
     except (CheckpointError, OSError):
         return Schedule()
 

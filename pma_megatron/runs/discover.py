@@ -24,6 +24,7 @@ from pma_megatron.runs.selection import Selection, select
 from pma_megatron.runs.selection_request import SelectionRequest
 from pma_megatron.runs.torn import torn_saves
 from pma_megatron.runs.trackers import Pointer, read_pointers
+from pma_megatron.storage.paths import path_of
 
 TRACKER_FILE = registry.get(registry.TORCH_DIST, "").tracker.file or ""
 _OWN_ROOT = re.compile(r"^checkpoint[-_]\d+$")
@@ -63,8 +64,8 @@ def list_checkpoints(
         SelectionError: there is no such folder, or it cannot be read.
         CheckpointError: its log of recoveries cannot be read.
     """
-    refuse_remote("", root)
-    root = Path(root)
+    refuse_remote("", root, stores=True)
+    root = path_of(root)
     if not is_folder(root):
         raise SelectionError(what_is(root))
     alone = root if is_checkpoint(root) else checkpoint_in(root)
@@ -99,7 +100,7 @@ def list_checkpoints(
 def looked_at(root: str | Path) -> tuple[list[Path], recovery_log.History]:
     """Folders that `list_checkpoints` describes, oldest first, as far as names tell, and the
     history that it judges them by; none where it describes one or raises."""
-    root = Path(root)
+    root = path_of(root)
     try:
         if not is_folder(root) or is_checkpoint(root) or checkpoint_in(root) is not None:
             return [], recovery_log.History(())
@@ -119,20 +120,20 @@ def _each_once(
     """
     named = {pointer.named for pointer in pointers.values()}
     links = {
-        ref.folder for ref in refs if Path(ref.folder).is_symlink() and _name(ref) not in named
+        ref.folder for ref in refs if path_of(ref.folder).is_symlink() and _name(ref) not in named
     }
-    real = {Path(ref.folder).resolve() for ref in refs if ref.folder not in links}
+    real = {path_of(ref.folder).resolve() for ref in refs if ref.folder not in links}
     numbered = {ref.iteration for ref in refs if ref.complete and not _LAST.match(_name(ref))}
     return [
         ref
         for ref in refs
-        if not (ref.folder in links and Path(ref.folder).resolve() in real)
+        if not (ref.folder in links and path_of(ref.folder).resolve() in real)
         and not (ref.complete and _LAST.match(_name(ref)) and ref.iteration in numbered)
     ]
 
 
 def _name(ref: CheckpointRef) -> str:
-    return Path(ref.folder).name
+    return path_of(ref.folder).name
 
 
 def _history(root: Path, problem: Callable[[str], None] | None) -> recovery_log.History:
@@ -156,7 +157,7 @@ def _only_newest_writing(
         if ref.writing
         and (
             ref.path != newest.get(ref.snapshot)
-            or (not ref.snapshot and Path(ref.path).name in named)
+            or (not ref.snapshot and path_of(ref.path).name in named)
         )
         else ref
         for ref in ordered
@@ -201,7 +202,7 @@ def choose(
     Raises:
         SelectionError: nothing there, mixed formats, or the request cannot be met.
     """
-    root = Path(root)
+    root = path_of(root)
     if not refs:
         raise SelectionError(what_is(root))
     _refuse_one_checkpoint(root, request)
@@ -209,7 +210,7 @@ def choose(
         _refuse_stages(refs, request)
     pointer = _pointer(refs, request, pointers or {})
     named = None if pointer is None else pointer.named
-    at = next((ref for ref in refs if Path(ref.path).name == named), None)
+    at = next((ref for ref in refs if path_of(ref.path).name == named), None)
     if pointer is not None and pointer.folder is not None:
         if at is None:
             problem = f"has a {pointer.file} that names {pointer.folder!r}, which is no checkpoint"
@@ -222,7 +223,7 @@ def choose(
     if request.iterations is None and request.paths is None:
         _refuse_mixed(selection.refs)
     newest = selection.refs[-1]
-    own_root = newest.saved_in or _OWN_ROOT.match(Path(newest.path).parent.name)
+    own_root = newest.saved_in or _OWN_ROOT.match(path_of(newest.path).parent.name)
     if pointer is None or pointer.problem is None or own_root:
         return selection
     note = (
@@ -295,7 +296,7 @@ def _refuse_stages(refs: Sequence[CheckpointRef], request: SelectionRequest) -> 
 
 def pointers_of(root: str | Path) -> dict[str, Pointer] | None:
     """What the trackers in `root` say; None where that is no run's folder."""
-    root = Path(root)
+    root = path_of(root)
     return read_pointers(root) if is_folder(root) and not is_checkpoint(root) else None
 
 
@@ -333,8 +334,8 @@ def _newest_by_name(root: Path) -> Path | None:
         return None
     refs = list_checkpoints(root, problem=lambda _: None)
     whole = [ref for ref in refs if ref.complete and ref.iteration is not None]
-    named = (registry.get(r.format, r.path).tracker.content_of(Path(r.path).name) for r in whole)
-    return Path(whole[-1].path) if whole and all(name is None for name in named) else None
+    named = (registry.get(r.format, r.path).tracker.content_of(path_of(r.path).name) for r in whole)
+    return path_of(whole[-1].path) if whole and all(name is None for name in named) else None
 
 
 def _checkpoint_folders(root: Path, named: Collection[str] = ()) -> list[Path]:

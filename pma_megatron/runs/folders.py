@@ -12,6 +12,7 @@ from pma_megatron.base.openfiles import is_folder
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats import registry
 from pma_megatron.formats.marker import SNAPSHOTS
+from pma_megatron.storage.paths import in_store
 
 ITERATION = re.compile(r"^iter_(\d{7,})$")
 _TRACKERS = {known.tracker.file for known in registry.FORMATS} - {None}
@@ -46,6 +47,10 @@ def what_is(path: Path) -> str:
         return f"{path} cannot be read ({error.strerror}): ask for the right to, or give another"
     except OSError:  # a name that no file can have
         pass
+    if in_store(path):
+        return (
+            f"{path} is not a folder: nothing is stored there. Give the one that training saves to"
+        )
     there = next(each for each in path.parents if is_folder(each))
     missing = path.relative_to(there).parts[0]
     near = difflib.get_close_matches(missing, _names(there), n=1, cutoff=0.6)

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from pma_megatron.base.spelling import given, has, named, switch
 from pma_megatron.errors import SelectionError
 from pma_megatron.runs.refs import CheckpointRef, iteration_of, why_incomplete
+from pma_megatron.storage.paths import path_of
 
 Kind = Literal[
     "being written",
@@ -217,6 +217,6 @@ def warnings_of(chosen: Sequence[CheckpointRef]) -> list[str]:
     ]
     doubtful = [ref for ref in chosen if ref.warning]
     if doubtful:
-        names = ", ".join(Path(ref.path).name for ref in doubtful)
+        names = ", ".join(path_of(ref.path).name for ref in doubtful)
         found.append(f"of {names}: {doubtful[-1].warning}")
     return found

@@ -8,6 +8,7 @@ from pathlib import Path
 from pma_megatron.formats.holding import MARKERS, lock_file
 from pma_megatron.runs import recovery_log
 from pma_megatron.runs.refs import CheckpointRef
+from pma_megatron.storage.paths import path_of
 
 Mark = tuple[tuple[int, int, int] | None, ...]
 
@@ -20,9 +21,9 @@ def mark(root: Path, ref: CheckpointRef) -> Mark:
         root: the run's folder.
         ref: one of its checkpoints.
     """
-    folder = Path(ref.path)
+    folder = path_of(ref.path)
     last = (*(folder / name for name in MARKERS), _lock_of(folder))
-    return tuple(map(_mark, (Path(ref.folder), folder, *last, root / recovery_log.FILE)))
+    return tuple(map(_mark, (path_of(ref.folder), folder, *last, root / recovery_log.FILE)))
 
 
 def unchanged(

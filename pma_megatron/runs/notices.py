@@ -17,6 +17,7 @@ from pma_megatron.runs.gaps import lines
 from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.runs.selection import Selection
 from pma_megatron.runs.trackers import read_pointers
+from pma_megatron.storage.paths import path_of
 
 _EARLY = 0.5
 _OF_ONE_RUN = (
@@ -58,7 +59,7 @@ def too_early_notes(selection: Selection) -> list[str]:
 
 def settings_of(ref: CheckpointRef) -> dict[str, Any]:
     """The arguments that stay while a run goes on, as far as a checkpoint has them."""
-    args = common_args(Path(ref.path))
+    args = common_args(path_of(ref.path))
     return {name: args[name] for name in _OF_ONE_RUN if name in args}
 
 

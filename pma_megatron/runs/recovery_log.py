@@ -21,6 +21,7 @@ from typing import Any
 from pma_megatron.base.openfiles import read_source_file
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.json_files import without_repeats
+from pma_megatron.storage.paths import path_of
 
 FILE = "pma_recovery.jsonl"
 RECORD = "pma_recoveries"
@@ -142,7 +143,7 @@ def read(root: str | Path) -> History:
     Raises:
         CheckpointError: it is there and cannot be read, or a line is not one that this tool writes.
     """
-    path = Path(root) / FILE
+    path = path_of(root) / FILE
     try:
         data = read_source_file(path)
     except CheckpointError as error:
@@ -234,7 +235,7 @@ _NEEDED: dict[str, dict[str, int]] = {
 
 def append(root: str | Path, event: str, **fields: Any) -> None:
     """Add an event and flush it to the disk; creates the folder and the file."""
-    path = Path(root) / FILE
+    path = path_of(root) / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     line = json.dumps({"time": now, "event": event, **fields}) + "\n"

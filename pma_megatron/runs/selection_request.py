@@ -101,7 +101,7 @@ class SelectionRequest:
                 f"{named('tolerance')} is a fraction of the interval in [0, 0.5), got "
                 f"{self.tolerance}: from 0.5 on, one checkpoint could stand for two places"
             )
-        refuse_remote("paths", *(self.paths or ()))
+        refuse_remote("paths", *(self.paths or ()), stores=True)
         self._refuse_contradictions()
         for name in ("iterations", "paths"):
             self._refuse_bad_list(name)

@@ -21,6 +21,7 @@ from pma_megatron.formats.trainers.saves import TRAINERS, Save, named_inside, sa
 from pma_megatron.formats.trainers.trainer import Trainer
 from pma_megatron.runs.describe import describe
 from pma_megatron.runs.refs import CheckpointRef
+from pma_megatron.storage.paths import path_of
 
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
@@ -36,7 +37,7 @@ def torn_saves(root: Path, refs: Iterable[CheckpointRef]) -> Iterator[Checkpoint
         OSError: the root cannot be read.
     """
     full = [ref for ref in refs if not ref.snapshot]
-    saves = [(save_of(Path(ref.path), ref.format), ref) for ref in full]
+    saves = [(save_of(path_of(ref.path), ref.format), ref) for ref in full]
     for name, trainer in TRAINERS.items():
         own = [(save, ref) for save, ref in saves if save.by == name]
         if own and trainer.inside is None:
@@ -57,7 +58,7 @@ def _is_its_too(ref: CheckpointRef, trainer: Trainer) -> bool:
     if not ref.complete or ref.format not in trainer.formats:
         return False
     try:
-        return not registry.get(ref.format, ref.path).common(Path(ref.path))["args"]
+        return not registry.get(ref.format, ref.path).common(path_of(ref.path))["args"]
     except CheckpointError:
         return False
 
@@ -90,7 +91,7 @@ def _is_begun(folder: Path, inside: Sequence[Path], trainer: Trainer) -> bool:
 
 
 def _without(ref: CheckpointRef, trainer: Trainer) -> CheckpointRef:
-    folder, known = Path(ref.folder), ref.format in trainer.formats
+    folder, known = path_of(ref.folder), ref.format in trainer.formats
     why = ref.incomplete_because if known and not ref.complete else None
     if why is None:
         there = known and not (folder / trainer.leaves).exists()

@@ -12,6 +12,7 @@ from pma_megatron.formats.schema import is_count
 from pma_megatron.formats.trainers.nvidia import RUN_CONFIG
 from pma_megatron.runs.describe import common_args
 from pma_megatron.runs.refs import CheckpointRef
+from pma_megatron.storage.paths import path_of
 
 _MAX_BYTES = 16 << 20
 _OF_BRIDGE = re.compile(r"^checkpoint:\n(?:[ #].*\n|\n)*? +most_recent_k: *(\d{1,9}) *$", re.M)
@@ -24,14 +25,14 @@ def trainer_retention(newest: CheckpointRef) -> str | None:
     Megatron-LM keeps its arguments in each checkpoint (`save_retain_interval`), Megatron-Bridge its
     configuration beside it (`checkpoint.most_recent_k`).
     """
-    args = common_args(Path(newest.path))
+    args = common_args(path_of(newest.path))
     every = args.get("save_retain_interval")
     if is_count(every) and every > 0:
         return (
             f"training deletes checkpoints by itself: save_retain_interval = {every} leaves "
             "multiples of it, and the newest"
         )
-    most = _most_recent(Path(newest.folder) / RUN_CONFIG, args)
+    most = _most_recent(path_of(newest.folder) / RUN_CONFIG, args)
     if most is not None:
         return (
             f"training deletes checkpoints by itself: most_recent_k = {most} leaves so many of "
@@ -42,7 +43,7 @@ def trainer_retention(newest: CheckpointRef) -> str | None:
 
 def recovers_by_itself(newest: CheckpointRef) -> bool:
     """Whether the run goes back to its own checkpoints after a loss spike (`pma_recover`)."""
-    return common_args(Path(newest.path)).get("pma_recover") is True
+    return common_args(path_of(newest.path)).get("pma_recover") is True
 
 
 def _most_recent(path: Path, args: dict[str, Any]) -> int | None:

@@ -28,6 +28,7 @@ from pma_megatron.spikes.readers import (
     read_trainer_state,
 )
 from pma_megatron.spikes.textfiles import lines, not_printed, suffix
+from pma_megatron.storage.paths import path_of
 
 _EVENTS = "tfevents"
 # A table in no order is told from a run that went back by how often its iterations fall.
@@ -66,8 +67,8 @@ def read_metrics(
     needs tensorboard and that is not installed.
     """
     asked = [path] if isinstance(path, str | Path) else [*path]
-    refuse_remote("metrics", *asked)
-    paths = [Path(each) for each in asked]
+    refuse_remote("metrics", *asked, stores=True)
+    paths = [path_of(each) for each in asked]
     parts = [_part(each, loss, grad_norm, batch_samples) for each in paths]
     _refuse_overwritten(paths, parts)
     written = Written(points=[point for points, _ in parts for point in points], notes=[])

@@ -20,6 +20,7 @@ from typing import Any
 from pma_megatron.errors import MetricsError, UsageError
 from pma_megatron.spikes import columns, consoles, textfiles
 from pma_megatron.spikes.points import MetricsPoint, as_number, of_rows
+from pma_megatron.storage.paths import content_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -303,6 +304,11 @@ def _one_after_another(each: Mapping[Path, Scalars], tag: str) -> list[str]:
     return [f"Joined, in the order of their times: {', '.join(str(f) for _, _, f in spans)}."]
 
 
+def _events(loader: Any, file: Path) -> Iterator[Any]:
+    with content_of(file) as name:
+        yield from loader(name).Load()
+
+
 def _scalars(files: list[Path]) -> Scalars:
     """Every scalar of some event files."""
     try:
@@ -315,7 +321,7 @@ def _scalars(files: list[Path]) -> Scalars:
         ) from error
     series: Scalars = {}
     for file in files:
-        for event in LegacyEventFileLoader(str(file)).Load():
+        for event in _events(LegacyEventFileLoader, file):
             for value in event.summary.value:
                 if value.HasField("simple_value"):
                     number = value.simple_value

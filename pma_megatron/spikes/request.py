@@ -86,7 +86,7 @@ class RecoveryRequest:
             object.__setattr__(self, "metrics", (str(self.metrics),))
         for name in ("load", "save"):
             refuse_remote(name, getattr(self, name))
-        refuse_remote("metrics", *(self.metrics or ()))
+        refuse_remote("metrics", *(self.metrics or ()), stores=True)
         if (self.metrics is None) == (self.onset is None):
             raise UsageError(
                 f"say where the run went wrong: {given('metrics', 'FILE')} (its log, TensorBoard "

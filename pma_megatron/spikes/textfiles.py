@@ -33,7 +33,7 @@ def lines(path: Path, newline: str | None = None) -> Generator[str, None, None]:
     """
     try:
         zipped = path.suffix in _GZIPPED
-        with gzip.open(path) if zipped else path.open("rb") as raw:
+        with path.open("rb") as said, gzip.open(said) if zipped else said as raw:
             text = io.TextIOWrapper(raw, "utf-8-sig", errors="replace", newline=newline)
             while line := text.readline(_LONGEST):
                 if len(line) == _LONGEST:

@@ -6,15 +6,15 @@ import contextlib
 import functools
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from isal import isal_zlib
 
-from pma_megatron.base.boxes import Box, Part, PieceIndex, overlaps
-from pma_megatron.base.openfiles import Files, unread
+from pma_megatron.base.boxes import Box, Part, Piece, PieceIndex, overlaps
+from pma_megatron.base.openfiles import Files, read_at, unread
 from pma_megatron.base.spelling import named
 from pma_megatron.errors import CheckpointError, PublishError
 from pma_megatron.formats import registry
@@ -22,6 +22,8 @@ from pma_megatron.formats.base import Item, Payload, StoredRecord
 from pma_megatron.formats.items import ItemFiles, refuse_other_bytes
 from pma_megatron.formats.output import Destination, Folder
 from pma_megatron.formats.source import Source
+from pma_megatron.storage.paths import in_store, path_of
+from pma_megatron.storage.spool import ahead
 from pma_megatron.transfer.buffers import BLOCK_ELEMENTS, as_bytes
 from pma_megatron.transfer.checksums import Checksums
 from pma_megatron.transfer.reads import Reads, Spans
@@ -54,12 +56,12 @@ class BlockReader:
         """
         self.path, self._items = path, items
         self._reads = reads or Reads(path)
-        self.files = Files(Path(path), os.O_RDONLY)
+        self.files = Files(path_of(path), os.O_RDONLY)
 
     @classmethod
     def of(cls, kind: str, path: str, reads: Reads | None = None) -> BlockReader:
         """The reader of a checkpoint in format `kind`; use it in `with`, which closes its files."""
-        return cls(path, registry.get(kind, path).files(Path(path)), reads)
+        return cls(path, registry.get(kind, path).files(path_of(path)), reads)
 
     def __enter__(self) -> BlockReader:
         return self
@@ -81,6 +83,12 @@ class BlockReader:
         out = torch.empty(box.numel, dtype=dtype)
         self.read(box, index, out)
         return out
+
+    def look_ahead(self, box: Box, pieces: Sequence[Piece[Payload]]) -> None:
+        """`box` is read soon: of an object of a store it is asked for now; see `read`."""
+        if in_store(self.path):
+            for part in overlaps(box, PieceIndex(pieces).touching(box)):
+                self.advise(part)
 
     def place(self, payload: Payload, start: int) -> tuple[StoredRecord, int]:
         """The record of `payload`, and the byte of it at which element `start` lies."""
@@ -143,13 +151,15 @@ class BlockReader:
         first, count = record.start + first, part.span * part.payload.dtype.itemsize
         # Advice only: `read` reports what is wrong.
         with contextlib.suppress(OSError), self.files.opened(record.file) as descriptor:
+            if ahead(descriptor, first, count):
+                return True
             if not _is_cached(descriptor, first + count - 1):
                 step = _read_ahead_bytes(os.fstat(descriptor).st_dev)
                 if part.numel * _MIN_DENSITY < part.span:  # only some of it is read
                     count = min(count, step)
                 for at in range(first, first + count, step):
-                    ahead = min(step, first + count - at)
-                    os.posix_fadvise(descriptor, at, ahead, os.POSIX_FADV_WILLNEED)
+                    length = min(step, first + count - at)
+                    os.posix_fadvise(descriptor, at, length, os.POSIX_FADV_WILLNEED)
                 return True
         return False
 
@@ -179,14 +189,10 @@ class BlockReader:
     def fill(self, file: str, offset: int, into: memoryview) -> None:
         """Fill `into` from `file` at `offset` without taking note of it; see `read` for errors."""
         try:
-            done = 0
             with self.files.opened(file) as descriptor:
-                while done < len(into):
-                    rest = into[done:] if done else into
-                    got = os.preadv(descriptor, (rest,), offset + done)
-                    if got == 0:
-                        raise self.refusal(file, OSError(0, f"it ends at byte {offset + done}"))
-                    done += got
+                done = read_at(descriptor, into, offset)
+            if done < len(into):
+                raise self.refusal(file, OSError(0, f"it ends at byte {offset + done}"))
         except OSError as error:
             raise self.refusal(file, error) from error
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pma_megatron.base.durations import parse_duration
+from pma_megatron.base.remote_paths import refuse_remote
 from pma_megatron.base.settings import described, needed, setting
 from pma_megatron.base.spelling import given, named
 from pma_megatron.errors import UsageError
@@ -74,6 +75,8 @@ class WatchRequest:
 
     def __post_init__(self) -> None:
         self.merge.refuse_no_output()
+        for name in ("load", "save", "export", "like"):
+            refuse_remote(name, getattr(self.merge, name))
         for name in _FIXED:
             if getattr(self.merge.selection, name) is not None:
                 raise UsageError(

@@ -26,7 +26,7 @@ WRONG = (
     ("evaluate", "--load", "x"),
     ("forecast", "--out", "nowhere/out.json"),
     ("geometry", "--load", "x", "--contour"),
-    ("list", "s3://bucket/run"),
+    ("list", "hdfs://bucket/run"),
     ("completion", "csh"),
 )
 SCRIPT = """

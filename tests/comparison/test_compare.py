@@ -303,7 +303,7 @@ def refusals(run: Path, tmp_path: Path) -> Iterable[tuple[type[Exception], str, 
     yield UsageError, "one checkpoint", (one, one)
     yield UsageError, "one checkpoint", (one, link)
     yield CheckpointError, "does not exist", (one, tmp_path / "none")
-    yield UsageError, "s3://", (one, "s3://bucket/iter_0000006")
+    yield UsageError, "hdfs://", (one, "hdfs://bucket/iter_0000006")
     yield PlanError, "no tensor of one name", (one, saved(tmp_path / "other", x=torch.ones(2)))
     (other / "metadata.json").unlink()
     yield CheckpointError, "not a whole checkpoint|metadata.json", (one, other)

@@ -36,6 +36,7 @@ from pma_megatron.base.faults import InjectedFault
 from pma_megatron.cli import main
 from pma_megatron.errors import CheckpointError, VerifyError
 from pma_megatron.formats.manifest import seal_of
+from pma_megatron.storage.addresses import opened
 from pma_megatron.testing import inject, run_ranks
 
 WEIGHTS = (1 / 3, 1 / 3, 1 / 3)
@@ -132,6 +133,34 @@ def test_one_pass_gives_what_a_merge_and_then_an_export_give(
     assert f"`{checkpoint}`" in card and "Weighted average (sma):" in card
     assert all(f"iter_{iteration:07d}`" in card for iteration in (2, 4, 6))
     assert verify(checkpoint, deep=True).deep
+
+
+def test_an_export_from_a_store_to_a_store(
+    made: tuple[Path, Path], run: Path, like: Path, spools: Path
+) -> None:
+    """The checkpoints, the template, the model of a merge and of an export, all in a store."""
+    store = opened("memory", "export")
+    for folder, key in ((run, "run"), (like, "like")):
+        for path in folder.rglob("*"):
+            if path.is_file():
+                store.put_file(f"{key}/{path.relative_to(folder).as_posix()}", path)
+    report = merge(
+        MergeRequest(
+            load="memory://export/run",
+            save="memory://export/avg",
+            export="memory://export/model",
+            like="memory://export/like",
+            selection=SelectionRequest(last=3),
+        )
+    )
+    export_model(report.outputs[0], save="memory://export/after", like="memory://export/like")
+    for key in ("model", "after"):
+        names = {each.key for each in store.listed(f"{key}/")}
+        assert f"{key}/{MODEL}" in names and f"{key}/config.json" in names
+        assert ".pma-uploading" not in {name.rpartition("/")[2] for name in names}
+        size = store.head(f"{key}/{MODEL}").nbytes
+        assert bytes(store.read(f"{key}/{MODEL}", 0, size)) == (made[1] / MODEL).read_bytes()
+        assert verify(f"memory://export/{key}").files
 
 
 def test_a_single_checkpoint_keeps_its_bits(

@@ -16,9 +16,10 @@ from pma_megatron.formats.output import Folder
 from pma_megatron.merging import tasks
 from pma_megatron.merging.bulk import Copies, Zeros
 from pma_megatron.merging.cut import share, units
-from pma_megatron.merging.entry_rules import decide, make_tasks
+from pma_megatron.merging.entry_rules import decide
 from pma_megatron.merging.planning import make_plan
 from pma_megatron.merging.policy import Policy
+from pma_megatron.merging.task_making import make_tasks
 from pma_megatron.merging.tasks import Average, AverageUnit, Fill, FillUnit
 from pma_megatron.runs.selection_request import SelectionRequest
 

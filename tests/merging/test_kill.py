@@ -177,7 +177,9 @@ def test_every_fault_point_is_here() -> None:
     assert agreed >= {*EVERY_RANK}
     # Between two publications of a sweep: test_failures. While side files are copied, which this
     # run has none of: test_side_files.
-    assert between == {*MAIN_ONLY, "replace", "published", "carry"}
+    # To a store: tests/storage/test_store_outputs.
+    to_a_store = {"uploading", "part", "uploaded", "upload_marker", "upload_tracker", "upload_end"}
+    assert between == {*MAIN_ONLY, "replace", "published", "carry", *to_a_store}
 
 
 # Killed at a known place.

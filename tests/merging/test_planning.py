@@ -13,9 +13,9 @@ import pytest
 from pma_megatron import MergePlan, MergeRequest, Method, Policy, SelectionRequest, plan
 from pma_megatron.merging import tasks
 from pma_megatron.merging.cut import share
-from pma_megatron.merging.engine import over_threads
 from pma_megatron.merging.rate import read_rate
 from pma_megatron.merging.tasks import Average, Fill, FillUnit, Unit
+from pma_megatron.merging.threads import over_threads
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 LAYOUTS = (

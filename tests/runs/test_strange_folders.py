@@ -101,7 +101,34 @@ def settings_of(text: str) -> Callable[[], object]:
     return lambda: argument_parser.settings(parse(text))
 
 
-@pytest.mark.parametrize("address", [ADDRESS, "gs://b", "msc://profile/run", "file:///ckpts/run"])
+def test_what_lives_with_a_run_takes_no_address(
+    capsys: pytest.CaptureFixture[str], dense_run: Path, tmp_path: Path
+) -> None:
+    run = str(dense_run)
+    for command in (
+        ("recover", "--load", run, "--save", ADDRESS, "--onset", 9),
+        ("recover", "--load", ADDRESS, "--history"),
+        ("evaluate", "--load", run, "--provider", "a:b", "--out", ADDRESS),
+        ("geometry", "--load", run, "--plot", ADDRESS),
+        ("prune", ADDRESS, "--keep-last", 3),
+        ("watch", "--load", ADDRESS, "--save", tmp_path, "--last", 2),
+        ("watch", "--load", run, "--save", ADDRESS, "--last", 2),
+    ):
+        code, error = told(capsys, *command)
+        assert code == 2 and "only folders of mounted file systems" in error, (command, error)
+    for call in (
+        lambda: Options(paths=[(ADDRESS, "global_step1")]).request(run, None),
+        lambda: Options(last=2).request(ADDRESS, None),
+        settings_of(f"--pma-init --pma-load {ADDRESS}"),
+        settings_of(f"--pma-save --pma-save-dir {ADDRESS}"),
+        settings_of(f"--pma-save --pma-window-dir {ADDRESS}"),
+        settings_of(f"--pma-snapshot-interval-tokens 8 --pma-snapshot-dir {ADDRESS}"),
+    ):
+        with pytest.raises(UsageError, match="s3"):
+            call()
+
+
+@pytest.mark.parametrize("address", ["hdfs://b/run", "file:///ckpts/run"])
 def test_addresses_are_refused_by_every_way_in(
     capsys: pytest.CaptureFixture[str],
     dense_run: Path,

@@ -14,6 +14,7 @@ from pma_megatron.formats.dcp.checkpoint import DcpCheckpoint, parts_of
 from pma_megatron.formats.dcp.metadata import CONFIG_FILE, METADATA_FILE
 from pma_megatron.formats.items import ItemFiles
 from pma_megatron.formats.pieces import StoredPieces
+from pma_megatron.storage.paths import in_store
 
 _COMMON = "common_state/"
 _CLOCKS_APART_S = 10.0  # of nodes that write to one file system
@@ -130,6 +131,8 @@ def newer_shard(folder: Path, last_file: str) -> str | None:
     It was written by a second save into the folder, which may have ended or not, or was copied
     without its times: where both saves have the same sizes, the content does not tell.
     """
+    if in_store(folder):  # when each object was put there says nothing of the save
+        return None
     try:
         finished_s = (folder / last_file).stat().st_mtime
         files = [(p.stat().st_mtime, p.name) for p in folder.iterdir() if p.suffix == ".distcp"]

@@ -13,6 +13,7 @@ from pma_megatron.formats.dcp.completeness import completeness, written_after
 from pma_megatron.formats.dcp.output import output_layout
 from pma_megatron.formats.dcp.source import iteration_of, read_common, read_schedule, read_source
 from pma_megatron.formats.side_files import Fate, SideRule
+from pma_megatron.storage.paths import path_of
 
 _MEGATRON = re.compile(r"^iter_(\d{7,})$")
 
@@ -74,7 +75,7 @@ FORMAT = Format(
     weights_alone=True,
     lay_out=output_layout,
     side_files=_SIDE_FILES,
-    folder_name=lambda path, iteration: Path(path).name,
+    folder_name=lambda path, iteration: path_of(path).name,
     resumed=_resumed,
     own_names=True,
     items=lambda path: DcpCheckpoint(path).items(),

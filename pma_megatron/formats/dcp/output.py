@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +17,7 @@ from pma_megatron.formats.dcp.metadata_writer import dump_metadata
 from pma_megatron.formats.output import Changes, OutputLayout
 from pma_megatron.formats.pickles import TensorRef
 from pma_megatron.formats.rates import scale_groups, scale_schedule
+from pma_megatron.storage.paths import path_of
 
 T = TypeVar("T")
 
@@ -30,7 +30,7 @@ def output_layout(path: str, changes: Changes) -> OutputLayout:
     Raises:
         UsageError: rates are to be scaled, and it stores none; its optimizer cannot begin anew.
     """
-    base = DcpCheckpoint(Path(path))
+    base = DcpCheckpoint(path_of(path))
     edits = _edits(base, changes)
     shards = lay_out_shards(base, base.tensors, base.objects, changes, edits.get)
     small = _small_files(base, changes, shards)

@@ -18,6 +18,7 @@ from pma_megatron.formats.dcp.completeness import completeness
 from pma_megatron.formats.dcp.main_params import ROUNDED, alike, with_main_params
 from pma_megatron.formats.flat import FlatMap
 from pma_megatron.formats.source import Source, stamps_of
+from pma_megatron.storage.paths import path_of
 
 _RANK = re.compile(r"__(\d+)_\d+\.distcp$")
 
@@ -38,10 +39,10 @@ def read_source(path: str, ranges: FlatMap, main_params: bool, peers: Sequence[s
         CheckpointError: incomplete, damaged or hostile.
         PlanError: it keeps main params of 16-bit weights that do not say whose they are.
     """
-    reason = completeness(Path(path))
+    reason = completeness(path_of(path))
     if reason:
         raise CheckpointError(f"{path} is not complete: {reason}. Exclude it, or restore it.")
-    checkpoint = DcpCheckpoint(Path(path))
+    checkpoint = DcpCheckpoint(path_of(path))
     names = checkpoint.names
     weights = {name: checkpoint.tensors[key] for name, key in names.weights.items()}
     rounded = sorted(name for name, tensor in weights.items() if tensor.dtype in ROUNDED)

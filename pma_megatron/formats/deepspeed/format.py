@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.contract import Format, Tracker
@@ -16,6 +16,7 @@ from pma_megatron.formats.deepspeed import (
 )
 from pma_megatron.formats.names import plain_name
 from pma_megatron.formats.side_files import Fate, SideRule
+from pma_megatron.storage.paths import path_of
 
 
 def _folder_of(content: str) -> str | None:
@@ -42,7 +43,7 @@ NATIVE = Format(
     "--output_folder NEW_ROOT/TAG; Universal checkpoints merge at any size",
     lay_out=output.output_layout,
     side_files=_SIDE_FILES,
-    folder_name=lambda path, iteration: Path(path).name,
+    folder_name=lambda path, iteration: path_of(path).name,
     named_layouts="train with zero_optimization.stage 1, which stores names",
     own_names=True,
     items=lambda path: checkpoint.DeepSpeedCheckpoint(path).items(),
@@ -65,7 +66,7 @@ UNIVERSAL = Format(
     saved_together=lambda file: str(PurePosixPath(file).parent),  # a worker's: one parameter's
     lay_out=output.universal_layout,
     side_files=_SIDE_FILES,
-    folder_name=lambda path, iteration: Path(path).name,
+    folder_name=lambda path, iteration: path_of(path).name,
     own_names=True,
     items=lambda path: universal.UniversalCheckpoint(path).items(),
     converted="a Universal checkpoint",

@@ -23,6 +23,7 @@ from pma_megatron.formats.deepspeed.universal import (
 from pma_megatron.formats.output import Changes, Destination, OutputItem, OutputLayout
 from pma_megatron.formats.rates import scale_groups, scale_schedule
 from pma_megatron.formats.relay import relay, reset_steps
+from pma_megatron.storage.paths import path_of
 
 
 def output_layout(path: str, changes: Changes) -> OutputLayout:
@@ -35,7 +36,7 @@ def output_layout(path: str, changes: Changes) -> OutputLayout:
             to be scaled, and it stores none.
     """
     _refuse_unresumable(path, changes)
-    checkpoint = DeepSpeedCheckpoint(Path(path))
+    checkpoint = DeepSpeedCheckpoint(path_of(path))
     optimizers = checkpoint.optimizers() if changes.edits_optimizer else {}
     states = {file: base_state(state) for file, state in optimizers.items()}
     counted = {file: (partial(checkpoint.state, file), state) for file, state in states.items()}
@@ -49,7 +50,7 @@ def universal_layout(path: str, changes: Changes) -> OutputLayout:
         UsageError: see there.
     """
     _refuse_unresumable(path, changes)
-    checkpoint = UniversalCheckpoint(Path(path))
+    checkpoint = UniversalCheckpoint(path_of(path))
     steps = steps_of(checkpoint) if changes.optimizer == "reset" else {}
     # An int is another object once it is set back, so it is taken out afterwards.
     counted = {file: (partial(said.get, STEP, said), said) for file, said in steps.items()}

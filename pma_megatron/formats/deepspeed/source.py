@@ -26,6 +26,7 @@ from pma_megatron.formats.items import piece_of
 from pma_megatron.formats.pickles import TensorRef
 from pma_megatron.formats.schema import is_count
 from pma_megatron.formats.source import Source, stamps_of
+from pma_megatron.storage.paths import path_of
 
 
 def read_source(path: str, ranges: FlatMap, main_params: bool, peers: Sequence[str] = ()) -> Source:
@@ -40,8 +41,8 @@ def read_source(path: str, ranges: FlatMap, main_params: bool, peers: Sequence[s
     Raises:
         CheckpointError: incomplete, damaged, or of a kind that is not supported.
     """
-    refuse_incomplete(path, completeness(Path(path)))
-    checkpoint = DeepSpeedCheckpoint(Path(path))
+    refuse_incomplete(path, completeness(path_of(path)))
+    checkpoint = DeepSpeedCheckpoint(path_of(path))
     refuse_mixed_steps(checkpoint, checkpoint.optimizers())
     refuse_mixed_saves(checkpoint)
     if not checkpoint.is_whole:

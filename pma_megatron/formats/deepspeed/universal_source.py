@@ -28,6 +28,7 @@ from pma_megatron.formats.deepspeed.universal import (
 from pma_megatron.formats.flat import FlatMap
 from pma_megatron.formats.items import piece_of
 from pma_megatron.formats.source import Source
+from pma_megatron.storage.paths import path_of
 
 
 def read_source(path: str, ranges: FlatMap, main_params: bool, peers: Sequence[str] = ()) -> Source:
@@ -42,8 +43,8 @@ def read_source(path: str, ranges: FlatMap, main_params: bool, peers: Sequence[s
     Raises:
         CheckpointError: incomplete, damaged, or of a kind that is not supported.
     """
-    refuse_incomplete(path, completeness(Path(path)))
-    checkpoint = UniversalCheckpoint(Path(path))
+    refuse_incomplete(path, completeness(path_of(path)))
+    checkpoint = UniversalCheckpoint(path_of(path))
     refuse_other_shapes(checkpoint)
     refuse_mixed_saves(checkpoint)
     states = _states(checkpoint)

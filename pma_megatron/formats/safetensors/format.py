@@ -10,6 +10,7 @@ from pma_megatron.formats.contract import Format, Tracker
 from pma_megatron.formats.safetensors import model, output, source
 from pma_megatron.formats.safetensors.model_files import CARD_FILE, OF_OTHER_WEIGHTS
 from pma_megatron.formats.side_files import Fate, SideRule
+from pma_megatron.storage.paths import path_of
 
 
 def _items(path: Path) -> dict[Item, str]:
@@ -54,7 +55,7 @@ FORMAT = Format(
     files=model.Model,
     lay_out=output.output_layout,
     side_files=_SIDE_FILES,
-    folder_name=lambda path, iteration: Path(path).name,
+    folder_name=lambda path, iteration: path_of(path).name,
     resumed=_loaded,
     own_names=True,
     own_config=True,

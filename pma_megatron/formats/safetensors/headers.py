@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from pma_megatron.base.openfiles import open_source, unread
+from pma_megatron.base.openfiles import SourceStream, unread
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.inert import brief
 from pma_megatron.formats.json_files import without_repeats
@@ -138,7 +138,7 @@ def read_header(path: Path) -> FileHeader:
             twice, shapes that are no counts or do not have as many bytes, an unknown dtype.
     """
     try:
-        with os.fdopen(open_source(path), "rb", buffering=0) as stream:
+        with SourceStream(path) as stream:
             nbytes = os.fstat(stream.fileno()).st_size
             first = stream.read(LENGTH_BYTES)
             length = int.from_bytes(first, "little")

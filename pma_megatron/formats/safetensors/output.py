@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter, OrderedDict
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from pma_megatron.formats.safetensors.config import CONFIG_FILE, config_of
 from pma_megatron.formats.safetensors.headers import Entry, header_of
 from pma_megatron.formats.safetensors.model import INDEX_FILE, Model
 from pma_megatron.formats.safetensors.model_files import model_files
+from pma_megatron.storage.paths import path_of
 
 
 def output_layout(path: str, changes: Changes) -> OutputLayout:
@@ -34,7 +34,7 @@ def output_layout(path: str, changes: Changes) -> OutputLayout:
         raise UsageError(
             f"{named('lr_factor')}: {path} is a model and stores no learning rates. Leave it out"
         )
-    model = Model(Path(path))
+    model = Model(path_of(path))
     items: list[OutputItem] = []
     places: dict[Payload, Destination] = {}
     stored: dict[str, tuple[str, Entry]] = {}

@@ -17,6 +17,7 @@ from pma_megatron.formats.safetensors.headers import Entry
 from pma_megatron.formats.safetensors.model import FORMAT_NAME, Model, completeness
 from pma_megatron.formats.safetensors.progress import TRAINER_FILE, progress_of
 from pma_megatron.formats.source import Source, stamps_of
+from pma_megatron.storage.paths import path_of
 
 BUFFERS = (
     "inv_freq",
@@ -43,10 +44,10 @@ def read_source(path: str, ranges: FlatMap, main_params: bool, peers: Sequence[s
     Raises:
         CheckpointError: incomplete, damaged, hostile or quantized.
     """
-    reason = completeness(Path(path))
+    reason = completeness(path_of(path))
     if reason is not None:
         raise CheckpointError(f"{path} is not a whole model: {reason}. Exclude it, or restore it")
-    model = Model(Path(path))
+    model = Model(path_of(path))
     weights = {name: _tensor(model, file, e) for name, (file, e) in model.entries.items()}
     names = model.config.get("architectures")
     return Source(

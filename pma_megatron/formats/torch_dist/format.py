@@ -16,6 +16,7 @@ from pma_megatron.formats.torch_dist.output import output_layout
 from pma_megatron.formats.torch_dist.recomputed import unchecked_order
 from pma_megatron.formats.torch_dist.schedule import read_schedule
 from pma_megatron.formats.torch_dist.source import read_source
+from pma_megatron.storage.paths import path_of
 
 RELEASE = "release"
 """Folder of weights that belong to no iteration."""
@@ -35,7 +36,7 @@ def _common(path: Path) -> Common:
 
 def _lay_out(path: str, changes: Changes) -> OutputLayout:
     """Megatron hands no note back: there, `pma.json` alone says where a merge came from."""
-    return output_layout(TorchDistCheckpoint(Path(path)), changes)
+    return output_layout(TorchDistCheckpoint(path_of(path)), changes)
 
 
 def _folder_of(content: str) -> str | None:

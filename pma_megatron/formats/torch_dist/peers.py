@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 
@@ -18,6 +17,7 @@ from pma_megatron.formats.torch_dist.assignment import WeightChunk
 from pma_megatron.formats.torch_dist.checkpoint import TorchDistCheckpoint
 from pma_megatron.formats.torch_dist.optimizer import flat_spaces, named_states, weights_of
 from pma_megatron.formats.torch_dist.ties import MayLie, Placed
+from pma_megatron.storage.paths import path_of
 
 _CLEARLY = 4  # times nearer, in squared distance: what chance does not bring about
 _FEW_ELEMENTS = 16  # of which fewer may be near each other by chance
@@ -38,7 +38,7 @@ def agreeing(
     sizes = {(s.group, s.name): s.numel for s in spaces}
     result = []
     for path in peers:
-        peer = TorchDistCheckpoint(Path(path))
+        peer = TorchDistCheckpoint(path_of(path))
         theirs = {(s.group, s.name): s for s in flat_spaces(peer) if MAIN_PARAM in s.states}
         weights = weights_of(peer)
         same = {place: space.numel for place, space in theirs.items()} == sizes
@@ -100,7 +100,7 @@ def refuse_nearer(
         if numel >= _FEW_ELEMENTS:
             alike[one.space.group, numel].append(one)
     for path in peers if any(len(ones) > 1 for ones in alike.values()) else ():
-        peer = TorchDistCheckpoint(Path(path))
+        peer = TorchDistCheckpoint(path_of(path))
         named = named_states(peer).get(MAIN_PARAM, {})
         for ones in alike.values() if named else ():
             ours = torch.stack([_flat(checkpoint, one, chunks) for one in ones])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from pma_megatron.errors import CheckpointError, PlanError
@@ -23,6 +22,7 @@ from pma_megatron.formats.torch_dist.optimizer import (
     model_space,
     weights_of,
 )
+from pma_megatron.storage.paths import path_of
 
 _TOPOLOGY = (
     ("TP", "tensor_model_parallel_size"),
@@ -47,7 +47,7 @@ def read_source(path: str, ranges: FlatMap, main_params: bool, peers: Sequence[s
         CheckpointError: incomplete or damaged.
         PlanError: main parameters cannot be told apart in its flat buffers.
     """
-    folder = Path(path)
+    folder = path_of(path)
     reason = completeness(folder)
     if reason:
         raise CheckpointError(f"{path} is not complete: {reason}. Exclude it, or restore it.")

@@ -1,0 +1,64 @@
+"""Addresses such as `s3://bucket/run`: which schemes there are, and what opens them."""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import dataclass
+
+from pma_megatron.storage.protocol import Store
+
+# One slash too, because `Path` makes one of two.
+_ADDRESS = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):/+(.*)$", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Library:
+    """What opens the stores of a scheme: its name, what is imported, the extra that brings it."""
+
+    package: str
+    module: str
+    extra: str
+
+
+_OBSTORE = Library("obstore", "obstore", "stores")
+LIBRARIES = {"s3": _OBSTORE, "gs": _OBSTORE, "az": _OBSTORE, "memory": _OBSTORE}
+"""By scheme. `memory` is for tests: its objects go with the process."""
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where something lies in a store.
+
+    >>> Address.of("s3://bucket/run/iter_10/")
+    Address(scheme='s3', bucket='bucket', key='run/iter_10')
+    """
+
+    scheme: str
+    bucket: str
+    key: str
+
+    @staticmethod
+    def of(text: str) -> Address | None:
+        """The address that `text` is; None for a path."""
+        match = _ADDRESS.match(text)
+        if match is None:
+            return None
+        bucket, *parts = [part for part in match[2].split("/") if part] or [""]
+        return Address(match[1].lower(), bucket, "/".join(parts))
+
+    def __str__(self) -> str:
+        return "/".join([f"{self.scheme}:/", self.bucket, *filter(None, [self.key])])
+
+
+@functools.cache
+def opened(scheme: str, bucket: str) -> Store:
+    """The store of a bucket, the same each time.
+
+    Raises:
+        ModuleNotFoundError: its library is not installed.
+        OSError: it cannot be opened.
+    """
+    from pma_megatron.storage.object_store import ObjectStore
+
+    return ObjectStore(scheme, bucket)

@@ -1,0 +1,163 @@
+"""S3, Google Cloud Storage, Azure Blob Storage and an in-memory store, by the library obstore.
+
+Credentials, endpoints and regions are obstore's own matter: the environment (`AWS_*`, `GOOGLE_*`,
+`AZURE_*`), instance metadata, web identity. So are retries: it waits longer after each failure.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pma_megatron.storage.protocol import IN_FLIGHT, PART_BYTES, Object
+
+_PATIENCE: Any = {
+    "max_retries": 8,
+    "backoff": {
+        "init_backoff": timedelta(milliseconds=100),
+        "max_backoff": timedelta(seconds=10),
+        "base": 2,
+    },
+    "retry_timeout": timedelta(seconds=90),
+}
+_AT_ONCE = 1000  # keys that one request deletes
+_MOST_PARTS = 9000  # of one object, of which S3 allows 10,000
+_MEMORY: dict[str, Any] = {}
+"""Stores of this process by name: two that are opened by one name hold the same objects."""
+
+
+class ObjectStore:
+    """A bucket (container) of an object store."""
+
+    def __init__(self, scheme: str, bucket: str) -> None:
+        """Open a bucket; nothing is asked of it yet.
+
+        Args:
+            scheme: `s3`, `gs`, `az` or `memory`.
+            bucket: its name.
+
+        Raises:
+            ModuleNotFoundError: obstore is not installed.
+            OSError: it can tell already that this does not work.
+        """
+        import obstore
+        from obstore import store
+
+        self._library, self._is_memory = obstore, scheme == "memory"
+        if self._is_memory:
+            self._bucket: Any = _MEMORY.setdefault(bucket, store.MemoryStore())
+            return
+        try:
+            self._bucket = store.from_url(f"{scheme}://{bucket}", retry_config=_PATIENCE)
+        except Exception as error:
+            self._fail(error, bucket)
+
+    def listed(self, prefix: str) -> list[Object]:
+        """See `Store.listed`."""
+        found = []
+        try:
+            for batch in self._library.list(self._bucket, prefix=prefix or None, chunk_size=1000):
+                found += [_object(each) for each in batch]
+        except Exception as error:
+            self._fail(error, prefix)
+        return sorted(found, key=lambda each: each.key)
+
+    def beside(self, prefix: str) -> list[Object]:
+        """See `Store.beside`."""
+        try:
+            said = self._library.list_with_delimiter(self._bucket, prefix=prefix or None)
+        except Exception as error:
+            self._fail(error, prefix)
+        return sorted((_object(each) for each in said["objects"]), key=lambda each: each.key)
+
+    def head(self, key: str) -> Object:
+        """See `Store.head`."""
+        try:
+            return _object(self._library.head(self._bucket, key))
+        except Exception as error:
+            self._fail(error, key)
+
+    def read(self, key: str, start: int, nbytes: int, version: str = "") -> memoryview:
+        """See `Store.read`."""
+        options: Any = {"range": (start, start + nbytes)}
+        if version:
+            options["if_match"] = version
+        try:
+            found = self._library.get(self._bucket, key, options=options)
+            return memoryview(found.bytes())
+        except Exception as error:
+            self._fail(error, key)
+
+    def put(self, key: str, data: bytes) -> None:
+        """See `Store.put`."""
+        try:
+            self._library.put(self._bucket, key, data, use_multipart=False)
+        except Exception as error:
+            self._fail(error, key)
+
+    def put_file(self, key: str, path: Path) -> None:
+        """See `Store.put_file`."""
+        try:
+            part_bytes = max(PART_BYTES, -(-path.stat().st_size // _MOST_PARTS))
+            self._library.put(
+                self._bucket, key, path, chunk_size=part_bytes, max_concurrency=IN_FLIGHT
+            )
+        except Exception as error:
+            self._fail(error, key)
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """See `Store.delete`."""
+        every = list(keys)
+        for first in range(0, len(every), _AT_ONCE):
+            try:
+                self._library.delete(self._bucket, every[first : first + _AT_ONCE])
+            except FileNotFoundError:
+                self._delete_each(every[first : first + _AT_ONCE])
+            except Exception as error:
+                self._fail(error, every[first])
+
+    def _delete_each(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            try:
+                self._library.delete(self._bucket, key)
+            except FileNotFoundError:
+                continue
+            except Exception as error:
+                self._fail(error, key)
+
+    def _fail(self, error: Exception, key: str) -> NoReturn:
+        """Raise what the library said as an error of the system."""
+        known = self._library.exceptions
+        number, why = errno.EIO, _first_line(error)
+        if "NoSuchBucket" in str(error) or "ContainerNotFound" in str(error):
+            number, why = errno.ENOENT, "the bucket does not exist"
+        elif isinstance(error, (FileNotFoundError, known.NotFoundError)):
+            number, why = errno.ENOENT, "no such object"
+        elif isinstance(error, known.PreconditionError):
+            number, why = errno.ESTALE, "it was replaced after it had been listed"
+        elif isinstance(error, (known.PermissionDeniedError, known.UnauthenticatedError)):
+            number, why = errno.EACCES, f"the store refuses these credentials: {why}"
+        elif isinstance(error, OSError) and error.errno:
+            raise error
+        raise OSError(number, why, key) from error
+
+
+def _object(said: Any) -> Object:
+    return Object(
+        key=said["path"],
+        nbytes=said["size"],
+        modified_ns=int(said["last_modified"].timestamp()) * 10**9,
+        version=said["e_tag"] or said["version"] or "",
+    )
+
+
+def _first_line(error: Exception) -> str:
+    """What the library says, without the structures that it prints below."""
+    text = str(error).strip().partition("\n")[0]
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+_SHOWN = 300

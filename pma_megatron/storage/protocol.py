@@ -1,0 +1,67 @@
+"""What a store offers: objects by key, in a bucket or a folder, and nothing like a rename.
+
+Every operation may be called by several threads at once. What a store cannot do is raised as an
+`OSError`, with the number that a file system would give: no such object (ENOENT), no right to
+(EACCES), another object by now (ESTALE), anything else (EIO).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+PART_BYTES = 8 << 20
+"""Bytes of one request: of a ranged read, and of a part of an upload."""
+IN_FLIGHT = 16
+"""Requests of one process that are under way at once."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Object:
+    """One object of a store.
+
+    Attributes:
+        key: its name in the store, with `/` between parts.
+        nbytes: its length.
+        modified_ns: when it was put there, in ns since 1970, as precisely as the store says.
+        version: tells its content from another of the same key (an ETag); '' if nothing does.
+    """
+
+    key: str
+    nbytes: int
+    modified_ns: int
+    version: str
+
+
+class Store(Protocol):
+    """Objects by key. `testing.store_conformance` says what each operation must do."""
+
+    def listed(self, prefix: str) -> Sequence[Object]:
+        """All objects whose key begins with `prefix`, which is '' or ends with `/`, by key."""
+
+    def beside(self, prefix: str) -> Sequence[Object]:
+        """Those of them that have no `/` in the rest of their key, by key."""
+
+    def head(self, key: str) -> Object:
+        """What is known of one object."""
+
+    def read(self, key: str, start: int, nbytes: int, version: str = "") -> memoryview:
+        """Bytes `start` to `start + nbytes` of an object, fewer only at its end.
+
+        Args:
+            key: which object.
+            start: first byte.
+            nbytes: at least 1.
+            version: what must still be there, see `Object`; '' for whatever is.
+        """
+
+    def put(self, key: str, data: bytes) -> None:
+        """Put a small object there, in one request; what was there is replaced."""
+
+    def put_file(self, key: str, path: Path) -> None:
+        """Put a file there, in parts, several in flight; until the last nothing is to be seen."""
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Delete objects; one that is not there is no error."""

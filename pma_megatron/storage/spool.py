@@ -1,0 +1,380 @@
+"""A folder of this process that stands for what object stores hold.
+
+Below `mirror/` lies a file for every object under an address that was asked for, empty, but as long
+and as old as the object: whatever lists folders and looks at sizes and times works there as it does
+anywhere. What a file holds lies elsewhere (`contents`), and is fetched when it is read:
+`base.openfiles` opens that. The fraction of a second of a file's time is made of the object's
+version, so that another object of the same length and second has another time.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import fcntl
+import hashlib
+import itertools
+import logging
+import multiprocessing.util
+import os
+import secrets
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pma_megatron.storage.addresses import Address, opened
+from pma_megatron.storage.contents import Content, Contents, Range
+from pma_megatron.storage.protocol import Object, Store
+
+VARIABLE = "PMA_MEGATRON_SPOOL"
+"""Environment variable: the folder in which spools are made."""
+_OF_PROCESS = "sources-"
+_OUTPUTS = "outputs"
+_NAME_BYTES = 255
+_ABOVE = 2  # folders above the one asked for: snapshots lie two below their run's
+_SECOND_NS = 1_000_000_000
+_log = logging.getLogger(__name__)
+
+
+def spool_folder() -> Path:
+    """Where this user's spools lie."""
+    said = os.environ.get(VARIABLE)
+    base = Path(said) if said else Path(tempfile.gettempdir()) / f"pma-megatron-{os.getuid()}"
+    base.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return Path(os.path.realpath(base))
+
+
+def workplace(address: Address) -> Path:
+    """Where outputs for an address are made, the same for all processes of this user here."""
+    return spool_folder() / _OUTPUTS / address.scheme / address.bucket / address.key
+
+
+@dataclass(slots=True)
+class _Mirrored:
+    """One object, the file that stands for it, and what was fetched of it."""
+
+    store: Store
+    said: Object
+    content: Content | None = None
+    inode: tuple[int, int] = (0, 0)
+    whole: list[int] = field(default_factory=list)
+
+
+class Spool:
+    """The mirrors and contents of one process. Threads share it.
+
+    Attributes:
+        folder: all of it.
+        mirror: what stands for the stores: `mirror/s3/bucket/key`.
+    """
+
+    def __init__(self) -> None:
+        self.folder = spool_folder() / f"{_OF_PROCESS}{os.getpid()}-{secrets.token_hex(4)}"
+        self.mirror = self.folder / "mirror"
+        self.mirror.mkdir(parents=True, mode=0o700)
+        (self.folder / "content").mkdir()
+        self._process = os.getpid()
+        self._held = _held(self.folder)
+        self._lock = threading.RLock()
+        self._files: dict[str, _Mirrored] = {}
+        self._by_inode: dict[tuple[int, int], _Mirrored] = {}
+        self._listed: dict[str, int] = {}
+        self._seen: dict[str, int] = {}
+        self._numbers = itertools.count()
+        self.contents = Contents()
+
+    def path(self, address: Address) -> str:
+        """The file or folder that stands for an address."""
+        return str(self.mirror / address.scheme / address.bucket / address.key)
+
+    def look(self, address: Address, generation: int, *, again: bool = False) -> None:
+        """Have the mirror show what lies at an address, and below it.
+
+        Args:
+            address: which.
+            generation: what was listed in it before is not listed again.
+            again: list it whatever was listed before.
+
+        Raises:
+            OSError: the store does not tell.
+        """
+        local = self.path(address)
+        with self._lock:
+            if not again and self._is_listed(local, generation):
+                return
+            store = opened(address.scheme, address.bucket)
+            found = store.listed(f"{address.key}/" if address.key else "")
+            if not found and address.key:
+                with contextlib.suppress(FileNotFoundError):
+                    found = [store.head(address.key)]
+            root = self.mirror / address.scheme / address.bucket
+            self._show(store, root, found)
+            self._forget(root, found, local)
+            self._listed[local] = generation
+            for above in [*_above(address.key)][:_ABOVE]:
+                self._look_beside(store, root, above, generation)
+
+    def _look_beside(self, store: Store, root: Path, above: str, generation: int) -> None:
+        """Have the mirror show trackers and logs, which lie beside checkpoints and above them."""
+        local = f"{root}/{above}".rstrip("/")
+        if self._is_listed(local, generation) or self._seen.get(local) == generation:
+            return
+        with contextlib.suppress(PermissionError):  # rights may begin below
+            found = store.beside(f"{above}/" if above else "")
+            self._show(store, root, found)
+            self._forget(root, found, local, deep=False)
+        self._seen[local] = generation
+
+    def _is_listed(self, local: str, generation: int) -> bool:
+        """Whether it, or what it lies in, was listed."""
+        while len(local) > len(str(self.mirror)):
+            if self._listed.get(local) == generation:
+                return True
+            local = local.rpartition("/")[0]
+        return False
+
+    def _show(self, store: Store, root: Path, found: Sequence[Object]) -> None:
+        root.mkdir(parents=True, exist_ok=True)
+        folders = {folder for each in found for folder in _above(each.key)}
+        for each in found:
+            local = f"{root}/{each.key}"
+            before = self._files.get(local)
+            if before is not None and before.said == each:
+                continue
+            if each.key.endswith("/"):  # how consoles of stores show an empty folder
+                Path(local).mkdir(parents=True, exist_ok=True)
+            elif _is_strange(each.key):
+                _log.warning("%s is passed over: no file can have that name", each.key)
+            elif each.key in folders or Path(local).is_dir():
+                _log.warning("%s is passed over: it is also the name of a folder", each.key)
+            else:
+                _stand_in(Path(local), each)
+                self._files[local] = _Mirrored(store, each)
+
+    def _forget(
+        self, root: Path, found: Sequence[Object], local: str, *, deep: bool = True
+    ) -> None:
+        """Remove what stands for objects that were at `local`, or below it, and are gone."""
+        kept, below = {f"{root}/{each.key}" for each in found}, f"{local}/"
+        gone = [
+            file
+            for file in self._files
+            if file not in kept
+            and (file == local or file.startswith(below))
+            and (deep or "/" not in file.removeprefix(below))
+        ]
+        for file in gone:
+            del self._files[file]
+            Path(file).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a folder that holds something else ends it
+                for folder in Path(file).parents:
+                    if folder == self.mirror:
+                        break
+                    folder.rmdir()
+
+    def open(self, local: str, *, whole: bool) -> int | None:
+        """A descriptor of what a mirrored file holds; None for another file.
+
+        Args:
+            local: its path.
+            whole: fetch all of it now, and keep it while the descriptor is open. Without, who reads
+                says which ranges (`ranges`).
+
+        Raises:
+            OSError: the store does not give it.
+        """
+        with self._lock:
+            found = self._files.get(local)
+            if found is None:
+                return None
+            content = found.content or self._sparse(found)
+            self._reap()
+        descriptor = os.open(content.path, os.O_RDONLY | os.O_CLOEXEC)
+        if whole:
+            try:
+                self.contents.keep(content)
+            except BaseException:
+                os.close(descriptor)
+                raise
+            with self._lock:
+                found.whole.append(descriptor)
+        return descriptor
+
+    def _sparse(self, found: _Mirrored) -> Content:
+        path = self.folder / "content" / str(next(self._numbers))
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+        try:
+            os.truncate(descriptor, found.said.nbytes)
+            stat = os.fstat(descriptor)
+        finally:
+            os.close(descriptor)
+        said = found.said
+        number = int(path.name)
+        found.inode = stat.st_dev, stat.st_ino
+        found.content = Content(number, found.store, said.key, said.version, said.nbytes, path)
+        self._by_inode[found.inode] = found
+        return found.content
+
+    def _reap(self) -> None:
+        """Let go of files that were kept whole for descriptors that are closed by now."""
+        for found in self._by_inode.values():
+            for descriptor in [d for d in found.whole if not _is_of(d, found.inode)]:
+                found.whole.remove(descriptor)
+                assert found.content is not None
+                self.contents.let_go(found.content)
+
+    def range(self, descriptor: int, start: int, nbytes: int) -> Range | None:
+        """The part of a file of the spool that a descriptor reads; None of another file."""
+        stat = os.fstat(descriptor)
+        found = self._by_inode.get((stat.st_dev, stat.st_ino))
+        if found is None or found.content is None or nbytes <= 0:
+            return None
+        return found.content, start, start + nbytes
+
+    def close(self) -> None:
+        """Remove all of it; harmless if called twice, or in a child of its process."""
+        if os.getpid() != self._process:
+            return
+        self.contents.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            os.close(self._held)
+        with contextlib.suppress(OSError):
+            self.folder.parent.rmdir()
+
+
+def _stand_in(local: Path, said: Object) -> None:
+    """A file as long and as old as an object, with nothing in it."""
+    local.parent.mkdir(parents=True, exist_ok=True)
+    local.unlink(missing_ok=True)
+    descriptor = os.open(local, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o400)
+    try:
+        os.truncate(descriptor, said.nbytes)
+        digest = hashlib.sha256(said.version.encode()).digest()
+        fraction = int.from_bytes(digest[:8], "big") % _SECOND_NS
+        time_ns = said.modified_ns // _SECOND_NS * _SECOND_NS + fraction
+        os.utime(descriptor, ns=(time_ns, time_ns))
+    finally:
+        os.close(descriptor)
+
+
+def _above(key: str) -> Iterator[str]:
+    while key:
+        key = key.rpartition("/")[0]
+        yield key
+
+
+def _is_strange(key: str) -> bool:
+    parts = key.split("/")
+    return any(
+        part in ("", ".", "..") or "\0" in part or len(os.fsencode(part)) > _NAME_BYTES
+        for part in parts
+    )
+
+
+def _is_of(descriptor: int, inode: tuple[int, int]) -> bool:
+    try:
+        stat = os.fstat(descriptor)
+    except OSError:
+        return False
+    return (stat.st_dev, stat.st_ino) == inode
+
+
+def _held(folder: Path) -> int:
+    """Hold a spool for as long as this process lives, and remove those of processes that do not."""
+    for other in folder.parent.glob(f"{_OF_PROCESS}*"):
+        with contextlib.suppress(OSError):
+            lock = os.open(other / "lock", os.O_RDWR | os.O_CLOEXEC)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(other, ignore_errors=True)
+            finally:
+                os.close(lock)
+    descriptor = os.open(folder / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    return descriptor
+
+
+class _Process:
+    """The spool of this process, once there is one."""
+
+    spool: Spool | None = None
+    lock = threading.RLock()
+    generation = 0
+    depth = 0
+
+
+def spool() -> Spool:
+    """The spool of this process, which goes with it."""
+    with _Process.lock:
+        made = _Process.spool
+        if made is None or made._process != os.getpid():
+            made = _Process.spool = Spool()
+            atexit.register(made.close)
+            # The children of multiprocessing end without `atexit`.
+            multiprocessing.util.Finalize(None, made.close, exitpriority=1)
+        return made
+
+
+def forget() -> None:
+    """Remove the spool of this process; the next address that is asked for begins another."""
+    with _Process.lock:
+        made, _Process.spool = _Process.spool, None
+        if made is not None:
+            made.close()
+
+
+def active() -> Spool | None:
+    """The spool of this process, if anything was asked of a store."""
+    made = _Process.spool
+    return made if made is not None and made._process == os.getpid() else None
+
+
+@contextlib.contextmanager
+def listing_once() -> Iterator[None]:
+    """What is listed in the block is listed once, and anew in the next one; blocks may nest."""
+    with _Process.lock:
+        if not _Process.depth:
+            _Process.generation += 1
+        _Process.depth += 1
+    try:
+        yield
+    finally:
+        with _Process.lock:
+            _Process.depth -= 1
+
+
+def look(address: Address, *, again: bool = False) -> str:
+    """The local path for an address, whose mirror shows what lies there; see `Spool.look`."""
+    made = spool()
+    made.look(address, _Process.generation, again=again)
+    return made.path(address)
+
+
+@contextlib.contextmanager
+def present(asked: Iterable[tuple[int, int, int]]) -> Iterator[None]:
+    """Ranges of files are there within the block: (descriptor, first byte, bytes).
+
+    Raises:
+        OSError: a store does not give them.
+    """
+    made = active()
+    if made is None:
+        yield
+        return
+    ranges = [found for each in asked if (found := made.range(*each)) is not None]
+    with made.contents.present(ranges):
+        yield
+
+
+def ahead(descriptor: int, start: int, nbytes: int) -> bool:
+    """Fetch a range that is needed soon; False for a file that is no object of a store."""
+    made = active()
+    found = None if made is None else made.range(descriptor, start, nbytes)
+    if made is None or found is None:
+        return False
+    made.contents.ahead(*found)
+    return True

@@ -1,0 +1,249 @@
+"""Averages are put into a store whole, or not at all as far as anybody looks."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import digests, folder_of
+from pma_megatron import MergeRequest, SelectionRequest, list_checkpoints, merge, verify
+from pma_megatron.errors import PublishError
+from pma_megatron.formats.marker import MARKER_FILE, UPLOADING_FILE
+from pma_megatron.formats.output import Folder
+from pma_megatron.merging import uploading
+from pma_megatron.merging.job import plan
+from pma_megatron.runs.describe import describe
+from pma_megatron.storage import spool
+from pma_megatron.storage.object_store import ObjectStore
+from pma_megatron.testing import TinyConfig, TinyTrainer, run_ranks
+from s3 import keys
+
+Put = Callable[[Path, str], str]
+Got = Callable[[str, Path], Path]
+CONFIG = TinyConfig(warmup_iters=2)  # the dense run's
+TRACKER = "latest_checkpointed_iteration.txt"
+FAULTS = [
+    ("part", 1), ("uploading", 0), ("uploaded", 0), ("upload_marker", 0), ("upload_tracker", 0),
+    ("upload_end", 0),
+    *(pytest.param(*each, marks=(pytest.mark.slow, pytest.mark.thorough)) for each in (
+        ("merge", 1), ("begin", 0), ("part", 0), ("upload", 0), ("publish", 0),
+    )),
+]  # fmt: skip
+
+
+def request(load: object, save: str, **settings: Any) -> MergeRequest:
+    settings.setdefault("selection", SelectionRequest(last=2))
+    return MergeRequest(load=str(load), save=save, **settings)
+
+
+def payloads(root: Path) -> dict[str, str]:
+    """All files but those that say where sources lay."""
+    own = (MARKER_FILE, f"{MARKER_FILE}.sha256", "common.pt")
+    return {n: d for n, d in digests(root).items() if Path(n).name not in own}
+
+
+@pytest.fixture(scope="module")
+def expected(dense_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The average on a disk."""
+    root = tmp_path_factory.mktemp("expected")
+    merge(request(dense_run, str(root)))
+    return root
+
+
+def resumed(rank: int, world_size: int, root: str) -> bool:
+    """Megatron loads it, and trains on."""
+    trainer = TinyTrainer(CONFIG)
+    trainer.load(root)
+    trainer.train(1)
+    return True
+
+
+def pma(ranks: int, *words: str, fault: str = "") -> subprocess.CompletedProcess[str]:
+    """A command of its own, by torchrun where it has several ranks."""
+    start = [sys.executable, "-m", "pma_megatron"]
+    if ranks > 1:
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        start += [f"--nproc-per-node={ranks}", "-m", "pma_megatron"]
+    env = {**os.environ, "PMA_MEGATRON_FAULT": fault, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*start, *words], capture_output=True, text=True, env=env, check=False)
+
+
+def test_two_ranks_from_a_store_to_a_store_and_megatron_resumes_from_a_copy(
+    dense_run: Path, expected: Path, put: Put, got: Got, bucket: str, tmp_path: Path, spools: Path
+) -> None:
+    load, save = put(dense_run, "run"), f"s3://{bucket}/averages"
+    done = pma(2, "merge", "--load", load, "--save", save, "--last", "2")
+    assert done.returncode == 0, done.stderr
+    assert f"published {save}/iter_0000008" in done.stdout
+    copy = got("averages", tmp_path / "copy")
+    assert payloads(copy) == payloads(expected)
+    assert (copy / TRACKER).read_text() == "8"
+    assert not list(copy.rglob(UPLOADING_FILE))
+    said = json.loads((folder_of(copy, 8) / MARKER_FILE).read_text())["request"]
+    assert (said["load"], said["save"]) == (load, save)
+    assert run_ranks(resumed, 2, str(copy)) == [True, True]
+    assert verify(save).files
+    assert not spools.exists() or [p for p in spools.rglob("*") if "outputs" in p.parts] == []
+
+
+def test_from_a_disk_and_to_a_disk_by_way_of_a_store(
+    dense_run: Path, expected: Path, bucket: str, tmp_path: Path, got: Got
+) -> None:
+    save = f"s3://{bucket}/averages"
+    report = merge(request(dense_run, save))
+    assert report.outputs == (f"{save}/iter_0000008",)
+    assert payloads(got("averages", tmp_path / "copy")) == payloads(expected)
+    assert [ref.complete for ref in list_checkpoints(save)] == [True]
+
+
+@pytest.mark.parametrize("kind", ["dense_run", "flat"])
+def test_what_is_held_back_is_what_makes_it_whole(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path, spools: Path
+) -> None:
+    """Without any of what is put last, no format takes the folder for a whole checkpoint."""
+    run = request.getfixturevalue(kind)
+    asked = MergeRequest(load=str(run), save=f"{tmp_path}/x", selection=SelectionRequest(last=2))
+    made = plan(asked)
+    folder = Path(merge(asked).outputs[0])
+    names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
+    late = uploading.held_back(made.layouts[Folder.CHECKPOINT], names)
+    for number in range(len(late)):
+        left = shutil.copytree(folder, tmp_path / f"left-{number}" / folder.name)
+        for name in late[number:]:
+            (left / name).unlink()
+        assert not describe(left).complete, late[number:]
+
+
+@pytest.mark.parametrize(("stage", "rank"), FAULTS)
+def test_killed_at_any_moment_and_run_again(
+    dense_run: Path, expected: Path, bucket: str, s3: Any, tmp_path: Path, got: Got,
+    stage: str, rank: int, spools: Path,
+) -> None:  # fmt: skip
+    save = f"s3://{bucket}/averages"
+    words = ("merge", "--load", str(dense_run), "--save", save, "--last", "2")
+    ended = pma(1 + rank, *words, "--timeout", "20s", fault=f"{stage}:{rank}:kill")
+    assert ended.returncode != 0
+    there = keys(s3, bucket)
+    complete = "averages/iter_0000008/metadata.json" in there
+    assert complete == (stage in ("upload_tracker", "upload_end"))
+    assert (f"averages/{TRACKER}" in there) == (stage == "upload_end")
+    if there:
+        assert [ref.complete for ref in list_checkpoints(save)] == [False]
+        assert describe(got("averages/iter_0000008", tmp_path / "half")).complete == complete
+    merge(request(dense_run, save))
+    copy = got("averages", tmp_path / "copy")
+    assert payloads(copy) == payloads(expected) and not list(copy.rglob(UPLOADING_FILE))
+    assert (copy / TRACKER).read_text() == "8"
+    spool.forget()
+    assert [path for path in spools.rglob("*") if path.is_file()] == []
+
+
+def test_an_upload_that_fails_is_gone_on_with(
+    dense_run: Path, expected: Path, bucket: str, monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, got: Got,
+) -> None:  # fmt: skip
+    save = f"s3://{bucket}/averages"
+    with monkeypatch.context() as patch:
+        patch.setattr(ObjectStore, "put_file", broken)
+        with pytest.raises(PublishError, match=r"the line went dead.*same command") as caught:
+            merge(request(dense_run, save))
+    assert caught.value.kept is not None and Path(caught.value.kept).is_dir()
+    report = merge(request(dense_run, save))
+    assert report.reused["units"] > 0 and report.bytes["read"] < 100_000
+    assert payloads(got("averages", tmp_path / "copy")) == payloads(expected)
+
+
+def broken(*_: object) -> None:
+    raise OSError(5, "the line went dead")
+
+
+def test_what_the_store_holds_is_compared_before_it_is_made_whole(
+    dense_run: Path, bucket: str, monkeypatch: pytest.MonkeyPatch, s3: Any
+) -> None:
+    put_file = ObjectStore.put_file
+
+    def short(self: ObjectStore, key: str, path: Path) -> None:
+        if key.endswith("__0_0.distcp"):
+            self.put(key, path.read_bytes()[:-1])
+        else:
+            put_file(self, key, path)
+
+    monkeypatch.setattr(ObjectStore, "put_file", short)
+    with pytest.raises(PublishError, match=r"does not hold what was uploaded: __0_0.distcp"):
+        merge(request(dense_run, f"s3://{bucket}/averages"))
+    assert "averages/iter_0000008/metadata.json" not in keys(s3, bucket)
+    monkeypatch.setattr(ObjectStore, "put_file", put_file)
+    merge(request(dense_run, f"s3://{bucket}/averages"))
+    assert "averages/iter_0000008/metadata.json" in keys(s3, bucket)
+
+
+def test_what_is_there_is_replaced_only_where_that_was_asked_for(
+    dense_run: Path, bucket: str, s3: Any, tmp_path: Path, got: Got
+) -> None:
+    save = f"s3://{bucket}/averages"
+    merge(request(dense_run, save))
+    before = {key: s3.head_object(Bucket=bucket, Key=key)["ETag"] for key in keys(s3, bucket)}
+    with pytest.raises(PublishError, match=r"exists. Use .*overwrite"):
+        merge(request(dense_run, save))
+    s3.put_object(Bucket=bucket, Key="averages/iter_0000008/mine.txt", Body=b"x")
+    with pytest.raises(PublishError, match=r"mine\.txt.*would be lost"):
+        merge(request(dense_run, save, overwrite=True))
+    s3.delete_object(Bucket=bucket, Key="averages/iter_0000008/mine.txt")
+    after = {key: s3.head_object(Bucket=bucket, Key=key)["ETag"] for key in keys(s3, bucket)}
+    assert after == before
+    other = SelectionRequest(last=3, end_iteration=8)
+    merge(request(dense_run, save, overwrite=True, selection=other))
+    made = json.loads(
+        (got("averages", tmp_path / "copy") / "iter_0000008" / MARKER_FILE).read_text()
+    )
+    assert len(made["plan"]["sources"]) == 3
+
+
+def test_a_run_and_a_foreign_folder_are_left_alone(dense_run: Path, put: Put) -> None:
+    load = put(dense_run, "run")
+    for save, said in (
+        (load, "the run's own folder"),
+        (f"{load}/iter_0000002/below", "a checkpoint"),
+        (put(dense_run, "other"), "did not write"),
+    ):
+        with pytest.raises(PublishError, match=said):
+            plan(request(load, save))
+
+
+def test_several_averages_and_an_export_are_put_there_together(
+    dense_run: Path, bucket: str, s3: Any
+) -> None:
+    report = merge(
+        request(
+            dense_run, f"s3://{bucket}/averages", selection=SelectionRequest(), sweep=("sma,wma:2",)
+        )
+    )
+    assert sorted(report.outputs) == [
+        f"s3://{bucket}/averages/{name}/iter_0000008" for name in ("sma-last2", "wma-last2")
+    ]
+    assert not [key for key in keys(s3, bucket) if key.endswith(UPLOADING_FILE)]
+
+
+def test_ranks_that_do_not_see_one_folder_are_refused(
+    dense_run: Path, bucket: str, tmp_path: Path, s3: Any
+) -> None:
+    said = run_ranks(_apart, 2, str(dense_run), f"s3://{bucket}/averages", str(tmp_path))
+    assert all("PMA_MEGATRON_SPOOL" in each or "rank 1" in each for each in said), said
+    assert not keys(s3, bucket)
+
+
+def _apart(rank: int, world_size: int, load: str, save: str, folder: str) -> str:
+    os.environ[spool.VARIABLE] = f"{folder}/node-{rank}"
+    try:
+        merge(request(load, save))
+    except Exception as error:
+        return str(error)
+    return ""
