@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from pma_megatron.base.memory import collector_at_rest
+from pma_megatron.base.memory import collector_at_rest, give_back
 from pma_megatron.base.once import once
 from pma_megatron.base.openfiles import Content, read_source_once
 from pma_megatron.errors import CheckpointError
@@ -87,6 +87,8 @@ _MEMORY_FORMATS = (
 )
 """Members of `_MEM_FORMAT_ENCODING`, by their value."""
 _MAX_KEY = 4096
+_LARGE = 10_000
+"""Entries of which more memory is used to read them than to keep them."""
 ORIGINAL_SHAPE = "nd_reformulated_orig_global_shape"
 
 
@@ -134,9 +136,14 @@ def read_metadata(folder: Path, below: str = "") -> DcpMetadata:
         CheckpointError: missing, damaged, hostile, or not a DCP `Metadata`.
     """
     path = folder / below / METADATA_FILE
-    return once(
-        f"metadata {below}", path, lambda: parse(lambda: read_source_once(path), str(path), below)
-    )
+
+    def read() -> DcpMetadata:
+        said = parse(lambda: read_source_once(path), str(path), below)
+        if len(said.order) > _LARGE:
+            give_back()
+        return said
+
+    return once(f"metadata {below}", path, read)
 
 
 def parse(data: bytes | Callable[[], Content], what: str, below: str = "") -> DcpMetadata:

@@ -26,7 +26,7 @@ from pma_megatron.formats.pieces import StoredPieces
 
 _NUMBER = 0x40000000
 """Stands for the first number of a template; the others are counted from here."""
-_TEXT = "\0text "
+_TEXT, _CLASS = "\0text ", "\0class "
 _CHUNKS, _STORAGE = "\0chunks ", "\0storage"
 _MARK = re.compile(rb"X\x10\0\0\0\0chunks (\d{8})|X\x08\0\0\0\0storage")
 _TYPES = {1: "u1", 2: "<u2", 4: "<i4", 8: "<i8"}
@@ -117,7 +117,7 @@ def dump_metadata(
     names = {name.removeprefix(below) for files in lists for name in files}
     writer = _Writer(keys, names, {offsets.shape[1] for offsets, _ in boxes.values()})
     for part in _parts(_outer(base, keys, dtypes)):
-        if isinstance(part, bytes):
+        if isinstance(part, memoryview):
             writer.stream.write(part)
         elif part is None:
             writer.storage(stored, boxes, below)
@@ -126,7 +126,7 @@ def dump_metadata(
     return writer.stream.getvalue()
 
 
-def _outer(base: DcpMetadata, keys: list[str], dtypes: Mapping[str, torch.dtype]) -> bytes:
+def _outer(base: DcpMetadata, keys: list[str], dtypes: Mapping[str, torch.dtype]) -> memoryview:
     """All of it, with marks where chunks and what is stored belong; without its beginning."""
     # Not above: they take as long to import as torch, and who only reads needs none of them.
     from torch.distributed.checkpoint.metadata import (
@@ -150,10 +150,11 @@ def _outer(base: DcpMetadata, keys: list[str], dtypes: Mapping[str, torch.dtype]
         mark: Any = f"{_CHUNKS}{number:08d}"
         entries[key] = TensorStorageMetadata(properties, torch.Size(tensor.shape), mark)
     output = Metadata(entries)
-    kept = set(keys)
     if base.planner_data is not None:
+        kept = set(keys)
         output.planner_data = {k: v for k, v in base.planner_data.items() if k in kept}
     if base.original_shapes is not None:
+        kept = set(keys)
         output.mcore_data = {  # type: ignore[attr-defined]
             key: {} if shape is None else {ORIGINAL_SHAPE: shape}
             for key, shape in base.original_shapes.items()
@@ -164,16 +165,16 @@ def _outer(base: DcpMetadata, keys: list[str], dtypes: Mapping[str, torch.dtype]
     return _plain(output)
 
 
-def _plain(value: Any) -> bytes:
+def _plain(value: Any) -> memoryview:
     """The opcodes that make a value and remember nothing of it."""
     stream = io.BytesIO()
     pickler = pickle.Pickler(stream, protocol=3)  # one without frames
     pickler.fast = True
     pickler.dump(value)
-    return stream.getvalue()[2:-1]
+    return memoryview(stream.getvalue())[2:-1]
 
 
-def _parts(outer: bytes) -> Iterator[bytes | int | None]:
+def _parts(outer: memoryview) -> Iterator[memoryview | int | None]:
     """Bytes as they are; the number of a key whose chunks follow; None where all storage does."""
     at = 0
     for found in _MARK.finditer(outer):
@@ -181,7 +182,7 @@ def _parts(outer: bytes) -> Iterator[bytes | int | None]:
         yield int(found[1]) if found[1] is not None else None
         at = found.end()
     yield outer[at:]
-    yield pickle.STOP
+    yield memoryview(pickle.STOP)
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,12 +227,12 @@ class _Writer:
     def __init__(self, keys: list[str], files: set[str], dimensions: set[int]) -> None:
         self.stream = io.BytesIO()
         self.stream.write(pickle.PROTO + b"\x04")
-        self._memo: dict[tuple[str, str], int] = {}
+        self._memo: dict[str, int] = {}
         self._files: dict[int, np.ndarray] = {}
         # The first that are remembered are short to refer to.
         self._templates = {many: self._made(many) for many in (None, *sorted(dimensions))}
         for text in (*keys, *sorted(files)):
-            self._remembered("text", text)
+            self._remembered(text)
 
     def chunks(self, offsets: np.ndarray, sizes: np.ndarray) -> None:
         """The list of a tensor's chunks, of shape `[chunks, dimensions]`."""
@@ -248,7 +249,7 @@ class _Writer:
         self.stream.write(b"}")
         objects = [array("q") for _ in range(4)]
         for key, where in stored.items():
-            texts = [np.full(len(where.file), self._memo["text", key]), self._named(where, below)]
+            texts = [np.full(len(where.file), self._memo[key]), self._named(where, below)]
             if key not in boxes:
                 of_one = (*texts, where.starts, where.lengths)
                 for column, numbers in zip(objects, of_one, strict=True):
@@ -267,7 +268,7 @@ class _Writer:
         table = self._files.get(id(where.files))
         if table is None:
             names = (name.removeprefix(below) for name in where.files)
-            table = np.array([self._memo["text", name] for name in names], dtype=np.int64)
+            table = np.array([self._memo[name] for name in names], dtype=np.int64)
             self._files[id(where.files)] = table
         numbers: np.ndarray = table[where.file]
         return numbers
@@ -293,8 +294,8 @@ class _Writer:
         high = torch.Size(range(_NUMBER + many, _NUMBER + 2 * many))
         index = MetadataIndex(_TEXT + "0", None if dimensions is None else low)
         info = _StorageInfo(_TEXT + "1", _NUMBER + many, _NUMBER + many + 1)
-        chunk = self._template(_plain(ChunkStorageMetadata(low, high)), 0)
-        return chunk, self._template(_plain(index) + _plain(info), 2)
+        chunk = self._template(bytes(_plain(ChunkStorageMetadata(low, high))), 0)
+        return chunk, self._template(bytes(_plain(index)) + bytes(_plain(info)), 2)
 
     def _template(self, code: bytes, references: int) -> _Template:
         """A template of some opcodes: what is remembered is referred to, stand-ins are gaps."""
@@ -303,12 +304,12 @@ class _Writer:
             pickletools.genops(code + pickle.STOP)
         ):
             if op.name == "GLOBAL":
-                around[-1] += self._reference(*str(value).split(" "))
+                around[-1] += self._reference(_CLASS + str(value))
             elif op.name == "BINUNICODE" and str(value).startswith(_TEXT):
                 columns.append(int(str(value).removeprefix(_TEXT)))
                 around.append(bytearray())
             elif op.name == "BINUNICODE":
-                around[-1] += self._reference("text", str(value))
+                around[-1] += self._reference(str(value))
             elif isinstance(value, int) and value >= _NUMBER:
                 columns.append(references + value - _NUMBER)
                 around.append(bytearray())
@@ -316,20 +317,20 @@ class _Writer:
                 around[-1] += code[at:following]
         return _Template(tuple(map(bytes, around)), tuple(columns), references)
 
-    def _reference(self, module: str, name: str) -> bytes:
-        """The opcode that asks for a class, or a `text`."""
-        number = self._remembered(module, name)
+    def _reference(self, name: str) -> bytes:
+        """The opcode that asks for a text, or a class."""
+        number = self._remembered(name)
         return b"h" + bytes([number]) if number < 256 else b"j" + number.to_bytes(4, "little")
 
-    def _remembered(self, module: str, name: str) -> int:
-        """The number of a class, or of a `text`."""
-        number = self._memo.get((module, name))
+    def _remembered(self, name: str) -> int:
+        """The number of a text; or of a class, whose module and name come after `_CLASS`."""
+        number = self._memo.get(name)
         if number is None:
-            number = self._memo[module, name] = len(self._memo)
+            number = self._memo[name] = len(self._memo)
             data = name.encode()
             said = b"X" + len(data).to_bytes(4, "little") + data
-            if module != "text":
-                said = f"c{module}\n{name}\n".encode()
+            if name.startswith(_CLASS):
+                said = b"c" + "\n".join([*name.removeprefix(_CLASS).split(" "), ""]).encode()
             self.stream.write(said + pickle.MEMOIZE + pickle.POP)
         return number
 
