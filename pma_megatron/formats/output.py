@@ -200,6 +200,7 @@ class OutputLayout:
         described: what its model card says; None for what has no such card.
         notes: sentences for the user: what is carried, and what is not.
         absent_bytes: of small files that this rank has not.
+        base_shards: the base's files of items, all of them; empty where the format does not say.
     """
 
     files: Mapping[str, int]
@@ -215,6 +216,7 @@ class OutputLayout:
     described: Described | None = None
     notes: tuple[str, ...] = ()
     absent_bytes: int = 0
+    base_shards: frozenset[str] = frozenset()
 
     @property
     def nbytes(self) -> int:

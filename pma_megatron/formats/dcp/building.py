@@ -6,7 +6,7 @@ Items that keep all their bytes are copied as they are; items with new payloads 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
@@ -38,6 +38,7 @@ class Shards:
         places: base payload -> where its new bytes go.
         stored: key -> where its chunks are stored now; of keys that the output has.
         dtypes: keys of tensors that have another dtype in the output, and which.
+        of_base: the base's shard files, those included of which nothing is left.
     """
 
     sizes: dict[str, int]
@@ -45,6 +46,7 @@ class Shards:
     places: Places
     stored: Mapping[str, Stored]
     dtypes: Mapping[str, torch.dtype]
+    of_base: frozenset[str]
 
 
 def lay_out_shards(
@@ -72,7 +74,7 @@ def lay_out_shards(
     build.gather()
     build.find_new()
     build.find_edited(edited)
-    return build.finished()
+    return replace(build.finished(), of_base=_files(tensors.values(), objects.values()))
 
 
 @dataclass(slots=True)
@@ -119,9 +121,7 @@ class _Build:
         chunks = [pieces for pieces in every if isinstance(pieces, StoredPieces)]
         assert len(chunks) == len(self.tensors)  # as `.metadata` says them
         of_objects = [*self.objects.values()]
-        used = {item.file for item in of_objects}
-        used |= {pieces.files[n] for pieces in chunks for n in np.unique(pieces.file)}
-        self.names = tuple(sorted(used))
+        self.names = tuple(sorted(_files(self.tensors.values(), of_objects)))
         file_of = self.file_of = {name: number for number, name in enumerate(self.names)}
         self.file = _joined(
             [self._numbers(pieces.files)[pieces.file] for pieces in chunks],
@@ -215,7 +215,9 @@ class _Build:
         }
         rows |= {key: (row, row + 1) for row, key in enumerate(self.objects, int(self.bounds[-1]))}
         stored = StoredRows(Stored(self.names, self.file, starts, lengths), rows)
-        return Shards(sizes, items, Places(items, places), stored, self._dtypes())
+        return Shards(
+            sizes, items, Places(items, places), stored, self._dtypes(), frozenset(self.names)
+        )
 
     def _dtypes(self) -> dict[str, torch.dtype]:
         keys = [*self.tensors]
@@ -280,6 +282,15 @@ class _Build:
             found = self.kinds[sizes, dtype] = len(self.made)
             self.made.append(Kind(skeleton, dtype, numel))
         return found
+
+
+def _files(tensors: Iterable[Tensor], objects: Iterable[Item]) -> frozenset[str]:
+    """Where they are."""
+    found = {item.file for item in objects}
+    for pieces in (tensor.pieces for tensor in tensors):
+        if isinstance(pieces, StoredPieces):
+            found |= {pieces.files[number] for number in np.unique(pieces.file)}
+    return frozenset(found)
 
 
 def _at(build: _Build, row: int, length: int) -> Item:

@@ -38,6 +38,7 @@ def output_layout(path: str, changes: Changes) -> OutputLayout:
         files=shards.sizes,
         items=shards.items,
         places=shards.places,
+        base_shards=shards.of_base,
         small_files=small,
         last_file=next(reversed(small)),
     )

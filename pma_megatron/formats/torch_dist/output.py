@@ -44,6 +44,7 @@ def output_layout(base: TorchDistCheckpoint, changes: Changes) -> OutputLayout:
         files=shards.sizes,
         items=shards.items,
         places=shards.places,
+        base_shards=shards.of_base,
         small_files=_small_files(base, changes, shards),
         last_file=CONFIG_FILE,
         digests=INTEGRITY if (base.path / INTEGRITY.file).is_file() else None,

@@ -152,7 +152,8 @@ def laid_out(save: Save, known: Format, layout: OutputLayout) -> tuple[OutputLay
     Raises:
         OSError: the folder cannot be read.
     """
-    shards = {item.file for item in known.items(save.checkpoint)} | set(layout.small_files)
+    items = layout.base_shards or {item.file for item in known.items(save.checkpoint)}
+    shards = {*items, *layout.small_files}
     own = save.trainer.side_files if save.trainer is not None else ()
     rules: tuple[SideRule, ...] = (*own, *known.side_files)
     if save.inside:
