@@ -20,10 +20,11 @@ from pma_megatron.version import __version__
 
 MARKER_FILE = "pma.json"
 SEAL_FILE = f"{MARKER_FILE}.sha256"
+OWN_FILES = frozenset({MARKER_FILE, SEAL_FILE})
+"""They describe the other files, so what is made of a checkpoint gets its own."""
 UPLOADING_FILE = ".pma-uploading"
 """Lies in the folder of an output in an object store until all of it is there."""
-OWN_FILES = frozenset({MARKER_FILE, SEAL_FILE, UPLOADING_FILE})
-"""They describe the other files, so what is made of a checkpoint gets its own."""
+NOT_CONTENT = OWN_FILES | {UPLOADING_FILE}
 SNAPSHOTS = "pma_snapshots"
 """Folder below a run's --save that holds its thin snapshots, `iter_*` each."""
 SNAPSHOT = "snapshot"

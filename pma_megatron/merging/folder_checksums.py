@@ -25,7 +25,7 @@ from pma_megatron.formats import registry
 from pma_megatron.formats.base import Item
 from pma_megatron.formats.items import ItemFiles
 from pma_megatron.formats.manifest import FileSum, Sums
-from pma_megatron.formats.marker import OWN_FILES
+from pma_megatron.formats.marker import NOT_CONTENT
 from pma_megatron.formats.trainers.saves import published_as
 from pma_megatron.storage.paths import path_of
 
@@ -59,7 +59,7 @@ def listing(folder: Path) -> dict[str, int]:
         for name in (*files, *(f for f in folders if (path_of(here) / f).is_symlink())):
             path = path_of(here) / name
             relative = path.relative_to(folder).as_posix()
-            if relative not in OWN_FILES:
+            if relative not in NOT_CONTENT:
                 try:
                     found[relative] = path.stat().st_size
                 except OSError as error:

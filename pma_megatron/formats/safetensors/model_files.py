@@ -17,7 +17,7 @@ from pathlib import Path
 from pma_megatron.base.openfiles import passing, read_source_file
 from pma_megatron.base.spelling import first_few
 from pma_megatron.errors import CheckpointError
-from pma_megatron.formats.marker import OWN_FILES
+from pma_megatron.formats.marker import NOT_CONTENT
 from pma_megatron.formats.names import plain_name
 from pma_megatron.formats.safetensors.config import CONFIG_FILE
 
@@ -137,7 +137,7 @@ def _is_looked_at(path: Path, *, implicit: bool) -> bool:
     name = path.name
     if name.startswith(".") or passing(path) or name.endswith((*WEIGHTS, ".index.json")):
         return False
-    if name in (CONFIG_FILE, CARD_FILE, *OWN_FILES, *OF_A_RUN):
+    if name in (CONFIG_FILE, CARD_FILE, *NOT_CONTENT, *OF_A_RUN):
         return False
     return not implicit or _matches(name, BESIDE_A_CHECKPOINT)
 
