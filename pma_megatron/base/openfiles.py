@@ -214,11 +214,10 @@ Content = bytes | OnceBytes
 def read_source_once(path: Path, limit: int = MAX_SMALL_BYTES) -> Content:
     """`read_source_file` for who goes through it once; raises as that does."""
     try:
-        descriptor = open_source(path)
-        with os.fdopen(descriptor, "rb", buffering=0) as stream:
-            nbytes = os.fstat(descriptor).st_size
-            if not _BEHIND_BYTES < nbytes <= limit:
-                return read_source_file(path, limit)
+        if not _BEHIND_BYTES < path.stat().st_size <= limit:
+            return read_source_file(path, limit)
+        with os.fdopen(open_source(path), "rb", buffering=0) as stream:
+            nbytes = os.fstat(stream.fileno()).st_size
             content = OnceBytes(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             with memoryview(content) as view:
                 done = 0

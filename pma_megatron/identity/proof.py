@@ -118,9 +118,16 @@ class Strangers:
     evidence: list[Evidence] = field(default_factory=list)
     _held: Values = field(default_factory=Values.none)
     _signs: list[tuple[str | None, str | None]] = field(default_factory=list)
+    _failed: Exception | None = None
 
     def add(self, evidence: Evidence) -> None:
-        """The next one, from the oldest on."""
+        """The next one, from the oldest on. It raises nothing: other ranks do not wait for that."""
+        try:
+            self._add(evidence)
+        except Exception as error:  # `refuse` raises it, where all ranks are told
+            self._failed = self._failed or error
+
+    def _add(self, evidence: Evidence) -> None:
         number = len(self.evidence)
         # Files of another model differ for another reason, which the plan names.
         alike = number > 0 and evidence.model == self.evidence[-1].model
@@ -145,6 +152,8 @@ class Strangers:
             CheckpointError: two contradict each other, or are one; names both.
         """
         refuse_contradictions(self.refs)
+        if self._failed is not None:
+            raise self._failed
         each = self.evidence
         refuse_copies([e.contents for e in each], lambda n: each[n].schedule.learning_rate)
         counted = refuse_other_steps(self.refs, [e.steps for e in each])

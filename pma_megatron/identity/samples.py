@@ -158,7 +158,8 @@ def _columns(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Per piece: number of its file, bytes, rank by its offsets."""
     if isinstance(pieces, StoredPieces):
-        used = {number: files.number(pieces.files[number]) for number in np.unique(pieces.file)}
+        there = np.unique(pieces.file).tolist()  # of Python's integers: those of numpy wrap around
+        used = {number: files.number(pieces.files[number]) for number in there}
         table = np.zeros(max(used, default=0) + 1, dtype=np.int64)
         for number, known in used.items():
             table[number] = known

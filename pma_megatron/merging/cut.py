@@ -153,7 +153,8 @@ class _Cut:
             element = np.zeros(len(lead), dtype=np.int64)
         else:
             boxes = [piece.box.sizes for piece in lead]
-            sizes = np.array(boxes, dtype=np.int64).reshape(len(boxes), -1)
+            dimensions = len(boxes[0]) if boxes else 0
+            sizes = np.array(boxes, dtype=np.int64).reshape(len(boxes), dimensions)
             items = [piece.payload.item for piece in lead]
             file = np.array([self._file(item.file) for item in items], dtype=np.int64)
             offset = np.array([item.offset for item in items], dtype=np.int64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,6 +19,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.dcp.metadata import parse
 from pma_megatron.formats.dcp.metadata_writer import Stored, dump_metadata
 
@@ -107,3 +109,11 @@ def test_dropped_keys_and_other_dtypes_are_said_and_scalars_have_a_chunk() -> No
     assert read.state_dict_metadata["scalar"] == wanted.state_dict_metadata["scalar"]
     assert read.storage_data[index] == wanted.storage_data[index]
     assert len(read.storage_data) == 3
+
+
+def test_a_path_cannot_stand_for_what_is_filled_in() -> None:
+    for part in ("\0storage", "\0chunks 00000000"):
+        wanted = metadata_of({"a": [2]}, [])
+        wanted.planner_data = {"a": ("a", part)}
+        with pytest.raises(CheckpointError, match="a path of names"):
+            parse(pickle.dumps(wanted), "a")

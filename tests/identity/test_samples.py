@@ -50,9 +50,9 @@ def source_of(files: int, tensors: int = 12) -> Source:
     )
 
 
-@pytest.mark.parametrize(("files", "per_file"), [(1, 3), (7, 3), (1000, 3), (3000, 1)])
+@pytest.mark.parametrize(("files", "per_file"), [(1, 3), (7, 3), (256, 3), (1000, 3), (3000, 1)])
 def test_every_file_is_looked_at_the_largest_pieces_first(files: int, per_file: int) -> None:
-    source = source_of(files, tensors=12 if files < 1000 else 400)
+    source = source_of(files, tensors=12 if files < 100 else 400)
     inventory = Inventory(source)
     found = inventory.largest(lambda state, *_: state != WEIGHT)
     expected: dict[str, list[tuple[int, str, str, tuple[int, ...]]]] = defaultdict(list)

@@ -82,6 +82,7 @@ class _Build:
     """Rows, one per chunk and object, in the order of the keys.
 
     Attributes:
+        chunks: of the tensors, by their numbers.
         names: of files, sorted.
         file_of: number of a file by its name.
         lists: see `_numbers`.
@@ -97,6 +98,7 @@ class _Build:
     tensors: Mapping[str, Tensor]
     objects: Mapping[str, Item]
     changes: Changes
+    chunks: list[StoredPieces] = field(default_factory=list)
     names: tuple[str, ...] = ()
     file_of: dict[str, int] = field(default_factory=dict)
     lists: dict[int, tuple[tuple[str, ...], np.ndarray]] = field(default_factory=dict)
@@ -118,7 +120,7 @@ class _Build:
     def gather(self) -> None:
         """The rows, and their order in the files."""
         every = (tensor.pieces for tensor in self.tensors.values())
-        chunks = [pieces for pieces in every if isinstance(pieces, StoredPieces)]
+        chunks = self.chunks = [pieces for pieces in every if isinstance(pieces, StoredPieces)]
         assert len(chunks) == len(self.tensors)  # as `.metadata` says them
         of_objects = [*self.objects.values()]
         self.names = tuple(sorted(_files(self.tensors.values(), of_objects)))
@@ -259,8 +261,7 @@ class _Build:
     def _sizes(self, row: int) -> tuple[int, ...]:
         """Of the chunk in a row."""
         owner = int(self.owner[row])
-        pieces = [*self.tensors.values()][owner].pieces
-        assert isinstance(pieces, StoredPieces)
+        pieces = self.chunks[owner]
         return tuple(pieces.sizes[row - int(self.bounds[owner])].tolist())
 
     def _kinds_of(self, sizes: np.ndarray, dtype: torch.dtype) -> np.ndarray:

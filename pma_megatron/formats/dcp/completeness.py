@@ -111,6 +111,8 @@ def _ends(every: Sequence[Sequence[Piece[Payload]]]) -> Iterator[Item]:
     for found in of_list.values():
         file = np.concatenate([pieces.file.astype(np.int64) for pieces in found])
         order = np.lexsort((np.concatenate([p.starts.astype(np.int64) for p in found]), file))
+        if not len(order):
+            continue
         begins = np.flatnonzero(np.diff(file[order], prepend=-1))
         ends = np.append(begins[1:], len(order)) - 1
         bounds = np.cumsum([0, *map(len, found)])

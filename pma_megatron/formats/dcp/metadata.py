@@ -262,9 +262,14 @@ def _planner_data(value: Any, what: str) -> dict[str, tuple[str | int, ...]] | N
         return None
     found = dictionary(value, what)
     for key, path in found.items():
-        if type(path) is not tuple or not all(type(part) in (str, int) for part in path):
+        if type(path) is not tuple or not all(map(_is_part, path)):
             raise wrong(f"{what} of {brief(key)}", "a path of names and numbers", path)
     return found
+
+
+def _is_part(part: Any) -> bool:
+    """A NUL byte is in no name, and stands for something else where `.metadata` is written."""
+    return type(part) is int or (type(part) is str and "\0" not in part)
 
 
 def _original_shapes(value: Any, what: str) -> dict[str, tuple[int, ...] | None] | None:

@@ -350,7 +350,8 @@ def refuse_shared(of_tensors: Sequence[StoredPieces], objects: Sequence[Item], w
     )
     order = np.lexsort((length, start, file))
     file, start, end = file[order], start[order], (start + length)[order]
-    shared = (file[1:] == file[:-1]) & (start[1:] < end[:-1])
+    begins = (start[1:] < end[:-1]) | (start[1:] == start[:-1])  # one of no bytes is a place too
+    shared = (file[1:] == file[:-1]) & begins
     for place in np.flatnonzero(shared)[:1]:
         name = sorted(names)[file[place]]
         raise CheckpointError(
