@@ -133,6 +133,7 @@ def _made(
         wanted = wanted if before is None else before.stagings(wanted)
         # Again, now that no other job can publish there, and what a killed one left is put right.
         comm.on_main("refuse", lambda: targets.refuse(plan, wanted))
+        comm.on_main("refuse", lambda: uploading.refuse_claimed_by_others(wanted))
         there = comm.on_main("refuse", lambda: targets.already(plan, wanted))
         stack.enter_context(_saying_what_is_published(wanted))
         stamps = publish.stamps(wanted)
@@ -149,8 +150,8 @@ def _made(
         checks = tuple(_checked(plan, target, target in todo, comm) for target in wanted)
         clock.lap("verify")
         verified += [target for target in todo if in_store(target.final)]
-        uploading.upload(plan, todo, comm, show)
-        comm.on_main("publish", lambda: _publish(plan, todo, comm))
+        begun = uploading.upload(plan, todo, comm, show)
+        comm.on_main("publish", lambda: _publish(plan, todo, begun, comm))
         clock.lap("publish")
     return filled, checks
 
@@ -345,13 +346,21 @@ def _sync(writers: Sequence[FolderWriters], comm: Comm) -> None:
         writer.close()
 
 
-def _publish(plan: MergePlan, wanted: tuple[Target, ...], comm: Comm) -> None:
+def _publish(
+    plan: MergePlan,
+    wanted: tuple[Target, ...],
+    begun: Mapping[Target, uploading.Upload],
+    comm: Comm,
+) -> None:
     point("publish", comm.rank)
     for target in wanted:
         back = None
         if target.folder is Folder.CHECKPOINT:
             back = moves_back(plan.sources[-1].format, target.final, plan.iteration)
-        (uploading.complete if in_store(target.final) else publish.publish)(plan, target)
+        if in_store(target.final):
+            uploading.complete(plan, target, begun)
+        else:
+            publish.publish(plan, target)
         if back is not None:
             _log.warning(back)
         _log.debug("published %s", target.final)
