@@ -34,7 +34,7 @@ from pma_megatron.merging import (
 from pma_megatron.merging.cards import cards
 from pma_megatron.merging.carrying import carry, sha256_of
 from pma_megatron.merging.exporting import refuse_nested
-from pma_megatron.merging.leftovers import removed
+from pma_megatron.merging.leftovers import removed, unfinished
 from pma_megatron.merging.planning import MergePlan, make_plan
 from pma_megatron.merging.publish import Target
 from pma_megatron.merging.report import MergeReport, describe_plan
@@ -196,10 +196,16 @@ def _saying_what_is_published(wanted: Sequence[Target]) -> Iterator[None]:
         yield
     except (PmaError, Stopped) as error:
         now = publish.stamps(wanted)
-        names = {str(t.final): new != old for t, new, old in zip(wanted, now, before, strict=True)}
+        both = zip(wanted, before, now, strict=True)
+        names = {str(t.final): _is_published(t, old, new) for t, old, new in both}
         error.published = tuple(name for name, is_new in names.items() if is_new)
         error.unpublished = tuple(name for name, is_new in names.items() if not is_new)
         raise
+
+
+def _is_published(target: Target, old: publish.Stamp | None, new: publish.Stamp | None) -> bool:
+    """Whether this job did; one in a store that bears the sign of an upload is not there yet."""
+    return old != new and not (in_store(target.final) and unfinished(target))
 
 
 @holding()
@@ -346,12 +352,7 @@ def _sync(writers: Sequence[FolderWriters], comm: Comm) -> None:
         writer.close()
 
 
-def _publish(
-    plan: MergePlan,
-    wanted: tuple[Target, ...],
-    begun: Mapping[Target, uploading.Upload],
-    comm: Comm,
-) -> None:
+def _publish(plan: MergePlan, wanted: Sequence[Target], begun: uploading.Begun, comm: Comm) -> None:
     point("publish", comm.rank)
     for target in wanted:
         back = None
@@ -386,7 +387,9 @@ def _leave(
     pending: list[Target] = []
     if cut_off and journal.has_lines(wanted[0].journal):
         both = zip(wanted, before, publish.stamps(wanted), strict=True)
-        pending = [t for t, old, new in both if old == new and t.staging.exists()]
+        pending = [
+            t for t, old, new in both if not _is_published(t, old, new) and t.staging.exists()
+        ]
     publish.discard([target for target in wanted if target not in pending])
     if not pending:
         removed(wanted[0].journal)

@@ -22,7 +22,7 @@ from pma_megatron.base.comm import Comm
 from pma_megatron.base.faults import point
 from pma_megatron.base.openfiles import read_source_file
 from pma_megatron.base.spelling import first_few, named, switch
-from pma_megatron.errors import CheckpointError, PublishError, VerifyError
+from pma_megatron.errors import CheckpointError, PublishError, SelectionError, VerifyError
 from pma_megatron.formats import registry
 from pma_megatron.formats.holding import MARKERS
 from pma_megatron.formats.manifest import read_marker
@@ -56,6 +56,10 @@ class Upload:
     files: Mapping[str, int]
     versions: dict[str, str]
     claim: Claim | None
+
+
+Begun = Mapping[Target, Upload]
+"""What is on its way, by its target."""
 
 
 def refuse_unseen(wanted: Sequence[Target], comm: Comm) -> None:
@@ -182,7 +186,7 @@ def _begin(
 
 
 def _upload_share(
-    plan: MergePlan, target: Target, begun: Mapping[Target, Upload], comm: Comm, show: Show
+    plan: MergePlan, target: Target, begun: Begun, comm: Comm, show: Show
 ) -> dict[str, str]:
     files = begun[target].files
     later = set(held_back(plan.layouts[target.folder], list(files)))
@@ -193,11 +197,7 @@ def _upload_share(
 
 
 def _put_all(
-    target: Target,
-    files: Mapping[str, int],
-    begun: Mapping[Target, Upload],
-    comm: Comm,
-    progress: Progress,
+    target: Target, files: Mapping[str, int], begun: Begun, comm: Comm, progress: Progress
 ) -> dict[str, str]:
     """Put some files; returns what the store calls them."""
     versions: dict[str, str] = {}
@@ -230,7 +230,7 @@ def _put(store: Store, key: str, target: Target, name: str, nbytes: int) -> str:
     return store.put_file(f"{key}/{name}", path) or ""
 
 
-def _renew(begun: Mapping[Target, Upload]) -> None:
+def _renew(begun: Begun) -> None:
     """Say again that this job lives, at every target."""
     for target, each in begun.items():
         if each.claim is not None:
@@ -249,7 +249,7 @@ def _share(files: dict[str, int], rank: int, ranks: int) -> list[str]:
     return mine
 
 
-def complete(plan: MergePlan, target: Target, begun: Mapping[Target, Upload]) -> None:
+def complete(plan: MergePlan, target: Target, begun: Begun) -> None:
     """Compare what is there, put the files that make it whole, and the trackers (rank 0 only).
 
     Raises:
@@ -276,7 +276,8 @@ def complete(plan: MergePlan, target: Target, begun: Mapping[Target, Upload]) ->
         point("upload_end", 0)
         own.check(store)
         store.delete([f"{key}/{UPLOADING_FILE}"])
-        path_of(target.final, again=True)
+        with contextlib.suppress(SelectionError):  # it is there, whether that is listed or not
+            path_of(target.final, again=True)
     removed(target.staging)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from pma_megatron.base.openfiles import Files, SourceStream, open_source, read_source_file
+from pma_megatron.base.openfiles import Files, SourceStream, open_source, read_source_file, unread
 from pma_megatron.errors import UsageError
 from pma_megatron.storage import contents, spool
 from pma_megatron.storage.addresses import Address, opened
@@ -324,6 +324,18 @@ def test_spools_of_other_hosts_and_those_in_the_making_stay(spools: Path) -> Non
     assert {path.name for path in spools.iterdir()} == {*names, made.folder.name}
     for name in names:
         (spools / name / "lock").unlink()
+
+
+def test_what_was_replaced_after_it_was_listed_is_waited_for(store: Store) -> None:
+    """No retention took it, as from a disk."""
+    store.put("runs/7b/a", b"hello")
+    file = path_of(RUN) / "a"
+    store.put("runs/7b/a", b"HELLO")
+    with pytest.raises(OSError, match="replaced") as caught:
+        file.read_bytes()
+    said = str(unread(file, caught.value))
+    assert "replaced" in said and "wait for the save" in said and "retention" not in said
+    assert "retention" in str(unread("/ckpts/a", caught.value))
 
 
 def test_addresses() -> None:

@@ -161,6 +161,34 @@ def test_an_upload_that_fails_is_gone_on_with(
     assert payloads(got("averages", tmp_path / "copy")) == payloads(expected)
 
 
+@pytest.mark.parametrize("operation", ["put", "delete"])
+def test_a_failure_after_the_marker_is_up_is_gone_on_with(
+    dense_run: Path, expected: Path, bucket: str, monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, got: Got, operation: str,
+) -> None:  # fmt: skip
+    """Of the tracker, or of the removal of the sign."""
+    save, whole = f"s3://{bucket}/averages", getattr(ObjectStore, operation)
+
+    def fails(self: ObjectStore, keys: Any, *given: Any, **how: Any) -> Any:
+        asked = [keys] if isinstance(keys, str) else list(keys)
+        tracker = any(key.endswith(TRACKER) for key in asked)
+        if tracker or (operation == "delete" and asked == [SIGN]):
+            broken()
+        return whole(self, keys if isinstance(keys, str) else asked, *given, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ObjectStore, operation, fails)
+        with pytest.raises(PublishError, match="the line went dead") as caught:
+            merge(request(dense_run, save))
+    assert caught.value.published == () and caught.value.kept is not None
+    assert [ref.complete for ref in list_checkpoints(save)] == [False]
+    report = merge(request(dense_run, save))
+    assert report.reused["units"] > 0
+    copy = got("averages", tmp_path / "copy")
+    assert payloads(copy) == payloads(expected) and (copy / TRACKER).read_text() == "8"
+    assert not list(copy.rglob(UPLOADING_FILE))
+
+
 def broken(*_: object) -> None:
     raise OSError(5, "the line went dead")
 
