@@ -123,7 +123,7 @@ def begin(plan: MergePlan, target: Target, files: Mapping[str, int]) -> Claim:
         ours = {*files, *_known_before(target, before or {})}
         made = claim(store, sign, work, {"files": sorted(ours)})
         there = [each.key.removeprefix(f"{key}/") for each in store.listed(f"{key}/")]
-        there.remove(UPLOADING_FILE)
+        there = [name for name in there if name != UPLOADING_FILE]
         if made.new and there and not plan.request.overwrite:
             store.delete([sign])
             raise PublishError(

@@ -45,7 +45,7 @@ def _refuse_shared(base: Path) -> None:
         raise UsageError(
             f"{base} is not a folder that only you can use (owner {found.st_uid}, mode "
             f"{stat.filemode(found.st_mode)}): others could put bytes there in place of a "
-            f"checkpoint's. Set {VARIABLE} to a folder of yours, or remove it"
+            f"checkpoint's. Set {VARIABLE} to a folder of yours, or remove that one"
         )
 
 
