@@ -43,7 +43,7 @@ INSIDE = {
     """,
     "storage": """
         protocol
-        contents object_store posix
+        claims contents folders object_store posix
         addresses
         spool
         paths

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pma_megatron.errors import CheckpointError, SelectionError
-from pma_megatron.storage.paths import open_content
+from pma_megatron.storage.paths import in_store, open_content
 from pma_megatron.storage.spool import active, present
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -244,6 +244,8 @@ def digest_source_file(path: Path, digest: Any) -> None:
 def unread(path: Path | str, error: OSError) -> CheckpointError:
     """A file of a checkpoint could not be read: why, and what to do, which differ by the reason."""
     why = _REASONS.get(error.errno or 0, "its storage failed: look at the mount, then run again")
+    if error.errno == errno.ESTALE and in_store(path):
+        why = "wait for the save there to end, then run again"
     instead = ", or exclude this checkpoint" if error.errno in _ITS else ""
     return CheckpointError(f"{path} could not be read ({error.strerror}): {why}{instead}")
 

@@ -34,7 +34,7 @@ from pma_megatron.merging import (
 from pma_megatron.merging.cards import cards
 from pma_megatron.merging.carrying import carry, sha256_of
 from pma_megatron.merging.exporting import refuse_nested
-from pma_megatron.merging.leftovers import removed
+from pma_megatron.merging.leftovers import removed, unfinished
 from pma_megatron.merging.planning import MergePlan, make_plan
 from pma_megatron.merging.publish import Target
 from pma_megatron.merging.report import MergeReport, describe_plan
@@ -133,6 +133,7 @@ def _made(
         wanted = wanted if before is None else before.stagings(wanted)
         # Again, now that no other job can publish there, and what a killed one left is put right.
         comm.on_main("refuse", lambda: targets.refuse(plan, wanted))
+        comm.on_main("refuse", lambda: uploading.refuse_claimed_by_others(wanted))
         there = comm.on_main("refuse", lambda: targets.already(plan, wanted))
         stack.enter_context(_saying_what_is_published(wanted))
         stamps = publish.stamps(wanted)
@@ -149,8 +150,8 @@ def _made(
         checks = tuple(_checked(plan, target, target in todo, comm) for target in wanted)
         clock.lap("verify")
         verified += [target for target in todo if in_store(target.final)]
-        uploading.upload(plan, todo, comm, show)
-        comm.on_main("publish", lambda: _publish(plan, todo, comm))
+        begun = uploading.upload(plan, todo, comm, show)
+        comm.on_main("publish", lambda: _publish(plan, todo, begun, comm))
         clock.lap("publish")
     return filled, checks
 
@@ -195,10 +196,16 @@ def _saying_what_is_published(wanted: Sequence[Target]) -> Iterator[None]:
         yield
     except (PmaError, Stopped) as error:
         now = publish.stamps(wanted)
-        names = {str(t.final): new != old for t, new, old in zip(wanted, now, before, strict=True)}
+        both = zip(wanted, before, now, strict=True)
+        names = {str(t.final): _is_published(t, old, new) for t, old, new in both}
         error.published = tuple(name for name, is_new in names.items() if is_new)
         error.unpublished = tuple(name for name, is_new in names.items() if not is_new)
         raise
+
+
+def _is_published(target: Target, old: publish.Stamp | None, new: publish.Stamp | None) -> bool:
+    """Whether this job did; one in a store that bears the sign of an upload is not there yet."""
+    return old != new and not (in_store(target.final) and unfinished(target))
 
 
 @holding()
@@ -345,13 +352,16 @@ def _sync(writers: Sequence[FolderWriters], comm: Comm) -> None:
         writer.close()
 
 
-def _publish(plan: MergePlan, wanted: tuple[Target, ...], comm: Comm) -> None:
+def _publish(plan: MergePlan, wanted: Sequence[Target], begun: uploading.Begun, comm: Comm) -> None:
     point("publish", comm.rank)
     for target in wanted:
         back = None
         if target.folder is Folder.CHECKPOINT:
             back = moves_back(plan.sources[-1].format, target.final, plan.iteration)
-        (uploading.complete if in_store(target.final) else publish.publish)(plan, target)
+        if in_store(target.final):
+            uploading.complete(plan, target, begun)
+        else:
+            publish.publish(plan, target)
         if back is not None:
             _log.warning(back)
         _log.debug("published %s", target.final)
@@ -377,7 +387,9 @@ def _leave(
     pending: list[Target] = []
     if cut_off and journal.has_lines(wanted[0].journal):
         both = zip(wanted, before, publish.stamps(wanted), strict=True)
-        pending = [t for t, old, new in both if old == new and t.staging.exists()]
+        pending = [
+            t for t, old, new in both if not _is_published(t, old, new) and t.staging.exists()
+        ]
     publish.discard([target for target in wanted if target not in pending])
     if not pending:
         removed(wanted[0].journal)

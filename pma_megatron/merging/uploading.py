@@ -9,20 +9,20 @@ marker last; trackers; the sign is removed. A kill at any moment leaves nothing 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import PurePosixPath
+from typing import Any
 
 from pma_megatron.base.comm import Comm
 from pma_megatron.base.faults import point
 from pma_megatron.base.openfiles import read_source_file
-from pma_megatron.base.spelling import first_few, named
-from pma_megatron.errors import CheckpointError, PublishError, VerifyError
+from pma_megatron.base.spelling import first_few, named, switch
+from pma_megatron.errors import CheckpointError, PublishError, SelectionError, VerifyError
 from pma_megatron.formats import registry
 from pma_megatron.formats.holding import MARKERS
 from pma_megatron.formats.manifest import read_marker
@@ -32,13 +32,34 @@ from pma_megatron.formats.trainers.saves import save_of
 from pma_megatron.merging.engine import Progress
 from pma_megatron.merging.leftovers import Target, removed
 from pma_megatron.merging.planning import MergePlan
+from pma_megatron.storage.claims import FRESH_S, Claim, ClaimedError, claim, refuse_claimed
 from pma_megatron.storage.paths import in_store, path_of, stored
 from pma_megatron.storage.protocol import Store
 
 Show = Callable[[str, int], AbstractContextManager[Progress]]
 """(stage, total bytes of this rank) -> context that yields a progress callback."""
 _AT_ONCE = 2  # files of a rank, each in parts
+_LOOKED_S = 60.0
 _SHOWN = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """What is on its way to one target.
+
+    Attributes:
+        files: bytes of every staged file, by its name in the folder.
+        versions: what the store called those that were put.
+        claim: that the folder is this job's (rank 0 only).
+    """
+
+    files: Mapping[str, int]
+    versions: dict[str, str]
+    claim: Claim | None
+
+
+Begun = Mapping[Target, Upload]
+"""What is on its way, by its target."""
 
 
 def refuse_unseen(wanted: Sequence[Target], comm: Comm) -> None:
@@ -77,78 +98,144 @@ def held_back(layout: OutputLayout, names: Sequence[str]) -> list[str]:
     return [name for name in ordered if name in names and name not in last] + last
 
 
-def begin(plan: MergePlan, target: Target) -> None:
+def refuse_claimed_by_others(wanted: Sequence[Target]) -> None:
+    """Where another job uploads now, nothing is made first (rank 0 only).
+
+    Raises:
+        PublishError: one does, or the store does not tell.
+    """
+    for target in wanted:
+        if in_store(target.final):
+            with _uploading(target) as (store, key):
+                refuse_claimed(store, f"{key}/{UPLOADING_FILE}", target.staging.name)
+
+
+def begin(plan: MergePlan, target: Target, files: Mapping[str, int]) -> Claim:
     """Say that the folder is not whole, and remove what is replaced (rank 0 only).
 
     Raises:
-        PublishError: the store refuses.
+        PublishError: the store refuses, or another job uploads there.
     """
     layout = plan.layouts[target.folder]
     with _uploading(target) as (store, key):
+        sign, work = f"{key}/{UPLOADING_FILE}", target.staging.name
+        before = refuse_claimed(store, sign, work)
+        ours = {*files, *_known_before(target, before or {})}
+        made = claim(store, sign, work, {"files": sorted(ours)})
         there = [each.key.removeprefix(f"{key}/") for each in store.listed(f"{key}/")]
-        names = list(files_of(target))
-        ours = {*names, *_known_before(target)}
-        said = {"files": sorted(ours), "by": f"process {os.getpid()} on {socket.gethostname()}"}
-        store.put(f"{key}/{UPLOADING_FILE}", json.dumps(said).encode())
+        there = [name for name in there if name != UPLOADING_FILE]
+        if made.new and there and not plan.request.overwrite:
+            store.delete([sign])
+            raise PublishError(
+                f"{target.final} exists by now: another job made it meanwhile. Use "
+                f"{switch('overwrite')} to replace it, or another {named(target.setting)}"
+            )
         point("uploading", 0)
         gone = [name for name in there if name in ours]
         first = [*held_back(layout, gone)] if gone else []
         marks = [name for name in gone if name in first or PurePosixPath(name).name in _MARKS]
         store.delete(f"{key}/{name}" for name in marks)
         store.delete(f"{key}/{name}" for name in gone if name not in marks)
+    return made
 
 
 _MARKS = (MARKER_FILE, SEAL_FILE, *MARKERS, "latest")
 
 
-def _known_before(target: Target) -> set[str]:
+def _known_before(target: Target, said: Mapping[str, Any]) -> set[str]:
     """What was written there by this package, as far as it says so."""
     found: set[str] = set()
-    with contextlib.suppress(CheckpointError, ValueError, KeyError, TypeError):
-        said = json.loads(read_source_file(target.final / UPLOADING_FILE))
+    with contextlib.suppress(KeyError, TypeError):
         found |= {str(name) for name in said["files"]}
     with contextlib.suppress(CheckpointError, VerifyError):
         found |= {*(read_marker(target.final).sums or ()), MARKER_FILE, SEAL_FILE}
     return found
 
 
-def upload(plan: MergePlan, wanted: Sequence[Target], comm: Comm, show: Show) -> None:
+def upload(
+    plan: MergePlan, wanted: Sequence[Target], comm: Comm, show: Show
+) -> dict[Target, Upload]:
     """Put all but what makes it whole where targets in stores are; every rank makes this call.
 
+    Returns:
+        what `complete` needs, on rank 0.
+
     Raises:
-        PublishError: the store refuses.
+        PublishError: the store refuses, or another job uploads there.
     """
+    begun: dict[Target, Upload] = {}
     for target in wanted:
         if not in_store(target.final):
             continue
-        comm.on_main("begin", partial(begin, plan, target))
-        comm.agree("upload", partial(_upload_share, plan, target, comm, show))
+        # One list for all: who sees a file late (NFS) must not leave it out.
+        files = comm.on_main("list", partial(files_of, target))
+        claims: list[Claim] = []
+        comm.agree("begin", partial(_begin, plan, target, files, comm, claims))
+        begun[target] = Upload(files, {}, claims[0] if claims else None)
+        put = comm.agree("upload", partial(_upload_share, plan, target, begun, comm, show))
+        for each in comm.collect(put):
+            begun[target].versions.update(each)
+    return begun
 
 
-def _upload_share(plan: MergePlan, target: Target, comm: Comm, show: Show) -> None:
-    files = files_of(target)
+def _begin(
+    plan: MergePlan, target: Target, files: Mapping[str, int], comm: Comm, claims: list[Claim]
+) -> None:
+    if comm.is_main:
+        claims.append(begin(plan, target, files))
+
+
+def _upload_share(
+    plan: MergePlan, target: Target, begun: Begun, comm: Comm, show: Show
+) -> dict[str, str]:
+    files = begun[target].files
     later = set(held_back(plan.layouts[target.folder], list(files)))
     early = {name: size for name, size in files.items() if name not in later}
     mine = {name: files[name] for name in _share(early, comm.rank, comm.size)}
     with show("upload", sum(mine.values())) as progress:
-        _put_all(target, mine, comm, progress)
+        return _put_all(target, mine, begun, comm, progress)
 
 
-def _put_all(target: Target, files: dict[str, int], comm: Comm, progress: Progress) -> None:
+def _put_all(
+    target: Target, files: Mapping[str, int], begun: Begun, comm: Comm, progress: Progress
+) -> dict[str, str]:
+    """Put some files; returns what the store calls them."""
+    versions: dict[str, str] = {}
     with _uploading(target) as (store, key), ThreadPoolExecutor(_AT_ONCE) as pool:
-        jobs = {
-            pool.submit(store.put_file, f"{key}/{name}", target.staging / name): name
-            for name in files
-        }
+        jobs = {pool.submit(_put, store, key, target, name, files[name]): name for name in files}
+        left = set(jobs)
         try:
-            for done in as_completed(jobs):
-                done.result()
-                progress(files[jobs[done]])
-                comm.moved()
-                point("part", comm.rank)
+            while left:
+                ended, left = wait(left, _LOOKED_S, FIRST_COMPLETED)
+                for done in ended:
+                    versions[jobs[done]] = done.result()
+                    progress(files[jobs[done]])
+                    comm.moved()
+                    point("part", comm.rank)
+                _renew(begun)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+    return versions
+
+
+def _put(store: Store, key: str, target: Target, name: str, nbytes: int) -> str:
+    path = target.staging / name
+    found = path.stat().st_size
+    if found != nbytes:
+        raise PublishError(
+            f"{path} has {found} bytes, and had {nbytes} when it was verified: another process "
+            "changed it, or this machine does not see all of it yet. Run the same command again"
+        )
+    return store.put_file(f"{key}/{name}", path) or ""
+
+
+def _renew(begun: Begun) -> None:
+    """Say again that this job lives, at every target."""
+    for target, each in begun.items():
+        if each.claim is not None:
+            with _uploading(target) as (store, _):
+                each.claim.renew(store)
 
 
 def _share(files: dict[str, int], rank: int, ranks: int) -> list[str]:
@@ -162,43 +249,59 @@ def _share(files: dict[str, int], rank: int, ranks: int) -> list[str]:
     return mine
 
 
-def complete(plan: MergePlan, target: Target) -> None:
+def complete(plan: MergePlan, target: Target, begun: Begun) -> None:
     """Compare what is there, put the files that make it whole, and the trackers (rank 0 only).
 
     Raises:
-        PublishError: the store refuses, or does not hold what was put there.
+        PublishError: the store refuses, does not hold what was put there, or another job took over.
     """
-    files = files_of(target)
+    files, versions, own = begun[target].files, begun[target].versions, begun[target].claim
+    assert own is not None
     held = held_back(plan.layouts[target.folder], list(files))
     with _uploading(target) as (store, key):
-        _refuse_missing(store, key, {n: size for n, size in files.items() if n not in held}, target)
+        early = {name: size for name, size in files.items() if name not in held}
+        _refuse_missing(store, key, early, versions, target)
         point("uploaded", 0)
         for name in held:
             if name == held[-1]:
                 point("upload_marker", 0)
-            store.put_file(f"{key}/{name}", target.staging / name)
-        _refuse_missing(store, key, files, target)
+            own.check(store)
+            versions[name] = _put(store, key, target, name, files[name])
+            _renew(begun)
+        _refuse_missing(store, key, files, versions, target)
         point("upload_tracker", 0)
         path_of(target.final, again=True)
+        own.check(store)
         _point_to(plan, target, store)
         point("upload_end", 0)
+        own.check(store)
         store.delete([f"{key}/{UPLOADING_FILE}"])
-        path_of(target.final, again=True)
+        with contextlib.suppress(SelectionError):  # it is there, whether that is listed or not
+            path_of(target.final, again=True)
     removed(target.staging)
 
 
-def _refuse_missing(store: Store, key: str, files: dict[str, int], target: Target) -> None:
-    there = {each.key.removeprefix(f"{key}/"): each.nbytes for each in store.listed(f"{key}/")}
-    wrong = [
-        f"{name} ({there.get(name, 'no')} bytes, not {size})"
-        for name, size in files.items()
-        if there.get(name) != size
-    ]
+def _refuse_missing(
+    store: Store, key: str, files: Mapping[str, int], versions: Mapping[str, str], target: Target
+) -> None:
+    there = {each.key.removeprefix(f"{key}/"): each for each in store.listed(f"{key}/")}
+    wrong = []
+    for name, size in files.items():
+        found = there.get(name)
+        if found is None or found.nbytes != size:
+            wrong.append(f"{name} ({'no' if found is None else found.nbytes} bytes, not {size})")
+        elif versions.get(name) and found.version and not _same(versions[name], found.version):
+            wrong.append(f"{name} (another object than was put there)")
     if wrong:
         raise PublishError(
             f"{target.final} does not hold what was uploaded: {first_few(wrong, _SHOWN)}. Another "
             "job may be at work there: let it end, then run the same command again"
         )
+
+
+def _same(one: str, other: str) -> bool:
+    """Whether two ETags are one: some stores quote them in one answer and not in the other."""
+    return one.removeprefix("W/").strip('"') == other.removeprefix("W/").strip('"')
 
 
 def _point_to(plan: MergePlan, target: Target, store: Store) -> None:
@@ -221,10 +324,22 @@ def _uploading(target: Target) -> Iterator[tuple[Store, str]]:
     """The store of a target and the key of its folder, for what is put there in the block.
 
     Raises:
-        PublishError: the store refuses.
+        PublishError: the store refuses, or another job uploads there.
     """
     try:
         yield stored(target.final)
+    except ClaimedError as other:
+        if other.lost:
+            raise PublishError(
+                f"another job took over the upload to {target.final} ({other}): this one stops, "
+                f"and deletes nothing there. Let that one end, or use another "
+                f"{named(target.setting)}"
+            ) from None
+        raise PublishError(
+            f"another job uploads to {target.final} now ({other}): wait, or use another "
+            f"{named(target.setting)}; if it is dead, run the same command again in "
+            f"{FRESH_S / 60:.0f} minutes"
+        ) from None
     except OSError as error:
         raise PublishError(
             f"cannot upload {target.final}: {error.strerror or error}. What is there is not whole "

@@ -6,6 +6,7 @@ Credentials, endpoints and regions are obstore's own matter: the environment (`A
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from collections.abc import Iterable
 from datetime import timedelta
@@ -91,20 +92,32 @@ class ObjectStore:
         except Exception as error:
             self._fail(error, key)
 
-    def put(self, key: str, data: bytes) -> None:
+    def put(self, key: str, data: bytes, *, create: bool = False) -> None:
         """See `Store.put`."""
+        mode: Any = "create" if create else "overwrite"
         try:
-            self._library.put(self._bucket, key, data, use_multipart=False)
+            self._library.put(self._bucket, key, data, use_multipart=False, mode=mode)
         except Exception as error:
-            self._fail(error, key)
+            unknown = isinstance(error, self._library.exceptions.NotSupportedError)
+            if not create or not (unknown or "NotImplemented" in str(error)):
+                self._fail(error, key)
+            self._put_new(key, data)
 
-    def put_file(self, key: str, path: Path) -> None:
+    def _put_new(self, key: str, data: bytes) -> None:
+        """Where the store has no conditions: not at once, and the best that there is."""
+        with contextlib.suppress(FileNotFoundError):
+            self.head(key)
+            raise FileExistsError(errno.EEXIST, "there is such an object already", key)
+        self.put(key, data)
+
+    def put_file(self, key: str, path: Path) -> str:
         """See `Store.put_file`."""
         try:
             part_bytes = max(PART_BYTES, -(-path.stat().st_size // _MOST_PARTS))
-            self._library.put(
+            said = self._library.put(
                 self._bucket, key, path, chunk_size=part_bytes, max_concurrency=IN_FLIGHT
             )
+            return said["e_tag"] or said["version"] or ""
         except Exception as error:
             self._fail(error, key)
 
@@ -136,6 +149,8 @@ class ObjectStore:
             number, why = errno.ENOENT, "the bucket does not exist"
         elif isinstance(error, (FileNotFoundError, known.NotFoundError)):
             number, why = errno.ENOENT, "no such object"
+        elif isinstance(error, known.AlreadyExistsError):
+            number, why = errno.EEXIST, "there is such an object already"
         elif isinstance(error, known.PreconditionError):
             number, why = errno.ESTALE, "it was replaced after it had been listed"
         elif isinstance(error, (known.PermissionDeniedError, known.UnauthenticatedError)):

@@ -8,6 +8,7 @@ the system (`os.fspath`).
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import IO, Any
 from pma_megatron.errors import SelectionError
 from pma_megatron.storage import spool
 from pma_megatron.storage.addresses import Address, opened
+from pma_megatron.storage.folders import MIRROR, stands_in
 from pma_megatron.storage.protocol import Store
 
 
@@ -150,9 +152,21 @@ def real(text: str | os.PathLike[str]) -> str:
 
 
 def open_content(local: str, *, whole: bool = True) -> int | None:
-    """A descriptor of what an object holds, given what stands for it; None for another file."""
+    """A descriptor of what an object holds, given what stands for it; None for another file.
+
+    Raises:
+        OSError: the store does not give it, or it stands for an object that another process, or
+            this one before it was forked, had asked for.
+    """
+    if MIRROR not in local:
+        return None
+    local = os.path.normpath(local)
     made = spool.active()
-    return None if made is None else made.open(local, whole=whole)
+    descriptor = None if made is None else made.open(local, whole=whole)
+    if descriptor is None and stands_in(local):
+        why = "it stands for an object of a store, and its bytes are not here"
+        raise OSError(errno.EIO, why, local)
+    return descriptor
 
 
 @contextlib.contextmanager

@@ -50,23 +50,30 @@ class PosixStore:
             raise OSError(errno.ESTALE, "it was replaced", key)
         return memoryview(data)
 
-    def put(self, key: str, data: bytes) -> None:
+    def put(self, key: str, data: bytes, *, create: bool = False) -> None:
         """See `Store.put`."""
-        with self._draft(key) as draft:
+        with self._draft(key, create=create) as draft:
             draft.write_bytes(data)
 
-    def put_file(self, key: str, path: Path) -> None:
+    def put_file(self, key: str, path: Path) -> str:
         """See `Store.put_file`."""
         with self._draft(key) as draft:
             shutil.copyfile(path, draft)
+        return self.head(key).version
 
     @contextlib.contextmanager
-    def _draft(self, key: str) -> Iterator[Path]:
+    def _draft(self, key: str, *, create: bool = False) -> Iterator[Path]:
         path = self.root / key
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.parent / f"{_DRAFT}{secrets.token_hex(4)}"
         yield draft
-        draft.replace(path)
+        if create:
+            try:
+                os.link(draft, path)
+            finally:
+                draft.unlink()
+        else:
+            draft.replace(path)
 
     def delete(self, keys: Iterable[str]) -> None:
         """See `Store.delete`."""

@@ -1,8 +1,8 @@
 """What a store offers: objects by key, in a bucket or a folder, and nothing like a rename.
 
 Every operation may be called by several threads at once. What a store cannot do is raised as an
-`OSError`, with the number that a file system would give: no such object (ENOENT), no right to
-(EACCES), another object by now (ESTALE), anything else (EIO).
+`OSError`, with the number that a file system would give: no such object (ENOENT), one by that
+key already (EEXIST), no right to (EACCES), another object by now (ESTALE), anything else (EIO).
 """
 
 from __future__ import annotations
@@ -57,11 +57,21 @@ class Store(Protocol):
             version: what must still be there, see `Object`; '' for whatever is.
         """
 
-    def put(self, key: str, data: bytes) -> None:
-        """Put a small object there, in one request; what was there is replaced."""
+    def put(self, key: str, data: bytes, *, create: bool = False) -> None:
+        """Put a small object there, in one request; what was there is replaced.
 
-    def put_file(self, key: str, path: Path) -> None:
-        """Put a file there, in parts, several in flight; until the last nothing is to be seen."""
+        Args:
+            key: which object.
+            data: its content.
+            create: raise `FileExistsError` where there is one by that key.
+        """
+
+    def put_file(self, key: str, path: Path) -> str:
+        """Put a file there, in parts, several in flight; until the last nothing is to be seen.
+
+        Returns:
+            the version that it has now, see `Object`; '' if the store does not say.
+        """
 
     def delete(self, keys: Iterable[str]) -> None:
         """Delete objects; one that is not there is no error."""

@@ -11,15 +11,12 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import fcntl
 import hashlib
 import itertools
 import logging
 import multiprocessing.util
 import os
-import secrets
 import shutil
-import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,24 +24,15 @@ from pathlib import Path
 
 from pma_megatron.storage.addresses import Address, opened
 from pma_megatron.storage.contents import Content, Contents, Range
+from pma_megatron.storage.folders import VARIABLE as VARIABLE
+from pma_megatron.storage.folders import held, spool_folder
 from pma_megatron.storage.protocol import Object, Store
 
-VARIABLE = "PMA_MEGATRON_SPOOL"
-"""Environment variable: the folder in which spools are made."""
-_OF_PROCESS = "sources-"
 _OUTPUTS = "outputs"
 _NAME_BYTES = 255
 _ABOVE = 2  # folders above the one asked for: snapshots lie two below their run's
 _SECOND_NS = 1_000_000_000
 _log = logging.getLogger(__name__)
-
-
-def spool_folder() -> Path:
-    """Where this user's spools lie."""
-    said = os.environ.get(VARIABLE)
-    base = Path(said) if said else Path(tempfile.gettempdir()) / f"pma-megatron-{os.getuid()}"
-    base.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return Path(os.path.realpath(base))
 
 
 def workplace(address: Address) -> Path:
@@ -72,12 +60,11 @@ class Spool:
     """
 
     def __init__(self) -> None:
-        self.folder = spool_folder() / f"{_OF_PROCESS}{os.getpid()}-{secrets.token_hex(4)}"
-        self.mirror = self.folder / "mirror"
-        self.mirror.mkdir(parents=True, mode=0o700)
-        (self.folder / "content").mkdir()
         self._process = os.getpid()
-        self._held = _held(self.folder)
+        self.folder, self._held = held()
+        self.mirror = self.folder / "mirror"
+        self.mirror.mkdir()
+        (self.folder / "content").mkdir()
         self._lock = threading.RLock()
         self._files: dict[str, _Mirrored] = {}
         self._by_inode: dict[tuple[int, int], _Mirrored] = {}
@@ -250,7 +237,7 @@ def _stand_in(local: Path, said: Object) -> None:
     """A file as long and as old as an object, with nothing in it."""
     local.parent.mkdir(parents=True, exist_ok=True)
     local.unlink(missing_ok=True)
-    descriptor = os.open(local, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o400)
+    descriptor = os.open(local, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0)
     try:
         os.truncate(descriptor, said.nbytes)
         digest = hashlib.sha256(said.version.encode()).digest()
@@ -281,21 +268,6 @@ def _is_of(descriptor: int, inode: tuple[int, int]) -> bool:
     except OSError:
         return False
     return (stat.st_dev, stat.st_ino) == inode
-
-
-def _held(folder: Path) -> int:
-    """Hold a spool for as long as this process lives, and remove those of processes that do not."""
-    for other in folder.parent.glob(f"{_OF_PROCESS}*"):
-        with contextlib.suppress(OSError):
-            lock = os.open(other / "lock", os.O_RDWR | os.O_CLOEXEC)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(other, ignore_errors=True)
-            finally:
-                os.close(lock)
-    descriptor = os.open(folder / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    return descriptor
 
 
 class _Process:

@@ -6,15 +6,18 @@ import contextlib
 import errno
 import os
 import pickle
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from pma_megatron.base.openfiles import Files, SourceStream, open_source, read_source_file
+from pma_megatron.base.openfiles import Files, SourceStream, open_source, read_source_file, unread
+from pma_megatron.errors import UsageError
 from pma_megatron.storage import contents, spool
 from pma_megatron.storage.addresses import Address, opened
 from pma_megatron.storage.contents import PAGE_BYTES
@@ -250,6 +253,89 @@ def test_the_next_process_removes_what_a_killed_one_left(spools: Path) -> None:
     assert len(list(spools.iterdir())) == 1
     spool.forget()
     assert not spools.exists()
+
+
+def test_what_stands_for_an_object_is_never_read_as_its_bytes(store: Store) -> None:
+    """Not by a child that was forked, not when the spool forgot it, nor by another spelling."""
+    store.put("runs/7b/a", b"hello")
+    file = path_of(RUN) / "a"
+    local, made = os.fspath(file), spool.active()
+    assert made is not None and Path(local).stat().st_mode & 0o777 == 0
+    odd = local.replace("/mirror/", "/mirror/../mirror//")
+    with os.fdopen(open_source(odd), "rb") as stream:
+        assert stream.read() == b"hello"
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            open_source(local)
+        except OSError as error:
+            os.write(write, str(error.errno).encode())
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    os.close(write)
+    with os.fdopen(read, "rb") as said:
+        assert said.read() == str(errno.EIO).encode()
+    made._files.clear()
+    for spelling in (local, odd):
+        with pytest.raises(OSError, match="stands for an object") as caught:
+            open_source(spelling)
+        assert caught.value.errno == errno.EIO
+    with pytest.raises(FileNotFoundError):
+        open_source(f"{local}-not-there")
+
+
+def test_a_folder_called_as_in_a_spool_is_read(tmp_path: Path, store: Store) -> None:
+    path_of(RUN)
+    file = tmp_path / "sources-x-1-2" / "mirror" / "a"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"hello")
+    assert read_source_file(file) == b"hello"
+
+
+def test_a_default_folder_that_others_could_use_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(spool.VARIABLE, raising=False)
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    folder = spool.spool_folder()
+    assert folder.parent == tmp_path and folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o750)
+    with pytest.raises(UsageError, match=spool.VARIABLE):
+        spool.spool_folder()
+    folder.rename(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").chmod(0o700)
+    folder.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UsageError, match=spool.VARIABLE):
+        spool.spool_folder()
+
+
+def test_spools_of_other_hosts_and_those_in_the_making_stay(spools: Path) -> None:
+    """Their locks may not be seen here, or be taken a moment later."""
+    host = socket.gethostname()
+    names = [f"sources-{host}-x-1-a", "sources-elsewhere-1-a", f"making-{host}-1-a"]
+    dead = [f"sources-{host}-1-a", f"making-{host}-2-a"]
+    for name in (*names, *dead):
+        (spools / name).mkdir(parents=True)
+        (spools / name / "lock").touch()
+    os.utime(spools / dead[1], (0, 0))
+    made = spool.spool()
+    assert {path.name for path in spools.iterdir()} == {*names, made.folder.name}
+    for name in names:
+        (spools / name / "lock").unlink()
+
+
+def test_what_was_replaced_after_it_was_listed_is_waited_for(store: Store) -> None:
+    """No retention took it, as from a disk."""
+    store.put("runs/7b/a", b"hello")
+    file = path_of(RUN) / "a"
+    store.put("runs/7b/a", b"HELLO")
+    with pytest.raises(OSError, match="replaced") as caught:
+        file.read_bytes()
+    said = str(unread(file, caught.value))
+    assert "replaced" in said and "wait for the save" in said and "retention" not in said
+    assert "retention" in str(unread("/ckpts/a", caught.value))
 
 
 def test_addresses() -> None:

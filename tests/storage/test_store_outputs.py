@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from pma_megatron.formats.output import Folder
 from pma_megatron.merging import uploading
 from pma_megatron.merging.job import plan
 from pma_megatron.runs.describe import describe
-from pma_megatron.storage import spool
+from pma_megatron.storage import claims, spool
 from pma_megatron.storage.object_store import ObjectStore
 from pma_megatron.testing import TinyConfig, TinyTrainer, run_ranks
 from s3 import keys
@@ -161,6 +161,34 @@ def test_an_upload_that_fails_is_gone_on_with(
     assert payloads(got("averages", tmp_path / "copy")) == payloads(expected)
 
 
+@pytest.mark.parametrize("operation", ["put", "delete"])
+def test_a_failure_after_the_marker_is_up_is_gone_on_with(
+    dense_run: Path, expected: Path, bucket: str, monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, got: Got, operation: str,
+) -> None:  # fmt: skip
+    """Of the tracker, or of the removal of the sign."""
+    save, whole = f"s3://{bucket}/averages", getattr(ObjectStore, operation)
+
+    def fails(self: ObjectStore, keys: Any, *given: Any, **how: Any) -> Any:
+        asked = [keys] if isinstance(keys, str) else list(keys)
+        tracker = any(key.endswith(TRACKER) for key in asked)
+        if tracker or (operation == "delete" and asked == [SIGN]):
+            broken()
+        return whole(self, keys if isinstance(keys, str) else asked, *given, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ObjectStore, operation, fails)
+        with pytest.raises(PublishError, match="the line went dead") as caught:
+            merge(request(dense_run, save))
+    assert caught.value.published == () and caught.value.kept is not None
+    assert [ref.complete for ref in list_checkpoints(save)] == [False]
+    report = merge(request(dense_run, save))
+    assert report.reused["units"] > 0
+    copy = got("averages", tmp_path / "copy")
+    assert payloads(copy) == payloads(expected) and (copy / TRACKER).read_text() == "8"
+    assert not list(copy.rglob(UPLOADING_FILE))
+
+
 def broken(*_: object) -> None:
     raise OSError(5, "the line went dead")
 
@@ -170,11 +198,11 @@ def test_what_the_store_holds_is_compared_before_it_is_made_whole(
 ) -> None:
     put_file = ObjectStore.put_file
 
-    def short(self: ObjectStore, key: str, path: Path) -> None:
+    def short(self: ObjectStore, key: str, path: Path) -> str:
         if key.endswith("__0_0.distcp"):
             self.put(key, path.read_bytes()[:-1])
-        else:
-            put_file(self, key, path)
+            return ""
+        return put_file(self, key, path)
 
     monkeypatch.setattr(ObjectStore, "put_file", short)
     with pytest.raises(PublishError, match=r"does not hold what was uploaded: __0_0.distcp"):
@@ -183,6 +211,104 @@ def test_what_the_store_holds_is_compared_before_it_is_made_whole(
     monkeypatch.setattr(ObjectStore, "put_file", put_file)
     merge(request(dense_run, f"s3://{bucket}/averages"))
     assert "averages/iter_0000008/metadata.json" in keys(s3, bucket)
+
+
+@pytest.fixture
+def kept(spools: Path) -> Iterator[None]:
+    """For tests whose merge is not gone on with."""
+    yield
+    shutil.rmtree(spools / "outputs", ignore_errors=True)
+
+
+SIGN = f"averages/iter_0000008/{UPLOADING_FILE}"
+FOREIGN = json.dumps({"by": "process 7 on elsewhere", "token": "x", "work": "y"}).encode()
+
+
+def test_where_another_job_uploads_nothing_is_put_until_its_sign_is_old(
+    dense_run: Path, expected: Path, bucket: str, monkeypatch: pytest.MonkeyPatch, s3: Any,
+    tmp_path: Path, got: Got,
+) -> None:  # fmt: skip
+    save = f"s3://{bucket}/averages"
+    s3.put_object(Bucket=bucket, Key=SIGN, Body=FOREIGN)
+    with pytest.raises(PublishError, match=r"process 7 on elsewhere.*in 15 minutes"):
+        merge(request(dense_run, save))
+    assert keys(s3, bucket) == [SIGN]
+    monkeypatch.setattr(claims, "FRESH_S", 0.0)
+    merge(request(dense_run, save))
+    assert payloads(got("averages", tmp_path / "copy")) == payloads(expected)
+    assert SIGN not in keys(s3, bucket)
+
+
+@pytest.mark.usefixtures("kept")
+@pytest.mark.parametrize("at", ["__0_0.distcp", "metadata.json"])
+def test_a_job_whose_upload_was_taken_over_makes_nothing_whole(
+    dense_run: Path, bucket: str, monkeypatch: pytest.MonkeyPatch, s3: Any, at: str
+) -> None:
+    put_file = ObjectStore.put_file
+
+    def taken(self: ObjectStore, key: str, path: Path) -> str:
+        if key.endswith(at):
+            s3.put_object(Bucket=bucket, Key=SIGN, Body=FOREIGN)
+        return put_file(self, key, path)
+
+    monkeypatch.setattr(ObjectStore, "put_file", taken)
+    with pytest.raises(PublishError, match=r"took over .*process 7 on elsewhere"):
+        merge(request(dense_run, f"s3://{bucket}/averages"))
+    assert s3.get_object(Bucket=bucket, Key=SIGN)["Body"].read() == FOREIGN
+    assert f"averages/{TRACKER}" not in keys(s3, bucket)
+    whole = "averages/iter_0000008/metadata.json" in keys(s3, bucket)
+    assert whole == (at == "metadata.json")
+
+
+@pytest.mark.usefixtures("kept")
+def test_an_object_of_the_same_length_by_somebody_else_is_seen(
+    dense_run: Path, bucket: str, monkeypatch: pytest.MonkeyPatch, s3: Any
+) -> None:
+    put_file = ObjectStore.put_file
+
+    def replaced(self: ObjectStore, key: str, path: Path) -> str:
+        version = put_file(self, key, path)
+        if key.endswith("__0_0.distcp"):
+            s3.put_object(Bucket=bucket, Key=key, Body=bytes(path.stat().st_size))
+        return version
+
+    monkeypatch.setattr(ObjectStore, "put_file", replaced)
+    with pytest.raises(PublishError, match=r"__0_0.distcp \(another object"):
+        merge(request(dense_run, f"s3://{bucket}/averages"))
+    assert "averages/iter_0000008/metadata.json" not in keys(s3, bucket)
+
+
+@pytest.mark.usefixtures("kept")
+def test_what_another_job_made_in_the_meantime_stays(
+    dense_run: Path, bucket: str, monkeypatch: pytest.MonkeyPatch, s3: Any
+) -> None:
+    upload, other = uploading.upload, "averages/iter_0000008/metadata.json"
+
+    def late(*given: Any) -> Any:
+        s3.put_object(Bucket=bucket, Key=other, Body=b"{}")
+        return upload(*given)
+
+    monkeypatch.setattr(uploading, "upload", late)
+    with pytest.raises(PublishError, match="exists by now"):
+        merge(request(dense_run, f"s3://{bucket}/averages"))
+    assert keys(s3, bucket) == [other]
+
+
+@pytest.mark.usefixtures("kept")
+def test_a_staged_file_that_was_cut_short_is_not_put(
+    dense_run: Path, bucket: str, monkeypatch: pytest.MonkeyPatch, s3: Any
+) -> None:
+    begin = uploading.begin
+
+    def cut(plan: Any, target: Any, files: Any) -> Any:
+        os.truncate(target.staging / "__0_0.distcp", 1)
+        return begin(plan, target, files)
+
+    monkeypatch.setattr(uploading, "begin", cut)
+    with pytest.raises(PublishError, match=r"__0_0.distcp has 1 bytes"):
+        merge(request(dense_run, f"s3://{bucket}/averages"))
+    there = keys(s3, bucket)
+    assert not [key for key in there if key.endswith(("__0_0.distcp", "metadata.json"))]
 
 
 def test_what_is_there_is_replaced_only_where_that_was_asked_for(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,25 +11,44 @@ import pytest
 
 from pma_megatron.storage.object_store import ObjectStore
 from pma_megatron.storage.posix import PosixStore
-from pma_megatron.storage.protocol import Store
+from pma_megatron.storage.protocol import PART_BYTES, Store
 from pma_megatron.testing.store_conformance import StoreConformance
 
 _NUMBERS = itertools.count()
 
 
-class TestPosix(StoreConformance):
+class Creates:
+    """What signs of uploads need, of every store."""
+
+    def test_what_is_there_is_not_replaced_by_one_who_creates(self, store: Store) -> None:
+        store.put("sign", b"first", create=True)
+        with pytest.raises(FileExistsError):
+            store.put("sign", b"second", create=True)
+        assert bytes(store.read("sign", 0, 5)) == b"first"
+        assert [each.key for each in store.listed("")] == ["sign"]
+
+    @pytest.mark.parametrize("nbytes", [5, 2 * PART_BYTES + 1])
+    def test_the_version_of_a_file_is_the_one_that_is_listed(
+        self, store: Store, tmp_path: Path, nbytes: int
+    ) -> None:
+        (tmp_path / "file").write_bytes(os.urandom(nbytes))
+        version = store.put_file("file", tmp_path / "file")
+        assert version.strip('"') == store.listed("")[0].version.strip('"') != ""
+
+
+class TestPosix(Creates, StoreConformance):
     @pytest.fixture
     def store(self, tmp_path: Path) -> Store:
         return PosixStore(tmp_path / "root")
 
 
-class TestMemory(StoreConformance):
+class TestMemory(Creates, StoreConformance):
     @pytest.fixture
     def store(self) -> Store:
         return ObjectStore("memory", f"conformance-{next(_NUMBERS)}")
 
 
-class TestS3(StoreConformance):
+class TestS3(Creates, StoreConformance):
     @pytest.fixture
     def store(self, bucket: str) -> Store:
         return ObjectStore("s3", bucket)

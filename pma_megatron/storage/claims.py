@@ -1,0 +1,154 @@
+"""Which job puts something into a folder of a store: an object there says so, for want of locks.
+
+It bears a random token, by which a job finds out whether it was taken over, and is put again from
+time to time. One that is older than `FRESH_S` is that of a job that is gone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pma_megatron.storage.protocol import Store
+
+FRESH_S = 900.0
+_RENEWED_S = 180.0
+
+
+class ClaimedError(Exception):
+    """Another job is at work there; the text says which.
+
+    Attributes:
+        lost: it took over from this one.
+    """
+
+    def __init__(self, by: str, *, lost: bool) -> None:
+        super().__init__(by)
+        self.lost = lost
+
+
+@dataclass(slots=True)
+class Claim:
+    """One job's word that it is at work in a folder of a store.
+
+    Attributes:
+        key: of the object that says so.
+        said: what it says, its `token` among that.
+        new: nobody had claimed the folder before.
+    """
+
+    key: str
+    said: dict[str, Any]
+    new: bool
+    renewed_s: float
+
+    def check(self, store: Store) -> None:
+        """Find out whether the folder is still this job's.
+
+        Raises:
+            ClaimedError: another job has taken it.
+            OSError: the store does not tell.
+        """
+        found = claimed(store, self.key)
+        if found is None or found[0].get("token") != self.said["token"]:
+            raise ClaimedError("somebody removed it" if found is None else _by(found[0]), lost=True)
+
+    def renew(self, store: Store) -> None:
+        """Say it again, if that is due; raises as `check`."""
+        if time.monotonic() - self.renewed_s < _RENEWED_S:
+            return
+        self.check(store)
+        store.put(self.key, json.dumps(self.said).encode())
+        self.renewed_s = time.monotonic()
+
+
+def claimed(store: Store, key: str) -> tuple[dict[str, Any], float] | None:
+    """What a claim says, and its age in seconds; None where there is none.
+
+    Raises:
+        OSError: the store does not tell.
+    """
+    try:
+        found = store.head(key)
+        data = bytes(store.read(key, 0, found.nbytes)) if found.nbytes else b""
+    except FileNotFoundError:
+        return None
+    try:
+        said = json.loads(data)
+    except ValueError:
+        said = None
+    return (said if isinstance(said, dict) else {}), time.time() - found.modified_ns / 1e9
+
+
+def refuse_claimed(store: Store, key: str, work: str) -> dict[str, Any] | None:
+    """What a claim says that may be taken over; None where there is none.
+
+    Args:
+        store, key: of the claim.
+        work: names what this job goes on with, and no other can at the same time.
+
+    Raises:
+        ClaimedError: another job is at work there, as far as can be seen from here.
+        OSError: the store does not tell.
+    """
+    found = claimed(store, key)
+    if found is None:
+        return None
+    said, age_s = found
+    if age_s < FRESH_S and said.get("work") != work and not _ended(str(said.get("process"))):
+        raise ClaimedError(_by(said), lost=False)
+    return said
+
+
+def claim(store: Store, key: str, work: str, more: Mapping[str, Any]) -> Claim:
+    """Claim a folder; see `refuse_claimed` for arguments and errors.
+
+    Args:
+        more: what else it says.
+    """
+    before = refuse_claimed(store, key, work)
+    said = {
+        **more,
+        "by": f"process {os.getpid()} on {socket.gethostname()}",
+        "process": _process(os.getpid()),
+        "work": work,
+        "token": secrets.token_hex(16),
+    }
+    made = Claim(key, said, before is None, time.monotonic())
+    try:
+        store.put(key, json.dumps(said).encode(), create=before is None)
+    except FileExistsError:  # another was faster, or this very request was sent twice
+        found = claimed(store, key)
+        if found is None or found[0].get("token") != said["token"]:
+            raise ClaimedError(_by(found[0] if found else {}), lost=False) from None
+    return made
+
+
+def _by(said: Mapping[str, Any]) -> str:
+    return str(said.get("by", "another job"))
+
+
+def _process(number: int) -> str:
+    """Tells a process from all others anywhere; '' if there is none, or nothing tells."""
+    try:
+        kernel = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        space = Path("/proc/self/ns/pid").stat().st_ino
+        began = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+    return f"{kernel} {space} {number} {began}"
+
+
+def _ended(process: str) -> bool:
+    """Whether a process is known to have ended, or is this one, which begins something new."""
+    own, other = _process(os.getpid()).split(), process.split()
+    if len(own) != len(other) or not own or own[:2] != other[:2]:
+        return False
+    return own == other or (other[2].isdigit() and _process(int(other[2])) != process)

@@ -1,0 +1,106 @@
+"""Where spools lie, and who holds one."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+import shutil
+import socket
+import stat
+import tempfile
+import time
+from pathlib import Path
+
+from pma_megatron.errors import UsageError
+
+VARIABLE = "PMA_MEGATRON_SPOOL"
+"""Environment variable: the folder in which spools are made."""
+MIRROR = "/mirror/"
+"""In the path of every file that stands for an object."""
+_OF_PROCESS, _MAKING = "sources-", "making-"
+_FORGOTTEN_S = 3600.0
+
+
+def spool_folder() -> Path:
+    """Where this user's spools lie.
+
+    Raises:
+        UsageError: where all users make files, somebody else may have made the folder.
+    """
+    said = os.environ.get(VARIABLE)
+    base = Path(said) if said else Path(tempfile.gettempdir()) / f"pma-megatron-{os.getuid()}"
+    with contextlib.suppress(FileExistsError):
+        base.mkdir(parents=True, exist_ok=bool(said), mode=0o700)
+    if not said:
+        _refuse_shared(base)
+    return Path(os.path.realpath(base))
+
+
+def _refuse_shared(base: Path) -> None:
+    found = base.lstat()
+    is_own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
+    if not is_own or stat.S_IMODE(found.st_mode) & 0o077:
+        raise UsageError(
+            f"{base} is not a folder that only you can use (owner {found.st_uid}, mode "
+            f"{stat.filemode(found.st_mode)}): others could put bytes there in place of a "
+            f"checkpoint's. Set {VARIABLE} to a folder of yours, or remove that one"
+        )
+
+
+def stands_in(local: str) -> bool:
+    """Whether a file stands for an object of a store, in the spool of whatever process.
+
+    Args:
+        local: its path, as `os.path.normpath` gives it.
+    """
+    at = local.find(MIRROR)
+    while at >= 0:
+        folder = Path(local[:at])
+        if folder.name.startswith(_OF_PROCESS) and (folder / "lock").is_file():
+            return Path(local).is_file()
+        at = local.find(MIRROR, at + 1)
+    return False
+
+
+def held() -> tuple[Path, int]:
+    """A folder that is held for as long as this process lives; those of dead ones are removed.
+
+    It gets its name once it is held: nobody takes it for a dead one's in between. Of other hosts
+    nothing is removed, because locks may not reach from one to another.
+    """
+    host, name = socket.gethostname(), f"{os.getpid()}-{secrets.token_hex(4)}"
+    while True:
+        base = spool_folder()
+        making, folder = base / f"{_MAKING}{host}-{name}", base / f"{_OF_PROCESS}{host}-{name}"
+        with contextlib.suppress(FileNotFoundError):  # another process ended, and removed `base`
+            making.mkdir(mode=0o700)
+            break
+    descriptor = os.open(making / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    making.rename(folder)
+    for other in base.iterdir():
+        if other != folder and _may_be_dead(other, host):
+            _remove_dead(other)
+    return folder, descriptor
+
+
+def _may_be_dead(other: Path, host: str) -> bool:
+    if other.name.removeprefix(_OF_PROCESS).rsplit("-", 2)[0] == host:
+        return other.name.startswith(_OF_PROCESS)
+    if other.name.removeprefix(_MAKING).rsplit("-", 2)[0] != host:
+        return False
+    with contextlib.suppress(OSError):
+        return time.time() - other.stat().st_mtime > _FORGOTTEN_S
+    return False
+
+
+def _remove_dead(other: Path) -> None:
+    with contextlib.suppress(OSError):
+        lock = os.open(other / "lock", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(other, ignore_errors=True)
+        finally:
+            os.close(lock)
