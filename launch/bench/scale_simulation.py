@@ -24,7 +24,7 @@ GB = 1e9
 ITEMS_TIMED = 2000
 ASSUMED = (
     "all ranks begin together and share the storage evenly; reads and writes share one bandwidth",
-    "a rank's units are those that `tasks.share` gives it; its threads take them from one list",
+    "a rank's units are those that `cut.share` gives it; its threads take them from one list",
     "an item of a source is found by an open and two reads, one after the other, per source; as "
     "many threads again do that ahead of need, so it takes time only where it is the slowest",
     "reading ahead: the kernel fetches a unit's bytes of all sources at once, so a unit waits for "

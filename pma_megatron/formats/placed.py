@@ -92,11 +92,6 @@ class PlacedItems(Sequence[OutputItem]):
     def __iter__(self) -> Iterator[OutputItem]:
         return (self[number] for number in range(len(self)))
 
-    @property
-    def built(self) -> int:
-        """How many are not copied."""
-        return int(np.count_nonzero(self.kind != COPIED))
-
     def renamed(self, moved: Callable[[str], str]) -> PlacedItems:
         """The same in files of other names."""
         special = {
