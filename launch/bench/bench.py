@@ -156,12 +156,18 @@ class Bench:
 
     def peer(self, command: str) -> float:
         """One run of the other program, with its start-up."""
-        words = shlex.split(command.replace("{out}", str(self.out / "peer")))
+        places = {"{load}": str(self.chosen.load), "{out}": str(self.out / "peer")}
+        words = shlex.split(command)  # before, so that a folder may have spaces in its name
+        for place, folder in places.items():
+            words = [word.replace(place, folder) for word in words]
 
         def run() -> float:
             start_s = time.perf_counter()
-            done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
+            done = subprocess.run(words, stdout=subprocess.PIPE, text=True)
             whole_s = time.perf_counter() - start_s
+            if done.returncode != 0:
+                print(done.stdout)
+                raise SystemExit(f"the peer ended with {done.returncode}: {shlex.join(words)}")
             if self.chosen.peer_says:
                 said = re.search(self.chosen.peer_says, done.stdout)
                 if said is None:
@@ -275,7 +281,11 @@ def main() -> None:
     parser.add_argument(
         "--torch", action="store_true", help="also merge without the kernel in C: torch sums"
     )
-    parser.add_argument("--peer", metavar="CMD", help="another program; {out} is an empty folder")
+    parser.add_argument(
+        "--peer",
+        metavar="CMD",
+        help="another program; {load} is LOAD, {out} a free path in an empty folder",
+    )
     parser.add_argument(
         "--peer-says", metavar="REGEX", help="finds the seconds of its merge in what it prints"
     )

@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import os
 import re
+import shlex
 import shutil
 import sys
 import tempfile
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu.findings import NOT_HERE, OK, PartResult, not_here, write
-from gpu.parts import BY_NAME, PARTS, Part
+from gpu.parts import BY_NAME, PARTS, PEER_ENV, PEER_SAYS_ENV, Part
 from gpu.supervise import Supervisor
 
 _GIB = 1 << 30
@@ -98,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{part.name:20} {part.title}")
         return 0
     parts = _chosen(parser, given.only)
+    _take_peer(parser, given, parts)
     from gpu.machine import about  # imports torch, which --list does without
     from pma_megatron.testing import cpu
 
@@ -190,6 +192,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--folder", type=Path, help="where checkpoints go (default: $TMPDIR)")
     parser.add_argument(
+        "--peer",
+        metavar="CMD",
+        help="another program, timed beside the merge in cost-merge: {load} is the root of what it "
+        "merges, {out} a free path (launch/bench/bench.py)",
+    )
+    parser.add_argument(
+        "--peer-says",
+        metavar="REGEX",
+        help="finds the seconds of its merge in what it prints, as its first group",
+    )
+    parser.add_argument(
         "--jobs",
         type=int,
         help=f"groups of parts that run side by side (default: {_JOBS}, on the CPU 1)",
@@ -210,6 +223,38 @@ def _chosen(parser: argparse.ArgumentParser, only: str | None) -> list[Part]:
         if not any(name.startswith(prefix) for name in BY_NAME):
             parser.error(f"--only {prefix}: no part begins so; there are {', '.join(BY_NAME)}")
     return [part for part in PARTS if part.name.startswith(tuple(wanted))]
+
+
+def _take_peer(
+    parser: argparse.ArgumentParser, given: argparse.Namespace, parts: Sequence[Part]
+) -> None:
+    """Check the other program's command as far as it can be, and tell the parts of it."""
+    for name in (PEER_ENV, PEER_SAYS_ENV):
+        os.environ.pop(name, None)
+    if given.peer is None:
+        if given.peer_says is not None:
+            parser.error("--peer-says is about what --peer prints, and there is no --peer")
+        return
+    if "cost-merge" not in {part.name for part in parts}:
+        parser.error(f"--peer is timed by cost-merge, which --only {given.only} leaves out")
+    try:
+        words = shlex.split(given.peer)
+    except ValueError as error:
+        parser.error(f"--peer {given.peer}: {error}")
+    if not words or shutil.which(words[0]) is None:
+        parser.error(f"--peer {given.peer}: there is no such program")
+    for place in ("{load}", "{out}"):
+        if place not in given.peer:
+            parser.error(f"--peer {given.peer}: it must have {place} where that folder is to go")
+    os.environ[PEER_ENV] = given.peer
+    if given.peer_says is not None:
+        try:
+            groups = re.compile(given.peer_says).groups
+        except re.error as error:
+            parser.error(f"--peer-says {given.peer_says}: {error}")
+        if groups < 1:
+            parser.error(f"--peer-says {given.peer_says}: it must have a group for the seconds")
+        os.environ[PEER_SAYS_ENV] = given.peer_says
 
 
 def _refuse_without_gpu(parser: argparse.ArgumentParser) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import shutil
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -15,9 +18,10 @@ from typing import Any
 import torch
 
 from gpu.core import SMA
-from gpu.findings import Finding, measured
+from gpu.findings import Finding, found, measured
 from gpu.job import LAST, Job, synchronize
 from gpu.pairs import cost
+from gpu.parts import PEER, PEER_ENV, PEER_SAYS_ENV
 from pma_megatron import MergeRequest, SelectionRequest, merge
 from pma_megatron.base.comm import Comm
 from pma_megatron.megatron.load import merge_into
@@ -32,6 +36,8 @@ _GPU_ROUNDS = {1: (5, 16), 10: (10, 10), 100: (100, 2)}
 _CPU_ROUNDS = {1: (2, 2), 10: (10, 1)}
 """Interval in steps: (steps per round, pairs of rounds with and without)."""
 _REPEATS = 5
+_PEER_ROUNDS = 3
+_BENCH = Path(__file__).parents[1] / "bench" / "bench.py"
 _BLOCK_BYTES = 8 << 20
 
 
@@ -91,8 +97,8 @@ def step(job: Job) -> Iterator[Finding]:
                 continue
             with_it.append(timed(lambda w=watched, n=steps: w.steps(n)) / steps)  # type: ignore[misc]
             average.wait()  # what is still copied must not disturb the next round
-        found = cost(without, with_it)
-        seen = found.extra * interval if found.is_seen else None
+        told = cost(without, with_it)
+        seen = told.extra * interval if told.is_seen else None
         yield measured(
             f"a step with an entry every {interval}",
             interval_steps=interval,
@@ -267,6 +273,40 @@ def merge_(job: Job) -> Iterator[Finding]:
         averaging_over_floor=averaging / floor,
         read_gb_per_s=read / best / 1e9,
         stages_s=rounds,
+    )
+    if PEER_ENV in os.environ:
+        yield _beside_peer(root, job.folder, _PEER_ROUNDS if job.gpu else 1)
+
+
+def _beside_peer(root: Path, folder: Path, rounds: int) -> Finding:
+    """`launch/bench/bench.py --peer`: another program and the merge, in turns."""
+    name, command, says = PEER, os.environ[PEER_ENV], os.environ.get(PEER_SAYS_ENV)
+    result = folder / "bench.json"
+    words = [
+        *(sys.executable, "-W", "ignore", str(_BENCH), str(root), "--work", str(folder / "bench")),
+        *("--last", str(LAST), "--rounds", str(rounds), "--settings", f"1x{_threads()}"),
+        *("--floor-block", str(_BLOCK_BYTES), "--json", str(result)),
+        *("--peer", command),
+        *(("--peer-says", says) if says else ()),
+    ]
+    done = subprocess.run(words, capture_output=True, text=True)
+    print(done.stdout, done.stderr, flush=True)  # into the log
+    if done.returncode != 0:
+        said = (done.stderr.strip() or done.stdout.strip()).splitlines()
+        last = said[-1] if said else f"exit code {done.returncode}"
+        return found(name, [f"{last} (the log has all that it printed)"])
+    values = json.loads(result.read_text())
+    (setting,) = values["settings"].values()
+    stage_s = values["peer_stage_s"]
+    return measured(
+        name,
+        command=command,
+        says=says,
+        peer_s=values["peer_median_s"],
+        peer_stage_s=statistics.median(stage_s) if stage_s else None,
+        merge_stage_s=setting["merge_median_s"],
+        floor_s=setting["floor_median_s"],
+        rounds=setting["rounds"] | {"peer_s": values["peer_s"], "peer_stage_s": stage_s},
     )
 
 

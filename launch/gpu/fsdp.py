@@ -1,4 +1,4 @@
-"""The part that trains by FSDP2: a live start, and a resume from the offline merge."""
+"""The part that trains by FSDP2: live starts, and resumes from the offline merges."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gpu.job import EVERY, LAST, SAVES, WEIGHTS, Job
 from gpu.oracle import Tensors, beyond, differing, largest_error
 from pma_megatron import MergeRequest, Policy, SelectionRequest, merge
 from pma_megatron.fsdp import load_merged
-from pma_megatron.testing.tiny_fsdp import STATE_DICT, TORCHTITAN, FsdpConfig, TinyFsdp
+from pma_megatron.testing.tiny_fsdp import ACCELERATE, STATE_DICT, TORCHTITAN, FsdpConfig, TinyFsdp
 
 _AVERAGED = "average"
 
@@ -25,7 +25,7 @@ def live(job: Job) -> Iterator[Finding]:
     if not hasattr(torch.distributed.fsdp, "fully_shard"):
         yield not_here("FSDP2", f"torch {torch.__version__} has no fully_shard")
         return
-    for style in (STATE_DICT, TORCHTITAN):
+    for style in (STATE_DICT, TORCHTITAN, ACCELERATE):
         with job.scratch(f"fsdp {style}") as folder:
             yield from _started(FsdpConfig(style=style), folder)
 
@@ -49,8 +49,13 @@ def _started(config: FsdpConfig, folder: Path) -> Iterator[Finding]:
     )
     got = _state(run)
     wrong = differing(got, _state(other))
-    run.stop_learning()
-    run.train(1)
+    run.iteration = other.iteration = EVERY * SAVES  # which data comes next
+    losses = []
+    for each in (run, other):
+        each.stop_learning()
+        losses += each.train(1)
+    if losses[0] != losses[1]:
+        wrong.append(f"loss {losses[0]} after the live start, {losses[1]} after the resume")
     kept = [f"weight {name}" for name, _ in run.model.named_parameters()]
     wrong += [f"after a still step {name}" for name in differing(_state(run), got, kept)]
     for group in run.optimizer.param_groups:

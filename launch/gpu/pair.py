@@ -1,4 +1,4 @@
-"""Two data-parallel ranks on one GPU, over gloo by way of the host: NCCL refuses to share it."""
+"""Several data-parallel ranks on one GPU, over gloo on the host: NCCL refuses to share it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import torch
 from gpu.findings import Finding, found, not_here
 from gpu.job import EVERY, LAST, Job
 from gpu.oracle import UNIT_ROUNDOFF, Tensors, differing
-from pma_megatron.testing import RankFailure, TinyConfig, run_ranks
+from pma_megatron.testing import RankFailure, TinyConfig, TinyTrainer, run_ranks
 
-_RANKS = 2
 _LIMIT_S = 100.0
+_INSTANCES = 2
+_WORDS = {2: "two", 4: "four"}
 
 
 def two_ranks(job: Job) -> Iterator[Finding]:
@@ -25,30 +26,41 @@ def two_ranks(job: Job) -> Iterator[Finding]:
     On the CPU the first of these, the tests of the package have the others.
     """
     config = job.config()
-    config = replace(config, micro_batch_size=max(1, config.micro_batch_size // _RANKS))
-    yield from _both(job, "Megatron, distributed optimizer", megatron, config)
+    config = replace(config, micro_batch_size=max(1, config.micro_batch_size // 2))
+    yield from _over(job, "Megatron, distributed optimizer", 2, megatron, config)
     if not job.gpu:
         return
     whole = replace(config, use_distributed_optimizer=False)
-    yield from _both(job, "Megatron, Float16 optimizer", megatron, whole)
+    yield from _over(job, "Megatron, Float16 optimizer", 2, megatron, whole)
     if find_spec("deepspeed") is None:
         yield not_here("DeepSpeed", "deepspeed is not installed")
         return
-    yield from _both(job, "DeepSpeed", deepspeed)
+    yield from _over(job, "DeepSpeed", 2, deepspeed)
 
 
-def _both(job: Job, name: str, work: Any, *arguments: Any) -> Iterator[Finding]:
+def instances(job: Job) -> Iterator[Finding]:
+    """Two copies of the distributed optimizer, each over two of four ranks."""
+    config, ranks = job.config(), 2 * _INSTANCES
+    config = replace(
+        config,
+        micro_batch_size=max(1, config.micro_batch_size // ranks),
+        num_distributed_optimizer_instances=_INSTANCES,
+    )
+    yield from _over(job, "two optimizer instances", ranks, megatron, config)
+
+
+def _over(job: Job, name: str, ranks: int, work: Any, *arguments: Any) -> Iterator[Finding]:
     with job.scratch(name) as folder:
         try:
-            results = run_ranks(work, _RANKS, str(folder), job.gpu, *arguments, timeout_s=_LIMIT_S)
+            results = run_ranks(work, ranks, str(folder), job.gpu, *arguments, timeout_s=_LIMIT_S)
         except RankFailure as failure:
             print(failure, flush=True)  # into the log
             said = failure.traceback.strip().splitlines()[-1:] or [str(failure)]
-            yield found(f"{name}, two ranks", said)
+            yield found(f"{name}, {_WORDS[ranks]} ranks", said)
             return
     for what in results[0]:
         wrong = [f"rank {rank}: {each}" for rank, r in enumerate(results) for each in r[what]]
-        yield found(f"{name}, two ranks: {what}", wrong)
+        yield found(f"{name}, {_WORDS[ranks]} ranks: {what}", wrong)
 
 
 def megatron(
@@ -59,12 +71,12 @@ def megatron(
     from pma_megatron.megatron.load import merge_into
     from pma_megatron.megatron.online import OnlineAverage
     from pma_megatron.runs.selection_request import SelectionRequest
-    from pma_megatron.testing import TinyTrainer
 
     root, merged = Path(folder) / "run", Path(folder) / "merged"
     trainer = TinyTrainer(config)
     tokens = config.global_batch_size * config.seq_length
-    average = OnlineAverage(trainer.models, trainer.optimizer, core.SMA, LAST, EVERY * tokens)
+    interval = EVERY * tokens
+    average = OnlineAverage(trainer.models, trainer.optimizer, core.SMA, LAST, interval)
     core.train(
         trainer,
         root,
@@ -74,6 +86,13 @@ def megatron(
     with average.averaged_state():
         made = core.state(trainer)
     result = {"every bit comes back": differing(core.state(trainer), before)}
+    average.save_state(Path(folder) / "window")
+    again = OnlineAverage(trainer.models, trainer.optimizer, core.SMA, LAST, interval)
+    again.load_state(Path(folder) / "window", trainer.iteration, trainer.iteration * tokens)
+    with again.averaged_state():
+        kept = core.state(trainer)
+    result["the window is on disk once, and loads as it was"] = differing(kept, made)
+    result["the optimizer is in as many instances as asked for"] = _instances(trainer)
     trainer.close()
     core.offline(root, merged)
     wanted, _ = core.resumed(config, merged)
@@ -95,6 +114,22 @@ def megatron(
         else:
             result["PMA-init by source is it but for the order of the sum"] = far(held, wanted)
     return result
+
+
+def _instances(trainer: TinyTrainer) -> list[str]:
+    """What is wrong with how often the distributed optimizer is there, over all ranks."""
+    import torch.distributed as dist
+
+    from pma_megatron.megatron.params import parts
+
+    own = [
+        getattr(part, "distributed_optimizer_instance_id", 0) for part in parts(trainer.optimizer)
+    ]
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, own)
+    seen = len({each for ids in every for each in ids})
+    asked = trainer.config.num_distributed_optimizer_instances
+    return [] if seen == asked else [f"{seen} instances, {asked} were asked for"]
 
 
 def far(got: Tensors, wanted: Tensors) -> list[str]:

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 TREE_ENV = "MEGATRON_LM_PATH"
 """Names a Megatron-LM source tree."""
+PEER_ENV, PEER_SAYS_ENV = "PMA_GPU_CHECK_PEER", "PMA_GPU_CHECK_PEER_SAYS"
+"""What `--peer` and `--peer-says` are, for the process that measures merges."""
+PEER = "another program's merge"
+"""The finding about it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,7 +36,6 @@ class Part:
         limit_s: seconds after which it is ended.
         needs: modules without which it is `not here`.
         tree: whether it needs a Megatron-LM tree.
-        absent: why this release has nothing for it; "" if it has.
         alone: whether its numbers mean something only if nothing else runs.
         in_group: whether its process is in a process group of its own (world size 1).
     """
@@ -44,7 +47,6 @@ class Part:
     limit_s: float
     needs: tuple[str, ...] = ()
     tree: bool = False
-    absent: str = ""
     alone: bool = False
     in_group: bool = True
 
@@ -56,8 +58,6 @@ class Part:
 
     def why_not(self) -> str:
         """Why it cannot run here; "" if it can."""
-        if self.absent:
-            return self.absent
         missing = [name for name in self.needs if not _is_installed(name)]
         if missing:
             return f"{missing[0]} is not installed"
@@ -109,6 +109,13 @@ PARTS = (
         "megatron-score",
         "a grid of averages scored in a live model",
         "core:score",
+        "core-rest",
+        needs=_CORE,
+    ),
+    _part(
+        "megatron-export",
+        "merge and export in one pass: resumed by Megatron, opened by `transformers`",
+        "export:merged",
         "core-rest",
         needs=_CORE,
     ),
@@ -184,7 +191,21 @@ PARTS = (
         in_group=False,
         limit_s=180.0,
     ),
-    _part("fsdp2", "live start of FSDP2", "fsdp:live", "fsdp2"),
+    _part(
+        "optimizer-instances",
+        "two instances of the distributed optimizer, each over two of four ranks, over gloo",
+        "pair:instances",
+        "pair-instances",
+        needs=_CORE,
+        in_group=False,
+        limit_s=180.0,
+    ),
+    _part(
+        "fsdp2",
+        "live start of FSDP2, one rank, against a resume from the offline merge",
+        "fsdp:live",
+        "fsdp2",
+    ),
     _part(
         "cost-step",
         "a training step with a running average and without, interleaved",

@@ -15,9 +15,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from gpu.findings import NOT_RUN, OK
+from gpu.findings import NOT_HERE, NOT_RUN, OK
 from gpu.pairs import cost
-from gpu.parts import PARTS
+from gpu.parts import PARTS, PEER
 
 _HERE = Path(__file__).parent
 RESULTS = _HERE / "results"
@@ -67,6 +67,37 @@ def _step(interval: int) -> Callable[[Found], str]:
     return show
 
 
+def _over_copy(found: Found) -> str:
+    """What an entry in every step adds, over the card's own copy of as many bytes."""
+    values = found.get("a step with an entry every 1")
+    if values is None:
+        return NOT_RUN
+    copy_ms = values.get("pinned_copy_ms") or _copy_ms(found, values["entry_bytes"])
+    seen = cost(values["rounds_without_ms"], values["rounds_with_ms"])
+    if copy_ms is None:
+        return NOT_RUN
+    if not seen.is_seen:
+        return f"less than {seen.margin / copy_ms:.1f}"
+    return f"{seen.extra / copy_ms:.1f}"
+
+
+def _copy_ms(found: Found, nbytes: int) -> float | None:
+    gb_per_s = found.get("the copy of an entry", {}).get("pinned_gb_per_s")
+    return None if gb_per_s is None else 1e3 * nbytes / _GB / gb_per_s
+
+
+def _peer(key: str) -> Callable[[Found], str]:
+    def show(found: Found) -> str:
+        values = found.get(PEER)
+        if values is None:
+            return NOT_RUN
+        if values.get(key) is None:
+            return "not said"
+        return f"{values[key]:.2f} s"
+
+    return show
+
+
 def _swap(which: str) -> Callable[[Found], str]:
     def show(found: Found) -> str:
         values = found.get(f"a swap, {which}")
@@ -80,6 +111,7 @@ COSTS: tuple[tuple[str, Callable[[Found], str]], ...] = (
     ("a step, an entry in every step", _step(1)),
     ("a step, an entry every 10 steps", _step(10)),
     ("a step, an entry every 100 steps", _step(100)),
+    ("of a step's cost, an entry in every step: over the card's own copy of as much", _over_copy),
     ("copy of an entry to the host", _times("the copy of an entry", "entry_gb_per_s", " GB/s")),
     ("the card's own pinned copy", _times("the copy of an entry", "pinned_gb_per_s", " GB/s")),
     (
@@ -94,6 +126,9 @@ COSTS: tuple[tuple[str, Callable[[Found], str]], ...] = (
     ("offline merge", _times("an offline merge", "merge_s", " s")),
     ("of that, averaging", _times("an offline merge", "averaging_s", " s", 2)),
     ("its reads and writes alone", _times("an offline merge", "floor_s", " s", 2)),
+    ("another program's merge of the same (`--peer`), with its start", _peer("peer_s")),
+    ("of that, its own merge (`--peer-says`)", _peer("peer_stage_s")),
+    ("this package's merge stage in the same rounds", _peer("merge_stage_s")),
 )
 """Rows of the table of costs."""
 
@@ -159,8 +194,13 @@ def _by_card(results: Sequence[Result]) -> dict[str, list[Result]]:
 def _newest(part: str, results: Sequence[Result]) -> Mapping[str, Any] | None:
     """What the newest result that ran a part says of it."""
     found = [p for each in results for p in each["parts"] if p["part"] == part]
-    ran = [each for each in found if each["status"] != NOT_RUN]
+    ran = [each for each in found if each["status"] != NOT_RUN and not _had_none(each)]
     return ran[-1] if ran else None
+
+
+def _had_none(part: Mapping[str, Any]) -> bool:
+    """Whether the release of a result had nothing that the part could have run: this one has."""
+    return part["status"] == NOT_HERE and str(part["reason"]).endswith("in this release")
 
 
 def _cell(part: str, results: Sequence[Result]) -> str:

@@ -52,13 +52,17 @@ def averaged_state(
 ) -> Iterator[None]:
     """As `averaged_weights`, and main params are the average too: what is saved inside the block
     resumes from it. Moments, step counts and everything else stay the trainer's."""
-    trained = [slot for slot in shard.slots if slot.live.trained]
-    with averaged_weights(models, tensors, shard, average):
-        kept: list[tuple[VectorPart[MegatronTensor], torch.Tensor]] = []
+    kept: list[tuple[VectorPart[MegatronTensor], torch.Tensor]] = []
+    with weights_restored(models, tensors):
         try:
-            for slot in trained:
-                kept.append((slot, host_copy(slot.main())))
-                _set_main(slot, average.made(slot))
+            for slot in shard.slots:
+                values = average.made(slot)  # formed once, for both
+                if slot.live.trained:
+                    kept.append((slot, host_copy(slot.main())))
+                _weights(slot).copy_(values)
+                if slot.live.trained:
+                    _set_main(slot, values)
+            gather_weights(models)
             yield
         finally:
             for slot, before in kept:

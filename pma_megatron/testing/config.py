@@ -51,6 +51,9 @@ class TinyConfig:
     use_distributed_optimizer: bool = True
     precision_aware_optimizer: bool = False
     """Megatron's `use_precision_aware_optimizer`; needs Transformer Engine and its optimizer."""
+    num_distributed_optimizer_instances: int = 1
+    """Copies of the sharded optimizer among the data-parallel ranks (Megatron's flag of that name);
+    main params are sharded inside each copy. The data-parallel size must be a multiple of it."""
     bucket_size: int | None = None
     """Elements per gradient bucket; None is one bucket. A number also overlaps the reduction."""
     overlap_param_gather: bool = False

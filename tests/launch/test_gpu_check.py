@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -16,7 +17,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "launch"))
 
-from gpu.findings import NOT_HERE, NOT_RUN, OK, WRONG, Finding, PartResult, found, write  # noqa: E402
+from gpu.findings import NOT_HERE, NOT_RUN, OK, WRONG, Finding, PartResult, found, not_here, write  # noqa: E402
 from gpu.oracle import beyond, differing  # noqa: E402
 from gpu.pairs import cost  # noqa: E402
 from gpu.parts import BY_NAME, PARTS, TREE_ENV  # noqa: E402
@@ -44,7 +45,17 @@ def check(out: Path, *arguments: str, **environment: str) -> tuple[int, str, dic
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="no DeepSpeed")
 def test_every_part_runs_on_the_cpu(tmp_path: Path) -> None:
-    code, said, result = check(tmp_path, "--cpu")
+    out = tmp_path / "with spaces"
+    other = out / "other.py"
+    out.mkdir()
+    other.write_text(
+        "import pathlib, sys\n"
+        "load, out = map(pathlib.Path, sys.argv[1:])\n"
+        "assert list(load.glob('iter_*')) and out.parent.is_dir() and not out.exists()\n"
+        "print('took 1.25 s')\n"
+    )
+    peer = f"{shlex.quote(sys.executable)} {shlex.quote(str(other))} {{load}} {{out}}"
+    code, said, result = check(out, "--cpu", "--peer", peer, "--peer-says", r"took (\S+) s")
     assert code == 0, said
     states = {part["part"]: part["status"] for part in result["parts"]}
     without_tree = {name for name in BY_NAME if name.startswith("script-")}
@@ -62,7 +73,9 @@ def test_every_part_runs_on_the_cpu(tmp_path: Path) -> None:
     shown = {name: show(measured) for name, show in COSTS}
     assert shown.pop("a step, an entry every 100 steps") == NOT_RUN
     assert NOT_RUN not in shown.values(), shown
-    left = {path.suffix for path in tmp_path.iterdir()}
+    assert shown["of that, its own merge (`--peer-says`)"] == "1.25 s"
+    other.unlink()
+    left = {path.suffix for path in out.iterdir()}
     assert left == {".json", ".log"}, "checkpoints were left behind"
 
 
@@ -96,6 +109,15 @@ def test_bad_commands_are_refused(tmp_path: Path) -> None:
         [*script, "--only", "megatron-inti"], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 2 and "no part begins so; there are megatron-init" in done.stderr
+    for bad, why in {
+        ("--peer-says", "x"): "there is no --peer",
+        ("--peer", "no-such-program {load} {out}"): "there is no such program",
+        ("--peer", "true {out}"): "it must have {load}",
+        ("--peer", "true {load} {out}", "--peer-says", "took"): "must have a group",
+        ("--peer", "true {load} {out}", "--only", "fsdp2"): "is timed by cost-merge",
+    }.items():
+        done = subprocess.run([*script, *bad], env=environment, capture_output=True, text=True)
+        assert done.returncode == 2 and why in done.stderr, done.stderr
     listed = subprocess.run([*script, "--list"], env=environment, capture_output=True, text=True)
     assert [line.split()[0] for line in listed.stdout.splitlines()] == list(BY_NAME)
 
@@ -171,6 +193,23 @@ def test_the_page_says_what_was_found(tmp_path: Path) -> None:
     assert cell(both, "a step, an entry in every step") == "100.0 ms, plus 7.3 ms (within 0.7 ms)"
     assert cell(both, "PMA-init, per GB read") == NOT_RUN
     assert cell(both, "date") == "2026-01-01, 2026-01-02"
+
+
+def test_what_an_older_release_did_not_have_is_not_run(tmp_path: Path) -> None:
+    absent = not_here("fsdp2", "the package has no glue on FSDP2 in this release")
+    here = not_here("deepspeed-live", "deepspeed is not installed")
+    older = _result(
+        tmp_path,
+        "2026-01-01",
+        [
+            PartResult(part="fsdp2", findings=[absent]),
+            PartResult(part="deepspeed-live", findings=[here]),
+        ],
+    )
+    lines = page([older]).splitlines()
+    assert any(each.startswith("| `fsdp2`") and each.endswith(f"| {NOT_RUN} |") for each in lines)
+    assert "- Card 1, `deepspeed-live`: not here: deepspeed is not installed" in lines
+    assert not any("FSDP2 in this release" in each for each in lines)
 
 
 def test_a_cost_that_rounds_cannot_tell_is_not_told() -> None:

@@ -73,7 +73,24 @@ def swaps(rank: int, world_size: int, config: TinyConfig) -> Any:
             assert changed(before, held(trainer)) == set()
             assert pointers(trainer) == places
     assert trainer.evaluate(2) == losses[0]
+    formed = counted(average)
+    with average.averaged_state():
+        assert sorted(formed) == [slot.start for slot in average.shard.slots]  # each once
     return found, losses
+
+
+def counted(average: OnlineAverage) -> list[int]:
+    """Gets the start of each slot whose average is formed from now on."""
+    real, formed = average.average(), []
+    assert real is not None
+    made = real.made
+
+    def note(slot: Any) -> torch.Tensor:
+        formed.append(slot.start)
+        return made(slot)
+
+    average.average = lambda: replace(real, made=note)  # type: ignore[method-assign]
+    return formed
 
 
 @pytest.mark.parametrize(
