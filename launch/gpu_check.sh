@@ -4,6 +4,7 @@
 # Installs into .venv-gpu-check from an index, or from a folder of wheels (--wheels DIR, no network:
 # what python3 has already is used). MEGATRON_LM_PATH names a Megatron-LM tree for its script's parts.
 # usage: ./launch/gpu_check.sh [--wheels DIR | --no-install] [--list] [--only A,B] [--cpu] [--out DIR] ...
+#        (--help has all)
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
@@ -15,22 +16,35 @@ compile_kernel() {
             echo "the kernel was not compiled; torch will sum" >&2
     fi
 }
-case ${1:-} in
---wheels)
+how=environment site='' wheels='' only_says='' arguments=()
+while (($#)); do
+    case $1 in
+    --wheels) how=wheels wheels=${2:-} && shift $(($# > 1)) ;;
+    --wheels=*) how=wheels wheels=${1#*=} ;;
+    --no-install) how=nothing ;;
+    --list | --help | -h) arguments+=("$1") only_says=1 ;;
+    *) arguments+=("$1") ;;
+    esac
+    shift
+done
+[[ -z $only_says ]] || how=names
+case $how in
+wheels)
+    if ! compgen -G "$wheels/*.whl" >/dev/null; then
+        echo "gpu_check.sh: --wheels needs a folder of wheels; '$wheels' has no file *.whl" >&2
+        exit 2
+    fi
     site=$(mktemp -d)
     trap 'rm -rf "$site"' EXIT
     "$python" -m pip install --quiet --disable-pip-version-check --no-index --no-deps --no-compile \
-        --no-cache-dir --target "$site" "${2:?--wheels needs a folder}"/*.whl
+        --no-cache-dir --target "$site" "$wheels"/*.whl
     export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
-    shift 2
     compile_kernel
     ;;
---no-install)
-    shift
+nothing)
     compile_kernel
     ;;
---list | --help | -h) ;;
-*)
+environment)
     source "$root/launch/venv.sh"
     ensure_venv "$root/.venv-gpu-check" megatron,deepspeed
     python=$VENV_PYTHON
@@ -38,4 +52,14 @@ case ${1:-} in
 esac
 export PYTHONPATH=$root:$root/launch:$root/launch/bench${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 export CUDA_DEVICE_MAX_CONNECTIONS=1 GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo}
-"$python" -W ignore -m gpu.check "$@"
+check=("$python" -W ignore -m gpu.check "${arguments[@]}")
+[[ -n $site ]] || exec "${check[@]}"
+# What it unpacked goes when it has ended, also when this script is told to.
+"${check[@]}" &
+child=$! code=0
+trap 'kill -TERM "$child" 2>/dev/null' TERM INT HUP
+while kill -0 "$child" 2>/dev/null; do
+    code=0
+    wait "$child" || code=$?
+done
+exit "$code"

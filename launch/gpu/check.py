@@ -4,34 +4,38 @@
     ./launch/gpu_check.sh --only megatron-init,deepspeed    # parts whose names begin so
     ./launch/gpu_check.sh --cpu                             # the same parts, tiny, on the CPU
 
-Exit code 0 if nothing is wrong, 1 if anything is, 2 for a bad command.
+Exit code 0 if something is ok and nothing wrong, 1 if anything is wrong or not run, 2 for a bad
+command, 130 if it was interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from gpu.findings import NOT_HERE, OK, PartResult, not_here, write
+from gpu.findings import NOT_HERE, NOT_RUN, OK, WRONG, PartResult, not_here, write
 from gpu.parts import BY_NAME, PARTS, PEER_ENV, PEER_SAYS_ENV, Part
-from gpu.supervise import Supervisor
+from gpu.supervise import INTERRUPTED, Stop, Supervisor
 
 _GIB = 1 << 30
 MOST_DISK_BYTES = 20 * _GIB
 """What the files of all parts together stay under; measured, and the check ends above it."""
 _JOBS = 10
+_INTERRUPTED = 130
 _LIMIT_S, _CPU_LIMIT_S, _CPU_PATIENCE = 350.0, 900.0, 3.0
 
 
@@ -43,6 +47,11 @@ class Report:
         self._results: dict[str, PartResult] = {}
         self._lock, self._start_s = threading.Lock(), time.monotonic()
         self.disk_peak_bytes = 0
+
+    def begin(self) -> None:
+        """Leave a file without results, so that a place that cannot be written is known now."""
+        with self._lock:
+            self._write()
 
     def add(self, result: PartResult) -> None:
         """A part is done."""
@@ -64,13 +73,13 @@ class Report:
         with self._lock:
             self._write()
             results = self._ordered()
-        wrong = [each.part for each in results if each.status not in (OK, NOT_HERE)]
-        counts = [sum(each.status == state for each in results) for state in (OK, NOT_HERE)]
+        states = (OK, WRONG, NOT_HERE, NOT_RUN)
+        counts = [sum(each.status == state for each in results) for state in states]
+        numbers = ", ".join(f"{n} {state}" for n, state in zip(counts, states, strict=True))
         self._say(
-            f"{counts[0]} parts ok, {len(wrong)} wrong, {counts[1]} not here; "
-            f"{self.disk_peak_bytes / _GIB:.1f} GiB of disk at most; {self._path}"
+            f"parts: {numbers}; {self.disk_peak_bytes / _GIB:.1f} GiB of disk at most; {self._path}"
         )
-        return 1 if wrong else 0
+        return 0 if counts[0] and not counts[1] and not counts[3] else 1
 
     def _write(self) -> None:
         seconds = round(time.monotonic() - self._start_s, 1)
@@ -100,6 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     parts = _chosen(parser, given.only)
     _take_peer(parser, given, parts)
+    _refuse_without_torch(parser)
     from gpu.machine import about  # imports torch, which --list does without
     from pma_megatron.testing import cpu
 
@@ -107,24 +117,53 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not given.cpu:
         _refuse_without_gpu(parser)
 
-    facts = about()
-    given.out.mkdir(parents=True, exist_ok=True)
-    report = Report(given.out / f"{name_of(facts)}.json", facts)
-    folder = Path(tempfile.mkdtemp(prefix="pma-gpu-check-", dir=given.folder))
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="pma-gpu-check-", dir=given.folder))
+    except OSError as error:
+        parser.error(f"--folder {given.folder}: checkpoints cannot be written there: {error}")
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, _interrupt)
     try:
         if not given.cpu:
             _refuse_small_disk(parser, folder)
-        _run(parts, folder, given, report)
+        report = _report(parser, given.out, about())
+        with contextlib.suppress(KeyboardInterrupt):
+            _run(parts, folder, given, report)
+            return report.finish()
+        report.finish()
+        return _INTERRUPTED
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return report.finish()
+
+
+def _report(parser: argparse.ArgumentParser, out: Path, facts: dict[str, Any]) -> Report:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        report = Report(_free_name(out, name_of(facts)), facts)
+        report.begin()
+    except OSError as error:
+        parser.error(f"--out {out}: results cannot be written there: {error}")
+    return report
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _free_name(out: Path, name: str) -> Path:
+    """A file that no earlier run of the same day and card has left."""
+    path, number = out / f"{name}.json", 1
+    while path.exists():
+        number += 1
+        path = out / f"{name}-{number}.json"
+    return path
 
 
 def _run(parts: Sequence[Part], folder: Path, given: argparse.Namespace, report: Report) -> None:
     """Groups side by side, then those that must be alone."""
     limit_s = given.limit_s or (_CPU_LIMIT_S if given.cpu else _LIMIT_S)
     deadline = time.monotonic() + limit_s
-    stop = threading.Event()
+    stop = Stop()
     watch = threading.Thread(target=_watch_disk, args=(folder, report, stop), daemon=True)
     watch.start()
     jobs = max(1, given.jobs or (1 if given.cpu else _JOBS))
@@ -151,8 +190,12 @@ def _run(parts: Sequence[Part], folder: Path, given: argparse.Namespace, report:
             environment={} if alone else _share_of_cores(jobs),
         )
         with ThreadPoolExecutor(1 if alone else jobs) as pool:
-            for done in [pool.submit(supervisor.run, *each) for each in groups.items()]:
-                done.result()
+            try:
+                for done in [pool.submit(supervisor.run, *each) for each in groups.items()]:
+                    done.result()
+            except KeyboardInterrupt:  # processes lead sessions of their own, and must be ended
+                stop.end(INTERRUPTED)
+                raise
     stop.set()
     watch.join()
 
@@ -163,7 +206,7 @@ def _share_of_cores(jobs: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
 
 
-def _watch_disk(folder: Path, report: Report, stop: threading.Event) -> None:
+def _watch_disk(folder: Path, report: Report, stop: Stop) -> None:
     """Note the most that is on the disk at once; stop everything above the bound."""
     while not stop.wait(0.5):
         used = 0
@@ -173,8 +216,7 @@ def _watch_disk(folder: Path, report: Report, stop: threading.Event) -> None:
                     used += os.lstat(os.path.join(parent, name)).st_blocks * 512  # noqa: PTH118
         report.disk_peak_bytes = max(report.disk_peak_bytes, used)
         if used > MOST_DISK_BYTES:
-            print(f"more than {MOST_DISK_BYTES / _GIB:.0f} GiB on disk: ending", flush=True)
-            stop.set()
+            stop.end(f"more than {MOST_DISK_BYTES / _GIB:.0f} GiB of disk are used")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -204,21 +246,33 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--jobs",
-        type=int,
+        type=_positive(int),
         help=f"groups of parts that run side by side (default: {_JOBS}, on the CPU 1)",
     )
     parser.add_argument(
         "--limit-s",
-        type=float,
+        type=_positive(float),
         help=f"for all of it (default: {_LIMIT_S:.0f}, on the CPU {_CPU_LIMIT_S:.0f})",
     )
     return parser
+
+
+def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        value = kind(text)
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+        return value
+
+    return number
 
 
 def _chosen(parser: argparse.ArgumentParser, only: str | None) -> list[Part]:
     if only is None:
         return list(PARTS)
     wanted = [each.strip() for each in only.split(",") if each.strip()]
+    if not wanted:
+        parser.error(f"--only {only!r} names no part; there are {', '.join(BY_NAME)}")
     for prefix in wanted:
         if not any(name.startswith(prefix) for name in BY_NAME):
             parser.error(f"--only {prefix}: no part begins so; there are {', '.join(BY_NAME)}")
@@ -255,6 +309,11 @@ def _take_peer(
         if groups < 1:
             parser.error(f"--peer-says {given.peer_says}: it must have a group for the seconds")
         os.environ[PEER_SAYS_ENV] = given.peer_says
+
+
+def _refuse_without_torch(parser: argparse.ArgumentParser) -> None:
+    if importlib.util.find_spec("torch") is None:
+        parser.error(f"{sys.executable} has no torch: name another with PYTHON=, or give --wheels")
 
 
 def _refuse_without_gpu(parser: argparse.ArgumentParser) -> None:

@@ -23,6 +23,7 @@ def about() -> dict[str, Any]:
     """Plain values; None for what is not installed or not known."""
     return {
         "date": datetime.date.today().isoformat(),
+        "begun": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "pma_megatron": __version__,
         # A copy without its repository is told by whoever made it.
         "commit": os.environ.get("PMA_COMMIT")

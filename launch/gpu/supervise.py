@@ -24,6 +24,18 @@ _LOOK_EVERY_S = 0.1
 _START_LIMIT_S = 120.0
 _TAIL = 600
 _MARK = "PMA_GPU_CHECK_WORKER"
+INTERRUPTED = "it was interrupted"
+
+
+class Stop(threading.Event):
+    """Set if everything must end; `why` says why."""
+
+    why = ""
+
+    def end(self, why: str) -> None:
+        """Have everything end."""
+        self.why = self.why or why
+        self.set()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +54,7 @@ class Supervisor:
     logs: Path
     deadline: float
     report: Callable[[PartResult], None]
-    stop: threading.Event
+    stop: Stop
     patience: float = 1.0
     environment: Mapping[str, str] = field(default_factory=dict)
 
@@ -52,8 +64,10 @@ class Supervisor:
         (self.logs / f"{group}.log").write_bytes(b"")
         while left:
             if self.stop.is_set() or time.monotonic() > self.deadline:
+                why = f": {self.stop.why}" if self.stop.why else ""
+                said = f"the check ended before it{why}"
                 for part in left:
-                    self.report(PartResult(part=part.name, skipped="the check ended before it"))
+                    self.report(PartResult(part=part.name, skipped=said))
                 return
             left = left[_Process(self, group, left).follow() :]
 
@@ -108,7 +122,7 @@ class _Process:
             if now - self._since_s > limit_s:
                 return f"still running after {limit_s:.0f} s"
             if self._owner.stop.is_set():
-                return "too much disk is used"
+                return self._owner.stop.why
             time.sleep(_LOOK_EVERY_S)
         return ""
 
@@ -143,7 +157,10 @@ class _Process:
         name = self._parts[self._done].name
         self._result = self._result or PartResult(part=name)
         tail = self._log.read_text(errors="replace")[-_TAIL:]
-        self._result.ended = f"{tail}\n{why}"
+        if why == INTERRUPTED:  # nothing is wrong with it
+            self._result.skipped = why
+        else:
+            self._result.ended = f"{tail}\n{why}"
         self._result.seconds = time.monotonic() - self._since_s
         self._hand_in()
 

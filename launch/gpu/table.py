@@ -72,7 +72,7 @@ def _over_copy(found: Found) -> str:
     values = found.get("a step with an entry every 1")
     if values is None:
         return NOT_RUN
-    copy_ms = values.get("pinned_copy_ms") or _copy_ms(found, values["entry_bytes"])
+    copy_ms = values.get("pinned_copy_ms") or _copy_ms(found, values.get("entry_bytes"))
     seen = cost(values["rounds_without_ms"], values["rounds_with_ms"])
     if copy_ms is None:
         return NOT_RUN
@@ -81,9 +81,9 @@ def _over_copy(found: Found) -> str:
     return f"{seen.extra / copy_ms:.1f}"
 
 
-def _copy_ms(found: Found, nbytes: int) -> float | None:
+def _copy_ms(found: Found, nbytes: int | None) -> float | None:
     gb_per_s = found.get("the copy of an entry", {}).get("pinned_gb_per_s")
-    return None if gb_per_s is None else 1e3 * nbytes / _GB / gb_per_s
+    return None if gb_per_s is None or nbytes is None else 1e3 * nbytes / _GB / gb_per_s
 
 
 def _peer(key: str) -> Callable[[Found], str]:
@@ -136,7 +136,8 @@ COSTS: tuple[tuple[str, Callable[[Found], str]], ...] = (
 def read(folder: Path = RESULTS) -> list[Result]:
     """Results on GPUs, oldest first."""
     found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    return sorted((each for each in found if each["device"] == "cuda"), key=lambda e: e["date"])
+    on_gpu = (each for each in found if each["device"] == "cuda")
+    return sorted(on_gpu, key=lambda each: (each["date"], each.get("begun", "")))
 
 
 def page(results: Sequence[Result]) -> str:

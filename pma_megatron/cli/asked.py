@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+from pathlib import Path
 
 from pma_megatron.base.openfiles import is_folder
 from pma_megatron.base.settings import declared, made
@@ -143,6 +144,10 @@ def report_of(arguments: argparse.Namespace) -> None:
     for each in map(path_of, arguments.path):
         if out == each.resolve():
             raise UsageError(f"--out {arguments.out} is what the page is about: another file")
+    if out.is_file() and not _may_be_replaced(out):
+        raise UsageError(
+            f"--out {arguments.out} is there and no page of HTML: another file, or remove that one"
+        )
     if any((folder / MARKER_FILE).is_file() for folder in out.parents):
         raise UsageError(
             f"--out {arguments.out} lies in what pma wrote, where no other file may be: elsewhere"
@@ -152,6 +157,19 @@ def report_of(arguments: argparse.Namespace) -> None:
             "pma report needs matplotlib and jinja2, and one is not installed: "
             "pip install 'pma-megatron[plots]'"
         )
+
+
+def _may_be_replaced(path: Path) -> bool:
+    """Whether a file is an older page, or empty: not a tracker, or somebody's notes."""
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(len(_PAGE))
+    except OSError:
+        return False
+    return not start or start.lower() == _PAGE
+
+
+_PAGE = b"<!doctype html>"
 
 
 def pruning_of(arguments: argparse.Namespace) -> PruneRequest:

@@ -35,10 +35,15 @@ def run(arguments: argparse.Namespace) -> None:
     def told() -> None:
         console = new_console(soft_wrap=True)
         for section in sections:
-            console.print(f"{section.title}\n  {section.answer}")
+            console.print(f"{_one_line(section.title)}\n  {_one_line(section.answer)}")
         console.print(f"wrote {arguments.out}, {sized(len(page))}")
 
     show_result(arguments, value, told)
+
+
+def _one_line(text: str) -> str:
+    """A name with line breaks must not look like what this command says."""
+    return "\\n".join(text.splitlines())
 
 
 def _compared(folder: Path) -> str:

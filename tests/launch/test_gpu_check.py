@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -102,6 +105,39 @@ def test_what_takes_too_long_is_ended(tmp_path: Path) -> None:
     assert second["status"] == NOT_RUN and second["reason"] == "the check ended before it"
 
 
+def test_who_interrupts_it_leaves_nothing_running(tmp_path: Path) -> None:
+    """Workers lead sessions of their own; a second run of the day replaces no result."""
+    out = tmp_path / "out"
+    script = ["bash", str(ROOT / "launch" / "gpu_check.sh"), "--no-install", "--cpu"]
+    for number in (1, 2):
+        running = subprocess.Popen(
+            [*script, "--only", "cost-copy,fsdp2", "--out", str(out), "--folder", str(tmp_path)],
+            env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        while running.poll() is None and not workers(tmp_path):
+            time.sleep(0.05)
+        running.send_signal(signal.SIGTERM)
+        said, _ = running.communicate(timeout=60)
+        assert running.returncode == 130, said
+        assert not workers(tmp_path) and [path.name for path in tmp_path.iterdir()] == ["out"]
+        files = sorted(out.glob("*.json"))
+        assert len(files) == number
+        parts = json.loads(files[0].read_text())["parts"]
+        assert {part["status"] for part in parts} == {NOT_RUN}, said
+
+
+def workers(folder: Path) -> list[Path]:
+    """Processes of parts that write into `folder`."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = path.read_bytes()
+            found += [path] if b"gpu.worker" in words and bytes(folder) in words else []
+    return found
+
+
 def test_bad_commands_are_refused(tmp_path: Path) -> None:
     script = ["bash", str(ROOT / "launch" / "gpu_check.sh"), "--no-install"]
     environment = {**os.environ, "PYTHON": sys.executable}
@@ -110,6 +146,11 @@ def test_bad_commands_are_refused(tmp_path: Path) -> None:
     )
     assert done.returncode == 2 and "no part begins so; there are megatron-init" in done.stderr
     for bad, why in {
+        ("--only", " , "): "names no part",
+        ("--jobs", "0"): "must be above 0",
+        ("--limit-s", "nan"): "must be above 0",
+        ("--cpu", "--wheels"): "--wheels needs a folder of wheels",
+        ("--wheels", str(tmp_path)): "has no file *.whl",
         ("--peer-says", "x"): "there is no --peer",
         ("--peer", "no-such-program {load} {out}"): "there is no such program",
         ("--peer", "true {out}"): "it must have {load}",

@@ -134,6 +134,21 @@ def test_a_merge_that_is_damaged(
     assert call(capsys, "report", merge_in, "--out", tmp_path / "b.html")[0] == 1
 
 
+def test_a_page_replaces_a_page_alone(
+    merge_in: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not a tracker, nor somebody's notes; and a name with line breaks says nothing by itself."""
+    odd = merge_in.rename(tmp_path / "merges\nVerified just now")
+    tracker = tmp_path / "latest_checkpointed_iteration.txt"
+    tracker.write_text("8")
+    code, _, err = call(capsys, "report", odd, "--out", tracker)
+    assert code == 2 and "no page of HTML" in err and tracker.read_text() == "8"
+    for _ in range(2):
+        code, said, _ = call(capsys, "report", odd, "--out", tmp_path / "a.html")
+        assert code == 0 and "merges\\nVerified" in said
+    assert not any(line.startswith("Verified") for line in said.splitlines())
+
+
 def test_what_merge_printed_and_what_it_left_out(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
