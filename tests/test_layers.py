@@ -59,7 +59,7 @@ INSIDE = {
         contract fingerprints
     """,
     "formats.dcp": """
-        cover keys
+        cover keys written
         stored
         metadata
         metadata_writer

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import scale_simulation
+import scale_zero
 import torch
 import torch.distributed as dist
 from rich.console import Console
@@ -55,6 +56,7 @@ TIMEOUT_S = 3 * 3600
 MIB = 1 << 20
 SIMULATED = [8, 64, 512, 4096]
 STAGES = ("list", "plan", "merge", "simulate")
+ZERO = {"zero1": 1, "zero3": 3}
 
 
 @dataclass
@@ -177,6 +179,11 @@ def make_run(folder: Path, model: str, layout: str, count: int) -> Path:
     shutil.rmtree(tiny, ignore_errors=True)
     begun = root.with_name(f"{root.name}.begun")
     shutil.rmtree(begun, ignore_errors=True)
+    if layout in ZERO:
+        files = scale_zero.write_run(begun, tiny, ZERO[layout], count)
+        begun.rename(root)
+        print(f"{root}: {files} files a tag")
+        return root
     source = save_tiny(MODELS[model], tiny, layout)
     chunks = write_run(begun, MODELS[model], source, count)
     begun.rename(root)
@@ -213,7 +220,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("folder", type=Path, help="for runs and scratch; about 1 GiB for 671b")
     parser.add_argument("--model", choices=sorted(MODELS), default="70b")
-    parser.add_argument("--layout", choices=("fully_reshardable",), default="fully_reshardable")
+    layouts = ("fully_reshardable", *ZERO)
+    parser.add_argument("--layout", choices=layouts, default=layouts[0])
     parser.add_argument("--count", type=int, default=10, help="checkpoints of the run")
     parser.add_argument("--last", type=int, help="that are averaged; by default all")
     parser.add_argument("--ranks", type=int, default=2)
@@ -226,6 +234,8 @@ def main() -> None:
         flag = f"--{each.name.replace('_', '-')}"
         simulated.add_argument(flag, type=type(each.default), default=each.default)
     chosen = parser.parse_args()
+    if chosen.layout in ZERO and chosen.model != "70b":
+        parser.error(f"{chosen.layout} is of a model of its own kind: leave --model at 70b")
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # megatron-core's, about missing CUDA parts
     chosen.folder.mkdir(parents=True, exist_ok=True)
     root = make_run(chosen.folder, chosen.model, chosen.layout, chosen.count)
@@ -238,7 +248,7 @@ def main() -> None:
     torch.set_num_threads(1)
     settings = (request, tuple(chosen.stages), chosen.units)
     results = run_ranks(measure, chosen.ranks, *settings, timeout_s=TIMEOUT_S)
-    show(chosen.model, results)
+    show(f"{chosen.model}, {chosen.layout}", results)
     if "simulate" in chosen.stages:
         storage = Storage(**{each.name: getattr(chosen, each.name) for each in fields(Storage)})
         work, finish_s = results[0].pop("work"), results[0].pop("finish_s")

@@ -88,7 +88,7 @@ class Ranks:
 
 
 @cache
-def _skeleton(sizes: tuple[int, ...], dtype: torch.dtype) -> tuple[Skeleton, tuple[Any, ...]]:
+def shape_of(sizes: tuple[int, ...], dtype: torch.dtype) -> tuple[Skeleton, tuple[Any, ...]]:
     """The zip of a chunk whose payload is zeros, and all its bytes but those."""
     nbytes = math.prod(sizes) * dtype.itemsize
     skeleton = lay_out(dump_inert(new_tensor(sizes, dtype)), [("0", nbytes)])
@@ -111,7 +111,7 @@ def place(model: Model, tiny: Path) -> tuple[list[Placed], dict[str, bytes]]:
             length = len(objects[_kind(shard.key)])
             each = Placed(shard, ranks.writer(shard, _OBJECT), length=length)
         else:
-            length = _skeleton(shard.sizes, shard.dtype)[0].length
+            length = shape_of(shard.sizes, shard.dtype)[0].length
             each = Placed(shard, ranks.writer(shard, length), length=length)
         names = [f"__{each.rank}_{n}.distcp" for n in range(FILES_PER_RANK)]
         each.file = min(names, key=lambda name: ends.get(name, 0))
@@ -151,7 +151,7 @@ def _content(each: Placed, objects: dict[str, bytes]) -> Iterator[tuple[int, byt
     if each.shard.dtype is None:
         yield 0, objects[_kind(each.shard.key)]
     else:
-        yield from _skeleton(each.shard.sizes, each.shard.dtype)[1]
+        yield from shape_of(each.shard.sizes, each.shard.dtype)[1]
 
 
 def metadata_of(tiny: Path, placed: list[Placed], ranks: int, folder: Path) -> bytes:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 P = TypeVar("P")
+_ONE = (1,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +133,8 @@ def row_major_strides(sizes: Sequence[int]) -> tuple[int, ...]:
 
 def overlaps(box: Box, pieces: Iterable[Piece[P]]) -> list[Part[P]]:
     """Every overlap of `box` with `pieces`."""
+    if len(box.sizes) == 1:
+        return _overlaps_in_a_row(box.offsets[0], box.sizes[0], pieces)
     unit_strides = row_major_strides(box.sizes)
     parts = []
     for piece in pieces:
@@ -144,6 +147,19 @@ def overlaps(box: Box, pieces: Iterable[Piece[P]]) -> list[Part[P]]:
         parts.append(
             Part(piece.payload, common.sizes, inside, unit_strides, start, strides, piece.start)
         )
+    return parts
+
+
+def _overlaps_in_a_row(offset: int, size: int, pieces: Iterable[Piece[P]]) -> list[Part[P]]:
+    """The same in one dimension: a flat buffer is cut into very many parameters."""
+    parts = []
+    for piece in pieces:
+        (first,), (count,) = piece.box.offsets, piece.box.sizes
+        low, high = max(offset, first), min(offset + size, first + count)
+        if low < high:
+            start = piece.start + low - first
+            common = (high - low,)
+            parts.append(Part(piece.payload, common, low - offset, _ONE, start, _ONE, piece.start))
     return parts
 
 

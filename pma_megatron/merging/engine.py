@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -36,6 +37,7 @@ from pma_megatron.transfer.reads import Reads
 SOURCE_BYTES = 4 << 20
 """A block of all sources at once: it bounds memory, and stays near the cores."""
 _OF_STORES = 8  # times as many units are looked for where each request takes its time
+_TOGETHER = 8  # units that are looked for at once
 AHEAD_BYTES = 512 << 20  # asked of storage before its time; more might leave the cache unused
 _LEAST_ELEMENTS = 1 << 14
 
@@ -165,6 +167,29 @@ class _Found:
     is_cold: bool
 
 
+def _batch(queue: Iterator[Unit], most: int, most_bytes: int) -> list[Unit]:
+    """The next units: so many, or fewer that read as much; none at the end."""
+    found, read_bytes = [], 0
+    for unit in itertools.islice(queue, most):
+        found.append(unit)
+        read_bytes += unit.read_bytes
+        if read_bytes >= most_bytes:
+            break
+    return found
+
+
+def _with_results(
+    units: Sequence[Unit], found: Future[list[_Found | None]]
+) -> Iterator[tuple[Unit, Callable[[], _Found | None]]]:
+    """Each unit, and what waits for what was found of it."""
+    for place, unit in enumerate(units):
+        yield unit, partial(_nth, found, place)
+
+
+def _nth(found: Future[list[_Found | None]], place: int) -> _Found | None:
+    return found.result()[place]
+
+
 @dataclass(slots=True)
 class _Job:
     add: Accumulator
@@ -197,29 +222,38 @@ class _Job:
 
     def _found(
         self, units: Sequence[Unit], scouts: Executor
-    ) -> Iterator[tuple[Unit, Future[_Found] | None]]:
-        """The units, some of them looked for ahead of need: storage has not to be waited for."""
-        ahead: deque[tuple[Unit, Future[_Found] | None]] = deque()
-        most, nbytes = self.threads if active() is None else _OF_STORES * self.threads, 0
-        for unit in units:
-            found = scouts.submit(self._find, unit) if isinstance(unit, AverageUnit) else None
-            ahead.append((unit, found))
-            nbytes += unit.read_bytes
-            while len(ahead) > most or (len(ahead) > 1 and nbytes > AHEAD_BYTES):
-                nbytes -= ahead[0][0].read_bytes
-                yield ahead.popleft()
-        yield from ahead
+    ) -> Iterator[tuple[Unit, Callable[[], _Found | None]]]:
+        """The units, looked for ahead of need: storage has not to be waited for.
 
-    def _find(self, unit: AverageUnit) -> _Found:
+        Where nothing has to be fetched several are looked for at once: threads that wake each other
+        less often keep more of what they sum in their caches.
+        """
+        queue, ahead = iter(units), deque[tuple[list[Unit], Future[list[_Found | None]]]]()
+        most = self.threads if active() is None else _OF_STORES * self.threads
+        together = 1
+        while batch := _batch(queue, together, AHEAD_BYTES // most):
+            ahead.append((batch, scouts.submit(lambda some: [*map(self._find, some)], batch)))
+            if len(ahead) > most:
+                yield from _with_results(*ahead.popleft())
+            if ahead[0][1].done() and ahead[0][1].exception() is None:
+                is_cold = any(found is not None and found.is_cold for found in ahead[0][1].result())
+                together = 1 if is_cold else _TOGETHER
+        for each in ahead:
+            yield from _with_results(*each)
+
+    def _find(self, unit: Unit) -> _Found | None:
+        if not isinstance(unit, AverageUnit):
+            return None
         work = self.add.locate(unit, unit.task.numbers)
         cold = [each.reader.advise() for each in work.inputs]  # all: it asks storage for them
         return _Found(work, streaming.ranges(work), any(cold))
 
-    def _do(self, unit: Unit, found: Future[_Found] | None, space: Workspace) -> None:
+    def _do(self, unit: Unit, found: Callable[[], _Found | None], space: Workspace) -> None:
         self.check()
         if isinstance(unit, AverageUnit):
-            assert found is not None
-            self._average(unit, found.result(), space)
+            located = found()
+            assert located is not None
+            self._average(unit, located, space)
         else:
             self._fill(unit, space)
         if self.finished is not None:
@@ -297,7 +331,7 @@ class _Job:
             raise self.failed
         if assign(self.add.plan, self.team)[self.add.last] == self.team.place:
             for fill in fills:
-                self._do(fill, None, spaces[0])
+                self._do(fill, lambda: None, spaces[0])
 
     def _mine(self) -> Callable[[int], Sequence[int]]:
         """turn -> numbers of the sources that this member reads for it."""

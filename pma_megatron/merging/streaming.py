@@ -1,7 +1,7 @@
 """From files to files in C, where a unit's elements are rows of bytes in every source and output.
 
 The kernel reads a step of every source, compares, sums, rounds and writes it before it reads the
-next one, so that all of a step stays in a core's cache, and comes back to Python once in
+next one, so that all of a step stays near its core, and comes back to Python once in
 `CALL_ELEMENTS`. It gives the bits that `accumulate` gives block by block, which is what is used for
 everything else: rows that are short or not in one piece, teams, live models, sums by torch.
 """
@@ -28,7 +28,7 @@ from pma_megatron.transfer.blocks import BlockReader, BlockWriter, FolderWriters
 from pma_megatron.transfer.buffers import Room
 from pma_megatron.transfer.units import UnitReader
 
-CALL_ELEMENTS = 2 << 20
+CALL_ELEMENTS = 4 << 20
 """Elements of one call, after which a failure elsewhere is noticed."""
 _LEAST_ROW = 1 << 15  # elements on average: shorter rows are better put together in a block
 
@@ -55,8 +55,8 @@ class Step:
         return max(self.least, min(self.most, 1 << fit.bit_length() - 1))
 
 
-WARM = Step(1 << 20, 1 << 14, 1 << 17)
-"""It stays in a core's second cache."""
+WARM = Step(3 << 20, 1 << 14, 1 << 18)
+"""It stays near a core: shorter reads cost more calls than larger buffers cost in its caches."""
 COLD = Step(8 << 20, 1 << 14, 1 << 21)
 """Longer reads, within what a rank may take."""
 

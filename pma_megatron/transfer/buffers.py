@@ -57,18 +57,22 @@ class Room:
 
     def __init__(self) -> None:
         self._whole = torch.empty(0, dtype=torch.uint8)
+        self._made: dict[tuple[int, ...], list[memoryview]] = {}
 
     def buffers(self, dtypes: Sequence[torch.dtype], elements: int) -> list[memoryview]:
         """A buffer for so many elements of each dtype; what they held before is lost."""
-        sizes = [elements * dtype.itemsize for dtype in dtypes]
-        needed = sum(size + -size % 64 + _GAP_BYTES for size in sizes)
-        if needed > self._whole.numel():
-            self._whole = torch.empty(needed, dtype=torch.uint8)
-        data, at, found = as_bytes(self._whole), 0, []
-        for size in sizes:
-            found.append(data[at : at + size])
-            at += size + -size % 64 + _GAP_BYTES
-        return found
+        sizes = tuple(elements * dtype.itemsize for dtype in dtypes)
+        if sizes not in self._made:
+            needed = sum(size + -size % 64 + _GAP_BYTES for size in sizes)
+            if needed > self._whole.numel():
+                self._made.clear()
+                self._whole = torch.empty(needed, dtype=torch.uint8)
+            data, at, found = as_bytes(self._whole), 0, []
+            for size in sizes:
+                found.append(data[at : at + size])
+                at += size + -size % 64 + _GAP_BYTES
+            self._made[sizes] = found
+        return list(self._made[sizes])
 
 
 def same_bits(one: BlockBuffer, other: BlockBuffer) -> bool:

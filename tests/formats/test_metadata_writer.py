@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from pma_megatron.errors import CheckpointError
+from pma_megatron.formats.dcp import written
 from pma_megatron.formats.dcp.metadata import parse
 from pma_megatron.formats.dcp.metadata_writer import Stored, dump_metadata
 
@@ -89,6 +91,36 @@ def test_what_is_written_is_what_torch_would_say(
     assert read.planner_data == wanted.planner_data
     again = parse(written, "b")
     assert (again.tensors, again.objects) == (parse(data, "a").tensors, parse(data, "a").objects)
+
+
+def test_stand_ins_are_pickled_as_what_they_stand_for() -> None:
+    size, offset = torch.Size([4, 3]), torch.Size([2, 0])
+    for memory_format in (torch.contiguous_format, torch.channels_last, torch.preserve_format):
+        theirs = TensorProperties(torch.bfloat16, torch.strided, True, memory_format, False)
+        ours = written.TensorProperties(torch.bfloat16, True, memory_format, False)
+        assert written.pickled(ours) == by_torch(theirs)
+    pairs = [
+        (written.TensorStorageMetadata(ours, size, [1]), TensorStorageMetadata(theirs, size, [1])),
+        (written.ChunkStorageMetadata(offset, size), ChunkStorageMetadata(offset, size)),
+        (written.BytesStorageMetadata(), BytesStorageMetadata()),
+        (written.MetadataIndex("a", offset), MetadataIndex("a", offset)),
+        (written.MetadataIndex("a"), MetadataIndex("a")),
+        (written._StorageInfo("a", 1, 2), _StorageInfo("a", 1, 2)),
+        (written.Metadata({"a": 1}, {}), Metadata({"a": 1}, storage_data={})),  # type: ignore
+    ]
+    for our, their in pairs:
+        read = pickle.loads(pickle.PROTO + b"\x03" + written.pickled(our) + pickle.STOP)
+        assert type(read) is type(their)
+        assert vars(read) == vars(pickle.loads(pickle.dumps(their)))
+
+
+def by_torch(value: object) -> bytes:
+    """The same opcodes of an instance of torch's class."""
+    stream = io.BytesIO()
+    pickler = pickle.Pickler(stream, protocol=3)
+    pickler.fast = True
+    pickler.dump(value)
+    return stream.getvalue()[2:-1]
 
 
 def test_dropped_keys_and_other_dtypes_are_said_and_scalars_have_a_chunk() -> None:

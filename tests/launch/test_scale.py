@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,6 +16,12 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+
+from pma_megatron.base.comm import Comm
+from pma_megatron.merging.planning import make_plan
+from pma_megatron.merging.request import MergeRequest
+from pma_megatron.runs.discover import list_checkpoints
+from pma_megatron.runs.selection_request import SelectionRequest
 
 SCRIPT = Path(__file__).parents[2] / "launch/bench/scale.py"
 
@@ -67,6 +75,52 @@ def test_a_run_scaled_by_one_is_the_trainers_own_and_its_stages_are_measured(
     assert all(0 < row["ideal"] <= row["merge"] for row in simulated)
     assert set(costs) == {"list", "plan", "merge"}
     assert all(cost["cpu_s"] > 0 and cost["opens"] > 0 for cost in costs.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
+def test_tags_of_many_ranks_are_deepspeeds_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int
+) -> None:
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import scale_zero
+
+    shapes = {"a.weight": (300, 7), "b.weight": (5, 9), "a.bias": (300,), "b.bias": (11,)}
+    run, ranks = tmp_path / "run", 24
+    files = scale_zero.write_run(run, tmp_path / "tiny", stage, 2, ranks, shapes)
+    assert files == ranks + (ranks if stage == 3 else 1)
+    read = get_fp32_state_dict_from_zero_checkpoint(str(run), "global_step200")
+    assert {name: tuple(tensor.shape) for name, tensor in read.items()} == shapes
+    assert not any(bool(tensor.any()) for tensor in read.values())
+    found = list_checkpoints(str(run))
+    assert [(each.iteration, each.complete) for each in found] == [(100, True), (200, True)]
+    plan = make_plan(MergeRequest(load=str(run), selection=SelectionRequest(last=2)), Comm())
+    assert plan.read_bytes > 2 * 4 * sum(map(math.prod, shapes.values()))
+
+
+@pytest.mark.slow
+def test_a_merged_slice_is_the_mean_of_the_values_that_were_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = SCRIPT.with_name("scale_slice.py")
+    command = [sys.executable, str(script), str(tmp_path), "--model", "tiny", "--count", "3"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert "elements are the float64 mean" in done.stdout
+
+    monkeypatch.syspath_prepend(str(script.parent))
+    import scale_slice
+
+    written, out = tmp_path / "tiny-slice-3", tmp_path / "tiny-slice-out"
+    assert scale_slice.compare(written, out) > 0
+    values = scale_slice.values
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="is not the mean"):
+        patch.setattr(scale_slice, "values", lambda *of: values(*of) * 0.99)
+        scale_slice.compare(written, out)
+    shutil.rmtree(min(written.glob("iter_*")))
+    with pytest.raises(SystemExit, match="is not the mean"):
+        scale_slice.compare(written, out)
 
 
 def test_a_simulated_merge_takes_no_less_than_its_bytes_and_no_more_with_reading_ahead(

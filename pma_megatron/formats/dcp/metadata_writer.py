@@ -1,8 +1,8 @@
 """Write the `.metadata` of torch.distributed.checkpoint for hundreds of thousands of chunks.
 
-What it says once is pickled from torch's own classes. What it says for every chunk is a template of
-opcodes, made of one object of torch's, in which numbers are filled in for all chunks at once: no
-object for each of them is ever made.
+What it says once is pickled as torch's own classes (`written`). What it says for every chunk is a
+template of opcodes, made of one such object, in which numbers are filled in for all chunks at once:
+no object for each of them is ever made.
 """
 
 from __future__ import annotations
@@ -22,6 +22,16 @@ import torch
 
 from pma_megatron.formats.base import Item, Tensor
 from pma_megatron.formats.dcp.metadata import ORIGINAL_SHAPE, DcpMetadata
+from pma_megatron.formats.dcp.written import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+    _StorageInfo,
+    pickled,
+)
 from pma_megatron.formats.pieces import StoredPieces
 
 _NUMBER = 0x40000000
@@ -128,50 +138,28 @@ def dump_metadata(
 
 def _outer(base: DcpMetadata, keys: list[str], dtypes: Mapping[str, torch.dtype]) -> memoryview:
     """All of it, with marks where chunks and what is stored belong; without its beginning."""
-    # Not above: they take as long to import as torch, and who only reads needs none of them.
-    from torch.distributed.checkpoint.metadata import (
-        BytesStorageMetadata,
-        Metadata,
-        TensorProperties,
-        TensorStorageMetadata,
-    )
-
     entries: dict[str, Any] = dict.fromkeys(keys, BytesStorageMetadata())
     for number, key in enumerate(keys):
         if key not in base.tensors:
             continue
         tensor, said = base.tensors[key], base.properties[key]
         properties = TensorProperties(
-            dtype=dtypes.get(key, said.dtype),
-            requires_grad=said.requires_grad,
-            memory_format=said.memory_format,
-            pin_memory=said.pin_memory,
+            dtypes.get(key, said.dtype), said.requires_grad, said.memory_format, said.pin_memory
         )
         mark: Any = f"{_CHUNKS}{number:08d}"
         entries[key] = TensorStorageMetadata(properties, torch.Size(tensor.shape), mark)
-    output = Metadata(entries)
+    output = Metadata(entries, _STORAGE)
     if base.planner_data is not None:
         kept = set(keys)
         output.planner_data = {k: v for k, v in base.planner_data.items() if k in kept}
     if base.original_shapes is not None:
         kept = set(keys)
-        output.mcore_data = {  # type: ignore[attr-defined]
+        output.mcore_data = {
             key: {} if shape is None else {ORIGINAL_SHAPE: shape}
             for key, shape in base.original_shapes.items()
             if key in kept
         }
-    mark = _STORAGE
-    output.storage_data = mark
-    return _plain(output)
-
-
-def _plain(value: Any) -> memoryview:
-    """The opcodes that make a value and remember nothing of it."""
-    stream = io.BytesIO()
-    pickler = pickle.Pickler(stream, protocol=3)  # one without frames
-    pickler.fast = True
-    pickler.dump(value)
-    return memoryview(stream.getvalue())[2:-1]
+    return memoryview(pickled(output))
 
 
 def _parts(outer: memoryview) -> Iterator[memoryview | int | None]:
@@ -286,16 +274,13 @@ class _Writer:
 
     def _made(self, dimensions: int | None) -> tuple[_Template, _Template]:
         """Of a chunk, and of an index with where it is; `dimensions` None for an object."""
-        from torch.distributed.checkpoint.filesystem import _StorageInfo
-        from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
-
         many = dimensions or 0
         low = torch.Size(range(_NUMBER, _NUMBER + many))
         high = torch.Size(range(_NUMBER + many, _NUMBER + 2 * many))
         index = MetadataIndex(_TEXT + "0", None if dimensions is None else low)
         info = _StorageInfo(_TEXT + "1", _NUMBER + many, _NUMBER + many + 1)
-        chunk = self._template(bytes(_plain(ChunkStorageMetadata(low, high))), 0)
-        return chunk, self._template(bytes(_plain(index)) + bytes(_plain(info)), 2)
+        chunk = self._template(pickled(ChunkStorageMetadata(low, high)), 0)
+        return chunk, self._template(pickled(index) + pickled(info), 2)
 
     def _template(self, code: bytes, references: int) -> _Template:
         """A template of some opcodes: what is remembered is referred to, stand-ins are gaps."""
