@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
-from lab import text
+from lab import deadline, text
 from pma_megatron.testing import TinyConfig, TinyTrainer
+from pma_megatron.testing.cpu import DEVICE_ENV
 
 Shape = Literal["constant", "linear", "cosine"]
+
+
+def device_name() -> str:
+    """What trains here: the card's name, or `CPU`."""
+    cuda = os.environ.get(DEVICE_ENV) == "cuda"
+    return torch.cuda.get_device_name() if cuda else "CPU"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,12 +66,19 @@ class LabTrainer(TinyTrainer):
         self.domain = domain
         self._scored = text.LOSSES["validation"]
 
-    def train_until(self, iteration: int, rate: Rate, each: Callable[[float], Any]) -> None:
-        """Train on to `iteration`; `each` gets the loss of every step."""
+    def train_until(self, iteration: int, rate: Rate, each: Callable[[float], Any]) -> bool:
+        """Train on to `iteration`; `each` gets the loss of every step.
+
+        Returns:
+            Whether it got there: it stops early where `deadline` says that time is over.
+        """
         while self.iteration < iteration:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate.at(self.iteration)
             each(self.train(1)[0])
+            if deadline.is_over(self.iteration) and self.iteration < iteration:
+                return False
+        return True
 
     def losses(self, batches: int) -> dict[str, float]:
         """Mean loss in nats per byte of every held-out part, over `batches` global batches."""
