@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lab.text import cache
-from lab.trainer import LabTrainer, Rate, device_name
+from lab.trainer import LabTrainer, Optimizer, Rate, device_name
 from pma_megatron.base.durable import write_small
 from pma_megatron.megatron.load import merge_into
 from pma_megatron.merging.request import Method
@@ -25,7 +25,7 @@ from pma_megatron.testing import TinyConfig
 BATCHES = 8
 """Global batches of every held-out part in a score."""
 _VERSION = 1  # of the code that trains: what was made by another is made again
-_LATER = {"method": "sma"}  # fields that the first runs had not: no new name
+_LATER = {"method": "sma", "optimizer": "adam"}  # fields that the first runs had not: no new name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +61,7 @@ class Run:
         scores: iterations whose held-out losses are taken.
         domain: the text it is trained on.
         start: where it begins, if not from random weights.
+        optimizer: what makes the steps: `adam`, or `muon` for matrices between layers.
     """
 
     config: TinyConfig
@@ -70,6 +71,7 @@ class Run:
     scores: tuple[int, ...] = ()
     domain: str = "prose"
     start: Start | None = None
+    optimizer: Optimizer = "adam"
 
     @cached_property
     def folder(self) -> Path:
@@ -164,7 +166,7 @@ def _named(fields: dict[str, Any]) -> dict[str, Any]:
 def _train(rank: int, run: Run) -> None:
     if rank == 0:
         write_small(run.folder / "run.json", json.dumps(asdict(run), indent=1).encode())
-    trainer = LabTrainer(run.config, run.domain)
+    trainer = LabTrainer(run.config, run.domain, run.optimizer)
     try:
         record = _resume(trainer, run)
         stops = sorted({*run.saves, *run.scores, run.end} - set(range(trainer.iteration)))

@@ -11,10 +11,12 @@ from typing import Any, Literal
 import torch
 
 from lab import deadline, text
+from lab.muon import use_muon
 from pma_megatron.testing import TinyConfig, TinyTrainer
 from pma_megatron.testing.cpu import DEVICE_ENV
 
 Shape = Literal["constant", "linear", "cosine"]
+Optimizer = Literal["adam", "muon"]
 
 
 def device_name() -> str:
@@ -61,8 +63,12 @@ class LabTrainer(TinyTrainer):
     """A `TinyTrainer` on one of the laboratory's domains; what is held out is the validation text,
     but for `losses`."""
 
-    def __init__(self, config: TinyConfig, domain: str = "prose") -> None:
+    def __init__(
+        self, config: TinyConfig, domain: str = "prose", optimizer: Optimizer = "adam"
+    ) -> None:
         super().__init__(config)
+        if optimizer == "muon":
+            use_muon(self.models, self.optimizer)
         self.domain = domain
         self._scored = text.LOSSES["validation"]
 
