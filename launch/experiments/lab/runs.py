@@ -218,7 +218,7 @@ def _iteration(root: Path) -> int:
 def _fork(trainer: LabTrainer, start: Start) -> None:
     trainer.load(start.run.root, start.iteration)
     if start.last > 1 or start.optimizer_state != "latest":
-        wanted = range(start.iteration, start.iteration - start.last * start.every, -start.every)
+        wanted = {start.iteration - number * start.every for number in range(start.last)}
         merge_into(
             trainer.models,
             trainer.optimizer,
