@@ -30,7 +30,13 @@ def test_a_run_cut_into_pieces_is_the_run(monkeypatch, tmp_path):
         monkeypatch.setenv("PMA_LAB", str(tmp_path / name))
         _short_texts(tmp_path / name)
         base = Run(config=TinyConfig(), rate=Rate(peak=1e-2), end=12, saves=(12,))
-        run = replace(base, end=36, saves=(), scores=(15, 36), start=Start(run=base, iteration=12))
+        run = replace(
+            base,
+            end=36,
+            saves=(),
+            scores=(15, 36),
+            start=Start(run=base, iteration=12, optimizer_state="reset"),
+        )
         pieces = 0
         while not run.is_done:
             run_ranks(_train_a_piece, 1, run, over)
