@@ -98,6 +98,7 @@ def test_a_later_field_as_it_used_to_be_names_no_new_run():
     base = Run(config=TinyConfig(), rate=Rate(peak=1e-2), end=12)
     start = Start(run=base, iteration=12, last=2, every=3)
     fields = asdict(replace(base, start=start))
+    assert fields.pop("optimizer") == fields["start"]["run"].pop("optimizer") == "adam"
     assert fields["start"].pop("method") == "sma"
     said = json.dumps([1, 8, fields], sort_keys=True)
     digest = hashlib.sha256(said.encode()).hexdigest()[:16]

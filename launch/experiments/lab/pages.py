@@ -62,7 +62,7 @@ def page(experiments: Sequence[Experiment], folder: Path) -> str:
     took_s = sum(results.about["work"]["s"] for _, results in known)
     lines = [
         _HEAD.read_text().format(minutes=round(took_s / 60)),
-        "| | the paper | verdict |",
+        "| | claimed by the paper, or by others since | verdict |",
         "|---|---|---|",
     ]
     for experiment, results in known:
@@ -79,7 +79,7 @@ def section(experiment: Experiment, results: Results) -> str:
     findings, about = experiment.findings(results.rows), results.about
     parts = [
         f"\n## {experiment.title}",
-        f"**The paper:** {experiment.paper}",
+        f"**Claimed:** {experiment.paper}",
         f"**Here:** {experiment.setup} Scale `{about['scale']}`, {about['seeds']} seeds.",
         f"**Verdict: {findings.verdict}.** " + " ".join(findings.sentences),
         *(table.markdown() for table in findings.tables),
