@@ -1,4 +1,4 @@
-"""One file per claim of the paper (arXiv 2505.12082), or question that it leaves open."""
+"""One file per claim of the paper (arXiv 2505.12082) or of others since, or open question."""
 
 ORDER = (
     "constant_lr",
@@ -17,5 +17,12 @@ ORDER = (
     "precision",
     "uneven",
     "horizon",
+    "spread",
+    "too_early",
+    "line",
+    "both",
+    "starts",
+    "repeated",
+    "muon",
 )
 """Their order on the page."""

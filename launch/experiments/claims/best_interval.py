@@ -8,7 +8,7 @@ from typing import Any
 
 from lab.experiment import Experiment, Findings, Row, Table, groups, means
 from lab.models import Scale, constant
-from lab.pages import COLORS, curve, zero
+from lab.pages import curve, shades, zero
 from lab.runs import Start
 from lab.scoring import Merges
 from lab.stats import NOT_REPRODUCED, REPRODUCED, UNDECIDED, estimate
@@ -103,15 +103,15 @@ def findings(rows: Sequence[Row]) -> Findings:
 
 def plot(rows: Sequence[Row], figure: Any) -> None:
     """Gain by interval for every size."""
-    axes = figure.subplots(1, 2, sharey=True)
+    axes = figure.subplots(1, 2)
     for axis, model in zip(axes, ("dense", "MoE"), strict=True):
         mine = [r for r in rows if r["model"] == model]
-        for color, ((size,), found) in zip(COLORS[1:], groups(mine, "hidden_size"), strict=False):
+        sizes = list(groups(mine, "hidden_size"))
+        for color, ((size,), found) in zip(shades(len(sizes)), sizes, strict=True):
             points = means(found, "interval_tokens", "test")
             curve(axis, points, color=color, label=f"hidden size {size}")
         zero(axis)
-        axis.set(xlabel="interval V (tokens)", title=model)
-    axes[0].set_ylabel("gain (test, nats per byte)")
+        axis.set(xlabel="interval V (tokens)", ylabel="gain (test, nats per byte)", title=model)
 
 
 EXPERIMENT = Experiment(

@@ -10,7 +10,7 @@ from lab.breaking import EVENTS, PMA, ROLLBACK, STRATEGIES
 from lab.collapse import Collapse
 from lab.experiment import Experiment, Findings, Row, Table, groups
 from lab.models import Scale
-from lab.pages import COLORS
+from lab.pages import ANNEALED, MERGED, NEWEST
 from lab.stats import NOT_REPRODUCED, REPRODUCED, estimate
 
 
@@ -101,9 +101,15 @@ def plot(rows: Sequence[Row], figure: Any) -> None:
     for axis, event in ((left, "burst"), (right, "stays")):
         mine = [r for r in rows if r["event"] == event]
         for (name,), found in groups(mine, "strategy"):
-            places = [list(STRATEGIES).index(name)] * len(found)
-            axis.plot([r["end"] for r in found], places, "o", ms=4, color=COLORS[1])
-        axis.axvline(estimate([r["before"] for r in mine]).mean, color=COLORS[0], lw=0.8, ls="--")
+            place, end = list(STRATEGIES).index(name), estimate([r["end"] for r in found])
+            color = MERGED if "PMA" in name else NEWEST
+            axis.plot([r["end"] for r in found], [place] * len(found), ".", ms=3, color=color)
+            label = ("PMA" if "PMA" in name else "no average") if event == "burst" else None
+            style = {"fmt": "o", "ms": 5, "color": color, "label": label}
+            axis.errorbar(end.mean, place, xerr=end.margin or 0, **style)
+        before = estimate([r["before"] for r in mine])
+        healthy = {"color": ANNEALED, "alpha": 0.2, "label": "before the collapse"}
+        axis.axvspan(before.low, before.high, **healthy)
         axis.set(title=event, xlabel="loss at the end (held-out, nats per byte)")
     left.set_yticks(range(len(STRATEGIES)), list(STRATEGIES))
     left.invert_yaxis()

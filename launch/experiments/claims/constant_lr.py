@@ -7,7 +7,7 @@ from typing import Any
 
 from lab.experiment import Experiment, Findings, Row, Table, gain, groups, means
 from lab.models import Scale, constant
-from lab.pages import COLORS, curve, zero
+from lab.pages import curve, shades, zero
 from lab.scoring import Merges
 from lab.stats import estimate, verdict
 from lab.text import LOSSES
@@ -77,15 +77,15 @@ def findings(rows: Sequence[Row]) -> Findings:
 
 def plot(rows: Sequence[Row], figure: Any) -> None:
     """Gain along training."""
-    axes = figure.subplots(1, 2, sharey=True)
+    axes = figure.subplots(1, 2)
     for axis, model in zip(axes, ("dense", "MoE"), strict=True):
         tests = [r for r in rows if r["model"] == model and r["loss"] == "test"]
-        for color, ((size,), found) in zip(COLORS[1:], groups(tests, "hidden_size"), strict=False):
+        sizes = list(groups(tests, "hidden_size"))
+        for color, ((size,), found) in zip(shades(len(sizes)), sizes, strict=True):
             points = means(found, "tokens", gain)
             curve(axis, points, color=color, label=f"hidden size {size}")
         zero(axis)
-        axis.set(xlabel="tokens", title=model)
-    axes[0].set_ylabel("gain (test, nats per byte)")
+        axis.set(xlabel="tokens", ylabel="gain (test, nats per byte)", title=model)
 
 
 EXPERIMENT = Experiment(

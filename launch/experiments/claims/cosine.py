@@ -8,7 +8,7 @@ from typing import Any
 
 from lab.experiment import Experiment, Findings, Row, Table, gain, groups, means
 from lab.models import Scale, constant
-from lab.pages import COLORS, curve
+from lab.pages import MERGED, NEWEST, curve
 from lab.runs import Run, Start
 from lab.scoring import Merges
 from lab.stats import NOT_REPRODUCED, REPRODUCED, estimate
@@ -107,7 +107,7 @@ def findings(rows: Sequence[Row]) -> Findings:
 def plot(rows: Sequence[Row], figure: Any) -> None:
     """Both curves."""
     for axis, ((model,), found) in zip(figure.subplots(1, 2), groups(rows, "model"), strict=True):
-        for color, key in zip(COLORS, ("newest", "merged"), strict=False):
+        for color, key in zip((NEWEST, MERGED), ("newest", "merged"), strict=True):
             curve(axis, means(found, "tokens", key), color=color, label=key)
         axis.set(xlabel="tokens", ylabel="test loss (nats per byte)", title=model)
 

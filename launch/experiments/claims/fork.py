@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lab.experiment import Experiment, Findings, Row, Table, groups
+from lab.experiment import Experiment, Findings, Row, Table, groups, means
 from lab.models import Scale, constant
-from lab.pages import COLORS
+from lab.pages import ANNEALED, MERGED, NEWEST, curve
 from lab.runs import Run, Start
 from lab.scoring import Merges
 from lab.stats import IN_PART, NOT_REPRODUCED, REPRODUCED, estimate
@@ -129,17 +129,16 @@ def plot(rows: Sequence[Row], figure: Any) -> None:
     axes = figure.subplots(1, 2)
     for axis, model in zip(axes, ("dense", "MoE"), strict=True):
         for (fork,), found in groups((r for r in rows if r["model"] == model), "fork_tokens"):
-            for color, key in zip(COLORS, ("constant", "merged", "annealed"), strict=False):
-                curve = [
-                    (at, estimate([r[key] for r in there]).mean)
-                    for (at,), there in groups(found, "since_tokens")
-                ]
-                axis.plot(
-                    [fork + at for at, _ in curve],
-                    [loss for _, loss in curve],
+            for color, key in zip(
+                (NEWEST, MERGED, ANNEALED), ("constant", "merged", "annealed"), strict=True
+            ):
+                losses = means(found, "since_tokens", key)
+                curve(
+                    axis,
+                    {fork + at: loss for at, loss in losses.items()},
                     color=color,
                     marker="." if key != "annealed" else "*",
-                    label=key if fork == rows[0]["fork_tokens"] else None,
+                    label=key,
                 )
         axis.set(xlabel="tokens", ylabel="test loss (nats per byte)", title=model)
 

@@ -10,7 +10,7 @@ import numpy as np
 from lab.expansion import Expansion
 from lab.experiment import Experiment, Findings, Row, Table, groups
 from lab.models import Scale, constant
-from lab.pages import COLORS
+from lab.pages import MERGED, MODELS, NEWEST
 from lab.runs import Run, Start
 from lab.stats import IN_PART, NOT_REPRODUCED, REPRODUCED, estimate
 from lab.trainer import Rate
@@ -118,22 +118,28 @@ def findings(rows: Sequence[Row]) -> Findings:
 def plot(rows: Sequence[Row], figure: Any) -> None:
     """Predicted and measured gains; the contour of one run."""
     left, right = figure.subplots(1, 2)
-    for color, ((model, phase), found) in zip(COLORS, groups(rows, "model", "phase"), strict=False):
-        left.plot(
-            [r["predicted_gain"] for r in found],
-            [r["measured_gain"] for r in found],
-            "o",
-            color=color,
+    for (model, phase), found in groups(rows, "model", "phase"):
+        predicted, measured = (
+            estimate([r[f"{kind}_gain"] for r in found]) for kind in ("predicted", "measured")
+        )
+        left.errorbar(
+            predicted.mean,
+            measured.mean,
+            measured.margin or 0,
+            predicted.margin or 0,
+            fmt="o" if phase == "constant" else "s",
+            ms=5,
+            color=MODELS[model],
             label=f"{model}, {phase}",
         )
-    low, high = left.get_xlim()
-    left.plot([low, high], [low, high], color=COLORS[0], lw=0.8)
+    ends = [0, max(left.get_xlim()[1], left.get_ylim()[1])]
+    left.plot(ends, ends, color=NEWEST, lw=0.8)
     left.set(xlabel="predicted gain", ylabel="measured gain")
     drawn = next(r["contour"] for r in rows if r["contour"])
     (losses,) = drawn["losses"].values()
     lines = right.contourf(drawn["xs"], drawn["ys"], np.asarray(losses, float), 12, cmap="Blues_r")
-    right.plot(*np.asarray(drawn["members"]).T, "o", color=COLORS[0], label="members")
-    right.plot(*drawn["mean"], "*", ms=12, color=COLORS[1], label="their mean")
+    right.plot(*np.asarray(drawn["members"]).T, "o", color=NEWEST, label="members")
+    right.plot(*drawn["mean"], "*", ms=12, color=MERGED, label="their mean")
     right.set(xlabel="first principal direction", ylabel="second", title="dense, seed 1")
     figure.colorbar(lines, ax=right, label="validation loss")
 

@@ -8,9 +8,10 @@ from typing import Any
 
 from lab.experiment import Experiment, Findings, Row, Table, groups
 from lab.models import Scale, constant
-from lab.pages import COLORS
+from lab.pages import NEWEST, shades
 from lab.runs import Run, Start
 from lab.scoring import Merges
+from lab.stats import estimate
 from lab.trainer import Rate
 from lab.work import Job
 
@@ -148,19 +149,24 @@ def plot(rows: Sequence[Row], figure: Any) -> None:
     """Merged against annealed loss."""
     for axis, where in zip(figure.subplots(1, 2), ("start", "end"), strict=True):
         mine = [r for r in rows if r["where"] == where]
-        for color, ((tokens,), found) in zip(
-            COLORS[1:], groups(mine, "decay_tokens"), strict=False
-        ):
-            axis.plot(
-                [r["annealed"] for r in found],
-                [r["merged"] for r in found],
-                "o",
-                ms=4,
-                color=color,
-                label=f"decay over {tokens:,} tokens",
-            )
+        lengths = list(groups(mine, "decay_tokens"))
+        for color, ((tokens,), found) in zip(shades(len(lengths)), lengths, strict=True):
+            for number, (_, same) in enumerate(groups(found, "start")):
+                annealed, merged = (
+                    estimate([r[key] for r in same]) for key in ("annealed", "merged")
+                )
+                axis.errorbar(
+                    annealed.mean,
+                    merged.mean,
+                    merged.margin or 0,
+                    annealed.margin or 0,
+                    fmt="o",
+                    ms=4,
+                    color=color,
+                    label=f"decay over {tokens:,} tokens" if number == 0 else None,
+                )
         low, high = axis.get_xlim()
-        axis.plot([low, high], [low, high], color=COLORS[0], lw=0.8)
+        axis.plot([low, high], [low, high], color=NEWEST, lw=0.8)
         axis.set(xlabel="annealed loss", ylabel="merged loss", title=f"merged at its {where}")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from lab.experiment import Experiment, Findings, Row, Table, gain, groups, means
 from lab.models import Scale, constant
-from lab.pages import COLORS, curve
+from lab.pages import MERGED, NEWEST, curve
 from lab.scoring import Merges
 from lab.stats import UNDECIDED, Estimate, estimate
 
@@ -96,9 +96,9 @@ def _slope(rows: Sequence[Row]) -> float:
 def plot(rows: Sequence[Row], figure: Any) -> None:
     """Losses and gain by rate."""
     left, right = figure.subplots(1, 2)
-    for color, key in zip(COLORS, ("newest", "merged"), strict=False):
+    for color, key in zip((NEWEST, MERGED), ("newest", "merged"), strict=True):
         curve(left, means(rows, "lr", key), color=color, label=key)
-    curve(right, means(rows, "lr", gain), color=COLORS[1])
+    curve(right, means(rows, "lr", gain), color=MERGED)
     left.set(xscale="log", xlabel="learning rate", ylabel="test loss (nats per byte)")
     right.set(xscale="log", xlabel="learning rate", ylabel="gain (test, nats per byte)")
 

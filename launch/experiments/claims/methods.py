@@ -7,7 +7,7 @@ from typing import Any
 
 from lab.experiment import Experiment, Findings, Row, Table, groups
 from lab.models import Scale, constant
-from lab.pages import COLORS
+from lab.pages import MERGED
 from lab.scoring import Merges
 from lab.stats import IN_PART, NOT_REPRODUCED, REPRODUCED, estimate
 
@@ -107,7 +107,7 @@ def plot(rows: Sequence[Row], figure: Any) -> None:
             METHODS,
             [g.mean for g in gains],
             yerr=[g.margin or 0 for g in gains],
-            color=COLORS[1],
+            color=MERGED,
             alpha=0.8,
         )
         axis.set(title=f"{when}: {tokens:,} tokens", ylabel="gain (test, nats per byte)")

@@ -9,12 +9,13 @@ from typing import Any
 
 from lab.experiment import Experiment, Findings, Row, Table, groups
 from lab.models import WARMUP, Scale, constant
-from lab.pages import COLORS
+from lab.pages import NEWEST, curve, shades
 from lab.runs import Run, Start
 from lab.stats import Estimate, estimate
 from lab.trainer import Rate
 
 LAST, AFTER = 6, (1, 10, 100, 1000)
+_COLORS = dict(zip(("plain", "latest", "average", "reset"), (NEWEST, *shades(3)), strict=True))
 ARMS = tuple(
     (state, warmup) for state in ("plain", "latest", "average", "reset") for warmup in (0, WARMUP)
 )
@@ -149,12 +150,11 @@ def plot(rows: Sequence[Row], figure: Any) -> None:
         mine = [r for r in rows if r["model"] == model]
         plain = {r["seed"]: r for r in mine if (r["state"], r["warmup"]) == ("plain", 0)}
         for (state, warmup), found in groups(mine, "state", "warmup"):
-            color = COLORS[("plain", "latest", "average", "reset").index(state)]
-            gains = [estimate([plain[r["seed"]][key] - r[key] for r in found]).mean for key in keys]
-            axis.plot(
-                steps,
-                gains,
-                color=color,
+            gains = [estimate([plain[r["seed"]][key] - r[key] for r in found]) for key in keys]
+            curve(
+                axis,
+                dict(zip(steps, gains, strict=True)),
+                color=_COLORS[state],
                 ls="--" if warmup else "-",
                 marker=".",
                 label=f"{state}, warmup {warmup}",

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lab.experiment import Experiment, Findings, Row, Table, groups
+from lab.experiment import Experiment, Findings, Row, Table, groups, means
 from lab.models import Scale, constant
-from lab.pages import COLORS, zero
+from lab.pages import MERGED, curve, zero
 from lab.stats import estimate
 from lab.written import Written, distance
 
@@ -82,14 +82,9 @@ def findings(rows: Sequence[Row]) -> Findings:
 def plot(rows: Sequence[Row], figure: Any) -> None:
     """Gain and distance by count."""
     left, right = figure.subplots(1, 2)
-    for (last,), found in groups(rows, "last"):
-        left.plot(
-            [last] * len(found),
-            [r["weights"] - r["main_params"] for r in found],
-            "o",
-            color=COLORS[1],
-        )
-        right.plot([last] * len(found), [r["differ"] for r in found], "o", color=COLORS[2])
+    gains = means(rows, "last", lambda r: r["weights"] - r["main_params"])
+    curve(left, gains, color=MERGED, ls="")
+    curve(right, means(rows, "last", "differ"), color=MERGED, ls="")
     zero(left)
     left.set(xlabel="checkpoints N", ylabel="gain of main params (test)")
     right.set(xlabel="checkpoints N", ylabel="part of the weights that differ", ylim=(0, None))

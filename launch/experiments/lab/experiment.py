@@ -52,7 +52,7 @@ class Experiment:
     Attributes:
         name: as typed.
         title: of its section.
-        paper: what the paper says, or that it says nothing.
+        paper: what the paper, or a later one that is named, says, or that nobody says anything.
         setup: what was trained and merged here.
         seeds: how many by default.
         jobs: what must be done for some seeds at a scale.

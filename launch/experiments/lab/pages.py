@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from lab.experiment import Experiment, Results
+from lab.experiment import Experiment, Results, Row
 from lab.stats import Estimate
 
-COLORS = ("#5b6573", "#d1495b", "#2a7f9e", "#e0a030", "#3d8b5f", "#8a5fa8")
+NEWEST, MERGED, ANNEALED = "#5b6573", "#d1495b", "#2a7f9e"
+"""A checkpoint as it was trained, an average, the end of a decay: on every plot."""
+MODELS = {"dense": "#8a5fa8", "MoE": "#3d8b5f"}
+WHEN = {"early": "#e0a030", "late": "#a8552a"}
+_RAMP = ("#f3b6cf", "#d45b98", "#7a1f5c", "#2c0a2b")
 _HEAD = Path(__file__).with_name("head.md")
+
+
+def shades(count: int) -> list[str]:
+    """Colours of a quantity that grows, or of settings that have none of their own."""
+    return [_shade(at / max(1, count - 1)) for at in range(count)]
+
+
+def rate_color(rate: float) -> str:
+    """Colour of a learning rate from 0.0002 to 0.005, whatever others stand beside it."""
+    return _shade(math.log(rate / 0.0002) / math.log(0.005 / 0.0002))
+
+
+def _shade(part: float) -> str:
+    return to_hex(LinearSegmentedColormap.from_list("settings", _RAMP)(part))
 
 
 def curve(axes: Any, points: Mapping[Any, Estimate], **style: Any) -> None:
@@ -29,7 +49,7 @@ def curve(axes: Any, points: Mapping[Any, Estimate], **style: Any) -> None:
 
 def zero(axes: Any) -> None:
     """The line on which nothing is gained."""
-    axes.axhline(0, color=COLORS[0], lw=0.8)
+    axes.axhline(0, color=NEWEST, lw=0.8)
 
 
 def page(experiments: Sequence[Experiment], folder: Path) -> str:
@@ -42,7 +62,7 @@ def page(experiments: Sequence[Experiment], folder: Path) -> str:
     took_s = sum(results.about["work"]["s"] for _, results in known)
     lines = [
         _HEAD.read_text().format(minutes=round(took_s / 60)),
-        "| | the paper | verdict |",
+        "| | claimed by the paper, or by others since | verdict |",
         "|---|---|---|",
     ]
     for experiment, results in known:
@@ -59,12 +79,12 @@ def section(experiment: Experiment, results: Results) -> str:
     findings, about = experiment.findings(results.rows), results.about
     parts = [
         f"\n## {experiment.title}",
-        f"**The paper:** {experiment.paper}",
+        f"**Claimed:** {experiment.paper}",
         f"**Here:** {experiment.setup} Scale `{about['scale']}`, {about['seeds']} seeds.",
         f"**Verdict: {findings.verdict}.** " + " ".join(findings.sentences),
         *(table.markdown() for table in findings.tables),
         f"![{experiment.title}](results/{experiment.name}.png)",
-        f"`{about['command']}` ({about['versions']}; {_work(about['work'])})",
+        f"`{about['command']}` ({about['versions']}; {_work(about['work'])}{_cards(about)})",
         *(
             ["Averages by commands such as", *(f"`{line}`" for line in about["pma"])]
             if about["pma"]
@@ -74,10 +94,15 @@ def section(experiment: Experiment, results: Results) -> str:
     return "\n\n".join(parts)
 
 
+def _cards(about: Row) -> str:
+    """What was trained on, where it is not the CPU."""
+    cards = [name for name in about.get("devices", ()) if name != "CPU"]
+    return f"; trained on {', '.join(cards)}" if cards else ""
+
+
 def _work(done: Mapping[str, Any]) -> str:
-    return (
-        f"{done['jobs']} runs and scores in {done['s'] / 60:.1f} minutes on {done['cores']} cores"
-    )
+    cores = f"{done['cores']} core" + ("s" if done["cores"] > 1 else "")
+    return f"{done['jobs']} runs and scores in {done['s'] / 60:.1f} minutes on {cores}"
 
 
 def rows_file(folder: Path, experiment: Experiment) -> Path:
@@ -87,14 +112,46 @@ def rows_file(folder: Path, experiment: Experiment) -> Path:
 
 def draw(experiment: Experiment, results: Results, folder: Path) -> None:
     """The plot of an experiment, beside its rows."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    experiment.plot(results.rows, figure)
+    drawn(experiment, results.rows).savefig(folder / f"{experiment.name}.png", dpi=90)
+
+
+def drawn(experiment: Experiment, rows: Sequence[Row]) -> Figure:
+    """The plot of an experiment: legend outside, one scale per row of axes."""
+    figure = Figure(figsize=(9, 4.0), layout="constrained")
+    experiment.plot(rows, figure)
     for axes in figure.axes:
         axes.grid(alpha=0.25, lw=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         if "tokens" in axes.get_xlabel():
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
             axes.xaxis.set_minor_formatter(EngFormatter(sep=""))
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, fontsize=8)
-    figure.savefig(folder / f"{experiment.name}.png", dpi=90)
+    _same_scales(figure.axes)
+    labelled = (axes.get_legend_handles_labels() for axes in figure.axes)
+    named = {name: it for them, names in labelled for it, name in zip(them, names, strict=True)}
+    if named:
+        figure.legend(
+            list(named.values()),
+            list(named),
+            loc="outside lower center",
+            ncols=min(4, len(named)),
+            frameon=False,
+            fontsize=8,
+        )
+    return figure
+
+
+def _same_scales(axes: Sequence[Any]) -> None:
+    """Axes of one row that show the same quantity show the same range of it."""
+    for name in ("x", "y"):
+        alike: dict[tuple[Any, ...], list[Any]] = {}
+        for each in axes:
+            label = getattr(each, f"get_{name}label")()
+            place = each.get_subplotspec()
+            if label and place is not None:
+                alike.setdefault((label, place.rowspan.start), []).append(each)
+        for found in alike.values():
+            limits = [getattr(each, f"get_{name}lim")() for each in found]
+            low, high = min(min(pair) for pair in limits), max(max(pair) for pair in limits)
+            for each, (start, end) in zip(found, limits, strict=True):
+                turned = start > end
+                getattr(each, f"set_{name}lim")(*((high, low) if turned else (low, high)))

@@ -8,7 +8,7 @@ from typing import Any
 
 from lab.experiment import Row, groups, means
 from lab.models import Scale, constant
-from lab.pages import COLORS, curve, zero
+from lab.pages import WHEN, curve, zero
 from lab.scoring import Merges
 
 _SPARE = 5  # smallest intervals that lie before the widest merge at the early end
@@ -58,11 +58,9 @@ class Reach:
     def plot(self, rows: Sequence[Row], figure: Any) -> None:
         """Gain by what differs."""
         axis = figure.subplots()
-        for color, ((when, end), found) in zip(
-            COLORS[1:], groups(rows, "when", "end_tokens"), strict=False
-        ):
+        for (when, end), found in groups(rows, "when", "end_tokens"):
             points = means(found, self.by, "gain")
-            curve(axis, points, color=color, label=f"{when}: {end:,} tokens")
+            curve(axis, points, color=WHEN[when], label=f"{when}: {end:,} tokens")
         zero(axis)
         axis.set_ylabel("gain (test, nats per byte)")
         if self.by == "last":

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
-from lab import text
+from lab import deadline, text
+from lab.muon import use_muon
 from pma_megatron.testing import TinyConfig, TinyTrainer
+from pma_megatron.testing.cpu import DEVICE_ENV
 
 Shape = Literal["constant", "linear", "cosine"]
+Optimizer = Literal["adam", "muon"]
+
+
+def device_name() -> str:
+    """What trains here: the card's name, or `CPU`."""
+    cuda = os.environ.get(DEVICE_ENV) == "cuda"
+    return torch.cuda.get_device_name() if cuda else "CPU"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,17 +63,28 @@ class LabTrainer(TinyTrainer):
     """A `TinyTrainer` on one of the laboratory's domains; what is held out is the validation text,
     but for `losses`."""
 
-    def __init__(self, config: TinyConfig, domain: str = "prose") -> None:
+    def __init__(
+        self, config: TinyConfig, domain: str = "prose", optimizer: Optimizer = "adam"
+    ) -> None:
         super().__init__(config)
+        if optimizer == "muon":
+            use_muon(self.models, self.optimizer)
         self.domain = domain
         self._scored = text.LOSSES["validation"]
 
-    def train_until(self, iteration: int, rate: Rate, each: Callable[[float], Any]) -> None:
-        """Train on to `iteration`; `each` gets the loss of every step."""
+    def train_until(self, iteration: int, rate: Rate, each: Callable[[float], Any]) -> bool:
+        """Train on to `iteration`; `each` gets the loss of every step.
+
+        Returns:
+            Whether it got there: it stops early where `deadline` says that time is over.
+        """
         while self.iteration < iteration:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate.at(self.iteration)
             each(self.train(1)[0])
+            if deadline.is_over(self.iteration) and self.iteration < iteration:
+                return False
+        return True
 
     def losses(self, batches: int) -> dict[str, float]:
         """Mean loss in nats per byte of every held-out part, over `batches` global batches."""

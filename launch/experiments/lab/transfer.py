@@ -9,7 +9,7 @@ from typing import Any
 
 from lab.experiment import Experiment, Findings, Row, Table, groups
 from lab.models import Scale, constant
-from lab.pages import COLORS, curve, zero
+from lab.pages import curve, rate_color, zero
 from lab.runs import Run, Start
 from lab.stats import estimate, verdict
 from lab.trainer import Rate
@@ -158,14 +158,14 @@ class Transfer:
     def plot(self, rows: Sequence[Row], figure: Any) -> None:
         """Gain of the merged start along training."""
         plain = {(r["model"], r["peak"], r["seed"]): r for r in rows if not r["merged"]}
-        for axis, model in zip(figure.subplots(1, 2, sharey=True), ("dense", "MoE"), strict=True):
+        for axis, model in zip(figure.subplots(1, 2), ("dense", "MoE"), strict=True):
             mine = [r for r in rows if r["merged"] and r["model"] == model]
-            for color, ((peak,), found) in zip(COLORS[1:], groups(mine, "peak"), strict=False):
+            for (peak,), found in groups(mine, "peak"):
                 gains = {
                     name: estimate([plain[model, peak, r["seed"]][name] - r[name] for r in found])
                     for name in _WHEN
                 }
-                curve(axis, gains, color=color, label=f"peak {peak:g}")
+                curve(axis, gains, color=rate_color(peak), label=f"peak {peak:g}")
             zero(axis)
             axis.set(title=model, ylabel=f"gain of PMA-init ({self.domain}, nats per byte)")
 

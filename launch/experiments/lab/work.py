@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Protocol
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from lab import deadline
 from pma_megatron.testing import RankFailure, run_ranks
 
 _TIMEOUT_S = 3600.0
@@ -55,8 +57,31 @@ def missing(jobs: Sequence[Job]) -> list[Job]:
     return list(found)
 
 
-def perform(jobs: Sequence[Job], cores: int | None = None) -> None:
+def devices(jobs: Sequence[Job]) -> list[str]:
+    """Names of what the runs among `jobs`, and those that they need, were trained on."""
+    seen: dict[Job, None] = {}
+    waiting = list(jobs)
+    while waiting:
+        job = waiting.pop()
+        if job not in seen:
+            seen[job] = None
+            waiting.extend(job.after)
+    return sorted({name for job in seen for name in getattr(job, "devices", tuple)()})
+
+
+def perform(
+    jobs: Sequence[Job], cores: int | None = None, until_s: float | None = None
+) -> list[Job]:
     """Do what is missing, as much at once as there are cores.
+
+    Args:
+        jobs: what is wanted.
+        cores: how many to use; None for all.
+        until_s: time of `time.monotonic` after which nothing begins, and at which a run that trains
+            leaves a checkpoint and stops.
+
+    Returns:
+        What time did not suffice for.
 
     Raises:
         RankFailure: a job failed twice. What was done stays done.
@@ -72,9 +97,12 @@ def perform(jobs: Sequence[Job], cores: int | None = None) -> None:
     with Progress(*columns) as progress, ThreadPoolExecutor(cores) as pool:
         task = progress.add_task("runs and scores", total=len(waiting))
         while waiting or running:
-            for batch in list(_batches(waiting, running, cores)):
+            over = until_s is not None and time.monotonic() >= until_s
+            if over and not running:
+                break
+            for batch in [] if over else list(_batches(waiting, running, cores)):
                 waiting = [job for job in waiting if job not in batch]
-                running[pool.submit(_together, batch)] = batch
+                running[pool.submit(_together, batch, until_s)] = batch
             try:
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
             except KeyboardInterrupt:
@@ -84,8 +112,12 @@ def perform(jobs: Sequence[Job], cores: int | None = None) -> None:
             for future in done:
                 batch = running.pop(future)
                 future.result()
-                progress.advance(task, len(batch))
-                progress.console.print(f"done: {', '.join(map(str, batch))}")
+                stopped = [job for job in batch if not job.is_done]
+                progress.advance(task, len(batch) - len(stopped))
+                for said, which in (("stopped", stopped), ("done", [*{*batch} - {*stopped}])):
+                    if which:
+                        progress.console.print(f"{said}: {', '.join(map(str, which))}")
+    return missing(jobs)
 
 
 def _batches(
@@ -109,20 +141,25 @@ def _batches(
         yield batch
 
 
-def _together(batch: Sequence[Job]) -> None:
+def _together(batch: Sequence[Job], until_s: float | None) -> None:
     """Do a batch; once more if it fails, because hours of others may wait for it."""
     try:
-        _run(batch)
+        _run(batch, until_s)
     except RankFailure as error:
         print(f"failed, tried once more: {', '.join(map(str, batch))}\n{error}", file=sys.stderr)
         if left := [job for job in batch if not job.is_done]:
-            _run(left)
+            _run(left, until_s)
 
 
-def _run(batch: Sequence[Job]) -> None:
-    run_ranks(_perform_all, batch[0].ranks, tuple(batch), timeout_s=_TIMEOUT_S)
+def _run(batch: Sequence[Job], until_s: float | None) -> None:
+    run_ranks(_perform_all, batch[0].ranks, tuple(batch), until_s, timeout_s=_TIMEOUT_S)
 
 
-def _perform_all(rank: int, _world_size: int, batch: tuple[Job, ...]) -> None:
+def _perform_all(
+    rank: int, _world_size: int, batch: tuple[Job, ...], until_s: float | None
+) -> None:
+    deadline.stop_at(until_s)
     for job in batch:
+        if deadline.is_over():
+            return
         job.perform(rank)

@@ -36,6 +36,8 @@ class Written(Kept):
         how = ["--method", self.method]
         if self.coefficients is not None:
             how = ["--coefficients", *map(str, self.coefficients)]
+            if min(self.coefficients) < 0:
+                how.append("--allow-any-coefficients")
         merge = [
             "merge",
             "--load",
