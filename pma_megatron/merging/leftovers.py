@@ -27,7 +27,7 @@ from pma_megatron.formats.marker import UPLOADING_FILE
 from pma_megatron.formats.output import Folder
 from pma_megatron.formats.trainers.saves import save_of
 from pma_megatron.merging.locks import CLEANING, LOCK, WRITING, HeldError, held
-from pma_megatron.storage.paths import in_store, workplace
+from pma_megatron.storage.paths import in_store, place_of, workplace
 
 STAGING = ".pma-staging-"
 _REPLACED = ".pma-replaced-"
@@ -228,7 +228,7 @@ def _staged_with(journal: Path) -> list[Path]:
     found = dict.fromkeys(journal.parent.glob(f"{STAGING}*-{token}"))
     with contextlib.suppress(CheckpointError, ValueError, TypeError, KeyError):
         for said, *_ in read_json(journal / JOB_FILE)["targets"]:
-            final = Path(said)
+            final = place_of(said)
             staging = workplace(final.parent) / f"{STAGING}{final.name}-{token}"
             if staging.is_dir():
                 found[staging] = None

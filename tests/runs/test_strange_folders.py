@@ -110,7 +110,6 @@ def test_what_lives_with_a_run_takes_no_address(
         ("recover", "--load", ADDRESS, "--history"),
         ("evaluate", "--load", run, "--provider", "a:b", "--out", ADDRESS),
         ("geometry", "--load", run, "--plot", ADDRESS),
-        ("prune", run, "--keep-last", 3, "--from", ADDRESS),
         ("watch", "--load", run, "--save", tmp_path, "--events", ADDRESS),
     ):
         code, error = told(capsys, *command)
