@@ -174,20 +174,20 @@ INSIDE = {
         recovery
     """,
     "online": """
-        memory_budget shard snapshot_job swap
+        memory_budget shard snapshot_job snapshot_upload swap
         hostcopy snapshots
         window
         origin store
         average
     """,
     "retention": """
-        freed request surroundings
+        freed request signs surroundings
         keeping unfinished
         decision
         pruning
     """,
     "watching": """
-        events own request
+        charge events own request
         commands state
         rolling
         follow

@@ -106,11 +106,28 @@ def unwinding() -> None:
 @contextlib.contextmanager
 def shielded() -> Iterator[None]:
     """A signal that comes inside the block is raised at its end, unless the block fails anyway."""
-    _state.shields += 1
+    before = _state.shields
     try:
+        _state.shields = before + 1
         yield
     finally:
-        _state.shields -= 1
+        _state.shields = before
+    _raise_pending()
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Inside a `shielded` block: here a signal raises as ever, and not in what comes after it."""
+    before = _state.shields
+    try:
+        _state.shields = 0
+        _raise_pending()
+        yield
+    finally:
+        _state.shields = before
+
+
+def _raise_pending() -> None:
     if not _state.shields and _state.number is not None and not _state.raised:
         _state.raised = True
         raise Stopped(_state.number)
@@ -118,11 +135,12 @@ def shielded() -> Iterator[None]:
 
 @contextlib.contextmanager
 def having_published(folders: Sequence[str]) -> Iterator[None]:
-    """What ends the block before its end says that those folders are there."""
+    """What ends the block before its end says that those folders, if any by then, are there."""
     try:
         yield
     except (PmaError, Stopped) as error:
-        error.published, error.unpublished = tuple(folders), ()
+        if folders:
+            error.published, error.unpublished = tuple(folders), ()
         raise
 
 

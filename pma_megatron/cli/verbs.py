@@ -107,6 +107,8 @@ STORES: dict[str, tuple[str, ...]] = {
     "export": ("path", "like", "export"),
     "geometry": ("load", "paths"),
     "recover": ("metrics",),
+    "prune": ("root", "averages"),
+    "watch": (*_SOURCES, "save", "export"),
 }
 """Verb -> what may be an address of an object store; nothing else may."""
 NOT_THE_SAME = 3

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from pma_megatron.base.comm import Comm
 from pma_megatron.base.log import say
+from pma_megatron.base.remote_paths import refuse_remote
 from pma_megatron.base.spelling import listing, speaking
 from pma_megatron.errors import CheckpointError, PlanError, UsageError
 from pma_megatron.formats import registry
@@ -91,6 +92,8 @@ def load_merged(
     comm = Comm()
     meter = Meter(comm)
     live = Live(optimizer_state=optimizer_state, threads=threads, check_sources=check_sources)
+    refuse_remote("load", load)  # torch itself loads the newest source
+    refuse_remote("paths", *((selection.paths if selection else None) or ()))
     request = comm.agree("request", lambda: live_request(str(load), selection, method, live))
     found = gather_sources(request, comm)
     plan = LivePlan.of(found, threads)

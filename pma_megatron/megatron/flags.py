@@ -101,7 +101,7 @@ class Settings:
     )
     snapshot_dir: str | None = setting(
         None,
-        "root for them; without it, <save>/pma_snapshots",
+        "root for them, an address of an object store too; without it, <save>/pma_snapshots",
         metavar="DIR",
         used_by=("snapshot_interval_tokens",),
     )
@@ -237,9 +237,9 @@ def settings(args: Any) -> Settings:
     with speaking(FLAGS):
         found = _settings(args)
         named = ("save_dir", "window_dir", "snapshot_dir", "score_others", "score_out")
-        refuse_remote_values({name: getattr(found, name) for name in named})
+        refuse_remote_values({name: getattr(found, name) for name in named}, ("snapshot_dir",))
         if found.init or found.score:
-            refuse_remote("load", found.load)
+            refuse_remote("load", found.load, stores=not found.score)
     return found
 
 

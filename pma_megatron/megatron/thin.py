@@ -17,6 +17,7 @@ from pma_megatron.formats.rates import LEARNING_RATE
 from pma_megatron.megatron.params import sharded_state, unwrap
 from pma_megatron.online.hostcopy import HostCopy
 from pma_megatron.online.snapshots import SnapshotWriter, prune
+from pma_megatron.storage.paths import in_store
 
 _log = logging.getLogger(__name__)
 _AT_EXIT_S = 60.0  # another rank may be gone, and a job that ends must end
@@ -41,7 +42,7 @@ class ThinSnapshots:
         """Agree on who writes what.
 
         Args:
-            root: folder of the snapshots, shared by all ranks.
+            root: folder of the snapshots, shared by all ranks, or an address.
             models: the chunks.
             to_host: of this rank's vector; not used by anything else meanwhile.
             interval_tokens: from one snapshot to the next.
@@ -54,16 +55,20 @@ class ThinSnapshots:
         Raises:
             UsageError, PublishError, PlanError: see `SnapshotWriter`.
         """
-        self.root, self._models, self._copy, self._comm = Path(root), models, to_host, comm
-        self._interval, self._keep, self._metadata = interval_tokens, keep, metadata
+        self._models, self._copy, self._comm = models, to_host, comm
+        self._interval, self._metadata = interval_tokens, metadata
         self._parts = to_host.shard.chunks()
         chunks = [chunk for chunk, _ in self._parts]
-        self._writer = SnapshotWriter(self.root, chunks, dtype, comm, self._common)
+        self._writer = SnapshotWriter(
+            root, chunks, dtype, comm, self._common, keep_in_store=keep if in_store(root) else None
+        )
+        self.root = self._writer.root
+        self._keep = None if in_store(root) else keep
         self._vector = to_host.buffer()
         self._next_tokens = 0
         self._await_after(consumed_tokens)
         # The job may end right after a snapshot has begun, and daemon threads are cut off then.
-        atexit.register(self.finish, _AT_EXIT_S)
+        atexit.register(self._end)
 
     def step(self, iteration: int, consumed_tokens: int, args: Any) -> bool:
         """Begin a snapshot if it is time; returns whether it did."""
@@ -87,6 +92,10 @@ class ThinSnapshots:
             return
         if self._comm.is_main and self._keep is not None:
             prune(self.root, self._keep, ())
+
+    def _end(self) -> None:
+        self.finish(_AT_EXIT_S)
+        self._writer.wait_for_uploads(_AT_EXIT_S)
 
     def _part(self, number: int) -> torch.Tensor:
         self._copy.wait()

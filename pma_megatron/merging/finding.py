@@ -21,7 +21,7 @@ from pma_megatron.runs.recovery_log import History
 from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.runs.selection import Selection
 from pma_megatron.runs.trackers import Pointer
-from pma_megatron.storage.paths import path_of
+from pma_megatron.storage.paths import in_store, path_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +62,9 @@ def who_looks(request: MergeRequest, comm: Comm, everywhere: bool) -> Sight:
         comm: the ranks.
         everywhere: roots may be disks of single nodes; otherwise rank 0 sees what all see.
     """
-    if comm.size == 1 or not everywhere:
-        return Sight(comm.rank, (0,) * comm.size, one=True)
     roots = _roots(request)
+    if comm.size == 1 or not everywhere or all(map(in_store, roots)):
+        return Sight(comm.rank, (0,) * comm.size, one=True)
     places = comm.gather(_place(roots))
     first = [places.index(place) for place in places]
 

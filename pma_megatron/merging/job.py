@@ -13,7 +13,7 @@ from pathlib import Path
 from pma_megatron.base import memory, steps
 from pma_megatron.base.comm import Comm
 from pma_megatron.base.faults import point
-from pma_megatron.base.stopping import Stopped, having_published
+from pma_megatron.base.stopping import Stopped, having_published, interruptible, shielded
 from pma_megatron.errors import PmaError, RankError
 from pma_megatron.formats.holding import holding
 from pma_megatron.formats.manifest import FileSum
@@ -34,7 +34,7 @@ from pma_megatron.merging import (
 from pma_megatron.merging.cards import cards
 from pma_megatron.merging.carrying import carry, sha256_of
 from pma_megatron.merging.exporting import refuse_nested
-from pma_megatron.merging.leftovers import removed, unfinished
+from pma_megatron.merging.leftovers import removed
 from pma_megatron.merging.planning import MergePlan, make_plan
 from pma_megatron.merging.publish import Target
 from pma_megatron.merging.report import MergeReport, describe_plan
@@ -91,23 +91,24 @@ def merge(request: MergeRequest, comm: Comm | None = None, show: Show = silent) 
     wanted = targets.targets(made, token)
     comm.on_main("refuse", lambda: targets.refuse(made, wanted))
     clock.lap("plan")
-    filled, checks = _made(made, wanted, comm, show, clock)
-    with having_published([str(target.final) for target in wanted]):
+    published: list[str] = []
+    with having_published(published):
+        filled, checks = _made(made, wanted, comm, show, clock, published)
         peaks = comm.gather(max(0, memory.peak_resident_bytes() - baseline))
         kernels = comm.gather(str(sums.KERNEL))
-    return MergeReport(
-        outputs=_named(wanted, Folder.CHECKPOINT),
-        exports=_named(wanted, Folder.MODEL),
-        seconds=clock.seconds,
-        bytes={"read": filled.read_bytes, "written": filled.written_bytes},
-        peak_memory_above_baseline_bytes=tuple(peaks),
-        plan=describe_plan(made),
-        verification=checks,
-        ranks=comm.size,
-        checksums=asdict(filled.compared),
-        kernels=tuple(dict.fromkeys(kernels)),
-        reused=filled.reused,
-    )
+        return MergeReport(
+            outputs=_named(wanted, Folder.CHECKPOINT),
+            exports=_named(wanted, Folder.MODEL),
+            seconds=clock.seconds,
+            bytes={"read": filled.read_bytes, "written": filled.written_bytes},
+            peak_memory_above_baseline_bytes=tuple(peaks),
+            plan=describe_plan(made),
+            verification=checks,
+            ranks=comm.size,
+            checksums=asdict(filled.compared),
+            kernels=tuple(dict.fromkeys(kernels)),
+            reused=filled.reused,
+        )
 
 
 def _named(wanted: Sequence[Target], folder: Folder) -> tuple[str, ...]:
@@ -125,17 +126,26 @@ class _Filled:
 
 
 def _made(
-    plan: MergePlan, wanted: tuple[Target, ...], comm: Comm, show: Show, clock: _Clock
+    plan: MergePlan,
+    wanted: tuple[Target, ...],
+    comm: Comm,
+    show: Show,
+    clock: _Clock,
+    published: list[str],
 ) -> tuple[_Filled, tuple[verification.Verification, ...]]:
-    """Make and publish every output; returns what that took, and what was checked of outputs."""
-    with contextlib.ExitStack() as stack:
+    """Make and publish every output; returns what that took, and what was checked of outputs.
+
+    They are added to `published` once all are. Whatever ends this, nothing interrupts what is then
+    to be cleaned up.
+    """
+    with shielded(), contextlib.ExitStack() as stack, interruptible():
         locks, before = comm.on_main("lock", lambda: _locked(plan, wanted, comm, stack))
         wanted = wanted if before is None else before.stagings(wanted)
         # Again, now that no other job can publish there, and what a killed one left is put right.
         comm.on_main("refuse", lambda: targets.refuse(plan, wanted))
         comm.on_main("refuse", lambda: uploading.refuse_claimed_by_others(wanted))
         there = comm.on_main("refuse", lambda: targets.already(plan, wanted))
-        stack.enter_context(_saying_what_is_published(wanted))
+        stack.enter_context(publish.telling(wanted))
         stamps = publish.stamps(wanted)
         verified: list[Target] = []
         stack.push(lambda kind, error, _: _leave(comm, wanted, stamps, error, verified))
@@ -152,6 +162,7 @@ def _made(
         verified += [target for target in todo if in_store(target.final)]
         begun = uploading.upload(plan, todo, comm, show)
         comm.on_main("publish", lambda: _publish(plan, todo, begun, comm))
+        published += [str(target.final) for target in wanted]
         clock.lap("publish")
     return filled, checks
 
@@ -186,26 +197,6 @@ def _checked(
         return exported.verify_model(plan, output, folder, comm)
     found = verification.verify_output(plan, output, folder, comm)
     return exported.with_weights_beside(comm, found, plan, output, folder)
-
-
-@contextlib.contextmanager
-def _saying_what_is_published(wanted: Sequence[Target]) -> Iterator[None]:
-    """An error says what this job had published before it."""
-    before = publish.stamps(wanted)
-    try:
-        yield
-    except (PmaError, Stopped) as error:
-        now = publish.stamps(wanted)
-        both = zip(wanted, before, now, strict=True)
-        names = {str(t.final): _is_published(t, old, new) for t, old, new in both}
-        error.published = tuple(name for name, is_new in names.items() if is_new)
-        error.unpublished = tuple(name for name, is_new in names.items() if not is_new)
-        raise
-
-
-def _is_published(target: Target, old: publish.Stamp | None, new: publish.Stamp | None) -> bool:
-    """Whether this job did; one in a store that bears the sign of an upload is not there yet."""
-    return old != new and not (in_store(target.final) and unfinished(target))
 
 
 @holding()
@@ -382,13 +373,16 @@ def _leave(
     """
     if not comm.is_main:
         return
+    point("leave", comm.rank)
     lost = isinstance(error, RankError) and error.lost
     cut_off = verified or lost or isinstance(error, KeyboardInterrupt)
     pending: list[Target] = []
     if cut_off and journal.has_lines(wanted[0].journal):
         both = zip(wanted, before, publish.stamps(wanted), strict=True)
         pending = [
-            t for t, old, new in both if not _is_published(t, old, new) and t.staging.exists()
+            t
+            for t, old, new in both
+            if not publish.is_published(t, old, new) and t.staging.exists()
         ]
     publish.discard([target for target in wanted if target not in pending])
     if not pending:

@@ -27,7 +27,7 @@ from pma_megatron.base.durable import sync
 from pma_megatron.base.openfiles import read_source_file, write_inside
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.base import StoredRecord
-from pma_megatron.merging.leftovers import Target, journals
+from pma_megatron.merging.leftovers import JOB_FILE, Target, journals
 from pma_megatron.merging.planning import MergePlan
 from pma_megatron.merging.tasks import Unit, Write
 from pma_megatron.storage.paths import real
@@ -35,7 +35,7 @@ from pma_megatron.transfer.checksums import Checksums
 from pma_megatron.transfer.reads import Noted, Reads
 from pma_megatron.version import __version__
 
-_JOB, _RANK = "job.json", "rank-{}-{}.jsonl"
+_RANK = "rank-{}-{}.jsonl"
 _log = logging.getLogger(__name__)
 
 
@@ -80,7 +80,7 @@ def begun(plan: MergePlan, wanted: Sequence[Target]) -> Begun | None:
         with suppress(CheckpointError, ValueError):
             staged = [target.staged_as(token) for target in wanted]
             ours = _is_ours(folder) and all(_is_ours(each.staging) for each in staged)
-            if ours and json.loads(read_source_file(folder / _JOB)) == _job(plan, staged):
+            if ours and json.loads(read_source_file(folder / JOB_FILE)) == _job(plan, staged):
                 return Begun(token)
     return None
 
@@ -127,7 +127,7 @@ def opened(plan: MergePlan, wanted: Sequence[Target], before: Begun | None) -> F
         return Found(target, _lines(target.journal))
     try:
         target.journal.mkdir()
-        write_inside(target.journal, _JOB, json.dumps(_job(plan, wanted)).encode())
+        write_inside(target.journal, JOB_FILE, json.dumps(_job(plan, wanted)).encode())
         sync(target.journal)
     except OSError as error:
         _warn(target, error)

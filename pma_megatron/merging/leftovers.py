@@ -20,13 +20,14 @@ from pma_megatron.base.durable import sync, write_small
 from pma_megatron.base.openfiles import read_source_file
 from pma_megatron.base.spelling import named, typed
 from pma_megatron.base.stopping import shielded
-from pma_megatron.errors import PublishError
+from pma_megatron.errors import CheckpointError, PublishError
 from pma_megatron.formats import registry
+from pma_megatron.formats.json_files import read_json
 from pma_megatron.formats.marker import UPLOADING_FILE
 from pma_megatron.formats.output import Folder
 from pma_megatron.formats.trainers.saves import save_of
 from pma_megatron.merging.locks import CLEANING, LOCK, WRITING, HeldError, held
-from pma_megatron.storage.paths import in_store, workplace
+from pma_megatron.storage.paths import in_store, place_of, workplace
 
 STAGING = ".pma-staging-"
 _REPLACED = ".pma-replaced-"
@@ -34,6 +35,8 @@ _TRACKER = ".pma-tracker-"
 _COPY = ".pma-copy-"
 _FRESH_S = 86_400.0
 JOURNAL = ".pma-journal-"
+JOB_FILE = "job.json"
+"""In a journal: what its merge makes, of what."""
 _log = logging.getLogger(__name__)
 
 
@@ -210,10 +213,26 @@ def _may_go_on(root: Path, name: str) -> list[Path]:
     for folder in journals(root, name):
         with contextlib.suppress(OSError):
             newest_s = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
-            if time.time() - newest_s < _FRESH_S:
-                token = folder.name.rpartition("-")[2]
-                found += [folder, *root.glob(f"{STAGING}*-{token}")]
+            staged = _staged_with(folder)
+            if staged and time.time() - newest_s < _FRESH_S:
+                found += [folder, *staged]
     return found
+
+
+def _staged_with(journal: Path) -> list[Path]:
+    """What is still there of the staging folders that a journal tells of.
+
+    There are none once all is published: then its job was killed while it removed the journal.
+    """
+    token = journal.name.rpartition("-")[2]
+    found = dict.fromkeys(journal.parent.glob(f"{STAGING}*-{token}"))
+    with contextlib.suppress(CheckpointError, ValueError, TypeError, KeyError):
+        for said, *_ in read_json(journal / JOB_FILE)["targets"]:
+            final = place_of(said)
+            staging = workplace(final.parent) / f"{STAGING}{final.name}-{token}"
+            if staging.is_dir():
+                found[staging] = None
+    return list(found)
 
 
 def staged_bytes(target: Target) -> int:

@@ -20,13 +20,14 @@ from pma_megatron.base.durable import sync, write_small
 from pma_megatron.base.faults import point
 from pma_megatron.base.openfiles import create_inside
 from pma_megatron.base.spelling import named
-from pma_megatron.base.stopping import shielded
-from pma_megatron.errors import PublishError
+from pma_megatron.base.stopping import Stopped, shielded
+from pma_megatron.errors import PmaError, PublishError
 from pma_megatron.formats import registry
 from pma_megatron.formats.marker import MARKER_FILE
 from pma_megatron.formats.output import Folder
 from pma_megatron.merging.leftovers import Target, locked, point_to, removed, restored, unfinished
 from pma_megatron.merging.planning import MergePlan
+from pma_megatron.storage.paths import in_store
 
 __all__ = ["Target", "locked"]
 
@@ -167,3 +168,23 @@ def stamps(wanted: Sequence[Target]) -> tuple[Stamp | None, ...]:
         except OSError:
             found.append(None)
     return tuple(found)
+
+
+@contextlib.contextmanager
+def telling(wanted: Sequence[Target]) -> Iterator[None]:
+    """An error says what this job had published before it."""
+    before = stamps(wanted)
+    try:
+        yield
+    except (PmaError, Stopped) as error:
+        now = stamps(wanted)
+        both = zip(wanted, before, now, strict=True)
+        names = {str(t.final): is_published(t, old, new) for t, old, new in both}
+        error.published = tuple(name for name, is_new in names.items() if is_new)
+        error.unpublished = tuple(name for name, is_new in names.items() if not is_new)
+        raise
+
+
+def is_published(target: Target, old: Stamp | None, new: Stamp | None) -> bool:
+    """Whether this job did; one in a store that bears the sign of an upload is not there yet."""
+    return old != new and not (in_store(target.final) and unfinished(target))

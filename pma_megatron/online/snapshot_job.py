@@ -64,6 +64,7 @@ class SnapshotJob:
         small: files beside the shards, by name (rank 0).
         marker: what `pma.json` says beside the checksums of all files (rank 0).
         metadata: makes `.metadata`, given where the objects of all ranks lie (rank 0).
+        published: is told the name of what is there, whole (rank 0).
     """
 
     rank: int
@@ -76,6 +77,7 @@ class SnapshotJob:
     small: Mapping[str, bytes]
     marker: Mapping[str, Any]
     metadata: Callable[[Mapping[str, Item]], bytes]
+    published: Callable[[str], None] = lambda name: None
     cancelled: threading.Event = field(default_factory=threading.Event)
     error: Exception | None = None
     thread: threading.Thread | None = None
@@ -278,9 +280,12 @@ class SnapshotJob:
         files.rename(self.target)
         sync(self.target.parent)
         shutil.rmtree(self.staging, ignore_errors=True)
+        self.published(self.target.name)
 
     def _move_away(self) -> None:
         """Make room where a damaged snapshot has the name; anything else is not ours to remove."""
+        with contextlib.suppress(OSError):  # it is empty where it has gone on to a store
+            self.target.rmdir()
         if not self.target.exists():
             return
         if read_snapshot_marker(self.target) is None:

@@ -36,8 +36,10 @@ from pma_megatron.formats.torch_dist.chunks import (
 )
 from pma_megatron.formats.torch_dist.completeness import completeness
 from pma_megatron.online.snapshot_job import REMOVED, STAGING, Data, SnapshotJob, remove
+from pma_megatron.online.snapshot_upload import SnapshotUploads
 from pma_megatron.runs.describe import iteration_of
 from pma_megatron.runs.discover import TRACKER_FILE
+from pma_megatron.storage.paths import in_store, place_of, workplace
 
 __all__ = ["SNAPSHOTS", "Chunk", "SnapshotWriter", "prune"]
 
@@ -59,17 +61,21 @@ class SnapshotWriter:
         dtype: torch.dtype,
         comm: Comm,
         common: Callable[[int], Mapping[str, Any]] | None = None,
+        *,
+        keep_in_store: int | None = None,
     ) -> None:
         """Agree on who writes what. Every rank makes this call.
 
         Args:
-            root: folder that gets `iter_*`, shared by all ranks: `<--save>/pma_snapshots`.
+            root: folder that gets `iter_*`, shared by all ranks: `<--save>/pma_snapshots`; or an
+                address in an object store (`SnapshotUploads`).
             chunks: what this rank writes of each tensor; over all ranks every tensor once. Model
                 tensors must all be among them, buffers that checkpoints hold too.
             dtype: float32 or bfloat16, of every chunk that names no other.
             comm: the ranks.
             common: iteration -> further entries of the common state, as Megatron's own saves have
                 (`content_metadata`, `num_floating_point_operations_so_far`); called on rank 0.
+            keep_in_store: how many of the newest stay at an address; None for all.
 
         Raises:
             UsageError: another dtype.
@@ -78,14 +84,18 @@ class SnapshotWriter:
         """
         if dtype not in DTYPES:
             raise UsageError(f"snapshots are stored in fp32 or bf16, not in {dtype}")
-        refuse_remote("snapshot_dir", root)
-        self.root = Path(root)
+        refuse_remote("snapshot_dir", root, stores=True)
+        final = place_of(root)
+        self.root = workplace(final)
+        self._uploads: SnapshotUploads | None = None
+        if in_store(final) and comm.is_main:
+            self._uploads = SnapshotUploads(final, self.root, keep_in_store)
         self._dtype, self._comm, self._common = dtype, comm, common
         self._count = 0
         self._job: SnapshotJob | None = None
         self._metadata: tuple[Mapping[str, Item], bytes] | None = None
         self._token = comm.broadcast(secrets.token_hex(4))
-        comm.on_main("snapshot folder", self._prepare)
+        self._there = comm.on_main("snapshot folder", self._prepare)
         comm.agree("snapshot folder", self._refuse_unseen)
         numbers = [number for number, chunk in enumerate(chunks) if chunk.box.numel]
         file = f"__{comm.rank}_0.distcp"
@@ -125,7 +135,7 @@ class SnapshotWriter:
             )
         self._count += 1
         target = self.root / f"iter_{iteration:07d}"
-        if is_folder(target) and completeness(target) is None:
+        if iteration in self._there or (is_folder(target) and completeness(target) is None):
             _log.info("%s is there already and whole: kept", target)
             return
         if self._comm.is_main:
@@ -143,6 +153,7 @@ class SnapshotWriter:
             small=small,
             marker=marker,
             metadata=self._metadata_of,
+            published=self._upload,
         )
         self._job.start()
 
@@ -157,7 +168,27 @@ class SnapshotWriter:
         if job is not None:
             job.wait(timeout_s)
 
-    def _prepare(self) -> None:
+    def wait_for_uploads(self, timeout_s: float) -> None:
+        """Until all is in the store; what is not by then stays on the disk, and is told."""
+        if self._uploads is not None:
+            self._uploads.wait(timeout_s)
+            self._uploads.remove_empty()
+
+    def _upload(self, name: str) -> None:
+        """Every rank has written its part of `name`, so nobody looks for an earlier one."""
+        if self._uploads is not None:
+            self._uploads.remove_empty(name)
+            self._uploads.begin()
+
+    def _prepare(self) -> frozenset[int]:
+        there = frozenset() if self._uploads is None else self._uploads.there()
+        self._make()
+        if self._uploads is not None:
+            self._uploads.remove_empty()
+            self._uploads.begin()
+        return there
+
+    def _make(self) -> None:
         if (self.root / TRACKER_FILE).exists():
             raise PublishError(
                 f"{self.root} holds {TRACKER_FILE}: it is Megatron's own folder. Snapshots need "
@@ -178,7 +209,8 @@ class SnapshotWriter:
         if not is_folder(self.root):
             raise PublishError(
                 f"{self.root}, made by rank 0, is not there on rank {self._comm.rank}: snapshots "
-                "need a folder that all ranks share"
+                "need a folder that all ranks share (PMA_MEGATRON_SPOOL says which, where they go "
+                "to a store)"
             )
 
     def _remove_given_up(self) -> None:

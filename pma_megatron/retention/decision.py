@@ -6,12 +6,14 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISDIR
 
 from pma_megatron.base.spelling import named
 from pma_megatron.errors import SelectionError
 from pma_megatron.formats.trainers.saves import checkpoint_in, save_of
 from pma_megatron.retention.keeping import needed
 from pma_megatron.retention.request import PruneRequest
+from pma_megatron.retention.signs import looking
 from pma_megatron.retention.surroundings import leading_to, links_between, links_into, real
 from pma_megatron.retention.unfinished import unfinished
 from pma_megatron.runs.discover import choose, list_checkpoints, pointers_of
@@ -21,6 +23,9 @@ from pma_megatron.runs.refs import CheckpointRef, iteration_of
 from pma_megatron.runs.selection_request import SelectionRequest
 from pma_megatron.runs.trackers import read_pointers
 from pma_megatron.runs.trainer_retention import recovers_by_itself, trainer_retention
+from pma_megatron.storage import paths
+from pma_megatron.storage.paths import in_store, path_of
+from pma_megatron.storage.spool import listing_once
 
 SETTLED_S = 3600.0
 """Age from which a damaged checkpoint is not one that a save writes again right now."""
@@ -60,6 +65,7 @@ class Decision:
         return next((each for each in self.verdicts if each.ref.path == path), None)
 
 
+@listing_once()
 def decide(request: PruneRequest, before: Decision | None = None, anew: str = "") -> Decision:
     """Look at a run, and decide.
 
@@ -72,7 +78,7 @@ def decide(request: PruneRequest, before: Decision | None = None, anew: str = ""
         SelectionError: no run, or one of which it is not clear what training resumes from.
         CheckpointError: its log of recoveries is damaged.
     """
-    root = Path(request.root)
+    root = path_of(request.root)
     if is_checkpoint(root) or checkpoint_in(root) is not None:
         raise SelectionError(f"{root} is one checkpoint: give the folder above it, {root.parent}")
     refs = list_checkpoints(root, known=_unchanged(root, before, anew))
@@ -81,19 +87,27 @@ def decide(request: PruneRequest, before: Decision | None = None, anew: str = ""
     end = _end(refs, root)
     rules = needed(refs, end, request)
     states = _states(refs, end, request)
-    merges = unfinished(root, request.averages)
-    folders = [Path(ref.folder) for ref in refs]
+    with looking(root):
+        merges = unfinished(root, request.averages)
+    folders = [path_of(ref.folder) for ref in refs]
     between = links_between(folders) if before is None else before.between
     links = {**links_into(root), **between}
     verdicts = []
     for ref in sorted(refs, key=lambda ref: (ref.iteration is None, ref.iteration or 0, ref.path)):
-        own = {real(ref.path), real(ref.folder)}
+        own = {paths.real(ref.path), paths.real(ref.folder)}
         needs = filter(None, (each.why_kept(own) for each in merges))
         reasons = [*states[ref.path], *rules.reasons.get(ref.path, ()), *needs]
         verdicts.append(Verdict(ref, (*reasons, *_by_links(ref, root, links))))
     marks = {ref.path: mark(root, ref) for ref in refs}
     notes = (*rules.notes, *_further(end, request))
+    notes = (*notes, _UNSEEN) if in_store(root) else notes
     return Decision(tuple(verdicts), notes, marks, between)
+
+
+_UNSEEN = (
+    "no store has locks: a merge, live start or evaluation that reads one of these at this moment "
+    "is seen only if it was started on this machine and makes an average"
+)
 
 
 def _further(end: CheckpointRef, request: PruneRequest) -> Iterator[str]:
@@ -118,7 +132,7 @@ def _end(refs: list[CheckpointRef], root: Path) -> CheckpointRef:
     pointers = pointers_of(root)
     end = choose(refs, newest, root, pointers).refs[-1]
     named = {pointer.named for pointer in (pointers or {}).values()}
-    if (end.snapshot or end.weights_only) and Path(end.path).name not in named:
+    if (end.snapshot or end.weights_only) and path_of(end.path).name not in named:
         full = [r for r in refs if r.complete and not r.snapshot and not r.weights_only]
         full = [r for r in full if r.iteration is not None and r.unusable_because is None]
         if full:
@@ -130,10 +144,14 @@ def _end(refs: list[CheckpointRef], root: Path) -> CheckpointRef:
 
 def _by_links(ref: CheckpointRef, root: Path, links: Mapping[Path, Path]) -> list[str]:
     """Why one stays to which links lead, or which lies behind one."""
-    folder = Path(ref.folder)
+    folder = path_of(ref.folder)
+    if in_store(folder):
+        return []
     if folder.is_symlink():
         return ["it is a link"]
-    if any(real(path) != real(root) / path.relative_to(root) for path in (folder, Path(ref.path))):
+    if any(
+        real(path) != real(root) / path.relative_to(root) for path in (folder, path_of(ref.path))
+    ):
         return ["it lies behind a link, perhaps in another run"]
     link = leading_to(real(folder), links)
     return [] if link is None else [f"{link} leads to it"]
@@ -150,12 +168,12 @@ def _states(
     refs: Sequence[CheckpointRef], end: CheckpointRef, request: PruneRequest
 ) -> dict[str, list[str]]:
     """Why some stay whatever the rules say."""
-    trackers = _named({Path(ref.folder).parent for ref in refs})
+    trackers = _named({path_of(ref.folder).parent for ref in refs})
     newest = _newest(refs)
     kind = _kind(end)
     found: dict[str, list[str]] = {}
     for ref in refs:
-        folder = Path(ref.folder)
+        folder = path_of(ref.folder)
         why = found[ref.path] = [f"{trackers[folder]} names it"] if folder in trackers else []
         if ref.path in newest:
             why.append("the newest")
@@ -211,7 +229,7 @@ def _newest(refs: Sequence[CheckpointRef]) -> set[str]:
 
 def _kind(ref: CheckpointRef) -> tuple[str, str | None]:
     """Format and trainer: an export, or what another program left, is not the run's to delete."""
-    return ref.format, save_of(Path(ref.path), ref.format).by
+    return ref.format, save_of(path_of(ref.path), ref.format).by
 
 
 def _named_kind(ref: CheckpointRef) -> str:
@@ -227,7 +245,10 @@ def _damaged(folder: Path, request: PruneRequest) -> list[str]:
         stats = [path.lstat() for path in (folder, *folder.rglob("*"))]
     except OSError:
         return ["it changes at this moment"]
-    changed_s = max(max(stat.st_mtime, stat.st_ctime) for stat in stats)
+    if in_store(folder):  # what stands for its objects is older than they are here
+        changed_s = max(stat.st_mtime for stat in stats if not S_ISDIR(stat.st_mode))
+    else:
+        changed_s = max(max(stat.st_mtime, stat.st_ctime) for stat in stats)
     if time.time() - changed_s < SETTLED_S:
         return ["it changed within the last hour: it may be written again"]
     return []

@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+from pma_megatron.storage.paths import path_of
+
 
 def freed_bytes(folders: Iterable[Path]) -> list[int]:
     """Bytes that are free once a folder is deleted, those before it being gone; one for each.
@@ -21,7 +23,7 @@ def freed_bytes(folders: Iterable[Path]) -> list[int]:
         for here, _, files in os.walk(folder):
             for name in files:
                 try:
-                    stat = Path(here, name).lstat()
+                    stat = (path_of(here) / name).lstat()
                 except OSError:
                     continue
                 inode = (stat.st_dev, stat.st_ino)

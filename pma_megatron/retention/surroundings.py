@@ -9,21 +9,24 @@ from pathlib import Path
 from pma_megatron.base.openfiles import is_folder
 from pma_megatron.formats.marker import SNAPSHOTS
 from pma_megatron.runs.folders import ITERATION
+from pma_megatron.storage.paths import in_store, path_of, stored
 
 _HOPS = 40  # as many links in a row as Linux follows
 
 
 def real(path: Path | str) -> Path:
     """Where a path leads; links that lead nowhere, or round in a circle, are no error."""
-    return Path(os.path.realpath(path))
+    return path_of(os.path.realpath(path))
 
 
 def spellings(root: Path) -> list[Path]:
     """Absolute paths of a folder, each without `..`: as it is given, every link of the name, and
     the real one. Each may have other folders beside it."""
-    found = [Path(os.path.normpath(root.absolute()))]
+    if in_store(root):
+        return [root]
+    found = [path_of(os.path.normpath(root.absolute()))]
     while found[-1].is_symlink() and len(found) < _HOPS:
-        found.append(Path(os.path.normpath(found[-1].parent / found[-1].readlink())))
+        found.append(path_of(os.path.normpath(found[-1].parent / found[-1].readlink())))
     return list(dict.fromkeys((*found, real(root))))
 
 
@@ -37,7 +40,16 @@ def folders_below(folder: Path) -> list[Path]:
 
 
 def beside(root: Path) -> list[Path]:
-    """The folders beside a run's, at each of its spellings."""
+    """The folders beside a run's, at each of its spellings; in a store, their names.
+
+    Raises:
+        OSError: the store does not tell.
+    """
+    if in_store(root):
+        store, key = stored(root)
+        above, _, own = key.rpartition("/")
+        names = store.folders(f"{above}/" if above else "")
+        return [root.parent / name for name in names if name != own]
     ways = spellings(root)
     found = (each for way in ways for each in folders_below(way.parent))
     return [each for each in dict.fromkeys(found) if each not in ways]
@@ -49,6 +61,8 @@ def links_into(root: Path) -> dict[Path, Path]:
     Looked for directly in the run's folder, in those above and beside it, and in the
     `pma_snapshots` of all these.
     """
+    if in_store(root):
+        return {}
     inside = real(root)
     above = [way.parent for way in spellings(root)]
     found: dict[Path, Path] = {}
@@ -63,12 +77,12 @@ def links_into(root: Path) -> dict[Path, Path]:
 
 def links_between(checkpoints: Iterable[Path]) -> dict[Path, Path]:
     """Which checkpoints hold what another one links to: real path of the first -> such a link."""
-    whole = {real(each) for each in checkpoints}
+    whole = {real(each) for each in checkpoints if not in_store(each)}
     found: dict[Path, Path] = {}
     for own in whole:
         for here, folders, files in os.walk(own):
             for name in (*folders, *files):
-                link = Path(here, name)
+                link = path_of(here) / name
                 if link.is_symlink():
                     end = real(link)
                     for other in whole.intersection((end, *end.parents)) - {own}:

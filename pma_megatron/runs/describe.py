@@ -129,7 +129,7 @@ def _described(folder: Path, history: recovery_log.History | None) -> Checkpoint
     )
 
 
-_UPLOADING = "it is being uploaded, or that was cut off: then run the same merge again"
+_UPLOADING = "it is being uploaded or deleted, or that was cut off: run the same command again"
 
 
 def _incomplete(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from stat import S_ISDIR
 
 from pma_megatron.formats.holding import MARKERS, lock_file
 from pma_megatron.runs import recovery_log
 from pma_megatron.runs.refs import CheckpointRef
-from pma_megatron.storage.paths import path_of
+from pma_megatron.storage.paths import in_store, path_of
 
 Mark = tuple[tuple[int, int, int] | None, ...]
 
@@ -50,4 +51,8 @@ def _mark(path: Path | None) -> tuple[int, int, int] | None:
         stat = None if path is None else path.stat()
     except OSError:
         return None
-    return None if stat is None else (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    if path is None or stat is None:
+        return None
+    if in_store(path):  # its time tells its version; a folder there is nothing but its objects
+        return (0, 0, 0) if S_ISDIR(stat.st_mode) else (0, stat.st_size, stat.st_mtime_ns)
+    return (stat.st_ino, stat.st_size, stat.st_mtime_ns)

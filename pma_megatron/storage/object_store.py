@@ -74,6 +74,14 @@ class ObjectStore:
             self._fail(error, prefix)
         return sorted((_object(each) for each in said["objects"]), key=lambda each: each.key)
 
+    def folders(self, prefix: str) -> list[str]:
+        """See `Store.folders`."""
+        try:
+            said = self._library.list_with_delimiter(self._bucket, prefix=prefix or None)
+        except Exception as error:
+            self._fail(error, prefix)
+        return sorted(each.rstrip("/").rpartition("/")[2] for each in said["common_prefixes"])
+
     def head(self, key: str) -> Object:
         """See `Store.head`."""
         try:

@@ -79,3 +79,8 @@ class PosixStore:
         """See `Store.delete`."""
         for key in keys:
             (self.root / key).unlink(missing_ok=True)
+
+    def folders(self, prefix: str) -> list[str]:
+        """See `Store.folders`."""
+        folder = self.root / prefix
+        return sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []

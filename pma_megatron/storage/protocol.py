@@ -75,3 +75,6 @@ class Store(Protocol):
 
     def delete(self, keys: Iterable[str]) -> None:
         """Delete objects; one that is not there is no error."""
+
+    def folders(self, prefix: str) -> Sequence[str]:
+        """What comes next after `prefix` in keys that go on with a `/` behind it, in order."""

@@ -43,6 +43,13 @@ class StoreConformance:
         assert [each.key for each in store.beside("")] == ["top"]
         assert store.beside("nothing/") == []
 
+    def test_folders_are_what_lies_one_below(self, store: Store) -> None:
+        for key in ("top", "run/latest", "run/iter_1/a", "run/iter_2/b/c", "run-pma/x"):
+            store.put(key, b"x")
+        assert store.folders("run/") == ["iter_1", "iter_2"]
+        assert store.folders("") == ["run", "run-pma"]
+        assert store.folders("nothing/") == []
+
     def test_ranges(self, store: Store) -> None:
         data = os.urandom(1000)
         store.put("a", data)

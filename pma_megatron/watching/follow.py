@@ -30,7 +30,10 @@ from pma_megatron.merging.request import MergeRequest
 from pma_megatron.retention.pruning import Row, prune
 from pma_megatron.retention.request import PruneRequest
 from pma_megatron.runs.refs import CheckpointRef
+from pma_megatron.storage import spool
+from pma_megatron.storage.paths import in_store, path_of
 from pma_megatron.watching import events as said
+from pma_megatron.watching.charge import Charge, TakenOverError, in_charge_of
 from pma_megatron.watching.commands import merged_by, run
 from pma_megatron.watching.events import Events, Tell
 from pma_megatron.watching.own import is_own, marked, old_of_own
@@ -82,8 +85,8 @@ def watch(
             f"torchrun, with {named('launch')} 'torchrun --nproc-per-node 8'"
         )
     spoken = Events(request.events, tell)
-    with _in_charge(request) as sure:
-        follower = _Follower(request, spoken, show)
+    with _in_charge(request) as (sure, charges):
+        follower = _Follower(request, spoken, show, charges)
         load = request.merge.load
         spoken.say(said.STARTED, f"follows {load}, process {os.getpid()}", load=load)
         if not sure:
@@ -94,14 +97,21 @@ def watch(
         except Stopped as stop:
             spoken.say(said.STOPPED, f"by {stop}")
             raise
+        except TakenOverError as error:
+            spoken.say(said.FAILED, str(error), error=str(error))
+            raise
 
 
 @contextlib.contextmanager
-def _in_charge(request: WatchRequest) -> Iterator[bool]:
-    """Keep other watches out; yields False where a file system has no locks for that."""
-    sure = True
+def _in_charge(request: WatchRequest) -> Iterator[tuple[bool, list[Charge]]]:
+    """Keep other watches out; yields False where a file system has no locks for that, and what is
+    to be asked of stores from time to time."""
+    sure, charges = True, []
     with contextlib.ExitStack() as stack:
         for root, name in request.places:
+            if in_store(root):
+                charges.append(stack.enter_context(in_charge_of(root, name)))
+                continue
             try:
                 root.mkdir(parents=True, exist_ok=True)
                 sure &= stack.enter_context(held(root, name, WRITING))
@@ -112,7 +122,7 @@ def _in_charge(request: WatchRequest) -> Iterator[bool]:
                 ) from None
             except OSError as error:
                 raise PublishError(f"cannot write to {root}: {error.strerror}") from error
-        yield sure
+        yield sure, charges
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +134,11 @@ class How:
 
 
 class _Follower:
-    def __init__(self, request: WatchRequest, spoken: Events, show: Show) -> None:
+    def __init__(
+        self, request: WatchRequest, spoken: Events, show: Show, charges: Sequence[Charge]
+    ) -> None:
         self._request, self._events, self._show = request, spoken, show
+        self._charges = charges
         self._merge = marked(request.merge)
         self._looks = Looks(request.merge)
         self._made: tuple[object, ...] | None = None
@@ -148,10 +161,18 @@ class _Follower:
     def _step(self) -> None:
         seen = None
         try:
+            self._check()
             seen = self._looks.look()
             self._act(seen)
+        except TakenOverError:
+            raise
         except Exception as error:  # the run goes on, and so does this
             self._fail(seen, error)
+
+    def _check(self) -> None:
+        """Nothing is made or deleted where another watch has taken over."""
+        for each in self._charges:
+            each.check()
 
     def _act(self, seen: Seen) -> None:
         if seen.waiting is not None:
@@ -167,7 +188,7 @@ class _Follower:
 
     def _fingerprint(self, seen: Seen) -> tuple[object, ...]:
         """The sources, and whether what was made of them is there."""
-        return (seen.sources, *(_stamp(Path(each)) for each in self._outcome.published))
+        return (seen.sources, *(_stamp(path_of(each)) for each in self._outcome.published))
 
     def _make_current(self, seen: Seen) -> None:
         request = pinned(self._merge, seen)
@@ -225,8 +246,13 @@ class _Follower:
     def _made_by(self, request: MergeRequest, words: Sequence[str]) -> tuple[str, ...]:
         launch = self._request.launch
         if launch is not None:
-            return merged_by(launch, words, request)
-        return merge(request, show=self._show).published
+            published = merged_by(launch, words, request)
+        else:
+            published = merge(request, show=self._show).published
+        spool.forget()  # what was read of stores, lest it grows with every average
+        for each in published:
+            path_of(each, again=True)
+        return published
 
     def _wait(self, why: str) -> None:
         if why != self._outcome.waiting:
@@ -253,14 +279,14 @@ class _Follower:
         command = self._request.evaluate
         if command is None:
             return
-        stamps = [list(_stamp(Path(each)) or ()) for each in published]
+        stamps = [list(_stamp(path_of(each)) or ()) for each in published]
         known = bool(stamps) and all(stamps)
         done = (e for e in self._events.earlier() if e.get("event") == said.EVALUATED)
         if known and any(e.get("stamps") == stamps and e.get("command") == command for e in done):
             return
         environment = {"PMA_ITERATION": str(iteration)}
         for each in published:
-            exported = _is_export(Path(each))
+            exported = _is_export(path_of(each))
             environment.setdefault("PMA_EXPORT" if exported else "PMA_AVERAGE", each)
         code, _ = run(command, environment, read=False)
         text = f"{command}: exit code {code} for iteration {iteration}"
@@ -272,7 +298,8 @@ class _Follower:
         keep = self._request.keep
         if keep is None:
             return
-        for folder in (Path(each) for each in published if not _is_export(Path(each))):
+        for folder in (path_of(each) for each in published if not _is_export(path_of(each))):
+            self._check()
             old = old_of_own(folder.parent, self._merge, end=end, keep=keep)
             if not old:
                 continue
@@ -292,7 +319,7 @@ class _Follower:
 
 
 def _is_one_of(folders: frozenset[str], request: MergeRequest, ref: CheckpointRef) -> bool:
-    return ref.folder in folders and is_own(Path(ref.folder), request)
+    return ref.folder in folders and is_own(path_of(ref.folder), request)
 
 
 def _every_file(seen: Seen) -> tuple[object, ...]:
@@ -300,7 +327,7 @@ def _every_file(seen: Seen) -> tuple[object, ...]:
     found: list[object] = [seen.run]
     for ref in seen.refs:
         with contextlib.suppress(OSError):
-            found.append(stamps_of(Path(ref.folder)))
+            found.append(stamps_of(path_of(ref.folder)))
     return tuple(found)
 
 
@@ -318,4 +345,4 @@ def _stamp(folder: Path) -> tuple[int, int] | None:
         stat = (folder / MARKER_FILE).stat()
     except OSError:
         return None
-    return stat.st_ino, stat.st_mtime_ns
+    return 0 if in_store(folder) else stat.st_ino, stat.st_mtime_ns

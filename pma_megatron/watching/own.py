@@ -18,6 +18,7 @@ from pma_megatron.merging.leftovers import Target, unfinished
 from pma_megatron.merging.request import MergeRequest
 from pma_megatron.merging.rolling import ROLLING, read
 from pma_megatron.runs.discover import list_checkpoints
+from pma_megatron.storage.paths import absolute, path_of
 
 WATCHED = "PMA_WATCHED"
 ROLLED = "PMA_ROLLING"
@@ -55,7 +56,7 @@ def is_own(folder: Path, request: MergeRequest) -> bool:
 
 def _plain(request: MergeRequest) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(json.dumps(asdict(request)))
-    return {**found, "load": str(Path(request.load).absolute())}
+    return {**found, "load": absolute(request.load)}
 
 
 def _decisive(request: dict[str, Any]) -> list[Any]:
@@ -84,7 +85,8 @@ def old_of_own(root: Path, request: MergeRequest, *, end: int, keep: int) -> fro
 
     Those of iterations past `end` are of a branch that the run has given up: they stay.
     """
-    refs = [ref for ref in list_checkpoints(root) if is_own(Path(ref.folder), request)]
+    root = path_of(str(root), again=True)
+    refs = [ref for ref in list_checkpoints(root) if is_own(path_of(ref.folder), request)]
     numbered = sorted((ref.iteration, ref.folder) for ref in refs if ref.iteration is not None)
     upto = [(iteration, folder) for iteration, folder in numbered if iteration <= end]
     return frozenset(folder for iteration, folder in upto[:-keep] if iteration != end)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from pma_megatron.base.settings import described, needed, setting
 from pma_megatron.base.spelling import given, named
 from pma_megatron.errors import UsageError
 from pma_megatron.merging.request import MergeRequest
+from pma_megatron.storage.paths import in_store, place_of, real
 
 _FIXED = ("paths", "iterations", "tokens", "end_iteration")
 
@@ -76,7 +76,7 @@ class WatchRequest:
     def __post_init__(self) -> None:
         self.merge.refuse_no_output()
         for name in ("load", "save", "export", "like"):
-            refuse_remote(name, getattr(self.merge, name))
+            refuse_remote(name, getattr(self.merge, name), stores=True)
         for name in _FIXED:
             if getattr(self.merge.selection, name) is not None:
                 raise UsageError(
@@ -107,7 +107,7 @@ class WatchRequest:
         if self.launch is not None:
             _refuse_half_a_word(self.launch)
         folders = self.merge.load, self.merge.save
-        if folders[1] is not None and len({os.path.realpath(each) for each in folders if each}) < 2:
+        if folders[1] is not None and len({real(each) for each in folders if each}) < 2:
             raise UsageError(
                 f"{given('save', folders[1])} is the run's own folder: its tracker and retention "
                 f"would take the average for a checkpoint of the run. Use {folders[1]}-watch"
@@ -128,6 +128,8 @@ class WatchRequest:
             why = f"{named('export')} alone, which keeps no float32 main params"
         elif asked.policy.optimizer_state == "average":
             why = f"{given('optimizer_state', 'average')}: second moments could become negative"
+        elif any(in_store(each) for each in (asked.load, asked.save or "")):
+            why = "addresses of object stores, which it was not made for"
         elif asked.policy.drops_optimizer:
             why = "weights alone, which are rounded"
         if why is not None:
@@ -139,9 +141,9 @@ class WatchRequest:
     @property
     def places(self) -> tuple[tuple[Path, str], ...]:
         """Folders of which one watch at a time has charge, each with a name for its lock."""
-        found = [] if self.merge.save is None else [(Path(self.merge.save), "watch")]
+        found = [] if self.merge.save is None else [(place_of(self.merge.save), "watch")]
         if self.merge.export is not None:
-            export = Path(os.path.realpath(self.merge.export))
+            export = place_of(real(self.merge.export))
             found.append((export.parent, f"watch-{export.name}"))
         return tuple(found)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from pma_megatron.base.comm import Comm
@@ -31,6 +30,7 @@ from pma_megatron.merging.rolling import (
 from pma_megatron.runs.discover import list_checkpoints
 from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.runs.selection_request import SelectionRequest
+from pma_megatron.storage.paths import absolute, path_of
 from pma_megatron.watching.own import is_own
 from pma_megatron.watching.state import begun_ns, is_older
 
@@ -104,7 +104,7 @@ def update_of(request: MergeRequest, exact: MergePlan, most: int) -> Update:
         rolling=dumped(made),
     )
     stay = {each.path for each in members if each in before.members}
-    _refuse_changed((s for s in exact.sources if str(Path(s.path).absolute()) in stay), began_ns)
+    _refuse_changed((s for s in exact.sources if absolute(s.path) in stay), began_ns)
     _refuse_others(make_plan(wanted, Comm()), left, began_ns)
     text = f"{_named(joined)} added and {_named(left)} taken off"
     return Update(wanted, made, text)
@@ -119,16 +119,16 @@ def _before(request: MergeRequest, end: int) -> tuple[Rolling, CheckpointRef, in
         ExactError: there is none, or it does not say what it is of.
     """
     assert request.save is not None
-    root = Path(request.save)
+    root = path_of(request.save)
     there = [
         ref
         for ref in (list_checkpoints(root) if root.is_dir() else ())
-        if ref.complete and (ref.iteration or end) < end and is_own(Path(ref.folder), request)
+        if ref.complete and (ref.iteration or end) < end and is_own(path_of(ref.folder), request)
     ]
     if not there:
         raise ExactError("no average of this watch is there yet")
     newest = max(there, key=lambda ref: ref.iteration or 0)
-    said = read_json(Path(newest.folder) / MARKER_FILE)
+    said = read_json(path_of(newest.folder) / MARKER_FILE)
     found = read(said[ROLLING]) if ROLLING in said else _exact(said, request)
     if found is None:
         raise ExactError(f"{newest.folder} does not say what it is of")
@@ -189,7 +189,7 @@ def _refuse_changed(sources: Iterable[Source], began_ns: int) -> None:
         ExactError: a source was written since.
     """
     for source in sources:
-        if not is_older(Path(source.path), source.stamps, began_ns):
+        if not is_older(path_of(source.path), source.stamps, began_ns):
             raise ExactError(f"{source.path} was written since the average that is there")
 
 
@@ -199,11 +199,11 @@ def _refuse_others(plan: MergePlan, left: Iterable[Member], began_ns: int) -> No
     Raises:
         ExactError: it is another checkpoint in the same folder.
     """
-    opened = {str(Path(source.path).absolute()): source for source in plan.sources}
+    opened = {absolute(source.path): source for source in plan.sources}
     for each in left:
         source = opened[each.path]
         same = source.metadata_digest == each.metadata_digest
-        if not same or not is_older(Path(source.path), source.stamps, began_ns):
+        if not same or not is_older(path_of(source.path), source.stamps, began_ns):
             raise ExactError(f"{each.path} is not what the average that is there is of")
 
 
@@ -213,7 +213,7 @@ def _pairs(plan: MergePlan) -> Iterable[tuple[Source, CheckpointRef]]:
 
 def _member(source: Source, ref: CheckpointRef) -> Member:
     return Member(
-        path=str(Path(source.path).absolute()),
+        path=absolute(source.path),
         iteration=ref.iteration or 0,
         metadata_digest=source.metadata_digest,
     )

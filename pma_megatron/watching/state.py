@@ -29,6 +29,8 @@ from pma_megatron.runs.marks import Mark, mark, unchanged
 from pma_megatron.runs.refs import CheckpointRef, iteration_of
 from pma_megatron.runs.trackers import read_pointers
 from pma_megatron.runs.trainer_retention import trainer_retention
+from pma_megatron.storage.paths import in_store, path_of
+from pma_megatron.storage.spool import listing_once
 from pma_megatron.watching.own import replaces
 
 
@@ -58,18 +60,22 @@ class Looks:
     """Looks at one run; what has not changed is not opened again."""
 
     def __init__(self, request: MergeRequest) -> None:
-        self._request, self._root = request, Path(request.load)
+        self._request = request
         self._refs: list[CheckpointRef] = []
         self._marks: dict[str, Mark] = {}
 
+    @listing_once()
     @once_each()
     def look(self) -> Seen:
-        """Which checkpoints the average takes now."""
+        """Which checkpoints the average takes now; what lies where it goes is listed too."""
         try:
-            known = unchanged(self._root, self._refs, self._marks)
-            refs = list_checkpoints(self._root, known=known)
-            self._refs, self._marks = refs, {ref.path: mark(self._root, ref) for ref in refs}
-            chosen = self._chosen(refs)
+            root = path_of(self._request.load)
+            known = unchanged(root, self._refs, self._marks)
+            refs = list_checkpoints(root, known=known)
+            self._refs, self._marks = refs, {ref.path: mark(root, ref) for ref in refs}
+            chosen = self._chosen(root, refs)
+            for place in filter(None, (self._request.save, self._request.export)):
+                path_of(place)
             waiting = None
         except (PmaError, OSError) as error:
             chosen, waiting = (), str(error)
@@ -83,13 +89,13 @@ class Looks:
             run=tuple((ref.path, ref.state, self._marks[ref.path]) for ref in self._refs),
         )
 
-    def _chosen(self, refs: list[CheckpointRef]) -> tuple[CheckpointRef, ...]:
-        found = pointers_of(self._root)
+    def _chosen(self, root: Path, refs: list[CheckpointRef]) -> tuple[CheckpointRef, ...]:
+        found = pointers_of(root)
         for pointer in (found or {}).values():
             if pointer.problem is not None and not pointer.missing:
                 # Training may be writing it: what it said before, or will say, decides the end.
-                raise SelectionError(f"{self._root} {pointer.problem}")
-        selection = choose(refs, self._request.widest(), self._root, found)
+                raise SelectionError(f"{root} {pointer.problem}")
+        selection = choose(refs, self._request.widest(), root, found)
         if any(ref.iteration is None for ref in selection.refs):
             raise SelectionError(f"{selection.refs[-1].path} has no iteration to follow")
         return selection.refs
@@ -146,7 +152,7 @@ def _is_current(target: Target, made: MergePlan, rolling: bool) -> bool:
     if not same or unfinished(target) or not _is_named(target, made):
         return False
     began_ns = begun_ns(read_json(target.final / MARKER_FILE))
-    return all(is_older(Path(source.path), source.stamps, began_ns) for source in made.sources)
+    return all(is_older(path_of(source.path), source.stamps, began_ns) for source in made.sources)
 
 
 def _is_update(target: Target, made: MergePlan) -> bool:
@@ -179,6 +185,7 @@ def is_older(folder: Path, names: Iterable[str], began_ns: int) -> bool:
     """Whether no file of a source was written since; a copy with old times was written anew too."""
     for name in names:
         stat = (folder / name).stat()
-        if max(stat.st_mtime_ns, stat.st_ctime_ns) >= began_ns:
+        changed_ns = 0 if in_store(folder) else stat.st_ctime_ns  # there it is of this machine
+        if max(stat.st_mtime_ns, changed_ns) >= began_ns:
             return False
     return True

@@ -13,16 +13,20 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
+from unittest import mock
 
 import pytest
 
 import kills
-from conftest import digests
+from conftest import digests, request_for
 from jobs import JOBS, nothing_goes_on  # noqa: F401
+from pma_megatron import MergeRequest, SelectionRequest, merge
 from pma_megatron.base.stopping import Stopped, stoppable
+from pma_megatron.merging import job as merging_job
 from pma_megatron.testing import inject
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -127,6 +131,69 @@ def test_a_signal_between_two_publications(dense_run: Path, tmp_path: Path) -> N
     assert "going on with a merge that was cut off" in going_on and "(100 %" in going_on
     assert again.returncode == 0
     assert digests(first) == before and second.is_dir()
+    assert sorted(path.name for path in save.rglob("*pma-*")) == []
+
+
+SWEEP = ("sma,wma:2",)
+MOMENTS = 6
+
+
+def lines_until_the_end(request: MergeRequest, act: Callable[[int], None]) -> int:
+    """Merge; calls `act` with a number at each line that is run once all is published."""
+    seen = 0
+
+    def line(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal seen
+        if event == "line":
+            seen += 1
+            act(seen - 1)
+        return line
+
+    def from_now_on(*given: Any) -> None:
+        publish(*given)
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame.f_code is not lines_until_the_end.__code__:
+            frame.f_trace, frame = line, frame.f_back
+        sys.settrace(line)
+
+    publish = merging_job._publish
+    try:
+        with mock.patch.object(merging_job, "_publish", from_now_on):
+            merge(request)
+    finally:
+        sys.settrace(None)
+    return seen
+
+
+def test_a_signal_when_all_is_published(dense_run: Path, tmp_path: Path) -> None:
+    """Nothing is left half cleaned, wherever it comes, and what is published is said."""
+
+    def stop_at(moment: int) -> Callable[[int], None]:
+        return lambda line: signal.raise_signal(signal.SIGTERM) if line == moment else None
+
+    lines = lines_until_the_end(
+        request_for(dense_run, tmp_path / "whole", sweep=SWEEP), lambda _: None
+    )
+    assert lines > 10 * MOMENTS
+    for number in range(MOMENTS):
+        save = tmp_path / str(number)
+        with stoppable(), pytest.raises(Stopped) as stop:
+            moment = lines * number // MOMENTS
+            lines_until_the_end(request_for(dense_run, save, sweep=SWEEP), stop_at(moment))
+        names = {str(save / name / "iter_0000008") for name in ("sma-last2", "wma-last2")}
+        assert {*stop.value.published} == names and stop.value.unpublished == ()
+        assert sorted(path.name for path in save.rglob("*pma-*")) == []
+
+
+def test_killed_when_all_is_published(dense_run: Path, tmp_path: Path) -> None:
+    """Whatever job comes next takes away what was left."""
+    save = tmp_path / "save"
+    with inject("leave", rank=0, action="kill"):
+        killed = merging(dense_run, save, "--sweep", "sma,wma:2")
+    assert killed.wait(PATIENCE_S) == -signal.SIGKILL
+    assert list(save.rglob(".pma-journal-*"))
+    earlier = SelectionRequest(last=None, end_iteration=6)
+    merge(request_for(dense_run, save, selection=earlier, sweep=SWEEP))
     assert sorted(path.name for path in save.rglob("*pma-*")) == []
 
 

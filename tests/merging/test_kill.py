@@ -179,7 +179,8 @@ def test_every_fault_point_is_here() -> None:
     # run has none of: test_side_files.
     # To a store: tests/storage/test_store_outputs.
     to_a_store = {"uploading", "part", "uploaded", "upload_marker", "upload_tracker", "upload_end"}
-    assert between == {*MAIN_ONLY, "replace", "published", "carry", *to_a_store}
+    # When all is published: test_failures.
+    assert between == {*MAIN_ONLY, "replace", "published", "leave", "carry", *to_a_store}
 
 
 # Killed at a known place.

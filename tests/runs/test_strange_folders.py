@@ -110,19 +110,16 @@ def test_what_lives_with_a_run_takes_no_address(
         ("recover", "--load", ADDRESS, "--history"),
         ("evaluate", "--load", run, "--provider", "a:b", "--out", ADDRESS),
         ("geometry", "--load", run, "--plot", ADDRESS),
-        ("prune", ADDRESS, "--keep-last", 3),
-        ("watch", "--load", ADDRESS, "--save", tmp_path, "--last", 2),
-        ("watch", "--load", run, "--save", ADDRESS, "--last", 2),
+        ("watch", "--load", run, "--save", tmp_path, "--events", ADDRESS),
     ):
         code, error = told(capsys, *command)
         assert code == 2 and "only folders of mounted file systems" in error, (command, error)
     for call in (
         lambda: Options(paths=[(ADDRESS, "global_step1")]).request(run, None),
         lambda: Options(last=2).request(ADDRESS, None),
-        settings_of(f"--pma-init --pma-load {ADDRESS}"),
+        settings_of(f"--pma-score --pma-load {ADDRESS}"),
         settings_of(f"--pma-save --pma-save-dir {ADDRESS}"),
         settings_of(f"--pma-save --pma-window-dir {ADDRESS}"),
-        settings_of(f"--pma-snapshot-interval-tokens 8 --pma-snapshot-dir {ADDRESS}"),
     ):
         with pytest.raises(UsageError, match="s3"):
             call()

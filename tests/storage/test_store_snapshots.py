@@ -1,0 +1,144 @@
+"""Thin snapshots in an object store: made on a disk, put there behind training, whole or not."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_megatron_flags import parse
+from test_snapshot_writer import assert_whole, simple_chunks, simple_data
+
+from pma_megatron import list_checkpoints
+from pma_megatron.base.comm import Comm
+from pma_megatron.errors import PublishError
+from pma_megatron.formats.marker import UPLOADING_FILE
+from pma_megatron.megatron import argument_parser
+from pma_megatron.online.snapshots import SnapshotWriter
+from pma_megatron.storage.object_store import ObjectStore
+from pma_megatron.testing import run_ranks
+from s3 import keys
+
+Got = Callable[[str, Path], Path]
+PATIENCE_S = 120.0
+
+
+def written(rank: int, size: int, address: str, iterations: tuple[int, ...], keep: Any) -> None:
+    """Snapshots by this rank, until all is in the store."""
+    chunks = simple_chunks(rank, size)
+    writer = SnapshotWriter(address, chunks, torch.float32, Comm(), keep_in_store=keep)
+    for iteration in iterations:
+        writer.write(iteration, simple_data(chunks, iteration), {})
+        writer.wait(PATIENCE_S)
+    writer.wait_for_uploads(PATIENCE_S)
+
+
+def folders(s3: Any, bucket: str) -> set[str]:
+    return {key.split("/")[1] for key in keys(s3, bucket, "snapshots/")}
+
+
+def files_left(spools: Path) -> list[Path]:
+    return [path for path in spools.rglob("*") if path.is_file() and "outputs" in path.parts]
+
+
+def test_two_ranks(s3: Any, bucket: str, got: Got, tmp_path: Path, spools: Path) -> None:
+    """The newest stay; what is there is whole, and nothing of it is left on the disk."""
+    address = f"s3://{bucket}/snapshots"
+    run_ranks(written, 2, address, (1, 2, 3), 2)
+    assert folders(s3, bucket) == {"iter_0000002", "iter_0000003"}
+    copy = got("snapshots", tmp_path / "copy")
+    for iteration in (2, 3):
+        assert_whole(copy / f"iter_{iteration:07d}", iteration)
+    found = list_checkpoints(address)
+    assert [(r.iteration, r.complete, r.snapshot) for r in found] == [
+        (2, True, True),
+        (3, True, True),
+    ]
+    assert files_left(spools) == [] and not list((spools / "outputs").rglob("iter_*"))
+
+
+def test_a_run_that_resumes_comes_by_the_same(s3: Any, bucket: str, spools: Path) -> None:
+    address = f"s3://{bucket}/snapshots"
+    written(0, 1, address, (1, 2), None)
+    before = {key: s3.head_object(Bucket=bucket, Key=key)["ETag"] for key in keys(s3, bucket)}
+    written(0, 1, address, (2, 3), None)
+    after = {key: s3.head_object(Bucket=bucket, Key=key)["ETag"] for key in keys(s3, bucket)}
+    assert before.items() <= after.items() and folders(s3, bucket) >= {"iter_0000003"}
+
+
+def test_a_store_that_fails_stops_nobody(
+    s3: Any, bucket: str, got: Got, tmp_path: Path, spools: Path,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """It is said, the files stay, and the next job there takes them along."""
+    address = f"s3://{bucket}/snapshots"
+
+    def fails(self: ObjectStore, key: str, path: Path) -> str:
+        raise OSError(5, "the store is away", key)
+
+    with monkeypatch.context() as patched, caplog.at_level(logging.WARNING):
+        patched.setattr(ObjectStore, "put_file", fails)
+        written(0, 1, address, (1, 2), None)
+    assert "the store is away" in caplog.text and "did not get to" in caplog.text
+    assert [ref.complete for ref in list_checkpoints(address)] in ([], [False])
+    root = spools / "outputs" / "s3" / bucket / "snapshots"
+    for iteration in (1, 2):
+        assert_whole(root / f"iter_{iteration:07d}", iteration)
+    written(0, 1, address, (3,), None)
+    copy = got("snapshots", tmp_path / "copy")
+    for iteration in (1, 2, 3):
+        assert_whole(copy / f"iter_{iteration:07d}", iteration)
+    assert files_left(spools) == []
+
+
+_JOB = """
+import sys
+from test_store_snapshots import written
+written(0, 1, sys.argv[1], (1,), None)
+"""
+
+
+@pytest.mark.parametrize("stage", ["snapshot-part", "snapshot-put"])
+def test_killed_while_it_uploads(
+    s3: Any, bucket: str, got: Got, tmp_path: Path, stage: str, spools: Path
+) -> None:
+    address = f"s3://{bucket}/snapshots"
+    env = {
+        **os.environ,
+        "PMA_MEGATRON_FAULT": f"{stage}:0:kill",
+        "PYTHONPATH": os.pathsep.join([*sys.path, os.environ.get("PYTHONPATH", "")]),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", _JOB, address], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    listed = [ref.complete for ref in list_checkpoints(address)]
+    assert listed == [stage == "snapshot-put"]
+    assert any(key.endswith(UPLOADING_FILE) for key in keys(s3, bucket)) != listed[0]
+    written(0, 1, address, (2,), None)
+    copy = got("snapshots", tmp_path / "copy")
+    for iteration in (1, 2):
+        assert_whole(copy / f"iter_{iteration:07d}", iteration)
+    assert files_left(spools) == []
+
+
+def test_a_trainers_own_folder_is_refused(s3: Any, bucket: str, spools: Path) -> None:
+    key = "run/latest_checkpointed_iteration.txt"
+    s3.put_object(Bucket=bucket, Key=key, Body=b"8")
+    with pytest.raises(PublishError, match="a trainer's own folder"):
+        written(0, 1, f"s3://{bucket}/run", (1,), None)
+    with pytest.raises(PublishError, match="cannot go to"):
+        written(0, 1, "s3://no-such-bucket-here/run", (1,), None)
+    assert keys(s3, bucket) == [key]
+
+
+def test_megatrons_flags_take_it() -> None:
+    args = parse("--pma-snapshot-interval-tokens 8 --pma-snapshot-dir s3://b/snapshots")
+    assert argument_parser.settings(args).snapshot_dir == "s3://b/snapshots"
