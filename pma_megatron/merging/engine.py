@@ -29,7 +29,7 @@ from pma_megatron.merging.sums import Sum
 from pma_megatron.merging.tasks import Average, AverageUnit, FillUnit, Unit, Workload, parted
 from pma_megatron.merging.threads import over_threads
 from pma_megatron.storage.paths import path_of
-from pma_megatron.storage.spool import active, expect
+from pma_megatron.storage.spool import active, expect, expect_no_more
 from pma_megatron.transfer.blocks import BlockReader, readers
 from pma_megatron.transfer.buffers import BLOCK_ELEMENTS, as_bytes
 from pma_megatron.transfer.reads import Reads
@@ -105,6 +105,7 @@ def run(
             job.run_shared(units)
         else:
             job.run_alone(units)
+    expect_no_more()
     return job.tally
 
 

@@ -385,3 +385,10 @@ def expect(paths: Iterable[Path], *, soon: bool = False, kept: bool = True) -> b
     root = f"{made.mirror}/"
     folders = [local for path in paths if (local := os.fspath(path)).startswith(root)]
     return bool(folders) and made.expect(folders, soon=soon, kept=kept)
+
+
+def expect_no_more() -> None:
+    """What is read after this is read here and there."""
+    made = active()
+    if made is not None:
+        made.contents.expect_no_more()

@@ -73,7 +73,7 @@ def test_a_merge_of_small_files_reads_each_once_and_puts_each_once(
     held_back, sources = 5, 4
     assert asked.calls["got"] <= held_back + 6  # whose the folder is, before each of these
     assert asked.calls["listed"] + asked.calls["beside"] <= sources + 12
-    assert asked.calls["head"] <= 1 and asked.calls["delete"] <= 3
+    assert asked.calls["head"] <= 2 and asked.calls["delete"] <= 3
 
 
 @pytest.mark.parametrize("kept", [True, False])
