@@ -43,8 +43,8 @@ INSIDE = {
     """,
     "storage": """
         protocol
-        claims contents folders object_store posix
-        addresses
+        claims folders object_store posix requests
+        addresses contents
         spool
         paths
     """,

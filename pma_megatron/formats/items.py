@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from pma_megatron.formats.base import Item, Payload, StoredRecord
 from pma_megatron.formats.pickles import TensorRef, load_inert
 from pma_megatron.formats.schema import LIMIT
 from pma_megatron.formats.zips import Mould, ReadAt, ZipRecord, read_records
+from pma_megatron.storage.paths import in_store
+from pma_megatron.storage.spool import ahead
 
 _WINDOW_BYTES = 4096  # headers of small records share one read
 _MOULDS, _LIKE = 256, 4
@@ -59,6 +61,17 @@ class ItemFiles:
         if item not in self._indexes:
             with self._opened(item) as read_at:
                 read_records(read_at, item.length, what=self._at(item))
+
+    def look_ahead(self, items: Iterable[Item]) -> None:
+        """Zips are looked at soon: of objects of a store, both ends of each are asked for now."""
+        for item in items if in_store(self.path) else ():
+            with contextlib.suppress(OSError):  # said when it is read
+                descriptor = open_source(self.path / item.file, whole=False)
+                try:
+                    for at in (item.offset, item.offset + max(item.length - _WINDOW_BYTES, 0)):
+                        ahead(descriptor, at, min(_WINDOW_BYTES, item.length))
+                finally:
+                    os.close(descriptor)
 
     def stored(self, item: Item, content: memoryview | None = None) -> tuple[StoredRecord, ...]:
         """The records of the zip at `item` by place in its file, in that order; see `records`."""

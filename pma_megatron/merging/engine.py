@@ -29,13 +29,15 @@ from pma_megatron.merging.accumulate import Accumulator, Work, Workspace
 from pma_megatron.merging.sums import Sum
 from pma_megatron.merging.tasks import Average, AverageUnit, FillUnit, Unit, Workload, parted
 from pma_megatron.merging.threads import over_threads
-from pma_megatron.storage.spool import active
+from pma_megatron.storage.paths import path_of
+from pma_megatron.storage.spool import active, expect, expect_no_more
 from pma_megatron.transfer.blocks import BlockReader, readers
 from pma_megatron.transfer.buffers import BLOCK_ELEMENTS, as_bytes
 from pma_megatron.transfer.reads import Reads
 
 SOURCE_BYTES = 4 << 20
 """A block of all sources at once: it bounds memory, and stays near the cores."""
+_DENSE = 0.75
 _OF_STORES = 8  # times as many units are looked for where each request takes its time
 _TOGETHER = 8  # units that are looked for at once
 AHEAD_BYTES = 512 << 20  # asked of storage before its time; more might leave the cache unused
@@ -95,6 +97,8 @@ def run(
         PublishError: the output cannot be written.
         RankError: another rank failed.
     """
+    if team.size == 1 and active() is not None:
+        _expect(plan, sum(unit.read_bytes for unit in units) * comm.size)
     with reading(plan, comm.rank, reads) as opened, comm.watched("merge") as check:
         sums = tuple(Sum.of(values) for values in plan.coefficients)
         add = Accumulator(plan, opened, writers, sums)
@@ -103,7 +107,15 @@ def run(
             job.run_shared(units)
         else:
             job.run_alone(units)
+    expect_no_more()
     return job.tally
+
+
+def _expect(plan: Workload, read_bytes: int) -> None:
+    """Where most of what lies in the sources is read, few large requests to a store are best."""
+    there = sum(nbytes for source in plan.sources for nbytes, _ in source.stamps.values())
+    if read_bytes >= _DENSE * there:
+        expect([path_of(source.path) for source in plan.sources], kept=False)
 
 
 def assign(plan: Workload, team: Team) -> tuple[int, ...]:

@@ -62,7 +62,7 @@ def who_looks(request: MergeRequest, comm: Comm, everywhere: bool) -> Sight:
         comm: the ranks.
         everywhere: roots may be disks of single nodes; otherwise rank 0 sees what all see.
     """
-    roots = _roots(request)
+    roots = roots_of(request)
     if comm.size == 1 or not everywhere or all(map(in_store, roots)):
         return Sight(comm.rank, (0,) * comm.size, one=True)
     places = comm.gather(_place(roots))
@@ -101,7 +101,7 @@ def look_around(
 def _all_refs(
     request: MergeRequest, comm: Comm, sight: Sight
 ) -> tuple[dict[str, CheckpointRef], dict[str, tuple[int, ...]]]:
-    roots = _roots(request)
+    roots = roots_of(request)
     known = _described(roots, comm) if sight.one else _described_by_view(roots, comm, sight)
 
     def look() -> list[CheckpointRef]:
@@ -127,7 +127,7 @@ def _all_refs(
     return {ref.path: ref for ref in ordered}, seen
 
 
-def _roots(request: MergeRequest) -> list[str]:
+def roots_of(request: MergeRequest) -> list[str]:
     paths = request.selection.paths
     return [request.load] if paths is None else list(paths)
 

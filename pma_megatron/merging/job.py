@@ -83,7 +83,7 @@ def merge(request: MergeRequest, comm: Comm | None = None, show: Show = silent) 
     baseline = memory.resident_bytes()
     memory.reset_peak()
     clock = _Clock()
-    made = _planned(request, comm)
+    made = _planned(request, comm, merged=True)
     if comm.is_main:
         for sentence in made.told:
             _log.warning(sentence)
@@ -209,10 +209,10 @@ def plan(request: MergeRequest, comm: Comm | None = None) -> MergePlan:
     return made
 
 
-def _planned(request: MergeRequest, comm: Comm) -> MergePlan:
+def _planned(request: MergeRequest, comm: Comm, *, merged: bool = False) -> MergePlan:
     with steps.stage("plan"), memory.collector_at_rest():
         comm.agree("export", lambda: refuse_nested(request))
-        return provenance.with_origins(make_plan(request, comm), comm)
+        return provenance.with_origins(make_plan(request, comm, merged=merged), comm)
 
 
 class _Clock:

@@ -28,7 +28,7 @@ from pma_megatron.merging.exporting import (
     further_targets,
     plan_export,
 )
-from pma_megatron.merging.finding import chosen, look_around, schedule_notes
+from pma_megatron.merging.finding import chosen, look_around, roots_of, schedule_notes
 from pma_megatron.merging.opening import open_sources
 from pma_megatron.merging.padding import padding_notes
 from pma_megatron.merging.request import MergeRequest, Output, in_its_words, refuse_other_plans
@@ -39,6 +39,7 @@ from pma_megatron.runs.discover import newest_full
 from pma_megatron.runs.notices import announce
 from pma_megatron.runs.selection import Selection
 from pma_megatron.storage.paths import absolute, in_store, path_of
+from pma_megatron.storage.spool import expect
 from pma_megatron.version import __version__
 
 _log = logging.getLogger(__name__)
@@ -136,7 +137,9 @@ class OpenedSources:
 
 @in_its_words
 @once_each()
-def gather_sources(request: MergeRequest, comm: Comm, *, everywhere: bool = False) -> OpenedSources:
+def gather_sources(
+    request: MergeRequest, comm: Comm, *, everywhere: bool = False, merged: bool = False
+) -> OpenedSources:
     """Find, select and open the sources. Every rank makes this call.
 
     Sources are opened by different ranks and exchanged.
@@ -146,10 +149,13 @@ def gather_sources(request: MergeRequest, comm: Comm, *, everywhere: bool = Fals
         comm: the ranks.
         everywhere: ranks may see different sources (node-local disks): one of each that see the
             same looks for them, not rank 0 alone.
+        merged: all of them is read next, so that few large requests to a store are the best.
 
     Raises:
         SelectionError, CheckpointError, PlanError, UsageError: on every rank.
     """
+    if merged and comm.size == 1:  # a run that can be kept
+        expect([path_of(root) for root in roots_of(request)])
     refs, seen, found = look_around(request, comm, everywhere)
     selection = chosen(list(refs.values()), request, found, comm)
     visible = tuple(seen[ref.path] for ref in selection.refs)
@@ -162,6 +168,8 @@ def gather_sources(request: MergeRequest, comm: Comm, *, everywhere: bool = Fals
     if comm.is_main:
         announce(selection)
     outputs = comm.agree("coefficients", lambda: request.outputs(selection))
+    if merged:  # several ranks read parts of their own, and ask for those
+        expect([path_of(ref.path) for ref in reversed(selection.refs)], soon=comm.size == 1)
     sources = open_sources(request, selection.refs, visible, comm)
     said = [sentence for source in sources for sentence in source.notes]
     selection = replace(selection, notes=(*selection.notes, *said))
@@ -188,16 +196,21 @@ def refuse_changed(plan: Workload, comm: Comm) -> None:
 
 
 @once_each()
-def make_plan(request: MergeRequest, comm: Comm) -> MergePlan:
+def make_plan(request: MergeRequest, comm: Comm, *, merged: bool = False) -> MergePlan:
     """Find, select, open and compare the sources; decide what happens to every entry.
 
     Every rank makes this call.
+
+    Args:
+        request: what is asked.
+        comm: the ranks.
+        merged: see `gather_sources`.
 
     Raises:
         SelectionError, CheckpointError, PlanError, UsageError: on every rank, before any write.
     """
     request = request.settled()
-    found = gather_sources(request, comm, everywhere=comm.merge_size > 1)
+    found = gather_sources(request, comm, everywhere=comm.merge_size > 1, merged=merged)
     decisions = comm.agree("policy", lambda: decide(request, found.sources, newest_full))
     saved = export = None
     if request.writes_checkpoint:

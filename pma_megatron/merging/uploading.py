@@ -38,7 +38,7 @@ from pma_megatron.storage.protocol import Store
 
 Show = Callable[[str, int], AbstractContextManager[Progress]]
 """(stage, total bytes of this rank) -> context that yields a progress callback."""
-_AT_ONCE = 2  # files of a rank, each in parts
+_AT_ONCE = 3  # files of a rank, of each up to `ONE_PUT_BYTES` in memory
 _LOOKED_S = 60.0
 _SHOWN = 4
 
@@ -122,13 +122,27 @@ def begin(plan: MergePlan, target: Target, files: Mapping[str, int]) -> Claim:
         before = refuse_claimed(store, sign, work)
         ours = {*files, *_known_before(target, before or {})}
         made = claim(store, sign, work, {"files": sorted(ours)})
-        there = [each.key.removeprefix(f"{key}/") for each in store.listed(f"{key}/")]
+        there = [
+            each.key.removeprefix(f"{key}/")
+            for each in store.listed(f"{key}/")
+            if each.nbytes or each.key.removeprefix(f"{key}/") in ours  # no folder of a console's
+        ]
         there = [name for name in there if name != UPLOADING_FILE]
         if made.new and there and not plan.request.overwrite:
             store.delete([sign])
             raise PublishError(
                 f"{target.final} exists by now: another job made it meanwhile. Use "
                 f"{switch('overwrite')} to replace it, or another {named(target.setting)}"
+            )
+        strange = [name for name in there if name not in ours]
+        if strange:
+            if made.new:
+                store.delete([sign])
+            raise PublishError(
+                f"{target.final} holds {first_few(strange, _SHOWN)}, and nothing there says that "
+                f"it was written with what is replaced, so it is neither deleted nor left in a new "
+                f"checkpoint. Delete what is no longer needed, or choose another "
+                f"{named(target.setting)}"
             )
         point("uploading", 0)
         gone = [name for name in there if name in ours]

@@ -76,8 +76,7 @@ def claimed(store: Store, key: str) -> tuple[dict[str, Any], float] | None:
         OSError: the store does not tell.
     """
     try:
-        found = store.head(key)
-        data = bytes(store.read(key, 0, found.nbytes)) if found.nbytes else b""
+        found, data = store.got(key)
     except FileNotFoundError:
         return None
     try:

@@ -4,6 +4,10 @@ Whoever reads says which range it needs (`present`), and it is there for as long
 Whoever knows what is needed next says so too (`ahead`): then it is under way before it is waited
 for. Ranges that nobody needs now are given back (a hole in the file) once there are more than
 `KEPT_BYTES` of them, those that were read longest ago first.
+
+Where a request takes its time, whatever its length, few are better: a small object comes whole, and
+so do larger ones that are read whole anyway (`expect`), if all of them can be kept. Of others come
+the pages that are asked for, and more ahead of who reads on and on.
 """
 
 from __future__ import annotations
@@ -14,17 +18,22 @@ import errno
 import os
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from pma_megatron.storage.protocol import IN_FLIGHT, PART_BYTES, Store
+from pma_megatron.storage.protocol import PART_BYTES, Store
+from pma_megatron.storage.requests import Requests, When
 
 PAGE_BYTES = 128 << 10
 """What is fetched at least: records of a zip are described next to each other."""
-KEPT_BYTES = 256 << 20
-"""Of a process, beside what is being read at the moment."""
+WHOLE_BYTES = 1 << 20
+"""An object that is no longer is fetched whole."""
+KEPT_BYTES = 1 << 30
+"""Of a process, beside what is being read at the moment, where the disk has four times as much."""
+_LEAST_KEPT_BYTES = 256 << 20
 _FIRST_PAGES = 4
 _LATELY = 64  # reads that tell how many files are read at once
 _PUNCH = 0x1 | 0x2  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
@@ -84,7 +93,13 @@ Range = tuple[Content, int, int]
 class Contents:
     """The pages of all sparse files of a process. Threads share it."""
 
-    def __init__(self) -> None:
+    def __init__(self, share_bytes: int = KEPT_BYTES) -> None:
+        """Nothing is there yet.
+
+        Args:
+            share_bytes: of the disk, what is this process's to use.
+        """
+        self._share_bytes = max(share_bytes, _LEAST_KEPT_BYTES)
         self._lock = threading.Lock()
         self._read: OrderedDict[_Key, Content] = OrderedDict()
         self._unread: OrderedDict[_Key, Content] = OrderedDict()
@@ -92,12 +107,45 @@ class Contents:
         self._pins: dict[_Key, int] = {}
         self._lately: deque[int] = deque(maxlen=_LATELY)
         self._begun: set[int] = set()
-        self._pool: ThreadPoolExecutor | None = None
+        self._expected: set[int] = set()
+        self._requests = Requests()
 
     @property
     def kept_bytes(self) -> int:
         """Of the disk, at most, and what is under way."""
         return (len(self._read) + len(self._unread) + len(self._coming)) * PAGE_BYTES
+
+    @property
+    def most_bytes(self) -> int:
+        """What is kept at most, beside what is being read."""
+        return min(KEPT_BYTES, self._share_bytes)
+
+    def expect(self, contents: Sequence[Content], *, soon: bool) -> None:
+        """All of some files will be read: what is asked of one comes in large requests from now on.
+
+        Args:
+            contents: the files.
+            soon: ask for all of it now.
+        """
+        with self._lock:
+            self._expected |= {each.number for each in contents}
+            for each in contents if soon else ():
+                pages = [p for p in _pages(0, each.nbytes) if not self._is_here((each.number, p))]
+                if self._make_room(len(pages) * PAGE_BYTES):
+                    self._ask(each, pages, When.SOON)
+
+    def drop_ahead(self) -> None:
+        """Ask no more for what nobody waits for."""
+        with self._lock:
+            dropped = self._requests.drop_later()
+            for key in [key for key, asked in self._coming.items() if asked in dropped]:
+                del self._coming[key]
+            self._expected.clear()
+
+    def expect_no_more(self) -> None:
+        """End what `expect` began; what was asked for comes."""
+        with self._lock:
+            self._expected.clear()
 
     @contextlib.contextmanager
     def present(self, ranges: Iterable[Range]) -> Iterator[None]:
@@ -148,34 +196,46 @@ class Contents:
 
     def _begin(self, content: Content, start: int, end: int, *, pinned: bool) -> set[Future[None]]:
         """Ask for what is not there; returns what has to be waited for."""
-        awaited, missing = set(), list[int]()
         pages = _pages(start, min(end, content.nbytes))
-        for page in pages:
-            key = content.number, page
-            if pinned:
-                self._pins[key] = self._pins.get(key, 0) + 1
-            if key in self._coming:
-                awaited.add(self._coming[key])
-            elif not self._is_here(key):
-                missing.append(page)
-        further = self._further(content, pages, pinned=pinned) if pages else []
+        if not pages:
+            return set()
+        keys = [(content.number, page) for page in pages]
+        for key in keys if pinned else ():
+            self._pins[key] = self._pins.get(key, 0) + 1
+        grain, further = self._grain(content), list[int]()
+        missing = self._missing(content, pages, grain)
+        if grain == 1:
+            further = self._further(content, pages, pinned=pinned)
         if missing and further and missing[-1] + 1 == further[0]:  # one request for both
-            for future in self._ask(content, missing + further):
-                awaited.add(future)
-            return awaited
-        awaited |= self._ask(content, missing)
-        self._ask(content, further)
+            missing, further = missing + further, []
+        when = When.NOW if pinned else When.SOON
+        self._ask(content, missing, when)
+        self._ask(content, further, When.SOON)
+        awaited = {self._coming[key] for key in keys if key in self._coming}
+        for asked in awaited if pinned else ():
+            self._requests.hurry(asked)
         return awaited
 
-    def _ask(self, content: Content, pages: list[int]) -> set[Future[None]]:
-        asked = set()
+    def _grain(self, content: Content) -> int:
+        """In how many pages at once a file comes."""
+        if content.nbytes <= WHOLE_BYTES:
+            return WHOLE_BYTES // PAGE_BYTES
+        return PART_BYTES // PAGE_BYTES if content.number in self._expected else 1
+
+    def _missing(self, content: Content, pages: range, grain: int) -> list[int]:
+        """Those of some pages that are not here, with what comes in the same requests."""
+        missing = [p for p in pages if not self._is_here((content.number, p))]
+        if grain == 1 or not missing:
+            return missing
+        first = missing[0] // grain * grain
+        end = min(-(-content.nbytes // PAGE_BYTES), (missing[-1] // grain + 1) * grain)
+        wider = [p for p in range(first, end) if not self._is_here((content.number, p))]
+        return wider if self._make_room((len(wider) - len(missing)) * PAGE_BYTES) else missing
+
+    def _ask(self, content: Content, pages: list[int], when: When) -> None:
         for first, last in _runs(pages, PART_BYTES // PAGE_BYTES):
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="pma-store")
-            future = self._pool.submit(self._fetched, content, first, last)
-            self._coming.update({(content.number, p): future for p in range(first, last + 1)})
-            asked.add(future)
-        return asked
+            asked = self._requests.ask(partial(self._fetched, content, first, last), when)
+            self._coming.update({(content.number, p): asked for p in range(first, last + 1)})
 
     def _is_here(self, key: _Key) -> bool:
         return key in self._read or key in self._unread or key in self._coming
@@ -188,7 +248,7 @@ class Contents:
         """
         self._lately.append(content.number)
         most = min(
-            PART_BYTES // PAGE_BYTES, KEPT_BYTES // PAGE_BYTES // (4 * len(set(self._lately)))
+            PART_BYTES // PAGE_BYTES, self.most_bytes // PAGE_BYTES // (4 * len(set(self._lately)))
         )
         before = len(pages)
         while before < most and self._is_here((content.number, pages[-1] - before)):
@@ -234,7 +294,7 @@ class Contents:
 
     def _make_room(self, nbytes: int) -> bool:
         """Give pages back until there are `nbytes` of room; whether there are."""
-        over = self.kept_bytes + nbytes - KEPT_BYTES
+        over = self.kept_bytes + nbytes - self.most_bytes
         if over <= 0:
             return True
         gone: dict[int, tuple[Content, list[int]]] = {}
@@ -253,8 +313,7 @@ class Contents:
 
     def close(self) -> None:
         """Wait for what is under way; nothing more is fetched."""
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+        self._requests.close()
 
 
 def _pages(start: int, end: int) -> range:

@@ -1,9 +1,10 @@
-"""Where spools lie, and who holds one."""
+"""Where spools lie, who holds one, and the files in it that stand for objects."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import secrets
 import shutil
@@ -14,6 +15,7 @@ import time
 from pathlib import Path
 
 from pma_megatron.errors import UsageError
+from pma_megatron.storage.protocol import Object
 
 VARIABLE = "PMA_MEGATRON_SPOOL"
 """Environment variable: the folder in which spools are made."""
@@ -21,6 +23,7 @@ MIRROR = "/mirror/"
 """In the path of every file that stands for an object."""
 _OF_PROCESS, _MAKING = "sources-", "making-"
 _FORGOTTEN_S = 3600.0
+_SECOND_NS = 1_000_000_000
 
 
 def spool_folder() -> Path:
@@ -47,6 +50,27 @@ def _refuse_shared(base: Path) -> None:
             f"{stat.filemode(found.st_mode)}): others could put bytes there in place of a "
             f"checkpoint's. Set {VARIABLE} to a folder of yours, or remove that one"
         )
+
+
+def share_bytes(folder: Path) -> int:
+    """Of the free disk: a quarter, for all processes that torchrun started on this machine."""
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return shutil.disk_usage(folder).free // (4 * max(int(processes or 1), 1))
+
+
+def stand_in(local: Path, said: Object) -> None:
+    """A file as long and as old as an object, with nothing in it."""
+    local.parent.mkdir(parents=True, exist_ok=True)
+    local.unlink(missing_ok=True)
+    descriptor = os.open(local, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0)
+    try:
+        os.truncate(descriptor, said.nbytes)
+        digest = hashlib.sha256(said.version.encode()).digest()
+        fraction = int.from_bytes(digest[:8], "big") % _SECOND_NS
+        time_ns = said.modified_ns // _SECOND_NS * _SECOND_NS + fraction
+        os.utime(descriptor, ns=(time_ns, time_ns))
+    finally:
+        os.close(descriptor)
 
 
 def stands_in(local: str) -> bool:

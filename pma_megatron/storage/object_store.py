@@ -13,7 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pma_megatron.storage.protocol import IN_FLIGHT, PART_BYTES, Object
+from pma_megatron.storage.protocol import ONE_PUT_BYTES, PART_BYTES, PARTS_AT_ONCE, Object
 
 _PATIENCE: Any = {
     "max_retries": 8,
@@ -64,7 +64,8 @@ class ObjectStore:
                 found += [_object(each) for each in batch]
         except Exception as error:
             self._fail(error, prefix)
-        return sorted(found, key=lambda each: each.key)
+        # An object `run/`, as consoles make for a folder, is called `run` here.
+        return sorted((o for o in found if o.key.startswith(prefix)), key=lambda each: each.key)
 
     def beside(self, prefix: str) -> list[Object]:
         """See `Store.beside`."""
@@ -72,7 +73,8 @@ class ObjectStore:
             said = self._library.list_with_delimiter(self._bucket, prefix=prefix or None)
         except Exception as error:
             self._fail(error, prefix)
-        return sorted((_object(each) for each in said["objects"]), key=lambda each: each.key)
+        found = [each for each in map(_object, said["objects"]) if each.key.startswith(prefix)]
+        return sorted(found, key=lambda each: each.key)
 
     def folders(self, prefix: str) -> list[str]:
         """See `Store.folders`."""
@@ -100,6 +102,14 @@ class ObjectStore:
         except Exception as error:
             self._fail(error, key)
 
+    def got(self, key: str) -> tuple[Object, bytes]:
+        """See `Store.got`."""
+        try:
+            found = self._library.get(self._bucket, key)
+            return _object(found.meta), bytes(found.bytes())
+        except Exception as error:
+            self._fail(error, key)
+
     def put(self, key: str, data: bytes, *, create: bool = False) -> None:
         """See `Store.put`."""
         mode: Any = "create" if create else "overwrite"
@@ -121,10 +131,12 @@ class ObjectStore:
     def put_file(self, key: str, path: Path) -> str:
         """See `Store.put_file`."""
         try:
-            part_bytes = max(PART_BYTES, -(-path.stat().st_size // _MOST_PARTS))
-            said = self._library.put(
-                self._bucket, key, path, chunk_size=part_bytes, max_concurrency=IN_FLIGHT
-            )
+            nbytes = path.stat().st_size
+            how: Any = {"use_multipart": False}
+            if nbytes > ONE_PUT_BYTES:
+                part_bytes = max(PART_BYTES, -(-nbytes // _MOST_PARTS))
+                how = {"chunk_size": part_bytes, "max_concurrency": PARTS_AT_ONCE}
+            said = self._library.put(self._bucket, key, path, **how)
             return said["e_tag"] or said["version"] or ""
         except Exception as error:
             self._fail(error, key)
@@ -157,6 +169,8 @@ class ObjectStore:
             number, why = errno.ENOENT, "the bucket does not exist"
         elif isinstance(error, (FileNotFoundError, known.NotFoundError)):
             number, why = errno.ENOENT, "no such object"
+        elif isinstance(error, known.InvalidPathError):
+            number, why = errno.EINVAL, f"an object's name is none that obstore reads: {why}"
         elif isinstance(error, known.AlreadyExistsError):
             number, why = errno.EEXIST, "there is such an object already"
         elif isinstance(error, known.PreconditionError):

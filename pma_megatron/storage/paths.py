@@ -104,10 +104,14 @@ def path_of(text: str | os.PathLike[str], *, again: bool = False) -> Path:
     try:
         return StorePath(spool.look(address, again=again))
     except OSError as error:
+        hint = (
+            "Check the address, and the credentials and endpoint in the environment (for s3: "
+            "AWS_ACCESS_KEY_ID, AWS_REGION, AWS_ENDPOINT_URL, ...)"
+        )
+        if error.errno == errno.EINVAL:
+            hint = "Rename or delete that object, or name a folder that does not hold it"
         raise SelectionError(
-            f"{address} cannot be listed: {error.strerror or error}. Check the address, and the "
-            "credentials and endpoint in the environment (for s3: AWS_ACCESS_KEY_ID, AWS_REGION, "
-            "AWS_ENDPOINT_URL, ...)"
+            f"{address} cannot be listed: {error.strerror or error}. {hint}"
         ) from error
 
 

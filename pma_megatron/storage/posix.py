@@ -50,6 +50,11 @@ class PosixStore:
             raise OSError(errno.ESTALE, "it was replaced", key)
         return memoryview(data)
 
+    def got(self, key: str) -> tuple[Object, bytes]:
+        """See `Store.got`."""
+        found = self.head(key)
+        return found, bytes(self.read(key, 0, found.nbytes, found.version))
+
     def put(self, key: str, data: bytes, *, create: bool = False) -> None:
         """See `Store.put`."""
         with self._draft(key, create=create) as draft:

@@ -2,7 +2,8 @@
 
 Every operation may be called by several threads at once. What a store cannot do is raised as an
 `OSError`, with the number that a file system would give: no such object (ENOENT), one by that
-key already (EEXIST), no right to (EACCES), another object by now (ESTALE), anything else (EIO).
+key already (EEXIST), no right to (EACCES), another object by now (ESTALE), an object there whose
+name cannot be told (EINVAL), anything else (EIO).
 """
 
 from __future__ import annotations
@@ -15,7 +16,11 @@ from typing import Protocol
 PART_BYTES = 8 << 20
 """Bytes of one request: of a ranged read, and of a part of an upload."""
 IN_FLIGHT = 16
-"""Requests of one process that are under way at once."""
+"""Ranged reads of one process that are under way at once."""
+ONE_PUT_BYTES = 64 << 20
+"""A file that is no longer is put in one request; S3 itself advises parts from 100 MB on."""
+PARTS_AT_ONCE = 8
+"""Parts of one file that are under way at once: as many bytes as one put may have."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +62,9 @@ class Store(Protocol):
             version: what must still be there, see `Object`; '' for whatever is.
         """
 
+    def got(self, key: str) -> tuple[Object, bytes]:
+        """A small object, in one request: what is known of it, and all its bytes."""
+
     def put(self, key: str, data: bytes, *, create: bool = False) -> None:
         """Put a small object there, in one request; what was there is replaced.
 
@@ -67,7 +75,7 @@ class Store(Protocol):
         """
 
     def put_file(self, key: str, path: Path) -> str:
-        """Put a file there, in parts, several in flight; until the last nothing is to be seen.
+        """Put a file there, a large one in parts, several in flight; it is to be seen whole or not.
 
         Returns:
             the version that it has now, see `Object`; '' if the store does not say.

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import hashlib
+import errno
 import itertools
 import logging
 import multiprocessing.util
@@ -25,13 +25,13 @@ from pathlib import Path
 from pma_megatron.storage.addresses import Address, opened
 from pma_megatron.storage.contents import Content, Contents, Range
 from pma_megatron.storage.folders import VARIABLE as VARIABLE
-from pma_megatron.storage.folders import held, spool_folder
-from pma_megatron.storage.protocol import Object, Store
+from pma_megatron.storage.folders import held, share_bytes, spool_folder, stand_in
+from pma_megatron.storage.protocol import PART_BYTES, Object, Store
 
 _OUTPUTS = "outputs"
 _NAME_BYTES = 255
 _ABOVE = 2  # folders above the one asked for: snapshots lie two below their run's
-_SECOND_NS = 1_000_000_000
+_OF_EACH = 4 * PART_BYTES  # of a folder that is read from its beginning on, beside others
 _log = logging.getLogger(__name__)
 
 
@@ -71,7 +71,7 @@ class Spool:
         self._listed: dict[str, int] = {}
         self._seen: dict[str, int] = {}
         self._numbers = itertools.count()
-        self.contents = Contents()
+        self.contents = Contents(share_bytes(self.folder))
 
     def path(self, address: Address) -> str:
         """The file or folder that stands for an address."""
@@ -109,8 +109,14 @@ class Spool:
         local = f"{root}/{above}".rstrip("/")
         if self._is_listed(local, generation) or self._seen.get(local) == generation:
             return
-        with contextlib.suppress(PermissionError):  # rights may begin below
+        try:
             found = store.beside(f"{above}/" if above else "")
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EINVAL):  # rights may begin below
+                raise
+            if error.errno == errno.EINVAL:
+                _log.warning("what lies beside it in %s/ is not seen: %s", above, error.strerror)
+        else:
             self._show(store, root, found)
             self._forget(root, found, local, deep=False)
         self._seen[local] = generation
@@ -131,14 +137,13 @@ class Spool:
             before = self._files.get(local)
             if before is not None and before.said == each:
                 continue
-            if each.key.endswith("/"):  # how consoles of stores show an empty folder
-                Path(local).mkdir(parents=True, exist_ok=True)
-            elif _is_strange(each.key):
+            if _is_strange(each.key):
                 _log.warning("%s is passed over: no file can have that name", each.key)
             elif each.key in folders or Path(local).is_dir():
-                _log.warning("%s is passed over: it is also the name of a folder", each.key)
+                if each.nbytes:  # an empty one is how consoles of stores show a folder
+                    _log.warning("%s is passed over: it is also the name of a folder", each.key)
             else:
-                _stand_in(Path(local), each)
+                stand_in(Path(local), each)
                 self._files[local] = _Mirrored(store, each)
 
     def _forget(
@@ -213,6 +218,25 @@ class Spool:
                 assert found.content is not None
                 self.contents.let_go(found.content)
 
+    def expect(self, folders: Sequence[str], *, soon: bool, kept: bool) -> bool:
+        """All that lies in some mirrored folders will be read; see `expect` below."""
+        with self._lock:
+            mirrored = [
+                each
+                for folder in folders
+                for local, each in self._files.items()
+                if local.startswith(f"{folder}/") and each.said.nbytes
+            ]
+            needed = _OF_EACH * len(folders)
+            if kept:
+                needed = sum(each.said.nbytes for each in mirrored)
+            if needed > self.contents.most_bytes:
+                return False
+            self.contents.expect(
+                [each.content or self._sparse(each) for each in mirrored], soon=soon
+            )
+            return True
+
     def range(self, descriptor: int, start: int, nbytes: int) -> Range | None:
         """The part of a file of the spool that a descriptor reads; None of another file."""
         stat = os.fstat(descriptor)
@@ -231,21 +255,6 @@ class Spool:
             os.close(self._held)
         with contextlib.suppress(OSError):
             self.folder.parent.rmdir()
-
-
-def _stand_in(local: Path, said: Object) -> None:
-    """A file as long and as old as an object, with nothing in it."""
-    local.parent.mkdir(parents=True, exist_ok=True)
-    local.unlink(missing_ok=True)
-    descriptor = os.open(local, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0)
-    try:
-        os.truncate(descriptor, said.nbytes)
-        digest = hashlib.sha256(said.version.encode()).digest()
-        fraction = int.from_bytes(digest[:8], "big") % _SECOND_NS
-        time_ns = said.modified_ns // _SECOND_NS * _SECOND_NS + fraction
-        os.utime(descriptor, ns=(time_ns, time_ns))
-    finally:
-        os.close(descriptor)
 
 
 def _above(key: str) -> Iterator[str]:
@@ -307,7 +316,10 @@ def active() -> Spool | None:
 
 @contextlib.contextmanager
 def listing_once() -> Iterator[None]:
-    """What is listed in the block is listed once, and anew in the next one; blocks may nest."""
+    """What is listed in the block is listed once, and anew in the next one; blocks may nest.
+
+    When the outermost ends, however it does, no more is asked for ahead of need.
+    """
     with _Process.lock:
         if not _Process.depth:
             _Process.generation += 1
@@ -317,6 +329,9 @@ def listing_once() -> Iterator[None]:
     finally:
         with _Process.lock:
             _Process.depth -= 1
+            made = None if _Process.depth else active()
+        if made is not None:
+            made.contents.drop_ahead()
 
 
 def look(address: Address, *, again: bool = False) -> str:
@@ -350,3 +365,30 @@ def ahead(descriptor: int, start: int, nbytes: int) -> bool:
         return False
     made.contents.ahead(*found)
     return True
+
+
+def expect(paths: Iterable[Path], *, soon: bool = False, kept: bool = True) -> bool:
+    """All that lies in some folders of stores is read in this job; large requests are made then.
+
+    Args:
+        paths: folders; those on a disk are passed over.
+        soon: ask for all of it now.
+        kept: they are read here and there, so that all of it must be kept meanwhile; False for from
+            the beginning on, side by side.
+
+    Returns:
+        False where there is no room for that: then nothing happens.
+    """
+    made = active()
+    if made is None:
+        return False
+    root = f"{made.mirror}/"
+    folders = [local for path in paths if (local := os.fspath(path)).startswith(root)]
+    return bool(folders) and made.expect(folders, soon=soon, kept=kept)
+
+
+def expect_no_more() -> None:
+    """What is read after this is read here and there."""
+    made = active()
+    if made is not None:
+        made.contents.expect_no_more()

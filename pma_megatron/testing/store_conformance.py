@@ -35,6 +35,8 @@ class StoreConformance:
         assert store.listed("nothing/") == []
         assert abs(found[0].modified_ns - before_ns) < 60e9
         assert store.head("run/iter_1/a") == found[0]
+        assert store.got("run/iter_1/a") == (found[0], b"hello")
+        assert store.got("run/iter_10/b") == (found[1], b"")
 
     def test_beside_is_what_lies_directly_there(self, store: Store) -> None:
         for key in ("top", "run/latest", "run/iter_1/a"):
@@ -87,6 +89,7 @@ class StoreConformance:
     def test_what_is_not_there(self, store: Store) -> None:
         assert self._number(store.head, "a") == errno.ENOENT
         assert self._number(store.read, "a", 0, 1) == errno.ENOENT
+        assert self._number(store.got, "a") == errno.ENOENT
 
     def test_deleted_is_gone_and_may_be_deleted_again(self, store: Store) -> None:
         for key in ("a", "b/c", "b/d"):

@@ -13,11 +13,12 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pma_megatron.base.openfiles import Files, SourceStream, open_source, read_source_file, unread
-from pma_megatron.errors import UsageError
+from pma_megatron.errors import SelectionError, UsageError
 from pma_megatron.storage import contents, spool
 from pma_megatron.storage.addresses import Address, opened
 from pma_megatron.storage.contents import PAGE_BYTES
@@ -72,6 +73,31 @@ def test_what_cannot_be_a_file_is_passed_over(
         store.put(key, b"x")
     assert {path.name for path in path_of(RUN).iterdir()} == {"ok"}
     assert "passed over" in caplog.text
+
+
+def test_folders_of_consoles_are_no_files_and_nothing_is_said_of_them(
+    s3: Any, bucket: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An object `run/` of no bytes, as a console makes for a new folder."""
+    for key, body in (("run/", b""), ("run/iter_1/", b""), ("run/iter_1/a", b"x")):
+        s3.put_object(Bucket=bucket, Key=key, Body=body)
+    root = path_of(f"s3://{bucket}/run")
+    assert [path.name for path in root.iterdir()] == ["iter_1"]
+    assert [path.name for path in (root / "iter_1").iterdir()] == ["a"]
+    assert not caplog.records
+
+
+def test_an_object_with_an_odd_name_is_told_for_what_it_is(
+    s3: Any, bucket: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It hides no others silently, and the credentials are not to blame."""
+    s3.put_object(Bucket=bucket, Key="run/iter_1/a", Body=b"x")
+    s3.put_object(Bucket=bucket, Key="run//odd", Body=b"x")
+    with pytest.raises(SelectionError, match=r"run//odd.*Rename or delete that object") as caught:
+        path_of(f"s3://{bucket}/run")
+    assert "credentials" not in str(caught.value)
+    assert (path_of(f"s3://{bucket}/run/iter_1") / "a").read_bytes() == b"x"
+    assert 'Path "run//"' in caplog.text
 
 
 def test_a_listing_holds_for_a_job_and_no_longer(store: Store) -> None:

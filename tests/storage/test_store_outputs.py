@@ -333,6 +333,25 @@ def test_what_is_there_is_replaced_only_where_that_was_asked_for(
     assert len(made["plan"]["sources"]) == 3
 
 
+@pytest.mark.usefixtures("kept")
+def test_what_nobody_knows_is_not_left_in_a_new_checkpoint(
+    dense_run: Path, bucket: str, s3: Any, tmp_path: Path, got: Got
+) -> None:
+    """What an average that cannot be read any more consisted of; a console's folder is nothing."""
+    save, folder = f"s3://{bucket}/averages", "averages/iter_0000008"
+    merge(request(dense_run, save))
+    s3.put_object(Bucket=bucket, Key=f"{folder}/{MARKER_FILE}", Body=b"{}")
+    s3.put_object(Bucket=bucket, Key=f"{folder}/__9_0.distcp", Body=b"an old shard")
+    there = keys(s3, bucket)
+    with pytest.raises(PublishError, match=r"holds __9_0.distcp, and nothing there says"):
+        merge(request(dense_run, save, overwrite=True))
+    assert keys(s3, bucket) == there
+    s3.delete_object(Bucket=bucket, Key=f"{folder}/__9_0.distcp")
+    s3.put_object(Bucket=bucket, Key=f"{folder}/", Body=b"")
+    merge(request(dense_run, save, overwrite=True))
+    assert [ref.complete for ref in list_checkpoints(save)] == [True]
+
+
 def test_a_run_and_a_foreign_folder_are_left_alone(dense_run: Path, put: Put) -> None:
     load = put(dense_run, "run")
     for save, said in (

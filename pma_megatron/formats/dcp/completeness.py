@@ -84,6 +84,7 @@ def damaged_files(
             min(first, item, key=lambda each: each.offset),
             max(last, item, key=lambda each: each.offset),
         )
+    files.look_ahead([item for _, both in sorted(ends.items()) for item in both])
     for file, both in sorted(ends.items()):
         try:
             nbytes = (files.path / file).stat().st_size

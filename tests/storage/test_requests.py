@@ -1,0 +1,155 @@
+"""How many requests a merge makes of a store: each of them takes its time, however short it is."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import folder_of
+from pma_megatron import MergeRequest, SelectionRequest, list_checkpoints, merge
+from pma_megatron.errors import CheckpointError
+from pma_megatron.storage import contents, spool
+from pma_megatron.storage.object_store import ObjectStore
+from pma_megatron.storage.requests import Requests, When
+
+Put = Callable[[Path, str], str]
+OPERATIONS = ("listed", "beside", "head", "got", "read", "put", "put_file", "delete")
+
+
+class Asked:
+    """What was asked of stores.
+
+    Attributes:
+        calls: how often, by operation.
+        reads, read_bytes, longest: ranges, by key; all bytes of them, and of the longest.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: Counter[str] = Counter()
+        self.reads: Counter[str] = Counter()
+        self.read_bytes: Counter[str] = Counter()
+        self.longest: dict[str, int] = {}
+        for name in OPERATIONS:
+            monkeypatch.setattr(ObjectStore, name, self._noting(name, getattr(ObjectStore, name)))
+
+    def _noting(self, name: str, real: Any) -> Any:
+        def noted(store: ObjectStore, *given: Any, **how: Any) -> Any:
+            self.calls[name] += 1
+            if name == "read":
+                self.reads[given[0]] += 1
+                self.read_bytes[given[0]] += given[2]
+                self.longest[given[0]] = max(given[2], self.longest.get(given[0], 0))
+            return real(store, *given, **how)
+
+        return noted
+
+
+def sizes(root: Path) -> list[int]:
+    """Bytes of every file."""
+    return [path.stat().st_size for path in root.rglob("*") if path.is_file()]
+
+
+def asked_for(load: str, save: str, last: int = 4) -> MergeRequest:
+    return MergeRequest(load=load, save=save, selection=SelectionRequest(last=last))
+
+
+def test_a_merge_of_small_files_reads_each_once_and_puts_each_once(
+    dense_run: Path, put: Put, bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    address, files = put(dense_run, "run"), sizes(dense_run)
+    assert max(files) <= contents.WHOLE_BYTES
+    asked = Asked(monkeypatch)
+    merge(asked_for(address, f"s3://{bucket}/averages"))
+    assert asked.calls["read"] <= len(files) + 1 and set(asked.reads.values()) == {1}
+    made = [path for path in folder_of(dense_run, 8).iterdir() if path.is_file()]
+    assert asked.calls["put_file"] <= len(made) + 2  # pma.json and its checksum
+    assert asked.calls["put"] <= 2  # the sign, the tracker
+    held_back, sources = 5, 4
+    assert asked.calls["got"] <= held_back + 6  # whose the folder is, before each of these
+    assert asked.calls["listed"] + asked.calls["beside"] <= sources + 12
+    assert asked.calls["head"] <= 2 and asked.calls["delete"] <= 3
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_larger_files_come_in_large_requests(
+    dense_run: Path, put: Put, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kept: bool
+) -> None:
+    """Whether all of them can be kept or not."""
+    page, part = 1 << 10, 1 << 14
+    address, files = put(dense_run, "run"), sizes(dense_run)
+    monkeypatch.setattr(contents, "PAGE_BYTES", page)
+    monkeypatch.setattr(contents, "PART_BYTES", part)
+    monkeypatch.setattr(contents, "WHOLE_BYTES", 0)
+    if not kept:
+        monkeypatch.setattr(spool, "_OF_EACH", 4 * part)
+        monkeypatch.setattr(contents, "KEPT_BYTES", max(sum(files) // 2, 16 * part))
+    asked = Asked(monkeypatch)
+    merge(asked_for(address, str(tmp_path / "made")))
+    least, total = sum(math.ceil(size / part) for size in files), sum(files)
+    nbytes = sum(asked.read_bytes.values())
+    if kept:
+        assert asked.calls["read"] <= least + len(files) and nbytes <= total
+    else:
+        assert nbytes <= 2 * total
+
+
+def test_checkpoints_that_are_only_listed_are_not_read_in_large_parts(
+    dense_run: Path, put: Put, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(contents, "PAGE_BYTES", 1 << 10)
+    monkeypatch.setattr(contents, "WHOLE_BYTES", 0)
+    address, asked = put(dense_run, "run"), Asked(monkeypatch)
+    assert len(list_checkpoints(address)) == 4
+    there = {p.name: p.stat().st_size for p in folder_of(dense_run, 8).glob("*.distcp")}
+    longest = max(size for key, size in asked.longest.items() if key.endswith(".distcp"))
+    assert longest < max(there.values()) / 2
+
+
+def test_what_is_asked_ahead_is_dropped_when_the_job_fails(
+    dense_run: Path, put: Put, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A process that failed must not go on to fetch what nobody will read."""
+    monkeypatch.setattr(contents, "PAGE_BYTES", 1 << 10)
+    monkeypatch.setattr(contents, "PART_BYTES", 1 << 10)
+    monkeypatch.setattr(contents, "WHOLE_BYTES", 0)
+    address, expect = put(dense_run, "run"), contents.Contents.expect
+    left: list[int] = []
+
+    def failing(self: contents.Contents, *given: Any, soon: bool) -> None:
+        expect(self, *given, soon=soon)
+        if soon:
+            left.append(len(self._coming))
+            raise CheckpointError("it is refused")
+
+    monkeypatch.setattr(contents.Contents, "expect", failing)
+    with pytest.raises(CheckpointError, match="it is refused"):
+        merge(asked_for(address, str(tmp_path / "made")))
+    made = spool.active()
+    assert made is not None and left and len(made.contents._coming) < left[0]
+    made.contents._requests.close()
+    assert len(made.contents._unread) < left[0] / 2
+
+
+def test_what_is_waited_for_goes_first() -> None:
+    """Though it was asked for last, or became urgent later."""
+    requests, order = Requests(), list[str]()
+    gate = threading.Event()
+    blocked = [requests.ask(lambda: gate.wait() and None, When.NOW) for _ in range(16)]
+    asked = {
+        name: requests.ask(lambda name=name: order.append(name), when)  # type: ignore[misc]
+        for name, when in (("late", When.SOON), ("hurried", When.SOON), ("now", When.NOW))
+    }
+    requests.hurry(asked["hurried"])
+    dropped = requests.ask(lambda: order.append("dropped"), When.SOON)
+    gate.set()
+    for each in (*blocked, *asked.values()):
+        each.result()
+    assert dropped.result() is None
+    assert order.index("late") > min(order.index("now"), order.index("hurried"))
+    requests.close()
