@@ -123,6 +123,7 @@ INSIDE = {
         agreement cut request sums
         accumulate
         streaming
+        ahead
         engine entry_rules finding
         exporting opening task_making
         saved_folder

@@ -13,9 +13,8 @@ import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -26,6 +25,7 @@ from pma_megatron.base.spelling import named
 from pma_megatron.errors import CheckpointError, PlanError, RankError
 from pma_megatron.merging import streaming
 from pma_megatron.merging.accumulate import Accumulator, Work, Workspace
+from pma_megatron.merging.ahead import Found, found_ahead
 from pma_megatron.merging.sums import Sum
 from pma_megatron.merging.tasks import Average, AverageUnit, FillUnit, Unit, Workload, parted
 from pma_megatron.merging.threads import over_threads
@@ -38,9 +38,6 @@ from pma_megatron.transfer.reads import Reads
 SOURCE_BYTES = 4 << 20
 """A block of all sources at once: it bounds memory, and stays near the cores."""
 _DENSE = 0.75
-_OF_STORES = 8  # times as many units are looked for where each request takes its time
-_TOGETHER = 8  # units that are looked for at once
-AHEAD_BYTES = 512 << 20  # asked of storage before its time; more might leave the cache unused
 _LEAST_ELEMENTS = 1 << 14
 
 S = TypeVar("S")
@@ -170,38 +167,6 @@ def blocks(box: Box, limit: int) -> Iterator[tuple[int, Box]]:
         first += block.numel
 
 
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """A unit whose bytes are found, and on their way."""
-
-    work: Work
-    streamed: Sequence[streaming.Range]
-    is_cold: bool
-
-
-def _batch(queue: Iterator[Unit], most: int, most_bytes: int) -> list[Unit]:
-    """The next units: so many, or fewer that read as much; none at the end."""
-    found, read_bytes = [], 0
-    for unit in itertools.islice(queue, most):
-        found.append(unit)
-        read_bytes += unit.read_bytes
-        if read_bytes >= most_bytes:
-            break
-    return found
-
-
-def _with_results(
-    units: Sequence[Unit], found: Future[list[_Found | None]]
-) -> Iterator[tuple[Unit, Callable[[], _Found | None]]]:
-    """Each unit, and what waits for what was found of it."""
-    for place, unit in enumerate(units):
-        yield unit, partial(_nth, found, place)
-
-
-def _nth(found: Future[list[_Found | None]], place: int) -> _Found | None:
-    return found.result()[place]
-
-
 @dataclass(slots=True)
 class _Job:
     add: Accumulator
@@ -226,41 +191,20 @@ class _Job:
         """Every unit, by any thread."""
         with ThreadPoolExecutor(self.threads) as scouts:
             over_threads(
-                self._found(units, scouts),
+                found_ahead(units, self._find, scouts, self.threads),
                 self.threads,
                 lambda each, space: self._do(*each, space),
                 lambda: Workspace(len(self.add.writers)),
             )
 
-    def _found(
-        self, units: Sequence[Unit], scouts: Executor
-    ) -> Iterator[tuple[Unit, Callable[[], _Found | None]]]:
-        """The units, looked for ahead of need: storage has not to be waited for.
-
-        Where nothing has to be fetched several are looked for at once: threads that wake each other
-        less often keep more of what they sum in their caches.
-        """
-        queue, ahead = iter(units), deque[tuple[list[Unit], Future[list[_Found | None]]]]()
-        most = self.threads if active() is None else _OF_STORES * self.threads
-        together = 1
-        while batch := _batch(queue, together, AHEAD_BYTES // most):
-            ahead.append((batch, scouts.submit(lambda some: [*map(self._find, some)], batch)))
-            if len(ahead) > most:
-                yield from _with_results(*ahead.popleft())
-            if ahead[0][1].done() and ahead[0][1].exception() is None:
-                is_cold = any(found is not None and found.is_cold for found in ahead[0][1].result())
-                together = 1 if is_cold else _TOGETHER
-        for each in ahead:
-            yield from _with_results(*each)
-
-    def _find(self, unit: Unit) -> _Found | None:
+    def _find(self, unit: Unit) -> Found | None:
         if not isinstance(unit, AverageUnit):
             return None
         work = self.add.locate(unit, unit.task.numbers)
         cold = [each.reader.advise() for each in work.inputs]  # all: it asks storage for them
-        return _Found(work, streaming.ranges(work), any(cold))
+        return Found(work, streaming.ranges(work), any(cold))
 
-    def _do(self, unit: Unit, found: Callable[[], _Found | None], space: Workspace) -> None:
+    def _do(self, unit: Unit, found: Callable[[], Found | None], space: Workspace) -> None:
         self.check()
         if isinstance(unit, AverageUnit):
             located = found()
@@ -272,7 +216,7 @@ class _Job:
             self.finished(unit)
         self.progress(unit.cost_bytes)
 
-    def _average(self, unit: AverageUnit, found: _Found, space: Workspace) -> None:
+    def _average(self, unit: AverageUnit, found: Found, space: Workspace) -> None:
         work = found.work
         for part in found.streamed:
             self._stream(work, part, space, found.is_cold)
