@@ -21,6 +21,7 @@ import torch
 
 from pma_megatron.base.boxes import Box, slices
 from pma_megatron.base.comm import Comm, Team
+from pma_megatron.base.memory import collector_at_rest
 from pma_megatron.base.spelling import named
 from pma_megatron.errors import CheckpointError, PlanError, RankError
 from pma_megatron.merging import streaming
@@ -96,7 +97,11 @@ def run(
     """
     if team.size == 1 and active() is not None:
         _expect(plan, sum(unit.read_bytes for unit in units) * comm.size)
-    with reading(plan, comm.rank, reads) as opened, comm.watched("merge") as check:
+    with (
+        collector_at_rest(),  # all threads would wait for it, as long as for a hundred units
+        reading(plan, comm.rank, reads) as opened,
+        comm.watched("merge") as check,
+    ):
         sums = tuple(Sum.of(values) for values in plan.coefficients)
         add = Accumulator(plan, opened, writers, sums)
         job = _Job(add, team, comm, progress, check, finished)
