@@ -20,6 +20,7 @@ MLFLOW = ["mlflow-skinny>=2.9"]  # the client alone; a whole mlflow that is ther
 YAML = ["pyyaml>=6"]  # files for `--from`; JSON needs nothing
 COMPLETION = ["shtab>=1.9"]  # the first that speaks fish
 STORES = ["obstore>=0.7"]  # s3://, gs://, az://
+MSC = ["multi-storage-client>=1.3.1"]  # msc://, profiles of its own configuration
 TRANSFORMERS = ["transformers>=4.45"]  # opens and scores what `pma export` wrote
 DOCS = [
     "mkdocs>=1.6,<2",  # pages generated while it builds; 2 has no plugins
@@ -37,6 +38,7 @@ TEST = [
     *COMPLETION,
     *YAML,
     *STORES,
+    *MSC,
     *DOCS,
     "moto[s3,server]>=5.1",  # a real S3 server on loopback, and boto3, which looks into it
     "build>=1.2",
@@ -106,6 +108,7 @@ setup(
         "yaml": YAML,
         "transformers": TRANSFORMERS,
         "stores": STORES,
+        "msc": MSC,
         "docs": DOCS,
         "test": TEST,
     },

@@ -44,6 +44,7 @@ INSIDE = {
     "storage": """
         protocol
         claims folders object_store posix requests
+        multi_storage
         addresses contents
         spool
         paths

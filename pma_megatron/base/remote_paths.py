@@ -10,9 +10,12 @@ from typing import Any
 from pma_megatron.base.spelling import given, named
 from pma_megatron.errors import UsageError
 from pma_megatron.storage.addresses import LIBRARIES, Address
+from pma_megatron.storage.multi_storage import READS_ALONE
 
 
-def refuse_remote(setting: str, *paths: str | Path | None, stores: bool = False) -> None:
+def refuse_remote(
+    setting: str, *paths: str | Path | None, stores: bool = False, put: bool = False
+) -> None:
     """Refuse addresses such as `s3://bucket/run`, and nothing at all: no path, no NUL byte in one.
 
     Taken for a path, an address would be a local folder, and an empty text the working directory.
@@ -21,6 +24,8 @@ def refuse_remote(setting: str, *paths: str | Path | None, stores: bool = False)
         setting: where they were given, for the message.
         paths: what was given; None for nothing.
         stores: True where addresses are taken: then those are refused that nothing here can open.
+        put: True where something is put there or deleted: then those are refused that are read
+            alone.
 
     Raises:
         UsageError: one is an address that cannot be used there, is empty, or holds a NUL byte.
@@ -36,25 +41,26 @@ def refuse_remote(setting: str, *paths: str | Path | None, stores: bool = False)
         address = Address.of(str(path)) if isinstance(path, (str, Path)) else None
         if address is not None:
             where = given(setting, str(path)) if setting else str(path)
-            _refuse_address(where, address, stores=stores)
+            _refuse_address(where, address, stores=stores, put=put)
 
 
-def _refuse_address(where: str, address: Address, *, stores: bool) -> None:
+def _refuse_address(where: str, address: Address, *, stores: bool, put: bool) -> None:
     library = LIBRARIES.get(address.scheme)
     if address.scheme == "file":
         raise UsageError(f"{where}: give a plain path, without file://")
     if library is None or not stores:
-        known = ", ".join(f"{scheme}://" for scheme in LIBRARIES if scheme != "memory")
+        known = _known(put=put)
         only = f"{known} and folders" if stores else "only folders"
-        if stores and address.scheme == "msc":
-            raise UsageError(
-                f"{where}: give the address that its profile stands for ({known}), with "
-                "credentials in the environment"
-            )
         raise UsageError(
             f"{where} is an address in {address.scheme}:// storage, and {only} of mounted file "
             "systems can be given there. Mount it (s3fs, gcsfuse, blobfuse2, ...), or copy the "
             "checkpoints to a disk, and give that folder"
+        )
+    if put and library.reads_alone:
+        raise UsageError(
+            f"{where}: {address.scheme}:// is read, and nothing is put there or deleted: "
+            f"{READS_ALONE}. Give the address that its profile stands for ({_known(put=True)}), "
+            "or a folder"
         )
     if not address.bucket:
         raise UsageError(f"{where} names no bucket: it looks like {address.scheme}://bucket/folder")
@@ -63,6 +69,12 @@ def _refuse_address(where: str, address: Address, *, stores: bool) -> None:
             f"{where} is read by {library.package}, which is not installed: "
             f"pip install 'pma-megatron[{library.extra}]'"
         )
+
+
+def _known(*, put: bool) -> str:
+    """Which addresses can be given."""
+    usable = (s for s, library in LIBRARIES.items() if not (put and library.reads_alone))
+    return ", ".join(f"{scheme}://" for scheme in usable if scheme != "memory")
 
 
 def refuse_remote_values(values: Mapping[str, Any], stores: Collection[str] = ()) -> None:

@@ -236,8 +236,9 @@ def settings(args: Any) -> Settings:
     """
     with speaking(FLAGS):
         found = _settings(args)
-        named = ("save_dir", "window_dir", "snapshot_dir", "score_others", "score_out")
-        refuse_remote_values({name: getattr(found, name) for name in named}, ("snapshot_dir",))
+        named = ("save_dir", "window_dir", "score_others", "score_out")
+        refuse_remote_values({name: getattr(found, name) for name in named})
+        refuse_remote("snapshot_dir", found.snapshot_dir, stores=True, put=True)
         if found.init or found.score:
             refuse_remote("load", found.load, stores=not found.score)
     return found

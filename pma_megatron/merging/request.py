@@ -178,7 +178,8 @@ class MergeRequest:
 
     def __post_init__(self) -> None:
         for name in ("load", "save", "export", "like"):
-            refuse_remote(name, getattr(self, name), stores=True)
+            put = name in ("save", "export")
+            refuse_remote(name, getattr(self, name), stores=True, put=put)
         refuse_unknown_words(self)
         if self.lr_factor is not None and not 0 < self.lr_factor < math.inf:
             raise UsageError(f"{named('lr_factor')} must be positive, got {self.lr_factor}")

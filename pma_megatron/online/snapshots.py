@@ -84,7 +84,7 @@ class SnapshotWriter:
         """
         if dtype not in DTYPES:
             raise UsageError(f"snapshots are stored in fp32 or bf16, not in {dtype}")
-        refuse_remote("snapshot_dir", root, stores=True)
+        refuse_remote("snapshot_dir", root, stores=True, put=True)
         final = place_of(root)
         self.root = workplace(final)
         self._uploads: SnapshotUploads | None = None

@@ -129,8 +129,8 @@ class PruneRequest:
     )
 
     def __post_init__(self) -> None:
-        refuse_remote("root", self.root, stores=True)
-        refuse_remote("averages", *self.averages, stores=True)
+        refuse_remote("root", self.root, stores=True, put=True)
+        refuse_remote("averages", *self.averages, stores=True, put=True)
         if not any(getattr(self, name) not in (None, ()) for name in _RULES):
             raise UsageError(
                 f"nothing says what is to stay: {given('keep_last', 5)}, "

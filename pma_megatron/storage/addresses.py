@@ -14,15 +14,38 @@ _ADDRESS = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):/+(.*)$", re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class Library:
-    """What opens the stores of a scheme: its name, what is imported, the extra that brings it."""
+    """What opens the stores of a scheme.
+
+    Attributes:
+        package: its name.
+        module: what is imported.
+        extra: brings it.
+        settings: what its user has to look at where it fails.
+        reads_alone: nothing can be put there, or deleted.
+    """
 
     package: str
     module: str
     extra: str
+    settings: str
+    reads_alone: bool = False
 
 
-_OBSTORE = Library("obstore", "obstore", "stores")
-LIBRARIES = {"s3": _OBSTORE, "gs": _OBSTORE, "az": _OBSTORE, "memory": _OBSTORE}
+_OBSTORE = Library(
+    "obstore",
+    "obstore",
+    "stores",
+    "the credentials and endpoint in the environment (for s3: AWS_ACCESS_KEY_ID, AWS_REGION, "
+    "AWS_ENDPOINT_URL, ...)",
+)
+_MSC = Library(
+    "multi-storage-client",
+    "multistorageclient",
+    "msc",
+    "the profile in the configuration of MSC (MSC_CONFIG)",
+    reads_alone=True,
+)
+LIBRARIES = {"s3": _OBSTORE, "gs": _OBSTORE, "az": _OBSTORE, "msc": _MSC, "memory": _OBSTORE}
 """By scheme. `memory` is for tests: its objects go with the process."""
 
 
@@ -53,12 +76,16 @@ class Address:
 
 @functools.cache
 def opened(scheme: str, bucket: str) -> Store:
-    """The store of a bucket, the same each time.
+    """The store of a bucket, or of a profile of MSC, the same each time.
 
     Raises:
         ModuleNotFoundError: its library is not installed.
         OSError: it cannot be opened.
     """
+    if scheme == "msc":
+        from pma_megatron.storage.multi_storage import MultiStorage
+
+        return MultiStorage(bucket)
     from pma_megatron.storage.object_store import ObjectStore
 
     return ObjectStore(scheme, bucket)

@@ -164,7 +164,7 @@ class ObjectStore:
     def _fail(self, error: Exception, key: str) -> NoReturn:
         """Raise what the library said as an error of the system."""
         known = self._library.exceptions
-        number, why = errno.EIO, _first_line(error)
+        number, why = errno.EIO, first_line(error)
         if "NoSuchBucket" in str(error) or "ContainerNotFound" in str(error):
             number, why = errno.ENOENT, "the bucket does not exist"
         elif isinstance(error, (FileNotFoundError, known.NotFoundError)):
@@ -191,7 +191,7 @@ def _object(said: Any) -> Object:
     )
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """What the library says, without the structures that it prints below."""
     text = str(error).strip().partition("\n")[0]
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from pma_megatron.errors import SelectionError
 from pma_megatron.storage import spool
-from pma_megatron.storage.addresses import Address, opened
+from pma_megatron.storage.addresses import LIBRARIES, Address, opened
 from pma_megatron.storage.folders import MIRROR, stands_in
 from pma_megatron.storage.protocol import Store
 
@@ -104,10 +104,7 @@ def path_of(text: str | os.PathLike[str], *, again: bool = False) -> Path:
     try:
         return StorePath(spool.look(address, again=again))
     except OSError as error:
-        hint = (
-            "Check the address, and the credentials and endpoint in the environment (for s3: "
-            "AWS_ACCESS_KEY_ID, AWS_REGION, AWS_ENDPOINT_URL, ...)"
-        )
+        hint = f"Check the address, and {LIBRARIES[address.scheme].settings}"
         if error.errno == errno.EINVAL:
             hint = "Rename or delete that object, or name a folder that does not hold it"
         raise SelectionError(

@@ -186,7 +186,6 @@ def refusals(address: str) -> Iterator[tuple[str, str]]:
     yield "s3://no-such-bucket/run", "the bucket does not exist"
     yield "s3://", "names no bucket"
     yield "abc://bucket/run", "s3://, gs://, az://"
-    yield "msc://profile/run", "the address that its profile stands for"
 
 
 def test_what_cannot_be_read_is_one_clear_sentence(
@@ -223,7 +222,7 @@ def test_help_and_local_merges_import_no_library_of_stores(dense_run: Path) -> N
         code = (
             "import sys; from pma_megatron.cli import main\n"
             f"try: main({words!r})\nexcept SystemExit: pass\n"
-            "assert not {'obstore', 'boto3'} & set(sys.modules)"
+            "assert not {'obstore', 'boto3', 'multistorageclient'} & set(sys.modules)"
         )
         subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
