@@ -38,10 +38,12 @@ def found_ahead(
     """
     queue, ahead = iter(units), deque[tuple[list[Unit], Future[list[Found | None]]]]()
     most = threads if active() is None else _OF_STORES * threads
-    together = 1
+    together, ahead_bytes = 1, 0
     while batch := _batch(queue, together, AHEAD_BYTES // most):
         ahead.append((batch, scouts.submit(lambda some: [*map(find, some)], batch)))
-        if len(ahead) > most:
+        ahead_bytes += _read_bytes(batch)
+        while len(ahead) > most or (len(ahead) > 1 and ahead_bytes > AHEAD_BYTES):
+            ahead_bytes -= _read_bytes(ahead[0][0])
             yield from _with_results(*ahead.popleft())
         first = ahead[0][1]
         if first.done() and first.exception() is None:
@@ -49,6 +51,10 @@ def found_ahead(
             together = 1 if is_cold else _TOGETHER
     for each in ahead:
         yield from _with_results(*each)
+
+
+def _read_bytes(batch: Sequence[Unit]) -> int:
+    return sum(unit.read_bytes for unit in batch)
 
 
 def _batch(queue: Iterator[Unit], most: int, most_bytes: int) -> list[Unit]:
