@@ -88,6 +88,7 @@ class SnapshotWriter:
         final = place_of(root)
         self.root = workplace(final)
         self._uploads: SnapshotUploads | None = None
+        self._is_remote = in_store(final)
         if in_store(final) and comm.is_main:
             self._uploads = SnapshotUploads(final, self.root, keep_in_store)
         self._dtype, self._comm, self._common = dtype, comm, common
@@ -97,6 +98,7 @@ class SnapshotWriter:
         self._token = comm.broadcast(secrets.token_hex(4))
         self._there = comm.on_main("snapshot folder", self._prepare)
         comm.agree("snapshot folder", self._refuse_unseen)
+        comm.on_main("snapshot folder", lambda: self._seen.unlink(missing_ok=True))
         numbers = [number for number, chunk in enumerate(chunks) if chunk.box.numel]
         file = f"__{comm.rank}_0.distcp"
         placed = comm.agree(
@@ -135,7 +137,9 @@ class SnapshotWriter:
             )
         self._count += 1
         target = self.root / f"iter_{iteration:07d}"
-        if iteration in self._there or (is_folder(target) and completeness(target) is None):
+        is_whole = is_folder(target) and completeness(target) is None
+        # One rank looked once where another may be putting it into a store at this moment.
+        if iteration in self._there or (is_whole and not self._is_remote):
             _log.info("%s is there already and whole: kept", target)
             return
         if self._comm.is_main:
@@ -175,18 +179,22 @@ class SnapshotWriter:
             self._uploads.remove_empty()
 
     def _upload(self, name: str) -> None:
-        """Every rank has written its part of `name`, so nobody looks for an earlier one."""
         if self._uploads is not None:
-            self._uploads.remove_empty(name)
-            self._uploads.begin()
+            self._uploads.published(name)
 
     def _prepare(self) -> frozenset[int]:
         there = frozenset() if self._uploads is None else self._uploads.there()
         self._make()
         if self._uploads is not None:
             self._uploads.remove_empty()
+            there |= self._uploads.left()
             self._uploads.begin()
         return there
+
+    @property
+    def _seen(self) -> Path:
+        """What rank 0 leaves in the folder for a moment, for all ranks to see."""
+        return self.root / f".pma-seen-{self._token}"
 
     def _make(self) -> None:
         if (self.root / TRACKER_FILE).exists():
@@ -196,6 +204,7 @@ class SnapshotWriter:
             )
         try:
             self.root.mkdir(parents=True, exist_ok=True)
+            self._seen.touch()
         except OSError as error:
             raise PublishError(f"cannot make {self.root}: {error.strerror}") from error
         for folder in self.root.glob(f"{STAGING}*"):
@@ -206,7 +215,7 @@ class SnapshotWriter:
                 _log.warning("removed %s, left by a run that was cut off", folder)
 
     def _refuse_unseen(self) -> None:
-        if not is_folder(self.root):
+        if not self._seen.exists():
             raise PublishError(
                 f"{self.root}, made by rank 0, is not there on rank {self._comm.rank}: snapshots "
                 "need a folder that all ranks share (PMA_MEGATRON_SPOOL says which, where they go "

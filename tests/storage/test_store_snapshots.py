@@ -20,7 +20,9 @@ from pma_megatron import list_checkpoints
 from pma_megatron.base.comm import Comm
 from pma_megatron.errors import PublishError
 from pma_megatron.formats.marker import UPLOADING_FILE
+from pma_megatron.formats.torch_dist.completeness import completeness
 from pma_megatron.megatron import argument_parser
+from pma_megatron.online import snapshot_upload
 from pma_megatron.online.snapshots import SnapshotWriter
 from pma_megatron.storage.object_store import ObjectStore
 from pma_megatron.testing import run_ranks
@@ -86,8 +88,8 @@ def test_a_store_that_fails_stops_nobody(
     with monkeypatch.context() as patched, caplog.at_level(logging.WARNING):
         patched.setattr(ObjectStore, "put_file", fails)
         written(0, 1, address, (1, 2), None)
-    assert "the store is away" in caplog.text and "did not get to" in caplog.text
-    assert [ref.complete for ref in list_checkpoints(address)] in ([], [False])
+    assert "the store is away" in caplog.text and "did not get there" in caplog.text
+    assert not any(ref.complete for ref in list_checkpoints(address))
     root = spools / "outputs" / "s3" / bucket / "snapshots"
     for iteration in (1, 2):
         assert_whole(root / f"iter_{iteration:07d}", iteration)
@@ -96,6 +98,65 @@ def test_a_store_that_fails_stops_nobody(
     for iteration in (1, 2, 3):
         assert_whole(copy / f"iter_{iteration:07d}", iteration)
     assert files_left(spools) == []
+
+
+def test_what_is_not_in_the_store_is_never_removed_from_the_disk(
+    s3: Any, bucket: str, spools: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even where it cannot be read for a moment, and looks incomplete."""
+    address = f"s3://{bucket}/snapshots"
+
+    def fails(self: ObjectStore, key: str, path: Path) -> str:
+        raise OSError(5, "the store is away", key)
+
+    def unreadable(folder: Path) -> Any:
+        return completeness(folder) if folder.name != "iter_0000001" else "cannot be read"
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ObjectStore, "put_file", fails)
+        written(0, 1, address, (1,), None)
+        patched.setattr(snapshot_upload, "completeness", unreadable)
+        written(0, 1, address, (2, 3), None)
+    root = spools / "outputs" / "s3" / bucket / "snapshots"
+    assert_whole(root / "iter_0000001", 1)
+    written(0, 1, address, (4,), None)
+    assert [ref.complete for ref in list_checkpoints(address)] == [True] * 4
+    assert files_left(spools) == []
+
+
+_AT_EXIT = """
+import atexit, sys, torch
+from pma_megatron.base.comm import Comm
+from pma_megatron.online.snapshots import SnapshotWriter
+from test_snapshot_writer import simple_chunks, simple_data
+chunks = simple_chunks(0, 1)
+writer = SnapshotWriter(sys.argv[1], chunks, torch.float32, Comm(), keep_in_store=1)
+def end():
+    writer.wait(60)
+    writer.wait_for_uploads(60)
+atexit.register(end)
+for iteration in (1, 2, 3):
+    writer.wait(60)
+    writer.write(iteration, simple_data(chunks, iteration), {})
+"""
+
+
+def test_the_last_one_goes_there_as_the_job_ends(s3: Any, bucket: str, spools: Path) -> None:
+    address = f"s3://{bucket}/snapshots"
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([*sys.path, os.environ.get("PYTHONPATH", "")]),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", _AT_EXIT, address],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "failed" not in done.stderr and "did not get" not in done.stderr
+    assert folders(s3, bucket) == {"iter_0000003"}
+    assert [ref.complete for ref in list_checkpoints(address)] == [True]
 
 
 _JOB = """
