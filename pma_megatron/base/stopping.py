@@ -105,7 +105,13 @@ def unwinding() -> None:
 
 @contextlib.contextmanager
 def shielded() -> Iterator[None]:
-    """A signal that comes inside the block is raised at its end, unless the block fails anyway."""
+    """A signal that comes inside the block is raised at its end, unless the block fails anyway.
+
+    Signals come to the main thread alone: in others the block is as without.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before = _state.shields
     try:
         _state.shields = before + 1
@@ -118,6 +124,9 @@ def shielded() -> Iterator[None]:
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
     """Inside a `shielded` block: here a signal raises as ever, and not in what comes after it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before = _state.shields
     try:
         _state.shields = 0

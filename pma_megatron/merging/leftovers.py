@@ -207,10 +207,13 @@ def journals(root: Path, name: str) -> list[Path]:
     return _staged(root, name, JOURNAL)
 
 
-def _may_go_on(root: Path, name: str) -> list[Path]:
-    """What its own command may still go on with: another one leaves it alone for a day."""
+def _may_go_on(root: Path) -> list[Path]:
+    """What its own command may still go on with: another one leaves it alone for a day.
+
+    All of it, whichever target comes first there: a job may have made this one beside another.
+    """
     found = []
-    for folder in journals(root, name):
+    for folder in root.glob(f"{JOURNAL}*"):
         with contextlib.suppress(OSError):
             newest_s = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
             staged = _staged_with(folder)
@@ -230,7 +233,11 @@ def _staged_with(journal: Path) -> list[Path]:
         for said, *_ in read_json(journal / JOB_FILE)["targets"]:
             final = place_of(said)
             staging = workplace(final.parent) / f"{STAGING}{final.name}-{token}"
-            if staging.is_dir():
+            try:
+                is_there = staging.is_dir()
+            except OSError:  # it cannot be looked at: it may well be there
+                is_there = True
+            if is_there:
                 found[staging] = None
     return list(found)
 
@@ -307,7 +314,7 @@ def _remove_stale(root: Path, name: str, kept: Collection[Path], *, own: bool) -
     if staged and not unfinished(target):
         target.tracker.unlink(missing_ok=True)
     if not own:
-        kept = {*kept, *_may_go_on(root, name)}
+        kept = {*kept, *_may_go_on(root)}
     for folder in staged:
         if folder not in kept and removed(folder):
             _log.warning("removed %s, left by a merge that was cut off", folder)

@@ -97,8 +97,11 @@ class SnapshotWriter:
         self._metadata: tuple[Mapping[str, Item], bytes] | None = None
         self._token = comm.broadcast(secrets.token_hex(4))
         self._there = comm.on_main("snapshot folder", self._prepare)
-        comm.agree("snapshot folder", self._refuse_unseen)
-        comm.on_main("snapshot folder", lambda: self._seen.unlink(missing_ok=True))
+        try:
+            comm.agree("snapshot folder", self._refuse_unseen)
+        finally:
+            if comm.is_main:
+                self._seen.unlink(missing_ok=True)
         numbers = [number for number, chunk in enumerate(chunks) if chunk.box.numel]
         file = f"__{comm.rank}_0.distcp"
         placed = comm.agree(

@@ -292,6 +292,7 @@ def _finished(root: Path) -> list[Path]:
     for sign in signs_below(root):
         if not sign.deletes:
             continue
+        _refused(sign)
         try:
             finish(sign)
         except (ClaimedError, OSError) as error:

@@ -140,6 +140,8 @@ def delete(folder: Path, seen: Moment) -> list[str]:
         ClaimedError: a job is at work there.
         OSError: the store refuses.
     """
+    if claimed(*stored(folder / UPLOADING_FILE)) is not None:
+        raise ChangedError  # what an upload says there must not be replaced by this
     with _signed(folder, seen.inside) as made:
         if moment_of(folder) != seen:
             raise ChangedError

@@ -150,4 +150,18 @@ def _ended(process: str) -> bool:
     own, other = _process(os.getpid()).split(), process.split()
     if len(own) != len(other) or not own or own[:2] != other[:2]:
         return False
-    return own == other or (other[2].isdigit() and _process(int(other[2])) != process)
+    if own == other or not other[2].isdigit():
+        return own == other
+    found = _process(int(other[2]))
+    return found != process and not (found == "" and _lives(int(other[2])))
+
+
+def _lives(number: int) -> bool:
+    """Whether there is such a process; of another user's, nothing else may be told."""
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ from pma_megatron import Method, SelectionRequest, merge, verify
 from pma_megatron.base.faults import InjectedFault
 from pma_megatron.errors import PmaError, PublishError
 from pma_megatron.formats.marker import OWN_FILES
-from pma_megatron.merging import locks, publish
+from pma_megatron.merging import leftovers, locks, publish
 from pma_megatron.testing import inject
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -65,6 +66,21 @@ def test_debris_in_the_folders_of_a_sweep(dense_run: Path, save: Path) -> None:
     merge(request_for(dense_run, save, sweep=("sma,wma:2",)))
     assert names(save / "sma-last2") == ["iter_0000008", TRACKER]
     assert len(names(save / "elsewhere")) == 2  # no folder of this job
+
+
+def test_a_cut_off_job_keeps_all_that_it_staged_in_a_folder(tmp_path: Path) -> None:
+    """A merge of something else removes no part of it, whichever target its journal names first."""
+    for name in ("iter_0000010", "hf"):
+        (tmp_path / f".pma-staging-{name}-0badcafe").mkdir()
+    journal = tmp_path / ".pma-journal-iter_0000010-0badcafe"
+    journal.mkdir()
+    targets = [[str(tmp_path / "iter_0000010")], [str(tmp_path / "hf")]]
+    (journal / "job.json").write_text(json.dumps({"targets": targets}))
+    before = {path.name for path in tmp_path.iterdir()}
+    other = leftovers.Target(tmp_path, tmp_path / "iter_0000020", tmp_path / ".pma-staging-x")
+    with leftovers.locked([other]):
+        pass
+    assert before <= {path.name for path in tmp_path.iterdir()}
 
 
 def test_debris_of_a_job_that_lives_stays(dense_run: Path, save: Path) -> None:

@@ -120,6 +120,26 @@ def test_a_checkpoint_that_is_written_again_stays(
     assert {key for key in before if "/iter_0000002/" in key} <= set(keys(s3, bucket))
 
 
+def test_the_sign_of_an_upload_is_never_made_that_of_a_deletion(
+    address: str, s3: Any, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes after the look, of a job that is gone: what it says must stay for its command."""
+    sign = f"{RUN}/iter_0000002/{UPLOADING_FILE}"
+    said = json.dumps({"by": "process 1 on elsewhere", "process": "x 1 1 1", "token": "its own"})
+
+    def written(folder: Path, seen: signs.Moment) -> list[str]:
+        if folder.name == "iter_0000002":
+            s3.put_object(Bucket=bucket, Key=sign, Body=said.encode())
+            monkeypatch.setattr(claims, "FRESH_S", 0.0)
+        return delete_objects(folder, seen)
+
+    before = set(keys(s3, bucket))
+    monkeypatch.setattr(pruning, "delete_objects", written)
+    assert 2 not in deleted(address, keep_last=1)
+    assert {key for key in before if "/iter_0000002/" in key} <= set(keys(s3, bucket))
+    assert s3.get_object(Bucket=bucket, Key=sign)["Body"].read() == said.encode()
+
+
 @pytest.mark.parametrize("stage", ["prune", "signed", "unmarked", "pruned"])
 def test_killed_at_any_moment(
     address: str, s3: Any, bucket: str, stage: str, dense_run: Path

@@ -18,13 +18,15 @@ from test_snapshot_writer import assert_whole, simple_chunks, simple_data
 
 from pma_megatron import list_checkpoints
 from pma_megatron.base.comm import Comm
-from pma_megatron.errors import PublishError
+from pma_megatron.errors import PmaError, PublishError
 from pma_megatron.formats.marker import UPLOADING_FILE
 from pma_megatron.formats.torch_dist.completeness import completeness
 from pma_megatron.megatron import argument_parser
 from pma_megatron.online import snapshot_upload
 from pma_megatron.online.snapshots import SnapshotWriter
+from pma_megatron.storage import spool
 from pma_megatron.storage.object_store import ObjectStore
+from pma_megatron.storage.paths import place_of, workplace
 from pma_megatron.testing import run_ranks
 from s3 import keys
 
@@ -188,6 +190,24 @@ def test_killed_while_it_uploads(
     for iteration in (1, 2):
         assert_whole(copy / f"iter_{iteration:07d}", iteration)
     assert files_left(spools) == []
+
+
+def each_its_own(rank: int, size: int, address: str, spools: str) -> str:
+    """Ranks of two nodes, each with a folder of its own where the other has one too."""
+    os.environ[spool.VARIABLE] = f"{spools}/node-{rank}"
+    spool.forget()
+    workplace(place_of(address)).mkdir(parents=True)
+    try:
+        SnapshotWriter(address, simple_chunks(rank, size), torch.float32, Comm())
+    except PmaError as error:
+        return str(error)
+    return "taken"
+
+
+def test_folders_of_single_nodes_are_refused(s3: Any, bucket: str, tmp_path: Path) -> None:
+    address = f"s3://{bucket}/snapshots"
+    said = run_ranks(each_its_own, 2, address, str(tmp_path / "nodes"))
+    assert all("need a folder that all ranks share" in each for each in said)
 
 
 def test_a_trainers_own_folder_is_refused(s3: Any, bucket: str, spools: Path) -> None:
