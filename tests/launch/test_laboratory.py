@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -16,15 +17,40 @@ ROOT = Path(__file__).parents[2]
 LAB = ROOT / "launch" / "experiments"
 sys.path.insert(0, str(LAB))
 
+import corpus  # noqa: E402
 from lab.command import CommandFailedError, pma  # noqa: E402
 from lab.experiment import Results, Table, groups  # noqa: E402
 from lab.runs import Run, Start  # noqa: E402
 from lab.stats import NOT_REPRODUCED, REPRODUCED, UNDECIDED, estimate, verdict  # noqa: E402
-from lab.text import DOMAINS  # noqa: E402
+from lab.text import DOMAINS, tokens  # noqa: E402
 from lab.trainer import LabTrainer, Rate  # noqa: E402
 from lab.work import _batches, missing, perform  # noqa: E402
 
 from pma_megatron.testing import RankFailure, TinyConfig, run_ranks  # noqa: E402
+
+
+def test_a_corpus_has_every_document_in_one_part_alone(monkeypatch, tmp_path):
+    """Pages as words; what says the same once; and the parts are what the laboratory reads."""
+    pages = tmp_path / "files/doc"
+    pages.mkdir(parents=True)
+    for number in range(200):
+        body = f"<p>Page {number} <b>says</b> this.</p><script>var no;</script>" * 40
+        (pages / f"{number}.html").write_text(f"<head><title>none</title></head>{body}")
+    (pages / "again.html").write_text((pages / "0.html").read_text())
+    (pages / "short.txt").write_text("too short")
+    monkeypatch.setenv("PMA_LAB", str(tmp_path))
+    (tmp_path / "text").mkdir()
+    taken = corpus.Taken(tmp_path / "text", "prose")
+    taken.add(corpus.documents(tmp_path / "files"))
+    taken.publish()
+    tokens.cache_clear()
+    parts = [bytes(tokens("prose", part).numpy()).decode() for part in taken.nbytes]
+    tokens.cache_clear()
+    numbers = [set(re.findall(r"Page (\d+) says this", text)) for text in parts]
+    assert set.union(*numbers) == {str(number) for number in range(200)}
+    assert sum(map(len, numbers)) == 200 and len(numbers[0]) > 150
+    assert "".join(parts).count("Page 0 says this.") == 40
+    assert not any(word in "".join(parts) for word in ("var no", "none", "<p>", "too short"))
 
 
 def test_an_interval_is_students_t():

@@ -54,7 +54,13 @@ def cache() -> Path:
 
 @functools.cache
 def tokens(domain: str, part: str) -> torch.Tensor:
-    """Byte tokens of one part of a domain: `[length]` uint8."""
+    """Byte tokens of one part of a domain: `[length]` uint8.
+
+    Where each part has a file of its own (`corpus.py`), that is it; else they are pieces of one.
+    """
+    own = cache() / "text" / f"{domain}.{part}.txt"
+    if own.exists():
+        return torch.frombuffer(bytearray(own.read_bytes()), dtype=torch.uint8)
     file = cache() / "text" / f"{domain}.txt"
     if not file.exists():
         prepare()

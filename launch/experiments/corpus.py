@@ -1,0 +1,214 @@
+"""Text for larger models: documentation and sources out of Debian's and Python's packages.
+
+    python launch/experiments/corpus.py --list      # which packages, and their licences
+    python launch/experiments/corpus.py             # into $PMA_LAB/text, over 100 MB of prose
+
+Needs `apt-get` (Debian 12) and pip, and their registries. Every document is in one part alone,
+training, validation or test, by a hash of what it says; what says the same is taken once. The
+packages' own statements of copyright lie beside the texts. Byte tokens: a byte is a token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import html.parser
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from lab.text import TEST, TRAIN, VALIDATION, cache
+
+MOST_BYTES = 12 << 20
+"""Of one package, so that no subject is most of the text."""
+_LEAST_BYTES = 512  # of a document
+_PARTS = (*(TRAIN,) * 18, VALIDATION, TEST)
+_SILENT = {"script", "style", "nav", "head", "svg", "button"}
+_APART = {"p", "div", "li", "tr", "br", "pre", "h1", "h2", "h3", "h4", "dt", "dd", "table", "ul"}
+
+_DOWNLOAD = ("apt-get", "-o", "APT::Sandbox::User=root", "download", "-qq")
+
+DOCUMENTATION = {
+    "python3.11-doc": "PSF-2.0",
+    "linux-doc-6.1": "GPL-2.0-only",
+    "postgresql-doc-15": "PostgreSQL",
+    "sqlite3-doc": "public domain",
+    "rust-doc": "MIT OR Apache-2.0",
+    "openjdk-17-doc": "GPL-2.0-only WITH Classpath-exception-2.0",
+    "libboost1.74-doc": "BSL-1.0",
+    "libstdc++-12-doc": "GFDL-1.3 AND GPL-3.0-or-later",
+    "llvm-14-doc": "Apache-2.0 WITH LLVM-exception",
+    "cmake-doc": "BSD-3-Clause",
+    "git-doc": "GPL-2.0-only",
+    "perl-doc": "GPL-1.0-or-later OR Artistic-1.0-Perl",
+    "octave-doc": "GPL-3.0-or-later",
+    "apache2-doc": "Apache-2.0",
+    "nodejs-doc": "MIT",
+    "python-django-doc": "BSD-3-Clause",
+    "python-scipy-doc": "BSD-3-Clause",
+    "python-sympy-doc": "BSD-3-Clause",
+    "python-pandas-doc": "BSD-3-Clause",
+    "debian-reference-en": "GPL-2.0-or-later",
+    "developers-reference": "GPL-2.0-or-later",
+    "debian-policy": "GPL-2.0-or-later",
+}
+"""Packages of Debian 12 -> the licence of what is taken."""
+SOURCES = {
+    "django": "BSD-3-Clause",
+    "sympy": "BSD-3-Clause",
+    "networkx": "BSD-3-Clause",
+    "sqlalchemy": "MIT",
+    "transformers": "Apache-2.0",
+}
+"""Packages of the Python index -> their licence; what is taken are their modules."""
+
+
+@dataclass
+class Taken:
+    """What was taken of a domain: bytes by part."""
+
+    folder: Path
+    domain: str
+
+    def __post_init__(self) -> None:
+        self.nbytes = dict.fromkeys((TRAIN, VALIDATION, TEST), 0)
+        self.seen: set[bytes] = set()
+        for part in self.nbytes:
+            (self.folder / f"{self.domain}.{part}.new").write_bytes(b"")
+
+    def add(self, documents: Iterable[str]) -> int:
+        """Take a package's documents, each into its part; returns bytes."""
+        total = 0
+        for document in documents:
+            data = document.encode("utf-8", "replace") + b"\n"
+            digest = hashlib.blake2b(data, digest_size=8).digest()
+            if len(data) < _LEAST_BYTES or digest in self.seen:
+                continue
+            self.seen.add(digest)
+            part = _PARTS[int.from_bytes(digest, "little") % len(_PARTS)]
+            with (self.folder / f"{self.domain}.{part}.new").open("ab") as stream:
+                stream.write(data)
+            self.nbytes[part] += len(data)
+            total += len(data)
+            if total >= MOST_BYTES:
+                break
+        return total
+
+    def publish(self) -> None:
+        """All parts are there, or none of them is new."""
+        for part in self.nbytes:
+            new = self.folder / f"{self.domain}.{part}.new"
+            new.replace(new.with_suffix(".txt"))
+
+
+class _Words(html.parser.HTMLParser):
+    """What a reader sees of a page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words: list[str] = []
+        self._silent = 0
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        self._silent += tag in _SILENT
+        if tag in _APART:
+            self.words.append("\n")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._silent = max(self._silent - (tag in _SILENT), 0)
+
+    def handle_data(self, data: str) -> None:
+        if not self._silent:
+            self.words.append(data)
+
+
+def text_of(page: str) -> str:
+    """The text of a page of HTML, without empty lines.
+
+    >>> text_of("<head><title>no</title></head><p>One <b>word</b></p><script>x</script><p>two")
+    'One word\\ntwo'
+    """
+    parser = _Words()
+    parser.feed(page)
+    lines = (line.rstrip() for line in "".join(parser.words).splitlines())
+    return "\n".join(line for line in lines if line.strip())
+
+
+def documents(folder: Path) -> Iterator[str]:
+    """Every page and every plain text below a folder, in the order of their names."""
+    for path in sorted(folder.rglob("*")):
+        if not path.is_file() or path.is_symlink():
+            continue
+        if path.suffix in (".html", ".htm", ".xhtml"):
+            yield text_of(path.read_text(errors="replace"))
+        elif path.suffix in (".rst", ".txt", ".md", ".pod"):
+            yield path.read_text(errors="replace")
+
+
+def of_debian(name: str, work: Path, copyrights: Path) -> Iterator[str]:
+    """The documents of a package of Debian."""
+    subprocess.run([*_DOWNLOAD, name], cwd=work, check=True)
+    (archive,) = work.glob("*.deb")
+    subprocess.run(["dpkg-deb", "-x", archive, work / "files"], check=True)
+    for path in (work / "files").rglob("copyright"):
+        shutil.copy(path, copyrights / name)
+    yield from documents(work / "files")
+
+
+def of_python(name: str, work: Path, copyrights: Path) -> Iterator[str]:
+    """The modules of a package of the Python index, and nothing that is compiled."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    command += ["--disable-pip-version-check", "--only-binary", ":all:", "--dest", str(work)]
+    subprocess.run([*command, name], check=True)
+    (wheel,) = work.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        for member in sorted(archive.namelist()):
+            if "license" in member.lower() and ".dist-info/" in member:
+                (copyrights / name).write_bytes(archive.read(member))
+            if member.endswith(".py"):
+                yield archive.read(member).decode("utf-8", "replace")
+
+
+def make(folder: Path) -> dict[str, Taken]:
+    """Take everything into a folder; what could not be had is said, and left out."""
+    copyrights = folder / "copyright"
+    copyrights.mkdir(parents=True, exist_ok=True)
+    made = {}
+    for domain, names, of in (("prose", DOCUMENTATION, of_debian), ("code", SOURCES, of_python)):
+        made[domain] = Taken(folder, domain)
+        for name in names:
+            with tempfile.TemporaryDirectory(dir=folder) as work:
+                try:
+                    nbytes = made[domain].add(of(name, Path(work), copyrights))
+                except subprocess.CalledProcessError as error:
+                    print(f"{name}: not taken ({error})", file=sys.stderr)
+                    continue
+            print(f"{name}: {nbytes / 1e6:.1f} MB")
+        made[domain].publish()
+    return made
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--list", action="store_true", help="say which packages, and licences")
+    chosen = parser.parse_args()
+    if chosen.list:
+        for name, licence in {**DOCUMENTATION, **SOURCES}.items():
+            print(f"{name:22} {licence}")
+        return 0
+    for domain, taken in make(cache() / "text").items():
+        parts = ", ".join(f"{part} {n / 1e6:.1f} MB" for part, n in taken.nbytes.items())
+        print(f"{domain}: {parts}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
