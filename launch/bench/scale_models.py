@@ -123,17 +123,6 @@ MODELS = {
         ep=64,
         ranks=2048,
     ),
-    "million": Model(  # chunks: as many experts as that takes, of no job that is known
-        tiny=_MOE,
-        extents={**_DEEPSEEK, 8: 1408, 48: 8192, 96: 12288, 112: 16384, 256: 163840},
-        layers={0: range(1), 1: range(1, 61)},
-        depth=61,
-        experts=1408,
-        tp=2,
-        pp=16,
-        ep=64,
-        ranks=4096,
-    ),
     "1t": Model(
         tiny=_MOE,
         extents={**_DEEPSEEK, 8: 384, 48: 8192, 96: 12288, 112: 16384, 256: 163840},
@@ -146,6 +135,8 @@ MODELS = {
         ranks=4096,
     ),
 }
+# Chunks: as many experts as that takes, of no job that is known.
+MODELS["million"] = replace(MODELS["1t"], experts=1408, extents={**MODELS["1t"].extents, 8: 1408})
 
 
 @dataclass(frozen=True, slots=True)
