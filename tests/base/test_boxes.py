@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pma_megatron.base.boxes import Box, Piece, PieceIndex
+from pma_megatron.base.boxes import Box, Piece, PieceIndex, overlaps
 
 
 @st.composite
@@ -51,3 +52,19 @@ def test_an_index_finds_what_a_look_at_every_piece_finds(
             assert {piece.payload for piece in found} == wanted and len(found) == len(wanted)
         shared = sum(common.numel for p in pieces if (common := p.box.intersect(box)))
         assert PieceIndex(pieces).covers(box) is (shared == box.numel)
+
+
+@pytest.mark.parametrize("at", [(0, 1), (0, 30), (4, 5), (7, 11), (12, 9), (29, 1)])
+def test_a_row_overlaps_as_the_same_row_of_a_matrix_does(at: tuple[int, int]) -> None:
+    offset, size = at
+    spans = [(0, 5, 0), (5, 1, 3), (6, 9, 7), (15, 15, 0)]
+    row = [Piece(Box((o,), (n,)), str(o), start) for o, n, start in spans]
+    matrix = [Piece(Box((0, o), (1, n)), str(o), start) for o, n, start in spans]
+    found = overlaps(Box((offset,), (size,)), row)
+    wanted = overlaps(Box((0, offset), (1, size)), matrix)
+    assert len(found) == len(wanted) > 0
+    for one, other in zip(found, wanted, strict=True):
+        assert (one.payload, one.unit_start, one.start, one.origin, one.numel, one.is_run) == (
+            (other.payload, other.unit_start, other.start, other.origin, other.numel, other.is_run)
+        )
+        assert one.rows == other.rows
