@@ -13,6 +13,7 @@ import torch
 
 from pma_megatron.base.boxes import Piece
 from pma_megatron.formats.base import Item, Payload
+from pma_megatron.formats.pieces import payloads_of
 
 
 class Folder(str, Enum):
@@ -54,7 +55,7 @@ class NewPayloads(Mapping[Payload, torch.dtype]):
 
     @cached_property
     def _each(self) -> dict[Payload, torch.dtype]:
-        return {piece.payload: dtype for pieces, dtype in self.groups for piece in pieces}
+        return {p: dtype for pieces, dtype in self.groups for p in payloads_of(pieces)}
 
     def __getitem__(self, payload: Payload) -> torch.dtype:
         return self._each[payload]
