@@ -12,15 +12,17 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple, TypeVar, overload
 
 import numpy as np
+import torch
 
 from pma_megatron.base.boxes import Box, Piece, flat_range, row_major_strides
-from pma_megatron.formats.base import Payload
+from pma_megatron.formats.base import Item, Payload
 from pma_megatron.formats.flat import FlatRange
 from pma_megatron.formats.pieces import Columns, ManyPieces, narrow
 
+T = TypeVar("T")
 _SHAPES = 1024
 _FEW = 64
 
@@ -33,6 +35,11 @@ def share_of(shape: Sequence[int], rank: int, ranks: int) -> tuple[int, list[tup
     share = -(-numel // ranks)
     low, high = min(rank * share, numel), min((rank + 1) * share, numel)
     return share, [(box, at - low) for box, at in flat_range(Box.whole(shape), low, high)]
+
+
+def _once(values: Sequence[T]) -> tuple[T, ...]:
+    """All of them, or one where they are the same."""
+    return tuple(values[:1]) if len({*values}) == 1 else tuple(values)
 
 
 class _Cut(NamedTuple):
@@ -71,24 +78,58 @@ def _cut(shape: tuple[int, ...], ranks: int) -> _Cut:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Holders:
-    """A flat payload per rank, in which the shares of several parameters follow each other.
+class RankItems:
+    """An item of each rank, of which all that a checkpoint holds on the ranks is in.
 
     Attributes:
-        payloads: per rank.
-        starts: per rank, where in its payload the first parameter begins, int64 `[ranks]`.
-        files: per rank, the file of its payload.
+        items: in the order of the ranks.
+        files: theirs.
+        offsets: where in those they begin, int64 `[ranks]`.
     """
 
-    payloads: tuple[Payload, ...]
-    starts: np.ndarray
+    items: tuple[Item, ...]
     files: tuple[str, ...]
+    offsets: np.ndarray
 
     @staticmethod
-    def of(payloads: Sequence[Payload], starts: Sequence[int]) -> Holders:
-        """Those payloads, in the order of the ranks."""
-        files = tuple(payload.item.file for payload in payloads)
-        return Holders(tuple(payloads), np.array(starts, dtype=np.int64), files)
+    def of(items: Sequence[Item]) -> RankItems:
+        """Those items."""
+        offsets = np.array([item.offset for item in items], dtype=np.int64)
+        return RankItems(tuple(items), tuple(item.file for item in items), offsets)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Holders:
+    """A flat payload per rank, in which the shares of parameters follow each other.
+
+    Attributes:
+        ranks: what their payloads are in.
+        dtype: of all of them.
+        records, numels, starts: name, elements, and where the first parameter begins; of each rank,
+            or one for all.
+    """
+
+    ranks: RankItems
+    dtype: torch.dtype
+    records: tuple[str | None, ...]
+    numels: tuple[int, ...]
+    starts: np.ndarray
+
+    @staticmethod
+    def of(ranks: RankItems, payloads: Sequence[Payload], starts: Sequence[int]) -> Holders:
+        """Payloads of one dtype, one in the item of each rank, in the order of the ranks."""
+        records = _once([payload.record for payload in payloads])
+        numels = _once([payload.numel for payload in payloads])
+        begin = np.array(_once(starts), dtype=np.int64)
+        return Holders(ranks, payloads[0].dtype, records, numels, begin)
+
+    def __len__(self) -> int:
+        return len(self.ranks.items)
+
+    def payload(self, rank: int) -> Payload:
+        """That of a rank."""
+        record, numel = (each[rank % len(each)] for each in (self.records, self.numels))
+        return Payload(self.ranks.items[rank], self.dtype, numel, record)
 
 
 class SharedPieces(ManyPieces):
@@ -99,10 +140,9 @@ class SharedPieces(ManyPieces):
         shape: of the parameter.
         at: where its share begins among those of the other parameters in a payload.
 
-    >>> import torch
-    >>> from pma_megatron.formats.base import Item
-    >>> payloads = [Payload(Item(f"rank_{n}", 0, 99), torch.float32, 9, "data/0") for n in (0, 1)]
-    >>> pieces = SharedPieces(Holders.of(payloads, [0, 0]), (3, 2), 5)
+    >>> ranks = RankItems.of([Item("rank_0", 0, 99), Item("rank_1", 0, 99)])
+    >>> holders = Holders(ranks, torch.float32, ("data/0",), (9,), np.array([0]))
+    >>> pieces = SharedPieces(holders, (3, 2), 5)
     >>> [(piece.box.offsets, piece.box.sizes, piece.start) for piece in pieces]
     [((0, 0), (1, 2), 5), ((1, 0), (1, 1), 7), ((1, 1), (1, 1), 5), ((2, 0), (1, 2), 6)]
     """
@@ -111,11 +151,11 @@ class SharedPieces(ManyPieces):
 
     def __init__(self, holders: Holders, shape: tuple[int, ...], at: int) -> None:
         self.holders, self.shape, self.at = holders, shape, at
-        self.dtype = holders.payloads[0].dtype
+        self.dtype = holders.dtype
 
     @property
     def _cut(self) -> _Cut:
-        return _cut(self.shape, len(self.holders.payloads))
+        return _cut(self.shape, len(self.holders))
 
     def __len__(self) -> int:
         return len(self._cut.rank)
@@ -137,23 +177,25 @@ class SharedPieces(ManyPieces):
     def _made(self, numbers: np.ndarray) -> Iterator[Piece[Payload]]:
         cut, holders = self._cut, self.holders
         ranks = cut.rank[numbers]
-        starts = holders.starts[ranks] + self.at + cut.inside[numbers]
+        starts = self._starts()[ranks] + cut.inside[numbers]
         columns = (cut.offsets[numbers], cut.sizes[numbers], ranks, starts)
         for offsets, sizes, rank, start in zip(*(c.tolist() for c in columns), strict=True):
-            yield Piece(Box(tuple(offsets), tuple(sizes)), holders.payloads[rank], start)
+            yield Piece(Box(tuple(offsets), tuple(sizes)), holders.payload(rank), start)
+
+    def _starts(self) -> np.ndarray:
+        """Per rank, where in its payload its share begins."""
+        return np.broadcast_to(self.holders.starts + self.at, len(self.holders))
 
     def columns(self) -> Columns:
         """See `ManyPieces`."""
-        cut, holders = self._cut, self.holders
-        element = holders.starts[cut.rank] + self.at + cut.inside
-        items = np.array([payload.item.offset for payload in holders.payloads], dtype=np.int64)
-        return Columns(
-            holders.files, cut.rank, items[cut.rank], element, cut.offsets, cut.sizes, ordered=True
-        )
+        cut, element = self._cut, self._starts()[self._cut.rank] + self._cut.inside
+        ranks, boxes = self.holders.ranks, (cut.offsets, cut.sizes)
+        items = ranks.offsets[cut.rank]
+        return Columns(ranks.files, cut.rank, items, element, *boxes, ordered=True)
 
-    def payloads(self) -> tuple[Payload, ...]:
+    def payloads(self) -> Iterator[Payload]:
         """See `ManyPieces`."""
-        return tuple(self.holders.payloads[: self.used])
+        return map(self.holders.payload, range(self.used))
 
     @property
     def used(self) -> int:
@@ -163,9 +205,9 @@ class SharedPieces(ManyPieces):
 
     def held(self) -> tuple[np.ndarray, np.ndarray]:
         """Per rank, where in its payload its share begins, and how many elements are in it."""
-        share, ranks = self._cut.share, len(self.holders.payloads)
-        before = np.arange(ranks, dtype=np.int64) * share
-        return self.holders.starts + self.at, np.clip(math.prod(self.shape) - before, 0, share)
+        share = self._cut.share
+        before = np.arange(len(self.holders), dtype=np.int64) * share
+        return self._starts(), np.clip(math.prod(self.shape) - before, 0, share)
 
     def touching(self, box: Box) -> list[Piece[Payload]]:
         """Pieces that overlap `box`."""
@@ -175,8 +217,7 @@ class SharedPieces(ManyPieces):
         strides = row_major_strides(self.shape)
         low = sum(o * s for o, s in zip(box.offsets, strides, strict=True))
         last = low + sum((n - 1) * s for n, s in zip(box.sizes, strides, strict=True))
-        ranks = len(self.holders.payloads)
-        one, end = (min(max(at // cut.share, 0), ranks - 1) for at in (low, last))
+        one, end = (min(max(at // cut.share, 0), len(self.holders) - 1) for at in (low, last))
         numbers = np.arange(cut.first[one], cut.first[end + 1])
         if len(numbers) > _FEW:
             first, sizes = (c[numbers].astype(np.int64) for c in (cut.offsets, cut.sizes))
@@ -258,14 +299,17 @@ def gaps(
     by_holders: dict[int, list[SharedPieces]] = {}
     for pieces in every:
         by_holders.setdefault(id(pieces.holders), []).append(pieces)
-    times = Counter(p for (one, *_) in by_holders.values() for p in {*one.holders.payloads})
+    payloads_of = {
+        number: [*map(one.holders.payload, range(len(one.holders)))]
+        for number, (one, *_) in by_holders.items()
+    }
+    times = Counter(payload for each in payloads_of.values() for payload in {*each})
     found: list[tuple[Payload, list[tuple[int, int]]]] = []
-    for together in by_holders.values():
+    for number, together in by_holders.items():
         held = [pieces.held() for pieces in together]
         starts = np.stack([begin for begin, _ in held], axis=1)
         counts = np.stack([numel for _, numel in held], axis=1)
-        payloads = together[0].holders.payloads
-        for payload, begin, numel in zip(payloads, starts, counts, strict=True):
+        for payload, begin, numel in zip(payloads_of[number], starts, counts, strict=True):
             begin, numel = begin[numel > 0], numel[numel > 0]
             if times[payload] > 1 or payload in covered:
                 pairs = zip(begin.tolist(), numel.tolist(), strict=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from pma_megatron import SelectionRequest, merge
 from pma_megatron.base.boxes import Box, PieceIndex
 from pma_megatron.base.once import once_each
 from pma_megatron.errors import CheckpointError
-from pma_megatron.formats.deepspeed import checkpoint, partitions
+from pma_megatron.formats.base import Tensor
+from pma_megatron.formats.deepspeed import checkpoint, frozen, partitions
 from pma_megatron.formats.deepspeed.checkpoint import DeepSpeedCheckpoint
 from pma_megatron.formats.deepspeed.source import read_source
 from pma_megatron.formats.shares import SharedPieces
@@ -37,6 +38,7 @@ SHAPES = {
     "b.bias": (1,),
     "c.bias": (40,),
 }
+FROZEN = {"f.weight": (3, 7)}
 MASTERS = "fp32_flat_groups"
 
 
@@ -51,6 +53,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     scale_zero.write_run(folder / "run", folder / "tiny", 3, 2, RANKS, SHAPES)
     sys.path.remove(bench)
     draw = torch.Generator().manual_seed(0)
+    parts = torch.rand(RANKS, 5, generator=draw)  # 21 elements and 4 of padding
     for rank in range(RANKS):
         values: list[list[torch.Tensor]] = []
         for step in (100, 200):
@@ -69,7 +72,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             file.unlink()  # a link to that of the other tag
             torch.save(saved, file)
             model = file.with_name(f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
-            torch.save({**load(model), "mine": rank % 2}, model)
+            said = {"frozen_param_shapes": {n: torch.Size(s) for n, s in FROZEN.items()}}
+            said["frozen_param_fragments"] = {name: parts[rank].clone() for name in FROZEN}
+            torch.save({**load(model), **said, "mine": rank % 2}, model)
     before = digests(folder / "run")
     yield folder / "run"
     assert digests(folder / "run") == before
@@ -89,11 +94,12 @@ def converted(folder: Path, scratch: Path, state: str) -> dict[str, Any]:
     return read
 
 
-def read(source: Source, state: str) -> dict[str, torch.Tensor]:
+def read(source: Source, tensors: Mapping[str, Tensor]) -> dict[str, torch.Tensor]:
+    assert all(isinstance(tensor.pieces, SharedPieces) for tensor in tensors.values())
     with BlockReader.of(source.format, source.path) as reader:
         return {
             key: reader.values(Box.whole(t.shape), PieceIndex(t.pieces), t.dtype).reshape(t.shape)
-            for key, t in source.space.states[state].items()
+            for key, t in tensors.items()
         }
 
 
@@ -102,11 +108,10 @@ def test_pieces_hold_what_deepspeeds_converter_reads(
     root: Path, tmp_path: Path, state: str
 ) -> None:
     source = read_source(str(tag(root, 200)), {}, True)
-    tensors = source.space.states[state].values()
-    assert all(isinstance(tensor.pieces, SharedPieces) for tensor in tensors)
-    ours, theirs = read(source, state), converted(tag(root, 200), tmp_path, state)
-    assert ours.keys() == theirs.keys() == SHAPES.keys()
-    assert all(torch.equal(ours[key], theirs[key]) for key in SHAPES)
+    ours = read(source, {**source.space.states[state], **source.frozen})
+    theirs = converted(tag(root, 200), tmp_path, state)
+    assert ours.keys() == theirs.keys() == SHAPES.keys() | FROZEN.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 def test_pieces_are_those_of_flat_spaces_that_are_looked_at_one_by_one(
@@ -121,6 +126,12 @@ def test_pieces_are_those_of_flat_spaces_that_are_looked_at_one_by_one(
         for key, tensor in tensors.items():
             assert isinstance(tensor.pieces, tuple)
             assert tuple(shared.space.states[state][key].pieces) == tensor.pieces
+    monkeypatch.setattr(frozen, "_shared", lambda *_: None)
+    lonely = read_source(str(tag(root, 200)), {}, True).frozen
+    assert lonely.keys() == shared.frozen.keys() == FROZEN.keys()
+    for key, tensor in lonely.items():
+        assert isinstance(tensor.pieces, tuple)
+        assert tuple(shared.frozen[key].pieces) == tensor.pieces
 
 
 @pytest.mark.parametrize("moments", ["latest", "average", "reset"])
@@ -136,6 +147,7 @@ def test_deepspeeds_converter_reads_the_average(root: Path, tmp_path: Path, mome
         scratch = (tmp_path / f"{step} {state}" for step in (100, 200, "merged"))
         tags = [tag(root, 100), tag(root, 200), Path(output)]
         old, new, got = (converted(t, s, state) for t, s in zip(tags, scratch, strict=True))
+        assert all(torch.equal(got[key], new[key]) for key in FROZEN)
         for key in SHAPES:
             exact = [each[key].double().numpy() for each in (old, new)]
             if state == "param" or moments == "average":

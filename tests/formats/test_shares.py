@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pma_megatron.base.boxes import Box, Piece, PieceIndex
 from pma_megatron.formats.base import Item, Payload
-from pma_megatron.formats.shares import Holders, SharedPieces, SharedRanges, gaps
+from pma_megatron.formats.shares import Holders, RankItems, SharedPieces, SharedRanges, gaps
 
 shapes = st.lists(st.lists(st.integers(1, 7), max_size=4).map(tuple), min_size=1, max_size=5)
 
@@ -43,7 +43,8 @@ def held(
         Payload(Item(f"rank_{rank}", 0, 99), torch.float32, len(buffer), "data/3")
         for rank, buffer in enumerate(buffers)
     ]
-    holders = Holders.of(payloads, [before + rank for rank in range(ranks)])
+    items = RankItems.of([payload.item for payload in payloads])
+    holders = Holders.of(items, payloads, [before + rank for rank in range(ranks)])
     found, at = [], 0
     for shape in every:
         found.append(SharedPieces(holders, shape, at))
@@ -118,7 +119,7 @@ def test_what_no_parameter_fills_is_found(
     if without is not None:
         for buffer in buffers:
             buffer[buffer // 10_000 == without] = -1
-    payloads = found[0].holders.payloads
+    payloads = [found[0].holders.payload(rank) for rank in range(ranks)]
     covered: dict[Payload, list[tuple[int, int]]] = {}
     if before:
         covered[payloads[0]] = [(0, 1)]

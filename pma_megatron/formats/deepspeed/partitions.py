@@ -29,7 +29,7 @@ from pma_megatron.formats.deepspeed.schema import refuse_ragged
 from pma_megatron.formats.flat import FlatMap, FlatRange, FlatSpace, states_from_flat
 from pma_megatron.formats.items import payload_of
 from pma_megatron.formats.pickles import Record, TensorRef
-from pma_megatron.formats.shares import Holders, SharedPieces, SharedRanges
+from pma_megatron.formats.shares import Holders, RankItems, SharedPieces, SharedRanges
 
 _MASTERS = "single_partition_of_fp32_groups"
 _MASTERS_3 = "fp32_flat_groups"
@@ -231,18 +231,22 @@ def _shared(
     """Main params and moments by name, where all ranks hold them in the same partitions, and none
     holds a part of a parameter's share; None where each rank's have to be looked at."""
     shapes = [pair for group in groups for pair in group.shapes.items()]
-    if len({name for name, _ in shapes}) != len(shapes):
-        return None
     states: dict[str, dict[str, Tensor]] = {}
+    said = spaces[0].states.keys()
+    if len({name for name, _ in shapes}) != len(shapes) or MAIN_PARAM not in said:
+        return None
+    if any(space.states.keys() != said for space in spaces):
+        return None
+    ranks = RankItems.of([space.states[MAIN_PARAM][0].payload.item for space in spaces])
     for state, stored in spaces[0].states.items():
         boxes = [piece.box for piece in stored]
-        held = [space.states.get(state, ()) for space in spaces]
+        held = [space.states[state] for space in spaces]
         alike = all([piece.box for piece in pieces] == boxes for pieces in held)
         dtypes = {piece.payload.dtype for pieces in held for piece in pieces}
         if not alike or len(dtypes) != 1:
             return None
         holders = [
-            Holders.of([p.payload for p in pieces], [p.start for p in pieces])
+            Holders.of(ranks, [p.payload for p in pieces], [p.start for p in pieces])
             for pieces in zip(*held, strict=True)
         ]
         ends = list(itertools.accumulate(box.numel for box in boxes))
@@ -255,11 +259,9 @@ def _shared(
             if share:
                 begin = at - (ends[number] - boxes[number].numel)
                 pieces = SharedPieces(holders[number], shape, begin)
-                tensor = Tensor(name, holders[number].payloads[0].dtype, shape, pieces)
+                tensor = Tensor(name, pieces.dtype, shape, pieces)
                 states.setdefault(state, {})[name] = tensor
             at += share
-    if any(space.states.keys() != spaces[0].states.keys() for space in spaces):
-        return None
     return states
 
 
