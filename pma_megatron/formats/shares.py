@@ -128,7 +128,7 @@ class Holders:
 
     def payload(self, rank: int) -> Payload:
         """That of a rank."""
-        record, numel = (each[rank % len(each)] for each in (self.records, self.numels))
+        record, numel = self.records[rank % len(self.records)], self.numels[rank % len(self.numels)]
         return Payload(self.ranks.items[rank], self.dtype, numel, record)
 
 

@@ -182,6 +182,13 @@ def test_a_pickle_that_ranks_share_is_decoded_once_a_job_and_damage_is_still_fou
         alone = tagged.decode(tagged.item(file), file)
         assert repr(tagged.content(file)) == repr(alone)
 
+    monkeypatch.setattr(checkpoint, "_VARIANTS", 1)  # as where every rank says something else
+    lone = DeepSpeedCheckpoint(folder)
+    assert all(repr(lone.content(f)) == repr(tagged.content(f)) for f in lone.files)
+    assert lone.metadata_digest() == sources[0].metadata_digest
+    shapes = {id(lone.state(file)["param_shapes"]) for file in lone.client_states}
+    assert len(shapes) == 1 < len({id(lone.state(file)) for file in lone.client_states})
+
     broken = folder / "zero_pp_rank_3_mp_rank_00_model_states.pt"
     data = bytearray(broken.read_bytes())
     at = data.index(b"c.weight")

@@ -37,6 +37,7 @@ _ONCE = "deepspeed"
 _VARIANTS = 64
 """Pickles of ranks that are known: they differ in the device that tensors were on."""
 _KEPT_BYTES = 8 << 20
+_LARGE_PARTS = ("module", "param_shapes", "frozen_param_shapes", "frozen_param_fragments")
 OPTIM_NAMES = frozenset(
     {
         ("deepspeed.runtime.zero.config", "ZeroStageEnum"),
@@ -56,7 +57,7 @@ class _Read:
     Attributes:
         item: all of it.
         records: of its zip.
-        pickle: the pickle in it; None where it is too large to be kept.
+        pickle: the pickle in it, where other ranks may have the same.
         content: what that says; files of several ranks that say the same share it.
         cost_bytes: of memory, about; 0 where another file's is shared.
     """
@@ -100,7 +101,8 @@ class DeepSpeedCheckpoint(ItemFiles):
         self.layers = {int(m["layer"]): n for m, n in _matches(LAYER, names)}
         self._private = private
         self._read_files: dict[str, _Read] = {}
-        self._variants: dict[tuple[Any, ...], tuple[bytes | None, Any]] = {}
+        self._variants: dict[tuple[Any, ...], tuple[bytes, Any]] = {}
+        self._parts: dict[tuple[str, str], Any] = {}
         self._items: dict[str, Item] = {}
 
     def item(self, file: str) -> Item:
@@ -163,10 +165,21 @@ class DeepSpeedCheckpoint(ItemFiles):
         if found is not None:
             return _Read(item, records, found[0], found[1], 0)
         value = self.checked(file, load_inert(data, what=what, known=known, sizes=dict(sizes)))
-        kept = data if len(data) <= _KEPT_BYTES else None
-        if kind != file and len(self._variants) < _VARIANTS:
+        kept = None
+        if kind != file and not self._private:
+            self._share_parts(kind, value)
+        if kind != file and len(self._variants) < _VARIANTS and len(data) <= _KEPT_BYTES:
+            kept = data
             self._variants[kind, sizes, data] = kept, value
         return _Read(item, records, kept, value, 2 * len(data))
+
+    def _share_parts(self, kind: str, value: Any) -> None:
+        """What is large in a pickle is mostly what others say, whatever else is a rank's own."""
+        for name in _LARGE_PARTS:
+            part = value.get(name)
+            like = self._parts.setdefault((kind, name), part)
+            if part is not None and type(like) is type(part) and like == part:
+                value[name] = like
 
     def known_names(self, file: str) -> frozenset[tuple[str, str]] | None:
         """All that `file` may name; None for any, where a script keeps its own state."""
