@@ -21,7 +21,7 @@ from pma_megatron.formats.base import Item, Payload, StoredRecord
 from pma_megatron.formats.outlines import Outline
 from pma_megatron.formats.pickles import TensorRef, load_inert
 from pma_megatron.formats.schema import LIMIT
-from pma_megatron.formats.zips import Mould, ReadAt, ZipRecord, read_records
+from pma_megatron.formats.zips import Mould, ReadAt, ZipRecord, read_placed, read_records
 from pma_megatron.storage.paths import in_store
 from pma_megatron.storage.spool import ahead
 
@@ -80,14 +80,14 @@ class ItemFiles:
             found = outline.fits(read_at)
             if found is not None:
                 return found
+        records, places = read_placed(read_at, length, what=self._at(item))
         # Of a length that is met once nothing is kept: most zips of a folder have one of their own.
-        made = () if known is None else (Outline.of(read_at, length, what=self._at(item)),)
+        made = None if known is None else Outline.of(read_at, length, records, places)
         with self._lock:
             if length in self._outlines or len(self._outlines) < _MOULDS:
-                self._outlines[length] = (*(known or ()), *made)[-_LIKE:]
-        if made:
-            return made[0].records
-        return read_records(read_at, length, what=self._at(item))
+                news = () if made is None else (made,)
+                self._outlines[length] = (*(known or ()), *news)[-_LIKE:]
+        return records
 
     def check(self, item: Item) -> None:
         """There is a zip at `item`; nothing of it is kept. Raises as `records`."""

@@ -12,9 +12,10 @@ from functools import cached_property
 
 import numpy as np
 
-from pma_megatron.formats.zips import ReadAt, ZipRecord, read_placed
+from pma_megatron.formats.zips import ReadAt, ZipRecord
 
 _LARGE_BYTES = 4096
+_MOST_BYTES = 16 << 20
 _SUM_BYTES = 4
 
 
@@ -43,19 +44,25 @@ class Outline:
     records: Mapping[str, ZipRecord]
 
     @staticmethod
-    def of(read_at: ReadAt, length: int, *, what: str) -> Outline:
-        """The outline of a zip of `length` bytes.
+    def of(
+        read_at: ReadAt,
+        length: int,
+        records: Mapping[str, ZipRecord],
+        places: Mapping[str, tuple[int, int]],
+    ) -> Outline | None:
+        """The outline of a zip; None where there is too much around its records.
 
-        Raises:
-            CheckpointError: see `zips.read_records`.
+        Args:
+            read_at, length: see `zips.read_records`.
+            records, places: what `zips.read_placed` returned.
         """
-        records, places = read_placed(read_at, length, what=what)
         in_order = sorted(records.values(), key=lambda record: record.start)
         large = [record for record in in_order if record.nbytes > _LARGE_BYTES]
         edges = [0, *(e for r in large for e in (r.start, r.start + r.nbytes)), length]
         spans = [(low, high - low) for low, high in zip(edges[::2], edges[1::2], strict=True)]
-        data = b"".join(read_at(*span) for span in spans)
-        said = np.frombuffer(data, np.uint8)
+        if sum(nbytes for _, nbytes in spans) > _MOST_BYTES:
+            return None
+        said = np.frombuffer(b"".join(read_at(*span) for span in spans), np.uint8)
         fixed = np.ones(len(said), dtype=bool)
         firsts = np.array([first for first, _ in spans])
         before = np.cumsum([0, *(nbytes for _, nbytes in spans)])[:-1]

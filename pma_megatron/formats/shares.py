@@ -212,7 +212,7 @@ class SharedPieces(ManyPieces):
     def touching(self, box: Box) -> list[Piece[Payload]]:
         """Pieces that overlap `box`."""
         cut = self._cut
-        if not len(cut.rank) or not all(box.sizes):
+        if not len(cut.rank) or len(box.sizes) != len(self.shape) or not all(box.sizes):
             return []
         strides = row_major_strides(self.shape)
         low = sum(o * s for o, s in zip(box.offsets, strides, strict=True))

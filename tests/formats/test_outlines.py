@@ -15,7 +15,7 @@ from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.base import Item
 from pma_megatron.formats.items import ItemFiles
 from pma_megatron.formats.outlines import Outline
-from pma_megatron.formats.zips import read_records
+from pma_megatron.formats.zips import read_placed, read_records
 
 
 def saved(seed: int, many: int = 12, where: str = "cuda:0") -> bytes:
@@ -40,7 +40,10 @@ def parsed(data: bytes) -> Any:
 
 
 def outline_of(data: bytes) -> Outline:
-    return Outline.of(partial(read_at, data), len(data), what="it")
+    read = partial(read_at, data)
+    outline = Outline.of(read, len(data), *read_placed(read, len(data), what="it"))
+    assert outline is not None
+    return outline
 
 
 def fitted(outline: Outline, data: bytes) -> Any:

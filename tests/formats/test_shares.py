@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pma_megatron.base.boxes import Box, Piece, PieceIndex
@@ -69,6 +69,7 @@ def read(
     return whole
 
 
+@settings(deadline=None)
 @given(shapes, st.integers(1, 6), st.integers(0, 3))
 def test_pieces_hold_what_the_ranks_were_given(
     every: list[tuple[int, ...]], ranks: int, before: int
@@ -91,6 +92,7 @@ def test_pieces_hold_what_the_ranks_were_given(
             assert box == (piece.box.offsets, piece.box.sizes)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 90), min_size=1, max_size=3), st.integers(1, 80), st.data())
 def test_pieces_that_touch_a_box_are_found_without_looking_at_all(
     extents: list[int], ranks: int, data: st.DataObject
@@ -108,6 +110,7 @@ def test_pieces_that_touch_a_box_are_found_without_looking_at_all(
     assert pieces.covers(pieces.extent) and pieces.extent == Box.whole(shape)
 
 
+@settings(deadline=None)
 @given(shapes, st.integers(1, 6), st.integers(0, 3), st.data())
 def test_what_no_parameter_fills_is_found(
     every: list[tuple[int, ...]], ranks: int, before: int, data: st.DataObject
