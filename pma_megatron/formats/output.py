@@ -55,7 +55,12 @@ class NewPayloads(Mapping[Payload, torch.dtype]):
 
     @cached_property
     def _each(self) -> dict[Payload, torch.dtype]:
-        return {p: dtype for pieces, dtype in self.groups for p in payloads_of(pieces)}
+        found: dict[Payload, torch.dtype] = {}
+        seen: dict[torch.dtype, set[object]] = {}
+        for pieces, dtype in self.groups:
+            payloads = payloads_of(pieces, seen.setdefault(dtype, set()))
+            found.update(dict.fromkeys(payloads, dtype))
+        return found
 
     def __getitem__(self, payload: Payload) -> torch.dtype:
         return self._each[payload]

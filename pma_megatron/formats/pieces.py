@@ -56,6 +56,11 @@ class ManyPieces(Sequence[Piece[Payload]]):
     def payloads(self) -> Iterable[Payload]:
         """What they lie in, each payload once."""
 
+    @property
+    def held_alike(self) -> object | None:
+        """What others have too that lie in the same payloads; None where nothing is known."""
+        return None
+
     @abstractmethod
     def touching(self, box: Box) -> list[Piece[Payload]]:
         """Pieces that overlap `box`."""
@@ -255,11 +260,24 @@ class Together(Sequence[Piece[Any]]):
         return [piece for index in self._indexes for piece in index.touching(box)]
 
 
-def payloads_of(pieces: Sequence[Piece[Payload]]) -> Iterable[Payload]:
-    """What pieces lie in; one that several share may come several times."""
-    if isinstance(pieces, ManyPieces):
-        return pieces.payloads()
-    return (piece.payload for piece in pieces)
+def payloads_of(
+    pieces: Sequence[Piece[Payload]], seen: set[object] | None = None
+) -> Iterable[Payload]:
+    """What pieces lie in; one that several share may come several times.
+
+    Args:
+        pieces: of a tensor.
+        seen: what `held_alike` says of those that were asked about, added to; of pieces that lie
+            in the same payloads as others there are none.
+    """
+    if not isinstance(pieces, ManyPieces):
+        return (piece.payload for piece in pieces)
+    mark = pieces.held_alike
+    if mark is not None and seen is not None:
+        if mark in seen:
+            return ()
+        seen.add(mark)
+    return pieces.payloads()
 
 
 def together(parts: Sequence[Sequence[Piece[Any]]]) -> Sequence[Piece[Any]]:

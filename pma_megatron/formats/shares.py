@@ -198,6 +198,11 @@ class SharedPieces(ManyPieces):
         return map(self.holders.payload, range(self.used))
 
     @property
+    def held_alike(self) -> object | None:
+        """See `ManyPieces`."""
+        return id(self.holders), self.used
+
+    @property
     def used(self) -> int:
         """How many ranks hold some of it: the first ones."""
         numel = math.prod(self.shape)

@@ -69,6 +69,7 @@ class _Builder:
         covered: payload -> (start, elements) that averages fill, unless it has one tensor alone.
         shared: the same of parameters that every rank has a share of.
         zeros: payload -> its task; one may hold the moments of many parameters.
+        zeroed_alike: see `pieces.payloads_of`.
         zero_pieces: pieces that have payloads of their own.
     """
 
@@ -81,6 +82,7 @@ class _Builder:
     covered: dict[Payload, list[tuple[int, int]]] = field(default_factory=dict)
     shared: list[SharedPieces] = field(default_factory=list)
     zeros: dict[Payload, Zero] = field(default_factory=dict)
+    zeroed_alike: set[object] = field(default_factory=set)
     zero_pieces: list[StoredPieces] = field(default_factory=list)
 
     def add(self, state: str, key: str, tensor: Tensor) -> None:
@@ -104,7 +106,7 @@ class _Builder:
             pieces = tensor.pieces
             for payload in payloads_of(tensor.replicas):
                 self._zero_all(payload)
-        for payload in payloads_of(pieces):
+        for payload in payloads_of(pieces, self.zeroed_alike):
             self._zero_all(payload)
 
     def _zero_all(self, payload: Payload) -> None:
