@@ -24,7 +24,7 @@ from pma_megatron.formats.pieces import Columns, ManyPieces, narrow
 
 T = TypeVar("T")
 _SHAPES = 1024
-_FEW = 64
+_FEW = 32
 
 
 def share_of(shape: Sequence[int], rank: int, ranks: int) -> tuple[int, list[tuple[Box, int]]]:
@@ -50,7 +50,7 @@ class _Cut(NamedTuple):
         offsets, sizes: of the boxes, `[boxes, dimensions]`.
         rank: per box, whose it is.
         inside: per box, where in that rank's share it begins.
-        first: per rank, the number of its first box; and how many there are.
+        begins: per box, how many elements of the shape come before it.
     """
 
     share: int
@@ -58,23 +58,23 @@ class _Cut(NamedTuple):
     sizes: np.ndarray
     rank: np.ndarray
     inside: np.ndarray
-    first: np.ndarray
+    begins: np.ndarray
 
 
 @lru_cache(maxsize=_SHAPES)
 def _cut(shape: tuple[int, ...], ranks: int) -> _Cut:
-    found, counts, share = list[tuple[Box, int]](), [0], 0
+    found, counts, share = list[tuple[Box, int]](), list[int](), 0
     for rank in range(ranks):
         share, boxes = share_of(shape, rank, ranks)
         found += boxes
-        counts.append(len(found))
+        counts.append(len(boxes))
     dimensions = len(shape)
     offsets = np.array([b.offsets for b, _ in found], np.int64).reshape(len(found), dimensions)
     sizes = np.array([b.sizes for b, _ in found], np.int64).reshape(len(found), dimensions)
-    first = np.array(counts, dtype=np.int64)
-    owner = np.repeat(np.arange(ranks), np.diff(first))
+    owner = np.repeat(np.arange(ranks), counts)
     inside = np.array([at for _, at in found], dtype=np.int64)
-    return _Cut(share, narrow(offsets), narrow(sizes), narrow(owner), narrow(inside), first)
+    begins = owner * share + inside
+    return _Cut(share, narrow(offsets), narrow(sizes), narrow(owner), narrow(inside), begins)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -169,7 +169,7 @@ class SharedPieces(ManyPieces):
             return tuple(self._made(np.arange(len(self))[place]))
         if not -len(self) <= place < len(self):
             raise IndexError(place)
-        return next(self._made(np.array([place])))
+        return self._one(self._cut, place)
 
     def __iter__(self) -> Iterator[Piece[Payload]]:
         return self._made(np.arange(len(self)))
@@ -181,6 +181,13 @@ class SharedPieces(ManyPieces):
         columns = (cut.offsets[numbers], cut.sizes[numbers], ranks, starts)
         for offsets, sizes, rank, start in zip(*(c.tolist() for c in columns), strict=True):
             yield Piece(Box(tuple(offsets), tuple(sizes)), holders.payload(rank), start)
+
+    def _one(self, cut: _Cut, number: int) -> Piece[Payload]:
+        """One of them, as a merge asks for each: many times as fast as `_made` is for one."""
+        holders, rank = self.holders, int(cut.rank[number])
+        box = Box(tuple(cut.offsets[number].tolist()), tuple(cut.sizes[number].tolist()))
+        begin = int(holders.starts[rank % len(holders.starts)])
+        return Piece(box, holders.payload(rank), begin + self.at + int(cut.inside[number]))
 
     def _starts(self) -> np.ndarray:
         """Per rank, where in its payload its share begins."""
@@ -222,14 +229,23 @@ class SharedPieces(ManyPieces):
         strides = row_major_strides(self.shape)
         low = sum(o * s for o, s in zip(box.offsets, strides, strict=True))
         last = low + sum((n - 1) * s for n, s in zip(box.sizes, strides, strict=True))
-        one, end = (min(max(at // cut.share, 0), len(self.holders) - 1) for at in (low, last))
-        numbers = np.arange(cut.first[one], cut.first[end + 1])
-        if len(numbers) > _FEW:
+        begin = max(int(cut.begins.searchsorted(low, "right")) - 1, 0)
+        stop = int(cut.begins.searchsorted(last, "right"))
+        whole = all(
+            o + n <= extent for o, n, extent in zip(box.offsets, box.sizes, self.shape, strict=True)
+        )
+        if (
+            last - low + 1 == box.numel and whole
+        ):  # it has no gaps, so all between its ends is in it
+            return [self._one(cut, number) for number in range(begin, stop)]
+        if stop - begin > _FEW:
+            numbers = np.arange(begin, stop)
             first, sizes = (c[numbers].astype(np.int64) for c in (cut.offsets, cut.sizes))
             wanted, extent = np.array(box.offsets), np.array(box.sizes)
             common = np.maximum(first, wanted) < np.minimum(first + sizes, wanted + extent)
             return [*self._made(numbers[common.all(axis=1)])]
-        return [piece for piece in self._made(numbers) if piece.box.intersect(box) is not None]
+        found = (self._one(cut, number) for number in range(begin, stop))
+        return [piece for piece in found if piece.box.intersect(box) is not None]
 
     def covers(self, box: Box) -> bool | None:
         """Whether all of `box` lies in pieces; None where each of those has to be looked at."""
