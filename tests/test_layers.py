@@ -51,13 +51,13 @@ INSIDE = {
     """,
     "formats": """
         base inert json_files memo zips
-        alike bounds holding names output pickle_writer pieces rates schema source
-        marker opcode_reader side_files
+        alike bounds holding names outlines pickle_writer pieces rates schema source
+        marker opcode_reader output side_files
         manifest opcodes
         pickles
         items
         flat placed relay
-        contract fingerprints
+        contract fingerprints shares
     """,
     "formats.dcp": """
         cover keys written

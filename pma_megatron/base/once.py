@@ -74,7 +74,14 @@ def once_each() -> Iterator[None]:
         _KEPT.reset(token)
 
 
-def once(what: str, path: Path, make: Callable[[], T], *, part: float = 1.0) -> T:
+def once(
+    what: str,
+    path: Path,
+    make: Callable[[], T],
+    *,
+    part: float = 1.0,
+    cost_bytes: Callable[[T], int] | None = None,
+) -> T:
     """`make()`, or what it returned before for this very file.
 
     Args:
@@ -82,6 +89,7 @@ def once(what: str, path: Path, make: Callable[[], T], *, part: float = 1.0) -> 
         path: the file that it is made of, and of nothing else.
         make: makes a value that nobody changes.
         part: of the file's bytes that the value stands for, where others stand for the rest.
+        cost_bytes: of a value, where that has little to do with the file's length.
     """
     kept = _KEPT.get()
     before = None if kept is None else _mark(path)
@@ -94,7 +102,8 @@ def once(what: str, path: Path, make: Callable[[], T], *, part: float = 1.0) -> 
         return made
     value = make()
     if _mark(path) == before and time.time_ns() - max(before[3:]) > SETTLED_NS:
-        kept.put(key, before, int(before[2] * part), value)
+        cost = int(before[2] * part) if cost_bytes is None else cost_bytes(value)
+        kept.put(key, before, cost, value)
     return value
 
 

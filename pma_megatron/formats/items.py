@@ -18,9 +18,10 @@ from pma_megatron.base.openfiles import MAX_COPIED_BYTES, Files, open_source, re
 from pma_megatron.base.spelling import left_out
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.base import Item, Payload, StoredRecord
+from pma_megatron.formats.outlines import Outline
 from pma_megatron.formats.pickles import TensorRef, load_inert
 from pma_megatron.formats.schema import LIMIT
-from pma_megatron.formats.zips import Mould, ReadAt, ZipRecord, read_records
+from pma_megatron.formats.zips import Mould, ReadAt, ZipRecord, read_placed, read_records
 from pma_megatron.storage.paths import in_store
 from pma_megatron.storage.spool import ahead
 
@@ -37,7 +38,8 @@ class ItemFiles:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._indexes: dict[Item, dict[str, ZipRecord]] = {}
+        self._indexes: dict[Item, Mapping[str, ZipRecord]] = {}
+        self._outlines: dict[int, tuple[Outline, ...]] = {}
         self._stored: dict[Item, tuple[StoredRecord, ...]] = {}
         self._found: dict[Payload, tuple[StoredRecord, int]] = {}
         self._moulds: dict[int, tuple[tuple[Mould, Any], ...]] = {}
@@ -57,18 +59,35 @@ class ItemFiles:
             self._files = None
             files.close()
 
-    def records(self, item: Item, content: memoryview | None = None) -> dict[str, ZipRecord]:
+    def records(self, item: Item, content: memoryview | None = None) -> Mapping[str, ZipRecord]:
         """Index of the zip at `item`, read once; `content` is all of it, where that is at hand."""
         found = self._indexes.get(item)
         if found is None:
             if content is None:
                 with self._opened(item) as read_at:
-                    found = read_records(read_at, item.length, what=self._at(item))
+                    found = self._read_records(read_at, item)
             else:
                 found = read_records(partial(_cut, content), item.length, what=self._at(item))
             with self._lock:
                 self._indexes[item] = found
         return found
+
+    def _read_records(self, read_at: ReadAt, item: Item) -> Mapping[str, ZipRecord]:
+        """Index of a zip; of one as long as the one before it, by what surrounds its records."""
+        length = item.length
+        known = self._outlines.get(length)
+        for outline in known or ():
+            found = outline.fits(read_at)
+            if found is not None:
+                return found
+        records, places = read_placed(read_at, length, what=self._at(item))
+        # Of a length that is met once nothing is kept: most zips of a folder have one of their own.
+        made = None if known is None else Outline.of(read_at, length, records, places)
+        with self._lock:
+            if length in self._outlines or len(self._outlines) < _MOULDS:
+                news = () if made is None else (made,)
+                self._outlines[length] = (*(known or ()), *news)[-_LIKE:]
+        return records
 
     def check(self, item: Item) -> None:
         """There is a zip at `item`; nothing of it is kept. Raises as `records`."""
@@ -104,10 +123,16 @@ class ItemFiles:
         Raises:
             CheckpointError: the item has no such record, or its bytes are damaged.
         """
-        record = self.records(item).get(name)
-        if record is None:
-            raise CheckpointError(f"{self.path / item.file} at {item.offset} has no {name}")
-        data = self.read(item.file, item.offset + record.start, record.nbytes)
+        with self._opened(item) as read_at:
+            found = self._indexes.get(item)
+            if found is None:
+                found = self._read_records(read_at, item)
+                with self._lock:
+                    self._indexes[item] = found
+            record = found.get(name)
+            if record is None:
+                raise CheckpointError(f"{self.path / item.file} at {item.offset} has no {name}")
+            data = read_at(record.start, record.nbytes)
         refuse_other_bytes(self.path, _placed(item, record), isal_zlib.crc32(data))
         return data
 

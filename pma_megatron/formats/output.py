@@ -13,6 +13,7 @@ import torch
 
 from pma_megatron.base.boxes import Piece
 from pma_megatron.formats.base import Item, Payload
+from pma_megatron.formats.pieces import payloads_of
 
 
 class Folder(str, Enum):
@@ -54,7 +55,12 @@ class NewPayloads(Mapping[Payload, torch.dtype]):
 
     @cached_property
     def _each(self) -> dict[Payload, torch.dtype]:
-        return {piece.payload: dtype for pieces, dtype in self.groups for piece in pieces}
+        found: dict[Payload, torch.dtype] = {}
+        seen: dict[torch.dtype, set[object]] = {}
+        for pieces, dtype in self.groups:
+            payloads = payloads_of(pieces, seen.setdefault(dtype, set()))
+            found.update(dict.fromkeys(payloads, dtype))
+        return found
 
     def __getitem__(self, payload: Payload) -> torch.dtype:
         return self._each[payload]

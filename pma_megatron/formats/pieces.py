@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, overload
 
 import numpy as np
@@ -14,7 +16,74 @@ from pma_megatron.base.boxes import Box, Piece, PieceIndex
 from pma_megatron.formats.base import Item, Payload
 
 
-class StoredPieces(Sequence[Piece[Payload]]):
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """A row for every piece of a tensor, in the order of the pieces.
+
+    Attributes:
+        files: names of files.
+        file: the number of its file in `files`.
+        items: where in that file its item lies, in bytes.
+        element: where in its payload it begins.
+        offsets, sizes: of its box, `[pieces, dimensions]`.
+        ordered: whether pieces are in the order of their offsets.
+    """
+
+    files: tuple[str, ...]
+    file: np.ndarray
+    items: np.ndarray
+    element: np.ndarray
+    offsets: np.ndarray
+    sizes: np.ndarray
+    ordered: bool = False
+
+
+class ManyPieces(Sequence[Piece[Payload]]):
+    """Pieces of a tensor that are no objects before they are asked for. No two overlap.
+
+    Attributes:
+        dtype: of all of them.
+    """
+
+    __slots__ = ("dtype",)
+    dtype: torch.dtype
+
+    @abstractmethod
+    def columns(self) -> Columns:
+        """All of them."""
+
+    @abstractmethod
+    def payloads(self) -> Iterable[Payload]:
+        """What they lie in, each payload once."""
+
+    @property
+    def held_alike(self) -> object | None:
+        """What others have too that lie in the same payloads; None where nothing is known."""
+        return None
+
+    @abstractmethod
+    def touching(self, box: Box) -> list[Piece[Payload]]:
+        """Pieces that overlap `box`."""
+
+    @abstractmethod
+    def covers(self, box: Box) -> bool | None:
+        """Whether all of `box` lies in pieces; None where each of those has to be looked at."""
+
+    @property
+    @abstractmethod
+    def extent(self) -> Box:
+        """From the beginning of the tensor to the end of the last pieces."""
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, (ManyPieces, tuple)):
+            return NotImplemented
+        return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+
+class StoredPieces(ManyPieces):
     """Pieces that each have an item of their own, made when they are asked for.
 
     A sequence like a tuple of `Piece`s, in some 40 bytes for each, however it is sent or kept. No
@@ -38,7 +107,6 @@ class StoredPieces(Sequence[Piece[Payload]]):
         "_extent",
         "_grid",
         "_is_whole",
-        "dtype",
         "file",
         "files",
         "lengths",
@@ -92,6 +160,15 @@ class StoredPieces(Sequence[Piece[Payload]]):
             box = Box(tuple(offsets), tuple(sizes))
             yield Piece(box, Payload(Item(self.files[file], start, length), self.dtype, box.numel))
 
+    def columns(self) -> Columns:
+        """See `ManyPieces`."""
+        none = np.broadcast_to(np.int64(0), len(self))
+        return Columns(self.files, self.file, self.starts, none, self.offsets, self.sizes)
+
+    def payloads(self) -> Iterable[Payload]:
+        """See `ManyPieces`."""
+        return (piece.payload for piece in self)
+
     def touching(self, box: Box) -> list[Piece[Payload]]:
         """Pieces that overlap `box`."""
         cells = self._cells()
@@ -119,10 +196,7 @@ class StoredPieces(Sequence[Piece[Payload]]):
         whole = self.extent
         if not self._is_whole or len(whole.sizes) != len(box.sizes):
             return None
-        return all(
-            low >= 0 and low + size <= end
-            for low, size, end in zip(box.offsets, box.sizes, whole.sizes, strict=True)
-        )
+        return not box.numel or box.lies_in(whole.sizes)
 
     @property
     def extent(self) -> Box:
@@ -155,14 +229,6 @@ class StoredPieces(Sequence[Piece[Payload]]):
         cells[np.ravel_multi_index(tuple(places.T), counts)] = np.arange(len(self))
         return tuple(size.tolist()), counts, cells
 
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, (StoredPieces, tuple)):
-            return NotImplemented
-        return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
-
-    def __hash__(self) -> int:
-        return hash(tuple(self))
-
     def __reduce__(self) -> tuple[Any, ...]:
         columns = (self.offsets, self.sizes)
         items = (self.file, self.starts, self.lengths)
@@ -192,6 +258,26 @@ class Together(Sequence[Piece[Any]]):
     def touching(self, box: Box) -> list[Piece[Any]]:
         """Pieces that overlap `box`."""
         return [piece for index in self._indexes for piece in index.touching(box)]
+
+
+def payloads_of(
+    pieces: Sequence[Piece[Payload]], seen: set[object] | None = None
+) -> Iterable[Payload]:
+    """What pieces lie in; one that several share may come several times.
+
+    Args:
+        pieces: of a tensor.
+        seen: what `held_alike` says of those that were asked about, added to; of pieces that lie
+            in the same payloads as others there are none.
+    """
+    if not isinstance(pieces, ManyPieces):
+        return (piece.payload for piece in pieces)
+    mark = pieces.held_alike
+    if mark is not None and seen is not None:
+        if mark in seen:
+            return ()
+        seen.add(mark)
+    return pieces.payloads()
 
 
 def together(parts: Sequence[Sequence[Piece[Any]]]) -> Sequence[Piece[Any]]:

@@ -11,8 +11,8 @@ import torch
 
 from pma_megatron.base.boxes import Box, Piece
 from pma_megatron.formats.base import Item, Payload
-from pma_megatron.formats.output import Destination, OutputItem
-from pma_megatron.formats.pieces import ItemNumbers, StoredPieces
+from pma_megatron.formats.output import Destination, OutputItem, Placing
+from pma_megatron.formats.pieces import ItemNumbers, ManyPieces, StoredPieces
 from pma_megatron.formats.zips import Skeleton
 
 COPIED, SPECIAL = -1, -2
@@ -155,17 +155,13 @@ class Places:
         special = {p: replace(place, file=moved(place.file)) for p, place in self.special.items()}
         return Places(self.items.renamed(moved), special)
 
-    def of(self, pieces: StoredPieces) -> PlacedPieces:
-        """Pieces of the base where the output has them."""
-        return PlacedPieces(pieces, self)
-
 
 @dataclass(frozen=True, slots=True)
 class PlacedPieces(Sequence[Piece[Destination]]):
     """Pieces of the base where the output has them, made when they are asked for."""
 
-    pieces: StoredPieces
-    places: Places
+    pieces: ManyPieces
+    places: Placing
 
     def __len__(self) -> int:
         return len(self.pieces)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,8 +69,7 @@ class Source:
     flat_keys: frozenset[str] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
-        flat = frozenset(found.key for space in self.ranges.values() for found in space)
-        object.__setattr__(self, "flat_keys", flat)
+        object.__setattr__(self, "flat_keys", _keys_in(self.ranges.values()))
 
     def is_frozen(self, key: str) -> bool:
         """Whether its optimizer trains, and not this parameter: then its weight is its value."""
@@ -120,6 +119,16 @@ class Source:
     def _elements(self) -> dict[str, int]:
         weights = self.space.weights.items()
         return {key: math.prod(t.shape) for key, t in weights if t.dtype.is_floating_point}
+
+
+def _keys_in(ranges: Iterable[Any]) -> frozenset[str]:
+    """Parameters that lie in flat spaces."""
+    found: set[str] = set()
+    for space in ranges:
+        # Where every rank holds a share of each (`formats.shares`), a space says them by itself.
+        keys = getattr(space, "keys", None)
+        found |= {each.key for each in space} if keys is None else keys
+    return frozenset(found)
 
 
 def stamps_of(folder: Path) -> dict[str, tuple[int, int]]:

@@ -26,6 +26,7 @@ _DESCRIPTOR64 = struct.Struct("<4sI2Q")
 _HAS_DESCRIPTOR = 0x8
 _AFTER = b"PK\x07\x08"  # of a descriptor, which follows a record's bytes
 _ID = ".data/serialization_id"  # digits made of all checksums
+_SUM_IN_CENTRAL, _SUM_IN_LOCAL = 16, 14  # bytes before the checksum in such a header
 _END = struct.Struct("<4s4H2IH")
 _END64 = struct.Struct("<4sQ2H2I4Q")
 _LOCATOR64 = struct.Struct("<4sIQI")
@@ -55,6 +56,18 @@ def read_records(read_at: ReadAt, length: int, *, what: str) -> dict[str, ZipRec
     Raises:
         CheckpointError: it is not a zip of stored records, it is cut short, or what surrounds a
             record contradicts the directory.
+    """
+    return read_placed(read_at, length, what=what)[0]
+
+
+def read_placed(
+    read_at: ReadAt, length: int, *, what: str
+) -> tuple[dict[str, ZipRecord], dict[str, tuple[int, int]]]:
+    """The same, and per record the bytes of the zip at which its checksum stands: in the directory,
+    and beside the record.
+
+    Raises:
+        CheckpointError: see `read_records`.
     """
     try:
         return _read_records(read_at, length)
@@ -138,7 +151,9 @@ class Mould:
         return found
 
 
-def _read_records(read_at: ReadAt, length: int) -> dict[str, ZipRecord]:
+def _read_records(
+    read_at: ReadAt, length: int
+) -> tuple[dict[str, ZipRecord], dict[str, tuple[int, int]]]:
     tail_start = max(0, length - _TAIL_BYTES)
     tail = read_at(tail_start, length - tail_start)
     end = tail.rfind(b"PK\x05\x06")
@@ -158,6 +173,7 @@ def _read_records(read_at: ReadAt, length: int) -> dict[str, ZipRecord]:
     for _ in range(count):
         entry = _CENTRAL.unpack_from(directory, at)
         name_len, extra_len, comment_len = entry[10], entry[11], entry[12]
+        said_at = offset + at + _SUM_IN_CENTRAL
         at += _CENTRAL.size
         name = directory[at : at + name_len]
         extra = directory[at + name_len : at + name_len + extra_len]
@@ -167,33 +183,37 @@ def _read_records(read_at: ReadAt, length: int) -> dict[str, ZipRecord]:
         packed, nbytes, header = _zip64_sizes(extra, entry[8], entry[9], entry[16])
         if packed != nbytes or header + _LOCAL.size + nbytes > offset:
             raise ValueError(f"record {name.decode()!r} does not lie where the directory says")
-        entries.append(_Entry(name, header, nbytes, entry[7]))
+        entries.append(_Entry(name, header, nbytes, entry[7], said_at))
     # torch writes zeros instead of checksums if it is told to; some record of a zip has bytes.
     summed = any(entry.crc32 for entry in entries)
     records: dict[str, ZipRecord] = {}
+    places: dict[str, tuple[int, int]] = {}
     entries.sort(key=lambda entry: entry.header)
     ends = [*(entry.header for entry in entries[1:]), offset]
     for each, end in zip(entries, ends, strict=True):
-        start = _check_surroundings(read_at, each, end)
+        start, said_at = _check_surroundings(read_at, each, end)
         short = each.name.decode().partition("/")[2]
         if short in records:
             raise ValueError(f"record {short!r} is there twice")
         records[short] = ZipRecord(short, start, each.nbytes, each.crc32 if summed else None)
-    return records
+        places[short] = each.said_at, said_at
+    return records, places
 
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """What the central directory says of a record."""
+    """What the central directory says of a record, and where in the zip it says the checksum."""
 
     name: bytes
     header: int
     nbytes: int
     crc32: int
+    said_at: int
 
 
-def _check_surroundings(read_at: ReadAt, entry: _Entry, end: int) -> int:
-    """Where a record's bytes begin; what comes before and after them must be as the directory says.
+def _check_surroundings(read_at: ReadAt, entry: _Entry, end: int) -> tuple[int, int]:
+    """Where a record's bytes begin, and where its checksum stands beside them; what comes before
+    and after them must be as the directory says.
 
     Raises:
         ValueError: it is not.
@@ -211,14 +231,16 @@ def _check_surroundings(read_at: ReadAt, entry: _Entry, end: int) -> int:
         said = (_AFTER, entry.crc32, entry.nbytes, entry.nbytes)
         narrow = entry.nbytes <= _LIMIT and tail.startswith(_DESCRIPTOR.pack(*said))
         right = narrow or tail == _DESCRIPTOR64.pack(*said)
+        said_at = after + len(_AFTER)
     else:
+        said_at = entry.header + _SUM_IN_LOCAL
         right = local[6] == entry.crc32 and local[8] in (entry.nbytes, _LIMIT)
     if not right:
         raise ValueError(
             f"record {entry.name.decode()!r} has another size or checksum in its own header than "
             "in the directory"
         )
-    return start
+    return start, said_at
 
 
 def _zip64_sizes(extra: bytes, packed: int, nbytes: int, header: int) -> tuple[int, int, int]:

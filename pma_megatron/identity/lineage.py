@@ -124,9 +124,9 @@ def values_at(source: Source, places: Sequence[SampledBox], reader: BlockReader)
         index = indexes.get((place.state, place.key))
         if index is None:
             index = indexes[place.state, place.key] = PieceIndex(tensor.pieces)
-        if index.covers(place.box):
-            file = file_of(source, index.touching(place.box)[0].payload)
-            found[number] = file, reader.values(place.box, index, tensor.dtype)
+        values = reader.whole(place.box, index, tensor.dtype)
+        if values is not None:
+            found[number] = file_of(source, index.touching(place.box)[0].payload), values
     files = tuple(dict.fromkeys(file for file, _ in found.values()))
     number_of = {file: number for number, file in enumerate(files)}
     moments = [places[number].state == SECOND_MOMENT for number in found]
@@ -158,14 +158,14 @@ def of_one_run(
         so, as a whole; a run whose weights were all turned over may, so it is not refused. Each is
         a sentence, or None.
     """
-    for signs in (_shrunk(before, after, left), _unlike(before, after)):
+    known = _correlations(before, after)
+    for signs in (_shrunk(before, after, left), _unlike(known)):
         if signs:
             return (
                 f"{signs[0]} of {older.path} and that of {newer.path} are not of one run, as "
                 f"their other files are: {signs[1]}. One of the two was overwritten: restore "
                 f"it, or {left_out('that checkpoint')}"
             ), None
-    known = _correlations(before, after)
     total = sum(count for _, _, count in known.values())
     if total < _MANY:
         return None, None
@@ -189,16 +189,18 @@ def _shrunk(before: Values, after: Values, left: float | None) -> tuple[str, str
         before, after: of two neighbours.
         left: what is left of a second moment from one to the other, see `least_left`.
     """
-    pairs = {p: (before[p], after[p]) for p in after.of(moments=True) if p in before}
-    bound = left if pairs and before.exact and after.exact else None
+    bound = left if before.exact and after.exact else None
     if bound is None or bound < _LEAST_DECAY:
         return None
-    counts: dict[str, list[int]] = {}
-    for (_, old), (file, new) in pairs.values():
-        held = old > _SMALLEST
-        count = counts.setdefault(file, [0, 0])
-        count[0] += int((held & (new < _SLACK * bound * old)).sum())
-        count[1] += int(held.sum())
+    both = _Both.of(before, after, moments=True)
+    held = both.old > _SMALLEST
+    less = held & (both.new < _SLACK * bound * both.old)
+    counts = {
+        file: (int(shrunk), int(count))
+        for file, shrunk, count in zip(both.files, both.sums(less), both.sums(held), strict=True)
+    }
+    if not counts:
+        return None
     clean = sum(n for shrunk, n in counts.values() if not shrunk)
     file = max(counts, key=lambda f: counts[f][0] / max(counts[f][1], 1))
     share = counts[file][0] / max(counts[file][1], 1)
@@ -232,10 +234,10 @@ def least_left(
     return float(min(then.second_moment_decay, now.second_moment_decay) ** distance)
 
 
-def _unlike(before: Values, after: Values) -> tuple[str, str] | None:
+def _unlike(known: Mapping[str, tuple[float, float, float]]) -> tuple[str, str] | None:
     """The file whose weights have nothing to do with those before, while all others' have."""
     alike, unlike = [], []
-    for file, (correlation, ratio, _) in _correlations(before, after).items():
+    for file, (correlation, ratio, _) in known.items():
         if correlation > _ALIKE:
             alike.append(file)
         elif correlation < _UNLIKE and 0.25 < ratio < 4:
@@ -252,15 +254,59 @@ def _unlike(before: Values, after: Values) -> tuple[str, str] | None:
 
 def _correlations(before: Values, after: Values) -> dict[str, tuple[float, float, float]]:
     """File -> (correlation of its weights with those before, ratio of their squares, elements)."""
-    sums: dict[str, torch.Tensor] = {}
-    for place in after.of(moments=False):
-        if place in before:
-            (_, old), (file, new) = before[place], after[place]
-            a, b = (x.double() - x.double().mean() for x in (old, new))
-            found = torch.stack([a @ b, a @ a, b @ b, torch.tensor(float(a.numel())).double()])
-            sums[file] = sums.get(file, torch.zeros(4).double()) + found
+    both = _Both.of(before, after, moments=False)
+    old, new = (both.centred(values.astype(np.float64)) for values in (both.old, both.new))
+    columns = (old * new, old * old, new * new, np.ones(len(old)))
+    sums = zip(both.files, *(both.sums(column).tolist() for column in columns), strict=True)
     return {
-        file: (product / math.sqrt(old * new), new / old, count)
-        for file, (product, old, new, count) in ((f, s.tolist()) for f, s in sums.items())
-        if count >= _ENOUGH and old > 0 and new > 0
+        file: (product / math.sqrt(squares * others), others / squares, count)
+        for file, product, squares, others, count in sums
+        if count >= _ENOUGH and squares > 0 and others > 0
     }
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Both:
+    """What two sources hold at the places that both have, one place after the other.
+
+    Attributes:
+        old, new: their elements.
+        counts: elements of each place.
+        files: of the newer source, in the order of the places.
+        file: per element, the number of its file in `files`.
+    """
+
+    old: np.ndarray
+    new: np.ndarray
+    counts: np.ndarray
+    files: tuple[str, ...]
+    file: np.ndarray
+
+    @classmethod
+    def of(cls, before: Values, after: Values, *, moments: bool) -> _Both:
+        """Those of second moments, or the others."""
+        numbers = np.intersect1d(before.numbers, after.numbers[after.moments == moments])
+        found = []
+        for each in (before, after):
+            rows = np.searchsorted(each.numbers, numbers)
+            counts = np.diff(each.ends, prepend=0)[rows]
+            inside = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+            found.append(each.data.numpy()[np.repeat(each.ends[rows] - counts, counts) + inside])
+        used, first, which = np.unique(after.file[rows], return_index=True, return_inverse=True)
+        order = np.argsort(first)
+        place = np.empty(len(order), dtype=np.int64)
+        place[order] = np.arange(len(order))
+        files = tuple(after.files[number] for number in used[order].tolist())
+        return cls(found[0], found[1], counts, files, np.repeat(place[which], counts))
+
+    def sums(self, values: np.ndarray) -> np.ndarray:
+        """The sum of one value per element over each file."""
+        found: np.ndarray = np.bincount(self.file, values, minlength=len(self.files))
+        return found
+
+    def centred(self, values: np.ndarray) -> np.ndarray:
+        """Values without the mean of those of their place."""
+        place = np.repeat(np.arange(len(self.counts)), self.counts)
+        means = np.bincount(place, values, minlength=len(self.counts)) / np.maximum(self.counts, 1)
+        found: np.ndarray = values - means[place]
+        return found

@@ -44,10 +44,11 @@ def refuse_foreign_weights(source: Source, pieces: Inventory, reader: BlockReade
             mains[each.key] = PieceIndex(main.pieces)
         ours, theirs = weights[each.key], mains[each.key]
         for box in pieces.runs(each.piece, source.metadata_digest):
-            if not (ours.covers(box) and theirs.covers(box)):
+            stored = reader.whole(box, ours, weight.dtype)
+            rounded = None if stored is None else reader.whole(box, theirs, main.dtype)
+            if stored is None or rounded is None:
                 continue  # the plan names what is missing
-            rounded = reader.values(box, theirs, main.dtype)
-            if not _agree(rounded, reader.values(box, ours, weight.dtype)):
+            if not _agree(rounded, stored):
                 raise _mixed(source, each.key, box, theirs, ours)
 
 

@@ -17,7 +17,7 @@ import torch
 from pma_megatron.base.boxes import Box, Piece, flat_range
 from pma_megatron.formats import registry
 from pma_megatron.formats.base import MAIN_PARAM, Payload, Tensor
-from pma_megatron.formats.pieces import StoredPieces
+from pma_megatron.formats.pieces import ManyPieces, narrow
 from pma_megatron.formats.source import Source
 
 WEIGHT = "weight"
@@ -71,17 +71,15 @@ class Inventory:
         self.tensors = [*stored(source)]
         files = _Files(source)
         rows = [_columns(tensor.pieces, files) for _, _, tensor in self.tensors]
-        none = np.empty(0, dtype=np.int64)
-        counts = [len(nbytes) for _, nbytes, _ in rows]
-        self._file, self._nbytes, rank = (
-            np.concatenate([none, *(row[axis] for row in rows)]) for axis in range(3)
-        )
-        self._tensor = np.repeat(np.arange(len(rows)), counts)
-        self._place = np.arange(len(self._file)) - np.repeat(np.cumsum([0, *counts])[:-1], counts)
         named = sorted(range(len(rows)), key=lambda number: self.tensors[number][:2])
-        rank_of = np.empty(len(rows), dtype=np.int64)
-        rank_of[named] = np.arange(len(rows))
-        self._order = np.lexsort((rank, rank_of[self._tensor], -self._nbytes))
+        self._file, self._nbytes, self._place = (
+            _joined([rows[number][axis] for number in named]) for axis in range(3)
+        )
+        counts = [len(rows[number][0]) for number in named]
+        self._tensor = np.repeat(narrow(np.array(named, dtype=np.int64)), counts)
+        del rows
+        order = np.argsort(-self._nbytes.astype(np.int64), kind="stable")
+        self._order = narrow(order)
         self._files = [*files.names]
         self.per_file = max(1, min(_PIECES_PER_FILE, _PIECES // max(1, len(self._files))))
 
@@ -147,35 +145,48 @@ class _Files:
 
     def __init__(self, source: Source) -> None:
         self._together = registry.get(source.format, source.path).saved_together
+        self._tables: dict[int, tuple[tuple[str, ...], np.ndarray]] = {}
         self.names: dict[str, int] = {}
 
     def number(self, file: str) -> int:
         return self.names.setdefault(self._together(file), len(self.names))
 
+    def numbers(self, files: tuple[str, ...], used: np.ndarray) -> np.ndarray:
+        """Number of each of the `used` ones; worked out once, as many tensors name one list."""
+        known = self._tables.get(id(files))
+        if known is None:
+            known = self._tables[id(files)] = files, np.full(len(files), -1, dtype=np.int64)
+        table = known[1]
+        if len(used) and (table[used] < 0).any():
+            for each in np.unique(used).tolist():  # Python's integers: those of numpy wrap around
+                table[each] = self.number(files[each])
+        found: np.ndarray = table[used]
+        return found
+
 
 def _columns(
     pieces: Sequence[Piece[Payload]], files: _Files
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Per piece: number of its file, bytes, rank by its offsets."""
-    if isinstance(pieces, StoredPieces):
-        there = np.unique(pieces.file).tolist()  # of Python's integers: those of numpy wrap around
-        used = {number: files.number(pieces.files[number]) for number in there}
-        table = np.zeros(max(used, default=0) + 1, dtype=np.int64)
-        for number, known in used.items():
-            table[number] = known
-        nbytes = pieces.sizes.astype(np.int64).prod(axis=1) * pieces.dtype.itemsize
-        offsets = pieces.offsets
-        order = np.lexsort(offsets.T[::-1]) if offsets.shape[1] else np.arange(len(pieces))
-        file = table[pieces.file]
+    """Number of the file, bytes, and number of every piece, in the order of their offsets."""
+    if isinstance(pieces, ManyPieces):
+        said = pieces.columns()
+        nbytes = said.sizes.astype(np.int64).prod(axis=1) * pieces.dtype.itemsize
+        file = files.numbers(said.files, said.file)
+        if said.ordered or not said.offsets.shape[1]:
+            order = np.arange(len(pieces))
+        else:
+            order = np.lexsort(said.offsets.T[::-1])
     else:
         file = np.array([files.number(p.payload.item.file) for p in pieces], dtype=np.int64)
         sizes = [p.box.numel * p.payload.dtype.itemsize for p in pieces]
         nbytes = np.array(sizes, dtype=np.int64)
         boxes = [p.box.offsets for p in pieces]
         order = np.array(sorted(range(len(boxes)), key=boxes.__getitem__), dtype=np.int64)
-    rank = np.empty(len(order), dtype=np.int64)
-    rank[order] = np.arange(len(order))
-    return file, nbytes, rank
+    return narrow(file[order]), narrow(nbytes[order]), narrow(order)
+
+
+def _joined(columns: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.empty(0, dtype=np.uint8), *columns])
 
 
 def runs(piece: Piece[Payload], seed: str, length: int, count: int) -> Iterator[Box]:

@@ -12,7 +12,7 @@ from pma_megatron.base.spelling import first_few, given, has, left_out, override
 from pma_megatron.errors import PlanError
 from pma_megatron.formats import registry
 from pma_megatron.formats.base import Payload, Tensor
-from pma_megatron.formats.pieces import StoredPieces
+from pma_megatron.formats.pieces import ManyPieces
 from pma_megatron.formats.source import Source
 from pma_megatron.merging.padding import between
 from pma_megatron.merging.policy import MAIN
@@ -212,7 +212,7 @@ def weights_alone(source: Source) -> bool:
 def check_covers(
     source: Source, key: str, index: PieceIndex[Payload], wanted: Iterable[Piece[Any]]
 ) -> None:
-    if isinstance(wanted, StoredPieces) and index.covers(wanted.extent):
+    if isinstance(wanted, ManyPieces) and index.covers(wanted.extent):
         return
     missing: Box | None = next((p.box for p in wanted if not index.covers(p.box)), None)
     if missing is not None:

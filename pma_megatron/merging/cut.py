@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar, overload
 import numpy as np
 
 from pma_megatron.base.boxes import Box, slices
-from pma_megatron.formats.pieces import StoredPieces, narrow
+from pma_megatron.formats.pieces import ManyPieces, narrow
 from pma_megatron.merging import tasks
 from pma_megatron.merging.bulk import FillColumns, Fills
 from pma_megatron.merging.tasks import (
@@ -114,6 +114,7 @@ class _Cut:
     def __init__(self) -> None:
         self._rows: dict[str, list[np.ndarray]] = {}
         self._files: dict[str, int] = {}
+        self._tables: dict[int, tuple[tuple[str, ...], np.ndarray]] = {}
 
     def of(self, tasks: Sequence[Task | Fills]) -> dict[str, np.ndarray]:
         """The columns of all units, in their order."""
@@ -124,33 +125,45 @@ class _Cut:
                 self._fill(number, task)
             else:
                 self._fills(number, task.columns(), reads=task.reads)
-        none = np.empty(0, dtype=np.int64)
+        none = np.empty(0, dtype=np.uint8)
         names = ("task", "piece", "nth", "cost", "reads", "file", "offset", "element")
-        columns = {name: np.concatenate([none, *self._rows.get(name, ())]) for name in names}
+        # Each row list is let go as it is joined: units may be millions.
+        columns = {name: np.concatenate([none, *self._rows.pop(name, ())]) for name in names}
         rank = np.empty(len(self._files), dtype=np.int64)
         for place, (_, number) in enumerate(sorted(self._files.items())):
             rank[number] = place
-        by_file = columns.pop("element"), columns.pop("offset"), rank[columns.pop("file")]
+        by_file = columns.pop("element"), columns.pop("offset"), narrow(rank)[columns.pop("file")]
         order = np.lexsort(by_file)
-        return {name: narrow(column[order]) for name, column in columns.items()}
+        return {name: narrow(columns.pop(name)[order]) for name in [*columns]}
 
     def _add(self, count: int, **columns: np.ndarray | int) -> None:
         for name, column in columns.items():
-            whole = np.broadcast_to(np.asarray(column, dtype=np.int64), (count,))
+            whole = np.broadcast_to(narrow(np.asarray(column, dtype=np.int64)), (count,))
             self._rows.setdefault(name, []).append(whole)
 
     def _file(self, name: str) -> int:
         return self._files.setdefault(name, len(self._files))
 
+    def _numbers(self, files: tuple[str, ...], used: np.ndarray) -> np.ndarray:
+        """`_file` of each of the `used` ones; all tensors of a source name one list, or a few."""
+        known = self._tables.get(id(files))
+        if known is None:
+            known = self._tables[id(files)] = files, np.full(len(files), -1, dtype=np.int64)
+        table = known[1]
+        if len(used) and (table[used] < 0).any():
+            for each in np.unique(used).tolist():
+                table[each] = self._file(files[each])
+        found: np.ndarray = table[used]
+        return found
+
     def _average(self, number: int, task: Average) -> None:
         lead = task.lead
-        if isinstance(lead, StoredPieces):
-            sizes = lead.sizes.astype(np.int64)
-            used = {n: self._file(lead.files[n]) for n in np.unique(lead.file).tolist()}
-            table = np.zeros(max(used, default=0) + 1, dtype=np.int64)
-            table[[*used]] = [*used.values()]
-            file, offset = table[lead.file], lead.starts.astype(np.int64)
-            element = np.zeros(len(lead), dtype=np.int64)
+        if isinstance(lead, ManyPieces):
+            said = lead.columns()
+            sizes, offset, element = (
+                column.astype(np.int64) for column in (said.sizes, said.items, said.element)
+            )
+            file = self._numbers(said.files, said.file)
         else:
             boxes = [piece.box.sizes for piece in lead]
             dimensions = len(boxes[0]) if boxes else 0

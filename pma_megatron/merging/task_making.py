@@ -9,8 +9,9 @@ from typing import Any
 from pma_megatron.base.boxes import Piece, PieceIndex
 from pma_megatron.formats.base import Payload, Tensor
 from pma_megatron.formats.output import Destination, OutputLayout
-from pma_megatron.formats.pieces import StoredPieces, together
-from pma_megatron.formats.placed import Places
+from pma_megatron.formats.pieces import StoredPieces, payloads_of, together
+from pma_megatron.formats.placed import PlacedPieces, Places
+from pma_megatron.formats.shares import SharedPieces, gaps
 from pma_megatron.formats.source import Source
 from pma_megatron.merging.agreement import check_covers, check_same_model, matching
 from pma_megatron.merging.bulk import Fills, Zeros, untouched
@@ -66,7 +67,9 @@ class _Builder:
 
     Attributes:
         covered: payload -> (start, elements) that averages fill, unless it has one tensor alone.
+        shared: the same of parameters that every rank has a share of.
         zeros: payload -> its task; one may hold the moments of many parameters.
+        zeroed_alike: see `pieces.payloads_of`.
         zero_pieces: pieces that have payloads of their own.
     """
 
@@ -77,7 +80,9 @@ class _Builder:
     further: Further
     averages: list[Average] = field(default_factory=list)
     covered: dict[Payload, list[tuple[int, int]]] = field(default_factory=dict)
+    shared: list[SharedPieces] = field(default_factory=list)
     zeros: dict[Payload, Zero] = field(default_factory=dict)
+    zeroed_alike: set[object] = field(default_factory=set)
     zero_pieces: list[StoredPieces] = field(default_factory=list)
 
     def add(self, state: str, key: str, tensor: Tensor) -> None:
@@ -98,8 +103,15 @@ class _Builder:
         if isinstance(tensor.pieces, StoredPieces) and isinstance(self.layout.places, Places):
             self.zero_pieces.append(tensor.pieces)
         else:
-            pieces = (*tensor.pieces, *tensor.replicas)
-        for payload in (p.payload for p in pieces):
+            pieces = tensor.pieces
+            for payload in payloads_of(tensor.replicas):
+                self._zero_all(payload)
+        for payload in payloads_of(pieces, self.zeroed_alike):
+            self._zero_all(payload)
+
+    def _zero_all(self, payload: Payload) -> None:
+        assert self.layout is not None
+        if payload not in self.zeros:
             self.zeros[payload] = Zero(self.layout.places[payload], 0, payload.numel)
 
     def _is_rounded(self, key: str) -> bool:
@@ -169,7 +181,10 @@ class _Builder:
         assert self.layout is not None
         pieces: Sequence[Piece[Payload]] = tensor.replicas
         if isinstance(tensor.pieces, StoredPieces) and isinstance(self.layout.places, Places):
-            yield self.layout.places.of(tensor.pieces)  # each is all of its payload
+            yield PlacedPieces(tensor.pieces, self.layout.places)  # each is all of its payload
+        elif isinstance(tensor.pieces, SharedPieces):
+            yield PlacedPieces(tensor.pieces, self.layout.places)
+            self.shared.append(tensor.pieces)
         else:
             pieces = (*tensor.pieces, *tensor.replicas)
         placed = []
@@ -183,9 +198,12 @@ class _Builder:
     def between(self) -> Iterator[Keep | Zero]:
         """What lies between and after the parameters of a payload: as it was, or zero."""
         assert self.layout is not None
-        for payload, ranges in self.covered.items():
+        between = gaps(self.shared, self.covered)  # first: it may add to those
+        places = self.layout.places
+        found = [(p, _gaps(ranges, places[p].numel)) for p, ranges in self.covered.items()]
+        for payload, each in [*found, *between]:
             place = self.layout.places[payload]
-            for start, count in _gaps(ranges, place.numel):
+            for start, count in each:
                 if self.layout.keeps_gaps:
                     yield Keep(place, start, count, payload)
                 else:

@@ -84,6 +84,18 @@ class BlockReader:
         self.read(box, index, out)
         return out
 
+    def whole(
+        self, box: Box, index: PieceIndex[Payload], dtype: torch.dtype
+    ) -> torch.Tensor | None:
+        """The same; None where some of `box` lies in no piece."""
+        parts = overlaps(box, index.touching(box))
+        if sum(part.numel for part in parts) != box.numel:
+            return None
+        out = torch.empty(box.numel, dtype=dtype)
+        for part in parts:
+            self._read_part(part, out)
+        return out
+
     def look_ahead(self, box: Box, pieces: Sequence[Piece[Payload]]) -> None:
         """`box` is read soon: of an object of a store it is asked for now; see `read`."""
         if in_store(self.path):

@@ -10,14 +10,18 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pma_megatron.base.once import once
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.base import Item
 from pma_megatron.formats.deepspeed.schema import check_model_states, check_optimizer_states
 from pma_megatron.formats.items import ItemFiles
+from pma_megatron.formats.pickles import load_inert
 from pma_megatron.formats.schema import arguments, dictionary
+from pma_megatron.formats.zips import ZipRecord
 
 FORMAT_NAME = "deepspeed"
 MODEL = re.compile(r"^(?:zero_pp_rank_(?P<dp>\d+)_)?mp_rank_(?P<mp>\d+)_model_states\.pt$")
@@ -29,6 +33,13 @@ LAYER = re.compile(r"^layer_(?P<layer>\d+)-(?:model_00-)?model_states\.pt$")
 TIED = "tied_modules."
 """First part of the names of a pipeline's tied parameters."""
 _NUMBER = re.compile(r"(\d+)$")
+_ONCE = "deepspeed"
+_VARIANTS = 64
+"""Pickles of ranks that are known: they differ in the device that tensors were on."""
+_KEPT_BYTES = 8 << 20
+_OF_PICKLE, _OF_RECORD = 6, 300
+"""Bytes of memory that a byte of a pickle, and a record, take: seen with 111 KiB of names."""
+_LARGE_PARTS = ("module", "param_shapes", "frozen_param_shapes", "frozen_param_fragments")
 OPTIM_NAMES = frozenset(
     {
         ("deepspeed.runtime.zero.config", "ZeroStageEnum"),
@@ -41,8 +52,30 @@ OPTIM_NAMES = frozenset(
 """All that an optimizer file of DeepSpeed 0.14 to 0.19 names beside plain containers."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """What was read of a file.
+
+    Attributes:
+        item: all of it.
+        records: of its zip.
+        pickle: the pickle in it, where other ranks may have the same.
+        content: what that says; files of several ranks that say the same share it.
+        cost_bytes: of memory, about; 0 where another file's is shared.
+    """
+
+    item: Item
+    records: Mapping[str, ZipRecord]
+    pickle: bytes | None
+    content: Any
+    cost_bytes: int
+
+
 class DeepSpeedCheckpoint(ItemFiles):
     """One tag, opened from the pickles of its files.
+
+    What a pickle says is not to be changed: it may be that of many files, and of other readers in
+    this job (`base.once`).
 
     Attributes:
         path: the tag's folder.
@@ -54,7 +87,13 @@ class DeepSpeedCheckpoint(ItemFiles):
         layers: layer -> its model states file, for a `PipelineModule`.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, private: bool = False) -> None:
+        """Look at the names of the files at `path`.
+
+        Args:
+            path: the tag's folder.
+            private: True for one who changes what pickles say; files still share it.
+        """
         super().__init__(path)
         names = file_names(path)
         self.model = {(int(m["mp"]), int(m["dp"] or 0)): n for m, n in _matches(MODEL, names)}
@@ -62,7 +101,10 @@ class DeepSpeedCheckpoint(ItemFiles):
         self.experts = {(int(m["layer"]), int(m["expert"])): n for m, n in _matches(EXPERT, names)}
         self.whole = {int(m["ep"]): n for m, n in _matches(WHOLE, names)}
         self.layers = {int(m["layer"]): n for m, n in _matches(LAYER, names)}
-        self._contents: dict[str, Any] = {}
+        self._private = private
+        self._read_files: dict[str, _Read] = {}
+        self._variants: dict[tuple[Any, ...], tuple[bytes, Any]] = {}
+        self._parts: dict[tuple[str, str], Any] = {}
         self._items: dict[str, Item] = {}
 
     def item(self, file: str) -> Item:
@@ -93,10 +135,60 @@ class DeepSpeedCheckpoint(ItemFiles):
         Raises:
             CheckpointError: it is damaged or hostile.
         """
-        if file not in self._contents:
-            found = self.decode(self.item(file), str(self.path / file), self.known_names(file))
-            self._contents[file] = self.checked(file, found)
-        return self._contents[file]
+        return self._read_file(file).content
+
+    def read_record(self, item: Item, name: str) -> bytes:
+        """See `ItemFiles`; the pickle of a rank's file, which many share, is kept."""
+        if name == "data.pkl" and _kind(item.file) != item.file:
+            kept = self._read_file(item.file).pickle
+            if kept is not None:
+                return kept
+        return super().read_record(item, name)
+
+    def _read_file(self, file: str) -> _Read:
+        found = self._read_files.get(file)
+        if found is None:
+            if self._private:
+                found = self._made(file)
+            else:
+                path = self.path / file
+                found = once(_ONCE, path, lambda: self._made(file), cost_bytes=_cost_bytes)
+            self._read_files[file] = found
+            self._items[file], self._indexes[found.item] = found.item, found.records
+        return found
+
+    def _made(self, file: str) -> _Read:
+        """Ranks mostly write the same pickle, or one of a few: each is decoded once."""
+        what, known = str(self.path / file), self.known_names(file)
+        item = Item(file, 0, (self.path / file).stat().st_size)
+        try:
+            data = super().read_record(item, "data.pkl")
+        except CheckpointError:
+            self.item(file)  # which says so of what is no zip
+            raise
+        records = self.records(item)
+        sizes = tuple((record.name, record.nbytes) for record in records.values())
+        kind = _kind(file)
+        found = self._variants.get((kind, sizes, data))
+        if found is not None:
+            return _Read(item, records, found[0], found[1], 0)
+        value = self.checked(file, load_inert(data, what=what, known=known, sizes=dict(sizes)))
+        kept = None
+        if kind != file and not self._private:
+            self._share_parts(kind, value)
+        if kind != file and len(self._variants) < _VARIANTS and len(data) <= _KEPT_BYTES:
+            kept = data
+            self._variants[kind, sizes, data] = kept, value
+        cost_bytes = _OF_PICKLE * len(data) + _OF_RECORD * len(records)
+        return _Read(item, records, kept, value, cost_bytes)
+
+    def _share_parts(self, kind: str, value: Any) -> None:
+        """What is large in a pickle is mostly what others say, whatever else is a rank's own."""
+        for name in _LARGE_PARTS:
+            part = value.get(name)
+            like = self._parts.setdefault((kind, name), part)
+            if part is not None and type(like) is type(part) and like == part:
+                value[name] = like
 
     def known_names(self, file: str) -> frozenset[tuple[str, str]] | None:
         """All that `file` may name; None for any, where a script keeps its own state."""
@@ -207,13 +299,33 @@ class DeepSpeedCheckpoint(ItemFiles):
 
     def metadata_digest(self) -> str:
         """SHA-256 over the pickle, and the checksum of every record, of all files."""
-        digest = hashlib.sha256()
+        digest, last, said = hashlib.sha256(), None, ""
         for file in self.files:
             item = self.item(file)
-            digest.update(file.encode() + self.read_record(item, "data.pkl"))
-            for record in self.records(item).values():
-                digest.update(f"{record.name} {record.nbytes} {record.crc32}\n".encode())
+            digest.update(file.encode())
+            digest.update(self.read_record(item, "data.pkl"))
+            records = self.records(item)
+            if records is not last:
+                last, said = (
+                    records,
+                    "".join(
+                        f"{record.name} {record.nbytes} {record.crc32}\n"
+                        for record in records.values()
+                    ),
+                )
+            digest.update(said.encode())
         return digest.hexdigest()
+
+
+def _kind(file: str) -> str:
+    """Of a rank's file the name of its kind; of any other its own."""
+    if MODEL.match(file):
+        return "model states"
+    return "optimizer states" if OPTIM.match(file) else file
+
+
+def _cost_bytes(read: _Read) -> int:
+    return read.cost_bytes
 
 
 def model_key(name: str, mp: int, *, pipeline: bool) -> str:

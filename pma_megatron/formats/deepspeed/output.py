@@ -22,7 +22,7 @@ from pma_megatron.formats.deepspeed.universal import (
 )
 from pma_megatron.formats.output import Changes, Destination, OutputItem, OutputLayout
 from pma_megatron.formats.rates import scale_groups, scale_schedule
-from pma_megatron.formats.relay import relay, reset_steps
+from pma_megatron.formats.relay import Frames, relay, reset_steps
 from pma_megatron.storage.paths import path_of
 
 
@@ -36,7 +36,7 @@ def output_layout(path: str, changes: Changes) -> OutputLayout:
             to be scaled, and it stores none.
     """
     _refuse_unresumable(path, changes)
-    checkpoint = DeepSpeedCheckpoint(path_of(path))
+    checkpoint = DeepSpeedCheckpoint(path_of(path), private=changes.edits_optimizer)
     optimizers = checkpoint.optimizers() if changes.edits_optimizer else {}
     states = {file: base_state(state) for file, state in optimizers.items()}
     counted = {file: (partial(checkpoint.state, file), state) for file, state in states.items()}
@@ -50,7 +50,7 @@ def universal_layout(path: str, changes: Changes) -> OutputLayout:
         UsageError: see there.
     """
     _refuse_unresumable(path, changes)
-    checkpoint = UniversalCheckpoint(path_of(path))
+    checkpoint = UniversalCheckpoint(path_of(path), private=changes.edits_optimizer)
     steps = steps_of(checkpoint) if changes.optimizer == "reset" else {}
     # An int is another object once it is set back, so it is taken out afterwards.
     counted = {file: (partial(said.get, STEP, said), said) for file, said in steps.items()}
@@ -91,18 +91,23 @@ def _scale_rates(
     Raises:
         UsageError: a scheduler, or the param groups, store none: the script alone sets them.
     """
-    changed = []
+    changed: list[str] = []
+    scaled: dict[int, Any] = {}  # files may share what they say
     for file, state in groups.items():
+        changed.append(file)
+        if scaled.setdefault(id(state), file) != file:
+            continue
         if not scale_groups(state, factor, f"{checkpoint.path / file}"):
             raise _no_rates(checkpoint.path / file, "the optimizer's state has no param groups")
-        changed.append(file)
     for file in checkpoint.client_states:
         schedule = checkpoint.state(file).get("lr_scheduler")
         if schedule is None:
             continue
+        changed.append(file)
+        if scaled.setdefault(id(schedule), file) != file:
+            continue
         if not scale_schedule(schedule, factor, f"{checkpoint.path / file}"):
             raise _no_rates(checkpoint.path / file, "the scheduler's state has no rates")
-        changed.append(file)
     return changed
 
 
@@ -145,6 +150,7 @@ def _lay_out_after(
         new.setdefault(payload.item, []).append(payload)
     items: list[OutputItem] = []
     places: dict[Payload, Destination] = {}
+    frames = Frames()
     for file in checkpoint.files:
         base, edit = checkpoint.item(file), edits.get(file)
         noted = changes.note if file in checkpoint.client_states else None
@@ -159,6 +165,7 @@ def _lay_out_after(
                 edited,
                 zero,
                 noted,
+                frames,
             )
             items.append(relaid.item)
             places.update(relaid.places)

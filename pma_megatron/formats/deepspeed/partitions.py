@@ -13,20 +13,23 @@ they lie there; deepspeed/utils/zero_to_fp32.py reads partitions by it too.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pma_megatron.base.boxes import Box, Piece, flat_range
+from pma_megatron.base.boxes import Box, Piece
 from pma_megatron.errors import CheckpointError
-from pma_megatron.formats.base import MAIN_PARAM, Payload
+from pma_megatron.formats.base import MAIN_PARAM, Payload, Tensor
 from pma_megatron.formats.deepspeed.checkpoint import DeepSpeedCheckpoint
 from pma_megatron.formats.deepspeed.schema import refuse_ragged
-from pma_megatron.formats.flat import FlatMap, FlatRange, FlatSpace
+from pma_megatron.formats.flat import FlatMap, FlatRange, FlatSpace, states_from_flat
 from pma_megatron.formats.items import payload_of
 from pma_megatron.formats.pickles import Record, TensorRef
+from pma_megatron.formats.shares import Holders, RankItems, SharedPieces, SharedRanges
 
 _MASTERS = "single_partition_of_fp32_groups"
 _MASTERS_3 = "fp32_flat_groups"
@@ -120,14 +123,21 @@ def kind(checkpoint: DeepSpeedCheckpoint) -> str:
     return f"ZeRO-{_STAGES.get(said, said)}"
 
 
-def flat_spaces(checkpoint: DeepSpeedCheckpoint) -> tuple[list[FlatSpace], FlatMap]:
-    """Every flat space of a tag, and which parameter lies where in it.
+def main_params(
+    checkpoint: DeepSpeedCheckpoint, weights: Mapping[str, Tensor]
+) -> tuple[dict[str, dict[str, Tensor]], FlatMap]:
+    """Main params and moments of a tag in model space, and which parameter lies where in its files.
+
+    Args:
+        checkpoint: the tag.
+        weights: parameters by model key, for their shapes.
 
     Raises:
         CheckpointError: files of different ranks, or shapes and partitions, contradict each other.
     """
     groups = groups_of(checkpoint)
     spaces: list[FlatSpace] = []
+    shared: dict[str, dict[str, Tensor]] = {}
     ranges: dict[tuple[str, str], Sequence[FlatRange]] = {}
     for mp in range(checkpoint.model_parallel_size):
         own = [group for group in groups if group.mp == mp]
@@ -139,13 +149,25 @@ def flat_spaces(checkpoint: DeepSpeedCheckpoint) -> tuple[list[FlatSpace], FlatM
             for rank, state in enumerate(optimizers)
         ]
         if _MASTERS_3 in optimizers[0]:
-            theirs, found = _by_parameter(checkpoint, own, by_rank)
+            theirs = _of_ranks(checkpoint, own, by_rank)
+            states = _shared(own, theirs)
+            if states is None:
+                spaces += theirs
+            else:
+                for state, tensors in states.items():
+                    shared.setdefault(state, {}).update(tensors)
+            shapes = {name: shape for group in own for name, shape in group.shapes.items()}
+            found = SharedRanges.of_ranks(shapes, [(space.group, space.name) for space in theirs])
+            ranges.update(found)
         else:
             paddings = optimizers[0].get("param_alignment_paddings")
-            theirs, found = _by_group(checkpoint, own, by_rank, paddings)
-        spaces += theirs
-        ranges.update(found)
-    return spaces, ranges
+            theirs, placed = _by_group(checkpoint, own, by_rank, paddings)
+            spaces += theirs
+            ranges.update(placed)
+    states = states_from_flat(spaces, ranges, weights)
+    for state, tensors in shared.items():
+        states[state] = {**states.get(state, {}), **tensors}
+    return states, ranges
 
 
 _Partition = dict[str, tuple[Payload, TensorRef]]
@@ -188,33 +210,59 @@ def _by_group(
     return spaces, ranges
 
 
-def _by_parameter(
+def _of_ranks(
     checkpoint: DeepSpeedCheckpoint,
     groups: Sequence[Group],
     by_rank: Sequence[Sequence[_Partition]],
-) -> tuple[list[FlatSpace], FlatMap]:
-    spaces, ranges = [], {}
+) -> list[FlatSpace]:
+    """The flat space of each rank, which holds a share of every parameter."""
+    shares = [-(-math.prod(shape) // len(by_rank)) for g in groups for shape in g.shapes.values()]
+    spaces = []
     for rank, partitions in enumerate(by_rank):
         space = _join(checkpoint, f"model-parallel rank {groups[0].mp}", f"rank {rank}", partitions)
-        found, at = [], 0
-        for name, shape in (pair for group in groups for pair in group.shapes.items()):
-            share, boxes = share_of(shape, rank, len(by_rank))
-            found += [FlatRange(at + first, name, box) for box, first in boxes]
-            at += share
-        _check_length(checkpoint, space, at, exact=True)
+        _check_length(checkpoint, space, sum(shares), exact=True)
         spaces.append(space)
-        ranges[space.group, space.name] = found
-    return spaces, ranges
+    return spaces
 
 
-def share_of(shape: Sequence[int], rank: int, ranks: int) -> tuple[int, list[tuple[Box, int]]]:
-    """A parameter's share of one rank under ZeRO-3: its elements, ceil(numel / ranks) but for the
-    last ranks, and the boxes in it with where each begins.
-    """
-    numel = math.prod(shape)
-    share = -(-numel // ranks)
-    low, high = min(rank * share, numel), min((rank + 1) * share, numel)
-    return share, [(box, at - low) for box, at in flat_range(Box.whole(shape), low, high)]
+def _shared(
+    groups: Sequence[Group], spaces: Sequence[FlatSpace]
+) -> dict[str, dict[str, Tensor]] | None:
+    """Main params and moments by name, where all ranks hold them in the same partitions, and none
+    holds a part of a parameter's share; None where each rank's have to be looked at."""
+    shapes = [pair for group in groups for pair in group.shapes.items()]
+    states: dict[str, dict[str, Tensor]] = {}
+    said = spaces[0].states.keys()
+    if len({name for name, _ in shapes}) != len(shapes) or MAIN_PARAM not in said:
+        return None
+    if any(space.states.keys() != said for space in spaces):
+        return None
+    ranks = RankItems.of([space.states[MAIN_PARAM][0].payload.item for space in spaces])
+    for state, stored in spaces[0].states.items():
+        boxes = [piece.box for piece in stored]
+        held = [space.states[state] for space in spaces]
+        alike = all([piece.box for piece in pieces] == boxes for pieces in held)
+        dtypes = {piece.payload.dtype for pieces in held for piece in pieces}
+        if not alike or len(dtypes) != 1:
+            return None
+        holders = [
+            Holders.of(ranks, [p.payload for p in pieces], [p.start for p in pieces])
+            for pieces in zip(*held, strict=True)
+        ]
+        ends = list(itertools.accumulate(box.numel for box in boxes))
+        at = 0
+        for name, shape in shapes:
+            share = -(-math.prod(shape) // len(spaces))
+            number = bisect_right(ends, at)
+            if share and at + share > ends[number]:
+                return None
+            if share:
+                begin = at - (ends[number] - boxes[number].numel)
+                pieces = SharedPieces(holders[number], shape, begin)
+                tensor = Tensor(name, pieces.dtype, shape, pieces)
+                states.setdefault(state, {})[name] = tensor
+            at += share
+    return states
 
 
 def _join(

@@ -17,7 +17,8 @@ from pma_megatron.formats.deepspeed.checkpoint import FORMAT_NAME, TIED, DeepSpe
 from pma_megatron.formats.deepspeed.completeness import completeness
 from pma_megatron.formats.deepspeed.frozen import frozen_fragments
 from pma_megatron.formats.deepspeed.layers import layer_names
-from pma_megatron.formats.deepspeed.partitions import base_state, flat_spaces, groups_of, kind
+from pma_megatron.formats.deepspeed.partitions import base_state, groups_of, kind
+from pma_megatron.formats.deepspeed.partitions import main_params as main_params_of
 from pma_megatron.formats.deepspeed.saves import refuse_mixed_saves
 from pma_megatron.formats.deepspeed.steps import most_steps, refuse_mixed_steps
 from pma_megatron.formats.deepspeed.unsharded import name_main_params, trained_shapes
@@ -47,14 +48,15 @@ def read_source(path: str, ranges: FlatMap, main_params: bool, peers: Sequence[s
     refuse_mixed_saves(checkpoint)
     if not checkpoint.is_whole:
         weights = weights_of(checkpoint, shapes_of(checkpoint))
-        spaces, found = flat_spaces(checkpoint)
+        states, found = main_params_of(checkpoint, weights)
         frozen = _frozen(checkpoint, set(weights))
     else:
         weights, frozen, spaces, found = _without_zero(checkpoint, ranges)
+        states = states_from_flat(spaces, found, weights)
     return source_of(
         checkpoint,
         FORMAT_NAME,
-        ModelSpace(weights, states_from_flat(spaces, found, weights), kind(checkpoint)),
+        ModelSpace(weights, states, kind(checkpoint)),
         # float32 without ZeRO: moments have no names, so they stay the newest's in any case.
         optimizer_keys=frozenset(checkpoint.optimizers() if found else ()),
         topology=checkpoint.topology,
@@ -154,6 +156,8 @@ def weights_of(
         for name, shape in shapes.items():
             weights[name] = Tensor(name, torch.float32, shape, ())
     buffers = _buffers(checkpoint) - set(shapes)
+    if partitioned and not buffers:  # so that of each rank no file is gone through for them
+        return weights
     ranks = {file: dp for (_, dp), file in checkpoint.model.items()}
     for file, module, names in _modules(checkpoint, shapes):
         wanted = [key for key in names if key in shapes and not partitioned]

@@ -13,6 +13,7 @@ from pma_megatron.formats.pickles import TensorRef
 from pma_megatron.formats.schema import LIMIT, wrong
 
 _NAMES = ("step", "common_step", "base_optimizer_state_step")
+_HOLDS = (dict, list, tuple)
 
 
 def refuse_mixed_steps(checkpoint: DeepSpeedCheckpoint, states: Mapping[str, Any]) -> None:
@@ -26,8 +27,11 @@ def refuse_mixed_steps(checkpoint: DeepSpeedCheckpoint, states: Mapping[str, Any
         CheckpointError: files of two saves lie in one folder, or one is damaged.
     """
     first: tuple[str, list[float]] | None = None
+    counters: dict[int, list[Any]] = {}  # files may share what they say
     for file, state in states.items():
-        steps = [_value(checkpoint, file, counter) for counter in _counters(state)]
+        if id(state) not in counters:
+            counters[id(state)] = [*_counters(state)]
+        steps = [_value(checkpoint, file, counter) for counter in counters[id(state)]]
         if first is None:
             first = file, steps
         # Groups of one rank may differ: some were added later. A group does not over the ranks.
@@ -51,15 +55,16 @@ def most_steps(checkpoint: DeepSpeedCheckpoint, file: str, state: Any) -> int | 
 
 
 def _counters(state: Any) -> Iterator[Any]:
-    if isinstance(state, Mapping):
+    if isinstance(state, dict):
         for name, inner in state.items():
             if name in _NAMES and isinstance(inner, (int, float, TensorRef)):
                 yield inner
-            else:
+            elif isinstance(inner, _HOLDS):
                 yield from _counters(inner)
     elif isinstance(state, (list, tuple)):
-        for inner in state:
-            yield from _counters(inner)
+        for inner in state:  # very many numbers, of paddings
+            if isinstance(inner, _HOLDS):
+                yield from _counters(inner)
 
 
 def _value(checkpoint: DeepSpeedCheckpoint, file: str, counter: int | float | TensorRef) -> float:

@@ -42,8 +42,9 @@ class UniversalCheckpoint(DeepSpeedCheckpoint):
         states: parameter, or other tensor of the model -> state (`fp32`, ...) -> file.
     """
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
+    def __init__(self, path: Path, *, private: bool = False) -> None:
+        """See `DeepSpeedCheckpoint`."""
+        super().__init__(path, private=private)
         self.stages = sorted(p.name for p in path.glob("*.pt") if MODEL.match(p.name))
         self.model = {(0, 0): self.stages[0]} if self.stages else {}
         self.states: dict[str, dict[str, str]] = {}
