@@ -52,6 +52,8 @@ def _read(root: Path, tracker: Tracker, file: str) -> Pointer:
     except CheckpointError as error:
         if isinstance(error.__cause__, FileNotFoundError):
             return Pointer(file, None, f"has no {file}", missing=True)
+        if isinstance(error.__cause__, NotADirectoryError):
+            return Pointer(file, None, "is a file, and checkpoints are folders")
         why = why_closed(root)
         if why is not None:
             told = f"cannot be looked into ({why}): ask for the right to, or give another"
