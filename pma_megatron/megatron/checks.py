@@ -209,7 +209,7 @@ def _refuse_score(args: Any, settings: Settings) -> None:
                 f"--pma-score and {flag} cannot be combined: one evaluates, the other "
                 "trains; leave out one of the two"
             )
-    if settings.score_out is not None:
+    if settings.score_out is not None and os.environ.get("RANK", "0") == "0":  # who writes it
         out = settings.score_out
         refuse_file(f"--pma-score-out {out}", Path(out), SCORES)
 

@@ -100,7 +100,7 @@ def test_a_damaged_twin_of_a_whole_checkpoint_is_named_and_stops_nobody() -> Non
 def test_where_all_were_left_out_it_is_said() -> None:
     said = refusal(every(1000, 2000), exclude=(1000, 2000))
     assert said.endswith("complete checkpoint: exclude=(1000, 2000) leaves all there are out")
-    assert refusal([]).endswith("to merge: nothing was found")
+    assert refusal([]).endswith("complete checkpoint: nothing was found")
 
 
 def test_named_ones_are_ordered_by_iteration_then_tokens_then_as_given() -> None:
