@@ -101,8 +101,9 @@ INSIDE = {
         saves
     """,
     "runs": """
-        folders recovery_log tokens trackers
-        refs
+        recovery_log tokens trackers
+        folders
+        refs told_files
         describe gaps marks selection_request spacing
         selection torn
         discover trainer_retention
@@ -202,6 +203,7 @@ INSIDE = {
     """,
     "writers": """
         places records
+        event_file
         destinations
     """,
     "megatron": """

@@ -278,6 +278,16 @@ def is_folder(path: Path) -> bool:
         return False
 
 
+def why_closed(folder: Path) -> str | None:
+    """Why nothing is known of what is in a folder, as the system says; None where it can be looked
+    into, as far as its own rights tell."""
+    try:
+        os.stat(f"{folder}/.")  # noqa: PTH116 (a Path drops the dot, which asks for more)
+    except OSError as error:
+        return error.strerror
+    return None
+
+
 def folders_in(root: Path) -> list[Path]:
     """Folders directly below `root`.
 

@@ -6,18 +6,18 @@ import argparse
 import importlib.util
 from pathlib import Path
 
-from pma_megatron.base.openfiles import is_folder
 from pma_megatron.base.settings import declared, made
+from pma_megatron.base.spelling import given
 from pma_megatron.cli.request_files import words_of
 from pma_megatron.errors import UsageError
-from pma_megatron.formats.marker import MARKER_FILE
 from pma_megatron.merging.request import MergeRequest, Method
 from pma_megatron.retention.request import PruneRequest
 from pma_megatron.runs.selection_request import SelectionRequest
+from pma_megatron.runs.told_files import SCORES, beginning, json_with, refuse_file
 from pma_megatron.scores.grid import Grid
 from pma_megatron.spikes.healthy import Span
 from pma_megatron.spikes.request import RecoveryRequest
-from pma_megatron.storage.paths import path_of
+from pma_megatron.storage.paths import in_store, path_of, real
 from pma_megatron.watching.request import WatchRequest
 from pma_megatron.writers.places import refuse_unusable
 
@@ -133,43 +133,20 @@ def comparison_of(arguments: argparse.Namespace) -> None:
     if arguments.most < 0:
         raise UsageError(f"--most {arguments.most}: expected a number of at least 0")
     for each in (arguments.first, arguments.second):
-        if arguments.out is not None and path_of(each).resolve() in arguments.out.resolve().parents:
+        if arguments.out is not None and Path(real(each)) in Path(real(arguments.out)).parents:
             raise UsageError(f"--out {arguments.out} lies in {each}, which is compared: elsewhere")
 
 
 def report_of(arguments: argparse.Namespace) -> None:
     """Refuse a `pma report` that could not be written, or into what it is about."""
     _refuse_unwritable(arguments)
-    out = arguments.out.resolve()
-    for each in map(path_of, arguments.path):
-        if out == each.resolve():
-            raise UsageError(f"--out {arguments.out} is what the page is about: another file")
-    if out.is_file() and not _may_be_replaced(out):
-        raise UsageError(
-            f"--out {arguments.out} is there and no page of HTML: another file, or remove that one"
-        )
-    if any((folder / MARKER_FILE).is_file() for folder in out.parents):
-        raise UsageError(
-            f"--out {arguments.out} lies in what pma wrote, where no other file may be: elsewhere"
-        )
+    if any(real(arguments.out) == real(each) for each in arguments.path):
+        raise UsageError(f"--out {arguments.out} is what the page is about: another file")
     if importlib.util.find_spec("jinja2") is None or importlib.util.find_spec("matplotlib") is None:
         raise UsageError(
             "pma report needs matplotlib and jinja2, and one is not installed: "
             "pip install 'pma-megatron[plots]'"
         )
-
-
-def _may_be_replaced(path: Path) -> bool:
-    """Whether a file is an older page, or empty: not a tracker, or somebody's notes."""
-    try:
-        with path.open("rb") as stream:
-            start = stream.read(len(_PAGE))
-    except OSError:
-        return False
-    return not start or start.lower() == _PAGE
-
-
-_PAGE = b"<!doctype html>"
 
 
 def pruning_of(arguments: argparse.Namespace) -> PruneRequest:
@@ -218,18 +195,44 @@ def _span(text: str | None) -> Span | None:
 
 def _refuse_log(arguments: argparse.Namespace) -> None:
     """Refuse places that what is found could not be written to at the end."""
-    refuse_unusable("log_to", arguments.log_to)
+    export = getattr(arguments, "export", None)
+    made = [] if export is None or in_store(export) else [Path(export)]
+    refuse_unusable("log_to", arguments.log_to, made)
 
 
 def _refuse_unwritable(arguments: argparse.Namespace) -> None:
-    """Refuse outputs that could not be written at the end."""
-    plot = getattr(arguments, "plot", None)  # not every verb draws
-    for flag, path in (("--out", arguments.out), ("--plot", plot)):
-        if path is not None and not is_folder(path.absolute().parent):
-            raise UsageError(f"{flag} {path}: the folder {path.parent} does not exist: make it")
-        if path is not None and is_folder(path):
-            raise UsageError(f"{flag} {path} is a folder: name a file")
-    if plot is not None and importlib.util.find_spec("matplotlib") is None:
+    """Refuse outputs that could not be written at the end, or in the place of something else."""
+    out, plot = arguments.out, getattr(arguments, "plot", None)  # not every verb draws
+    if out is not None:
+        refuse_file(given("out", out), out, _RESULTS[arguments.verb])
+    if plot is None:
+        return
+    what, kind = given("plot", plot), _PICTURES.get(plot.suffix.lower())
+    if importlib.util.find_spec("matplotlib") is None:
         raise UsageError(
             "--plot needs matplotlib, which is not installed: pip install 'pma-megatron[plots]'"
         )
+    if kind is None:
+        raise UsageError(
+            f"{what}: the ending says what kind of picture it becomes: end it with one of "
+            f"{', '.join(_PICTURES)}"
+        )
+    if out is not None and real(out) == real(plot):
+        raise UsageError(f"{what} and {given('out', out)} are one file: two names")
+    refuse_file(what, plot, kind)
+
+
+_RESULTS = {
+    "compare": json_with("result of pma compare", ("first", "second", "same", "tensors")),
+    "evaluate": SCORES,
+    "forecast": json_with("result of pma forecast", ("forecast", "scores")),
+    "geometry": json_with("result of pma geometry", ("sources", "coefficients", "groups")),
+    "report": beginning("page of HTML", b"<!doctype html>"),
+}
+"""Verb -> what its `--out` may take the place of."""
+_PICTURES = {
+    ".png": beginning("PNG picture", b"\x89png"),
+    ".pdf": beginning("PDF file", b"%pdf-"),
+    ".svg": beginning("SVG picture", b"<?xml"),
+}
+"""Ending of `--plot` -> what it may take the place of."""

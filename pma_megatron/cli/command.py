@@ -81,6 +81,7 @@ def _work(given: list[str], rank: int, alone: bool) -> int:
         with speaking(front_end(arguments.parser, own)):
             typed = {k: v for k, v in vars(arguments).items() if k != "rest"}
             refuse_remote_values(typed, STORES.get(arguments.verb, ()))
+            _refuse_spool()
             arguments.request = arguments.request_of(arguments)
             if getattr(arguments, "dump_request", False):
                 sys.stdout.write(dumped(arguments))
@@ -110,6 +111,15 @@ def _work(given: list[str], rank: int, alone: bool) -> int:
     if code == NOT_THE_SAME:  # no failure, but torchrun takes every other code than 0 for one
         _failed(rank, "the two checkpoints are not the same", aloud=False)
     return code or 0
+
+
+def _refuse_spool() -> None:
+    from pma_megatron.runs.told_files import refuse_part
+    from pma_megatron.storage.folders import VARIABLE
+
+    said = os.environ.get(VARIABLE)
+    if said:
+        refuse_part(f"{VARIABLE}={said}", [Path(os.path.realpath(said))])
 
 
 def _with_progress(

@@ -11,8 +11,7 @@ from pma_megatron.base.comm import Comm, process_group_from_environment
 from pma_megatron.base.spelling import first_few
 from pma_megatron.cli.consoles import new_console, new_table
 from pma_megatron.cli.progress import show
-from pma_megatron.cli.score_grid import write_json
-from pma_megatron.cli.verbs import NOT_THE_SAME, show_result
+from pma_megatron.cli.verbs import NOT_THE_SAME, put_out, show_result
 from pma_megatron.comparison.compare import compare
 from pma_megatron.comparison.differences import Comparison, Difference, TensorComparison
 
@@ -33,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
         if comm.is_main:
             show_result(arguments, found.to_json(), lambda: _print(found, arguments.most))
-            write_json(arguments.out, found.to_json())
+            put_out(arguments, found.to_json())
     return 0 if found.same else NOT_THE_SAME
 
 

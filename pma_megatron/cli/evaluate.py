@@ -6,8 +6,8 @@ import argparse
 
 from pma_megatron.cli.consoles import new_console, new_table
 from pma_megatron.cli.curves import writers_of
-from pma_megatron.cli.score_grid import score, write_json
-from pma_megatron.cli.verbs import show_result
+from pma_megatron.cli.score_grid import score
+from pma_megatron.cli.verbs import put_out, show_result
 from pma_megatron.pages import charts
 from pma_megatron.runs.tokens import format_tokens
 from pma_megatron.scores.grid import UNMERGED
@@ -22,10 +22,10 @@ def run(arguments: argparse.Namespace) -> None:
         if scores is None:
             return
         writers.write(of_scores(scores))
-    write_json(arguments.out, scores.to_json())
+    show_result(arguments, scores.to_json(), lambda: show(scores))
+    put_out(arguments, scores.to_json())
     if arguments.plot is not None:
         charts.scored(scores, scores.metrics[0], arguments.plot)
-    show_result(arguments, scores.to_json(), lambda: show(scores))
 
 
 def show(scores: Scores) -> None:

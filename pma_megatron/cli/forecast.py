@@ -9,8 +9,8 @@ from dataclasses import replace
 from pma_megatron.cli.asked import grid_of
 from pma_megatron.cli.consoles import new_console, new_table
 from pma_megatron.cli.curves import writers_of
-from pma_megatron.cli.score_grid import score, write_json
-from pma_megatron.cli.verbs import show_result
+from pma_megatron.cli.score_grid import score
+from pma_megatron.cli.verbs import put_out, show_result
 from pma_megatron.errors import UsageError
 from pma_megatron.formats import registry
 from pma_megatron.megatron.score import scored_refs
@@ -61,10 +61,10 @@ def _forecast(arguments: argparse.Namespace, writers: Writers) -> None:
     made = forecast(scores, [*runs, *given], metric)
     writers.write(of_forecast(scores, made))
     value = {"forecast": made.to_json(), "scores": scores.to_json()}
-    write_json(arguments.out, value)
+    show_result(arguments, value, lambda: show(made))
+    put_out(arguments, value)
     if arguments.plot is not None:
         charts.forecasted(scores, made, arguments.plot)
-    show_result(arguments, value, lambda: show(made))
 
 
 def show(made: Forecast) -> None:

@@ -21,9 +21,8 @@ from pma_megatron.cli.score_grid import (
     refuse_other_trainers,
     run_megatron,
     with_megatron,
-    write_json,
 )
-from pma_megatron.cli.verbs import show_result
+from pma_megatron.cli.verbs import put_out, show_result
 from pma_megatron.errors import UsageError
 from pma_megatron.geometry.gram import Measured, measure
 from pma_megatron.geometry.spread import TOTAL, Spread
@@ -81,10 +80,10 @@ def run(arguments: argparse.Namespace) -> None:
             found = _with_provider(arguments, request, Comm())
     if found is None:
         return
-    write_json(arguments.out, found.to_json())
+    show_result(arguments, found.to_json(), lambda: _print(found))
+    put_out(arguments, found.to_json())
     if arguments.plot is not None:
         landscape.draw(found.measured, found.spreads[TOTAL], found.contour, arguments.plot)
-    show_result(arguments, found.to_json(), lambda: _print(found))
 
 
 def _with_provider(

@@ -9,6 +9,7 @@ import numpy as np
 from pma_megatron.geometry.gram import Measured
 from pma_megatron.geometry.spread import Spread
 from pma_megatron.megatron.contour import Contour
+from pma_megatron.pages import charts
 from pma_megatron.storage.paths import path_of
 
 _MEMBER, _MEAN = "#1f4e79", "#c0392b"
@@ -43,4 +44,4 @@ def draw(measured: Measured, whole: Spread, over: Contour | None, path: Path) ->
     axes.set_xlabel(f"first principal direction, {next(shares)}")
     axes.set_ylabel(f"second, {next(shares)}")
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=80)
+    charts.save(figure, path, dpi=80)

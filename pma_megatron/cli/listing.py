@@ -10,6 +10,7 @@ import logging
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 from pma_megatron.base.sizes import sized
 from pma_megatron.cli.consoles import new_console, new_table, tokens_of
@@ -20,7 +21,8 @@ from pma_megatron.merging.listing import Listed, listed
 from pma_megatron.runs.discover import list_checkpoints
 from pma_megatron.runs.folders import what_is
 from pma_megatron.runs.refs import CheckpointRef
-from pma_megatron.storage.paths import path_of
+from pma_megatron.runs.trackers import read_pointers
+from pma_megatron.storage.paths import in_store, path_of
 
 _log = logging.getLogger(__name__)
 
@@ -30,12 +32,22 @@ def run(arguments: Namespace) -> None:
     refs = list_checkpoints(arguments.root, problem=_log.warning)
     if not refs:
         raise SelectionError(what_is(path_of(arguments.root)))
+    _warn_of_trackers(path_of(arguments.root))
     found = listed(refs)
     rows = [
         {**asdict(each.ref), "state": each.ref.state, "bytes": each.bytes, "origin": each.origin}
         for each in found
     ]
     show_result(arguments, rows, lambda: _print(arguments.root, found))
+
+
+def _warn_of_trackers(root: Path) -> None:
+    """Say what training would stumble over when it resumes."""
+    pointers = {} if in_store(root) else read_pointers(root)
+    # Formats share a tracker.
+    for problem in dict.fromkeys(p.problem for p in pointers.values() if not p.missing):
+        if problem is not None:
+            _log.warning("%s %s: training does not resume from there", root, problem)
 
 
 def _print(root: str, found: Sequence[Listed]) -> None:

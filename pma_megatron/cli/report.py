@@ -6,11 +6,12 @@ import argparse
 from pathlib import Path
 
 from pma_megatron.base.sizes import sized
+from pma_megatron.base.spelling import given
 from pma_megatron.cli.tables import new_console
 from pma_megatron.cli.verbs import show_result
-from pma_megatron.errors import UsageError
 from pma_megatron.merging.published import verify
 from pma_megatron.pages.page import rendered, section_of
+from pma_megatron.runs.told_files import write_file
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -20,10 +21,7 @@ def run(arguments: argparse.Namespace) -> None:
         section_of(Path(path), f"s{number}", check) for number, path in enumerate(arguments.path, 1)
     ]
     page = rendered(sections)
-    try:
-        arguments.out.write_bytes(page)
-    except OSError as error:
-        raise UsageError(f"--out {arguments.out} cannot be written: {error.strerror}") from error
+    write_file(given("out", arguments.out), arguments.out, page)
     value = {
         "out": str(arguments.out),
         "bytes": len(page),

@@ -180,16 +180,3 @@ def _from_file(path: Path) -> Any:
     sys.modules[path.stem] = module  # dataclasses and pickles look their module up by name
     spec.loader.exec_module(module)
     return module
-
-
-def write_json(path: Path | None, value: Any) -> None:
-    """Write a result where `--out` says, if it does.
-
-    Raises:
-        UsageError: it cannot be written there.
-    """
-    if path is not None:
-        try:
-            path.write_text(json.dumps(value, indent=1) + "\n")
-        except OSError as error:
-            raise UsageError(f"--out {path} cannot be written: {error.strerror}") from error

@@ -19,10 +19,11 @@ from typing import Any, NoReturn
 from pma_megatron.base.durations import parse_duration
 from pma_megatron.base.presence import TIMEOUT_S
 from pma_megatron.base.settings import add_flags, setting
-from pma_megatron.base.spelling import FrontEnd, nearest, one_of
+from pma_megatron.base.spelling import FrontEnd, given, nearest, one_of
 from pma_megatron.errors import UsageError
 from pma_megatron.merging.request import MergeRequest
 from pma_megatron.runs.selection_request import SelectionRequest
+from pma_megatron.runs.told_files import write_json
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -217,6 +218,16 @@ def add_selection(verb: argparse.ArgumentParser) -> None:
     group = verb.add_argument_group("which checkpoints")
     add_flags(group, MergeRequest, "load")
     add_flags(group, SelectionRequest)
+
+
+def put_out(arguments: argparse.Namespace, value: Any) -> None:
+    """Write `value` as JSON where `--out` says, if it does.
+
+    Raises:
+        UsageError: it cannot be written there.
+    """
+    if arguments.out is not None:
+        write_json(given("out", arguments.out), arguments.out, value)
 
 
 def show_result(arguments: argparse.Namespace, value: Any, table: Callable[[], None]) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 from pma_megatron.base.spelling import as_flag
 from pma_megatron.errors import UsageError
 from pma_megatron.megatron.flags import RecoverySettings, Settings
+from pma_megatron.runs.told_files import SCORES, refuse_file
 
 _OWN_LAYOUT = "it keeps weights and main params in a layout of its own, which is not averaged"
 
@@ -207,6 +209,9 @@ def _refuse_score(args: Any, settings: Settings) -> None:
                 f"--pma-score and {flag} cannot be combined: one evaluates, the other "
                 "trains; leave out one of the two"
             )
+    if settings.score_out is not None and os.environ.get("RANK", "0") == "0":  # who writes it
+        out = settings.score_out
+        refuse_file(f"--pma-score-out {out}", Path(out), SCORES)
 
 
 def _refuse_shared_folders(args: Any, settings: Settings) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from pma_megatron.megatron.evaluate import Recorded, again, suffix
 from pma_megatron.megatron.flags import Settings
 from pma_megatron.megatron.score import score_merges
 from pma_megatron.megatron.writers import write
+from pma_megatron.runs.told_files import write_json
 from pma_megatron.scores.results import Scores
 from pma_megatron.writers.records import of_scores
 
@@ -92,7 +92,7 @@ class GridEvaluation:
         write(of_scores(scores), self._iteration)
         out = self._settings.score_out
         if out is not None and self._comm.is_main:
-            Path(out).write_text(json.dumps(scores.to_json(), indent=1) + "\n")
+            write_json(f"--pma-score-out {out}", Path(out), scores.to_json())
 
 
 def _renamed(scores: Scores, ending: str) -> Scores:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pma_megatron.base.comm import Comm
-from pma_megatron.base.openfiles import is_folder, read_source_file
+from pma_megatron.base.openfiles import is_folder, read_source_file, why_closed
 from pma_megatron.base.remote_paths import refuse_remote
 from pma_megatron.base.spelling import FrontEnd, keywords, speaking, switch
 from pma_megatron.errors import CheckpointError, PmaError, RankError, VerifyError
@@ -123,6 +123,9 @@ def published(path: str | Path) -> Path:
             f"{folder} is not a folder: give a merge (iter_*, a DeepSpeed tag, step-*, "
             "checkpoint-*, a model), or the folder above it, which it was saved in"
         )
+    why = why_closed(folder)
+    if why is not None:
+        raise CheckpointError(f"{folder} cannot be looked into ({why}): ask for the right to")
     if not (folder / MARKER_FILE).is_file():
         below = sorted(child.parent.name for child in folder.glob(f"*/{MARKER_FILE}"))
         if len(below) == 1 and published_as(folder / below[0]).inside:

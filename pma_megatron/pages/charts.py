@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pma_megatron.base.spelling import given
 from pma_megatron.runs.tokens import format_tokens
+from pma_megatron.runs.told_files import write_file
 from pma_megatron.scores.forecast import Forecast
 from pma_megatron.scores.grid import UNMERGED
 from pma_megatron.scores.results import Score, Scores
@@ -88,9 +91,15 @@ def position(scores: Scores, iteration: int) -> float:
     return iteration if tokens is None or _unit(scores) != _TOKENS else tokens
 
 
-def save(figure: Any, path: Path) -> None:
-    """Write the figure, its format by the name's ending."""
-    figure.savefig(path, dpi=110)
+def save(figure: Any, path: Path, dpi: int = 110) -> None:
+    """Write the figure, its format by the name's ending.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=dpi, format=path.suffix.removeprefix("."))
+    write_file(given("plot", path), path, drawn.getvalue())
 
 
 def _unit(scores: Scores) -> str:

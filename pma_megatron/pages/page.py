@@ -12,14 +12,15 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from pma_megatron.base.openfiles import is_folder, read_source_file
+from pma_megatron.base.openfiles import is_folder, read_source_file, why_closed
 from pma_megatron.errors import CheckpointError, UsageError
 from pma_megatron.formats.marker import MARKER_FILE
+from pma_megatron.formats.trainers.saves import checkpoint_in
 from pma_megatron.merging.published import published
 from pma_megatron.pages import merged, recovered, scored
 from pma_megatron.pages.section import COLOURS, Part, Section, shown
 from pma_megatron.runs import recovery_log
-from pma_megatron.runs.folders import what_is
+from pma_megatron.runs.folders import is_checkpoint
 from pma_megatron.scores.results import Scores
 from pma_megatron.version import __version__
 
@@ -48,6 +49,9 @@ def section_of(path: Path, prefix: str, check: Callable[[Path], str] | None = No
         return recovered.of_log(path.parent, recovery_log.read(path.parent))
     if not is_folder(path):
         return _of_file(path, prefix)
+    why = why_closed(path)
+    if why is not None:
+        raise UsageError(f"{path} cannot be looked into ({why}): ask for the right to")
     log = (path / recovery_log.FILE).is_file()
     try:
         folder = published(path)
@@ -65,7 +69,18 @@ def section_of(path: Path, prefix: str, check: Callable[[Path], str] | None = No
                 ) from error
     if log:
         return recovered.of_log(path, recovery_log.read(path))
-    raise UsageError(f"{what_is(path)}: give {_KINDS}")
+    raise UsageError(f"{_why_none(path, folder)}: give {_KINDS}")
+
+
+def _why_none(path: Path, folder: Path) -> str:
+    """Why there is no page of a folder, or of the checkpoint that its tracker names."""
+    log = f"{path} has no {recovery_log.FILE}"
+    if is_checkpoint(folder) or checkpoint_in(folder) is not None:
+        no_marker = (
+            f"{folder} has no {MARKER_FILE}: training saved it, or that file of an average is gone"
+        )
+        return no_marker if folder == path.absolute() else f"{log}, and {no_marker}"
+    return f"{log}, and nothing in it says that pma wrote it"
 
 
 def _of_file(path: Path, prefix: str) -> Section:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -11,12 +12,18 @@ from pathlib import Path
 from pma_megatron.base.openfiles import is_folder
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats import registry
-from pma_megatron.formats.marker import SNAPSHOTS
+from pma_megatron.formats.marker import MARKER_FILE, OWN_FILES, SNAPSHOTS
+from pma_megatron.formats.trainers.saves import checkpoint_in
+from pma_megatron.runs import recovery_log
 from pma_megatron.storage.paths import in_store
 
 ITERATION = re.compile(r"^iter_(\d{7,})$")
 _TRACKERS = {known.tracker.file for known in registry.FORMATS} - {None}
 _NAMED = 5  # entries of a folder that a message names
+_OURS = ".pma-"
+"""How the names begin of what pma keeps beside checkpoints: staging folders, journals, locks."""
+_DEEPEST = 4
+"""No folder of a checkpoint lies further below it."""
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -34,6 +41,36 @@ def holds_checkpoint(folder: Path) -> bool:
     if folder.name == "release":
         return registry.detect(folder) != "unknown"
     return is_checkpoint(folder)
+
+
+def means_something(name: str) -> bool:
+    """True for a name by which checkpoints are found, and what pma keeps beside them."""
+    known = _TRACKERS | OWN_FILES | {recovery_log.FILE}
+    return name in known or name.startswith(_OURS) or ITERATION.match(name) is not None
+
+
+def part_of(folder: Path) -> Path | None:
+    """The folder of a checkpoint, or of pma's own, that what is put into `folder` would become
+    part of; None if of none.
+
+    A Hugging Face model is one for what lies directly in it alone: trainers save it into the folder
+    which has everything else of a run below it.
+
+    Args:
+        folder: absolute; it need not be there.
+    """
+    for below, each in enumerate((folder, *folder.parents)):
+        if each.name.startswith(_OURS) or ITERATION.match(each.name) is not None:
+            return each
+        if os.access(each / MARKER_FILE, os.F_OK):
+            return each
+        if below < _DEEPEST and is_folder(each):
+            inside = checkpoint_in(each)
+            if inside is None and holds_checkpoint(each):
+                return each
+            if inside and (below == 0 or registry.detect(inside) != registry.SAFETENSORS):
+                return each
+    return None
 
 
 def what_is(path: Path) -> str:

@@ -18,7 +18,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from pma_megatron.base.openfiles import read_source_file
+from pma_megatron.base.openfiles import read_source_file, why_closed
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.json_files import without_repeats
 from pma_megatron.storage.paths import path_of
@@ -149,6 +149,12 @@ def read(root: str | Path) -> History:
     except CheckpointError as error:
         if isinstance(error.__cause__, (FileNotFoundError, NotADirectoryError)):
             return History(())
+        why = why_closed(path.parent)
+        if why is not None:
+            raise CheckpointError(
+                f"{path.parent} cannot be looked into ({why}): ask for the right to, or give "
+                "another"
+            ) from error
         raise CheckpointError(
             f"{error}. It says which checkpoints of the run are spoiled, so none is used without "
             "it: make it readable, or restore it"

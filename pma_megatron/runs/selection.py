@@ -271,9 +271,7 @@ def _up_to_end(
         if request.exclude:
             left = f"{given('exclude', request.exclude)} leaves the others out"
             found = f"{found}; {left}" if found else left.replace("the others", "all there are")
-        raise SelectionError(
-            f"there is no complete checkpoint to merge: {found or 'nothing was found'}"
-        )
+        raise SelectionError(f"there is no complete checkpoint: {found or 'nothing was found'}")
     return complete
 
 
@@ -287,7 +285,10 @@ def _last(
     later = request.end_iteration is not None and has("end_iteration")
     ways += [f"choose a later {named('end_iteration')}"] if later else []
     ways += [f"leave fewer out with {named('exclude')}"] if request.exclude else []
-    ways += ["wait until more are complete"]
+    if any(ref.state == "damaged" for ref in pool):
+        ways += ["put right what is said of those", "wait until the run has saved others"]
+    else:
+        ways += ["wait until more are complete"]
     unfinished = unusable_list(pool)
     raise SelectionError(
         f"{given('last', count)} needs {count} complete checkpoints up to "

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from pma_megatron.base.openfiles import is_folder, read_source_file
+from pma_megatron.base.openfiles import is_folder, read_source_file, why_closed
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats import registry
 from pma_megatron.formats.contract import Tracker
@@ -52,6 +52,12 @@ def _read(root: Path, tracker: Tracker, file: str) -> Pointer:
     except CheckpointError as error:
         if isinstance(error.__cause__, FileNotFoundError):
             return Pointer(file, None, f"has no {file}", missing=True)
+        if isinstance(error.__cause__, NotADirectoryError):
+            return Pointer(file, None, "is a file, and checkpoints are folders")
+        why = why_closed(root)
+        if why is not None:
+            told = f"cannot be looked into ({why}): ask for the right to, or give another"
+            return Pointer(file, None, told)
         return Pointer(file, None, f"has a {file} that cannot be read ({error})")
     folder = tracker.folder_of(content)
     if folder is None or folder in (".", "..") or "/" in folder or "\0" in folder:

@@ -5,19 +5,36 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+import stat
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from pma_megatron.base.log import visible
+from pma_megatron.base.spelling import given
+from pma_megatron.runs.told_files import beginning, refuse_file
 
 Tell = Callable[[dict[str, Any]], None]
 STARTED, WAITING, CURRENT, PUBLISHED = "started", "waiting", "current", "published"
 EVALUATED, FAILED, DELETED, STOPPED = "evaluated", "failed", "deleted", "stopped"
 KINDS = (STARTED, WAITING, CURRENT, PUBLISHED, EVALUATED, FAILED, DELETED, STOPPED)
 _LOUD = (FAILED,)
+_LOG = beginning("log of a watch", b'{"time": ')
 _log = logging.getLogger(__name__)
+
+
+def refuse_unusable(path: Path, made: Iterable[Path]) -> None:
+    """Refuse a file for events that could not be written, or that is something else's.
+
+    Args:
+        path: the file.
+        made: folders that the watch makes.
+
+    Raises:
+        UsageError: saying what to do.
+    """
+    refuse_file(given("events", path), path, _LOG, made)
 
 
 class Events:
@@ -61,7 +78,8 @@ def _append(path: Path, line: str) -> None:
     """In one write: a kill leaves all of it or, at worst, a line without an end."""
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        end = os.lseek(descriptor, 0, os.SEEK_END)
+        plain = stat.S_ISREG(os.fstat(descriptor).st_mode)
+        end = os.lseek(descriptor, 0, os.SEEK_END) if plain else 0
         torn = end > 0 and _last_byte(path) != b"\n"
         os.write(descriptor, (("\n" if torn else "") + line).encode())
     finally:

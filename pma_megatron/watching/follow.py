@@ -84,6 +84,8 @@ def watch(
             "a watch is one process, and starts the ranks of each merge itself: start it without "
             f"torchrun, with {named('launch')} 'torchrun --nproc-per-node 8'"
         )
+    if request.events is not None:
+        said.refuse_unusable(request.events, [place for place, _ in request.places])
     spoken = Events(request.events, tell)
     with _in_charge(request) as (sure, charges):
         follower = _Follower(request, spoken, show, charges)

@@ -14,11 +14,13 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from pma_megatron.base.log import visible
 from pma_megatron.base.spelling import given
 from pma_megatron.errors import UsageError
+from pma_megatron.writers.event_file import EventFile
 from pma_megatron.writers.places import MLFLOW, WANDB
 from pma_megatron.writers.records import GROUP, Records, Row
 
@@ -204,9 +206,7 @@ def _opened(place: str, command: str) -> Destination:
         return Wandb(command)
     if place == MLFLOW:
         return MLflow(None, command)
-    from torch.utils.tensorboard import SummaryWriter
-
-    return TensorBoard(SummaryWriter(place, filename_suffix=".pma"))
+    return EventFile(Path(place))
 
 
 class Writers:

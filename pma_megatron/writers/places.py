@@ -9,16 +9,18 @@ from pathlib import Path
 from pma_megatron.base.remote_paths import refuse_remote
 from pma_megatron.base.spelling import given
 from pma_megatron.errors import UsageError
+from pma_megatron.runs.told_files import refuse_folder
 
 WANDB, MLFLOW = "wandb", "mlflow"
 
 
-def refuse_unusable(setting: str, places: Iterable[str]) -> None:
-    """Refuse places for which a package is missing, or that are no folder; imports nothing.
+def refuse_unusable(setting: str, places: Iterable[str], made: Iterable[Path] = ()) -> None:
+    """Refuse places for which a package is missing, and folders that are none, or a checkpoint's.
 
     Args:
         setting: where they were given.
         places: `wandb`, `mlflow`, or folders for TensorBoard.
+        made: folders that the same command publishes.
 
     Raises:
         UsageError: one cannot be written to.
@@ -27,11 +29,7 @@ def refuse_unusable(setting: str, places: Iterable[str]) -> None:
         package = place if place in (WANDB, MLFLOW) else "tensorboard"
         if package == "tensorboard":
             refuse_remote(setting, place)
-            if Path(place).exists() and not Path(place).is_dir():
-                raise UsageError(
-                    f"{given(setting, place)} is a file: name a folder for TensorBoard, "
-                    f"{WANDB} or {MLFLOW}"
-                )
+            refuse_folder(given(setting, place), Path(place), made)
         try:
             found = importlib.util.find_spec(package) is not None
         except ValueError:  # `sys.modules` says that it is not there

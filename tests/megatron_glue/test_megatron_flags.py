@@ -207,12 +207,14 @@ def test_what_works_is_not_refused(text: str) -> None:
     argument_parser.validate(parse(text))
 
 
-def test_the_grid_to_score() -> None:
+def test_the_grid_to_score(tmp_path: Path) -> None:
     text = (
         "--pma-score --pma-score-methods sma ema:0.2 --pma-score-lasts 3 6 --pma-exclude 7 "
         "--pma-score-intervals-tokens 4B 8B --pma-score-ends every:2 --pma-tolerance 0.1 "
-        "--pma-threads 3 --pma-score-others /decay --pma-score-out /out.json"
+        "--pma-threads 3 --pma-score-others /decay "
     )
+    out = str(tmp_path / "out.json")
+    text += f"--pma-score-out {out}"
     args = parse(text, skip_train=True)
     argument_parser.validate(args)
     made = argument_parser.settings(args)
@@ -224,8 +226,13 @@ def test_the_grid_to_score() -> None:
         exclude=(7,),
         tolerance=0.1,
     )
-    assert (made.score_others, made.score_out, made.threads) == (("/decay",), "/out.json", 3)
+    assert (made.score_others, made.score_out, made.threads) == (("/decay",), out, 3)
     assert argument_parser.settings(parse("--pma-init")).score is None
+    tracker = tmp_path / "latest_checkpointed_iteration.txt"
+    for wrong in (tracker, tmp_path / "iter_0000004" / "out.json", tmp_path / "no" / "out.json"):
+        args = parse(f"--pma-score --pma-score-out {wrong}", skip_train=True)
+        with pytest.raises(UsageError, match=f"--pma-score-out {wrong}"):
+            argument_parser.validate(args)
 
 
 INIT = "--pma-init"

@@ -57,7 +57,7 @@ def test_too_few_says_how_many_and_why_the_others_do_not_count() -> None:
     assert "a later end_iteration=" in refusal(refs, last=4, end_iteration=3000)
     assert "last=10 needs 10" in refusal(every(1000, 9000))
     assert len(chosen(every(1000, 30_000))) == 10
-    assert "no complete checkpoint to merge: nothing was found" in refusal([])
+    assert "no complete checkpoint: nothing was found" in refusal([])
     said = refusal(every(1000, 6000, incomplete=WRITING))
     assert f"iteration 6000 (6B tokens) is incomplete ({WRITING}), and 2 older ones" in said
     assert "older ones" not in refusal(every(1000, 4000, incomplete=WRITING))
@@ -99,8 +99,8 @@ def test_a_damaged_twin_of_a_whole_checkpoint_is_named_and_stops_nobody() -> Non
 
 def test_where_all_were_left_out_it_is_said() -> None:
     said = refusal(every(1000, 2000), exclude=(1000, 2000))
-    assert said.endswith("to merge: exclude=(1000, 2000) leaves all there are out")
-    assert refusal([]).endswith("to merge: nothing was found")
+    assert said.endswith("complete checkpoint: exclude=(1000, 2000) leaves all there are out")
+    assert refusal([]).endswith("complete checkpoint: nothing was found")
 
 
 def test_named_ones_are_ordered_by_iteration_then_tokens_then_as_given() -> None:

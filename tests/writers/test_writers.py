@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,11 +20,11 @@ from test_recovery import metrics
 from test_watch import request_of
 from viewers import of_mlflow, of_tensorboard, of_wandb
 
-from conftest import folder_of
+from conftest import digests, folder_of
 from pma_megatron.cli import asked
 from pma_megatron.spikes.metrics import read_metrics
 from pma_megatron.writers import destinations
-from pma_megatron.writers.destinations import opened
+from pma_megatron.writers.destinations import Writers, opened
 from pma_megatron.writers.records import Note, Records, Row
 
 SMA = "pma/lm/sma N=3"
@@ -177,13 +179,74 @@ def test_refused_before_anything_is_done(
     assert not (places / "a").exists() and not (places / "b").exists()
 
 
+def test_no_curves_in_a_checkpoint(
+    run: Path, places: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not of the source, where they would be carried along, nor of what is made."""
+    save, model = places / "a", places / "model"
+    (places / "link").symlink_to(folder_of(run, 4))
+    words = ("--load", run, "--last", 2, "--save", save, "--export", model)
+    before = digests(run)
+    for place in (folder_of(run, 4), places / "link" / "x", folder_of(save, 8), model, model / "x"):
+        for verb in ("merge", "watch"):
+            code, _, err = call(capsys, verb, *words, "--log-to", place)
+            assert code == 2 and str(place) in err, err
+        assert not save.exists() and not model.exists() and digests(run) == before
+
+
+def test_a_folder_that_becomes_a_checkpoint_meanwhile(
+    run: Path, places: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A merge may publish under names that are known only then."""
+    board, row = places / "global_step8", Row(iteration=4, values={"pma/x": 1.0})
+    with opened("log_to", [str(board)], "pma merge") as writers:
+        assert not board.exists()
+        shutil.copytree(folder_of(run, 4), board)
+        before = digests(board)
+        writers.write(Records(rows=(row,)))
+    assert digests(board) == before and "global_step8 cannot be written" in caplog.text
+
+
+def test_what_finds_nothing_leaves_nothing(
+    run: Path, places: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    on = ("--metrics", places / "gone.csv", "--save", places / "on", "--log-to", places / "board")
+    assert call(capsys, "recover", "--load", run, *on)[0] != 0
+    assert not (places / "board").exists()
+
+
+def test_a_disk_that_is_full_for_a_while(
+    places: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is lost but time, for a watch of weeks; and no thread ends with a traceback."""
+    board = places / "board"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def write(writers: Writers, iteration: int) -> None:
+        values = {f"pma/{number}": float(iteration) for number in range(200)}
+        writers.write(Records(rows=(Row(iteration=iteration, values=values),)))
+
+    with opened("log_to", [str(board)], "pma watch") as writers:
+        for iteration, full in ((1, True), (2, True), (3, False), (4, True), (5, False)):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096 if full else soft, hard))
+            write(writers, iteration)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            if iteration < 3:
+                assert [*board.iterdir()] == []
+    curves, _ = of_tensorboard(board)
+    assert [step for step, _ in curves["pma/199"]] == [1, 2, 3, 4, 5]
+    assert len([*board.iterdir()]) == 1
+    assert caplog.text.count("board cannot be written") == 3
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_a_writer_that_fails_is_said_and_stops_nothing(
     run: Path, places: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(destinations.TensorBoard, "write", full)
+    monkeypatch.setattr(destinations.EventFile, "write", full)
     words = ("--last", 2, "--save", places / "a", "--log-to", places / "board")
     code, _, err = call(capsys, "merge", "--load", run, *words)
     assert code == 0 and folder_of(places / "a", 8).is_dir()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pma_megatron.base.once import once
-from pma_megatron.base.openfiles import digest_source_file
+from pma_megatron.base.openfiles import digest_source_file, unread
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.base import Incomplete, Item, Tensor
 from pma_megatron.formats.dcp.metadata import (
@@ -131,6 +131,8 @@ def not_torch_dist(path: Path) -> Incomplete | None:
     try:
         backend = read_json(config).get("sharded_backend")
     except CheckpointError as error:
+        if isinstance(error.__cause__, OSError):
+            return Incomplete(str(unread(config, error.__cause__)))
         empty = config.stat().st_size == 0
         return Incomplete(f"{CONFIG_FILE} cannot be read ({error}): damaged", empty)
     if backend != FORMAT_NAME:

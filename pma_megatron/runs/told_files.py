@@ -1,0 +1,172 @@
+"""Files and folders that a command is told to write: never part of a checkpoint, and never in the
+place of what is somebody else's.
+
+What can be refused at once is, before anything is imported that takes seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pma_megatron.base.durable import is_stream, replace_file
+from pma_megatron.base.openfiles import is_folder, read_source_file
+from pma_megatron.errors import CheckpointError, UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What a file is that a new one may take the place of.
+
+    Attributes:
+        name: for messages, without an article.
+        is_one: whether the file at a path is one; it may raise CheckpointError.
+    """
+
+    name: str
+    is_one: Callable[[Path], bool]
+
+
+def beginning(name: str, *starts: bytes) -> Kind:
+    """Files whose first bytes, letters of any case, are one of `starts`."""
+
+    def is_one(path: Path) -> bool:
+        with path.open("rb") as stream:
+            return stream.read(max(map(len, starts))).lower().startswith(starts)
+
+    return Kind(name, is_one)
+
+
+def json_with(name: str, keys: Collection[str]) -> Kind:
+    """Objects in JSON that have all of `keys`."""
+
+    def is_one(path: Path) -> bool:
+        try:
+            value = json.loads(read_source_file(path))
+        except (ValueError, RecursionError):
+            return False
+        return isinstance(value, dict) and set(keys) <= value.keys()
+
+    return Kind(name, is_one)
+
+
+SCORES = json_with("scores of pma evaluate", ("scores_version", "points"))
+
+
+def refuse_file(what: str, path: Path, kind: Kind, made: Iterable[Path] = ()) -> None:
+    """Refuse a file that could not be written at the end, or that would do damage.
+
+    Args:
+        what: the setting with its value, spelled.
+        path: the file; what it names if it is a link.
+        kind: what it may take the place of, beside a file without content.
+        made: folders that the same command makes before it writes the file.
+
+    Raises:
+        UsageError: saying what to do.
+    """
+    if is_stream(path):
+        return
+    target = Path(os.path.realpath(path))
+    there = is_folder(target.parent)
+    if not there and target.parent not in (Path(os.path.realpath(each)) for each in made):
+        raise UsageError(f"{what}: the folder {path.parent} does not exist: make it")
+    if is_folder(target):
+        raise UsageError(f"{what} is a folder: name a file")
+    if there:
+        _refuse_closed(what, target.parent)
+    refuse_part(what, {_absolute(path).parent, target.parent})
+    _refuse_name(what, path.name, target.name)
+    try:
+        other = os.path.lexists(target) and target.stat().st_size and not kind.is_one(target)
+    except (OSError, CheckpointError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"{what} is there and cannot be read ({why}): another file") from error
+    if other:
+        raise UsageError(f"{what} is there and no {kind.name}: another file, or remove that one")
+
+
+def refuse_folder(what: str, path: Path, made: Iterable[str | Path] = ()) -> None:
+    """Refuse a folder into which files could not be written, or where they would do damage.
+
+    Args:
+        what: the setting with its value, spelled.
+        path: the folder, which need not be there.
+        made: folders that the same command makes.
+
+    Raises:
+        UsageError: saying what to do.
+    """
+    places = {_absolute(path), Path(os.path.realpath(path))}
+    there = next(p for p in (path, *_absolute(path).parents) if os.path.lexists(p))
+    if not is_folder(there):
+        raise UsageError(f"{what}: {there} is a file: name a folder")
+    for each in made:
+        folder = Path(os.path.realpath(each))
+        if any(folder in (place, *place.parents) for place in places):
+            raise UsageError(f"{what} lies in {each}, which this command makes: elsewhere")
+    _refuse_closed(what, there)
+    refuse_part(what, places)
+
+
+def refuse_part(what: str, folders: Iterable[Path]) -> None:
+    """Refuse folders that are part of a checkpoint, or would be.
+
+    Args:
+        what: the setting with its value, spelled.
+        folders: absolute ones, which need not be there.
+
+    Raises:
+        UsageError: naming the checkpoint.
+    """
+    from pma_megatron.runs.folders import part_of  # imports torch
+
+    for whole in filter(None, map(part_of, sorted(folders))):
+        raise UsageError(
+            f"{what} lies in {whole}, a checkpoint or what pma wrote, where no other file may be: "
+            "elsewhere"
+        )
+
+
+def write_file(what: str, path: Path, data: bytes) -> None:
+    """Write a file whole, or leave what is there as it is.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
+    try:
+        replace_file(path, data)
+    except OSError as error:
+        raise UsageError(f"{what} cannot be written: {error.strerror}") from error
+
+
+def write_json(what: str, path: Path, value: Any) -> None:
+    """Write a value as JSON, as `write_file` does."""
+    write_file(what, path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def _absolute(path: Path) -> Path:
+    """Without `..`, and with the links in it as they are."""
+    return Path(os.path.normpath(path.absolute()))
+
+
+def _refuse_closed(what: str, folder: Path) -> None:
+    """Asked by the rank that writes: others may be on machines that have no such folder."""
+    if os.environ.get("RANK", "0") == "0" and not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(
+            f"{what}: you may not write into {folder}: ask for the right to, or name another place"
+        )
+
+
+def _refuse_name(what: str, *names: str) -> None:
+    from pma_megatron.runs.folders import means_something  # imports torch
+
+    if any(map(means_something, names)):
+        raise UsageError(
+            f"{what}: by files of that name checkpoints are found, or what became of them: choose "
+            "another name"
+        )
