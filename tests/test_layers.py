@@ -103,7 +103,7 @@ INSIDE = {
     "runs": """
         folders recovery_log tokens trackers
         refs
-        describe gaps marks selection_request spacing
+        branches describe gaps marks selection_request spacing
         selection torn
         discover trainer_retention
         notices
@@ -176,7 +176,8 @@ INSIDE = {
         recovery
     """,
     "online": """
-        memory_budget shard snapshot_job snapshot_upload swap
+        branch memory_budget shard snapshot_job swap
+        snapshot_upload
         hostcopy snapshots
         window
         origin store
