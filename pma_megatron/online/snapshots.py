@@ -38,7 +38,7 @@ from pma_megatron.formats.torch_dist.completeness import completeness
 from pma_megatron.online.branch import RunBranch, outdated
 from pma_megatron.online.snapshot_job import REMOVED, STAGING, Data, SnapshotJob, remove
 from pma_megatron.online.snapshot_upload import SnapshotUploads, refuse_full
-from pma_megatron.runs.branches import branch_of
+from pma_megatron.runs.branches import branch_of, given_up
 from pma_megatron.runs.describe import iteration_of
 from pma_megatron.runs.discover import TRACKER_FILE
 from pma_megatron.storage.paths import in_store, place_of, workplace
@@ -317,8 +317,8 @@ def prune(
     root: str | Path,
     keep: int,
     needed: Collection[int],
-    given_up: Collection[int] = (),
-    newest: int = 0,
+    abandoned: Collection[int] = (),
+    newest: int | None = None,
 ) -> list[Path]:
     """Delete old snapshots below `root`, oldest first (rank 0 only).
 
@@ -329,9 +329,10 @@ def prune(
         root: the folder of snapshots.
         keep: how many of the newest stay in any case.
         needed: iterations that a window still needs.
-        given_up: iterations of branches that were given up: they do not count as newest.
-        newest: the iteration that training has come to. What was given up of later ones stays: a
-            person may want that branch back.
+        abandoned: iterations of branches that were given up, beside those that say so: they do not
+            count as newest.
+        newest: the iteration that training has come to; None for that of the newest snapshot. What
+            was given up of later ones stays: a person may want that branch back.
 
     Returns:
         The folders that are gone.
@@ -347,8 +348,11 @@ def prune(
     for rest in root.glob(f"{REMOVED}*"):  # a deletion that was cut off
         shutil.rmtree(rest, ignore_errors=True)
     found = {iteration_of(f) or 0: f for f in root.iterdir() if _is_snapshot(f)}
+    said = {iteration: (iteration, branch_of(folder)) for iteration, folder in found.items()}
+    other = {*given_up(said), *abandoned}
+    come_to = max({*found} - other, default=0) if newest is None else newest
     gone = []
-    for iteration in outdated(found, keep, given_up, newest):
+    for iteration in outdated(found, keep, other, come_to):
         if iteration in needed:
             continue
         folder = found[iteration]

@@ -13,7 +13,7 @@ from conftest import digests, folder_of
 from pma_megatron import PmaError, SelectionRequest, list_checkpoints
 from pma_megatron.base.comm import Comm
 from pma_megatron.formats.marker import SNAPSHOTS
-from pma_megatron.online.snapshots import SnapshotWriter
+from pma_megatron.online.snapshots import SnapshotWriter, prune
 from pma_megatron.runs.discover import choose
 from pma_megatron.testing import inject, rank_outcomes, run_ranks
 
@@ -134,8 +134,9 @@ def test_a_full_checkpoint_in_a_snapshots_place_hides_no_branch(tmp_path: Path) 
 def test_keep_never_deletes_what_this_branch_wrote_for_one_given_up(tmp_path: Path) -> None:
     train(job(tmp_path, 0), 30, 100, 200, 300)
     writer = job(tmp_path, 40)
+    assert writer.prune(1) == []
     train(writer, 50)
-    assert writer.prune(2) == []
+    assert writer.prune(2) == [] and prune(tmp_path, 2, ()) == []
     train(writer, 60)
     assert writer.prune(2) == [folder_of(tmp_path, 30)]
     train(writer, 110)
