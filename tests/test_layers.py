@@ -43,10 +43,10 @@ INSIDE = {
     """,
     "storage": """
         protocol
-        claims folders object_store posix requests
+        folders object_store posix requests
         multi_storage
         addresses contents
-        spool
+        claims spool
         paths
     """,
     "formats": """
