@@ -43,10 +43,10 @@ INSIDE = {
     """,
     "storage": """
         protocol
-        claims folders object_store posix requests
+        folders object_store posix requests
         multi_storage
         addresses contents
-        spool
+        claims spool
         paths
     """,
     "formats": """
@@ -104,7 +104,7 @@ INSIDE = {
         recovery_log tokens trackers
         folders
         refs told_files
-        describe gaps marks selection_request spacing
+        branches describe gaps marks selection_request spacing
         selection torn
         discover trainer_retention
         notices
@@ -177,7 +177,8 @@ INSIDE = {
         recovery
     """,
     "online": """
-        memory_budget shard snapshot_job snapshot_upload swap
+        branch memory_budget shard snapshot_job swap
+        snapshot_upload
         hostcopy snapshots
         window
         origin store

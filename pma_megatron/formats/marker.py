@@ -6,6 +6,7 @@ stored in one dtype. Only the mark tells the two apart.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -36,6 +37,19 @@ MAIN_PARAMS = "main_params"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Branch:
+    """Which branch of a run wrote a snapshot: one begins where the run goes back.
+
+    Attributes:
+        number: how often the run had gone back by then.
+        after: what the branches before it wrote up to this iteration belongs to it too.
+    """
+
+    number: int
+    after: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SnapshotMarker:
     """What a snapshot says of itself.
 
@@ -43,11 +57,13 @@ class SnapshotMarker:
         iteration: of the run.
         dtype: dtype of the stored main parameters, as torch spells it without `torch.`.
         holds: what the tensors are; this release knows `main_params`.
+        branch: of the run; None where nothing is said, which counts as the first.
     """
 
     iteration: int
     dtype: str
     holds: str = MAIN_PARAMS
+    branch: Branch | None = None
 
     def to_json(self) -> dict[str, Any]:
         """What `pma.json` says beside the checksums of files."""
@@ -83,7 +99,18 @@ def read_snapshot_marker(folder: Path) -> SnapshotMarker | None:
     iteration, dtype = value.get("iteration"), value.get("dtype")
     if not is_count(iteration) or type(dtype) is not str:
         raise wrong(f"{folder / MARKER_FILE}: iteration and dtype", "both", (iteration, dtype))
-    return SnapshotMarker(iteration=iteration, dtype=dtype)
+    return SnapshotMarker(iteration=iteration, dtype=dtype, branch=_branch(folder, value))
+
+
+def _branch(folder: Path, said: Mapping[str, Any]) -> Branch | None:
+    branch = said.get("branch")
+    if branch is None:
+        return None
+    found = branch if isinstance(branch, dict) else {}
+    number, after = found.get("number"), found.get("after")
+    if not is_count(number) or not is_count(after):
+        raise wrong(f"{folder / MARKER_FILE}: branch", "number and after", branch)
+    return Branch(number=number, after=after)
 
 
 PROVENANCE_VERSION = 1

@@ -119,6 +119,7 @@ class MegatronSession(Session):
                 dtype=_DTYPES[settings.snapshot_dtype],
                 keep=settings.keep,
                 consumed_tokens=tokens,
+                iteration=iteration,
                 comm=self._comm,
                 metadata=metadata,
             )
@@ -142,8 +143,12 @@ class MegatronSession(Session):
         self._note_origins()
 
     def _forget(self, recovered: Recovered | None) -> None:
-        if recovered is not None and self.online is not None:
+        if recovered is None:
+            return
+        if self.online is not None:
             self.online.forget(recovered.untrusted_since)
+        if self.thin is not None:
+            self.thin.forget(recovered.untrusted_since)
 
     def saving(self) -> None:
         """Have no thread of ours at work while Megatron forks: a child would inherit its locks."""

@@ -16,7 +16,7 @@ from pma_megatron.errors import PublishError
 from pma_megatron.formats.rates import LEARNING_RATE
 from pma_megatron.megatron.params import sharded_state, unwrap
 from pma_megatron.online.hostcopy import HostCopy
-from pma_megatron.online.snapshots import SnapshotWriter, prune
+from pma_megatron.online.snapshots import SnapshotWriter
 from pma_megatron.storage.paths import in_store
 
 _log = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ class ThinSnapshots:
         dtype: torch.dtype,
         keep: int | None,
         consumed_tokens: int,
+        iteration: int,
         comm: Comm,
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
@@ -49,6 +50,7 @@ class ThinSnapshots:
             dtype: float32 or bfloat16.
             keep: how many of the newest stay; None for all.
             consumed_tokens: where the run stands.
+            iteration: likewise; later ones that are there are of a branch that was given up.
             comm: the ranks.
             metadata: what `sharded_state_dict` gets; None for its default.
 
@@ -60,7 +62,13 @@ class ThinSnapshots:
         self._parts = to_host.shard.chunks()
         chunks = [chunk for chunk, _ in self._parts]
         self._writer = SnapshotWriter(
-            root, chunks, dtype, comm, self._common, keep_in_store=keep if in_store(root) else None
+            root,
+            chunks,
+            dtype,
+            comm,
+            self._common,
+            keep_in_store=keep if in_store(root) else None,
+            trained_from=iteration,
         )
         self.root = self._writer.root
         self._keep = None if in_store(root) else keep
@@ -91,7 +99,12 @@ class ThinSnapshots:
             _log.warning("%s", error)
             return
         if self._comm.is_main and self._keep is not None:
-            prune(self.root, self._keep, ())
+            self._writer.prune(self._keep)
+
+    def forget(self, since: int) -> None:
+        """Snapshots of iteration `since` and later were spoiled by a loss spike, and training went
+        back to weights of before it."""
+        self._writer.train_on(since - 1)
 
     def _end(self) -> None:
         self.finish(_AT_EXIT_S)

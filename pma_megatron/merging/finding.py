@@ -14,6 +14,7 @@ from pma_megatron.base.comm import Comm
 from pma_megatron.errors import SelectionError
 from pma_megatron.formats.marker import SNAPSHOTS
 from pma_megatron.merging.request import MergeRequest
+from pma_megatron.runs.branches import marked
 from pma_megatron.runs.describe import describe
 from pma_megatron.runs.discover import choose, list_checkpoints, looked_at, pointers_of
 from pma_megatron.runs.notices import changed_settings_notes, settings_of, too_early_notes
@@ -123,7 +124,7 @@ def _all_refs(
                 seen[ref.path] = tuple(sorted({*seen.get(ref.path, ()), *sight.like(rank)}))
     if sight.one:
         seen = {path: tuple(range(comm.size)) for path in refs}
-    ordered = sorted(refs.values(), key=lambda ref: (ref.iteration or 0, ref.path))
+    ordered = sorted(marked([*refs.values()]), key=lambda ref: (ref.iteration or 0, ref.path))
     return {ref.path: ref for ref in ordered}, seen
 
 

@@ -32,6 +32,7 @@ from pma_megatron.formats.trainers.saves import save_of
 from pma_megatron.merging.engine import Progress
 from pma_megatron.merging.leftovers import Target, removed
 from pma_megatron.merging.planning import MergePlan
+from pma_megatron.storage.addresses import below
 from pma_megatron.storage.claims import FRESH_S, Claim, ClaimedError, claim, refuse_claimed
 from pma_megatron.storage.paths import in_store, path_of, stored
 from pma_megatron.storage.protocol import Store
@@ -107,7 +108,7 @@ def refuse_claimed_by_others(wanted: Sequence[Target]) -> None:
     for target in wanted:
         if in_store(target.final):
             with _uploading(target) as (store, key):
-                refuse_claimed(store, f"{key}/{UPLOADING_FILE}", target.staging.name)
+                refuse_claimed(store, below(key, UPLOADING_FILE), target.staging.name)
 
 
 def begin(plan: MergePlan, target: Target, files: Mapping[str, int]) -> Claim:
@@ -118,14 +119,14 @@ def begin(plan: MergePlan, target: Target, files: Mapping[str, int]) -> Claim:
     """
     layout = plan.layouts[target.folder]
     with _uploading(target) as (store, key):
-        sign, work = f"{key}/{UPLOADING_FILE}", target.staging.name
+        sign, work = below(key, UPLOADING_FILE), target.staging.name
         before = refuse_claimed(store, sign, work)
         ours = {*files, *_known_before(target, before or {})}
         made = claim(store, sign, work, {"files": sorted(ours)})
         there = [
-            each.key.removeprefix(f"{key}/")
-            for each in store.listed(f"{key}/")
-            if each.nbytes or each.key.removeprefix(f"{key}/") in ours  # no folder of a console's
+            each.key.removeprefix(below(key))
+            for each in store.listed(below(key))
+            if each.nbytes or each.key.removeprefix(below(key)) in ours  # no folder of a console's
         ]
         there = [name for name in there if name != UPLOADING_FILE]
         if made.new and there and not plan.request.overwrite:
@@ -148,8 +149,8 @@ def begin(plan: MergePlan, target: Target, files: Mapping[str, int]) -> Claim:
         gone = [name for name in there if name in ours]
         first = [*held_back(layout, gone)] if gone else []
         marks = [name for name in gone if name in first or PurePosixPath(name).name in _MARKS]
-        store.delete(f"{key}/{name}" for name in marks)
-        store.delete(f"{key}/{name}" for name in gone if name not in marks)
+        store.delete(below(key, name) for name in marks)
+        store.delete(below(key, name) for name in gone if name not in marks)
     return made
 
 
@@ -241,7 +242,7 @@ def _put(store: Store, key: str, target: Target, name: str, nbytes: int) -> str:
             f"{path} has {found} bytes, and had {nbytes} when it was verified: another process "
             "changed it, or this machine does not see all of it yet. Run the same command again"
         )
-    return store.put_file(f"{key}/{name}", path) or ""
+    return store.put_file(below(key, name), path) or ""
 
 
 def _renew(begun: Begun) -> None:
@@ -289,7 +290,7 @@ def complete(plan: MergePlan, target: Target, begun: Begun) -> None:
         _point_to(plan, target, store)
         point("upload_end", 0)
         own.check(store)
-        store.delete([f"{key}/{UPLOADING_FILE}"])
+        store.delete([below(key, UPLOADING_FILE)])
         with contextlib.suppress(SelectionError):  # it is there, whether that is listed or not
             path_of(target.final, again=True)
     removed(target.staging)
@@ -298,7 +299,7 @@ def complete(plan: MergePlan, target: Target, begun: Begun) -> None:
 def _refuse_missing(
     store: Store, key: str, files: Mapping[str, int], versions: Mapping[str, str], target: Target
 ) -> None:
-    there = {each.key.removeprefix(f"{key}/"): each for each in store.listed(f"{key}/")}
+    there = {each.key.removeprefix(below(key)): each for each in store.listed(below(key))}
     wrong = []
     for name, size in files.items():
         found = there.get(name)
@@ -326,11 +327,10 @@ def _point_to(plan: MergePlan, target: Target, store: Store) -> None:
     if not tracked or known.file is None or content is None:
         return
     root = stored(target.root)[1]
-    above = f"{root}/" if root else ""
     trainer = save_of(target.final, registry.detect(target.final)).trainer
     for name, original in () if trainer is None else trainer.root_copies:
-        store.put(f"{above}{name}", read_source_file(target.final / original))
-    store.put(f"{above}{known.file}", content.encode())
+        store.put(below(root, name), read_source_file(target.final / original))
+    store.put(below(root, known.file), content.encode())
 
 
 @contextlib.contextmanager

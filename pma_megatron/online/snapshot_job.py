@@ -40,6 +40,8 @@ from pma_megatron.formats.torch_dist.chunks import CONFIG, PlacedChunk
 
 STAGING = ".pma-snapshot-"
 REMOVED = ".pma-removed-"
+UPLOADED = ".pma-uploaded"
+"""In a folder on the disk: all of it is in the store."""
 _FILES, _DONE, _FAILED = "files", "done_", "failed"
 _BLOCK_ELEMENTS = 1 << 20
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.01, 0.5
@@ -63,6 +65,7 @@ class SnapshotJob:
         objects: torch-saved opaque entries of this rank, by key.
         small: files beside the shards, by name (rank 0).
         marker: what `pma.json` says beside the checksums of all files (rank 0).
+        refuse_full: raises PublishError where the disk is not to hold another one.
         metadata: makes `.metadata`, given where the objects of all ranks lie (rank 0).
         published: is told the name of what is there, whole (rank 0).
     """
@@ -78,6 +81,7 @@ class SnapshotJob:
     marker: Mapping[str, Any]
     metadata: Callable[[Mapping[str, Item]], bytes]
     published: Callable[[str], None] = lambda name: None
+    refuse_full: Callable[[], None] = lambda: None
     cancelled: threading.Event = field(default_factory=threading.Event)
     error: Exception | None = None
     thread: threading.Thread | None = None
@@ -114,6 +118,11 @@ class SnapshotJob:
 
     def _run(self) -> None:
         try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            self.refuse_full()
+            if self.rank == 0:
+                # Where the folder is there, other ranks take the snapshot for published.
+                self._move_away()
             self._write_file()
             if self.rank == 0:
                 self._publish(*self._collect())
@@ -141,7 +150,6 @@ class SnapshotJob:
         return self.staging / _FILES / f"__{self.rank}_0.distcp"
 
     def _write_file(self) -> None:
-        self._file.parent.mkdir(parents=True, exist_ok=True)
         buffer = torch.empty(0)
         objects, at, parts = {}, 0, list[Part]()
         with self._file.open("wb", buffering=0) as stream:
@@ -275,7 +283,6 @@ class SnapshotJob:
         point("snapshot-marker", 0)
         write_small(files / CONFIG_FILE, CONFIG)
         sync(files)
-        self._move_away()
         point("snapshot-publish", 0)
         files.rename(self.target)
         sync(self.target.parent)
@@ -283,12 +290,13 @@ class SnapshotJob:
         self.published(self.target.name)
 
     def _move_away(self) -> None:
-        """Make room where a damaged snapshot has the name; anything else is not ours to remove."""
+        """Make room where a snapshot has the name, damaged or of a branch that was given up;
+        anything else is not ours to remove."""
         with contextlib.suppress(OSError):  # it is empty where it has gone on to a store
             self.target.rmdir()
         if not self.target.exists():
             return
-        if read_snapshot_marker(self.target) is None:
+        if not (self.target / UPLOADED).exists() and read_snapshot_marker(self.target) is None:
             raise PublishError(f"{self.target} exists and is no snapshot: move it elsewhere")
         remove(self.target)
 

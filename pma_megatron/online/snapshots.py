@@ -21,7 +21,7 @@ import torch
 from pma_megatron.base.comm import Comm
 from pma_megatron.base.openfiles import is_folder
 from pma_megatron.base.remote_paths import refuse_remote
-from pma_megatron.base.spelling import named
+from pma_megatron.base.spelling import first_few, named
 from pma_megatron.errors import CheckpointError, PublishError, UsageError
 from pma_megatron.formats.base import Item
 from pma_megatron.formats.marker import SNAPSHOTS, SnapshotMarker, read_snapshot_marker
@@ -35,8 +35,10 @@ from pma_megatron.formats.torch_dist.chunks import (
     stored,
 )
 from pma_megatron.formats.torch_dist.completeness import completeness
+from pma_megatron.online.branch import RunBranch, outdated
 from pma_megatron.online.snapshot_job import REMOVED, STAGING, Data, SnapshotJob, remove
-from pma_megatron.online.snapshot_upload import SnapshotUploads
+from pma_megatron.online.snapshot_upload import SnapshotUploads, refuse_full
+from pma_megatron.runs.branches import branch_of, given_up
 from pma_megatron.runs.describe import iteration_of
 from pma_megatron.runs.discover import TRACKER_FILE
 from pma_megatron.storage.paths import in_store, place_of, workplace
@@ -44,6 +46,7 @@ from pma_megatron.storage.paths import in_store, place_of, workplace
 __all__ = ["SNAPSHOTS", "Chunk", "SnapshotWriter", "prune"]
 
 DTYPES = (torch.float32, torch.bfloat16)
+_SHOWN = 8
 _log = logging.getLogger(__name__)
 
 
@@ -63,6 +66,8 @@ class SnapshotWriter:
         common: Callable[[int], Mapping[str, Any]] | None = None,
         *,
         keep_in_store: int | None = None,
+        trained_from: int | None = None,
+        keeps_whole: bool = False,
     ) -> None:
         """Agree on who writes what. Every rank makes this call.
 
@@ -76,6 +81,10 @@ class SnapshotWriter:
             common: iteration -> further entries of the common state, as Megatron's own saves have
                 (`content_metadata`, `num_floating_point_operations_so_far`); called on rank 0.
             keep_in_store: how many of the newest stay at an address; None for all.
+            trained_from: iteration from which this job trains on: what is there of later ones is
+                of a branch that was given up, which is said. None: the first `write` tells.
+            keeps_whole: what is there whole is not written again; the caller deletes what it gives
+                up.
 
         Raises:
             UsageError: another dtype.
@@ -90,13 +99,16 @@ class SnapshotWriter:
         self._uploads: SnapshotUploads | None = None
         self._is_remote = in_store(final)
         if in_store(final) and comm.is_main:
-            self._uploads = SnapshotUploads(final, self.root, keep_in_store)
+            self._uploads = SnapshotUploads(final, self.root, keep_in_store, self._passed_by)
+        self._keeps_whole, self._final = keeps_whole, final
         self._dtype, self._comm, self._common = dtype, comm, common
         self._count = 0
         self._job: SnapshotJob | None = None
         self._metadata: tuple[Mapping[str, Item], bytes] | None = None
         self._token = comm.broadcast(secrets.token_hex(4))
-        self._there = comm.on_main("snapshot folder", self._prepare)
+        self._branch = RunBranch({})
+        self._newest = 0
+        self._there = comm.on_main("snapshot folder", lambda: self._prepare(trained_from))
         try:
             comm.agree("snapshot folder", self._refuse_unseen)
         finally:
@@ -121,7 +133,8 @@ class SnapshotWriter:
     ) -> None:
         """Begin the snapshot of `iteration` in a thread; returns at once.
 
-        A whole snapshot that is there already is kept: a resumed run comes by the same iterations.
+        One that is there already is replaced, as Megatron replaces its own checkpoints: the run
+        has gone back and comes by again. With `keeps_whole` it is kept, if it is whole.
 
         Args:
             iteration: of the run.
@@ -140,13 +153,13 @@ class SnapshotWriter:
             )
         self._count += 1
         target = self.root / f"iter_{iteration:07d}"
-        is_whole = is_folder(target) and completeness(target) is None
-        # One rank looked once where another may be putting it into a store at this moment.
-        if iteration in self._there or (is_whole and not self._is_remote):
+        if self._keeps_whole and self._is_there(target):
             _log.info("%s is there already and whole: kept", target)
             return
         if self._comm.is_main:
             self._remove_given_up()
+            self._newest = iteration
+            self._say_given_up(self._branch.write(iteration), iteration - 1)
         small, marker = self._small_files(iteration, args) if self._comm.is_main else ({}, {})
         self._job = SnapshotJob(
             rank=self._comm.rank,
@@ -161,6 +174,7 @@ class SnapshotWriter:
             marker=marker,
             metadata=self._metadata_of,
             published=self._upload,
+            refuse_full=self._refuse_full,
         )
         self._job.start()
 
@@ -181,13 +195,67 @@ class SnapshotWriter:
             self._uploads.wait(timeout_s)
             self._uploads.remove_empty()
 
+    def train_on(self, iteration: int) -> None:
+        """Training went back to weights of `iteration`, whatever number it goes on with: what this
+        job wrote of later ones is given up. No communication."""
+        if self._comm.is_main:
+            self._branch.train_on(iteration)
+
+    def prune(self, keep: int) -> list[Path]:
+        """Delete old snapshots on a disk (rank 0 only); see `prune`.
+
+        Of branches that were given up, those go that training has come by, and none counts.
+
+        Args:
+            keep: how many of the newest of this branch stay.
+        """
+        return prune(self.root, keep, (), self._branch.given_up, self._newest)
+
+    def _passed_by(self) -> tuple[frozenset[int], int]:
+        return self._branch.given_up, self._newest
+
+    def _is_there(self, target: Path) -> bool:
+        # One rank looked once where another may be putting it into a store at this moment.
+        if self._is_remote:
+            return iteration_of(target) in self._there
+        return is_folder(target) and completeness(target) is None
+
+    def _look_for_branches(self, trained_from: int | None) -> None:
+        """What is newer than where training goes on is of a branch that was given up."""
+        found = {} if self._uploads is None else dict(self._uploads.branches)
+        for folder in filter(_is_snapshot, self.root.iterdir()):
+            found[iteration_of(folder) or 0] = branch_of(folder)
+        self._branch = RunBranch(found)
+        if trained_from is not None:
+            self._newest = trained_from
+            self._say_given_up(self._branch.train_on(trained_from), trained_from)
+
+    def _say_given_up(self, iterations: Sequence[int], trained_from: int) -> None:
+        if iterations:
+            _log.warning(
+                "snapshots of iterations %s in %s are newer than iteration %d, from which this job "
+                "trains on: they are of a branch that was given up. Each is replaced when training "
+                "comes by its iteration; move them elsewhere before that if you need them",
+                first_few([str(each) for each in iterations], _SHOWN),
+                self._final,
+                trained_from,
+            )
+
+    def _refuse_full(self) -> None:
+        if self._is_remote:
+            refuse_full(self.root, sum(chunk.item.length for chunk in self._layout))
+
     def _upload(self, name: str) -> None:
         if self._uploads is not None:
             self._uploads.published(name)
 
-    def _prepare(self) -> frozenset[int]:
-        there = frozenset() if self._uploads is None else self._uploads.there()
+    def _prepare(self, trained_from: int | None) -> frozenset[int]:
+        there: frozenset[int] = frozenset()
+        if self._uploads is not None:
+            there = self._uploads.there()
         self._make()
+        if not self._keeps_whole:
+            self._look_for_branches(trained_from)
         if self._uploads is not None:
             self._uploads.remove_empty()
             there |= self._uploads.left()
@@ -234,7 +302,8 @@ class SnapshotWriter:
         further = {} if self._common is None else self._common(iteration)
         common = {"args": args, "checkpoint_version": 3.0, "iteration": iteration, **further}
         dtype = str(self._dtype).removeprefix("torch.")
-        marker = SnapshotMarker(iteration=iteration, dtype=dtype)
+        branch = None if self._keeps_whole else self._branch.now
+        marker = SnapshotMarker(iteration=iteration, dtype=dtype, branch=branch)
         return {COMMON_FILE: _saved(common)}, marker.to_json()
 
     def _metadata_of(self, objects: Mapping[str, Item]) -> bytes:
@@ -244,7 +313,13 @@ class SnapshotWriter:
         return self._metadata[1]
 
 
-def prune(root: str | Path, keep: int, needed: Collection[int]) -> list[Path]:
+def prune(
+    root: str | Path,
+    keep: int,
+    needed: Collection[int],
+    abandoned: Collection[int] = (),
+    newest: int | None = None,
+) -> list[Path]:
     """Delete old snapshots below `root`, oldest first (rank 0 only).
 
     Only folders `iter_*` that are marked as snapshots are ever deleted; Megatron's checkpoints,
@@ -254,6 +329,10 @@ def prune(root: str | Path, keep: int, needed: Collection[int]) -> list[Path]:
         root: the folder of snapshots.
         keep: how many of the newest stay in any case.
         needed: iterations that a window still needs.
+        abandoned: iterations of branches that were given up, beside those that say so: they do not
+            count as newest.
+        newest: the iteration that training has come to; None for that of the newest snapshot. What
+            was given up of later ones stays: a person may want that branch back.
 
     Returns:
         The folders that are gone.
@@ -268,11 +347,15 @@ def prune(root: str | Path, keep: int, needed: Collection[int]) -> list[Path]:
         return []
     for rest in root.glob(f"{REMOVED}*"):  # a deletion that was cut off
         shutil.rmtree(rest, ignore_errors=True)
-    found = sorted((iteration_of(f), f) for f in root.iterdir() if _is_snapshot(f))
+    found = {iteration_of(f) or 0: f for f in root.iterdir() if _is_snapshot(f)}
+    said = {iteration: (iteration, branch_of(folder)) for iteration, folder in found.items()}
+    other = {*given_up(said), *abandoned}
+    come_to = max({*found} - other, default=0) if newest is None else newest
     gone = []
-    for iteration, folder in found[: max(len(found) - keep, 0)]:
+    for iteration in outdated(found, keep, other, come_to):
         if iteration in needed:
             continue
+        folder = found[iteration]
         try:
             remove(folder)
         except OSError as error:

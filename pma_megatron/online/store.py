@@ -53,7 +53,7 @@ class WindowStore:
         self.root, self.window, self._shard, self._comm = Path(root), window, shard, comm
         self._parts = shard.chunks()
         chunks = [chunk for chunk, _ in self._parts]
-        self._writer = SnapshotWriter(self.root, chunks, torch.float32, comm)
+        self._writer = SnapshotWriter(self.root, chunks, torch.float32, comm, keeps_whole=True)
         self._stored: set[int] = set()
         self._before: frozenset[int] = frozenset()
         self._stale: list[int] | None = None  # not looked for yet

@@ -21,6 +21,7 @@ from pma_megatron.formats import registry
 from pma_megatron.formats.holding import MARKERS
 from pma_megatron.formats.marker import MARKER_FILE, SEAL_FILE, UPLOADING_FILE
 from pma_megatron.runs import recovery_log
+from pma_megatron.storage.addresses import below
 from pma_megatron.storage.claims import FRESH_S, Claim, claim, claimed
 from pma_megatron.storage.paths import in_store, stored
 from pma_megatron.storage.protocol import Object, Store
@@ -114,7 +115,7 @@ def moment_of(folder: Path) -> Moment:
     """
     store, key = stored(folder)
     above = key.rpartition("/")[0]
-    beside = _by_name(store.beside(f"{above}/" if above else ""), above)
+    beside = _by_name(store.beside(below(above)), above)
     named = {name: said for name, said in beside.items() if name in _TRACKERS}
     return Moment(_inside(store, key), named)
 
@@ -124,7 +125,7 @@ def _inside(store: Store, key: str) -> dict[str, tuple[str, int, int]]:
 
 
 def _by_name(found: Iterable[Object], folder: str) -> dict[str, tuple[str, int, int]]:
-    above = f"{folder}/" if folder else ""
+    above = below(folder)
     return {
         each.key.removeprefix(above): (each.version, each.nbytes, each.modified_ns)
         for each in found

@@ -9,6 +9,7 @@ from pathlib import Path
 from pma_megatron.base.openfiles import is_folder
 from pma_megatron.formats.marker import SNAPSHOTS
 from pma_megatron.runs.folders import ITERATION
+from pma_megatron.storage.addresses import below
 from pma_megatron.storage.paths import in_store, path_of, stored
 
 _HOPS = 40  # as many links in a row as Linux follows
@@ -48,7 +49,7 @@ def beside(root: Path) -> list[Path]:
     if in_store(root):
         store, key = stored(root)
         above, _, own = key.rpartition("/")
-        names = store.folders(f"{above}/" if above else "")
+        names = store.folders(below(above))
         return [root.parent / name for name in names if name != own]
     ways = spellings(root)
     found = (each for way in ways for each in folders_below(way.parent))

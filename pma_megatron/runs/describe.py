@@ -124,6 +124,7 @@ def _described(folder: Path, history: recovery_log.History | None) -> Checkpoint
         weights_only=bool(common.get("weights_only")),
         unhealthy_because=doubt.reason if doubt else None,
         judged=doubt is None or doubt.judged,
+        branch=None if marker is None else marker.branch,
         warning=known.written_after(folder),
         saved_in=_saved_in(folder, name),
     )

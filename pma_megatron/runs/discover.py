@@ -17,6 +17,7 @@ from pma_megatron.formats import registry
 from pma_megatron.formats.marker import SNAPSHOTS
 from pma_megatron.formats.trainers.saves import checkpoint_in, saved_below
 from pma_megatron.runs import recovery_log
+from pma_megatron.runs.branches import branch_of, marked
 from pma_megatron.runs.describe import SHORT, STEP, describe, iteration_of
 from pma_megatron.runs.folders import ITERATION, is_checkpoint, what_is
 from pma_megatron.runs.refs import CheckpointRef
@@ -79,19 +80,22 @@ def list_checkpoints(
     pointers = read_pointers(root)
     folders = _checkpoint_folders(root, _tags_named(pointers))
     refs = {folder.name: look(folder) for folder in folders}
+    hidden = []
     for folder in _checkpoint_folders(root / SNAPSHOTS):
         full = refs.get(folder.name)
         if full is None or not full.complete:
             thin = look(folder)
             if full is None or thin.complete:
                 refs[folder.name] = thin
+        else:
+            hidden.append(branch_of(folder))
     around = [*saved_below(root, refs), *(() if refs else _tags_with_own_roots(root))]
     refs |= {str(folder): look(folder) for folder in around}
     at = {ref.path: key for key, ref in refs.items()}
     torn = list(torn_saves(root, refs.values()))
     refs |= {at.get(ref.path, ref.path): ref for ref in torn}
     ordered = sorted(
-        _each_once(refs.values(), pointers),
+        marked(_each_once(refs.values(), pointers), hidden),
         key=lambda ref: (ref.iteration is None, ref.iteration or 0, ref.path),
     )
     return _only_newest_writing(ordered, pointers)

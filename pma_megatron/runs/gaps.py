@@ -21,13 +21,14 @@ Kind = Literal[
     "damaged",
     "spoiled",
     "not judged",
+    "given up",
     "excluded",
     "newer",
     "not needed",
     "no iteration",
 ]
-_TOGETHER: tuple[Kind, ...] = ("excluded", "newer", "not needed")
-"""Kinds that share one line: they are what was asked for."""
+_TOGETHER: tuple[Kind, ...] = ("given up", "excluded", "newer", "not needed")
+"""Kinds that share one line: they are what was asked for, or no part of the run any more."""
 Wanted = Callable[[CheckpointRef], bool]
 """Whether a checkpoint would have been chosen, had it been whole and healthy."""
 
@@ -40,8 +41,9 @@ class PassedOver:
         path: its folder.
         iteration: None where it has none.
         kind: `being written`, `damaged`, `spoiled` (saved in a loss spike), `not judged` (saved
-            before the loss after a recovery was known to be well), `excluded`, `newer` than what
-            training resumes from, `not needed` by the spacing or list, or without an iteration.
+            before the loss after a recovery was known to be well), `given up` (a later branch of
+            the run began before it), `excluded`, `newer` than what training resumes from, `not
+            needed` by the spacing or list, or without an iteration.
         reason: a clause for people.
         gap: whether it would have been chosen, had it been whole and healthy.
     """

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from pma_megatron.formats.marker import Branch
 from pma_megatron.runs.tokens import format_tokens
 
 Unit = Literal["tokens", "iterations", "unknown"]
-State = Literal["complete", "being written", "damaged", "spoiled", "not judged"]
+State = Literal["complete", "being written", "damaged", "spoiled", "not judged", "given up"]
 
 _SHOWN = 4  # unusable checkpoints named in one message
 
@@ -44,11 +45,16 @@ class CheckpointRef:
     weights_only: bool = False
     """True without optimizer state: a source for averages of weights, nothing to go on from."""
     unhealthy_because: str | None = None
-    """Why only a selection that names it takes it: it was saved in a loss spike, or not judged."""
+    """Why only a selection that names it takes it: it was saved in a loss spike, or not judged, or
+    is of a branch that was given up."""
     writing: bool = False
     """True for an incomplete one whose save may be under way; else it is damaged or was cut off."""
     judged: bool = True
     """False if it was saved after a recovery, before the loss was known to be well again."""
+    branch: Branch | None = None
+    """Which branch of the run wrote it, where a snapshot says so."""
+    given_up: bool = False
+    """True where a later branch of the run began before it (`runs.branches`)."""
     warning: str | None = None
     """What cannot be ruled out of a complete one, by the times of its files."""
     saved_in: str | None = None
@@ -66,6 +72,8 @@ class CheckpointRef:
             return "being written" if self.writing else "damaged"
         if self.unhealthy_because is None:
             return "complete"
+        if self.given_up:
+            return "given up"
         return "spoiled" if self.judged else "not judged"
 
     @property

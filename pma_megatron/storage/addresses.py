@@ -74,6 +74,19 @@ class Address:
         return "/".join([f"{self.scheme}:/", self.bucket, *filter(None, [self.key])])
 
 
+def below(key: str, name: str = "") -> str:
+    """The key of something in a folder, or in the bucket itself, whose own key is empty.
+
+    Args:
+        key: of the folder.
+        name: in it; without one, what the keys of all that lies there begin with.
+
+    >>> below("run", "latest"), below("", "latest"), below("run"), below("")
+    ('run/latest', 'latest', 'run/', '')
+    """
+    return f"{key}/{name}" if key else name
+
+
 @functools.cache
 def opened(scheme: str, bucket: str) -> Store:
     """The store of a bucket, or of a profile of MSC, the same each time.

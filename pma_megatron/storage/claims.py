@@ -1,12 +1,14 @@
 """Which job puts something into a folder of a store: an object there says so, for want of locks.
 
 It bears a random token, by which a job finds out whether it was taken over, and is put again from
-time to time. One that is older than `FRESH_S` is that of a job that is gone.
+time to time. One that is older than `FRESH_S` is that of a job that is gone: by the clock of the
+store, for that of this machine may be ahead of it.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import secrets
 import socket
@@ -16,10 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pma_megatron.storage.addresses import below
 from pma_megatron.storage.protocol import Store
 
 FRESH_S = 900.0
 _RENEWED_S = 180.0
+_CLOCK = ".pma-clock-"
+"""What an object begins with that tells the time of a store; it is there for a moment."""
+_log = logging.getLogger(__name__)
 
 
 class ClaimedError(Exception):
@@ -70,7 +76,8 @@ class Claim:
 
 
 def claimed(store: Store, key: str) -> tuple[dict[str, Any], float] | None:
-    """What a claim says, and its age in seconds; None where there is none.
+    """What a claim says, and its age in seconds by the clock of this machine, which is good enough
+    to word a message; None where there is none.
 
     Raises:
         OSError: the store does not tell.
@@ -101,9 +108,29 @@ def refuse_claimed(store: Store, key: str, work: str) -> dict[str, Any] | None:
     if found is None:
         return None
     said, age_s = found
-    if age_s < FRESH_S and said.get("work") != work and not _ended(str(said.get("process"))):
+    if said.get("work") == work or _ended(str(said.get("process"))):
+        return said
+    if age_s >= FRESH_S:  # this clock says that it may be taken over: only then is anything put
+        ahead_s = time.time() - _now_s(store, key)
+        found = claimed(store, key)
+        if found is None:
+            return None
+        said, age_s = found[0], found[1] - ahead_s
+        if age_s < FRESH_S:
+            _log.warning("the clock of this machine is %.0f s ahead of the store's", ahead_s)
+    if age_s < FRESH_S:
         raise ClaimedError(_by(said), lost=False)
     return said
+
+
+def _now_s(store: Store, key: str) -> float:
+    """What time it is by the clock that dates objects, in seconds since 1970."""
+    probe = below(key.rpartition("/")[0], f"{_CLOCK}{secrets.token_hex(8)}")
+    store.put(probe, b"")
+    try:
+        return store.head(probe).modified_ns / 1e9
+    finally:
+        store.delete([probe])
 
 
 def claim(store: Store, key: str, work: str, more: Mapping[str, Any]) -> Claim:

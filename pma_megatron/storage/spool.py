@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pma_megatron.storage.addresses import Address, opened
+from pma_megatron.storage.addresses import Address, below, opened
 from pma_megatron.storage.contents import Content, Contents, Range
 from pma_megatron.storage.folders import VARIABLE as VARIABLE
 from pma_megatron.storage.folders import held, share_bytes, spool_folder, stand_in
@@ -93,7 +93,7 @@ class Spool:
             if not again and self._is_listed(local, generation):
                 return
             store = opened(address.scheme, address.bucket)
-            found = store.listed(f"{address.key}/" if address.key else "")
+            found = store.listed(below(address.key))
             if not found and address.key:
                 with contextlib.suppress(FileNotFoundError):
                     found = [store.head(address.key)]
@@ -110,7 +110,7 @@ class Spool:
         if self._is_listed(local, generation) or self._seen.get(local) == generation:
             return
         try:
-            found = store.beside(f"{above}/" if above else "")
+            found = store.beside(below(above))
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EINVAL):  # rights may begin below
                 raise

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from pma_megatron.base.stopping import shielded
 from pma_megatron.errors import PublishError
+from pma_megatron.storage.addresses import below
 from pma_megatron.storage.claims import FRESH_S, Claim, ClaimedError, claim
 from pma_megatron.storage.paths import stored
 from pma_megatron.storage.protocol import Store
@@ -72,7 +73,7 @@ def in_charge_of(root: Path, name: str) -> Iterator[Charge]:
     """
     try:
         store, key = stored(root)
-        sign = f"{key}/{SIGN}{name}" if key else f"{SIGN}{name}"
+        sign = below(key, f"{SIGN}{name}")
         made = claim(store, sign, f"watch {secrets.token_hex(8)}", {})
     except ClaimedError as other:
         raise PublishError(

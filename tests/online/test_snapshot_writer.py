@@ -42,13 +42,15 @@ def simple_data(chunks: Sequence[Chunk], iteration: int) -> list[torch.Tensor]:
     return made
 
 
-def new_writer(root: Path, dtype: torch.dtype = torch.float32) -> tuple[SnapshotWriter, Any]:
+def new_writer(
+    root: Path, dtype: torch.dtype = torch.float32, **how: Any
+) -> tuple[SnapshotWriter, Any]:
     chunks = simple_chunks(0, 1)
-    return SnapshotWriter(root, chunks, dtype, Comm()), chunks
+    return SnapshotWriter(root, chunks, dtype, Comm(), **how), chunks
 
 
-def write(root: Path, *iterations: int) -> None:
-    writer, chunks = new_writer(root)
+def write(root: Path, *iterations: int, **how: Any) -> None:
+    writer, chunks = new_writer(root, **how)
     for iteration in iterations:
         writer.write(iteration, simple_data(chunks, iteration), {})
         writer.wait(30)
@@ -138,10 +140,10 @@ def test_rank_0_is_killed(tmp_path: Path, stage: str) -> None:
 def test_a_whole_snapshot_is_kept_and_a_damaged_one_replaced(tmp_path: Path) -> None:
     write(tmp_path, 3)
     before = digests(tmp_path)
-    write(tmp_path, 3)
+    write(tmp_path, 3, keeps_whole=True)
     assert digests(tmp_path) == before
     (folder_of(tmp_path, 3) / "__0_0.distcp").write_bytes(b"cut")
-    write(tmp_path, 3)
+    write(tmp_path, 3, keeps_whole=True)
     assert_whole(folder_of(tmp_path, 3), 3)
     assert [path.name for path in tmp_path.iterdir()] == ["iter_0000003"]
     (folder_of(tmp_path, 3) / "pma.json").unlink()

@@ -7,8 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ import torch
 from test_megatron_flags import parse
 from test_snapshot_writer import assert_whole, simple_chunks, simple_data
 
-from pma_megatron import list_checkpoints
+from pma_megatron import list_checkpoints, verify
 from pma_megatron.base.comm import Comm
 from pma_megatron.errors import PmaError, PublishError
 from pma_megatron.formats.marker import UPLOADING_FILE
@@ -32,14 +34,26 @@ from s3 import keys
 
 Got = Callable[[str, Path], Path]
 PATIENCE_S = 120.0
+OTHER = 500
+"""Added to an iteration, of which the data is then that of another branch."""
 
 
-def written(rank: int, size: int, address: str, iterations: tuple[int, ...], keep: Any) -> None:
+def written(
+    rank: int,
+    size: int,
+    address: str,
+    iterations: tuple[int, ...],
+    keep: Any,
+    trained_from: int | None = None,
+    shift: int = 0,
+) -> None:
     """Snapshots by this rank, until all is in the store."""
     chunks = simple_chunks(rank, size)
-    writer = SnapshotWriter(address, chunks, torch.float32, Comm(), keep_in_store=keep)
+    writer = SnapshotWriter(
+        address, chunks, torch.float32, Comm(), keep_in_store=keep, trained_from=trained_from
+    )
     for iteration in iterations:
-        writer.write(iteration, simple_data(chunks, iteration), {})
+        writer.write(iteration, simple_data(chunks, iteration + shift), {})
         writer.wait(PATIENCE_S)
     writer.wait_for_uploads(PATIENCE_S)
 
@@ -68,13 +82,125 @@ def test_two_ranks(s3: Any, bucket: str, got: Got, tmp_path: Path, spools: Path)
     assert files_left(spools) == [] and not list((spools / "outputs").rglob("iter_*"))
 
 
-def test_a_run_that_resumes_comes_by_the_same(s3: Any, bucket: str, spools: Path) -> None:
+def test_a_run_that_resumes_keeps_what_it_wrote(s3: Any, bucket: str, spools: Path) -> None:
     address = f"s3://{bucket}/snapshots"
     written(0, 1, address, (1, 2), None)
     before = {key: s3.head_object(Bucket=bucket, Key=key)["ETag"] for key in keys(s3, bucket)}
-    written(0, 1, address, (2, 3), None)
+    written(0, 1, address, (3,), None, 2)
     after = {key: s3.head_object(Bucket=bucket, Key=key)["ETag"] for key in keys(s3, bucket)}
     assert before.items() <= after.items() and folders(s3, bucket) >= {"iter_0000003"}
+    assert [ref.state for ref in list_checkpoints(address)] == ["complete"] * 3
+
+
+def test_a_run_that_goes_back_writes_them_again(
+    s3: Any, bucket: str, got: Got, tmp_path: Path, spools: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Files of more ranks, which wrote the one before, are in nobody's way."""
+    address = f"s3://{bucket}/snapshots"
+    written(0, 1, address, (1, 2, 3), None)
+    s3.put_object(Bucket=bucket, Key="snapshots/iter_0000002/__1_0.distcp", Body=b"of rank 1")
+    with caplog.at_level(logging.WARNING):
+        written(0, 1, address, (2,), None, 1, OTHER)
+    assert "2, 3" in caplog.text and "given up" in caplog.text
+    states = [ref.state for ref in list_checkpoints(address)]
+    assert states == ["complete", "complete", "given up"]
+    copy = got("snapshots", tmp_path / "copy")
+    for iteration, data in ((1, 1), (2, 2 + OTHER), (3, 3)):
+        assert_whole(copy / f"iter_{iteration:07d}", data)
+    assert not (copy / "iter_0000002" / "__1_0.distcp").exists()
+    assert files_left(spools) == []
+
+
+def test_a_process_that_goes_back_writes_them_again(
+    s3: Any, bucket: str, got: Got, tmp_path: Path, spools: Path
+) -> None:
+    """The one that it wrote last too, whose empty folder is still on the disk."""
+    chunks = simple_chunks(0, 1)
+    writer = SnapshotWriter(f"s3://{bucket}/snapshots", chunks, torch.float32, Comm())
+    for number, iteration in enumerate((1, 2, 2, 1)):
+        writer.write(iteration, simple_data(chunks, iteration + number * OTHER), {})
+        writer.wait(PATIENCE_S)
+        assert writer._uploads is not None
+        writer._uploads.wait(PATIENCE_S)
+    writer.wait_for_uploads(PATIENCE_S)
+    copy = got("snapshots", tmp_path / "copy")
+    assert_whole(copy / "iter_0000001", 1 + 3 * OTHER)
+    assert_whole(copy / "iter_0000002", 2 + 2 * OTHER)
+    assert files_left(spools) == []
+
+
+def test_keep_never_deletes_what_this_branch_wrote(s3: Any, bucket: str, spools: Path) -> None:
+    address = f"s3://{bucket}/snapshots"
+    written(0, 1, address, (30, 100, 200), 3)
+    written(0, 1, address, (50,), 2, 40)
+    assert folders(s3, bucket) == {f"iter_{i:07d}" for i in (30, 50, 100, 200)}
+    written(0, 1, address, (60, 110), 2, 50)
+    assert folders(s3, bucket) == {f"iter_{i:07d}" for i in (60, 110, 200)}
+
+
+def test_what_is_no_snapshot_is_not_replaced(
+    s3: Any, bucket: str, spools: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    key = "snapshots/iter_0000002/common.pt"
+    s3.put_object(Bucket=bucket, Key=key, Body=b"of a checkpoint")
+    with caplog.at_level(logging.WARNING):
+        written(0, 1, f"s3://{bucket}/snapshots", (1, 2), None)
+    assert "is no snapshot" in caplog.text
+    assert [k for k in keys(s3, bucket) if "iter_0000002" in k] == [key]
+    s3.delete_object(Bucket=bucket, Key=key)
+    written(0, 1, f"s3://{bucket}/snapshots", (3,), None, 2)
+    assert [r.complete for r in list_checkpoints(f"s3://{bucket}/snapshots")] == [True] * 3
+
+
+@pytest.mark.parametrize("last", ["__0_0.distcp", "metadata.json"])
+def test_written_again_while_it_is_put_there(
+    s3: Any, bucket: str, got: Got, tmp_path: Path, spools: Path,
+    monkeypatch: pytest.MonkeyPatch, last: str,
+) -> None:  # fmt: skip
+    """Held up behind one of its files: what is there in the end is of the new one alone."""
+    address = f"s3://{bucket}/snapshots"
+    reached, goes_on = threading.Event(), threading.Event()
+    put_file = ObjectStore.put_file
+
+    def held_up(self: ObjectStore, key: str, path: Path) -> str:
+        version = put_file(self, key, path)
+        if key.endswith(last) and not reached.is_set():
+            reached.set()
+            goes_on.wait(PATIENCE_S)
+        return version
+
+    monkeypatch.setattr(ObjectStore, "put_file", held_up)
+    chunks = simple_chunks(0, 1)
+    writer = SnapshotWriter(address, chunks, torch.float32, Comm())
+    writer.write(1, simple_data(chunks, 1), {})
+    writer.wait(PATIENCE_S)
+    assert reached.wait(PATIENCE_S)
+    writer.write(1, simple_data(chunks, 1 + OTHER), {})
+    writer.wait(PATIENCE_S)
+    goes_on.set()
+    writer.wait_for_uploads(PATIENCE_S)
+    assert_whole(got("snapshots", tmp_path / "copy") / "iter_0000001", 1 + OTHER)
+    assert [ref.state for ref in list_checkpoints(address)] == ["complete"]
+    verify(f"{address}/iter_0000001")
+    assert files_left(spools) == []
+
+
+def test_a_bucket_of_its_own(s3: Any, bucket: str, got: Got, tmp_path: Path, spools: Path) -> None:
+    """The bucket itself is a folder too."""
+    address = f"s3://{bucket}"
+    written(0, 1, address, (1, 2, 3), 2)
+    assert {key.split("/")[0] for key in keys(s3, bucket)} == {"iter_0000002", "iter_0000003"}
+    assert [(r.iteration, r.state) for r in list_checkpoints(address)] == [
+        (2, "complete"),
+        (3, "complete"),
+    ]
+    for iteration in (2, 3):
+        folder = got(f"iter_{iteration:07d}", tmp_path / str(iteration))
+        assert_whole(folder, iteration)
+    assert files_left(spools) == []
+    s3.put_object(Bucket=bucket, Key="latest_checkpointed_iteration.txt", Body=b"8")
+    with pytest.raises(PublishError, match="a trainer's own folder"):
+        written(0, 1, address, (4,), None)
 
 
 def test_a_store_that_fails_stops_nobody(
@@ -100,6 +226,34 @@ def test_a_store_that_fails_stops_nobody(
     for iteration in (1, 2, 3):
         assert_whole(copy / f"iter_{iteration:07d}", iteration)
     assert files_left(spools) == []
+
+
+def test_a_store_that_fails_does_not_fill_the_disk(
+    s3: Any, bucket: str, spools: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Snapshots that wait leave room; once they are in the store, it goes on."""
+    address = f"s3://{bucket}/snapshots"
+    chunks = simple_chunks(0, 1)
+
+    def fails(self: ObjectStore, key: str, path: Path) -> str:
+        raise OSError(5, "the store is away", key)
+
+    def nearly_full(folder: Path) -> Any:
+        return SimpleNamespace(total=1000, used=850, free=150)
+
+    monkeypatch.setattr(snapshot_upload.shutil, "disk_usage", nearly_full)
+    writer = SnapshotWriter(address, chunks, torch.float32, Comm())
+    with monkeypatch.context() as patched:
+        patched.setattr(ObjectStore, "put_file", fails)
+        writer.write(1, simple_data(chunks, 1), {})
+        writer.wait(PATIENCE_S)
+        writer.write(2, simple_data(chunks, 2), {})
+        with pytest.raises(PublishError, match=r"1 snapshots wait.*less than 10%"):
+            writer.wait(PATIENCE_S)
+        writer.wait_for_uploads(PATIENCE_S)
+    written(0, 1, address, (), None)
+    written(0, 1, address, (3,), None, 2)
+    assert [ref.iteration for ref in list_checkpoints(address)] == [1, 3]
 
 
 def test_what_is_not_in_the_store_is_never_removed_from_the_disk(

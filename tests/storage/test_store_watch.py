@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -180,6 +181,11 @@ def test_one_watch_at_a_time(
     s3.put_object(Bucket=bucket, Key=sign, Body=json.dumps(elsewhere).encode())
     with pytest.raises(PublishError, match="process 1 on elsewhere"):
         looked(load, save)
+    with monkeypatch.context() as patched:  # nor by a machine whose clock is an hour ahead
+        ahead = SimpleNamespace(time=lambda: time.time() + 3600, monotonic=time.monotonic)
+        patched.setattr(claims, "time", ahead)
+        with pytest.raises(PublishError, match="process 1 on elsewhere"):
+            looked(load, save)
     monkeypatch.setattr(claims, "FRESH_S", 0.0)
     assert kinds(looked(load, save))[0] == "started"
 

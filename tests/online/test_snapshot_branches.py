@@ -1,0 +1,215 @@
+"""A run that goes back writes its snapshots again, and what it gave up is told from the rest."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from test_snapshot_writer import assert_whole, simple_chunks, simple_data
+
+from conftest import digests, folder_of
+from pma_megatron import PmaError, SelectionRequest, list_checkpoints
+from pma_megatron.base.comm import Comm
+from pma_megatron.formats.marker import SNAPSHOTS
+from pma_megatron.online.snapshots import SnapshotWriter, prune
+from pma_megatron.runs.discover import choose
+from pma_megatron.testing import inject, rank_outcomes, run_ranks
+
+OTHER = 500
+"""Added to an iteration, of which the data is then that of another branch."""
+
+
+def job(
+    root: str | Path, trained_from: int | None, *, rank: int = 0, size: int = 1
+) -> SnapshotWriter:
+    """The writer of a job that trains on from an iteration."""
+    chunks = simple_chunks(rank, size)
+    return SnapshotWriter(root, chunks, torch.float32, Comm(), trained_from=trained_from)
+
+
+def train(writer: SnapshotWriter, *iterations: int, shift: int = 0) -> None:
+    rank, size = writer._comm.rank, writer._comm.size
+    for each in iterations:
+        writer.write(each, simple_data(simple_chunks(rank, size), each + shift), {})
+        writer.wait(30)
+
+
+def there(root: Path) -> list[tuple[int | None, str]]:
+    return [(ref.iteration, ref.state) for ref in list_checkpoints(root)]
+
+
+def test_a_job_that_goes_back_writes_them_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(job(tmp_path, 0), 1, 2, 3, 4)
+    kept = digests(folder_of(tmp_path, 1))
+    with caplog.at_level(logging.WARNING):
+        writer = job(tmp_path, 1)
+    assert "2, 3, 4" in caplog.text and "given up" in caplog.text
+    train(writer, 2, 3, shift=OTHER)
+    assert digests(folder_of(tmp_path, 1)) == kept
+    for iteration in (2, 3):
+        assert_whole(folder_of(tmp_path, iteration), iteration + OTHER)
+    assert there(tmp_path) == [(1, "complete"), (2, "complete"), (3, "complete"), (4, "given up")]
+    train(writer, 4, shift=OTHER)
+    assert there(tmp_path) == [(each, "complete") for each in (1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize("trained_from", [0, None])
+def test_a_process_that_goes_back_writes_them_again(
+    tmp_path: Path, trained_from: int | None
+) -> None:
+    writer = job(tmp_path, trained_from)
+    train(writer, 1, 2, 3)
+    train(writer, 3, shift=OTHER)
+    assert_whole(folder_of(tmp_path, 3), 3 + OTHER)
+    train(writer, 2, shift=2 * OTHER)
+    assert_whole(folder_of(tmp_path, 2), 2 + 2 * OTHER)
+    assert there(tmp_path) == [(1, "complete"), (2, "complete"), (3, "given up")]
+
+
+def test_a_mere_restart_keeps_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train(job(tmp_path, 0), 1, 2)
+    before = digests(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        writer = job(tmp_path, 2)
+        assert digests(tmp_path) == before
+        train(writer, 3)
+    assert caplog.text == ""
+    assert before.items() <= digests(tmp_path).items()
+    assert there(tmp_path) == [(each, "complete") for each in (1, 2, 3)]
+
+
+def test_another_interval_leaves_no_mixture(tmp_path: Path) -> None:
+    """Of the branch that was given up, what lies between the new ones is not of the run."""
+    train(job(tmp_path, 0), 20, 40, 60, 80)
+    train(job(tmp_path, 40), 50, 70)
+    assert there(tmp_path) == [
+        (20, "complete"),
+        (40, "complete"),
+        (50, "complete"),
+        (60, "given up"),
+        (70, "complete"),
+        (80, "given up"),
+    ]
+    refs = list_checkpoints(tmp_path)
+    chosen = choose(refs, SelectionRequest(last=3), tmp_path)
+    assert [ref.iteration for ref in chosen.refs] == [40, 50, 70]
+    passed = [(each.iteration, each.kind, each.gap) for each in chosen.passed_over]
+    assert passed == [(60, "given up", False), (80, "given up", False)]
+    named = choose(refs, SelectionRequest(iterations=(50, 60)), tmp_path)
+    assert any("iter_0000060 is used because it was named" in note for note in named.notes)
+    with pytest.raises(PmaError, match="given up"):
+        choose(refs, SelectionRequest(last=5), tmp_path)
+
+
+def test_a_branch_of_a_branch(tmp_path: Path) -> None:
+    train(job(tmp_path, 0), 10, 20, 30, 40)
+    train(job(tmp_path, 30), 35, 45)
+    train(job(tmp_path, 10), 15)
+    states = dict(there(tmp_path))
+    assert [each for each, state in states.items() if state == "complete"] == [10, 15]
+    train(job(tmp_path, 15), 25)
+    states = dict(there(tmp_path))
+    assert [each for each, state in states.items() if state == "complete"] == [10, 15, 25]
+
+
+def test_a_full_checkpoint_in_a_snapshots_place_hides_no_branch(tmp_path: Path) -> None:
+    """The snapshot that says that the run went back lies beside a full one of its iteration."""
+    thin = tmp_path / SNAPSHOTS
+    train(job(thin, 0), 20, 40)
+    train(job(thin, 20), 50)
+    full = folder_of(thin, 50).rename(tmp_path / "iter_0000050")
+    train(job(thin, 20), 50)
+    (full / "pma.json").unlink()
+    assert [(r.iteration, r.snapshot, r.state) for r in list_checkpoints(tmp_path)] == [
+        (20, True, "complete"),
+        (40, True, "given up"),
+        (50, False, "complete"),
+    ]
+
+
+def test_keep_never_deletes_what_this_branch_wrote_for_one_given_up(tmp_path: Path) -> None:
+    train(job(tmp_path, 0), 30, 100, 200, 300)
+    writer = job(tmp_path, 40)
+    assert writer.prune(1) == []
+    train(writer, 50)
+    assert writer.prune(2) == [] and prune(tmp_path, 2, ()) == []
+    train(writer, 60)
+    assert writer.prune(2) == [folder_of(tmp_path, 30)]
+    train(writer, 110)
+    # Training has come by 100 without a snapshot there: nothing replaces it any more.
+    assert writer.prune(2) == [folder_of(tmp_path, 50), folder_of(tmp_path, 100)]
+    again = job(tmp_path, 110)
+    train(again, 120)
+    assert again.prune(2) == [folder_of(tmp_path, 60)]
+    assert there(tmp_path) == [
+        (110, "complete"),
+        (120, "complete"),
+        (200, "given up"),
+        (300, "given up"),
+    ]
+
+
+def test_weights_that_go_back_while_iterations_go_on(tmp_path: Path) -> None:
+    """As a recovery in process does: what was written in the spike is no part of the run."""
+    writer = job(tmp_path, 0)
+    train(writer, 1, 2, 3, 4)
+    writer.train_on(2)
+    train(writer, 5)
+    assert there(tmp_path) == [
+        (1, "complete"),
+        (2, "complete"),
+        (3, "given up"),
+        (4, "given up"),
+        (5, "complete"),
+    ]
+    assert writer.prune(3) == [folder_of(tmp_path, 3), folder_of(tmp_path, 4)]
+
+
+def again_in_ranks(rank: int, size: int, root: str) -> str:
+    writer = job(root, 0, rank=rank, size=size)
+    try:
+        train(writer, 1, shift=OTHER)
+    except PmaError as error:
+        return str(error)
+    return "written"
+
+
+def test_ranks_replace_what_one_rank_wrote(tmp_path: Path) -> None:
+    train(job(tmp_path, 0), 1)
+    assert run_ranks(again_in_ranks, 2, str(tmp_path)) == ["written"] * 2
+    assert_whole(folder_of(tmp_path, 1), 1 + OTHER)
+    assert (folder_of(tmp_path, 1) / "__1_0.distcp").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["iter_0000001"]
+
+
+def test_what_is_replaced_is_never_taken_for_published(tmp_path: Path) -> None:
+    """A rank that fails is told to all, though a folder of that name was there."""
+    train(job(tmp_path, 0), 1)
+    with inject("snapshot", rank=0, action="raise"):
+        said = run_ranks(again_in_ranks, 2, str(tmp_path))
+    assert all("rank 0 failed" in each for each in said)
+
+
+def test_what_is_no_snapshot_is_refused_on_all_ranks(tmp_path: Path) -> None:
+    foreign = tmp_path / "iter_0000001" / "common.pt"
+    foreign.parent.mkdir()
+    foreign.write_bytes(b"of a checkpoint")
+    said = run_ranks(again_in_ranks, 2, str(tmp_path))
+    assert all("rank 0 failed" in each and "is no snapshot" in each for each in said)
+    assert [path.name for path in foreign.parent.iterdir()] == ["common.pt"]
+
+
+def test_killed_while_it_replaces(tmp_path: Path) -> None:
+    train(job(tmp_path, 0), 1, 2)
+    with inject("snapshot-publish", rank=0, action="kill"):
+        (end,) = rank_outcomes(again_in_ranks, 1, str(tmp_path), init=False, timeout_s=30)
+    assert end.signal == "SIGKILL"
+    assert there(tmp_path) == [(2, "complete")]
+    train(job(tmp_path, 0), 1, 2, shift=OTHER)
+    for iteration in (1, 2):
+        assert_whole(folder_of(tmp_path, iteration), iteration + OTHER)
+    assert {path.name for path in tmp_path.iterdir()} == {"iter_0000001", "iter_0000002"}
