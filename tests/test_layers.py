@@ -176,8 +176,9 @@ INSIDE = {
         recovery
     """,
     "online": """
-        memory_budget shard snapshot_job snapshot_upload swap
-        hostcopy snapshots
+        memory_budget shard snapshot_job swap uploads
+        average_upload hostcopy snapshot_upload
+        snapshots
         window
         origin store
         average

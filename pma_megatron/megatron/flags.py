@@ -16,6 +16,7 @@ from pma_megatron.base.spelling import FrontEnd, as_flag, speaking
 from pma_megatron.errors import UsageError
 from pma_megatron.live.load import Live
 from pma_megatron.merging.request import MergeRequest, Method
+from pma_megatron.online.window import refuse_remote_window
 from pma_megatron.runs.selection_request import DEFAULT_LAST, SelectionRequest
 from pma_megatron.runs.tokens import consumed_tokens_of, parse_tokens
 from pma_megatron.scores.grid import Grid
@@ -78,7 +79,10 @@ class Settings:
     )
     interval_tokens: int | None = same(SelectionRequest, "interval_tokens", used_by=("save",))
     save_dir: str | None = setting(
-        None, "root for it; without it, <save>-pma", metavar="DIR", used_by=("save",)
+        None,
+        "root for it, an address of an object store too; without it, <save>-pma",
+        metavar="DIR",
+        used_by=("save",),
     )
     window_dir: str | None = setting(
         None,
@@ -236,9 +240,11 @@ def settings(args: Any) -> Settings:
     """
     with speaking(FLAGS):
         found = _settings(args)
-        named = ("save_dir", "window_dir", "score_others", "score_out")
+        named = ("score_others", "score_out")
         refuse_remote_values({name: getattr(found, name) for name in named})
-        refuse_remote("snapshot_dir", found.snapshot_dir, stores=True, put=True)
+        refuse_remote_window(found.window_dir)
+        for name in ("save_dir", "snapshot_dir"):
+            refuse_remote(name, getattr(found, name), stores=True, put=True)
         if found.init or found.score:
             refuse_remote("load", found.load, stores=not found.score)
     return found

@@ -118,7 +118,6 @@ def test_what_lives_with_a_run_takes_no_address(
         lambda: Options(paths=[(ADDRESS, "global_step1")]).request(run, None),
         lambda: Options(last=2).request(ADDRESS, None),
         settings_of(f"--pma-score --pma-load {ADDRESS}"),
-        settings_of(f"--pma-save --pma-save-dir {ADDRESS}"),
         settings_of(f"--pma-save --pma-window-dir {ADDRESS}"),
     ):
         with pytest.raises(UsageError, match="s3"):
