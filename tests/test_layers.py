@@ -215,13 +215,13 @@ INSIDE = {
         hooks install
     """,
     "deepspeed": """
-        checks options record
+        checks options reading record
         params
         load shard swap
         online
     """,
     "fsdp": """
-        params
+        params reading
         load
     """,
     "megatron_deepspeed": """
