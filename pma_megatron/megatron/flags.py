@@ -23,6 +23,7 @@ from pma_megatron.scores.grid import Grid
 from pma_megatron.spikes.detector import SpikeSettings
 from pma_megatron.spikes.healthy import LAST, HealthyRequest
 from pma_megatron.spikes.request import RecoveryRequest
+from pma_megatron.storage.addresses import Address
 
 EXIT_CODE = 85
 """Of a job whose attempts to recover are spent; nothing in Megatron uses it."""
@@ -239,6 +240,7 @@ def settings(args: Any) -> Settings:
         UsageError: values out of range or that contradict each other, named as Megatron's flags.
     """
     with speaking(FLAGS):
+        _refuse_remote_save(getattr(args, "save", None))
         found = _settings(args)
         named = ("score_others", "score_out")
         refuse_remote_values({name: getattr(found, name) for name in named})
@@ -248,6 +250,15 @@ def settings(args: Any) -> Settings:
         if found.init or found.score:
             refuse_remote("load", found.load, stores=not found.score)
     return found
+
+
+def _refuse_remote_save(save: str | None) -> None:
+    address = Address.of(save or "")
+    if address is not None and address.scheme != "msc":  # which Megatron has a client for
+        raise UsageError(
+            f"--save {save} is an address, and Megatron saves to folders: mount it, or give a "
+            "folder. --pma-save-dir and --pma-snapshot-dir take addresses"
+        )
 
 
 def tokens_now(args: Any) -> int:

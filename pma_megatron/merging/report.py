@@ -79,7 +79,7 @@ def how_to_resume(folder: Path, lr_factor: float | None = None) -> str:
         lr_factor: of the learning rates in it; None if they are the run's.
     """
     if in_store(folder):
-        return _from_a_copy(folder)
+        return from_a_copy(folder)
     save = published_as(folder)
     ref = describe(save.checkpoint)
     known = registry.get(ref.format, str(save.checkpoint))
@@ -97,7 +97,7 @@ def how_to_resume(folder: Path, lr_factor: float | None = None) -> str:
     return shlex.join(word for flag, values in flags.items() for word in (flag, *values))
 
 
-def _from_a_copy(folder: Path) -> str:
+def from_a_copy(folder: Path) -> str:
     """Trainers read folders."""
     return f"the trainer's own way, from a copy of {folder.parent} on a disk (or a mount of it)"
 

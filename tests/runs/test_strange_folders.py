@@ -106,8 +106,6 @@ def test_what_lives_with_a_run_takes_no_address(
 ) -> None:
     run = str(dense_run)
     for command in (
-        ("recover", "--load", run, "--save", ADDRESS, "--onset", 9),
-        ("recover", "--load", ADDRESS, "--history"),
         ("evaluate", "--load", run, "--provider", "a:b", "--out", ADDRESS),
         ("geometry", "--load", run, "--plot", ADDRESS),
         ("watch", "--load", run, "--save", tmp_path, "--events", ADDRESS),
