@@ -38,6 +38,7 @@ from pma_megatron.formats.marker import MARKER_FILE
 from pma_megatron.live.load import ARGUMENTS
 from pma_megatron.merging.request import Method
 from pma_megatron.online.average import RunningAverage
+from pma_megatron.online.average_upload import NoRoomError
 from pma_megatron.online.origin import mark, origin_of, record
 from pma_megatron.storage.paths import place_of
 
@@ -186,18 +187,20 @@ class OnlineAverage(RunningAverage):
             settings: more of DeepSpeed's arguments (`exclude_frozen_parameters`).
 
         Returns:
-            the tag's folder.
+            the tag's folder. None is saved, which is told, where earlier ones that wait for a store
+            leave no room.
 
         Raises:
             UsageError: there is no average yet; a checkpoint engine that saves in the background.
             PublishError: tags below `save_dir` are not averages, or the store refuses.
         """
-        with self.saving(save_dir, tag) as (folder, origin):
+        name = self._name(tag)
+        with contextlib.suppress(NoRoomError), self.saving(save_dir, name) as (folder, origin):
             state = {**client_state, CLIENT_STATE: origin}
             self._engine.save_checkpoint(
-                str(folder.parent), tag=folder.name, client_state=state, **settings
+                str(folder.parent), tag=name, client_state=state, **settings
             )
-        return place_of(save_dir) / folder.name
+        return place_of(save_dir) / name
 
     @contextlib.contextmanager
     def saving(
@@ -211,11 +214,12 @@ class OnlineAverage(RunningAverage):
 
         Raises:
             UsageError, PublishError: see `save_average`.
+            NoRoomError: nothing is to be saved: see `AveragePlace.begin`.
         """
         origin = origin_of(self._some(), by_tokens=self._by_tokens)
         self._comm.agree("checkpoint engine", lambda: _refuse_background(self._engine))
         place = self.place(save_dir)
-        name = f"global_step{self._engine.global_steps}" if tag is None else tag
+        name = self._name(tag)
         folder = place.folder / name
         self._comm.on_main("root of averages", lambda: _refuse_other_tags(place.folder))
         place.begin(name)
@@ -225,6 +229,9 @@ class OnlineAverage(RunningAverage):
             yield folder, origin
         self._comm.on_main("origin", lambda: record(folder, origin))
         place.saved(name)
+
+    def _name(self, tag: str | None) -> str:
+        return f"global_step{self._engine.global_steps}" if tag is None else tag
 
     def _position(self, consumed_tokens: int | None) -> int:
         if not self._by_tokens:

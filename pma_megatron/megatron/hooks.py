@@ -39,6 +39,7 @@ from pma_megatron.megatron.shard import MegatronShard
 from pma_megatron.megatron.thin import ThinSnapshots
 from pma_megatron.megatron.trees import current_args, sharded_metadata
 from pma_megatron.megatron.watch import Watch
+from pma_megatron.online.average_upload import AT_EXIT_S, NoRoomError
 from pma_megatron.online.hostcopy import HostCopy
 from pma_megatron.online.store import FOLDER
 from pma_megatron.online.window import WindowAverage
@@ -183,7 +184,11 @@ class MegatronSession(Session):
         arguments: Mapping[str, Any],
     ) -> None:
         say(f"PMA: saving {average.describe()}")
-        self._noted.append((save_average(online, average, fn, arguments, self._place), average))
+        try:
+            folder = save_average(online, average, fn, arguments, self._place)
+        except NoRoomError:  # it was told, and training goes on
+            return
+        self._noted.append((folder, average))
         self._note_origins()
 
     @contextlib.contextmanager
@@ -219,7 +224,7 @@ class MegatronSession(Session):
                 say(f"PMA: WARNING: {folder} is not complete: the job ended while it was saved")
         self._recorded(_AT_EXIT_S)
         if self.online is not None:
-            self._place.wait(_AT_EXIT_S)
+            self._place.wait(AT_EXIT_S)
 
     def _recorded(self, timeout_s: float | None = None) -> None:
         """Wait for the threads that add checksums to saved averages."""

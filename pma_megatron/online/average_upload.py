@@ -15,6 +15,7 @@ from typing import Any
 from pma_megatron.base.comm import Comm
 from pma_megatron.base.openfiles import folders_in
 from pma_megatron.base.remote_paths import refuse_remote
+from pma_megatron.base.sizes import sized
 from pma_megatron.errors import CheckpointError, PublishError
 from pma_megatron.formats import registry
 from pma_megatron.formats.holding import MARKERS
@@ -28,7 +29,12 @@ from pma_megatron.storage.protocol import Store
 _NUMBER = re.compile(r"\d+")
 _OF_TAGS = "model_states.pt"
 _log = logging.getLogger(__name__)
-_AT_EXIT_S = 60.0  # a job that ends must end
+AT_EXIT_S = 600.0
+"""What a job that ends gives an average to get to the store: none may come after it."""
+
+
+class NoRoomError(PublishError):
+    """Earlier averages that wait for a store leave no room for another one."""
 
 
 class AveragePlace:
@@ -60,12 +66,18 @@ class AveragePlace:
         comm.on_main("root of averages", self._prepare)
         if self.is_remote:
             refuse_unseen(self.folder, "averages", comm)
-            atexit.register(self.wait, _AT_EXIT_S)
+            atexit.register(self.wait, AT_EXIT_S)
 
     def begin(self, name: str) -> None:
-        """An average of this name is about to be saved. Every rank calls, all at once."""
-        if self.is_remote:
-            self._comm.on_main("place of the average", lambda: self._make_room(name))
+        """An average of this name is about to be saved. Every rank calls, all at once.
+
+        Raises:
+            NoRoomError: none should be: earlier ones still wait for the store, and a full disk
+                would end the training that saves there. It has been told.
+        """
+        why = self._comm.on_main("place of the average", lambda: self._make_room(name))
+        if why is not None:
+            raise NoRoomError(why)
 
     def saved(self, name: str) -> None:
         """It is whole, its checksums too (rank 0 alone): put it into the store."""
@@ -81,10 +93,22 @@ class AveragePlace:
         if self._uploads is not None:
             self._uploads.prepare()
 
-    def _make_room(self, name: str) -> None:
-        if self._uploads is not None:
-            self._uploads.give_up([name])
-            shutil.rmtree(self.folder / name, ignore_errors=True)  # cut off while it was saved
+    def _make_room(self, name: str) -> str | None:
+        if self._uploads is None:
+            return None
+        self._uploads.give_up([name])
+        shutil.rmtree(self.folder / name, ignore_errors=True)  # cut off while it was saved
+        waiting, needed = self._uploads.waiting()
+        free = shutil.disk_usage(self.folder).free
+        if not waiting or free > needed + needed // 4:
+            return None
+        why = (
+            f"no average is saved as {name}: {', '.join(waiting)} still wait to be uploaded from "
+            f"{self.folder} to {self.root}, an average takes {sized(needed)}, and {sized(free)} "
+            "are free there. Look at the store, or set PMA_MEGATRON_SPOOL to a larger disk"
+        )
+        _log.warning("%s", why)
+        return why
 
 
 class AverageUploads(Uploads):
@@ -135,6 +159,12 @@ class AverageUploads(Uploads):
             self._left.discard(name)
             self._ready.add(name)
         self.begin()
+
+    def waiting(self) -> tuple[list[str], int]:
+        """Those that are not there yet, and the bytes of the largest."""
+        found = self._whole()
+        sizes = [sum(p.stat().st_size for p in each.rglob("*") if p.is_file()) for each in found]
+        return [each.name for each in found], max(sizes, default=0)
 
     def _whole(self) -> list[Path]:
         with self._lock:

@@ -3,7 +3,9 @@ a run goes on from it, and nothing that only looks whole is ever left."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from pma_megatron.megatron import argument_parser, hooks
 from pma_megatron.megatron.online import OnlineAverage
 from pma_megatron.megatron.save import note_origin
 from pma_megatron.megatron.trees import global_vars
-from pma_megatron.online.average_upload import AveragePlace
+from pma_megatron.online.average_upload import AveragePlace, NoRoomError
 from pma_megatron.storage.object_store import ObjectStore
 from pma_megatron.testing import TinyTrainer, inject, rank_outcomes, run_ranks
 from s3 import keys
@@ -307,6 +309,48 @@ def saved_alone(rank: int, world_size: int, place: str, iterations: tuple[int, .
                 folder = trainer.save(str(there.folder))
             note_origin(folder, made, there, at_exit=True)
             there.wait(PATIENCE_S)
+
+
+def full(rank: int, world_size: int, place: str) -> list[int]:
+    """A job whose store is away for a while, on a disk with room for one average."""
+    trainer, put_file, usage = TinyTrainer(DENSE), ObjectStore.put_file, shutil.disk_usage
+    average = OnlineAverage(trainer.models, trainer.optimizer, METHODS["sma"], 2, 1)
+    there, saved = average.place(place), list[int]()
+
+    def fails(self: ObjectStore, key: str, path: Path) -> str:
+        raise OSError(5, "the store is away", key)
+
+    def save(iteration: int) -> None:
+        trainer.train(1)
+        average.step(iteration, iteration)
+        made = average.average()
+        with contextlib.suppress(NoRoomError):
+            there.begin(f"iter_{iteration:07d}")
+            assert made is not None
+            with average.averaged_state():
+                note_origin(trainer.save(str(there.folder)), made, there, at_exit=True)
+            saved.append(iteration)
+        there.wait(PATIENCE_S)
+
+    trainer.train(1)
+    average.step(1, 1)
+    ObjectStore.put_file = fails  # type: ignore[method-assign]
+    save(2)
+    shutil.disk_usage = lambda path: usage(path)._replace(free=1000)  # type: ignore[assignment]
+    save(3)
+    ObjectStore.put_file = put_file  # type: ignore[method-assign]
+    save(4)  # the one before is on its way by now
+    save(5)
+    return saved
+
+
+def test_a_full_disk_ends_no_training(s3: Any, bucket: str, spools: Path) -> None:
+    """What waits for the store stays, and none is saved where it would not fit."""
+    place = f"s3://{bucket}/averages"
+    saved, other = run_ranks(full, 2, place)
+    assert saved == other and saved[0] == 2 and 3 not in saved and saved[-1] == 5
+    assert [ref.iteration for ref in list_checkpoints(place) if ref.complete] == saved
+    assert files_left(spools) == []
 
 
 def begun(rank: int, world_size: int, place: str) -> str:
