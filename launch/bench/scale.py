@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import scale_flat
 import scale_simulation
 import scale_zero
 import torch
@@ -185,7 +186,7 @@ def make_run(folder: Path, model: str, layout: str, count: int) -> Path:
         print(f"{root}: {files} files a tag")
         return root
     source = save_tiny(MODELS[model], tiny, layout)
-    chunks = write_run(begun, MODELS[model], source, count)
+    chunks = write_run(begun, MODELS[model], source, layout, count)
     begun.rename(root)
     first = min(root.glob("iter_*"))
     nbytes = (first / ".metadata").stat().st_size
@@ -220,7 +221,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("folder", type=Path, help="for runs and scratch; about 1 GiB for 671b")
     parser.add_argument("--model", choices=sorted(MODELS), default="70b")
-    layouts = ("fully_reshardable", *ZERO)
+    layouts = ("fully_reshardable", scale_flat.LAYOUT, *ZERO)
     parser.add_argument("--layout", choices=layouts, default=layouts[0])
     parser.add_argument("--count", type=int, default=10, help="checkpoints of the run")
     parser.add_argument("--last", type=int, help="that are averaged; by default all")
@@ -236,6 +237,8 @@ def main() -> None:
     chosen = parser.parse_args()
     if chosen.layout in ZERO and chosen.model != "70b":
         parser.error(f"{chosen.layout} is of a model of its own kind: leave --model at 70b")
+    if chosen.layout == scale_flat.LAYOUT and MODELS[chosen.model].experts:
+        parser.error(f"{chosen.layout} is written of dense models alone: choose 70b or tiny")
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # megatron-core's, about missing CUDA parts
     chosen.folder.mkdir(parents=True, exist_ok=True)
     root = make_run(chosen.folder, chosen.model, chosen.layout, chosen.count)

@@ -1,8 +1,8 @@
 """Checkpoints of `scale_models`: metadata as Megatron writes it, items with sparse payload.
 
-Every item is a zip that `torch.save` could have written, its payload a hole in the file: zeros, the
-checksum included. The shard files of all checkpoints of a run are hard links to those of one; each
-has a `.metadata` and a common state of its own.
+Every item is a zip that `torch.save` could have written, its payload a hole in the file: zeros, but
+for the few values that flat buffers need (`scale_flat`). The shard files of all checkpoints of a
+run are hard links to those of one; each has a `.metadata` and a common state of its own.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import scale_flat
 import torch
-from scale_models import Model, Shard, shards
+from isal import isal_zlib
+from scale_models import Model, Shard, shards, stage_of, tensor_rank_of
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -59,32 +61,24 @@ class Ranks:
     def __post_init__(self) -> None:
         self.loads = [0] * self.model.ranks
 
-    def writer(self, shard: Shard, nbytes: int) -> int:
-        """The rank that writes a chunk, of those that hold it (order tp-ep-dp-pp)."""
+    def writer(self, shard: Shard, nbytes: int, given: int | None) -> int:
+        """The rank that writes a chunk: the one that is given, or one of those that hold it."""
+        rank = self._least(shard) if given is None else given
+        self.loads[rank] += nbytes
+        return rank
+
+    def _least(self, shard: Shard) -> int:
+        """Of the ranks that hold a chunk, the one with the least (order tp-ep-dp-pp)."""
         model = self.model
         stage_ranks = model.ranks // model.pp
-        first = self._stage(shard) * stage_ranks
+        first = stage_of(model, shard) * stage_ranks
         if ".experts." in shard.key and shard.dtype is not None:
             expert = shard.offsets[-3] if len(shard.offsets) >= 3 else 0
             place, step = expert * model.ep // model.experts, model.ep
         else:
-            axes = zip(shard.offsets, shard.sizes, shard.shape, strict=True)
-            cut = [(o // n, s // n) for o, n, s in axes if s // n > 1 and n > 1]
-            place = max((index % model.tp for index, _ in cut), default=0)
-            step = model.tp
+            place, step = tensor_rank_of(model, shard) or 0, model.tp
         able = range(first + place, first + stage_ranks, step)
-        rank = min(able, key=self.loads.__getitem__)
-        self.loads[rank] += nbytes
-        return rank
-
-    def _stage(self, shard: Shard) -> int:
-        model, key = self.model, shard.key
-        if "decoder.layers." in key:
-            number = key.partition("decoder.layers.")[2].partition(".")[0]
-            stacked = shard.offsets[0] if shard.offsets else 0
-            layer = int(number) if number.isdecimal() else stacked
-            return layer * model.pp // model.depth
-        return 0 if "embedding" in key else model.pp - 1
+        return min(able, key=self.loads.__getitem__)
 
 
 @cache
@@ -95,7 +89,7 @@ def shape_of(sizes: tuple[int, ...], dtype: torch.dtype) -> tuple[Skeleton, tupl
     return skeleton, tuple(skeleton.structure({"data/0": _crc_of_zeros(nbytes)}))
 
 
-def place(model: Model, tiny: Path) -> tuple[list[Placed], dict[str, bytes]]:
+def place(model: Model, tiny: Path, layout: str) -> tuple[list[Placed], dict[str, bytes]]:
     """Every item of a large checkpoint, and the bytes of an object by its key's first part."""
     source: Any = pickle.loads((tiny / ".metadata").read_bytes())
     objects = {
@@ -106,13 +100,15 @@ def place(model: Model, tiny: Path) -> tuple[list[Placed], dict[str, bytes]]:
     ranks = Ranks(model)
     ends: dict[str, int] = {}
     placed = []
-    for shard in shards(model, tiny):
+    flat = layout == scale_flat.LAYOUT
+    plain = ((shard, None) for shard in shards(model, tiny))
+    for shard, rank in scale_flat.listed(model, tiny) if flat else plain:
         if shard.dtype is None:
             length = len(objects[_kind(shard.key)])
-            each = Placed(shard, ranks.writer(shard, _OBJECT), length=length)
+            each = Placed(shard, ranks.writer(shard, _OBJECT, rank), length=length)
         else:
             length = shape_of(shard.sizes, shard.dtype)[0].length
-            each = Placed(shard, ranks.writer(shard, length), length=length)
+            each = Placed(shard, ranks.writer(shard, length, rank), length=length)
         names = [f"__{each.rank}_{n}.distcp" for n in range(FILES_PER_RANK)]
         each.file = min(names, key=lambda name: ends.get(name, 0))
         each.offset = ends.get(each.file, 0)
@@ -150,8 +146,25 @@ def write_files(folder: Path, placed: list[Placed], objects: dict[str, bytes]) -
 def _content(each: Placed, objects: dict[str, bytes]) -> Iterator[tuple[int, bytes]]:
     if each.shard.dtype is None:
         yield 0, objects[_kind(each.shard.key)]
-    else:
-        yield from shape_of(each.shard.sizes, each.shard.dtype)[1]
+        return
+    skeleton, of_zeros = shape_of(each.shard.sizes, each.shard.dtype)
+    if not each.shard.heads:
+        yield from of_zeros
+        return
+    start, nbytes = skeleton.payloads["data/0"]
+    crc = at = 0
+    for first, data in each.shard.heads:
+        crc = isal_zlib.crc32(data, _with_zeros(crc, first - at))
+        at = first + len(data)
+        yield start + first, data
+    yield from skeleton.structure({"data/0": _with_zeros(crc, nbytes - at)})
+
+
+def _with_zeros(crc: int, count: int) -> int:
+    return isal_zlib.crc32_combine(crc, _of_zeros(count), count)
+
+
+_of_zeros = cache(_crc_of_zeros)
 
 
 def metadata_of(tiny: Path, placed: list[Placed], ranks: int, folder: Path) -> bytes:
@@ -211,9 +224,9 @@ def _write_item(shard: Shard) -> WriteItem:
     return WriteItem(_index(shard), WriteItemType.SHARD, tensor_data=said)
 
 
-def write_run(root: Path, model: Model, tiny: Path, count: int) -> int:
+def write_run(root: Path, model: Model, tiny: Path, layout: str, count: int) -> int:
     """A run of `count` checkpoints below `root`; returns the chunks of one."""
-    placed, objects = place(model, tiny)
+    placed, objects = place(model, tiny, layout)
     first = root / f"iter_{INTERVAL:07d}"
     first.mkdir(parents=True)
     write_files(first, placed, objects)

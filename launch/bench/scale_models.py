@@ -141,13 +141,35 @@ MODELS["million"] = replace(MODELS["1t"], experts=1408, extents={**MODELS["1t"].
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One chunk of a tensor; of an object all fields but the key say nothing."""
+    """One chunk of a tensor; of an object all fields but the key say nothing.
+
+    `heads` are the bytes of its payload that are no zeros: where they begin, and the bytes.
+    """
 
     key: str
     dtype: torch.dtype | None
     shape: tuple[int, ...]
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
+    heads: tuple[tuple[int, bytes], ...] = ()
+
+
+def stage_of(model: Model, shard: Shard) -> int:
+    """The pipeline stage that holds it."""
+    key = shard.key
+    if "decoder.layers." in key:
+        number = key.partition("decoder.layers.")[2].partition(".")[0]
+        stacked = shard.offsets[0] if shard.offsets else 0
+        layer = int(number) if number.isdecimal() else stacked
+        return layer * model.pp // model.depth
+    return 0 if "embedding" in key else model.pp - 1
+
+
+def tensor_rank_of(model: Model, shard: Shard) -> int | None:
+    """The tensor-parallel rank that holds it; None where all do."""
+    axes = zip(shard.offsets, shard.sizes, shard.shape, strict=True)
+    cut = [(o // n, s // n) for o, n, s in axes if s // n > 1 and n > 1]
+    return max((index % model.tp for index, _ in cut), default=None)
 
 
 def _save(rank: int, ranks: int, root: Path, config: TinyConfig) -> None:
@@ -159,7 +181,8 @@ def _save(rank: int, ranks: int, root: Path, config: TinyConfig) -> None:
 def save_tiny(model: Model, root: Path, layout: Any) -> Path:
     """Save the tiny run below `root`; returns its checkpoint's folder."""
     root.mkdir(parents=True)
-    config = replace(model.tiny, optim_format=layout)
+    # The same values in all checkpoints are no copies where the rate is zero.
+    config = replace(model.tiny, optim_format=layout, lr=0.0)
     run_ranks(_save, TINY_RANKS, root, config, timeout_s=300)
     return next(root.glob("iter_*"))
 
@@ -168,6 +191,8 @@ def shards(model: Model, tiny: Path) -> Iterator[Shard]:
     """All that the large checkpoint holds, entry by entry as the tiny one lists them."""
     metadata: Any = pickle.loads((tiny / ".metadata").read_bytes())  # of a run just made here
     for key, entry in metadata.state_dict_metadata.items():
+        if ".gbuf_idx_" in key:
+            continue  # a flat buffer, `scale_flat`
         for name in _keys(model, key):
             if not hasattr(entry, "chunks"):
                 yield from _objects(model, name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import sys
 import time
@@ -97,6 +98,15 @@ def _work(given: list[str], rank: int, alone: bool) -> int:
         where = f"[rank {rank}] " if rank else ""
         _failed(rank, f"error: {where}{error}{told and f'. {told}'}", aloud=aloud)
         return 2 if isinstance(error, UsageError) else 1
+    except OSError as error:
+        if error.filename is None:
+            raise  # about no file that somebody could look at
+        logging.getLogger("pma_megatron").debug("", exc_info=error)
+        where = f"[rank {rank}] " if rank else ""
+        what = f"{error.filename} cannot be used ({error.strerror})"
+        advice = "look at its rights and at its storage, then run again"
+        _failed(rank, f"error: {where}{what}: {advice}", aloud=True)
+        return 1
     if code == NOT_THE_SAME:  # no failure, but torchrun takes every other code than 0 for one
         _failed(rank, "the two checkpoints are not the same", aloud=False)
     return code or 0

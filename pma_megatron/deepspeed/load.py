@@ -43,7 +43,7 @@ from pma_megatron.live.load import Job, LiveReport, Meter, averaged_states, fill
 from pma_megatron.live.plan import LivePlan, average_units, refuse_other_model
 from pma_megatron.live.poison import Trainer, chain, poisoned_on_failure, replaced
 from pma_megatron.merging.planning import OpenedSources, gather_sources, origin_note
-from pma_megatron.storage.paths import in_store, path_of
+from pma_megatron.storage.paths import in_store, path_of, real
 
 NOTE = "pma"
 """Key in the returned client state: what was averaged, as in that of an offline merge."""
@@ -235,7 +235,7 @@ def _check(
                 f"{source.path} is in format {source.format}, expected tags of DeepSpeed's own: a "
                 f"live engine averages nothing else. {WAY_OUT}"
             )
-    if named is not None and named.resolve() != path_of(base.path).resolve():
+    if named is not None and real(named) != real(base.path):
         raise UsageError(
             f"load_checkpoint was asked for {named}, and the options say that the newest source is "
             f"{base.path}. Leave tag out, or let the average end there"

@@ -97,8 +97,12 @@ def read_flat(
     files: ItemFiles, stored: Sequence[Piece[Payload]], start: int, count: int
 ) -> torch.Tensor:
     """Elements `[start, start + count)` of a flat space, zero where nothing is stored."""
+    parts = _under(stored, start, count)
+    if len(parts) == 1 and parts[0].numel == count:
+        piece = Piece(Box((0,), (parts[0].payload.numel,)), parts[0].payload)
+        return read_elements(files, piece, parts[0].start, count)
     result = torch.zeros(count, dtype=stored[0].payload.dtype)
-    for part in _under(stored, start, count):
+    for part in parts:
         piece = Piece(Box((0,), (part.payload.numel,)), part.payload)
         data = read_elements(files, piece, part.start, part.numel)
         result[part.unit_start : part.unit_start + part.numel] = data

@@ -14,7 +14,7 @@ from typing import Any
 from isal import isal_zlib
 
 from pma_megatron.base.boxes import Box, Piece
-from pma_megatron.base.openfiles import MAX_COPIED_BYTES, open_source, read_at, unread
+from pma_megatron.base.openfiles import MAX_COPIED_BYTES, Files, open_source, read_at, unread
 from pma_megatron.base.spelling import left_out
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.base import Item, Payload, StoredRecord
@@ -42,6 +42,20 @@ class ItemFiles:
         self._found: dict[Payload, tuple[StoredRecord, int]] = {}
         self._moulds: dict[int, tuple[tuple[Mould, Any], ...]] = {}
         self._lock = threading.Lock()
+        self._files: Files | None = None
+
+    @contextlib.contextmanager
+    def kept_open(self) -> Iterator[None]:
+        """Files that are read in the block stay open to its end: for very many small reads."""
+        if self._files is not None:
+            yield
+            return
+        files = self._files = Files(self.path, os.O_RDONLY)
+        try:
+            yield
+        finally:
+            self._files = None
+            files.close()
 
     def records(self, item: Item, content: memoryview | None = None) -> dict[str, ZipRecord]:
         """Index of the zip at `item`, read once; `content` is all of it, where that is at hand."""
@@ -233,27 +247,34 @@ class ItemFiles:
     @contextlib.contextmanager
     def _open(self, file: str) -> Iterator[Callable[[int, int], bytes]]:
         """Reads of `file`, (offset, bytes) -> bytes, which is open in the block; see `read`."""
-        path = self.path / file
+        files = self._files
 
         def read(offset: int, nbytes: int) -> bytes:
-            left = max(os.fstat(descriptor).st_size - offset, 0)  # before it is allocated
-            data = bytearray(min(nbytes, left))
+            there = nbytes
+            if nbytes > _WINDOW_BYTES:  # before it is allocated
+                there = min(nbytes, max(os.fstat(descriptor).st_size - offset, 0))
+            data = bytearray(there)
             got = read_at(descriptor, memoryview(data), min(offset, LIMIT - 1))
             if got != nbytes:
                 raise CheckpointError(
-                    f"{path} ends at byte {offset + got}, {offset + nbytes} are needed: it "
-                    "was truncated or replaced. Run `pma list`, then merge again without it"
+                    f"{self.path / file} ends at byte {offset + got}, {offset + nbytes} are "
+                    "needed: it was truncated or replaced. Run `pma list`, then merge again "
+                    "without it"
                 )
             return bytes(data)
 
         try:
-            descriptor = open_source(path, whole=False)
+            if files is not None:
+                with files.opened(file) as descriptor:
+                    yield read
+                return
+            descriptor = open_source(self.path / file, whole=False)
             try:
                 yield read
             finally:
                 os.close(descriptor)
         except OSError as error:
-            raise unread(path, error) from error
+            raise unread(self.path / file, error) from error
 
 
 @lru_cache(maxsize=_PICKLES)

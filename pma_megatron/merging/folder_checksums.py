@@ -46,24 +46,39 @@ class Intact:
     records: int
 
 
-def listing(folder: Path) -> dict[str, int]:
-    """Bytes of every file below `folder`, by its path there, but those of this package's own mark.
+def names_in(folder: Path) -> Iterator[str]:
+    """Every file below `folder`, by its path there, but those of this package's own mark.
 
     Links to folders count as files: nothing that is published has any.
+
+    Raises:
+        OSError: a folder cannot be looked at.
+    """
+    for here, folders, files in os.walk(folder, onerror=_raised):
+        for name in (*files, *(f for f in folders if (path_of(here) / f).is_symlink())):
+            relative = (path_of(here) / name).relative_to(folder).as_posix()
+            if relative not in NOT_CONTENT:
+                yield relative
+
+
+def _raised(error: OSError) -> None:
+    raise error
+
+
+def listing(folder: Path) -> dict[str, int]:
+    """Bytes of every file of `names_in`.
 
     Raises:
         CheckpointError: a file cannot be looked at, a link that leads nowhere for instance.
     """
     found = {}
-    for here, folders, files in os.walk(folder):
-        for name in (*files, *(f for f in folders if (path_of(here) / f).is_symlink())):
-            path = path_of(here) / name
-            relative = path.relative_to(folder).as_posix()
-            if relative not in NOT_CONTENT:
-                try:
-                    found[relative] = path.stat().st_size
-                except OSError as error:
-                    raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
+    try:
+        for name in names_in(folder):
+            found[name] = (folder / name).stat().st_size
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename or folder} cannot be read ({error.strerror})"
+        ) from error
     return found
 
 

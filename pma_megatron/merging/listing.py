@@ -57,7 +57,10 @@ def _nbytes(folder: Path) -> int:
 
 
 def _origin(folder: Path) -> str | None:
-    if not (folder / MARKER_FILE).is_file():
+    try:
+        if not (folder / MARKER_FILE).is_file():
+            return None
+    except OSError:  # nothing in it can be looked at, which the listing says of it anyway
         return None
     try:
         made = read_marker(folder).value

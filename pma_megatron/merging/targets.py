@@ -25,7 +25,7 @@ from pma_megatron.formats.marker import (
 )
 from pma_megatron.formats.output import Folder
 from pma_megatron.formats.trainers.saves import checkpoint_in, output_name
-from pma_megatron.merging.folder_checksums import listing
+from pma_megatron.merging.folder_checksums import names_in
 from pma_megatron.merging.leftovers import STAGING, Target, staged_bytes, unfinished
 from pma_megatron.merging.planning import MergePlan
 from pma_megatron.runs.folders import holds_checkpoint, is_checkpoint
@@ -129,7 +129,7 @@ def _refuse(plan: MergePlan, target: Target) -> None:
     _refuse_odd(plan, target)
     _refuse_inside(target)
     _refuse_foreign(target)
-    _refuse_loss(target)
+    _refuse_loss(plan, target)
 
 
 def already(plan: MergePlan, wanted: Sequence[Target]) -> tuple[bool, ...]:
@@ -201,20 +201,27 @@ def _is_model(folder: Path) -> bool:
     return registry.detect(folder) in registry.UNTRACKED
 
 
-def _refuse_loss(target: Target) -> None:
-    """An output that is replaced may hold what somebody else put there: that is not deleted."""
+def _refuse_loss(plan: MergePlan, target: Target) -> None:
+    """An output that is replaced may hold what somebody else put there: that is not deleted.
+
+    Where its `pma.json` does not say what was written with it, what the new one would hold too is
+    taken for its own, and nothing else.
+    """
     if not target.final.is_dir():
         return
     try:
-        sums = read_marker(target.final).sums
-        strangers = sorted(set(listing(target.final)) - set(sums)) if sums is not None else []
-    except (CheckpointError, VerifyError):
-        return  # nothing says what was written with it
+        sums, why = read_marker(target.final).sums, f"its {MARKER_FILE} has no list of files"
+    except (CheckpointError, VerifyError) as error:
+        sums, why = None, str(error)
+    layout = plan.layouts[target.folder]
+    known = {*layout.files, *layout.small_files, *layout.carried} if sums is None else set(sums)
+    strangers = sorted(set(names_in(target.final)) - known)
     if strangers:
+        doubt = "" if sums is not None else f" as far as can be told ({why})"
         raise PublishError(
             f"{target.final} would be replaced, and holds {first_few(strangers, _SHOWN)}, "
-            f"which was not written with it and would be lost. Move what is yours elsewhere, or "
-            f"choose another {named(target.setting)}"
+            f"which was not written with it{doubt} and would be lost. Move what is yours "
+            f"elsewhere, or choose another {named(target.setting)}"
         )
 
 

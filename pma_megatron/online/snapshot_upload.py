@@ -112,7 +112,7 @@ class SnapshotUploads(Uploads):
         _empty(folder)
 
     def _remove(self, folder: Path) -> None:
-        if folder.is_dir() and _is_snapshot(folder):
+        if folder.is_dir() and ((folder / _THERE).exists() or _is_snapshot(folder)):
             self._is_there(folder)
             (folder / _THERE).unlink()
             folder.rmdir()

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISDIR
 
-from pma_megatron.base.spelling import named
+from pma_megatron.base.spelling import first_few, named
 from pma_megatron.errors import SelectionError
 from pma_megatron.formats.trainers.saves import checkpoint_in, save_of
 from pma_megatron.retention.keeping import needed
 from pma_megatron.retention.request import PruneRequest
 from pma_megatron.retention.signs import looking
 from pma_megatron.retention.surroundings import leading_to, links_between, links_into, real
-from pma_megatron.retention.unfinished import unfinished
+from pma_megatron.retention.unfinished import unfinished, unseen
 from pma_megatron.runs.discover import choose, list_checkpoints, pointers_of
 from pma_megatron.runs.folders import is_checkpoint, what_is
 from pma_megatron.runs.marks import Mark, mark, unchanged
@@ -101,9 +101,13 @@ def decide(request: PruneRequest, before: Decision | None = None, anew: str = ""
     marks = {ref.path: mark(root, ref) for ref in refs}
     notes = (*rules.notes, *_further(end, request))
     notes = (*notes, _UNSEEN) if in_store(root) else notes
+    if hidden := unseen(root):
+        few = first_few(hidden, _SHOWN)
+        notes = (*notes, f"{few} cannot be looked at: a merge that was cut off there may need some")
     return Decision(tuple(verdicts), notes, marks, between)
 
 
+_SHOWN = 3
 _UNSEEN = (
     "no store has locks: a merge, live start or evaluation that reads one of these at this moment "
     "is seen only if it was started on this machine and makes an average"

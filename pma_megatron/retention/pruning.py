@@ -17,6 +17,7 @@ from typing import Any
 
 from pma_megatron.base.durable import sync
 from pma_megatron.base.faults import point
+from pma_megatron.base.openfiles import folders_in, is_folder
 from pma_megatron.base.sizes import sized
 from pma_megatron.base.spelling import first_few, speaking, switch
 from pma_megatron.base.stopping import shielded
@@ -123,6 +124,8 @@ def prune(
         CheckpointError: its log of recoveries is damaged.
     """
     root = path_of(request.root)
+    if not in_store(root) and is_folder(root):
+        folders_in(root)  # raises where it may not be read
     left = _leftovers(root)
     decision = decide(request)
     rows = [

@@ -28,6 +28,7 @@ _RULES = (
     "keep_iterations",
     "keep_recovery_iterations",
 )
+_OF_RECOVERIES = ("recovery_last", "recovery_attempts", "margin_iterations")
 
 
 def parse_window(text: str) -> SelectionRequest:
@@ -136,6 +137,12 @@ class PruneRequest:
                 f"nothing says what is to stay: {given('keep_last', 5)}, "
                 f"{named('keep_window')} and others ({', '.join(map(named, _RULES[1:]))})"
             )
+        for each in declared(PruneRequest) if self.keep_recovery_iterations is None else ():
+            if each.name in _OF_RECOVERIES and getattr(self, each.name) != each.default:
+                raise UsageError(
+                    f"{named(each.name)} counts for recoveries, which nothing is kept for without "
+                    f"{named('keep_recovery_iterations')}: say how far back they may begin"
+                )
         for name in (*_RULES, "recovery_last", "recovery_attempts"):
             value = getattr(self, name)
             if isinstance(value, int) and value < 1:

@@ -72,14 +72,20 @@ def signs_below(root: Path) -> Iterator[Sign]:
 
 @contextlib.contextmanager
 def looking(root: Path) -> Iterator[None]:
-    """What is asked of a store in the block, around the run at `root`.
+    """What lies around the run at `root` is looked at in the block.
 
     Raises:
-        SelectionError: it does not tell.
+        SelectionError: the store, or the file system, does not tell.
     """
     try:
         yield
     except OSError as error:
+        if not in_store(root):
+            raise SelectionError(
+                f"{error.filename or root} cannot be looked at ({error.strerror}), and a merge "
+                f"that was cut off there may need checkpoints of {root}. Ask for the right to "
+                "read it, or move it elsewhere"
+            ) from error
         raise SelectionError(
             f"what lies in and beside {root} cannot be listed, so nothing tells which merges need "
             f"its checkpoints: {error.strerror or error}. Use credentials that may list "

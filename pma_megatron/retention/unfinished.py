@@ -14,7 +14,8 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pma_megatron.errors import CheckpointError
+from pma_megatron.base.spelling import given
+from pma_megatron.errors import CheckpointError, UsageError
 from pma_megatron.formats.json_files import read_json
 from pma_megatron.formats.marker import UPLOADING_FILE
 from pma_megatron.merging.leftovers import JOB_FILE, JOURNAL, STAGING
@@ -27,6 +28,7 @@ from pma_megatron.storage.paths import in_store, path_of, workplace
 
 _SWEPT = re.compile(r"-last\d+$")
 """How the folders of a sweep are called, in which its outputs lie."""
+_OF_THE_FILE_SYSTEM = "lost+found"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +68,14 @@ def unfinished(root: Path, further: Iterable[str]) -> list[Unfinished]:
     outputs are made on a disk, there it is the signs of uploads, and the journals on this machine.
 
     Raises:
-        OSError: the store does not tell.
+        UsageError: one of `further` is not there.
+        OSError: the store does not tell, or a folder in which what says nothing would count cannot
+            be looked at.
     """
+    for asked in map(path_of, further):
+        if not in_store(asked) and not asked.is_dir():
+            where = given("averages", asked)
+            raise UsageError(f"{where} is not a folder: give one that merges save to")
     ways = spellings(root)
     near, names = beside(root), tuple(f"{way.name}-" for way in ways)
     own = [*ways, *map(path_of, further), *(each for each in near if each.name.startswith(names))]
@@ -83,7 +91,7 @@ def unfinished(root: Path, further: Iterable[str]) -> list[Unfinished]:
     for folder, is_own in (*((f, True) for f in own), *((f, False) for f in near)):
         swept = (each for each in folders_below(folder) if _SWEPT.search(each.name))
         for place in (folder, *swept):
-            for each in _left_in(place):
+            for each in _left_in(place, sure=is_own):
                 if each.sources is not None or is_own:
                     found.setdefault(str(real(each.left)), each)
     return list(found.values())
@@ -111,10 +119,23 @@ def _bucket(folder: Path) -> Path:
     return path_of(str(replace(address, key="")))
 
 
-def _left_in(folder: Path) -> Iterator[Unfinished]:
+def unseen(root: Path) -> list[Path]:
+    """Folders beside the run at `root` that cannot be looked at, where merges may lie too."""
+    if in_store(root):
+        return []
+    above = {way.parent for way in spellings(root)}
+    return [each for each in (*above, *beside(root)) if not os.access(each, os.R_OK | os.X_OK)]
+
+
+def _left_in(folder: Path, *, sure: bool = False) -> Iterator[Unfinished]:
+    """What merges left in a folder; `sure` raises where it cannot be looked at."""
     try:
         names = sorted(path.name for path in folder.iterdir() if path.name.startswith(".pma-"))
+    except (FileNotFoundError, NotADirectoryError):
+        return
     except OSError:
+        if sure and folder.name != _OF_THE_FILE_SYSTEM:
+            raise
         return
     told = set()
     for name in names:

@@ -24,7 +24,7 @@ from pma_megatron.runs.selection import Selection, select
 from pma_megatron.runs.selection_request import SelectionRequest
 from pma_megatron.runs.torn import torn_saves
 from pma_megatron.runs.trackers import Pointer, read_pointers
-from pma_megatron.storage.paths import path_of
+from pma_megatron.storage.paths import path_of, real
 
 TRACKER_FILE = registry.get(registry.TORCH_DIST, "").tracker.file or ""
 _OWN_ROOT = re.compile(r"^checkpoint[-_]\d+$")
@@ -122,12 +122,12 @@ def _each_once(
     links = {
         ref.folder for ref in refs if path_of(ref.folder).is_symlink() and _name(ref) not in named
     }
-    real = {path_of(ref.folder).resolve() for ref in refs if ref.folder not in links}
+    ends = {real(ref.folder) for ref in refs if ref.folder not in links}
     numbered = {ref.iteration for ref in refs if ref.complete and not _LAST.match(_name(ref))}
     return [
         ref
         for ref in refs
-        if not (ref.folder in links and path_of(ref.folder).resolve() in real)
+        if not (ref.folder in links and real(ref.folder) in ends)
         and not (ref.complete and _LAST.match(_name(ref)) and ref.iteration in numbered)
     ]
 

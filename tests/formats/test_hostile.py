@@ -32,7 +32,7 @@ from mutations import LIMIT_BYTES, Watch
 from pma_megatron.base.boxes import Box
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.base import Item
-from pma_megatron.formats.dcp.cover import cover
+from pma_megatron.formats.dcp.cover import cover, covered
 from pma_megatron.formats.dcp.metadata import parse
 from pma_megatron.formats.inert import Record, fields_of
 from pma_megatron.formats.names import plain_name
@@ -328,7 +328,14 @@ def test_chunks_cover_a_tensor_or_do_not(data: st.DataObject) -> None:
     for box in boxes:
         part = tuple(slice(o, o + n) for o, n in zip(box.offsets, box.sizes, strict=True))
         count[part] += 1
-    assert cover(boxes, shape) == bool((count == 1).all())
+    once = bool((count == 1).all())
+    assert cover(boxes, shape) == once
+    columns = (np.array(c, dtype=np.int64).reshape(len(boxes), len(shape)) for c in _columns(boxes))
+    assert covered(*columns, shape) == once
+
+
+def _columns(boxes: list[Box]) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    return [box.offsets for box in boxes], [box.sizes for box in boxes]
 
 
 @example(b"\x80\x02" + b"]" * 100)

@@ -18,6 +18,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from pma_megatron.base.comm import Comm
+from pma_megatron.merging.job import merge
 from pma_megatron.merging.planning import make_plan
 from pma_megatron.merging.request import MergeRequest
 from pma_megatron.runs.discover import list_checkpoints
@@ -61,12 +62,7 @@ def test_a_run_scaled_by_one_is_the_trainers_own_and_its_stages_are_measured(
     assert {i.relative_path for i in ours.storage_data.values()} == {
         i.relative_path for i in theirs.storage_data.values()
     }
-    state = {
-        key: torch.ones(entry.size, dtype=entry.properties.dtype)
-        for key, entry in ours.state_dict_metadata.items()
-        if hasattr(entry, "chunks")
-    }
-    dcp.load(state, checkpoint_id=str(checkpoints[-1]), no_dist=True)
+    state = loaded(checkpoints[-1])
     assert state and not any(tensor.any() for tensor in state.values())
 
     (costs,) = json.loads(result.read_text())
@@ -75,6 +71,36 @@ def test_a_run_scaled_by_one_is_the_trainers_own_and_its_stages_are_measured(
     assert all(0 < row["ideal"] <= row["merge"] for row in simulated)
     assert set(costs) == {"list", "plan", "merge"}
     assert all(cost["cpu_s"] > 0 and cost["opens"] > 0 for cost in costs.values())
+
+
+@pytest.mark.slow
+def test_flat_buffers_are_cut_as_the_trainers_and_average_to_what_they_hold(tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPT), str(tmp_path), "--model", "tiny", "--count", "2"]
+    command += ["--layout", "dp_reshardable", "--ranks", "1", "--stages", "list"]
+    subprocess.run(command, check=True, capture_output=True)
+
+    (real,) = (tmp_path / "tiny-tiny-dp_reshardable").glob("iter_*")
+    run = tmp_path / "tiny-dp_reshardable-2"
+    newest = max(run.glob("iter_*"))
+    assert stored(metadata_of(newest)) == stored(metadata_of(real))
+    report = merge(
+        MergeRequest(load=str(run), save=str(tmp_path / "out"), selection=SelectionRequest(last=2))
+    )
+    source, average = (loaded(Path(folder)) for folder in (newest, report.outputs[0]))
+    assert source.keys() == average.keys()
+    for key, tensor in source.items():
+        assert torch.equal(tensor, average[key]), key
+        assert tensor.any() or "exp_avg" in key
+
+
+def loaded(folder: Path) -> dict[str, torch.Tensor]:
+    state = {
+        key: torch.full(entry.size, math.nan, dtype=entry.properties.dtype)
+        for key, entry in metadata_of(folder).state_dict_metadata.items()
+        if hasattr(entry, "chunks")
+    }
+    dcp.load(state, checkpoint_id=str(folder), no_dist=True)
+    return state
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from conftest import after_first_unit, as_a_user, digests, folder_of, refused, r
 from pma_megatron import Method, SelectionRequest, merge, verify
 from pma_megatron.base.faults import InjectedFault
 from pma_megatron.errors import PmaError, PublishError
-from pma_megatron.formats.marker import OWN_FILES
+from pma_megatron.formats.marker import MARKER_FILE, OWN_FILES, SEAL_FILE
 from pma_megatron.merging import leftovers, locks, publish
 from pma_megatron.testing import inject
 
@@ -262,6 +262,36 @@ def test_what_somebody_put_into_a_merge_is_not_deleted(dense_run: Path, save: Pa
         merge(request_for(dense_run, save, overwrite=True))
     note.unlink()
     merge(request_for(dense_run, save, overwrite=True))
+
+
+@pytest.mark.parametrize("pma_json", ["as it was", "damaged", "of another seal", "without files"])
+def test_what_somebody_put_into_a_merge_is_safe_whatever_its_pma_json_says(
+    dense_run: Path, save: Path, pma_json: str
+) -> None:
+    merge(request_for(dense_run, save))
+    folder = folder_of(save, 8)
+    marker, seal = folder / MARKER_FILE, folder / SEAL_FILE
+    if pma_json == "damaged":
+        marker.write_bytes(marker.read_bytes()[:-40])
+    elif pma_json == "of another seal":
+        seal.write_text("0")
+    elif pma_json == "without files":
+        marker.write_text('{"pma_megatron": "0.1.0"}')
+        seal.unlink()
+    request = request_for(dense_run, save, overwrite=True)
+    (folder / "backup").mkdir()
+    link, file = folder / "backup" / "link", folder / "backup" / "mine"
+    link.symlink_to("/nowhere")
+    file.write_text("x")
+    with refused(PublishError, "backup/link, backup/mine", run=dense_run, save=save):
+        merge(request)
+    file.unlink()
+    with refused(PublishError, "backup/link", "would be lost", run=dense_run, save=save):
+        merge(request)
+    link.unlink()
+    merge(request)
+    verify(folder)
+    assert not (folder / "backup").exists()
 
 
 def test_what_cannot_be_removed_is_said(dense_run: Path, tmp_path: Path, save: Path) -> None:

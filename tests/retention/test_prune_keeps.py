@@ -16,13 +16,14 @@ import torch
 from safetensors.torch import save_file
 from test_prune import NEWEST, deleted, left, reasons
 
-from conftest import digests, folder_of
+from conftest import as_a_user, digests, folder_of
 from pma_megatron import list_checkpoints
+from pma_megatron.errors import UsageError
 from pma_megatron.formats import holding as locks
 from pma_megatron.formats import registry
 from pma_megatron.formats.holding import holding
 from pma_megatron.retention import pruning
-from pma_megatron.retention.request import parse_window
+from pma_megatron.retention.request import PruneRequest, parse_window
 from pma_megatron.testing import run_ranks
 from pma_megatron.testing.tiny_fsdp import ACCELERATE, FsdpConfig, TinyFsdp
 
@@ -176,6 +177,52 @@ def test_sources_of_a_cut_off_merge_stay_however_the_run_is_spelled(run: Path, w
         journal.mkdir(parents=True)
         (journal / "job.json").write_text(json.dumps({"sources": [str(folder_of(run, iteration))]}))
     assert deleted(spelled, **NEWEST) == [i for i in (2, 4, 6) if i not in places]
+
+
+def test_where_a_cut_off_merge_may_lie_and_cannot_be_seen_nothing_goes(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Folders called after the run and those that were named; of other neighbours it is said."""
+    elsewhere = tmp_path / "elsewhere" / "avg"
+    elsewhere.mkdir(parents=True)
+    prune = f"prune {run} --keep-last 1"
+    with pytest.raises(UsageError, match="agv' is not a folder"):
+        deleted(run, **NEWEST, averages=(str(elsewhere.with_name("agv")),))
+
+    for hidden, words in (
+        (elsewhere, f"{elsewhere} cannot be looked at (Permission denied)"),
+        (run.with_name("run-pma"), "run-pma cannot be looked at (Permission denied)"),
+        (run / "averages", "averages cannot be looked at (Permission denied)"),
+    ):
+        hidden.mkdir(exist_ok=True)
+        hidden.chmod(0)
+        (text,) = as_a_user(tmp_path, f"{prune} --averages {elsewhere} --yes")
+        hidden.chmod(0o755)
+        assert words in text and text.endswith("code 1"), text
+        assert left(run) == [2, 4, 6, 8]
+    neighbour = run.with_name("other")
+    neighbour.mkdir()
+    (run / "lost+found").mkdir(0)
+    neighbour.chmod(0)
+    (text,) = as_a_user(tmp_path, prune)
+    neighbour.chmod(0o755)
+    assert text.endswith("code 0"), text
+    with monkeypatch.context() as patch:  # as for somebody whom permissions bind
+        patch.setattr(os, "access", lambda path, _: path != neighbour)
+        (note,) = pruning.prune(PruneRequest(root=str(run), keep_last=1)).notes
+    assert f"{neighbour} cannot be looked at" in note
+    (run / "lost+found").rmdir()
+    run.chmod(0)
+    (text,) = as_a_user(tmp_path, prune)
+    run.chmod(0o755)
+    assert f"{run} cannot be read (Permission denied)" in text and text.endswith("code 1"), text
+
+
+@pytest.mark.parametrize("rule", ["recovery_last", "recovery_attempts", "margin_iterations"])
+def test_rules_of_recoveries_need_to_be_told_how_far_back_they_begin(rule: str) -> None:
+    with pytest.raises(UsageError, match=f"{rule}= counts for recoveries"):
+        PruneRequest(root="/run", keep_last=1, **{rule: 7})
+    PruneRequest(root="/run", keep_last=1, keep_recovery_iterations=100, **{rule: 7})
 
 
 def test_models_of_others_stay_and_are_not_what_training_resumes_from(run: Path) -> None:

@@ -17,6 +17,7 @@ from pma_megatron import (
     SelectionRequest,
     inspect,
     list_checkpoints,
+    merging,
     verify,
 )
 from pma_megatron.cli import main
@@ -247,3 +248,54 @@ def test_metrics_that_may_not_be_looked_into(run: Path, tmp_path: Path) -> None:
     finally:
         locked.chmod(0o755)
     assert text.endswith("code 1") and "Permission denied" in text, text
+
+
+@pytest.mark.parametrize("loop", ["iter_0000006", "other"])
+def test_links_to_themselves_are_no_checkpoints(
+    capsys: pytest.CaptureFixture[str], run: Path, loop: str
+) -> None:
+    for name in (run / "iter_0000006").iterdir():
+        name.unlink()
+    (run / "iter_0000006").rmdir()
+    (run / loop).symlink_to(loop)
+    out = run.parent / "out"
+    for command in (
+        ("list", run),
+        ("plan", "--load", run, "--last", 2, "--allow-gaps"),
+        ("merge", "--load", run, "--save", out, "--last", 2, "--allow-gaps"),
+        ("prune", run, "--keep-last", 2),
+    ):
+        code, error = told(capsys, *command)
+        assert code == 0, (command, error)
+    verify(folder_of(out, 8))
+
+
+def test_what_a_user_may_not_look_at_is_said_of_each_place(run: Path, tmp_path: Path) -> None:
+    closed = folder_of(run, 6)
+    commands = f"list {run}", f"list {run} --json", f"prune {run} --keep-last 1"
+    closed.chmod(0)
+    texts = as_a_user(tmp_path, *commands, f"plan --load {run} --last 3 --allow-gaps")
+    closed.chmod(0o755)
+    assert [text.rpartition(" ")[2] for text in texts] == ["0"] * 4, texts
+    run.chmod(0)
+    texts = as_a_user(tmp_path, *commands, f"verify {closed}", f"compare {closed} {closed}")
+    run.chmod(0o755)
+    assert all("Permission denied" in text and "code 1" in text for text in texts), texts
+
+
+def test_no_module_follows_links_with_what_raises_at_a_circle() -> None:
+    """`Path.resolve` raises RuntimeError there, which nobody who handles files expects."""
+    package = Path(merging.__file__).parents[1]
+    guarded = {
+        "formats/safetensors/model_files.py",
+        "formats/side_files.py",
+        "cli/asked.py",
+        "storage/paths.py",
+    }
+    of_scripts = {"launch.py", "testing/megatron_lm.py"}
+    found = {
+        str(file.relative_to(package))
+        for file in package.rglob("*.py")
+        if ".resolve(" in file.read_text()
+    }
+    assert found <= guarded | of_scripts

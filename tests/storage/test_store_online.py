@@ -6,14 +6,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_hooks import keep
 from test_megatron_flags import parse
 from test_online import BASE, EMA, METHODS, TOKENS, assert_same, held, online, resume, train
+from test_snapshot_writer import assert_whole, simple_chunks, simple_data
 
 from conftest import DENSE, folder_of
 from pma_megatron import compare, list_checkpoints, verify
@@ -25,6 +28,7 @@ from pma_megatron.megatron.online import OnlineAverage
 from pma_megatron.megatron.save import note_origin
 from pma_megatron.megatron.trees import global_vars
 from pma_megatron.online.average_upload import AveragePlace, NoRoomError
+from pma_megatron.online.snapshots import SnapshotWriter
 from pma_megatron.storage.object_store import ObjectStore
 from pma_megatron.testing import TinyTrainer, inject, rank_outcomes, run_ranks
 from s3 import keys
@@ -195,6 +199,34 @@ def test_killed_on_its_way(
     assert len(cut_off) == (stage != "snapshot-put")
     (entries,) = run_ranks(window_after, 1, state)
     assert entries[0] == 2 if stage != "snapshot-old" else len(entries) == 3, entries
+    assert files_left(spools) == []
+
+
+def test_an_entry_that_is_given_up_on_its_way_is_not_mixed_with_the_next(
+    s3: Any, bucket: str, got: Got, tmp_path: Path, spools: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is the new one deleted for the old one's sake, whichever file is under way."""
+    put_file, chunks = ObjectStore.put_file, simple_chunks(0, 1)
+
+    def slow(self: ObjectStore, key: str, path: Path) -> str:
+        time.sleep(0.1)
+        return put_file(self, key, path)
+
+    monkeypatch.setattr(ObjectStore, "put_file", slow)
+    writer = SnapshotWriter(f"s3://{bucket}/window", chunks, torch.float32, Comm())
+    for number in range(4):
+        writer.write(5, simple_data(chunks, 100 + number), {})
+        writer.wait(PATIENCE_S)
+        time.sleep(0.12 * number)
+        writer.give_up([5])
+    for iteration in (5, 6):
+        writer.write(iteration, simple_data(chunks, iteration), {})
+        writer.wait(PATIENCE_S)
+    writer.wait_for_uploads(PATIENCE_S)
+    for iteration in (5, 6):
+        name = f"iter_{iteration:07d}"
+        assert_whole(got(f"window/{name}", tmp_path / name), iteration)
+    assert [ref.complete for ref in list_checkpoints(f"s3://{bucket}/window")] == [True, True]
     assert files_left(spools) == []
 
 

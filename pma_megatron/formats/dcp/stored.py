@@ -5,7 +5,6 @@ Every field that is read is checked, of records that were decoded one by one and
 
 from __future__ import annotations
 
-import math
 from array import array
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -13,11 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from pma_megatron.base.boxes import Box
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.alike import Rows
 from pma_megatron.formats.base import Item
-from pma_megatron.formats.dcp.cover import cover
+from pma_megatron.formats.dcp.cover import covered
 from pma_megatron.formats.inert import Name, brief
 from pma_megatron.formats.names import plain_name
 from pma_megatron.formats.pieces import StoredPieces
@@ -252,7 +250,7 @@ def boxes_of(value: Any, shape: tuple[int, ...], where: str) -> tuple[np.ndarray
     ]
     none = np.empty((0, len(shape)), dtype=np.int64)
     at, extents = (np.concatenate([none, *(part[axis] for part in parts)]) for axis in range(2))
-    if not _covered(at, extents, shape):
+    if not covered(at, extents, shape):
         raise CheckpointError(
             f"{where} has {len(at)} chunks that do not cover each element of its shape {shape} "
             "exactly once: damaged. Exclude this checkpoint"
@@ -297,20 +295,6 @@ def _rows_of_chunks(
     if not inside.all():
         raise CheckpointError(f"{where} has chunks that are no part of its shape {shape}: damaged")
     return low, extent
-
-
-def _covered(offsets: np.ndarray, sizes: np.ndarray, shape: tuple[int, ...]) -> bool:
-    """`cover`, at once where all chunks are of one size."""
-    plain = len(offsets) > 1 and shape and 0 not in shape
-    if plain and (sizes == sizes[0]).all() and sizes[0].all():
-        places, beside = np.divmod(offsets, sizes[0])
-        counts = [n // int(size) for n, size in zip(shape, sizes[0], strict=True)]
-        whole = all(c * int(size) == n for c, size, n in zip(counts, sizes[0], shape, strict=True))
-        if whole and not beside.any() and math.prod(counts) == len(offsets):
-            numbers = np.ravel_multi_index(tuple(places.T), counts)
-            return len(np.unique(numbers)) == len(offsets)
-    pairs = zip(offsets.tolist(), sizes.tolist(), strict=True)
-    return cover([Box(tuple(low), tuple(extent)) for low, extent in pairs], shape)
 
 
 def refuse_too_long(pieces: StoredPieces, where: str) -> None:

@@ -60,8 +60,21 @@ def unchecked_order(source: Source) -> tuple[str, ...]:
     return (*said.against, *said.open)
 
 
+_LAST: list[tuple[FlatMap, Recomputed]] = []
+"""The map that was looked at last: one serves all sources of a merge."""
+
+
 def recompute(ranges: FlatMap) -> Recomputed:
     """Compare a map with the order and the arithmetic of the rule that fits it best."""
+    for known, said in _LAST:
+        if known is ranges:
+            return said
+    said = _recomputed(ranges)
+    _LAST[:] = [(ranges, said)]
+    return said
+
+
+def _recomputed(ranges: FlatMap) -> Recomputed:
     buffers: dict[str, dict[int | None, Sequence[FlatRange]]] = defaultdict(dict)
     for (group, space), found in ranges.items():
         buffer, bucket = split_name(space)

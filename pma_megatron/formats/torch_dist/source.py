@@ -60,10 +60,11 @@ def read_source(path: str, ranges: FlatMap, main_params: bool, peers: Sequence[s
     found: FlatMap = {}
     if spaces:
         try:
-            fits = bool(ranges) and holds(checkpoint, spaces, weights, ranges)
-            found = ranges if fits else buckets.derive(checkpoint, spaces, weights, peers)
-            buckets.check_complete(checkpoint, found, weights)
-            buckets.check_order(checkpoint, found, weights)
+            with checkpoint.kept_open():
+                fits = bool(ranges) and holds(checkpoint, spaces, weights, ranges)
+                found = ranges if fits else buckets.derive(checkpoint, spaces, weights, peers)
+                buckets.check_complete(checkpoint, found, weights)
+                buckets.check_order(checkpoint, found, weights)
         except PlanError as error:
             raise PlanError(f"{error} (saved with {topology})") from error
     return Source(
