@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,6 +14,7 @@ import torch
 
 from pma_megatron.base.openfiles import passing
 from pma_megatron.formats.base import MAIN_PARAM, ModelSpace, Tensor, Vocabulary
+from pma_megatron.storage.paths import in_store
 
 _EXPERTS = ".experts."
 
@@ -120,6 +123,21 @@ class Source:
     def _elements(self) -> dict[str, int]:
         weights = self.space.weights.items()
         return {key: math.prod(t.shape) for key, t in weights if t.dtype.is_floating_point}
+
+
+def versions_of(path: str, stamps: Mapping[str, tuple[int, int]]) -> str:
+    """Tells what lies in a store from what is written there later; '' for a folder of a disk.
+
+    There the time of a file says which version of the object it stands for (`storage.spool`), so
+    no clock has to be believed.
+
+    Args:
+        path: of a source.
+        stamps: of it.
+    """
+    if not in_store(path):
+        return ""
+    return hashlib.sha256(json.dumps(sorted(stamps.items())).encode()).hexdigest()
 
 
 def stamps_of(folder: Path) -> dict[str, tuple[int, int]]:
