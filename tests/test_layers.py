@@ -177,9 +177,9 @@ INSIDE = {
         recovery
     """,
     "online": """
-        branch memory_budget shard snapshot_job swap
-        snapshot_upload
-        hostcopy snapshots
+        branch memory_budget shard snapshot_job swap uploads
+        average_upload hostcopy snapshot_upload
+        snapshots
         window
         origin store
         average
@@ -217,13 +217,13 @@ INSIDE = {
         hooks install
     """,
     "deepspeed": """
-        checks options record
+        checks options reading record
         params
         load shard swap
         online
     """,
     "fsdp": """
-        params
+        params reading
         load
     """,
     "megatron_deepspeed": """

@@ -14,7 +14,11 @@ from pma_megatron.storage.multi_storage import READS_ALONE
 
 
 def refuse_remote(
-    setting: str, *paths: str | Path | None, stores: bool = False, put: bool = False
+    setting: str,
+    *paths: str | Path | None,
+    stores: bool = False,
+    put: bool = False,
+    instead: str = "",
 ) -> None:
     """Refuse addresses such as `s3://bucket/run`, and nothing at all: no path, no NUL byte in one.
 
@@ -26,6 +30,7 @@ def refuse_remote(
         stores: True where addresses are taken: then those are refused that nothing here can open.
         put: True where something is put there or deleted: then those are refused that are read
             alone.
+        instead: why no address is taken, and what to give, where mounting it is no way out.
 
     Raises:
         UsageError: one is an address that cannot be used there, is empty, or holds a NUL byte.
@@ -41,6 +46,8 @@ def refuse_remote(
         address = Address.of(str(path)) if isinstance(path, (str, Path)) else None
         if address is not None:
             where = given(setting, str(path)) if setting else str(path)
+            if instead and address.scheme != "file":
+                raise UsageError(f"{where}: {instead}")
             _refuse_address(where, address, stores=stores, put=put)
 
 

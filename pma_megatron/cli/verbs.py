@@ -107,7 +107,7 @@ STORES: dict[str, tuple[str, ...]] = {
     "merge": (*_SOURCES, "save", "export"),
     "export": ("path", "like", "export"),
     "geometry": ("load", "paths"),
-    "recover": ("metrics",),
+    "recover": ("metrics", "load", "save"),
     "prune": ("root", "averages"),
     "watch": (*_SOURCES, "save", "export"),
 }

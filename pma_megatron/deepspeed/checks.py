@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ import torch
 from pma_megatron.base.spelling import given
 from pma_megatron.errors import PlanError, UsageError
 from pma_megatron.formats.deepspeed.checkpoint import TIED, DeepSpeedCheckpoint
+from pma_megatron.storage.paths import path_of
 
 WAY_OUT = "Use the offline job, `pma merge`, and load its result"
 WRAPPERS = (
@@ -117,7 +117,7 @@ def refuse_modes(call: Mapping[str, Any]) -> None:
 def saved_sizes(path: str) -> tuple[int, int]:
     """Model-parallel and data-parallel size that a tag was saved at, by one rank for all: it lists
     a folder of as many files as there were ranks."""
-    saved = DeepSpeedCheckpoint(Path(path))
+    saved = DeepSpeedCheckpoint(path_of(path))
     return saved.model_parallel_size, saved.data_parallel_size
 
 

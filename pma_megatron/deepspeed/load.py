@@ -32,6 +32,7 @@ from pma_megatron.deepspeed.checks import (
 )
 from pma_megatron.deepspeed.options import OPTIONS, Options
 from pma_megatron.deepspeed.params import EngineTensor, live_tensors, refresh_weights, replica_group
+from pma_megatron.deepspeed.reading import Loaded, load_tag
 from pma_megatron.deepspeed.record import RECORD, record_in_saves, record_of, resumed_tag
 from pma_megatron.errors import CheckpointError, PlanError, UsageError
 from pma_megatron.formats import registry
@@ -42,12 +43,10 @@ from pma_megatron.live.load import Job, LiveReport, Meter, averaged_states, fill
 from pma_megatron.live.plan import LivePlan, average_units, refuse_other_model
 from pma_megatron.live.poison import Trainer, chain, poisoned_on_failure, replaced
 from pma_megatron.merging.planning import OpenedSources, gather_sources, origin_note
-from pma_megatron.storage.paths import real
+from pma_megatron.storage.paths import in_store, path_of, real
 
 NOTE = "pma"
 """Key in the returned client state: what was averaged, as in that of an offline merge."""
-
-Loaded = tuple[str | None, dict[str, Any]]
 
 
 def load_merged(engine: Any, load_dir: str | Path, **options: Any) -> Loaded:
@@ -55,7 +54,8 @@ def load_merged(engine: Any, load_dir: str | Path, **options: Any) -> Loaded:
 
     Args:
         engine: what `deepspeed.initialize` returned first.
-        load_dir: root of the tags; the engine resumes from the newest one of the average.
+        load_dir: root of the tags, or an address in an object store; the engine resumes from the
+            newest one of the average.
         options: see `Options`. By default the last 10 up to what `latest` names.
 
     Returns:
@@ -117,7 +117,7 @@ def load_average(
     comm.agree("request", lambda: options.request(load, None))
     comm.agree("model", lambda: refuse_universal(engine))
     comm.agree("model", lambda: live_tensors(engine))
-    resumed = comm.on_main("latest", lambda: resumed_tag(Path(load), tag))
+    resumed = comm.on_main("latest", lambda: resumed_tag(path_of(load), tag))
     record = comm.on_main("record", lambda: record_of(resumed))
     # A record of before an option was known says nothing of it.
     if record is not None and {**Options().record(), **record["options"]} == options.record():
@@ -127,7 +127,8 @@ def load_average(
             f"{named('end_iteration')}"
         )
         record_in_saves(engine, record)
-        return plain(**call)
+        # DeepSpeed takes an address for a folder that is not there, and begins anew.
+        return load_tag(engine, plain, call, path_of(str(resumed)) if in_store(load) else None)
     at = None if resumed is None else comm.on_main("latest", lambda: iteration_of(resumed))
     share = "slice" if options.live.share == "auto" else options.live.share
     request = options.request(load, at)
@@ -136,7 +137,8 @@ def load_average(
     sizes = comm.on(found.visible[-1][0], "plan", lambda: _sizes(found.sources[-1]))
     comm.agree("plan", lambda: _check(engine, found, options, asked, sizes))
     trainer = _trainer_of(engine, plain)
-    path, client_state = _resume(comm, trainer, plain, call, Path(found.sources[-1].path))
+    base = path_of(found.sources[-1].path)
+    path, client_state = _resume(comm, trainer, lambda: load_tag(engine, plain, call, base), base)
     with listing(request.list_setting):
         report = _average(engine, found, options, share, comm, trainer)
     say(f"PMA-init: {report}")
@@ -167,13 +169,12 @@ def _trainer_of(engine: Any, plain: Callable[..., Loaded]) -> Trainer:
 
 
 def _resume(
-    comm: Comm, trainer: Trainer, plain: Callable[..., Loaded], call: Mapping[str, Any], base: Path
+    comm: Comm, trainer: Trainer, load: Callable[[], Loaded], base: Path
 ) -> tuple[str, dict[str, Any]]:
     """Load the newest source as the script would."""
-    there = {**call, "load_dir": str(base.parent), "tag": base.name}
     nothing = f"DeepSpeed loaded nothing from {base}: its log says why"
     with poisoned_on_failure(trainer, f"loading {base}"):
-        path, client_state = comm.agree("load", lambda: plain(**there))
+        path, client_state = comm.agree("load", load)
         loaded = comm.gather(path is not None)
         if any(loaded) and not all(loaded):
             raise CheckpointError(nothing)

@@ -29,7 +29,6 @@ import torch.distributed as dist
 
 from pma_megatron.base.comm import Comm
 from pma_megatron.base.openfiles import folders_in, is_folder
-from pma_megatron.base.remote_paths import refuse_remote
 from pma_megatron.base.spelling import named, speaking
 from pma_megatron.deepspeed.shard import EngineShard
 from pma_megatron.deepspeed.swap import averaged_state, weights
@@ -39,7 +38,9 @@ from pma_megatron.formats.marker import MARKER_FILE
 from pma_megatron.live.load import ARGUMENTS
 from pma_megatron.merging.request import Method
 from pma_megatron.online.average import RunningAverage
+from pma_megatron.online.average_upload import NoRoomError
 from pma_megatron.online.origin import mark, origin_of, record
+from pma_megatron.storage.paths import place_of
 
 CLIENT_STATE = "pma"
 """What a saved average calls its origin in DeepSpeed's client state."""
@@ -178,24 +179,28 @@ class OnlineAverage(RunningAverage):
         `engine.load_checkpoint(save_dir)` goes on from the average.
 
         Args:
-            save_dir: a root of averages alone, which all ranks share.
+            save_dir: a root of averages alone, which all ranks share; or an address in an object
+                store, which the tag gets to behind training (`wait_for_uploads`), and `latest`
+                after it.
             tag: as for DeepSpeed, by default `global_step<N>`.
             client_state: as for DeepSpeed; `pma` is added, which says where the average is from.
             settings: more of DeepSpeed's arguments (`exclude_frozen_parameters`).
 
         Returns:
-            the tag's folder.
+            the tag's folder. None is saved, which is told, where earlier ones that wait for a store
+            leave no room.
 
         Raises:
             UsageError: there is no average yet; a checkpoint engine that saves in the background.
-            PublishError: tags below `save_dir` are not averages.
+            PublishError: tags below `save_dir` are not averages, or the store refuses.
         """
-        with self.saving(save_dir, tag) as (folder, origin):
+        name = self._name(tag)
+        with contextlib.suppress(NoRoomError), self.saving(save_dir, name) as (folder, origin):
             state = {**client_state, CLIENT_STATE: origin}
             self._engine.save_checkpoint(
-                str(save_dir), tag=folder.name, client_state=state, **settings
+                str(folder.parent), tag=name, client_state=state, **settings
             )
-        return folder
+        return place_of(save_dir) / name
 
     @contextlib.contextmanager
     def saving(
@@ -204,22 +209,29 @@ class OnlineAverage(RunningAverage):
         """What the engine saves inside the block, as that tag, is the average. Collective.
 
         Returns:
-            the tag's folder, and what `pma.json` in it says.
+            the tag's folder, or one on a disk from which it goes to an address; and what `pma.json`
+            in it says.
 
         Raises:
             UsageError, PublishError: see `save_average`.
+            NoRoomError: nothing is to be saved: see `AveragePlace.begin`.
         """
-        refuse_remote("save_dir", save_dir)
         origin = origin_of(self._some(), by_tokens=self._by_tokens)
-        root = Path(save_dir)
-        folder = root / (f"global_step{self._engine.global_steps}" if tag is None else tag)
         self._comm.agree("checkpoint engine", lambda: _refuse_background(self._engine))
-        self._comm.on_main("root of averages", lambda: _refuse_other_tags(root))
+        place = self.place(save_dir)
+        name = self._name(tag)
+        folder = place.folder / name
+        self._comm.on_main("root of averages", lambda: _refuse_other_tags(place.folder))
+        place.begin(name)
         # First, because without it the next save would take this tag for the run's own.
         self._comm.on_main("origin", lambda: _mark(folder, origin))
         with self.averaged_state():
             yield folder, origin
         self._comm.on_main("origin", lambda: record(folder, origin))
+        place.saved(name)
+
+    def _name(self, tag: str | None) -> str:
+        return f"global_step{self._engine.global_steps}" if tag is None else tag
 
     def _position(self, consumed_tokens: int | None) -> int:
         if not self._by_tokens:

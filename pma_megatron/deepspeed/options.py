@@ -13,6 +13,7 @@ from pma_megatron.base.spelling import FrontEnd, keywords, nearest
 from pma_megatron.live.load import Live, live_request
 from pma_megatron.merging.request import MergeRequest, Method
 from pma_megatron.runs.selection_request import SelectionRequest
+from pma_megatron.storage.addresses import Address
 
 KEYWORDS: Mapping[str, Declared] = MappingProxyType(
     {
@@ -60,7 +61,7 @@ class Options:
         Raises:
             UsageError: values out of range, or that contradict each other.
         """
-        refuse_remote("load", load)
+        refuse_remote("load", load, stores=True)
         plain = dict(self._given)
         if plain.get("paths") is not None:
             plain["paths"] = [_folder(path) for path in plain["paths"]]
@@ -86,5 +87,7 @@ OPTIONS = FrontEnd(keywords(KEYWORDS))
 
 def _folder(path: str | Path | tuple[str, str]) -> str:
     parts = path if isinstance(path, tuple) else (path,)
-    refuse_remote("paths", *parts)
-    return str(Path(*parts))
+    refuse_remote("paths", *parts[:1], stores=True)
+    refuse_remote("paths", *parts[1:])
+    root = Address.of(str(parts[0]))
+    return str(Path(*parts)) if root is None else "/".join([str(root), *map(str, parts[1:])])

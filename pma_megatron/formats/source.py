@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -12,6 +14,7 @@ import torch
 
 from pma_megatron.base.openfiles import passing
 from pma_megatron.formats.base import MAIN_PARAM, ModelSpace, Tensor, Vocabulary
+from pma_megatron.storage.paths import in_store
 
 _EXPERTS = ".experts."
 
@@ -129,6 +132,21 @@ def _keys_in(ranges: Iterable[Any]) -> frozenset[str]:
         keys = getattr(space, "keys", None)
         found |= {each.key for each in space} if keys is None else keys
     return frozenset(found)
+
+
+def versions_of(path: str, stamps: Mapping[str, tuple[int, int]]) -> str:
+    """Tells what lies in a store from what is written there later; '' for a folder of a disk.
+
+    There the time of a file says which version of the object it stands for (`storage.spool`), so
+    no clock has to be believed.
+
+    Args:
+        path: of a source.
+        stamps: of it.
+    """
+    if not in_store(path):
+        return ""
+    return hashlib.sha256(json.dumps(sorted(stamps.items())).encode()).hexdigest()
 
 
 def stamps_of(folder: Path) -> dict[str, tuple[int, int]]:

@@ -33,6 +33,7 @@ from pma_megatron.formats.dcp.checkpoint import DcpCheckpoint
 from pma_megatron.formats.dcp.keys import FIRST, STEP
 from pma_megatron.formats.holding import holding
 from pma_megatron.fsdp.params import FsdpTensor, live_tensors
+from pma_megatron.fsdp.reading import reader_of
 from pma_megatron.live.load import (
     ARGUMENTS,
     DEFAULTS,
@@ -48,6 +49,7 @@ from pma_megatron.live.poison import Trainer, chain, poisoned_on_failure, state_
 from pma_megatron.merging.planning import OpenedSources, gather_sources
 from pma_megatron.merging.request import Method
 from pma_megatron.runs.selection_request import SelectionRequest
+from pma_megatron.storage.paths import path_of
 
 
 @holding()
@@ -71,7 +73,8 @@ def load_merged(
     Args:
         model: after `fully_shard`, with float32 parameters.
         optimizer: one, of its parameters.
-        load: root of checkpoints that torch.distributed.checkpoint wrote (format `torch_dcp`).
+        load: root of checkpoints that torch.distributed.checkpoint wrote (format `torch_dcp`), or
+            an address in an object store.
         selection: which (default: the last 10).
         method: how they are weighted (default: SMA).
         optimizer_state: moments become the `latest`, their `average`, or zero (`reset`, and the
@@ -92,8 +95,7 @@ def load_merged(
     comm = Comm()
     meter = Meter(comm)
     live = Live(optimizer_state=optimizer_state, threads=threads, check_sources=check_sources)
-    refuse_remote("load", load)  # torch itself loads the newest source
-    refuse_remote("paths", *((selection.paths if selection else None) or ()))
+    refuse_remote("load", load, stores=True)
     request = comm.agree("request", lambda: live_request(str(load), selection, method, live))
     found = gather_sources(request, comm)
     plan = LivePlan.of(found, threads)
@@ -104,7 +106,7 @@ def load_merged(
     tensors = comm.agree("model", lambda: live_tensors(model, optimizer))
     comm.agree("plan", lambda: _refuse_other_tensors(plan, found, tensors, states))
     with poisoned_on_failure(trainer, f"loading {plan.sources[-1].path}"):
-        base = Path(plan.sources[-1].path)
+        base = path_of(plan.sources[-1].path)
         newest = comm.on_main("load", lambda: _newest_in(DcpCheckpoint(base)))
         comm.agree("load", lambda: _load_newest(model, optimizer, base, newest))
     tensors = comm.agree("model", lambda: live_tensors(model, optimizer))  # its state is new
@@ -149,7 +151,7 @@ def _refuse_foreign(found: OpenedSources, optimizer_state: str, comm: Comm) -> N
             "name: save it by get_optimizer_state_dict, or merge offline"
         )
     if optimizer_state == "reset" and comm.is_main:
-        DcpCheckpoint(Path(base.path)).refuse_reset()
+        DcpCheckpoint(path_of(base.path)).refuse_reset()
 
 
 def _refuse_other_tensors(
@@ -227,7 +229,7 @@ def _load_newest(model: Any, optimizer: torch.optim.Optimizer, base: Path, newes
             wanted.append((found[0], {found[1]: value}))
     for below, each in wanted:
         try:
-            dcp.load(each, checkpoint_id=str(base / below))
+            dcp.load(each, storage_reader=reader_of(base / below))
         except CheckpointException as error:
             raise CheckpointError(
                 f"{base / below} could not be loaded by torch.distributed.checkpoint: "

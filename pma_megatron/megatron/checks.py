@@ -12,6 +12,7 @@ from pma_megatron.base.spelling import as_flag
 from pma_megatron.errors import UsageError
 from pma_megatron.megatron.flags import RecoverySettings, Settings
 from pma_megatron.runs.told_files import SCORES, refuse_file
+from pma_megatron.storage.paths import real
 
 _OWN_LAYOUT = "it keeps weights and main params in a layout of its own, which is not averaged"
 
@@ -225,7 +226,7 @@ def _refuse_shared_folders(args: Any, settings: Settings) -> None:
         "--pma-snapshot-dir": settings.snapshot_dir if settings.snapshots else None,
     }
     written = {"--pma-save-dir", "--pma-window-dir", "--pma-snapshot-dir"}
-    named = {flag: os.path.realpath(path) for flag, path in folders.items() if path}
+    named = {flag: real(path) for flag, path in folders.items() if path}
     for one, other in combinations(named, 2):
         # --pma-init may read earlier snapshots of the run that goes on writing them.
         snapshots = {one, other} == {"--pma-load", "--pma-snapshot-dir"}

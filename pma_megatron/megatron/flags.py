@@ -16,12 +16,14 @@ from pma_megatron.base.spelling import FrontEnd, as_flag, speaking
 from pma_megatron.errors import UsageError
 from pma_megatron.live.load import Live
 from pma_megatron.merging.request import MergeRequest, Method
+from pma_megatron.online.window import refuse_remote_window
 from pma_megatron.runs.selection_request import DEFAULT_LAST, SelectionRequest
 from pma_megatron.runs.tokens import consumed_tokens_of, parse_tokens
 from pma_megatron.scores.grid import Grid
 from pma_megatron.spikes.detector import SpikeSettings
 from pma_megatron.spikes.healthy import LAST, HealthyRequest
 from pma_megatron.spikes.request import RecoveryRequest
+from pma_megatron.storage.addresses import Address
 
 EXIT_CODE = 85
 """Of a job whose attempts to recover are spent; nothing in Megatron uses it."""
@@ -78,7 +80,10 @@ class Settings:
     )
     interval_tokens: int | None = same(SelectionRequest, "interval_tokens", used_by=("save",))
     save_dir: str | None = setting(
-        None, "root for it; without it, <save>-pma", metavar="DIR", used_by=("save",)
+        None,
+        "root for it, an address of an object store too; without it, <save>-pma",
+        metavar="DIR",
+        used_by=("save",),
     )
     window_dir: str | None = setting(
         None,
@@ -235,13 +240,25 @@ def settings(args: Any) -> Settings:
         UsageError: values out of range or that contradict each other, named as Megatron's flags.
     """
     with speaking(FLAGS):
+        _refuse_remote_save(getattr(args, "save", None))
         found = _settings(args)
-        named = ("save_dir", "window_dir", "score_others", "score_out")
+        named = ("score_others", "score_out")
         refuse_remote_values({name: getattr(found, name) for name in named})
-        refuse_remote("snapshot_dir", found.snapshot_dir, stores=True, put=True)
+        refuse_remote_window(found.window_dir)
+        for name in ("save_dir", "snapshot_dir"):
+            refuse_remote(name, getattr(found, name), stores=True, put=True)
         if found.init or found.score:
             refuse_remote("load", found.load, stores=not found.score)
     return found
+
+
+def _refuse_remote_save(save: str | None) -> None:
+    address = Address.of(save or "")
+    if address is not None and address.scheme != "msc":  # which Megatron has a client for
+        raise UsageError(
+            f"--save {save} is an address, and Megatron saves to folders: mount it, or give a "
+            "folder. --pma-save-dir and --pma-snapshot-dir take addresses"
+        )
 
 
 def tokens_now(args: Any) -> int:

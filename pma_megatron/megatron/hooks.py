@@ -39,9 +39,11 @@ from pma_megatron.megatron.shard import MegatronShard
 from pma_megatron.megatron.thin import ThinSnapshots
 from pma_megatron.megatron.trees import current_args, sharded_metadata
 from pma_megatron.megatron.watch import Watch
+from pma_megatron.online.average_upload import AT_EXIT_S, NoRoomError
 from pma_megatron.online.hostcopy import HostCopy
 from pma_megatron.online.store import FOLDER
 from pma_megatron.online.window import WindowAverage
+from pma_megatron.storage.paths import place_of
 
 __all__ = ["evaluate", "evaluation", "ready", "saved", "saving", "stepped", "validate"]
 
@@ -106,6 +108,7 @@ class MegatronSession(Session):
                 comm=self._comm,
             )
             say(self.online.report)
+            self._place = self.online.place(settings.save_dir)
             notes = self.online.load_state(self._state_dir, iteration, tokens)
             self.say_continued(notes, iteration)
         if settings.snapshot_interval_tokens is not None and optimizer is not None:
@@ -185,11 +188,12 @@ class MegatronSession(Session):
         fn: Callable[..., Any],
         arguments: Mapping[str, Any],
     ) -> None:
-        assert self.settings.save_dir is not None
         say(f"PMA: saving {average.describe()}")
-        self._noted.append(
-            (save_average(online, average, fn, arguments, self.settings.save_dir), average)
-        )
+        try:
+            folder = save_average(online, average, fn, arguments, self._place)
+        except NoRoomError:  # it was told, and training goes on
+            return
+        self._noted.append((folder, average))
         self._note_origins()
 
     @contextlib.contextmanager
@@ -210,20 +214,22 @@ class MegatronSession(Session):
     @property
     def _state_dir(self) -> Path:
         assert self.settings.save_dir is not None
-        return Path(self.settings.save_dir) / FOLDER
+        return place_of(self.settings.save_dir) / FOLDER
 
     def _note_origins(self) -> None:
         if self._noted and self._comm.is_main:
-            started = [(each, note_origin(*each)) for each in self._noted]
+            started = [(each, note_origin(*each, self._place)) for each in self._noted]
             self._noted = [each for each, thread in started if thread is None]
             self._recording += [thread for _, thread in started if thread is not None]
 
     def _at_exit(self) -> None:
         """Megatron has ended its last save in the background only now."""
         for folder, average in self._noted if self._comm.is_main else ():
-            if note_origin(folder, average, at_exit=True) is None:
+            if note_origin(folder, average, self._place, at_exit=True) is None:
                 say(f"PMA: WARNING: {folder} is not complete: the job ended while it was saved")
         self._recorded(_AT_EXIT_S)
+        if self.online is not None:
+            self._place.wait(AT_EXIT_S)
 
     def _recorded(self, timeout_s: float | None = None) -> None:
         """Wait for the threads that add checksums to saved averages."""

@@ -9,13 +9,13 @@ Megatron-LM a field that no flag sets.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from pma_megatron.megatron.flags import Settings
 from pma_megatron.runs.selection_request import SelectionRequest
+from pma_megatron.storage.paths import in_store, real
 
 _INSTEAD = "leave it out, and let `pma prune` free the space: it knows what is needed"
 
@@ -82,6 +82,11 @@ def warnings(args: Any, settings: Settings) -> Iterator[str]:
                     "itself, but `pma merge` cannot make the same one of the run's checkpoints; "
                     f"{_INSTEAD}"
                 )
+            if kept.every is not None and in_store(settings.save_dir or ""):
+                yield (
+                    f"{kept.flag} deletes nothing at {settings.save_dir}: all averages stay there; "
+                    "`pma prune` frees what is not needed"
+                )
         if settings.recover is not None:
             recover = settings.recover
             count = recover.last + recover.attempts - 1
@@ -124,4 +129,4 @@ def _why_not(kept: _Retention, args: Any, wanted: SelectionRequest, count: int) 
 def _same_folder(one: str | None, other: str | None) -> bool:
     if one is None or other is None:
         return False
-    return os.path.realpath(one) == os.path.realpath(other)
+    return real(one) == real(other)

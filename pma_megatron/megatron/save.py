@@ -12,6 +12,7 @@ from pma_megatron.formats.marker import MARKER_FILE
 from pma_megatron.formats.torch_dist.checkpoint import CONFIG_FILE
 from pma_megatron.megatron.online import OnlineAverage
 from pma_megatron.megatron.trees import changed_arguments, current_args
+from pma_megatron.online.average_upload import AveragePlace
 from pma_megatron.online.origin import mark, origin_of, record
 from pma_megatron.online.window import WindowAverage
 
@@ -23,25 +24,33 @@ def save_average(
     average: WindowAverage,
     fn: Callable[..., Any],
     arguments: Mapping[str, Any],
-    save_dir: str,
+    place: AveragePlace,
 ) -> Path:
     """Save once more what Megatron has just saved, with the average in place of the weights.
 
     Moments, schedule, RNG and data position are the trainer's, so the result resumes like any
-    other checkpoint. Megatron's tracker and retention work on `save_dir` as they do on --save.
+    other checkpoint. Megatron's tracker and retention work there as they do on --save; in a store
+    nothing is deleted, and the tracker follows what has got there.
 
     Args:
         online: the running average.
         average: what it is now.
         fn: Megatron's `save_checkpoint`.
         arguments: of the save that has just been made, by name.
-        save_dir: instead of --save.
+        place: where averages go, instead of --save.
 
     Returns:
         the checkpoint's folder, which may still be being written with --async-save.
+
+    Raises:
+        NoRoomError: none is saved: see `AveragePlace.begin`.
     """
     args = current_args()
-    changes: dict[str, Any] = {"save": save_dir}
+    changes: dict[str, Any] = {"save": str(place.folder)}
+    name = f"iter_{arguments['iteration']:07d}"
+    place.begin(name)
+    if place.is_remote and hasattr(args, "save_retain_interval"):
+        changes["save_retain_interval"] = None  # it would delete what is still to be uploaded
     # An async save copies GPU tensors to the host before it returns. Tensors on the CPU it may
     # share with its writer process, who would see the live weights come back.
     if getattr(args, "async_save", False) and online.shard.device.type != "cuda":
@@ -51,17 +60,22 @@ def save_average(
     with changed_arguments(args, changes), online.averaged_state():
         # Without the context, which caches the plans and structure of the trainer's saves.
         fn(**{**arguments, "checkpointing_context": None})
-    return Path(save_dir) / f"iter_{arguments['iteration']:07d}"
+    return place.folder / name
 
 
 def note_origin(
-    folder: Path, average: WindowAverage, *, at_exit: bool = False
+    folder: Path,
+    average: WindowAverage,
+    place: AveragePlace | None = None,
+    *,
+    at_exit: bool = False,
 ) -> threading.Thread | None:
     """Say in a finished checkpoint what it is an average of; None if it is not finished yet.
 
     Args:
         folder: of the checkpoint.
         average: that it holds.
+        place: from which it goes on to a store; None where it stays.
         at_exit: do all of it before this returns: a process that ends can begin no thread.
 
     Returns:
@@ -75,9 +89,17 @@ def note_origin(
     except OSError as error:
         _log.warning("%s has no %s: %s", folder, MARKER_FILE, error)
     # A daemon: a trainer that exits early must not hang here.
-    thread = threading.Thread(target=record, args=(folder, origin), name="pma-sums", daemon=True)
+    thread = threading.Thread(
+        target=_recorded, args=(folder, origin, place), name="pma-sums", daemon=True
+    )
     if at_exit:
         thread.run()
     else:
         thread.start()
     return thread
+
+
+def _recorded(folder: Path, origin: Mapping[str, Any], place: AveragePlace | None) -> None:
+    record(folder, origin)
+    if place is not None:
+        place.saved(folder.name)

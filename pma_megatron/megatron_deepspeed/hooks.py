@@ -5,8 +5,8 @@ One job, one session: it is made when model and optimizer are ready.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from pma_megatron.base.log import say
@@ -28,7 +28,9 @@ from pma_megatron.megatron.session import (
     stepped,
 )
 from pma_megatron.megatron.trees import changed_arguments, current_args
+from pma_megatron.online.average_upload import NoRoomError
 from pma_megatron.online.store import FOLDER
+from pma_megatron.storage.paths import place_of
 
 __all__ = ["evaluate", "evaluation", "load", "ready", "saved", "saving", "stepped", "validate"]
 
@@ -78,7 +80,7 @@ class EngineSession(Session):
     def __init__(self, args: Any, settings: Settings, engine: Any) -> None:
         """Make room, and continue what an earlier job has left. Collective."""
         assert settings.save_dir is not None
-        self.evaluates, self._root = settings.eval_, Path(settings.save_dir)
+        self.evaluates, self._root = settings.eval_, place_of(settings.save_dir)
         tokens = tokens_now(args)
         self.online = OnlineAverage(
             engine,
@@ -106,9 +108,10 @@ class EngineSession(Session):
             say(f"PMA: no average is saved yet: {self.online.why_none()}")
         else:
             say(f"PMA: saving {average.describe()}")
-            changes = {"save": str(self._root)}
-            with self.online.saving(self._root), changed_arguments(current_args(), changes):
-                fn(**arguments)
+            with contextlib.suppress(NoRoomError), self.online.saving(self._root) as (folder, _):
+                changes = {"save": str(folder.parent)}
+                with changed_arguments(current_args(), changes):
+                    fn(**arguments)
         self.online.save_state(self._root / FOLDER)
 
 

@@ -12,6 +12,7 @@ from pma_megatron.base.spelling import as_argument
 from pma_megatron.formats import registry
 from pma_megatron.formats.rates import rate_flags
 from pma_megatron.formats.side_files import table
+from pma_megatron.formats.source import Source, versions_of
 from pma_megatron.formats.trainers.saves import published_as
 from pma_megatron.merging.coefficients import implied_decay_weights
 from pma_megatron.merging.planning import MergePlan
@@ -79,7 +80,7 @@ def how_to_resume(folder: Path, lr_factor: float | None = None) -> str:
         lr_factor: of the learning rates in it; None if they are the run's.
     """
     if in_store(folder):
-        return _from_a_copy(folder)
+        return from_a_copy(folder)
     save = published_as(folder)
     ref = describe(save.checkpoint)
     known = registry.get(ref.format, str(save.checkpoint))
@@ -97,9 +98,15 @@ def how_to_resume(folder: Path, lr_factor: float | None = None) -> str:
     return shlex.join(word for flag, values in flags.items() for word in (flag, *values))
 
 
-def _from_a_copy(folder: Path) -> str:
+def from_a_copy(folder: Path) -> str:
     """Trainers read folders."""
     return f"the trainer's own way, from a copy of {folder.parent} on a disk (or a mount of it)"
+
+
+def _versions(source: Source) -> dict[str, str]:
+    """What tells objects of a store from those that are written there later."""
+    versions = versions_of(source.path, source.stamps)
+    return {"versions": versions} if versions else {}
 
 
 def describe_plan(plan: MergePlan) -> dict[str, Any]:
@@ -113,6 +120,7 @@ def describe_plan(plan: MergePlan) -> dict[str, Any]:
                 "consumed_tokens": ref.consumed_tokens,
                 "consumed_samples": ref.consumed_samples,
                 "metadata_digest": source.metadata_digest,
+                **_versions(source),
                 "topology": source.topology,
                 "optimizer_layout": source.space.kind,
             }

@@ -28,11 +28,32 @@ LIMIT = 2.0**-16
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Member:
-    """A checkpoint that counts in an average: its folder, and what tells it from another there."""
+    """A checkpoint that counts in an average: its folder, and what tells it from another there.
+
+    Attributes:
+        path, iteration: of it.
+        metadata_digest: see `Source`.
+        versions: of its objects in a store; '' of files on a disk (`source.versions_of`).
+    """
 
     path: str
     iteration: int
     metadata_digest: str
+    versions: str = ""
+
+    @staticmethod
+    def read(said: Mapping[str, Any]) -> Member:
+        """What was written of one.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is not as this tool writes it.
+        """
+        return Member(
+            path=str(said["path"]),
+            iteration=int(said["iteration"]),
+            metadata_digest=str(said["metadata_digest"]),
+            versions=str(said.get("versions", "")),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,14 +116,7 @@ def bound_after(before: float, count: int, exchanged: int) -> float:
 def read(value: Any) -> Rolling | None:
     """The field of a `pma.json`; None where there is none, or it is not as this tool writes it."""
     try:
-        members = tuple(
-            Member(
-                path=str(each["path"]),
-                iteration=int(each["iteration"]),
-                metadata_digest=str(each["metadata_digest"]),
-            )
-            for each in value["members"]
-        )
+        members = tuple(Member.read(each) for each in value["members"])
         made = Rolling(
             members=members,
             updates=value["updates"],

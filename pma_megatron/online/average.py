@@ -17,11 +17,20 @@ from pma_megatron.base.comm import Comm
 from pma_megatron.base.remote_paths import refuse_remote
 from pma_megatron.errors import UsageError
 from pma_megatron.merging.request import Method
+from pma_megatron.online.average_upload import AveragePlace
 from pma_megatron.online.hostcopy import HostCopy
 from pma_megatron.online.memory_budget import Need, check
 from pma_megatron.online.shard import Shard
 from pma_megatron.online.store import WindowStore
-from pma_megatron.online.window import EMA, Member, WindowAverage, make_window, vectors_needed
+from pma_megatron.online.window import (
+    EMA,
+    Member,
+    WindowAverage,
+    make_window,
+    refuse_remote_window,
+    vectors_needed,
+)
+from pma_megatron.storage.paths import place_of
 
 
 class RunningAverage(ABC):
@@ -65,14 +74,15 @@ class RunningAverage(ABC):
                 range.
         """
         self.shard, self._comm, self._interval = shard, comm, interval
-        refuse_remote("window_dir", window_dir)
+        refuse_remote_window(window_dir)
         folder = None if window_dir is None else Path(window_dir)
         self.report = check(self._need(method, last, folder, backup_bytes), comm)
         to_host = HostCopy(shard, stepping)
         self._window = comm.agree(
             "running average", lambda: make_window(to_host, method, last, folder)
         )
-        self._stores: dict[Path, WindowStore] = {}
+        self._stores: dict[str, WindowStore] = {}
+        self._places: dict[str, AveragePlace] = {}
         self._next = 0
         self._await_after(position)
 
@@ -109,8 +119,13 @@ class RunningAverage(ABC):
         """Write entries that are not on disk yet below `folder`, which all ranks share. Collective.
 
         Args:
-            folder: of this average alone.
-            wait: return when they are there; otherwise a thread writes them.
+            folder: of this average alone, or an address in an object store, which they get to
+                behind training (`wait_for_uploads`).
+            wait: return when they are there, on a disk; otherwise a thread writes them.
+
+        Raises:
+            UsageError: an address at which nothing can be put.
+            PublishError: the folder cannot be made or is not shared, or the store refuses.
         """
         self._store(folder).save(wait=wait)
 
@@ -119,6 +134,29 @@ class RunningAverage(ABC):
         self._window.settle()
         for store in self._stores.values():
             store.wait()
+
+    def wait_for_uploads(self, timeout_s: float | None = None) -> None:
+        """Until all that was saved at addresses is there; what is not by then stays on the disk, is
+        told, and is put there by the next job. A process that ends does this for up to a minute.
+
+        Args:
+            timeout_s: None for as long as it takes.
+        """
+        for store in self._stores.values():
+            store.wait_for_uploads(timeout_s)
+        for place in self._places.values():
+            place.wait(timeout_s)
+
+    def place(self, root: str | Path) -> AveragePlace:
+        """Where averages are saved, a folder or an address. Collective the first time.
+
+        Raises:
+            UsageError, PublishError: see `AveragePlace`.
+        """
+        known = str(place_of(root))
+        if known not in self._places:
+            self._places[known] = AveragePlace(root, self._comm)
+        return self._places[known]
 
     def forget(self, since: int) -> None:
         """Drop the entries of iteration `since` and later, which a loss spike has spoiled."""
@@ -151,10 +189,10 @@ class RunningAverage(ABC):
         return average
 
     def _store(self, folder: str | Path) -> WindowStore:
-        refuse_remote("folder", folder)
-        root = Path(folder)
+        refuse_remote("folder", folder, stores=True, put=True)
+        root = str(place_of(folder))
         if root not in self._stores:
-            self._stores[root] = WindowStore(root, self.shard, self._window, self._comm)
+            self._stores[root] = WindowStore(folder, self.shard, self._window, self._comm)
         return self._stores[root]
 
     def _await_after(self, position: int) -> None:

@@ -38,6 +38,7 @@ from pma_megatron.formats.torch_dist.completeness import completeness
 from pma_megatron.online.branch import RunBranch, outdated
 from pma_megatron.online.snapshot_job import REMOVED, STAGING, Data, SnapshotJob, remove
 from pma_megatron.online.snapshot_upload import SnapshotUploads, refuse_full
+from pma_megatron.online.uploads import refuse_unseen
 from pma_megatron.runs.branches import branch_of, given_up
 from pma_megatron.runs.describe import iteration_of
 from pma_megatron.runs.discover import TRACKER_FILE
@@ -109,11 +110,7 @@ class SnapshotWriter:
         self._branch = RunBranch({})
         self._newest = 0
         self._there = comm.on_main("snapshot folder", lambda: self._prepare(trained_from))
-        try:
-            comm.agree("snapshot folder", self._refuse_unseen)
-        finally:
-            if comm.is_main:
-                self._seen.unlink(missing_ok=True)
+        refuse_unseen(self.root, "snapshots", comm)
         numbers = [number for number, chunk in enumerate(chunks) if chunk.box.numel]
         file = f"__{comm.rank}_0.distcp"
         placed = comm.agree(
@@ -152,7 +149,7 @@ class SnapshotWriter:
                 f"{self._job.target} is still being written: call wait() before the next write"
             )
         self._count += 1
-        target = self.root / f"iter_{iteration:07d}"
+        target = self.root / name_of(iteration)
         if self._keeps_whole and self._is_there(target):
             _log.info("%s is there already and whole: kept", target)
             return
@@ -189,10 +186,12 @@ class SnapshotWriter:
         if job is not None:
             job.wait(timeout_s)
 
-    def wait_for_uploads(self, timeout_s: float) -> None:
-        """Until all is in the store; what is not by then stays on the disk, and is told."""
+    def wait_for_uploads(
+        self, timeout_s: float | None, moved: Callable[[], None] = lambda: None
+    ) -> None:
+        """Until all is in the store; see `Uploads.wait`."""
         if self._uploads is not None:
-            self._uploads.wait(timeout_s)
+            self._uploads.wait(timeout_s, moved)
             self._uploads.remove_empty()
 
     def train_on(self, iteration: int) -> None:
@@ -212,7 +211,8 @@ class SnapshotWriter:
         return prune(self.root, keep, (), self._branch.given_up, self._newest)
 
     def _passed_by(self) -> tuple[frozenset[int], int]:
-        return self._branch.given_up, self._newest
+        given_up = frozenset() if self._keeps_whole else self._branch.given_up
+        return given_up, self._newest
 
     def _is_there(self, target: Path) -> bool:
         # One rank looked once where another may be putting it into a store at this moment.
@@ -245,6 +245,34 @@ class SnapshotWriter:
         if self._is_remote:
             refuse_full(self.root, sum(chunk.item.length for chunk in self._layout))
 
+    def left(self) -> frozenset[int]:
+        """Iterations that are whole on a disk, and not in the store that they are for."""
+        return frozenset() if self._uploads is None else self._uploads.left()
+
+    def expect(self, needed: Collection[int]) -> None:
+        """These iterations are about to be written, or stay, until `retain` says which do."""
+        if self._uploads is not None:
+            self._uploads.expect(needed)
+
+    def retain(self, needed: Collection[int]) -> None:
+        """Delete all but these iterations (rank 0 only); in a store behind training."""
+        if self._uploads is not None:
+            self._uploads.retain(needed)
+        else:
+            prune(self.root, 0, needed)
+
+    def give_up(self, iterations: Collection[int]) -> None:
+        """Delete these iterations: each may be written again. Every rank calls, all at once."""
+        self._there -= frozenset(iterations)
+        if not self._comm.is_main:
+            return
+        if self._uploads is not None:
+            self._uploads.give_up([name_of(each) for each in iterations])
+        else:
+            there = (iteration_of(folder) for folder in self.root.iterdir())
+            kept = {each for each in there if each is not None}
+            prune(self.root, 0, kept - {*iterations})
+
     def _upload(self, name: str) -> None:
         if self._uploads is not None:
             self._uploads.published(name)
@@ -262,11 +290,6 @@ class SnapshotWriter:
             self._uploads.begin()
         return there
 
-    @property
-    def _seen(self) -> Path:
-        """What rank 0 leaves in the folder for a moment, for all ranks to see."""
-        return self.root / f".pma-seen-{self._token}"
-
     def _make(self) -> None:
         if (self.root / TRACKER_FILE).exists():
             raise PublishError(
@@ -275,7 +298,6 @@ class SnapshotWriter:
             )
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            self._seen.touch()
         except OSError as error:
             raise PublishError(f"cannot make {self.root}: {error.strerror}") from error
         for folder in self.root.glob(f"{STAGING}*"):
@@ -284,14 +306,6 @@ class SnapshotWriter:
                 _log.warning("%s, left by a run that was cut off, cannot be removed", folder)
             else:
                 _log.warning("removed %s, left by a run that was cut off", folder)
-
-    def _refuse_unseen(self) -> None:
-        if not self._seen.exists():
-            raise PublishError(
-                f"{self.root}, made by rank 0, is not there on rank {self._comm.rank}: snapshots "
-                "need a folder that all ranks share (PMA_MEGATRON_SPOOL says which, where they go "
-                "to a store)"
-            )
 
     def _remove_given_up(self) -> None:
         for folder in self.root.glob(f"{STAGING}*-{self._token}-*"):
@@ -311,6 +325,11 @@ class SnapshotWriter:
         if self._metadata is None or self._metadata[0] != objects:
             self._metadata = (dict(objects), metadata_bytes(self._layout, objects))
         return self._metadata[1]
+
+
+def name_of(iteration: int) -> str:
+    """The folder of a snapshot, as Megatron calls it."""
+    return f"iter_{iteration:07d}"
 
 
 def prune(

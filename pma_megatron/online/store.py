@@ -1,4 +1,5 @@
-"""The state of a running average on disk: one thin snapshot per entry, readable at any topology.
+"""The state of a running average on disk, or in an object store: a thin snapshot per entry,
+readable at any topology.
 
 A rank writes what it owns and reads what it owns then, so tensor, pipeline, expert and data
 parallelism may change in between, and Megatron's own checkpoints stay as they are.
@@ -18,8 +19,10 @@ from typing import Any
 import torch
 
 from pma_megatron.base.comm import Comm
+from pma_megatron.base.openfiles import is_folder
 from pma_megatron.base.spelling import renamed
 from pma_megatron.errors import CheckpointError, PublishError
+from pma_megatron.formats.holding import holding
 from pma_megatron.formats.rates import LEARNING_RATE
 from pma_megatron.formats.source import Source
 from pma_megatron.live.plan import LivePlan
@@ -27,17 +30,19 @@ from pma_megatron.merging.opening import open_sources
 from pma_megatron.merging.request import MergeRequest
 from pma_megatron.merging.source_checksums import checked
 from pma_megatron.online.shard import Shard
-from pma_megatron.online.snapshots import SnapshotWriter, prune
+from pma_megatron.online.snapshots import SnapshotWriter
 from pma_megatron.online.window import ExponentialAverage, Member, Window
 from pma_megatron.runs.describe import common_args, schedule_of
 from pma_megatron.runs.discover import list_checkpoints
 from pma_megatron.runs.refs import CheckpointRef
+from pma_megatron.storage.paths import path_of, place_of
 
 FOLDER = "window"
 """Below the root of the averages."""
 _MEMBERS = "pma_members"
 _log = logging.getLogger(__name__)
 _AT_EXIT_S = 60.0  # another rank may be gone, and a job that ends must end
+_BEFORE_LOAD_S = 600.0
 
 
 class WindowStore:
@@ -47,10 +52,10 @@ class WindowStore:
         """Agree on who writes what.
 
         Raises:
-            PublishError: the folder cannot be made or is not shared.
+            PublishError: the folder cannot be made or is not shared, or the store refuses.
             PlanError: the ranks' parts do not cover each tensor exactly once.
         """
-        self.root, self.window, self._shard, self._comm = Path(root), window, shard, comm
+        self.root, self.window, self._shard, self._comm = place_of(root), window, shard, comm
         self._parts = shard.chunks()
         chunks = [chunk for chunk, _ in self._parts]
         self._writer = SnapshotWriter(self.root, chunks, torch.float32, comm, keeps_whole=True)
@@ -59,7 +64,7 @@ class WindowStore:
         self._stale: list[int] | None = None  # not looked for yet
         self._thread: threading.Thread | None = None
         # The job may end right after a save, and daemon threads would be cut off then.
-        atexit.register(self.wait, _AT_EXIT_S)
+        atexit.register(self._end)
 
     def save(self, *, wait: bool) -> None:
         """Write the entries that are not on disk yet; every rank calls this together.
@@ -74,8 +79,8 @@ class WindowStore:
         if self._stale is None:  # a run that did not load anything continues nothing
             self._stale = self._comm.on_main("find the window", lambda: self._find(-1))[1]
         if self._stale:
-            self._comm.on_main("remove stale entries", self._remove_stale)
-            self._stale = []
+            stale, self._stale = self._stale, []
+            self._comm.agree("remove stale entries", lambda: self._writer.give_up(stale))
         entries = self.window.entries
         held = frozenset(entry.iteration for entry in entries)
         new = [(e, self.window.vector(e)) for e in entries if e.iteration not in self._stored]
@@ -91,6 +96,12 @@ class WindowStore:
         if thread is not None:
             thread.join(timeout_s)
 
+    def wait_for_uploads(self, timeout_s: float | None) -> None:
+        """Until all that was saved is in the store; what is not by then is told."""
+        self.wait(timeout_s)
+        self._writer.wait_for_uploads(timeout_s)
+
+    @holding()
     def load(self, iteration: int) -> list[str]:
         """Fill the window with the newest entries up to `iteration`. Collective.
 
@@ -125,10 +136,15 @@ class WindowStore:
 
         Of an exponential average the newest is all; the one before comes along to be compared.
         """
-        refs = [r for r in list_checkpoints(self.root) if r.iteration is not None]
+        # What an earlier job could not put into a store any more is put there first.
+        self._writer.wait_for_uploads(_BEFORE_LOAD_S, self._comm.moved)
+        root = path_of(self.root, again=True)
+        listed = list_checkpoints(root) if is_folder(root) else []
+        refs = [r for r in listed if r.iteration is not None]
         notes = [f"{r.path} is left out: {r.incomplete_because}" for r in refs if not r.complete]
         whole = [r for r in refs if r.complete and r.snapshot]
-        stale = [r.iteration for r in whole if r.iteration is not None and r.iteration > iteration]
+        there = {r.iteration for r in whole if r.iteration is not None} | self._writer.left()
+        stale = sorted(each for each in there if each > iteration)
         if stale:
             notes.append(
                 f"{len(stale)} entries after iteration {iteration} are of a later part of the run "
@@ -177,6 +193,7 @@ class WindowStore:
         self.window.restore(entry, fill)
 
     def _write(self, new: Sequence[tuple[Member, torch.Tensor]], needed: frozenset[int]) -> None:
+        self._writer.expect(needed)
         try:
             for entry, vector in new:
                 data = [vector[at : at + chunk.box.numel] for chunk, at in self._parts]
@@ -187,11 +204,11 @@ class WindowStore:
             _log.warning("the running average is not saved, which is tried again: %s", error)
             return
         if self._comm.is_main:
-            prune(self.root, 0, needed)
+            self._writer.retain(needed)
 
-    def _remove_stale(self) -> None:
-        keep = {r.iteration for r in list_checkpoints(self.root) if r.iteration is not None}
-        prune(self.root, 0, keep - set(self._stale or ()))
+    def _end(self) -> None:
+        self.wait(_AT_EXIT_S)
+        self._writer.wait_for_uploads(_AT_EXIT_S)
 
 
 def _args(entry: Member) -> Namespace:
@@ -206,4 +223,4 @@ def _args(entry: Member) -> Namespace:
 
 
 def _members(ref: CheckpointRef) -> int:
-    return int(common_args(Path(ref.path)).get(_MEMBERS, 1))
+    return int(common_args(path_of(ref.path)).get(_MEMBERS, 1))

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from pma_megatron.base.remote_paths import refuse_remote
 from pma_megatron.base.spelling import given, named
 from pma_megatron.errors import UsageError
 from pma_megatron.merging.coefficients import Coefficients
@@ -235,6 +236,21 @@ def make_window(copy: HostCopy, method: Method, last: int, folder: Path | None =
             f"per member, oldest first ({named('coefficients')}), or change {named('last')}"
         )
     return Window(copy, method, last, folder)
+
+
+def refuse_remote_window(folder: str | Path | None) -> None:
+    """The window is memory of this node: no store can hold it.
+
+    Raises:
+        UsageError: it is an address.
+    """
+    refuse_remote(
+        "window_dir",
+        folder,
+        instead="the window is memory of this node that lies on its disk, is changed in place "
+        "while training goes on, and ends with the job: give a folder of a node-local disk. What a "
+        "restart goes on with is saved with the averages, which may go to an address",
+    )
 
 
 def vectors_needed(method: Method, last: int) -> int:

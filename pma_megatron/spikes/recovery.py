@@ -6,7 +6,6 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 from pma_megatron.base.comm import Comm
@@ -14,10 +13,11 @@ from pma_megatron.base.settings import made, values
 from pma_megatron.base.spelling import hint, named, speaking
 from pma_megatron.errors import MetricsError, SelectionError
 from pma_megatron.formats import registry
+from pma_megatron.formats.holding import holding
 from pma_megatron.formats.trainers.saves import output_name, save_of
 from pma_megatron.merging.job import Show, merge, plan, silent
 from pma_megatron.merging.policy import Policy
-from pma_megatron.merging.report import MergeReport
+from pma_megatron.merging.report import MergeReport, from_a_copy
 from pma_megatron.merging.request import MergeRequest
 from pma_megatron.runs.discover import list_checkpoints
 from pma_megatron.runs.refs import CheckpointRef
@@ -27,6 +27,7 @@ from pma_megatron.spikes.healthy import Healthy, HealthyRequest, Span, choose_he
 from pma_megatron.spikes.metrics import Metrics, read_metrics
 from pma_megatron.spikes.relaunch import Resume, resume, resume_script
 from pma_megatron.spikes.request import KEYWORDS, MOST_SKIPPED, RecoveryRequest
+from pma_megatron.storage.paths import absolute, in_store, path_of, place_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,6 +97,7 @@ def diagnose(request: RecoveryRequest) -> Diagnosis:
     )
 
 
+@holding()
 @speaking(KEYWORDS)
 def recover(
     request: RecoveryRequest, comm: Comm | None = None, show: Show = silent
@@ -125,6 +127,7 @@ def merge_request(request: RecoveryRequest, found: Diagnosis) -> MergeRequest:
     )
 
 
+@holding()
 @speaking(KEYWORDS)
 def rehearse(request: RecoveryRequest) -> Diagnosis:
     """As `recover`, but nothing is written; finds all that would be refused before the merge."""
@@ -153,13 +156,15 @@ def _resume(request: RecoveryRequest, chosen: Sequence[CheckpointRef], skip: Spa
             f"Give the folder that training saves its own checkpoints to{hint('load')}, or average "
             "the models with pma merge"
         )
-    args, schedule = known.common(Path(newest.path))["args"], known.schedule(Path(newest.path))
-    save, how = save_of(Path(newest.path), newest.format), None
+    folder = path_of(newest.path)
+    args, schedule = known.common(folder)["args"], known.schedule(folder)
+    save, how = save_of(folder, newest.format), None
     if save.trainer is not None:
-        made = Path(request.save).absolute() / output_name(save, known, newest.iteration)
-        how = save.trainer.resumed(made)
+        made = place_of(absolute(request.save)) / output_name(save, known, newest.iteration)
+        how = from_a_copy(made) if in_store(made) else save.trainer.resumed(made)
     elif not known.tracker.by_flag and "consumed_train_samples" not in args:
-        how = known.tracker.resumed(request.save)
+        root = place_of(request.save)
+        how = from_a_copy(root / "tag") if in_store(root) else known.tracker.resumed(request.save)
     if how is not None:
         return resume_script(
             how,

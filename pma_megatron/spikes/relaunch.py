@@ -12,6 +12,7 @@ from pma_megatron.errors import UsageError
 from pma_megatron.formats.base import Schedule
 from pma_megatron.formats.rates import rate_flags
 from pma_megatron.spikes.healthy import Span
+from pma_megatron.storage.paths import in_store
 
 _SKIP = "--iterations-to-skip"
 
@@ -26,6 +27,11 @@ _DROPPED = {
     "--no-load-lr-state": 0,
     "--reset-iteration": 0,
 }
+
+
+OF_COPY = "${COPY:?a folder with a copy of the recovery}"
+"""The folder of a recovery that lies in a store, as a shell takes it, which stops where `COPY` is
+not set: of a folder that is not there Megatron begins anew."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +57,7 @@ class Resume:
         words = self.command or tuple(
             w for flag, values in self.flags.items() for w in (flag, *values)
         )
-        return shlex.join(words)
+        return " ".join(f'"{word}"' if word == OF_COPY else shlex.quote(word) for word in words)
 
 
 def resume_script(
@@ -82,7 +88,8 @@ def resume_script(
             f"it, so how the script is told what to load is not known. Leave it out, and let "
             f"{call} run"
         )
-    notes = [f"save to {root} from then on, so that its `latest` moves; the old folder stays"]
+    there = f"the copy of {root}" if in_store(root) else root
+    notes = [f"save to {there} from then on, so that its `latest` moves; the old folder stays"]
     if skip is not None:
         notes.append(
             f"after the load engine.global_steps is {iteration}: a script that goes on with its "
@@ -114,9 +121,14 @@ def resume(
         schedule: what the newest source says of its own.
         command: the run's launch command.
     """
-    here = as_argument(root)
+    here, notes = as_argument(root), [f"the run goes on in {root}; the old folder stays as it is"]
+    if in_store(root):
+        here = OF_COPY
+        notes = [
+            f"Megatron resumes from folders: copy {root} to a disk that all nodes share, and say "
+            "where it is (COPY=/that/folder). The run goes on there, and the old one stays as it is"
+        ]
     flags: dict[str, tuple[str, ...]] = {"--load": (here,), "--save": (here,)}
-    notes = [f"the run goes on in {root}; the old folder stays as it is"]
     if skip is not None:
         iterations = tuple(str(i) for i in range(skip.first, skip.last + 1))
         if "iterations_to_skip" in args:

@@ -30,9 +30,11 @@ class RecoveryRequest:
     ('latest', True)
     """
 
-    load: str = field(metadata=needed("the run's folder; only read", metavar="DIR"))
+    load: str = field(metadata=needed("the run's folder or address; only read", metavar="DIR"))
     save: str = field(
-        metadata=needed("a new folder, for the merge and the run as it goes on", metavar="DIR")
+        metadata=needed(
+            "a new folder, for the merge and the run as it goes on, or an address", metavar="DIR"
+        )
     )
     metrics: tuple[str, ...] | None = setting(
         None,
@@ -84,8 +86,8 @@ class RecoveryRequest:
     def __post_init__(self) -> None:
         if isinstance(self.metrics, str | Path):
             object.__setattr__(self, "metrics", (str(self.metrics),))
-        for name in ("load", "save"):
-            refuse_remote(name, getattr(self, name))
+        refuse_remote("load", self.load, stores=True)
+        refuse_remote("save", self.save, stores=True, put=True)
         refuse_remote("metrics", *(self.metrics or ()), stores=True)
         if (self.metrics is None) == (self.onset is None):
             raise UsageError(

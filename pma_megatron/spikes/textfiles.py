@@ -6,7 +6,7 @@ import gzip
 import io
 import zlib
 from collections.abc import Generator
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from pma_megatron.errors import MetricsError
 
@@ -21,7 +21,7 @@ def suffix(path: Path) -> str:
     >>> suffix(Path("run.csv.gz")), suffix(Path("run.log"))
     ('.csv', '.log')
     """
-    return Path(path.stem).suffix if path.suffix in _GZIPPED else path.suffix
+    return PurePath(path.stem).suffix if path.suffix in _GZIPPED else path.suffix
 
 
 def lines(path: Path, newline: str | None = None) -> Generator[str, None, None]:

@@ -12,7 +12,7 @@ from pma_megatron.base.settings import described, needed, setting
 from pma_megatron.base.spelling import given, named
 from pma_megatron.errors import UsageError
 from pma_megatron.merging.request import MergeRequest
-from pma_megatron.storage.paths import in_store, place_of, real
+from pma_megatron.storage.paths import place_of, real
 
 _FIXED = ("paths", "iterations", "tokens", "end_iteration")
 
@@ -128,8 +128,6 @@ class WatchRequest:
             why = f"{named('export')} alone, which keeps no float32 main params"
         elif asked.policy.optimizer_state == "average":
             why = f"{given('optimizer_state', 'average')}: second moments could become negative"
-        elif any(in_store(each) for each in (asked.load, asked.save or "")):
-            why = "addresses of object stores, which it was not made for"
         elif asked.policy.drops_optimizer:
             why = "weights alone, which are rounded"
         if why is not None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from pma_megatron.base.comm import Comm
 from pma_megatron.formats.json_files import read_json
 from pma_megatron.formats.marker import MARKER_FILE
-from pma_megatron.formats.source import Source
+from pma_megatron.formats.source import Source, versions_of
 from pma_megatron.merging.planning import MergePlan, make_plan
 from pma_megatron.merging.policy import MAIN, Action
 from pma_megatron.merging.request import MergeRequest, Method
@@ -30,7 +31,7 @@ from pma_megatron.merging.rolling import (
 from pma_megatron.runs.discover import list_checkpoints
 from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.runs.selection_request import SelectionRequest
-from pma_megatron.storage.paths import absolute, path_of
+from pma_megatron.storage.paths import absolute, in_store, path_of
 from pma_megatron.watching.own import is_own
 from pma_megatron.watching.state import begun_ns, is_older
 
@@ -73,6 +74,9 @@ def update_of(request: MergeRequest, exact: MergePlan, most: int) -> Update:
     before, ref, began_ns = _before(request, exact.iteration or 0)
     joined = [each for each in members if each not in before.members]
     left = [each for each in before.members if each not in members]
+    anew = {each.path for each in joined} & {each.path for each in left}
+    if anew:
+        raise ExactError(f"{min(anew)} was written since the average that is there")
     count, terms = len(members), 1 + 2 * len(joined)
     if len(before.members) != count or len(joined) != len(left):
         raise ExactError("the average that is there is of another number of checkpoints")
@@ -139,14 +143,7 @@ def _exact(said: Mapping[str, Any], request: MergeRequest) -> Rolling | None:
     """What a merge of all its checkpoints says, as if it were an update."""
     try:
         sources, values = said["plan"]["sources"], said["output"]["coefficients"]
-        members = tuple(
-            Member(
-                path=str(each["path"]),
-                iteration=int(each["iteration"]),
-                metadata_digest=str(each["metadata_digest"]),
-            )
-            for each in sources
-        )
+        members = tuple(Member.read(each) for each in sources)
         digest = str(said["plan"]["digest"])
     except (KeyError, TypeError, ValueError):
         return None
@@ -189,7 +186,7 @@ def _refuse_changed(sources: Iterable[Source], began_ns: int) -> None:
         ExactError: a source was written since.
     """
     for source in sources:
-        if not is_older(path_of(source.path), source.stamps, began_ns):
+        if not _is_as_old(path_of(source.path), source.stamps, began_ns):
             raise ExactError(f"{source.path} was written since the average that is there")
 
 
@@ -203,8 +200,14 @@ def _refuse_others(plan: MergePlan, left: Iterable[Member], began_ns: int) -> No
     for each in left:
         source = opened[each.path]
         same = source.metadata_digest == each.metadata_digest
-        if not same or not is_older(path_of(source.path), source.stamps, began_ns):
+        same &= versions_of(source.path, source.stamps) == each.versions
+        if not same or not _is_as_old(path_of(source.path), source.stamps, began_ns):
             raise ExactError(f"{each.path} is not what the average that is there is of")
+
+
+def _is_as_old(folder: Path, names: Iterable[str], began_ns: int) -> bool:
+    """`is_older`, on a disk: in a store versions tell, and clocks do not."""
+    return in_store(folder) or is_older(folder, names, began_ns)
 
 
 def _pairs(plan: MergePlan) -> Iterable[tuple[Source, CheckpointRef]]:
@@ -216,6 +219,7 @@ def _member(source: Source, ref: CheckpointRef) -> Member:
         path=absolute(source.path),
         iteration=ref.iteration or 0,
         metadata_digest=source.metadata_digest,
+        versions=versions_of(source.path, source.stamps),
     )
 
 

@@ -107,8 +107,6 @@ def test_what_lives_with_a_run_takes_no_address(
 ) -> None:
     run = str(dense_run)
     for command in (
-        ("recover", "--load", run, "--save", ADDRESS, "--onset", 9),
-        ("recover", "--load", ADDRESS, "--history"),
         ("evaluate", "--load", run, "--provider", "a:b", "--out", ADDRESS),
         ("geometry", "--load", run, "--plot", ADDRESS),
         ("watch", "--load", run, "--save", tmp_path, "--events", ADDRESS),
@@ -116,10 +114,7 @@ def test_what_lives_with_a_run_takes_no_address(
         code, error = told(capsys, *command)
         assert code == 2 and "only folders of mounted file systems" in error, (command, error)
     for call in (
-        lambda: Options(paths=[(ADDRESS, "global_step1")]).request(run, None),
-        lambda: Options(last=2).request(ADDRESS, None),
         settings_of(f"--pma-score --pma-load {ADDRESS}"),
-        settings_of(f"--pma-save --pma-save-dir {ADDRESS}"),
         settings_of(f"--pma-save --pma-window-dir {ADDRESS}"),
     ):
         with pytest.raises(UsageError, match="s3"):

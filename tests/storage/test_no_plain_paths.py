@@ -8,7 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[2] / "pma_megatron"
 TAKES_ADDRESSES = (
     "formats", "runs", "transfer", "identity", "export", "merging", "comparison", "geometry",
-    "retention", "watching",
+    "retention", "watching", "fsdp", "spikes",
 )  # fmt: skip
 OF_THE_SYSTEM = ("/proc/", "/sys/")
 

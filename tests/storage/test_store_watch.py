@@ -27,7 +27,7 @@ from pma_megatron import (
     merge,
     watch,
 )
-from pma_megatron.errors import PublishError, UsageError
+from pma_megatron.errors import PublishError
 from pma_megatron.storage import claims, spool
 from pma_megatron.watching import charge, follow
 from s3 import keys
@@ -205,9 +205,3 @@ def test_one_that_was_taken_over_ends(
         watch(request_of(load, save, once=False), tell=found.append)
     assert kinds(found) == ["started", "published", "failed"]
     assert sign in keys(s3, bucket)
-
-
-def test_a_rolling_average_is_refused_there(bucket: str, tmp_path: Path) -> None:
-    for load, save in ((f"s3://{bucket}/run", str(tmp_path)), (str(tmp_path), "s3://b/averages")):
-        with pytest.raises(UsageError, match="object stores"):
-            request_of(load, save, rolling=3)
