@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -85,3 +86,13 @@ def test_snapshots_are_written_and_pruned(tmp_path: Path) -> None:
     found = [(ref.iteration, ref.snapshot) for ref in refs]
     assert found == [(4, False), (6, True), (7, True), (8, False)]
     assert all(ref.complete for ref in refs)
+
+    # Back to iteration 4: what comes by again is written again, and counts for --pma-keep.
+    shutil.rmtree(save / "iter_0000008")
+    (save / "latest_checkpointed_iteration.txt").write_text("4")
+    back = [*RUN, "--exit-interval", "6", *flags, "--save", str(save), "--load", str(save)]
+    again = run_pretrain(TREE, back, ranks=2)
+    assert "6, 7, 8" in again.output and "given up" in again.output
+    thin = [ref for ref in list_checkpoints(save) if ref.snapshot]  # 6 is there in full too
+    found = [(ref.iteration, ref.state) for ref in thin]
+    assert found == [(5, "complete"), (7, "given up"), (8, "given up")]
