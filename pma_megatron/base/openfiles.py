@@ -280,9 +280,11 @@ def is_folder(path: Path) -> bool:
 
 def why_closed(folder: Path) -> str | None:
     """Why nothing is known of what is in a folder, as the system says; None where it can be looked
-    into, as far as its own rights tell."""
+    into, as far as its own rights tell, and for a folder in a store."""
+    if in_store(folder):
+        return None
     try:
-        os.stat(f"{folder}/.")  # noqa: PTH116 (a Path drops the dot, which asks for more)
+        os.stat(os.path.join(folder, "."))  # noqa: PTH116, PTH118 (a Path drops the dot)
     except OSError as error:
         return error.strerror
     return None
