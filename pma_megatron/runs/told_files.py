@@ -16,6 +16,7 @@ from typing import Any
 from pma_megatron.base.durable import is_stream, replace_file
 from pma_megatron.base.openfiles import is_folder, read_source_file
 from pma_megatron.errors import CheckpointError, UsageError
+from pma_megatron.storage.paths import path_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +72,9 @@ def refuse_file(what: str, path: Path, kind: Kind, made: Iterable[Path] = ()) ->
     """
     if is_stream(path):
         return
-    target = Path(os.path.realpath(path))
+    target = path_of(os.path.realpath(path))
     there = is_folder(target.parent)
-    if not there and target.parent not in (Path(os.path.realpath(each)) for each in made):
+    if not there and target.parent not in (path_of(os.path.realpath(each)) for each in made):
         raise UsageError(f"{what}: the folder {path.parent} does not exist: make it")
     if is_folder(target):
         raise UsageError(f"{what} is a folder: name a file")
@@ -101,12 +102,12 @@ def refuse_folder(what: str, path: Path, made: Iterable[str | Path] = ()) -> Non
     Raises:
         UsageError: saying what to do.
     """
-    places = {_absolute(path), Path(os.path.realpath(path))}
+    places = {_absolute(path), path_of(os.path.realpath(path))}
     there = next(p for p in (path, *_absolute(path).parents) if os.path.lexists(p))
     if not is_folder(there):
         raise UsageError(f"{what}: {there} is a file: name a folder")
     for each in made:
-        folder = Path(os.path.realpath(each))
+        folder = path_of(os.path.realpath(each))
         if any(folder in (place, *place.parents) for place in places):
             raise UsageError(f"{what} lies in {each}, which this command makes: elsewhere")
     _refuse_closed(what, there)
@@ -151,7 +152,7 @@ def write_json(what: str, path: Path, value: Any) -> None:
 
 def _absolute(path: Path) -> Path:
     """Without `..`, and with the links in it as they are."""
-    return Path(os.path.normpath(path.absolute()))
+    return path_of(os.path.normpath(path.absolute()))
 
 
 def _refuse_closed(what: str, folder: Path) -> None:
