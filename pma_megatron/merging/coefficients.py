@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 
-from pma_megatron.base.spelling import has, named, one_of, switch
+from pma_megatron.base.spelling import has, in_full, named, one_of, switch
 from pma_megatron.errors import UsageError
 
 DEFAULT_ALPHA = 0.2  # the better of the two values that arXiv 2505.12082 tried
@@ -63,7 +63,7 @@ class Coefficients:
 
     def describe(self) -> str:
         """The method and its parameters on one line: `ema(alpha=0.2)`."""
-        inner = ", ".join(f"{name}={value:g}" for name, value in self.parameters)
+        inner = ", ".join(f"{name}={in_full(value)}" for name, value in self.parameters)
         return f"{self.method}({inner})" if inner else self.method
 
 

@@ -242,7 +242,7 @@ def _series(
         iterations=tuple(by_end),
         tokens=tuple(scores.tokens[end] for end in by_end),
         trained=tuple(trained[end] for end in by_end),
-        merged=tuple(point.losses[metric] for point in points),
+        merged=tuple(point.losses[metric] for point in by_end.values()),
         window_tokens=scores.window_tokens(points[-1]),
         predictions=predictions,
         agreement=agreement(predictions),
