@@ -18,12 +18,24 @@ SCORES_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpoint:
-    """One checkpoint that takes part in a grid."""
+    """One checkpoint that takes part in a grid.
+
+    Attributes:
+        path: folder.
+        iteration: of it.
+        consumed_tokens: None where unknown.
+        schedule: where its learning rate stood.
+        metadata_digest: SHA-256 of what describes it, as a merge of it writes into `pma.json`.
+        files_digest: SHA-256 of the names, bytes and times of its files when it was scored. Both
+            are None in scores of releases before, which did not note them.
+    """
 
     path: str
     iteration: int
     consumed_tokens: int | None
     schedule: Schedule
+    metadata_digest: str | None = None
+    files_digest: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

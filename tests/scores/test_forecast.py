@@ -149,6 +149,17 @@ def test_refused() -> None:
         forecast(scores(), [], "loss")
 
 
+def test_losses_that_are_not_finite() -> None:
+    for loss in (math.nan, math.inf):
+        with pytest.raises(UsageError, match=r"from iteration 30 .*leave it out"):
+            forecast(scores(), [Annealed(start_iteration=30, loss=loss)], "lm")
+    runs = [Annealed(start_iteration=s, loss=2.28) for s in (30, 40)]
+    made = forecast(scores(merged={30: math.nan, 40: 2.26}), runs, "lm").series[1]
+    assert [each.start_iteration for each in made.predictions] == [40]
+    assert made.agreement is not None and made.agreement.mean_error == pytest.approx(-0.02)
+    assert "at iteration 30 is not a finite number" in made.cautions[0]
+
+
 def cautions(found: Scores, *runs: Annealed) -> str:
     return "\n".join(forecast(found, runs, "lm").series[1].cautions)
 
