@@ -60,6 +60,12 @@ def refuse_other_run(arguments: argparse.Namespace, scores: Scores) -> None:
             f"--scores {arguments.scores}: {where[changed[-1]]} is not what was scored, its files "
             f"have changed since: {_AGAIN}"
         )
+    closed = [iteration for iteration, state in states.items() if state == "closed"]
+    if closed:
+        _log.warning(
+            "%s may not be read: whether it is still what was scored was not looked at",
+            where[closed[-1]],
+        )
     if "unknown" in states.values():
         _log.warning(
             "--scores %s does not say which files were scored, as releases before did not note "

@@ -16,7 +16,7 @@ from typing import Literal
 from pma_megatron.formats.source import Source, stamps_of
 from pma_megatron.scores.results import Checkpoint
 
-State = Literal["same", "changed", "gone", "unknown"]
+State = Literal["same", "changed", "gone", "closed", "unknown"]
 
 
 def identified(checkpoint: Checkpoint, source: Source) -> Checkpoint:
@@ -29,14 +29,18 @@ def identified(checkpoint: Checkpoint, source: Source) -> Checkpoint:
 def state_of(checkpoint: Checkpoint, folder: Path) -> State:
     """What lies in a folder now, seen from a checkpoint that was scored.
 
-    `unknown` is one that an earlier release scored, which did not note its files.
+    `unknown` is one that an earlier release scored, which did not note its files; `closed` one
+    that may not be read.
     """
-    if not folder.exists():
-        return "gone"
-    if checkpoint.files_digest is None:
-        return "unknown"
     try:
+        if not folder.exists():
+            return "gone"
+        if checkpoint.files_digest is None:
+            return "unknown"
+        next(folder.iterdir(), None)  # what may not be read is passed over below, in silence
         now = _digest(stamps_of(folder))
+    except PermissionError:
+        return "closed"
     except OSError:  # a file went while it was looked at
         return "changed"
     return "same" if now == checkpoint.files_digest else "changed"

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from conftest import DENSE, digests, folder_of
+from conftest import DENSE, as_a_user, digests, folder_of
 from pma_megatron.cli import main
 from pma_megatron.testing import TinyTrainer, run_ranks
 
@@ -159,6 +159,12 @@ def test_scores_are_of_what_is_there(
     shutil.rmtree(annealed)
     code, out, err = call(capsys, *words)
     assert code == 0 and "is not there any more" in err
+
+    run.chmod(0)
+    command = f"forecast --scores {file} --annealed-loss 8:2.0"
+    [told] = as_a_user(kept, command)
+    run.chmod(0o755)
+    assert "may not be read" in told and told.endswith("code 0")
 
     shutil.rmtree(folder_of(run, 4))  # the trainer keeps so many
     assert call(capsys, *words)[0] == 0
