@@ -166,7 +166,7 @@ INSIDE = {
     "scores": """
         grid
         results
-        cautions
+        cautions identity
         forecast
     """,
     "spikes": """
@@ -234,7 +234,7 @@ INSIDE = {
         consoles landscape progress request_files streams verbs
         asked listing tables
         curves score_flags score_grid
-        commands recover
+        commands recover rescored
         compare evaluate flags forecast geometry prune report watch
         command completion
     """,

@@ -185,6 +185,16 @@ def _literal(value: object) -> str:
     return repr(str(value) if isinstance(value, Path) else value)
 
 
+def in_full(value: float) -> str:
+    """A number as short as it can be and still be read back as itself.
+
+    >>> [in_full(value) for value in (1.0, 0.2, 0.1234567)]
+    ['1', '0.2', '0.1234567']
+    """
+    short = f"{value:g}"
+    return short if float(short) == value else repr(float(value))
+
+
 def told(value: object) -> str:
     """A value of unknown type and size, short enough for a message."""
     text = repr(value)

@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection
-from dataclasses import replace
+import logging
+import math
+from collections.abc import Collection, Sequence
 
 from pma_megatron.cli.asked import grid_of
 from pma_megatron.cli.consoles import new_console, new_table
 from pma_megatron.cli.curves import writers_of
+from pma_megatron.cli.rescored import newest_of, refuse_other_run, with_others
 from pma_megatron.cli.score_grid import score
 from pma_megatron.cli.verbs import put_out, show_result
 from pma_megatron.errors import UsageError
 from pma_megatron.formats import registry
 from pma_megatron.megatron.score import scored_refs
 from pma_megatron.pages import charts
-from pma_megatron.runs.discover import choose, list_checkpoints, pointers_of
-from pma_megatron.runs.notices import announce
-from pma_megatron.runs.refs import CheckpointRef
-from pma_megatron.runs.selection_request import SelectionRequest
+from pma_megatron.runs.discover import list_checkpoints
 from pma_megatron.runs.tokens import format_tokens
 from pma_megatron.scores.forecast import Agreement, Annealed, Forecast, forecast
-from pma_megatron.scores.results import Scores, read_scores
-from pma_megatron.storage.paths import path_of
+from pma_megatron.scores.results import Other, Scores, read_scores
+from pma_megatron.storage.paths import path_of, real
 from pma_megatron.writers.destinations import Writers
 from pma_megatron.writers.records import of_forecast
+
+_log = logging.getLogger(__name__)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -35,15 +36,16 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _forecast(arguments: argparse.Namespace, writers: Writers) -> None:
     given = [_given(text) for text in arguments.annealed_loss]
+    _refuse_doubles(arguments.annealed)
     scores = None if arguments.scores is None else read_scores(arguments.scores)
-    if scores is not None and arguments.load is None:
-        arguments.load = scores.load
+    if scores is not None:
+        refuse_other_run(arguments, scores)
     starts = {_folder(text)[0]: _start(text, arguments.load) for text in arguments.annealed}
     if scores is None:
         _add_ends(arguments, {*starts.values(), *(run.start_iteration for run in given)}, starts)
         scores = score(arguments, list(starts))
     elif starts:
-        scores = _with_others(arguments, scores, list(starts))
+        scores = with_others(arguments, scores, list(starts))
     if scores is None:
         return  # not the rank that speaks
     metric = arguments.metric or scores.metrics[0]
@@ -56,7 +58,7 @@ def _forecast(arguments: argparse.Namespace, writers: Writers) -> None:
             source=other.root,
         )
         for other in scores.others
-        if other.root in starts and metric in other.losses
+        if other.root in starts and _is_finite(other, metric)
     ]
     made = forecast(scores, [*runs, *given], metric)
     writers.write(of_forecast(scores, made))
@@ -128,9 +130,37 @@ def _agreement(found: Agreement) -> list[str]:
 def _given(text: str) -> Annealed:
     start, _, loss = text.partition(":")
     try:
-        return Annealed(start_iteration=int(start), loss=float(loss))
+        made = Annealed(start_iteration=int(start), loss=float(loss))
     except ValueError:
         raise UsageError(f"--annealed-loss {text!r} is not START:LOSS, as in 90000:2.131") from None
+    if not math.isfinite(made.loss):
+        raise UsageError(
+            f"--annealed-loss {text!r}: no loss can be compared with {made.loss}: give the loss "
+            "that the annealing run reached, or leave it out"
+        )
+    return made
+
+
+def _refuse_doubles(annealed: Sequence[str]) -> None:
+    """Refuse an annealing run that is named twice: it would count for one start alone."""
+    known: dict[str, str] = {}
+    for text in annealed:
+        first = known.setdefault(real(_folder(text)[0]), text)
+        if first is not text:
+            raise UsageError(
+                f"--annealed {first} and --annealed {text} name one annealing run: leave one out"
+            )
+
+
+def _is_finite(other: Other, metric: str) -> bool:
+    """Whether an annealing run reached a loss that can be compared; what has none is told."""
+    loss = other.losses.get(metric)
+    if loss is None or not math.isfinite(loss):
+        found = "was not scored" if loss is None else f"is {loss}"
+        _log.warning(
+            "%s: its %s %s, so it is left out of the comparison", other.root, metric, found
+        )
+    return loss is not None and math.isfinite(loss)
 
 
 def _folder(text: str) -> tuple[str, int | None]:
@@ -143,7 +173,7 @@ def _start(text: str, load: str | None) -> int:
     folder, start = _folder(text)
     if start is not None:
         return start
-    newest = _newest(folder)
+    newest = newest_of(folder)
     begin = (
         registry.get(newest.format, newest.path).schedule(path_of(newest.path)).decay_start_samples
     )
@@ -175,43 +205,11 @@ def _add_ends(
                 f"an annealing run starts at iteration {start}, where {arguments.load} has no "
                 "complete checkpoint: nothing can be merged up to there"
             )
-    reached = {_newest(folder).consumed_tokens for folder in folders} - {None}
+    reached = {newest_of(folder).consumed_tokens for folder in folders} - {None}
     ends = {i for i, tokens in complete.items() if i is not None and tokens in reached}
     grid = grid_of(arguments)
     asked = grid.end_iterations(scored_refs(arguments.load, grid, aloud=False))
     arguments.ends = [str(i) for i in sorted({*asked, *starts, *ends})]
-
-
-def _newest(folder: str) -> CheckpointRef:
-    refs, pointers = list_checkpoints(folder), pointers_of(folder)
-    selection = choose(refs, SelectionRequest(last=1), folder, pointers)
-    announce(selection)
-    return selection.refs[-1]
-
-
-def _with_others(arguments: argparse.Namespace, scores: Scores, roots: list[str]) -> Scores | None:
-    """Saved scores and those of annealing runs that they do not have yet."""
-    missing = [root for root in roots if root not in {other.root for other in scores.others}]
-    if not missing:
-        return scores
-    newest = scores.checkpoints[-1].iteration
-    arguments.lasts, arguments.ends, arguments.exclude = [1], [str(newest)], []
-    more = score(arguments, missing)
-    if more is None:
-        return None
-    was, now = (each.points[-1].losses for each in (_at(scores, newest), more))
-    if was != now:
-        raise UsageError(
-            f"--scores {arguments.scores} says {dict(was)} for iteration {newest}, the model says "
-            f"{dict(now)}: it scores other batches, so annealing runs cannot be compared. Score "
-            "all again without --scores"
-        )
-    return replace(scores, others=(*scores.others, *more.others))
-
-
-def _at(scores: Scores, iteration: int) -> Scores:
-    single = [p for p in scores.points if p.end_iteration == iteration and p.last == 1]
-    return replace(scores, points=tuple(single))
 
 
 def _at_tokens(scores: Scores, tokens: int | None) -> int | None:

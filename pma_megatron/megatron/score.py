@@ -37,6 +37,7 @@ from pma_megatron.runs.notices import announce
 from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.runs.selection_request import SelectionRequest
 from pma_megatron.scores.grid import Grid, GridPoint
+from pma_megatron.scores.identity import identified
 from pma_megatron.scores.results import Checkpoint, Other, Score, Scores
 
 Losses = float | Mapping[str, float]
@@ -120,22 +121,29 @@ def score_merges(
 
     with weights_restored(models, tensors):
         made = [Score.of(point, scored(point, members)) for point in points]
-        apart = [scored(end, _open(request, [end], comm)) for end in ends]
+        apart = []
+        for root, end in zip(others, ends, strict=True):
+            opened = _open(request, [end], comm)
+            [known] = _identified([end.end], stored, opened)
+            apart.append(Other(root=root, checkpoint=known, losses=scored(end, opened)))
     newest = members[points[-1].end.path]
     return Scores(
         load=load,
         parameters=newest.parameters,
         active_parameters=newest.active_parameters,
         moe=newest.is_moe,
-        checkpoints=tuple(stored[ref.path] for ref in _members(points)),
+        checkpoints=_identified(_members(points), stored, members),
         points=tuple(made),
         skipped=tuple(skipped),
         passed_over=left,
-        others=tuple(
-            Other(root=root, checkpoint=stored[end.end.path], losses=losses)
-            for root, end, losses in zip(others, ends, apart, strict=True)
-        ),
+        others=tuple(apart),
     )
+
+
+def _identified(
+    refs: Sequence[CheckpointRef], stored: Mapping[str, Checkpoint], opened: Mapping[str, Source]
+) -> tuple[Checkpoint, ...]:
+    return tuple(identified(stored[ref.path], opened[ref.path]) for ref in refs)
 
 
 def _newest(root: str) -> GridPoint:

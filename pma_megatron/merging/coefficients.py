@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 
-from pma_megatron.base.spelling import has, named, one_of, switch
+from pma_megatron.base.spelling import has, in_full, named, one_of, switch
 from pma_megatron.errors import UsageError
 
 DEFAULT_ALPHA = 0.2  # the better of the two values that arXiv 2505.12082 tried
@@ -40,6 +40,7 @@ DEFAULT_ALPHA = 0.2  # the better of the two values that arXiv 2505.12082 tried
 _EXACT = 1 << 24  # every integer up to here is a float32
 _EXACT_SUM = 1e-9  # a sum this close to 1 is rounding of what the user wrote
 _NEAR_SUM = 1e-6  # a sum this close to 1 is a list typed with six digits
+_LEAST, _GREATEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # of the normal numbers of float32
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,7 +63,7 @@ class Coefficients:
 
     def describe(self) -> str:
         """The method and its parameters on one line: `ema(alpha=0.2)`."""
-        inner = ", ".join(f"{name}={value:g}" for name, value in self.parameters)
+        inner = ", ".join(f"{name}={in_full(value)}" for name, value in self.parameters)
         return f"{self.method}({inner})" if inner else self.method
 
 
@@ -255,10 +256,13 @@ def _ema(number: int, alpha: float) -> Coefficients:
 
 
 def _custom(values: Sequence[float] | None, number: int, allow_any: bool) -> Coefficients:
-    given = tuple(float(value) for value in values or ())
-    odd = [value for value in given if not math.isfinite(value)]
-    if odd:
-        raise UsageError(f"{named('coefficients')} must be finite numbers, found {odd[0]}")
+    given = tuple(map(_in_range, values or ()))
+    largest = max(map(abs, given))
+    if largest < _LEAST:
+        raise UsageError(
+            f"{named('coefficients')} are all 0{f' but for {largest:g}' if largest else ''}: the "
+            "average would hold nothing of any checkpoint. Give at least one checkpoint a weight"
+        )
     total = math.fsum(given)
     parameters: tuple[tuple[str, float], ...] = ()
     if allow_any:
@@ -277,6 +281,22 @@ def _custom(values: Sequence[float] | None, number: int, allow_any: bool) -> Coe
         parameters = (("normalised_from_sum", total),)
         given = _normalised(given)
     return Coefficients(values=given, method="custom", parameters=parameters, source="given")
+
+
+def _in_range(value: float) -> float:
+    """A coefficient as float64; averages are float32, so what float32 cannot hold is refused."""
+    try:
+        number = float(value)
+    except OverflowError:  # an integer can be greater than any float
+        number = math.inf if value > 0 else -math.inf
+    if not math.isfinite(number):
+        raise UsageError(f"{named('coefficients')} must be finite numbers, found {number}")
+    if abs(number) > _GREATEST:
+        raise UsageError(
+            f"{named('coefficients')} must lie between -{_GREATEST:.3g} and {_GREATEST:.3g}, where "
+            f"float32 ends, found {number:g}"
+        )
+    return number
 
 
 def _on_purpose(text: str) -> str:

@@ -202,7 +202,7 @@ class MergeRequest:
                     f"{mistyped('sweep', text)} is not METHOD[,METHOD]:LAST[,LAST], as in "
                     "sma,wma:3,6,10"
                 )
-        negative = self.method.values is not None and min(self.method.values) < 0
+        negative = any(value < 0 for value in self.method.values or ())
         if negative and self.policy.optimizer_state == "average":
             raise UsageError(
                 f"{given('optimizer_state', 'average')} with negative coefficients could make "

@@ -7,6 +7,7 @@ merge covers matter most; once decay has begun it gains little).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -31,8 +32,9 @@ class Start(Protocol):
 def cautions(
     scores: Scores, points: Sequence[Score], starts: Sequence[Start], metric: str
 ) -> Iterator[str]:
-    """Cautions about one series of averages; none for the single checkpoints.
+    """Cautions about one series of averages; of the single checkpoints only the first.
 
+    - Not finite: a loss is not a number, or infinite.
     - LR decay: a checkpoint of the window lies after the decay's start, or the window's learning
       rates differ after warmup.
     - Warmup: the oldest checkpoint lies before its end.
@@ -42,6 +44,12 @@ def cautions(
     - Horizon: a real annealing run takes more than twice the tokens that the window covers.
     - Size: N more than 2 times, or the interval more than 4 times, off `tokens.recommend`.
     """
+    broken = [p.end_iteration for p in points if not math.isfinite(p.losses[metric])]
+    if broken:
+        yield (
+            f"the {metric} at {_listed(broken)} is not a finite number: nothing is compared there. "
+            "Look at the checkpoints of that window (pma verify, pma recover)"
+        )
     if points[0].method == UNMERGED:
         return
     known = {each.iteration: each for each in scores.checkpoints}

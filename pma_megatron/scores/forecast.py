@@ -7,6 +7,7 @@ their losses) are known, the forecast is compared with them. Pure functions on s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -159,13 +160,19 @@ def forecast(scores: Scores, annealed: Sequence[Annealed], metric: str) -> Forec
         metric: name of the loss.
 
     Raises:
-        UsageError: no such metric, or no score at the iteration that an annealing run starts from.
+        UsageError: no such metric, no score at the iteration that an annealing run starts from, or
+            an annealed loss that is not finite.
     """
     if metric not in scores.metrics:
         instead = one_of(metric, scores.metrics)
         raise UsageError(f"{mistyped('metric', metric)} was not scored; {instead}")
     trained = scores.unmerged(metric)
     for run in annealed:
+        if not math.isfinite(run.loss):
+            raise UsageError(
+                f"the annealing run {run.source} from iteration {run.start_iteration} has the "
+                f"{metric} {run.loss}, with which nothing can be compared: leave it out"
+            )
         if run.start_iteration not in trained:
             raise UsageError(
                 f"the annealing run {run.source} starts at iteration {run.start_iteration}, where "
@@ -228,7 +235,9 @@ def _series(
                 source=run.source,
             )
             for run, at in zip(annealed, iterations, strict=True)
-            if at is not None and at in by_end
+            if at is not None
+            and at in by_end
+            and math.isfinite(by_end[at].losses[metric] - trained[at])
         )
 
     predictions = compared([run.start_iteration for run in annealed])
@@ -242,7 +251,7 @@ def _series(
         iterations=tuple(by_end),
         tokens=tuple(scores.tokens[end] for end in by_end),
         trained=tuple(trained[end] for end in by_end),
-        merged=tuple(point.losses[metric] for point in points),
+        merged=tuple(point.losses[metric] for point in by_end.values()),
         window_tokens=scores.window_tokens(points[-1]),
         predictions=predictions,
         agreement=agreement(predictions),

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from pma_megatron.base.settings import described, same, setting
-from pma_megatron.base.spelling import given, mistyped, named, one_of, renamed
+from pma_megatron.base.spelling import given, in_full, mistyped, named, one_of, renamed
 from pma_megatron.errors import SelectionError, UsageError
 from pma_megatron.merging.coefficients import DECAYS, MEANS, METHODS
 from pma_megatron.merging.request import Method
@@ -76,9 +76,12 @@ class Averaging:
 
     @property
     def spacing(self) -> str:
-        """The spacing asked for in a few characters, none where it was not."""
+        """The spacing asked for in as few characters as tell it, none where it was not."""
         if self.interval_tokens is not None:
-            return format_tokens(self.interval_tokens)
+            short = format_tokens(self.interval_tokens)
+            # An average is called by it: two that differ by a little must not have one name.
+            exact = parse_tokens(short) == self.interval_tokens
+            return short if exact else str(self.interval_tokens)
         return "" if self.interval_iterations is None else f"{self.interval_iterations} it"
 
     def __str__(self) -> str:
@@ -130,8 +133,8 @@ def parse_method(text: str) -> Method:
 
 def method_label(method: Method) -> str:
     """The method as `parse_method` reads it."""
-    number = method.alpha if method.name == "ema" else (method.floor or None)
-    return method.name if number is None else f"{method.name}:{number:g}"
+    value = method.alpha if method.name == "ema" else (method.floor or None)
+    return method.name if value is None else f"{method.name}:{in_full(value)}"
 
 
 def parse_methods(words: Sequence[str]) -> tuple[Method, ...]:
@@ -243,15 +246,16 @@ class Grid:
     def _points(self, refs: Sequence[CheckpointRef]) -> tuple[list[GridPoint], list[Skipped]]:
         points: list[GridPoint] = []
         skipped: list[Skipped] = []
+        methods = {method_label(method): method for method in self.methods}.values()
         for end in self.end_iterations(refs):
             points.append(self._unmerged(refs, end))
             for request in self._requests(end):
                 try:
                     selection = select(refs, request)
                 except SelectionError as error:
-                    skipped += [self._skip(request, method, str(error)) for method in self.methods]
+                    skipped += [self._skip(request, method, str(error)) for method in methods]
                     continue
-                points += [_merged(request, method, selection) for method in self.methods]
+                points += [_merged(request, method, selection) for method in methods]
         if skipped and all(point.method is None for point in points):
             raise SelectionError(f"no average of the grid can be made: {skipped[-1].reason}")
         return points, skipped
@@ -263,8 +267,9 @@ class Grid:
         )
 
     def _requests(self, end: int | None) -> Iterator[SelectionRequest]:
-        intervals: list[tuple[int | None, int | None]] = [(v, None) for v in self.intervals_tokens]
-        intervals += [(None, v) for v in self.intervals_iterations]
+        intervals: dict[tuple[int | None, int | None], None] = {}  # each once, as typed
+        intervals |= dict.fromkeys((v, None) for v in self.intervals_tokens)
+        intervals |= dict.fromkeys((None, v) for v in self.intervals_iterations)
         for last, (tokens, iterations) in itertools.product(
             sorted(set(self.lasts)), intervals or [(None, None)]
         ):

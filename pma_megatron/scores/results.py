@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,24 @@ SCORES_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpoint:
-    """One checkpoint that takes part in a grid."""
+    """One checkpoint that takes part in a grid.
+
+    Attributes:
+        path: folder.
+        iteration: of it.
+        consumed_tokens: None where unknown.
+        schedule: where its learning rate stood.
+        metadata_digest: SHA-256 of what describes it, as a merge of it writes into `pma.json`.
+        files_digest: SHA-256 of the names, bytes and times of its files when it was scored. Both
+            are None in scores of releases before, which did not note them.
+    """
 
     path: str
     iteration: int
     consumed_tokens: int | None
     schedule: Schedule
+    metadata_digest: str | None = None
+    files_digest: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,7 +155,7 @@ class Scores:
                 f"{SCORES_VERSION}: make them again with pma evaluate"
             )
         try:
-            return Scores(
+            made = Scores(
                 load=value["load"],
                 parameters=value["parameters"],
                 active_parameters=value["active_parameters"],
@@ -157,7 +169,8 @@ class Scores:
                 ),
                 passed_over=tuple(PassedOver(**each) for each in value.get("passed_over", ())),
             )
-        except (KeyError, TypeError) as error:
+            return replace(made, points=tuple(_once_each(made.points)))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UsageError(f"these are not the scores of pma evaluate: {error!r}") from error
 
 
@@ -174,6 +187,33 @@ def read_scores(path: Path) -> Scores:
     if not isinstance(value, dict):
         raise UsageError(f"{path} holds no scores of pma evaluate")
     return Scores.from_json(value.get("scores", value))
+
+
+def _once_each(points: Sequence[Score]) -> Iterator[Score]:
+    """What a forecast needs: at each end, each way to average once, and the single checkpoint.
+
+    One that an earlier release scored twice, to the same loss, counts once.
+
+    Raises:
+        UsageError: two that differ have one name, or the single checkpoint is not there.
+    """
+    single = {point.end_iteration for point in points if point.method == UNMERGED}
+    known: dict[tuple[Any, ...], Score] = {}
+    for point in points:
+        if point.end_iteration not in single:
+            raise UsageError(
+                f"scores say what {point} is at iteration {point.end_iteration}, and not what the "
+                "single checkpoint is there: make them again with pma evaluate"
+            )
+        first = known.setdefault((*point.series, point.end_iteration), point)
+        if first is point:
+            yield point
+        elif first != point:
+            raise UsageError(
+                f"scores have two averages that are called {point} at iteration "
+                f"{point.end_iteration}, of loss {dict(first.losses)} and {dict(point.losses)}: "
+                "make them again with pma evaluate"
+            )
 
 
 def _made(kind: type[Any], value: Mapping[str, Any]) -> Any:

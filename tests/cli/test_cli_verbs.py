@@ -177,6 +177,16 @@ def test_coefficients_as_people_write_numbers(
         assert made["outputs"][0]["coefficients"] == [value, 1 - value]
 
 
+@pytest.mark.parametrize("weights", [("1e308", "1e308"), ("0", "0"), ("1e-50", "0")])
+def test_coefficients_that_make_no_average(
+    capsys: pytest.CaptureFixture[str], run: Path, save: Path, weights: tuple[str, str]
+) -> None:
+    flags = ("--load", run, "--save", save, "--last", 2, "--allow-any-coefficients")
+    code, out, error = call(capsys, "merge", *flags, "--coefficients", *weights)
+    assert (code, out) == (2, "") and "--coefficients" in error
+    assert not save.exists()
+
+
 def test_verify_finds_what_is_wrong(
     capsys: pytest.CaptureFixture[str], run: Path, save: Path
 ) -> None:

@@ -19,6 +19,7 @@ from pma_megatron.merging.coefficients import (
     exact_weights,
     implied_decay_weights,
 )
+from pma_megatron.merging.request import MergeRequest, Method
 
 DECAYS = {
     "linear": lambda x: 1 - x,
@@ -207,6 +208,15 @@ def test_custom_takes_anything_finite_only_with_the_flag() -> None:
         coefficients("custom", values=[0.5, math.nan], allow_any=True)
 
 
+def test_custom_takes_what_float32_holds() -> None:
+    least, greatest = (float(getattr(np.finfo(np.float32), n)) for n in ("tiny", "max"))
+    for values in ((greatest, greatest, -greatest), (least, 0.0), (1.0, -1.0), (5e-324, 1.0)):
+        assert coefficients("custom", values=values, allow_any=True).values == values
+    for beyond in (math.nextafter(greatest, math.inf), math.nextafter(least, 0)):
+        with pytest.raises(UsageError):
+            coefficients("custom", values=[beyond], allow_any=True)
+
+
 @pytest.mark.parametrize(
     ("method", "arguments", "message"),
     [
@@ -234,11 +244,23 @@ def test_custom_takes_anything_finite_only_with_the_flag() -> None:
         ("custom", {"values": [-0.5, 1.5]}, r"negative, found -0.5.*allow_any=True"),
         ("custom", {"values": [0.5, 0.4]}, r"2 values= sum to 0.9, not 1.*allow_any=True"),
         ("custom", {"values": [0.5, 0.500002]}, r"sum to 1.000002, not 1"),
+        ("custom", {"values": [10**400, 0.5], "allow_any": True}, r"finite numbers, found inf"),
+        ("custom", {"values": [-(10**400)], "allow_any": True}, r"finite numbers, found -inf"),
+        ("custom", {"values": [1e308] * 3, "allow_any": True}, r"float32 ends, found 1e\+308"),
+        ("custom", {"values": [1e308, -1e308]}, r"float32 ends, found 1e\+308"),
+        ("custom", {"values": [0.0, -0.0], "allow_any": True}, r"all 0: "),
+        ("custom", {"values": [0, 1e-39], "allow_any": True}, r"all 0 but for 1e-39: "),
     ],
 )
 def test_refusals_say_what_was_found_and_what_to_do(method, arguments, message) -> None:
     with pytest.raises(UsageError, match=message):
         coefficients(method, **arguments)
+
+
+def test_an_empty_list_is_refused_where_it_is_used() -> None:
+    request = MergeRequest(load="/ckpts/run", method=Method(name="custom", values=()))
+    with pytest.raises(UsageError, match=r"2 checkpoints, 0 "):
+        request.method.of((), 2)
 
 
 def test_every_result_cites_its_equation() -> None:

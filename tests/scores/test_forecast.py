@@ -149,6 +149,17 @@ def test_refused() -> None:
         forecast(scores(), [], "loss")
 
 
+def test_losses_that_are_not_finite() -> None:
+    for loss in (math.nan, math.inf):
+        with pytest.raises(UsageError, match=r"from iteration 30 .*leave it out"):
+            forecast(scores(), [Annealed(start_iteration=30, loss=loss)], "lm")
+    runs = [Annealed(start_iteration=s, loss=2.28) for s in (30, 40)]
+    made = forecast(scores(merged={30: math.nan, 40: 2.26}), runs, "lm").series[1]
+    assert [each.start_iteration for each in made.predictions] == [40]
+    assert made.agreement is not None and made.agreement.mean_error == pytest.approx(-0.02)
+    assert "at iteration 30 is not a finite number" in made.cautions[0]
+
+
 def cautions(found: Scores, *runs: Annealed) -> str:
     return "\n".join(forecast(found, runs, "lm").series[1].cautions)
 
@@ -186,6 +197,28 @@ def test_cautions_about_the_phase_and_the_horizon() -> None:
         for s, t in ((30, 40), (40, 41))
     ]
     assert "runs from iteration 40 take more than 2 times" in cautions(scores(), *runs)
+
+
+def test_averages_that_were_scored_twice(tmp_path: Path) -> None:
+    """An earlier release did so where methods were typed twice, or differed in the 7th digit."""
+    once = scores()
+    sma = [point for point in once.points if point.method == "sma"]
+    path = tmp_path / "scores.json"
+
+    def read(*more: Score) -> Scores:
+        path.write_text(json.dumps(replace(once, points=(*once.points, *more)).to_json()))
+        return read_scores(path)
+
+    assert read(*sma) == once
+    with pytest.raises(UsageError, match=r"two averages .* sma N=3 at iteration 30"):
+        read(replace(sma[0], coefficients=(0.1, 0.1, 0.8)))
+    with pytest.raises(UsageError, match=r"two averages .*2\.26.*2\.27"):
+        read(replace(sma[1], losses={"lm": 2.27, "other": 4.54}))
+    value = once.to_json()
+    value["points"] = [r for r in value["points"] if (r["last"], r["end_iteration"]) != (1, 30)]
+    path.write_text(json.dumps(value))
+    with pytest.raises(UsageError, match="single checkpoint"):
+        read_scores(path)
 
 
 def test_scores_are_read_back(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 from pma_megatron import CheckpointRef, Method
 from pma_megatron.errors import SelectionError, UsageError
 from pma_megatron.scores.grid import Grid, method_label, parse_ends, parse_method
+from pma_megatron.scores.results import Score
 
 TOKENS = 1000
 
@@ -40,9 +41,9 @@ def shape(grid: Grid, found: list[CheckpointRef]) -> list[tuple[str, int, tuple[
 
 def test_every_combination_once_and_the_baseline_at_each_end() -> None:
     grid = Grid(
-        methods=(Method(), Method(name="ema", alpha=0.2)),
-        lasts=(3, 1, 2),
-        intervals_tokens=(10 * TOKENS, 20 * TOKENS),
+        methods=(Method(), Method(name="ema", alpha=0.2), parse_method("sma")),
+        lasts=(3, 1, 2, 3),
+        intervals_tokens=(10 * TOKENS, 20 * TOKENS, 10 * TOKENS),
         ends=(60, 50),
     )
     both = ("sma", "ema:0.2")
@@ -58,6 +59,21 @@ def test_every_combination_once_and_the_baseline_at_each_end() -> None:
         *((m, 60, (40, 50, 60)) for m in both),
         *((m, 60, (20, 40, 60)) for m in both),
     ]
+
+
+def test_averages_that_differ_a_little_have_two_names() -> None:
+    near = (8_000_000_000, 8_000_000_001)
+    grid = Grid(
+        methods=(parse_method("ema:0.1234567"), parse_method("ema:0.1234568")),
+        lasts=(2,),
+        intervals_tokens=near,
+        tolerance=0.1,
+    )
+    run = [replace(each, consumed_tokens=near[0] * (each.iteration or 0)) for each in refs(1, 2, 3)]
+    points, _ = grid.points(run)
+    names = {str(Score.of(point, {"loss": 1.0})) for point in points}
+    assert len(points) == 5 and len(names) == 5
+    assert "ema:0.1234567 N=2 V=8B" in names
 
 
 def test_coefficients_are_those_of_the_method() -> None:
@@ -118,7 +134,8 @@ def test_refused() -> None:
 
 
 def test_as_typed() -> None:
-    for text in ("sma", "wma", "ema:0.2", "1-sqrt", "linear:0.1", "ema"):
+    exact = ("ema:0.1234567", "ema:0.1234568", "linear:1e-07", "ema:0.30000000000000004")
+    for text in ("sma", "wma", "ema:0.2", "ema:1", "1-sqrt", "linear:0.1", "ema", *exact):
         assert method_label(parse_method(text)) == text
     assert parse_method("ema:0.2") == Method(name="ema", alpha=0.2)
     assert parse_method("1-sqrt:0.1") == Method(name="1-sqrt", floor=0.1)
