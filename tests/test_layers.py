@@ -173,6 +173,7 @@ INSIDE = {
         consoles points request
         readers
         detector metrics relaunch
+        onsets
         recovery
     """,
     "online": """
