@@ -56,7 +56,7 @@ def test_merges_before_the_onset_and_resumes(dense_run: Path, tmp_path: Path) ->
     )
     assert report.outputs == (str(folder_of(save, 6)),) and digests(dense_run) == before
     assert [r.iteration for r in found.healthy.selection.refs] == [2, 4, 6]
-    assert found.resume.spelled() == f"--load {save} --save {save} --iterations-to-skip 8 9"
+    assert found.resume.spelled() == f"--load {save} --save {save} --iterations-to-skip 7 8 9"
     shards = run_ranks(resumed, 2, DENSE, str(save))
     assert shards[0]["iteration"] == 6
     assert shards[0]["samples"] == 6 * DENSE.global_batch_size
@@ -69,7 +69,7 @@ def test_the_onset_is_found_in_the_metrics(dense_run: Path, tmp_path: Path) -> N
     )
     found = diagnose(request)
     assert found.onset == 300 and found.verdicts[-1].fatal
-    assert found.resume.flags["--iterations-to-skip"][0] == "300"
+    assert found.resume.flags["--iterations-to-skip"][0] == "299"
     assert found.resume.flags["--iterations-to-skip"][-1] == str(found.verdicts[-1].confirmed)
     assert not (tmp_path / "on").exists()
 
