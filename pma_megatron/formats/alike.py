@@ -38,7 +38,6 @@ _MISSES = 64
 """Elements of a class that fit none, one after the other, before it is not tried again."""
 _BATCH = 4096
 """Rows that are worked on at a time."""
-_SMALL = {bytes((ord("K"), n)): n for n in range(256)}
 
 
 @dataclass(eq=False, slots=True)
@@ -187,20 +186,23 @@ class Alike:
         columns = [groups[place :: len(kinds)] for place in range(len(kinds))]
         said = [c for c, kind in zip(columns, kinds, strict=True) if kind == "t"]
         for column in said:
-            wrong = (n for n, text in enumerate(column) if text[1] != len(text) - 2)
-            fit = min(fit, next(wrong, many))
+            if [text[1] + 2 for text in column] != [*map(len, column)]:
+                wrong = (n for n, text in enumerate(column) if text[1] != len(text) - 2)
+                fit = min(fit, next(wrong, many))
         numbers: list[list[int]] = []
         texts: list[list[str]] = []
         for column, kind in zip(columns, kinds, strict=True):
             if kind == "r" and not keeps:
-                asked = (int.from_bytes(each[1:], "little") for each in column)
-                wrong = (n for n, m in enumerate(asked) if m >= count + n * pattern.memoized)
-                fit = min(fit, next(wrong, many))
+                if max(map(_reference, set(column))) >= count:
+                    asked = enumerate(map(_reference, column))
+                    wrong = (n for n, m in asked if m >= count + n * pattern.memoized)
+                    fit = min(fit, next(wrong, many))
             elif kind == "r":
                 texts.append(_recalled(column, begin, recall))
                 fit = min(fit, len(texts[-1]))
             elif kind == "n":
-                numbers.append([_SMALL.get(each) or _number(each) for each in column])
+                known = {each: _number(each) for each in set(column)}
+                numbers.append([*map(known.__getitem__, column)])
             elif kind == "t" and keeps:
                 texts.append([self.memo.text(each) for each in column[:fit]])
         self.memo.keep(
@@ -242,13 +244,17 @@ def _recalled(references: Sequence[bytes], begin: int, recall: Recall) -> list[s
     for each in references:
         text = known.get(each)
         if text is None:
-            number = int.from_bytes(each[1:], "little")
+            number = _reference(each)
             value = recall(number) if number < begin else None
             if type(value) is not str:
                 break
             text = known[each] = value
         found.append(text)
     return found
+
+
+def _reference(group: bytes) -> int:
+    return int.from_bytes(group[1:], "little")
 
 
 def _number(group: bytes) -> int:

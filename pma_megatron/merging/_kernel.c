@@ -42,6 +42,34 @@
 enum set { PORTABLE, AVX2, AVX512, SETS };
 static const char *SET_NAMES[SETS] = {"portable", "avx2", "avx512"};
 
+/*
+ * How this thread rounds. What an application has set (torch.set_flush_denormal) must not change an
+ * average: within a call numbers are rounded to nearest, and the smallest are not taken for zeros.
+ */
+static uint64_t rounding(void) {
+#if ON_X86
+    return _mm_getcsr();
+#elif defined(__aarch64__)
+    uint64_t found;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(found));
+    return found;
+#else
+    return 0;
+#endif
+}
+
+static void round_as(uint64_t wanted) {
+#if ON_X86
+    _mm_setcsr((unsigned)wanted);
+#elif defined(__aarch64__)
+    __asm__ volatile("msr fpcr, %0" : : "r"(wanted) : "memory");
+#else
+    (void)wanted;
+#endif
+}
+
+#define ROUND_EXACTLY (ON_X86 ? 0x1f80 : 0) /* the default of both processors */
+
 /* One output: how it is summed, and where it goes. */
 typedef struct {
     const double *weights; /* one per source; 0 leaves a source out */
@@ -854,7 +882,10 @@ static PyObject *py_average(PyObject *module, PyObject *arguments) {
     }
     if (!read_call(&call, sources, kinds, LOOKED_AT, sums)) {
         Py_BEGIN_ALLOW_THREADS
+        const uint64_t before = rounding();
+        round_as(ROUND_EXACTLY);
         finite = AVERAGE[set](&call.job);
+        round_as(before);
         Py_END_ALLOW_THREADS
         result = PyBool_FromLong(finite);
     }
@@ -986,7 +1017,10 @@ static PyObject *py_stream(PyObject *module, PyObject *arguments) {
     stream.from = all;
     stream.to = all + call.job.sources;
     Py_BEGIN_ALLOW_THREADS
+    const uint64_t before = rounding();
+    round_as(ROUND_EXACTLY);
     stream_all(&stream);
+    round_as(before);
     Py_END_ALLOW_THREADS
     crcs = crcs_of(all, call.held);
     if (crcs)

@@ -327,3 +327,23 @@ def test_quotients_are_those_of_a_division(divisor: int) -> None:
         for kernel in COMPILED:
             ((made,),), _ = averaged(kernel, [values], [how], [[SINGLE]])
             assert torch.equal(bits(made), bits(values / divisor)), kernel
+
+
+@needs_kernel
+@pytest.mark.parametrize("numel", [7, 5000])
+def test_the_smallest_numbers_count_whatever_the_application_has_set(numel: int) -> None:
+    """`torch.set_flush_denormal` is of the thread: it stays, and an average is what it was."""
+    sources = [torch.full((numel,), value) for value in (1e-40, 3e-40)]
+    how = Sum((1.0, 1.0), 2.0, SINGLE)
+    wanted = averaged(TORCH, sources, [how], [[SINGLE, torch.bfloat16]])[0][0]
+    assert all(bool(each.all()) for each in wanted)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor has no such setting")
+    try:
+        made = [averaged(k, sources, [how], [[SINGLE, torch.bfloat16]])[0][0] for k in COMPILED]
+        assert not bool((sources[0] * 1).any())
+    finally:
+        torch.set_flush_denormal(False)
+    assert all(
+        torch.equal(bits(a), bits(b)) for each in made for a, b in zip(each, wanted, strict=True)
+    )
