@@ -50,7 +50,7 @@ class GivenUp:
 
     def reason(self, iteration: int) -> str:
         """Why such a checkpoint is not used: a clause."""
-        off = "ended too soon after it to tell"
+        off = "is not known to have been well after it"
         if self.onset is not None:
             off = f"was off from iteration {self.onset}"
         return (

@@ -98,7 +98,8 @@ def _given_up(
     span = Span(after + 1, whole[-1].iteration + step - 1)
     if not any(iteration in span for iteration in saved):
         return None
-    if len(shared) < settings.warmup:
+    anew = whole[0].iteration <= step  # two runs from the start: each is judged on its own
+    if len(shared) < settings.warmup and not anew:
         return GivenUp(span, after, None)
     course = judge(whole, settings)
     off = [v.onset for v in course.verdicts if v.confirmed > after and v.kind is not Kind.SHIFT]

@@ -183,6 +183,13 @@ def test_checkpoints_of_a_branch_that_was_given_up_are_not_taken(tmp_path: Path,
     # Rising where it ends, and not yet known to be lost: somebody saw it.
     rising = went_back({range(1595, 1601): 5.0}, 1000, later, k)
     assert taken(recovered(tmp_path / "c.csv", rising, saved)[1])[-1] == 1350
+    # Begun anew in the same folder: the first run was well there as well.
+    anew = went_back({range(1200, 1601): 5.0}, 0, later, k)
+    assert taken(recovered(tmp_path / "d.csv", anew, saved)[1]) == [1050, 1100, 1150]
+    # A log that begins shortly before says too little of what was given up.
+    short = [row for row in went_back({}, 1000, later, k) if row[0] > 1000 - 10 * k]
+    kept = taken(recovered(tmp_path / "e.csv", short, saved)[1])
+    assert kept[-1] == 1000
     # It was given up in a second file, or by a log that begins with what it went back to.
     rows = went_back(lost, 1000, later, k)
     cut = next(i for i in range(1, len(rows)) if rows[i][0] < rows[i - 1][0])
