@@ -43,10 +43,13 @@ class GivenUp:
     """Last iteration with a loss that was well in the branch that was given up."""
     onset: int | None
     """First iteration at which it was off; None if it was not, or not judged."""
+    saved_anew: frozenset[int] = frozenset()
+    """Checkpoints that are of the newer branch, as their consumed samples tell."""
 
     def doubts(self, iteration: int, margin: int) -> bool:
         """Whether a checkpoint of it might be of a branch that was off."""
-        return iteration in self.span and iteration + margin > self.well_until
+        of_it = iteration in self.span and iteration not in self.saved_anew
+        return of_it and iteration + margin > self.well_until
 
     def reason(self, iteration: int) -> str:
         """Why such a checkpoint is not used: a clause."""

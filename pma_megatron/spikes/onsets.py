@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -71,13 +71,13 @@ def judge(points: Sequence[MetricsPoint], settings: SpikeSettings) -> Course:
 
 
 def given_up(
-    metrics: Metrics, saved: Collection[int], settings: SpikeSettings
+    metrics: Metrics, saved: Mapping[int, int | None], settings: SpikeSettings
 ) -> tuple[GivenUp, ...]:
     """What was run twice and has checkpoints, which may be of the branch that was given up.
 
     Args:
         metrics: of the run.
-        saved: iterations of its checkpoints.
+        saved: iterations of its checkpoints, and the samples that each has consumed, if known.
         settings: of the detector.
     """
     found = (_given_up(metrics.points, branch, saved, settings) for branch in metrics.overwritten)
@@ -87,7 +87,7 @@ def given_up(
 def _given_up(
     points: Sequence[MetricsPoint],
     branch: Overwritten,
-    saved: Collection[int],
+    saved: Mapping[int, int | None],
     settings: SpikeSettings,
 ) -> GivenUp | None:
     shared = [point for point in points if point.iteration < branch.again]
@@ -98,15 +98,26 @@ def _given_up(
     span = Span(after + 1, whole[-1].iteration + step - 1)
     if not any(iteration in span for iteration in saved):
         return None
-    anew = whole[0].iteration <= step  # two runs from the start: each is judged on its own
-    if len(shared) < settings.warmup and not anew:
-        return GivenUp(span, after, None)
+    newer = _consumed(points)
+    anew = frozenset(
+        iteration
+        for iteration, samples in _consumed(branch.points).items()
+        if newer.get(iteration, samples) != samples and saved.get(iteration) == newer[iteration]
+    )
+    twice = whole[0].iteration <= step  # two runs from the start: each is judged on its own
+    if len(shared) < settings.warmup and not twice:
+        return GivenUp(span, after, None, anew)
     course = judge(whole, settings)
     off = [v.onset for v in course.verdicts if v.confirmed > after and v.kind is not Kind.SHIFT]
     off += [course.suspect_since] if course.suspect_since is not None else []
     onset = min(off, default=None)
     end = whole[-1].iteration + 1 if onset is None else onset
-    return GivenUp(span, course.well_until(end), onset)
+    return GivenUp(span, course.well_until(end), onset, anew)
+
+
+def _consumed(points: Sequence[MetricsPoint]) -> dict[int, int]:
+    """Samples by iteration, where they were logged."""
+    return {p.iteration: p.consumed_samples for p in points if p.consumed_samples is not None}
 
 
 def _back(points: Sequence[MetricsPoint], verdict: Verdict, settings: SpikeSettings) -> int | None:

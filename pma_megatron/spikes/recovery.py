@@ -153,7 +153,11 @@ def _found(request: RecoveryRequest, refs: Sequence[CheckpointRef]) -> _Found:
             else f"no loss before iteration {lost.onset} was seen to be well, so no checkpoint is "
             f"known to be healthy: give the log from before too, or {named('onset')}"
         )
-    saved = {ref.iteration for ref in refs if ref.iteration is not None}
+    saved: dict[int, int | None] = {}
+    for ref in refs:
+        if ref.iteration is not None:
+            known = saved.setdefault(ref.iteration, ref.consumed_samples)
+            saved[ref.iteration] = known if known == ref.consumed_samples else None
     return _Found(
         onset=lost.onset,
         well_until=well_until,
@@ -309,10 +313,17 @@ def _same_run(metrics: Metrics, refs: Sequence[CheckpointRef]) -> tuple[str, ...
         MetricsError: they are.
     """
     points = {point.iteration: point for point in metrics.points}
+    given_up_too = {
+        (point.iteration, point.consumed_samples)
+        for branch in metrics.overwritten
+        for point in branch.points
+    }
     saved = [ref for ref in refs if ref.iteration is not None and ref.complete]
     for ref in saved:
         point = points.get(ref.iteration or 0)
         if point is None or None in (point.consumed_samples, ref.consumed_samples):
+            continue
+        if (ref.iteration, ref.consumed_samples) in given_up_too:
             continue
         if point.consumed_samples != ref.consumed_samples:
             raise MetricsError(

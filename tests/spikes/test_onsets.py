@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -196,6 +197,27 @@ def test_checkpoints_of_a_branch_that_was_given_up_are_not_taken(tmp_path: Path,
     parts = (written(tmp_path / "1", rows[:cut]), written(tmp_path / "2", rows[cut:]))
     request = RecoveryRequest(load="/run", save="/new", metrics=parts, spike=SPIKE)
     assert taken(_chosen(request, [ref(i) for i in saved])[1]) == [950, 1000, 1050]
+
+
+def test_consumed_samples_tell_the_branches_apart(tmp_path: Path) -> None:
+    """The newer branch went on with twice the batch, and has saved up to 1200 until now."""
+    rows = went_back({range(1110, 1601): 5.0}, 1000, {range(1405, 1601): 5.0}, 1)
+    text, before = ["iteration,loss,consumed samples"], 0
+    newer = False
+    for i, loss in rows:
+        newer, before = newer or i < before, i
+        text.append(f"{i},{loss:.5f},{8 * i + 8 * (i - 1000) * newer}")
+    log = tmp_path / "log.csv"
+    log.write_text("\n".join(text) + "\n")
+    request = RecoveryRequest(load="/run", save="/new", metrics=str(log), spike=SPIKE)
+    refs = [
+        replace(ref(i), consumed_samples=8 * i + 8 * (i - 1000) * (1000 < i <= 1200))
+        for i in range(50, 1601, 50)
+    ]
+    found = _chosen(request, refs)[1]
+    assert taken(found) == [1100, 1150, 1200]
+    doubted = {each.ref.iteration for each in found.rejected if each.kind == "not judged"}
+    assert doubted == {1250, 1300, 1350}
 
 
 def test_checkpoints_of_given_up_rows_in_no_order(tmp_path: Path) -> None:
