@@ -174,6 +174,7 @@ INSIDE = {
         consoles points request
         readers
         detector metrics relaunch
+        onsets
         recovery
     """,
     "online": """

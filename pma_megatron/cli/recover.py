@@ -43,13 +43,17 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _shown(found: Diagnosis, report: MergeReport | None) -> None:
     console = new_console(soft_wrap=True)
-    for verdict in found.verdicts:
-        mark = "LOST " if verdict.fatal else "      "
+    for verdict, back in zip(found.verdicts, found.back, strict=True):
+        mark = "LOST " if verdict.fatal and back is None else "      "
+        came = f", back at {back}" if verdict.fatal and back is not None else ""
         console.print(
             f"{mark}{verdict.kind.value} from iteration {verdict.onset}, known at "
-            f"{verdict.confirmed}: {verdict.reason}"
+            f"{verdict.confirmed}{came}: {verdict.reason}"
         )
-    table = new_table(f"onset at iteration {found.onset}", "iteration", "used", "why")
+    title = f"onset at iteration {found.onset}"
+    if 0 < found.well_until < found.onset - 1:
+        title += f"; logged and well until {found.well_until}"
+    table = new_table(title, "iteration", "used", "why")
     for each in found.healthy.rejected:
         table.add_row(str(each.ref.iteration), "no", each.reason)
     for ref in reversed(found.healthy.selection.refs):

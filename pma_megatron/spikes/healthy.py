@@ -35,19 +35,47 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
+class GivenUp:
+    """Iterations that were run twice: the run went back, and what saved them is not known."""
+
+    span: Span
+    well_until: int
+    """Last iteration with a loss that was well in the branch that was given up."""
+    onset: int | None
+    """First iteration at which it was off; None if it was not, or not judged."""
+    saved_anew: frozenset[int] = frozenset()
+    """Checkpoints that are of the newer branch, as their consumed samples tell."""
+
+    def doubts(self, iteration: int, margin: int) -> bool:
+        """Whether a checkpoint of it might be of a branch that was off."""
+        of_it = iteration in self.span and iteration not in self.saved_anew
+        return of_it and iteration + margin > self.well_until
+
+    def reason(self, iteration: int) -> str:
+        """Why such a checkpoint is not used: a clause."""
+        off = "is not known to have been well after it"
+        if self.onset is not None:
+            off = f"was off from iteration {self.onset}"
+        return (
+            f"not judged: iterations {self.span.first} to {self.span.last} were run twice, nothing "
+            f"says which of the two saved it, and the one that was given up {off}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Rejected:
     """A checkpoint that is not used."""
 
     ref: CheckpointRef
     reason: str
-    excluded: bool = False
+    kind: Kind | None = None
+    """None where the state of the checkpoint says it, or it was saved in a spike."""
 
     @property
     def passed_over(self) -> PassedOver:
         """The same, as selections say it."""
         path, iteration, state = self.ref.path, self.ref.iteration, self.ref.state
-        kind: Kind = "spoiled" if state == "complete" else state
-        kind = "excluded" if self.excluded else kind
+        kind: Kind = self.kind or ("spoiled" if state == "complete" else state)
         return PassedOver(path=path, iteration=iteration, kind=kind, reason=self.reason)
 
 
@@ -77,6 +105,10 @@ class HealthyRequest:
     spans: tuple[Span, ...] = setting(
         (), "earlier spikes, and what lies too close before them", of=()
     )
+    well_until: int | None = setting(
+        None, "the last iteration before the onset that was logged and well, if not each was", of=()
+    )
+    given_up: tuple[GivenUp, ...] = setting((), "what was run twice", of=())
     exclude: tuple[int, ...] = same(SelectionRequest, "exclude")
 
     def __post_init__(self) -> None:
@@ -87,6 +119,11 @@ class HealthyRequest:
                 f"{named('margin_iterations')} and {named('further_back')} must be at least 0, got "
                 f"{self.margin_iterations} and {self.further_back}"
             )
+
+    @property
+    def may_be_off(self) -> int:
+        """The first iteration that may have been off: the onset, if each before it was logged."""
+        return self.onset if self.well_until is None else self.well_until + 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,11 +171,11 @@ def choose_healthy(
     rejected: list[Rejected] = []
     usable: list[CheckpointRef] = []
     for ref in refs:
-        reason = _why_not(ref, request)
-        if reason is None:
+        because = _why_not(ref, request)
+        if because is None:
             usable.append(ref)
         else:
-            rejected.append(Rejected(ref, reason, ref.iteration in request.exclude))
+            rejected.append(because)
     usable.sort(key=iteration_of)
     full = [ref for ref in usable if not ref.snapshot]
     if not full:
@@ -180,27 +217,41 @@ def choose_healthy(
     )
 
 
-def _why_not(ref: CheckpointRef, request: HealthyRequest) -> str | None:
-    iteration, onset = ref.iteration, request.onset
-    tests: tuple[tuple[bool, Callable[[], str]], ...] = (
-        (iteration is None, lambda: "it has no iteration number"),
-        (not ref.complete, lambda: f"it is not complete: {ref.incomplete_because}"),
-        (iteration in request.exclude, lambda: f"left out by {named('exclude')}"),
-        ((iteration or 0) >= onset, lambda: f"at or after the onset at iteration {onset}"),
-        (
-            (iteration or 0) + request.margin_iterations >= onset,
-            lambda: (
-                f"{onset - (iteration or 0)} iterations before the onset, within the margin "
-                f"of {request.margin_iterations}"
-            ),
-        ),
-        (ref.unhealthy_because is not None, lambda: str(ref.unhealthy_because)),
-        (
-            any((iteration or 0) in span for span in request.spans),
-            lambda: "it lies in an earlier spike, or just before one",
-        ),
+def _why_not(ref: CheckpointRef, request: HealthyRequest) -> Rejected | None:
+    onset, first, at = request.onset, request.may_be_off, ref.iteration or 0
+    doubt = next(
+        (each for each in request.given_up if each.doubts(at, request.margin_iterations)), None
     )
-    return next((reason() for failed, reason in tests if failed), None)
+    what = "the onset" if first == onset else f"iteration {first}, the first that may have been off"
+    unseen = f"between iterations {first - 1} and {onset}" if first > 1 else f"before {onset}"
+    tests: tuple[tuple[bool, Callable[[], str], Kind | None], ...] = (
+        (ref.iteration is None, lambda: "it has no iteration number", None),
+        (at in request.exclude, lambda: f"left out by {named('exclude')}", "excluded"),
+        (not ref.complete, lambda: f"it is not complete: {ref.incomplete_because}", None),
+        (at >= onset, lambda: f"at or after the onset at iteration {onset}", None),
+        (
+            at >= first,
+            lambda: f"not judged: nothing was logged {unseen}, where the run was off",
+            "not judged",
+        ),
+        (
+            at + request.margin_iterations >= first,
+            lambda: (
+                f"{first - at} iterations before {what}, within the margin of "
+                f"{request.margin_iterations}"
+            ),
+            None,
+        ),
+        (ref.unhealthy_because is not None, lambda: str(ref.unhealthy_because), None),
+        (
+            any(at in span for span in request.spans),
+            lambda: "it lies in an earlier spike, or just before one",
+            None,
+        ),
+        (doubt is not None, lambda: "" if doubt is None else doubt.reason(at), "not judged"),
+    )
+    found = ((reason, kind) for failed, reason, kind in tests if failed)
+    return next((Rejected(ref, reason(), kind) for reason, kind in found), None)
 
 
 def _count(
@@ -226,6 +277,8 @@ def _nothing_left(
     ways = "Recover from an older backup, or start anew with another learning rate"
     if any("within the margin" in each.reason for each in rejected):
         ways = f"Lower {named('margin_iterations')} if you trust it. {ways}"
+    if any(each.kind == "not judged" for each in rejected):
+        ways = f"If you know the first iteration that was off, name it: {named('onset')}. {ways}"
     return (
         f"no healthy full checkpoint lies before the onset at iteration {request.onset}: "
         f"{reasons or 'only snapshots, which have no optimizer state'}. {ways}"

@@ -8,10 +8,11 @@ apart by content and name; text may be gzipped.
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 
 from pma_megatron.base.remote_paths import refuse_remote
@@ -36,11 +37,23 @@ _FALLS_PER_POINT = 0.1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Overwritten:
+    """A branch that was given up: the run went back, and logged its iterations again."""
+
+    again: int
+    """First iteration that was logged again."""
+    points: tuple[MetricsPoint, ...]
+    """As they were logged at first; strictly increasing iterations, at least one point."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Metrics:
-    """One run, as it went in the end: what a restart overwrote is gone."""
+    """One run, as it went in the end, and apart from it what restarts overwrote."""
 
     points: tuple[MetricsPoint, ...]
     """Strictly increasing iterations; at least one point."""
+    overwritten: tuple[Overwritten, ...] = ()
+    """Branches that were given up, in the order in which that was done."""
     notes: tuple[str, ...]
     """Sentences for people: gaps, restarts, duplicates, what was left out."""
     source: str
@@ -71,15 +84,22 @@ def read_metrics(
     paths = [path_of(each) for each in asked]
     parts = [_part(each, loss, grad_norm, batch_samples) for each in paths]
     _refuse_overwritten(paths, parts)
-    written = Written(points=[point for points, _ in parts for point in points], notes=[])
-    points, notes = _as_it_went(written) if parts[1:] else (tuple(parts[0][0]), [])
-    said = [note for _, notes in parts for note in notes]
-    source = ", ".join(map(str, paths))
-    return Metrics(points=points, notes=(*said, *notes, *_gaps(points)), source=source)
+    whole = parts[0]
+    if parts[1:]:
+        points, notes, over = _as_it_went([point for part in parts for point in part[0]])
+        said = [note for part in parts for note in part[1]]
+        whole = points, [*said, *notes], [*(each for part in parts for each in part[2]), *over]
+    points, notes, over = whole
+    return Metrics(
+        points=points,
+        overwritten=tuple(over),
+        notes=(*notes, *_gaps(points)),
+        source=", ".join(map(str, paths)),
+    )
 
 
-Part = tuple[Sequence[MetricsPoint], list[str]]
-"""Points of one path, as they went in the end, and what is to be said of them."""
+Part = tuple[tuple[MetricsPoint, ...], list[str], list[Overwritten]]
+"""Points as they went in the end, what is to be said of them, and what was overwritten."""
 
 
 def _part(path: Path, loss: str | None, grad_norm: str | None, batch_samples: int | None) -> Part:
@@ -92,8 +112,8 @@ def _part(path: Path, loss: str | None, grad_norm: str | None, batch_samples: in
         raise MetricsError(f"{path}: no point has an iteration and a loss. {left_out}")
     if written.in_samples:
         written = replace(written, points=_in_iterations(path, written.points, batch_samples))
-    points, notes = _as_it_went(written)
-    return points, [*written.notes, *notes]
+    points, notes, over = _as_it_went(written.points)
+    return points, [*written.notes, *notes], over
 
 
 def _refuse_overwritten(paths: Sequence[Path], parts: Sequence[Part]) -> None:
@@ -102,7 +122,7 @@ def _refuse_overwritten(paths: Sequence[Path], parts: Sequence[Part]) -> None:
     Raises:
         MetricsError: a later one begins before it.
     """
-    for (one, (points, _)), (other, (later, _)) in pairwise(zip(paths, parts, strict=True)):
+    for (one, (points, *_)), (other, (later, *_)) in pairwise(zip(paths, parts, strict=True)):
         if later[0].iteration <= points[0].iteration:
             raise MetricsError(
                 f"{other} begins at iteration {later[0].iteration}, {one} at "
@@ -175,36 +195,60 @@ def _is_json_object(line: str) -> bool:
         return False
 
 
-def _as_it_went(written: Written) -> tuple[tuple[MetricsPoint, ...], list[str]]:
-    """Points in order, later writings first choice; and what was dropped, in sentences."""
-    falls = sum(later.iteration < point.iteration for point, later in pairwise(written.points))
-    if falls > _FALLS_PER_POINT * len(written.points):
-        by_iteration = {point.iteration: point for point in written.points}
-        ordered = tuple(by_iteration[iteration] for iteration in sorted(by_iteration))
-        twice = len(written.points) - len(ordered)
-        again = f" {twice} iteration(s) were there twice; the later row counts." if twice else ""
-        return ordered, [f"The rows were in no order of iterations and were sorted.{again}"]
+def _as_it_went(written: Sequence[MetricsPoint]) -> Part:
+    """Points in order, later writings first choice; and what was dropped."""
+    falls = sum(later.iteration < point.iteration for point, later in pairwise(written))
+    if falls > _FALLS_PER_POINT * len(written):
+        return _sorted(written)
     kept: list[MetricsPoint] = []
-    restarts, repeated, dropped = [], 0, 0
-    for point in written.points:
+    over: list[Overwritten] = []
+    repeated = 0
+    for point in written:
         if kept and point.iteration == kept[-1].iteration:
             kept.pop()
             repeated += 1
         elif kept and point.iteration < kept[-1].iteration:
-            restarts.append(point.iteration)
-            while kept and kept[-1].iteration >= point.iteration:
-                kept.pop()
-                dropped += 1
+            first = bisect_left(kept, point.iteration, key=lambda each: each.iteration)
+            over.append(Overwritten(again=point.iteration, points=tuple(kept[first:])))
+            del kept[first:]
         kept.append(point)
     notes = []
-    if restarts:
+    if over:
+        dropped = sum(len(each.points) for each in over)
         notes.append(
-            f"The run went back {len(restarts)} time(s), to iteration {first_few(restarts, 5)}: "
+            f"The run went back {len(over)} time(s), to iteration "
+            f"{first_few([each.again for each in over], 5)}: "
             f"{dropped} overwritten point(s) left out."
         )
     if repeated:
         notes.append(f"{repeated} iteration(s) were written twice in a row; the later one counts.")
-    return tuple(kept), notes
+    return tuple(kept), notes, over
+
+
+def _sorted(written: Sequence[MetricsPoint]) -> Part:
+    """Points of a table in no order; of rows that it has twice the later ones count."""
+    last: dict[int, MetricsPoint] = {}
+    earlier: dict[int, MetricsPoint] = {}
+    for point in written:
+        if point.iteration in last:
+            earlier[point.iteration] = _worse(
+                last[point.iteration], earlier.get(point.iteration, last[point.iteration])
+            )
+        last[point.iteration] = point
+    ordered = sorted(last)
+    over: list[Overwritten] = []
+    for twice, some in groupby(ordered, earlier.__contains__):
+        if twice:
+            branch = tuple(earlier[iteration] for iteration in some)
+            over.append(Overwritten(again=branch[0].iteration, points=branch))
+    again = len(written) - len(ordered)
+    said = f" {again} iteration(s) were there twice; the later row counts." if again else ""
+    notes = [f"The rows were in no order of iterations and were sorted.{said}"]
+    return tuple(last[iteration] for iteration in ordered), notes, over
+
+
+def _worse(one: MetricsPoint, other: MetricsPoint) -> MetricsPoint:
+    return one if not one.loss <= other.loss else other
 
 
 def _gaps(points: tuple[MetricsPoint, ...]) -> list[str]:

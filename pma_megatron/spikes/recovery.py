@@ -22,9 +22,10 @@ from pma_megatron.merging.request import MergeRequest
 from pma_megatron.runs.discover import list_checkpoints
 from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.runs.selection_request import SelectionRequest
-from pma_megatron.spikes.detector import Kind, SpikeSettings, Verdict, detect
-from pma_megatron.spikes.healthy import Healthy, HealthyRequest, Span, choose_healthy
+from pma_megatron.spikes.detector import Verdict
+from pma_megatron.spikes.healthy import GivenUp, Healthy, HealthyRequest, Span, choose_healthy
 from pma_megatron.spikes.metrics import Metrics, read_metrics
+from pma_megatron.spikes.onsets import Course, given_up, judge
 from pma_megatron.spikes.relaunch import Resume, resume, resume_script
 from pma_megatron.spikes.request import KEYWORDS, MOST_SKIPPED, RecoveryRequest
 from pma_megatron.storage.paths import absolute, in_store, path_of, place_of
@@ -35,15 +36,19 @@ class Diagnosis:
     """What was found before anything is written.
 
     Attributes:
-        onset: first iteration that was off.
+        onset: first iteration that was seen to be off.
+        well_until: the last iteration before it that was logged, and well; 0 without any.
         verdicts: all spikes in the metrics, oldest first.
+        back: for each of them the iteration at which the loss was back, None where it was not.
         healthy: what to merge, what not, and why.
         resume: how to go on.
         notes: sentences for the user.
     """
 
     onset: int
+    well_until: int
     verdicts: tuple[Verdict, ...]
+    back: tuple[int | None, ...]
     healthy: Healthy
     resume: Resume
     notes: tuple[str, ...]
@@ -52,7 +57,11 @@ class Diagnosis:
         """Plain values."""
         return {
             "onset": self.onset,
-            "verdicts": [{**asdict(v), "kind": v.kind.value} for v in self.verdicts],
+            "well_until": self.well_until,
+            "verdicts": [
+                {**asdict(verdict), "kind": verdict.kind.value, "back": back}
+                for verdict, back in zip(self.verdicts, self.back, strict=True)
+            ],
             "chosen": [ref.path for ref in self.healthy.selection.refs],
             "rejected": [
                 {"path": each.ref.path, "reason": each.reason} for each in self.healthy.rejected
@@ -72,28 +81,92 @@ def diagnose(request: RecoveryRequest) -> Diagnosis:
         SelectionError: no spike was found, no healthy checkpoint is left, or none to resume from.
         UsageError, CheckpointError: see `merge`.
     """
-    refs = list_checkpoints(request.load)
-    metrics: Metrics | None = None
-    verdicts: tuple[Verdict, ...] = ()
-    notes: list[str] = []
-    if request.metrics is not None:
-        metrics = read_metrics(
-            request.metrics,
-            loss=request.loss,
-            grad_norm=request.grad_norm,
-            batch_samples=_batch_samples(refs),
-        )
-        notes += (*metrics.notes, *_same_run(metrics, refs))
-        verdicts = tuple(
-            detect(((p.iteration, p.loss, p.grad_norm) for p in metrics.points), request.spike)
-        )
-    onset, skip = _onset(request, metrics, verdicts)
-    spans = () if metrics is None else _spans(metrics, verdicts, onset)
-    asked = made(HealthyRequest, values(request), onset=onset, spans=spans)
-    healthy = choose_healthy(refs, asked)
+    found, healthy = _chosen(request, list_checkpoints(request.load))
+    skip, notes = _skipped(request, found)
     how = _resume(request, healthy.selection.refs, skip)
     return Diagnosis(
-        onset=onset, verdicts=verdicts, healthy=healthy, resume=how, notes=tuple(notes)
+        onset=found.onset,
+        well_until=found.well_until,
+        verdicts=found.verdicts,
+        back=found.back,
+        healthy=healthy,
+        resume=how,
+        notes=(*found.notes, *notes),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Found:
+    """What is known of a spike, and of the run before it."""
+
+    onset: int
+    well_until: int
+    confirmed: int | None = None
+    verdicts: tuple[Verdict, ...] = ()
+    back: tuple[int | None, ...] = ()
+    spans: tuple[Span, ...] = ()
+    given_up: tuple[GivenUp, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def _chosen(request: RecoveryRequest, refs: Sequence[CheckpointRef]) -> tuple[_Found, Healthy]:
+    """Where the run went wrong, and what to take from before; raises as `diagnose`."""
+    if request.onset is not None:
+        found = _Found(onset=request.onset, well_until=request.onset - 1, notes=_unskipped(request))
+    else:
+        found = _found(request, refs)
+    asked = made(
+        HealthyRequest,
+        values(request),
+        onset=found.onset,
+        well_until=found.well_until,
+        spans=found.spans,
+        given_up=found.given_up,
+    )
+    return found, choose_healthy(refs, asked)
+
+
+def _found(request: RecoveryRequest, refs: Sequence[CheckpointRef]) -> _Found:
+    """What the metrics say.
+
+    Raises:
+        MetricsError, SelectionError: see `diagnose`.
+    """
+    metrics = read_metrics(
+        request.metrics or (),
+        loss=request.loss,
+        grad_norm=request.grad_norm,
+        batch_samples=_batch_samples(refs),
+    )
+    notes = [*metrics.notes, *_same_run(metrics, refs)]
+    course = judge(metrics.points, request.spike)
+    lost = course.lost
+    if lost is None:
+        raise SelectionError(_nothing_lost(metrics, course))
+    well_until = course.well_until(lost.onset)
+    if well_until + 1 < lost.onset:
+        unseen = f"between iterations {well_until} and {lost.onset}"
+        notes.append(
+            f"nothing was logged {unseen}: the run may have been off from {well_until + 1} on, and "
+            "that is what checkpoints and skipped data are counted from"
+            if well_until
+            else f"no loss before iteration {lost.onset} was seen to be well, so no checkpoint is "
+            f"known to be healthy: give the log from before too, or {named('onset')}"
+        )
+    saved: dict[int, int | None] = {}
+    for ref in refs:
+        if ref.iteration is not None:
+            known = saved.setdefault(ref.iteration, ref.consumed_samples)
+            saved[ref.iteration] = known if known == ref.consumed_samples else None
+    return _Found(
+        onset=lost.onset,
+        well_until=well_until,
+        confirmed=lost.confirmed,
+        verdicts=course.verdicts,
+        back=course.back,
+        spans=course.spans(lost.onset),
+        given_up=given_up(metrics, saved, request.spike),
+        notes=tuple(notes),
     )
 
 
@@ -192,64 +265,45 @@ def _batch_samples(refs: Sequence[CheckpointRef]) -> int | None:
     return int(size) if size and size.is_integer() else None
 
 
-def _onset(
-    request: RecoveryRequest, metrics: Metrics | None, verdicts: Sequence[Verdict]
-) -> tuple[int, Span | None]:
-    """The onset, and the iterations whose data is skipped."""
-    if request.onset is not None:
-        return request.onset, request.skip
-    assert metrics is not None
-    lost = _lost(metrics, verdicts)
-    if lost is None:
-        seen = "; ".join(f"{v.kind.value} from iteration {v.onset}: {v.reason}" for v in verdicts)
-        raise SelectionError(
-            f"{metrics.source} shows no spike that the run did not recover from, in "
-            f"{len(metrics.points)} points, iterations {metrics.points[0].iteration} to "
-            f"{metrics.points[-1].iteration}{f' (seen: {seen})' if seen else ''}. If you know "
-            f"better, name its first iteration with {named('onset')}; {named('patience')} and "
-            f"{named('fatal_rise')} change what counts"
-        )
-    if not request.skip_data or request.skip is not None:
-        return lost.onset, request.skip
-    return lost.onset, Span(lost.onset, min(lost.confirmed, lost.onset + MOST_SKIPPED - 1))
+def _nothing_lost(metrics: Metrics, course: Course) -> str:
+    """Why nothing is recovered from: a sentence, and what to do about it."""
+    seen = [
+        f"{verdict.kind.value} from iteration {verdict.onset}"
+        f"{f', back at iteration {back}' if verdict.fatal else ''}: {verdict.reason}"
+        for verdict, back in zip(course.verdicts, course.back, strict=True)
+    ]
+    said = f" (seen: {'; '.join(seen)})" if seen else ""
+    return (
+        f"{metrics.source} shows no spike that the run did not recover from, in "
+        f"{len(metrics.points)} points, iterations {metrics.points[0].iteration} to "
+        f"{metrics.points[-1].iteration}{said}. If you "
+        "know better, or mean one that it came back from, name its first iteration with "
+        f"{named('onset')}; {named('patience')} and {named('fatal_rise')} change what counts"
+    )
 
 
-def _lost(metrics: Metrics, verdicts: Sequence[Verdict]) -> Verdict | None:
-    """The fatal verdict that the run has not come back from, None without any.
-
-    The last one, or an earlier one if the loss did not come back in between: what follows a
-    collapse may collapse once more.
-    """
-    fatal = [verdict for verdict in verdicts if verdict.fatal]
-    lost = fatal[-1] if fatal else None
-    for earlier in reversed(fatal[:-1]):
-        assert lost is not None
-        if _back(metrics, earlier, lost.onset) is not None:
-            break
-        lost = earlier
-    return lost
+def _unskipped(request: RecoveryRequest) -> tuple[str, ...]:
+    """That no data is skipped, where that may not be what was meant."""
+    if request.skip is not None or not request.skip_data:
+        return ()
+    return (
+        f"{named('onset')} does not say where the spike was known, so no data is skipped, and what "
+        f"the run broke on comes again: name the iterations to pass over with {named('skip')}",
+    )
 
 
-def _spans(metrics: Metrics, verdicts: Sequence[Verdict], onset: int) -> tuple[Span, ...]:
-    """Spikes before `onset` that the run came back from; a higher level that stays is none."""
-    found = []
-    for verdict in verdicts:
-        if verdict.onset >= onset or verdict.kind is Kind.SHIFT:
-            continue
-        end = _back(metrics, verdict, onset) if verdict.fatal else verdict.confirmed
-        found.append(Span(verdict.onset, onset if end is None else end))
-    return tuple(found)
-
-
-def _back(metrics: Metrics, verdict: Verdict, before: int) -> int | None:
-    """Iteration at which the loss was back, over a few points, after a fatal verdict."""
-    points = [p for p in metrics.points if verdict.confirmed < p.iteration < before]
-    few = SpikeSettings().settle
-    for end in range(few, len(points) + 1):
-        recent = statistics.median(point.loss for point in points[end - few : end])
-        if recent <= verdict.baseline + SpikeSettings().min_rise:
-            return points[end - 1].iteration
-    return None
+def _skipped(request: RecoveryRequest, found: _Found) -> tuple[Span | None, tuple[str, ...]]:
+    """The iterations whose data is skipped, and what to say of them."""
+    if not request.skip_data or request.skip is not None or found.confirmed is None:
+        return request.skip, ()
+    first = found.well_until + 1
+    skip = Span(first, min(found.confirmed, first + MOST_SKIPPED - 1))
+    if skip.last >= found.onset:
+        return skip, ()
+    return skip, (
+        f"the {MOST_SKIPPED} iterations skipped end before {found.onset}, the first that was seen "
+        f"to be off: where in between it began is not known. {named('skip')} names others",
+    )
 
 
 def _same_run(metrics: Metrics, refs: Sequence[CheckpointRef]) -> tuple[str, ...]:
@@ -259,10 +313,17 @@ def _same_run(metrics: Metrics, refs: Sequence[CheckpointRef]) -> tuple[str, ...
         MetricsError: they are.
     """
     points = {point.iteration: point for point in metrics.points}
+    given_up_too = {
+        (point.iteration, point.consumed_samples)
+        for branch in metrics.overwritten
+        for point in branch.points
+    }
     saved = [ref for ref in refs if ref.iteration is not None and ref.complete]
     for ref in saved:
         point = points.get(ref.iteration or 0)
         if point is None or None in (point.consumed_samples, ref.consumed_samples):
+            continue
+        if (ref.iteration, ref.consumed_samples) in given_up_too:
             continue
         if point.consumed_samples != ref.consumed_samples:
             raise MetricsError(

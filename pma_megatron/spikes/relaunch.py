@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,11 @@ _DROPPED = {
     "--reset-iteration": 0,
 }
 
+
+# Up to core_v0.16 the flag names iterations from 0, not as the log does (Megatron-LM b4e4d9618e,
+# megatron/training/training.py). Of the arguments that a checkpoint has from all of these releases
+# and from no later one this is one, and the other way round.
+_COUNTS_FROM_0, _COUNTS_FROM_1 = "hybrid_attention_ratio", "async_strategy"
 
 OF_COPY = "${COPY:?a folder with a copy of the recovery}"
 """The folder of a recovery that lies in a store, as a shell takes it, which stops where `COPY` is
@@ -116,10 +122,13 @@ def resume(
         args: Megatron's arguments in the newest source.
         root: where the recovery lies; the run goes on saving there.
         skip: iterations whose data is consumed without a step (Megatron's `--iterations-to-skip`,
-            core_v0.12 and newer).
+            core_v0.12 and newer), as the log numbers them.
         lr_factor: of all learning rates in the recovery, which the flags then follow.
         schedule: what the newest source says of its own.
         command: the run's launch command.
+
+    Raises:
+        UsageError: a flag to change stands inside a word of the command.
     """
     here, notes = as_argument(root), [f"the run goes on in {root}; the old folder stays as it is"]
     if in_store(root):
@@ -130,25 +139,46 @@ def resume(
         ]
     flags: dict[str, tuple[str, ...]] = {"--load": (here,), "--save": (here,)}
     if skip is not None:
-        iterations = tuple(str(i) for i in range(skip.first, skip.last + 1))
-        if "iterations_to_skip" in args:
-            earlier = (str(i) for i in args["iterations_to_skip"] or () if i not in skip)
-            flags[_SKIP] = (*earlier, *iterations)
-            notes.append(
-                f"the data of iterations {skip.first} to {skip.last} is consumed without a step"
-            )
-        else:
-            notes.append(
-                f"the release that wrote the checkpoint has no --iterations-to-skip (its saved "
-                f"args lack it), so the data of iterations {skip.first} to {skip.last} comes "
-                "again: another --seed would shuffle it differently"
-            )
+        passed_over, said = _passed_over(args, skip)
+        flags |= passed_over
+        notes.append(said)
     if lr_factor is not None:
         flags |= rate_flags(args, schedule, lr_factor)
         notes += _slower(root, lr_factor)
+    if command:
+        _refuse_hidden(command, flags)
+        notes += _not_found(command)
     return Resume(
         flags=flags, command=_changed(command, flags) if command else None, notes=tuple(notes)
     )
+
+
+def _passed_over(args: Mapping[str, Any], skip: Span) -> tuple[dict[str, tuple[str, ...]], str]:
+    """The flag that skips iterations, as the log numbers them, and what to say of it."""
+    which = f"iterations {skip.first} to {skip.last}"
+    if "iterations_to_skip" not in args:
+        return {}, (
+            "the release that wrote the checkpoint has no --iterations-to-skip (its saved args "
+            f"lack it), so the data of {which} comes again: another --seed would shuffle it "
+            "differently"
+        )
+    said = f"the data of {which} is consumed without a step"
+    older, newer = _COUNTS_FROM_0 in args, _COUNTS_FROM_1 in args
+    first, last = skip.first, skip.last
+    if older == newer:
+        first -= 1
+        said += (
+            f", and that of {skip.first - 1} or {skip.last + 1} too: up to core_v0.16 "
+            "--iterations-to-skip counts from 0, later from 1 as the log does, and the saved args "
+            f"do not tell the release. With one from core_v0.17 on leave out {first}, with an "
+            f"older one {last}"
+        )
+    elif older:
+        first, last = first - 1, last - 1
+        said += f" (--iterations-to-skip of this release counts from 0: {first} to {last})"
+    new = range(max(0, first), last + 1)
+    earlier = [i for i in args["iterations_to_skip"] or () if i not in new]
+    return {_SKIP: tuple(map(str, (*earlier, *new)))}, said
 
 
 def _slower(root: str, factor: float) -> list[str]:
@@ -156,6 +186,38 @@ def _slower(root: str, factor: float) -> list[str]:
         f"learning rates are times {factor:g}, also in the recovered checkpoint: a resume takes "
         "them from there. To go back to the old ones once the loss is back, scale them again: pma "
         f"merge --load {typed(root)} --save NEW --last 1 --lr-factor {1 / factor:g}"
+    ]
+
+
+def _refuse_hidden(command: Sequence[str], flags: Mapping[str, tuple[str, ...]]) -> None:
+    """Refuse a command with a flag that cannot be changed because it stands inside a word.
+
+    Raises:
+        UsageError: it has one.
+    """
+    names = "|".join(map(re.escape, {**flags, **_DROPPED}))
+    hidden = re.compile(rf"(?<![\w-])(?:{names})(?![\w-])")
+    for word in command:
+        found = hidden.search(word)
+        if found is not None and word.partition("=")[0] != found[0]:
+            raise UsageError(
+                f"the launch command after -- has {found[0]} inside of one word, {word[:80]!r}, "
+                "where it cannot be changed: the run would go on from the old folders. Leave the "
+                "command out, and change the flags that are printed there by hand; or give it "
+                "without the shell around it"
+            )
+
+
+def _not_found(command: Sequence[str]) -> list[str]:
+    """That the command itself does not say what to load or to save to."""
+    typed_flags = {word.partition("=")[0] for word in command}
+    absent = [flag for flag in ("--load", "--save") if flag not in typed_flags]
+    if not absent:
+        return []
+    return [
+        f"the launch command has no {' and no '.join(absent)} to replace. If a script in it sets "
+        "them, or does not hand on what stands after it, change them there: the run would go on "
+        "in the old folders"
     ]
 
 

@@ -68,7 +68,8 @@ class RecoveryRequest:
     skip: Span | None = setting(
         None,
         "iterations whose data is not trained on again, or `none`; without it, those from the "
-        f"onset to where the spike was known, at most {MOST_SKIPPED}",
+        f"first that may have been off to where the metrics told it, at most {MOST_SKIPPED}; none "
+        "where the onset was given instead of metrics",
         metavar="A:B",
     )
     skip_data: bool = setting(True, "False to train on all data again", of=())

@@ -261,7 +261,13 @@ def test_a_line_that_does_not_fit_on_the_disk_is_taken_back(
         assert len(recovery_log.read(tmp_path).spikes) == (before is not None)
 
 
-ARGS = {"iterations_to_skip": [7], "lr": 3e-4, "min_lr": 3e-5, "decoupled_lr": None}
+ARGS = {
+    "iterations_to_skip": [7],
+    "lr": 3e-4,
+    "min_lr": 3e-5,
+    "decoupled_lr": None,
+    "async_strategy": "nvrx",
+}
 COMMAND = shlex.split(
     "torchrun --nproc-per-node 8 pretrain_gpt.py --lr 3e-4 --min-lr=3e-5 --load /a --ckpt-step 9 "
     "--iterations-to-skip 7 8 --bf16 --finetune --save=/a --override-opt_param-scheduler --seed -1"
@@ -278,6 +284,68 @@ def test_the_command_is_the_runs_own_with_what_must_change() -> None:
     )
     how = resume(ARGS, "/new", skip=None, lr_factor=None, schedule=Schedule())
     assert how.spelled() == "--load /new --save /new"
+
+
+@pytest.mark.parametrize(
+    ("own", "counts_from", "trained"),
+    [
+        ({"async_strategy": "nvrx"}, 1, []),  # core_v0.17 and newer
+        ({"hybrid_attention_ratio": 0.0}, 0, []),  # core_v0.12 to 0.16
+        ({}, 1, [11]),  # Nothing tells: the bad batches are passed over with either, and one more.
+        ({}, 0, [15]),
+    ],
+)
+def test_the_batches_passed_over_are_those_of_the_log(
+    own: dict[str, Any], counts_from: int, trained: list[int]
+) -> None:
+    args = {"iterations_to_skip": [7], **own}
+    how = resume(args, "/new", skip=Span(12, 14), lr_factor=None, schedule=Schedule())
+    given = {int(word) for word in how.flags["--iterations-to-skip"]} - {7}
+    # Megatron's loop: `iteration` counts from 0, and its line of the log says one more.
+    skipped = [i + 1 for i in range(30) if i + counts_from in given]
+    assert skipped == sorted([12, 13, 14, *trained])
+    assert ("do not tell the release" in how.notes[1]) == bool(trained)
+
+
+def resumed(command: str, **changes: Any) -> Any:
+    words = shlex.split(command)
+    asked = {"skip": None, "lr_factor": None, **changes}
+    return resume(ARGS, "/new", schedule=Schedule(), command=words, **asked)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "bash -c 'torchrun p.py --load /old --save /old'",
+        "bash -c 'torchrun p.py --save=/old'",
+        "srun sh -c 'p.py\t--ckpt-step 9' --load /old --save /old",
+        "env 'FLAGS=--load /old' ./run.sh --load /old --save /old",
+        "env FLAGS=--finetune ./run.sh --load /old --save /old",
+        "ssh node 'cd /x;p.py --load\n/old'",
+    ],
+)
+def test_a_flag_inside_of_a_word_cannot_be_changed(command: str) -> None:
+    with pytest.raises(UsageError, match="inside of one word"):
+        resumed(command)
+
+
+def test_a_rate_inside_of_a_word_matters_where_it_is_changed() -> None:
+    command = "srun env 'FLAGS=--lr 3e-4' ./run.sh --load /old --save /old"
+    assert resumed(command).spelled().endswith("./run.sh --load /new --save /new")
+    with pytest.raises(UsageError, match="--lr inside of one word"):
+        resumed(command, lr_factor=0.5)
+
+
+def test_a_command_that_may_hide_its_folders_is_told() -> None:
+    for command, absent in {
+        "sbatch run.sh": "no --load and no --save",
+        "bash -c ./run.sh": "no --load and no --save",
+        "torchrun p.py --save /old": "no --load to replace",
+    }.items():
+        assert any(absent in note for note in resumed(command).notes)
+    whole = "torchrun p.py --load=/a --save /a --save-interval 5 --no-save-optim --exp-name a--load"
+    assert resumed(whole).notes == resumed("").notes
+    assert "/a " not in resumed(whole).spelled()
 
 
 def test_rates_are_those_of_the_schedule_to_the_last_bit() -> None:

@@ -15,10 +15,9 @@ from pma_megatron import RecoveryRequest, list_checkpoints, recover
 from pma_megatron.cli import main
 from pma_megatron.errors import MetricsError, PublishError, SelectionError, UsageError
 from pma_megatron.runs import recovery_log
-from pma_megatron.spikes.detector import SpikeSettings, Verdict, detect
+from pma_megatron.spikes.detector import SpikeSettings
 from pma_megatron.spikes.healthy import Span
-from pma_megatron.spikes.metrics import read_metrics
-from pma_megatron.spikes.recovery import _lost, _spans, diagnose
+from pma_megatron.spikes.recovery import diagnose
 from pma_megatron.testing import TinyTrainer, run_ranks
 
 SPIKE = SpikeSettings(warmup=24, window=24, patience=10)
@@ -57,7 +56,7 @@ def test_merges_before_the_onset_and_resumes(dense_run: Path, tmp_path: Path) ->
     )
     assert report.outputs == (str(folder_of(save, 6)),) and digests(dense_run) == before
     assert [r.iteration for r in found.healthy.selection.refs] == [2, 4, 6]
-    assert found.resume.spelled() == f"--load {save} --save {save} --iterations-to-skip 8 9"
+    assert found.resume.spelled() == f"--load {save} --save {save} --iterations-to-skip 7 8 9"
     shards = run_ranks(resumed, 2, DENSE, str(save))
     assert shards[0]["iteration"] == 6
     assert shards[0]["samples"] == 6 * DENSE.global_batch_size
@@ -70,36 +69,20 @@ def test_the_onset_is_found_in_the_metrics(dense_run: Path, tmp_path: Path) -> N
     )
     found = diagnose(request)
     assert found.onset == 300 and found.verdicts[-1].fatal
-    assert found.resume.flags["--iterations-to-skip"][0] == "300"
+    assert found.resume.flags["--iterations-to-skip"][0] == "299"
     assert found.resume.flags["--iterations-to-skip"][-1] == str(found.verdicts[-1].confirmed)
     assert not (tmp_path / "on").exists()
 
 
-def told(tmp_path: Path, levels: dict[range, float]) -> tuple[Verdict | None, tuple[Span, ...]]:
-    """What is lost, and what was, of a run with a loss of 2 nats that is at `levels` instead."""
-    noise = random.Random(1)
-    rows = [
-        f"{i},{next((v for k, v in levels.items() if i in k), 2.0) + noise.gauss(0, 0.02):.5f}"
-        for i in range(1, 900)
-    ]
-    path = tmp_path / "levels.csv"
-    path.write_text("\n".join(["iteration,loss", *rows]) + "\n")
-    read = read_metrics(path)
-    verdicts = detect(((p.iteration, p.loss, None) for p in read.points), SPIKE)
-    lost = _lost(read, verdicts)
-    return lost, _spans(read, verdicts, 900 if lost is None else lost.onset)
+def test_an_onset_alone_skips_nothing_and_says_so(dense_run: Path, tmp_path: Path) -> None:
+    def notes(**skip: Any) -> str:
+        asked = {"load": str(dense_run), "save": str(tmp_path / "on"), "margin_iterations": 0}
+        found = diagnose(RecoveryRequest(**asked, onset=8, **skip))
+        assert ("--iterations-to-skip" in found.resume.flags) == ("skip" in skip)
+        return " ".join(found.notes)
 
-
-def test_a_collapse_that_collapses_again_began_with_the_first(tmp_path: Path) -> None:
-    lost, spans = told(tmp_path, {range(300, 600): 4.0, range(600, 900): 6.0})
-    assert lost is not None and lost.onset == 300 and spans == ()
-    # The run came back in between: only the second is to be recovered from.
-    lost, spans = told(tmp_path, {range(300, 400): 4.0, range(700, 900): 6.0})
-    assert lost is not None and lost.onset == 700
-    assert len(spans) == 1 and spans[0].first == 300 and 400 <= spans[0].last < 420
-    # A higher level that stays is where the run is now, not a spike.
-    lost, spans = told(tmp_path, {range(300, 700): 2.2, range(700, 900): 6.0})
-    assert lost is not None and lost.onset == 700 and spans == ()
+    assert "no data is skipped" in notes() and "skip=" in notes()
+    assert not notes(skip=Span(8, 9)) and not notes(skip_data=False)
 
 
 def test_command_line(dense_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
