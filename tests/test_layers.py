@@ -179,7 +179,7 @@ INSIDE = {
     """,
     "online": """
         branch memory_budget shard snapshot_job swap uploads
-        average_upload hostcopy snapshot_upload
+        average_upload hostcopy snapshot_pruning snapshot_upload
         snapshots
         window
         origin store

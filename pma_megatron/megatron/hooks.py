@@ -96,7 +96,7 @@ class MegatronSession(Session):
         self.thin: ThinSnapshots | None = None
         if settings.save and optimizer is not None:
             assert settings.interval_tokens is not None and settings.save_dir is not None
-            self.online = OnlineAverage(
+            online = OnlineAverage(
                 models,
                 optimizer,
                 settings.method,
@@ -107,8 +107,9 @@ class MegatronSession(Session):
                 metadata=metadata,
                 comm=self._comm,
             )
-            say(self.online.report)
-            self._place = self.online.place(settings.save_dir)
+            say(online.report)
+            self._place = online.place(settings.save_dir)
+            self.online = online
             notes = self.online.load_state(self._state_dir, iteration, tokens)
             self.say_continued(notes, iteration)
         if settings.snapshot_interval_tokens is not None and optimizer is not None:

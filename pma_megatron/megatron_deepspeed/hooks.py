@@ -91,6 +91,7 @@ class EngineSession(Session):
             window_dir=settings.window_dir,
         )
         say(self.online.report)
+        self.online.place(self._root)  # raises before the first step where nothing can be saved
         self.say_continued(self.online.load_state(self._root / FOLDER, tokens), engine.global_steps)
 
     def stepped(self, arguments: Mapping[str, Any]) -> None:

@@ -67,6 +67,8 @@ class AveragePlace:
         comm.on_main("root of averages", self._prepare)
         if self.is_remote:
             refuse_unseen(self.folder, "averages", comm)
+            if self._uploads is not None:
+                self._uploads.begin()
             atexit.register(self.wait, AT_EXIT_S)
 
     def begin(self, name: str) -> None:
@@ -119,11 +121,12 @@ class AverageUploads(Uploads):
 
     def __init__(self, address: Path, folder: Path) -> None:
         super().__init__(address, folder)
-        self._ready: set[str] = set()
-        self._left: set[str] = set()
+        self._ready: dict[str, int] = {}
+        """Name -> number of the save, 0 for what an earlier job left."""
+        self._saves = self._pointed_to = 0
 
     def prepare(self) -> None:
-        """Refuse a place that is not for averages; begin to put what an earlier job left.
+        """Refuse a place that is not for averages; find what an earlier job left.
 
         Raises:
             PublishError: the store refuses, or holds other checkpoints.
@@ -150,19 +153,16 @@ class AverageUploads(Uploads):
         for each in folders_in(self.folder):
             kind = _kind(each)
             if kind == ONLINE_AVERAGE and describe(each).complete:
-                self._left.add(each.name)
+                self._ready[each.name] = 0
             elif kind == ONLINE_AVERAGE or iteration_of(each) is not None:
                 _log.warning("removed %s, left by a job that was cut off while it saved", each)
                 self._remove(each)
-        if self._left:
-            self._ready |= self._left
-            self.begin()
 
     def saved(self, name: str) -> None:
         """Put that one there; returns at once."""
         with self._lock:
-            self._left.discard(name)
-            self._ready.add(name)
+            self._saves += 1
+            self._ready[name] = self._saves
         self.begin()
 
     def waiting(self) -> tuple[list[str], int]:
@@ -173,7 +173,8 @@ class AverageUploads(Uploads):
 
     def _whole(self) -> list[Path]:
         with self._lock:
-            names = sorted(self._ready, key=lambda name: (_number(name), name))
+            order = {name: (save, _number(name), name) for name, save in self._ready.items()}
+            names = sorted(order, key=order.__getitem__)
         return [self.folder / name for name in names]
 
     def _is_due(self, folder: Path) -> bool:
@@ -187,10 +188,10 @@ class AverageUploads(Uploads):
         self._point_to(store, root, folder)
         self._remove(folder)
         with self._lock:
-            self._ready.discard(folder.name)
+            self._ready.pop(folder.name, None)
 
     def _remove(self, folder: Path) -> None:
-        self._ready.discard(folder.name)
+        self._ready.pop(folder.name, None)
         if folder.is_dir():
             remove_marks(folder)
             shutil.rmtree(folder)
@@ -201,13 +202,17 @@ class AverageUploads(Uploads):
         content = known.content_of(folder.name)
         trackers = {each.tracker.file for each in registry.FORMATS}
         beside = [each for each in sorted(self.folder.iterdir()) if each.is_file()]
-        for path in beside:
-            if path.name not in trackers and not path.name.startswith("."):
+        for path in (each for each in beside if not each.name.startswith(".")):
+            if path.name not in trackers:
                 store.put_file(below(root, path.name), path)
             path.unlink(missing_ok=True)
         if known.file is None or content is None:
             return
-        if folder.name in self._left:  # of an earlier job: a newer one may be there by now
+        save = self._ready.get(folder.name, 0)
+        if save < self._pointed_to or (not save and self._saves):
+            return  # training has saved a later one since, whatever its number
+        self._pointed_to = save
+        if not save:  # of an earlier job: a newer one may be there by now
             with contextlib.suppress(FileNotFoundError):
                 there = store.got(below(root, known.file))[1].decode(errors="replace")
                 if _number(there) >= _number(content):

@@ -40,12 +40,10 @@ class RunBranch:
             self._now = Branch(number=self._now.number + 1, after=max(iteration, 0))
         return newer
 
-    def write(self, iteration: int) -> list[int]:
-        """Training is at `iteration`, whose snapshot is written; returns as `train_on`."""
-        newer = self.train_on(iteration - 1)
+    def wrote(self, iteration: int) -> None:
+        """The snapshot of `iteration` is of this branch now."""
         self.given_up -= {iteration}
         self._own.add(iteration)
-        return newer
 
 
 def outdated(found: Iterable[int], keep: int, given_up: Collection[int], newest: int) -> list[int]:

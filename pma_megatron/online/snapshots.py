@@ -11,6 +11,7 @@ import io
 import logging
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -21,10 +22,10 @@ import torch
 from pma_megatron.base.comm import Comm
 from pma_megatron.base.openfiles import is_folder
 from pma_megatron.base.remote_paths import refuse_remote
-from pma_megatron.base.spelling import first_few, named
-from pma_megatron.errors import CheckpointError, PublishError, UsageError
+from pma_megatron.base.spelling import first_few
+from pma_megatron.errors import PublishError, UsageError
 from pma_megatron.formats.base import Item
-from pma_megatron.formats.marker import SNAPSHOTS, SnapshotMarker, read_snapshot_marker
+from pma_megatron.formats.marker import SNAPSHOTS, SnapshotMarker
 from pma_megatron.formats.torch_dist.checkpoint import COMMON_FILE
 from pma_megatron.formats.torch_dist.chunks import (
     Chunk,
@@ -35,11 +36,12 @@ from pma_megatron.formats.torch_dist.chunks import (
     stored,
 )
 from pma_megatron.formats.torch_dist.completeness import completeness
-from pma_megatron.online.branch import RunBranch, outdated
-from pma_megatron.online.snapshot_job import REMOVED, STAGING, Data, SnapshotJob, remove
+from pma_megatron.online.branch import RunBranch
+from pma_megatron.online.snapshot_job import SEEN_BY_ALL_S, STAGING, Data, SnapshotJob
+from pma_megatron.online.snapshot_pruning import is_snapshot, prune
 from pma_megatron.online.snapshot_upload import SnapshotUploads, refuse_full
 from pma_megatron.online.uploads import refuse_unseen
-from pma_megatron.runs.branches import branch_of, given_up
+from pma_megatron.runs.branches import branch_of
 from pma_megatron.runs.describe import iteration_of
 from pma_megatron.runs.discover import TRACKER_FILE
 from pma_megatron.storage.paths import in_store, place_of, workplace
@@ -109,6 +111,7 @@ class SnapshotWriter:
         self._token = comm.broadcast(secrets.token_hex(4))
         self._branch = RunBranch({})
         self._newest = 0
+        self._published_s = -SEEN_BY_ALL_S
         self._there = comm.on_main("snapshot folder", lambda: self._prepare(trained_from))
         refuse_unseen(self.root, "snapshots", comm)
         numbers = [number for number, chunk in enumerate(chunks) if chunk.box.numel]
@@ -156,7 +159,8 @@ class SnapshotWriter:
         if self._comm.is_main:
             self._remove_given_up()
             self._newest = iteration
-            self._say_given_up(self._branch.write(iteration), iteration - 1)
+            if not self._keeps_whole:
+                self._say_given_up(self._branch.train_on(iteration - 1), iteration - 1)
         small, marker = self._small_files(iteration, args) if self._comm.is_main else ({}, {})
         self._job = SnapshotJob(
             rank=self._comm.rank,
@@ -183,8 +187,13 @@ class SnapshotWriter:
                 the next `write` starts afresh.
         """
         job, self._job = self._job, None
-        if job is not None:
-            job.wait(timeout_s)
+        try:
+            if job is not None:
+                job.wait(timeout_s)
+        except PublishError:
+            if self._uploads is not None:
+                self._uploads.begin()  # earlier ones may be what leaves no room
+            raise
 
     def wait_for_uploads(
         self, timeout_s: float | None, moved: Callable[[], None] = lambda: None
@@ -192,6 +201,8 @@ class SnapshotWriter:
         """Until all is in the store; see `Uploads.wait`."""
         if self._uploads is not None:
             self._uploads.wait(timeout_s, moved)
+            if self._comm.size > 1:  # other ranks look for the last folder now and then
+                time.sleep(max(0.0, self._published_s + SEEN_BY_ALL_S - time.monotonic()))
             self._uploads.remove_empty()
 
     def train_on(self, iteration: int) -> None:
@@ -223,7 +234,7 @@ class SnapshotWriter:
     def _look_for_branches(self, trained_from: int | None) -> None:
         """What is newer than where training goes on is of a branch that was given up."""
         found = {} if self._uploads is None else dict(self._uploads.branches)
-        for folder in filter(_is_snapshot, self.root.iterdir()):
+        for folder in filter(is_snapshot, self.root.iterdir()):
             found[iteration_of(folder) or 0] = branch_of(folder)
         self._branch = RunBranch(found)
         if trained_from is not None:
@@ -250,12 +261,15 @@ class SnapshotWriter:
         return frozenset() if self._uploads is None else self._uploads.left()
 
     def expect(self, needed: Collection[int]) -> None:
-        """These iterations are about to be written, or stay, until `retain` says which do."""
+        """These iterations are about to be written, or stay, until `retain` says which do. Every
+        rank calls."""
+        self._there &= frozenset(needed)  # of the others nothing is known from then on
         if self._uploads is not None:
             self._uploads.expect(needed)
 
     def retain(self, needed: Collection[int]) -> None:
         """Delete all but these iterations (rank 0 only); in a store behind training."""
+        self._there &= frozenset(needed)
         if self._uploads is not None:
             self._uploads.retain(needed)
         else:
@@ -274,6 +288,9 @@ class SnapshotWriter:
             prune(self.root, 0, kept - {*iterations})
 
     def _upload(self, name: str) -> None:
+        self._published_s = time.monotonic()
+        if not self._keeps_whole:
+            self._branch.wrote(iteration_of(Path(name)) or 0)
         if self._uploads is not None:
             self._uploads.published(name)
 
@@ -330,67 +347,6 @@ class SnapshotWriter:
 def name_of(iteration: int) -> str:
     """The folder of a snapshot, as Megatron calls it."""
     return f"iter_{iteration:07d}"
-
-
-def prune(
-    root: str | Path,
-    keep: int,
-    needed: Collection[int],
-    abandoned: Collection[int] = (),
-    newest: int | None = None,
-) -> list[Path]:
-    """Delete old snapshots below `root`, oldest first (rank 0 only).
-
-    Only folders `iter_*` that are marked as snapshots are ever deleted; Megatron's checkpoints,
-    merges and links are not looked at. What cannot be deleted is logged and left.
-
-    Args:
-        root: the folder of snapshots.
-        keep: how many of the newest stay in any case.
-        needed: iterations that a window still needs.
-        abandoned: iterations of branches that were given up, beside those that say so: they do not
-            count as newest.
-        newest: the iteration that training has come to; None for that of the newest snapshot. What
-            was given up of later ones stays: a person may want that branch back.
-
-    Returns:
-        The folders that are gone.
-
-    Raises:
-        UsageError: `keep` is negative.
-    """
-    if keep < 0:
-        raise UsageError(f"{named('keep')} must be 0 or more, got {keep}")
-    root = Path(root)
-    if not is_folder(root):
-        return []
-    for rest in root.glob(f"{REMOVED}*"):  # a deletion that was cut off
-        shutil.rmtree(rest, ignore_errors=True)
-    found = {iteration_of(f) or 0: f for f in root.iterdir() if _is_snapshot(f)}
-    said = {iteration: (iteration, branch_of(folder)) for iteration, folder in found.items()}
-    other = {*given_up(said), *abandoned}
-    come_to = max({*found} - other, default=0) if newest is None else newest
-    gone = []
-    for iteration in outdated(found, keep, other, come_to):
-        if iteration in needed:
-            continue
-        folder = found[iteration]
-        try:
-            remove(folder)
-        except OSError as error:
-            _log.warning("snapshot %s could not be deleted: %s", folder, error)
-        else:
-            gone.append(folder)
-    return gone
-
-
-def _is_snapshot(folder: Path) -> bool:
-    if folder.is_symlink() or not is_folder(folder) or iteration_of(folder) is None:
-        return False
-    try:
-        return read_snapshot_marker(folder) is not None
-    except CheckpointError:
-        return False  # of a later release: not ours to judge
 
 
 def _saved(value: Any) -> bytes:

@@ -92,9 +92,10 @@ class WindowStore:
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Until no vector of the window is being written."""
-        thread, self._thread = self._thread, None
-        if thread is not None:
-            thread.join(timeout_s)
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+            if not self._thread.is_alive():  # one that still writes is waited for again
+                self._thread = None
 
     def wait_for_uploads(self, timeout_s: float | None) -> None:
         """Until all that was saved is in the store; what is not by then is told."""

@@ -88,6 +88,8 @@ class Uploads(ABC):
             moved: is called now and then.
         """
         until_s = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        if self._whole():
+            self.begin()  # what failed is tried once more
         while (thread := self._thread) is not None and thread.is_alive():
             left_s = until_s - time.monotonic()
             if left_s <= 0:
@@ -180,6 +182,8 @@ class Uploads(ABC):
         with self._lock:
             if not self._is_due(folder):
                 return
+            # What was given up by this name is replaced now, and nothing is to delete that.
+            self._given_up.discard(folder.name)
             self._under_way = folder.name
         try:
             self._put(folder)
@@ -206,8 +210,6 @@ class Uploads(ABC):
         sizes = {path.relative_to(held).as_posix(): path.stat().st_size for path in files}
         last = held_back(sizes)
         with self._signed(store, key, sorted(sizes)) as made:
-            # What was given up by this name is replaced now, and nothing is to delete that.
-            self._given_up.discard(folder.name)
             before = _names(store, key)
             store.delete(f"{key}/{name}" for name in reversed(_KNOWN) if name in before)
             store.delete(

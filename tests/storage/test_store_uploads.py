@@ -1,0 +1,186 @@
+"""What goes on to a store behind training, where it fails, the run goes back, or both at once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_snapshot_writer import simple_chunks, simple_data
+
+from pma_megatron import list_checkpoints
+from pma_megatron.base.comm import Comm
+from pma_megatron.errors import PublishError
+from pma_megatron.formats.marker import MARKER_FILE, ONLINE_AVERAGE, SEAL_FILE
+from pma_megatron.online import snapshot_upload, snapshots, uploads
+from pma_megatron.online.average_upload import AveragePlace
+from pma_megatron.online.snapshots import SnapshotWriter, name_of
+from pma_megatron.online.store import WindowStore
+from pma_megatron.storage.object_store import ObjectStore
+from pma_megatron.storage.paths import place_of, stored
+
+PATIENCE_S = 60.0
+TRACKER = "latest_checkpointed_iteration.txt"
+
+
+@pytest.fixture
+def address(tmp_path: Path, spools: Path) -> str:
+    return f"memory://{tmp_path.name}/run"
+
+
+@pytest.fixture
+def down(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """Says whether the store refuses to take files."""
+    put_file, now = ObjectStore.put_file, [False]
+
+    def refusing(self: ObjectStore, key: str, path: Path) -> str:
+        if now[0]:
+            raise OSError(5, "the store is down")
+        return put_file(self, key, path)
+
+    monkeypatch.setattr(ObjectStore, "put_file", refusing)
+    return lambda is_down: now.__setitem__(0, is_down)
+
+
+def writer(address: str | Path, **settings: object) -> SnapshotWriter:
+    return SnapshotWriter(address, simple_chunks(0, 1), torch.float32, Comm(), **settings)
+
+
+def put(to: SnapshotWriter, iteration: int) -> None:
+    to.write(iteration, simple_data(simple_chunks(0, 1), iteration), {})
+    to.wait(PATIENCE_S)
+
+
+def there(address: str) -> list[int | None]:
+    return [each.iteration for each in list_checkpoints(address) if each.complete]
+
+
+def test_an_entry_that_was_deleted_is_written_again(address: str) -> None:
+    """The run goes back twice: what was there at the start is not there for good."""
+    first = writer(address, keeps_whole=True)
+    put(first, 2)
+    put(first, 4)
+    first.wait_for_uploads(PATIENCE_S)
+    entries = writer(address, keeps_whole=True)
+    entries.expect({4, 6})
+    put(entries, 6)
+    entries.retain({6})
+    entries.wait_for_uploads(PATIENCE_S)
+    entries.give_up({6})
+    entries.expect({4})
+    put(entries, 4)
+    entries.retain({4})
+    entries.wait_for_uploads(PATIENCE_S)
+    assert there(address) == [4]
+
+
+def test_what_is_given_up_before_it_is_signed_for_does_not_stay(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim, asked, goes_on = uploads.claim, threading.Event(), threading.Event()
+
+    def slow(*given: object) -> object:
+        asked.set()
+        goes_on.wait(PATIENCE_S)
+        return claim(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(uploads, "claim", slow)
+    entries = writer(address, keeps_whole=True)
+    put(entries, 8)
+    put(entries, 10)
+    assert asked.wait(PATIENCE_S)
+    threading.Timer(0.5, goes_on.set).start()
+    entries.give_up({8})
+    entries.wait_for_uploads(PATIENCE_S)
+    assert there(address) == [10]
+
+
+def test_after_a_failure_that_filled_the_disk_all_gets_there(
+    address: str, down: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thin = writer(address, trained_from=0)
+    down(True)
+    put(thin, 1)
+    thin.wait_for_uploads(PATIENCE_S)
+    full = SimpleNamespace(disk_usage=lambda _: SimpleNamespace(total=1000, free=99))
+    monkeypatch.setattr(snapshot_upload, "shutil", full)
+    with pytest.raises(PublishError, match="1 snapshots wait"):
+        put(thin, 2)
+    down(False)
+    thin.wait_for_uploads(PATIENCE_S)
+    put(thin, 3)
+    thin.wait_for_uploads(PATIENCE_S)
+    assert there(address) == [1, 3]
+
+
+def test_a_snapshot_that_was_not_written_is_not_of_this_branch(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`keep` of two: the one that was given up does not push out one that was not."""
+
+    def refusing(*_: object) -> None:
+        raise PublishError("the disk is full")
+
+    first = writer(address, trained_from=0)
+    for iteration in (30, 40, 50):
+        put(first, iteration)
+    first.wait_for_uploads(PATIENCE_S)
+    second = writer(address, trained_from=40, keep_in_store=2)
+    with monkeypatch.context() as patch, pytest.raises(PublishError, match="disk is full"):
+        patch.setattr(snapshots, "refuse_full", refusing)
+        put(second, 50)
+    put(second, 60)
+    second.wait_for_uploads(PATIENCE_S)
+    assert 40 in there(address) and 60 in there(address)
+
+
+@pytest.mark.parametrize("by", ["this job", "the job before"])
+def test_training_resumes_from_the_average_that_was_saved_last(
+    address: str, tmp_path: Path, down: Callable[[bool], None], by: str
+) -> None:
+    """One of a branch that was given up waited for the store, and has a larger number."""
+    made = writer(tmp_path / "made")
+    for iteration in (40, 50, 100):
+        put(made, iteration)
+
+    def save(place: AveragePlace, iteration: int) -> None:
+        place.begin(name_of(iteration))
+        folder = Path(
+            shutil.copytree(made.root / name_of(iteration), place.folder / name_of(iteration))
+        )
+        (folder / SEAL_FILE).unlink()
+        (folder / MARKER_FILE).write_text(json.dumps({"kind": ONLINE_AVERAGE}))
+        (place.folder / TRACKER).write_text(str(iteration))
+        place.saved(folder.name)
+
+    place = AveragePlace(address, Comm())
+    save(place, 40)
+    place.wait(PATIENCE_S)
+    down(True)
+    save(place, 100)
+    place.wait(PATIENCE_S)
+    if by == "the job before":
+        place = AveragePlace(address, Comm())
+        place.wait(PATIENCE_S)
+    save(place, 50)
+    down(False)
+    place.wait(PATIENCE_S)
+    assert there(address) == [40, 50, 100]
+    store, key = stored(place_of(address))
+    assert store.got(f"{key}/{TRACKER}")[1] == b"50"
+
+
+def test_a_thread_that_was_not_waited_out_is_waited_for_again() -> None:
+    window = WindowStore.__new__(WindowStore)
+    goes_on = threading.Event()
+    window._thread = threading.Thread(target=goes_on.wait, daemon=True)
+    window._thread.start()
+    window.wait(0.01)
+    threading.Timer(0.2, goes_on.set).start()
+    window.wait()
+    assert goes_on.is_set()
