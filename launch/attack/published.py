@@ -72,6 +72,7 @@ def train_megatron(rank: int, world_size: int, roots: Mapping[str, str]) -> None
             dtype=torch.float32,
             keep=1,
             consumed_tokens=0,
+            iteration=0,
             comm=Comm(),
         )
         for iteration in range(1, END + 1):

@@ -293,6 +293,7 @@ def snapshots(job: Job) -> Iterator[Finding]:
             dtype=torch.float32,
             keep=None,
             consumed_tokens=0,
+            iteration=0,
             comm=Comm(),
             metadata=core_api.content_metadata(config),
         )

@@ -343,7 +343,7 @@ def test_what_nobody_knows_is_not_left_in_a_new_checkpoint(
     s3.put_object(Bucket=bucket, Key=f"{folder}/{MARKER_FILE}", Body=b"{}")
     s3.put_object(Bucket=bucket, Key=f"{folder}/__9_0.distcp", Body=b"an old shard")
     there = keys(s3, bucket)
-    with pytest.raises(PublishError, match=r"holds __9_0.distcp, and nothing there says"):
+    with pytest.raises(PublishError, match=r"holds __9_0.distcp, which was not written with it"):
         merge(request(dense_run, save, overwrite=True))
     assert keys(s3, bucket) == there
     s3.delete_object(Bucket=bucket, Key=f"{folder}/__9_0.distcp")
