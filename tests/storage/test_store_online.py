@@ -360,7 +360,9 @@ def full(rank: int, world_size: int, place: str) -> list[int]:
             there.begin(f"iter_{iteration:07d}")
             assert made is not None
             with average.averaged_state():
-                note_origin(trainer.save(str(there.folder)), made, there, at_exit=True)
+                folder = trainer.save(str(there.folder))
+            if rank == 0:  # as the hooks do: another rank would write into what is on its way
+                note_origin(folder, made, there, at_exit=True)
             saved.append(iteration)
         there.wait(PATIENCE_S)
 
