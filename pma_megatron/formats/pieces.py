@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -283,6 +283,31 @@ def payloads_of(
 def together(parts: Sequence[Sequence[Piece[Any]]]) -> Sequence[Piece[Any]]:
     """The pieces of all parts."""
     return parts[0] if len(parts) == 1 else Together(parts)
+
+
+class FileNumbers:
+    """Numbers of files that pieces name by their places in a list, which many tensors share."""
+
+    def __init__(self, number: Callable[[str], int]) -> None:
+        """`number` gives that of a file; it is asked once for a file of a list."""
+        self._number = number
+        self._tables: dict[int, tuple[tuple[str, ...], np.ndarray]] = {}
+
+    def of(self, files: tuple[str, ...], used: np.ndarray) -> np.ndarray:
+        """The number of each of the `used` files of a list.
+
+        >>> FileNumbers({"a": 7, "b": 3}.__getitem__).of(("a", "b"), np.array([1, 0, 1])).tolist()
+        [3, 7, 3]
+        """
+        known = self._tables.get(id(files))
+        if known is None:  # the list is kept too: its id is nobody else's then
+            known = self._tables[id(files)] = files, np.full(len(files), -1, dtype=np.int64)
+        table = known[1]
+        if len(used) and (table[used] < 0).any():
+            for each in np.unique(used).tolist():  # Python's integers: those of numpy wrap around
+                table[each] = self._number(files[each])
+        found: np.ndarray = table[used]
+        return found
 
 
 class ItemNumbers:

@@ -17,7 +17,7 @@ import torch
 from pma_megatron.base.boxes import Box, Piece, flat_range
 from pma_megatron.formats import registry
 from pma_megatron.formats.base import MAIN_PARAM, Payload, Tensor
-from pma_megatron.formats.pieces import ManyPieces, narrow
+from pma_megatron.formats.pieces import FileNumbers, ManyPieces, narrow
 from pma_megatron.formats.source import Source
 
 WEIGHT = "weight"
@@ -145,23 +145,11 @@ class _Files:
 
     def __init__(self, source: Source) -> None:
         self._together = registry.get(source.format, source.path).saved_together
-        self._tables: dict[int, tuple[tuple[str, ...], np.ndarray]] = {}
         self.names: dict[str, int] = {}
+        self.numbers = FileNumbers(self.number)
 
     def number(self, file: str) -> int:
         return self.names.setdefault(self._together(file), len(self.names))
-
-    def numbers(self, files: tuple[str, ...], used: np.ndarray) -> np.ndarray:
-        """Number of each of the `used` ones; worked out once, as many tensors name one list."""
-        known = self._tables.get(id(files))
-        if known is None:
-            known = self._tables[id(files)] = files, np.full(len(files), -1, dtype=np.int64)
-        table = known[1]
-        if len(used) and (table[used] < 0).any():
-            for each in np.unique(used).tolist():  # Python's integers: those of numpy wrap around
-                table[each] = self.number(files[each])
-        found: np.ndarray = table[used]
-        return found
 
 
 def _columns(
@@ -171,7 +159,7 @@ def _columns(
     if isinstance(pieces, ManyPieces):
         said = pieces.columns()
         nbytes = said.sizes.astype(np.int64).prod(axis=1) * pieces.dtype.itemsize
-        file = files.numbers(said.files, said.file)
+        file = files.numbers.of(said.files, said.file)
         if said.ordered or not said.offsets.shape[1]:
             order = np.arange(len(pieces))
         else:

@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar, overload
 import numpy as np
 
 from pma_megatron.base.boxes import Box, slices
-from pma_megatron.formats.pieces import ManyPieces, narrow
+from pma_megatron.formats.pieces import FileNumbers, ManyPieces, narrow
 from pma_megatron.merging import tasks
 from pma_megatron.merging.bulk import FillColumns, Fills
 from pma_megatron.merging.tasks import (
@@ -114,7 +114,7 @@ class _Cut:
     def __init__(self) -> None:
         self._rows: dict[str, list[np.ndarray]] = {}
         self._files: dict[str, int] = {}
-        self._tables: dict[int, tuple[tuple[str, ...], np.ndarray]] = {}
+        self._numbers = FileNumbers(self._file)
 
     def of(self, tasks: Sequence[Task | Fills]) -> dict[str, np.ndarray]:
         """The columns of all units, in their order."""
@@ -144,18 +144,6 @@ class _Cut:
     def _file(self, name: str) -> int:
         return self._files.setdefault(name, len(self._files))
 
-    def _numbers(self, files: tuple[str, ...], used: np.ndarray) -> np.ndarray:
-        """`_file` of each of the `used` ones; all tensors of a source name one list, or a few."""
-        known = self._tables.get(id(files))
-        if known is None:
-            known = self._tables[id(files)] = files, np.full(len(files), -1, dtype=np.int64)
-        table = known[1]
-        if len(used) and (table[used] < 0).any():
-            for each in np.unique(used).tolist():
-                table[each] = self._file(files[each])
-        found: np.ndarray = table[used]
-        return found
-
     def _average(self, number: int, task: Average) -> None:
         lead = task.lead
         if isinstance(lead, ManyPieces):
@@ -163,7 +151,7 @@ class _Cut:
             sizes, offset, element = (
                 column.astype(np.int64) for column in (said.sizes, said.items, said.element)
             )
-            file = self._numbers(said.files, said.file)
+            file = self._numbers.of(said.files, said.file)
         else:
             boxes = [piece.box.sizes for piece in lead]
             dimensions = len(boxes[0]) if boxes else 0
