@@ -33,6 +33,7 @@ STAGING = ".pma-staging-"
 _REPLACED = ".pma-replaced-"
 _TRACKER = ".pma-tracker-"
 _COPY = ".pma-copy-"
+_SPENT = ".pma-spent-"
 _FRESH_S = 86_400.0
 JOURNAL = ".pma-journal-"
 JOB_FILE = "job.json"
@@ -72,6 +73,11 @@ class Target:
     def replaced(self) -> Path:
         """Where the checkpoint that is replaced lies meanwhile, if folders cannot be exchanged."""
         return self.work / f"{_REPLACED}{self.final.name}"
+
+    @property
+    def spent(self) -> Path:
+        """What its staging folder is called once all of it is in a store: it is not needed."""
+        return self.work / f"{_SPENT}{self.final.name}"
 
     @property
     def journal(self) -> Path:
@@ -185,7 +191,7 @@ def _names(root: Path) -> set[str]:
     found = set()
     with os.scandir(root) as entries:
         for entry in entries:
-            for prefix in (_REPLACED, LOCK, _TRACKER, _COPY):
+            for prefix in (_REPLACED, LOCK, _TRACKER, _COPY, _SPENT):
                 if entry.name.startswith(prefix):
                     found.add(entry.name.removeprefix(prefix))
             for prefix in (STAGING, JOURNAL):
@@ -253,7 +259,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _debris(root: Path, name: str) -> list[Path]:
-    beside = (root / f"{prefix}{name}" for prefix in (_REPLACED, _TRACKER, _COPY))
+    beside = (root / f"{prefix}{name}" for prefix in (_REPLACED, _TRACKER, _COPY, _SPENT))
     found = [*_staged(root, name), *journals(root, name), *beside]
     return [path for path in found if path.exists()]
 
@@ -321,6 +327,7 @@ def _remove_stale(root: Path, name: str, kept: Collection[Path], *, own: bool) -
     if restored(target):
         _log.warning("restored %s, which a cut-off merge was replacing", target.final)
     removed(target.replaced)
+    removed(target.spent)
     for folder in journals(root, name):
         if folder not in kept:
             removed(folder)

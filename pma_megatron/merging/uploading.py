@@ -291,9 +291,13 @@ def complete(plan: MergePlan, target: Target, begun: Begun) -> None:
         point("upload_end", 0)
         own.check(store)
         store.delete([below(key, UPLOADING_FILE)])
+        with contextlib.suppress(OSError):  # in one step: whoever finds it later knows what it is
+            target.staging.rename(target.spent)
+        point("upload_left", 0)
         with contextlib.suppress(SelectionError):  # it is there, whether that is listed or not
             path_of(target.final, again=True)
     removed(target.staging)
+    removed(target.spent)
 
 
 def _refuse_missing(

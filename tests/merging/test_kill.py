@@ -178,7 +178,8 @@ def test_every_fault_point_is_here() -> None:
     # Between two publications of a sweep: test_failures. While side files are copied, which this
     # run has none of: test_side_files.
     # To a store: tests/storage/test_store_outputs.
-    to_a_store = {"uploading", "part", "uploaded", "upload_marker", "upload_tracker", "upload_end"}
+    to_a_store = {"uploading", "part", "uploaded", "upload_marker", "upload_tracker"}
+    to_a_store |= {"upload_end", "upload_left"}
     # When all is published: test_failures.
     assert between == {*MAIN_ONLY, "replace", "published", "leave", "carry", *to_a_store}
 

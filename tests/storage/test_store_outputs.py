@@ -146,6 +146,22 @@ def test_killed_at_any_moment_and_run_again(
     assert [path for path in spools.rglob("*") if path.is_file()] == []
 
 
+def test_what_a_job_killed_after_its_upload_left_on_the_disk_goes_with_the_next_merge(
+    dense_run: Path, expected: Path, bucket: str, tmp_path: Path, got: Got, spools: Path
+) -> None:
+    save = f"s3://{bucket}/averages"
+    words = ("merge", "--load", str(dense_run), "--save", save, "--last", "2")
+    assert pma(1, *words, fault="upload_left:0:kill").returncode != 0
+    assert payloads(got("averages", tmp_path / "copy")) == payloads(expected)
+    assert [ref.complete for ref in list_checkpoints(save)] == [True]
+    left = [path for path in spools.rglob("*.distcp") if "outputs" in path.parts]
+    assert left and all(".pma-spent-iter_0000008" in path.parts for path in left)
+    earlier = SelectionRequest(last=2, end_iteration=6)
+    merge(request(dense_run, save, selection=earlier))
+    spool.forget()
+    assert [path for path in spools.rglob("*") if path.is_file()] == []
+
+
 def test_an_upload_that_fails_is_gone_on_with(
     dense_run: Path, expected: Path, bucket: str, monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path, got: Got,
