@@ -49,12 +49,20 @@ def states_from_flat(
     replicas: dict[tuple[str, str], list[Piece[Payload]]] = {}
     seen: set[tuple[str, str, Box]] = set()
     for space in spaces:
+        lying = ranges[space.group, space.name]
+        cuts: dict[_Chunks, list[list[_Cut]]] = {}  # most states are chunked alike
         for state, stored in space.states.items():
-            for found in ranges[space.group, space.name]:
+            chunks = tuple((each.box.offsets[0], each.box.numel, each.start) for each in stored)
+            if chunks not in cuts:
+                starts = [start for start, _, _ in chunks]
+                cuts[chunks] = [_cut(found, chunks, starts) for found in lying]
+            for found, cut in zip(lying, cuts[chunks], strict=True):
                 mark = (state, found.key, found.box)
                 into = replicas if mark in seen else pieces
                 seen.add(mark)
-                into.setdefault((state, found.key), []).extend(_cut(found, stored))
+                into.setdefault((state, found.key), []).extend(
+                    Piece(box, stored[number].payload, start) for number, box, start in cut
+                )
     states: dict[str, dict[str, Tensor]] = {}
     for (state, key), own in pieces.items():
         extra = tuple(replicas.get((state, key), ()))
@@ -64,12 +72,23 @@ def states_from_flat(
     return states
 
 
-def _cut(found: FlatRange, stored: Sequence[Piece[Payload]]) -> list[Piece[Payload]]:
-    """The stored chunks under one parameter, as boxes of its model tensor."""
+_Chunks = tuple[tuple[int, int, int], ...]
+"""Per chunk: its first element in the space, how many it has, and its first in the payload."""
+_Cut = tuple[int, Box, int]
+"""Number of a chunk, the box of a model tensor that it holds, and its first in the payload."""
+
+
+def _cut(found: FlatRange, chunks: _Chunks, starts: Sequence[int]) -> list[_Cut]:
+    """The chunks under one parameter, as boxes of its model tensor."""
     result = []
-    for part in _under(stored, found.start, found.box.numel):
-        for box, first in flat_range(found.box, part.unit_start, part.unit_start + part.numel):
-            result.append(Piece(box, part.payload, part.start + first - part.unit_start))
+    stop = found.start + found.box.numel
+    first = max(bisect_right(starts, found.start) - 1, 0)
+    for number in range(first, bisect_left(starts, stop)):
+        start, numel, payload_start = chunks[number]
+        low, high = max(found.start, start), min(stop, start + numel)
+        shift = payload_start - start + found.start
+        for box, at in flat_range(found.box, low - found.start, high - found.start):
+            result.append((number, box, at + shift))
     return result
 
 
