@@ -304,7 +304,7 @@ def test_nothing_of_deepspeed_is_imported_before_it_is_needed() -> None:
         "import sys, pma_megatron.deepspeed as d; d.load_merged; "
         "assert not any(name.split('.')[0] == 'deepspeed' for name in sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def other_size(rank: int, world_size: int, root: str) -> str:
