@@ -42,7 +42,6 @@ _PRELOAD = [
 """What most ranks import, by the module of their test too, and no test wants in two releases."""
 
 _GRACE_S = 0.3
-_DYING_S = 60.0  # a process whose pipe is closed, on a machine that has no time for it
 _LOOK_EVERY_S = 1.0
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -132,7 +131,7 @@ def rank_outcomes(
     fn: Callable[..., Any],
     world_size: int,
     *args: Any,
-    timeout_s: float = 240.0,
+    timeout_s: float = 120.0,
     init: bool = True,
     preloaded: bool = True,
     stop_at_failure: bool = False,
@@ -198,7 +197,7 @@ def _collect(
                 outcome.result, outcome.traceback = (payload, "") if outcome.ok else (None, payload)
                 outcome.seconds = at - start
             except EOFError:
-                processes[rank].join(timeout=_DYING_S)
+                processes[rank].join(timeout=5)
                 outcome.exitcode = processes[rank].exitcode
             if stop_at_failure and not outcome.ok:
                 # Others may have failed first and not been read yet: look a moment longer.
@@ -224,7 +223,7 @@ def _stacks(process: BaseProcess, path: Path) -> str:
         return ""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGUSR1)
-    until = time.monotonic() + 100 * _GRACE_S
+    until = time.monotonic() + 10 * _GRACE_S
     while not path.read_text() and time.monotonic() < until:
         time.sleep(_GRACE_S / 3)
     time.sleep(_GRACE_S)  # it is written line by line
