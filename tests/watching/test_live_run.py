@@ -65,7 +65,7 @@ def tell(rank: int, folder: str, name: str) -> None:
         (Path(folder) / name).touch()
 
 
-@pytest.mark.timeout(580)
+@pytest.mark.timeout(900)
 def test_it_follows_a_run_that_trains(tmp_path: Path) -> None:
     run, save, signs = tmp_path / "run", tmp_path / "averages", tmp_path / "signs"
     signs.mkdir()
@@ -76,7 +76,7 @@ def test_it_follows_a_run_that_trains(tmp_path: Path) -> None:
 
     def train() -> None:
         try:
-            run_ranks(train_on, 2, str(run), str(signs), timeout_s=560)
+            run_ranks(train_on, 2, str(run), str(signs), timeout_s=850)
         except BaseException as error:
             failed.append(error)
 
