@@ -35,7 +35,7 @@ from s3 import keys
 
 Put = Callable[[Path, str], str]
 Got = Callable[[str, Path], Path]
-PATIENCE_S = 120.0
+PATIENCE_S = 200.0
 
 
 def iterations(s3: Any, bucket: str, prefix: str) -> list[int]:

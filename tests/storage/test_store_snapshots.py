@@ -33,7 +33,7 @@ from pma_megatron.testing import run_ranks
 from s3 import keys
 
 Got = Callable[[str, Path], Path]
-PATIENCE_S = 120.0
+PATIENCE_S = 200.0
 OTHER = 500
 """Added to an iteration, of which the data is then that of another branch."""
 
