@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_cli import _logging_as_it_was, call  # noqa: F401 (a fixture of every test)
+from test_cli import call
 from test_forecast import MERGED, TRAINED, scores
 from test_metrics import curve, events
 from test_recovery import metrics
