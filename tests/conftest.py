@@ -182,7 +182,7 @@ def flat(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     root = tmp_path_factory.mktemp("flat") / "run"
     kind = deepspeed_runs.DeepSpeedConfig(stage=2)
-    run_ranks(deepspeed_runs.train, 2, {str(root): kind}, timeout_s=200)
+    run_ranks(deepspeed_runs.train, 2, {str(root): kind})
     return root
 
 

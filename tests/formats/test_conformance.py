@@ -103,9 +103,9 @@ def deepspeed_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     folder = tmp_path_factory.mktemp("deepspeed")
     roots = {kind: str(folder / NATIVE / kind) for kind in KINDS}
-    held = run_ranks(train, 2, {roots[kind]: KINDS[kind] for kind in KINDS}, timeout_s=200)[0]
+    held = run_ranks(train, 2, {roots[kind]: KINDS[kind] for kind in KINDS})[0]
     universal = {roots[kind]: str(folder / CONVERTED / kind) for kind in KINDS}
-    run_ranks(to_universal, 1, universal, init=False, timeout_s=200)
+    run_ranks(to_universal, 1, universal, init=False)
     for kind, root in roots.items():
         (folder / HELD / kind).mkdir(parents=True)
         for saved in held[root]:
