@@ -50,7 +50,7 @@ def train(rank: int, world_size: int, folder: str) -> None:
             trainer.train(2)
             for writer in writers:
                 writer.write(iteration, values(trainer, wanted), store._args(trainer))
-                writer.wait(30)
+                writer.wait()
             for name, average in averages.items():
                 assert average.step(iteration, iteration * TOKENS)
                 average.save_state(root / name)
