@@ -139,7 +139,7 @@ class DeepSpeed(FormatConformance):
 
     def hostile(self, folder: Path, outside: Path) -> Iterator[str]:
         """A function for unpickling to call. No file of a native tag says names of others."""
-        file = next(folder.rglob("*optim*.pt"))
+        file = min(folder.rglob("*optim*.pt"))
         torch.save({**load(file), "harm": Harm(outside.with_name("made"))}, file)
         yield "a function that unpickling calls"
 
@@ -305,7 +305,7 @@ class Models(FormatConformance):
 
     def hostile(self, folder: Path, outside: Path) -> Iterator[str]:
         """An index that names files of another folder, and headers that lie."""
-        file = next(folder.glob("*.safetensors"))
+        file = min(folder.glob("*.safetensors"))
         names = [name for name, _ in tensors(folder)]
         for place in (f"../../{outside.name}/{file.name}", f"{outside}/{file.name}", "/dev/zero"):
             index = {"metadata": {}, "weight_map": dict.fromkeys(names, place)}
