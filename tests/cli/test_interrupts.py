@@ -47,13 +47,14 @@ def pma(*words: object, stderr: int = subprocess.PIPE) -> subprocess.Popen[str]:
 def wait_until_it_imports(job: subprocess.Popen[str]) -> None:
     """Torch's library is mapped when a second or more of its import is still to come."""
     until_s = time.monotonic() + PATIENCE_S
-    while "libtorch" not in Path(f"/proc/{job.pid}/maps").read_text():
-        assert job.poll() is None and time.monotonic() < until_s, job.communicate()
+    while job.poll() is None and "libtorch" not in Path(f"/proc/{job.pid}/maps").read_text():
+        assert time.monotonic() < until_s
         time.sleep(0.005)
 
 
 def interrupted(job: subprocess.Popen[str]) -> tuple[str, str]:
-    os.killpg(job.pid, signal.SIGINT)
+    with contextlib.suppress(ProcessLookupError):  # it has ended, and says how
+        os.killpg(job.pid, signal.SIGINT)
     return job.communicate(timeout=PATIENCE_S)
 
 
