@@ -27,14 +27,11 @@ from pma_megatron.testing import TinyConfig, TinyTrainer, run_ranks
 pytest_plugins = ["s3"]
 
 # The same examples each time, however long they take: what an unlucky draw or a busy machine would
-# tell of a change is not what the change does. `--hypothesis-profile=default` looks for others.
+# tell of a change is not what the change does. `--hypothesis-profile=search` draws others.
 settings.register_profile(
-    "fixed",
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=[HealthCheck.too_slow],
+    "search", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
 )
+settings.register_profile("fixed", settings.get_profile("search"), derandomize=True, database=None)
 settings.load_profile("fixed")
 os.environ["COLUMNS"] = "80"  # of no terminal that somebody happens to have
 
