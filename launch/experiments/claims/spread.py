@@ -15,12 +15,18 @@ from lab.pages import MERGED, NEWEST, curve, shades, zero
 from lab.regression import Features, HeldOut, held_out
 from lab.stats import Estimate, estimate
 
+from pma_megatron.runs.notices import OFTEN
+
 _FEATURES: dict[str, Features] = {
     "the mean gain": lambda r: (1.0,),
     "spread": lambda r: (_doublings(r), 1.0),
     "fall of the loss": lambda r: (r["fall"], 1.0),
     "spread and fall": lambda r: (_doublings(r), r["fall"], 1.0),
 }
+
+
+_LATE = 0.5
+"""Of a run: windows that end from there on are late ones."""
 
 
 def _doublings(row: Row) -> float:
@@ -60,9 +66,10 @@ def findings(rows: Sequence[Row]) -> Findings:
             "moves, and that does not help. A held-out seed is predicted to within (RMSE, nats) "
             + "; ".join(f"{_over(found[0], 'rmse')} from {name}" for name, found in errors.items())
             + f". With the last, the sign of the gain is right in "
-            f"{_over(both[0], 'signs').mean:.0%} of its windows. For kinds of runs that were not "
-            f"fitted the last explains {_over(both[1], 'explained').mean:.0%}, of the worst "
-            f"{min(h.explained for h in both[1]):.0%}."
+            f"{_over(both[0], 'signs').mean:.0%} of its windows. Of these three kinds of runs, "
+            "which are not all, the last explains "
+            f"{_over(both[1], 'explained').mean:.0%} where a kind was not fitted, of the worst "
+            f"{min(h.explained for h in both[1]):.0%}. {_late(rows)}"
         ],
         tables=[
             Table(
@@ -85,6 +92,18 @@ def findings(rows: Sequence[Row]) -> Findings:
                 rows=table,
             ),
         ],
+    )
+
+
+def _late(rows: Sequence[Row]) -> str:
+    """What the fall of the loss tells where there is little harm to be told of."""
+    late = [r for r in rows if r["trained"] >= _LATE and r["oldest"] >= OFTEN]
+    explained = [each.explained for each in held_out(late, "seed", _FEATURES["fall of the loss"])]
+    return (
+        f"What is explained is mostly what hurts: of the {len(late)} windows that end from "
+        f"{_LATE:.0%} of the run on and begin from {OFTEN:.0%} of their end on "
+        f"{sum(r['gain'] > 0 for r in late)} gain, and fitted to these alone the fall of the loss "
+        f"explains {min(explained):.0%} to {max(explained):.0%} of a held-out seed."
     )
 
 
