@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from lab.experiment import Experiment, Findings, Row, Table, groups, means
 from lab.models import Scale, constant
-from lab.pages import MERGED, NEWEST, curve, shades, zero
+from lab.pages import MERGED, MODELS, NEWEST, curve, zero
 from lab.spreads import Distances, centred, first_share
 from lab.stats import IN_PART, NOT_REPRODUCED, REPRODUCED, Estimate, estimate
 from lab.work import Job
@@ -201,20 +201,22 @@ def _chosen(rows: Sequence[Row]) -> Row:
 def plot(rows: Sequence[Row], figure: Any) -> None:
     """Shares of both kinds of points, and gains along the line."""
     left, right = figure.subplots(1, 2)
-    apart = [r for r in rows if r["what"] == "share" and r["windows"] == "apart"]
+    settings = list(groups([r for r in rows if r["what"] == "share"], "model", "windows"))
     for at, (key, color) in enumerate((("raw", NEWEST), ("merged", MERGED))):
-        found = means(apart, "model", key)
         label = "single checkpoints" if key == "raw" else "merges"
-        places = [n + 0.2 * at for n in range(len(found))]
-        curve(left, dict(zip(places, found.values(), strict=True)), color=color, ls="", label=label)
-        left.plot(places, [r[f"{key}_walk"] for r in apart[: len(places)]], "_", ms=16, color=color)
-    left.set_xticks([0.1, 1.1], list(means(apart, "model", "raw")))
+        found = {n + 0.3 * at: mine for n, (_, mine) in enumerate(settings)}
+        shares = {place: estimate([r[key] for r in mine]) for place, mine in found.items()}
+        curve(left, shares, color=color, ls="", label=label)
+        walks = [mine[0][f"{key}_walk"] for mine in found.values()]
+        left.plot(list(found), walks, "_", ms=16, color=color)
+    names = ["\n".join(setting) for setting, _ in settings]
+    left.set_xticks([n + 0.15 for n in range(len(names))], names)
     left.set(ylim=(0, 1), title="dashes: a random walk", ylabel="share of the first direction")
     losses = [r for r in rows if r["what"] == "loss"]
-    pairs = groups(losses, "model", "end_tokens")
-    for color, ((model, end), found) in zip(shades(4), pairs, strict=True):
-        points = means(_gains(found), "further", "gain")
-        curve(right, points, color=color, label=f"{model}, {end:,} tokens")
+    newest = max(r["end_tokens"] for r in losses)
+    for (model, end), found in groups(losses, "model", "end_tokens"):
+        points, ls = means(_gains(found), "further", "gain"), "-" if end == newest else "--"
+        curve(right, points, color=MODELS[model], ls=ls, label=f"{model}, {end:,} tokens")
     zero(right)
     right.set(xlabel="further along the line", ylabel="gain over the merge (test, nats per byte)")
 

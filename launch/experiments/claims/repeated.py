@@ -9,7 +9,7 @@ from typing import Any
 
 from lab.experiment import Experiment, Findings, Row, Table, groups, means
 from lab.models import Scale, constant
-from lab.pages import MERGED, NEWEST, curve
+from lab.pages import MERGED, ONCE, curve, zero
 from lab.runs import Run, Start
 from lab.scoring import Merges
 from lab.stats import Estimate, estimate
@@ -17,7 +17,7 @@ from lab.work import Job
 
 LAST, TIMES = 6, 4
 ARMS = ("never", "once", "repeated")
-_COLORS = {"never": NEWEST, "once": "#e0a030", "repeated": MERGED}
+_COLORS = {"once": ONCE, "repeated": MERGED}
 
 
 def _ends(scale: Scale) -> tuple[int, ...]:
@@ -81,13 +81,9 @@ def rows(scale: Scale, seeds: Sequence[int]) -> Iterator[Row]:
 def findings(rows: Sequence[Row]) -> Findings:
     """Each arm against never, as loss and as tokens."""
     end = max(r["tokens"] for r in rows)
-    base = {(r["seed"], r["tokens"]): r for r in rows if r["arm"] == "never"}
     table, last = [], {}
-    for (arm, at), found in groups((r for r in rows if r["arm"] != "never"), "arm", "tokens"):
-        gains = {
-            key: estimate([base[r["seed"], at][key] - r[key] for r in found])
-            for key in ("newest", "merged")
-        }
+    for (arm, at), found in groups(_over_never(rows), "arm", "tokens"):
+        gains = {key: estimate([r[key] for r in found]) for key in ("newest", "merged")}
         table.append([arm, f"{at:,}", gains["newest"].signed, gains["merged"].signed])
         if at == end:
             last[arm] = gains
@@ -120,6 +116,16 @@ def findings(rows: Sequence[Row]) -> Findings:
     )
 
 
+def _over_never(rows: Sequence[Row]) -> list[Row]:
+    """Losses below those of the run of the same seed that never started from a merge."""
+    never = {(r["seed"], r["tokens"]): r for r in rows if r["arm"] == "never"}
+    return [
+        r | {key: never[r["seed"], r["tokens"]][key] - r[key] for key in ("newest", "merged")}
+        for r in rows
+        if r["arm"] != "never"
+    ]
+
+
 def _tokens_earlier(rows: Sequence[Row], row: Row, key: str) -> float:
     """How long before `row` a run of its seed without any start from a merge has the same loss.
 
@@ -145,11 +151,12 @@ def _said(gain: Estimate) -> str:
 
 
 def plot(rows: Sequence[Row], figure: Any) -> None:
-    """Losses of the newest checkpoint and of the merge, by tokens."""
+    """What is gained over never, seed by seed, before a merge and after it, by tokens."""
     for axis, key in zip(figure.subplots(1, 2), ("newest", "merged"), strict=True):
-        for (arm,), found in groups(rows, "arm"):
+        for (arm,), found in groups(_over_never(rows), "arm"):
             curve(axis, means(found, "tokens", key), color=_COLORS[arm], label=arm)
-        axis.set(xlabel="tokens", title=key, ylabel="test loss (nats per byte)")
+        zero(axis)
+        axis.set(xlabel="tokens", title=key, ylabel="gain over never (test, nats per byte)")
 
 
 EXPERIMENT = Experiment(

@@ -127,6 +127,11 @@ def _slope(rows: Sequence[Row]) -> float:
     ).slope
 
 
+def _by_seed(rows: Sequence[Row], key: str) -> Estimate:
+    """Of means of each seed: windows of one run are alike, and no number of them makes a run."""
+    return estimate([statistics.fmean(r[key] for r in mine) for _, mine in groups(rows, "seed")])
+
+
 def _mean(rows: Sequence[Row], key: str) -> Estimate:
     return estimate([r[key] for r in rows])
 
@@ -143,21 +148,24 @@ def plot(rows: Sequence[Row], figure: Any) -> None:
         mine = [r for r in rows if r["trained"] == part]
         points = {}
         for _, found in groups(sorted(mine, key=_window), "last", "interval_tokens"):
-            points[statistics.fmean(r["spread"] for r in found)] = _mean(found, "gain")
+            points[statistics.fmean(r["spread"] for r in found)] = _by_seed(found, "gain")
         points = dict(sorted(points.items()))
         curve(left, points, color=color, label=f"end at {part:.0%} of the run")
     zero(left)
     left.set(xscale="log", xlabel="spread of the members", ylabel="gain (test, nats per byte)")
-    known = held_out(rows, "seed", _FEATURES["spread and fall"])
-    predicted = np.concatenate([h.predicted for h in known])
-    found = np.concatenate([h.found for h in known])
-    right.plot(predicted, found, ".", ms=4, alpha=0.3, color=MERGED, label="a window")
+    known = [
+        {"seed": h.group, "predicted": float(predicted), "gain": float(gain)}
+        for h in held_out(rows, "seed", _FEATURES["spread and fall"])
+        for predicted, gain in zip(h.predicted, h.found, strict=True)
+    ]
+    predicted, gains = (np.array([r[key] for r in known]) for key in ("predicted", "gain"))
+    right.plot(predicted, gains, ".", ms=4, alpha=0.3, color=MERGED, label="a window")
     edges = np.quantile(predicted, np.linspace(0, 1, 9))
     points = {}
     for low, high in pairwise(edges):
-        inside = (predicted >= low) & (predicted <= high)
-        points[float(predicted[inside].mean())] = estimate([float(v) for v in found[inside]])
-    curve(right, points, color=MERGED, ls="", label="mean of an eighth of them")
+        inside = [r for r in known if low <= r["predicted"] <= high]
+        points[_by_seed(inside, "predicted").mean] = _by_seed(inside, "gain")
+    curve(right, points, color=MERGED, ls="", label="mean of an eighth of them, by seed")
     right.plot(edges[[0, -1]], edges[[0, -1]], color=NEWEST, lw=0.8)
     right.set(xlabel="gain predicted from spread and fall", ylabel="gain of a held-out seed")
 

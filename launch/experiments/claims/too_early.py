@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from lab import many
 from lab.experiment import Experiment, Findings, Row, Table, groups
-from lab.pages import MERGED, NEWEST, curve, shades, zero
+from lab.pages import JUDGED, MODELS, NEWEST, curve, zero
 from lab.stats import Estimate, estimate
 
 from pma_megatron.runs.notices import EARLY, OFTEN
@@ -127,20 +127,18 @@ def plot(rows: Sequence[Row], figure: Any) -> None:
     """Gain by where the window begins, for every kind; right and wrong by threshold."""
     left, right = figure.subplots(1, 2)
     edges = np.array([0.0, 0.3, 0.45, 0.55, 0.65, 0.75, 0.82, 0.88, 0.93, 1.0])
-    kinds = list(groups(rows, "kind"))
-    for color, ((kind,), mine) in zip(shades(len(kinds)), kinds, strict=True):
+    for (kind,), mine in groups(rows, "kind"):
         points = {}
         for low, high in pairwise(edges):
             inside = [r for r in mine if low <= r["oldest"] < high]
             seeds = [[r["gain"] for r in found] for _, found in groups(inside, "seed")]
             if seeds:
                 points[(low + high) / 2] = estimate([float(np.mean(gains)) for gains in seeds])
-        curve(left, points, color=color, label=kind)
+        model, _, slower = kind.partition(", ")
+        curve(left, points, color=MODELS[model], ls="--" if slower else "-", label=kind)
     zero(left)
     left.set(xlabel="where the window begins, part of its end", ylabel="gain (test, nats per byte)")
-    names = ("judged rightly", "harm that was not warned of", "false warnings")
-    colors = (NEWEST, MERGED, "#e0a030")
-    for which, (name, color) in enumerate(zip(names, colors, strict=True)):
+    for which, (name, color) in enumerate(JUDGED.items()):
         points = {}
         for at in np.arange(0.3, 1.0, 0.05):
             tried = [_tried(mine, _RULES[_BEGINS], at) for _, mine in groups(rows, "seed")]
