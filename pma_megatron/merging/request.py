@@ -132,7 +132,9 @@ class MergeRequest:
         metavar="R",
     )
     overwrite: bool = setting(
-        False, "replace an existing output, which is kept until the new one is published"
+        False,
+        "replace an existing output: on a disk it is kept until the new one is published; in an "
+        "object store it is deleted when the upload begins",
     )
     check_sources: bool = setting(
         False, "read records whole that the merge reads in part, to compare their checksums"
