@@ -219,7 +219,13 @@ def test_verify_finds_what_is_wrong(
         assert words in err
     code, _, err = call(capsys, "verify", folder_of(run, 8))
     assert code == 1
-    assert "was not written by this tool" in err
+    assert "was not written by this tool" in err and "`pma compare`" in err
+    source = max(folder_of(run, 8).glob("*.distcp"), key=lambda path: path.stat().st_size)
+    stored = source.read_bytes()
+    source.write_bytes(stored[: len(stored) // 2] + bytes(256) + stored[len(stored) // 2 + 256 :])
+    code, _, err = call(capsys, "compare", folder_of(run, 6), folder_of(run, 8))  # as it was told
+    assert code == 1 and source.name in err
+    source.write_bytes(stored)
     config = folder_of(run, 6) / "metadata.json"
     config.write_text(config.read_text() + " ")
     code, _, err = call(capsys, "verify", final)
