@@ -51,7 +51,9 @@ def test_list(capsys: pytest.CaptureFixture[str], run: Path) -> None:
     assert "4 checkpoints" in out
     assert out.count(" complete") == 2
     assert "damaged: shard file __1_0.distcp is missing" in out
-    assert "damaged, named by the tracker: no metadata.json" in out  # the tracker names it: its save had ended
+    assert (
+        "damaged, named by the tracker: no metadata.json" in out
+    )  # the tracker names it: its save had ended
     reasons = [ref["incomplete_because"] for ref in call_json(capsys, "list", run)]
     assert [reason is None for reason in reasons] == [True, False, True, False]
 
