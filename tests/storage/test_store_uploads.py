@@ -156,6 +156,47 @@ def test_a_snapshot_that_was_not_written_is_not_of_this_branch(
     assert 40 in there(address) and 60 in there(address)
 
 
+def average_in(place: AveragePlace, made: SnapshotWriter, iteration: int) -> Path:
+    """What a trainer saves there of an average, and its tracker."""
+    place.begin(name_of(iteration))
+    to = place.folder / name_of(iteration)
+    folder = Path(shutil.copytree(made.root / name_of(iteration), to))
+    (folder / SEAL_FILE).unlink()
+    (folder / MARKER_FILE).write_text(json.dumps({"kind": ONLINE_AVERAGE}))
+    (place.folder / TRACKER).write_text(str(iteration))
+    return folder
+
+
+def test_training_goes_on_where_an_average_gets_there_as_the_next_is_saved(
+    address: str,
+    tmp_path: Path,
+    down: Callable[[bool], None],
+    new_place: Callable[[], AveragePlace],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is removed from the disk while it is looked at how much room another one needs."""
+    made, place = writer(tmp_path / "made"), new_place()
+    put(made, 40)
+    down(True)
+    folder = average_in(place, made, 40)
+    place.saved(folder.name)
+    place.wait(PATIENCE_S)
+    is_file, seen = Path.is_file, list[Path]()
+
+    def gone(self: Path) -> bool:
+        found = is_file(self)
+        if self.parent == folder and not seen:
+            seen.append(self)
+            down(False)
+            place.wait(PATIENCE_S)
+        return found
+
+    monkeypatch.setattr(Path, "is_file", gone)
+    place.begin(name_of(50))
+    assert seen and not folder.exists()
+    assert there(address) == [40]
+
+
 @pytest.mark.parametrize("by", ["this job", "the job before"])
 def test_training_resumes_from_the_average_that_was_saved_last(
     address: str,
@@ -170,14 +211,7 @@ def test_training_resumes_from_the_average_that_was_saved_last(
         put(made, iteration)
 
     def save(place: AveragePlace, iteration: int) -> None:
-        place.begin(name_of(iteration))
-        folder = Path(
-            shutil.copytree(made.root / name_of(iteration), place.folder / name_of(iteration))
-        )
-        (folder / SEAL_FILE).unlink()
-        (folder / MARKER_FILE).write_text(json.dumps({"kind": ONLINE_AVERAGE}))
-        (place.folder / TRACKER).write_text(str(iteration))
-        place.saved(folder.name)
+        place.saved(average_in(place, made, iteration).name)
 
     place = new_place()
     save(place, 40)
