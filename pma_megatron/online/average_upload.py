@@ -21,7 +21,7 @@ from pma_megatron.formats import registry
 from pma_megatron.formats.holding import MARKERS
 from pma_megatron.formats.json_files import read_json
 from pma_megatron.formats.marker import MARKER_FILE, ONLINE_AVERAGE, UPLOADING_FILE
-from pma_megatron.online.uploads import Uploads, refuse_unseen, remove_marks
+from pma_megatron.online.uploads import Uploads, refuse_unseen, remove
 from pma_megatron.runs.describe import describe, iteration_of
 from pma_megatron.storage.addresses import below
 from pma_megatron.storage.paths import in_store, place_of, workplace
@@ -195,8 +195,7 @@ class AverageUploads(Uploads):
         with self._lock:
             self._ready.pop(folder.name, None)
         if folder.is_dir():
-            remove_marks(folder)
-            shutil.rmtree(folder)
+            remove(folder)
 
     def _point_to(self, store: Store, root: str, folder: Path) -> None:
         """Have a trainer resume from it: what lies beside the averages first, the tracker last."""

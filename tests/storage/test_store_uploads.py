@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from test_snapshot_writer import simple_chunks, simple_data, until
 
 from pma_megatron import list_checkpoints
 from pma_megatron.base.comm import Comm
+from pma_megatron.deepspeed import online as deepspeed_online
 from pma_megatron.errors import PublishError
 from pma_megatron.formats.marker import MARKER_FILE, ONLINE_AVERAGE, SEAL_FILE
 from pma_megatron.online import snapshot_upload, snapshots, uploads
@@ -195,6 +197,33 @@ def test_training_goes_on_where_an_average_gets_there_as_the_next_is_saved(
     place.begin(name_of(50))
     assert seen and not folder.exists()
     assert there(address) == [40]
+
+
+def test_a_tag_that_is_removed_from_the_disk_is_an_average_to_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the next `save_average`, which looks meanwhile, would take it for a tag of the run's."""
+    tag = tmp_path / "mine"
+    for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"):
+        (tag / "part").mkdir(parents=True, exist_ok=True)
+        (tag / name).write_bytes(b"x")
+        (tag / "part" / name).write_bytes(b"x")
+    for name in (SEAL_FILE, MARKER_FILE):
+        (tag / name).write_text("{}")
+    looks: list[set[str]] = []
+
+    def looking(remove: Callable[..., None]) -> Callable[..., None]:
+        def removed(*given: object, **how: object) -> None:
+            remove(*given, **how)
+            deepspeed_online._refuse_other_tags(tmp_path)
+            looks.append({path.name for path in tag.rglob("*")})
+
+        return removed
+
+    for name in ("unlink", "rmdir"):
+        monkeypatch.setattr(os, name, looking(getattr(os, name)))
+    uploads.remove(tag)
+    assert len(looks) == 8 and {MARKER_FILE} <= looks[4] and not tag.exists()
 
 
 @pytest.mark.parametrize("by", ["this job", "the job before"])
