@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -23,7 +24,7 @@ sys.path.insert(0, str(ROOT / "launch"))
 from gpu.findings import NOT_HERE, NOT_RUN, OK, WRONG, Finding, PartResult, found, not_here, write  # noqa: E402
 from gpu.oracle import beyond, differing  # noqa: E402
 from gpu.pairs import cost  # noqa: E402
-from gpu.parts import BY_NAME, PARTS, TREE_ENV  # noqa: E402
+from gpu.parts import BY_NAME, PARTS, TREE_ENV, Part  # noqa: E402
 from gpu.table import COSTS, PAGE, page, read  # noqa: E402
 from pma_megatron.testing import FAULT_ENV, Fault  # noqa: E402
 
@@ -166,6 +167,23 @@ def test_bad_commands_are_refused(tmp_path: Path) -> None:
         assert done.returncode == 2 and why in done.stderr, done.stderr
     listed = subprocess.run([*script, "--list"], env=environment, capture_output=True, text=True)
     assert [line.split()[0] for line in listed.stdout.splitlines()] == list(BY_NAME)
+
+
+@pytest.mark.parametrize("part", PARTS, ids=lambda part: part.name)
+def test_a_part_that_lacks_a_module_says_which(
+    part: Part, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Also of what the package itself asks for: `--wheels` installs what is there, no more."""
+    (tmp_path / "pretrain_gpt.py").touch()
+    monkeypatch.setenv(TREE_ENV, str(tmp_path))
+    path = ROOT / "launch" / f"{part.function.partition(':')[0].replace('.', '/')}.py"
+    imported = set(re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(), re.MULTILINE))
+    here = {"gpu", "pma_megatron", "torch", "floor"}
+    asked = {"transformers"}  # by the part itself, which does without
+    for name in sorted({*part.needs} | imported - sys.stdlib_module_names - here - asked):
+        with monkeypatch.context() as without:
+            without.setitem(sys.modules, name, None)
+            assert part.why_not() == f"{name} is not installed"
 
 
 def test_the_oracle_sees_one_bit() -> None:

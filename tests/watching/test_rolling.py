@@ -154,7 +154,7 @@ def train_engine(rank: int, world_size: int, root: str) -> None:
 def test_in_a_run_of_deepspeed(tmp_path: Path) -> None:
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     run, save = tmp_path / "run", tmp_path / "averages"
-    run_ranks(train_engine, 2, str(run), timeout_s=200)
+    run_ranks(train_engine, 2, str(run), timeout_s=800)
     time.sleep(_MARGIN_S)
     watched = Watched(run, save)
     updates = []
