@@ -56,7 +56,8 @@ INSIDE = {
         manifest opcodes
         pickles
         items
-        flat placed relay
+        flat_pieces placed relay
+        flat
         contract fingerprints shares
     """,
     "formats.dcp": """

@@ -131,7 +131,7 @@ class Loop:
             "--save",
             str(save),
             "--timeout",
-            "20s",
+            "60s",
             *flags,
         ]
 
@@ -305,7 +305,7 @@ def main() -> int:
     flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     flags.add_argument("--rounds", type=int, default=200)
     flags.add_argument("--minutes", type=float, default=1e9, help="begin no round after that")
-    flags.add_argument("--limit", type=float, default=60.0, help="seconds until it counts as hung")
+    flags.add_argument("--limit", type=float, default=200.0, help="seconds until it counts as hung")
     flags.add_argument(
         "--folder", type=Path, help="where runs and targets lie (default: temporary)"
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import _logging_as_it_was, call, spawn  # noqa: F401 (a fixture of every test)
+from test_cli import call, spawn
 
 from conftest import digests, folder_of
 from pma_megatron.formats.marker import OWN_FILES

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from test_snapshot_writer import simple_chunks, simple_data
+from test_snapshot_writer import simple_chunks, simple_data, until
 
 from pma_megatron import list_checkpoints
 from pma_megatron.base.comm import Comm
@@ -23,8 +24,9 @@ from pma_megatron.online.snapshots import SnapshotWriter, name_of
 from pma_megatron.online.store import WindowStore
 from pma_megatron.storage.object_store import ObjectStore
 from pma_megatron.storage.paths import place_of, stored
+from pma_megatron.testing import run_ranks
 
-PATIENCE_S = 60.0
+PATIENCE_S = 100.0
 TRACKER = "latest_checkpointed_iteration.txt"
 
 
@@ -45,6 +47,21 @@ def down(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
 
     monkeypatch.setattr(ObjectStore, "put_file", refusing)
     return lambda is_down: now.__setitem__(0, is_down)
+
+
+@pytest.fixture
+def new_place(address: str) -> Iterator[Callable[[], AveragePlace]]:
+    """Gives the places of jobs, each of which is over when the test is: this process ends later,
+    and by then nothing of theirs is there to be put anywhere."""
+    made: list[AveragePlace] = []
+
+    def new() -> AveragePlace:
+        made.append(AveragePlace(address, Comm()))
+        return made[-1]
+
+    yield new
+    for place in made:
+        atexit.unregister(place.wait)
 
 
 def writer(address: str | Path, **settings: object) -> SnapshotWriter:
@@ -141,7 +158,11 @@ def test_a_snapshot_that_was_not_written_is_not_of_this_branch(
 
 @pytest.mark.parametrize("by", ["this job", "the job before"])
 def test_training_resumes_from_the_average_that_was_saved_last(
-    address: str, tmp_path: Path, down: Callable[[bool], None], by: str
+    address: str,
+    tmp_path: Path,
+    down: Callable[[bool], None],
+    by: str,
+    new_place: Callable[[], AveragePlace],
 ) -> None:
     """One of a branch that was given up waited for the store, and has a larger number."""
     made = writer(tmp_path / "made")
@@ -158,14 +179,14 @@ def test_training_resumes_from_the_average_that_was_saved_last(
         (place.folder / TRACKER).write_text(str(iteration))
         place.saved(folder.name)
 
-    place = AveragePlace(address, Comm())
+    place = new_place()
     save(place, 40)
     place.wait(PATIENCE_S)
     down(True)
     save(place, 100)
     place.wait(PATIENCE_S)
     if by == "the job before":
-        place = AveragePlace(address, Comm())
+        place = new_place()
         place.wait(PATIENCE_S)
     save(place, 50)
     down(False)
@@ -184,3 +205,27 @@ def test_a_thread_that_was_not_waited_out_is_waited_for_again() -> None:
     threading.Timer(0.2, goes_on.set).start()
     window.wait()
     assert goes_on.is_set()
+
+
+def looks_late(rank: int, size: int, address: str, sign: str) -> None:
+    """Rank 1 looks whether a snapshot was published when it is in the store, and off the disk."""
+    chunks = simple_chunks(rank, size)
+    to = SnapshotWriter(address, chunks, torch.float32, Comm())
+    to.write(1, simple_data(chunks, 1), {})
+    if rank == 0:
+        to.wait(PATIENCE_S)
+        to.wait_for_uploads(PATIENCE_S)
+        assert there(address) == [1] and not [path for path in to.root.rglob("*") if path.is_file()]
+        Path(sign).touch()
+    else:
+        until(Path(sign).exists)
+        to.wait(PATIENCE_S)
+
+
+def test_a_rank_that_looks_late_sees_that_a_snapshot_was_published(
+    address: str, tmp_path: Path, spools: Path
+) -> None:
+    """As at the end of a job, where ranks come one after the other."""
+    run_ranks(looks_late, 2, address, str(tmp_path / "sign"))
+    writer(address).wait_for_uploads(PATIENCE_S)
+    assert not [*spools.rglob("iter_*")]

@@ -17,6 +17,7 @@ from typing import Any
 
 import exports
 import pytest
+from test_watch import slept
 
 from conftest import digests, folder_of
 from jobs import JOBS, nothing_goes_on  # noqa: F401
@@ -118,7 +119,7 @@ def test_it_follows_a_run_in_a_store(
             case 5:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(follow.time, "sleep", step)
+    monkeypatch.setattr(follow, "time", slept(step))
     found: list[dict[str, Any]] = []
     with pytest.raises(KeyboardInterrupt):
         watch(request_of(load, save, once=False), tell=found.append)
@@ -204,7 +205,7 @@ def test_one_that_was_taken_over_ends(
     def taken(_: float) -> None:
         s3.put_object(Bucket=bucket, Key=sign, Body=b'{"by": "another", "token": "its own"}')
 
-    monkeypatch.setattr(follow.time, "sleep", taken)
+    monkeypatch.setattr(follow, "time", slept(taken))
     found: list[dict[str, Any]] = []
     with pytest.raises(charge.TakenOverError, match="another"):
         watch(request_of(load, save, once=False), tell=found.append)
