@@ -269,6 +269,8 @@ FOREIGN = {
         "--no-load-optim",
         "--no-load-rng",
         "--optimizer",
+        "--non-persistent-ckpt-type",
+        "--override-ckpt-iteration",
         "--override-opt_param-scheduler",
         "--save",
         "--save-interval",
