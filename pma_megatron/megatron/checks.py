@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from itertools import combinations
 from pathlib import Path
@@ -213,7 +212,7 @@ def _refuse_score(args: Any, settings: Settings) -> None:
                 f"--pma-score and {flag} cannot be combined: one evaluates, the other "
                 "trains; leave out one of the two"
             )
-    if settings.score_out is not None and os.environ.get("RANK", "0") == "0":  # who writes it
+    if settings.score_out is not None:
         out = settings.score_out
         refuse_file(f"--pma-score-out {out}", Path(out), SCORES)
 
