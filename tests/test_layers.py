@@ -175,6 +175,7 @@ INSIDE = {
         readers
         detector metrics relaunch
         onsets
+        unsure
         recovery
     """,
     "online": """
