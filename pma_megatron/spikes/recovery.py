@@ -234,8 +234,8 @@ def _resume(request: RecoveryRequest, chosen: Sequence[CheckpointRef], skip: Spa
         made = place_of(absolute(request.save)) / output_name(save, known, newest.iteration)
         how = from_a_copy(made) if in_store(made) else save.trainer.resumed(made)
     elif not known.tracker.by_flag and "consumed_train_samples" not in args:
-        root = place_of(request.save)
-        how = from_a_copy(root / "tag") if in_store(root) else known.tracker.resumed(request.save)
+        root = place_of(absolute(request.save))
+        how = from_a_copy(root / "tag") if in_store(root) else known.tracker.resumed(root)
     if how is not None:
         return resume_script(
             how,
