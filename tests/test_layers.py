@@ -176,6 +176,7 @@ INSIDE = {
         readers
         detector metrics relaunch
         onsets
+        unsure
         recovery
     """,
     "online": """
