@@ -8,7 +8,6 @@ import logging
 import os
 import random
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +26,6 @@ from pma_megatron.runs.notices import too_early
 from pma_megatron.testing import TinyConfig, TinyTrainer, run_ranks
 
 TRACKER = "latest_checkpointed_iteration.txt"
-
-
-@pytest.fixture(autouse=True)
-def _logging_as_it_was() -> Iterator[None]:
-    logger = logging.getLogger("pma_megatron")
-    before = logger.handlers[:], logger.level, logger.propagate
-    yield
-    logger.handlers[:], logger.level, logger.propagate = before
 
 
 def states(run: Path) -> dict[int | None, str]:
