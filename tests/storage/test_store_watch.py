@@ -30,7 +30,7 @@ from pma_megatron import (
 )
 from pma_megatron.errors import PublishError
 from pma_megatron.storage import claims, spool
-from pma_megatron.watching import charge, follow
+from pma_megatron.watching import charge, follow, state
 from s3 import keys
 
 Put = Callable[[Path, str], str]
@@ -151,6 +151,28 @@ def test_what_is_there_is_not_made_again_and_old_ones_go(
     assert kinds(looked(load, save, keep=2)) == ["started", "current"]
     said = [json.loads(line)["event"] for line in events.read_text().splitlines()]
     assert said.count("published") == 3 and said.count("deleted") == 1
+
+
+def test_what_was_written_again_is_told_by_its_version(
+    dense_run: Path, put: Put, s3: Any, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the store's clock is ahead of this machine's, or behind: here the same bytes come in
+    parts, by which the object gets another ETag."""
+    load, save = put(dense_run, RUN), f"s3://{bucket}/averages"
+    where = {"Bucket": bucket, "Key": f"{RUN}/iter_0000006/__0_0.distcp"}
+    data = (folder_of(dense_run, 6) / "__0_0.distcp").read_bytes()
+    assert kinds(looked(load, save)) == ["started", "published"]
+    for began_ns in (0, 2 * time.time_ns()):
+        with monkeypatch.context() as patched:
+            patched.setattr(state, "begun_ns", lambda _, began_ns=began_ns: began_ns)
+            assert kinds(looked(load, save)) == ["started", "current"]
+            by = {"UploadId": s3.create_multipart_upload(**where)["UploadId"], **where}
+            tag = s3.upload_part(**by, PartNumber=1, Body=data)["ETag"]
+            parts = {"Parts": [{"ETag": tag, "PartNumber": 1}]}
+            s3.complete_multipart_upload(**by, MultipartUpload=parts)
+            assert kinds(looked(load, save)) == ["started", "published"]
+            s3.put_object(**where, Body=data)
+        assert kinds(looked(load, save)) == ["started", "published"]
 
 
 def test_one_watch_at_a_time(
