@@ -56,7 +56,8 @@ INSIDE = {
         manifest opcodes
         pickles
         items
-        flat placed relay
+        flat_pieces placed relay
+        flat
         contract fingerprints shares
     """,
     "formats.dcp": """
@@ -175,6 +176,7 @@ INSIDE = {
         readers
         detector metrics relaunch
         onsets
+        unsure
         recovery
     """,
     "online": """
@@ -209,7 +211,7 @@ INSIDE = {
         destinations
     """,
     "megatron": """
-        flags params tree_functions trees
+        flags params resumed tree_functions trees
         checks replicas retained thin writers
         evaluate
         argument_parser load rollback session shard swap

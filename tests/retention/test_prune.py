@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import _logging_as_it_was, call  # noqa: F401 (a fixture of every test)
+from test_cli import call
 
 from conftest import digests, folder_of, request_for
 from pma_megatron import PruneRequest, SelectionRequest, list_checkpoints, merge, prune

@@ -15,7 +15,7 @@ from typing import Any
 import exports
 import numpy as np
 import pytest
-from test_cli import _logging_as_it_was, call  # noqa: F401 (a fixture of every test)
+from test_cli import call
 from test_watch import TRACKER, merged, payload
 
 from conftest import DENSE, digests, folder_of

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from test_cli import _logging_as_it_was, call  # noqa: F401 (a fixture of every test)
+from test_cli import call
 
 from conftest import digests, folder_of
 from jobs import JOBS, nothing_goes_on  # noqa: F401
