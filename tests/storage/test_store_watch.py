@@ -30,8 +30,10 @@ from pma_megatron import (
     verify,
     watch,
 )
+from pma_megatron.base.stopping import Stopped, stoppable
 from pma_megatron.errors import PublishError
 from pma_megatron.storage import claims, spool
+from pma_megatron.storage.object_store import ObjectStore
 from pma_megatron.testing import run_ranks
 from pma_megatron.watching import charge, follow, state
 from s3 import keys
@@ -216,6 +218,22 @@ def test_one_watch_at_a_time(
             looked(load, save)
     monkeypatch.setattr(claims, "FRESH_S", 0.0)
     assert kinds(looked(load, save))[0] == "started"
+
+
+def test_one_that_is_stopped_as_it_begins_leaves_no_sign(
+    dense_run: Path, put: Put, s3: Any, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On another machine the next one would wait for it for minutes."""
+    load, save, real = put(dense_run, RUN), f"s3://{bucket}/averages", ObjectStore.put
+
+    def stopped(self: ObjectStore, *given: Any, **how: Any) -> None:
+        real(self, *given, **how)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(ObjectStore, "put", stopped)
+    with stoppable(), pytest.raises(Stopped):
+        looked(load, save)
+    assert keys(s3, bucket, "averages/") == []
 
 
 def test_one_that_was_taken_over_ends(
