@@ -272,6 +272,8 @@ FOREIGN = {
         "--no-load-optim",
         "--no-load-rng",
         "--optimizer",
+        "--non-persistent-ckpt-type",
+        "--override-ckpt-iteration",
         "--override-opt_param-scheduler",
         "--save",
         "--save-interval",
