@@ -243,6 +243,9 @@ def test_names_of_the_package_exist(path: Path) -> None:
 _FLAG = re.compile(r"(?<![\w-])--[a-z](?:[\w-]*\w)?(?!\w|-?\*)")
 FOREIGN = {
     "launch/gpu_check.sh": {"--cpu", "--list", "--only", "--peer", "--peer-says", "--wheels"},
+    "aws": {"--recursive"},
+    "pip": {"--no-build-isolation", "--no-deps"},
+    "sbatch": {"--nodes"},
     "torchrun": {"--nnodes", "--nproc-per-node"},
     "torchtitan": {"--checkpoint"},
     "Megatron": {

@@ -56,7 +56,8 @@ INSIDE = {
         manifest opcodes
         pickles
         items
-        flat placed relay
+        flat_pieces placed relay
+        flat
         contract fingerprints shares
     """,
     "formats.dcp": """
@@ -175,6 +176,7 @@ INSIDE = {
         readers
         detector metrics relaunch
         onsets
+        unsure
         recovery
     """,
     "online": """

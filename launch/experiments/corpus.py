@@ -5,7 +5,8 @@
 
 Needs `apt-get` (Debian 12) and pip, and their registries. Every document is in one part alone,
 training, validation or test, by a hash of what it says; what says the same is taken once. The
-packages' own statements of copyright lie beside the texts. Byte tokens: a byte is a token.
+packages' own statements of copyright lie beside the texts. A byte is a token. RFCs are not among
+them: Debian calls them non-free (`doc-rfc`), because their licence forbids changed copies.
 """
 
 from __future__ import annotations
@@ -68,6 +69,10 @@ SOURCES = {
     "transformers": "Apache-2.0",
 }
 """Packages of the Python index -> their licence; what is taken are their modules."""
+LEFT_OUT = (
+    "RFCs are not among them: Debian calls them non-free (doc-rfc), because their licence forbids "
+    "changed copies."
+)
 
 
 @dataclass
@@ -203,6 +208,7 @@ def main() -> int:
     if chosen.list:
         for name, licence in {**DOCUMENTATION, **SOURCES}.items():
             print(f"{name:22} {licence}")
+        print(LEFT_OUT)
         return 0
     for domain, taken in make(cache() / "text").items():
         parts = ", ".join(f"{part} {n / 1e6:.1f} MB" for part, n in taken.nbytes.items())

@@ -111,7 +111,7 @@ class StoredRecord:
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A global tensor: shape, dtype, and the pieces that hold it (a tuple, or `StoredPieces`).
+    """A global tensor: shape, dtype, and the pieces that hold it (a tuple, or `ManyPieces`).
 
     `replicas` are further copies of some pieces: optimizer buckets of tensor-parallel ranks each
     hold the main parameters of a replicated norm. They are written, and never needed for reading.

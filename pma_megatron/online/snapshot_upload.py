@@ -1,8 +1,9 @@
 """Thin snapshots, and the entries of a window, on their way to an object store.
 
-What is there is removed from the disk, but for its empty folder, by which other ranks may still
-look whether it was published: nothing is removed that does not bear the mark of having got there,
-or that nobody needs any more.
+What is there is removed from the disk, but for the empty folder of the last one, by which other
+ranks may still look whether it was published, however late they come: the next one, or the next
+job, removes it. Nothing is removed that does not bear the mark of having got there, or that nobody
+needs any more.
 """
 
 from __future__ import annotations
@@ -103,13 +104,16 @@ class SnapshotUploads(Uploads):
         return frozenset(iteration_of(folder) or 0 for folder in self._whole())
 
     def remove_empty(self, but: str = "") -> None:
-        """Remove the folders of what is in the store; not one of this name."""
+        """Remove what is left on the disk of what is in the store; the folder of this name stays,
+        empty."""
         for folder in folders_in(self.folder) if self.folder.is_dir() else ():
-            if folder.name != but and iteration_of(folder) is not None:
+            if iteration_of(folder) is None:
+                continue
+            with contextlib.suppress(OSError):  # another thread removes it, or it is not empty
                 if (folder / _THERE).exists():
                     _empty(folder)
                     (folder / _THERE).unlink(missing_ok=True)
-                with contextlib.suppress(OSError):  # what is not empty stays
+                if folder.name != but:
                     folder.rmdir()
 
     def _whole(self) -> list[Path]:

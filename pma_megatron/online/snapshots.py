@@ -11,7 +11,6 @@ import io
 import logging
 import secrets
 import shutil
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -37,7 +36,7 @@ from pma_megatron.formats.torch_dist.chunks import (
 )
 from pma_megatron.formats.torch_dist.completeness import completeness
 from pma_megatron.online.branch import RunBranch
-from pma_megatron.online.snapshot_job import SEEN_BY_ALL_S, STAGING, Data, SnapshotJob
+from pma_megatron.online.snapshot_job import STAGING, Data, SnapshotJob
 from pma_megatron.online.snapshot_pruning import is_snapshot, prune
 from pma_megatron.online.snapshot_upload import SnapshotUploads, refuse_full
 from pma_megatron.online.uploads import refuse_unseen
@@ -111,7 +110,7 @@ class SnapshotWriter:
         self._token = comm.broadcast(secrets.token_hex(4))
         self._branch = RunBranch({})
         self._newest = 0
-        self._published_s = -SEEN_BY_ALL_S
+        self._published = ""
         self._there = comm.on_main("snapshot folder", lambda: self._prepare(trained_from))
         refuse_unseen(self.root, "snapshots", comm)
         numbers = [number for number, chunk in enumerate(chunks) if chunk.box.numel]
@@ -201,9 +200,8 @@ class SnapshotWriter:
         """Until all is in the store; see `Uploads.wait`."""
         if self._uploads is not None:
             self._uploads.wait(timeout_s, moved)
-            if self._comm.size > 1:  # other ranks look for the last folder now and then
-                time.sleep(max(0.0, self._published_s + SEEN_BY_ALL_S - time.monotonic()))
-            self._uploads.remove_empty()
+            # Other ranks may not have looked yet whether the last one was published.
+            self._uploads.remove_empty(self._published if self._comm.size > 1 else "")
 
     def train_on(self, iteration: int) -> None:
         """Training went back to weights of `iteration`, whatever number it goes on with: what this
@@ -288,7 +286,7 @@ class SnapshotWriter:
             prune(self.root, 0, kept - {*iterations})
 
     def _upload(self, name: str) -> None:
-        self._published_s = time.monotonic()
+        self._published = name
         if not self._keeps_whole:
             self._branch.wrote(iteration_of(Path(name)) or 0)
         if self._uploads is not None:

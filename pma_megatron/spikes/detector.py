@@ -24,7 +24,7 @@ __all__ = ["Kind", "SpikeDetector", "SpikeSettings", "Verdict", "detect"]
 
 # A normal distribution has its standard deviation at 1.4826 median absolute deviations, and the
 # median of n of its values deviates by sqrt(pi / 2 / n) standard deviations.
-_SIGMA_PER_MAD = 1.4826
+SIGMA_PER_MAD = 1.4826
 _MEDIAN_SPREAD = math.sqrt(math.pi / 2)
 
 # What may be left of a rise after another `patience`, if the run is to be on its way back.
@@ -42,9 +42,19 @@ class SpikeDetector:
         self._state = State()
 
     @property
+    def suspicion(self) -> Suspicion | None:
+        """A rise that has neither recovered nor been confirmed; None if all is well."""
+        return self._state.suspicion
+
+    @property
     def suspect_since(self) -> int | None:
-        """Onset of a rise that has neither recovered nor been confirmed; None if all is well."""
-        return None if self._state.suspicion is None else self._state.suspicion.onset
+        """Its onset; None if all is well."""
+        return None if self.suspicion is None else self.suspicion.onset
+
+    @property
+    def learning(self) -> bool:
+        """Whether the last point was one of those that are learned from and not judged."""
+        return self._state.lost or not self._can_judge
 
     @property
     def judged(self) -> bool:
@@ -163,7 +173,7 @@ class SpikeDetector:
         third = len(losses) // 3
         slope = (np.median(losses[-third:]) - np.median(losses[:third])) / (len(losses) - third)
         residuals = losses - slope * np.arange(len(losses))
-        return _SIGMA_PER_MAD * float(np.median(np.abs(residuals - np.median(residuals))))
+        return SIGMA_PER_MAD * float(np.median(np.abs(residuals - np.median(residuals))))
 
     @property
     def _can_judge(self) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
@@ -33,7 +34,8 @@ from pma_megatron.spikes.textfiles import lines, not_printed, suffix
 from pma_megatron.storage.paths import path_of
 
 _EVENTS = "tfevents"
-# A table in no order is told from a run that went back by how often its iterations fall.
+# A table in no order, or of several writers, is told from a run that went back by how often its
+# iterations fall, or by how many of them are there twice in a row.
 _FALLS_PER_POINT = 0.1
 
 
@@ -225,19 +227,20 @@ def _is_json_object(line: str) -> bool:
 def _as_it_went(written: Sequence[MetricsPoint]) -> Part:
     """Points in order, later writings first choice; and what was dropped."""
     falls = sum(later.iteration < point.iteration for point, later in pairwise(written))
-    if falls > _FALLS_PER_POINT * len(written):
+    again = {one.iteration for one, two in pairwise(written) if _again(one, two)}
+    if max(falls, len(again) - 1) > _FALLS_PER_POINT * len(written):
         return _sorted(written)
     kept: list[MetricsPoint] = []
     over: list[Overwritten] = []
     repeated = 0
     for point in written:
-        if kept and point.iteration == kept[-1].iteration:
-            kept.pop()
-            repeated += 1
-        elif kept and point.iteration < kept[-1].iteration:
+        if kept and (point.iteration < kept[-1].iteration or _again(kept[-1], point)):
             first = bisect_left(kept, point.iteration, key=lambda each: each.iteration)
             over.append(Overwritten(again=point.iteration, points=tuple(kept[first:])))
             del kept[first:]
+        elif kept and point.iteration == kept[-1].iteration:
+            kept.pop()
+            repeated += 1
         kept.append(point)
     notes = []
     if over:
@@ -248,8 +251,19 @@ def _as_it_went(written: Sequence[MetricsPoint]) -> Part:
             f"{dropped} overwritten point(s) left out."
         )
     if repeated:
-        notes.append(f"{repeated} iteration(s) were written twice in a row; the later one counts.")
+        notes.append(f"{repeated} iteration(s) were written twice in a row, alike.")
     return tuple(kept), notes, over
+
+
+def _again(point: MetricsPoint, later: MetricsPoint) -> bool:
+    """Whether one iteration was run again; what is alike was only written twice."""
+    return later.iteration == point.iteration and not _alike(point, later)
+
+
+def _alike(one: MetricsPoint, other: MetricsPoint) -> bool:
+    same_loss = one.loss == other.loss or (math.isnan(one.loss) and math.isnan(other.loss))
+    known = None not in (one.consumed_samples, other.consumed_samples)
+    return same_loss and (not known or one.consumed_samples == other.consumed_samples)
 
 
 def _sorted(written: Sequence[MetricsPoint]) -> Part:
@@ -257,7 +271,7 @@ def _sorted(written: Sequence[MetricsPoint]) -> Part:
     last: dict[int, MetricsPoint] = {}
     earlier: dict[int, MetricsPoint] = {}
     for point in written:
-        if point.iteration in last:
+        if point.iteration in last and not _alike(last[point.iteration], point):
             earlier[point.iteration] = _worse(
                 last[point.iteration], earlier.get(point.iteration, last[point.iteration])
             )
@@ -269,8 +283,10 @@ def _sorted(written: Sequence[MetricsPoint]) -> Part:
             branch = tuple(earlier[iteration] for iteration in some)
             over.append(Overwritten(again=branch[0].iteration, points=branch))
     again = len(written) - len(ordered)
-    said = f" {again} iteration(s) were there twice; the later row counts." if again else ""
-    notes = [f"The rows were in no order of iterations and were sorted.{said}"]
+    said = f"{again} iteration(s) were there twice; the later row counts."
+    in_order = all(one.iteration <= two.iteration for one, two in pairwise(written))
+    notes = ["The rows were in no order of iterations and were sorted."] * (not in_order)
+    notes = [" ".join([*notes, said] if again else notes)]
     return tuple(last[iteration] for iteration in ordered), notes, over
 
 

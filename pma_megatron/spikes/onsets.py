@@ -11,13 +11,17 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
+from operator import itemgetter
 
-from pma_megatron.spikes.detector import SpikeDetector
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+
+from pma_megatron.spikes.detector import SIGMA_PER_MAD, SpikeDetector
 from pma_megatron.spikes.healthy import GivenUp, Span
 from pma_megatron.spikes.metrics import Metrics, Overwritten
 from pma_megatron.spikes.points import MetricsPoint
-from pma_megatron.spikes.settings import Kind, SpikeSettings, Verdict
+from pma_megatron.spikes.settings import Kind, SpikeSettings, Suspicion, Verdict
 
 _REMEMBERED = 1000  # points before a branch that its baseline is taken from; far above any window
 
@@ -30,13 +34,17 @@ class Course:
         points: in order.
         verdicts: oldest first.
         back: for each verdict the iteration at which the loss was back, None where it was not.
-        suspect_since: onset of a rise that is still open at the end.
+        suspicion: a rise that is still open at the end.
+        learned: what was learned from and not judged, from the first to the last logged iteration.
+        doubted: what of that was above the rest of it, from the first iteration that may have been.
     """
 
     points: Sequence[MetricsPoint]
     verdicts: tuple[Verdict, ...]
     back: tuple[int | None, ...]
-    suspect_since: int | None
+    suspicion: Suspicion | None
+    learned: tuple[Span, ...]
+    doubted: tuple[Span, ...]
 
     @property
     def lost(self) -> Verdict | None:
@@ -51,23 +59,99 @@ class Course:
 
     def spans(self, before: int) -> tuple[Span, ...]:
         """Spikes before an iteration that the run came back from; a level that stays is none."""
-        return tuple(
+        spikes = tuple(
             Span(self.well_until(verdict.onset) + 1, before if back is None else back)
             for verdict, back in zip(self.verdicts, self.back, strict=True)
             if verdict.onset < before and verdict.kind is not Kind.SHIFT
         )
+        return spikes + tuple(span for span in self.doubted if span.first < before)
 
 
 def judge(points: Sequence[MetricsPoint], settings: SpikeSettings) -> Course:
-    """What the detector says of a finished series."""
+    """What the detector says of a finished series, and what it cannot know."""
     detector = SpikeDetector(settings)
-    said = (detector.update(p.iteration, p.loss, p.grad_norm) for p in points)
-    verdicts = tuple(verdict for verdict in said if verdict is not None)
+    verdicts: list[Verdict] = []
+    unjudged: list[bool] = []
+    for point in points:
+        verdict = detector.update(point.iteration, point.loss, point.grad_norm)
+        verdicts += [verdict] if verdict is not None else []
+        unjudged.append(verdict is None and detector.learning)
     back = tuple(
         _back(points, verdict, settings) if verdict.fatal else verdict.confirmed
         for verdict in verdicts
     )
-    return Course(points=points, verdicts=verdicts, back=back, suspect_since=detector.suspect_since)
+    runs = [
+        [point for point, _ in run]
+        for learned, run in groupby(zip(points, unjudged, strict=True), itemgetter(1))
+        if learned
+    ]
+    return Course(
+        points=points,
+        verdicts=tuple(verdicts),
+        back=back,
+        suspicion=detector.suspicion,
+        learned=tuple(Span(run[0].iteration, run[-1].iteration) for run in runs),
+        doubted=tuple(
+            span
+            for run in runs
+            for span in _doubted(
+                _after_spikes(run, verdicts, back),
+                settings,
+                falls=run[0] is points[0] and from_the_start(points),
+            )
+        ),
+    )
+
+
+def from_the_start(points: Sequence[MetricsPoint]) -> bool:
+    """Whether points begin where a run begins: no line before the first is missing."""
+    step = points[1].iteration - points[0].iteration if points[1:] else 1
+    return points[0].iteration <= step
+
+
+def _after_spikes(
+    run: Sequence[MetricsPoint], verdicts: Sequence[Verdict], back: Sequence[int | None]
+) -> list[MetricsPoint]:
+    """Points of a run that do not lie in a fatal spike, for what lies there is known."""
+    ends = [
+        math.inf if end is None else end
+        for verdict, end in zip(verdicts, back, strict=True)
+        if verdict.fatal and verdict.confirmed < run[0].iteration
+    ]
+    return [point for point in run if point.iteration > max(ends, default=0)]
+
+
+def _doubted(
+    points: Sequence[MetricsPoint], settings: SpikeSettings, *, falls: bool
+) -> tuple[Span, ...]:
+    """Where the losses that a detector has learned from were above the lowest level among them.
+
+    A loss that was only learned from is known by its neighbours alone. At the beginning of a run it
+    falls, so there only what came before counts; later a run that comes from above was in a spike.
+    """
+    finite = [point for point in points if _finite(point)]
+    losses = np.array([point.loss for point in finite])
+    if len(losses) < 2 * settings.settle:
+        return ()
+    medians = np.median(sliding_window_view(losses, settings.settle), axis=1)
+    lowest = np.full(len(losses), medians.min())
+    if falls:
+        lowest[: settings.settle] = math.inf
+        lowest[settings.settle :] = np.minimum.accumulate(medians)[:-1]
+    steps = np.diff(losses)
+    sigma = SIGMA_PER_MAD * float(np.median(np.abs(steps - np.median(steps)))) / math.sqrt(2)
+    above = losses - lowest
+    off = above > max(settings.fatal_rise, settings.threshold * sigma)
+    for end in np.flatnonzero(medians - lowest[settings.settle - 1 :] > settings.fatal_rise):
+        window = slice(end, end + settings.settle)
+        off[window] |= above[window] > settings.fatal_rise / 2
+    found = []
+    for is_off, some in groupby(range(len(finite)), off.__getitem__):
+        run = [*some]
+        if is_off:
+            before = finite[run[0] - 1].iteration if run[0] else finite[0].iteration - 1
+            found.append(Span(before + 1, finite[run[-1]].iteration))
+    return tuple(found)
 
 
 def given_up(
@@ -94,7 +178,8 @@ def _given_up(
     after = shared[-1].iteration if shared else 0
     whole = [*shared[-_REMEMBERED:], *branch.points]
     # The branch may have gone on to where its next line would have been.
-    step = max((y.iteration - x.iteration for x, y in pairwise(whole[-2:])), default=1)
+    last = (whole if whole[1:] else points)[-2:]
+    step = max((y.iteration - x.iteration for x, y in pairwise(last)), default=1)
     span = Span(after + 1, whole[-1].iteration + step - 1)
     if not any(iteration in span for iteration in saved):
         return None
@@ -104,14 +189,21 @@ def _given_up(
         for iteration, samples in _consumed(branch.points).items()
         if newer.get(iteration, samples) != samples and saved.get(iteration) == newer[iteration]
     )
-    twice = whole[0].iteration <= step  # two runs from the start: each is judged on its own
+    # Two runs from the start: each is judged on its own.
+    twice = from_the_start(whole)
     if len(shared) < settings.warmup and not twice:
         return GivenUp(span, after, None, anew)
     course = judge(whole, settings)
+    end = whole[-1].iteration + 1
+    unjudged = [each for each in course.learned if each.last > after]
+    if unjudged and (not twice or unjudged[-1].last == whole[-1].iteration):
+        # As far as it was judged, and not at all where a branch from the start never was.
+        end = after + 1 if twice else max(after, unjudged[0].first - 1) + 1
     off = [v.onset for v in course.verdicts if v.confirmed > after and v.kind is not Kind.SHIFT]
-    off += [course.suspect_since] if course.suspect_since is not None else []
+    off += [each.first for each in course.doubted if each.last > after]
+    off += [course.suspicion.onset] if course.suspicion is not None else []
     onset = min(off, default=None)
-    end = whole[-1].iteration + 1 if onset is None else onset
+    end = end if onset is None else min(end, onset)
     return GivenUp(span, course.well_until(end), onset, anew)
 
 

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import _logging_as_it_was, call, spawn  # noqa: F401 (a fixture of every test)
+from test_cli import call, spawn
 
 from conftest import digests, folder_of
 from pma_megatron.formats.marker import OWN_FILES
 from pma_megatron.merging.sums import KERNEL
+from pma_megatron.runs.discover import TRACKER_FILE
 from pma_megatron.version import __version__
 
 
@@ -37,6 +38,12 @@ def test_list(capsys: pytest.CaptureFixture[str], run: Path) -> None:
     assert [ref["iteration"] for ref in refs] == [2, 4, 6, 8]
     assert all(ref["complete"] and ref["format"] == "torch_dist" for ref in refs)
     assert [ref["consumed_tokens"] for ref in refs] == [256, 512, 768, 1024]
+    (run / TRACKER_FILE).write_text("6")  # training went back: what it resumes from is marked
+    named = [ref["iteration"] for ref in call_json(capsys, "list", run) if ref["tracker"]]
+    assert named == [6]
+    (marked,) = [t for t in call(capsys, "list", run)[1].splitlines() if "by the tracker" in t]
+    assert marked.split()[0] == "6"
+    (run / TRACKER_FILE).write_text("8")
     (folder_of(run, 4) / "__1_0.distcp").unlink()
     (folder_of(run, 8) / "metadata.json").unlink()
     code, out, _ = call(capsys, "list", run)
@@ -44,7 +51,9 @@ def test_list(capsys: pytest.CaptureFixture[str], run: Path) -> None:
     assert "4 checkpoints" in out
     assert out.count(" complete") == 2
     assert "damaged: shard file __1_0.distcp is missing" in out
-    assert "damaged: no metadata.json" in out  # the tracker names it: its save had ended
+    assert (
+        "damaged, named by the tracker: no metadata.json" in out
+    )  # the tracker names it: its save had ended
     reasons = [ref["incomplete_because"] for ref in call_json(capsys, "list", run)]
     assert [reason is None for reason in reasons] == [True, False, True, False]
 
@@ -106,19 +115,26 @@ def test_merge_inspect_verify(
 
 
 def test_merge_says_what_it_did(
-    capsys: pytest.CaptureFixture[str], dense_run: Path, tmp_path: Path
+    capsys: pytest.CaptureFixture[str],
+    dense_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     flags = ("merge", "--load", dense_run, "--last", 2)
-    code, out, _ = call(capsys, *flags, "--save", tmp_path / "a")
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = call(capsys, *flags, "--save", "a")
     assert code == 0
-    assert f"published {tmp_path / 'a' / 'iter_0000008'}" in out
-    assert f"resume with: --load {tmp_path / 'a'}\n" in out
+    assert f"published {Path('a', 'iter_0000008')}" in out
+    # It is typed elsewhere: of a folder that is not there Megatron begins anew.
+    assert f"resume with: --load {tmp_path / 'a'} --save {tmp_path / 'a'}\n" in out
     code, out, _ = call(capsys, *flags, "--save", tmp_path / "b", "--optimizer-state", "drop")
     assert code == 0
     assert "--no-load-optim" in out
     code, out, _ = call(capsys, *flags, "--save", tmp_path / "c", "--average", "weights")
     assert code == 0
-    assert f"resume with: --load {tmp_path / 'c'} --no-load-optim\nnote: weights only: " in out
+    root = tmp_path / "c"
+    said = f"resume with: --load {root} --save {root} --no-load-optim"
+    assert f"{said}\nnote: weights only: " in out
     for save, holds in (("a", "full"), ("b", "weights only"), ("c", "weights only")):
         code, out, _ = call(capsys, "list", tmp_path / save)
         assert code == 0 and f" {holds} " in out
@@ -212,7 +228,13 @@ def test_verify_finds_what_is_wrong(
         assert words in err
     code, _, err = call(capsys, "verify", folder_of(run, 8))
     assert code == 1
-    assert "was not written by this tool" in err
+    assert "was not written by this tool" in err and "`pma compare`" in err
+    source = max(folder_of(run, 8).glob("*.distcp"), key=lambda path: path.stat().st_size)
+    stored = source.read_bytes()
+    source.write_bytes(stored[: len(stored) // 2] + bytes(256) + stored[len(stored) // 2 + 256 :])
+    code, _, err = call(capsys, "compare", folder_of(run, 6), folder_of(run, 8))  # as it was told
+    assert code == 1 and source.name in err
+    source.write_bytes(stored)
     config = folder_of(run, 6) / "metadata.json"
     config.write_text(config.read_text() + " ")
     code, _, err = call(capsys, "verify", final)

@@ -21,7 +21,7 @@ TREE = os.environ.get("MEGATRON_LM_PATH", "")
 pytestmark = [
     pytest.mark.skipif(not TREE, reason="MEGATRON_LM_PATH names no Megatron-LM source tree"),
     pytest.mark.slow,
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(900),
 ]
 BREAK_AT = 44
 FLAGS = (
@@ -44,7 +44,7 @@ def train(folder: Path, *flags: str, environment: dict[str, str] | None = None) 
         TREE,
         ["--save", str(folder / "run"), *FLAGS, *flags],
         ranks=2,
-        timeout_s=280,
+        timeout_s=800,
         imports="pma_megatron.testing.breaking",
         environment={BREAK_ENV: str(BREAK_AT), **(environment or {})},
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import _logging_as_it_was, call  # noqa: F401 (a fixture of every test)
+from test_cli import call
 from test_forecast import scores
 from test_recovery import metrics
 
@@ -105,7 +105,7 @@ def test_a_merge(merge_in: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     ((level, answer),) = made.answers
     assert level == "neutral" and "checked against its sources before" in answer
     commands = made.of("pre")
-    assert commands[:2] == [f"--load {merge_in}", f"pma verify {folder}"]
+    assert commands[:2] == [f"--load {merge_in} --save {merge_in}", f"pma verify {folder}"]
     tags = [tag for tag, _, _ in made.found]
     assert tags.index("pre") < tags.index("figure" if "figure" in tags else "figcaption")
     assert made.of("td").count("0.33333333") == 3

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import _logging_as_it_was, call  # noqa: F401 (a fixture of every test)
+from test_cli import call
 from test_forecast import scores
 
 from conftest import as_a_user, digests, folder_of

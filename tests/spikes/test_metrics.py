@@ -232,10 +232,22 @@ def test_what_a_restart_overwrote_is_gone(tmp_path: Path) -> None:
     )
 
 
-def test_duplicates(tmp_path: Path) -> None:
-    metrics = table(tmp_path, [(1, 1.0), (2, 2.0), (2, 3.0), (3, 4.0)])
-    assert curve(metrics) == {1: 1.0, 2: 3.0, 3: 4.0}
-    assert metrics.notes == ("1 iteration(s) were written twice in a row; the later one counts.",)
+def test_a_line_that_is_there_twice_was_written_twice_or_run_twice(tmp_path: Path) -> None:
+    alike = table(tmp_path, [(1, 1.0), (2, 2.0), (2, 2.0), (3, math.nan), (3, math.nan)])
+    assert [*curve(alike)] == [1, 2, 3] and alike.overwritten == ()
+    assert alike.notes == ("2 iteration(s) were written twice in a row, alike.",)
+    again = table(tmp_path, [(1, 1.0), (2, 9.0), (2, 8.0), (2, 3.0), (3, 4.0)])
+    assert curve(again) == {1: 1.0, 2: 3.0, 3: 4.0}
+    assert [[p.loss for p in branch.points] for branch in again.overwritten] == [[9.0], [8.0]]
+    assert [branch.again for branch in again.overwritten] == [2, 2]
+    samples = "".join(line(it, " lm loss: 2.0 |") for it in (1, 2, 2))
+    samples = samples.replace("samples:            8", "samples:           16", 1)
+    assert len(read_metrics(written(tmp_path, "run.log", samples)).overwritten) == 1
+    # Several ranks that write into one table are no run that goes back each time.
+    ranks = [(i, 2.0 + rank / 10) for i in range(1, 31) for rank in range(2)]
+    both = table(tmp_path, ranks)
+    assert curve(both) == dict.fromkeys(range(1, 31), 2.1)
+    assert len(both.overwritten) == 1 and "went back" not in " ".join(both.notes)
 
 
 def test_a_table_in_no_order_is_sorted(tmp_path: Path) -> None:

@@ -225,3 +225,31 @@ def test_checkpoints_of_given_up_rows_in_no_order(tmp_path: Path) -> None:
     swapped = [row for i in range(0, len(rows) - 1, 2) for row in (rows[i + 1], rows[i])]
     _, healthy = recovered(tmp_path / "a.csv", swapped, range(50, 1601, 50))
     assert taken(healthy) == [950, 1000, 1050]
+
+
+@pytest.mark.parametrize("bad", [1, 3, 12, 60])
+def test_a_checkpoint_of_a_branch_that_was_given_up_after_few_lines_is_not_taken(
+    tmp_path: Path, bad: int
+) -> None:
+    """Its job died in the spike, from which it has saved one checkpoint, or after it had begun."""
+    good = means(losses({}, 2001), 10)
+    spike = means(losses({range(1001, 3000): 9.0}, 1001 + 10 * bad), 10)
+    newer = [*good[100:], *means(losses({range(2001, 3000): 9.0}, 2801), 10)[200:]]
+    last = 1000 + 10 * bad
+    rows = [*good[:100], *spike[100:], *newer]
+    saved = [900, 1000, last - 5, last, last + 5, 1900]
+    _, healthy = recovered(tmp_path / "a.csv", rows, saved)
+    assert {*taken(healthy)} <= {900, 1000, 1900} and taken(healthy)[-1] == 1900
+    # One from scratch, lost among the lines that are learned from.
+    first = means(losses({range(101, 3000): 9.0}, 101 + 10 * bad), 10)
+    spoiled = [i for i in (125, 155, 385, 605) if i <= 100 + 10 * bad]
+    _, healthy = recovered(tmp_path / "b.csv", [*first, *good, *newer[100:]], [*spoiled, 1900])
+    assert taken(healthy) == [1900]
+
+
+def test_a_branch_that_was_not_judged_is_not_taken(tmp_path: Path) -> None:
+    """NaN, and back: what came then was learned from anew, and the run was lost while it was."""
+    first = means(losses({range(571, 601): math.nan, range(621, 1000): 9.0}, 801), 10)
+    rows = [*first, *means(losses({range(1401, 3000): 9.0}, 1801, seed=2), 10)[60:]]
+    _, healthy = recovered(tmp_path / "a.csv", rows, [500, 750, 1300])
+    assert taken(healthy) == [500, 1300]

@@ -15,7 +15,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import exports
 import pytest
+from test_watch import slept
 
 from conftest import digests, folder_of
 from jobs import JOBS, nothing_goes_on  # noqa: F401
@@ -25,10 +27,12 @@ from pma_megatron import (
     WatchRequest,
     list_checkpoints,
     merge,
+    verify,
     watch,
 )
 from pma_megatron.errors import PublishError
 from pma_megatron.storage import claims, spool
+from pma_megatron.testing import run_ranks
 from pma_megatron.watching import charge, follow
 from s3 import keys
 
@@ -115,7 +119,7 @@ def test_it_follows_a_run_in_a_store(
             case 5:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(follow.time, "sleep", step)
+    monkeypatch.setattr(follow, "time", slept(step))
     found: list[dict[str, Any]] = []
     with pytest.raises(KeyboardInterrupt):
         watch(request_of(load, save, once=False), tell=found.append)
@@ -201,9 +205,33 @@ def test_one_that_was_taken_over_ends(
     def taken(_: float) -> None:
         s3.put_object(Bucket=bucket, Key=sign, Body=b'{"by": "another", "token": "its own"}')
 
-    monkeypatch.setattr(follow.time, "sleep", taken)
+    monkeypatch.setattr(follow, "time", slept(taken))
     found: list[dict[str, Any]] = []
     with pytest.raises(charge.TakenOverError, match="another"):
         watch(request_of(load, save, once=False), tell=found.append)
     assert kinds(found) == ["started", "published", "failed"]
     assert sign in keys(s3, bucket)
+
+
+def test_a_model_on_a_disk_is_there_to_be_evaluated(
+    bucket: str, tmp_path: Path, put: Put, s3: Any
+) -> None:
+    """Averages in a store, and the exported model on a disk, for evaluations that take folders."""
+    run, like, model = tmp_path / "run", exports.template(tmp_path / "like"), tmp_path / "model"
+    run_ranks(exports.train, 2, str(run), 3, str(like), str(tmp_path / "trained"))
+    save, said = f"s3://{bucket}/averages", tmp_path / "said"
+    asked = MergeRequest(
+        load=put(run, RUN),
+        save=save,
+        export=str(model),
+        like=str(like),
+        selection=SelectionRequest(last=2),
+    )
+    command = f'ls "$PMA_EXPORT" > {said}; echo "$PMA_AVERAGE" >> {said}'
+    found: list[dict[str, Any]] = []
+    watch(WatchRequest(merge=asked, once=True, evaluate=command), tell=found.append)
+    assert kinds(found) == ["started", "published", "evaluated"]
+    *files, average = said.read_text().splitlines()
+    assert {"config.json", "model.safetensors"} <= set(files)
+    assert average == f"{save}/iter_0000006"
+    verify(model, files_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import time
+from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,8 +16,11 @@ from test_watch import TRACKER, kinds, looked, merged, payload, request_of
 from conftest import folder_of
 from pma_megatron import watch
 from pma_megatron.errors import CheckpointError, PublishError
-from pma_megatron.merging import locks
-from pma_megatron.watching import follow
+from pma_megatron.formats.json_files import read_json
+from pma_megatron.merging import job, locks, provenance
+from pma_megatron.watching import follow, state
+
+HOUR_NS = 3600 * 10**9
 
 
 def test_once_without_events_evaluates_what_it_made_and_nothing_else(
@@ -113,3 +117,33 @@ def test_where_there_are_no_locks_it_says_so_and_works(
     outcome, found = looked(run, tmp_path / "averages")
     assert kinds(found) == ["started", "failed", "published"]
     assert "no locks" in found[1]["error"] and outcome.failed is None
+
+
+def test_a_source_that_is_written_while_the_average_is_flushed_is_newer(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A watch that starts later is told by the average when its merge began; the flush took longer
+    than all that was before it."""
+    shard, flush = folder_of(run, 6) / "__0_0.distcp", job._sync
+    ahead_s, later_ns = 0.0, time.time_ns() + HOUR_NS
+
+    def slow(*given: Any) -> None:
+        nonlocal ahead_s
+        flush(*given)
+        shard.write_bytes(shard.read_bytes())
+        ahead_s += 2 * HOUR_NS / 1e9
+
+    class Later(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> Any:
+            return datetime.now(tz) + timedelta(seconds=ahead_s)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "_sync", slow)
+        clock = SimpleNamespace(perf_counter=lambda: time.perf_counter() + ahead_s)
+        patch.setattr(job, "time", clock)
+        patch.setattr(provenance, "datetime", Later)
+        outcome, found = looked(run, tmp_path / "averages")
+    assert kinds(found) == ["started", "published"]
+    assert state.begun_ns(read_json(Path(outcome.published[0]) / "pma.json")) < later_ns
+    assert kinds(looked(run, tmp_path / "averages")[1]) == ["started", "published"]

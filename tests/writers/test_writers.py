@@ -12,12 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_cli import _logging_as_it_was, call  # noqa: F401 (a fixture of every test)
+from test_cli import call
 from test_forecast import MERGED, TRAINED, scores
 from test_metrics import curve, events
 from test_recovery import metrics
 from test_watch import request_of
-from viewers import of_mlflow, of_tensorboard, of_wandb
+from viewers import of_mlflow, of_tensorboard, of_wandb, patient_wandb
 
 from conftest import digests, folder_of
 from pma_megatron.cli import asked
@@ -39,6 +39,7 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("WANDB_SILENT", "true")
+    patient_wandb(monkeypatch)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     yield tmp_path
@@ -133,7 +134,8 @@ def test_merge_watch_and_recover(
 
     log = metrics(places / "log.csv", 300)
     on = ("--metrics", log, "--save", places / "on", "--dry-run", "--log-to", board)
-    assert call(capsys, "recover", "--load", run, *on)[0] == 0
+    code, told, _ = call(capsys, "recover", "--load", run, *on)
+    assert code == 0 and f"nothing was written (--dry-run), but what was found to {board}" in told
     curves, texts = of_tensorboard(board)
     assert curves["pma/recovery/onset"] == [(300, 300.0)]
     assert curves["pma/recovery/newest checkpoint used"] == [(300, 8.0)]
