@@ -176,6 +176,7 @@ INSIDE = {
         readers
         detector metrics relaunch
         onsets
+        unsure
         recovery
     """,
     "online": """
@@ -210,7 +211,7 @@ INSIDE = {
         destinations
     """,
     "megatron": """
-        flags params tree_functions trees
+        flags params resumed tree_functions trees
         checks replicas retained thin writers
         evaluate
         argument_parser load rollback session shard swap

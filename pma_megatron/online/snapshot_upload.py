@@ -140,11 +140,11 @@ class SnapshotUploads(Uploads):
         for folder in folders_in(self.folder) if self.folder.is_dir() else ():
             if iteration_of(folder) is None:
                 continue
-            if (folder / _THERE).exists():
-                _empty(folder)
-                (folder / _THERE).unlink(missing_ok=True)
-            if folder.name != but:
-                with contextlib.suppress(OSError):  # what is not empty stays
+            with contextlib.suppress(OSError):  # another thread removes it, or it is not empty
+                if (folder / _THERE).exists():
+                    _empty(folder)
+                    (folder / _THERE).unlink(missing_ok=True)
+                if folder.name != but:
                     folder.rmdir()
 
     def _whole(self) -> list[Path]:

@@ -32,7 +32,7 @@ from pma_megatron.merging.source_checksums import checked
 from pma_megatron.online.shard import Shard
 from pma_megatron.online.snapshots import SnapshotWriter
 from pma_megatron.online.window import ExponentialAverage, Member, Window
-from pma_megatron.runs.describe import common_args, schedule_of
+from pma_megatron.runs.describe import args_of, schedule_of
 from pma_megatron.runs.discover import list_checkpoints
 from pma_megatron.runs.refs import CheckpointRef, iteration_of
 from pma_megatron.storage.paths import path_of, place_of
@@ -238,4 +238,5 @@ def _args(entry: Member) -> Namespace:
 
 
 def _members(ref: CheckpointRef) -> int:
-    return int(common_args(path_of(ref.path)).get(_MEMBERS, 1))
+    """How many members an entry is the average of; one that cannot be read is not taken for one."""
+    return int(args_of(path_of(ref.path)).get(_MEMBERS, 1))

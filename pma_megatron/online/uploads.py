@@ -16,6 +16,7 @@ import logging
 import math
 import os
 import secrets
+import shutil
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -339,6 +340,20 @@ def remove_marks(folder: Path) -> None:
     """Remove from a disk what makes a checkpoint whole: no reader takes the rest for one."""
     for name in reversed(_KNOWN):
         (folder / name).unlink(missing_ok=True)
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint from a disk: what makes it whole first, and what says whose it is last,
+    so that whoever looks meanwhile takes the rest for nobody else's."""
+    for name in reversed(_KNOWN):
+        if name not in _OWN:
+            (folder / name).unlink(missing_ok=True)
+    for path in sorted(folder.rglob("*"), reverse=True):  # what lies in a folder before it
+        if path.is_dir() and not path.is_symlink():
+            path.rmdir()
+        elif path.relative_to(folder).as_posix() not in _OWN:
+            path.unlink(missing_ok=True)
+    shutil.rmtree(folder)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from stat import S_ISDIR
 
 from pma_megatron.base.openfiles import SourceStream, is_unreadable
 from pma_megatron.base.spelling import first_few, named
-from pma_megatron.errors import SelectionError
+from pma_megatron.errors import CheckpointError, SelectionError
 from pma_megatron.formats.trainers.saves import checkpoint_in, save_of
 from pma_megatron.retention.keeping import needed
 from pma_megatron.retention.request import PruneRequest
@@ -110,6 +110,7 @@ def decide(request: PruneRequest, before: Decision | None = None, anew: str = ""
 
 
 _SHOWN = 3
+_RECOVERY = "keep_recovery_iterations"
 _UNSEEN = (
     "no store has locks: a merge, live start or evaluation that reads one of these at this moment "
     "is seen only if it was started on this machine and makes an average"
@@ -121,11 +122,16 @@ def _further(end: CheckpointRef, request: PruneRequest) -> Iterator[str]:
     deletes = trainer_retention(end)
     if deletes is not None:
         yield f"{deletes}: what stays here may go there"
-    if request.keep_recovery_iterations is None and recovers_by_itself(end):
-        yield (
-            "the run recovers from loss spikes by itself (pma_recover), and nothing says that what "
-            f"it needs for that is to stay: {named('keep_recovery_iterations')}"
-        )
+    if request.keep_recovery_iterations is None:
+        stays = f"nothing says that what it needs for that is to stay: {named(_RECOVERY)}"
+        try:
+            if recovers_by_itself(end):
+                yield f"the run recovers from loss spikes by itself (pma_recover), and {stays}"
+        except CheckpointError as error:
+            yield (
+                "whether the run recovers from loss spikes by itself (pma_recover) is not known "
+                f"({error}), and {stays}"
+            )
 
 
 def _end(refs: list[CheckpointRef], root: Path) -> CheckpointRef:

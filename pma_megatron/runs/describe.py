@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from pma_megatron.base import steps
-from pma_megatron.base.openfiles import is_unreadable
+from pma_megatron.base.openfiles import is_unreadable, unread
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats import registry
 from pma_megatron.formats.base import Incomplete, Schedule
+from pma_megatron.formats.contract import Common
 from pma_megatron.formats.marker import UPLOADING_FILE, SnapshotMarker, read_snapshot_marker
 from pma_megatron.formats.schema import is_count
 from pma_megatron.formats.source import Source
@@ -177,13 +178,27 @@ def _may_be_begun(folder: Path) -> bool:
     return registry.detect(folder) != registry.LEGACY
 
 
-def common_args(folder: Path) -> dict[str, Any]:
-    """Megatron's arguments in a checkpoint; {} where there is none or it cannot be read."""
+def common_at(folder: Path) -> Common:
+    """What the checkpoint in a folder says beside its tensors.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read: nothing is known of it then.
+    """
     try:
-        found = common_of(folder, registry.get(registry.detect(folder), str(folder)))["args"]
-    except (CheckpointError, OSError):
-        return {}
-    return dict(found)
+        return common_of(folder, registry.get(registry.detect(folder), str(folder)))
+    except OSError as error:
+        raise unread(error.filename or folder, error) from error
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder} cannot be read as a checkpoint: {error}") from error
+
+
+def args_of(folder: Path) -> dict[str, Any]:
+    """The arguments of training in a checkpoint; {} where its trainer keeps none.
+
+    Raises:
+        CheckpointError: as `common_at`.
+    """
+    return dict(common_at(folder)["args"])
 
 
 def schedule_of(ref: CheckpointRef | Source) -> Schedule:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -28,6 +28,7 @@ from pma_megatron.spikes.metrics import Metrics, read_metrics
 from pma_megatron.spikes.onsets import Course, given_up, judge
 from pma_megatron.spikes.relaunch import Resume, resume, resume_script
 from pma_megatron.spikes.request import KEYWORDS, MOST_SKIPPED, RecoveryRequest
+from pma_megatron.spikes.unsure import not_judged, nothing_lost
 from pma_megatron.storage.paths import absolute, in_store, path_of, place_of
 
 
@@ -104,7 +105,7 @@ class _Found:
     confirmed: int | None = None
     verdicts: tuple[Verdict, ...] = ()
     back: tuple[int | None, ...] = ()
-    spans: tuple[Span, ...] = ()
+    course: Course | None = None
     given_up: tuple[GivenUp, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -115,15 +116,18 @@ def _chosen(request: RecoveryRequest, refs: Sequence[CheckpointRef]) -> tuple[_F
         found = _Found(onset=request.onset, well_until=request.onset - 1, notes=_unskipped(request))
     else:
         found = _found(request, refs)
+    course = found.course
     asked = made(
         HealthyRequest,
         values(request),
         onset=found.onset,
         well_until=found.well_until,
-        spans=found.spans,
+        spans=() if course is None else course.spans(found.onset),
         given_up=found.given_up,
     )
-    return found, choose_healthy(refs, asked)
+    healthy = choose_healthy(refs, asked)
+    unsure = () if course is None else not_judged(healthy.selection.refs, course)
+    return replace(found, notes=(*found.notes, *unsure)), healthy
 
 
 def _found(request: RecoveryRequest, refs: Sequence[CheckpointRef]) -> _Found:
@@ -142,7 +146,7 @@ def _found(request: RecoveryRequest, refs: Sequence[CheckpointRef]) -> _Found:
     course = judge(metrics.points, request.spike)
     lost = course.lost
     if lost is None:
-        raise SelectionError(_nothing_lost(metrics, course))
+        raise SelectionError(nothing_lost(metrics, course, request.spike, MOST_SKIPPED))
     well_until = course.well_until(lost.onset)
     if well_until + 1 < lost.onset:
         unseen = f"between iterations {well_until} and {lost.onset}"
@@ -164,7 +168,7 @@ def _found(request: RecoveryRequest, refs: Sequence[CheckpointRef]) -> _Found:
         confirmed=lost.confirmed,
         verdicts=course.verdicts,
         back=course.back,
-        spans=course.spans(lost.onset),
+        course=course,
         given_up=given_up(metrics, saved, request.spike),
         notes=tuple(notes),
     )
@@ -223,12 +227,6 @@ def _resume(request: RecoveryRequest, chosen: Sequence[CheckpointRef], skip: Spa
             f"from those. Give the folder that training saves to{hint('load')}, or merge "
             f"iterations {', '.join(str(ref.iteration) for ref in chosen)} without a recovery"
         )
-    if newest.format in registry.UNTRACKED:
-        raise SelectionError(
-            f"{newest.path} is a model without an optimizer, and training cannot go on from it. "
-            f"Give the folder that training saves its own checkpoints to{hint('load')}, or average "
-            "the models with pma merge"
-        )
     folder = path_of(newest.path)
     args, schedule = known.common(folder)["args"], known.schedule(folder)
     save, how = save_of(folder, newest.format), None
@@ -236,8 +234,8 @@ def _resume(request: RecoveryRequest, chosen: Sequence[CheckpointRef], skip: Spa
         made = place_of(absolute(request.save)) / output_name(save, known, newest.iteration)
         how = from_a_copy(made) if in_store(made) else save.trainer.resumed(made)
     elif not known.tracker.by_flag and "consumed_train_samples" not in args:
-        root = place_of(request.save)
-        how = from_a_copy(root / "tag") if in_store(root) else known.tracker.resumed(request.save)
+        root = place_of(absolute(request.save))
+        how = from_a_copy(root / "tag") if in_store(root) else known.tracker.resumed(root)
     if how is not None:
         return resume_script(
             how,
@@ -263,23 +261,6 @@ def _batch_samples(refs: Sequence[CheckpointRef]) -> int | None:
     sizes = {(ref.consumed_samples or 0) / (ref.iteration or 1) for ref in saved}
     size = sizes.pop() if len(sizes) == 1 else 0.0
     return int(size) if size and size.is_integer() else None
-
-
-def _nothing_lost(metrics: Metrics, course: Course) -> str:
-    """Why nothing is recovered from: a sentence, and what to do about it."""
-    seen = [
-        f"{verdict.kind.value} from iteration {verdict.onset}"
-        f"{f', back at iteration {back}' if verdict.fatal else ''}: {verdict.reason}"
-        for verdict, back in zip(course.verdicts, course.back, strict=True)
-    ]
-    said = f" (seen: {'; '.join(seen)})" if seen else ""
-    return (
-        f"{metrics.source} shows no spike that the run did not recover from, in "
-        f"{len(metrics.points)} points, iterations {metrics.points[0].iteration} to "
-        f"{metrics.points[-1].iteration}{said}. If you "
-        "know better, or mean one that it came back from, name its first iteration with "
-        f"{named('onset')}; {named('patience')} and {named('fatal_rise')} change what counts"
-    )
 
 
 def _unskipped(request: RecoveryRequest) -> tuple[str, ...]:

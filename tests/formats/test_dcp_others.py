@@ -227,7 +227,7 @@ def test_megatrons_own_dcp_checkpoints(tmp_path: Path) -> None:
         (2, 64, "complete"),
     ]
     report = merge(request(tmp_path / "run", policy=Policy(optimizer_state="reset")))
-    assert report.resume == (f"--load {tmp_path / 'merged'}",)
+    assert report.resume == (f"--load {tmp_path / 'merged'} --save {tmp_path / 'merged'}",)
     assert (tmp_path / "merged" / "latest_checkpointed_iteration.txt").read_text() == "2"
     loaded = megatron_fsdp(0)
     dcp.load(loaded, checkpoint_id=report.outputs[0], no_dist=True)
