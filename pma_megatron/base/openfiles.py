@@ -22,7 +22,7 @@ from typing import Any
 
 from pma_megatron.errors import CheckpointError, SelectionError
 from pma_megatron.storage.paths import in_store, open_content
-from pma_megatron.storage.spool import active, present
+from pma_megatron.storage.spool import VARIABLE, active, present
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
@@ -188,7 +188,7 @@ def read_source_file(path: Path, limit: int = MAX_SMALL_BYTES) -> bytes:
                 )
             return data
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+        raise _failed(path, error) from error
 
 
 class OnceBytes(mmap.mmap):
@@ -225,7 +225,7 @@ def read_source_once(path: Path, limit: int = MAX_SMALL_BYTES) -> Content:
                     done += count
             return content if done == nbytes else content[:done]
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+        raise _failed(path, error) from error
 
 
 _READ_BYTES = 8 << 20
@@ -238,25 +238,28 @@ def digest_source_file(path: Path, digest: Any) -> None:
             while data := stream.read(_READ_BYTES):
                 digest.update(data)
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+        raise _failed(path, error) from error
+
+
+def _failed(path: Path, error: OSError) -> CheckpointError:
+    if in_store(path) and is_unreadable(error):
+        return unread(path, error)
+    return CheckpointError(f"cannot read {path}: {error.strerror}")
 
 
 def unread(path: Path | str, error: OSError) -> CheckpointError:
     """A file of a checkpoint could not be read: why, and what to do, which differ by the reason."""
-    why = _REASONS.get(error.errno or 0, "its storage failed: look at the mount, then run again")
-    if error.errno == errno.ESTALE and in_store(path):
-        why = "wait for the save there to end, then run again"
+    reasons, failed = _REASONS, "its storage failed: look at the mount, then run again"
+    if in_store(path):
+        reasons, failed = {**_REASONS, **_OF_STORES}, "the store failed: run again once it answers"
+    why = reasons.get(error.errno or 0, failed)
     instead = ", or exclude this checkpoint" if error.errno in _ITS else ""
     return CheckpointError(f"{path} could not be read ({error.strerror}): {why}{instead}")
 
 
 def is_unreadable(error: BaseException) -> bool:
     """Whether behind an error lies one of the system that says nothing of what is there: the
-    storage or the store failed, refused, or the spool is full. What was asked for may be whole.
-
-    >>> is_unreadable(OSError(errno.EIO, "failed")), is_unreadable(FileNotFoundError(2, "none"))
-    (True, False)
-    """
+    storage failed or refused, or the spool is full. What was asked for may be whole."""
     at: BaseException | None = error
     while at is not None and not isinstance(at, OSError):
         at = at.__cause__ or (None if at.__suppress_context__ else at.__context__)
@@ -268,13 +271,14 @@ _GONE = "it vanished, perhaps removed by the run's own retention: stop the clean
 _CLOSED = "ask its owner for the right to (chmod u+r, or chown)"
 _MANY = "too many files are open at once: raise the limit (ulimit -n 65536), then run again"
 _REASONS = {
-    errno.ENOENT: _GONE,
-    errno.ENOTDIR: _GONE,
-    errno.ESTALE: _GONE,
-    errno.EACCES: _CLOSED,
-    errno.EPERM: _CLOSED,
-    errno.EMFILE: _MANY,
-    errno.ENFILE: _MANY,
+    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.ESTALE), _GONE),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), _CLOSED),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), _MANY),
+}
+_OF_STORES = {
+    errno.ESTALE: "wait for the save there to end, then run again",
+    errno.EACCES: "use credentials that may read it; an object that was archived is restored first",
+    errno.ENOSPC: f"the disk that keeps it meanwhile is full: set {VARIABLE} to another folder",
 }
 _ITS = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.EACCES, errno.EPERM, errno.EIO})
 

@@ -20,7 +20,7 @@ from pma_megatron.runs import recovery_log
 from pma_megatron.runs.folders import ITERATION
 from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.runs.tokens import consumed_tokens_of
-from pma_megatron.storage.paths import in_store, path_of
+from pma_megatron.storage.paths import path_of
 
 STEP = re.compile(r"^global_step(\d+)(?:_universal)?$")
 """What DeepSpeed calls a tag by itself (engine.py, `save_checkpoint`), and how it is converted."""
@@ -91,10 +91,12 @@ def _described(folder: Path, history: recovery_log.History | None) -> Checkpoint
         known = registry.get(name, str(folder))
         if iteration is None:
             iteration = known.iteration_of(folder)
-        signs = (at / UPLOADING_FILE for at in (folder, folder.parent))
-        if in_store(folder) and any(sign.is_file() for sign in signs):
-            return _incomplete(folder, name, iteration, Incomplete(_UPLOADING, unfinished=True))
         marker = read_snapshot_marker(folder)
+        signs = (at / UPLOADING_FILE for at in (folder, folder.parent))
+        if any(sign.is_file() for sign in signs):  # on a disk too, which may be a mounted store
+            return _incomplete(
+                folder, name, iteration, Incomplete(_UPLOADING, unfinished=True), marker
+            )
         reason = known.completeness(folder)
         if reason is not None:
             return _incomplete(folder, name, iteration, reason, marker)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pma_megatron.storage.protocol import Store
 
+_NAME_BYTES = 255
 # One slash too, because `Path` makes one of two.
 _ADDRESS = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):/+(.*)$", re.DOTALL)
 
@@ -85,6 +88,30 @@ def below(key: str, name: str = "") -> str:
     ('run/latest', 'latest', 'run/', '')
     """
     return f"{key}/{name}" if key else name
+
+
+def above(key: str) -> Iterator[str]:
+    """The keys of the folders around something, the bucket's, which is empty, last.
+
+    >>> [*above("runs/7b/latest")]
+    ['runs/7b', 'runs', '']
+    """
+    while key:
+        key = key.rpartition("/")[0]
+        yield key
+
+
+def is_strange(key: str) -> bool:
+    """Whether no file on a disk can have that name.
+
+    >>> is_strange("runs/7b/latest"), is_strange("runs//latest")
+    (False, True)
+    """
+    parts = key.split("/")
+    return any(
+        part in ("", ".", "..") or "\0" in part or len(os.fsencode(part)) > _NAME_BYTES
+        for part in parts
+    )
 
 
 @functools.cache

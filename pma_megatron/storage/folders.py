@@ -102,7 +102,12 @@ def held() -> tuple[Path, int]:
             making.mkdir(mode=0o700)
             break
     descriptor = os.open(making / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError:
+        os.close(descriptor)
+        shutil.rmtree(making, ignore_errors=True)
+        raise
     making.rename(folder)
     for other in base.iterdir():
         if other != folder and _may_be_dead(other, host):

@@ -21,15 +21,16 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from pma_megatron.storage.addresses import Address, below, opened
+from pma_megatron.errors import SelectionError
+from pma_megatron.storage.addresses import Address, above, below, is_strange, opened
 from pma_megatron.storage.contents import Content, Contents, Range
 from pma_megatron.storage.folders import VARIABLE as VARIABLE
 from pma_megatron.storage.folders import held, share_bytes, spool_folder, stand_in
 from pma_megatron.storage.protocol import PART_BYTES, Object, Store
 
 _OUTPUTS = "outputs"
-_NAME_BYTES = 255
 _ABOVE = 2  # folders above the one asked for: snapshots lie two below their run's
 _OF_EACH = 4 * PART_BYTES  # of a folder that is read from its beginning on, beside others
 _log = logging.getLogger(__name__)
@@ -101,21 +102,21 @@ class Spool:
             self._show(store, root, found)
             self._forget(root, found, local)
             self._listed[local] = generation
-            for above in [*_above(address.key)][:_ABOVE]:
-                self._look_beside(store, root, above, generation)
+            for each in [*above(address.key)][:_ABOVE]:
+                self._look_beside(store, root, each, generation)
 
-    def _look_beside(self, store: Store, root: Path, above: str, generation: int) -> None:
+    def _look_beside(self, store: Store, root: Path, key: str, generation: int) -> None:
         """Have the mirror show trackers and logs, which lie beside checkpoints and above them."""
-        local = f"{root}/{above}".rstrip("/")
+        local = f"{root}/{key}".rstrip("/")
         if self._is_listed(local, generation) or self._seen.get(local) == generation:
             return
         try:
-            found = store.beside(below(above))
+            found = store.beside(below(key))
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EINVAL):  # rights may begin below
                 raise
             if error.errno == errno.EINVAL:
-                _log.warning("what lies beside it in %s/ is not seen: %s", above, error.strerror)
+                _log.warning("what lies beside it in %s/ is not seen: %s", key, error.strerror)
         else:
             self._show(store, root, found)
             self._forget(root, found, local, deep=False)
@@ -131,13 +132,13 @@ class Spool:
 
     def _show(self, store: Store, root: Path, found: Sequence[Object]) -> None:
         root.mkdir(parents=True, exist_ok=True)
-        folders = {folder for each in found for folder in _above(each.key)}
+        folders = {folder for each in found for folder in above(each.key)}
         for each in found:
             local = f"{root}/{each.key}"
             before = self._files.get(local)
             if before is not None and before.said == each:
                 continue
-            if _is_strange(each.key):
+            if is_strange(each.key):
                 _log.warning("%s is passed over: no file can have that name", each.key)
             elif each.key in folders or Path(local).is_dir():
                 if each.nbytes:  # an empty one is how consoles of stores show a folder
@@ -250,25 +251,14 @@ class Spool:
         if os.getpid() != self._process:
             return
         self.contents.close()
+        with self._lock:
+            self._files.clear()
+            self._by_inode.clear()
         shutil.rmtree(self.folder, ignore_errors=True)
         with contextlib.suppress(OSError):
             os.close(self._held)
         with contextlib.suppress(OSError):
             self.folder.parent.rmdir()
-
-
-def _above(key: str) -> Iterator[str]:
-    while key:
-        key = key.rpartition("/")[0]
-        yield key
-
-
-def _is_strange(key: str) -> bool:
-    parts = key.split("/")
-    return any(
-        part in ("", ".", "..") or "\0" in part or len(os.fsencode(part)) > _NAME_BYTES
-        for part in parts
-    )
 
 
 def _is_of(descriptor: int, inode: tuple[int, int]) -> bool:
@@ -283,6 +273,7 @@ class _Process:
     """The spool of this process, once there is one."""
 
     spool: Spool | None = None
+    at_end: Any = None
     lock = threading.RLock()
     generation = 0
     depth = 0
@@ -293,10 +284,17 @@ def spool() -> Spool:
     with _Process.lock:
         made = _Process.spool
         if made is None or made._process != os.getpid():
-            made = _Process.spool = Spool()
+            try:
+                made = _Process.spool = Spool()
+            except OSError as error:
+                raise SelectionError(
+                    f"what is read of stores cannot be kept in {spool_folder()} "
+                    f"({error.strerror}): set {VARIABLE} to a folder on a disk of this machine, "
+                    "which has room and locks (flock)"
+                ) from error
             atexit.register(made.close)
             # The children of multiprocessing end without `atexit`.
-            multiprocessing.util.Finalize(None, made.close, exitpriority=1)
+            _Process.at_end = multiprocessing.util.Finalize(None, made.close, exitpriority=1)
         return made
 
 
@@ -306,6 +304,9 @@ def forget() -> None:
         made, _Process.spool = _Process.spool, None
         if made is not None:
             made.close()
+            atexit.unregister(made.close)  # which would keep all that it knows
+            if _Process.at_end is not None:
+                _Process.at_end.cancel()
 
 
 def active() -> Spool | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -259,7 +260,7 @@ class _Follower:
         return published
 
     def _wait(self, why: str) -> None:
-        if why != self._outcome.waiting:
+        if _timeless(why) != _timeless(self._outcome.waiting):
             self._events.say(said.WAITING, why)
         self._stands(waiting=why)
 
@@ -274,7 +275,7 @@ class _Follower:
             self._retry_s = min(2 * self._retry_s, _LONGEST_S)
             numbers = {"iteration": seen.end, "sources": [ref.iteration for ref in seen.refs]}
         text = f"{type(error).__name__}: {error}"
-        if numbers or text != self._outcome.failed:
+        if numbers or _timeless(text) != _timeless(self._outcome.failed):
             self._events.say(said.FAILED, text, error=text, **numbers)
         self._outcome = Outcome(self._outcome.iteration, self._outcome.published, text, None)
 
@@ -337,6 +338,18 @@ def _every_file(seen: Seen) -> tuple[object, ...]:
 
 def _named(iterations: Sequence[int | None]) -> str:
     return visible(", ".join(map(str, iterations)))
+
+
+def _timeless(text: str | None) -> str | None:
+    """A message without the times that it says, which differ at each attempt.
+
+    >>> _timeless("gave up after 3 retries, 90.25s of 180 s")
+    'gave up after 3 retries, # of #'
+    """
+    return None if text is None else _TIMES.sub("#", text)
+
+
+_TIMES = re.compile(r"\b\d+(?:\.\d+)?\s?(?:ns|us|ms|s|seconds?)\b")
 
 
 def _is_export(folder: Path) -> bool:

@@ -20,7 +20,7 @@ from pma_megatron import PruneRequest, SelectionRequest, list_checkpoints, prune
 from pma_megatron.base.comm import Comm
 from pma_megatron.errors import CheckpointError, PublishError, SelectionError
 from pma_megatron.formats import holding
-from pma_megatron.formats.marker import BRANCHES_FILE, MARKER_FILE, SNAPSHOTS
+from pma_megatron.formats.marker import BRANCHES_FILE, MARKER_FILE, SNAPSHOTS, UPLOADING_FILE
 from pma_megatron.megatron.thin import ThinSnapshots
 from pma_megatron.online.snapshots import SnapshotWriter
 from pma_megatron.online.store import WindowStore
@@ -129,6 +129,31 @@ def test_what_seems_damaged_is_read_before_it_goes(root: str, fails: Fails) -> N
     assert twenty == [] and "common.pt cannot be read now" in ten[0]
 
 
+def test_what_is_said_of_a_store_helps_there(
+    fails: Fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a mount nor the rights of a file are to be looked at."""
+    monkeypatch.setenv("PMA_MEGATRON_SPOOL", str(tmp_path / "spools"))
+    root = f"memory://unreadable{next(_NUMBER)}/run"
+    written(root, 10)
+    read = ObjectStore.read
+    for number, words in (
+        (errno.ENOSPC, "PMA_MEGATRON_SPOOL"),
+        (errno.EACCES, "credentials"),
+        (errno.EIO, "once it answers"),
+    ):
+
+        def fail(*_: Any, number: int = number) -> memoryview:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(ObjectStore, "read", fail)
+        (ref,) = list_checkpoints(root)
+        assert ref.unreadable and words in str(ref.incomplete_because)
+        assert "chmod" not in str(ref.incomplete_because)
+    monkeypatch.setattr(ObjectStore, "read", read)
+    spool.forget()
+
+
 def test_an_average_does_not_pass_over_it(root: str, fails: Fails) -> None:
     written(root, 10, 20, 30, 40)
     fails("iter_0000030/.metadata")
@@ -156,6 +181,15 @@ def test_a_mark_that_cannot_be_read_makes_none_healthy(root: str, fails: Fails) 
     with pytest.raises(SelectionError, match="iter_0000050"):
         deleted(root, keep_last=1)
     assert set(states(root)) == {20, 40, 50, 100, 200}
+
+
+def test_what_is_being_uploaded_is_whole_nowhere(tmp_path: Path) -> None:
+    """On a disk too: it may be a store that is mounted, or a copy of one."""
+    written(tmp_path, 10, 20)
+    (tmp_path / "iter_0000010" / UPLOADING_FILE).touch()
+    assert states(tmp_path) == {10: "damaged", 20: "complete"}
+    (tmp_path / "iter_0000020" / UPLOADING_FILE).touch()
+    assert states(tmp_path)[20] == "being written"
 
 
 def test_a_full_checkpoint_that_cannot_be_read_has_no_stand_in(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import os
 import pickle
 import socket
@@ -12,6 +13,7 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,11 @@ import pytest
 
 from pma_megatron.base.openfiles import Files, SourceStream, open_source, read_source_file, unread
 from pma_megatron.errors import SelectionError, UsageError
-from pma_megatron.storage import contents, spool
+from pma_megatron.storage import contents, folders, spool
 from pma_megatron.storage.addresses import Address, opened
 from pma_megatron.storage.contents import PAGE_BYTES
 from pma_megatron.storage.object_store import ObjectStore
-from pma_megatron.storage.paths import StorePath, absolute, in_store, path_of, real
+from pma_megatron.storage.paths import StorePath, absolute, in_store, path_of, place_of, real
 from pma_megatron.storage.protocol import Object, Store
 
 RUN = "memory://spool/runs/7b"
@@ -368,3 +370,30 @@ def test_addresses() -> None:
     assert Address.of("/ckpts/run") is None and Address.of("C:x") is None
     assert Address.of("s3:/bucket/run") == Address.of("s3://bucket//run/") != None  # noqa: E711
     assert str(Address.of("gs://bucket")) == "gs://bucket"
+
+
+def test_a_spool_that_is_forgotten_leaves_no_memory(store: Store) -> None:
+    """A watch forgets one with every average, and knows a run's every file each time."""
+    store.put("runs/7b/a", b"x")
+    seen = []
+    for _ in range(3):
+        path_of(RUN, again=True)
+        seen.append(weakref.ref(spool.spool()))
+        spool.forget()
+    gc.collect()
+    assert [each() for each in seen] == [None] * 3
+
+
+def test_a_spool_without_locks_is_refused_in_words(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For those who read and for those who write, who are not sent to look at the address."""
+
+    def none(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    spool.forget()
+    monkeypatch.setattr(folders.fcntl, "flock", none)
+    for asked in (path_of, place_of):
+        with pytest.raises(SelectionError, match=r"PMA_MEGATRON_SPOOL.*locks"):
+            asked(RUN)

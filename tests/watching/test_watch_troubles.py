@@ -159,6 +159,26 @@ def test_an_average_that_cannot_be_read_is_not_taken_for_another(
         targets.is_of(average, SimpleNamespace())  # type: ignore[arg-type]
 
 
+def test_an_outage_is_said_once(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long each attempt took: the library says so."""
+    seconds = iter(range(90, 94))
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise SelectionError(f"it cannot be listed: gave up after 3 retries, {next(seconds)}.5s")
+
+    def step(_: float) -> None:
+        if next(looks, None) is None:
+            raise KeyboardInterrupt
+
+    looks = iter(range(3))
+    monkeypatch.setattr(state, "list_checkpoints", fail)
+    monkeypatch.setattr(follow, "time", SimpleNamespace(sleep=step, monotonic=time.monotonic))
+    found: list[dict[str, Any]] = []
+    with pytest.raises(KeyboardInterrupt):
+        watch(request_of(run, tmp_path / "averages", once=False), tell=found.append)
+    assert kinds(found) == ["started", "waiting"]
+
+
 def test_where_there_are_no_locks_it_says_so_and_works(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
