@@ -88,10 +88,9 @@ class SnapshotUploads(Uploads):
             raise PublishError(f"snapshots cannot go to {self.address}: {error}") from error
         return frozenset(r.iteration for r in refs if r.complete and r.iteration is not None)
 
-    def begin_branches(self, begun: frozenset[Branch]) -> None:
-        """Have the store say which branches of the run began, behind training."""
+    def note_branches(self, begun: frozenset[Branch]) -> None:
+        """Have the store say which branches of the run began, from the next `begin` on."""
         self._begun = begun
-        self.begin()
 
     def branches(self) -> tuple[dict[int, Branch | None], frozenset[Branch]]:
         """Iteration -> branch of the run, of what is in the store, as its marks say; and the

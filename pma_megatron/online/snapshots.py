@@ -209,13 +209,15 @@ class SnapshotWriter:
         job wrote of later ones is given up. No communication."""
         if self._comm.is_main:
             self._go_back(iteration)
+            if self._uploads is not None:
+                self._uploads.begin()
 
     def _go_back(self, iteration: int) -> list[int]:
         """What is given up by training on from an iteration, once the folder says so too: this job
         may end before its first snapshot of the new branch."""
         newer = self._branch.train_on(iteration)
         if newer and self._uploads is not None:
-            self._uploads.begin_branches(self._branch.begun)
+            self._uploads.note_branches(self._branch.begun)
         elif newer:
             try:
                 replace_file(self.root / BRANCHES_FILE, text_of(self._branch.begun))
