@@ -12,6 +12,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from pma_megatron.base.openfiles import is_unreadable
 from pma_megatron.base.spelling import left_out
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.inert import brief
@@ -80,11 +81,14 @@ def read_snapshot_marker(folder: Path) -> SnapshotMarker | None:
     """The mark of the snapshot in `folder`; None for a trainer's checkpoint or a merge.
 
     Raises:
-        CheckpointError: it is a snapshot of a form that this release does not know.
+        CheckpointError: it is a snapshot of a form that this release does not know, or its mark
+            cannot be read now (`base.openfiles.is_unreadable`).
     """
     try:
         value = read_json(folder / MARKER_FILE)
-    except CheckpointError:
+    except CheckpointError as error:
+        if is_unreadable(error):
+            raise
         return None  # not marked, so it stands for nothing but what its format says
     if value.get("kind") != SNAPSHOT:
         return None
