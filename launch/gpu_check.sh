@@ -46,7 +46,7 @@ nothing)
     ;;
 environment)
     source "$root/launch/venv.sh"
-    ensure_venv "$root/.venv-gpu-check" megatron,deepspeed
+    ensure_venv "$root/.venv-gpu-check" megatron,deepspeed,transformers
     python=$VENV_PYTHON
     ;;
 esac

@@ -1,13 +1,19 @@
 #!/usr/bin/env bash
 # Resume a Megatron-LM run with the average of its last checkpoints as weights (PMA-init): for a
-# stable start of the next stage, or to get past a loss spike. Megatron resumes iteration, data, LR
-# schedule and RNG from --load as always; weights and main params then become the average. For the
-# job that is to start from the average: leave the --pma-* flags out of the jobs that follow it.
+# stable start of the next stage. Megatron resumes iteration, data, LR schedule and RNG from --load
+# as always; weights and main params then become the average. A restart with the same flags does not
+# average again: leave them. For a loss spike use `pma recover`, since this average ends where
+# training resumes, perhaps in the spike.
 # usage: ./launch/megatron_pma_init.sh [--dry-run] [more arguments for pretrain_gpt.py]
 set -euo pipefail
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+    awk 'NR > 1 { if (!/^#/) exit; if (!/^#SBATCH/) print substr($0, 3) }' "$0"
+    exit 0
+fi
 
 # ---- edit from here
-MEGATRON=${MEGATRON:-/path/to/Megatron-LM}  # core_v0.12 or newer, patched or not
+MEGATRON=${MEGATRON:-/path/to/Megatron-LM}  # patched or not; core_v0.15.3,
+                                            # core_v0.16.1, core_v0.19.0 and main were run
 RUN=${RUN:-/ckpts/run}                      # the run's --save: sources, and where training goes on
 NODES=${NODES:-1}
 GPUS=${GPUS:-8}                             # per node
@@ -23,8 +29,8 @@ PMA=(
     --pma-last 10                           # `pma plan` prints a guide for both at your size
     --pma-interval-tokens 8B
     --pma-optimizer-state latest            # moments of the newest; or average, or reset
-    # --pma-end-iteration 90000             # the newest source, to leave a spike out ...
-    # --pma-exclude 88000                   # ... or leave out single checkpoints
+    # --pma-end-iteration 90000             # the newest source; what training resumes from
+    # --pma-exclude 88000                   # leave out single checkpoints
     # --pma-load /ckpts/elsewhere           # sources that do not lie in --load
     # --pma-share source                    # how replicas divide the reading; auto chooses
 )

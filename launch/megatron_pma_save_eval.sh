@@ -5,9 +5,14 @@
 # copies of the weights for later merges at any spacing, whatever --save-interval is.
 # usage: ./launch/megatron_pma_save_eval.sh [--dry-run] [more arguments for pretrain_gpt.py]
 set -euo pipefail
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+    awk 'NR > 1 { if (!/^#/) exit; if (!/^#SBATCH/) print substr($0, 3) }' "$0"
+    exit 0
+fi
 
 # ---- edit from here
-MEGATRON=${MEGATRON:-/path/to/Megatron-LM}  # core_v0.12 or newer, patched or not
+MEGATRON=${MEGATRON:-/path/to/Megatron-LM}  # patched or not; core_v0.15.3,
+                                            # core_v0.16.1, core_v0.19.0 and main were run
 RUN=${RUN:-/ckpts/run}                      # Megatron's --save and --load
 NODES=${NODES:-1}
 GPUS=${GPUS:-8}                             # per node

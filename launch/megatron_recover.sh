@@ -4,9 +4,13 @@
 # learning rate and past the data of the spike, with `pma recover`. Then a person must look.
 # usage: ./launch/megatron_recover.sh [--dry-run] [more arguments for pretrain_gpt.py]
 set -euo pipefail
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+    awk 'NR > 1 { if (!/^#/) exit; if (!/^#SBATCH/) print substr($0, 3) }' "$0"
+    exit 0
+fi
 
 # ---- edit from here
-MEGATRON=${MEGATRON:-/path/to/Megatron-LM}
+MEGATRON=${MEGATRON:-/path/to/Megatron-LM}  # patched or not; core_v0.16.1 was run
 RUN=${RUN:-/ckpts/run}                      # the run's --save
 NODES=${NODES:-1}
 GPUS=${GPUS:-8}                             # per node
@@ -24,7 +28,7 @@ PMA=(
     --pma-recover-last 3                    # healthy checkpoints in the average
     --pma-recover-attempts 3                # from one place, each further back
     --pma-recover-margin-iterations "$MARGIN"
-    --pma-recover-patience 100              # iterations that a spike has to recover by itself
+    --pma-recover-patience 100              # logged points (times --log-interval) to recover by itself
     --pma-recover-optimizer-state latest    # of the newest healthy checkpoint; or average, or reset
 )
 

@@ -3,6 +3,10 @@
 # the first, also say which lines of the package ran, in ranks and commands too; it costs time.
 # usage: ./launch/test.sh [--cov] [-m "not slow"] [tests/test_x.py ...]
 set -euo pipefail
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+    awk 'NR > 1 { if (!/^#/) exit; if (!/^#SBATCH/) print substr($0, 3) }' "$0"
+    exit 0
+fi
 cd "$(dirname "$0")/.."
 source launch/venv.sh
 ensure_venv "$PWD/.venv-test" test

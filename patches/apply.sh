@@ -12,6 +12,10 @@ die() {
     exit "$1"
 }
 
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+    awk 'NR > 1 { if (!/^#/) exit; if (!/^#SBATCH/) print substr($0, 3) }' "$0"
+    exit 0
+fi
 [[ $# -ge 1 && $# -le 2 && $1 != -* ]] || die 2 "usage: apply.sh TREE [--check | --reverse]"
 mode=${2:---apply}
 [[ $mode =~ ^--(apply|check|reverse)$ ]] || die 2 "unknown option $mode: use --check or --reverse"

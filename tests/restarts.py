@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,12 +22,14 @@ def stopped_at(share: float, how: Callable[[], None]) -> Show:
 
     @contextlib.contextmanager
     def show(stage: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
-        seen = 0
+        seen, lock = 0, threading.Lock()
 
         def progress(nbytes: int) -> None:
             nonlocal seen
-            seen += nbytes
-            if seen >= share * total_bytes:
+            with lock:
+                seen += nbytes
+                enough = seen >= share * total_bytes
+            if enough:
                 how()
 
         yield progress

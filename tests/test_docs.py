@@ -243,6 +243,9 @@ def test_names_of_the_package_exist(path: Path) -> None:
 _FLAG = re.compile(r"(?<![\w-])--[a-z](?:[\w-]*\w)?(?!\w|-?\*)")
 FOREIGN = {
     "launch/gpu_check.sh": {"--cpu", "--list", "--only", "--peer", "--peer-says", "--wheels"},
+    "aws": {"--recursive"},
+    "pip": {"--no-build-isolation", "--no-deps"},
+    "sbatch": {"--nodes"},
     "torchrun": {"--nnodes", "--nproc-per-node"},
     "torchtitan": {"--checkpoint"},
     "Megatron": {
@@ -257,6 +260,7 @@ FOREIGN = {
         "--finetune",
         "--iterations-to-skip",
         "--load",
+        "--load-main-params-from-ckpt",
         "--log-interval",
         "--log-validation-ppl-to-tensorboard",
         "--lr",
@@ -271,6 +275,8 @@ FOREIGN = {
         "--override-ckpt-iteration",
         "--no-load-rng",
         "--optimizer",
+        "--non-persistent-ckpt-type",
+        "--override-ckpt-iteration",
         "--override-opt_param-scheduler",
         "--save",
         "--save-interval",

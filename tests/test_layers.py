@@ -56,7 +56,8 @@ INSIDE = {
         manifest opcodes
         pickles
         items
-        flat placed relay
+        flat_pieces placed relay
+        flat
         contract fingerprints shares
     """,
     "formats.dcp": """
@@ -210,7 +211,7 @@ INSIDE = {
         destinations
     """,
     "megatron": """
-        flags params tree_functions trees
+        flags params resumed tree_functions trees
         checks replicas retained thin writers
         evaluate
         argument_parser load rollback session shard swap

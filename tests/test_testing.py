@@ -22,10 +22,12 @@ from pma_megatron.testing import (
     RankTimeout,
     inject,
     rank_outcomes,
+    ranks,
     run_ranks,
 )
 
 GOLDEN = Path(__file__).parent / "golden"
+LONGER_THAN_A_TEST_S = 3600.0
 
 
 def _report(rank: int, world_size: int, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
@@ -81,18 +83,19 @@ def _by_host(rank: int, world_size: int) -> tuple[list[Any], list[Any], int]:
     return plain, _collectives(rank), staged
 
 
-def _one_fails(rank: int, world_size: int, how: str) -> None:
+def _one_fails(rank: int, world_size: int, how: str, folder: Path) -> None:
     if rank == 1 and how == "raise":
         raise ValueError("the cause, as rank one tells it")
     if rank == 1 and how == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if rank == 1 and how == "exit":
         os._exit(3)
-    _where_it_hangs()
+    _where_it_hangs(folder / f"hangs{rank}")
 
 
-def _where_it_hangs() -> None:
-    time.sleep(60)
+def _where_it_hangs(said: Path) -> None:
+    said.touch()
+    time.sleep(LONGER_THAN_A_TEST_S)
 
 
 def _only_rank_one_dies(rank: int, world_size: int) -> str:
@@ -102,7 +105,7 @@ def _only_rank_one_dies(rank: int, world_size: int) -> str:
 
 
 def _leave_child_behind(rank: int, world_size: int) -> int:
-    return subprocess.Popen(["sleep", "60"]).pid
+    return subprocess.Popen(["sleep", str(LONGER_THAN_A_TEST_S)]).pid
 
 
 def _read_fault(rank: int, world_size: int) -> str | None:
@@ -133,21 +136,29 @@ def test_collectives_by_way_of_the_host_are_the_same():
         ("exit", "exit code 3", 3, None),
     ],
 )
-def test_first_failure_ends_the_others(how, said, exitcode, signal_name):
-    start = time.monotonic()
+def test_first_failure_ends_the_others(how, said, exitcode, signal_name, tmp_path):
+    """Or the test does not end: nothing else ends the other rank."""
     with pytest.raises(RankFailure, match=said) as caught:
-        run_ranks(_one_fails, 2, how, init=False)
-    assert time.monotonic() - start < 30
+        run_ranks(_one_fails, 2, how, tmp_path, init=False, timeout_s=LONGER_THAN_A_TEST_S)
     failure = caught.value
     assert (failure.rank, failure.exitcode, failure.signal) == (1, exitcode, signal_name)
     assert ("_one_fails" in failure.traceback) == (how == "raise")
 
 
-def test_timeout_kills_all_and_shows_where_they_were():
-    start = time.monotonic()
+def test_timeout_kills_all_and_shows_where_they_were(tmp_path, monkeypatch):
+    """The time is over when both hang, whenever that is."""
+
+    class Clock:
+        sleep = staticmethod(time.sleep)
+
+        @staticmethod
+        def monotonic() -> float:
+            both_hang = len(list(tmp_path.iterdir())) == 2
+            return time.monotonic() + (2 * LONGER_THAN_A_TEST_S if both_hang else 0.0)
+
+    monkeypatch.setattr(ranks, "time", Clock)
     with pytest.raises(RankTimeout, match="_where_it_hangs"):
-        run_ranks(_one_fails, 2, "hang", init=False, timeout_s=6)
-    assert time.monotonic() - start < 30
+        run_ranks(_one_fails, 2, "hang", tmp_path, init=False, timeout_s=LONGER_THAN_A_TEST_S)
 
 
 def test_outcomes_tell_each_rank_apart():
@@ -157,21 +168,25 @@ def test_outcomes_tell_each_rank_apart():
 
 
 def _say_and_sleep(rank: int, world_size: int, file: str) -> None:
-    helper = multiprocessing.get_context("fork").Process(target=time.sleep, args=(100,))
+    long_s = LONGER_THAN_A_TEST_S
+    helper = multiprocessing.get_context("fork").Process(target=time.sleep, args=(long_s,))
     helper.start()
     Path(f"{file}.new").write_text(f"{os.getpid()} {helper.pid}")
     Path(f"{file}.new").rename(file)
-    time.sleep(100)
+    time.sleep(long_s)
 
 
 def _run_and_wait(file: str) -> None:
-    run_ranks(_say_and_sleep, 1, file, init=False)
+    run_ranks(_say_and_sleep, 1, file, init=False, timeout_s=LONGER_THAN_A_TEST_S)
 
 
 def _assert_gone(pid: int) -> None:
-    for _ in range(300):
-        state = Path(f"/proc/{pid}/stat")
-        if not state.exists() or state.read_text().split()[2] == "Z":
+    until_s = time.monotonic() + 200
+    while time.monotonic() < until_s:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX":
+                return
+        except OSError:
             return
         time.sleep(0.1)
     pytest.fail(f"process {pid} is still there")

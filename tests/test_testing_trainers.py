@@ -141,7 +141,7 @@ def _differences_on_disk(run: Any, directory: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> list[dict[str, dict[str, Any]]]:
     pytest.importorskip("megatron.core")
-    return run_ranks(_all_runs, 2, tmp_path_factory.mktemp("runs"), timeout_s=290)
+    return run_ranks(_all_runs, 2, tmp_path_factory.mktemp("runs"))
 
 
 @pytest.mark.megatron

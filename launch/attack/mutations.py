@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
@@ -57,15 +58,15 @@ name; from 6 on all is done but the writing."""
 
 
 class Watch:
-    """What happened while it was on."""
+    """What happened while it was on, in one thread if that is named, else in all."""
 
-    def __init__(self, allowed: list[Path]) -> None:
+    def __init__(self, allowed: list[Path], thread: int | None = None) -> None:
         self.on, self.seen = False, Counter[str]()
-        self._allowed = [str(path) for path in allowed]
+        self._allowed, self._thread = [str(path) for path in allowed], thread
         sys.addaudithook(self._event)
 
     def _event(self, event: str, args: tuple[Any, ...]) -> None:
-        if not self.on:
+        if not self.on or self._thread not in (None, threading.get_ident()):
             return
         if event in _RAN:
             self.seen[f"ran: {event} {str(args)[:100]}"] += 1

@@ -117,12 +117,12 @@ def published(work: Path) -> dict[str, Path]:
     runs = work / "runs"
     if not (work / "trained").exists():
         shutil.rmtree(runs, ignore_errors=True)
-        run_ranks(train_megatron, 2, {n: str(runs / n) for n in TRAINED}, timeout_s=280)
+        run_ranks(train_megatron, 2, {n: str(runs / n) for n in TRAINED})
         zero = {name: str(runs / name) for name in ("zero2", "zero3")}
-        run_ranks(train_deepspeed, 2, zero, timeout_s=280)
+        run_ranks(train_deepspeed, 2, zero)
         universal = {zero["zero2"]: str(runs / "universal")}
-        run_ranks(to_universal, 1, universal, init=False, timeout_s=200)
-        run_ranks(train_fsdp, 2, {str(runs / n): FSDP[n] for n in FSDP}, timeout_s=280)
+        run_ranks(to_universal, 1, universal, init=False)
+        run_ranks(train_fsdp, 2, {str(runs / n): FSDP[n] for n in FSDP})
         (work / "trained").touch()
     found = {}
     for name in (*TRAINED, "zero2", "zero3", "universal", *FSDP):

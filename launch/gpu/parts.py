@@ -117,7 +117,7 @@ PARTS = (
         "merge and export in one pass: resumed by Megatron, opened by `transformers`",
         "export:merged",
         "core-rest",
-        needs=_CORE,
+        needs=(*_CORE, "safetensors"),  # of the package itself, but --wheels asks for nothing
     ),
     _part(
         "megatron-online",

@@ -46,16 +46,22 @@ def run(words: Sequence[str], *, alone: bool = False) -> int:
 def _run(given: list[str], rank: int, alone: bool) -> int:
     publishes = bool(given) and given[0] in _PUBLISH
 
-    def stopped(stop: Stopped) -> None:
+    def stopped(stop: Stopped) -> int:
         told = told_of(stop) if publishes else ""
         _failed(rank, f"stopped by {stop}{told and f'; {told}'}", aloud=rank == 0)
+        return 128 + stop.number
+
+    def at_once(number: int) -> None:
+        stopped(Stopped(number))
 
     try:
-        with stoppable((lambda number: stopped(Stopped(number))) if alone else None):
-            code = _work(given, rank, alone)
+        with stoppable(at_once if alone else None):
+            try:
+                code = _work(given, rank, alone)
+            except Stopped as stop:  # said before a second signal ends this process without a word
+                code = stopped(stop)
     except Stopped as stop:
-        stopped(stop)
-        code = 128 + stop.number
+        code = stopped(stop)
     comm = sys.modules.get("pma_megatron.base.comm")
     if comm is not None and comm.entangled():
         sys.stdout.flush()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -32,25 +32,32 @@ def run(arguments: Namespace) -> None:
     refs = list_checkpoints(arguments.root, problem=_log.warning)
     if not refs:
         raise SelectionError(what_is(path_of(arguments.root)))
-    _warn_of_trackers(path_of(arguments.root))
+    trackers = _trackers(path_of(arguments.root))
     found = listed(refs)
     rows = [
-        {**asdict(each.ref), "state": each.ref.state, "bytes": each.bytes, "origin": each.origin}
+        {
+            **asdict(each.ref),
+            "state": each.ref.state,
+            "tracker": trackers.get(path_of(each.ref.folder)),
+            "bytes": each.bytes,
+            "origin": each.origin,
+        }
         for each in found
     ]
-    show_result(arguments, rows, lambda: _print(arguments.root, found))
+    show_result(arguments, rows, lambda: _print(arguments.root, found, trackers))
 
 
-def _warn_of_trackers(root: Path) -> None:
-    """Say what training would stumble over when it resumes."""
-    pointers = {} if in_store(root) else read_pointers(root)
-    # Formats share a tracker.
-    for problem in dict.fromkeys(p.problem for p in pointers.values() if not p.missing):
-        if problem is not None:
+def _trackers(root: Path) -> dict[Path, str]:
+    """Folder -> the tracker that names it; says what training would stumble over there."""
+    pointers = read_pointers(root).values()
+    # Formats share a tracker; in a store no trainer follows one.
+    for problem in dict.fromkeys(p.problem for p in pointers if not p.missing):
+        if problem is not None and not in_store(root):
             _log.warning("%s %s: training does not resume from there", root, problem)
+    return {root / p.folder: p.file for p in pointers if p.folder is not None}
 
 
-def _print(root: str, found: Sequence[Listed]) -> None:
+def _print(root: str, found: Sequence[Listed], trackers: Mapping[Path, str]) -> None:
     """Names of folders where iterations do not tell the checkpoints apart."""
     title = f"{root}: {len(found)} checkpoints"
     numbers = [each.ref.iteration for each in found]
@@ -62,6 +69,8 @@ def _print(root: str, found: Sequence[Listed]) -> None:
         ref = each.ref
         supported = ref.complete or ref.format in _READ
         state: str = ref.state if supported else "NOT supported"
+        if path_of(ref.folder) in trackers:
+            state += ", named by the tracker"
         if ref.complete and ref.tokens_unknown_because:
             state += f" (tokens unknown: {ref.tokens_unknown_because})"
         because = ref.unhealthy_because if ref.complete else ref.incomplete_because

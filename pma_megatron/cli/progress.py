@@ -60,7 +60,7 @@ def _lines(stage: str, total_bytes: int) -> Iterator[engine.Progress]:
         nonlocal done, last_s
         done += nbytes
         now_s = time.monotonic()
-        if now_s - last_s >= _LINE_EVERY_S:
+        if done and now_s > start_s and now_s - last_s >= _LINE_EVERY_S:
             last_s = now_s
             rate = done / (now_s - start_s)
             left_s = (total_bytes - done) / rate

@@ -11,7 +11,7 @@ from pma_megatron.base.stopping import having_published
 from pma_megatron.cli.consoles import new_console, new_table, pasted
 from pma_megatron.cli.curves import writers_of
 from pma_megatron.cli.progress import show
-from pma_megatron.cli.verbs import show_result
+from pma_megatron.cli.verbs import show_result, strict
 from pma_megatron.merging.report import MergeReport
 from pma_megatron.runs import recovery_log
 from pma_megatron.spikes.recovery import Diagnosis, recover, rehearse
@@ -37,11 +37,8 @@ def run(arguments: argparse.Namespace) -> None:
         if comm.is_main:
             writers.write(of_recovery(found))
             merged = None if report is None else report.to_json()
-            show_result(
-                arguments,
-                {**found.to_json(), "merge": merged},
-                lambda: _shown(found, report, arguments.log_to),
-            )
+            value = strict({**found.to_json(), "merge": merged})
+            show_result(arguments, value, lambda: _shown(found, report, arguments.log_to))
 
 
 def _shown(found: Diagnosis, report: MergeReport | None, told: Sequence[str]) -> None:

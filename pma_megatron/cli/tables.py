@@ -22,10 +22,11 @@ from pma_megatron.merging.report import MergeReport, describe_output
 from pma_megatron.merging.request import Output
 from pma_megatron.merging.rolling import ROLLING
 from pma_megatron.merging.rolling import read as rolling_of
+from pma_megatron.merging.tolerance import within_bound
 from pma_megatron.merging.verification import Verification
 from pma_megatron.runs.gaps import lines
 from pma_megatron.runs.tokens import format_tokens, recommend
-from pma_megatron.storage.paths import path_of
+from pma_megatron.storage.paths import in_store, path_of
 from pma_megatron.transfer.buffers import BLOCK_ELEMENTS
 
 
@@ -72,8 +73,10 @@ def planned(plan: MergePlan) -> None:
     if rate:
         taken = (
             f"about {(plan.read_bytes + plan.written_bytes) / rate:.0f} s on one rank at "
-            f"{sized(rate)}/s, just measured on the newest source"
+            f"{sized(rate)}/s, which the newest source gave just now"
         )
+        if not in_store(path_of(newest.path)):
+            taken += " (perhaps out of the page cache)"
     console.print(
         f"reads {sized(plan.read_bytes)}, writes {sized(plan.written_bytes)} in "
         f"{made}; buffers {sized(buffers)} per rank; {taken}"
@@ -125,7 +128,7 @@ def merged(report: MergeReport) -> None:
     for check in report.verification:
         console.print(
             f"verified {check.entries} entries, {check.samples} slices recomputed in float64: "
-            f"largest error {check.worst:.2f} of the bound"
+            + within_bound(check.worst)
         )
     for how in report.resume:
         what = "load" if "from_pretrained(" in how else "resume"
@@ -164,7 +167,7 @@ def verified(check: Verification) -> None:
         what = "all" if check.deep else f"{check.samples} slices,"
         said.append(
             f"{what} {check.elements:,} elements of {check.entries} entries recomputed in float64: "
-            f"largest error {check.worst:.2f} of the bound"
+            + within_bound(check.worst)
         )
     console.print(f"{check.path}: right. {'; '.join(said)}", soft_wrap=True)
     for note in check.notes:

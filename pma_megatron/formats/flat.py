@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from pma_megatron.base.boxes import Box, Part, Piece, flat_range, overlaps
 from pma_megatron.formats.base import Payload, Tensor
+from pma_megatron.formats.flat_pieces import FlatCut, FlatPieces
 from pma_megatron.formats.items import ItemFiles
 
 
@@ -41,12 +45,16 @@ FlatMap = Mapping[tuple[str, str], Sequence[FlatRange]]
 """(group, space name) -> the parameters that lie in it."""
 
 
+MANY = 64
+"""Pieces of a tensor from which on columns are smaller than objects, and made as fast."""
+
+
 def states_from_flat(
     spaces: Sequence[FlatSpace], ranges: FlatMap, weights: Mapping[str, Tensor]
 ) -> dict[str, dict[str, Tensor]]:
     """Express flat buffers in model space, given which parameter lies where."""
-    pieces: dict[tuple[str, str], list[Piece[Payload]]] = {}
-    replicas: dict[tuple[str, str], list[Piece[Payload]]] = {}
+    held: dict[tuple[str, str], list[_Run]] = {}
+    replicas: dict[tuple[str, str], list[_Run]] = {}
     seen: set[tuple[str, str, Box]] = set()
     for space in spaces:
         lying = ranges[space.group, space.name]
@@ -58,17 +66,15 @@ def states_from_flat(
                 cuts[chunks] = [_cut(found, chunks, starts) for found in lying]
             for found, cut in zip(lying, cuts[chunks], strict=True):
                 mark = (state, found.key, found.box)
-                into = replicas if mark in seen else pieces
+                into = replicas if mark in seen else held
                 seen.add(mark)
-                into.setdefault((state, found.key), []).extend(
-                    Piece(box, stored[number].payload, start) for number, box, start in cut
-                )
+                into.setdefault((state, found.key), []).append(_Run(found.box, cut, stored))
+    made = _Pieces(spaces)
     states: dict[str, dict[str, Tensor]] = {}
-    for (state, key), own in pieces.items():
-        extra = tuple(replicas.get((state, key), ()))
-        states.setdefault(state, {})[key] = Tensor(
-            key, own[0].payload.dtype, weights[key].shape, tuple(own), extra
-        )
+    for (state, key), runs in held.items():
+        dtype, shape = runs[0].stored[0].payload.dtype, weights[key].shape
+        extra = tuple(_pieces_of(replicas.get((state, key), ())))
+        states.setdefault(state, {})[key] = Tensor(key, dtype, shape, made.of(runs, dtype), extra)
     return states
 
 
@@ -90,6 +96,60 @@ def _cut(found: FlatRange, chunks: _Chunks, starts: Sequence[int]) -> list[_Cut]
         for box, at in flat_range(found.box, low - found.start, high - found.start):
             result.append((number, box, at + shift))
     return result
+
+
+class _Run(NamedTuple):
+    """A box of a tensor that lies in one buffer, how its chunks cut it, and the chunks."""
+
+    box: Box
+    cut: list[_Cut]
+    stored: Sequence[Piece[Payload]]
+
+
+def _pieces_of(runs: Iterable[_Run]) -> Iterator[Piece[Payload]]:
+    for run in runs:
+        for number, box, start in run.cut:
+            yield Piece(box, run.stored[number].payload, start)
+
+
+class _Pieces:
+    """Makes the pieces of tensors; of many, what states have in common is made once."""
+
+    def __init__(self, spaces: Sequence[FlatSpace]) -> None:
+        self._spaces = spaces
+        self._cuts: dict[tuple[int, ...], FlatCut | None] = {}
+
+    @cached_property
+    def _files(self) -> dict[str, int]:
+        """Number of every file."""
+        chunks = (each for s in self._spaces for stored in s.states.values() for each in stored)
+        names = dict.fromkeys(each.payload.item.file for each in chunks)
+        return {name: number for number, name in enumerate(names)}
+
+    @cached_property
+    def _names(self) -> tuple[str, ...]:
+        """The files: one list, which all tensors share."""
+        return tuple(self._files)
+
+    def of(self, runs: Sequence[_Run], dtype: torch.dtype) -> Sequence[Piece[Payload]]:
+        """The pieces of one state of a tensor."""
+        if sum(len(run.cut) for run in runs) < MANY:
+            return tuple(_pieces_of(runs))
+        payloads = [run.stored[number].payload for run in runs for number, _, _ in run.cut]
+        alone = all(each.record is None and each.dtype == dtype for each in payloads)
+        cut = self._cut(runs, payloads) if alone else None
+        if cut is None:
+            return tuple(_pieces_of(runs))
+        items = [(self._files[i.file], i.offset, i.length) for i in (p.item for p in payloads)]
+        return FlatPieces(dtype, cut, self._names, *np.array(items, dtype=np.int64).T)
+
+    def _cut(self, runs: Sequence[_Run], payloads: Sequence[Payload]) -> FlatCut | None:
+        alike = (*(id(run.cut) for run in runs), *(payload.numel for payload in payloads))
+        if alike not in self._cuts:
+            numels = iter(payloads)
+            pieces = [[(box, start, next(numels).numel) for _, box, start in r.cut] for r in runs]
+            self._cuts[alike] = FlatCut.of([run.box for run in runs], pieces)
+        return self._cuts[alike]
 
 
 def _under(stored: Sequence[Piece[Payload]], start: int, count: int) -> list[Part[Payload]]:

@@ -48,6 +48,24 @@ class ManyPieces(Sequence[Piece[Payload]]):
     __slots__ = ("dtype",)
     dtype: torch.dtype
 
+    @overload
+    def __getitem__(self, place: int) -> Piece[Payload]: ...
+    @overload
+    def __getitem__(self, place: slice) -> tuple[Piece[Payload], ...]: ...
+    def __getitem__(self, place: int | slice) -> Any:
+        if isinstance(place, slice):
+            return tuple(map(self._one, range(*place.indices(len(self)))))
+        if not -len(self) <= place < len(self):
+            raise IndexError(place)
+        return self._one(place % len(self))
+
+    def __iter__(self) -> Iterator[Piece[Payload]]:
+        return map(self._one, range(len(self)))
+
+    @abstractmethod
+    def _one(self, number: int) -> Piece[Payload]:
+        """The piece of a number from 0 on."""
+
     @abstractmethod
     def columns(self) -> Columns:
         """All of them."""
@@ -83,100 +101,39 @@ class ManyPieces(Sequence[Piece[Payload]]):
         return hash(tuple(self))
 
 
-class StoredPieces(ManyPieces):
-    """Pieces that each have an item of their own, made when they are asked for.
-
-    A sequence like a tuple of `Piece`s, in some 40 bytes for each, however it is sent or kept. No
-    two overlap.
+class Boxes:
+    """Boxes of a tensor, found by where they lie. No two overlap.
 
     Attributes:
-        dtype: of all of them.
-        offsets, sizes: of their boxes, integers of shape `[pieces, dimensions]`.
-        files: names of files.
-        file: per piece, the number of its file in `files`.
-        starts, lengths: per piece, where in that file its item lies, in bytes.
-
-    >>> columns = [np.array([[0], [2]]), np.array([[2], [2]])]
-    >>> items = [np.array([0, 0]), np.array([0, 300]), np.array([300, 300])]
-    >>> pieces = StoredPieces(torch.float32, *columns, ("__0_0.distcp",), *items)
-    >>> pieces[1].box, pieces[1].payload.item.offset
-    (Box(offsets=(2,), sizes=(2,)), 300)
+        offsets, sizes: integers of shape `[boxes, dimensions]`.
     """
 
-    __slots__ = (
-        "_extent",
-        "_grid",
-        "_is_whole",
-        "file",
-        "files",
-        "lengths",
-        "offsets",
-        "sizes",
-        "starts",
-    )
+    __slots__ = ("_extent", "_grid", "_is_whole", "offsets", "sizes")
 
-    def __init__(
-        self,
-        dtype: torch.dtype,
-        offsets: np.ndarray,
-        sizes: np.ndarray,
-        files: tuple[str, ...],
-        file: np.ndarray,
-        starts: np.ndarray,
-        lengths: np.ndarray,
-    ) -> None:
-        self.dtype, self.files = dtype, files
+    def __init__(self, offsets: np.ndarray, sizes: np.ndarray) -> None:
+        self.offsets, self.sizes = narrow(offsets), narrow(sizes)
         self._grid: tuple[Any] | None = None
         self._extent: Box | None = None
         self._is_whole = False
-        columns = (offsets, sizes, file, starts, lengths)
-        self.offsets, self.sizes, self.file, self.starts, self.lengths = map(narrow, columns)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Boxes, (self.offsets, self.sizes)
 
     def __len__(self) -> int:
-        return len(self.starts)
+        return len(self.offsets)
 
-    @overload
-    def __getitem__(self, place: int) -> Piece[Payload]: ...
-    @overload
-    def __getitem__(self, place: slice) -> tuple[Piece[Payload], ...]: ...
-    def __getitem__(self, place: int | slice) -> Any:
-        if isinstance(place, slice):
-            return tuple(self._made(place))
-        if not -len(self) <= place < len(self):
-            raise IndexError(place)
-        box = Box(tuple(self.offsets[place].tolist()), tuple(self.sizes[place].tolist()))
-        file = self.files[self.file[place]]
-        item = Item(file, int(self.starts[place]), int(self.lengths[place]))
-        return Piece(box, Payload(item, self.dtype, box.numel))
+    def __getitem__(self, number: int) -> Box:
+        return Box(tuple(self.offsets[number].tolist()), tuple(self.sizes[number].tolist()))
 
-    def __iter__(self) -> Iterator[Piece[Payload]]:
-        return self._made(slice(None))
-
-    def _made(self, places: slice) -> Iterator[Piece[Payload]]:
-        columns = (self.offsets, self.sizes, self.file, self.starts, self.lengths)
-        for offsets, sizes, file, start, length in zip(
-            *(column[places].tolist() for column in columns), strict=True
-        ):
-            box = Box(tuple(offsets), tuple(sizes))
-            yield Piece(box, Payload(Item(self.files[file], start, length), self.dtype, box.numel))
-
-    def columns(self) -> Columns:
-        """See `ManyPieces`."""
-        none = np.broadcast_to(np.int64(0), len(self))
-        return Columns(self.files, self.file, self.starts, none, self.offsets, self.sizes)
-
-    def payloads(self) -> Iterable[Payload]:
-        """See `ManyPieces`."""
-        return (piece.payload for piece in self)
-
-    def touching(self, box: Box) -> list[Piece[Payload]]:
-        """Pieces that overlap `box`."""
+    def touching(self, box: Box) -> list[int]:
+        """Numbers of those that overlap `box`."""
         cells = self._cells()
         if cells is None:
             low, sizes = self.offsets.astype(np.int64), self.sizes.astype(np.int64)
             at, extent = np.array(box.offsets, np.int64), np.array(box.sizes, np.int64)
             common = np.maximum(low, at) < np.minimum(low + sizes, at + extent)
-            return [self[int(number)] for number in np.flatnonzero(common.all(axis=1))]
+            numbers: list[int] = np.flatnonzero(common.all(axis=1)).tolist()
+            return numbers
         size, counts, at_cell = cells
         ranges = [
             range(o // s, min((o + n - 1) // s + 1, count))
@@ -188,11 +145,11 @@ class StoredPieces(ManyPieces):
             for index, count in zip(place, counts, strict=True):
                 cell = cell * count + index
             if at_cell[cell] >= 0:
-                found.append(self[int(at_cell[cell])])
+                found.append(int(at_cell[cell]))
         return found
 
     def covers(self, box: Box) -> bool | None:
-        """Whether all of `box` lies in pieces; None where each of those has to be looked at."""
+        """Whether all of `box` lies in them; None where each of those has to be looked at."""
         whole = self.extent
         if not self._is_whole or len(whole.sizes) != len(box.sizes):
             return None
@@ -200,7 +157,7 @@ class StoredPieces(ManyPieces):
 
     @property
     def extent(self) -> Box:
-        """From the beginning of the tensor to the end of the last pieces."""
+        """From the beginning of the tensor to the end of the last ones."""
         if self._extent is None:
             sizes = self.sizes.astype(np.int64)
             ends = (self.offsets + sizes).max(axis=0, initial=0)
@@ -228,6 +185,90 @@ class StoredPieces(ManyPieces):
         cells = np.full(math.prod(counts), -1, dtype=np.int64)
         cells[np.ravel_multi_index(tuple(places.T), counts)] = np.arange(len(self))
         return tuple(size.tolist()), counts, cells
+
+
+class StoredPieces(ManyPieces):
+    """Pieces that each have an item of their own, made when they are asked for.
+
+    A sequence like a tuple of `Piece`s, in some 40 bytes for each, however it is sent or kept. No
+    two overlap.
+
+    Attributes:
+        dtype: of all of them.
+        boxes: of the tensor, one for each.
+        files: names of files.
+        file: per piece, the number of its file in `files`.
+        starts, lengths: per piece, where in that file its item lies, in bytes.
+
+    >>> columns = [np.array([[0], [2]]), np.array([[2], [2]])]
+    >>> items = [np.array([0, 0]), np.array([0, 300]), np.array([300, 300])]
+    >>> pieces = StoredPieces(torch.float32, *columns, ("__0_0.distcp",), *items)
+    >>> pieces[1].box, pieces[1].payload.item.offset
+    (Box(offsets=(2,), sizes=(2,)), 300)
+    """
+
+    __slots__ = ("boxes", "file", "files", "lengths", "starts")
+
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        offsets: np.ndarray,
+        sizes: np.ndarray,
+        files: tuple[str, ...],
+        file: np.ndarray,
+        starts: np.ndarray,
+        lengths: np.ndarray,
+    ) -> None:
+        self.dtype, self.files, self.boxes = dtype, files, Boxes(offsets, sizes)
+        self.file, self.starts, self.lengths = map(narrow, (file, starts, lengths))
+
+    @property
+    def offsets(self) -> np.ndarray:
+        """Of the boxes, integers of shape `[pieces, dimensions]`."""
+        return self.boxes.offsets
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Of the boxes, integers of shape `[pieces, dimensions]`."""
+        return self.boxes.sizes
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def _one(self, number: int) -> Piece[Payload]:
+        box, file = self.boxes[number], self.files[self.file[number]]
+        item = Item(file, int(self.starts[number]), int(self.lengths[number]))
+        return Piece(box, Payload(item, self.dtype, box.numel))
+
+    def __iter__(self) -> Iterator[Piece[Payload]]:
+        columns = (self.offsets, self.sizes, self.file, self.starts, self.lengths)
+        for offsets, sizes, file, start, length in zip(
+            *(column.tolist() for column in columns), strict=True
+        ):
+            box = Box(tuple(offsets), tuple(sizes))
+            yield Piece(box, Payload(Item(self.files[file], start, length), self.dtype, box.numel))
+
+    def columns(self) -> Columns:
+        """See `ManyPieces`."""
+        none = np.broadcast_to(np.int64(0), len(self))
+        return Columns(self.files, self.file, self.starts, none, self.offsets, self.sizes)
+
+    def payloads(self) -> Iterable[Payload]:
+        """See `ManyPieces`."""
+        return (piece.payload for piece in self)
+
+    def touching(self, box: Box) -> list[Piece[Payload]]:
+        """Pieces that overlap `box`."""
+        return [self[number] for number in self.boxes.touching(box)]
+
+    def covers(self, box: Box) -> bool | None:
+        """Whether all of `box` lies in pieces; None where each of those has to be looked at."""
+        return self.boxes.covers(box)
+
+    @property
+    def extent(self) -> Box:
+        """From the beginning of the tensor to the end of the last pieces."""
+        return self.boxes.extent
 
     def __reduce__(self) -> tuple[Any, ...]:
         columns = (self.offsets, self.sizes)

@@ -160,17 +160,6 @@ class SharedPieces(ManyPieces):
     def __len__(self) -> int:
         return len(self._cut.rank)
 
-    @overload
-    def __getitem__(self, place: int) -> Piece[Payload]: ...
-    @overload
-    def __getitem__(self, place: slice) -> tuple[Piece[Payload], ...]: ...
-    def __getitem__(self, place: int | slice) -> Any:
-        if isinstance(place, slice):
-            return tuple(self._made(np.arange(len(self))[place]))
-        if not -len(self) <= place < len(self):
-            raise IndexError(place)
-        return self._one(self._cut, place)
-
     def __iter__(self) -> Iterator[Piece[Payload]]:
         return self._made(np.arange(len(self)))
 
@@ -182,9 +171,10 @@ class SharedPieces(ManyPieces):
         for offsets, sizes, rank, start in zip(*(c.tolist() for c in columns), strict=True):
             yield Piece(Box(tuple(offsets), tuple(sizes)), holders.payload(rank), start)
 
-    def _one(self, cut: _Cut, number: int) -> Piece[Payload]:
+    def _one(self, number: int) -> Piece[Payload]:
         """One of them, as a merge asks for each: many times as fast as `_made` is for one."""
-        holders, rank = self.holders, int(cut.rank[number])
+        cut, holders = self._cut, self.holders
+        rank = int(cut.rank[number])
         box = Box(tuple(cut.offsets[number].tolist()), tuple(cut.sizes[number].tolist()))
         begin = int(holders.starts[rank % len(holders.starts)])
         return Piece(box, holders.payload(rank), begin + self.at + int(cut.inside[number]))
@@ -237,14 +227,14 @@ class SharedPieces(ManyPieces):
         if (
             last - low + 1 == box.numel and whole
         ):  # it has no gaps, so all between its ends is in it
-            return [self._one(cut, number) for number in range(begin, stop)]
+            return [self._one(number) for number in range(begin, stop)]
         if stop - begin > _FEW:
             numbers = np.arange(begin, stop)
             first, sizes = (c[numbers].astype(np.int64) for c in (cut.offsets, cut.sizes))
             wanted, extent = np.array(box.offsets), np.array(box.sizes)
             common = np.maximum(first, wanted) < np.minimum(first + sizes, wanted + extent)
             return [*self._made(numbers[common.all(axis=1)])]
-        found = (self._one(cut, number) for number in range(begin, stop))
+        found = (self._one(number) for number in range(begin, stop))
         return [piece for piece in found if piece.box.intersect(box) is not None]
 
     def covers(self, box: Box) -> bool | None:

@@ -28,6 +28,7 @@ from pma_megatron.merging.recompute import recompute
 from pma_megatron.merging.request import SAMPLES, MergeRequest
 from pma_megatron.merging.verification import Verification, verify_output
 from pma_megatron.runs.discover import pointed
+from pma_megatron.runs.folders import is_checkpoint
 from pma_megatron.storage.paths import path_of
 
 _NO_SOURCES = {
@@ -75,7 +76,7 @@ def verify(
     refuse_remote("path", path, stores=True)
     comm = comm or Comm()
     folder = comm.on_main("verify", lambda: published(path))
-    marker = comm.on_main("verify", lambda: read_marker(folder))
+    marker = comm.on_main("verify", lambda: _marker(folder))
     kind, notes = marker.value.get("kind"), list(_not_covered(marker))
     found = Intact(0, 0, 0)
     if full:
@@ -97,6 +98,23 @@ def verify(
         notes=(*values.notes, *notes),
         path=str(folder),
     )
+
+
+def _marker(folder: Path) -> Marker:
+    """Its `pma.json`.
+
+    Raises:
+        CheckpointError: there is none, as in what a trainer saved.
+        VerifyError: it is not what was written.
+    """
+    if is_checkpoint(folder) and not _is_marked(folder):
+        raise CheckpointError(
+            f"{folder} has no {MARKER_FILE}: it was not written by this tool, and only merges, "
+            "exports, snapshots and saved running averages can be verified. `pma compare` of it "
+            "and another checkpoint of the run reads both, and compares what it reads with their "
+            "checksums"
+        )
+    return read_marker(folder)
 
 
 def _tensors(folder: Path, marker: Marker) -> dict[str, list[Record]]:

@@ -14,7 +14,13 @@ from pma_megatron.base.settings import PMA, described, needed, refuse_unknown_wo
 from pma_megatron.base.sizes import parse_size
 from pma_megatron.base.spelling import given, has, listing, mistyped, named
 from pma_megatron.errors import UsageError
-from pma_megatron.merging.coefficients import DECAYS, METHODS, Coefficients, coefficients
+from pma_megatron.merging.coefficients import (
+    DECAYS,
+    DEFAULT_ALPHA,
+    METHODS,
+    Coefficients,
+    coefficients,
+)
 from pma_megatron.merging.policy import Policy
 from pma_megatron.merging.rolling import loaded
 from pma_megatron.runs.gaps import PassedOver
@@ -46,7 +52,12 @@ class Method:
     """
 
     name: str = setting("sma", "how checkpoints are weighted", metavar="M", choices=METHODS)
-    alpha: float | None = setting(None, "ema: weight of the newer one, in (0, 1]", metavar="A")
+    alpha: float | None = setting(
+        None,
+        "ema: weight of each newer one against the average of those before it, in (0, 1]; "
+        f"{DEFAULT_ALPHA} if not given",
+        metavar="A",
+    )
     floor: float = setting(0.0, "decay methods: where the decay ends, in [0, 1)", metavar="F")
     values: tuple[float, ...] | None = setting(
         None, "custom: coefficients, oldest first, that sum to 1", metavar="C"
@@ -132,7 +143,9 @@ class MergeRequest:
         metavar="R",
     )
     overwrite: bool = setting(
-        False, "replace an existing output, which is kept until the new one is published"
+        False,
+        "replace an existing output: on a disk it is kept until the new one is published; in an "
+        "object store it is deleted when the upload begins",
     )
     check_sources: bool = setting(
         False, "read records whole that the merge reads in part, to compare their checksums"

@@ -11,6 +11,7 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
+from pma_megatron.base.openfiles import is_unreadable, unread
 from pma_megatron.base.spelling import first_few, given, named, switch
 from pma_megatron.errors import CheckpointError, PublishError, VerifyError
 from pma_megatron.formats import registry
@@ -144,12 +145,18 @@ def already(plan: MergePlan, wanted: Sequence[Target]) -> tuple[bool, ...]:
 
 
 def is_of(target: Target, plan: MergePlan) -> bool:
-    """Whether a published folder is what this plan makes, as far as its `pma.json` says."""
+    """Whether a published folder is what this plan makes, as far as its `pma.json` says.
+
+    Raises:
+        CheckpointError: that cannot be read now.
+    """
     try:
         made = json.loads((target.final / MARKER_FILE).read_text())
         digest, values = made["plan"]["digest"], made["output"]["coefficients"]
         exported = made.get("kind") == EXPORT
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, OSError) and is_unreadable(error):
+            raise unread(target.final / MARKER_FILE, error) from error
         return False
     same = digest == plan.digest and values == list(plan.outputs[target.output].values)
     return bool(same and exported == (target.folder is Folder.MODEL))

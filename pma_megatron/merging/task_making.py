@@ -8,6 +8,7 @@ from typing import Any
 
 from pma_megatron.base.boxes import Piece, PieceIndex
 from pma_megatron.formats.base import Payload, Tensor
+from pma_megatron.formats.flat_pieces import FlatPieces
 from pma_megatron.formats.output import Destination, OutputLayout
 from pma_megatron.formats.pieces import StoredPieces, payloads_of, together
 from pma_megatron.formats.placed import PlacedPieces, Places
@@ -185,6 +186,10 @@ class _Builder:
         elif isinstance(tensor.pieces, SharedPieces):
             yield PlacedPieces(tensor.pieces, self.layout.places)
             self.shared.append(tensor.pieces)
+        elif isinstance(tensor.pieces, FlatPieces):
+            yield PlacedPieces(tensor.pieces, self.layout.places)
+            for payload, start, numel in tensor.pieces.partly():
+                self.covered.setdefault(payload, []).append((start, numel))
         else:
             pieces = (*tensor.pieces, *tensor.replicas)
         placed = []

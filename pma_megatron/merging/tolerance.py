@@ -34,6 +34,15 @@ def bound_of(terms: int, size: np.ndarray, exact: np.ndarray, dtype: torch.dtype
     return rounded + limits.smallest_normal
 
 
+def within_bound(worst: float) -> str:
+    """What a check says whose largest error was `worst`, in units of the bound.
+
+    >>> within_bound(0.4999)
+    'all within the rounding bound (largest 0.50 of it)'
+    """
+    return f"all within the rounding bound (largest {worst:.2f} of it)"
+
+
 def refuse_beyond(
     got: np.ndarray, exact: np.ndarray, bound: np.ndarray, folder: Path, what: str, box: Box
 ) -> float:

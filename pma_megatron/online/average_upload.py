@@ -21,7 +21,7 @@ from pma_megatron.formats import registry
 from pma_megatron.formats.holding import MARKERS
 from pma_megatron.formats.json_files import read_json
 from pma_megatron.formats.marker import MARKER_FILE, ONLINE_AVERAGE, UPLOADING_FILE
-from pma_megatron.online.uploads import Uploads, refuse_unseen, remove_marks
+from pma_megatron.online.uploads import Uploads, refuse_unseen, remove
 from pma_megatron.runs.describe import describe, iteration_of
 from pma_megatron.storage.addresses import below
 from pma_megatron.storage.paths import in_store, place_of, workplace
@@ -167,9 +167,12 @@ class AverageUploads(Uploads):
 
     def waiting(self) -> tuple[list[str], int]:
         """Those that are not there yet, and the bytes of the largest."""
-        found = self._whole()
-        sizes = [sum(p.stat().st_size for p in each.rglob("*") if p.is_file()) for each in found]
-        return [each.name for each in found], max(sizes, default=0)
+        sizes: dict[str, int] = {}
+        for each in self._whole():
+            with contextlib.suppress(OSError):  # it got there meanwhile, and is being removed
+                files = (path for path in each.rglob("*") if path.is_file())
+                sizes[each.name] = sum(path.stat().st_size for path in files)
+        return [*sizes], max(sizes.values(), default=0)
 
     def _whole(self) -> list[Path]:
         with self._lock:
@@ -187,14 +190,12 @@ class AverageUploads(Uploads):
         store, root = self._place()
         self._point_to(store, root, folder)
         self._remove(folder)
-        with self._lock:
-            self._ready.pop(folder.name, None)
 
     def _remove(self, folder: Path) -> None:
-        self._ready.pop(folder.name, None)
+        with self._lock:
+            self._ready.pop(folder.name, None)
         if folder.is_dir():
-            remove_marks(folder)
-            shutil.rmtree(folder)
+            remove(folder)
 
     def _point_to(self, store: Store, root: str, folder: Path) -> None:
         """Have a trainer resume from it: what lies beside the averages first, the tracker last."""

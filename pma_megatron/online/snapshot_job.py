@@ -45,8 +45,6 @@ UPLOADED = ".pma-uploaded"
 _FILES, _DONE, _FAILED = "files", "done_", "failed"
 _BLOCK_ELEMENTS = 1 << 20
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.01, 0.5
-SEEN_BY_ALL_S = 2 * _LONGEST_PAUSE_S
-"""After so long every rank has seen that a snapshot was published."""
 _GRACE_S = 5.0
 
 Data = Callable[[int], torch.Tensor] | Sequence[torch.Tensor]

@@ -11,7 +11,6 @@ import io
 import logging
 import secrets
 import shutil
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -23,7 +22,7 @@ from pma_megatron.base.comm import Comm
 from pma_megatron.base.openfiles import is_folder
 from pma_megatron.base.remote_paths import refuse_remote
 from pma_megatron.base.spelling import first_few
-from pma_megatron.errors import PublishError, UsageError
+from pma_megatron.errors import CheckpointError, PublishError, UsageError
 from pma_megatron.formats.base import Item
 from pma_megatron.formats.marker import SNAPSHOTS, SnapshotMarker
 from pma_megatron.formats.torch_dist.checkpoint import COMMON_FILE
@@ -37,7 +36,7 @@ from pma_megatron.formats.torch_dist.chunks import (
 )
 from pma_megatron.formats.torch_dist.completeness import completeness
 from pma_megatron.online.branch import RunBranch
-from pma_megatron.online.snapshot_job import SEEN_BY_ALL_S, STAGING, Data, SnapshotJob
+from pma_megatron.online.snapshot_job import STAGING, Data, SnapshotJob
 from pma_megatron.online.snapshot_pruning import is_snapshot, prune
 from pma_megatron.online.snapshot_upload import SnapshotUploads, refuse_full
 from pma_megatron.online.uploads import refuse_unseen
@@ -111,7 +110,7 @@ class SnapshotWriter:
         self._token = comm.broadcast(secrets.token_hex(4))
         self._branch = RunBranch({})
         self._newest = 0
-        self._published_s = -SEEN_BY_ALL_S
+        self._published = ""
         self._there = comm.on_main("snapshot folder", lambda: self._prepare(trained_from))
         refuse_unseen(self.root, "snapshots", comm)
         numbers = [number for number, chunk in enumerate(chunks) if chunk.box.numel]
@@ -201,9 +200,8 @@ class SnapshotWriter:
         """Until all is in the store; see `Uploads.wait`."""
         if self._uploads is not None:
             self._uploads.wait(timeout_s, moved)
-            if self._comm.size > 1:  # other ranks look for the last folder now and then
-                time.sleep(max(0.0, self._published_s + SEEN_BY_ALL_S - time.monotonic()))
-            self._uploads.remove_empty()
+            # Other ranks may not have looked yet whether the last one was published.
+            self._uploads.remove_empty(self._published if self._comm.size > 1 else "")
 
     def train_on(self, iteration: int) -> None:
         """Training went back to weights of `iteration`, whatever number it goes on with: what this
@@ -233,9 +231,15 @@ class SnapshotWriter:
 
     def _look_for_branches(self, trained_from: int | None) -> None:
         """What is newer than where training goes on is of a branch that was given up."""
-        found = {} if self._uploads is None else dict(self._uploads.branches)
-        for folder in filter(is_snapshot, self.root.iterdir()):
-            found[iteration_of(folder) or 0] = branch_of(folder)
+        found = {} if self._uploads is None else self._uploads.branches()
+        try:
+            for folder in filter(is_snapshot, self.root.iterdir()):
+                found[iteration_of(folder) or 0] = branch_of(folder)
+        except CheckpointError as error:
+            raise PublishError(
+                f"which branch of the run the snapshots in {self.root} are of is not known: "
+                f"{error}. Or move that one elsewhere"
+            ) from error
         self._branch = RunBranch(found)
         if trained_from is not None:
             self._newest = trained_from
@@ -288,7 +292,7 @@ class SnapshotWriter:
             prune(self.root, 0, kept - {*iterations})
 
     def _upload(self, name: str) -> None:
-        self._published_s = time.monotonic()
+        self._published = name
         if not self._keeps_whole:
             self._branch.wrote(iteration_of(Path(name)) or 0)
         if self._uploads is not None:

@@ -16,6 +16,7 @@ import logging
 import math
 import os
 import secrets
+import shutil
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -31,7 +32,7 @@ from pma_megatron.formats.dcp.metadata import METADATA_FILE
 from pma_megatron.formats.marker import MARKER_FILE, SEAL_FILE, UPLOADING_FILE
 from pma_megatron.formats.torch_dist.checkpoint import CONFIG_FILE
 from pma_megatron.storage.addresses import below
-from pma_megatron.storage.claims import Claim, ClaimedError, claim
+from pma_megatron.storage.claims import Claim, ClaimedError, claim, renewing
 from pma_megatron.storage.paths import stored
 from pma_megatron.storage.protocol import Store
 
@@ -249,7 +250,8 @@ class Uploads(ABC):
                     f"one of the {self.what}, so it is neither deleted nor mixed with one: move it "
                     "elsewhere"
                 )
-            yield made
+            with renewing(made, store):  # a file may take longer than a claim counts
+                yield made
             made.check(store)
         except ClaimedError as other:
             raise PublishError(f"another job is at work at {key} ({other})") from None
@@ -339,6 +341,20 @@ def remove_marks(folder: Path) -> None:
     """Remove from a disk what makes a checkpoint whole: no reader takes the rest for one."""
     for name in reversed(_KNOWN):
         (folder / name).unlink(missing_ok=True)
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint from a disk: what makes it whole first, and what says whose it is last,
+    so that whoever looks meanwhile takes the rest for nobody else's."""
+    for name in reversed(_KNOWN):
+        if name not in _OWN:
+            (folder / name).unlink(missing_ok=True)
+    for path in sorted(folder.rglob("*"), reverse=True):  # what lies in a folder before it
+        if path.is_dir() and not path.is_symlink():
+            path.rmdir()
+        elif path.relative_to(folder).as_posix() not in _OWN:
+            path.unlink(missing_ok=True)
+    shutil.rmtree(folder)
 
 
 @contextlib.contextmanager

@@ -87,7 +87,7 @@ def of_report(value: Mapping[str, Any], prefix: str) -> Section:
     worst = max((float(each["worst"]) for each in checks), default=0.0)
     verdict = (
         f"Published, after {count} slices were recomputed from the sources in float64: the "
-        f"largest error is {worst:.2f} of the bound."
+        f"largest error is {worst:.2f} of the rounding bound that it must stay within."
     )
     folders = [shown(each) for each in (*value["published"], *value.get("exported", ()))]
     commands = [("resume", shown(each)) for each in value["resume"]]

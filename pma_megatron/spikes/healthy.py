@@ -18,7 +18,7 @@ from pma_megatron.runs.selection import Selection, select
 from pma_megatron.runs.selection_request import SelectionRequest
 
 # Three, from before the collapse: arXiv 2505.12082. In docs/results.md 1 or 5, and other margins,
-# made no difference.
+# made no clear difference.
 LAST = 3
 MARGIN_ITERATIONS = 20
 

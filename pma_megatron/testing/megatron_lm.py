@@ -80,7 +80,7 @@ def run_pretrain(
     imports: str | None = None,
     python_path: Sequence[Path | str] = (),
     environment: Mapping[str, str] | None = None,
-    timeout_s: float = 240.0,
+    timeout_s: float = 600.0,
 ) -> Pretrained:
     """Train with a script of the Megatron-LM in `tree`, one process per rank, under torchrun.
 

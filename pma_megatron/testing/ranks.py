@@ -41,7 +41,11 @@ _PRELOAD = [
 ]
 """What most ranks import, by the module of their test too, and no test wants in two releases."""
 
-_GRACE_S = 0.3
+_GRACE_S = 2.0
+"""For the rank that failed first, which may still be cleaning up when another one has told that it
+failed with it."""
+_STACKS_S = 20.0
+_ENDED_S = 60.0
 _LOOK_EVERY_S = 1.0
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -131,7 +135,7 @@ def rank_outcomes(
     fn: Callable[..., Any],
     world_size: int,
     *args: Any,
-    timeout_s: float = 120.0,
+    timeout_s: float = 600.0,
     init: bool = True,
     preloaded: bool = True,
     stop_at_failure: bool = False,
@@ -197,7 +201,7 @@ def _collect(
                 outcome.result, outcome.traceback = (payload, "") if outcome.ok else (None, payload)
                 outcome.seconds = at - start
             except EOFError:
-                processes[rank].join(timeout=5)
+                processes[rank].join(timeout=_ENDED_S)
                 outcome.exitcode = processes[rank].exitcode
             if stop_at_failure and not outcome.ok:
                 # Others may have failed first and not been read yet: look a moment longer.
@@ -212,7 +216,7 @@ def _collect(
             outcomes[rank].traceback = _stacks(processes[rank], directory / f"stacks{rank}")
     for rank, outcome in enumerate(outcomes):
         if outcome.ok:
-            processes[rank].join(timeout=max(1.0, deadline - time.monotonic()))
+            processes[rank].join(timeout=max(_ENDED_S, deadline - time.monotonic()))
         outcome.exitcode = processes[rank].exitcode if outcome.ok else outcome.exitcode
     return outcomes
 
@@ -223,11 +227,13 @@ def _stacks(process: BaseProcess, path: Path) -> str:
         return ""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGUSR1)
-    until = time.monotonic() + 10 * _GRACE_S
-    while not path.read_text() and time.monotonic() < until:
-        time.sleep(_GRACE_S / 3)
-    time.sleep(_GRACE_S)  # it is written line by line
-    return path.read_text()
+    until_s, text = time.monotonic() + _STACKS_S, ""
+    while time.monotonic() < until_s:  # it is written line by line
+        time.sleep(_LOOK_EVERY_S / 2)
+        before, text = text, path.read_text()
+        if text and text == before:
+            break
+    return text
 
 
 def _kill_session(process: BaseProcess) -> None:

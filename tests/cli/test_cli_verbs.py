@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import _logging_as_it_was, call, spawn  # noqa: F401 (a fixture of every test)
+from test_cli import call, spawn
 
 from conftest import digests, folder_of
 from pma_megatron.formats.marker import OWN_FILES
 from pma_megatron.merging.sums import KERNEL
+from pma_megatron.runs.discover import TRACKER_FILE
 from pma_megatron.version import __version__
 
 
@@ -37,6 +38,12 @@ def test_list(capsys: pytest.CaptureFixture[str], run: Path) -> None:
     assert [ref["iteration"] for ref in refs] == [2, 4, 6, 8]
     assert all(ref["complete"] and ref["format"] == "torch_dist" for ref in refs)
     assert [ref["consumed_tokens"] for ref in refs] == [256, 512, 768, 1024]
+    (run / TRACKER_FILE).write_text("6")  # training went back: what it resumes from is marked
+    named = [ref["iteration"] for ref in call_json(capsys, "list", run) if ref["tracker"]]
+    assert named == [6]
+    (marked,) = [t for t in call(capsys, "list", run)[1].splitlines() if "by the tracker" in t]
+    assert marked.split()[0] == "6"
+    (run / TRACKER_FILE).write_text("8")
     (folder_of(run, 4) / "__1_0.distcp").unlink()
     (folder_of(run, 8) / "metadata.json").unlink()
     code, out, _ = call(capsys, "list", run)
@@ -44,7 +51,9 @@ def test_list(capsys: pytest.CaptureFixture[str], run: Path) -> None:
     assert "4 checkpoints" in out
     assert out.count(" complete") == 2
     assert "damaged: shard file __1_0.distcp is missing" in out
-    assert "damaged: no metadata.json" in out  # the tracker names it: its save had ended
+    assert (
+        "damaged, named by the tracker: no metadata.json" in out
+    )  # the tracker names it: its save had ended
     reasons = [ref["incomplete_because"] for ref in call_json(capsys, "list", run)]
     assert [reason is None for reason in reasons] == [True, False, True, False]
 
@@ -219,7 +228,13 @@ def test_verify_finds_what_is_wrong(
         assert words in err
     code, _, err = call(capsys, "verify", folder_of(run, 8))
     assert code == 1
-    assert "was not written by this tool" in err
+    assert "was not written by this tool" in err and "`pma compare`" in err
+    source = max(folder_of(run, 8).glob("*.distcp"), key=lambda path: path.stat().st_size)
+    stored = source.read_bytes()
+    source.write_bytes(stored[: len(stored) // 2] + bytes(256) + stored[len(stored) // 2 + 256 :])
+    code, _, err = call(capsys, "compare", folder_of(run, 6), folder_of(run, 8))  # as it was told
+    assert code == 1 and source.name in err
+    source.write_bytes(stored)
     config = folder_of(run, 6) / "metadata.json"
     config.write_text(config.read_text() + " ")
     code, _, err = call(capsys, "verify", final)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from test_cli import FLAGS, call, spawn
@@ -143,8 +145,21 @@ def test_planning_tells_a_log_what_it_is_at(
     code, out, err = call(capsys, "plan", "--load", dense_run, "--last", 2, "--json")
     assert code == 0 and json.loads(out)["digest"]
     assert re.search(r"^pma: plan: open iter_0000006, 2 of 2, after \d+ s$", err, re.MULTILINE)
-    monkeypatch.setattr(progress, "_LINE_EVERY_S", 60.0)
+    monkeypatch.setattr(progress, "_LINE_EVERY_S", float("inf"))
     assert "pma: plan: " not in call(capsys, "plan", "--load", dense_run, "--last", 2)[2]
+
+
+def test_a_log_is_told_of_bytes_that_were_moved(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files and units of no byte may be the first that are done."""
+    monkeypatch.setattr(progress, "_LINE_EVERY_S", 0.0)
+    ticks = iter(range(4))
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    with caplog.at_level(logging.INFO), progress._lines("upload", 1 << 30) as advance:
+        for nbytes in (0, 1 << 28, 0):
+            advance(nbytes)
+    assert [text.partition(",")[0] for text in caplog.messages] == ["upload: 0.2 of 1.0 GiB"] * 2
 
 
 COMPLETED = {

@@ -66,7 +66,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[
     """Roots of all kinds below one folder, and what rank 0 held at each save, by kind."""
     folder = tmp_path_factory.mktemp("deepspeed")
     wanted = {str(folder / kind): config for kind, config in TRAINED.items()}
-    held = run_ranks(train, 2, wanted, timeout_s=280)[0]
+    held = run_ranks(train, 2, wanted, timeout_s=800)[0]
     before = digests(folder)
     yield folder, {kind: held[str(folder / kind)] for kind in TRAINED}
     assert digests(folder) == before, "a test wrote into a shared run"
@@ -88,7 +88,7 @@ def test_unmodified_deepspeed_resumes_from_the_average(
     runs: tuple[Path, dict[str, Any]], merged: dict[str, Path]
 ) -> None:
     roots = {str(merged[kind]): config for kind, config in KINDS.items()}
-    resumed = run_ranks(resume, 2, roots, timeout_s=280)[0]
+    resumed = run_ranks(resume, 2, roots, timeout_s=800)[0]
     for kind, config in KINDS.items():
         sources = runs[1][kind]
         client_state, before, after = resumed[str(merged[kind])]
@@ -167,14 +167,14 @@ def test_a_merge_is_listed_inspected_and_verified(
 def test_sources_of_other_stages_and_sizes_merge(
     runs: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
-    alone = run_ranks(train, 1, {str(tmp_path / "one"): KINDS["zero1"]}, timeout_s=200)[0]
+    alone = run_ranks(train, 1, {str(tmp_path / "one"): KINDS["zero1"]}, timeout_s=800)[0]
     folder, held = runs
     paths = (tag(tmp_path / "one", 2), tag(folder / "zero2", 4), tag(folder / "zero1", 6))
     selection = SelectionRequest(paths=tuple(map(str, paths)))
     output = merge_run(folder / "zero1", tmp_path / "save", selection=selection)
     sources = [alone[str(tmp_path / "one")][0], held["zero2"][1], held["zero1"][2]]
     root = str(output.parent)
-    before = run_ranks(resume, 2, {root: KINDS["zero1"]}, timeout_s=200)[0][root][1]
+    before = run_ranks(resume, 2, {root: KINDS["zero1"]}, timeout_s=800)[0][root][1]
     check_masters(before["masters"], sources, "mixed")
     check_weights(before, torch.bfloat16)
 
@@ -193,9 +193,9 @@ def test_zero3_buffers_of_every_rank_do_not_mix_with_other_stages(
 def test_experts_over_four_ranks(tmp_path: Path, stage: int) -> None:
     config = DeepSpeedConfig(stage=stage, experts=4, expert_parallel_size=2)
     run, save = tmp_path / "run", tmp_path / "save"
-    held = run_ranks(train, 4, {str(run): config}, timeout_s=280)
+    held = run_ranks(train, 4, {str(run): config}, timeout_s=800)
     assert verify(merge_run(run, save)).worst <= 1
-    resumed = run_ranks(resume, 4, {str(save): config}, timeout_s=280)
+    resumed = run_ranks(resume, 4, {str(save): config}, timeout_s=800)
     for rank in range(4):
         _, before, after = resumed[rank][str(save)]
         # Each rank names its own two experts alike, so each is compared with itself.
@@ -229,7 +229,7 @@ def test_moments_average_or_start_again(
         for got in moments(reset / file.name):
             assert not got["exp_avg"].any() and not got["exp_avg_sq"].any() and got["step"] == 0
     root = str(reset.parent)
-    before = run_ranks(resume, 2, {root: KINDS[kind]}, timeout_s=200)[0][root][1]
+    before = run_ranks(resume, 2, {root: KINDS[kind]}, timeout_s=800)[0][root][1]
     check_masters(before["masters"], runs[1][kind], "reset")
 
 

@@ -26,7 +26,7 @@ from pma_megatron.testing.tiny_deepspeed import DeepSpeedConfig
 def zero1(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Root of a ZeRO-1 run."""
     root = tmp_path_factory.mktemp("bad") / "run"
-    run_ranks(train, 2, {str(root): DeepSpeedConfig(stage=1)}, timeout_s=200)
+    run_ranks(train, 2, {str(root): DeepSpeedConfig(stage=1)}, timeout_s=800)
     before = digests(root)
     yield root
     assert digests(root) == before, "a test wrote into a shared run"

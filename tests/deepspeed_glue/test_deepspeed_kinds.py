@@ -81,7 +81,7 @@ Runs = tuple[Path, list[dict[str, Any]]]
 
 def trained(folder: Path, kinds: dict[str, DeepSpeedConfig], ranks: int) -> Runs:
     by_root = run_ranks(
-        train, ranks, {str(folder / kind): kinds[kind] for kind in kinds}, timeout_s=280
+        train, ranks, {str(folder / kind): kinds[kind] for kind in kinds}, timeout_s=800
     )
     return folder, [{kind: held[str(folder / kind)] for kind in kinds} for held in by_root]
 
@@ -107,7 +107,7 @@ def merged(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def check_resumed(merged: Path, kinds: dict[str, DeepSpeedConfig], runs: Runs) -> None:
     """Unmodified DeepSpeed resumes from the average on every rank."""
     resumed = run_ranks(
-        resume, len(runs[1]), {str(merged / kind): kinds[kind] for kind in kinds}, timeout_s=280
+        resume, len(runs[1]), {str(merged / kind): kinds[kind] for kind in kinds}, timeout_s=800
     )
     for kind, config in kinds.items():
         for rank, held in enumerate(runs[1]):

@@ -128,7 +128,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
     """Roots of all kinds below one folder, and what rank 0 held at each save, by kind."""
     folder = tmp_path_factory.mktemp("deepspeed")
     wanted = {str(folder / kind): config for kind, config in KINDS.items()}
-    held = run_ranks(train, 2, wanted, timeout_s=280)[0]
+    held = run_ranks(train, 2, wanted, timeout_s=800)[0]
     return folder, {kind: held[str(folder / kind)] for kind in KINDS}
 
 
@@ -143,7 +143,7 @@ def test_live_merge_is_the_offline_merge(runs: tuple[Path, dict[str, Any]], tmp_
     folder, held = runs
     merge_offline(folder, list(KINDS), tmp_path)
     wanted = {str(folder / kind): config for kind, config in KINDS.items()}
-    for results in run_ranks(compare, 2, wanted, str(tmp_path), {}, timeout_s=500):
+    for results in run_ranks(compare, 2, wanted, str(tmp_path), {}, timeout_s=800):
         for kind in KINDS:
             differ, moved, now, path, client_state = results[str(folder / kind)]
             assert differ == []
@@ -222,7 +222,7 @@ def test_ways_to_start(runs: tuple[Path, dict[str, Any]], tmp_path: Path) -> Non
             )
         )
     root = str(folder / "zero1")
-    for results in run_ranks(ways, 2, root, str(tmp_path), str(tmp_path / "on"), timeout_s=280):
+    for results in run_ranks(ways, 2, root, str(tmp_path), str(tmp_path / "on"), timeout_s=800):
         anew = results.pop("another command")
         assert any(name.startswith("param") for name in anew)
         assert results == {way: [] for way in results}
@@ -291,7 +291,7 @@ def test_refused_on_every_rank_before_anything_is_touched(runs: tuple[Path, Any]
         ("PipelineModule without ZeRO", "no bf16"),
         ("PipelineModule without ZeRO", "tied layers"),
     )
-    outcomes = run_ranks(refusals, 2, str(folder / "zero1"), str(folder / "zero3"), timeout_s=200)
+    outcomes = run_ranks(refusals, 2, str(folder / "zero1"), str(folder / "zero3"), timeout_s=800)
     for said in outcomes:
         assert len(said) == len(words)
         for message, wanted in zip(said, words, strict=True):
@@ -304,7 +304,7 @@ def test_nothing_of_deepspeed_is_imported_before_it_is_needed() -> None:
         "import sys, pma_megatron.deepspeed as d; d.load_merged; "
         "assert not any(name.split('.')[0] == 'deepspeed' for name in sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def other_size(rank: int, world_size: int, root: str) -> str:
@@ -340,7 +340,7 @@ def alike(
 def test_further_kinds(kinds: Mapping[str, DeepSpeedConfig], tmp_path: Path) -> None:
     wanted = {str(tmp_path / "run" / kind): config for kind, config in kinds.items()}
     merged = str(tmp_path / "merged")
-    for results in run_ranks(alike, 2, wanted, merged, "slice", timeout_s=290):
+    for results in run_ranks(alike, 2, wanted, merged, "slice", timeout_s=800):
         assert results == {root: [] for root in wanted}
 
 
@@ -356,7 +356,7 @@ def test_four_ranks(share: str, tmp_path: Path) -> None:
             stage=3, zero={"zero_hpz_partition_size": 2}
         ),
     }
-    for results in run_ranks(alike, 4, wanted, str(tmp_path / "merged"), share, timeout_s=290):
+    for results in run_ranks(alike, 4, wanted, str(tmp_path / "merged"), share, timeout_s=800):
         assert results == {root: [] for root in wanted}
 
 
@@ -376,5 +376,5 @@ def test_the_older_release(tmp_path: Path) -> None:
         "bf16_optimizer": KINDS["bf16_optimizer"],
     }
     wanted = {str(tmp_path / "run" / kind): config for kind, config in kinds.items()}
-    for results in run_ranks(alike_in_old, 2, wanted, str(tmp_path / "merged"), timeout_s=290):
+    for results in run_ranks(alike_in_old, 2, wanted, str(tmp_path / "merged"), timeout_s=800):
         assert results == {root: [] for root in wanted}

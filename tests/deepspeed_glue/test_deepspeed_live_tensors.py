@@ -47,7 +47,8 @@ def peak(rank: int, world_size: int, root: str, width: int) -> tuple[int, int]:
         trainer.save(root)
     reports, average = [], load._average
     load._average = lambda *args: reports.append(average(*args)) or reports[0]  # type: ignore[func-returns-value]
-    load_merged(trainer.engine, root, last=2)
+    # One thread, for it is chance whether a second one finds a unit left, and takes buffers for it.
+    load_merged(trainer.engine, root, last=2, threads=1)
     held_bytes = 4 * sum(live.numel for live in live_tensors(trainer.engine))
     return held_bytes, reports[0].peak_memory_above_baseline_bytes[rank]
 
@@ -56,7 +57,7 @@ def peak(rank: int, world_size: int, root: str, width: int) -> tuple[int, int]:
 def test_extra_memory_of_zero3_does_not_grow_with_the_model(tmp_path: Path) -> None:
     """Main params of 8 and 32 MiB per rank: the buffers are what is needed beside them."""
     small, large = (
-        run_ranks(peak, 2, str(tmp_path / str(width)), width, timeout_s=280)
+        run_ranks(peak, 2, str(tmp_path / str(width)), width, timeout_s=800)
         for width in (2048, 4096)
     )
     for rank in range(2):
@@ -110,7 +111,7 @@ def check_refresh(trainer: TinyDeepSpeed, trained: Sequence[EngineTensor]) -> No
 @pytest.mark.slow
 def test_live_tensors_are_what_a_tag_holds(tmp_path: Path) -> None:
     runs = {str(tmp_path / kind): config for kind, config in KINDS.items()}
-    by_rank = run_ranks(held_elements, 2, runs, timeout_s=280)
+    by_rank = run_ranks(held_elements, 2, runs, timeout_s=800)
     for root in runs:
         spans: dict[str, list[tuple[int, int]]] = {}
         for rank in range(2):

@@ -101,7 +101,7 @@ def lost(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[
     """Folder of the lost run, and the main params of every save."""
     folder = tmp_path_factory.mktemp("lost")
     (folder / STEPS).write_text("iteration,loss\n")
-    held = run_ranks(collapse, 2, folder, timeout_s=280)[0]
+    held = run_ranks(collapse, 2, folder, timeout_s=800)[0]
     before = digests(folder)
     yield folder, held
     assert digests(folder) == before, "a test wrote into a shared run"
@@ -130,7 +130,7 @@ def test_merges_what_is_healthy_and_deepspeed_resumes(
     assert (save / "latest").read_text() == "global_step70"
     assert found.resume.spelled() == f'engine.load_checkpoint("{save}")'
     assert f"meets iterations {found.onset} to " in " ".join(found.resume.notes)
-    resumed = run_ranks(resume, 2, config_of(tmp_path), str(save), timeout_s=280)[0]
+    resumed = run_ranks(resume, 2, config_of(tmp_path), str(save), timeout_s=800)[0]
     for name, got in resumed["masters"].items():
         sources = [held[step][name].double().numpy() for step in (50, 60, 70)]
         assert_average(got.double().numpy(), sources, (1 / 3, 1 / 3, 1 / 3), name)

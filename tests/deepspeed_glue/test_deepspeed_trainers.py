@@ -202,7 +202,7 @@ def test_hugging_face_trainer_resumes_from_the_average(tmp_path: Path, stage: in
     pytest.importorskip("transformers", reason="transformers is not installed")
     pytest.importorskip("accelerate", reason="accelerate is not installed")
     out = tmp_path / "out"
-    held = run_ranks(trainer_on, 2, str(out), stage, max_steps=6, timeout_s=280)[0][0][1:]
+    held = run_ranks(trainer_on, 2, str(out), stage, max_steps=6, timeout_s=800)[0][0][1:]
     whole = digests(out)
     merged = merge_run(out, tmp_path / "merged")
     assert merged == tmp_path / "merged" / "checkpoint-6" and digests(out) == whole
@@ -218,7 +218,7 @@ def test_hugging_face_trainer_resumes_from_the_average(tmp_path: Path, stage: in
     verify(tmp_path / "merged")
     again = str(tmp_path / "again")
     (before, *_), step = run_ranks(
-        trainer_on, 2, again, stage, resume=str(merged), max_steps=8, seed=1, timeout_s=280
+        trainer_on, 2, again, stage, resume=str(merged), max_steps=8, seed=1, timeout_s=800
     )[0]
     check_masters(before["masters"], held, "Trainer")
     assert step == 8
@@ -297,7 +297,7 @@ def accelerate_on(rank: int, world_size: int, out: str, resume: str = "") -> lis
 def test_accelerate_and_what_lightning_writes_resume_from_averages(tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="accelerate is not installed")
     out, merged = tmp_path / "out", tmp_path / "merged"
-    held = run_ranks(accelerate_on, 2, str(out), timeout_s=280)[0]
+    held = run_ranks(accelerate_on, 2, str(out), timeout_s=800)[0]
     names = {"accelerate": "step_6", "lightning": "epoch=0-step=6.ckpt"}
     for trainer, name in names.items():
         assert [ref.iteration for ref in list_checkpoints(out / trainer)] == list(STEPS)
@@ -307,6 +307,6 @@ def test_accelerate_and_what_lightning_writes_resume_from_averages(tmp_path: Pat
         assert ours == theirs | {"pma.json", "pma.json.sha256"}
         verify(merged / trainer)
         assert str(merged / trainer / name) in how_to_resume(merged / trainer / name)
-    found = run_ranks(accelerate_on, 2, "", str(merged), timeout_s=280)[0]
+    found = run_ranks(accelerate_on, 2, "", str(merged), timeout_s=800)[0]
     for each, what in zip(found, names, strict=True):
         check_masters(each["masters"], held, what)

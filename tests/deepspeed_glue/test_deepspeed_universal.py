@@ -70,7 +70,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     """
     folder = tmp_path_factory.mktemp("universal")
     wanted = {str(folder / "native" / kind): config for kind, config in ALL.items()}
-    held = run_ranks(train, 2, wanted, timeout_s=280)
+    held = run_ranks(train, 2, wanted, timeout_s=800)
     for kind in ALL:
         merge_run(folder / "native" / kind, folder / "merged" / kind)
     conversions = [
@@ -82,7 +82,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     ]
     readable = ["zero1", "zero3"]
     roots = [str(folder / "merged" / kind) for kind in readable]
-    said = run_ranks(tools, 1, conversions, roots, init=False, timeout_s=200)[0]
+    said = run_ranks(tools, 1, conversions, roots, init=False, timeout_s=800)[0]
     before = digests(folder)
     yield {
         "folder": folder,
@@ -121,7 +121,7 @@ def test_unmodified_deepspeed_resumes_at_another_data_parallel_size(
     roots = {
         str(average[kind]): replace(config, settings=UNIVERSAL) for kind, config in KINDS.items()
     }
-    resumed = run_ranks(resume, 3, roots, timeout_s=280)[0]
+    resumed = run_ranks(resume, 3, roots, timeout_s=800)[0]
     for kind in KINDS:
         client_state, before, after = resumed[str(average[kind])]
         newest = made["held"][kind][-1]
@@ -141,7 +141,7 @@ def test_unmodified_deepspeed_resumes_at_another_data_parallel_size(
 def test_a_pipeline_resumes_from_its_merge(made: dict[str, Any], average: dict[str, Path]) -> None:
     root = str(average[PIPELINE])
     config = replace(ALL[PIPELINE], settings=UNIVERSAL)
-    resumed = run_ranks(resume, 2, {root: config}, timeout_s=200)
+    resumed = run_ranks(resume, 2, {root: config}, timeout_s=800)
     for stage in range(2):
         _, before, after = resumed[stage][root]
         check_masters(before["masters"], made["stages"][stage], f"stage {stage}")

@@ -93,7 +93,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
         runs = {str(folder / writer / kind): config for kind, config in kinds.items()}
         if writer == "old":
             runs[str(folder / "moe")] = MOE
-        found = run_ranks(train_by, 2, writer == "old", runs, timeout_s=280)[0]
+        found = run_ranks(train_by, 2, writer == "old", runs, timeout_s=800)[0]
         for kind in kinds:
             held[writer, kind] = found[str(folder / writer / kind)]
             tags = [tag(folder / writer / kind, number) for number in (2, 4, 6)]
@@ -121,7 +121,7 @@ def check(found: Any, sources: Sequence[Mapping[str, Any]], what: str) -> None:
     assert client_state["pma"]["iterations"] == [2, 4, 6]
 
 
-@pytest.mark.timeout(580)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("reader", ["old", "new"])
 def test_each_release_resumes_what_the_other_wrote(
     made: tuple[Path, dict[str, Any]], reader: str
@@ -132,7 +132,7 @@ def test_each_release_resumes_what_the_other_wrote(
         wanted += [("old", kind) for kind in ONLY_OLD] + [("new", kind) for kind in NEW]
     configs = {**KINDS, **ONLY_OLD}
     roots = {str(folder / "merged" / w / kind): configs[kind] for w, kind in wanted}
-    found = run_ranks(resume_by, 2, reader == "old", roots, timeout_s=280)[0]
+    found = run_ranks(resume_by, 2, reader == "old", roots, timeout_s=800)[0]
     for writer, kind in wanted:
         root = str(folder / "merged" / writer / kind)
         check(found[root], held[writer, kind], f"{writer} {kind} in {reader}")

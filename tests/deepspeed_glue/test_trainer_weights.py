@@ -66,7 +66,7 @@ def test_weights_beside_the_tag_are_averaged_in_the_same_pass(flat: Path, tmp_pa
         if file.suffix == ".safetensors":
             assert planned.layout.files[file.name] == file.stat().st_size
     merged = merge_run(tmp_path / "run", tmp_path / "merged").parent / "checkpoint-6"
-    run_ranks(merge_here, 2, str(tmp_path / "run"), str(tmp_path / "two"), timeout_s=100)
+    run_ranks(merge_here, 2, str(tmp_path / "run"), str(tmp_path / "two"))
     old, new = loaded(newest), loaded(merged)
     dtypes = {value.dtype for value in new.values()}
     assert list(old) == list(new) and dtypes == {torch.bfloat16, torch.float32, torch.int64}

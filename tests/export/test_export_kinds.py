@@ -58,7 +58,7 @@ def converted(rank: int, world_size: int, source: str, target: str) -> list[dict
 def test_a_universal_checkpoint_and_an_average_of_them(flat: Path, tmp_path: Path) -> None:
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     root = tmp_path / "universal"
-    held = run_ranks(converted, 1, str(flat), str(root), init=False, timeout_s=200)[0]
+    held = run_ranks(converted, 1, str(flat), str(root), init=False)[0]
     export_model(root, save=tmp_path / "one", dtype="fp32")
     averaged(root, tmp_path / "mean", None, dtype="fp32")
     one, mean = read(tmp_path / "one"), read(tmp_path / "mean")

@@ -33,7 +33,7 @@ TABLES = ("embedding.word_embeddings.weight", "output_layer.weight")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Computed]]:
     """Folder of the runs and of their averages, and what Megatron computes with those."""
     folder = tmp_path_factory.mktemp("families")
-    return folder, run_ranks(family_models.trained, 1, str(folder), list(CASES), timeout_s=240)[0]
+    return folder, run_ranks(family_models.trained, 1, str(folder), list(CASES))[0]
 
 
 @pytest.fixture(scope="module")

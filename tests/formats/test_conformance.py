@@ -103,9 +103,9 @@ def deepspeed_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     folder = tmp_path_factory.mktemp("deepspeed")
     roots = {kind: str(folder / NATIVE / kind) for kind in KINDS}
-    held = run_ranks(train, 2, {roots[kind]: KINDS[kind] for kind in KINDS}, timeout_s=200)[0]
+    held = run_ranks(train, 2, {roots[kind]: KINDS[kind] for kind in KINDS})[0]
     universal = {roots[kind]: str(folder / CONVERTED / kind) for kind in KINDS}
-    run_ranks(to_universal, 1, universal, init=False, timeout_s=200)
+    run_ranks(to_universal, 1, universal, init=False)
     for kind, root in roots.items():
         (folder / HELD / kind).mkdir(parents=True)
         for saved in held[root]:
@@ -139,7 +139,7 @@ class DeepSpeed(FormatConformance):
 
     def hostile(self, folder: Path, outside: Path) -> Iterator[str]:
         """A function for unpickling to call. No file of a native tag says names of others."""
-        file = next(folder.rglob("*optim*.pt"))
+        file = min(folder.rglob("*optim*.pt"))
         torch.save({**load(file), "harm": Harm(outside.with_name("made"))}, file)
         yield "a function that unpickling calls"
 
@@ -305,7 +305,7 @@ class Models(FormatConformance):
 
     def hostile(self, folder: Path, outside: Path) -> Iterator[str]:
         """An index that names files of another folder, and headers that lie."""
-        file = next(folder.glob("*.safetensors"))
+        file = min(folder.glob("*.safetensors"))
         names = [name for name, _ in tensors(folder)]
         for place in (f"../../{outside.name}/{file.name}", f"{outside}/{file.name}", "/dev/zero"):
             index = {"metadata": {}, "weight_map": dict.fromkeys(names, place)}

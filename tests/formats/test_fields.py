@@ -55,9 +55,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder per kind, with one checkpoint or more."""
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     folder = tmp_path_factory.mktemp("fields")
-    run_ranks(train, 2, {str(folder / name): kind for name, kind in KINDS.items()}, timeout_s=200)
+    run_ranks(train, 2, {str(folder / name): kind for name, kind in KINDS.items()})
     converted = {str(folder / name): str(folder / UNIVERSAL / name) for name in ("ZeRO-1",)}
-    run_ranks(to_universal, 1, converted, init=False, timeout_s=200)
+    run_ranks(to_universal, 1, converted, init=False)
     for name in MEGATRON:
         shutil.unpack_archive(GOLDEN / f"{name}.tar.xz", folder / name)
     return folder

@@ -12,6 +12,7 @@ import os
 import pathlib
 import pickle
 import resource
+import threading
 import tracemalloc
 import zipfile
 from argparse import Namespace
@@ -30,6 +31,7 @@ from hypothesis import strategies as st
 from hostile import FRAGMENTS, PROGRAMS, SYSTEM, VALUES, variant_of
 from mutations import LIMIT_BYTES, Watch
 from pma_megatron.base.boxes import Box
+from pma_megatron.base.memory import collector_at_rest
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.base import Item
 from pma_megatron.formats.dcp.cover import cover, covered
@@ -109,10 +111,10 @@ def test_what_is_written_again_is_what_was_read() -> None:
 
 @pytest.fixture(scope="module")
 def watch() -> Watch:
-    """Sees every import, exec and open of this process while it is on; no hook can be taken off."""
+    """Sees every import, exec and open of this thread while it is on; no hook can be taken off."""
     parse(METADATA, "a file")
     dump_inert(load_inert(COMMON, what="a file"))  # whatever is imported late is imported now
-    return Watch([])
+    return Watch([], threading.get_ident())
 
 
 @contextlib.contextmanager
@@ -123,7 +125,8 @@ def watched(watch: Watch) -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_AS, (used + LIMIT_BYTES, hard))
     watch.on = True
     try:
-        yield
+        with collector_at_rest():  # which may end what other tests have left
+            yield
     finally:
         watch.on = False
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

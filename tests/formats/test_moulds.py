@@ -21,6 +21,10 @@ SHAPES = ((64, 32), (2048,), (7, 5, 3))
 CRC_BYTES = 4
 
 
+def drawn(seed: int, *shape: int) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
 def saved(values: torch.Tensor) -> bytes:
     stream = io.BytesIO()
     torch.save(values, stream)
@@ -45,7 +49,7 @@ def mould_of(data: bytes) -> Mould | None:
 def test_what_fits_holds_what_reading_it_finds_and_nothing_damaged_fits() -> None:
     """Bytes changed anywhere around the records, one or several, and whole zips of others."""
     chosen = random.Random(1)
-    first, other = (saved(torch.rand(64, 32)) for _ in range(2))
+    first, other = (saved(drawn(number, 64, 32)) for number in range(2))
     mould, found = mould_of(first), parsed(other)
     assert mould is not None
     assert mould.fits(partial(read_at, other), len(other)) == found != parsed(first)
@@ -76,7 +80,7 @@ def test_what_fits_holds_what_reading_it_finds_and_nothing_damaged_fits() -> Non
 def test_zips_without_checksums_and_of_no_large_record_have_none(without: bool) -> None:
     torch.serialization.set_crc32_options(not without)
     try:
-        data = saved(torch.rand(64, 32))
+        data = saved(drawn(0, 64, 32))
     finally:
         torch.serialization.set_crc32_options(True)
     assert (mould_of(data) is None) is without
@@ -96,7 +100,7 @@ def test_one_zip_of_a_shape_is_read_and_the_others_are_compared(
     payloads, values = [], []
     with (tmp_path / "__0_0.distcp").open("wb") as file:
         for number in range(30):
-            values.append(torch.rand(SHAPES[number % 3]))
+            values.append(drawn(number, *SHAPES[number % 3]))
             content = saved(values[-1])
             item = Item("__0_0.distcp", file.tell(), len(content))
             payloads.append(Payload(item, torch.float32, values[-1].numel()))

@@ -98,7 +98,7 @@ def _train_zero(rank: int, world_size: int, folder: str, stage: int) -> None:
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_deepspeed_run_of_any_python_merges_alike(tmp_path: Path, stage: int) -> None:
-    run_ranks(_train_zero, 2, str(tmp_path), stage, timeout_s=200)
+    run_ranks(_train_zero, 2, str(tmp_path), stage)
     outputs = [merge_run(tmp_path / name, tmp_path / f"merged-{name}") for name in PYTHONS]
     assert [inspect(folder).optimizer_layout for folder in outputs] == [f"ZeRO-{stage}"] * 2
     files = [optim_files(folder) for folder in outputs]
@@ -106,7 +106,7 @@ def test_a_deepspeed_run_of_any_python_merges_alike(tmp_path: Path, stage: int) 
     assert named == [True, False], "names are written as they were read"
     assert load(files[0][0])["optimizer_state_dict"]["zero_stage"] == stage
     roots = {str(folder.parent): DeepSpeedConfig(stage=stage) for folder in outputs}
-    resumed = run_ranks(resume, 2, roots, timeout_s=200)[0].values()
+    resumed = run_ranks(resume, 2, roots)[0].values()
     _assert_same([before for _, before, _ in resumed], "masters", "weights")
 
 

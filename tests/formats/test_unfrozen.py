@@ -153,13 +153,13 @@ def wake(rank: int, world_size: int, folder: str) -> dict[str, Any]:
 
 def test_what_stays_frozen_is_no_copy(tmp_path: Path) -> None:
     runs, on = tmp_path / "runs", tmp_path / "on"
-    held = run_ranks(rest, 2, str(runs), timeout_s=280)
+    held = run_ranks(rest, 2, str(runs))
     for name in STAYS:
         made = merge(request_for(runs / name, on / name, selection=LAST))
         verify(Path(made.outputs[0]), samples=16)
         weights = Policy(average="weights")
         merge(request_for(runs / name, tmp_path / "weights" / name, selection=LAST, policy=weights))
-    for states, got in zip(held, run_ranks(wake, 2, str(on), timeout_s=280), strict=True):
+    for states, got in zip(held, run_ranks(wake, 2, str(on)), strict=True):
         for name, saved in states.items():
             trained = set(saved[0]["main_params"])
             frozen = set(saved[0]["model_params"]) - trained
@@ -232,14 +232,12 @@ def resume_deepspeed(rank: int, world_size: int, folder: str) -> dict[str, Any]:
 def test_deepspeed(tmp_path: Path) -> None:
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     runs, on = tmp_path / "runs", tmp_path / "on"
-    held = run_ranks(train_deepspeed, 2, str(runs), timeout_s=200)
+    held = run_ranks(train_deepspeed, 2, str(runs))
     for kind in ZERO:
         made = merge(request_for(runs / kind, on / kind, selection=LAST))
         assert sum(LAYER in note for note in made.plan["notes"]) == 2
         verify(Path(made.outputs[0]), samples=16)
-    for states, got in zip(
-        held, run_ranks(resume_deepspeed, 2, str(on), timeout_s=200), strict=True
-    ):
+    for states, got in zip(held, run_ranks(resume_deepspeed, 2, str(on)), strict=True):
         for kind in ZERO:
             first, last = (states[kind][i][LAYER].double() for i in (0, 2))
             assert LAYER in got[kind] and not torch.equal(first, last)

@@ -85,7 +85,7 @@ def accelerate_on(rank: int, world_size: int, root: str, resume: str = "") -> An
 def test_accelerate_goes_on_from_an_average_under_fsdp2(tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="accelerate is not installed")
     root = tmp_path / "run"
-    held = run_ranks(accelerate_on, 2, str(root), timeout_s=280)[0]
+    held = run_ranks(accelerate_on, 2, str(root), timeout_s=800)[0]
     output = merged(root, tmp_path / "out", STATE)
     assert how_to_resume(output) == f'accelerator.load_state("{output}")'
     alone = request_for(root, tmp_path / "alone", policy=Policy(optimizer_state="drop"))
@@ -149,7 +149,7 @@ def test_hugging_face_trainer_goes_on_from_an_average_under_fsdp2(tmp_path: Path
     pytest.importorskip("transformers", reason="transformers is not installed")
     pytest.importorskip("accelerate", reason="accelerate is not installed")
     root = tmp_path / "run"
-    held = run_ranks(trainer_on, 2, str(root), timeout_s=280)[0][0][1:]
+    held = run_ranks(trainer_on, 2, str(root), timeout_s=800)[0][0][1:]
     refs = list_checkpoints(root)
     assert [(ref.iteration, ref.consumed_tokens) for ref in refs] == [(2, 64), (4, 128), (6, 192)]
     output = merged(root, tmp_path / "out", STATE, interval_tokens=64)
@@ -263,14 +263,14 @@ def lightning_on(rank: int, world_size: int, root: str, resume: str | None = Non
 def test_lightning_goes_on_from_an_average_under_fsdp2(tmp_path: Path) -> None:
     pytest.importorskip("lightning", reason="lightning is not installed")
     root = tmp_path / "run"
-    held = run_ranks(lightning_on, 2, str(root), timeout_s=280)[0][1:]
+    held = run_ranks(lightning_on, 2, str(root), timeout_s=800)[0][1:]
     assert [ref.iteration for ref in list_checkpoints(root)] == [2, 4, 6]
     output = merged(root, tmp_path / "out", "where Lightning's loops and callbacks stood")
     assert output.name == "epoch=0-step=6.ckpt"
     assert how_to_resume(output) == f'trainer.fit(model, ckpt_path="{output}")'
     for ranks in (2, 1):
         again = str(tmp_path / f"again{ranks}")
-        found = run_ranks(lightning_on, ranks, again, str(output), timeout_s=280)[0]
+        found = run_ranks(lightning_on, ranks, again, str(output), timeout_s=800)[0]
         weights, moments, rate, step = found[0]
         averaged(weights, [each[0] for each in held])
         the_newest(moments, held[-1][1])

@@ -134,7 +134,7 @@ def test_torchtitan_goes_on_from_an_average(tmp_path: Path) -> None:
         pytest.importorskip(package, reason=f"{package} is not installed")
     assets(tmp_path / "assets")
     where = str(tmp_path / "assets")
-    held = run_ranks(titan_on, 2, where, str(tmp_path / "run"), 6, timeout_s=280)[0]
+    held = run_ranks(titan_on, 2, where, str(tmp_path / "run"), 6, timeout_s=800)[0]
     root = tmp_path / "run" / "checkpoint"
     refs = list_checkpoints(root)
     assert [(r.iteration, r.consumed_tokens) for r in refs] == [(n, n * TOKENS) for n in (2, 4, 6)]
@@ -145,14 +145,14 @@ def test_torchtitan_goes_on_from_an_average(tmp_path: Path) -> None:
 
     begun = {"initial_load_path": str(output), "initial_load_model_only": False}
     dump = str(tmp_path / "again")
-    (found, *_) = run_ranks(titan_on, 2, where, dump, 7, timeout_s=280, **begun)[0]
+    (found, *_) = run_ranks(titan_on, 2, where, dump, 7, timeout_s=800, **begun)[0]
     check(found, held)
     assert (Path(dump) / "checkpoint" / "step-7" / ".metadata").is_file()
 
     shutil.copytree(tmp_path / "out", tmp_path / "as_root" / "checkpoint")
     other = {"exclude_from_loading": ["dataloader"]}
     dump = str(tmp_path / "as_root")
-    (found, *_) = run_ranks(titan_on, 1, where, dump, 7, timeout_s=280, **other)[0]
+    (found, *_) = run_ranks(titan_on, 1, where, dump, 7, timeout_s=800, **other)[0]
     check(found, held)
 
 

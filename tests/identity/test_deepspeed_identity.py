@@ -46,7 +46,7 @@ def train(rank: int, world_size: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("identity")
-    run_ranks(train, 2, str(folder), timeout_s=280)
+    run_ranks(train, 2, str(folder))
     before = digests(folder)
     yield folder
     assert digests(folder) == before, "a test wrote into a shared run"

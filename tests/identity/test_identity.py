@@ -59,7 +59,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         str(folder / OTHER / name): (replace(c, seed=77), len(WINDOW))
         for name, c in LAYOUTS.items()
     }
-    run_ranks(train, 2, wanted, timeout_s=280)
+    run_ranks(train, 2, wanted)
     before = digests(folder)
     yield folder
     assert digests(folder) == before, "a test wrote into a shared run"
@@ -287,7 +287,7 @@ def test_every_way_in_and_every_rank_refuses(runs: Path, tmp_path: Path) -> None
         name = "__1_0.distcp"
         put(folder_of(runs / OTHER / "PP 2", number) / name, folder_of(run, number) / name)
         requests[str(number)] = request_for(run, tmp_path, selection=SelectionRequest(last=3))
-    for said in run_ranks(gathered, 2, requests, timeout_s=120):
+    for said in run_ranks(gathered, 2, requests):
         for name, message in said.items():
             assert bool(message) == ("good" not in name), (name, message)
 

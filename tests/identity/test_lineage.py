@@ -38,5 +38,5 @@ def train(rank: int, world_size: int, root: str) -> None:
 
 
 def test_moments_that_began_again(tmp_path: Path) -> None:
-    run_ranks(train, 2, str(tmp_path / "run"), timeout_s=200)
+    run_ranks(train, 2, str(tmp_path / "run"))
     merge(request_for(tmp_path / "run", tmp_path / "merged"))

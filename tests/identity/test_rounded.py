@@ -37,7 +37,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     layouts = {
         name: replace(DENSE, optim_format=name) for name in ("dp_reshardable", "fully_reshardable")
     }
-    run_ranks(train, 2, {str(folder / n): (c, 2) for n, c in layouts.items()}, timeout_s=200)
+    run_ranks(train, 2, {str(folder / n): (c, 2) for n, c in layouts.items()})
     before = digests(folder)
     yield folder
     assert digests(folder) == before, "a test wrote into a shared run"

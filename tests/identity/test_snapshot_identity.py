@@ -50,7 +50,7 @@ def train(rank: int, world_size: int, folder: str) -> None:
             trainer.train(2)
             for writer in writers:
                 writer.write(iteration, values(trainer, wanted), store._args(trainer))
-                writer.wait(30)
+                writer.wait()
             for name, average in averages.items():
                 assert average.step(iteration, iteration * TOKENS)
                 average.save_state(root / name)
@@ -61,7 +61,7 @@ def train(rank: int, world_size: int, folder: str) -> None:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder of snapshots per kind, and below `other/` the same with another seed."""
     folder = tmp_path_factory.mktemp("snapshots")
-    run_ranks(train, 2, str(folder), timeout_s=200)
+    run_ranks(train, 2, str(folder))
     before = digests(folder)
     yield folder
     assert digests(folder) == before, "a test wrote into a shared run"
@@ -180,7 +180,7 @@ def train_at_zero(rank: int, world_size: int, folder: str) -> list[int]:
 
 def test_equal_snapshots_at_learning_rate_zero_are_no_copies(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert run_ranks(train_at_zero, 2, str(run), timeout_s=200) == [list(WINDOW)] * 2
+    assert run_ranks(train_at_zero, 2, str(run)) == [list(WINDOW)] * 2
     shards = [(folder_of(run, n) / "__0_0.distcp").read_bytes() for n in WINDOW]
     assert shards[1] == shards[2] != shards[0], "the rate was not zero in between"
     merge_all(run, tmp_path / "merged")
@@ -217,7 +217,7 @@ def test_a_running_average_refuses_them_on_every_rank(runs: Path, tmp_path: Path
             named[name] = damage(run, runs / OTHER / kind)
     states = {name: str(tmp_path / name) for name in (*named, "window good", "ema good")}
     for config in (CONFIG, replace(CONFIG, tensor_model_parallel_size=2)):
-        for said in run_ranks(resumed, 2, states, config, timeout_s=200):
+        for said in run_ranks(resumed, 2, states, config):
             assert said.pop("window good") == (list(WINDOW), [])
             assert said.pop("ema good") == ([6], [])
             for name, folder in named.items():

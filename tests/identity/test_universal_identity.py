@@ -43,10 +43,10 @@ def train(rank: int, world_size: int, folder: str) -> None:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A Universal run per kind, and below `other/` the same with another seed."""
     native, folder = (tmp_path_factory.mktemp(name) for name in ("native", "universal"))
-    run_ranks(train, 2, str(native), timeout_s=200)
+    run_ranks(train, 2, str(native))
     roots = [part / kind for kind in KINDS for part in (Path(), Path(OTHER))]
     wanted = {str(native / root): str(folder / root) for root in roots}
-    run_ranks(to_universal, 1, wanted, init=False, timeout_s=200)
+    run_ranks(to_universal, 1, wanted, init=False)
     before = digests(folder)
     yield folder
     assert digests(folder) == before, "a test wrote into a shared run"

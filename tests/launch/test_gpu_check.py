@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -23,7 +24,7 @@ sys.path.insert(0, str(ROOT / "launch"))
 from gpu.findings import NOT_HERE, NOT_RUN, OK, WRONG, Finding, PartResult, found, not_here, write  # noqa: E402
 from gpu.oracle import beyond, differing  # noqa: E402
 from gpu.pairs import cost  # noqa: E402
-from gpu.parts import BY_NAME, PARTS, TREE_ENV  # noqa: E402
+from gpu.parts import BY_NAME, PARTS, TREE_ENV, Part  # noqa: E402
 from gpu.table import COSTS, PAGE, page, read  # noqa: E402
 from pma_megatron.testing import FAULT_ENV, Fault  # noqa: E402
 
@@ -45,7 +46,7 @@ def check(out: Path, *arguments: str, **environment: str) -> tuple[int, str, dic
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="no DeepSpeed")
 def test_every_part_runs_on_the_cpu(tmp_path: Path) -> None:
     out = tmp_path / "with spaces"
@@ -97,8 +98,13 @@ def test_a_part_that_dies_ends_no_other(tmp_path: Path) -> None:
     assert alive["part"] == "megatron-snapshots" and alive["status"] == OK
 
 
+HANGS = {FAULT_ENV: str(Fault("init", 0, "hang"))}
+"""In `megatron-init`, which then ends by itself on no machine."""
+
+
 def test_what_takes_too_long_is_ended(tmp_path: Path) -> None:
-    code, _, result = check(tmp_path, "--cpu", "--only", "cost-copy,cost-swap", "--limit-s", "1")
+    only = ("--only", "megatron-init,megatron-snapshots")
+    code, _, result = check(tmp_path, "--cpu", *only, "--limit-s", "8", **HANGS)
     assert code == 1
     first, second = result["parts"]
     assert first["status"] == WRONG and "the time for the whole check is over" in first["reason"]
@@ -111,15 +117,15 @@ def test_who_interrupts_it_leaves_nothing_running(tmp_path: Path) -> None:
     script = ["bash", str(ROOT / "launch" / "gpu_check.sh"), "--no-install", "--cpu"]
     for number in (1, 2):
         running = subprocess.Popen(
-            [*script, "--only", "cost-copy,fsdp2", "--out", str(out), "--folder", str(tmp_path)],
-            env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
+            [*script, "--only", "megatron-init,fsdp2", "--out", str(out), "--folder", tmp_path],
+            env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **HANGS},
             stdout=subprocess.PIPE,
             text=True,
         )
         while running.poll() is None and not workers(tmp_path):
             time.sleep(0.05)
         running.send_signal(signal.SIGTERM)
-        said, _ = running.communicate(timeout=60)
+        said, _ = running.communicate(timeout=200)
         assert running.returncode == 130, said
         assert not workers(tmp_path) and [path.name for path in tmp_path.iterdir()] == ["out"]
         files = sorted(out.glob("*.json"))
@@ -161,6 +167,23 @@ def test_bad_commands_are_refused(tmp_path: Path) -> None:
         assert done.returncode == 2 and why in done.stderr, done.stderr
     listed = subprocess.run([*script, "--list"], env=environment, capture_output=True, text=True)
     assert [line.split()[0] for line in listed.stdout.splitlines()] == list(BY_NAME)
+
+
+@pytest.mark.parametrize("part", PARTS, ids=lambda part: part.name)
+def test_a_part_that_lacks_a_module_says_which(
+    part: Part, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Also of what the package itself asks for: `--wheels` installs what is there, no more."""
+    (tmp_path / "pretrain_gpt.py").touch()
+    monkeypatch.setenv(TREE_ENV, str(tmp_path))
+    path = ROOT / "launch" / f"{part.function.partition(':')[0].replace('.', '/')}.py"
+    imported = set(re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(), re.MULTILINE))
+    here = {"gpu", "pma_megatron", "torch", "floor"}
+    asked = {"transformers"}  # by the part itself, which does without
+    for name in sorted({*part.needs} | imported - sys.stdlib_module_names - here - asked):
+        with monkeypatch.context() as without:
+            without.setitem(sys.modules, name, None)
+            assert part.why_not() == f"{name} is not installed"
 
 
 def test_the_oracle_sees_one_bit() -> None:

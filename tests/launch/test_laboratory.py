@@ -236,6 +236,7 @@ sys.stdout.write(pages.page(run.known(), run.DOCS / "results"))
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_merging_helps_late_and_reaching_far_back_hurts_early(tmp_path):
     """The robust directions of the paper, at the smallest scale: see docs/results.md for how much
     more they show at a larger one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -58,15 +59,57 @@ def test_axes_beside_each_other_that_show_the_same_have_one_scale(figures, name)
     assert all(len(found) == 1 for found in limits.values()), limits
 
 
-def test_a_colour_means_the_same_on_every_plot(figures):
+MEANINGS = {
+    pages.NEWEST: {"newest", "single checkpoints", "members", "constant", "plain", "no average"},
+    pages.MERGED: {"merged", "merges", "their mean", "sma", "repeated", "PMA"}
+    | {"a window", "mean of an eighth of them"},
+    pages.ANNEALED: {"annealed", "before the collapse"},
+    pages.MODELS["dense"]: {"dense"},
+    pages.MODELS["MoE"]: {"MoE"},
+    pages.WHEN["early"]: {"early"},
+    pages.WHEN["late"]: {"late"},
+    pages.ONCE: {"once"},
+    **{color: {name} for name, color in {**pages.METHOD_COLORS, **pages.JUDGED}.items()},
+}
+"""Colour -> what is drawn in it: labels up to a comma or colon. All others are of the one ramp."""
+
+
+@pytest.fixture(scope="module")
+def labelled(figures):
+    """(plot, label, colour) of everything in a legend."""
+    return [
+        (name, label, _colour(handle))
+        for name, figure in figures.items()
+        for axes in figure.axes
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    ]
+
+
+def _colour(handle):
+    if isinstance(handle, BarContainer):
+        return to_hex(handle.patches[0].get_facecolor())
+    if isinstance(handle, ErrorbarContainer):
+        line, _, (bars, *_) = handle.lines
+        return to_hex(bars.get_color()[0] if line is None else line.get_color())
+    return to_hex(handle.get_color() if hasattr(handle, "get_color") else handle.get_facecolor())
+
+
+def test_a_colour_means_the_same_on_every_plot(labelled):
     colours = defaultdict(lambda: defaultdict(set))
-    for name, figure in figures.items():
-        for axes in figure.axes:
-            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-                if isinstance(handle, ErrorbarContainer) and handle.lines[0] is not None:
-                    colours[label][to_hex(handle.lines[0].get_color())].add(name)
+    for name, label, colour in labelled:
+        colours[label][colour].add(name)
     several = {label: dict(found) for label, found in colours.items() if len(found) > 1}
     assert not several
     assert set(colours["newest"]) == {pages.NEWEST}
     assert set(colours["merged"]) == {pages.MERGED}
     assert set(colours["annealed"]) == {pages.ANNEALED}
+
+
+def test_what_is_drawn_in_a_colour_of_its_own_is_one_thing(labelled):
+    ramp = {pages._shade(at / 1000) for at in range(1001)}
+    assert not ramp & set(MEANINGS)
+    found = defaultdict(set)
+    for _, label, colour in labelled:
+        if colour not in ramp:
+            found[colour].add(re.split("[,:]", label)[0])
+    assert dict(found) == MEANINGS

@@ -6,6 +6,7 @@ import argparse
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,8 @@ from pma_megatron import list_checkpoints
 from pma_megatron.cli.flags import parsed, parser
 from pma_megatron.megatron import argument_parser
 
-LAUNCH = Path(__file__).parents[2] / "launch"
+ROOT = Path(__file__).parents[2]
+LAUNCH = ROOT / "launch"
 TRAINING = ("megatron_pma_init.sh", "megatron_pma_save_eval.sh", "megatron_recover.sh")
 MERGING = ("slurm_merge.sbatch", "slurm_merge_node_local.sbatch")
 _FLAG = re.compile(r"--pma-[a-z-]+")
@@ -49,6 +51,43 @@ def test_scripts_are_valid_bash_with_known_flags(path: Path) -> None:
 def test_every_script_of_a_use_is_covered() -> None:
     uses = {path.name for path in LAUNCH.glob("[!q]*_*.s*")}  # all but the quickstarts
     assert uses == {*TRAINING, *MERGING, "gpu_check.sh", "slurm_watch.sbatch"}
+
+
+ASKED = [path for path in sorted(LAUNCH.glob("*.s*")) if path.name != "venv.sh"]
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+@pytest.mark.parametrize("path", ASKED, ids=lambda path: path.name)
+def test_help_is_what_the_script_says_of_itself_and_starts_nothing(
+    path: Path, flag: str, tmp_path: Path
+) -> None:
+    # Nothing that these scripts start is on the path: whatever they began would fail.
+    for tool in ("awk", "bash", "dirname", "cat"):
+        (tmp_path / tool).symlink_to(str(shutil.which(tool)))
+    environment = {"PATH": str(tmp_path), "PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        ["bash", str(path), flag], capture_output=True, text=True, env=environment, check=True
+    )
+    assert path.name in done.stdout and "usage: " in done.stdout and "SBATCH" not in done.stdout
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("name", [*MERGING, "slurm_watch.sbatch", "docs.sh"])
+@pytest.mark.parametrize("words", [("--last", "6"), ("--dry-run", "--last", "6"), ("build-all",)])
+def test_what_a_script_does_not_take_is_refused(
+    name: str, words: tuple[str, ...], tmp_path: Path
+) -> None:
+    (tmp_path / "srun").symlink_to(str(shutil.which("false")))  # what would run is not reached
+    done = subprocess.run(
+        ["bash", str(LAUNCH / name), *words],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        check=False,
+    )
+    refused = words[0] if name == "docs.sh" else words[-2:][0]
+    assert done.returncode == 2 and done.stdout == ""
+    assert f"{name}: unknown argument '{refused}'" in done.stderr
 
 
 @pytest.mark.parametrize("name", TRAINING)

@@ -182,7 +182,7 @@ def test_flags_do_what_the_library_does(
     )
     interval = ("--pma-interval-tokens", str(2 * SEQ * BATCH))
     save = ("--save", str(root), "--pma-save", "--pma-eval", *interval)
-    assert run_ranks(launched, 2, *common, *save, timeout_s=280, preloaded=False) == [0, 0]
+    assert run_ranks(launched, 2, *common, *save, timeout_s=800, preloaded=False) == [0, 0]
     log = capfd.readouterr().out
     assert " pma validation loss at iteration 4 | lm loss value: " in log
     assert "no average is evaluated yet: 1 of 2 members" in log
@@ -196,7 +196,7 @@ def test_flags_do_what_the_library_does(
     assert [entry["consumed_tokens"] for entry in origin["entries"]] == [128, 256, 384]
 
     start = ("--load", str(root), "--save", str(again), "--pma-init", *interval)
-    assert run_ranks(launched, 2, *common, *start, timeout_s=280, preloaded=False) == [0, 0]
+    assert run_ranks(launched, 2, *common, *start, timeout_s=800, preloaded=False) == [0, 0]
     assert "PMA-init: 3 checkpoints" in capfd.readouterr().out
     assert_same_tag(again / "global_step6", Path(merged))
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 import threading
-import time
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +26,7 @@ from pma_megatron.testing import TinyTrainer, run_ranks
 
 FLAGS = "--pma-save --pma-last 2 --pma-interval-tokens {tokens}"
 SUMS = "pma-sums"
+PATIENCE_S = 100.0
 
 
 def keep(args: Namespace) -> None:
@@ -48,10 +48,19 @@ def summing() -> int:
     return sum(thread.name == SUMS for thread in threading.enumerate())
 
 
+def soon(goes_on: threading.Event) -> threading.Timer:
+    """Sets it once somebody has had the time to wait for it; not waited for when a process ends."""
+    timer = threading.Timer(1.0, goes_on.set)
+    timer.daemon = True
+    timer.start()
+    return timer
+
+
 def train(rank: int, world_size: int, root: str, late: bool) -> list[tuple[int, int]]:
     """Saves at iterations 2 and 4: threads at work when Megatron's begins, and after ours.
 
-    Those of averages are complete at once, or, if `late`, when training has ended.
+    Those of averages are complete at once, or, if `late`, when training has ended. Their checksums
+    are added no sooner than they are waited for.
     """
     tokens = DENSE.global_batch_size * DENSE.seq_length
     args = parse(FLAGS.format(tokens=tokens), save=root, seq_length=DENSE.seq_length)
@@ -59,6 +68,7 @@ def train(rank: int, world_size: int, root: str, late: bool) -> list[tuple[int, 
     keep(args)
     plain, seen = save.record, []
     unfinished: list[Path] = []
+    goes_on = threading.Event()
 
     def save_average() -> None:
         metadata = trainer.save(global_vars().get_args().save) / CONFIG_FILE
@@ -66,7 +76,7 @@ def train(rank: int, world_size: int, root: str, late: bool) -> list[tuple[int, 
             unfinished.append(metadata.rename(metadata.with_suffix(".late")))
 
     def slow(folder: Path, origin: Mapping[str, Any]) -> None:
-        time.sleep(2)
+        assert goes_on.wait(PATIENCE_S)
         plain(folder, origin)
 
     save.record = slow  # type: ignore[assignment]
@@ -77,8 +87,11 @@ def train(rank: int, world_size: int, root: str, late: bool) -> list[tuple[int, 
         args.consumed_train_samples = trainer.consumed_samples
         hooks.stepped({"iteration": iteration})
         if iteration % 2 == 0:
+            timer = soon(goes_on)
             hooks.saving()
             before = summing()
+            timer.join()
+            goes_on.clear()
             trainer.save(root)
             hooks.saved(
                 lambda **_: save_average(), {"iteration": iteration, "optimizer": trainer.optimizer}
@@ -87,6 +100,7 @@ def train(rank: int, world_size: int, root: str, late: bool) -> list[tuple[int, 
     trainer.close()
     for path in unfinished:
         path.rename(path.with_suffix(".json"))
+    soon(goes_on)
     return seen
 
 

@@ -20,7 +20,7 @@ TREE = os.environ.get("MEGATRON_LM_PATH", "")
 pytestmark = [
     pytest.mark.skipif(not TREE, reason="MEGATRON_LM_PATH names no Megatron-LM source tree"),
     pytest.mark.slow,
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(900),
 ]
 RATE = re.compile(r"iteration +(\d+)/.*?learning rate: (\S+) ")
 TRAIN = ("--train-iters", "8", "--save-interval", "2")

@@ -66,7 +66,7 @@ def deepspeed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of one run per ZeRO stage."""
     folder = tmp_path_factory.mktemp("damage")
     runs = {str(folder / f"zero{n}"): DeepSpeedConfig(stage=n) for n in (1, 2, 3)}
-    run_ranks(train_deepspeed, 2, runs, timeout_s=280)
+    run_ranks(train_deepspeed, 2, runs)
     return folder
 
 

@@ -39,7 +39,7 @@ MAIN_ONLY = ("marker", "publish", "tracker")
 FAULTS = [(stage, rank) for stage in EVERY_RANK + IN_THE_LOOP for rank in (0, 1)]
 FAULTS += [(stage, 0) for stage in MAIN_ONLY]
 TRACKER = "latest_checkpointed_iteration.txt"
-HUNG_AFTER_S = 20.0
+HUNG_AFTER_S = 200.0
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,10 @@ def act(rank: int, world_size: int, scene: Scene, meet: Path, text: Path) -> Non
     except Exception as error:
         text.write_text(f"{type(error).__name__}: {error}")
         text.with_suffix(".log").write_text(traceback.format_exc())
-        # The others are still on their way to the same collective: this rank must not cut it off.
-        time.sleep(0.2)
+        other = text.with_name(f"{meet.name}-{1 - rank}.txt")
+        # It is still on its way to the same collective: this rank must not cut it off.
+        while scene.action != "kill" and not other.exists():
+            time.sleep(0.01)
         os._exit(1)
     os._exit(0)
 

@@ -111,7 +111,7 @@ def test_what_goes_with_a_model_is_carried_and_nothing_else(
 
 def test_ranks_make_the_same_bytes(run: Path, tmp_path: Path) -> None:
     alone = averaged(run, tmp_path / "alone")
-    run_ranks(merge_on_ranks, 2, str(run), str(tmp_path / "two"), timeout_s=100)
+    run_ranks(merge_on_ranks, 2, str(run), str(tmp_path / "two"))
     theirs = tmp_path / "two" / NAMES[-1]
     for path in alone.glob("*.safetensors"):
         assert path.read_bytes() == (theirs / path.name).read_bytes(), path.name

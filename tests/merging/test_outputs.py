@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import digests
 from oracle import assert_average, global_tensors, read_by_torch, read_tensor
 from pma_megatron import MergeRequest, Method, Policy, SelectionRequest, inspect, merge, plan
 from pma_megatron.errors import PlanError, UsageError
+from pma_megatron.formats import flat
 from pma_megatron.formats.torch_dist.checkpoint import TorchDistCheckpoint
 from pma_megatron.formats.torch_dist.source import read_source
 from pma_megatron.merging.tasks import Average
@@ -136,6 +138,24 @@ def test_average_weights_reads_the_16_bit_weights_only(unpack: Unpack) -> None:
         # The mean of two 16-bit numbers is exact in float32: one rounding is all there is.
         rounded = torch.from_numpy(np.mean(sources, axis=0)).float().bfloat16()
         assert torch.equal(read_by_torch(folder, [key])[key], rounded), key
+
+
+@pytest.mark.parametrize("name", [BUCKETS, GATHERED])
+@pytest.mark.parametrize("optimizer_state", ["latest", "average", "reset"])
+def test_pieces_in_columns_make_the_very_files_that_objects_make(
+    name: str, optimizer_state: str, unpack: Unpack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run of this size has few pieces, and a large one has too many for objects."""
+    root, _ = unpack(name)
+    policy = Policy(optimizer_state=optimizer_state)
+    expected = _contents(run(root, policy=policy))
+    monkeypatch.setattr(flat, "MANY", 0)
+    assert _contents(run(root, policy=policy, overwrite=True)) == expected
+
+
+def _contents(folder: Path) -> dict[str, str]:
+    own = ("pma.json", "pma.json.sha256", "common.pt")
+    return {name: sha for name, sha in digests(folder).items() if Path(name).name not in own}
 
 
 def test_a_pattern_keeps_a_tensor_and_its_main_params(unpack: Unpack) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -133,17 +134,16 @@ def test_units_are_cut_by_the_task_alone_and_shared_without_a_rest(
 
 def test_every_unit_is_done_once_and_the_first_error_ends_all() -> None:
     task = dataclasses.make_dataclass("Nothing", [])()
-    every = [FillUnit(task, number, 1, 1) for number in range(50)]
+    units = (FillUnit(task, number, 1, 1) for number in itertools.count())
     done: list[int] = []
-    over_threads(every, 4, lambda unit, space: done.append(unit.first), object)
+    over_threads(
+        itertools.islice(units, 50), 4, lambda unit, space: done.append(unit.first), object
+    )
     assert sorted(done) == list(range(50))
 
     def fails(unit: FillUnit, space: object) -> None:
-        done.append(unit.first)
-        if unit.first == 7:
-            raise ValueError("seven")
+        if unit.first == 57:
+            raise ValueError("fifty-seven")
 
-    done.clear()
-    with pytest.raises(ValueError, match="seven"):
-        over_threads(every, 2, fails, object)
-    assert len(done) < 50
+    with pytest.raises(ValueError, match="fifty-seven"):
+        over_threads(units, 2, fails, object)  # without an end of their own

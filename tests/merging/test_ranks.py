@@ -289,17 +289,17 @@ def test_ranks_that_see_one_disk_share_the_looking(dense_run: Path, tmp_path: Pa
     nodes = [tmp_path / name for name in "ab"]
     for node in nodes:
         shutil.copytree(dense_run, node / "run")
-    one = run_ranks(count_parses_of_nodes, 4, [str(nodes[0])], timeout_s=200)
+    one = run_ranks(count_parses_of_nodes, 4, [str(nodes[0])])
     assert sorted(name for parsed, _ in one for name in parsed) == [
         f"iter_{iteration:07d}" for iteration in ITERATIONS
     ]
-    two = run_ranks(count_parses_of_nodes, 4, [str(node) for node in nodes], timeout_s=200)
+    two = run_ranks(count_parses_of_nodes, 4, [str(node) for node in nodes])
     for first in (0, 2):  # the ranks of a node; who opens a source may not have looked at it
         parsed = [name for part, _ in two[first : first + 2] for name in part]
         assert len({*parsed}) == len(ITERATIONS) and len(parsed) <= len(ITERATIONS) + 2
     assert {visible for _, visible in (*one, *two)} == {((0, 1, 2, 3),) * 2}
     shutil.rmtree(nodes[1] / "run" / f"iter_{ITERATIONS[-1]:07d}")
-    for _, visible in run_ranks(count_parses_of_nodes, 4, [str(n) for n in nodes], timeout_s=200):
+    for _, visible in run_ranks(count_parses_of_nodes, 4, [str(n) for n in nodes]):
         assert visible == ((0, 1, 2, 3), (0, 1))
 
 
@@ -326,7 +326,7 @@ def count_looks(rank: int, world_size: int, root: str, apart: bool) -> tuple[Cou
 
 @pytest.mark.parametrize("apart", [False, True])
 def test_one_rank_lists_what_all_see_and_a_few_parse_it(dense_run: Path, apart: bool) -> None:
-    made = run_ranks(count_looks, 4, str(dense_run), apart, timeout_s=200)
+    made = run_ranks(count_looks, 4, str(dense_run), apart)
     assert {visible for _, visible in made} == {((0, 1, 2, 3),) * 2}
     listed = [sum(n for what, n in looks.items() if what.endswith(" .")) for looks, _ in made]
     assert listed[0] > 0 and listed[1:] == [0, 0, 0]
@@ -343,7 +343,7 @@ def test_one_rank_lists_what_all_see_and_a_few_parse_it(dense_run: Path, apart: 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_every_metadata_is_parsed_by_one_rank_once(dense_run: Path, ranks: int) -> None:
-    parsed = run_ranks(count_parses, ranks, str(dense_run), timeout_s=200)
+    parsed = run_ranks(count_parses, ranks, str(dense_run))
     assert sorted(name for each in parsed for name in each) == [
         f"iter_{iteration:07d}" for iteration in ITERATIONS
     ]

@@ -178,10 +178,10 @@ def resume_deepspeed(rank: int, world_size: int, folder: str) -> dict[str, list[
 
 def test_deepspeed_goes_on_with_the_scaled_rates(tmp_path: Path) -> None:
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-    run_ranks(train_deepspeed, 2, str(tmp_path / "runs"), timeout_s=200)
+    run_ranks(train_deepspeed, 2, str(tmp_path / "runs"))
     for kind in ZERO:
         merge(request_for(tmp_path / "runs" / kind, tmp_path / "on" / kind, lr_factor=FACTOR))
-    for found in run_ranks(resume_deepspeed, 2, str(tmp_path / "on"), timeout_s=200):
+    for found in run_ranks(resume_deepspeed, 2, str(tmp_path / "on")):
         for kind, rates in found.items():
             assert rates and set(rates) == {1e-2 * FACTOR}, kind
     run, save = tmp_path / "runs" / "scheduled", tmp_path / "refused"

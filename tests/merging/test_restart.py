@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -20,11 +21,12 @@ from pathlib import Path
 import pytest
 
 from conftest import folder_of, request_for
+from jobs import without_progress
 from pma_megatron import MergeReport, MergeRequest, Method, SelectionRequest, merge
 from pma_megatron.errors import CheckpointError, PublishError, RankError
 from pma_megatron.formats.base import StoredRecord
 from pma_megatron.merging import targets
-from pma_megatron.testing import run_ranks
+from pma_megatron.testing import inject, run_ranks
 from pma_megatron.transfer.reads import Reads
 from restarts import TRACKER, check, contents, cut_off, interrupt, names, of_three, stopped_at
 
@@ -109,7 +111,7 @@ def test_a_journal_that_is_not_whole(
         lines.write_bytes(data[: len(data) // 2])
         left = data[: len(data) // 2].count(b"\n")
     elif what == "garbage":
-        lines.write_bytes(os.urandom(1000) + b"\n" + data)
+        lines.write_bytes(random.Random(1).randbytes(1000) + b"\n" + data)
         left = data.count(b"\n")
     elif what == "a flipped bit":
         middle = len(data) // 2
@@ -302,24 +304,22 @@ def command(run: Path, save: Path) -> list[str]:
 
 def test_a_command_says_so(dense_run: Path, save: Path, whole: tuple[Path, MergeReport]) -> None:
     """Stopped and killed for real: what was done is named, counted, and not done again."""
-    job = subprocess.Popen(command(dense_run, save), stderr=subprocess.PIPE, text=True)
-    while not list(save.glob(".pma-journal-*/rank-*")):
+    with inject("merge", rank=0, action="hang"):  # it does not come to its end
+        job = subprocess.Popen(command(dense_run, save), stderr=subprocess.PIPE, text=True)
+    while not any(b"\n" in path.read_bytes() for path in save.glob(".pma-journal-*/rank-*")):
         assert job.poll() is None, job.communicate()
         time.sleep(0.001)
     os.kill(job.pid, signal.SIGTERM)
-    text = job.communicate()[1]
-    if job.returncode != 0:  # it may have been at its end
-        (staging,) = save.glob(".pma-staging-*")
-        assert text == (
-            f"pma: stopped by SIGTERM; nothing was published; what is done is kept in {staging}, "
-            "and the same command goes on from there\n"
-        )
-    again = subprocess.run(
-        [*command(dense_run, save), "--json", "--overwrite"], capture_output=True, text=True
+    text = without_progress(job.communicate()[1])
+    (staging,) = save.glob(".pma-staging-*")
+    assert text.endswith(
+        f"pma: stopped by SIGTERM; nothing was published; what is done is kept in {staging}, "
+        "and the same command goes on from there\n"
     )
+    assert job.returncode == 128 + signal.SIGTERM
+    again = subprocess.run([*command(dense_run, save), "--json"], capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     reused = json.loads(again.stdout)["reused"]
-    if job.returncode != 0:
-        assert f"pma: going on with a merge that was cut off: {reused['units']} of" in again.stderr
-        assert reused["units"] > 0
+    assert f"pma: going on with a merge that was cut off: {reused['units']} of" in again.stderr
+    assert reused["units"] > 0
     assert contents(save) == contents(whole[0])

@@ -115,7 +115,8 @@ ALL = list(LETTERS)
 
 
 @settings(
-    max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=120,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(
     numel=st.one_of(st.integers(1, 300), st.integers(1, 9000)),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_snapshot_writer import assert_whole, simple_chunks, simple_data
+from test_snapshot_writer import PATIENCE_S, assert_whole, simple_chunks, simple_data
 
 from conftest import digests, folder_of
 from pma_megatron import PmaError, SelectionRequest, list_checkpoints
@@ -33,7 +33,7 @@ def train(writer: SnapshotWriter, *iterations: int, shift: int = 0) -> None:
     rank, size = writer._comm.rank, writer._comm.size
     for each in iterations:
         writer.write(each, simple_data(simple_chunks(rank, size), each + shift), {})
-        writer.wait(30)
+        writer.wait(PATIENCE_S)
 
 
 def there(root: Path) -> list[tuple[int | None, str]]:
@@ -206,7 +206,7 @@ def test_what_is_no_snapshot_is_refused_on_all_ranks(tmp_path: Path) -> None:
 def test_killed_while_it_replaces(tmp_path: Path) -> None:
     train(job(tmp_path, 0), 1, 2)
     with inject("snapshot-publish", rank=0, action="kill"):
-        (end,) = rank_outcomes(again_in_ranks, 1, str(tmp_path), init=False, timeout_s=30)
+        (end,) = rank_outcomes(again_in_ranks, 1, str(tmp_path), init=False)
     assert end.signal == "SIGKILL"
     assert there(tmp_path) == [(2, "complete")]
     train(job(tmp_path, 0), 1, 2, shift=OTHER)

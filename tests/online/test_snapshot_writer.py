@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from pma_megatron.online import snapshot_job
 from pma_megatron.online.snapshots import Chunk, SnapshotWriter, prune
 from pma_megatron.testing import FAULT_ENV, inject, rank_outcomes, run_ranks
 
+PATIENCE_S = 100.0
 SHAPES = {"layers.w": (4, 6), "layers.b": (5,), "scale": ()}
 
 
@@ -53,7 +54,7 @@ def write(root: Path, *iterations: int, **how: Any) -> None:
     writer, chunks = new_writer(root, **how)
     for iteration in iterations:
         writer.write(iteration, simple_data(chunks, iteration), {})
-        writer.wait(30)
+        writer.wait(PATIENCE_S)
 
 
 def assert_whole(folder: Path, iteration: int) -> None:
@@ -68,73 +69,99 @@ def assert_whole(folder: Path, iteration: int) -> None:
         assert torch.equal(got.flatten(), value), chunk
 
 
-def write_in_ranks(rank: int, world_size: int, root: str, timeout_s: float) -> Any:
-    """Write iteration 1; with a fault, again without. Returns the error and how long it took."""
+def write_in_ranks(rank: int, world_size: int, root: str, alone: bool = False) -> Any:
+    """Write iteration 1; with a fault, again without. Returns what was said, and what was there.
+
+    Where this rank is `alone` among those that were asked for, it waits no longer than for itself.
+    """
     chunks, comm = simple_chunks(rank, world_size), Comm()
     writer = SnapshotWriter(root, chunks, torch.float32, comm)
+    snapshot_job._GRACE_S = PATIENCE_S
 
     def forbidden(*_: Any, **__: Any) -> None:
         raise AssertionError("write and wait must not communicate")
 
     for name in ("all_gather_object", "gather_object", "broadcast_object_list", "barrier"):
         setattr(dist, name, forbidden)
-    start_s, said = time.monotonic(), None
-    writer.write(1, simple_data(chunks, 1), {})
-    try:
-        writer.wait(timeout_s)
-    except PublishError as error:
-        said = str(error)
-    seconds = time.monotonic() - start_s
-    left = sorted(path.name for path in Path(root).glob("iter_*"))
-    if said is not None:
-        time.sleep(0.5)  # both have looked before the next one is written
-        os.environ.pop(FAULT_ENV, None)
+
+    def written() -> str | None:
         writer.write(1, simple_data(chunks, 1), {})
+        assert writer._job is not None
+        if alone:
+            until((writer._job.staging / f"done_{rank}").exists)
         try:
-            writer.wait(2)
+            writer.wait(0.5 if alone else PATIENCE_S)
         except PublishError as error:
-            return said, seconds, left, str(error)
-    return said, seconds, left, None
+            return str(error)
+        return None
+
+    met(rank, world_size, f"{root}-begun")  # a rank that is killed leaves nobody in a collective
+    said = written()
+    left = sorted(path.name for path in Path(root).glob("iter_*"))
+    if said is None:
+        return said, left, None
+    if not alone:
+        met(rank, world_size, f"{root}-told")  # all have looked before the next one is written
+    os.environ.pop(FAULT_ENV, None)
+    return said, left, written()
+
+
+def met(rank: int, world_size: int, folder: str) -> None:
+    """Wait for the other ranks, by files alone."""
+    Path(folder).mkdir(exist_ok=True)
+    (Path(folder) / str(rank)).touch()
+    until(lambda: len([*Path(folder).iterdir()]) == world_size)
+
+
+def until(done: Callable[[], bool]) -> None:
+    end_s = time.monotonic() + PATIENCE_S
+    while not done():
+        assert time.monotonic() < end_s
+        time.sleep(0.01)
 
 
 def test_ranks_write_without_communication(tmp_path: Path) -> None:
-    for said, _, left, _ in run_ranks(write_in_ranks, 2, str(tmp_path), 20.0):
+    root = tmp_path / "snapshots"
+    for said, left, _ in run_ranks(write_in_ranks, 2, str(root)):
         assert said is None and left == ["iter_0000001"]
-    assert_whole(folder_of(tmp_path, 1), 1)
-    assert [path.name for path in tmp_path.iterdir()] == ["iter_0000001"]
+    assert_whole(folder_of(root, 1), 1)
+    assert [path.name for path in root.iterdir()] == ["iter_0000001"]
 
 
 @pytest.mark.parametrize("stage", ["snapshot", "snapshot-publish"])
 def test_a_rank_that_fails_is_named_on_all(tmp_path: Path, stage: str) -> None:
-    rank = 1 if stage == "snapshot" else 0
+    """Whoever waits is told by it, long before the time that is given is over."""
+    rank, root = 1 if stage == "snapshot" else 0, tmp_path / "snapshots"
     with inject(stage, rank=rank, action="raise"):
-        ends = run_ranks(write_in_ranks, 2, str(tmp_path), 20.0)
-    for said, seconds, left, again in ends:
+        ends = run_ranks(write_in_ranks, 2, str(root))
+    for said, left, again in ends:
         assert f"rank {rank} failed" in said and "injected" in said
-        assert seconds < 5 and left == [] and again is None
-    assert_whole(folder_of(tmp_path, 1), 1)
+        assert left == [] and again is None
+    assert_whole(folder_of(root, 1), 1)
 
 
 def test_a_killed_rank(tmp_path: Path) -> None:
+    root = tmp_path / "snapshots"
     with inject("snapshot", rank=1, action="kill"):
-        alive, dead = rank_outcomes(write_in_ranks, 2, str(tmp_path), 2.0, timeout_s=30)
-    assert dead.signal == "SIGKILL" and alive.ok
-    said, seconds, left, again = alive.result
+        alive, dead = rank_outcomes(write_in_ranks, 2, str(root), alone=True)
+    assert dead.signal == "SIGKILL" and alive.ok, alive.traceback
+    said, left, again = alive.result
     assert "nothing came from rank 1" in said and "nothing came from rank 1" in again
-    assert seconds < 5 and left == []
-    assert not list(tmp_path.glob("iter_*")) and list(tmp_path.glob(".pma-snapshot-*"))
-    write(tmp_path, 1)  # the job starts again
-    assert_whole(folder_of(tmp_path, 1), 1)
-    assert not list(tmp_path.glob(".pma-*"))
+    assert left == []
+    assert not list(root.glob("iter_*")) and list(root.glob(".pma-snapshot-*"))
+    write(root, 1)  # the job starts again
+    assert_whole(folder_of(root, 1), 1)
+    assert not list(root.glob(".pma-*"))
 
 
 @pytest.mark.parametrize("stage", ["snapshot-marker", "snapshot-publish"])
 def test_rank_0_is_killed(tmp_path: Path, stage: str) -> None:
+    root = tmp_path / "snapshots"
     with inject(stage, rank=0, action="kill"):
-        (end,) = rank_outcomes(write_in_ranks, 1, str(tmp_path), 2.0, init=False, timeout_s=30)
-    assert end.signal == "SIGKILL" and not list(tmp_path.glob("iter_*"))
-    write(tmp_path, 1)
-    assert_whole(folder_of(tmp_path, 1), 1)
+        (end,) = rank_outcomes(write_in_ranks, 1, str(root), init=False)
+    assert end.signal == "SIGKILL" and not list(root.glob("iter_*"))
+    write(root, 1)
+    assert_whole(folder_of(root, 1), 1)
 
 
 def test_a_whole_snapshot_is_kept_and_a_damaged_one_replaced(tmp_path: Path) -> None:
@@ -160,7 +187,7 @@ def test_blocks_and_rounding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         writer.write(1, lambda number, data=data: data[number], {}, {"extra/shard_0_1": b"x"})
         with pytest.raises(PublishError, match=r"call wait\(\)"):
             writer.write(2, data, {})
-        writer.wait(30)
+        writer.wait(PATIENCE_S)
         folder = folder_of(tmp_path / name, 1)
         got = read_by_torch(folder, ["layers.b"])["layers.b"]
         assert torch.equal(got, data[4].to(dtype)) and got.dtype == dtype
@@ -194,7 +221,7 @@ def test_refusals(tmp_path: Path) -> None:
     writer, chunks = new_writer(tmp_path / "ours")
     writer.write(1, [value.double() for value in simple_data(chunks, 1)], {})
     with pytest.raises(PublishError, match=r"layers\.w.*expected 6 contiguous float32"):
-        writer.wait(30)
+        writer.wait(PATIENCE_S)
     assert not list((tmp_path / "ours").glob("iter_*"))
 
 

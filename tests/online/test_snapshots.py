@@ -121,7 +121,7 @@ def train(rank: int, world_size: int, config: TinyConfig, roots: dict[str, str])
                 writers[name].write(iteration, data, store._args(trainer), objects)
         states.append(trainer.snapshot())
         for writer in writers.values():
-            writer.wait(30)
+            writer.wait(100)
     trainer.close()
     read = {n: load_weights(config, folder_of(Path(r) / SNAPSHOTS, 6)) for n, r in roots.items()}
     return states, read

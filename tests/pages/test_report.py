@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import _logging_as_it_was, call  # noqa: F401 (a fixture of every test)
+from test_cli import call
 from test_forecast import scores
 from test_recovery import metrics
 
@@ -146,7 +146,7 @@ def test_a_page_replaces_a_page_alone(
     notes = tmp_path / "notes.html"
     notes.write_text("8")
     code, _, err = call(capsys, "report", odd, "--out", notes)
-    assert code == 2 and "no page of HTML" in err and notes.read_text() == "8"
+    assert code == 2 and "no page of pma report" in err and notes.read_text() == "8"
     for _ in range(2):
         code, said, _ = call(capsys, "report", odd, "--out", tmp_path / "a.html")
         assert code == 0 and "merges\\nVerified" in said

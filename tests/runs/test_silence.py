@@ -8,7 +8,6 @@ import logging
 import os
 import random
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +26,6 @@ from pma_megatron.runs.notices import too_early
 from pma_megatron.testing import TinyConfig, TinyTrainer, run_ranks
 
 TRACKER = "latest_checkpointed_iteration.txt"
-
-
-@pytest.fixture(autouse=True)
-def _logging_as_it_was() -> Iterator[None]:
-    logger = logging.getLogger("pma_megatron")
-    before = logger.handlers[:], logger.level, logger.propagate
-    yield
-    logger.handlers[:], logger.level, logger.propagate = before
 
 
 def states(run: Path) -> dict[int | None, str]:
@@ -319,8 +310,10 @@ def test_arguments_of_another_run_in_one_small_file_are_said(
         (99, 100, (900, 1000), "warmup"),
         (100, 100, (900, 1000), None),
         (None, 100, (900, 1000), None),
-        (500, 100, (499, 800, 1000), "50 %"),
-        (500, 100, (500, 800, 1000), None),
+        (500, 100, (499, 800, 1000), "50 % of the way to its end was trained: early in a run"),
+        (500, 100, (500, 800, 1000), "50 % of the way to its end was trained: such averages are"),
+        (500, 100, (649, 800, 1000), "often worse"),
+        (500, 100, (650, 800, 1000), None),
         (None, None, (), None),
         (500, 100, (1,), None),
     ],

@@ -103,6 +103,19 @@ def test_command_line(dense_run: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert main(flags[:-2]) == 2 and "--save" in capsys.readouterr().err
 
 
+def test_json_has_no_nan(
+    dense_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is no JSON: `jq` and most languages refuse it."""
+    rows = Path(metrics(tmp_path / "log.csv", 300)).read_text().splitlines()
+    lost = [f"{row.partition(',')[0]},nan,nan" for row in rows[300:]]
+    (tmp_path / "log.csv").write_text("\n".join(rows[:300] + lost))
+    flags = ["--load", str(dense_run), "--save", str(tmp_path / "on"), "--dry-run", "--json"]
+    assert main(["recover", *flags, "--metrics", str(tmp_path / "log.csv")]) == 0
+    out = capsys.readouterr().out
+    assert json.loads(out, parse_constant=pytest.fail)["onset"] == 300
+
+
 def test_history(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recover", "--load", str(run), "--history"]) == 0
     assert "has done nothing there" in capsys.readouterr().out

@@ -6,6 +6,7 @@ import math
 import threading
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from pma_megatron import MergeRequest, SelectionRequest, list_checkpoints, merge
 from pma_megatron.errors import CheckpointError
 from pma_megatron.storage import contents, spool
 from pma_megatron.storage.object_store import ObjectStore
+from pma_megatron.storage.protocol import IN_FLIGHT
 from pma_megatron.storage.requests import Requests, When
 
 Put = Callable[[Path, str], str]
+PATIENCE_S = 100.0
 OPERATIONS = ("listed", "beside", "head", "got", "read", "put", "put_file", "delete")
 
 
@@ -96,7 +99,7 @@ def test_larger_files_come_in_large_requests(
     if kept:
         assert asked.calls["read"] <= least + len(files) and nbytes <= total
     else:
-        assert nbytes <= 2 * total
+        assert nbytes <= 3 * total  # what is let go too early is chance; 1.6 to 1.9 were seen
 
 
 def test_checkpoints_that_are_only_listed_are_not_read_in_large_parts(
@@ -118,20 +121,30 @@ def test_what_is_asked_ahead_is_dropped_when_the_job_fails(
     monkeypatch.setattr(contents, "PAGE_BYTES", 1 << 10)
     monkeypatch.setattr(contents, "PART_BYTES", 1 << 10)
     monkeypatch.setattr(contents, "WHOLE_BYTES", 0)
-    address, expect = put(dense_run, "run"), contents.Contents.expect
-    left: list[int] = []
+    address, expect, fetch = put(dense_run, "run"), contents.Contents.expect, contents.Content.fetch
+    left, gate = list[int](), threading.Event()
+    gate.set()
+
+    def held_up(self: contents.Content, first: int, last: int) -> None:
+        assert gate.wait(PATIENCE_S)
+        fetch(self, first, last)
 
     def failing(self: contents.Contents, *given: Any, soon: bool) -> None:
+        if soon:
+            gate.clear()
         expect(self, *given, soon=soon)
         if soon:
             left.append(len(self._coming))
             raise CheckpointError("it is refused")
 
+    monkeypatch.setattr(contents.Content, "fetch", held_up)
     monkeypatch.setattr(contents.Contents, "expect", failing)
     with pytest.raises(CheckpointError, match="it is refused"):
         merge(asked_for(address, str(tmp_path / "made")))
     made = spool.active()
-    assert made is not None and left and len(made.contents._coming) < left[0]
+    assert made is not None and left[0] > 2 * IN_FLIGHT
+    assert len(made.contents._coming) <= IN_FLIGHT
+    gate.set()
     made.contents._requests.close()
     assert len(made.contents._unread) < left[0] / 2
 
@@ -139,17 +152,29 @@ def test_what_is_asked_ahead_is_dropped_when_the_job_fails(
 def test_what_is_waited_for_goes_first() -> None:
     """Though it was asked for last, or became urgent later."""
     requests, order = Requests(), list[str]()
-    gate = threading.Event()
-    blocked = [requests.ask(lambda: gate.wait() and None, When.NOW) for _ in range(16)]
+    gates = [threading.Event() for _ in range(IN_FLIGHT)]
+    begun = threading.Semaphore(0)
+
+    def block(gate: threading.Event) -> None:
+        begun.release()
+        assert gate.wait(PATIENCE_S)
+
+    blocked = [requests.ask(partial(block, gate), When.NOW) for gate in gates]
+    for _ in gates:
+        assert begun.acquire(timeout=PATIENCE_S)
     asked = {
-        name: requests.ask(lambda name=name: order.append(name), when)  # type: ignore[misc]
+        name: requests.ask(partial(order.append, name), when)
         for name, when in (("late", When.SOON), ("hurried", When.SOON), ("now", When.NOW))
     }
     requests.hurry(asked["hurried"])
-    dropped = requests.ask(lambda: order.append("dropped"), When.SOON)
-    gate.set()
-    for each in (*blocked, *asked.values()):
-        each.result()
-    assert dropped.result() is None
-    assert order.index("late") > min(order.index("now"), order.index("hurried"))
+    dropped = requests.ask(partial(order.append, "dropped"), When.SOON)
+    gates[0].set()  # one thread for all of them
+    for each in asked.values():
+        each.result(PATIENCE_S)
+    assert dropped.result(PATIENCE_S) is None
+    assert order.index("late") > max(order.index("now"), order.index("hurried"))
+    for gate in gates:
+        gate.set()
+    for each in blocked:
+        each.result(PATIENCE_S)
     requests.close()

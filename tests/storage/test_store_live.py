@@ -78,10 +78,10 @@ def test_a_deepspeed_engine_starts_as_from_a_disk(
     s3: Any, bucket: str, put: Put, tmp_path: Path, spools: Path
 ) -> None:
     roots = {str(tmp_path / kind): config for kind, config in KINDS.items()}
-    run_ranks(train, 2, roots, timeout_s=280)
+    run_ranks(train, 2, roots, timeout_s=800)
     runs = {root: (config, put(Path(root), Path(root).name)) for root, config in roots.items()}
     again = tmp_path / "again"
-    for found in run_ranks(started, 2, runs, str(again), timeout_s=280):
+    for found in run_ranks(started, 2, runs, str(again), timeout_s=800):
         for root, (differ, path, there, said, told) in found.items():
             address = runs[root][1]
             assert differ == []

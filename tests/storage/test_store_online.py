@@ -15,7 +15,7 @@ import pytest
 import torch
 from test_hooks import keep
 from test_megatron_flags import parse
-from test_online import BASE, EMA, METHODS, TOKENS, assert_same, held, online, resume, train
+from test_online import BASE, EMA, LAST, METHODS, TOKENS, assert_same, held, online, resume, train
 from test_snapshot_writer import assert_whole, simple_chunks, simple_data
 
 from conftest import DENSE, folder_of
@@ -35,7 +35,7 @@ from s3 import keys
 
 Put = Callable[[Path, str], str]
 Got = Callable[[str, Path], Path]
-PATIENCE_S = 120.0
+PATIENCE_S = 200.0
 
 
 def iterations(s3: Any, bucket: str, prefix: str) -> list[int]:
@@ -186,10 +186,13 @@ def window_after(rank: int, world_size: int, state: str) -> list[int]:
 def test_killed_on_its_way(
     s3: Any, bucket: str, got: Got, tmp_path: Path, stage: str, spools: Path
 ) -> None:
-    """Whatever is listed as whole is, and the next job goes on from all that was on the disk."""
-    state = f"s3://{bucket}/window"
+    """Whatever is listed as whole is, and the next job goes on from all that was on the disk.
+
+    How far training got by then is chance: only what is old has more saves than a window holds.
+    """
+    state, saves = f"s3://{bucket}/window", 6 if stage == "snapshot-old" else LAST
     with inject(stage, rank=0, action="kill"):
-        (end,) = rank_outcomes(window_of, 1, state, 6)
+        (end,) = rank_outcomes(window_of, 1, state, saves)
     assert end.signal == "SIGKILL"
     refs = list_checkpoints(state)
     for ref in (each for each in refs if each.complete):
@@ -198,7 +201,7 @@ def test_killed_on_its_way(
     cut_off = [ref for ref in refs if not ref.complete]
     assert len(cut_off) == (stage != "snapshot-put")
     (entries,) = run_ranks(window_after, 1, state)
-    assert entries[0] == 2 if stage != "snapshot-old" else len(entries) == 3, entries
+    assert len(entries) == LAST if stage == "snapshot-old" else entries[0] == 2, entries
     assert files_left(spools) == []
 
 

@@ -24,7 +24,7 @@ Put = Callable[[Path, str], str]
 Got = Callable[[str, Path], Path]
 METHOD = METHODS["1-sqrt"]
 CONFIG = KINDS["zero3"]
-PATIENCE_S = 120.0
+PATIENCE_S = 200.0
 
 
 def run_on(rank: int, world_size: int, root: str, disk: str, store: str) -> Any:

@@ -141,9 +141,11 @@ def test_a_source_that_is_overwritten_meanwhile_is_noticed(
         if when == "before it is read":
             made = spool.active()
             assert made is not None
+            first, *_ = made._by_inode.values()  # at once: threads of the merge add to them
+            assert first.content is not None
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(contents, "KEPT_BYTES", 0)
-                made.contents.ahead(next(iter(made._by_inode.values())).content, 0, 1)  # type: ignore[arg-type]
+                made.contents.ahead(first.content, 0, 1)
 
     with pytest.raises(CheckpointError, match=r"__0_0.distcp (changed|could not be read \(it was)"):
         merge(_request(address, str(tmp_path / "out")), show=after_first_unit(overwrite))

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import atexit
 import json
+import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from test_snapshot_writer import simple_chunks, simple_data
+from test_snapshot_writer import simple_chunks, simple_data, until
 
 from pma_megatron import list_checkpoints
 from pma_megatron.base.comm import Comm
+from pma_megatron.deepspeed import online as deepspeed_online
 from pma_megatron.errors import PublishError
-from pma_megatron.formats.marker import MARKER_FILE, ONLINE_AVERAGE, SEAL_FILE
+from pma_megatron.formats.marker import MARKER_FILE, ONLINE_AVERAGE, SEAL_FILE, UPLOADING_FILE
 from pma_megatron.online import snapshot_upload, snapshots, uploads
 from pma_megatron.online.average_upload import AveragePlace
 from pma_megatron.online.snapshots import SnapshotWriter, name_of
 from pma_megatron.online.store import WindowStore
+from pma_megatron.storage import claims
 from pma_megatron.storage.object_store import ObjectStore
 from pma_megatron.storage.paths import place_of, stored
+from pma_megatron.testing import run_ranks
 
-PATIENCE_S = 60.0
+PATIENCE_S = 100.0
 TRACKER = "latest_checkpointed_iteration.txt"
 
 
@@ -45,6 +50,21 @@ def down(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
 
     monkeypatch.setattr(ObjectStore, "put_file", refusing)
     return lambda is_down: now.__setitem__(0, is_down)
+
+
+@pytest.fixture
+def new_place(address: str) -> Iterator[Callable[[], AveragePlace]]:
+    """Gives the places of jobs, each of which is over when the test is: this process ends later,
+    and by then nothing of theirs is there to be put anywhere."""
+    made: list[AveragePlace] = []
+
+    def new() -> AveragePlace:
+        made.append(AveragePlace(address, Comm()))
+        return made[-1]
+
+    yield new
+    for place in made:
+        atexit.unregister(place.wait)
 
 
 def writer(address: str | Path, **settings: object) -> SnapshotWriter:
@@ -139,9 +159,81 @@ def test_a_snapshot_that_was_not_written_is_not_of_this_branch(
     assert 40 in there(address) and 60 in there(address)
 
 
+def average_in(place: AveragePlace, made: SnapshotWriter, iteration: int) -> Path:
+    """What a trainer saves there of an average, and its tracker."""
+    place.begin(name_of(iteration))
+    to = place.folder / name_of(iteration)
+    folder = Path(shutil.copytree(made.root / name_of(iteration), to))
+    (folder / SEAL_FILE).unlink()
+    (folder / MARKER_FILE).write_text(json.dumps({"kind": ONLINE_AVERAGE}))
+    (place.folder / TRACKER).write_text(str(iteration))
+    return folder
+
+
+def test_training_goes_on_where_an_average_gets_there_as_the_next_is_saved(
+    address: str,
+    tmp_path: Path,
+    down: Callable[[bool], None],
+    new_place: Callable[[], AveragePlace],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is removed from the disk while it is looked at how much room another one needs."""
+    made, place = writer(tmp_path / "made"), new_place()
+    put(made, 40)
+    down(True)
+    folder = average_in(place, made, 40)
+    place.saved(folder.name)
+    place.wait(PATIENCE_S)
+    is_file, seen = Path.is_file, list[Path]()
+
+    def gone(self: Path) -> bool:
+        found = is_file(self)
+        if self.parent == folder and not seen:
+            seen.append(self)
+            down(False)
+            place.wait(PATIENCE_S)
+        return found
+
+    monkeypatch.setattr(Path, "is_file", gone)
+    place.begin(name_of(50))
+    assert seen and not folder.exists()
+    assert there(address) == [40]
+
+
+def test_a_tag_that_is_removed_from_the_disk_is_an_average_to_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the next `save_average`, which looks meanwhile, would take it for a tag of the run's."""
+    tag = tmp_path / "mine"
+    for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"):
+        (tag / "part").mkdir(parents=True, exist_ok=True)
+        (tag / name).write_bytes(b"x")
+        (tag / "part" / name).write_bytes(b"x")
+    for name in (SEAL_FILE, MARKER_FILE):
+        (tag / name).write_text("{}")
+    looks: list[set[str]] = []
+
+    def looking(remove: Callable[..., None]) -> Callable[..., None]:
+        def removed(*given: object, **how: object) -> None:
+            remove(*given, **how)
+            deepspeed_online._refuse_other_tags(tmp_path)
+            looks.append({path.name for path in tag.rglob("*")})
+
+        return removed
+
+    for name in ("unlink", "rmdir"):
+        monkeypatch.setattr(os, name, looking(getattr(os, name)))
+    uploads.remove(tag)
+    assert len(looks) == 8 and {MARKER_FILE} <= looks[4] and not tag.exists()
+
+
 @pytest.mark.parametrize("by", ["this job", "the job before"])
 def test_training_resumes_from_the_average_that_was_saved_last(
-    address: str, tmp_path: Path, down: Callable[[bool], None], by: str
+    address: str,
+    tmp_path: Path,
+    down: Callable[[bool], None],
+    by: str,
+    new_place: Callable[[], AveragePlace],
 ) -> None:
     """One of a branch that was given up waited for the store, and has a larger number."""
     made = writer(tmp_path / "made")
@@ -149,23 +241,16 @@ def test_training_resumes_from_the_average_that_was_saved_last(
         put(made, iteration)
 
     def save(place: AveragePlace, iteration: int) -> None:
-        place.begin(name_of(iteration))
-        folder = Path(
-            shutil.copytree(made.root / name_of(iteration), place.folder / name_of(iteration))
-        )
-        (folder / SEAL_FILE).unlink()
-        (folder / MARKER_FILE).write_text(json.dumps({"kind": ONLINE_AVERAGE}))
-        (place.folder / TRACKER).write_text(str(iteration))
-        place.saved(folder.name)
+        place.saved(average_in(place, made, iteration).name)
 
-    place = AveragePlace(address, Comm())
+    place = new_place()
     save(place, 40)
     place.wait(PATIENCE_S)
     down(True)
     save(place, 100)
     place.wait(PATIENCE_S)
     if by == "the job before":
-        place = AveragePlace(address, Comm())
+        place = new_place()
         place.wait(PATIENCE_S)
     save(place, 50)
     down(False)
@@ -184,3 +269,54 @@ def test_a_thread_that_was_not_waited_out_is_waited_for_again() -> None:
     threading.Timer(0.2, goes_on.set).start()
     window.wait()
     assert goes_on.is_set()
+
+
+def test_the_sign_of_an_upload_is_renewed_while_a_file_takes_its_time(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others would take the job for one that is gone."""
+    put_file, put_object, signs = ObjectStore.put_file, ObjectStore.put, threading.Semaphore(0)
+
+    def slow(self: ObjectStore, key: str, path: Path) -> str:
+        if path.name == "__0_0.distcp":
+            for _ in range(3):  # the first, and two more
+                assert signs.acquire(timeout=PATIENCE_S)
+        return put_file(self, key, path)
+
+    def noted(self: ObjectStore, key: str, *given: object, **how: object) -> None:
+        put_object(self, key, *given, **how)  # type: ignore[arg-type]
+        if key.endswith(UPLOADING_FILE):
+            signs.release()
+
+    for name in ("_RENEWED_S", "_LOOKED_S"):
+        monkeypatch.setattr(claims, name, 0.01)
+    monkeypatch.setattr(ObjectStore, "put_file", slow)
+    monkeypatch.setattr(ObjectStore, "put", noted)
+    to = writer(address)
+    put(to, 1)
+    to.wait_for_uploads(PATIENCE_S)
+    assert there(address) == [1]
+
+
+def looks_late(rank: int, size: int, address: str, sign: str) -> None:
+    """Rank 1 looks whether a snapshot was published when it is in the store, and off the disk."""
+    chunks = simple_chunks(rank, size)
+    to = SnapshotWriter(address, chunks, torch.float32, Comm())
+    to.write(1, simple_data(chunks, 1), {})
+    if rank == 0:
+        to.wait(PATIENCE_S)
+        to.wait_for_uploads(PATIENCE_S)
+        assert there(address) == [1] and not [path for path in to.root.rglob("*") if path.is_file()]
+        Path(sign).touch()
+    else:
+        until(Path(sign).exists)
+        to.wait(PATIENCE_S)
+
+
+def test_a_rank_that_looks_late_sees_that_a_snapshot_was_published(
+    address: str, tmp_path: Path, spools: Path
+) -> None:
+    """As at the end of a job, where ranks come one after the other."""
+    run_ranks(looks_late, 2, address, str(tmp_path / "sign"))
+    writer(address).wait_for_uploads(PATIENCE_S)
+    assert not [*spools.rglob("iter_*")]

@@ -15,7 +15,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import exports
 import pytest
+from test_watch import slept
 
 from conftest import digests, folder_of
 from jobs import JOBS, nothing_goes_on  # noqa: F401
@@ -25,11 +27,15 @@ from pma_megatron import (
     WatchRequest,
     list_checkpoints,
     merge,
+    verify,
     watch,
 )
+from pma_megatron.base.stopping import Stopped, stoppable
 from pma_megatron.errors import PublishError
 from pma_megatron.storage import claims, spool
-from pma_megatron.watching import charge, follow
+from pma_megatron.storage.object_store import ObjectStore
+from pma_megatron.testing import run_ranks
+from pma_megatron.watching import charge, follow, state
 from s3 import keys
 
 Put = Callable[[Path, str], str]
@@ -115,7 +121,7 @@ def test_it_follows_a_run_in_a_store(
             case 5:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(follow.time, "sleep", step)
+    monkeypatch.setattr(follow, "time", slept(step))
     found: list[dict[str, Any]] = []
     with pytest.raises(KeyboardInterrupt):
         watch(request_of(load, save, once=False), tell=found.append)
@@ -150,6 +156,28 @@ def test_what_is_there_is_not_made_again_and_old_ones_go(
     assert kinds(looked(load, save, keep=2)) == ["started", "current"]
     said = [json.loads(line)["event"] for line in events.read_text().splitlines()]
     assert said.count("published") == 3 and said.count("deleted") == 1
+
+
+def test_what_was_written_again_is_told_by_its_version(
+    dense_run: Path, put: Put, s3: Any, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the store's clock is ahead of this machine's, or behind: here the same bytes come in
+    parts, by which the object gets another ETag."""
+    load, save = put(dense_run, RUN), f"s3://{bucket}/averages"
+    where = {"Bucket": bucket, "Key": f"{RUN}/iter_0000006/__0_0.distcp"}
+    data = (folder_of(dense_run, 6) / "__0_0.distcp").read_bytes()
+    assert kinds(looked(load, save)) == ["started", "published"]
+    for began_ns in (0, 2 * time.time_ns()):
+        with monkeypatch.context() as patched:
+            patched.setattr(state, "begun_ns", lambda _, began_ns=began_ns: began_ns)
+            assert kinds(looked(load, save)) == ["started", "current"]
+            by = {"UploadId": s3.create_multipart_upload(**where)["UploadId"], **where}
+            tag = s3.upload_part(**by, PartNumber=1, Body=data)["ETag"]
+            parts = {"Parts": [{"ETag": tag, "PartNumber": 1}]}
+            s3.complete_multipart_upload(**by, MultipartUpload=parts)
+            assert kinds(looked(load, save)) == ["started", "published"]
+            s3.put_object(**where, Body=data)
+        assert kinds(looked(load, save)) == ["started", "published"]
 
 
 def test_one_watch_at_a_time(
@@ -192,6 +220,22 @@ def test_one_watch_at_a_time(
     assert kinds(looked(load, save))[0] == "started"
 
 
+def test_one_that_is_stopped_as_it_begins_leaves_no_sign(
+    dense_run: Path, put: Put, s3: Any, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On another machine the next one would wait for it for minutes."""
+    load, save, real = put(dense_run, RUN), f"s3://{bucket}/averages", ObjectStore.put
+
+    def stopped(self: ObjectStore, *given: Any, **how: Any) -> None:
+        real(self, *given, **how)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(ObjectStore, "put", stopped)
+    with stoppable(), pytest.raises(Stopped):
+        looked(load, save)
+    assert keys(s3, bucket, "averages/") == []
+
+
 def test_one_that_was_taken_over_ends(
     dense_run: Path, put: Put, s3: Any, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,9 +245,33 @@ def test_one_that_was_taken_over_ends(
     def taken(_: float) -> None:
         s3.put_object(Bucket=bucket, Key=sign, Body=b'{"by": "another", "token": "its own"}')
 
-    monkeypatch.setattr(follow.time, "sleep", taken)
+    monkeypatch.setattr(follow, "time", slept(taken))
     found: list[dict[str, Any]] = []
     with pytest.raises(charge.TakenOverError, match="another"):
         watch(request_of(load, save, once=False), tell=found.append)
     assert kinds(found) == ["started", "published", "failed"]
     assert sign in keys(s3, bucket)
+
+
+def test_a_model_on_a_disk_is_there_to_be_evaluated(
+    bucket: str, tmp_path: Path, put: Put, s3: Any
+) -> None:
+    """Averages in a store, and the exported model on a disk, for evaluations that take folders."""
+    run, like, model = tmp_path / "run", exports.template(tmp_path / "like"), tmp_path / "model"
+    run_ranks(exports.train, 2, str(run), 3, str(like), str(tmp_path / "trained"))
+    save, said = f"s3://{bucket}/averages", tmp_path / "said"
+    asked = MergeRequest(
+        load=put(run, RUN),
+        save=save,
+        export=str(model),
+        like=str(like),
+        selection=SelectionRequest(last=2),
+    )
+    command = f'ls "$PMA_EXPORT" > {said}; echo "$PMA_AVERAGE" >> {said}'
+    found: list[dict[str, Any]] = []
+    watch(WatchRequest(merge=asked, once=True, evaluate=command), tell=found.append)
+    assert kinds(found) == ["started", "published", "evaluated"]
+    *files, average = said.read_text().splitlines()
+    assert {"config.json", "model.safetensors"} <= set(files)
+    assert average == f"{save}/iter_0000006"
+    verify(model, files_only=True)

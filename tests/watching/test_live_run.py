@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch.distributed as dist
 from test_watch import JOBS, PATIENCE_S, merged, nothing_goes_on, payload, pma, until  # noqa: F401
 
@@ -64,6 +65,7 @@ def tell(rank: int, folder: str, name: str) -> None:
         (Path(folder) / name).touch()
 
 
+@pytest.mark.timeout(900)
 def test_it_follows_a_run_that_trains(tmp_path: Path) -> None:
     run, save, signs = tmp_path / "run", tmp_path / "averages", tmp_path / "signs"
     signs.mkdir()
@@ -74,7 +76,7 @@ def test_it_follows_a_run_that_trains(tmp_path: Path) -> None:
 
     def train() -> None:
         try:
-            run_ranks(train_on, 2, str(run), str(signs), timeout_s=280)
+            run_ranks(train_on, 2, str(run), str(signs), timeout_s=850)
         except BaseException as error:
             failed.append(error)
 

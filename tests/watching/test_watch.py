@@ -9,18 +9,21 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from test_cli import _logging_as_it_was, call  # noqa: F401 (a fixture of every test)
+from test_cli import call
 
 from conftest import digests, folder_of
 from jobs import JOBS, nothing_goes_on  # noqa: F401
 from pma_megatron import MergeRequest, Method, SelectionRequest, WatchRequest, merge, verify, watch
+from pma_megatron.base.stopping import Stopped, stoppable
 from pma_megatron.cli.flags import parsed
 from pma_megatron.errors import PublishError, UsageError
 from pma_megatron.formats.marker import OWN_FILES
@@ -29,7 +32,7 @@ from pma_megatron.watching import commands, follow
 from pma_megatron.watching.follow import Outcome
 
 TRACKER = "latest_checkpointed_iteration.txt"
-PATIENCE_S = 120.0
+PATIENCE_S = 200.0
 
 
 def request_of(run: Path, save: Path, last: int = 2, **settings: Any) -> WatchRequest:
@@ -62,6 +65,11 @@ def merged(run: Path, save: Path, last: int = 2) -> dict[str, str]:
         MergeRequest(load=str(run), save=str(save), selection=SelectionRequest(last=last))
     )
     return payload(Path(report.outputs[0]))
+
+
+def slept(step: Callable[[float], None]) -> SimpleNamespace:
+    """The module `time` for a watch alone: what it does instead of sleeping."""
+    return SimpleNamespace(sleep=step, monotonic=time.monotonic)
 
 
 def test_looks_again_and_again(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +109,7 @@ def test_looks_again_and_again(run: Path, tmp_path: Path, monkeypatch: pytest.Mo
                 assert done() == merged(run, tmp_path / "other")
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(follow.time, "sleep", step)
+    monkeypatch.setattr(follow, "time", slept(step))
     found: list[dict[str, Any]] = []
     with pytest.raises(KeyboardInterrupt):
         watch(request_of(run, save, once=False), tell=found.append)
@@ -174,7 +182,7 @@ def test_a_failure_is_tried_again_at_the_next_change(
         if looks == 4:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(follow.time, "sleep", sleep)
+    monkeypatch.setattr(follow, "time", slept(sleep))
     found: list[dict[str, Any]] = []
     save = tmp_path / "averages"
     with pytest.raises(KeyboardInterrupt):
@@ -195,11 +203,11 @@ def test_what_is_done_with_each(run: Path, tmp_path: Path) -> None:
     for end in (4, 6, 8):
         (run / TRACKER).write_text(str(end))
         if end == 6:  # killed after the merge, before the evaluation
-            child = os.fork()
-            if child == 0:
-                with inject("watched", rank=0, action="kill"):
-                    looked(run, save, **settings)
-            assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+            words = ("--load", run, "--save", save, "--last", 2, "--once", "--keep", 2)
+            with inject("watched", rank=0, action="kill"):
+                job = pma(*words, "--evaluate", command, "--events", events)
+            job.communicate(timeout=PATIENCE_S)
+            assert job.returncode == -signal.SIGKILL
             assert (save / TRACKER).read_text() == "6"
             assert len(log.read_text().splitlines()) == 1
         looked(run, save, **settings)
@@ -265,19 +273,32 @@ def test_a_command_ends_with_all_that_it_started(
     )
     command = f"exec bash -c {shlex.quote(command + 'wait')}"
 
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
+    ended = threading.Event()
 
-    before = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, 1.0)
+    def stop() -> None:
+        until(lambda: pids.is_file() and len(pids.read_text().split()) == 2)
+        while not ended.is_set():  # a signal may come right before the main thread waits
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+            ended.wait(5)
+
+    with stoppable():
+        stopper = threading.Thread(target=stop)
+        stopper.start()
+        try:
+            with pytest.raises(Stopped):
+                commands.run(command, {}, read=False)
+        finally:
+            ended.set()
+            stopper.join()
+    assert [pid for pid in pids.read_text().split() if runs(pid)] == []
+
+
+def runs(pid: str) -> bool:
+    """Whether there is such a process, other than as a zombie."""
     try:
-        with pytest.raises(KeyboardInterrupt):
-            commands.run(command, {}, read=False)
-    finally:
-        signal.signal(signal.SIGALRM, before)
-    for pid in map(int, pids.read_text().split()):
-        state = Path(f"/proc/{pid}/stat")
-        assert not state.exists() or " Z " in state.read_text()
+        return " Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def pma(*words: object) -> subprocess.Popen[str]:

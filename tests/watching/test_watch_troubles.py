@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import time
+from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,9 +15,13 @@ from test_watch import TRACKER, kinds, looked, merged, payload, request_of
 
 from conftest import folder_of
 from pma_megatron import watch
-from pma_megatron.errors import CheckpointError, PublishError
-from pma_megatron.merging import locks
-from pma_megatron.watching import follow
+from pma_megatron.errors import CheckpointError, PublishError, SelectionError
+from pma_megatron.formats.json_files import read_json
+from pma_megatron.merging import job, locks, provenance, targets
+from pma_megatron.watching import follow, state
+from pma_megatron.watching.commands import CommandError
+
+HOUR_NS = 3600 * 10**9
 
 
 def test_once_without_events_evaluates_what_it_made_and_nothing_else(
@@ -103,6 +108,57 @@ def test_it_tries_again_less_and_less_often_until_the_run_changes(
     assert kinds(found) == ["started", *["failed"] * 7]
 
 
+@pytest.mark.parametrize("trouble", ["no report", "no listing"])
+def test_what_is_published_is_not_made_again(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trouble: str
+) -> None:
+    """A launcher prefixes each line, so that nothing tells of the average; or a store does not
+    list it. Whoever reads it then is not to find it deleted, and it is evaluated once."""
+    save, log = tmp_path / "averages", tmp_path / "log"
+    made, path_of, looks = [], follow.path_of, iter(range(3))
+
+    def merged_by(launch: str, words: Any, request: Any) -> Any:
+        made.append(request.overwrite)
+        report = job.merge(request)
+        if trouble == "no report":
+            raise CommandError("its output has no report of a merge")
+        return report.published
+
+    def listed(text: str, *, again: bool = False) -> Path:
+        if again:
+            raise SelectionError("it cannot be listed: 503 SlowDown")
+        return path_of(text)
+
+    def step(_: float) -> None:
+        if next(looks, None) is None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(follow, "merged_by", merged_by)
+    monkeypatch.setattr(follow, "path_of", listed)
+    monkeypatch.setattr(follow, "_RETRY_S", 0.0)
+    time.sleep(2.5)  # sources that are hardly older than their average are taken for newer
+    monkeypatch.setattr(follow, "time", SimpleNamespace(sleep=step, monotonic=time.monotonic))
+    found: list[dict[str, Any]] = []
+    settings = {"launch": "launch", "evaluate": f"echo $PMA_ITERATION >> {log}", "once": False}
+    with pytest.raises(KeyboardInterrupt):
+        watch(request_of(run, save, **settings), tell=found.append)
+    first = ["failed", "current"] if trouble == "no report" else ["published"]
+    assert kinds(found) == ["started", *first, "evaluated"] and made == [False]
+    assert log.read_text().splitlines() == ["8"]
+
+
+def test_an_average_that_cannot_be_read_is_not_taken_for_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> str:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    average: Any = SimpleNamespace(final=tmp_path)
+    monkeypatch.setattr(Path, "read_text", fail)
+    with pytest.raises(CheckpointError, match=r"pma.json could not be read"):
+        targets.is_of(average, SimpleNamespace())  # type: ignore[arg-type]
+
+
 def test_where_there_are_no_locks_it_says_so_and_works(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,3 +169,33 @@ def test_where_there_are_no_locks_it_says_so_and_works(
     outcome, found = looked(run, tmp_path / "averages")
     assert kinds(found) == ["started", "failed", "published"]
     assert "no locks" in found[1]["error"] and outcome.failed is None
+
+
+def test_a_source_that_is_written_while_the_average_is_flushed_is_newer(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A watch that starts later is told by the average when its merge began; the flush took longer
+    than all that was before it."""
+    shard, flush = folder_of(run, 6) / "__0_0.distcp", job._sync
+    ahead_s, later_ns = 0.0, time.time_ns() + HOUR_NS
+
+    def slow(*given: Any) -> None:
+        nonlocal ahead_s
+        flush(*given)
+        shard.write_bytes(shard.read_bytes())
+        ahead_s += 2 * HOUR_NS / 1e9
+
+    class Later(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> Any:
+            return datetime.now(tz) + timedelta(seconds=ahead_s)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "_sync", slow)
+        clock = SimpleNamespace(perf_counter=lambda: time.perf_counter() + ahead_s)
+        patch.setattr(job, "time", clock)
+        patch.setattr(provenance, "datetime", Later)
+        outcome, found = looked(run, tmp_path / "averages")
+    assert kinds(found) == ["started", "published"]
+    assert state.begun_ns(read_json(Path(outcome.published[0]) / "pma.json")) < later_ns
+    assert kinds(looked(run, tmp_path / "averages")[1]) == ["started", "published"]

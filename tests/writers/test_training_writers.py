@@ -15,7 +15,7 @@ import torch.distributed as dist
 from test_deepspeed_recover import config_of
 from test_forecast import TRAINED, scores
 from test_hooks import keep
-from viewers import of_mlflow, of_tensorboard, of_wandb
+from viewers import of_mlflow, of_tensorboard, of_wandb, patient_wandb
 
 from pma_megatron import Method
 from pma_megatron.megatron import watch
@@ -81,6 +81,7 @@ def test_in_megatron(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         if name.startswith(("WANDB_", "MLFLOW_")):
             monkeypatch.delenv(name)
     monkeypatch.setenv("WANDB_MODE", "offline")
+    patient_wandb(monkeypatch)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     first, run_id = run_ranks(train, 2, str(tmp_path), preloaded=False)

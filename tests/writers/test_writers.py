@@ -12,12 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_cli import _logging_as_it_was, call  # noqa: F401 (a fixture of every test)
+from test_cli import call
 from test_forecast import MERGED, TRAINED, scores
 from test_metrics import curve, events
 from test_recovery import metrics
 from test_watch import request_of
-from viewers import of_mlflow, of_tensorboard, of_wandb
+from viewers import of_mlflow, of_tensorboard, of_wandb, patient_wandb
 
 from conftest import digests, folder_of
 from pma_megatron.cli import asked
@@ -39,6 +39,7 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("WANDB_SILENT", "true")
+    patient_wandb(monkeypatch)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     yield tmp_path

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 Curves = dict[str, list[tuple[int, float]]]
 _BLOCK, _HEADER, _FIRST = 32768, 7, 7
 _FULL, _LAST = 1, 4
@@ -28,6 +30,12 @@ def of_tensorboard(folder: Path) -> tuple[Curves, dict[str, str]]:
         for e in found.Tensors(t)
     }
     return curves, texts
+
+
+def patient_wandb(environment: pytest.MonkeyPatch) -> None:
+    """W&B gives its own process 30 s to start, and a run 90."""
+    for name in ("WANDB__SERVICE_WAIT", "WANDB_INIT_TIMEOUT"):
+        environment.setenv(name, "300")
 
 
 def of_wandb(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, str]]:

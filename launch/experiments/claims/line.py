@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from lab.experiment import Experiment, Findings, Row, Table, groups, means
 from lab.models import Scale, constant
-from lab.pages import MERGED, NEWEST, curve, shades, zero
+from lab.pages import MERGED, MODELS, NEWEST, curve, zero
 from lab.spreads import Distances, centred, first_share
-from lab.stats import IN_PART, NOT_REPRODUCED, REPRODUCED, UNDECIDED, Estimate, estimate
+from lab.stats import IN_PART, NOT_REPRODUCED, REPRODUCED, Estimate, estimate
 from lab.work import Job
 from lab.written import Written
 
@@ -102,9 +102,17 @@ def findings(rows: Sequence[Row]) -> Findings:
     """Shares against those of a random walk; the best way further against the merge."""
     shares = [r for r in rows if r["what"] == "share"]
     losses = [r for r in rows if r["what"] == "loss"]
-    table = []
+    table, nearer = [], []
+    beyond: dict[str, list[Estimate]] = {"raw": [], "merged": []}
+    less = []
     for (model, windows), found in groups(shares, "model", "windows"):
-        shown = [f"{_mean(found, key):.0%}" for key in ("raw", "raw_walk", "merged", "merged_walk")]
+        nearer.append(estimate([r["merged"] - r["raw"] for r in found]))
+        less.append(estimate([_beyond(r, "raw") - _beyond(r, "merged") for r in found]))
+        shown = []
+        for key, kept in beyond.items():
+            kept.append(estimate([_beyond(r, key) for r in found]))
+            shares_of = (_mean(found, key), _mean(found, f"{key}_walk"))
+            shown += [*(f"{share:.0%}" for share in shares_of), kept[-1].signed]
         table.append([model, windows, *shown])
     chosen, second = [], []
     for (model, end), found in groups(losses, "model", "end_tokens"):
@@ -112,14 +120,15 @@ def findings(rows: Sequence[Row]) -> Findings:
         best = estimate([_chosen(mine)["gain"] for _, mine in groups(_gains(found), "seed")])
         chosen.append(best)
         second.append([model, f"{end:,}", *(gains[f].signed for f in FURTHER[1:]), best.signed])
-    more = estimate([r["merged"] - r["raw"] for r in shares])
-    beyond = estimate([r["merged"] - r["merged_walk"] for r in shares])
+    clear = {key: sum(e.low > 0 for e in found) for key, found in beyond.items()}
     apart, near = (
         [r for r in shares if r["windows"] == windows] for windows in ("apart", "overlapping")
     )
     return Findings(
-        verdict=f"merges lie nearer to a line: {_said(more)}, nearer than those of a random walk: "
-        f"{_said(beyond)}; going on along it: {_over(chosen)}",
+        verdict=f"merges lie nearer to a line than single checkpoints: {_over(nearer)}"
+        f"{', but single ones lie on one too' if clear['raw'] else ''}: beyond a random walk "
+        f"single in {clear['raw']}, merged in {clear['merged']} of {len(nearer)} settings; going "
+        f"on along it: {_over(chosen)}",
         sentences=[
             f"Of {POINTS} merges in windows that do not overlap {_mean(apart, 'merged'):.0%} of "
             f"the squared deviations lie along one direction, of the single checkpoints where "
@@ -127,15 +136,22 @@ def findings(rows: Sequence[Row]) -> Findings:
             f"{_mean(apart, 'merged_walk'):.0%} and {_mean(apart, 'raw_walk'):.0%}. Where windows "
             f"overlap by all but one, it is {_mean(near, 'merged'):.0%} and "
             f"{_mean(near, 'raw'):.0%}, and of a walk {_mean(near, 'merged_walk'):.0%} and "
-            f"{_mean(near, 'raw_walk'):.0%}; most of that line is the overlap. Going on, as "
-            f"far as is best on the validation text, gains {min(g.mean for g in chosen):+.4f} to "
-            f"{max(g.mean for g in chosen):+.4f} on the test text over the merge; in "
-            f"{sum(g.low > 0 for g in chosen)} of {len(chosen)} settings with the whole interval "
-            "above zero."
+            f"{_mean(near, 'raw_walk'):.0%}; most of that line is the overlap. Beyond a walk "
+            f"single checkpoints have {_range(beyond['raw'])} of the deviations more, merges "
+            f"{_range(beyond['merged'])}; in {sum(e.low > 0 for e in less)} of {len(less)} "
+            "settings merges stand out less from theirs than single ones (whole interval). Going "
+            "on, as far as is best on the validation text, gains "
+            f"{min(g.mean for g in chosen):+.4f} to {max(g.mean for g in chosen):+.4f} on "
+            f"the test text over the merge; in {sum(g.low > 0 for g in chosen)} of {len(chosen)} "
+            "settings with the whole interval above zero."
         ],
         tables=[
             Table(
-                columns=["model", "windows", "single", "of a walk", "merged", "of a walk"],
+                columns=[
+                    *("model", "windows"),
+                    *("single", "of a walk", "beyond it"),
+                    *("merged", "of a walk", "beyond it"),
+                ],
                 rows=table,
             ),
             Table(
@@ -151,10 +167,13 @@ def findings(rows: Sequence[Row]) -> Findings:
     )
 
 
-def _said(difference: Estimate) -> str:
-    if difference.low > 0:
-        return REPRODUCED
-    return NOT_REPRODUCED if difference.high < 0 else UNDECIDED
+def _beyond(row: Row, key: str) -> float:
+    """Share of the first direction, less that of a random walk in the same windows."""
+    return float(row[key] - row[f"{key}_walk"])
+
+
+def _range(found: Sequence[Estimate]) -> str:
+    return f"{min(e.mean for e in found):+.3f} to {max(e.mean for e in found):+.3f}"
 
 
 def _over(gains: Sequence[Estimate]) -> str:
@@ -182,20 +201,22 @@ def _chosen(rows: Sequence[Row]) -> Row:
 def plot(rows: Sequence[Row], figure: Any) -> None:
     """Shares of both kinds of points, and gains along the line."""
     left, right = figure.subplots(1, 2)
-    apart = [r for r in rows if r["what"] == "share" and r["windows"] == "apart"]
+    settings = list(groups([r for r in rows if r["what"] == "share"], "model", "windows"))
     for at, (key, color) in enumerate((("raw", NEWEST), ("merged", MERGED))):
-        found = means(apart, "model", key)
         label = "single checkpoints" if key == "raw" else "merges"
-        places = [n + 0.2 * at for n in range(len(found))]
-        curve(left, dict(zip(places, found.values(), strict=True)), color=color, ls="", label=label)
-        left.plot(places, [r[f"{key}_walk"] for r in apart[: len(places)]], "_", ms=16, color=color)
-    left.set_xticks([0.1, 1.1], list(means(apart, "model", "raw")))
+        found = {n + 0.3 * at: mine for n, (_, mine) in enumerate(settings)}
+        shares = {place: estimate([r[key] for r in mine]) for place, mine in found.items()}
+        curve(left, shares, color=color, ls="", label=label)
+        walks = [mine[0][f"{key}_walk"] for mine in found.values()]
+        left.plot(list(found), walks, "_", ms=16, color=color)
+    names = ["\n".join(setting) for setting, _ in settings]
+    left.set_xticks([n + 0.15 for n in range(len(names))], names)
     left.set(ylim=(0, 1), title="dashes: a random walk", ylabel="share of the first direction")
     losses = [r for r in rows if r["what"] == "loss"]
-    pairs = groups(losses, "model", "end_tokens")
-    for color, ((model, end), found) in zip(shades(4), pairs, strict=True):
-        points = means(_gains(found), "further", "gain")
-        curve(right, points, color=color, label=f"{model}, {end:,} tokens")
+    newest = max(r["end_tokens"] for r in losses)
+    for (model, end), found in groups(losses, "model", "end_tokens"):
+        points, ls = means(_gains(found), "further", "gain"), "-" if end == newest else "--"
+        curve(right, points, color=MODELS[model], ls=ls, label=f"{model}, {end:,} tokens")
     zero(right)
     right.set(xlabel="further along the line", ylabel="gain over the merge (test, nats per byte)")
 

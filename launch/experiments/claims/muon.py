@@ -148,7 +148,7 @@ EXPERIMENT = Experiment(
     name="muon",
     title="Merging under Muon",
     paper="Open: does merging gain as much under Muon? arXiv 2605.26484 finds that extrapolated "
-    "merges help there too.",
+    "merges help there too (not tried here).",
     setup="Constant-rate runs of which Muon makes the steps of all matrices between layers "
     "(`torch.optim.Muon` inside Megatron's mixed-precision optimizer, scaled to AdamW's rate), "
     "and AdamW the rest; against AdamW alone. Dense, middle size.",

@@ -99,11 +99,11 @@ def findings(rows: Sequence[Row]) -> Findings:
             f"{state}: {_clear(behind[state], steps)}" for state in ("average", "reset")
         ),
         sentences=[
-            "Against `latest`, over all runs without a warmup; a step is named where the whole "
-            f"interval lies on one side. Loss above that of `latest` after {', '.join(steps)} "
-            f"steps: averaged {shown['average']}; reset {shown['reset']}; not merged "
-            f"{shown['plain']}. Better than `latest` in a whole interval after {steps[-1]} steps, "
-            f"by model and warmup: {'; '.join(better) or 'none'}."
+            "Against `latest`, over all runs without a warmup (intervals over models and seeds); a "
+            "step is named where the whole interval lies on one side. Loss above that of `latest` "
+            f"after {', '.join(steps)} steps: averaged {shown['average']}; reset {shown['reset']}; "
+            f"not merged {shown['plain']}. Better than `latest` in a whole interval after "
+            f"{steps[-1]} steps, by model and warmup: {'; '.join(better) or 'none'}."
         ],
         tables=[
             Table(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lab.experiment import Experiment, Findings, Row, Table, groups, means
 from lab.models import Scale, constant
 from lab.pages import MERGED, curve, zero
-from lab.stats import estimate
+from lab.stats import Estimate, estimate
 from lab.written import Written, distance
 
 LASTS = (3, 6, 10)
@@ -62,9 +63,8 @@ def findings(rows: Sequence[Row]) -> Findings:
                 f"{estimate([r['distance'] for r in found]).mean:.1e}",
             ]
         )
-    largest = max(abs(gain.mean) for gain in gains)
     return Findings(
-        verdict=f"a difference of {largest:.0e} nats at most",
+        verdict=f"a difference of less than {_above(gains)} nats, with the whole interval",
         sentences=[
             "Many weights differ by a rounding, and the test loss by next to nothing (mean over "
             "seeds). The difference matters for a resume: averaged weights leave no main params to "
@@ -77,6 +77,13 @@ def findings(rows: Sequence[Row]) -> Findings:
             )
         ],
     )
+
+
+def _above(gains: Sequence[Estimate]) -> str:
+    """A number of one digit that no interval reaches."""
+    widest = max(abs(gain.mean) + (gain.margin or 0) for gain in gains)
+    digit = 10.0 ** math.floor(math.log10(max(widest, 1e-9)))
+    return f"{(math.floor(widest / digit) + 1) * digit:.1g}"
 
 
 def plot(rows: Sequence[Row], figure: Any) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 from lab.experiment import Experiment, Findings, Row, Table, groups, means
 from lab.models import Scale, constant
-from lab.pages import MERGED, NEWEST, curve
+from lab.pages import MERGED, ONCE, curve, zero
 from lab.runs import Run, Start
 from lab.scoring import Merges
 from lab.stats import Estimate, estimate
@@ -17,7 +17,7 @@ from lab.work import Job
 
 LAST, TIMES = 6, 4
 ARMS = ("never", "once", "repeated")
-_COLORS = {"never": NEWEST, "once": "#e0a030", "repeated": MERGED}
+_COLORS = {"once": ONCE, "repeated": MERGED}
 
 
 def _ends(scale: Scale) -> tuple[int, ...]:
@@ -81,17 +81,17 @@ def rows(scale: Scale, seeds: Sequence[int]) -> Iterator[Row]:
 def findings(rows: Sequence[Row]) -> Findings:
     """Each arm against never, as loss and as tokens."""
     end = max(r["tokens"] for r in rows)
-    base = {(r["seed"], r["tokens"]): r for r in rows if r["arm"] == "never"}
-    table, last, tokens = [], {}, {}
-    for (arm, at), found in groups((r for r in rows if r["arm"] != "never"), "arm", "tokens"):
-        gains = {
-            key: estimate([base[r["seed"], at][key] - r[key] for r in found])
-            for key in ("newest", "merged")
-        }
+    table, last = [], {}
+    for (arm, at), found in groups(_over_never(rows), "arm", "tokens"):
+        gains = {key: estimate([r[key] for r in found]) for key in ("newest", "merged")}
         table.append([arm, f"{at:,}", gains["newest"].signed, gains["merged"].signed])
         if at == end:
             last[arm] = gains
-            tokens[arm] = estimate([_tokens_saved(rows, r) / end for r in found])
+    again = [r for r in rows if r["arm"] == "repeated" and r["tokens"] == end]
+    earlier = {
+        key: estimate([_tokens_earlier(rows, r, key) / end for r in again])
+        for key in ("newest", "merged")
+    }
     return Findings(
         verdict="; ".join(
             f"{arm}: {_said(last[arm]['newest'])} than never before a merge, "
@@ -102,10 +102,10 @@ def findings(rows: Sequence[Row]) -> Findings:
             f"After {end:,} tokens, {TIMES} starts from a merge of {LAST} change the loss of the "
             f"newest checkpoint by {last['repeated']['newest'].signed} and of the merge by "
             f"{last['repeated']['merged'].signed} (positive is better); one start by "
-            f"{last['once']['newest'].signed} and {last['once']['merged'].signed}. At the pace at "
-            "which the merged loss of a run without any falls, repeated starts are ahead by "
-            f"{100 * tokens['repeated'].mean:+.1f} ± {100 * (tokens['repeated'].margin or 0):.1f} "
-            "% of the tokens (negative: behind)."
+            f"{last['once']['newest'].signed} and {last['once']['merged'].signed}. A run without "
+            f"any has the merged loss of repeated starts {_percent(earlier['merged'])} of the "
+            f"tokens earlier, and the loss of their newest checkpoint "
+            f"{_percent(earlier['newest'])} (on straight lines between its losses)."
         ],
         tables=[
             Table(
@@ -116,12 +116,34 @@ def findings(rows: Sequence[Row]) -> Findings:
     )
 
 
-def _tokens_saved(rows: Sequence[Row], row: Row) -> float:
-    """Tokens that a run without a start from a merge takes for the same merged loss, beyond."""
-    mine = [r for r in rows if r["arm"] == "never" and r["seed"] == row["seed"]]
-    line = statistics.linear_regression([r["tokens"] for r in mine], [r["merged"] for r in mine])
-    now = next(r["merged"] for r in mine if r["tokens"] == row["tokens"])
-    return float((row["merged"] - now) / line.slope)
+def _over_never(rows: Sequence[Row]) -> list[Row]:
+    """Losses below those of the run of the same seed that never started from a merge."""
+    never = {(r["seed"], r["tokens"]): r for r in rows if r["arm"] == "never"}
+    return [
+        r | {key: never[r["seed"], r["tokens"]][key] - r[key] for key in ("newest", "merged")}
+        for r in rows
+        if r["arm"] != "never"
+    ]
+
+
+def _tokens_earlier(rows: Sequence[Row], row: Row, key: str) -> float:
+    """How long before `row` a run of its seed without any start from a merge has the same loss.
+
+    On straight lines between its losses, the first and the last of them without an end: one line
+    for all is steeper than the curve is late, and tells too few tokens. Negative: later.
+    """
+    never = [r for r in rows if r["arm"] == "never" and r["seed"] == row["seed"]]
+    pairs = list(pairwise(sorted(never, key=lambda r: r["tokens"])))
+    inside = [pair for pair in pairs if pair[0][key] >= row[key] > pair[1][key]]
+    before, after = inside[-1] if inside else pairs[0 if row[key] > pairs[0][0][key] else -1]
+    part = (before[key] - row[key]) / (before[key] - after[key])
+    at = before["tokens"] + part * (after["tokens"] - before["tokens"])
+    return float(row["tokens"] - at)
+
+
+def _percent(part: Estimate) -> str:
+    margin = "" if part.margin is None else f" ± {100 * part.margin:.1f}"
+    return f"{100 * part.mean:.1f}{margin} %"
 
 
 def _said(gain: Estimate) -> str:
@@ -129,18 +151,19 @@ def _said(gain: Estimate) -> str:
 
 
 def plot(rows: Sequence[Row], figure: Any) -> None:
-    """Losses of the newest checkpoint and of the merge, by tokens."""
+    """What is gained over never, seed by seed, before a merge and after it, by tokens."""
     for axis, key in zip(figure.subplots(1, 2), ("newest", "merged"), strict=True):
-        for (arm,), found in groups(rows, "arm"):
+        for (arm,), found in groups(_over_never(rows), "arm"):
             curve(axis, means(found, "tokens", key), color=_COLORS[arm], label=arm)
-        axis.set(xlabel="tokens", title=key, ylabel="test loss (nats per byte)")
+        zero(axis)
+        axis.set(xlabel="tokens", title=key, ylabel="gain over never (test, nats per byte)")
 
 
 EXPERIMENT = Experiment(
     name="repeated",
     title="Starting from a merge again and again",
     paper="arXiv 2512.17131: averaging that feeds back into training takes 9 to 10 % fewer steps "
-    "to a loss. arXiv 2602.03702: a constant rate and averaging match a tuned cosine.",
+    "to a loss.",
     setup=f"The second half of a constant-rate run, cut into {TIMES}: started from the SMA of the "
     f"last {LAST} checkpoints at the beginning of each part, at the beginning of the first, or "
     "never, with the moments of the newest; the newest checkpoint and the SMA of the last "

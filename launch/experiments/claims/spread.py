@@ -15,12 +15,18 @@ from lab.pages import MERGED, NEWEST, curve, shades, zero
 from lab.regression import Features, HeldOut, held_out
 from lab.stats import Estimate, estimate
 
+from pma_megatron.runs.notices import OFTEN
+
 _FEATURES: dict[str, Features] = {
     "the mean gain": lambda r: (1.0,),
     "spread": lambda r: (_doublings(r), 1.0),
     "fall of the loss": lambda r: (r["fall"], 1.0),
     "spread and fall": lambda r: (_doublings(r), r["fall"], 1.0),
 }
+
+
+_LATE = 0.5
+"""Of a run: windows that end from there on are late ones."""
 
 
 def _doublings(row: Row) -> float:
@@ -60,9 +66,10 @@ def findings(rows: Sequence[Row]) -> Findings:
             "moves, and that does not help. A held-out seed is predicted to within (RMSE, nats) "
             + "; ".join(f"{_over(found[0], 'rmse')} from {name}" for name, found in errors.items())
             + f". With the last, the sign of the gain is right in "
-            f"{_over(both[0], 'signs').mean:.0%} of its windows. For kinds of runs that were not "
-            f"fitted the last explains {_over(both[1], 'explained').mean:.0%}, of the worst "
-            f"{min(h.explained for h in both[1]):.0%}."
+            f"{_over(both[0], 'signs').mean:.0%} of its windows. Of these three kinds of runs, "
+            "which are not all, the last explains "
+            f"{_over(both[1], 'explained').mean:.0%} where a kind was not fitted, of the worst "
+            f"{min(h.explained for h in both[1]):.0%}. {_late(rows)}"
         ],
         tables=[
             Table(
@@ -88,6 +95,18 @@ def findings(rows: Sequence[Row]) -> Findings:
     )
 
 
+def _late(rows: Sequence[Row]) -> str:
+    """What the fall of the loss tells where there is little harm to be told of."""
+    late = [r for r in rows if r["trained"] >= _LATE and r["oldest"] >= OFTEN]
+    explained = [each.explained for each in held_out(late, "seed", _FEATURES["fall of the loss"])]
+    return (
+        f"What is explained is mostly what hurts: of the {len(late)} windows that end from "
+        f"{_LATE:.0%} of the run on and begin from {OFTEN:.0%} of their end on "
+        f"{sum(r['gain'] > 0 for r in late)} gain, and fitted to these alone the fall of the loss "
+        f"explains {min(explained):.0%} to {max(explained):.0%} of a held-out seed."
+    )
+
+
 def _at_end(rows: Sequence[Row], rates: bool = True) -> list[Row]:
     """One window of every run: the longest with the smallest interval, at the end."""
     least = min(r["interval_tokens"] for r in rows)
@@ -108,6 +127,11 @@ def _slope(rows: Sequence[Row]) -> float:
     ).slope
 
 
+def _by_seed(rows: Sequence[Row], key: str) -> Estimate:
+    """Of means of each seed: windows of one run are alike, and no number of them makes a run."""
+    return estimate([statistics.fmean(r[key] for r in mine) for _, mine in groups(rows, "seed")])
+
+
 def _mean(rows: Sequence[Row], key: str) -> Estimate:
     return estimate([r[key] for r in rows])
 
@@ -124,21 +148,24 @@ def plot(rows: Sequence[Row], figure: Any) -> None:
         mine = [r for r in rows if r["trained"] == part]
         points = {}
         for _, found in groups(sorted(mine, key=_window), "last", "interval_tokens"):
-            points[statistics.fmean(r["spread"] for r in found)] = _mean(found, "gain")
+            points[statistics.fmean(r["spread"] for r in found)] = _by_seed(found, "gain")
         points = dict(sorted(points.items()))
         curve(left, points, color=color, label=f"end at {part:.0%} of the run")
     zero(left)
     left.set(xscale="log", xlabel="spread of the members", ylabel="gain (test, nats per byte)")
-    known = held_out(rows, "seed", _FEATURES["spread and fall"])
-    predicted = np.concatenate([h.predicted for h in known])
-    found = np.concatenate([h.found for h in known])
-    right.plot(predicted, found, ".", ms=4, alpha=0.3, color=MERGED, label="a window")
+    known = [
+        {"seed": h.group, "predicted": float(predicted), "gain": float(gain)}
+        for h in held_out(rows, "seed", _FEATURES["spread and fall"])
+        for predicted, gain in zip(h.predicted, h.found, strict=True)
+    ]
+    predicted, gains = (np.array([r[key] for r in known]) for key in ("predicted", "gain"))
+    right.plot(predicted, gains, ".", ms=4, alpha=0.3, color=MERGED, label="a window")
     edges = np.quantile(predicted, np.linspace(0, 1, 9))
     points = {}
     for low, high in pairwise(edges):
-        inside = (predicted >= low) & (predicted <= high)
-        points[float(predicted[inside].mean())] = estimate([float(v) for v in found[inside]])
-    curve(right, points, color=MERGED, ls="", label="mean of an eighth of them")
+        inside = [r for r in known if low <= r["predicted"] <= high]
+        points[_by_seed(inside, "predicted").mean] = _by_seed(inside, "gain")
+    curve(right, points, color=MERGED, ls="", label="mean of an eighth of them, by seed")
     right.plot(edges[[0, -1]], edges[[0, -1]], color=NEWEST, lw=0.8)
     right.set(xlabel="gain predicted from spread and fall", ylabel="gain of a held-out seed")
 

@@ -9,14 +9,14 @@ from typing import Any
 from lab.decayed import decayed
 from lab.experiment import Experiment, Findings, Row, Table, groups
 from lab.models import Scale, constant
-from lab.pages import ANNEALED, MERGED, NEWEST, curve
+from lab.pages import ANNEALED, MERGED, METHOD_COLORS, NEWEST, curve
 from lab.runs import Run, Start
 from lab.stats import Estimate, estimate
 from lab.trainer import Rate
 
 LAST, DOMAIN, FACTORS, LENGTH, WARMUP = 10, "legal", (1 / 8, 1 / 2), 6, 10
 STARTS = ("decayed", "newest", "sma", "1-sqrt")
-_COLORS = {"decayed": ANNEALED, "newest": NEWEST, "sma": MERGED, "1-sqrt": "#e0a030"}
+_COLORS = {"decayed": ANNEALED, "newest": NEWEST, "sma": MERGED, "1-sqrt": METHOD_COLORS["1-sqrt"]}
 
 
 def _start(scale: Scale, seed: int, moe: bool, begin: str) -> Start:

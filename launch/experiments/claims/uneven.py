@@ -7,7 +7,7 @@ from typing import Any
 
 from lab.experiment import Experiment, Findings, Row, Table
 from lab.models import Scale, constant
-from lab.pages import shades, zero
+from lab.pages import METHOD_COLORS, zero
 from lab.stats import estimate
 from lab.work import Job
 from lab.written import Written
@@ -103,7 +103,7 @@ def plot(rows: Sequence[Row], figure: Any) -> None:
     seeds = sorted({r["seed"] for r in rows})
     axis = figure.subplots()
     for at, spacing in enumerate(SPACINGS):
-        for number, (color, method) in enumerate(zip(shades(len(METHODS)), METHODS, strict=True)):
+        for number, method in enumerate(METHODS):
             gain = estimate(
                 [by[spacing, method, False, s] - by[spacing, method, True, s] for s in seeds]
             )
@@ -112,7 +112,7 @@ def plot(rows: Sequence[Row], figure: Any) -> None:
                 gain.mean,
                 0.22,
                 yerr=gain.margin or 0,
-                color=color,
+                color=METHOD_COLORS[method],
                 label=method if at == 0 else None,
             )
     zero(axis)

@@ -18,6 +18,15 @@ NEWEST, MERGED, ANNEALED = "#5b6573", "#d1495b", "#2a7f9e"
 """A checkpoint as it was trained, an average, the end of a decay: on every plot."""
 MODELS = {"dense": "#8a5fa8", "MoE": "#3d8b5f"}
 WHEN = {"early": "#e0a030", "late": "#a8552a"}
+METHOD_COLORS = {"linear": "#8fa0e6", "cosine": "#4f62c4", "1-sqrt": "#232f7a"}
+ONCE = "#8c8f1f"
+"""One start from an average, where others are never or always made."""
+JUDGED = {
+    "judged rightly": "#1c1c1c",
+    "harm that was not warned of": "#00a6a6",
+    "false warnings": "#9bbf30",
+}
+"""What becomes of warnings."""
 _RAMP = ("#f3b6cf", "#d45b98", "#7a1f5c", "#2c0a2b")
 _HEAD = Path(__file__).with_name("head.md")
 
@@ -84,7 +93,8 @@ def section(experiment: Experiment, results: Results) -> str:
         f"**Verdict: {findings.verdict}.** " + " ".join(findings.sentences),
         *(table.markdown() for table in findings.tables),
         f"![{experiment.title}](results/{experiment.name}.png)",
-        f"`{about['command']}` ({about['versions']}; {_work(about['work'])}{_cards(about)})",
+        f"`{about['command']}` ({about['versions']}; {_work(about['work'])}{_text(about)}"
+        f"{_cards(about)})",
         *(
             ["Averages by commands such as", *(f"`{line}`" for line in about["pma"])]
             if about["pma"]
@@ -92,6 +102,11 @@ def section(experiment: Experiment, results: Results) -> str:
         ),
     ]
     return "\n\n".join(parts)
+
+
+def _text(about: Row) -> str:
+    """Which text it is of, where that was noted."""
+    return f"; text {about['text']}" if "text" in about else ""
 
 
 def _cards(about: Row) -> str:
@@ -135,6 +150,7 @@ def drawn(experiment: Experiment, rows: Sequence[Row]) -> Figure:
             loc="outside lower center",
             ncols=min(4, len(named)),
             frameon=False,
+            handlelength=3.5,  # in which dashes are seen
             fontsize=8,
         )
     return figure
