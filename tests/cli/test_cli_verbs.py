@@ -146,7 +146,7 @@ def test_the_resume_line_can_be_pasted(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A shell gives the path to both flags whatever is in it, or the line says that none is there."""
+    """A shell gives both flags the path whatever is in it, or the line says that none is there."""
     monkeypatch.chdir(tmp_path)
     for name in ("-dout", "a b;c", os.fsdecode(b"n\xff"), "n\x1b[31m"):
         code, out, _ = call(capsys, "merge", "--load", dense_run, "--last", 2, f"--save={name}")
