@@ -260,6 +260,7 @@ FOREIGN = {
         "--finetune",
         "--iterations-to-skip",
         "--load",
+        "--load-main-params-from-ckpt",
         "--log-interval",
         "--log-validation-ppl-to-tensorboard",
         "--lr",

@@ -6,13 +6,13 @@ stored in one dtype. Only the mark tells the two apart.
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from pma_megatron.base.openfiles import is_unreadable
 from pma_megatron.base.spelling import left_out
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.inert import brief
@@ -77,22 +77,17 @@ class SnapshotMarker:
         }
 
 
-_NO_MARK = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EINVAL)
-"""There is none, or what has its name is no file; any other error says nothing of that."""
-
-
 def read_snapshot_marker(folder: Path) -> SnapshotMarker | None:
     """The mark of the snapshot in `folder`; None for a trainer's checkpoint or a merge.
 
     Raises:
-        CheckpointError: it is a snapshot of a form that this release does not know, or has a mark
-            that cannot be read: what its weights are is not known then.
+        CheckpointError: it is a snapshot of a form that this release does not know, or its mark
+            cannot be read now (`base.openfiles.is_unreadable`).
     """
     try:
         value = read_json(folder / MARKER_FILE)
     except CheckpointError as error:
-        cause = error.__cause__
-        if isinstance(cause, OSError) and cause.errno not in _NO_MARK:
+        if is_unreadable(error):
             raise
         return None  # not marked, so it stands for nothing but what its format says
     if value.get("kind") != SNAPSHOT:

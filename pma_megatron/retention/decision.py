@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISDIR
 
+from pma_megatron.base.openfiles import SourceStream, is_unreadable
 from pma_megatron.base.spelling import first_few, named
 from pma_megatron.errors import CheckpointError, SelectionError
 from pma_megatron.formats.trainers.saves import checkpoint_in, save_of
@@ -187,6 +189,8 @@ def _states(
         why = found[ref.path] = [f"{trackers[folder]} names it"] if folder in trackers else []
         if ref.path in newest:
             why.append("the newest")
+        elif ref.path == end.path:
+            why.append("what training resumes from")
         if ref.iteration is None:
             why.append("it has no iteration number")
         elif end.iteration is not None and ref.iteration > end.iteration:
@@ -195,6 +199,10 @@ def _states(
             why.append(f"saved in another way ({_named_kind(ref)}) than iteration {end.iteration}")
         if ref.state == "being written":
             why.append("it is being written")
+        elif ref.unreadable:
+            why.append(f"it cannot be read now ({ref.incomplete_because})")
+        elif ref.branch_unknown:
+            why.append(str(ref.unhealthy_because))
         elif ref.state == "not judged":
             why.append("not judged yet after a recovery")
         elif ref.state == "damaged":
@@ -222,7 +230,8 @@ def _named(parents: Iterable[Path]) -> dict[Path, str]:
 
 
 def _newest(refs: Sequence[CheckpointRef]) -> set[str]:
-    """The newest of each kind, whole or not, and the newest whole one."""
+    """The newest of each kind, whole or not; the newest whole one, and of those the newest that
+    nothing speaks against."""
     kinds: dict[tuple[object, ...], list[CheckpointRef]] = {}
     for ref in refs:
         if ref.iteration is not None:
@@ -230,6 +239,8 @@ def _newest(refs: Sequence[CheckpointRef]) -> set[str]:
             if ref.complete:
                 whole = (ref.snapshot, ref.weights_only, ref.format)
                 kinds.setdefault(whole, []).append(ref)
+                if ref.unhealthy_because is None:
+                    kinds.setdefault((*whole, "healthy"), []).append(ref)
     found = set()
     for kind in kinds.values():
         top = max(iteration_of(ref) for ref in kind)
@@ -261,4 +272,20 @@ def _damaged(folder: Path, request: PruneRequest) -> list[str]:
         changed_s = max(max(stat.st_mtime, stat.st_ctime) for stat in stats)
     if time.time() - changed_s < SETTLED_S:
         return ["it changed within the last hour: it may be written again"]
-    return []
+    return _unreadable(folder)
+
+
+def _unreadable(folder: Path) -> list[str]:
+    """Why nothing tells that one is damaged: what was found missing may be what cannot be read."""
+    errors: list[OSError] = []
+    for here, _, names in os.walk(folder, onerror=errors.append):
+        for path in (path_of(here) / name for name in names):
+            try:
+                with SourceStream(path) as stream:
+                    stream.read(1)
+            except OSError as error:
+                errors.append(error)
+    found = next(filter(is_unreadable, errors), None)
+    if found is None:
+        return []
+    return [f"{found.filename or folder} cannot be read now ({found.strerror})"]

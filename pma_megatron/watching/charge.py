@@ -71,10 +71,21 @@ def in_charge_of(root: Path, name: str) -> Iterator[Charge]:
     Raises:
         PublishError: another watch has, or the store refuses.
     """
+    ended = threading.Event()
+    with contextlib.ExitStack() as stack:
+        with shielded():  # what was claimed is let go of, whenever a signal comes
+            made, store = _claimed(root, name)
+            thread = threading.Thread(target=_renew, args=(made, store, ended), daemon=True)
+            stack.callback(_let_go, made, store, thread, ended)
+            thread.start()
+        yield Charge(str(root), made, store)
+
+
+def _claimed(root: Path, name: str) -> tuple[Claim, Store]:
+    """Claim a folder for a watch; raises as `in_charge_of`."""
     try:
         store, key = stored(root)
-        sign = below(key, f"{SIGN}{name}")
-        made = claim(store, sign, f"watch {secrets.token_hex(8)}", {})
+        return claim(store, below(key, f"{SIGN}{name}"), f"watch {secrets.token_hex(8)}", {}), store
     except ClaimedError as other:
         raise PublishError(
             f"another watch keeps an average in {root} current ({other}): end it; if it is dead, "
@@ -82,18 +93,16 @@ def in_charge_of(root: Path, name: str) -> Iterator[Charge]:
         ) from None
     except OSError as error:
         raise PublishError(f"cannot write to {root}: {error.strerror or error}") from error
-    ended = threading.Event()
-    thread = threading.Thread(target=_renew, args=(made, store, ended), daemon=True)
-    thread.start()
-    try:
-        yield Charge(str(root), made, store)
-    finally:
-        with shielded():
-            ended.set()
+
+
+def _let_go(made: Claim, store: Store, thread: threading.Thread, ended: threading.Event) -> None:
+    with shielded():
+        ended.set()
+        if thread.ident is not None:
             thread.join()
-            with contextlib.suppress(ClaimedError, OSError):
-                made.check(store)
-                store.delete([made.key])
+        with contextlib.suppress(ClaimedError, OSError):
+            made.check(store)
+            store.delete([made.key])
 
 
 def _renew(made: Claim, store: Store, ended: threading.Event) -> None:
