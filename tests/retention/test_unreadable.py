@@ -6,17 +6,25 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_snapshot_branches import job, train
+from test_snapshot_writer import simple_chunks
 
 from pma_megatron import PruneRequest, SelectionRequest, list_checkpoints, prune
-from pma_megatron.errors import SelectionError
+from pma_megatron.base.comm import Comm
+from pma_megatron.errors import CheckpointError, PublishError, SelectionError
 from pma_megatron.formats import holding
 from pma_megatron.formats.marker import MARKER_FILE, SNAPSHOTS
+from pma_megatron.megatron.thin import ThinSnapshots
+from pma_megatron.online.snapshots import SnapshotWriter
+from pma_megatron.online.store import WindowStore
+from pma_megatron.online.window import Member
 from pma_megatron.retention import decision
 from pma_megatron.runs.discover import choose
 from pma_megatron.storage import spool
@@ -24,7 +32,7 @@ from pma_megatron.storage.object_store import ObjectStore
 from pma_megatron.storage.paths import path_of
 
 _NUMBER = itertools.count()
-Fails = Callable[[str], None]
+Fails = Callable[..., None]
 
 
 @pytest.fixture(params=["disk", "store"])
@@ -43,9 +51,10 @@ def root(
 
 @pytest.fixture
 def fails(monkeypatch: pytest.MonkeyPatch) -> Fails:
-    """Reads of files whose paths end so fail from then on, on a disk or in a store."""
+    """Reads of files whose paths end so fail from then on, on a disk or in a store; until it is
+    called again."""
     told: list[str] = []
-    opened, read = os.open, ObjectStore.read
+    opened, read, got = os.open, ObjectStore.read, ObjectStore.got
 
     def refuse(name: str) -> None:
         if name.endswith(tuple(told)):
@@ -62,11 +71,17 @@ def fails(monkeypatch: pytest.MonkeyPatch) -> Fails:
         return read(self, key, *args)
 
     monkeypatch.setattr(os, "open", on_disk)
-    monkeypatch.setattr(ObjectStore, "read", in_store)
 
-    def begin(end: str) -> None:
-        spool.forget()
-        told.append(end)
+    def in_store_whole(self: ObjectStore, key: str) -> tuple[Any, bytes]:
+        if told:
+            refuse(key)
+        return got(self, key)
+
+    monkeypatch.setattr(ObjectStore, "read", in_store)
+    monkeypatch.setattr(ObjectStore, "got", in_store_whole)
+
+    def begin(*ends: str) -> None:
+        told[:] = ends
 
     return begin
 
@@ -75,6 +90,7 @@ def written(root: str | Path, *iterations: int, trained_from: int = 0) -> None:
     writer = job(root, trained_from)
     train(writer, *iterations)
     writer.wait_for_uploads(60)
+    spool.forget()
 
 
 def states(root: str | Path) -> dict[int | None, str]:
@@ -119,6 +135,7 @@ def test_a_mark_that_cannot_be_read_makes_none_healthy(root: str, fails: Fails) 
     written(root, 20, 40, 100, 200)
     written(root, 50, trained_from=40)
     assert states(root)[100] == states(root)[200] == "given up"
+    spool.forget()
     fails(f"iter_0000050/{MARKER_FILE}")
     found = states(root)
     assert found.pop(50) == "unreadable" and set(found.values()) == {"not judged"}
@@ -146,3 +163,116 @@ def test_the_newest_that_the_run_goes_on_from_stays(root: str) -> None:
     written(root, 60, trained_from=40)
     assert deleted(root, keep_every_iterations=40) == [20]
     assert {i for i, state in states(root).items() if state == "complete"} == {40, 60}
+
+
+def kept_few(root: str, trained_from: int) -> SnapshotWriter:
+    """A writer that keeps two."""
+    keep, chunks = 2 if "://" in root else None, simple_chunks(0, 1)
+    settings: dict[str, Any] = {"keep_in_store": keep, "trained_from": trained_from}
+    return SnapshotWriter(root, chunks, torch.float32, Comm(), **settings)
+
+
+def tidied(writer: SnapshotWriter) -> None:
+    writer.wait_for_uploads(60)
+    if writer._uploads is None:
+        writer.prune(2)
+
+
+def test_snapshots_that_could_not_be_read_at_the_start_are_given_up_too(
+    root: str, fails: Fails
+) -> None:
+    """What they hold does not matter for that; and they do not count among the newest then."""
+    written(root, 20, 40, 100, 200)
+    fails("iter_0000100/.metadata", "iter_0000200/.metadata")
+    writer = kept_few(root, 40)
+    fails()
+    train(writer, 50, 60)
+    tidied(writer)
+    given_up = {100: "given up", 200: "given up"}
+    assert states(root) == {50: "complete", 60: "complete", **given_up}
+
+
+def test_no_branch_is_guessed_at_the_start(root: str, fails: Fails) -> None:
+    written(root, 20, 40, 100)
+    fails(f"iter_0000100/{MARKER_FILE}")
+    with pytest.raises(PublishError, match="iter_0000100"):
+        kept_few(root, 40)
+    fails()
+    written(root, 50, trained_from=40)
+    assert states(root) == {20: "complete", 40: "complete", 50: "complete", 100: "given up"}
+
+
+def test_no_snapshot_goes_while_a_mark_cannot_be_read(root: str, fails: Fails) -> None:
+    written(root, 20, 40, 100)
+    writer = kept_few(root, 40)
+    fails(f"iter_0000100/{MARKER_FILE}")
+    train(writer, 50, 60)
+    tidied(writer)
+    fails()
+    assert set(states(root)) == {20, 40, 50, 60, 100}
+    tidied(writer)
+    train(writer, 70)
+    tidied(writer)
+    assert set(states(root)) == {60, 70, 100}
+
+
+class _Window:
+    """As much of a window and its shard as a store of them asks for."""
+
+    last = 6
+
+    def __init__(self, *iterations: int) -> None:
+        self.parts, self.numel = [], 0
+        for chunk in simple_chunks(0, 1):
+            self.parts.append((chunk, self.numel))
+            self.numel += chunk.box.numel
+        self.entries = tuple(Member(iteration=each, tokens=each) for each in iterations)
+
+    def chunks(self) -> list[Any]:
+        return self.parts
+
+    def clear(self) -> None:
+        self.entries = ()
+
+    def vector(self, entry: Member) -> torch.Tensor:
+        return torch.full((self.numel,), float(entry.iteration))
+
+
+def test_a_window_that_cannot_be_read_is_not_forgotten(root: str, fails: Fails) -> None:
+    """Without those entries the next save would delete them, and the average be another one."""
+
+    def store(window: Any) -> WindowStore:
+        return WindowStore(root, window, window, Comm())
+
+    first = store(_Window(10, 20, 30))
+    first.save(wait=True)
+    first.wait_for_uploads(60)
+    spool.forget()
+    fails("iter_0000020/.metadata")
+    with pytest.raises(CheckpointError, match=r"iter_0000020 cannot be read now"):
+        store(_Window()).load(30)
+    again = _Window(40)
+    resumed = store(again)
+    with pytest.raises(CheckpointError, match=r"iter_0000020 cannot be read now"):
+        resumed.load(20)
+    fails()
+    assert set(states(root)) == {10, 20, 30}
+
+
+def test_a_snapshot_in_the_making_is_given_up_too(root: str) -> None:
+    """The run goes back while one that the spike has spoiled is still being written."""
+    thin = ThinSnapshots.__new__(ThinSnapshots)
+    thin._writer, thin._comm, thin._keep = job(root, 0), Comm(), None
+    train(thin._writer, 40)
+    going_on = threading.Event()
+
+    def late(number: int) -> torch.Tensor:
+        going_on.wait(60)
+        return torch.zeros(simple_chunks(0, 1)[number].box.numel)
+
+    thin._writer.write(100, late, {})
+    threading.Timer(0.2, going_on.set).start()
+    thin.forget(98)
+    train(thin._writer, 110)
+    thin._writer.wait_for_uploads(60)
+    assert states(root) == {40: "complete", 100: "given up", 110: "complete"}
