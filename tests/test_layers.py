@@ -121,7 +121,7 @@ INSIDE = {
         proof
     """,
     "merging": """
-        coefficients folder_checksums locks policy rolling tasks threads tolerance
+        coefficients folder_checksums locks policy rolling saved_over tasks threads tolerance
         bulk cards padding
         agreement cut request sums
         accumulate

@@ -266,7 +266,7 @@ def is_unreadable(error: BaseException) -> bool:
     return at is not None and at.errno not in _ABSENT
 
 
-_ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG})
+_ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG})
 _GONE = "it vanished, perhaps removed by the run's own retention: stop the clean-up"
 _CLOSED = "ask its owner for the right to (chmod u+r, or chown)"
 _MANY = "too many files are open at once: raise the limit (ulimit -n 65536), then run again"

@@ -89,8 +89,9 @@ def resumed_args(folder: Path, iteration: int) -> dict[str, Any]:
         CheckpointError: it cannot be read, or is of another iteration.
     """
     common = common_at(folder)
-    if common["iteration"] != iteration:
+    found = common["iteration"]
+    if found is not None and int(found) != iteration:
         raise CheckpointError(
-            f"{folder} holds iteration {common['iteration']}, and Megatron has resumed {iteration}"
+            f"{folder} holds iteration {found}, and Megatron has resumed {iteration}"
         )
     return dict(common["args"])

@@ -86,11 +86,11 @@ def how_to_resume(folder: Path, lr_factor: float | None = None) -> str:
     ref = describe(save.checkpoint)
     known = registry.get(ref.format, str(save.checkpoint))
     if save.trainer is not None:
-        alone = known.resumed(save.checkpoint) if ref.weights_only else None
+        alone = known.resumed(save.checkpoint, save.checkpoint) if ref.weights_only else None
         return alone or save.trainer.resumed(folder)
     args = known.common(folder)["args"]
     if "consumed_train_samples" not in args:
-        return known.resumed(folder) or known.tracker.resumed(folder.parent)
+        return known.resumed(folder, folder) or known.tracker.resumed(folder.parent)
     # Of another --save every restart of the job would begin with the average again.
     root = (as_argument(folder.parent),)
     flags: dict[str, tuple[str, ...]] = {"--load": root, "--save": root}

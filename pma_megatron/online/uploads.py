@@ -32,7 +32,7 @@ from pma_megatron.formats.dcp.metadata import METADATA_FILE
 from pma_megatron.formats.marker import MARKER_FILE, SEAL_FILE, UPLOADING_FILE
 from pma_megatron.formats.torch_dist.checkpoint import CONFIG_FILE
 from pma_megatron.storage.addresses import below
-from pma_megatron.storage.claims import Claim, ClaimedError, claim
+from pma_megatron.storage.claims import Claim, ClaimedError, claim, renewing
 from pma_megatron.storage.paths import stored
 from pma_megatron.storage.protocol import Store
 
@@ -250,7 +250,8 @@ class Uploads(ABC):
                     f"one of the {self.what}, so it is neither deleted nor mixed with one: move it "
                     "elsewhere"
                 )
-            yield made
+            with renewing(made, store):  # a file may take longer than a claim counts
+                yield made
             made.check(store)
         except ClaimedError as other:
             raise PublishError(f"another job is at work at {key} ({other})") from None

@@ -11,6 +11,7 @@ from typing import Any
 
 from pma_megatron.base import steps
 from pma_megatron.base.spelling import told
+from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.base import Schedule
 from pma_megatron.runs.describe import args_of, describe, schedule_of
 from pma_megatron.runs.gaps import lines
@@ -60,12 +61,11 @@ def too_early_notes(selection: Selection) -> list[str]:
 
 
 def settings_of(ref: CheckpointRef) -> dict[str, Any]:
-    """The arguments that stay while a run goes on, as far as a checkpoint has them.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
-    args = args_of(path_of(ref.path))
+    """The arguments that stay while a run goes on, as far as a checkpoint has them."""
+    try:
+        args = args_of(path_of(ref.path))
+    except CheckpointError:
+        return {}  # what opens it as a source says why
     return {name: args[name] for name in _OF_ONE_RUN if name in args}
 
 

@@ -257,13 +257,12 @@ def read_tensorboard(
 
     Args:
         folders: folder -> event files in it.
-        below: the same for subfolders of these. One that has the loss, and was written before or
-            after them, is a part of the run; of others it is said that they are left out.
+        below: the same for subfolders of these, of which it is said that they are left out.
         loss: tag of the loss; None for a usual one.
         grad_norm: the same.
 
     Raises:
-        MetricsError: no loss, or those of several runs at once.
+        MetricsError: no loss, or those of several runs at once, or a subfolder may be a part.
         UsageError: tensorboard is not installed.
     """
     each = {folder: _scalars(files) for folder, files in folders.items()}
@@ -276,9 +275,7 @@ def read_tensorboard(
             f"{columns.listed(names) or 'no scalars'}"
         )
     each = {folder: series for folder, series in each.items() if loss_tag in series}
-    parts, notes = _parts_below(each, below, loss_tag)
-    each = {**each, **parts}
-    notes = [*_one_after_another(each, loss_tag), *notes]
+    notes = [*_one_after_another(each, loss_tag), *_left_out(each, below, loss_tag)]
     series: Scalars = {}
     for part in each.values():
         for tag, events in part.items():
@@ -295,25 +292,30 @@ def read_tensorboard(
     return Written(points=points, notes=notes, in_samples=columns.is_monitor(loss_tag))
 
 
-def _parts_below(
+def _left_out(
     each: Mapping[Path, Scalars], below: Mapping[Path, list[Path]], tag: str
-) -> tuple[dict[Path, Scalars], list[str]]:
-    """Subfolders that a restart wrote to, and a note on the others."""
+) -> list[str]:
+    """A note on subfolders that are left out.
+
+    Raises:
+        MetricsError: one may be of a restart of the same run, or of another run.
+    """
     times = [event[0] for series in each.values() for event in series[tag]]
-    found, left_out = {}, []
     for folder, files in below.items():
-        series = _scalars(files)
-        own = [event[0] for event in series.get(tag, [])]
+        own = [event[0] for event in _scalars(files).get(tag, [])]
         if own and (min(own) >= max(times) or max(own) <= min(times)):
-            found[folder] = series
-        else:
-            left_out.append(folder)
-    if not left_out:
-        return found, []
-    return found, [
-        f"{len(left_out)} subfolder(s) with event files left out, without {tag!r} or written at "
-        f"the same time: {first_few(map(str, left_out), 5)}."
-    ]
+            above = next(iter(each))
+            raise MetricsError(
+                f"{above} has event files, and so has {folder}, written before or after them: "
+                "whether those are of one run is not known. Instead of the folder give the files "
+                f"in it, {above}/*tfevents*, and where it is of this run {folder} too, in the "
+                "order in which they were written"
+            )
+    said = (
+        f"{len(below)} subfolder(s) with event files left out, without {tag!r} or written at the "
+        f"same time: {first_few(map(str, below), 5)}."
+    )
+    return [said] if below else []
 
 
 def _one_after_another(each: Mapping[Path, Scalars], tag: str) -> list[str]:

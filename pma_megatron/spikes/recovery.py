@@ -9,11 +9,13 @@ from itertools import pairwise
 from typing import Any
 
 from pma_megatron.base.comm import Comm
+from pma_megatron.base.openfiles import is_folder
 from pma_megatron.base.settings import made, values
-from pma_megatron.base.spelling import hint, named, speaking
-from pma_megatron.errors import MetricsError, SelectionError
+from pma_megatron.base.spelling import first_few, given, hint, named, speaking
+from pma_megatron.errors import MetricsError, PublishError, SelectionError
 from pma_megatron.formats import registry
 from pma_megatron.formats.holding import holding
+from pma_megatron.formats.marker import MARKER_FILE
 from pma_megatron.formats.trainers.saves import output_name, save_of
 from pma_megatron.merging.job import Show, merge, plan, silent
 from pma_megatron.merging.policy import Policy
@@ -80,9 +82,11 @@ def diagnose(request: RecoveryRequest) -> Diagnosis:
     Raises:
         MetricsError: the metrics cannot be read, or are of another run than the checkpoints.
         SelectionError: no spike was found, no healthy checkpoint is left, or none to resume from.
+        PublishError: the folder to save to holds other averages, which training would save over.
         UsageError, CheckpointError: see `merge`.
     """
     found, healthy = _chosen(request, list_checkpoints(request.load))
+    _refuse_others(request, healthy.selection.refs[-1])
     skip, notes = _skipped(request, found)
     how = _resume(request, healthy.selection.refs, skip)
     return Diagnosis(
@@ -230,17 +234,20 @@ def _resume(request: RecoveryRequest, chosen: Sequence[CheckpointRef], skip: Spa
     folder = path_of(newest.path)
     args, schedule = known.common(folder)["args"], known.schedule(folder)
     save, how = save_of(folder, newest.format), None
+    made = place_of(absolute(request.save)) / output_name(save, known, newest.iteration)
     if save.trainer is not None:
-        made = place_of(absolute(request.save)) / output_name(save, known, newest.iteration)
-        how = from_a_copy(made) if in_store(made) else save.trainer.resumed(made)
-    elif not known.tracker.by_flag and "consumed_train_samples" not in args:
-        root = place_of(absolute(request.save))
-        how = from_a_copy(root / "tag") if in_store(root) else known.tracker.resumed(root)
+        how = save.trainer.resumed(made)
+    elif "consumed_train_samples" not in args:
+        how = known.resumed(folder, made)
+        if how is None and not known.tracker.by_flag:
+            how = known.tracker.resumed(made.parent)
     if how is not None:
+        how = from_a_copy(made) if in_store(made) else how
         return resume_script(
             how,
             request.save,
             newest.iteration,
+            deepspeed=newest.format == registry.DEEPSPEED and save.trainer is None,
             skip=skip,
             lr_factor=request.lr_factor,
             command=request.command,
@@ -253,6 +260,37 @@ def _resume(request: RecoveryRequest, chosen: Sequence[CheckpointRef], skip: Spa
         schedule=schedule,
         command=request.command,
     )
+
+
+def _refuse_others(request: RecoveryRequest, newest: CheckpointRef) -> None:
+    """The run goes on in the folder of the recovery, and saves what has its name there.
+
+    What training itself has saved there is refused for every merge.
+
+    Raises:
+        PublishError: another average lies there.
+    """
+    root = path_of(place_of(absolute(request.save)), again=in_store(request.save))
+    if not is_folder(root):
+        return
+    save = save_of(path_of(newest.path), newest.format)
+    own = output_name(save, registry.get(newest.format, newest.path), newest.iteration)
+    others = sorted(
+        each.name
+        for each in root.iterdir()
+        if each.name != own
+        and (each / MARKER_FILE).is_file()
+        and registry.detect(each) not in registry.UNTRACKED
+    )
+    if others:
+        raise PublishError(
+            f"{given('save', root)} holds {first_few(others, _SHOWN)} beside the recovery, {own}: "
+            "the run goes on there, and would save its checkpoints over averages of the same "
+            f"iterations. Give a new folder, or move elsewhere what is there"
+        )
+
+
+_SHOWN = 4  # folders that one message names
 
 
 def _batch_samples(refs: Sequence[CheckpointRef]) -> int | None:

@@ -83,16 +83,18 @@ def resume_script(
     root: str,
     iteration: int | None,
     *,
+    deepspeed: bool,
     skip: Span | None,
     lr_factor: float | None,
     command: Sequence[str],
 ) -> Resume:
-    """How a script with a DeepSpeed engine, whose flags nobody else knows, resumes from `root`.
+    """How a script or a trainer, whose flags nobody else knows, resumes from `root`.
 
     Args:
         call: what it calls to load.
         root: where the recovery lies.
         iteration: of the recovery.
+        deepspeed: whether the script itself has an engine of DeepSpeed.
         skip: iterations whose data is not to be trained on again.
         lr_factor: of the learning rates in the recovery.
         command: refused.
@@ -103,16 +105,20 @@ def resume_script(
     if command:
         raise UsageError(
             "the launch command after -- cannot be changed: the checkpoints hold no arguments of "
-            f"it, so how the script is told what to load is not known. Leave it out, and let "
-            f"{call} run"
+            f"it, so how the script is told what to load is not known. Leave it out, and "
+            f"resume with {call}"
         )
     there = f"the copy of {root}" if in_store(root) else root
-    notes = [f"save to {there} from then on, so that its `latest` moves; the old folder stays"]
+    notes = ["save to another folder than the old one from then on; that stays as it is"]
+    stands, setting = f"the recovery is of iteration {iteration}", ""
+    if deepspeed:
+        notes = [f"save to {there} from then on, so that its `latest` moves; the old folder stays"]
+        stands = f"after the load engine.global_steps is {iteration}"
+        setting = ". DeepSpeed has no setting for that"
     if skip is not None:
         notes.append(
-            f"after the load engine.global_steps is {iteration}: a script that goes on with its "
-            f"data from there meets iterations {skip.first} to {skip.last} again, unless it passes "
-            "over their batches. DeepSpeed has no setting for that"
+            f"{stands}: a script that goes on with its data from there meets iterations "
+            f"{skip.first} to {skip.last} again, unless it passes over their batches{setting}"
         )
     if lr_factor is not None:
         notes += _slower(root, lr_factor)

@@ -7,13 +7,15 @@ store, for that of this machine may be ahead of it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import secrets
 import socket
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from pma_megatron.storage.protocol import Store
 
 FRESH_S = 900.0
 _RENEWED_S = 180.0
+_LOOKED_S = 30.0
 _CLOCK = ".pma-clock-"
 """What an object begins with that tells the time of a store; it is there for a moment."""
 _log = logging.getLogger(__name__)
@@ -155,6 +158,32 @@ def claim(store: Store, key: str, work: str, more: Mapping[str, Any]) -> Claim:
         if found is None or found[0].get("token") != said["token"]:
             raise ClaimedError(_by(found[0] if found else {}), lost=False) from None
     return made
+
+
+@contextlib.contextmanager
+def renewing(made: Claim, store: Store) -> Iterator[None]:
+    """Renew a claim for as long as the block lasts, whatever takes its time in there: a thread does
+    that. Whoever takes over meanwhile is not told of here: see `Claim.check`."""
+    ended = threading.Event()
+    thread = threading.Thread(target=_renew, args=(made, store, ended), daemon=True)
+    with contextlib.suppress(RuntimeError):  # a process that ends begins none any more
+        thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        if thread.ident is not None:
+            thread.join()
+
+
+def _renew(made: Claim, store: Store, ended: threading.Event) -> None:
+    while not ended.wait(_LOOKED_S):
+        try:
+            made.renew(store)
+        except ClaimedError:
+            return
+        except OSError as error:
+            _log.warning("%s cannot be renewed (%s)", made.key, error.strerror or error)
 
 
 def _by(said: Mapping[str, Any]) -> str:

@@ -105,12 +105,15 @@ def test_nothing_is_done_on_what_is_not_known(
     assert one.resumed(args, 6) is None
     with pytest.raises(CheckpointError, match="its job did not recover by itself"):
         one.resumed(args, 8)
-    with pytest.raises(CheckpointError, match="iteration 50 was resumed"):
-        one.resumed(args, 50)
+    shutil.copytree(folder_of(run, 6), folder_of(run, 7))  # restored under another name
+    for iteration in (7, 50):
+        with pytest.raises(CheckpointError, match=f"iteration {iteration} was resumed"):
+            one.resumed(args, iteration)
     local, args = watch(run, non_persistent_ckpt_type="local")
     with pytest.raises(CheckpointError, match="on the nodes"):
         local.resumed(args, 6)
     told, args = watch(run, non_persistent_ckpt_type="global")
+    assert told.resumed(args, 6) is None  # there is no such folder
     (run / "non_persistent").mkdir()
     (run / "non_persistent" / TRACKER).write_text("no number")
     with pytest.raises(CheckpointError, match="no number"):
