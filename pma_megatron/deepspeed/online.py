@@ -289,7 +289,10 @@ def _refuse_background(engine: Any) -> None:
 
 def _refuse_other_tags(root: Path) -> None:
     for folder in sorted(folders_in(root)) if is_folder(root) else ():
-        if registry.detect(folder) == registry.DEEPSPEED and not (folder / MARKER_FILE).is_file():
+        if folder.name.startswith("."):  # it is being removed
+            continue
+        is_tag = registry.detect(folder) == registry.DEEPSPEED
+        if is_tag and not (folder / MARKER_FILE).is_file() and is_folder(folder):
             raise PublishError(
                 f"{folder} is a tag that is not an average (it has no {MARKER_FILE}): an average "
                 f"saved beside it could take its place, and that of {root / 'latest'}. Give "

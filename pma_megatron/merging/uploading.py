@@ -35,7 +35,7 @@ from pma_megatron.merging.planning import MergePlan
 from pma_megatron.storage.addresses import below
 from pma_megatron.storage.claims import FRESH_S, Claim, ClaimedError, claim, refuse_claimed
 from pma_megatron.storage.paths import in_store, path_of, stored
-from pma_megatron.storage.protocol import Store
+from pma_megatron.storage.protocol import Store, same_version
 
 Show = Callable[[str, int], AbstractContextManager[Progress]]
 """(stage, total bytes of this rank) -> context that yields a progress callback."""
@@ -309,18 +309,13 @@ def _refuse_missing(
         found = there.get(name)
         if found is None or found.nbytes != size:
             wrong.append(f"{name} ({'no' if found is None else found.nbytes} bytes, not {size})")
-        elif versions.get(name) and found.version and not _same(versions[name], found.version):
+        elif not same_version(versions.get(name, ""), found.version):
             wrong.append(f"{name} (another object than was put there)")
     if wrong:
         raise PublishError(
             f"{target.final} does not hold what was uploaded: {first_few(wrong, _SHOWN)}. Another "
             "job may be at work there: let it end, then run the same command again"
         )
-
-
-def _same(one: str, other: str) -> bool:
-    """Whether two ETags are one: some stores quote them in one answer and not in the other."""
-    return one.removeprefix("W/").strip('"') == other.removeprefix("W/").strip('"')
 
 
 def _point_to(plan: MergePlan, target: Target, store: Store) -> None:

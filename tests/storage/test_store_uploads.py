@@ -77,6 +77,31 @@ def there(address: str) -> list[int | None]:
     return [each.iteration for each in list_checkpoints(address) if each.complete]
 
 
+def average(place: AveragePlace, iteration: int, source: Path, **said: object) -> Path:
+    """Save one as a trainer does, from a snapshot of that iteration."""
+    place.begin(name_of(iteration))
+    folder = Path(shutil.copytree(source / name_of(iteration), place.folder / name_of(iteration)))
+    (folder / SEAL_FILE).unlink()
+    (folder / MARKER_FILE).write_text(json.dumps({"kind": ONLINE_AVERAGE, **said}))
+    (place.folder / TRACKER).write_text(str(iteration))
+    place.saved(folder.name)
+    return folder
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Path:
+    """Holds what becomes an average."""
+    to = writer(tmp_path / "made")
+    for iteration in (40, 50, 60, 100):
+        put(to, iteration)
+    return to.root
+
+
+def tracker(address: str) -> bytes:
+    store, key = stored(place_of(address))
+    return store.got(f"{key}/{TRACKER}")[1]
+
+
 def test_an_entry_that_was_deleted_is_written_again(address: str) -> None:
     """The run goes back twice: what was there at the start is not there for good."""
     first = writer(address, keeps_whole=True)
@@ -99,11 +124,14 @@ def test_an_entry_that_was_deleted_is_written_again(address: str) -> None:
 def test_what_is_given_up_before_it_is_signed_for_does_not_stay(
     address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Nor does training wait for a request that hangs."""
     claim, asked, goes_on = uploads.claim, threading.Event(), threading.Event()
+    hung = threading.Event()
 
     def slow(*given: object) -> object:
         asked.set()
-        goes_on.wait(PATIENCE_S)
+        if not goes_on.wait(PATIENCE_S):
+            hung.set()
         return claim(*given)  # type: ignore[arg-type]
 
     monkeypatch.setattr(uploads, "claim", slow)
@@ -111,10 +139,12 @@ def test_what_is_given_up_before_it_is_signed_for_does_not_stay(
     put(entries, 8)
     put(entries, 10)
     assert asked.wait(PATIENCE_S)
-    threading.Timer(0.5, goes_on.set).start()
     entries.give_up({8})
+    goes_on.set()
     entries.wait_for_uploads(PATIENCE_S)
-    assert there(address) == [10]
+    assert there(address) == [10] and not hung.is_set()
+    store, key = stored(place_of(address))
+    assert not store.listed(f"{key}/{name_of(8)}/")
 
 
 def test_after_a_failure_that_filled_the_disk_all_gets_there(
@@ -159,41 +189,26 @@ def test_a_snapshot_that_was_not_written_is_not_of_this_branch(
 @pytest.mark.parametrize("by", ["this job", "the job before"])
 def test_training_resumes_from_the_average_that_was_saved_last(
     address: str,
-    tmp_path: Path,
+    made: Path,
     down: Callable[[bool], None],
     by: str,
     new_place: Callable[[], AveragePlace],
 ) -> None:
     """One of a branch that was given up waited for the store, and has a larger number."""
-    made = writer(tmp_path / "made")
-    for iteration in (40, 50, 100):
-        put(made, iteration)
-
-    def save(place: AveragePlace, iteration: int) -> None:
-        place.begin(name_of(iteration))
-        folder = Path(
-            shutil.copytree(made.root / name_of(iteration), place.folder / name_of(iteration))
-        )
-        (folder / SEAL_FILE).unlink()
-        (folder / MARKER_FILE).write_text(json.dumps({"kind": ONLINE_AVERAGE}))
-        (place.folder / TRACKER).write_text(str(iteration))
-        place.saved(folder.name)
-
     place = new_place()
-    save(place, 40)
+    average(place, 40, made)
     place.wait(PATIENCE_S)
     down(True)
-    save(place, 100)
+    average(place, 100, made)
     place.wait(PATIENCE_S)
     if by == "the job before":
         place = new_place()
         place.wait(PATIENCE_S)
-    save(place, 50)
+    average(place, 50, made)
     down(False)
     place.wait(PATIENCE_S)
     assert there(address) == [40, 50, 100]
-    store, key = stored(place_of(address))
-    assert store.got(f"{key}/{TRACKER}")[1] == b"50"
+    assert tracker(address) == b"50"
 
 
 def test_a_thread_that_was_not_waited_out_is_waited_for_again() -> None:
