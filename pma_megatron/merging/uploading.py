@@ -281,7 +281,8 @@ def complete(plan: MergePlan, target: Target, begun: Begun) -> None:
             if name == held[-1]:
                 point("upload_marker", 0)
             own.check(store)
-            versions[name] = _put(store, key, target, name, files[name])
+            with own.kept(store):
+                versions[name] = _put(store, key, target, name, files[name])
             _renew(begun)
         _refuse_missing(store, key, files, versions, target)
         point("upload_tracker", 0)

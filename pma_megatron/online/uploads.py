@@ -301,8 +301,11 @@ class Uploads(ABC):
             )
             versions = {}
             for name in [*(name for name in sizes if name not in last), *last]:
+                if name in last:
+                    made.check(store)
                 made.renew(store)
-                versions[name] = store.put_file(f"{key}/{name}", held / name)
+                with made.kept(store):
+                    versions[name] = store.put_file(f"{key}/{name}", held / name)
                 point("snapshot-part", 0)
             there = objects_in(store, key)
             wrong = [n for n, size in sizes.items() if not is_same(there.get(n), size, versions[n])]

@@ -7,13 +7,15 @@ store, for that of this machine may be ahead of it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import secrets
 import socket
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from pma_megatron.storage.protocol import Store
 
 FRESH_S = 900.0
 _RENEWED_S = 180.0
+_LOOKED_S = 30.0
 _CLOCK = ".pma-clock-"
 """What an object begins with that tells the time of a store; it is there for a moment."""
 _log = logging.getLogger(__name__)
@@ -73,6 +76,33 @@ class Claim:
         self.check(store)
         store.put(self.key, json.dumps(self.said).encode())
         self.renewed_s = time.monotonic()
+
+    @contextlib.contextmanager
+    def kept(self, store: Store) -> Iterator[None]:
+        """Say it again within the block too, however long one request there takes. Whether it was
+        lost is found out by `check` and `renew`."""
+        over = threading.Event()
+
+        def renew() -> None:
+            while not over.wait(_LOOKED_S):
+                try:
+                    self.renew(store)
+                except ClaimedError:
+                    return
+                except OSError:  # the next time, or who puts something meets it too
+                    continue
+
+        thread = threading.Thread(target=renew, name="pma-claim", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # the interpreter is about to end, and begins no thread any more
+            yield
+            return
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
 
 def claimed(store: Store, key: str) -> tuple[dict[str, Any], float] | None:

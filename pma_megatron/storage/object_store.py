@@ -85,11 +85,9 @@ class ObjectStore:
             said = _connections(scheme)
             if "timeout" not in said:
                 # Of its own: a read that hangs is to be asked for again long before that.
-                self._sending = store.from_url(
-                    url,
-                    retry_config={**_PATIENCE, "retry_timeout": timedelta(seconds=3 * _SENT_S)},
-                    client_options={**said, "timeout": timedelta(seconds=_SENT_S)},
-                )
+                patience: Any = {**_PATIENCE, "retry_timeout": timedelta(seconds=3 * _SENT_S)}
+                options: Any = {**said, "timeout": timedelta(seconds=_SENT_S)}
+                self._sending = store.from_url(url, retry_config=patience, client_options=options)
         except Exception as error:
             self._fail(error, bucket)
 
