@@ -1,6 +1,7 @@
 """A running average of the weights of a DeepSpeed engine, for any training loop.
 
     online = OnlineAverage(engine, Method(name="wma"), last=6, interval_iterations=1000)
+    online.place(averages)                          # refused now where nothing can be saved
     online.load_state(f"{averages}/window")         # after engine.load_checkpoint(root)
     for batch in ...:
         ...                                         # engine.backward(loss); engine.step()
@@ -192,7 +193,8 @@ class OnlineAverage(RunningAverage):
 
         Raises:
             UsageError: there is no average yet; a checkpoint engine that saves in the background.
-            PublishError: tags below `save_dir` are not averages, or the store refuses.
+            PublishError: tags below `save_dir` are not averages, or the store refuses, which is met
+                here the first time alone, and at the start of a job that has called `place`.
         """
         name = self._name(tag)
         with contextlib.suppress(NoRoomError), self.saving(save_dir, name) as (folder, origin):
