@@ -121,7 +121,7 @@ INSIDE = {
         proof
     """,
     "merging": """
-        coefficients folder_checksums locks policy rolling tasks threads tolerance
+        coefficients folder_checksums locks policy rolling saved_over tasks threads tolerance
         bulk cards padding
         agreement cut request sums
         accumulate
@@ -176,6 +176,7 @@ INSIDE = {
         readers
         detector metrics relaunch
         onsets
+        unsure
         recovery
     """,
     "online": """
@@ -211,7 +212,7 @@ INSIDE = {
         destinations
     """,
     "megatron": """
-        flags params tree_functions trees
+        flags params resumed tree_functions trees
         checks replicas retained thin writers
         evaluate
         argument_parser load rollback session shard swap

@@ -80,7 +80,7 @@ class Loop:
         job = self._start(save, kind)
         begun_s, ended_s = 0.0, 0.0
         while job.poll() is None:
-            if list(save.rglob(".pma-*")):
+            if at_work(save):
                 ended_s = time.monotonic()
                 begun_s = begun_s or ended_s
             time.sleep(0.002)
@@ -167,7 +167,7 @@ class Loop:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 job.wait(timeout=draw.uniform(0, 10))
             return
-        while job.poll() is None and not list(save.rglob(".pma-lock-*")):
+        while job.poll() is None and not at_work(save, ".pma-lock-"):
             time.sleep(0.002)
         with contextlib.suppress(subprocess.TimeoutExpired):
             job.wait(timeout=draw.uniform(0, self.spans_s[done.kind]))
@@ -175,7 +175,7 @@ class Loop:
     def _end(
         self, job: subprocess.Popen[str], ranks: dict[int, int], save: Path, done: Round
     ) -> None:
-        done.working = bool(list(save.rglob(".pma-*")))
+        done.working = at_work(save)
         wanted = {
             "rank 0": [ranks.get(0)],
             "rank 1": [ranks.get(1)],
@@ -248,6 +248,18 @@ class Loop:
                 done.wrong.append("after the next job the tracker names another")
         if left:
             done.wrong.append(f"debris after the next job: {sorted(left)}")
+
+
+def at_work(save: Path, prefix: str = ".pma-") -> bool:
+    """Whether something of a job lies there; its folders may vanish while they are looked through.
+
+    (Path.rglob ends with FileNotFoundError then.)
+    """
+    return any(
+        name.startswith(prefix)
+        for _, folders, files in os.walk(save)
+        for name in (*folders, *files)
+    )
 
 
 def workers(agent: int) -> dict[int, int]:

@@ -25,11 +25,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from lab.text import TEST, TRAIN, VALIDATION, cache
+from lab.text import TEST, TRAIN, VALIDATION, cache, runs
 
+LEAST_BYTES = {"prose": 100_000_000, "code": 10_000_000}
+"""Of text to train on; less says that registries could not be had, and replaces no text."""
 MOST_BYTES = 12 << 20
 """Of one package, so that no subject is most of the text."""
-_LEAST_BYTES = 512  # of a document
+_SHORTEST_BYTES = 512  # of a document
 _PARTS = (*(TRAIN,) * 18, VALIDATION, TEST)
 _SILENT = {"script", "style", "nav", "head", "svg", "button"}
 _APART = {"p", "div", "li", "tr", "br", "pre", "h1", "h2", "h3", "h4", "dt", "dd", "table", "ul"}
@@ -94,7 +96,7 @@ class Taken:
         for document in documents:
             data = document.encode("utf-8", "replace") + b"\n"
             digest = hashlib.blake2b(data, digest_size=8).digest()
-            if len(data) < _LEAST_BYTES or digest in self.seen:
+            if len(data) < _SHORTEST_BYTES or digest in self.seen:
                 continue
             self.seen.add(digest)
             part = _PARTS[int.from_bytes(digest, "little") % len(_PARTS)]
@@ -111,6 +113,11 @@ class Taken:
         for part in self.nbytes:
             new = self.folder / f"{self.domain}.{part}.new"
             new.replace(new.with_suffix(".txt"))
+
+    def discard(self) -> None:
+        """As if nothing had been taken."""
+        for part in self.nbytes:
+            (self.folder / f"{self.domain}.{part}.new").unlink()
 
 
 class _Words(html.parser.HTMLParser):
@@ -181,8 +188,16 @@ def of_python(name: str, work: Path, copyrights: Path) -> Iterator[str]:
                 yield archive.read(member).decode("utf-8", "replace")
 
 
+class TooLittleError(RuntimeError):
+    """There is not enough text to train on."""
+
+
 def make(folder: Path) -> dict[str, Taken]:
-    """Take everything into a folder; what could not be had is said, and left out."""
+    """Take everything into a folder; what could not be had is said, and left out.
+
+    Raises:
+        TooLittleError: that was too much of it; texts are as they were before.
+    """
     copyrights = folder / "copyright"
     copyrights.mkdir(parents=True, exist_ok=True)
     made = {}
@@ -192,11 +207,20 @@ def make(folder: Path) -> dict[str, Taken]:
             with tempfile.TemporaryDirectory(dir=folder) as work:
                 try:
                     nbytes = made[domain].add(of(name, Path(work), copyrights))
-                except subprocess.CalledProcessError as error:
+                except (subprocess.CalledProcessError, FileNotFoundError) as error:
                     print(f"{name}: not taken ({error})", file=sys.stderr)
                     continue
             print(f"{name}: {nbytes / 1e6:.1f} MB")
-        made[domain].publish()
+    little = [
+        f"{domain}: {taken.nbytes[TRAIN] / 1e6:.1f} MB of text to train on, of at least "
+        f"{LEAST_BYTES[domain] / 1e6:.0f}"
+        for domain, taken in made.items()
+        if taken.nbytes[TRAIN] < LEAST_BYTES[domain]
+    ]
+    for taken in made.values():
+        taken.discard() if little else taken.publish()
+    if little:
+        raise TooLittleError("; ".join(little))
     return made
 
 
@@ -210,7 +234,17 @@ def main() -> int:
             print(f"{name:22} {licence}")
         print(LEFT_OUT)
         return 0
-    for domain, taken in make(cache() / "text").items():
+    if runs():
+        parser.error(
+            f"{runs()[0].parent} has runs, which were made with the text that is there: set "
+            "PMA_LAB to a folder without any"
+        )
+    try:
+        made = make(cache() / "text")
+    except TooLittleError as error:
+        print(f"corpus.py: {error}. Texts are as they were", file=sys.stderr)
+        return 1
+    for domain, taken in made.items():
         parts = ", ".join(f"{part} {n / 1e6:.1f} MB" for part, n in taken.nbytes.items())
         print(f"{domain}: {parts}")
     return 0

@@ -10,7 +10,8 @@
 Runs are kept in `$PMA_LAB` (default: a folder for temporary files) and shared by experiments; an
 interrupted command goes on where it was. With `--minutes`, training stops at a checkpoint of its
 own when time is over, and the same command goes on from there: on another day or card too, where
-`$PMA_LAB` is copied. Rows say on what they were trained. Rows and plots go to docs/results/.
+`$PMA_LAB` is copied. Rows say on what they were trained, processor and text; runs of one `$PMA_LAB`
+are of one text. Rows and plots go to docs/results/.
 """
 
 from __future__ import annotations
@@ -81,6 +82,7 @@ def run(
         },
         "scale": scale,
         "seeds": len(chosen),
+        "text": text.digest(),
         "devices": work.devices(jobs),
         "versions": f"pma-megatron {__version__}, megatron-core {version('megatron-core')}, "
         f"torch {torch.__version__}, Python {platform.python_version()}",
@@ -123,6 +125,11 @@ def main(words: Sequence[str] | None = None) -> int:
     folder, code = chosen.out / "results", 0
     if not chosen.draw:
         text.prepare()
+    if chosen.names and not chosen.draw:
+        try:
+            text.claim()
+        except text.OtherTextError as error:
+            parser.error(str(error))
     for experiment in everything:
         if "all" not in chosen.names and experiment.name not in chosen.names:
             continue

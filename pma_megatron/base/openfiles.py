@@ -250,6 +250,20 @@ def unread(path: Path | str, error: OSError) -> CheckpointError:
     return CheckpointError(f"{path} could not be read ({error.strerror}): {why}{instead}")
 
 
+def is_unreadable(error: BaseException) -> bool:
+    """Whether behind an error lies one of the system that says nothing of what is there: the
+    storage or the store failed, refused, or the spool is full. What was asked for may be whole.
+
+    >>> is_unreadable(OSError(errno.EIO, "failed")), is_unreadable(FileNotFoundError(2, "none"))
+    (True, False)
+    """
+    at: BaseException | None = error
+    while at is not None and not isinstance(at, OSError):
+        at = at.__cause__ or (None if at.__suppress_context__ else at.__context__)
+    return at is not None and at.errno not in _ABSENT
+
+
+_ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG})
 _GONE = "it vanished, perhaps removed by the run's own retention: stop the clean-up"
 _CLOSED = "ask its owner for the right to (chmod u+r, or chown)"
 _MANY = "too many files are open at once: raise the limit (ulimit -n 65536), then run again"

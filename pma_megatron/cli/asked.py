@@ -222,12 +222,17 @@ def _refuse_unwritable(arguments: argparse.Namespace) -> None:
     refuse_file(what, plot, kind)
 
 
+_PAGE = (
+    b'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+    b'<meta name="generator" content="pma report">\n'
+)
+"""How `pages/page.html` begins, in small letters."""
 _RESULTS = {
     "compare": json_with("result of pma compare", ("first", "second", "same", "tensors")),
     "evaluate": SCORES,
     "forecast": json_with("result of pma forecast", ("forecast", "scores")),
     "geometry": json_with("result of pma geometry", ("sources", "coefficients", "groups")),
-    "report": beginning("page of HTML", b"<!doctype html>"),
+    "report": beginning("page of pma report", _PAGE),
 }
 """Verb -> what its `--out` may take the place of."""
 _PICTURES = {

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from pma_megatron.cli.asked import grid_of
 from pma_megatron.cli.consoles import new_console, new_table
 from pma_megatron.cli.curves import writers_of
 from pma_megatron.cli.rescored import newest_of, refuse_other_run, with_others
-from pma_megatron.cli.score_grid import score
+from pma_megatron.cli.score_grid import score, show_scores
 from pma_megatron.cli.verbs import put_out, show_result
 from pma_megatron.errors import UsageError
 from pma_megatron.formats import registry
@@ -19,7 +19,7 @@ from pma_megatron.megatron.score import scored_refs
 from pma_megatron.pages import charts
 from pma_megatron.runs.discover import list_checkpoints
 from pma_megatron.runs.tokens import format_tokens
-from pma_megatron.scores.forecast import Agreement, Annealed, Forecast, forecast
+from pma_megatron.scores.forecast import Agreement, Annealed, Forecast, forecast, refuse_unscored
 from pma_megatron.scores.results import Other, Scores, read_scores
 from pma_megatron.storage.paths import path_of, real
 from pma_megatron.writers.destinations import Writers
@@ -37,10 +37,12 @@ def run(arguments: argparse.Namespace) -> None:
 def _forecast(arguments: argparse.Namespace, writers: Writers) -> None:
     given = [_given(text) for text in arguments.annealed_loss]
     _refuse_doubles(arguments.annealed)
-    scores = None if arguments.scores is None else read_scores(arguments.scores)
-    if scores is not None:
-        refuse_other_run(arguments, scores)
+    read = None if arguments.scores is None else read_scores(arguments.scores)
+    if read is not None:
+        refuse_other_run(arguments, read)
+        _metric_of(arguments, read)
     starts = {_folder(text)[0]: _start(text, arguments.load) for text in arguments.annealed}
+    scores = read
     if scores is None:
         _add_ends(arguments, {*starts.values(), *(run.start_iteration for run in given)}, starts)
         scores = score(arguments, list(starts))
@@ -48,7 +50,27 @@ def _forecast(arguments: argparse.Namespace, writers: Writers) -> None:
         scores = with_others(arguments, scores, list(starts))
     if scores is None:
         return  # not the rank that speaks
-    metric = arguments.metric or scores.metrics[0]
+    try:
+        made = _made(arguments, scores, given, starts)
+    except UsageError as error:
+        if scores is read:
+            raise
+        raise _kept(arguments, scores, error) from error
+    writers.write(of_forecast(scores, made))
+    value = {"forecast": made.to_json(), "scores": scores.to_json()}
+    show_result(arguments, value, lambda: show(made))
+    put_out(arguments, value)
+    if arguments.plot is not None:
+        charts.forecasted(scores, made, arguments.plot)
+
+
+def _made(
+    arguments: argparse.Namespace,
+    scores: Scores,
+    given: Sequence[Annealed],
+    starts: Mapping[str, int],
+) -> Forecast:
+    metric = _metric_of(arguments, scores)
     runs = [
         Annealed(
             start_iteration=starts[other.root],
@@ -60,13 +82,26 @@ def _forecast(arguments: argparse.Namespace, writers: Writers) -> None:
         for other in scores.others
         if other.root in starts and _is_finite(other, metric)
     ]
-    made = forecast(scores, [*runs, *given], metric)
-    writers.write(of_forecast(scores, made))
-    value = {"forecast": made.to_json(), "scores": scores.to_json()}
-    show_result(arguments, value, lambda: show(made))
-    put_out(arguments, value)
-    if arguments.plot is not None:
-        charts.forecasted(scores, made, arguments.plot)
+    return forecast(scores, [*runs, *given], metric)
+
+
+def _metric_of(arguments: argparse.Namespace, scores: Scores) -> str:
+    metric: str = arguments.metric or scores.metrics[0]
+    refuse_unscored(scores, metric)
+    return metric
+
+
+def _kept(arguments: argparse.Namespace, scores: Scores, error: UsageError) -> UsageError:
+    """The error, once what may have taken hours is shown, and written as scores."""
+    value = scores.to_json()
+    show_result(arguments, value, lambda: show_scores(scores))
+    if arguments.out is None:
+        return error
+    try:
+        put_out(arguments, value)
+    except UsageError as other:
+        return UsageError(f"{error}. And {other}")
+    return UsageError(f"{error}. What was scored is in {arguments.out}: --scores {arguments.out}")
 
 
 def show(made: Forecast) -> None:

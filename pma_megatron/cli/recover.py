@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from contextlib import ExitStack
 
 from pma_megatron.base.comm import Comm, process_group_from_environment
@@ -10,7 +11,7 @@ from pma_megatron.base.stopping import having_published
 from pma_megatron.cli.consoles import new_console, new_table, pasted
 from pma_megatron.cli.curves import writers_of
 from pma_megatron.cli.progress import show
-from pma_megatron.cli.verbs import show_result
+from pma_megatron.cli.verbs import show_result, strict
 from pma_megatron.merging.report import MergeReport
 from pma_megatron.runs import recovery_log
 from pma_megatron.spikes.recovery import Diagnosis, recover, rehearse
@@ -36,12 +37,11 @@ def run(arguments: argparse.Namespace) -> None:
         if comm.is_main:
             writers.write(of_recovery(found))
             merged = None if report is None else report.to_json()
-            show_result(
-                arguments, {**found.to_json(), "merge": merged}, lambda: _shown(found, report)
-            )
+            value = strict({**found.to_json(), "merge": merged})
+            show_result(arguments, value, lambda: _shown(found, report, arguments.log_to))
 
 
-def _shown(found: Diagnosis, report: MergeReport | None) -> None:
+def _shown(found: Diagnosis, report: MergeReport | None, told: Sequence[str]) -> None:
     console = new_console(soft_wrap=True)
     for verdict, back in zip(found.verdicts, found.back, strict=True):
         mark = "LOST " if verdict.fatal and back is None else "      "
@@ -65,7 +65,8 @@ def _shown(found: Diagnosis, report: MergeReport | None) -> None:
     for folder in () if report is None else report.outputs:
         console.print(f"published {folder}")
     if report is None:
-        console.print("nothing was written (--dry-run)")
+        but = f", but what was found to {', '.join(told)} (--log-to)" if told else ""
+        console.print(f"nothing was written (--dry-run){but}")
     what = " command" if found.resume.command else " your launch command, with these flags"
     console.print(
         f"resume with{'' if found.resume.call else what}:\n  {pasted(found.resume.spelled())}"

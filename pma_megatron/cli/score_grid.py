@@ -19,13 +19,15 @@ from pma_megatron.base.openfiles import is_folder
 from pma_megatron.base.settings import MEGATRON, declared
 from pma_megatron.base.spelling import as_flag
 from pma_megatron.cli.asked import grid_of, refuse_no_scorer
+from pma_megatron.cli.consoles import new_console, new_table
 from pma_megatron.errors import UsageError
 from pma_megatron.formats import registry
 from pma_megatron.launch import main as run_script
 from pma_megatron.megatron.score import Scored, score_merges
 from pma_megatron.runs.folders import is_checkpoint
-from pma_megatron.scores.grid import Grid
-from pma_megatron.scores.results import Scores
+from pma_megatron.runs.tokens import format_tokens
+from pma_megatron.scores.grid import UNMERGED, Grid
+from pma_megatron.scores.results import Score, Scores
 
 Provider = Callable[[str, list[str]], Scored]
 
@@ -58,6 +60,46 @@ def score(arguments: argparse.Namespace, others: Sequence[str] = ()) -> Scores |
                 comm=comm,
             )
         return scores if comm.is_main else None
+
+
+def show_scores(scores: Scores) -> None:
+    """The scores as a table, and what was left out."""
+    console = new_console()
+    losses = [column for name in scores.metrics for column in (name, "minus unmerged")]
+    title = f"{scores.load}: {len(scores.points)} averages scored"
+    table = new_table(title, "iteration", "tokens", "method", "N", "V", *losses)
+    end = None
+    for point in scores.points:
+        if end not in (None, point.end_iteration):
+            table.add_section()
+        end = point.end_iteration
+        tokens = scores.tokens[end]
+        cells = [text for name in scores.metrics for text in _cells(scores, point, name)]
+        table.add_row(
+            str(end),
+            "unknown" if tokens is None else format_tokens(tokens),
+            point.method,
+            str(point.last),
+            point.spacing,
+            *cells,
+        )
+    console.print(table)
+    left_out: dict[tuple[int, str], dict[int, str]] = {}
+    for skipped in scores.skipped:
+        reasons = left_out.setdefault((skipped.last, skipped.spacing), {})
+        reasons[skipped.end_iteration] = skipped.reason
+    for (last, spacing), reasons in left_out.items():
+        iteration, reason = list(reasons.items())[-1]
+        name = f"N = {last}{f', V = {spacing}' if spacing else ''}"
+        console.print(
+            f"left out: {name} at {len(reasons)} ends; at iteration {iteration}: {reason}",
+            soft_wrap=True,
+        )
+
+
+def _cells(scores: Scores, point: Score, metric: str) -> tuple[str, str]:
+    gain = "" if point.method == UNMERGED else f"{scores.gain(point, metric):+.4f}"
+    return f"{point.losses[metric]:.4f}", gain
 
 
 @contextlib.contextmanager

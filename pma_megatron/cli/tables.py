@@ -151,7 +151,7 @@ def _loading(folder: str, compared: bool) -> str:
 
 _WEIGHTS_ALONE = (
     "note: weights only: the LR schedule restarts and Adam is empty; --finetune also resets "
-    "iteration and samples"
+    "iteration and samples. Leave both flags out again once the run has saved there"
 )
 
 

@@ -9,6 +9,7 @@ import argparse
 import importlib
 import itertools
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -236,3 +237,16 @@ def show_result(arguments: argparse.Namespace, value: Any, table: Callable[[], N
         sys.stdout.write(json.dumps(value, indent=1) + "\n")
     else:
         table()
+
+
+def strict(value: Any) -> Any:
+    """Plain values as every reader of JSON takes them: NaN and Inf, which it has not, are null.
+
+    >>> strict({"losses": (2.5, float("nan"))})
+    {'losses': [2.5, None]}
+    """
+    if isinstance(value, dict):
+        return {name: strict(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

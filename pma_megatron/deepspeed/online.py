@@ -293,8 +293,9 @@ def _refuse_other_tags(root: Path) -> None:
     for folder in sorted(folders_in(root)) if is_folder(root) else ():
         if folder.name.startswith("."):  # it is being removed
             continue
-        is_tag = registry.detect(folder) == registry.DEEPSPEED
-        if is_tag and not (folder / MARKER_FILE).is_file() and is_folder(folder):
+        # In this order: one that is in a store by now loses its name meanwhile, and its mark after.
+        is_marked = (folder / MARKER_FILE).is_file()
+        if not is_marked and registry.detect(folder) == registry.DEEPSPEED and is_folder(folder):
             raise PublishError(
                 f"{folder} is a tag that is not an average (it has no {MARKER_FILE}): an average "
                 f"saved beside it could take its place, and that of {root / 'latest'}. Give "

@@ -37,13 +37,21 @@ def resumed_tag(load: Path, tag: str | None) -> Path | None:
 
 
 def record_of(folder: Path | None) -> dict[str, Any] | None:
-    """What a tag says of the PMA-init that it descends from."""
+    """What a tag says of the PMA-init that it descends from.
+
+    Raises:
+        CheckpointError: it cannot be read now, so whether it descends from one is not known.
+    """
     if folder is None:
         return None
     try:
         found = DeepSpeedCheckpoint(folder).head.get(RECORD)
-    except (CheckpointError, KeyError):
-        return None  # damaged or incomplete; what opens it as a source says so
+    except KeyError:
+        return None  # incomplete; what opens it as a source says so
+    except CheckpointError as error:
+        if isinstance(error.__cause__, OSError):
+            raise
+        return None  # damaged; likewise
     return found if isinstance(found, dict) and "options" in found else None
 
 

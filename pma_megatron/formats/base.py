@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pma_megatron.base.boxes import Piece
+from pma_megatron.base.openfiles import is_unreadable
+from pma_megatron.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -54,16 +56,23 @@ class Vocabulary:
 
 @dataclass(frozen=True, slots=True)
 class Incomplete:
-    """Why a folder is not a whole checkpoint.
+    """Why a folder is not a whole checkpoint, or not known to be one.
 
     Attributes:
         reason: to complete "it is not complete: ...".
         unfinished: True where something is missing that a save writes last, so that it may still be
             under way; False where a save that has ended left something else than is there.
+        unreadable: True where that cannot be told, because reading it failed: it may be whole.
     """
 
     reason: str
     unfinished: bool = False
+    unreadable: bool = False
+
+    @classmethod
+    def of(cls, error: CheckpointError | OSError, unfinished: bool = False) -> Incomplete:
+        """What an error says of the folder in which it was met."""
+        return cls(str(error), unfinished, is_unreadable(error))
 
     def __str__(self) -> str:
         return self.reason

@@ -156,8 +156,9 @@ class Format:
         of `lay_out` name, row by row: `formats.side_files` looks for them, after `lay_out`.
     15. `folder_name`: (path of the newest source, its iteration) -> what the output is called.
         Every rank asks; it looks at the two arguments alone.
-    16. `resumed`: how training is told to go on from one folder, where that depends on the trainer
-        that wrote it; None where `Tracker.resume` says it. It raises as `common` does.
+    16. `resumed`: (folder, where a copy of what it holds lies or will lie) -> how training is told
+        to go on from there, where that depends on the trainer that wrote it; None where
+        `Tracker.resume` says it. It reads the folder alone, and raises as `common` does.
 
     Averaging, checking and publishing. The output is opened by `read_source` and `files` like any
     checkpoint before it gets its name; then rank 0 writes what `Tracker.content_of` says.
@@ -195,7 +196,7 @@ class Format:
     lay_out: LayOut
     side_files: tuple[SideRule, ...] = ()
     folder_name: Callable[[str, int | None], str]
-    resumed: Callable[[Path], str | None] = lambda folder: None
+    resumed: Callable[[Path, Path], str | None] = lambda folder, there: None
     named_layouts: str = ""
     unchecked_order: Callable[[Source], tuple[str, ...]] = lambda source: ()
     own_names: bool = False

@@ -12,6 +12,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from pma_megatron.base.openfiles import is_unreadable
 from pma_megatron.base.spelling import left_out
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.inert import brief
@@ -80,11 +81,14 @@ def read_snapshot_marker(folder: Path) -> SnapshotMarker | None:
     """The mark of the snapshot in `folder`; None for a trainer's checkpoint or a merge.
 
     Raises:
-        CheckpointError: it is a snapshot of a form that this release does not know.
+        CheckpointError: it is a snapshot of a form that this release does not know, or its mark
+            cannot be read now (`base.openfiles.is_unreadable`).
     """
     try:
         value = read_json(folder / MARKER_FILE)
-    except CheckpointError:
+    except CheckpointError as error:
+        if is_unreadable(error):
+            raise
         return None  # not marked, so it stands for nothing but what its format says
     if value.get("kind") != SNAPSHOT:
         return None
@@ -99,17 +103,28 @@ def read_snapshot_marker(folder: Path) -> SnapshotMarker | None:
     iteration, dtype = value.get("iteration"), value.get("dtype")
     if not is_count(iteration) or type(dtype) is not str:
         raise wrong(f"{folder / MARKER_FILE}: iteration and dtype", "both", (iteration, dtype))
-    return SnapshotMarker(iteration=iteration, dtype=dtype, branch=_branch(folder, value))
+    return SnapshotMarker(
+        iteration=iteration, dtype=dtype, branch=branch_in(value, folder / MARKER_FILE)
+    )
 
 
-def _branch(folder: Path, said: Mapping[str, Any]) -> Branch | None:
+def branch_in(said: Mapping[str, Any], where: object) -> Branch | None:
+    """The branch that the mark of a snapshot says; None where it says none.
+
+    Args:
+        said: what its `pma.json` says.
+        where: that lies, for messages.
+
+    Raises:
+        CheckpointError: what it says is no branch.
+    """
     branch = said.get("branch")
     if branch is None:
         return None
     found = branch if isinstance(branch, dict) else {}
     number, after = found.get("number"), found.get("after")
     if not is_count(number) or not is_count(after):
-        raise wrong(f"{folder / MARKER_FILE}: branch", "number and after", branch)
+        raise wrong(f"{where}: branch", "number and after", branch)
     return Branch(number=number, after=after)
 
 

@@ -102,12 +102,17 @@ _CONVERTED = {
 def detect(path: Path) -> str:
     """Name of the format in `path`, supported or not; `unknown` where nothing is recognised."""
     try:
-        return _detect(path)
+        return detected(path)
     except OSError:
         return "unknown"  # nothing in it can be looked at
 
 
-def _detect(path: Path) -> str:
+def detected(path: Path) -> str:
+    """The same, where it matters whether it could be looked at.
+
+    Raises:
+        OSError: it could not.
+    """
     config = path / "metadata.json"
     if config.is_file():
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from itertools import combinations
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from pma_megatron.base.spelling import as_flag
 from pma_megatron.errors import UsageError
 from pma_megatron.megatron.flags import RecoverySettings, Settings
+from pma_megatron.megatron.resumed import refuse_unknown
 from pma_megatron.runs.told_files import SCORES, refuse_file
 from pma_megatron.storage.paths import real
 
@@ -137,6 +137,7 @@ def _refuse_init(args: Any, settings: Settings) -> None:
         "leave out --no-load-optim, and use --pma-optimizer-state reset for fresh moments",
     }
     refuse_beside(args, "--pma-init", others)
+    refuse_unknown(args, "--pma-init")
 
 
 def _refuse_save(args: Any, settings: Settings) -> None:
@@ -181,6 +182,7 @@ def _refuse_recover(args: Any, recover: RecoverySettings) -> None:
         "skip_train": "nothing is trained",
     }
     refuse_beside(args, "--pma-recover", others)
+    refuse_unknown(args, "--pma-recover")
     for name in ("last", "attempts"):
         if getattr(recover, name) < 1:
             raise UsageError(
@@ -210,7 +212,7 @@ def _refuse_score(args: Any, settings: Settings) -> None:
                 f"--pma-score and {flag} cannot be combined: one evaluates, the other "
                 "trains; leave out one of the two"
             )
-    if settings.score_out is not None and os.environ.get("RANK", "0") == "0":  # who writes it
+    if settings.score_out is not None:
         out = settings.score_out
         refuse_file(f"--pma-score-out {out}", Path(out), SCORES)
 

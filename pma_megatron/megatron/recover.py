@@ -20,9 +20,8 @@ The `--pma-recover` flags drive the same class.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ import torch.distributed as dist
 from pma_megatron.base.comm import Comm
 from pma_megatron.base.log import say
 from pma_megatron.base.remote_paths import refuse_remote
-from pma_megatron.errors import PmaError, SelectionError
+from pma_megatron.errors import CheckpointError, PmaError, SelectionError
 from pma_megatron.live.poison import cure, poisoned_on_failure
 from pma_megatron.megatron.flags import RecoverySettings
 from pma_megatron.megatron.load import merge_into, trainer_of
@@ -43,13 +42,21 @@ from pma_megatron.runs.discover import list_checkpoints
 from pma_megatron.runs.gaps import lines
 from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.runs.selection_request import SelectionRequest
-from pma_megatron.spikes.detector import SpikeDetector, Verdict
+from pma_megatron.spikes.detector import SpikeDetector
 from pma_megatron.spikes.healthy import Healthy, HealthyRequest, Span, choose_healthy
 
 Rollback = Callable[[CheckpointRef], Any]
 """Loads one full checkpoint into model and optimizer, and leaves everything else as it is."""
 Told = Callable[[Mapping[str, Any]], None]
 """Gets every event of the recovery log when it is in there."""
+
+_NOT_KNOWN = (
+    "iteration {iteration} was resumed, and {root} has a spike that began at iteration {onset} in "
+    "its log of recoveries. Whether the checkpoint was saved in it or after the recovery from it "
+    "is not known ({why}), so nothing was done. If `pma list` calls an earlier checkpoint "
+    "complete, resume from that. If you know that this one is healthy, move "
+    f"{recovery_log.FILE} to another place first: from then on no checkpoint counts as spoiled"
+)
 
 
 class RecoverySpentError(PmaError):
@@ -104,7 +111,8 @@ class Recovery:
         Args:
             models: the chunks, as Megatron's training passes them around.
             optimizer: Megatron's.
-            roots: folders with the run's checkpoints; the log is kept in the first.
+            roots: folders with the run's checkpoints; the log is kept in the first, and of the
+                others nothing is used that is newer than what `resumed` is told of.
             rollback: every rank calls it with the newest healthy checkpoint.
             settings: how.
             metadata: what `sharded_state_dict` gets; None for its default.
@@ -121,7 +129,8 @@ class Recovery:
         self._comm = Comm() if comm is None else comm
         self._detector = SpikeDetector(self.settings.spike)
         self._pending: list[tuple[int, Any, Any]] = []
-        history = self._history()
+        self._begun_at: int | None = None
+        history = self._history(self._roots[0])
         self.recoveries = len(history.spikes)
         self._unjudged_since = history.unjudged_since
 
@@ -151,34 +160,55 @@ class Recovery:
                 say(f"PMA: {verdict.kind.value}: {verdict.reason}")
             self._note_judgement(place)
             if verdict is not None and verdict.fatal:
-                return self._recover(self._note(verdict), iteration)
+                said = verdict.kind.value, verdict.reason
+                seen = self._note(verdict.onset, verdict.confirmed, *said)
+                return self._recover(seen, iteration)
         return None
 
     def resumed(
-        self, iteration: int, recoveries: int, state: Mapping[str, Any] | None = None
+        self,
+        iteration: int,
+        recoveries: int | None,
+        state: Mapping[str, Any] | None = None,
+        *,
+        root: str | Path | None = None,
+        unknown_because: str = "it does not say",
     ) -> Recovered | None:
         """Go on after a resume; recovers at once if the checkpoint was saved in a spike.
 
         Args:
             iteration: that was resumed.
-            recoveries: what the checkpoint says of them.
+            recoveries: what the checkpoint says of them; None if that is not known.
             state: `state_dict` as stored with it, or None.
+            root: that it lies in, with its log; None for the first.
+            unknown_because: why `recoveries` is None.
 
         Returns, raises:
-            as `step`.
+            as `step`; CheckpointError where a spike is known that the checkpoint may be of.
         """
+        root = self._roots[0] if root is None else Path(root)
         if state is not None:
             self._detector.load_state_dict(state)
-        history = self._history()
-        self._unjudged_since = history.unjudged_since
+        self._begun_at = iteration
+        history = self._history(root)
+        own, since = self._history(self._roots[0]).unjudged_since, history.unjudged_since
+        before = since if since is not None and since <= iteration else None
+        self._unjudged_since = before if own is None else own
         if state is None and self._unjudged_since is not None:
             self._detector.restart(iteration)
-        spoiled = [s for s in history.spikes if iteration >= s.onset and s.number > recoveries]
+        begun = [spike for spike in history.spikes if iteration >= spike.onset]
+        if begun and recoveries is None:
+            raise CheckpointError(
+                _NOT_KNOWN.format(
+                    iteration=iteration, root=root, onset=begun[-1].onset, why=unknown_because
+                )
+            )
+        spoiled = [spike for spike in begun if spike.number > (recoveries or 0)]
         if not spoiled:
             return None
         first = min(spoiled, key=lambda spike: spike.onset)
         say(f"PMA: the checkpoint of iteration {iteration} was saved in a spike: recovering")
-        return self._recover(first, iteration)
+        return self._recover(self._own(first, root, iteration), iteration)
 
     @property
     def suspect_since(self) -> int | None:
@@ -191,19 +221,27 @@ class Recovery:
         """The detector's memory, small and plain."""
         return self._detector.state_dict()
 
-    def _history(self) -> recovery_log.History:
-        return self._comm.on_main("recovery log", lambda: recovery_log.read(self._roots[0]))
+    def _history(self, root: Path) -> recovery_log.History:
+        return self._comm.on_main("recovery log", lambda: recovery_log.read(root))
 
-    def _note(self, verdict: Verdict) -> recovery_log.Spike:
-        """Write the spike into the log: from here on its checkpoints are not trusted."""
-        spike = recovery_log.Spike(self.recoveries + 1, verdict.onset)
+    def _own(self, spike: recovery_log.Spike, root: Path, iteration: int) -> recovery_log.Spike:
+        """The spike of a root's log as this job's log has it, where its recovery will be noted."""
+        if root == self._roots[0]:
+            return spike
+        same = [s for s in self._history(self._roots[0]).spikes if s.onset == spike.onset]
+        said = "resumed", f"{root / recovery_log.FILE} has it as spike {spike.number}"
+        return same[-1] if same else self._note(spike.onset, iteration, *said)
+
+    def _note(self, onset: int, iteration: int, kind: str, reason: str) -> recovery_log.Spike:
+        """Write a spike into the log: from here on its checkpoints are not trusted."""
+        spike = recovery_log.Spike(self.recoveries + 1, onset)
         self._log(
             recovery_log.DETECTED,
             number=spike.number,
-            onset=spike.onset,
-            iteration=verdict.confirmed,
-            kind=verdict.kind.value,
-            reason=verdict.reason,
+            onset=onset,
+            iteration=iteration,
+            kind=kind,
+            reason=reason,
         )
         return spike
 
@@ -270,16 +308,13 @@ class Recovery:
 
     def _choose(self, spike: recovery_log.Spike) -> tuple[Healthy, int]:
         """On the main rank: the checkpoints to go back to, and which attempt from there it is."""
-        found: dict[int | None, CheckpointRef] = {}
-        for root in self._roots:
-            with contextlib.suppress(SelectionError):  # --save of a job that has not saved yet
-                for ref in list_checkpoints(root):
-                    found.setdefault(ref.iteration, ref)
-        refs = [ref for ref in found.values() if not (ref.snapshot and self._needs_moments)]
-
+        refs = [r for r in self._listed() if not (r.snapshot and self._needs_moments)]
         history, margin = recovery_log.read(self._roots[0]), self.settings.margin_iterations
         # What was too close to an earlier onset must not count as healthy for a later one.
-        before = tuple(Span(s.onset - margin, s.onset - 1) for s in history.spikes)
+        onsets = [s.onset for s in history.spikes]
+        for root, last in self._others:
+            onsets += [s.onset for s in recovery_log.read(root).spikes if s.onset <= last]
+        before = tuple(Span(onset - margin, onset - 1) for onset in onsets)
 
         def choose(further_back: int) -> Healthy:
             request = HealthyRequest(
@@ -294,6 +329,22 @@ class Recovery:
                 "learning rate, look at the data, and resume with `pma recover`"
             )
         return choose(attempts), attempts + 1
+
+    @property
+    def _others(self) -> Iterator[tuple[Path, int]]:
+        """Roots that this run has begun from, and the last iteration that it shares with them."""
+        if self._begun_at is not None:
+            yield from ((root, self._begun_at) for root in self._roots[1:])
+
+    def _listed(self) -> list[CheckpointRef]:
+        found: dict[int | None, CheckpointRef] = {}
+        for ref in list_checkpoints(self._roots[0]):
+            found.setdefault(ref.iteration, ref)
+        for root, last in self._others:
+            for ref in list_checkpoints(root):
+                if ref.iteration is not None and ref.iteration <= last:
+                    found.setdefault(ref.iteration, ref)
+        return list(found.values())
 
     @property
     def _needs_moments(self) -> bool:

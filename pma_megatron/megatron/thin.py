@@ -104,6 +104,7 @@ class ThinSnapshots:
     def forget(self, since: int) -> None:
         """Snapshots of iteration `since` and later were spoiled by a loss spike, and training went
         back to weights of before it."""
+        self.finish()  # one that is still being written is given up too
         self._writer.train_on(since - 1)
 
     def _end(self) -> None:

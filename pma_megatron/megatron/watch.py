@@ -6,18 +6,19 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from pma_megatron.base.comm import Comm
 from pma_megatron.base.log import say
+from pma_megatron.errors import CheckpointError
+from pma_megatron.formats.schema import is_count
 from pma_megatron.megatron.flags import EXIT_CODE, RecoverySettings
 from pma_megatron.megatron.recover import Recovered, Recovery, RecoverySpentError
+from pma_megatron.megatron.resumed import resumed_args, resumed_folder
 from pma_megatron.megatron.rollback import load_again
 from pma_megatron.megatron.trees import current_args
 from pma_megatron.megatron.writers import write
 from pma_megatron.runs import recovery_log
-from pma_megatron.runs.describe import common_args
 from pma_megatron.writers.records import of_event
 
 
@@ -53,17 +54,21 @@ class Watch:
         """Megatron has loaded; go back from there if it was saved in a spike."""
         if iteration == 0:
             return None
-        folder = Path(args.load) / f"iter_{iteration:07d}"
 
-        def look() -> tuple[int, Any]:
-            saved = common_args(folder)
-            return int(saved.get(recovery_log.RECORD) or 0), json.loads(
-                saved.get(recovery_log.STATE) or "null"
-            )
+        def look() -> tuple[int | None, Any, str]:
+            try:
+                saved = resumed_args(resumed_folder(args, iteration), iteration)
+            except CheckpointError as error:
+                return None, None, str(error)
+            done = saved.get(recovery_log.RECORD)
+            state = json.loads(saved.get(recovery_log.STATE) or "null")
+            return done if is_count(done) else None, state, "its job did not recover by itself"
 
-        recoveries, state = self._comm.on_main("resumed", look)
+        recoveries, state, why = self._comm.on_main("resumed", look)
         with _exit_when_spent():
-            return self._recovery.resumed(iteration, recoveries, state)
+            return self._recovery.resumed(
+                iteration, recoveries, state, root=args.load, unknown_because=why
+            )
 
     def stepped(self, args: Any, arguments: Mapping[str, Any]) -> Recovered | None:
         """An iteration has ended; `arguments` are those of Megatron's `training_log`."""

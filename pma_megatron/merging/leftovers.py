@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import shutil
+import stat
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -249,13 +250,18 @@ def _staged_with(journal: Path) -> list[Path]:
 
 
 def staged_bytes(target: Target) -> int:
-    """Bytes of disk that jobs which are gone took for this target: they are freed, or used."""
-    files = (path for folder in _staged(target.work, target.final.name) for path in _files(folder))
-    return sum(path.stat().st_blocks * 512 for path in files)
+    """Bytes of disk that jobs which are gone took for this target: they are freed, or used.
 
-
-def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    Nothing is held yet: where the job is not gone after all, it may move them away meanwhile.
+    """
+    taken = 0
+    for staged in _staged(target.work, target.final.name):
+        for folder, _, names in os.walk(staged):
+            for name in names:
+                with contextlib.suppress(OSError):
+                    found = Path(folder, name).lstat()
+                    taken += found.st_blocks * 512 if stat.S_ISREG(found.st_mode) else 0
+    return taken
 
 
 def _debris(root: Path, name: str) -> list[Path]:

@@ -14,6 +14,7 @@ from pma_megatron.errors import PmaError
 from pma_megatron.formats.manifest import read_marker
 from pma_megatron.formats.marker import MARKER_FILE, ONLINE_AVERAGE
 from pma_megatron.merging.rolling import rolled_in_words
+from pma_megatron.merging.saved_over import changed_files
 from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.storage.paths import path_of
 
@@ -27,7 +28,8 @@ class Listed:
     Attributes:
         ref: it.
         bytes: of all files in the folder that its trainer saved; None where there is no folder.
-        origin: what an average was made from, in words; None for what a trainer saved.
+        origin: what an average was made from, in words; None for what a trainer saved, or that it
+            saved it over an average.
     """
 
     ref: CheckpointRef
@@ -43,7 +45,8 @@ def listed(refs: Sequence[CheckpointRef]) -> list[Listed]:
 
 def _listed(ref: CheckpointRef) -> Listed:
     folder = path_of(ref.folder)
-    return Listed(ref, _nbytes(folder) if is_folder(folder) else None, _origin(folder))
+    nbytes = _nbytes(folder) if is_folder(folder) else None
+    return Listed(ref, nbytes, _origin(folder, whole=ref.complete))
 
 
 def _nbytes(folder: Path) -> int:
@@ -56,13 +59,15 @@ def _nbytes(folder: Path) -> int:
     return nbytes
 
 
-def _origin(folder: Path) -> str | None:
+def _origin(folder: Path, *, whole: bool) -> str | None:
     try:
         if not (folder / MARKER_FILE).is_file():
             return None
     except OSError:  # nothing in it can be looked at, which the listing says of it anyway
         return None
     try:
+        if whole and changed_files(folder):
+            return "none: saved over an average, whose pma.json is still there"
         made = read_marker(folder).value
         if made.get("kind") == ONLINE_AVERAGE:
             return f"running average, {made.get('method')}"

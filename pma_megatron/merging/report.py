@@ -19,7 +19,7 @@ from pma_megatron.merging.planning import MergePlan
 from pma_megatron.merging.request import Output
 from pma_megatron.merging.verification import Verification
 from pma_megatron.runs.describe import describe
-from pma_megatron.storage.paths import in_store, path_of
+from pma_megatron.storage.paths import absolute, in_store, path_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,16 +81,19 @@ def how_to_resume(folder: Path, lr_factor: float | None = None) -> str:
     """
     if in_store(folder):
         return from_a_copy(folder)
+    folder = path_of(absolute(folder))  # it is typed elsewhere
     save = published_as(folder)
     ref = describe(save.checkpoint)
     known = registry.get(ref.format, str(save.checkpoint))
     if save.trainer is not None:
-        alone = known.resumed(save.checkpoint) if ref.weights_only else None
+        alone = known.resumed(save.checkpoint, save.checkpoint) if ref.weights_only else None
         return alone or save.trainer.resumed(folder)
     args = known.common(folder)["args"]
     if "consumed_train_samples" not in args:
-        return known.resumed(folder) or known.tracker.resumed(folder.parent)
-    flags: dict[str, tuple[str, ...]] = {"--load": (as_argument(folder.parent),)}
+        return known.resumed(folder, folder) or known.tracker.resumed(folder.parent)
+    # Of another --save every restart of the job would begin with the average again.
+    root = (as_argument(folder.parent),)
+    flags: dict[str, tuple[str, ...]] = {"--load": root, "--save": root}
     if ref.weights_only:
         flags["--no-load-optim"] = ()
     if lr_factor is not None:

@@ -54,9 +54,9 @@ class Method:
     name: str = setting("sma", "how checkpoints are weighted", metavar="M", choices=METHODS)
     alpha: float | None = setting(
         None,
-        "ema: weight of each newer one against the average of those before it, in (0, 1]",
+        "ema: weight of each newer one against the average of those before it, in (0, 1]; "
+        f"{DEFAULT_ALPHA} if not given",
         metavar="A",
-        shown=str(DEFAULT_ALPHA),
     )
     floor: float = setting(0.0, "decay methods: where the decay ends, in [0, 1)", metavar="F")
     values: tuple[float, ...] | None = setting(

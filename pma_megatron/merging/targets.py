@@ -11,6 +11,7 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
+from pma_megatron.base.openfiles import is_unreadable, unread
 from pma_megatron.base.spelling import first_few, given, named, switch
 from pma_megatron.errors import CheckpointError, PublishError, VerifyError
 from pma_megatron.formats import registry
@@ -28,6 +29,7 @@ from pma_megatron.formats.trainers.saves import checkpoint_in, output_name
 from pma_megatron.merging.folder_checksums import names_in
 from pma_megatron.merging.leftovers import STAGING, Target, staged_bytes, unfinished
 from pma_megatron.merging.planning import MergePlan
+from pma_megatron.merging.saved_over import saved_over
 from pma_megatron.runs.folders import holds_checkpoint, is_checkpoint
 from pma_megatron.storage.paths import in_store, path_of, place_of
 
@@ -143,12 +145,18 @@ def already(plan: MergePlan, wanted: Sequence[Target]) -> tuple[bool, ...]:
 
 
 def is_of(target: Target, plan: MergePlan) -> bool:
-    """Whether a published folder is what this plan makes, as far as its `pma.json` says."""
+    """Whether a published folder is what this plan makes, as far as its `pma.json` says.
+
+    Raises:
+        CheckpointError: that cannot be read now.
+    """
     try:
         made = json.loads((target.final / MARKER_FILE).read_text())
         digest, values = made["plan"]["digest"], made["output"]["coefficients"]
         exported = made.get("kind") == EXPORT
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, OSError) and is_unreadable(error):
+            raise unread(target.final / MARKER_FILE, error) from error
         return False
     same = digest == plan.digest and values == list(plan.outputs[target.output].values)
     return bool(same and exported == (target.folder is Folder.MODEL))
@@ -223,6 +231,19 @@ def _refuse_loss(plan: MergePlan, target: Target) -> None:
             f"which was not written with it{doubt} and would be lost. Move what is yours "
             f"elsewhere, or choose another {named(target.setting)}"
         )
+    changed = saved_over(target.final)
+    if changed:
+        raise PublishError(
+            f"{target.final} would be replaced, and {_since(changed)} and would be lost. Move it "
+            f"elsewhere, or choose another {named(target.setting)}"
+        )
+
+
+def _since(changed: Sequence[str]) -> str:
+    return (
+        f"{first_few(changed, _SHOWN)} in it {'are' if changed[1:] else 'is'} not what "
+        f"{MARKER_FILE} lists: training has saved a checkpoint over the average"
+    )
 
 
 _SHOWN = 4  # files that one message names
@@ -294,6 +315,12 @@ def _refuse_foreign(target: Target) -> None:
             raise PublishError(
                 f"{given('save', target.root)} holds {folder.name}, which this tool did not write: "
                 "it is a training run's folder. Give merges a folder of their own"
+            )
+        changed = saved_over(folder)
+        if changed:
+            raise PublishError(
+                f"{given('save', target.root)} holds {folder.name}, and {_since(changed)}. It is a "
+                "training run's folder now. Give merges a folder of their own"
             )
 
 

@@ -33,7 +33,14 @@ from pma_megatron.merging.engine import Progress
 from pma_megatron.merging.leftovers import Target, removed
 from pma_megatron.merging.planning import MergePlan
 from pma_megatron.storage.addresses import below
-from pma_megatron.storage.claims import FRESH_S, Claim, ClaimedError, claim, refuse_claimed
+from pma_megatron.storage.claims import (
+    FRESH_S,
+    Claim,
+    ClaimedError,
+    claim,
+    refuse_claimed,
+    renewing,
+)
 from pma_megatron.storage.paths import in_store, path_of, stored
 from pma_megatron.storage.protocol import Store, same_version
 
@@ -281,7 +288,7 @@ def complete(plan: MergePlan, target: Target, begun: Begun) -> None:
             if name == held[-1]:
                 point("upload_marker", 0)
             own.check(store)
-            with own.kept(store):
+            with renewing(own, store):
                 versions[name] = _put(store, key, target, name, files[name])
             _renew(begun)
         _refuse_missing(store, key, files, versions, target)

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from pma_megatron.base.comm import Comm
-from pma_megatron.base.openfiles import folders_in
+from pma_megatron.base.openfiles import folders_in, is_unreadable
 from pma_megatron.base.remote_paths import refuse_remote
 from pma_megatron.base.sizes import sized
-from pma_megatron.errors import PublishError
+from pma_megatron.errors import CheckpointError, PublishError
 from pma_megatron.formats import registry
 from pma_megatron.formats.contract import Tracker
 from pma_megatron.formats.holding import MARKERS
+from pma_megatron.formats.json_files import read_json
 from pma_megatron.formats.marker import MARKER_FILE, ONLINE_AVERAGE, UPLOADING_FILE
 from pma_megatron.online.remote_folder import is_newer, number_in, said_in, said_on_disk
 from pma_megatron.online.removal import hide, is_still, remove_hidden
@@ -149,13 +150,32 @@ class AverageUploads(Uploads):
         for each in folders_in(self.folder):
             if each.name.startswith("."):
                 continue
-            is_average = self._is_ours(said_on_disk(each))
-            tagged = iteration_of(each) is not None or registry.detect(each) == registry.DEEPSPEED
-            if is_average and describe(each).complete:
-                self._ready[each.name] = 0
-                self._largest_bytes = max(self._largest_bytes, _nbytes(each))
-            elif (is_average or tagged) and self._let_go(each) is None:
-                _log.warning("removed %s, left by a job that was cut off while it saved", each)
+            self._take_up(each)
+
+    def _take_up(self, folder: Path) -> None:
+        """Put there what an earlier job left, if it is whole; remove it if it never will be."""
+        try:
+            is_average = self._is_ours(read_json(folder / MARKER_FILE))
+            ref = describe(folder) if is_average else None
+            unreadable = ref is not None and ref.unreadable
+        except CheckpointError as error:
+            is_average, ref, unreadable = False, None, is_unreadable(error)
+        if unreadable:
+            _log.warning(
+                "%s, left by an earlier job, cannot be read now: it is not uploaded to %s, and is "
+                "looked at again by the next job",
+                folder,
+                self.address,
+            )
+        elif ref is not None and ref.complete:
+            self._ready[folder.name] = 0
+            self._largest_bytes = max(self._largest_bytes, _nbytes(folder))
+        elif (
+            is_average
+            or iteration_of(folder) is not None
+            or registry.detect(folder) == registry.DEEPSPEED
+        ) and self._let_go(folder) is None:
+            _log.warning("removed %s, left by a job that was cut off while it saved", folder)
 
     def saved(self, name: str) -> None:
         """Put that one there; returns at once. What does not say that it is an average stays on the

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection
 from pathlib import Path
+from stat import S_ISDIR
 
-from pma_megatron.base.openfiles import is_folder
+from pma_megatron.base.openfiles import is_folder, is_unreadable, unread
 from pma_megatron.base.spelling import named
 from pma_megatron.errors import CheckpointError, UsageError
 from pma_megatron.formats.marker import read_snapshot_marker
@@ -28,7 +29,8 @@ def prune(
     """Delete old snapshots below `root`, oldest first (rank 0 only).
 
     Only folders `iter_*` that are marked as snapshots are ever deleted; Megatron's checkpoints,
-    merges and links are not looked at. What cannot be deleted is logged and left.
+    merges and links are not looked at. What cannot be deleted is logged and left; all is where the
+    mark of one cannot be read, for what it says decides over the others.
 
     Args:
         root: the folder of snapshots.
@@ -51,8 +53,16 @@ def prune(
     if not is_folder(root):
         return []
     remove_hidden(root)
-    found = {iteration_of(f) or 0: f for f in root.iterdir() if is_snapshot(f)}
-    said = {iteration: (iteration, branch_of(folder)) for iteration, folder in found.items()}
+    found, said = {}, {}
+    for folder in root.iterdir():
+        iteration = iteration_of(folder) or 0
+        try:
+            if is_snapshot(folder):
+                found[iteration], said[iteration] = folder, (iteration, branch_of(folder))
+        except CheckpointError as error:
+            _log.warning("no snapshot that it may speak of is deleted: %s", error)
+            if keep or newest is not None:
+                return []
     other = {*given_up(said), *abandoned}
     come_to = max({*found} - other, default=0) if newest is None else newest
     gone = []
@@ -70,10 +80,18 @@ def prune(
 
 
 def is_snapshot(folder: Path) -> bool:
-    """Whether a folder is a thin snapshot, as its mark says; links are not followed."""
-    if folder.is_symlink() or not is_folder(folder) or iteration_of(folder) is None:
+    """Whether a folder is a thin snapshot, as its mark says; links are not followed.
+
+    Raises:
+        CheckpointError: it, or its mark, cannot be read now.
+    """
+    if iteration_of(folder) is None:
         return False
     try:
-        return read_snapshot_marker(folder) is not None
-    except CheckpointError:
-        return False  # of a later release: not ours to judge
+        return S_ISDIR(folder.lstat().st_mode) and read_snapshot_marker(folder) is not None
+    except (CheckpointError, OSError) as error:
+        if not is_unreadable(error):
+            return False  # of a later release: not ours to judge
+        if isinstance(error, OSError):
+            raise unread(folder, error) from error
+        raise

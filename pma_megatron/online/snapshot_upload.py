@@ -20,15 +20,24 @@ from pma_megatron.base.openfiles import folders_in
 from pma_megatron.base.spelling import first_few
 from pma_megatron.errors import CheckpointError, PublishError, SelectionError
 from pma_megatron.formats.dcp.metadata import METADATA_FILE
-from pma_megatron.formats.marker import SNAPSHOT, SNAPSHOT_VERSION, Branch, read_snapshot_marker
+from pma_megatron.formats.marker import (
+    SNAPSHOT,
+    SNAPSHOT_VERSION,
+    Branch,
+    branch_in,
+    read_snapshot_marker,
+)
 from pma_megatron.formats.torch_dist.completeness import completeness
 from pma_megatron.online.branch import outdated
+from pma_megatron.online.remote_folder import said_in
 from pma_megatron.online.snapshot_job import UPLOADED as _THERE
 from pma_megatron.online.uploads import Uploads, remove_marks
+from pma_megatron.runs.branches import given_up
 from pma_megatron.runs.describe import iteration_of
 from pma_megatron.runs.discover import TRACKER_FILE, list_checkpoints
 from pma_megatron.storage.addresses import below
 from pma_megatron.storage.paths import path_of
+from pma_megatron.storage.protocol import Store
 
 _FREE_SHARE = 0.1
 """Of a disk on which snapshots wait for a store."""
@@ -36,11 +45,7 @@ _SHOWN = 4
 
 
 class SnapshotUploads(Uploads):
-    """The uploads of one run's snapshots (rank 0 alone).
-
-    Attributes:
-        branches: iteration -> branch of the run, of what is there, whole.
-    """
+    """The uploads of one run's snapshots (rank 0 alone)."""
 
     what = "snapshots"
 
@@ -60,7 +65,6 @@ class SnapshotUploads(Uploads):
         """
         super().__init__(address, folder)
         self._keep, self._passed_by = keep, passed_by
-        self.branches: dict[int, Branch | None] = {}
         self._needed: frozenset[int] | None = None
 
     def there(self) -> frozenset[int]:
@@ -80,9 +84,37 @@ class SnapshotUploads(Uploads):
             refs = list_checkpoints(root) if root.is_dir() else []
         except (OSError, SelectionError) as error:
             raise PublishError(f"snapshots cannot go to {self.address}: {error}") from error
-        whole = {r.iteration: r for r in refs if r.complete and r.iteration is not None}
-        self.branches = {each: ref.branch for each, ref in whole.items() if ref.snapshot}
-        return frozenset(whole)
+        return frozenset(r.iteration for r in refs if r.complete and r.iteration is not None)
+
+    def branches(self) -> dict[int, Branch | None]:
+        """Iteration -> branch of the run, of what is in the store, as its marks say.
+
+        Raises:
+            PublishError: a mark cannot be read.
+        """
+        try:
+            found = self._marked(*self._place())
+        except (OSError, CheckpointError) as error:
+            raise PublishError(
+                f"which branch of the run the snapshots in {self.address} are of is not known: "
+                f"{error}. Start again once the store answers"
+            ) from error
+        return {iteration: branch for iteration, (_, branch) in found.items()}
+
+    def _marked(self, store: Store, root: str) -> dict[int, tuple[str, Branch | None]]:
+        """Iteration -> name and branch of each in the store, whether its content can be read or
+        not.
+
+        Raises:
+            OSError: the store does not tell.
+            CheckpointError: a mark says no branch.
+        """
+        found = {}
+        for name in store.folders(below(root)):
+            iteration, said = iteration_of(Path(name)), said_in(store, below(root, name))
+            if iteration and self._is_ours(said):
+                found[iteration] = name, branch_in(said, below(root, name))
+        return found
 
     def expect(self, needed: Collection[int]) -> None:
         """These iterations are about to be written, or stay."""
@@ -109,11 +141,11 @@ class SnapshotUploads(Uploads):
         for folder in folders_in(self.folder) if self.folder.is_dir() else ():
             if iteration_of(folder) is None:
                 continue
-            if (folder / _THERE).exists():
-                _empty(folder)
-                (folder / _THERE).unlink(missing_ok=True)
-            if folder.name != but:
-                with contextlib.suppress(OSError):  # what is not empty stays
+            with contextlib.suppress(OSError):  # another thread removes it, or it is not empty
+                if (folder / _THERE).exists():
+                    _empty(folder)
+                    (folder / _THERE).unlink(missing_ok=True)
+                if folder.name != but:
                     folder.rmdir()
 
     def _whole(self) -> list[Path]:
@@ -151,11 +183,12 @@ class SnapshotUploads(Uploads):
         elif self._keep is None:
             return
         store, root = self._place()
-        own = {iteration_of(Path(name)) or 0: name for name in self._own_in(store, root)}
-        own.pop(0, None)
-        for number in outdated(own, self._keep or 0, *self._passed_by()):
+        own = self._marked(store, root)
+        passed_by, newest = self._passed_by()
+        gone = {*passed_by, *given_up({i: (i, branch) for i, (_, branch) in own.items()})}
+        for number in outdated(own, self._keep or 0, gone, newest):
             if number not in (self._needed or ()):
-                self._delete(store, below(root, own[number]))
+                self._delete(store, below(root, own[number][0]))
 
     def _remove_unneeded(self) -> None:
         """Let go of what is on the disk, did not get to the store, and is not needed any more."""

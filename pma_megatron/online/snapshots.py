@@ -22,7 +22,7 @@ from pma_megatron.base.comm import Comm
 from pma_megatron.base.openfiles import is_folder
 from pma_megatron.base.remote_paths import refuse_remote
 from pma_megatron.base.spelling import first_few
-from pma_megatron.errors import PublishError, UsageError
+from pma_megatron.errors import CheckpointError, PublishError, UsageError
 from pma_megatron.formats.base import Item
 from pma_megatron.formats.marker import SNAPSHOTS, SnapshotMarker
 from pma_megatron.formats.torch_dist.checkpoint import COMMON_FILE
@@ -232,9 +232,15 @@ class SnapshotWriter:
 
     def _look_for_branches(self, trained_from: int | None) -> None:
         """What is newer than where training goes on is of a branch that was given up."""
-        found = {} if self._uploads is None else dict(self._uploads.branches)
-        for folder in filter(is_snapshot, self.root.iterdir()):
-            found[iteration_of(folder) or 0] = branch_of(folder)
+        found = {} if self._uploads is None else self._uploads.branches()
+        try:
+            for folder in filter(is_snapshot, self.root.iterdir()):
+                found[iteration_of(folder) or 0] = branch_of(folder)
+        except CheckpointError as error:
+            raise PublishError(
+                f"which branch of the run the snapshots in {self.root} are of is not known: "
+                f"{error}. Or move that one elsewhere"
+            ) from error
         self._branch = RunBranch(found)
         if trained_from is not None:
             self._newest = trained_from

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from pma_megatron.base.comm import Comm
-from pma_megatron.base.openfiles import is_folder
+from pma_megatron.base.openfiles import unread
 from pma_megatron.base.spelling import renamed
 from pma_megatron.errors import CheckpointError, PublishError
 from pma_megatron.formats.holding import holding
@@ -32,9 +32,9 @@ from pma_megatron.merging.source_checksums import checked
 from pma_megatron.online.shard import Shard
 from pma_megatron.online.snapshots import SnapshotWriter
 from pma_megatron.online.window import ExponentialAverage, Member, Window
-from pma_megatron.runs.describe import common_args, schedule_of
+from pma_megatron.runs.describe import args_of, schedule_of
 from pma_megatron.runs.discover import list_checkpoints
-from pma_megatron.runs.refs import CheckpointRef
+from pma_megatron.runs.refs import CheckpointRef, iteration_of
 from pma_megatron.storage.paths import path_of, place_of
 
 FOLDER = "window"
@@ -111,7 +111,7 @@ class WindowStore:
 
         Raises:
             CheckpointError, RankError: an entry is of another model, damaged, a copy of another
-                one, or has a file of another run.
+                one, has a file of another run, or cannot be read now.
         """
         self.wait()
         self.window.clear()
@@ -136,15 +136,29 @@ class WindowStore:
         """Entries up to `iteration` (reference, members), later ones, and notes.
 
         Of an exponential average the newest is all; the one before comes along to be compared.
+
+        Raises:
+            CheckpointError: one of them cannot be read now.
         """
         # What an earlier job could not put into a store any more is put there first.
         self._writer.wait_for_uploads(_BEFORE_LOAD_S, self._comm.moved)
         root = path_of(self.root, again=True)
-        listed = list_checkpoints(root) if is_folder(root) else []
+        try:
+            listed = list_checkpoints(root) if root.is_dir() else []
+        except OSError as error:
+            raise unread(root, error) from error
         refs = [r for r in listed if r.iteration is not None]
+        unreadable = {iteration_of(r): r for r in refs if r.unreadable}
+        for each, ref in unreadable.items():
+            if each <= iteration:
+                raise CheckpointError(
+                    f"{ref.path} cannot be read now ({ref.incomplete_because}): without it the "
+                    "average would be another one, and the next save would delete it. Start again "
+                    "once it can be read, or move it elsewhere to go on without it"
+                )
         notes = [f"{r.path} is left out: {r.incomplete_because}" for r in refs if not r.complete]
         whole = [r for r in refs if r.complete and r.snapshot]
-        there = {r.iteration for r in whole if r.iteration is not None} | self._writer.left()
+        there = {*map(iteration_of, whole), *unreadable} | self._writer.left()
         stale = sorted(each for each in there if each > iteration)
         if stale:
             notes.append(
@@ -224,4 +238,5 @@ def _args(entry: Member) -> Namespace:
 
 
 def _members(ref: CheckpointRef) -> int:
-    return int(common_args(path_of(ref.path)).get(_MEMBERS, 1))
+    """How many members an entry is the average of; one that cannot be read is not taken for one."""
+    return int(args_of(path_of(ref.path)).get(_MEMBERS, 1))

@@ -39,7 +39,7 @@ from pma_megatron.online.remote_folder import (
 )
 from pma_megatron.online.removal import UPLOADED, hide, hold, is_still, move_aside
 from pma_megatron.storage.addresses import below
-from pma_megatron.storage.claims import Claim, ClaimedError, claim
+from pma_megatron.storage.claims import Claim, ClaimedError, claim, renewing
 from pma_megatron.storage.paths import stored
 from pma_megatron.storage.protocol import Object, Store
 
@@ -304,8 +304,7 @@ class Uploads(ABC):
                 if name in last:
                     made.check(store)
                 made.renew(store)
-                with made.kept(store):
-                    versions[name] = store.put_file(f"{key}/{name}", held / name)
+                versions[name] = store.put_file(f"{key}/{name}", held / name)
                 point("snapshot-part", 0)
             there = objects_in(store, key)
             wrong = [n for n, size in sizes.items() if not is_same(there.get(n), size, versions[n])]
@@ -338,7 +337,8 @@ class Uploads(ABC):
                     "elsewhere"
                 )
             self._cut_off[name] = made
-            yield made
+            with renewing(made, store):  # a file may take longer than a claim counts
+                yield made
             made.check(store)
         except ClaimedError as other:
             raise PublishError(f"another job is at work at {key} ({other})") from None
@@ -367,13 +367,6 @@ class Uploads(ABC):
             return True
         except ClaimedError:
             return False
-
-    def _own_in(self, store: Store, root: str) -> Iterator[str]:
-        """Names of those in the store."""
-        for name in store.folders(below(root)):
-            name = name.rstrip("/").rpartition("/")[2]
-            if self._is_ours(said_in(store, below(root, name))):
-                yield name
 
     def _delete(self, store: Store, key: str) -> None:
         """Delete one in the store, what makes it whole first, and what says whose it is last."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISDIR
 
+from pma_megatron.base.openfiles import SourceStream, is_unreadable
 from pma_megatron.base.spelling import first_few, named
-from pma_megatron.errors import SelectionError
+from pma_megatron.errors import CheckpointError, SelectionError
 from pma_megatron.formats.trainers.saves import checkpoint_in, save_of
 from pma_megatron.retention.keeping import needed
 from pma_megatron.retention.request import PruneRequest
@@ -108,6 +110,7 @@ def decide(request: PruneRequest, before: Decision | None = None, anew: str = ""
 
 
 _SHOWN = 3
+_RECOVERY = "keep_recovery_iterations"
 _UNSEEN = (
     "no store has locks: a merge, live start or evaluation that reads one of these at this moment "
     "is seen only if it was started on this machine and makes an average"
@@ -119,11 +122,16 @@ def _further(end: CheckpointRef, request: PruneRequest) -> Iterator[str]:
     deletes = trainer_retention(end)
     if deletes is not None:
         yield f"{deletes}: what stays here may go there"
-    if request.keep_recovery_iterations is None and recovers_by_itself(end):
-        yield (
-            "the run recovers from loss spikes by itself (pma_recover), and nothing says that what "
-            f"it needs for that is to stay: {named('keep_recovery_iterations')}"
-        )
+    if request.keep_recovery_iterations is None:
+        stays = f"nothing says that what it needs for that is to stay: {named(_RECOVERY)}"
+        try:
+            if recovers_by_itself(end):
+                yield f"the run recovers from loss spikes by itself (pma_recover), and {stays}"
+        except CheckpointError as error:
+            yield (
+                "whether the run recovers from loss spikes by itself (pma_recover) is not known "
+                f"({error}), and {stays}"
+            )
 
 
 def _end(refs: list[CheckpointRef], root: Path) -> CheckpointRef:
@@ -181,6 +189,8 @@ def _states(
         why = found[ref.path] = [f"{trackers[folder]} names it"] if folder in trackers else []
         if ref.path in newest:
             why.append("the newest")
+        elif ref.path == end.path:
+            why.append("what training resumes from")
         if ref.iteration is None:
             why.append("it has no iteration number")
         elif end.iteration is not None and ref.iteration > end.iteration:
@@ -189,6 +199,10 @@ def _states(
             why.append(f"saved in another way ({_named_kind(ref)}) than iteration {end.iteration}")
         if ref.state == "being written":
             why.append("it is being written")
+        elif ref.unreadable:
+            why.append(f"it cannot be read now ({ref.incomplete_because})")
+        elif ref.branch_unknown:
+            why.append(str(ref.unhealthy_because))
         elif ref.state == "not judged":
             why.append("not judged yet after a recovery")
         elif ref.state == "damaged":
@@ -216,7 +230,8 @@ def _named(parents: Iterable[Path]) -> dict[Path, str]:
 
 
 def _newest(refs: Sequence[CheckpointRef]) -> set[str]:
-    """The newest of each kind, whole or not, and the newest whole one."""
+    """The newest of each kind, whole or not; the newest whole one, and of those the newest that
+    nothing speaks against."""
     kinds: dict[tuple[object, ...], list[CheckpointRef]] = {}
     for ref in refs:
         if ref.iteration is not None:
@@ -224,6 +239,8 @@ def _newest(refs: Sequence[CheckpointRef]) -> set[str]:
             if ref.complete:
                 whole = (ref.snapshot, ref.weights_only, ref.format)
                 kinds.setdefault(whole, []).append(ref)
+                if ref.unhealthy_because is None:
+                    kinds.setdefault((*whole, "healthy"), []).append(ref)
     found = set()
     for kind in kinds.values():
         top = max(iteration_of(ref) for ref in kind)
@@ -255,4 +272,20 @@ def _damaged(folder: Path, request: PruneRequest) -> list[str]:
         changed_s = max(max(stat.st_mtime, stat.st_ctime) for stat in stats)
     if time.time() - changed_s < SETTLED_S:
         return ["it changed within the last hour: it may be written again"]
-    return []
+    return _unreadable(folder)
+
+
+def _unreadable(folder: Path) -> list[str]:
+    """Why nothing tells that one is damaged: what was found missing may be what cannot be read."""
+    errors: list[OSError] = []
+    for here, _, names in os.walk(folder, onerror=errors.append):
+        for path in (path_of(here) / name for name in names):
+            try:
+                with SourceStream(path) as stream:
+                    stream.read(1)
+            except OSError as error:
+                errors.append(error)
+    found = next(filter(is_unreadable, errors), None)
+    if found is None:
+        return []
+    return [f"{found.filename or folder} cannot be read now ({found.strerror})"]

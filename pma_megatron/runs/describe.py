@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from pma_megatron.base import steps
+from pma_megatron.base.openfiles import is_unreadable, unread
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats import registry
 from pma_megatron.formats.base import Incomplete, Schedule
-from pma_megatron.formats.marker import UPLOADING_FILE, read_snapshot_marker
+from pma_megatron.formats.contract import Common
+from pma_megatron.formats.marker import UPLOADING_FILE, SnapshotMarker, read_snapshot_marker
 from pma_megatron.formats.schema import is_count
 from pma_megatron.formats.source import Source
 from pma_megatron.formats.trainers.saves import common_of, save_of, unfinished
@@ -39,7 +41,8 @@ def _iteration_named(folder: Path) -> int | None:
 
 
 def describe(folder: Path, history: recovery_log.History | None = None) -> CheckpointRef:
-    """One checkpoint folder as a reference; damage ends up in `incomplete_because`.
+    """One checkpoint folder as a reference; damage, and what kept it from being read, ends up in
+    `incomplete_because`.
 
     Args:
         folder: `iter_*`, `release`, or a tag of DeepSpeed, or what lies under such a name.
@@ -51,9 +54,10 @@ def describe(folder: Path, history: recovery_log.History | None = None) -> Check
         if none is None:
             return _described(folder, history)
     except CheckpointError as error:
-        none = Incomplete(str(error))
+        none = Incomplete.of(error)
     except OSError as error:
-        none = Incomplete(f"{error.filename or folder} cannot be read ({error.strerror})")
+        said = f"{error.filename or folder} cannot be read ({error.strerror})"
+        none = Incomplete(said, unreadable=is_unreadable(error))
     return _incomplete(folder, "unknown", _iteration_named(folder), none)
 
 
@@ -78,10 +82,11 @@ def _why_none(folder: Path) -> Incomplete | None:
 
 
 def _described(folder: Path, history: recovery_log.History | None) -> CheckpointRef:
-    name, iteration = registry.detect(folder), _iteration_named(folder)
+    name, iteration = registry.detected(folder), _iteration_named(folder)
     if name not in [known.name for known in registry.FORMATS] and _may_be_begun(folder):
         begun = "no metadata.json: still being written, cut off, or another format"
         return _incomplete(folder, "unknown", iteration, Incomplete(begun, unfinished=True))
+    marker = None
     try:
         known = registry.get(name, str(folder))
         if iteration is None:
@@ -90,10 +95,9 @@ def _described(folder: Path, history: recovery_log.History | None) -> Checkpoint
         if in_store(folder) and any(sign.is_file() for sign in signs):
             return _incomplete(folder, name, iteration, Incomplete(_UPLOADING, unfinished=True))
         marker = read_snapshot_marker(folder)
-        snapshot = marker is not None
         reason = known.completeness(folder)
         if reason is not None:
-            return _incomplete(folder, name, iteration, reason, snapshot=snapshot)
+            return _incomplete(folder, name, iteration, reason, marker)
         common = common_of(folder, known)
         if iteration is None and folder.name != "release" and is_count(common["iteration"]):
             iteration = common["iteration"]
@@ -105,12 +109,12 @@ def _described(folder: Path, history: recovery_log.History | None) -> Checkpoint
         if wrong is None and marker is not None:
             wrong = _wrong_iteration(iteration, marker.iteration)
         if wrong is not None:
-            return _incomplete(folder, name, iteration, Incomplete(wrong), snapshot=snapshot)
+            return _incomplete(folder, name, iteration, Incomplete(wrong), marker)
         tokens, unknown = consumed_tokens_of(args)
         if "tokens" in common:
             tokens, unknown = common["tokens"], common.get("tokens_unknown")
     except CheckpointError as error:
-        return _incomplete(folder, name, iteration, Incomplete(str(error)))
+        return _incomplete(folder, name, iteration, Incomplete.of(error), marker)
     doubt = (history or recovery_log.History(())).doubt(iteration, args)
     return CheckpointRef(
         path=str(folder),
@@ -120,7 +124,7 @@ def _described(folder: Path, history: recovery_log.History | None) -> Checkpoint
         consumed_tokens=tokens,
         tokens_unknown_because=unknown,
         complete=True,
-        snapshot=snapshot,
+        snapshot=marker is not None,
         weights_only=bool(common.get("weights_only")),
         unhealthy_because=doubt.reason if doubt else None,
         judged=doubt is None or doubt.judged,
@@ -134,8 +138,18 @@ _UPLOADING = "it is being uploaded or deleted, or that was cut off: run the same
 
 
 def _incomplete(
-    folder: Path, name: str, iteration: int | None, why: Incomplete, *, snapshot: bool = False
+    folder: Path,
+    name: str,
+    iteration: int | None,
+    why: Incomplete,
+    marker: SnapshotMarker | None = None,
 ) -> CheckpointRef:
+    unknown = False
+    if why.unreadable and marker is None:
+        try:
+            marker = read_snapshot_marker(folder)
+        except CheckpointError as error:
+            unknown = is_unreadable(error)
     return CheckpointRef(
         path=str(folder),
         format=name,
@@ -143,8 +157,11 @@ def _incomplete(
         tokens_unknown_because="the checkpoint is not complete",
         complete=False,
         incomplete_because=why.reason,
-        snapshot=snapshot,
+        snapshot=marker is not None,
         writing=why.unfinished,
+        unreadable=why.unreadable,
+        branch=None if marker is None else marker.branch,
+        branch_unknown=unknown,
         saved_in=_saved_in(folder, name),
     )
 
@@ -161,13 +178,27 @@ def _may_be_begun(folder: Path) -> bool:
     return registry.detect(folder) != registry.LEGACY
 
 
-def common_args(folder: Path) -> dict[str, Any]:
-    """Megatron's arguments in a checkpoint; {} where there is none or it cannot be read."""
+def common_at(folder: Path) -> Common:
+    """What the checkpoint in a folder says beside its tensors.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read: nothing is known of it then.
+    """
     try:
-        found = common_of(folder, registry.get(registry.detect(folder), str(folder)))["args"]
-    except (CheckpointError, OSError):
-        return {}
-    return dict(found)
+        return common_of(folder, registry.get(registry.detect(folder), str(folder)))
+    except OSError as error:
+        raise unread(error.filename or folder, error) from error
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder} cannot be read as a checkpoint: {error}") from error
+
+
+def args_of(folder: Path) -> dict[str, Any]:
+    """The arguments of training in a checkpoint; {} where its trainer keeps none.
+
+    Raises:
+        CheckpointError: as `common_at`.
+    """
+    return dict(common_at(folder)["args"])
 
 
 def schedule_of(ref: CheckpointRef | Source) -> Schedule:

@@ -17,7 +17,7 @@ from pma_megatron.formats import registry
 from pma_megatron.formats.marker import SNAPSHOTS
 from pma_megatron.formats.trainers.saves import checkpoint_in, saved_below
 from pma_megatron.runs import recovery_log
-from pma_megatron.runs.branches import branch_of, marked
+from pma_megatron.runs.branches import marked, unmarked, with_snapshots
 from pma_megatron.runs.describe import SHORT, STEP, describe, iteration_of
 from pma_megatron.runs.folders import ITERATION, is_checkpoint, what_is
 from pma_megatron.runs.refs import CheckpointRef
@@ -48,7 +48,8 @@ def list_checkpoints(
     """Every checkpoint of the run at `root`, oldest first, whole or not.
 
     Thin snapshots below it (`pma_snapshots`) count too. Where a snapshot and a full checkpoint have
-    one iteration, the full one is listed, unless it alone is incomplete.
+    one iteration, the full one is listed, unless it alone is incomplete; one that cannot be read
+    may be whole.
 
     Some trainers save a folder around each checkpoint (`formats.trainers`): the checkpoints in
     those are listed. Where `root` holds no checkpoint but folders `checkpoint-N`, so are the tags
@@ -75,20 +76,13 @@ def list_checkpoints(
     history = _history(root, problem)
 
     def look(folder: Path) -> CheckpointRef:
-        return known.get(str(folder)) or describe(folder, history)
+        found = known.get(str(folder))
+        return describe(folder, history) if found is None else unmarked(found)
 
     pointers = read_pointers(root)
     folders = _checkpoint_folders(root, _tags_named(pointers))
     refs = {folder.name: look(folder) for folder in folders}
-    hidden = []
-    for folder in _checkpoint_folders(root / SNAPSHOTS):
-        full = refs.get(folder.name)
-        if full is None or not full.complete:
-            thin = look(folder)
-            if full is None or thin.complete:
-                refs[folder.name] = thin
-        else:
-            hidden.append(branch_of(folder))
+    refs, hidden = with_snapshots(refs, _checkpoint_folders(root / SNAPSHOTS), look)
     around = [*saved_below(root, refs), *(() if refs else _tags_with_own_roots(root))]
     refs |= {str(folder): look(folder) for folder in around}
     at = {ref.path: key for key, ref in refs.items()}
@@ -339,7 +333,15 @@ def _newest_by_name(root: Path) -> Path | None:
     refs = list_checkpoints(root, problem=lambda _: None)
     whole = [ref for ref in refs if ref.complete and ref.iteration is not None]
     named = (registry.get(r.format, r.path).tracker.content_of(path_of(r.path).name) for r in whole)
-    return path_of(whole[-1].path) if whole and all(name is None for name in named) else None
+    if not whole or not all(name is None for name in named):
+        return None
+    newest = whole[-1].iteration or 0
+    for ref in (r for r in refs if r.unreadable and (r.iteration or 0) > newest):
+        raise CheckpointError(
+            f"{ref.path} may be the newest of {root}, and cannot be read now "
+            f"({ref.incomplete_because}). Try again, or name one checkpoint's folder"
+        )
+    return path_of(whole[-1].path)
 
 
 def _checkpoint_folders(root: Path, named: Collection[str] = ()) -> list[Path]:

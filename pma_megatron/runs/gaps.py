@@ -18,6 +18,7 @@ from pma_megatron.storage.paths import path_of
 
 Kind = Literal[
     "being written",
+    "unreadable",
     "damaged",
     "spoiled",
     "not judged",
@@ -40,10 +41,10 @@ class PassedOver:
     Attributes:
         path: its folder.
         iteration: None where it has none.
-        kind: `being written`, `damaged`, `spoiled` (saved in a loss spike), `not judged` (saved
-            before the loss after a recovery was known to be well), `given up` (a later branch of
-            the run began before it), `excluded`, `newer` than what training resumes from, `not
-            needed` by the spacing or list, or without an iteration.
+        kind: `being written`, `unreadable` (it may be whole), `damaged`, `spoiled` (saved in a
+            loss spike), `not judged` (saved before the loss after a recovery was known to be well),
+            `given up` (a later branch of the run began before it), `excluded`, `newer` than what
+            training resumes from, `not needed` by the spacing or list, or without an iteration.
         reason: a clause for people.
         gap: whether it would have been chosen, had it been whole and healthy.
     """
@@ -77,7 +78,7 @@ def passed_over(
     """
     kind: Kind
     if ref.iteration is None and not ref.complete:
-        kind = "damaged"
+        kind = "unreadable" if ref.unreadable else "damaged"
         reason = f"it has no iteration number, and is incomplete ({why_incomplete(ref)})"
     elif ref.iteration is None:
         by_name = f" (name it with {named('paths')} to use it)" if has("paths") else ""
@@ -90,6 +91,8 @@ def passed_over(
         kind, reason = "being written", f"it is still being written ({why_incomplete(ref)})"
     elif ref.state == "damaged":
         kind, reason = "damaged", f"it is incomplete ({why_incomplete(ref)})"
+    elif ref.state == "unreadable":
+        kind, reason = "unreadable", f"it cannot be read now ({why_incomplete(ref)})"
     elif ref.state == "complete":
         kind, reason = "not needed", why_not_needed
     else:
@@ -125,7 +128,7 @@ def left_out(
             continue
         newer = resumed if resumed is not None and ref.iteration > resumed else None
         excluded = ref.iteration in exclude
-        unusable = ref.state in ("damaged", "spoiled", "not judged")
+        unusable = ref.state in ("unreadable", "damaged", "spoiled", "not judged")
         stands_in = ref.iteration in used  # another folder holds that iteration, whole
         gap = unusable and newer is None and not excluded and not stands_in and wanted(ref)
         if gap or ref.iteration >= oldest:

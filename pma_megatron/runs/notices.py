@@ -11,8 +11,9 @@ from typing import Any
 
 from pma_megatron.base import steps
 from pma_megatron.base.spelling import told
+from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.base import Schedule
-from pma_megatron.runs.describe import common_args, describe, schedule_of
+from pma_megatron.runs.describe import args_of, describe, schedule_of
 from pma_megatron.runs.gaps import lines
 from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.runs.selection import Selection
@@ -61,7 +62,10 @@ def too_early_notes(selection: Selection) -> list[str]:
 
 def settings_of(ref: CheckpointRef) -> dict[str, Any]:
     """The arguments that stay while a run goes on, as far as a checkpoint has them."""
-    args = common_args(path_of(ref.path))
+    try:
+        args = args_of(path_of(ref.path))
+    except CheckpointError:
+        return {}  # what opens it as a source says why
     return {name: args[name] for name in _OF_ONE_RUN if name in args}
 
 

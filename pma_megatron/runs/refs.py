@@ -10,7 +10,9 @@ from pma_megatron.formats.marker import Branch
 from pma_megatron.runs.tokens import format_tokens
 
 Unit = Literal["tokens", "iterations", "unknown"]
-State = Literal["complete", "being written", "damaged", "spoiled", "not judged", "given up"]
+State = Literal[
+    "complete", "being written", "unreadable", "damaged", "spoiled", "not judged", "given up"
+]
 
 _SHOWN = 4  # unusable checkpoints named in one message
 
@@ -49,10 +51,16 @@ class CheckpointRef:
     is of a branch that was given up."""
     writing: bool = False
     """True for an incomplete one whose save may be under way; else it is damaged or was cut off."""
+    unreadable: bool = False
+    """True for one of which reading failed, so that it may be whole: no file says otherwise, but
+    the storage, the store or the rights to it did."""
     judged: bool = True
     """False if it was saved after a recovery, before the loss was known to be well again."""
     branch: Branch | None = None
     """Which branch of the run wrote it, where a snapshot says so."""
+    branch_unknown: bool = False
+    """True where it cannot be told now whether a later branch began before it, or which one wrote
+    it: what says so cannot be read."""
     given_up: bool = False
     """True where a later branch of the run began before it (`runs.branches`)."""
     warning: str | None = None
@@ -68,6 +76,8 @@ class CheckpointRef:
     @property
     def state(self) -> State:
         """What it is, in the words of `pma list`."""
+        if self.unreadable:
+            return "unreadable"
         if not self.complete:
             return "being written" if self.writing else "damaged"
         if self.unhealthy_because is None:

@@ -285,7 +285,7 @@ def _last(
     later = request.end_iteration is not None and has("end_iteration")
     ways += [f"choose a later {named('end_iteration')}"] if later else []
     ways += [f"leave fewer out with {named('exclude')}"] if request.exclude else []
-    if any(ref.state == "damaged" for ref in pool):
+    if any(ref.state in ("damaged", "unreadable") for ref in pool):
         ways += ["put right what is said of those", "wait until the run has saved others"]
     else:
         ways += ["wait until more are complete"]

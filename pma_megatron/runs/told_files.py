@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from pma_megatron.base.durable import is_stream, replace_file
 from pma_megatron.base.openfiles import is_folder, read_source_file
 from pma_megatron.errors import CheckpointError, UsageError
 from pma_megatron.storage.paths import path_of
+
+_LONGEST_NAME = 255  # of file systems in use; some count characters
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +70,16 @@ def refuse_file(what: str, path: Path, kind: Kind, made: Iterable[Path] = ()) ->
         kind: what it may take the place of, beside a file without content.
         made: folders that the same command makes before it writes the file.
 
+    Only the rank that writes it looks: others may be on machines that have no such folder.
+
     Raises:
         UsageError: saying what to do.
     """
+    if not _is_writer():
+        return
     if is_stream(path):
+        if path.is_socket():
+            raise UsageError(f"{what} is a socket, which cannot be opened: name a file or a pipe")
         return
     target = path_of(os.path.realpath(path))
     there = is_folder(target.parent)
@@ -78,6 +87,10 @@ def refuse_file(what: str, path: Path, kind: Kind, made: Iterable[Path] = ()) ->
         raise UsageError(f"{what}: the folder {path.parent} does not exist: make it")
     if is_folder(target):
         raise UsageError(f"{what} is a folder: name a file")
+    if os.path.lexists(target):
+        _refuse_irreplaceable(what, target)
+    elif len(os.fsencode(target.name)) > _LONGEST_NAME:
+        raise UsageError(f"{what}: a name has at most {_LONGEST_NAME} bytes: a shorter one")
     if there:
         _refuse_closed(what, target.parent)
     refuse_part(what, {_absolute(path).parent, target.parent})
@@ -99,9 +112,15 @@ def refuse_folder(what: str, path: Path, made: Iterable[str | Path] = ()) -> Non
         path: the folder, which need not be there.
         made: folders that the same command makes.
 
+    Only the rank that writes there looks, as with a file.
+
     Raises:
         UsageError: saying what to do.
     """
+    if not _is_writer():
+        return
+    if any(len(os.fsencode(part)) > _LONGEST_NAME for part in path.parts):
+        raise UsageError(f"{what}: a name has at most {_LONGEST_NAME} bytes: a shorter one")
     places = {_absolute(path), path_of(os.path.realpath(path))}
     there = next(p for p in (path, *_absolute(path).parents) if os.path.lexists(p))
     if not is_folder(there):
@@ -155,9 +174,23 @@ def _absolute(path: Path) -> Path:
     return path_of(os.path.normpath(path.absolute()))
 
 
+def _is_writer() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _refuse_irreplaceable(what: str, target: Path) -> None:
+    """What is no plain file would be gone, and what is write-protected is so for a reason."""
+    mode = target.lstat().st_mode
+    if stat.S_ISLNK(mode):
+        return  # to itself: it cannot be read, which is said
+    if not stat.S_ISREG(mode):
+        raise UsageError(f"{what} is a device and no plain file: name a file")
+    if not mode & 0o222 or not os.access(target, os.W_OK):
+        raise UsageError(f"{what} is there and write-protected: another file, or chmod u+w")
+
+
 def _refuse_closed(what: str, folder: Path) -> None:
-    """Asked by the rank that writes: others may be on machines that have no such folder."""
-    if os.environ.get("RANK", "0") == "0" and not os.access(folder, os.W_OK | os.X_OK):
+    if not os.access(folder, os.W_OK | os.X_OK):
         raise UsageError(
             f"{what}: you may not write into {folder}: ask for the right to, or name another place"
         )

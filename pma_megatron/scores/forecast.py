@@ -163,9 +163,7 @@ def forecast(scores: Scores, annealed: Sequence[Annealed], metric: str) -> Forec
         UsageError: no such metric, no score at the iteration that an annealing run starts from, or
             an annealed loss that is not finite.
     """
-    if metric not in scores.metrics:
-        instead = one_of(metric, scores.metrics)
-        raise UsageError(f"{mistyped('metric', metric)} was not scored; {instead}")
+    refuse_unscored(scores, metric)
     trained = scores.unmerged(metric)
     for run in annealed:
         if not math.isfinite(run.loss):
@@ -184,6 +182,17 @@ def forecast(scores: Scores, annealed: Sequence[Annealed], metric: str) -> Forec
         grouped.setdefault(point.series, []).append(point)
     series = [_series(scores, points, annealed, metric) for points in grouped.values()]
     return Forecast(metric=metric, series=tuple(series), annealed=tuple(annealed))
+
+
+def refuse_unscored(scores: Scores, metric: str) -> None:
+    """Refuse a loss that the scores do not have.
+
+    Raises:
+        UsageError: naming those that they have.
+    """
+    if metric not in scores.metrics:
+        instead = one_of(metric, scores.metrics)
+        raise UsageError(f"{mistyped('metric', metric)} was not scored; {instead}")
 
 
 def agreement(predictions: Sequence[Prediction]) -> Agreement | None:

@@ -28,7 +28,8 @@ LOSS = (
     "loss metrics global avg loss",  # torchtitan
 )
 GRAD_NORM = ("grad norm", "gradient norm", "train grad norm", "optim total grad norm")
-SAMPLES = ("consumed samples", "consumed train samples", "samples")
+SAMPLES = ("consumed samples", "consumed train samples")
+RUN = ("run", "run id", "run name", "experiment", "experiment id", "experiment name")
 _TRAINING = {"train", "training"}
 _EVALUATION = {"eval", "evaluation", "val", "valid", "validation", "validate", "dev", "test"}
 # Names of columns whose values are names that people gave; a run may well be called "test".

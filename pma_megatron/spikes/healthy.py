@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from pma_megatron.base.settings import described, needed, same, setting
-from pma_megatron.base.spelling import named
+from pma_megatron.base.spelling import hint, named
 from pma_megatron.errors import SelectionError, UsageError
 from pma_megatron.runs.gaps import Kind, PassedOver
 from pma_megatron.runs.refs import CheckpointRef, iteration_of
@@ -60,6 +60,9 @@ class GivenUp:
             f"not judged: iterations {self.span.first} to {self.span.last} were run twice, nothing "
             f"says which of the two saved it, and the one that was given up {off}"
         )
+
+
+_WEIGHTS_ALONE = "its weights were saved alone, without main params and optimizer state"
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +117,8 @@ class HealthyRequest:
     def __post_init__(self) -> None:
         if self.onset < 1:
             raise UsageError(f"{named('onset')} must be at least 1, got {self.onset}")
+        if self.last is not None and self.last < 1:
+            raise UsageError(f"{named('last')} must be at least 1, got {self.last}")
         if self.margin_iterations < 0 or self.further_back < 0:
             raise UsageError(
                 f"{named('margin_iterations')} and {named('further_back')} must be at least 0, got "
@@ -228,6 +233,7 @@ def _why_not(ref: CheckpointRef, request: HealthyRequest) -> Rejected | None:
         (ref.iteration is None, lambda: "it has no iteration number", None),
         (at in request.exclude, lambda: f"left out by {named('exclude')}", "excluded"),
         (not ref.complete, lambda: f"it is not complete: {ref.incomplete_because}", None),
+        (ref.weights_only and not ref.snapshot, lambda: _WEIGHTS_ALONE, None),
         (at >= onset, lambda: f"at or after the onset at iteration {onset}", None),
         (
             at >= first,
@@ -277,6 +283,11 @@ def _nothing_left(
     ways = "Recover from an older backup, or start anew with another learning rate"
     if any("within the margin" in each.reason for each in rejected):
         ways = f"Lower {named('margin_iterations')} if you trust it. {ways}"
+    if any(each.reason == _WEIGHTS_ALONE for each in rejected):
+        ways = (
+            f"Give the folder that training saves its own checkpoints to{hint('load')}, or average "
+            f"weights with pma merge. {ways}"
+        )
     if any(each.kind == "not judged" for each in rejected):
         ways = f"If you know the first iteration that was off, name it: {named('onset')}. {ways}"
     return (

@@ -7,6 +7,7 @@ apart by content and name; text may be gzipped.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from bisect import bisect_left
@@ -159,31 +160,57 @@ def _in_iterations(
 
 def _read(path: Path, loss: str | None, grad_norm: str | None) -> Written:
     if path.is_dir():
-        return read_tensorboard(_event_files(path), loss, grad_norm)
+        return read_tensorboard(*_event_files(path), loss, grad_norm)
     if _EVENTS in path.name:
-        return read_tensorboard({path.parent: [path]}, loss, grad_norm)
+        return read_tensorboard({path.parent: [path]}, {}, loss, grad_norm)
+    if path.exists() and not path.is_file():
+        raise MetricsError(
+            f"{path}: is a pipe or a device, and what comes out of it can be read once: write it "
+            "to a file first; several files can be given one after another"
+        )
     first = _first_line(path)
     if suffix(path) == ".json" or first.strip() == "{":
         found = read_trainer_state(path, loss, grad_norm)
         if found is not None:
             return found
-    if suffix(path) in (".jsonl", ".ndjson") or _is_json_object(first):
+    if suffix(path) in (".jsonl", ".ndjson"):
         return read_jsonl(path, loss, grad_norm)
+    if _is_json_object(first):
+        return _read_json_or_log(path, loss, grad_norm)
     if suffix(path) == ".csv" or ("," in first and has_iteration(first)):
         return read_csv(path, loss, grad_norm)
+    return _read_log(path, loss, grad_norm)
+
+
+def _read_json_or_log(path: Path, loss: str | None, grad_norm: str | None) -> Written:
+    """JSON lines, or a log in which what a trainer printed comes after a line of JSON, or in it."""
+    try:
+        return read_jsonl(path, loss, grad_norm)
+    except MetricsError:
+        with contextlib.suppress(MetricsError):
+            return _read_log(path, loss, grad_norm)
+        raise
+
+
+def _read_log(path: Path, loss: str | None, grad_norm: str | None) -> Written:
     found = read_log(path, loss, grad_norm)
     return replace(found, notes=[*found.notes, *not_printed(path)])
 
 
-def _event_files(folder: Path) -> dict[Path, list[Path]]:
-    """The event files in `folder` itself, or in its subfolders where it has none; by folder."""
+Folders = dict[Path, list[Path]]
+"""Folder -> event files in it."""
+
+
+def _event_files(folder: Path) -> tuple[Folders, Folders]:
+    """The event files in `folder` itself, and in its subfolders; these alone where it has none."""
     files = sorted(file for file in folder.rglob("*") if _EVENTS in file.name and file.is_file())
-    found: dict[Path, list[Path]] = {}
+    found: Folders = {}
     for file in files:
         found.setdefault(file.parent, []).append(file)
     if not found:
         raise MetricsError(f"{folder}: no TensorBoard event file (*{_EVENTS}*) in this folder")
-    return {folder: found[folder]} if folder in found else found
+    own = found.pop(folder, None)
+    return (found, {}) if own is None else ({folder: own}, found)
 
 
 def _first_line(path: Path) -> str:

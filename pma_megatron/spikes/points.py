@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from pma_megatron.errors import MetricsError
 from pma_megatron.spikes import columns
 
 
@@ -73,6 +75,43 @@ def of_rows(
     if evaluated:
         notes.append(f"{evaluated} row(s) left out: they say that they are of an evaluation.")
     return points, notes
+
+
+def joined_runs(
+    path: Path, rows: Iterable[Mapping[str, Any]], names: Iterable[str], step: str, loss: str
+) -> list[str]:
+    """A note where a column says that rows are of several runs, which follow one another.
+
+    Restarts of one run may have a name each. Rows of runs side by side are of several.
+
+    Raises:
+        MetricsError: they are side by side, or of one nothing would be left.
+    """
+    told = columns.named(names, columns.RUN)
+    begun: dict[str, dict[str, int]] = {name: {} for name in told}
+    now: dict[str, str] = {}
+    for row in rows if told else ():
+        at = as_number(_done(row.get(step)))
+        if at is None or not at.is_integer() or as_number(row.get(loss)) is None:
+            continue
+        if columns.of_evaluation(row):
+            continue
+        for name in told:
+            run = str(row.get(name, ""))
+            first = begun[name].setdefault(run, int(at))
+            before = begun[name].get(now.get(name, run), first)
+            if run != now.get(name, run) and (first != int(at) or first <= before):
+                raise MetricsError(
+                    f"{path}: has rows of several runs, {columns.listed(begun[name])}, in its "
+                    f"column {name!r}: give those of one run alone"
+                )
+            now[name] = run
+    return [
+        f"Rows of {len(runs)} runs ({name}: {columns.listed(runs)}) follow one another, as one "
+        "that was restarted."
+        for name, runs in begun.items()
+        if len(runs) > 1
+    ]
 
 
 def _is_of_other(name: str, value: Any) -> bool:

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pma_megatron.base.spelling import first_few
 from pma_megatron.errors import MetricsError, UsageError
 from pma_megatron.spikes import columns, consoles, textfiles
-from pma_megatron.spikes.points import MetricsPoint, as_number, of_rows
+from pma_megatron.spikes.points import MetricsPoint, as_number, joined_runs, of_rows
 from pma_megatron.storage.paths import content_of
 
 
@@ -37,9 +38,9 @@ class Written:
 _LOG_KEYS = re.compile(r"loss|norm|consumed samples|number of (skipped|nan) iterations")
 _FIELD = re.compile(r"(?<![\w./-])([A-Za-z][\w./-]*)['\"]?\s*[:=]")
 _LOOKED_AT = 1000  # lines of a file that is not understood
-_LOG_START = re.compile(r"(?<!, )iteration\s+(\d+)/\s*\d+\s*\|")
+_LOG_START = re.compile(r"(?<!, )iteration\s+(\d{1,15})/\s*\d+\s*\|")
 # deepspeed/runtime/pipe/engine.py, `train_batch`
-_PIPELINE = re.compile(r"steps: (\d+) loss: (\S+) (?=[^:]*iter time \(s\): )")
+_PIPELINE = re.compile(r"steps: (\d{1,15}) loss: (\S+) (?=[^:]*iter time \(s\): )")
 
 
 def read_log(path: Path, loss: str | None, grad_norm: str | None) -> Written:
@@ -73,13 +74,13 @@ def read_log(path: Path, loss: str | None, grad_norm: str | None) -> Written:
             complete = "number of nan iterations" in fields
             skipped, torn = skipped + complete, torn + (not complete)
             continue
-        samples = fields.get("consumed samples")
+        samples = fields.get("consumed samples", math.nan)
         points.append(
             MetricsPoint(
                 iteration=int(fields["iteration"]),
                 loss=value,
                 grad_norm=fields.get(grad_norm or "grad norm"),
-                consumed_samples=None if samples is None else int(samples),
+                consumed_samples=int(samples) if math.isfinite(samples) else None,
             )
         )
     notes = [] if loss or key == "lm loss" else [f"The loss is {key!r}; there is no 'lm loss'."]
@@ -229,13 +230,14 @@ def _read_table(
         raise MetricsError(
             f"{path}: no column for the loss; name one with loss=: {columns.listed(names)}"
         )
+    notes = joined_runs(path, rows(), names, step, loss_column)
     run = columns.run_of(loss_column)
     same = names if run is None else [name for name in names if columns.run_of(name) in (run, None)]
     norm_column = columns.pick(path, "grad_norm", same, columns.GRAD_NORM, grad_norm)
     samples_column = next(iter(columns.named(names, columns.SAMPLES)), None)
-    points, notes = of_rows(rows(), step, loss_column, norm_column, samples_column)
+    points, left_out = of_rows(rows(), step, loss_column, norm_column, samples_column)
     in_samples = columns.is_monitor(loss_column) or columns.is_monitor(path.name)
-    return Written(points=points, notes=notes, in_samples=in_samples)
+    return Written(points=points, notes=[*notes, *left_out], in_samples=in_samples)
 
 
 Scalars = dict[str, list[tuple[float, int, float]]]
@@ -243,7 +245,10 @@ Scalars = dict[str, list[tuple[float, int, float]]]
 
 
 def read_tensorboard(
-    folders: Mapping[Path, list[Path]], loss: str | None, grad_norm: str | None
+    folders: Mapping[Path, list[Path]],
+    below: Mapping[Path, list[Path]],
+    loss: str | None,
+    grad_norm: str | None,
 ) -> Written:
     """Points of event files, by wall time; the step is the iteration.
 
@@ -252,11 +257,12 @@ def read_tensorboard(
 
     Args:
         folders: folder -> event files in it.
+        below: the same for subfolders of these, of which it is said that they are left out.
         loss: tag of the loss; None for a usual one.
         grad_norm: the same.
 
     Raises:
-        MetricsError: no loss, or those of several runs at once.
+        MetricsError: no loss, or those of several runs at once, or a subfolder may be a part.
         UsageError: tensorboard is not installed.
     """
     each = {folder: _scalars(files) for folder, files in folders.items()}
@@ -269,7 +275,7 @@ def read_tensorboard(
             f"{columns.listed(names) or 'no scalars'}"
         )
     each = {folder: series for folder, series in each.items() if loss_tag in series}
-    notes = _one_after_another(each, loss_tag)
+    notes = [*_one_after_another(each, loss_tag), *_left_out(each, below, loss_tag)]
     series: Scalars = {}
     for part in each.values():
         for tag, events in part.items():
@@ -284,6 +290,32 @@ def read_tensorboard(
         near = min(norms.get(step, []), key=lambda event: abs(event[0] - wall_s), default=None)
         points.append(MetricsPoint(iteration=step, loss=value, grad_norm=near[1] if near else None))
     return Written(points=points, notes=notes, in_samples=columns.is_monitor(loss_tag))
+
+
+def _left_out(
+    each: Mapping[Path, Scalars], below: Mapping[Path, list[Path]], tag: str
+) -> list[str]:
+    """A note on subfolders that are left out.
+
+    Raises:
+        MetricsError: one may be of a restart of the same run, or of another run.
+    """
+    times = [event[0] for series in each.values() for event in series[tag]]
+    for folder, files in below.items():
+        own = [event[0] for event in _scalars(files).get(tag, [])]
+        if own and (min(own) >= max(times) or max(own) <= min(times)):
+            above = next(iter(each))
+            raise MetricsError(
+                f"{above} has event files, and so has {folder}, written before or after them: "
+                "whether those are of one run is not known. Instead of the folder give the files "
+                f"in it, {above}/*tfevents*, and where it is of this run {folder} too, in the "
+                "order in which they were written"
+            )
+    said = (
+        f"{len(below)} subfolder(s) with event files left out, without {tag!r} or written at the "
+        f"same time: {first_few(map(str, below), 5)}."
+    )
+    return [said] if below else []
 
 
 def _one_after_another(each: Mapping[Path, Scalars], tag: str) -> list[str]:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 from pma_megatron.base.comm import Comm
+from pma_megatron.base.openfiles import is_folder
 from pma_megatron.base.settings import made, values
-from pma_megatron.base.spelling import hint, named, speaking
-from pma_megatron.errors import MetricsError, SelectionError
+from pma_megatron.base.spelling import first_few, given, hint, named, speaking
+from pma_megatron.errors import MetricsError, PublishError, SelectionError
 from pma_megatron.formats import registry
 from pma_megatron.formats.holding import holding
+from pma_megatron.formats.marker import MARKER_FILE
 from pma_megatron.formats.trainers.saves import output_name, save_of
 from pma_megatron.merging.job import Show, merge, plan, silent
 from pma_megatron.merging.policy import Policy
@@ -28,6 +30,7 @@ from pma_megatron.spikes.metrics import Metrics, read_metrics
 from pma_megatron.spikes.onsets import Course, given_up, judge
 from pma_megatron.spikes.relaunch import Resume, resume, resume_script
 from pma_megatron.spikes.request import KEYWORDS, MOST_SKIPPED, RecoveryRequest
+from pma_megatron.spikes.unsure import not_judged, nothing_lost
 from pma_megatron.storage.paths import absolute, in_store, path_of, place_of
 
 
@@ -79,9 +82,11 @@ def diagnose(request: RecoveryRequest) -> Diagnosis:
     Raises:
         MetricsError: the metrics cannot be read, or are of another run than the checkpoints.
         SelectionError: no spike was found, no healthy checkpoint is left, or none to resume from.
+        PublishError: the folder to save to holds other averages, which training would save over.
         UsageError, CheckpointError: see `merge`.
     """
     found, healthy = _chosen(request, list_checkpoints(request.load))
+    _refuse_others(request, healthy.selection.refs[-1])
     skip, notes = _skipped(request, found)
     how = _resume(request, healthy.selection.refs, skip)
     return Diagnosis(
@@ -104,7 +109,7 @@ class _Found:
     confirmed: int | None = None
     verdicts: tuple[Verdict, ...] = ()
     back: tuple[int | None, ...] = ()
-    spans: tuple[Span, ...] = ()
+    course: Course | None = None
     given_up: tuple[GivenUp, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -115,15 +120,18 @@ def _chosen(request: RecoveryRequest, refs: Sequence[CheckpointRef]) -> tuple[_F
         found = _Found(onset=request.onset, well_until=request.onset - 1, notes=_unskipped(request))
     else:
         found = _found(request, refs)
+    course = found.course
     asked = made(
         HealthyRequest,
         values(request),
         onset=found.onset,
         well_until=found.well_until,
-        spans=found.spans,
+        spans=() if course is None else course.spans(found.onset),
         given_up=found.given_up,
     )
-    return found, choose_healthy(refs, asked)
+    healthy = choose_healthy(refs, asked)
+    unsure = () if course is None else not_judged(healthy.selection.refs, course)
+    return replace(found, notes=(*found.notes, *unsure)), healthy
 
 
 def _found(request: RecoveryRequest, refs: Sequence[CheckpointRef]) -> _Found:
@@ -142,7 +150,7 @@ def _found(request: RecoveryRequest, refs: Sequence[CheckpointRef]) -> _Found:
     course = judge(metrics.points, request.spike)
     lost = course.lost
     if lost is None:
-        raise SelectionError(_nothing_lost(metrics, course))
+        raise SelectionError(nothing_lost(metrics, course, request.spike, MOST_SKIPPED))
     well_until = course.well_until(lost.onset)
     if well_until + 1 < lost.onset:
         unseen = f"between iterations {well_until} and {lost.onset}"
@@ -164,7 +172,7 @@ def _found(request: RecoveryRequest, refs: Sequence[CheckpointRef]) -> _Found:
         confirmed=lost.confirmed,
         verdicts=course.verdicts,
         back=course.back,
-        spans=course.spans(lost.onset),
+        course=course,
         given_up=given_up(metrics, saved, request.spike),
         notes=tuple(notes),
     )
@@ -223,26 +231,23 @@ def _resume(request: RecoveryRequest, chosen: Sequence[CheckpointRef], skip: Spa
             f"from those. Give the folder that training saves to{hint('load')}, or merge "
             f"iterations {', '.join(str(ref.iteration) for ref in chosen)} without a recovery"
         )
-    if newest.format in registry.UNTRACKED:
-        raise SelectionError(
-            f"{newest.path} is a model without an optimizer, and training cannot go on from it. "
-            f"Give the folder that training saves its own checkpoints to{hint('load')}, or average "
-            "the models with pma merge"
-        )
     folder = path_of(newest.path)
     args, schedule = known.common(folder)["args"], known.schedule(folder)
     save, how = save_of(folder, newest.format), None
+    made = place_of(absolute(request.save)) / output_name(save, known, newest.iteration)
     if save.trainer is not None:
-        made = place_of(absolute(request.save)) / output_name(save, known, newest.iteration)
-        how = from_a_copy(made) if in_store(made) else save.trainer.resumed(made)
-    elif not known.tracker.by_flag and "consumed_train_samples" not in args:
-        root = place_of(request.save)
-        how = from_a_copy(root / "tag") if in_store(root) else known.tracker.resumed(request.save)
+        how = save.trainer.resumed(made)
+    elif "consumed_train_samples" not in args:
+        how = known.resumed(folder, made)
+        if how is None and not known.tracker.by_flag:
+            how = known.tracker.resumed(made.parent)
     if how is not None:
+        how = from_a_copy(made) if in_store(made) else how
         return resume_script(
             how,
             request.save,
             newest.iteration,
+            deepspeed=newest.format == registry.DEEPSPEED and save.trainer is None,
             skip=skip,
             lr_factor=request.lr_factor,
             command=request.command,
@@ -257,29 +262,43 @@ def _resume(request: RecoveryRequest, chosen: Sequence[CheckpointRef], skip: Spa
     )
 
 
+def _refuse_others(request: RecoveryRequest, newest: CheckpointRef) -> None:
+    """The run goes on in the folder of the recovery, and saves what has its name there.
+
+    What training itself has saved there is refused for every merge.
+
+    Raises:
+        PublishError: another average lies there.
+    """
+    root = path_of(place_of(absolute(request.save)), again=in_store(request.save))
+    if not is_folder(root):
+        return
+    save = save_of(path_of(newest.path), newest.format)
+    own = output_name(save, registry.get(newest.format, newest.path), newest.iteration)
+    others = sorted(
+        each.name
+        for each in root.iterdir()
+        if each.name != own
+        and (each / MARKER_FILE).is_file()
+        and registry.detect(each) not in registry.UNTRACKED
+    )
+    if others:
+        raise PublishError(
+            f"{given('save', root)} holds {first_few(others, _SHOWN)} beside the recovery, {own}: "
+            "the run goes on there, and would save its checkpoints over averages of the same "
+            f"iterations. Give a new folder, or move elsewhere what is there"
+        )
+
+
+_SHOWN = 4  # folders that one message names
+
+
 def _batch_samples(refs: Sequence[CheckpointRef]) -> int | None:
     """Samples per iteration of a run, None where its checkpoints do not agree on one."""
     saved = [ref for ref in refs if ref.complete and ref.iteration]
     sizes = {(ref.consumed_samples or 0) / (ref.iteration or 1) for ref in saved}
     size = sizes.pop() if len(sizes) == 1 else 0.0
     return int(size) if size and size.is_integer() else None
-
-
-def _nothing_lost(metrics: Metrics, course: Course) -> str:
-    """Why nothing is recovered from: a sentence, and what to do about it."""
-    seen = [
-        f"{verdict.kind.value} from iteration {verdict.onset}"
-        f"{f', back at iteration {back}' if verdict.fatal else ''}: {verdict.reason}"
-        for verdict, back in zip(course.verdicts, course.back, strict=True)
-    ]
-    said = f" (seen: {'; '.join(seen)})" if seen else ""
-    return (
-        f"{metrics.source} shows no spike that the run did not recover from, in "
-        f"{len(metrics.points)} points, iterations {metrics.points[0].iteration} to "
-        f"{metrics.points[-1].iteration}{said}. If you "
-        "know better, or mean one that it came back from, name its first iteration with "
-        f"{named('onset')}; {named('patience')} and {named('fatal_rise')} change what counts"
-    )
 
 
 def _unskipped(request: RecoveryRequest) -> tuple[str, ...]:

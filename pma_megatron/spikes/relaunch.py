@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from pma_megatron.errors import UsageError
 from pma_megatron.formats.base import Schedule
 from pma_megatron.formats.rates import rate_flags
 from pma_megatron.spikes.healthy import Span
-from pma_megatron.storage.paths import in_store
+from pma_megatron.storage.paths import absolute, in_store
 
 _SKIP = "--iterations-to-skip"
 
@@ -23,12 +24,23 @@ _DROPPED = {
     "--finetune": 0,
     "--no-load-optim": 0,
     "--no-load-rng": 0,
+    "--load-main-params-from-ckpt": 0,
+    "--override-ckpt-iteration": 1,
     # of Megatron-DeepSpeed
     "--load-tag": 1,
     "--no-load-lr-state": 0,
     "--reset-iteration": 0,
 }
 
+# Megatron loads a non-persistent checkpoint that is as new as the one in --load, or newer
+# (core_v0.16.1, megatron/training/checkpointing.py): one from the spike.
+_NON_PERSISTENT = {
+    "--non-persistent-ckpt-type": 1,
+    "--non-persistent-save-interval": 1,
+    "--non-persistent-global-ckpt-dir": 1,
+    "--non-persistent-local-ckpt-dir": 1,
+    "--non-persistent-local-ckpt-algo": 1,
+}
 
 # Up to core_v0.16 the flag names iterations from 0, not as the log does (Megatron-LM b4e4d9618e,
 # megatron/training/training.py). Of the arguments that a checkpoint has from all of these releases
@@ -71,16 +83,18 @@ def resume_script(
     root: str,
     iteration: int | None,
     *,
+    deepspeed: bool,
     skip: Span | None,
     lr_factor: float | None,
     command: Sequence[str],
 ) -> Resume:
-    """How a script with a DeepSpeed engine, whose flags nobody else knows, resumes from `root`.
+    """How a script or a trainer, whose flags nobody else knows, resumes from `root`.
 
     Args:
         call: what it calls to load.
         root: where the recovery lies.
         iteration: of the recovery.
+        deepspeed: whether the script itself has an engine of DeepSpeed.
         skip: iterations whose data is not to be trained on again.
         lr_factor: of the learning rates in the recovery.
         command: refused.
@@ -91,16 +105,20 @@ def resume_script(
     if command:
         raise UsageError(
             "the launch command after -- cannot be changed: the checkpoints hold no arguments of "
-            f"it, so how the script is told what to load is not known. Leave it out, and let "
-            f"{call} run"
+            f"it, so how the script is told what to load is not known. Leave it out, and "
+            f"resume with {call}"
         )
     there = f"the copy of {root}" if in_store(root) else root
-    notes = [f"save to {there} from then on, so that its `latest` moves; the old folder stays"]
+    notes = ["save to another folder than the old one from then on; that stays as it is"]
+    stands, setting = f"the recovery is of iteration {iteration}", ""
+    if deepspeed:
+        notes = [f"save to {there} from then on, so that its `latest` moves; the old folder stays"]
+        stands = f"after the load engine.global_steps is {iteration}"
+        setting = ". DeepSpeed has no setting for that"
     if skip is not None:
         notes.append(
-            f"after the load engine.global_steps is {iteration}: a script that goes on with its "
-            f"data from there meets iterations {skip.first} to {skip.last} again, unless it passes "
-            "over their batches. DeepSpeed has no setting for that"
+            f"{stands}: a script that goes on with its data from there meets iterations "
+            f"{skip.first} to {skip.last} again, unless it passes over their batches{setting}"
         )
     if lr_factor is not None:
         notes += _slower(root, lr_factor)
@@ -130,7 +148,9 @@ def resume(
     Raises:
         UsageError: a flag to change stands inside a word of the command.
     """
-    here, notes = as_argument(root), [f"the run goes on in {root}; the old folder stays as it is"]
+    root = absolute(root)
+    here = as_argument(root)
+    notes = [f"the run goes on in {root}; the old folder stays as it is"]
     if in_store(root):
         here = OF_COPY
         notes = [
@@ -139,24 +159,33 @@ def resume(
         ]
     flags: dict[str, tuple[str, ...]] = {"--load": (here,), "--save": (here,)}
     if skip is not None:
-        passed_over, said = _passed_over(args, skip)
+        passed_over, said = _passed_over(args, skip, _skipped_before(command))
         flags |= passed_over
         notes.append(said)
     if lr_factor is not None:
         flags |= rate_flags(args, schedule, lr_factor)
         notes += _slower(root, lr_factor)
+    left_out = _left_out(args, command)
+    notes += _non_persistent(command, left_out)
     if command:
-        _refuse_hidden(command, flags)
+        _refuse_hidden(command, {**left_out, **flags})
         notes += _not_found(command)
-    return Resume(
-        flags=flags, command=_changed(command, flags) if command else None, notes=tuple(notes)
-    )
+    changed = _changed(command, flags, left_out) if command else None
+    return Resume(flags=flags, command=changed, notes=tuple(notes))
 
 
-def _passed_over(args: Mapping[str, Any], skip: Span) -> tuple[dict[str, tuple[str, ...]], str]:
-    """The flag that skips iterations, as the log numbers them, and what to say of it."""
+def _passed_over(
+    args: Mapping[str, Any], skip: Span, before: Sequence[str]
+) -> tuple[dict[str, tuple[str, ...]], str]:
+    """The flag that skips iterations, as the log numbers them, and what to say of it.
+
+    Args:
+        args: Megatron's, saved.
+        skip: what is to be skipped.
+        before: what the launch command skips already, as it stands there.
+    """
     which = f"iterations {skip.first} to {skip.last}"
-    if "iterations_to_skip" not in args:
+    if "iterations_to_skip" not in args and not before:
         return {}, (
             "the release that wrote the checkpoint has no --iterations-to-skip (its saved args "
             f"lack it), so the data of {which} comes again: another --seed would shuffle it "
@@ -176,9 +205,47 @@ def _passed_over(args: Mapping[str, Any], skip: Span) -> tuple[dict[str, tuple[s
     elif older:
         first, last = first - 1, last - 1
         said += f" (--iterations-to-skip of this release counts from 0: {first} to {last})"
-    new = range(max(0, first), last + 1)
-    earlier = [i for i in args["iterations_to_skip"] or () if i not in new]
-    return {_SKIP: tuple(map(str, (*earlier, *new)))}, said
+    new = [str(i) for i in range(max(0, first), last + 1)]
+    earlier = dict.fromkeys([*map(str, args.get("iterations_to_skip") or ()), *before])
+    return {_SKIP: (*(i for i in earlier if i not in new), *new)}, said
+
+
+def _skipped_before(command: Sequence[str]) -> tuple[str, ...]:
+    """What a launch command has after `--iterations-to-skip`: an earlier recovery put it there."""
+    found: list[str] = []
+    for at, word in enumerate(command):
+        flag, equals, value = word.partition("=")
+        if flag != _SKIP:
+            continue
+        rest = itertools.takewhile(lambda each: not _is_flag(each), command[at + 1 :])
+        found = [value] if equals else [*rest]  # as argparse: the last one counts
+    return tuple(found)
+
+
+def _left_out(args: Mapping[str, Any], command: Sequence[str]) -> dict[str, int]:
+    """Flags that the command must not have, and how many values each takes."""
+    given = command or [f"--{name.replace('_', '-')}={v}" for name, v in args.items() if v]
+    typed_flags = {word.partition("=")[0] for word in given}
+    kind = " ".join(given).replace("=", " ").partition("--non-persistent-ckpt-type ")[2]
+    # Those lie in the folder that is loaded from, and the new one has none.
+    in_load = kind.startswith("global") and "--non-persistent-global-ckpt-dir" not in typed_flags
+    return _DROPPED if not kind or in_load else {**_DROPPED, **_NON_PERSISTENT}
+
+
+def _non_persistent(command: Sequence[str], left_out: Mapping[str, int]) -> list[str]:
+    """That non-persistent checkpoints would be loaded before the recovery."""
+    stale = [flag for flag in left_out if flag in _NON_PERSISTENT]
+    if command:
+        typed_flags = {word.partition("=")[0] for word in command}
+        stale = [flag for flag in stale if flag in typed_flags]
+    if not stale:
+        return []
+    what = f"{', '.join(stale)} left out of the command" if command else f"leave out {stale[0]}"
+    return [
+        f"{what}: Megatron would go on from the newest non-persistent checkpoint, which may be of "
+        "the spike. Give them again with another folder for them, or once the old ones are deleted "
+        "on every node"
+    ]
 
 
 def _slower(root: str, factor: float) -> list[str]:
@@ -189,13 +256,13 @@ def _slower(root: str, factor: float) -> list[str]:
     ]
 
 
-def _refuse_hidden(command: Sequence[str], flags: Mapping[str, tuple[str, ...]]) -> None:
+def _refuse_hidden(command: Sequence[str], flags: Iterable[str]) -> None:
     """Refuse a command with a flag that cannot be changed because it stands inside a word.
 
     Raises:
         UsageError: it has one.
     """
-    names = "|".join(map(re.escape, {**flags, **_DROPPED}))
+    names = "|".join(map(re.escape, flags))
     hidden = re.compile(rf"(?<![\w-])(?:{names})(?![\w-])")
     for word in command:
         found = hidden.search(word)
@@ -221,16 +288,18 @@ def _not_found(command: Sequence[str]) -> list[str]:
     ]
 
 
-def _changed(command: Sequence[str], flags: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+def _changed(
+    command: Sequence[str], flags: Mapping[str, tuple[str, ...]], left_out: Mapping[str, int]
+) -> tuple[str, ...]:
     """The command without the old values of `flags`, and without what stops a resume, plus them."""
     kept, at = [], 0
     while at < len(command):
         flag, equals, _ = command[at].partition("=")
         at += 1
-        if flag not in flags and flag not in _DROPPED:
+        if flag not in flags and flag not in left_out:
             kept.append(command[at - 1])
             continue
-        values = 0 if equals else _DROPPED.get(flag, len(flags.get(flag, ())))
+        values = 0 if equals else left_out.get(flag, len(flags.get(flag, ())))
         while values and at < len(command) and not _is_flag(command[at]):
             at += 1
             values -= flag != _SKIP  # which takes as many as there are

@@ -90,7 +90,13 @@ class RecoveryRequest:
         refuse_remote("load", self.load, stores=True)
         refuse_remote("save", self.save, stores=True, put=True)
         refuse_remote("metrics", *(self.metrics or ()), stores=True)
-        if (self.metrics is None) == (self.onset is None):
+        if self.metrics is not None and self.onset is not None:
+            raise UsageError(
+                f"{named('onset')} and {named('metrics')} cannot stand together, for each says "
+                f"where the run went wrong: leave out {named('metrics')} (then name the data to "
+                f"pass over with {named('skip')}), or {named('onset')}"
+            )
+        if self.metrics is None and self.onset is None:
             raise UsageError(
                 f"say where the run went wrong: {given('metrics', 'FILE')} (its log, TensorBoard "
                 f"folder, CSV or JSONL), or {named('onset')}, its first iteration "

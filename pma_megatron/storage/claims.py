@@ -77,33 +77,6 @@ class Claim:
         store.put(self.key, json.dumps(self.said).encode())
         self.renewed_s = time.monotonic()
 
-    @contextlib.contextmanager
-    def kept(self, store: Store) -> Iterator[None]:
-        """Say it again within the block too, however long one request there takes. Whether it was
-        lost is found out by `check` and `renew`."""
-        over = threading.Event()
-
-        def renew() -> None:
-            while not over.wait(_LOOKED_S):
-                try:
-                    self.renew(store)
-                except ClaimedError:
-                    return
-                except OSError:  # the next time, or who puts something meets it too
-                    continue
-
-        thread = threading.Thread(target=renew, name="pma-claim", daemon=True)
-        try:
-            thread.start()
-        except RuntimeError:  # the interpreter is about to end, and begins no thread any more
-            yield
-            return
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join()
-
 
 def claimed(store: Store, key: str) -> tuple[dict[str, Any], float] | None:
     """What a claim says, and its age in seconds by the clock of this machine, which is good enough
@@ -185,6 +158,32 @@ def claim(store: Store, key: str, work: str, more: Mapping[str, Any]) -> Claim:
         if found is None or found[0].get("token") != said["token"]:
             raise ClaimedError(_by(found[0] if found else {}), lost=False) from None
     return made
+
+
+@contextlib.contextmanager
+def renewing(made: Claim, store: Store) -> Iterator[None]:
+    """Renew a claim for as long as the block lasts, whatever takes its time in there: a thread does
+    that. Whoever takes over meanwhile is not told of here: see `Claim.check`."""
+    ended = threading.Event()
+    thread = threading.Thread(target=_renew, args=(made, store, ended), daemon=True)
+    with contextlib.suppress(RuntimeError):  # a process that ends begins none any more
+        thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        if thread.ident is not None:
+            thread.join()
+
+
+def _renew(made: Claim, store: Store, ended: threading.Event) -> None:
+    while not ended.wait(_LOOKED_S):
+        try:
+            made.renew(store)
+        except ClaimedError:
+            return
+        except OSError as error:
+            _log.warning("%s cannot be renewed (%s)", made.key, error.strerror or error)
 
 
 def _by(said: Mapping[str, Any]) -> str:

@@ -7,9 +7,7 @@ lives, and taken over where it is that of a process that is gone.
 from __future__ import annotations
 
 import contextlib
-import logging
 import secrets
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +15,11 @@ from pathlib import Path
 from pma_megatron.base.stopping import shielded
 from pma_megatron.errors import PublishError
 from pma_megatron.storage.addresses import below
-from pma_megatron.storage.claims import FRESH_S, Claim, ClaimedError, claim
+from pma_megatron.storage.claims import FRESH_S, Claim, ClaimedError, claim, renewing
 from pma_megatron.storage.paths import stored
 from pma_megatron.storage.protocol import Store
 
 SIGN = ".pma-lock-"
-_RENEW_S = 30.0
-_log = logging.getLogger(__name__)
 
 
 class TakenOverError(PublishError):
@@ -71,10 +67,20 @@ def in_charge_of(root: Path, name: str) -> Iterator[Charge]:
     Raises:
         PublishError: another watch has, or the store refuses.
     """
+    with contextlib.ExitStack() as stack:
+        with shielded():  # what was claimed is let go of, whenever a signal comes
+            made, store = _claimed(root, name)
+            renewed = contextlib.ExitStack()
+            stack.callback(_let_go, made, store, renewed)
+            renewed.enter_context(renewing(made, store))
+        yield Charge(str(root), made, store)
+
+
+def _claimed(root: Path, name: str) -> tuple[Claim, Store]:
+    """Claim a folder for a watch; raises as `in_charge_of`."""
     try:
         store, key = stored(root)
-        sign = below(key, f"{SIGN}{name}")
-        made = claim(store, sign, f"watch {secrets.token_hex(8)}", {})
+        return claim(store, below(key, f"{SIGN}{name}"), f"watch {secrets.token_hex(8)}", {}), store
     except ClaimedError as other:
         raise PublishError(
             f"another watch keeps an average in {root} current ({other}): end it; if it is dead, "
@@ -82,25 +88,11 @@ def in_charge_of(root: Path, name: str) -> Iterator[Charge]:
         ) from None
     except OSError as error:
         raise PublishError(f"cannot write to {root}: {error.strerror or error}") from error
-    ended = threading.Event()
-    thread = threading.Thread(target=_renew, args=(made, store, ended), daemon=True)
-    thread.start()
-    try:
-        yield Charge(str(root), made, store)
-    finally:
-        with shielded():
-            ended.set()
-            thread.join()
-            with contextlib.suppress(ClaimedError, OSError):
-                made.check(store)
-                store.delete([made.key])
 
 
-def _renew(made: Claim, store: Store, ended: threading.Event) -> None:
-    while not ended.wait(_RENEW_S):
-        try:
-            made.renew(store)
-        except ClaimedError:
-            return  # the watch finds that out before it does anything
-        except OSError as error:
-            _log.warning("%s cannot be renewed (%s)", made.key, error.strerror or error)
+def _let_go(made: Claim, store: Store, renewed: contextlib.ExitStack) -> None:
+    with shielded():
+        renewed.close()  # first, or the claim would be there once more
+        with contextlib.suppress(ClaimedError, OSError):
+            made.check(store)
+            store.delete([made.key])

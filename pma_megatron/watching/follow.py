@@ -190,13 +190,14 @@ class _Follower:
 
     def _fingerprint(self, seen: Seen) -> tuple[object, ...]:
         """The sources, and whether what was made of them is there."""
-        return (seen.sources, *(_stamp(path_of(each)) for each in self._outcome.published))
+        return (seen.sources, *map(_stamp_at, self._outcome.published))
 
     def _make_current(self, seen: Seen) -> None:
         request = pinned(self._merge, seen)
         first, self._made = self._made is None and self._failed is None, None
         wanted = wanted_of(request, rolling=self._request.rolling is not None)
-        known = first and wanted.current
+        # What an attempt has published that failed after that is not made, and replaced, again.
+        known = wanted.current
         published = wanted.folders
         sources = [ref.iteration for ref in seen.refs]
         numbers: dict[str, Any] = {"iteration": seen.end, "sources": sources}
@@ -217,7 +218,7 @@ class _Follower:
         self._retry_s = _RETRY_S / 2
         point("watched", 0)
         try:
-            if not known or self._request.events is not None:
+            if not (known and first) or self._request.events is not None:
                 self._evaluate(seen.end, published)
             self._delete_old(seen.end, published)
         except (PmaError, OSError) as error:  # the average is there
@@ -253,7 +254,8 @@ class _Follower:
             published = merge(request, show=self._show).published
         spool.forget()  # what was read of stores, lest it grows with every average
         for each in published:
-            path_of(each, again=True)
+            with contextlib.suppress(PmaError, OSError):  # it is there, whether that is seen or not
+                path_of(each, again=True)
         return published
 
     def _wait(self, why: str) -> None:
@@ -339,6 +341,13 @@ def _named(iterations: Sequence[int | None]) -> str:
 
 def _is_export(folder: Path) -> bool:
     return read_json(folder / MARKER_FILE).get("kind") == EXPORT
+
+
+def _stamp_at(folder: str) -> tuple[int, int] | None:
+    """The same of a folder that may lie in a store, which may not answer now."""
+    with contextlib.suppress(PmaError, OSError):
+        return _stamp(path_of(folder))
+    return None
 
 
 def _stamp(folder: Path) -> tuple[int, int] | None:

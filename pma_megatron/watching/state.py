@@ -6,6 +6,7 @@ Nothing is remembered but what was seen: a watch that starts anew finds the aver
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -19,17 +20,18 @@ from pma_megatron.formats import registry
 from pma_megatron.formats.json_files import read_json
 from pma_megatron.formats.marker import MARKER_FILE
 from pma_megatron.formats.output import Folder
+from pma_megatron.formats.source import Source, versions_of
 from pma_megatron.merging.leftovers import Target, unfinished
 from pma_megatron.merging.planning import MergePlan, make_plan
 from pma_megatron.merging.request import MergeRequest
-from pma_megatron.merging.rolling import is_update_of
+from pma_megatron.merging.rolling import ROLLING, Member, is_update_of, read
 from pma_megatron.merging.targets import is_of, targets
 from pma_megatron.runs.discover import choose, list_checkpoints, pointers_of
 from pma_megatron.runs.marks import Mark, mark, unchanged
 from pma_megatron.runs.refs import CheckpointRef, iteration_of
 from pma_megatron.runs.trackers import read_pointers
 from pma_megatron.runs.trainer_retention import trainer_retention
-from pma_megatron.storage.paths import in_store, path_of
+from pma_megatron.storage.paths import absolute, in_store, path_of
 from pma_megatron.storage.spool import listing_once
 from pma_megatron.watching.own import replaces
 
@@ -151,8 +153,28 @@ def _is_current(target: Target, made: MergePlan, rolling: bool) -> bool:
     same = is_of(target, made) or (rolling and _is_update(target, made))
     if not same or unfinished(target) or not _is_named(target, made):
         return False
-    began_ns = begun_ns(read_json(target.final / MARKER_FILE))
-    return all(is_older(path_of(source.path), source.stamps, began_ns) for source in made.sources)
+    said = read_json(target.final / MARKER_FILE)
+    versions, began_ns = _versions(said), begun_ns(said)
+    return all(_is_as_it_was(source, versions, began_ns) for source in made.sources)
+
+
+def _is_as_it_was(source: Source, versions: Mapping[str, str], began_ns: int) -> bool:
+    """In a store versions tell, if they were noted; clocks of it and of this machine may differ."""
+    noted = versions.get(absolute(source.path))
+    if noted and in_store(path_of(source.path)):
+        return versions_of(source.path, source.stamps) == noted
+    return is_older(path_of(source.path), source.stamps, began_ns)
+
+
+def _versions(said: Mapping[str, Any]) -> dict[str, str]:
+    """path -> what tells the objects that an average is of, of those in stores."""
+    found: dict[str, str] = {}
+    with contextlib.suppress(KeyError, TypeError, ValueError):
+        rolled = read(said[ROLLING]) if ROLLING in said else None
+        of_plan = (Member.read(each) for each in said["plan"]["sources"])
+        for each in of_plan if rolled is None else rolled.members:
+            found[each.path] = each.versions
+    return found
 
 
 def _is_update(target: Target, made: MergePlan) -> bool:

@@ -336,17 +336,24 @@ OF_OTHERS = {
     },
     "megatron.load": {"--ckpt-step"},  # of Megatron
     "megatron.params": {"--optimizer-cpu-offload"},  # of Megatron
-    "merging.report": {"--load", "--no-load-optim"},  # of Megatron, which resumes with them
+    "merging.report": {"--load", "--save", "--no-load-optim"},  # of Megatron, to resume
     "spikes.relaunch": {  # the same, and one whole command `pma merge`
         "--",
         "--ckpt-step",
         "--finetune",
         "--iterations-to-skip",
         "--load",
+        "--load-main-params-from-ckpt",
         "--load-tag",
         "--no-load-lr-state",
         "--no-load-optim",
         "--no-load-rng",
+        "--non-persistent-ckpt-type",
+        "--non-persistent-global-ckpt-dir",
+        "--non-persistent-local-ckpt-algo",
+        "--non-persistent-local-ckpt-dir",
+        "--non-persistent-save-interval",
+        "--override-ckpt-iteration",
         "--reset-iteration",
         "--save",
         "--seed",

@@ -115,19 +115,26 @@ def test_merge_inspect_verify(
 
 
 def test_merge_says_what_it_did(
-    capsys: pytest.CaptureFixture[str], dense_run: Path, tmp_path: Path
+    capsys: pytest.CaptureFixture[str],
+    dense_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     flags = ("merge", "--load", dense_run, "--last", 2)
-    code, out, _ = call(capsys, *flags, "--save", tmp_path / "a")
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = call(capsys, *flags, "--save", "a")
     assert code == 0
-    assert f"published {tmp_path / 'a' / 'iter_0000008'}" in out
-    assert f"resume with: --load {tmp_path / 'a'}\n" in out
+    assert f"published {Path('a', 'iter_0000008')}" in out
+    # It is typed elsewhere: of a folder that is not there Megatron begins anew.
+    assert f"resume with: --load {tmp_path / 'a'} --save {tmp_path / 'a'}\n" in out
     code, out, _ = call(capsys, *flags, "--save", tmp_path / "b", "--optimizer-state", "drop")
     assert code == 0
     assert "--no-load-optim" in out
     code, out, _ = call(capsys, *flags, "--save", tmp_path / "c", "--average", "weights")
     assert code == 0
-    assert f"resume with: --load {tmp_path / 'c'} --no-load-optim\nnote: weights only: " in out
+    root = tmp_path / "c"
+    said = f"resume with: --load {root} --save {root} --no-load-optim"
+    assert f"{said}\nnote: weights only: " in out
     for save, holds in (("a", "full"), ("b", "weights only"), ("c", "weights only")):
         code, out, _ = call(capsys, "list", tmp_path / save)
         assert code == 0 and f" {holds} " in out

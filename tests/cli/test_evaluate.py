@@ -47,20 +47,30 @@ def calls(
     return results, own
 
 
-def test_evaluate_and_forecast(dense_run: Path, tmp_path: Path) -> None:
+def test_evaluate_and_forecast(
+    dense_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     annealed, root = str(tmp_path / "annealed"), str(dense_run)
     run_ranks(anneal, 2, root, annealed)
     before = digests(tmp_path)
     grid = ["--load", root, *PROVIDER, "--methods", "sma", "wma", "--lasts", "3", "--ends", "4"]
     scores, plot = str(tmp_path / "scores.json"), str(tmp_path / "scores.png")
+    kept = str(tmp_path / "kept.json")
     commands = [
         ["evaluate", *grid, "6", "8", "--json", "--out", scores, "--plot", plot, *BATCHES],
         ["forecast", *grid, "6", "--annealed", annealed, "--json", *BATCHES],
         ["forecast", "--scores", scores, *PROVIDER, "--annealed", f"{annealed}@6", *BATCHES],
+        # A loss that is not there is known only when all is scored, which is not lost with it.
+        ["forecast", *grid, "6", "--metric", "lost", "--json", "--out", kept, *BATCHES],
     ]
     (results, own), (others, _) = run_ranks(calls, 2, root, annealed, commands)
-    assert [code for code, _ in results] == [0, 0, 0]
-    assert others == [(0, "")] * 3  # rank 0 alone speaks
+    assert [code for code, _ in results] == [0, 0, 0, 2]
+    assert others == [(0, "")] * 4  # rank 0 alone speaks
+    held = json.loads(results[3][1])
+    assert json.loads(Path(kept).read_text()) == held and len(held["points"]) == 4
+    assert call(capsys, "forecast", "--scores", kept, "--metric", "loss")[0] == 0
+    code, _, err = call(capsys, "forecast", "--scores", kept, "--metric", "lost")
+    assert code == 2 and "was not scored" in err
 
     found = json.loads(results[0][1])
     assert json.loads(Path(scores).read_text()) == found
@@ -92,7 +102,7 @@ def test_evaluate_and_forecast(dense_run: Path, tmp_path: Path) -> None:
         (points["sma", 8] - own[3]) / abs(own[3] - own[2])
     )
     assert "caution: " in results[2][1] and f"{own[3]:.4f}" in results[2][1]
-    for path in (scores, plot):
+    for path in (scores, plot, kept):
         Path(path).unlink()
     assert digests(tmp_path) == before
 

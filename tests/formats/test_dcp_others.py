@@ -13,12 +13,23 @@ import torch.distributed.checkpoint as dcp
 import torch.distributed.fsdp
 from test_dcp import request
 
-from pma_megatron import MergeRequest, Policy, list_checkpoints, merge, plan, verify
-from pma_megatron.errors import CheckpointError, PlanError, VerifyError
+from pma_megatron import (
+    MergeRequest,
+    Policy,
+    RecoveryRequest,
+    list_checkpoints,
+    merge,
+    plan,
+    recover,
+    verify,
+)
+from pma_megatron.errors import CheckpointError, PlanError, UsageError, VerifyError
 from pma_megatron.formats import registry
 from pma_megatron.formats.base import MAIN_PARAM
 from pma_megatron.formats.dcp.checkpoint import named_iteration
 from pma_megatron.formats.dcp.keys import names_of
+from pma_megatron.spikes.healthy import Span
+from pma_megatron.spikes.recovery import diagnose
 from pma_megatron.testing import run_ranks
 
 WEIGHT = torch.arange(4.0)
@@ -227,7 +238,7 @@ def test_megatrons_own_dcp_checkpoints(tmp_path: Path) -> None:
         (2, 64, "complete"),
     ]
     report = merge(request(tmp_path / "run", policy=Policy(optimizer_state="reset")))
-    assert report.resume == (f"--load {tmp_path / 'merged'}",)
+    assert report.resume == (f"--load {tmp_path / 'merged'} --save {tmp_path / 'merged'}",)
     assert (tmp_path / "merged" / "latest_checkpointed_iteration.txt").read_text() == "2"
     loaded = megatron_fsdp(0)
     dcp.load(loaded, checkpoint_id=report.outputs[0], no_dist=True)
@@ -290,3 +301,44 @@ def test_short_names_of_scripts_are_good_names(tmp_path: Path) -> None:
 )
 def test_iterations_in_names(name: str, iteration: int | None) -> None:
     assert named_iteration(Path(name)) == iteration
+
+
+# From a spike.
+
+
+def titan(iteration: int) -> dict[str, Any]:
+    """The flat dictionary of torchtitan's trainer."""
+    weight = torch.arange(4.0) * iteration
+    optimizer = {f"state.w.{name}": weight / 10 for name in ("exp_avg", "exp_avg_sq")}
+    optimizer["param_groups.w.lr"] = 0.1
+    stands = {"step": iteration, "ntokens_seen": 8 * iteration}
+    return {"w": weight, "optimizer": optimizer, "train_state": stands}
+
+
+def of_a_script(iteration: int) -> dict[str, Any]:
+    weight = torch.arange(4.0) * iteration
+    moments = {"exp_avg": weight / 10, "exp_avg_sq": weight**2}
+    groups = [{"lr": 0.1, "params": ["w"]}]
+    return {"model": {"w": weight}, "optimizer": {"state": {"w": moments}, "param_groups": groups}}
+
+
+@pytest.mark.parametrize("make", [titan, of_a_script])
+def test_a_recovery_resumes_as_its_trainer_does(
+    tmp_path: Path, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchtitan, Lightning and scripts have no flags of Megatron's."""
+    for iteration in (1, 2, 3):
+        save(tmp_path / "run" / f"step-{iteration}", make(iteration))
+    monkeypatch.chdir(tmp_path)
+    asked = {"load": str(tmp_path / "run"), "margin_iterations": 0, "onset": 3}
+    wanted = RecoveryRequest(**asked, save="my on", skip=Span(3, 4))
+    found, report = recover(wanted)
+    assert report.outputs == (str(Path("my on", "step-2")),)
+    assert found.resume.spelled() == report.resume[0]
+    assert str(tmp_path / "my on" / "step-2") in found.resume.spelled()
+    said = f"{found.resume.spelled()} {' '.join(found.resume.notes)}"
+    for word in ("--load", "--save", "--iterations-to-skip", "--seed", "DeepSpeed", "global_steps"):
+        assert word not in said
+    assert "meets iterations 3 to 4 again" in said
+    with pytest.raises(UsageError, match="cannot be changed"):
+        diagnose(RecoveryRequest(**asked, save="other", command=("torchrun", "train.py")))

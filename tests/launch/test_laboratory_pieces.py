@@ -11,10 +11,13 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import pytest
+
 LAB = Path(__file__).parents[2] / "launch" / "experiments"
 sys.path.insert(0, str(LAB))
 
-from lab import deadline  # noqa: E402
+import corpus  # noqa: E402
+from lab import deadline, text  # noqa: E402
 from lab.runs import Run, Start  # noqa: E402
 from lab.text import DOMAINS  # noqa: E402
 from lab.trainer import Rate  # noqa: E402
@@ -94,6 +97,53 @@ def test_the_command_says_that_there_is_more_to_do(tmp_path):
     assert not (tmp_path / "results" / "count.jsonl").exists()
 
 
+def test_runs_of_one_folder_are_of_one_text(monkeypatch, tmp_path):
+    """Also where a run was made before texts were noted; and where there is none, any will do."""
+    monkeypatch.setenv("PMA_LAB", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["corpus.py"])
+    monkeypatch.setattr(corpus, "make", lambda folder: {})
+    name = Run(config=TinyConfig(), rate=Rate(peak=1e-2), end=12).folder
+    for own in ("prose.txt", "prose.train.txt", "legal.txt"):
+        _short_texts(tmp_path)
+        text.tokens.cache_clear()
+        text.claim()
+        assert corpus.main() == 0
+        name.mkdir()
+        text.claim()
+        with pytest.raises(SystemExit):
+            corpus.main()
+        (tmp_path / "text" / own).write_text("another\n" * 5000)
+        text.tokens.cache_clear()
+        with pytest.raises(text.OtherTextError, match="were made with text"):
+            text.claim()
+        assert Run(config=TinyConfig(), rate=Rate(peak=1e-2), end=12).folder == name
+        name.rmdir()
+        text.claim()
+        (tmp_path / "text" / own).unlink()
+    text.tokens.cache_clear()
+
+
+def test_what_could_not_be_downloaded_replaces_no_text(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("PMA_LAB", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["corpus.py"])
+    monkeypatch.setattr(corpus, "_DOWNLOAD", ("no-such-program",))
+    monkeypatch.setattr(corpus, "SOURCES", {"django": "BSD-3-Clause"})
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    for part in ("train", "validation", "test"):
+        for domain in ("prose", "code"):
+            (tmp_path / "text").mkdir(exist_ok=True)
+            (tmp_path / "text" / f"{domain}.{part}.txt").write_text("as it was")
+    assert corpus.main() == 1
+    said = capsys.readouterr()
+    assert "prose: 0.0 MB of text to train on, of at least 100" in said.err
+    assert "django: not taken" in said.err and "python3.11-doc: not taken" in said.err
+    files = [path for path in (tmp_path / "text").iterdir() if path.is_file()]
+    assert len(files) == 6 and {path.read_text() for path in files} == {"as it was"}
+    monkeypatch.setattr(corpus, "LEAST_BYTES", {"prose": 0, "code": 0})
+    assert corpus.main() == 0
+    assert (tmp_path / "text" / "prose.train.txt").read_text() == ""
+
+
 def test_a_later_field_as_it_used_to_be_names_no_new_run():
     base = Run(config=TinyConfig(), rate=Rate(peak=1e-2), end=12)
     start = Start(run=base, iteration=12, last=2, every=3)
@@ -109,6 +159,6 @@ def test_a_later_field_as_it_used_to_be_names_no_new_run():
 
 def _short_texts(lab):
     for domain in DOMAINS:
-        text = "".join(f"{domain} has line {line}.\n" for line in range(5000))
+        lines = "".join(f"{domain} has line {line}.\n" for line in range(5000))
         (lab / "text").mkdir(parents=True, exist_ok=True)
-        (lab / "text" / f"{domain}.txt").write_text(text)
+        (lab / "text" / f"{domain}.txt").write_text(lines)

@@ -92,3 +92,17 @@ def test_a_kill_leaves_a_run_that_resumes(stage: str, tmp_path: Path) -> None:
     losses = {iteration: float(loss) for iteration, loss in on.losses.items()}
     assert list(losses) == list(range(newest + 1, 81)) and max(losses.values()) < 10.0
     assert {i: digests(run / f"iter_{i:07d}") for i in (20, 30, 40)} == before
+
+
+def test_a_restart_from_a_non_persistent_checkpoint(tmp_path: Path) -> None:
+    """Megatron loads the newest one, which does not lie in --load: what that says counts."""
+    run = tmp_path / "run"
+    recovery_log.append(run, recovery_log.DETECTED, number=1, onset=3, iteration=3)
+    for event in (recovery_log.DONE, recovery_log.JUDGED):
+        recovery_log.append(run, event, number=1, iteration=3)
+    passing = ["--non-persistent-save-interval", "4", "--non-persistent-ckpt-type", "global"]
+    flags = ["--save", str(run), "--train-iters", "20", *FLAGS, *passing]
+    run_pretrain(TREE, [*flags, "--exit-interval", "8"])
+    assert list_checkpoints(run) == [] and (run / "non_persistent" / "iter_0000008").is_dir()
+    on = run_pretrain(TREE, [*flags, "--load", str(run), "--exit-interval", "9"])
+    assert list(on.losses) == [9] and "recovering" not in on.output

@@ -350,6 +350,31 @@ def test_folders_vanish(dense_run: Path, save: Path, what: str) -> None:
     assert not save.exists()
 
 
+def test_what_a_live_job_takes_away_is_not_counted(
+    save: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is locked while it is counted: a job that lives renames and removes its folders."""
+    target = leftovers.Target(save, save / "iter_0000008", save).staged_as("0badcafe")
+    plain = os.scandir
+    for gone in (target.staging, target.staging / "deeper"):
+        (target.staging / "deeper").mkdir(parents=True)
+        for folder in (target.staging, target.staging / "deeper"):
+            (folder / "file").write_bytes(bytes(8192))
+        assert leftovers.staged_bytes(target) >= 2 * 8192
+
+        def going(path: str, gone: Path = gone) -> Iterator[os.DirEntry[str]]:
+            entries = plain(path)
+            if Path(path) == gone:
+                shutil.move(gone, save / "moved")
+            return entries
+
+        monkeypatch.setattr(os, "scandir", going)
+        left = leftovers.staged_bytes(target)
+        monkeypatch.setattr(os, "scandir", plain)
+        assert left < 2 * 8192
+        shutil.rmtree(save)
+
+
 # Sweeps.
 
 SWEEP = ("sma,wma:2",)

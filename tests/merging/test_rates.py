@@ -71,12 +71,13 @@ def test_megatron_goes_on_with_the_scaled_rates(folder: Path, tmp_path: Path) ->
             report = merge(request_for(folder / name, save / name, lr_factor=factor))
             words = shlex.split(report.resume[0])
             if factor is None:
-                assert words == ["--load", str(save / name)]
+                assert words == ["--load", str(save / name), "--save", str(save / name)]
                 plain[name] = (str(save / name), RUNS[name].lr)
             else:
-                assert words[:3] == ["--load", str(save / name), "--lr"] and len(words) == 4
-                assert float(words[3]) == RUNS[name].lr * FACTOR
-                roots[name] = (str(save / name), float(words[3]))
+                assert words[1] == words[3] == str(save / name)
+                assert words[::2] == ["--load", "--save", "--lr"] and len(words) == 6
+                assert float(words[5]) == RUNS[name].lr * FACTOR
+                roots[name] = (str(save / name), float(words[5]))
     for old, new in zip(run_ranks(resume, 2, plain), run_ranks(resume, 2, roots), strict=True):
         for name in RUNS:
             # Iteration 6 of 3 + 8 is on the way down: the whole schedule is scaled.

@@ -105,7 +105,7 @@ def test_a_merge(merge_in: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     ((level, answer),) = made.answers
     assert level == "neutral" and "checked against its sources before" in answer
     commands = made.of("pre")
-    assert commands[:2] == [f"--load {merge_in}", f"pma verify {folder}"]
+    assert commands[:2] == [f"--load {merge_in} --save {merge_in}", f"pma verify {folder}"]
     tags = [tag for tag, _, _ in made.found]
     assert tags.index("pre") < tags.index("figure" if "figure" in tags else "figcaption")
     assert made.of("td").count("0.33333333") == 3
@@ -146,7 +146,7 @@ def test_a_page_replaces_a_page_alone(
     notes = tmp_path / "notes.html"
     notes.write_text("8")
     code, _, err = call(capsys, "report", odd, "--out", notes)
-    assert code == 2 and "no page of HTML" in err and notes.read_text() == "8"
+    assert code == 2 and "no page of pma report" in err and notes.read_text() == "8"
     for _ in range(2):
         code, said, _ = call(capsys, "report", odd, "--out", tmp_path / "a.html")
         assert code == 0 and "merges\\nVerified" in said

@@ -3,10 +3,13 @@ else's, and are there whole or not at all."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
 import shutil
+import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -20,9 +23,11 @@ from test_forecast import scores
 
 from conftest import as_a_user, digests, folder_of
 from pma_megatron import MergeRequest, SelectionRequest, WatchRequest, watch
+from pma_megatron.base import durable
 from pma_megatron.base.durable import replace_file
 from pma_megatron.errors import UsageError
 from pma_megatron.runs.folders import part_of
+from pma_megatron.runs.told_files import SCORES, refuse_file, refuse_folder
 
 TRACKER = "latest_checkpointed_iteration.txt"
 WRITERS: dict[str, Callable[[Path, Path], list[Any]]] = {
@@ -223,3 +228,64 @@ def test_streams_are_written_into(own: Path, tmp_path: Path) -> None:
     said = (tmp_path / "stdout").read_text()
     assert said.startswith(" ") or "forecast of the annealed" in said
     assert json.loads(said[said.index("\n{\n") :])["forecast"]["metric"] == "lm"
+
+
+def test_a_pipe_that_nobody_reads_ends_nothing_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setattr(durable, "_READER_S", 0.0)
+    with pytest.raises(OSError, match="nobody reads"):
+        replace_file(tmp_path / "pipe", b"text")
+
+
+def test_what_is_no_file_and_what_is_protected_stays(
+    own: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, words = own.parent / "f.json", ["--annealed-loss", "30:2.28"]
+    assert call(capsys, *WRITERS["forecast"](own, path), *words)[0] == 0
+    path.chmod(0o444)
+    mine, page = own.parent / "mine.html", own.parent / "page.html"
+    mine.write_text("<!DOCTYPE html><p>my own page")
+    talk = socket.socket(socket.AF_UNIX)
+    monkeypatch.chdir(own.parent)  # its name has at most 107 bytes
+    talk.bind("talk")
+    disk = own.parent / "disk"
+    with contextlib.suppress(PermissionError):  # only root makes one
+        os.mknod(disk, 0o600 | stat.S_IFBLK, os.makedev(7, 99))
+    before = digests(own.parent)
+    wrong = {
+        path: "write-protected",
+        own.parent / ("a" * 300): "at most 255 bytes",
+        own.parent / "talk": "socket",
+        **({disk: "no plain file"} if disk.exists() else {}),
+    }
+    for out, word in wrong.items():
+        code, _, err = call(capsys, *WRITERS["forecast"](own, out), *words)
+        assert code == 2 and word in err, (out, err)
+    code, _, err = call(capsys, *WRITERS["report"](own, mine))
+    assert code == 2 and "no page of pma report" in err
+    assert digests(own.parent) == before and (not disk.exists() or disk.is_block_device())
+    with pytest.raises(OSError, match="plain file"):
+        replace_file(disk if disk.exists() else own, b"x")
+    assert [call(capsys, *WRITERS["report"](own, page))[0] for _ in range(2)] == [0, 0]
+    talk.close()
+    # A file that is reached through /proc is one; what somebody has open is not replaced.
+    assert not durable.is_stream(Path("/proc/self/cwd/f.json"))
+    assert not durable.is_stream(Path("/dev/stdfoo"))
+    with path.open() as stream:
+        assert durable.is_stream(Path(f"/proc/self/fd/{stream.fileno()}"))
+
+
+def test_only_the_rank_that_writes_looks_where_it_goes(
+    own: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others may be on machines that have no such folder."""
+    out, board = own / "only-on-node-0" / "f.json", folder_of(own, 4) / "board"
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        expected = pytest.raises(UsageError) if rank == "0" else contextlib.nullcontext()
+        with expected:
+            refuse_file(f"--out {out}", out, SCORES)
+        with expected:
+            refuse_folder(f"--log-to {board}", board)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,10 @@ import pytest
 
 from pma_megatron import SelectionRequest
 from pma_megatron.errors import CheckpointError, SelectionError, UsageError
-from pma_megatron.formats.base import Schedule
-from pma_megatron.formats.rates import rate_flags
 from pma_megatron.runs import recovery_log
 from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.runs.selection import select
 from pma_megatron.spikes.healthy import HealthyRequest, Span, choose_healthy
-from pma_megatron.spikes.relaunch import resume
-from pma_megatron.spikes.request import RecoveryRequest
 
 
 def ref(iteration: int | None, **changes: Any) -> CheckpointRef:
@@ -259,105 +254,3 @@ def test_a_line_that_does_not_fit_on_the_disk_is_taken_back(
             recovery_log.append(tmp_path, recovery_log.DETECTED, number=1, onset=3)
         monkeypatch.undo()
         assert len(recovery_log.read(tmp_path).spikes) == (before is not None)
-
-
-ARGS = {
-    "iterations_to_skip": [7],
-    "lr": 3e-4,
-    "min_lr": 3e-5,
-    "decoupled_lr": None,
-    "async_strategy": "nvrx",
-}
-COMMAND = shlex.split(
-    "torchrun --nproc-per-node 8 pretrain_gpt.py --lr 3e-4 --min-lr=3e-5 --load /a --ckpt-step 9 "
-    "--iterations-to-skip 7 8 --bf16 --finetune --save=/a --override-opt_param-scheduler --seed -1"
-)
-
-
-def test_the_command_is_the_runs_own_with_what_must_change() -> None:
-    how = resume(
-        ARGS, "/new", skip=Span(12, 14), lr_factor=0.5, schedule=Schedule(), command=COMMAND
-    )
-    assert how.spelled() == (
-        "torchrun --nproc-per-node 8 pretrain_gpt.py --bf16 --override-opt_param-scheduler --seed "
-        "-1 --load /new --save /new --iterations-to-skip 7 12 13 14 --lr 0.00015 --min-lr 1.5e-05"
-    )
-    how = resume(ARGS, "/new", skip=None, lr_factor=None, schedule=Schedule())
-    assert how.spelled() == "--load /new --save /new"
-
-
-@pytest.mark.parametrize(
-    ("own", "counts_from", "trained"),
-    [
-        ({"async_strategy": "nvrx"}, 1, []),  # core_v0.17 and newer
-        ({"hybrid_attention_ratio": 0.0}, 0, []),  # core_v0.12 to 0.16
-        ({}, 1, [11]),  # Nothing tells: the bad batches are passed over with either, and one more.
-        ({}, 0, [15]),
-    ],
-)
-def test_the_batches_passed_over_are_those_of_the_log(
-    own: dict[str, Any], counts_from: int, trained: list[int]
-) -> None:
-    args = {"iterations_to_skip": [7], **own}
-    how = resume(args, "/new", skip=Span(12, 14), lr_factor=None, schedule=Schedule())
-    given = {int(word) for word in how.flags["--iterations-to-skip"]} - {7}
-    # Megatron's loop: `iteration` counts from 0, and its line of the log says one more.
-    skipped = [i + 1 for i in range(30) if i + counts_from in given]
-    assert skipped == sorted([12, 13, 14, *trained])
-    assert ("do not tell the release" in how.notes[1]) == bool(trained)
-
-
-def resumed(command: str, **changes: Any) -> Any:
-    words = shlex.split(command)
-    asked = {"skip": None, "lr_factor": None, **changes}
-    return resume(ARGS, "/new", schedule=Schedule(), command=words, **asked)
-
-
-@pytest.mark.parametrize(
-    "command",
-    [
-        "bash -c 'torchrun p.py --load /old --save /old'",
-        "bash -c 'torchrun p.py --save=/old'",
-        "srun sh -c 'p.py\t--ckpt-step 9' --load /old --save /old",
-        "env 'FLAGS=--load /old' ./run.sh --load /old --save /old",
-        "env FLAGS=--finetune ./run.sh --load /old --save /old",
-        "ssh node 'cd /x;p.py --load\n/old'",
-    ],
-)
-def test_a_flag_inside_of_a_word_cannot_be_changed(command: str) -> None:
-    with pytest.raises(UsageError, match="inside of one word"):
-        resumed(command)
-
-
-def test_a_rate_inside_of_a_word_matters_where_it_is_changed() -> None:
-    command = "srun env 'FLAGS=--lr 3e-4' ./run.sh --load /old --save /old"
-    assert resumed(command).spelled().endswith("./run.sh --load /new --save /new")
-    with pytest.raises(UsageError, match="--lr inside of one word"):
-        resumed(command, lr_factor=0.5)
-
-
-def test_a_command_that_may_hide_its_folders_is_told() -> None:
-    for command, absent in {
-        "sbatch run.sh": "no --load and no --save",
-        "bash -c ./run.sh": "no --load and no --save",
-        "torchrun p.py --save /old": "no --load to replace",
-    }.items():
-        assert any(absent in note for note in resumed(command).notes)
-    whole = "torchrun p.py --load=/a --save /a --save-interval 5 --no-save-optim --exp-name a--load"
-    assert resumed(whole).notes == resumed("").notes
-    assert "/a " not in resumed(whole).spelled()
-
-
-def test_rates_are_those_of_the_schedule_to_the_last_bit() -> None:
-    args = {"lr": 1.0, "min_lr": 0.0, "decoupled_lr": 7e-4, "lr_warmup_init": 1e-7}
-    found = rate_flags(args, Schedule(max_lr=1.1e-4, min_lr=3.3e-5), 0.3)
-    assert list(found) == ["--lr", "--min-lr", "--decoupled-lr", "--lr-warmup-init"]
-    wanted = [rate * 0.3 for rate in (1.1e-4, 3.3e-5, 7e-4, 1e-7)]
-    assert [float(value) for (value,) in found.values()] == wanted
-
-
-def test_what_a_release_cannot_do_is_said() -> None:
-    how = resume({}, "/new", skip=Span(12, 14), lr_factor=None, schedule=Schedule())
-    assert "--iterations-to-skip" not in how.flags and "no --iterations-to-skip" in how.notes[1]
-    with pytest.raises(UsageError, match=r"lr_factor=1.5 must lie in \(0, 1\]"):
-        RecoveryRequest(load="/a", save="/b", onset=1, lr_factor=1.5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -364,3 +365,81 @@ def test_tensorboard_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UsageError, match=r"pma-megatron\[tensorboard\]"):
         read_metrics(tmp_path / "a")
+
+
+# --- What must not be read half, or as something else ---
+
+
+def test_a_pipe_is_refused(tmp_path: Path) -> None:
+    """It would be opened several times, and each reading lose some of it, or wait for ever."""
+    reads, writes = os.pipe()
+    os.write(writes, "".join(line(i, " lm loss: 2.5 |") for i in range(1, 20)).encode())
+    os.close(writes)
+    os.mkfifo(tmp_path / "run.log")
+    for pipe in (f"/dev/fd/{reads}", tmp_path / "run.log"):
+        with pytest.raises(MetricsError, match="write it to a file"):
+            read_metrics(pipe)
+    os.close(reads)
+
+
+@pytest.mark.parametrize("begin", ['{"args": {"lr": 0.1}}\n', ""])
+def test_a_log_with_lines_of_json(tmp_path: Path, begin: str) -> None:
+    """Before Megatron's lines, or around each."""
+    lines = [line(i, f" lm loss: {2 + i} |") for i in (1, 2, 3)]
+    text = begin + "".join(lines if begin else [json.dumps({"message": x}) + "\n" for x in lines])
+    assert curve(read_metrics(written(tmp_path, "out.log", text))) == {1: 3.0, 2: 4.0, 3: 5.0}
+    neither = written(tmp_path, "neither.log", '{"args": 1}\nnothing\n')
+    with pytest.raises(MetricsError, match="no column for the iteration"):
+        read_metrics(neither)
+
+
+def test_numbers_that_are_none_of_a_run(tmp_path: Path) -> None:
+    """What a crash left of a line is no traceback."""
+    well, endless = line(1, " lm loss: 2.5 |"), "9" * 400
+    text = "".join(
+        (
+            well,
+            line(2, " lm loss: 2.5 |").replace(f"{8:12d}", "         nan"),
+            line(3, " lm loss: 2.5 |").replace(f"{12:12d}", "         inf"),
+            well.replace("       1/", f" {endless}/"),
+        )
+    )
+    points = read_metrics(written(tmp_path, "run.log", text)).points
+    assert [(p.iteration, p.consumed_samples) for p in points] == [(1, 4), (2, None), (3, None)]
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_rows_of_several_runs(tmp_path: Path, ending: str) -> None:
+    """Side by side they are refused; those of restarts, with a name each, are one run."""
+
+    def table(rows: list[tuple[str, int, float]]) -> Path:
+        if ending == "csv":
+            text = "run,step,loss\n" + "".join(f"{run},{i},{x}\n" for run, i, x in rows)
+        else:
+            keys = ("run_id", "step", "loss")
+            text = "".join(json.dumps(dict(zip(keys, row, strict=True))) + "\n" for row in rows)
+        return written(tmp_path, f"x.{ending}", text)
+
+    a, b = [("A", i, 2.5) for i in range(1, 9)], [("B", i, 9.0) for i in range(1, 9)]
+    for several in ([row for pair in zip(a, b, strict=True) for row in pair], a + b):
+        with pytest.raises(MetricsError, match="rows of several runs, 'A', 'B', in its column"):
+            read_metrics(table(several))
+    restarted = read_metrics(table(a + b[5:]))
+    assert curve(restarted) == {i: 2.5 if i < 6 else 9.0 for i in range(1, 9)}
+    assert any("2 runs" in note for note in restarted.notes)
+    assert read_metrics(table(a)).notes == ()
+
+
+def test_subfolders_of_a_tensorboard_folder_with_event_files(tmp_path: Path) -> None:
+    """A restart's, or another run's: nobody knows. What was written meanwhile is no part."""
+    events(tmp_path, 1000.0, range(1, 6), 10.0)
+    events(tmp_path / "meanwhile", 1002.0, range(1, 6), 1.0)
+    found = read_metrics(tmp_path)
+    assert curve(found) == {i: i + 10.0 for i in range(1, 6)}
+    (note,) = found.notes
+    assert "left out" in note and "meanwhile" in note
+    events(tmp_path / "restart", 2000.0, range(4, 9), 100.0)
+    with pytest.raises(MetricsError, match="order in which they were written"):
+        read_metrics(tmp_path)
+    both = read_metrics([*tmp_path.glob("*tfevents*"), tmp_path / "restart"])
+    assert curve(both) == {i: i + (10.0 if i < 4 else 100.0) for i in range(1, 9)}

@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from conftest import DENSE, digests, folder_of, refused
-from pma_megatron import RecoveryRequest, list_checkpoints, recover
+from conftest import DENSE, digests, folder_of, refused, request_for
+from pma_megatron import RecoveryRequest, SelectionRequest, list_checkpoints, merge, recover, verify
 from pma_megatron.cli import main
 from pma_megatron.errors import MetricsError, PublishError, SelectionError, UsageError
 from pma_megatron.runs import recovery_log
 from pma_megatron.spikes.detector import SpikeSettings
 from pma_megatron.spikes.healthy import Span
-from pma_megatron.spikes.recovery import diagnose
+from pma_megatron.spikes.recovery import diagnose, rehearse
 from pma_megatron.testing import TinyTrainer, run_ranks
 
 SPIKE = SpikeSettings(warmup=24, window=24, patience=10)
@@ -102,6 +103,19 @@ def test_command_line(dense_run: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert main(flags[:-2]) == 2 and "--save" in capsys.readouterr().err
 
 
+def test_json_has_no_nan(
+    dense_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is no JSON: `jq` and most languages refuse it."""
+    rows = Path(metrics(tmp_path / "log.csv", 300)).read_text().splitlines()
+    lost = [f"{row.partition(',')[0]},nan,nan" for row in rows[300:]]
+    (tmp_path / "log.csv").write_text("\n".join(rows[:300] + lost))
+    flags = ["--load", str(dense_run), "--save", str(tmp_path / "on"), "--dry-run", "--json"]
+    assert main(["recover", *flags, "--metrics", str(tmp_path / "log.csv")]) == 0
+    out = capsys.readouterr().out
+    assert json.loads(out, parse_constant=pytest.fail)["onset"] == 300
+
+
 def test_history(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recover", "--load", str(run), "--history"]) == 0
     assert "has done nothing there" in capsys.readouterr().out
@@ -143,6 +157,54 @@ def test_bad_input(run: Path, save: Path, tmp_path: Path) -> None:
         RecoveryRequest(load=str(run), save=str(save))
     with pytest.raises(UsageError, match="cannot resume"):
         RecoveryRequest(load=str(run), save=str(save), onset=5, optimizer_state="drop")
+
+
+def test_a_folder_of_averages_is_no_place_to_go_on_in(run: Path, tmp_path: Path) -> None:
+    """The run would save over them when it comes to their iterations."""
+    save = tmp_path / "merged"
+    merge(request_for(run, save))
+    wanted = {"load": str(run), "save": str(save), "margin_iterations": 0, "skip_data": False}
+    before = digests(save)
+    for overwrite in (False, True):
+        with pytest.raises(PublishError, match=r"holds iter_0000008 beside .*iter_0000006"):
+            rehearse(RecoveryRequest(**wanted, onset=7, overwrite=overwrite))
+        with refused(PublishError, "iter_0000008", "Give a new folder", run=run, save=save):
+            recover(RecoveryRequest(**wanted, onset=7, overwrite=overwrite))
+    assert digests(save) == before
+    # The one that it replaces is none of those.
+    rehearse(RecoveryRequest(**wanted, onset=9, overwrite=True))
+
+
+def test_what_training_saved_over_an_average_is_its_own(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The `pma.json` of the average stays in the folder."""
+    save = tmp_path / "merged"
+    merge(request_for(run, save))
+    shutil.copytree(folder_of(run, 8), folder_of(save, 8), dirs_exist_ok=True)
+    before = digests(save)
+    words = ("iter_0000008", "training has saved a checkpoint over the average")
+    for last in (2, 3):
+        with refused(PublishError, *words, run=run, save=save):
+            merge(request_for(run, save, selection=SelectionRequest(last=last), overwrite=True))
+    with refused(PublishError, *words, run=run, save=save):
+        recover(
+            RecoveryRequest(
+                load=str(run), save=str(save), onset=9, margin_iterations=0, overwrite=True
+            )
+        )
+    ended = SelectionRequest(last=2, end_iteration=6)
+    with refused(PublishError, *words, run=run, save=save):
+        merge(request_for(run, save, selection=ended))
+    assert digests(save) == before
+    assert main(["list", str(save), "--json"]) == 0
+    (said,) = json.loads(capsys.readouterr().out)
+    assert said["state"] == "complete" and "saved over an average" in said["origin"]
+    # An average that was cut short is one still, and may be replaced.
+    shard = next(folder_of(save, 8).glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    merge(request_for(run, save, overwrite=True))
+    verify(folder_of(save, 8))
 
 
 def test_the_run_itself_is_no_place_to_save(run: Path) -> None:

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from pma_megatron.storage import claims
-from pma_megatron.storage.claims import Claim, ClaimedError, claim, refuse_claimed
+from pma_megatron.storage.claims import Claim, ClaimedError, claim, refuse_claimed, renewing
 from pma_megatron.storage.object_store import ObjectStore
 from pma_megatron.storage.posix import PosixStore
 from pma_megatron.storage.protocol import Store
@@ -120,13 +120,13 @@ def test_a_claim_is_renewed_while_one_request_takes_long(
         again.set()
 
     monkeypatch.setattr(type(store), "put", noted)
-    with made.kept(store):
+    with renewing(made, store):
         assert again.wait(PATIENCE_S)
     made.check(store)
     store.delete([SIGN])
     again.clear()
     assert not again.wait(0.1) and not store.listed("")
-    with made.kept(store):  # it is lost: nothing is put, and whoever asks is told
+    with renewing(made, store):  # it is lost: nothing is put, and whoever asks is told
         pass
     with pytest.raises(ClaimedError):
         made.check(store)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from test_store_leftovers import Down, Places, tag, versions
@@ -177,3 +179,33 @@ def test_what_is_not_marked_as_an_average_is_not_put_there(
     place.wait(PATIENCE_S)
     assert there(address) == [50]
     new_place()
+
+
+@pytest.mark.parametrize("file", [MARKER_FILE, ".metadata"])
+def test_what_cannot_be_read_now_is_not_removed(
+    address: str,
+    made: Path,
+    down: Down,
+    new_place: Places,
+    monkeypatch: pytest.MonkeyPatch,
+    file: str,
+) -> None:
+    """As if it had been cut off: the next job finds it whole."""
+    down(True)
+    place = new_place()
+    folder = average(place, 50, made)
+    place.wait(PATIENCE_S)
+    down(False)
+    opened = os.open
+
+    def refused(path: str, *given: Any, **how: Any) -> int:
+        if str(path).endswith(file):
+            raise OSError(5, "an OST is away", path)
+        return opened(path, *given, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refused)
+        new_place().wait(PATIENCE_S)
+    assert folder.is_dir() and versions(address).keys() <= {f"run/{name_of(50)}/.pma-uploading"}
+    new_place().wait(PATIENCE_S)
+    assert there(address) == [50]

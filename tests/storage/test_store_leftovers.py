@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import threading
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -27,11 +26,11 @@ from test_store_uploads import (
 )
 
 from pma_megatron.formats import marker
-from pma_megatron.formats.marker import MARKER_FILE, ONLINE_AVERAGE, UPLOADING_FILE
+from pma_megatron.formats.marker import MARKER_FILE, ONLINE_AVERAGE
 from pma_megatron.online.average_upload import AveragePlace
 from pma_megatron.online.removal import ASIDE
 from pma_megatron.online.snapshots import name_of
-from pma_megatron.storage import claims, spool
+from pma_megatron.storage import spool
 from pma_megatron.storage.object_store import ObjectStore
 from pma_megatron.storage.paths import place_of, stored
 
@@ -254,30 +253,3 @@ def test_a_tag_that_is_replaced_is_not_whole_before_the_new_one_is(
     shards = {name for name in names if name.endswith(".pt")}
     tags = [each for each in seen if each & names]
     assert tags and not any(shards <= each for each in tags)
-
-
-def test_a_claim_lives_while_one_file_takes_long(
-    address: str, new_place: Places, made: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Longer than another job waits before it takes over what nobody renews."""
-    monkeypatch.setattr(claims, "_RENEWED_S", 0.0)
-    monkeypatch.setattr(claims, "_LOOKED_S", 0.01)
-    put_small, put_file = ObjectStore.put, ObjectStore.put_file
-    renewed, waited = threading.Event(), list[bool]()
-
-    def noted(self: ObjectStore, key: str, data: bytes, **how: bool) -> None:
-        put_small(self, key, data, **how)
-        if key.endswith(UPLOADING_FILE):
-            renewed.set()
-
-    def long(self: ObjectStore, key: str, path: Path) -> str:
-        renewed.clear()
-        waited.append(renewed.wait(PATIENCE_S))
-        return put_file(self, key, path)
-
-    monkeypatch.setattr(ObjectStore, "put", noted)
-    monkeypatch.setattr(ObjectStore, "put_file", long)
-    place = new_place()
-    average(place, 100, made)
-    place.wait(PATIENCE_S)
-    assert there(address) == [100] and waited and all(waited)

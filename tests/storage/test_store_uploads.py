@@ -17,11 +17,12 @@ from test_snapshot_writer import simple_chunks, simple_data, until
 from pma_megatron import list_checkpoints
 from pma_megatron.base.comm import Comm
 from pma_megatron.errors import PublishError
-from pma_megatron.formats.marker import MARKER_FILE, ONLINE_AVERAGE, SEAL_FILE
+from pma_megatron.formats.marker import MARKER_FILE, ONLINE_AVERAGE, SEAL_FILE, UPLOADING_FILE
 from pma_megatron.online import snapshot_upload, snapshots, uploads
 from pma_megatron.online.average_upload import AveragePlace
 from pma_megatron.online.snapshots import SnapshotWriter, name_of
 from pma_megatron.online.store import WindowStore
+from pma_megatron.storage import claims
 from pma_megatron.storage.object_store import ObjectStore
 from pma_megatron.storage.paths import place_of, stored
 from pma_megatron.testing import run_ranks
@@ -220,6 +221,33 @@ def test_a_thread_that_was_not_waited_out_is_waited_for_again() -> None:
     threading.Timer(0.2, goes_on.set).start()
     window.wait()
     assert goes_on.is_set()
+
+
+def test_the_sign_of_an_upload_is_renewed_while_a_file_takes_its_time(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others would take the job for one that is gone."""
+    put_file, put_object, signs = ObjectStore.put_file, ObjectStore.put, threading.Semaphore(0)
+
+    def slow(self: ObjectStore, key: str, path: Path) -> str:
+        if path.name == "__0_0.distcp":
+            for _ in range(3):  # the first, and two more
+                assert signs.acquire(timeout=PATIENCE_S)
+        return put_file(self, key, path)
+
+    def noted(self: ObjectStore, key: str, *given: object, **how: object) -> None:
+        put_object(self, key, *given, **how)  # type: ignore[arg-type]
+        if key.endswith(UPLOADING_FILE):
+            signs.release()
+
+    for name in ("_RENEWED_S", "_LOOKED_S"):
+        monkeypatch.setattr(claims, name, 0.01)
+    monkeypatch.setattr(ObjectStore, "put_file", slow)
+    monkeypatch.setattr(ObjectStore, "put", noted)
+    to = writer(address)
+    put(to, 1)
+    to.wait_for_uploads(PATIENCE_S)
+    assert there(address) == [1]
 
 
 def looks_late(rank: int, size: int, address: str, sign: str) -> None:

@@ -30,10 +30,12 @@ from pma_megatron import (
     verify,
     watch,
 )
+from pma_megatron.base.stopping import Stopped, stoppable
 from pma_megatron.errors import PublishError
 from pma_megatron.storage import claims, spool
+from pma_megatron.storage.object_store import ObjectStore
 from pma_megatron.testing import run_ranks
-from pma_megatron.watching import charge, follow
+from pma_megatron.watching import charge, follow, state
 from s3 import keys
 
 Put = Callable[[Path, str], str]
@@ -156,6 +158,28 @@ def test_what_is_there_is_not_made_again_and_old_ones_go(
     assert said.count("published") == 3 and said.count("deleted") == 1
 
 
+def test_what_was_written_again_is_told_by_its_version(
+    dense_run: Path, put: Put, s3: Any, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the store's clock is ahead of this machine's, or behind: here the same bytes come in
+    parts, by which the object gets another ETag."""
+    load, save = put(dense_run, RUN), f"s3://{bucket}/averages"
+    where = {"Bucket": bucket, "Key": f"{RUN}/iter_0000006/__0_0.distcp"}
+    data = (folder_of(dense_run, 6) / "__0_0.distcp").read_bytes()
+    assert kinds(looked(load, save)) == ["started", "published"]
+    for began_ns in (0, 2 * time.time_ns()):
+        with monkeypatch.context() as patched:
+            patched.setattr(state, "begun_ns", lambda _, began_ns=began_ns: began_ns)
+            assert kinds(looked(load, save)) == ["started", "current"]
+            by = {"UploadId": s3.create_multipart_upload(**where)["UploadId"], **where}
+            tag = s3.upload_part(**by, PartNumber=1, Body=data)["ETag"]
+            parts = {"Parts": [{"ETag": tag, "PartNumber": 1}]}
+            s3.complete_multipart_upload(**by, MultipartUpload=parts)
+            assert kinds(looked(load, save)) == ["started", "published"]
+            s3.put_object(**where, Body=data)
+        assert kinds(looked(load, save)) == ["started", "published"]
+
+
 def test_one_watch_at_a_time(
     dense_run: Path, put: Put, s3: Any, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,6 +218,22 @@ def test_one_watch_at_a_time(
             looked(load, save)
     monkeypatch.setattr(claims, "FRESH_S", 0.0)
     assert kinds(looked(load, save))[0] == "started"
+
+
+def test_one_that_is_stopped_as_it_begins_leaves_no_sign(
+    dense_run: Path, put: Put, s3: Any, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On another machine the next one would wait for it for minutes."""
+    load, save, real = put(dense_run, RUN), f"s3://{bucket}/averages", ObjectStore.put
+
+    def stopped(self: ObjectStore, *given: Any, **how: Any) -> None:
+        real(self, *given, **how)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(ObjectStore, "put", stopped)
+    with stoppable(), pytest.raises(Stopped):
+        looked(load, save)
+    assert keys(s3, bucket, "averages/") == []
 
 
 def test_one_that_was_taken_over_ends(

@@ -15,10 +15,11 @@ from test_watch import TRACKER, kinds, looked, merged, payload, request_of
 
 from conftest import folder_of
 from pma_megatron import watch
-from pma_megatron.errors import CheckpointError, PublishError
+from pma_megatron.errors import CheckpointError, PublishError, SelectionError
 from pma_megatron.formats.json_files import read_json
-from pma_megatron.merging import job, locks, provenance
+from pma_megatron.merging import job, locks, provenance, targets
 from pma_megatron.watching import follow, state
+from pma_megatron.watching.commands import CommandError
 
 HOUR_NS = 3600 * 10**9
 
@@ -105,6 +106,57 @@ def test_it_tries_again_less_and_less_often_until_the_run_changes(
         watch(request_of(run, tmp_path / "averages", once=False), tell=found.append)
     assert tried_s == [0, 600, 1800, 4200, 7800, 11400, limit_s]
     assert kinds(found) == ["started", *["failed"] * 7]
+
+
+@pytest.mark.parametrize("trouble", ["no report", "no listing"])
+def test_what_is_published_is_not_made_again(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trouble: str
+) -> None:
+    """A launcher prefixes each line, so that nothing tells of the average; or a store does not
+    list it. Whoever reads it then is not to find it deleted, and it is evaluated once."""
+    save, log = tmp_path / "averages", tmp_path / "log"
+    made, path_of, looks = [], follow.path_of, iter(range(3))
+
+    def merged_by(launch: str, words: Any, request: Any) -> Any:
+        made.append(request.overwrite)
+        report = job.merge(request)
+        if trouble == "no report":
+            raise CommandError("its output has no report of a merge")
+        return report.published
+
+    def listed(text: str, *, again: bool = False) -> Path:
+        if again:
+            raise SelectionError("it cannot be listed: 503 SlowDown")
+        return path_of(text)
+
+    def step(_: float) -> None:
+        if next(looks, None) is None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(follow, "merged_by", merged_by)
+    monkeypatch.setattr(follow, "path_of", listed)
+    monkeypatch.setattr(follow, "_RETRY_S", 0.0)
+    time.sleep(2.5)  # sources that are hardly older than their average are taken for newer
+    monkeypatch.setattr(follow, "time", SimpleNamespace(sleep=step, monotonic=time.monotonic))
+    found: list[dict[str, Any]] = []
+    settings = {"launch": "launch", "evaluate": f"echo $PMA_ITERATION >> {log}", "once": False}
+    with pytest.raises(KeyboardInterrupt):
+        watch(request_of(run, save, **settings), tell=found.append)
+    first = ["failed", "current"] if trouble == "no report" else ["published"]
+    assert kinds(found) == ["started", *first, "evaluated"] and made == [False]
+    assert log.read_text().splitlines() == ["8"]
+
+
+def test_an_average_that_cannot_be_read_is_not_taken_for_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> str:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    average: Any = SimpleNamespace(final=tmp_path)
+    monkeypatch.setattr(Path, "read_text", fail)
+    with pytest.raises(CheckpointError, match=r"pma.json could not be read"):
+        targets.is_of(average, SimpleNamespace())  # type: ignore[arg-type]
 
 
 def test_where_there_are_no_locks_it_says_so_and_works(

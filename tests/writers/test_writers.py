@@ -134,7 +134,8 @@ def test_merge_watch_and_recover(
 
     log = metrics(places / "log.csv", 300)
     on = ("--metrics", log, "--save", places / "on", "--dry-run", "--log-to", board)
-    assert call(capsys, "recover", "--load", run, *on)[0] == 0
+    code, told, _ = call(capsys, "recover", "--load", run, *on)
+    assert code == 0 and f"nothing was written (--dry-run), but what was found to {board}" in told
     curves, texts = of_tensorboard(board)
     assert curves["pma/recovery/onset"] == [(300, 300.0)]
     assert curves["pma/recovery/newest checkpoint used"] == [(300, 8.0)]

@@ -76,8 +76,9 @@ class Experiment:
 class Results:
     """Rows of one experiment as they are kept, and how they came to be.
 
-    `about` holds `command`, `pma` (commands of its first job), `scale`, `seeds`, `versions`, and
-    `work`: how many `jobs` were not done before, and how many `s` they took on how many `cores`.
+    `about` holds `command`, `pma` (commands of its first job), `scale`, `seeds`, `devices`,
+    `versions`, `text` (a digest, which older rows lack), and `work`: how many `jobs` were not done
+    before, and how many `s` they took on how many `cores`.
     """
 
     about: Row

@@ -93,7 +93,8 @@ def section(experiment: Experiment, results: Results) -> str:
         f"**Verdict: {findings.verdict}.** " + " ".join(findings.sentences),
         *(table.markdown() for table in findings.tables),
         f"![{experiment.title}](results/{experiment.name}.png)",
-        f"`{about['command']}` ({about['versions']}; {_work(about['work'])}{_cards(about)})",
+        f"`{about['command']}` ({about['versions']}; {_work(about['work'])}{_text(about)}"
+        f"{_cards(about)})",
         *(
             ["Averages by commands such as", *(f"`{line}`" for line in about["pma"])]
             if about["pma"]
@@ -101,6 +102,11 @@ def section(experiment: Experiment, results: Results) -> str:
         ),
     ]
     return "\n\n".join(parts)
+
+
+def _text(about: Row) -> str:
+    """Which text it is of, where that was noted."""
+    return f"; text {about['text']}" if "text" in about else ""
 
 
 def _cards(about: Row) -> str:

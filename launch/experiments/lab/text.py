@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import hashlib
 import os
 import random
 import sysconfig
@@ -86,6 +87,44 @@ def batch(
         starts = [number * 40_503 * seq_length % places for number in numbers]
     rows = torch.stack([text[start : start + seq_length + 1] for start in starts]).long()
     return rows[:, :-1], rows[:, 1:]
+
+
+class OtherTextError(RuntimeError):
+    """Runs that are there were made with another text than the one that is there now."""
+
+
+def digest() -> str:
+    """Of all texts, as they are read."""
+    found = hashlib.sha256()
+    for domain in DOMAINS:
+        for part in (TRAIN, VALIDATION, TEST):
+            text = tokens(domain, part)
+            found.update(f"{domain} {part} {len(text)}\n".encode())
+            found.update(text.numpy())
+    return found.hexdigest()[:16]
+
+
+def runs() -> list[Path]:
+    """Folders of runs in the cache, whole or not."""
+    return sorted(path for path in (cache() / "runs").glob("*") if path.is_dir())
+
+
+def claim() -> None:
+    """Say for which texts the runs of the cache are, or see that they are for these.
+
+    A run's name does not have its text, so that runs of before this was noted are found.
+
+    Raises:
+        OtherTextError: they are for others.
+    """
+    file, now = cache() / "runs" / "text.digest", digest()
+    was = file.read_text() if file.exists() and runs() else now
+    if was != now:
+        raise OtherTextError(
+            f"the runs in {file.parent} were made with text {was}, and {cache() / 'text'} has "
+            f"{now}: put that text back, or set PMA_LAB to a folder for these"
+        )
+    write_small(file, now.encode())
 
 
 def prepare() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from pma_megatron.base.openfiles import digest_source_file
+from pma_megatron.base.openfiles import digest_source_file, is_unreadable
 from pma_megatron.base.spelling import given
 from pma_megatron.errors import CheckpointError, UsageError
 from pma_megatron.formats.base import Item, Tensor
@@ -43,7 +43,9 @@ def parts_of(path: Path) -> list[str]:
         return [""]
     try:
         below = sorted(each for each in path.iterdir() if _PARTS.match(each.name))
-    except OSError:
+    except OSError as error:
+        if is_unreadable(error):
+            raise
         return []
     return [f"{each.name}/" for each in below if _is_part(each)]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from pma_megatron.base.boxes import Piece
+from pma_megatron.base.openfiles import is_unreadable, unread
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.base import Incomplete, Item, Payload, Tensor
 from pma_megatron.formats.dcp.checkpoint import DcpCheckpoint, parts_of
@@ -53,7 +54,7 @@ def completeness(path: Path) -> Incomplete | None:
             some = ", ".join([*checkpoint.paths][:3])
             reason = Incomplete(f"none of its entries is a tensor of a model ({some}, ...)")
     except CheckpointError as error:
-        return Incomplete(str(error))
+        return Incomplete.of(error)
     return reason
 
 
@@ -75,7 +76,7 @@ def damaged_files(
     else where its first and its last item should be. Times are not looked at.
 
     Raises:
-        CheckpointError: one of those is not there.
+        CheckpointError: one of those is not there, or a file cannot be read.
     """
     ends: dict[str, tuple[Item, Item]] = {}
     for item in (*_ends([tensor.pieces for tensor in tensors]), *objects):
@@ -88,7 +89,9 @@ def damaged_files(
     for file, both in sorted(ends.items()):
         try:
             nbytes = (files.path / file).stat().st_size
-        except OSError:
+        except OSError as error:
+            if is_unreadable(error):
+                raise unread(files.path / file, error) from error
             return Incomplete(f"shard file {file} is missing")
         needed = both[1].offset + both[1].length
         if nbytes < needed:

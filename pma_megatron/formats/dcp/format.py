@@ -29,14 +29,14 @@ def _content_of(folder: str) -> str | None:
     return str(int(found[1])) if found else None
 
 
-def _resumed(folder: Path) -> str:
+def _resumed(folder: Path, there: Path) -> str:
     """As the trainer that wrote it resumes; a script's own `dcp.load` where that is not known."""
-    checkpoint, quoted = DcpCheckpoint(folder), json.dumps(str(folder))
+    checkpoint, quoted = DcpCheckpoint(folder), json.dumps(str(there))
     alone = not checkpoint.names.optimizer
     if checkpoint.is_torchtitan:
         # torchtitan/components/checkpointer: it resumes from the highest step in its folder.
         return (
-            f"--checkpoint.initial_load_path {typed(folder.absolute())} "
+            f"--checkpoint.initial_load_path {typed(there.absolute())} "
             f"--checkpoint.{'' if alone else 'no_'}initial_load_model_only, with a "
             "checkpoint.folder that holds no step"
         )

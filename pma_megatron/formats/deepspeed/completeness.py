@@ -52,7 +52,7 @@ def completeness(path: Path) -> Incomplete | None:
     try:
         reason = _incomplete(DeepSpeedCheckpoint(path))
     except CheckpointError as error:
-        return Incomplete(str(error), not _all_ended(path))
+        return Incomplete.of(error, not _all_ended(path))
     return None if reason is None else Incomplete(reason, unfinished=True)
 
 

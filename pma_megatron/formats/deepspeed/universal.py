@@ -119,7 +119,7 @@ def completeness(path: Path) -> Incomplete | None:
         checkpoint = UniversalCheckpoint(path)
         reason = _incomplete(checkpoint)
     except CheckpointError as error:
-        return Incomplete(str(error))
+        return Incomplete.of(error)
     return None if reason is None else Incomplete(reason, unfinished=not checkpoint.stages)
 
 

@@ -18,9 +18,9 @@ def _items(path: Path) -> dict[Item, str]:
     return {found.item(file): "" for file in found.files}
 
 
-def _loaded(path: Path) -> str:
+def _loaded(path: Path, there: Path) -> str:
     """There is nothing to resume: what opens the model."""
-    return f"transformers.AutoModelForCausalLM.from_pretrained({json.dumps(str(path))})"
+    return f"transformers.AutoModelForCausalLM.from_pretrained({json.dumps(str(there))})"
 
 
 _OF_TRAINING = (

@@ -186,7 +186,7 @@ def completeness(path: Path) -> Incomplete | None:
     try:
         return _incomplete(Model(path))
     except CheckpointError as error:
-        return Incomplete(str(error))
+        return Incomplete.of(error)
 
 
 def _incomplete(model: Model) -> Incomplete | None:

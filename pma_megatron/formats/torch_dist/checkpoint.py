@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pma_megatron.base.once import once
-from pma_megatron.base.openfiles import digest_source_file, unread
+from pma_megatron.base.openfiles import digest_source_file, is_unreadable, unread
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.base import Incomplete, Item, Tensor
 from pma_megatron.formats.dcp.metadata import (
@@ -132,7 +132,8 @@ def not_torch_dist(path: Path) -> Incomplete | None:
         backend = read_json(config).get("sharded_backend")
     except CheckpointError as error:
         if isinstance(error.__cause__, OSError):
-            return Incomplete(str(unread(config, error.__cause__)))
+            said = str(unread(config, error.__cause__))
+            return Incomplete(said, unreadable=is_unreadable(error))
         empty = config.stat().st_size == 0
         return Incomplete(f"{CONFIG_FILE} cannot be read ({error}): damaged", empty)
     if backend != FORMAT_NAME:

@@ -30,7 +30,7 @@ def completeness(path: Path) -> Incomplete | None:
         checkpoint = TorchDistCheckpoint(path)
         reason = _other_files(checkpoint)
     except CheckpointError as error:
-        return Incomplete(str(error))
+        return Incomplete.of(error)
     if reason is None and not checkpoint.common_is_entry and not (path / COMMON_FILE).is_file():
         return Incomplete(f"{COMMON_FILE} is missing")
     return reason
