@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pma_megatron.base.openfiles import is_folder
+from pma_megatron.base.openfiles import is_folder, is_unreadable
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats import registry
 from pma_megatron.formats.deepspeed.checkpoint import DeepSpeedCheckpoint
@@ -49,7 +49,7 @@ def record_of(folder: Path | None) -> dict[str, Any] | None:
     except KeyError:
         return None  # incomplete; what opens it as a source says so
     except CheckpointError as error:
-        if isinstance(error.__cause__, OSError):
+        if is_unreadable(error):
             raise
         return None  # damaged; likewise
     return found if isinstance(found, dict) and "options" in found else None

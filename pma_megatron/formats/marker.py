@@ -29,6 +29,9 @@ UPLOADING_FILE = ".pma-uploading"
 NOT_CONTENT = OWN_FILES | {UPLOADING_FILE}
 SNAPSHOTS = "pma_snapshots"
 """Folder below a run's --save that holds its thin snapshots, `iter_*` each."""
+BRANCHES_FILE = "pma_branches.json"
+"""Lies beside the snapshots of a run that went back: the branches that began so, which are known by
+this before they have a snapshot of their own, and after they have lost it."""
 SNAPSHOT = "snapshot"
 ONLINE_AVERAGE = "online_average"
 EXPORT = "export"

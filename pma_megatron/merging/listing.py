@@ -67,7 +67,7 @@ def _origin(folder: Path, *, whole: bool) -> str | None:
         return None
     try:
         if whole and changed_files(folder):
-            return "none: saved over an average, whose pma.json is still there"
+            return "none: files were written over it since, and its pma.json stayed"
         made = read_marker(folder).value
         if made.get("kind") == ONLINE_AVERAGE:
             return f"running average, {made.get('method')}"

@@ -8,13 +8,17 @@ from pma_megatron.errors import CheckpointError, VerifyError
 from pma_megatron.formats.manifest import read_marker
 from pma_megatron.formats.trainers.saves import published_as
 from pma_megatron.runs.describe import describe
+from pma_megatron.storage.paths import in_store
 
 
 def changed_files(folder: Path) -> tuple[str, ...]:
     """Files of other sizes than `pma.json` lists; what is not there has not changed.
 
-    () where it lists none, cannot be read or is not there.
+    () where it lists none, cannot be read or is not there; and in stores, into which no trainer
+    saves.
     """
+    if in_store(folder):
+        return ()
     try:
         sums = read_marker(folder).sums
     except (CheckpointError, VerifyError):

@@ -14,16 +14,19 @@ class RunBranch:
 
     Attributes:
         given_up: iterations that are there of branches that were given up.
+        begun: the branches that began where the run went back.
     """
 
-    def __init__(self, found: Mapping[int, Branch | None]) -> None:
+    def __init__(self, found: Mapping[int, Branch | None], begun: Collection[Branch] = ()) -> None:
         """
         Args:
             found: iteration -> branch of each snapshot that is there.
+            begun: branches that are known to have begun beside these.
         """
-        self.given_up = frozenset(given_up({i: (i, branch) for i, branch in found.items()}))
+        self.given_up = frozenset(given_up({i: (i, branch) for i, branch in found.items()}, begun))
         self._own = {*found} - self.given_up
-        branches = [branch or FIRST for branch in found.values()]
+        branches = [*begun, *(branch or FIRST for branch in found.values())]
+        self.begun = frozenset(branches) - {FIRST}
         self._now = max(branches, key=lambda each: each.number, default=FIRST)
 
     @property
@@ -38,6 +41,7 @@ class RunBranch:
             self._own -= {*newer}
             self.given_up |= {*newer}
             self._now = Branch(number=self._now.number + 1, after=max(iteration, 0))
+            self.begun |= {self._now}
         return newer
 
     def wrote(self, iteration: int) -> None:

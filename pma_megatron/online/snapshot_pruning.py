@@ -10,10 +10,10 @@ from stat import S_ISDIR
 from pma_megatron.base.openfiles import is_folder, is_unreadable, unread
 from pma_megatron.base.spelling import named
 from pma_megatron.errors import CheckpointError, UsageError
-from pma_megatron.formats.marker import read_snapshot_marker
+from pma_megatron.formats.marker import BRANCHES_FILE, Branch, read_snapshot_marker
 from pma_megatron.online.branch import outdated
 from pma_megatron.online.removal import remove, remove_hidden
-from pma_megatron.runs.branches import branch_of, given_up
+from pma_megatron.runs.branches import begun_in, branch_of, given_up
 from pma_megatron.runs.describe import iteration_of
 
 _log = logging.getLogger(__name__)
@@ -54,16 +54,19 @@ def prune(
         return []
     remove_hidden(root)
     found, said = {}, {}
+    begun: Collection[Branch] | None = ()
     for folder in root.iterdir():
         iteration = iteration_of(folder) or 0
         try:
-            if is_snapshot(folder):
+            if folder.name == BRANCHES_FILE:
+                begun = begun_in(root)
+            elif is_snapshot(folder):
                 found[iteration], said[iteration] = folder, (iteration, branch_of(folder))
         except CheckpointError as error:
             _log.warning("no snapshot that it may speak of is deleted: %s", error)
             if keep or newest is not None:
                 return []
-    other = {*given_up(said), *abandoned}
+    other = {*given_up(said, begun or ()), *abandoned}
     come_to = max({*found} - other, default=0) if newest is None else newest
     gone = []
     for iteration in outdated(found, keep, other, come_to):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 import shutil
 from collections.abc import Callable, Collection, Mapping
@@ -21,6 +22,7 @@ from pma_megatron.base.spelling import first_few
 from pma_megatron.errors import CheckpointError, PublishError, SelectionError
 from pma_megatron.formats.dcp.metadata import METADATA_FILE
 from pma_megatron.formats.marker import (
+    BRANCHES_FILE,
     SNAPSHOT,
     SNAPSHOT_VERSION,
     Branch,
@@ -32,7 +34,7 @@ from pma_megatron.online.branch import outdated
 from pma_megatron.online.remote_folder import said_in
 from pma_megatron.online.snapshot_job import UPLOADED as _THERE
 from pma_megatron.online.uploads import Uploads, remove_marks
-from pma_megatron.runs.branches import given_up
+from pma_megatron.runs.branches import begun_by, given_up, text_of
 from pma_megatron.runs.describe import iteration_of
 from pma_megatron.runs.discover import TRACKER_FILE, list_checkpoints
 from pma_megatron.storage.addresses import below
@@ -66,6 +68,7 @@ class SnapshotUploads(Uploads):
         super().__init__(address, folder)
         self._keep, self._passed_by = keep, passed_by
         self._needed: frozenset[int] | None = None
+        self._begun: frozenset[Branch] = frozenset()
 
     def there(self) -> frozenset[int]:
         """Iterations that are in the store, whole.
@@ -86,20 +89,28 @@ class SnapshotUploads(Uploads):
             raise PublishError(f"snapshots cannot go to {self.address}: {error}") from error
         return frozenset(r.iteration for r in refs if r.complete and r.iteration is not None)
 
-    def branches(self) -> dict[int, Branch | None]:
-        """Iteration -> branch of the run, of what is in the store, as its marks say.
+    def begin_branches(self, begun: frozenset[Branch]) -> None:
+        """Have the store say which branches of the run began, behind training."""
+        self._begun = begun
+        self.begin()
+
+    def branches(self) -> tuple[dict[int, Branch | None], frozenset[Branch]]:
+        """Iteration -> branch of the run, of what is in the store, as its marks say; and the
+        branches that began beside these.
 
         Raises:
             PublishError: a mark cannot be read.
         """
         try:
-            found = self._marked(*self._place())
+            store, root = self._place()
+            found = self._marked(store, root)
+            begun = _begun_in(store, below(root, BRANCHES_FILE))
         except (OSError, CheckpointError) as error:
             raise PublishError(
                 f"which branch of the run the snapshots in {self.address} are of is not known: "
                 f"{error}. Start again once the store answers"
             ) from error
-        return {iteration: branch for iteration, (_, branch) in found.items()}
+        return {iteration: branch for iteration, (_, branch) in found.items()}, begun
 
     def _marked(self, store: Store, root: str) -> dict[int, tuple[str, Branch | None]]:
         """Iteration -> name and branch of each in the store, whether its content can be read or
@@ -175,7 +186,13 @@ class SnapshotUploads(Uploads):
             folder.rmdir()
 
     def _remove_old(self) -> None:
-        """Delete old snapshots in the store; only what is marked as one, its mark last."""
+        """Delete old snapshots in the store; only what is marked as one, its mark last. What says
+        which branch they are of is there before that."""
+        begun = self._begun
+        if begun:
+            store, root = self._place()
+            store.put(below(root, BRANCHES_FILE), text_of(begun))
+            self._begun -= begun
         if self._needed is not None:
             self._remove_unneeded()
             if self._whole():
@@ -229,6 +246,15 @@ def _empty(folder: Path) -> None:
     for path in folder.iterdir():
         if path.name != _THERE:
             path.unlink(missing_ok=True)
+
+
+def _begun_in(store: Store, key: str) -> frozenset[Branch]:
+    try:
+        return begun_by(json.loads(store.got(key)[1]), key)
+    except FileNotFoundError:
+        return frozenset()
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{key} is damaged ({error})") from error
 
 
 def _is_snapshot(folder: Path) -> bool:

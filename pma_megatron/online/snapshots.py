@@ -19,12 +19,13 @@ from typing import Any
 import torch
 
 from pma_megatron.base.comm import Comm
+from pma_megatron.base.durable import replace_file
 from pma_megatron.base.openfiles import is_folder
 from pma_megatron.base.remote_paths import refuse_remote
 from pma_megatron.base.spelling import first_few
 from pma_megatron.errors import CheckpointError, PublishError, UsageError
 from pma_megatron.formats.base import Item
-from pma_megatron.formats.marker import SNAPSHOTS, SnapshotMarker
+from pma_megatron.formats.marker import BRANCHES_FILE, SNAPSHOTS, Branch, SnapshotMarker
 from pma_megatron.formats.torch_dist.checkpoint import COMMON_FILE
 from pma_megatron.formats.torch_dist.chunks import (
     Chunk,
@@ -41,7 +42,7 @@ from pma_megatron.online.shared_folder import refuse_unseen
 from pma_megatron.online.snapshot_job import STAGING, Data, SnapshotJob
 from pma_megatron.online.snapshot_pruning import is_snapshot, prune
 from pma_megatron.online.snapshot_upload import SnapshotUploads, refuse_full
-from pma_megatron.runs.branches import branch_of
+from pma_megatron.runs.branches import begun_in, branch_of, text_of
 from pma_megatron.runs.describe import iteration_of
 from pma_megatron.runs.discover import TRACKER_FILE
 from pma_megatron.storage.paths import in_store, place_of, workplace
@@ -160,7 +161,7 @@ class SnapshotWriter:
             self._remove_given_up()
             self._newest = iteration
             if not self._keeps_whole:
-                self._say_given_up(self._branch.train_on(iteration - 1), iteration - 1)
+                self._say_given_up(self._go_back(iteration - 1), iteration - 1)
         small, marker = self._small_files(iteration, args) if self._comm.is_main else ({}, {})
         self._job = SnapshotJob(
             rank=self._comm.rank,
@@ -208,7 +209,26 @@ class SnapshotWriter:
         """Training went back to weights of `iteration`, whatever number it goes on with: what this
         job wrote of later ones is given up. No communication."""
         if self._comm.is_main:
-            self._branch.train_on(iteration)
+            self._go_back(iteration)
+
+    def _go_back(self, iteration: int) -> list[int]:
+        """What is given up by training on from an iteration, once the folder says so too: this job
+        may end before its first snapshot of the new branch."""
+        newer = self._branch.train_on(iteration)
+        if newer and self._uploads is not None:
+            self._uploads.begin_branches(self._branch.begun)
+        elif newer:
+            try:
+                replace_file(self.root / BRANCHES_FILE, text_of(self._branch.begun))
+            except OSError as error:
+                _log.warning(
+                    "%s, which says that snapshots after iteration %d are given up, cannot be "
+                    "written (%s): the next snapshot says so too, and until then they count",
+                    self.root / BRANCHES_FILE,
+                    iteration,
+                    error.strerror,
+                )
+        return newer
 
     def prune(self, keep: int) -> list[Path]:
         """Delete old snapshots on a disk (rank 0 only); see `prune`.
@@ -232,8 +252,9 @@ class SnapshotWriter:
 
     def _look_for_branches(self, trained_from: int | None) -> None:
         """What is newer than where training goes on is of a branch that was given up."""
-        found = {} if self._uploads is None else self._uploads.branches()
+        found, begun = ({}, None) if self._uploads is None else self._uploads.branches()
         try:
+            begun = begun_in(self.root) if begun is None else begun
             for folder in filter(is_snapshot, self.root.iterdir()):
                 found[iteration_of(folder) or 0] = branch_of(folder)
         except CheckpointError as error:
@@ -241,10 +262,26 @@ class SnapshotWriter:
                 f"which branch of the run the snapshots in {self.root} are of is not known: "
                 f"{error}. Or move that one elsewhere"
             ) from error
-        self._branch = RunBranch(found)
+        self._branch = RunBranch(found, begun or ())
         if trained_from is not None:
             self._newest = trained_from
-            self._say_given_up(self._branch.train_on(trained_from), trained_from)
+            self._say_passed_by(found, trained_from)
+            self._say_given_up(self._go_back(trained_from), trained_from)
+
+    def _say_passed_by(self, found: Mapping[int, Branch | None], trained_from: int) -> None:
+        """What counts as given up though no snapshot of a later branch is there."""
+        now = self._branch.now
+        passed = sorted(each for each in self._branch.given_up if each <= trained_from)
+        if passed and now not in found.values():
+            _log.warning(
+                "snapshots of iterations %s in %s count as given up, for a job trained on from "
+                "iteration %d. If training now goes on from what they are of, end it, and delete "
+                "%s there before it starts again",
+                first_few([str(each) for each in passed], _SHOWN),
+                self._final,
+                now.after,
+                BRANCHES_FILE,
+            )
 
     def _say_given_up(self, iterations: Sequence[int], trained_from: int) -> None:
         if iterations:

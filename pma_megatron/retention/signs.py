@@ -19,7 +19,7 @@ from pma_megatron.base.stopping import shielded
 from pma_megatron.errors import SelectionError
 from pma_megatron.formats import registry
 from pma_megatron.formats.holding import MARKERS
-from pma_megatron.formats.marker import MARKER_FILE, SEAL_FILE, UPLOADING_FILE
+from pma_megatron.formats.marker import BRANCHES_FILE, MARKER_FILE, SEAL_FILE, UPLOADING_FILE
 from pma_megatron.runs import recovery_log
 from pma_megatron.storage.addresses import below
 from pma_megatron.storage.claims import FRESH_S, Claim, claim, claimed
@@ -28,7 +28,7 @@ from pma_megatron.storage.protocol import Object, Store
 
 _DELETES = "deletes"
 _FIRST = ("metadata.json", *MARKERS, SEAL_FILE, MARKER_FILE, "latest")
-_TRACKERS = {known.tracker.file for known in registry.FORMATS} | {recovery_log.FILE}
+_TRACKERS = {known.tracker.file for known in registry.FORMATS} | {recovery_log.FILE, BRANCHES_FILE}
 
 Objects = Mapping[str, tuple[str, int, int]]
 """Name in a folder -> what tells the object from every other of that name."""

@@ -7,18 +7,22 @@ trainers overwrite their own as they come by.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from pma_megatron.base.openfiles import is_unreadable
+from pma_megatron.base.openfiles import is_unreadable, unread
 from pma_megatron.errors import CheckpointError
-from pma_megatron.formats.marker import Branch, read_snapshot_marker
+from pma_megatron.formats.json_files import read_json
+from pma_megatron.formats.marker import BRANCHES_FILE, Branch, branch_in, read_snapshot_marker
+from pma_megatron.formats.schema import wrong
 from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.storage.paths import path_of
 
 FIRST = Branch(number=0, after=0)
+_BRANCHES = "branches"
 K = TypeVar("K", bound=Hashable)
 
 
@@ -60,6 +64,65 @@ def branch_of(folder: Path) -> Branch | None:
     return None if marker is None else marker.branch
 
 
+def begun_in(folder: Path) -> frozenset[Branch] | None:
+    """The branches that began, as a folder of snapshots says; None where it says nothing of them.
+
+    Raises:
+        CheckpointError: what it says cannot be read now, or is damaged.
+    """
+    path = folder / BRANCHES_FILE
+    try:
+        path.lstat()
+        return begun_by(read_json(path), path)
+    except OSError as error:
+        if is_unreadable(error):
+            raise unread(path, error) from error
+        return None
+
+
+def begun_by(said: Mapping[str, Any], where: object) -> frozenset[Branch]:
+    """The branches that a `pma_branches.json` says; raises as `begun_in` does."""
+    found = said.get(_BRANCHES)
+    if not isinstance(found, list):
+        raise wrong(f"{where}: {_BRANCHES}", "a list", found)
+    branches = [branch_in({"branch": each}, where) for each in found]
+    return frozenset(branch for branch in branches if branch is not None)
+
+
+def text_of(branches: Iterable[Branch]) -> bytes:
+    """What `begun_by` reads.
+
+    >>> sorted(begun_by(json.loads(text_of([Branch(number=1, after=40)])), "it"), key=str)
+    [Branch(number=1, after=40)]
+    """
+    ordered = sorted(branches, key=lambda each: each.number)
+    return json.dumps({_BRANCHES: [asdict(each) for each in ordered]}).encode()
+
+
+def judged(
+    refs: Sequence[CheckpointRef], others: Iterable[Branch | None] = ()
+) -> list[CheckpointRef]:
+    """The same as `marked`, by what the folders of the snapshots say too."""
+    found, known = [*refs], {*others}
+    folders = {path_of(ref.path).parent for ref in refs if ref.snapshot or ref.branch_unknown}
+    for folder in folders:
+        inside = [path_of(ref.path).parent == folder for ref in found]
+        try:
+            begun = begun_in(folder)
+        except CheckpointError as error:
+            found = [
+                _doubted(r, str(error)) if i else r for r, i in zip(found, inside, strict=True)
+            ]
+            continue
+        if begun is not None:  # all of them are known, whatever mark cannot be read
+            known |= begun
+            found = [
+                replace(ref, branch_unknown=ref.branch_unknown and not here)
+                for ref, here in zip(found, inside, strict=True)
+            ]
+    return marked(found, known)
+
+
 def marked(
     refs: Sequence[CheckpointRef], others: Iterable[Branch | None] = ()
 ) -> list[CheckpointRef]:
@@ -87,7 +150,13 @@ def marked(
         else ref
         for ref in refs
     ]
-    return _doubted(found)
+    unknown = {path_of(r.path).parent: r for r in refs if r.branch_unknown and not r.complete}
+    return [
+        _doubted(ref, f"{unknown[folder].path} cannot be read: try again, or move that elsewhere")
+        if (folder := path_of(ref.path).parent) in unknown
+        else ref
+        for ref in found
+    ]
 
 
 def with_snapshots(
@@ -127,22 +196,9 @@ def unmarked(ref: CheckpointRef) -> CheckpointRef:
     return ref
 
 
-def _doubted(refs: Sequence[CheckpointRef]) -> list[CheckpointRef]:
-    """The same, not judged where another one in the same folder may be a snapshot of a later
-    branch, and cannot be read now."""
-    unknown = {path_of(r.path).parent: r for r in refs if r.branch_unknown and not r.complete}
-    return [
-        replace(
-            ref,
-            branch_unknown=True,
-            judged=False,
-            unhealthy_because=f"whether a later job went back behind it is not known while "
-            f"{unknown[folder].path} cannot be read: try again, or move that elsewhere",
-        )
-        if ref.snapshot
-        and ref.complete
-        and ref.unhealthy_because is None
-        and (folder := path_of(ref.path).parent) in unknown
-        else ref
-        for ref in refs
-    ]
+def _doubted(ref: CheckpointRef, why: str) -> CheckpointRef:
+    """The same, not judged if it is a snapshot: a later branch may have begun before it."""
+    if not (ref.snapshot and ref.complete and ref.unhealthy_because is None):
+        return ref
+    because = f"whether a later job went back behind it is not known: {why}"
+    return replace(ref, branch_unknown=True, judged=False, unhealthy_because=because)

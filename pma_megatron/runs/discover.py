@@ -17,7 +17,7 @@ from pma_megatron.formats import registry
 from pma_megatron.formats.marker import SNAPSHOTS
 from pma_megatron.formats.trainers.saves import checkpoint_in, saved_below
 from pma_megatron.runs import recovery_log
-from pma_megatron.runs.branches import marked, unmarked, with_snapshots
+from pma_megatron.runs.branches import judged, unmarked, with_snapshots
 from pma_megatron.runs.describe import SHORT, STEP, describe, iteration_of
 from pma_megatron.runs.folders import ITERATION, is_checkpoint, what_is
 from pma_megatron.runs.refs import CheckpointRef
@@ -89,7 +89,7 @@ def list_checkpoints(
     torn = list(torn_saves(root, refs.values()))
     refs |= {at.get(ref.path, ref.path): ref for ref in torn}
     ordered = sorted(
-        marked(_each_once(refs.values(), pointers), hidden),
+        judged(_each_once(refs.values(), pointers), hidden),
         key=lambda ref: (ref.iteration is None, ref.iteration or 0, ref.path),
     )
     return _only_newest_writing(ordered, pointers)

@@ -12,7 +12,7 @@ from pathlib import Path
 from pma_megatron.base.openfiles import is_folder
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats import registry
-from pma_megatron.formats.marker import MARKER_FILE, OWN_FILES, SNAPSHOTS
+from pma_megatron.formats.marker import BRANCHES_FILE, MARKER_FILE, OWN_FILES, SNAPSHOTS
 from pma_megatron.formats.trainers.saves import checkpoint_in
 from pma_megatron.runs import recovery_log
 from pma_megatron.storage.paths import in_store
@@ -45,7 +45,7 @@ def holds_checkpoint(folder: Path) -> bool:
 
 def means_something(name: str) -> bool:
     """True for a name by which checkpoints are found, and what pma keeps beside them."""
-    known = _TRACKERS | OWN_FILES | {recovery_log.FILE}
+    known = _TRACKERS | OWN_FILES | {recovery_log.FILE, BRANCHES_FILE}
     return name in known or name.startswith(_OURS) or ITERATION.match(name) is not None
 
 

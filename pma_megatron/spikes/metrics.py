@@ -34,8 +34,8 @@ from pma_megatron.spikes.textfiles import lines, not_printed, suffix
 from pma_megatron.storage.paths import path_of
 
 _EVENTS = "tfevents"
-# A table in no order, or of several writers, is told from a run that went back by how often its
-# iterations fall, or by how many of them are there twice in a row.
+# A table in no order is told from a run that went back by how often its iterations fall, one of
+# several writers by how many of them are there twice in a row.
 _FALLS_PER_POINT = 0.1
 
 
@@ -227,14 +227,16 @@ def _is_json_object(line: str) -> bool:
 def _as_it_went(written: Sequence[MetricsPoint]) -> Part:
     """Points in order, later writings first choice; and what was dropped."""
     falls = sum(later.iteration < point.iteration for point, later in pairwise(written))
-    again = {one.iteration for one, two in pairwise(written) if _again(one, two)}
-    if max(falls, len(again) - 1) > _FALLS_PER_POINT * len(written):
+    if falls > _FALLS_PER_POINT * len(written):
         return _sorted(written)
+    again = {one.iteration for one, two in pairwise(written) if _again(one, two)}
+    one_writer = len(again) - 1 <= _FALLS_PER_POINT * len(written)
     kept: list[MetricsPoint] = []
     over: list[Overwritten] = []
     repeated = 0
     for point in written:
-        if kept and (point.iteration < kept[-1].iteration or _again(kept[-1], point)):
+        back = kept and (point.iteration < kept[-1].iteration or _again(kept[-1], point))
+        if back and (one_writer or point.iteration < kept[-1].iteration):
             first = bisect_left(kept, point.iteration, key=lambda each: each.iteration)
             over.append(Overwritten(again=point.iteration, points=tuple(kept[first:])))
             del kept[first:]
@@ -251,7 +253,8 @@ def _as_it_went(written: Sequence[MetricsPoint]) -> Part:
             f"{dropped} overwritten point(s) left out."
         )
     if repeated:
-        notes.append(f"{repeated} iteration(s) were written twice in a row, alike.")
+        how = "alike" if one_writer else "by several writers; the later line counts"
+        notes.append(f"{repeated} iteration(s) were written twice in a row, {how}.")
     return tuple(kept), notes, over
 
 
@@ -283,10 +286,8 @@ def _sorted(written: Sequence[MetricsPoint]) -> Part:
             branch = tuple(earlier[iteration] for iteration in some)
             over.append(Overwritten(again=branch[0].iteration, points=branch))
     again = len(written) - len(ordered)
-    said = f"{again} iteration(s) were there twice; the later row counts."
-    in_order = all(one.iteration <= two.iteration for one, two in pairwise(written))
-    notes = ["The rows were in no order of iterations and were sorted."] * (not in_order)
-    notes = [" ".join([*notes, said] if again else notes)]
+    said = f" {again} iteration(s) were there twice; the later row counts." if again else ""
+    notes = [f"The rows were in no order of iterations and were sorted.{said}"]
     return tuple(last[iteration] for iteration in ordered), notes, over
 
 

@@ -35,11 +35,13 @@ def nothing_lost(metrics: Metrics, course: Course, settings: SpikeSettings, most
         onset = course.suspicion.onset
         rise, ways = _rising(course, settings)
         open_.append(rise)
-    for what, count, least in _at_the_end(points, settings):
-        first = points[-count].iteration
+    for what, count, least, first in _at_the_end(points, settings):
         onset = min(onset, first)
         open_.append(
-            f"{what} of the last {count} logged point(s), from iteration {first} on, is not "
+            f"{what} of the last {count} logged point(s) is not finite (nor others since iteration "
+            f"{first}), and {least} in a row count as lost"
+            if first < points[-count].iteration
+            else f"{what} of the last {count} logged point(s), from iteration {first} on, is not "
             f"finite, and {least} in a row count as lost"
         )
     end = f"the last logged iteration is {points[-1].iteration}"
@@ -66,9 +68,10 @@ def nothing_lost(metrics: Metrics, course: Course, settings: SpikeSettings, most
     if learned and learned[0].first == points[0].iteration:
         said += (
             f". Nothing was judged: the first {settings.warmup} logged points are learned from, "
-            f"and there are {len(points)}. Give the log from before too, as one more file of "
-            f"{named('metrics')}"
+            f"and there are {len(points)}"
         )
+        if not from_the_start(points):
+            said += f". Give the log from before too, as one more file of {named('metrics')}"
     if course.doubted:
         where = first_few([f"{span.first} to {span.last}" for span in course.doubted], _SHOWN)
         said += f". Among points that are learned from, the loss was too high in iterations {where}"
@@ -99,18 +102,25 @@ def _rising(course: Course, settings: SpikeSettings) -> tuple[str, list[str]]:
 
 def _at_the_end(
     points: Sequence[MetricsPoint], settings: SpikeSettings
-) -> list[tuple[str, int, int]]:
-    """Losses and gradient norms at the end that are not finite: what, how many, how many count."""
+) -> list[tuple[str, int, int, int]]:
+    """Losses and gradient norms at the end that are not finite: what, how many in a row, how many
+    count, and the first iteration of those that come close one after another."""
 
-    def last(bad: list[bool]) -> int:
-        return len([*itertools.takewhile(bool, reversed(bad))])
+    def last(bad: list[bool]) -> tuple[int, int]:
+        places = [place for place, each in enumerate(bad) if each]
+        first = len(bad)
+        for place in reversed(places):
+            if first - place > settings.settle:
+                break
+            first = place
+        return len([*itertools.takewhile(bool, reversed(bad))]), first
 
-    losses = last([not math.isfinite(p.loss) for p in points])
-    norms = last([p.grad_norm is not None and not math.isfinite(p.grad_norm) for p in points])
-    found = [("the loss", losses, settings.nonfinite_losses)]
+    losses, since = last([not math.isfinite(p.loss) for p in points])
+    norms, also = last([p.grad_norm is not None and not math.isfinite(p.grad_norm) for p in points])
+    found = [("the loss", losses, settings.nonfinite_losses, since)]
     if norms > losses:
-        found.append(("the gradient norm", norms, settings.nonfinite_grad_norms))
-    return [each for each in found if 0 < each[1] < each[2]]
+        found.append(("the gradient norm", norms, settings.nonfinite_grad_norms, also))
+    return [(*each[:3], points[each[3]].iteration) for each in found if 0 < each[1] < each[2]]
 
 
 def _seen(course: Course) -> str:

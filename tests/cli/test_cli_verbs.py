@@ -146,15 +146,15 @@ def test_the_resume_line_can_be_pasted(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A shell gives the path to --load whatever is in it, or the line says that none is there."""
+    """A shell gives both flags the path whatever is in it, or the line says that none is there."""
     monkeypatch.chdir(tmp_path)
     for name in ("-dout", "a b;c", os.fsdecode(b"n\xff"), "n\x1b[31m"):
         code, out, _ = call(capsys, "merge", "--load", dense_run, "--last", 2, f"--save={name}")
         assert code == 0
         (line,) = [line for line in out.splitlines() if line.startswith("resume with: ")]
         if name.isprintable():
-            flag, path = shlex.split(line.removeprefix("resume with: "))
-            assert flag == "--load" and not path.startswith("-")
+            load, path, save, same = shlex.split(line.removeprefix("resume with: "))
+            assert (load, save) == ("--load", "--save") and same == path == str(tmp_path / name)
             assert (Path(path) / "iter_0000008").is_dir()
         else:
             assert "cannot be printed here" in line

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,10 @@ from test_snapshot_writer import PATIENCE_S, assert_whole, simple_chunks, simple
 from conftest import digests, folder_of
 from pma_megatron import PmaError, SelectionRequest, list_checkpoints
 from pma_megatron.base.comm import Comm
-from pma_megatron.formats.marker import SNAPSHOTS
+from pma_megatron.formats.marker import BRANCHES_FILE, SNAPSHOTS
 from pma_megatron.online.snapshots import SnapshotWriter, prune
 from pma_megatron.runs.discover import choose
+from pma_megatron.storage import spool
 from pma_megatron.testing import inject, rank_outcomes, run_ranks
 
 OTHER = 500
@@ -36,7 +39,7 @@ def train(writer: SnapshotWriter, *iterations: int, shift: int = 0) -> None:
         writer.wait(PATIENCE_S)
 
 
-def there(root: Path) -> list[tuple[int | None, str]]:
+def there(root: str | Path) -> list[tuple[int | None, str]]:
     return [(ref.iteration, ref.state) for ref in list_checkpoints(root)]
 
 
@@ -116,6 +119,71 @@ def test_a_branch_of_a_branch(tmp_path: Path) -> None:
     assert [each for each, state in states.items() if state == "complete"] == [10, 15, 25]
 
 
+@pytest.fixture(params=["disk", "store"])
+def root(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[str]:
+    """A folder on a disk, and one in a store."""
+    monkeypatch.setenv("PMA_MEGATRON_SPOOL", str(tmp_path / "spools"))
+    spool.forget()
+    remote = request.param == "store"
+    yield f"memory://{tmp_path.name}-{tmp_path.parent.name}/run" if remote else str(tmp_path)
+    spool.forget()
+
+
+def test_what_a_recovery_gave_up_stays_so_without_a_snapshot_after_it(root: str) -> None:
+    """The job ends before its first one, and goes on from a full checkpoint."""
+    writer = job(root, 0)
+    train(writer, 40, 90, 99)
+    writer.train_on(97)
+    writer.wait_for_uploads(PATIENCE_S)
+    assert there(root) == [(40, "complete"), (90, "complete"), (99, "given up")]
+    writer = job(root, 105)
+    train(writer, 110)
+    writer.wait_for_uploads(PATIENCE_S)
+    assert there(root) == [(40, "complete"), (90, "complete"), (99, "given up"), (110, "complete")]
+
+
+def test_what_was_given_up_stays_so_without_the_snapshot_that_says_so(tmp_path: Path) -> None:
+    """It is being replaced, or was deleted; nor does it go before training has come by it."""
+    train(job(tmp_path, 0), 20, 40, 60, 100)
+    train(job(tmp_path, 40), 50)
+    shutil.rmtree(folder_of(tmp_path, 50))
+    states = {20: "complete", 40: "complete", 60: "given up", 100: "given up"}
+    assert dict(there(tmp_path)) == states
+    train(job(tmp_path, 40), 45)
+    assert dict(there(tmp_path)) == {**states, 45: "complete"}
+    assert prune(tmp_path, 2, ()) == [folder_of(tmp_path, 20)]
+
+
+def test_what_says_which_branches_began_is_read_or_nothing_is_taken(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(job(tmp_path, 0), 20, 40, 60)
+    train(job(tmp_path, 40), 50)
+    said = (tmp_path / BRANCHES_FILE).read_bytes()
+    (tmp_path / BRANCHES_FILE).write_bytes(said[:-1])
+    assert [state for _, state in there(tmp_path)] == ["not judged"] * 4
+    with pytest.raises(PmaError, match=BRANCHES_FILE):
+        choose(list_checkpoints(tmp_path), SelectionRequest(last=2), tmp_path)
+    with pytest.raises(PmaError, match=BRANCHES_FILE):
+        job(tmp_path, 50)
+    assert prune(tmp_path, 1, ()) == [] and BRANCHES_FILE in caplog.text
+
+
+def test_a_run_that_takes_up_what_was_given_up_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(job(tmp_path, 0), 20, 40, 60)
+    job(tmp_path, 20)
+    with caplog.at_level(logging.WARNING):
+        job(tmp_path, 60)
+    assert f"40, 60 in {tmp_path} count as given up" in caplog.text
+    (tmp_path / BRANCHES_FILE).unlink()
+    train(job(tmp_path, 60), 80)
+    assert there(tmp_path) == [(each, "complete") for each in (20, 40, 60, 80)]
+
+
 def test_a_full_checkpoint_in_a_snapshots_place_hides_no_branch(tmp_path: Path) -> None:
     """The snapshot that says that the run went back lies beside a full one of its iteration."""
     thin = tmp_path / SNAPSHOTS
@@ -183,7 +251,7 @@ def test_ranks_replace_what_one_rank_wrote(tmp_path: Path) -> None:
     assert run_ranks(again_in_ranks, 2, str(tmp_path)) == ["written"] * 2
     assert_whole(folder_of(tmp_path, 1), 1 + OTHER)
     assert (folder_of(tmp_path, 1) / "__1_0.distcp").is_file()
-    assert [path.name for path in tmp_path.iterdir()] == ["iter_0000001"]
+    assert {path.name for path in tmp_path.iterdir()} == {"iter_0000001", BRANCHES_FILE}
 
 
 def test_what_is_replaced_is_never_taken_for_published(tmp_path: Path) -> None:
@@ -208,8 +276,9 @@ def test_killed_while_it_replaces(tmp_path: Path) -> None:
     with inject("snapshot-publish", rank=0, action="kill"):
         (end,) = rank_outcomes(again_in_ranks, 1, str(tmp_path), init=False)
     assert end.signal == "SIGKILL"
-    assert there(tmp_path) == [(2, "complete")]
+    assert there(tmp_path) == [(2, "given up")]
     train(job(tmp_path, 0), 1, 2, shift=OTHER)
     for iteration in (1, 2):
         assert_whole(folder_of(tmp_path, iteration), iteration + OTHER)
-    assert {path.name for path in tmp_path.iterdir()} == {"iter_0000001", "iter_0000002"}
+    snapshots = {"iter_0000001", "iter_0000002"}
+    assert {path.name for path in tmp_path.iterdir()} == {*snapshots, BRANCHES_FILE}

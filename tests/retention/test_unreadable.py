@@ -20,7 +20,7 @@ from pma_megatron import PruneRequest, SelectionRequest, list_checkpoints, prune
 from pma_megatron.base.comm import Comm
 from pma_megatron.errors import CheckpointError, PublishError, SelectionError
 from pma_megatron.formats import holding
-from pma_megatron.formats.marker import MARKER_FILE, SNAPSHOTS
+from pma_megatron.formats.marker import BRANCHES_FILE, MARKER_FILE, SNAPSHOTS
 from pma_megatron.megatron.thin import ThinSnapshots
 from pma_megatron.online.snapshots import SnapshotWriter
 from pma_megatron.online.store import WindowStore
@@ -29,7 +29,7 @@ from pma_megatron.retention import decision
 from pma_megatron.runs.discover import choose
 from pma_megatron.storage import spool
 from pma_megatron.storage.object_store import ObjectStore
-from pma_megatron.storage.paths import path_of
+from pma_megatron.storage.paths import path_of, place_of, stored
 
 _NUMBER = itertools.count()
 Fails = Callable[..., None]
@@ -93,6 +93,15 @@ def written(root: str | Path, *iterations: int, trained_from: int = 0) -> None:
     spool.forget()
 
 
+def forget_branches(root: str) -> None:
+    """As an earlier release leaves a run that went back."""
+    if "://" not in root:
+        (Path(root) / BRANCHES_FILE).unlink()
+        return
+    store, key = stored(place_of(root))
+    store.delete([f"{key}/{BRANCHES_FILE}"])
+
+
 def states(root: str | Path) -> dict[int | None, str]:
     return {ref.iteration: ref.state for ref in list_checkpoints(root)}
 
@@ -137,6 +146,9 @@ def test_a_mark_that_cannot_be_read_makes_none_healthy(root: str, fails: Fails) 
     assert states(root)[100] == states(root)[200] == "given up"
     spool.forget()
     fails(f"iter_0000050/{MARKER_FILE}")
+    found = states(root)
+    assert (found[40], found[50], found[100]) == ("complete", "unreadable", "given up")
+    forget_branches(root)
     found = states(root)
     assert found.pop(50) == "unreadable" and set(found.values()) == {"not judged"}
     with pytest.raises(SelectionError, match="iter_0000050"):

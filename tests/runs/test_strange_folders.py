@@ -3,12 +3,9 @@ what to type instead."""
 
 from __future__ import annotations
 
-import errno
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from test_megatron_flags import parse
@@ -23,7 +20,6 @@ from pma_megatron import (
     merging,
     verify,
 )
-from pma_megatron.base import openfiles
 from pma_megatron.cli import main
 from pma_megatron.deepspeed.options import Options
 from pma_megatron.errors import UsageError
@@ -303,20 +299,3 @@ def test_no_module_follows_links_with_what_raises_at_a_circle() -> None:
         if ".resolve(" in file.read_text()
     }
     assert found <= guarded | of_scripts
-
-
-def test_a_mark_that_cannot_be_read_is_not_taken_for_none(
-    run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It alone tells a thin snapshot, of which nobody could resume, from a full checkpoint."""
-    opened = openfiles.open_source
-
-    def fails(path: Path | str, **how: Any) -> int:
-        if Path(path).name == "pma.json" and Path(path).parent == folder_of(run, 6):
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return opened(path, **how)
-
-    monkeypatch.setattr(openfiles, "open_source", fails)
-    states = {ref.iteration: ref.incomplete_because for ref in list_checkpoints(run)}
-    assert [i for i, because in states.items() if because is None] == [2, 4, 8]
-    assert "pma.json" in str(states[6])

@@ -199,7 +199,7 @@ def test_what_training_saved_over_an_average_is_its_own(
     assert digests(save) == before
     assert main(["list", str(save), "--json"]) == 0
     (said,) = json.loads(capsys.readouterr().out)
-    assert said["state"] == "complete" and "saved over an average" in said["origin"]
+    assert said["state"] == "complete" and "written over it since" in said["origin"]
     # An average that was cut short is one still, and may be replaced.
     shard = next(folder_of(save, 8).glob("*.distcp"))
     shard.write_bytes(shard.read_bytes()[:-100])

@@ -70,6 +70,10 @@ def test_a_job_that_died_at_its_first_nan_is_told(tmp_path: Path) -> None:
     said = refusal(log, losses({range(1201, 1203): math.nan}, 1203))
     assert "no verdict yet" in said and "last 2 logged point(s), from iteration 1201 on" in said
     assert offered(log, said) == [[1050, 1100, 1150]]
+    often = [(i, math.nan if i > 1200 and i % 3 else loss) for i, loss in losses({}, 1401)]
+    said = refusal(log, often[:-1])
+    assert "last 1 logged point(s) is not finite (nor others since iteration 1201)" in said
+    assert offered(log, said) == [[1050, 1100, 1150]]
     log.write_text("iteration,loss,grad_norm\n")
     text = "".join(f"{i},{loss:.5f},{1.0 if i < 1201 else 'inf'}\n" for i, loss in losses({}, 1205))
     log.write_text(log.read_text() + text)
@@ -85,7 +89,9 @@ def test_a_healthy_log_offers_nothing_and_what_was_read_is_said(tmp_path: Path) 
     assert offered(tmp_path / "a.csv", said := refusal(tmp_path / "a.csv", gap)) == []
     assert "no verdict yet" not in said and "1 gap(s)" in said and "700 to 800" in said
     short = refusal(tmp_path / "b.csv", rows[:20])
-    assert "Nothing was judged" in short and "there are 20" in short
+    assert "Nothing was judged" in short and "there are 20" in short and "before" not in short
+    later = refusal(tmp_path / "b.csv", rows[1480:])
+    assert "Nothing was judged" in later and "Give the log from before too" in later
     assert "Nothing was judged" not in refusal(tmp_path / "c.csv", rows[:25])
 
 

@@ -59,7 +59,7 @@ def written(
 
 
 def folders(s3: Any, bucket: str) -> set[str]:
-    return {key.split("/")[1] for key in keys(s3, bucket, "snapshots/")}
+    return {key.split("/")[1] for key in keys(s3, bucket, "snapshots/iter_")}
 
 
 def files_left(spools: Path) -> list[Path]:
