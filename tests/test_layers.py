@@ -180,7 +180,8 @@ INSIDE = {
         recovery
     """,
     "online": """
-        branch memory_budget shard snapshot_job swap uploads
+        branch memory_budget remote_folder removal shard shared_folder swap
+        snapshot_job uploads
         average_upload hostcopy snapshot_pruning snapshot_upload
         snapshots
         window

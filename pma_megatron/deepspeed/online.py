@@ -1,6 +1,7 @@
 """A running average of the weights of a DeepSpeed engine, for any training loop.
 
     online = OnlineAverage(engine, Method(name="wma"), last=6, interval_iterations=1000)
+    online.place(averages)                          # refused now where nothing can be saved
     online.load_state(f"{averages}/window")         # after engine.load_checkpoint(root)
     for batch in ...:
         ...                                         # engine.backward(loss); engine.step()
@@ -192,7 +193,8 @@ class OnlineAverage(RunningAverage):
 
         Raises:
             UsageError: there is no average yet; a checkpoint engine that saves in the background.
-            PublishError: tags below `save_dir` are not averages, or the store refuses.
+            PublishError: tags below `save_dir` are not averages, or the store refuses, which is met
+                here the first time alone, and at the start of a job that has called `place`.
         """
         name = self._name(tag)
         with contextlib.suppress(NoRoomError), self.saving(save_dir, name) as (folder, origin):
@@ -289,8 +291,11 @@ def _refuse_background(engine: Any) -> None:
 
 def _refuse_other_tags(root: Path) -> None:
     for folder in sorted(folders_in(root)) if is_folder(root) else ():
-        # In this order: the mark of one that is in a store by now is what is removed of it last.
-        if not (folder / MARKER_FILE).is_file() and registry.detect(folder) == registry.DEEPSPEED:
+        if folder.name.startswith("."):  # it is being removed
+            continue
+        # In this order: one that is in a store by now loses its name meanwhile, and its mark after.
+        is_marked = (folder / MARKER_FILE).is_file()
+        if not is_marked and registry.detect(folder) == registry.DEEPSPEED and is_folder(folder):
             raise PublishError(
                 f"{folder} is a tag that is not an average (it has no {MARKER_FILE}): an average "
                 f"saved beside it could take its place, and that of {root / 'latest'}. Give "

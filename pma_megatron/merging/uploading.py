@@ -33,9 +33,16 @@ from pma_megatron.merging.engine import Progress
 from pma_megatron.merging.leftovers import Target, removed
 from pma_megatron.merging.planning import MergePlan
 from pma_megatron.storage.addresses import below
-from pma_megatron.storage.claims import FRESH_S, Claim, ClaimedError, claim, refuse_claimed
+from pma_megatron.storage.claims import (
+    FRESH_S,
+    Claim,
+    ClaimedError,
+    claim,
+    refuse_claimed,
+    renewing,
+)
 from pma_megatron.storage.paths import in_store, path_of, stored
-from pma_megatron.storage.protocol import Store
+from pma_megatron.storage.protocol import Store, same_version
 
 Show = Callable[[str, int], AbstractContextManager[Progress]]
 """(stage, total bytes of this rank) -> context that yields a progress callback."""
@@ -281,7 +288,8 @@ def complete(plan: MergePlan, target: Target, begun: Begun) -> None:
             if name == held[-1]:
                 point("upload_marker", 0)
             own.check(store)
-            versions[name] = _put(store, key, target, name, files[name])
+            with renewing(own, store):
+                versions[name] = _put(store, key, target, name, files[name])
             _renew(begun)
         _refuse_missing(store, key, files, versions, target)
         point("upload_tracker", 0)
@@ -309,18 +317,13 @@ def _refuse_missing(
         found = there.get(name)
         if found is None or found.nbytes != size:
             wrong.append(f"{name} ({'no' if found is None else found.nbytes} bytes, not {size})")
-        elif versions.get(name) and found.version and not _same(versions[name], found.version):
+        elif not same_version(versions.get(name, ""), found.version):
             wrong.append(f"{name} (another object than was put there)")
     if wrong:
         raise PublishError(
             f"{target.final} does not hold what was uploaded: {first_few(wrong, _SHOWN)}. Another "
             "job may be at work there: let it end, then run the same command again"
         )
-
-
-def _same(one: str, other: str) -> bool:
-    """Whether two ETags are one: some stores quote them in one answer and not in the other."""
-    return one.removeprefix("W/").strip('"') == other.removeprefix("W/").strip('"')
 
 
 def _point_to(plan: MergePlan, target: Target, store: Store) -> None:

@@ -150,6 +150,9 @@ class RunningAverage(ABC):
     def place(self, root: str | Path) -> AveragePlace:
         """Where averages are saved, a folder or an address. Collective the first time.
 
+        Called at the start of a job, before `load_state`, it looks at a store before hours are
+        trained: later a store that is away ends no training.
+
         Raises:
             UsageError, PublishError: see `AveragePlace`.
         """

@@ -6,28 +6,31 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
-import re
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pma_megatron.base.comm import Comm
-from pma_megatron.base.openfiles import folders_in
+from pma_megatron.base.openfiles import folders_in, is_unreadable
 from pma_megatron.base.remote_paths import refuse_remote
 from pma_megatron.base.sizes import sized
 from pma_megatron.errors import CheckpointError, PublishError
 from pma_megatron.formats import registry
+from pma_megatron.formats.contract import Tracker
 from pma_megatron.formats.holding import MARKERS
 from pma_megatron.formats.json_files import read_json
 from pma_megatron.formats.marker import MARKER_FILE, ONLINE_AVERAGE, UPLOADING_FILE
-from pma_megatron.online.uploads import Uploads, refuse_unseen, remove
+from pma_megatron.online.remote_folder import is_newer, number_in, said_in, said_on_disk
+from pma_megatron.online.removal import hide, is_still, remove_hidden
+from pma_megatron.online.shared_folder import refuse_unseen
+from pma_megatron.online.uploads import Uploads
 from pma_megatron.runs.describe import describe, iteration_of
 from pma_megatron.storage.addresses import below
 from pma_megatron.storage.paths import in_store, place_of, workplace
 from pma_megatron.storage.protocol import Store
 
-_NUMBER = re.compile(r"\d+")
 _OF_TAGS = "model_states.pt"
 _log = logging.getLogger(__name__)
 AT_EXIT_S = 600.0
@@ -35,7 +38,7 @@ AT_EXIT_S = 600.0
 
 
 class NoRoomError(PublishError):
-    """Earlier averages that wait for a store leave no room for another one."""
+    """The disk from which averages go to a store has no room for another one."""
 
 
 class AveragePlace:
@@ -74,9 +77,12 @@ class AveragePlace:
     def begin(self, name: str) -> None:
         """An average of this name is about to be saved. Every rank calls, all at once.
 
+        One of that name in a store stays there until the upload of the new one begins.
+
         Raises:
-            NoRoomError: none should be: earlier ones still wait for the store, and a full disk
-                would end the training that saves there. It has been told.
+            NoRoomError: none should be: the disk has no room, as where earlier ones still wait for
+                the store, or fails, and that would end the training that saves there. It has been
+                told, and nothing was removed.
         """
         why = self._comm.on_main("place of the average", lambda: self._make_room(name))
         if why is not None:
@@ -97,20 +103,10 @@ class AveragePlace:
             self._uploads.prepare()
 
     def _make_room(self, name: str) -> str | None:
-        if self._uploads is None:
-            return None
-        self._uploads.give_up([name])
-        shutil.rmtree(self.folder / name, ignore_errors=True)  # cut off while it was saved
-        waiting, needed = self._uploads.waiting()
-        free = shutil.disk_usage(self.folder).free
-        if not waiting or free > needed + needed // 4:
-            return None
-        why = (
-            f"no average is saved as {name}: {', '.join(waiting)} still wait to be uploaded from "
-            f"{self.folder} to {self.root}, an average takes {sized(needed)}, and {sized(free)} "
-            "are free there. Look at the store, or set PMA_MEGATRON_SPOOL to a larger disk"
-        )
-        _log.warning("%s", why)
+        why = None if self._uploads is None else self._uploads.make_room(name)
+        if why is not None:
+            why = f"no average is saved as {name}: {why}"
+            _log.warning("%s", why)
         return why
 
 
@@ -123,7 +119,7 @@ class AverageUploads(Uploads):
         super().__init__(address, folder)
         self._ready: dict[str, int] = {}
         """Name -> number of the save, 0 for what an earlier job left."""
-        self._saves = self._pointed_to = 0
+        self._saves = self._pointed_to = self._largest_bytes = 0
 
     def prepare(self) -> None:
         """Refuse a place that is not for averages; find what an earlier job left.
@@ -150,56 +146,116 @@ class AverageUploads(Uploads):
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise PublishError(f"cannot make {self.folder}: {error.strerror}") from error
+        remove_hidden(self.folder)
         for each in folders_in(self.folder):
-            kind = _kind(each)
-            if kind == ONLINE_AVERAGE and describe(each).complete:
-                self._ready[each.name] = 0
-            elif kind == ONLINE_AVERAGE or iteration_of(each) is not None:
-                _log.warning("removed %s, left by a job that was cut off while it saved", each)
-                self._remove(each)
+            if each.name.startswith("."):
+                continue
+            self._take_up(each)
+
+    def _take_up(self, folder: Path) -> None:
+        """Put there what an earlier job left, if it is whole; remove it if it never will be."""
+        try:
+            is_average = self._is_ours(read_json(folder / MARKER_FILE))
+            ref = describe(folder) if is_average else None
+            unreadable = ref is not None and ref.unreadable
+        except CheckpointError as error:
+            is_average, ref, unreadable = False, None, is_unreadable(error)
+        if unreadable:
+            _log.warning(
+                "%s, left by an earlier job, cannot be read now: it is not uploaded to %s, and is "
+                "looked at again by the next job",
+                folder,
+                self.address,
+            )
+        elif ref is not None and ref.complete:
+            self._ready[folder.name] = 0
+            self._largest_bytes = max(self._largest_bytes, _nbytes(folder))
+        elif (
+            is_average
+            or iteration_of(folder) is not None
+            or registry.detect(folder) == registry.DEEPSPEED
+        ) and self._let_go(folder) is None:
+            _log.warning("removed %s, left by a job that was cut off while it saved", folder)
 
     def saved(self, name: str) -> None:
-        """Put that one there; returns at once."""
+        """Put that one there; returns at once. What does not say that it is an average stays on the
+        disk, which is told: in the store the next job would be refused for it."""
+        folder = self.folder / name
+        if not self._is_ours(said_on_disk(folder)):
+            _log.warning(
+                "%s is not uploaded to %s: it has no %s that says that it is an average. Copy it "
+                "before another job saves there, which removes it",
+                folder,
+                self.address,
+                MARKER_FILE,
+            )
+            return
+        nbytes = _nbytes(folder)
         with self._lock:
             self._saves += 1
             self._ready[name] = self._saves
+            self._largest_bytes = max(self._largest_bytes, nbytes)
+        self.made(name)
         self.begin()
 
-    def waiting(self) -> tuple[list[str], int]:
-        """Those that are not there yet, and the bytes of the largest."""
-        sizes: dict[str, int] = {}
-        for each in self._whole():
-            with contextlib.suppress(OSError):  # it got there meanwhile, and is being removed
-                files = (path for path in each.rglob("*") if path.is_file())
-                sizes[each.name] = sum(path.stat().st_size for path in files)
-        return [*sizes], max(sizes.values(), default=0)
+    def make_room(self, name: str) -> str | None:
+        """Remove what has this name on the disk, if another one fits there then.
+
+        Returns:
+            why none should be saved; None where it is.
+        """
+        waiting = [each.name for each in self._waiting() if each.name != name]
+        needed = self._largest_bytes
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self.folder).free + _nbytes(self.folder / name)
+        except OSError as error:
+            return f"{self.folder} fails: {error}"
+        # With others that wait, what training itself saves may be next on that disk.
+        if needed and free < needed + (needed // 4 if waiting else 0):
+            waits = f"{', '.join(waiting)} still wait to be uploaded from there to {self.address}, "
+            return (
+                f"{waits if waiting else ''}an average takes {sized(needed)}, and "
+                f"{sized(free)} are free in {self.folder}. Look at the store, or set "
+                "PMA_MEGATRON_SPOOL to a larger disk"
+            )
+        with self._lock:
+            self._ready.pop(name, None)
+        if self._let_go(self.folder / name) is None:
+            return None
+        return f"what is at {self.folder / name} cannot be removed"
 
     def _whole(self) -> list[Path]:
         with self._lock:
-            order = {name: (save, _number(name), name) for name, save in self._ready.items()}
-            names = sorted(order, key=order.__getitem__)
-        return [self.folder / name for name in names]
+            # Another job on this disk, or a person who has copied it, may have removed one.
+            gone = [name for name in self._ready if not (self.folder / name).is_dir()]
+            for name in gone:
+                del self._ready[name]
+            order = {name: (save, number_in(name), name) for name, save in self._ready.items()}
+        return [self.folder / name for name in sorted(order, key=order.__getitem__)]
 
     def _is_due(self, folder: Path) -> bool:
         return folder.name in self._ready
+
+    def _may_go(self, folder: Path) -> bool:
+        return True  # the folder is for averages alone, and one that was cut off bears no mark
 
     def _is_ours(self, said: Mapping[str, Any]) -> bool:
         return said.get("kind") == ONLINE_AVERAGE
 
     def _is_there(self, folder: Path, held: Path) -> None:
         store, root = self._place()
-        self._point_to(store, root, folder)
-        self._remove(folder)
-
-    def _remove(self, folder: Path) -> None:
+        self._point_to(store, root, folder, held)
         with self._lock:
+            if not is_still(folder, held):
+                return  # it is being saved anew
+            hidden = hide(folder)
             self._ready.pop(folder.name, None)
-        if folder.is_dir():
-            remove(folder)
+        shutil.rmtree(hidden, ignore_errors=True)
 
-    def _point_to(self, store: Store, root: str, folder: Path) -> None:
+    def _point_to(self, store: Store, root: str, folder: Path, held: Path) -> None:
         """Have a trainer resume from it: what lies beside the averages first, the tracker last."""
-        known = registry.get(registry.detect(folder), str(folder)).tracker
+        known = registry.get(registry.detect(held), str(folder)).tracker
         content = known.content_of(folder.name)
         trackers = {each.tracker.file for each in registry.FORMATS}
         beside = [each for each in sorted(self.folder.iterdir()) if each.is_file()]
@@ -212,13 +268,35 @@ class AverageUploads(Uploads):
         save = self._ready.get(folder.name, 0)
         if save < self._pointed_to or (not save and self._saves):
             return  # training has saved a later one since, whatever its number
+        if not save and not self._leads(store, root, known, folder.name, said_on_disk(held)):
+            return
         self._pointed_to = save
-        if not save:  # of an earlier job: a newer one may be there by now
-            with contextlib.suppress(FileNotFoundError):
-                there = store.got(below(root, known.file))[1].decode(errors="replace")
-                if _number(there) >= _number(content):
-                    return
         store.put(below(root, known.file), content.encode())
+
+    def _leads(
+        self, store: Store, root: str, known: Tracker, name: str, here: Mapping[str, Any]
+    ) -> bool:
+        """Whether an average that an earlier job left is to be resumed from, instead of the one
+        that the tracker names now."""
+        assert known.file is not None
+        try:
+            content = store.got(below(root, known.file))[1].decode(errors="replace")
+        except FileNotFoundError:
+            _log.warning(
+                "%s/%s was left by an earlier job and is there now, but no %s, which names the "
+                "average to resume from: the next average that is saved gets it",
+                self.address,
+                name,
+                known.file,
+            )
+            return False
+        named = known.folder_of(content)
+        there = {} if named is None else said_in(store, below(root, named))
+        if not self._is_ours(there):
+            return True  # it names none that is there
+        if "created" in here and "created" in there:
+            return is_newer(here, there)
+        return number_in(name) > number_in(named or "")
 
 
 def _others(store: Store, root: str) -> list[str]:
@@ -236,14 +314,11 @@ def _others(store: Store, root: str) -> list[str]:
     ]
 
 
-def _kind(folder: Path) -> Any:
-    """What the mark of a folder on the disk says that it is; None without one."""
-    try:
-        return read_json(folder / MARKER_FILE).get("kind")
-    except CheckpointError:
-        return None
-
-
-def _number(text: str) -> int:
-    found = _NUMBER.findall(text)
-    return int(found[-1]) if found else -1
+def _nbytes(folder: Path) -> int:
+    """Bytes of the files in a folder, of those that are still there when they are looked at."""
+    found = 0
+    for at, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                found += (Path(at) / name).lstat().st_size
+    return found

@@ -37,11 +37,11 @@ from pma_megatron.formats.manifest import FileSum, Part, sum_of, sum_of_parts, w
 from pma_megatron.formats.marker import read_snapshot_marker
 from pma_megatron.formats.torch_dist.checkpoint import CONFIG_FILE
 from pma_megatron.formats.torch_dist.chunks import CONFIG, PlacedChunk
+from pma_megatron.online.removal import REMOVED, UPLOADED, remove
+
+__all__ = ["REMOVED", "STAGING", "UPLOADED", "Data", "SnapshotJob"]
 
 STAGING = ".pma-snapshot-"
-REMOVED = ".pma-removed-"
-UPLOADED = ".pma-uploaded"
-"""In a folder on the disk: all of it is in the store."""
 _FILES, _DONE, _FAILED = "files", "done_", "failed"
 _BLOCK_ELEMENTS = 1 << 20
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.01, 0.5
@@ -307,13 +307,6 @@ class _Elsewhere(Exception):
 
 class _Late(PublishError):
     """The time given is over."""
-
-
-def remove(folder: Path) -> None:
-    """Delete a published folder so that no reader ever sees a part of it."""
-    hidden = folder.parent / f"{REMOVED}{folder.name}-{os.getpid()}-{time.time_ns()}"
-    folder.rename(hidden)
-    shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _pwrite(descriptor: int, content: memoryview, at: int) -> None:

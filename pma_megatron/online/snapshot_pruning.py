@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Collection
 from pathlib import Path
 from stat import S_ISDIR
@@ -13,7 +12,7 @@ from pma_megatron.base.spelling import named
 from pma_megatron.errors import CheckpointError, UsageError
 from pma_megatron.formats.marker import BRANCHES_FILE, Branch, read_snapshot_marker
 from pma_megatron.online.branch import outdated
-from pma_megatron.online.snapshot_job import REMOVED, remove
+from pma_megatron.online.removal import remove, remove_hidden
 from pma_megatron.runs.branches import begun_in, branch_of, given_up
 from pma_megatron.runs.describe import iteration_of
 
@@ -53,8 +52,7 @@ def prune(
     root = Path(root)
     if not is_folder(root):
         return []
-    for rest in root.glob(f"{REMOVED}*"):  # a deletion that was cut off
-        shutil.rmtree(rest, ignore_errors=True)
+    remove_hidden(root)
     found, said = {}, {}
     begun: Collection[Branch] | None = ()
     for folder in root.iterdir():

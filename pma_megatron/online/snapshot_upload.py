@@ -31,8 +31,9 @@ from pma_megatron.formats.marker import (
 )
 from pma_megatron.formats.torch_dist.completeness import completeness
 from pma_megatron.online.branch import outdated
+from pma_megatron.online.remote_folder import said_in
 from pma_megatron.online.snapshot_job import UPLOADED as _THERE
-from pma_megatron.online.uploads import Uploads, _said, remove_marks
+from pma_megatron.online.uploads import Uploads, remove_marks
 from pma_megatron.runs.branches import begun_by, given_up, text_of
 from pma_megatron.runs.describe import iteration_of
 from pma_megatron.runs.discover import TRACKER_FILE, list_checkpoints
@@ -120,7 +121,7 @@ class SnapshotUploads(Uploads):
         """
         found = {}
         for name in store.folders(below(root)):
-            iteration, said = iteration_of(Path(name)), _said(store, below(root, name))
+            iteration, said = iteration_of(Path(name)), said_in(store, below(root, name))
             if iteration and self._is_ours(said):
                 found[iteration] = name, branch_in(said, below(root, name))
         return found

@@ -37,10 +37,11 @@ from pma_megatron.formats.torch_dist.chunks import (
 )
 from pma_megatron.formats.torch_dist.completeness import completeness
 from pma_megatron.online.branch import RunBranch
+from pma_megatron.online.removal import remove_hidden
+from pma_megatron.online.shared_folder import refuse_unseen
 from pma_megatron.online.snapshot_job import STAGING, Data, SnapshotJob
 from pma_megatron.online.snapshot_pruning import is_snapshot, prune
 from pma_megatron.online.snapshot_upload import SnapshotUploads, refuse_full
-from pma_megatron.online.uploads import refuse_unseen
 from pma_megatron.runs.branches import begun_in, branch_of, text_of
 from pma_megatron.runs.describe import iteration_of
 from pma_megatron.runs.discover import TRACKER_FILE
@@ -335,6 +336,7 @@ class SnapshotWriter:
         if not self._keeps_whole:
             self._branch.wrote(iteration_of(Path(name)) or 0)
         if self._uploads is not None:
+            self._uploads.made(name)
             self._uploads.published(name)
 
     def _prepare(self, trained_from: int | None) -> frozenset[int]:
@@ -360,6 +362,7 @@ class SnapshotWriter:
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise PublishError(f"cannot make {self.root}: {error.strerror}") from error
+        remove_hidden(self.root)
         for folder in self.root.glob(f"{STAGING}*"):
             shutil.rmtree(folder, ignore_errors=True)
             if folder.exists():

@@ -3,7 +3,7 @@
 Rank 0 puts one after the other there, in a thread: under the sign of an upload, and what makes it
 whole last. Nothing is removed from the disk before it has got there. A failure is told, stops
 nobody, and leaves the files on the disk: they are tried again with the next one, and by the next
-job there.
+job there, unless the store has something newer by their name then.
 """
 
 from __future__ import annotations
@@ -11,10 +11,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import json
 import logging
 import math
-import os
 import secrets
 import shutil
 import threading
@@ -24,20 +22,27 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from pma_megatron.base.comm import Comm
 from pma_megatron.base.faults import point
 from pma_megatron.base.spelling import first_few
 from pma_megatron.errors import PublishError
-from pma_megatron.formats.dcp.metadata import METADATA_FILE
 from pma_megatron.formats.marker import MARKER_FILE, SEAL_FILE, UPLOADING_FILE
-from pma_megatron.formats.torch_dist.checkpoint import CONFIG_FILE
+from pma_megatron.online.remote_folder import (
+    KNOWN,
+    OWN,
+    held_back,
+    is_newer,
+    is_same,
+    newer_before,
+    objects_in,
+    said_in,
+    said_on_disk,
+)
+from pma_megatron.online.removal import UPLOADED, hide, hold, is_still, move_aside
 from pma_megatron.storage.addresses import below
 from pma_megatron.storage.claims import Claim, ClaimedError, claim, renewing
 from pma_megatron.storage.paths import stored
-from pma_megatron.storage.protocol import Store
+from pma_megatron.storage.protocol import Object, Store
 
-_OWN = (SEAL_FILE, MARKER_FILE)
-_KNOWN = (*_OWN, METADATA_FILE, CONFIG_FILE)
 _LOOKED_S = 10.0
 _SHOWN = 3
 _log = logging.getLogger(__name__)
@@ -62,10 +67,21 @@ class Uploads(ABC):
             folder: on a disk.
         """
         self.address, self.folder = address, folder
-        self._lock, self._again = threading.Condition(), False
+        self._lock, self._again = threading.RLock(), False
         self._thread: threading.Thread | None = None
-        self._under_way: str | None = None
         self._given_up: set[str] = set()
+        self._made: set[str] = set()
+        self._stuck: set[str] = set()
+        """Given up, and still on the disk, where they cannot be removed."""
+        self._cut_off: dict[str, Claim] = {}
+        """What was begun in the store, and has not ended."""
+
+    def made(self, name: str) -> None:
+        """This job has made that one: it replaces what the store has by its name, whatever that
+        is."""
+        with self._lock:
+            self._made.add(name)
+            self._stuck.discard(name)
 
     def begin(self) -> None:
         """Put there what is whole on the disk; returns at once."""
@@ -89,7 +105,7 @@ class Uploads(ABC):
             moved: is called now and then.
         """
         until_s = math.inf if timeout_s is None else time.monotonic() + timeout_s
-        if self._whole():
+        if self._waiting():
             self.begin()  # what failed is tried once more
         while (thread := self._thread) is not None and thread.is_alive():
             left_s = until_s - time.monotonic()
@@ -97,7 +113,7 @@ class Uploads(ABC):
                 break
             thread.join(min(left_s, _LOOKED_S))
             moved()
-        left = [folder.name for folder in self._whole()]
+        left = [folder.name for folder in self._waiting()]
         if left:
             _log.warning(
                 "%s of %s did not get to %s: the next job that writes %s there uploads what it "
@@ -110,12 +126,12 @@ class Uploads(ABC):
 
     def give_up(self, names: Collection[str]) -> None:
         """These are not wanted any more, on the disk and in the store, or are about to be made
-        anew; waits for one of them that is on its way."""
-        with self._lock:
+        anew. Returns at once, however long a request takes: one that is on its way loses its files
+        and with them what makes it whole, and what had got there is deleted after it."""
+        for name in names:
+            self._let_go(self.folder / name)
+        with self._lock:  # only now: nothing of them can be begun again behind the deletion
             self._given_up |= {*names}
-            self._lock.wait_for(lambda: self._under_way not in names)
-            for name in names:
-                self._remove(self.folder / name)
         self.begin()
 
     @abstractmethod
@@ -131,16 +147,43 @@ class Uploads(ABC):
         """Whether that is what a `pma.json` of one says."""
 
     @abstractmethod
-    def _remove(self, folder: Path) -> None:
-        """Remove one from the disk, what makes it whole first; harmless if there is none."""
-
-    @abstractmethod
     def _is_there(self, folder: Path, held: Path) -> None:
         """All of it is in the store: remove it from the disk, where it is held open as `held`."""
 
     def _remove_old(self) -> None:
         """Delete in the store what is not needed any more."""
         return
+
+    def _may_go(self, folder: Path) -> bool:
+        """Whether a folder on the disk is one of those, and not what somebody else put there."""
+        return (folder / UPLOADED).exists() or self._is_ours(said_on_disk(folder))
+
+    def _let_go(self, folder: Path) -> OSError | None:
+        """Remove one from the disk; harmless if there is none.
+
+        Returns:
+            why it is still there, which is told: a disk that fails ends no training.
+        """
+        try:
+            with self._lock:  # whoever removes what got there looks first whether it still is that
+                if not folder.is_dir():
+                    return None
+                if not self._may_go(folder):
+                    self._stuck.add(folder.name)
+                    return None
+                hidden = hide(folder)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            self._stuck.add(folder.name)
+            _log.warning("%s is given up, and cannot be removed: %s", folder, error)
+            return error
+        shutil.rmtree(hidden, ignore_errors=True)
+        return None
+
+    def _waiting(self) -> list[Path]:
+        found = self._told(f"the look for {self.what} to be put", self._whole) or []
+        return [folder for folder in found if folder.name not in self._stuck]
 
     def _run(self) -> None:
         while True:
@@ -150,7 +193,7 @@ class Uploads(ABC):
                     return
                 self._again = False
             self._told(f"the deletion of {self.what} that were given up", self._delete_given_up)
-            for folder in self._told(f"the look for {self.what} to be put", self._whole) or []:
+            for folder in self._waiting():
                 self._told(f"the upload of {folder.name}", functools.partial(self._put_due, folder))
             self._told(f"the deletion of old {self.what}", self._remove_old)
 
@@ -185,22 +228,18 @@ class Uploads(ABC):
                 return
             # What was given up by this name is replaced now, and nothing is to delete that.
             self._given_up.discard(folder.name)
-            self._under_way = folder.name
-        try:
-            self._put(folder)
-        finally:
-            with self._lock:
-                self._under_way = None
-                self._lock.notify_all()
+        self._put(folder)
 
     def _put(self, folder: Path) -> None:
         """Put one there. It is held open: where another one gets its name meanwhile, because the
         run has come by again, what was held loses its files, and what is there is not whole."""
-        with _held(folder) as held:
+        with hold(folder) as held:
+            if held is None:  # it was given up this very moment
+                return
             try:
                 self._put_held(held, folder)
             except OSError:
-                if _is(folder, held):
+                if is_still(folder, held):
                     raise
                 _log.info("%s was replaced while it was put there: the new one is next", folder)
 
@@ -209,26 +248,73 @@ class Uploads(ABC):
         key = below(root, folder.name)
         files = (path for path in sorted(held.rglob("*")) if path.is_file())
         sizes = {path.relative_to(held).as_posix(): path.stat().st_size for path in files}
+        here, there = said_on_disk(held), objects_in(store, key)
+        said = self._said_of_whole(store, key, there, held_back(sizes))
+        is_that = said == here and "created" in here
+        if not is_that and folder.name not in self._made:
+            since = newer_before(store, root, folder.name, here, self._is_ours)
+            older_than = folder.name if said and not is_newer(here, said) else since
+            if older_than is not None and older_than not in self._made:
+                self._set_aside(held, folder, older_than)
+                return
+        if not is_that or {name: each.nbytes for name, each in there.items()} != sizes:
+            self._put_files(store, key, held, folder, sizes)
+        point("snapshot-put", 0)
+        self._is_there(folder, held)
+
+    def _said_of_whole(
+        self, store: Store, key: str, there: Mapping[str, Object], last: Collection[str]
+    ) -> Mapping[str, Any]:
+        """What the `pma.json` says of one that is there, whole; {} if none is."""
+        if UPLOADING_FILE in there or not {MARKER_FILE, *last} - {SEAL_FILE} <= there.keys():
+            return {}
+        said = said_in(store, key)
+        return said if self._is_ours(said) else {}
+
+    def _set_aside(self, held: Path, folder: Path, older_than: str) -> None:
+        with self._lock:
+            if not is_still(folder, held):
+                return
+            aside = move_aside(folder)
+        _log.warning(
+            "%s, left on this disk by an earlier job, is not uploaded: as far as can be told, "
+            "%s/%s was made since. It was moved to %s: delete it if you do not need it",
+            folder,
+            self.address,
+            older_than,
+            aside,
+        )
+
+    def _put_files(
+        self, store: Store, key: str, held: Path, folder: Path, sizes: Mapping[str, int]
+    ) -> None:
         last = held_back(sizes)
         with self._signed(store, key, sorted(sizes)) as made:
-            before = _names(store, key)
-            store.delete(f"{key}/{name}" for name in reversed(_KNOWN) if name in before)
+            before = objects_in(store, key)
+            # What makes it whole goes first: of a format without such files, one of its shards.
+            first = [*(name for name in last if name not in KNOWN), *reversed(KNOWN)]
+            store.delete(f"{key}/{name}" for name in first if name in before)
             store.delete(
                 f"{key}/{name}"
                 for name in before
-                if name not in sizes and name not in (*_KNOWN, UPLOADING_FILE)
+                if name not in sizes and name not in (*KNOWN, UPLOADING_FILE)
             )
+            versions = {}
             for name in [*(name for name in sizes if name not in last), *last]:
+                if name in last:
+                    made.check(store)
                 made.renew(store)
-                store.put_file(f"{key}/{name}", held / name)
+                versions[name] = store.put_file(f"{key}/{name}", held / name)
                 point("snapshot-part", 0)
-            there = _names(store, key)
-            if any(there.get(name) != size for name, size in sizes.items()):
-                raise PublishError(f"{self.address}/{folder.name} does not hold what was put there")
-            if not _is(folder, held):
+            there = objects_in(store, key)
+            wrong = [n for n, size in sizes.items() if not is_same(there.get(n), size, versions[n])]
+            if wrong:
+                raise PublishError(
+                    f"{self.address}/{folder.name} does not hold what was put there: "
+                    f"{first_few(wrong, _SHOWN)}. Another job may be at work there"
+                )
+            if not is_still(folder, held):
                 raise FileNotFoundError(errno.ENOENT, "it was replaced meanwhile", str(folder))
-        point("snapshot-put", 0)
-        self._is_there(folder, held)
 
     @contextlib.contextmanager
     def _signed(self, store: Store, key: str, names: list[str]) -> Iterator[Claim]:
@@ -239,23 +325,25 @@ class Uploads(ABC):
             PublishError: another job is at work there, or it holds what is not ours.
             OSError: the store refuses.
         """
-        sign = f"{key}/{UPLOADING_FILE}"
+        sign, name = f"{key}/{UPLOADING_FILE}", key.rpartition("/")[2]
         try:
             made = claim(store, sign, f"{self.what} {secrets.token_hex(8)}", {"files": names})
-            strange = sorted(set(_names(store, key)) - {UPLOADING_FILE}) if made.new else []
-            if strange and not self._is_ours(_said(store, key)):
+            strange = sorted({*objects_in(store, key)} - {UPLOADING_FILE}) if made.new else []
+            if strange and not self._is_ours(said_in(store, key)):
                 store.delete([sign])
                 raise PublishError(
                     f"{key} holds {first_few(strange, _SHOWN)}, and nothing there says that it is "
                     f"one of the {self.what}, so it is neither deleted nor mixed with one: move it "
                     "elsewhere"
                 )
+            self._cut_off[name] = made
             with renewing(made, store):  # a file may take longer than a claim counts
                 yield made
             made.check(store)
         except ClaimedError as other:
             raise PublishError(f"another job is at work at {key} ({other})") from None
         store.delete([sign])
+        self._cut_off.pop(name, None)
 
     def _delete_given_up(self) -> None:
         with self._lock:
@@ -264,127 +352,32 @@ class Uploads(ABC):
             return
         store, root = self._place()
         for name in names:
-            if self._is_ours(_said(store, below(root, name))):
-                self._delete(store, below(root, name))
+            key = below(root, name)
+            if self._is_ours(said_in(store, key)) or self._was_cut_off(store, name):
+                self._delete(store, key)
+            self._cut_off.pop(name, None)
             self._given_up.discard(name)
 
-    def _own_in(self, store: Store, root: str) -> Iterator[str]:
-        """Names of those in the store."""
-        for name in store.folders(below(root)):
-            name = name.rstrip("/").rpartition("/")[2]
-            if self._is_ours(_said(store, below(root, name))):
-                yield name
+    def _was_cut_off(self, store: Store, name: str) -> bool:
+        """Whether what lies there is a part of what this job has put there, and nobody else's."""
+        try:
+            if name not in self._cut_off:
+                return False
+            self._cut_off[name].check(store)
+            return True
+        except ClaimedError:
+            return False
 
     def _delete(self, store: Store, key: str) -> None:
         """Delete one in the store, what makes it whole first, and what says whose it is last."""
-        there = _names(store, key)
-        store.delete(f"{key}/{name}" for name in reversed(_KNOWN) if name in {*there} - {*_OWN})
+        there = objects_in(store, key)
+        store.delete(f"{key}/{name}" for name in reversed(KNOWN) if name in {*there} - {*OWN})
         point("snapshot-old", 0)
-        store.delete(f"{key}/{name}" for name in there if name not in _KNOWN)
-        store.delete(f"{key}/{name}" for name in _OWN if name in there)
-
-
-def refuse_unseen(folder: Path, what: str, comm: Comm) -> None:
-    """A folder that rank 0 has made must be one and the same for all ranks. Collective.
-
-    Args:
-        folder: which.
-        what: is made there.
-        comm: the ranks.
-
-    Raises:
-        PublishError: another rank sees another folder, or nothing can be made there.
-    """
-    seen = folder / f".pma-seen-{comm.broadcast(secrets.token_hex(4))}"
-
-    def touch() -> None:
-        try:
-            seen.touch()
-        except OSError as error:
-            raise PublishError(f"cannot write into {folder}: {error.strerror}") from error
-
-    def look() -> None:
-        if not seen.exists():
-            raise PublishError(
-                f"{folder}, made by rank 0, is not there on rank {comm.rank}: {what} need a folder "
-                "that all ranks share (PMA_MEGATRON_SPOOL says which, where they go to a store)"
-            )
-
-    comm.on_main(f"folder of {what}", touch)
-    try:
-        comm.agree(f"folder of {what}", look)
-    finally:
-        if comm.is_main:
-            seen.unlink(missing_ok=True)
-
-
-def held_back(sizes: Mapping[str, int]) -> list[str]:
-    """Files without which nobody takes a folder for a whole checkpoint, in their order.
-
-    Args:
-        sizes: of all its files, by name.
-
-    >>> held_back({"metadata.json": 9, "__0_0.distcp": 99, ".metadata": 9, "pma.json": 5})
-    ['pma.json', '.metadata', 'metadata.json']
-    >>> held_back({"bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt": 99, "model_states.pt": 9})
-    ['model_states.pt']
-    """
-    known = [name for name in _KNOWN if name in sizes]
-    rest = [name for name in sizes if name not in _KNOWN]
-    if CONFIG_FILE in sizes or not rest:
-        return known
-    # All files together make it whole.
-    return [*known, min(rest, key=lambda name: (sizes[name], name))]
+        store.delete(f"{key}/{name}" for name in there if name not in KNOWN)
+        store.delete(f"{key}/{name}" for name in OWN if name in there)
 
 
 def remove_marks(folder: Path) -> None:
     """Remove from a disk what makes a checkpoint whole: no reader takes the rest for one."""
-    for name in reversed(_KNOWN):
+    for name in reversed(KNOWN):
         (folder / name).unlink(missing_ok=True)
-
-
-def remove(folder: Path) -> None:
-    """Remove a checkpoint from a disk: what makes it whole first, and what says whose it is last,
-    so that whoever looks meanwhile takes the rest for nobody else's."""
-    for name in reversed(_KNOWN):
-        if name not in _OWN:
-            (folder / name).unlink(missing_ok=True)
-    for path in sorted(folder.rglob("*"), reverse=True):  # what lies in a folder before it
-        if path.is_dir() and not path.is_symlink():
-            path.rmdir()
-        elif path.relative_to(folder).as_posix() not in _OWN:
-            path.unlink(missing_ok=True)
-    shutil.rmtree(folder)
-
-
-@contextlib.contextmanager
-def _held(folder: Path) -> Iterator[Path]:
-    """This very folder for the block, whatever has its name by then."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        yield Path(f"/proc/self/fd/{descriptor}")
-    finally:
-        os.close(descriptor)
-
-
-def _is(folder: Path, held: Path) -> bool:
-    """Whether a folder still is the one that is held."""
-    try:
-        return folder.samefile(held)
-    except FileNotFoundError:
-        return False
-
-
-def _names(store: Store, key: str) -> dict[str, int]:
-    """What lies in a folder of a store: bytes by name."""
-    return {each.key.removeprefix(f"{key}/"): each.nbytes for each in store.listed(f"{key}/")}
-
-
-def _said(store: Store, key: str) -> Mapping[str, Any]:
-    """What the `pma.json` of a folder in a store says; {} without one. Asked without the pool of
-    this process, which has ended before the last upload of a job has."""
-    try:
-        said = json.loads(store.got(f"{key}/{MARKER_FILE}")[1])
-    except (FileNotFoundError, ValueError):
-        return {}
-    return said if isinstance(said, dict) else {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
@@ -24,7 +25,32 @@ _PATIENCE: Any = {
     },
     "retry_timeout": timedelta(seconds=90),
 }
+_SENT_S = 300.0
+"""What one request that sends a file, or a part of one, may take, where the environment does not
+say: 64 MiB over a slow line that others share. The library's 30 s would fail there for ever."""
 _AT_ONCE = 1000  # keys that one request deletes
+_PREFIXES = {"s3": "aws", "gs": "google", "az": "azure"}
+_OF_CONNECTIONS = [
+    "allow_http",
+    "allow_invalid_certificates",
+    "connect_timeout",
+    "default_content_type",
+    "http1_only",
+    "http2_keep_alive_interval",
+    "http2_keep_alive_timeout",
+    "http2_keep_alive_while_idle",
+    "http2_max_frame_size",
+    "http2_only",
+    "pool_idle_timeout",
+    "pool_max_idle_per_host",
+    "proxy_url",
+    "proxy_ca_certificate",
+    "proxy_excludes",
+    "randomize_addresses",
+    "read_timeout",
+    "timeout",
+    "user_agent",
+]
 _MOST_PARTS = 9000  # of one object, of which S3 allows 10,000
 _MEMORY: dict[str, Any] = {}
 """Stores of this process by name: two that are opened by one name hold the same objects."""
@@ -50,9 +76,18 @@ class ObjectStore:
         self._library, self._is_memory = obstore, scheme == "memory"
         if self._is_memory:
             self._bucket: Any = _MEMORY.setdefault(bucket, store.MemoryStore())
+            self._sending = self._bucket
             return
+        url = f"{scheme}://{bucket}"
         try:
-            self._bucket = store.from_url(f"{scheme}://{bucket}", retry_config=_PATIENCE)
+            self._bucket = store.from_url(url, retry_config=_PATIENCE)
+            self._sending = self._bucket
+            said = _connections(scheme)
+            if "timeout" not in said:
+                # Of its own: a read that hangs is to be asked for again long before that.
+                patience: Any = {**_PATIENCE, "retry_timeout": timedelta(seconds=3 * _SENT_S)}
+                options: Any = {**said, "timeout": timedelta(seconds=_SENT_S)}
+                self._sending = store.from_url(url, retry_config=patience, client_options=options)
         except Exception as error:
             self._fail(error, bucket)
 
@@ -136,7 +171,7 @@ class ObjectStore:
             if nbytes > ONE_PUT_BYTES:
                 part_bytes = max(PART_BYTES, -(-nbytes // _MOST_PARTS))
                 how = {"chunk_size": part_bytes, "max_concurrency": PARTS_AT_ONCE}
-            said = self._library.put(self._bucket, key, path, **how)
+            said = self._library.put(self._sending, key, path, **how)
             return said["e_tag"] or said["version"] or ""
         except Exception as error:
             self._fail(error, key)
@@ -180,6 +215,14 @@ class ObjectStore:
         elif isinstance(error, OSError) and error.errno:
             raise error
         raise OSError(number, why, key) from error
+
+
+def _connections(scheme: str) -> Any:
+    """What the environment says of connections: the library drops all of it where it is told a part
+    by its caller."""
+    prefix = f"{_PREFIXES[scheme]}_"
+    said = {name.lower(): value for name, value in os.environ.items()}
+    return {name: said[prefix + name] for name in _OF_CONNECTIONS if prefix + name in said}
 
 
 def _object(said: Any) -> Object:

@@ -86,3 +86,17 @@ class Store(Protocol):
 
     def folders(self, prefix: str) -> Sequence[str]:
         """What comes next after `prefix` in keys that go on with a `/` behind it, in order."""
+
+
+def same_version(one: str, other: str) -> bool:
+    """Whether two versions are of one object, as far as is known: some stores quote an ETag in one
+    answer and not in the other.
+
+    >>> same_version('"a1"', "a1"), same_version("", "a1"), same_version("a1", "b2")
+    (True, True, False)
+    """
+    return not one or not other or _bare(one) == _bare(other)
+
+
+def _bare(version: str) -> str:
+    return version.removeprefix("W/").strip('"')

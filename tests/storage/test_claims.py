@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,13 +14,13 @@ from types import SimpleNamespace
 import pytest
 
 from pma_megatron.storage import claims
-from pma_megatron.storage.claims import Claim, ClaimedError, claim, refuse_claimed
+from pma_megatron.storage.claims import Claim, ClaimedError, claim, refuse_claimed, renewing
 from pma_megatron.storage.object_store import ObjectStore
 from pma_megatron.storage.posix import PosixStore
 from pma_megatron.storage.protocol import Store
 
 SIGN = "run/.pma-uploading"
-HOUR_S = 3600.0
+HOUR_S, PATIENCE_S = 3600.0, 100.0
 _NUMBERS = itertools.count()
 
 
@@ -103,3 +104,30 @@ def test_one_that_is_heard_of_meanwhile_is_not_taken_over(
     with pytest.raises(ClaimedError):
         claim(store, SIGN, "other work", {})
     other.check(store)
+
+
+def test_a_claim_is_renewed_while_one_request_takes_long(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no more after it, when somebody may remove it."""
+    monkeypatch.setattr(claims, "_RENEWED_S", 0.0)
+    monkeypatch.setattr(claims, "_LOOKED_S", 0.01)
+    made, again = claim(store, SIGN, "its work", {}), threading.Event()
+    put = type(store).put
+
+    def noted(self: Store, key: str, data: bytes, *, create: bool = False) -> None:
+        put(self, key, data, create=create)  # type: ignore[call-arg, arg-type]
+        again.set()
+
+    monkeypatch.setattr(type(store), "put", noted)
+    with renewing(made, store):
+        assert again.wait(PATIENCE_S)
+    made.check(store)
+    store.delete([SIGN])
+    again.clear()
+    assert not again.wait(0.1) and not store.listed("")
+    with renewing(made, store):  # it is lost: nothing is put, and whoever asks is told
+        pass
+    with pytest.raises(ClaimedError):
+        made.check(store)
+    assert not store.listed("")

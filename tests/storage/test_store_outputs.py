@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ Put = Callable[[Path, str], str]
 Got = Callable[[str, Path], Path]
 CONFIG = TinyConfig(warmup_iters=2)  # the dense run's
 TRACKER = "latest_checkpointed_iteration.txt"
+PATIENCE_S = 100.0
 FAULTS = [
     ("part", 1), ("uploading", 0), ("uploaded", 0), ("upload_marker", 0), ("upload_tracker", 0),
     ("upload_end", 0),
@@ -408,3 +410,29 @@ def _apart(rank: int, world_size: int, load: str, save: str, folder: str) -> str
     except Exception as error:
         return str(error)
     return ""
+
+
+def test_the_sign_is_renewed_while_the_file_that_makes_it_whole_takes_its_time(
+    dense_run: Path, spools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where all files together do so, it is one with weights."""
+    put_file, put_object, signed = ObjectStore.put_file, ObjectStore.put, threading.Event()
+
+    def slow(self: ObjectStore, key: str, path: Path) -> str:
+        if path.name == "metadata.json":
+            signed.clear()
+            assert signed.wait(PATIENCE_S)
+        return put_file(self, key, path)
+
+    def noted(self: ObjectStore, key: str, data: bytes, **how: bool) -> None:
+        put_object(self, key, data, **how)
+        if key.endswith(UPLOADING_FILE):
+            signed.set()
+
+    for name in ("_RENEWED_S", "_LOOKED_S"):
+        monkeypatch.setattr(claims, name, 0.01)
+    monkeypatch.setattr(ObjectStore, "put_file", slow)
+    monkeypatch.setattr(ObjectStore, "put", noted)
+    save = f"memory://{tmp_path.name}/averages"
+    merge(request(dense_run, save))
+    assert [ref.complete for ref in list_checkpoints(save)] == [True]

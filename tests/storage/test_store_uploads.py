@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import json
-import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -17,7 +16,6 @@ from test_snapshot_writer import simple_chunks, simple_data, until
 
 from pma_megatron import list_checkpoints
 from pma_megatron.base.comm import Comm
-from pma_megatron.deepspeed import online as deepspeed_online
 from pma_megatron.errors import PublishError
 from pma_megatron.formats.marker import MARKER_FILE, ONLINE_AVERAGE, SEAL_FILE, UPLOADING_FILE
 from pma_megatron.online import snapshot_upload, snapshots, uploads
@@ -80,6 +78,31 @@ def there(address: str) -> list[int | None]:
     return [each.iteration for each in list_checkpoints(address) if each.complete]
 
 
+def average(place: AveragePlace, iteration: int, source: Path, **said: object) -> Path:
+    """Save one as a trainer does, from a snapshot of that iteration."""
+    place.begin(name_of(iteration))
+    folder = Path(shutil.copytree(source / name_of(iteration), place.folder / name_of(iteration)))
+    (folder / SEAL_FILE).unlink()
+    (folder / MARKER_FILE).write_text(json.dumps({"kind": ONLINE_AVERAGE, **said}))
+    (place.folder / TRACKER).write_text(str(iteration))
+    place.saved(folder.name)
+    return folder
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Path:
+    """Holds what becomes an average."""
+    to = writer(tmp_path / "made")
+    for iteration in (40, 50, 60, 100):
+        put(to, iteration)
+    return to.root
+
+
+def tracker(address: str) -> bytes:
+    store, key = stored(place_of(address))
+    return store.got(f"{key}/{TRACKER}")[1]
+
+
 def test_an_entry_that_was_deleted_is_written_again(address: str) -> None:
     """The run goes back twice: what was there at the start is not there for good."""
     first = writer(address, keeps_whole=True)
@@ -102,11 +125,14 @@ def test_an_entry_that_was_deleted_is_written_again(address: str) -> None:
 def test_what_is_given_up_before_it_is_signed_for_does_not_stay(
     address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Nor does training wait for a request that hangs."""
     claim, asked, goes_on = uploads.claim, threading.Event(), threading.Event()
+    hung = threading.Event()
 
     def slow(*given: object) -> object:
         asked.set()
-        goes_on.wait(PATIENCE_S)
+        if not goes_on.wait(PATIENCE_S):
+            hung.set()
         return claim(*given)  # type: ignore[arg-type]
 
     monkeypatch.setattr(uploads, "claim", slow)
@@ -114,10 +140,12 @@ def test_what_is_given_up_before_it_is_signed_for_does_not_stay(
     put(entries, 8)
     put(entries, 10)
     assert asked.wait(PATIENCE_S)
-    threading.Timer(0.5, goes_on.set).start()
     entries.give_up({8})
+    goes_on.set()
     entries.wait_for_uploads(PATIENCE_S)
-    assert there(address) == [10]
+    assert there(address) == [10] and not hung.is_set()
+    store, key = stored(place_of(address))
+    assert not store.listed(f"{key}/{name_of(8)}/")
 
 
 def test_after_a_failure_that_filled_the_disk_all_gets_there(
@@ -159,105 +187,29 @@ def test_a_snapshot_that_was_not_written_is_not_of_this_branch(
     assert 40 in there(address) and 60 in there(address)
 
 
-def average_in(place: AveragePlace, made: SnapshotWriter, iteration: int) -> Path:
-    """What a trainer saves there of an average, and its tracker."""
-    place.begin(name_of(iteration))
-    to = place.folder / name_of(iteration)
-    folder = Path(shutil.copytree(made.root / name_of(iteration), to))
-    (folder / SEAL_FILE).unlink()
-    (folder / MARKER_FILE).write_text(json.dumps({"kind": ONLINE_AVERAGE}))
-    (place.folder / TRACKER).write_text(str(iteration))
-    return folder
-
-
-def test_training_goes_on_where_an_average_gets_there_as_the_next_is_saved(
-    address: str,
-    tmp_path: Path,
-    down: Callable[[bool], None],
-    new_place: Callable[[], AveragePlace],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """It is removed from the disk while it is looked at how much room another one needs."""
-    made, place = writer(tmp_path / "made"), new_place()
-    put(made, 40)
-    down(True)
-    folder = average_in(place, made, 40)
-    place.saved(folder.name)
-    place.wait(PATIENCE_S)
-    is_file, seen = Path.is_file, list[Path]()
-
-    def gone(self: Path) -> bool:
-        found = is_file(self)
-        if self.parent == folder and not seen:
-            seen.append(self)
-            down(False)
-            place.wait(PATIENCE_S)
-        return found
-
-    monkeypatch.setattr(Path, "is_file", gone)
-    place.begin(name_of(50))
-    assert seen and not folder.exists()
-    assert there(address) == [40]
-
-
-def test_a_tag_that_is_removed_from_the_disk_is_an_average_to_the_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Or the next `save_average`, which looks meanwhile, would take it for a tag of the run's."""
-    tag = tmp_path / "mine"
-    for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"):
-        (tag / "part").mkdir(parents=True, exist_ok=True)
-        (tag / name).write_bytes(b"x")
-        (tag / "part" / name).write_bytes(b"x")
-    for name in (SEAL_FILE, MARKER_FILE):
-        (tag / name).write_text("{}")
-    looks: list[set[str]] = []
-
-    def looking(remove: Callable[..., None]) -> Callable[..., None]:
-        def removed(*given: object, **how: object) -> None:
-            remove(*given, **how)
-            deepspeed_online._refuse_other_tags(tmp_path)
-            looks.append({path.name for path in tag.rglob("*")})
-
-        return removed
-
-    for name in ("unlink", "rmdir"):
-        monkeypatch.setattr(os, name, looking(getattr(os, name)))
-    uploads.remove(tag)
-    assert len(looks) == 8 and {MARKER_FILE} <= looks[4] and not tag.exists()
-
-
 @pytest.mark.parametrize("by", ["this job", "the job before"])
 def test_training_resumes_from_the_average_that_was_saved_last(
     address: str,
-    tmp_path: Path,
+    made: Path,
     down: Callable[[bool], None],
     by: str,
     new_place: Callable[[], AveragePlace],
 ) -> None:
     """One of a branch that was given up waited for the store, and has a larger number."""
-    made = writer(tmp_path / "made")
-    for iteration in (40, 50, 100):
-        put(made, iteration)
-
-    def save(place: AveragePlace, iteration: int) -> None:
-        place.saved(average_in(place, made, iteration).name)
-
     place = new_place()
-    save(place, 40)
+    average(place, 40, made)
     place.wait(PATIENCE_S)
     down(True)
-    save(place, 100)
+    average(place, 100, made)
     place.wait(PATIENCE_S)
     if by == "the job before":
         place = new_place()
         place.wait(PATIENCE_S)
-    save(place, 50)
+    average(place, 50, made)
     down(False)
     place.wait(PATIENCE_S)
     assert there(address) == [40, 50, 100]
-    store, key = stored(place_of(address))
-    assert store.got(f"{key}/{TRACKER}")[1] == b"50"
+    assert tracker(address) == b"50"
 
 
 def test_a_thread_that_was_not_waited_out_is_waited_for_again() -> None:

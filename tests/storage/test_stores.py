@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pma_megatron.storage import object_store
 from pma_megatron.storage.object_store import ObjectStore
 from pma_megatron.storage.posix import PosixStore
 from pma_megatron.storage.protocol import PART_BYTES, Store
@@ -69,3 +73,48 @@ def test_no_credentials(s3: Any, bucket: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     with pytest.raises(OSError, match="AccessKeyId"):
         ObjectStore("s3", bucket).listed("")
+
+
+@pytest.mark.parametrize("told", [False, True], ids=["by itself", "by the environment"])
+def test_a_request_that_sends_a_file_has_a_time_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: bool
+) -> None:
+    """Of a server that is slow to answer; what the environment says goes before."""
+    over = threading.Event()
+
+    class Slow(BaseHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            return
+
+        def do_PUT(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            over.wait(5.0)
+            with contextlib.suppress(OSError):  # nobody waits for it any more
+                self.send_response(200)
+                self.send_header("ETag", '"a1"')
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Slow)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}",
+        "AWS_ALLOW_HTTP": "true",
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(object_store, "_PATIENCE", {**object_store._PATIENCE, "max_retries": 0})
+    (tmp_path / "file").write_bytes(b"x" * 100)
+    try:
+        assert ObjectStore("s3", "slow").put_file("run/file", tmp_path / "file") == '"a1"'
+        monkeypatch.setattr(object_store, "_SENT_S", 3600.0 if told else 0.5)
+        if told:
+            monkeypatch.setenv("AWS_TIMEOUT", "1 second")
+        with pytest.raises(OSError, match="run/file"):
+            ObjectStore("s3", "slow").put_file("run/file", tmp_path / "file")
+    finally:
+        over.set()
+        server.shutdown()
+        server.server_close()
