@@ -28,7 +28,7 @@ from pma_megatron.formats.marker import UPLOADING_FILE
 from pma_megatron.formats.output import Folder
 from pma_megatron.formats.trainers.saves import save_of
 from pma_megatron.merging.locks import CLEANING, LOCK, WRITING, HeldError, held
-from pma_megatron.storage.paths import in_store, place_of, workplace
+from pma_megatron.storage.paths import in_store, path_of, place_of, workplace
 
 STAGING = ".pma-staging-"
 _REPLACED = ".pma-replaced-"
@@ -259,7 +259,7 @@ def staged_bytes(target: Target) -> int:
         for folder, _, names in os.walk(staged):
             for name in names:
                 with contextlib.suppress(OSError):
-                    found = Path(folder, name).lstat()
+                    found = (path_of(folder) / name).lstat()
                     taken += found.st_blocks * 512 if stat.S_ISREG(found.st_mode) else 0
     return taken
 

@@ -115,7 +115,7 @@ def test_what_may_not_be_looked_at_is_listed_too(
     for verb in whole:  # the user who runs the tests may look everywhere
         monkeypatch.setattr(Path, verb, refusing(verb))
     (ref,) = [ref for ref in list_checkpoints(run) if not ref.complete]
-    assert (ref.iteration, ref.state) == (4, "damaged")
+    assert (ref.iteration, ref.state) == (4, "unreadable")
     assert "Permission denied" in str(ref.incomplete_because)
 
 
