@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
@@ -235,9 +236,15 @@ def _object(said: Any) -> Object:
 
 
 def first_line(error: Exception) -> str:
-    """What the library says, without the structures that it prints below."""
-    text = str(error).strip().partition("\n")[0]
+    """What the library says, without the structures that it prints below, and without the user and
+    password that an endpoint may hold.
+
+    >>> first_line(OSError("no answer from http://me:secret@host:9/bucket\\nConfig {...}"))
+    'no answer from http://***@host:9/bucket'
+    """
+    text = _LOGIN.sub("://***@", str(error).strip().partition("\n")[0])
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 _SHOWN = 300
+_LOGIN = re.compile(r"://[^/@\s]*@")
