@@ -187,7 +187,9 @@ def scored_refs(root: str, grid: Grid, *, aloud: bool = True) -> list[Checkpoint
 def _passed_over(points: Sequence[GridPoint], *, aloud: bool) -> tuple[PassedOver, ...]:
     """What lies in the window of any of them, and cannot be used; by iteration."""
     found = {each.path: each for point in points for each in point.selection.passed_over}
-    bad = (e for e in found.values() if e.kind in ("damaged", "spoiled", "not judged"))
+    bad = (
+        e for e in found.values() if e.kind in ("damaged", "unreadable", "spoiled", "not judged")
+    )
     left = tuple(sorted(bad, key=lambda each: each.iteration or 0))
     for each in left if aloud else ():
         _log.warning(str(each))

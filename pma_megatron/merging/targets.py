@@ -234,16 +234,17 @@ def _refuse_loss(plan: MergePlan, target: Target) -> None:
     changed = saved_over(target.final)
     if changed:
         raise PublishError(
-            f"{target.final} would be replaced, and {_since(changed)} and would be lost. Move it "
-            f"elsewhere, or choose another {named(target.setting)}"
+            f"{target.final} would be replaced, and {_since(changed, target.folder)} and would be "
+            f"lost. Move it elsewhere, or choose another {named(target.setting)}"
         )
 
 
-def _since(changed: Sequence[str]) -> str:
-    return (
-        f"{first_few(changed, _SHOWN)} in it {'are' if changed[1:] else 'is'} not what "
-        f"{MARKER_FILE} lists: training has saved a checkpoint over the average"
-    )
+def _since(changed: Sequence[str], folder: Folder = Folder.CHECKPOINT) -> str:
+    who = "somebody has edited it since"
+    if folder is Folder.CHECKPOINT:
+        who = "training has saved a checkpoint over the average"
+    verb = "are" if changed[1:] else "is"
+    return f"{first_few(changed, _SHOWN)} in it {verb} not what {MARKER_FILE} lists: {who}"
 
 
 _SHOWN = 4  # files that one message names
@@ -316,7 +317,7 @@ def _refuse_foreign(target: Target) -> None:
                 f"{given('save', target.root)} holds {folder.name}, which this tool did not write: "
                 "it is a training run's folder. Give merges a folder of their own"
             )
-        changed = saved_over(folder)
+        changed = saved_over(folder, quick=True)
         if changed:
             raise PublishError(
                 f"{given('save', target.root)} holds {folder.name}, and {_since(changed)}. It is a "

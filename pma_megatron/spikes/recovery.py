@@ -279,6 +279,7 @@ def _refuse_others(request: RecoveryRequest, newest: CheckpointRef) -> None:
         each.name
         for each in root.iterdir()
         if each.name != own
+        and not each.name.startswith(".")  # what was cut off of this very recovery
         and (each / MARKER_FILE).is_file()
         and registry.detect(each) not in registry.UNTRACKED
     )

@@ -166,7 +166,7 @@ def resume(
         flags |= rate_flags(args, schedule, lr_factor)
         notes += _slower(root, lr_factor)
     left_out = _left_out(args, command)
-    notes += _non_persistent(command, left_out)
+    notes += _non_persistent(args, command, left_out)
     if command:
         _refuse_hidden(command, {**left_out, **flags})
         notes += _not_found(command)
@@ -232,15 +232,21 @@ def _left_out(args: Mapping[str, Any], command: Sequence[str]) -> dict[str, int]
     return _DROPPED if not kind or in_load else {**_DROPPED, **_NON_PERSISTENT}
 
 
-def _non_persistent(command: Sequence[str], left_out: Mapping[str, int]) -> list[str]:
+def _non_persistent(
+    args: Mapping[str, Any], command: Sequence[str], left_out: Mapping[str, int]
+) -> list[str]:
     """That non-persistent checkpoints would be loaded before the recovery."""
-    stale = [flag for flag in left_out if flag in _NON_PERSISTENT]
-    if command:
-        typed_flags = {word.partition("=")[0] for word in command}
+    typed_flags = {word.partition("=")[0] for word in command}
+    seen = bool(typed_flags & _NON_PERSISTENT.keys())
+    # A command that has none of these flags may start a script that has them, as the job before.
+    stale = [
+        flag for flag in (left_out if seen else _left_out(args, ())) if flag in _NON_PERSISTENT
+    ]
+    if seen:
         stale = [flag for flag in stale if flag in typed_flags]
     if not stale:
         return []
-    what = f"{', '.join(stale)} left out of the command" if command else f"leave out {stale[0]}"
+    what = f"{', '.join(stale)} left out of the command" if seen else f"leave out {stale[0]}"
     return [
         f"{what}: Megatron would go on from the newest non-persistent checkpoint, which may be of "
         "the spike. Give them again with another folder for them, or once the old ones are deleted "

@@ -17,6 +17,7 @@ from pma_megatron.formats.manifest import read_marker
 from pma_megatron.merging.leftovers import Target, unfinished
 from pma_megatron.merging.request import MergeRequest
 from pma_megatron.merging.rolling import ROLLING, read
+from pma_megatron.merging.saved_over import saved_over
 from pma_megatron.runs.discover import list_checkpoints
 from pma_megatron.storage.paths import absolute, path_of
 
@@ -34,10 +35,10 @@ def marked(request: MergeRequest) -> MergeRequest:
 def is_own(folder: Path, request: MergeRequest) -> bool:
     """Whether a watch with the settings of `request` (`marked`) made what lies in `folder`.
 
-    What cannot be read, what another command made, and what a watch with other settings made is not
-    its own.
+    What cannot be read, what another command made, what a watch with other settings made, and what
+    training has saved over since is not its own.
     """
-    if folder.is_symlink():
+    if folder.is_symlink() or saved_over(folder, quick=True):
         return False
     try:
         said = read_marker(folder).value

@@ -25,6 +25,7 @@ from pma_megatron.merging.leftovers import Target, unfinished
 from pma_megatron.merging.planning import MergePlan, make_plan
 from pma_megatron.merging.request import MergeRequest
 from pma_megatron.merging.rolling import ROLLING, Member, is_update_of, read
+from pma_megatron.merging.saved_over import saved_over
 from pma_megatron.merging.targets import is_of, targets
 from pma_megatron.runs.discover import choose, list_checkpoints, pointers_of
 from pma_megatron.runs.marks import Mark, mark, unchanged
@@ -151,7 +152,9 @@ def wanted_of(request: MergeRequest, *, rolling: bool = False) -> Wanted:
 
 def _is_current(target: Target, made: MergePlan, rolling: bool) -> bool:
     same = is_of(target, made) or (rolling and _is_update(target, made))
-    if not same or unfinished(target) or not _is_named(target, made):
+    if not same or unfinished(target) or saved_over(target.final, quick=True):
+        return False
+    if not _is_named(target, made):
         return False
     said = read_json(target.final / MARKER_FILE)
     versions, began_ns = _versions(said), begun_ns(said)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +126,7 @@ def test_history(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recover", "--load", str(run), "--history"]) == 0
     assert "detected: number 1, onset 5, reason the loss rose" in capsys.readouterr().out
     assert main(["list", str(run)]) == 0
-    assert capsys.readouterr().out.count("spoiled: ") == 2  # 6 and 8
+    assert capsys.readouterr().out.count("spoiled:") == 2  # 6 and 8
 
 
 def bad(run: Path, save: Path, kind: type[Exception], words: str, **request: Any) -> None:
@@ -173,6 +176,20 @@ def test_a_folder_of_averages_is_no_place_to_go_on_in(run: Path, tmp_path: Path)
     assert digests(save) == before
     # The one that it replaces is none of those.
     rehearse(RecoveryRequest(**wanted, onset=9, overwrite=True))
+
+
+def test_a_recovery_that_was_cut_off_is_gone_on_with_by_the_same_command(
+    run: Path, tmp_path: Path
+) -> None:
+    save = tmp_path / "recovered"
+    words = ("recover", "--load", str(run), "--save", str(save), "--onset", "7")
+    command = [sys.executable, "-m", "pma_megatron", *words, "--margin-iterations", "0"]
+    env = {**os.environ, "PMA_MEGATRON_FAULT": "publish:0:kill"}
+    assert subprocess.run(command, env=env, capture_output=True, check=False).returncode < 0
+    assert [*save.glob(".pma-staging-*/pma.json")]
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert [path.name for path in save.glob("*iter_*")] == ["iter_0000006"]
 
 
 def test_what_training_saved_over_an_average_is_its_own(

@@ -113,6 +113,7 @@ def test_a_second_recovery_skips_what_the_first_did_too(before: str) -> None:
     assert given in kept
 
 
+SCRIPT = ("bash", "train.sh", "--load", "/old", "--save", "/old")
 NEW = {"async_strategy": "nvrx"}
 
 
@@ -137,6 +138,9 @@ def test_what_loads_something_else_is_left_out() -> None:
     assert resumed(inside).notes == resumed(base).notes
     saved = {**ARGS, "non_persistent_ckpt_type": "local", "non_persistent_local_ckpt_dir": "/raid"}
     how = resume(saved, "/new", skip=None, lr_factor=None, schedule=Schedule())
+    assert any("leave out --non-persistent-ckpt-type" in note for note in how.notes)
+    # Nor does a script that is started show what it has.
+    how = resume(saved, "/new", skip=None, lr_factor=None, schedule=Schedule(), command=SCRIPT)
     assert any("leave out --non-persistent-ckpt-type" in note for note in how.notes)
     with pytest.raises(UsageError, match="inside of one word"):
         resumed("bash -c 'torchrun p.py --override-ckpt-iteration 5'")
