@@ -126,7 +126,7 @@ def test_history(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recover", "--load", str(run), "--history"]) == 0
     assert "detected: number 1, onset 5, reason the loss rose" in capsys.readouterr().out
     assert main(["list", str(run)]) == 0
-    assert capsys.readouterr().out.count("spoiled:") == 2  # 6 and 8
+    assert capsys.readouterr().out.count("spoiled") == 2  # 6 and 8
 
 
 def bad(run: Path, save: Path, kind: type[Exception], words: str, **request: Any) -> None:
