@@ -208,11 +208,12 @@ class AverageUploads(Uploads):
         needed = self._largest_bytes
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(self.folder).free + _nbytes(self.folder / name)
+            disk = shutil.disk_usage(self.folder)
+            free = disk.free + _nbytes(self.folder / name)
         except OSError as error:
             return f"{self.folder} fails: {error}"
         # With others that wait, what training itself saves may be next on that disk.
-        if needed and free < needed + (needed // 4 if waiting else 0):
+        if disk.total and free < needed + (needed // 4 if waiting else 0):  # some tell nothing
             waits = f"{', '.join(waiting)} still wait to be uploaded from there to {self.address}, "
             return (
                 f"{waits if waiting else ''}an average takes {sized(needed)}, and "
@@ -280,7 +281,7 @@ class AverageUploads(Uploads):
         that the tracker names now."""
         assert known.file is not None
         try:
-            content = store.got(below(root, known.file))[1].decode(errors="replace")
+            content = store.got(below(root, known.file))[1].decode(errors="replace").strip()
         except FileNotFoundError:
             _log.warning(
                 "%s/%s was left by an earlier job and is there now, but no %s, which names the "

@@ -57,6 +57,7 @@ class SnapshotUploads(Uploads):
         folder: Path,
         keep: int | None,
         passed_by: Callable[[], tuple[Collection[int], int]] = lambda: ((), 0),
+        spared: Callable[[], Collection[int]] = lambda: (),
     ) -> None:
         """
         Args:
@@ -64,9 +65,10 @@ class SnapshotUploads(Uploads):
             folder: on a disk.
             keep: how many of the newest stay in the store; None for all.
             passed_by: iterations of branches that were given up, and the newest one trained.
+            spared: iterations that stay in any case.
         """
         super().__init__(address, folder)
-        self._keep, self._passed_by = keep, passed_by
+        self._keep, self._passed_by, self._spared = keep, passed_by, spared
         self._needed: frozenset[int] | None = None
         self._begun: frozenset[Branch] = frozenset()
 
@@ -191,7 +193,8 @@ class SnapshotUploads(Uploads):
         if begun:
             store, root = self._place()
             store.put(below(root, BRANCHES_FILE), text_of(begun))
-            self._begun -= begun
+            if self._begun == begun:  # else more began meanwhile
+                self._begun = frozenset()
         if self._needed is not None:
             self._remove_unneeded()
             if self._whole():
@@ -203,7 +206,7 @@ class SnapshotUploads(Uploads):
         passed_by, newest = self._passed_by()
         gone = {*passed_by, *given_up({i: (i, branch) for i, (_, branch) in own.items()})}
         for number in outdated(own, self._keep or 0, gone, newest):
-            if number not in (self._needed or ()):
+            if number not in (self._needed or ()) and number not in self._spared():
                 self._delete(store, below(root, own[number][0]))
 
     def _remove_unneeded(self) -> None:

@@ -103,7 +103,9 @@ class SnapshotWriter:
         self._uploads: SnapshotUploads | None = None
         self._is_remote = in_store(final)
         if in_store(final) and comm.is_main:
-            self._uploads = SnapshotUploads(final, self.root, keep_in_store, self._passed_by)
+            self._uploads = SnapshotUploads(
+                final, self.root, keep_in_store, self._passed_by, lambda: self._spared
+            )
         self._keeps_whole, self._final = keeps_whole, final
         self._dtype, self._comm, self._common = dtype, comm, common
         self._count = 0
@@ -112,6 +114,8 @@ class SnapshotWriter:
         self._token = comm.broadcast(secrets.token_hex(4))
         self._branch = RunBranch({})
         self._newest = 0
+        self._spared: frozenset[int] = frozenset()
+        self._is_noted = True
         self._published = ""
         self._there = comm.on_main("snapshot folder", lambda: self._prepare(trained_from))
         refuse_unseen(self.root, "snapshots", comm)
@@ -162,6 +166,8 @@ class SnapshotWriter:
             self._newest = iteration
             if not self._keeps_whole:
                 self._say_given_up(self._go_back(iteration - 1), iteration - 1)
+                if not self._is_noted:
+                    self._note_branches()
         small, marker = self._small_files(iteration, args) if self._comm.is_main else ({}, {})
         self._job = SnapshotJob(
             rank=self._comm.rank,
@@ -217,30 +223,35 @@ class SnapshotWriter:
         """What is given up by training on from an iteration, once the folder says so too: this job
         may end before its first snapshot of the new branch."""
         newer = self._branch.train_on(iteration)
-        if newer and self._uploads is not None:
-            self._uploads.note_branches(self._branch.begun)
-        elif newer:
-            try:
-                replace_file(self.root / BRANCHES_FILE, text_of(self._branch.begun))
-            except OSError as error:
-                _log.warning(
-                    "%s, which says that snapshots after iteration %d are given up, cannot be "
-                    "written (%s): the next snapshot says so too, and until then they count",
-                    self.root / BRANCHES_FILE,
-                    iteration,
-                    error.strerror,
-                )
+        if newer:
+            self._note_branches()
         return newer
+
+    def _note_branches(self) -> None:
+        self._is_noted = True
+        if self._uploads is not None:
+            self._uploads.note_branches(self._branch.begun)
+            return
+        try:
+            replace_file(self.root / BRANCHES_FILE, text_of(self._branch.begun))
+        except OSError as error:
+            _log.warning(
+                "%s, which says that snapshots after iteration %d are given up, cannot be "
+                "written (%s): the next snapshot says so too, and until then they count",
+                self.root / BRANCHES_FILE,
+                self._branch.now.after,
+                error.strerror,
+            )
 
     def prune(self, keep: int) -> list[Path]:
         """Delete old snapshots on a disk (rank 0 only); see `prune`.
 
-        Of branches that were given up, those go that training has come by, and none counts.
+        Of branches that were given up, those go that this job has come by, and none counts.
 
         Args:
             keep: how many of the newest of this branch stay.
         """
-        return prune(self.root, keep, (), self._branch.given_up, self._newest)
+        return prune(self.root, keep, self._spared, self._branch.given_up, self._newest)
 
     def _passed_by(self) -> tuple[frozenset[int], int]:
         given_up = frozenset() if self._keeps_whole else self._branch.given_up
@@ -268,12 +279,18 @@ class SnapshotWriter:
         if trained_from is not None:
             self._newest = trained_from
             self._say_passed_by(found, trained_from)
-            self._say_given_up(self._go_back(trained_from), trained_from)
+            # A job that was started from too early by mistake, and ends before its first snapshot,
+            # gives up nothing: the folder is told of it then.
+            newer = self._branch.train_on(trained_from)
+            self._is_noted = not newer
+            self._say_given_up(newer, trained_from)
 
     def _say_passed_by(self, found: Mapping[int, Branch | None], trained_from: int) -> None:
-        """What counts as given up though no snapshot of a later branch is there."""
+        """What counts as given up though no snapshot of a later branch is there. Nothing of what
+        lies before this job goes: it may be what training goes on from after all."""
         now = self._branch.now
         passed = sorted(each for each in self._branch.given_up if each <= trained_from)
+        self._spared = frozenset(passed)
         if passed and now not in found.values():
             _log.warning(
                 "snapshots of iterations %s in %s count as given up, for a job trained on from "

@@ -174,14 +174,42 @@ def test_what_says_which_branches_began_is_read_or_nothing_is_taken(
 def test_a_run_that_takes_up_what_was_given_up_is_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    train(job(tmp_path, 0), 20, 40, 60)
-    job(tmp_path, 20)
+    writer = job(tmp_path, 0)
+    train(writer, 20, 40, 60)
+    writer.train_on(20)
     with caplog.at_level(logging.WARNING):
         job(tmp_path, 60)
     assert f"40, 60 in {tmp_path} count as given up" in caplog.text
     (tmp_path / BRANCHES_FILE).unlink()
     train(job(tmp_path, 60), 80)
     assert there(tmp_path) == [(each, "complete") for each in (20, 40, 60, 80)]
+
+
+@pytest.mark.parametrize("wrote", [False, True])
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_job_from_too_early_costs_the_next_one_no_snapshot(
+    wrote: bool, remote: bool, tmp_path: Path, spools: Path
+) -> None:
+    """It was started by mistake, and ended soon; training then goes on from the newest."""
+    root = f"memory://{tmp_path.name}/snapshots" if remote else str(tmp_path)
+
+    def kept(trained_from: int, *iterations: int) -> None:
+        chunks = simple_chunks(0, 1)
+        writer = SnapshotWriter(
+            root, chunks, torch.float32, Comm(), trained_from=trained_from, keep_in_store=2
+        )
+        for each in iterations:
+            train(writer, each)
+            writer.wait_for_uploads(PATIENCE_S)
+            if not remote:
+                writer.prune(2)
+        writer.wait_for_uploads(PATIENCE_S)
+
+    kept(0, 100, 200)
+    kept(0, *([50] if wrote else []))
+    kept(200, 300)
+    found = [iteration for iteration, _ in there(root)]
+    assert found == ([50, 100, 200, 300] if wrote else [200, 300])
 
 
 def test_a_full_checkpoint_in_a_snapshots_place_hides_no_branch(tmp_path: Path) -> None:
