@@ -136,10 +136,14 @@ class Interrupting:
 
 
 def test_where_an_exception_would_be_swallowed(capsys: pytest.CaptureFixture[str]) -> None:
-    with stoppable(), pytest.raises(Stopped) as stop:
-        held = Interrupting()
-        del held
-        time.sleep(PATIENCE_S)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
+    try:
+        with stoppable(), pytest.raises(Stopped) as stop:
+            held = Interrupting()
+            del held
+            time.sleep(PATIENCE_S)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert stop.value.number == signal.SIGINT
     assert capsys.readouterr().err == ""
 
