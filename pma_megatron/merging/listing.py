@@ -45,11 +45,11 @@ def listed(refs: Sequence[CheckpointRef]) -> list[Listed]:
 
 def _listed(ref: CheckpointRef) -> Listed:
     folder = path_of(ref.folder)
-    nbytes = _nbytes(folder) if is_folder(folder) else None
+    nbytes = bytes_in(folder) if is_folder(folder) else None
     return Listed(ref, nbytes, _origin(folder, whole=ref.complete))
 
 
-def _nbytes(folder: Path) -> int:
+def bytes_in(folder: Path) -> int:
     """Bytes of what is in a folder, as far as it can be looked at."""
     nbytes = 0
     for here, _, files in os.walk(folder):

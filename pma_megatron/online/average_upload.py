@@ -4,9 +4,7 @@ puts each average into an object store behind training, the trainer's tracker la
 from __future__ import annotations
 
 import atexit
-import contextlib
 import logging
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +20,7 @@ from pma_megatron.formats.contract import Tracker
 from pma_megatron.formats.holding import MARKERS
 from pma_megatron.formats.json_files import read_json
 from pma_megatron.formats.marker import MARKER_FILE, ONLINE_AVERAGE, UPLOADING_FILE
+from pma_megatron.merging.listing import bytes_in
 from pma_megatron.online.remote_folder import is_newer, number_in, said_in, said_on_disk
 from pma_megatron.online.removal import hide, is_still, remove_hidden
 from pma_megatron.online.shared_folder import refuse_unseen
@@ -169,7 +168,7 @@ class AverageUploads(Uploads):
             )
         elif ref is not None and ref.complete:
             self._ready[folder.name] = 0
-            self._largest_bytes = max(self._largest_bytes, _nbytes(folder))
+            self._largest_bytes = max(self._largest_bytes, bytes_in(folder))
         elif (
             is_average
             or iteration_of(folder) is not None
@@ -190,7 +189,7 @@ class AverageUploads(Uploads):
                 MARKER_FILE,
             )
             return
-        nbytes = _nbytes(folder)
+        nbytes = bytes_in(folder)
         with self._lock:
             self._saves += 1
             self._ready[name] = self._saves
@@ -209,7 +208,7 @@ class AverageUploads(Uploads):
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             disk = shutil.disk_usage(self.folder)
-            free = disk.free + _nbytes(self.folder / name)
+            free = disk.free + bytes_in(self.folder / name)
         except OSError as error:
             return f"{self.folder} fails: {error}"
         # With others that wait, what training itself saves may be next on that disk.
@@ -313,13 +312,3 @@ def _others(store: Store, root: str) -> list[str]:
         if not files & {MARKER_FILE, UPLOADING_FILE}
         and any(file in MARKERS or file.endswith(_OF_TAGS) for file in files)
     ]
-
-
-def _nbytes(folder: Path) -> int:
-    """Bytes of the files in a folder, of those that are still there when they are looked at."""
-    found = 0
-    for at, _, names in os.walk(folder):
-        for name in names:
-            with contextlib.suppress(OSError):
-                found += (Path(at) / name).lstat().st_size
-    return found
