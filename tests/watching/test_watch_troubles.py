@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import time
 from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 from test_watch import TRACKER, kinds, looked, merged, payload, request_of
 
-from conftest import folder_of
+from conftest import digests, folder_of
 from pma_megatron import watch
 from pma_megatron.errors import CheckpointError, PublishError, SelectionError
 from pma_megatron.formats.json_files import read_json
@@ -219,3 +220,18 @@ def test_a_source_that_is_written_while_the_average_is_flushed_is_newer(
     assert kinds(found) == ["started", "published"]
     assert state.begun_ns(read_json(Path(outcome.published[0]) / "pma.json")) < later_ns
     assert kinds(looked(run, tmp_path / "averages")[1]) == ["started", "published"]
+
+
+def test_what_training_saved_over_an_average_is_neither_current_nor_replaced(
+    run: Path, tmp_path: Path
+) -> None:
+    """Its `pma.json` stays, and says what the average was made of."""
+    save = tmp_path / "averages"
+    time.sleep(2.5)  # sources that are hardly older than their average are taken for newer
+    looked(run, save)
+    assert kinds(looked(run, save)[1]) == ["started", "current"]
+    shutil.copytree(folder_of(run, 8), folder_of(save, 8), dirs_exist_ok=True)
+    before = digests(save)
+    outcome, found = looked(run, save, keep=1)
+    assert kinds(found) == ["started", "failed"] and outcome.failed is not None
+    assert digests(save) == before
