@@ -105,6 +105,15 @@ def _every_file_is_closed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 
 @pytest.fixture(autouse=True)
+def _disk_that_is_nearly_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shared one often is: how much is free says whether there is room, never which share."""
+    usage = shutil.disk_usage
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: usage(path)._replace(total=1000 * usage(path).total)
+    )
+
+
+@pytest.fixture(autouse=True)
 def _logging_as_it_was() -> Iterator[None]:
     """What a command that ran in this process set for itself is nothing that others are told by."""
     logger = logging.getLogger("pma_megatron")

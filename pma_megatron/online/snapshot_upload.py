@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pma_megatron.base.openfiles import folders_in
+from pma_megatron.base.sizes import sized
 from pma_megatron.base.spelling import first_few
 from pma_megatron.errors import CheckpointError, PublishError, SelectionError
 from pma_megatron.formats.dcp.metadata import METADATA_FILE
@@ -42,7 +43,10 @@ from pma_megatron.storage.paths import path_of
 from pma_megatron.storage.protocol import Store
 
 _FREE_SHARE = 0.1
-"""Of a disk on which snapshots wait for a store."""
+"""Of a disk on which snapshots wait for a store..."""
+_FREE_SNAPSHOTS = 10
+"""...or room for as many of them, on a large disk that is shared and nearly full as always: what
+training itself saves, with its optimizer, takes seven to nine times the bytes of its weights."""
 _SHOWN = 4
 
 
@@ -234,11 +238,13 @@ def refuse_full(folder: Path, nbytes: int) -> None:
         if (each / METADATA_FILE).exists() and not (each / _THERE).exists()
     ]
     disk = shutil.disk_usage(folder)
-    if waiting and disk.free - nbytes < _FREE_SHARE * disk.total:
+    left, least = disk.free - nbytes, min(_FREE_SHARE * disk.total, _FREE_SNAPSHOTS * nbytes)
+    if waiting and left < least:
         raise PublishError(
             f"{len(waiting)} snapshots wait in {folder} to be put into the store "
-            f"({first_few(sorted(waiting), _SHOWN)}), and with another one of "
-            f"{nbytes / 2**30:.2f} GiB less than {_FREE_SHARE:.0%} of that disk would be free"
+            f"({first_few(sorted(waiting), _SHOWN)}), and with another one of {sized(nbytes)} "
+            f"{sized(max(left, 0))} would be free on that disk. What training saves itself may lie "
+            f"there too: {sized(least)} are left for it"
         )
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -250,12 +251,34 @@ def test_a_store_that_fails_does_not_fill_the_disk(
         writer.write(1, simple_data(chunks, 1), {})
         writer.wait(PATIENCE_S)
         writer.write(2, simple_data(chunks, 2), {})
-        with pytest.raises(PublishError, match=r"1 snapshots wait.*less than 10%"):
+        with pytest.raises(PublishError, match=r"1 snapshots wait.*0 B would be free"):
             writer.wait(PATIENCE_S)
         writer.wait_for_uploads(PATIENCE_S)
     written(0, 1, address, (), None)
     written(0, 1, address, (3,), None, 2)
     assert [ref.iteration for ref in list_checkpoints(address)] == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("total", "free", "refused"),
+    [
+        (10**6, 10**5 + 10**4, False),
+        (10**6, 10**5 + 10**4 - 1, True),  # a tenth of a small disk stays free
+        (10**15, 11 * 10**4, False),
+        (10**15, 11 * 10**4 - 1, True),  # ten snapshots' room on a large one that is always full
+    ],
+)
+def test_how_much_of_a_disk_is_left_free(
+    total: int, free: int, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = SimpleNamespace(total=total, free=free)
+    monkeypatch.setattr(snapshot_upload, "shutil", SimpleNamespace(disk_usage=lambda _: usage))
+    snapshot_upload.refuse_full(tmp_path, 10**4)  # nothing waits
+    waits = tmp_path / "iter_0000010"
+    waits.mkdir()
+    (waits / ".metadata").touch()
+    with pytest.raises(PublishError, match="iter_0000010") if refused else nullcontext():
+        snapshot_upload.refuse_full(tmp_path, 10**4)
 
 
 def test_what_is_not_in_the_store_is_never_removed_from_the_disk(
