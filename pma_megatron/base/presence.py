@@ -180,10 +180,12 @@ class Presence:
 
     def why_ended(self) -> RankError | None:
         """What may lie behind a request to end: a rank that failed, or died without a word."""
-        place = f"{_ROOT}/{_own.call}"
         with contextlib.suppress(RuntimeError):
-            if self._store.check([f"{place}/left"]):
-                return None if self._store.check([f"{place}/asked"]) else self._left()
+            # Who was let out of this meeting before this rank was, left on the way to the next.
+            for call in (_own.call, _own.call + 1):
+                if self._store.check([f"{_ROOT}/{call}/left"]):
+                    asked = self._store.check([f"{_ROOT}/{call}/asked"])
+                    return None if asked else self._left(call)
             dead = [r for r, process in self._neighbours().items() if is_gone(process)]
             return self.died(dead) if dead else None
         return None
@@ -240,11 +242,11 @@ class Presence:
 
     def _refuse_left(self) -> None:
         if self._store.check([f"{_ROOT}/{_own.call}/left"]):
-            raise self._left()
+            raise self._left(_own.call)
 
-    def _left(self) -> RankError:
+    def _left(self, call: int) -> RankError:
         """What the rank that left has said."""
-        said = self._store.get(f"{_ROOT}/{_own.call}/left").decode()
+        said = self._store.get(f"{_ROOT}/{call}/left").decode()
         speaker, _, cause = said.partition("\n")
         return RankError(cause, lost=True, speaker=int(speaker))
 

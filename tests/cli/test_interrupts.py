@@ -84,10 +84,7 @@ def test_while_it_imports(dense_run: Path, tmp_path: Path) -> None:
 
 
 def test_while_ranks_merge(dense_run: Path, tmp_path: Path) -> None:
-    """torchrun tells of itself; the ranks say one line between them, and leave nothing.
-
-    On a busy machine torchrun may be late to stop the second rank, which sees the first one go.
-    """
+    """torchrun tells of itself; the ranks say one line between them, and leave nothing."""
     save = tmp_path / "save"
     merge = ("-m", "pma_megatron", "merge", "--load", str(dense_run), "--last", "2")
     with inject("split", rank=0, action="hang"):
@@ -99,9 +96,7 @@ def test_while_ranks_merge(dense_run: Path, tmp_path: Path) -> None:
     out, err = interrupted(job)
     said = without_progress(out + err).splitlines()
     ours = [line for line in said if line.startswith("pma: ")]
-    stopped = "pma: stopped by SIGINT; nothing was published"
-    assert ours.count(stopped) == 1, ours
-    assert [each for each in ours if each != stopped and "rank 0 died" not in each] == []
+    assert ours == ["pma: stopped by SIGINT; nothing was published"]
     assert job.returncode != 0
     assert not save.exists()
 
