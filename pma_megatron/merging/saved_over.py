@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
 
+from pma_megatron.base.spelling import first_few
 from pma_megatron.errors import CheckpointError, VerifyError
+from pma_megatron.formats.dcp.metadata import METADATA_FILE
 from pma_megatron.formats.manifest import read_marker
+from pma_megatron.formats.marker import MARKER_FILE
+from pma_megatron.formats.output import Folder
 from pma_megatron.formats.trainers.saves import published_as
 from pma_megatron.runs.describe import describe
 from pma_megatron.storage.paths import in_store
+
+_SHOWN = 4  # files that one message names
 
 
 def changed_files(folder: Path, *, quick: bool = False) -> tuple[str, ...]:
@@ -16,8 +23,8 @@ def changed_files(folder: Path, *, quick: bool = False) -> tuple[str, ...]:
 
     Args:
         folder: which.
-        quick: look at the small ones alone, if there are any: those that say what lies where differ
-            wherever a trainer has saved, and a large average has thousands of others.
+        quick: look at the small ones alone where `.metadata` is among them: it says what lies
+            where, and differs wherever a trainer has saved. A large average has thousands more.
 
     () where it lists none, cannot be read or is not there; and in stores, into which no trainer
     saves.
@@ -28,11 +35,11 @@ def changed_files(folder: Path, *, quick: bool = False) -> tuple[str, ...]:
         sums = read_marker(folder).sums
     except (CheckpointError, VerifyError):
         return ()
-    looked = {name: each for name, each in (sums or {}).items() if each.sha256} if quick else sums
+    looked = sums or {}
+    if quick and any(PurePosixPath(name).name == METADATA_FILE for name in looked):
+        looked = {name: each for name, each in looked.items() if each.sha256}
     return tuple(
-        name
-        for name, each in sorted((looked or sums or {}).items())
-        if _is_other(folder / name, each.bytes)
+        name for name, each in sorted(looked.items()) if _is_other(folder / name, each.bytes)
     )
 
 
@@ -49,6 +56,19 @@ def saved_over(folder: Path, *, quick: bool = False) -> tuple[str, ...]:
     except CheckpointError:
         return ()
     return changed if whole else ()
+
+
+def since(changed: Sequence[str], folder: Folder = Folder.CHECKPOINT) -> str:
+    """A clause on files that have changed, and who did that.
+
+    >>> since(("common.pt",))
+    'common.pt in it is not what pma.json lists: training has saved a checkpoint over the average'
+    """
+    who = "somebody has edited it since"
+    if folder is Folder.CHECKPOINT:
+        who = "training has saved a checkpoint over the average"
+    verb = "are" if changed[1:] else "is"
+    return f"{first_few(changed, _SHOWN)} in it {verb} not what {MARKER_FILE} lists: {who}"
 
 
 def _is_other(path: Path, nbytes: int) -> bool:

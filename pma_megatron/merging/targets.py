@@ -29,9 +29,11 @@ from pma_megatron.formats.trainers.saves import checkpoint_in, output_name
 from pma_megatron.merging.folder_checksums import names_in
 from pma_megatron.merging.leftovers import STAGING, Target, staged_bytes, unfinished
 from pma_megatron.merging.planning import MergePlan
-from pma_megatron.merging.saved_over import saved_over
+from pma_megatron.merging.saved_over import saved_over, since
 from pma_megatron.runs.folders import holds_checkpoint, is_checkpoint
 from pma_megatron.storage.paths import in_store, path_of, place_of
+
+_SHOWN = 4  # files that one message names
 
 
 def targets(plan: MergePlan, token: str) -> tuple[Target, ...]:
@@ -234,20 +236,9 @@ def _refuse_loss(plan: MergePlan, target: Target) -> None:
     changed = saved_over(target.final)
     if changed:
         raise PublishError(
-            f"{target.final} would be replaced, and {_since(changed, target.folder)} and would be "
+            f"{target.final} would be replaced, and {since(changed, target.folder)} and would be "
             f"lost. Move it elsewhere, or choose another {named(target.setting)}"
         )
-
-
-def _since(changed: Sequence[str], folder: Folder = Folder.CHECKPOINT) -> str:
-    who = "somebody has edited it since"
-    if folder is Folder.CHECKPOINT:
-        who = "training has saved a checkpoint over the average"
-    verb = "are" if changed[1:] else "is"
-    return f"{first_few(changed, _SHOWN)} in it {verb} not what {MARKER_FILE} lists: {who}"
-
-
-_SHOWN = 4  # files that one message names
 
 
 def _refuse_odd(plan: MergePlan, target: Target) -> None:
@@ -320,7 +311,7 @@ def _refuse_foreign(target: Target) -> None:
         changed = saved_over(folder, quick=True)
         if changed:
             raise PublishError(
-                f"{given('save', target.root)} holds {folder.name}, and {_since(changed)}. It is a "
+                f"{given('save', target.root)} holds {folder.name}, and {since(changed)}. It is a "
                 "training run's folder now. Give merges a folder of their own"
             )
 

@@ -17,7 +17,7 @@ from pma_megatron.formats.manifest import read_marker
 from pma_megatron.merging.leftovers import Target, unfinished
 from pma_megatron.merging.request import MergeRequest
 from pma_megatron.merging.rolling import ROLLING, read
-from pma_megatron.merging.saved_over import saved_over
+from pma_megatron.merging.saved_over import saved_over, since
 from pma_megatron.runs.discover import list_checkpoints
 from pma_megatron.storage.paths import absolute, path_of
 
@@ -73,11 +73,17 @@ def replaces(wanted: Iterable[Target], request: MergeRequest) -> bool:
     there = [each for each in wanted if each.final.exists() or each.final.is_symlink()]
     own = [each for each in there if is_own(each.final, request)]
     for each in there:
-        if each not in own and not unfinished(each):
+        if each in own or unfinished(each):
+            continue
+        if changed := saved_over(each.final):
             raise PublishError(
-                f"{each.final} was not made by this watch with these settings, and is not "
-                f"replaced: move it elsewhere, or choose another {named(each.setting)}"
+                f"{each.final} was an average, and {since(changed, each.folder)}. It stays as it "
+                f"is: choose another {named(each.setting)}, a folder of this watch alone"
             )
+        raise PublishError(
+            f"{each.final} was not made by this watch with these settings, and is not "
+            f"replaced: move it elsewhere, or choose another {named(each.setting)}"
+        )
     return bool(own)
 
 
@@ -90,4 +96,6 @@ def old_of_own(root: Path, request: MergeRequest, *, end: int, keep: int) -> fro
     refs = [ref for ref in list_checkpoints(root) if is_own(path_of(ref.folder), request)]
     numbered = sorted((ref.iteration, ref.folder) for ref in refs if ref.iteration is not None)
     upto = [(iteration, folder) for iteration, folder in numbered if iteration <= end]
-    return frozenset(folder for iteration, folder in upto[:-keep] if iteration != end)
+    old = [folder for iteration, folder in upto[:-keep] if iteration != end]
+    # All files are looked at before one is deleted.
+    return frozenset(folder for folder in old if not saved_over(path_of(folder)))

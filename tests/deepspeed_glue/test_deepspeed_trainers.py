@@ -17,11 +17,13 @@ from safetensors.torch import load_file, save_file
 
 from conftest import digests
 from deepspeed_runs import AROUND, check_masters, merge_run, records, surrounded, tag
-from pma_megatron import inspect, list_checkpoints, verify
+from pma_megatron import MergeRequest, SelectionRequest, inspect, list_checkpoints, verify
 from pma_megatron.errors import CheckpointError
 from pma_megatron.merging.report import how_to_resume
 from pma_megatron.testing import run_ranks
 from pma_megatron.testing.plain_reads import assert_within_one_rounding
+from pma_megatron.watching.follow import watch
+from pma_megatron.watching.request import WatchRequest
 
 
 def test_tags_below_numbered_folders_are_one_run(flat: Path, tmp_path: Path) -> None:
@@ -120,6 +122,35 @@ def test_links_and_copies_of_a_save_are_not_listed_twice(
     if kind == "lightning":
         shutil.rmtree(saves[6])
         assert [ref.iteration for ref in list_checkpoints(tmp_path / "run")] == [2, 4, 6]
+
+
+@pytest.mark.parametrize("kind", [None, *AROUND])
+def test_a_watch_deletes_no_average_that_training_saved_over(
+    flat: Path, tmp_path: Path, kind: str | None
+) -> None:
+    """No file of these says what lies where, and all small ones may be as they were."""
+    saves = {n: tag(flat, n) for n in (2, 4, 6)}
+    if kind is not None:
+        saves = surrounded(flat, tmp_path / "all", kind)
+    run, averages = tmp_path / "run", tmp_path / "averages"
+    how = WatchRequest(
+        merge=MergeRequest(
+            load=str(run), save=str(averages), selection=SelectionRequest(last=2), threads=1
+        ),
+        once=True,
+        keep=1,
+    )
+    for number in (2, 4):
+        shutil.copytree(saves[number], run / saves[number].name)
+    made = watch(how, tell=lambda _: None).published
+    assert made == (str(averages / saves[4].name),)
+    shutil.copytree(saves[4], made[0], dirs_exist_ok=True)
+    before = digests(Path(made[0]))
+    shutil.copytree(saves[6], run / saves[6].name)
+    told: list[dict[str, Any]] = []
+    assert watch(how, tell=told.append).failed is not None
+    assert "training has saved a checkpoint over the average" in str(told[-1])
+    assert digests(Path(made[0])) == before
 
 
 def test_inspect_names_a_folder_that_is_there(flat: Path, tmp_path: Path) -> None:

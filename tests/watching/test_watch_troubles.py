@@ -234,4 +234,5 @@ def test_what_training_saved_over_an_average_is_neither_current_nor_replaced(
     before = digests(save)
     outcome, found = looked(run, save, keep=1)
     assert kinds(found) == ["started", "failed"] and outcome.failed is not None
+    assert "training has saved a checkpoint over the average" in str(found[-1])
     assert digests(save) == before
