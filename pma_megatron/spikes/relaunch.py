@@ -34,8 +34,9 @@ _DROPPED = {
 
 # Megatron loads a non-persistent checkpoint that is as new as the one in --load, or newer
 # (core_v0.16.1, megatron/training/checkpointing.py): one from the spike.
+_KIND = "--non-persistent-ckpt-type"
 _NON_PERSISTENT = {
-    "--non-persistent-ckpt-type": 1,
+    _KIND: 1,
     "--non-persistent-save-interval": 1,
     "--non-persistent-global-ckpt-dir": 1,
     "--non-persistent-local-ckpt-dir": 1,
@@ -226,7 +227,7 @@ def _left_out(args: Mapping[str, Any], command: Sequence[str]) -> dict[str, int]
     """Flags that the command must not have, and how many values each takes."""
     given = command or [f"--{name.replace('_', '-')}={v}" for name, v in args.items() if v]
     typed_flags = {word.partition("=")[0] for word in given}
-    kind = " ".join(given).replace("=", " ").partition("--non-persistent-ckpt-type ")[2]
+    kind = " ".join(given).replace("=", " ").partition(f"{_KIND} ")[2]
     # Those lie in the folder that is loaded from, and the new one has none.
     in_load = kind.startswith("global") and "--non-persistent-global-ckpt-dir" not in typed_flags
     return _DROPPED if not kind or in_load else {**_DROPPED, **_NON_PERSISTENT}
@@ -237,8 +238,8 @@ def _non_persistent(
 ) -> list[str]:
     """That non-persistent checkpoints would be loaded before the recovery."""
     typed_flags = {word.partition("=")[0] for word in command}
-    seen = bool(typed_flags & _NON_PERSISTENT.keys())
-    # A command that has none of these flags may start a script that has them, as the job before.
+    # A command that does not say which kind may start a script that does, as the job before.
+    seen = _KIND in typed_flags
     stale = [
         flag for flag in (left_out if seen else _left_out(args, ())) if flag in _NON_PERSISTENT
     ]

@@ -140,8 +140,10 @@ def test_what_loads_something_else_is_left_out() -> None:
     how = resume(saved, "/new", skip=None, lr_factor=None, schedule=Schedule())
     assert any("leave out --non-persistent-ckpt-type" in note for note in how.notes)
     # Nor does a script that is started show what it has.
-    how = resume(saved, "/new", skip=None, lr_factor=None, schedule=Schedule(), command=SCRIPT)
-    assert any("leave out --non-persistent-ckpt-type" in note for note in how.notes)
+    for further in ([], ["--non-persistent-save-interval", "20"]):
+        command = [*SCRIPT, *further]
+        how = resume(saved, "/new", skip=None, lr_factor=None, schedule=Schedule(), command=command)
+        assert any("leave out --non-persistent-ckpt-type" in note for note in how.notes)
     with pytest.raises(UsageError, match="inside of one word"):
         resumed("bash -c 'torchrun p.py --override-ckpt-iteration 5'")
 
