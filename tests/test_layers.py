@@ -182,7 +182,9 @@ INSIDE = {
     "online": """
         branch memory_budget remote_folder removal shard shared_folder swap
         snapshot_job uploads
-        average_upload hostcopy snapshot_pruning snapshot_upload
+        average_upload hostcopy snapshot_pruning
+        snapshot_branches
+        snapshot_upload
         snapshots
         window
         origin store

@@ -80,6 +80,7 @@ class ThinSnapshots:
 
     def step(self, iteration: int, consumed_tokens: int, args: Any) -> bool:
         """Begin a snapshot if it is time; returns whether it did."""
+        self._writer.trained(iteration)
         if consumed_tokens < self._next_tokens:
             return False
         self.finish()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Collection, Mapping
@@ -33,6 +34,7 @@ from pma_megatron.formats.marker import (
 from pma_megatron.formats.torch_dist.completeness import completeness
 from pma_megatron.online.branch import outdated
 from pma_megatron.online.remote_folder import said_in
+from pma_megatron.online.snapshot_branches import SnapshotBranches
 from pma_megatron.online.snapshot_job import UPLOADED as _THERE
 from pma_megatron.online.uploads import Uploads, remove_marks
 from pma_megatron.runs.branches import begun_by, given_up, text_of
@@ -48,6 +50,7 @@ _FREE_SNAPSHOTS = 10
 """...or room for as many of them, on a large disk that is shared and nearly full as always: what
 training itself saves, with its optimizer, takes seven to nine times the bytes of its weights."""
 _SHOWN = 4
+_log = logging.getLogger(__name__)
 
 
 class SnapshotUploads(Uploads):
@@ -60,19 +63,17 @@ class SnapshotUploads(Uploads):
         address: Path,
         folder: Path,
         keep: int | None,
-        passed_by: Callable[[], tuple[Collection[int], int]] = lambda: ((), 0),
-        spared: Callable[[], Collection[int]] = lambda: (),
+        branches: SnapshotBranches | None = None,
     ) -> None:
         """
         Args:
             address: a folder in a store.
             folder: on a disk.
             keep: how many of the newest stay in the store; None for all.
-            passed_by: iterations of branches that were given up, and the newest one trained.
-            spared: iterations that stay in any case.
+            branches: of the run, for what goes before others; None where none is given up.
         """
         super().__init__(address, folder)
-        self._keep, self._passed_by, self._spared = keep, passed_by, spared
+        self._keep, self._branches = keep, branches
         self._needed: frozenset[int] | None = None
         self._begun: frozenset[Branch] = frozenset()
 
@@ -98,6 +99,33 @@ class SnapshotUploads(Uploads):
     def note_branches(self, begun: frozenset[Branch]) -> None:
         """Have the store say which branches of the run began, from the next `begin` on."""
         self._begun = begun
+
+    def wait(self, timeout_s: float | None, moved: Callable[[], None] = lambda: None) -> None:
+        """See `Uploads.wait`; a note that did not get there is tried once more too."""
+        if self._begun:
+            self.begin()
+        super().wait(timeout_s, moved)
+
+    def _put_note(self) -> None:
+        begun = self._begun
+        if not begun:
+            return
+        try:
+            store, root = self._place()
+            store.put(below(root, BRANCHES_FILE), text_of(begun))
+        except OSError as error:
+            _log.warning(
+                "%s, which says that snapshots after iteration %d are given up, did not get to %s "
+                "(%s): it is tried again with the next one and as this job ends, and the next "
+                "snapshot says so too. Until then they count",
+                BRANCHES_FILE,
+                max(begun, key=lambda each: each.number).after,
+                self.address,
+                error,
+            )
+            return
+        if self._begun == begun:  # else more began meanwhile
+            self._begun = frozenset()
 
     def branches(self) -> tuple[dict[int, Branch | None], frozenset[Branch]]:
         """Iteration -> branch of the run, of what is in the store, as its marks say; and the
@@ -193,12 +221,7 @@ class SnapshotUploads(Uploads):
     def _remove_old(self) -> None:
         """Delete old snapshots in the store; only what is marked as one, its mark last. What says
         which branch they are of is there before that."""
-        begun = self._begun
-        if begun:
-            store, root = self._place()
-            store.put(below(root, BRANCHES_FILE), text_of(begun))
-            if self._begun == begun:  # else more began meanwhile
-                self._begun = frozenset()
+        self._put_note()
         if self._needed is not None:
             self._remove_unneeded()
             if self._whole():
@@ -207,10 +230,14 @@ class SnapshotUploads(Uploads):
             return
         store, root = self._place()
         own = self._marked(store, root)
-        passed_by, newest = self._passed_by()
-        gone = {*passed_by, *given_up({i: (i, branch) for i, (_, branch) in own.items()})}
+        gone, newest = {*given_up({i: (i, branch) for i, (_, branch) in own.items()})}, 0
+        stay = {*(self._needed or ())}
+        if self._branches is not None:
+            gone |= self._branches.given_up
+            stay |= self._branches.spared
+            newest = self._branches.newest
         for number in outdated(own, self._keep or 0, gone, newest):
-            if number not in (self._needed or ()) and number not in self._spared():
+            if number not in stay:
                 self._delete(store, below(root, own[number][0]))
 
     def _remove_unneeded(self) -> None:
@@ -239,7 +266,7 @@ def refuse_full(folder: Path, nbytes: int) -> None:
     ]
     disk = shutil.disk_usage(folder)
     left, least = disk.free - nbytes, min(_FREE_SHARE * disk.total, _FREE_SNAPSHOTS * nbytes)
-    if waiting and left < least:
+    if waiting and disk.total and left < least:  # some tell nothing
         raise PublishError(
             f"{len(waiting)} snapshots wait in {folder} to be put into the store "
             f"({first_few(sorted(waiting), _SHOWN)}), and with another one of {sized(nbytes)} "

@@ -19,13 +19,11 @@ from typing import Any
 import torch
 
 from pma_megatron.base.comm import Comm
-from pma_megatron.base.durable import replace_file
 from pma_megatron.base.openfiles import is_folder
 from pma_megatron.base.remote_paths import refuse_remote
-from pma_megatron.base.spelling import first_few
-from pma_megatron.errors import CheckpointError, PublishError, UsageError
+from pma_megatron.errors import PublishError, UsageError
 from pma_megatron.formats.base import Item
-from pma_megatron.formats.marker import BRANCHES_FILE, SNAPSHOTS, Branch, SnapshotMarker
+from pma_megatron.formats.marker import SNAPSHOTS, Branch, SnapshotMarker
 from pma_megatron.formats.torch_dist.checkpoint import COMMON_FILE
 from pma_megatron.formats.torch_dist.chunks import (
     Chunk,
@@ -36,13 +34,12 @@ from pma_megatron.formats.torch_dist.chunks import (
     stored,
 )
 from pma_megatron.formats.torch_dist.completeness import completeness
-from pma_megatron.online.branch import RunBranch
 from pma_megatron.online.removal import remove_hidden
 from pma_megatron.online.shared_folder import refuse_unseen
+from pma_megatron.online.snapshot_branches import SnapshotBranches
 from pma_megatron.online.snapshot_job import STAGING, Data, SnapshotJob
-from pma_megatron.online.snapshot_pruning import is_snapshot, prune
+from pma_megatron.online.snapshot_pruning import prune
 from pma_megatron.online.snapshot_upload import SnapshotUploads, refuse_full
-from pma_megatron.runs.branches import begun_in, branch_of, text_of
 from pma_megatron.runs.describe import iteration_of
 from pma_megatron.runs.discover import TRACKER_FILE
 from pma_megatron.storage.paths import in_store, place_of, workplace
@@ -50,7 +47,6 @@ from pma_megatron.storage.paths import in_store, place_of, workplace
 __all__ = ["SNAPSHOTS", "Chunk", "SnapshotWriter", "prune"]
 
 DTYPES = (torch.float32, torch.bfloat16)
-_SHOWN = 8
 _log = logging.getLogger(__name__)
 
 
@@ -102,20 +98,19 @@ class SnapshotWriter:
         self.root = workplace(final)
         self._uploads: SnapshotUploads | None = None
         self._is_remote = in_store(final)
-        if in_store(final) and comm.is_main:
-            self._uploads = SnapshotUploads(
-                final, self.root, keep_in_store, self._passed_by, lambda: self._spared
-            )
-        self._keeps_whole, self._final = keeps_whole, final
+        # Of what is kept where it is whole no branch is given up.
+        self._branches: SnapshotBranches | None = None
+        if comm.is_main and not keeps_whole:
+            note = self._note_in_store if self._is_remote else None
+            self._branches = SnapshotBranches(self.root, final, note)
+        if comm.is_main and self._is_remote:
+            self._uploads = SnapshotUploads(final, self.root, keep_in_store, self._branches)
+        self._keeps_whole = keeps_whole
         self._dtype, self._comm, self._common = dtype, comm, common
         self._count = 0
         self._job: SnapshotJob | None = None
         self._metadata: tuple[Mapping[str, Item], bytes] | None = None
         self._token = comm.broadcast(secrets.token_hex(4))
-        self._branch = RunBranch({})
-        self._newest = 0
-        self._spared: frozenset[int] = frozenset()
-        self._is_noted = True
         self._published = ""
         self._there = comm.on_main("snapshot folder", lambda: self._prepare(trained_from))
         refuse_unseen(self.root, "snapshots", comm)
@@ -163,11 +158,8 @@ class SnapshotWriter:
             return
         if self._comm.is_main:
             self._remove_given_up()
-            self._newest = iteration
-            if not self._keeps_whole:
-                self._say_given_up(self._go_back(iteration - 1), iteration - 1)
-                if not self._is_noted:
-                    self._note_branches()
+        if self._branches is not None:
+            self._branches.comes_to(iteration)
         small, marker = self._small_files(iteration, args) if self._comm.is_main else ({}, {})
         self._job = SnapshotJob(
             rank=self._comm.rank,
@@ -211,37 +203,23 @@ class SnapshotWriter:
             # Other ranks may not have looked yet whether the last one was published.
             self._uploads.remove_empty(self._published if self._comm.size > 1 else "")
 
+    def trained(self, iteration: int) -> None:
+        """Training has come to `iteration`, with or without a snapshot. No communication."""
+        told = self._branches is not None and self._branches.trained(iteration)
+        if told and self._uploads is not None:
+            self._uploads.begin()
+
     def train_on(self, iteration: int) -> None:
         """Training went back to weights of `iteration`, whatever number it goes on with: what this
         job wrote of later ones is given up. No communication."""
-        if self._comm.is_main:
-            self._go_back(iteration)
-            if self._uploads is not None:
-                self._uploads.begin()
-
-    def _go_back(self, iteration: int) -> list[int]:
-        """What is given up by training on from an iteration, once the folder says so too: this job
-        may end before its first snapshot of the new branch."""
-        newer = self._branch.train_on(iteration)
-        if newer:
-            self._note_branches()
-        return newer
-
-    def _note_branches(self) -> None:
-        self._is_noted = True
+        if self._branches is not None:
+            self._branches.train_on(iteration)
         if self._uploads is not None:
-            self._uploads.note_branches(self._branch.begun)
-            return
-        try:
-            replace_file(self.root / BRANCHES_FILE, text_of(self._branch.begun))
-        except OSError as error:
-            _log.warning(
-                "%s, which says that snapshots after iteration %d are given up, cannot be "
-                "written (%s): the next snapshot says so too, and until then they count",
-                self.root / BRANCHES_FILE,
-                self._branch.now.after,
-                error.strerror,
-            )
+            self._uploads.begin()
+
+    def _note_in_store(self, begun: frozenset[Branch]) -> None:
+        assert self._uploads is not None
+        self._uploads.note_branches(begun)
 
     def prune(self, keep: int) -> list[Path]:
         """Delete old snapshots on a disk (rank 0 only); see `prune`.
@@ -251,67 +229,15 @@ class SnapshotWriter:
         Args:
             keep: how many of the newest of this branch stay.
         """
-        return prune(self.root, keep, self._spared, self._branch.given_up, self._newest)
-
-    def _passed_by(self) -> tuple[frozenset[int], int]:
-        given_up = frozenset() if self._keeps_whole else self._branch.given_up
-        return given_up, self._newest
+        assert self._branches is not None
+        own = self._branches
+        return prune(self.root, keep, own.spared, own.given_up, own.newest)
 
     def _is_there(self, target: Path) -> bool:
         # One rank looked once where another may be putting it into a store at this moment.
         if self._is_remote:
             return iteration_of(target) in self._there
         return is_folder(target) and completeness(target) is None
-
-    def _look_for_branches(self, trained_from: int | None) -> None:
-        """What is newer than where training goes on is of a branch that was given up."""
-        found, begun = ({}, None) if self._uploads is None else self._uploads.branches()
-        try:
-            begun = begun_in(self.root) if begun is None else begun
-            for folder in filter(is_snapshot, self.root.iterdir()):
-                found[iteration_of(folder) or 0] = branch_of(folder)
-        except CheckpointError as error:
-            raise PublishError(
-                f"which branch of the run the snapshots in {self.root} are of is not known: "
-                f"{error}. Or move that one elsewhere"
-            ) from error
-        self._branch = RunBranch(found, begun or ())
-        if trained_from is not None:
-            self._newest = trained_from
-            self._say_passed_by(found, trained_from)
-            # A job that was started from too early by mistake, and ends before its first snapshot,
-            # gives up nothing: the folder is told of it then.
-            newer = self._branch.train_on(trained_from)
-            self._is_noted = not newer
-            self._say_given_up(newer, trained_from)
-
-    def _say_passed_by(self, found: Mapping[int, Branch | None], trained_from: int) -> None:
-        """What counts as given up though no snapshot of a later branch is there. Nothing of what
-        lies before this job goes: it may be what training goes on from after all."""
-        now = self._branch.now
-        passed = sorted(each for each in self._branch.given_up if each <= trained_from)
-        self._spared = frozenset(passed)
-        if passed and now not in found.values():
-            _log.warning(
-                "snapshots of iterations %s in %s count as given up, for a job trained on from "
-                "iteration %d. If training now goes on from what they are of, end it, and delete "
-                "%s there before it starts again",
-                first_few([str(each) for each in passed], _SHOWN),
-                self._final,
-                now.after,
-                BRANCHES_FILE,
-            )
-
-    def _say_given_up(self, iterations: Sequence[int], trained_from: int) -> None:
-        if iterations:
-            _log.warning(
-                "snapshots of iterations %s in %s are newer than iteration %d, from which this job "
-                "trains on: they are of a branch that was given up. Each is replaced when training "
-                "comes by its iteration; move them elsewhere before that if you need them",
-                first_few([str(each) for each in iterations], _SHOWN),
-                self._final,
-                trained_from,
-            )
 
     def _refuse_full(self) -> None:
         if self._is_remote:
@@ -350,8 +276,8 @@ class SnapshotWriter:
 
     def _upload(self, name: str) -> None:
         self._published = name
-        if not self._keeps_whole:
-            self._branch.wrote(iteration_of(Path(name)) or 0)
+        if self._branches is not None:
+            self._branches.wrote(iteration_of(Path(name)) or 0)
         if self._uploads is not None:
             self._uploads.made(name)
             self._uploads.published(name)
@@ -361,8 +287,9 @@ class SnapshotWriter:
         if self._uploads is not None:
             there = self._uploads.there()
         self._make()
-        if not self._keeps_whole:
-            self._look_for_branches(trained_from)
+        if self._branches is not None:
+            in_store = None if self._uploads is None else self._uploads.branches()
+            self._branches.look(trained_from, in_store)
         if self._uploads is not None:
             self._uploads.remove_empty()
             there |= self._uploads.left()
@@ -396,7 +323,7 @@ class SnapshotWriter:
         further = {} if self._common is None else self._common(iteration)
         common = {"args": args, "checkpoint_version": 3.0, "iteration": iteration, **further}
         dtype = str(self._dtype).removeprefix("torch.")
-        branch = None if self._keeps_whole else self._branch.now
+        branch = None if self._branches is None else self._branches.now
         marker = SnapshotMarker(iteration=iteration, dtype=dtype, branch=branch)
         return {COMMON_FILE: _saved(common)}, marker.to_json()
 

@@ -188,7 +188,7 @@ def test_a_run_that_takes_up_what_was_given_up_is_told(
 @pytest.mark.parametrize("wrote", [False, True])
 @pytest.mark.parametrize("remote", [False, True])
 def test_a_job_from_too_early_costs_the_next_one_no_snapshot(
-    wrote: bool, remote: bool, tmp_path: Path, spools: Path
+    wrote: bool, remote: bool, tmp_path: Path, spools: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It was started by mistake, and ended soon; training then goes on from the newest."""
     root = f"memory://{tmp_path.name}/snapshots" if remote else str(tmp_path)
@@ -207,9 +207,69 @@ def test_a_job_from_too_early_costs_the_next_one_no_snapshot(
 
     kept(0, 100, 200)
     kept(0, *([50] if wrote else []))
+    caplog.clear()
     kept(200, 300)
-    found = [iteration for iteration, _ in there(root)]
-    assert found == ([50, 100, 200, 300] if wrote else [200, 300])
+    assert there(root) == (
+        [(50, "complete"), (100, "given up"), (200, "given up"), (300, "complete")]
+        if wrote
+        else [(200, "complete"), (300, "complete")]
+    )
+    if wrote:  # nobody can know which of the two is the run: the job has said what to do
+        assert f"100, 200 in {root} count as given up" in caplog.text
+        assert "wrote those of iterations 50" in caplog.text
+    else:
+        assert caplog.text == ""
+
+
+@pytest.mark.parametrize("wrote", [False, True])
+def test_what_the_job_says_is_to_be_done_helps(
+    wrote: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Training goes on from what counts as given up, and the job is noticed early or late."""
+    train(job(tmp_path, 0), 20, 40, 60)
+    train(job(tmp_path, 20), *([30] if wrote else []))
+    wrong = job(tmp_path, 20)
+    wrong.trained(40)
+    caplog.clear()
+    again = job(tmp_path, 60)
+    assert f"40, 60 in {tmp_path} count as given up" in caplog.text
+    train(again, 80)
+    for iteration in (30, 80) if wrote else (80,):
+        shutil.move(
+            folder_of(tmp_path, iteration), tmp_path.parent / f"{iteration}-{tmp_path.name}"
+        )
+    (tmp_path / BRANCHES_FILE).unlink()
+    caplog.clear()
+    train(job(tmp_path, 60), 80)
+    assert there(tmp_path) == [(each, "complete") for each in (20, 40, 60, 80)]
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("stops_at", [59, 60, 75])
+def test_a_branch_that_passes_snapshots_without_one_of_its_own(root: str, stops_at: int) -> None:
+    """It has a larger interval, or ends before its first one: the next job goes on from a full
+    checkpoint of it."""
+    train(job(root, 0), 20, 40, 60, 80)
+    other = job(root, 40)
+    for iteration in range(41, stops_at + 1):
+        other.trained(iteration)
+    other.wait_for_uploads(PATIENCE_S)
+    states = {20: "complete", 40: "complete", 60: "given up", 80: "given up"}
+    told = stops_at >= 60
+    assert dict(there(root)) == (states if told else dict.fromkeys(states, "complete"))
+    again = job(root, stops_at)
+    train(again, 90)
+    again.wait_for_uploads(PATIENCE_S)
+    assert dict(there(root)) == {**states, 90: "complete"}
+
+
+def test_what_an_earlier_job_has_passed_goes_with_the_next(tmp_path: Path) -> None:
+    """It was killed before it deleted anything."""
+    train(job(tmp_path, 0), 20, 40, 60, 80, 100)
+    train(job(tmp_path, 40), 55, 70)
+    again = job(tmp_path, 75)
+    train(again, 85)
+    assert again.prune(2) == [folder_of(tmp_path, each) for each in (20, 40, 55, 60, 80)]
 
 
 def test_a_full_checkpoint_in_a_snapshots_place_hides_no_branch(tmp_path: Path) -> None:

@@ -265,6 +265,7 @@ def test_a_store_that_fails_does_not_fill_the_disk(
         (10**6, 10**5 + 10**4, False),
         (10**6, 10**5 + 10**4 - 1, True),  # a tenth of a small disk stays free
         (10**15, 11 * 10**4, False),
+        (0, 0, False),  # it tells nothing
         (10**15, 11 * 10**4 - 1, True),  # ten snapshots' room on a large one that is always full
     ],
 )

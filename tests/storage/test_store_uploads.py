@@ -17,7 +17,13 @@ from test_snapshot_writer import simple_chunks, simple_data, until
 from pma_megatron import list_checkpoints
 from pma_megatron.base.comm import Comm
 from pma_megatron.errors import PublishError
-from pma_megatron.formats.marker import MARKER_FILE, ONLINE_AVERAGE, SEAL_FILE, UPLOADING_FILE
+from pma_megatron.formats.marker import (
+    BRANCHES_FILE,
+    MARKER_FILE,
+    ONLINE_AVERAGE,
+    SEAL_FILE,
+    UPLOADING_FILE,
+)
 from pma_megatron.online import snapshot_upload, snapshots, uploads
 from pma_megatron.online.average_upload import AveragePlace
 from pma_megatron.online.snapshots import SnapshotWriter, name_of
@@ -164,6 +170,36 @@ def test_after_a_failure_that_filled_the_disk_all_gets_there(
     put(thin, 3)
     thin.wait_for_uploads(PATIENCE_S)
     assert there(address) == [1, 3]
+
+
+@pytest.mark.parametrize("answers_again", [False, True])
+def test_a_note_of_branches_that_did_not_get_there_is_tried_again(
+    address: str,
+    answers_again: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Nothing else waits for the store when the job ends."""
+    put_small, refused = ObjectStore.put, list[str]()
+
+    def refusing(self: ObjectStore, key: str, data: bytes, *, create: bool = False) -> None:
+        if key.endswith(BRANCHES_FILE) and (not answers_again or not refused):
+            refused.append(key)
+            raise OSError(5, "slow down")
+        put_small(self, key, data, create=create)
+
+    job = writer(address, trained_from=0)
+    for iteration in (40, 90, 99):
+        put(job, iteration)
+    job.wait_for_uploads(PATIENCE_S)
+    with monkeypatch.context() as patch:
+        patch.setattr(ObjectStore, "put", refusing)
+        job.train_on(97)
+        until(lambda: bool(refused))
+        job.wait_for_uploads(PATIENCE_S)
+    assert f"{BRANCHES_FILE}, which says that snapshots after iteration 97" in caplog.text
+    state = "given up" if answers_again else "complete"
+    assert [ref.state for ref in list_checkpoints(address)] == ["complete", "complete", state]
 
 
 def test_a_snapshot_that_was_not_written_is_not_of_this_branch(
