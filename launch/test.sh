@@ -18,6 +18,7 @@ if [[ ${1:-} == --cov ]]; then
 fi
 old=$PWD/.venv-test/deepspeed-0.16.9  # a second release, for tests/deepspeed_glue/test_deepspeed_versions.py
 if [[ ! -d $old ]]; then
+    rm -rf "$old.new"  # of an installation that was interrupted
     DS_BUILD_OPS=0 "$VENV_PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps \
         --no-build-isolation --target "$old.new" deepspeed==0.16.9
     mv "$old.new" "$old"

@@ -4,12 +4,14 @@
 ensure_venv() {
     local dir=$1 extra=$2 root stamp
     root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-    stamp=$(cat "$root/setup.py" "$root/launch/constraints.txt" | sha256sum | cut -d' ' -f1)
+    # With its own path, which is written into what is installed: a copy elsewhere is made anew.
+    stamp=$({ echo "$dir"; cat "$root/setup.py" "$root/launch/constraints.txt"; } | sha256sum | cut -d' ' -f1)
     if [[ ! -x $dir/bin/python || $(cat "$dir/.stamp" 2>/dev/null) != "$stamp" ]]; then
         echo "installing into $dir"
         "${PYTHON:-python3}" -m venv --clear "$dir"
         # The build frontend needs setuptools; torch goes first so that nothing pulls another build.
-        "$dir/bin/pip" install --quiet --disable-pip-version-check "setuptools>=68" wheel
+        "$dir/bin/pip" install --quiet --disable-pip-version-check \
+            --constraint "$root/launch/constraints.txt" "setuptools>=68" wheel
         "$dir/bin/pip" install --quiet --disable-pip-version-check \
             --constraint "$root/launch/constraints.txt" torch
         "$dir/bin/pip" install --quiet --disable-pip-version-check --no-build-isolation \

@@ -33,7 +33,27 @@ settings.register_profile(
 )
 settings.register_profile("fixed", settings.get_profile("search"), derandomize=True, database=None)
 settings.load_profile("fixed")
-os.environ["COLUMNS"] = "80"  # of no terminal that somebody happens to have
+
+# Of the machine, and of the job in which somebody runs the tests, nothing counts: no terminal, no
+# proxy between the tests and their servers, no credentials, no ranks of another job, no name of the
+# host that nobody resolves. Commands that tests start inherit it.
+_OF_OTHERS = ("AWS_", "AZURE_", "GOOGLE_", "MSC_", "SLURM_", "TORCHELASTIC_", "MASTER_", "PET_")
+_OF_A_JOB = {
+    *("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
+    *("PMA_MEGATRON_FAULT", "PMA_MEGATRON_SPOOL"),
+    *("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"),
+}
+for _name in [*os.environ]:
+    if _name.startswith(_OF_OTHERS) or _name in _OF_A_JOB:
+        del os.environ[_name]
+os.environ |= {
+    "COLUMNS": "80",
+    "TERM": "xterm",
+    "LC_ALL": "C.UTF-8",
+    "NO_PROXY": "127.0.0.1,localhost",
+    "no_proxy": "127.0.0.1,localhost",
+    "PET_LOCAL_ADDR": "127.0.0.1",
+}
 
 ITERATIONS = (2, 4, 6, 8)
 DENSE = TinyConfig(warmup_iters=2)

@@ -114,9 +114,9 @@ class _Process:
         while process.poll() is None:
             self._take_events()
             now = time.monotonic()
-            limit_s = _START_LIMIT_S
-            if self._result is not None:
-                limit_s = self._parts[self._done].limit_s * self._owner.patience
+            begun = self._result is not None
+            limit_s = self._parts[self._done].limit_s if begun else _START_LIMIT_S
+            limit_s *= self._owner.patience
             if now > self._owner.deadline:
                 return "the time for the whole check is over"
             if now - self._since_s > limit_s:

