@@ -121,7 +121,8 @@ INSIDE = {
         proof
     """,
     "merging": """
-        coefficients folder_checksums locks policy rolling saved_over tasks threads tolerance
+        coefficients locks policy rolling saved_over tasks threads tolerance
+        folder_checksums
         bulk cards padding
         agreement cut request sums
         accumulate

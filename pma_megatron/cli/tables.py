@@ -10,7 +10,7 @@ from rich.table import Table
 
 from pma_megatron.base.sizes import sized
 from pma_megatron.cli.consoles import new_console, new_table, pasted, tokens_of
-from pma_megatron.formats.marker import EXPORT, ONLINE_AVERAGE
+from pma_megatron.formats.marker import EXPORT, MARKER_FILE, ONLINE_AVERAGE
 from pma_megatron.formats.output import Folder
 from pma_megatron.formats.side_files import table as side_table
 from pma_megatron.merging.engine import SOURCE_BYTES
@@ -22,6 +22,7 @@ from pma_megatron.merging.report import MergeReport, describe_output
 from pma_megatron.merging.request import Output
 from pma_megatron.merging.rolling import ROLLING
 from pma_megatron.merging.rolling import read as rolling_of
+from pma_megatron.merging.saved_over import since
 from pma_megatron.merging.tolerance import within_bound
 from pma_megatron.merging.verification import Verification
 from pma_megatron.runs.gaps import lines
@@ -197,6 +198,9 @@ def inspected(found: Inspection) -> None:
         console.print(table)
     if found.provenance is not None:
         _origin(console, found.provenance)
+    if found.saved_over:
+        changed = since(found.saved_over)
+        console.print(f"{MARKER_FILE} is of what was there before: {changed}", soft_wrap=True)
 
 
 def _origin(console: Console, made: Mapping[str, Any]) -> None:

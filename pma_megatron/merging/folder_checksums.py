@@ -25,8 +25,9 @@ from pma_megatron.formats import registry
 from pma_megatron.formats.base import Item
 from pma_megatron.formats.items import ItemFiles
 from pma_megatron.formats.manifest import FileSum, Sums
-from pma_megatron.formats.marker import NOT_CONTENT
+from pma_megatron.formats.marker import MARKER_FILE, NOT_CONTENT
 from pma_megatron.formats.trainers.saves import published_as
+from pma_megatron.merging.saved_over import saved_over
 from pma_megatron.storage.paths import path_of
 
 T = TypeVar("T")
@@ -210,9 +211,17 @@ def _refuse(folder: Path, problems: Sequence[str]) -> None:
     if not problems:
         return
     more = f"; and {len(problems) - _SHOWN} more files" if len(problems) > _SHOWN else ""
+    found = f"{'; '.join(problems[:_SHOWN])}{more}"
+    if saved_over(folder):
+        raise VerifyError(
+            f"{folder} is not what was written: {found}. It is a whole checkpoint all the same: if "
+            f"training has saved it over what was there, {MARKER_FILE} says nothing of it, and it "
+            "is as good as any that training saves (`pma compare` reads it against its own "
+            "checksums). If not, it is damaged: restore it from a copy, or merge again"
+        )
     raise VerifyError(
-        f"{folder} is damaged: {'; '.join(problems[:_SHOWN])}{more}. Do not use it: restore what "
-        "is damaged from a copy, or merge again"
+        f"{folder} is damaged: {found}. Do not use it: restore what is damaged from a copy, or "
+        "merge again"
     )
 
 

@@ -19,6 +19,7 @@ from pma_megatron.formats.marker import EXPORT, MARKER_FILE
 from pma_megatron.formats.trainers.saves import checkpoint_in, save_of
 from pma_megatron.merging.folder_checksums import listing
 from pma_megatron.merging.provenance import checked_provenance, read_provenance
+from pma_megatron.merging.saved_over import saved_over
 from pma_megatron.runs.describe import describe
 from pma_megatron.runs.discover import list_checkpoints, pointed
 from pma_megatron.runs.folders import is_checkpoint, what_is
@@ -51,6 +52,8 @@ class Inspection:
         objects: number of opaque entries.
         provenance: how it was merged, or what a saved running average is of; None for a trainer's
             checkpoint or a snapshot.
+        saved_over: files that are not what `pma.json` lists, where training has saved this
+            checkpoint over an average.
         problem: why it is not whole, or cannot be opened; None if all is well.
     """
 
@@ -62,6 +65,7 @@ class Inspection:
     groups: tuple[TensorGroup, ...] = ()
     objects: int = 0
     provenance: Mapping[str, Any] | None = None
+    saved_over: tuple[str, ...] = ()
     problem: str | None = None
 
 
@@ -167,6 +171,8 @@ def _opened(folder: Path, found: Inspection) -> Inspection:
     )
     if not (folder / MARKER_FILE).is_file() or ref.snapshot:
         return opened
+    if changed := saved_over(folder):
+        return replace(opened, saved_over=changed)
     try:
         return replace(opened, provenance=read_provenance(folder))
     except (CheckpointError, VerifyError) as error:

@@ -25,6 +25,7 @@ from pma_megatron.merging.publish import PROVENANCE_FILE
 from pma_megatron.merging.report import describe_output, describe_plan
 from pma_megatron.merging.request import MergeRequest, Method, Output
 from pma_megatron.merging.rolling import ROLLING
+from pma_megatron.merging.saved_over import saved_over
 from pma_megatron.merging.source_checksums import Compared
 from pma_megatron.runs.selection_request import SelectionRequest
 from pma_megatron.storage.paths import absolute, path_of
@@ -107,7 +108,7 @@ def _origin(folder: Path) -> tuple[dict[str, Any] | None, str | None]:
         return None, None
     try:
         value = read_marker(folder).value
-        if value.get("kind") is not None:
+        if value.get("kind") is not None or saved_over(folder):
             return None, None
         return _told(checked_provenance(folder, value)), None
     except (PmaError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:

@@ -17,7 +17,7 @@ import pytest
 from conftest import DENSE, digests, folder_of, refused, request_for
 from pma_megatron import RecoveryRequest, SelectionRequest, list_checkpoints, merge, recover, verify
 from pma_megatron.cli import main
-from pma_megatron.errors import MetricsError, PublishError, SelectionError, UsageError
+from pma_megatron.errors import MetricsError, PublishError, SelectionError, UsageError, VerifyError
 from pma_megatron.runs import recovery_log
 from pma_megatron.spikes.detector import SpikeSettings
 from pma_megatron.spikes.healthy import Span
@@ -217,6 +217,11 @@ def test_what_training_saved_over_an_average_is_its_own(
     assert main(["list", str(save), "--json"]) == 0
     (said,) = json.loads(capsys.readouterr().out)
     assert said["state"] == "complete" and "written over it since" in said["origin"]
+    assert main(["inspect", str(folder_of(save, 8))]) == 0
+    shown = capsys.readouterr().out
+    assert "training has saved a checkpoint over the average" in shown and "sma" not in shown
+    with pytest.raises(VerifyError, match="if training has saved it over what was there"):
+        verify(folder_of(save, 8))
     # An average that was cut short is one still, and may be replaced.
     shard = next(folder_of(save, 8).glob("*.distcp"))
     shard.write_bytes(shard.read_bytes()[:-100])
