@@ -163,7 +163,7 @@ def gather_sources(
     selection = replace(
         selection,
         passed_over=(*request.passed_over, *selection.passed_over),
-        notes=(*selection.notes, *said),
+        notes=(*selection.notes, *request.notes_of_outputs(selection), *said),
     )
     if comm.is_main:
         announce(selection)

@@ -24,7 +24,7 @@ from pma_megatron.merging.coefficients import (
 from pma_megatron.merging.policy import Policy
 from pma_megatron.merging.rolling import loaded
 from pma_megatron.runs.gaps import PassedOver
-from pma_megatron.runs.selection import Selection
+from pma_megatron.runs.selection import Selection, newest_of
 from pma_megatron.runs.selection_request import SelectionRequest
 
 if TYPE_CHECKING:
@@ -306,7 +306,8 @@ class MergeRequest:
             return (Output(name="", coefficients=made, values=made.values),)
         result = []
         for method, last in self._sweep():
-            positions = selection.positions[-last:]
+            # Not those of the widest: an older checkpoint may have denied it the tokens.
+            positions = newest_of(selection, last, self.selection).positions
             made = Method(
                 name=method,
                 alpha=self.method.alpha if method == "ema" else None,
@@ -315,6 +316,17 @@ class MergeRequest:
             values = (0.0,) * (count - last) + made.values
             result.append(Output(name=f"{method}-last{last}", coefficients=made, values=values))
         return tuple(result)
+
+    def notes_of_outputs(self, selection: Selection) -> tuple[str, ...]:
+        """What is said of averages of a sweep that are in another unit than the widest one."""
+        found = []
+        for last in sorted({last for _, last in self._sweep()}):
+            own = newest_of(selection, last, self.selection)
+            if own.position_unit != selection.position_unit:
+                new = [note for note in own.notes if note not in selection.notes]
+                said = [f"positions are in {own.position_unit}, which can be compared here", *new]
+                found += [f"of the last {last}: {note}" for note in said]
+        return tuple(found)
 
     def _sweep(self) -> list[tuple[str, int]]:
         pairs: dict[tuple[str, int], None] = {}

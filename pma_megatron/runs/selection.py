@@ -135,6 +135,19 @@ def select(
     return _selection(chosen, [], request, left)
 
 
+def newest_of(selection: Selection, count: int, request: SelectionRequest) -> Selection:
+    """The newest of some checkpoints, as if no others had been asked for.
+
+    What only the others lack, as token counts that can be compared, does not matter to these.
+
+    Args:
+        selection: of all of them.
+        count: how many are wanted.
+        request: by which they were chosen.
+    """
+    return _selection(selection.refs[-count:], [], request)
+
+
 def _pool(refs: Sequence[CheckpointRef], exclude: tuple[int, ...]) -> list[CheckpointRef]:
     """Every numbered checkpoint that is not excluded, by iteration."""
     numbered = sorted((ref for ref in refs if ref.iteration is not None), key=iteration_of)

@@ -11,6 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import pma_megatron.merging.coefficients as module
+from checkpoint_refs import B, ref
 from pma_megatron.errors import UsageError
 from pma_megatron.merging.coefficients import (
     METHODS,
@@ -20,6 +21,8 @@ from pma_megatron.merging.coefficients import (
     implied_decay_weights,
 )
 from pma_megatron.merging.request import MergeRequest, Method
+from pma_megatron.runs.selection import select
+from pma_megatron.runs.selection_request import SelectionRequest
 
 DECAYS = {
     "linear": lambda x: 1 - x,
@@ -308,3 +311,27 @@ def test_weights_that_float32_does_not_hold_exactly() -> None:
     assert exact_weights((0.3, 0.7)) is None  # 3 x_1 / 10 + ...: the first product would round
     assert exact_weights((0.2, 0.3, 0.5)) == ((2, 3, 5), 10)
     assert exact_weights((1.5, -0.5)) is None and exact_weights((2.0, -1.0)) == ((2, -1), 1)
+
+
+def test_an_average_of_a_sweep_is_the_average_of_its_name() -> None:
+    # Up to 4000 samples were shorter: tokens place the newest four, and all six go by iterations.
+    grown = {6000: 16, 8000: 20, 10000: 30, 12000: 60}
+    older = [ref(i, i * 10**6, consumed_samples=i * 10**6 // 8) for i in (2000, 4000)]
+    newer = [ref(i, t * B, consumed_samples=t * B // 16) for i, t in grown.items()]
+    sweep = MergeRequest(load="/run", sweep=("1-sqrt,wma:2,4,6",))
+    chosen = select([*older, *newer], sweep.widest())
+    units = set()
+    for output in sweep.outputs(chosen):
+        name, last = output.name.split("-last")
+        single = MergeRequest(
+            load="/run", selection=SelectionRequest(last=int(last)), method=Method(name=name)
+        )
+        own = select([*older, *newer], single.selection)
+        (alone,) = single.outputs(own)
+        units.add(own.position_unit)
+        assert output.coefficients == alone.coefficients, output.name
+        assert output.values == (0.0,) * (6 - int(last)) + alone.values
+    assert units == {"tokens", "iterations"} and chosen.position_unit == "iterations"
+    said = sweep.notes_of_outputs(chosen)
+    assert [note for note in said if "in tokens" in note and "last 4" in note]
+    assert not [note for note in said if "last 6" in note]
