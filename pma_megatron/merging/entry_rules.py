@@ -73,7 +73,8 @@ def decide(
             none; asked only where the request is refused.
 
     Raises:
-        UsageError: an override that matches nothing or cannot be done.
+        UsageError: an override that matches nothing or cannot be done; moments would be averaged
+            with negative coefficients.
         PlanError: main parameters that the policy needs are not stored, or the result is to be
             resumed from, and the newest source is a snapshot or lost its optimizer.
     """
@@ -88,6 +89,8 @@ def decide(
     entries = list(_entries(sources))
     unmatched(policy, entries)
     decided = {(entry.state, entry.key): policy.decide(entry) for entry in entries}
+    if any(value < 0 for value in request.method.values or ()):
+        _refuse_negative_moments(decided)
     rules = explained(sources, decided)
     if policy.optimizer_state in ("average", "reset") and not base.optimizer_keys:
         raise UsageError(
@@ -112,6 +115,24 @@ def decide(
         optimizer="drop" if policy.drops_optimizer else optimizer,
         table=_table(entries, rules),
     )
+
+
+def moments_averaged(rules: Rules) -> tuple[str, Rule] | None:
+    """One of the optimizer states that are averaged, however that was asked for, and its rule."""
+    for (state, key), rule in rules.items():
+        if state not in ("weight", MAIN, "object") and rule.action is Action.AVERAGE:
+            return Entry(key=key, state=state).label, rule
+    return None
+
+
+def _refuse_negative_moments(rules: Rules) -> None:
+    found = moments_averaged(rules)
+    if found is not None:
+        raise UsageError(
+            f"{found[1].why} averages {found[0]}, and negative coefficients could make second "
+            "moments negative, of which training takes the root: leave it out, or take those of "
+            f"the newest source with {override('optimizer.*', 'newest')}"
+        )
 
 
 def _unresumable(base: Source, full: int | None) -> PlanError:

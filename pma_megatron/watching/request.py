@@ -9,7 +9,7 @@ from pathlib import Path
 from pma_megatron.base.durations import parse_duration
 from pma_megatron.base.remote_paths import refuse_remote
 from pma_megatron.base.settings import described, needed, setting
-from pma_megatron.base.spelling import given, named
+from pma_megatron.base.spelling import given, named, override
 from pma_megatron.errors import UsageError
 from pma_megatron.merging.request import MergeRequest
 from pma_megatron.storage.paths import place_of, real
@@ -128,6 +128,8 @@ class WatchRequest:
             why = f"{named('export')} alone, which keeps no float32 main params"
         elif asked.policy.optimizer_state == "average":
             why = f"{given('optimizer_state', 'average')}: second moments could become negative"
+        elif averaged := [p for p in asked.policy.overrides if _averages_moments(*p)]:
+            why = f"{override(*averaged[0])}: second moments could become negative"
         elif asked.policy.drops_optimizer:
             why = "weights alone, which are rounded"
         if why is not None:
@@ -144,6 +146,11 @@ class WatchRequest:
             export = place_of(real(self.merge.export))
             found.append((export.parent, f"watch-{export.name}"))
         return tuple(found)
+
+
+def _averages_moments(pattern: str, action: str) -> bool:
+    """Whether an override says so in its words; `rolling` looks at what the others match."""
+    return action == "average" and pattern.startswith("optimizer.")
 
 
 def _refuse_half_a_word(launch: str) -> None:

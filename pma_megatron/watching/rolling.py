@@ -15,6 +15,7 @@ from pma_megatron.base.comm import Comm
 from pma_megatron.formats.json_files import read_json
 from pma_megatron.formats.marker import MARKER_FILE
 from pma_megatron.formats.source import Source, versions_of
+from pma_megatron.merging.entry_rules import moments_averaged
 from pma_megatron.merging.planning import MergePlan, make_plan
 from pma_megatron.merging.policy import MAIN, Action
 from pma_megatron.merging.request import MergeRequest, Method
@@ -69,7 +70,7 @@ def update_of(request: MergeRequest, exact: MergePlan, most: int) -> Update:
         ExactError: there is none.
         PmaError: it cannot be planned.
     """
-    _refuse_rounding(exact)
+    _refuse_no_sum(exact)
     members = tuple(_member(source, ref) for source, ref in _pairs(exact))
     before, ref, began_ns = _before(request, exact.iteration or 0)
     joined = [each for each in members if each not in before.members]
@@ -158,12 +159,15 @@ def _exact(said: Mapping[str, Any], request: MergeRequest) -> Rolling | None:
     )
 
 
-def _refuse_rounding(plan: MergePlan) -> None:
-    """What is stored in 16 bits alone is no sum that could be gone on with.
+def _refuse_no_sum(plan: MergePlan) -> None:
+    """What is stored in 16 bits alone is no sum that could be gone on with, nor are moments.
 
     Raises:
         ExactError: something averaged is.
     """
+    moments = moments_averaged(plan.rules)
+    if moments is not None:
+        raise ExactError(f"{moments[0]} is averaged, and could become negative")
     base = plan.sources[-1]
     for (state, key), rule in plan.rules.items():
         name = f"{state} {key}"

@@ -224,6 +224,14 @@ USAGE: dict[str, tuple[Callable[[], dict[str, Any]], type[PmaError], tuple[str, 
         UsageError,
         ("negative coefficients", "latest or reset"),
     ),
+    "negative second moments by a pattern": (
+        lambda: {
+            "method": Method(name="custom", values=(-3.0, 4.0), allow_any=True),
+            "policy": Policy(overrides=(("optimizer.exp_avg_sq.*", "average"),)),
+        },
+        UsageError,
+        ("optimizer.exp_avg_sq.", "negative coefficients", "newest"),
+    ),
     "object cannot be averaged": (
         lambda: {"policy": Policy(overrides=(("rng_state*", "average"),))},
         UsageError,

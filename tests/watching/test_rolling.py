@@ -281,12 +281,25 @@ def test_an_export_of_it_says_it_too(tmp_path: Path) -> None:
         verify(model)
 
 
+def test_averaged_moments_are_never_updated_whatever_pattern_asks_for_them(
+    run: Path, tmp_path: Path
+) -> None:
+    watched = Watched(run, tmp_path / "averages")
+    merge = replace(watched.request.merge, policy=Policy(overrides=(("*avg_sq*", "average"),)))
+    watched.request = replace(watched.request, merge=merge)
+    for end in (10, 12):
+        event = watched.at(end)
+        assert event["updates"] == 0
+    assert "avg_sq" in event["exact_because"]
+
+
 def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = {"load": "run", "save": "averages"}
     for changes in (
         {"method": Method(name="wma")},
         {"sweep": ("sma:2,3",)},
         {"policy": Policy(optimizer_state="average")},
+        {"policy": Policy(overrides=(("optimizer.exp_avg_sq.*", "average"),))},
         {"policy": Policy(average="weights")},
         {"save": None, "export": "model"},
     ):
