@@ -13,10 +13,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pma_megatron.base.once import once
 from pma_megatron.base.openfiles import is_unreadable, unread
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.json_files import read_json
-from pma_megatron.formats.marker import BRANCHES_FILE, Branch, branch_in, read_snapshot_marker
+from pma_megatron.formats.marker import (
+    BRANCHES_FILE,
+    MARKER_FILE,
+    Branch,
+    branch_in,
+    read_snapshot_marker,
+)
 from pma_megatron.formats.schema import wrong
 from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.storage.paths import path_of
@@ -55,13 +62,31 @@ def branch_of(folder: Path) -> Branch | None:
     Raises:
         CheckpointError: what says so cannot be read now.
     """
-    try:
-        marker = read_snapshot_marker(folder)
-    except CheckpointError as error:
-        if is_unreadable(error):
-            raise
-        return None
-    return None if marker is None else marker.branch
+
+    def read() -> Branch | None:
+        try:
+            marker = read_snapshot_marker(folder)
+        except CheckpointError as error:
+            if is_unreadable(error):
+                raise
+            return None
+        return None if marker is None else marker.branch
+
+    return once("branch", folder / MARKER_FILE, read)
+
+
+def branches_of(
+    folders: Iterable[Path], look: Callable[[Path], CheckpointRef]
+) -> tuple[list[CheckpointRef], list[Branch | None]]:
+    """What snapshots say of the branches of their run: those of which it cannot be read now, as
+    `look` describes them, and the branches of the others."""
+    unread_ones, branches = [], []
+    for folder in folders:
+        try:
+            branches.append(branch_of(folder))
+        except CheckpointError:
+            unread_ones.append(look(folder))
+    return unread_ones, branches
 
 
 def begun_in(folder: Path) -> frozenset[Branch] | None:
@@ -180,10 +205,9 @@ def with_snapshots(
             if twin is None or thin.complete or thin.unreadable:
                 listed[folder.name] = thin
             continue
-        try:
-            hidden.append(branch_of(folder))
-        except CheckpointError:
-            listed[str(folder)] = look(folder)
+        unread_ones, branches = branches_of([folder], look)
+        hidden += branches
+        listed |= {str(folder): ref for ref in unread_ones}
     return listed, hidden
 
 

@@ -17,7 +17,7 @@ from pma_megatron.formats import registry
 from pma_megatron.formats.marker import SNAPSHOTS
 from pma_megatron.formats.trainers.saves import checkpoint_in, saved_below
 from pma_megatron.runs import recovery_log
-from pma_megatron.runs.branches import judged, unmarked, with_snapshots
+from pma_megatron.runs.branches import branches_of, judged, unmarked, with_snapshots
 from pma_megatron.runs.describe import SHORT, STEP, describe, iteration_of
 from pma_megatron.runs.folders import ITERATION, is_checkpoint, what_is
 from pma_megatron.runs.refs import CheckpointRef
@@ -25,7 +25,7 @@ from pma_megatron.runs.selection import Selection, select
 from pma_megatron.runs.selection_request import SelectionRequest
 from pma_megatron.runs.torn import torn_saves
 from pma_megatron.runs.trackers import Pointer, read_pointers
-from pma_megatron.storage.paths import path_of, real
+from pma_megatron.storage.paths import absolute, path_of, real
 
 TRACKER_FILE = registry.get(registry.TORCH_DIST, "").tracker.file or ""
 _OWN_ROOT = re.compile(r"^checkpoint[-_]\d+$")
@@ -72,7 +72,11 @@ def list_checkpoints(
         raise SelectionError(what_is(root))
     alone = root if is_checkpoint(root) else checkpoint_in(root)
     if alone is not None:
-        return [describe(alone, _history(root.parent, problem))]
+        inside = path_of(absolute(root)).parent
+        ref = describe(alone, _history(inside, problem))
+        beside = _checkpoint_folders(inside) if ref.snapshot or ref.branch_unknown else []
+        unread, branches = branches_of(beside, describe)
+        return judged([ref, *unread], branches)[:1]
     history = _history(root, problem)
 
     def look(folder: Path) -> CheckpointRef:
@@ -135,8 +139,10 @@ def _name(ref: CheckpointRef) -> str:
 
 
 def _history(root: Path, problem: Callable[[str], None] | None) -> recovery_log.History:
+    """What the run's log says of checkpoints in `root`, which may be its folder of snapshots."""
+    inside = path_of(absolute(root)).name == SNAPSHOTS
     try:
-        return recovery_log.read(root)
+        return recovery_log.read(path_of(absolute(root)).parent if inside else root)
     except CheckpointError as error:
         if problem is None:
             raise
@@ -167,7 +173,8 @@ def newest_full(snapshot: Path) -> int | None:
 
     It is looked for in the run's folder, above `pma_snapshots`.
     """
-    root = snapshot.parent.parent if snapshot.parent.name == SNAPSHOTS else snapshot.parent
+    root = path_of(absolute(snapshot)).parent
+    root = root.parent if root.name == SNAPSHOTS else root
     end = iteration_of(snapshot)
     numbers = ((iteration_of(folder), folder) for folder in _checkpoint_folders(root))
     numbered = [(n, folder) for n, folder in numbers if n is not None and (end is None or n <= end)]

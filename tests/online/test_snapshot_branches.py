@@ -16,6 +16,7 @@ from pma_megatron import PmaError, SelectionRequest, list_checkpoints
 from pma_megatron.base.comm import Comm
 from pma_megatron.formats.marker import BRANCHES_FILE, SNAPSHOTS
 from pma_megatron.online.snapshots import SnapshotWriter, prune
+from pma_megatron.runs import recovery_log
 from pma_megatron.runs.discover import choose
 from pma_megatron.storage import spool
 from pma_megatron.testing import inject, rank_outcomes, run_ranks
@@ -142,6 +143,25 @@ def test_what_a_recovery_gave_up_stays_so_without_a_snapshot_after_it(root: str)
     train(writer, 110)
     writer.wait_for_uploads(PATIENCE_S)
     assert there(root) == [(40, "complete"), (90, "complete"), (99, "given up"), (110, "complete")]
+
+
+def test_a_snapshot_says_the_same_by_whatever_path_it_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside = tmp_path / SNAPSHOTS
+    train(job(inside, 0), 1, 2, 3, 4)
+    train(job(inside, 2), 3, shift=OTHER)
+    recovery_log.append(tmp_path, recovery_log.DETECTED, number=1, onset=2)
+    expected = {1: "complete", 2: "spoiled", 3: "spoiled", 4: "spoiled"}
+    for log in (True, False):
+        assert dict(there(tmp_path)) == dict(there(inside)) == expected
+        for iteration, state in expected.items():
+            assert there(folder_of(inside, iteration)) == [(iteration, state)]
+            monkeypatch.chdir(folder_of(inside, iteration))
+            assert there(".") == [(iteration, state)]
+        if log:
+            (tmp_path / recovery_log.FILE).unlink()
+            expected = {1: "complete", 2: "complete", 3: "complete", 4: "given up"}
 
 
 def test_what_was_given_up_stays_so_without_the_snapshot_that_says_so(tmp_path: Path) -> None:
