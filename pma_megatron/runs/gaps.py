@@ -149,6 +149,27 @@ def limit_of(pool: Sequence[CheckpointRef], resumed: int | None) -> int | None:
     return resumed if resumed is not None and full and full[-1] > resumed else None
 
 
+def too_new(pool: Sequence[CheckpointRef], limit: int | None) -> str:
+    """Which whole and healthy checkpoints the limit keeps out, and what takes them; "" for none.
+
+    Args:
+        pool: by iteration.
+        limit: see `limit_of`.
+    """
+    newer = [iteration_of(r) for r in pool if limit is not None and iteration_of(r) > limit]
+    usable = {iteration_of(ref) for ref in pool if ref.unusable_because is None}
+    newer = [iteration for iteration in newer if iteration in usable]
+    if not newer:
+        return ""
+    one = newer[0] == newer[-1]
+    which = f"iteration {newer[0]} is" if one else f"iterations {newer[0]} to {newer[-1]} are"
+    takes = f": {given('end_iteration', newer[-1])} takes {'it' if one else 'them'}"
+    return (
+        f"{which} newer than iteration {limit}, which training resumes from"
+        f"{takes if has('end_iteration') else ''}"
+    )
+
+
 def refuse_gaps(passed: Sequence[PassedOver], chosen: Sequence[CheckpointRef]) -> None:
     """Refuse to average over gaps.
 

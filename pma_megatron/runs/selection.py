@@ -23,6 +23,7 @@ from pma_megatron.runs.gaps import (
     not_named,
     refuse_gaps,
     tokens_about,
+    too_new,
     warnings_of,
 )
 from pma_megatron.runs.refs import (
@@ -125,9 +126,9 @@ def select(
     usable = _up_to_end(pool, request, limit)
     try:
         chosen, wanted = _chosen(pool, usable, request)
-    except SelectionError:
+    except SelectionError as error:
         _refuse_twice(pool, usable)  # too few, perhaps because one has another's place
-        raise
+        raise SelectionError("; ".join(filter(None, [str(error), too_new(pool, limit)]))) from None
     _refuse_twice(pool, chosen)
     left = left_out(refs, chosen, wanted, request.exclude, request.end_iteration, limit)
     if not request.allow_gaps:
@@ -136,15 +137,8 @@ def select(
 
 
 def newest_of(selection: Selection, count: int, request: SelectionRequest) -> Selection:
-    """The newest of some checkpoints, as if no others had been asked for.
-
-    What only the others lack, as token counts that can be compared, does not matter to these.
-
-    Args:
-        selection: of all of them.
-        count: how many are wanted.
-        request: by which they were chosen.
-    """
+    """The newest of what `request` chose, as if no others had been: what those alone lack, as token
+    counts that can be compared, does not matter to these."""
     return _selection(selection.refs[-count:], [], request)
 
 
@@ -284,6 +278,7 @@ def _up_to_end(
         if request.exclude:
             left = f"{given('exclude', request.exclude)} leaves the others out"
             found = f"{found}; {left}" if found else left.replace("the others", "all there are")
+        found = "; ".join(filter(None, [found, too_new(pool, limit)]))
         raise SelectionError(f"there is no complete checkpoint: {found or 'nothing was found'}")
     return complete
 
@@ -300,13 +295,13 @@ def _last(
     ways += [f"leave fewer out with {named('exclude')}"] if request.exclude else []
     if any(ref.state in ("damaged", "unreadable") for ref in pool):
         ways += ["put right what is said of those", "wait until the run has saved others"]
-    else:
+    elif not (has("end_iteration") and too_new(pool, iteration_of(usable[-1]))):
         ways += ["wait until more are complete"]
     unfinished = unusable_list(pool)
     raise SelectionError(
         f"{given('last', count)} needs {count} complete checkpoints up to "
-        f"{usable[-1].describe()}, found {found}{'; ' if unfinished else ''}{unfinished}; "
-        + ", or ".join(ways)
+        f"{usable[-1].describe()}, found {found}{'; ' if unfinished else ''}{unfinished}"
+        + (f"; {', or '.join(ways)}" if ways else "")
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 
 import pytest
 
@@ -61,6 +62,24 @@ def test_too_few_says_how_many_and_why_the_others_do_not_count() -> None:
     said = refusal(every(1000, 6000, incomplete=WRITING))
     assert f"iteration 6000 (6B tokens) is incomplete ({WRITING}), and 2 older ones" in said
     assert "older ones" not in refusal(every(1000, 4000, incomplete=WRITING))
+
+
+@pytest.mark.parametrize(
+    "asked", [{"last": 4}, {"interval_iterations": 1000, "last": 4}, {"window_tokens": B}]
+)
+def test_what_is_newer_than_a_resume_is_told_where_the_others_are_too_few(asked: dict) -> None:
+    refs = [*every(1000, 5000), ref(6000, incomplete=CUT)]
+    with pytest.raises(SelectionError) as caught:
+        select(refs, SelectionRequest(**asked), resumed=3000)
+    said = str(caught.value)
+    assert "iterations 4000 to 5000 are newer than iteration 3000" in said
+    (way,) = re.findall(r"end_iteration=(\d+)", said)
+    assert "wait until more" not in said
+    if "window_tokens" not in asked:
+        end = SelectionRequest(**asked, end_iteration=int(way))
+        assert len(select(refs, end, resumed=3000).refs) == 4
+    with pytest.raises(SelectionError, match="newer than iteration 500,"):
+        select(refs, SelectionRequest(**asked), resumed=500)
 
 
 @pytest.mark.parametrize("flag", ["end_iteration", "iterations"])
