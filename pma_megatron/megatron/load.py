@@ -120,11 +120,17 @@ def _refuse_other_end(found: OpenedSources, request: MergeRequest) -> None:
     named = chosen.end_iteration is not None or chosen.iterations or chosen.paths
     if request.resumed in (None, end.iteration) or named:
         return
+    if end.snapshot and (end.iteration or 0) > request.resumed:
+        way = "It is a snapshot, which nothing resumes from: end the average at what was resumed "
+        way += f"({given('end_iteration', request.resumed)})"
+    else:
+        resume = f"Resume from iteration {end.iteration} (--ckpt-step), or say"
+        wanted = f"that it is wanted ({given('end_iteration', end.iteration)})"
+        way = f"{'Say' if end.snapshot else resume} {wanted}"
     raise SelectionError(
         f"training has resumed iteration {request.resumed}, and the newest checkpoint of "
         f"{request.load} that an average can end at is {end.path}: moments would be of another "
-        f"checkpoint than weights. Resume from iteration {end.iteration} (--ckpt-step), or say "
-        f"that it is wanted ({given('end_iteration', end.iteration)})"
+        f"checkpoint than weights. {way}"
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from pma_megatron.base.boxes import Piece
-from pma_megatron.base.spelling import given, override
+from pma_megatron.base.spelling import given, has, left_out, override
 from pma_megatron.errors import PlanError, UsageError
 from pma_megatron.formats.base import Payload
 from pma_megatron.formats.output import NewPayloads
@@ -80,7 +80,7 @@ def decide(
     """
     base, policy = sources[-1], request.policy
     if base.snapshot and not policy.drops_optimizer:
-        raise _unresumable(base, newest_full(path_of(base.path)))
+        raise _unresumable(request, base, newest_full(path_of(base.path)))
     if not policy.drops_optimizer:
         refuse_lost_optimizer(sources)
     if policy.average != "weights":
@@ -135,15 +135,20 @@ def _refuse_negative_moments(rules: Rules) -> None:
         )
 
 
-def _unresumable(base: Source, full: int | None) -> PlanError:
-    end = (
-        "the newest full checkpoint"
-        if full is None
-        else f"{given('end_iteration', full)}, the newest full checkpoint"
-    )
+def _unresumable(request: MergeRequest, base: Source, full: int | None) -> PlanError:
+    newest = "the newest full checkpoint"
+    if request.list_setting is not None:
+        snapshots = left_out("the snapshots after the last full one")
+        end = f"List a full checkpoint that is newer, or {snapshots}"
+    elif not has("end_iteration"):
+        end = "Wait for the next full save"
+    elif full is None:
+        end = f"End at {newest}"
+    else:
+        end = f"End at {given('end_iteration', full)}, {newest}"
     return PlanError(
         f"the newest source, {base.path}, is a snapshot: it has no optimizer state, so training "
-        f"could not resume from the result. End at {end}, or make a checkpoint of weights alone "
+        f"could not resume from the result. {end}, or make a checkpoint of weights alone "
         f"with {given('optimizer_state', 'drop')} (or {given('average', 'weights')})"
     )
 

@@ -7,22 +7,30 @@ import json
 import logging
 import os
 import random
+import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from test_wording import command_line
 
+from checkpoint_refs import every, ref
 from conftest import ITERATIONS, digests, folder_of, refused, request_for
-from pma_megatron import SelectionRequest, list_checkpoints, merge, plan
+from pma_megatron import MergeRequest, SelectionRequest, list_checkpoints, merge, plan
+from pma_megatron.base.spelling import listing, speaking
 from pma_megatron.cli import main
-from pma_megatron.errors import CheckpointError, SelectionError
+from pma_megatron.errors import CheckpointError, PlanError, SelectionError
 from pma_megatron.formats.base import Schedule
-from pma_megatron.megatron.load import merge_into
+from pma_megatron.megatron.load import _refuse_other_end, merge_into
+from pma_megatron.merging.entry_rules import decide
+from pma_megatron.merging.planning import OpenedSources
 from pma_megatron.merging.provenance import read_provenance
 from pma_megatron.runs.discover import choose, pointers_of
 from pma_megatron.runs.notices import too_early
+from pma_megatron.runs.selection import select
 from pma_megatron.testing import TinyConfig, TinyTrainer, run_ranks
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -215,6 +223,39 @@ def live_refused(rank: int, world_size: int, root: str) -> str:
         except SelectionError as error:
             said += f"{error}\n"
     return said
+
+
+def test_the_way_out_of_a_newest_snapshot_can_be_taken() -> None:
+    refs = [*every(1000, 3000), ref(4000, snapshot=True)]
+
+    def ends_at(**settings: Any) -> None:
+        request = MergeRequest(load="/run", resumed=3000, selection=SelectionRequest(**settings))
+        selection = select(refs, request.selection, request.resumed)
+        found = OpenedSources(selection=selection, sources=(), outputs=(), visible=())
+        _refuse_other_end(found, request)
+
+    with pytest.raises(SelectionError) as caught:
+        ends_at(last=2)
+    (way,) = re.findall(r"end_iteration=(\d+)", str(caught.value))
+    assert int(way) == 3000 and "--ckpt-step" not in str(caught.value)
+    ends_at(last=2, end_iteration=int(way))
+
+    base: Any = SimpleNamespace(path="/run/pma_snapshots/iter_0004000", snapshot=True)
+    for name, selected, offered in (
+        ("merge", {}, "--end-iteration 3000"),
+        ("merge", {"iterations": (3000, 4000)}, "out of --iterations"),
+        ("watch", {}, "Wait for the next full save"),
+    ):
+        request = MergeRequest(load="/run", selection=SelectionRequest(**selected))  # type: ignore
+        with (
+            speaking(command_line(name)),
+            listing(request.list_setting),
+            pytest.raises(PlanError) as said,
+        ):
+            decide(request, [base], lambda _: 3000)
+        flags = set(re.findall(r"--[a-z-]+", str(said.value)))
+        assert offered in str(said.value) and "--optimizer-state" in flags
+        assert "--end-iteration" not in flags or "--end-iteration" in offered
 
 
 def test_a_live_load_of_one_that_is_spoiled_is_refused(run: Path) -> None:
