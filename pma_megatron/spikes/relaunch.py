@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pma_megatron.base.spelling import as_argument, typed
+from pma_megatron.base.spelling import as_argument, in_full, typed
 from pma_megatron.errors import UsageError
 from pma_megatron.formats.base import Schedule
 from pma_megatron.formats.rates import rate_flags
@@ -256,10 +257,13 @@ def _non_persistent(
 
 
 def _slower(root: str, factor: float) -> list[str]:
+    exact = math.frexp(factor)[0] == 0.5  # by a power of two, and back, nothing is rounded
     return [
-        f"learning rates are times {factor:g}, also in the recovered checkpoint: a resume takes "
-        "them from there. To go back to the old ones once the loss is back, scale them again: pma "
-        f"merge --load {typed(root)} --save NEW --last 1 --lr-factor {1 / factor:g}"
+        f"learning rates are times {in_full(factor)}, also in the recovered checkpoint: a resume "
+        "takes them from there. To go back to the old ones once the loss is back, scale them "
+        f"again: pma merge --load {typed(root)} --save NEW --last 1 --lr-factor "
+        f"{in_full(1 / factor)}"
+        f"{'' if exact else ' (those are the old ones up to rounding)'}"
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 from pathlib import Path
 from typing import Any
@@ -188,3 +189,14 @@ def test_what_a_release_cannot_do_is_said() -> None:
     assert "--iterations-to-skip" not in how.flags and "no --iterations-to-skip" in how.notes[1]
     with pytest.raises(UsageError, match=r"lr_factor=1.5 must lie in \(0, 1\]"):
         RecoveryRequest(load="/a", save="/b", onset=1, lr_factor=1.5)
+
+
+def test_scaled_back_the_learning_rates_are_the_old_ones() -> None:
+    for factor in (0.5, 2.0**-7, 0.3, 0.7, 1 / 3, 0.123456789):
+        how = resume(ARGS, "/new", skip=None, lr_factor=factor, schedule=Schedule())
+        (note,) = [note for note in how.notes if "--lr-factor" in note]
+        back = float(note.split("--lr-factor ")[1].split()[0])
+        rates = [0.01, 3e-4, 1.7e-5]
+        again = [rate * factor * back for rate in rates]
+        assert again == pytest.approx(rates, rel=4 * math.ulp(1.0), abs=0)
+        assert again == rates or "up to rounding" in note
