@@ -26,7 +26,13 @@ newest checkpoint, below the second most of them are (docs/results.md, How early
 _OF_ONE_RUN = (
     "seed",
     "data_path",
+    "tokenizer_type",
     "tokenizer_model",
+    "vocab_size",
+    "vocab_extra_ids",
+    "vocab_file",
+    "merge_file",
+    "tiktoken_num_special_tokens",
     "seq_length",
     "optimizer",
     "lr",

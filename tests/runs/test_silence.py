@@ -364,3 +364,17 @@ def test_what_counts_as_too_early(
 ) -> None:
     said = too_early(Schedule(samples=samples, warmup_samples=warmup), positions)
     assert said is None if word is None else word in str(said)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("tokenizer_type", "HuggingFaceTokenizer"), ("vocab_file", "/b/v.json")]
+)
+def test_a_tokenizer_that_changes_in_the_window_is_noted(run: Path, name: str, value: str) -> None:
+    for iteration in ITERATIONS:
+        path = folder_of(run, iteration) / "common.pt"
+        common = torch.load(path, weights_only=False)
+        setattr(common["args"], name, value if iteration == ITERATIONS[-1] else "/a/other")
+        torch.save(common, path)
+    made = plan(MergeRequest(load=str(run), selection=SelectionRequest(last=2)))
+    (note,) = [note for note in made.selection.notes if "arguments change" in note]
+    assert name in note and value in note
