@@ -221,16 +221,40 @@ class MergeRequest:
                 f"{given('optimizer_state', 'average')} with negative coefficients could make "
                 "second moments negative: use latest or reset"
             )
-        if self.sweep and self.method.name != Method().name:
+        if self.sweep:
+            self._refuse_beside_a_sweep()
+
+    def _refuse_beside_a_sweep(self) -> None:
+        method, listed = self.method, self.list_setting
+        if method.name != Method().name:
             raise UsageError(
                 f"{named('sweep')} makes its own coefficients: leave out "
-                f"{given('method', self.method.name)}"
+                f"{given('method', method.name)}"
             )
-        if self.sweep and self.selection.last is not None:
+        for name in ("last", "window_tokens"):
+            value = getattr(self.selection, name)
+            if value is not None:
+                raise UsageError(
+                    f"{named('sweep')} says how many checkpoints each average takes: leave out "
+                    f"{given(name, value)}"
+                )
+        if listed is not None:
             raise UsageError(
-                f"{named('sweep')} says how many checkpoints each average takes: leave out "
-                f"{given('last', self.selection.last)}"
+                f"{named('sweep')} takes the newest checkpoints for each average, as many as it "
+                f"says, and {named(listed)} names them: leave out one of the two"
             )
+        methods = {name for name, _ in self._sweep()}
+        for name, asked, has_part, whose in (
+            ("alpha", method.alpha is not None, "ema" in methods, "ema"),
+            ("floor", method.floor != 0, methods & set(DECAYS), ", ".join(DECAYS)),
+            ("coefficients", method.values is not None, False, "custom"),
+            ("allow_any_coefficients", method.allow_any, False, "custom"),
+        ):
+            if asked and not has_part:
+                raise UsageError(
+                    f"{named(name)} has no effect on {given('sweep', self.sweep)}, it is for "
+                    f"{whose}: leave it out"
+                )
 
     def refuse_no_output(self) -> None:
         """Refuse what a plan can do without: a place for what is merged.

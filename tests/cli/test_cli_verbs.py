@@ -184,6 +184,23 @@ def test_a_sweep_says_all_of_its_averages_itself(
     assert f"leave out {' '.join(map(str, flags))}" in error
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--alpha", 0.3), "--alpha has no effect on --sweep sma,1-sqrt:2"),
+        (("--iterations", 2, 4), "--sweep takes the newest checkpoints"),
+        (("--window-tokens", 900), "leave out --window-tokens 900"),
+        (("--floor", 0.1), ""),
+    ],
+)
+def test_what_has_no_part_in_a_sweep_is_refused_and_names_no_flag_that_nobody_typed(
+    capsys: pytest.CaptureFixture[str], dense_run: Path, flags: tuple[object, ...], words: str
+) -> None:
+    code, _, error = call(capsys, "plan", "--load", dense_run, "--sweep", "sma,1-sqrt:2", *flags)
+    assert (code == 2) == bool(words)
+    assert words in error and "--last" not in error
+
+
 def test_coefficients_as_people_write_numbers(
     capsys: pytest.CaptureFixture[str], dense_run: Path
 ) -> None:
