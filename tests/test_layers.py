@@ -122,7 +122,7 @@ INSIDE = {
     """,
     "merging": """
         coefficients locks policy rolling saved_over tasks threads tolerance
-        folder_checksums
+        folder_checksums listing
         bulk cards padding
         agreement cut request sums
         accumulate
@@ -136,7 +136,7 @@ INSIDE = {
         publish targets
         uploading
         structure
-        carrying exported finishing journal listing recompute report
+        carrying exported finishing journal recompute report
         provenance resuming
         inspection job published
         export_job

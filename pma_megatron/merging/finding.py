@@ -13,7 +13,9 @@ from typing import Any
 from pma_megatron.base.comm import Comm
 from pma_megatron.errors import SelectionError
 from pma_megatron.formats.marker import SNAPSHOTS
+from pma_megatron.merging.listing import average_in_words
 from pma_megatron.merging.request import MergeRequest
+from pma_megatron.merging.saved_over import changed_files
 from pma_megatron.runs.branches import marked
 from pma_megatron.runs.describe import describe
 from pma_megatron.runs.discover import choose, list_checkpoints, looked_at, pointers_of
@@ -245,19 +247,32 @@ def schedule_notes(selection: Selection, visible: Sequence[Sequence[int]], comm:
     """What is said of the window, on every rank; who opens a source looks at it."""
     owners = owners_of(visible)
 
-    def look() -> tuple[list[str], dict[str, dict[str, Any]]]:
+    def look() -> tuple[list[str], dict[str, dict[str, Any]], dict[str, str | None]]:
         mine = [ref for ref, n in zip(selection.refs, owners, strict=True) if n == comm.rank]
         early = too_early_notes(selection) if owners[0] == comm.rank else []
-        return early, {ref.path: settings_of(ref) for ref in mine}
+        averages = {ref.path: _average_in(ref) for ref in mine} if selection.refs[1:] else {}
+        return early, {ref.path: settings_of(ref) for ref in mine}, averages
 
     shares = comm.collect(comm.agree("schedule", look))
 
     def notes() -> list[str]:
-        early = [note for each, _ in shares for note in each]
-        settings = {path: said for _, part in shares for path, said in part.items()}
-        return [*early, *changed_settings_notes(selection, settings)]
+        early = [note for each, _, _ in shares for note in each]
+        settings = {path: said for _, part, _ in shares for path, said in part.items()}
+        made = {path: said for *_, part in shares for path, said in part.items()}
+        averages = [
+            f"{ref.path} is an average itself ({made[ref.path]}), and counts as one checkpoint"
+            for ref in selection.refs
+            if made.get(ref.path)
+        ]
+        return [*early, *averages, *changed_settings_notes(selection, settings)]
 
     return comm.on_main("schedule", notes)
+
+
+def _average_in(ref: CheckpointRef) -> str | None:
+    folder = path_of(ref.folder)
+    words = average_in_words(folder)
+    return None if words is None or changed_files(folder, quick=True) else words
 
 
 def _pointers(request: MergeRequest, comm: Comm, sight: Sight) -> dict[str, Pointer] | None:

@@ -60,14 +60,20 @@ def bytes_in(folder: Path) -> int:
 
 
 def _origin(folder: Path, *, whole: bool) -> str | None:
+    words = average_in_words(folder)
+    if words is not None and whole and changed_files(folder):
+        return "none: files were written over it since, and its pma.json stayed"
+    return words
+
+
+def average_in_words(folder: Path) -> str | None:
+    """Of what the average in a folder was made, by its `pma.json`; None where it says of none."""
     try:
         if not (folder / MARKER_FILE).is_file():
             return None
     except OSError:  # nothing in it can be looked at, which the listing says of it anyway
         return None
     try:
-        if whole and changed_files(folder):
-            return "none: files were written over it since, and its pma.json stayed"
         made = read_marker(folder).value
         if made.get("kind") == ONLINE_AVERAGE:
             return f"running average, {made.get('method')}"

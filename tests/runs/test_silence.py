@@ -378,3 +378,12 @@ def test_a_tokenizer_that_changes_in_the_window_is_noted(run: Path, name: str, v
     made = plan(MergeRequest(load=str(run), selection=SelectionRequest(last=2)))
     (note,) = [note for note in made.selection.notes if "arguments change" in note]
     assert name in note and value in note
+
+
+def test_an_average_among_the_sources_is_told(run: Path, save: Path) -> None:
+    made = folder_of(save, 6)
+    merge(request_for(run, save, selection=SelectionRequest(last=2, end_iteration=6)))
+    paths = (str(folder_of(run, 4)), str(made))
+    notes = plan(MergeRequest(load=str(run), selection=SelectionRequest(paths=paths)))
+    (note,) = [note for note in notes.selection.notes if "average itself" in note]
+    assert str(made) in note and "sma of 2: 4 to 6" in note
