@@ -201,7 +201,7 @@ def _asked(refs: list[CheckpointRef], root: Path, iteration: int) -> CheckpointR
 def _refuse_other(request: PruneRequest, told: int) -> None:
     if request.resume_iteration not in (None, told):
         raise SelectionError(
-            f"{given('resume_iteration', request.resume_iteration)}, and the run's own files say "
+            f"{given('resume_iteration', request.resume_iteration)}, and the run itself says "
             f"that training resumes from iteration {told}: leave it out, or correct them"
         )
 

@@ -183,6 +183,6 @@ NEMO = Trainer(
         SideRule("hf_adapter/*", Fate.LEFT_OUT, _EXPORTED),
     ),
     output_name=lambda name: name.removesuffix(LAST) + LAST,
-    last=re.compile(f"{LAST}$"),
+    last=re.compile(rf"=\d[\d.]*{LAST}$"),
     resume='nl.AutoResume(resume_from_path="{folder}")',
 )
