@@ -202,7 +202,7 @@ def _refuse_other(request: PruneRequest, told: int) -> None:
     if request.resume_iteration not in (None, told):
         raise SelectionError(
             f"{given('resume_iteration', request.resume_iteration)}, and the run itself says "
-            f"that training resumes from iteration {told}: leave it out, or correct them"
+            f"that training resumes from iteration {told}: leave it out, or correct that"
         )
 
 
