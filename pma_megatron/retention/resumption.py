@@ -60,12 +60,12 @@ class Resumption:
         if ref.path in {end.path for end in self.ends}:
             why.append("what training resumes from" if sure else "training may resume from it")
         elif ref.path == self.last_written and ref.path != self.end.path:
-            why.append("written last")
+            why.append("the newest file lies in it")
         if ref.iteration is not None and ref.iteration > first:
             resumes = "training resumes from" if sure else "training may resume from"
             why.append(f"newer than iteration {first}, which {resumes}")
-        elif self.since is not None and (ref.iteration or 0) >= self.since:
-            why.append(f"not older than iteration {self.since}, which was written last")
+        elif not why and self.since is not None and (ref.iteration or 0) >= self.since:
+            why.append(f"not older than iteration {self.since}, in which the newest file lies")
         return why
 
 

@@ -73,7 +73,7 @@ def test_a_run_that_went_back_keeps_what_it_saves_now(titan: Path) -> None:
     with pytest.raises(SelectionError, match="nearest: iteration 4 "):
         deleted(titan, **NEWEST, resume_iteration=5)
     assert deleted(titan, **NEWEST, resume_iteration=6) == [4]
-    assert "written last" in reasons(titan, **NEWEST, resume_iteration=6)[2]
+    assert "newest file" in reasons(titan, **NEWEST, resume_iteration=6)[2]
 
 
 def test_rules_count_from_either_end(titan: Path) -> None:
