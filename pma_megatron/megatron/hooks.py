@@ -140,10 +140,11 @@ class MegatronSession(Session):
         if self.watch is not None:
             self._forget(self.watch.stepped(args, arguments))
         tokens = tokens_now(args) if self.online or self.thin else 0
-        if self.online is not None:
-            self.online.step(iteration, tokens, args)
-        if self.thin is not None:
-            self.thin.step(iteration, tokens, args)
+        takers = [each for each in (self.online, self.thin) if each is not None]
+        if self.watch is not None and any(each.is_due(tokens) for each in takers):
+            args = self.watch.noted(args)  # not at each step: the detector's memory is written out
+        for each in takers:
+            each.step(iteration, tokens, args)
         self._note_origins()
 
     def _forget(self, recovered: Recovered | None) -> None:

@@ -167,9 +167,13 @@ class RunningAverage(ABC):
         for store in self._stores.values():
             store.forget(since)
 
+    def is_due(self, position: int) -> bool:
+        """Whether `step` takes an entry there."""
+        return position >= self._next
+
     def _step(self, iteration: int, position: int, args: Any) -> bool:
         """Take an entry if it is time; whether it was."""
-        if position < self._next:
+        if not self.is_due(position):
             return False
         for store in self._stores.values():
             store.wait()  # the oldest entry's memory is about to be used again
