@@ -6,6 +6,7 @@ What a trainer adds: which tensors there are (a `Shard`), and how the average ta
 from __future__ import annotations
 
 import copy
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -30,7 +31,10 @@ from pma_megatron.online.window import (
     refuse_remote_window,
     vectors_needed,
 )
+from pma_megatron.runs.tokens import consumed_tokens_of
 from pma_megatron.storage.paths import place_of
+
+_log = logging.getLogger(__name__)
 
 
 class RunningAverage(ABC):
@@ -83,7 +87,7 @@ class RunningAverage(ABC):
         )
         self._stores: dict[str, WindowStore] = {}
         self._places: dict[str, AveragePlace] = {}
-        self._next = 0
+        self._next, self._told = 0, False
         self._await_after(position)
 
     @property
@@ -93,7 +97,15 @@ class RunningAverage(ABC):
 
     def average(self) -> WindowAverage | None:
         """The average of what is held; None with fewer than two entries (`why_none` says more)."""
-        return self._window.average()
+        average = self._window.average()
+        why = None if average is None else average.not_by_tokens_because
+        if why is not None and not self._told:
+            self._told = True
+            if self._comm.is_main:
+                _log.warning(
+                    "positions in the running average are in iterations, not tokens: %s", why
+                )
+        return average
 
     def why_none(self) -> str | None:
         """Why there is no average yet, None if there is one."""
@@ -177,9 +189,15 @@ class RunningAverage(ABC):
             return False
         for store in self._stores.values():
             store.wait()  # the oldest entry's memory is about to be used again
-        rate = self._window.copy.learning_rate
         self._window.capture(
-            Member(iteration=iteration, tokens=position, args=copy.copy(args), learning_rate=rate)
+            Member(
+                iteration=iteration,
+                tokens=position,
+                samples=_samples(args, position),
+                interval=self._interval,
+                args=copy.copy(args),
+                learning_rate=self._window.copy.learning_rate,
+            )
         )
         self._await_after(position)
         return True
@@ -230,3 +248,9 @@ class RunningAverage(ABC):
                 f"up to {missing} newest entries are missing: the average goes on with those that "
                 "are there"
             )
+
+
+def _samples(args: Any, position: int) -> int | None:
+    """Consumed until now, where Megatron's arguments are those that the position is counted by."""
+    said = getattr(args, "__dict__", {})
+    return said["consumed_train_samples"] if consumed_tokens_of(said)[0] == position else None
