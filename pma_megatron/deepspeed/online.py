@@ -115,7 +115,9 @@ class OnlineAverage(RunningAverage):
         """
         return self._step(self._engine.global_steps, self._position(consumed_tokens), args)
 
-    def load_state(self, folder: str | Path, consumed_tokens: int | None = None) -> list[str]:
+    def load_state(
+        self, folder: str | Path, consumed_tokens: int | None = None, args: Any = None
+    ) -> list[str]:
         """Continue the average of a run that the engine has resumed. Collective.
 
         Entries after the engine's iteration are left out, and deleted at the next `save_state`.
@@ -124,6 +126,7 @@ class OnlineAverage(RunningAverage):
         Args:
             folder: as in `save_state`.
             consumed_tokens: until then, with `interval_tokens`.
+            args: as in `step`: a changed sequence length is told from lost entries by them.
 
         Returns:
             what the user should know (missing entries, for instance), a line each.
@@ -132,7 +135,7 @@ class OnlineAverage(RunningAverage):
             CheckpointError: entries are damaged, or of another model.
         """
         position = self._position(consumed_tokens)
-        return self._load_state(folder, self._engine.global_steps, position)
+        return self._load_state(folder, self._engine.global_steps, position, args)
 
     def averaged_weights(self) -> AbstractContextManager[None]:
         """Forward passes inside the block use the average; then every bit is as it was.

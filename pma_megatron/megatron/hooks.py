@@ -110,7 +110,7 @@ class MegatronSession(Session):
             say(online.report)
             self._place = online.place(settings.save_dir)
             self.online = online
-            notes = self.online.load_state(self._state_dir, iteration, tokens)
+            notes = self.online.load_state(self._state_dir, iteration, tokens, args)
             self.say_continued(notes, iteration)
         if settings.snapshot_interval_tokens is not None and optimizer is not None:
             assert settings.snapshot_dir is not None

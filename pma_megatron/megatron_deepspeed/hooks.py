@@ -92,7 +92,8 @@ class EngineSession(Session):
         )
         say(self.online.report)
         self.online.place(self._root)  # raises before the first step where nothing can be saved
-        self.say_continued(self.online.load_state(self._root / FOLDER, tokens), engine.global_steps)
+        notes = self.online.load_state(self._root / FOLDER, tokens, args)
+        self.say_continued(notes, engine.global_steps)
 
     def stepped(self, arguments: Mapping[str, Any]) -> None:
         """Take an entry if it is time."""

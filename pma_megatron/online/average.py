@@ -31,7 +31,7 @@ from pma_megatron.online.window import (
     refuse_remote_window,
     vectors_needed,
 )
-from pma_megatron.runs.tokens import consumed_tokens_of
+from pma_megatron.runs.tokens import consumed_tokens_of, why_incomparable
 from pma_megatron.storage.paths import place_of
 
 _log = logging.getLogger(__name__)
@@ -202,10 +202,13 @@ class RunningAverage(ABC):
         self._await_after(position)
         return True
 
-    def _load_state(self, folder: str | Path, iteration: int, position: int) -> list[str]:
+    def _load_state(
+        self, folder: str | Path, iteration: int, position: int, args: Any
+    ) -> list[str]:
         notes = self._store(folder).load(iteration)
         self._await_after(position)
-        return [*notes, *self._gaps(position)]
+        now = Member(iteration=iteration, tokens=position, samples=_samples(args, position))
+        return [*notes, *self._gaps(now)]
 
     def _some(self) -> WindowAverage:
         average = self.average()
@@ -232,22 +235,40 @@ class RunningAverage(ABC):
             folder=None if folder is None else str(folder),
         )
 
-    def _gaps(self, position: int) -> Iterator[str]:
-        """Entries that should be there by where the run stands; a job that was killed may not have
-        written its last ones."""
-        marks = [entry.tokens // self._interval for entry in self.entries]
-        for (older, newer), entry in zip(pairwise(marks), self.entries, strict=False):
-            if newer > older + 1:
+    def _gaps(self, now: Member) -> Iterator[str]:
+        """Entries that were taken, by where the run stands now, and are not there; a job that was
+        killed may not have written its last ones."""
+        held = self.entries
+        for older, newer in pairwise(held):
+            lost = self._lost(older, newer) if newer.interval == older.interval else 0
+            if lost:
                 yield (
-                    f"{newer - older - 1} entries after iteration {entry.iteration} are missing: "
-                    "the average goes on with those that are there"
+                    f"{lost} entries after iteration {older.iteration} are missing: the average "
+                    "goes on with those that are there"
                 )
-        missing = position // self._interval - (marks[-1] if marks else 0)
-        if missing > 0:
+        # Without any, the flag may be new to the run. What is lost was taken as the newest one was.
+        newest_lost = self._lost(held[-1], now, is_entry=False) if held else 0
+        if newest_lost:
             yield (
-                f"up to {missing} newest entries are missing: the average goes on with those that "
-                "are there"
+                f"up to {newest_lost} newest entries are missing: the average goes on with those "
+                "that are there"
             )
+
+    def _lost(self, older: Member, newer: Member, *, is_entry: bool = True) -> int:
+        """Entries that were taken after one and until another, itself not counted if it is one."""
+        tokens, interval = newer.tokens, older.interval
+        if why_incomparable((older, newer)) is not None:
+            if not (older.samples and newer.samples) or is_entry:
+                return 0
+            # Until it ended, the job before this one counted at its own sequence length.
+            tokens = newer.samples * older.tokens // older.samples
+        if not interval:
+            return 0
+        marks = tokens // interval - older.tokens // interval
+        # An iteration may pass several marks, and is one entry.
+        lost = min(marks, newer.iteration - older.iteration) - (1 if is_entry else 0)
+        most = lost if self._window.method.name == EMA else self._window.last
+        return max(0, min(lost, most))
 
 
 def _samples(args: Any, position: int) -> int | None:

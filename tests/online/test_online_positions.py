@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -101,3 +102,48 @@ def test_an_average_that_cannot_be_weighted_is_none_and_no_error(tmp_path: Path)
     (is_none, why), (decays_none, decays_why) = run_ranks(not_growing, 1)[0]
     assert (is_none, why) == (False, None)
     assert decays_none and "do not grow" in decays_why
+
+
+def resumes(rank: int, world_size: int, root: str) -> dict[str, list[str]]:
+    """What jobs of one run say that go on with an average, by what is changed or lost."""
+    trainer, said = TinyTrainer(CONFIG), {}
+    iteration = CONFIG.global_batch_size * 16
+    average = begun(trainer, METHODS["sma"], 2 * iteration, args_of(trainer, 16))
+    often = begun(trainer, METHODS["sma"], iteration // 4, args_of(trainer, 16))
+    train(trainer, 7, 16, average, often)
+    average.save_state(f"{root}/state")
+    often.save_state(f"{root}/often")
+
+    def resume(state: str, interval: int, seq_length: int = 16) -> tuple[OnlineAverage, list[str]]:
+        now = args_of(trainer, seq_length)
+        other = begun(trainer, METHODS["sma"], interval, now)
+        return other, other.load_state(f"{root}/{state}", trainer.iteration, tokens_now(now), now)
+
+    said["nothing is there"] = resume("none", iteration)[1]
+    said["marks within an iteration"] = resume("often", iteration // 4)[1]
+    said["another length"] = resume("state", 2 * iteration, 32)[1]
+    shutil.copytree(f"{root}/state", f"{root}/halved")
+    halved, said["another interval"] = resume("halved", iteration)
+    train(trainer, 3, 16, halved)
+    halved.save_state(f"{root}/halved")
+    assert [each.iteration for each in halved.entries] == [6, 8, 9, 10]
+    said["it was another interval"] = resume("halved", iteration)[1]
+    said["2 are lost"] = resume("state", 2 * iteration)[1]
+    said["2 are lost at another length"] = resume("state", 2 * iteration, 32)[1]
+    said["2 are lost at another interval"] = resume("state", iteration)[1]
+    train(trainer, 12, 16)
+    said["as many as it holds"] = resume("state", 2 * iteration)[1]
+    trainer.close()
+    return said
+
+
+def test_entries_that_never_were_are_not_missed(tmp_path: Path) -> None:
+    said = run_ranks(resumes, 1, str(tmp_path))[0]
+    lost = {key: notes for key, notes in said.items() if notes}
+    assert all(len(notes) == 1 for notes in lost.values())
+    assert {key: notes[0].split(" newest")[0] for key, notes in lost.items()} == {
+        "2 are lost": "up to 2",
+        "2 are lost at another length": "up to 2",
+        "2 are lost at another interval": "up to 2",
+        "as many as it holds": f"up to {LAST}",
+    }
