@@ -353,6 +353,7 @@ def _publish(plan: MergePlan, wanted: Sequence[Target], begun: uploading.Begun, 
         if in_store(target.final):
             uploading.complete(plan, target, begun)
         else:
+            targets.refuse_loss(plan, target)
             publish.publish(plan, target)
         if back is not None:
             _log.warning(back)
