@@ -36,6 +36,7 @@ def rewritten(folder: Path) -> tuple[str, ...]:
 
     Raises:
         CheckpointError: a file that must be read cannot be.
+        OSError: the folder cannot be looked at.
         SelectionError: the store does not tell what lies there.
     """
     if in_store(folder):

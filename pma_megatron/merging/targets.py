@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import json
 import os
 import shutil
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pma_megatron.base.openfiles import is_unreadable, unread
@@ -64,14 +65,8 @@ def refuse(plan: MergePlan, wanted: Sequence[Target]) -> None:
     _refuse_nested(wanted)
     _look(wanted)
     for target in wanted:
-        try:
+        with _looking_at(target):
             _refuse(plan, target)
-        except OSError as error:
-            raise PublishError(
-                f"{given(target.setting, target.root)} cannot be used: {error.filename or 'it'} "
-                f"cannot be looked at ({error.strerror}). "
-                f"{_INSTEAD.get(error.errno or 0, 'Choose another')} {named(target.setting)}"
-            ) from error
     there = already(plan, wanted)
     for target, same in zip(wanted, there, strict=True):
         free = same and not all(there)
@@ -84,6 +79,18 @@ def refuse(plan: MergePlan, wanted: Sequence[Target]) -> None:
                 f"another {named(target.setting)}"
             )
     _refuse_full(plan, [target for target, same in zip(wanted, there, strict=True) if not same])
+
+
+@contextlib.contextmanager
+def _looking_at(target: Target) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise PublishError(
+            f"{given(target.setting, target.root)} cannot be used: {error.filename or 'it'} "
+            f"cannot be looked at ({error.strerror}). "
+            f"{_INSTEAD.get(error.errno or 0, 'Choose another')} {named(target.setting)}"
+        ) from error
 
 
 _INSTEAD = {
@@ -220,12 +227,16 @@ def refuse_loss(plan: MergePlan, target: Target) -> None:
     else.
 
     Raises:
-        PublishError: it does.
+        PublishError: it does, or cannot be looked at.
         CheckpointError: a file that nothing else tells of cannot be read.
     """
-    if not target.final.is_dir():
-        return
-    _refuse_unmarked(target)
+    with _looking_at(target):
+        if target.final.is_dir():
+            _refuse_unmarked(target)
+            _refuse_lost(plan, target)
+
+
+def _refuse_lost(plan: MergePlan, target: Target) -> None:
     try:
         sums, why = read_marker(target.final).sums, f"its {MARKER_FILE} has no list of files"
     except (CheckpointError, VerifyError) as error:
