@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pma_megatron.base.stopping import shielded
+from pma_megatron.formats.holding import seen_by_all
 
 LOCK = ".pma-lock-"
 """What a lock file is called before the name that it is for."""
@@ -26,7 +27,8 @@ class HeldError(Exception):
 
 @contextlib.contextmanager
 def held(root: Path, name: str, purpose: str) -> Iterator[bool]:
-    """Hold one lock; yields False where the file system has none.
+    """Hold one lock; yields False where the file system has none, or says that no other machine
+    sees it.
 
     Raises:
         HeldError: another job does.
@@ -85,5 +87,5 @@ def _locked_file(path: Path, *, wait: bool) -> tuple[int, bool]:
         # Its last holder may have removed the file after it was opened here: nobody sees that lock.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), path.stat()):
-                return descriptor, sure
+                return descriptor, sure and seen_by_all(descriptor, untold=True)
         os.close(descriptor)

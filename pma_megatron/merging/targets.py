@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import itertools
 import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from pma_megatron.base.openfiles import is_unreadable, unread
@@ -65,8 +64,14 @@ def refuse(plan: MergePlan, wanted: Sequence[Target]) -> None:
     _refuse_nested(wanted)
     _look(wanted)
     for target in wanted:
-        with _looking_at(target):
+        try:
             _refuse(plan, target)
+        except OSError as error:
+            raise PublishError(
+                f"{given(target.setting, target.root)} cannot be used: {error.filename or 'it'} "
+                f"cannot be looked at ({error.strerror}). "
+                f"{_INSTEAD.get(error.errno or 0, 'Choose another')} {named(target.setting)}"
+            ) from error
     there = already(plan, wanted)
     for target, same in zip(wanted, there, strict=True):
         free = same and not all(there)
@@ -81,15 +86,30 @@ def refuse(plan: MergePlan, wanted: Sequence[Target]) -> None:
     _refuse_full(plan, [target for target, same in zip(wanted, there, strict=True) if not same])
 
 
-@contextlib.contextmanager
-def _looking_at(target: Target) -> Iterator[None]:
+def refuse_since(plan: MergePlan, target: Target, *, is_there: bool) -> None:
+    """Check once more, right before a folder on a disk gets its name: hours may have passed, and a
+    lock tells trainers nothing.
+
+    Args:
+        plan: the merge.
+        target: what it is about to publish.
+        is_there: whether it replaces something, as was found when it began.
+
+    Raises:
+        PublishError: something has come there that would be lost, or that is a run's.
+    """
+    if target.final.exists() and not is_there:
+        raise PublishError(
+            f"{target.final} has come to be while this merge was at work, and is not replaced. "
+            f"Look at who writes there: another {named(target.setting)} is this merge's own"
+        )
     try:
-        yield
+        _refuse_foreign(target)
+        refuse_loss(plan, target)
     except OSError as error:
         raise PublishError(
-            f"{given(target.setting, target.root)} cannot be used: {error.filename or 'it'} "
-            f"cannot be looked at ({error.strerror}). "
-            f"{_INSTEAD.get(error.errno or 0, 'Choose another')} {named(target.setting)}"
+            f"{target.final} is not published, for {error.filename or target.root} cannot be "
+            f"looked at any more ({error.strerror})"
         ) from error
 
 
@@ -123,7 +143,7 @@ def _refuse_nested(wanted: Sequence[Target]) -> None:
 def _refuse(plan: MergePlan, target: Target) -> None:
     root, final = _real(target.root), _real(target.final)
     for source in (_real(path_of(ref.folder)) for ref in plan.selection.refs):
-        if final == source or source in final.parents or final in source.parents:
+        if _lies_in(final, source) or _lies_in(source, final):
             raise PublishError(
                 f"the output {final} is or contains the source {source}: refused, sources are "
                 f"never written to. Choose another {named(target.setting)}"
@@ -131,7 +151,8 @@ def _refuse(plan: MergePlan, target: Target) -> None:
         thin = source.parent.name == SNAPSHOTS and root == source.parent.parent
         # An update reads the average before, which lies among those that a watch makes.
         updated = plan.request.rolling is not None and (source / MARKER_FILE).is_file()
-        if target.folder is Folder.CHECKPOINT and (root == source.parent or thin) and not updated:
+        own = thin or _is_same(root, source.parent)
+        if target.folder is Folder.CHECKPOINT and own and not updated:
             raise PublishError(
                 f"{given('save', root)} is the run's own folder: its tracker and retention "
                 "would take the merge for a checkpoint of the run. Use "
@@ -170,6 +191,20 @@ def is_of(target: Target, plan: MergePlan) -> bool:
         return False
     same = digest == plan.digest and values == list(plan.outputs[target.output].values)
     return bool(same and exported == (target.folder is Folder.MODEL))
+
+
+def _lies_in(path: Path, folder: Path) -> bool:
+    """Whether a path is a folder, or below it, by whatever names and mounts."""
+    return any(_is_same(each, folder) for each in (path, *path.parents))
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    if one == other:
+        return True
+    try:
+        return one.samefile(other)
+    except OSError:
+        return False
 
 
 def _real(path: Path) -> Path:
@@ -222,21 +257,17 @@ def _is_model(folder: Path) -> bool:
 def refuse_loss(plan: MergePlan, target: Target) -> None:
     """An output that is replaced may hold what somebody else put there: that is not deleted.
 
-    It is asked for again right before that: a merge takes its time. Where its `pma.json` does not
-    say what was written with it, what the new one would hold too is taken for its own, and nothing
-    else.
+    Where its `pma.json` does not say what was written with it, what the new one would hold too is
+    taken for its own, and nothing else.
 
     Raises:
-        PublishError: it does, or cannot be looked at.
-        CheckpointError: a file that nothing else tells of cannot be read.
+        PublishError: it does.
+        CheckpointError: a file that must be compared cannot be read.
+        OSError: the folder cannot be looked at.
     """
-    with _looking_at(target):
-        if target.final.is_dir():
-            _refuse_unmarked(target)
-            _refuse_lost(plan, target)
-
-
-def _refuse_lost(plan: MergePlan, target: Target) -> None:
+    if not target.final.is_dir():
+        return
+    _refuse_unmarked(target)
     try:
         sums, why = read_marker(target.final).sums, f"its {MARKER_FILE} has no list of files"
     except (CheckpointError, VerifyError) as error:
