@@ -192,8 +192,8 @@ INSIDE = {
         average
     """,
     "retention": """
-        freed request signs surroundings
-        keeping unfinished
+        clock freed request signs surroundings
+        keeping resumption unfinished
         decision
         pruning
     """,
