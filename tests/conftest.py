@@ -45,17 +45,22 @@ _OF_A_JOB = {
     *("PMA_MEGATRON_FAULT", "PMA_MEGATRON_SPOOL"),
     *("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"),
 }
-for _name in [*os.environ]:
-    if _name.startswith(_OF_OTHERS) or _name in _OF_A_JOB:
-        del os.environ[_name]
-os.environ |= {
-    "COLUMNS": "80",
-    "TERM": "xterm",
-    "LC_ALL": "C.UTF-8",
-    "NO_PROXY": "127.0.0.1,localhost",
-    "no_proxy": "127.0.0.1,localhost",
-    "PET_LOCAL_ADDR": "127.0.0.1",
-}
+
+
+def pytest_configure() -> None:
+    """Not as this module is imported, which ranks of tests do too, with what a test has set."""
+    for name in [*os.environ]:
+        if name.startswith(_OF_OTHERS) or name in _OF_A_JOB:
+            del os.environ[name]
+    os.environ |= {
+        "COLUMNS": "80",
+        "TERM": "xterm",
+        "LC_ALL": "C.UTF-8",
+        "NO_PROXY": "127.0.0.1,localhost",
+        "no_proxy": "127.0.0.1,localhost",
+        "PET_LOCAL_ADDR": "127.0.0.1",
+    }
+
 
 ITERATIONS = (2, 4, 6, 8)
 DENSE = TinyConfig(warmup_iters=2)

@@ -160,7 +160,7 @@ def alone_with(checkpoint: Path) -> Iterator[bool]:
         locked = _locked(descriptor, fcntl.LOCK_EX)
         if locked is False:
             raise BeingReadError(str(checkpoint))
-        yield locked is not None and _is_still(descriptor, file) and _seen_by_all(descriptor)
+        yield locked is not None and _is_still(descriptor, file) and seen_by_all(descriptor)
     finally:
         _release({"": (descriptor, os.getpid())})
 
@@ -189,8 +189,13 @@ def _holds_nothing(folder: Path) -> bool:
         return True
 
 
-def _seen_by_all(descriptor: int) -> bool:
-    """Whether other machines that have the file system mounted see a lock of this one."""
+def seen_by_all(descriptor: int, *, untold: bool = False) -> bool:
+    """Whether other machines that have the file system mounted see a lock of this one.
+
+    Args:
+        descriptor: of a file there.
+        untold: the answer for file systems that do not say.
+    """
     try:
         lines = Path(f"/proc/self/fdinfo/{descriptor}").read_text().splitlines()
         number = next(line.split()[1] for line in lines if line.startswith("mnt_id:"))
@@ -199,9 +204,9 @@ def _seen_by_all(descriptor: int) -> bool:
         # proc(5): ... root, mount point, options, optional fields, "-", type, source, options
         kind, _, of_all = mount[mount.index("-") + 1 :][:3]
     except (OSError, StopIteration, IndexError, ValueError):
-        return False
+        return untold
     if kind.startswith(_UNTOLD) and kind != "fuseblk":
-        return False
+        return untold
     options = {*mount[5].split(","), *of_all.split(",")}
     return not options & _LOCAL.get("nfs" if kind.startswith("nfs") else kind, set())
 

@@ -14,7 +14,7 @@ from pma_megatron.base import memory, steps
 from pma_megatron.base.comm import Comm
 from pma_megatron.base.faults import point
 from pma_megatron.base.stopping import Stopped, having_published, interruptible, shielded
-from pma_megatron.errors import PmaError, RankError
+from pma_megatron.errors import PmaError, PublishError, RankError
 from pma_megatron.formats.holding import holding
 from pma_megatron.formats.manifest import FileSum
 from pma_megatron.formats.output import Folder
@@ -159,9 +159,10 @@ def _made(
         filled = _fill(plan, todo, comm, show, clock, stack, done)
         checks = tuple(_checked(plan, target, target in todo, comm) for target in wanted)
         clock.lap("verify")
-        verified += [target for target in todo if in_store(target.final)]
+        verified += todo
         begun = uploading.upload(plan, todo, comm, show)
-        comm.on_main("publish", lambda: _publish(plan, todo, begun, comm))
+        before_it = dict(zip(wanted, stamps, strict=True))
+        comm.on_main("publish", lambda: _publish(plan, todo, before_it, begun, comm))
         published += [str(target.final) for target in wanted]
         clock.lap("publish")
     return filled, checks
@@ -344,7 +345,13 @@ def _sync(writers: Sequence[FolderWriters], comm: Comm) -> None:
         writer.close()
 
 
-def _publish(plan: MergePlan, wanted: Sequence[Target], begun: uploading.Begun, comm: Comm) -> None:
+def _publish(
+    plan: MergePlan,
+    wanted: Sequence[Target],
+    before: Mapping[Target, publish.Stamp | None],
+    begun: uploading.Begun,
+    comm: Comm,
+) -> None:
     point("publish", comm.rank)
     for target in wanted:
         back = None
@@ -353,7 +360,8 @@ def _publish(plan: MergePlan, wanted: Sequence[Target], begun: uploading.Begun, 
         if in_store(target.final):
             uploading.complete(plan, target, begun)
         else:
-            publish.publish(plan, target)
+            targets.refuse_since(plan, target, is_there=before[target] is not None)
+            publish.publish(plan, target, before[target])
         if back is not None:
             _log.warning(back)
         _log.debug("published %s", target.final)
@@ -369,14 +377,16 @@ def _leave(
 ) -> None:
     """Remove what is left, unless the same command can go on with it: then say that.
 
-    Whoever was stopped, lost another rank, or has it all but uploaded, will ask for the same again;
-    not who was refused.
+    Whoever was stopped, lost another rank, or has it all but published, will ask for the same
+    again; not who was refused.
     """
     if not comm.is_main:
         return
     point("leave", comm.rank)
     lost = isinstance(error, RankError) and error.lost
-    cut_off = verified or lost or isinstance(error, KeyboardInterrupt)
+    uploads = any(in_store(target.final) for target in verified)
+    all_but_published = uploads or (verified and isinstance(error, PublishError))
+    cut_off = all_but_published or lost or isinstance(error, KeyboardInterrupt)
     pending: list[Target] = []
     if cut_off and journal.has_lines(wanted[0].journal):
         both = zip(wanted, before, publish.stamps(wanted), strict=True)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pma_megatron.base.stopping import shielded
+from pma_megatron.formats.holding import seen_by_all
 
 LOCK = ".pma-lock-"
 """What a lock file is called before the name that it is for."""
@@ -32,7 +33,7 @@ class Lock:
     Attributes:
         path: of its file.
         descriptor: of the same.
-        sure: False where the file system has no locks.
+        sure: False where the file system has no locks, or says that no other machine sees it.
     """
 
     path: Path
@@ -75,7 +76,8 @@ def take(root: Path, name: str, purpose: str) -> Lock:
 
 @contextlib.contextmanager
 def held(root: Path, name: str, purpose: str) -> Iterator[bool]:
-    """Hold one lock for the block; yields False where the file system has none.
+    """Hold one lock for the block; yields False where the file system has none, or says that no
+    other machine sees it.
 
     Raises:
         HeldError: another job does.
@@ -125,7 +127,7 @@ def _locked_file(path: Path, *, wait: bool) -> Lock:
             _log.warning("%s cannot be locked (%s): run one job at a time there", path, error)
             sure = False
         # Its last holder may have removed the file after it was opened here: nobody sees that lock.
-        lock = Lock(path, descriptor, sure)
+        lock = Lock(path, descriptor, sure and seen_by_all(descriptor, untold=True))
         if lock.is_there:
             return lock
         os.close(descriptor)

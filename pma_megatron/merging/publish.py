@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import logging
 import os
 import secrets
@@ -88,11 +89,17 @@ def writing(target: Target) -> Iterator[None]:
         ) from error
 
 
-def publish(plan: MergePlan, target: Target) -> None:
+def publish(plan: MergePlan, target: Target, before: Stamp | None) -> None:
     """Give the staged folder its name, then point a checkpoint's tracker at it (rank 0 only).
 
+    Args:
+        plan: the merge.
+        target: where to.
+        before: what has the name, and is replaced; nothing else is.
+
     Raises:
-        PublishError: a rename failed; a checkpoint that was to be replaced is still there.
+        PublishError: a rename failed, or something else has got the name meanwhile; a checkpoint
+            that was to be replaced is still there.
     """
     known = registry.get(plan.sources[-1].format, plan.sources[-1].path).tracker
     tracked = target.folder is Folder.CHECKPOINT and not plan.save.inside
@@ -104,7 +111,7 @@ def publish(plan: MergePlan, target: Target) -> None:
                 # Written first: a disk that is full by now must not leave a checkpoint without a
                 # tracker.
                 write_small(target.tracker, content.encode())
-            _rename(target)
+            _rename(target, before)
             if file is not None and content is not None:
                 point("tracker", 0)
                 point_to(target, file)
@@ -124,13 +131,15 @@ _kept: set[Path] = set()
 """Staging folders, each of one job's own name, that need no second try at the end of that job."""
 
 
-def _rename(target: Target) -> None:
-    if target.final.exists():
-        if not _exchange(target.staging, target.final):
-            target.final.rename(target.replaced)
-            point("replace", 0)
-            target.staging.rename(target.final)
+def _rename(target: Target, before: Stamp | None) -> None:
+    if before is None:
+        target.staging.rename(target.final)  # refused where a folder that holds something is there
+    elif _exchange(target.staging, target.final):
+        if _stamp(target.staging) != before and _exchange(target.staging, target.final):
+            raise OSError(errno.EEXIST, "something else was written there at this moment")
     else:
+        target.final.rename(target.replaced)
+        point("replace", 0)
         target.staging.rename(target.final)
     sync(target.root)
 
@@ -160,14 +169,15 @@ Stamp = tuple[int, int]
 
 def stamps(wanted: Sequence[Target]) -> tuple[Stamp | None, ...]:
     """What bears the names of the targets now; None where nothing does."""
-    found: list[Stamp | None] = []
-    for target in wanted:
-        try:
-            status = (target.final / PROVENANCE_FILE).stat()
-            found.append((status.st_ino, status.st_mtime_ns))
-        except OSError:
-            found.append(None)
-    return tuple(found)
+    return tuple(_stamp(target.final) for target in wanted)
+
+
+def _stamp(folder: Path) -> Stamp | None:
+    try:
+        status = (folder / PROVENANCE_FILE).stat()
+        return status.st_ino, status.st_mtime_ns
+    except OSError:
+        return None
 
 
 @contextlib.contextmanager
@@ -186,5 +196,8 @@ def telling(wanted: Sequence[Target]) -> Iterator[None]:
 
 
 def is_published(target: Target, old: Stamp | None, new: Stamp | None) -> bool:
-    """Whether this job did; one in a store that bears the sign of an upload is not there yet."""
-    return old != new and not (in_store(target.final) and unfinished(target))
+    """Whether this job did: one in a store that bears the sign of an upload is not there yet, and
+    on a disk what was staged is not beside it any more."""
+    if in_store(target.final):
+        return old != new and not unfinished(target)
+    return old != new and (target.staging in _kept or not target.staging.exists())

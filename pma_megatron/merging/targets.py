@@ -85,6 +85,33 @@ def refuse(plan: MergePlan, wanted: Sequence[Target]) -> None:
     _refuse_full(plan, [target for target, same in zip(wanted, there, strict=True) if not same])
 
 
+def refuse_since(plan: MergePlan, target: Target, *, is_there: bool) -> None:
+    """Check once more, right before a folder on a disk gets its name: hours may have passed, and a
+    lock tells trainers nothing.
+
+    Args:
+        plan: the merge.
+        target: what it is about to publish.
+        is_there: whether it replaces something, as was found when it began.
+
+    Raises:
+        PublishError: something has come there that would be lost, or that is a run's.
+    """
+    if target.final.exists() and not is_there:
+        raise PublishError(
+            f"{target.final} has come to be while this merge was at work, and is not replaced. "
+            f"Look at who writes there: another {named(target.setting)} is this merge's own"
+        )
+    try:
+        _refuse_foreign(target)
+        _refuse_loss(plan, target)
+    except OSError as error:
+        raise PublishError(
+            f"{target.final} is not published, for {error.filename or target.root} cannot be "
+            f"looked at any more ({error.strerror})"
+        ) from error
+
+
 _INSTEAD = {
     errno.EACCES: "Ask its owner for the right to read, write and enter it (chmod u+rwx), or "
     "choose another",
@@ -115,7 +142,7 @@ def _refuse_nested(wanted: Sequence[Target]) -> None:
 def _refuse(plan: MergePlan, target: Target) -> None:
     root, final = _real(target.root), _real(target.final)
     for source in (_real(path_of(ref.folder)) for ref in plan.selection.refs):
-        if final == source or source in final.parents or final in source.parents:
+        if _lies_in(final, source) or _lies_in(source, final):
             raise PublishError(
                 f"the output {final} is or contains the source {source}: refused, sources are "
                 f"never written to. Choose another {named(target.setting)}"
@@ -123,7 +150,8 @@ def _refuse(plan: MergePlan, target: Target) -> None:
         thin = source.parent.name == SNAPSHOTS and root == source.parent.parent
         # An update reads the average before, which lies among those that a watch makes.
         updated = plan.request.rolling is not None and (source / MARKER_FILE).is_file()
-        if target.folder is Folder.CHECKPOINT and (root == source.parent or thin) and not updated:
+        own = thin or _is_same(root, source.parent)
+        if target.folder is Folder.CHECKPOINT and own and not updated:
             raise PublishError(
                 f"{given('save', root)} is the run's own folder: its tracker and retention "
                 "would take the merge for a checkpoint of the run. Use "
@@ -162,6 +190,20 @@ def is_of(target: Target, plan: MergePlan) -> bool:
         return False
     same = digest == plan.digest and values == list(plan.outputs[target.output].values)
     return bool(same and exported == (target.folder is Folder.MODEL))
+
+
+def _lies_in(path: Path, folder: Path) -> bool:
+    """Whether a path is a folder, or below it, by whatever names and mounts."""
+    return any(_is_same(each, folder) for each in (path, *path.parents))
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    if one == other:
+        return True
+    try:
+        return one.samefile(other)
+    except OSError:
+        return False
 
 
 def _real(path: Path) -> Path:

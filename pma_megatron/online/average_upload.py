@@ -22,7 +22,7 @@ from pma_megatron.formats.json_files import read_json
 from pma_megatron.formats.marker import MARKER_FILE, ONLINE_AVERAGE, OWN_FILES, UPLOADING_FILE
 from pma_megatron.merging.listing import bytes_in
 from pma_megatron.online.average_folder import AverageFolder, not_ours
-from pma_megatron.online.one_job import other_job
+from pma_megatron.online.one_job import LEFT_ALONE, is_sure, other_job
 from pma_megatron.online.remote_folder import is_newer, number_in, said_in, said_on_disk
 from pma_megatron.online.removal import hide, is_still, remove_hidden
 from pma_megatron.online.shared_folder import refuse_unseen
@@ -196,8 +196,11 @@ class AverageUploads(Uploads):
             is_average
             or iteration_of(folder) is not None
             or registry.detect(folder) == registry.DEEPSPEED
-        ) and self._let_go(folder) is None:
-            _log.warning("removed %s, left by a job that was cut off while it saved", folder)
+        ):
+            if not is_sure(self.folder):
+                _log.warning(LEFT_ALONE, folder)
+            elif self._let_go(folder) is None:
+                _log.warning("removed %s, left by a job that was cut off while it saved", folder)
 
     def saved(self, name: str) -> None:
         """Put that one there; returns at once. What does not say that it is an average stays on the

@@ -14,6 +14,10 @@ from pma_megatron.merging.locks import WRITING, HeldError, Lock, take
 from pma_megatron.storage.paths import real
 
 _NAME = "job"
+LEFT_ALONE = (
+    "%s is left alone, because nothing tells here whether a job on another machine still writes "
+    "it: remove it when none does"
+)
 _HELD: dict[str, Lock] = {}
 """Folder -> its lock, of this process."""
 
@@ -25,8 +29,8 @@ def other_job(folder: Path) -> str | None:
         folder: on a disk.
 
     Returns:
-        the other job that holds it, to be put behind "another job"; None where this one does, or
-        where the file system has no locks, which is told.
+        the other job that holds it, to be put behind "another job"; None where this one does, as
+        far as the file system has locks (`is_sure`).
 
     Raises:
         OSError: nothing can be made there.
@@ -42,6 +46,13 @@ def other_job(folder: Path) -> str | None:
     except HeldError as holder:
         return str(holder)
     return None
+
+
+def is_sure(folder: Path) -> bool:
+    """Whether this process holds the lock of a folder, and jobs on other machines would see that:
+    only then is what lies there without a mark what a job that is gone has left."""
+    lock = _HELD.get(real(folder))
+    return lock is not None and lock.sure
 
 
 def let_go() -> None:

@@ -35,7 +35,7 @@ from pma_megatron.formats.torch_dist.chunks import (
     stored,
 )
 from pma_megatron.formats.torch_dist.completeness import completeness
-from pma_megatron.online.one_job import other_job
+from pma_megatron.online.one_job import LEFT_ALONE, is_sure, other_job
 from pma_megatron.online.removal import remove_hidden
 from pma_megatron.online.shared_folder import refuse_unseen
 from pma_megatron.online.snapshot_branches import SnapshotBranches
@@ -325,6 +325,9 @@ class SnapshotWriter:
             return False
         remove_hidden(self.root)
         for folder in self.root.glob(f"{STAGING}*"):
+            if not is_sure(self.root):
+                _log.warning(LEFT_ALONE, folder)
+                continue
             shutil.rmtree(folder, ignore_errors=True)
             if folder.exists():
                 _log.warning("%s, left by a run that was cut off, cannot be removed", folder)

@@ -42,7 +42,7 @@ def root(
     """A folder on a disk, and one in a store."""
     monkeypatch.setenv("PMA_MEGATRON_SPOOL", str(tmp_path / "spools"))
     monkeypatch.setattr(decision, "SETTLED_S", -60)
-    monkeypatch.setattr(holding, "_seen_by_all", lambda descriptor: True)
+    monkeypatch.setattr(holding, "seen_by_all", lambda descriptor, **_: True)
     spool.forget()
     remote = request.param == "store"
     yield f"memory://unreadable{next(_NUMBER)}/run" if remote else str(tmp_path / "run")

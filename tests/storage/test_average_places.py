@@ -19,6 +19,7 @@ from conftest import digests
 from pma_megatron.base.comm import Comm
 from pma_megatron.errors import PublishError
 from pma_megatron.formats.marker import MARKER_FILE, ONLINE_AVERAGE, SEAL_FILE
+from pma_megatron.merging import locks
 from pma_megatron.online import one_job
 from pma_megatron.online.average_upload import AveragePlace, NotSavedError
 from pma_megatron.online.snapshot_job import STAGING
@@ -216,6 +217,25 @@ def test_a_snapshot_that_another_job_is_writing_stays(tmp_path: Path) -> None:
     one_job.let_go()
     run_ranks(second_writer, 1, str(root))
     assert not staging.exists()
+
+
+def test_what_no_lock_tells_of_stays(
+    address: str,
+    spools: Path,
+    new_place: Callable[[], AveragePlace],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where other machines do not see a lock, one that is held says nothing of their jobs."""
+    monkeypatch.setattr(locks, "seen_by_all", lambda *_, **__: False)
+    staging = tmp_path / "snapshots" / f"{STAGING}{name_of(50)}-0123-1"
+    begun = new_place().folder / name_of(50)
+    for folder in (staging, begun):
+        folder.mkdir(parents=True)
+    one_job.let_go()
+    writer(tmp_path / "snapshots")
+    new_place()
+    assert staging.exists() and begun.exists()
 
 
 ENDS = """
