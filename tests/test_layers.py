@@ -123,7 +123,7 @@ INSIDE = {
     "merging": """
         coefficients locks policy rolling saved_over tasks threads tolerance
         folder_checksums
-        bulk cards padding
+        bulk cards padding rewritten
         agreement cut request sums
         accumulate
         streaming
@@ -192,8 +192,8 @@ INSIDE = {
         average
     """,
     "retention": """
-        freed request signs surroundings
-        keeping unfinished
+        clock freed request signs surroundings
+        keeping resumption unfinished
         decision
         pruning
     """,

@@ -237,7 +237,7 @@ def _add_prune(verbs: argparse._SubParsersAction[Parser]) -> None:
     group = verb.add_argument_group("recoveries that stay possible")
     add_flags(group, PruneRequest, "recovery_last", "recovery_attempts", "margin_iterations")
     group = verb.add_argument_group("what else is looked at")
-    add_flags(group, PruneRequest, "averages", "damaged", "without_locks")
+    add_flags(group, PruneRequest, "averages", "resume_iteration", "damaged", "without_locks")
 
 
 def _add_watch(verbs: argparse._SubParsersAction[Parser]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISDIR
@@ -13,17 +13,18 @@ from pma_megatron.base.openfiles import SourceStream, is_unreadable
 from pma_megatron.base.spelling import first_few, named
 from pma_megatron.errors import CheckpointError, SelectionError
 from pma_megatron.formats.trainers.saves import checkpoint_in, save_of
+from pma_megatron.merging.locks import HeldError
+from pma_megatron.retention.clock import FileClock
 from pma_megatron.retention.keeping import needed
 from pma_megatron.retention.request import PruneRequest
+from pma_megatron.retention.resumption import Resumption, best_of, resumption
 from pma_megatron.retention.signs import looking
 from pma_megatron.retention.surroundings import leading_to, links_between, links_into, real
 from pma_megatron.retention.unfinished import unfinished, unseen
-from pma_megatron.runs.discover import choose, list_checkpoints, pointers_of
+from pma_megatron.runs.discover import list_checkpoints
 from pma_megatron.runs.folders import is_checkpoint, what_is
 from pma_megatron.runs.marks import Mark, mark, unchanged
 from pma_megatron.runs.refs import CheckpointRef, iteration_of
-from pma_megatron.runs.selection_request import SelectionRequest
-from pma_megatron.runs.trackers import read_pointers
 from pma_megatron.runs.trainer_retention import recovers_by_itself, trainer_retention
 from pma_megatron.storage import paths
 from pma_megatron.storage.paths import in_store, path_of
@@ -55,12 +56,16 @@ class Decision:
         notes: sentences for the user.
         marks: path -> what tells whether it has changed since.
         between: links from one checkpoint into another, as they were at the first look.
+        written_ns: path -> when its newest file was written, where that was looked at.
+        clock: that files are dated by; None where nothing is deleted.
     """
 
     verdicts: tuple[Verdict, ...]
     notes: tuple[str, ...]
     marks: Mapping[str, Mark]
     between: Mapping[Path, Path]
+    written_ns: Mapping[str, int]
+    clock: FileClock | None
 
     def of(self, path: str) -> Verdict | None:
         """What was found out about one checkpoint; None if it is not there."""
@@ -68,13 +73,20 @@ class Decision:
 
 
 @listing_once()
-def decide(request: PruneRequest, before: Decision | None = None, anew: str = "") -> Decision:
+def decide(
+    request: PruneRequest,
+    before: Decision | None = None,
+    anew: str = "",
+    clock: FileClock | None = None,
+) -> Decision:
     """Look at a run, and decide.
 
     Args:
         request: what is to stay.
         before: an earlier look; checkpoints that are as they were are not opened again.
         anew: path of one that is opened in any case.
+        clock: tells how long ago files changed, at an earlier look too; without one the machine's
+            does, which may be wrong: enough to say what may go, not to delete it.
 
     Raises:
         SelectionError: no run, or one of which it is not clear what training resumes from.
@@ -83,12 +95,15 @@ def decide(request: PruneRequest, before: Decision | None = None, anew: str = ""
     root = path_of(request.root)
     if is_checkpoint(root) or checkpoint_in(root) is not None:
         raise SelectionError(f"{root} is one checkpoint: give the folder above it, {root.parent}")
-    refs = list_checkpoints(root, known=_unchanged(root, before, anew))
+    clock = clock if before is None else before.clock
+    known = _unchanged(root, before, anew)
+    refs = list_checkpoints(root, known=known)
     if not refs:
         raise SelectionError(what_is(root))
-    end = _end(refs, root)
-    rules = needed(refs, end, request)
-    states = _states(refs, end, request)
+    times = {} if before is None else before.written_ns
+    resumed = resumption(refs, root, request, {p: at for p, at in times.items() if p in known})
+    rules = [needed(refs, end, request) for end in resumed.ends]
+    states = _states(refs, resumed, request, clock)
     with looking(root):
         merges = unfinished(root, request.averages)
     folders = [path_of(ref.folder) for ref in refs]
@@ -98,19 +113,27 @@ def decide(request: PruneRequest, before: Decision | None = None, anew: str = ""
     for ref in sorted(refs, key=lambda ref: (ref.iteration is None, ref.iteration or 0, ref.path)):
         own = {paths.real(ref.path), paths.real(ref.folder)}
         needs = filter(None, (each.why_kept(own) for each in merges))
-        reasons = [*states[ref.path], *rules.reasons.get(ref.path, ()), *needs]
+        asked = (why for each in rules for why in each.reasons.get(ref.path, ()))
+        reasons = [*states[ref.path], *dict.fromkeys(asked), *needs]
         verdicts.append(Verdict(ref, (*reasons, *_by_links(ref, root, links))))
     marks = {ref.path: mark(root, ref) for ref in refs}
-    notes = (*rules.notes, *_further(end, request))
+    asked_for = dict.fromkeys(note for each in rules for note in each.notes)
+    notes = (*resumed.notes, *asked_for, *_further(resumed.end, request))
+    if clock is None and any(v.ref.state == "damaged" and not v.kept for v in verdicts):
+        notes = (*notes, _BY_THIS_CLOCK)
     notes = (*notes, _UNSEEN) if in_store(root) else notes
     if hidden := unseen(root):
         few = first_few(hidden, _SHOWN)
         notes = (*notes, f"{few} cannot be looked at: a merge that was cut off there may need some")
-    return Decision(tuple(verdicts), notes, marks, between)
+    return Decision(tuple(verdicts), notes, marks, between, resumed.written_ns, clock)
 
 
 _SHOWN = 3
 _RECOVERY = "keep_recovery_iterations"
+_BY_THIS_CLOCK = (
+    "whether a damaged one has changed within the last hour is told by the clock of this machine; "
+    "a deletion asks the clock that dates the files, and may keep more"
+)
 _UNSEEN = (
     "no store has locks: a merge, live start or evaluation that reads one of these at this moment "
     "is seen only if it was started on this machine and makes an average"
@@ -132,26 +155,6 @@ def _further(end: CheckpointRef, request: PruneRequest) -> Iterator[str]:
                 "whether the run recovers from loss spikes by itself (pma_recover) is not known "
                 f"({error}), and {stays}"
             )
-
-
-def _end(refs: list[CheckpointRef], root: Path) -> CheckpointRef:
-    """What training resumes from: if no tracker tells, the newest that it can resume from.
-
-    Raises:
-        SelectionError: it is not clear which one that is.
-    """
-    newest = SelectionRequest(last=1, allow_gaps=True)
-    pointers = pointers_of(root)
-    end = choose(refs, newest, root, pointers).refs[-1]
-    named = {pointer.named for pointer in (pointers or {}).values()}
-    if (end.snapshot or end.weights_only) and path_of(end.path).name not in named:
-        full = [r for r in refs if r.complete and not r.snapshot and not r.weights_only]
-        full = [r for r in full if r.iteration is not None and r.unusable_because is None]
-        if full:
-            end = choose(full, newest, root, pointers).refs[-1]
-    if end.iteration is None:
-        raise SelectionError(f"{end.path} has no iteration: nothing tells which is the newest")
-    return end
 
 
 def _by_links(ref: CheckpointRef, root: Path, links: Mapping[Path, Path]) -> list[str]:
@@ -177,26 +180,29 @@ def _unchanged(root: Path, before: Decision | None, anew: str) -> dict[str, Chec
 
 
 def _states(
-    refs: Sequence[CheckpointRef], end: CheckpointRef, request: PruneRequest
+    refs: Sequence[CheckpointRef],
+    resumed: Resumption,
+    request: PruneRequest,
+    clock: FileClock | None,
 ) -> dict[str, list[str]]:
     """Why some stay whatever the rules say."""
-    trackers = _named({path_of(ref.folder).parent for ref in refs})
     newest = _newest(refs)
-    kind = _kind(end)
+    kind, at = _kind(resumed.end), resumed.end.iteration
+    best = best_of(resumed, refs)
     found: dict[str, list[str]] = {}
     for ref in refs:
         folder = path_of(ref.folder)
-        why = found[ref.path] = [f"{trackers[folder]} names it"] if folder in trackers else []
+        tracker = resumed.trackers.get(folder)
+        why = found[ref.path] = [] if tracker is None else [f"{tracker} names it"]
         if ref.path in newest:
             why.append("the newest")
-        elif ref.path == end.path:
-            why.append("what training resumes from")
+        why += resumed.why_kept(ref)
+        if folder.name in best:
+            why.append(best[folder.name])
         if ref.iteration is None:
             why.append("it has no iteration number")
-        elif end.iteration is not None and ref.iteration > end.iteration:
-            why.append(f"newer than iteration {end.iteration}, which training resumes from")
         if not ref.snapshot and ref.format != "unknown" and _kind(ref) != kind:
-            why.append(f"saved in another way ({_named_kind(ref)}) than iteration {end.iteration}")
+            why.append(f"saved in another way ({_named_kind(ref)}) than iteration {at}")
         if ref.state == "being written":
             why.append("it is being written")
         elif ref.unreadable:
@@ -206,26 +212,7 @@ def _states(
         elif ref.state == "not judged":
             why.append("not judged yet after a recovery")
         elif ref.state == "damaged":
-            why += _damaged(folder, request)
-    return found
-
-
-def _named(parents: Iterable[Path]) -> dict[Path, str]:
-    """Folder -> the tracker that names it.
-
-    Raises:
-        SelectionError: a tracker cannot be read, or names what is not there.
-    """
-    found = {}
-    for parent in parents:
-        for pointer in read_pointers(parent).values():
-            if pointer.problem is not None and not pointer.missing:
-                raise SelectionError(
-                    f"{parent} {pointer.problem}: it may be written at this moment. Try again, or "
-                    "correct it"
-                )
-            if pointer.folder is not None:
-                found[parent / pointer.folder] = pointer.file
+            why += _damaged(folder, request, clock)
     return found
 
 
@@ -257,7 +244,7 @@ def _named_kind(ref: CheckpointRef) -> str:
     return " of ".join(filter(None, _kind(ref)))
 
 
-def _damaged(folder: Path, request: PruneRequest) -> list[str]:
+def _damaged(folder: Path, request: PruneRequest, clock: FileClock | None = None) -> list[str]:
     if not request.damaged:
         return ["damaged: look at it"]
     if not folder.is_dir():
@@ -270,7 +257,11 @@ def _damaged(folder: Path, request: PruneRequest) -> list[str]:
         changed_s = max(stat.st_mtime for stat in stats if not S_ISDIR(stat.st_mode))
     else:
         changed_s = max(max(stat.st_mtime, stat.st_ctime) for stat in stats)
-    if time.time() - changed_s < SETTLED_S:
+    try:
+        now_s = time.time() if clock is None else clock.now_s(folder.parent)
+    except (HeldError, OSError) as error:
+        return [f"nothing tells what time it is by the clock that dates its files ({error})"]
+    if now_s - changed_s < SETTLED_S:
         return ["it changed within the last hour: it may be written again"]
     return _unreadable(folder)
 

@@ -27,6 +27,7 @@ from pma_megatron.formats.marker import SNAPSHOTS, UPLOADING_FILE
 from pma_megatron.merging.leftovers import removed
 from pma_megatron.merging.locks import CLEANING, LOCK, HeldError, held
 from pma_megatron.online.snapshot_job import REMOVED
+from pma_megatron.retention.clock import FileClock
 from pma_megatron.retention.decision import Decision, decide
 from pma_megatron.retention.freed import freed_bytes
 from pma_megatron.retention.request import KEYWORDS, PruneRequest
@@ -127,7 +128,7 @@ def prune(
     if not in_store(root) and is_folder(root):
         folders_in(root)  # raises where it may not be read
     left = _leftovers(root)
-    decision = decide(request)
+    decision = decide(request, clock=FileClock() if delete else None)
     rows = [
         Row(ref=each.ref, kept=each.kept, bytes=freed_bytes([path_of(each.ref.folder)])[0])
         for each in decision.verdicts

@@ -121,6 +121,12 @@ class PruneRequest:
         "stays; those beside the run and in it are looked at anyway",
         metavar="DIR",
     )
+    resume_iteration: int | None = setting(
+        None,
+        "the iteration that training resumes from, where no tracker says it and the files of a "
+        "lower one are newer",
+        metavar="I",
+    )
     damaged: bool = setting(
         False, "damaged ones may go too, once nothing in them has changed for an hour"
     )

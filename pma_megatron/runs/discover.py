@@ -15,6 +15,7 @@ from pma_megatron.base.spelling import among, given, has, named, switch
 from pma_megatron.errors import CheckpointError, SelectionError
 from pma_megatron.formats import registry
 from pma_megatron.formats.marker import SNAPSHOTS
+from pma_megatron.formats.trainers.hugging_face import LAST
 from pma_megatron.formats.trainers.saves import checkpoint_in, saved_below
 from pma_megatron.runs import recovery_log
 from pma_megatron.runs.branches import judged, unmarked, with_snapshots
@@ -30,9 +31,6 @@ from pma_megatron.storage.paths import path_of, real
 TRACKER_FILE = registry.get(registry.TORCH_DIST, "").tracker.file or ""
 _OWN_ROOT = re.compile(r"^checkpoint[-_]\d+$")
 """transformers/trainer_utils.py, PREFIX_CHECKPOINT_DIR; accelerate/accelerator.py, save_state."""
-
-_LAST = re.compile(r"^last(-v\d+)?\.ckpt$")
-"""lightning/pytorch/callbacks/model_checkpoint.py, CHECKPOINT_NAME_LAST and its versions."""
 
 _STAGE = re.compile(r"^(.*?stage[-_]?\d+(?:[-_]ingredient[-_]?\d+)?)[-_]", re.IGNORECASE)
 """What comes before `stepN` where a model is trained in stages (`stage2-ingredient1-step1000`)."""
@@ -121,12 +119,12 @@ def _each_once(
         ref.folder for ref in refs if path_of(ref.folder).is_symlink() and _name(ref) not in named
     }
     ends = {real(ref.folder) for ref in refs if ref.folder not in links}
-    numbered = {ref.iteration for ref in refs if ref.complete and not _LAST.match(_name(ref))}
+    numbered = {ref.iteration for ref in refs if ref.complete and not LAST.match(_name(ref))}
     return [
         ref
         for ref in refs
         if not (ref.folder in links and real(ref.folder) in ends)
-        and not (ref.complete and _LAST.match(_name(ref)) and ref.iteration in numbered)
+        and not (ref.complete and LAST.match(_name(ref)) and ref.iteration in numbered)
     ]
 
 

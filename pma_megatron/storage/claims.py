@@ -114,7 +114,7 @@ def refuse_claimed(store: Store, key: str, work: str) -> dict[str, Any] | None:
     if said.get("work") == work or _ended(str(said.get("process"))):
         return said
     if age_s >= FRESH_S:  # this clock says that it may be taken over: only then is anything put
-        ahead_s = time.time() - _now_s(store, key)
+        ahead_s = time.time() - now_s(store, key)
         found = claimed(store, key)
         if found is None:
             return None
@@ -126,7 +126,7 @@ def refuse_claimed(store: Store, key: str, work: str) -> dict[str, Any] | None:
     return said
 
 
-def _now_s(store: Store, key: str) -> float:
+def now_s(store: Store, key: str) -> float:
     """What time it is by the clock that dates objects, in seconds since 1970."""
     probe = below(key.rpartition("/")[0], f"{_CLOCK}{secrets.token_hex(8)}")
     store.put(probe, b"")

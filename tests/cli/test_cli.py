@@ -150,6 +150,7 @@ FLAGS = {
         "--margin-iterations",
         "--recovery-attempts",
         "--recovery-last",
+        "--resume-iteration",
         "--without-locks",
         "--yes",
         "root",

@@ -7,8 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -222,6 +224,12 @@ def test_damaged_ones_may_go_once_they_are_settled(
     s3.delete_object(Bucket=bucket, Key=f"{RUN}/iter_0000002/.metadata")
     assert "damaged" in rows(address, keep_last=1)[2]
     assert "within the last hour" in rows(address, keep_last=1, damaged=True)[2]
+    before = there(s3, bucket)
+    ahead = SimpleNamespace(time=lambda: time.time() + 2 * decision.SETTLED_S)
+    with monkeypatch.context() as patch:  # this machine's clock is not the store's
+        patch.setattr(decision, "time", ahead)
+        assert deleted(address, keep_last=3, damaged=True) == []
+    assert there(s3, bucket) == before
     monkeypatch.setattr(decision, "SETTLED_S", -1.0)
     assert deleted(address, keep_last=3, damaged=True) == [2]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from pma_megatron.errors import CheckpointError
 from pma_megatron.formats.contract import Common
@@ -22,6 +22,8 @@ from pma_megatron.formats.side_files import Fate, SideRule
 from pma_megatron.formats.trainers.trainer import Trainer
 
 TRAINER_STATE = "trainer_state.json"
+LAST = re.compile(r"^last(-v\d+)?\.ckpt$")
+"""lightning/pytorch/callbacks/model_checkpoint.py, CHECKPOINT_NAME_LAST and its versions."""
 _NUMBERED = re.compile(r"^checkpoint-(\d{1,18})$")
 _POINTER = SideRule("latest", Fate.REMADE, "names the checkpoint in the folder")
 _SCRIPT = SideRule("zero_to_*.py", Fate.CARRIED, "a script of DeepSpeed")
@@ -76,6 +78,15 @@ def _trainer_common(folder: Path, common: Common) -> Common:
     return found
 
 
+def _trainer_best(folder: Path) -> tuple[str, ...]:
+    """What Trainer loads at its end with `load_best_model_at_end`: by name, for a run that was
+    moved lies elsewhere than it says (transformers/trainer_callback.py, `TrainerState`)."""
+    state = read_json(folder / TRAINER_STATE)
+    path, step = state.get("best_model_checkpoint"), state.get("best_global_step")
+    found = [PurePath(path).name] if isinstance(path, str) else []
+    return (*found, f"checkpoint-{step}") if is_count(step) else tuple(found)
+
+
 TRAINER = Trainer(
     name="Hugging Face Trainer",
     formats=(DEEPSPEED,),
@@ -91,6 +102,7 @@ TRAINER = Trainer(
     ),
     names_inside=True,
     keeps_model=True,
+    best=_trainer_best,
     resume='trainer.train(resume_from_checkpoint="{folder}")',
 )
 ACCELERATE = Trainer(
@@ -138,5 +150,6 @@ LIGHTNING = Trainer(
     is_its=lambda folder, checkpoint: folder.suffix == ".ckpt" and (folder / "latest").is_file(),
     side_files=(_POINTER, _SCRIPT),
     names_inside=True,
+    last=LAST,
     resume='trainer.fit(model, ckpt_path="{folder}")',
 )

@@ -7,7 +7,8 @@ With `ckpt_format: fsdp_dtensor` the shards in it are torch's own DCP; all aroun
 
 NeMo 2 (nemo/lightning/io/pl.py, pytorch/callbacks/model_checkpoint.py; read at 8cfedd72) writes
 `NAME--...step=N-consumed_samples=S[-last]/` with the shards in `weights/` and the configuration in
-`context/`; a file `...-unfinished` stands beside it until the save has ended.
+`context/`; a file `...-unfinished` stands beside it until the save has ended. It resumes from
+`...-last` (nemo/lightning/resume.py, `_find_trainer_ckpt_path`).
 """
 
 from __future__ import annotations
@@ -182,5 +183,6 @@ NEMO = Trainer(
         SideRule("hf_adapter/*", Fate.LEFT_OUT, _EXPORTED),
     ),
     output_name=lambda name: name.removesuffix(LAST) + LAST,
+    last=re.compile(rf"=\d[\d.]*{LAST}$"),
     resume='nl.AutoResume(resume_from_path="{folder}")',
 )

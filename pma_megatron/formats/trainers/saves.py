@@ -73,6 +73,11 @@ def save_of(checkpoint: Path, format_name: str) -> Save:
     return Save(checkpoint)
 
 
+def holds_the_last(name: str) -> bool:
+    """Whether a trainer resumes from a folder for its name, whatever numbers others have."""
+    return any(t.last is not None and t.last.search(name) for t in TRAINERS.values())
+
+
 def checkpoint_in(folder: Path) -> Path | None:
     """The checkpoint that a folder is, or that a trainer saved as it; None for any other folder.
 

@@ -36,6 +36,9 @@ class Trainer:
             Hugging Face model, under the names that the model itself gives them.
         root_copies: (file of the root, file of the newest folder of which it is a copy).
         output_name: name of the newest folder -> what an output is called.
+        last: names of folders that it resumes from, whatever others are called; None where it goes
+            by numbers.
+        best: (folder) -> names of the folders beside it that it calls the best, as far as it says.
         resume: how training is told to resume from `{folder}`, which lies in `{root}`.
     """
 
@@ -51,6 +54,8 @@ class Trainer:
     keeps_model: bool = False
     root_copies: tuple[tuple[str, str], ...] = ()
     output_name: Callable[[str], str] = str
+    last: re.Pattern[str] | None = None
+    best: Callable[[Path], tuple[str, ...]] = lambda folder: ()
     resume: str
 
     def resumed(self, folder: Path) -> str:
