@@ -181,7 +181,7 @@ INSIDE = {
         recovery
     """,
     "online": """
-        branch memory_budget remote_folder removal shard shared_folder swap
+        average_folder branch memory_budget one_job remote_folder removal shard shared_folder swap
         snapshot_job uploads
         average_upload hostcopy snapshot_pruning
         snapshot_branches

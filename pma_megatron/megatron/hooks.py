@@ -39,7 +39,7 @@ from pma_megatron.megatron.shard import MegatronShard
 from pma_megatron.megatron.thin import ThinSnapshots
 from pma_megatron.megatron.trees import current_args, sharded_metadata
 from pma_megatron.megatron.watch import Watch
-from pma_megatron.online.average_upload import AT_EXIT_S, NoRoomError
+from pma_megatron.online.average_upload import AT_EXIT_S, NotSavedError
 from pma_megatron.online.hostcopy import HostCopy
 from pma_megatron.online.store import FOLDER
 from pma_megatron.online.window import WindowAverage
@@ -193,7 +193,7 @@ class MegatronSession(Session):
         say(f"PMA: saving {average.describe()}")
         try:
             folder = save_average(online, average, fn, arguments, self._place)
-        except NoRoomError:  # it was told, and training goes on
+        except NotSavedError:  # it was told, and training goes on
             return
         self._noted.append((folder, average))
         self._note_origins()

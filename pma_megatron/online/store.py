@@ -30,6 +30,7 @@ from pma_megatron.live.plan import LivePlan
 from pma_megatron.merging.opening import open_sources
 from pma_megatron.merging.request import MergeRequest
 from pma_megatron.merging.source_checksums import checked
+from pma_megatron.online.average_folder import WINDOW
 from pma_megatron.online.shard import Shard
 from pma_megatron.online.snapshots import SnapshotWriter
 from pma_megatron.online.window import ExponentialAverage, Member, Window
@@ -38,7 +39,7 @@ from pma_megatron.runs.discover import list_checkpoints
 from pma_megatron.runs.refs import CheckpointRef, iteration_of
 from pma_megatron.storage.paths import path_of, place_of
 
-FOLDER = "window"
+FOLDER = WINDOW
 """Below the root of the averages."""
 _MEMBERS, _INTERVAL, _POSITION = "pma_members", "pma_interval", "pma_position"
 _log = logging.getLogger(__name__)
