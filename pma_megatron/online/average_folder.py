@@ -16,8 +16,9 @@ from pma_megatron.base.openfiles import folders_in, is_folder, is_unreadable
 from pma_megatron.errors import CheckpointError, PublishError, SelectionError
 from pma_megatron.formats import registry
 from pma_megatron.formats.json_files import read_json
-from pma_megatron.formats.marker import MARKER_FILE, ONLINE_AVERAGE
+from pma_megatron.formats.marker import MARKER_FILE, ONLINE_AVERAGE, is_merge
 from pma_megatron.formats.trainers.saves import checkpoint_in
+from pma_megatron.merging.saved_over import saved_over
 from pma_megatron.runs.describe import describe
 from pma_megatron.runs.folders import ITERATION
 from pma_megatron.runs.trackers import read_pointers
@@ -42,6 +43,8 @@ class AverageFolder:
         self.folder = folder
         self._known: set[str] = set()
         """Names of what was seen to be an average."""
+        self._merges: set[str] = set()
+        """Names of what `pma merge` made: it may lie beside averages, and is not replaced."""
         self._told: set[str] = set()
         """Names of what may be a rest of one."""
 
@@ -82,6 +85,8 @@ class AverageFolder:
         folder = self.folder / name
         try:
             others = self._others()
+            if name in self._merges:
+                return f"{folder} is what `pma merge` made, and stays: move it elsewhere"
             if not others and not self._is_average(folder) and _holds_something(folder):
                 others = [folder]
             if others:
@@ -113,7 +118,12 @@ class AverageFolder:
         """Checkpoints that are no averages; where averages are, whole ones: what is left of one
         that Megatron's retention was deleting when the job was killed stops no job."""
         found = sorted(folders_in(self.folder)) if is_folder(self.folder) else []
-        others = [each for each in found if _is_checkpoint(each) and not self._is_average(each)]
+        self._merges = set()
+        others = [
+            each
+            for each in found
+            if _is_checkpoint(each) and not self._is_average(each) and not self._is_merge(each)
+        ]
         if not self._is_of_averages():
             return others
         begun = [each for each in others if _is_begun(each)]
@@ -130,7 +140,7 @@ class AverageFolder:
         return [each for each in others if each not in begun]
 
     def _is_of_averages(self) -> bool:
-        return bool(self._known) or is_folder(self.folder / WINDOW)
+        return bool(self._known or self._merges) or is_folder(self.folder / WINDOW)
 
     def _is_average(self, folder: Path) -> bool:
         # A mark may hold the checksums of thousands of files: each is read once. It goes, perhaps
@@ -141,6 +151,17 @@ class AverageFolder:
             self._known.add(folder.name)
             return True
         return self._sign(folder.name).is_file()
+
+    def _is_merge(self, folder: Path) -> bool:
+        try:
+            made = is_merge(read_json(folder / MARKER_FILE)) and not saved_over(folder)
+        except CheckpointError as error:
+            if is_unreadable(error):
+                raise
+            return False
+        if made:
+            self._merges.add(folder.name)
+        return made
 
     def _is_marked(self, folder: Path) -> bool:
         try:

@@ -19,7 +19,13 @@ from pma_megatron.formats import registry
 from pma_megatron.formats.contract import Tracker
 from pma_megatron.formats.holding import MARKERS
 from pma_megatron.formats.json_files import read_json
-from pma_megatron.formats.marker import MARKER_FILE, ONLINE_AVERAGE, OWN_FILES, UPLOADING_FILE
+from pma_megatron.formats.marker import (
+    MARKER_FILE,
+    ONLINE_AVERAGE,
+    OWN_FILES,
+    UPLOADING_FILE,
+    is_merge,
+)
 from pma_megatron.merging.listing import bytes_in
 from pma_megatron.online.average_folder import AverageFolder, not_ours
 from pma_megatron.online.one_job import LEFT_ALONE, is_sure, other_job
@@ -335,11 +341,11 @@ def _others(store: Store, root: str) -> list[str]:
         name, _, rest = each.key.removeprefix(below(root)).partition("/")
         if rest:
             inside.setdefault(name, set()).add(rest)
-    found = {
-        name: said_in(store, below(root, name)).get("kind") == ONLINE_AVERAGE
-        for name, files in sorted(inside.items())
-        if UPLOADING_FILE not in files and (_is_begun(name, files) or _is_whole(files))
-    }
+    found = {}
+    for name, files in sorted(inside.items()):
+        if UPLOADING_FILE not in files and (_is_begun(name, files) or _is_whole(files)):
+            said = said_in(store, below(root, name))
+            found[name] = said.get("kind") == ONLINE_AVERAGE or is_merge(said)
     # Where averages are, what is begun may be what is left of one that was deleted.
     is_of_averages = any(found.values())
     return [

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from test_store_uploads import address, average, made, new_place, writer
 
-from conftest import digests
+from conftest import digests, request_for
+from pma_megatron import merge
 from pma_megatron.base.comm import Comm
 from pma_megatron.errors import PublishError
 from pma_megatron.formats.marker import MARKER_FILE, ONLINE_AVERAGE, SEAL_FILE
@@ -76,9 +77,9 @@ def averaged(folder: Path, made: Path, iteration: int) -> None:
     (folder / name_of(iteration) / MARKER_FILE).write_text(said)
 
 
-def merged(folder: Path, made: Path) -> None:
+def strange(folder: Path, made: Path) -> None:
     whole(folder, made)
-    (folder / name_of(50) / MARKER_FILE).write_text('{"method": "sma of 6 checkpoints"}')
+    (folder / name_of(50) / MARKER_FILE).write_text('{"kind": "of another release"}')
 
 
 def snapshot(folder: Path, made: Path) -> None:
@@ -90,7 +91,7 @@ def tag(folder: Path, made: Path) -> None:
     (folder / "mine" / "mp_rank_00_model_states.pt").write_bytes(b"weights")
 
 
-@pytest.mark.parametrize("other", [whole, begun, merged, snapshot, tag])
+@pytest.mark.parametrize("other", [whole, begun, strange, snapshot, tag])
 def test_a_place_of_other_checkpoints_is_refused(
     other: Callable[[Path, Path], None], put: Put, made: Path, tmp_path: Path, spools: Path
 ) -> None:
@@ -112,6 +113,23 @@ def test_a_place_of_averages_is_taken_again(
     place = AveragePlace(put(tmp_path / "other"), Comm())
     place.begin(name_of(50))
     place.begin(name_of(60))
+    atexit.unregister(place.wait)
+
+
+def test_what_a_merge_made_may_lie_there_and_stays(
+    dense_run: Path, put: Put, tmp_path: Path, spools: Path
+) -> None:
+    """`<save>-pma` is where averages go unless it is said, and where merges are advised to go."""
+    merge(request_for(dense_run, tmp_path / "other"))
+    root = put(tmp_path / "other")
+    before = content(root)
+    place = AveragePlace(root, Comm())
+    place.begin(name_of(60))
+    if not place.is_remote:
+        with pytest.raises(NotSavedError, match="is what `pma merge` made, and stays"):
+            place.begin(name_of(8))
+    after = content(root)
+    assert {name: after[name] for name in before} == before
     atexit.unregister(place.wait)
 
 
