@@ -22,6 +22,8 @@ from hypothesis import HealthCheck, settings
 
 from pma_megatron import MergeReport, MergeRequest, SelectionRequest, merge
 from pma_megatron.errors import PmaError
+from pma_megatron.merging.locks import LOCK
+from pma_megatron.online import one_job
 from pma_megatron.testing import TinyConfig, TinyTrainer, run_ranks
 
 pytest_plugins = ["s3"]
@@ -80,6 +82,11 @@ def digests(folder: Path) -> dict[str, str]:
     }
 
 
+def names_in(folder: Path) -> list[str]:
+    """Names of all that lies in a folder, but for the lock of the job that is at work there."""
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith(LOCK))
+
+
 def folder_of(root: Path, iteration: int) -> Path:
     """The folder of one checkpoint."""
     return root / f"iter_{iteration:07d}"
@@ -125,6 +132,7 @@ def _every_file_is_closed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     """A process merges for weeks: no call, one that fails included, may leave a file open."""
     before = _open_below(tmp_path_factory.getbasetemp())
     yield
+    one_job.let_go()  # what a process holds while it lives
     left = _open_below(tmp_path_factory.getbasetemp()) - before
     assert not left, f"still open after the test: {sorted(left)[:5]}"
 

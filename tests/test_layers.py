@@ -123,7 +123,7 @@ INSIDE = {
     "merging": """
         coefficients locks policy rolling saved_over tasks threads tolerance
         folder_checksums listing
-        bulk cards padding
+        bulk cards padding rewritten
         agreement cut request sums
         accumulate
         streaming
@@ -181,7 +181,7 @@ INSIDE = {
         recovery
     """,
     "online": """
-        branch memory_budget remote_folder removal shard shared_folder swap
+        average_folder branch memory_budget one_job remote_folder removal shard shared_folder swap
         snapshot_job uploads
         average_upload hostcopy snapshot_pruning
         snapshot_branches

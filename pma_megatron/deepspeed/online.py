@@ -29,17 +29,14 @@ from typing import Any
 import torch.distributed as dist
 
 from pma_megatron.base.comm import Comm
-from pma_megatron.base.openfiles import folders_in, is_folder
 from pma_megatron.base.spelling import named, speaking
 from pma_megatron.deepspeed.shard import EngineShard
 from pma_megatron.deepspeed.swap import averaged_state, weights
 from pma_megatron.errors import PublishError, UsageError
-from pma_megatron.formats import registry
-from pma_megatron.formats.marker import MARKER_FILE
 from pma_megatron.live.load import ARGUMENTS
 from pma_megatron.merging.request import Method
 from pma_megatron.online.average import RunningAverage
-from pma_megatron.online.average_upload import NoRoomError
+from pma_megatron.online.average_upload import NotSavedError
 from pma_megatron.online.origin import mark, origin_of, record
 from pma_megatron.storage.paths import place_of
 
@@ -115,7 +112,9 @@ class OnlineAverage(RunningAverage):
         """
         return self._step(self._engine.global_steps, self._position(consumed_tokens), args)
 
-    def load_state(self, folder: str | Path, consumed_tokens: int | None = None) -> list[str]:
+    def load_state(
+        self, folder: str | Path, consumed_tokens: int | None = None, args: Any = None
+    ) -> list[str]:
         """Continue the average of a run that the engine has resumed. Collective.
 
         Entries after the engine's iteration are left out, and deleted at the next `save_state`.
@@ -124,6 +123,7 @@ class OnlineAverage(RunningAverage):
         Args:
             folder: as in `save_state`.
             consumed_tokens: until then, with `interval_tokens`.
+            args: as in `step`: a changed sequence length is told from lost entries by them.
 
         Returns:
             what the user should know (missing entries, for instance), a line each.
@@ -132,7 +132,7 @@ class OnlineAverage(RunningAverage):
             CheckpointError: entries are damaged, or of another model.
         """
         position = self._position(consumed_tokens)
-        return self._load_state(folder, self._engine.global_steps, position)
+        return self._load_state(folder, self._engine.global_steps, position, args)
 
     def averaged_weights(self) -> AbstractContextManager[None]:
         """Forward passes inside the block use the average; then every bit is as it was.
@@ -188,8 +188,8 @@ class OnlineAverage(RunningAverage):
             settings: more of DeepSpeed's arguments (`exclude_frozen_parameters`).
 
         Returns:
-            the tag's folder. None is saved, which is told, where earlier ones that wait for a store
-            leave no room.
+            the tag's folder. None is saved, which is told, where checkpoints that are no averages
+            have got there since, or earlier ones that wait for a store leave no room.
 
         Raises:
             UsageError: there is no average yet; a checkpoint engine that saves in the background.
@@ -197,7 +197,7 @@ class OnlineAverage(RunningAverage):
                 here the first time alone, and at the start of a job that has called `place`.
         """
         name = self._name(tag)
-        with contextlib.suppress(NoRoomError), self.saving(save_dir, name) as (folder, origin):
+        with contextlib.suppress(NotSavedError), self.saving(save_dir, name) as (folder, origin):
             state = {**client_state, CLIENT_STATE: origin}
             self._engine.save_checkpoint(
                 str(folder.parent), tag=name, client_state=state, **settings
@@ -216,14 +216,13 @@ class OnlineAverage(RunningAverage):
 
         Raises:
             UsageError, PublishError: see `save_average`.
-            NoRoomError: nothing is to be saved: see `AveragePlace.begin`.
+            NotSavedError: nothing is to be saved: see `AveragePlace.begin`.
         """
         origin = origin_of(self._some(), by_tokens=self._by_tokens)
         self._comm.agree("checkpoint engine", lambda: _refuse_background(self._engine))
         place = self.place(save_dir)
         name = self._name(tag)
         folder = place.folder / name
-        self._comm.on_main("root of averages", lambda: _refuse_other_tags(place.folder))
         place.begin(name)
         # First, because without it the next save would take this tag for the run's own.
         self._comm.on_main("origin", lambda: _mark(folder, origin))
@@ -287,17 +286,3 @@ def _refuse_background(engine: Any) -> None:
             "only for a moment. Leave it out of DeepSpeed's configuration, or merge saved tags "
             "with `pma merge`"
         )
-
-
-def _refuse_other_tags(root: Path) -> None:
-    for folder in sorted(folders_in(root)) if is_folder(root) else ():
-        if folder.name.startswith("."):  # it is being removed
-            continue
-        # In this order: one that is in a store by now loses its name meanwhile, and its mark after.
-        is_marked = (folder / MARKER_FILE).is_file()
-        if not is_marked and registry.detect(folder) == registry.DEEPSPEED and is_folder(folder):
-            raise PublishError(
-                f"{folder} is a tag that is not an average (it has no {MARKER_FILE}): an average "
-                f"saved beside it could take its place, and that of {root / 'latest'}. Give "
-                "save_average a root of its own"
-            )

@@ -40,6 +40,15 @@ SNAPSHOT_VERSION = 1
 MAIN_PARAMS = "main_params"
 
 
+def is_merge(said: Mapping[str, Any]) -> bool:
+    """Whether a `pma.json` says that `pma merge` made the checkpoint.
+
+    >>> is_merge({"provenance_version": 2}), is_merge({"kind": ONLINE_AVERAGE})
+    (True, False)
+    """
+    return said.get("kind") is None and "provenance_version" in said
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Branch:
     """Which branch of a run wrote a snapshot: one begins where the run goes back.

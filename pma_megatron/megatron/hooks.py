@@ -39,7 +39,7 @@ from pma_megatron.megatron.shard import MegatronShard
 from pma_megatron.megatron.thin import ThinSnapshots
 from pma_megatron.megatron.trees import current_args, sharded_metadata
 from pma_megatron.megatron.watch import Watch
-from pma_megatron.online.average_upload import AT_EXIT_S, NoRoomError
+from pma_megatron.online.average_upload import AT_EXIT_S, NotSavedError
 from pma_megatron.online.hostcopy import HostCopy
 from pma_megatron.online.store import FOLDER
 from pma_megatron.online.window import WindowAverage
@@ -110,7 +110,7 @@ class MegatronSession(Session):
             say(online.report)
             self._place = online.place(settings.save_dir)
             self.online = online
-            notes = self.online.load_state(self._state_dir, iteration, tokens)
+            notes = self.online.load_state(self._state_dir, iteration, tokens, args)
             self.say_continued(notes, iteration)
         if settings.snapshot_interval_tokens is not None and optimizer is not None:
             assert settings.snapshot_dir is not None
@@ -140,10 +140,11 @@ class MegatronSession(Session):
         if self.watch is not None:
             self._forget(self.watch.stepped(args, arguments))
         tokens = tokens_now(args) if self.online or self.thin else 0
-        if self.online is not None:
-            self.online.step(iteration, tokens, args)
-        if self.thin is not None:
-            self.thin.step(iteration, tokens, args)
+        takers = [each for each in (self.online, self.thin) if each is not None]
+        if self.watch is not None and any(each.is_due(tokens) for each in takers):
+            args = self.watch.noted(args)  # not at each step: the detector's memory is written out
+        for each in takers:
+            each.step(iteration, tokens, args)
         self._note_origins()
 
     def _forget(self, recovered: Recovered | None) -> None:
@@ -192,7 +193,7 @@ class MegatronSession(Session):
         say(f"PMA: saving {average.describe()}")
         try:
             folder = save_average(online, average, fn, arguments, self._place)
-        except NoRoomError:  # it was told, and training goes on
+        except NotSavedError:  # it was told, and training goes on
             return
         self._noted.append((folder, average))
         self._note_origins()

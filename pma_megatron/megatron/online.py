@@ -106,7 +106,9 @@ class OnlineAverage(RunningAverage):
         """
         return self._step(iteration, consumed_tokens, args)
 
-    def load_state(self, folder: str | Path, iteration: int, consumed_tokens: int) -> list[str]:
+    def load_state(
+        self, folder: str | Path, iteration: int, consumed_tokens: int, args: Any = None
+    ) -> list[str]:
         """Continue the average of a run that is resumed at `iteration`. Collective.
 
         Entries after `iteration` are left out, and deleted at the next `save_state`. The parallel
@@ -116,6 +118,7 @@ class OnlineAverage(RunningAverage):
             folder: as in `save_state`.
             iteration: where the run stands.
             consumed_tokens: until then.
+            args: as in `step`: a changed sequence length is told from lost entries by them.
 
         Returns:
             what the user should know (missing entries, for instance), a line each.
@@ -123,7 +126,7 @@ class OnlineAverage(RunningAverage):
         Raises:
             CheckpointError: entries are damaged, or of another model.
         """
-        return self._load_state(folder, iteration, consumed_tokens)
+        return self._load_state(folder, iteration, consumed_tokens, args)
 
     def averaged_weights(self) -> AbstractContextManager[None]:
         """Forward passes inside the block use the average; then every bit is as it was.

@@ -43,7 +43,7 @@ def save_average(
         the checkpoint's folder, which may still be being written with --async-save.
 
     Raises:
-        NoRoomError: none is saved: see `AveragePlace.begin`.
+        NotSavedError: none is saved: see `AveragePlace.begin`.
     """
     args = current_args()
     changes: dict[str, Any] = {"save": str(place.folder)}

@@ -78,10 +78,14 @@ class ThinSnapshots:
         # The job may end right after a snapshot has begun, and daemon threads are cut off then.
         atexit.register(self._end)
 
+    def is_due(self, consumed_tokens: int) -> bool:
+        """Whether `step` begins a snapshot there."""
+        return consumed_tokens >= self._next_tokens
+
     def step(self, iteration: int, consumed_tokens: int, args: Any) -> bool:
         """Begin a snapshot if it is time; returns whether it did."""
         self._writer.trained(iteration)
-        if consumed_tokens < self._next_tokens:
+        if not self.is_due(consumed_tokens):
             return False
         self.finish()
         self._copy.start(self._vector)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -84,9 +85,17 @@ class Watch:
         return self._recovery.suspect_since
 
     def saving(self, args: Any) -> None:
-        """Megatron is about to save: what a resume must know goes into its arguments."""
+        """Megatron is about to save: what a resume must know goes into its arguments, and what
+        tells whether the checkpoint is spoiled."""
         setattr(args, recovery_log.RECORD, self._recovery.recoveries)
         setattr(args, recovery_log.STATE, json.dumps(self._recovery.state_dict()))
+
+    def noted(self, args: Any) -> Any:
+        """The arguments as a full save of this iteration would store them; `args` stay as they are,
+        which hold what the last such save has put there."""
+        stored = copy.copy(args)
+        self.saving(stored)
+        return stored
 
 
 def _written(event: Mapping[str, Any]) -> None:

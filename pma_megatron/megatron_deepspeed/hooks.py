@@ -28,7 +28,7 @@ from pma_megatron.megatron.session import (
     stepped,
 )
 from pma_megatron.megatron.trees import changed_arguments, current_args
-from pma_megatron.online.average_upload import NoRoomError
+from pma_megatron.online.average_upload import NotSavedError
 from pma_megatron.online.store import FOLDER
 from pma_megatron.storage.paths import place_of
 
@@ -92,7 +92,8 @@ class EngineSession(Session):
         )
         say(self.online.report)
         self.online.place(self._root)  # raises before the first step where nothing can be saved
-        self.say_continued(self.online.load_state(self._root / FOLDER, tokens), engine.global_steps)
+        notes = self.online.load_state(self._root / FOLDER, tokens, args)
+        self.say_continued(notes, engine.global_steps)
 
     def stepped(self, arguments: Mapping[str, Any]) -> None:
         """Take an entry if it is time."""
@@ -109,7 +110,7 @@ class EngineSession(Session):
             say(f"PMA: no average is saved yet: {self.online.why_none()}")
         else:
             say(f"PMA: saving {average.describe()}")
-            with contextlib.suppress(NoRoomError), self.online.saving(self._root) as (folder, _):
+            with contextlib.suppress(NotSavedError), self.online.saving(self._root) as (folder, _):
                 changes = {"save": str(folder.parent)}
                 with changed_arguments(current_args(), changes):
                     fn(**arguments)

@@ -7,6 +7,7 @@ noted no checksums, those inside its zips are all there is to compare with.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -180,17 +181,55 @@ def _changed(folder: Path, found: Mapping[str, int], sums: Sums, comm: Comm) -> 
     """Files of another size, or with another checksum of the whole file."""
 
     def check(name: str) -> str | None:
-        nbytes, expected, path = found[name], sums[name], folder / name
-        if nbytes != expected.bytes:
-            return name
-        if expected.sha256 is not None:
-            return None if _sha256(path, [(0, nbytes)]) == expected.sha256 else name
-        if expected.crc32 is not None:
-            return None if f"{_crc32(path, 0, nbytes):08x}" == expected.crc32 else name
-        return None
+        same = found[name] == sums[name].bytes and _is_same(folder / name, sums[name])
+        return None if same else name
 
     names = sorted(sums, key=lambda name: -found[name])
     return sorted(name for name in _shared(names, check, comm) if name is not None)
+
+
+def _is_same(path: Path, expected: FileSum) -> bool:
+    """Whether a file of the expected size has the checksum of the whole, where there is one."""
+    if expected.sha256 is not None:
+        return _sha256(path, [(0, expected.bytes)]) == expected.sha256
+    if expected.crc32 is not None:
+        return f"{_crc32(path, 0, expected.bytes):08x}" == expected.crc32
+    return True
+
+
+def differing(folder: Path, sums: Sums) -> tuple[str, ...]:
+    """Files, all of the sizes that are expected, whose bytes are not what `sums` say.
+
+    What was read before in this process and has not been written since is not read again.
+
+    Raises:
+        CheckpointError: one cannot be read.
+    """
+    parted = [name for name, each in sums.items() if each.structure_sha256 is not None]
+    zips = _Zips(_files(folder), _items(folder, needed=False)) if parted else None
+
+    def is_other(name: str) -> bool:
+        if zips is not None and name in parted:
+            return _parts(name, sums[name].bytes, sums[name], zips)[0] is not None
+        return not _was_same(folder / name, _stamp(folder / name), sums[name])
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        others = pool.map(is_other, sums)
+        return tuple(name for name, other in zip(sums, others, strict=True) if other)
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _was_same(path: Path, stamp: tuple[int, ...], expected: FileSum) -> bool:
+    del stamp  # it is why an answer holds
+    return _is_same(path, expected)
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _refuse_other_files(folder: Path, found: Mapping[str, int], sums: Sums) -> None:

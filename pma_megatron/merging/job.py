@@ -146,9 +146,9 @@ def _made(
         comm.on_main("refuse", lambda: uploading.refuse_claimed_by_others(wanted))
         there = comm.on_main("refuse", lambda: targets.already(plan, wanted))
         stack.enter_context(publish.telling(wanted))
-        stamps = publish.stamps(wanted)
+        seen = dict(zip(wanted, publish.stamps(wanted), strict=True))
         verified: list[Target] = []
-        stack.push(lambda kind, error, _: _leave(comm, wanted, stamps, error, verified))
+        stack.push(lambda kind, error, _: _leave(comm, seen, error, verified))
         todo = tuple(target for target, same in zip(wanted, there, strict=True) if not same)
         for target in wanted:
             if comm.is_main and target not in todo:
@@ -161,8 +161,7 @@ def _made(
         clock.lap("verify")
         verified += todo
         begun = uploading.upload(plan, todo, comm, show)
-        before_it = dict(zip(wanted, stamps, strict=True))
-        comm.on_main("publish", lambda: _publish(plan, todo, before_it, begun, comm))
+        comm.on_main("publish", lambda: _publish(plan, todo, seen, begun, comm))
         published += [str(target.final) for target in wanted]
         clock.lap("publish")
     return filled, checks
@@ -370,8 +369,7 @@ def _publish(
 
 def _leave(
     comm: Comm,
-    wanted: Sequence[Target],
-    before: Sequence[publish.Stamp | None],
+    before: Mapping[Target, publish.Stamp | None],
     error: BaseException | None,
     verified: Sequence[Target],
 ) -> None:
@@ -383,18 +381,17 @@ def _leave(
     if not comm.is_main:
         return
     point("leave", comm.rank)
+    wanted = tuple(before)
     lost = isinstance(error, RankError) and error.lost
     uploads = any(in_store(target.final) for target in verified)
-    all_but_published = uploads or (verified and isinstance(error, PublishError))
-    cut_off = all_but_published or lost or isinstance(error, KeyboardInterrupt)
+    refused_late = bool(verified) and isinstance(error, PublishError)
+    cut_off = uploads or refused_late or lost or isinstance(error, KeyboardInterrupt)
     pending: list[Target] = []
     if cut_off and journal.has_lines(wanted[0].journal):
-        both = zip(wanted, before, publish.stamps(wanted), strict=True)
-        pending = [
-            t
-            for t, old, new in both
-            if not publish.is_published(t, old, new) and t.staging.exists()
-        ]
+        now = publish.stamps(wanted)
+        both = zip(wanted, before.values(), now, strict=True)
+        left = [t for t, old, new in both if not publish.is_published(t, old, new)]
+        pending = [target for target in left if target.staging.exists()]
     publish.discard([target for target in wanted if target not in pending])
     if not pending:
         removed(wanted[0].journal)

@@ -9,6 +9,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from pma_megatron.base.stopping import shielded
@@ -25,26 +26,67 @@ class HeldError(Exception):
     """Another job holds the lock; the text says which."""
 
 
+@dataclass(frozen=True, slots=True)
+class Lock:
+    """A lock that this process holds.
+
+    Attributes:
+        path: of its file.
+        descriptor: of the same.
+        sure: False where the file system has no locks, or says that no other machine sees it.
+    """
+
+    path: Path
+    descriptor: int
+    sure: bool
+
+    @property
+    def is_there(self) -> bool:
+        """Whether others still see it: somebody may have removed its file."""
+        with contextlib.suppress(FileNotFoundError):
+            return os.path.samestat(os.fstat(self.descriptor), self.path.stat())
+        return False
+
+    def release(self) -> None:
+        """Let go of it, its file too."""
+        with shielded():
+            if self.is_there:
+                with contextlib.suppress(OSError):
+                    self.path.unlink()
+            os.close(self.descriptor)
+
+
+def take(root: Path, name: str, purpose: str) -> Lock:
+    """Take one lock, which is held until it is released or this process ends.
+
+    Raises:
+        HeldError: another job holds it.
+        OSError: its file cannot be made.
+    """
+    lock = _locked_file(root / f"{LOCK}{name}", wait=purpose == WRITING)
+    try:
+        text = f"process {os.getpid()} on {socket.gethostname()} {purpose}".encode()
+        os.ftruncate(lock.descriptor, 0)
+        os.pwrite(lock.descriptor, text, 0)
+    except BaseException:
+        lock.release()
+        raise
+    return lock
+
+
 @contextlib.contextmanager
 def held(root: Path, name: str, purpose: str) -> Iterator[bool]:
-    """Hold one lock; yields False where the file system has none, or says that no other machine
-    sees it.
+    """Hold one lock for the block; yields False where the file system has none, or says that no
+    other machine sees it.
 
     Raises:
         HeldError: another job does.
     """
-    path = root / f"{LOCK}{name}"
-    descriptor, sure = _locked_file(path, wait=purpose == WRITING)
+    lock = take(root, name, purpose)
     try:
-        text = f"process {os.getpid()} on {socket.gethostname()} {purpose}".encode()
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, text, 0)
-        yield sure
+        yield lock.sure
     finally:
-        with shielded():
-            with contextlib.suppress(OSError):
-                path.unlink()
-            os.close(descriptor)
+        lock.release()
 
 
 def is_held(root: Path, name: str) -> bool:
@@ -64,7 +106,7 @@ def is_held(root: Path, name: str) -> bool:
     return False
 
 
-def _locked_file(path: Path, *, wait: bool) -> tuple[int, bool]:
+def _locked_file(path: Path, *, wait: bool) -> Lock:
     """Open and lock; `wait` for a job that only cleans up, which takes moments."""
     before = None
     while True:
@@ -82,10 +124,10 @@ def _locked_file(path: Path, *, wait: bool) -> tuple[int, bool]:
             time.sleep(_AGAIN_S)
             continue
         except OSError as error:
-            _log.warning("%s cannot be locked (%s): run one merge at a time", path, error)
+            _log.warning("%s cannot be locked (%s): run one job at a time there", path, error)
             sure = False
         # Its last holder may have removed the file after it was opened here: nobody sees that lock.
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(descriptor), path.stat()):
-                return descriptor, sure and seen_by_all(descriptor, untold=True)
+        lock = Lock(path, descriptor, sure and seen_by_all(descriptor, untold=True))
+        if lock.is_there:
+            return lock
         os.close(descriptor)

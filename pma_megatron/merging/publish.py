@@ -129,6 +129,8 @@ def publish(plan: MergePlan, target: Target, before: Stamp | None) -> None:
 
 _kept: set[Path] = set()
 """Staging folders, each of one job's own name, that need no second try at the end of that job."""
+_named: set[Path] = set()
+"""Staging folders, likewise, of which what was in them bears its final name."""
 
 
 def _rename(target: Target, before: Stamp | None) -> None:
@@ -141,6 +143,7 @@ def _rename(target: Target, before: Stamp | None) -> None:
         target.final.rename(target.replaced)
         point("replace", 0)
         target.staging.rename(target.final)
+    _named.add(target.staging)
     sync(target.root)
 
 
@@ -196,8 +199,7 @@ def telling(wanted: Sequence[Target]) -> Iterator[None]:
 
 
 def is_published(target: Target, old: Stamp | None, new: Stamp | None) -> bool:
-    """Whether this job did: one in a store that bears the sign of an upload is not there yet, and
-    on a disk what was staged is not beside it any more."""
+    """Whether this job did; one in a store that bears the sign of an upload is not there yet."""
     if in_store(target.final):
         return old != new and not unfinished(target)
-    return old != new and (target.staging in _kept or not target.staging.exists())
+    return target.staging in _named

@@ -13,7 +13,6 @@ from pma_megatron.formats.marker import MARKER_FILE
 from pma_megatron.formats.output import Folder
 from pma_megatron.formats.trainers.saves import published_as
 from pma_megatron.runs.describe import describe
-from pma_megatron.storage.paths import in_store
 
 _SHOWN = 4  # files that one message names
 
@@ -26,11 +25,8 @@ def changed_files(folder: Path, *, quick: bool = False) -> tuple[str, ...]:
         quick: look at the small ones alone where `.metadata` is among them: it says what lies
             where, and differs wherever a trainer has saved. A large average has thousands more.
 
-    () where it lists none, cannot be read or is not there; and in stores, into which no trainer
-    saves.
+    () where it lists none, cannot be read or is not there. In stores it is what was listed last.
     """
-    if in_store(folder):
-        return ()
     try:
         sums = read_marker(folder).sums
     except (CheckpointError, VerifyError):
@@ -46,16 +42,19 @@ def changed_files(folder: Path, *, quick: bool = False) -> tuple[str, ...]:
 def saved_over(folder: Path, *, quick: bool = False) -> tuple[str, ...]:
     """The same of a folder that is a whole checkpoint nevertheless, so that a trainer saved it.
 
-    An average that was damaged is none, or ends early.
+    An average that was damaged is none, or ends early. Files of equal sizes are not told apart:
+    `rewritten` does that.
     """
     changed = changed_files(folder, quick=quick)
-    if not changed:
-        return ()
+    return changed if changed and is_whole(folder) else ()
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether what lies in a folder is a checkpoint, or a model, that can be used."""
     try:
-        whole = describe(published_as(folder).checkpoint).complete
+        return describe(published_as(folder).checkpoint).complete
     except CheckpointError:
-        return ()
-    return changed if whole else ()
+        return False
 
 
 def since(changed: Sequence[str], folder: Folder = Folder.CHECKPOINT) -> str:

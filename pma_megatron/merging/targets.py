@@ -29,6 +29,7 @@ from pma_megatron.formats.trainers.saves import checkpoint_in, output_name
 from pma_megatron.merging.folder_checksums import names_in
 from pma_megatron.merging.leftovers import STAGING, Target, staged_bytes, unfinished
 from pma_megatron.merging.planning import MergePlan
+from pma_megatron.merging.rewritten import rewritten
 from pma_megatron.merging.saved_over import saved_over, since
 from pma_megatron.runs.folders import holds_checkpoint, is_checkpoint
 from pma_megatron.storage.paths import in_store, path_of, place_of
@@ -104,7 +105,7 @@ def refuse_since(plan: MergePlan, target: Target, *, is_there: bool) -> None:
         )
     try:
         _refuse_foreign(target)
-        _refuse_loss(plan, target)
+        refuse_loss(plan, target)
     except OSError as error:
         raise PublishError(
             f"{target.final} is not published, for {error.filename or target.root} cannot be "
@@ -161,7 +162,7 @@ def _refuse(plan: MergePlan, target: Target) -> None:
     _refuse_odd(plan, target)
     _refuse_inside(target)
     _refuse_foreign(target)
-    _refuse_loss(plan, target)
+    refuse_loss(plan, target)
 
 
 def already(plan: MergePlan, wanted: Sequence[Target]) -> tuple[bool, ...]:
@@ -253,14 +254,20 @@ def _is_model(folder: Path) -> bool:
     return registry.detect(folder) in registry.UNTRACKED
 
 
-def _refuse_loss(plan: MergePlan, target: Target) -> None:
+def refuse_loss(plan: MergePlan, target: Target) -> None:
     """An output that is replaced may hold what somebody else put there: that is not deleted.
 
     Where its `pma.json` does not say what was written with it, what the new one would hold too is
     taken for its own, and nothing else.
+
+    Raises:
+        PublishError: it does.
+        CheckpointError: a file that must be compared cannot be read.
+        OSError: the folder cannot be looked at.
     """
     if not target.final.is_dir():
         return
+    _refuse_unmarked(target)
     try:
         sums, why = read_marker(target.final).sums, f"its {MARKER_FILE} has no list of files"
     except (CheckpointError, VerifyError) as error:
@@ -275,7 +282,7 @@ def _refuse_loss(plan: MergePlan, target: Target) -> None:
             f"which was not written with it{doubt} and would be lost. Move what is yours "
             f"elsewhere, or choose another {named(target.setting)}"
         )
-    changed = saved_over(target.final)
+    changed = rewritten(target.final)
     if changed:
         raise PublishError(
             f"{target.final} would be replaced, and {since(changed, target.folder)} and would be "
@@ -325,15 +332,19 @@ def _kind(path: Path) -> str:
     return "a folder" if stat.S_ISDIR(mode) else "a file" if stat.S_ISREG(mode) else "no file"
 
 
-def _refuse_foreign(target: Target) -> None:
-    if not target.root.is_dir():
-        return
+def _refuse_unmarked(target: Target) -> None:
     begun = unfinished(target) and in_store(target.final)
     if target.final.is_dir() and not begun and not (target.final / MARKER_FILE).is_file():
         raise PublishError(
             f"{given(target.setting, target.root)} holds {target.final.name}, a folder by the name "
             "of the output which this tool did not write. Give merges a folder of their own"
         )
+
+
+def _refuse_foreign(target: Target) -> None:
+    if not target.root.is_dir():
+        return
+    _refuse_unmarked(target)
     if target.folder is not Folder.CHECKPOINT:
         return
     for folder in target.root.iterdir():

@@ -32,6 +32,7 @@ from pma_megatron.formats.trainers.saves import save_of
 from pma_megatron.merging.engine import Progress
 from pma_megatron.merging.leftovers import Target, removed
 from pma_megatron.merging.planning import MergePlan
+from pma_megatron.merging.targets import refuse_loss
 from pma_megatron.storage.addresses import below
 from pma_megatron.storage.claims import (
     FRESH_S,
@@ -42,7 +43,7 @@ from pma_megatron.storage.claims import (
     renewing,
 )
 from pma_megatron.storage.paths import in_store, path_of, stored
-from pma_megatron.storage.protocol import Store, same_version
+from pma_megatron.storage.protocol import Object, Store, same_version
 
 Show = Callable[[str, int], AbstractContextManager[Progress]]
 """(stage, total bytes of this rank) -> context that yields a progress callback."""
@@ -122,20 +123,29 @@ def begin(plan: MergePlan, target: Target, files: Mapping[str, int]) -> Claim:
     """Say that the folder is not whole, and remove what is replaced (rank 0 only).
 
     Raises:
-        PublishError: the store refuses, or another job uploads there.
+        PublishError: the store refuses, another job uploads there, or somebody has written there
+            what would be lost.
     """
     layout = plan.layouts[target.folder]
     with _uploading(target) as (store, key):
         sign, work = below(key, UPLOADING_FILE), target.staging.name
         before = refuse_claimed(store, sign, work)
+        seen = _objects(store, key)
+        if plan.request.overwrite:
+            path_of(target.final, again=True)
+            refuse_loss(plan, target)
         ours = {*files, *_known_before(target, before or {})}
         made = claim(store, sign, work, {"files": sorted(ours)})
-        there = [
-            each.key.removeprefix(below(key))
-            for each in store.listed(below(key))
-            if each.nbytes or each.key.removeprefix(below(key)) in ours  # no folder of a console's
-        ]
-        there = [name for name in there if name != UPLOADING_FILE]
+        now = _objects(store, key)
+        if made.new and now != seen:
+            store.delete([sign])
+            raise PublishError(
+                f"{target.final} was written to at this moment, by somebody else: nothing there "
+                f"was touched. Let that end, then run the same command again, or choose another "
+                f"{named(target.setting)}"
+            )
+        # An empty object may be the folder of a console's.
+        there = [name for name, each in now.items() if each.nbytes or name in ours]
         if made.new and there and not plan.request.overwrite:
             store.delete([sign])
             raise PublishError(
@@ -159,6 +169,12 @@ def begin(plan: MergePlan, target: Target, files: Mapping[str, int]) -> Claim:
         store.delete(below(key, name) for name in marks)
         store.delete(below(key, name) for name in gone if name not in marks)
     return made
+
+
+def _objects(store: Store, key: str) -> dict[str, Object]:
+    """What lies in a folder now, by its name there, but for the sign of an upload."""
+    found = {each.key.removeprefix(below(key)): each for each in store.listed(below(key))}
+    return {name: each for name, each in found.items() if name != UPLOADING_FILE}
 
 
 _MARKS = (MARKER_FILE, SEAL_FILE, *MARKERS, "latest")

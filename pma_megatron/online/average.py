@@ -6,6 +6,7 @@ What a trainer adds: which tensors there are (a `Shard`), and how the average ta
 from __future__ import annotations
 
 import copy
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -30,7 +31,10 @@ from pma_megatron.online.window import (
     refuse_remote_window,
     vectors_needed,
 )
+from pma_megatron.runs.tokens import consumed_tokens_of, why_incomparable
 from pma_megatron.storage.paths import place_of
+
+_log = logging.getLogger(__name__)
 
 
 class RunningAverage(ABC):
@@ -83,7 +87,7 @@ class RunningAverage(ABC):
         )
         self._stores: dict[str, WindowStore] = {}
         self._places: dict[str, AveragePlace] = {}
-        self._next = 0
+        self._next, self._told = 0, False
         self._await_after(position)
 
     @property
@@ -93,7 +97,15 @@ class RunningAverage(ABC):
 
     def average(self) -> WindowAverage | None:
         """The average of what is held; None with fewer than two entries (`why_none` says more)."""
-        return self._window.average()
+        average = self._window.average()
+        why = None if average is None else average.not_by_tokens_because
+        if why is not None and not self._told:
+            self._told = True
+            if self._comm.is_main:
+                _log.warning(
+                    "positions in the running average are in iterations, not tokens: %s", why
+                )
+        return average
 
     def why_none(self) -> str | None:
         """Why there is no average yet, None if there is one."""
@@ -167,23 +179,36 @@ class RunningAverage(ABC):
         for store in self._stores.values():
             store.forget(since)
 
+    def is_due(self, position: int) -> bool:
+        """Whether `step` takes an entry there."""
+        return position >= self._next
+
     def _step(self, iteration: int, position: int, args: Any) -> bool:
         """Take an entry if it is time; whether it was."""
-        if position < self._next:
+        if not self.is_due(position):
             return False
         for store in self._stores.values():
             store.wait()  # the oldest entry's memory is about to be used again
-        rate = self._window.copy.learning_rate
         self._window.capture(
-            Member(iteration=iteration, tokens=position, args=copy.copy(args), learning_rate=rate)
+            Member(
+                iteration=iteration,
+                tokens=position,
+                samples=_samples(args, position),
+                interval=self._interval,
+                args=copy.copy(args),
+                learning_rate=self._window.copy.learning_rate,
+            )
         )
         self._await_after(position)
         return True
 
-    def _load_state(self, folder: str | Path, iteration: int, position: int) -> list[str]:
+    def _load_state(
+        self, folder: str | Path, iteration: int, position: int, args: Any
+    ) -> list[str]:
         notes = self._store(folder).load(iteration)
         self._await_after(position)
-        return [*notes, *self._gaps(position)]
+        now = Member(iteration=iteration, tokens=position, samples=_samples(args, position))
+        return [*notes, *self._gaps(now)]
 
     def _some(self) -> WindowAverage:
         average = self.average()
@@ -210,19 +235,43 @@ class RunningAverage(ABC):
             folder=None if folder is None else str(folder),
         )
 
-    def _gaps(self, position: int) -> Iterator[str]:
-        """Entries that should be there by where the run stands; a job that was killed may not have
-        written its last ones."""
-        marks = [entry.tokens // self._interval for entry in self.entries]
-        for (older, newer), entry in zip(pairwise(marks), self.entries, strict=False):
-            if newer > older + 1:
+    def _gaps(self, now: Member) -> Iterator[str]:
+        """Entries that were taken, by where the run stands now, and are not there; a job that was
+        killed may not have written its last ones."""
+        held = self.entries
+        for older, newer in pairwise(held):
+            lost = self._lost(older, newer) if newer.interval == older.interval else 0
+            if lost:
                 yield (
-                    f"{newer - older - 1} entries after iteration {entry.iteration} are missing: "
-                    "the average goes on with those that are there"
+                    f"{lost} entries after iteration {older.iteration} are missing: the average "
+                    "goes on with those that are there"
                 )
-        missing = position // self._interval - (marks[-1] if marks else 0)
-        if missing > 0:
+        # Without any, the flag may be new to the run. What is lost was taken as the newest one was.
+        newest_lost = self._lost(held[-1], now, is_entry=False) if held else 0
+        if newest_lost:
             yield (
-                f"up to {missing} newest entries are missing: the average goes on with those that "
-                "are there"
+                f"up to {newest_lost} newest entries are missing: the average goes on with those "
+                "that are there"
             )
+
+    def _lost(self, older: Member, newer: Member, *, is_entry: bool = True) -> int:
+        """Entries that were taken after one and until another, itself not counted if it is one."""
+        tokens, interval = newer.tokens, older.interval
+        if why_incomparable((older, newer)) is not None:
+            if not (older.samples and newer.samples) or is_entry:
+                return 0
+            # Until it ended, the job before this one counted at its own sequence length.
+            tokens = newer.samples * older.tokens // older.samples
+        if not interval:
+            return 0
+        marks = tokens // interval - older.tokens // interval
+        # An iteration may pass several marks, and is one entry.
+        lost = min(marks, newer.iteration - older.iteration) - (1 if is_entry else 0)
+        most = lost if self._window.method.name == EMA else self._window.last
+        return max(0, min(lost, most))
+
+
+def _samples(args: Any, position: int) -> int | None:
+    """Consumed until now, where Megatron's arguments are those that the position is counted by."""
+    said = getattr(args, "__dict__", {})
+    return said["consumed_train_samples"] if consumed_tokens_of(said)[0] == position else None

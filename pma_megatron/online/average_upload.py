@@ -6,7 +6,7 @@ from __future__ import annotations
 import atexit
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,21 @@ from pma_megatron.base.comm import Comm
 from pma_megatron.base.openfiles import folders_in, is_unreadable
 from pma_megatron.base.remote_paths import refuse_remote
 from pma_megatron.base.sizes import sized
-from pma_megatron.errors import CheckpointError, PublishError
+from pma_megatron.errors import CheckpointError, PublishError, SelectionError
 from pma_megatron.formats import registry
 from pma_megatron.formats.contract import Tracker
 from pma_megatron.formats.holding import MARKERS
 from pma_megatron.formats.json_files import read_json
-from pma_megatron.formats.marker import MARKER_FILE, ONLINE_AVERAGE, UPLOADING_FILE
+from pma_megatron.formats.marker import (
+    MARKER_FILE,
+    ONLINE_AVERAGE,
+    OWN_FILES,
+    UPLOADING_FILE,
+    is_merge,
+)
 from pma_megatron.merging.listing import bytes_in
+from pma_megatron.online.average_folder import AverageFolder, not_ours
+from pma_megatron.online.one_job import LEFT_ALONE, is_sure, other_job
 from pma_megatron.online.remote_folder import is_newer, number_in, said_in, said_on_disk
 from pma_megatron.online.removal import hide, is_still, remove_hidden
 from pma_megatron.online.shared_folder import refuse_unseen
@@ -36,8 +44,8 @@ AT_EXIT_S = 600.0
 """What a job that ends gives an average to get to the store: none may come after it."""
 
 
-class NoRoomError(PublishError):
-    """The disk from which averages go to a store has no room for another one."""
+class NotSavedError(PublishError):
+    """No average is saved this time, which has been told: training goes on."""
 
 
 class AveragePlace:
@@ -49,7 +57,7 @@ class AveragePlace:
     """
 
     def __init__(self, root: str | Path, comm: Comm) -> None:
-        """Look at a place in a store, and put there what an earlier job could not any more.
+        """Look at a place; put into a store what an earlier job could not any more.
 
         Args:
             root: a folder of averages alone, shared by all ranks, or an address.
@@ -57,15 +65,18 @@ class AveragePlace:
 
         Raises:
             UsageError: an address at which nothing can be put.
-            PublishError: the store refuses, or holds checkpoints that are no averages.
+            PublishError: the store refuses, or there are checkpoints that are no averages.
         """
         refuse_remote("save_dir", root, stores=True, put=True)
         self.root, self._comm = place_of(root), comm
         self.folder = workplace(self.root)
         self._uploads: AverageUploads | None = None
+        self._averages: AverageUploads | AverageFolder | None = None
         self.is_remote = in_store(self.root)
         if self.is_remote and comm.is_main:
-            self._uploads = AverageUploads(self.root, self.folder)
+            self._averages = self._uploads = AverageUploads(self.root, self.folder)
+        elif comm.is_main:
+            self._averages = AverageFolder(self.folder)
         comm.on_main("root of averages", self._prepare)
         if self.is_remote:
             refuse_unseen(self.folder, "averages", comm)
@@ -79,18 +90,19 @@ class AveragePlace:
         One of that name in a store stays there until the upload of the new one begins.
 
         Raises:
-            NoRoomError: none should be: the disk has no room, as where earlier ones still wait for
-                the store, or fails, and that would end the training that saves there. It has been
-                told, and nothing was removed.
+            NotSavedError: none should be, and that has been told; nothing was removed. What lies
+                there by now is no average, or another job saves its own there; or the disk has no
+                room, as where earlier ones still wait for the store, or fails, and that would end
+                the training that saves there.
         """
         why = self._comm.on_main("place of the average", lambda: self._make_room(name))
         if why is not None:
-            raise NoRoomError(why)
+            raise NotSavedError(why)
 
     def saved(self, name: str) -> None:
-        """It is whole, its checksums too (rank 0 alone): put it into the store."""
-        if self._uploads is not None:
-            self._uploads.saved(name)
+        """It is whole, its checksums too (rank 0 alone): put it into a store, if it is for one."""
+        if self._averages is not None:
+            self._averages.saved(name)
 
     def wait(self, timeout_s: float | None) -> None:
         """Until all is in the store; what is not by then stays on the disk, and is told."""
@@ -98,11 +110,11 @@ class AveragePlace:
             self._uploads.wait(timeout_s)
 
     def _prepare(self) -> None:
-        if self._uploads is not None:
-            self._uploads.prepare()
+        if self._averages is not None:
+            self._averages.prepare()
 
     def _make_room(self, name: str) -> str | None:
-        why = None if self._uploads is None else self._uploads.make_room(name)
+        why = None if self._averages is None else self._averages.make_room(name)
         if why is not None:
             why = f"no average is saved as {name}: {why}"
             _log.warning("%s", why)
@@ -119,6 +131,8 @@ class AverageUploads(Uploads):
         self._ready: dict[str, int] = {}
         """Name -> number of the save, 0 for what an earlier job left."""
         self._saves = self._pointed_to = self._largest_bytes = 0
+        self._has_looked = False
+        """Whether what earlier jobs left here was taken up."""
 
     def prepare(self) -> None:
         """Refuse a place that is not for averages; find what an earlier job left.
@@ -136,20 +150,35 @@ class AverageUploads(Uploads):
         except OSError as error:
             raise PublishError(f"averages cannot go to {self.address}: {error}") from error
         if others:
-            raise PublishError(
-                f"{self.address}/{others[0]} is a checkpoint that is not an average (it has no "
-                f"{MARKER_FILE}): an average saved beside it could take its place, and that of a "
-                "trainer's tracker. Give averages a place of their own"
-            )
+            raise PublishError(not_ours(f"{self.address}/{others[0]}"))
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            other = self._other_job()
         except OSError as error:
             raise PublishError(f"cannot make {self.folder}: {error.strerror}") from error
-        remove_hidden(self.folder)
-        for each in folders_in(self.folder):
-            if each.name.startswith("."):
-                continue
-            self._take_up(each)
+        if other is not None:
+            _log.warning(
+                "%s. What lies there stays as it is, and this job saves no average before that one "
+                "has ended: end one of the two, or give one of them another address",
+                other,
+            )
+
+    def _other_job(self) -> str | None:
+        """Which other job saves averages here; where none does, what such jobs left is taken up.
+
+        Raises:
+            OSError: the disk fails.
+        """
+        other = other_job(self.folder)
+        if other is not None:
+            return f"another job{other} saves averages for {self.address} in {self.folder}"
+        if not self._has_looked:
+            remove_hidden(self.folder)
+            for each in folders_in(self.folder):
+                if not each.name.startswith("."):
+                    self._take_up(each)
+            self._has_looked = True
+        return None
 
     def _take_up(self, folder: Path) -> None:
         """Put there what an earlier job left, if it is whole; remove it if it never will be."""
@@ -173,8 +202,11 @@ class AverageUploads(Uploads):
             is_average
             or iteration_of(folder) is not None
             or registry.detect(folder) == registry.DEEPSPEED
-        ) and self._let_go(folder) is None:
-            _log.warning("removed %s, left by a job that was cut off while it saved", folder)
+        ):
+            if not is_sure(self.folder):
+                _log.warning(LEFT_ALONE, folder)
+            elif self._let_go(folder) is None:
+                _log.warning("removed %s, left by a job that was cut off while it saved", folder)
 
     def saved(self, name: str) -> None:
         """Put that one there; returns at once. What does not say that it is an average stays on the
@@ -203,13 +235,16 @@ class AverageUploads(Uploads):
         Returns:
             why none should be saved; None where it is.
         """
-        waiting = [each.name for each in self._waiting() if each.name != name]
-        needed = self._largest_bytes
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            other = self._other_job()
+            if other is not None:
+                return other
+            waiting = [each.name for each in self._waiting() if each.name != name]
+            needed = self._largest_bytes
             disk = shutil.disk_usage(self.folder)
             free = disk.free + bytes_in(self.folder / name)
-        except OSError as error:
+        except (OSError, SelectionError) as error:
             return f"{self.folder} fails: {error}"
         # With others that wait, what training itself saves may be next on that disk.
         if disk.total and free < needed + (needed // 4 if waiting else 0):  # some tell nothing
@@ -300,15 +335,30 @@ class AverageUploads(Uploads):
 
 
 def _others(store: Store, root: str) -> list[str]:
-    """Folders at `root` with checkpoints that are no averages."""
+    """Folders at `root` with checkpoints that are no averages, whole or begun."""
     inside: dict[str, set[str]] = {}
     for each in store.listed(below(root)):
         name, _, rest = each.key.removeprefix(below(root)).partition("/")
-        if rest and "/" not in rest:
+        if rest:
             inside.setdefault(name, set()).add(rest)
+    found = {}
+    for name, files in sorted(inside.items()):
+        if UPLOADING_FILE not in files and (_is_begun(name, files) or _is_whole(files)):
+            said = said_in(store, below(root, name))
+            found[name] = said.get("kind") == ONLINE_AVERAGE or is_merge(said)
+    # Where averages are, what is begun may be what is left of one that was deleted.
+    is_of_averages = any(found.values())
     return [
         name
-        for name, files in sorted(inside.items())
-        if not files & {MARKER_FILE, UPLOADING_FILE}
-        and any(file in MARKERS or file.endswith(_OF_TAGS) for file in files)
+        for name, is_average in found.items()
+        if not is_average and (_is_whole(inside[name]) or not is_of_averages)
     ]
+
+
+def _is_begun(name: str, files: Set[str]) -> bool:
+    return iteration_of(Path(name)) is not None and bool(files - OWN_FILES)
+
+
+def _is_whole(files: Set[str]) -> bool:
+    """Whether a checkpoint may be: these are what makes one whole, or one of the parts of a tag."""
+    return any("/" not in file and (file in MARKERS or file.endswith(_OF_TAGS)) for file in files)

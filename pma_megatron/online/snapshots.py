@@ -7,6 +7,7 @@ main params, whole or rounded once to bfloat16, and a mark that says so (`format
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import secrets
@@ -34,6 +35,7 @@ from pma_megatron.formats.torch_dist.chunks import (
     stored,
 )
 from pma_megatron.formats.torch_dist.completeness import completeness
+from pma_megatron.online.one_job import LEFT_ALONE, is_sure, other_job
 from pma_megatron.online.removal import remove_hidden
 from pma_megatron.online.shared_folder import refuse_unseen
 from pma_megatron.online.snapshot_branches import SnapshotBranches
@@ -157,6 +159,8 @@ class SnapshotWriter:
             _log.info("%s is there already and whole: kept", target)
             return
         if self._comm.is_main:
+            with contextlib.suppress(OSError):  # another may have ended: the next sees this one
+                other_job(self.root)
             self._remove_given_up()
         if self._branches is not None:
             self._branches.comes_to(iteration)
@@ -286,17 +290,20 @@ class SnapshotWriter:
         there: frozenset[int] = frozenset()
         if self._uploads is not None:
             there = self._uploads.there()
-        self._make()
+        is_alone = self._make()
         if self._branches is not None:
             in_store = None if self._uploads is None else self._uploads.branches()
             self._branches.look(trained_from, in_store)
         if self._uploads is not None:
-            self._uploads.remove_empty()
+            if is_alone:
+                self._uploads.remove_empty()
             there |= self._uploads.left()
             self._uploads.begin()
         return there
 
-    def _make(self) -> None:
+    def _make(self) -> bool:
+        """Make the folder, and remove what was cut off there; False where another job may still be
+        writing that."""
         if (self.root / TRACKER_FILE).exists():
             raise PublishError(
                 f"{self.root} holds {TRACKER_FILE}: it is Megatron's own folder. Snapshots need "
@@ -304,15 +311,29 @@ class SnapshotWriter:
             )
         try:
             self.root.mkdir(parents=True, exist_ok=True)
+            other = other_job(self.root)
         except OSError as error:
-            raise PublishError(f"cannot make {self.root}: {error.strerror}") from error
+            raise PublishError(f"cannot write into {self.root}: {error.strerror}") from error
+        if other is not None:
+            _log.warning(
+                "another job%s writes snapshots in %s: what it may be writing now stays as it is. "
+                "Two jobs of one run replace each other's snapshots: end one of the two, or give "
+                "one of them another folder",
+                other,
+                self.root,
+            )
+            return False
         remove_hidden(self.root)
         for folder in self.root.glob(f"{STAGING}*"):
+            if not is_sure(self.root):
+                _log.warning(LEFT_ALONE, folder)
+                continue
             shutil.rmtree(folder, ignore_errors=True)
             if folder.exists():
                 _log.warning("%s, left by a run that was cut off, cannot be removed", folder)
             else:
                 _log.warning("removed %s, left by a run that was cut off", folder)
+        return True
 
     def _remove_given_up(self) -> None:
         for folder in self.root.glob(f"{STAGING}*-{self._token}-*"):

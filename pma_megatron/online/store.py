@@ -14,7 +14,7 @@ import threading
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,11 +24,13 @@ from pma_megatron.base.spelling import renamed
 from pma_megatron.errors import CheckpointError, PublishError
 from pma_megatron.formats.holding import holding
 from pma_megatron.formats.rates import LEARNING_RATE
+from pma_megatron.formats.schema import is_count
 from pma_megatron.formats.source import Source
 from pma_megatron.live.plan import LivePlan
 from pma_megatron.merging.opening import open_sources
 from pma_megatron.merging.request import MergeRequest
 from pma_megatron.merging.source_checksums import checked
+from pma_megatron.online.average_folder import WINDOW
 from pma_megatron.online.shard import Shard
 from pma_megatron.online.snapshots import SnapshotWriter
 from pma_megatron.online.window import ExponentialAverage, Member, Window
@@ -37,12 +39,35 @@ from pma_megatron.runs.discover import list_checkpoints
 from pma_megatron.runs.refs import CheckpointRef, iteration_of
 from pma_megatron.storage.paths import path_of, place_of
 
-FOLDER = "window"
+FOLDER = WINDOW
 """Below the root of the averages."""
-_MEMBERS = "pma_members"
+_MEMBERS, _INTERVAL, _POSITION = "pma_members", "pma_interval", "pma_position"
 _log = logging.getLogger(__name__)
 _AT_EXIT_S = 60.0  # another rank may be gone, and a job that ends must end
 _BEFORE_LOAD_S = 600.0
+
+
+class _Found(NamedTuple):
+    """An entry on disk."""
+
+    ref: CheckpointRef
+    members: int
+    interval: int | None
+    position: int | None
+
+    def entry(self) -> Member:
+        """As it was when it was taken."""
+        ref = self.ref
+        assert ref.iteration is not None and ref.consumed_tokens is not None
+        tokens = ref.consumed_tokens if self.position is None else self.position
+        return Member(
+            iteration=ref.iteration,
+            tokens=tokens,
+            samples=ref.consumed_samples if tokens == ref.consumed_tokens else None,
+            interval=self.interval,
+            learning_rate=schedule_of(ref).learning_rate,
+            members=self.members,
+        )
 
 
 class WindowStore:
@@ -132,8 +157,8 @@ class WindowStore:
         self._stored -= spoiled
         self._stale = [*(self._stale or ()), *spoiled] if spoiled else self._stale
 
-    def _find(self, iteration: int) -> tuple[list[tuple[CheckpointRef, int]], list[int], list[str]]:
-        """Entries up to `iteration` (reference, members), later ones, and notes.
+    def _find(self, iteration: int) -> tuple[list[_Found], list[int], list[str]]:
+        """Entries up to `iteration`, later ones, and notes.
 
         Of an exponential average the newest is all; the one before comes along to be compared.
 
@@ -165,15 +190,15 @@ class WindowStore:
                 f"{len(stale)} entries after iteration {iteration} are of a later part of the run "
                 "that was given up: they will be replaced"
             )
-        found = [(r, _members(r)) for r in whole if r.iteration not in stale]
+        found = [_found(r) for r in whole if r.iteration not in stale]
         if isinstance(self.window, ExponentialAverage):
             return found[-2:], stale, notes
         # An exponential average is no member of a window.
-        return [(r, n) for r, n in found if n == 1][-self.window.last :], stale, notes
+        return [each for each in found if each.members == 1][-self.window.last :], stale, notes
 
-    def _restore(self, found: Sequence[tuple[CheckpointRef, int]]) -> None:
+    def _restore(self, found: Sequence[_Found]) -> None:
         """Open all entries, which prove themselves by that, before the first one is taken."""
-        refs = [ref for ref, _ in found]
+        refs = [each.ref for each in found]
         for ref in refs:
             if ref.iteration is None or ref.consumed_tokens is None:
                 because = ref.tokens_unknown_because
@@ -184,15 +209,8 @@ class WindowStore:
         request = MergeRequest(load=str(self.root))
         sources = open_sources(request, refs, everywhere, self._comm)
         taken = 1 if isinstance(self.window, ExponentialAverage) else len(refs)
-        for (ref, members), source in list(zip(found, sources, strict=True))[-taken:]:
-            assert ref.iteration is not None and ref.consumed_tokens is not None
-            entry = Member(
-                iteration=ref.iteration,
-                tokens=ref.consumed_tokens,
-                learning_rate=schedule_of(ref).learning_rate,
-                members=members,
-            )
-            self._take(entry, source)
+        for each, source in list(zip(found, sources, strict=True))[-taken:]:
+            self._take(each.entry(), source)
 
     def _take(self, entry: Member, source: Source) -> None:
         plan = LivePlan(
@@ -233,10 +251,16 @@ def _args(entry: Member) -> Namespace:
         given = Namespace(consumed_train_samples=entry.tokens, seq_length=1)
     given = copy.copy(given)
     setattr(given, _MEMBERS, entry.members)
+    setattr(given, _INTERVAL, entry.interval)
+    setattr(given, _POSITION, entry.tokens)
     setattr(given, LEARNING_RATE, entry.learning_rate)
     return given
 
 
-def _members(ref: CheckpointRef) -> int:
-    """How many members an entry is the average of; one that cannot be read is not taken for one."""
-    return int(args_of(path_of(ref.path)).get(_MEMBERS, 1))
+def _found(ref: CheckpointRef) -> _Found:
+    """What an entry says of itself; one that cannot be read is not taken for one."""
+    said = args_of(path_of(ref.path))
+    interval, position = (
+        said[key] if is_count(said.get(key)) else None for key in (_INTERVAL, _POSITION)
+    )
+    return _Found(ref, int(said.get(_MEMBERS, 1)), interval, position)

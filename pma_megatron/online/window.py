@@ -7,9 +7,10 @@ float32 values, so that the average of a window is, bit for bit, the merge of it
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ import torch
 from pma_megatron.base.remote_paths import refuse_remote
 from pma_megatron.base.spelling import given, named
 from pma_megatron.errors import UsageError
-from pma_megatron.merging.coefficients import Coefficients
+from pma_megatron.merging.coefficients import DECAYS, Coefficients
 from pma_megatron.merging.request import Method
 from pma_megatron.merging.sums import Sum, fold
 from pma_megatron.online.hostcopy import HostCopy
 from pma_megatron.online.shard import VectorPart
+from pma_megatron.runs.tokens import format_tokens, why_incomparable
 
 EMA = "ema"
 _FEWEST = 2
@@ -34,7 +36,10 @@ class Member:
 
     Attributes:
         iteration: of the run.
-        tokens: consumed until then.
+        tokens: consumed until then; iterations where the average goes by those.
+        samples: consumed until then, at the sequence length that `tokens` counts with; None if
+            unknown.
+        interval: tokens from one entry to the next as it was taken, None if unknown.
         args: Megatron's arguments as of then, to be stored with it.
         learning_rate: that training went on with, None if unknown; to be stored with it.
         members: how many members it stands for (more than 1 for an exponential average).
@@ -42,9 +47,30 @@ class Member:
 
     iteration: int
     tokens: int
+    samples: int | None = None
+    interval: int | None = None
     args: Any = None
     learning_rate: float | None = None
     members: int = 1
+
+    @property
+    def consumed_samples(self) -> int | None:
+        """For `why_incomparable`, as what follows."""
+        return self.samples
+
+    @property
+    def consumed_tokens(self) -> int | None:
+        """Never None."""
+        return self.tokens
+
+    @property
+    def tokens_unknown_because(self) -> str | None:
+        """Always None."""
+        return None
+
+    def describe(self) -> str:
+        """The name to use in a message."""
+        return f"iteration {self.iteration} ({format_tokens(self.tokens)} tokens)"
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -54,12 +80,15 @@ class WindowAverage:
     Attributes:
         entries: what it is made of, oldest first; of an exponential average the newest alone.
         coefficients: how.
+        not_by_tokens_because: why the coefficients are made from iterations, where they are made
+            from positions and the entries' tokens do not measure them; else None.
         made: slot -> the averaged elements, 1-D float32 on the host; do not change them.
     """
 
     entries: tuple[Member, ...]
     coefficients: Coefficients | None
     made: Callable[[VectorPart[Any]], torch.Tensor]
+    not_by_tokens_because: str | None = None
 
     def describe(self) -> str:
         """`sma of 3 (iterations 10, 20, 30)`."""
@@ -149,7 +178,8 @@ class Window:
         if self.why_none() is not None:
             return None
         entries = self.entries
-        made = self.method.of([entry.tokens for entry in entries], len(entries))
+        positions, why = _positions(entries)
+        made = self.method.of(positions, len(entries))
         how, sources = Sum.of(made.values), [self._vectors[index] for _, index in self._held]
 
         def average(slot: VectorPart[Any]) -> torch.Tensor:
@@ -157,13 +187,21 @@ class Window:
             how.into(out, [slot.of(source) for source in sources])
             return out
 
-        return WindowAverage(entries, made, average)
+        return WindowAverage(entries, made, average, why if self.method.name in DECAYS else None)
 
     def why_none(self) -> str | None:
         """Why there is no average yet, or None."""
         needed = _FEWEST if self.method.values is None else len(self.method.values)
         held = sum(entry.members for entry in self.entries)
-        return f"{held} of {needed} members" if held < needed else None
+        if held < needed:
+            return f"{held} of {needed} members"
+        positions, why = _positions(self.entries)
+        if self.method.name in DECAYS and not positions:
+            return (
+                f"method {self.method.name!r} needs to know how far apart its members are, and "
+                f"iterations do not grow from one to the next, nor can tokens be compared: {why}"
+            )
+        return None
 
     def _next(self) -> torch.Tensor:
         used = {index for _, index in self._held}
@@ -220,7 +258,8 @@ def make_window(copy: HostCopy, method: Method, last: int, folder: Path | None =
     """A ring of `last` entries, or an exponential average.
 
     Raises:
-        UsageError: custom coefficients of another number; EMA without alpha; the folder.
+        UsageError: custom coefficients of another number; EMA without alpha; a parameter out of
+            range, or of another method; the folder.
     """
     if method.name == EMA:
         if method.alpha is None:
@@ -235,6 +274,7 @@ def make_window(copy: HostCopy, method: Method, last: int, folder: Path | None =
             f"{len(method.values)} custom coefficients were given for a window of {last}: give one "
             f"per member, oldest first ({named('coefficients')}), or change {named('last')}"
         )
+    method.of(range(1, last + 1), last)  # what is out of range must not wait for the first average
     return Window(copy, method, last, folder)
 
 
@@ -251,6 +291,17 @@ def refuse_remote_window(folder: str | Path | None) -> None:
         "while training goes on, and ends with the job: give a folder of a node-local disk. What a "
         "restart goes on with is saved with the averages, which may go to an address",
     )
+
+
+def _positions(entries: Sequence[Member]) -> tuple[tuple[int, ...], str | None]:
+    """How far the run was at each entry, as the offline job sees it, and why not in tokens: tokens,
+    or iterations where those cannot be compared, or () where neither grows."""
+    why = why_incomparable(entries)
+    if why is None:
+        return tuple(entry.tokens for entry in entries), None
+    iterations = tuple(entry.iteration for entry in entries)
+    grows = all(older < newer for older, newer in pairwise(iterations))
+    return iterations if grows else (), why
 
 
 def vectors_needed(method: Method, last: int) -> int:

@@ -28,6 +28,7 @@ from pma_megatron.merging.job import Show, merge, silent
 from pma_megatron.merging.locks import WRITING, HeldError, held
 from pma_megatron.merging.planning import MergePlan
 from pma_megatron.merging.request import MergeRequest
+from pma_megatron.merging.rewritten import rewritten
 from pma_megatron.retention.pruning import Row, prune
 from pma_megatron.retention.request import PruneRequest
 from pma_megatron.runs.refs import CheckpointRef
@@ -305,7 +306,10 @@ class _Follower:
             return
         for folder in (path_of(each) for each in published if not _is_export(path_of(each))):
             self._check()
-            old = old_of_own(folder.parent, self._merge, end=end, keep=keep)
+            old, stay = old_of_own(folder.parent, self._merge, end=end, keep=keep)
+            for each, why in stay.items():
+                text = f"{each} stays: {why}"
+                self._events.say(said.FAILED, text, error=why, folder=each)
             if not old:
                 continue
             wanted = PruneRequest(root=str(folder.parent), keep_iterations=(end,))
@@ -324,7 +328,10 @@ class _Follower:
 
 
 def _is_one_of(folders: frozenset[str], request: MergeRequest, ref: CheckpointRef) -> bool:
-    return ref.folder in folders and is_own(path_of(ref.folder), request)
+    if ref.folder not in folders:
+        return False
+    folder = path_of(ref.folder)
+    return is_own(folder, request) and not rewritten(folder)
 
 
 def _every_file(seen: Seen) -> tuple[object, ...]:

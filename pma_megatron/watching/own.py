@@ -16,6 +16,7 @@ from pma_megatron.errors import CheckpointError, PublishError, VerifyError
 from pma_megatron.formats.manifest import read_marker
 from pma_megatron.merging.leftovers import Target, unfinished
 from pma_megatron.merging.request import MergeRequest
+from pma_megatron.merging.rewritten import rewritten
 from pma_megatron.merging.rolling import ROLLING, read
 from pma_megatron.merging.saved_over import saved_over, since
 from pma_megatron.runs.discover import list_checkpoints
@@ -87,15 +88,24 @@ def replaces(wanted: Iterable[Target], request: MergeRequest) -> bool:
     return bool(own)
 
 
-def old_of_own(root: Path, request: MergeRequest, *, end: int, keep: int) -> frozenset[str]:
+def old_of_own(
+    root: Path, request: MergeRequest, *, end: int, keep: int
+) -> tuple[frozenset[str], dict[str, str]]:
     """Folders of the averages of this watch up to `end`, but for the newest `keep` of them.
 
     Those of iterations past `end` are of a branch that the run has given up: they stay.
+
+    Returns:
+        what may go; and what stays because something else was written over it, with why.
+
+    Raises:
+        CheckpointError, SelectionError: what lies there cannot be read.
     """
     root = path_of(str(root), again=True)
     refs = [ref for ref in list_checkpoints(root) if is_own(path_of(ref.folder), request)]
     numbered = sorted((ref.iteration, ref.folder) for ref in refs if ref.iteration is not None)
     upto = [(iteration, folder) for iteration, folder in numbered if iteration <= end]
     old = [folder for iteration, folder in upto[:-keep] if iteration != end]
-    # All files are looked at before one is deleted.
-    return frozenset(folder for folder in old if not saved_over(path_of(folder)))
+    changed = {folder: rewritten(path_of(folder)) for folder in old}
+    stay = {folder: since(names) for folder, names in changed.items() if names}
+    return frozenset(set(old) - set(stay)), stay

@@ -19,6 +19,7 @@ from pma_megatron.merging.entry_rules import moments_averaged
 from pma_megatron.merging.planning import MergePlan, make_plan
 from pma_megatron.merging.policy import MAIN, Action
 from pma_megatron.merging.request import MergeRequest, Method
+from pma_megatron.merging.rewritten import rewritten
 from pma_megatron.merging.rolling import (
     LIMIT,
     ROLLING,
@@ -29,6 +30,7 @@ from pma_megatron.merging.rolling import (
     exact_bound,
     read,
 )
+from pma_megatron.merging.saved_over import since
 from pma_megatron.runs.discover import list_checkpoints
 from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.runs.selection_request import SelectionRequest
@@ -133,6 +135,8 @@ def _before(request: MergeRequest, end: int) -> tuple[Rolling, CheckpointRef, in
     if not there:
         raise ExactError("no average of this watch is there yet")
     newest = max(there, key=lambda ref: ref.iteration or 0)
+    if changed := rewritten(path_of(newest.folder)):
+        raise ExactError(f"{newest.folder} was an average, and {since(changed)}")
     said = read_json(path_of(newest.folder) / MARKER_FILE)
     found = read(said[ROLLING]) if ROLLING in said else _exact(said, request)
     if found is None:

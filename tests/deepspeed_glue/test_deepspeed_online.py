@@ -352,6 +352,6 @@ def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
         assert "one of interval_iterations= and interval_tokens=" in said["both"]
         assert "interval_iterations= must be at least 1, got 0" in said["zero"]
         assert "1 of 2 members" in said["early"] and "1 of 2 members" in said["early save"]
-        assert "global_step3 is a tag that is not an average" in said["own root"]
+        assert "global_step3 is a checkpoint that is not a running average" in said["own root"]
         assert "saves in the background" in said["background"]
         assert "give consumed_tokens" in said["tokens"]

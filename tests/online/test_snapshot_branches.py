@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_snapshot_writer import PATIENCE_S, assert_whole, simple_chunks, simple_data
 
-from conftest import digests, folder_of
+from conftest import digests, folder_of, names_in
 from pma_megatron import PmaError, SelectionRequest, list_checkpoints
 from pma_megatron.base.comm import Comm
 from pma_megatron.formats.marker import BRANCHES_FILE, SNAPSHOTS
@@ -359,7 +359,7 @@ def test_ranks_replace_what_one_rank_wrote(tmp_path: Path) -> None:
     assert run_ranks(again_in_ranks, 2, str(tmp_path)) == ["written"] * 2
     assert_whole(folder_of(tmp_path, 1), 1 + OTHER)
     assert (folder_of(tmp_path, 1) / "__1_0.distcp").is_file()
-    assert {path.name for path in tmp_path.iterdir()} == {"iter_0000001", BRANCHES_FILE}
+    assert {*names_in(tmp_path)} == {"iter_0000001", BRANCHES_FILE}
 
 
 def test_what_is_replaced_is_never_taken_for_published(tmp_path: Path) -> None:
@@ -389,4 +389,4 @@ def test_killed_while_it_replaces(tmp_path: Path) -> None:
     for iteration in (1, 2):
         assert_whole(folder_of(tmp_path, iteration), iteration + OTHER)
     snapshots = {"iter_0000001", "iter_0000002"}
-    assert {path.name for path in tmp_path.iterdir()} == {*snapshots, BRANCHES_FILE}
+    assert {*names_in(tmp_path)} == {*snapshots, BRANCHES_FILE}

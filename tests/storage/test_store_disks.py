@@ -22,11 +22,12 @@ from test_store_uploads import (
     writer,
 )
 
-from pma_megatron.deepspeed.online import _refuse_other_tags
+from pma_megatron.base.openfiles import folders_in
 from pma_megatron.formats.marker import MARKER_FILE, ONLINE_AVERAGE
 from pma_megatron.megatron import save
 from pma_megatron.online import average_upload, uploads
-from pma_megatron.online.average_upload import NoRoomError
+from pma_megatron.online.average_folder import AverageFolder
+from pma_megatron.online.average_upload import NotSavedError
 from pma_megatron.online.removal import REMOVED
 from pma_megatron.online.snapshots import name_of
 
@@ -49,14 +50,14 @@ def test_without_room_nothing_is_removed(
     place.wait(PATIENCE_S)
     with monkeypatch.context() as patch:
         full(patch, 1)
-        with pytest.raises(NoRoomError):
+        with pytest.raises(NotSavedError):
             place.begin(name_of(100))
         assert there(address) == [100]
         down(True)
     average(place, 60, made)
     with monkeypatch.context() as patch:
         full(patch, 1)
-        with pytest.raises(NoRoomError, match=name_of(60)):
+        with pytest.raises(NotSavedError, match=name_of(60)):
             place.begin(name_of(100))
     place.wait(0)
     down(False)
@@ -78,15 +79,15 @@ def test_what_got_there_is_removed_under_another_name(
         place.wait(PATIENCE_S)
         (left,) = place.folder.glob(f"{REMOVED}*")
         (left / MARKER_FILE).unlink()
-        _refuse_other_tags(place.folder)
+        AverageFolder(place.folder).prepare()
     place = new_place()
-    assert not [*place.folder.iterdir()]
+    assert not folders_in(place.folder)
 
 
 def test_what_an_earlier_release_left_of_a_tag_is_removed(address: str, new_place: Places) -> None:
     folder = tag(new_place().folder / "mine", 1.0)
     (folder / MARKER_FILE).unlink()
-    _refuse_other_tags(new_place().folder)
+    new_place()
     assert not folder.exists()
 
 
@@ -124,7 +125,7 @@ def test_a_disk_that_fails_ends_no_training(
         if what == "entry":
             entries.give_up({50})
         else:
-            with pytest.raises(NoRoomError, match="cannot be removed"):
+            with pytest.raises(NotSavedError, match="cannot be removed"):
                 place.begin(name_of(50))
     down(False)
     entries.wait_for_uploads(PATIENCE_S)

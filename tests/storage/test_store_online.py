@@ -27,11 +27,11 @@ from pma_megatron.megatron import argument_parser, hooks
 from pma_megatron.megatron.online import OnlineAverage
 from pma_megatron.megatron.save import note_origin
 from pma_megatron.megatron.trees import global_vars
-from pma_megatron.online.average_upload import AveragePlace, NoRoomError
+from pma_megatron.online.average_upload import AveragePlace, NotSavedError
 from pma_megatron.online.snapshots import SnapshotWriter
 from pma_megatron.storage.object_store import ObjectStore
 from pma_megatron.testing import TinyTrainer, inject, rank_outcomes, run_ranks
-from s3 import keys
+from s3 import files_in, keys
 
 Put = Callable[[Path, str], str]
 Got = Callable[[str, Path], Path]
@@ -45,7 +45,7 @@ def iterations(s3: Any, bucket: str, prefix: str) -> list[int]:
 
 
 def files_left(spools: Path) -> list[Path]:
-    return [path for path in spools.rglob("*") if path.is_file() and "outputs" in path.parts]
+    return [path for path in files_in(spools) if "outputs" in path.parts]
 
 
 # The state of the window.
@@ -307,6 +307,18 @@ def test_averages_are_those_of_a_disk(
     assert files_left(spools) == []
 
 
+def test_a_folder_of_another_run_is_taken_by_no_flag(
+    dense_run: Path, on_a_disk: Path, tmp_path: Path
+) -> None:
+    """Nothing is written there, which the run's own fixture looks at; a restart goes on."""
+    for end in rank_outcomes(trained, 2, str(tmp_path / "run"), str(dense_run), False):
+        assert not end.ok and "is not a running average" in end.traceback
+    averages = shutil.copytree(on_a_disk, tmp_path / "averages")
+    run_ranks(trained, 2, str(tmp_path / "run"), str(averages), False)
+    assert sorted(path.name for path in averages.glob("iter_*")) == ["iter_0000002", "iter_0000004"]
+    assert not [*averages.glob(".pma-*")]
+
+
 def test_an_average_that_was_cut_off_goes_there_with_the_next_job(
     s3: Any, bucket: str, got: Got, tmp_path: Path, spools: Path
 ) -> None:
@@ -359,7 +371,7 @@ def full(rank: int, world_size: int, place: str) -> list[int]:
         trainer.train(1)
         average.step(iteration, iteration)
         made = average.average()
-        with contextlib.suppress(NoRoomError):
+        with contextlib.suppress(NotSavedError):
             there.begin(f"iter_{iteration:07d}")
             assert made is not None
             with average.averaged_state():
@@ -409,7 +421,7 @@ def test_a_place_with_other_checkpoints_is_refused(
     address = put(dense_run, "run")
     before = keys(s3, bucket)
     for said in run_ranks(begun, 2, address):
-        assert "is a checkpoint that is not an average" in said
+        assert "is a checkpoint that is not a running average" in said
     assert "a whole bucket" in begun(0, 1, f"s3://{bucket}")
     assert "cannot go to" in begun(0, 1, "s3://no-such-bucket-here/averages")
     assert "nothing is put there" in begun(0, 1, "msc://profile/averages")

@@ -31,7 +31,7 @@ from pma_megatron.storage import spool
 from pma_megatron.storage.object_store import ObjectStore
 from pma_megatron.storage.paths import place_of, workplace
 from pma_megatron.testing import run_ranks
-from s3 import keys
+from s3 import files_in, keys
 
 Got = Callable[[str, Path], Path]
 PATIENCE_S = 200.0
@@ -64,7 +64,7 @@ def folders(s3: Any, bucket: str) -> set[str]:
 
 
 def files_left(spools: Path) -> list[Path]:
-    return [path for path in spools.rglob("*") if path.is_file() and "outputs" in path.parts]
+    return [path for path in files_in(spools) if "outputs" in path.parts]
 
 
 def test_two_ranks(s3: Any, bucket: str, got: Got, tmp_path: Path, spools: Path) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +33,7 @@ from pma_megatron import (
 )
 from pma_megatron.base.stopping import Stopped, stoppable
 from pma_megatron.errors import PublishError
+from pma_megatron.merging import uploading
 from pma_megatron.storage import claims, spool
 from pma_megatron.storage.object_store import ObjectStore
 from pma_megatron.testing import run_ranks
@@ -156,6 +158,51 @@ def test_what_is_there_is_not_made_again_and_old_ones_go(
     assert kinds(looked(load, save, keep=2)) == ["started", "current"]
     said = [json.loads(line)["event"] for line in events.read_text().splitlines()]
     assert said.count("published") == 3 and said.count("deleted") == 1
+
+
+@pytest.mark.parametrize("sizes", ["other", "equal"])
+def test_what_training_saved_over_an_average_in_a_store_stays(
+    dense_run: Path, run: Path, put: Put, s3: Any, bucket: str, monkeypatch: pytest.MonkeyPatch,
+    spools: Path, sizes: str,
+) -> None:  # fmt: skip
+    """Through a mount of the bucket, or by a trainer that writes there itself."""
+    save, key = f"s3://{bucket}/averages", "averages/iter_0000006"
+    shard = f"{key}/__0_0.distcp"
+    (run / TRACKER).write_text("6")
+    assert kinds(looked(str(run), save)) == ["started", "published"]
+
+    def save_over() -> None:
+        if sizes == "other":
+            put(folder_of(dense_run, 6), key)
+            return
+        data = bytearray(s3.get_object(Bucket=bucket, Key=shard)["Body"].read())
+        data[len(data) // 2] ^= 1
+        s3.put_object(Bucket=bucket, Key=shard, Body=bytes(data))
+
+    def there() -> dict[str, str]:
+        return {k: s3.head_object(Bucket=bucket, Key=k)["ETag"] for k in keys(s3, bucket, key)}
+
+    asked = request_of(str(run), save).merge
+    upload, before = uploading.upload, {}
+
+    def late(*given: Any) -> Any:
+        save_over()
+        before.update(there())
+        return upload(*given)
+
+    again = replace(asked, selection=SelectionRequest(last=3), overwrite=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(uploading, "upload", late)
+        with pytest.raises(PublishError, match=r"in it (is|are) not what pma\.json lists"):
+            merge(again)
+    assert there() == before
+    shutil.rmtree(spools / "outputs")  # which the same command would go on with
+    with pytest.raises(PublishError, match=r"in it (is|are) not what pma\.json lists"):
+        merge(again)
+    (run / TRACKER).write_text("8")
+    found = looked(str(run), save, keep=1)
+    assert kinds(found)[-1] == "failed" and "training has saved a checkpoint" in str(found[-1])
+    assert there() == before
 
 
 def test_what_was_written_again_is_told_by_its_version(

@@ -15,7 +15,7 @@ import pytest
 from test_watch import TRACKER, kinds, looked, merged, payload, request_of
 
 from conftest import digests, folder_of
-from pma_megatron import watch
+from pma_megatron import MergeRequest, SelectionRequest, merge, watch
 from pma_megatron.errors import CheckpointError, PublishError, SelectionError
 from pma_megatron.formats.json_files import read_json
 from pma_megatron.merging import job, locks, provenance, targets
@@ -236,3 +236,60 @@ def test_what_training_saved_over_an_average_is_neither_current_nor_replaced(
     assert kinds(found) == ["started", "failed"] and outcome.failed is not None
     assert "training has saved a checkpoint over the average" in str(found[-1])
     assert digests(save) == before
+
+
+def test_what_was_written_over_an_average_in_files_of_equal_sizes_stays(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the merge, while it goes on, with the time of a file set back, and in a copy."""
+    save, tracker = tmp_path / "averages", run / TRACKER
+    tracker.write_text("6")
+    looked(run, save)
+    made, folder = tmp_path / "made", folder_of(save, 6)
+    shutil.copytree(folder, made)
+    shard = next(folder.glob("*.distcp"))
+    old = shard.stat()
+
+    def save_over() -> None:
+        data = bytearray(shard.read_bytes())
+        data[len(data) // 2] ^= 1
+        shard.write_bytes(data)
+        os.utime(shard, ns=(old.st_atime_ns, old.st_mtime_ns))
+
+    again = MergeRequest(
+        load=str(run), save=str(save), selection=SelectionRequest(last=3), overwrite=True
+    )
+    flush = job._sync
+
+    def late(*given: Any) -> None:
+        flush(*given)
+        save_over()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "_sync", late)
+        with pytest.raises(PublishError, match=rf"{shard.name} in it is not what"):
+            merge(again)
+    before = digests(folder)
+    with pytest.raises(PublishError, match=rf"{shard.name} in it is not what"):
+        merge(again)
+    tracker.write_text("8")
+    found = looked(run, save, keep=1)[1]
+    assert kinds(found) == ["started", "published", "failed"]
+    assert f"{folder} stays: {shard.name} in it is not what" in str(found[-1])
+    assert digests(folder) == before
+    # All that a copy's times could say is when it was made, and in which order.
+    shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copyfile)
+    shutil.rmtree(folder)
+    (tmp_path / "copy").rename(folder)
+    later_ns = time.time_ns() + HOUR_NS
+    for path in folder.iterdir():
+        os.utime(path, ns=(later_ns, later_ns))
+    marker = folder / "pma.json"
+    os.utime(marker, ns=(later_ns + HOUR_NS, later_ns + HOUR_NS))
+    assert kinds(looked(run, save, keep=1)[1])[-1] == "failed"
+    assert digests(folder) == before
+    # One that is as it was made goes, whatever its times.
+    shutil.rmtree(folder)
+    shutil.copytree(made, folder)
+    assert kinds(looked(run, save, keep=1)[1])[-1] == "deleted"
+    assert not folder.exists()
