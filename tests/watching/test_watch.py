@@ -394,8 +394,7 @@ def test_what_was_just_made_stays_after_a_rollback(run: Path, tmp_path: Path) ->
     looked(run, save, keep=1)
     (save / TRACKER).unlink()
     request = follow.marked(request_of(run, save).merge)
-    assert follow.old_of_own(save, request, end=4, keep=1) == frozenset()
-    assert follow.old_of_own(save, request, end=8, keep=1) == {
-        str(folder_of(save, end)) for end in (4, 6)
-    }
+    assert follow.old_of_own(save, request, end=4, keep=1) == (frozenset(), {})
+    old = frozenset(str(folder_of(save, end)) for end in (4, 6))
+    assert follow.old_of_own(save, request, end=8, keep=1) == (old, {})
     assert sorted(path.name[-1] for path in save.glob("iter_*")) == ["4", "6", "8"]
