@@ -111,7 +111,9 @@ def test_a_leftover_that_is_newer_gets_there(address: str, down: Down) -> None:
     first.wait_for_uploads(PATIENCE_S)
     before = versions(address)
     down(True)
-    put(writer(address, trained_from=40), 50)
+    again = writer(address, trained_from=40)
+    put(again, 50)
+    again.wait_for_uploads(PATIENCE_S)
     down(False)
     writer(address, trained_from=40).wait_for_uploads(PATIENCE_S)
     assert there(address) == [50]
