@@ -105,7 +105,8 @@ class OnlineAverage(RunningAverage):
 
         Args:
             consumed_tokens: until now, with `interval_tokens`.
-            args: Megatron-DeepSpeed's arguments as of now, to be stored with the entry.
+            args: Megatron-DeepSpeed's arguments as of now, to be stored with the entry. Give
+                them on every rank: a changed sequence length is told from them.
 
         Returns:
             whether an entry was taken.

@@ -99,7 +99,8 @@ class OnlineAverage(RunningAverage):
         Args:
             iteration: that has just ended.
             consumed_tokens: until then.
-            args: Megatron's arguments as of now, to be stored with the entry; may change later.
+            args: Megatron's arguments as of now, to be stored with the entry; may change
+                later. Give them on every rank: a changed sequence length is told from them.
 
         Returns:
             whether an entry was taken.

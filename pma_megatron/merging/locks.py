@@ -61,16 +61,14 @@ def take(root: Path, name: str, purpose: str) -> Lock:
 
     Raises:
         HeldError: another job holds it.
-        OSError: its file cannot be made.
+        OSError: its file cannot be made, or opened.
     """
     lock = _locked_file(root / f"{LOCK}{name}", wait=purpose == WRITING)
-    try:
-        text = f"process {os.getpid()} on {socket.gethostname()} {purpose}".encode()
+    text = f"process {os.getpid()} on {socket.gethostname()} {purpose}".encode()
+    # A full disk, or a file that another user's job has left: the lock holds without its text.
+    with contextlib.suppress(OSError):
         os.ftruncate(lock.descriptor, 0)
         os.pwrite(lock.descriptor, text, 0)
-    except BaseException:
-        lock.release()
-        raise
     return lock
 
 
@@ -110,7 +108,7 @@ def _locked_file(path: Path, *, wait: bool) -> Lock:
     """Open and lock; `wait` for a job that only cleans up, which takes moments."""
     before = None
     while True:
-        descriptor, sure = os.open(path, os.O_CREAT | os.O_RDWR, 0o644), True
+        descriptor, sure = _opened(path), True
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -131,3 +129,13 @@ def _locked_file(path: Path, *, wait: bool) -> Lock:
         if lock.is_there:
             return lock
         os.close(descriptor)
+
+
+def _opened(path: Path) -> int:
+    try:
+        return os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
+    except PermissionError:
+        # What another user's job has left can be locked as long as it can be read.
+        with contextlib.suppress(OSError):
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        raise

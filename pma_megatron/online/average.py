@@ -31,7 +31,7 @@ from pma_megatron.online.window import (
     refuse_remote_window,
     vectors_needed,
 )
-from pma_megatron.runs.tokens import consumed_tokens_of, why_incomparable
+from pma_megatron.runs.tokens import consumed_samples_of, consumed_tokens_of, why_incomparable
 from pma_megatron.storage.paths import place_of
 
 _log = logging.getLogger(__name__)
@@ -274,4 +274,4 @@ class RunningAverage(ABC):
 def _samples(args: Any, position: int) -> int | None:
     """Consumed until now, where Megatron's arguments are those that the position is counted by."""
     said = getattr(args, "__dict__", {})
-    return said["consumed_train_samples"] if consumed_tokens_of(said)[0] == position else None
+    return consumed_samples_of(said) if consumed_tokens_of(said)[0] == position else None

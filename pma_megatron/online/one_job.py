@@ -7,10 +7,11 @@ take it for what a job that is gone has left.
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 from pathlib import Path
 
-from pma_megatron.merging.locks import WRITING, HeldError, Lock, take
+from pma_megatron.merging.locks import LOCK, WRITING, HeldError, Lock, take
 from pma_megatron.storage.paths import real
 
 _NAME = "job"
@@ -20,6 +21,9 @@ LEFT_ALONE = (
 )
 _HELD: dict[str, Lock] = {}
 """Folder -> its lock, of this process."""
+_TOLD: set[str] = set()
+"""Folders of which it was said that they cannot be locked."""
+_log = logging.getLogger(__name__)
 
 
 def other_job(folder: Path) -> str | None:
@@ -33,7 +37,7 @@ def other_job(folder: Path) -> str | None:
         far as the file system has locks (`is_sure`).
 
     Raises:
-        OSError: nothing can be made there.
+        PermissionError: nothing can be made there.
     """
     known = real(folder)
     lock = _HELD.get(known)
@@ -45,6 +49,18 @@ def other_job(folder: Path) -> str | None:
         _HELD[known] = take(folder, _NAME, WRITING)
     except HeldError as holder:
         return str(holder)
+    except OSError as error:
+        path = folder / f"{LOCK}{_NAME}"
+        if isinstance(error, PermissionError) and not path.exists():
+            raise
+        if known not in _TOLD:
+            _TOLD.add(known)
+            _log.warning(
+                "%s cannot be locked (%s): two jobs that save there would not be told. Run one at "
+                "a time",
+                path,
+                error.strerror,
+            )
     return None
 
 

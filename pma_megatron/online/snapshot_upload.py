@@ -106,10 +106,11 @@ class SnapshotUploads(Uploads):
             self.begin()
         super().wait(timeout_s, moved)
 
-    def _put_note(self) -> None:
+    def _put_note(self) -> bool:
+        """Whether the store says which branches began, as far as it must."""
         begun = self._begun
         if not begun:
-            return
+            return True
         try:
             store, root = self._place()
             store.put(below(root, BRANCHES_FILE), text_of(begun))
@@ -123,9 +124,10 @@ class SnapshotUploads(Uploads):
                 self.address,
                 error,
             )
-            return
+            return False
         if self._begun == begun:  # else more began meanwhile
             self._begun = frozenset()
+        return True
 
     def branches(self) -> tuple[dict[int, Branch | None], frozenset[Branch]]:
         """Iteration -> branch of the run, of what is in the store, as its marks say; and the
@@ -221,12 +223,14 @@ class SnapshotUploads(Uploads):
     def _remove_old(self) -> None:
         """Delete old snapshots in the store; only what is marked as one, its mark last. What says
         which branch they are of is there before that."""
-        self._put_note()
+        is_told = self._put_note()
         if self._needed is not None:
             self._remove_unneeded()
             if self._whole():
                 return  # some are not there yet: until then older ones are better than none
         elif self._keep is None:
+            return
+        if not is_told:
             return
         store, root = self._place()
         own = self._marked(store, root)

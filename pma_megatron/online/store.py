@@ -37,6 +37,7 @@ from pma_megatron.online.window import ExponentialAverage, Member, Window
 from pma_megatron.runs.describe import args_of, schedule_of
 from pma_megatron.runs.discover import list_checkpoints
 from pma_megatron.runs.refs import CheckpointRef, iteration_of
+from pma_megatron.runs.tokens import NO_SEQUENCE_LENGTH
 from pma_megatron.storage.paths import path_of, place_of
 
 FOLDER = WINDOW
@@ -248,7 +249,7 @@ def _args(entry: Member) -> Namespace:
     """What is stored as Megatron's arguments; one token a sample where there are none."""
     given = entry.args
     if given is None:
-        given = Namespace(consumed_train_samples=entry.tokens, seq_length=1)
+        given = Namespace(consumed_train_samples=entry.tokens, seq_length=NO_SEQUENCE_LENGTH)
     given = copy.copy(given)
     setattr(given, _MEMBERS, entry.members)
     setattr(given, _INTERVAL, entry.interval)

@@ -19,7 +19,7 @@ from pma_megatron.formats.trainers.saves import common_of, save_of, unfinished
 from pma_megatron.runs import recovery_log
 from pma_megatron.runs.folders import ITERATION
 from pma_megatron.runs.refs import CheckpointRef
-from pma_megatron.runs.tokens import consumed_tokens_of
+from pma_megatron.runs.tokens import consumed_samples_of, consumed_tokens_of
 from pma_megatron.storage.paths import path_of
 
 STEP = re.compile(r"^global_step(\d+)(?:_universal)?$")
@@ -122,7 +122,9 @@ def _described(folder: Path, history: recovery_log.History | None) -> Checkpoint
         path=str(folder),
         format=name,
         iteration=iteration,
-        consumed_samples=_count(args.get("consumed_train_samples", common.get("samples"))),
+        consumed_samples=consumed_samples_of(args)
+        if "consumed_train_samples" in args
+        else _count(common.get("samples")),
         consumed_tokens=tokens,
         tokens_unknown_because=unknown,
         complete=True,

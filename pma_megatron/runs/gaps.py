@@ -156,18 +156,30 @@ def too_new(pool: Sequence[CheckpointRef], limit: int | None) -> str:
         pool: by iteration.
         limit: see `limit_of`.
     """
-    newer = [iteration_of(r) for r in pool if limit is not None and iteration_of(r) > limit]
-    usable = {iteration_of(ref) for ref in pool if ref.unusable_because is None}
-    newer = [iteration for iteration in newer if iteration in usable]
+    newer = [iteration_of(ref) for ref in _beyond(pool, limit)]
     if not newer:
         return ""
     one = newer[0] == newer[-1]
     which = f"iteration {newer[0]} is" if one else f"iterations {newer[0]} to {newer[-1]} are"
-    takes = f": {given('end_iteration', newer[-1])} takes {'it' if one else 'them'}"
-    return (
-        f"{which} newer than iteration {limit}, which training resumes from"
-        f"{takes if has('end_iteration') else ''}"
-    )
+    end, takes = end_beyond(pool, limit), ""
+    if end is not None and has("end_iteration"):
+        what = "those up to it" if end < newer[-1] else "it" if one else "them"
+        takes = f": {given('end_iteration', end)} takes {what}"
+    return f"{which} newer than iteration {limit}, which training resumes from{takes}"
+
+
+def end_beyond(pool: Sequence[CheckpointRef], limit: int | None) -> int | None:
+    """The newest iteration that the limit keeps out and an average can end at; None without one.
+
+    A snapshot alone cannot be resumed, so that none ends there.
+    """
+    full = [iteration_of(ref) for ref in _beyond(pool, limit) if not ref.snapshot]
+    return full[-1] if full else None
+
+
+def _beyond(pool: Sequence[CheckpointRef], limit: int | None) -> list[CheckpointRef]:
+    newer = (ref for ref in pool if limit is not None and iteration_of(ref) > limit)
+    return [ref for ref in newer if ref.unusable_because is None]
 
 
 def refuse_gaps(passed: Sequence[PassedOver], chosen: Sequence[CheckpointRef]) -> None:

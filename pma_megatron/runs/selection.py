@@ -18,6 +18,7 @@ from pma_megatron.errors import SelectionError
 from pma_megatron.runs.gaps import (
     PassedOver,
     Wanted,
+    end_beyond,
     left_out,
     limit_of,
     not_named,
@@ -295,7 +296,7 @@ def _last(
     ways += [f"leave fewer out with {named('exclude')}"] if request.exclude else []
     if any(ref.state in ("damaged", "unreadable") for ref in pool):
         ways += ["put right what is said of those", "wait until the run has saved others"]
-    elif not (has("end_iteration") and too_new(pool, iteration_of(usable[-1]))):
+    elif not has("end_iteration") or end_beyond(pool, iteration_of(usable[-1])) is None:
         ways += ["wait until more are complete"]
     unfinished = unusable_list(pool)
     raise SelectionError(

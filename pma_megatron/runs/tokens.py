@@ -41,6 +41,8 @@ _MOE_TOTAL_PER_ACTIVE = 10
 
 # seq_length changes by a factor of two or more; skipped batches move tokens per sample by percents.
 _SAME_SEQUENCE_LENGTH = 1.25
+NO_SEQUENCE_LENGTH = 1
+"""What is saved where a count of tokens stands in for Megatron's arguments: no run trains at it."""
 
 
 class Counted(Protocol):
@@ -195,6 +197,18 @@ def consumed_tokens_of(args: Mapping[str, Any]) -> tuple[int | None, str | None]
             f"consumed_train_samples = {samples}: nothing was trained on"
         )
     return (samples - skipped) * sizes["seq_length"], None
+
+
+def consumed_samples_of(args: Mapping[str, Any]) -> int | None:
+    """Samples consumed until a Megatron checkpoint, from its saved arguments; None if unknown.
+
+    >>> consumed_samples_of({"consumed_train_samples": 4096, "seq_length": 4096})
+    4096
+    >>> consumed_samples_of({"consumed_train_samples": 4096, "seq_length": NO_SEQUENCE_LENGTH})
+    """
+    samples = args.get("consumed_train_samples")
+    known = is_count(samples) and args.get("seq_length") != NO_SEQUENCE_LENGTH
+    return samples if known else None
 
 
 def why_incomparable(ordered: Sequence[Counted]) -> str | None:

@@ -83,6 +83,43 @@ def test_across_a_sequence_length_weights_are_those_of_the_merge(
         assert merge.selection.position_unit == "iterations"
 
 
+def first_without(rank: int, world_size: int, root: str) -> Any:
+    """A run whose first entries were taken without Megatron's arguments, the later ones with."""
+    trainer, interval = TinyTrainer(CONFIG), CONFIG.global_batch_size * 16
+    method, start = METHODS["1-sqrt"], args_of(trainer, 16)
+    plain = begun(trainer, method, interval, start)
+    for _ in range(2):
+        trainer.train(1)
+        plain.step(trainer.iteration, tokens_now(args_of(trainer, 16)))
+    plain.save_state(root)
+    then, now = begun(trainer, method, interval, start), args_of(trainer, 16)
+    notes = then.load_state(root, trainer.iteration, tokens_now(now), now)
+    train(trainer, 2, 16, then)
+    average = then.average()
+    assert average is not None and average.coefficients is not None
+    then.save_state(root)
+    again = begun(trainer, method, interval, start)
+    now = args_of(trainer, 16)
+    notes += again.load_state(root, trainer.iteration, tokens_now(now), now)
+    trainer.close()
+    return notes, average.coefficients.values, average.not_by_tokens_because
+
+
+def test_entries_without_arguments_are_of_no_sequence_length(tmp_path: Path) -> None:
+    """Their count of tokens is as good as any other, for the average and for a merge of them."""
+    notes, values, by_iterations = run_ranks(first_without, 1, str(tmp_path))[0]
+    assert (notes, by_iterations) == ([], None)
+    request = MergeRequest(
+        load=str(tmp_path),
+        selection=SelectionRequest(last=LAST),
+        method=METHODS["1-sqrt"],
+        policy=Policy(average="weights"),
+    )
+    merge = plan(request)
+    assert merge.outputs[0].coefficients.values == values
+    assert merge.selection.position_unit == "tokens"
+
+
 def not_growing(rank: int, world_size: int) -> Any:
     """Averages of a loop whose sequence length changes, and whose iterations begin anew."""
     trainer, found = TinyTrainer(CONFIG), []

@@ -11,6 +11,7 @@ from checkpoint_refs import WRITING, B, chosen, every, ref, refusal, untold
 from pma_megatron.errors import SelectionError, UsageError
 from pma_megatron.runs.discover import choose
 from pma_megatron.runs.gaps import lines
+from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.runs.selection import select
 from pma_megatron.runs.selection_request import SelectionRequest
 
@@ -80,6 +81,25 @@ def test_what_is_newer_than_a_resume_is_told_where_the_others_are_too_few(asked:
         assert len(select(refs, end, resumed=3000).refs) == 4
     with pytest.raises(SelectionError, match="newer than iteration 500,"):
         select(refs, SelectionRequest(**asked), resumed=500)
+
+
+def resumed_at_3000(refs: list[CheckpointRef]) -> str:
+    """Why there are no four to average up to there."""
+    with pytest.raises(SelectionError) as caught:
+        select(refs, SelectionRequest(last=4), resumed=3000)
+    return str(caught.value)
+
+
+def test_the_end_that_is_advised_can_be_resumed_from() -> None:
+    """Snapshots beyond what training resumes from are in reach of no average that is resumed."""
+    refs = [*every(1000, 5000), ref(6000, snapshot=True)]
+    said = resumed_at_3000(refs)
+    assert "iterations 4000 to 6000 are newer than iteration 3000" in said
+    assert "end_iteration=5000 takes those up to it" in said and "wait" not in said
+    refs = [*every(1000, 3000), ref(4000, snapshot=True), ref(5000, incomplete=CUT)]
+    said = resumed_at_3000(refs)
+    assert "iteration 4000 is newer than iteration 3000" in said
+    assert "end_iteration" not in said and "wait until the run has saved others" in said
 
 
 @pytest.mark.parametrize("flag", ["end_iteration", "iterations"])

@@ -203,6 +203,33 @@ def test_a_note_of_branches_that_did_not_get_there_is_tried_again(
     assert [ref.state for ref in list_checkpoints(address)] == ["complete", "complete", state]
 
 
+def test_nothing_is_deleted_before_the_note_of_branches_is_there(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What else says so is the mark of a snapshot, which may be the next one to go."""
+    put_small = ObjectStore.put
+
+    def refusing(self: ObjectStore, key: str, data: bytes, *, create: bool = False) -> None:
+        if key.endswith(BRANCHES_FILE):
+            raise OSError(5, "slow down")
+        put_small(self, key, data, create=create)
+
+    job = writer(address, trained_from=0, keep_in_store=2)
+    put(job, 90)
+    put(job, 99)
+    job.wait_for_uploads(PATIENCE_S)
+    with monkeypatch.context() as patch:
+        patch.setattr(ObjectStore, "put", refusing)
+        job.train_on(97)
+        for iteration in (98, 100):
+            put(job, iteration)
+            job.wait_for_uploads(PATIENCE_S)
+        assert there(address) == [90, 98, 99, 100]
+    put(job, 101)
+    job.wait_for_uploads(PATIENCE_S)
+    assert there(address) == [100, 101]
+
+
 def test_a_snapshot_that_was_not_written_is_not_of_this_branch(
     address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
