@@ -48,9 +48,8 @@ def save_average(
     args = current_args()
     changes: dict[str, Any] = {"save": str(place.folder)}
     name = f"iter_{arguments['iteration']:07d}"
-    place.begin(name)
-    if place.is_remote and hasattr(args, "save_retain_interval"):
-        changes["save_retain_interval"] = None  # it would delete what is still to be uploaded
+    if not place.begin(name) and hasattr(args, "save_retain_interval"):
+        changes["save_retain_interval"] = None
     # An async save copies GPU tensors to the host before it returns. Tensors on the CPU it may
     # share with its writer process, who would see the live weights come back.
     if getattr(args, "async_save", False) and online.shard.device.type != "cuda":

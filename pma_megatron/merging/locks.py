@@ -18,7 +18,8 @@ from pma_megatron.formats.holding import seen_by_all
 LOCK = ".pma-lock-"
 """What a lock file is called before the name that it is for."""
 WRITING, CLEANING = "writing", "cleaning"
-_AGAIN_S = 0.1
+_AGAIN_S, _CLEANING_S = 0.1, 60.0
+"""Cleaning is over by then: the text is of a job before, and the holder could not replace it."""
 _log = logging.getLogger(__name__)
 
 
@@ -61,14 +62,17 @@ def take(root: Path, name: str, purpose: str) -> Lock:
 
     Raises:
         HeldError: another job holds it.
-        OSError: its file cannot be made, or opened.
+        OSError: its file cannot be made, opened or written.
     """
     lock = _locked_file(root / f"{LOCK}{name}", wait=purpose == WRITING)
-    text = f"process {os.getpid()} on {socket.gethostname()} {purpose}".encode()
-    # A full disk, or a file that another user's job has left: the lock holds without its text.
-    with contextlib.suppress(OSError):
-        os.ftruncate(lock.descriptor, 0)
-        os.pwrite(lock.descriptor, text, 0)
+    try:
+        text = f"process {os.getpid()} on {socket.gethostname()} {purpose}".encode()
+        if fcntl.fcntl(lock.descriptor, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY:
+            os.ftruncate(lock.descriptor, 0)
+            os.pwrite(lock.descriptor, text, 0)
+    except BaseException:
+        lock.release()
+        raise
     return lock
 
 
@@ -106,7 +110,7 @@ def is_held(root: Path, name: str) -> bool:
 
 def _locked_file(path: Path, *, wait: bool) -> Lock:
     """Open and lock; `wait` for a job that only cleans up, which takes moments."""
-    before = None
+    before, until_s = None, time.monotonic() + _CLEANING_S
     while True:
         descriptor, sure = _opened(path), True
         try:
@@ -116,7 +120,8 @@ def _locked_file(path: Path, *, wait: bool) -> Lock:
             os.close(descriptor)
             who, _, purpose = holder.rpartition(" ")
             # It may hold the lock and not have said so yet: what is read twice is true.
-            if not wait or (holder == before and purpose != CLEANING):
+            is_brief = purpose == CLEANING and time.monotonic() < until_s
+            if not wait or (holder == before and not is_brief):
                 raise HeldError(f" ({who})" if who else "") from None
             before = holder
             time.sleep(_AGAIN_S)
@@ -135,7 +140,7 @@ def _opened(path: Path) -> int:
     try:
         return os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
     except PermissionError:
-        # What another user's job has left can be locked as long as it can be read.
+        # What another user's job has left can be locked as long as it can be read. Its text stays.
         with contextlib.suppress(OSError):
             return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import json
@@ -15,10 +16,12 @@ from pma_megatron.base.openfiles import is_unreadable, unread
 from pma_megatron.base.spelling import first_few, given, named, switch
 from pma_megatron.errors import CheckpointError, PublishError, VerifyError
 from pma_megatron.formats import registry
+from pma_megatron.formats.json_files import read_json
 from pma_megatron.formats.manifest import read_marker
 from pma_megatron.formats.marker import (
     EXPORT,
     MARKER_FILE,
+    SAVING,
     SEAL_FILE,
     SNAPSHOTS,
     UPLOADING_FILE,
@@ -274,6 +277,9 @@ def refuse_loss(plan: MergePlan, target: Target) -> None:
         sums, why = None, str(error)
     layout = plan.layouts[target.folder]
     known = {*layout.files, *layout.small_files, *layout.carried} if sums is None else set(sums)
+    if unfinished(target) and in_store(target.final):  # what is there was being replaced
+        with contextlib.suppress(CheckpointError, TypeError):
+            known |= {*read_json(target.final / UPLOADING_FILE).get("files", ())}
     strangers = sorted(set(names_in(target.final)) - known)
     if strangers:
         doubt = "" if sums is not None else f" as far as can be told ({why})"
@@ -354,6 +360,8 @@ def _refuse_foreign(target: Target) -> None:
             continue
         if _is_model(folder):
             continue  # no tracker ever points at the one or the other
+        if (target.root / f"{SAVING}{folder.name}").is_file() and folder != target.final:
+            continue  # a running average, which is not whole yet
         ours = any((folder / name).is_file() for name in (MARKER_FILE, UPLOADING_FILE))
         merged = ours and read_snapshot_marker(folder) is None
         if not merged:

@@ -15,20 +15,20 @@ from pma_megatron.base.durable import write_small
 from pma_megatron.base.openfiles import folders_in, is_folder, is_unreadable
 from pma_megatron.errors import CheckpointError, PublishError, SelectionError
 from pma_megatron.formats import registry
+from pma_megatron.formats.dcp.metadata import METADATA_FILE
 from pma_megatron.formats.json_files import read_json
-from pma_megatron.formats.marker import MARKER_FILE, ONLINE_AVERAGE, is_merge
+from pma_megatron.formats.marker import MARKER_FILE, ONLINE_AVERAGE, SAVING, SEAL_FILE, is_merge
 from pma_megatron.formats.trainers.saves import checkpoint_in
 from pma_megatron.merging.saved_over import saved_over
 from pma_megatron.runs.describe import describe
 from pma_megatron.runs.folders import ITERATION
 from pma_megatron.runs.trackers import read_pointers
 
-SIGN = ".pma-saving-"
-"""What a file is called, before the name of the average that is being saved."""
 WINDOW = "window"
 """Below a root of averages: the state of the window that they are made of."""
 _ALONE = ("unknown", registry.SAFETENSORS, registry.PICKLED)
 """Models that stand alone: no tracker names one, and none is called as an average is."""
+_Stamp = tuple[tuple[str, int, int, int], ...]
 _log = logging.getLogger(__name__)
 
 
@@ -43,8 +43,9 @@ class AverageFolder:
         self.folder = folder
         self._known: set[str] = set()
         """Names of what was seen to be an average."""
-        self._merges: set[str] = set()
-        """Names of what `pma merge` made: it may lie beside averages, and is not replaced."""
+        self._merges: dict[str, _Stamp] = {}
+        """Name -> when it was made, of what `pma merge` made: it may lie beside averages, and is
+        not replaced."""
         self._told: set[str] = set()
         """Names of what may be a rest of one."""
 
@@ -67,7 +68,7 @@ class AverageFolder:
         if self._is_of_averages():
             return
         for pointer in read_pointers(self.folder).values():
-            if not pointer.missing:
+            if not (pointer.missing or self._is_signed(pointer.named)):
                 raise PublishError(
                     f"{self.folder} holds {pointer.file} and no average: training saves there, or "
                     "did, and that file would name an average from then on. Give averages a folder "
@@ -92,9 +93,23 @@ class AverageFolder:
             if others:
                 return self._why_refused(others[0])
             write_small(self._sign(name), b"an average is being saved by this name\n")
+            # The trainer writes over it, and may be killed half way: it is no average until then.
+            for mark in (MARKER_FILE, SEAL_FILE):
+                (folder / mark).unlink(missing_ok=True)
         except (CheckpointError, SelectionError, OSError) as error:
             return f"{self.folder} fails: {error}"
         return None
+
+    def may_retain(self) -> bool:
+        """Whether a trainer's retention, which deletes what its tracker names, finds an average."""
+        try:
+            names = (pointer.named for pointer in read_pointers(self.folder).values())
+            pointed = [self.folder / name for name in names if name is not None]
+            if any(each.name in self._merges for each in pointed):
+                return False
+            return all(self._is_average(each) or not is_folder(each) for each in pointed)
+        except (CheckpointError, SelectionError, OSError):
+            return False
 
     def saved(self, name: str) -> None:
         """It says by itself what it is, if nothing went wrong: then it needs no sign."""
@@ -103,8 +118,8 @@ class AverageFolder:
                 self._sign(name).unlink(missing_ok=True)
 
     def _look_at_signs(self) -> None:
-        for sign in sorted(self.folder.glob(f"{SIGN}*")):
-            folder = self.folder / sign.name.removeprefix(SIGN)
+        for sign in sorted(self.folder.glob(f"{SAVING}*")):
+            folder = self.folder / sign.name.removeprefix(SAVING)
             if self._is_marked(folder):
                 sign.unlink(missing_ok=True)
             elif is_folder(folder):
@@ -118,10 +133,12 @@ class AverageFolder:
         """Checkpoints that are no averages; where averages are, whole ones: what is left of one
         that Megatron's retention was deleting when the job was killed stops no job."""
         found = sorted(folders_in(self.folder)) if is_folder(self.folder) else []
-        self._merges = set()
+        # Hundreds may lie here, of thousands of files: what is as it was is not looked at again.
+        unread = [each for each in found if not self._is_known_merge(each)]
+        self._merges = {each.name: self._merges[each.name] for each in found if each not in unread}
         others = [
             each
-            for each in found
+            for each in unread
             if _is_checkpoint(each) and not self._is_average(each) and not self._is_merge(each)
         ]
         if not self._is_of_averages():
@@ -150,17 +167,22 @@ class AverageFolder:
         if self._is_marked(folder):
             self._known.add(folder.name)
             return True
-        return self._sign(folder.name).is_file()
+        return self._is_signed(folder.name)
+
+    def _is_known_merge(self, folder: Path) -> bool:
+        stamp = self._merges.get(folder.name)
+        return stamp is not None and _stamp(folder) == stamp
 
     def _is_merge(self, folder: Path) -> bool:
+        stamp = _stamp(folder)
         try:
-            made = is_merge(read_json(folder / MARKER_FILE)) and not saved_over(folder)
+            made = is_merge(read_json(folder / MARKER_FILE)) and not saved_over(folder, quick=True)
         except CheckpointError as error:
             if is_unreadable(error):
                 raise
             return False
         if made:
-            self._merges.add(folder.name)
+            self._merges[folder.name] = stamp
         return made
 
     def _is_marked(self, folder: Path) -> bool:
@@ -171,8 +193,11 @@ class AverageFolder:
                 raise
             return False
 
+    def _is_signed(self, name: str | None) -> bool:
+        return name is not None and self._sign(name).is_file()
+
     def _sign(self, name: str) -> Path:
-        return self.folder / f"{SIGN}{name}"
+        return self.folder / f"{SAVING}{name}"
 
     def _why_refused(self, other: Path) -> str:
         if (other / MARKER_FILE).is_file() or not self._is_of_averages():
@@ -183,6 +208,16 @@ class AverageFolder:
             "it is an average, delete it or move it elsewhere, and start again; else give averages "
             "a folder of their own"
         )
+
+
+def _stamp(folder: Path) -> _Stamp:
+    """What changes where a checkpoint is made anew, or a trainer saves over it."""
+    found = []
+    for file in (MARKER_FILE, METADATA_FILE):
+        with contextlib.suppress(FileNotFoundError):
+            status = (folder / file).stat()
+            found.append((file, status.st_ino, status.st_size, status.st_mtime_ns))
+    return tuple(found)
 
 
 def not_ours(other: str) -> str:

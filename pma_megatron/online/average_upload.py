@@ -84,10 +84,14 @@ class AveragePlace:
                 self._uploads.begin()
             atexit.register(self.wait, AT_EXIT_S)
 
-    def begin(self, name: str) -> None:
+    def begin(self, name: str) -> bool:
         """An average of this name is about to be saved. Every rank calls, all at once.
 
         One of that name in a store stays there until the upload of the new one begins.
+
+        Returns:
+            whether the trainer may delete what its tracker names, as its retention does after a
+            save: not what is still to be uploaded, nor what `pma merge` made.
 
         Raises:
             NotSavedError: none should be, and that has been told; nothing was removed. What lies
@@ -95,9 +99,12 @@ class AveragePlace:
                 room, as where earlier ones still wait for the store, or fails, and that would end
                 the training that saves there.
         """
-        why = self._comm.on_main("place of the average", lambda: self._make_room(name))
+        why, may_retain = self._comm.on_main(
+            "place of the average", lambda: (self._make_room(name), self._may_retain())
+        )
         if why is not None:
             raise NotSavedError(why)
+        return may_retain
 
     def saved(self, name: str) -> None:
         """It is whole, its checksums too (rank 0 alone): put it into a store, if it is for one."""
@@ -112,6 +119,9 @@ class AveragePlace:
     def _prepare(self) -> None:
         if self._averages is not None:
             self._averages.prepare()
+
+    def _may_retain(self) -> bool:
+        return isinstance(self._averages, AverageFolder) and self._averages.may_retain()
 
     def _make_room(self, name: str) -> str | None:
         why = None if self._averages is None else self._averages.make_room(name)

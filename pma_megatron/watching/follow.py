@@ -28,7 +28,6 @@ from pma_megatron.merging.job import Show, merge, silent
 from pma_megatron.merging.locks import WRITING, HeldError, held
 from pma_megatron.merging.planning import MergePlan
 from pma_megatron.merging.request import MergeRequest
-from pma_megatron.merging.rewritten import rewritten
 from pma_megatron.retention.pruning import Row, prune
 from pma_megatron.retention.request import PruneRequest
 from pma_megatron.runs.refs import CheckpointRef
@@ -38,7 +37,7 @@ from pma_megatron.watching import events as said
 from pma_megatron.watching.charge import Charge, TakenOverError, in_charge_of
 from pma_megatron.watching.commands import merged_by, run
 from pma_megatron.watching.events import Events, Tell
-from pma_megatron.watching.own import is_own, marked, old_of_own
+from pma_megatron.watching.own import is_as_made, is_own, marked, old_of_own
 from pma_megatron.watching.request import WatchRequest
 from pma_megatron.watching.rolling import ExactError, update_of
 from pma_megatron.watching.state import Looks, Seen, pinned, wanted_of
@@ -331,7 +330,7 @@ def _is_one_of(folders: frozenset[str], request: MergeRequest, ref: CheckpointRe
     if ref.folder not in folders:
         return False
     folder = path_of(ref.folder)
-    return is_own(folder, request) and not rewritten(folder)
+    return is_own(folder, request) and is_as_made(folder)
 
 
 def _every_file(seen: Seen) -> tuple[object, ...]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pma_megatron.base.spelling import named
-from pma_megatron.errors import CheckpointError, PublishError, VerifyError
+from pma_megatron.errors import CheckpointError, PublishError, SelectionError, VerifyError
 from pma_megatron.formats.manifest import read_marker
 from pma_megatron.merging.leftovers import Target, unfinished
 from pma_megatron.merging.request import MergeRequest
@@ -106,6 +106,18 @@ def old_of_own(
     numbered = sorted((ref.iteration, ref.folder) for ref in refs if ref.iteration is not None)
     upto = [(iteration, folder) for iteration, folder in numbered if iteration <= end]
     old = [folder for iteration, folder in upto[:-keep] if iteration != end]
-    changed = {folder: rewritten(path_of(folder)) for folder in old}
-    stay = {folder: since(names) for folder, names in changed.items() if names}
+    stay = {folder: why for folder in old if (why := _why_it_stays(path_of(folder)))}
     return frozenset(set(old) - set(stay)), stay
+
+
+def _why_it_stays(folder: Path) -> str:
+    try:
+        names = rewritten(folder)
+    except (CheckpointError, SelectionError, OSError) as error:
+        return f"whether it is as it was made cannot be told: {error}"
+    return since(names) if names else ""
+
+
+def is_as_made(folder: Path) -> bool:
+    """Whether nothing was written over an average since, as far as can be told now."""
+    return not _why_it_stays(folder)

@@ -15,6 +15,7 @@ from test_snapshot_writer import simple_chunks
 
 from pma_megatron.base.comm import Comm
 from pma_megatron.errors import PublishError
+from pma_megatron.merging import locks
 from pma_megatron.merging.locks import LOCK
 from pma_megatron.online import one_job
 from pma_megatron.online.snapshot_job import STAGING
@@ -83,6 +84,17 @@ def test_the_lock_that_another_user_holds_is_seen(shared: Path) -> None:
         pass  # skips here, not in the process below
     (who,) = run_ranks(held_by_another, 1, str(shared))
     assert who is not None and f"process {os.getpid()} on" in who
+
+
+def test_a_text_that_could_not_be_replaced_is_not_waited_for(
+    shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says that a job cleans up, which was true of another user's that was killed."""
+    monkeypatch.setattr(locks, "_CLEANING_S", 0.2)
+    assert one_job.other_job(shared) is None
+    (shared / f"{LOCK}job").write_text("process 4711 on elsewhere cleaning")
+    with pytest.raises(locks.HeldError, match="process 4711 on elsewhere"):
+        locks.take(shared, "job", locks.WRITING)
 
 
 def test_a_lock_that_cannot_be_opened_stops_no_training(

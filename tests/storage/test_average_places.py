@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_store_uploads import address, average, made, new_place, writer
@@ -21,7 +22,7 @@ from pma_megatron.base.comm import Comm
 from pma_megatron.errors import PublishError
 from pma_megatron.formats.marker import MARKER_FILE, ONLINE_AVERAGE, SEAL_FILE
 from pma_megatron.merging import locks
-from pma_megatron.online import one_job
+from pma_megatron.online import average_folder, one_job
 from pma_megatron.online.average_upload import AveragePlace, NotSavedError
 from pma_megatron.online.snapshot_job import STAGING
 from pma_megatron.online.snapshots import name_of
@@ -131,6 +132,75 @@ def test_what_a_merge_made_may_lie_there_and_stays(
     after = content(root)
     assert {name: after[name] for name in before} == before
     atexit.unregister(place.wait)
+
+
+def test_a_merge_is_looked_at_once_and_no_longer_one_where_training_saved_over_it(
+    dense_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All ranks wait for that look at every save, and hundreds of averages may lie there."""
+    save = tmp_path / "averages"
+    merge(request_for(dense_run, save))
+    place = AveragePlace(save, Comm())
+    read, looked_at = average_folder.read_json, list[str]()
+
+    def reading(path: Path) -> Any:
+        looked_at.append(path.parent.name)
+        return read(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(average_folder, "saved_over", None)  # what calls it fails
+        patch.setattr(average_folder, "read_json", reading)
+        place.begin(name_of(60))
+    assert name_of(8) not in looked_at
+    metadata = save / name_of(8) / ".metadata"
+    metadata.write_bytes(metadata.read_bytes() + b"x")
+    with pytest.raises(NotSavedError, match=f"{name_of(8)} is a checkpoint that is not"):
+        place.begin(name_of(60))
+
+
+def test_retention_does_not_get_what_a_merge_made(
+    dense_run: Path, tmp_path: Path, made: Path
+) -> None:
+    """Megatron deletes what the tracker names, which merges and averages take turns to be."""
+    save = tmp_path / "averages"
+    place = AveragePlace(save, Comm())
+    assert place.begin(name_of(50))
+    average(place, 50, made)
+    assert place.begin(name_of(60))
+    merge(request_for(dense_run, save))
+    assert (save / TRACKER).read_text() == "8"
+    assert not place.begin(name_of(60))
+    assert not AveragePlace(save, Comm()).begin(name_of(60))
+    average(place, 60, made)
+    assert place.begin(name_of(70))
+
+
+def test_a_merge_goes_where_an_average_is_being_saved(
+    dense_run: Path, tmp_path: Path, made: Path
+) -> None:
+    """It bears no mark for minutes, and none at all where the job is killed meanwhile."""
+    save = tmp_path / "averages"
+    place = AveragePlace(save, Comm())
+    place.begin(name_of(50))
+    whole(save, made)
+    before = digests(save / name_of(50))
+    merge(request_for(dense_run, save))
+    assert (save / name_of(8) / MARKER_FILE).is_file()
+    assert digests(save / name_of(50)) == before
+
+
+def test_an_average_that_is_saved_over_is_none_until_it_is_whole(
+    tmp_path: Path, made: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After a run went back; a job that is killed meanwhile leaves parts of both."""
+    root = tmp_path / "averages"
+    place = AveragePlace(root, Comm())
+    folder = average(place, 50, made)
+    assert not list(root.glob(".pma-saving-*"))
+    place.begin(name_of(50))
+    AveragePlace(root, Comm())
+    assert f"{folder} is an average that a job was cut off at" in caplog.text
+    assert list(root.glob(".pma-saving-*"))
 
 
 def test_a_tracker_alone_is_that_of_training(tmp_path: Path) -> None:

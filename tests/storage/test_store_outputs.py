@@ -355,6 +355,36 @@ def test_what_is_there_is_replaced_only_where_that_was_asked_for(
 
 
 @pytest.mark.usefixtures("kept")
+def test_a_replacement_that_was_cut_off_goes_on(
+    dense_run: Path, bucket: str, s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between its two deletions, where the one before held what this one does not."""
+    run, save = tmp_path / "run", f"s3://{bucket}/averages"
+    shutil.copytree(dense_run, run)
+    extra = run / "iter_0000008" / "tokenizer.model"
+    extra.write_bytes(b"of the one before")
+    merge(request(run, save))
+    assert f"averages/iter_0000008/{extra.name}" in keys(s3, bucket)
+    extra.unlink()
+    delete, calls = ObjectStore.delete, []
+
+    def failing(self: ObjectStore, gone: Any) -> None:
+        gone = [*gone]
+        if any(key.endswith(extra.name) for key in gone):
+            calls.append(gone)
+            raise OSError(5, "slow down")
+        delete(self, gone)
+
+    with monkeypatch.context() as patch, pytest.raises(PublishError):
+        patch.setattr(ObjectStore, "delete", failing)
+        merge(request(run, save, overwrite=True))
+    assert calls and f"averages/iter_0000008/{MARKER_FILE}" not in keys(s3, bucket)
+    merge(request(run, save, overwrite=True))
+    assert f"averages/iter_0000008/{extra.name}" not in keys(s3, bucket)
+    assert [ref.complete for ref in list_checkpoints(save)] == [True]
+
+
+@pytest.mark.usefixtures("kept")
 def test_what_nobody_knows_is_not_left_in_a_new_checkpoint(
     dense_run: Path, bucket: str, s3: Any, tmp_path: Path, got: Got
 ) -> None:

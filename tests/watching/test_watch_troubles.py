@@ -19,7 +19,7 @@ from pma_megatron import MergeRequest, SelectionRequest, merge, watch
 from pma_megatron.errors import CheckpointError, PublishError, SelectionError
 from pma_megatron.formats.json_files import read_json
 from pma_megatron.merging import job, locks, provenance, targets
-from pma_megatron.watching import follow, state
+from pma_megatron.watching import follow, own, state
 from pma_megatron.watching.commands import CommandError
 
 HOUR_NS = 3600 * 10**9
@@ -236,6 +236,31 @@ def test_what_training_saved_over_an_average_is_neither_current_nor_replaced(
     assert kinds(found) == ["started", "failed"] and outcome.failed is not None
     assert "training has saved a checkpoint over the average" in str(found[-1])
     assert digests(save) == before
+
+
+def test_an_old_average_that_cannot_be_read_keeps_no_other(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk would fill up."""
+    save, tracker = tmp_path / "averages", run / TRACKER
+    for iteration in ("4", "6"):
+        tracker.write_text(iteration)
+        looked(run, save)
+    bad, look = folder_of(save, 4), own.rewritten
+
+    def failing(folder: Path) -> tuple[str, ...]:
+        if folder == bad:
+            raise CheckpointError(f"{folder} cannot be read now (Input/output error)")
+        return look(folder)
+
+    monkeypatch.setattr(own, "rewritten", failing)
+    tracker.write_text("8")
+    found = looked(run, save, keep=1)[1]
+    assert kinds(found) == ["started", "published", "failed", "deleted"]
+    assert f"{bad} stays: whether it is as it was made cannot be told" in str(found[2])
+    assert sorted(path.name for path in save.glob("iter_*")) == [
+        folder_of(save, iteration).name for iteration in (4, 8)
+    ]
 
 
 def test_what_was_written_over_an_average_in_files_of_equal_sizes_stays(
