@@ -109,6 +109,8 @@ class MegatronSession(Session):
             )
             say(online.report)
             self._place = online.place(settings.save_dir)
+            if self._place.is_remote and getattr(args, "save_retain_interval", None):
+                say("PMA: --save-retain-interval deletes no averages in a store: all of them stay")
             self.online = online
             notes = self.online.load_state(self._state_dir, iteration, tokens, args)
             self.say_continued(notes, iteration)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pma_megatron.base.log import say
 from pma_megatron.formats.marker import MARKER_FILE
 from pma_megatron.formats.torch_dist.checkpoint import CONFIG_FILE
 from pma_megatron.megatron.online import OnlineAverage
@@ -48,8 +49,13 @@ def save_average(
     args = current_args()
     changes: dict[str, Any] = {"save": str(place.folder)}
     name = f"iter_{arguments['iteration']:07d}"
-    if not place.begin(name) and hasattr(args, "save_retain_interval"):
+    if not place.begin(name) and getattr(args, "save_retain_interval", None):
         changes["save_retain_interval"] = None
+        if not place.is_remote:
+            say(
+                f"PMA: --save-retain-interval deletes nothing in {place.folder} this time: the "
+                "tracker there names what is no running average"
+            )
     # An async save copies GPU tensors to the host before it returns. Tensors on the CPU it may
     # share with its writer process, who would see the live weights come back.
     if getattr(args, "async_save", False) and online.shard.device.type != "cuda":

@@ -171,7 +171,8 @@ class AverageFolder:
 
     def _is_known_merge(self, folder: Path) -> bool:
         stamp = self._merges.get(folder.name)
-        return stamp is not None and _stamp(folder) == stamp
+        # Without a `.metadata` among them, no two files tell what a trainer writes over.
+        return stamp is not None and len(stamp) > 1 and _stamp(folder) == stamp
 
     def _is_merge(self, folder: Path) -> bool:
         stamp = _stamp(folder)

@@ -360,6 +360,8 @@ OF_OTHERS = {
         "--last",
         "--lr-factor",
     },
+    "megatron.hooks": {"--save-retain-interval"},  # of Megatron
+    "megatron.save": {"--save-retain-interval"},  # of Megatron
     "watching.commands": {  # of a `pma merge`
         "--allow-any-coefficients",
         "--coefficients",

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from checkpoint_refs import ref
-from pma_megatron import list_checkpoints
+from pma_megatron import MergeRequest, list_checkpoints, merge
 from pma_megatron.errors import SelectionError
 from pma_megatron.megatron import argument_parser
 from pma_megatron.megatron.retained import warnings
@@ -95,3 +95,19 @@ def test_megatron_deletes_what_was_warned_of(tmp_path: Path) -> None:
     assert [each.iteration for each in left] == [3, 5]
     with pytest.raises(SelectionError):
         select(left, SelectionRequest(last=3, interval_tokens=tokens))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not TREE, reason="MEGATRON_LM_PATH names no Megatron-LM source tree")
+def test_megatron_deletes_averages_and_not_the_merge_beside_them(tmp_path: Path) -> None:
+    """Its tracker names the merge first, then averages."""
+    save = tmp_path / "run"
+    flags = ["--save", str(save), "--save-interval", "1", "--train-iters", "5"]
+    run_pretrain(TREE, [*flags, "--exit-interval", "2"], ranks=1)
+    selection = SelectionRequest(last=2)
+    merge(MergeRequest(load=str(save), save=f"{save}-pma", selection=selection))
+    average = ["--pma-save", "--pma-last", "3", "--pma-interval-tokens", str(4 * 32)]
+    resumed = ["--load", str(save), "--save-retain-interval", "3"]
+    done = run_pretrain(TREE, [*flags, *resumed, *average], ranks=1)
+    assert [each.iteration for each in list_checkpoints(f"{save}-pma")] == [2, 5]
+    assert done.output.count("--save-retain-interval deletes nothing in") == 1

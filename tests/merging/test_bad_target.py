@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import resource
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import pytest
 from conftest import after_first_unit, digests, folder_of, refused, request_for
 from pma_megatron import MergeRequest, Method, Policy, SelectionRequest, merge, plan, verify
 from pma_megatron.errors import CheckpointError, PmaError, PublishError, UsageError
+from small_disks import mount, unmount
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -24,20 +24,14 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
     """Mounts file systems of a given size, for as long as the test runs."""
     mounted: list[Path] = []
 
-    def mount(nbytes: int, flags: str = "rw") -> Path:
-        folder = tmp_path / f"disk{len(mounted)}"
-        folder.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", f"size={nbytes},{flags}", "pma-test", str(folder)]
-        try:
-            subprocess.run(command, check=True, capture_output=True)
-        except (OSError, subprocess.CalledProcessError):
-            pytest.skip("mounting a tmpfs is not permitted here")
+    def made(nbytes: int, flags: str = "rw") -> Path:
+        folder = mount(tmp_path / f"disk{len(mounted)}", f"size={nbytes},{flags}")
         mounted.append(folder)
         return folder
 
-    yield mount
+    yield made
     for folder in mounted:
-        subprocess.run(["umount", str(folder)], check=True)
+        unmount(folder)
 
 
 # Where it goes.

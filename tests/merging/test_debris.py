@@ -7,7 +7,6 @@ import fcntl
 import json
 import os
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from pma_megatron.errors import PmaError, PublishError
 from pma_megatron.formats.marker import MARKER_FILE, OWN_FILES, SEAL_FILE
 from pma_megatron.merging import leftovers, locks, publish
 from pma_megatron.testing import inject
+from small_disks import mount, unmount
 
 TRACKER = "latest_checkpointed_iteration.txt"
 OTHER = "iter_0000099"
@@ -163,15 +163,6 @@ def test_folders_made_for_nothing_go(dense_run: Path, tmp_path: Path, stage: str
 # Names that are taken.
 
 
-def _mounted(folder: Path) -> None:
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=65536", "pma-test", str(folder)]
-    try:
-        subprocess.run(command, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("mounting a tmpfs is not permitted here")
-
-
 def _folder(folder: Path) -> None:
     folder.mkdir()
     (folder / "notes.txt").write_text("mine")
@@ -181,7 +172,7 @@ FINAL: dict[str, tuple[Callable[[Path], object], str]] = {
     "file": (lambda p: p.write_text("mine"), "is a file"),
     "dangling link": (lambda p: p.symlink_to("gone"), "is a symbolic link (to gone)"),
     "link to a folder": (lambda p: p.symlink_to(p.parent), "is a symbolic link"),
-    "mount point": (_mounted, "is a mount point"),
+    "mount point": (lambda p: mount(p, "size=65536"), "is a mount point"),
     "foreign folder": (_folder, "did not write"),
     "empty folder": (lambda p: p.mkdir(), "did not write"),
     "pipe": (lambda p: os.mkfifo(p), "is no file"),
@@ -197,7 +188,7 @@ def unmounted(save: Path) -> Iterator[None]:
     yield
     final = folder_of(save, 8)
     if final.is_dir() and os.path.ismount(final):
-        subprocess.run(["umount", str(final)], check=True)
+        unmount(final)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

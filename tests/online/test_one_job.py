@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from pma_megatron.online import one_job
 from pma_megatron.online.snapshot_job import STAGING
 from pma_megatron.online.snapshots import SnapshotWriter, name_of
 from pma_megatron.testing import run_ranks
+from small_disks import mount, unmount
 
 NOBODY = 65534
 
@@ -119,15 +119,9 @@ def test_a_folder_that_cannot_be_written_is_told_at_the_start(shared: Path) -> N
 
 
 def test_a_full_disk_has_no_lock(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder = tmp_path / "full"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "nr_inodes=1", "pma-test", str(folder)]
-    try:
-        subprocess.run(command, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("mounting a tmpfs is not permitted here")
+    folder = mount(tmp_path / "full", "nr_inodes=1")
     try:
         assert one_job.other_job(folder) is None and not one_job.is_sure(folder)
         assert "cannot be locked (No space left on device)" in caplog.text
     finally:
-        subprocess.run(["umount", str(folder)], check=True)
+        unmount(folder)
