@@ -33,6 +33,7 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.0005, 0.02
 _MOVED_BYTES = 4096  # less than this is the beat's own noise
 _MANY_RANKS = 64
 _SLICE = timedelta(seconds=_LOOK_EVERY_S)
+_LEFT = f"{_ROOT}/left"
 
 
 @dataclass(slots=True)
@@ -56,6 +57,27 @@ class _Life:
     stage: str = "start"
     beat: int = 0
     waits: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Word:
+    """What a rank says as it goes.
+
+    Attributes:
+        call: the meeting that it was about to come to, or had come to.
+        asked: True if somebody asked it to end.
+        speaker: the rank that tells the user.
+        cause: why, a sentence.
+    """
+
+    call: int
+    asked: bool
+    speaker: int
+    cause: str
+
+    @property
+    def error(self) -> RankError:
+        return RankError(self.cause, lost=True, speaker=self.speaker)
 
 
 class Presence:
@@ -172,21 +194,18 @@ class Presence:
             speaker: the rank that tells the user.
         """
         with contextlib.suppress(RuntimeError):
-            key = f"{_ROOT}/{_own.call}/left"
-            if not self._store.check([key]):
-                if asked:
-                    self._store.set(f"{_ROOT}/{_own.call}/asked", "1")
-                self._store.set(key, f"{speaker}\n{cause}")
+            if self._last_word() is None:
+                word = _Word(_own.call, asked, speaker, cause)
+                self._store.set(_LEFT, json.dumps(asdict(word)))
 
     def why_ended(self) -> RankError | None:
         """What may lie behind a request to end: a rank that failed, or died without a word."""
         with contextlib.suppress(RuntimeError):
-            # Who was let out of this meeting before this rank was, left on the way to the next.
-            for call in (_own.call, _own.call + 1):
-                if self._store.check([f"{_ROOT}/{call}/left"]):
-                    asked = self._store.check([f"{_ROOT}/{call}/asked"])
-                    return None if asked else self._left(call)
+            # What a rank says before it ends is in the store before its process is gone.
             dead = [r for r, process in self._neighbours().items() if is_gone(process)]
+            word = self._last_word()
+            if word is not None:
+                return None if word.asked else word.error
             return self.died(dead) if dead else None
         return None
 
@@ -241,14 +260,21 @@ class Presence:
                 next_look_s = time.monotonic() + max(_LOOK_EVERY_S, self._size / 50)
 
     def _refuse_left(self) -> None:
-        if self._store.check([f"{_ROOT}/{_own.call}/left"]):
-            raise self._left(_own.call)
+        word = self._last_word()
+        if word is not None:
+            raise word.error
 
-    def _left(self, call: int) -> RankError:
-        """What the rank that left has said."""
-        said = self._store.get(f"{_ROOT}/{call}/left").decode()
-        speaker, _, cause = said.partition("\n")
-        return RankError(cause, lost=True, speaker=int(speaker))
+    def _last_word(self) -> _Word | None:
+        """What a rank that left has said, None if none has.
+
+        Ranks are never further apart than one meeting, either way: who is let out of it first may
+        leave before the others find out that it is over, and who is stopped as it ends has not
+        counted it yet. What is older is of a work that was given up before this one began.
+        """
+        if not self._store.check([_LEFT]):
+            return None
+        word = _Word(**json.loads(self._store.get(_LEFT)))
+        return word if word.call >= _own.call - 1 else None
 
     def _tidy(self, call: int) -> None:
         """Everybody is past that meeting."""

@@ -9,6 +9,7 @@ from torch.distributed import HashStore
 
 from pma_megatron.base import presence
 from pma_megatron.base.presence import Presence
+from pma_megatron.errors import RankError
 
 
 @pytest.fixture
@@ -20,10 +21,13 @@ def both(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Presence, Presence]]
     yield Presence(store, 0, 2, 1.0, ""), Presence(store, 1, 2, 1.0, "")
 
 
-@pytest.mark.parametrize("ahead", [0, 1])
+AHEAD = pytest.mark.parametrize("ahead", [-1, 0, 1])
+"""Whoever came last to a meeting is let out of it first, and may leave before the others find out
+that it is over; and who is stopped right then has let the others out and not counted it yet."""
+
+
+@AHEAD
 def test_who_was_asked_to_end_did_not_die(both: tuple[Presence, Presence], ahead: int) -> None:
-    """Whoever came last to a meeting is let out of it first, and may leave before the others
-    find out that it is over."""
     here, gone = both
     presence._own.call = 7 + ahead
     gone.leave("rank 1 was stopped by SIGINT", asked=True)
@@ -31,13 +35,49 @@ def test_who_was_asked_to_end_did_not_die(both: tuple[Presence, Presence], ahead
     assert here.why_ended() is None
 
 
-@pytest.mark.parametrize("ahead", [0, 1])
+@AHEAD
 def test_what_who_failed_has_said_is_why(both: tuple[Presence, Presence], ahead: int) -> None:
     here, gone = both
     presence._own.call = 7 + ahead
     gone.leave("rank 1 failed: no space")
     presence._own.call = 7
     assert str(here.why_ended()) == "rank 1 failed: no space"
+
+
+@AHEAD
+def test_nobody_waits_for_who_left(both: tuple[Presence, Presence], ahead: int) -> None:
+    here, gone = both
+    presence._own.call = 7 + ahead
+    gone.leave("rank 1 failed: no space")
+    presence._own.call = 7
+    with pytest.raises(RankError, match="no space"):
+        here.look()
+    with pytest.raises(RankError, match="no space"):
+        here.meet()
+
+
+def test_a_word_that_comes_while_one_looks(
+    both: tuple[Presence, Presence], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is said before the process is gone, so it is looked for after that."""
+    here, gone = both
+
+    def leaves(process: str) -> bool:
+        gone.leave("rank 1 was stopped by SIGINT", asked=True)
+        return True
+
+    monkeypatch.setattr(presence, "is_gone", leaves)
+    assert here.why_ended() is None
+
+
+def test_what_was_given_up_long_ago_ends_nothing(both: tuple[Presence, Presence]) -> None:
+    here, gone = both
+    gone.leave("rank 1 was stopped by SIGINT", asked=True)
+    presence._own.call = 7
+    assert "rank 1 died" in str(here.why_ended())
+    presence._own.call = 8
+    with pytest.raises(RankError, match="died"):  # what was said since then counts
+        here.meet()
 
 
 def test_who_left_without_a_word_died(both: tuple[Presence, Presence]) -> None:
