@@ -1,17 +1,21 @@
-"""Text for larger models: documentation and sources out of Debian's and Python's packages.
+"""Text for larger models: documentation, RFCs and sources out of Debian's and Python's packages.
 
     python launch/experiments/corpus.py --list      # which packages, and their licences
     python launch/experiments/corpus.py             # into $PMA_LAB/text, over 100 MB of prose
 
-Needs `apt-get` (Debian 12) and pip, and their registries. Every document is in one part alone,
-training, validation or test, by a hash of what it says; what says the same is taken once. The
-packages' own statements of copyright lie beside the texts. A byte is a token. RFCs are not among
-them: Debian calls them non-free (`doc-rfc`), because their licence forbids changed copies.
+Needs `apt-get` with Debian's keys, pip, and their registries; what apt is told to use on this
+machine is neither read nor changed. Every document is in one part alone, training, validation or
+test, by a hash of what it says; what says the same is taken once. Statements of copyright that come
+with packages lie beside the texts. A byte is a token. Debian calls RFCs non-free, because their
+licence forbids changed copies: the texts are for a machine to train on, not to pass on.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
+import gzip
 import hashlib
 import html.parser
 import shutil
@@ -19,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +40,10 @@ _PARTS = (*(TRAIN,) * 18, VALIDATION, TEST)
 _SILENT = {"script", "style", "nav", "head", "svg", "button"}
 _APART = {"p", "div", "li", "tr", "br", "pre", "h1", "h2", "h3", "h4", "dt", "dd", "table", "ul"}
 
-_DOWNLOAD = ("apt-get", "-o", "APT::Sandbox::User=root", "download", "-qq")
+_DEBIAN = (
+    "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] {mirror} bookworm main non-free"
+)
+_MIRROR = "http://deb.debian.org/debian"
 
 DOCUMENTATION = {
     "python3.11-doc": "PSF-2.0",
@@ -61,6 +68,8 @@ DOCUMENTATION = {
     "debian-reference-en": "GPL-2.0-or-later",
     "developers-reference": "GPL-2.0-or-later",
     "debian-policy": "GPL-2.0-or-later",
+    "doc-rfc-std": "IETF Trust: whole copies, unchanged",
+    "doc-rfc-fyi-bcp": "IETF Trust: whole copies, unchanged",
 }
 """Packages of Debian 12 -> the licence of what is taken."""
 SOURCES = {
@@ -71,10 +80,6 @@ SOURCES = {
     "transformers": "Apache-2.0",
 }
 """Packages of the Python index -> their licence; what is taken are their modules."""
-LEFT_OUT = (
-    "RFCs are not among them: Debian calls them non-free (doc-rfc), because their licence forbids "
-    "changed copies."
-)
 
 
 @dataclass
@@ -162,11 +167,38 @@ def documents(folder: Path) -> Iterator[str]:
             yield text_of(path.read_text(errors="replace"))
         elif path.suffix in (".rst", ".txt", ".md", ".pod"):
             yield path.read_text(errors="replace")
+        elif path.name.endswith(".txt.gz"):  # RFCs; those of HTML beside them say the same again
+            yield gzip.decompress(path.read_bytes()).decode("utf-8", "replace")
 
 
-def of_debian(name: str, work: Path, copyrights: Path) -> Iterator[str]:
+def apt_get(folder: Path, mirror: str) -> list[str]:
+    """The words of an `apt-get` that knows one mirror of Debian 12, and keeps all in a folder.
+
+    What it has no list of cannot be downloaded, and is said then.
+    """
+    for name in ("lists", "cache"):
+        (folder / name / "partial").mkdir(parents=True)
+    (folder / "status").touch()
+    (folder / "sources.list").write_text(_DEBIAN.format(mirror=mirror) + "\n")
+    options = {
+        "Dir::Etc::sourcelist": folder / "sources.list",
+        "Dir::Etc::sourceparts": "-",
+        "Dir::State": folder,
+        "Dir::State::status": folder / "status",
+        "Dir::Cache": folder / "cache",
+        "APT::Architecture": "amd64",
+        "APT::Sandbox::User": "root",
+        "Acquire::Languages": "none",
+    }
+    words = ["apt-get", "-qq", *(w for k, v in options.items() for w in ("-o", f"{k}={v}"))]
+    with contextlib.suppress(FileNotFoundError):
+        subprocess.run([*words, "update"], check=False)
+    return words
+
+
+def of_debian(name: str, work: Path, copyrights: Path, apt: Sequence[str]) -> Iterator[str]:
     """The documents of a package of Debian."""
-    subprocess.run([*_DOWNLOAD, name], cwd=work, check=True)
+    subprocess.run([*apt, "download", name], cwd=work, check=True)
     (archive,) = work.glob("*.deb")
     subprocess.run(["dpkg-deb", "-x", archive, work / "files"], check=True)
     for path in (work / "files").rglob("copyright"):
@@ -192,25 +224,43 @@ class TooLittleError(RuntimeError):
     """There is not enough text to train on."""
 
 
-def make(folder: Path) -> dict[str, Taken]:
+def take(
+    folder: Path, domain: str, names: Iterable[str], of: Callable[[str, Path], Iterator[str]]
+) -> Taken:
+    """Take the documents of some packages; which could not be had is said."""
+    taken = Taken(folder, domain)
+    for name in names:
+        with tempfile.TemporaryDirectory(dir=folder) as work:
+            try:
+                nbytes = taken.add(of(name, Path(work)))
+            except subprocess.CalledProcessError as error:  # which has told why
+                print(f"{name}: not taken ({error.cmd[0]} failed)", file=sys.stderr)
+                continue
+            except FileNotFoundError as error:
+                print(f"{name}: not taken ({error})", file=sys.stderr)
+                continue
+        print(f"{name}: {nbytes / 1e6:.1f} MB")
+    return taken
+
+
+def make(folder: Path, mirror: str = _MIRROR) -> dict[str, Taken]:
     """Take everything into a folder; what could not be had is said, and left out.
+
+    Args:
+        folder: of the texts.
+        mirror: address of a mirror of Debian.
 
     Raises:
         TooLittleError: that was too much of it; texts are as they were before.
     """
     copyrights = folder / "copyright"
     copyrights.mkdir(parents=True, exist_ok=True)
-    made = {}
-    for domain, names, of in (("prose", DOCUMENTATION, of_debian), ("code", SOURCES, of_python)):
-        made[domain] = Taken(folder, domain)
-        for name in names:
-            with tempfile.TemporaryDirectory(dir=folder) as work:
-                try:
-                    nbytes = made[domain].add(of(name, Path(work), copyrights))
-                except (subprocess.CalledProcessError, FileNotFoundError) as error:
-                    print(f"{name}: not taken ({error})", file=sys.stderr)
-                    continue
-            print(f"{name}: {nbytes / 1e6:.1f} MB")
+    with tempfile.TemporaryDirectory(dir=folder) as lists:
+        apt = apt_get(Path(lists), mirror)
+        debian = functools.partial(of_debian, copyrights=copyrights, apt=apt)
+        made = {"prose": take(folder, "prose", DOCUMENTATION, debian)}
+    python = functools.partial(of_python, copyrights=copyrights)
+    made["code"] = take(folder, "code", SOURCES, python)
     little = [
         f"{domain}: {taken.nbytes[TRAIN] / 1e6:.1f} MB of text to train on, of at least "
         f"{LEAST_BYTES[domain] / 1e6:.0f}"
@@ -228,11 +278,11 @@ def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--list", action="store_true", help="say which packages, and licences")
+    parser.add_argument("--mirror", default=_MIRROR, help="of Debian, with main and non-free")
     chosen = parser.parse_args()
     if chosen.list:
         for name, licence in {**DOCUMENTATION, **SOURCES}.items():
             print(f"{name:22} {licence}")
-        print(LEFT_OUT)
         return 0
     if runs():
         parser.error(
@@ -240,7 +290,7 @@ def main() -> int:
             "PMA_LAB to a folder without any"
         )
     try:
-        made = make(cache() / "text")
+        made = make(cache() / "text", chosen.mirror)
     except TooLittleError as error:
         print(f"corpus.py: {error}. Texts are as they were", file=sys.stderr)
         return 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import os
@@ -101,7 +102,7 @@ def test_runs_of_one_folder_are_of_one_text(monkeypatch, tmp_path):
     """Also where a run was made before texts were noted; and where there is none, any will do."""
     monkeypatch.setenv("PMA_LAB", str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["corpus.py"])
-    monkeypatch.setattr(corpus, "make", lambda folder: {})
+    monkeypatch.setattr(corpus, "make", lambda folder, mirror: {})
     name = Run(config=TinyConfig(), rate=Rate(peak=1e-2), end=12).folder
     for own in ("prose.txt", "prose.train.txt", "legal.txt"):
         _short_texts(tmp_path)
@@ -125,8 +126,7 @@ def test_runs_of_one_folder_are_of_one_text(monkeypatch, tmp_path):
 
 def test_what_could_not_be_downloaded_replaces_no_text(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("PMA_LAB", str(tmp_path))
-    monkeypatch.setattr(sys, "argv", ["corpus.py"])
-    monkeypatch.setattr(corpus, "_DOWNLOAD", ("no-such-program",))
+    monkeypatch.setattr(sys, "argv", ["corpus.py", "--mirror", f"file://{tmp_path}/no-mirror"])
     monkeypatch.setattr(corpus, "SOURCES", {"django": "BSD-3-Clause"})
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     for part in ("train", "validation", "test"):
@@ -142,6 +142,15 @@ def test_what_could_not_be_downloaded_replaces_no_text(monkeypatch, tmp_path, ca
     monkeypatch.setattr(corpus, "LEAST_BYTES", {"prose": 0, "code": 0})
     assert corpus.main() == 0
     assert (tmp_path / "text" / "prose.train.txt").read_text() == ""
+
+
+def test_what_is_packed_is_read_once(tmp_path):
+    """RFCs come as text and as HTML, packed; what comes as it is, is read too."""
+    (tmp_path / "rfc793.txt.gz").write_bytes(gzip.compress(b"A host\fsends"))
+    (tmp_path / "rfc793.html.gz").write_bytes(gzip.compress(b"<p>A host sends"))
+    (tmp_path / "rfc793.json").write_text("{}")
+    (tmp_path / "readme.html").write_text("<p>Read me")
+    assert list(corpus.documents(tmp_path)) == ["Read me", "A host\fsends"]
 
 
 def test_a_later_field_as_it_used_to_be_names_no_new_run():
