@@ -7,6 +7,7 @@ A checkpoint is mixed file by file, so every file is sampled, its largest tensor
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pma_megatron.base.boxes import Box, Piece, flat_range
+from pma_megatron.base.boxes import Box, Piece
 from pma_megatron.formats import registry
 from pma_megatron.formats.base import MAIN_PARAM, Payload, Tensor
 from pma_megatron.formats.pieces import FileNumbers, ManyPieces, narrow
@@ -179,11 +180,34 @@ def _joined(columns: Sequence[np.ndarray]) -> np.ndarray:
 
 def runs(piece: Piece[Payload], seed: str, length: int, count: int) -> Iterator[Box]:
     """A few short boxes of a piece, each without gaps in it: its start, and others by chance; by
-    chance too where it is one alone."""
-    numel = piece.box.numel
-    length = min(length, numel)
-    draw = random.Random(f"{seed} {piece.box.offsets} {piece.payload.item.offset}")
-    starts = {draw.randrange(numel - length + 1) for _ in range(max(1, count - 1))}
+    chance too where it is one alone.
+
+    Each has `length` elements, or as many more as its last row needs to be whole, or all of a piece
+    that is shorter.
+    """
+    box = piece.box
+    if not box.numel:
+        return
+    sizes = _of_whole_rows(box.sizes, length)
+    choices = tuple(whole - part + 1 for whole, part in zip(box.sizes, sizes, strict=True))
+    draw = random.Random(f"{seed} {box.offsets} {piece.payload.item.offset}")
+    starts = {draw.randrange(math.prod(choices)) for _ in range(max(1, count - 1))}
     starts |= {0} if count > 1 else set()
     for start in sorted(starts):
-        yield from (box for box, _ in flat_range(piece.box, start, start + length))
+        inside = np.unravel_index(start, choices)
+        offsets = (first + int(at) for first, at in zip(box.offsets, inside, strict=True))
+        yield Box(tuple(offsets), sizes)
+
+
+def _of_whole_rows(sizes: tuple[int, ...], length: int) -> tuple[int, ...]:
+    """Sizes of a box of at least `length` elements that follow each other in one of those sizes.
+
+    >>> _of_whole_rows((8, 100, 300), 512), _of_whole_rows((8, 100), 512)
+    ((1, 2, 300), (6, 100))
+    """
+    row = math.prod(sizes)
+    for axis, size in enumerate(sizes):
+        row //= size
+        if row <= length:
+            return (*(1,) * axis, min(-(-length // row), size), *sizes[axis + 1 :])
+    return sizes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections import defaultdict
 
@@ -14,7 +15,7 @@ from pma_megatron.base.boxes import Box, Piece
 from pma_megatron.formats.base import MAIN_PARAM, Item, ModelSpace, Payload, Tensor
 from pma_megatron.formats.pieces import StoredPieces
 from pma_megatron.formats.source import Source
-from pma_megatron.identity.samples import WEIGHT, Inventory
+from pma_megatron.identity.samples import WEIGHT, Inventory, runs
 
 
 def source_of(files: int, tensors: int = 12) -> Source:
@@ -65,6 +66,48 @@ def test_every_file_is_looked_at_the_largest_pieces_first(files: int, per_file: 
     for file, pieces in found.items():
         order = [(-4 * s.piece.box.numel, s.state, s.key, s.piece.box.offsets) for s in pieces]
         assert order == sorted(expected[file])[:per_file]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize(
+    ("sizes", "numel"),
+    [
+        ((), 1),
+        ((9,), 9),
+        ((5000,), 64),
+        ((40, 9), 72),
+        ((6, 9), 54),
+        ((70, 65), 64),
+        ((7, 1000), 64),
+        ((7, 1, 1000), 64),
+        ((3, 50, 40), 80),
+        ((3, 1, 40), 80),
+        ((0, 7), 0),
+    ],
+)
+def test_a_run_has_no_gaps_and_lies_in_its_piece(
+    sizes: tuple[int, ...], numel: int, count: int
+) -> None:
+    """One read each, of as many elements as are asked for, and everywhere in the end."""
+    elements = np.arange(math.prod(sizes)).reshape(sizes)
+    first = tuple(range(5, 5 + len(sizes)))
+    piece = Piece(Box(first, sizes), Payload(Item("a", 0, 9), torch.float32, 1))
+    seen: set[int] = set()
+    for seed in range(600 if numel else 0):
+        found = [*runs(piece, str(seed), 64, count)]
+        assert found == [*runs(piece, str(seed), 64, count)]
+        assert 1 <= len(found) <= count and (count == 1 or found[0].offsets == first)
+        for box in found:
+            low = tuple(at - start for at, start in zip(box.offsets, first, strict=True))
+            inside = elements[
+                tuple(slice(at, at + n) for at, n in zip(low, box.sizes, strict=True))
+            ]
+            run = inside.reshape(-1)
+            assert run.shape == (numel,)
+            assert (np.diff(run) == 1).all()
+            seen |= {*run.tolist()}
+    assert len(seen) > 0.9 * elements.size or not numel
+    assert numel or not [*runs(piece, "", 64, count)]
 
 
 def test_every_tensor_is_looked_at() -> None:
