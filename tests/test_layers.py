@@ -48,6 +48,7 @@ INSIDE = {
         addresses contents
         claims spool
         paths
+        together
     """,
     "formats": """
         base inert json_files memo zips

@@ -107,7 +107,6 @@ def measured(arguments: argparse.Namespace, address: str) -> None:
         save=f"{address}/merged",
         selection=SelectionRequest(last=arguments.last),
         threads=arguments.threads,
-        overwrite=True,
     )
     output = Path(tempfile.mkdtemp())
     made = merge(request).outputs[0]
@@ -117,7 +116,6 @@ def measured(arguments: argparse.Namespace, address: str) -> None:
         for number, each in enumerate(batch):
             kept[each["path"]] = output / f"{number}"
             kept[each["path"]].write_bytes(obstore.get(store, each["path"]).bytes())
-    disk = replace(request, load=str(arguments.run), save=str(output / "disk"))
     rows = []
     for number in range(arguments.rounds):
         begin_s = time.perf_counter()
@@ -127,11 +125,11 @@ def measured(arguments: argparse.Namespace, address: str) -> None:
         plain_s = time.perf_counter() - begin_s
         spool.forget()
         begin_s = time.perf_counter()
-        with counted() as asked:
-            report = merge(request)
+        with counted() as asked:  # into a folder of its own: `overwrite` looks at what is there
+            report = merge(replace(request, save=f"{address}/merged-{number}"))
         merge_s = time.perf_counter() - begin_s
         begin_s = time.perf_counter()
-        merge(disk)
+        merge(replace(request, load=str(arguments.run), save=str(output / f"disk-{number}")))
         disk_s = time.perf_counter() - begin_s
         stages = ", ".join(f"{name} {value:.2f}" for name, value in report.seconds.items())
         rows.append(merge_s / plain_s)

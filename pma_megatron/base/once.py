@@ -3,13 +3,14 @@
 Within `once_each` a value is kept by the path of its file and by what the file system says of it:
 device, inode, length, times of content and of attributes. A file that was written a moment ago is
 not trusted to show the next change in its times, so nothing is kept of it. Outside of `once_each`,
-and in threads that began elsewhere, everything is made anew.
+and in threads that have another context, everything is made anew.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -37,24 +38,27 @@ class _Kept:
         default_factory=OrderedDict
     )
     nbytes: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def get(self, key: tuple[str, str], mark: _Mark) -> tuple[Any] | None:
-        found = self.values.get(key)
-        if found is None or found[0] != mark:
-            return None
-        self.values.move_to_end(key)
-        return (found[2],)
+        with self.lock:
+            found = self.values.get(key)
+            if found is None or found[0] != mark:
+                return None
+            self.values.move_to_end(key)
+            return (found[2],)
 
     def put(self, key: tuple[str, str], mark: _Mark, cost_bytes: int, value: Any) -> None:
         if cost_bytes > LIMIT_BYTES:
             return
-        if key in self.values:
-            self.nbytes -= self.values.pop(key)[1]
-        self.values[key] = (mark, cost_bytes, value)
-        self.nbytes += cost_bytes
-        while self.nbytes > LIMIT_BYTES:
-            _, (_, freed_bytes, _) = self.values.popitem(last=False)
-            self.nbytes -= freed_bytes
+        with self.lock:
+            if key in self.values:
+                self.nbytes -= self.values.pop(key)[1]
+            self.values[key] = (mark, cost_bytes, value)
+            self.nbytes += cost_bytes
+            while self.nbytes > LIMIT_BYTES:
+                _, (_, freed_bytes, _) = self.values.popitem(last=False)
+                self.nbytes -= freed_bytes
 
 
 _KEPT: ContextVar[_Kept | None] = ContextVar("kept", default=None)

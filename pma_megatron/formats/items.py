@@ -49,15 +49,22 @@ class ItemFiles:
     @contextlib.contextmanager
     def kept_open(self) -> Iterator[None]:
         """Files that are read in the block stay open to its end: for very many small reads."""
-        if self._files is not None:
-            yield
-            return
-        files = self._files = Files(self.path, os.O_RDONLY)
+        files = Files(self.path, os.O_RDONLY)
+        try:
+            with self.reading_with(files):
+                yield
+        finally:
+            files.close()
+
+    @contextlib.contextmanager
+    def reading_with(self, files: Files) -> Iterator[None]:
+        """In the block what is read here is read from those files, which stay open meanwhile."""
+        before = self._files
+        self._files = files if before is None else before
         try:
             yield
         finally:
-            self._files = None
-            files.close()
+            self._files = before
 
     def records(self, item: Item, content: memoryview | None = None) -> Mapping[str, ZipRecord]:
         """Index of the zip at `item`, read once; `content` is all of it, where that is at hand."""

@@ -69,8 +69,7 @@ def prove(source: Source, newest: Evidence | None, *, main_params: bool) -> Evid
     """
     items = registry.get(source.format, source.path).files(path_of(source.path))
     pieces = Inventory(source)
-    # One for all: where an item lies is known then.
-    with items.kept_open(), BlockReader(source.path, items) as reader:
+    with BlockReader(source.path, items) as reader:
         if main_params:
             refuse_foreign_weights(source, pieces, reader)
         places = places_of(source, pieces) if newest is None else newest.places

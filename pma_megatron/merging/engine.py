@@ -96,7 +96,7 @@ def run(
         RankError: another rank failed.
     """
     if team.size == 1 and active() is not None:
-        _expect(plan, sum(unit.read_bytes for unit in units) * comm.size)
+        _expect(plan, sum(unit.read_bytes for unit in units), comm.size)
     with (
         collector_at_rest(),  # all threads would wait for it, as long as for a hundred units
         reading(plan, comm.rank, reads) as opened,
@@ -113,11 +113,16 @@ def run(
     return job.tally
 
 
-def _expect(plan: Workload, read_bytes: int) -> None:
-    """Where most of what lies in the sources is read, few large requests to a store are best."""
+def _expect(plan: Workload, read_bytes: int, ranks: int) -> None:
+    """Where most of what lies in the sources is read, few large requests to a store are best, and
+    a rank that reads all of it asks for it now. Not while the merge is planned, which would wait
+    for its short questions behind that."""
     there = sum(nbytes for source in plan.sources for nbytes, _ in source.stamps.values())
-    if read_bytes >= _DENSE * there:
-        expect([path_of(source.path) for source in plan.sources], kept=False)
+    if read_bytes * ranks < _DENSE * there:
+        return
+    paths = [path_of(source.path) for source in reversed(plan.sources)]
+    if ranks > 1 or not expect(paths, soon=True):
+        expect(paths, kept=False)
 
 
 def assign(plan: Workload, team: Team) -> tuple[int, ...]:

@@ -25,6 +25,7 @@ from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.runs.selection import Selection
 from pma_megatron.runs.trackers import Pointer
 from pma_megatron.storage.paths import in_store, path_of
+from pma_megatron.storage.together import of_each
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,12 +163,13 @@ def _share(
 ) -> dict[str, CheckpointRef]:
     """Whole checkpoints of those whose turn it is; folder -> what it is."""
     every = [(folder, history) for folders, history in found for folder in folders]
-    refs = {
-        str(folder): describe(folder, history)
+    mine = {
+        folder: history
         for number, (folder, history) in enumerate(every)
         if _turn(len(every) - 1 - number, size) == rank
     }
-    return {folder: ref for folder, ref in refs.items() if ref.complete}
+    refs = of_each(lambda folder: describe(folder, mine[folder]), mine)
+    return {str(folder): ref for folder, ref in zip(mine, refs, strict=True) if ref.complete}
 
 
 def _place(roots: Sequence[str]) -> str:

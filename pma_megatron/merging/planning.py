@@ -169,7 +169,9 @@ def gather_sources(
         announce(selection)
     outputs = comm.agree("coefficients", lambda: request.outputs(selection))
     if merged:  # several ranks read parts of their own, and ask for those
-        expect([path_of(ref.path) for ref in reversed(selection.refs)], soon=comm.size == 1)
+        expect([path_of(ref.path) for ref in reversed(selection.refs)])
+        if comm.size == 1:
+            expect([path_of(selection.refs[-1].path)], soon=True)
     sources = open_sources(request, selection.refs, visible, comm)
     said = [sentence for source in sources for sentence in source.notes]
     selection = replace(selection, notes=(*selection.notes, *said))

@@ -27,6 +27,7 @@ from pma_megatron.runs.selection_request import SelectionRequest
 from pma_megatron.runs.torn import torn_saves
 from pma_megatron.runs.trackers import Pointer, read_pointers
 from pma_megatron.storage.paths import absolute, path_of, real
+from pma_megatron.storage.together import of_each
 
 TRACKER_FILE = registry.get(registry.TORCH_DIST, "").tracker.file or ""
 _OWN_ROOT = re.compile(r"^checkpoint[-_]\d+$")
@@ -83,10 +84,11 @@ def list_checkpoints(
 
     pointers = read_pointers(root)
     folders = _checkpoint_folders(root, _tags_named(pointers))
-    refs = {folder.name: look(folder) for folder in folders}
+    looked = of_each(look, folders)
+    refs = {folder.name: ref for folder, ref in zip(folders, looked, strict=True)}
     refs, hidden = with_snapshots(refs, _checkpoint_folders(root / SNAPSHOTS), look)
     around = [*saved_below(root, refs), *(() if refs else _tags_with_own_roots(root))]
-    refs |= {str(folder): look(folder) for folder in around}
+    refs |= dict(zip(map(str, around), of_each(look, around), strict=True))
     at = {ref.path: key for key, ref in refs.items()}
     torn = list(torn_saves(root, refs.values()))
     refs |= {at.get(ref.path, ref.path): ref for ref in torn}

@@ -41,6 +41,12 @@ class StorePath(type(Path())):  # type: ignore[misc]
     def __reduce__(self) -> Any:
         return path_of, (str(self),)
 
+    @property
+    def parents(self) -> tuple[Path, ...]:
+        """Up to the bucket; the folders in which the spool lies are none of the address's."""
+        addresses = ((each, _address_of(os.fspath(each)) or "") for each in super().parents)
+        return tuple(each for each, address in addresses if address.partition("://")[2])
+
     def _local(self) -> Path:
         return Path(self.__fspath__())
 

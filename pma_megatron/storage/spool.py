@@ -222,12 +222,14 @@ class Spool:
     def expect(self, folders: Sequence[str], *, soon: bool, kept: bool) -> bool:
         """All that lies in some mirrored folders will be read; see `expect` below."""
         with self._lock:
-            mirrored = [
-                each
+            inside = [
+                (local.removeprefix(folder), each)
                 for folder in folders
                 for local, each in self._files.items()
                 if local.startswith(f"{folder}/") and each.said.nbytes
             ]
+            # What has one name in all folders is read side by side, so it comes so.
+            mirrored = [each for _, each in sorted(inside, key=lambda said: said[0])]
             needed = _OF_EACH * len(folders)
             if kept:
                 needed = sum(each.said.nbytes for each in mirrored)

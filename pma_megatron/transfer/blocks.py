@@ -57,6 +57,7 @@ class BlockReader:
         self.path, self._items = path, items
         self._reads = reads or Reads(path)
         self.files = Files(path_of(path), os.O_RDONLY)
+        self._one_for_both = items.reading_with(self.files)
 
     @classmethod
     def of(cls, kind: str, path: str, reads: Reads | None = None) -> BlockReader:
@@ -64,9 +65,11 @@ class BlockReader:
         return cls(path, registry.get(kind, path).files(path_of(path)), reads)
 
     def __enter__(self) -> BlockReader:
+        self._one_for_both.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: Any) -> None:
+        self._one_for_both.__exit__(*error)
         self.close()
 
     def read(self, box: Box, index: PieceIndex[Payload], out: torch.Tensor) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,11 @@ import pytest
 from conftest import folder_of
 from pma_megatron import MergeRequest, SelectionRequest, list_checkpoints, merge
 from pma_megatron.errors import CheckpointError
+from pma_megatron.merging import engine
+from pma_megatron.merging.policy import Policy
 from pma_megatron.storage import contents, spool
 from pma_megatron.storage.object_store import ObjectStore
+from pma_megatron.storage.paths import path_of
 from pma_megatron.storage.protocol import IN_FLIGHT
 from pma_megatron.storage.requests import Requests, When
 
@@ -112,6 +116,78 @@ def test_checkpoints_that_are_only_listed_are_not_read_in_large_parts(
     there = {p.name: p.stat().st_size for p in folder_of(dense_run, 8).glob("*.distcp")}
     longest = max(size for key, size in asked.longest.items() if key.endswith(".distcp"))
     assert longest < max(there.values()) / 2
+
+
+def test_checkpoints_are_looked_at_side_by_side(
+    dense_run: Path, put: Put, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each look is several questions, one after the other: the first ones of two checkpoints are
+    under way together."""
+    address, read, met = put(dense_run, "run"), ObjectStore.read, threading.Barrier(2)
+    begun, lock = set[str](), threading.Lock()
+
+    def meeting(store: ObjectStore, key: str, *given: Any) -> memoryview:
+        folder = key.split("/")[-2]
+        with lock:
+            waits = folder.startswith("iter_") and folder not in begun and len(begun) < 2
+            begun.update({folder} if waits else ())
+        if waits:
+            met.wait(PATIENCE_S)
+        return read(store, key, *given)
+
+    monkeypatch.setattr(ObjectStore, "read", meeting)
+    found, expected = list_checkpoints(address), list_checkpoints(dense_run)
+    assert [(r.iteration, r.complete, r.consumed_samples) for r in found] == [
+        (r.iteration, r.complete, r.consumed_samples) for r in expected
+    ]
+
+
+def test_short_questions_do_not_wait_behind_what_is_asked_ahead(
+    dense_run: Path, put: Put, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the newest source all is asked for while the merge is planned, of the others when it has
+    looked where it may write; at a server that answers one after the other that is a second."""
+    address, said = put(dense_run, "run"), list[set[str]]()
+    listed, expect = ObjectStore.listed, contents.Contents.expect
+
+    def looking(store: ObjectStore, prefix: str) -> Any:
+        if prefix.endswith("averages/"):
+            said.append(set())
+        return listed(store, prefix)
+
+    def asking(self: contents.Contents, files: Sequence[contents.Content], *, soon: bool) -> None:
+        if soon:
+            said.append({each.key.split("/")[-2] for each in files})
+        expect(self, files, soon=soon)
+
+    monkeypatch.setattr(ObjectStore, "listed", looking)
+    monkeypatch.setattr(contents.Contents, "expect", asking)
+    policy = Policy(optimizer_state="average")
+    monkeypatch.setattr(engine, "_DENSE", 0.1)  # tensors are small: their headers count
+    merge(replace(asked_for(address, f"s3://{bucket}/averages"), policy=policy))
+    every = {folder_of(dense_run, number).name for number in (2, 4, 6, 8)}
+    assert said[:3] == [{"iter_0000008"}, set(), set()]
+    assert [each for each in said[3:] if each] == [every]
+
+
+def test_what_has_one_name_in_all_sources_comes_first(
+    dense_run: Path, put: Put, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums wait for a part of every source: they would all come at the end otherwise."""
+    address, ask, order = put(dense_run, "run"), contents.Contents._ask, list[str]()
+    monkeypatch.setattr(contents, "PAGE_BYTES", 1 << 10)
+    monkeypatch.setattr(contents, "WHOLE_BYTES", 0)
+
+    def noting(self: contents.Contents, file: contents.Content, pages: Any, when: When) -> None:
+        order.extend([file.key] if pages else [])
+        ask(self, file, pages, when)
+
+    list_checkpoints(address)
+    roots = [path_of(f"{address}/{folder_of(dense_run, n).name}") for n in (8, 6, 4, 2)]
+    monkeypatch.setattr(contents.Contents, "_ask", noting)
+    assert spool.expect(roots, soon=True)
+    names = [key.split("/")[-1] for key in order]
+    assert len(names) == 8 and names == sorted(names)  # two files of four
 
 
 def test_what_is_asked_ahead_is_dropped_when_the_job_fails(

@@ -56,6 +56,8 @@ def test_paths_are_called_by_their_addresses_and_open_the_spool(store: Store) ->
     assert file.is_file() and file.stat().st_size == 5 == Path(os.fspath(file)).stat().st_size
     assert file.read_bytes() == b"hello" and file.read_text() == "hello"
     assert str(file.parent) == f"{RUN}/iter_1" and str(file.relative_to(root)) == "iter_1/a.txt"
+    above = [f"{RUN}/iter_1", RUN, "memory://spool/runs", "memory://spool"]
+    assert [str(each) for each in file.parents] == above  # and none in which the spool lies
     assert [str(path) for path in root.rglob("*.txt")] == [str(file)]
     assert file == path_of(str(file)) and {file: 1}[path_of(str(file))]
     assert isinstance(path_of(os.fspath(file)), StorePath)

@@ -6,6 +6,7 @@ import itertools
 import random
 import shutil
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oracle import read_by_torch
+from pma_megatron.base import openfiles
 from pma_megatron.base.boxes import Box, Piece, PieceIndex, slices
 from pma_megatron.errors import PublishError
+from pma_megatron.formats import items
 from pma_megatron.formats.output import Destination
 from pma_megatron.formats.torch_dist.source import read_source
 from pma_megatron.transfer.blocks import BlockReader, BlockWriter
@@ -75,6 +78,30 @@ def test_checksums_of_parts_join_in_any_order(data: bytes, cuts: list[int], seed
     assert scattered_crc(sums, len(data)) == zlib.crc32(data)
     with pytest.raises(PublishError, match="Nothing was published"):
         scattered_crc(sums, len(data) + 1)
+
+
+def test_a_file_is_opened_once_for_all_of_its_items(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where an item lies and what it holds is read through one descriptor."""
+    tensors = read_source(str(folder), {}, True).space.weights.values()
+    opened, real = Counter[str](), openfiles.open_source
+
+    def counting(path: Path, *, whole: bool) -> int:
+        opened[path.name] += 1
+        return real(path, whole=whole)
+
+    for module in (openfiles, items):
+        monkeypatch.setattr(module, "open_source", counting)
+    with BlockReader.of("torch_dist", str(folder)) as reader:
+        for tensor in tensors:
+            reader.values(Box.whole(tensor.shape), PieceIndex(tensor.pieces), tensor.dtype)
+        files = {piece.payload.item.file for tensor in tensors for piece in tensor.pieces}
+        assert opened == dict.fromkeys(files, 1) and len(tensors) > len(files)
+        held = {path.resolve() for path in Path("/proc/self/fd").iterdir() if path.exists()}
+        assert {folder / name for name in files} <= held
+    held = {path.resolve() for path in Path("/proc/self/fd").iterdir() if path.exists()}
+    assert not {folder / name for name in files} & held
 
 
 @pytest.mark.parametrize("parts", [[], [(0, 4, 0)], [(0, 5, 0), (4, 4, 0)], [(0, 9, 0)]])
