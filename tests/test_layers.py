@@ -182,8 +182,8 @@ INSIDE = {
         recovery
     """,
     "online": """
-        average_folder branch memory_budget one_job remote_folder removal shard shared_folder swap
-        snapshot_job uploads
+        branch memory_budget one_job remote_folder removal shard shared_folder swap
+        average_folder snapshot_job uploads
         average_upload hostcopy snapshot_pruning
         snapshot_branches
         snapshot_upload

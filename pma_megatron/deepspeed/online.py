@@ -32,12 +32,12 @@ from pma_megatron.base.comm import Comm
 from pma_megatron.base.spelling import named, speaking
 from pma_megatron.deepspeed.shard import EngineShard
 from pma_megatron.deepspeed.swap import averaged_state, weights
-from pma_megatron.errors import PublishError, UsageError
+from pma_megatron.errors import UsageError
 from pma_megatron.live.load import ARGUMENTS
 from pma_megatron.merging.request import Method
 from pma_megatron.online.average import RunningAverage
 from pma_megatron.online.average_upload import NotSavedError
-from pma_megatron.online.origin import mark, origin_of, record
+from pma_megatron.online.origin import origin_of, record
 from pma_megatron.storage.paths import place_of
 
 CLIENT_STATE = "pma"
@@ -225,8 +225,6 @@ class OnlineAverage(RunningAverage):
         name = self._name(tag)
         folder = place.folder / name
         place.begin(name)
-        # First, because without it the next save would take this tag for the run's own.
-        self._comm.on_main("origin", lambda: _mark(folder, origin))
         with self.averaged_state():
             yield folder, origin
         self._comm.on_main("origin", lambda: record(folder, origin))
@@ -268,13 +266,6 @@ def _refuse_model_parallel(engine: Any) -> None:
             f"parallelism: {ranks} ranks, {replicas} of data parallelism), and only data-parallel "
             "engines keep a running average. Average saved tags with `pma merge`"
         )
-
-
-def _mark(folder: Path, origin: Mapping[str, Any]) -> None:
-    try:
-        mark(folder, origin)
-    except OSError as error:
-        raise PublishError(f"{folder} cannot be written: {error.strerror}") from error
 
 
 def _refuse_background(engine: Any) -> None:

@@ -24,9 +24,9 @@ MARKER_FILE = "pma.json"
 SEAL_FILE = f"{MARKER_FILE}.sha256"
 OWN_FILES = frozenset({MARKER_FILE, SEAL_FILE})
 """They describe the other files, so what is made of a checkpoint gets its own."""
-UPLOADING_FILE = ".pma-uploading"
 SAVING = ".pma-saving-"
 """What a file is called, before the name of the running average that is being saved beside it."""
+UPLOADING_FILE = ".pma-uploading"
 """Lies in the folder of an output in an object store until all of it is there."""
 NOT_CONTENT = OWN_FILES | {UPLOADING_FILE}
 SNAPSHOTS = "pma_snapshots"

@@ -106,10 +106,5 @@ def note_origin(
 
 def _recorded(folder: Path, origin: Mapping[str, Any], place: AveragePlace | None) -> None:
     record(folder, origin)
-    if not (folder / MARKER_FILE).is_file():
-        try:  # a disk that was full for a moment: without it nothing tells what this is
-            mark(folder, origin)
-        except OSError as error:
-            _log.warning("%s still has no %s: %s", folder, MARKER_FILE, error)
     if place is not None:
         place.saved(folder.name)

@@ -17,9 +17,10 @@ from pma_megatron.errors import CheckpointError, PublishError, SelectionError
 from pma_megatron.formats import registry
 from pma_megatron.formats.dcp.metadata import METADATA_FILE
 from pma_megatron.formats.json_files import read_json
-from pma_megatron.formats.marker import MARKER_FILE, ONLINE_AVERAGE, SAVING, SEAL_FILE, is_merge
+from pma_megatron.formats.marker import MARKER_FILE, ONLINE_AVERAGE, SAVING, is_merge
 from pma_megatron.formats.trainers.saves import checkpoint_in
 from pma_megatron.merging.saved_over import saved_over
+from pma_megatron.online.remote_folder import unmake
 from pma_megatron.runs.describe import describe
 from pma_megatron.runs.folders import ITERATION
 from pma_megatron.runs.trackers import read_pointers
@@ -93,9 +94,8 @@ class AverageFolder:
             if others:
                 return self._why_refused(others[0])
             write_small(self._sign(name), b"an average is being saved by this name\n")
-            # The trainer writes over it, and may be killed half way: it is no average until then.
-            for mark in (MARKER_FILE, SEAL_FILE):
-                (folder / mark).unlink(missing_ok=True)
+            # The trainer writes over it, perhaps in the background, and may be killed half way.
+            unmake(folder)
         except (CheckpointError, SelectionError, OSError) as error:
             return f"{self.folder} fails: {error}"
         return None
@@ -105,6 +105,7 @@ class AverageFolder:
         try:
             names = (pointer.named for pointer in read_pointers(self.folder).values())
             pointed = [self.folder / name for name in names if name is not None]
+            self._known -= {each.name for each in pointed}  # a merge may have replaced one since
             if any(each.name in self._merges for each in pointed):
                 return False
             return all(self._is_average(each) or not is_folder(each) for each in pointed)
@@ -120,13 +121,14 @@ class AverageFolder:
     def _look_at_signs(self) -> None:
         for sign in sorted(self.folder.glob(f"{SAVING}*")):
             folder = self.folder / sign.name.removeprefix(SAVING)
-            if self._is_marked(folder):
+            if self._is_marked(folder) or not is_folder(folder):
                 sign.unlink(missing_ok=True)
-            elif is_folder(folder):
+            else:
                 _log.warning(
                     "%s is an average that a job was cut off at while it saved it, and may not be "
-                    "whole: the next one by this name replaces it, or delete it",
+                    "whole: the next one by this name replaces it, or delete it, and %s",
                     folder,
+                    sign,
                 )
 
     def _others(self) -> list[Path]:

@@ -59,11 +59,17 @@ def mark(folder: Path, origin: Mapping[str, Any]) -> None:
 
 
 def record(folder: Path, origin: Mapping[str, Any]) -> None:
-    """Add the checksums of all files, once the trainer has written them, for `pma verify`.
+    """Say it with the checksums of all files, once the trainer has written them, for `pma verify`.
 
-    What goes wrong is logged: the checkpoint is good without.
+    What goes wrong is logged: the checkpoint is good without them, and says the rest if it can.
     """
     try:
         replace_marker(folder, origin, record_sums(folder))
+        return
     except (CheckpointError, OSError) as error:
         _log.warning("%s gets no checksums of its files: %s", folder, error)
+    if not (folder / MARKER_FILE).is_file():
+        try:  # a disk that was full for a moment: without it nothing tells what this is
+            mark(folder, origin)
+        except OSError as error:
+            _log.warning("%s has no %s: %s", folder, MARKER_FILE, error)

@@ -41,6 +41,19 @@ def held_back(sizes: Mapping[str, int]) -> list[str]:
     return [*known, min(rest, key=lambda name: (sizes[name], name))]
 
 
+def unmake(folder: Path) -> None:
+    """Remove from a disk what makes a checkpoint whole, which comes last where it is made: no
+    reader takes the rest for one. Harmless where nothing is.
+
+    Raises:
+        OSError: something stays.
+    """
+    files = (path for path in folder.rglob("*") if path.is_file())
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+    for name in reversed(held_back(sizes)):
+        (folder / name).unlink(missing_ok=True)
+
+
 def objects_in(store: Store, key: str) -> dict[str, Object]:
     """What lies in a folder of a store, by name."""
     return {each.key.removeprefix(f"{key}/"): each for each in store.listed(f"{key}/")}

@@ -52,10 +52,15 @@ def prune(
     root = Path(root)
     if not is_folder(root):
         return []
-    remove_hidden(root)
     found, said = {}, {}
     begun: Collection[Branch] | None = ()
-    for folder in root.iterdir():
+    try:
+        remove_hidden(root)
+        folders = [*root.iterdir()]
+    except OSError as error:
+        _log.warning("no snapshot in %s is deleted: it cannot be listed (%s)", root, error)
+        return []
+    for folder in folders:
         iteration = iteration_of(folder) or 0
         try:
             if folder.name == BRANCHES_FILE:

@@ -33,10 +33,10 @@ from pma_megatron.formats.marker import (
 )
 from pma_megatron.formats.torch_dist.completeness import completeness
 from pma_megatron.online.branch import outdated
-from pma_megatron.online.remote_folder import said_in
+from pma_megatron.online.remote_folder import said_in, unmake
 from pma_megatron.online.snapshot_branches import SnapshotBranches
 from pma_megatron.online.snapshot_job import UPLOADED as _THERE
-from pma_megatron.online.uploads import Uploads, remove_marks
+from pma_megatron.online.uploads import Uploads
 from pma_megatron.runs.branches import begun_by, given_up, text_of
 from pma_megatron.runs.describe import iteration_of
 from pma_megatron.runs.discover import TRACKER_FILE, list_checkpoints
@@ -281,7 +281,7 @@ def refuse_full(folder: Path, nbytes: int) -> None:
 
 def _empty(folder: Path) -> None:
     """Remove the files of what is in the store, its marks first; `_THERE` stays."""
-    remove_marks(folder)
+    unmake(folder)
     for path in folder.iterdir():
         if path.name != _THERE:
             path.unlink(missing_ok=True)

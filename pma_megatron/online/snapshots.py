@@ -274,9 +274,14 @@ class SnapshotWriter:
         if self._uploads is not None:
             self._uploads.give_up([name_of(each) for each in iterations])
         else:
-            there = (iteration_of(folder) for folder in self.root.iterdir())
-            kept = {each for each in there if each is not None}
-            prune(self.root, 0, kept - {*iterations})
+            try:
+                there = {iteration_of(folder) or 0 for folder in self.root.iterdir()}
+            except OSError as error:
+                _log.warning(
+                    "what is given up in %s stays: it cannot be listed (%s)", self.root, error
+                )
+                return
+            prune(self.root, 0, there - {*iterations})
 
     def _upload(self, name: str) -> None:
         self._published = name

@@ -67,7 +67,8 @@ class Uploads(ABC):
             folder: on a disk.
         """
         self.address, self.folder = address, folder
-        self._lock, self._again = threading.RLock(), False
+        self._lock, self._again, self._busy = threading.RLock(), False, False
+        self._news = threading.Condition(self._lock)
         self._thread: threading.Thread | None = None
         self._given_up: set[str] = set()
         self._made: set[str] = set()
@@ -87,13 +88,16 @@ class Uploads(ABC):
         """Put there what is whole on the disk; returns at once."""
         with self._lock:
             self._again = True
+            self._news.notify_all()
             if self._thread is not None and self._thread.is_alive():
                 return
-            self._thread = threading.Thread(target=self._run, name="pma-upload", daemon=True)
+            # It stays: a process that ends begins no thread any more (Python 3.12), and an upload
+            # that nobody waits for without limit is still to be made then.
+            self._thread = threading.Thread(target=self._work, name="pma-upload", daemon=True)
             try:
                 self._thread.start()
                 return
-            except RuntimeError:  # the interpreter is about to end, and begins no thread any more
+            except RuntimeError:
                 self._thread = None
         self._run()
 
@@ -107,11 +111,7 @@ class Uploads(ABC):
         until_s = math.inf if timeout_s is None else time.monotonic() + timeout_s
         if self._waiting():
             self.begin()  # what failed is tried once more
-        while (thread := self._thread) is not None and thread.is_alive():
-            left_s = until_s - time.monotonic()
-            if left_s <= 0:
-                break
-            thread.join(min(left_s, _LOOKED_S))
+        while (left_s := until_s - time.monotonic()) > 0 and self._goes_on(min(left_s, _LOOKED_S)):
             moved()
         left = [folder.name for folder in self._waiting()]
         if left:
@@ -170,6 +170,12 @@ class Uploads(ABC):
                     return None
                 if not self._may_go(folder):
                     self._stuck.add(folder.name)
+                    _log.warning(
+                        "%s is given up, and stays: nothing in it can be read now that says that "
+                        "it is one of the %s. Look at it, and delete it if it is",
+                        folder,
+                        self.what,
+                    )
                     return None
                 hidden = hide(folder)
         except FileNotFoundError:
@@ -185,13 +191,24 @@ class Uploads(ABC):
         found = self._told(f"the look for {self.what} to be put", self._whole) or []
         return [folder for folder in found if folder.name not in self._stuck]
 
+    def _goes_on(self, within_s: float) -> bool:
+        """Whether something is under way still, after that time at the latest."""
+        with self._news:
+            return not self._news.wait_for(lambda: not (self._again or self._busy), within_s)
+
+    def _work(self) -> None:
+        while True:
+            self._run()
+            with self._news:
+                self._news.wait_for(lambda: self._again)
+
     def _run(self) -> None:
         while True:
-            with self._lock:
-                if not self._again:
-                    self._thread = None
+            with self._news:
+                self._busy, self._again = self._again, False
+                if not self._busy:
+                    self._news.notify_all()
                     return
-                self._again = False
             self._told(f"the deletion of {self.what} that were given up", self._delete_given_up)
             for folder in self._waiting():
                 self._told(f"the upload of {folder.name}", functools.partial(self._put_due, folder))
@@ -375,9 +392,3 @@ class Uploads(ABC):
         point("snapshot-old", 0)
         store.delete(f"{key}/{name}" for name in there if name not in KNOWN)
         store.delete(f"{key}/{name}" for name in OWN if name in there)
-
-
-def remove_marks(folder: Path) -> None:
-    """Remove from a disk what makes a checkpoint whole: no reader takes the rest for one."""
-    for name in reversed(KNOWN):
-        (folder / name).unlink(missing_ok=True)

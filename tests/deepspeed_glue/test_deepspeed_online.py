@@ -16,8 +16,11 @@ from conftest import request_for
 from deepspeed_runs import resume
 from oracle import assert_average
 from pma_megatron import Method, SelectionRequest, list_checkpoints, merge
+from pma_megatron.base.comm import Comm
 from pma_megatron.deepspeed.online import OnlineAverage
 from pma_megatron.errors import PmaError
+from pma_megatron.formats.marker import MARKER_FILE
+from pma_megatron.online.average_upload import AveragePlace
 from pma_megatron.testing import run_ranks
 from pma_megatron.testing.tiny_deepspeed import DeepSpeedConfig, TinyDeepSpeed
 
@@ -311,6 +314,33 @@ def test_experts_over_four_ranks(tmp_path: Path) -> None:
     run_ranks(run, 4, {str(root): EXPERTS}, timeout_s=800)
     for name, method in METHODS.items():
         assert_same_tag(tag(f"{root}-{name}"), merged(root, tmp_path / f"merged-{name}", method))
+
+
+def cut_off(rank: int, world_size: int, root: str) -> None:
+    """An average is saved, and saved over by a job that ends before it has written a file."""
+    trainer = TinyDeepSpeed(KINDS["zero1"])
+    average = online(trainer, METHODS["sma"])
+    train(trainer, 7, average)
+    average.save_average(root)
+    trainer.engine.save_checkpoint = interrupted
+    with pytest.raises(Interrupted):
+        average.save_average(root)
+
+
+def interrupted(*_: object, **__: object) -> None:
+    raise Interrupted
+
+
+def test_one_that_was_cut_off_over_an_older_one_is_not_whole(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Files of both may lie there: no reader takes them for either, and the next job says so."""
+    root = tmp_path / "averages"
+    run_ranks(cut_off, 2, str(root), timeout_s=800)
+    AveragePlace(root, Comm())
+    assert f"{tag(root, 7)} is an average that a job was cut off at" in caplog.text
+    assert not (tag(root, 7) / MARKER_FILE).exists()
+    assert [ref.complete for ref in list_checkpoints(root)] == [False]
 
 
 # Refusals.

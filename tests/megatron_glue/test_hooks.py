@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
 from test_megatron_flags import parse
 
 from conftest import DENSE, folder_of
@@ -71,9 +72,13 @@ def train(rank: int, world_size: int, root: str, late: bool) -> list[tuple[int, 
     goes_on = threading.Event()
 
     def save_average() -> None:
+        place = folder_of(Path(global_vars().get_args().save), trainer.iteration)
+        before = (place / CONFIG_FILE).read_bytes() if (place / CONFIG_FILE).exists() else None
         metadata = trainer.save(global_vars().get_args().save) / CONFIG_FILE
         if late:
             unfinished.append(metadata.rename(metadata.with_suffix(".late")))
+            if before is not None:  # it lies there until the save ends
+                metadata.write_bytes(before)
 
     def slow(folder: Path, origin: Mapping[str, Any]) -> None:
         assert goes_on.wait(PATIENCE_S)
@@ -113,8 +118,12 @@ def test_sums_of_saved_averages_are_waited_for_before_a_save_and_at_the_end(tmp_
         verify(folder)
 
 
-def test_an_average_whose_save_ends_last_says_what_it_is(tmp_path: Path) -> None:
-    """As with --async-save: Megatron ends the last one when training is over."""
+@pytest.mark.parametrize("over", [False, True])
+def test_an_average_whose_save_ends_last_says_what_it_is(tmp_path: Path, over: bool) -> None:
+    """As with --async-save: Megatron ends the last one when training is over. Over an older one
+    too: what is there until then makes nothing whole, and is not taken for it."""
+    if over:
+        run_ranks(train, 1, str(tmp_path / "run"), False, preloaded=False)
     (seen,) = run_ranks(train, 1, str(tmp_path / "run"), True, preloaded=False)
     assert seen == [(0, 0), (0, 0)]
     for iteration in (2, 4):

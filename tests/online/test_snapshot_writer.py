@@ -243,3 +243,23 @@ def test_prune_spares_what_is_needed_and_what_is_not_ours(tmp_path: Path) -> Non
     assert prune(tmp_path / "nowhere", 1, set()) == []
     with pytest.raises(UsageError, match="keep="):
         prune(tmp_path, -1, set())
+
+
+def test_a_disk_that_fails_for_a_moment_ends_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path, 1, 2)
+    to, _ = new_writer(tmp_path)
+    with monkeypatch.context() as fails:
+        fails.setattr(os, "listdir", failing)
+        fails.setattr(os, "scandir", failing)
+        assert prune(to.root, 1, set()) == []
+        to.give_up([2])
+        assert "cannot be listed" in caplog.text and "stays" in caplog.text
+    assert names_in(tmp_path) == [folder_of(tmp_path, iteration).name for iteration in (1, 2)]
+    to.give_up([2])
+    assert names_in(tmp_path) == [folder_of(tmp_path, 1).name]
+
+
+def failing(*_: object) -> None:
+    raise OSError(116, "Stale file handle")

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ import pytest
 from test_store_uploads import address, average, made, new_place, writer
 
 from conftest import digests, request_for
-from pma_megatron import merge
+from pma_megatron import MergeRequest, list_checkpoints, merge
 from pma_megatron.base.comm import Comm
-from pma_megatron.errors import PublishError
+from pma_megatron.errors import PublishError, SelectionError
 from pma_megatron.formats.marker import MARKER_FILE, ONLINE_AVERAGE, SEAL_FILE
 from pma_megatron.merging import locks
 from pma_megatron.online import average_folder, one_job
@@ -175,6 +176,21 @@ def test_retention_does_not_get_what_a_merge_made(
     assert place.begin(name_of(70))
 
 
+def test_retention_does_not_get_what_a_merge_put_in_an_averages_place(
+    dense_run: Path, tmp_path: Path, made: Path
+) -> None:
+    """As `--overwrite` does, which is advised where an average has the name."""
+    save = tmp_path / "averages"
+    place = AveragePlace(save, Comm())
+    shutil.copytree(made / name_of(50), made / name_of(8))
+    average(place, 8, made)
+    assert place.begin(name_of(50))
+    average(place, 50, made)
+    merge(replace(request_for(dense_run, save), overwrite=True))
+    assert (save / TRACKER).read_text() == "8"
+    assert not place.begin(name_of(60))
+
+
 def test_a_merge_goes_where_an_average_is_being_saved(
     dense_run: Path, tmp_path: Path, made: Path
 ) -> None:
@@ -200,7 +216,27 @@ def test_an_average_that_is_saved_over_is_none_until_it_is_whole(
     place.begin(name_of(50))
     AveragePlace(root, Comm())
     assert f"{folder} is an average that a job was cut off at" in caplog.text
-    assert list(root.glob(".pma-saving-*"))
+    (sign,) = root.glob(".pma-saving-*")
+    assert str(sign) in caplog.text
+    # What was not written over by then are files of the older one, and nobody takes them for it.
+    assert [ref.complete for ref in list_checkpoints(root)] == [False]
+    with pytest.raises(SelectionError):
+        merge(MergeRequest(load=str(root), save=str(tmp_path / "merged")))
+
+
+def test_a_sign_goes_where_nothing_came_after_it(tmp_path: Path, made: Path) -> None:
+    """What training saves later by that name is no average."""
+    root = tmp_path / "averages"
+    average(AveragePlace(root, Comm()), 40, made)
+    AveragePlace(root, Comm()).begin(name_of(50))
+    (sign,) = root.glob(".pma-saving-*")
+    AveragePlace(root, Comm())
+    assert not sign.exists()
+    whole(root, made)
+    with pytest.raises(
+        PublishError, match=f"{name_of(50)} is a checkpoint in a folder of averages"
+    ):
+        AveragePlace(root, Comm())
 
 
 def test_a_tracker_alone_is_that_of_training(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from test_store_uploads import (
 from pma_megatron.base.openfiles import folders_in
 from pma_megatron.formats.marker import MARKER_FILE, ONLINE_AVERAGE
 from pma_megatron.megatron import save
-from pma_megatron.online import average_upload, uploads
+from pma_megatron.online import average_upload, origin, uploads
 from pma_megatron.online.average_folder import AverageFolder
 from pma_megatron.online.average_upload import NotSavedError
 from pma_megatron.online.removal import REMOVED
@@ -165,17 +165,12 @@ def test_what_is_not_marked_as_an_average_is_not_put_there(
     place.wait(PATIENCE_S)
     assert versions(address) == {}
 
-    mark, fails = save.mark, [True]
+    def refused(*_: object) -> None:
+        raise OSError(28, "no space left")
 
-    def refused_once(folder: Path, origin: object) -> None:
-        if fails:
-            fails.pop()
-            raise OSError(28, "no space left")
-        mark(folder, origin)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(save, "mark", refused_once)
+    monkeypatch.setattr(save, "mark", refused)
+    monkeypatch.setattr(origin, "record_sums", refused)
     monkeypatch.setattr(save, "origin_of", lambda _: {"kind": ONLINE_AVERAGE})
-    monkeypatch.setattr(save, "record", lambda *_: None)
     save.note_origin(folder, None, place, at_exit=True)  # type: ignore[arg-type]
     place.wait(PATIENCE_S)
     assert there(address) == [50]

@@ -314,6 +314,34 @@ def test_the_sign_of_an_upload_is_renewed_while_a_file_takes_its_time(
     assert there(address) == [1]
 
 
+def test_a_process_that_ends_waits_no_longer_than_it_says(
+    address: str, made: Path, new_place: Callable[[], AveragePlace],
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """It can begin no thread any more, since Python 3.12: what puts averages there has begun."""
+    goes_on, put_file, putting = threading.Event(), ObjectStore.put_file, set[threading.Thread]()
+
+    def held_up(self: ObjectStore, key: str, path: Path) -> str:
+        putting.add(threading.current_thread())
+        assert threading.main_thread() in putting or goes_on.wait(PATIENCE_S)
+        return put_file(self, key, path)
+
+    def ends(self: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    place = new_place()
+    monkeypatch.setattr(ObjectStore, "put_file", held_up)
+    with monkeypatch.context() as at_exit:
+        at_exit.setattr(threading.Thread, "start", ends)
+        average(place, 50, made)
+        place.wait(1.0)
+        assert not goes_on.is_set() and f"{name_of(50)} of {place.folder} did not" in caplog.text
+        assert threading.main_thread() not in putting  # which would not come back in time
+        goes_on.set()
+        place.wait(PATIENCE_S)
+    assert there(address) == [50]
+
+
 def looks_late(rank: int, size: int, address: str, sign: str) -> None:
     """Rank 1 looks whether a snapshot was published when it is in the store, and off the disk."""
     chunks = simple_chunks(rank, size)
