@@ -61,12 +61,14 @@ class RankError(PmaError):
     Attributes:
         lost: True if that rank cannot tell anybody any more: it died, hangs, or has gone.
         speaker: the rank that tells the user.
+        asked: True if somebody asked that rank to end.
     """
 
-    def __init__(self, message: str, *, lost: bool = False, speaker: int = 0) -> None:
+    def __init__(
+        self, message: str, *, lost: bool = False, speaker: int = 0, asked: bool = False
+    ) -> None:
         super().__init__(message)
-        self.lost = lost
-        self.speaker = speaker
+        self.lost, self.speaker, self.asked = lost, speaker, asked
 
 
 class PoisonedError(PmaError):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import signal
+import socket
 import subprocess
 from collections.abc import Iterator
 
@@ -30,3 +32,12 @@ def nothing_goes_on() -> Iterator[None]:
 def without_progress(text: str) -> str:
     """What a command wrote on stderr, but for what it writes on a busy machine alone."""
     return "".join(line for line in text.splitlines(True) if not _PROGRESS.match(line))
+
+
+def free_port() -> int:
+    """One that the system gives to nobody who does not ask for it by its number."""
+    for port in itertools.count(20_000 + os.getpid() % 10_000):
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError

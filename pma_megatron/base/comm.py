@@ -24,7 +24,7 @@ from pma_megatron.base.faults import point
 from pma_megatron.base.packing import packed, unpacked
 from pma_megatron.base.presence import TIMEOUT_S, Presence, kept_by_torchrun
 from pma_megatron.base.spelling import given, named
-from pma_megatron.base.stopping import Stopped
+from pma_megatron.base.stopping import Stopped, shielded
 from pma_megatron.errors import PmaError, RankError, UsageError
 
 T = TypeVar("T")
@@ -335,10 +335,11 @@ def process_group_from_environment(timeout_s: float = TIMEOUT_S) -> Iterator[Non
         _leave(presence, stop, "")
         raise
     except BaseException as error:
-        presence.leave(f"rank {rank} failed: {type(error).__name__}: {error}")
-        if not entangled():
-            dist.destroy_process_group()
-        raise
+        with shielded():  # torchrun ends the others when one rank is gone: that is no news
+            presence.leave(f"rank {rank} failed: {type(error).__name__}: {error}")
+            if not entangled():
+                dist.destroy_process_group()
+            raise
     else:
         with contextlib.suppress(RankError):  # rank 0 may keep the store, so it must not end first
             presence.meet()

@@ -77,7 +77,7 @@ class _Word:
 
     @property
     def error(self) -> RankError:
-        return RankError(self.cause, lost=True, speaker=self.speaker)
+        return RankError(self.cause, lost=True, speaker=self.speaker, asked=self.asked)
 
 
 class Presence:

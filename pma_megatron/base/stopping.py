@@ -44,6 +44,7 @@ class _State:
         number: of the first signal that came.
         raised: whether it has been raised, and is on its way to who asked for it.
         lost: whether it was raised where nobody could pass it on.
+        ended: whether the process says by itself why it ends.
         shields: how many `shielded` blocks are open.
         tell: ends the process by a line, as long as there is nothing to clean up.
     """
@@ -52,6 +53,7 @@ class _State:
         self.number: int | None = None
         self.raised = False
         self.lost = False
+        self.ended = False
         self.shields = 0
         self.tell = tell
 
@@ -103,6 +105,12 @@ def unwinding() -> None:
     _state.tell = None
 
 
+def ends_by_itself() -> None:
+    """From here on this process says why it ends, and ends: signals that ask for that say and raise
+    nothing any more."""
+    _state.ended = True
+
+
 @contextlib.contextmanager
 def shielded() -> Iterator[None]:
     """A signal that comes inside the block is raised at its end, unless the block fails anyway.
@@ -137,7 +145,9 @@ def interruptible() -> Iterator[None]:
 
 
 def _raise_pending() -> None:
-    if not _state.shields and _state.number is not None and not _state.raised:
+    if _state.shields or _state.raised or _state.ended:
+        return
+    if _state.number is not None:
         _state.raised = True
         raise Stopped(_state.number)
 
@@ -154,6 +164,8 @@ def having_published(folders: Sequence[str]) -> Iterator[None]:
 
 
 def _arrived(number: int, frame: Any) -> None:
+    if _state.ended:
+        return
     if _state.number is not None and not _state.lost:
         os.write(2, _LATER)
         return

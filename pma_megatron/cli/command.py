@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pma_megatron.base.log import visible
-from pma_megatron.base.stopping import Stopped, stoppable, unwinding
+from pma_megatron.base.stopping import Stopped, ends_by_itself, stoppable, unwinding
 from pma_megatron.cli.streams import forgiving
-from pma_megatron.errors import PmaError
+from pma_megatron.errors import PmaError, RankError, UsageError
 
 _PUBLISH = ("merge", "export", "recover")
 _DO_MORE_THAN_PRINT = (*_PUBLISH, "verify", "prune", "watch", "report")
@@ -47,6 +47,9 @@ def _run(given: list[str], rank: int, alone: bool) -> int:
     publishes = bool(given) and given[0] in _PUBLISH
 
     def stopped(stop: Stopped) -> int:
+        lost = _lost_behind(stop)
+        if lost is not None:
+            return _refused(lost, rank)
         told = told_of(stop) if publishes else ""
         _failed(rank, f"stopped by {stop}{told and f'; {told}'}", aloud=rank == 0)
         return 128 + stop.number
@@ -78,7 +81,6 @@ def _work(given: list[str], rank: int, alone: bool) -> int:
     from pma_megatron.cli.flags import parsed
     from pma_megatron.cli.request_files import dumped
     from pma_megatron.cli.verbs import NOT_THE_SAME, STORES, front_end, work_of
-    from pma_megatron.errors import RankError, UsageError
 
     arguments = parsed(given)
     log.configure(rank, verbose=arguments.verbose)
@@ -99,12 +101,7 @@ def _work(given: list[str], rank: int, alone: bool) -> int:
             else:
                 code = _with_progress(work, arguments, rank)
     except PmaError as error:
-        told = told_of(error) if error.published or error.kept else ""
-        # The rank whose own error it is prints it; one also says what stopped the others.
-        aloud = not isinstance(error, RankError) or error.speaker == rank
-        where = f"[rank {rank}] " if rank else ""
-        _failed(rank, f"error: {where}{error}{told and f'. {told}'}", aloud=aloud)
-        return 2 if isinstance(error, UsageError) else 1
+        return _refused(error, rank)
     except OSError as error:
         if error.filename is None:
             raise  # about no file that somebody could look at
@@ -117,6 +114,27 @@ def _work(given: list[str], rank: int, alone: bool) -> int:
     if code == NOT_THE_SAME:  # no failure, but torchrun takes every other code than 0 for one
         _failed(rank, "the two checkpoints are not the same", aloud=False)
     return code or 0
+
+
+def _lost_behind(stop: Stopped) -> RankError | None:
+    """The loss of a rank that this one was about to tell of when it was asked to end: torchrun asks
+    all others for that then, and it is no news."""
+    error = stop.__context__
+    while error is not None:
+        if isinstance(error, RankError) and error.lost and not error.asked:
+            return error
+        error = error.__context__
+    return None
+
+
+def _refused(error: PmaError, rank: int) -> int:
+    """Say an error, and what was done before it; returns the exit code."""
+    told = told_of(error) if error.published or error.kept else ""
+    # The rank whose own error it is prints it; one also says what stopped the others.
+    aloud = not isinstance(error, RankError) or error.speaker == rank
+    where = f"[rank {rank}] " if rank else ""
+    _failed(rank, f"error: {where}{error}{told and f'. {told}'}", aloud=aloud)
+    return 2 if isinstance(error, UsageError) else 1
 
 
 def _refuse_spool() -> None:
@@ -155,6 +173,7 @@ def told_of(end: PmaError | Stopped) -> str:
 
 def _failed(rank: int, text: str, *, aloud: bool) -> None:
     """Say why this process ends, to the user and to torchrun, which prints it in its summary."""
+    ends_by_itself()
     if aloud:
         sys.stderr.write(f"pma: {visible(text)}\n")
         sys.stderr.flush()

@@ -297,34 +297,42 @@ def _let_go_of_server() -> None:
         server._forkserver_alive_fd = server._forkserver_address = None
 
 
-def _end_with_parent() -> None:
-    """Else the ranks of a job that was killed would go on writing beside those of the next."""
+def _end_with_parent(parent: int) -> None:
+    """Else the ranks of a job that was killed would go on writing beside those of the next.
+
+    Args:
+        parent: its process, which may have gone before the system knows that this one follows it.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
 
 
 def _forks_end_with_rank() -> None:
     """Checkpoint writers too; but the signal comes when the thread that forked ends, so only those
     that the main thread forks."""
-    by_main = False
+    by_main, parent = False, 0
 
     def before() -> None:
-        nonlocal by_main
+        nonlocal by_main, parent
         by_main = threading.current_thread() is threading.main_thread()
+        parent = os.getpid()
 
     def in_child() -> None:
         if by_main:
-            _end_with_parent()
+            _end_with_parent(parent)
 
     os.register_at_fork(before=before, after_in_child=in_child)
 
 
 def _child(job: _Job, rank: int, sender: Connection, _: _Output) -> None:
+    parent = os.getppid()
     os.setsid()
     _let_go_of_server()
     os.environ.clear()
     os.environ.update(job.environment)
-    _end_with_parent()
+    _end_with_parent(parent)
     _forks_end_with_rank()
     stacks = Path(job.directory, f"stacks{rank}").open("w")  # noqa: SIM115 (open until exit)
     faulthandler.enable()

@@ -15,10 +15,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from jobs import JOBS, nothing_goes_on, without_progress  # noqa: F401
+from jobs import JOBS, free_port, nothing_goes_on, without_progress  # noqa: F401
+from pma_megatron.base.comm import process_group_from_environment
 from pma_megatron.base.stopping import Stopped, stoppable, unwinding
-from pma_megatron.testing import inject
+from pma_megatron.cli import command, verbs
+from pma_megatron.errors import PlanError, RankError
+from pma_megatron.testing import inject, run_ranks
 
 PATIENCE_S = 200.0
 TRIES = 20
@@ -161,3 +165,60 @@ def test_from_when_on_it_unwinds() -> None:
         with pytest.raises(Stopped):
             signal.raise_signal(signal.SIGTERM)
     assert ended == [signal.SIGTERM, 143]
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_the_end_of_a_rank_is_told_though_torchrun_ends_the_others(
+    asked: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """It does so when the first is gone: in whatever moment of telling that the signal comes."""
+
+    def work(_: object) -> int:
+        try:
+            raise RankError("rank 1 is gone", lost=True, asked=asked)
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(verbs, "work_of", lambda _: work)
+    code = command.run(["list", str(tmp_path)])
+    told = "stopped by SIGTERM" if asked else "error: rank 1 is gone"
+    assert (code, capsys.readouterr().err) == (143 if asked else 1, f"pma: {told}\n")
+
+
+def test_an_end_that_is_being_told_is_told_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def interrupted(text: str) -> str:
+        signal.raise_signal(signal.SIGTERM)
+        return text
+
+    monkeypatch.setattr(command, "visible", interrupted)
+    assert command.run(["list", str(tmp_path / "nowhere")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("pma: error: ") and "nowhere" in line
+
+
+def leave(rank: int, world_size: int, meet: str) -> list[str]:
+    """Torchrun asks this rank to end while it leaves the job because of an error."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=meet)
+    destroy, came = torch.distributed.destroy_process_group, []
+
+    def interrupted() -> None:
+        signal.raise_signal(signal.SIGTERM)
+        destroy()
+        came.append("left")
+
+    torch.distributed.destroy_process_group = interrupted  # type: ignore[assignment]
+    try:
+        with stoppable(), process_group_from_environment(PATIENCE_S):
+            raise PlanError("there is no plan")
+    except (PlanError, Stopped) as error:
+        came.append(type(error).__name__)
+    finally:
+        torch.distributed.destroy_process_group = destroy  # type: ignore[assignment]
+    return came
+
+
+def test_a_rank_that_leaves_because_of_an_error_raises_that() -> None:
+    found = run_ranks(leave, 2, str(free_port()), init=False)
+    assert found == [["left", "PlanError"]] * 2

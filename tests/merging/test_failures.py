@@ -5,12 +5,9 @@ Real commands, under a real torchrun where ranks are the matter.
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,7 +21,7 @@ import pytest
 
 import kills
 from conftest import digests, request_for
-from jobs import JOBS, nothing_goes_on, without_progress  # noqa: F401
+from jobs import JOBS, free_port, nothing_goes_on, without_progress  # noqa: F401
 from pma_megatron import MergeRequest, SelectionRequest, merge
 from pma_megatron.base.stopping import Stopped, stoppable
 from pma_megatron.merging import job as merging_job
@@ -243,15 +240,6 @@ def test_a_rank_never_comes(dense_run: Path, tmp_path: Path) -> None:
     assert [job.returncode for job in jobs] == [1, 1]
     assert len(texts[0]) == 1 and "rank 1 never came: waited 10 s" in texts[0][0], texts
     assert not (tmp_path / "save").exists()
-
-
-def free_port() -> int:
-    """One that the system gives to nobody who does not ask for it by its number."""
-    for port in itertools.count(20_000 + os.getpid() % 10_000):
-        with socket.socket() as free, contextlib.suppress(OSError):
-            free.bind(("127.0.0.1", port))
-            return port
-    raise AssertionError
 
 
 def test_kill_loop(dense_run: Path, tmp_path: Path) -> None:
