@@ -194,7 +194,11 @@ class Uploads(ABC):
     def _goes_on(self, within_s: float) -> bool:
         """Whether something is under way still, after that time at the latest."""
         with self._news:
-            return not self._news.wait_for(lambda: not (self._again or self._busy), within_s)
+            return not self._news.wait_for(self._rests, within_s)
+
+    def _rests(self) -> bool:
+        at_work = self._thread is not None and self._thread.is_alive()
+        return not (at_work and (self._again or self._busy))
 
     def _work(self) -> None:
         while True:

@@ -27,6 +27,7 @@ from pma_megatron.formats.marker import (
 from pma_megatron.formats.schema import wrong
 from pma_megatron.runs.refs import CheckpointRef
 from pma_megatron.storage.paths import path_of
+from pma_megatron.storage.together import of_each
 
 FIRST = Branch(number=0, after=0)
 _BRANCHES = "branches"
@@ -186,7 +187,7 @@ def marked(
 
 def with_snapshots(
     full: Mapping[str, CheckpointRef],
-    folders: Iterable[Path],
+    folders: Sequence[Path],
     look: Callable[[Path], CheckpointRef],
 ) -> tuple[dict[str, CheckpointRef], list[Branch | None]]:
     """What is listed of full checkpoints and snapshots, and the branches of snapshots that are not.
@@ -197,18 +198,14 @@ def with_snapshots(
             unless it alone is not whole; one that cannot be read may be.
         look: describes a snapshot.
     """
-    listed, hidden = dict(full), []
-    for folder in folders:
-        twin = listed.get(folder.name)
-        if twin is None or not (twin.complete or twin.unreadable):
-            thin = look(folder)
-            if twin is None or thin.complete or thin.unreadable:
-                listed[folder.name] = thin
-            continue
-        unread_ones, branches = branches_of([folder], look)
-        hidden += branches
-        listed |= {str(folder): ref for ref in unread_ones}
-    return listed, hidden
+    stay = {name for name, ref in full.items() if ref.complete or ref.unreadable}
+    alone = [folder for folder in folders if folder.name not in stay]
+    listed = dict(full)
+    for folder, thin in zip(alone, of_each(look, alone), strict=True):
+        if folder.name not in full or thin.complete or thin.unreadable:
+            listed[folder.name] = thin
+    unread_ones, hidden = branches_of((each for each in folders if each.name in stay), look)
+    return listed | {ref.path: ref for ref in unread_ones}, hidden
 
 
 def unmarked(ref: CheckpointRef) -> CheckpointRef:

@@ -11,7 +11,8 @@ from typing import TypeVar
 from pma_megatron.storage.paths import in_store
 
 T = TypeVar("T")
-_AT_ONCE = 8
+_AT_ONCE = 4
+"""Each may hold what a large `.metadata` says."""
 
 
 def of_each(work: Callable[[Path], T], folders: Iterable[Path]) -> list[T]:

@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_store_uploads import put as put_snapshot
+from test_store_uploads import writer
 
 from conftest import folder_of
 from pma_megatron import MergeRequest, SelectionRequest, list_checkpoints, merge
 from pma_megatron.errors import CheckpointError
+from pma_megatron.formats.marker import SNAPSHOTS
 from pma_megatron.merging import engine
 from pma_megatron.merging.policy import Policy
 from pma_megatron.storage import contents, spool
@@ -118,12 +121,19 @@ def test_checkpoints_that_are_only_listed_are_not_read_in_large_parts(
     assert longest < max(there.values()) / 2
 
 
+@pytest.mark.parametrize("thin", [False, True])
 def test_checkpoints_are_looked_at_side_by_side(
-    dense_run: Path, put: Put, monkeypatch: pytest.MonkeyPatch
+    dense_run: Path, put: Put, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, thin: bool
 ) -> None:
     """Each look is several questions, one after the other: the first ones of two checkpoints are
     under way together."""
-    address, read, met = put(dense_run, "run"), ObjectStore.read, threading.Barrier(2)
+    run = dense_run
+    if thin:
+        run = tmp_path / "run"
+        to = writer(run / SNAPSHOTS)
+        for iteration in (2, 4, 6):
+            put_snapshot(to, iteration)
+    address, read, met = put(run, "run"), ObjectStore.read, threading.Barrier(2)
     begun, lock = set[str](), threading.Lock()
 
     def meeting(store: ObjectStore, key: str, *given: Any) -> memoryview:
@@ -136,7 +146,7 @@ def test_checkpoints_are_looked_at_side_by_side(
         return read(store, key, *given)
 
     monkeypatch.setattr(ObjectStore, "read", meeting)
-    found, expected = list_checkpoints(address), list_checkpoints(dense_run)
+    found, expected = list_checkpoints(address), list_checkpoints(run)
     assert [(r.iteration, r.complete, r.consumed_samples) for r in found] == [
         (r.iteration, r.complete, r.consumed_samples) for r in expected
     ]
