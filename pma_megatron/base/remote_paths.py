@@ -9,8 +9,7 @@ from typing import Any
 
 from pma_megatron.base.spelling import given, named
 from pma_megatron.errors import UsageError
-from pma_megatron.storage.addresses import LIBRARIES, Address
-from pma_megatron.storage.multi_storage import READS_ALONE
+from pma_megatron.storage.addresses import LIBRARIES, Address, why_read_alone
 
 
 def refuse_remote(
@@ -56,18 +55,12 @@ def _refuse_address(where: str, address: Address, *, stores: bool, put: bool) ->
     if address.scheme == "file":
         raise UsageError(f"{where}: give a plain path, without file://")
     if library is None or not stores:
-        known = _known(put=put)
+        known = ", ".join(f"{scheme}://" for scheme in LIBRARIES if scheme != "memory")
         only = f"{known} and folders" if stores else "only folders"
         raise UsageError(
             f"{where} is an address in {address.scheme}:// storage, and {only} of mounted file "
             "systems can be given there. Mount it (s3fs, gcsfuse, blobfuse2, ...), or copy the "
             "checkpoints to a disk, and give that folder"
-        )
-    if put and library.reads_alone:
-        raise UsageError(
-            f"{where}: {address.scheme}:// is read, and nothing is put there or deleted: "
-            f"{READS_ALONE}. Give the address that its profile stands for ({_known(put=True)}), "
-            "or a folder"
         )
     if not address.bucket:
         raise UsageError(f"{where} names no bucket: it looks like {address.scheme}://bucket/folder")
@@ -76,12 +69,12 @@ def _refuse_address(where: str, address: Address, *, stores: bool, put: bool) ->
             f"{where} is read by {library.package}, which is not installed: "
             f"pip install 'pma-megatron[{library.extra}]'"
         )
-
-
-def _known(*, put: bool) -> str:
-    """Which addresses can be given."""
-    usable = (s for s, library in LIBRARIES.items() if not (put and library.reads_alone))
-    return ", ".join(f"{scheme}://" for scheme in usable if scheme != "memory")
+    why = why_read_alone(address) if put else ""
+    if why:
+        raise UsageError(
+            f"{where} is read, and nothing is put there or deleted: {why}. Give the address that "
+            "the profile stands for (gs://, az://, ...), or a folder"
+        )
 
 
 def refuse_remote_values(values: Mapping[str, Any], stores: Collection[str] = ()) -> None:

@@ -24,14 +24,12 @@ class Library:
         module: what is imported.
         extra: brings it.
         settings: what its user has to look at where it fails.
-        reads_alone: nothing can be put there, or deleted.
     """
 
     package: str
     module: str
     extra: str
     settings: str
-    reads_alone: bool = False
 
 
 _OBSTORE = Library(
@@ -46,7 +44,6 @@ _MSC = Library(
     "multistorageclient",
     "msc",
     "the profile in the configuration of MSC (MSC_CONFIG)",
-    reads_alone=True,
 )
 LIBRARIES = {"s3": _OBSTORE, "gs": _OBSTORE, "az": _OBSTORE, "msc": _MSC, "memory": _OBSTORE}
 """By scheme. `memory` is for tests: its objects go with the process."""
@@ -112,6 +109,17 @@ def is_strange(key: str) -> bool:
         part in ("", ".", "..") or "\0" in part or len(os.fsencode(part)) > _NAME_BYTES
         for part in parts
     )
+
+
+def why_read_alone(address: Address) -> str:
+    """Why nothing can be put at an address or deleted there, as far as is known before anything is
+    asked of its store; '' if it can."""
+    if address.scheme != "msc":
+        return ""
+    try:
+        return str(getattr(opened(address.scheme, address.bucket), "reads_alone", ""))
+    except OSError:
+        return ""  # what looks there says it
 
 
 @functools.cache

@@ -1,9 +1,10 @@
-"""Profiles of NVIDIA's Multi-Storage Client (MSC), `msc://profile/run` of Megatron-LM: read alone.
+"""Profiles of NVIDIA's Multi-Storage Client (MSC), `msc://profile/run` of Megatron-LM.
 
 Credentials, endpoints and retries are MSC's own matter, by its configuration (`MSC_CONFIG`); its
-cache is not used. It can neither read under the condition of an ETag nor put an object only where
-there is none. So what is known of an object is asked again after each range, and nothing is put
-there: two jobs could not tell which of them may write to a place.
+cache is not used. It cannot read under the condition of an ETag, so what is known of an object is
+asked again after each range. Only some kinds of profiles can put an object where there is none and
+nowhere else (`multistorageclient/providers`, `put_object`); the others are read alone, since two
+jobs could not tell which of them may write to a place.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterable
 from dataclasses import replace
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,16 +20,22 @@ from pma_megatron.storage.object_store import first_line
 from pma_megatron.storage.posix import PosixStore
 from pma_megatron.storage.protocol import Object
 
-READS_ALONE = (
-    "MSC cannot put an object on the condition that there is none, so nothing would keep two jobs "
-    "from writing to one place"
-)
+_CREATES = frozenset({"s3", "s8k", "s3_cuobject", "oci"})
+"""Providers that put an object on the condition that there is none."""
+_ENDS = "cannot schedule new futures after interpreter shutdown"
+"""What the libraries below MSC say of a file in several parts in a process that ends."""
+_FILES = "file"
+"""A folder, into which things are put as on any disk."""
 _SAME_ETAGS = frozenset({"s3", "s8k", "ais_s3", "gcs_s3", "s3_cuobject", "azure"})
 """Providers whose listing names the ETag that a request for one object does (GCS's does not)."""
 
 
 class MultiStorage:
-    """What a profile of MSC reaches. It is read; whatever would change it is refused."""
+    """What a profile of MSC reaches.
+
+    Attributes:
+        reads_alone: why nothing can be put there or deleted; '' where it can.
+    """
 
     def __init__(self, profile: str) -> None:
         """Open a profile; nothing is asked of its store yet.
@@ -60,7 +68,15 @@ class MultiStorage:
         for what in (each for each, there in indirect.items() if there):
             why = f"the profile {profile} has {what}: name one that reads one store itself"
             raise OSError(errno.ENOTSUP, why, profile)
-        self._has_etags = str(config.storage_provider) in _SAME_ETAGS
+        self._provider: Any = config.storage_provider
+        kind = str(self._provider)
+        self._has_etags = kind in _SAME_ETAGS
+        self.reads_alone = ""
+        if kind not in _CREATES | {_FILES}:
+            self.reads_alone = (
+                f"MSC cannot put an object on the condition that there is none into a store of the "
+                f"type {kind}, so nothing would keep two jobs from writing to one place"
+            )
 
     def listed(self, prefix: str) -> list[Object]:
         """See `Store.listed`."""
@@ -121,16 +137,63 @@ class MultiStorage:
             self._fail(error, key)
 
     def put(self, key: str, data: bytes, *, create: bool = False) -> None:
-        """Refused."""
-        raise OSError(errno.EROFS, READS_ALONE, key)
+        """See `Store.put`."""
+        folder = self._written(key)
+        try:
+            if folder is not None:
+                folder.put(key, data, create=create)
+            elif create:
+                self._provider.put_object(key, data, if_none_match="*")
+            else:
+                self._client.write(key, data)
+        except Exception as error:
+            self._fail(error, key)
 
     def put_file(self, key: str, path: Path) -> str:
-        """Refused."""
-        raise OSError(errno.EROFS, READS_ALONE, key)
+        """See `Store.put_file`; MSC does not say the version, so it is asked for afterwards."""
+        folder = self._written(key)
+        if folder is not None:
+            return folder.put_file(key, path)
+        try:
+            self._client.upload_file(key, str(path))
+        except Exception as error:
+            if _ENDS not in str(error):
+                self._fail(error, key)
+            self._put_at_once(key, path)
+        return self.head(key).version
+
+    def _put_at_once(self, key: str, path: Path) -> None:
+        """Put a file there in one request, which needs no threads."""
+        try:
+            with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
+                self._provider.put_object(key, data)
+        except Exception as error:
+            self._fail(error, key)
 
     def delete(self, keys: Iterable[str]) -> None:
-        """Refused."""
-        raise OSError(errno.EROFS, READS_ALONE, next(iter(keys), ""))
+        """See `Store.delete`."""
+        every = list(keys)
+        if not every:
+            return
+        folder = self._written(every[0])
+        if folder is not None:
+            folder.delete(every)
+            return
+        try:
+            self._client.delete_many(every)
+        except Exception as error:
+            self._fail(error, every[0])
+
+    def _written(self, key: str) -> PosixStore | None:
+        """The folder that the profile is; None for a store.
+
+        Raises:
+            OSError: nothing can be put there.
+        """
+        if self.reads_alone:
+            raise OSError(errno.EROFS, self.reads_alone, key)
+        local = self._client.get_posix_path(key)
+        return None if local is None else PosixStore(Path(local.removesuffix(key)))
 
     def _objects(self, said: Iterable[Any], prefix: str) -> list[Object]:
         found = [self._object(each, each.key) for each in said if each.key.startswith(prefix)]
@@ -159,6 +222,8 @@ class MultiStorage:
             number, why = errno.ENOENT, "the bucket does not exist"
         elif isinstance(error, FileNotFoundError):
             number, why = errno.ENOENT, "no such object"
+        elif isinstance(error, self._library.types.PreconditionFailedError):
+            number, why = errno.EEXIST, "there is such an object already"
         elif isinstance(error, PermissionError):
             number, why = errno.EACCES, f"the store refuses these credentials: {why}"
         else:

@@ -2,47 +2,44 @@
 
 from __future__ import annotations
 
+import atexit
+import concurrent.futures.thread
 import errno
 import json
 import os
-from collections.abc import Callable, Iterable
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from test_snapshot_writer import until
+from test_store_outputs import pma
+from test_store_uploads import average, made
+from test_stores import Creates
 
 from conftest import after_first_unit, digests, folder_of, request_for
 from pma_megatron import MergeRequest, SelectionRequest, list_checkpoints, merge
 from pma_megatron.base import remote_paths
+from pma_megatron.base.comm import Comm
 from pma_megatron.cli import main
 from pma_megatron.errors import CheckpointError, UsageError
-from pma_megatron.storage import addresses
+from pma_megatron.formats.marker import UPLOADING_FILE
+from pma_megatron.online.average_upload import AveragePlace
+from pma_megatron.storage import addresses, multi_storage
 from pma_megatron.storage.multi_storage import MultiStorage
-from pma_megatron.storage.object_store import ObjectStore
-from pma_megatron.storage.posix import PosixStore
 from pma_megatron.storage.protocol import Store
 from pma_megatron.testing.store_conformance import StoreConformance
+from s3 import keys
+
+__all__ = ["made"]
 
 Put = Callable[[Path, str], str]
+Got = Callable[[str, Path], Path]
+PATIENCE_S = 100.0
 OWN = ("pma.json", "pma.json.sha256", "common.pt", ".metadata")
 """Files of an output that name its sources."""
-
-
-class Filled(MultiStorage):
-    """Reads by MSC; another store of the same place puts there what is read."""
-
-    def __init__(self, profile: str, other: Store) -> None:
-        super().__init__(profile)
-        self._other = other
-
-    def put(self, key: str, data: bytes, *, create: bool = False) -> None:
-        self._other.put(key, data, create=create)
-
-    def put_file(self, key: str, path: Path) -> str:
-        return self._other.put_file(key, path)
-
-    def delete(self, keys: Iterable[str]) -> None:
-        self._other.delete(keys)
 
 
 @pytest.fixture
@@ -76,19 +73,19 @@ def _configure(
     addresses.opened.cache_clear()
 
 
-class TestDisk(StoreConformance):
+class TestDisk(Creates, StoreConformance):
     @pytest.fixture
     def store(self, profiles: Path) -> Store:
-        return Filled("disk", PosixStore(profiles))
+        return MultiStorage("disk")
 
 
-class TestS3(StoreConformance):
+class TestS3(Creates, StoreConformance):
     @pytest.fixture
     def store(self, bucket: str, bucket_profile: dict[str, Any]) -> Store:
-        return Filled("bucket", ObjectStore("s3", bucket))
+        return MultiStorage("bucket")
 
 
-class TestBehindACache(StoreConformance):
+class TestBehindACache(Creates, StoreConformance):
     """What MSC kept of an object before it was replaced is not taken for what it holds."""
 
     @pytest.fixture
@@ -102,22 +99,109 @@ class TestBehindACache(StoreConformance):
         cache = {"size": "100M", "location": str(tmp_path / "cache"), "check_source_version": False}
         own = {**bucket_profile, "caching_enabled": True}
         _configure(tmp_path, monkeypatch, {"bucket": own}, cache=cache)
-        return Filled("bucket", ObjectStore("s3", bucket))
+        return MultiStorage("bucket")
 
 
-def test_nothing_is_put_or_deleted(profiles: Path, tmp_path: Path) -> None:
-    (profiles / "a").write_bytes(b"x")
-    store = MultiStorage("disk")
+@pytest.fixture
+def reads_alone(bucket_profile: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the profile `bucket` were of a kind that cannot put where nothing is (GCS, Azure)."""
+    monkeypatch.setattr(multi_storage, "_CREATES", frozenset())
+    addresses.opened.cache_clear()
+
+
+def test_nothing_is_put_or_deleted_where_two_jobs_could_not_be_kept_apart(
+    reads_alone: None, s3: Any, bucket: str, tmp_path: Path
+) -> None:
+    s3.put_object(Bucket=bucket, Key="a", Body=b"x")
+    (tmp_path / "file").write_bytes(b"x")
+    store = MultiStorage("bucket")
     for call in (
         lambda: store.put("b", b"x"),
         lambda: store.put("b", b"x", create=True),
-        lambda: store.put_file("b", profiles / "a"),
+        lambda: store.put_file("b", tmp_path / "file"),
         lambda: store.delete(["a"]),
     ):
         with pytest.raises(OSError, match="nothing would keep two jobs") as caught:
             call()
         assert caught.value.errno == errno.EROFS
-    assert digests(profiles).keys() == {"a"}
+    assert keys(s3, bucket) == ["a"]
+
+
+@pytest.mark.parametrize("profile", ["disk", "bucket"])
+def test_a_merge_into_a_profile_is_the_merge_into_a_folder(
+    profile: str, dense_run: Path, request: pytest.FixtureRequest, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Published, verified, refused and replaced, and deleted, by an address."""
+    if profile == "disk":
+        place = request.getfixturevalue("profiles")
+    else:
+        request.getfixturevalue("bucket_profile")
+    save = f"msc://{profile}/averages"
+    words = ["merge", "--load", str(dense_run), "--save", save, "--last", "2"]
+    assert main(words) == 0 and main(["verify", save]) == 0
+    merge(request_for(dense_run, tmp_path / "expected"))
+    got = request.getfixturevalue("got")
+    copy = place / "averages" if profile == "disk" else got("averages", tmp_path / "copy")
+    made, expected = digests(copy), digests(tmp_path / "expected")
+    assert made.keys() == expected.keys()
+    own = {*OWN} - {".metadata"}
+    assert {Path(name).name for name in made if made[name] != expected[name]} <= own
+    capsys.readouterr()
+    assert main(words) == 1 and "Use --overwrite" in capsys.readouterr().err
+    assert main([*words, "--overwrite"]) == 0 and main(["verify", save]) == 0
+    assert main(["prune", str(dense_run), "--averages", save, "--keep-last", "1"]) == 0
+    assert f"{save}/iter_0000008" in capsys.readouterr().out
+
+
+def test_a_merge_into_a_profile_that_was_killed_is_gone_on_with(
+    dense_run: Path, bucket_profile: dict[str, Any], s3: Any, bucket: str, tmp_path: Path, got: Got
+) -> None:
+    """It is not whole, for MSC either, until the same command has put what was missing."""
+    save = "msc://bucket/averages"
+    words = ("merge", "--load", str(dense_run), "--save", save, "--last", "2")
+    killed = pma(1, *words, fault="part:0:kill")
+    assert killed.returncode < 0 and f"averages/iter_0000008/{UPLOADING_FILE}" in keys(s3, bucket)
+    assert [ref.complete for ref in list_checkpoints(save)] == [False]
+    done = pma(1, *words)
+    assert done.returncode == 0, done.stderr
+    merge(request_for(dense_run, tmp_path / "expected"))
+    expected = digests(tmp_path / "expected")
+    made = digests(got("averages", tmp_path / "copy"))
+    assert made.keys() == expected.keys()
+
+
+def save_and_end(made: str) -> None:
+    """Files are put there when Python begins no threads any more, which MSC sends parts by."""
+    put_file = MultiStorage.put_file
+
+    def late(self: MultiStorage, key: str, path: Path) -> str:
+        until(lambda: bool(concurrent.futures.thread._shutdown))
+        return put_file(self, key, path)
+
+    MultiStorage.put_file = late  # type: ignore[method-assign]
+    average(AveragePlace("msc://bucket/averages", Comm()), 50, Path(made))
+
+
+@pytest.mark.parametrize("at_exit", [False, True])
+def test_a_running_average_gets_into_a_profile(
+    bucket_profile: dict[str, Any], tmp_path: Path, made: Path, s3: Any, bucket: str, at_exit: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Behind training, and as the job ends."""
+    if at_exit:
+        bucket_profile["storage_provider"]["options"]["multipart_threshold"] = 1024
+        _configure(tmp_path, monkeypatch, {"bucket": bucket_profile})
+        words = f"import {__name__} as job; job.save_and_end({str(made)!r})"
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        subprocess.run([sys.executable, "-c", words], check=True, env=env)
+    else:
+        place = AveragePlace("msc://bucket/averages", Comm())
+        average(place, 50, made)
+        place.wait(PATIENCE_S)
+        atexit.unregister(place.wait)
+    assert [ref.complete for ref in list_checkpoints("msc://bucket/averages")] == [True]
+    assert "averages/latest_checkpointed_iteration.txt" in keys(s3, bucket)
 
 
 def test_a_merge_from_a_profile_is_the_merge_from_a_disk(
@@ -167,21 +251,22 @@ def _request(load: str, save: Path) -> MergeRequest:
 @pytest.mark.parametrize(
     "words",
     [
-        ["merge", "--load", "RUN", "--save", "msc://disk/out", "--last", "2"],
-        ["merge", "--load", "RUN", "--export", "msc://disk/out", "--last", "2"],
-        ["watch", "--load", "RUN", "--save", "msc://disk/out", "--last", "2"],
-        ["export", "RUN", "--save", "msc://disk/out"],
-        ["prune", "msc://disk/run", "--keep-last", "1", "--yes"],
+        ["merge", "--load", "RUN", "--save", "msc://bucket/out", "--last", "2"],
+        ["merge", "--load", "RUN", "--export", "msc://bucket/out", "--last", "2"],
+        ["watch", "--load", "RUN", "--save", "msc://bucket/out", "--last", "2"],
+        ["export", "RUN", "--save", "msc://bucket/out"],
+        ["prune", "msc://bucket/run", "--keep-last", "1", "--yes"],
     ],
 )
 def test_what_puts_or_deletes_is_refused_before_anything_is_read(
-    dense_run: Path, profiles: Path, capsys: pytest.CaptureFixture[str], words: list[str]
-) -> None:
+    dense_run: Path, reads_alone: None, s3: Any, bucket: str,
+    capsys: pytest.CaptureFixture[str], words: list[str],
+) -> None:  # fmt: skip
     assert main([str(dense_run) if word == "RUN" else word for word in words]) == 2
     error = capsys.readouterr().err.strip()
-    assert "msc:// is read" in error and "s3://, gs://, az://" in error
+    assert "is read, and nothing is put there" in error and "of the type s3" in error
     assert error.count("\n") == 0
-    assert list(profiles.iterdir()) == []
+    assert keys(s3, bucket) == []
 
 
 def test_what_cannot_be_read_is_one_clear_sentence(

@@ -93,8 +93,6 @@ def test_the_run_itself_is_no_place_to_save(
         with pytest.raises((PublishError, UsageError)):
             recover(RecoveryRequest(load=address, save=save, onset=9, margin_iterations=0))
     assert keys(s3, bucket) == before
-    with pytest.raises(UsageError, match="nothing is put there"):
-        RecoveryRequest(load=address, save="msc://profile/run-2", onset=9)
 
 
 def test_a_script_is_not_told_to_load_an_address(
