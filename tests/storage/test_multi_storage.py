@@ -169,6 +169,8 @@ def test_a_merge_into_a_profile_that_was_killed_is_gone_on_with(
     expected = digests(tmp_path / "expected")
     made = digests(got("averages", tmp_path / "copy"))
     assert made.keys() == expected.keys()
+    own = {*OWN} - {".metadata"}
+    assert {Path(name).name for name in made if made[name] != expected[name]} <= own
 
 
 def save_and_end(made: str) -> None:
