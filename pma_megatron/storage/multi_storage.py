@@ -24,8 +24,6 @@ _CREATES = frozenset({"s3", "s8k", "s3_cuobject", "oci"})
 """Providers that put an object on the condition that there is none."""
 _ENDS = "cannot schedule new futures after interpreter shutdown"
 """What the libraries below MSC say of a file in several parts in a process that ends."""
-_FILES = "file"
-"""A folder, into which things are put as on any disk."""
 _SAME_ETAGS = frozenset({"s3", "s8k", "ais_s3", "gcs_s3", "s3_cuobject", "azure"})
 """Providers whose listing names the ETag that a request for one object does (GCS's does not)."""
 
@@ -72,7 +70,7 @@ class MultiStorage:
         kind = str(self._provider)
         self._has_etags = kind in _SAME_ETAGS
         self.reads_alone = ""
-        if kind not in _CREATES | {_FILES}:
+        if kind not in _CREATES:
             self.reads_alone = (
                 f"MSC cannot put an object on the condition that there is none into a store of the "
                 f"type {kind}, so nothing would keep two jobs from writing to one place"
@@ -138,11 +136,9 @@ class MultiStorage:
 
     def put(self, key: str, data: bytes, *, create: bool = False) -> None:
         """See `Store.put`."""
-        folder = self._written(key)
+        self._refuse_reading_alone(key)
         try:
-            if folder is not None:
-                folder.put(key, data, create=create)
-            elif create:
+            if create:
                 self._provider.put_object(key, data, if_none_match="*")
             else:
                 self._client.write(key, data)
@@ -151,9 +147,7 @@ class MultiStorage:
 
     def put_file(self, key: str, path: Path) -> str:
         """See `Store.put_file`; MSC does not say the version, so it is asked for afterwards."""
-        folder = self._written(key)
-        if folder is not None:
-            return folder.put_file(key, path)
+        self._refuse_reading_alone(key)
         try:
             self._client.upload_file(key, str(path))
         except Exception as error:
@@ -175,25 +169,15 @@ class MultiStorage:
         every = list(keys)
         if not every:
             return
-        folder = self._written(every[0])
-        if folder is not None:
-            folder.delete(every)
-            return
+        self._refuse_reading_alone(every[0])
         try:
             self._client.delete_many(every)
         except Exception as error:
             self._fail(error, every[0])
 
-    def _written(self, key: str) -> PosixStore | None:
-        """The folder that the profile is; None for a store.
-
-        Raises:
-            OSError: nothing can be put there.
-        """
+    def _refuse_reading_alone(self, key: str) -> None:
         if self.reads_alone:
             raise OSError(errno.EROFS, self.reads_alone, key)
-        local = self._client.get_posix_path(key)
-        return None if local is None else PosixStore(Path(local.removesuffix(key)))
 
     def _objects(self, said: Iterable[Any], prefix: str) -> list[Object]:
         found = [self._object(each, each.key) for each in said if each.key.startswith(prefix)]

@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from pma_megatron.formats.marker import UPLOADING_FILE
 from pma_megatron.online.average_upload import AveragePlace
 from pma_megatron.storage import addresses, multi_storage
 from pma_megatron.storage.multi_storage import MultiStorage
+from pma_megatron.storage.posix import PosixStore
 from pma_megatron.storage.protocol import Store
 from pma_megatron.testing.store_conformance import StoreConformance
 from s3 import keys
@@ -73,10 +74,27 @@ def _configure(
     addresses.opened.cache_clear()
 
 
-class TestDisk(Creates, StoreConformance):
+class Filled(MultiStorage):
+    """Reads by MSC; what is read is put there as on any disk."""
+
+    def __init__(self, profile: str, other: Store) -> None:
+        super().__init__(profile)
+        self._other = other
+
+    def put(self, key: str, data: bytes, *, create: bool = False) -> None:
+        self._other.put(key, data, create=create)
+
+    def put_file(self, key: str, path: Path) -> str:
+        return self._other.put_file(key, path)
+
+    def delete(self, keys: Iterable[str]) -> None:
+        self._other.delete(keys)
+
+
+class TestDisk(StoreConformance):
     @pytest.fixture
     def store(self, profiles: Path) -> Store:
-        return MultiStorage("disk")
+        return Filled("disk", PosixStore(profiles))
 
 
 class TestS3(Creates, StoreConformance):
@@ -127,23 +145,16 @@ def test_nothing_is_put_or_deleted_where_two_jobs_could_not_be_kept_apart(
     assert keys(s3, bucket) == ["a"]
 
 
-@pytest.mark.parametrize("profile", ["disk", "bucket"])
 def test_a_merge_into_a_profile_is_the_merge_into_a_folder(
-    profile: str, dense_run: Path, request: pytest.FixtureRequest, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    dense_run: Path, bucket_profile: dict[str, Any], tmp_path: Path, got: Got,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """Published, verified, refused and replaced, and deleted, by an address."""
-    if profile == "disk":
-        place = request.getfixturevalue("profiles")
-    else:
-        request.getfixturevalue("bucket_profile")
-    save = f"msc://{profile}/averages"
+    """Published, verified, refused and replaced, and listed, by an address."""
+    save = "msc://bucket/averages"
     words = ["merge", "--load", str(dense_run), "--save", save, "--last", "2"]
     assert main(words) == 0 and main(["verify", save]) == 0
     merge(request_for(dense_run, tmp_path / "expected"))
-    got = request.getfixturevalue("got")
-    copy = place / "averages" if profile == "disk" else got("averages", tmp_path / "copy")
-    made, expected = digests(copy), digests(tmp_path / "expected")
+    made, expected = digests(got("averages", tmp_path / "copy")), digests(tmp_path / "expected")
     assert made.keys() == expected.keys()
     own = {*OWN} - {".metadata"}
     assert {Path(name).name for name in made if made[name] != expected[name]} <= own
